@@ -1,0 +1,123 @@
+"""Training images: Fashion-MNIST's IDX files, or a folder of pictures. Held in memory as uint8 [N, C, H, W]."""
+
+import gzip
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+FASHION_MNIST_CLASSES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
+FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
+
+
+class DataError(Exception):
+    """The data set is missing or malformed; the message names the file."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """images uint8 [N, C, H, W]; labels int64 [N], or None where there are no classes."""
+
+    images: Tensor
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1], as Ho et al. 2020, sec. 3.3."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 [0, 255], clipped and rounded to nearest."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read one gzipped IDX file of unsigned bytes (LeCun's MNIST format)."""
+    try:
+        with gzip.open(path, "rb") as file:
+            data = file.read()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: {error}") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise DataError(f"{path}: not an IDX file of unsigned bytes")
+    ndim = data[3]
+    shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
+    body = np.frombuffer(data, np.uint8, offset=4 + 4 * ndim)
+    if body.size != int(np.prod(shape)):
+        raise DataError(f"{path}: {body.size} bytes where its header says {shape}")
+    return body.reshape(shape)
+
+
+def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet:
+    """Load Fashion-MNIST's `train` (60,000) or `test` (10,000) split, 28x28 padded with black to 32x32."""
+    prefix = {"train": "train", "test": "t10k"}[split]
+    if not folder.is_dir():
+        raise DataError(f"{folder}: not there (apt-get install dataset-fashion-mnist, or name its folder)")
+    images = torch.from_numpy(read_idx(folder / f"{prefix}-images-idx3-ubyte.gz").copy())[:, None]
+    labels = torch.from_numpy(read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").astype(np.int64))
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} images but {len(labels)} labels")
+    return ImageSet(F.pad(images, (2, 2, 2, 2)), labels, FASHION_MNIST_CLASSES, f"fashion-mnist {split}")
+
+
+def load_image_folder(folder: Path, size_px: int, channels: int) -> ImageSet:
+    """Load every picture below `folder`, fitted to size_px squared (centre crop); first-level subfolders are classes.
+
+    Pictures lie either all in the folder itself (no classes) or all in subfolders. Order is by path, so the same folder
+    gives the same set. Raises DataError for a file that cannot be read.
+    """
+    files = sorted(_image_files(folder))
+    if not files:
+        raise DataError(f"{folder}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    parts = [file.relative_to(folder).parts for file in files]
+    nested = {len(p) > 1 for p in parts}
+    if nested == {True, False}:
+        raise DataError(f"{folder}: some images lie in class subfolders and some do not")
+    class_names = tuple(sorted({p[0] for p in parts})) if nested == {True} else ()
+    labels = torch.tensor([class_names.index(p[0]) for p in parts]) if class_names else None
+
+    def load(file: Path) -> np.ndarray:
+        try:
+            with Image.open(file) as image:
+                upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+                fitted = ImageOps.fit(upright, (size_px, size_px), Image.Resampling.LANCZOS)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise DataError(f"{file}: {error}") from error
+        return np.asarray(fitted).reshape(size_px, size_px, channels)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        stacked = np.stack(list(pool.map(load, files)))
+    return ImageSet(torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), labels, class_names, folder.name)
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: not a folder")
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            yield path

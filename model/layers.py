@@ -1,0 +1,152 @@
+"""The layers a denoising U-Net is made of. Module names are diffusers', so that its state dicts load unchanged."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "mish": F.mish,
+}
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Embed timesteps t [B] as [B, dim] sines and cosines (Vaswani et al. 2017, sec. 3.5), in float32."""
+    half = dim // 2
+    exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angles = t.to(torch.float32)[:, None] * exponent.exp()[None, :]
+    halves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    embedding = torch.cat(halves, dim=1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """The two-layer MLP that turns a timestep's embedding [B, dim] into temb [B, temb_dim]."""
+
+    def __init__(self, dim: int, temb_dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, temb_dim)
+        self.linear_2 = nn.Linear(temb_dim, temb_dim)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(embedding)))
+        return out
+
+
+class ResnetBlock(nn.Module):
+    """Residual block: norm, act, [resample], conv, + temb, norm, act, conv (Ho et al. 2020, appendix B).
+
+    x [B, in, H, W], act_temb [B, temb] (already through the activation) -> [B, out, H', W'];
+    H' is H, 2H with up=True (nearest) or H/2 with down=True (average pool).
+    scale_shift=True lets the timestep scale and shift the second norm (Dhariwal & Nichol 2021, AdaGN).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        temb_dim: int,
+        *,
+        groups: int,
+        eps: float,
+        act: str,
+        dropout: float,
+        scale_shift: bool,
+        output_scale_factor: float = 1.0,
+        up: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__()
+        assert not (up and down)
+        self.act = ACTIVATIONS[act]
+        self.scale_shift = scale_shift
+        self.output_scale_factor = output_scale_factor
+        self.up, self.down = up, down
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(temb_dim, 2 * out_channels if scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def _resample(self, x: Tensor) -> Tensor:
+        if self.up:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.down else x
+
+    def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
+        h = self.conv1(self._resample(self.act(self.norm1(x))))
+        temb = self.time_emb_proj(act_temb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = temb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + temb)
+        h = self.conv2(self.dropout(self.act(h)))
+        x = self._resample(x)
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        out: Tensor = x + h
+        return out if self.output_scale_factor == 1.0 else out / self.output_scale_factor
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of x [B, C, H, W], with a residual connection.
+
+    `groups=None` leaves out the group norm (the mid block of a scale_shift net). head_dim wider than C means one head.
+    """
+
+    def __init__(
+        self, channels: int, head_dim: int, *, groups: int | None, eps: float, output_scale_factor: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.heads = channels // head_dim
+        self.output_scale_factor = output_scale_factor
+        inner = self.heads * head_dim
+        self.group_norm = nn.GroupNorm(groups, channels, eps) if groups is not None else None
+        self.to_q = nn.Linear(channels, inner)
+        self.to_k = nn.Linear(channels, inner)
+        self.to_v = nn.Linear(channels, inner)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        h = self.group_norm(x) if self.group_norm is not None else x
+        h = h.flatten(2).transpose(1, 2)  # [B, HW, C]
+        q, k, v = (f(h).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, head_dim]
+        h = self.to_out[0](h.transpose(1, 2).flatten(2))
+        out: Tensor = x + h.transpose(1, 2).reshape(batch, channels, height, width)
+        return out if self.output_scale_factor == 1.0 else out / self.output_scale_factor
+
+
+class Downsample(nn.Module):
+    """Halve H and W by a stride-2 convolution. padding=0 pads right and bottom only, as Ho et al.'s own net does."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Double H and W by nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out

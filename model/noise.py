@@ -1,0 +1,187 @@
+"""The noise schedule: beta_t, alpha_bar_t, the closed form q(x_t|x_0) and the posterior q(x_{t-1}|x_t, x_0).
+
+Timesteps are 0-based: t = 0 is the first, least noisy step, t = T - 1 the last. Tables are float64 on the host and are
+cast once, at their use. (This is the *noise schedule*; the scheduler that picks rows lives in service/.)
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MAX_TIMESTEPS = 100_000
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
+
+def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """Make beta_t [T] in float64.
+
+    linear: Ho et al. 2020, sec. 4. scaled_linear: Rombach et al. 2022. squaredcos_cap_v2: Nichol & Dhariwal 2021,
+    eq. 17. sigmoid: Xu et al. 2022 (GeoDiff). Raises ValueError for a name that is none of these.
+    """
+    f64 = torch.float64
+    if schedule == "linear":
+        return torch.linspace(beta_start, beta_end, num_timesteps, dtype=f64)
+    if schedule == "scaled_linear":
+        return torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps, dtype=f64) ** 2
+    if schedule == "squaredcos_cap_v2":
+        u = torch.linspace(0, 1, num_timesteps + 1, dtype=f64)
+        f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    if schedule == "sigmoid":
+        ramp = torch.sigmoid(torch.linspace(-6, 6, num_timesteps, dtype=f64))
+        return ramp * (beta_end - beta_start) + beta_start
+    raise ValueError(f"beta_schedule must be among {', '.join(BETA_SCHEDULES)}, got {schedule!r}")
+
+
+def rescale_zero_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(alpha_bar) so that alpha_bar_T = 0 (Lin et al. 2024, algorithm 1)."""
+    root = (1 - betas).cumprod(0).sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alpha_bar = root**2
+    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
+    return 1 - alphas
+
+
+class NoiseSchedule:
+    """The tables of the forward process: betas, alphas and alpha_bar, each [T] in float64 on the host."""
+
+    def __init__(self, betas: Tensor) -> None:
+        if betas.dtype != torch.float64 or betas.ndim != 1 or len(betas) < 1:
+            raise ValueError(f"betas must be a float64 vector, got {betas.dtype} {tuple(betas.shape)}")
+        if not bool(((betas > 0) & (betas <= 1)).all()):
+            raise ValueError(f"betas must lie in (0, 1], got {betas.min():g} to {betas.max():g}")
+        self.betas = betas
+        self.alphas = 1 - betas
+        self.alpha_bar = self.alphas.cumprod(0)  # alpha_bar_t = prod_{s<=t} alpha_s
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Draw x_t ~ q(x_t|x_0) in closed form, sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4).
+
+        x_0, eps [B, C, H, W]; t [B] -> [B, C, H, W]. The coefficients are taken in float64 and cast to x_0's dtype.
+        """
+        signal, noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
+        return gather(signal, t, x_0) * x_0 + gather(noise, t, x_0) * eps
+
+    def velocity(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, eq. 10); shapes as q_sample."""
+        signal, noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()
+        return gather(signal, t, x_0) * eps - gather(noise, t, x_0) * x_0
+
+    def posterior(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients of q(x_{t-1}|x_t, x_0): mean = coef_x0 x_0 + coef_xt x_t, and its variance beta~ (eq. 6, 7).
+
+        Each [T] in float64; at t = 0 the mean is x_0 and the variance zero.
+        """
+        prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]])
+        return posterior_between(self.alpha_bar, prev)
+
+
+def posterior_between(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The posterior of a jump from alpha_bar to alpha_bar_prev (Ho et al. 2020, eq. 6 and 7, for any pair of steps).
+
+    Returns coef_x0, coef_xt and the variance, of the inputs' shape. With neighbouring timesteps this is the posterior
+    of the full chain; with a respaced pair, that of the shorter chain (Nichol & Dhariwal 2021, sec. 4).
+    """
+    alpha = alpha_bar / alpha_bar_prev
+    beta = 1 - alpha
+    coef_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
+    coef_xt = alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    return coef_x0, coef_xt, beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+
+
+def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Take table[t] as [B, 1, 1, 1] in the dtype and on the device of `like`."""
+    values = table[t.to(table.device)].to(device=like.device, dtype=like.dtype)
+    return values.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseConfig:
+    """What a checkpoint's scheduler_config.json says: the noise schedule it was trained on and how it is sampled.
+
+    Field names and defaults are those of diffusers' DDPMScheduler. Raises ValueError naming the field and the value.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    variance_type: str = "fixed_small"
+    prediction_type: str = "epsilon"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    rescale_betas_zero_snr: bool = False
+    default_sampler: str = "ddpm"
+    """From `_class_name`: a DDIMScheduler makes ddim what a request gets that names no sampler."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, field: str, bound: str) -> None:
+            if not ok:
+                raise ValueError(f"scheduler config: {field} must be {bound}, got {getattr(self, field)!r}")
+
+        def among(field: str, *names: str) -> None:
+            require(getattr(self, field) in names, field, f"among {', '.join(names)}")
+
+        steps = self.num_train_timesteps
+        require(isinstance(steps, int) and 1 <= steps <= MAX_TIMESTEPS, "num_train_timesteps", f"1..{MAX_TIMESTEPS}")
+        among("beta_schedule", *BETA_SCHEDULES)
+        among("variance_type", "fixed_small", "fixed_large")
+        among("prediction_type", "epsilon", "sample", "v_prediction")
+        among("timestep_spacing", "leading", "trailing", "linspace")
+        among("default_sampler", "ddpm", "ddim")
+        require(not self.thresholding, "thresholding", "false (dynamic thresholding is not supported)")
+        require(self.clip_sample_range > 0, "clip_sample_range", "positive")
+        require(0 <= self.steps_offset < steps, "steps_offset", f"0..{steps - 1}")
+        require(0 < self.beta_start <= self.beta_end < 1, "beta_start", f"above 0, at most beta_end {self.beta_end}")
+        if self.trained_betas is not None:
+            require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "NoiseConfig":
+        """Read a diffusers scheduler_config.json; unknown keys are ignored with a line in the log."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in config.items():
+            if key in known and key not in config.get("_use_default_values", ()):
+                values[key] = tuple(value) if isinstance(value, list) else value
+            elif not key.startswith("_"):
+                log.info("scheduler config: key %s=%r is not used", key, value)
+        if "DDIM" in str(config.get("_class_name", "")):
+            values["default_sampler"] = "ddim"
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"scheduler config: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scheduler_config.json of diffusers' DDPMScheduler or DDIMScheduler."""
+        fields = dataclasses.asdict(self)
+        ddim = fields.pop("default_sampler") == "ddim"
+        fields.pop("variance_type" if ddim else "set_alpha_to_one")  # each class lacks one of the two
+        return {"_class_name": "DDIMScheduler" if ddim else "DDPMScheduler", **fields}
+
+    def schedule(self) -> NoiseSchedule:
+        """Make the tables."""
+        if self.trained_betas is not None:
+            betas = torch.tensor(self.trained_betas, dtype=torch.float64)
+        else:
+            betas = make_betas(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end)
+        return NoiseSchedule(rescale_zero_snr(betas) if self.rescale_betas_zero_snr else betas)

@@ -1,0 +1,254 @@
+"""The training loop (Ho et al. 2020, algorithm 1). A run is a folder: a checkpoint of the EMA weights, and its state.
+
+Whatever is random in step k is seeded by (seed, k), so a run that was stopped and resumed is the run never stopped.
+"""
+
+import dataclasses
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.checkpoint import Labels, load_state_dict, save_checkpoint, write_atomically
+from model.data import ImageSet, to_model_range
+from model.ema import Ema
+from model.loss import l_simple, training_target
+from model.noise import NoiseConfig
+from model.unet import UNet2D, UNetConfig
+
+log = logging.getLogger(__name__)
+
+STATE_FILE = "training-state.pt"
+LOSS_SMOOTHING = 0.99
+
+
+class TrainError(Exception):
+    """A run cannot start or go on; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """What a run is. On resuming, `steps` and how often to save may differ; the rest must be as it was."""
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 500
+    decay_fraction: float = 0.2  # the last part of the run, over which the rate falls linearly to zero
+    ema_decay: float = 0.999
+    class_dropout: float = 0.1  # how often the null class replaces a label (Ho & Salimans 2022, algorithm 1)
+    flip: bool = False
+    grad_clip: float = 1.0
+    seed: int = 0
+    precision: str = "auto"  # fp32, bf16 (autocast), or auto: whichever measures faster
+    compile: bool = False
+    save_every: int = 500
+    sheet_every: int = 1000
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, constant, then linear decay to zero."""
+        warm = (step + 1) / max(1, self.warmup_steps)
+        left = (self.steps - step) / max(1.0, self.steps * self.decay_fraction)
+        return self.learning_rate * min(warm, left, 1.0)
+
+
+FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "precision", "learning_rate", "decay_fraction")
+
+
+def train(
+    folder: Path,
+    data: ImageSet,
+    unet: UNetConfig,
+    noise: NoiseConfig,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    init_from: Path | None = None,
+    on_sheet: Callable[[UNet2D, int], None] | None = None,
+) -> bool:
+    """Train in `folder`, resuming where its state left off. True when all steps are done, False when interrupted.
+
+    `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state. SIGINT or SIGTERM
+    finishes the step, saves and returns. Raises TrainError, CheckpointError.
+    """
+    # The state: weights, their average, the optimiser's moments, the step.
+    torch.manual_seed(step_seed(config.seed, -1))
+    net = UNet2D(unet).to(device)
+    if init_from is not None:
+        net.load_state_dict(load_state_dict(init_from / "unet"))
+    ema = Ema(net, config.ema_decay)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
+    step, images_seen_before = _resume(folder, net, ema, optimizer, config)
+    net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+
+    # The data, and the null class that dropped labels become.
+    schedule = noise.schedule()
+    images, labels = data.images.to(device), data.labels.to(device) if data.labels is not None else None
+    null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
+    batch_shape = (config.batch_size, *images.shape[1:])
+    precision = config.precision if config.precision != "auto" else faster_precision(net, batch_shape, device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    forward: Callable[..., Tensor] = torch.compile(net) if config.compile else net
+    log.info("%s: step %d of %d, %s, %s", folder, step, config.steps, device, precision)
+
+    def save() -> None:
+        provenance = {
+            "trained_by": "tminus train",
+            "data": data.name,
+            "init_from": str(init_from) if init_from else None,
+            "step": step,
+            "images_seen": images_seen_before + step * config.batch_size,
+            "config": dataclasses.asdict(config),
+        }
+        labels_meta = Labels(data.class_names, null_class)
+        save_checkpoint(folder, ema.shadow, unet, noise, labels_meta, provenance)
+        state = {
+            "step": step,
+            "net": net.state_dict(),
+            "ema": ema.shadow,
+            "optimizer": optimizer.state_dict(),
+            "config": dataclasses.asdict(config),
+        }
+        write_atomically(folder / STATE_FILE, lambda path: torch.save(state, path))
+
+    progress = tqdm(total=config.steps, initial=step, unit="step", smoothing=0.05, dynamic_ncols=True)
+    loss_mean: Tensor | None = None
+    with progress, _interruptible() as interrupted:
+        while step < config.steps and not interrupted():
+            started = time.perf_counter()
+
+            # Algorithm 1: x_0 from the data, t uniform, eps normal, all a function of (seed, step).
+            torch.manual_seed(step_seed(config.seed, step))
+            picked = batch_indices(len(data), config.batch_size, config.seed, step).to(device)
+            x_0 = to_model_range(images[picked]).to(memory_format=torch.channels_last)
+            if config.flip:
+                x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5, x_0.flip(3), x_0)
+            t = torch.randint(schedule.num_timesteps, (len(x_0),), device=device)
+            eps = torch.randn_like(x_0)
+            classes = None
+            if labels is not None and null_class is not None:
+                dropped = torch.rand(len(x_0), device=device) < config.class_dropout
+                classes = torch.where(dropped, null_class, labels[picked])
+
+            # One descent step on L_simple.
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(step)
+            with autocast:
+                out = forward(schedule.q_sample(x_0, t, eps), t, classes)
+            loss = l_simple(out, training_target(schedule, noise.prediction_type, x_0, t, eps))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            grad_norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+            optimizer.step()
+            ema.update(net, step)
+            step += 1
+
+            # What a person watches.
+            loss = loss.detach()
+            loss_mean = loss if loss_mean is None else loss_mean.lerp(loss, 1 - LOSS_SMOOTHING)
+            progress.update()
+            if step % 10 == 0 or step == config.steps:
+                if not bool(torch.isfinite(loss_mean + grad_norm)):
+                    raise TrainError(f"step {step}: the loss or its gradient is not finite; the last save is intact")
+                rate = config.batch_size / (time.perf_counter() - started)
+                progress.set_postfix(loss=f"{float(loss_mean):.4f}", images_s=f"{rate:.0f}", refresh=False)
+            if step % config.save_every == 0 and step < config.steps:
+                save()
+            if on_sheet is not None and (step % config.sheet_every == 0 or step == config.steps):
+                on_sheet(_averaged(unet, ema), step)
+        save()
+    return step >= config.steps
+
+
+def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The images of step `step` [batch_size]: a walk through one fresh permutation an epoch, across epoch borders."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // num_images
+    picked = []
+    for epoch in sorted(set(epochs.tolist())):
+        generator = torch.Generator().manual_seed(step_seed(seed, -2 - epoch))
+        order = torch.randperm(num_images, generator=generator)
+        picked.append(order[positions[epochs == epoch] % num_images])
+    return torch.cat(picked)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Mix (seed, step) into 63 bits by splitmix64's finaliser, so that neighbouring steps share no randomness."""
+    z = (seed * 0x9E3779B97F4A7C15 + step) & 0xFFFFFFFFFFFFFFFF
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = ((z ^ (z >> shift)) * factor) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) >> 1
+
+
+def faster_precision(net: UNet2D, batch_shape: tuple[int, ...], device: torch.device, repeats: int = 3) -> str:
+    """Time forward and backward in fp32 and in bf16 autocast, and name the faster. Leaves the weights as they were."""
+    x, t = torch.randn(batch_shape, device=device), torch.zeros(batch_shape[0], dtype=torch.long, device=device)
+    x = x.to(memory_format=torch.channels_last)
+    classes = t if net.class_embedding is not None else None
+    seconds = {}
+    for precision in ("fp32", "bf16"):
+        timings = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                out = net(x, t, classes)
+            out.float().square().mean().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            timings.append(time.perf_counter() - started)
+            net.zero_grad(set_to_none=True)
+        seconds[precision] = min(timings)
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def _resume(
+    folder: Path, net: UNet2D, ema: Ema, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> tuple[int, int]:
+    """Put the folder's saved state into the objects given; returns the step to go on from, 0 for a new run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / STATE_FILE
+    if not file.is_file():
+        return 0, 0
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        net.load_state_dict(state["net"])
+        ema.load(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:
+        raise TrainError(f"{file}: cannot resume from it ({error}); remove it or choose another folder") from error
+    for field, was in state["config"].items():
+        now = getattr(config, field)
+        if field not in FREE_TO_CHANGE and now != was:
+            raise TrainError(f"{folder}: this run was begun with {field}={was!r}, got {now!r}")
+    return int(state["step"]), 0
+
+
+def _averaged(unet: UNetConfig, ema: Ema) -> UNet2D:
+    with torch.device("meta"):
+        net = UNet2D(unet)
+    net.load_state_dict(ema.shadow, assign=True)
+    return net.requires_grad_(False).eval()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """While inside, SIGINT and SIGTERM only set what the yielded function returns."""
+    received: list[int] = []
+
+    def note(signum: int, _frame: object) -> None:
+        received.append(signum)
+
+    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,325 @@
+"""The U-Net that predicts eps, with diffusers' `UNet2DModel` config fields and module names."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.layers import (
+    ACTIVATIONS,
+    Attention,
+    Downsample,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    sinusoidal_embedding,
+)
+
+log = logging.getLogger(__name__)
+
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+
+
+@dataclass(frozen=True, slots=True)
+class UNetConfig:
+    """The fields and defaults of diffusers' `UNet2DModel` that DDPM-family checkpoints use.
+
+    Raises ValueError, naming the field and its value, for a network that cannot be built.
+    """
+
+    sample_size: int | tuple[int, int] | None = None
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: float = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, field: str, bound: str) -> None:
+            if not ok:
+                raise ValueError(f"unet config: {field} must be {bound}, got {getattr(self, field)!r}")
+
+        def positive(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+        for field in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
+            require(positive(getattr(self, field)), field, "a positive integer")
+        for field in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
+            value = getattr(self, field)
+            require(value is None or positive(value), field, "a positive integer or null")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        require(len(widths) >= 1 and all(map(positive, widths)), "block_out_channels", "a list of positive integers")
+        require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
+        for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+            require(len(getattr(self, field)) == len(widths), field, f"{len(widths)} names, as block_out_channels")
+            require(all(name in known for name in getattr(self, field)), field, f"among {', '.join(known)}")
+        require(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type", "UNetMidBlock2D or null")
+        require(self.time_embedding_type in ("positional", "learned"), "time_embedding_type", "positional or learned")
+        if self.time_embedding_type == "learned":
+            require(positive(self.num_train_timesteps), "num_train_timesteps", "a positive integer")
+        for field in ("downsample_type", "upsample_type"):
+            require(getattr(self, field) in ("conv", "resnet"), field, "conv or resnet")
+        require(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")
+        require(self.act_fn in ACTIVATIONS, "act_fn", f"among {', '.join(ACTIVATIONS)}")
+        shift_kinds = ("default", "scale_shift")
+        require(self.resnet_time_scale_shift in shift_kinds, "resnet_time_scale_shift", "default or scale_shift")
+        require(self.class_embed_type is None, "class_embed_type", "null (labels come from num_class_embeds)")
+        require(self.size_px is None or all(map(positive, self.size_px)), "sample_size", "positive")
+        if self.attention_head_dim is not None and self.num_attention_blocks:
+            head_dim = self.attention_head_dim
+            require(all(w >= head_dim for w in widths), "attention_head_dim", f"at most {min(widths)}")
+
+    @property
+    def size_px(self) -> tuple[int, int] | None:
+        """(height, width), or None where the config does not say."""
+        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
+
+    @property
+    def num_attention_blocks(self) -> int:
+        """How many blocks attend, the mid block among them."""
+        named = sum(name.startswith("Attn") for name in self.down_block_types + self.up_block_types)
+        return named + (self.mid_block_type is not None and self.add_attention)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must divide by this: every block but the last halves them."""
+        return 1 << (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
+        """Read a diffusers config.json: `_` keys are dropped, unknown keys warn, a leading UNetRes is stripped."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        defaulted = set(config.get("_use_default_values", ()))
+        values: dict[str, Any] = {}
+        for key, value in config.items():
+            if key.startswith("_") or key in defaulted:
+                continue
+            if key not in known:
+                log.warning("unet config: unknown key %s=%r is ignored", key, value)
+                continue
+            if key in ("down_block_types", "up_block_types") and isinstance(value, (list, tuple)):
+                value = [str(name).removeprefix("UNetRes") for name in value]
+            values[key] = tuple(value) if isinstance(value, list) else value
+        try:
+            return cls(**values)
+        except TypeError as error:  # a value of a type that no comparison above expects
+            raise ValueError(f"unet config: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json of diffusers' UNet2DModel."""
+        return {"_class_name": "UNet2DModel", **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockArgs:
+    """What every block of one net shares."""
+
+    temb_dim: int
+    groups: int
+    eps: float
+    act: str
+    dropout: float
+    scale_shift: bool
+    head_dim: int | None
+
+    def resnet(self, in_channels: int, out_channels: int, **kwargs: Any) -> ResnetBlock:
+        return ResnetBlock(
+            in_channels,
+            out_channels,
+            self.temb_dim,
+            groups=self.groups,
+            eps=self.eps,
+            act=self.act,
+            dropout=self.dropout,
+            scale_shift=self.scale_shift,
+            **kwargs,
+        )
+
+    def attention(self, channels: int) -> Attention:
+        return Attention(channels, self.head_dim or channels, groups=self.groups, eps=self.eps)
+
+
+class DownBlock(nn.Module):
+    """Resnets (each followed by attention in an Attn block), then a downsampler unless this is the last block."""
+
+    def __init__(self, kind: str, config: UNetConfig, args: _BlockArgs, in_channels: int, out: int, last: bool) -> None:
+        super().__init__()
+        layers = config.layers_per_block
+        self.resnets = nn.ModuleList(args.resnet(in_channels if i == 0 else out, out) for i in range(layers))
+        attends = kind == "AttnDownBlock2D"
+        self.attentions = nn.ModuleList(args.attention(out) for _ in range(layers)) if attends else None
+        by_resnet = kind == "ResnetDownsampleBlock2D" or (attends and config.downsample_type == "resnet")
+        self.downsamplers: nn.ModuleList | None = None
+        if not last:
+            down = args.resnet(out, out, down=True) if by_resnet else Downsample(out, config.downsample_padding)
+            self.downsamplers = nn.ModuleList([down])
+
+    def forward(self, h: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(h, act_temb)
+            if self.attentions is not None:
+                h = self.attentions[i](h)
+            skips.append(h)
+        if self.downsamplers is not None:
+            h = _resample(self.downsamplers[0], h, act_temb)
+            skips.append(h)
+        return h, skips
+
+
+class MidBlock(nn.Module):
+    """Resnet, attention, resnet at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig, args: _BlockArgs) -> None:
+        super().__init__()
+        channels, scale = config.block_out_channels[-1], float(config.mid_block_scale_factor)
+        groups = config.attn_norm_num_groups
+        if groups is None and not args.scale_shift:
+            groups = args.groups
+        self.resnets = nn.ModuleList(args.resnet(channels, channels, output_scale_factor=scale) for _ in range(2))
+        self.attentions: nn.ModuleList | None = None
+        if config.add_attention:
+            head_dim = args.head_dim or channels
+            attention = Attention(channels, head_dim, groups=groups, eps=args.eps, output_scale_factor=scale)
+            self.attentions = nn.ModuleList([attention])
+
+    def forward(self, h: Tensor, act_temb: Tensor) -> Tensor:
+        h = self.resnets[0](h, act_temb)
+        if self.attentions is not None:
+            h = self.attentions[0](h)
+        out: Tensor = self.resnets[1](h, act_temb)
+        return out
+
+
+class UpBlock(nn.Module):
+    """One resnet more than the down block, each fed a skip connection, then an upsampler unless this is the last."""
+
+    def __init__(
+        self, kind: str, config: UNetConfig, args: _BlockArgs, prev: int, skip_last: int, out: int, last: bool
+    ) -> None:
+        super().__init__()
+        layers = config.layers_per_block + 1
+        self.resnets = nn.ModuleList()
+        for i in range(layers):
+            h_channels, skip_channels = (prev if i == 0 else out), (skip_last if i == layers - 1 else out)
+            self.resnets.append(args.resnet(h_channels + skip_channels, out))
+        attends = kind == "AttnUpBlock2D"
+        self.attentions = nn.ModuleList(args.attention(out) for _ in range(layers)) if attends else None
+        by_resnet = kind == "ResnetUpsampleBlock2D" or (attends and config.upsample_type == "resnet")
+        self.upsamplers: nn.ModuleList | None = None
+        if not last:
+            self.upsamplers = nn.ModuleList([args.resnet(out, out, up=True) if by_resnet else Upsample(out)])
+
+    def forward(self, h: Tensor, skips: list[Tensor], act_temb: Tensor) -> Tensor:
+        for i, resnet in enumerate(self.resnets):
+            h = resnet(torch.cat([h, skips.pop()], dim=1), act_temb)
+            if self.attentions is not None:
+                h = self.attentions[i](h)
+        if self.upsamplers is not None:
+            h = _resample(self.upsamplers[0], h, act_temb)
+        return h
+
+
+def _resample(module: nn.Module, h: Tensor, act_temb: Tensor) -> Tensor:
+    out: Tensor = module(h, act_temb) if isinstance(module, ResnetBlock) else module(h)
+    return out
+
+
+class UNet2D(nn.Module):
+    """eps_theta(x_t, t, class): x [B, C, H, W], t [B], class_labels [B] (or None) -> [B, out_channels, H, W]."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        temb_dim = config.time_embedding_dim or widths[0] * 4
+        args = _BlockArgs(
+            temb_dim=temb_dim,
+            groups=config.norm_num_groups,
+            eps=config.norm_eps,
+            act=config.act_fn,
+            dropout=config.dropout,
+            scale_shift=config.resnet_time_scale_shift == "scale_shift",
+            head_dim=config.attention_head_dim,
+        )
+        self.act = ACTIVATIONS[config.act_fn]
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_proj: nn.Embedding | None = None
+        if config.time_embedding_type == "learned":
+            self.time_proj = nn.Embedding(config.num_train_timesteps or 0, widths[0])
+        self.time_embedding = TimestepEmbedding(widths[0], temb_dim)
+        self.class_embedding: nn.Embedding | None = None
+        if config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, temb_dim)
+
+        last = len(widths) - 1
+        self.down_blocks = nn.ModuleList(
+            DownBlock(kind, config, args, widths[max(i - 1, 0)], widths[i], last=i == last)
+            for i, kind in enumerate(config.down_block_types)
+        )
+        self.mid_block = MidBlock(config, args) if config.mid_block_type is not None else None
+        up = widths[::-1]
+        self.up_blocks = nn.ModuleList(
+            UpBlock(kind, config, args, up[max(i - 1, 0)], up[min(i + 1, last)], up[i], last=i == last)
+            for i, kind in enumerate(config.up_block_types)
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        config = self.config
+        if config.center_input_sample:
+            x = 2 * x - 1
+        if self.time_proj is not None:
+            embedding = self.time_proj(t)
+        else:
+            embedding = sinusoidal_embedding(
+                t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+            )
+        temb = self.time_embedding(embedding.to(x.dtype))
+        if (self.class_embedding is None) != (class_labels is None):
+            wanted = "needs" if self.class_embedding is not None else "takes no"
+            raise ValueError(f"this U-Net {wanted} class labels (num_class_embeds={config.num_class_embeds})")
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(class_labels)
+        act_temb = self.act(temb)  # every resnet wants it activated: once here, not once in each
+
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.down_blocks:
+            h, block_skips = block(h, act_temb)
+            skips += block_skips
+        if self.mid_block is not None:
+            h = self.mid_block(h, act_temb)
+        for block in self.up_blocks:
+            h = block(h, skips, act_temb)
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return out

@@ -1,0 +1,1 @@
+"""The microservice: HTTP edge, scheduler, engine, worker."""
