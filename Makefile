@@ -1,0 +1,51 @@
+# Two commands do all the set-up: `make serve` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CHECKPOINT ?= checkpoints/fashion-mnist-32
+PORT ?= 8000
+
+.PHONY: serve test lint format train evaluate bench clean
+
+serve: $(VENV)/.installed
+	@echo "Try: curl -X POST 'localhost:$(PORT)/sample?n=8&steps=50&sampler=ddim' -o out.png"
+	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
+
+test: $(VENV)/.installed-test
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+train: $(VENV)/.installed
+	$(BIN)/tminus train --data fashion-mnist --out runs/fashion-mnist-32
+
+evaluate: $(VENV)/.installed
+	$(BIN)/tminus evaluate --checkpoint $(CHECKPOINT)
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m bench
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,58 @@
+"""Puts the parts together: engine, scheduler, admission, worker, encoder, routes. Nothing is global."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from service import problems
+from service.admission import Admission
+from service.encoder import Encoder
+from service.job import Limits
+from service.metrics import Metrics
+from service.middleware import BodyLimit, RequestContext
+from service.routes_sample import sample_routes
+from service.routes_system import system_routes
+from service.scheduler import Scheduler
+from service.worker import RowEngine, Worker
+
+
+def create_app(engine: RowEngine, limits: Limits) -> FastAPI:
+    """Build the application around an engine. The worker runs for as long as the app's lifespan.
+
+    `app.state.worker` is for the entry point, which drains it on SIGTERM.
+    """
+    model = engine.info
+    metrics = Metrics(model)
+    admission = Admission(limits)
+    worker = Worker(engine, Scheduler(limits.max_batch), admission, metrics, max_batch=limits.max_batch)
+    encoder = Encoder(model, metrics.encoded)
+    metrics.watch(
+        rows_active=lambda: worker.rows_active,
+        rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
+        backlog_s=lambda: admission.backlog_s,
+        device_memory_bytes=engine.memory_bytes,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        worker.close()
+        encoder.close()
+
+    app = FastAPI(
+        title="tminus",
+        summary="Samples from a trained denoising diffusion U-Net.",
+        description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
+        version="0.1.0",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.worker = worker
+    app.include_router(sample_routes(worker, encoder, model, limits))
+    app.include_router(system_routes(worker, model, limits, metrics))
+    problems.install(app, metrics)
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
+    app.add_middleware(RequestContext, observe=metrics.requested)
+    return app

@@ -1,0 +1,178 @@
+"""The `tminus` command: serve and sample; train and evaluate are in cli_train. The only place that prints and exits."""
+
+import io
+import logging
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from pydantic import ValidationError
+
+from service.settings import Settings
+
+DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
+MAX_LOCAL_N = 4096
+CHECKPOINT_TYPE = click.Path(file_okay=False, path_type=Path)
+
+
+@click.group(context_settings={"show_default": True, "max_content_width": 120})
+@click.version_option(package_name="tminus")
+def main() -> None:
+    """Serve, sample, train and evaluate denoising diffusion U-Nets."""
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of Settings; left out, its variable or default holds."""
+    for name, field in reversed(Settings.model_fields.items()):
+        flag = f"--{name.replace('_', '-')}"
+        default = f"[default: {field.default}]" if field.default is not None else ""
+        text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
+        command = click.option(flag, name, default=None, help=text, show_default=False)(command)
+    return command
+
+
+@main.command()
+@settings_options
+def serve(**flags: Any) -> None:
+    """Load a checkpoint and serve it over HTTP."""
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        fail(f"--{name.replace('_', '-')} (TMINUS_{name.upper()}): {first['msg']}, got {first['input']!r}")
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    from service.app import create_app
+    from service.job import Limits
+    from service.server import serve as run_server
+
+    engine, max_rows = load_engine(
+        settings.checkpoint, settings.device, settings.threads, settings.max_rows, settings.max_jobs
+    )
+    limits = Limits(
+        max_n=min(settings.max_n, max_rows),
+        max_batch=min(settings.max_batch, max_rows),
+        max_rows=max_rows,
+        max_jobs=settings.max_jobs,
+        max_backlog_s=settings.max_backlog_s,
+        max_body_bytes=settings.max_body_bytes,
+    )
+    info = engine.info
+    logging.getLogger(__name__).info(
+        "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
+        info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
+    )  # fmt: skip
+    run_server(
+        create_app(engine, limits),
+        host=settings.host,
+        port=settings.port,
+        grace_s=settings.grace_s,
+        log_level=settings.log_level,
+    )
+
+
+@main.command()
+@click.option("--url", help="ask this server instead of loading a checkpoint")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=DEFAULT_CHECKPOINT)
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out.png"), help=".png: a sheet; else a folder")
+@click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
+@click.option("--steps", help="denoising steps  [default: T]")
+@click.option("--sampler", help="ddpm or ddim  [default: the checkpoint's]")
+@click.option("--eta", help="noise of ddim, 0..1")
+@click.option("--seed", help="0..2^64-1; drawn if absent")
+@click.option("--index", help="index of the first image")
+@click.option("--class-label", multiple=True, help="number or name; repeat it for one an image")
+@click.option("--guidance", help="classifier-free guidance scale; 1 is off")
+@click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
+@click.option("--batch", type=click.IntRange(2, 4096), default=16, help="places in a forward pass")
+def sample(url: str | None, checkpoint: Path, device: str, out: Path, batch: int, **given: Any) -> None:
+    """Sample images to PNG files, offline or from a server."""
+    parameters = {name: value for name, value in given.items() if value not in (None, ())}
+    if labels := parameters.pop("class_label", None):
+        parameters["class_label"] = list(labels) if len(labels) > 1 else labels[0]
+    sheet = out.suffix.lower() == ".png"
+    files, seed = (
+        _from_server(url, parameters, sheet) if url else _offline(checkpoint, device, batch, parameters, sheet)
+    )
+    folder = out.parent if sheet else out
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (out if sheet else out / name).write_bytes(data)
+    click.echo(f"{out}: {given['n']} image(s), seed {seed}")
+
+
+def _offline(
+    checkpoint: Path, device: str, batch: int, parameters: dict[str, Any], sheet: bool
+) -> tuple[dict[str, bytes], int]:
+    from tqdm import tqdm
+
+    from service.encoder import PNG, ZIP, encode_result
+    from service.errors import ServiceError
+    from service.job import Limits
+    from service.local import sample_locally
+    from service.schemas import SampleRequest
+
+    n = parameters["n"]
+    engine, _ = load_engine(checkpoint, device, None, n, 1)
+    limits = Limits(max_n=n, max_batch=batch, max_rows=n, max_jobs=1, max_backlog_s=float("inf"), max_body_bytes=0)
+    try:
+        spec = SampleRequest.parse(parameters, engine.info, limits).to_spec(engine.info, limits)
+        with tqdm(total=spec.n * spec.steps, unit="row-step", dynamic_ncols=True) as progress:
+            result = sample_locally(engine, spec, batch, progress.update)
+    except (ValueError, ServiceError) as error:
+        fail(str(error))
+    if sheet:
+        return {"sheet": encode_result(PNG, "", spec, result, engine.info)}, spec.seed
+    return _unzip(encode_result(ZIP, "", spec, result, engine.info)), spec.seed
+
+
+def _from_server(url: str, parameters: dict[str, Any], sheet: bool) -> tuple[dict[str, bytes], int]:
+    import httpx
+
+    headers = {"Accept": "image/png" if sheet else "application/zip"}
+    no_limit = httpx.Timeout(None, connect=10)  # a thousand steps take what they take
+    try:
+        response = httpx.post(f"{url.rstrip('/')}/sample", json=parameters, headers=headers, timeout=no_limit)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        fail(f"{url}: {error}")
+    if response.status_code != 200:
+        is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
+        fail(f"{url}: {response.status_code} {response.json()['detail'] if is_problem else response.text[:200]}")
+    seed = int(response.headers["X-Seed"])
+    return {"sheet": response.content} if sheet else _unzip(response.content), seed
+
+
+def _unzip(data: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {Path(name).name: archive.read(name) for name in archive.namelist()}
+
+
+def load_engine(
+    checkpoint: Path, device_name: str, threads: int | None, max_rows: int | None, max_jobs: int
+) -> tuple[Any, int]:
+    """Load a checkpoint into an engine; one clear line and exit code 1 if it cannot be served."""
+    import torch
+
+    from model.checkpoint import CheckpointError, load_checkpoint
+    from service.engine import Engine, choose_device, default_max_rows
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        device = choose_device(device_name)
+        loaded = load_checkpoint(checkpoint)
+    except (CheckpointError, ValueError) as error:
+        fail(str(error))
+    rows = max_rows or default_max_rows(loaded)
+    return Engine(loaded, device, max_rows=rows, max_jobs=max_jobs), rows
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line to stderr and exit with 1."""
+    click.echo(f"tminus: {message}", err=True)
+    sys.exit(1)

@@ -1,0 +1,115 @@
+"""Pixels to bytes: PNG, a contact sheet, zip, JSON. Runs in threads of its own."""
+
+import asyncio
+import base64
+import io
+import json
+import math
+import time
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from service.job import Images, JobResult, ModelInfo, SampleSpec
+
+PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
+MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
+PNG_TEXT_KEY = "tminus"
+
+
+class Encoder:
+    """Owns the encoding threads."""
+
+    def __init__(self, model: ModelInfo, observe: Callable[[str, float], None], threads: int = 2) -> None:
+        self._model, self._observe = model, observe
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tminus-encode")
+
+    async def encode(self, media_type: str, job_id: str, spec: SampleSpec, result: JobResult) -> bytes:
+        """Make the body of a response."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._encode, media_type, job_id, spec, result
+        )
+
+    def close(self) -> None:
+        """Let running encodings finish, and end the threads."""
+        self._pool.shutdown()
+
+    def _encode(self, media_type: str, job_id: str, spec: SampleSpec, result: JobResult) -> bytes:
+        started = time.perf_counter()
+        body = encode_result(media_type, job_id, spec, result, self._model)
+        self._observe(media_type.rpartition("/")[2], time.perf_counter() - started)
+        return body
+
+
+def encode_result(media_type: str, job_id: str, spec: SampleSpec, result: JobResult, model: ModelInfo) -> bytes:
+    """Encode a finished job: one PNG (a sheet where n > 1), a zip of n PNGs, or JSON with base64 PNGs."""
+    if media_type == PNG:
+        return encode_png(contact_sheet(result.images), recipe(spec, model))
+    pngs = [encode_png(image, recipe(one_image(spec, k), model)) for k, image in enumerate(result.images)]
+    if media_type == ZIP:
+        return _zip({f"{spec.index + k:05d}.png": png for k, png in enumerate(pngs)})
+    assert media_type == JSON
+    images = [
+        {
+            "index": spec.index + k,
+            "class_label": label,
+            "class_name": model.class_names[label] if label is not None else None,
+            "png": base64.b64encode(png).decode("ascii"),
+        }
+        for k, (png, label) in enumerate(zip(pngs, spec.class_labels or (None,) * spec.n, strict=True))
+    ]
+    document = {"job_id": job_id, **recipe(spec, model), "images": images}
+    return json.dumps(document).encode()
+
+
+def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
+    """All that is needed to make the same pixels again."""
+    return {"spec": asdict(spec), "weights": model.weights_hash, "fingerprint": model.fingerprint}
+
+
+def one_image(spec: SampleSpec, k: int) -> SampleSpec:
+    """The spec that makes image k of a request alone."""
+    labels = spec.class_labels[k : k + 1] if spec.class_labels is not None else None
+    fields = asdict(spec) | {"n": 1, "index": spec.index + k, "class_labels": labels}
+    return SampleSpec(**fields)
+
+
+def encode_png(pixels: Images, text: dict[str, object] | None = None) -> bytes:
+    """Encode [H, W, C] (C 1 or 3) as PNG, with `text` as JSON in a text chunk."""
+    info = PngImagePlugin.PngInfo()
+    if text is not None:
+        info.add_itxt(PNG_TEXT_KEY, json.dumps(text))
+    out = io.BytesIO()
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    image.save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def contact_sheet(images: Images) -> Images:
+    """Lay [n, H, W, C] out left to right, top to bottom, without gaps: [rows H, columns W, C]; spare cells black."""
+    n, height, width, channels = images.shape
+    columns = sheet_columns(n)
+    rows = math.ceil(n / columns)
+    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
+    cells[:n] = images
+    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, channels)
+
+
+def sheet_columns(n: int) -> int:
+    """The least number of columns from sqrt(n) up that leaves no spare cell, or ceil(sqrt(n)) if that is too wide."""
+    square = math.isqrt(n - 1) + 1
+    exact = next(columns for columns in range(square, n + 1) if n % columns == 0)
+    return exact if exact <= 2 * square else square
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:  # PNGs do not compress twice
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date: the same images, the same zip
+    return out.getvalue()

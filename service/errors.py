@@ -1,0 +1,122 @@
+"""Every way the service refuses or fails, each with its status and stable code. docs/errors.md explains them."""
+
+from typing import Any, ClassVar
+
+
+class ServiceError(Exception):
+    """Rendered as application/problem+json (RFC 9457). `field`, `value` and `bound` say what to change."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(self, detail: str, *, field: str | None = None, value: object = None, bound: str | None = None):
+        super().__init__(detail)
+        self.detail, self.field, self.value, self.bound = detail, field, value, bound
+        self.headers: dict[str, str] = {}
+
+    def problem(self) -> dict[str, Any]:
+        """The members of the problem document."""
+        members: dict[str, Any] = {
+            "type": f"urn:tminus:problem:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "code": self.code,
+            "detail": self.detail,
+        }
+        if self.field is not None:
+            members |= {"field": self.field, "value": _short(self.value)}
+            if self.bound is not None:
+                members["bound"] = self.bound
+        return members
+
+
+class InvalidField(ServiceError):
+    """A parameter has the wrong type, is out of bounds, or does not go with the model or another parameter."""
+
+    status, code, title = 422, "invalid_field", "A parameter is invalid"
+
+    @classmethod
+    def of(cls, field: str, bound: str, value: object) -> "InvalidField":
+        """Say it as the house does: the field, its bound, the value got."""
+        return cls(f"{field} must be {bound}, got {_short(value)!r}", field=field, value=value, bound=bound)
+
+
+class UnknownField(ServiceError):
+    """A parameter that does not exist."""
+
+    status, code, title = 422, "unknown_field", "There is no such parameter"
+
+
+class ConflictingField(ServiceError):
+    """A parameter given twice with different values: in query and body, or repeated."""
+
+    status, code, title = 422, "conflicting_field", "A parameter has two values"
+
+
+class MalformedBody(ServiceError):
+    """The body is not a JSON object."""
+
+    status, code, title = 400, "malformed_body", "The body is not a JSON object"
+
+
+class BodyTooLarge(ServiceError):
+    """The body is over the limit; it was not read to its end."""
+
+    status, code, title = 413, "body_too_large", "The body is too large"
+
+
+class NotAcceptable(ServiceError):
+    """None of the media types the client accepts can be made."""
+
+    status, code, title = 406, "not_acceptable", "No acceptable media type"
+
+
+class Overloaded(ServiceError):
+    """More work is waiting than the server promises to hold; Retry-After says when there will be room."""
+
+    status, code, title = 429, "overloaded", "Too much work is waiting"
+
+    def __init__(self, detail: str, *, retry_after_s: int, field: str, value: object, bound: str):
+        super().__init__(detail, field=field, value=value, bound=bound)
+        self.headers["Retry-After"] = str(retry_after_s)
+
+
+class NotReady(ServiceError):
+    """The first tick has not run yet."""
+
+    status, code, title = 503, "not_ready", "The model is not ready yet"
+
+    def __init__(self) -> None:
+        super().__init__("the server is warming up; try again in a moment")
+        self.headers["Retry-After"] = "1"
+
+
+class Draining(ServiceError):
+    """The server is shutting down: it takes no new work, and work past the grace period is given up."""
+
+    status, code, title = 503, "draining", "The server is shutting down"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; ask another one, or again when it is back")
+        self.headers["Retry-After"] = "5"
+
+
+class EngineFailed(ServiceError):
+    """The forward pass raised; only the jobs of that tick are lost."""
+
+    status, code, title = 500, "engine_failed", "The denoising step failed"
+
+
+class JobCancelled(ServiceError):
+    """The client went away, so there is nobody to read this."""
+
+    status, code, title = 499, "cancelled", "The job was cancelled"
+
+
+def _short(value: object, limit: int = 200) -> object:
+    """Cut what a client sent, so that an error never echoes a megabyte."""
+    if isinstance(value, (bool, float, type(None))) or (isinstance(value, int) and abs(value) < 2**128):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[:limit] + "…"

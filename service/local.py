@@ -1,0 +1,21 @@
+"""Sampling without a server: the same engine and scheduler in this process, one job."""
+
+from collections.abc import Callable
+
+from service.job import JobResult, SampleSpec
+from service.scheduler import Scheduler
+from service.worker import RowEngine
+
+
+def sample_locally(engine: RowEngine, spec: SampleSpec, max_batch: int, on_rows: Callable[[int], object]) -> JobResult:
+    """Run one job to its end; on_rows gets the number of rows after each tick. Raises ValueError as Engine.add does."""
+    scheduler = Scheduler(max_batch)
+    rows = engine.add(spec)
+    scheduler.add("local", rows, spec.steps, spec.places_per_row)
+    while (batch := scheduler.next_batch()) is not None:
+        engine.step(batch)
+        scheduler.advance(batch)
+        on_rows(len(batch.rows))
+    images = engine.images(rows)
+    engine.remove(rows)
+    return JobResult(images, queue_s=0.0, denoise_s=0.0)

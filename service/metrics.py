@@ -1,0 +1,125 @@
+"""The Prometheus metrics, in base units, prefix tminus_. One registry an app: no globals."""
+
+import math
+from collections.abc import Callable, Mapping
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+from service.job import ModelInfo
+
+TICK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+ENCODE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+BATCH_BUCKETS = tuple(float(2**i) for i in range(11))
+
+
+class Metrics:
+    """Owns the registry. Methods are named for what happened; they may be called from any thread."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"tminus_{name}", text, labels, buckets=(*buckets, math.inf), registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"tminus_{name}", text, labels, registry=registry)
+
+        self._step = histogram("step_duration_seconds", "One tick: forward pass and update", TICK_BUCKETS)
+        self._batch = histogram("batch_rows", "Places in a tick; a guided row takes two", BATCH_BUCKETS)
+        self._row_steps = counter("row_steps_total", "Steps taken, of one row each", "sampler")
+        self._request = histogram(
+            "request_duration_seconds",
+            "From the request's head to the response's end",
+            REQUEST_BUCKETS,
+            "route",
+            "status",
+        )
+        self._queue = histogram("queue_wait_seconds", "From acceptance to the start of the first step", REQUEST_BUCKETS)
+        self._first_step = histogram(
+            "time_to_first_step_seconds", "From acceptance to the end of the first step", REQUEST_BUCKETS
+        )
+        self._images = counter("images_total", "Images finished")
+        self._rejected = counter("rejected_total", "Requests refused, by problem code", "reason")
+        self._cancelled = counter("cancelled_total", "Accepted jobs that were not finished", "reason")
+        self._saved = counter("row_steps_saved_total", "Steps not taken because their job was given up")
+        self._encode = histogram(
+            "encode_duration_seconds", "Pixels to bytes, off the worker's thread", ENCODE_BUCKETS, "kind"
+        )
+        Info("tminus_model", "The model that is loaded", registry=registry).info(
+            {
+                "name": info.name,
+                "weights": info.weights_hash[:16],
+                "parameters": str(info.num_parameters),
+                "fingerprint": info.fingerprint,
+                "device": info.device,
+            }
+        )
+
+    def watch(
+        self,
+        *,
+        rows_active: Callable[[], int],
+        rows_waiting: Callable[[], int],
+        backlog_s: Callable[[], float],
+        device_memory_bytes: Callable[[], int | None],
+    ) -> None:
+        """Add the gauges, which are read when somebody asks."""
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "rows_active": ("Rows in the last tick", rows_active),
+            "rows_waiting": ("Rows accepted that were not in the last tick", rows_waiting),
+            "backlog_seconds": ("Predicted seconds of accepted work", backlog_s),
+            "device_memory_bytes": ("Memory of tensors on the GPU; 0 on a CPU", lambda: device_memory_bytes() or 0),
+        }
+        for name, (text, read) in gauges.items():
+            Gauge(f"tminus_{name}", text, registry=self.registry).set_function(read)
+
+    def ticked(self, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
+        """A tick has run; row_steps by sampler."""
+        self._step.observe(seconds)
+        self._batch.observe(places)
+        for sampler, count in row_steps.items():
+            self._row_steps.labels(sampler).inc(count)
+
+    def job_started(self, *, queue_s: float, first_step_s: float) -> None:
+        """A job has taken its first step."""
+        self._queue.observe(queue_s)
+        self._first_step.observe(first_step_s)
+
+    def job_done(self, images: int) -> None:
+        """A job has all its images."""
+        self._images.inc(images)
+
+    def job_given_up(self, reason: str, row_steps_saved: int) -> None:
+        """An accepted job ended early."""
+        self._cancelled.labels(reason).inc()
+        self._saved.inc(row_steps_saved)
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused with this problem code."""
+        self._rejected.labels(reason).inc()
+
+    def encoded(self, kind: str, seconds: float) -> None:
+        """Images became bytes."""
+        self._encode.labels(kind).observe(seconds)
+
+    def requested(self, route: str, status: int, seconds: float) -> None:
+        """A request was answered."""
+        self._request.labels(route, str(status)).observe(seconds)
+
+    def render(self) -> bytes:
+        """The exposition text."""
+        return generate_latest(self.registry)

@@ -1,0 +1,64 @@
+"""Read a request's parameters: query and JSON body, merged. Types and bounds are the schema's business."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from service.errors import ConflictingField, MalformedBody
+
+LIST_FIELDS = frozenset({"class_label"})
+
+
+def from_query(items: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Turn query items into parameters; class_label may repeat. Raises ConflictingField for anything else that does."""
+    values: dict[str, list[str]] = {}
+    for name, value in items:
+        values.setdefault(name, []).append(value)
+    parameters: dict[str, Any] = {}
+    for name, given in values.items():
+        if len(given) > 1 and name not in LIST_FIELDS:
+            if len(set(given)) > 1:
+                raise ConflictingField(f"{name} is given {len(given)} times in the query", field=name, value=given)
+            given = given[:1]
+        parameters[name] = given if len(given) > 1 else given[0]
+    return parameters
+
+
+def from_body(body: bytes) -> dict[str, Any]:
+    """Parse a JSON object; an empty body has no parameters. Raises MalformedBody."""
+    if not body.strip():
+        return {}
+    try:
+        value = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise MalformedBody(f"the body must be a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise MalformedBody(f"the body must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def merge(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+    """Join the two. Raises ConflictingField where both give a field and differ."""
+    for name in query.keys() & body.keys():
+        if not _same(query[name], body[name]):
+            raise ConflictingField(
+                f"{name} is {query[name]!r} in the query and {body[name]!r} in the body", field=name, value=query[name]
+            )
+    return query | body
+
+
+def _same(query_value: Any, body_value: Any) -> bool:
+    if isinstance(query_value, list) or isinstance(body_value, list):
+        both = [v if isinstance(v, list) else [v] for v in (query_value, body_value)]
+        return len(both[0]) == len(both[1]) and all(map(_same, *both))
+    text = body_value if isinstance(body_value, str) else json.dumps(body_value)
+    if query_value == text:
+        return True
+    try:  # 2 and 2.0 are one guidance
+        return float(query_value) == float(text)
+    except ValueError:
+        return False
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

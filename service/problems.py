@@ -1,0 +1,50 @@
+"""Every error as application/problem+json: the service's own, the framework's, and the ones nobody foresaw."""
+
+import json
+import logging
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from service.errors import ServiceError
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+PROBLEM_JSON = "application/problem+json"
+
+
+def render(error: ServiceError) -> Response:
+    """The response for an error of ours."""
+    body = json.dumps(error.problem(), ensure_ascii=False)
+    return Response(body, error.status, error.headers, media_type=PROBLEM_JSON)
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Add the handlers to an app."""
+
+    async def on_service_error(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, ServiceError)
+        metrics.rejected(error.code)
+        return render(error)
+
+    async def on_http_exception(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = HTTPStatus(error.status_code).name.lower()
+        problem = {
+            "type": f"urn:tminus:problem:{code}",
+            "title": HTTPStatus(error.status_code).phrase,
+            "status": error.status_code,
+            "code": code,
+            "detail": str(error.detail),
+        }
+        return Response(json.dumps(problem), error.status_code, error.headers, media_type=PROBLEM_JSON)
+
+    async def on_surprise(_request: Request, error: Exception) -> Response:
+        log.error("unhandled error", exc_info=error)
+        return render(ServiceError("something went wrong on the server; its log has the details"))
+
+    app.add_exception_handler(ServiceError, on_service_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_surprise)

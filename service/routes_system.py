@@ -1,0 +1,42 @@
+"""GET /model, /healthz, /readyz and /metrics: what is loaded, and how it is doing."""
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from service import problems
+from service.errors import Draining, NotReady, ServiceError
+from service.job import Limits, ModelInfo
+from service.metrics import Metrics
+from service.worker import Worker
+
+
+def system_routes(worker: Worker, model: ModelInfo, limits: Limits, metrics: Metrics) -> APIRouter:
+    """Make the routes."""
+    router = APIRouter(tags=["system"])
+
+    @router.get("/model", summary="What is loaded, and the limits")
+    async def get_model() -> dict[str, Any]:
+        return {**asdict(model), "limits": asdict(limits)}
+
+    @router.get("/healthz", summary="Liveness: the process answers and its worker runs", response_class=JSONResponse)
+    async def healthz() -> Response:
+        if not worker.alive:
+            return problems.render(ServiceError("the worker has stopped; its log says why"))
+        return JSONResponse({"status": "alive"})
+
+    @router.get("/readyz", summary="Readiness: a tick has run and work is taken", response_class=JSONResponse)
+    async def readyz() -> Response:
+        # Rendered, not raised: a probe that is told to wait is no rejected request.
+        if worker.draining or not worker.alive:
+            return problems.render(Draining())
+        return JSONResponse({"status": "ready"}) if worker.ready else problems.render(NotReady())
+
+    @router.get("/metrics", summary="Prometheus", response_class=Response)
+    async def get_metrics() -> Response:
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    return router

@@ -1,0 +1,134 @@
+"""What clients send and get, as pydantic models. Pydantic stays here: `to_spec` is the one crossing."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import InvalidField, UnknownField
+from service.job import Limits, ModelInfo, SampleSpec
+
+MAX_SEED = 2**64 - 1
+MAX_INDEX = 2**32 - 1
+MAX_GUIDANCE = 50.0
+SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
+
+
+class SampleRequest(BaseModel):
+    """The parameters of a sampling request, in query or JSON body. GET /model tells the bounds that vary by model."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    n: int = Field(1, description="how many images, 1..64 unless the server says otherwise")
+    steps: int | None = Field(None, description="denoising steps, 1..T; default T")
+    sampler: str | None = Field(None, description="ddpm or ddim; default: the checkpoint's own")
+    eta: float | None = Field(None, description="noise of ddim, 0..1; default 0")
+    seed: int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
+    index: int = Field(0, description="index of the first image: image k of a request is made alone with index=k, n=1")
+    class_label: int | str | list[int | str | None] | None = Field(
+        None, description="a class by number or name, one for all images or a list of n; absent: no class"
+    )
+    guidance: float = Field(1.0, description="classifier-free guidance scale, 0..50; 1 is off")
+    clip: bool | None = Field(
+        None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
+    )
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
+        """Check names and types. Raises InvalidField or UnknownField for the first thing wrong."""
+        try:
+            return cls.model_validate(dict(parameters))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = str(first["loc"][0])
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(cls.model_fields)
+                detail = f"there is no parameter {field!r}; known: {known}"
+                raise UnknownField(detail, field=field, value=parameters[field], bound=f"one of {known}") from None
+            raise InvalidField.of(field, _bounds(model, limits)[field], parameters[field]) from None
+
+    def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
+        """Check the values against the model and the limits, and fill in what was left out. Raises InvalidField."""
+        bounds = _bounds(model, limits)
+
+        def require(ok: bool, field: str, value: object) -> None:
+            if not ok:
+                raise InvalidField.of(field, bounds[field], value)
+
+        steps = model.num_timesteps if self.steps is None else self.steps
+        sampler = self.sampler or model.default_sampler
+        eta = self.eta or 0.0
+        seed = draw(SEED_BITS) if self.seed is None else self.seed
+        require(1 <= self.n <= limits.max_n, "n", self.n)
+        require(1 <= steps <= model.num_timesteps, "steps", steps)
+        require(sampler in model.samplers, "sampler", sampler)
+        require(0 <= eta <= 1, "eta", eta)
+        if self.eta is not None and sampler != "ddim":
+            raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)
+        require(0 <= seed <= MAX_SEED, "seed", seed)
+        require(0 <= self.index <= MAX_INDEX + 1 - self.n, "index", self.index)
+        require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", self.guidance)
+        labels = self._class_labels(model, bounds["class_label"])
+        if self.guidance != 1.0:
+            self._check_guidance(model, labels)
+        return SampleSpec(
+            n=self.n,
+            steps=steps,
+            sampler=sampler,
+            eta=eta,
+            seed=seed,
+            index=self.index,
+            class_labels=labels,
+            guidance=self.guidance,
+            clip=model.clip if self.clip is None else self.clip,
+        )
+
+    def _class_labels(self, model: ModelInfo, bound: str) -> tuple[int | None, ...] | None:
+        given = self.class_label
+        if not model.conditional:
+            if given is not None:
+                raise InvalidField.of("class_label", "absent: this model has no classes", given)
+            return None
+        if isinstance(given, list) and len(given) != self.n:
+            wanted = f"one class or a list of n={self.n}"
+            detail = f"class_label must be {wanted}, got a list of {len(given)}"
+            raise InvalidField(detail, field="class_label", value=given, bound=wanted)
+        each = given if isinstance(given, list) else [given] * self.n
+        labels = tuple(_class_number(label, model.class_names, bound) for label in each)
+        if model.null_class is None and None in labels:
+            raise InvalidField.of("class_label", f"given, {bound}", given)
+        return labels
+
+    def _check_guidance(self, model: ModelInfo, labels: tuple[int | None, ...] | None) -> None:
+        if labels is None or model.null_class is None:
+            what = "has no classes" if labels is None else "has no null class"
+            raise InvalidField.of("guidance", f"1 (off): this model {what}", self.guidance)
+        if None in labels:
+            raise InvalidField.of("guidance", "1 (off) where an image has no class_label", self.guidance)
+
+
+def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
+    """What each parameter must be, in words."""
+    return {
+        "n": f"an integer in 1..{limits.max_n}",
+        "steps": f"an integer in 1..{model.num_timesteps}",
+        "sampler": f"one of {', '.join(model.samplers)}",
+        "eta": "a number in 0..1",
+        "seed": f"an integer in 0..{MAX_SEED}",
+        "index": f"an integer in 0..{MAX_INDEX} less n - 1",
+        "class_label": f"a class or a list of them: 0..{len(model.class_names) - 1} or {', '.join(model.class_names)}",
+        "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
+        "clip": "true or false",
+    }
+
+
+def _class_number(label: int | str | None, names: tuple[str, ...], bound: str) -> int | None:
+    if label is None:
+        return None
+    if isinstance(label, str) and label in names:
+        return names.index(label)
+    number = int(label) if isinstance(label, int) or (label.isdecimal() and len(label) < 10) else -1
+    if not 0 <= number < len(names):
+        raise InvalidField.of("class_label", bound, label)
+    return number
