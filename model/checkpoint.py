@@ -137,21 +137,25 @@ def hash_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def _weight_files(unet_folder: Path) -> list[Path]:
-    """The files to read, in diffusers' order of preference: whole before shards, safetensors before .bin."""
-    for suffix in ("safetensors", "bin"):
-        whole = unet_folder / f"{WEIGHTS_NAME}.{suffix}"
-        if whole.is_file():
-            return [whole]
-        index = unet_folder / f"{WEIGHTS_NAME}.{suffix}.index.json"
-        if index.is_file():
-            names = _read_json(index).get("weight_map", {})
-            if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-                raise CheckpointError(f"{index}: weight_map must map keys to file names in the same folder")
-            return [unet_folder / name for name in sorted(set(names.values()))]
-    for variant in sorted(unet_folder.glob(f"{WEIGHTS_NAME}.*.safetensors")):
-        if "-of-" not in variant.name:  # a shard whose index is missing is no whole file
-            return [variant]
+    """The files to read, in diffusers' order of preference: safetensors before .bin, whole before shards.
+
+    A variant (fp16, non_ema) is read only where there are no plain weights.
+    """
+    for variant in ("", ".*"):
+        for suffix in ("safetensors", "bin"):
+            whole = sorted(unet_folder.glob(f"{WEIGHTS_NAME}{variant}.{suffix}"))
+            if whole := [file for file in whole if "-of-" not in file.name]:  # a shard is no whole file
+                return whole[:1]
+            if indexes := sorted(unet_folder.glob(f"{WEIGHTS_NAME}.{suffix}.index{variant}.json")):
+                return _shards(indexes[0])
     raise CheckpointError(f"{unet_folder}: no {WEIGHTS_NAME}.safetensors or .bin in it")
+
+
+def _shards(index: Path) -> list[Path]:
+    names = _read_json(index).get("weight_map", {})
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise CheckpointError(f"{index}: weight_map must map keys to file names in the same folder")
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -202,6 +206,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file}: not JSON ({error})") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{file}: not JSON that can be read, it is nested too deeply") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: must hold a JSON object")
     return value

@@ -1,7 +1,9 @@
 """Training images: Fashion-MNIST's IDX files, or a folder of pictures. Held in memory as uint8 [N, C, H, W]."""
 
 import gzip
+import math
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,14 +63,14 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         with gzip.open(path, "rb") as file:
             data = file.read()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: {error}") from error
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
         raise DataError(f"{path}: not an IDX file of unsigned bytes")
     ndim = data[3]
     shape = tuple(int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(ndim))
-    body = np.frombuffer(data, np.uint8, offset=4 + 4 * ndim)
-    if body.size != int(np.prod(shape)):
+    body = np.frombuffer(data[4 + 4 * ndim :], np.uint8)
+    if body.size != math.prod(shape):
         raise DataError(f"{path}: {body.size} bytes where its header says {shape}")
     return body.reshape(shape)
 

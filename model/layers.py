@@ -100,7 +100,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the pixels of x [B, C, H, W], with a residual connection.
 
-    `groups=None` leaves out the group norm (the mid block of a scale_shift net). head_dim wider than C means one head.
+    `groups=None` leaves out the group norm (the mid block of a scale_shift net). There are C // head_dim heads.
     """
 
     def __init__(

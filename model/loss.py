@@ -1,10 +1,22 @@
 """The training objective L_simple, and the variational bound it stands for."""
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.noise import NoiseSchedule
+from model.noise import NoiseConfig, NoiseSchedule, gather
+from model.rng import philox, row_noise, split_seed
+from model.samplers import x0_coefficients
+
+HALF_BIN = 1 / 255  # pixel values lie 2/255 apart on [-1, 1]
+EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin is open to infinity
+MIN_PROBABILITY = 1e-12
+_PICK = 1  # philox's last counter word for the choice of timesteps; row_noise leaves it 0, so the two never meet
 
 
 def training_target(schedule: NoiseSchedule, prediction_type: str, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -21,3 +33,126 @@ def training_target(schedule: NoiseSchedule, prediction_type: str, x_0: Tensor, 
 def l_simple(out: Tensor, target: Tensor) -> Tensor:
     """L_simple, the unweighted squared error of the prediction (Ho et al. 2020, eq. 14), in float32."""
     return F.mse_loss(out.to(torch.float32), target)
+
+
+@dataclass(frozen=True, slots=True)
+class VariationalBound:
+    """-log p(x_0) <= L_T + sum of L_{t-1} + L_0 (Ho et al. 2020, eq. 5): each [B] float64, in bits per dimension."""
+
+    L_T: Tensor
+    """How far x_T is from the prior: D_KL(q(x_T|x_0) || N(0, I)). Nothing to learn."""
+    L_steps: Tensor
+    """The sum over t > 1 of L_{t-1} = D_KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))."""
+    L_0: Tensor
+    """-log p(x_0|x_1), the discretised decoder."""
+
+    @property
+    def total(self) -> Tensor:
+        """The bound itself [B]."""
+        return self.L_T + self.L_steps + self.L_0
+
+
+@torch.no_grad()
+def variational_bound(
+    net: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    noise: NoiseConfig,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    class_labels: Tensor | None = None,
+    *,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    timesteps: int | None = None,
+) -> VariationalBound:
+    """Estimate the bound for x_0 [B, C, H, W] in [-1, 1], by one sample of x_t for each term.
+
+    timesteps=None takes every L_{t-1}: T passes. timesteps=S takes S + 1 passes: the T - 1 terms are cut into S runs of
+    equal length (to within one), one term is drawn uniformly from each run and counts for the run's length, so that the
+    mean over seeds is the full sum. Each image draws its own terms.
+
+    All that is random in an image is a function of (seed, its index, t): x_t's noise is draw t of `row_noise`. The
+    network runs in x_0's dtype, all else in float64. Raises ValueError unless 1 <= timesteps <= T - 1.
+    """
+    device, last = x_0.device, schedule.num_timesteps - 1
+    if timesteps is not None and not 1 <= timesteps <= last:
+        raise ValueError(f"timesteps must be 1..{last}, got {timesteps}")
+    index = torch.tensor(range(len(x_0)) if indices is None else indices, dtype=torch.int64, device=device)
+    seed_words = torch.tensor(split_seed(seed), device=device).expand(len(x_0), 2)
+
+    x_0_exact = x_0.to(torch.float64)
+    p, q = x0_coefficients(noise.prediction_type, schedule.alpha_bar)
+    bound = noise.clip_sample_range if noise.clip_sample else math.inf
+
+    def predict_x0(t: Tensor) -> Tensor:
+        eps = row_noise(seed_words, index, t, x_0.shape[1:]).to(torch.float64)
+        x_t = schedule.q_sample(x_0_exact, t, eps).to(x_0.dtype)
+        out = net(x_t, t, class_labels).to(torch.float64)
+        x_t = x_t.to(torch.float64)
+        return (gather(p, t, x_t) * x_t + gather(q, t, x_t) * out).clamp(-bound, bound)
+
+    variance = model_variance(noise, schedule)
+    coef_x0, _, posterior_variance = schedule.posterior()
+
+    def step_kl(t: Tensor) -> Tensor:
+        # Both means hold the same coef_xt x_t, so only the predictions of x_0 part them.
+        difference = gather(coef_x0, t, x_0_exact) * (x_0_exact - predict_x0(t))
+        kl = gaussian_kl(difference, gather(posterior_variance, t, difference), gather(variance, t, difference))
+        return _bits_per_dim(kl)
+
+    steps = torch.zeros(len(x_0), dtype=torch.float64, device=device)
+    for low, high in _runs(last, timesteps or last):
+        t = torch.full_like(index, low)
+        if high - low > 1:
+            word = philox((t, torch.zeros_like(t), index, torch.full_like(t, _PICK)), seed_words.unbind(1))[0]
+            t = low + (word * (high - low) >> 32)
+        steps += (high - low) * step_kl(t)
+
+    first = torch.zeros_like(index)
+    decoder = -discretized_log_likelihood(x_0_exact, predict_x0(first), gather(variance, first, x_0_exact))
+    return VariationalBound(prior_kl(schedule, x_0), steps, _bits_per_dim(decoder))
+
+
+def prior_kl(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
+    """L_T = D_KL(q(x_T|x_0) || N(0, I)) [B] in bits/dim, of x_0 [B, C, H, W] in [-1, 1]."""
+    alpha_bar = schedule.alpha_bar[-1]
+    mean = alpha_bar.sqrt().item() * x_0.to(torch.float64)
+    one = torch.ones((), dtype=torch.float64, device=x_0.device)
+    return _bits_per_dim(gaussian_kl(mean, one * (1 - alpha_bar).item(), one))
+
+
+def model_variance(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
+    """sigma_t^2 of p(x_{t-1}|x_t) [T] in float64: beta~_t (fixed_small) or beta_t (fixed_large).
+
+    At t = 0 both take beta~ of t = 1, as Ho et al.'s own code: beta~ is zero there, and beta decodes worse.
+    """
+    posterior_variance = schedule.posterior()[2]
+    variance = (schedule.betas if noise.variance_type == "fixed_large" else posterior_variance).clone()
+    variance[0] = posterior_variance[1] if len(variance) > 1 else schedule.betas[0]
+    return variance
+
+
+def gaussian_kl(mean_difference: Tensor, variance_q: Tensor, variance_p: Tensor) -> Tensor:
+    """D_KL(N(m + d, v_q) || N(m, v_p)) of each element, in nats."""
+    ratio = variance_q / variance_p
+    return 0.5 * (ratio - 1 - ratio.log() + mean_difference**2 / variance_p)
+
+
+def discretized_log_likelihood(x_0: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """log of N(mean, variance)'s mass in the bin of each pixel value (Ho et al. 2020, eq. 13), in nats.
+
+    x_0 [B, C, H, W] float64, one of the 256 values k / 127.5 - 1. The outermost bins reach to infinity.
+    """
+    std = variance.sqrt()
+    below = torch.special.ndtr((x_0 - HALF_BIN - mean) / std).masked_fill(x_0 < -EDGE, 0.0)
+    up_to = torch.special.ndtr((x_0 + HALF_BIN - mean) / std).masked_fill(x_0 > EDGE, 1.0)
+    log_probability: Tensor = (up_to - below).clamp(min=MIN_PROBABILITY).log()
+    return log_probability
+
+
+def _runs(last: int, count: int) -> list[tuple[int, int]]:
+    """Cut the timesteps 1..last into `count` half-open runs of equal length, to within one."""
+    return list(pairwise(1 + last * i // max(count, 1) for i in range(count + 1)))  # none where T = 1
+
+
+def _bits_per_dim(nats: Tensor) -> Tensor:
+    return nats.flatten(1).mean(1) / math.log(2)

@@ -151,8 +151,11 @@ class NoiseConfig:
         require(self.clip_sample_range > 0, "clip_sample_range", "positive")
         require(0 <= self.steps_offset < steps, "steps_offset", f"0..{steps - 1}")
         require(0 < self.beta_start <= self.beta_end < 1, "beta_start", f"above 0, at most beta_end {self.beta_end}")
+        if self.rescale_betas_zero_snr:
+            require(self.prediction_type != "epsilon", "prediction_type", "sample or v_prediction with zero-SNR betas")
         if self.trained_betas is not None:
             require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
+            require(all(0 < beta <= 1 for beta in self.trained_betas), "trained_betas", "numbers in (0, 1]")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "NoiseConfig":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,9 @@ class UNetConfig:
         def positive(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
+        def number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
         for field in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
             require(positive(getattr(self, field)), field, "a positive integer")
         for field in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
@@ -92,10 +96,20 @@ class UNetConfig:
         shift_kinds = ("default", "scale_shift")
         require(self.resnet_time_scale_shift in shift_kinds, "resnet_time_scale_shift", "default or scale_shift")
         require(self.class_embed_type is None, "class_embed_type", "null (labels come from num_class_embeds)")
-        require(self.size_px is None or all(map(positive, self.size_px)), "sample_size", "positive")
-        if self.attention_head_dim is not None and self.num_attention_blocks:
-            head_dim = self.attention_head_dim
-            require(all(w >= head_dim for w in widths), "attention_head_dim", f"at most {min(widths)}")
+        sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
+        sized = self.sample_size is None or (len(sizes) == 2 and all(map(positive, sizes)))
+        require(sized, "sample_size", "a positive integer, two of them (height, width) or null")
+        narrowest = min(self._attending_widths, default=None)
+        if self.attention_head_dim is not None and narrowest is not None:
+            require(self.attention_head_dim <= narrowest, "attention_head_dim", f"at most {narrowest}")
+        if self.attn_norm_num_groups is not None:
+            require(widths[-1] % self.attn_norm_num_groups == 0, "attn_norm_num_groups", f"a divisor of {widths[-1]}")
+        require(number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
+        require(number(self.norm_eps) and self.norm_eps > 0, "norm_eps", "a positive number")
+        scale = self.mid_block_scale_factor
+        require(number(scale) and scale > 0, "mid_block_scale_factor", "a positive number")
+        half = widths[0] // 2
+        require(number(self.freq_shift) and self.freq_shift < half, "freq_shift", f"a number below {half}")
 
     @property
     def size_px(self) -> tuple[int, int] | None:
@@ -103,10 +117,11 @@ class UNetConfig:
         return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
 
     @property
-    def num_attention_blocks(self) -> int:
-        """How many blocks attend, the mid block among them."""
-        named = sum(name.startswith("Attn") for name in self.down_block_types + self.up_block_types)
-        return named + (self.mid_block_type is not None and self.add_attention)
+    def _attending_widths(self) -> list[int]:
+        widths = self.block_out_channels
+        named = zip(self.down_block_types + self.up_block_types, widths + widths[::-1], strict=True)
+        mid = widths[-1:] if self.mid_block_type is not None and self.add_attention else ()
+        return [width for name, width in named if name.startswith("Attn")] + list(mid)
 
     @property
     def size_multiple(self) -> int:

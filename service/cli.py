@@ -48,8 +48,13 @@ def serve(**flags: Any) -> None:
 
     from service.app import create_app
     from service.job import Limits
+    from service.server import bind
     from service.server import serve as run_server
 
+    try:
+        listener = bind(settings.host, settings.port)
+    except (OSError, UnicodeError) as error:
+        fail(f"cannot listen on {settings.host}:{settings.port}: {error}")
     engine, max_rows = load_engine(
         settings.checkpoint, settings.device, settings.threads, settings.max_rows, settings.max_jobs
     )
@@ -68,8 +73,7 @@ def serve(**flags: Any) -> None:
     )  # fmt: skip
     run_server(
         create_app(engine, limits),
-        host=settings.host,
-        port=settings.port,
+        listener,
         grace_s=settings.grace_s,
         log_level=settings.log_level,
     )

@@ -40,7 +40,7 @@ def choose_device(name: str) -> torch.device:
 def default_max_rows(checkpoint: Checkpoint) -> int:
     """How many rows' state (x and x0, float32) fits the latent budget."""
     row_bytes = 2 * 4 * checkpoint.net.config.in_channels * checkpoint.size_px[0] * checkpoint.size_px[1]
-    return max(1, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
+    return max(2, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
 
 
 class Engine:

@@ -9,6 +9,7 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Internal error"
+    refusal: ClassVar[bool] = True  # counted in tminus_rejected_total; a failure of ours is not
 
     def __init__(self, detail: str, *, field: str | None = None, value: object = None, bound: str | None = None):
         super().__init__(detail)
@@ -65,6 +66,11 @@ class BodyTooLarge(ServiceError):
 
     status, code, title = 413, "body_too_large", "The body is too large"
 
+    def __init__(self, received: int, limit: int):
+        bound = f"at most {limit} bytes"
+        super().__init__(f"body must be {bound}, got {received} or more", field="body", value=received, bound=bound)
+        self.headers["Connection"] = "close"  # or the rest would still be read, only to be thrown away
+
 
 class NotAcceptable(ServiceError):
     """None of the media types the client accepts can be made."""
@@ -106,12 +112,14 @@ class EngineFailed(ServiceError):
     """The forward pass raised; only the jobs of that tick are lost."""
 
     status, code, title = 500, "engine_failed", "The denoising step failed"
+    refusal = False
 
 
 class JobCancelled(ServiceError):
     """The client went away, so there is nobody to read this."""
 
     status, code, title = 499, "cancelled", "The job was cancelled"
+    refusal = False
 
 
 def _short(value: object, limit: int = 200) -> object:

@@ -56,10 +56,7 @@ class BodyLimit:
 
         def check(size: int) -> None:
             if size > self._max_bytes:
-                bound = f"at most {self._max_bytes} bytes"
-                raise BodyTooLarge(
-                    f"the body must be {bound}, got {size} or more", field="body", value=size, bound=bound
-                )
+                raise BodyTooLarge(size, self._max_bytes)
 
         async def bounded_receive() -> Message:
             nonlocal received

@@ -26,7 +26,8 @@ def install(app: FastAPI, metrics: Metrics) -> None:
 
     async def on_service_error(_request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
-        metrics.rejected(error.code)
+        if error.refusal:
+            metrics.rejected(error.code)
         return render(error)
 
     async def on_http_exception(_request: Request, error: Exception) -> Response:

@@ -1,6 +1,8 @@
 """Runs the app under uvicorn: drain on SIGTERM, finish what runs within the grace period, exit 0."""
 
+import logging
 import signal
+import socket
 import threading
 from types import FrameType
 
@@ -8,6 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.worker import Worker
+
+log = logging.getLogger(__name__)
 
 ANSWER_S = 5.0  # after the grace period, for the refusals of given-up work to reach their clients
 
@@ -29,21 +33,33 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(app: FastAPI, *, host: str, port: int, grace_s: float, log_level: str) -> None:
-    """Serve until SIGTERM or SIGINT. Raises SystemExit where the address cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """Take the address, before anything slow is done. Raises OSError where it cannot be had."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: str) -> None:
+    """Serve until SIGTERM or SIGINT."""
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         log_level=log_level,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(grace_s + ANSWER_S),
-        limit_concurrency=None,
-        h11_max_incomplete_event_size=64 * 1024,
     )
     # uvicorn raises the signal again when it is done; being asked to stop and having stopped is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: None)
-    Server(config, app.state.worker, grace_s).run()
+    listener.listen(config.backlog)  # from here on a client is kept waiting, not refused
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    Server(config, app.state.worker, grace_s).run([listener])

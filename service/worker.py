@@ -146,14 +146,15 @@ class Worker:
                 batch = self._scheduler.next_batch()
                 if batch is not None and not self._closed.is_set():
                     self._tick(batch)
+            failure: ServiceError = Draining()
         except Exception:
             log.exception("the worker stopped")
-        finally:
-            with self._gate:
-                self._closed.set()
-            self._take_commands(wait=False)
-            for job_id in list(self._jobs):
-                self._give_up(job_id, Draining(), "shutdown")
+            failure = EngineFailed("the worker stopped; the server's log says why")
+        with self._gate:
+            self._closed.set()
+        self._take_commands(wait=False)
+        for job_id in list(self._jobs):
+            self._give_up(job_id, failure, failure.code)
 
     def _warm_up(self) -> None:
         """Run a few full ticks, so that the first request finds warm code and admission knows what a place costs."""

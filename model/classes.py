@@ -1,0 +1,49 @@
+"""Which class an image or a sample has: a checkpoint's classes and a data set's are matched by name, not by number."""
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.data import ImageSet
+
+
+def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | None:
+    """The number in `class_names` of each class of the checkpoint, int64 [K]; None where the names differ."""
+    names = checkpoint.labels.class_names
+    if not names or sorted(names) != sorted(class_names):
+        return None
+    return torch.tensor([class_names.index(name) for name in names])
+
+
+def sample_classes(checkpoint: Checkpoint, num_samples: int) -> Tensor | None:
+    """The class asked of each sample, int64 [num_samples], taking turns; None for an unconditional checkpoint."""
+    if checkpoint.net.class_embedding is None:
+        return None
+    return torch.arange(num_samples) % checkpoint.labels.num_classes
+
+
+def image_classes(checkpoint: Checkpoint, data: ImageSet) -> Tensor | None:
+    """The checkpoint's own class of each real image, int64 [N]; its null class where the names do not say.
+
+    None where it takes no class. Raises ValueError where it must have one and there is neither.
+    """
+    if checkpoint.net.class_embedding is None:
+        return None
+    to_data = class_map(checkpoint, data.class_names)
+    if data.labels is not None and to_data is not None:
+        return to_data.argsort()[data.labels]
+    if checkpoint.labels.null_class is None:
+        raise ValueError("the checkpoint needs a class, and these images have none that it knows")
+    return torch.full((len(data),), checkpoint.labels.null_class)
+
+
+def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
+    """Pick images at random, classes taking turns as they do among samples: int64 [num_images], or all there are."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed % 2**63))
+    if data.labels is not None:
+        labels = data.labels[order]
+        turn = torch.zeros_like(labels)
+        for k in range(len(data.class_names)):
+            turn[labels == k] = torch.arange(int((labels == k).sum()))
+        order = order[(turn * len(data.class_names) + labels).argsort()]
+    return order[:num_images]

@@ -1,0 +1,244 @@
+"""A small classifier that judges samples: its labels give class accuracy, its penultimate layer the Fréchet distance.
+
+Stored as config.json (the architecture) and classifier.safetensors (the weights; what they were trained on and how well
+they read the test images is in that file's metadata). Never a pickle.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model.checkpoint import hash_weights, write_atomically
+from model.data import ImageSet, to_model_range
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"
+MAX_CONFIG_BYTES = 2**20
+GRID = 4  # the last feature map is pooled to GRID x GRID: what it already is at 32x32
+READ_BATCH = 500
+
+
+class ClassifierError(Exception):
+    """A classifier cannot be trained or loaded; the message names the file or the data and what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierConfig:
+    """The architecture. Raises ValueError, naming the field, for one that cannot be built."""
+
+    channels: int
+    size_px: tuple[int, int]
+    num_classes: int
+    widths: tuple[int, int, int] = (24, 48, 96)
+    feature_dim: int = 96
+
+    def __post_init__(self) -> None:
+        positive = (*self.widths, self.feature_dim, self.num_classes, *self.size_px)
+        if not all(type(value) is int and 1 <= value <= 2**16 for value in positive):
+            raise ValueError(f"classifier config: widths, sizes and counts must be 1..{2**16}, got {positive}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"classifier config: channels must be 1 or 3, got {self.channels!r}")
+        if len(self.size_px) != 2 or any(side % 8 for side in self.size_px):
+            raise ValueError(f"classifier config: size_px must be two multiples of 8, got {self.size_px!r}")
+        if len(self.widths) != 3:
+            raise ValueError(f"classifier config: widths must be three numbers, got {self.widths!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierTraining:
+    """How it is trained: AdamW with one cycle of the learning rate, no augmentation."""
+
+    epochs: int = 6
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    dropout: float = 0.3
+    seed: int = 0
+
+
+class Reading(NamedTuple):
+    """What a classifier says of N images: labels int64 [N], features float32 [N, feature_dim], both on the CPU."""
+
+    labels: Tensor
+    features: Tensor
+
+
+class ClassifierNet(nn.Module):
+    """Three stages of convolution, batch norm, ReLU and pooling; a layer of features; logits."""
+
+    def __init__(self, config: ClassifierConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        widths = (config.channels, *config.widths)
+        stages: list[nn.Module] = []
+        for width_in, width in itertools.pairwise(widths):
+            stages += [nn.Conv2d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
+            stages += [nn.ReLU(), nn.MaxPool2d(2)]
+        self.stages = nn.Sequential(*stages)
+        self.penultimate = nn.Linear(widths[-1] * GRID**2, config.feature_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(config.feature_dim, config.num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] in [-1, 1] -> the penultimate layer's activations [B, feature_dim]."""
+        h = F.adaptive_avg_pool2d(self.stages(x), GRID)
+        return F.relu(self.penultimate(h.flatten(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.dropout(self.features(x)))
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A trained classifier, in eval mode and float32. trained_on: data, seed, epochs and the like, as text."""
+
+    net: ClassifierNet
+    config: ClassifierConfig
+    class_names: tuple[str, ...]
+    test_accuracy: float
+    weights_hash: str
+    trained_on: Mapping[str, str] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def read(self, images: Tensor) -> Reading:
+        """Read uint8 images [N, C, H, W]; raises ValueError for another size than it was trained on."""
+        if tuple(images.shape[1:]) != (self.config.channels, *self.config.size_px):
+            expected = (self.config.channels, *self.config.size_px)
+            raise ValueError(f"the classifier reads images of {expected}, got {tuple(images.shape[1:])}")
+        device = self.net.head.weight.device
+        labels, features = [], []
+        for start in range(0, len(images), READ_BATCH):
+            h = self.net.features(to_model_range(images[start : start + READ_BATCH].to(device)))
+            labels.append(self.net.head(h).argmax(1).cpu())
+            features.append(h.cpu())
+        return Reading(torch.cat(labels), torch.cat(features))
+
+
+def train_classifier(
+    train: ImageSet, test: ImageSet, training: ClassifierTraining, *, device: torch.device, quiet: bool = False
+) -> Classifier:
+    """Train on one split and measure accuracy on the other. The same seed, device and threads give the same weights.
+
+    Raises ClassifierError for data without classes, or splits that differ in classes or image size.
+    """
+    if train.labels is None or test.labels is None:
+        raise ClassifierError(f"{train.name}: a classifier needs labelled images, and these have no classes")
+    if train.class_names != test.class_names or train.images.shape[1:] != test.images.shape[1:]:
+        raise ClassifierError(f"{train.name} and {test.name} differ in classes or image size")
+    channels, height, width = train.images.shape[1:]
+    try:
+        config = ClassifierConfig(channels, (height, width), len(train.class_names))
+    except ValueError as error:
+        raise ClassifierError(f"{train.name}: {error}") from error
+
+    images, labels = train.images.to(device), train.labels.to(device)
+    batches = max(1, len(images) // training.batch_size)  # whole ones, unless there is less than one
+    # Dropout and the initial weights draw from the global generator: fork it, so that the caller's is left alone.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(training.seed)
+        net = ClassifierNet(config, training.dropout).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(
+            net.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, foreach=True
+        )
+        cycle = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=training.learning_rate, total_steps=training.epochs * batches, pct_start=0.25
+        )
+        progress = tqdm(total=training.epochs * batches, unit="step", desc="classifier", disable=quiet)
+        with progress:
+            for _ in range(training.epochs):
+                order = torch.randperm(len(images)).to(device)
+                for k in range(batches):
+                    picked = order[k * training.batch_size : (k + 1) * training.batch_size]
+                    x = to_model_range(images[picked]).to(memory_format=torch.channels_last)
+                    loss = F.cross_entropy(net(x), labels[picked])
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    cycle.step()
+                    progress.update()
+    state = _state(net)
+    net = _assemble(config, state).to(device)  # in the layout a loaded one has, which rounds otherwise
+    trained_on = {"data": train.name, **{k: str(v) for k, v in dataclasses.asdict(training).items()}}
+    classifier = Classifier(net, config, train.class_names, 0.0, hash_weights(state), trained_on)
+    accuracy = (classifier.read(test.images).labels == test.labels).double().mean().item()
+    return dataclasses.replace(classifier, test_accuracy=accuracy)
+
+
+def save_classifier(folder: Path, classifier: Classifier) -> None:
+    """Write config.json and classifier.safetensors into `folder`, each whole or not at all."""
+    metadata = {
+        "format": "pt",
+        "class_names": json.dumps(classifier.class_names),
+        "test_accuracy": repr(classifier.test_accuracy),
+        "trained_on": json.dumps(dict(classifier.trained_on)),
+    }
+    config = json.dumps(dataclasses.asdict(classifier.config), indent=2) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / CONFIG_FILE, lambda path: _write_text(path, config))
+    tensors = _state(classifier.net)
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata=metadata))
+
+
+def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
+    """Load what `save_classifier` wrote. Raises ClassifierError with one clear line for whatever is wrong with it."""
+    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    try:
+        with config_file.open("rb") as file:
+            fields = json.loads(file.read(MAX_CONFIG_BYTES))
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        config = ClassifierConfig(**values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ClassifierError(f"{config_file}: {error}") from error
+    try:
+        with safetensors.safe_open(weights_file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+        class_names = tuple(map(str, json.loads(metadata["class_names"])))
+        test_accuracy = float(metadata["test_accuracy"])
+        trained_on = {str(k): str(v) for k, v in json.loads(metadata["trained_on"]).items()}
+        net = _assemble(config, state).to(device)
+    except KeyError as error:
+        raise ClassifierError(f"{weights_file}: its metadata lacks {error}") from error
+    except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ClassifierError(f"{weights_file}: {' '.join(str(error).split())[:300]}") from error
+    if len(class_names) != config.num_classes:
+        raise ClassifierError(
+            f"{weights_file}: {len(class_names)} class names, but {CONFIG_FILE} says {config.num_classes}"
+        )
+    return Classifier(net, config, class_names, test_accuracy, hash_weights(state), trained_on)
+
+
+def load_or_train_classifier(folder: Path, train: ImageSet, test: ImageSet, *, device: torch.device) -> Classifier:
+    """Load the classifier in `folder`; where there is none, train one on these images and save it there."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return load_classifier(folder, device=device)
+    classifier = train_classifier(train, test, ClassifierTraining(), device=device)
+    save_classifier(folder, classifier)
+    return classifier
+
+
+def _assemble(config: ClassifierConfig, state: Mapping[str, Tensor]) -> ClassifierNet:
+    with torch.device("meta"):  # no initial weights, for which the generator would be drawn from
+        net = ClassifierNet(config)
+    net.load_state_dict(state, assign=True)
+    return net.requires_grad_(False).eval()
+
+
+def _state(net: ClassifierNet) -> dict[str, Tensor]:
+    # clone, for contiguous() keeps the strides of channels_last where there is one channel, and those round otherwise.
+    plain = torch.contiguous_format
+    return {key: value.detach().cpu().clone(memory_format=plain) for key, value in net.state_dict().items()}
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8")

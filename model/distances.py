@@ -1,0 +1,68 @@
+"""Distances between sets of images: Fréchet's between Gaussians, and that to the nearest neighbour."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # 32 MiB of distances
+
+
+class Gaussian(NamedTuple):
+    """mean [D] and covariance [D, D], float64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+def fit_gaussian(features: Tensor) -> Gaussian:
+    """Fit a Gaussian to features [N, D], N >= 2, in float64."""
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs 2 images or more, got {len(features)}")
+    features = features.to(torch.float64)
+    return Gaussian(features.mean(0), features.T.cov())
+
+
+def frechet_distance(one: Gaussian, other: Gaussian) -> float:
+    """The squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982).
+
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2). The product is symmetric, so eigenvalues give its root; those
+    that rounding made negative are zero. Singular covariances (fewer images than features) are no trouble.
+    """
+    values, vectors = torch.linalg.eigh(one.covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ other.covariance @ root
+    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    distance = (one.mean - other.mean).square().sum() + one.covariance.trace() + other.covariance.trace() - 2 * cross
+    return max(0.0, float(distance))
+
+
+class Nearest(NamedTuple):
+    """For each query: the RMS difference to its nearest reference, float64 [N], and that one's number, int64 [N]."""
+
+    rms: Tensor
+    nearest: Tensor
+
+
+@torch.inference_mode()
+def nearest_neighbours(queries: Tensor, references: Tensor) -> Nearest:
+    """Find each query's nearest reference in L2 over pixels; both uint8 [N, C, H, W] on one device.
+
+    rms is per pixel and in the model's range: 0 for a copy, 2 for black against white.
+    """
+    flat_queries, flat_references = queries.flatten(1), references.flatten(1)
+    best = torch.full((len(queries),), torch.inf, device=queries.device)
+    index = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for start in range(0, len(references), REFERENCES_AT_ONCE):
+        b = flat_references[start : start + REFERENCES_AT_ONCE].to(torch.float32)
+        for first in range(0, len(queries), QUERIES_AT_ONCE):
+            part = slice(first, first + QUERIES_AT_ONCE)
+            a = flat_queries[part].to(torch.float32)
+            # |a - b|^2 without |a|^2, which changes nothing about which b is nearest.
+            distance, nearest = (b.square().sum(1) - 2 * a @ b.T).min(1)
+            closer = distance < best[part]
+            best[part] = torch.where(closer, distance, best[part])
+            index[part] = torch.where(closer, nearest + start, index[part])
+    # That expansion rounds; the distance itself is taken exactly, so that a copy is at 0.
+    difference = flat_queries.to(torch.float64) - flat_references[index].to(torch.float64)
+    return Nearest(difference.square().mean(1).sqrt() / 127.5, index)

@@ -1,0 +1,114 @@
+"""Starts the real `tminus serve` as a process, on a free port, with a real checkpoint."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUNDLED = ROOT / "checkpoints" / "fashion-mnist-32"
+START_TIMEOUT_S = 90.0
+
+
+@dataclass
+class RunningServer:
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    url: str = ""
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def client(self, **kwargs: object) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120, **kwargs)  # type: ignore[arg-type]
+
+    def post(self, **kwargs: object) -> httpx.Response:
+        return httpx.post(f"{self.url}/sample", timeout=120, **kwargs)  # type: ignore[arg-type]
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < deadline, f"it did not happen:\n{self.log}"
+
+    def metric(self, name: str) -> float:
+        """The sum over labels of one metric."""
+        text = httpx.get(f"{self.url}/metrics").text
+        return sum(float(m[1]) for m in re.finditer(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
+
+
+def run_cli(*arguments: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "service", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def start_server(*flags: str, **env: str) -> RunningServer:
+    """Start a server and wait until it is ready; its log is kept."""
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    server = RunningServer(process)
+    listening = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            server.lines.append(line)
+            if match := re.search(r"listening on (http://\S+)", line):
+                server.url = match[1]
+                listening.set()
+        process.stdout.close()
+        listening.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    assert listening.wait(START_TIMEOUT_S), "the server did not start to listen"
+    while server.url and time.monotonic() < deadline:
+        if httpx.get(f"{server.url}/readyz").status_code == 200:
+            return server
+    stop_server(server)
+    raise AssertionError(f"the server did not become ready:\n{server.log}")
+
+
+def stop_server(server: RunningServer) -> int:
+    if server.process.poll() is None:
+        server.process.terminate()
+    try:
+        return server.process.wait(60)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        raise
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    """One server on the bundled checkpoint, for every test that does it no harm."""
+    running = start_server("--checkpoint", str(BUNDLED), "--max-body-bytes", "65536")
+    yield running
+    assert stop_server(running) == 0, running.log
+    assert "Traceback" not in running.log, running.log
+
+
+@pytest.fixture
+def own_server() -> Iterator[Callable[..., RunningServer]]:
+    """Starts servers of a test's own, and stops them."""
+    started: list[RunningServer] = []
+
+    def start(*flags: str, **env: str) -> RunningServer:
+        started.append(start_server(*flags, **env))
+        return started[-1]
+
+    yield start
+    for running in started:
+        stop_server(running)

@@ -1,0 +1,164 @@
+"""The server as a process: limits, signals, and checkpoints that cannot be served."""
+
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.e2e.conftest import BUNDLED, RunningServer, run_cli
+
+Start = Callable[..., RunningServer]
+WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
+
+
+def test_too_much_work_is_refused_with_a_time_that_is_right(own_server: Start) -> None:
+    server = own_server("--checkpoint", str(BUNDLED), TMINUS_MAX_BACKLOG_S="2")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: server.post(params={"n": 8, "steps": 100}))
+        server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
+        with server.client() as client:
+            refused = client.post("/sample", params={"n": 8, "steps": 30})
+            assert refused.status_code == 429, refused.text
+            assert refused.json()["code"] == "overloaded"
+            time.sleep(int(refused.headers["Retry-After"]))
+            # Waiting as told is enough, but for a machine that has become slower meanwhile: then once more.
+            again = client.post("/sample", params={"n": 8, "steps": 30})
+            if again.status_code == 429:
+                time.sleep(int(again.headers["Retry-After"]))
+                again = client.post("/sample", params={"n": 8, "steps": 30})
+        assert again.status_code == 200
+        assert running.result(120).status_code == 200
+    assert server.metric("tminus_rejected_total") >= 1
+
+
+def test_sigterm_finishes_what_runs_and_exits_zero(own_server: Start) -> None:
+    server = own_server("--checkpoint", str(BUNDLED))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: server.post(params={"n": 4, "steps": 60}))
+        server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
+        server.process.send_signal(signal.SIGTERM)
+        assert running.result(60).status_code == 200
+    assert server.process.wait(30) == 0, server.log
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/readyz")
+
+
+def test_work_past_the_grace_period_is_given_up_with_an_answer(own_server: Start) -> None:
+    server = own_server("--checkpoint", str(BUNDLED), "--grace-s", "1")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: server.post(params={"n": 64, "steps": 1000}))
+        server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
+        server.process.send_signal(signal.SIGTERM)
+        answer = running.result(30)
+    assert (answer.status_code, answer.json()["code"]) == (503, "draining")
+    assert server.process.wait(30) == 0, server.log
+
+
+def break_missing(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def break_empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def break_truncated(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def break_shapes(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    state["conv_in.weight"] = torch.zeros(32, 3, 3, 3)
+    save_file(state, folder / WEIGHTS)
+
+
+def break_nan(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    state["conv_in.bias"][0] = torch.nan
+    save_file(state, folder / WEIGHTS)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, ...]]:
+        return Path.touch, (Path("/tmp/tminus-pickle-ran"),)  # type: ignore[return-value]
+
+
+def break_pickle(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    torch.save({"conv_in.weight": Payload()}, folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (break_missing, "no such folder"),
+        (break_empty, "empty"),
+        (break_truncated, "truncated"),
+        (break_shapes, "wrong shape of conv_in.weight"),
+        (break_nan, "NaN"),
+        (break_pickle, "never run"),
+    ],
+)
+def test_a_bad_checkpoint_ends_in_one_clear_line(damage: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(BUNDLED, folder)
+    damage(folder)
+    result = run_cli("serve", "--checkpoint", str(folder), "--port", "0")
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert str(tmp_path) in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert not Path("/tmp/tminus-pickle-ran").exists()
+
+
+def test_an_address_in_use_ends_in_a_clear_line(server: RunningServer) -> None:
+    port = server.url.rpartition(":")[2]
+    result = run_cli("serve", "--checkpoint", str(BUNDLED), "--port", port)
+    assert result.returncode == 1
+    assert f":{port}" in result.stderr
+    assert "in use" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_device_that_is_not_there_ends_in_a_clear_line() -> None:
+    result = run_cli("serve", "--checkpoint", str(BUNDLED), "--device", "cuda:99")
+    assert result.returncode == 1
+    assert "cuda:99" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_sample_offline_and_from_the_server_draw_the_same(server: RunningServer, tmp_path: Path) -> None:
+    what = ("-n", "2", "--steps", "5", "--sampler", "ddim", "--seed", "9", "--class-label", "bag", "--guidance", "2")
+    offline = run_cli("sample", "--checkpoint", str(BUNDLED), *what, "--out", str(tmp_path / "offline"))
+    remote = run_cli("sample", "--url", server.url, *what, "--out", str(tmp_path / "remote"))
+    assert offline.returncode == remote.returncode == 0, offline.stderr + remote.stderr
+    names = sorted(file.name for file in (tmp_path / "offline").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "remote").iterdir()) == ["00000.png", "00001.png"]
+    for name in names:
+        with Image.open(tmp_path / "offline" / name) as a, Image.open(tmp_path / "remote" / name) as b:
+            difference = [abs(p - q) for p, q in zip(a.tobytes(), b.tobytes(), strict=True)]
+        assert max(difference) <= 1
+    sheet = run_cli("sample", "--url", server.url, *what, "--out", str(tmp_path / "sheet.png"))
+    assert sheet.returncode == 0
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == (64, 32)
+
+
+def test_sample_says_what_is_wrong(server: RunningServer) -> None:
+    for where in (("--checkpoint", str(BUNDLED)), ("--url", server.url)):
+        result = run_cli("sample", *where, "--steps", "5000")
+        assert result.returncode == 1
+        assert "steps must be an integer in 1..1000" in result.stderr
+    nobody = run_cli("sample", "--url", "http://127.0.0.1:1")
+    assert nobody.returncode == 1
+    assert len(nobody.stderr.splitlines()) == 1

@@ -1,0 +1,250 @@
+"""The real server with the bundled checkpoint, asked by a client we did not write, read back with Pillow."""
+
+import base64
+import io
+import json
+import subprocess
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import RunningServer
+
+QUICK = {"steps": 4, "sampler": "ddim", "seed": 1}
+
+
+def pixels(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as image:
+        image.load()
+        assert image.format == "PNG"
+        return np.asarray(image, np.int16)
+
+
+def test_curl_gets_a_sheet_of_eight_garments(server: RunningServer, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    url = f"{server.url}/sample?n=8&steps=20&sampler=ddim&class_label=trouser&guidance=2"
+    subprocess.run(["curl", "--fail", "--silent", "-X", "POST", url, "-o", str(out)], check=True, timeout=120)
+    sheet = pixels(out.read_bytes())
+    assert sheet.shape == (64, 128)
+    # Trousers of Fashion-MNIST: black at the sides, bright in the middle, in every one of the eight cells.
+    for cell in sheet.reshape(2, 32, 4, 32).swapaxes(1, 2).reshape(8, 32, 32):
+        assert cell[:, :4].mean() < 10
+        assert cell[:, -4:].mean() < 10
+        assert cell[6:26, 10:22].mean() > 60
+
+
+def test_get_serves_an_img_tag(server: RunningServer) -> None:
+    accept = "image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5"
+    with server.client() as client:
+        response = client.get("/sample", params=QUICK, headers={"Accept": accept})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "image/png"
+    assert pixels(response.content).shape == (32, 32)
+
+
+def test_sheet_zip_and_json_hold_the_same_images(server: RunningServer) -> None:
+    body = QUICK | {"n": 3, "class_label": [0, "bag", None]}
+    with server.client() as client:
+        sheet = client.post("/sample", json=body)
+        archive = client.post("/sample", json=body, headers={"Accept": "application/zip"})
+        document = client.post("/sample", json=body, headers={"Accept": "application/json"})
+    in_sheet = pixels(sheet.content).reshape(1, 32, 3, 32).swapaxes(1, 2).reshape(3, 32, 32)
+    with zipfile.ZipFile(io.BytesIO(archive.content)) as files:
+        in_zip = np.stack([pixels(files.read(name)) for name in files.namelist()])
+        assert files.namelist() == ["00000.png", "00001.png", "00002.png"]
+    images = document.json()["images"]
+    in_json = np.stack([pixels(base64.b64decode(image["png"])) for image in images])
+    # The same noise, but other requests ran beside them: within a grey level.
+    np.testing.assert_allclose(in_zip, in_sheet, atol=1)
+    np.testing.assert_allclose(in_json, in_sheet, atol=1)
+    assert [(i["index"], i["class_label"], i["class_name"]) for i in images] == [
+        (0, 0, "t-shirt"),
+        (1, 8, "bag"),
+        (2, None, None),
+    ]
+
+
+def test_the_headers_of_the_contract_are_there(server: RunningServer) -> None:
+    with server.client() as client:
+        response = client.post("/sample", params=QUICK, headers={"X-Request-ID": "mine-1"})
+        drawn = client.post("/sample", params={"steps": 1})
+        model = client.get("/model").json()
+    assert response.headers["X-Request-ID"] == "mine-1"
+    assert response.headers["X-Seed"] == "1"
+    assert response.headers["X-Fingerprint"] == model["fingerprint"]
+    assert len(response.headers["X-Job-ID"]) == 32
+    timing = dict(part.split(";dur=") for part in response.headers["Server-Timing"].split(", "))
+    assert timing.keys() == {"queue", "denoise", "encode"}
+    assert all(float(ms) >= 0 for ms in timing.values())
+    assert drawn.headers["X-Seed"].isdecimal()
+
+
+def test_a_png_alone_says_how_it_was_made(server: RunningServer) -> None:
+    with server.client() as client:
+        response = client.post("/sample", json=QUICK | {"class_label": "coat", "guidance": 2.5})
+        model = client.get("/model").json()
+    with Image.open(io.BytesIO(response.content)) as image:
+        recipe = json.loads(image.text["tminus"])  # type: ignore[attr-defined]
+    assert recipe["weights"] == model["weights_hash"]
+    assert recipe["fingerprint"] == model["fingerprint"]
+    spec = recipe["spec"]
+    assert (spec["n"], spec["steps"], spec["sampler"], spec["seed"]) == (1, 4, "ddim", 1)
+    assert (spec["class_labels"], spec["guidance"]) == ([4], 2.5)
+
+
+def test_image_k_can_be_made_alone(server: RunningServer) -> None:
+    with server.client() as client:
+        together = pixels(client.post("/sample", json=QUICK | {"n": 4}).content)
+        alone = pixels(client.post("/sample", json=QUICK | {"n": 1, "index": 3}).content)
+    np.testing.assert_allclose(together[32:, 32:], alone, atol=1)
+
+
+def mixed_requests() -> list[dict[str, Any]]:
+    names = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot"]
+    return [
+        {
+            "n": 1 + k % 3,
+            "steps": (5, 8, 13, 21)[k % 4],
+            "seed": k,
+            "sampler": ("ddpm", "ddim")[k % 2],
+            **({"eta": 0.5} if k % 4 == 1 else {}),
+            **({"class_label": names[k % 10]} if k % 3 else {}),
+            **({"guidance": 1 + k / 4} if k % 3 == 2 else {}),
+        }
+        for k in range(16)
+    ]
+
+
+def test_sixteen_mixed_clients_at_once_get_what_each_gets_alone(server: RunningServer) -> None:
+    def post(body: dict[str, Any]) -> np.ndarray:
+        with server.client() as client:
+            response = client.post("/sample", json=body)
+        assert response.status_code == 200, response.text
+        return pixels(response.content)
+
+    requests = mixed_requests()
+    ticks, steps = server.metric("tminus_step_duration_seconds_count"), server.metric("tminus_row_steps_total")
+    with ThreadPoolExecutor(len(requests)) as pool:
+        together = list(pool.map(post, requests))
+    ticks = server.metric("tminus_step_duration_seconds_count") - ticks
+    steps = server.metric("tminus_row_steps_total") - steps
+    assert steps == sum(body["n"] * body["steps"] for body in requests)
+    # They shared their ticks: one after the other would have taken the sum of their step counts.
+    assert ticks < 0.6 * sum(body["steps"] for body in requests)
+    for body, beside_others in zip(requests, together, strict=True):
+        np.testing.assert_allclose(post(body), beside_others, atol=1, err_msg=str(body))
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(server: RunningServer) -> None:
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        before = server.metric("tminus_row_steps_total")
+        long = pool.submit(lambda: server.post(params={"n": 8, "steps": 150, "seed": 2}))
+        server.wait_until(lambda: server.metric("tminus_row_steps_total") > before)
+        short = client.post("/sample", params=QUICK)
+        assert short.status_code == 200
+        assert not long.done()
+        assert long.result(120).status_code == 200
+
+
+def test_a_client_that_goes_away_frees_its_rows(server: RunningServer) -> None:
+    cancelled = server.metric("tminus_cancelled_total")
+    with server.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/sample", params={"n": 8, "steps": 1000}, timeout=0.3)
+    server.wait_until(lambda: server.metric("tminus_cancelled_total") > cancelled)
+    assert server.metric("tminus_rows_active") + server.metric("tminus_rows_waiting") == 0
+    assert server.metric("tminus_row_steps_saved_total") > 0
+    assert server.metric("tminus_backlog_seconds") == 0
+
+
+BAD_REQUESTS = [
+    ({"steps": 0}, "steps", "1..1000"),
+    ({"steps": 1001}, "steps", "1..1000"),
+    ({"steps": "ten"}, "steps", "1..1000"),
+    ({"steps": 1e9}, "steps", "1..1000"),
+    ({"n": 0}, "n", "1..64"),
+    ({"n": 65}, "n", "1..64"),
+    ({"n": -1}, "n", "1..64"),
+    ({"sampler": "euler"}, "sampler", "ddpm, ddim"),
+    ({"class_label": "hat"}, "class_label", "ankle-boot"),
+    ({"class_label": 10}, "class_label", "0..9"),
+    ({"class_label": [1, 2]}, "class_label", "list of n=1"),
+    ({"stepz": 5}, "stepz", "steps"),
+    ({"eta": 0.5, "sampler": "ddpm"}, "eta", "ddim"),
+    ({"guidance": 2}, "guidance", "class_label"),
+    ({"guidance": 51, "class_label": 1}, "guidance", "0..50"),
+    ({"seed": -1}, "seed", "0..18446744073709551615"),
+    ({"seed": 2**64}, "seed", "0..18446744073709551615"),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "bound"), BAD_REQUESTS, ids=[str(bad[0]) for bad in BAD_REQUESTS])
+def test_a_bad_parameter_is_refused_with_field_value_and_bound(
+    server: RunningServer, body: dict[str, Any], field: str, bound: str
+) -> None:
+    with server.client() as client:
+        response = client.post("/sample", json=body)
+    problem = response.json()
+    assert response.status_code == problem["status"] == 422
+    assert response.headers["content-type"] == "application/problem+json"
+    assert problem["field"] == field
+    assert bound in problem["bound"]
+    assert field in problem["detail"]
+    value = body[field]
+    assert problem["value"] == value or str(value) in str(problem["value"])
+
+
+def test_a_body_that_is_not_json_is_refused(server: RunningServer) -> None:
+    with server.client() as client:
+        response = client.post("/sample", content=b"steps=5")
+    assert (response.status_code, response.json()["code"]) == (400, "malformed_body")
+
+
+def test_a_hundred_megabytes_are_refused_without_being_read(server: RunningServer, tmp_path: Path) -> None:
+    sent = 0
+
+    def endless() -> Any:
+        nonlocal sent
+        for _ in range(1600):
+            sent += 65536
+            yield bytes(65536)
+
+    with server.client() as client:
+        try:
+            response = client.post("/sample", content=endless())  # chunked: no Content-Length gives it away
+            assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
+        except (httpx.WriteError, httpx.ReadError):
+            pass  # the server hung up while we were still sending, as it may
+    assert sent < 50_000_000
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate(10**8)
+    curl = ["curl", "--silent", "--data-binary", f"@{big}", "--write-out", "%{size_upload}", f"{server.url}/sample"]
+    answer = subprocess.run(curl, capture_output=True, text=True, timeout=60, check=False).stdout
+    problem, _, uploaded = answer.rpartition("}")
+    assert json.loads(problem + "}")["bound"] == "at most 65536 bytes"
+    assert int(uploaded) < 50_000_000
+
+
+def test_an_accept_that_cannot_be_met_is_refused(server: RunningServer) -> None:
+    with server.client() as client:
+        response = client.post("/sample", params=QUICK, headers={"Accept": "image/gif"})
+    assert (response.status_code, response.json()["code"]) == (406, "not_acceptable")
+
+
+def test_the_tables_of_contents_answer(server: RunningServer) -> None:
+    with server.client() as client:
+        model = client.get("/model").json()
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 200
+        assert client.get("/docs").status_code == 200
+        assert "/sample" in client.get("/openapi.json").json()["paths"]
+    assert model["num_timesteps"] == 1000
+    assert (model["height_px"], model["width_px"], model["channels"]) == (32, 32, 1)
+    assert len(model["class_names"]) == 10
+    assert model["null_class"] == 10
+    assert model["limits"]["max_n"] == 64
