@@ -155,7 +155,7 @@ def train(
             loss = loss.detach()
             loss_mean = loss if loss_mean is None else loss_mean.lerp(loss, 1 - LOSS_SMOOTHING)
             progress.update()
-            if step % 10 == 0 or step == config.steps:
+            if step % 10 == 0 or step % config.save_every == 0 or step == config.steps or interrupted():
                 if not bool(torch.isfinite(loss_mean + grad_norm)):
                     raise TrainError(f"step {step}: the loss or its gradient is not finite; the last save is intact")
                 rate = config.batch_size / (time.perf_counter() - started)

@@ -1,5 +1,6 @@
 """`tminus train` and `tminus evaluate`: options to the functions of model/."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli import CHECKPOINT_TYPE, fail, main
+from service.cli import CHECKPOINT_TYPE, DEFAULT_CHECKPOINT, fail, main
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,54 @@ def train(**options: Any) -> None:
     except (DataError, TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:
         fail(str(error))
     click.echo(f"{options['out']}: {'done' if done else 'interrupted and saved; the same command goes on'}")
+
+
+@main.command()
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=DEFAULT_CHECKPOINT)
+@click.option("--data", default="fashion-mnist", help="fashion-mnist, or the folder of images it was trained on")
+@click.option("--test-data", type=CHECKPOINT_TYPE, help="folder of held-out images, where --data is a folder")
+@click.option("--data-dir", type=CHECKPOINT_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
+@click.option("--classifier", type=CHECKPOINT_TYPE, default=None, help="trained there on --data if missing")
+@click.option("-n", "--num-samples", default=1000)
+@click.option("--sampler", default="ddim")
+@click.option("--steps", default=50)
+@click.option("--eta", default=0.0)
+@click.option("--guidance", default=2.0)
+@click.option("--seed", default=0)
+@click.option("--batch-size", default=100, help="samples in one forward pass")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32")
+@click.option("--bound-images", default=200, help="held-out images whose bound is taken")
+@click.option("--bound-timesteps", default=100, help="timesteps drawn for each of them")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the figures here as JSON too")
+@click.option("--device", default="auto")
+def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, **options: Any) -> None:
+    """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card."""
+    logging.basicConfig(level="INFO", format="%(message)s")
+    from model.checkpoint import CheckpointError, load_checkpoint
+    from model.classifier import ClassifierError, load_or_train_classifier
+    from model.data import DataError
+    from model.evaluate import EvaluateError
+    from model.evaluate import evaluate as measure
+    from model.report import EvaluateOptions
+    from service.engine import choose_device
+
+    fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__}
+    try:
+        device = choose_device(options["device"])
+        loaded = load_checkpoint(checkpoint)
+        options |= {"size_px": loaded.size_px[0], "channels": loaded.net.config.in_channels}
+        train_split = _load_data(options, "train")
+        test_split = _load_data(options | {"data": options["test_data"] or options["data"]}, "test")
+        judge = None
+        if train_split.labels is not None and test_split.labels is not None:
+            folder = classifier or checkpoint.parent / f"{Path(options['data']).name}-classifier"
+            judge = load_or_train_classifier(folder, train_split, test_split, device=device)
+        report = measure(loaded, train_split, test_split, judge, EvaluateOptions(**fields), device=device)
+    except (DataError, CheckpointError, ClassifierError, EvaluateError, ValueError) as error:
+        fail(str(error))
+    click.echo(report.to_markdown())
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
 
 
 def _load_data(options: dict[str, Any], split: str) -> "ImageSet":

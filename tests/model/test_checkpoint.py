@@ -1,0 +1,528 @@
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Labels,
+    hash_weights,
+    load_checkpoint,
+    load_state_dict,
+    rename_attention,
+    save_checkpoint,
+    write_atomically,
+)
+from model.noise import NoiseConfig
+from model.samplers import compile_plan, sample
+from model.unet import UNet2D, UNetConfig
+from tests.model.conftest import TINY, randomize
+
+CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 4})
+LABELS = Labels(("shirt", "shoe", "bag"), null_class=3)
+SHORT = NoiseConfig(num_train_timesteps=20, beta_end=0.3, variance_type="fixed_large")
+WEIGHTS = Path("unet/diffusion_pytorch_model.safetensors")
+X, T = torch.linspace(-1, 1, 2 * 64).reshape(2, 1, 8, 8), torch.tensor([3, 17])
+
+
+def random_net(config: UNetConfig = TINY) -> UNet2D:
+    net = UNet2D(config)
+    randomize(net)
+    return net.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An unconditional checkpoint as tminus writes it."""
+    save_checkpoint(tmp_path / "model", random_net().state_dict(), TINY, SHORT, Labels(), {})
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def conditional(tmp_path: Path) -> Path:
+    """A checkpoint with three classes and a null class."""
+    state = random_net(CONDITIONAL).state_dict()
+    save_checkpoint(tmp_path / "classes", state, CONDITIONAL, SHORT, LABELS, {"data": "toy", "step": 7})
+    return tmp_path / "classes"
+
+
+@pytest.fixture
+def theirs() -> UNet2DModel:
+    """diffusers' own tiny net with random weights."""
+    values = TINY.to_dict()
+    values.pop("_class_name")
+    net = UNet2DModel(**values).eval()
+    randomize(net)
+    return net.requires_grad_(False)
+
+
+def assert_same_net(loaded: Checkpoint, net: Any, atol: float = 1e-5) -> None:
+    expected = net(X, T)
+    expected = expected if isinstance(expected, torch.Tensor) else expected.sample
+    torch.testing.assert_close(loaded.net(X, T), expected, rtol=0, atol=atol)
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+# --- round trips --------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_survives_a_round_trip(conditional: Path) -> None:
+    net = random_net(CONDITIONAL)
+    loaded = load_checkpoint(conditional)
+    labels = torch.tensor([0, 3])
+    assert torch.equal(loaded.net(X, T, labels), net(X, T, labels))
+    assert loaded.net.config == CONDITIONAL
+    assert loaded.noise == SHORT
+    assert loaded.labels == LABELS
+    assert loaded.labels.num_classes == 3
+    assert loaded.provenance == {"data": "toy", "step": 7}
+    assert loaded.name == "classes"
+    assert loaded.size_px == (8, 8)
+    assert loaded.weights_hash == hash_weights(net.state_dict())
+
+
+def test_loaded_net_is_in_eval_mode_and_asks_for_no_gradients(folder: Path) -> None:
+    net = load_checkpoint(folder).net
+    assert not net.training
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_channels_last_weights_are_written_as_the_same_weights(tmp_path: Path, folder: Path) -> None:
+    net = random_net().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    save_checkpoint(tmp_path / "other", net.state_dict(), TINY, SHORT, Labels(), {})
+    assert load_checkpoint(tmp_path / "other").weights_hash == load_checkpoint(folder).weights_hash
+
+
+def test_hash_changes_with_a_value_a_name_or_a_shape_and_not_with_the_order() -> None:
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1)}
+    digest = hash_weights(state)
+    assert hash_weights(dict(reversed(state.items()))) == digest
+    assert hash_weights({**state, "a": state["a"].reshape(3, 2)}) != digest
+    assert hash_weights({**state, "b": torch.ones(1) + 1e-6}) != digest
+    assert hash_weights({"c": state["a"], "b": state["b"]}) != digest
+
+
+def test_name_in_tminus_json_goes_before_that_of_the_folder(folder: Path) -> None:
+    edit_json(folder / "tminus.json", name="garments")
+    assert load_checkpoint(folder).name == "garments"
+
+
+def test_writing_again_replaces_every_file_and_leaves_no_part(conditional: Path) -> None:
+    state = {key: value + 1 for key, value in random_net(CONDITIONAL).state_dict().items()}
+    save_checkpoint(conditional, state, CONDITIONAL, SHORT, LABELS, {"step": 8})
+    loaded = load_checkpoint(conditional)
+    assert loaded.weights_hash == hash_weights(state)
+    assert loaded.provenance == {"step": 8}
+    files = {str(file.relative_to(conditional)) for file in conditional.rglob("*") if file.is_file()}
+    assert files == {
+        "model_index.json",
+        "tminus.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        str(WEIGHTS),
+    }
+
+
+def test_write_that_fails_leaves_the_old_file_and_no_part(tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    file.write_bytes(b"old")
+
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half of the new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(file, fail)
+    assert file.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["state.pt"]
+
+
+# --- diffusers reads what we write --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_diffusers_pipeline_loads_and_samples_what_tminus_writes(tmp_path: Path, sampler: str) -> None:
+    net, noise = random_net(), NoiseConfig(num_train_timesteps=20, beta_end=0.3, default_sampler=sampler)
+    save_checkpoint(tmp_path / "model", net.state_dict(), TINY, noise, Labels(), {})
+    cls = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[sampler]
+    pipeline = cls.from_pretrained(tmp_path / "model", low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.scheduler) is {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]
+    torch.testing.assert_close(pipeline.unet(X, T).sample, net(X, T), rtol=0, atol=1e-5)
+
+    # Where x0 is clipped, tminus takes eps from the clipped x0, as DDIMPipeline does when told to.
+    told = {"use_clipped_model_output": True} if sampler == "ddim" else {}
+    generator = torch.Generator().manual_seed(3)
+    made = pipeline(batch_size=2, generator=generator, num_inference_steps=5, output_type="np", **told).images
+    generator = torch.Generator().manual_seed(3)
+    x_T = torch.randn(2, 1, 8, 8, generator=generator)
+    plan = compile_plan(noise, noise.schedule(), sampler, 5)
+    ours = sample(net, plan, x_T, lambda _k: torch.randn(2, 1, 8, 8, generator=generator))
+    expected = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.from_numpy(made), expected, rtol=0, atol=1e-3)
+
+
+def test_diffusers_loads_the_net_and_scheduler_of_a_conditional_checkpoint(conditional: Path) -> None:
+    unet = UNet2DModel.from_pretrained(conditional, subfolder="unet", low_cpu_mem_usage=False)
+    scheduler = DDPMScheduler.from_pretrained(conditional, subfolder="scheduler")
+    labels = torch.tensor([1, 3])
+    with torch.no_grad():
+        torch.testing.assert_close(unet(X, T, labels).sample, random_net(CONDITIONAL)(X, T, labels), rtol=0, atol=1e-5)
+    assert scheduler.config.num_train_timesteps == 20
+    assert scheduler.config.variance_type == "fixed_large"
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), SHORT.schedule().alpha_bar, rtol=1e-4, atol=0)
+
+
+# --- tminus reads what diffusers writes ---------------------------------------------------------------------------
+
+
+def test_pipeline_saved_by_diffusers_is_loaded(tmp_path: Path, theirs: UNet2DModel) -> None:
+    scheduler = DDPMScheduler(num_train_timesteps=30, variance_type="fixed_large", prediction_type="v_prediction")
+    DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    assert_same_net(loaded, theirs)
+    assert loaded.noise == NoiseConfig(
+        num_train_timesteps=30, variance_type="fixed_large", prediction_type="v_prediction"
+    )
+    assert loaded.labels == Labels()
+
+
+def test_ddim_scheduler_makes_ddim_the_default_sampler(tmp_path: Path, theirs: UNet2DModel) -> None:
+    DDIMPipeline(theirs, DDIMScheduler(set_alpha_to_one=False)).save_pretrained(tmp_path)
+    noise = load_checkpoint(tmp_path).noise
+    assert noise.default_sampler == "ddim"
+    assert not noise.set_alpha_to_one
+
+
+def test_flat_folder_is_loaded(tmp_path: Path, theirs: UNet2DModel) -> None:
+    theirs.save_pretrained(tmp_path)
+    DDPMScheduler(num_train_timesteps=30).save_pretrained(tmp_path)
+    loaded = load_checkpoint(tmp_path)
+    assert_same_net(loaded, theirs)
+    assert loaded.noise.num_train_timesteps == 30
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "bin": {"safe_serialization": False},
+    "shards": {"max_shard_size": "30KB"},
+    "bin shards": {"max_shard_size": "30KB", "safe_serialization": False},
+    "variant": {"variant": "fp16"},
+    "bin variant": {"variant": "fp16", "safe_serialization": False},
+    "variant in shards": {"variant": "fp16", "max_shard_size": "30KB"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_every_form_of_weights_file_is_loaded(tmp_path: Path, theirs: UNet2DModel, form: dict[str, Any]) -> None:
+    DDPMPipeline(theirs, DDPMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    theirs.save_pretrained(tmp_path / "unet", **form)
+    written = [file.name for file in (tmp_path / "unet").iterdir()]
+    assert WEIGHTS.name not in written
+    assert ("max_shard_size" in form) == any("-of-" in name for name in written)
+    loaded = load_checkpoint(tmp_path)
+    assert_same_net(loaded, theirs)
+    assert loaded.weights_hash == hash_weights(theirs.state_dict())
+
+
+def test_half_precision_weights_are_served_in_float32(tmp_path: Path, theirs: UNet2DModel) -> None:
+    DDPMPipeline(theirs, DDPMScheduler()).save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    theirs.half().save_pretrained(tmp_path / "unet", variant="fp16")
+    loaded = load_checkpoint(tmp_path)
+    assert {p.dtype for p in loaded.net.parameters()} == {torch.float32}
+    assert_same_net(loaded, theirs.float(), atol=1e-5)  # the halved values, exactly
+
+
+def test_plain_weights_go_before_a_variant(folder: Path) -> None:
+    other = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    save_file({"conv_in.weight": torch.zeros(1)}, other)
+    assert_same_net(load_checkpoint(folder), random_net())
+
+
+def old_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for key, value in state.items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            key = key.replace(f".{new}.", f".{old}.")
+        renamed[key] = value
+    return renamed
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_attention_names_from_before_2023_are_understood(folder: Path, suffix: str) -> None:
+    state = old_names(load_file(folder / WEIGHTS))
+    assert any(key.endswith("attentions.0.query.weight") for key in state)
+    (folder / WEIGHTS).unlink()
+    if suffix == "bin":
+        torch.save(state, folder / WEIGHTS.with_suffix(".bin"))
+    else:
+        save_file(state, folder / WEIGHTS)
+    assert_same_net(load_checkpoint(folder), random_net())
+
+
+def test_old_attention_names_are_understood_in_shards(folder: Path) -> None:
+    state = old_names(load_file(folder / WEIGHTS))
+    (folder / WEIGHTS).unlink()
+    keys = sorted(state)
+    weight_map = {}
+    for i, part in enumerate((keys[::2], keys[1::2])):
+        name = f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors"
+        save_file({key: state[key] for key in part}, folder / "unet" / name)
+        weight_map.update(dict.fromkeys(part, name))
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_same_net(load_checkpoint(folder), random_net())
+
+
+def test_only_attention_weights_are_renamed() -> None:
+    value = torch.zeros(1)
+    state = {"key.weight": value, "mid_block.attentions.0.key.bias": value, "down_blocks.0.query.weight": value}
+    assert list(rename_attention(state)) == [
+        "key.weight",
+        "mid_block.attentions.0.to_k.bias",
+        "down_blocks.0.query.weight",
+    ]
+
+
+def test_extra_keys_of_an_ema_config_are_ignored(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", decay=0.9999, optimization_step=1000, power=0.75)
+    assert_same_net(load_checkpoint(folder), random_net())
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+def test_classes_without_tminus_json_are_numbered_and_none_is_null(conditional: Path) -> None:
+    (conditional / "tminus.json").unlink()
+    assert load_checkpoint(conditional).labels == Labels(("0", "1", "2", "3"), None)
+
+
+def test_size_comes_from_tminus_json_where_the_config_has_none(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", sample_size=None)
+    with pytest.raises(CheckpointError, match="no sample_size; give size_px in tminus.json"):
+        load_checkpoint(folder)
+    edit_json(folder / "tminus.json", size_px=16)
+    assert load_checkpoint(folder).size_px == (16, 16)
+
+
+def test_oblong_sample_size_is_kept(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", sample_size=[8, 12])
+    assert load_checkpoint(folder).size_px == (8, 12)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+class Exploit:
+    """Unpickling it would make a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.target,))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS)
+
+
+def cut(file: Path, keep: float) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * keep)])
+
+
+def as_bin(folder: Path) -> Path:
+    file = folder / WEIGHTS.with_suffix(".bin")
+    torch.save(load_file(folder / WEIGHTS), file)
+    (folder / WEIGHTS).unlink()
+    return file
+
+
+def as_old_bin(folder: Path) -> Path:
+    file = as_bin(folder)
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    return file
+
+
+def nan_weights(folder: Path) -> None:
+    change_weights(folder, lambda state: state["conv_in.bias"].fill_(torch.nan))
+
+
+def with_index(folder: Path, index: Any) -> None:
+    (folder / WEIGHTS).rename(folder / "stolen.safetensors")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    file.write_text(index if isinstance(index, str) else json.dumps(index))
+
+
+def unet_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "unet" / "config.json", **changes)
+
+
+def scheduler_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "scheduler" / "scheduler_config.json", **changes)
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "folder missing": (shutil.rmtree, "no such folder"),
+    "folder empty": (lambda f: (shutil.rmtree(f), f.mkdir()), "the folder is empty"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), r"no diffusion_pytorch_model\.safetensors or \.bin"),
+    "no config": (lambda f: (f / "unet/config.json").unlink(), r"config\.json: missing"),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), r"scheduler_config\.json: missing"),
+    "config not JSON": (lambda f: (f / "unet/config.json").write_text("{'a': 1"), r"config\.json: not JSON"),
+    "config not UTF-8": (lambda f: (f / "unet/config.json").write_bytes(b"\xff\xfe{}"), r"config\.json: not JSON"),
+    "config too deep": (lambda f: (f / "unet/config.json").write_text("[" * 10**6), r"config\.json: not JSON"),
+    "config a list": (lambda f: (f / "unet/config.json").write_text("[]"), r"config\.json: must hold a JSON object"),
+    "config huge": (lambda f: (f / "unet/config.json").write_text(" " * (9 * 2**20)), r"config\.json: larger than"),
+    "tminus.json not JSON": (lambda f: (f / "tminus.json").write_text("x"), r"tminus\.json: not JSON"),
+    "safetensors cut": (lambda f: cut(f / WEIGHTS, 0.5), r"\.safetensors: truncated or not a weights file"),
+    "safetensors cut in its header": (lambda f: cut(f / WEIGHTS, 0.001), r"\.safetensors: truncated"),
+    "safetensors empty": (lambda f: cut(f / WEIGHTS, 0), r"\.safetensors: truncated"),
+    "safetensors of noise": (lambda f: (f / WEIGHTS).write_bytes(os.urandom(4096)), r"\.safetensors: truncated"),
+    "safetensors without tensors": (lambda f: save_file({}, f / WEIGHTS), "the weights hold no tensors"),
+    "bin cut": (lambda f: cut(as_bin(f), 0.5), r"\.bin: truncated"),
+    "bin empty": (lambda f: cut(as_bin(f), 0), r"\.bin: truncated"),
+    "bin of noise": (lambda f: as_bin(f).write_bytes(b"\x93" * 4096), r"\.bin: "),
+    "bin of the old format cut": (lambda f: cut(as_old_bin(f), 0.5), r"\.bin: "),
+    "bin of a list": (lambda f: torch.save([torch.ones(1)], as_bin(f)), r"\.bin: must hold a state dict of tensors"),
+    "bin of numbers": (lambda f: torch.save({"a": 1}, as_bin(f)), r"\.bin: must hold a state dict of tensors"),
+    "NaN": (nan_weights, r"conv_in\.bias holds NaN or infinite weights"),
+    "whole numbers": (
+        lambda f: change_weights(f, lambda s: s.update({"conv_in.bias": torch.zeros(8, dtype=torch.int64)})),
+        r"conv_in\.bias must be floating point, got torch\.int64",
+    ),
+    "key missing": (
+        lambda f: change_weights(f, lambda s: s.pop("mid_block.resnets.1.conv2.bias")),
+        r"do not fit config\.json: lacks mid_block\.resnets\.1\.conv2\.bias \(and 0 more\)",
+    ),
+    "key too many": (
+        lambda f: change_weights(f, lambda s: s.update({"class_embedding.weight": torch.ones(3, 3)})),
+        r"do not fit config\.json: has class_embedding\.weight, which",
+    ),
+    "shape wrong": (
+        lambda f: change_weights(f, lambda s: s.update({"conv_in.weight": torch.ones(8, 3, 3, 3)})),
+        r"wrong shape of conv_in\.weight: config\.json asks for \(8, 1, 3, 3\), got \(8, 3, 3, 3\)",
+    ),
+    "config of a wider net": (unet_config(block_out_channels=[16, 32]), "wrong shape of"),
+    "config of a net that would fill the memory": (
+        unet_config(block_out_channels=[2**20, 2**21]),
+        "wrong shape of",
+    ),
+    "config value": (unet_config(norm_num_groups=5), "block_out_channels must be multiples of norm_num_groups"),
+    "channels": (unet_config(out_channels=2), "wrong shape of|only 1 or 3 channels"),
+    "size": (unet_config(sample_size=9), r"sample_size \(9, 9\) must divide by 2"),
+    "shard outside": (
+        lambda f: with_index(f, {"weight_map": {"conv_in.weight": "../stolen.safetensors"}}),
+        r"weight_map must map keys to file names in the same folder",
+    ),
+    "shard by absolute path": (
+        lambda f: with_index(f, {"weight_map": {"conv_in.weight": str(f / "stolen.safetensors")}}),
+        r"weight_map must map keys to file names in the same folder",
+    ),
+    "shard that is the parent": (lambda f: with_index(f, {"weight_map": {"a": ".."}}), "unet: |not there|same folder"),
+    "shard missing": (
+        lambda f: with_index(f, {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}),
+        r"00001-of-00002\.safetensors: the weight map names this file, and it is not there",
+    ),
+    "weight map of numbers": (lambda f: with_index(f, {"weight_map": {"a": 1}}), "weight_map must map keys"),
+    "weight map a list": (lambda f: with_index(f, {"weight_map": ["a"]}), "weight_map must map keys"),
+    "index not JSON": (lambda f: with_index(f, "{"), r"index\.json: not JSON"),
+    "thresholding": (scheduler_config(thresholding=True), "thresholding must be false"),
+    "learned variance": (scheduler_config(variance_type="learned_range"), "variance_type must be among"),
+    "betas": (scheduler_config(trained_betas=[2.0] * 20), r"trained_betas must be numbers in \(0, 1\]"),
+    "betas of text": (scheduler_config(trained_betas=["a"] * 20), "scheduler config"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_broken_checkpoint_is_refused_in_one_line(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        load_checkpoint(folder)
+    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(str(folder))
+
+
+LABEL_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
+    "null_class out of range": ({"null_class": 4}, r"null_class must be 0\.\.3, got 4"),
+    "null_class negative": ({"null_class": -1}, r"null_class must be 0\.\.3, got -1"),
+    "null_class of text": ({"null_class": "3"}, r"null_class must be 0\.\.3, got '3'"),
+    "null_class not the last": ({"null_class": 0}, "null_class must be the last label, 3, got 0"),
+    "too few names": ({"class_names": ["a", "b"]}, "class_names must be 3 different names"),
+    "the same name twice": ({"class_names": ["a", "b", "a"]}, "class_names must be 3 different names"),
+    "names of text": ({"class_names": "abc"}, "class_names must be 3 different names"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), LABEL_REFUSALS.values(), ids=LABEL_REFUSALS.keys())
+def test_labels_that_do_not_fit_are_refused(conditional: Path, change: dict[str, Any], message: str) -> None:
+    edit_json(conditional / "tminus.json", **change)
+    with pytest.raises(CheckpointError, match=rf"tminus\.json: {message}"):
+        load_checkpoint(conditional)
+
+
+@pytest.mark.parametrize("form", ["torch.save", "torch.save, old format", "bare pickle", "named .safetensors"])
+def test_pickle_with_code_in_it_is_refused_and_never_run(folder: Path, tmp_path: Path, form: str) -> None:
+    proof = tmp_path / "the code ran"
+    state = {**load_file(folder / WEIGHTS), "conv_in.bias": Exploit(proof)}
+    (folder / WEIGHTS).unlink()
+    file = folder / (WEIGHTS if form == "named .safetensors" else WEIGHTS.with_suffix(".bin"))
+    if form == "bare pickle":
+        file.write_bytes(pickle.dumps(state, protocol=2))
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization="old" not in form)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(folder)
+    assert not proof.exists()
+    if form in ("torch.save", "bare pickle"):
+        pickle.loads(pickle.dumps(Exploit(proof)))
+        assert proof.exists()  # the exploit is a real one
+
+
+def test_pickle_with_code_named_by_a_weight_map_is_never_run(folder: Path, tmp_path: Path) -> None:
+    proof = tmp_path / "the code ran"
+    (folder / "unet" / "part.pkl").write_bytes(pickle.dumps({"a": Exploit(proof)}, protocol=2))
+    with_index(folder, {"weight_map": {"a": "part.pkl"}})
+    with pytest.raises(CheckpointError, match="a pickle with code is never run"):
+        load_checkpoint(folder)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "old"])
+def test_bin_damaged_anywhere_is_loaded_or_refused_and_never_fails_otherwise(folder: Path, form: str) -> None:
+    save_checkpoint(folder, {"a": torch.ones(2)}, TINY, SHORT, Labels(), {})
+    file = as_bin(folder) if form == "zip" else as_old_bin(folder)
+    whole, random, refused = file.read_bytes(), Random(0), 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(random.randint(1, 4)):
+            damaged[random.randrange(min(len(whole), 700))] = random.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            load_state_dict(folder / "unet")
+        except CheckpointError:
+            refused += 1
+    assert refused > 50
+
+
+def test_state_dict_of_a_folder_is_read_without_its_config(folder: Path) -> None:
+    (folder / "unet" / "config.json").unlink()
+    state = load_state_dict(folder / "unet")
+    assert hash_weights(state) == hash_weights(random_net().state_dict())

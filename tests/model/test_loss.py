@@ -1,0 +1,309 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from model.loss import (
+    discretized_log_likelihood,
+    gaussian_kl,
+    l_simple,
+    model_variance,
+    prior_kl,
+    training_target,
+    variational_bound,
+)
+from model.noise import NoiseConfig, NoiseSchedule
+from model.rng import image_noise
+from model.unet import UNet2D, UNetConfig
+from tests.model.conftest import TINY, randomize
+
+F64 = torch.float64
+PIXELS = torch.arange(256, dtype=F64) / 127.5 - 1
+SHORT = NoiseConfig(num_train_timesteps=12, beta_start=0.01, beta_end=0.4)
+
+
+def images(batch: int = 2, size: int = 8, dtype: torch.dtype = F64) -> Tensor:
+    """Random images on the pixel grid, black and white among their values."""
+    values = torch.randint(0, 256, (batch, 1, size, size), generator=torch.Generator().manual_seed(5))
+    values[:, :, 0, 0], values[:, :, 0, 1] = 0, 255
+    return values.to(dtype) / 127.5 - 1
+
+
+# --- L_simple -----------------------------------------------------------------------------------------------------
+
+
+def test_l_simple_is_the_mean_squared_error() -> None:
+    out, target = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    expected = np.mean((out.numpy().astype(np.float64) - target.numpy().astype(np.float64)) ** 2)
+    assert l_simple(out, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_l_simple_of_a_bfloat16_output_is_taken_in_float32() -> None:
+    out, target = torch.full((1, 1, 64, 64), 1.0, dtype=torch.bfloat16), torch.full((1, 1, 64, 64), 1.001)
+    loss = l_simple(out, target)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_target_predicted_exactly_gives_back_x_0(prediction_type: str) -> None:
+    schedule = SHORT.schedule()
+    x_0, eps, t = images(3), torch.randn(3, 1, 8, 8, dtype=F64), torch.tensor([0, 5, 11])
+    x_t = schedule.q_sample(x_0, t, eps)
+    target = training_target(schedule, prediction_type, x_0, t, eps)
+    alpha_bar = schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
+    recovered = {
+        "epsilon": (x_t - (1 - alpha_bar).sqrt() * target) / alpha_bar.sqrt(),
+        "sample": target,
+        "v_prediction": alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * target,
+    }[prediction_type]
+    torch.testing.assert_close(recovered, x_0)
+
+
+def test_unknown_prediction_type_has_no_target() -> None:
+    with pytest.raises(ValueError, match="'flow'"):
+        training_target(SHORT.schedule(), "flow", images(), torch.tensor([0, 1]), images())
+
+
+# --- the pieces of the bound --------------------------------------------------------------------------------------
+
+
+def test_gaussian_kl_equals_that_of_torch_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean_q, mean_p = torch.randn(2, 50, generator=generator, dtype=F64)
+    variance_q, variance_p = torch.rand(2, 50, generator=generator, dtype=F64) * 3 + 1e-3
+    expected = kl_divergence(Normal(mean_q, variance_q.sqrt()), Normal(mean_p, variance_p.sqrt()))
+    torch.testing.assert_close(gaussian_kl(mean_q - mean_p, variance_q, variance_p), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("variance", [1e-6, 1e-4, 0.01, 1.0])
+@pytest.mark.parametrize("mean", [-1.3, -1.0, -0.4, 0.0, 0.7321, 1.0])
+def test_decoder_probabilities_of_the_256_pixel_values_sum_to_one(mean: float, variance: float) -> None:
+    values = PIXELS.reshape(256, 1, 1, 1)
+    log_likelihood = discretized_log_likelihood(
+        values, torch.tensor(mean, dtype=F64), torch.tensor(variance, dtype=F64)
+    )
+    assert log_likelihood.exp().sum().item() == pytest.approx(1, abs=256e-12)
+
+
+def test_decoder_of_float32_pixels_treats_black_and_white_as_edges() -> None:
+    black_and_white = torch.tensor([0, 255]).to(torch.float32) / 127.5 - 1
+    got = discretized_log_likelihood(black_and_white.double(), torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
+    tail = math.log(0.5 * math.erfc((1 - 1 / 255) / math.sqrt(2)))
+    assert got.tolist() == pytest.approx([tail, tail], rel=1e-6)
+
+
+def test_decoder_probability_is_the_integral_of_the_density_over_the_bin() -> None:
+    mean, variance = 0.1, 0.02
+    value = PIXELS[140].item()
+    grid = np.linspace(value - 1 / 255, value + 1 / 255, 20_001)
+    density = np.exp(-((grid - mean) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+    expected = math.log(np.trapezoid(density, grid))
+    got = discretized_log_likelihood(
+        torch.tensor([value], dtype=F64), torch.tensor([mean], dtype=F64), torch.tensor([variance], dtype=F64)
+    )
+    assert got.item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_decoder_of_an_impossible_pixel_is_clamped() -> None:
+    got = discretized_log_likelihood(*(torch.tensor([v], dtype=F64) for v in (-0.5019607843137255, 1.0, 1e-6)))
+    assert got.item() == pytest.approx(math.log(1e-12))
+
+
+def test_prior_term_is_the_formula() -> None:
+    x_0, schedule = images(3), NoiseConfig().schedule()
+    alpha_bar = schedule.alpha_bar[-1].item()
+    x = x_0.numpy().reshape(3, -1)
+    nats = 0.5 * (alpha_bar * x**2 + (1 - alpha_bar) - 1 - math.log(1 - alpha_bar)).mean(1)
+    assert prior_kl(schedule, x_0).tolist() == pytest.approx((nats / math.log(2)).tolist(), rel=1e-9)
+
+
+def test_prior_term_vanishes_at_zero_terminal_snr() -> None:
+    schedule = NoiseConfig(rescale_betas_zero_snr=True, prediction_type="sample").schedule()
+    assert prior_kl(schedule, images(2)).tolist() == [0, 0]
+
+
+def test_model_variance_follows_the_config_and_is_beta_tilde_1_at_the_first_timestep() -> None:
+    schedule = SHORT.schedule()
+    alpha_bar, betas = schedule.alpha_bar, schedule.betas
+    tilde = betas[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
+    small = model_variance(SHORT, schedule)
+    large = model_variance(dataclasses.replace(SHORT, variance_type="fixed_large"), schedule)
+    torch.testing.assert_close(small[1:], tilde)
+    torch.testing.assert_close(large[1:], betas[1:])
+    assert small[0].item() == pytest.approx(tilde[0].item())
+    assert large[0].item() == pytest.approx(tilde[0].item())
+
+
+# --- the whole bound ----------------------------------------------------------------------------------------------
+
+
+def bound_by_numpy(
+    net: UNet2D, noise: NoiseConfig, x_0: Tensor, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Eq. 5 written out with distributions rather than their reduced forms; every timestep, one at a time."""
+    betas = np.linspace(noise.beta_start, noise.beta_end, noise.num_train_timesteps)
+    alpha_bar = np.cumprod(1 - betas)
+    T, batch = len(betas), len(x_0)
+    x = x_0.numpy()
+
+    def kl(m1: np.ndarray, v1: float, m2: np.ndarray | float, v2: float) -> np.ndarray:
+        nats = kl_divergence(
+            Normal(torch.as_tensor(m1), math.sqrt(v1)), Normal(torch.as_tensor(m2).expand(m1.shape), math.sqrt(v2))
+        )
+        return nats.reshape(batch, -1).mean(1).numpy() / math.log(2)
+
+    def look(t: int) -> tuple[np.ndarray, np.ndarray]:
+        eps = image_noise(seed, range(batch), t, x.shape[1:], torch.device("cpu")).double().numpy()
+        x_t = np.sqrt(alpha_bar[t]) * x + np.sqrt(1 - alpha_bar[t]) * eps
+        out = net(torch.from_numpy(x_t), torch.full((batch,), t)).numpy()
+        signal, sigma = np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
+        guess = {"epsilon": (x_t - sigma * out) / signal, "sample": out, "v_prediction": signal * x_t - sigma * out}
+        x0 = guess[noise.prediction_type]
+        return x_t, np.clip(x0, -1, 1) if noise.clip_sample else x0
+
+    def beta_tilde(t: int) -> float:
+        return float(betas[t] * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]))
+
+    L_T = kl(np.sqrt(alpha_bar[-1]) * x, 1 - alpha_bar[-1], torch.zeros(()), 1.0)
+    L_steps = np.zeros(batch)
+    for t in range(1, T):
+        x_t, guess = look(t)
+        a = np.sqrt(alpha_bar[t - 1]) * betas[t] / (1 - alpha_bar[t])
+        b = np.sqrt(1 - betas[t]) * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t])
+        sigma2 = betas[t] if noise.variance_type == "fixed_large" else beta_tilde(t)
+        L_steps += kl(a * x + b * x_t, beta_tilde(t), a * guess + b * x_t, sigma2)
+    decoder = Normal(torch.from_numpy(look(0)[1]), math.sqrt(beta_tilde(1)))
+    upper = torch.where(x_0 > 0.999, 1.0, decoder.cdf(x_0 + 1 / 255))
+    lower = torch.where(x_0 < -0.999, 0.0, decoder.cdf(x_0 - 1 / 255))
+    L_0 = -np.log(np.maximum((upper - lower).numpy(), 1e-12)).reshape(batch, -1).mean(1) / math.log(2)
+    return L_T, L_steps, L_0
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_bound_equals_an_independent_one(
+    tiny_net: UNet2D, prediction_type: str, variance_type: str, clip: bool
+) -> None:
+    noise = dataclasses.replace(SHORT, prediction_type=prediction_type, variance_type=variance_type, clip_sample=clip)
+    net, x_0 = tiny_net.double(), images()
+    bound = variational_bound(net, noise, noise.schedule(), x_0, seed=9)
+    expected = bound_by_numpy(net, noise, x_0, seed=9)
+    for ours, theirs in zip((bound.L_T, bound.L_steps, bound.L_0), expected, strict=True):
+        assert ours.dtype == F64
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-8)
+    np.testing.assert_allclose(bound.total.numpy(), sum(expected), rtol=1e-8)
+
+
+def test_bound_of_a_float32_net_is_near_that_of_the_same_net_in_float64(tiny_net: UNet2D) -> None:
+    single = variational_bound(tiny_net, SHORT, SHORT.schedule(), images(dtype=torch.float32))
+    double = variational_bound(tiny_net.double(), SHORT, SHORT.schedule(), images())
+    torch.testing.assert_close(single.total, double.total, rtol=1e-4, atol=0)
+
+
+def perfect(schedule: NoiseSchedule, x_0: Tensor) -> object:
+    """An epsilon predictor that knows x_0."""
+
+    def net(x_t: Tensor, t: Tensor, _labels: Tensor | None) -> Tensor:
+        alpha_bar = schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
+        return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+    return net
+
+
+def test_bound_of_a_perfect_predictor_keeps_the_prior_and_decoder_only(tiny_net: UNet2D) -> None:
+    schedule, x_0 = SHORT.schedule(), images()
+    best = variational_bound(perfect(schedule, x_0), SHORT, schedule, x_0)  # type: ignore[arg-type]
+    assert best.L_steps.abs().max() < 1e-12
+    random = variational_bound(tiny_net.double(), SHORT, schedule, x_0)
+    assert (best.total < random.total).all()
+    assert torch.equal(best.L_T, random.L_T)
+
+
+def test_fixed_large_pays_for_its_variance_even_where_the_prediction_is_perfect() -> None:
+    noise = dataclasses.replace(SHORT, variance_type="fixed_large")
+    schedule, x_0 = noise.schedule(), images()
+    bound = variational_bound(perfect(schedule, x_0), noise, schedule, x_0)  # type: ignore[arg-type]
+    ratio = (schedule.posterior()[2] / schedule.betas)[1:]
+    expected = (0.5 * (ratio - 1 - ratio.log())).sum().item() / math.log(2)
+    assert bound.L_steps.tolist() == pytest.approx([expected, expected], rel=1e-9)
+
+
+@pytest.mark.parametrize("timesteps", [1, 4, 10])
+def test_mean_of_the_subset_estimate_is_the_full_sum(timesteps: int) -> None:
+    schedule = SHORT.schedule()
+    count = 4000  # the same image many times over: each draws its own terms and noise
+    x_0 = images(1, size=2).expand(count, -1, -1, -1)
+
+    def net(x_t: Tensor, t: Tensor, _labels: Tensor | None) -> Tensor:
+        return 0.5 * x_t
+
+    full = variational_bound(net, SHORT, schedule, x_0)
+    part = variational_bound(net, SHORT, schedule, x_0, seed=1, timesteps=timesteps)
+    error = ((full.L_steps.var() + part.L_steps.var()) / count) ** 0.5
+    assert abs(part.L_steps.mean() - full.L_steps.mean()) < 4 * error
+    assert error < 0.05 * full.L_steps.mean()
+    assert torch.equal(part.L_T, full.L_T)
+
+
+def test_subset_estimate_passes_once_for_each_run_and_stays_inside_it() -> None:
+    seen: list[Tensor] = []
+
+    def net(x_t: Tensor, t: Tensor, _labels: Tensor | None) -> Tensor:
+        seen.append(t)
+        return torch.zeros_like(x_t)
+
+    variational_bound(net, SHORT, SHORT.schedule(), images(64), timesteps=3)
+    *picked, decoder = [set(t.tolist()) for t in seen]
+    assert picked == [{1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}]
+    assert decoder == {0}
+
+
+def test_all_timesteps_as_a_subset_are_the_full_sum(tiny_net: UNet2D) -> None:
+    net, schedule, x_0 = tiny_net.double(), SHORT.schedule(), images()
+    full = variational_bound(net, SHORT, schedule, x_0)
+    part = variational_bound(net, SHORT, schedule, x_0, timesteps=11)
+    assert torch.equal(full.L_steps, part.L_steps)
+
+
+@pytest.mark.parametrize("timesteps", [0, 12, -1])
+def test_number_of_timesteps_out_of_bounds_is_refused(timesteps: int) -> None:
+    with pytest.raises(ValueError, match=rf"timesteps must be 1\.\.11, got {timesteps}"):
+        variational_bound(lambda x, t, c: x, SHORT, SHORT.schedule(), images(), timesteps=timesteps)
+
+
+def test_bound_of_an_image_alone_is_its_bound_in_a_batch(tiny_net: UNet2D) -> None:
+    net, schedule, x_0 = tiny_net.double(), SHORT.schedule(), images(3)
+    together = variational_bound(net, SHORT, schedule, x_0, indices=[4, 7, 9], timesteps=4)
+    alone = variational_bound(net, SHORT, schedule, x_0[1:2], indices=[7], timesteps=4)
+    torch.testing.assert_close(together.total[1:2], alone.total, rtol=1e-10, atol=0)
+    elsewhere = variational_bound(net, SHORT, schedule, x_0[1:2], indices=[8], timesteps=4)
+    assert elsewhere.total.item() != pytest.approx(alone.total.item(), rel=1e-6)
+
+
+def test_bound_is_a_function_of_its_seed(tiny_net: UNet2D) -> None:
+    first, again, other = (
+        variational_bound(tiny_net, SHORT, SHORT.schedule(), images(dtype=torch.float32), seed=s) for s in (1, 1, 2)
+    )
+    assert torch.equal(first.total, again.total)
+    assert not torch.equal(first.total, other.total)
+
+
+def test_class_labels_reach_the_network() -> None:
+    net = UNet2D(UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 3})).double().eval()
+    randomize(net)
+    x_0 = images()
+    bounds = [variational_bound(net, SHORT, SHORT.schedule(), x_0, torch.tensor([i, i])).total for i in (0, 1)]
+    assert not torch.allclose(bounds[0], bounds[1])
+
+
+def test_chain_of_one_step_has_a_prior_and_a_decoder() -> None:
+    noise = NoiseConfig(num_train_timesteps=1, beta_start=0.5, beta_end=0.5)
+    bound = variational_bound(lambda x, t, c: x, noise, noise.schedule(), images())
+    assert bound.L_steps.tolist() == [0, 0]
+    assert bool(torch.isfinite(bound.total).all())

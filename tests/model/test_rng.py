@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import torch
+
+from model.rng import MAX_INDEX, MAX_SEED, image_noise, philox, row_noise, split_seed
+
+CPU = torch.device("cpu")
+
+# kat_vectors of Random123 for philox4x32-10: counter, key, words.
+KNOWN_ANSWERS = {
+    "zeros": ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    "ones": ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    "pi": ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+}
+
+
+def words_of(text: str) -> list[torch.Tensor]:
+    return [torch.tensor([int(word, 16)]) for word in text.split()]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS.values(), ids=KNOWN_ANSWERS.keys())
+def test_philox_gives_the_known_answers_of_random123(counter: str, key: str, expected: str) -> None:
+    words = philox(words_of(counter), words_of(key))
+    assert " ".join(f"{word.item():08x}" for word in words) == expected
+
+
+def philox_by_numpy(counter: list[int], key: list[int]) -> list[int]:
+    """The same function in Python's unbounded integers."""
+    c, k, mask = list(counter), list(key), 0xFFFFFFFF
+    for _ in range(10):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & mask, (p0 >> 32) ^ c[3] ^ k[1], p0 & mask]
+        k = [(k[0] + 0x9E3779B9) & mask, (k[1] + 0xBB67AE85) & mask]
+    return c
+
+
+def normals_by_numpy(seed: int, index: int, draw: int, size: int) -> np.ndarray:
+    """Box-Muller in float64 over philox in Python integers: what `row_noise` should be."""
+    blocks = np.array(
+        [philox_by_numpy([b, draw, index, 0], [seed & 0xFFFFFFFF, seed >> 32]) for b in range(-(-size // 4))]
+    )
+    u = ((blocks >> 8) + 0.5) / 2**24
+    pairs = ((u[:, 0], u[:, 1]), (u[:, 2], u[:, 3]))
+    parts = [
+        part * np.sqrt(-2 * np.log(radius))
+        for radius, angle in pairs
+        for part in (np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle))
+    ]
+    return np.concatenate(parts)[:size]
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 5, MAX_SEED])
+@pytest.mark.parametrize(("index", "draw"), [(0, 0), (3, 1000), (MAX_INDEX, 1)])
+def test_noise_is_box_muller_of_philox_to_float32(seed: int, index: int, draw: int) -> None:
+    got = image_noise(seed, [index], draw, (1, 9, 7), CPU)[0].flatten().double().numpy()
+    np.testing.assert_allclose(got, normals_by_numpy(seed, index, draw, 63), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (3,), (5,), (1, 3, 5), (3, 7, 7), (1, 28, 28)])
+def test_sizes_that_four_does_not_divide_are_filled_whole(shape: tuple[int, ...]) -> None:
+    noise = image_noise(1, [0, 1], 0, shape, CPU)
+    assert noise.shape == (2, *shape)
+    assert noise.dtype == torch.float32
+    assert len(noise.unique()) == noise.numel()
+
+
+def test_noise_has_the_moments_of_a_standard_normal() -> None:
+    z = image_noise(11, range(64), 0, (3, 32, 32), CPU).double().flatten()
+    n = len(z)
+    assert abs(z.mean()) < 5 / n**0.5
+    assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((z**3).mean()) < 5 * (15 / n) ** 0.5
+    assert abs((z**4).mean() - 3) < 5 * (96 / n) ** 0.5
+    assert 4 < z.abs().max() < 5.9
+
+
+def test_noise_passes_a_kolmogorov_smirnov_test() -> None:
+    z = image_noise(12, range(16), 3, (3, 32, 32), CPU).double().flatten().sort().values
+    n = len(z)
+    empirical = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    assert (torch.special.ndtr(z) - empirical).abs().max() < 1.95 / n**0.5  # p = 0.001
+
+
+NEIGHBOURS = {
+    "seed": ((5, 2, 9), (6, 2, 9)),
+    "high word of the seed": ((5, 2, 9), (5 + 2**32, 2, 9)),
+    "index": ((5, 2, 9), (5, 3, 9)),
+    "draw": ((5, 2, 9), (5, 2, 10)),
+    "index and draw changing places": ((5, 2, 9), (5, 9, 2)),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
+def test_neighbouring_streams_are_uncorrelated(one: tuple[int, int, int], other: tuple[int, int, int]) -> None:
+    a, b = (image_noise(seed, [index], draw, (4, 64, 64), CPU).double().flatten() for seed, index, draw in (one, other))
+    n = len(a)
+    assert abs((a * b).mean()) < 5 / n**0.5
+    assert abs((a**2 * b**2).mean() - 1) < 5 * (8 / n) ** 0.5
+    assert (a == b).float().mean() < 1e-3
+
+
+def test_pixels_of_one_image_are_uncorrelated() -> None:
+    z = image_noise(3, range(512), 1, (1, 6, 6), CPU).double().flatten(1)
+    covariance = z.T @ z / len(z) - torch.eye(36, dtype=torch.float64)
+    assert covariance.abs().max() < 5 * (2 / len(z)) ** 0.5
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 5), (3, 32, 32), (1, 1, 3)])
+def test_row_alone_has_the_bits_it_has_in_a_batch(shape: tuple[int, ...]) -> None:
+    seeds, indices, draws = [9, 2**40, 0, 77, MAX_SEED], [0, 5, 2, MAX_INDEX, 1], [0, 1000, 3, 4, 50]
+
+    def rows(which: list[int]) -> torch.Tensor:
+        words = torch.tensor([split_seed(seeds[i]) for i in which])
+        index, draw = (torch.tensor([values[i] for i in which]) for values in (indices, draws))
+        return row_noise(words, index, draw, shape)
+
+    together = rows([0, 1, 2, 3, 4])
+    for i in range(5):
+        assert torch.equal(rows([i])[0], together[i])
+    assert torch.equal(rows([3, 1]), together[[3, 1]])
+
+
+def test_image_of_a_request_can_be_drawn_alone() -> None:
+    together = image_noise(4, range(33), 6, (1, 9, 9), CPU)
+    alone = torch.cat([image_noise(4, [i], 6, (1, 9, 9), CPU) for i in range(33)])
+    assert torch.equal(together, alone)
+
+
+def test_seed_is_split_into_its_two_words() -> None:
+    assert split_seed(0x0123456789ABCDEF) == (0x89ABCDEF, 0x01234567)
+    assert split_seed(MAX_SEED) == (0xFFFFFFFF, 0xFFFFFFFF)

@@ -1,0 +1,422 @@
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.noise import NoiseConfig, NoiseSchedule
+from model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, make_timesteps, sample, x0_coefficients
+from model.unet import UNet2D, UNetConfig
+from tests.model.conftest import TINY, randomize
+
+F64 = torch.float64
+SHAPE = (2, 1, 3, 3)
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+SPACINGS = ("leading", "trailing", "linspace")
+STEPS = (1, 2, 7, 30, 50, 333, 1000)  # 7, 30 and 333 do not divide T
+
+
+def seeded(seed: int) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def walk(plan: Plan, x: Tensor, out_of: Callable[[int, Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Run a plan by the update rule in float64; out_of(k, x) is the network. Yields (x, x0) after each step."""
+    x0, states = torch.zeros_like(x), []
+    for k in range(len(plan)):
+        x, x0 = denoise(x, out_of(k, x), x0, seeded(10_000 + k), plan.lines[k : k + 1].expand(len(x), -1))
+        states.append((x, x0))
+    return states
+
+
+def in_float64(scheduler: Any, schedule: NoiseSchedule) -> Any:
+    """Give a diffusers scheduler float64 tables, so that it and the plan are compared by formula, not by rounding."""
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), schedule.alpha_bar, rtol=0, atol=2e-6)
+    scheduler.betas, scheduler.alphas, scheduler.alphas_cumprod = schedule.betas, schedule.alphas, schedule.alpha_bar
+    scheduler.one = torch.tensor(1.0, dtype=F64)
+    if isinstance(scheduler, DDIMScheduler):
+        first = schedule.alpha_bar[0]
+        scheduler.final_alpha_cumprod = scheduler.one if scheduler.config.set_alpha_to_one else first
+    return scheduler
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+# --- against diffusers --------------------------------------------------------------------------------------------
+
+
+def assert_ddpm_equals_diffusers(noise: NoiseConfig, steps: int) -> None:
+    schedule = noise.schedule()
+    theirs = in_float64(DDPMScheduler.from_config(noise.to_dict()), schedule)
+    theirs.set_timesteps(steps)
+    plan = compile_plan(noise, schedule, "ddpm", steps)
+    assert plan.timesteps.tolist() == theirs.timesteps.tolist()
+    x = seeded(0)
+    ours = walk(plan, x, lambda k, _x: seeded(k + 1))
+    for k, t in enumerate(theirs.timesteps):
+        stepped = theirs.step(seeded(k + 1), t, x, generator=torch.Generator().manual_seed(10_000 + k))
+        x = stepped.prev_sample
+        if k == steps - 1 and t > 0:
+            # diffusers asks for t > 0, not for the last step, and so leaves noise in the image it gives away. The
+            # mean of the last step, to alpha_bar = 1, is x_0.
+            x = stepped.pred_original_sample
+        assert_close(ours[k][1], stepped.pred_original_sample)
+        assert_close(ours[k][0], x)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ddpm_equals_diffusers_step_by_step(spacing: str, variance_type: str, steps: int) -> None:
+    assert_ddpm_equals_diffusers(NoiseConfig(variance_type=variance_type, timestep_spacing=spacing), steps)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_ddpm_of_every_prediction_type_equals_diffusers(prediction_type: str, clip: bool) -> None:
+    assert_ddpm_equals_diffusers(NoiseConfig(prediction_type=prediction_type, clip_sample=clip), 30)
+
+
+OTHER_CONFIGS = {
+    "offset": {"steps_offset": 1},
+    "clip range": {"clip_sample_range": 0.3},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large"},
+    "zero snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+    "short chain": {"num_train_timesteps": 60, "beta_end": 0.3},
+}
+
+
+@pytest.mark.parametrize("config", OTHER_CONFIGS.values(), ids=OTHER_CONFIGS.keys())
+def test_ddpm_of_other_configs_equals_diffusers(config: dict[str, Any]) -> None:
+    assert_ddpm_equals_diffusers(NoiseConfig(**config), 25)
+
+
+def assert_ddim_equals_diffusers(noise: NoiseConfig, steps: int, eta: float) -> None:
+    schedule = noise.schedule()
+    theirs = in_float64(DDIMScheduler.from_config(noise.to_dict()), schedule)
+    theirs.set_timesteps(steps)
+    plan = compile_plan(noise, schedule, "ddim", steps, eta=eta)
+    assert plan.timesteps.tolist() == theirs.timesteps.tolist()
+    x = seeded(0)
+    ours = walk(plan, x, lambda k, _x: seeded(k + 1))
+    for k, t in enumerate(theirs.timesteps):
+        # The network's eps no longer agrees with a clipped x0; tminus always takes it from x0, as Glide does.
+        stepped = theirs.step(
+            seeded(k + 1), t, x, eta=eta, use_clipped_model_output=True, variance_noise=seeded(10_000 + k)
+        )
+        x = stepped.prev_sample
+        assert_close(ours[k][1], stepped.pred_original_sample)
+        assert_close(ours[k][0], x)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", STEPS)
+def test_ddim_equals_diffusers_step_by_step(steps: int, eta: float) -> None:
+    assert_ddim_equals_diffusers(NoiseConfig(default_sampler="ddim"), steps, eta)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_ddim_of_every_prediction_type_equals_diffusers(prediction_type: str, clip: bool, eta: float) -> None:
+    noise = NoiseConfig(default_sampler="ddim", prediction_type=prediction_type, clip_sample=clip)
+    assert_ddim_equals_diffusers(noise, 30, eta)
+
+
+@pytest.mark.parametrize("steps", [5, 50, 1000])
+def test_ddim_with_trailing_steps_that_divide_t_equals_diffusers(steps: int) -> None:
+    # Where they do not, diffusers goes to t - T // S, which is no timestep of its plan: see the formula tests below.
+    assert_ddim_equals_diffusers(NoiseConfig(default_sampler="ddim", timestep_spacing="trailing"), steps, 0.5)
+
+
+@pytest.mark.parametrize("steps", [7, 50])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_ddim_without_set_alpha_to_one_equals_diffusers(offset: int, steps: int) -> None:
+    noise = NoiseConfig(default_sampler="ddim", set_alpha_to_one=False, steps_offset=offset)
+    assert_ddim_equals_diffusers(noise, steps, 0.0)
+
+
+# --- against the papers' formulas ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [7, 30, 333])
+def test_ddim_is_equation_12_of_its_paper(steps: int, spacing: str, set_alpha_to_one: bool, eta: float) -> None:
+    noise = NoiseConfig(timestep_spacing=spacing, set_alpha_to_one=set_alpha_to_one, steps_offset=1)
+    schedule = noise.schedule()
+    plan = compile_plan(noise, schedule, "ddim", steps, eta=eta)
+    alpha_bar, t = schedule.alpha_bar, plan.timesteps.tolist()
+    x = seeded(0)
+    ours = walk(plan, x, lambda k, _x: seeded(k + 1))
+    for k in range(steps):
+        now = alpha_bar[t[k]]
+        last = k == steps - 1
+        then = (torch.tensor(1.0, dtype=F64) if set_alpha_to_one else alpha_bar[0]) if last else alpha_bar[t[k + 1]]
+        x0 = ((x - (1 - now).sqrt() * seeded(k + 1)) / now.sqrt()).clamp(-1, 1)
+        eps = (x - now.sqrt() * x0) / (1 - now).sqrt()
+        sigma = eta * ((1 - then) / (1 - now)).sqrt() * (1 - now / then).sqrt()
+        if last:
+            sigma = sigma * 0  # the last step adds no noise
+        x = then.sqrt() * x0 + (1 - then - sigma**2).sqrt() * eps + sigma * seeded(10_000 + k)
+        assert_close(ours[k][0], x)
+
+
+def test_full_chain_equals_the_textbook_loop_through_a_real_network(tiny_net: UNet2D) -> None:
+    """Ho et al. 2020, algorithm 2, as it is printed: eps, sigma_t^2 = beta_t, no clipping, all 1000 steps."""
+    net = tiny_net.double()
+    noise = NoiseConfig(variance_type="fixed_large", clip_sample=False)
+    schedule = noise.schedule()
+    plan = compile_plan(noise, schedule, "ddpm", 1000)
+    x_T = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    z = torch.randn(1000, 1, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=F64)
+
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=F64)
+    alpha = 1 - beta
+    alpha_bar = alpha.cumprod(0)
+    x = x_T
+    with torch.inference_mode():
+        for t in range(999, -1, -1):
+            eps = net(x, torch.tensor([t]))
+            x = 1 / alpha[t].sqrt() * (x - (1 - alpha[t]) / (1 - alpha_bar[t]).sqrt() * eps)
+            if t > 0:
+                x = x + beta[t].sqrt() * z[999 - t]
+
+    ours = sample(net, plan, x_T, lambda k: z[k])
+    assert x.std() > 0.1
+    torch.testing.assert_close(ours, x, rtol=1e-7, atol=1e-7 * x.abs().max().item())
+
+
+def test_ddim_with_eta_one_is_ddpm_with_the_posterior_variance() -> None:
+    noise = NoiseConfig(timestep_spacing="linspace")
+    ddpm = compile_plan(noise, noise.schedule(), "ddpm", 37)
+    ddim = compile_plan(noise, noise.schedule(), "ddim", 37, eta=1.0)
+    torch.testing.assert_close(ddim.lines, ddpm.lines, rtol=1e-8, atol=1e-12)
+
+
+def test_respaced_fixed_large_variance_is_that_of_the_jump_and_not_of_the_timestep() -> None:
+    noise = NoiseConfig(variance_type="fixed_large")
+    schedule = noise.schedule()
+    plan = compile_plan(noise, schedule, "ddpm", 10)
+    s = plan.lines[:, 5]
+    expected = 1 - schedule.alpha_bar[900] / schedule.alpha_bar[800]
+    assert s[0].item() ** 2 == pytest.approx(expected.item(), rel=1e-12)
+    assert s[0] ** 2 > 20 * schedule.betas[900]
+
+
+# --- timesteps ----------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(SPACINGS), st.integers(1, 1200), st.data())
+def test_timesteps_fall_strictly_inside_the_chain(spacing: str, num_timesteps: int, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(1, num_timesteps))
+    offset = data.draw(st.integers(0, num_timesteps - 1))
+    t = make_timesteps(spacing, steps, num_timesteps, offset)
+    assert t.dtype == torch.int64
+    assert len(t) == steps
+    assert t.max() < num_timesteps
+    assert t.min() >= 0
+    assert (t.diff() < 0).all()
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_spacing_of_all_steps_is_the_whole_chain(spacing: str) -> None:
+    assert make_timesteps(spacing, 1000, 1000, 1).tolist() == list(range(999, -1, -1))
+
+
+def test_timesteps_of_each_spacing_are_those_of_lin_et_al_table_2() -> None:
+    assert make_timesteps("leading", 10, 1000).tolist() == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
+    assert make_timesteps("leading", 10, 1000, 1).tolist() == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    assert make_timesteps("trailing", 10, 1000).tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert make_timesteps("linspace", 10, 1000).tolist() == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_number_of_steps_out_of_bounds_is_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=rf"steps must be 1\.\.1000, got {steps}"):
+        make_timesteps("leading", steps, 1000)
+
+
+def test_unknown_spacing_is_refused() -> None:
+    with pytest.raises(ValueError, match="'karras'"):
+        make_timesteps("karras", 10, 1000)
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+CONFIGS = st.builds(
+    NoiseConfig,
+    num_train_timesteps=st.just(80),
+    beta_end=st.just(0.25),
+    variance_type=st.sampled_from(("fixed_small", "fixed_large")),
+    prediction_type=st.sampled_from(PREDICTIONS),
+    timestep_spacing=st.sampled_from(SPACINGS),
+    steps_offset=st.integers(0, 3),
+)
+
+
+@given(CONFIGS, st.sampled_from(SAMPLERS), st.integers(1, 80), st.floats(0, 1), st.sampled_from((True, False, None)))
+def test_plan_has_a_line_a_step_all_finite_and_ends_without_noise(
+    noise: NoiseConfig, sampler: str, steps: int, eta: float, clip: bool | None
+) -> None:
+    plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=eta, clip=clip)
+    assert len(plan) == steps
+    assert plan.lines.shape == (steps, 7)
+    assert plan.lines.dtype == F64
+    assert bool(torch.isfinite(plan.lines[:, :6]).all())
+    assert plan.lines[-1, 5] == 0
+    assert (plan.lines[:, 5] >= 0).all()
+    assert plan.lines[:, 6].tolist() == [torch.inf if clip is False else 1.0] * steps
+
+
+@given(CONFIGS, st.integers(1, 80))
+def test_ddim_without_eta_adds_no_noise_at_all(noise: NoiseConfig, steps: int) -> None:
+    plan = compile_plan(noise, noise.schedule(), "ddim", steps, eta=0.0)
+    assert plan.lines[:, 5].tolist() == [0.0] * steps
+
+
+@settings(deadline=None)
+@given(CONFIGS, st.sampled_from(SAMPLERS), st.integers(1, 80), st.floats(0, 1), st.integers(0, 2**32))
+def test_perfect_network_ends_in_x_0_by_every_sampler(
+    noise: NoiseConfig, sampler: str, steps: int, eta: float, seed: int
+) -> None:
+    schedule = noise.schedule()
+    plan = compile_plan(noise, schedule, sampler, steps, eta=eta)
+    x_0 = seeded(seed).clamp(-1, 1)
+
+    def perfect(k: int, x: Tensor) -> Tensor:
+        alpha_bar = schedule.alpha_bar[plan.timesteps[k]]
+        eps = (x - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+        v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+        return {"epsilon": eps, "sample": x_0, "v_prediction": v}[noise.prediction_type]
+
+    x, x0 = walk(plan, seeded(seed + 1), perfect)[-1]
+    torch.testing.assert_close(x, x_0, rtol=0, atol=1e-9)
+    torch.testing.assert_close(x0, x_0, rtol=0, atol=1e-9)
+
+
+@given(CONFIGS, st.sampled_from(("ddpm", "ddim")), st.integers(2, 80), st.floats(0, 1))
+def test_step_of_a_perfect_network_keeps_the_marginals_of_the_forward_process(
+    noise: NoiseConfig, sampler: str, steps: int, eta: float
+) -> None:
+    """Song et al. 2021, lemma 1: x' = a x + b x_0 + s z must be q(x_prev|x_0) whenever x is q(x_t|x_0)."""
+    noise = dataclasses.replace(noise, variance_type="fixed_small")  # beta as variance is no posterior of this x_0
+    schedule = noise.schedule()
+    plan = compile_plan(noise, schedule, sampler, steps, eta=eta)
+    now, then = schedule.alpha_bar[plan.timesteps[:-1]], schedule.alpha_bar[plan.timesteps[1:]]
+    a, b, s = plan.lines[:-1, 2], plan.lines[:-1, 3], plan.lines[:-1, 5]
+    torch.testing.assert_close(a * now.sqrt() + b, then.sqrt(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(a**2 * (1 - now) + s**2, 1 - then, rtol=1e-9, atol=1e-12)
+
+
+def test_clip_is_the_checkpoints_own_unless_it_is_given() -> None:
+    unclipped = NoiseConfig(clip_sample=False, clip_sample_range=2.0)
+    for noise, clip, bound in [
+        (unclipped, None, torch.inf),
+        (unclipped, True, 2.0),
+        (NoiseConfig(), None, 1.0),
+        (NoiseConfig(), False, torch.inf),
+    ]:
+        assert compile_plan(noise, noise.schedule(), "ddpm", 1, clip=clip).lines[0, 6] == bound
+
+
+def test_unknown_sampler_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'euler_ancestral'"):
+        compile_plan(NoiseConfig(), NoiseConfig().schedule(), "euler_ancestral", 10)
+
+
+def test_eps_prediction_cannot_start_where_no_signal_is_left() -> None:
+    with pytest.raises(ValueError, match="alpha_bar = 0"):
+        x0_coefficients("epsilon", torch.tensor([0.5, 0.0], dtype=F64))
+
+
+def test_unknown_prediction_type_has_no_coefficients() -> None:
+    with pytest.raises(ValueError, match="'flow'"):
+        x0_coefficients("flow", torch.tensor([0.5], dtype=F64))
+
+
+# --- the update rule ----------------------------------------------------------------------------------------------
+
+
+def test_update_rule_is_the_two_lines_of_its_docstring() -> None:
+    x, out, x0_previous, z = (torch.full((1, 1, 1, 1), value, dtype=F64) for value in (2.0, 3.0, 5.0, 7.0))
+    line = torch.tensor([[0.5, -0.5, 10.0, 100.0, 1000.0, 10_000.0, 0.25]], dtype=F64)
+    stepped = denoise(x, out, x0_previous, z, line)
+    assert stepped.x0.item() == -0.25  # 0.5 * 2 - 0.5 * 3 = -0.5, clipped
+    assert stepped.x.item() == 10 * 2 + 100 * -0.25 + 1000 * 5 + 10_000 * 7
+
+
+def test_rows_with_mixed_lines_equal_each_row_alone() -> None:
+    lines = []
+    for sampler, prediction_type, steps, clip in [
+        ("ddpm", "epsilon", 1000, True),
+        ("ddim", "v_prediction", 20, False),
+        ("ddpm", "sample", 3, True),
+        ("ddim", "epsilon", 50, True),
+    ]:
+        noise = NoiseConfig(prediction_type=prediction_type)
+        plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=0.7, clip=clip)
+        lines.append(plan.lines[steps // 2])
+    mixed = torch.stack(lines).float()
+    x, out, x0_previous, z = torch.randn(4, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
+    together = denoise(x, out, x0_previous, z, mixed)
+    for i in range(4):
+        row = slice(i, i + 1)
+        alone = denoise(x[row], out[row], x0_previous[row], z[row], mixed[row])
+        assert torch.equal(together.x[row], alone.x)
+        assert torch.equal(together.x0[row], alone.x0)
+
+
+def test_guidance_goes_from_unconditional_through_conditional_and_beyond() -> None:
+    out_u, out_c = torch.tensor([1.0]), torch.tensor([3.0])
+    assert [guide(out_u, out_c, g).item() for g in (0.0, 1.0, 4.0)] == [1.0, 3.0, 9.0]
+
+
+# --- the plain loop -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conditional_net() -> UNet2D:
+    """Three classes, of which the last is null."""
+    net = UNet2D(UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 3}))
+    randomize(net)
+    return net.eval()
+
+
+def test_loop_without_guidance_is_the_update_rule_over_the_plan(tiny_net: UNet2D) -> None:
+    noise = NoiseConfig()
+    plan = compile_plan(noise, noise.schedule(), "ddpm", 4)
+    x_T, z = torch.randn(2, 1, 8, 8), torch.randn(4, 2, 1, 8, 8)
+    steps: list[int] = []
+    got = sample(tiny_net, plan, x_T, lambda k: z[k], on_step=steps.append)
+    x, x0 = x_T, torch.zeros_like(x_T)
+    for k, t in enumerate(plan.timesteps):
+        x, x0 = denoise(x, tiny_net(x, t.expand(2)), x0, z[k], plan.lines[k : k + 1].float().expand(2, -1))
+    assert torch.equal(got, x)
+    assert steps == [0, 1, 2, 3]
+
+
+@torch.no_grad()
+def test_guided_loop_leads_the_output_away_from_the_null_class(conditional_net: UNet2D) -> None:
+    noise = NoiseConfig(clip_sample=False)
+    plan = compile_plan(noise, noise.schedule(), "ddim", 1)
+    x_T, labels, null = torch.randn(2, 1, 8, 8), torch.tensor([0, 1]), torch.tensor([2, 2])
+    t = plan.timesteps.expand(2)
+    out_u, out_c = conditional_net(x_T, t, null), conditional_net(x_T, t, labels)
+
+    def loop(guidance: float) -> Tensor:
+        zero = torch.zeros_like(x_T)
+        return sample(conditional_net, plan, x_T, lambda _k: zero, class_labels=labels, null_class=2, guidance=guidance)
+
+    p, q = plan.lines[0, :2].tolist()
+    expected = p * x_T + q * (out_u + 3 * (out_c - out_u))
+    torch.testing.assert_close(loop(3.0), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loop(1.0), p * x_T + q * out_c, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,420 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import train as train_module
+from model.checkpoint import CheckpointError, load_checkpoint
+from model.data import ImageSet
+from model.noise import NoiseConfig
+from model.train import STATE_FILE, TrainConfig, TrainError, batch_indices, faster_precision, step_seed, train
+from model.unet import UNet2D, UNetConfig
+from tests.model.conftest import TINY
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 3, "dropout": 0.1})
+NOISE = NoiseConfig(num_train_timesteps=50, beta_end=0.2)
+RUN = TrainConfig(
+    steps=8, batch_size=4, learning_rate=2e-3, warmup_steps=3, flip=True, seed=5, precision="fp32", save_every=3
+)
+
+
+def toy_images(count: int = 11) -> ImageSet:
+    """Two classes: bright on the left or bright on the right, with some noise."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 60, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % 2
+    images[labels == 0, :, :, :4] += 190
+    images[labels == 1, :, :, 4:] += 190
+    return ImageSet(images, labels, ("left", "right"), "toy")
+
+
+def run(folder: Path, config: TrainConfig = RUN, unet: UNetConfig = CONDITIONAL, **kwargs: Any) -> bool:
+    return train(folder, toy_images(), unet, NOISE, config, device=CPU, **kwargs)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True)
+    return state
+
+
+def assert_same_bits(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same_bits(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same_bits(a, b, f"{path}/{i}")
+    else:
+        assert one == other, path
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Step, weights, average, the optimiser's moments and the written checkpoint are the same to the bit."""
+    first, second = state_of(one), state_of(other)
+    assert_same_bits(first, second)
+    assert load_checkpoint(one).weights_hash == load_checkpoint(other).weights_hash
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert run(folder)
+    return folder
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def test_run_is_a_function_of_its_config(straight: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "again")
+    assert_same_run(straight, tmp_path / "again")
+    assert run(tmp_path / "other", dataclasses.replace(RUN, seed=6))
+    assert load_checkpoint(tmp_path / "other").weights_hash != load_checkpoint(straight).weights_hash
+
+
+def interrupt_at(step: int) -> Callable[[UNet2D, int], None]:
+    def on_sheet(_net: UNet2D, now: int) -> None:
+        if now == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return on_sheet
+
+
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_interrupted_and_resumed_run_is_the_run_never_interrupted(straight: Path, tmp_path: Path, step: int) -> None:
+    config = dataclasses.replace(RUN, sheet_every=1)
+    assert not run(tmp_path / "run", config, on_sheet=interrupt_at(step))
+    assert state_of(tmp_path / "run")["step"] == step
+    assert run(tmp_path / "run")
+    assert_same_run(straight, tmp_path / "run")
+
+
+def test_interrupted_again_and_again_it_is_still_the_same_run(straight: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(RUN, sheet_every=1)
+    for step in (2, 3, 6):
+        assert not run(tmp_path / "run", config, on_sheet=interrupt_at(step))
+    assert run(tmp_path / "run")
+    assert_same_run(straight, tmp_path / "run")
+
+
+def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    run(tmp_path, dataclasses.replace(RUN, steps=1))
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.model import test_train as t
+def on_sheet(net, step):
+    print(step, flush=True)
+    if step == 5:
+        sys.stdin.read(1)  # stand still until the parent has sent its signal
+done = t.run(Path(sys.argv[1]), t.dataclasses.replace(t.RUN, sheet_every=1), on_sheet=on_sheet)
+sys.exit(0 if done else 75)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_process_that_is_killed_resumes_as_if_it_had_not_been(
+    straight: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # other threads, other sums
+    )
+    assert child.stdout is not None
+    assert child.stdin is not None
+    try:
+        for expected in range(1, 6):
+            assert child.stdout.readline() == b"%d\n" % expected
+        child.send_signal(signum)
+        child.stdin.write(b"\n")
+        child.stdin.close()
+    except BrokenPipeError:
+        assert signum == signal.SIGKILL
+    finally:
+        child.wait(60)
+        child.stdout.close()
+    if signum == signal.SIGTERM:  # finishes the step, saves, and says that it is not done
+        assert child.returncode == 75
+        assert state_of(folder)["step"] == 5
+    else:  # what was saved last is whole
+        assert child.returncode == -signal.SIGKILL
+        assert state_of(folder)["step"] == 3
+        assert load_checkpoint(folder).provenance["step"] == 3
+    assert run(folder)
+    assert_same_run(straight, folder)
+
+
+def test_finished_run_started_again_does_nothing_more(straight: Path, tmp_path: Path) -> None:
+    assert run(tmp_path)
+    assert run(tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_finished_run_goes_on_when_given_more_steps(tmp_path: Path) -> None:
+    assert run(tmp_path)
+    assert run(tmp_path, dataclasses.replace(RUN, steps=10))
+    assert state_of(tmp_path)["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("seed", 6), ("batch_size", 2), ("ema_decay", 0.5), ("class_dropout", 0.2), ("flip", False)]
+)
+def test_resuming_with_another_config_is_refused(tmp_path: Path, field: str, value: Any) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=2))
+    before = (tmp_path / STATE_FILE).read_bytes()
+    with pytest.raises(TrainError, match=rf"begun with {field}={getattr(RUN, field)!r}, got {value!r}"):
+        run(tmp_path, dataclasses.replace(RUN, **{field: value}))
+    assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=1))
+    with pytest.raises(TrainError, match="cannot resume"):
+        run(tmp_path, unet=dataclasses.replace(CONDITIONAL, layers_per_block=2))
+
+
+def test_state_that_is_damaged_is_refused_and_left_alone(tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=1))
+    file = tmp_path / STATE_FILE
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(TrainError, match=r"training-state\.pt: cannot resume from it"):
+        run(tmp_path)
+    assert file.stat().st_size == 1000
+
+
+# --- what a run leaves behind -------------------------------------------------------------------------------------
+
+
+def test_run_leaves_a_checkpoint_of_the_average_and_no_part_of_a_file(straight: Path) -> None:
+    loaded, state = load_checkpoint(straight), state_of(straight)
+    for key, value in loaded.net.state_dict().items():
+        assert torch.equal(value, state["ema"][key])
+        assert not torch.equal(value, state["net"][key])
+    assert loaded.labels.class_names == ("left", "right")
+    assert loaded.labels.null_class == 2
+    assert loaded.noise == NOISE
+    assert loaded.provenance["data"] == "toy"
+    assert loaded.provenance["step"] == 8
+    assert loaded.provenance["images_seen"] == 8 * 4
+    assert loaded.provenance["config"] == dataclasses.asdict(RUN)
+    names = sorted(file.name for file in straight.rglob("*") if file.is_file())
+    assert names == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "model_index.json",
+        "scheduler_config.json",
+        "tminus.json",
+        STATE_FILE,
+    ]
+
+
+def test_save_that_fails_leaves_the_last_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=2))
+    before = (tmp_path / STATE_FILE).read_bytes()
+
+    def full_disk(_state: object, path: Path) -> None:
+        path.write_bytes(b"part")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(train_module.torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path)
+    assert (tmp_path / STATE_FILE).read_bytes() == before
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+def test_sheets_are_made_of_the_average_in_eval_mode_when_due_and_at_the_end(tmp_path: Path) -> None:
+    seen: list[tuple[int, bool]] = []
+    run(tmp_path, dataclasses.replace(RUN, sheet_every=3), on_sheet=lambda net, step: seen.append((step, net.training)))
+    assert seen == [(3, False), (6, False), (8, False)]
+
+
+def test_unlabelled_set_trains_an_unconditional_net(tmp_path: Path) -> None:
+    data = dataclasses.replace(toy_images(), labels=None, class_names=())
+    assert train(tmp_path, data, TINY, NOISE, dataclasses.replace(RUN, steps=2), device=CPU)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.labels.num_classes == 0
+    assert loaded.net.class_embedding is None
+
+
+# --- starting from other weights ----------------------------------------------------------------------------------
+
+
+def test_new_run_starts_from_the_weights_it_is_given(straight: Path, tmp_path: Path) -> None:
+    frozen = dataclasses.replace(RUN, steps=1, learning_rate=0.0)
+    run(tmp_path / "new", frozen, init_from=straight)
+    state = state_of(tmp_path / "new")
+    for key, value in load_checkpoint(straight).net.state_dict().items():
+        assert torch.equal(state["net"][key], value)
+    assert state["step"] == 1
+    assert json.loads((tmp_path / "new" / "tminus.json").read_text())["provenance"]["init_from"] == str(straight)
+
+
+def test_new_run_without_them_starts_elsewhere(straight: Path, tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=1, learning_rate=0.0))
+    assert load_checkpoint(tmp_path).weights_hash != load_checkpoint(straight).weights_hash
+
+
+def test_weights_to_start_from_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        run(tmp_path / "new", init_from=tmp_path / "gone")
+    assert not (tmp_path / "new" / STATE_FILE).exists()
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands for l_simple and keeps what it gives."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.losses: list[float] = []
+        self.l_simple = train_module.l_simple
+        monkeypatch.setattr(train_module, "l_simple", self)
+
+    def __call__(self, out: Tensor, target: Tensor) -> Tensor:
+        loss = self.l_simple(out, target)
+        self.losses.append(loss.item())
+        return loss
+
+
+def test_loss_falls_on_a_toy_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    run(tmp_path, dataclasses.replace(RUN, steps=150, batch_size=16, learning_rate=1e-2, save_every=10**6))
+    assert len(recorder.losses) == 150
+    first, last = sum(recorder.losses[:3]) / 3, sum(recorder.losses[-30:]) / 30
+    assert first > 0.8  # eps has variance 1, and the net knows nothing yet
+    assert last < 0.5 * first
+
+
+@pytest.mark.parametrize("save_every", [3, 500])
+def test_training_that_diverges_stops_and_keeps_the_last_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int
+) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=2))
+    monkeypatch.setattr(train_module, "l_simple", lambda out, target: (out * torch.nan).mean())
+    with pytest.raises(TrainError, match="not finite"):
+        run(tmp_path, dataclasses.replace(RUN, save_every=save_every))
+    assert state_of(tmp_path)["step"] == 2
+    assert load_checkpoint(tmp_path).provenance["step"] == 2
+
+
+def labels_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dropout: float) -> Tensor:
+    seen: list[Tensor] = []
+    forward = UNet2D.forward
+
+    def record(self: UNet2D, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        assert class_labels is not None
+        seen.append(class_labels.clone())
+        return forward(self, x, t, class_labels)
+
+    monkeypatch.setattr(UNet2D, "forward", record)
+    run(tmp_path, dataclasses.replace(RUN, steps=4, batch_size=110, class_dropout=dropout))
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 1.0])
+def test_null_class_replaces_labels_as_often_as_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dropout: float
+) -> None:
+    labels = labels_seen(monkeypatch, tmp_path, dropout)
+    share = (labels == 2).double().mean().item()
+    assert share == pytest.approx(dropout, abs=4 * (dropout * (1 - dropout) / labels.numel()) ** 0.5)
+    if dropout < 1:
+        assert set(labels.unique().tolist()) == ({0, 1, 2} if dropout else {0, 1})
+
+
+def test_timesteps_are_uniform_over_the_whole_chain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+    forward = UNet2D.forward
+
+    def record(self: UNet2D, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        seen.append(t.clone())
+        return forward(self, x, t, class_labels)
+
+    monkeypatch.setattr(UNet2D, "forward", record)
+    run(tmp_path, dataclasses.replace(RUN, steps=10, batch_size=200))
+    counts = torch.cat(seen).bincount(minlength=50).double()
+    assert len(counts) == 50
+    chi_square = ((counts - 40) ** 2 / 40).sum().item()
+    assert 20 < chi_square < 90  # 49 degrees of freedom: p of either side below 0.001
+
+
+# --- the order of images, the seeds, the learning rate ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_images", "batch_size"), [(12, 4), (11, 4), (5, 12), (7, 7)])
+def test_every_epoch_covers_each_image_once(num_images: int, batch_size: int) -> None:
+    epochs = 4
+    steps = -(-epochs * num_images // batch_size)
+    picked = torch.cat([batch_indices(num_images, batch_size, 3, step) for step in range(steps)])
+    orders = picked[: epochs * num_images].reshape(epochs, num_images).tolist()
+    assert [sorted(order) for order in orders] == [list(range(num_images))] * epochs
+    assert len({tuple(order) for order in orders}) == epochs  # each in an order of its own
+
+
+def test_order_of_images_is_a_function_of_the_seed() -> None:
+    assert torch.equal(batch_indices(1000, 64, 3, 9), batch_indices(1000, 64, 3, 9))
+    assert not torch.equal(batch_indices(1000, 64, 3, 9), batch_indices(1000, 64, 4, 9))
+
+
+def test_seeds_of_steps_are_distinct_and_fit_torch() -> None:
+    seeds = {step_seed(seed, step) for seed in range(8) for step in range(-500, 500)}
+    assert len(seeds) == 8 * 1000
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_learning_rate_warms_up_holds_and_falls_to_zero() -> None:
+    config = TrainConfig(steps=1000, learning_rate=1e-3, warmup_steps=100, decay_fraction=0.2)
+    rates = [config.learning_rate_at(step) for step in range(1001)]
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[49] == pytest.approx(5e-4)
+    assert rates[99:801] == [1e-3] * 702
+    assert rates[900] == pytest.approx(5e-4)
+    assert rates[999] == pytest.approx(5e-6)
+    assert rates[1000] == 0
+
+
+def test_learning_rate_without_warm_up_or_decay_is_constant() -> None:
+    config = TrainConfig(steps=10, learning_rate=1e-3, warmup_steps=0, decay_fraction=0.0)
+    assert [config.learning_rate_at(step) for step in range(10)] == [1e-3] * 10
+
+
+def test_scheduled_rate_reaches_the_optimizer(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert state_of(tmp_path)["optimizer"]["param_groups"][0]["lr"] == RUN.learning_rate_at(7)
+
+
+def test_timing_the_precisions_leaves_the_weights_and_gradients_alone() -> None:
+    net = UNet2D(CONDITIONAL)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    assert faster_precision(net, (2, 1, 8, 8), CPU, repeats=1) in ("fp32", "bf16")
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert all(parameter.grad is None for parameter in net.parameters())

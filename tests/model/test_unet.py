@@ -1,0 +1,304 @@
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from model.layers import sinusoidal_embedding
+from model.unet import UNet2D, UNetConfig
+from tests.model.conftest import TINY, randomize
+
+SMALL: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (16, 32, 64),
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+}
+ATTENDS_EVERYWHERE = {"down_block_types": ("AttnDownBlock2D",) * 3, "up_block_types": ("AttnUpBlock2D",) * 3}
+RESNET_BLOCKS = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+}
+
+# The architecture fields of the published config.json files.
+DDPM_CIFAR10_32: dict[str, Any] = {
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": (128, 256, 256, 256),
+    "center_input_sample": False,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 32,
+    "time_embedding_type": "positional",
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+DDPM_CELEBAHQ_256: dict[str, Any] = {
+    **DDPM_CIFAR10_32,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+    "sample_size": 256,
+}
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "padding 0, shift 1, sin first": {"downsample_padding": 0, "freq_shift": 1, "flip_sin_to_cos": False},
+    "no attention in the mid block": {"add_attention": False},
+    "no mid block": {"mid_block_type": None},
+    "attention in every block, one head": {**ATTENDS_EVERYWHERE, "attention_head_dim": None},
+    "attention in every block, heads of 8": {**ATTENDS_EVERYWHERE, "attention_head_dim": 8},
+    "heads of 12, which divide no width": {**ATTENDS_EVERYWHERE, "attention_head_dim": 12},
+    "heads wider than a block that does not attend": {"attention_head_dim": 32},
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
+    "scale_shift with a mid group norm": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4},
+    "default with other mid groups": {"attn_norm_num_groups": 16},
+    "resnet resampling in attention blocks": {
+        **ATTENDS_EVERYWHERE,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    },
+    "resnet blocks": RESNET_BLOCKS,
+    "consistency model's mixture": {
+        **RESNET_BLOCKS,
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "layers_per_block": 3,
+        "num_class_embeds": 5,
+    },
+    "classes": {"num_class_embeds": 11},
+    "mid block scaled by sqrt 2": {"mid_block_scale_factor": 2**0.5},
+    "mid block scaled, without attention": {"mid_block_scale_factor": 3, "add_attention": False},
+    "learned time embedding": {"time_embedding_type": "learned", "num_train_timesteps": 1000},
+    "wider time embedding": {"time_embedding_dim": 50},
+    "an odd first width": {"block_out_channels": (15, 30, 60), "norm_num_groups": 5, "attention_head_dim": 15},
+    "centred input": {"center_input_sample": True},
+    "one layer, one channel": {"layers_per_block": 1, "in_channels": 1, "out_channels": 1},
+    "three layers, two channels out": {"layers_per_block": 3, "out_channels": 2},
+    "relu": {"act_fn": "relu"},
+    "gelu": {"act_fn": "gelu"},
+    "mish": {"act_fn": "mish"},
+    "swish and a large eps": {"act_fn": "swish", "norm_eps": 0.1},
+    "dropout, which eval leaves out": {"dropout": 0.5},
+    "one block": {
+        "down_block_types": ("AttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "block_out_channels": (16,),
+    },
+}
+
+
+def twins(config: dict[str, Any]) -> tuple[UNet2D, UNet2DModel]:
+    """tminus' net and diffusers', with the same random weights."""
+    theirs = UNet2DModel(**config).eval()
+    randomize(theirs)
+    with torch.device("meta"):
+        ours = UNet2D(UNetConfig.from_dict(config))
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    return ours.eval(), theirs
+
+
+@torch.no_grad()
+def assert_same_outputs(config: dict[str, Any], height: int, width: int, batch: int = 2) -> None:
+    ours, theirs = twins(config)
+    torch.manual_seed(1)
+    x = torch.randn(batch, theirs.config.in_channels, height, width)
+    t = torch.tensor([999, 0])[:batch]
+    labels = torch.arange(batch) if theirs.config.num_class_embeds else None
+    expected = theirs(x, t, labels).sample
+    out = ours(x, t, labels)
+    assert out.shape == expected.shape
+    assert expected.std() > 0.01
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("change", VARIATIONS.values(), ids=VARIATIONS.keys())
+def test_outputs_equal_those_of_diffusers(change: dict[str, Any]) -> None:
+    assert_same_outputs({**SMALL, **change}, 16, 16)
+
+
+def test_outputs_equal_those_of_diffusers_on_an_oblong_image() -> None:
+    assert_same_outputs(SMALL, 24, 8)
+
+
+def test_ddpm_cifar10_32_equals_diffusers() -> None:
+    assert_same_outputs(DDPM_CIFAR10_32, 32, 32)
+
+
+def test_ddpm_celebahq_256_equals_diffusers() -> None:
+    assert_same_outputs(DDPM_CELEBAHQ_256, 64, 64, batch=1)
+
+
+def test_published_architectures_have_their_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        sizes = [
+            sum(p.numel() for p in UNet2D(UNetConfig(**config)).parameters())
+            for config in (DDPM_CIFAR10_32, DDPM_CELEBAHQ_256)
+        ]
+    assert sizes == [35_746_307, 113_673_219]  # Ho et al. 2020, appendix B: 35.7 and 114 million
+
+
+def test_gradients_equal_those_of_diffusers() -> None:
+    ours, theirs = twins({**SMALL, "num_class_embeds": 3})
+    x, t, labels = torch.randn(2, 3, 16, 16), torch.tensor([10, 500]), torch.tensor([0, 2])
+    ours.requires_grad_(True)(x, t, labels).square().mean().backward()
+    ours_grad = {name: p.grad.clone() for name, p in ours.named_parameters()}  # the twins share their parameters' data
+    theirs(x, t, labels).sample.square().mean().backward()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours_grad[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    net = UNet2D(dataclasses.replace(TINY, dropout=0.5))
+    randomize(net)
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor([3])
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x, t), net(x, t))
+        assert not torch.equal(net.train()(x, t), net(x, t))
+
+
+def test_double_precision_net_takes_and_gives_doubles(tiny_net: UNet2D) -> None:
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 900])
+    single = tiny_net(x, t)
+    out = tiny_net.double()(x.double(), t)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, single.double(), rtol=0, atol=1e-4)
+
+
+def test_labels_missing_from_a_conditional_net_are_refused() -> None:
+    net = UNet2D(dataclasses.replace(TINY, num_class_embeds=3))
+    with pytest.raises(ValueError, match="needs class labels"):
+        net(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
+
+
+def test_labels_given_to_an_unconditional_net_are_refused(tiny_net: UNet2D) -> None:
+    with pytest.raises(ValueError, match="takes no class labels"):
+        tiny_net(torch.zeros(1, 1, 8, 8), torch.tensor([0]), torch.tensor([0]))
+
+
+def test_sinusoidal_embedding_holds_the_sines_and_cosines_of_its_formula() -> None:
+    embedding = sinusoidal_embedding(torch.tensor([5]), 4, flip_sin_to_cos=False, freq_shift=1)
+    t = torch.tensor([5.0, 5.0e-4], dtype=torch.float64)  # frequencies 1 and 1e-4
+    expected = torch.cat([t.sin(), t.cos()]).float()[None]
+    torch.testing.assert_close(embedding, expected)
+
+
+# --- the config ---------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[str, Any]] = [
+    ("in_channels", 0),
+    ("in_channels", "3"),
+    ("out_channels", -1),
+    ("out_channels", True),
+    ("layers_per_block", 0),
+    ("layers_per_block", 1.5),
+    ("norm_num_groups", None),
+    ("block_out_channels", (16, 30, 64)),
+    ("block_out_channels", ()),
+    ("block_out_channels", (16, 32, 0)),
+    ("down_block_types", ("DownBlock2D", "DownBlock2D")),
+    ("down_block_types", ("DownBlock2D", "KDownBlock2D", "DownBlock2D")),
+    ("up_block_types", ("UpBlock2D", "SkipUpBlock2D", "UpBlock2D")),
+    ("mid_block_type", "UNetMidBlock2DCrossAttn"),
+    ("time_embedding_type", "fourier"),
+    ("time_embedding_dim", 0),
+    ("freq_shift", "1"),
+    ("freq_shift", 8),
+    ("downsample_padding", 2),
+    ("downsample_type", "fir"),
+    ("upsample_type", "fir"),
+    ("dropout", 1.5),
+    ("dropout", "0"),
+    ("norm_eps", 0),
+    ("norm_eps", float("nan")),
+    ("mid_block_scale_factor", 0),
+    ("act_fn", "tanh"),
+    ("attention_head_dim", 0),
+    ("attention_head_dim", 128),
+    ("attn_norm_num_groups", 5),
+    ("resnet_time_scale_shift", "spatial"),
+    ("class_embed_type", "timestep"),
+    ("num_class_embeds", -1),
+    ("sample_size", 0),
+    ("sample_size", (32, 0)),
+    ("sample_size", (32,)),
+    ("sample_size", 32.0),
+    ("sample_size", "32"),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+def test_bad_config_value_is_refused_by_field_and_value(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"unet config: .*{field}") as refusal:
+        UNetConfig.from_dict({**SMALL, field: value})
+    assert repr(value) in str(refusal.value)
+
+
+def test_learned_time_embedding_needs_the_number_of_timesteps() -> None:
+    with pytest.raises(ValueError, match="num_train_timesteps must be a positive integer, got None"):
+        UNetConfig.from_dict({**SMALL, "time_embedding_type": "learned"})
+
+
+def test_value_of_a_type_nobody_expects_is_a_value_error_too() -> None:
+    with pytest.raises(ValueError, match="unet config"):
+        UNetConfig.from_dict({**SMALL, "block_out_channels": 64})
+
+
+def test_unknown_key_warns_and_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = UNetConfig.from_dict({**SMALL, "decay": 0.9999})
+    assert config == UNetConfig(**SMALL)
+    assert "unknown key decay=0.9999" in caplog.text
+
+
+def test_underscored_keys_are_dropped_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = UNetConfig.from_dict({**SMALL, "_class_name": "UNet2DModel", "_diffusers_version": "0.1.0"})
+    assert config == UNetConfig(**SMALL)
+    assert caplog.text == ""
+
+
+def test_unetres_prefix_of_block_names_is_stripped() -> None:
+    old = {
+        **SMALL,
+        "down_block_types": ["UNetResDownBlock2D", "UNetResAttnDownBlock2D", "UNetResDownBlock2D"],
+        "up_block_types": ["UNetResUpBlock2D", "UNetResAttnUpBlock2D", "UNetResUpBlock2D"],
+    }
+    assert UNetConfig.from_dict(old) == UNetConfig(**SMALL)
+
+
+def test_keys_in_use_default_values_revert_to_the_defaults() -> None:
+    config = UNetConfig.from_dict({**SMALL, "norm_eps": 0.5, "_use_default_values": ["norm_eps"]})
+    assert config.norm_eps == UNetConfig().norm_eps
+
+
+def test_config_survives_a_round_trip_through_its_json_form() -> None:
+    config = UNetConfig(**{**SMALL, "sample_size": (16, 24), "num_class_embeds": 4})
+    assert UNetConfig.from_dict(config.to_dict()) == config
+
+
+def test_defaults_are_those_of_diffusers() -> None:
+    ours = UNetConfig().to_dict()
+    with torch.device("meta"):
+        theirs = dict(UNet2DModel().config)
+    theirs.pop("_use_default_values", None)
+    assert {key: theirs[key] for key in ours if key in theirs} == {k: v for k, v in ours.items() if k != "_class_name"}
+
+
+def test_size_multiple_is_two_to_the_number_of_halvings() -> None:
+    assert UNetConfig(**DDPM_CELEBAHQ_256).size_multiple == 32
