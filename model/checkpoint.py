@@ -65,6 +65,13 @@ class Checkpoint:
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Load a checkpoint folder. Raises CheckpointError with one clear line for whatever is wrong with it."""
+    try:
+        return _load(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _load(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if not any(folder.iterdir()):
@@ -160,6 +167,8 @@ def _shards(index: Path) -> list[Path]:
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointError(f"{file}: the weight map names this file, and it is not there")
+    with file.open("rb"):  # a file that may not be read says so here, as neither of the two below does
+        pass
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -251,7 +260,7 @@ def save_checkpoint(
     labels: Labels,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write a folder that tminus and `DDPMPipeline.from_pretrained` both load. Each file appears whole or not at all."""
+    """Write a folder that tminus and `DDPMPipeline.from_pretrained` both load. Each file appears whole or not."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     scheduler_class = noise.to_dict()["_class_name"]
     pipeline_class = "DDIMPipeline" if scheduler_class == "DDIMScheduler" else "DDPMPipeline"
@@ -261,7 +270,12 @@ def save_checkpoint(
         "scheduler": ["diffusers", scheduler_class],
         "unet": ["diffusers", "UNet2DModel"],
     }
-    meta = {"class_names": list(labels.class_names), "null_class": labels.null_class, "provenance": dict(provenance)}
+    meta = {
+        "name": folder.resolve().name,
+        "class_names": list(labels.class_names),
+        "null_class": labels.null_class,
+        "provenance": dict(provenance),
+    }
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     _write_json(folder / "unet" / "config.json", unet.to_dict())

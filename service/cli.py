@@ -2,6 +2,7 @@
 
 import io
 import logging
+import signal
 import sys
 import zipfile
 from collections.abc import Callable
@@ -44,7 +45,12 @@ def serve(**flags: Any) -> None:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
         fail(f"--{name.replace('_', '-')} (TMINUS_{name.upper()}): {first['msg']}, got {first['input']!r}")
+    # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action.
+    signal.signal(signal.SIGTERM, lambda _signum, _frame: sys.exit(0))
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+    log = logging.getLogger(__name__)
+    log.info("loading %s", settings.checkpoint)
 
     from service.app import create_app
     from service.job import Limits
@@ -67,7 +73,7 @@ def serve(**flags: Any) -> None:
         max_body_bytes=settings.max_body_bytes,
     )
     info = engine.info
-    logging.getLogger(__name__).info(
+    log.info(
         "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
         info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
     )  # fmt: skip

@@ -56,10 +56,12 @@ def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: s
         server_header=False,
         timeout_graceful_shutdown=int(grace_s + ANSWER_S),
     )
-    # uvicorn raises the signal again when it is done; being asked to stop and having stopped is no failure.
+    server = Server(config, app.state.worker, grace_s)
+    # Until uvicorn has its own handlers these stop it; when it is done it raises the signal once more, to no effect:
+    # being asked to stop and having stopped is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda _signum, _frame: None)
+        signal.signal(signum, lambda _signum, _frame: setattr(server, "should_exit", True))
     listener.listen(config.backlog)  # from here on a client is kept waiting, not refused
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    Server(config, app.state.worker, grace_s).run([listener])
+    server.run([listener])

@@ -2,6 +2,8 @@
 
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.conftest import BUNDLED, RunningServer, run_cli
+from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, run_cli
 
 Start = Callable[..., RunningServer]
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -60,6 +62,17 @@ def test_work_past_the_grace_period_is_given_up_with_an_answer(own_server: Start
         answer = running.result(30)
     assert (answer.status_code, answer.json()["code"]) == (503, "draining")
     assert server.process.wait(30) == 0, server.log
+
+
+def test_sigterm_while_loading_ends_at_once() -> None:
+    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--checkpoint", str(BUNDLED)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    with process.stderr:
+        assert "loading" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert "listening" not in process.stderr.read()
 
 
 def break_missing(folder: Path) -> None:

@@ -1,0 +1,57 @@
+# tminus as a container. docker/README.md has the details.
+#   docker build -t tminus . && docker run --rm --init --stop-timeout 40 -p 8000:8000 tminus
+
+# Wheels for pip to find besides the index's. Empty, unless `--build-context wheels=FOLDER` takes the place of this stage.
+FROM scratch AS wheels
+
+# Only the list of dependencies leaves this stage: no other change in pyproject.toml installs torch again.
+FROM python:3.11-slim AS requirements
+WORKDIR /src
+COPY pyproject.toml ./
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > all.txt \
+    && grep -w '^torch' all.txt > torch.txt
+
+FROM python:3.11-slim AS dependencies
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
+# The index of torch alone. PyPI's own torch for x86_64 carries gigabytes of CUDA; empty asks for that one.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /src
+RUN python -m venv --without-pip /opt/tminus
+COPY --from=requirements /src/torch.txt /src/all.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
+    pip --python /opt/tminus/bin/python install --find-links /wheels \
+        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --requirement torch.txt \
+    && pip --python /opt/tminus/bin/python install --find-links /wheels --requirement all.txt
+
+# --root keeps the code apart from its dependencies, so that the image has it in a small layer of its own.
+FROM dependencies AS code
+COPY . ./
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
+    pip --python /opt/tminus/bin/python install --find-links /wheels --no-deps --root /code . \
+    && chmod -R u=rwX,go=rX checkpoints
+
+FROM python:3.11-slim
+LABEL org.opencontainers.image.title="tminus" \
+      org.opencontainers.image.description="A server for trained denoising diffusion U-Nets" \
+      org.opencontainers.image.licenses="Apache-2.0"
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tminus
+WORKDIR /app
+COPY --from=dependencies /opt/tminus /opt/tminus
+COPY --from=code /code/opt/tminus /opt/tminus
+COPY --from=code /src/checkpoints checkpoints
+ENV PATH="/opt/tminus/bin:$PATH" \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    TMINUS_CHECKPOINT=/app/checkpoints/fashion-mnist-32 \
+    TMINUS_HOST=0.0.0.0 \
+    TMINUS_PORT=8000
+USER 10001:10001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# http.client, since urllib would take a proxy from the environment.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --start-interval=2s --retries=3 \
+    CMD ["python", "-c", "import http.client, os, sys; probe = http.client.HTTPConnection('127.0.0.1', int(os.environ['TMINUS_PORT']), timeout=4); probe.request('GET', '/readyz'); sys.exit(probe.getresponse().status != 200)"]
+ENTRYPOINT ["tminus"]
+CMD ["serve"]

@@ -1,0 +1,50 @@
+"""What the container files say of the server, held against the server's own settings."""
+
+import re
+from pathlib import Path
+
+from service.server import ANSWER_S
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE = (ROOT / "docker" / "compose.yaml").read_text()
+
+
+def test_every_tminus_variable_is_a_setting() -> None:
+    known = {f"TMINUS_{name.upper()}" for name in Settings.model_fields}
+    used = set(re.findall(r"TMINUS_[A-Z_]+", DOCKERFILE + COMPOSE))
+    assert used
+    assert used <= known
+
+
+def test_the_image_serves_the_bundled_checkpoint_and_no_other_goes_to_the_builder() -> None:
+    default = str(Settings.model_fields["checkpoint"].default)
+    assert f"TMINUS_CHECKPOINT=/app/{default} " in DOCKERFILE
+    rules = (ROOT / ".dockerignore").read_text().split()
+    assert [rule for rule in rules if rule.startswith("!checkpoints")] == [f"!{default}"]
+
+
+def test_the_builder_gets_nothing_that_is_not_named() -> None:
+    rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert not allowed & {".git", ".venv", "runs", "tests", "bench"}
+
+
+def test_compose_waits_longer_than_a_drain_takes() -> None:
+    stop_s = int(re.search(r"stop_grace_period: (\d+)s", COMPOSE)[1])  # type: ignore[index]
+    grace_s = float(re.search(r'TMINUS_GRACE_S: "(\d+)"', COMPOSE)[1])  # type: ignore[index]
+    assert stop_s >= grace_s + ANSWER_S
+
+
+def test_the_image_runs_as_a_numbered_user_that_is_not_root() -> None:
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    user, _group = re.search(r"^USER (\d+):(\d+)$", final, re.MULTILINE).groups()  # type: ignore[union-attr]
+    assert int(user) > 0
+
+
+def test_the_server_gets_the_signals_itself() -> None:
+    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert re.search(r'^ENTRYPOINT \["tminus"\]$', final, re.MULTILINE)
+    assert re.search(r'^CMD \["serve"\]$', final, re.MULTILINE)
