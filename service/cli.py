@@ -50,7 +50,7 @@ def serve(**flags: Any) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
     log = logging.getLogger(__name__)
-    log.info("loading %s", settings.checkpoint)
+    log.debug("loading %s", settings.checkpoint)
 
     from service.app import create_app
     from service.job import Limits

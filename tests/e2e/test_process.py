@@ -65,7 +65,18 @@ def test_work_past_the_grace_period_is_given_up_with_an_answer(own_server: Start
 
 
 def test_sigterm_while_loading_ends_at_once() -> None:
-    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--checkpoint", str(BUNDLED)]
+    command = [
+        sys.executable,
+        "-m",
+        "service",
+        "serve",
+        "--port",
+        "0",
+        "--checkpoint",
+        str(BUNDLED),
+        "--log-level",
+        "debug",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     with process.stderr:

@@ -314,7 +314,7 @@ def test_classes_without_tminus_json_are_numbered_and_none_is_null(conditional: 
 
 def test_size_comes_from_tminus_json_where_the_config_has_none(folder: Path) -> None:
     edit_json(folder / "unet" / "config.json", sample_size=None)
-    with pytest.raises(CheckpointError, match="no sample_size; give size_px in tminus.json"):
+    with pytest.raises(CheckpointError, match=r"no sample_size; give size_px in tminus\.json"):
         load_checkpoint(folder)
     edit_json(folder / "tminus.json", size_px=16)
     assert load_checkpoint(folder).size_px == (16, 16)
