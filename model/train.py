@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint import Labels, load_state_dict, save_checkpoint, write_atomically
+from model.checkpoint import Labels, load_checkpoint, save_checkpoint, write_atomically
 from model.data import ImageSet, to_model_range
 from model.ema import Ema
 from model.loss import l_simple, training_target
@@ -82,11 +82,15 @@ def train(
     # The state: weights, their average, the optimiser's moments, the step.
     torch.manual_seed(step_seed(config.seed, -1))
     net = UNet2D(unet).to(device)
-    if init_from is not None:
-        net.load_state_dict(load_state_dict(init_from / "unet"))
+    folder.mkdir(parents=True, exist_ok=True)
+    begun = (folder / STATE_FILE).is_file()
+    if init_from is not None and not begun:
+        net.load_state_dict(load_checkpoint(init_from).net.state_dict())
     ema = Ema(net, config.ema_decay)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
-    step, images_seen_before = _resume(folder, net, ema, optimizer, config)
+    step, origin = 0, str(init_from) if init_from is not None else None
+    if begun:
+        step, origin = _resume(folder, net, ema, optimizer, config)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     # The data, and the null class that dropped labels become.
@@ -103,15 +107,16 @@ def train(
         provenance = {
             "trained_by": "tminus train",
             "data": data.name,
-            "init_from": str(init_from) if init_from else None,
+            "init_from": origin,
             "step": step,
-            "images_seen": images_seen_before + step * config.batch_size,
+            "images_seen": step * config.batch_size,
             "config": dataclasses.asdict(config),
         }
         labels_meta = Labels(data.class_names, null_class)
         save_checkpoint(folder, ema.shadow, unet, noise, labels_meta, provenance)
         state = {
             "step": step,
+            "init_from": origin,
             "net": net.state_dict(),
             "ema": ema.shadow,
             "optimizer": optimizer.state_dict(),
@@ -211,24 +216,23 @@ def faster_precision(net: UNet2D, batch_shape: tuple[int, ...], device: torch.de
 
 def _resume(
     folder: Path, net: UNet2D, ema: Ema, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> tuple[int, int]:
-    """Put the folder's saved state into the objects given; returns the step to go on from, 0 for a new run."""
-    folder.mkdir(parents=True, exist_ok=True)
+) -> tuple[int, str | None]:
+    """Put the saved state into the objects given; returns the step to go on from, and what the run was begun from."""
     file = folder / STATE_FILE
-    if not file.is_file():
-        return 0, 0
+    for leftover in folder.glob(f".{STATE_FILE}.*"):  # of a write that a kill cut off
+        leftover.unlink()
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        step, origin, begun_with = int(state["step"]), state.get("init_from"), dict(state["config"])
         net.load_state_dict(state["net"])
         ema.load(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:
         raise TrainError(f"{file}: cannot resume from it ({error}); remove it or choose another folder") from error
-    for field, was in state["config"].items():
-        now = getattr(config, field)
-        if field not in FREE_TO_CHANGE and now != was:
-            raise TrainError(f"{folder}: this run was begun with {field}={was!r}, got {now!r}")
-    return int(state["step"]), 0
+    for field, now in dataclasses.asdict(config).items():
+        if field not in FREE_TO_CHANGE and begun_with.get(field) != now:
+            raise TrainError(f"{folder}: this run was begun with {field}={begun_with.get(field)!r}, got {now!r}")
+    return step, origin
 
 
 def _averaged(unet: UNetConfig, ema: Ema) -> UNet2D:

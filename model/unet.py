@@ -23,6 +23,7 @@ from model.layers import (
 
 log = logging.getLogger(__name__)
 
+MAX_LAYERS, MAX_BLOCKS = 64, 16  # far above any net, far below one that takes minutes to build
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
@@ -80,6 +81,8 @@ class UNetConfig:
             value = getattr(self, field)
             require(value is None or positive(value), field, "a positive integer or null")
         widths, groups = self.block_out_channels, self.norm_num_groups
+        require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
+        require(len(widths) <= MAX_BLOCKS, "block_out_channels", f"at most {MAX_BLOCKS} widths")
         require(len(widths) >= 1 and all(map(positive, widths)), "block_out_channels", "a list of positive integers")
         require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
         for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):

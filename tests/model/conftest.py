@@ -1,7 +1,13 @@
+import hypothesis
 import pytest
 import torch
 
 from model.unet import UNet2D, UNetConfig
+
+# These nets are too small to gain by threads, and on a busy machine threads that wait for one another take minutes.
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("model", deadline=None)  # a busy machine is no fault of the code
+hypothesis.settings.load_profile("model")
 
 TINY = UNetConfig(
     sample_size=8,

@@ -126,6 +126,19 @@ def test_image_of_a_request_can_be_drawn_alone() -> None:
     assert torch.equal(together, alone)
 
 
+def test_noise_has_the_same_bits_on_any_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        made = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append(image_noise(8, range(40), 2, (3, 33, 31), CPU))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
 def test_seed_is_split_into_its_two_words() -> None:
     assert split_seed(0x0123456789ABCDEF) == (0x89ABCDEF, 0x01234567)
     assert split_seed(MAX_SEED) == (0xFFFFFFFF, 0xFFFFFFFF)

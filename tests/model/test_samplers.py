@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -283,7 +283,6 @@ def test_ddim_without_eta_adds_no_noise_at_all(noise: NoiseConfig, steps: int) -
     assert plan.lines[:, 5].tolist() == [0.0] * steps
 
 
-@settings(deadline=None)
 @given(CONFIGS, st.sampled_from(SAMPLERS), st.integers(1, 80), st.floats(0, 1), st.integers(0, 2**32))
 def test_perfect_network_ends_in_x_0_by_every_sampler(
     noise: NoiseConfig, sampler: str, steps: int, eta: float, seed: int
