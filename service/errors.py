@@ -1,5 +1,6 @@
 """Every way the service refuses or fails, each with its status and stable code. docs/errors.md explains them."""
 
+import math
 from typing import Any, ClassVar
 
 
@@ -26,7 +27,7 @@ class ServiceError(Exception):
             "detail": self.detail,
         }
         if self.field is not None:
-            members |= {"field": self.field, "value": _short(self.value)}
+            members |= {"field": short(self.field), "value": short(self.value)}
             if self.bound is not None:
                 members["bound"] = self.bound
         return members
@@ -40,7 +41,7 @@ class InvalidField(ServiceError):
     @classmethod
     def of(cls, field: str, bound: str, value: object) -> "InvalidField":
         """Say it as the house does: the field, its bound, the value got."""
-        return cls(f"{field} must be {bound}, got {_short(value)!r}", field=field, value=value, bound=bound)
+        return cls(f"{field} must be {bound}, got {short(value)!r}", field=field, value=value, bound=bound)
 
 
 class UnknownField(ServiceError):
@@ -122,9 +123,15 @@ class JobCancelled(ServiceError):
     refusal = False
 
 
-def _short(value: object, limit: int = 200) -> object:
+def short(value: object, limit: int = 200) -> object:
     """Cut what a client sent, so that an error never echoes a megabyte."""
-    if isinstance(value, (bool, float, type(None))) or (isinstance(value, int) and abs(value) < 2**128):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)  # JSON has no infinity
+    if isinstance(value, (bool, type(None))) or (isinstance(value, int) and abs(value) < 2**128):
         return value
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    text = text[: limit + 1].encode("utf-8", "replace").decode()  # JSON may spell half a surrogate pair
     return text if len(text) <= limit else text[:limit] + "…"

@@ -1,5 +1,6 @@
-"""What surrounds every HTTP request: its id, its duration in the metrics, and the bound on its body. Plain ASGI."""
+"""What surrounds every HTTP request: its id, its time, the answer to what nobody foresaw, the bound on its body."""
 
+import logging
 import re
 import time
 import uuid
@@ -8,7 +9,10 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge
+from service.errors import BodyTooLarge, ServiceError
+from service.problems import render
+
+log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
@@ -26,7 +30,8 @@ class RequestContext:
         asked = Headers(scope=scope).get("x-request-id", "")
         request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        started, status = time.perf_counter(), 499  # what is recorded if nothing is sent: the client went away
+        started = time.perf_counter()
+        status: int | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -37,9 +42,16 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s: unhandled error", request_id)
+            if status is not None:  # half a response is out: all that is left is to hang up
+                raise
+            answer = render(ServiceError("something went wrong on the server; its log has the details"))
+            await answer(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._observe(route, status, time.perf_counter() - started)
+            # Nothing sent: the client went away.
+            self._observe(route, 499 if status is None else status, time.perf_counter() - started)
 
 
 class BodyLimit:

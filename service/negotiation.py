@@ -37,7 +37,8 @@ def _parse(part: str) -> tuple[str, float]:
         key, _, value = parameter.partition("=")
         if key.strip() == "q":
             try:
-                return name, float(value)
+                q = float(value)
             except ValueError:
                 return name, 0.0
+            return name, q if 0 <= q <= 1 else 0.0
     return name, 1.0

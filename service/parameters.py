@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from service.errors import ConflictingField, MalformedBody
+from service.errors import ConflictingField, MalformedBody, short
 
 LIST_FIELDS = frozenset({"class_label"})
 
@@ -25,11 +26,11 @@ def from_query(items: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 def from_body(body: bytes) -> dict[str, Any]:
-    """Parse a JSON object; an empty body has no parameters. Raises MalformedBody."""
+    """Parse a JSON object; an empty body has no parameters. Raises MalformedBody, or ConflictingField for a repeat."""
     if not body.strip():
         return {}
     try:
-        value = json.loads(body, parse_constant=_no_constant)
+        value = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
     except (ValueError, RecursionError) as error:
         raise MalformedBody(f"the body must be a JSON object: {error}") from None
     if not isinstance(value, dict):
@@ -41,23 +42,37 @@ def merge(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     """Join the two. Raises ConflictingField where both give a field and differ."""
     for name in query.keys() & body.keys():
         if not _same(query[name], body[name]):
-            raise ConflictingField(
-                f"{name} is {query[name]!r} in the query and {body[name]!r} in the body", field=name, value=query[name]
-            )
+            detail = f"{name} is {short(query[name])!r} in the query and {short(body[name])!r} in the body"
+            raise ConflictingField(detail, field=name, value=query[name])
     return query | body
 
 
 def _same(query_value: Any, body_value: Any) -> bool:
     if isinstance(query_value, list) or isinstance(body_value, list):
         both = [v if isinstance(v, list) else [v] for v in (query_value, body_value)]
-        return len(both[0]) == len(both[1]) and all(map(_same, *both))
+        return len(both[0]) == len(both[1]) and all(map(_same_scalar, *both))
+    return _same_scalar(query_value, body_value)
+
+
+def _same_scalar(query_value: str, body_value: Any) -> bool:
+    if isinstance(body_value, (list, dict)):
+        return False
     text = body_value if isinstance(body_value, str) else json.dumps(body_value)
     if query_value == text:
         return True
     try:  # 2 and 2.0 are one guidance
-        return float(query_value) == float(text)
-    except ValueError:
+        return Decimal(query_value) == Decimal(text)
+    except InvalidOperation:
         return False
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ConflictingField(f"{short(name)!r} is in the body twice", field=name, value=value)
+        members[name] = value
+    return members
 
 
 def _no_constant(name: str) -> None:

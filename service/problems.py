@@ -1,7 +1,6 @@
-"""Every error as application/problem+json: the service's own, the framework's, and the ones nobody foresaw."""
+"""Every error as application/problem+json: the service's own, and the framework's."""
 
 import json
-import logging
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
@@ -9,8 +8,6 @@ from starlette.exceptions import HTTPException
 
 from service.errors import ServiceError
 from service.metrics import Metrics
-
-log = logging.getLogger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
 
@@ -42,10 +39,5 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         }
         return Response(json.dumps(problem), error.status_code, error.headers, media_type=PROBLEM_JSON)
 
-    async def on_surprise(_request: Request, error: Exception) -> Response:
-        log.error("unhandled error", exc_info=error)
-        return render(ServiceError("something went wrong on the server; its log has the details"))
-
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(Exception, on_surprise)

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
 from service import parameters
 from service.encoder import MEDIA_TYPES, Encoder
@@ -24,9 +25,12 @@ def sample_routes(worker: Worker, encoder: Encoder, model: ModelInfo, limits: Li
     router = APIRouter(tags=["sample"])
 
     async def sample(request: Request) -> Response:
-        media_type = negotiate(request.headers.get("accept", ""), MEDIA_TYPES)
+        media_type = negotiate(", ".join(request.headers.getlist("accept")), MEDIA_TYPES)
         query = parameters.from_query(request.query_params.multi_items())
-        body = parameters.from_body(await request.body())
+        try:
+            body = parameters.from_body(await request.body())
+        except ClientDisconnect:
+            raise JobCancelled("the client went away") from None
         spec = SampleRequest.parse(parameters.merge(query, body), model, limits).to_spec(model, limits)
 
         job_id = uuid.uuid4().hex

@@ -2,11 +2,11 @@
 
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from service.errors import InvalidField, UnknownField
+from service.errors import InvalidField, UnknownField, short
 from service.job import Limits, ModelInfo, SampleSpec
 
 MAX_SEED = 2**64 - 1
@@ -15,21 +15,31 @@ MAX_GUIDANCE = 50.0
 SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
 
 
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+
+
 class SampleRequest(BaseModel):
     """The parameters of a sampling request, in query or JSON body. GET /model tells the bounds that vary by model."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    n: int = Field(1, description="how many images, 1..64 unless the server says otherwise")
-    steps: int | None = Field(None, description="denoising steps, 1..T; default T")
+    n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise")
+    steps: Int | None = Field(None, description="denoising steps, 1..T; default T")
     sampler: str | None = Field(None, description="ddpm or ddim; default: the checkpoint's own")
-    eta: float | None = Field(None, description="noise of ddim, 0..1; default 0")
-    seed: int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
-    index: int = Field(0, description="index of the first image: image k of a request is made alone with index=k, n=1")
-    class_label: int | str | list[int | str | None] | None = Field(
+    eta: Float | None = Field(None, description="noise of ddim, 0..1; default 0")
+    seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
+    index: Int = Field(0, description="index of the first image: image k of a request is made alone with index=k, n=1")
+    class_label: Int | str | list[Int | str | None] | None = Field(
         None, description="a class by number or name, one for all images or a list of n; absent: no class"
     )
-    guidance: float = Field(1.0, description="classifier-free guidance scale, 0..50; 1 is off")
+    guidance: Float = Field(1.0, description="classifier-free guidance scale, 0..50; 1 is off")
     clip: bool | None = Field(
         None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
     )
@@ -37,15 +47,16 @@ class SampleRequest(BaseModel):
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
         """Check names and types. Raises InvalidField or UnknownField for the first thing wrong."""
+        for name in parameters:
+            if name not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                detail = f"there is no parameter {short(name)!r}; known: {known}"
+                raise UnknownField(detail, field=name, value=parameters[name], bound=f"one of {known}")
         try:
             return cls.model_validate(dict(parameters))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = str(first["loc"][0])
-            if first["type"] == "extra_forbidden":
-                known = ", ".join(cls.model_fields)
-                detail = f"there is no parameter {field!r}; known: {known}"
-                raise UnknownField(detail, field=field, value=parameters[field], bound=f"one of {known}") from None
             raise InvalidField.of(field, _bounds(model, limits)[field], parameters[field]) from None
 
     def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
@@ -57,7 +68,7 @@ class SampleRequest(BaseModel):
                 raise InvalidField.of(field, bounds[field], value)
 
         steps = model.num_timesteps if self.steps is None else self.steps
-        sampler = self.sampler or model.default_sampler
+        sampler = model.default_sampler if self.sampler is None else self.sampler
         eta = self.eta or 0.0
         seed = draw(SEED_BITS) if self.seed is None else self.seed
         require(1 <= self.n <= limits.max_n, "n", self.n)

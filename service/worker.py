@@ -21,6 +21,7 @@ from service.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3
+CRASHED = "the worker has stopped; the server's log says why"
 
 
 class RowEngine(Protocol):
@@ -78,6 +79,7 @@ class Worker:
         self._gate = threading.Lock()  # a job is either queued before the thread ends, or refused
         self._jobs: dict[str, _Job] = {}
         self._rows_active = 0
+        self._crashed = False
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="tminus-worker", daemon=True)
 
@@ -110,6 +112,8 @@ class Worker:
     def submit(self, job_id: str, spec: SampleSpec) -> "Future[JobResult]":
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, Overloaded."""
         with self._gate:
+            if self._crashed:
+                raise EngineFailed(CRASHED)
             if self._draining.is_set() or self._closed.is_set():
                 raise Draining
             if not self._ready.is_set():
@@ -149,8 +153,9 @@ class Worker:
             failure: ServiceError = Draining()
         except Exception:
             log.exception("the worker stopped")
-            failure = EngineFailed("the worker stopped; the server's log says why")
+            failure = EngineFailed(CRASHED)
         with self._gate:
+            self._crashed = isinstance(failure, EngineFailed)
             self._closed.set()
         self._take_commands(wait=False)
         for job_id in list(self._jobs):
@@ -195,12 +200,19 @@ class Worker:
             command()
 
     def _accept(self, job: _Job) -> None:
-        job.future.set_running_or_notify_cancel()  # from here on only the worker ends it
+        if not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
+            self._admission.leave(job.spec, job.spec.work)
+            return
         try:
             job.rows = self._engine.add(job.spec)
         except ValueError as error:
             self._admission.leave(job.spec, job.spec.work)
             job.future.set_exception(InvalidField(str(error), field="sampler", value=job.spec.sampler))
+            return
+        except Exception as error:
+            log.exception("job %s could not be added", job.id)
+            self._admission.leave(job.spec, job.spec.work)
+            job.future.set_exception(EngineFailed(f"this job could not be started: {type(error).__name__}"))
             return
         self._jobs[job.id] = job
         self._scheduler.add(job.id, job.rows, job.spec.steps, job.spec.places_per_row)
@@ -231,10 +243,11 @@ class Worker:
             job.started_s = started_s
             self._metrics.job_started(queue_s=started_s - job.submitted_s, first_step_s=now_s - job.submitted_s)
         for job_id in advance.finished:
-            self._deliver(self._jobs.pop(job_id))
+            self._deliver(self._jobs[job_id])
 
     def _deliver(self, job: _Job) -> None:
         images = self._engine.images(job.rows)
+        del self._jobs[job.id]  # not before: what raises above must still find it, to answer it
         self._engine.remove(job.rows)
         self._admission.leave(job.spec)
         now_s = self._clock()

@@ -1,0 +1,152 @@
+"""Stand-ins that work: an engine without a network, whose ticks happen when the test lets them."""
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from service.job import Batch, Images, Limits, ModelInfo, SampleSpec
+
+PATIENCE_S = 10.0
+
+INFO = ModelInfo(
+    name="fake",
+    architecture="UNet2DModel",
+    num_parameters=123,
+    height_px=4,
+    width_px=6,
+    channels=1,
+    num_timesteps=1000,
+    beta_schedule="linear",
+    prediction_type="epsilon",
+    variance_type="fixed_small",
+    timestep_spacing="leading",
+    clip=True,
+    samplers=("ddpm", "ddim"),
+    default_sampler="ddpm",
+    conditional=True,
+    class_names=("cat", "dog", "3d-print"),
+    null_class=3,
+    weights_hash="ab" * 32,
+    fingerprint="0123456789abcdef",
+    device="a fake",
+)
+
+LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
+
+
+def make_spec(**fields: object) -> SampleSpec:
+    """A spec of one unguided row and three ddpm steps, but for what is given."""
+    given = {"n": 1, "steps": 3, "sampler": "ddpm", "eta": 0.0, "seed": 1, "index": 0, "guidance": 1.0, "clip": True}
+    given |= fields
+    given.setdefault("class_labels", (0,) * given["n"])  # type: ignore[operator]
+    return SampleSpec(**given)  # type: ignore[arg-type]
+
+
+def fake_pixels(spec: SampleSpec, steps_done: int, info: ModelInfo = INFO) -> Images:
+    """What FakeEngine makes of a spec: a colour by seed, image index and the number of steps that were taken."""
+    shape = (info.height_px, info.width_px, info.channels)
+    values = [(spec.seed + 31 * (spec.index + k) + 7 * steps_done) % 256 for k in range(spec.n)]
+    return np.stack([np.full(shape, value, np.uint8) for value in values])
+
+
+class Gate:
+    """Where ticks wait for the test: open, all pass; shut, one passes for each `let`."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._open, self._passes = True, 0
+
+    def shut(self) -> None:
+        with self._changed:
+            self._open = False
+
+    def open(self) -> None:
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+    def let(self, ticks: int = 1) -> None:
+        with self._changed:
+            self._passes += ticks
+            self._changed.notify_all()
+
+    def enter(self) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._open or self._passes > 0, PATIENCE_S), "nobody opened the gate"
+            if not self._open:
+                self._passes -= 1
+
+
+class FakeEngine:
+    """Keeps the rules of RowEngine and asserts that its caller does: slots, step order, one job a remove."""
+
+    def __init__(self, info: ModelInfo = INFO, slots: int = 256) -> None:
+        self.info = info
+        self.gate = Gate()
+        self.begun: queue.SimpleQueue[Batch] = queue.SimpleQueue()  # each tick, before it passes the gate
+        self.batches: list[Batch] = []  # the ticks that ran
+        self.jobs: dict[int, tuple[SampleSpec, tuple[int, ...]]] = {}  # by first row
+        self.steps_done: dict[int, int] = {}
+        self.on_step: Callable[[Batch], None] = lambda batch: None
+        self.on_add: Callable[[SampleSpec], None] = lambda spec: None
+        self.on_images: Callable[[Sequence[int]], None] = lambda rows: None
+        self._free = list(range(slots))
+
+    def add(self, spec: SampleSpec) -> tuple[int, ...]:
+        self.on_add(spec)
+        assert len(self._free) >= spec.n, "out of slots"
+        rows = tuple(self._free.pop(0) for _ in range(spec.n))
+        self.jobs[rows[0]] = (spec, rows)
+        self.steps_done |= dict.fromkeys(rows, 0)
+        return rows
+
+    def step(self, batch: Batch) -> None:
+        self.begun.put(batch)
+        self.gate.enter()
+        self.on_step(batch)
+        for row, step in zip(batch.rows, batch.steps, strict=True):
+            assert self.steps_done[row] == step, "a row must take its steps in order"
+            self.steps_done[row] += 1
+        self.batches.append(batch)
+
+    def synchronize(self) -> None:
+        pass
+
+    def images(self, rows: Sequence[int]) -> Images:
+        self.on_images(rows)
+        spec, its_rows = self.jobs[rows[0]]
+        assert tuple(rows) == its_rows
+        assert {self.steps_done[row] for row in rows} == {spec.steps}, "images before the last step"
+        return fake_pixels(spec, spec.steps, self.info)
+
+    def remove(self, rows: Sequence[int]) -> None:
+        _, its_rows = self.jobs.pop(rows[0])
+        assert tuple(rows) == its_rows
+        for row in rows:
+            del self.steps_done[row]
+        self._free.extend(rows)
+
+    def memory_bytes(self) -> int | None:
+        return None
+
+    # --- for the test ---
+
+    def next_begun(self) -> Batch:
+        """Wait for the next tick to begin."""
+        return self.begun.get(timeout=PATIENCE_S)
+
+    def seeds(self, batch: Batch) -> set[int]:
+        """The seeds of the jobs that have a row in a batch that has not been removed yet."""
+        return {spec.seed for spec, rows in self.jobs.values() if set(rows) & set(batch.rows)}
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Look again and again, as some states announce themselves by no event; fail after the usual patience."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen"
+        os.sched_yield()

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+
+from service.errors import Draining, InvalidField, NotReady, Overloaded, ServiceError
+
+
+def test_a_problem_has_the_members_of_rfc_9457_and_ours() -> None:
+    error = InvalidField.of("steps", "an integer in 1..10", 11)
+    assert error.problem() == {
+        "type": "urn:tminus:problem:invalid_field",
+        "title": "A parameter is invalid",
+        "status": 422,
+        "code": "invalid_field",
+        "detail": "steps must be an integer in 1..10, got 11",
+        "field": "steps",
+        "value": 11,
+        "bound": "an integer in 1..10",
+    }
+
+
+def test_a_problem_without_a_field_has_no_empty_members() -> None:
+    assert ServiceError("oh").problem().keys() == {"type", "title", "status", "code", "detail"}
+
+
+def test_null_is_a_value_too() -> None:
+    assert InvalidField.of("n", "an integer", None).problem()["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (5, 5),
+        (2.5, 2.5),
+        (True, True),
+        ("text", "text"),
+        ([1, "a"], "[1, 'a']"),
+        (2**200, str(2**200)),
+        ("x" * 200, "x" * 200),
+        ("x" * 201, "x" * 200 + "…"),
+        ({"a": "b" * 500}, "{'a': '" + "b" * 193 + "…"),
+    ],
+)
+def test_a_value_is_shown_as_it_came_or_cut(value: object, shown: object) -> None:
+    assert InvalidField("no", field="x", value=value).problem()["value"] == shown
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), "\ud800", ["\udfff"], {"\ud800": 1}])
+def test_a_problem_is_valid_json_in_utf8_whatever_the_value(value: object) -> None:
+    problem = InvalidField.of("x", "right", value).problem()
+    json.dumps(problem, ensure_ascii=False, allow_nan=False).encode()
+
+
+def test_refusals_that_pass_say_when_to_come_again() -> None:
+    overloaded = Overloaded("busy", retry_after_s=7, field="jobs", value=3, bound="at most 2")
+    assert [int(error.headers["Retry-After"]) for error in (overloaded, NotReady(), Draining())] == [7, 1, 5]
+
+
+def test_headers_of_one_error_are_not_those_of_the_next() -> None:
+    one = NotReady()
+    one.headers["X"] = "1"
+    assert "X" not in NotReady().headers

@@ -1,0 +1,231 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+from pydantic import ValidationError
+
+from service import cli
+from service.job import Limits
+from service.settings import Settings
+from tests.service.fakes import FakeEngine
+
+# Each field with a text that is not its default, and what the text means.
+GIVEN: dict[str, tuple[str, Any]] = {
+    "checkpoint": ("some/folder", Path("some/folder")),
+    "device": ("cuda:1", "cuda:1"),
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("0", 0),
+    "threads": ("3", 3),
+    "max_n": ("7", 7),
+    "max_batch": ("9", 9),
+    "max_jobs": ("11", 11),
+    "max_rows": ("13", 13),
+    "max_backlog_s": ("1.5", 1.5),
+    "max_body_bytes": ("2048", 2048),
+    "grace_s": ("0.25", 0.25),
+    "log_level": ("debug", "debug"),
+}
+
+BAD = [
+    ("port", "-1"),
+    ("port", "65536"),
+    ("port", "http"),
+    ("threads", "0"),
+    ("threads", "1025"),
+    ("threads", "many"),
+    ("max_n", "0"),
+    ("max_n", "1025"),
+    ("max_n", "1.5"),
+    ("max_batch", "1"),
+    ("max_batch", "4097"),
+    ("max_jobs", "0"),
+    ("max_jobs", "100001"),
+    ("max_rows", "1"),
+    ("max_rows", "1000001"),
+    ("max_backlog_s", "0"),
+    ("max_backlog_s", "-1"),
+    ("max_backlog_s", "soon"),
+    ("max_backlog_s", "nan"),
+    ("max_backlog_s", "inf"),
+    ("max_body_bytes", "1023"),
+    ("grace_s", "-0.1"),
+    ("grace_s", "nan"),
+    ("grace_s", "inf"),
+    ("log_level", "loud"),
+    ("log_level", "INFO"),
+    ("log_level", ""),
+]
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def variable(name: str) -> str:
+    return f"TMINUS_{name.upper()}"
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(variable(name), raising=False)
+
+
+class Served(dict[str, Any]):
+    """What `serve` handed to the parts it starts, instead of starting them."""
+
+
+Serve = Callable[..., tuple[click.testing.Result, Served]]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Runs `tminus serve` with its engine, socket, app and server taken away."""
+
+    def run(*arguments: str, **variables: str) -> tuple[click.testing.Result, Served]:
+        served = Served()
+
+        def load_engine(
+            checkpoint: Path, device: str, threads: int | None, max_rows: int | None, max_jobs: int
+        ) -> tuple[FakeEngine, int]:
+            served.update(
+                checkpoint=checkpoint, device=device, threads=threads, max_rows=max_rows, engine_max_jobs=max_jobs
+            )
+            return FakeEngine(), max_rows or 100
+
+        def bind(host: str, port: int) -> str:
+            served.update(host=host, port=port)
+            return "the listener"
+
+        def create_app(engine: FakeEngine, limits: Limits) -> str:
+            served.update(limits=limits)
+            return "the app"
+
+        def run_server(app: str, listener: str, *, grace_s: float, log_level: str) -> None:
+            assert (app, listener) == ("the app", "the listener")
+            served.update(grace_s=grace_s, log_level=log_level, ran=True)
+
+        monkeypatch.setattr(cli, "load_engine", load_engine)
+        monkeypatch.setattr("service.app.create_app", create_app)
+        monkeypatch.setattr("service.server.bind", bind)
+        monkeypatch.setattr("service.server.serve", run_server)
+        result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)
+        return result, served
+
+    return run
+
+
+def arrived(served: Served, name: str) -> Any:
+    """Where a setting must have come to."""
+    if name in ("max_n", "max_batch", "max_jobs", "max_backlog_s", "max_body_bytes"):
+        return getattr(served["limits"], name)
+    return served[name]
+
+
+def test_every_setting_is_tried_here_and_has_a_description() -> None:
+    assert GIVEN.keys() == Settings.model_fields.keys()
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert GIVEN[name][1] != field.default, name
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    text, value = GIVEN[name]
+    monkeypatch.setenv(variable(name), text)
+    settings = Settings()
+    assert getattr(settings, name) == value
+    assert settings.model_dump() == {**Settings.model_construct().model_dump(), name: value}, "and no other"
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_flag_and_a_variable_reach_the_part_they_are_for(serve: Serve, name: str) -> None:
+    text, value = GIVEN[name]
+    for arguments, variables in (([flag(name), text], {}), ([], {variable(name): text})):
+        result, served = serve(*arguments, **variables)
+        assert result.exit_code == 0, result.output
+        assert served["ran"]
+        assert arrived(served, name) == value
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_the_flag_wins_over_the_variable(serve: Serve, name: str) -> None:
+    text, value = GIVEN[name]
+    other = {"checkpoint": "other", "device": "cpu", "host": "::1", "log_level": "error"}.get(name, "1111")
+    result, served = serve(flag(name), text, **{variable(name): other})
+    assert result.exit_code == 0, result.output
+    assert arrived(served, name) == value
+
+
+def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
+    result, served = serve()
+    assert result.exit_code == 0, result.output
+    assert served["host"] == "127.0.0.1"
+    assert served["port"] == 8000
+    assert served["checkpoint"] == Path("checkpoints/fashion-mnist-32")
+    assert served["limits"] == Limits(
+        max_n=64, max_batch=16, max_rows=100, max_jobs=1024, max_backlog_s=600, max_body_bytes=2**20
+    )
+    assert served["grace_s"] == 30
+
+
+def test_no_request_or_tick_is_larger_than_the_rows_held(serve: Serve) -> None:
+    result, served = serve("--max-rows", "5")
+    assert result.exit_code == 0, result.output
+    limits = served["limits"]
+    assert (limits.max_n, limits.max_batch, limits.max_rows) == (5, 5, 5)
+
+
+@pytest.mark.parametrize(("name", "text"), BAD)
+def test_a_bad_value_exits_non_zero_with_a_line_that_names_its_flag(serve: Serve, name: str, text: str) -> None:
+    for arguments, variables in (([f"{flag(name)}={text}"], {}), ([], {variable(name): text})):
+        result, served = serve(*arguments, **variables)
+        assert result.exit_code not in (0, None)
+        assert not served, "nothing was started"
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert flag(name) in result.stderr
+        assert variable(name) in result.stderr
+        assert text in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_flag_exits_non_zero_with_its_name(serve: Serve) -> None:
+    result, served = serve("--max-bitch", "5")
+    assert result.exit_code == 2
+    assert "--max-bitch" in result.stderr
+    assert not served
+
+
+def test_settings_do_not_change_once_made() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.port = 1  # type: ignore[misc]
+
+
+def test_help_shows_each_flag_with_its_variable_and_default() -> None:
+    result = click.testing.CliRunner().invoke(cli.main, ["serve", "--help"], terminal_width=200)
+    assert result.exit_code == 0
+    text = " ".join(result.output.split())
+    for name, field in Settings.model_fields.items():
+        assert flag(name) in text
+        assert f"[env: {variable(name)}]" in text
+        assert field.default is None or f"[default: {field.default}]" in text
+
+
+def test_a_missing_checkpoint_exits_non_zero_with_its_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("service.server.bind", lambda host, port: None)
+    folder = tmp_path / "nowhere"
+    result = click.testing.CliRunner().invoke(cli.main, ["serve", "--port", "0", "--checkpoint", str(folder)])
+    assert result.exit_code == 1
+    assert str(folder) in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_bad_device_exits_non_zero_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.server.bind", lambda host, port: None)
+    result = click.testing.CliRunner().invoke(cli.main, ["serve", "--port", "0", "--device", "toaster"])
+    assert result.exit_code == 1
+    assert "'toaster'" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

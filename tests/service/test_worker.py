@@ -1,0 +1,571 @@
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from service.admission import Admission
+from service.errors import Draining, EngineFailed, InvalidField, JobCancelled, NotReady, Overloaded, ServiceError
+from service.job import Batch, JobResult, Limits, ModelInfo, SampleSpec
+from service.metrics import Metrics
+from service.scheduler import Scheduler
+from service.worker import WARM_UP_STEPS, Worker
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
+
+
+class Bench:
+    """A worker on a fake engine, with what a test needs to look at."""
+
+    def __init__(self, info: ModelInfo = INFO, limits: Limits = LIMITS) -> None:
+        self.engine, self.limits = FakeEngine(info), limits
+        self.admission, self.metrics = Admission(limits), Metrics(info)
+        self.now_s = 0.0
+        self.engine.on_step = self.tick_takes_a_second
+        scheduler = Scheduler(limits.max_batch)
+        self.worker = Worker(
+            self.engine, scheduler, self.admission, self.metrics, max_batch=limits.max_batch, clock=lambda: self.now_s
+        )
+
+    def tick_takes_a_second(self, _batch: Batch) -> None:
+        self.now_s += 1
+
+    def start(self, *, shut: bool = False) -> "Bench":
+        """Start, wait for the warm-up to pass, and shut the gate if the test wants to let each tick pass itself."""
+        self.worker.start()
+        for _ in range(min(WARM_UP_STEPS, self.engine.info.num_timesteps)):
+            self.engine.next_begun()
+        wait_until(lambda: self.worker.ready)
+        self.engine.batches.clear()
+        if shut:
+            self.engine.gate.shut()
+        return self
+
+    def submit(self, name: str, **fields: object) -> "Future[JobResult]":
+        return self.worker.submit(name, make_spec(**fields))
+
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"tminus_{name}", labels)
+        return 0.0 if value is None else value
+
+    def assert_nothing_is_held(self) -> None:
+        """No slot of the engine, and an admission ledger on which exactly max_jobs jobs fit."""
+        assert self.engine.jobs == {}
+        assert (self.admission.backlog_s, self.admission.rows) == (0, 0)
+        self.admission.calibrate(0.0)
+        one = make_spec(steps=1)
+        for _ in range(self.limits.max_jobs):
+            self.admission.enter(one)
+        with pytest.raises(Overloaded):
+            self.admission.enter(one)
+
+
+MakeBench = Callable[..., Bench]
+
+
+@pytest.fixture
+def make_bench() -> Iterator[MakeBench]:
+    """Makes benches; at the end of the test each is closed, and must hold nothing."""
+    benches: list[Bench] = []
+
+    def make(**kwargs: object) -> Bench:
+        benches.append(Bench(**kwargs))  # type: ignore[arg-type]
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        bench.engine.gate.open()
+        bench.worker.close()
+        assert not bench.worker.alive
+        bench.assert_nothing_is_held()
+
+
+def failure(future: "Future[JobResult]") -> BaseException:
+    error = future.exception(PATIENCE_S)
+    assert error is not None
+    return error
+
+
+def images(future: "Future[JobResult]") -> np.ndarray:
+    return future.result(PATIENCE_S).images
+
+
+# --- the start ---
+
+
+def test_a_worker_is_not_ready_before_its_warm_up(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    assert not bench.worker.ready
+    assert not bench.worker.alive
+    with pytest.raises(NotReady):
+        bench.submit("a")
+    bench.engine.gate.shut()
+    bench.worker.start()
+    bench.engine.next_begun()
+    assert bench.worker.alive
+    assert not bench.worker.ready
+    with pytest.raises(NotReady) as caught:
+        bench.submit("a")
+    assert caught.value.headers["Retry-After"] == "1"
+    bench.engine.gate.open()
+    wait_until(lambda: bench.worker.ready)
+    assert images(bench.submit("a")).shape == (1, 4, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("info", "ticks", "labels"),
+    [
+        (INFO, 3, (0,) * 8),
+        (replace(INFO, num_timesteps=2), 2, (0,) * 8),
+        (replace(INFO, conditional=False, class_names=(), null_class=None), 3, None),
+    ],
+)
+def test_the_warm_up_runs_full_ticks_and_frees_its_slots(
+    make_bench: MakeBench, info: ModelInfo, ticks: int, labels: tuple[int, ...] | None
+) -> None:
+    bench = make_bench(info=info)
+    added: list[SampleSpec] = []
+    bench.engine.on_add = added.append
+    bench.worker.start()
+    wait_until(lambda: bench.worker.ready)
+    assert [(batch.places, batch.steps[0]) for batch in bench.engine.batches] == [(8, step) for step in range(ticks)]
+    assert [(spec.n, spec.class_labels, spec.sampler) for spec in added] == [(8, labels, "ddpm")]
+    assert bench.engine.jobs == {}
+
+
+def test_the_warm_up_tells_admission_what_a_place_costs(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    future = bench.submit("a", n=4, steps=4)
+    assert bench.admission.backlog_s == 2.0
+    bench.engine.gate.open()
+    images(future)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel image"), ValueError("bad config")])
+def test_a_failing_warm_up_ends_the_worker_which_then_refuses_all(make_bench: MakeBench, error: Exception) -> None:
+    bench = make_bench()
+
+    def fail(_batch: Batch) -> None:
+        raise error
+
+    bench.engine.on_step = fail
+    bench.worker.start()
+    wait_until(lambda: not bench.worker.alive)
+    assert not bench.worker.ready
+    with pytest.raises(ServiceError) as caught:
+        bench.submit("a")
+    assert caught.value.status in (500, 503)
+    bench.engine.jobs.clear()  # the warm-up's own slots die with the worker
+
+
+# --- work ---
+
+
+def test_results_are_delivered_with_their_times(make_bench: MakeBench) -> None:
+    bench = make_bench().start()
+    spec = make_spec(n=3, steps=5, seed=77, index=2)
+    result = bench.worker.submit("a", spec).result(PATIENCE_S)
+    np.testing.assert_array_equal(result.images, fake_pixels(spec, 5))
+    assert (result.queue_s, result.denoise_s) == (0, 5)
+    assert bench.engine.jobs == {}, "its slots are free before the result is told"
+    assert bench.admission.rows == 0
+
+
+def test_a_job_joins_at_the_next_tick_of_one_that_runs(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    first = bench.submit("first", seed=1, steps=4, n=2)
+    assert bench.engine.next_begun().steps == (0, 0)
+    second = bench.submit("second", seed=2, steps=3)
+    bench.engine.gate.let()
+    both = bench.engine.next_begun()
+    assert bench.engine.seeds(both) == {1, 2}
+    assert sorted(both.steps) == [0, 1, 1]
+    bench.engine.gate.open()
+    np.testing.assert_array_equal(images(first), fake_pixels(make_spec(seed=1, n=2), 4))
+    np.testing.assert_array_equal(images(second), fake_pixels(make_spec(seed=2), 3))
+    assert len(bench.engine.batches) == 4, "they shared every tick they could"
+
+
+def test_a_short_job_is_delivered_while_a_long_one_runs(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    long = bench.submit("long", n=8, steps=1000, seed=1)
+    bench.engine.next_begun()
+    short = bench.submit("short", n=1, steps=5, seed=2)
+    bench.engine.gate.let(6)
+    images(short)
+    assert not long.done()
+    bench.engine.gate.open()
+    images(long)
+
+
+def test_rows_active_are_those_of_the_tick_and_none_when_idle(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    assert bench.worker.rows_active == 0
+    future = bench.submit("a", n=3, guidance=2.0)
+    bench.engine.next_begun()
+    assert bench.worker.rows_active == 3
+    bench.engine.gate.open()
+    images(future)
+    wait_until(lambda: bench.worker.rows_active == 0)
+
+
+def test_an_overloaded_worker_refuses_and_goes_on(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_jobs=1)).start(shut=True)
+    future = bench.submit("a")
+    with pytest.raises(Overloaded):
+        bench.submit("b")
+    bench.engine.gate.open()
+    images(future)
+    images(bench.submit("c"))
+
+
+# --- cancelling ---
+
+
+def test_a_job_cancelled_before_its_first_tick_never_steps(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    running = bench.submit("running", seed=1)
+    bench.engine.next_begun()
+    waiting = bench.submit("waiting", seed=2, n=4, steps=10)
+    bench.worker.cancel("waiting", "client_gone")
+    bench.engine.gate.let()
+    assert isinstance(failure(waiting), JobCancelled)
+    assert bench.engine.seeds(bench.engine.next_begun()) == {1}
+    assert bench.metric("row_steps_saved_total") == 40
+    assert bench.metric("cancelled_total", reason="client_gone") == 1
+    bench.engine.gate.open()
+    images(running)
+    assert all(len(batch.rows) == 1 for batch in bench.engine.batches)
+
+
+def test_a_job_cancelled_while_it_runs_is_gone_at_the_next_tick(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    doomed = bench.submit("doomed", seed=1, n=2, steps=10, guidance=2.0)
+    other = bench.submit("other", seed=2, steps=6)
+    bench.engine.next_begun()
+    bench.engine.gate.let()
+    bench.engine.next_begun()
+    bench.worker.cancel("doomed", "client_gone")
+    bench.engine.gate.let()
+    assert isinstance(failure(doomed), JobCancelled)
+    assert bench.engine.seeds(bench.engine.next_begun()) == {2}
+    steps_taken = sum(len(batch.guided) for batch in bench.engine.batches)
+    assert bench.metric("row_steps_saved_total") == 20 - steps_taken, "row-steps, not places"
+    bench.engine.gate.open()
+    images(other)
+
+
+def test_cancelling_twice_an_unknown_or_a_finished_job_does_nothing(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    doomed, finished = bench.submit("doomed", steps=500), bench.submit("finished", steps=1)
+    bench.worker.cancel("nobody", "client_gone")
+    bench.engine.gate.let(2)
+    images(finished)
+    for name in ("doomed", "doomed", "finished", "doomed"):
+        bench.worker.cancel(name, "client_gone")
+    bench.engine.gate.open()
+    assert isinstance(failure(doomed), JobCancelled)
+    images(bench.submit("after"))
+    assert bench.metric("cancelled_total", reason="client_gone") == 1
+    assert bench.metric("images_total") == 2
+
+
+def test_the_last_job_cancelled_leaves_the_worker_idle_and_willing(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    doomed = bench.submit("doomed", steps=500)
+    bench.engine.next_begun()
+    bench.worker.cancel("doomed", "client_gone")
+    bench.engine.gate.open()
+    failure(doomed)
+    wait_until(lambda: bench.worker.rows_active == 0)
+    ticks = len(bench.engine.batches)
+    images(bench.submit("after", steps=2))
+    assert len(bench.engine.batches) == ticks + 2
+
+
+def test_a_future_its_caller_cancels_while_it_runs_is_the_workers_to_end(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    future = bench.submit("a")
+    bench.engine.next_begun()
+    assert not future.cancel()
+    bench.engine.gate.open()
+    images(future)
+
+
+def test_a_future_cancelled_before_it_is_taken_up_does_not_kill_the_worker(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    running = bench.submit("running")
+    bench.engine.next_begun()
+    dropped = bench.submit("dropped", seed=9)
+    assert dropped.cancel()
+    bench.engine.gate.open()
+    images(running)
+    images(bench.submit("after"))
+    assert bench.worker.alive
+
+
+# --- failures ---
+
+
+def test_an_exception_in_a_tick_fails_the_jobs_of_that_tick_only(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    in_tick = [bench.submit("a", seed=1, n=2, steps=1), bench.submit("b", seed=2, n=6, steps=2)]
+    bench.engine.next_begun()  # of "a", and perhaps "b"
+    bystander = bench.submit("c", seed=3, n=8, steps=50)
+    failed: list[set[int]] = []
+
+    def fail_once(batch: Batch) -> None:
+        if not failed:
+            failed.append(bench.engine.seeds(batch))
+            raise RuntimeError("secret: CUDA out of memory at 0xdeadbeef")
+
+    bench.engine.on_step = fail_once
+    bench.engine.gate.open()
+    np.testing.assert_array_equal(images(bystander), fake_pixels(make_spec(seed=3, n=8), 50))
+    for future, seed in zip(in_tick, (1, 2), strict=True):
+        if seed in failed[0]:
+            error = failure(future)
+            assert isinstance(error, EngineFailed)
+            assert (error.status, error.code) == (500, "engine_failed")
+            assert "RuntimeError" in error.detail
+            assert "secret" not in error.detail
+        else:
+            images(future)
+    assert 1 in failed[0]
+    assert 3 not in failed[0]
+    assert bench.worker.ready
+    assert bench.metric("cancelled_total", reason="engine_failed") == len(failed[0])
+    images(bench.submit("after"))
+
+
+def test_a_tick_that_fails_every_time_still_answers_every_job(make_bench: MakeBench) -> None:
+    bench = make_bench().start()
+
+    def fail(_batch: Batch) -> None:
+        raise RuntimeError("always")
+
+    bench.engine.on_step = fail
+    futures = [bench.submit(f"job{i}", n=3, steps=20) for i in range(10)]
+    assert all(isinstance(failure(future), EngineFailed) for future in futures)
+    assert bench.worker.ready
+
+
+def test_a_spec_the_model_cannot_do_fails_that_job_only(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    running = bench.submit("running", seed=1)
+    bench.engine.next_begun()
+
+    def refuse(spec: SampleSpec) -> None:
+        if spec.seed == 666:
+            raise ValueError("prediction_type epsilon cannot start from alpha_bar = 0")
+
+    bench.engine.on_add = refuse
+    bad, good = bench.submit("bad", seed=666, sampler="ddim"), bench.submit("good", seed=3)
+    bench.engine.gate.open()
+    error = failure(bad)
+    assert isinstance(error, InvalidField)
+    assert (error.status, error.field, error.value) == (422, "sampler", "ddim")
+    assert "alpha_bar = 0" in error.detail
+    images(good)
+    images(running)
+    bench.worker.cancel("bad", "client_gone")  # as the route does, if the client went at that moment
+    images(bench.submit("after"))
+
+
+def test_an_engine_that_breaks_in_add_leaves_no_job_unanswered(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    running = bench.submit("running", seed=1, steps=5)
+    bench.engine.next_begun()
+
+    def break_(spec: SampleSpec) -> None:
+        if spec.seed == 666:
+            raise RuntimeError("CUDA out of memory")
+
+    bench.engine.on_add = break_
+    broken = bench.submit("broken", seed=666)
+    bench.engine.gate.open()
+    assert isinstance(failure(broken), ServiceError)
+    running.exception(PATIENCE_S)
+
+
+def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+
+    def break_(_rows: Sequence[int]) -> None:
+        raise RuntimeError("the device is gone")
+
+    bench.engine.on_images = break_
+    finishing = [bench.submit("a", steps=1), bench.submit("b", steps=1)]
+    others = [bench.submit("c", steps=5), bench.submit("d", n=8, steps=50)]
+    bench.engine.gate.open()
+    for future in finishing + others:
+        error = failure(future)
+        assert isinstance(error, ServiceError)
+        assert error.status in (500, 503)
+        assert "the device is gone" not in error.detail
+    wait_until(lambda: not bench.worker.alive)
+    assert not bench.worker.ready
+    with pytest.raises(ServiceError):
+        bench.submit("after")
+
+
+# --- the end ---
+
+
+def test_draining_refuses_new_jobs_and_finishes_the_old(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    running, queued = bench.submit("running", seed=1), bench.submit("queued", seed=2)
+    bench.engine.next_begun()
+    bench.worker.drain()
+    assert bench.worker.draining
+    assert bench.worker.alive
+    assert not bench.worker.ready
+    with pytest.raises(Draining) as caught:
+        bench.submit("late")
+    assert "Retry-After" in caught.value.headers
+    bench.engine.gate.open()
+    np.testing.assert_array_equal(images(running), fake_pixels(make_spec(seed=1), 3))
+    np.testing.assert_array_equal(images(queued), fake_pixels(make_spec(seed=2), 3))
+    assert bench.worker.alive, "it drains until it is closed"
+
+
+def test_closing_gives_up_what_is_left_after_the_running_tick(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    running = bench.submit("running", seed=1, n=2, steps=10)
+    bench.engine.next_begun()
+    queued = bench.submit("queued", seed=2, n=3, steps=10)
+    closing = threading.Thread(target=bench.worker.close)
+    closing.start()
+    wait_until(lambda: not bench.worker.alive)
+    with pytest.raises(Draining):
+        bench.submit("late")
+    bench.engine.gate.let()
+    assert isinstance(failure(running), Draining)
+    assert isinstance(failure(queued), Draining)
+    closing.join(PATIENCE_S)
+    assert not closing.is_alive()
+    assert len(bench.engine.batches) == 1
+    assert bench.metric("row_steps_saved_total") == 2 * 9 + 3 * 10
+    assert bench.metric("cancelled_total", reason="draining") == 2
+
+
+def test_a_tick_that_was_a_jobs_last_still_delivers_it_at_closing(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    future = bench.submit("a", steps=1)
+    bench.engine.next_begun()
+    closing = threading.Thread(target=bench.worker.close)
+    closing.start()
+    wait_until(lambda: not bench.worker.alive)
+    bench.engine.gate.let()
+    images(future)
+    closing.join(PATIENCE_S)
+
+
+def test_an_idle_worker_closes_at_once_and_twice_does_no_harm(make_bench: MakeBench) -> None:
+    bench = make_bench().start()
+    bench.worker.close()
+    bench.worker.close()
+    assert not bench.worker.alive
+    with pytest.raises(Draining):
+        bench.submit("late")
+
+
+def test_a_worker_that_never_started_can_be_closed(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.worker.close()
+    with pytest.raises(Draining):
+        bench.submit("late")
+
+
+def test_a_worker_may_be_closed_during_its_warm_up(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.engine.gate.shut()
+    bench.worker.start()
+    bench.engine.next_begun()
+    closing = threading.Thread(target=bench.worker.close)
+    closing.start()
+    wait_until(lambda: bench.worker.draining)
+    bench.engine.gate.open()
+    closing.join(PATIENCE_S)
+    assert not closing.is_alive()
+    assert not bench.worker.ready
+
+
+# --- metrics ---
+
+
+def test_ticks_jobs_and_images_are_counted(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    first = bench.submit("first", n=2, steps=3, seed=1, guidance=2.0)
+    bench.engine.next_begun()
+    second = bench.submit("second", n=1, steps=2, seed=2, sampler="ddim")
+    bench.engine.gate.open()
+    results = [first.result(PATIENCE_S), second.result(PATIENCE_S)]
+    assert bench.metric("row_steps_total", sampler="ddpm") == 6
+    assert bench.metric("row_steps_total", sampler="ddim") == 2
+    assert bench.metric("images_total") == 3
+    assert bench.metric("batch_rows_count") == len(bench.engine.batches) == 3
+    assert bench.metric("batch_rows_sum") == 2 * 6 + 2
+    assert bench.metric("step_duration_seconds_sum") == 3
+    assert [(result.queue_s, result.denoise_s) for result in results] == [(0, 3), (1, 2)]
+    assert bench.metric("queue_wait_seconds_count") == bench.metric("time_to_first_step_seconds_count") == 2
+    assert bench.metric("queue_wait_seconds_sum") == 0 + 1
+    assert bench.metric("time_to_first_step_seconds_sum") == 1 + 2
+    assert bench.metric("row_steps_saved_total") == 0
+
+
+def test_the_backlog_shrinks_with_each_tick(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
+    future = bench.submit("a", n=2, steps=3)
+    seen = []
+    for _ in range(3):
+        bench.engine.next_begun()
+        seen.append(bench.admission.backlog_s)
+        bench.engine.gate.let()
+    images(future)
+    assert seen == [3.0, 2.0, 1.0]
+    assert bench.admission.backlog_s == 0
+
+
+# --- all at once ---
+
+
+def test_many_threads_submitting_and_cancelling_are_all_answered(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_jobs=12, max_rows=40)).start()
+    answers: list[str] = []
+
+    def client(number: int) -> None:
+        rng = random.Random(number)
+        for i in range(25):
+            name = f"{number}-{i}"
+            spec = make_spec(
+                n=rng.randint(1, 5), steps=rng.randint(1, 12), seed=number, guidance=rng.choice([1.0, 2.0])
+            )
+            try:
+                future = bench.worker.submit(name, spec)
+            except Overloaded:
+                answers.append("refused")
+                continue
+            if rng.random() < 0.4:
+                bench.worker.cancel(name, "client_gone")
+            try:
+                result = future.result(PATIENCE_S)
+            except JobCancelled:
+                answers.append("cancelled")
+            else:
+                np.testing.assert_array_equal(result.images, fake_pixels(spec, spec.steps))
+                answers.append("done")
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 6 * 25
+    assert answers.count("done") > 0
+    assert answers.count("cancelled") > 0
+    assert bench.metric("cancelled_total", reason="client_gone") == answers.count("cancelled")
+    bench.assert_nothing_is_held()
+    bench.admission = Admission(bench.limits)  # that filled it
