@@ -21,7 +21,7 @@ from model.checkpoint import Labels, load_checkpoint, save_checkpoint, write_ato
 from model.data import ImageSet, to_model_range
 from model.ema import Ema
 from model.loss import l_simple, training_target
-from model.noise import NoiseConfig
+from model.noise import NoiseConfig, NoiseSchedule
 from model.unet import UNet2D, UNetConfig
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def train(
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     # The data, and the null class that dropped labels become.
-    schedule = noise.schedule()
+    schedule = NoiseSchedule(noise.schedule().betas.to(device))  # on the device, so that no step waits for the host
     images, labels = data.images.to(device), data.labels.to(device) if data.labels is not None else None
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
     batch_shape = (config.batch_size, *images.shape[1:])

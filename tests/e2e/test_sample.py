@@ -28,7 +28,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 def test_curl_gets_a_sheet_of_eight_garments(server: RunningServer, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
-    url = f"{server.url}/sample?n=8&steps=20&sampler=ddim&class_label=trouser&guidance=2"
+    url = f"{server.url}/sample?n=8&steps=25&seed=1&class_label=trouser&guidance=2"
     subprocess.run(["curl", "--fail", "--silent", "-X", "POST", url, "-o", str(out)], check=True, timeout=120)
     sheet = pixels(out.read_bytes())
     assert sheet.shape == (64, 128)
