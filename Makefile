@@ -27,23 +27,23 @@ train: $(VENV)/.installed
 	$(BIN)/tminus train --data fashion-mnist --out runs/fashion-mnist-32
 
 evaluate: $(VENV)/.installed
-	$(BIN)/tminus evaluate --checkpoint $(CHECKPOINT)
+	$(BIN)/tminus evaluate --checkpoint $(CHECKPOINT) --sampler ddpm --steps 100 --guidance 2
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m bench
 
-$(BIN)/python:
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-bench: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	@touch $@ $(VENV)/.installed
 

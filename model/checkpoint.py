@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -288,14 +287,11 @@ def save_checkpoint(
 
 def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
     """Write beside `file`, sync, and rename over it: a reader or a crash sees the old file or the new, never a part."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = file.with_name(f".{file.name}.part")  # one name: what a kill leaves is overwritten the next time
     try:
         write(temporary)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -221,7 +221,10 @@ def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
 def load_or_train_classifier(folder: Path, train: ImageSet, test: ImageSet, *, device: torch.device) -> Classifier:
     """Load the classifier in `folder`; where there is none, train one on these images and save it there."""
     if (folder / WEIGHTS_FILE).is_file():
-        return load_classifier(folder, device=device)
+        loaded = load_classifier(folder, device=device)
+        if loaded.trained_on.get("data") != train.name:
+            raise ClassifierError(f"{folder}: trained on {loaded.trained_on.get('data')!r}, not on {train.name!r}")
+        return loaded
     classifier = train_classifier(train, test, ClassifierTraining(), device=device)
     save_classifier(folder, classifier)
     return classifier

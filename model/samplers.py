@@ -134,7 +134,7 @@ def sample(
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Run a plan on one batch that moves in step: x_T [B, C, H, W] -> x_0. The server's engine does not need this loop;
-    training sheets, evaluation and the benchmark's bare loop do. z_of(k) gives the noise of step k.
+    training sheets and evaluation do. z_of(k) gives the noise of step k.
     """
     x, x0 = x_T, torch.zeros_like(x_T)
     lines = plan.lines.to(device=x.device, dtype=x.dtype)

@@ -5,9 +5,10 @@ Whatever is random in step k is seeded by (seed, k), so a run that was stopped a
 
 import dataclasses
 import logging
+import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,20 @@ class TrainConfig:
     save_every: int = 500
     sheet_every: int = 1000
 
+    def __post_init__(self) -> None:
+        def require(ok: bool, field: str, bound: str) -> None:
+            if not ok:
+                raise ValueError(f"{field} must be {bound}, got {getattr(self, field)!r}")
+
+        for field in ("steps", "batch_size", "save_every", "sheet_every"):
+            require(getattr(self, field) >= 1, field, "1 or more")
+        require(0 <= self.learning_rate < math.inf, "learning_rate", "0 or more")
+        require(self.grad_clip > 0, "grad_clip", "above 0")
+        for field in ("class_dropout", "decay_fraction", "ema_decay"):
+            require(0 <= getattr(self, field) <= 1, field, "in 0..1")
+        require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        require(self.precision in ("auto", "fp32", "bf16"), "precision", "auto, fp32 or bf16")
+
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, constant, then linear decay to zero."""
         warm = (step + 1) / max(1, self.warmup_steps)
@@ -60,7 +75,7 @@ class TrainConfig:
         return self.learning_rate * min(warm, left, 1.0)
 
 
-FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "precision", "learning_rate", "decay_fraction")
+FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction")
 
 
 def train(
@@ -89,8 +104,11 @@ def train(
     ema = Ema(net, config.ema_decay)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
     step, origin = 0, str(init_from) if init_from is not None else None
+    identity: dict[str, Any] = {f"unet {key}": value for key, value in unet.to_dict().items()}
+    identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
+    identity |= {"data": f"{data.name}, {len(data)} images"}
     if begun:
-        step, origin = _resume(folder, net, ema, optimizer, config)
+        step, origin, config = _resume(folder, net, ema, optimizer, config, identity)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     # The data, and the null class that dropped labels become.
@@ -98,10 +116,11 @@ def train(
     images, labels = data.images.to(device), data.labels.to(device) if data.labels is not None else None
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
     batch_shape = (config.batch_size, *images.shape[1:])
-    precision = config.precision if config.precision != "auto" else faster_precision(net, batch_shape, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    if config.precision == "auto":  # chosen once a run, as a resumed one must go on in the same
+        config = dataclasses.replace(config, precision=faster_precision(net, batch_shape, device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     forward: Callable[..., Tensor] = torch.compile(net) if config.compile else net
-    log.info("%s: step %d of %d, %s, %s", folder, step, config.steps, device, precision)
+    log.info("%s: step %d of %d, %s, %s", folder, step, config.steps, device, config.precision)
 
     def save() -> None:
         provenance = {
@@ -117,6 +136,7 @@ def train(
         state = {
             "step": step,
             "init_from": origin,
+            "identity": identity,
             "net": net.state_dict(),
             "ema": ema.shadow,
             "optimizer": optimizer.state_dict(),
@@ -215,24 +235,32 @@ def faster_precision(net: UNet2D, batch_shape: tuple[int, ...], device: torch.de
 
 
 def _resume(
-    folder: Path, net: UNet2D, ema: Ema, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> tuple[int, str | None]:
-    """Put the saved state into the objects given; returns the step to go on from, and what the run was begun from."""
+    folder: Path,
+    net: UNet2D,
+    ema: Ema,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    identity: Mapping[str, Any],
+) -> tuple[int, str | None, TrainConfig]:
+    """Put the saved state into the objects given; returns the step to go on from, the run's origin and its config."""
     file = folder / STATE_FILE
-    for leftover in folder.glob(f".{STATE_FILE}.*"):  # of a write that a kill cut off
-        leftover.unlink()
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        step, origin, begun_with = int(state["step"]), state.get("init_from"), dict(state["config"])
+        step, origin, was = int(state["step"]), state["init_from"], {**state["config"], **state["identity"]}
+        if config.precision == "auto":
+            config = dataclasses.replace(config, precision=was["precision"])
+        now = {**dataclasses.asdict(config), **identity}
+        for field in sorted(now.keys() - FREE_TO_CHANGE):
+            if was.get(field) != now[field]:
+                raise TrainError(f"{folder}: this run was begun with {field}={was.get(field)!r}, got {now[field]!r}")
         net.load_state_dict(state["net"])
         ema.load(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
+    except TrainError:
+        raise
     except Exception as error:
         raise TrainError(f"{file}: cannot resume from it ({error}); remove it or choose another folder") from error
-    for field, now in dataclasses.asdict(config).items():
-        if field not in FREE_TO_CHANGE and begun_with.get(field) != now:
-            raise TrainError(f"{folder}: this run was begun with {field}={begun_with.get(field)!r}, got {now!r}")
-    return step, origin
+    return step, origin, config
 
 
 def _averaged(unet: UNetConfig, ema: Ema) -> UNet2D:

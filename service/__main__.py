@@ -1,9 +1,9 @@
 """`python -m service` and the `tminus` script."""
 
-from service import cli_train
+import service.cli_train  # noqa: F401  importing it adds its two commands
 from service.cli import main
 
-__all__ = ["cli_train", "main"]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     main()

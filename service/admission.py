@@ -9,6 +9,8 @@ import threading
 from service.errors import Overloaded
 from service.job import Limits, SampleSpec
 
+LEARNING_RATE = 0.02  # a slow average: one tick says little
+
 
 class Admission:
     """Owns the ledger of accepted work, in forward passes of one place, and how long one of those takes."""
@@ -55,10 +57,13 @@ class Admission:
             self._work += spec.work
 
     def stepped(self, places: int, seconds: float) -> None:
-        """Take a tick's work off the ledger, and learn from how long it took."""
+        """Take a tick's work off the ledger, and learn from a full one how long a place takes."""
         with self._lock:
             self._work -= places
-            self._learn(seconds / places)
+            if (
+                places >= self._limits.max_batch - 1
+            ):  # a tick of few rows costs more a place, and says nothing of a queue
+                self._seconds_per_place += LEARNING_RATE * (seconds / places - self._seconds_per_place)
 
     def leave(self, spec: SampleSpec, work_left: int = 0) -> None:
         """Take a job off that is done, or was given up with work left."""
@@ -71,10 +76,6 @@ class Admission:
         """Set the cost of one place from the warm-up's measurement."""
         with self._lock:
             self._seconds_per_place = seconds_per_place
-
-    def _learn(self, seconds_per_place: float) -> None:
-        # A slow average: one tick says little, and ticks of few rows cost more a place than full ones.
-        self._seconds_per_place += 0.02 * (seconds_per_place - self._seconds_per_place)
 
     @property
     def backlog_s(self) -> float:

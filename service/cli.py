@@ -1,4 +1,4 @@
-"""The `tminus` command: serve and sample; train and evaluate are in cli_train. The only place that prints and exits."""
+"""The `tminus` command: serve and sample. Train and evaluate are in cli_train; nothing else prints or exits."""
 
 import io
 import logging
@@ -16,6 +16,7 @@ from service.settings import Settings
 
 DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
 MAX_LOCAL_N = 4096
+SPARE_CONNECTIONS = 64  # above one a job: for probes, metrics and refusals
 CHECKPOINT_TYPE = click.Path(file_okay=False, path_type=Path)
 
 
@@ -77,12 +78,15 @@ def serve(**flags: Any) -> None:
         "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
         info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
     )  # fmt: skip
-    run_server(
+    stopped_well = run_server(
         create_app(engine, limits),
         listener,
         grace_s=settings.grace_s,
         log_level=settings.log_level,
+        max_connections=settings.max_jobs + SPARE_CONNECTIONS,
     )
+    if not stopped_well:
+        fail("the worker crashed; the log says why")
 
 
 @main.command()
@@ -106,13 +110,18 @@ def sample(url: str | None, checkpoint: Path, device: str, out: Path, batch: int
     if labels := parameters.pop("class_label", None):
         parameters["class_label"] = list(labels) if len(labels) > 1 else labels[0]
     sheet = out.suffix.lower() == ".png"
+    try:
+        (out.parent if sheet else out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {out}: {error}")
     files, seed = (
         _from_server(url, parameters, sheet) if url else _offline(checkpoint, device, batch, parameters, sheet)
     )
-    folder = out.parent if sheet else out
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        (out if sheet else out / name).write_bytes(data)
+    try:
+        for name, data in files.items():
+            (out if sheet else out / name).write_bytes(data)
+    except OSError as error:
+        fail(f"--out {out}: {error}")
     click.echo(f"{out}: {given['n']} image(s), seed {seed}")
 
 
@@ -150,9 +159,10 @@ def _from_server(url: str, parameters: dict[str, Any], sheet: bool) -> tuple[dic
         response = httpx.post(f"{url.rstrip('/')}/sample", json=parameters, headers=headers, timeout=no_limit)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         fail(f"{url}: {error}")
-    if response.status_code != 200:
-        is_problem = response.headers.get("content-type", "").startswith("application/problem+json")
-        fail(f"{url}: {response.status_code} {response.json()['detail'] if is_problem else response.text[:200]}")
+    if response.headers.get("content-type") == "application/problem+json":
+        fail(f"{url}: {response.status_code} {response.json()['detail']}")
+    if response.status_code != 200 or "X-Seed" not in response.headers:
+        fail(f"{url}: {response.status_code}, and not from a tminus server")
     seed = int(response.headers["X-Seed"])
     return {"sheet": response.content} if sheet else _unzip(response.content), seed
 

@@ -98,12 +98,16 @@ def train(**options: Any) -> None:
 @click.option("--data", default="fashion-mnist", help="fashion-mnist, or the folder of images it was trained on")
 @click.option("--test-data", type=CHECKPOINT_TYPE, help="folder of held-out images, where --data is a folder")
 @click.option("--data-dir", type=CHECKPOINT_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
-@click.option("--classifier", type=CHECKPOINT_TYPE, default=None, help="trained there on --data if missing")
+@click.option(
+    "--classifier",
+    type=CHECKPOINT_TYPE,
+    help="folder of the judge; trained there on --data if missing  [default: beside the checkpoint]",
+)
 @click.option("-n", "--num-samples", default=1000)
 @click.option("--sampler", default="ddim")
 @click.option("--steps", default=50)
 @click.option("--eta", default=0.0)
-@click.option("--guidance", default=2.0)
+@click.option("--guidance", default=1.0)
 @click.option("--seed", default=0)
 @click.option("--batch-size", default=100, help="samples in one forward pass")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32")
@@ -125,13 +129,16 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
     fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__}
     try:
         device = choose_device(options["device"])
+        if options["data"] != "fashion-mnist" and options["test_data"] is None:
+            fail("--test-data: needed where --data is a folder, or nothing would be held out")
         loaded = load_checkpoint(checkpoint)
         options |= {"size_px": loaded.size_px[0], "channels": loaded.net.config.in_channels}
         train_split = _load_data(options, "train")
         test_split = _load_data(options | {"data": options["test_data"] or options["data"]}, "test")
         judge = None
         if train_split.labels is not None and test_split.labels is not None:
-            folder = classifier or checkpoint.parent / f"{Path(options['data']).name}-classifier"
+            own = checkpoint.parent / "fashion-mnist-classifier" if test_split.name.startswith("fashion") else None
+            folder = classifier or own or checkpoint / "classifier"
             judge = load_or_train_classifier(folder, train_split, test_split, device=device)
         report = measure(loaded, train_split, test_split, judge, EvaluateOptions(**fields), device=device)
     except (DataError, CheckpointError, ClassifierError, EvaluateError, ValueError) as error:

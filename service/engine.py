@@ -40,7 +40,7 @@ def choose_device(name: str) -> torch.device:
 def default_max_rows(checkpoint: Checkpoint) -> int:
     """How many rows' state (x and x0, float32) fits the latent budget."""
     row_bytes = 2 * 4 * checkpoint.net.config.in_channels * checkpoint.size_px[0] * checkpoint.size_px[1]
-    return max(2, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
+    return max(4, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
 
 
 class Engine:
@@ -49,6 +49,8 @@ class Engine:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, *, max_rows: int, max_jobs: int) -> None:
         self.info = describe(checkpoint, device, EagerExecutor.name)
         self._device = device
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # float32 means float32: the fingerprint says so
         self._noise = checkpoint.noise
         self._schedule = checkpoint.noise.schedule()
         self._null_class = checkpoint.labels.null_class
@@ -81,27 +83,30 @@ class Engine:
     @torch.inference_mode()
     def add(self, spec: SampleSpec) -> tuple[int, ...]:
         """Give a job's rows their slots and their x_T; returns the row ids. Raises ValueError as `compile` does."""
+        # First all that can fail, then the slots: a job that cannot be added takes nothing away.
         plan = self.compile(spec)
+        indices = range(spec.index, spec.index + spec.n)
+        x_T = image_noise(spec.seed, indices, 0, self._shape, self._device)
+        index = torch.tensor(indices, device=self._device)
+        seed_words = torch.tensor(split_seed(spec.seed), device=self._device)
+        labels = [self._null_class if label is None else label for label in spec.class_labels or ()]
+        label = torch.tensor(labels or [0], device=self._device)
+
         assert len(self._free_rows) >= spec.n
         assert self._free_plans
         rows = tuple(self._free_rows.pop() for _ in range(spec.n))
-        region = self._free_plans.pop()
-        self._plan_of[rows[0]] = region
+        region = self._plan_of[rows[0]] = self._free_plans.pop()
         start = region * self._schedule.num_timesteps
         self._lines[start : start + len(plan)] = plan.lines.to(torch.float32)
         self._timesteps[start : start + len(plan)] = plan.timesteps
-
         at = torch.tensor(rows, device=self._device)
-        indices = range(spec.index, spec.index + spec.n)
-        self._x[at] = image_noise(spec.seed, indices, 0, self._shape, self._device)
+        self._x[at] = x_T
         self._x0[at] = 0
-        self._seed_words[at] = torch.tensor(split_seed(spec.seed), device=self._device)
-        self._index[at] = torch.tensor(indices, device=self._device)
+        self._seed_words[at] = seed_words
+        self._index[at] = index
+        self._label[at] = label
         self._guidance[at] = spec.guidance
         self._first_line[at] = start
-        if spec.class_labels is not None:
-            labels = [self._null_class if label is None else label for label in spec.class_labels]
-            self._label[at] = torch.tensor(labels, device=self._device)
         return rows
 
     @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Every way the service refuses or fails, each with its status and stable code. docs/errors.md explains them."""
 
+import json
 import math
 from typing import Any, ClassVar
 
@@ -130,8 +131,10 @@ def short(value: object, limit: int = 200) -> object:
     if isinstance(value, (bool, type(None))) or (isinstance(value, int) and abs(value) < 2**128):
         return value
     try:
-        text = value if isinstance(value, str) else repr(value)
-    except RecursionError:
-        text = f"a deeply nested {type(value).__name__}"
+        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False, default=str, ensure_ascii=False)
+        if isinstance(value, (list, tuple, dict)) and len(text.encode()) <= limit:
+            return value
+    except (RecursionError, ValueError):
+        text = f"a {type(value).__name__} that cannot be shown"
     text = text[: limit + 1].encode("utf-8", "replace").decode()  # JSON may spell half a surrogate pair
     return text if len(text) <= limit else text[:limit] + "…"

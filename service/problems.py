@@ -27,9 +27,12 @@ def install(app: FastAPI, metrics: Metrics) -> None:
             metrics.rejected(error.code)
         return render(error)
 
-    async def on_http_exception(_request: Request, error: Exception) -> Response:
+    async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = HTTPStatus(error.status_code).name.lower()
+        headers = dict(error.headers or {})
+        if methods := app.openapi()["paths"].get(request.url.path):  # the framework knows one route's methods only
+            headers["Allow"] = ", ".join(sorted(map(str.upper, methods)))
         problem = {
             "type": f"urn:tminus:problem:{code}",
             "title": HTTPStatus(error.status_code).phrase,
@@ -37,7 +40,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
             "code": code,
             "detail": str(error.detail),
         }
-        return Response(json.dumps(problem), error.status_code, error.headers, media_type=PROBLEM_JSON)
+        return Response(json.dumps(problem), error.status_code, headers, media_type=PROBLEM_JSON)
 
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_exception)

@@ -8,10 +8,10 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service import problems
-from service.errors import Draining, NotReady, ServiceError
+from service.errors import Draining, EngineFailed, NotReady
 from service.job import Limits, ModelInfo
 from service.metrics import Metrics
-from service.worker import Worker
+from service.worker import CRASHED, Worker
 
 
 def system_routes(worker: Worker, model: ModelInfo, limits: Limits, metrics: Metrics) -> APIRouter:
@@ -24,14 +24,16 @@ def system_routes(worker: Worker, model: ModelInfo, limits: Limits, metrics: Met
 
     @router.get("/healthz", summary="Liveness: the process answers and its worker runs", response_class=JSONResponse)
     async def healthz() -> Response:
-        if not worker.alive:
-            return problems.render(ServiceError("the worker has stopped; its log says why"))
+        if worker.crashed:
+            return problems.render(EngineFailed(CRASHED))
         return JSONResponse({"status": "alive"})
 
     @router.get("/readyz", summary="Readiness: a tick has run and work is taken", response_class=JSONResponse)
     async def readyz() -> Response:
         # Rendered, not raised: a probe that is told to wait is no rejected request.
-        if worker.draining or not worker.alive:
+        if worker.crashed:
+            return problems.render(EngineFailed(CRASHED))
+        if worker.draining:
             return problems.render(Draining())
         return JSONResponse({"status": "ready"}) if worker.ready else problems.render(NotReady())
 

@@ -36,7 +36,7 @@ class Scheduler:
     """Owns which rows exist and which step each is at. It never sees a latent."""
 
     def __init__(self, max_batch: int, reserved_share: float = 0.25) -> None:
-        """max_batch: places in a tick, at least 2, as a guided row takes two."""
+        """max_batch: places in a tick, at least 2, as a guided row takes two; below 4 the reserve is all there is."""
         assert max_batch >= 2
         assert 0 <= reserved_share <= 1
         self._max_batch = max_batch

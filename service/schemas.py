@@ -12,6 +12,7 @@ from service.job import Limits, ModelInfo, SampleSpec
 MAX_SEED = 2**64 - 1
 MAX_INDEX = 2**32 - 1
 MAX_GUIDANCE = 50.0
+MAX_NAMES_SHOWN = 20
 SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
 
 
@@ -128,10 +129,18 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "eta": "a number in 0..1",
         "seed": f"an integer in 0..{MAX_SEED}",
         "index": f"an integer in 0..{MAX_INDEX} less n - 1",
-        "class_label": f"a class or a list of them: 0..{len(model.class_names) - 1} or {', '.join(model.class_names)}",
+        "class_label": f"a class or a list of them: {_classes(model)}",
         "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
         "clip": "true or false",
     }
+
+
+def _classes(model: ModelInfo) -> str:
+    names = model.class_names
+    if not names:
+        return "none, as this model has no classes"
+    shown = ", ".join(names) if len(names) <= MAX_NAMES_SHOWN else "a name that GET /model lists"
+    return f"0..{len(names) - 1} or {shown}"
 
 
 def _class_number(label: int | str | None, names: tuple[str, ...], bound: str) -> int | None:

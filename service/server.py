@@ -1,4 +1,4 @@
-"""Runs the app under uvicorn: drain on SIGTERM, finish what runs within the grace period, exit 0."""
+"""Runs the app under uvicorn: on SIGTERM refuse new work, finish what runs within the grace period, stop."""
 
 import logging
 import signal
@@ -13,11 +13,11 @@ from service.worker import Worker
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 5.0  # after the grace period, for the refusals of given-up work to reach their clients
+ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with the worker told first when a signal comes."""
+    """uvicorn, which goes on answering until the worker has ended: drained after a signal, or crashed."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, grace_s: float) -> None:
         super().__init__(config)
@@ -25,12 +25,23 @@ class Server(uvicorn.Server):
         self._give_up = threading.Timer(grace_s, worker.close)
         self._give_up.daemon = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, and from then on watch the worker."""
+        await super().startup(sockets)
+        threading.Thread(target=self._stop_after_worker, name="tminus-watch", daemon=True).start()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take no more work and start the grace period; a second signal gives up at once, as uvicorn does."""
-        if not self._worker.draining:
+        """Take no more work and start the grace period; a second signal stops at once."""
+        if self._worker.draining:
+            super().handle_exit(sig, frame)
+        else:
             self._worker.drain()
             self._give_up.start()
-        super().handle_exit(sig, frame)
+
+    def _stop_after_worker(self) -> None:
+        self._worker.join()
+        self._give_up.cancel()
+        self.should_exit = True
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -46,17 +57,19 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: str) -> None:
-    """Serve until SIGTERM or SIGINT."""
+def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: str, max_connections: int) -> bool:
+    """Serve until SIGTERM or SIGINT; True if that is how it ended, False if the worker crashed."""
     config = uvicorn.Config(
         app,
         log_level=log_level,
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=int(grace_s + ANSWER_S),
+        limit_concurrency=max_connections,
+        timeout_graceful_shutdown=int(ANSWER_S),
     )
-    server = Server(config, app.state.worker, grace_s)
+    worker: Worker = app.state.worker
+    server = Server(config, worker, grace_s)
     # Until uvicorn has its own handlers these stop it; when it is done it raises the signal once more, to no effect:
     # being asked to stop and having stopped is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -65,3 +78,4 @@ def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: s
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     server.run([listener])
+    return not worker.crashed

@@ -17,10 +17,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a forward pass; default: torch's own")
     max_n: int = Field(64, ge=1, le=1024, description="images in one request")
-    max_batch: int = Field(16, ge=2, le=4096, description="places in one forward pass; a guided row takes two")
+    max_batch: int = Field(16, ge=4, le=4096, description="places in one forward pass; a guided row takes two")
     max_jobs: int = Field(1024, ge=1, le=10_000, description="jobs held at once, waiting and running")
     max_rows: int | None = Field(
-        None, ge=2, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"
+        None, ge=4, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"
     )
     max_backlog_s: float = Field(600, gt=0, allow_inf_nan=False, description="seconds of predicted work that may wait")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="size of a request's body")

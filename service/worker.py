@@ -100,6 +100,11 @@ class Worker:
         return self._draining.is_set()
 
     @property
+    def crashed(self) -> bool:
+        """Whether the thread ended by an error of its own."""
+        return self._crashed
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive() and not self._closed.is_set()
@@ -128,8 +133,13 @@ class Worker:
         self._commands.put(lambda: self._give_up(job_id, JobCancelled(f"cancelled: {reason}"), reason))
 
     def drain(self) -> None:
-        """Take no more jobs; the accepted ones go on."""
+        """Take no more jobs; the thread ends when the accepted ones are done. Signal handlers may call it: no lock."""
         self._draining.set()
+        self._commands.put(lambda: None)  # wakes it if it sleeps
+
+    def join(self) -> None:
+        """Wait until the thread has ended: drained, closed or crashed."""
+        self._thread.join()
 
     def close(self) -> None:
         """Give up what is left and end the thread."""
@@ -145,7 +155,7 @@ class Worker:
         try:
             self._warm_up()
             self._ready.set()
-            while not self._closed.is_set():
+            while not self._closed.is_set() and not (self._draining.is_set() and self._scheduler.num_rows == 0):
                 self._take_commands()
                 batch = self._scheduler.next_batch()
                 if batch is not None and not self._closed.is_set():
@@ -157,6 +167,10 @@ class Worker:
         with self._gate:
             self._crashed = isinstance(failure, EngineFailed)
             self._closed.set()
+        if self._crashed:  # the engine is not to be trusted any more, but everybody gets an answer
+            for job in self._jobs.values():
+                job.future.set_exception(failure)
+            self._jobs.clear()
         self._take_commands(wait=False)
         for job_id in list(self._jobs):
             self._give_up(job_id, failure, failure.code)
@@ -203,6 +217,9 @@ class Worker:
         if not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
             self._admission.leave(job.spec, job.spec.work)
             return
+        if self._crashed:
+            job.future.set_exception(EngineFailed(CRASHED))
+            return
         try:
             job.rows = self._engine.add(job.spec)
         except ValueError as error:
@@ -246,10 +263,17 @@ class Worker:
             self._deliver(self._jobs[job_id])
 
     def _deliver(self, job: _Job) -> None:
-        images = self._engine.images(job.rows)
-        del self._jobs[job.id]  # not before: what raises above must still find it, to answer it
+        try:
+            images = self._engine.images(job.rows)
+        except Exception as error:
+            log.exception("job %s could not be read", job.id)
+            self._give_up(
+                job.id, EngineFailed(f"its images could not be read: {type(error).__name__}"), "engine_failed"
+            )
+            return
         self._engine.remove(job.rows)
         self._admission.leave(job.spec)
+        del self._jobs[job.id]
         now_s = self._clock()
         self._metrics.job_done(job.spec.n)
         queue_s, denoise_s = job.started_s - job.submitted_s, now_s - job.started_s
@@ -257,12 +281,13 @@ class Worker:
         job.future.set_result(JobResult(images, queue_s, denoise_s))
 
     def _give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
-        job = self._jobs.pop(job_id, None)
+        job = self._jobs.get(job_id)
         if job is None:
             return
         work_left = self._scheduler.cancel(job_id)
         self._engine.remove(job.rows)
         self._admission.leave(job.spec, work_left)
+        del self._jobs[job_id]
         self._metrics.job_given_up(reason, work_left // job.spec.places_per_row)
         log.info("job %s given up (%s), %d row-steps saved", job_id, reason, work_left // job.spec.places_per_row)
         job.future.set_exception(error)

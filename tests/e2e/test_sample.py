@@ -155,7 +155,7 @@ def test_a_short_request_does_not_wait_for_a_long_one(server: RunningServer) -> 
 def test_a_client_that_goes_away_frees_its_rows(server: RunningServer) -> None:
     cancelled = server.metric("tminus_cancelled_total")
     with server.client() as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/sample", params={"n": 8, "steps": 1000}, timeout=0.3)
+        client.post("/sample", params={"n": 8, "steps": 1000}, timeout=httpx.Timeout(60, read=0.3))
     server.wait_until(lambda: server.metric("tminus_cancelled_total") > cancelled)
     assert server.metric("tminus_rows_active") + server.metric("tminus_rows_waiting") == 0
     assert server.metric("tminus_row_steps_saved_total") > 0

@@ -195,8 +195,34 @@ def test_resuming_with_another_config_is_refused(tmp_path: Path, field: str, val
 
 def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
     run(tmp_path, dataclasses.replace(RUN, steps=1))
-    with pytest.raises(TrainError, match="cannot resume"):
+    with pytest.raises(TrainError, match="begun with unet layers_per_block=1, got 2"):
         run(tmp_path, unet=dataclasses.replace(CONDITIONAL, layers_per_block=2))
+    with pytest.raises(TrainError, match="begun with unet attention_head_dim=8, got 4"):  # no weight would show it
+        run(tmp_path, unet=dataclasses.replace(CONDITIONAL, attention_head_dim=4))
+
+
+def test_resuming_with_another_noise_schedule_or_other_images_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=1))
+    with pytest.raises(TrainError, match="begun with noise prediction_type='epsilon', got 'v_prediction'"):
+        train(
+            tmp_path,
+            toy_images(),
+            CONDITIONAL,
+            dataclasses.replace(NOISE, prediction_type="v_prediction"),
+            RUN,
+            device=CPU,
+        )
+    with pytest.raises(TrainError, match="begun with data="):
+        train(tmp_path, toy_images(12), CONDITIONAL, NOISE, RUN, device=CPU)
+
+
+def test_a_resumed_run_goes_on_in_the_precision_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = dataclasses.replace(RUN, precision="auto", steps=2)
+    monkeypatch.setattr("model.train.faster_precision", lambda *_: "bf16")
+    run(tmp_path, auto)
+    monkeypatch.setattr("model.train.faster_precision", lambda *_: pytest.fail("it measured again"))
+    run(tmp_path, dataclasses.replace(auto, steps=3))
+    assert json.loads((tmp_path / "tminus.json").read_text())["provenance"]["config"]["precision"] == "bf16"
 
 
 def test_state_that_is_damaged_is_refused_and_left_alone(tmp_path: Path) -> None:

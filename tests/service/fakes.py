@@ -94,6 +94,7 @@ class FakeEngine:
         self.on_step: Callable[[Batch], None] = lambda batch: None
         self.on_add: Callable[[SampleSpec], None] = lambda spec: None
         self.on_images: Callable[[Sequence[int]], None] = lambda rows: None
+        self.on_remove: Callable[[Sequence[int]], None] = lambda rows: None
         self._free = list(range(slots))
 
     def add(self, spec: SampleSpec) -> tuple[int, ...]:
@@ -124,6 +125,7 @@ class FakeEngine:
         return fake_pixels(spec, spec.steps, self.info)
 
     def remove(self, rows: Sequence[int]) -> None:
+        self.on_remove(rows)
         _, its_rows = self.jobs.pop(rows[0])
         assert tuple(rows) == its_rows
         for row in rows:

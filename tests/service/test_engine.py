@@ -446,7 +446,7 @@ def test_the_default_number_of_rows_fits_the_latent_budget(make_checkpoint: Make
     assert default_max_rows(make_checkpoint()) == engine_module.MAX_DEFAULT_ROWS
     large = make_checkpoint(in_channels=3, out_channels=3, sample_size=512)
     assert default_max_rows(large) == 512 * 2**20 // (2 * 4 * 3 * 512 * 512)
-    assert default_max_rows(replace(large, size_px=(2**16, 2**16))) == 2, "a guided row needs two places"
+    assert default_max_rows(replace(large, size_px=(2**16, 2**16))) == 4, "the least that --max-batch may be"
 
 
 def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoint: MakeCheckpoint) -> None:

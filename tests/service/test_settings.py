@@ -103,9 +103,11 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(limits=limits)
             return "the app"
 
-        def run_server(app: str, listener: str, *, grace_s: float, log_level: str) -> None:
+        def run_server(app: str, listener: str, *, grace_s: float, log_level: str, max_connections: int) -> bool:
             assert (app, listener) == ("the app", "the listener")
+            assert max_connections > served["limits"].max_jobs
             served.update(grace_s=grace_s, log_level=log_level, ran=True)
+            return True
 
         monkeypatch.setattr(cli, "load_engine", load_engine)
         monkeypatch.setattr("service.app.create_app", create_app)

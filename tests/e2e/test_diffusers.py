@@ -1,0 +1,33 @@
+"""The bundled checkpoint is diffusers' too: it loads there, and draws there what the server draws."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from PIL import Image
+
+from model.data import to_uint8
+from model.rng import image_noise
+from tests.e2e.conftest import BUNDLED, RunningServer
+
+
+def test_diffusers_draws_the_same_from_the_bundled_folder(server: RunningServer) -> None:
+    pipeline: Any = DDPMPipeline.from_pretrained(BUNDLED)
+    assert type(pipeline.unet).__name__ == "UNet2DModel"
+    unet: Any = UNet2DModel.from_pretrained(BUNDLED, subfolder="unet")
+    scheduler: Any = DDIMScheduler.from_pretrained(BUNDLED, subfolder="scheduler")
+    scheduler.set_timesteps(10)
+    labels = torch.tensor([1, 7])
+    x = image_noise(11, range(2), 0, (1, 32, 32), torch.device("cpu"))
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            eps = unet(x, t, class_labels=labels).sample
+            x = scheduler.step(eps, t, x, eta=0.0, use_clipped_model_output=True).prev_sample
+    theirs = to_uint8(x).numpy()[:, 0]
+
+    ours = server.post(json={"n": 2, "steps": 10, "sampler": "ddim", "seed": 11, "class_label": ["trouser", "sneaker"]})
+    with Image.open(io.BytesIO(ours.content)) as sheet:
+        cells = np.asarray(sheet).reshape(1, 32, 2, 32).swapaxes(1, 2).reshape(2, 32, 32)
+    np.testing.assert_allclose(cells.astype(int), theirs.astype(int), atol=1)
