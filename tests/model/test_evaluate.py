@@ -200,7 +200,7 @@ def test_classifier_is_trained_only_where_there_is_none(toy_classifier: Classifi
     train, test = toy_images(48, 7, channels=3), toy_images(30, 8, channels=3)
     same = dataclasses.replace(train, name=toy_classifier.trained_on["data"])
     assert load_or_train_classifier(tmp_path / "there", same, test, device=CPU).config.channels == 1
-    with pytest.raises(ClassifierError, match="trained on .*, not on 'toy 7'"):
+    with pytest.raises(ClassifierError, match=r"trained on .*, not on 'toy 7'"):
         load_or_train_classifier(tmp_path / "there", train, test, device=CPU)
     fresh = load_or_train_classifier(tmp_path / "new", train, test, device=CPU)
     assert fresh.config.channels == 3
