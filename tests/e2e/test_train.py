@@ -1,0 +1,109 @@
+"""`tminus train`, `sample` and `evaluate` as a user runs them, on a folder of pictures with a subfolder a class."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DDPMPipeline
+from PIL import Image
+
+from model.checkpoint import load_checkpoint
+from tests.e2e.conftest import ROOT, run_cli
+
+SMALL = (
+    "--size", "16", "--channels", "3", "--widths", "8,16", "--attention-at", "8", "--groups", "4", "--head-dim", "8",
+    "--timesteps", "50", "--batch-size", "8", "--warmup-steps", "2", "--precision", "fp32", "--sheet-every", "5",
+)  # fmt: skip
+
+
+def save_pictures(folder: Path, seed: int) -> Path:
+    """Red and blue squares, of various sizes and formats."""
+    rng = np.random.default_rng(seed)
+    for name, channel in (("red", 0), ("blue", 2)):
+        (folder / name).mkdir(parents=True)
+        for k in range(12):
+            pixels = rng.integers(0, 60, (20 + k, 24, 3), np.uint8)
+            pixels[..., channel] += 180
+            Image.fromarray(pixels).save(folder / name / f"{k}.{('png', 'jpg', 'webp')[k % 3]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pictures(tmp_path_factory.mktemp("pictures") / "train", 0)
+
+
+def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained = run_cli("train", "--data", str(pictures), "--out", str(run), "--steps", "10", *SMALL)
+    assert trained.returncode == 0, trained.stderr
+    assert "loss=" in trained.stderr
+    assert "images_s=" in trained.stderr
+    assert [sheet.name for sheet in sorted((run / "sheets").iterdir())] == ["0000005.png", "0000010.png"]
+    meta = json.loads((run / "tminus.json").read_text())
+    assert meta["class_names"] == ["blue", "red"]
+    assert meta["null_class"] == 2
+    assert type(DDPMPipeline.from_pretrained(run)).__name__ == "DDPMPipeline"
+
+    drawn = run_cli("sample", "--checkpoint", str(run), "-n", "3", "--class-label", "red", "--guidance", "2",
+                    "--steps", "5", "--out", str(tmp_path / "sheet.png"))  # fmt: skip
+    assert drawn.returncode == 0, drawn.stderr
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert (sheet.size, sheet.mode) == ((48, 16), "RGB")
+
+    measure = ("evaluate", "--checkpoint", str(run), "--data", str(pictures), "--num-samples", "8", "--steps", "5",
+               "--bound-images", "4", "--bound-timesteps", "5")  # fmt: skip
+    refused = run_cli(*measure)
+    assert refused.returncode == 1
+    assert "--test-data" in refused.stderr
+    held_out = save_pictures(tmp_path / "held-out", 1)
+    measured = run_cli(*measure, "--test-data", str(held_out), "--json", str(tmp_path / "figures.json"))
+    assert measured.returncode == 0, measured.stderr
+    assert "class accuracy" in measured.stdout
+    assert "not FID" in measured.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["bound"]["total"] > 0
+    assert (run / "classifier" / "classifier.safetensors").is_file()
+
+
+def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Path, tmp_path: Path) -> None:
+    def command(run: str) -> list[str]:
+        return ["train", "--data", str(pictures), "--out", str(tmp_path / run), "--steps", "60", *SMALL]
+
+    stopped = subprocess.Popen(
+        [sys.executable, "-m", "service", *command("stopped")], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ
+    )
+    assert stopped.stderr is not None
+    with stopped.stderr:
+        seen = b""
+        while b"loss=" not in seen:  # ten steps have been taken
+            chunk = os.read(stopped.stderr.fileno(), 4096)
+            assert chunk, seen
+            seen += chunk
+        stopped.send_signal(signal.SIGINT)
+        while os.read(stopped.stderr.fileno(), 4096):
+            pass
+        assert stopped.wait(60) == 0
+    assert json.loads((tmp_path / "stopped" / "tminus.json").read_text())["provenance"]["step"] < 60
+
+    for run in ("stopped", "straight"):
+        assert run_cli(*command(run)).returncode == 0
+    hashes = {load_checkpoint(tmp_path / run).weights_hash for run in ("stopped", "straight")}
+    assert len(hashes) == 1
+
+
+def test_training_says_what_is_wrong(tmp_path: Path) -> None:
+    for arguments, says in (
+        (("--data", str(tmp_path / "nowhere")), "not a folder"),
+        (("--data-dir", str(tmp_path)), "train-images"),
+        (("--data", str(tmp_path), "--save-every", "0"), "no image files"),
+    ):
+        result = run_cli("train", "--out", str(tmp_path / "run"), *arguments)
+        assert result.returncode == 1
+        assert says in result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
