@@ -14,22 +14,13 @@ from bench.__main__ import parse_args
 from bench.pace import Pace
 from model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from model.noise import NoiseConfig
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from tests.tiny import TINY
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    config = UNetConfig(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=3,
-    )
+    config = replace(TINY, num_class_embeds=3)
     torch.manual_seed(0)
     path = tmp_path / "checkpoint"
     path.mkdir()

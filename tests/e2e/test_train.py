@@ -15,6 +15,7 @@ from PIL import Image
 from model.checkpoint import load_checkpoint
 from tests.e2e.conftest import ROOT, run_cli
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for so small a net, and on a busy machine, two are slower
 SMALL = (
     "--size", "16", "--channels", "3", "--widths", "8,16", "--attention-at", "8", "--groups", "4", "--head-dim", "8",
     "--timesteps", "50", "--batch-size", "8", "--warmup-steps", "2", "--precision", "fp32", "--sheet-every", "5",
@@ -40,7 +41,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trained = run_cli("train", "--data", str(pictures), "--out", str(run), "--steps", "10", *SMALL)
+    trained = run_cli("train", "--data", str(pictures), "--out", str(run), "--steps", "10", *SMALL, **ONE_THREAD)
     assert trained.returncode == 0, trained.stderr
     assert "loss=" in trained.stderr
     assert "images_s=" in trained.stderr
@@ -62,7 +63,7 @@ def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_pa
     assert refused.returncode == 1
     assert "--test-data" in refused.stderr
     held_out = save_pictures(tmp_path / "held-out", 1)
-    measured = run_cli(*measure, "--test-data", str(held_out), "--json", str(tmp_path / "figures.json"))
+    measured = run_cli(*measure, "--test-data", str(held_out), "--json", str(tmp_path / "figures.json"), **ONE_THREAD)
     assert measured.returncode == 0, measured.stderr
     assert "class accuracy" in measured.stdout
     assert "not FID" in measured.stdout
@@ -76,7 +77,10 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Pa
         return ["train", "--data", str(pictures), "--out", str(tmp_path / run), "--steps", "60", *SMALL]
 
     stopped = subprocess.Popen(
-        [sys.executable, "-m", "service", *command("stopped")], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ
+        [sys.executable, "-m", "service", *command("stopped")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        env=os.environ | ONE_THREAD,
     )
     assert stopped.stderr is not None
     with stopped.stderr:
@@ -92,7 +96,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Pa
     assert json.loads((tmp_path / "stopped" / "tminus.json").read_text())["provenance"]["step"] < 60
 
     for run in ("stopped", "straight"):
-        assert run_cli(*command(run)).returncode == 0
+        assert run_cli(*command(run), **ONE_THREAD).returncode == 0
     hashes = {load_checkpoint(tmp_path / run).weights_hash for run in ("stopped", "straight")}
     assert len(hashes) == 1
 

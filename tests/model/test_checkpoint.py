@@ -27,7 +27,7 @@ from model.checkpoint import (
 from model.noise import NoiseConfig
 from model.samplers import compile_plan, sample
 from model.unet import UNet2D, UNetConfig
-from tests.model.conftest import TINY, randomize
+from tests.tiny import TINY, randomize
 
 CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 4})
 LABELS = Labels(("shirt", "shoe", "bag"), null_class=3)

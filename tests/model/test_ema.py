@@ -5,7 +5,7 @@ import torch
 
 from model.ema import Ema
 from model.unet import UNet2D
-from tests.model.conftest import randomize
+from tests.tiny import randomize
 
 
 def test_average_starts_as_a_copy_of_the_weights(tiny_net: UNet2D) -> None:

@@ -19,7 +19,7 @@ from model.loss import (
 from model.noise import NoiseConfig, NoiseSchedule
 from model.rng import image_noise
 from model.unet import UNet2D, UNetConfig
-from tests.model.conftest import TINY, randomize
+from tests.tiny import TINY, randomize
 
 F64 = torch.float64
 PIXELS = torch.arange(256, dtype=F64) / 127.5 - 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from model.noise import NoiseConfig, NoiseSchedule
 from model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, make_timesteps, sample, x0_coefficients
 from model.unet import UNet2D, UNetConfig
-from tests.model.conftest import TINY, randomize
+from tests.tiny import TINY, randomize
 
 F64 = torch.float64
 SHAPE = (2, 1, 3, 3)

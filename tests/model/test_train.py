@@ -18,7 +18,7 @@ from model.data import ImageSet
 from model.noise import NoiseConfig
 from model.train import STATE_FILE, TrainConfig, TrainError, batch_indices, faster_precision, step_seed, train
 from model.unet import UNet2D, UNetConfig
-from tests.model.conftest import TINY
+from tests.tiny import TINY
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

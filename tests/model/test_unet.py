@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 
 from model.layers import sinusoidal_embedding
 from model.unet import UNet2D, UNetConfig
-from tests.model.conftest import TINY, randomize
+from tests.tiny import TINY, randomize
 
 SMALL: dict[str, Any] = {
     "sample_size": 16,

@@ -6,25 +6,11 @@ import torch
 
 from model.checkpoint import Checkpoint, Labels, hash_weights
 from model.noise import NoiseConfig
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from tests.tiny import TINY, randomize
 
-TINY = UNetConfig(
-    sample_size=8,
-    in_channels=1,
-    out_channels=1,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(8, 16),
-    layers_per_block=1,
-    norm_num_groups=4,
-    num_class_embeds=4,
-)
+CONDITIONAL = replace(TINY, num_class_embeds=4)
 THREE_CLASSES = Labels(("cat", "dog", "3d-print"), null_class=3)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device, and torch sees none")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,14 +27,10 @@ def make_checkpoint() -> MakeCheckpoint:
     """Makes a checkpoint in memory: a tiny U-Net of random weights, conditional unless `classes` is False."""
 
     def make(*, classes: bool = True, noise: NoiseConfig | None = None, seed: int = 0, **fields: object) -> Checkpoint:
-        config = replace(TINY, **({} if classes else {"num_class_embeds": None}) | fields)  # type: ignore[arg-type]
+        config = replace(CONDITIONAL, **({} if classes else {"num_class_embeds": None}) | fields)  # type: ignore[arg-type]
         net = UNet2D(config)
-        generator = torch.Generator().manual_seed(seed)
+        randomize(net, seed)
         with torch.no_grad():
-            for name, parameter in net.named_parameters():
-                scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
-                offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-                parameter.copy_(offset + scale * torch.randn(parameter.shape, generator=generator))
             if net.class_embedding is not None:  # classes must matter, or a wrong one would not be seen
                 net.class_embedding.weight.mul_(4)
         net.requires_grad_(False).eval()
