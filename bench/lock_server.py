@@ -32,15 +32,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        save_twin(args.checkpoint, Path(folder))
-        pipeline: Any = DDPMPipeline.from_pretrained(folder)  # type: ignore[no-untyped-call]
-    pipeline.set_progress_bar_config(disable=True)
-    # One thread for all passes: with a pool each of its threads would have an OpenMP team of its own, and be slower.
+    # One thread for loading and for all passes: a second OpenMP team, of another thread, would slow it by half.
     thread = ThreadPoolExecutor(1)
+    pipeline = thread.submit(load_pipeline, args.checkpoint).result()
     thread.submit(pipeline, batch_size=4, num_inference_steps=3).result()  # warm before it says it is ready
     app = create_app(pipeline, thread)
     uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning", access_log=False)
+
+
+def load_pipeline(checkpoint_folder: Path) -> Any:
+    """Load the twin as diffusers' own pipeline."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_twin(checkpoint_folder, Path(folder))
+        pipeline: Any = DDPMPipeline.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def save_twin(checkpoint_folder: Path, folder: Path) -> None:
