@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +200,14 @@ def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Ten
     epochs = positions // num_images
     picked = []
     for epoch in sorted(set(epochs.tolist())):
-        generator = torch.Generator().manual_seed(step_seed(seed, -2 - epoch))
-        order = torch.randperm(num_images, generator=generator)
+        order = _epoch_order(num_images, seed, epoch)
         picked.append(order[positions[epochs == epoch] % num_images])
     return torch.cat(picked)
+
+
+@lru_cache(maxsize=2)  # the permutation of an epoch is asked for at each of its steps
+def _epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(step_seed(seed, -2 - epoch)))
 
 
 def step_seed(seed: int, step: int) -> int:

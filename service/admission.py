@@ -60,9 +60,8 @@ class Admission:
         """Take a tick's work off the ledger, and learn from a full one how long a place takes."""
         with self._lock:
             self._work -= places
-            if (
-                places >= self._limits.max_batch - 1
-            ):  # a tick of few rows costs more a place, and says nothing of a queue
+            # A tick of few rows costs more a place, and says nothing of how fast a queue drains.
+            if places >= self._limits.max_batch - 1:
                 self._seconds_per_place += LEARNING_RATE * (seconds / places - self._seconds_per_place)
 
     def leave(self, spec: SampleSpec, work_left: int = 0) -> None:

@@ -111,7 +111,7 @@ class Draining(ServiceError):
 
 
 class EngineFailed(ServiceError):
-    """The forward pass raised; only the jobs of that tick are lost."""
+    """A step raised, and the jobs of that tick are lost; or the worker crashed, and all are."""
 
     status, code, title = 500, "engine_failed", "The denoising step failed"
     refusal = False

@@ -1,7 +1,6 @@
 """POST and GET /sample: parameters to spec, spec to the worker, images to the client."""
 
 import asyncio
-import logging
 import uuid
 from concurrent.futures import Future
 from typing import Any
@@ -16,8 +15,6 @@ from service.job import JobResult, Limits, ModelInfo, SampleSpec
 from service.negotiation import negotiate
 from service.schemas import SampleRequest
 from service.worker import Worker
-
-log = logging.getLogger(__name__)
 
 
 def sample_routes(worker: Worker, encoder: Encoder, model: ModelInfo, limits: Limits) -> APIRouter:
