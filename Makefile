@@ -36,7 +36,7 @@ $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable '.[openvino]'
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/pip

@@ -1,17 +1,15 @@
-"""The limits: float32 peak, the U-Net's FLOPs a row, and the bare loop `net(x, t, labels)`. A process of its own.
+"""The limits: peaks of the processor, the U-Net's FLOPs a row, and the bare executor loop. A process of its own.
 
-Prints one JSON object. The loop runs as the server's eager executor does: float32, channels last, inference mode.
+The loop calls the same executor that the server chose, on full batches, with no server, scheduler or update around it.
+Prints one JSON object.
 """
 
 import argparse
 import json
-import os
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
-from importlib.metadata import version
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,50 +18,68 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.pace import Pace
+from bench.records import Pace
 from model.checkpoint import Checkpoint, load_checkpoint
+from service.choice import Wish, choose_executor, default_cache
+from service.executors import Executor
+from service.loading import LARGEST_BATCH
 
 MATMUL_SIZE = 2048
 CONV_CHANNELS, CONV_SIZE, CONV_BATCH = 256, 32, 4
-SLICES = 4  # each batch size runs in so many slices, taking turns, so that drift falls on all alike
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m bench.bare", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--executor", required=True)
+    parser.add_argument("--precision", required=True)
     parser.add_argument("--batches", type=int, nargs="+", required=True)
     parser.add_argument("--seconds", type=float, required=True, help="seconds a batch size")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    checkpoint = load_checkpoint(args.checkpoint)
+    peak_s = min(2.0, args.seconds)
     with torch.inference_mode():
-        flops = flops_per_row(checkpoint)
-        peak_s = min(2.0, args.seconds)
         result = {
-            "machine": describe_machine(),
-            "flops_per_row": flops,
-            "matmul_flops": matmul_peak(peak_s),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "flops_per_row": flops_per_row(load_checkpoint(args.checkpoint)),
+            "matmul_flops": matmul_peak(peak_s, torch.float32),
+            "matmul_bfloat16_flops": matmul_peak(peak_s, torch.bfloat16),
             "conv_flops": conv_peak(peak_s),
-            "bare": {batch: asdict(pace) for batch, pace in bare_loop(checkpoint, args.batches, args.seconds).items()},
         }
-    print(json.dumps(result))
-
-
-def describe_machine() -> dict[str, str | int]:
-    """What the figures belong to."""
-    return {
-        "cpu": _cpu_model(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "diffusers": version("diffusers"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
+    paces = {
+        batch: run_bare(args.checkpoint, args.executor, args.precision, batch, args.seconds) for batch in args.batches
     }
+    details = build(args.checkpoint, args.executor, args.precision).details
+    print(json.dumps(result | {"details": details, "bare": {batch: asdict(pace) for batch, pace in paces.items()}}))
+
+
+def run_bare(checkpoint: Path, executor_name: str, precision: str, batch: int, seconds: float) -> Pace:
+    """The pace of the executor alone, on batches of one size."""
+    executor = build(checkpoint, executor_name, precision)
+    x, t, labels = _inputs(load_checkpoint(checkpoint), batch)
+    with torch.inference_mode():
+        executor(x, t, labels)
+        cpu_before_s = time.process_time()
+        passes_s = _timed(lambda: executor(x, t, labels), seconds)
+        cpu_s = time.process_time() - cpu_before_s
+    rows = batch * len(passes_s)
+    return Pace(rows / sum(passes_s), cpu_s / rows)
+
+
+@lru_cache(maxsize=1)
+def build(checkpoint: Path, executor_name: str, precision: str) -> Executor:
+    """Build the executor as the server did: its answer to the same wish is in the cache, sizes of a pass and all."""
+    device, threads, largest = torch.device("cpu"), torch.get_num_threads(), LARGEST_BATCH["cpu"]
+    for name, kind in (("auto", "auto"), (executor_name, precision)):
+        wish = Wish(name, kind, exact=True, max_batch=largest, threads=threads)
+        executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
+        if (executor.name, executor.precision) == (executor_name, precision):
+            return executor
+    raise ValueError(f"no executor {executor_name} {precision} here")
 
 
 def flops_per_row(checkpoint: Checkpoint) -> int:
@@ -74,9 +90,9 @@ def flops_per_row(checkpoint: Checkpoint) -> int:
     return int(counter.get_total_flops())
 
 
-def matmul_peak(seconds: float) -> float:
-    """FLOP/s of the best square float32 matmul seen."""
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE)
+def matmul_peak(seconds: float, dtype: torch.dtype) -> float:
+    """FLOP/s of the best square matmul seen."""
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).to(dtype)
     out = torch.empty_like(a)
     best_s = min(_timed(lambda: torch.mm(a, b, out=out), seconds))
     return 2 * MATMUL_SIZE**3 / best_s
@@ -92,23 +108,6 @@ def conv_peak(seconds: float) -> float:
     weight = torch.randn(c, c, 3, 3).contiguous(memory_format=torch.channels_last)
     best_s = min(_timed(lambda: F.conv2d(x, weight, padding=1), seconds))
     return 2 * 9 * c * c * size * size * batch / best_s
-
-
-def bare_loop(checkpoint: Checkpoint, batches: Sequence[int], seconds: float) -> dict[int, Pace]:
-    """The pace of the network alone, by batch size."""
-    net = checkpoint.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    inputs = {batch: _inputs(checkpoint, batch) for batch in batches}
-    for x, t, labels in inputs.values():
-        net(x, t, labels)
-    rows, spent_s, cpu_s = dict.fromkeys(batches, 0), dict.fromkeys(batches, 0.0), dict.fromkeys(batches, 0.0)
-    for _ in range(SLICES):
-        for batch, (x, t, labels) in inputs.items():
-            cpu_before_s = time.process_time()
-            passes_s = _timed(partial(net, x, t, labels), seconds / SLICES)
-            cpu_s[batch] += time.process_time() - cpu_before_s
-            spent_s[batch] += sum(passes_s)
-            rows[batch] += batch * len(passes_s)
-    return {batch: Pace(rows[batch] / spent_s[batch], cpu_s[batch] / rows[batch]) for batch in batches}
 
 
 def _inputs(checkpoint: Checkpoint, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -130,15 +129,6 @@ def _timed(call: Callable[[], object], seconds: float) -> list[float]:
         call()
         times.append(time.perf_counter() - started)
     return times
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -1,240 +1,204 @@
-"""Rounds to figures: medians, ratios of medians with their range over the rounds, a markdown page and a JSON file."""
+"""A run as a page of markdown and as JSON, and the results' place in the documentation."""
 
-import json
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from bench.load import Loaded
-from bench.pace import Pace
+from pydantic import TypeAdapter
+
+from bench import figures
+from bench.figures import TITLES, quantile
+from bench.machine import PACKAGES
+from bench.records import Answer, Loaded, Run
 
 BUSY = 0.5  # a load average over this says that something else ran
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What one turn of all contenders gave. Latencies in seconds, on an idle server."""
-
-    matmul_flops: float
-    conv_flops: float
-    bare: dict[int, Pace]  # by batch size
-    mixed: Loaded
-    tminus: Loaded  # at the unguided load, the one that the lock gets too
-    lock: Loaded
-    tminus_idle_s: list[float]
-    lock_idle_s: list[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """All rounds, and what they were made with."""
-
-    command: str
-    date: str
-    commit: str
-    load_average: float  # of the last minute, before the first contender
-    checkpoint: str
-    machine: dict[str, str | int]
-    flops_per_row: int
-    max_batch: int
-    idle_steps: int
-    settings: dict[str, Any]
-    rounds: tuple[Round, ...]
-
-
-Figure = Callable[[Round], float]
-
-
-def best_batch(run: Run) -> int:
-    """The batch size at which the bare loop does most: the bare limit."""
-    return max(run.rounds[0].bare, key=lambda batch: _median(run, lambda r: r.bare[batch].rows_per_s))
-
-
-def ratios(run: Run) -> dict[str, tuple[float, float, float]]:
-    """Name -> ratio of the medians, and the least and greatest ratio of any one round."""
-    best, served = best_batch(run), run.max_batch
-    steps = run.idle_steps
-    pairs: dict[str, tuple[Figure, Figure]] = {
-        "row-steps/s, same unguided load: tminus / lock around DDPMPipeline": (
-            lambda r: r.tminus.row_steps_per_s,
-            lambda r: r.lock.row_steps_per_s,
-        ),
-        f"U-Net rows/s: tminus, unguided load / bare loop at batch {served}": (
-            lambda r: r.tminus.places_per_s,
-            lambda r: r.bare[served].rows_per_s,
-        ),
-        f"U-Net rows/s: tminus, mixed load / bare loop at batch {served}": (
-            lambda r: r.mixed.places_per_s,
-            lambda r: r.bare[served].rows_per_s,
-        ),
-        f"U-Net rows/s: tminus, mixed load / bare loop at its best batch ({best})": (
-            lambda r: r.mixed.places_per_s,
-            lambda r: r.bare[best].rows_per_s,
-        ),
-        f"U-Net rows/s: lock around DDPMPipeline / bare loop at its best batch ({best})": (
-            lambda r: r.lock.places_per_s,
-            lambda r: r.bare[best].rows_per_s,
-        ),
-        f"idle latency p50, n=1, {steps} steps: tminus / lock around DDPMPipeline": (
-            lambda r: _quantile(r.tminus_idle_s, 0.5),
-            lambda r: _quantile(r.lock_idle_s, 0.5),
-        ),
-        f"idle latency p95, n=1, {steps} steps: tminus / lock around DDPMPipeline": (
-            lambda r: _quantile(r.tminus_idle_s, 0.95),
-            lambda r: _quantile(r.lock_idle_s, 0.95),
-        ),
-        f"idle latency p50, n=1, {steps} steps: tminus / {steps} bare passes at batch 1": (
-            lambda r: _quantile(r.tminus_idle_s, 0.5),
-            lambda r: steps / r.bare[1].rows_per_s,
-        ),
-    }
-    return {name: _ratio(run, top, bottom) for name, (top, bottom) in pairs.items()}
+OTHER_OUTCOMES = ("refused", "failed", "left", "unanswered", "unsent")
+MOST_KINDS = 4  # of more sizes of job a table shows only all together
+BEGIN, END = "<!-- results: python -m bench --docs writes from here -->", "<!-- to here -->"
+LOADS = {
+    "idle": ("Idle", "Requests of n=1, 50 steps, one after the other."),
+    "saturation": (
+        "Saturation, requests of 1 image",
+        "All of n=1, 50 steps, more than any contender can do; counted in a window after a warm-up.",
+    ),
+    "saturation-16": (
+        "Saturation, requests of 16 images",
+        "All of n=16, 50 steps: each request fills a pass by itself, so that batching gains nothing and tminus should "
+        "only tie.",
+    ),
+    "mixed": ("Long and short", "Jobs of 8 x 1000 steps, and requests of n=1, 20 steps arriving at random."),
+    "burst": ("Burst", "Requests of n=1, 50 steps, all at one moment."),
+    "steps": (
+        "Mixed step counts",
+        "n=4; 80 % of 20 steps, 15 % of 50, 5 % of 1000, arriving at random at 0.8 of tminus's saturated row-steps/s. "
+        "The same arrivals for all, so that a slower contender is nearer to its limit, or over it.",
+    ),
+    "hang-ups": (
+        "Clients that hang up",
+        "n=2, 50 or 100 steps, at 0.8 of tminus's saturated row-steps/s; one client in five leaves after a random part "
+        "of the time that its answer should take.",
+    ),
+    "policy": (
+        "Policies",
+        "Mixed step counts as above, for longer; `--policy srpt` (the default) against `--policy fcfs`.",
+    ),
+    "first-step": (
+        "First step",
+        "Requests of n=1, 3 steps, at random beside a job that takes a quarter of the places.",
+    ),
+    "identity": ("All kinds at once", "The load under which the byte-identical images were made."),
+}
 
 
 def to_markdown(run: Run) -> str:
     """The page of a run."""
-    machine = run.machine
-    peak = _median(run, lambda r: max(r.matmul_flops, r.conv_flops))
+    parts = [_head(run), _figures(run), _limits(run)]
+    parts += [_load(run, load) for load in LOADS if any(one.load == load for one in run.loads)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
-    def of_peak(figure: Figure) -> str:
-        return f"{100 * _median(run, figure) * run.flops_per_row / peak:.0f} %"
 
-    def contender(name: str, row_steps: Figure, places: Figure, per_pass: Figure, cpu_s: Figure) -> str:
-        cells = [_spread(run, row_steps), _spread(run, places), f"{_median(run, per_pass):.1f}"]
-        cells += [f"{1e3 * _median(run, cpu_s):.2f}", of_peak(places)]
-        return f"| {name} | {' | '.join(cells)} |"
+def to_json(run: Run) -> bytes:
+    """All records."""
+    return TypeAdapter(Run).dump_json(run, indent=1)
 
-    def loaded(name: str, load: Callable[[Round], Loaded]) -> str:
-        return contender(
-            name,
-            lambda r: load(r).row_steps_per_s,
-            lambda r: load(r).places_per_s,
-            lambda r: load(r).places_per_tick,
-            lambda r: load(r).cpu_s_per_place,
-        )
 
-    def bare(batch: int) -> str:
-        rate: Figure = lambda r: r.bare[batch].rows_per_s  # noqa: E731
-        return contender(
-            f"bare loop, batch {batch}", rate, rate, lambda _: batch, lambda r: r.bare[batch].cpu_s_per_row
-        )
-
-    lines = [
-        f"Machine: {machine['cpu']} ({machine['capability']}), {machine['cores']} cores, {machine['system']}; "
-        f"torch {machine['torch']} with {machine['threads']} threads, diffusers {machine['diffusers']}, "
-        f"Python {machine['python']}.",
-        f"Command: `{run.command}`, {run.date}, commit {run.commit}, checkpoint {run.checkpoint}.",
-        f"Load average before it began: {run.load_average:.2f}"
-        + (" (the machine was not idle: distrust the figures)." if run.load_average > BUSY else "."),
-        f"Median [least to greatest] of {len(run.rounds)} rounds, the contenders taking turns in each.",
-        "",
-        f"Limit: float32 matmul {_spread(run, lambda r: r.matmul_flops / 1e9)} GFLOP/s, "
-        f"wide 3x3 convolution {_spread(run, lambda r: r.conv_flops / 1e9)} GFLOP/s; "
-        f"the U-Net is {run.flops_per_row / 1e9:.3f} GFLOP a row, so at most {peak / run.flops_per_row:.0f} rows/s "
-        "at the greater of the two, the peak below.",
-        "",
-        "| contender | row-steps/s | U-Net rows/s | rows a pass | CPU ms a row | of peak |",
-        "|---|---|---|---|---|---|",
-        *(bare(batch) for batch in sorted(run.rounds[0].bare)),
-        loaded("tminus, mixed load (a third guided)", lambda r: r.mixed),
-        loaded("tminus, unguided load", lambda r: r.tminus),
-        loaded("lock around DDPMPipeline, unguided load", lambda r: r.lock),
-        "",
-        "A guided row-step is two U-Net rows. CPU ms a row counts all threads and, for a server, its edge.",
-        f"Share of the window that tminus spent in ticks: {_percent(run, lambda r: r.mixed.share_in_ticks)} (mixed), "
-        f"{_percent(run, lambda r: r.tminus.share_in_ticks)} (unguided).",
-        "",
-        "| ratio of medians | | least to greatest by round |",
-        "|---|---|---|",
-        *(
-            f"| {name} | **{value:.2f}** | {low:.2f} to {high:.2f} |"
-            for name, (value, low, high) in ratios(run).items()
-        ),
-        "",
-        f"| idle server, n=1, {run.idle_steps} steps, ms | p50 | p95 | requests |",
-        "|---|---|---|---|",
-        _latency_line("tminus", [s for r in run.rounds for s in r.tminus_idle_s]),
-        _latency_line("lock around DDPMPipeline", [s for r in run.rounds for s in r.lock_idle_s]),
-        "",
-        _account(run),
-    ]
-    return "\n".join(lines) + "\n"
+def from_json(data: bytes) -> Run:
+    """Read them back."""
+    return TypeAdapter(Run).validate_json(data)
 
 
 def write(run: Run, folder: Path) -> None:
     """Write latest.json and latest.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    rounds = [
-        {
-            "matmul_flops": r.matmul_flops,
-            "conv_flops": r.conv_flops,
-            "bare": {batch: asdict(pace) for batch, pace in r.bare.items()},
-            "tminus_mixed": r.mixed.to_dict(),
-            "tminus_unguided": r.tminus.to_dict(),
-            "lock_unguided": r.lock.to_dict(),
-            "tminus_idle_s": r.tminus_idle_s,
-            "lock_idle_s": r.lock_idle_s,
-        }
-        for r in run.rounds
-    ]
-    document = {
-        "command": run.command,
-        "date": run.date,
-        "commit": run.commit,
-        "load_average": run.load_average,
-        "checkpoint": run.checkpoint,
-        "machine": run.machine,
-        "settings": run.settings,
-        "flops_per_row": run.flops_per_row,
-        "ratios": {name: dict(zip(("value", "min", "max"), r, strict=True)) for name, r in ratios(run).items()},
-        "rounds": rounds,
-    }
-    (folder / "latest.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    (folder / "latest.json").write_bytes(to_json(run))
     (folder / "latest.md").write_text(to_markdown(run), "utf-8")
 
 
-def _account(run: Run) -> str:
-    """One sentence on whether servers and clients counted the same."""
-    loads = [load for r in run.rounds for load in (r.mixed, r.tminus, r.lock)]
-    wrong = [load for load in loads if not load.agrees]
-    if not wrong:
-        return f"Servers and clients account for the same row-steps in all {len(loads)} loads."
-    counts = "; ".join(
-        f"counted {load.counted.row_steps:.0f}, saved {load.counted.saved}, received {load.received_row_steps}, "
-        f"abandoned {load.abandoned_row_steps}"
-        for load in wrong
-    )
-    return f"**Servers and clients differ in {len(wrong)} of {len(loads)} loads**: {counts}."
+def into_page(page: str, results: str) -> str:
+    """Put a run's markdown between the two marks of a page."""
+    head, begin, rest = page.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the page has no {BEGIN!r} and {END!r}")
+    return f"{head}{BEGIN}\n\n{results}\n{END}{tail}"
 
 
-def _latency_line(name: str, seconds: Sequence[float]) -> str:
-    return f"| {name} | {1e3 * _quantile(seconds, 0.5):.0f} | {1e3 * _quantile(seconds, 0.95):.0f} | {len(seconds)} |"
+def _head(run: Run) -> str:
+    machine, model = run.machine, run.model
+    versions = ", ".join(f"{name} {machine[name]}" for name in PACKAGES if name in machine)
+    capability = f" ({machine['capability']})" if "capability" in machine else ""
+    lines = [
+        f"Machine: {machine['cpu']}{capability}, {machine['cores']} cores, {machine['system']}; "
+        f"Python {machine['python']}, {versions}.",
+        f"Command: `{run.command}`, {run.date}, commit {run.commit}, checkpoint {run.checkpoint}, {run.seconds:.0f} s.",
+        f"tminus chose executor {model.get('executor', 'eager')}, {model.get('precision', 'float32')} "
+        f"({model.get('executor_details', '')}), at most {model.get('limits', {}).get('max_batch')} places a tick.",
+        f"Load average before it began: {run.load_average:.2f}"
+        + (" (the machine was not idle: distrust the figures)." if run.load_average > BUSY else "."),
+    ]
+    lines += [f"{TITLES[key]}: {text}" for key, text in run.tunings.items()]
+    if run.quick:
+        lines.append("**A quick run, to see that it works: the figures mean nothing.**")
+    lines += run.left_out
+    return "  \n".join(lines)
 
 
-def _ratio(run: Run, top: Figure, bottom: Figure) -> tuple[float, float, float]:
-    by_round = [top(r) / bottom(r) for r in run.rounds]
-    return _median(run, top) / _median(run, bottom), min(by_round), max(by_round)
+def _figures(run: Run) -> str:
+    lines = ["| figure | | least to greatest by round |", "|---|---|---|"]
+    for figure in figures.figures(run):
+        span = f"{figure.low:.2f} to {figure.high:.2f}" if figure.low is not None and figure.high is not None else ""
+        value = f"{figure.value:.0f}" if figure.unit == "images" else f"{figure.value:.2f}"
+        lines.append(f"| {figure.name} | **{value}**{' ' + figure.unit if figure.unit else ''} | {span} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
-def _median(run: Run, figure: Figure) -> float:
-    return statistics.median(figure(r) for r in run.rounds)
+def _limits(run: Run) -> str:
+    if not run.bare:
+        return ""
+    first, bares = run.bare[0], run.bare
+    peak = statistics.median(figures.peak_flops(bare) for bare in bares)
+
+    def line(name: str, rates: Sequence[float], cpu_s: Sequence[float]) -> str:
+        rate = statistics.median(rates)
+        cpu = f"{1e3 * statistics.median(cpu_s):.2f}" if cpu_s else ""
+        return f"| {name} | {_spread(rates)} | {cpu} | {100 * rate * first.flops_per_row / peak:.0f} % |"
+
+    lines = [
+        "### Limits",
+        "",
+        f"float32 matmul {_spread([bare.matmul_flops / 1e9 for bare in bares])} GFLOP/s, bfloat16 matmul "
+        f"{_spread([bare.matmul_bfloat16_flops / 1e9 for bare in bares])} GFLOP/s, wide 3x3 float32 convolution "
+        f"{_spread([bare.conv_flops / 1e9 for bare in bares])} GFLOP/s; the U-Net is {first.flops_per_row / 1e9:.3f} "
+        f"GFLOP a row. The peak below is {peak / 1e9:.0f} GFLOP/s, the most seen at {first.precision}.",
+        "",
+        "| | U-Net rows/s | CPU ms a row | of peak |",
+        "|---|---|---|---|",
+    ]
+    for batch in first.paces:
+        name = f"bare loop, executor {first.executor} {first.precision}, batch {batch}"
+        paces = [bare.paces[batch] for bare in bares]
+        lines.append(line(name, [p.rows_per_s for p in paces], [p.cpu_s_per_row for p in paces]))
+    for load, what in (("saturation", "requests of 1"), ("saturation-16", "requests of 16")):
+        for key, title in TITLES.items():
+            if turns := figures.of(run, load, key):
+                cpu_s = [one.counted.cpu_s / one.counted.places for one in turns if one.counted.cpu_s]
+                lines.append(line(f"{title}, {what}", [figures.places_per_s(one) for one in turns], cpu_s))
+    return "\n".join(lines)
 
 
-def _spread(run: Run, figure: Figure) -> str:
-    values = [figure(r) for r in run.rounds]
-    return f"{statistics.median(values):.1f} [{min(values):.1f} to {max(values):.1f}]"
+def _load(run: Run, load: str) -> str:
+    title, text = LOADS[load]
+    lines = [
+        f"### {title}",
+        "",
+        text,
+        "",
+        "| contender | job | answered | p50 s | p95 s | p99 s | first step p50, p99 s | row-steps/s | rows a tick "
+        "| steps wasted |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, name in TITLES.items():
+        if turns := figures.of(run, load, key):
+            lines += _contender(name, turns)
+    return "\n".join(lines)
 
 
-def _percent(run: Run, figure: Figure) -> str:
-    return f"{100 * _median(run, figure):.1f} %"
+def _contender(name: str, turns: Sequence[Loaded]) -> list[str]:
+    """A line for each size of job; what is of the contender as a whole stands in the first."""
+    answers = [answer for one in turns for answer in one.answers]
+    whole = [
+        _spread([figures.row_steps_per_s(one) for one in turns]),
+        f"{statistics.median(figures.rows_per_tick(one) for one in turns):.1f}",
+        f"{100 * statistics.median(figures.wasted_share(one) for one in turns):.1f} %" if answers else "",
+    ]
+    kinds = sorted({(answer.steps, answer.n) for answer in answers})
+    if len(kinds) > MOST_KINDS:
+        return [_line(name, "all", answers, whole)]
+    lines = []
+    for number, (steps, n) in enumerate(kinds):
+        some = [answer for answer in answers if (answer.steps, answer.n) == (steps, n)]
+        lines.append(_line("" if number else name, f"{n} x {steps}", some, ["", "", ""] if number else whole))
+    return lines or [_line(name, "", [], whole)]
 
 
-def _quantile(seconds: Sequence[float], q: float) -> float:
-    """Linear between the order statistics."""
-    ordered = sorted(seconds)
-    at = q * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+def _line(name: str, kind: str, answers: Sequence[Answer], whole: Sequence[str]) -> str:
+    waits, first = figures.waits(answers), figures.first_steps(answers)
+    cells = [name, kind, _answered(answers)]
+    cells += [f"{quantile(waits, q):.3g}" for q in (0.5, 0.95, 0.99)] if waits else ["", "", ""]
+    cells.append(f"{quantile(first, 0.5):.3g}, {quantile(first, 0.99):.3g}" if first else "")
+    return f"| {' | '.join([*cells, *whole])} |"
+
+
+def _answered(answers: Sequence[Answer]) -> str:
+    """How many were answered of how many came, and what became of the others."""
+    if not answers:
+        return ""
+    counts = {outcome: sum(a.outcome == outcome for a in answers) for outcome in OTHER_OUTCOMES}
+    others = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+    answered = sum(a.outcome == "ok" for a in answers)
+    return f"{answered} of {len(answers)}" + (f" ({others})" if others else "")
+
+
+def _spread(values: Sequence[float]) -> str:
+    median = f"{statistics.median(values):.1f}"
+    return f"{median} [{min(values):.1f} to {max(values):.1f}]" if len(values) > 1 else median

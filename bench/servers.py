@@ -1,78 +1,189 @@
-"""Start and stop the contenders' processes. Each contender runs alone: the next starts when the last has ended."""
+"""Start and stop the contenders, and read what they have done. One at a time has the machine."""
 
+import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
-READY_S = 90.0
+from bench.records import Ask, Counters
+from bench.tally import read_tally
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_S = 240.0  # torch.compile may be tried
 STOP_S = 5.0
 HOST = "127.0.0.1"
+READY_ASK = Ask(n=2, steps=2)
+CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Something that answers POST /sample."""
+
+    key: str
+    title: str
+    command: tuple[str, ...]  # a module and its arguments, less those that every contender gets
+    needs: str | None = None  # a package that has to be there
+    is_peer: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A contender that is ready."""
+
+    contender: Contender
+    url: str
+    pid: int
+    tally: Path
+
+    async def read(self, http: httpx.AsyncClient) -> Counters:
+        """What it has done so far."""
+        if self.contender.is_peer:
+            row_steps, passes = read_tally(self.tally)
+            return Counters(row_steps, row_steps, passes, None, cpu_seconds(self.pid))
+        sums = sum_metrics((await http.get("/metrics", headers={"Accept": "*/*"})).text)
+        return Counters(
+            row_steps=sums.get("tminus_row_steps_total", 0.0),
+            places=sums["tminus_batch_rows_sum"],
+            ticks=sums["tminus_batch_rows_count"],
+            ticks_s=sums["tminus_step_duration_seconds_sum"],
+            cpu_s=cpu_seconds(self.pid),
+            rss_bytes=sums.get("process_resident_memory_bytes"),
+        )
+
+
+def contenders(cores: int) -> dict[str, Contender]:
+    """All of them. A request-level batcher gets a worker a core of one thread each.
+
+    That is LitServe's own advice for a CPU, and was the faster way in a trial on two cores (two workers of one thread
+    each took 324 row-steps/s, one of two threads 311); and a long job then stops one worker, not all.
+    """
+    # The loads are meant to be more than a server can do at once: its limits must not be what is measured.
+    serve = ("service", "serve", "--log-level", "warning", "--grace-s", "0")
+    serve += ("--max-backlog-s", "100000", "--max-jobs", "4096", "--result-cache-mb", "0")
+    workers = ("--workers", str(cores), "--threads", "1")
+    timeout = ("--address", HOST, "--timeout", "3600000", "--log-level", "warning")
+    every = (
+        Contender("tminus", "tminus", serve, is_peer=False),
+        Contender("fcfs", "tminus, first come first served", (*serve, "--policy", "fcfs"), is_peer=False),
+        Contender("lock", "lock around DDPMPipeline", ("bench.peers.lock_server",), "diffusers"),
+        Contender("litserve", "LitServe", ("bench.peers.litserve_server", *workers), "litserve"),
+        Contender("mosec", "mosec", ("bench.peers.mosec_server", *workers, *timeout), "mosec"),
+    )
+    return {contender.key: contender for contender in every}
+
+
+def why_not(contender: Contender) -> str | None:
+    """A sentence if it cannot run here."""
+    if contender.needs and importlib.util.find_spec(contender.needs) is None:
+        return f"{contender.title} is left out: {contender.needs} is not installed."
+    if not contender.is_peer and (unknown := _unknown_flags(contender.command)) and contender.key != "tminus":
+        return f"{contender.title} is left out: this tminus has no {', '.join(unknown)}."
+    return None
 
 
 @contextmanager
-def tminus(checkpoint: Path, max_batch: int, threads: int | None) -> Iterator[str]:
-    """Run `tminus serve`; gives its URL."""
+def running(contender: Contender, checkpoint: Path, threads: int | None) -> Iterator[Running]:
+    """Start a contender and stop it, with all the processes that it started."""
     port = _free_port()
-    # The load is meant to be more than it can do at once, so the backlog must not be what is measured.
-    flags = ["--host", HOST, "--port", str(port), "--max-batch", str(max_batch), "--max-backlog-s", "100000"]
-    command = ["service", "serve", "--checkpoint", str(checkpoint), *flags, "--log-level", "warning", "--grace-s", "0"]
-    with _server(command + _threads(threads), port) as url:
-        yield url
-
-
-@contextmanager
-def lock_server(checkpoint: Path, threads: int | None) -> Iterator[str]:
-    """Run the lock around DDPMPipeline; gives its URL."""
-    port = _free_port()
-    command = ["bench.lock_server", "--checkpoint", str(checkpoint), "--port", str(port)]
-    with _server(command + _threads(threads), port) as url:
-        yield url
-
-
-def bare(checkpoint: Path, batches: Sequence[int], seconds: float, threads: int | None) -> dict[str, Any]:
-    """Run the bare loop to its end; gives what it printed."""
-    command = ["bench.bare", "--checkpoint", str(checkpoint), "--seconds", str(seconds), "--batches"]
-    command += [*map(str, batches), *_threads(threads)]
-    limit_s = READY_S + 4 * seconds * (len(batches) + 1)
-    done = subprocess.run(_python(command), env=_environment(), capture_output=True, text=True, timeout=limit_s)
-    if done.returncode != 0:
-        raise RuntimeError(f"the bare loop ended with {done.returncode}: {done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
-@contextmanager
-def _server(command: list[str], port: int) -> Iterator[str]:
-    url = f"http://{HOST}:{port}"
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(_python(command), env=_environment(), stdout=log, stderr=log)
+    command = list(contender.command)
+    for flag in _unknown_flags(contender.command) if not contender.is_peer else ():
+        at = command.index(flag)
+        del command[at : at + 2]
+    command += ["--checkpoint", str(checkpoint.resolve()), "--port", str(port)]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
+        command += ["--tally", folder] if contender.is_peer else ["--host", HOST]
+        if threads is not None and "--threads" not in command:
+            command += ["--threads", str(threads)]
+        # A session of its own: LitServe's workers outlive it otherwise, and spin.
+        process = subprocess.Popen(
+            _python(command), env=environment(), stdout=log, stderr=log, cwd=ROOT, start_new_session=True
+        )
         try:
+            url = f"http://{HOST}:{port}"
             _wait_until_ready(process, url, log)
-            yield url
+            yield Running(contender, url, process.pid, Path(folder))
             if process.poll() is not None:
-                raise RuntimeError(f"{command[0]} ended by itself: {_tail(log)}")
+                raise RuntimeError(f"{contender.title} ended by itself: {_tail(log)}")
         finally:
             _stop(process)
 
 
+def run_json(module: str, arguments: Sequence[str], limit_s: float) -> dict[str, Any]:
+    """Run a module of ours to its end; gives the JSON object that it printed."""
+    done = subprocess.run(
+        _python([module, *arguments]), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=limit_s
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{module} ended with {done.returncode}: {done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def sum_metrics(exposition: str) -> dict[str, float]:
+    """Prometheus text to sums over the labels, by sample name."""
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Processor time of a process and its living descendants; None where there is no /proc."""
+    try:
+        stats = {int(path.parent.name): _stat(path) for path in Path("/proc").glob("[0-9]*/stat")}
+    except OSError:
+        return None
+    if pid not in stats:
+        return None
+    ticks, family = 0, {pid}
+    for _ in stats:  # parents may come after their children
+        more = {child for child, (parent, _) in stats.items() if parent in family}
+        if more <= family:
+            break
+        family |= more
+    ticks = sum(stats[member][1] for member in family)
+    return ticks / CLOCK_TICKS_PER_S
+
+
+def environment() -> dict[str, str]:
+    """Settings from outside would make the contenders differ, and nothing here needs the network."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TMINUS_", "MOSEC_"))}
+    return kept | {"HF_HUB_OFFLINE": "1"}
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    """Parent and clock ticks (user and system) of one process; one that has just ended counts as nobody's."""
+    try:
+        fields = path.read_text().rpartition(")")[2].split()
+    except OSError:
+        return -1, 0
+    return int(fields[1]), int(fields[11]) + int(fields[12])
+
+
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: IO[str]) -> None:
+    """Until a request is answered: that is the one sign that all contenders give alike."""
     end = time.monotonic() + READY_S
-    with httpx.Client(trust_env=False) as client:
+    with httpx.Client(trust_env=False, timeout=READY_S, headers={"Accept": "image/png"}) as client:
         while time.monotonic() < end:
             if process.poll() is not None:
                 raise RuntimeError(f"a server did not start: {_tail(log)}")
             try:
-                if client.get(f"{url}/readyz").status_code == 200:
+                if client.post(f"{url}/sample", json=READY_ASK.to_body(seed=0)).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
@@ -82,11 +193,11 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: IO[str]
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _tail(log: IO[str]) -> str:
@@ -94,18 +205,16 @@ def _tail(log: IO[str]) -> str:
     return log.read()[-2000:]
 
 
-def _python(command: list[str]) -> list[str]:
+def _python(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", *command]
 
 
-def _threads(threads: int | None) -> list[str]:
-    return [] if threads is None else ["--threads", str(threads)]
-
-
-def _environment() -> dict[str, str]:
-    """Settings from outside would make the contenders differ, and nothing here needs the network."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TMINUS_")}
-    return kept | {"HF_HUB_OFFLINE": "1"}
+def _unknown_flags(command: Sequence[str]) -> list[str]:
+    """Flags that this tminus does not have: the benchmark also runs on one that is older than itself."""
+    usage = subprocess.run(
+        _python([*command[:2], "--help"]), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
+    ).stdout
+    return [part for part in command if part.startswith("--") and part not in usage]
 
 
 def _free_port() -> int:

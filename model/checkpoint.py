@@ -57,6 +57,8 @@ class Checkpoint:
     name: str
     size_px: tuple[int, int]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    approved_precisions: tuple[str, ...] = ()
+    """Precisions below float32 whose images `tminus evaluate --approve` found no worse, for these very weights."""
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -92,11 +94,16 @@ def _load(folder: Path) -> Checkpoint:
     size_px = unet.size_px or _size_from_meta(folder, meta)
     if any(side % unet.size_multiple for side in size_px):
         raise CheckpointError(f"{folder}: sample_size {size_px} must divide by {unet.size_multiple} for this U-Net")
-    if unet.in_channels not in (1, 3) or unet.out_channels != unet.in_channels:
+    learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
+    if unet.in_channels not in (1, 3) or unet.out_channels != unet.in_channels * (2 if learned else 1):
         channels = f"{unet.in_channels} -> {unet.out_channels}"
-        raise CheckpointError(f"{folder}: only 1 or 3 channels in and as many out can be served, got {channels}")
+        out = "twice as many out" if learned else "as many out"
+        bound = f"only 1 or 3 channels in and {out} can be served with variance_type {noise.variance_type}"
+        raise CheckpointError(f"{folder}: {bound}, got {channels}")
     name = str(meta.get("name") or folder.resolve().name)
-    return Checkpoint(net, noise, labels, hash_weights(state), name, size_px, meta.get("provenance", {}))
+    weights_hash = hash_weights(state)
+    approved = _approved(folder / TMINUS_FILE, meta, weights_hash)
+    return Checkpoint(net, noise, labels, weights_hash, name, size_px, meta.get("provenance", {}), approved)
 
 
 def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
@@ -237,6 +244,13 @@ def _labels(file: Path, meta: Mapping[str, Any], unet: UNetConfig) -> Labels:
     return Labels(tuple(map(str, names)), null)
 
 
+def _approved(file: Path, meta: Mapping[str, Any], weights_hash: str) -> tuple[str, ...]:
+    approved = meta.get("approved_precisions", {})
+    if not isinstance(approved, dict) or not all(isinstance(check, dict) for check in approved.values()):
+        raise CheckpointError(f"{file}: approved_precisions must map a precision to its check, got {approved!r:.200}")
+    return tuple(name for name, check in approved.items() if check.get("weights_hash") == weights_hash)
+
+
 def _size_from_meta(folder: Path, meta: Mapping[str, Any]) -> tuple[int, int]:
     size = meta.get("size_px")
     if not isinstance(size, int) or size < 1:
@@ -283,6 +297,13 @@ def save_checkpoint(
     _write_json(folder / TMINUS_FILE, meta)
     weights = folder / "unet" / f"{WEIGHTS_NAME}.safetensors"
     write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def approve_precision(folder: Path, precision: str, check: Mapping[str, Any]) -> None:
+    """Note in tminus.json that a precision was checked on these weights; `check` holds weights_hash and the figures."""
+    meta = _read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
+    approved = {**meta.get("approved_precisions", {}), precision: dict(check)}
+    _write_json(folder / TMINUS_FILE, {**meta, "approved_precisions": approved})
 
 
 def write_atomically(file: Path, write: Callable[[Path], None]) -> None:

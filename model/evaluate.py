@@ -29,7 +29,7 @@ from model.report import (
     PerClass,
 )
 from model.rng import image_noise
-from model.samplers import compile_plan, sample
+from model.samplers import Forward, compile_plan, sample
 from model.unet import UNet2D
 
 
@@ -46,9 +46,12 @@ def evaluate(
     *,
     device: torch.device,
     quiet: bool = False,
+    forward: Forward | None = None,
 ) -> EvaluationReport:
     """Make samples and measure them against the two splits. classifier=None leaves out what needs one.
 
+    `forward` is another way of running the checkpoint's network, to be judged by the samples it makes (see
+    `draw_samples`); the bound stays that of the network itself. options.executor and options.precision should name it.
     What this checkpoint or this data does not allow is None in the report, with the reason in `left_out`. Raises
     EvaluateError, and ValueError for a sampler or number of steps that cannot be.
     """
@@ -59,7 +62,7 @@ def evaluate(
         options = dataclasses.replace(options, guidance=1.0)
     net = copy.deepcopy(checkpoint.net).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    samples = draw_samples(net, checkpoint, options, device=device, quiet=quiet)
+    samples = draw_samples(net, checkpoint, options, device=device, quiet=quiet, forward=forward)
     train_picked = real_train.images[balanced_picks(real_train, options.num_samples, options.seed)]
     test_picked = real_test.images[balanced_picks(real_test, options.num_samples, options.seed)]
 
@@ -106,16 +109,27 @@ def evaluate(
 
 
 def draw_samples(
-    net: UNet2D, checkpoint: Checkpoint, options: EvaluateOptions, *, device: torch.device, quiet: bool = False
+    net: UNet2D,
+    checkpoint: Checkpoint,
+    options: EvaluateOptions,
+    *,
+    device: torch.device,
+    quiet: bool = False,
+    forward: Forward | None = None,
 ) -> Tensor:
-    """Sample images 0..num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU. `net` lies on `device`."""
+    """Sample images 0..num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU. `net` lies on `device`.
+
+    forward=None runs the net itself in options.precision; any other is called as it is, with tensors on `device`.
+    """
     noise = checkpoint.noise
-    plan = compile_plan(noise, noise.schedule(), options.sampler, options.steps, eta=options.eta)
+    plan = compile_plan(
+        noise, noise.schedule(), options.sampler, options.steps, eta=options.eta, spacing=options.spacing
+    )
     shape = (net.config.in_channels, *checkpoint.size_px)
     classes = sample_classes(checkpoint, options.num_samples)
     starts = range(0, options.num_samples, options.batch_size)
     images = []
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=forward is None and options.precision == "bfloat16")
     with tqdm(total=len(starts) * len(plan), unit="step", desc="samples", disable=quiet) as progress, autocast:
 
         def on_step(_: int) -> None:
@@ -128,13 +142,14 @@ def draw_samples(
                 return image_noise(options.seed, indices, k + 1, shape, device)
 
             x_0 = sample(
-                net,
+                forward or net,
                 plan,
                 image_noise(options.seed, indices, 0, shape, device),
                 z_of,
                 class_labels=classes[start : indices.stop].to(device) if classes is not None else None,
                 null_class=checkpoint.labels.null_class,
                 guidance=options.guidance,
+                guidance_interval=options.guidance_interval,
                 on_step=on_step,
             )
             if not bool(torch.isfinite(x_0).all()):
@@ -164,6 +179,8 @@ def _bound(
     net: UNet2D, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions, quiet: bool
 ) -> Bound | LeftOut:
     noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
+    if noise.variance_type == "learned_range":
+        return LeftOut("bound", "it is measured for a fixed variance only, and this network learned its own")
     if noise.prediction_type == "epsilon" and schedule.alpha_bar[-1] <= 0:
         return LeftOut("bound", "eps says nothing of x_0 at the last timestep, where alpha_bar is 0")
     try:

@@ -1,7 +1,7 @@
 """The training objective L_simple, and the variational bound it stands for."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.noise import NoiseConfig, NoiseSchedule, gather
 from model.rng import philox, row_noise, split_seed
-from model.samplers import x0_coefficients
+from model.samplers import Forward, x0_coefficients
 
 HALF_BIN = 1 / 255  # pixel values lie 2/255 apart on [-1, 1]
 EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin is open to infinity
@@ -54,7 +54,7 @@ class VariationalBound:
 
 @torch.no_grad()
 def variational_bound(
-    net: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    net: Forward,
     noise: NoiseConfig,
     schedule: NoiseSchedule,
     x_0: Tensor,
@@ -71,11 +71,13 @@ def variational_bound(
     mean over seeds is the full sum. Each image draws its own terms.
 
     All that is random in an image is a function of (seed, its index, t): x_t's noise is draw t of `row_noise`. The
-    network runs in x_0's dtype, all else in float64. Raises ValueError unless 1 <= timesteps <= T - 1.
+    network runs in x_0's dtype, all else in float64. Raises ValueError unless 1 <= timesteps <= T - 1, and for a
+    variance that the network learned.
     """
     device, last = x_0.device, schedule.num_timesteps - 1
     if timesteps is not None and not 1 <= timesteps <= last:
         raise ValueError(f"timesteps must be 1..{last}, got {timesteps}")
+    variance = model_variance(noise, schedule)
     index = torch.tensor(range(len(x_0)) if indices is None else indices, dtype=torch.int64, device=device)
     seed_words = torch.tensor(split_seed(seed), device=device).expand(len(x_0), 2)
 
@@ -90,7 +92,6 @@ def variational_bound(
         x_t = x_t.to(torch.float64)
         return (gather(p, t, x_t) * x_t + gather(q, t, x_t) * out).clamp(-bound, bound)
 
-    variance = model_variance(noise, schedule)
     coef_x0, _, posterior_variance = schedule.posterior()
 
     def step_kl(t: Tensor) -> Tensor:
@@ -123,8 +124,11 @@ def prior_kl(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
 def model_variance(noise: NoiseConfig, schedule: NoiseSchedule) -> Tensor:
     """sigma_t^2 of p(x_{t-1}|x_t) [T] in float64: beta~_t (fixed_small) or beta_t (fixed_large).
 
-    At t = 0 both take beta~ of t = 1, as Ho et al.'s own code: beta~ is zero there, and beta decodes worse.
+    At t = 0 both take beta~ of t = 1, as Ho et al.'s own code: beta~ is zero there, and beta decodes worse. Raises
+    ValueError for learned_range.
     """
+    if noise.variance_type == "learned_range":
+        raise ValueError("the bound is that of a fixed variance, and this network learned its own")
     posterior_variance = schedule.posterior()[2]
     variance = (schedule.betas if noise.variance_type == "fixed_large" else posterior_variance).clone()
     variance[0] = posterior_variance[1] if len(variance) > 1 else schedule.betas[0]

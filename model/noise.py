@@ -18,6 +18,22 @@ log = logging.getLogger(__name__)
 
 MAX_TIMESTEPS = 100_000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+# What DPMSolverMultistepScheduler's fields must say for the solver to be DPM-Solver++(2M) that ends at sigma = 0; these
+# are its defaults too. (lower_order_final and euler_at_final then change nothing: the last step is of first order.)
+DPM_SOLVER_2M: Mapping[str, Any] = {
+    "solver_order": 2,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -math.inf,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "use_dynamic_shifting": False,
+}
+DIFFUSERS_CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -130,7 +146,7 @@ class NoiseConfig:
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
     default_sampler: str = "ddpm"
-    """From `_class_name`: a DDIMScheduler makes ddim what a request gets that names no sampler."""
+    """From `_class_name`: what a request gets that names no sampler. DDIMScheduler: ddim, DPMSolver…: dpmpp_2m."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, bound: str) -> None:
@@ -143,10 +159,12 @@ class NoiseConfig:
         steps = self.num_train_timesteps
         require(isinstance(steps, int) and 1 <= steps <= MAX_TIMESTEPS, "num_train_timesteps", f"1..{MAX_TIMESTEPS}")
         among("beta_schedule", *BETA_SCHEDULES)
-        among("variance_type", "fixed_small", "fixed_large")
+        # `learned` is the logarithm of the variance in OpenAI's code and the variance itself in diffusers'.
+        variances = "among fixed_small, fixed_large, learned_range (what `learned` holds differs between libraries)"
+        require(self.variance_type in ("fixed_small", "fixed_large", "learned_range"), "variance_type", variances)
         among("prediction_type", "epsilon", "sample", "v_prediction")
         among("timestep_spacing", "leading", "trailing", "linspace")
-        among("default_sampler", "ddpm", "ddim")
+        among("default_sampler", "ddpm", "ddim", "dpmpp_2m")
         require(not self.thresholding, "thresholding", "false (dynamic thresholding is not supported)")
         require(self.clip_sample_range > 0, "clip_sample_range", "positive")
         require(0 <= self.steps_offset < steps, "steps_offset", f"0..{steps - 1}")
@@ -156,10 +174,16 @@ class NoiseConfig:
         if self.trained_betas is not None:
             require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
             require(all(0 < beta <= 1 for beta in self.trained_betas), "trained_betas", "numbers in (0, 1]")
+            require(all(beta < 1 for beta in self.trained_betas[:-1]), "trained_betas", "below 1, but for the last")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "NoiseConfig":
-        """Read a diffusers scheduler_config.json; unknown keys are ignored with a line in the log."""
+        """Read a diffusers scheduler_config.json; unknown keys are ignored with a line in the log.
+
+        A DPMSolverMultistepScheduler must be the solver that dpmpp_2m is. Its config knows no clip_sample; absent means
+        true here, as for DDPM, because near t = T x_0 magnifies any error of eps a hundredfold and without the clip
+        DPM-Solver++ makes white and black squares of pixel models. (`"clip_sample": false` in the file turns it off.)
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
         for key, value in config.items():
@@ -167,19 +191,41 @@ class NoiseConfig:
                 values[key] = tuple(value) if isinstance(value, list) else value
             elif not key.startswith("_"):
                 log.info("scheduler config: key %s=%r is not used", key, value)
-        if "DDIM" in str(config.get("_class_name", "")):
+        class_name = str(config.get("_class_name", ""))
+        if "DDIM" in class_name:
             values["default_sampler"] = "ddim"
+        elif "DPMSolverMultistep" in class_name:
+            values = {"timestep_spacing": "linspace"} | values | _dpm_solver_values(config)
+            if values.get("variance_type") is None:
+                values.pop("variance_type", None)
         try:
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"scheduler config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The scheduler_config.json of diffusers' DDPMScheduler or DDIMScheduler."""
+        """The scheduler_config.json of diffusers' scheduler for the default sampler."""
         fields = dataclasses.asdict(self)
-        ddim = fields.pop("default_sampler") == "ddim"
-        fields.pop("variance_type" if ddim else "set_alpha_to_one")  # each class lacks one of the two
-        return {"_class_name": "DDIMScheduler" if ddim else "DDPMScheduler", **fields}
+        sampler = fields.pop("default_sampler")
+        if sampler != "ddim":
+            fields.pop("set_alpha_to_one")
+        if sampler != "ddpm" and self.variance_type != "learned_range":
+            fields.pop("variance_type")  # only DDPM's fixed variances differ
+        if sampler == "dpmpp_2m":
+            fields |= {key: value for key, value in DPM_SOLVER_2M.items() if key != "lambda_min_clipped"}  # no JSON
+            if self.clip_sample and self.clip_sample_range == 1.0:  # as this class can say it: see _dpm_solver_values
+                del fields["clip_sample"], fields["clip_sample_range"]
+                fields |= {"thresholding": True, "sample_max_value": 1.0}
+        return {"_class_name": DIFFUSERS_CLASSES[sampler], **fields}
+
+    def default_spacing(self, sampler: str) -> str:
+        """The spacing of a request that names none: the config's own, if it is a config for this kind of sampler.
+
+        A DDPM or DDIM config says nothing of dpmpp_2m, which then takes its own scheduler's default, linspace.
+        """
+        if sampler == "dpmpp_2m" and self.default_sampler != "dpmpp_2m":
+            return "linspace"
+        return self.timestep_spacing
 
     def schedule(self) -> NoiseSchedule:
         """Make the tables."""
@@ -188,3 +234,17 @@ class NoiseConfig:
         else:
             betas = make_betas(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end)
         return NoiseSchedule(rescale_zero_snr(betas) if self.rescale_betas_zero_snr else betas)
+
+
+def _dpm_solver_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a DPMSolverMultistepScheduler's config says in its own way. Raises ValueError where it is another solver."""
+    given = {key: value for key, value in config.items() if key not in config.get("_use_default_values", ())}
+    for field, wanted in DPM_SOLVER_2M.items():
+        got = given.get(field)
+        if got is not None and got != wanted:
+            raise ValueError(f"scheduler config: {field} must be {wanted!r} for dpmpp_2m, got {got!r}")
+    values: dict[str, Any] = {"default_sampler": "dpmpp_2m"}
+    if given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
+        # A dynamic threshold that may not leave 1 is the clip to [-1, 1], the only one this class has.
+        values |= {"thresholding": False, "clip_sample": True, "clip_sample_range": 1.0}
+    return values

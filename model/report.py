@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from model.timesteps import SPACINGS
+
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
@@ -16,16 +18,24 @@ class EvaluateOptions:
     guidance: float = 1.0
     seed: int = 0
     batch_size: int = 100
-    precision: str = "fp32"  # of the network's forward pass: fp32, or bf16 by autocast; the update is fp32
+    precision: str = "float32"  # of the network's forward pass: float32, or bfloat16 by autocast; the update is float32
     bound_images: int = 200
     bound_timesteps: int = 100  # most of the bound lies in the first few timesteps, which few strata catch by luck
+    spacing: str | None = None  # of the timesteps; None is the checkpoint's own for this sampler
+    guidance_interval: tuple[int, int] | None = None  # the timesteps lo <= t <= hi that are guided; None is all
+    executor: str = "eager"  # what ran the forward pass of the samples: a label
 
     def __post_init__(self) -> None:
         for field, least in (("num_samples", 2), ("batch_size", 1), ("bound_images", 1), ("bound_timesteps", 1)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} must be {least} or more, got {getattr(self, field)}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+        if self.spacing is not None and self.spacing not in SPACINGS:
+            raise ValueError(f"spacing must be among {', '.join(SPACINGS)} or None, got {self.spacing!r}")
+        low, high = self.guidance_interval or (0, 0)
+        if not 0 <= low <= high:
+            raise ValueError(f"guidance_interval must be lo, hi with 0 <= lo <= hi, got {self.guidance_interval}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +188,19 @@ class EvaluationReport:
 
     def _settings(self) -> list[tuple[str, str]]:
         options = self.options
+        sampler = f"{options.sampler}, {options.steps} steps, eta {options.eta:g}, guidance {options.guidance:g}"
+        if options.guidance_interval is not None:
+            sampler += " at timesteps {}..{}".format(*options.guidance_interval)
+        if options.spacing is not None:
+            sampler += f", {options.spacing} spacing"
         rows = [
             ("checkpoint", f"{_cell(self.checkpoint)}, weights sha256 {self.weights_hash[:16]}"),
             ("samples", f"{options.num_samples}, seed {options.seed}, in batches of {options.batch_size}"),
+            ("sampler", sampler),
             (
-                "sampler",
-                f"{options.sampler}, {options.steps} steps, eta {options.eta:g}, guidance {options.guidance:g}",
+                "precision, executor, device",
+                f"{options.precision}, {_cell(options.executor)}, {self.device}, torch {self.torch_version}",
             ),
-            ("precision, device", f"{options.precision}, {self.device}, torch {self.torch_version}"),
             ("data", f"{_cell(self.train_data)} ({self.memorisation.num_train}); {_cell(self.test_data)}"),
         ]
         if self.bound is not None:

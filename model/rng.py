@@ -6,6 +6,7 @@ noise of a row depends on nothing that ran before it or runs beside it, and is t
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,15 +22,32 @@ _ROUNDS = 10
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Philox4x32-10: four counter words and two key words -> four random words.
 
-    Words are int64 tensors of values below 2^32, of shapes that broadcast. (64-bit products wrap to the right bits.)
+    Words are int64 tensors of values below 2^32, of one dimension or more and of shapes that broadcast.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
-        k0, k1 = (k0 + _KEY_STEPS[0]) & WORD, (k1 + _KEY_STEPS[1]) & WORD
-    return c0, c1, c2, c3
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
+    even, odd = _rounds(torch.stack((c0, c2), -2), torch.stack((c1, c3), -2), torch.stack(tuple(key), -2))
+    return even.select(-2, 0), odd.select(-2, 0), even.select(-2, 1), odd.select(-2, 1)
+
+
+def _rounds(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox on its two lanes at once: words (c0, c2) and (c1, c3) [..., 2, N], key [..., 2, 1 or N].
+
+    A small noise is all dispatch, so the fewest operations count. 64-bit products wrap to the right bits; what stands
+    above a word's 32 bits is cut off before it could matter, once a round.
+    """
+    multipliers, key_steps = _constants(even.device)
+    for round_key in (key + key_steps.reshape(_ROUNDS, *([1] * (key.ndim - 2)), 2, 1)).unbind(0):
+        product = (even * multipliers).flip(-2)
+        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(round_key).bitwise_and_(WORD)
+        odd = product
+    return even, odd & WORD
+
+
+@lru_cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept, because a tensor made of Python numbers waits for the GPU.
+    key_steps = [[r * step & WORD for step in _KEY_STEPS] for r in range(_ROUNDS)]
+    return torch.tensor(_MULTIPLIERS, device=device)[:, None], torch.tensor(key_steps, device=device)
 
 
 def row_noise(seed_words: Tensor, index: Tensor, draw: Tensor, shape: Sequence[int]) -> Tensor:
@@ -38,20 +56,20 @@ def row_noise(seed_words: Tensor, index: Tensor, draw: Tensor, shape: Sequence[i
     seed_words [B, 2] int64, see `split_seed`; index [B] int64, the image's place in its request; draw [B] int64: 0 is
     x_T, k + 1 the z of step k.
     """
-    size = math.prod(shape)
-    block = torch.arange((size + 3) // 4, device=index.device)[None, :]
-    zero = torch.zeros_like(index)[:, None]
-    words = philox(
-        (block, draw[:, None], index[:, None], zero),
-        (seed_words[:, 0:1], seed_words[:, 1:2]),
-    )
+    size, rows = math.prod(shape), len(index)
+    blocks = (size + 3) // 4
+    # The counter is (block, draw, index, 0): blocks count up within a row, the rest tells rows apart.
+    even = torch.empty((rows, 2, blocks), dtype=torch.int64, device=index.device)
+    even[:, 0] = torch.arange(blocks, device=index.device)
+    even[:, 1] = index[:, None]
+    odd = torch.zeros((rows, 2, 1), dtype=torch.int64, device=index.device)
+    odd[:, 0, 0] = draw
+    radius_word, angle_word = _rounds(even, odd, seed_words[:, :, None])
     # 24 bits make a float32 in (0, 1) that is never 0, so its logarithm is finite: |z| < 5.9.
-    u = [((word >> 8).to(torch.float32) + 0.5) * 2.0**-24 for word in words]
-    normals = []
-    for radius_u, angle_u in ((u[0], u[1]), (u[2], u[3])):
-        radius, angle = torch.sqrt(-2 * torch.log(radius_u)), 2 * math.pi * angle_u
-        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.cat(normals, dim=1)[:, :size].reshape(-1, *shape)
+    radius = (radius_word >> 8).to(torch.float32).add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    angle = (angle_word >> 8).to(torch.float32).add_(0.5).mul_(2 * math.pi * 2.0**-24)
+    normals = torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), dim=2)  # [B, 2, 2, blocks]
+    return normals.flatten(1)[:, :size].reshape(-1, *shape)
 
 
 def split_seed(seed: int) -> tuple[int, int]:

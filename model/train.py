@@ -95,6 +95,9 @@ def train(
     `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state. SIGINT or SIGTERM
     finishes the step, saves and returns. Raises TrainError, CheckpointError.
     """
+    if noise.variance_type == "learned_range":
+        raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
+
     # The state: weights, their average, the optimiser's moments, the step.
     torch.manual_seed(step_seed(config.seed, -1))
     net = UNet2D(unet).to(device)

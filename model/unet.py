@@ -313,23 +313,34 @@ class UNet2D(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self.denoise(x, self.embed(t, class_labels))
+
+    def embed(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Embed timestep and class, activated, as every resnet wants it: t [B], class_labels [B] -> [B, temb]."""
+        temb = self.embed_time(t)
+        if (self.class_embedding is None) != (class_labels is None):
+            wanted = "needs" if self.class_embedding is not None else "takes no"
+            raise ValueError(f"this U-Net {wanted} class labels (num_class_embeds={self.config.num_class_embeds})")
+        if self.class_embedding is not None:
+            temb = temb + self.class_embedding(class_labels)
+        return self.act(temb)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """The timestep's share of the embedding, before class and activation: t [B] -> [B, temb]."""
         config = self.config
-        if config.center_input_sample:
-            x = 2 * x - 1
         if self.time_proj is not None:
             embedding = self.time_proj(t)
         else:
             embedding = sinusoidal_embedding(
                 t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
             )
-        temb = self.time_embedding(embedding.to(x.dtype))
-        if (self.class_embedding is None) != (class_labels is None):
-            wanted = "needs" if self.class_embedding is not None else "takes no"
-            raise ValueError(f"this U-Net {wanted} class labels (num_class_embeds={config.num_class_embeds})")
-        if self.class_embedding is not None:
-            temb = temb + self.class_embedding(class_labels)
-        act_temb = self.act(temb)  # every resnet wants it activated: once here, not once in each
+        out: Tensor = self.time_embedding(embedding.to(self.conv_in.weight.dtype))
+        return out
 
+    def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
+        """Everything after the embedding: x [B, C, H, W], act_temb [B, temb] -> [B, out_channels, H, W]."""
+        if self.config.center_input_sample:
+            x = 2 * x - 1
         h = self.conv_in(x)
         skips = [h]
         for block in self.down_blocks:

@@ -1,6 +1,7 @@
 """`python -m service` and the `tminus` script."""
 
-import service.cli_train  # noqa: F401  importing it adds its two commands
+import service.cli_reproduce
+import service.cli_train  # noqa: F401  importing these two adds their commands
 from service.cli import main
 
 __all__ = ["main"]

@@ -1,6 +1,6 @@
 """Puts the parts together: engine, scheduler, admission, worker, encoder, routes. Nothing is global."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -11,21 +11,27 @@ from service.encoder import Encoder
 from service.job import Limits
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
+from service.result_cache import ResultCache
+from service.routes_jobs import job_routes
 from service.routes_sample import sample_routes
 from service.routes_system import system_routes
-from service.scheduler import Scheduler
+from service.scheduler import Policy, Scheduler
 from service.worker import RowEngine, Worker
 
 
-def create_app(engine: RowEngine, limits: Limits) -> FastAPI:
+def create_app(
+    engine: RowEngine, limits: Limits, tick_times: Sequence[tuple[int, float]], policy: Policy = "srpt"
+) -> FastAPI:
     """Build the application around an engine. The worker runs for as long as the app's lifespan.
 
+    tick_times are the measured (places, seconds) of a tick; policy is srpt or fcfs, see Scheduler.
     `app.state.worker` is for the entry point, which drains it on SIGTERM.
     """
     model = engine.info
     metrics = Metrics(model)
-    admission = Admission(limits)
-    worker = Worker(engine, Scheduler(limits.max_batch), admission, metrics, max_batch=limits.max_batch)
+    admission = Admission(limits, policy)
+    admission.calibrate(tick_times)
+    worker = Worker(engine, Scheduler(limits.max_batch, policy=policy), admission, metrics)
     encoder = Encoder(model, metrics.encoded)
     metrics.watch(
         rows_active=lambda: worker.rows_active,
@@ -50,7 +56,9 @@ def create_app(engine: RowEngine, limits: Limits) -> FastAPI:
         redoc_url=None,
     )
     app.state.worker = worker
-    app.include_router(sample_routes(worker, encoder, model, limits))
+    cache = ResultCache(limits.result_cache_bytes)
+    app.include_router(sample_routes(worker, encoder, cache, metrics, model, limits))
+    app.include_router(job_routes(worker))
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)

@@ -6,17 +6,23 @@ import signal
 import sys
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from pydantic import ValidationError
 
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    import httpx
+
+    from service.loading import Loaded
+
 DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
 MAX_LOCAL_N = 4096
+OFFLINE_BATCH = 16
 SPARE_CONNECTIONS = 64  # above one a job: for probes, metrics and refusals
 CHECKPOINT_TYPE = click.Path(file_okay=False, path_type=Path)
 
@@ -63,24 +69,34 @@ def serve(**flags: Any) -> None:
         listener = bind(settings.host, settings.port)
     except (OSError, UnicodeError) as error:
         fail(f"cannot listen on {settings.host}:{settings.port}: {error}")
-    engine, max_rows = load_engine(
-        settings.checkpoint, settings.device, settings.threads, settings.max_rows, settings.max_jobs
+    loaded = load(
+        checkpoint=settings.checkpoint,
+        device=settings.device,
+        executor=settings.executor,
+        precision=settings.precision,
+        exact=settings.exact,
+        threads=settings.threads,
+        max_batch=settings.max_batch,
+        max_rows=settings.max_rows,
+        max_jobs=settings.max_jobs,
+        cache_dir=settings.cache_dir,
     )
     limits = Limits(
-        max_n=min(settings.max_n, max_rows),
-        max_batch=min(settings.max_batch, max_rows),
-        max_rows=max_rows,
+        max_n=min(settings.max_n, loaded.max_rows),
+        max_batch=loaded.max_batch,
+        max_rows=loaded.max_rows,
         max_jobs=settings.max_jobs,
         max_backlog_s=settings.max_backlog_s,
         max_body_bytes=settings.max_body_bytes,
+        result_cache_bytes=settings.result_cache_mb * 2**20,
     )
-    info = engine.info
+    info = loaded.engine.info
     log.info(
         "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
         info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
     )  # fmt: skip
     stopped_well = run_server(
-        create_app(engine, limits),
+        create_app(loaded.engine, limits, loaded.tick_times, settings.policy),
         listener,
         grace_s=settings.grace_s,
         log_level=settings.log_level,
@@ -97,17 +113,24 @@ def serve(**flags: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out.png"), help=".png: a sheet; else a folder")
 @click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
 @click.option("--steps", help="denoising steps  [default: T]")
-@click.option("--sampler", help="ddpm or ddim  [default: the checkpoint's]")
+@click.option("--sampler", help="ddpm, ddim or dpmpp_2m  [default: the checkpoint's]")
 @click.option("--eta", help="noise of ddim, 0..1")
 @click.option("--seed", help="0..2^64-1; drawn if absent")
 @click.option("--index", help="index of the first image")
 @click.option("--class-label", multiple=True, help="number or name; repeat it for one an image")
 @click.option("--guidance", help="classifier-free guidance scale; 1 is off")
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
-@click.option("--batch", type=click.IntRange(2, 4096), default=16, help="places in a forward pass")
-def sample(url: str | None, checkpoint: Path, device: str, out: Path, batch: int, **given: Any) -> None:
+@click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
+@click.option("--timestep-spacing", help="leading, trailing or linspace")
+@click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url")
+@click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url")
+def sample(
+    url: str | None, checkpoint: Path, device: str, executor: str, precision: str, out: Path, **given: Any
+) -> None:
     """Sample images to PNG files, offline or from a server."""
     parameters = {name: value for name, value in given.items() if value not in (None, ())}
+    if interval := parameters.pop("guidance_interval", None):
+        parameters["guidance_interval"] = list(interval)
     if labels := parameters.pop("class_label", None):
         parameters["class_label"] = list(labels) if len(labels) > 1 else labels[0]
     sheet = out.suffix.lower() == ".png"
@@ -116,7 +139,9 @@ def sample(url: str | None, checkpoint: Path, device: str, out: Path, batch: int
     except OSError as error:
         fail(f"--out {out}: {error}")
     files, seed = (
-        _from_server(url, parameters, sheet) if url else _offline(checkpoint, device, batch, parameters, sheet)
+        _from_server(url, parameters, sheet)
+        if url
+        else offline(Running(checkpoint, device, executor, precision), parameters, sheet)
     )
     try:
         for name, data in files.items():
@@ -126,9 +151,29 @@ def sample(url: str | None, checkpoint: Path, device: str, out: Path, batch: int
     click.echo(f"{out}: {given['n']} image(s), seed {seed}")
 
 
-def _offline(
-    checkpoint: Path, device: str, batch: int, parameters: dict[str, Any], sheet: bool
-) -> tuple[dict[str, bytes], int]:
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How a command runs a model in its own process."""
+
+    checkpoint: Path
+    device: str
+    executor: str
+    precision: str
+
+    def engine(self, n: int) -> "Loaded":
+        """Load for one job of n rows."""
+        return load(
+            checkpoint=self.checkpoint,
+            device=self.device,
+            executor=self.executor,
+            precision=self.precision,
+            max_rows=n,
+            max_batch=max(2, min(n, OFFLINE_BATCH)),
+        )
+
+
+def offline(running: Running, parameters: dict[str, Any], sheet: bool) -> tuple[dict[str, bytes], int]:
+    """Sample in this process: PNG files by name, and the seed."""
     from tqdm import tqdm
 
     from service.encoder import PNG, ZIP, encode_result
@@ -138,34 +183,42 @@ def _offline(
     from service.schemas import SampleRequest
 
     n = parameters["n"]
-    engine, _ = load_engine(checkpoint, device, None, n, 1)
+    loaded = running.engine(n)
+    model, batch = loaded.engine.info, loaded.max_batch
     limits = Limits(max_n=n, max_batch=batch, max_rows=n, max_jobs=1, max_backlog_s=float("inf"), max_body_bytes=0)
     try:
-        spec = SampleRequest.parse(parameters, engine.info, limits).to_spec(engine.info, limits)
+        spec = SampleRequest.parse(parameters, model, limits).to_spec(model, limits)
         with tqdm(total=spec.n * spec.steps, unit="row-step", dynamic_ncols=True) as progress:
-            result = sample_locally(engine, spec, batch, progress.update)
+            images = sample_locally(loaded.engine, spec, batch, progress.update)
     except (ValueError, ServiceError) as error:
         fail(str(error))
     if sheet:
-        return {"sheet": encode_result(PNG, "", spec, result, engine.info)}, spec.seed
-    return _unzip(encode_result(ZIP, "", spec, result, engine.info)), spec.seed
+        return {"sheet": encode_result(PNG, spec, images, model)}, spec.seed
+    return _unzip(encode_result(ZIP, spec, images, model)), spec.seed
 
 
 def _from_server(url: str, parameters: dict[str, Any], sheet: bool) -> tuple[dict[str, bytes], int]:
+    response = post_sample(url, parameters, "image/png" if sheet else "application/zip")
+    seed = int(response.headers["X-Seed"])
+    return {"sheet": response.content} if sheet else _unzip(response.content), seed
+
+
+def post_sample(url: str, parameters: dict[str, Any], media_type: str) -> "httpx.Response":
+    """Ask a server; one clear line and exit code 1 where it does not answer with images."""
     import httpx
 
-    headers = {"Accept": "image/png" if sheet else "application/zip"}
     no_limit = httpx.Timeout(None, connect=10)  # a thousand steps take what they take
     try:
-        response = httpx.post(f"{url.rstrip('/')}/sample", json=parameters, headers=headers, timeout=no_limit)
+        response = httpx.post(
+            f"{url.rstrip('/')}/sample", json=parameters, headers={"Accept": media_type}, timeout=no_limit
+        )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         fail(f"{url}: {error}")
     if response.headers.get("content-type") == "application/problem+json":
         fail(f"{url}: {response.status_code} {response.json()['detail']}")
     if response.status_code != 200 or "X-Seed" not in response.headers:
         fail(f"{url}: {response.status_code}, and not from a tminus server")
-    seed = int(response.headers["X-Seed"])
-    return {"sheet": response.content} if sheet else _unzip(response.content), seed
+    return response
 
 
 def _unzip(data: bytes) -> dict[str, bytes]:
@@ -173,31 +226,15 @@ def _unzip(data: bytes) -> dict[str, bytes]:
         return {Path(name).name: archive.read(name) for name in archive.namelist()}
 
 
-def load_engine(
-    checkpoint: Path, device_name: str, threads: int | None, max_rows: int | None, max_jobs: int
-) -> tuple[Any, int]:
-    """Load a checkpoint into an engine; one clear line and exit code 1 if it cannot be served."""
-    import torch
+def load(**options: Any) -> "Loaded":
+    """Load an engine; one clear line and exit code 1 if it cannot be had."""
+    from model.checkpoint import CheckpointError
+    from service.loading import LoadOptions, load_engine
 
-    from model.checkpoint import CheckpointError, load_checkpoint
-    from service.engine import Engine, choose_device, default_max_rows
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-    def load() -> tuple[Engine, int]:
-        device = choose_device(device_name)
-        loaded = load_checkpoint(checkpoint)
-        rows = max_rows or default_max_rows(loaded)
-        return Engine(loaded, device, max_rows=rows, max_jobs=max_jobs), rows
-
-    # In a thread that ends: each thread that runs torch keeps an OpenMP team, and when two teams share the cores the
-    # worker's waits by sleeping instead of spinning. Measured on two cores: 11.3 ms a tick of one row, against 5.7.
-    with ThreadPoolExecutor(1) as loader:
-        try:
-            return loader.submit(load).result()
-        except (CheckpointError, ValueError) as error:
-            fail(str(error))
+    try:
+        return load_engine(LoadOptions(**options))
+    except (CheckpointError, ValueError) as error:
+        fail(str(error))
 
 
 def fail(message: str) -> NoReturn:

@@ -108,25 +108,42 @@ def train(**options: Any) -> None:
 @click.option("--steps", default=50)
 @click.option("--eta", default=0.0)
 @click.option("--guidance", default=1.0)
+@click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
+@click.option("--spacing", help="of the timesteps: leading, trailing or linspace  [default: as served]")
 @click.option("--seed", default=0)
-@click.option("--batch-size", default=100, help="samples in one forward pass")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32")
+@click.option("--batch-size", default=96, help="samples that move in step")
+@click.option(
+    "--executor", default="auto", help="auto, eager, compile or openvino: what runs the network for the samples"
+)
+@click.option(
+    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="of the samples' passes"
+)
+@click.option(
+    "--approve",
+    is_flag=True,
+    help="sample in float32 too; where --precision is no worse, note it in tminus.json, and serve takes it",
+)
 @click.option("--bound-images", default=200, help="held-out images whose bound is taken")
 @click.option("--bound-timesteps", default=100, help="timesteps drawn for each of them")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the figures here as JSON too")
 @click.option("--device", default="auto")
-def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, **options: Any) -> None:
+def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, approve: bool, **options: Any) -> None:
     """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card."""
     logging.basicConfig(level="INFO", format="%(message)s")
-    from model.checkpoint import CheckpointError, load_checkpoint
+    import torch
+
+    from model.checkpoint import CheckpointError, approve_precision, load_checkpoint
     from model.classifier import ClassifierError, load_or_train_classifier
+    from model.compare import compare_reports
     from model.data import DataError
     from model.evaluate import EvaluateError
     from model.evaluate import evaluate as measure
-    from model.report import EvaluateOptions
+    from model.report import EvaluateOptions, EvaluationReport
+    from service.choice import Wish, choose_executor, default_cache
     from service.engine import choose_device
 
-    fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__}
+    if approve and options["precision"] == "float32":
+        fail("--approve: needs a --precision below float32 to approve")
     try:
         device = choose_device(options["device"])
         if options["data"] != "fashion-mnist" and options["test_data"] is None:
@@ -140,7 +157,34 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
             own = checkpoint.parent / "fashion-mnist-classifier" if test_split.name.startswith("fashion") else None
             folder = classifier or own or checkpoint / "classifier"
             judge = load_or_train_classifier(folder, train_split, test_split, device=device)
-        report = measure(loaded, train_split, test_split, judge, EvaluateOptions(**fields), device=device)
+
+        def report_on(precision: str) -> EvaluationReport:
+            # Loaded anew: an executor may keep the network it is given.
+            fresh, batch = load_checkpoint(checkpoint), options["batch_size"]
+            wish = Wish(options["executor"], precision, device.type == "cpu", batch, torch.get_num_threads())
+            executor = choose_executor(fresh, device, wish, default_cache())
+            fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__}
+            fields |= {"executor": executor.name, "precision": precision}
+            return measure(
+                loaded, train_split, test_split, judge, EvaluateOptions(**fields), device=device, forward=executor
+            )
+
+        reference = report_on("float32") if approve else None
+        report = report_on(options["precision"])
+        if reference is not None:
+            verdict = compare_reports(reference, report)
+            check = {
+                "weights_hash": report.weights_hash,
+                "executor": report.options.executor,
+                "samples": f"{report.options.num_samples} by {report.options.sampler} in {report.options.steps} steps, "
+                f"guidance {report.options.guidance:g}",
+                "frechet_ratio": verdict.frechet_ratio,
+                "accuracy_difference": verdict.accuracy_difference,
+            }
+            if verdict.ok:
+                approve_precision(checkpoint, options["precision"], check)
+            click.echo(f"{options['precision']}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
+            click.echo(verdict.reason)
     except (DataError, CheckpointError, ClassifierError, EvaluateError, ValueError) as error:
         fail(str(error))
     click.echo(report.to_markdown())

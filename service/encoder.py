@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import math
@@ -28,32 +29,31 @@ class Encoder:
         self._model, self._observe = model, observe
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tminus-encode")
 
-    async def encode(self, media_type: str, job_id: str, spec: SampleSpec, result: JobResult) -> bytes:
-        """Make the body of a response."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._encode, media_type, job_id, spec, result
-        )
+    async def encode(self, media_type: str, spec: SampleSpec, result: JobResult) -> bytes:
+        """Make the body of a response. Raises NotFinite."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, media_type, spec, result)
 
     def close(self) -> None:
         """Let running encodings finish, and end the threads."""
         self._pool.shutdown()
 
-    def _encode(self, media_type: str, job_id: str, spec: SampleSpec, result: JobResult) -> bytes:
+    def _encode(self, media_type: str, spec: SampleSpec, result: JobResult) -> bytes:
+        images = result.read()
         started = time.perf_counter()
-        body = encode_result(media_type, job_id, spec, result, self._model)
+        body = encode_result(media_type, spec, images, self._model)
         self._observe(media_type.rpartition("/")[2], time.perf_counter() - started)
         return body
 
 
-def encode_result(media_type: str, job_id: str, spec: SampleSpec, result: JobResult, model: ModelInfo) -> bytes:
+def encode_result(media_type: str, spec: SampleSpec, images: Images, model: ModelInfo) -> bytes:
     """Encode a finished job: one PNG (a sheet where n > 1), a zip of n PNGs, or JSON with base64 PNGs."""
     if media_type == PNG:
-        return encode_png(contact_sheet(result.images), recipe(spec, model))
-    pngs = [encode_png(image, recipe(one_image(spec, k), model)) for k, image in enumerate(result.images)]
+        return encode_png(contact_sheet(images), recipe(spec, model))
+    pngs = [encode_png(image, recipe(one_image(spec, k), model)) for k, image in enumerate(images)]
     if media_type == ZIP:
         return _zip({f"{spec.index + k:05d}.png": png for k, png in enumerate(pngs)})
     assert media_type == JSON
-    images = [
+    entries = [
         {
             "index": spec.index + k,
             "class_label": label,
@@ -62,13 +62,19 @@ def encode_result(media_type: str, job_id: str, spec: SampleSpec, result: JobRes
         }
         for k, (png, label) in enumerate(zip(pngs, spec.class_labels or (None,) * spec.n, strict=True))
     ]
-    document = {"job_id": job_id, **recipe(spec, model), "images": images}
+    document = {**recipe(spec, model), "images": entries}
     return json.dumps(document).encode()
 
 
 def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
     """All that is needed to make the same pixels again."""
     return {"spec": asdict(spec), "weights": model.weights_hash, "fingerprint": model.fingerprint}
+
+
+def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
+    """The name of a response's bytes, known before they are made."""
+    parts = json.dumps([media_type, recipe(spec, model)], sort_keys=True)
+    return f'"{hashlib.sha256(parts.encode()).hexdigest()[:32]}"'
 
 
 def one_image(spec: SampleSpec, k: int) -> SampleSpec:

@@ -6,8 +6,10 @@ Rows in, uint8 arrays out; no tensor leaves. Which rows step is decided elsewher
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +17,9 @@ from model.checkpoint import Checkpoint
 from model.data import to_uint8
 from model.rng import image_noise, row_noise, split_seed
 from model.samplers import NUM_COEFFICIENTS, SAMPLERS, Plan, compile_plan, denoise, guide
-from service.executors import EagerExecutor, Executor
-from service.job import Batch, Images, ModelInfo, SampleSpec
+from service.errors import NotFinite
+from service.executors import Executor
+from service.job import Batch, Floats, Images, ModelInfo, SampleSpec
 
 LATENT_BUDGET_BYTES = 512 * 2**20
 MAX_DEFAULT_ROWS = 4096
@@ -46,15 +49,22 @@ def default_max_rows(checkpoint: Checkpoint) -> int:
 class Engine:
     """Owns the latents. Every row has a slot in tensors on the device; what differs by row is gathered by index."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, *, max_rows: int, max_jobs: int) -> None:
-        self.info = describe(checkpoint, device, EagerExecutor.name)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        executor: Executor,
+        device: torch.device,
+        *,
+        max_rows: int,
+        max_jobs: int,
+        exact: bool = True,
+    ) -> None:
+        self.info = describe(checkpoint, device, executor, exact=exact)
         self._device = device
-        if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # float32 means float32: the fingerprint says so
+        self._forward = executor
         self._noise = checkpoint.noise
         self._schedule = checkpoint.noise.schedule()
         self._null_class = checkpoint.labels.null_class
-        self._forward: Executor = EagerExecutor(checkpoint.net, device)
         self._shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
         num_timesteps = self._schedule.num_timesteps
 
@@ -69,16 +79,28 @@ class Engine:
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
         self._first_line = zeros(max_rows)  # where the row's plan begins in the two tables below
+        self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
         self._free_rows = list(range(max_rows - 1, -1, -1))
         # A region of T lines a job.
         self._lines = zeros(max_jobs * num_timesteps, NUM_COEFFICIENTS, dtype=torch.float32)
         self._timesteps = zeros(max_jobs * num_timesteps)
         self._free_plans = list(range(max_jobs - 1, -1, -1))
         self._plan_of: dict[int, int] = {}  # first row of a job -> its region
+        # On a GPU the host runs one tick ahead, and reads what a tick found only when that tick is over.
+        self._ticks = TickEvents() if device.type == "cuda" else None
+        self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
 
     def compile(self, spec: SampleSpec) -> Plan:
         """Compile a spec's sampler. Raises ValueError for what this model's schedule cannot do."""
-        return compile_plan(self._noise, self._schedule, spec.sampler, spec.steps, eta=spec.eta, clip=spec.clip)
+        return compile_plan(
+            self._noise,
+            self._schedule,
+            spec.sampler,
+            spec.steps,
+            eta=spec.eta,
+            clip=spec.clip,
+            spacing=spec.timestep_spacing,
+        )
 
     @torch.inference_mode()
     def add(self, spec: SampleSpec) -> tuple[int, ...]:
@@ -107,59 +129,143 @@ class Engine:
         self._label[at] = label
         self._guidance[at] = spec.guidance
         self._first_line[at] = start
+        self._finite[at] = True
+        self._adds_noise[list(rows)] = plan.adds_noise
         return rows
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:
         """Run one tick. The batch crosses to the device in one transfer; nothing here loops over rows or waits."""
-        num_rows = len(batch.rows)
-        packed = torch.tensor(batch.rows + batch.steps + batch.guided, dtype=torch.int64)
+        num_rows, num_guided = len(batch.rows), len(batch.guided)
+        noisy = np.flatnonzero(self._adds_noise[np.array(batch.rows)])
+        packed = torch.tensor([*batch.rows, *batch.steps, *batch.guided, *noisy.tolist()])
         if self._device.type == "cuda":
             packed = packed.pin_memory().to(self._device, non_blocking=True)
-        rows, steps, guided = packed[:num_rows], packed[num_rows : 2 * num_rows], packed[2 * num_rows :]
+        rows, steps, guided, noisy_at = torch.split(packed, [num_rows, num_rows, num_guided, len(noisy)])
 
         at = self._first_line[rows] + steps
         x, t, labels = self._x[rows], self._timesteps[at], None
         if self.info.conditional:
             labels = self._label[rows]
-        if batch.guided:
+        if num_guided:
+            assert labels is not None
             null = torch.full_like(guided, self._null_class or 0)
-            out = self._forward(
-                torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([self._label[rows], null])
+            output = self._forward.start(
+                torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([labels, null])
             )
+        else:
+            output = self._forward.start(x, t, labels)
+
+        # What does not need the network's output is made beside it.
+        z = torch.zeros_like(x)
+        if len(noisy):
+            noisy_rows = rows[noisy_at]
+            drawn = row_noise(self._seed_words[noisy_rows], self._index[noisy_rows], steps[noisy_at] + 1, self._shape)
+            z = drawn if len(noisy) == num_rows else z.index_copy(0, noisy_at, drawn)
+        x0_previous, lines = self._x0[rows], self._lines[at]
+
+        out = output()
+        if num_guided:
             out, out_u = out[:num_rows], out[num_rows:]
             strength = self._guidance[rows[guided]].reshape(-1, 1, 1, 1)
-            out = out.index_copy(0, guided, guide(out_u, out[guided], strength))
-        else:
-            out = self._forward(x, t, labels)
-
-        z = row_noise(self._seed_words[rows], self._index[rows], steps + 1, self._shape)
-        x, x0 = denoise(x, out, self._x0[rows], z, self._lines[at])
+            out = out.index_copy(0, guided, guide(out_u, out[guided], strength, self._shape[0]))
+        x, x0 = denoise(x, out, x0_previous, z, lines)
         self._x[rows], self._x0[rows] = x, x0
+        self._finite[rows] = x.sum(dim=(1, 2, 3)).isfinite()  # NaN and infinity survive a sum
+        if self._ticks is not None:
+            self._ticks.launched(self._finite)
+
+    def wait(self) -> None:
+        """Let the device catch up: on a GPU until one tick is left to run, so that it never idles; a CPU has none."""
+        if self._ticks is not None:
+            self._ticks.wait()
+
+    def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Those of the rows whose latent is no longer finite; on a GPU, as of the tick that `wait` last saw end."""
+        finite = self._finite if self._ticks is None else self._ticks.finite
+        if finite is None:
+            return ()
+        kept = finite.numpy()[list(rows)]
+        return () if kept.all() else tuple(row for row, fine in zip(rows, kept, strict=True) if not fine)
 
     @torch.inference_mode()
-    def images(self, rows: Sequence[int]) -> Images:
-        """Read rows out as uint8 [n, H, W, C]. Waits for the device."""
-        x = self._x[torch.tensor(rows, device=self._device)]
-        pixels: Images = to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        return pixels
+    def images(self, rows: Sequence[int]) -> Callable[[], Images]:
+        """Read rows out: the function returned gives uint8 [n, H, W, C], or raises NotFinite where a row is not.
+
+        The rows may be removed at once. Call the function in another thread: on a GPU it waits for the copy.
+        """
+        at = torch.tensor(rows)
+        if self._device.type != "cuda":
+            x = self._x[at]
+            pixels: Images = to_uint8(x).permute(0, 2, 3, 1).contiguous().numpy()
+            finite = bool(x.isfinite().all())
+            return lambda: _checked(pixels, finite)
+        x = self._x[at.pin_memory().to(self._device, non_blocking=True)]
+        on_device = to_uint8(x).permute(0, 2, 3, 1).contiguous()
+        fine = x.isfinite().all()
+        # A stream of its own: the copy runs beside the next tick.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            on_host = torch.empty(on_device.shape, dtype=torch.uint8, pin_memory=True)
+            fine_on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            on_host.copy_(on_device, non_blocking=True)
+            fine_on_host.copy_(fine, non_blocking=True)
+        for tensor in (on_device, fine):
+            tensor.record_stream(stream)  # or the allocator would give its memory to the next tick
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(stream)
+
+        def read() -> Images:
+            copied.synchronize()
+            return _checked(on_host.numpy(), bool(fine_on_host))
+
+        return read
+
+    def latents(self, rows: Sequence[int]) -> Floats:
+        """Read the x_t of rows as they are, float32 [n, C, H, W]. Waits for the device."""
+        x: Floats = self._x[torch.tensor(rows, device=self._device)].cpu().numpy()
+        return x
 
     def remove(self, rows: Sequence[int]) -> None:
         """Free the slots of one job, as `add` returned them."""
         self._free_plans.append(self._plan_of.pop(rows[0]))
         self._free_rows.extend(reversed(rows))
 
-    def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
     def memory_bytes(self) -> int | None:
         """Memory that tensors take on the GPU; None on a CPU, where it is the process's own."""
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
 
 
-def describe(checkpoint: Checkpoint, device: torch.device, executor: str) -> ModelInfo:
+def _checked(pixels: Images, finite: bool) -> Images:
+    if not finite:
+        raise NotFinite
+    return pixels
+
+
+class TickEvents:
+    """CUDA: when a tick was launched and what it found, read one tick late so that the host never holds it up."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[torch.cuda.Event, Tensor]] = []
+        self.finite: Tensor | None = None  # on the host, of the last tick known to be over
+
+    def launched(self, finite: Tensor) -> None:
+        """Mark the end of the tick just launched, with a copy of its flags on the way to the host."""
+        on_host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
+        on_host.copy_(finite, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._running.append((event, on_host))
+
+    def wait(self, ahead: int = 1) -> None:
+        """Wait until at most `ahead` ticks have not ended."""
+        while len(self._running) > ahead:
+            event, self.finite = self._running.pop(0)
+            event.synchronize()
+
+
+def describe(checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool) -> ModelInfo:
     """Gather what the edge and the users are told about a model, with the fingerprint of this build."""
     net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
     return ModelInfo(
@@ -173,7 +279,8 @@ def describe(checkpoint: Checkpoint, device: torch.device, executor: str) -> Mod
         beta_schedule=noise.beta_schedule if noise.trained_betas is None else "trained_betas",
         prediction_type=noise.prediction_type,
         variance_type=noise.variance_type,
-        timestep_spacing=noise.timestep_spacing,
+        timestep_spacings={sampler: noise.default_spacing(sampler) for sampler in SAMPLERS},
+        steps_offset=noise.steps_offset,
         clip=noise.clip_sample,
         samplers=SAMPLERS,
         default_sampler=noise.default_sampler,
@@ -181,8 +288,12 @@ def describe(checkpoint: Checkpoint, device: torch.device, executor: str) -> Mod
         class_names=labels.class_names,
         null_class=labels.null_class,
         weights_hash=checkpoint.weights_hash,
-        fingerprint=fingerprint(device, executor),
+        fingerprint=fingerprint(device, executor, exact=exact),
         device=device_name(device),
+        executor=executor.name,
+        precision=executor.precision,
+        executor_details=executor.details,
+        exact=exact,
     )
 
 
@@ -193,13 +304,16 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def fingerprint(device: torch.device, executor: str) -> str:
-    """Hash what can move a bit beside spec and weights: versions, device, precision, threads, executor."""
+def fingerprint(device: torch.device, executor: Executor, *, exact: bool) -> str:
+    """Hash what can move a bit beside spec and weights: versions, device, precision, threads, how passes are run."""
     parts = {
         "torch": torch.__version__,
+        "pillow": version("pillow"),  # it makes the PNG
         "device": device_name(device),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "dtype": "float32",
-        "executor": executor,
+        "precision": executor.precision,
+        "executor": executor.name,
+        "details": executor.details,
+        "exact": exact,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

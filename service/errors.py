@@ -90,6 +90,16 @@ class Overloaded(ServiceError):
         self.headers["Retry-After"] = str(retry_after_s)
 
 
+class DeadlineUnmeetable(ServiceError):
+    """An idle server would make the deadline, the present load does not; Retry-After says when it would."""
+
+    status, code, title = 429, "deadline_unmeetable", "The deadline cannot be met at this load"
+
+    def __init__(self, detail: str, *, retry_after_s: int, value: float, bound: str):
+        super().__init__(detail, field="deadline_s", value=value, bound=bound)
+        self.headers["Retry-After"] = str(retry_after_s)
+
+
 class NotReady(ServiceError):
     """The first tick has not run yet."""
 
@@ -115,6 +125,29 @@ class EngineFailed(ServiceError):
 
     status, code, title = 500, "engine_failed", "The denoising step failed"
     refusal = False
+
+
+class NotFinite(ServiceError):
+    """The network gave NaN or infinity for this job; no other job is touched."""
+
+    status, code, title = 500, "not_finite", "The network gave no finite image"
+    refusal = False
+
+    def __init__(self) -> None:
+        super().__init__("the network gave NaN or infinity for an image of this job")
+
+
+class DeadlinePassed(ServiceError):
+    """The job's deadline_s went by before it was done; its rows are free."""
+
+    status, code, title = 504, "deadline_passed", "The deadline passed"
+    refusal = False
+
+
+class JobNotFound(ServiceError):
+    """No such job is waiting or running: it is done, was given up, or never was."""
+
+    status, code, title = 404, "job_not_found", "There is no such job"
 
 
 class JobCancelled(ServiceError):

@@ -1,11 +1,16 @@
 """What crosses between the parts of the service: specs, batches, results. Pure frozen values; no torch, no asyncio."""
 
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from model.timesteps import make_timesteps
+
 Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,22 +25,31 @@ class SampleSpec:
     index: int  # of the first image; image k of the request has noise (seed, index + k)
     class_labels: tuple[int | None, ...] | None  # one an image, None for no class; None for an unconditional model
     guidance: float  # 1 is off
+    guidance_interval: tuple[int, int] | None  # timesteps, both ends included; None: guided at all of them
+    timestep_spacing: str
     clip: bool
 
-    @property
-    def guided(self) -> bool:
-        """Whether its rows take two places in a batch."""
-        return self.guidance != 1.0
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a job costs, in places: forward passes of one row. At the steps in `guided` a row takes two."""
+
+    rows: int
+    steps: int
+    guided: range
+
+    def places_per_row(self, step: int) -> int:
+        """How many places a row takes at a step."""
+        return 2 if step in self.guided else 1
+
+    def places_left(self, step: int) -> int:
+        """How many places one row takes from this step to its end."""
+        return self.steps - step + max(0, self.guided.stop - max(step, self.guided.start))
 
     @property
-    def places_per_row(self) -> int:
-        """How many forward passes a step of one row costs."""
-        return 2 if self.guided else 1
-
-    @property
-    def work(self) -> int:
-        """The job's cost, in forward passes of one place."""
-        return self.n * self.steps * self.places_per_row
+    def places(self) -> int:
+        """The whole job's cost."""
+        return self.rows * self.places_left(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +70,35 @@ class Batch:
 class JobResult:
     """A finished job: its images and where its time went, in seconds."""
 
-    images: Images
+    read: Callable[[], Images]  # waits for the copy from a GPU; raises NotFinite
     queue_s: float
+    first_step_s: float  # from acceptance to the end of the first step
     denoise_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What an accepted job gets: its result to come, and what was foreseen of it."""
+
+    future: "Future[JobResult]"
+    position: int
+    eta_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """A job that waits or runs, as told to clients."""
+
+    id: str
+    state: str  # waiting until its first step, then running
+    position: int  # jobs that go before it
+    eta_s: float
+    n: int
+    steps: int
+    step: int  # the least advanced row's next
+    sampler: str
+    seed: int
+    age_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +115,8 @@ class ModelInfo:
     beta_schedule: str
     prediction_type: str
     variance_type: str
-    timestep_spacing: str
+    timestep_spacings: Mapping[str, str]  # by sampler, what a request gets that names none
+    steps_offset: int
     clip: bool
     samplers: tuple[str, ...]
     default_sampler: str
@@ -85,6 +126,10 @@ class ModelInfo:
     weights_hash: str
     fingerprint: str
     device: str
+    executor: str
+    precision: str
+    executor_details: str
+    exact: bool  # whether the same spec gives the same bytes whatever else runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +137,41 @@ class Limits:
     """The bounds a request is held to."""
 
     max_n: int
-    max_batch: int
+    max_batch: int  # places in one forward pass
     max_rows: int
     max_jobs: int
     max_backlog_s: float
     max_body_bytes: int
+    result_cache_bytes: int = 0
+
+
+def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
+    """Count what a spec costs."""
+    if spec.guidance == 1.0:
+        return Work(spec.n, spec.steps, range(0))
+    if spec.guidance_interval is None:
+        return Work(spec.n, spec.steps, range(spec.steps))
+    low, high = spec.guidance_interval
+    timesteps = make_timesteps(spec.sampler, spec.timestep_spacing, spec.steps, model.num_timesteps, model.steps_offset)
+    guided = [step for step, t in enumerate(timesteps) if low <= t <= high]  # timesteps fall, so these are neighbours
+    return Work(spec.n, spec.steps, range(guided[0], guided[-1] + 1) if guided else range(0))
+
+
+def trial_spec(
+    model: ModelInfo, n: int, steps: int, *, sampler: str | None = None, seed: int = 0, guidance: float = 1.0
+) -> SampleSpec:
+    """A job that the model can do, for warming up, measuring and testing."""
+    sampler = sampler or model.default_sampler
+    return SampleSpec(
+        n=n,
+        steps=steps,
+        sampler=sampler,
+        eta=0.0,
+        seed=seed,
+        index=0,
+        class_labels=(0,) * n if model.conditional else None,
+        guidance=guidance,
+        guidance_interval=None,
+        timestep_spacing=model.timestep_spacings[sampler],
+        clip=model.clip,
+    )

@@ -2,20 +2,24 @@
 
 from collections.abc import Callable
 
-from service.job import JobResult, SampleSpec
+from service.job import Images, SampleSpec, work_of
 from service.scheduler import Scheduler
 from service.worker import RowEngine
 
 
-def sample_locally(engine: RowEngine, spec: SampleSpec, max_batch: int, on_rows: Callable[[int], object]) -> JobResult:
-    """Run one job to its end; on_rows gets the number of rows after each tick. Raises ValueError as Engine.add does."""
+def sample_locally(engine: RowEngine, spec: SampleSpec, max_batch: int, on_rows: Callable[[int], object]) -> Images:
+    """Run one job to its end; on_rows gets the number of rows after each tick.
+
+    Raises ValueError as Engine.add does, and NotFinite.
+    """
     scheduler = Scheduler(max_batch)
     rows = engine.add(spec)
-    scheduler.add("local", rows, spec.steps, spec.places_per_row)
+    scheduler.add("local", rows, work_of(spec, engine.info))
     while (batch := scheduler.next_batch()) is not None:
         engine.step(batch)
+        engine.wait()
         scheduler.advance(batch)
         on_rows(len(batch.rows))
-    images = engine.images(rows)
+    images = engine.images(rows)()
     engine.remove(rows)
-    return JobResult(images, queue_s=0.0, denoise_s=0.0)
+    return images

@@ -56,6 +56,7 @@ class Metrics:
         self._rejected = counter("rejected_total", "Requests refused, by problem code", "reason")
         self._cancelled = counter("cancelled_total", "Accepted jobs that were not finished", "reason")
         self._saved = counter("row_steps_saved_total", "Steps not taken because their job was given up")
+        self._unworked = counter("answered_without_work_total", "Repeats answered by 304 or from the cache", "how")
         self._encode = histogram(
             "encode_duration_seconds", "Pixels to bytes, off the worker's thread", ENCODE_BUCKETS, "kind"
         )
@@ -66,6 +67,8 @@ class Metrics:
                 "parameters": str(info.num_parameters),
                 "fingerprint": info.fingerprint,
                 "device": info.device,
+                "executor": info.executor,
+                "precision": info.precision,
             }
         )
 
@@ -111,6 +114,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """A request was refused with this problem code."""
         self._rejected.labels(reason).inc()
+
+    def answered_without_work(self, how: str) -> None:
+        """A repeat cost no step: not_modified or cache_hit."""
+        self._unworked.labels(how).inc()
 
     def encoded(self, kind: str, seconds: float) -> None:
         """Images became bytes."""

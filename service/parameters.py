@@ -7,11 +7,11 @@ from typing import Any
 
 from service.errors import ConflictingField, MalformedBody, short
 
-LIST_FIELDS = frozenset({"class_label"})
+LIST_FIELDS = frozenset({"class_label", "guidance_interval"})
 
 
 def from_query(items: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Turn query items into parameters; class_label may repeat. Raises ConflictingField for anything else that does."""
+    """Turn query items into parameters; lists repeat their name. Raises ConflictingField for others that do."""
     values: dict[str, list[str]] = {}
     for name, value in items:
         values.setdefault(name, []).append(value)

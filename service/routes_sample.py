@@ -9,15 +9,19 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from service import parameters
-from service.encoder import MEDIA_TYPES, Encoder
+from service.encoder import MEDIA_TYPES, Encoder, etag
 from service.errors import JobCancelled
-from service.job import JobResult, Limits, ModelInfo, SampleSpec
+from service.job import JobResult, Limits, ModelInfo
+from service.metrics import Metrics
 from service.negotiation import negotiate
+from service.result_cache import ResultCache
 from service.schemas import SampleRequest
 from service.worker import Worker
 
 
-def sample_routes(worker: Worker, encoder: Encoder, model: ModelInfo, limits: Limits) -> APIRouter:
+def sample_routes(
+    worker: Worker, encoder: Encoder, cache: ResultCache, metrics: Metrics, model: ModelInfo, limits: Limits
+) -> APIRouter:
     """Make the routes; they hold no state of their own."""
     router = APIRouter(tags=["sample"])
 
@@ -28,20 +32,38 @@ def sample_routes(worker: Worker, encoder: Encoder, model: ModelInfo, limits: Li
             body = parameters.from_body(await request.body())
         except ClientDisconnect:
             raise JobCancelled("the client went away") from None
-        spec = SampleRequest.parse(parameters.merge(query, body), model, limits).to_spec(model, limits)
+        asked = SampleRequest.parse(parameters.merge(query, body), model, limits)
+        spec = asked.to_spec(model, limits)
+        headers = {"X-Seed": str(spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
+
+        # With a given seed the answer is a function of the spec: it has a name before it is made.
+        tag = etag(media_type, spec, model) if asked.seed is not None and model.exact else None
+        if tag is None:
+            headers["Cache-Control"] = "no-store"
+        else:
+            headers |= {"ETag": tag, "Cache-Control": "no-cache"}
+            if _matches(request.headers.getlist("if-none-match"), tag):
+                metrics.answered_without_work("not_modified")
+                return Response(status_code=304, headers=headers)
+            if (kept := cache.get(tag)) is not None:
+                metrics.answered_without_work("cache_hit")
+                return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=media_type)
 
         job_id = uuid.uuid4().hex
-        result = await _finished_or_gone(request, worker, job_id, spec)
+        ticket = worker.submit(job_id, spec, asked.deadline_s)
+        result = await _finished_or_gone(request, worker, job_id, ticket.future)
         started = asyncio.get_running_loop().time()
-        content = await encoder.encode(media_type, job_id, spec, result)
+        content = await encoder.encode(media_type, spec, result)
         encode_s = asyncio.get_running_loop().time() - started
-        headers = {
+        if tag is not None:
+            cache.put(tag, content)
+        headers |= {
             "X-Job-ID": job_id,
-            "X-Seed": str(spec.seed),
-            "X-Fingerprint": model.fingerprint,
-            "Server-Timing": _server_timing(queue=result.queue_s, denoise=result.denoise_s, encode=encode_s),
-            "Vary": "Accept",
-            "Cache-Control": "no-store",
+            "X-Queue-Position": str(ticket.position),
+            "X-ETA-Seconds": f"{ticket.eta_s:.3f}",
+            "Server-Timing": _server_timing(
+                queue=result.queue_s, first_step=result.first_step_s, denoise=result.denoise_s, encode=encode_s
+            ),
         }
         return Response(content, headers=headers, media_type=media_type)
 
@@ -52,7 +74,10 @@ def sample_routes(worker: Worker, encoder: Encoder, model: ModelInfo, limits: Li
             for name, schema in fields.items()
         ],
         "requestBody": {"content": {"application/json": {"schema": SampleRequest.model_json_schema()}}},
-        "responses": {"200": {"description": "The images", "content": {media_type: {} for media_type in MEDIA_TYPES}}},
+        "responses": {
+            "200": {"description": "The images", "content": {media_type: {} for media_type in MEDIA_TYPES}},
+            "304": {"description": "The client has them: If-None-Match names this answer's ETag"},
+        },
     }
     router.post("/sample", summary="Sample and wait", response_class=Response, openapi_extra=openapi)(sample)
     openapi = {key: value for key, value in openapi.items() if key != "requestBody"}
@@ -60,9 +85,8 @@ def sample_routes(worker: Worker, encoder: Encoder, model: ModelInfo, limits: Li
     return router
 
 
-async def _finished_or_gone(request: Request, worker: Worker, job_id: str, spec: SampleSpec) -> JobResult:
-    """Submit a job and wait for it; a client that goes away frees its rows at the next tick."""
-    future: Future[JobResult] = worker.submit(job_id, spec)
+async def _finished_or_gone(request: Request, worker: Worker, job_id: str, future: "Future[JobResult]") -> JobResult:
+    """Wait for a job; a client that goes away frees its rows at the next tick."""
     done = asyncio.ensure_future(asyncio.wrap_future(future))
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -87,6 +111,12 @@ def _retrieve(done: "asyncio.Future[JobResult]") -> None:
     # The cancelled job's error has no reader; without this asyncio would complain that nobody looked.
     if not done.cancelled():
         done.exception()
+
+
+def _matches(if_none_match: list[str], tag: str) -> bool:
+    """Whether the client already has it (RFC 9110, section 13.1.2; the weak comparison)."""
+    names = [name.strip().removeprefix("W/") for header in if_none_match for name in header.split(",")]
+    return "*" in names or tag in names
 
 
 def _server_timing(**seconds: float) -> str:

@@ -4,24 +4,92 @@ Shortest remaining work first, so a short request does not wait behind a long on
 oldest job, so a long one is never starved. A row that is not picked just waits: preemption costs nothing.
 """
 
-from collections import Counter
+from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from service.job import Batch
+from service.job import Batch, Work
+
+Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
+
+
+def reserved_places(max_batch: int, reserved_share: float, policy: Policy) -> int:
+    """How many places of a tick are the oldest job's: at least two, or a guided job could never use the reserve."""
+    return max(2, int(max_batch * reserved_share)) if reserved_share and policy == "srpt" else 0
 
 
 @dataclass(slots=True)
 class _Job:
-    arrival: int
-    steps: int
-    places_per_row: int
-    next_step: dict[int, int]  # row id -> the step it takes next; finished rows leave
-    started: bool = False
-    remaining_work: int = field(init=False)
+    """A job's rows by how many places their next step takes, each list sorted: the least advanced first."""
 
-    def __post_init__(self) -> None:
-        self.remaining_work = len(self.next_step) * self.steps * self.places_per_row
+    id: str
+    arrival: int
+    work: Work
+    rows: tuple[int, ...]
+    singles: list[tuple[int, int]] = field(default_factory=list)  # (next step, index in rows)
+    doubles: list[tuple[int, int]] = field(default_factory=list)
+    places_left: int = 0
+    started: bool = False
+
+    def put(self, step: int, index: int) -> None:
+        """Let a row wait for a step, unless it has taken its last one."""
+        if step < self.work.steps:
+            insort(self.singles if self.work.places_per_row(step) == 1 else self.doubles, (step, index))
+
+    def take_out(self, step: int, index: int) -> int:
+        """Take a row that waits for a step out; returns the places the step costs."""
+        places = self.work.places_per_row(step)
+        lane = self.singles if places == 1 else self.doubles
+        at = bisect_left(lane, (step, index))
+        assert at < len(lane)
+        assert lane[at] == (step, index), f"row {self.rows[index]} does not wait for step {step}"
+        del lane[at]
+        return places
+
+    @property
+    def rows_left(self) -> list[int]:
+        """The rows that have steps left."""
+        return [self.rows[index] for lane in (self.singles, self.doubles) for _, index in lane]
+
+
+class _Pick:
+    """A batch in the making. From each job it takes the first so many of each list, so two counts say which."""
+
+    def __init__(self, max_batch: int) -> None:
+        self.free = max_batch
+        self._rows: list[int] = []
+        self._steps: list[int] = []
+        self._guided: list[int] = []
+        self._taken: dict[str, tuple[int, int]] = {}
+
+    def take(self, job: _Job, budget: int) -> bool:
+        """Put rows of a job that fit the budget into the batch, the least advanced first; says whether it had any."""
+        single, double = before = self._taken.get(job.id, (0, 0))
+        while budget > 0:
+            heads = job.singles[single : single + 1]
+            if budget >= 2:
+                heads += job.doubles[double : double + 1]
+            if not heads:
+                break
+            step, index = min(heads)
+            if job.work.places_per_row(step) == 2:
+                self._guided.append(len(self._rows))
+                double += 1
+                places = 2
+            else:
+                single += 1
+                places = 1
+            self._rows.append(job.rows[index])
+            self._steps.append(step)
+            budget -= places
+            self.free -= places
+        self._taken[job.id] = (single, double)
+        return (single, double) != before
+
+    def batch(self) -> Batch:
+        return Batch(tuple(self._rows), tuple(self._steps), tuple(self._guided))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,94 +101,127 @@ class Advance:
 
 
 class Scheduler:
-    """Owns which rows exist and which step each is at. It never sees a latent."""
+    """Owns which rows exist and which step each is at. It never sees a latent.
 
-    def __init__(self, max_batch: int, reserved_share: float = 0.25) -> None:
+    A tick looks at the jobs in its batch and at most two more, however many wait.
+    """
+
+    def __init__(self, max_batch: int, reserved_share: float = 0.25, policy: Policy = "srpt") -> None:
         """max_batch: places in a tick, at least 2, as a guided row takes two; below 4 the reserve is all there is."""
         assert max_batch >= 2
         assert 0 <= reserved_share <= 1
-        self._max_batch = max_batch
-        # At least two places, or a guided job could never use the reserve.
-        self._reserved = max(2, int(max_batch * reserved_share)) if reserved_share else 0
-        self._jobs: dict[str, _Job] = {}  # in order of arrival
-        self._job_of: dict[int, str] = {}
+        assert policy in ("srpt", "fcfs")
+        self._max_batch, self._policy = max_batch, policy
+        self._reserved = reserved_places(max_batch, reserved_share, policy)
+        # In order of arrival. Not a dict: to find the first entry of one walks over all that were deleted before it.
+        self._jobs: OrderedDict[str, _Job] = OrderedDict()
+        self._at: dict[int, tuple[_Job, int]] = {}  # row id -> its job and its index there
+        # Sorted, the next job last: those at the front of the queue change all the time, and at the end that is cheap.
+        self._queue: list[tuple[int, int, str]] = []
+        self._singles: list[tuple[int, int, str]] = []  # those of the queue with a row that fits a single place
         self._arrivals = 0
 
-    def add(self, job_id: str, rows: Sequence[int], steps: int, places_per_row: int) -> None:
+    def add(self, job_id: str, rows: Sequence[int], work: Work) -> None:
         """Take on a job of these rows; they may step from the next tick on."""
         assert job_id not in self._jobs
-        assert rows
-        self._jobs[job_id] = _Job(self._arrivals, steps, places_per_row, dict.fromkeys(rows, 0))
-        self._job_of |= dict.fromkeys(rows, job_id)
+        assert len(rows) == work.rows > 0
+        assert work.steps > 0
+        job = _Job(job_id, self._arrivals, work, tuple(rows), places_left=work.places)
         self._arrivals += 1
+        for index, row in enumerate(job.rows):
+            assert row not in self._at
+            self._at[row] = (job, index)
+            job.put(0, index)
+        self._jobs[job_id] = job
+        self._enqueue(job)
 
     def cancel(self, job_id: str) -> int:
-        """Forget a job at once; returns the work it had left, 0 if it is not here (any more)."""
+        """Forget a job at once; returns the places it had left, 0 if it is not here (any more)."""
         job = self._jobs.pop(job_id, None)
         if job is None:
             return 0
-        for row in job.next_step:
-            del self._job_of[row]
-        return job.remaining_work
+        self._dequeue(job)
+        for row in job.rows_left:
+            del self._at[row]
+        return job.places_left
 
     def next_batch(self) -> Batch | None:
         """Choose the rows of the next tick, or None when there is nothing to do."""
         if not self._jobs:
             return None
-        rows: list[int] = []
-        steps: list[int] = []
-        guided: list[int] = []
-        free = self._max_batch
-
-        def take(job: _Job, budget: int, skip: frozenset[int] = frozenset()) -> int:
-            """Put rows of a job into the batch, the least advanced first; returns the places they took."""
-            used = 0
-            for row, step in sorted(job.next_step.items(), key=lambda item: item[1]):
-                if used + job.places_per_row > budget:
-                    break
-                if row in skip:
-                    continue
-                if job.places_per_row == 2:
-                    guided.append(len(rows))
-                rows.append(row)
-                steps.append(step)
-                used += job.places_per_row
-            return used
-
-        oldest = next(iter(self._jobs.values()))
-        free -= take(oldest, min(free, self._reserved))
-        reserved_rows = frozenset(rows)
-        for job in sorted(self._jobs.values(), key=lambda job: (job.remaining_work, job.arrival)):
-            if free == 0:
+        pick = _Pick(self._max_batch)
+        pick.take(next(iter(self._jobs.values())), self._reserved)
+        for *_, job_id in reversed(self._queue):
+            if pick.free < 2:
                 break
-            free -= take(job, free, skip=reserved_rows if job is oldest else frozenset())
-        return Batch(tuple(rows), tuple(steps), tuple(guided))
+            pick.take(self._jobs[job_id], pick.free)
+        if pick.free == 1:  # no walk over all the guided jobs in search of a row that fits
+            for *_, job_id in reversed(self._singles):
+                if pick.take(self._jobs[job_id], 1):
+                    break
+        return pick.batch()
 
     def advance(self, batch: Batch) -> Advance:
         """Record that a batch has stepped."""
         started: list[str] = []
         finished: list[str] = []
+        by_job: dict[str, list[tuple[int, int]]] = {}
         for row, step in zip(batch.rows, batch.steps, strict=True):
-            job_id = self._job_of[row]
+            job, index = self._at[row]
+            by_job.setdefault(job.id, []).append((step, index))
+        for job_id, rows in by_job.items():
             job = self._jobs[job_id]
-            assert job.next_step[row] == step
+            self._dequeue(job)
+            for step, index in rows:
+                job.places_left -= job.take_out(step, index)
+                job.put(step + 1, index)
+                if step + 1 == job.work.steps:
+                    del self._at[job.rows[index]]
             if not job.started:
                 job.started = True
                 started.append(job_id)
-            job.remaining_work -= job.places_per_row
-            job.next_step[row] = step + 1
-            if step + 1 == job.steps:
-                del job.next_step[row], self._job_of[row]
-                if not job.next_step:
-                    del self._jobs[job_id]
-                    finished.append(job_id)
+            if job.singles or job.doubles:
+                self._enqueue(job)
+            else:
+                del self._jobs[job_id]
+                finished.append(job_id)
         return Advance(tuple(started), tuple(finished))
 
     def rows_by_job(self, batch: Batch) -> dict[str, int]:
-        """How many rows each job has in a batch."""
-        return dict(Counter(self._job_of[row] for row in batch.rows))
+        """How many rows each job has in a batch that has not been advanced yet."""
+        counts: dict[str, int] = {}
+        for row in batch.rows:
+            job_id = self._at[row][0].id
+            counts[job_id] = counts.get(job_id, 0) + 1
+        return counts
+
+    def places_by_job(self, batch: Batch) -> dict[str, int]:
+        """How many places each job has in a batch that has not been advanced yet."""
+        counts = self.rows_by_job(batch)
+        for position in batch.guided:
+            counts[self._at[batch.rows[position]][0].id] += 1
+        return counts
 
     @property
     def num_rows(self) -> int:
         """Rows that have steps left."""
-        return len(self._job_of)
+        return len(self._at)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a next batch."""
+        return bool(self._jobs)
+
+    def _key(self, job: _Job) -> tuple[int, int, str]:
+        return (-job.places_left if self._policy == "srpt" else 0, -job.arrival, job.id)
+
+    def _enqueue(self, job: _Job) -> None:
+        insort(self._queue, self._key(job))
+        if job.singles:
+            insort(self._singles, self._key(job))
+
+    def _dequeue(self, job: _Job) -> None:
+        key = self._key(job)
+        del self._queue[bisect_left(self._queue, key)]
+        if job.singles:
+            del self._singles[bisect_left(self._singles, key)]

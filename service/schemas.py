@@ -6,12 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from model.timesteps import SPACINGS
 from service.errors import InvalidField, UnknownField, short
 from service.job import Limits, ModelInfo, SampleSpec
 
 MAX_SEED = 2**64 - 1
 MAX_INDEX = 2**32 - 1
 MAX_GUIDANCE = 50.0
+MAX_DEADLINE_S = 86_400.0
 MAX_NAMES_SHOWN = 20
 SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
 
@@ -33,7 +35,7 @@ class SampleRequest(BaseModel):
 
     n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise")
     steps: Int | None = Field(None, description="denoising steps, 1..T; default T")
-    sampler: str | None = Field(None, description="ddpm or ddim; default: the checkpoint's own")
+    sampler: str | None = Field(None, description="ddpm, ddim or dpmpp_2m; default: the checkpoint's own")
     eta: Float | None = Field(None, description="noise of ddim, 0..1; default 0")
     seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
     index: Int = Field(0, description="index of the first image: image k of a request is made alone with index=k, n=1")
@@ -41,8 +43,17 @@ class SampleRequest(BaseModel):
         None, description="a class by number or name, one for all images or a list of n; absent: no class"
     )
     guidance: Float = Field(1.0, description="classifier-free guidance scale, 0..50; 1 is off")
+    guidance_interval: list[Int] | None = Field(
+        None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
+    )
+    timestep_spacing: str | None = Field(
+        None, description="leading, trailing or linspace; default: the checkpoint's own, linspace for dpmpp_2m"
+    )
     clip: bool | None = Field(
         None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
+    )
+    deadline_s: Float | None = Field(
+        None, description="seconds from now: refused at once if it cannot be met, given up when it passes"
     )
 
     @classmethod
@@ -81,6 +92,9 @@ class SampleRequest(BaseModel):
         require(0 <= seed <= MAX_SEED, "seed", seed)
         require(0 <= self.index <= MAX_INDEX + 1 - self.n, "index", self.index)
         require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", self.guidance)
+        spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
+        require(spacing in SPACINGS, "timestep_spacing", spacing)
+        require(self.deadline_s is None or 0 < self.deadline_s <= MAX_DEADLINE_S, "deadline_s", self.deadline_s)
         labels = self._class_labels(model, bounds["class_label"])
         if self.guidance != 1.0:
             self._check_guidance(model, labels)
@@ -93,6 +107,8 @@ class SampleRequest(BaseModel):
             index=self.index,
             class_labels=labels,
             guidance=self.guidance,
+            guidance_interval=self._guidance_interval(bounds["guidance_interval"], model.num_timesteps),
+            timestep_spacing=spacing,
             clip=model.clip if self.clip is None else self.clip,
         )
 
@@ -111,6 +127,16 @@ class SampleRequest(BaseModel):
         if model.null_class is None and None in labels:
             raise InvalidField.of("class_label", f"given, {bound}", given)
         return labels
+
+    def _guidance_interval(self, bound: str, num_timesteps: int) -> tuple[int, int] | None:
+        given = self.guidance_interval
+        if given is None:
+            return None
+        if self.guidance == 1.0:
+            raise InvalidField.of("guidance_interval", "absent where guidance is 1 (off)", given)
+        if len(given) != 2 or not 0 <= given[0] <= given[1] < num_timesteps:
+            raise InvalidField.of("guidance_interval", bound, given)
+        return given[0], given[1]
 
     def _check_guidance(self, model: ModelInfo, labels: tuple[int | None, ...] | None) -> None:
         if labels is None or model.null_class is None:
@@ -131,7 +157,10 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "index": f"an integer in 0..{MAX_INDEX} less n - 1",
         "class_label": f"a class or a list of them: {_classes(model)}",
         "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
+        "guidance_interval": f"two integers [lo, hi] with 0 <= lo <= hi <= {model.num_timesteps - 1}",
+        "timestep_spacing": f"one of {', '.join(SPACINGS)}",
         "clip": "true or false",
+        "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
     }
 
 
@@ -152,3 +181,22 @@ def _class_number(label: int | str | None, names: tuple[str, ...], bound: str) -
     if not 0 <= number < len(names):
         raise InvalidField.of("class_label", bound, label)
     return number
+
+
+def parameters_of(spec: SampleSpec) -> dict[str, Any]:
+    """The parameters that make this spec again; the way back from `to_spec`."""
+    labels = list(spec.class_labels) if spec.class_labels is not None else None
+    parameters = {
+        "n": spec.n,
+        "steps": spec.steps,
+        "sampler": spec.sampler,
+        "eta": spec.eta if spec.sampler == "ddim" else None,
+        "seed": spec.seed,
+        "index": spec.index,
+        "class_label": labels,
+        "guidance": spec.guidance,
+        "guidance_interval": list(spec.guidance_interval) if spec.guidance_interval is not None else None,
+        "timestep_spacing": spec.timestep_spacing,
+        "clip": spec.clip,
+    }
+    return {name: value for name, value in parameters.items() if value is not None}

@@ -1,6 +1,7 @@
 """The settings of `tminus serve`, each by flag or by TMINUS_ variable. Built once, in the entry point."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,14 +16,37 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a forward pass; default: torch's own")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: one a core")
+    executor: str = Field(
+        "auto",
+        pattern="^(auto|eager|compile|openvino)$",
+        description="auto (the fastest by measurement), eager, compile or openvino",
+    )
+    precision: str = Field(
+        "auto",
+        pattern="^(auto|float32|bfloat16)$",
+        description="auto (bfloat16 only where the checkpoint says it was checked), float32 or bfloat16",
+    )
+    exact: bool | None = Field(
+        None, description="the same bytes whatever else runs; default: yes on a CPU, no on a GPU, where it costs speed"
+    )
+    policy: Literal["srpt", "fcfs"] = Field("srpt", description="srpt (shortest remaining work first) or fcfs")
+    cache_dir: Path | None = Field(None, description="where measurements are kept; default: ~/.cache/tminus")
     max_n: int = Field(64, ge=1, le=1024, description="images in one request")
-    max_batch: int = Field(16, ge=4, le=4096, description="places in one forward pass; a guided row takes two")
+    max_batch: int | None = Field(
+        None,
+        ge=4,
+        le=4096,
+        description="places in one forward pass; a guided row takes two; default: the knee of the measured curve",
+    )
     max_jobs: int = Field(1024, ge=1, le=10_000, description="jobs held at once, waiting and running")
     max_rows: int | None = Field(
         None, ge=4, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"
     )
     max_backlog_s: float = Field(600, gt=0, allow_inf_nan=False, description="seconds of predicted work that may wait")
+    result_cache_mb: int = Field(
+        64, ge=0, le=65_536, description="memory for finished answers with a given seed, to answer repeats; 0: none"
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="size of a request's body")
     grace_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"

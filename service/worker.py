@@ -3,6 +3,7 @@
 Decide, then act: take commands, ask the scheduler for a batch, let the engine step it, deliver what is done.
 """
 
+import heapq
 import logging
 import queue
 import threading
@@ -13,14 +14,34 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from service.admission import Admission
-from service.errors import Draining, EngineFailed, InvalidField, JobCancelled, NotReady, ServiceError
-from service.job import Batch, Images, JobResult, ModelInfo, SampleSpec
+from service.errors import (
+    DeadlinePassed,
+    Draining,
+    EngineFailed,
+    InvalidField,
+    JobCancelled,
+    NotFinite,
+    NotReady,
+    ServiceError,
+)
+from service.job import (
+    Batch,
+    Floats,
+    Images,
+    JobResult,
+    JobStatus,
+    ModelInfo,
+    SampleSpec,
+    Ticket,
+    Work,
+    trial_spec,
+    work_of,
+)
 from service.metrics import Metrics
 from service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-WARM_UP_STEPS = 3
 CRASHED = "the worker has stopped; the server's log says why"
 
 
@@ -35,11 +56,17 @@ class RowEngine(Protocol):
     def step(self, batch: Batch) -> None:
         """Run one tick."""
 
-    def synchronize(self) -> None:
-        """Wait for the device."""
+    def wait(self) -> None:
+        """Let the device catch up."""
 
-    def images(self, rows: Sequence[int]) -> Images:
-        """Read finished rows."""
+    def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Those of the rows whose latent is no longer finite."""
+
+    def images(self, rows: Sequence[int]) -> Callable[[], Images]:
+        """Read finished rows; the function returned may wait, and raises NotFinite."""
+
+    def latents(self, rows: Sequence[int]) -> Floats:
+        """Read rows as they are. Waits for the device."""
 
     def remove(self, rows: Sequence[int]) -> None:
         """Free one job's slots."""
@@ -50,14 +77,18 @@ class RowEngine(Protocol):
 
 @dataclass(slots=True)
 class _Job:
-    """A job in the worker's hands. Touched by its thread only, but for the future."""
+    """A job in the worker's hands. Only its thread changes one."""
 
     id: str
     spec: SampleSpec
+    work: Work
     future: "Future[JobResult]"
     submitted_s: float
+    deadline_s: float | None  # after it was submitted
     rows: tuple[int, ...] = ()
-    started_s: float = 0.0
+    started_s: float | None = None
+    first_step_s: float = 0.0
+    steps_taken: int = 0  # of all its rows
 
 
 class Worker:
@@ -70,14 +101,14 @@ class Worker:
         admission: Admission,
         metrics: Metrics,
         *,
-        max_batch: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine, self._scheduler, self._admission, self._metrics = engine, scheduler, admission, metrics
-        self._max_batch, self._clock = max_batch, clock
+        self._clock = clock
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # a job is either queued before the thread ends, or refused
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, _Job] = {}  # changed under the gate
+        self._deadlines: list[tuple[float, str]] = []  # a heap of (when, job), of jobs that may be gone
         self._rows_active = 0
         self._crashed = False
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
@@ -114,8 +145,12 @@ class Worker:
         """Rows in the last tick, 0 when idle."""
         return self._rows_active
 
-    def submit(self, job_id: str, spec: SampleSpec) -> "Future[JobResult]":
-        """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, Overloaded."""
+    def submit(self, job_id: str, spec: SampleSpec, deadline_s: float | None = None) -> Ticket:
+        """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, Overloaded, …
+
+        deadline_s counts from now: one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
+        """
+        work = work_of(spec, self._engine.info)
         with self._gate:
             if self._crashed:
                 raise EngineFailed(CRASHED)
@@ -123,14 +158,40 @@ class Worker:
                 raise Draining
             if not self._ready.is_set():
                 raise NotReady
-            self._admission.enter(spec)
-            job = _Job(job_id, spec, Future(), self._clock())
+            now_s = self._clock()
+            entry = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s)
+            job = self._jobs[job_id] = _Job(job_id, spec, work, Future(), now_s, deadline_s)
             self._commands.put(lambda: self._accept(job))
-        return job.future
+        return Ticket(job.future, entry.position, entry.eta_s)
 
-    def cancel(self, job_id: str, reason: str) -> None:
-        """Free a job's rows before the next tick. A job that is done or unknown is left as it is."""
+    def statuses(self) -> list[JobStatus]:
+        """Every job that is waiting or running, in order of arrival, with its place and when it should be done."""
+        outlooks = {outlook.job_id: outlook for outlook in self._admission.outlooks()}
+        with self._gate:
+            jobs = list(self._jobs.values())
+        return [
+            JobStatus(
+                id=job.id,
+                state="waiting" if job.started_s is None else "running",
+                position=outlooks[job.id].position,
+                eta_s=outlooks[job.id].eta_s,
+                n=job.spec.n,
+                steps=job.spec.steps,
+                step=job.steps_taken // job.spec.n,
+                sampler=job.spec.sampler,
+                seed=job.spec.seed,
+                age_s=self._clock() - job.submitted_s,
+            )
+            for job in jobs
+            if job.id in outlooks
+        ]
+
+    def cancel(self, job_id: str, reason: str) -> bool:
+        """Free a job's rows before the next tick; False if there is no such job (any more)."""
+        with self._gate:
+            known = job_id in self._jobs
         self._commands.put(lambda: self._give_up(job_id, JobCancelled(f"cancelled: {reason}"), reason))
+        return known
 
     def drain(self) -> None:
         """Take no more jobs; the thread ends when the accepted ones are done. Signal handlers may call it: no lock."""
@@ -157,6 +218,7 @@ class Worker:
             self._ready.set()
             while not self._closed.is_set() and not (self._draining.is_set() and self._scheduler.num_rows == 0):
                 self._take_commands()
+                self._end_overdue()
                 batch = self._scheduler.next_batch()
                 if batch is not None and not self._closed.is_set():
                     self._tick(batch)
@@ -169,37 +231,22 @@ class Worker:
             self._closed.set()
         if self._crashed:  # the engine is not to be trusted any more, but everybody gets an answer
             for job in self._jobs.values():
-                job.future.set_exception(failure)
+                if not job.future.done():
+                    job.future.set_exception(failure)
             self._jobs.clear()
         self._take_commands(wait=False)
         for job_id in list(self._jobs):
             self._give_up(job_id, failure, failure.code)
 
     def _warm_up(self) -> None:
-        """Run a few full ticks, so that the first request finds warm code and admission knows what a place costs."""
-        info = self._engine.info
-        labels = (0,) * self._max_batch if info.conditional else None
-        spec = SampleSpec(
-            n=self._max_batch,
-            steps=min(WARM_UP_STEPS, info.num_timesteps),
-            sampler=info.default_sampler,
-            eta=0.0,
-            seed=0,
-            index=0,
-            class_labels=labels,
-            guidance=1.0,
-            clip=info.clip,
-        )
-        rows = self._engine.add(spec)
-        seconds = []
-        for step in range(spec.steps):
-            started = self._clock()
-            self._engine.step(Batch(rows, (step,) * len(rows), ()))
-            self._engine.synchronize()
-            seconds.append(self._clock() - started)
+        """Run one job of one step in this thread, so that the first request finds warm code."""
+        rows = self._engine.add(trial_spec(self._engine.info, n=1, steps=1))
+        started_s = self._clock()
+        self._engine.step(Batch(rows, (0,), ()))
+        self._engine.wait()
+        self._engine.images(rows)
         self._engine.remove(rows)
-        self._admission.calibrate(min(seconds) / len(rows))
-        log.info("ready: a full tick of %d places takes %.1f ms", len(rows), min(seconds) * 1e3)
+        log.info("ready: a tick of one row takes %.1f ms", 1e3 * (self._clock() - started_s))
 
     def _take_commands(self, wait: bool = True) -> None:
         """Do what other threads asked for. With nothing to step, sleep until somebody asks."""
@@ -214,80 +261,103 @@ class Worker:
             command()
 
     def _accept(self, job: _Job) -> None:
-        if not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
-            self._admission.leave(job.spec, job.spec.work)
+        if job.id not in self._jobs:  # the thread is ending, and has answered it
             return
-        if self._crashed:
-            job.future.set_exception(EngineFailed(CRASHED))
+        if not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
+            self._forget(job)
             return
         try:
             job.rows = self._engine.add(job.spec)
         except ValueError as error:
-            self._admission.leave(job.spec, job.spec.work)
+            self._forget(job)
             job.future.set_exception(InvalidField(str(error), field="sampler", value=job.spec.sampler))
             return
         except Exception as error:
             log.exception("job %s could not be added", job.id)
-            self._admission.leave(job.spec, job.spec.work)
+            self._forget(job)
             job.future.set_exception(EngineFailed(f"this job could not be started: {type(error).__name__}"))
             return
-        self._jobs[job.id] = job
-        self._scheduler.add(job.id, job.rows, job.spec.steps, job.spec.places_per_row)
+        self._scheduler.add(job.id, job.rows, job.work)
+        if job.deadline_s is not None:
+            heapq.heappush(self._deadlines, (job.submitted_s + job.deadline_s, job.id))
         log.info("job %s accepted: %s", job.id, job.spec)
+
+    def _end_overdue(self) -> None:
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            _, job_id = heapq.heappop(self._deadlines)
+            if job := self._jobs.get(job_id):
+                detail = f"deadline_s={job.deadline_s:g} passed before the job was done"
+                self._give_up(job_id, DeadlinePassed(detail, field="deadline_s", value=job.deadline_s), "deadline")
 
     def _tick(self, batch: Batch) -> None:
         started_s = self._clock()
         self._rows_active = len(batch.rows)
+        by_job = self._scheduler.places_by_job(batch)
         try:
             self._engine.step(batch)
-            self._engine.synchronize()
+            self._engine.wait()
+            broken = self._engine.broken(batch.rows)
         except Exception as error:  # whatever the network raised: these jobs are lost, the server is not
             log.exception("tick of %d rows failed", len(batch.rows))
-            for job_id in self._scheduler.rows_by_job(batch):
+            for job_id in by_job:
                 failure = EngineFailed(f"a step of this job failed: {type(error).__name__}")
-                self._give_up(job_id, failure, "engine_failed")
+                self._give_up(job_id, failure, failure.code)
             return
         now_s = self._clock()
-        self._admission.stepped(batch.places, now_s - started_s)
+        self._admission.stepped(by_job, batch.places, now_s - started_s)
         row_steps: dict[str, int] = {}
         for job_id, count in self._scheduler.rows_by_job(batch).items():
-            sampler = self._jobs[job_id].spec.sampler
+            job = self._jobs[job_id]
+            job.steps_taken += count
+            sampler = job.spec.sampler
             row_steps[sampler] = row_steps.get(sampler, 0) + count
         self._metrics.ticked(now_s - started_s, batch.places, row_steps)
         advance = self._scheduler.advance(batch)
         for job_id in advance.started:
             job = self._jobs[job_id]
-            job.started_s = started_s
-            self._metrics.job_started(queue_s=started_s - job.submitted_s, first_step_s=now_s - job.submitted_s)
+            job.started_s, job.first_step_s = started_s, now_s - job.submitted_s
+            self._metrics.job_started(queue_s=started_s - job.submitted_s, first_step_s=job.first_step_s)
+        for job_id in {job.id for job in self._jobs.values() if set(job.rows) & set(broken)} if broken else ():
+            self._give_up(job_id, NotFinite(), NotFinite.code)
         for job_id in advance.finished:
-            self._deliver(self._jobs[job_id])
+            if job_id in self._jobs:
+                self._deliver(self._jobs[job_id])
 
     def _deliver(self, job: _Job) -> None:
+        assert job.started_s is not None
         try:
-            images = self._engine.images(job.rows)
+            read = self._engine.images(job.rows)
         except Exception as error:
             log.exception("job %s could not be read", job.id)
-            self._give_up(
-                job.id, EngineFailed(f"its images could not be read: {type(error).__name__}"), "engine_failed"
-            )
+            failure = EngineFailed(f"its images could not be read: {type(error).__name__}")
+            self._give_up(job.id, failure, failure.code)
             return
         self._engine.remove(job.rows)
-        self._admission.leave(job.spec)
-        del self._jobs[job.id]
+        self._forget(job)
         now_s = self._clock()
         self._metrics.job_done(job.spec.n)
         queue_s, denoise_s = job.started_s - job.submitted_s, now_s - job.started_s
         log.info("job %s done: queued %.3f s, denoised %.3f s", job.id, queue_s, denoise_s)
-        job.future.set_result(JobResult(images, queue_s, denoise_s))
+        job.future.set_result(JobResult(read, queue_s, job.first_step_s, denoise_s))
+
+    def _forget(self, job: _Job) -> None:
+        """Take a job off the books."""
+        with self._gate:
+            del self._jobs[job.id]
+        self._admission.leave(job.id)
 
     def _give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
         job = self._jobs.get(job_id)
         if job is None:
             return
-        work_left = self._scheduler.cancel(job_id)
-        self._engine.remove(job.rows)
-        self._admission.leave(job.spec, work_left)
-        del self._jobs[job_id]
-        self._metrics.job_given_up(reason, work_left // job.spec.places_per_row)
-        log.info("job %s given up (%s), %d row-steps saved", job_id, reason, work_left // job.spec.places_per_row)
+        if not job.rows and not job.future.set_running_or_notify_cancel():
+            self._forget(job)
+            return
+        saved = job.spec.n * job.spec.steps - job.steps_taken
+        self._scheduler.cancel(job_id)
+        if job.rows:
+            self._engine.remove(job.rows)
+        self._forget(job)
+        self._metrics.job_given_up(reason, saved)
+        log.info("job %s given up (%s), %d row-steps saved", job_id, reason, saved)
         job.future.set_exception(error)

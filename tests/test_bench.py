@@ -1,21 +1,35 @@
-"""The benchmark's arithmetic, its load and its peer; nothing here measures anything."""
+"""The benchmark's arithmetic, its arrivals, its client and its peers; nothing here measures anything."""
 
 import asyncio
-import statistics
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
+from fastapi import FastAPI, Response
+from PIL import Image, ImageChops
 
-from bench import bare, load, lock_server, report
-from bench.__main__ import parse_args
-from bench.pace import Pace
+from bench import arrivals, bare, client, figures, report
+from bench.__main__ import parse_args, same_places
+from bench.loads import QUICK, Lengths
+from bench.peers.picture import encode
+from bench.records import Answer, Arrival, Ask, Bare, Counters, Crowd, Etas, EtaSample, Loaded, Memory, Pace, Run
+from bench.servers import ROOT, contenders, cpu_seconds, sum_metrics
+from bench.tally import Tally, read_tally
 from model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from model.noise import NoiseConfig
 from model.unet import UNet2D
 from tests.tiny import TINY
+
+PNG = encode([Image.new("L", (2, 2))], 0.0)
+PLAIN_PNG = io.BytesIO()
+Image.new("L", (2, 2)).save(PLAIN_PNG, "PNG")
 
 
 @pytest.fixture
@@ -28,72 +42,301 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def loaded(rate: float, **changes: object) -> load.Loaded:
-    whole = load.Counters(row_steps=100, places=100, ticks=10, ticks_s=1, cpu_s=2, saved=20)
-    return replace(load.Loaded(rate, rate, 16, 0.9, 0.01, 5, 90, 30, whole), **changes)
+def answer(steps: int = 20, waited_s: float = 1.0, **changes: object) -> Answer:
+    return replace(Answer(0.0, 1, steps, 0, "ok", waited_s), **changes)
 
 
-def a_run(lock_rates: tuple[float, ...]) -> report.Run:
-    rounds = tuple(
-        report.Round(
-            1e9,
-            2e9,
-            {1: Pace(50, 0.01), 16: Pace(100, 0.01)},
-            loaded(90),
-            loaded(96),
-            loaded(rate),
-            [0.5, 0.7],
-            [1.0, 1.0],
-        )
-        for rate in lock_rates
-    )
-    machine: dict[str, str | int] = dict.fromkeys(
-        ("cpu", "capability", "cores", "threads", "torch", "diffusers", "python", "system"), "x"
-    )
-    return report.Run("python -m bench", "today", "abc", 0.1, "toy", machine, 10_000_000, 16, 50, {}, rounds)
+def loaded(
+    load: str, contender: str, rate: float = 100.0, answers: Sequence[Answer] = (), number: int = 1, **changes: object
+) -> Loaded:
+    counted = Counters(10 * rate, 10 * rate, 100, 9.0, 5.0)
+    return replace(Loaded(load, contender, number, 10.0, counted, 10 * rate, tuple(answers)), **changes)
 
 
-def test_both_lists_ask_for_the_same_sizes() -> None:
-    plain, mixed = load.unguided_asks(), load.mixed_asks()
-    assert all(ask.sampler == "ddpm" and ask.guidance == 1 for ask in plain)
-    assert {(ask.n, ask.steps) for ask in plain} == {(ask.n, ask.steps) for ask in mixed}
-    assert statistics.mean(ask.guidance != 1 for ask in mixed) == pytest.approx(1 / 3)
-    assert plain == load.unguided_asks()
+def a_run(loads: Sequence[Loaded] = (), **changes: object) -> Run:
+    machine: dict[str, str | int] = dict.fromkeys(("cpu", "capability", "cores", "torch", "python", "system"), "x")
+    model = {"executor": "eager", "precision": "float32", "limits": {"max_batch": 8}}
+    bare_run = Bare(1, "eager", "float32", 10_000_000, 1e9, 3e9, 2e9, {1: Pace(50, 0.01), 8: Pace(200, 0.01)})
+    run = Run(
+        "python -m bench", "today", "abc", 0.1, 60.0, "toy", False, machine, model, {"lock": "one thread."}, (), 100.0,
+        tuple(loads), (bare_run,),
+    )  # fmt: skip
+    return replace(run, **changes)
 
 
-def test_a_ratio_is_of_medians_with_the_range_of_the_rounds() -> None:
-    run = a_run((40, 60, 48))
-    value, low, high = next(ratio for name, ratio in report.ratios(run).items() if "lock" in name)
-    assert (value, low, high) == (96 / 48, 96 / 60, 96 / 40)
-    assert report.best_batch(run) == 16
+def figure_of(run: Run, *words: str) -> figures.Figure:
+    (found,) = [figure for figure in figures.figures(run) if all(word in figure.name for word in words)]
+    return found
 
 
-def test_the_page_and_the_json_are_written(tmp_path: Path) -> None:
-    report.write(a_run((40,)), tmp_path / "results")
-    page = (tmp_path / "results" / "latest.md").read_text()
-    assert "| bare loop, batch 16 | 100.0 [100.0 to 100.0] |" in page
-    assert "account for the same row-steps in all 3 loads" in page
-    assert (tmp_path / "results" / "latest.json").is_file()
-
-
-def test_what_the_server_took_and_saved_must_be_what_was_asked() -> None:
-    assert loaded(1).agrees
-    assert not loaded(1, received_row_steps=91).agrees
-    of_a_lock = load.Counters(row_steps=100, places=100, ticks=10, ticks_s=0, cpu_s=2)
-    assert loaded(1, counted=of_a_lock).agrees
-    assert not loaded(1, counted=of_a_lock, received_row_steps=101).agrees
+# --- figures ---
 
 
 def test_quantiles_are_linear_between_the_values() -> None:
-    assert report._quantile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert report._quantile([1.0, 2.0], 0.95) == pytest.approx(1.95)
-    assert report._quantile([4.0], 0.95) == 4.0
+    assert figures.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert figures.quantile([1.0, 2.0], 0.95) == pytest.approx(1.95)
+    assert figures.quantile([4.0], 0.95) == 4.0
 
 
-def test_quick_is_one_short_round_and_an_option_beats_it() -> None:
-    assert parse_args(["--quick"]).rounds == 1
-    assert parse_args(["--quick", "--rounds", "2"]).rounds == 2
-    assert parse_args([]).rounds == 3
+def test_a_ratio_is_of_medians_with_the_range_of_the_rounds() -> None:
+    ours = [loaded("saturation", "tminus", rate, number=number) for number, rate in enumerate((90, 96, 99))]
+    theirs = [loaded("saturation", "lock", rate, number=number) for number, rate in enumerate((40, 60, 48))]
+    found = figure_of(a_run(ours + theirs), "requests of 1 image", "lock")
+    assert (found.value, found.low, found.high) == (96 / 48, 96 / 60, 90 / 40)
+
+
+def test_the_bare_loop_counts_at_the_servers_own_batch() -> None:
+    assert figure_of(a_run([loaded("saturation", "tminus", 150)]), "bare").value == pytest.approx(150 / 200)
+
+
+def test_in_the_mixed_load_the_peer_is_over_tminus_for_waits_and_under_it_for_long_jobs() -> None:
+    ours = [answer(20, 0.5), answer(20, 0.7), answer(1000, 40)]
+    theirs = [answer(20, 30), answer(20, 30), answer(1000, 50)]
+    run = a_run([loaded("mixed", "tminus", answers=ours), loaded("mixed", "litserve", answers=theirs)])
+    assert figure_of(run, "median wait").value == pytest.approx(30 / 0.6)
+    assert figure_of(run, "long jobs").value == pytest.approx(40 / 50)
+
+
+def test_who_has_no_answer_at_the_end_waited_at_least_so_long_and_who_left_or_was_refused_does_not_count() -> None:
+    outcomes = ("ok", "unanswered", "left", "refused", "failed", "unsent")
+    answers = [answer(waited_s=float(number), outcome=outcome) for number, outcome in enumerate(outcomes)]
+    assert figures.waits(answers) == [0.0, 1.0]
+
+
+def test_policies_are_compared_by_short_tail_and_long_mean() -> None:
+    default = loaded("policy", "tminus", answers=[answer(20, 1.0), answer(1000, 44.0)])
+    fcfs = loaded("policy", "fcfs", answers=[answer(20, 30.0), answer(1000, 40.0)])
+    run = a_run([default, fcfs])
+    assert figure_of(run, "99th percentile").value == pytest.approx(30)
+    assert figure_of(run, "1000-step jobs").value == pytest.approx(40 / 44)
+
+
+def test_the_first_step_is_told_in_mean_ticks_of_its_own_load_and_without_the_long_job() -> None:
+    answers = [answer(3, first_step_s=0.18), answer(1000, first_step_s=9.0)]
+    assert figure_of(a_run([loaded("first-step", "tminus", answers=answers)]), "place free").value == pytest.approx(2)
+
+
+def test_steps_that_nobody_got_are_wasted() -> None:
+    answers = [answer(20), answer(50, outcome="left")]
+    noticed = loaded("hang-ups", "tminus", answers=answers, took_row_steps=25.0)
+    blind = loaded("hang-ups", "lock", answers=answers, took_row_steps=70.0)
+    assert figures.wasted_share(noticed) == pytest.approx(5 / 25)
+    assert (figures.wasted_of_abandoned(noticed), figures.wasted_of_abandoned(blind)) == (0.1, 1.0)
+    assert figures.wasted_of_abandoned(loaded("hang-ups", "lock", answers=[answer()])) is None
+
+
+def test_an_eta_is_judged_by_what_was_left_as_a_share_of_the_whole_time() -> None:
+    done = answer(waited_s=10.0, job_id="a")
+    told = [EtaSample(2.0, "a", 9.0), EtaSample(9.9, "a", 5.0), EtaSample(2.0, "never answered", 1.0)]
+    assert figures.eta_errors(Etas(tuple(told), (done,))) == [pytest.approx(0.1)]
+
+
+def test_crowds_and_memory_are_ratios_of_the_later_to_the_first() -> None:
+    crowds = (Crowd(0, 0.02, 0.021, 16), Crowd(1000, 0.022, 0.0252, 16))
+    run = a_run(crowds=crowds, memory=(Memory(500, 1e8), Memory(10_000, 1.1e8)))
+    assert figure_of(run, "1000 jobs waiting", "between ticks").value == pytest.approx(1.2)
+    assert figure_of(run, "resident memory").value == pytest.approx(1.1)
+
+
+def test_images_are_compared_by_job_and_only_where_both_were_answered() -> None:
+    one = [answer(seed=0, digest="a"), answer(seed=1, digest="b"), answer(seed=2, outcome="failed")]
+    other = [answer(seed=2, digest="c"), answer(seed=1, digest="x"), answer(seed=0, digest="a")]
+    assert same_places(one, other) == [("b", "x"), ("a", "a")]
+
+
+# --- report ---
+
+
+def test_a_run_survives_json_and_becomes_a_page(tmp_path: Path) -> None:
+    answers = [answer(20), answer(1000, 40.0, outcome="unanswered")]
+    run = a_run([loaded("mixed", key, answers=answers) for key in ("tminus", "lock")], left_out=("mosec is left out.",))
+    report.write(run, tmp_path / "results")
+    assert report.from_json((tmp_path / "results" / "latest.json").read_bytes()) == run
+    page = (tmp_path / "results" / "latest.md").read_text()
+    assert "### Long and short" in page
+    assert "| lock around DDPMPipeline | 1 x 20 | 1 of 1 |" in page
+    assert "0 of 1 (1 unanswered)" in page
+    assert "mosec is left out." in page
+
+
+def test_results_go_between_the_marks_of_a_page_and_leave_the_rest() -> None:
+    page = f"# Title\n{report.BEGIN}\nold\n{report.END}\nprose\n"
+    written = report.into_page(page, "new\n")
+    assert written == f"# Title\n{report.BEGIN}\n\nnew\n\n{report.END}\nprose\n"
+    assert report.into_page(written, "new\n") == written
+    with pytest.raises(ValueError, match="the page has no"):
+        report.into_page("# Title\n", "new")
+
+
+def test_the_page_in_the_documentation_has_the_marks() -> None:
+    report.into_page((ROOT / "docs" / "benchmarks.md").read_text("utf-8"), "new")
+
+
+def test_the_picture_can_be_drawn_of_whatever_was_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.plot import plot
+
+    plot(a_run(), tmp_path / "none.svg")
+    mixed = [loaded("mixed", key, answers=[answer(20, 0.5)]) for key in ("tminus", "lock")]
+    plot(a_run([*mixed, loaded("saturation", "tminus")]), tmp_path / "some.svg")
+    assert "LitServe" not in (tmp_path / "some.svg").read_text()
+
+
+# --- arrivals ---
+
+
+def test_arrivals_are_the_same_each_time_in_order_and_within_the_time() -> None:
+    made = arrivals.poisson([Ask(1, 20)] * 50, 30.0, seed=1)
+    assert made == arrivals.poisson([Ask(1, 20)] * 50, 30.0, seed=1)
+    times = [a.at_s for a in made]
+    assert times == sorted(times)
+    assert 0 <= times[0] <= times[-1] <= 30
+    assert len({a.seed for a in made}) == 50
+
+
+def test_the_step_counts_have_their_shares_and_the_load_is_exact() -> None:
+    made = arrivals.of_steps(4, 300.0, 100.0, most_steps=1000)
+    assert sum(a.ask.row_steps for a in made) / 100 == pytest.approx(300, rel=0.05)
+    for steps, share in arrivals.STEP_SHARES.items():
+        assert sum(a.ask.steps == steps for a in made) / len(made) == pytest.approx(share, abs=0.015)
+
+
+def test_an_exact_share_hangs_up_within_the_expected_time() -> None:
+    made = arrivals.with_hang_ups(arrivals.at_once([Ask(2, 50)] * 40), 0.2, seconds_per_row_step=0.01)
+    leaving = [a.leaves_after_s for a in made if a.leaves_after_s is not None]
+    assert len(leaving) == 8
+    assert max(leaving) <= 2 * 50 * 0.01
+
+
+def test_saturating_starts_full_and_goes_on_over_capacity() -> None:
+    made = arrivals.saturating(Ask(1, 50), 48, 1000.0, 10.0)
+    assert sum(a.at_s == 0 for a in made) == 48
+    assert len(made) == 48 + 200
+    assert [a.seed for a in made] == list(range(248))
+
+
+def test_all_kinds_have_every_sampler_guided_and_not_and_no_guidance_without_classes() -> None:
+    made = arrivals.of_all_kinds(216, ("ddpm", "ddim", "dpmpp_2m"), 10, (5, 10, 20, 40))
+    assert {(ask.sampler, ask.guidance != 1, ask.steps) for ask in made} == {
+        (sampler, guided, steps)
+        for sampler in ("ddpm", "ddim", "dpmpp_2m")
+        for guided in (True, False)
+        for steps in (5, 10, 20, 40)
+    }
+    assert all(ask.class_label is None and ask.guidance == 1 for ask in arrivals.of_all_kinds(20, ("ddpm",), 0, (5,)))
+
+
+# --- client ---
+
+
+def drive_on(app: FastAPI, comers: Sequence[Arrival], **options: float) -> list[Answer]:
+    async def go() -> list[Answer]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://fake") as http:
+            return await client.drive(http, comers, **{"drain_s": 5.0, **options})
+
+    return asyncio.run(go())
+
+
+def answering(reply: Callable[[int], Awaitable[Response]]) -> FastAPI:
+    app = FastAPI()
+
+    @app.post("/sample")
+    async def sample(body: dict[str, object]) -> Response:
+        seed = body["seed"]
+        assert isinstance(seed, int)
+        return await reply(seed)
+
+    return app
+
+
+def test_requests_start_at_their_own_time_whatever_is_answered() -> None:
+    started: list[int] = []
+    last = asyncio.Event()
+
+    async def reply(seed: int) -> Response:
+        started.append(seed)
+        if seed == 2:
+            last.set()
+        await last.wait()  # the first is not answered before the last has come
+        return Response(PNG)
+
+    comers = [Arrival(0.01 * seed, Ask(1, 5), seed) for seed in range(3)]
+    answers = drive_on(answering(reply), comers)
+    assert started == [0, 1, 2]
+    assert [a.outcome for a in answers] == ["ok"] * 3
+    assert answers[0].waited_s >= 0.02
+
+
+def test_each_outcome_has_its_name() -> None:
+    async def reply(seed: int) -> Response:
+        if seed == 0:
+            return Response(status_code=429)
+        if seed == 1:
+            return Response(b"no picture")
+        if seed in (2, 3):
+            await asyncio.Event().wait()
+        return Response(
+            PLAIN_PNG.getvalue(), headers={"X-Job-ID": "j", "Server-Timing": "queue;dur=1.0, first_step;dur=250.0"}
+        )
+
+    comers = [Arrival(0.0, Ask(1, 5), seed, leaves_after_s=0.05 if seed == 2 else None) for seed in range(5)]
+    answers = {a.seed: a for a in drive_on(answering(reply), comers, drain_s=0.3)}
+    assert [answers[seed].outcome for seed in range(5)] == ["refused", "failed", "left", "unanswered", "ok"]
+    assert (answers[4].job_id, answers[4].first_step_s) == ("j", 0.25)
+    assert answers[3].waited_s >= 0.3
+
+
+def test_over_the_cap_a_request_is_not_sent_and_is_counted() -> None:
+    async def reply(_seed: int) -> Response:
+        await asyncio.sleep(0.05)
+        return Response(PNG, headers={"X-Job-ID": "j"})
+
+    answers = drive_on(answering(reply), arrivals.at_once([Ask(1, 5)] * 3), most_outstanding=2)
+    assert sorted(a.outcome for a in answers) == ["ok", "ok", "unsent"]
+
+
+# --- servers and peers ---
+
+
+def test_metrics_are_summed_over_their_labels() -> None:
+    text = 'a_total{x="1"} 2\na_total{x="2"} 3\n'
+    assert sum_metrics(f"# TYPE a counter\n{text}") == {"a_total": 5.0}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="reads /proc")
+def test_processor_time_counts_children_too() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        before = cpu_seconds(child.pid)
+        end = time.monotonic() + 10
+        while cpu_seconds(child.pid) == before:
+            assert time.monotonic() < end
+        assert cpu_seconds(child.pid) is not None
+    finally:
+        child.kill()
+        child.wait()
+    assert cpu_seconds(child.pid) is None
+
+
+def test_a_tally_is_the_sum_of_all_processes(tmp_path: Path) -> None:
+    tally = Tally(tmp_path)
+    tally.add(4)
+    tally.add(3)
+    (tmp_path / "another").write_bytes((tmp_path / next(iter(tmp_path.iterdir())).name).read_bytes())
+    assert read_tally(tmp_path) == (14, 4)
+
+
+def test_quick_is_one_short_round_and_an_unknown_load_is_refused() -> None:
+    assert QUICK.rounds == 1
+    assert Lengths().rounds == 3
+    assert parse_args(["--only", "idle,burst"]).only == ["idle", "burst"]
+    with pytest.raises(SystemExit):
+        parse_args(["--only", "idle,nothing"])
+
+
+def test_a_peer_gets_no_flags_of_tminus() -> None:
+    assert all(one.is_peer == (one.command[0] != "service") for one in contenders(2).values())
+    assert contenders(4)["litserve"].command[1:] == ("--workers", "4", "--threads", "1")
 
 
 def test_counting_flops_counts_the_attention_too(folder: Path) -> None:
@@ -104,19 +347,55 @@ def test_counting_flops_counts_the_attention_too(folder: Path) -> None:
     assert bare.flops_per_row(fewer) < bare.flops_per_row(checkpoint)
 
 
-def test_the_lock_server_counts_its_rows_and_answers_a_png(folder: Path, tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    lock_server.save_twin(folder, tmp_path / "twin")
-    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "twin")
-    pipeline.set_progress_bar_config(disable=True)
+def test_the_lock_server_tells_its_steps_and_answers_a_png(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from bench.peers import lock_server
 
-    async def talk() -> tuple[httpx.Response, load.Counters]:
-        with lock_server.ThreadPoolExecutor(1) as thread:
-            transport = httpx.ASGITransport(lock_server.create_app(pipeline, thread))
-            async with httpx.AsyncClient(transport=transport, base_url="http://lock") as client:
-                response = await load.send_to_lock(client, load.Ask(n=2, steps=3), seed=1)
-                return response, await load.read_lock(client)
+    pipeline = lock_server.load_pipeline(folder)
+    tallies = tmp_path / "tallies"
+    tallies.mkdir()
+    with lock_server.ThreadPoolExecutor(1) as thread:
+        app = lock_server.create_app(pipeline, thread, Tally(tallies))
+        (found,) = drive_on(app, [Arrival(0.0, Ask(2, 3), seed=1)])
+    assert found.outcome == "ok"
+    assert found.first_step_s is not None
+    assert 0 < found.first_step_s <= found.waited_s
+    assert read_tally(tallies) == (6, 3)
 
-    response, counters = asyncio.run(talk())
-    assert response.content.startswith(load.PNG_MAGIC)
-    assert (counters.row_steps, counters.ticks) == (6, 3)
+
+def test_the_batching_peers_group_by_steps_and_give_a_row_the_same_noise_alone(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from bench.peers.denoiser import Denoiser, Wanted, even_parts
+
+    denoiser = Denoiser(folder, Tally(tmp_path))
+    wanted = [Wanted(2, 4, "ddpm", 1, None), Wanted(1, 3, "ddim", 2, 1), Wanted(1, 4, "ddpm", 3, 0)]
+    together = denoiser.sample(wanted)
+    assert read_tally(tmp_path) == (3 * 4 + 3, 4 + 3)
+    for png, one in zip(together, wanted, strict=True):
+        assert far_apart(png, denoiser.sample([one])[0]) <= 2  # a batch's size moves the last bits
+    assert [len(part) for part in even_parts([None] * 33, 16)] == [11, 11, 11]  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="cannot do"):
+        Wanted.parse({"steps": 0})
+
+
+def far_apart(png: bytes, other: bytes) -> int:
+    """The greatest difference in grey levels."""
+    with Image.open(io.BytesIO(png)) as one, Image.open(io.BytesIO(other)) as two:
+        extrema = ImageChops.difference(one, two).getextrema()
+    return int(extrema[1])
+
+
+def test_a_quick_run_from_start_to_end(folder: Path, tmp_path: Path) -> None:
+    """A real server with a tiny model: every figure that needs only tminus is there."""
+    out = tmp_path / "results"
+    command = [sys.executable, "-m", "bench", "--quick", "--checkpoint", str(folder), "--contenders", "tminus"]
+    command += ["--only", "idle,saturation,burst,hang-ups", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    run = report.from_json((out / "latest.json").read_bytes())
+    assert run.left_out == (), run.left_out
+    assert {one.load for one in run.loads} == {"idle", "saturation", "burst", "hang-ups"}
+    (burst,) = figures.of(run, "burst", "tminus")
+    assert [a.outcome for a in burst.answers] == ["ok"] * QUICK.burst
+    assert burst.took_row_steps == figures.received(burst.answers)
+    assert all(a.first_step_s is not None for a in burst.answers)

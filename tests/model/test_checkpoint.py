@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint import (
@@ -154,14 +154,15 @@ def test_write_that_fails_leaves_the_old_file_and_no_part(tmp_path: Path) -> Non
 # --- diffusers reads what we write --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 def test_diffusers_pipeline_loads_and_samples_what_tminus_writes(tmp_path: Path, sampler: str) -> None:
     net, noise = random_net(), NoiseConfig(num_train_timesteps=20, beta_end=0.3, default_sampler=sampler)
     save_checkpoint(tmp_path / "model", net.state_dict(), TINY, noise, Labels(), {})
-    cls = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[sampler]
+    cls = DDIMPipeline if sampler == "ddim" else DDPMPipeline
     pipeline = cls.from_pretrained(tmp_path / "model", low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
-    assert type(pipeline.scheduler) is {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]
+    schedulers = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+    assert type(pipeline.scheduler) is schedulers[sampler]
     torch.testing.assert_close(pipeline.unet(X, T).sample, net(X, T), rtol=0, atol=1e-5)
 
     # Where x0 is clipped, tminus takes eps from the clipped x0, as DDIMPipeline does when told to.
@@ -174,6 +175,31 @@ def test_diffusers_pipeline_loads_and_samples_what_tminus_writes(tmp_path: Path,
     ours = sample(net, plan, x_T, lambda _k: torch.randn(2, 1, 8, 8, generator=generator))
     expected = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(torch.from_numpy(made), expected, rtol=0, atol=1e-3)
+
+
+def test_diffusers_pipeline_samples_a_learned_variance_as_tminus_does(tmp_path: Path) -> None:
+    unet = dataclasses.replace(TINY, out_channels=2)
+    noise = NoiseConfig(num_train_timesteps=20, beta_end=0.3, variance_type="learned_range")
+    save_checkpoint(tmp_path, random_net(unet).state_dict(), unet, noise, Labels(), {})
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.noise == noise
+    pipeline = DDPMPipeline.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    made = pipeline(batch_size=2, generator=generator, num_inference_steps=5, output_type="np").images
+    generator = torch.Generator().manual_seed(3)
+    x_T = torch.randn(2, 1, 8, 8, generator=generator)
+    plan = compile_plan(noise, noise.schedule(), "ddpm", 5)
+    ours = sample(loaded.net, plan, x_T, lambda _k: torch.randn(2, 1, 8, 8, generator=generator))
+    expected = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.from_numpy(made), expected, rtol=0, atol=1e-3)
+
+
+def test_two_channels_for_one_need_a_learned_variance(tmp_path: Path) -> None:
+    unet = dataclasses.replace(TINY, out_channels=2)
+    save_checkpoint(tmp_path, random_net(unet).state_dict(), unet, SHORT, Labels(), {})
+    with pytest.raises(CheckpointError, match=r"as many out .* variance_type fixed_large, got 1 -> 2"):
+        load_checkpoint(tmp_path)
 
 
 def test_diffusers_loads_the_net_and_scheduler_of_a_conditional_checkpoint(conditional: Path) -> None:
@@ -206,6 +232,13 @@ def test_ddim_scheduler_makes_ddim_the_default_sampler(tmp_path: Path, theirs: U
     noise = load_checkpoint(tmp_path).noise
     assert noise.default_sampler == "ddim"
     assert not noise.set_alpha_to_one
+
+
+def test_dpm_solver_scheduler_makes_dpmpp_2m_the_default_sampler(tmp_path: Path, theirs: UNet2DModel) -> None:
+    DDPMPipeline(theirs, DPMSolverMultistepScheduler(num_train_timesteps=30)).save_pretrained(tmp_path)
+    assert load_checkpoint(tmp_path).noise == NoiseConfig(
+        num_train_timesteps=30, default_sampler="dpmpp_2m", timestep_spacing="linspace"
+    )
 
 
 def test_flat_folder_is_loaded(tmp_path: Path, theirs: UNet2DModel) -> None:
@@ -445,7 +478,15 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "weight map a list": (lambda f: with_index(f, {"weight_map": ["a"]}), "weight_map must map keys"),
     "index not JSON": (lambda f: with_index(f, "{"), r"index\.json: not JSON"),
     "thresholding": (scheduler_config(thresholding=True), "thresholding must be false"),
-    "learned variance": (scheduler_config(variance_type="learned_range"), "variance_type must be among"),
+    "variance of no one meaning": (scheduler_config(variance_type="learned"), "variance_type must be among"),
+    "learned variance without its channels": (
+        scheduler_config(variance_type="learned_range"),
+        "only 1 or 3 channels in and twice as many out .* variance_type learned_range, got 1 -> 1",
+    ),
+    "another solver": (
+        scheduler_config(_class_name="DPMSolverMultistepScheduler", solver_order=3),
+        "solver_order must be 2 for dpmpp_2m, got 3",
+    ),
     "betas": (scheduler_config(trained_betas=[2.0] * 20), r"trained_betas must be numbers in \(0, 1\]"),
     "betas of text": (scheduler_config(trained_betas=["a"] * 20), "scheduler config"),
 }

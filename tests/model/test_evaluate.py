@@ -26,6 +26,7 @@ from model.distances import Gaussian, fit_gaussian, frechet_distance, nearest_ne
 from model.evaluate import EvaluateError, draw_samples, evaluate
 from model.noise import NoiseConfig
 from model.report import EvaluateOptions, EvaluationReport
+from model.samplers import Forward
 from model.unet import UNet2D, UNetConfig
 
 STORED_CLASSIFIER = Path(__file__).parents[2] / "checkpoints" / "fashion-mnist-classifier"
@@ -49,11 +50,13 @@ def toy_images(num_images: int, seed: int, channels: int = 1, labelled: bool = T
     return ImageSet(images.to(torch.uint8), labels, NAMES, name)
 
 
-def toy_checkpoint(class_names: tuple[str, ...] = NAMES, null_class: int | None = 3) -> Checkpoint:
+def toy_checkpoint(
+    class_names: tuple[str, ...] = NAMES, null_class: int | None = 3, learned: bool = False
+) -> Checkpoint:
     unet = UNetConfig(
         sample_size=8,
         in_channels=1,
-        out_channels=1,
+        out_channels=2 if learned else 1,
         down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
         block_out_channels=(8, 8),
@@ -65,7 +68,8 @@ def toy_checkpoint(class_names: tuple[str, ...] = NAMES, null_class: int | None 
         torch.manual_seed(0)
         net = UNet2D(unet).requires_grad_(False).eval()
     labels = Labels(class_names, null_class)
-    return Checkpoint(net, NoiseConfig(num_train_timesteps=20), labels, hash_weights(net.state_dict()), "toy", (8, 8))
+    noise = NoiseConfig(num_train_timesteps=20, variance_type="learned_range" if learned else "fixed_small")
+    return Checkpoint(net, noise, labels, hash_weights(net.state_dict()), "toy", (8, 8))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -317,6 +321,57 @@ def test_report_with_a_checkpoint_of_other_classes_does_not_guess_them(toy_class
     assert {item.what for item in report.left_out} == {"guidance 2", "class_accuracy", "bound"}
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+def test_report_on_a_checkpoint_of_learned_variance_leaves_out_the_bound(
+    toy_classifier: Classifier, sampler: str
+) -> None:
+    options = dataclasses.replace(OPTIONS, sampler=sampler)
+    checkpoint = toy_checkpoint(learned=True)
+    report = evaluate(checkpoint, toy_images(96, 0), toy_images(60, 1), toy_classifier, options, device=CPU, quiet=True)
+    assert report.bound is None
+    assert report.class_accuracy is not None
+    assert report.classifier_frechet_distance is not None
+    assert [(item.what, "learned its own" in item.why) for item in report.left_out] == [("bound", True)]
+
+
+def test_another_way_of_running_the_network_is_judged_by_its_samples(toy_classifier: Classifier) -> None:
+    checkpoint, train, test = toy_checkpoint(), toy_images(96, 0), toy_images(60, 1)
+
+    def report(options: EvaluateOptions, forward: Forward | None = None) -> EvaluationReport:
+        return evaluate(checkpoint, train, test, toy_classifier, options, device=CPU, quiet=True, forward=forward)
+
+    def broken(x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        out: torch.Tensor = checkpoint.net(x, t, class_labels)
+        return -out
+
+    plain = report(OPTIONS)
+    assert report(OPTIONS, checkpoint.net) == plain
+    other = report(dataclasses.replace(OPTIONS, precision="bfloat16", executor="broken"), broken)
+    assert other.options.executor == "broken"
+    assert "bfloat16, broken, cpu" in other.to_markdown()
+    assert "float32, eager, cpu" in plain.to_markdown()
+    assert other.bound == plain.bound
+    assert other.classifier_frechet_distance != plain.classifier_frechet_distance
+
+
+def test_spacing_and_guidance_interval_reach_the_samples_and_the_report(toy_classifier: Classifier) -> None:
+    checkpoint = toy_checkpoint()
+    seen: list[tuple[int, int]] = []
+
+    def counted(x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        seen.append((int(t[0]), len(x)))
+        out: torch.Tensor = checkpoint.net(x, t, class_labels)
+        return out
+
+    options = dataclasses.replace(OPTIONS, num_samples=4, spacing="trailing", guidance_interval=(10, 15))
+    draw_samples(checkpoint.net, checkpoint, options, device=CPU, quiet=True, forward=counted)
+    assert seen == [(19, 4), (12, 8), (6, 4)]
+    data = toy_images(96, 0), toy_images(60, 1)
+    markdown = evaluate(checkpoint, *data, toy_classifier, options, device=CPU, quiet=True).to_markdown()
+    assert "guidance 2 at timesteps 10..15, trailing spacing" in markdown
+
+
 def test_classes_are_matched_by_name_not_by_number(toy_classifier: Classifier) -> None:
     plain, turned = toy_checkpoint(), toy_checkpoint(class_names=NAMES[::-1])
     with torch.no_grad():
@@ -343,7 +398,7 @@ def test_bfloat16_samples_are_close_to_float32_s() -> None:
     checkpoint = toy_checkpoint()
     fp32, bf16 = (
         draw_samples(checkpoint.net, checkpoint, dataclasses.replace(OPTIONS, precision=p), device=CPU, quiet=True)
-        for p in ("fp32", "bf16")
+        for p in ("float32", "bfloat16")
     )
     assert 0 < (fp32.float() - bf16.float()).abs().mean() < 8
 
@@ -374,7 +429,13 @@ def test_balanced_picks_take_classes_in_turn_and_no_image_twice() -> None:
     assert len(balanced_picks(data, 100, seed=3)) == 30
 
 
-@pytest.mark.parametrize("field", ["num_samples", "batch_size", "bound_images", "bound_timesteps", "precision"])
-def test_options_out_of_bounds_are_refused_by_name(field: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(field, 0) for field in ("num_samples", "batch_size", "bound_images", "bound_timesteps", "precision")],
+        *[("spacing", "karras"), ("guidance_interval", (5, 4)), ("guidance_interval", (-1, 4))],
+    ],
+)
+def test_options_out_of_bounds_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
-        dataclasses.replace(OPTIONS, **{field: 0})
+        dataclasses.replace(OPTIONS, **{field: value})

@@ -139,6 +139,12 @@ def test_model_variance_follows_the_config_and_is_beta_tilde_1_at_the_first_time
     assert large[0].item() == pytest.approx(tilde[0].item())
 
 
+def test_bound_of_a_learned_variance_is_refused(tiny_net: UNet2D) -> None:
+    noise = dataclasses.replace(SHORT, variance_type="learned_range")
+    with pytest.raises(ValueError, match="fixed variance"):
+        variational_bound(tiny_net, noise, noise.schedule(), images(1))
+
+
 # --- the whole bound ----------------------------------------------------------------------------------------------
 
 

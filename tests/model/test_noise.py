@@ -1,15 +1,25 @@
 import dataclasses
+import json
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.noise import BETA_SCHEDULES, NoiseConfig, NoiseSchedule, make_betas, posterior_between, rescale_zero_snr
+from model.noise import (
+    BETA_SCHEDULES,
+    DPM_SOLVER_2M,
+    NoiseConfig,
+    NoiseSchedule,
+    make_betas,
+    posterior_between,
+    rescale_zero_snr,
+)
 
 F64 = torch.float64
 
@@ -199,6 +209,13 @@ ROUND_TRIPS = {
     "cosine": NoiseConfig(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2", clip_sample_range=2.5),
     "own betas": NoiseConfig(num_train_timesteps=3, trained_betas=(0.1, 0.2, 0.3)),
     "zero snr": NoiseConfig(rescale_betas_zero_snr=True, prediction_type="sample"),
+    "learned variance": NoiseConfig(variance_type="learned_range"),
+    "ddim of learned variance": NoiseConfig(default_sampler="ddim", variance_type="learned_range"),
+    "dpm solver": NoiseConfig(default_sampler="dpmpp_2m"),
+    "dpm solver of learned variance": NoiseConfig(
+        default_sampler="dpmpp_2m", timestep_spacing="trailing", variance_type="learned_range", clip_sample=False
+    ),
+    "dpm solver of another range": NoiseConfig(default_sampler="dpmpp_2m", clip_sample_range=2.0),
 }
 
 
@@ -210,19 +227,92 @@ def test_config_survives_a_round_trip(config: NoiseConfig) -> None:
 @pytest.mark.parametrize("config", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
 def test_diffusers_makes_the_same_tables_of_our_config(config: NoiseConfig) -> None:
     values = config.to_dict()
-    cls = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}[values["_class_name"]]
+    classes = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
+    cls = {cls.__name__: cls for cls in classes}[values["_class_name"]]
     theirs = cls.from_config({key: list(v) if isinstance(v, tuple) else v for key, v in values.items()})
     torch.testing.assert_close(config.schedule().alpha_bar, theirs.alphas_cumprod.double(), rtol=0, atol=3e-6)
-    for field in ("prediction_type", "clip_sample", "clip_sample_range", "timestep_spacing", "steps_offset"):
+    for field in ("prediction_type", "timestep_spacing", "steps_offset"):
         assert theirs.config[field] == getattr(config, field)
+    if cls is not DPMSolverMultistepScheduler:
+        assert theirs.config["clip_sample"] == config.clip_sample
+        assert theirs.config["clip_sample_range"] == config.clip_sample_range
+    elif config.clip_sample_range == 1.0:
+        assert theirs.config["thresholding"] == config.clip_sample
+        assert theirs.config["sample_max_value"] == 1.0
 
 
-@pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler])
-def test_config_diffusers_writes_by_default_is_read_as_the_defaults(cls: type, tmp_path: Any) -> None:
+DEFAULTS = {
+    DDPMScheduler: NoiseConfig(),
+    DDIMScheduler: NoiseConfig(default_sampler="ddim"),
+    DPMSolverMultistepScheduler: NoiseConfig(default_sampler="dpmpp_2m", timestep_spacing="linspace"),
+}
+
+
+@pytest.mark.parametrize(("cls", "expected"), DEFAULTS.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_config_diffusers_writes_by_default_is_read_as_the_defaults(
+    cls: Any, expected: NoiseConfig, tmp_path: Path
+) -> None:
     cls().save_pretrained(tmp_path)
-    written = cls.load_config(tmp_path)
-    sampler = "ddim" if cls is DDIMScheduler else "ddpm"
-    assert NoiseConfig.from_dict(written) == NoiseConfig(default_sampler=sampler)
+    assert NoiseConfig.from_dict(json.loads((tmp_path / "scheduler_config.json").read_text())) == expected
+
+
+DPM_SOLVER = {"_class_name": "DPMSolverMultistepScheduler"}
+
+
+@pytest.mark.parametrize(
+    ("config", "clip"),
+    [
+        ({}, True),
+        ({"clip_sample": False}, False),
+        ({"thresholding": False}, True),
+        ({"thresholding": True, "sample_max_value": 1.0}, True),
+        ({"thresholding": True, "clip_sample": False}, True),
+    ],
+)
+def test_dpm_solver_config_clips_unless_it_says_otherwise(config: dict[str, Any], clip: bool) -> None:
+    noise = NoiseConfig.from_dict(DPM_SOLVER | config)
+    assert noise.timestep_spacing == "linspace"  # that class's own default
+    assert (noise.clip_sample, noise.clip_sample_range, noise.thresholding) == (clip, 1.0, False)
+
+
+def test_dpm_solver_config_that_spells_its_defaults_out_is_read() -> None:
+    spelt = {**DPM_SOLVER_2M, "lower_order_final": True, "euler_at_final": False, "variance_type": None}
+    noise = NoiseConfig.from_dict(DPM_SOLVER | spelt | {"timestep_spacing": "leading", "use_lu_lambdas": None})
+    assert noise == NoiseConfig(default_sampler="dpmpp_2m", timestep_spacing="leading")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("solver_order", 3),
+        ("solver_order", 1),
+        ("algorithm_type", "sde-dpmsolver++"),
+        ("solver_type", "heun"),
+        ("final_sigmas_type", "sigma_min"),
+        ("use_karras_sigmas", True),
+        ("use_lu_lambdas", True),
+        ("lambda_min_clipped", -5.1),
+    ],
+)
+def test_config_of_another_dpm_solver_is_refused_by_field_and_value(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"scheduler config: {field} must be .* for dpmpp_2m, got") as refusal:
+        NoiseConfig.from_dict(DPM_SOLVER | {field: value})
+    assert repr(value) in str(refusal.value)
+    reverted = NoiseConfig.from_dict(DPM_SOLVER | {field: value, "_use_default_values": [field]})
+    assert reverted.default_sampler == "dpmpp_2m"
+
+
+def test_dynamic_threshold_that_is_more_than_a_clip_is_refused_of_every_class() -> None:
+    for config in (DPM_SOLVER | {"thresholding": True, "sample_max_value": 1.5}, {"thresholding": True}):
+        with pytest.raises(ValueError, match="thresholding must be false"):
+            NoiseConfig.from_dict(config)
+
+
+def test_spacing_is_the_config_s_own_for_the_sampler_it_was_written_for() -> None:
+    trailing = NoiseConfig(timestep_spacing="trailing")
+    assert [trailing.default_spacing(s) for s in ("ddpm", "ddim", "dpmpp_2m")] == ["trailing", "trailing", "linspace"]
+    solver = NoiseConfig(timestep_spacing="trailing", default_sampler="dpmpp_2m")
+    assert [solver.default_spacing(s) for s in ("ddpm", "ddim", "dpmpp_2m")] == ["trailing"] * 3
 
 
 def test_keys_in_use_default_values_revert_to_the_defaults() -> None:
@@ -247,7 +337,6 @@ BAD: list[tuple[str, Any]] = [
     ("num_train_timesteps", 1000.0),
     ("beta_schedule", "laplace"),
     ("variance_type", "learned"),
-    ("variance_type", "learned_range"),
     ("variance_type", "fixed_large_log"),
     ("prediction_type", "flow"),
     ("timestep_spacing", "karras"),
@@ -282,10 +371,21 @@ def test_own_beta_outside_its_interval_is_refused_with_the_config(beta: float) -
         NoiseConfig(num_train_timesteps=2, trained_betas=(0.1, beta))
 
 
+def test_only_the_last_of_own_betas_may_leave_no_signal() -> None:
+    assert NoiseConfig(num_train_timesteps=2, trained_betas=(0.1, 1.0)).schedule().alpha_bar[-1] == 0
+    with pytest.raises(ValueError, match="trained_betas must be below 1, but for the last"):  # 0 / 0 in every sampler
+        NoiseConfig(num_train_timesteps=3, trained_betas=(0.1, 1.0, 0.5))
+
+
 @pytest.mark.parametrize("change", [{"beta_start": "small"}, {"clip_sample_range": None}, {"steps_offset": [1]}])
 def test_value_of_a_type_nobody_expects_is_a_value_error_too(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="scheduler config"):
         NoiseConfig.from_dict(change)
+
+
+def test_learned_variance_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"what `learned` holds differs between libraries\), got 'learned'"):
+        NoiseConfig(variance_type="learned")
 
 
 def test_configs_are_frozen() -> None:

@@ -1,23 +1,24 @@
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from model.noise import NoiseConfig, NoiseSchedule
-from model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, make_timesteps, sample, x0_coefficients
+from model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, sample, x0_coefficients
+from model.timesteps import SPACINGS
 from model.unet import UNet2D, UNetConfig
 from tests.tiny import TINY, randomize
 
 F64 = torch.float64
 SHAPE = (2, 1, 3, 3)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
-SPACINGS = ("leading", "trailing", "linspace")
 STEPS = (1, 2, 7, 30, 50, 333, 1000)  # 7, 30 and 333 do not divide T
 
 
@@ -143,6 +144,99 @@ def test_ddim_without_set_alpha_to_one_equals_diffusers(offset: int, steps: int)
     assert_ddim_equals_diffusers(noise, steps, 0.0)
 
 
+class InFloat64(Tensor):
+    """A float64 tensor that `to(float32)` leaves as it is: DPMSolverMultistepScheduler.step rounds its sample so."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self
+
+
+def assert_dpm_solver_equals_diffusers(noise: NoiseConfig, steps: int, spacing: str | None = None) -> None:
+    schedule = noise.schedule()
+    plan = compile_plan(noise, schedule, "dpmpp_2m", steps, spacing=spacing)
+    spacing = spacing or noise.timestep_spacing
+    theirs = in_float64(DPMSolverMultistepScheduler.from_config(noise.to_dict(), timestep_spacing=spacing), schedule)
+    theirs.set_timesteps(steps)
+    assert plan.timesteps.tolist() == theirs.timesteps.tolist()
+    sigmas = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()[plan.timesteps]  # theirs were rounded to float32
+    theirs.sigmas = torch.cat([sigmas, torch.zeros(1, dtype=F64)])
+    x = seeded(0)
+    ours = walk(plan, x, lambda k, _x: seeded(k + 1))
+    for k, t in enumerate(theirs.timesteps):
+        x = theirs.step(seeded(k + 1), t, x.as_subclass(InFloat64)).prev_sample.as_subclass(Tensor)
+        assert_close(ours[k][1], theirs.model_outputs[-1].as_subclass(Tensor))
+        assert_close(ours[k][0], x)
+
+
+DPM_SOLVER_STEPS = (1, 2, 3, 5, 14, 15, 20, 50)  # below 15 diffusers has another rule for the last steps
+
+
+@pytest.mark.parametrize("steps", DPM_SOLVER_STEPS)
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_dpm_solver_equals_diffusers_step_by_step(spacing: str, prediction_type: str, clip: bool, steps: int) -> None:
+    noise = NoiseConfig(
+        default_sampler="dpmpp_2m", timestep_spacing=spacing, prediction_type=prediction_type, clip_sample=clip
+    )
+    assert noise.to_dict()["thresholding"] is clip  # with sample_max_value 1 this is diffusers' way to say clamp
+    assert_dpm_solver_equals_diffusers(noise, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 20, 499])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1},
+    ],
+    ids=["cosine", "offset"],
+)
+def test_dpm_solver_of_other_configs_equals_diffusers(config: dict[str, Any], steps: int) -> None:
+    assert_dpm_solver_equals_diffusers(NoiseConfig(default_sampler="dpmpp_2m", **config), steps)
+
+
+def test_spacing_that_is_given_goes_before_the_checkpoints_own() -> None:
+    assert_dpm_solver_equals_diffusers(NoiseConfig(default_sampler="dpmpp_2m"), 10, spacing="trailing")
+    noise = NoiseConfig()
+    own = {sampler: compile_plan(noise, noise.schedule(), sampler, 10).timesteps.tolist() for sampler in SAMPLERS}
+    assert own["ddpm"] == own["ddim"] == list(range(900, -1, -100))
+    assert own["dpmpp_2m"] == [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]
+    trailing = compile_plan(noise, noise.schedule(), "ddim", 10, spacing="trailing")
+    assert trailing.timesteps.tolist() == list(range(999, 0, -100))
+
+
+LEARNED = NoiseConfig(variance_type="learned_range")
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ddpm_with_learned_variance_equals_diffusers_step_by_step(spacing: str, steps: int) -> None:
+    noise = dataclasses.replace(LEARNED, timestep_spacing=spacing)
+    schedule = noise.schedule()
+    theirs = in_float64(DDPMScheduler.from_config(noise.to_dict()), schedule)
+    theirs.set_timesteps(steps)
+    plan = compile_plan(noise, schedule, "ddpm", steps)
+
+    def out_of(k: int) -> Tensor:
+        return torch.cat([seeded(k + 1), seeded(20_000 + k).clamp(-1.2, 1.2)], dim=1)
+
+    x = seeded(0)
+    ours = walk(plan, x, lambda k, _x: out_of(k))
+    for k, t in enumerate(theirs.timesteps):
+        stepped = theirs.step(out_of(k), t, x, generator=torch.Generator().manual_seed(10_000 + k))
+        last = k == steps - 1  # diffusers leaves noise in it where t > 0, see above
+        x = stepped.pred_original_sample if last else stepped.prev_sample
+        assert_close(ours[k][1], stepped.pred_original_sample)
+        assert_close(ours[k][0], x)
+
+
+def test_learned_variance_is_only_the_ancestral_sampler_s() -> None:
+    for sampler in ("ddim", "dpmpp_2m"):
+        learned, fixed = (compile_plan(n, n.schedule(), sampler, 20, eta=0.5) for n in (LEARNED, NoiseConfig()))
+        assert torch.equal(learned.lines, fixed.lines)
+
+
 # --- against the papers' formulas ---------------------------------------------------------------------------------
 
 
@@ -202,6 +296,47 @@ def test_ddim_with_eta_one_is_ddpm_with_the_posterior_variance() -> None:
     torch.testing.assert_close(ddim.lines, ddpm.lines, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_dpm_solver_from_no_signal_at_all_is_the_limit_of_ever_less(prediction_type: str, spacing: str) -> None:
+    noise = NoiseConfig(rescale_betas_zero_snr=True, prediction_type=prediction_type, timestep_spacing=spacing)
+    schedule = noise.schedule()
+    plan = compile_plan(noise, schedule, "dpmpp_2m", 10, spacing=spacing)
+    assert schedule.alpha_bar[plan.timesteps[0]] == 0
+    assert bool(torch.isfinite(plan.lines[:, [0, 1, 2, 3, 4, 5, 7]]).all())
+    then = schedule.alpha_bar[plan.timesteps[1]]
+    torch.testing.assert_close(plan.lines[0, 2:5], torch.stack([(1 - then).sqrt(), then.sqrt(), then * 0]))
+    assert plan.lines[1, 4] == 0  # a step of infinite length teaches nothing of the next
+    assert plan.lines[2, 4] < 0
+    errors = []
+    for tiny in (1e-20, 1e-80, 1e-300):
+        less = noise.schedule()
+        less.alpha_bar[-1] = tiny
+        lines = compile_plan(noise, less, "dpmpp_2m", 10, spacing=spacing).lines
+        errors.append((lines[:, :6] - plan.lines[:, :6]).abs().max().item())
+    assert errors[0] > errors[1] > errors[2]  # like 1 / lambda, that is slowly
+    assert errors[2] < 5e-3
+
+
+def test_dpm_solver_follows_the_exact_flow_of_a_gaussian_to_second_order() -> None:
+    """If x_0 ~ N(0, c^2), x_t is sqrt(abar c^2 + 1 - abar) times one number all the way (no library knows it)."""
+    c, noise = 0.5, NoiseConfig(num_train_timesteps=4000, beta_start=2.5e-5, beta_end=5e-3, clip_sample=False)
+    schedule = noise.schedule()
+
+    def error(sampler: str, steps: int) -> float:
+        plan = compile_plan(noise, schedule, sampler, steps, spacing="linspace")
+        alpha_bar = schedule.alpha_bar[plan.timesteps]
+        std = (alpha_bar * c**2 + 1 - alpha_bar).sqrt()
+        best_eps = (1 - alpha_bar).sqrt() / std**2  # E[eps|x_t], over x_t
+        states = walk(plan, std[0] * seeded(0), lambda k, x: x * best_eps[k])
+        half = steps // 2  # of the way: the last steps are long in lambda, where no order shows
+        return (states[half - 1][0] - std[half] * seeded(0)).abs().max().item()
+
+    assert error("ddim", 200) > error("ddim", 20) / 20  # the first order: ten times the steps, a tenth of the error
+    assert error("dpmpp_2m", 200) < error("dpmpp_2m", 20) / 50  # the second: a hundredth
+    assert error("dpmpp_2m", 20) < error("ddim", 20) / 3
+
+
 def test_respaced_fixed_large_variance_is_that_of_the_jump_and_not_of_the_timestep() -> None:
     noise = NoiseConfig(variance_type="fixed_large")
     schedule = noise.schedule()
@@ -212,51 +347,13 @@ def test_respaced_fixed_large_variance_is_that_of_the_jump_and_not_of_the_timest
     assert s[0] ** 2 > 20 * schedule.betas[900]
 
 
-# --- timesteps ----------------------------------------------------------------------------------------------------
-
-
-@given(st.sampled_from(SPACINGS), st.integers(1, 1200), st.data())
-def test_timesteps_fall_strictly_inside_the_chain(spacing: str, num_timesteps: int, data: st.DataObject) -> None:
-    steps = data.draw(st.integers(1, num_timesteps))
-    offset = data.draw(st.integers(0, num_timesteps - 1))
-    t = make_timesteps(spacing, steps, num_timesteps, offset)
-    assert t.dtype == torch.int64
-    assert len(t) == steps
-    assert t.max() < num_timesteps
-    assert t.min() >= 0
-    assert (t.diff() < 0).all()
-
-
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_every_spacing_of_all_steps_is_the_whole_chain(spacing: str) -> None:
-    assert make_timesteps(spacing, 1000, 1000, 1).tolist() == list(range(999, -1, -1))
-
-
-def test_timesteps_of_each_spacing_are_those_of_lin_et_al_table_2() -> None:
-    assert make_timesteps("leading", 10, 1000).tolist() == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
-    assert make_timesteps("leading", 10, 1000, 1).tolist() == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
-    assert make_timesteps("trailing", 10, 1000).tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
-    assert make_timesteps("linspace", 10, 1000).tolist() == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_number_of_steps_out_of_bounds_is_refused(steps: int) -> None:
-    with pytest.raises(ValueError, match=rf"steps must be 1\.\.1000, got {steps}"):
-        make_timesteps("leading", steps, 1000)
-
-
-def test_unknown_spacing_is_refused() -> None:
-    with pytest.raises(ValueError, match="'karras'"):
-        make_timesteps("karras", 10, 1000)
-
-
 # --- plans --------------------------------------------------------------------------------------------------------
 
 CONFIGS = st.builds(
     NoiseConfig,
     num_train_timesteps=st.just(80),
     beta_end=st.just(0.25),
-    variance_type=st.sampled_from(("fixed_small", "fixed_large")),
+    variance_type=st.sampled_from(("fixed_small", "fixed_large", "learned_range")),
     prediction_type=st.sampled_from(PREDICTIONS),
     timestep_spacing=st.sampled_from(SPACINGS),
     steps_offset=st.integers(0, 3),
@@ -269,18 +366,23 @@ def test_plan_has_a_line_a_step_all_finite_and_ends_without_noise(
 ) -> None:
     plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=eta, clip=clip)
     assert len(plan) == steps
-    assert plan.lines.shape == (steps, 7)
+    assert plan.lines.shape == (steps, 8)
     assert plan.lines.dtype == F64
-    assert bool(torch.isfinite(plan.lines[:, :6]).all())
-    assert plan.lines[-1, 5] == 0
+    assert bool(torch.isfinite(plan.lines[:, [0, 1, 2, 3, 4, 5, 7]]).all())
+    assert plan.lines[-1, [5, 7]].tolist() == [0, 0]
     assert (plan.lines[:, 5] >= 0).all()
+    assert plan.adds_noise == bool(plan.lines[:, 5].any())
     assert plan.lines[:, 6].tolist() == [torch.inf if clip is False else 1.0] * steps
 
 
 @given(CONFIGS, st.integers(1, 80))
-def test_ddim_without_eta_adds_no_noise_at_all(noise: NoiseConfig, steps: int) -> None:
-    plan = compile_plan(noise, noise.schedule(), "ddim", steps, eta=0.0)
-    assert plan.lines[:, 5].tolist() == [0.0] * steps
+def test_ddim_without_eta_and_dpm_solver_add_no_noise_at_all(noise: NoiseConfig, steps: int) -> None:
+    for plan in (
+        compile_plan(noise, noise.schedule(), "ddim", steps, eta=0.0),
+        compile_plan(noise, noise.schedule(), "dpmpp_2m", steps, eta=1.0),
+    ):
+        assert plan.lines[:, 5].tolist() == [0.0] * steps
+        assert not plan.adds_noise
 
 
 @given(CONFIGS, st.sampled_from(SAMPLERS), st.integers(1, 80), st.floats(0, 1), st.integers(0, 2**32))
@@ -347,25 +449,31 @@ def test_unknown_prediction_type_has_no_coefficients() -> None:
 
 def test_update_rule_is_the_two_lines_of_its_docstring() -> None:
     x, out, x0_previous, z = (torch.full((1, 1, 1, 1), value, dtype=F64) for value in (2.0, 3.0, 5.0, 7.0))
-    line = torch.tensor([[0.5, -0.5, 10.0, 100.0, 1000.0, 10_000.0, 0.25]], dtype=F64)
+    line = torch.tensor([[0.5, -0.5, 10.0, 100.0, 1000.0, 10_000.0, 0.25, math.log(2)]], dtype=F64)
     stepped = denoise(x, out, x0_previous, z, line)
     assert stepped.x0.item() == -0.25  # 0.5 * 2 - 0.5 * 3 = -0.5, clipped
     assert stepped.x.item() == 10 * 2 + 100 * -0.25 + 1000 * 5 + 10_000 * 7
+    learned = denoise(x, torch.cat([out, torch.full_like(out, 3.0)], dim=1), x0_previous, z, line)
+    assert learned.x0.item() == -0.25
+    assert learned.x.item() == pytest.approx(10 * 2 + 100 * -0.25 + 1000 * 5 + 10_000 * 2**3 * 7, rel=1e-14)
 
 
-def test_rows_with_mixed_lines_equal_each_row_alone() -> None:
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+def test_rows_with_mixed_lines_equal_each_row_alone(variance_type: str) -> None:
     lines = []
     for sampler, prediction_type, steps, clip in [
         ("ddpm", "epsilon", 1000, True),
         ("ddim", "v_prediction", 20, False),
         ("ddpm", "sample", 3, True),
-        ("ddim", "epsilon", 50, True),
+        ("dpmpp_2m", "epsilon", 50, True),
     ]:
-        noise = NoiseConfig(prediction_type=prediction_type)
+        noise = NoiseConfig(prediction_type=prediction_type, variance_type=variance_type)
         plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=0.7, clip=clip)
         lines.append(plan.lines[steps // 2])
     mixed = torch.stack(lines).float()
     x, out, x0_previous, z = torch.randn(4, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
+    if variance_type == "learned_range":
+        out = torch.cat([out, out.flip(0).sin()], dim=1)
     together = denoise(x, out, x0_previous, z, mixed)
     for i in range(4):
         row = slice(i, i + 1)
@@ -377,6 +485,14 @@ def test_rows_with_mixed_lines_equal_each_row_alone() -> None:
 def test_guidance_goes_from_unconditional_through_conditional_and_beyond() -> None:
     out_u, out_c = torch.tensor([1.0]), torch.tensor([3.0])
     assert [guide(out_u, out_c, g).item() for g in (0.0, 1.0, 4.0)] == [1.0, 3.0, 9.0]
+
+
+def test_guidance_leaves_the_learned_variance_as_the_condition_has_it() -> None:
+    out_u, out_c = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
+    out = guide(out_u, out_c, 3.0, 2)
+    assert torch.equal(out[:, :2], guide(out_u[:, :2], out_c[:, :2], 3.0))
+    assert torch.equal(out[:, 2:], out_c[:, 2:])
+    assert torch.equal(guide(out_u, out_c, 3.0, 4), guide(out_u, out_c, 3.0))
 
 
 # --- the plain loop -----------------------------------------------------------------------------------------------
@@ -419,3 +535,49 @@ def test_guided_loop_leads_the_output_away_from_the_null_class(conditional_net: 
     expected = p * x_T + q * (out_u + 3 * (out_c - out_u))
     torch.testing.assert_close(loop(3.0), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(loop(1.0), p * x_T + q * out_c, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_guidance_is_on_only_inside_its_interval(conditional_net: UNet2D) -> None:
+    noise = NoiseConfig()
+    plan = compile_plan(noise, noise.schedule(), "ddim", 10)
+    x_T, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    widths: list[tuple[int, int]] = []
+
+    def counted(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        widths.append((int(t[0]), len(x)))
+        out: Tensor = conditional_net(x, t, class_labels)
+        return out
+
+    def loop(guidance: float, interval: tuple[int, int] | None) -> Tensor:
+        zero = torch.zeros_like(x_T)
+        return sample(
+            counted,
+            plan,
+            x_T,
+            lambda _k: zero,
+            class_labels=labels,
+            null_class=2,
+            guidance=guidance,
+            guidance_interval=interval,
+        )
+
+    loop(3.0, (200, 500))
+    assert widths == [(t, 4 if 200 <= t <= 500 else 2) for t in range(900, -1, -100)]
+    assert torch.equal(loop(3.0, (0, 999)), loop(3.0, None))
+    assert torch.equal(loop(3.0, (901, 999)), loop(1.0, None))
+
+
+@torch.no_grad()
+def test_loop_runs_a_guided_net_of_learned_variance() -> None:
+    net = UNet2D(UNetConfig(**{**dataclasses.asdict(TINY), "out_channels": 2, "num_class_embeds": 3}))
+    randomize(net)
+    plan = compile_plan(LEARNED, LEARNED.schedule(), "ddpm", 2)
+    x_T, z, labels = torch.randn(2, 1, 8, 8), torch.randn(2, 2, 1, 8, 8), torch.tensor([0, 1])
+    ours = sample(net.eval(), plan, x_T, lambda k: z[k], class_labels=labels, null_class=2, guidance=2.0)
+    x, x0 = x_T, torch.zeros_like(x_T)
+    for k, t in enumerate(plan.timesteps):
+        out_c, out_u = net(x, t.expand(2), labels), net(x, t.expand(2), torch.tensor([2, 2]))
+        out = torch.cat([2 * out_c[:, :1] - out_u[:, :1], out_c[:, 1:]], dim=1)
+        x, x0 = denoise(x, out, x0, z[k], plan.lines[k : k + 1].float().expand(2, -1))
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)

@@ -225,6 +225,13 @@ def test_a_resumed_run_goes_on_in_the_precision_it_chose(tmp_path: Path, monkeyp
     assert json.loads((tmp_path / "tminus.json").read_text())["provenance"]["config"]["precision"] == "bf16"
 
 
+def test_learned_variance_is_not_trained(tmp_path: Path) -> None:
+    noise = dataclasses.replace(NOISE, variance_type="learned_range")
+    with pytest.raises(TrainError, match="learned variance"):
+        train(tmp_path, toy_images(), CONDITIONAL, noise, RUN, device=CPU)
+    assert not list(tmp_path.iterdir())
+
+
 def test_state_that_is_damaged_is_refused_and_left_alone(tmp_path: Path) -> None:
     run(tmp_path, dataclasses.replace(RUN, steps=1))
     file = tmp_path / STATE_FILE

@@ -3,14 +3,30 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.checkpoint import Checkpoint, Labels, hash_weights
 from model.noise import NoiseConfig
 from model.unet import UNet2D
+from service.executors import Executor
 from tests.tiny import TINY, randomize
 
 CONDITIONAL = replace(TINY, num_class_embeds=4)
 THREE_CLASSES = Labels(("cat", "dog", "3d-print"), null_class=3)
+
+
+class Around:
+    """An executor around another. Subclasses do their part in `__call__`."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.name, self.precision, self.details = executor.name, executor.precision, executor.details
+        self.executor = executor
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        return self.executor(x, t, class_labels)
+
+    def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
+        return lambda: self(x, t, class_labels)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from service.job import Batch, Images, Limits, ModelInfo, SampleSpec
+from service.errors import NotFinite
+from service.job import Batch, Floats, Images, Limits, ModelInfo, SampleSpec
 
 PATIENCE_S = 10.0
 
@@ -23,9 +24,10 @@ INFO = ModelInfo(
     beta_schedule="linear",
     prediction_type="epsilon",
     variance_type="fixed_small",
-    timestep_spacing="leading",
+    timestep_spacings={"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "linspace"},
+    steps_offset=0,
     clip=True,
-    samplers=("ddpm", "ddim"),
+    samplers=("ddpm", "ddim", "dpmpp_2m"),
     default_sampler="ddpm",
     conditional=True,
     class_names=("cat", "dog", "3d-print"),
@@ -33,6 +35,10 @@ INFO = ModelInfo(
     weights_hash="ab" * 32,
     fingerprint="0123456789abcdef",
     device="a fake",
+    executor="none",
+    precision="float32",
+    executor_details="colours by arithmetic",
+    exact=True,
 )
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
@@ -41,8 +47,9 @@ LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=
 def make_spec(**fields: object) -> SampleSpec:
     """A spec of one unguided row and three ddpm steps, but for what is given."""
     given = {"n": 1, "steps": 3, "sampler": "ddpm", "eta": 0.0, "seed": 1, "index": 0, "guidance": 1.0, "clip": True}
-    given |= fields
+    given |= {"guidance_interval": None} | fields
     given.setdefault("class_labels", (0,) * given["n"])  # type: ignore[operator]
+    given.setdefault("timestep_spacing", INFO.timestep_spacings.get(str(given["sampler"]), "leading"))
     return SampleSpec(**given)  # type: ignore[arg-type]
 
 
@@ -91,6 +98,7 @@ class FakeEngine:
         self.batches: list[Batch] = []  # the ticks that ran
         self.jobs: dict[int, tuple[SampleSpec, tuple[int, ...]]] = {}  # by first row
         self.steps_done: dict[int, int] = {}
+        self.nan: set[int] = set()  # rows whose latent is not finite
         self.on_step: Callable[[Batch], None] = lambda batch: None
         self.on_add: Callable[[SampleSpec], None] = lambda spec: None
         self.on_images: Callable[[Sequence[int]], None] = lambda rows: None
@@ -114,15 +122,30 @@ class FakeEngine:
             self.steps_done[row] += 1
         self.batches.append(batch)
 
-    def synchronize(self) -> None:
+    def wait(self) -> None:
         pass
 
-    def images(self, rows: Sequence[int]) -> Images:
+    def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
+        return tuple(row for row in rows if row in self.nan)
+
+    def images(self, rows: Sequence[int]) -> Callable[[], Images]:
         self.on_images(rows)
         spec, its_rows = self.jobs[rows[0]]
         assert tuple(rows) == its_rows
         assert {self.steps_done[row] for row in rows} == {spec.steps}, "images before the last step"
-        return fake_pixels(spec, spec.steps, self.info)
+        pixels, finite = fake_pixels(spec, spec.steps, self.info), not self.nan & set(rows)
+
+        def read() -> Images:
+            if not finite:
+                raise NotFinite
+            return pixels
+
+        return read
+
+    def latents(self, rows: Sequence[int]) -> Floats:
+        spec, its_rows = self.jobs[rows[0]]
+        assert tuple(rows) == its_rows
+        return fake_pixels(spec, self.steps_done[rows[0]], self.info).transpose(0, 3, 1, 2).astype(np.float32)
 
     def remove(self, rows: Sequence[int]) -> None:
         self.on_remove(rows)
@@ -130,6 +153,7 @@ class FakeEngine:
         assert tuple(rows) == its_rows
         for row in rows:
             del self.steps_done[row]
+        self.nan -= set(rows)
         self._free.extend(rows)
 
     def memory_bytes(self) -> int | None:

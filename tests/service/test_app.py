@@ -21,20 +21,25 @@ from model.checkpoint import Checkpoint
 from service.app import create_app
 from service.encoder import contact_sheet
 from service.engine import Engine
+from service.executors import EagerExecutor
 from service.job import Batch, Limits, ModelInfo, SampleSpec
 from service.local import sample_locally
+from service.scheduler import Policy
 from service.schemas import SampleRequest
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
+GUIDED = {"guidance": 2, "class_label": 1}
 
 
 class Site:
     """An app on a fake engine, its lifespan running, asked in process."""
 
-    def __init__(self, info: ModelInfo, limits: Limits) -> None:
+    def __init__(
+        self, info: ModelInfo, limits: Limits, tick_times: Sequence[tuple[int, float]], policy: Policy = "srpt"
+    ) -> None:
         self.engine = FakeEngine(info)
-        self.app: FastAPI = create_app(self.engine, limits)
+        self.app: FastAPI = create_app(self.engine, limits, tick_times, policy)
         self.client = TestClient(self.app, raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:
@@ -56,6 +61,7 @@ class Site:
 
 
 MakeSite = Callable[..., Site]
+INSTANT = ((1, 1e-6), (LIMITS.max_batch, 1e-6))
 
 
 @pytest.fixture
@@ -63,8 +69,14 @@ def make_site() -> Iterator[MakeSite]:
     """Makes running sites; at the end each is shut down and its engine must be empty."""
     sites: list[Site] = []
 
-    def make(*, info: ModelInfo = INFO, gate_shut: bool = False, **limits: object) -> Site:
-        site = Site(info, replace(LIMITS, **limits))  # type: ignore[arg-type]
+    def make(
+        *,
+        info: ModelInfo = INFO,
+        gate_shut: bool = False,
+        tick_times: Sequence[tuple[int, float]] = INSTANT,
+        **limits: object,
+    ) -> Site:
+        site = Site(info, replace(LIMITS, **limits), tick_times)  # type: ignore[arg-type]
         if gate_shut:
             site.engine.gate.shut()
         site.client.__enter__()
@@ -119,8 +131,11 @@ def test_post_sample_gives_a_png_sheet_with_the_headers_of_the_contract(site: Si
     assert response.headers["x-seed"] == "5"
     assert response.headers["x-fingerprint"] == INFO.fingerprint
     assert re.fullmatch(
-        r"queue;dur=\d+\.\d, denoise;dur=\d+\.\d, encode;dur=\d+\.\d", response.headers["server-timing"]
+        r"queue;dur=\d+\.\d, first_step;dur=\d+\.\d, denoise;dur=\d+\.\d, encode;dur=\d+\.\d",
+        response.headers["server-timing"],
     )
+    assert response.headers["x-queue-position"] == "0"
+    assert re.fullmatch(r"\d+\.\d{3}", response.headers["x-eta-seconds"])
     assert response.headers["vary"] == "Accept"
 
 
@@ -171,7 +186,6 @@ def test_accept_chooses_the_media_type(site: Site, accept: str | None, media_typ
         np.testing.assert_array_equal(images, expected)
     elif media_type == "application/json":
         document = response.json()
-        assert document["job_id"] == response.headers["x-job-id"]
         assert document["spec"]["seed"] == 5
         assert len(document["images"]) == 3
     else:
@@ -200,22 +214,25 @@ def test_a_colour_model_makes_colour_pngs(make_site: MakeSite) -> None:
 
 def test_the_real_engine_serves_what_it_samples_without_a_server(tiny: Checkpoint) -> None:
     def make_engine() -> Engine:
-        return Engine(tiny, torch.device("cpu"), max_rows=16, max_jobs=4)
+        device = torch.device("cpu")
+        return Engine(tiny, EagerExecutor(tiny.net, device, sizes=(1,)), device, max_rows=16, max_jobs=4)
 
     spec = make_spec(n=3, steps=8, seed=3, guidance=2.0, class_labels=(0, 1, 2))
     expected = sample_locally(make_engine(), spec, 8, lambda rows: None)
-    with TestClient(create_app(make_engine(), replace(LIMITS, max_rows=16, max_jobs=4))) as client:
+    limits = replace(LIMITS, max_rows=16, max_jobs=4)
+    with TestClient(create_app(make_engine(), limits, ((1, 0.001),), "srpt")) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         body = {"n": 3, "steps": 8, "seed": 3, "guidance": 2, "class_label": ["cat", 1, "2"]}
         response = client.post("/sample", json=body)
         info = client.get("/model").json()
-    sheet = contact_sheet(expected.images)[:, :, 0]
+    sheet = contact_sheet(expected)[:, :, 0]
     np.testing.assert_array_equal(pixels(response.content), sheet)
     with Image.open(io.BytesIO(response.content)) as image:
         image.load()
         recipe = json.loads(image.text["tminus"])  # type: ignore[attr-defined]
     labels = tuple(recipe["spec"]["class_labels"])
     assert SampleSpec(**recipe["spec"] | {"class_labels": labels}) == spec
+    assert info["exact"] is True
     assert recipe["weights"] == info["weights_hash"] == tiny.weights_hash
     assert recipe["fingerprint"] == info["fingerprint"] == response.headers["x-fingerprint"]
 
@@ -262,6 +279,29 @@ def test_each_request_has_an_id_of_its_own(site: Site) -> None:
         ({"guidance": 2}, "guidance", 2),
         ({"index": -1}, "index", -1),
         ({"clip": "perhaps"}, "clip", "perhaps"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing", "karras"),
+        ({"timestep_spacing": 5}, "timestep_spacing", 5),
+        ({"timestep_spacing": ""}, "timestep_spacing", ""),
+        (GUIDED | {"guidance_interval": [800, 100]}, "guidance_interval", [800, 100]),
+        (GUIDED | {"guidance_interval": [-1, 100]}, "guidance_interval", [-1, 100]),
+        (GUIDED | {"guidance_interval": [0, 1000]}, "guidance_interval", [0, 1000]),
+        (GUIDED | {"guidance_interval": [100]}, "guidance_interval", [100]),
+        (GUIDED | {"guidance_interval": []}, "guidance_interval", []),
+        (GUIDED | {"guidance_interval": [1, 2, 3]}, "guidance_interval", [1, 2, 3]),
+        (GUIDED | {"guidance_interval": [1.5, 2]}, "guidance_interval", [1.5, 2]),
+        (GUIDED | {"guidance_interval": ["a", "b"]}, "guidance_interval", ["a", "b"]),
+        (GUIDED | {"guidance_interval": [False, True]}, "guidance_interval", [False, True]),
+        (GUIDED | {"guidance_interval": 100}, "guidance_interval", 100),
+        (GUIDED | {"guidance_interval": "100"}, "guidance_interval", "100"),
+        ({"guidance_interval": [100, 800]}, "guidance_interval", [100, 800]),
+        ({"deadline_s": 0}, "deadline_s", 0),
+        ({"deadline_s": -1.5}, "deadline_s", -1.5),
+        ({"deadline_s": 86401}, "deadline_s", 86401),
+        ({"deadline_s": "soon"}, "deadline_s", "soon"),
+        ({"deadline_s": "nan"}, "deadline_s", "nan"),
+        ({"deadline_s": "inf"}, "deadline_s", "inf"),
+        ({"deadline_s": True}, "deadline_s", True),
+        ({"deadline_s": [5]}, "deadline_s", [5]),
     ],
 )
 def test_a_bad_parameter_is_a_problem_with_its_field_value_and_bound(
@@ -271,7 +311,7 @@ def test_a_bad_parameter_is_a_problem_with_its_field_value_and_bound(
     assert (document["field"], document["value"]) == (field, value)
     assert document["bound"]
     assert field in document["detail"]
-    assert site.engine.batches[3:] == [], "no work was done"
+    assert site.engine.batches[1:] == [], "no work was done"
 
 
 def test_guidance_of_an_unconditional_model_is_a_problem(make_site: MakeSite) -> None:
@@ -311,6 +351,7 @@ def test_an_accept_that_cannot_be_met_is_a_problem_before_any_work(site: Site) -
         ("DELETE", "/sample", 405, "method_not_allowed"),
         ("POST", "/model", 405, "method_not_allowed"),
         ("POST", "/metrics", 405, "method_not_allowed"),
+        ("POST", "/jobs", 405, "method_not_allowed"),
     ],
 )
 def test_wrong_paths_and_methods_are_problems_too(site: Site, method: str, path: str, status: int, code: str) -> None:
@@ -368,6 +409,59 @@ def test_a_body_that_only_turns_out_too_large_is_not_read_to_its_end(site: Site)
     assert headers["content-type"] == "application/problem+json"
     assert json.loads(body)["code"] == "body_too_large"
     assert len(sent) == 5
+
+
+# --- guidance interval and timestep spacing ---
+
+
+def test_a_guidance_interval_comes_in_body_and_query_alike(site: Site) -> None:
+    answers = [
+        site.post(json=QUICK | GUIDED | {"guidance_interval": [100, 800]}),
+        site.post(params=QUICK | GUIDED | {"guidance_interval": [100, 800]}),
+        site.client.get("/sample?steps=2&seed=5&class_label=1&guidance=2&guidance_interval=100&guidance_interval=800"),
+        site.post(params={"guidance_interval": [100, 800]}, json=QUICK | GUIDED | {"guidance_interval": [100, 800]}),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len({answer.headers["etag"] for answer in answers}) == 1
+    with Image.open(io.BytesIO(answers[0].content)) as image:
+        image.load()
+        spec = json.loads(image.text["tminus"])["spec"]  # type: ignore[attr-defined]
+    assert spec["guidance_interval"] == [100, 800]
+
+
+def test_the_order_of_an_interval_in_the_query_counts(site: Site) -> None:
+    response = site.post(params=GUIDED | {"guidance_interval": [800, 100]})
+    document = problem(response, 422, "invalid_field")
+    assert (document["field"], document["value"]) == ("guidance_interval", ["800", "100"]) or document["value"] == [
+        800,
+        100,
+    ]
+    assert document["bound"] == "two integers [lo, hi] with 0 <= lo <= hi <= 999"
+
+
+def test_guidance_takes_its_second_place_inside_the_interval_only(site: Site) -> None:
+    before = len(site.engine.batches)
+    site.post(json={"steps": 10, "seed": 5} | GUIDED | {"guidance_interval": [300, 600]})
+    places = [batch.places for batch in site.engine.batches[before:]]
+    assert places == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1], "t = 900, 800, ... 0"
+
+
+@pytest.mark.parametrize("interval", [[0, 0], [999, 999], [0, 999]])
+def test_both_ends_of_the_interval_may_be_anywhere(site: Site, interval: list[int]) -> None:
+    assert site.post(json=QUICK | GUIDED | {"guidance_interval": interval}).status_code == 200
+
+
+def test_timestep_spacing_defaults_to_the_samplers_and_may_be_chosen(site: Site) -> None:
+    def spec(**fields: object) -> dict[str, Any]:
+        response = site.post(json=QUICK | fields)
+        with Image.open(io.BytesIO(response.content)) as image:
+            image.load()
+            found: dict[str, Any] = json.loads(image.text["tminus"])["spec"]  # type: ignore[attr-defined]
+        return found
+
+    assert spec()["timestep_spacing"] == "leading"
+    assert spec(sampler="dpmpp_2m")["timestep_spacing"] == "linspace"
+    assert spec(timestep_spacing="trailing")["timestep_spacing"] == "trailing"
 
 
 # --- load, readiness, the end ---
@@ -546,7 +640,7 @@ def test_a_client_that_goes_away_frees_its_rows_at_the_next_tick(site: Site) -> 
     assert status in (0, 499)
     site.engine.gate.let()
     wait_until(lambda: not site.engine.jobs)
-    ticks = len(site.engine.batches) - 3
+    ticks = len(site.engine.batches) - 1
     assert ticks == 1
     site.engine.gate.open()
     assert site.post(json=QUICK).status_code == 200
@@ -610,6 +704,7 @@ METRICS = {
     "tminus_rejected": "counter",
     "tminus_cancelled": "counter",
     "tminus_row_steps_saved": "counter",
+    "tminus_answered_without_work": "counter",
     "tminus_encode_duration_seconds": "histogram",
     "tminus_model_info": "gauge",
     "tminus_device_memory_bytes": "gauge",
@@ -630,6 +725,7 @@ def test_metrics_parse_and_have_each_family_of_the_contract(site: Site) -> None:
     assert info["name"] == INFO.name
     assert info["weights"] == INFO.weights_hash[:16]
     assert info["fingerprint"] == INFO.fingerprint
+    assert (info["executor"], info["precision"]) == (INFO.executor, INFO.precision)
 
 
 def test_metrics_count_what_happened(site: Site) -> None:
@@ -681,6 +777,7 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
     document = site.client.get("/openapi.json").json()
     assert document["openapi"].startswith("3.")
     OpenAPI.model_validate(document)
+    assert {"/jobs", "/jobs/{job_id}"} <= document["paths"].keys()
     assert {"/sample", "/model", "/healthz", "/readyz", "/metrics"} <= document["paths"].keys()
     for method in ("get", "post"):
         operation = document["paths"]["/sample"][method]

@@ -3,9 +3,10 @@ import base64
 import io
 import json
 import math
+import re
 import threading
 import zipfile
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,12 @@ from service.encoder import (
     contact_sheet,
     encode_png,
     encode_result,
+    etag,
     one_image,
     recipe,
     sheet_columns,
 )
+from service.errors import NotFinite
 from service.job import Images, JobResult, ModelInfo, SampleSpec
 from tests.service.fakes import INFO, make_spec
 
@@ -55,13 +58,12 @@ def text_of(png: bytes) -> dict[str, Any]:
 
 
 def encode(media_type: str, spec: SampleSpec, images: Images, model: ModelInfo = INFO) -> bytes:
-    return encode_result(media_type, "job-1", spec, JobResult(images, 0.0, 0.0), model)
+    return encode_result(media_type, spec, images, model)
 
 
-def spec_from(fields: dict[str, Any]) -> SampleSpec:
+def spec_from(members: dict[str, Any]) -> SampleSpec:
     """Make a spec again from its JSON, where a tuple has become a list."""
-    labels = fields["class_labels"]
-    return SampleSpec(**fields | {"class_labels": None if labels is None else tuple(labels)})
+    return SampleSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in members.items()})
 
 
 # --- PNG ---
@@ -151,7 +153,7 @@ def test_a_zip_holds_each_image_under_its_index_with_its_own_recipe() -> None:
 def test_json_holds_each_image_and_the_whole_recipe() -> None:
     spec, images = make_spec(n=3, index=7, class_labels=(2, None, 0), seed=2**64 - 1), noise(3, channels=3)
     document = json.loads(encode(JSON, spec, images))
-    assert document["job_id"] == "job-1"
+    assert document.keys() == {"spec", "weights", "fingerprint", "images"}, "nothing that differs from run to run"
     assert spec_from(document["spec"]) == spec
     assert document["weights"] == INFO.weights_hash
     assert document["fingerprint"] == INFO.fingerprint
@@ -199,7 +201,9 @@ def test_the_media_types_are_those_of_the_contract_and_png_comes_first() -> None
         make_spec,
         n=st.just(3),
         steps=st.integers(1, 1000),
-        sampler=st.sampled_from(["ddpm", "ddim"]),
+        sampler=st.sampled_from(["ddpm", "ddim", "dpmpp_2m"]),
+        guidance_interval=st.none() | st.tuples(st.integers(0, 999), st.integers(0, 999)),
+        timestep_spacing=st.sampled_from(["leading", "trailing", "linspace"]),
         eta=st.floats(0, 1),
         seed=st.integers(0, 2**64 - 1),
         index=st.integers(0, 2**32 - 3),
@@ -225,15 +229,20 @@ def test_image_k_alone_has_the_next_index_and_its_own_class() -> None:
 
 def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
     seen: list[tuple[str, float, str]] = []
+    readers: set[str] = set()
+
+    def read() -> Images:  # waits for a GPU, so it may not run in the event loop's thread
+        readers.add(threading.current_thread().name.rpartition("_")[0])
+        return images
 
     def observe(kind: str, seconds: float) -> None:
         seen.append((kind, seconds, threading.current_thread().name))
 
     async def encode_all() -> list[bytes]:
         encoder = Encoder(INFO, observe)
-        result = JobResult(images, 0.0, 0.0)
+        result = JobResult(read, 0.0, 0.0, 0.0)
         try:
-            return [await encoder.encode(media_type, "job-1", spec, result) for media_type in MEDIA_TYPES]
+            return [await encoder.encode(media_type, spec, result) for media_type in MEDIA_TYPES]
         finally:
             encoder.close()
 
@@ -242,3 +251,55 @@ def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
     assert [kind for kind, _, _ in seen] == ["png", "zip", "json"]
     assert all(seconds > 0 for _, seconds, _ in seen)
     assert all(name.startswith("tminus-encode") for _, _, name in seen)
+    assert readers == {"tminus-encode"}
+
+
+def test_an_image_that_is_not_finite_is_no_image() -> None:
+    seen: list[str] = []
+
+    def read() -> Images:
+        raise NotFinite
+
+    async def encode_one() -> bytes:
+        encoder = Encoder(INFO, lambda kind, seconds: seen.append(kind))
+        try:
+            return await encoder.encode(PNG, make_spec(), JobResult(read, 0.0, 0.0, 0.0))
+        finally:
+            encoder.close()
+
+    with pytest.raises(NotFinite):
+        asyncio.run(encode_one())
+    assert not seen
+
+
+# --- the name of an answer ---
+
+
+def test_an_etag_is_a_strong_validator_of_the_recipe_and_the_media_type() -> None:
+    spec = make_spec(n=2)
+    tags = {etag(media_type, spec, INFO) for media_type in MEDIA_TYPES}
+    assert len(tags) == 3
+    assert all(re.fullmatch(r'"[0-9a-f]{32}"', tag) for tag in tags)
+    assert etag(PNG, spec, INFO) == etag(PNG, replace(spec), replace(INFO))
+
+
+def other(value: object) -> object:
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, tuple):
+        return value[::-1]
+    return "another" if isinstance(value, str) else (3, 4)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(SampleSpec)])
+def test_every_field_of_a_spec_is_in_its_etag(field: str) -> None:
+    spec = make_spec(n=2, class_labels=(0, 1), guidance_interval=(1, 2))
+    assert etag(PNG, spec, INFO) != etag(PNG, replace(spec, **{field: other(getattr(spec, field))}), INFO)
+
+
+@pytest.mark.parametrize("field", ["weights_hash", "fingerprint"])
+def test_another_model_or_build_gives_another_etag(field: str) -> None:
+    assert etag(PNG, make_spec(), INFO) != etag(PNG, make_spec(), replace(INFO, **{field: "another"}))

@@ -12,13 +12,15 @@ from model.checkpoint import Checkpoint
 from model.data import to_uint8
 from model.noise import NoiseConfig
 from model.rng import image_noise
-from model.samplers import sample
+from model.samplers import SAMPLERS, sample
 from service import engine as engine_module
 from service.engine import Engine, choose_device, default_max_rows, describe
-from service.job import Batch, SampleSpec
+from service.errors import NotFinite
+from service.executors import EagerExecutor, Executor
+from service.job import Batch, SampleSpec, work_of
 from service.local import sample_locally
 from service.scheduler import Scheduler
-from tests.service.conftest import MakeCheckpoint
+from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import make_spec
 
 CPU = torch.device("cpu")
@@ -41,9 +43,15 @@ def forward_sizes(tiny: Checkpoint) -> Iterator[list[int]]:
 
 
 def make_engine(
-    checkpoint: Checkpoint, *, max_rows: int = 32, max_jobs: int = 16, device: torch.device = CPU
+    checkpoint: Checkpoint,
+    *,
+    executor: Executor | None = None,
+    max_rows: int = 32,
+    max_jobs: int = 16,
+    device: torch.device = CPU,
 ) -> Engine:
-    return Engine(checkpoint, device, max_rows=max_rows, max_jobs=max_jobs)
+    executor = executor or EagerExecutor(checkpoint.net, device)
+    return Engine(checkpoint, executor, device, max_rows=max_rows, max_jobs=max_jobs)
 
 
 def spec_of(**fields: object) -> SampleSpec:
@@ -59,15 +67,30 @@ MIXED = (
     spec_of(n=1, steps=1, seed=5),
     spec_of(n=2, steps=13, seed=2**64 - 1, sampler="ddim", eta=0.3, clip=False, index=2**32 - 2),
     spec_of(n=1, steps=3, seed=7, guidance=0.0, class_labels=(1,), index=9),
+    spec_of(n=2, steps=12, seed=8, sampler="dpmpp_2m"),
+    spec_of(n=1, steps=20, seed=9, sampler="dpmpp_2m", guidance=2.0, guidance_interval=(10, 30)),
+    spec_of(n=2, steps=25, seed=10, guidance=4.0, guidance_interval=(0, 20), timestep_spacing="trailing"),
+    spec_of(n=1, steps=9, seed=11, sampler="ddim", timestep_spacing="linspace", guidance=2.0, guidance_interval=(1, 2)),
 )
 
 
 def alone(checkpoint: Checkpoint, spec: SampleSpec, device: torch.device = CPU) -> Floats:
     """The images of a job that has the engine for itself."""
-    return sample_locally(make_engine(checkpoint, device=device), spec, 32, lambda rows: None).images
+    return sample_locally(make_engine(checkpoint, device=device), spec, 32, lambda rows: None)
 
 
-def together(engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int, seed: int = 0) -> list[Floats]:
+def read_images(engine: Engine, rows: Sequence[int]) -> Floats:
+    return engine.images(rows)()
+
+
+def together(
+    engine: Engine,
+    specs: Sequence[SampleSpec],
+    *,
+    max_batch: int,
+    seed: int = 0,
+    read: Callable[[Engine, Sequence[int]], Floats] = read_images,
+) -> list[Floats]:
     """The images of jobs that arrive at random ticks and share the engine and its batches."""
     rng, scheduler = random.Random(seed), Scheduler(max_batch)
     order = list(range(len(specs)))
@@ -78,13 +101,13 @@ def together(engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int, see
         if order and (not scheduler.num_rows or rng.random() < 0.3):
             k = order.pop()
             rows[str(k)] = engine.add(specs[k])
-            scheduler.add(str(k), rows[str(k)], specs[k].steps, specs[k].places_per_row)
+            scheduler.add(str(k), rows[str(k)], work_of(specs[k], engine.info))
         batch = scheduler.next_batch()
         if batch is None:
             continue
         engine.step(batch)
         for job in scheduler.advance(batch).finished:
-            images[job] = engine.images(rows[job])
+            images[job] = read(engine, rows[job])
             engine.remove(rows[job])
     return [images[str(k)] for k in range(len(specs))]
 
@@ -106,6 +129,7 @@ def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
         class_labels=labels,
         null_class=checkpoint.labels.null_class,
         guidance=spec.guidance,
+        guidance_interval=spec.guidance_interval,
     )
     return x.permute(0, 2, 3, 1).numpy()
 
@@ -136,7 +160,8 @@ def test_all_of_a_spec_matters(tiny: Checkpoint) -> None:
     """Or the tests above would compare images that a lost field leaves alone."""
     base = spec_of(sampler="ddim", eta=0.5, guidance=2.0, class_labels=(0,), clip=True)
     others = ({"steps": 9}, {"sampler": "ddpm"}, {"eta": 0.6}, {"guidance": 2.5}, {"class_labels": (1,)})
-    others += ({"clip": False}, {"seed": 2}, {"seed": 1 + 2**32}, {"index": 1}, {"guidance": 1.0})  # type: ignore[assignment]
+    others += ({"guidance_interval": (0, 25)}, {"guidance_interval": (25, 49)}, {"timestep_spacing": "trailing"})
+    others += ({"sampler": "dpmpp_2m"}, {"clip": False}, {"seed": 2}, {"seed": 1 + 2**32}, {"index": 1}, {"guidance": 1.0})  # type: ignore[assignment]
     images = alone(tiny, base)
     for change in others:
         other = alone(tiny, replace(base, **change))  # type: ignore[arg-type]
@@ -169,6 +194,176 @@ def test_images_are_bytes_rounded_as_training_data_is(tiny: Checkpoint) -> None:
     assert images.std() > 10, "not a blank image"
     np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
     assert (images == expected).mean() > 0.99
+
+
+# --- bit for bit ---
+
+
+@pytest.mark.parametrize("sizes", [(1,), (4,)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_mix_of_samplers_on_an_exact_executor_has_the_bits_of_each_job_alone(
+    tiny: Checkpoint, sizes: tuple[int, ...], seed: int
+) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=sizes)
+    by_themselves = [
+        together(make_engine(tiny, executor=executor), [spec], max_batch=16, read=Engine.latents)[0] for spec in MIXED
+    ]
+    engine = make_engine(tiny, executor=executor)
+    for spec, mixed, own in zip(
+        MIXED, together(engine, MIXED, max_batch=7, seed=seed, read=Engine.latents), by_themselves, strict=True
+    ):
+        assert np.isfinite(own).all()
+        assert mixed.tobytes() == own.tobytes(), spec
+
+
+def test_three_samplers_in_one_tick_have_the_bits_of_each_alone(tiny: Checkpoint) -> None:
+    """Every tick of all three, of the same length: nothing hides behind the scheduler."""
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1,))
+    specs = (
+        spec_of(steps=15, seed=1, sampler="dpmpp_2m"),
+        spec_of(steps=15, seed=2, sampler="ddim", eta=0.7),
+        spec_of(steps=15, seed=3, sampler="ddpm"),
+    )
+    engine = make_engine(tiny, executor=executor)
+    rows = [engine.add(spec)[0] for spec in specs]
+    for step in range(15):
+        engine.step(Batch(tuple(rows), (step,) * 3, ()))
+    for row, spec in zip(rows, specs, strict=True):
+        one = make_engine(tiny, executor=executor)
+        (own,) = one.add(spec)
+        for step in range(15):
+            one.step(Batch((own,), (step,), ()))
+        assert engine.latents([row]).tobytes() == one.latents([own]).tobytes(), spec
+        expected = independent(tiny, spec).transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(engine.latents([row]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_image_k_alone_has_the_bits_of_image_k_of_the_batch(tiny: Checkpoint) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=(2,))
+
+    def latents(spec: SampleSpec) -> Floats:
+        return together(make_engine(tiny, executor=executor), [spec], max_batch=5, read=Engine.latents)[0]
+
+    for fields in ({}, {"sampler": "ddim", "eta": 0.7}, {"sampler": "dpmpp_2m", "guidance": 2.0}):
+        spec = spec_of(n=4, index=5, class_labels=(0, 1, 2, 1), **fields)
+        batch = latents(spec)
+        for k in range(4):
+            one = replace(spec, n=1, index=5 + k, class_labels=spec.class_labels[k : k + 1])  # type: ignore[index]
+            assert latents(one)[0].tobytes() == batch[k].tobytes()
+
+
+# --- guidance intervals ---
+
+
+class Counting(Around):
+    """An executor that notes the places of each pass."""
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor)
+        self.passes: list[tuple[list[int], list[int]]] = []  # timesteps, labels
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        assert class_labels is not None
+        self.passes.append((t.tolist(), class_labels.tolist()))
+        return super().__call__(x, t, class_labels)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("interval", [(0, 49), (10, 30), (0, 0), (49, 49), (20, 20), (11, 12)])
+def test_a_guided_row_takes_a_second_place_only_inside_its_interval(
+    tiny: Checkpoint, sampler: str, interval: tuple[int, int]
+) -> None:
+    executor = Counting(EagerExecutor(tiny.net, CPU))
+    engine = make_engine(tiny, executor=executor)
+    spec = spec_of(steps=10, sampler=sampler, guidance=3.0, guidance_interval=interval, class_labels=(1,))
+    sample_locally(engine, spec, 8, lambda rows: None)
+    assert len(executor.passes) == 10
+    timesteps = engine.compile(spec).timesteps.tolist()
+    for t, (ts, labels) in zip(timesteps, executor.passes, strict=True):
+        inside = interval[0] <= t <= interval[1]
+        assert ts == ([t, t] if inside else [t])
+        assert labels == ([1, 3] if inside else [1]), "the null class beside its own"
+    assert sum(len(ts) for ts, _ in executor.passes) == work_of(spec, engine.info).places
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("interval", [(10, 30), (0, 0), (40, 49), (21, 22)])
+def test_guidance_intervals_agree_with_the_independent_loop(
+    tiny: Checkpoint, sampler: str, spacing: str, interval: tuple[int, int]
+) -> None:
+    spec = spec_of(
+        n=2, steps=10, sampler=sampler, timestep_spacing=spacing, guidance=3.0, guidance_interval=interval,
+        class_labels=(0, 2),
+    )  # fmt: skip
+    images = alone(tiny, spec)
+    np.testing.assert_allclose(images, independent(tiny, spec), atol=1e-5, rtol=1e-5)
+    if work_of(spec, make_engine(tiny).info).guided:
+        assert np.abs(images - alone(tiny, replace(spec, guidance=1.0, guidance_interval=None))).max() > 1e-4
+
+
+def test_rows_inside_and_outside_of_their_intervals_share_a_tick(tiny: Checkpoint) -> None:
+    executor = Counting(EagerExecutor(tiny.net, CPU))
+    engine = make_engine(tiny, executor=executor)
+    specs = [
+        spec_of(n=2, steps=10, seed=1, guidance=2.0, guidance_interval=(0, 24), class_labels=(0, 1)),
+        spec_of(n=1, steps=10, seed=2, guidance=2.0, guidance_interval=(25, 49), class_labels=(2,)),
+        spec_of(n=1, steps=10, seed=3),
+    ]
+    rows = [engine.add(spec) for spec in specs]
+    for step in range(10):
+        guided = (2,) if step < 5 else (0, 1)  # t falls from 45 to 0 by fives
+        engine.step(Batch((*rows[0], *rows[1], *rows[2]), (step,) * 4, guided))
+    assert [len(ts) for ts, _ in executor.passes] == [5] * 5 + [6] * 5
+    for spec, its_rows in zip(specs, rows, strict=True):
+        images = engine.images(its_rows)()
+        np.testing.assert_allclose(images.astype(int), alone(tiny, spec).astype(int), atol=1)
+
+
+# --- learned variance ---
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_of_learned_variance_agrees_with_the_independent_loop(
+    make_checkpoint: MakeCheckpoint, prediction_type: str, channels: int
+) -> None:
+    noise = NoiseConfig(
+        num_train_timesteps=50, beta_end=0.1, variance_type="learned_range", prediction_type=prediction_type
+    )
+    checkpoint = make_checkpoint(noise=noise, in_channels=channels, out_channels=2 * channels)
+    specs = [
+        spec_of(n=2, steps=50, seed=1, class_labels=(0, 1)),
+        spec_of(n=2, steps=10, seed=2, guidance=3.0, class_labels=(1, 2)),
+        spec_of(n=1, steps=10, seed=3, sampler="ddim", eta=0.5),
+        spec_of(n=1, steps=10, seed=4, sampler="dpmpp_2m", guidance=2.0, guidance_interval=(0, 25)),
+    ]
+    engine = make_engine(checkpoint)
+    assert engine.info.variance_type == "learned_range"
+    for spec, images in zip(specs, together(engine, specs, max_batch=5), strict=True):
+        assert images.shape == (spec.n, 8, 8, channels)
+        np.testing.assert_allclose(images, independent(checkpoint, spec), atol=1e-5, rtol=1e-5, err_msg=str(spec))
+
+
+@pytest.mark.usefixtures("floats")
+def test_the_learned_variance_matters(make_checkpoint: MakeCheckpoint) -> None:
+    fixed = NoiseConfig(num_train_timesteps=50, beta_end=0.1)
+    learned = make_checkpoint(noise=replace(fixed, variance_type="learned_range"), out_channels=2)
+    spec = spec_of(steps=10)
+    as_if_fixed = replace(learned, noise=fixed)
+
+    class FirstHalf(Around):
+        def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+            return super().__call__(x, t, class_labels)[:, :1].clone()
+
+    executor = FirstHalf(EagerExecutor(learned.net, CPU))
+    half = sample_locally(make_engine(as_if_fixed, executor=executor), spec, 8, lambda rows: None)
+    assert np.abs(alone(learned, spec) - half).max() > 1e-3
+
+
+# --- other predictions ---
 
 
 @pytest.mark.usefixtures("floats")
@@ -231,7 +426,7 @@ def diffusers_images(
     with torch.inference_mode():
         for k, t in enumerate(scheduler.timesteps):
             out = net(x, t, labels).sample
-            if spec.guided:
+            if spec.guidance != 1:
                 out_u = net(x, t, torch.full_like(labels, null)).sample
                 out = out_u + spec.guidance * (out - out_u)
             z = draws[k + 1]
@@ -317,7 +512,7 @@ def test_the_order_of_rows_in_a_batch_does_not_matter(tiny: Checkpoint) -> None:
         rows = engine.add(spec)
         for step in range(2):
             engine.step(Batch(tuple(rows[i] for i in order), (step,) * 3, (0, 1, 2)))
-        images.append(engine.images(rows))
+        images.append(engine.images(rows)())
     np.testing.assert_allclose(images[0], images[1], atol=1e-5)
 
 
@@ -325,10 +520,10 @@ def test_the_order_of_rows_in_a_batch_does_not_matter(tiny: Checkpoint) -> None:
 def test_a_row_that_is_not_in_the_batch_stands_still(tiny: Checkpoint) -> None:
     engine = make_engine(tiny)
     rows, others = engine.add(spec_of(n=2)), engine.add(spec_of(n=2, seed=2))
-    before = engine.images(rows)
+    before = engine.images(rows)()
     np.testing.assert_array_equal(before, image_noise(1, (0, 1), 0, (1, 8, 8), CPU).permute(0, 2, 3, 1).numpy())
     engine.step(Batch(others, (0, 0), ()))
-    np.testing.assert_array_equal(engine.images(rows), before)
+    np.testing.assert_array_equal(engine.images(rows)(), before)
 
 
 # --- slots ---
@@ -383,10 +578,10 @@ def test_a_slots_former_row_leaves_no_trace(tiny: Checkpoint) -> None:
         for before in former:
             rows = engine.add(before)
             for step in range(5):
-                guided = tuple(range(len(rows))) if before.guided else ()
+                guided = tuple(range(len(rows))) if before.guidance != 1 else ()
                 engine.step(Batch(rows, (step,) * len(rows), guided))
             engine.remove(rows)
-            assert sample_locally(engine, spec, 32, lambda rows: None).images.tobytes() == expected
+            assert sample_locally(engine, spec, 32, lambda rows: None).tobytes() == expected
 
 
 @pytest.mark.usefixtures("floats")
@@ -403,11 +598,80 @@ def test_nan_stays_in_its_row_and_leaves_with_it(tiny: Checkpoint) -> None:
             engine.step(Batch((*sick, *well), (step,) * 3, (0,)))
     finally:
         handle.remove()
-    assert np.isnan(engine.images(sick)).all()
-    np.testing.assert_allclose(engine.images(well), alone(tiny, spec_of(n=2, seed=2, steps=2)), atol=1e-5)
+    assert engine.broken((*sick, *well)) == sick
+    assert engine.broken(well) == ()
+    with pytest.raises(NotFinite):
+        engine.images(sick)()
+    assert np.isnan(engine.latents(sick)).all()
+    np.testing.assert_allclose(engine.images(well)(), alone(tiny, spec_of(n=2, seed=2, steps=2)), atol=1e-5)
     engine.remove(sick)
-    again = sample_locally(engine, spec_of(n=1, seed=3), 8, lambda rows: None).images
+    assert engine.add(spec_of(n=1)) == sick, "its slot goes to the next"
+    assert engine.broken(sick) == ()
+    engine.remove(sick)
+    again = sample_locally(engine, spec_of(n=1, seed=3), 8, lambda rows: None)
     np.testing.assert_allclose(again, alone(tiny, spec_of(n=1, seed=3)), atol=1e-5)
+
+
+class Poisoned(Counting):
+    """An executor that gives NaN or infinity for one class and is sound for the others."""
+
+    def __init__(self, executor: Executor, label: int, value: float) -> None:
+        super().__init__(executor)
+        self._label, self._value = label, value
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        assert class_labels is not None
+        out = super().__call__(x, t, class_labels).clone()
+        out[class_labels == self._label] = self._value
+        return out
+
+
+@pytest.mark.parametrize(("value", "clip"), [(float("nan"), True), (float("nan"), False), (float("inf"), False)])
+def test_a_class_that_gives_no_finite_image_breaks_its_own_rows_only(
+    tiny: Checkpoint, value: float, clip: bool
+) -> None:
+    exact = EagerExecutor(tiny.net, CPU, sizes=(1,))
+    engine = make_engine(tiny, executor=Poisoned(exact, 2, value), max_rows=6)
+    spec = spec_of(n=3, seed=1, steps=3, class_labels=(0, 2, 1), clip=clip)
+    other_spec = spec_of(n=2, seed=2, steps=3, class_labels=(1, 0), guidance=2.0)
+    mixed, others = engine.add(spec), engine.add(other_spec)
+    assert engine.broken((*mixed, *others)) == (), "nothing has stepped"
+    for step in range(3):
+        engine.step(Batch((*mixed, *others), (step,) * 5, (3, 4)))
+        engine.wait()
+        assert engine.broken((*others, *mixed)) == (mixed[1],)
+    with pytest.raises(NotFinite):
+        engine.images(mixed)()
+    expected = together(make_engine(tiny, executor=exact), [other_spec], max_batch=16, read=Engine.latents)[0]
+    assert engine.latents(others).tobytes() == expected.tobytes()
+    read = engine.images(others)
+    engine.remove(others)
+    engine.remove(mixed)
+    assert read().shape == (2, 8, 8, 1), "what was read is there after its rows are gone"
+
+    # All slots again, those that were broken among them.
+    after = spec_of(n=6, seed=3, steps=2, class_labels=(0, 1, 0, 1, 0, None))
+    again = together(engine, [after], max_batch=16, read=Engine.latents)[0]
+    expected = together(make_engine(tiny, executor=exact), [after], max_batch=16, read=Engine.latents)[0]
+    assert again.tobytes() == expected.tobytes()
+
+
+def test_infinity_that_the_clip_takes_away_breaks_nothing(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny, executor=Poisoned(EagerExecutor(tiny.net, CPU), 2, float("inf")))
+    images = sample_locally(engine, spec_of(n=2, steps=3, class_labels=(2, 2), clip=True), 8, lambda rows: None)
+    assert images.shape == (2, 8, 8, 1)
+
+
+def test_latents_are_read_as_they_are_and_are_no_window(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny)
+    rows = engine.add(spec_of(n=2))
+    before = engine.latents(rows)
+    assert (before.dtype, before.shape) == (np.float32, (2, 1, 8, 8))
+    np.testing.assert_array_equal(before, image_noise(1, (0, 1), 0, (1, 8, 8), CPU).numpy())
+    kept = before.copy()
+    engine.step(Batch(rows, (0, 0), ()))
+    np.testing.assert_array_equal(before, kept)
+    assert not np.array_equal(engine.latents(rows[::-1]), before[::-1])
 
 
 def test_a_job_that_cannot_be_compiled_takes_no_slot(make_checkpoint: MakeCheckpoint) -> None:
@@ -450,15 +714,20 @@ def test_the_default_number_of_rows_fits_the_latent_budget(make_checkpoint: Make
 
 
 def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoint: MakeCheckpoint) -> None:
-    info = make_engine(tiny).info
-    assert info == describe(tiny, CPU, "eager")
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1, 2))
+    info = make_engine(tiny, executor=executor).info
+    assert info == describe(tiny, CPU, executor, exact=True)
+    assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
+    assert info.executor_details == "channels_last, passes of 1, 2"
+    assert info.timestep_spacings == {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "linspace"}
     assert info.num_parameters == sum(parameter.numel() for parameter in tiny.net.parameters())
     assert (info.height_px, info.width_px, info.channels, info.num_timesteps) == (8, 8, 1, 50)
     assert (info.conditional, info.class_names, info.null_class) == (True, ("cat", "dog", "3d-print"), 3)
-    assert (info.samplers, info.default_sampler) == (("ddpm", "ddim"), "ddpm")
+    assert (info.samplers, info.default_sampler) == (SAMPLERS, "ddpm")
     assert info.weights_hash == tiny.weights_hash
     assert "CPU" in info.device
-    other = describe(make_checkpoint(classes=False, sample_size=(4, 10)), CPU, "eager")
+    other = describe(make_checkpoint(classes=False, sample_size=(4, 10)), CPU, executor, exact=False)
+    assert not other.exact
     assert (other.conditional, other.class_names, other.null_class) == (False, (), None)
     assert (other.height_px, other.width_px) == (4, 10)
 
@@ -466,22 +735,42 @@ def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoi
 def test_the_fingerprint_names_the_build_and_not_the_weights(make_checkpoint: MakeCheckpoint) -> None:
     one, other = make_checkpoint(seed=1), make_checkpoint(seed=2)
     assert one.weights_hash != other.weights_hash
-    assert describe(one, CPU, "eager").fingerprint == describe(other, CPU, "eager").fingerprint
-    assert describe(one, CPU, "eager").fingerprint != describe(one, CPU, "compiled").fingerprint
+    executors = [EagerExecutor(checkpoint.net, CPU) for checkpoint in (one, other)]
+    fingerprints = [describe(one, CPU, executor, exact=True).fingerprint for executor in executors]
+    assert fingerprints[0] == fingerprints[1] == describe(other, CPU, executors[1], exact=True).fingerprint
+
+
+def test_all_that_may_move_a_bit_is_in_the_fingerprint(tiny: Checkpoint) -> None:
+    def fingerprint(*, exact: bool = True, **fields: object) -> str:
+        return describe(tiny, CPU, EagerExecutor(tiny.net, CPU, **fields), exact=exact).fingerprint  # type: ignore[arg-type]
+
+    try:
+        fingerprints = [
+            fingerprint(),
+            fingerprint(exact=False),
+            fingerprint(channels_last=False),
+            fingerprint(sizes=(1,)),
+            fingerprint(sizes=(1, 2)),
+            fingerprint(precision="bfloat16"),
+        ]
+    finally:
+        EagerExecutor(tiny.net, CPU)  # gives the net its layout back
+    assert len(set(fingerprints)) == len(fingerprints)
 
 
 def test_the_fingerprint_changes_with_the_number_of_threads(tiny: Checkpoint) -> None:
-    threads, before = torch.get_num_threads(), describe(tiny, CPU, "eager").fingerprint
+    executor = EagerExecutor(tiny.net, CPU)
+    threads, before = torch.get_num_threads(), describe(tiny, CPU, executor, exact=True).fingerprint
     try:
         torch.set_num_threads(threads + 1)
-        assert describe(tiny, CPU, "eager").fingerprint != before
+        assert describe(tiny, CPU, executor, exact=True).fingerprint != before
     finally:
         torch.set_num_threads(threads)
 
 
 def test_memory_on_a_cpu_is_the_processs_own(tiny: Checkpoint) -> None:
     engine = make_engine(tiny)
-    engine.synchronize()
+    engine.wait()
     assert engine.memory_bytes() is None
 
 
@@ -524,9 +813,32 @@ def test_a_tick_on_a_gpu_does_not_wait_for_it(on_gpu: OnGpu) -> None:
     engine = make_engine(checkpoint, device=device)
     rows, guided = engine.add(spec_of(n=2)), engine.add(spec_of(n=1, guidance=2.0))
     engine.step(Batch((*rows, *guided), (0, 0, 0), (2,)))
-    engine.synchronize()
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         engine.step(Batch((*rows, *guided), (1, 1, 1), (2,)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_gpus_late_news_of_a_broken_row_is_not_told_of_the_next_row_in_its_slot(on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
+    executor = Poisoned(EagerExecutor(checkpoint.net, device), 2, float("nan"))
+    engine = make_engine(checkpoint, executor=executor, device=device, max_rows=2)
+
+    def tick(rows: tuple[int, ...], step: int) -> tuple[int, ...]:
+        engine.step(Batch(rows, (step,) * len(rows), ()))
+        engine.wait()
+        return engine.broken(rows)
+
+    sick = engine.add(spec_of(n=2, steps=3, class_labels=(2, 2)))
+    told = [tick(sick, step) for step in range(3)]
+    assert told[-1] == sick, "one tick late"
+    with pytest.raises(NotFinite):
+        engine.images(sick)()
+    engine.remove(sick)
+    well = engine.add(spec_of(n=2, steps=3, seed=2))
+    assert set(well) == set(sick)
+    assert [tick(well, step) for step in range(3)] == [(), (), ()]
+    assert engine.images(well)().shape == (2, 8, 8, 1)

@@ -43,6 +43,8 @@ def test_left_out_parameters_take_their_defaults() -> None:
         index=0,
         class_labels=(None,),
         guidance=1.0,
+        guidance_interval=None,
+        timestep_spacing="leading",
         clip=True,
     )
 
@@ -127,7 +129,7 @@ def test_an_unconditional_model_has_no_labels() -> None:
 
 
 def test_guidance_of_one_needs_no_class() -> None:
-    assert not spec_of({"guidance": 1.0}).guided
+    assert spec_of({"guidance": 1.0}).guidance == 1.0
 
 
 # --- what is wrong ---
@@ -157,9 +159,9 @@ def test_seeds_that_are_negative_or_over_64_bits_are_refused(seed: object) -> No
 @pytest.mark.parametrize(
     ("parameters", "field", "bound"),
     [
-        ({"sampler": "euler"}, "sampler", "one of ddpm, ddim"),
-        ({"sampler": "DDPM"}, "sampler", "one of ddpm, ddim"),
-        ({"sampler": 3}, "sampler", "one of ddpm, ddim"),
+        ({"sampler": "euler"}, "sampler", "one of ddpm, ddim, dpmpp_2m"),
+        ({"sampler": "DDPM"}, "sampler", "one of ddpm, ddim, dpmpp_2m"),
+        ({"sampler": 3}, "sampler", "one of ddpm, ddim, dpmpp_2m"),
         ({"eta": -0.1, "sampler": "ddim"}, "eta", "a number in 0..1"),
         ({"eta": 1.1, "sampler": "ddim"}, "eta", "a number in 0..1"),
         ({"eta": "nan", "sampler": "ddim"}, "eta", "a number in 0..1"),

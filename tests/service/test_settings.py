@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from service import cli
 from service.job import Limits
+from service.loading import Loaded, LoadOptions
 from service.settings import Settings
 from tests.service.fakes import FakeEngine
 
@@ -18,15 +19,36 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
     "threads": ("3", 3),
+    "executor": ("openvino", "openvino"),
+    "precision": ("bfloat16", "bfloat16"),
+    "exact": ("false", False),
+    "policy": ("fcfs", "fcfs"),
+    "cache_dir": ("some/cache", Path("some/cache")),
     "max_n": ("7", 7),
     "max_batch": ("9", 9),
     "max_jobs": ("11", 11),
     "max_rows": ("13", 13),
     "max_backlog_s": ("1.5", 1.5),
+    "result_cache_mb": ("5", 5),
     "max_body_bytes": ("2048", 2048),
     "grace_s": ("0.25", 0.25),
     "log_level": ("debug", "debug"),
 }
+
+# Good values, for those that no number is one for.
+OTHER = {
+    "checkpoint": "other",
+    "device": "cpu",
+    "host": "::1",
+    "executor": "eager",
+    "precision": "float32",
+    "exact": "true",
+    "policy": "srpt",
+    "cache_dir": "elsewhere",
+    "log_level": "error",
+}
+
+TICK_TIMES = ((1, 0.5), (16, 2.0))
 
 BAD = [
     ("port", "-1"),
@@ -38,11 +60,24 @@ BAD = [
     ("max_n", "0"),
     ("max_n", "1025"),
     ("max_n", "1.5"),
+    ("executor", "onnx"),
+    ("executor", "Eager"),
+    ("executor", ""),
+    ("precision", "float16"),
+    ("precision", "bf16"),
+    ("exact", "perhaps"),
+    ("policy", "lifo"),
+    ("policy", ""),
+    ("result_cache_mb", "-1"),
+    ("result_cache_mb", "65537"),
+    ("result_cache_mb", "much"),
     ("max_batch", "1"),
+    ("max_batch", "3"),
     ("max_batch", "4097"),
     ("max_jobs", "0"),
-    ("max_jobs", "100001"),
+    ("max_jobs", "10001"),
     ("max_rows", "1"),
+    ("max_rows", "3"),
     ("max_rows", "1000001"),
     ("max_backlog_s", "0"),
     ("max_backlog_s", "-1"),
@@ -87,20 +122,18 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     def run(*arguments: str, **variables: str) -> tuple[click.testing.Result, Served]:
         served = Served()
 
-        def load_engine(
-            checkpoint: Path, device: str, threads: int | None, max_rows: int | None, max_jobs: int
-        ) -> tuple[FakeEngine, int]:
-            served.update(
-                checkpoint=checkpoint, device=device, threads=threads, max_rows=max_rows, engine_max_jobs=max_jobs
-            )
-            return FakeEngine(), max_rows or 100
+        def load_engine(options: LoadOptions) -> Loaded:
+            served.update({name: getattr(options, name) for name in LoadOptions.__slots__})
+            return Loaded(FakeEngine(), options.max_rows or 100, options.max_batch or 16, TICK_TIMES)  # type: ignore[arg-type]
 
         def bind(host: str, port: int) -> str:
             served.update(host=host, port=port)
             return "the listener"
 
-        def create_app(engine: FakeEngine, limits: Limits) -> str:
-            served.update(limits=limits)
+        def create_app(
+            engine: FakeEngine, limits: Limits, tick_times: tuple[tuple[int, float], ...], policy: str
+        ) -> str:
+            served.update(limits=limits, policy=policy, tick_times=tick_times)
             return "the app"
 
         def run_server(app: str, listener: str, *, grace_s: float, log_level: str, max_connections: int) -> bool:
@@ -109,7 +142,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(grace_s=grace_s, log_level=log_level, ran=True)
             return True
 
-        monkeypatch.setattr(cli, "load_engine", load_engine)
+        monkeypatch.setattr("service.loading.load_engine", load_engine)
         monkeypatch.setattr("service.app.create_app", create_app)
         monkeypatch.setattr("service.server.bind", bind)
         monkeypatch.setattr("service.server.serve", run_server)
@@ -121,8 +154,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 def arrived(served: Served, name: str) -> Any:
     """Where a setting must have come to."""
-    if name in ("max_n", "max_batch", "max_jobs", "max_backlog_s", "max_body_bytes"):
+    if name in ("max_n", "max_batch", "max_jobs", "max_rows", "max_backlog_s", "max_body_bytes"):
         return getattr(served["limits"], name)
+    if name == "result_cache_mb":
+        return served["limits"].result_cache_bytes / 2**20
     return served[name]
 
 
@@ -155,7 +190,7 @@ def test_a_flag_and_a_variable_reach_the_part_they_are_for(serve: Serve, name: s
 @pytest.mark.parametrize("name", GIVEN)
 def test_the_flag_wins_over_the_variable(serve: Serve, name: str) -> None:
     text, value = GIVEN[name]
-    other = {"checkpoint": "other", "device": "cpu", "host": "::1", "log_level": "error"}.get(name, "1111")
+    other = OTHER.get(name, "1111")
     result, served = serve(flag(name), text, **{variable(name): other})
     assert result.exit_code == 0, result.output
     assert arrived(served, name) == value
@@ -168,16 +203,30 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     assert served["port"] == 8000
     assert served["checkpoint"] == Path("checkpoints/fashion-mnist-32")
     assert served["limits"] == Limits(
-        max_n=64, max_batch=16, max_rows=100, max_jobs=1024, max_backlog_s=600, max_body_bytes=2**20
+        max_n=64,
+        max_batch=16,
+        max_rows=100,
+        max_jobs=1024,
+        max_backlog_s=600,
+        max_body_bytes=2**20,
+        result_cache_bytes=64 * 2**20,
     )
     assert served["grace_s"] == 30
+    assert served["policy"] == "srpt"
+    assert {name: served[name] for name in ("device", "executor", "precision")} == dict.fromkeys(
+        ("device", "executor", "precision"), "auto"
+    )
+    assert {name: served[name] for name in ("exact", "threads", "max_batch", "max_rows", "cache_dir")} == dict.fromkeys(
+        ("exact", "threads", "max_batch", "max_rows", "cache_dir")
+    ), "left to the machine"
+    assert served["tick_times"] == TICK_TIMES, "what was measured is what admission counts with"
 
 
-def test_no_request_or_tick_is_larger_than_the_rows_held(serve: Serve) -> None:
+def test_no_request_is_larger_than_the_rows_held(serve: Serve) -> None:
     result, served = serve("--max-rows", "5")
     assert result.exit_code == 0, result.output
     limits = served["limits"]
-    assert (limits.max_n, limits.max_batch, limits.max_rows) == (5, 5, 5)
+    assert (limits.max_n, limits.max_rows) == (5, 5)
 
 
 @pytest.mark.parametrize(("name", "text"), BAD)

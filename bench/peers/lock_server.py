@@ -7,9 +7,8 @@ embedding, which costs no FLOPs worth counting. The pipeline is diffusers' own, 
 import argparse
 import asyncio
 import dataclasses
-import io
+import math
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,31 @@ from typing import Any
 import torch
 import uvicorn
 from diffusers import DDPMPipeline
-from fastapi import FastAPI, Query, Response
+from fastapi import FastAPI, Response
 from PIL import Image
+from pydantic import BaseModel, Field
 
+from bench.peers.denoiser import faster_layout
+from bench.peers.picture import encode, now_s
+from bench.tally import Tally
 from model.checkpoint import Labels, load_checkpoint, save_checkpoint
+
+
+class Body(BaseModel):
+    """One request. A sampler other than DDPM's or a class is more than DDPMPipeline can do."""
+
+    n: int = Field(1, ge=1, le=64)
+    steps: int = Field(1000, ge=1, le=1000)
+    seed: int = 0
+    sampler: str = Field("ddpm", pattern="^ddpm$")
 
 
 def main() -> None:
     """Serve until killed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.lock_server", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.peers.lock_server", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--tally", type=Path, required=True)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads is not None:
@@ -36,16 +49,19 @@ def main() -> None:
     thread = ThreadPoolExecutor(1)
     pipeline = thread.submit(load_pipeline, args.checkpoint).result()
     thread.submit(pipeline, batch_size=4, num_inference_steps=3).result()  # warm before it says it is ready
-    app = create_app(pipeline, thread)
+    app = create_app(pipeline, thread, Tally(args.tally))
     uvicorn.run(app, host="127.0.0.1", port=args.port, log_level="warning", access_log=False)
 
 
 def load_pipeline(checkpoint_folder: Path) -> Any:
-    """Load the twin as diffusers' own pipeline."""
+    """Load the twin as diffusers' own pipeline, in the faster of the two memory layouts."""
     with tempfile.TemporaryDirectory() as folder:
         save_twin(checkpoint_folder, Path(folder))
         pipeline: Any = DDPMPipeline.from_pretrained(folder)  # type: ignore[no-untyped-call]
     pipeline.set_progress_bar_config(disable=True)
+    config, net = pipeline.unet.config, pipeline.unet
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    faster_layout(net, lambda x, t, _labels: net(x, t, return_dict=False)[0], shape)
     return pipeline
 
 
@@ -57,49 +73,35 @@ def save_twin(checkpoint_folder: Path, folder: Path) -> None:
     save_checkpoint(folder, state, unet, checkpoint.noise, Labels(), {})
 
 
-def create_app(pipeline: Any, thread: ThreadPoolExecutor) -> FastAPI:
+def create_app(pipeline: Any, thread: ThreadPoolExecutor, tally: Tally) -> FastAPI:
     """One request at a time goes through the pipeline, the others wait in order."""
     app = FastAPI()
     lock = asyncio.Lock()
-    passes = {"row_steps": 0, "ticks": 0}
+    first_step_at_s = math.inf  # of the request that has the lock
 
     def count(_net: torch.nn.Module, args: tuple[torch.Tensor, ...], _out: object) -> None:
-        passes["row_steps"] += len(args[0])
-        passes["ticks"] += 1
+        nonlocal first_step_at_s
+        tally.add(len(args[0]))
+        first_step_at_s = min(first_step_at_s, now_s())
 
     pipeline.unet.register_forward_hook(count)
 
-    def run(n: int, steps: int, seed: int) -> list[Image.Image]:
-        generator = torch.Generator().manual_seed(seed)
-        images: list[Image.Image] = pipeline(batch_size=n, num_inference_steps=steps, generator=generator).images
-        return images
+    def run(body: Body) -> tuple[list[Image.Image], float]:
+        nonlocal first_step_at_s
+        first_step_at_s = math.inf
+        generator = torch.Generator().manual_seed(body.seed)
+        images: list[Image.Image] = pipeline(
+            batch_size=body.n, num_inference_steps=body.steps, generator=generator
+        ).images
+        return images, first_step_at_s
 
     @app.post("/sample")
-    async def sample(n: int = Query(ge=1, le=64), steps: int = Query(ge=1, le=1000), seed: int = 0) -> Response:
+    async def sample(body: Body) -> Response:
         async with lock:
-            images = await asyncio.get_running_loop().run_in_executor(thread, run, n, steps, seed)
-        return Response(await asyncio.to_thread(encode, images), media_type="image/png")
-
-    @app.get("/readyz")
-    async def readyz() -> dict[str, str]:
-        return {"status": "ready"}
-
-    @app.get("/passes")
-    async def get_passes() -> dict[str, float]:
-        return {**passes, "cpu_s": time.process_time()}
+            images, first_at_s = await asyncio.get_running_loop().run_in_executor(thread, run, body)
+        return Response(await asyncio.to_thread(encode, images, first_at_s), media_type="image/png")
 
     return app
-
-
-def encode(images: list[Image.Image]) -> bytes:
-    """One PNG, the images side by side."""
-    width, height = images[0].size
-    sheet = Image.new(images[0].mode, (width * len(images), height))
-    for k, image in enumerate(images):
-        sheet.paste(image, (k * width, 0))
-    out = io.BytesIO()
-    sheet.save(out, "PNG")
-    return out.getvalue()
 
 
 if __name__ == "__main__":

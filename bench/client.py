@@ -1,0 +1,142 @@
+"""The client: an open loop that starts each request at its own time, and what it reads of the servers."""
+
+import asyncio
+import hashlib
+import re
+import resource
+from collections.abc import Sequence
+
+import httpx
+
+from bench.peers.picture import first_step_at_s
+from bench.records import Answer, Arrival, EtaSample, Outcome
+
+MOST_OUTSTANDING = 2000
+SPARE_FILES = 256
+FIRST_STEP = re.compile(r"\bfirst_step;dur=([0-9.]+)")
+
+
+def open_client(url: str, connections: int = MOST_OUTSTANDING) -> httpx.AsyncClient:
+    """Make a client without a timeout of its own: every load is bounded as a whole, and its requests with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, connections + SPARE_FILES) if hard != resource.RLIM_INFINITY else connections + SPARE_FILES
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=64)
+    # A peer would zip a PNG for a client that takes it so.
+    headers = {"Accept": "image/png", "Accept-Encoding": "identity"}
+    return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, headers=headers, trust_env=False)
+
+
+async def drive(
+    http: httpx.AsyncClient,
+    arrivals: Sequence[Arrival],
+    *,
+    drain_s: float,
+    most_outstanding: int = MOST_OUTSTANDING,
+    start_s: float | None = None,
+) -> list[Answer]:
+    """Send every arrival at its time, wait `drain_s` after the last one, and give up what has no answer then.
+
+    An arrival that finds `most_outstanding` others waiting is not sent, and counted as such.
+    """
+    clock = asyncio.get_running_loop().time
+    start_s = clock() if start_s is None else start_s
+    unsent: list[Answer] = []
+    sent: dict[asyncio.Task[Answer], Arrival] = {}
+    waiting: set[asyncio.Task[Answer]] = set()
+    try:
+        for arrival in arrivals:
+            await asyncio.sleep(start_s + arrival.at_s - clock())
+            if len(waiting) >= most_outstanding:
+                unsent.append(_without(arrival, "unsent", 0.0))
+                continue
+            task = asyncio.create_task(ask_for(http, arrival, start_s))
+            sent[task] = arrival
+            waiting.add(task)
+            task.add_done_callback(waiting.discard)
+        if waiting:
+            await asyncio.wait(set(waiting), timeout=drain_s)
+    finally:
+        given_up_s = clock() - start_s
+        left = list(waiting)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+    answers = [
+        _without(arrival, "unanswered", given_up_s - arrival.at_s) if task.cancelled() else task.result()
+        for task, arrival in sent.items()
+    ]
+    return sorted(answers + unsent, key=lambda answer: answer.at_s)
+
+
+async def ask_for(http: httpx.AsyncClient, arrival: Arrival, start_s: float) -> Answer:
+    """Send one request and see what becomes of it; a client that leaves closes its connection."""
+    clock = asyncio.get_running_loop().time
+    due_s = start_s + arrival.at_s
+    outcome: Outcome = "failed"
+    response = None
+    try:
+        async with asyncio.timeout(arrival.leaves_after_s):
+            response = await http.post("/sample", json=arrival.ask.to_body(arrival.seed))
+    except TimeoutError:
+        outcome = "left"
+    except httpx.HTTPError:
+        pass
+    waited_s = clock() - due_s
+    if response is None:
+        return _without(arrival, outcome, waited_s)
+    if response.status_code != 200:
+        return _without(arrival, "refused" if response.status_code == 429 else "failed", waited_s)
+    try:
+        first_s = first_step_s(response, due_s)
+    except OSError:  # no picture
+        return _without(arrival, "failed", waited_s)
+    return Answer(
+        arrival.at_s,
+        arrival.ask.n,
+        arrival.ask.steps,
+        arrival.seed,
+        "ok",
+        waited_s,
+        first_s,
+        response.headers.get("X-Job-ID"),
+        hashlib.sha256(response.content).hexdigest(),
+    )
+
+
+def first_step_s(response: httpx.Response, due_s: float) -> float | None:
+    """Until the first step was done: tminus counts from acceptance, a peer's PNG tells the time on our own clock.
+
+    Raises OSError where the body is no picture.
+    """
+    at_s = first_step_at_s(response.content)
+    if at_s is not None:
+        return at_s - due_s
+    found = FIRST_STEP.search(response.headers.get("Server-Timing", ""))
+    return float(found[1]) / 1e3 if found else None
+
+
+async def poll_etas(http: httpx.AsyncClient, start_s: float, every_s: float) -> list[EtaSample]:
+    """Note what GET /jobs says of running jobs until cancelled; nothing where the server has no such call."""
+    clock = asyncio.get_running_loop().time
+    samples: list[EtaSample] = []
+    try:
+        while True:
+            asked_s = clock()
+            response = await http.get("/jobs", headers={"Accept": "application/json"})
+            at_s = (asked_s + clock()) / 2 - start_s
+            if response.status_code != 200:
+                return samples
+            samples += [
+                EtaSample(at_s, job["id"], job["eta_s"])
+                for job in response.json()["jobs"]
+                if job["state"] == "running" and job.get("eta_s") is not None
+            ]
+            await asyncio.sleep(every_s)
+    except asyncio.CancelledError:
+        return samples
+
+
+def _without(arrival: Arrival, outcome: Outcome, waited_s: float) -> Answer:
+    return Answer(arrival.at_s, arrival.ask.n, arrival.ask.steps, arrival.seed, outcome, waited_s)

@@ -1,0 +1,152 @@
+"""diffusers' U-Net and schedulers, batched as far as they go: what the request-level batchers serve.
+
+A batch of requests falls into groups of the same steps and sampler; each group is one loop over the timesteps, in which
+every row has its own class and its own generator. Groups run one after the other: a diffusers scheduler steps all rows
+of a batch at one timestep.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from PIL import Image
+from torch import Tensor
+
+from bench.peers.picture import encode, now_s
+from bench.tally import Tally
+
+# More rows a pass were no faster in a trial on two cores, and a batch of several images a request gets long.
+MAX_ROWS = 16
+SCHEDULERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}
+TUNING_PASSES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One request."""
+
+    n: int
+    steps: int
+    sampler: str
+    seed: int
+    class_label: int | None
+
+    @classmethod
+    def parse(cls, body: dict[str, Any]) -> "Wanted":
+        """Read a JSON body; raises ValueError for what cannot be done."""
+        wanted = cls(
+            int(body.get("n", 1)),
+            int(body.get("steps", 1000)),
+            body.get("sampler", "ddpm"),
+            int(body.get("seed", 0)),
+            body.get("class_label"),
+        )
+        if not (1 <= wanted.n <= 64 and 1 <= wanted.steps <= 1000 and wanted.sampler in SCHEDULERS):
+            raise ValueError(f"cannot do {wanted}")
+        return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image of one request of a batch."""
+
+    request: int
+    generator: torch.Generator
+    label: int
+
+
+class Denoiser:
+    """Owns the network. Load and use it in one thread: a second OpenMP team, of another thread, slows it by half."""
+
+    def __init__(self, checkpoint: Path, tally: Tally) -> None:
+        net: Any = UNet2DModel.from_pretrained(checkpoint, subfolder="unet")
+        self._net = net.eval()
+        config = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text("utf-8"))
+        self._schedulers = {name: kind.from_config(config) for name, kind in SCHEDULERS.items()}
+        labels = checkpoint / "tminus.json"
+        null_class = json.loads(labels.read_text("utf-8")).get("null_class") if labels.is_file() else None
+        self._null_class = null_class or 0
+        self._conditional = net.config.num_class_embeds is not None
+        size = net.config.sample_size
+        self._shape = (net.config.in_channels, *(size if isinstance(size, list | tuple) else (size, size)))
+        self._tally = tally
+        self._layout = faster_layout(self._net, self._forward, self._shape)
+
+    def sample(self, requests: Sequence[Wanted]) -> list[bytes]:
+        """Make every request's PNG, in their order."""
+        groups: dict[tuple[int, str], list[Row]] = {}
+        for number, wanted in enumerate(requests):
+            rows = groups.setdefault((wanted.steps, wanted.sampler), [])
+            label = self._null_class if wanted.class_label is None else wanted.class_label
+            rows += [
+                Row(number, torch.Generator().manual_seed(wanted.seed + 2**32 * k), label) for k in range(wanted.n)
+            ]
+        images: list[list[Image.Image]] = [[] for _ in requests]
+        first_step_at_s: list[float] = [math.inf for _ in requests]
+        for (steps, sampler), rows in groups.items():
+            for part in even_parts(rows, MAX_ROWS):
+                x, first_at_s = self._loop(part, steps, sampler)
+                for row, image in zip(part, to_images(x), strict=True):
+                    images[row.request].append(image)
+                    first_step_at_s[row.request] = min(first_step_at_s[row.request], first_at_s)
+        return [encode(*answer) for answer in zip(images, first_step_at_s, strict=True)]
+
+    @torch.inference_mode()
+    def _loop(self, rows: Sequence[Row], steps: int, sampler: str) -> tuple[Tensor, float]:
+        """Take rows [B] from noise to images [B, C, H, W]; also the time at which the first step was done."""
+        scheduler: Any = self._schedulers[sampler]
+        scheduler.set_timesteps(steps)
+        generators = [row.generator for row in rows]
+        labels = torch.tensor([row.label for row in rows]) if self._conditional else None
+        x = torch.cat([torch.randn(1, *self._shape, generator=generator) for generator in generators])
+        first_step_at_s = math.inf
+        for t in scheduler.timesteps:
+            out = self._forward(x.contiguous(memory_format=self._layout), t, labels)
+            x = scheduler.step(out, t, x, generator=generators).prev_sample
+            self._tally.add(len(rows))
+            first_step_at_s = min(first_step_at_s, now_s())
+        return x, first_step_at_s
+
+    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        if self._conditional and labels is None:
+            labels = torch.zeros(len(x), dtype=torch.int64)
+        out: Tensor = self._net(x, t, class_labels=labels, return_dict=False)[0]
+        return out
+
+
+@torch.inference_mode()
+def faster_layout(
+    net: torch.nn.Module, forward: Callable[[Tensor, Tensor, Tensor | None], Tensor], shape: tuple[int, ...]
+) -> torch.memory_format:
+    """Try both memory layouts and leave the network in the faster one; warms it too."""
+    best_s: dict[torch.memory_format, float] = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net.to(memory_format=layout)  # type: ignore[call-overload]
+        x = torch.randn(MAX_ROWS // 2, *shape).contiguous(memory_format=layout)
+        seconds = []
+        for _ in range(TUNING_PASSES + 1):
+            started = time.perf_counter()
+            forward(x, torch.tensor(1), None)
+            seconds.append(time.perf_counter() - started)
+        best_s[layout] = min(seconds[1:])
+    best = min(best_s, key=lambda layout: best_s[layout])
+    net.to(memory_format=best)  # type: ignore[call-overload]
+    return best
+
+
+def even_parts(rows: Sequence[Row], most: int) -> list[Sequence[Row]]:
+    """Split into as few parts as can be, of sizes that differ by one at most."""
+    parts = math.ceil(len(rows) / most)
+    return [rows[len(rows) * k // parts : len(rows) * (k + 1) // parts] for k in range(parts)]
+
+
+def to_images(x: Tensor) -> list[Image.Image]:
+    """x [B, C, H, W] in -1..1 -> images."""
+    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]

@@ -1,0 +1,69 @@
+"""The peer: mosec with dynamic batching, each batch grouped by step count. A process of its own.
+
+mosec reads --port, --address and --timeout from the same command line. Its worker is made in a process that gets
+nothing but the environment.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import mosec
+import torch
+
+from bench.peers.denoiser import Denoiser, Wanted
+from bench.tally import Tally
+
+MAX_BATCH_SIZE = 16
+MAX_WAIT_MS = 5
+FORWARD_S = 3600.0
+CHECKPOINT, TALLY, THREADS = "BENCH_CHECKPOINT", "BENCH_TALLY", "BENCH_THREADS"
+
+
+class Sampler(mosec.Worker):  # type: ignore[misc]
+    """Requests in, PNGs out."""
+
+    resp_mime_type = "image/png"
+
+    def __init__(self) -> None:
+        super().__init__()
+        if threads := os.environ.get(THREADS):
+            torch.set_num_threads(int(threads))
+        self._denoiser = Denoiser(Path(os.environ[CHECKPOINT]), Tally(Path(os.environ[TALLY])))
+
+    def forward(self, data: list[dict[str, Any]]) -> list[bytes]:
+        """Run a batch."""
+        return self._denoiser.sample([Wanted.parse(body) for body in data])
+
+    def serialize(self, data: bytes) -> bytes:
+        """The PNG as it is."""
+        return data
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.peers.mosec_server", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--tally", type=Path, required=True)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--workers", type=int, default=1)
+    args, _ = parser.parse_known_args()
+    environment = {CHECKPOINT: str(args.checkpoint), TALLY: str(args.tally)}
+    if args.threads is not None:
+        environment[THREADS] = str(args.threads)
+    server = mosec.Server()
+    server.append_worker(
+        Sampler,
+        num=args.workers,
+        max_batch_size=MAX_BATCH_SIZE,
+        max_wait_time=MAX_WAIT_MS,
+        env=[environment] * args.workers,
+        timeout=FORWARD_S,
+        route="/sample",
+    )
+    server.run()
+
+
+if __name__ == "__main__":
+    main()

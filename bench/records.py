@@ -1,0 +1,192 @@
+"""What crosses the benchmark's files: what is asked, what became of it, what a server counted. Frozen values."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Outcome = Literal["ok", "refused", "failed", "left", "unanswered", "unsent"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What one request asks for. Guidance other than 1 makes a row-step take two places."""
+
+    n: int
+    steps: int
+    sampler: str = "ddpm"
+    guidance: float = 1.0
+    class_label: int | None = None
+
+    @property
+    def row_steps(self) -> int:
+        """How much it asks for."""
+        return self.n * self.steps
+
+    def to_body(self, seed: int) -> dict[str, Any]:
+        """The JSON that every contender takes; what is off is left out."""
+        body: dict[str, Any] = {"n": self.n, "steps": self.steps, "sampler": self.sampler, "seed": seed}
+        if self.guidance != 1.0:
+            body["guidance"] = self.guidance
+        if self.class_label is not None:
+            body["class_label"] = self.class_label
+        return body
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request that comes at its own time, whatever has been answered by then."""
+
+    at_s: float
+    ask: Ask
+    seed: int
+    leaves_after_s: float | None = None  # its client hangs up if it has no answer by then
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of an arrival."""
+
+    at_s: float  # when it was due, since the load's start
+    n: int
+    steps: int
+    seed: int
+    outcome: Outcome
+    waited_s: float  # from when it was due to the answer, or to when nobody waited any more
+    first_step_s: float | None = None
+    job_id: str | None = None
+    digest: str | None = None  # of the image's bytes
+
+    @property
+    def row_steps(self) -> int:
+        """How much was asked for."""
+        return self.n * self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What a server says it has done since it started."""
+
+    row_steps: float
+    places: float  # rows through the U-Net
+    ticks: float
+    ticks_s: float | None  # time spent in ticks, where the server says
+    cpu_s: float | None  # of all its processes and threads together, where the system says
+    rss_bytes: float | None = None
+
+    def since(self, before: "Counters") -> "Counters":
+        """What was added; memory is as it is now."""
+        return Counters(
+            self.row_steps - before.row_steps,
+            self.places - before.places,
+            self.ticks - before.ticks,
+            _minus(self.ticks_s, before.ticks_s),
+            _minus(self.cpu_s, before.cpu_s),
+            self.rss_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One contender at one load."""
+
+    load: str
+    contender: str
+    round: int
+    seconds: float  # the window that `counted` is of
+    counted: Counters
+    took_row_steps: float  # in the whole load, to the end of what it left behind
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast rows went through the network, and what a row took of the processor (all threads together)."""
+
+    rows_per_s: float
+    cpu_s_per_row: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bare:
+    """The bare executor loop, by batch size, and the machine's peaks."""
+
+    round: int
+    executor: str
+    precision: str
+    flops_per_row: int
+    matmul_flops: float  # float32
+    matmul_bfloat16_flops: float
+    conv_flops: float  # float32
+    paces: dict[int, Pace]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Images made under load against the same made one at a time on an idle server, after a restart."""
+
+    requests: int  # that were answered both times
+    same: int  # byte for byte, the whole PNG
+    samplers: tuple[str, ...]
+    rows_per_tick: float  # under load
+
+
+@dataclass(frozen=True, slots=True)
+class EtaSample:
+    """What GET /jobs said of a running job."""
+
+    at_s: float  # since the load's start
+    job_id: str
+    eta_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Etas:
+    """A load without later arrivals, and what was said of its jobs meanwhile."""
+
+    samples: tuple[EtaSample, ...]
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """The time of a full tick while so many jobs wait; `tick_wall_s` also has what is between ticks."""
+
+    waiting: int
+    tick_s: float
+    tick_wall_s: float
+    places_per_tick: float
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Resident memory after so many requests."""
+
+    requests: int
+    rss_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A whole run, and what it was made with."""
+
+    command: str
+    date: str
+    commit: str
+    load_average: float  # of the last minute, before the first contender
+    seconds: float
+    checkpoint: str
+    quick: bool
+    machine: dict[str, str | int]
+    model: dict[str, Any]  # what tminus said of itself
+    tunings: dict[str, str]  # contender -> how it was set up
+    left_out: tuple[str, ...]  # sentences
+    capacity: float | None  # row-steps/s of tminus, which scaled the loads
+    loads: tuple[Loaded, ...]
+    bare: tuple[Bare, ...]
+    identity: Identity | None = None
+    etas: Etas | None = None
+    crowds: tuple[Crowd, ...] = ()
+    memory: tuple[Memory, ...] = ()
+
+
+def _minus(after: float | None, before: float | None) -> float | None:
+    return None if after is None or before is None else after - before

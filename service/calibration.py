@@ -1,0 +1,35 @@
+"""How long a tick takes by its number of places, measured on the real engine before it serves."""
+
+import time
+from collections.abc import Callable
+
+from service.job import Batch, trial_spec
+from service.worker import RowEngine
+
+TRIES = 5  # ticks of each size; the median counts
+SLOW_TICK_S = 2.0  # of a size whose tick takes this long fewer are run, and no larger size
+
+
+def measure_ticks(
+    engine: RowEngine, max_batch: int, clock: Callable[[], float] = time.perf_counter
+) -> tuple[tuple[int, float], ...]:
+    """Run a few ticks of 1, 2, 4, … up to max_batch places; (places, seconds) of each."""
+    points: list[tuple[int, float]] = []
+    for places in sorted({min(2**k, max_batch) for k in range(max_batch.bit_length() + 1)}):
+        spec = trial_spec(engine.info, places, min(TRIES + 1, engine.info.num_timesteps))
+        rows = engine.add(spec)
+        seconds = []
+        for step in range(spec.steps):
+            started = clock()
+            engine.step(Batch(rows, (step,) * places, ()))
+            engine.wait()
+            seconds.append(clock() - started)
+            if seconds[-1] > SLOW_TICK_S:
+                break
+        engine.images(rows)()
+        engine.remove(rows)
+        counted = sorted(seconds[1:] or seconds)  # the first of a size may compile or allocate
+        points.append((places, counted[len(counted) // 2]))
+        if points[-1][1] > SLOW_TICK_S:
+            break
+    return tuple(points)

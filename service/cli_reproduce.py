@@ -1,0 +1,98 @@
+"""`tminus reproduce image.png`: make an image again from what its PNG says, and compare."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from service.cli import CHECKPOINT_TYPE, DEFAULT_CHECKPOINT, Running, fail, main, offline, post_sample
+
+MAX_FILE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a PNG of ours says of itself."""
+
+    parameters: dict[str, Any]
+    weights: str
+    fingerprint: str
+
+
+@main.command()
+@click.argument("image", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--url", help="ask this server instead of loading a checkpoint")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=DEFAULT_CHECKPOINT)
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+@click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url")
+@click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="keep the new PNG here")
+def reproduce(
+    image: Path, url: str | None, checkpoint: Path, device: str, executor: str, precision: str, out: Path | None
+) -> None:
+    """Make IMAGE again from what its PNG says, and compare. Exit code 0: the same bytes; 1: not the same."""
+    try:
+        if image.stat().st_size > MAX_FILE_BYTES:
+            fail(f"{image}: larger than {MAX_FILE_BYTES} bytes")
+        original = image.read_bytes()
+        recipe = read_recipe(original)
+    except (OSError, ValueError) as error:
+        fail(f"{image}: {error}")
+    if url is not None:
+        again = post_sample(url, recipe.parameters, "image/png").content
+    else:
+        again = offline(Running(checkpoint, device, executor, precision), recipe.parameters, sheet=True)[0]["sheet"]
+    if out is not None:
+        out.write_bytes(again)
+    if again == original:
+        click.echo(f"{image}: the same {len(original)} bytes")
+        return
+    fail(f"{image}: {difference(original, again, recipe)}")
+
+
+def read_recipe(png: bytes) -> Recipe:
+    """Take the recipe out of a PNG. Raises ValueError where there is none, or none that can be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    from service.encoder import PNG_TEXT_KEY
+    from service.job import SampleSpec
+    from service.schemas import parameters_of
+
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
+            text = opened.info.get(PNG_TEXT_KEY)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a PNG ({error})") from None
+    if text is None:
+        raise ValueError(f"no {PNG_TEXT_KEY!r} text in it: not made by tminus, or stripped since")
+    try:
+        document = json.loads(text)
+        fields = document["spec"]
+        tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        parameters = parameters_of(SampleSpec(**{**fields, **tuples}))
+        return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its {PNG_TEXT_KEY!r} text is no recipe of this version ({error!r:.200})") from None
+
+
+def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
+    """Say how two PNGs differ, and why they may: other weights, another build, or altered pixels."""
+    import numpy as np
+    from PIL import Image
+
+    mine = read_recipe(again)
+    reasons = []
+    if mine.weights != recipe.weights:
+        reasons.append(f"made by other weights ({recipe.weights[:12]}, here {mine.weights[:12]})")
+    if mine.fingerprint != recipe.fingerprint:
+        reasons.append(f"made by another build ({recipe.fingerprint}, here {mine.fingerprint})")
+    with Image.open(io.BytesIO(original)) as first, Image.open(io.BytesIO(again)) as second:
+        a, b = np.asarray(first).astype(int), np.asarray(second).astype(int)
+    if a.shape != b.shape:
+        found = f"another size, {a.shape} and {b.shape}"
+    else:
+        found = f"{int((a != b).sum())} of {a.size} values differ, by {int(abs(a - b).max())} of 255 at most"
+    return "; ".join([found, *reasons])

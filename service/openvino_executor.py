@@ -1,0 +1,159 @@
+"""OpenVINO on a CPU: one-thread streams that each take small passes. The fastest way here, and exact.
+
+A pass of fixed size on one thread computes a place the same way wherever it stands and whatever stands beside it, and
+passes of 1, 2, 4, … agree to the bit (`service/choice.py` checks). A lone row uses one core; two rows use two.
+"""
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from model.unet import UNet2D
+from service.executors import split
+
+try:
+    import openvino
+except ImportError:  # an extra
+    openvino = None
+
+Floats = npt.NDArray[np.float32]
+
+PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def available() -> bool:
+    """Whether the library is installed."""
+    return openvino is not None
+
+
+def version() -> str | None:
+    """The library's version; None where it is not installed."""
+    return openvino.__version__ if openvino is not None else None
+
+
+def precisions() -> tuple[str, ...]:
+    """What this processor computes in; bfloat16 only where it has the instructions."""
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ("float32", "bfloat16") if "BF16" in capabilities else ("float32",)
+
+
+class Graph:
+    """A U-Net converted once, for any number of executors: the graph, and the embedding as tables in float32."""
+
+    def __init__(self, net: UNet2D, shape: Sequence[int], num_timesteps: int) -> None:
+        """shape [C, H, W] of one row."""
+        with torch.inference_mode():
+            # Made in one call, so that a timestep's bits never depend on a batch. Kept from bfloat16, which has no 999.
+            self.time_table = net.embed_time(torch.arange(num_timesteps))  # [T, temb]
+            weight = net.class_embedding.weight.clone() if net.class_embedding is not None else None
+            self.class_table = weight  # [classes, temb]
+        self.act = net.act
+        self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
+        self.temb_dim = self.time_table.shape[1]
+        example = (torch.zeros(1, *shape), torch.zeros(1, self.temb_dim))
+        inputs = [openvino.PartialShape([-1, *shape]), openvino.PartialShape([-1, self.temb_dim])]
+        with warnings.catch_warnings(action="ignore"):  # the tracer's, of shapes that are fixed here
+            self.model = openvino.convert_model(_Body(net).eval(), example_input=example, input=inputs)
+
+    def of_size(self, size: int) -> Any:
+        """The graph for passes of one size: fixed shapes are a third faster than dynamic, and agree to the bit."""
+        sized = self.model.clone()
+        sized.reshape({sized.inputs[0]: [size, *self.shape], sized.inputs[1]: [size, self.temb_dim]})
+        return sized
+
+
+class OpenVINOExecutor:
+    """Runs a Graph in one-thread streams."""
+
+    name = "openvino"
+
+    def __init__(self, graph: Graph, *, precision: str = "float32", sizes: Sequence[int] = (1,), streams: int) -> None:
+        """sizes of a pass, ascending; streams of one thread each."""
+        self.precision = precision
+        self.details = f"openvino {openvino.__version__}, {streams} streams, passes of {', '.join(map(str, sizes))}"
+        self._graph, self._sizes, self._streams = graph, tuple(sizes), streams
+        config = {
+            "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": streams,
+            # The edge and the encoders share these cores; a pinned stream would wait behind them.
+            "ENABLE_CPU_PINNING": False,
+        }
+        core = openvino.Core()
+        self._passes: dict[int, deque[_Pass]] = {}
+        for size in self._sizes:
+            model = core.compile_model(graph.of_size(size), "CPU", config)
+            self._passes[size] = deque(_Pass(model.create_infer_request()) for _ in range(streams))
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """See Executor."""
+        return self.start(x, t, class_labels)()
+
+    @torch.inference_mode()
+    def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
+        """See Executor. The first pass of each stream is on its way when this returns."""
+        graph = self._graph
+        temb = graph.time_table[t]
+        if graph.class_table is not None:
+            assert class_labels is not None
+            temb = temb + graph.class_table[class_labels]
+        x_, temb_ = x.contiguous().numpy(), graph.act(temb).numpy()
+        out = np.empty((len(x), *graph.out_shape), np.float32)
+        waiting = deque(split(len(x), self._sizes, self._streams))
+        running: deque[tuple[_Pass, int, int]] = deque()
+
+        def start_next() -> None:
+            if waiting:
+                start, end, size = waiting.popleft()
+                passes = self._passes[size]
+                one = passes[0]
+                passes.rotate(-1)  # the next time the one that has rested longest
+                one.start(x_[start:end], temb_[start:end])
+                running.append((one, start, end))
+
+        def finish() -> Tensor:
+            while running:
+                one, start, end = running.popleft()
+                one.wait()
+                out[start:end] = one.out[: end - start]
+                start_next()
+            return torch.from_numpy(out)
+
+        for _ in range(self._streams):
+            start_next()
+        return finish
+
+
+class _Pass:
+    """A request with its own memory, written to and read from in place: a third of the cost of handing over tensors."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self._x, self._temb = request.get_input_tensor(0).data, request.get_input_tensor(1).data
+        self.out: Floats = request.get_output_tensor(0).data
+
+    def start(self, x: Floats, temb: Floats) -> None:
+        """Begin; what lies past the end of a short batch is of an earlier pass and is thrown away."""
+        self._x[: len(x)], self._temb[: len(temb)] = x, temb
+        self._request.start_async()
+
+    def wait(self) -> None:
+        """Until `out` holds the result."""
+        self._request.wait()
+
+
+class _Body(nn.Module):
+    """UNet2D.denoise as a module, which is what can be converted."""
+
+    def __init__(self, net: UNet2D) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
+        return self.net.denoise(x, act_temb)

@@ -1,0 +1,311 @@
+import math
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.forecast import Fluid, Outlook, Pending, TickTimes, forecast, knee
+from service.job import Work
+from service.scheduler import Policy, Scheduler, reserved_places
+
+POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
+TICKS = TickTimes(((1, 1.0),))  # and so a second for each place
+SAME = TickTimes(((8, 1.0),))  # a second for each tick of up to eight
+
+
+def plain(rows: int, steps: int) -> Work:
+    return Work(rows, steps, range(0))
+
+
+def guided(rows: int, steps: int) -> Work:
+    return Work(rows, steps, range(steps))
+
+
+def pendings(*works: Work) -> list[Pending]:
+    return [Pending(f"job{i}", i, work, work.places) for i, work in enumerate(works)]
+
+
+def srpt(*works: Work, max_batch: int = 8, reserved: int = 2, until: str | None = None) -> dict[str, Outlook]:
+    return forecast(pendings(*works), max_batch, reserved, "srpt", SAME, until)
+
+
+# --- how long a tick takes ---
+
+
+@pytest.mark.parametrize(
+    ("places", "seconds"), [(1, 0.003), (2, 0.0033), (3, 0.00415), (8, 0.009), (12, 0.013), (16, 0.017)]
+)
+def test_between_the_points_and_beyond_them_run_lines(places: int, seconds: float) -> None:
+    assert TickTimes(POINTS).seconds(places) == pytest.approx(seconds)
+
+
+def test_below_the_first_point_a_tick_costs_as_much_as_there() -> None:
+    assert TickTimes(((4, 0.1), (8, 0.2))).seconds(1) == 0.1
+    assert TickTimes(((8, 0.1),)).seconds(2) == 0.1
+
+
+def test_a_single_point_is_a_rate_beyond_it() -> None:
+    assert TickTimes(((4, 0.1),)).seconds(8) == pytest.approx(0.2)
+
+
+def test_a_last_point_that_noise_made_cheap_does_not_lead_below_zero() -> None:
+    assert TickTimes(((1, 0.2), (2, 0.1))).seconds(1000) == 0.1
+
+
+def test_without_points_nothing_takes_time_and_nothing_is_learnt() -> None:
+    times = TickTimes()
+    assert times.seconds(8) == times.seconds_per_place(8) == 0
+    assert times.observe(8, 1.0) == times
+
+
+def test_seconds_per_place_are_those_of_a_full_tick() -> None:
+    assert TickTimes(POINTS).seconds_per_place(8) == 0.009 / 8
+
+
+@pytest.mark.parametrize(
+    "points",
+    [((2, 0.1), (1, 0.2)), ((1, 0.1), (1, 0.2)), ((0, 0.1),), ((1, -0.1),), ((1, math.nan),), ((1, math.inf),)],
+)
+def test_points_that_are_no_measurement_assert(points: tuple[tuple[int, float], ...]) -> None:
+    with pytest.raises(AssertionError):
+        TickTimes(points)
+
+
+def test_the_times_follow_the_machine_slowly_at_any_number_of_places() -> None:
+    times = TickTimes(POINTS)
+    times = times.observe(2, 2 * 0.0033)
+    assert 1 < times.seconds(8) / 0.009 < 1.05
+    for _ in range(400):
+        times = times.observe(2, 2 * 0.0033)
+    assert times.seconds(8) == pytest.approx(2 * 0.009, rel=1e-2)
+
+
+def test_one_tick_that_took_for_ever_moves_the_times_little() -> None:
+    assert TickTimes(POINTS).observe(8, 3600.0).correction < 1.1
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_the_correction_stays_within_bounds(seconds: float) -> None:
+    times = TickTimes(POINTS)
+    for _ in range(5000):
+        times = times.observe(8, seconds)
+    assert 0.01 <= times.correction <= 100
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.nan])
+def test_a_time_that_is_none_is_not_learnt(seconds: float) -> None:
+    assert TickTimes(POINTS).observe(8, seconds).correction == 1
+
+
+@pytest.mark.parametrize(
+    ("points", "best"),
+    [
+        (((1, 1.0), (2, 2.0), (4, 4.0)), 1),  # no gain
+        (((1, 1.0), (2, 1.0), (4, 1.0)), 4),  # all gain
+        (((1, 1.0), (8, 2.0), (16, 3.9), (32, 7.7)), 8),
+        (((1, 0.5),), 1),
+    ],
+)
+def test_the_knee_is_where_more_places_bring_little_more(points: tuple[tuple[int, float], ...], best: int) -> None:
+    assert knee(points) == best
+
+
+@given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=8), st.floats(0.5, 1.0))
+def test_the_knee_has_its_share_of_the_best_and_nothing_before_it_has(seconds: list[float], share: float) -> None:
+    points = [(2**k, s) for k, s in enumerate(seconds)]
+    best = max(places / s for places, s in points)
+    chosen = knee(points, share)
+    assert dict(points)[chosen] <= chosen / (share * best) * (1 + 1e-12)
+    assert all(places / s < share * best for places, s in points if places < chosen)
+
+
+# --- what is foretold, by hand ---
+
+
+def test_nobody_waits_nobody_is_told_anything() -> None:
+    assert srpt() == {}
+
+
+def test_a_job_alone_takes_its_steps_in_ticks() -> None:
+    assert srpt(plain(3, 10)) == {"job0": Outlook("job0", 0, pytest.approx(10.0))}
+
+
+def test_a_job_of_more_rows_than_places_takes_turns() -> None:
+    assert srpt(plain(12, 10))["job0"].eta_s == pytest.approx(15.0)
+
+
+def test_a_part_of_a_tick_counts_as_one() -> None:
+    assert srpt(plain(9, 1))["job0"].eta_s == pytest.approx(2.0)
+
+
+def test_guided_steps_take_two_places_each() -> None:
+    alone = forecast(pendings(guided(1, 10)), 8, 2, "srpt", TICKS)
+    assert alone["job0"].eta_s == pytest.approx(20.0)
+    partly = forecast(pendings(Work(1, 10, range(2, 5))), 8, 2, "srpt", TICKS)
+    assert partly["job0"].eta_s == pytest.approx(13.0)
+
+
+def test_a_job_on_its_way_has_only_the_rest_to_go() -> None:
+    work = Work(2, 10, range(2, 5))
+    for left, ticks in ((26, 10), (24, 9), (22, 8), (18, 7), (14, 6), (10, 5), (8, 4), (2, 1)):
+        assert forecast([Pending("a", 0, work, left)], 8, 2, "srpt", SAME)["a"].eta_s == pytest.approx(ticks)
+
+
+def test_the_shorter_goes_first_and_the_oldest_keeps_its_reserve() -> None:
+    outlooks = srpt(plain(8, 100), plain(8, 6))
+    assert outlooks["job1"] == Outlook("job1", 0, pytest.approx(8.0))  # 48 places, six a tick
+    assert outlooks["job0"] == Outlook("job0", 1, pytest.approx(106.0))
+
+
+def test_first_come_first_served_goes_by_arrival() -> None:
+    outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), 8, 0, "fcfs", SAME)
+    assert outlooks == {"job0": Outlook("job0", 0, 100.0), "job1": Outlook("job1", 1, 106.0)}
+
+
+def test_the_position_counts_those_before_it_that_end_before_it() -> None:
+    outlooks = srpt(*[plain(8, steps) for steps in (30, 20, 10)], reserved=0)
+    assert [outlooks[f"job{i}"].position for i in range(3)] == [2, 1, 0]
+
+
+def test_jobs_that_all_run_have_nobody_before_them() -> None:
+    assert {outlook.position for outlook in srpt(*[plain(2, steps) for steps in (30, 20, 10, 40)]).values()} == {0}
+
+
+def test_a_job_that_is_only_to_be_delivered_is_done_now() -> None:
+    jobs = [Pending("done", 0, plain(4, 10), 0), *[Pending("a", 1, plain(8, 10), 80)]]
+    assert forecast(jobs, 8, 2, "srpt", SAME) == {"done": Outlook("done", 0, 0.0), "a": Outlook("a", 0, 10.0)}
+
+
+def test_a_faster_job_overtakes_one_that_has_less_left() -> None:
+    outlooks = srpt(plain(1, 100), plain(8, 15), reserved=0)
+    assert outlooks["job1"].eta_s == pytest.approx(16, abs=1.01)
+    assert outlooks["job0"].eta_s == pytest.approx(112, abs=2)
+
+
+def test_before_calibration_all_is_over_at_once_and_the_order_is_known() -> None:
+    outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), 8, 0, "srpt", TickTimes())
+    assert [(outlooks[f"job{i}"].position, outlooks[f"job{i}"].eta_s) for i in range(2)] == [(1, 0.0), (0, 0.0)]
+
+
+def test_the_model_stops_at_a_time_and_at_places_left() -> None:
+    fluid = Fluid(8, 2, "srpt", SAME)
+    fluid.add(pendings(plain(8, 10))[0])
+    assert fluid.step(until_s=2.5) == []
+    assert (fluid.now_s, fluid.places_left, fluid.tick_end_s) == (2.5, 60.0, 3.0)
+    assert fluid.step(until_places=20) == []
+    assert (fluid.now_s, fluid.places_left) == (7.5, 20.0)
+    assert fluid.step() == ["job0"]
+    assert (fluid.jobs, fluid.rows, fluid.places_left, fluid.now_s) == (0, 0, 0, 10.0)
+    assert fluid.step(until_s=25.0) == []
+    assert fluid.now_s == 25.0
+
+
+# --- for every load: against the scheduler itself, tick by tick ---
+
+
+@dataclass(frozen=True)
+class Load:
+    max_batch: int
+    share: float
+    policy: Policy
+    works: tuple[Work, ...]
+    ticks_done: int
+
+    def play(self, times: TickTimes) -> tuple[list[Pending], dict[str, float]]:
+        """What is pending after the first ticks, and when each job of it ends."""
+        scheduler = Scheduler(self.max_batch, self.share, self.policy)
+        left = {}
+        row = 0
+        for job in pendings(*self.works):
+            scheduler.add(job.job_id, range(row, row + job.work.rows), job.work)
+            left[job.job_id] = job.work.places
+            row += job.work.rows
+        for _ in range(self.ticks_done):
+            if batch := scheduler.next_batch():
+                for job_id, places in scheduler.places_by_job(batch).items():
+                    left[job_id] -= places
+                scheduler.advance(batch)
+        now_s, ends = 0.0, {}
+        while batch := scheduler.next_batch():
+            now_s += times.seconds(batch.places)
+            ends |= dict.fromkeys(scheduler.advance(batch).finished, now_s)
+        jobs = [Pending(f"job{i}", i, work, left[f"job{i}"]) for i, work in enumerate(self.works)]
+        return [job for job in jobs if job.places_left], ends
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> Load:
+    max_batch = draw(st.sampled_from([2, 4, 8, 8, 16, 64]))
+
+    def work() -> Work:
+        steps = draw(st.sampled_from([5, 20, 50, 100]) | st.integers(1, 200))
+        start = draw(st.integers(0, steps - 1))
+        stop = draw(st.integers(start + 1, steps))
+        guided = draw(st.sampled_from([range(0), range(0), range(steps), range(start, stop)]))
+        return Work(draw(st.sampled_from([1, 1, 2, 4]) | st.integers(1, 3 * max_batch)), steps, guided)
+
+    return Load(
+        max_batch,
+        draw(st.sampled_from([0.0, 0.25, 0.25, 0.5])),
+        draw(st.sampled_from(["srpt", "srpt", "fcfs"])),
+        tuple(work() for _ in range(draw(st.integers(1, 12)))),
+        draw(st.sampled_from([0, 0, 3, 40])),
+    )
+
+
+def test_the_forecast_is_good_to_five_percent_or_two_ticks_for_nearly_all_jobs() -> None:
+    times = TickTimes(POINTS)
+    errors: list[bool] = []
+
+    @settings(deadline=None, max_examples=150, derandomize=True, database=None)
+    @given(loads())
+    def compare(load: Load) -> None:
+        jobs, ends = load.play(times)
+        reserved = reserved_places(load.max_batch, load.share, load.policy)
+        outlooks = forecast(jobs, load.max_batch, reserved, load.policy, times)
+        assert outlooks.keys() == ends.keys()
+        tick_s = times.seconds(load.max_batch)
+        for job_id, end_s in ends.items():
+            errors.append(abs(outlooks[job_id].eta_s - end_s) > max(0.05 * end_s, 2 * tick_s) * (1 + 1e-9))
+        # The last end is the least forgiving: it sums up all that went before.
+        last_s = max(ends.values(), default=0.0)
+        assert max((o.eta_s for o in outlooks.values()), default=0.0) == pytest.approx(last_s, rel=0.15, abs=3 * tick_s)
+
+    compare()
+    assert len(errors) > 300
+    assert sum(errors) <= 0.03 * len(errors)
+
+
+@settings(deadline=None, max_examples=100)
+@given(loads())
+def test_positions_and_times_are_sane_for_any_load(load: Load) -> None:
+    jobs = pendings(*load.works)
+    reserved = reserved_places(load.max_batch, load.share, load.policy)
+    outlooks = forecast(jobs, load.max_batch, reserved, load.policy, TickTimes(POINTS))
+    assert outlooks.keys() == {job.job_id for job in jobs}
+    for job in jobs:
+        alone_s = forecast([job], load.max_batch, reserved, load.policy, TickTimes(POINTS))[job.job_id].eta_s
+        outlook = outlooks[job.job_id]
+        assert 0 <= outlook.position < len(jobs)
+        assert outlook.eta_s >= 0.99 * min(alone_s, job.work.steps * POINTS[0][1]) > 0
+        assert forecast(jobs, load.max_batch, reserved, load.policy, TickTimes(POINTS), job.job_id)[
+            job.job_id
+        ] == outlook, "looking no further than one job changes nothing for it"
+    assert forecast(jobs[::-1], load.max_batch, reserved, load.policy, TickTimes(POINTS)) == outlooks
+
+
+def test_the_work_of_a_forecast_grows_with_the_jobs_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    step = Fluid.step
+
+    def counted(self: Fluid, until_s: float = math.inf, until_places: float = -math.inf) -> list[str]:
+        counts[-1] += 1
+        return step(self, until_s, until_places)
+
+    monkeypatch.setattr(Fluid, "step", counted)
+    for jobs in (100, 1000):
+        counts.append(0)
+        forecast(pendings(*[plain(1 + i % 5, 1 + 37 * i % 200) for i in range(jobs)]), 8, 2, "srpt", TickTimes(POINTS))
+    assert counts[1] <= 12 * counts[0]
+    assert counts[1] <= 3 * 1000
