@@ -8,7 +8,8 @@ FROM scratch AS wheels
 FROM python:3.11-slim AS requirements
 WORKDIR /src
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*project['dependencies'], *project['optional-dependencies']['openvino'], sep='\n')" \
         > all.txt \
     && grep -w '^torch' all.txt > torch.txt
 

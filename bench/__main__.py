@@ -10,36 +10,21 @@ Each contender is a process of its own and has the machine to itself. Traffic st
 """
 
 import argparse
-import asyncio
-import dataclasses
 import os
+import shlex
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, datetime
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import httpx
-
-from bench import figures, machine, report, servers
-from bench.loads import QUICK, SATURATION_OF_16, Lengths, Turn
+from bench import report, servers
+from bench.conductor import LOADS, Conductor, say
 from bench.plot import plot
-from bench.records import Answer, Bare, Crowd, Etas, Identity, Loaded, Memory, Pace, Run
+from bench.records import Run
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = servers.ROOT / "docs"
-EVERY_ROUND = ("idle", "saturation", "saturation-16")
-ONCE = ("mixed", "burst", "steps", "hang-ups")
-OF_TMINUS = ("policy", "first-step", "eta", "crowd")
-ON_ITS_OWN = ("identity", "memory")  # of tminus too, each on a fresh server
-LOADS = (*EVERY_ROUND, "bare", *ONCE, *OF_TMINUS, *ON_ITS_OWN)
-SCALED = {"saturation", "saturation-16", "steps", "policy", "hang-ups"}  # by tminus's saturated row-steps/s
-BARE_BATCHES = (1, 4, 8, 16)
-GUESS = 400.0  # row-steps/s, until it is measured
-SETTLE_S = 3.0  # a server that is still busy after that with what nobody waits for is started anew
 
 
 def main() -> None:
@@ -47,7 +32,7 @@ def main() -> None:
     args = parse_args(sys.argv[1:])
     # Being asked to stop must still stop the servers: their `finally` runs only on an exception.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    run = report.from_json((args.out / "latest.json").read_bytes()) if args.render else Bench(args).run()
+    run = report.from_json((args.out / "latest.json").read_bytes()) if args.render else measure(args)
     report.write(run, args.out)
     print(report.to_markdown(run))
     pictures = [args.out / "latest.svg", *([DOCS / "images" / "bench.svg"] if args.docs else [])]
@@ -62,6 +47,13 @@ def main() -> None:
     say(f"took {run.seconds:.0f} s; written to {args.out}/latest.json, .md and .svg")
 
 
+def measure(args: argparse.Namespace) -> Run:
+    """Run all that was asked for. tminus finds its executor anew: what it found on a busy day must not count."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        return Conductor(args).run()
+
+
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     known = list(servers.contenders(1))
@@ -73,6 +65,12 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--contenders", type=_names(known), default=known, help=f"of {','.join(known)}")
     parser.add_argument("--rounds", type=int, help="turns of all contenders [3]")
     parser.add_argument("--threads", type=int, help="CPU threads of tminus, the lock and the bare loop [torch's own]")
+    parser.add_argument(
+        "--tminus-flags",
+        type=shlex.split,
+        default=[],
+        help="more for `tminus serve`: --tminus-flags='--precision bfloat16'",
+    )
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
     parser.add_argument("--docs", action="store_true", help="put the results into docs/benchmarks.md and docs/images/")
     parser.add_argument("--render", action="store_true", help="write the last run's results again, without running")
@@ -81,235 +79,6 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     if args.rounds is not None and args.rounds < 1:
         parser.error("--rounds must be positive")
     return args
-
-
-class Bench:
-    """Owns what has been found so far. A contender that fails is left out, and the run goes on."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
-        lengths = QUICK if args.quick else Lengths()
-        self._lengths = dataclasses.replace(lengths, rounds=args.rounds) if args.rounds else lengths
-        self._loads: list[Loaded] = []
-        self._bare: list[Bare] = []
-        self._left_out: list[str] = []
-        self._machine = machine.describe()
-        self._model: dict[str, Any] = {}
-        self._capacity: float | None = None
-        self._identity: Identity | None = None
-        self._etas: Etas | None = None
-        self._crowds: tuple[Crowd, ...] = ()
-        self._memory: tuple[Memory, ...] = ()
-        self._tunings = tunings(machine.cores())
-        self._contenders: dict[str, servers.Contender] = {}
-        for key, contender in servers.contenders(machine.cores()).items():
-            if key in args.contenders:
-                if why := servers.why_not(contender):
-                    self._leave_out(why)
-                else:
-                    self._contenders[key] = contender
-
-    def run(self) -> Run:
-        """All rounds."""
-        started_s, load_average = time.monotonic(), os.getloadavg()[0]
-        for number in range(1, self._lengths.rounds + 1):
-            turns = [*self._contenders, "bare"]
-            if "tminus" in turns:  # its executor is the bare loop's, its speed scales the loads
-                turns.insert(1, turns.pop())
-            shift = (number - 1) % len(turns)
-            for key in turns[shift:] + turns[:shift]:
-                self._take_turn(key, number)
-        if "tminus" in self._contenders:
-            self._try("identity", self._run_identity)
-            self._try("memory", self._run_memory)
-        return Run(
-            command=" ".join(["python -m bench", *sys.argv[1:]]),
-            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            commit=commit(),
-            load_average=load_average,
-            seconds=time.monotonic() - started_s,
-            checkpoint=self._args.checkpoint.name,
-            quick=self._args.quick,
-            machine=self._machine,
-            model=self._model,
-            tunings={key: text for key, text in self._tunings.items() if key in self._contenders},
-            left_out=tuple(self._left_out),
-            capacity=self._capacity,
-            loads=tuple(self._loads),
-            bare=tuple(self._bare),
-            identity=self._identity,
-            etas=self._etas,
-            crowds=self._crowds,
-            memory=self._memory,
-        )
-
-    def _take_turn(self, key: str, number: int) -> None:
-        if key == "bare":
-            if "bare" in self._args.only:
-                self._try("bare", lambda: self._run_bare(number))
-            return
-        contender, first = self._contenders[key], number == 1
-        wanted: list[str] = []
-        if key != "fcfs":
-            wanted += [*EVERY_ROUND, *(ONCE if first else ())]
-        if first and not contender.is_peer:
-            wanted += OF_TMINUS if key == "tminus" else ("policy",)
-        todo = [load for load in wanted if load in self._args.only]
-        if key == "tminus" and self._capacity is None and SCALED & set(self._args.only):
-            todo = ["saturation", *(load for load in todo if load != "saturation")]
-        self._try(contender.title, lambda: self._run_loads(contender, number, todo))
-
-    def _run_loads(self, contender: servers.Contender, number: int, todo: list[str]) -> None:
-        todo = list(todo)
-        while todo:
-            with servers.running(contender, self._args.checkpoint, self._args.threads) as server:
-                if not contender.is_peer and not self._model:
-                    self._model = httpx.get(f"{server.url}/model", trust_env=False).json()
-                busy = False
-                while todo and not busy:
-                    load = todo.pop(0)
-                    say(f"round {number}/{self._lengths.rounds}: {contender.title}: {load}")
-                    started_s = time.monotonic()
-                    turn = self._turn(server, number)
-                    self._run_load(turn, load)
-                    busy = bool(todo) and not asyncio.run(turn.settled(SETTLE_S))
-                    say(f"    {time.monotonic() - started_s:.0f} s")
-
-    def _run_load(self, turn: Turn, load: str) -> None:
-        if load == "eta":
-            self._etas = asyncio.run(turn.etas())
-            if not self._etas.samples:
-                self._leave_out("The ETA is left out: GET /jobs told of no running job.")
-            return
-        if load == "crowd":
-            self._crowds = asyncio.run(turn.crowds())
-            return
-        calls: dict[str, Callable[[], Coroutine[Any, Any, Loaded]]] = {
-            "idle": turn.idle,
-            "saturation": turn.saturation,
-            "saturation-16": lambda: turn.saturation("saturation-16", SATURATION_OF_16),
-            "mixed": turn.mixed,
-            "burst": turn.burst,
-            "steps": turn.steps,
-            "policy": turn.policy,
-            "hang-ups": turn.hang_ups,
-            "first-step": turn.first_step,
-        }
-        loaded = asyncio.run(calls[load]())
-        if load in self._args.only:
-            self._loads.append(loaded)
-        if load == "saturation" and turn.server.contender.key == "tminus" and self._capacity is None:
-            self._capacity = figures.row_steps_per_s(loaded)
-
-    def _run_bare(self, number: int) -> None:
-        say(f"round {number}/{self._lengths.rounds}: bare executor loop")
-        executor, precision = self._model.get("executor", "eager"), self._model.get("precision", "float32")
-        batches = sorted({*BARE_BATCHES, self._places})
-        seconds = self._lengths.bare_s
-        arguments = ["--checkpoint", str(self._args.checkpoint.resolve()), "--seconds", str(seconds)]
-        arguments += ["--executor", executor, "--precision", precision, "--batches", *map(str, batches)]
-        if self._args.threads is not None:
-            arguments += ["--threads", str(self._args.threads)]
-        found = servers.run_json("bench.bare", arguments, servers.READY_S + 4 * seconds * (len(batches) + 3))
-        self._machine |= {name: found[name] for name in ("capability", "threads")}
-        if (details := self._model.get("executor_details")) not in (None, found["details"]):
-            self._leave_out(f"The bare loop's executor was {found['details']}, the server's {details}.")
-        paces = {int(batch): Pace(**pace) for batch, pace in found["bare"].items()}
-        flops = (found["matmul_flops"], found["matmul_bfloat16_flops"], found["conv_flops"])
-        self._bare.append(Bare(number, executor, precision, found["flops_per_row"], *flops, paces))
-
-    def _run_identity(self) -> None:
-        """Under load, then after a restart one at a time."""
-        samplers = tuple(self._model.get("samplers", ("ddpm",)))
-        classes = len(self._model.get("class_names", ())) if self._model.get("null_class") is not None else 0
-        found: list[Loaded] = []
-        for loaded in (True, False):
-            say(f"byte-identical images: {'under load' if loaded else 'alone'}")
-            with self._tminus() as server:
-                turn = self._turn(server, 1)
-                found.append(asyncio.run(turn.identity_asked(samplers, classes, loaded=loaded)))
-        under_load, alone = found
-        pairs = same_places(under_load.answers, alone.answers)
-        same = sum(one == other for one, other in pairs)
-        self._identity = Identity(len(pairs), same, samplers, figures.rows_per_tick(under_load))
-        self._loads.append(under_load)
-
-    def _run_memory(self) -> None:
-        say(f"memory after {self._lengths.requests} requests")
-        with self._tminus() as server:
-            self._memory = asyncio.run(self._turn(server, 1).memory())
-
-    def _tminus(self) -> Any:
-        return servers.running(self._contenders["tminus"], self._args.checkpoint, self._args.threads)
-
-    def _turn(self, server: servers.Running, number: int) -> Turn:
-        return Turn(server, number, self._lengths, self._capacity or GUESS, self._places)
-
-    @property
-    def _places(self) -> int:
-        """How many rows tminus takes in a tick."""
-        return int(self._model.get("limits", {}).get("max_batch", 16))
-
-    def _try(self, what: str, call: Callable[[], None]) -> None:
-        """Half an hour of results is not thrown away for one contender."""
-        if what in ON_ITS_OWN and what not in self._args.only:
-            return
-        try:
-            call()
-        except (
-            RuntimeError,
-            OSError,
-            ExceptionGroup,
-            httpx.HTTPError,
-            subprocess.SubprocessError,
-            LookupError,
-        ) as error:
-            self._leave_out(f"{what} failed: {type(error).__name__}: {str(error)[-500:]}")
-
-    def _leave_out(self, sentence: str) -> None:
-        say(sentence)
-        if sentence not in self._left_out:
-            self._left_out.append(sentence)
-
-
-def same_places(some: Sequence[Answer], others: Sequence[Answer]) -> list[tuple[str, str]]:
-    """Digests of what was answered both times, by job: the pairs that should be equal."""
-    digests = {a.seed: a.digest for a in some if a.digest is not None}
-    return [(digests[a.seed], a.digest) for a in others if a.digest is not None and a.seed in digests]
-
-
-def tunings(cores: int) -> dict[str, str]:
-    """How each contender was set up, in words."""
-    batched = (
-        f"{cores} workers of one thread each, batches of up to 16 requests, 5 ms to fill one; each batch is grouped by "
-        "steps and sampler and runs in passes of up to 16 rows; the faster of the two memory layouts; float32 eager"
-    )
-    return {
-        "tminus": "as it starts by default, with its limits lifted and its result cache off.",
-        "lock": "FastAPI, one thread loads and runs the pipeline, the faster of the two memory layouts; float32 eager.",
-        "litserve": f"{batched}.",
-        "mosec": f"{batched}.",
-    }
-
-
-def commit() -> str:
-    """The commit that is measured, with a + where files differ from it."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            cwd=servers.ROOT,
-        )
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
-def say(text: str) -> None:
-    """Tell progress, beside the table on stdout."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _names(known: Sequence[str]) -> Callable[[str], list[str]]:

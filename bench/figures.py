@@ -15,7 +15,7 @@ TITLES = {
 }
 PEERS = ("lock", "litserve", "mosec")
 ETA_LEAST_S = 0.25  # a job that is nearly done says nothing: the answer's own way counts for as much
-SHORT_STEPS, LONG_STEPS = 50, 200  # "short" is less than the one, "long" more than the other
+SHORT_STEPS = 50  # a "short" request has fewer, a "long" one more
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,59 +120,46 @@ def figures(run: Run) -> list[Figure]:
         if top and bottom:
             found.append(_ratio(name, top, bottom))
 
-    def compare(name: str, load: str, value: Callable[[Loaded], float], *, of_tminus: bool) -> None:
+    def values(load: str, key: str, value: Callable[[Loaded], float | None]) -> list[float]:
+        return [found for one in of(run, load, key) if (found := value(one)) is not None]
+
+    def compare(name: str, load: str, value: Callable[[Loaded], float | None], *, of_tminus: bool) -> None:
         """A ratio for each peer, tminus over it or it over tminus."""
-        ours = [value(one) for one in of(run, load, "tminus")]
+        ours = values(load, "tminus", value)
         for peer in PEERS:
-            theirs = [value(one) for one in of(run, load, peer)]
+            theirs = values(load, peer, value)
             title = TITLES[peer]
             if of_tminus:
                 ratio(f"{name}: tminus / {title}", ours, theirs)
             else:
                 ratio(f"{name}: {title} / tminus", theirs, ours)
 
-    compare("idle request n=1, 50 steps, median", "idle", lambda one: quantile(waits(one.answers), 0.5), of_tminus=True)
-    compare("saturated row-steps/s, requests of 1 image", "saturation", row_steps_per_s, of_tminus=True)
-    compare("saturated row-steps/s, requests of 16 images", "saturation-16", row_steps_per_s, of_tminus=True)
+    def wait(q: float) -> Callable[[Loaded], float | None]:
+        return lambda one: _quantile(waits(one.answers), q)
+
+    def short_wait(q: float) -> Callable[[Loaded], float | None]:
+        return lambda one: _quantile(waits(one.answers, most_steps=SHORT_STEPS - 1), q)
+
+    def long_mean(one: Loaded) -> float | None:
+        return _mean(waits(one.answers, least_steps=SHORT_STEPS + 1))
+
+    compare("idle request n=1, 50 steps, median", "idle", wait(0.5), of_tminus=True)
     for load, what in (("saturation", "1 image"), ("saturation-16", "16 images")):
-        served = [places_per_s(one) for one in of(run, load, "tminus")]
-        ratio(
-            f"saturated row-steps/s, requests of {what}: tminus / bare executor loop",
-            served,
-            [bare_rate(bare, places) for bare in run.bare],
-        )
-    compare(
-        "mixed load, median wait of 20-step requests",
-        "mixed",
-        lambda one: quantile(waits(one.answers, most_steps=SHORT_STEPS - 1), 0.5),
-        of_tminus=False,
-    )
-    compare(
-        "mixed load, mean time of the long jobs",
-        "mixed",
-        lambda one: statistics.mean(waits(one.answers, least_steps=SHORT_STEPS)),
-        of_tminus=True,
-    )
-    compare(
-        "burst, 95th percentile of the wait", "burst", lambda one: quantile(waits(one.answers), 0.95), of_tminus=False
-    )
-    compare(
-        "load of all step counts, 99th percentile of the 20-step requests",
-        "steps",
-        lambda one: quantile(waits(one.answers, most_steps=SHORT_STEPS - 1), 0.99),
-        of_tminus=False,
-    )
-    default, fcfs = of(run, "policy", "tminus"), of(run, "policy", "fcfs")
-    ratio(
-        "load 0.8, 99th percentile of the 20-step requests: first come first served / default policy",
-        [quantile(waits(one.answers, most_steps=SHORT_STEPS - 1), 0.99) for one in fcfs],
-        [quantile(waits(one.answers, most_steps=SHORT_STEPS - 1), 0.99) for one in default],
-    )
-    ratio(
-        "load 0.8, mean time of the 1000-step jobs: first come first served / default policy",
-        [mean for one in fcfs if (mean := _mean(waits(one.answers, least_steps=LONG_STEPS))) is not None],
-        [mean for one in default if (mean := _mean(waits(one.answers, least_steps=LONG_STEPS))) is not None],
-    )
+        name = f"saturated row-steps/s, requests of {what}"
+        compare(name, load, row_steps_per_s, of_tminus=True)
+        bare = [bare_rate(one, places) for one in run.bare]
+        ratio(f"{name}: tminus / bare executor loop", values(load, "tminus", places_per_s), bare)
+    compare("mixed load, median wait of 20-step requests", "mixed", short_wait(0.5), of_tminus=False)
+    compare("mixed load, mean time of the long jobs", "mixed", long_mean, of_tminus=True)
+    compare("burst, 95th percentile of the wait", "burst", wait(0.95), of_tminus=False)
+    name = "load of all step counts, 99th percentile of the 20-step requests"
+    compare(name, "steps", short_wait(0.99), of_tminus=False)
+    for name, value in (
+        ("99th percentile of the 20-step requests", short_wait(0.99)),
+        ("mean time of the 1000-step jobs", long_mean),
+    ):
+        fcfs, default = values("policy", "fcfs", value), values("policy", "tminus", value)
+        ratio(f"load 0.8, {name}: first come first served / default policy", fcfs, default)
     for one in of(run, "first-step", "tminus"):
         times = first_steps(one.answers, most_steps=SHORT_STEPS)
         if times and one.counted.ticks_s:
@@ -189,11 +176,13 @@ def figures(run: Run) -> list[Figure]:
     if run.etas is not None and (errors := eta_errors(run.etas)):
         name = f"ETA of running jobs, p95 of the error over the job's whole time ({len(errors)} times told)"
         found.append(Figure(name, 100 * quantile(errors, 0.95), unit="%"))
-    if len(run.crowds) == 2:
-        none, many = run.crowds
-        name = f"a full tick, {many.waiting} jobs waiting / none"
-        found.append(Figure(name, many.tick_s / none.tick_s))
-        found.append(Figure(f"{name}, with what is between ticks", many.tick_wall_s / none.tick_wall_s))
+    none = [crowd for crowd in run.crowds if not crowd.waiting]
+    for many in run.crowds:
+        if many.waiting and none:
+            name = f"a full tick, {many.waiting} jobs waiting / none"
+            found.append(Figure(name, many.tick_s / statistics.mean(one.tick_s for one in none)))
+            wall_s = statistics.mean(one.tick_wall_s for one in none)
+            found.append(Figure(f"{name}, with what is between ticks", many.tick_wall_s / wall_s))
     if len(run.memory) == 2:
         few, many_requests = run.memory
         name = f"resident memory after {many_requests.requests} requests / after {few.requests}"
@@ -206,6 +195,10 @@ def _ratio(name: str, top: Sequence[float], bottom: Sequence[float]) -> Figure:
     value = statistics.median(top) / statistics.median(bottom)
     by_round = [a / b for a, b in zip(top, bottom, strict=False)]
     return Figure(name, value, min(by_round), max(by_round)) if len(by_round) > 1 else Figure(name, value)
+
+
+def _quantile(values: Sequence[float], q: float) -> float | None:
+    return quantile(values, q) if values else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -19,7 +19,10 @@ LONG, SHORT = Ask(n=8, steps=1000), Ask(n=1, steps=20)
 STEPS_N = 4
 LOAD = 0.8  # of the saturated row-steps/s, where requests come at random
 HANG_UP_SHARE = 0.2
-BATCH = 16  # rows a pass, in estimates only
+BATCH = 16  # rows a pass of a server that does not say
+OUTSTANDING = 48  # at saturation: a full batch for each of several workers, and more waiting
+MANY_S = 400.0  # at most, for all the requests before memory is read
+SETTLE_S = 45.0  # for work that nobody waits for, to be counted as wasted
 STILL_S = 0.6  # a server that counts nothing for so long has nothing left to do
 POLL_S = 0.2
 FIRST_STEP_STEPS = 3
@@ -87,7 +90,11 @@ class Turn:
     round: int
     lengths: Lengths
     capacity: float  # row-steps/s of tminus; scales what comes at random, for every contender alike
-    places: int  # in a tick of tminus
+
+    @property
+    def places(self) -> int:
+        """How many rows a tick may have."""
+        return self.server.places or BATCH
 
     async def idle(self) -> Loaded:
         """One request after the other."""
@@ -101,12 +108,11 @@ class Turn:
     async def saturation(self, name: str = "saturation", ask: Ask = SATURATION) -> Loaded:
         """More than it can do, of one size; counted in a window after a warm-up. What is left is given up."""
         lengths = self.lengths
-        outstanding = max(2, 3 * BATCH // ask.n) if ask.n < BATCH else 4
         seconds = lengths.warm_up_s + lengths.window_s + 1
-        comers = arrivals.saturating(ask, outstanding, 3 * self.capacity, seconds)
+        comers = arrivals.saturating(ask, OUTSTANDING, 3 * self.capacity, seconds)
         async with open_client(self.server.url) as http:
             start, _ = await self._read(http)
-            load = asyncio.create_task(drive(http, comers, drain_s=lengths.drain_s, most_outstanding=outstanding))
+            load = asyncio.create_task(drive(http, comers, drain_s=lengths.drain_s, most_outstanding=OUTSTANDING))
             try:
                 await asyncio.sleep(lengths.warm_up_s)
                 before, before_s = await self._read(http)
@@ -150,12 +156,12 @@ class Turn:
         return await self._open_loop("hang-ups", comers)
 
     async def first_step(self) -> Loaded:
-        """Small requests while a job takes a quarter of the places: there is always a place free."""
+        """Small requests while long jobs take half of the places at most: there is always a place free."""
         lengths = self.lengths
-        background = Arrival(0.0, Ask(max(1, self.places // 4), 1000), seed=0)
+        background = [Arrival(at_s, Ask(max(1, self.places // 4), 1000), 0) for at_s in (0, lengths.first_steps_s / 2)]
         asks = [Ask(1, FIRST_STEP_STEPS)] * lengths.first_steps
         small = arrivals.poisson(asks, lengths.first_steps_s, seed=8)
-        comers = [background, *(Arrival(a.at_s + 0.5, a.ask, a.seed) for a in small)]
+        comers = arrivals.renumbered([*background, *(Arrival(a.at_s + 0.5, a.ask, a.seed) for a in small)])
         return await self._open_loop("first-step", comers, drain_s=1.0)
 
     async def identity_asked(self, samplers: Sequence[str], classes: int, *, loaded: bool) -> Loaded:
@@ -186,11 +192,9 @@ class Turn:
             samples = await polls
         return Etas(tuple(samples), tuple(answers))
 
-    async def crowds(self) -> tuple[Crowd, Crowd]:
-        """The time of a full tick, with nobody waiting and with a thousand jobs waiting."""
-        lengths = self.lengths
-        none = await self._crowd(0)
-        return none, await self._crowd(lengths.crowd)
+    async def crowds(self) -> tuple[Crowd, ...]:
+        """The time of a full tick: with nobody waiting, with a thousand jobs waiting, and with nobody again."""
+        return tuple([await self._crowd(waiting) for waiting in (0, self.lengths.crowd, 0)])
 
     async def memory(self) -> tuple[Memory, ...]:
         """Resident memory after some requests and after many."""
@@ -222,7 +226,7 @@ class Turn:
         after, after_s = await self._read(http)
         # What was left behind is still worked on, or is it?
         if any(answer.outcome in ("left", "unanswered") for answer in answers):
-            await self._settle(http, self.lengths.drain_s)
+            await self._settle(http, min(SETTLE_S, self.lengths.drain_s))
         end, _ = await self._read(http)
         return Loaded(
             name,
@@ -263,7 +267,7 @@ class Turn:
                 if response.status_code != 200:
                     raise RuntimeError(f"request {number}: {response.status_code} {response.text[:300]}")
 
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.timeout(MANY_S), asyncio.TaskGroup() as group:
             for _ in range(BATCH):
                 group.create_task(keep_asking())
 

@@ -48,6 +48,13 @@ class Running:
     url: str
     pid: int
     tally: Path
+    model: dict[str, Any]  # what tminus says of itself; empty for a peer
+
+    @property
+    def places(self) -> int | None:
+        """How many rows tminus takes in a tick; it may choose anew at each start."""
+        found: int | None = self.model.get("limits", {}).get("max_batch")
+        return found
 
     async def read(self, http: httpx.AsyncClient) -> Counters:
         """What it has done so far."""
@@ -65,15 +72,15 @@ class Running:
         )
 
 
-def contenders(cores: int) -> dict[str, Contender]:
+def contenders(cores: int, tminus_flags: Sequence[str] = ()) -> dict[str, Contender]:
     """All of them. A request-level batcher gets a worker a core of one thread each.
 
     That is LitServe's own advice for a CPU, and was the faster way in a trial on two cores (two workers of one thread
     each took 324 row-steps/s, one of two threads 311); and a long job then stops one worker, not all.
     """
     # The loads are meant to be more than a server can do at once: its limits must not be what is measured.
-    serve = ("service", "serve", "--log-level", "warning", "--grace-s", "0")
-    serve += ("--max-backlog-s", "100000", "--max-jobs", "4096", "--result-cache-mb", "0")
+    serve: tuple[str, ...] = ("service", "serve", "--log-level", "warning", "--grace-s", "0")
+    serve += ("--max-backlog-s", "100000", "--max-jobs", "4096", "--result-cache-mb", "0", *tminus_flags)
     workers = ("--workers", str(cores), "--threads", "1")
     timeout = ("--address", HOST, "--timeout", "3600000", "--log-level", "warning")
     every = (
@@ -90,8 +97,6 @@ def why_not(contender: Contender) -> str | None:
     """A sentence if it cannot run here."""
     if contender.needs and importlib.util.find_spec(contender.needs) is None:
         return f"{contender.title} is left out: {contender.needs} is not installed."
-    if not contender.is_peer and (unknown := _unknown_flags(contender.command)) and contender.key != "tminus":
-        return f"{contender.title} is left out: this tminus has no {', '.join(unknown)}."
     return None
 
 
@@ -100,9 +105,6 @@ def running(contender: Contender, checkpoint: Path, threads: int | None) -> Iter
     """Start a contender and stop it, with all the processes that it started."""
     port = _free_port()
     command = list(contender.command)
-    for flag in _unknown_flags(contender.command) if not contender.is_peer else ():
-        at = command.index(flag)
-        del command[at : at + 2]
     command += ["--checkpoint", str(checkpoint.resolve()), "--port", str(port)]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
         command += ["--tally", folder] if contender.is_peer else ["--host", HOST]
@@ -115,7 +117,8 @@ def running(contender: Contender, checkpoint: Path, threads: int | None) -> Iter
         try:
             url = f"http://{HOST}:{port}"
             _wait_until_ready(process, url, log)
-            yield Running(contender, url, process.pid, Path(folder))
+            model = {} if contender.is_peer else httpx.get(f"{url}/model", trust_env=False).json()
+            yield Running(contender, url, process.pid, Path(folder), model)
             if process.poll() is not None:
                 raise RuntimeError(f"{contender.title} ended by itself: {_tail(log)}")
         finally:
@@ -207,14 +210,6 @@ def _tail(log: IO[str]) -> str:
 
 def _python(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", *command]
-
-
-def _unknown_flags(command: Sequence[str]) -> list[str]:
-    """Flags that this tminus does not have: the benchmark also runs on one that is older than itself."""
-    usage = subprocess.run(
-        _python([*command[:2], "--help"]), env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60
-    ).stdout
-    return [part for part in command if part.startswith("--") and part not in usage]
 
 
 def _free_port() -> int:

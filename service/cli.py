@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
 MAX_LOCAL_N = 4096
-OFFLINE_BATCH = 16
-SPARE_CONNECTIONS = 64  # above one a job: for probes, metrics and refusals
 CHECKPOINT_TYPE = click.Path(file_okay=False, path_type=Path)
 
 
@@ -100,7 +98,7 @@ def serve(**flags: Any) -> None:
         listener,
         grace_s=settings.grace_s,
         log_level=settings.log_level,
-        max_connections=settings.max_jobs + SPARE_CONNECTIONS,
+        max_connections=settings.max_connections,
     )
     if not stopped_well:
         fail("the worker crashed; the log says why")
@@ -161,14 +159,13 @@ class Running:
     precision: str
 
     def engine(self, n: int) -> "Loaded":
-        """Load for one job of n rows."""
+        """Load for one job of n rows: as the server does that is told nothing else, so that the bits are the same."""
         return load(
             checkpoint=self.checkpoint,
             device=self.device,
             executor=self.executor,
             precision=self.precision,
             max_rows=n,
-            max_batch=max(2, min(n, OFFLINE_BATCH)),
         )
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from service.cli import CHECKPOINT_TYPE, DEFAULT_CHECKPOINT, Running, fail, main, offline, post_sample
+from service.cli import (
+    CHECKPOINT_TYPE,
+    DEFAULT_CHECKPOINT,
+    MAX_LOCAL_N,
+    Running,
+    fail,
+    main,
+    offline,
+    post_sample,
+)
 
 MAX_FILE_BYTES = 256 * 2**20
 
@@ -50,7 +59,11 @@ def reproduce(
     if again == original:
         click.echo(f"{image}: the same {len(original)} bytes")
         return
-    fail(f"{image}: {difference(original, again, recipe)}")
+    try:
+        found = difference(original, again, recipe)
+    except ValueError as error:
+        fail(f"{url}: {error}")
+    fail(f"{image}: {found}")
 
 
 def read_recipe(png: bytes) -> Recipe:
@@ -63,6 +76,7 @@ def read_recipe(png: bytes) -> Recipe:
 
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
+            opened.load()  # damaged pixels are found here, not when they are compared
             text = opened.info.get(PNG_TEXT_KEY)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"not a PNG ({error})") from None
@@ -73,6 +87,8 @@ def read_recipe(png: bytes) -> Recipe:
         fields = document["spec"]
         tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
         parameters = parameters_of(SampleSpec(**{**fields, **tuples}))
+        if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # before so many rows are made room for
+            raise ValueError(f"n must be 1..{MAX_LOCAL_N}")
         return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its {PNG_TEXT_KEY!r} text is no recipe of this version ({error!r:.200})") from None

@@ -58,8 +58,10 @@ class Engine:
         max_rows: int,
         max_jobs: int,
         exact: bool = True,
+        bits: str | None = None,
     ) -> None:
-        self.info = describe(checkpoint, device, executor, exact=exact)
+        """bits: what names the executor's outputs to the bit, see `fingerprint`."""
+        self.info = describe(checkpoint, device, executor, exact=exact, bits=bits)
         self._device = device
         self._forward = executor
         self._noise = checkpoint.noise
@@ -79,6 +81,7 @@ class Engine:
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
         self._first_line = zeros(max_rows)  # where the row's plan begins in the two tables below
+        self._added_at = np.zeros(max_rows, np.int64)  # on the host: how many ticks had been launched when the row came
         self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
         self._free_rows = list(range(max_rows - 1, -1, -1))
         # A region of T lines a job.
@@ -131,6 +134,7 @@ class Engine:
         self._first_line[at] = start
         self._finite[at] = True
         self._adds_noise[list(rows)] = plan.adds_noise
+        self._added_at[list(rows)] = self._ticks.num_launched if self._ticks is not None else 0
         return rows
 
     @torch.inference_mode()
@@ -182,10 +186,13 @@ class Engine:
 
     def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
         """Those of the rows whose latent is no longer finite; on a GPU, as of the tick that `wait` last saw end."""
-        finite = self._finite if self._ticks is None else self._ticks.finite
-        if finite is None:
+        slots = list(rows)
+        if self._ticks is None:
+            kept = self._finite.numpy()[slots]
+        elif self._ticks.finite is None:
             return ()
-        kept = finite.numpy()[list(rows)]
+        else:  # what is known of a slot may be older than the row that has it now
+            kept = self._ticks.finite.numpy()[slots] | (self._added_at[slots] >= self._ticks.num_ended)
         return () if kept.all() else tuple(row for row, fine in zip(rows, kept, strict=True) if not fine)
 
     @torch.inference_mode()
@@ -248,6 +255,7 @@ class TickEvents:
 
     def __init__(self) -> None:
         self._running: list[tuple[torch.cuda.Event, Tensor]] = []
+        self.num_launched = self.num_ended = 0
         self.finite: Tensor | None = None  # on the host, of the last tick known to be over
 
     def launched(self, finite: Tensor) -> None:
@@ -257,15 +265,19 @@ class TickEvents:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._running.append((event, on_host))
+        self.num_launched += 1
 
     def wait(self, ahead: int = 1) -> None:
         """Wait until at most `ahead` ticks have not ended."""
         while len(self._running) > ahead:
             event, self.finite = self._running.pop(0)
             event.synchronize()
+            self.num_ended += 1
 
 
-def describe(checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool) -> ModelInfo:
+def describe(
+    checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None
+) -> ModelInfo:
     """Gather what the edge and the users are told about a model, with the fingerprint of this build."""
     net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
     return ModelInfo(
@@ -288,7 +300,7 @@ def describe(checkpoint: Checkpoint, device: torch.device, executor: Executor, *
         class_names=labels.class_names,
         null_class=labels.null_class,
         weights_hash=checkpoint.weights_hash,
-        fingerprint=fingerprint(device, executor, exact=exact),
+        fingerprint=fingerprint(device, executor, exact=exact, bits=bits),
         device=device_name(device),
         executor=executor.name,
         precision=executor.precision,
@@ -304,16 +316,20 @@ def device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-def fingerprint(device: torch.device, executor: Executor, *, exact: bool) -> str:
-    """Hash what can move a bit beside spec and weights: versions, device, precision, threads, how passes are run."""
+def fingerprint(device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None) -> str:
+    """Hash what can move a bit beside spec and weights: versions, device, precision, threads, how passes are run.
+
+    bits, where an exact executor's outputs on rows that are always the same are known, stand for how passes are run: so
+    a start that finds other sizes of a pass the faster keeps its name, as it keeps its bits.
+    """
     parts = {
         "torch": torch.__version__,
         "pillow": version("pillow"),  # it makes the PNG
-        "device": device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "precision": executor.precision,
         "executor": executor.name,
-        "details": executor.details,
+        "passes": bits if exact and bits is not None else f"{executor.details}, {torch.get_num_threads()} threads",
         "exact": exact,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

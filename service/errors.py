@@ -148,6 +148,7 @@ class JobNotFound(ServiceError):
     """No such job is waiting or running: it is done, was given up, or never was."""
 
     status, code, title = 404, "job_not_found", "There is no such job"
+    refusal = False
 
 
 class JobCancelled(ServiceError):

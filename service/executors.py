@@ -4,6 +4,7 @@ The contract of an exact executor: a place's output is the same bits whatever el
 one of a few fixed sizes that were seen to agree; `service/choice.py` picks the executor and these sizes by measuring.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -184,6 +185,11 @@ def split_padded(places: int, sizes: Sequence[int]) -> list[tuple[int, int, int]
     if start < places:
         passes.append((start, places, next(size for size in sizes if size >= places - start)))
     return passes
+
+
+def probe_bits(executor: Executor, inputs: tuple[Tensor, Tensor, Tensor | None]) -> str:
+    """Hash an executor's outputs on some rows, to the bit."""
+    return hashlib.sha256(executor(*inputs).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def pad(tensor: Tensor | None, padding: int) -> Any:

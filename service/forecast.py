@@ -5,83 +5,18 @@ job has the same rows in each tick, so whole stretches of ticks are one step of 
 """
 
 import math
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from operator import attrgetter, itemgetter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 
 from service.job import Work
 from service.scheduler import Policy
+from service.tick_times import TickTimes
 
-LEARNING_RATE = 0.02  # a slow average: one tick says little
-OUTLIER = 4.0  # a tick that took so many times longer than predicted, or less, counts as one that took just that
-MAX_CORRECTION = 100.0
 LOOK_PAST = 8  # how many guided jobs the model looks past for one that fits a last single place
-ROUNDING = 1e-7  # of a step: sums of parts of steps are not exact
-
-
-@dataclass(frozen=True, slots=True)
-class TickTimes:
-    """How long a tick takes by its places: measured points, lines between them, and a factor that follows the machine.
-
-    Without points nothing is known, and all takes no time.
-    """
-
-    points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
-    correction: float = 1.0
-
-    def __post_init__(self) -> None:
-        places = [point[0] for point in self.points]
-        assert all(count >= 1 for count in places)
-        assert all(a < b for a, b in pairwise(places)), f"places must ascend: {places}"
-        assert all(0 <= seconds < math.inf for _, seconds in self.points)
-
-    def seconds(self, places: int) -> float:
-        """Predict a tick. Beyond the last point the last line goes on, below the first it costs as much as there."""
-        return self.correction * self._measured(places)
-
-    def seconds_per_place(self, max_batch: int) -> float:
-        """How long a place takes where ticks are full."""
-        return self.seconds(max_batch) / max_batch
-
-    def slower(self, factor: float) -> "TickTimes":
-        """The same by a factor."""
-        return replace(self, correction=self.correction * factor)
-
-    def observe(self, places: int, seconds: float) -> "TickTimes":
-        """Learn from a tick."""
-        predicted = self.seconds(places)
-        if predicted <= 0 or not seconds >= 0:
-            return self
-        ratio = min(max(seconds / predicted, 1 / OUTLIER), OUTLIER)
-        correction = self.correction * (1 + LEARNING_RATE * (ratio - 1))
-        return replace(self, correction=min(max(correction, 1 / MAX_CORRECTION), MAX_CORRECTION))
-
-    def _measured(self, places: int) -> float:
-        points = self.points
-        if not points:
-            return 0.0
-        if len(points) == 1:
-            return points[0][1] * max(1.0, places / points[0][0])
-        if places <= points[0][0]:
-            return points[0][1]
-        right = min(bisect_right(points, places, key=itemgetter(0)), len(points) - 1)
-        (b0, t0), (b1, t1) = points[right - 1 : right + 1]
-        slope = (t1 - t0) / (b1 - b0)
-        if places > b1:
-            slope = max(0.0, slope)  # noise may let the last point look cheaper; more places never are, for long
-            return t1 + slope * (places - b1)
-        return t0 + slope * (places - b0)
-
-
-def knee(points: Sequence[tuple[int, float]], share: float = 0.95) -> int:
-    """The fewest places whose throughput is at least this share of the best in the table."""
-    assert points
-    assert 0 < share <= 1
-    best = max(places / seconds for places, seconds in points)
-    return min(places for places, seconds in points if places / seconds >= share * best)
+ROUNDING = 1e-7  # of a step and of a second: sums of parts are not exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +24,6 @@ class Pending:
     """A job as the forecast needs it. Its rows are taken to be at the same step, which the scheduler sees to."""
 
     job_id: str
-    arrival: int
     work: Work
     places_left: float  # of all its rows
 
@@ -104,14 +38,13 @@ class Outlook:
 
 
 class _Flow:
-    """A job in the model: stretches of steps that cost the same, the current one last."""
+    """A job in the model: stretches of steps that cost the same, the current one apart."""
 
-    __slots__ = ("arrival", "id", "left", "listed", "places", "rows", "steps", "stretches")
+    __slots__ = ("arrival", "id", "left", "places", "rows", "steps", "stretches", "waits")
 
-    def __init__(self, job: Pending) -> None:
-        self.id, self.arrival, self.rows = job.job_id, job.arrival, job.work.rows
-        self.left = float(job.places_left)
-        self.listed = True  # in the list of those that never had a place
+    def __init__(self, job: Pending, arrival: int) -> None:
+        self.id, self.arrival, self.rows, self.left = job.job_id, arrival, job.work.rows, job.places_left
+        self.waits = True  # never had a place yet
         self.stretches = _stretches(job.work, job.places_left / job.work.rows)
         self.steps, self.places = self.stretches.pop()  # steps left to each row in this stretch, and what each costs
 
@@ -119,29 +52,36 @@ class _Flow:
 def _stretches(work: Work, left: float) -> list[tuple[float, int]]:
     """The (steps, places a step) that one row has still to go, from the last to the next."""
     guided = work.guided
-    parts = [(work.steps - guided.stop, 1), (len(guided), 2), (guided.start, 1)] if guided else [(work.steps, 1)]
+    if not guided:
+        return [(left, 1)]
     stretches: list[tuple[float, int]] = []
-    for steps, places in parts:
+    for steps, places in ((work.steps - guided.stop, 1), (len(guided), 2), (guided.start, 1)):
         if steps and left > 0:
             stretches.append((min(steps, left / places), places))
             left -= steps * places
     return stretches
 
 
-_SHORTEST_FIRST = attrgetter("left", "arrival")
-_BY_ARRIVAL = attrgetter("arrival")
+_SHORTEST_FIRST: Callable[[_Flow], tuple[float, int]] = attrgetter("left", "arrival")
+_IN_ORDER: Callable[[_Flow], tuple[float, int]] = attrgetter("arrival", "arrival")
 
 
 class Fluid:
     """The model. Owns its state: a time from 0 s on, and the jobs of that time."""
 
-    def __init__(self, max_batch: int, reserved: int, policy: Policy, tick_times: TickTimes) -> None:
+    def __init__(
+        self, jobs: Iterable[Pending], max_batch: int, reserved: int, policy: Policy, tick_times: TickTimes
+    ) -> None:
+        """jobs: in order of arrival. reserved: places that are kept for the oldest."""
         self._max_batch, self._reserved, self._shortest_first = max_batch, reserved, policy == "srpt"
+        self._rank = _SHORTEST_FIRST if self._shortest_first else _IN_ORDER
         self._tick_times, self._tick_cache = tick_times, dict[int, float]()
         self._jobs: OrderedDict[int, _Flow] = OrderedDict()  # by arrival, in its order
-        self._waiting: list[tuple[float, int, _Flow]] = []  # those that never had a place, sorted, the next one last
-        self._active: list[_Flow] = []
-        self._grants: list[tuple[_Flow, int]] | None = None  # rows in each tick of this stretch; None: to be found
+        self._arrivals = 0
+        self._waiting: list[_Flow] = []  # those that never had a place, the next one first
+        self._active: list[_Flow] = []  # the others
+        self._grants: list[tuple[_Flow, int]] = []  # rows in each tick of this stretch, in the order of rank
+        self._stale = True  # whether the grants are to be found again
         self._short: list[int] = []  # which of the grants are of fewer rows than the job has
         self._used = 0  # places of a tick
         self._ticks = 0.0
@@ -149,6 +89,9 @@ class Fluid:
         self.tick_end_s = 0.0  # the end of the tick that now_s lies in: when what happened is seen
         self.rows = 0
         self.places_left = 0.0
+        for job in jobs:
+            self._count_in(job)
+        self._waiting = sorted(self._jobs.values(), key=self._rank)
 
     @property
     def jobs(self) -> int:
@@ -156,19 +99,15 @@ class Fluid:
         return len(self._jobs)
 
     def add(self, job: Pending) -> None:
-        """Let a job in now; in order of arrival. One with nothing left is not counted."""
-        if job.places_left <= 0:
-            return
-        flow = _Flow(job)
-        self._jobs[flow.arrival] = flow
-        insort(self._waiting, self._entry(flow))
-        self.rows += flow.rows
-        self.places_left += flow.left
-        self._grants = None
+        """Let a job in now."""
+        flow = self._count_in(job)
+        if flow is not None:
+            insort(self._waiting, flow, key=self._rank)
 
     def running(self) -> frozenset[str]:
         """The jobs all of whose rows step now."""
-        return frozenset(job.id for job, rows in self._find_grants() if rows == job.rows)
+        self._share_out()
+        return frozenset(job.id for job, rows in self._grants if rows == job.rows)
 
     def step(self, until_s: float = math.inf, until_places: float = -math.inf) -> list[str]:
         """Go on to the next event, but no further than a time or places left; returns the jobs that ended."""
@@ -176,27 +115,41 @@ class Fluid:
             self.now_s = self.tick_end_s = until_s if self.now_s < until_s < math.inf else self.now_s
             return []
         until_s = max(until_s, self.now_s)
-        grants = self._find_grants()
-        used = self._used
-        tick_s = self._tick_seconds(used)
-        ticks = self._ticks_to_event(grants)
-        limit = min((until_s - self.now_s) / tick_s if tick_s else math.inf, (self.places_left - until_places) / used)
-        if limit < ticks:
-            ticks = max(0.0, limit)
+        self._share_out()
+        tick_s = self._tick_seconds(self._used)
+        ticks = min(self._ticks_to_event(), max(0.0, (self.places_left - until_places) / self._used))
+        if tick_s:
+            ticks = min(ticks, (until_s - self.now_s) / tick_s)
         self._ticks += ticks
         self.now_s = until_s if (until_s - self.now_s) <= ticks * tick_s else self.now_s + ticks * tick_s
         self.tick_end_s = self.now_s + (math.ceil(self._ticks - ROUNDING) - self._ticks) * tick_s
-        self.places_left -= ticks * used
-        return self._move(grants, ticks)
+        self.places_left -= ticks * self._used
+        return self._move(ticks)
 
-    def _move(self, grants: list[tuple[_Flow, int]], ticks: float) -> list[str]:
+    def run_to(self, time_s: float) -> None:
+        """Go on to a time."""
+        while self.now_s < time_s - ROUNDING:
+            self.step(until_s=time_s)
+
+    def _count_in(self, job: Pending) -> _Flow | None:
+        """Count a job, unless it has nothing left."""
+        if job.places_left <= 0:
+            return None
+        flow = self._jobs[self._arrivals] = _Flow(job, self._arrivals)
+        self._arrivals += 1
+        self.rows += flow.rows
+        self.places_left += flow.left
+        self._stale = True
+        return flow
+
+    def _move(self, ticks: float) -> list[str]:
         ended = []
-        for job, rows in grants:
+        for job, rows in self._grants:
             job.left -= ticks * rows * job.places
             job.steps -= ticks * rows / job.rows
             if job.steps > ROUNDING:
                 continue
-            self._grants = None
+            self._stale = True
             if job.stretches:
                 job.steps, job.places = job.stretches.pop()
             else:
@@ -205,69 +158,65 @@ class Fluid:
                 self._active.remove(job)
                 self.rows -= job.rows
         if self._shortest_first and self._short:
-            self._grants = None  # one may have overtaken another
+            self._stale = True  # one may have overtaken another
         if not self._jobs:
             self.places_left = 0.0
         return ended
 
-    def _find_grants(self) -> list[tuple[_Flow, int]]:
-        """Give the places of a tick to jobs, as the scheduler would."""
-        if self._grants is not None:
-            return self._grants
-        grants: list[tuple[_Flow, int]] = []
-        self._grants, self._short, self._used = grants, [], 0
+    def _share_out(self) -> None:
+        """Give the places of a tick to jobs as the scheduler would: the reserve to the oldest, then all in turn."""
+        if not self._stale:
+            return
+        self._stale, self._grants = False, []
         if not self._jobs:
-            return grants
-        active, waiting, by_left = self._active, self._waiting, self._shortest_first
-        oldest, kept = next(iter(self._jobs.values())), 0
-        if self._reserved:
-            kept = min(oldest.rows, self._reserved // oldest.places)
-            self._activate(oldest)
-        active.sort(key=_SHORTEST_FIRST if by_left else _BY_ARRIVAL)
-        free, at, looked_past, seen_oldest = self._max_batch - kept * oldest.places, 0, 0, kept == 0
-        next_rank = -waiting[-1][0] if waiting else math.inf
-        while free > 0 and looked_past < LOOK_PAST:
-            job = active[at] if at < len(active) else None
-            if waiting and (
-                job is None or ((job.left if by_left else job.arrival) >= next_rank and self._entry(job) < waiting[-1])
-            ):
-                job = waiting.pop()[2]
-                job.listed = False
-                active.insert(at, job)
-                next_rank = -waiting[-1][0] if waiting else math.inf
-            if job is None:
-                break
-            at += 1
-            rows = 0
+            return
+        oldest = next(iter(self._jobs.values()))
+        reserve = self._reserve_for(oldest)
+        free = self._max_batch - reserve
+        looked_past = 0
+        for job in self._in_turn() if free else ():
             if job is oldest:
-                rows, seen_oldest = kept, True
-            more = min(job.rows - rows, free // job.places)
-            free -= more * job.places
-            rows += more
-            if not rows:
+                free, reserve = free + reserve, 0
+            rows = min(job.rows, free // job.places)
+            free -= rows * job.places
+            if rows:
+                self._grants.append((job, rows))
+            else:
                 looked_past += 1
-                continue
-            if rows < job.rows:
-                self._short.append(len(grants))
-            grants.append((job, rows))
-        if not seen_oldest:
-            if kept < oldest.rows:
-                self._short.append(len(grants))
-            grants.append((oldest, kept))
+            if free == 0 or looked_past == LOOK_PAST:
+                break
+        if reserve:
+            self._grants.append((oldest, reserve // oldest.places))
+        self._short = [at for at, (job, rows) in enumerate(self._grants) if rows < job.rows]
         self._used = self._max_batch - free
-        return grants
 
-    def _activate(self, job: _Flow) -> None:
-        if job.listed:
-            job.listed = False
-            del self._waiting[bisect_left(self._waiting, self._entry(job))]
-            self._active.append(job)
+    def _reserve_for(self, oldest: _Flow) -> int:
+        """How many of the reserved places the oldest job can use."""
+        if self._reserved and oldest.waits:
+            del self._waiting[bisect_left(self._waiting, self._rank(oldest), key=self._rank)]
+            self._activate(oldest, 0)
+        return min(oldest.rows, self._reserved // oldest.places) * oldest.places
 
-    def _entry(self, job: _Flow) -> tuple[float, int, _Flow]:
-        return (-job.left if self._shortest_first else -job.arrival, -job.arrival, job)
+    def _in_turn(self) -> Iterator[_Flow]:
+        """The jobs by rank. Active is who had a turn."""
+        active, waiting, rank = self._active, self._waiting, self._rank
+        active.sort(key=rank)
+        at = 0
+        while waiting:
+            turn = bisect_left(active, rank(waiting[0]), at, key=rank)
+            yield from active[at:turn]
+            self._activate(waiting.pop(0), turn)
+            yield active[turn]
+            at = turn + 1
+        yield from active[at:]
 
-    def _ticks_to_event(self, grants: list[tuple[_Flow, int]]) -> float:
+    def _activate(self, job: _Flow, at: int) -> None:
+        job.waits = False
+        self._active.insert(at, job)
+
+    def _ticks_to_event(self) -> float:
         """Ticks until a job ends or changes its cost, or one that lacks places overtakes one that has them."""
+        grants = self._grants
         ticks = min([job.steps * job.rows / rows for job, rows in grants])
         if not self._shortest_first:
             return ticks
@@ -287,24 +236,21 @@ class Fluid:
 
 
 def forecast(
-    jobs: Iterable[Pending],
+    jobs: Sequence[Pending],
     max_batch: int,
     reserved: int,
     policy: Policy,
     tick_times: TickTimes,
     until: str | None = None,
 ) -> dict[str, Outlook]:
-    """Predict each job's end if no other comes; with `until`, of that job and those that end before it."""
-    waiting = sorted(jobs, key=lambda job: job.arrival)
-    fluid = Fluid(max_batch, reserved, policy, tick_times)
-    outlooks: dict[str, Outlook] = {}
-    for job in waiting:
-        fluid.add(job)
-        if job.places_left <= 0:
-            outlooks[job.job_id] = Outlook(job.job_id, 0, 0.0)  # only to be delivered
-    if policy == "srpt":
-        waiting.sort(key=lambda job: job.places_left)
-    ranks = {job.job_id: rank for rank, job in enumerate(waiting)}
+    """Predict each job's end if no other comes; with `until`, of that job and those that end before it.
+
+    jobs: in order of arrival.
+    """
+    fluid = Fluid(jobs, max_batch, reserved, policy, tick_times)
+    outlooks = {job.job_id: Outlook(job.job_id, 0, 0.0) for job in jobs if job.places_left <= 0}  # only to be delivered
+    in_turn = sorted(jobs, key=attrgetter("places_left")) if policy == "srpt" else jobs
+    ranks = {job.job_id: rank for rank, job in enumerate(in_turn)}
     running = fluid.running()
     ended_ranks: list[int] = []
     while fluid.jobs and until not in outlooks:

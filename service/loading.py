@@ -9,16 +9,18 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from service.calibration import measure_ticks
-from service.choice import Wish, choose_executor, default_cache
+from service.choice import Wish, choose_executor, default_cache, example_inputs
 from service.engine import Engine, choose_device, default_max_rows
-from service.forecast import knee
+from service.executors import probe_bits
 from service.selftest import same_alone_and_together
+from service.tick_times import knee
 
 log = logging.getLogger(__name__)
 
 # No batch is larger unless --max-batch says so: on a CPU a longer tick only makes newcomers wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
+PROBE_ROWS = 2
 SPARE_ROWS, SPARE_JOBS = 64, 16  # what the self-test and the measurement need, however little is to be served
 
 
@@ -65,6 +67,7 @@ def _load(options: LoadOptions) -> Loaded:
     threads = options.threads or torch.get_num_threads()
     wish = Wish(options.executor, options.precision, exact, largest, threads)
     executor = choose_executor(checkpoint, device, wish, options.cache_dir or default_cache())
+    bits = probe_bits(executor, example_inputs(checkpoint, device, PROBE_ROWS)) if exact else None
     engine = Engine(
         checkpoint,
         executor,
@@ -72,11 +75,12 @@ def _load(options: LoadOptions) -> Loaded:
         max_rows=max(max_rows, SPARE_ROWS, largest),
         max_jobs=max(options.max_jobs, SPARE_JOBS),
         exact=exact,
+        bits=bits,
     )
     if exact and not same_alone_and_together(engine, largest):
         raise ValueError(
             f"executor {executor.name} {executor.precision} ({executor.details}) does not give the same bits alone and "
-            "among others here; --no-exact serves without that promise"
+            "among others here; --exact false serves without that promise"
         )
     tick_times = measure_ticks(engine, largest)
     max_batch = options.max_batch or max(MIN_BATCH, knee(tick_times))

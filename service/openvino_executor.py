@@ -4,6 +4,7 @@ A pass of fixed size on one thread computes a place the same way wherever it sta
 passes of 1, 2, 4, … agree to the bit (`service/choice.py` checks). A lone row uses one core; two rows use two.
 """
 
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from model.unet import UNet2D
 from service.executors import split
 
+# openvino tells its makers over the network that it was imported and what it converts, unless this package is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 try:
     import openvino
 except ImportError:  # an extra

@@ -1,6 +1,7 @@
 """Runs the app under uvicorn: on SIGTERM refuse new work, finish what runs within the grace period, stop."""
 
 import logging
+import resource
 import signal
 import socket
 import threading
@@ -13,6 +14,7 @@ from service.worker import Worker
 
 log = logging.getLogger(__name__)
 
+SPARE_FILES = 256  # beside the connections: libraries, logs, the encoders
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
 
 
@@ -57,6 +59,14 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _allow_files(count: int) -> None:
+    """Raise the soft limit of open files towards what so many connections need; the hard limit stands."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + SPARE_FILES if hard == resource.RLIM_INFINITY else min(count + SPARE_FILES, hard)
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: str, max_connections: int) -> bool:
     """Serve until SIGTERM or SIGINT; True if that is how it ended, False if the worker crashed."""
     config = uvicorn.Config(
@@ -68,6 +78,7 @@ def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: s
         limit_concurrency=max_connections,
         timeout_graceful_shutdown=int(ANSWER_S),
     )
+    _allow_files(max_connections)
     worker: Worker = app.state.worker
     server = Server(config, worker, grace_s)
     # Until uvicorn has its own handlers these stop it; when it is done it raises the signal once more, to no effect:

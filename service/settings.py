@@ -40,6 +40,9 @@ class Settings(BaseSettings):
         description="places in one forward pass; a guided row takes two; default: the knee of the measured curve",
     )
     max_jobs: int = Field(1024, ge=1, le=10_000, description="jobs held at once, waiting and running")
+    max_connections: int = Field(
+        4096, ge=8, le=65_536, description="connections open at once; one more is answered 503 in plain text"
+    )
     max_rows: int | None = Field(
         None, ge=4, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"
     )

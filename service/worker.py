@@ -108,7 +108,7 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # a job is either queued before the thread ends, or refused
         self._jobs: dict[str, _Job] = {}  # changed under the gate
-        self._deadlines: list[tuple[float, str]] = []  # a heap of (when, job), of jobs that may be gone
+        self._deadlines: list[tuple[float, str, _Job]] = []  # a heap by when, of jobs that may be gone
         self._rows_active = 0
         self._crashed = False
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
@@ -279,13 +279,16 @@ class Worker:
             return
         self._scheduler.add(job.id, job.rows, job.work)
         if job.deadline_s is not None:
-            heapq.heappush(self._deadlines, (job.submitted_s + job.deadline_s, job.id))
+            if len(self._deadlines) > 2 * len(self._jobs):  # most are of jobs that are done
+                self._deadlines = [entry for entry in self._deadlines if self._jobs.get(entry[1]) is entry[2]]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (job.submitted_s + job.deadline_s, job.id, job))
         log.info("job %s accepted: %s", job.id, job.spec)
 
     def _end_overdue(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= self._clock():
-            _, job_id = heapq.heappop(self._deadlines)
-            if job := self._jobs.get(job_id):
+            _, job_id, job = heapq.heappop(self._deadlines)
+            if self._jobs.get(job_id) is job:
                 detail = f"deadline_s={job.deadline_s:g} passed before the job was done"
                 self._give_up(job_id, DeadlinePassed(detail, field="deadline_s", value=job.deadline_s), "deadline")
 

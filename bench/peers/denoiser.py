@@ -65,7 +65,7 @@ class Denoiser:
     """Owns the network. Load and use it in one thread: a second OpenMP team, of another thread, slows it by half."""
 
     def __init__(self, checkpoint: Path, tally: Tally) -> None:
-        net: Any = UNet2DModel.from_pretrained(checkpoint, subfolder="unet")
+        net: Any = UNet2DModel.from_pretrained(checkpoint, subfolder="unet")  # type: ignore[no-untyped-call]
         self._net = net.eval()
         config = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text("utf-8"))
         self._schedulers = {name: kind.from_config(config) for name, kind in SCHEDULERS.items()}

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-import litserve
+import litserve  # type: ignore[import-untyped]
 import torch
 from fastapi import Response
 

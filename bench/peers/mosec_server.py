@@ -21,13 +21,13 @@ FORWARD_S = 3600.0
 CHECKPOINT, TALLY, THREADS = "BENCH_CHECKPOINT", "BENCH_TALLY", "BENCH_THREADS"
 
 
-class Sampler(mosec.Worker):  # type: ignore[misc]
+class Sampler(mosec.Worker):
     """Requests in, PNGs out."""
 
     resp_mime_type = "image/png"
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         if threads := os.environ.get(THREADS):
             torch.set_num_threads(int(threads))
         self._denoiser = Denoiser(Path(os.environ[CHECKPOINT]), Tally(Path(os.environ[TALLY])))
@@ -52,7 +52,7 @@ def main() -> None:
     environment = {CHECKPOINT: str(args.checkpoint), TALLY: str(args.tally)}
     if args.threads is not None:
         environment[THREADS] = str(args.threads)
-    server = mosec.Server()
+    server: Any = mosec.Server()  # type: ignore[no-untyped-call]
     server.append_worker(
         Sampler,
         num=args.workers,

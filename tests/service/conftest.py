@@ -1,14 +1,26 @@
-from collections.abc import Callable
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from fastapi import FastAPI
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, Labels, hash_weights
 from model.noise import NoiseConfig
 from model.unet import UNet2D
+from service.app import create_app
 from service.executors import Executor
+from service.job import Limits, ModelInfo
+from service.scheduler import Policy
+from tests.service.fakes import INFO, LIMITS, FakeEngine, wait_until
 from tests.tiny import TINY, randomize
 
 CONDITIONAL = replace(TINY, num_class_embeds=4)
@@ -67,3 +79,88 @@ def make_checkpoint() -> MakeCheckpoint:
 def tiny(make_checkpoint: MakeCheckpoint) -> Checkpoint:
     """8x8, one channel, three classes and a null class, T = 50."""
     return make_checkpoint()
+
+
+class Site:
+    """An app on a fake engine, its lifespan running, asked in process."""
+
+    def __init__(
+        self, info: ModelInfo, limits: Limits, tick_times: Sequence[tuple[int, float]], policy: Policy = "srpt"
+    ) -> None:
+        self.engine = FakeEngine(info)
+        self.app: FastAPI = create_app(self.engine, limits, tick_times, policy)
+        self.client = TestClient(self.app, raise_server_exceptions=False)
+
+    def wait_until_ready(self) -> None:
+        wait_until(lambda: self.app.state.worker.ready)
+        while not self.engine.begun.empty():
+            self.engine.begun.get()
+
+    def post(self, **kwargs: Any) -> Any:
+        return self.client.post("/sample", **kwargs)
+
+    def metrics(self) -> dict[str, float]:
+        """Each sample of /metrics by its name and labels."""
+        text = self.client.get("/metrics").text
+        return {
+            f"{sample.name}{json.dumps(sample.labels) if sample.labels else ''}": sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+
+MakeSite = Callable[..., Site]
+INSTANT = ((1, 1e-6), (LIMITS.max_batch, 1e-6))
+
+
+@pytest.fixture
+def make_site() -> Iterator[MakeSite]:
+    """Makes running sites; at the end each is shut down and its engine must be empty."""
+    sites: list[Site] = []
+
+    def make(
+        *,
+        info: ModelInfo = INFO,
+        gate_shut: bool = False,
+        tick_times: Sequence[tuple[int, float]] = INSTANT,
+        **limits: object,
+    ) -> Site:
+        site = Site(info, replace(LIMITS, **limits), tick_times)  # type: ignore[arg-type]
+        if gate_shut:
+            site.engine.gate.shut()
+        site.client.__enter__()
+        sites.append(site)
+        if not gate_shut:
+            site.wait_until_ready()
+        return site
+
+    yield make
+    for site in sites:
+        site.engine.gate.open()
+        site.client.__exit__(None, None, None)
+        assert site.engine.jobs == {}
+
+
+@pytest.fixture
+def site(make_site: MakeSite) -> Site:
+    return make_site()
+
+
+def problem(response: Any, status: int, code: str) -> dict[str, Any]:
+    """Check what every problem document has, and return it."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["x-request-id"]
+    document: dict[str, Any] = json.loads(response.content, parse_constant=pytest.fail)
+    assert document["status"] == status
+    assert document["code"] == code
+    assert document["type"] == f"urn:tminus:problem:{code}"
+    assert document["title"]
+    assert document["detail"]
+    return document
+
+
+def pixels(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.format == "PNG"
+        return np.asarray(image)

@@ -161,7 +161,14 @@ def test_all_of_a_spec_matters(tiny: Checkpoint) -> None:
     base = spec_of(sampler="ddim", eta=0.5, guidance=2.0, class_labels=(0,), clip=True)
     others = ({"steps": 9}, {"sampler": "ddpm"}, {"eta": 0.6}, {"guidance": 2.5}, {"class_labels": (1,)})
     others += ({"guidance_interval": (0, 25)}, {"guidance_interval": (25, 49)}, {"timestep_spacing": "trailing"})
-    others += ({"sampler": "dpmpp_2m"}, {"clip": False}, {"seed": 2}, {"seed": 1 + 2**32}, {"index": 1}, {"guidance": 1.0})  # type: ignore[assignment]
+    others += (
+        {"sampler": "dpmpp_2m"},
+        {"clip": False},
+        {"seed": 2},
+        {"seed": 1 + 2**32},
+        {"index": 1},
+        {"guidance": 1.0},
+    )  # type: ignore[assignment]
     images = alone(tiny, base)
     for change in others:
         other = alone(tiny, replace(base, **change))  # type: ignore[arg-type]

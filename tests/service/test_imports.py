@@ -109,7 +109,9 @@ def test_no_http_exception_below_the_routes(file: Path) -> None:
     assert ("HTTPException" in names(parse(file))) == (file.stem in MAY_RENDER_HTTP)
 
 
-@pytest.mark.parametrize("name", ["job", "scheduler", "admission", "forecast", "errors", "result_cache"])
+@pytest.mark.parametrize(
+    "name", ["job", "scheduler", "admission", "promises", "forecast", "tick_times", "errors", "result_cache"]
+)
 def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:
     imported = {module.split(".")[0] for module in imports(parse(ROOT / "service" / f"{name}.py"), lazy=True)}
     assert not imported & {"asyncio", "time", "datetime", "torch", "fastapi", "starlette", "pydantic", "logging"}

@@ -27,6 +27,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_n": ("7", 7),
     "max_batch": ("9", 9),
     "max_jobs": ("11", 11),
+    "max_connections": ("99", 99),
     "max_rows": ("13", 13),
     "max_backlog_s": ("1.5", 1.5),
     "result_cache_mb": ("5", 5),
@@ -76,6 +77,7 @@ BAD = [
     ("max_batch", "4097"),
     ("max_jobs", "0"),
     ("max_jobs", "10001"),
+    ("max_connections", "7"),
     ("max_rows", "1"),
     ("max_rows", "3"),
     ("max_rows", "1000001"),
@@ -138,8 +140,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
         def run_server(app: str, listener: str, *, grace_s: float, log_level: str, max_connections: int) -> bool:
             assert (app, listener) == ("the app", "the listener")
-            assert max_connections > served["limits"].max_jobs
-            served.update(grace_s=grace_s, log_level=log_level, ran=True)
+            served.update(max_connections=max_connections, grace_s=grace_s, log_level=log_level, ran=True)
             return True
 
         monkeypatch.setattr("service.loading.load_engine", load_engine)

@@ -1,0 +1,272 @@
+"""Who takes a turn at what, and when: runs the contenders through the loads and gathers the records."""
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+
+from bench import figures, machine, servers
+from bench.loads import QUICK, SATURATION_OF_16, Lengths, Turn
+from bench.records import Answer, Bare, Crowd, Etas, Identity, Loaded, Memory, Pace, Run
+
+EVERY_ROUND = ("idle", "saturation", "saturation-16")
+ONCE = ("mixed", "burst", "steps", "hang-ups")
+OF_TMINUS = ("policy", "first-step", "eta", "crowd")
+ON_ITS_OWN = ("identity", "memory")  # of tminus too, each on a fresh server
+LOADS = (*EVERY_ROUND, "bare", *ONCE, *OF_TMINUS, *ON_ITS_OWN)
+SCALED = {"saturation", "saturation-16", "steps", "policy", "hang-ups"}  # by tminus's saturated row-steps/s
+BARE_BATCHES = (1, 4, 8, 16)
+GUESS = 400.0  # row-steps/s, until it is measured
+SETTLE_S = 1.5  # a server that is still busy after that with what nobody waits for is started anew
+
+
+class Conductor:
+    """Owns what has been found so far. A contender that fails is left out, and the run goes on."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        lengths = QUICK if args.quick else Lengths()
+        self._lengths = dataclasses.replace(lengths, rounds=args.rounds) if args.rounds else lengths
+        self._loads: list[Loaded] = []
+        self._bare: list[Bare] = []
+        self._left_out: list[str] = []
+        self._machine = machine.describe()
+        self._model: dict[str, Any] = {}
+        self._capacity: float | None = None
+        self._identity: Identity | None = None
+        self._etas: Etas | None = None
+        self._crowds: tuple[Crowd, ...] = ()
+        self._memory: tuple[Memory, ...] = ()
+        self._tunings = tunings(machine.cores())
+        self._contenders: dict[str, servers.Contender] = {}
+        for key, contender in servers.contenders(machine.cores(), args.tminus_flags).items():
+            if key in args.contenders:
+                if why := servers.why_not(contender):
+                    self._leave_out(why)
+                else:
+                    self._contenders[key] = contender
+
+    def run(self) -> Run:
+        """All rounds."""
+        started_s, load_average = time.monotonic(), os.getloadavg()[0]
+        if "tminus" in self._contenders:
+            self._try("tminus", self._meet)
+        for number in range(1, self._lengths.rounds + 1):
+            turns = [*self._contenders, "bare"]
+            if "tminus" in turns:  # its executor is the bare loop's, its speed scales the loads
+                turns.insert(1, turns.pop())
+            shift = (number - 1) % len(turns)
+            for key in turns[shift:] + turns[:shift]:
+                self._take_turn(key, number)
+        for load, call in (("identity", self._run_identity), ("memory", self._run_memory)):
+            if load in self._args.only and "tminus" in self._contenders:
+                self._try(load, call)
+        return Run(
+            command=" ".join(["python -m bench", *sys.argv[1:]]),
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            commit=commit(),
+            load_average=load_average,
+            seconds=time.monotonic() - started_s,
+            checkpoint=self._args.checkpoint.name,
+            quick=self._args.quick,
+            machine=self._machine,
+            model=self._model,
+            tunings={key: text for key, text in self._tunings.items() if key in self._contenders},
+            left_out=tuple(self._left_out),
+            capacity=self._capacity,
+            loads=tuple(self._loads),
+            bare=tuple(self._bare),
+            identity=self._identity,
+            etas=self._etas,
+            crowds=self._crowds,
+            memory=self._memory,
+        )
+
+    def _meet(self) -> None:
+        """Start tminus once: it finds its executor, if it has not yet, and says what it is."""
+        with self._tminus() as server:
+            self._learn(server)
+
+    def _learn(self, server: servers.Running) -> None:
+        if server.contender.is_peer:
+            return
+        if not self._model:
+            self._model = server.model
+        elif server.places != self._places:
+            self._leave_out(f"tminus chose {self._places} places a tick at one start, {server.places} at another.")
+
+    def _take_turn(self, key: str, number: int) -> None:
+        if key == "bare":
+            if "bare" in self._args.only:
+                self._try("bare", lambda: self._run_bare(number))
+            return
+        contender, first = self._contenders[key], number == 1
+        wanted: list[str] = []
+        if key != "fcfs":
+            wanted += [*EVERY_ROUND, *(ONCE if first else ())]
+        if first and not contender.is_peer:
+            wanted += OF_TMINUS if key == "tminus" else ("policy",)
+        todo = [load for load in wanted if load in self._args.only]
+        if key == "tminus" and self._capacity is None and SCALED & set(self._args.only):
+            todo = ["saturation", *(load for load in todo if load != "saturation")]
+        self._try(contender.title, lambda: self._run_loads(contender, number, todo))
+
+    def _run_loads(self, contender: servers.Contender, number: int, todo: list[str]) -> None:
+        todo = list(todo)
+        while todo:
+            with servers.running(contender, self._args.checkpoint, self._args.threads) as server:
+                self._learn(server)
+                busy = False
+                while todo and not busy:
+                    load = todo.pop(0)
+                    say(f"round {number}/{self._lengths.rounds}: {contender.title}: {load}")
+                    started_s = time.monotonic()
+                    turn = self._turn(server, number)
+                    self._run_load(turn, load)
+                    busy = bool(todo) and not asyncio.run(turn.settled(SETTLE_S))
+                    say(f"    {time.monotonic() - started_s:.0f} s")
+
+    def _run_load(self, turn: Turn, load: str) -> None:
+        if load == "eta":
+            self._etas = asyncio.run(turn.etas())
+            if not self._etas.samples:
+                self._leave_out("The ETA is left out: GET /jobs told of no running job.")
+            return
+        if load == "crowd":
+            self._crowds = asyncio.run(turn.crowds())
+            return
+        calls: dict[str, Callable[[], Coroutine[Any, Any, Loaded]]] = {
+            "idle": turn.idle,
+            "saturation": turn.saturation,
+            "saturation-16": lambda: turn.saturation("saturation-16", SATURATION_OF_16),
+            "mixed": turn.mixed,
+            "burst": turn.burst,
+            "steps": turn.steps,
+            "policy": turn.policy,
+            "hang-ups": turn.hang_ups,
+            "first-step": turn.first_step,
+        }
+        loaded = asyncio.run(calls[load]())
+        if load in self._args.only:
+            self._loads.append(loaded)
+        if load == "saturation" and turn.server.contender.key == "tminus" and self._capacity is None:
+            self._capacity = figures.row_steps_per_s(loaded)
+
+    def _run_bare(self, number: int) -> None:
+        say(f"round {number}/{self._lengths.rounds}: bare executor loop")
+        executor, precision = self._model.get("executor", "eager"), self._model.get("precision", "float32")
+        batches = sorted({*BARE_BATCHES, self._places})
+        seconds = self._lengths.bare_s
+        arguments = ["--checkpoint", str(self._args.checkpoint.resolve()), "--seconds", str(seconds)]
+        arguments += ["--executor", executor, "--precision", precision, "--batches", *map(str, batches)]
+        if self._args.threads is not None:
+            arguments += ["--threads", str(self._args.threads)]
+        found = servers.run_json("bench.bare", arguments, servers.READY_S + 4 * seconds * (len(batches) + 3))
+        self._machine |= {name: found[name] for name in ("capability", "threads")}
+        if (details := self._model.get("executor_details")) not in (None, found["details"]):
+            self._leave_out(f"The bare loop's executor was {found['details']}, the server's {details}.")
+        paces = {int(batch): Pace(**pace) for batch, pace in found["bare"].items()}
+        flops = (found["matmul_flops"], found["matmul_bfloat16_flops"], found["conv_flops"])
+        self._bare.append(Bare(number, executor, precision, found["flops_per_row"], *flops, paces))
+
+    def _run_identity(self) -> None:
+        """Under load, then after a restart one at a time."""
+        samplers = tuple(self._model["samplers"])
+        classes = len(self._model["class_names"]) if self._model["null_class"] is not None else 0
+        found: list[Loaded] = []
+        for loaded in (True, False):
+            say(f"byte-identical images: {'under load' if loaded else 'alone'}")
+            with self._tminus() as server:
+                self._learn(server)
+                turn = self._turn(server, 1)
+                found.append(asyncio.run(turn.identity_asked(samplers, classes, loaded=loaded)))
+        under_load, alone = found
+        pairs = same_places(under_load.answers, alone.answers)
+        same = sum(one == other for one, other in pairs)
+        self._identity = Identity(len(pairs), same, samplers, figures.rows_per_tick(under_load))
+        self._loads.append(under_load)
+
+    def _run_memory(self) -> None:
+        say(f"memory after {self._lengths.requests} requests")
+        with self._tminus() as server:
+            self._memory = asyncio.run(self._turn(server, 1).memory())
+
+    def _tminus(self) -> Any:
+        return servers.running(self._contenders["tminus"], self._args.checkpoint, self._args.threads)
+
+    def _turn(self, server: servers.Running, number: int) -> Turn:
+        return Turn(server, number, self._lengths, self._capacity or GUESS)
+
+    @property
+    def _places(self) -> int:
+        """How many rows tminus takes in a tick."""
+        return int(self._model.get("limits", {}).get("max_batch", 16))
+
+    def _try(self, what: str, call: Callable[[], None]) -> None:
+        """Half an hour of results is not thrown away for one contender."""
+        try:
+            call()
+        except (
+            RuntimeError,
+            OSError,
+            ExceptionGroup,
+            httpx.HTTPError,
+            subprocess.SubprocessError,
+            LookupError,
+        ) as error:
+            say(str(error))
+            last_line = (str(error).strip() or "no message").splitlines()[-1]
+            self._leave_out(f"{what} failed: {type(error).__name__}: {last_line}")
+
+    def _leave_out(self, sentence: str) -> None:
+        say(sentence)
+        if sentence not in self._left_out:
+            self._left_out.append(sentence)
+
+
+def same_places(some: Sequence[Answer], others: Sequence[Answer]) -> list[tuple[str, str]]:
+    """Digests of what was answered both times, by job: the pairs that should be equal."""
+    digests = {a.seed: a.digest for a in some if a.digest is not None}
+    return [(digests[a.seed], a.digest) for a in others if a.digest is not None and a.seed in digests]
+
+
+def tunings(cores: int) -> dict[str, str]:
+    """How each contender was set up, in words."""
+    batched = (
+        f"{cores} workers of one thread each, batches of up to 16 requests, 5 ms to fill one; each batch is grouped by "
+        "steps and sampler and runs in passes of up to 16 rows; the faster of the two memory layouts; float32 eager"
+    )
+    return {
+        "tminus": "as it starts by default, with its limits lifted and its result cache off.",
+        "lock": "FastAPI, one thread loads and runs the pipeline, the faster of the two memory layouts; float32 eager.",
+        "litserve": f"{batched}.",
+        "mosec": f"{batched}.",
+    }
+
+
+def commit() -> str:
+    """The commit that is measured, with a + where files differ from it."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=10"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            cwd=servers.ROOT,
+        )
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def say(text: str) -> None:
+    """Tell progress, beside the table on stdout."""
+    print(text, file=sys.stderr, flush=True)

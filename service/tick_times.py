@@ -1,0 +1,74 @@
+"""How long a tick takes by the places in it, and how many places are worth it. Pure: no torch, no clock."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import itemgetter
+
+LEARNING_RATE = 0.02  # a slow average: one tick says little
+OUTLIER = 4.0  # a tick that took so many times longer than predicted, or less, counts as one that took just that
+MAX_CORRECTION = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class TickTimes:
+    """Measured points, lines between them, and a factor that follows the machine.
+
+    Without points nothing is known, and all takes no time.
+    """
+
+    points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
+    correction: float = 1.0
+
+    def __post_init__(self) -> None:
+        places = [point[0] for point in self.points]
+        assert all(count >= 1 for count in places)
+        assert all(a < b for a, b in pairwise(places)), f"places must ascend: {places}"
+        assert all(0 <= seconds < math.inf for _, seconds in self.points)
+
+    def seconds(self, places: int) -> float:
+        """Predict a tick. Beyond the last point the last line goes on, below the first it costs as much as there."""
+        return self.correction * self._measured(places)
+
+    def seconds_per_place(self, max_batch: int) -> float:
+        """How long a place takes where ticks are full."""
+        return self.seconds(max_batch) / max_batch
+
+    def slower(self, factor: float) -> "TickTimes":
+        """The same by a factor."""
+        return replace(self, correction=self.correction * factor)
+
+    def observe(self, places: int, seconds: float) -> "TickTimes":
+        """Learn from a tick."""
+        predicted = self.seconds(places)
+        if predicted <= 0 or not seconds >= 0:
+            return self
+        ratio = min(max(seconds / predicted, 1 / OUTLIER), OUTLIER)
+        correction = self.correction * (1 + LEARNING_RATE * (ratio - 1))
+        return replace(self, correction=min(max(correction, 1 / MAX_CORRECTION), MAX_CORRECTION))
+
+    def _measured(self, places: int) -> float:
+        points = self.points
+        if not points:
+            return 0.0
+        if len(points) == 1:
+            return points[0][1] * max(1.0, places / points[0][0])
+        if places <= points[0][0]:
+            return points[0][1]
+        right = min(bisect_right(points, places, key=itemgetter(0)), len(points) - 1)
+        (b0, t0), (b1, t1) = points[right - 1 : right + 1]
+        slope = (t1 - t0) / (b1 - b0)
+        if places > b1:
+            slope = max(0.0, slope)  # noise may let the last point look cheaper; more places never are, for long
+            return t1 + slope * (places - b1)
+        return t0 + slope * (places - b0)
+
+
+def knee(points: Sequence[tuple[int, float]], share: float = 0.95) -> int:
+    """The fewest places whose throughput is at least this share of the best in the table."""
+    assert points
+    assert 0 < share <= 1
+    best = max(places / seconds for places, seconds in points)
+    return min(places for places, seconds in points if places / seconds >= share * best)

@@ -1,0 +1,299 @@
+"""The promise that is the point of it all: one spec, one answer, to the byte, whatever else goes on."""
+
+import io
+import json
+import random
+import subprocess
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.checkpoint import load_checkpoint, save_checkpoint
+from tests.e2e.conftest import BUNDLED, RunningServer, run_cli
+
+Start = Callable[..., RunningServer]
+Body = dict[str, Any]
+
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
+
+
+def mixed_bodies() -> list[Body]:
+    """Sixteen requests of 33 images: every sampler, with and without class, guidance, interval, eta and spacing."""
+    bodies: list[Body] = []
+    for k in range(16):
+        body: Body = {"n": 1 + k % 4, "steps": (4, 7, 10, 16)[k // 4], "seed": 1000 + k, "index": 3 * k}
+        body["sampler"] = ("ddpm", "ddim", "dpmpp_2m")[k % 3]
+        if body["sampler"] == "ddim":
+            body["eta"] = k / 16
+        if k % 5:
+            body["class_label"] = CLASSES[k % 10]
+        if k % 5 > 1:
+            body["guidance"] = 1 + k / 4
+        if k % 5 > 2:
+            body["guidance_interval"] = [100 + 10 * k, 700]
+        if k % 7 == 3:
+            body["timestep_spacing"] = "trailing"
+        bodies.append(body)
+    assert sum(body["n"] for body in bodies) >= 24
+    return bodies
+
+
+def sheet(server: RunningServer, body: Body, accept: str = "image/png") -> bytes:
+    response = server.post(json=body, headers={"Accept": accept})
+    assert response.status_code == 200, response.text
+    assert "cache-status" not in response.headers, "made, not remembered"
+    return response.content
+
+
+def at_once(server: RunningServer, bodies: Sequence[Body]) -> list[bytes]:
+    """All of them at the same time."""
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(lambda body: sheet(server, body), bodies))
+
+
+@pytest.fixture(scope="module")
+def alone(server: RunningServer) -> list[bytes]:
+    """What each request gets that has the server for itself."""
+    return [sheet(server, body) for body in mixed_bodies()]
+
+
+def test_the_server_says_that_it_is_exact(server: RunningServer) -> None:
+    with server.client() as client:
+        model = client.get("/model").json()
+    assert model["exact"] is True
+    assert model["precision"] in ("float32", "bfloat16")
+    assert model["executor"] in ("eager", "openvino")
+
+
+def test_each_gets_the_same_bytes_among_fifteen_others(server: RunningServer, alone: list[bytes]) -> None:
+    assert len(set(alone)) == len(alone)
+    assert at_once(server, mixed_bodies()) == alone
+
+
+def test_each_gets_the_same_bytes_in_another_order_beside_other_work(server: RunningServer, alone: list[bytes]) -> None:
+    order = list(range(len(alone)))
+    random.Random(1).shuffle(order)
+    bodies = mixed_bodies()
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(lambda: server.post(json={"n": 5, "steps": 90, "class_label": 3, "guidance": 3}))
+        assert at_once(server, [bodies[k] for k in order]) == [alone[k] for k in order]
+        assert beside.result(120).status_code == 200
+
+
+def test_each_gets_the_same_bytes_after_a_restart(own_server: Start, alone: list[bytes]) -> None:
+    server = own_server("--checkpoint", str(BUNDLED), "--result-cache-mb", "0")
+    assert at_once(server, mixed_bodies()) == alone
+
+
+def test_image_k_alone_is_image_k_of_the_zip_to_the_byte(server: RunningServer) -> None:
+    body = {"n": 4, "steps": 8, "seed": 77, "index": 10, "class_label": [0, 1, "bag", 9], "guidance": 2}
+    with zipfile.ZipFile(io.BytesIO(sheet(server, body, "application/zip"))) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert list(files) == ["00010.png", "00011.png", "00012.png", "00013.png"]
+    with Image.open(io.BytesIO(sheet(server, body))) as image:
+        whole = np.asarray(image).reshape(2, 32, 2, 32).swapaxes(1, 2).reshape(4, 32, 32)
+    for k, png in enumerate(files.values()):
+        made_alone = sheet(server, body | {"n": 1, "index": 10 + k, "class_label": body["class_label"][k]})  # type: ignore[index]
+        assert made_alone == png
+        with Image.open(io.BytesIO(made_alone)) as image:
+            np.testing.assert_array_equal(np.asarray(image), whole[k])
+
+
+def test_a_client_killed_in_mid_request_changes_nothing_for_nineteen_others(
+    server: RunningServer, tmp_path: Path
+) -> None:
+    bodies = [{"n": 1, "steps": 30 + k, "seed": k, "class_label": k % 10, "guidance": 1 + k % 2} for k in range(19)]
+    expected = [sheet(server, body) for body in bodies]
+    cancelled = server.metric("tminus_cancelled_total")
+    url = f"{server.url}/sample?n=6&steps=900&seed=1"
+    victim = subprocess.Popen(["curl", "--silent", "-X", "POST", url, "-o", str(tmp_path / "never.png")])
+    try:
+        server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
+        with ThreadPoolExecutor(19) as pool:
+            answers = [pool.submit(sheet, server, body) for body in bodies]
+            server.wait_until(lambda: len(httpx.get(f"{server.url}/jobs").json()["jobs"]) > 10)
+            victim.kill()
+            assert [answer.result(120) for answer in answers] == expected
+    finally:
+        victim.kill()
+        victim.wait()
+    server.wait_until(lambda: server.metric("tminus_cancelled_total") == cancelled + 1)
+    assert server.metric("tminus_backlog_seconds") == 0
+    assert httpx.get(f"{server.url}/jobs").json() == {"jobs": []}
+
+
+# --- reproduce ---
+
+
+@pytest.fixture
+def drawn(server: RunningServer, tmp_path: Path) -> Path:
+    """A picture as curl leaves it."""
+    out = tmp_path / "drawn.png"
+    url = f"{server.url}/sample?steps=6&seed=12&class_label=coat&guidance=2&guidance_interval=100&guidance_interval=800"
+    subprocess.run(["curl", "--fail", "--silent", url, "-o", str(out)], check=True, timeout=120)
+    return out
+
+
+def test_a_png_alone_is_enough_to_make_it_again_offline_and_from_the_server(server: RunningServer, drawn: Path) -> None:
+    for where in (("--checkpoint", str(BUNDLED), "--device", "cpu"), ("--url", server.url)):
+        result = run_cli("reproduce", str(drawn), *where)
+        assert result.returncode == 0, result.stderr
+        assert f"the same {drawn.stat().st_size} bytes" in result.stdout
+
+
+def test_an_altered_pixel_is_found_out(server: RunningServer, drawn: Path) -> None:
+    with Image.open(drawn) as image:
+        image.load()
+        text = image.text["tminus"]  # type: ignore[attr-defined]
+        image.putpixel((5, 5), (image.getpixel((5, 5)) + 100) % 256)  # type: ignore[operator]
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        info.add_itxt("tminus", text)
+        image.save(drawn, pnginfo=info)
+    result = run_cli("reproduce", str(drawn), "--url", server.url)
+    assert result.returncode == 1
+    assert "1 of 1024 values differ" in result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_a_file_of_nobody_ends_in_one_clear_line(server: RunningServer, tmp_path: Path) -> None:
+    file = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(file)
+    for where in (("--checkpoint", str(BUNDLED)), ("--url", server.url)):
+        result = run_cli("reproduce", str(file), *where)
+        assert result.returncode == 1
+        assert "no 'tminus' text" in result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+
+
+# --- jobs, deadlines and repeats, on the wire ---
+
+
+def test_a_job_is_listed_and_deleted_by_another_client(server: RunningServer) -> None:
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: server.post(json={"n": 6, "steps": 900, "seed": 4}))
+        server.wait_until(lambda: client.get("/jobs").json()["jobs"] != [])
+        (job,) = client.get("/jobs").json()["jobs"]
+        server.wait_until(lambda: client.get(f"/jobs/{job['id']}").json()["step"] > 2)
+        assert client.get(f"/jobs/{job['id']}").json()["state"] == "running"
+        assert client.get(f"/jobs/{job['id']}").json()["eta_s"] > 0
+        assert client.delete(f"/jobs/{job['id']}").status_code == 204
+        answer = waiting.result(30)
+        assert (answer.status_code, answer.json()["code"]) == (499, "cancelled")
+        assert client.delete(f"/jobs/{job['id']}").status_code == 404
+
+
+def test_deadlines_on_the_wire(server: RunningServer) -> None:
+    impossible = server.post(json={"n": 8, "steps": 1000, "deadline_s": 0.5})
+    assert (impossible.status_code, impossible.json()["field"]) == (422, "deadline_s")
+    easy = server.post(json={"steps": 2, "deadline_s": 60})
+    assert easy.status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        load = pool.submit(lambda: server.post(json={"n": 8, "steps": 150}))
+        server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
+        eta_s = httpx.get(f"{server.url}/jobs").json()["jobs"][0]["eta_s"]
+        tight = {"n": 8, "steps": 150, "deadline_s": 1.2 * eta_s}
+        refused = server.post(json=tight)
+        assert (refused.status_code, refused.json()["code"]) == (429, "deadline_unmeetable"), refused.text
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert load.result(120).status_code == 200
+
+
+def test_a_repeat_costs_no_step(own_server: Start) -> None:
+    server = own_server("--checkpoint", str(BUNDLED))
+    body = {"steps": 5, "seed": 1}
+    first = server.post(json=body)
+    steps = server.metric("tminus_row_steps_total")
+    second = server.post(json=body)
+    third = server.post(json=body, headers={"If-None-Match": first.headers["ETag"]})
+    assert second.content == first.content
+    assert second.headers["Cache-Status"] == "tminus; hit"
+    assert (third.status_code, third.content) == (304, b"")
+    assert server.metric("tminus_row_steps_total") == steps
+
+
+# --- a network that gives NaN ---
+
+
+def test_a_class_that_gives_nan_is_told_so_while_the_others_are_served(own_server: Start, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(BUNDLED)
+    state = {key: value.clone() for key, value in checkpoint.net.state_dict().items()}
+    state["class_embedding.weight"][7] = 3e38  # finite, as a checkpoint must be, until something is added to it
+    folder = tmp_path / "overflows"
+    save_checkpoint(folder, state, checkpoint.net.config, checkpoint.noise, checkpoint.labels, {})
+    server = own_server("--checkpoint", str(folder), "--result-cache-mb", "0")
+    good = [{"steps": 10, "seed": k, "class_label": k, "guidance": 2} for k in (0, 1, 8)]
+    expected = [sheet(server, body) for body in good]
+    sick = [
+        {"steps": 10, "seed": 1, "class_label": 7},
+        {"n": 2, "steps": 12, "class_label": [0, "sneaker"], "guidance": 2},
+    ]
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda body: server.post(json=body), [*good, *sick]))
+    assert [answer.content for answer in answers[:3]] == expected
+    for answer in answers[3:]:
+        assert (answer.status_code, answer.json()["code"]) == (500, "not_finite"), answer.text
+        assert answer.headers["content-type"] == "application/problem+json"
+    assert [sheet(server, body) for body in good] == expected, "the slots serve again"
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert server.metric("tminus_cancelled_total") == 2
+    assert "Traceback" not in server.log
+
+
+# --- a thousand at once ---
+
+
+def thousand(server: RunningServer) -> list[tuple[int, str | None, str]]:
+    """A thousand clients at once: the status, Retry-After and code that each got."""
+    import asyncio
+
+    async def ask_all() -> list[tuple[int, str | None, str]]:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+
+            async def ask(k: int) -> tuple[int, str | None, str]:
+                response = await client.post("/sample", json={"steps": 1, "seed": k})
+                is_problem = response.headers["content-type"] == "application/problem+json"
+                code = response.json()["code"] if is_problem else response.headers["content-type"]
+                return response.status_code, response.headers.get("retry-after"), code
+
+            return await asyncio.gather(*(ask(k) for k in range(1000)))
+
+    return asyncio.run(ask_all())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--max-backlog-s", "0.3"), id="small backlog"),
+        pytest.param(("--max-jobs", "16"), id="few jobs"),
+    ],
+)
+def test_a_thousand_requests_at_once_are_each_answered_or_told_when_to_come_again(
+    own_server: Start, flags: tuple[str, str]
+) -> None:
+    server = own_server("--checkpoint", str(BUNDLED), "--result-cache-mb", "0", *flags)
+    started = time.monotonic()
+    answers = thousand(server)
+    took_s = time.monotonic() - started
+    assert len(answers) == 1000
+    assert {status for status, _, _ in answers} <= {200, 429}, json.dumps(sorted({str(answer) for answer in answers}))
+    refused = [answer for answer in answers if answer[0] == 429]
+    assert 0 < len(refused) < 1000
+    for _, retry_after, code in refused:
+        assert code == "overloaded"
+        assert int(retry_after or 0) >= 1
+    assert took_s < 90
+    assert server.post(json={"steps": 1}).status_code in (200, 429)
+    server.wait_until(lambda: server.metric("tminus_backlog_seconds") == 0)
+    assert server.metric("tminus_images_total") >= 1000 - len(refused)
+    assert "Traceback" not in server.log, server.log[-3000:]
