@@ -4,6 +4,7 @@ import logging
 import resource
 import signal
 import socket
+import sys
 import threading
 from types import FrameType
 
@@ -14,6 +15,7 @@ from service.worker import Worker
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.0005
 SPARE_FILES = 256  # beside the connections: libraries, logs, the encoders
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
 
@@ -79,6 +81,8 @@ def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: s
         timeout_graceful_shutdown=int(ANSWER_S),
     )
     _allow_files(max_connections)
+    # The worker wants the interpreter for a moment after each pass; the edge may keep it no longer than this.
+    sys.setswitchinterval(SWITCH_S)
     worker: Worker = app.state.worker
     server = Server(config, worker, grace_s)
     # Until uvicorn has its own handlers these stop it; when it is done it raises the signal once more, to no effect:

@@ -150,19 +150,28 @@ class Worker:
 
         deadline_s counts from now: one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
         """
-        work = work_of(spec, self._engine.info)
+        self._check_open()
+        work, now_s = work_of(spec, self._engine.info), self._clock()
+        # Outside the gate: this may take milliseconds, and the worker passes the gate with every job that ends.
+        entry = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s)
+        job = _Job(job_id, spec, work, Future(), now_s, deadline_s)
         with self._gate:
-            if self._crashed:
-                raise EngineFailed(CRASHED)
-            if self._draining.is_set() or self._closed.is_set():
-                raise Draining
-            if not self._ready.is_set():
-                raise NotReady
-            now_s = self._clock()
-            entry = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s)
-            job = self._jobs[job_id] = _Job(job_id, spec, work, Future(), now_s, deadline_s)
+            try:
+                self._check_open()
+            except ServiceError:
+                self._admission.leave(job_id)
+                raise
+            self._jobs[job_id] = job
             self._commands.put(lambda: self._accept(job))
         return Ticket(job.future, entry.position, entry.eta_s)
+
+    def _check_open(self) -> None:
+        if self._crashed:
+            raise EngineFailed(CRASHED)
+        if self._draining.is_set() or self._closed.is_set():
+            raise Draining
+        if not self._ready.is_set():
+            raise NotReady
 
     def statuses(self) -> list[JobStatus]:
         """Every job that is waiting or running, in order of arrival, with its place and when it should be done."""
