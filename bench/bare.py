@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.records import Pace
 from model.checkpoint import Checkpoint, load_checkpoint
-from service.choice import Wish, choose_executor, default_cache
+from service.choice import Wish, choose_executor
+from service.choice_cache import default_cache
 from service.executors import Executor
 from service.loading import LARGEST_BATCH
 

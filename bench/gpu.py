@@ -17,7 +17,8 @@ from bench.bare import flops_per_row
 from model.checkpoint import load_checkpoint
 from model.rng import image_noise
 from model.samplers import compile_plan, sample
-from service.choice import Wish, choose_executor, default_cache, example_inputs
+from service.choice import Wish, choose_executor, example_inputs
+from service.choice_cache import default_cache
 from service.engine import Engine
 from service.job import trial_spec, work_of
 from service.loading import LARGEST_BATCH

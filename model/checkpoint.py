@@ -57,8 +57,8 @@ class Checkpoint:
     name: str
     size_px: tuple[int, int]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    approved_precisions: tuple[str, ...] = ()
-    """Precisions below float32 whose images `tminus evaluate --approve` found no worse, for these very weights."""
+    approved: tuple[tuple[str, str], ...] = ()
+    """(executor, precision) whose images `tminus evaluate --approve` found no worse, for these very weights."""
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -244,11 +244,12 @@ def _labels(file: Path, meta: Mapping[str, Any], unet: UNetConfig) -> Labels:
     return Labels(tuple(map(str, names)), null)
 
 
-def _approved(file: Path, meta: Mapping[str, Any], weights_hash: str) -> tuple[str, ...]:
-    approved = meta.get("approved_precisions", {})
-    if not isinstance(approved, dict) or not all(isinstance(check, dict) for check in approved.values()):
-        raise CheckpointError(f"{file}: approved_precisions must map a precision to its check, got {approved!r:.200}")
-    return tuple(name for name, check in approved.items() if check.get("weights_hash") == weights_hash)
+def _approved(file: Path, meta: Mapping[str, Any], weights_hash: str) -> tuple[tuple[str, str], ...]:
+    checks = meta.get("approved", [])
+    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
+        raise CheckpointError(f"{file}: approved must be a list of checks, got {checks!r:.200}")
+    fitting = [check for check in checks if check.get("weights_hash") == weights_hash]
+    return tuple((str(check.get("executor")), str(check.get("precision"))) for check in fitting)
 
 
 def _size_from_meta(folder: Path, meta: Mapping[str, Any]) -> tuple[int, int]:
@@ -299,11 +300,12 @@ def save_checkpoint(
     write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
-def approve_precision(folder: Path, precision: str, check: Mapping[str, Any]) -> None:
-    """Note in tminus.json that a precision was checked on these weights; `check` holds weights_hash and the figures."""
+def approve(folder: Path, check: Mapping[str, Any]) -> None:
+    """Note a check in tminus.json: executor, precision and weights_hash that it holds for, and the figures."""
     meta = _read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
-    approved = {**meta.get("approved_precisions", {}), precision: dict(check)}
-    _write_json(folder / TMINUS_FILE, {**meta, "approved_precisions": approved})
+    same = ("executor", "precision", "weights_hash")
+    others = [old for old in meta.get("approved", []) if any(old.get(key) != check[key] for key in same)]
+    _write_json(folder / TMINUS_FILE, {**meta, "approved": [*others, dict(check)]})
 
 
 def write_atomically(file: Path, write: Callable[[Path], None]) -> None:

@@ -83,6 +83,12 @@ class NoiseSchedule:
         """T."""
         return len(self.betas)
 
+    @property
+    def log_sigmas(self) -> list[float]:
+        """log sigma_t [T], ascending, of sigma = sqrt((1 - alpha_bar) / alpha_bar); inf where alpha_bar = 0."""
+        log_sigmas: list[float] = (((1 - self.alpha_bar).log() - self.alpha_bar.log()) / 2).tolist()
+        return log_sigmas
+
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Draw x_t ~ q(x_t|x_0) in closed form, sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4).
 
@@ -221,10 +227,10 @@ class NoiseConfig:
     def default_spacing(self, sampler: str) -> str:
         """The spacing of a request that names none: the config's own, if it is a config for this kind of sampler.
 
-        A DDPM or DDIM config says nothing of dpmpp_2m, which then takes its own scheduler's default, linspace.
+        A DDPM or DDIM config says nothing of dpmpp_2m, which then takes the spacing that serves it best, karras.
         """
         if sampler == "dpmpp_2m" and self.default_sampler != "dpmpp_2m":
-            return "linspace"
+            return "karras"
         return self.timestep_spacing
 
     def schedule(self) -> NoiseSchedule:

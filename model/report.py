@@ -29,8 +29,8 @@ class EvaluateOptions:
         for field, least in (("num_samples", 2), ("batch_size", 1), ("bound_images", 1), ("bound_timesteps", 1)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field} must be {least} or more, got {getattr(self, field)}")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+        if self.precision not in ("float32", "tf32", "bfloat16"):
+            raise ValueError(f"precision must be float32, tf32 or bfloat16, got {self.precision!r}")
         if self.spacing is not None and self.spacing not in SPACINGS:
             raise ValueError(f"spacing must be among {', '.join(SPACINGS)} or None, got {self.spacing!r}")
         low, high = self.guidance_interval or (0, 0)

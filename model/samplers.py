@@ -59,7 +59,8 @@ def compile_plan(
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be among {', '.join(SAMPLERS)}, got {sampler!r}")
     spacing = spacing or noise.default_spacing(sampler)
-    t = torch.tensor(make_timesteps(sampler, spacing, steps, schedule.num_timesteps, noise.steps_offset))
+    T, offset = schedule.num_timesteps, noise.steps_offset
+    t = torch.tensor(make_timesteps(sampler, spacing, steps, T, offset, schedule.log_sigmas))
     alpha_bar = schedule.alpha_bar[t]
     last = torch.ones(1, dtype=torch.float64)
     if sampler == "ddim" and not noise.set_alpha_to_one:

@@ -15,8 +15,9 @@ from service.result_cache import ResultCache
 from service.routes_jobs import job_routes
 from service.routes_sample import sample_routes
 from service.routes_system import system_routes
+from service.row_engine import RowEngine
 from service.scheduler import Policy, Scheduler
-from service.worker import RowEngine, Worker
+from service.worker import Worker
 
 
 def create_app(

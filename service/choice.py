@@ -3,13 +3,9 @@
 A candidate that must be exact is tried at several sizes of a pass, and keeps those whose outputs agree to the bit.
 """
 
-import hashlib
-import json
 import logging
-import os
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, write_atomically
+from model.checkpoint import Checkpoint
 from service import openvino_executor
+from service.choice_cache import ChoiceCache
 from service.executors import MAX_GRAPHS, PRECISIONS, CompiledExecutor, EagerExecutor, Executor
 
 log = logging.getLogger(__name__)
@@ -85,21 +82,29 @@ def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, ca
     `cache` is the folder where the answer is kept, by machine, model and versions; None keeps nothing.
     """
     candidates = _candidates(checkpoint, device, wish)
-    file = cache / f"executor-{_key(checkpoint, device, wish, candidates)}.json" if cache is not None else None
-    choice = _read(file, candidates)
+    kept = ChoiceCache(cache, checkpoint, device, asdict(wish), [asdict(candidate) for candidate in candidates])
+    choice = _sound(kept.read(), candidates, wish)
     builder = Builder(checkpoint, device, wish.threads)
     if choice is None:
         choice = _fastest(builder, wish, candidates)
-        _write(file, choice)
+        kept.write(asdict(choice))
     else:
-        log.info("executor %s %s, as measured before (%s)", choice.executor, choice.precision, file)
+        log.info("executor %s %s, as measured before (%s)", choice.executor, choice.precision, kept.file)
     return builder.build(choice)
 
 
-def default_cache() -> Path:
-    """Where answers are kept: a cache folder of the user's."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tminus"
+def _sound(fields: Mapping[str, Any] | None, candidates: Sequence[Choice], wish: Wish) -> Choice | None:
+    """What was kept, if it is a choice that could be made now: files may be damaged, or edited."""
+    try:
+        sizes = tuple((fields or {})["sizes"] or ()) or None
+        choice = Choice(**{**(fields or {}), "sizes": sizes})
+    except (TypeError, KeyError):
+        return None
+    numbers = sizes or (1,)
+    if not all(type(size) is int and 1 <= size <= wish.max_batch for size in numbers):
+        return None
+    ascending = list(numbers) == sorted(set(numbers)) and len(numbers) <= MAX_GRAPHS
+    return choice if ascending and replace(choice, sizes=None) in candidates else None
 
 
 def _candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> list[Choice]:
@@ -108,10 +113,8 @@ def _candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> lis
         raise ValueError(f"executor must be auto, {', '.join(EXECUTORS)}, got {wish.executor!r}")
     if wish.precision not in ("auto", *PRECISIONS):
         raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}, got {wish.precision!r}")
-    if wish.precision == "auto":
-        precisions = ("float32", *(name for name in checkpoint.approved_precisions if name in PRECISIONS))
-    else:
-        precisions = (wish.precision,)
+    if wish.precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision tf32 needs a CUDA device, got {device}")
     if wish.executor == "openvino":
         if not openvino_executor.available():
             raise ValueError("executor openvino is not installed: pip install 'tminus[openvino]'")
@@ -123,17 +126,22 @@ def _candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> lis
         names = ("eager", "compile") if device.type == "cuda" else ("eager", "openvino")
     candidates = []
     for name in names:
-        if name == "openvino":
-            if openvino_executor.available():
-                able = openvino_executor.precisions()
-                candidates += [Choice(name, precision) for precision in precisions if precision in able]
-        elif name == "eager" and device.type == "cpu":
-            candidates += [Choice(name, p, channels_last) for p in precisions for channels_last in (True, False)]
-        else:
-            candidates += [Choice(name, precision) for precision in precisions]
+        for precision in _precisions(checkpoint, device, wish, name):
+            layouts = (True, False) if name == "eager" and device.type == "cpu" else (True,)
+            candidates += [Choice(name, precision, channels_last) for channels_last in layouts]
     if not candidates:
         raise ValueError(f"precision {wish.precision} is not something this processor computes in with openvino")
     return candidates
+
+
+def _precisions(checkpoint: Checkpoint, device: torch.device, wish: Wish, executor: str) -> list[str]:
+    wanted = [wish.precision]
+    if wish.precision == "auto":
+        wanted = [name for name in PRECISIONS if name == "float32" or (executor, name) in checkpoint.approved]
+    able: Sequence[str] = PRECISIONS if device.type == "cuda" else ("float32", "bfloat16")
+    if executor == "openvino":
+        able = openvino_executor.precisions() if openvino_executor.available() else ()
+    return [name for name in wanted if name in able]
 
 
 def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choice:
@@ -249,52 +257,3 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     while len(times) < 3 or (sum(times) < TRIAL_S and len(times) < 100):
         times.append(timed())
     return sorted(times)[len(times) // 2]
-
-
-def _key(checkpoint: Checkpoint, device: torch.device, wish: Wish, candidates: Sequence[Choice]) -> str:
-    parts: dict[str, Any] = {
-        "machine": (platform.node(), platform.machine(), _cpu_name(), os.cpu_count()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "openvino": openvino_executor.version(),
-        "unet": checkpoint.net.config.to_dict(),
-        "size_px": checkpoint.size_px,
-        "wish": asdict(wish),
-        "candidates": [asdict(candidate) for candidate in candidates],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _read(file: Path | None, candidates: Sequence[Choice]) -> Choice | None:
-    if file is None:
-        return None
-    try:
-        fields = json.loads(file.read_text("utf-8"))
-        choice = Choice(**fields | {"sizes": tuple(fields["sizes"]) if fields["sizes"] else None})
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-    sizes = choice.sizes or (1,)
-    sound = all(type(size) is int and size >= 1 for size in sizes) and list(sizes) == sorted(set(sizes))
-    return choice if sound and replace(choice, sizes=None) in candidates else None
-
-
-def _write(file: Path | None, choice: Choice) -> None:
-    if file is None:
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda path: _dump(path, choice))
-    except OSError as error:  # a read-only file system: it is measured again the next time
-        log.info("the choice of the executor is not kept: %s", error)
-
-
-def _dump(path: Path, choice: Choice) -> None:
-    path.write_text(json.dumps(asdict(choice)) + "\n", "utf-8")

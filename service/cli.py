@@ -35,6 +35,8 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each field of Settings; left out, its variable or default holds."""
     for name, field in reversed(Settings.model_fields.items()):
         flag = f"--{name.replace('_', '-')}"
+        if field.annotation == bool | None:
+            flag += f"/--no-{name.replace('_', '-')}"
         default = f"[default: {field.default}]" if field.default is not None else ""
         text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
         command = click.option(flag, name, default=None, help=text, show_default=False)(command)

@@ -116,7 +116,7 @@ def train(**options: Any) -> None:
     "--executor", default="auto", help="auto, eager, compile or openvino: what runs the network for the samples"
 )
 @click.option(
-    "--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", help="of the samples' passes"
+    "--precision", type=click.Choice(["float32", "tf32", "bfloat16"]), default="float32", help="of the samples' passes"
 )
 @click.option(
     "--approve",
@@ -132,14 +132,16 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
     logging.basicConfig(level="INFO", format="%(message)s")
     import torch
 
-    from model.checkpoint import CheckpointError, approve_precision, load_checkpoint
+    from model.checkpoint import CheckpointError, load_checkpoint
+    from model.checkpoint import approve as note_approval
     from model.classifier import ClassifierError, load_or_train_classifier
     from model.compare import compare_reports
     from model.data import DataError
     from model.evaluate import EvaluateError
     from model.evaluate import evaluate as measure
     from model.report import EvaluateOptions, EvaluationReport
-    from service.choice import Wish, choose_executor, default_cache
+    from service.choice import Wish, choose_executor
+    from service.choice_cache import default_cache
     from service.engine import choose_device
 
     if approve and options["precision"] == "float32":
@@ -158,11 +160,14 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
             folder = classifier or own or checkpoint / "classifier"
             judge = load_or_train_classifier(folder, train_split, test_split, device=device)
 
+        threads = torch.get_num_threads()
+
         def report_on(precision: str) -> EvaluationReport:
             # Loaded anew: an executor may keep the network it is given.
             fresh, batch = load_checkpoint(checkpoint), options["batch_size"]
-            wish = Wish(options["executor"], precision, device.type == "cpu", batch, torch.get_num_threads())
+            wish = Wish(options["executor"], precision, device.type == "cpu", batch, threads)
             executor = choose_executor(fresh, device, wish, default_cache())
+            torch.set_num_threads(threads)  # the executor may have taken torch's for itself; the judging wants them
             fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__}
             fields |= {"executor": executor.name, "precision": precision}
             return measure(
@@ -174,15 +179,16 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
         if reference is not None:
             verdict = compare_reports(reference, report)
             check = {
-                "weights_hash": report.weights_hash,
                 "executor": report.options.executor,
+                "precision": options["precision"],
+                "weights_hash": report.weights_hash,
                 "samples": f"{report.options.num_samples} by {report.options.sampler} in {report.options.steps} steps, "
                 f"guidance {report.options.guidance:g}",
                 "frechet_ratio": verdict.frechet_ratio,
                 "accuracy_difference": verdict.accuracy_difference,
             }
             if verdict.ok:
-                approve_precision(checkpoint, options["precision"], check)
+                note_approval(checkpoint, check)
             click.echo(f"{options['precision']}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
             click.echo(verdict.reason)
     except (DataError, CheckpointError, ClassifierError, EvaluateError, ValueError) as error:

@@ -73,7 +73,7 @@ def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
 
 def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
     """The name of a response's bytes, known before they are made."""
-    parts = json.dumps([media_type, recipe(spec, model)], sort_keys=True)
+    parts = json.dumps([media_type, recipe(spec, model), model.class_names], sort_keys=True)
     return f'"{hashlib.sha256(parts.encode()).hexdigest()[:32]}"'
 
 

@@ -3,11 +3,7 @@
 Rows in, uint8 arrays out; no tensor leaves. Which rows step is decided elsewhere.
 """
 
-import hashlib
-import json
-import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -16,10 +12,12 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from model.data import to_uint8
 from model.rng import image_noise, row_noise, split_seed
-from model.samplers import NUM_COEFFICIENTS, SAMPLERS, Plan, compile_plan, denoise, guide
+from model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, denoise, guide
+from service.description import describe
 from service.errors import NotFinite
 from service.executors import Executor
-from service.job import Batch, Floats, Images, ModelInfo, SampleSpec
+from service.job import Batch, Floats, Images, SampleSpec
+from service.tick_events import TickEvents
 
 LATENT_BUDGET_BYTES = 512 * 2**20
 MAX_DEFAULT_ROWS = 4096
@@ -108,7 +106,7 @@ class Engine:
     @torch.inference_mode()
     def add(self, spec: SampleSpec) -> tuple[int, ...]:
         """Give a job's rows their slots and their x_T; returns the row ids. Raises ValueError as `compile` does."""
-        # First all that can fail, then the slots: a job that cannot be added takes nothing away.
+        # The slots are taken last: a job that cannot be added takes nothing away.
         plan = self.compile(spec)
         indices = range(spec.index, spec.index + spec.n)
         x_T = image_noise(spec.seed, indices, 0, self._shape, self._device)
@@ -119,8 +117,7 @@ class Engine:
 
         assert len(self._free_rows) >= spec.n
         assert self._free_plans
-        rows = tuple(self._free_rows.pop() for _ in range(spec.n))
-        region = self._plan_of[rows[0]] = self._free_plans.pop()
+        rows, region = tuple(reversed(self._free_rows[-spec.n :])), self._free_plans[-1]
         start = region * self._schedule.num_timesteps
         self._lines[start : start + len(plan)] = plan.lines.to(torch.float32)
         self._timesteps[start : start + len(plan)] = plan.timesteps
@@ -135,6 +132,8 @@ class Engine:
         self._finite[at] = True
         self._adds_noise[list(rows)] = plan.adds_noise
         self._added_at[list(rows)] = self._ticks.num_launched if self._ticks is not None else 0
+        del self._free_rows[-spec.n :], self._free_plans[-1]
+        self._plan_of[rows[0]] = region
         return rows
 
     @torch.inference_mode()
@@ -248,88 +247,3 @@ def _checked(pixels: Images, finite: bool) -> Images:
     if not finite:
         raise NotFinite
     return pixels
-
-
-class TickEvents:
-    """CUDA: when a tick was launched and what it found, read one tick late so that the host never holds it up."""
-
-    def __init__(self) -> None:
-        self._running: list[tuple[torch.cuda.Event, Tensor]] = []
-        self.num_launched = self.num_ended = 0
-        self.finite: Tensor | None = None  # on the host, of the last tick known to be over
-
-    def launched(self, finite: Tensor) -> None:
-        """Mark the end of the tick just launched, with a copy of its flags on the way to the host."""
-        on_host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
-        on_host.copy_(finite, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._running.append((event, on_host))
-        self.num_launched += 1
-
-    def wait(self, ahead: int = 1) -> None:
-        """Wait until at most `ahead` ticks have not ended."""
-        while len(self._running) > ahead:
-            event, self.finite = self._running.pop(0)
-            event.synchronize()
-            self.num_ended += 1
-
-
-def describe(
-    checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None
-) -> ModelInfo:
-    """Gather what the edge and the users are told about a model, with the fingerprint of this build."""
-    net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
-    return ModelInfo(
-        name=checkpoint.name,
-        architecture="UNet2DModel",
-        num_parameters=sum(p.numel() for p in net.parameters()),
-        height_px=checkpoint.size_px[0],
-        width_px=checkpoint.size_px[1],
-        channels=net.config.in_channels,
-        num_timesteps=noise.num_train_timesteps,
-        beta_schedule=noise.beta_schedule if noise.trained_betas is None else "trained_betas",
-        prediction_type=noise.prediction_type,
-        variance_type=noise.variance_type,
-        timestep_spacings={sampler: noise.default_spacing(sampler) for sampler in SAMPLERS},
-        steps_offset=noise.steps_offset,
-        clip=noise.clip_sample,
-        samplers=SAMPLERS,
-        default_sampler=noise.default_sampler,
-        conditional=net.class_embedding is not None,
-        class_names=labels.class_names,
-        null_class=labels.null_class,
-        weights_hash=checkpoint.weights_hash,
-        fingerprint=fingerprint(device, executor, exact=exact, bits=bits),
-        device=device_name(device),
-        executor=executor.name,
-        precision=executor.precision,
-        executor_details=executor.details,
-        exact=exact,
-    )
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def fingerprint(device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None) -> str:
-    """Hash what can move a bit beside spec and weights: versions, device, precision, threads, how passes are run.
-
-    bits, where an exact executor's outputs on rows that are always the same are known, stand for how passes are run: so
-    a start that finds other sizes of a pass the faster keeps its name, as it keeps its bits.
-    """
-    parts = {
-        "torch": torch.__version__,
-        "pillow": version("pillow"),  # it makes the PNG
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "precision": executor.precision,
-        "executor": executor.name,
-        "passes": bits if exact and bits is not None else f"{executor.details}, {torch.get_num_threads()} threads",
-        "exact": exact,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

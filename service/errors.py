@@ -152,7 +152,7 @@ class JobNotFound(ServiceError):
 
 
 class JobCancelled(ServiceError):
-    """The client went away, so there is nobody to read this."""
+    """The client went away, so nobody reads this; or somebody deleted the job."""
 
     status, code, title = 499, "cancelled", "The job was cancelled"
     refusal = False

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.unet import UNet2D
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, is float32 with products of 10 bits
 MAX_GRAPHS = 6  # torch.compile gives up silently after 8 shapes, and each graph keeps memory
 
 
@@ -71,6 +71,7 @@ class EagerExecutor:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._net: UNet2D = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
         self._device, self._sizes, self.precision = device, sizes, precision
+        allow_tf32(precision == "tf32")
         layout = "channels_last" if channels_last else "contiguous"
         self.details = layout + (f", passes of {', '.join(map(str, sizes))}" if sizes else "")
 
@@ -115,7 +116,11 @@ class CompiledExecutor:
         """shape [C, H, W] of one row; sizes of a pass, ascending, at most MAX_GRAPHS. Compiles: takes a minute."""
         assert 1 <= len(sizes) <= MAX_GRAPHS
         self._net: UNet2D = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._compiled = torch.compile(self._net, dynamic=False)
+        allow_tf32(precision == "tf32")
+        torch._dynamo.reset()  # its limit of shapes counts those of earlier executors too
+        self._compiled = torch.compile(
+            self._net, dynamic=False, fullgraph=True
+        )  # or it would run eager, and not say so
         self._device, self._sizes, self.precision = device, tuple(sizes), precision
         self.details = f"passes of {', '.join(map(str, sizes))}"
         labels = self._net.class_embedding is not None
@@ -190,6 +195,12 @@ def split_padded(places: int, sizes: Sequence[int]) -> list[tuple[int, int, int]
 def probe_bits(executor: Executor, inputs: tuple[Tensor, Tensor, Tensor | None]) -> str:
     """Hash an executor's outputs on some rows, to the bit."""
     return hashlib.sha256(executor(*inputs).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let CUDA matmuls and convolutions of float32 use TF32, or see to it that they do not: torch's defaults differ."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def pad(tensor: Tensor | None, padding: int) -> Any:

@@ -95,7 +95,7 @@ class JobStatus:
     eta_s: float
     n: int
     steps: int
-    step: int  # the least advanced row's next
+    step: int  # how many its rows have taken, on average
     sampler: str
     seed: int
     age_s: float
@@ -117,6 +117,7 @@ class ModelInfo:
     variance_type: str
     timestep_spacings: Mapping[str, str]  # by sampler, what a request gets that names none
     steps_offset: int
+    log_sigmas: tuple[float, ...]  # of the noise schedule, by timestep
     clip: bool
     samplers: tuple[str, ...]
     default_sampler: str
@@ -152,7 +153,9 @@ def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
     if spec.guidance_interval is None:
         return Work(spec.n, spec.steps, range(spec.steps))
     low, high = spec.guidance_interval
-    timesteps = make_timesteps(spec.sampler, spec.timestep_spacing, spec.steps, model.num_timesteps, model.steps_offset)
+    timesteps = make_timesteps(
+        spec.sampler, spec.timestep_spacing, spec.steps, model.num_timesteps, model.steps_offset, model.log_sigmas
+    )
     guided = [step for step, t in enumerate(timesteps) if low <= t <= high]  # timesteps fall, so these are neighbours
     return Work(spec.n, spec.steps, range(guided[0], guided[-1] + 1) if guided else range(0))
 

@@ -9,7 +9,8 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from service.calibration import measure_ticks
-from service.choice import Wish, choose_executor, default_cache, example_inputs
+from service.choice import Wish, choose_executor, example_inputs
+from service.choice_cache import default_cache
 from service.engine import Engine, choose_device, default_max_rows
 from service.executors import probe_bits
 from service.selftest import same_alone_and_together
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
 PROBE_ROWS = 2
+MAX_PLAN_LINES = 20_000_000  # of 40 bytes
 SPARE_ROWS, SPARE_JOBS = 64, 16  # what the self-test and the measurement need, however little is to be served
 
 
@@ -60,8 +62,18 @@ def load_engine(options: LoadOptions) -> Loaded:
 
 def _load(options: LoadOptions) -> Loaded:
     device = choose_device(options.device)
+    if device.index:
+        raise ValueError(
+            f"one GPU is served, the first that is visible: CUDA_VISIBLE_DEVICES={device.index}, not {device}"
+        )
     checkpoint = load_checkpoint(options.checkpoint)
     max_rows = options.max_rows or default_max_rows(checkpoint)
+    plan_lines = options.max_jobs * checkpoint.noise.num_train_timesteps
+    if plan_lines > MAX_PLAN_LINES:
+        raise ValueError(
+            f"max_jobs must be at most {MAX_PLAN_LINES // checkpoint.noise.num_train_timesteps} with "
+            f"T={checkpoint.noise.num_train_timesteps}, got {options.max_jobs}: each job's plan is held"
+        )
     largest = options.max_batch or LARGEST_BATCH[device.type]
     exact = device.type == "cpu" if options.exact is None else options.exact
     threads = options.threads or torch.get_num_threads()
@@ -80,7 +92,7 @@ def _load(options: LoadOptions) -> Loaded:
     if exact and not same_alone_and_together(engine, largest):
         raise ValueError(
             f"executor {executor.name} {executor.precision} ({executor.details}) does not give the same bits alone and "
-            "among others here; --exact false serves without that promise"
+            "among others here; --no-exact serves without that promise"
         )
     tick_times = measure_ticks(engine, largest)
     max_batch = options.max_batch or max(MIN_BATCH, knee(tick_times))

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from service.job import Images, SampleSpec, work_of
+from service.row_engine import RowEngine
 from service.scheduler import Scheduler
-from service.worker import RowEngine
 
 
 def sample_locally(engine: RowEngine, spec: SampleSpec, max_batch: int, on_rows: Callable[[int], object]) -> Images:

@@ -4,6 +4,7 @@ A pass of fixed size on one thread computes a place the same way wherever it sta
 passes of 1, 2, 4, … agree to the bit (`service/choice.py` checks). A lone row uses one core; two rows use two.
 """
 
+import contextlib
 import sys
 import warnings
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.unet import UNet2D
@@ -27,6 +29,7 @@ except ImportError:  # an extra
 
 Floats = npt.NDArray[np.float32]
 
+VECTOR = 64  # floats: at least what torch computes in one go on any processor
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
@@ -53,12 +56,15 @@ class Graph:
         """shape [C, H, W] of one row."""
         with torch.inference_mode():
             # Made in one call, so that a timestep's bits never depend on a batch. Kept from bfloat16, which has no 999.
-            self.time_table = net.embed_time(torch.arange(num_timesteps))  # [T, temb]
-            weight = net.class_embedding.weight.clone() if net.class_embedding is not None else None
-            self.class_table = weight  # [classes, temb]
+            time_table = net.embed_time(torch.arange(num_timesteps))  # [T, temb]
+            weight = net.class_embedding.weight if net.class_embedding is not None else None
+            self.temb_dim = time_table.shape[1]
+            # Torch computes what is left over of a vector another way, to other bits: so nothing is ever left over.
+            spare = -self.temb_dim % VECTOR
+            self.time_table = F.pad(time_table, (0, spare))
+            self.class_table = F.pad(weight, (0, spare)) if weight is not None else None  # [classes, temb]
         self.act = net.act
         self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
-        self.temb_dim = self.time_table.shape[1]
         example = (torch.zeros(1, *shape), torch.zeros(1, self.temb_dim))
         inputs = [openvino.PartialShape([-1, *shape]), openvino.PartialShape([-1, self.temb_dim])]
         with warnings.catch_warnings(action="ignore"):  # the tracer's, of shapes that are fixed here
@@ -88,6 +94,7 @@ class OpenVINOExecutor:
             # The edge and the encoders share these cores; a pinned stream would wait behind them.
             "ENABLE_CPU_PINNING": False,
         }
+        self._running: deque[tuple[_Pass, int, int]] = deque()
         core = openvino.Core()
         self._passes: dict[int, deque[_Pass]] = {}
         for size in self._sizes:
@@ -106,10 +113,11 @@ class OpenVINOExecutor:
         if graph.class_table is not None:
             assert class_labels is not None
             temb = temb + graph.class_table[class_labels]
-        x_, temb_ = x.contiguous().numpy(), graph.act(temb).numpy()
+        x_, temb_ = x.contiguous().numpy(), graph.act(temb)[:, : graph.temb_dim].numpy()
         out = np.empty((len(x), *graph.out_shape), np.float32)
         waiting = deque(split(len(x), self._sizes, self._streams))
-        running: deque[tuple[_Pass, int, int]] = deque()
+        self._drain()
+        running = self._running
 
         def start_next() -> None:
             if waiting:
@@ -131,6 +139,12 @@ class OpenVINOExecutor:
         for _ in range(self._streams):
             start_next()
         return finish
+
+    def _drain(self) -> None:
+        """Let passes end that nobody finished, because something raised: a request that is busy takes no other."""
+        while self._running:
+            with contextlib.suppress(RuntimeError):
+                self._running.popleft()[0].wait()
 
 
 class _Pass:

@@ -31,7 +31,9 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         assert isinstance(error, HTTPException)
         code = HTTPStatus(error.status_code).name.lower()
         headers = dict(error.headers or {})
-        if methods := app.openapi()["paths"].get(request.url.path):  # the framework knows one route's methods only
+        if methods := app.openapi()["paths"].get(
+            getattr(request.scope.get("route"), "path", request.url.path)
+        ):  # the framework knows one route's methods only
             headers["Allow"] = ", ".join(sorted(map(str.upper, methods)))
         problem = {
             "type": f"urn:tminus:problem:{code}",

@@ -20,10 +20,10 @@ def job_routes(worker: Worker) -> APIRouter:
 
     @router.get("/{job_id}", summary="One of them")
     async def get_job(job_id: str) -> dict[str, Any]:
-        for status in worker.statuses():
-            if status.id == job_id:
-                return _document(status)
-        raise _not_found(job_id)
+        status = worker.status(job_id)
+        if status is None:
+            raise _not_found(job_id)
+        return _document(status)
 
     @router.delete("/{job_id}", summary="Give it up: its rows are free before the next tick", status_code=204)
     async def delete_job(job_id: str) -> Response:

@@ -42,7 +42,7 @@ def sample_routes(
             headers["Cache-Control"] = "no-store"
         else:
             headers |= {"ETag": tag, "Cache-Control": "no-cache"}
-            if _matches(request.headers.getlist("if-none-match"), tag):
+            if _matches(request, tag):
                 metrics.answered_without_work("not_modified")
                 return Response(status_code=304, headers=headers)
             if (kept := cache.get(tag)) is not None:
@@ -113,10 +113,14 @@ def _retrieve(done: "asyncio.Future[JobResult]") -> None:
         done.exception()
 
 
-def _matches(if_none_match: list[str], tag: str) -> bool:
-    """Whether the client already has it (RFC 9110, section 13.1.2; the weak comparison)."""
-    names = [name.strip().removeprefix("W/") for header in if_none_match for name in header.split(",")]
-    return "*" in names or tag in names
+def _matches(request: Request, tag: str) -> bool:
+    """Whether the client already has it (RFC 9110, section 13.1.2; the weak comparison).
+
+    A POST that samples is safe to repeat, so it is answered as a GET is; but `*`, any answer at all, is no name.
+    """
+    headers = request.headers.getlist("if-none-match")
+    names = [name.strip().removeprefix("W/") for header in headers for name in header.split(",")]
+    return tag in names or ("*" in names and request.method == "GET")
 
 
 def _server_timing(**seconds: float) -> str:

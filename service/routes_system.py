@@ -20,7 +20,9 @@ def system_routes(worker: Worker, model: ModelInfo, limits: Limits, metrics: Met
 
     @router.get("/model", summary="What is loaded, and the limits")
     async def get_model() -> dict[str, Any]:
-        return {**asdict(model), "limits": asdict(limits)}
+        document = asdict(model) | {"limits": asdict(limits)}
+        del document["log_sigmas"]  # T numbers that follow from the schedule
+        return document
 
     @router.get("/healthz", summary="Liveness: the process answers and its worker runs", response_class=JSONResponse)
     async def healthz() -> Response:

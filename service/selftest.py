@@ -1,8 +1,8 @@
 """Whether the same spec gives the same bits alone and among others, tried on the real engine before it serves."""
 
 from service.job import Floats, ModelInfo, SampleSpec, trial_spec, work_of
+from service.row_engine import RowEngine
 from service.scheduler import Scheduler
-from service.worker import RowEngine
 
 STEPS = 4
 ROWS = 2

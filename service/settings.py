@@ -24,8 +24,8 @@ class Settings(BaseSettings):
     )
     precision: str = Field(
         "auto",
-        pattern="^(auto|float32|bfloat16)$",
-        description="auto (bfloat16 only where the checkpoint says it was checked), float32 or bfloat16",
+        pattern="^(auto|float32|tf32|bfloat16)$",
+        description="auto (bfloat16 only where the checkpoint says it was checked), float32, tf32 (CUDA) or bfloat16",
     )
     exact: bool | None = Field(
         None, description="the same bytes whatever else runs; default: yes on a CPU, no on a GPU, where it costs speed"

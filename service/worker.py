@@ -8,10 +8,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
 
 from service.admission import Admission
 from service.errors import (
@@ -24,13 +23,11 @@ from service.errors import (
     NotReady,
     ServiceError,
 )
+from service.forecast import Outlook
 from service.job import (
     Batch,
-    Floats,
-    Images,
     JobResult,
     JobStatus,
-    ModelInfo,
     SampleSpec,
     Ticket,
     Work,
@@ -38,41 +35,12 @@ from service.job import (
     work_of,
 )
 from service.metrics import Metrics
+from service.row_engine import RowEngine
 from service.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
 CRASHED = "the worker has stopped; the server's log says why"
-
-
-class RowEngine(Protocol):
-    """What the worker needs of an engine."""
-
-    info: ModelInfo
-
-    def add(self, spec: SampleSpec) -> tuple[int, ...]:
-        """Give a job's rows slots and x_T. Raises ValueError for a spec the model cannot do."""
-
-    def step(self, batch: Batch) -> None:
-        """Run one tick."""
-
-    def wait(self) -> None:
-        """Let the device catch up."""
-
-    def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Those of the rows whose latent is no longer finite."""
-
-    def images(self, rows: Sequence[int]) -> Callable[[], Images]:
-        """Read finished rows; the function returned may wait, and raises NotFinite."""
-
-    def latents(self, rows: Sequence[int]) -> Floats:
-        """Read rows as they are. Waits for the device."""
-
-    def remove(self, rows: Sequence[int]) -> None:
-        """Free one job's slots."""
-
-    def memory_bytes(self) -> int | None:
-        """Memory on the device, where that is not the process's own."""
 
 
 @dataclass(slots=True)
@@ -178,22 +146,28 @@ class Worker:
         outlooks = {outlook.job_id: outlook for outlook in self._admission.outlooks()}
         with self._gate:
             jobs = list(self._jobs.values())
-        return [
-            JobStatus(
-                id=job.id,
-                state="waiting" if job.started_s is None else "running",
-                position=outlooks[job.id].position,
-                eta_s=outlooks[job.id].eta_s,
-                n=job.spec.n,
-                steps=job.spec.steps,
-                step=job.steps_taken // job.spec.n,
-                sampler=job.spec.sampler,
-                seed=job.spec.seed,
-                age_s=self._clock() - job.submitted_s,
-            )
-            for job in jobs
-            if job.id in outlooks
-        ]
+        return [self._status(job, outlooks[job.id]) for job in jobs if job.id in outlooks]
+
+    def status(self, job_id: str) -> JobStatus | None:
+        """One of them; None if it is not here (any more)."""
+        outlook = self._admission.outlook(job_id)
+        with self._gate:
+            job = self._jobs.get(job_id)
+        return self._status(job, outlook) if job is not None and outlook is not None else None
+
+    def _status(self, job: _Job, outlook: Outlook) -> JobStatus:
+        return JobStatus(
+            id=job.id,
+            state="waiting" if job.started_s is None else "running",
+            position=outlook.position,
+            eta_s=outlook.eta_s,
+            n=job.spec.n,
+            steps=job.spec.steps,
+            step=job.steps_taken // job.spec.n,
+            sampler=job.spec.sampler,
+            seed=job.spec.seed,
+            age_s=self._clock() - job.submitted_s,
+        )
 
     def cancel(self, job_id: str, reason: str) -> bool:
         """Free a job's rows before the next tick; False if there is no such job (any more)."""
@@ -225,7 +199,7 @@ class Worker:
         try:
             self._warm_up()
             self._ready.set()
-            while not self._closed.is_set() and not (self._draining.is_set() and self._scheduler.num_rows == 0):
+            while not self._closed.is_set() and not (self._draining.is_set() and not self._scheduler.has_work):
                 self._take_commands()
                 self._end_overdue()
                 batch = self._scheduler.next_batch()
@@ -259,7 +233,7 @@ class Worker:
 
     def _take_commands(self, wait: bool = True) -> None:
         """Do what other threads asked for. With nothing to step, sleep until somebody asks."""
-        if wait and self._scheduler.num_rows == 0:
+        if wait and not self._scheduler.has_work:
             self._rows_active = 0
             self._commands.get()()
         while True:
@@ -299,7 +273,11 @@ class Worker:
             _, job_id, job = heapq.heappop(self._deadlines)
             if self._jobs.get(job_id) is job:
                 detail = f"deadline_s={job.deadline_s:g} passed before the job was done"
-                self._give_up(job_id, DeadlinePassed(detail, field="deadline_s", value=job.deadline_s), "deadline")
+                self._give_up(
+                    job_id,
+                    DeadlinePassed(detail, field="deadline_s", value=job.deadline_s, bound="a longer time"),
+                    "deadline",
+                )
 
     def _tick(self, batch: Batch) -> None:
         started_s = self._clock()

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click.testing
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMPipeline
 from PIL import Image
 
+from model import compare
 from model.checkpoint import load_checkpoint
+from service import choice, cli_train
 from tests.e2e.conftest import ROOT, run_cli
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for so small a net, and on a busy machine, two are slower
@@ -70,6 +74,46 @@ def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_pa
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["bound"]["total"] > 0
     assert (run / "classifier" / "classifier.safetensors").is_file()
+    approve_bfloat16(run, (*measure, "--test-data", str(held_out)))
+
+
+def approve_bfloat16(run: Path, measure: tuple[str, ...]) -> None:
+    """`evaluate --approve` in this process, so that the verdict does not hang on a few samples of a raw net."""
+    threads = torch.get_num_threads()
+
+    def measured(frechet_ratio: float, *arguments: str) -> str:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compare, "MAX_FRECHET_RATIO", frechet_ratio)
+            patch.setattr(compare, "MAX_ACCURACY_LOSS", 1.0)
+            command = [*measure[1:], "--device", "cpu", "--executor", "eager", *arguments]
+            result = click.testing.CliRunner().invoke(cli_train.evaluate, command)
+        torch.set_num_threads(threads)
+        assert result.exit_code == 0, result.output
+        return str(result.stdout)
+
+    def candidates() -> set[tuple[str, str]]:
+        """What serve's auto tries."""
+        found = choice._candidates(load_checkpoint(run), torch.device("cpu"), choice.Wish())
+        return {(each.executor, each.precision) for each in found}
+
+    before = (run / "tminus.json").read_bytes()
+    bfloat16 = ("--precision", "bfloat16", "--approve")
+    assert "bfloat16: not approved" in measured(0.0, *bfloat16)
+    measured(99.0, "--precision", "bfloat16")
+    assert (run / "tminus.json").read_bytes() == before, "nothing is noted that was not approved or not to be"
+    assert ("eager", "bfloat16") not in candidates()
+
+    for _ in range(2):  # the second replaces the first
+        assert "bfloat16: approved" in measured(99.0, *bfloat16)
+    meta = json.loads((run / "tminus.json").read_text())
+    (check,) = meta.pop("approved")
+    assert meta == json.loads(before)
+    assert (check["executor"], check["precision"]) == ("eager", "bfloat16")
+    assert check["weights_hash"] == load_checkpoint(run).weights_hash
+    assert check["frechet_ratio"] > 0
+    assert load_checkpoint(run).approved == (("eager", "bfloat16"),)
+    assert ("eager", "bfloat16") in candidates()
+    assert ("openvino", "bfloat16") not in candidates(), "that of one executor says nothing of another"
 
 
 def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from model.checkpoint import (
     Checkpoint,
     CheckpointError,
     Labels,
+    approve,
     hash_weights,
     load_checkpoint,
     load_state_dict,
@@ -356,6 +357,74 @@ def test_size_comes_from_tminus_json_where_the_config_has_none(folder: Path) -> 
 def test_oblong_sample_size_is_kept(folder: Path) -> None:
     edit_json(folder / "unet" / "config.json", sample_size=[8, 12])
     assert load_checkpoint(folder).size_px == (8, 12)
+
+
+# --- what was approved --------------------------------------------------------------------------------------------
+
+
+def check_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    weights = load_checkpoint(folder).weights_hash
+    return {"executor": "openvino", "precision": "bfloat16", "weights_hash": weights, "frechet_ratio": 1.01} | changes
+
+
+def test_nothing_is_approved_at_first(folder: Path) -> None:
+    assert load_checkpoint(folder).approved == ()
+    (folder / "tminus.json").unlink()
+    assert load_checkpoint(folder).approved == ()
+
+
+def test_what_is_approved_is_read_again_and_all_else_is_kept(conditional: Path) -> None:
+    before = json.loads((conditional / "tminus.json").read_text())
+    checks = [check_of(conditional), check_of(conditional, executor="compile", precision="tf32")]
+    for check in checks:
+        approve(conditional, check)
+    after = json.loads((conditional / "tminus.json").read_text())
+    assert after.pop("approved") == checks
+    assert after == before
+    loaded = load_checkpoint(conditional)
+    assert loaded.approved == (("openvino", "bfloat16"), ("compile", "tf32"))
+    assert loaded.labels == LABELS
+
+
+def test_approval_needs_no_tminus_json(folder: Path) -> None:
+    (folder / "tminus.json").unlink()
+    approve(folder, check_of(folder))
+    assert load_checkpoint(folder).approved == (("openvino", "bfloat16"),)
+
+
+def test_a_check_replaces_that_of_the_same_executor_precision_and_weights_only(folder: Path) -> None:
+    others = [
+        check_of(folder, executor="eager"),
+        check_of(folder, precision="tf32"),
+        check_of(folder, weights_hash="of another training"),
+    ]
+    for check in (others[0], check_of(folder), *others[1:]):
+        approve(folder, check)
+    approve(folder, check_of(folder, frechet_ratio=0.99))
+    written = json.loads((folder / "tminus.json").read_text())["approved"]
+    assert written == [*others, check_of(folder, frechet_ratio=0.99)]
+
+
+def test_approval_of_other_weights_is_no_approval(folder: Path) -> None:
+    approve(folder, check_of(folder))
+    assert load_checkpoint(folder).approved
+    change_weights(folder, lambda state: state["conv_in.bias"].add_(1))
+    assert load_checkpoint(folder).approved == ()
+    approve(folder, check_of(folder))
+    assert load_checkpoint(folder).approved == (("openvino", "bfloat16"),)
+
+
+def test_a_check_without_its_fields_approves_nothing_of_use(folder: Path) -> None:
+    weights = load_checkpoint(folder).weights_hash
+    edit_json(folder / "tminus.json", approved=[{}, {"weights_hash": weights}, {"executor": "eager"}])
+    assert load_checkpoint(folder).approved == (("None", "None"),)
+
+
+@pytest.mark.parametrize("approved", [{"bfloat16": {}}, "bfloat16", ["bfloat16"], [None], None, 5, [[]]])
+def test_approval_that_is_no_list_of_checks_is_refused(folder: Path, approved: object) -> None:
+    edit_json(folder / "tminus.json", approved=approved)
+    with pytest.raises(CheckpointError, match=r"tminus\.json: approved must be a list of checks, got "):
+        load_checkpoint(folder)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------

@@ -433,7 +433,7 @@ def test_balanced_picks_take_classes_in_turn_and_no_image_twice() -> None:
     ("field", "value"),
     [
         *[(field, 0) for field in ("num_samples", "batch_size", "bound_images", "bound_timesteps", "precision")],
-        *[("spacing", "karras"), ("guidance_interval", (5, 4)), ("guidance_interval", (-1, 4))],
+        *[("spacing", "lu"), ("guidance_interval", (5, 4)), ("guidance_interval", (-1, 4))],
     ],
 )
 def test_options_out_of_bounds_are_refused_by_name(field: str, value: object) -> None:

@@ -77,6 +77,25 @@ def test_betas_in_single_precision_are_refused() -> None:
         NoiseSchedule(torch.tensor([0.1, 0.2]))
 
 
+@pytest.mark.parametrize("name", BETA_SCHEDULES)
+def test_log_sigmas_are_those_of_diffusers_and_rise(name: str) -> None:
+    noise = NoiseConfig(beta_schedule=name)
+    log_sigmas = noise.schedule().log_sigmas
+    theirs = DDPMScheduler.from_config(noise.to_dict()).alphas_cumprod.double()
+    expected = ((1 - theirs) / theirs).sqrt().log()
+    # theirs are of float32 alphas_cumprod, near 1 at t = 0 and near 0 at t = T - 1
+    torch.testing.assert_close(torch.tensor(log_sigmas, dtype=F64), expected, rtol=0, atol=2e-3)
+    assert log_sigmas == sorted(log_sigmas)
+
+
+def test_log_sigma_is_infinite_only_where_no_signal_is_left(linear: NoiseSchedule) -> None:
+    assert linear.log_sigmas[0] == pytest.approx(math.log(math.sqrt(1e-4 / 0.9999)), rel=1e-12)
+    assert linear.log_sigmas[-1] == pytest.approx(math.log(157.40728), rel=1e-7)
+    rescaled = NoiseConfig(rescale_betas_zero_snr=True, prediction_type="sample").schedule().log_sigmas
+    assert rescaled[-1] == math.inf
+    assert all(math.isfinite(log_sigma) for log_sigma in rescaled[:-1])
+
+
 # --- the forward process ------------------------------------------------------------------------------------------
 
 
@@ -310,7 +329,7 @@ def test_dynamic_threshold_that_is_more_than_a_clip_is_refused_of_every_class() 
 
 def test_spacing_is_the_config_s_own_for_the_sampler_it_was_written_for() -> None:
     trailing = NoiseConfig(timestep_spacing="trailing")
-    assert [trailing.default_spacing(s) for s in ("ddpm", "ddim", "dpmpp_2m")] == ["trailing", "trailing", "linspace"]
+    assert [trailing.default_spacing(s) for s in ("ddpm", "ddim", "dpmpp_2m")] == ["trailing", "trailing", "karras"]
     solver = NoiseConfig(timestep_spacing="trailing", default_sampler="dpmpp_2m")
     assert [solver.default_spacing(s) for s in ("ddpm", "ddim", "dpmpp_2m")] == ["trailing"] * 3
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.noise import NoiseConfig, NoiseSchedule
 from model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, sample, x0_coefficients
-from model.timesteps import SPACINGS
+from model.timesteps import SIGMA_MIN, SPACINGS
 from model.unet import UNet2D, UNetConfig
 from tests.tiny import TINY, randomize
 
@@ -50,15 +50,29 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+def with_spacing(spacing: str, **fields: Any) -> NoiseConfig:
+    """A config that says this spacing, or for karras, which is no field's value of diffusers, its default."""
+    return NoiseConfig(**fields) if spacing == "karras" else NoiseConfig(**fields, timestep_spacing=spacing)
+
+
 # --- against diffusers --------------------------------------------------------------------------------------------
 
 
-def assert_ddpm_equals_diffusers(noise: NoiseConfig, steps: int) -> None:
-    schedule = noise.schedule()
-    theirs = in_float64(DDPMScheduler.from_config(noise.to_dict()), schedule)
-    theirs.set_timesteps(steps)
-    plan = compile_plan(noise, schedule, "ddpm", steps)
-    assert plan.timesteps.tolist() == theirs.timesteps.tolist()
+def ddpm_of_diffusers(noise: NoiseConfig, steps: int, plan: Plan, spacing: str) -> DDPMScheduler:
+    """DDPMScheduler with its own timesteps of the config's spacing; it has no karras and is given the plan's."""
+    theirs = in_float64(DDPMScheduler.from_config(noise.to_dict()), noise.schedule())
+    if spacing == "karras":
+        theirs.set_timesteps(timesteps=plan.timesteps.tolist())
+    else:
+        theirs.set_timesteps(steps)
+        assert plan.timesteps.tolist() == theirs.timesteps.tolist()
+    return theirs
+
+
+def assert_ddpm_equals_diffusers(noise: NoiseConfig, steps: int, spacing: str | None = None) -> None:
+    spacing = spacing or noise.timestep_spacing
+    plan = compile_plan(noise, noise.schedule(), "ddpm", steps, spacing=spacing)
+    theirs = ddpm_of_diffusers(noise, steps, plan, spacing)
     x = seeded(0)
     ours = walk(plan, x, lambda k, _x: seeded(k + 1))
     for k, t in enumerate(theirs.timesteps):
@@ -76,7 +90,7 @@ def assert_ddpm_equals_diffusers(noise: NoiseConfig, steps: int) -> None:
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddpm_equals_diffusers_step_by_step(spacing: str, variance_type: str, steps: int) -> None:
-    assert_ddpm_equals_diffusers(NoiseConfig(variance_type=variance_type, timestep_spacing=spacing), steps)
+    assert_ddpm_equals_diffusers(with_spacing(spacing, variance_type=variance_type), steps, spacing)
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -155,7 +169,9 @@ def assert_dpm_solver_equals_diffusers(noise: NoiseConfig, steps: int, spacing: 
     schedule = noise.schedule()
     plan = compile_plan(noise, schedule, "dpmpp_2m", steps, spacing=spacing)
     spacing = spacing or noise.timestep_spacing
-    theirs = in_float64(DPMSolverMultistepScheduler.from_config(noise.to_dict(), timestep_spacing=spacing), schedule)
+    own = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
+    theirs = in_float64(DPMSolverMultistepScheduler.from_config(noise.to_dict(), **own), schedule)
+    theirs.register_to_config(sigma_min=SIGMA_MIN)  # only karras looks at it
     theirs.set_timesteps(steps)
     assert plan.timesteps.tolist() == theirs.timesteps.tolist()
     sigmas = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()[plan.timesteps]  # theirs were rounded to float32
@@ -176,11 +192,9 @@ DPM_SOLVER_STEPS = (1, 2, 3, 5, 14, 15, 20, 50)  # below 15 diffusers has anothe
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_dpm_solver_equals_diffusers_step_by_step(spacing: str, prediction_type: str, clip: bool, steps: int) -> None:
-    noise = NoiseConfig(
-        default_sampler="dpmpp_2m", timestep_spacing=spacing, prediction_type=prediction_type, clip_sample=clip
-    )
+    noise = with_spacing(spacing, default_sampler="dpmpp_2m", prediction_type=prediction_type, clip_sample=clip)
     assert noise.to_dict()["thresholding"] is clip  # with sample_max_value 1 this is diffusers' way to say clamp
-    assert_dpm_solver_equals_diffusers(noise, steps)
+    assert_dpm_solver_equals_diffusers(noise, steps, spacing)
 
 
 @pytest.mark.parametrize("steps", [1, 20, 499])
@@ -201,7 +215,7 @@ def test_spacing_that_is_given_goes_before_the_checkpoints_own() -> None:
     noise = NoiseConfig()
     own = {sampler: compile_plan(noise, noise.schedule(), sampler, 10).timesteps.tolist() for sampler in SAMPLERS}
     assert own["ddpm"] == own["ddim"] == list(range(900, -1, -100))
-    assert own["dpmpp_2m"] == [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]
+    assert own["dpmpp_2m"] == [999, 941, 873, 792, 691, 559, 379, 170, 44, 5]
     trailing = compile_plan(noise, noise.schedule(), "ddim", 10, spacing="trailing")
     assert trailing.timesteps.tolist() == list(range(999, 0, -100))
 
@@ -212,11 +226,9 @@ LEARNED = NoiseConfig(variance_type="learned_range")
 @pytest.mark.parametrize("steps", [1, 7, 50, 1000])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddpm_with_learned_variance_equals_diffusers_step_by_step(spacing: str, steps: int) -> None:
-    noise = dataclasses.replace(LEARNED, timestep_spacing=spacing)
-    schedule = noise.schedule()
-    theirs = in_float64(DDPMScheduler.from_config(noise.to_dict()), schedule)
-    theirs.set_timesteps(steps)
-    plan = compile_plan(noise, schedule, "ddpm", steps)
+    noise = with_spacing(spacing, variance_type="learned_range")
+    plan = compile_plan(noise, noise.schedule(), "ddpm", steps, spacing=spacing)
+    theirs = ddpm_of_diffusers(noise, steps, plan, spacing)
 
     def out_of(k: int) -> Tensor:
         return torch.cat([seeded(k + 1), seeded(20_000 + k).clamp(-1.2, 1.2)], dim=1)
@@ -245,9 +257,9 @@ def test_learned_variance_is_only_the_ancestral_sampler_s() -> None:
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [7, 30, 333])
 def test_ddim_is_equation_12_of_its_paper(steps: int, spacing: str, set_alpha_to_one: bool, eta: float) -> None:
-    noise = NoiseConfig(timestep_spacing=spacing, set_alpha_to_one=set_alpha_to_one, steps_offset=1)
+    noise = NoiseConfig(set_alpha_to_one=set_alpha_to_one, steps_offset=1)
     schedule = noise.schedule()
-    plan = compile_plan(noise, schedule, "ddim", steps, eta=eta)
+    plan = compile_plan(noise, schedule, "ddim", steps, eta=eta, spacing=spacing)
     alpha_bar, t = schedule.alpha_bar, plan.timesteps.tolist()
     x = seeded(0)
     ours = walk(plan, x, lambda k, _x: seeded(k + 1))
@@ -296,10 +308,10 @@ def test_ddim_with_eta_one_is_ddpm_with_the_posterior_variance() -> None:
     torch.testing.assert_close(ddim.lines, ddpm.lines, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])  # the timesteps of karras move with the last sigma
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 def test_dpm_solver_from_no_signal_at_all_is_the_limit_of_ever_less(prediction_type: str, spacing: str) -> None:
-    noise = NoiseConfig(rescale_betas_zero_snr=True, prediction_type=prediction_type, timestep_spacing=spacing)
+    noise = NoiseConfig(rescale_betas_zero_snr=True, prediction_type=prediction_type)
     schedule = noise.schedule()
     plan = compile_plan(noise, schedule, "dpmpp_2m", 10, spacing=spacing)
     assert schedule.alpha_bar[plan.timesteps[0]] == 0
@@ -316,6 +328,15 @@ def test_dpm_solver_from_no_signal_at_all_is_the_limit_of_ever_less(prediction_t
         errors.append((lines[:, :6] - plan.lines[:, :6]).abs().max().item())
     assert errors[0] > errors[1] > errors[2]  # like 1 / lambda, that is slowly
     assert errors[2] < 5e-3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 999, 1000])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_karras_from_no_signal_at_all_is_finite(sampler: str, steps: int) -> None:
+    noise = NoiseConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    plan = compile_plan(noise, noise.schedule(), sampler, steps, spacing="karras")
+    assert noise.schedule().alpha_bar[plan.timesteps[0]] == 0
+    assert bool(torch.isfinite(plan.lines[:, [0, 1, 2, 3, 4, 5, 7]]).all())
 
 
 def test_dpm_solver_follows_the_exact_flow_of_a_gaussian_to_second_order() -> None:
@@ -355,16 +376,23 @@ CONFIGS = st.builds(
     beta_end=st.just(0.25),
     variance_type=st.sampled_from(("fixed_small", "fixed_large", "learned_range")),
     prediction_type=st.sampled_from(PREDICTIONS),
-    timestep_spacing=st.sampled_from(SPACINGS),
     steps_offset=st.integers(0, 3),
 )
+ANY_SPACING = st.sampled_from(SPACINGS)
 
 
-@given(CONFIGS, st.sampled_from(SAMPLERS), st.integers(1, 80), st.floats(0, 1), st.sampled_from((True, False, None)))
+@given(
+    CONFIGS,
+    st.sampled_from(SAMPLERS),
+    st.integers(1, 80),
+    ANY_SPACING,
+    st.floats(0, 1),
+    st.sampled_from((True, False, None)),
+)
 def test_plan_has_a_line_a_step_all_finite_and_ends_without_noise(
-    noise: NoiseConfig, sampler: str, steps: int, eta: float, clip: bool | None
+    noise: NoiseConfig, sampler: str, steps: int, spacing: str, eta: float, clip: bool | None
 ) -> None:
-    plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=eta, clip=clip)
+    plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=eta, clip=clip, spacing=spacing)
     assert len(plan) == steps
     assert plan.lines.shape == (steps, 8)
     assert plan.lines.dtype == F64
@@ -375,22 +403,22 @@ def test_plan_has_a_line_a_step_all_finite_and_ends_without_noise(
     assert plan.lines[:, 6].tolist() == [torch.inf if clip is False else 1.0] * steps
 
 
-@given(CONFIGS, st.integers(1, 80))
-def test_ddim_without_eta_and_dpm_solver_add_no_noise_at_all(noise: NoiseConfig, steps: int) -> None:
+@given(CONFIGS, st.integers(1, 80), ANY_SPACING)
+def test_ddim_without_eta_and_dpm_solver_add_no_noise_at_all(noise: NoiseConfig, steps: int, spacing: str) -> None:
     for plan in (
-        compile_plan(noise, noise.schedule(), "ddim", steps, eta=0.0),
-        compile_plan(noise, noise.schedule(), "dpmpp_2m", steps, eta=1.0),
+        compile_plan(noise, noise.schedule(), "ddim", steps, eta=0.0, spacing=spacing),
+        compile_plan(noise, noise.schedule(), "dpmpp_2m", steps, eta=1.0, spacing=spacing),
     ):
         assert plan.lines[:, 5].tolist() == [0.0] * steps
         assert not plan.adds_noise
 
 
-@given(CONFIGS, st.sampled_from(SAMPLERS), st.integers(1, 80), st.floats(0, 1), st.integers(0, 2**32))
+@given(CONFIGS, st.sampled_from(SAMPLERS), st.integers(1, 80), ANY_SPACING, st.floats(0, 1), st.integers(0, 2**32))
 def test_perfect_network_ends_in_x_0_by_every_sampler(
-    noise: NoiseConfig, sampler: str, steps: int, eta: float, seed: int
+    noise: NoiseConfig, sampler: str, steps: int, spacing: str, eta: float, seed: int
 ) -> None:
     schedule = noise.schedule()
-    plan = compile_plan(noise, schedule, sampler, steps, eta=eta)
+    plan = compile_plan(noise, schedule, sampler, steps, eta=eta, spacing=spacing)
     x_0 = seeded(seed).clamp(-1, 1)
 
     def perfect(k: int, x: Tensor) -> Tensor:
@@ -404,14 +432,14 @@ def test_perfect_network_ends_in_x_0_by_every_sampler(
     torch.testing.assert_close(x0, x_0, rtol=0, atol=1e-9)
 
 
-@given(CONFIGS, st.sampled_from(("ddpm", "ddim")), st.integers(2, 80), st.floats(0, 1))
+@given(CONFIGS, st.sampled_from(("ddpm", "ddim")), st.integers(2, 80), ANY_SPACING, st.floats(0, 1))
 def test_step_of_a_perfect_network_keeps_the_marginals_of_the_forward_process(
-    noise: NoiseConfig, sampler: str, steps: int, eta: float
+    noise: NoiseConfig, sampler: str, steps: int, spacing: str, eta: float
 ) -> None:
     """Song et al. 2021, lemma 1: x' = a x + b x_0 + s z must be q(x_prev|x_0) whenever x is q(x_t|x_0)."""
     noise = dataclasses.replace(noise, variance_type="fixed_small")  # beta as variance is no posterior of this x_0
     schedule = noise.schedule()
-    plan = compile_plan(noise, schedule, sampler, steps, eta=eta)
+    plan = compile_plan(noise, schedule, sampler, steps, eta=eta, spacing=spacing)
     now, then = schedule.alpha_bar[plan.timesteps[:-1]], schedule.alpha_bar[plan.timesteps[1:]]
     a, b, s = plan.lines[:-1, 2], plan.lines[:-1, 3], plan.lines[:-1, 5]
     torch.testing.assert_close(a * now.sqrt() + b, then.sqrt(), rtol=1e-9, atol=1e-12)

@@ -1,19 +1,27 @@
+import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from model.timesteps import SPACINGS, make_timesteps
+from model.noise import NoiseConfig
+from model.samplers import SAMPLERS
+from model.timesteps import SIGMA_MIN, SPACINGS, make_timesteps
+
+EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t; these need no noise schedule
+LINEAR = NoiseConfig().schedule().log_sigmas
 
 ALL = range(1, 61)
 SOME = (1, 2, 3, 7, 14, 15, 20, 48, 50, 100, 250, 333, 499, 500, 501, 667, 999)
 
 
 @pytest.mark.parametrize(("num_timesteps", "steps"), [(60, ALL), (37, range(1, 38)), (1000, SOME), (999, SOME)])
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("spacing", EVEN_SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_timesteps_equal_those_of_diffusers(sampler: str, spacing: str, num_timesteps: int, steps: range) -> None:
     cls = DPMSolverMultistepScheduler if sampler == "dpmpp_2m" else DDPMScheduler
     scheduler = cls(num_train_timesteps=num_timesteps, timestep_spacing=spacing)
@@ -39,7 +47,7 @@ def test_leading_offset_equals_that_of_diffusers(sampler: str, steps: int) -> No
 
 @given(
     st.sampled_from(("ddpm", "dpmpp_2m")),
-    st.sampled_from(SPACINGS),
+    st.sampled_from(EVEN_SPACINGS),
     st.one_of(st.integers(1, 1200), st.integers(90_000, 100_000)),
     st.data(),
 )
@@ -57,7 +65,7 @@ def test_timesteps_fall_strictly_inside_the_chain(
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_spacing_of_all_steps_is_the_whole_chain(spacing: str, sampler: str) -> None:
-    assert make_timesteps(sampler, spacing, 1000, 1000, 1) == list(range(999, -1, -1))
+    assert make_timesteps(sampler, spacing, 1000, 1000, 1, LINEAR) == list(range(999, -1, -1))
 
 
 def test_timesteps_of_each_spacing_are_those_of_lin_et_al_table_2() -> None:
@@ -74,5 +82,146 @@ def test_number_of_steps_out_of_bounds_is_refused(steps: int) -> None:
 
 
 def test_unknown_spacing_is_refused() -> None:
-    with pytest.raises(ValueError, match="'karras'"):
-        make_timesteps("ddpm", "karras", 10, 1000)
+    with pytest.raises(ValueError, match="among leading, trailing, linspace, karras, got 'lu'"):
+        make_timesteps("ddpm", "lu", 10, 1000, log_sigmas=LINEAR)
+
+
+# --- karras -------------------------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "linear": NoiseConfig(),
+    "cosine": NoiseConfig(beta_schedule="squaredcos_cap_v2"),
+    "smallest sigma nearly SIGMA_MIN": NoiseConfig(beta_schedule="scaled_linear", beta_start=85e-5, beta_end=12e-3),
+    "smallest sigma above SIGMA_MIN": NoiseConfig(num_train_timesteps=60, beta_start=0.01, beta_end=0.3),
+    "largest sigma below SIGMA_MIN": NoiseConfig(num_train_timesteps=60, beta_start=1e-6, beta_end=2e-5),
+    "zero snr": NoiseConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+}
+
+
+def karras(steps: int, log_sigmas: list[float]) -> list[int]:
+    return make_timesteps("dpmpp_2m", "karras", steps, len(log_sigmas), log_sigmas=log_sigmas)
+
+
+def paper(steps: int, log_sigmas: list[float]) -> np.ndarray:
+    """Karras et al. 2022, eq. 5: sigma_i = (max^(1/7) + i / (N - 1) (min^(1/7) - max^(1/7)))^7 -> [S]."""
+    sigmas = np.exp(np.array(log_sigmas))
+    sigmas = sigmas[np.isfinite(sigmas)]
+    sigma_min, sigma_max = sigmas.min(), sigmas.max()
+    if sigma_min < SIGMA_MIN < sigma_max:
+        sigma_min = SIGMA_MIN
+    i = np.arange(steps)
+    return (sigma_max ** (1 / 7) + i / max(1, steps - 1) * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
+
+
+def made_different(t: np.ndarray) -> np.ndarray:
+    """The closest thing below t that falls by 1 or more, raised to what leaves room for the steps to come."""
+    k = np.arange(len(t))
+    return np.maximum(np.minimum.accumulate(t + k) - k, k[::-1])
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_karras_is_equation_5_rounded_to_the_nearest_log_sigma_and_made_different(config: NoiseConfig) -> None:
+    alpha_bar = np.cumprod(1 - config.schedule().betas.numpy())
+    with np.errstate(divide="ignore"):
+        log_sigmas = np.log(np.sqrt((1 - alpha_bar) / alpha_bar))
+    for steps in [*range(1, 61), *(s for s in (100, 250, 500, 999, 1000) if s <= len(alpha_bar))]:
+        distance = np.abs(log_sigmas - np.log(paper(steps, log_sigmas.tolist()))[:, None])  # [S, T]
+        t = distance.argmin(axis=1)
+        t[0] = len(alpha_bar) - 1
+        assert karras(steps, config.schedule().log_sigmas) == made_different(t).tolist()
+
+
+@pytest.mark.parametrize("num_timesteps", [1000, 400])
+def test_karras_equals_diffusers_told_where_to_end(num_timesteps: int) -> None:
+    noise = NoiseConfig(num_train_timesteps=num_timesteps)
+    theirs = DPMSolverMultistepScheduler(num_train_timesteps=num_timesteps, use_karras_sigmas=True)
+    theirs.register_to_config(sigma_min=SIGMA_MIN)
+    theirs.alphas_cumprod = noise.schedule().alpha_bar.numpy()
+    for steps in (1, 2, 3, 7, 10, 15, 20, 30, 50, 100):
+        theirs.set_timesteps(steps)
+        assert karras(steps, noise.schedule().log_sigmas) == made_different(theirs.timesteps.numpy()).tolist()
+        top = math.exp(noise.schedule().log_sigmas[-1])
+        ramp = theirs._convert_to_karras(torch.tensor([top, SIGMA_MIN]), steps)
+        np.testing.assert_allclose(ramp, paper(steps, noise.schedule().log_sigmas), rtol=1e-6)
+
+
+def test_karras_of_the_usual_schedule_is_dense_where_sigma_is_small() -> None:
+    expected = [999, 972, 944, 913, 881, 845, 806, 762, 714, 660, 598, 526, 442, 345, 243, 151, 83, 40, 17, 5]
+    for sampler in SAMPLERS:
+        for offset in (0, 1):
+            assert make_timesteps(sampler, "karras", 20, 1000, offset, LINEAR) == expected
+    assert LINEAR[4] < math.log(SIGMA_MIN) < LINEAR[6]
+
+
+def test_karras_from_no_signal_at_all_begins_there_and_goes_on_along_the_ramp_from_the_largest_finite_sigma() -> None:
+    log_sigmas = CONFIGS["zero snr"].schedule().log_sigmas
+    assert log_sigmas[-1] == math.inf
+    assert karras(10, log_sigmas) == [999, *karras(10, log_sigmas[:-1])[1:]]
+    assert karras(1, [math.inf]) == [0]
+
+
+def test_karras_ends_at_the_smallest_sigma_of_a_schedule_wholly_on_one_side_of_sigma_min() -> None:
+    for side in ("above", "below"):
+        name = "smallest sigma above SIGMA_MIN" if side == "above" else "largest sigma below SIGMA_MIN"
+        t = karras(10, CONFIGS[name].schedule().log_sigmas)
+        assert (t[0], t[-1]) == (59, 0)
+
+
+def test_karras_steps_that_share_a_timestep_go_down_and_where_there_is_no_room_up() -> None:
+    log_sigmas = [math.log(sigma) for sigma in (0.01, 0.02, 0.03, 5, 50)]
+    assert karras(2, log_sigmas) == [4, 2]
+    assert karras(3, log_sigmas) == [4, 3, 2]
+    assert karras(4, log_sigmas) == [4, 3, 2, 1]  # the last two are nearest to 2
+    assert karras(5, log_sigmas) == [4, 3, 2, 1, 0]
+    crowded = [math.log(sigma) for sigma in (0.03, 0.04, 0.05, 0.06, 1000)]
+    assert karras(2, crowded) == [4, 0]
+    assert karras(3, crowded) == [4, 3, 0]
+    assert karras(4, crowded) == [4, 3, 2, 0]
+    rare = [math.log(sigma) for sigma in (0.03, 1, 1.01, 1.02, 1.03)]
+    assert karras(3, rare) == [4, 1, 0]  # nearest: 4, 1, 0
+    assert karras(4, rare) == [4, 2, 1, 0]  # nearest: 4, 1, 1, 0 and no room below
+
+
+BETAS = st.lists(st.one_of(st.floats(1e-6, 0.999), st.floats(1e-6, 0.02)), min_size=1, max_size=150)
+
+
+@given(BETAS, st.booleans(), st.data())
+@example([1e-18] * 5, False, None)  # 1 - beta = 1: no noise, log sigma = -inf
+@example([1e-18] * 5 + [0.5] * 5, True, None)
+@example([0.999] * 150, True, None)  # alpha_bar underflows: several infinities
+@example([1e-6, 1e-6, 0.9999999], False, None)
+def test_karras_falls_strictly_inside_the_chain_of_any_schedule(
+    betas: list[float], zero_snr: bool, data: st.DataObject | None
+) -> None:
+    betas = [*betas[:-1], 1.0] if zero_snr else betas
+    log_sigmas = NoiseConfig(num_train_timesteps=len(betas), trained_betas=tuple(betas)).schedule().log_sigmas
+    for steps in range(1, len(betas) + 1) if data is None else [data.draw(st.integers(1, len(betas)))]:
+        t = karras(steps, log_sigmas)
+        assert len(t) == steps
+        assert t[0] == len(betas) - 1
+        assert t[-1] >= 0
+        assert all(now > then for now, then in pairwise(t))
+        if steps == len(betas):
+            assert t == list(range(len(betas) - 1, -1, -1))
+
+
+@given(BETAS, st.data())
+def test_karras_step_is_nearest_to_its_sigma_or_has_a_neighbour_or_the_end_in_its_way(
+    betas: list[float], data: st.DataObject
+) -> None:
+    log_sigmas = NoiseConfig(num_train_timesteps=len(betas), trained_betas=tuple(betas)).schedule().log_sigmas
+    steps = data.draw(st.integers(1, len(betas)))
+    t = karras(steps, log_sigmas)
+    for k, wanted in enumerate(np.log(paper(steps, log_sigmas))):
+        distance = abs(log_sigmas[t[k]] - wanted)
+        nearest = min(abs(log_sigma - wanted) for log_sigma in log_sigmas)
+        pushed_down = k > 0 and t[k] == t[k - 1] - 1 and log_sigmas[t[k]] <= wanted
+        pushed_up = t[k] == steps - 1 - k and log_sigmas[t[k]] >= wanted
+        assert pushed_down or pushed_up or distance <= nearest + 1e-9
+
+
+@pytest.mark.parametrize("log_sigmas", [None, [], LINEAR[:-1]])
+def test_karras_without_a_log_sigma_for_each_timestep_is_refused(log_sigmas: list[float] | None) -> None:
+    got = None if log_sigmas is None else len(log_sigmas)
+    with pytest.raises(ValueError, match=f"karras needs log_sigmas, 1000 of them, got {got}"):
+        make_timesteps("ddim", "karras", 10, 1000, log_sigmas=log_sigmas)

@@ -26,6 +26,7 @@ INFO = ModelInfo(
     variance_type="fixed_small",
     timestep_spacings={"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "linspace"},
     steps_offset=0,
+    log_sigmas=tuple(np.linspace(-4.6, 5.1, 1000).tolist()),
     clip=True,
     samplers=("ddpm", "ddim", "dpmpp_2m"),
     default_sampler="ddpm",

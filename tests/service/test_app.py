@@ -194,7 +194,7 @@ def test_each_request_has_an_id_of_its_own(site: Site) -> None:
         ({"guidance": 2}, "guidance", 2),
         ({"index": -1}, "index", -1),
         ({"clip": "perhaps"}, "clip", "perhaps"),
-        ({"timestep_spacing": "karras"}, "timestep_spacing", "karras"),
+        ({"timestep_spacing": "cosine"}, "timestep_spacing", "cosine"),
         ({"timestep_spacing": 5}, "timestep_spacing", 5),
         ({"timestep_spacing": ""}, "timestep_spacing", ""),
         (GUIDED | {"guidance_interval": [800, 100]}, "guidance_interval", [800, 100]),
@@ -598,6 +598,7 @@ def test_model_tells_what_is_loaded_and_the_limits(make_site: MakeSite) -> None:
     response = site.client.get("/model")
     assert response.status_code == 200
     expected = json.loads(json.dumps({**asdict(INFO), "limits": asdict(replace(LIMITS, max_n=9, max_backlog_s=12.5))}))
+    assert len(expected.pop("log_sigmas")) == INFO.num_timesteps, "a number a timestep is for nobody to read"
     assert response.json() == expected
     assert problem(site.post(json={"n": 10}), 422, "invalid_field")["bound"] == "an integer in 1..9"
 

@@ -49,14 +49,27 @@ def test_powers_of_two_and_the_largest_batch_are_measured(max_batch: int, places
     assert len(engine.batches) == len(places) * (TRIES + 1)
 
 
-def test_the_first_tick_of_a_size_and_one_disturbance_do_not_count() -> None:
+def test_the_first_two_ticks_of_a_size_and_one_disturbance_do_not_count() -> None:
+    """The first may compile; the second, on a GPU, is over as soon as it is launched."""
     engine = FakeEngine()
 
     class Disturbed(Clock):
         def seconds(self, batch: Batch) -> float:
-            return {0: 0.9, 3: 0.5}.get(batch.steps[0], 0.01)
+            return {0: 0.9, 1: 0.0001, 3: 0.5}.get(batch.steps[0], 0.01)
 
     assert [seconds for _, seconds in measure_ticks(engine, 4, Disturbed(engine))] == pytest.approx([0.01] * 3)
+
+
+@pytest.mark.parametrize(("num_timesteps", "expected"), [(1, 0.9), (2, 0.1), (3, 0.5)])
+def test_where_there_are_two_ticks_at_most_the_faster_counts(num_timesteps: int, expected: float) -> None:
+    engine = FakeEngine(replace(INFO, num_timesteps=num_timesteps))
+
+    class Uneven(Clock):
+        def seconds(self, batch: Batch) -> float:
+            return (0.9, 0.1, 0.5)[batch.steps[0]]
+
+    ((_, seconds),) = measure_ticks(engine, 1, Uneven(engine))
+    assert seconds == pytest.approx(expected)
 
 
 def test_where_ticks_are_slow_larger_ones_are_not_tried() -> None:

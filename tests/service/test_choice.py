@@ -12,7 +12,8 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from service import choice as choice_module
 from service import openvino_executor
-from service.choice import Choice, Wish, choose_executor, default_cache, example_inputs
+from service.choice import Choice, Wish, choose_executor, example_inputs
+from service.choice_cache import default_cache
 from service.executors import MAX_GRAPHS, Executor
 from tests.service.conftest import Around, MakeCheckpoint
 
@@ -73,7 +74,7 @@ def unmeasurable(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     [
         (Wish(executor="onnx"), "executor must be auto, eager, compile, openvino, got 'onnx'"),
         (Wish(executor=""), "executor must be"),
-        (Wish(precision="float16"), "precision must be auto, float32, bfloat16, got 'float16'"),
+        (Wish(precision="float16"), "precision must be auto, float32, tf32, bfloat16, got 'float16'"),
         (Wish(precision="bf16"), "precision must be"),
     ],
 )
@@ -127,9 +128,12 @@ def test_auto_takes_no_precision_that_the_checkpoint_does_not_approve(
     other = "compile" if device == CUDA else "openvino"
     float32 = {("eager", "float32"), (other, "float32")}
     assert candidates(checkpoint, Wish(), device) == float32
-    approved = replace(checkpoint, approved_precisions=("bfloat16",))
-    assert candidates(approved, Wish(), device) == float32 | {("eager", "bfloat16"), (other, "bfloat16")}
-    unheard_of = replace(checkpoint, approved_precisions=("int4", "../../etc"))
+    for executor in ("eager", other):
+        approved = replace(checkpoint, approved=((executor, "bfloat16"),))
+        assert candidates(approved, Wish(), device) == float32 | {(executor, "bfloat16")}, "of that executor only"
+    both = replace(checkpoint, approved=(("eager", "bfloat16"), (other, "bfloat16")))
+    assert candidates(both, Wish(), device) == float32 | {("eager", "bfloat16"), (other, "bfloat16")}
+    unheard_of = replace(checkpoint, approved=(("eager", "int4"), ("../../etc", "bfloat16"), ("openvino", "../../etc")))
     assert candidates(unheard_of, Wish(), device) == float32
 
 
@@ -138,17 +142,48 @@ def test_a_precision_that_is_asked_for_needs_no_approval(checkpoint: Checkpoint)
     assert candidates(checkpoint, Wish(executor="eager", precision="bfloat16")) == {("eager", "bfloat16")}
 
 
+@needs_openvino
+def test_what_is_approved_of_one_executor_is_not_of_another(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approved = replace(checkpoint, approved=(("openvino", "bfloat16"),))
+    assert ("eager", "bfloat16") not in candidates(approved, Wish())
+    assert candidates(approved, Wish(executor="eager")) == {("eager", "float32")}
+    monkeypatch.setattr(openvino_executor, "precisions", lambda: ("float32",))
+    assert candidates(approved, Wish()) == {("eager", "float32"), ("openvino", "float32")}, "approved is not able"
+
+
+@pytest.mark.parametrize("executor", ["auto", "eager", "compile", "openvino"])
+def test_tf32_is_refused_on_a_cpu(checkpoint: Checkpoint, executor: str) -> None:
+    with pytest.raises(ValueError, match="precision tf32 needs a CUDA device, got cpu"):
+        choose_executor(checkpoint, CPU, Wish(executor=executor, precision="tf32"), None)
+
+
+def test_tf32_is_taken_on_a_gpu_where_it_is_asked_for_or_approved(checkpoint: Checkpoint) -> None:
+    assert candidates(checkpoint, Wish(precision="tf32"), CUDA) == {("eager", "tf32"), ("compile", "tf32")}
+    approved = replace(checkpoint, approved=(("compile", "tf32"), ("eager", "float32")))
+    float32 = {("eager", "float32"), ("compile", "float32")}
+    assert candidates(approved, Wish(), CUDA) == float32 | {("compile", "tf32")}
+    no_use = replace(checkpoint, approved=(("eager", "tf32"), ("openvino", "tf32")))
+    assert {precision for _, precision in candidates(no_use, Wish())} == {"float32"}, (
+        "approved elsewhere, not for a CPU"
+    )
+
+
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no bfloat16 instructions")
-@pytest.mark.parametrize(("approved", "precision"), [((), "float32"), (("bfloat16",), "bfloat16")])
+@pytest.mark.parametrize(
+    ("approved", "precision"),
+    [((), "float32"), ((("eager", "float32"),), "float32"), ((("openvino", "bfloat16"),), "bfloat16")],
+)
 def test_the_faster_precision_is_chosen_only_if_it_is_approved(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, approved: tuple[str, ...], precision: str
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, approved: tuple[tuple[str, str], ...], precision: str
 ) -> None:
     def tried(_builder: object, _wish: Wish, candidate: Choice) -> tuple[Choice, float, float]:
         seconds = 1.0 if candidate.precision == "bfloat16" else 2.0
         return replace(candidate, sizes=(1,)), seconds, seconds
 
     monkeypatch.setattr(choice_module, "_with_sizes", tried)
-    executor = choose_executor(replace(checkpoint, approved_precisions=approved), CPU, Wish(), None)
+    executor = choose_executor(replace(checkpoint, approved=approved), CPU, Wish(), None)
     assert executor.precision == precision
 
 
@@ -291,6 +326,14 @@ DAMAGED = {
     "sizes of text": json.dumps(GOOD | {"sizes": ["one"]}).encode(),
     "a size of 0": json.dumps(GOOD | {"sizes": [0]}).encode(),
     "sizes that fall": json.dumps(GOOD | {"sizes": [4, 1]}).encode(),
+    "a size twice": json.dumps(GOOD | {"sizes": [1, 1]}).encode(),
+    "a size over the batch": json.dumps(GOOD | {"sizes": [1, 5]}).encode(),
+    "a huge size": json.dumps(GOOD | {"sizes": [10**30]}).encode(),
+    "a size below 0": json.dumps(GOOD | {"sizes": [-1, 1]}).encode(),
+    "a size true": json.dumps(GOOD | {"sizes": [True]}).encode(),
+    "a size of half": json.dumps(GOOD | {"sizes": [0.5]}).encode(),
+    "sizes an object": json.dumps(GOOD | {"sizes": {"1": 2}}).encode(),
+    "an executor of a list": json.dumps(GOOD | {"executor": ["eager"]}).encode(),
 }
 
 
@@ -307,6 +350,36 @@ def test_a_damaged_file_is_ignored_and_mended(
     assert quick, "it was measured again"
     assert (again.name, again.precision) == (first.name, first.precision)
     assert json.loads(file.read_bytes()).keys() == json.loads(whole).keys()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sound"),
+    [
+        ((1, 2, 4), True),
+        ((4,), True),
+        (tuple(range(1, MAX_GRAPHS + 1)), True),
+        (tuple(range(1, MAX_GRAPHS + 2)), False),
+        ((1, 17), False),
+        ((2, 1), False),
+        ((), True),
+    ],
+)
+def test_sizes_that_were_kept_are_taken_only_if_they_could_be_measured_now(sizes: tuple[int, ...], sound: bool) -> None:
+    candidate = Choice("openvino", "float32")
+    fields = json.loads(json.dumps(asdict(replace(candidate, sizes=sizes))))
+    expected = replace(candidate, sizes=sizes or None) if sound else None
+    assert choice_module._sound(fields, [candidate], Wish(max_batch=16)) == expected
+
+
+def test_a_kept_answer_cannot_be_of_what_is_not_a_candidate(
+    checkpoint: Checkpoint, tmp_path: Path, quick: list[int]
+) -> None:
+    """A file edited to say bfloat16, which nobody approved."""
+    wish = replace(EAGER, precision="auto")
+    choose_executor(checkpoint, CPU, wish, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps(GOOD | {"precision": "bfloat16"}))
+    assert choose_executor(checkpoint, CPU, wish, tmp_path).precision == "float32"
 
 
 def test_a_folder_where_the_file_should_be_is_no_error(
@@ -352,7 +425,7 @@ def test_what_makes_another_answer_possible_has_a_file_of_its_own(
     assert choose(wish=replace(EAGER, exact=False)) == 4
     assert choose(wish=replace(EAGER, max_batch=8)) == 5
     assert choose(wish=replace(EAGER, threads=2)) == 6
-    assert choose(replace(checkpoint, approved_precisions=("bfloat16",)), replace(EAGER, precision="auto")) == 7
+    assert choose(replace(checkpoint, approved=(("eager", "bfloat16"),)), replace(EAGER, precision="auto")) == 7
     assert choose(wish=replace(EAGER, precision="auto")) == 8
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     assert choose() == 9
@@ -368,6 +441,18 @@ def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache() == tmp_path / ".cache" / "tminus"
+
+
+def test_a_user_without_a_home_has_no_cache_and_an_executor_all_the_same(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, quick: list[int]
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert default_cache() is None
+    assert choose_executor(checkpoint, CPU, EAGER, default_cache()).name == "eager"
 
 
 # --- the real measurement ---

@@ -303,3 +303,11 @@ def test_every_field_of_a_spec_is_in_its_etag(field: str) -> None:
 @pytest.mark.parametrize("field", ["weights_hash", "fingerprint"])
 def test_another_model_or_build_gives_another_etag(field: str) -> None:
     assert etag(PNG, make_spec(), INFO) != etag(PNG, make_spec(), replace(INFO, **{field: "another"}))
+
+
+def test_other_names_of_the_classes_give_another_etag() -> None:
+    """They stand in the JSON."""
+    renamed = replace(INFO, class_names=("cat", "dog", "2d-print"))
+    spec, images = make_spec(class_labels=(2,)), noise(1)
+    assert encode(JSON, spec, images) != encode(JSON, spec, images, renamed)
+    assert etag(JSON, spec, INFO) != etag(JSON, spec, renamed)

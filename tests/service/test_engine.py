@@ -1,3 +1,4 @@
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,8 +14,10 @@ from model.data import to_uint8
 from model.noise import NoiseConfig
 from model.rng import image_noise
 from model.samplers import SAMPLERS, sample
+from service import description
 from service import engine as engine_module
-from service.engine import Engine, choose_device, default_max_rows, describe
+from service.description import describe
+from service.engine import Engine, choose_device, default_max_rows
 from service.errors import NotFinite
 from service.executors import EagerExecutor, Executor
 from service.job import Batch, SampleSpec, work_of
@@ -689,6 +692,39 @@ def test_a_job_that_cannot_be_compiled_takes_no_slot(make_checkpoint: MakeCheckp
     assert len(engine.add(spec_of(n=2))) == 2
 
 
+def failing(operation: str, at: int) -> Callable[..., object]:
+    """An operation of tensors that raises at its so-manieth call."""
+    whole, calls = getattr(Tensor, operation), itertools.count(1)
+
+    def call(*args: object, **kwargs: object) -> object:
+        if next(calls) == at:
+            raise RuntimeError("out of memory")
+        return whole(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize(("operation", "at_least"), [("__setitem__", 10), ("to", 1)])
+def test_an_add_that_fails_midway_takes_no_slot(tiny: Checkpoint, operation: str, at_least: int) -> None:
+    """As when a device has no memory left: whatever it was doing, the next job finds all slots and plans free."""
+    engine = make_engine(tiny, max_rows=4, max_jobs=1)
+    spec = spec_of(n=4, steps=5, guidance=2.0, class_labels=(0, 1, 2, 0))
+    expected, failures, rows = alone(tiny, spec).tobytes(), 0, ()
+    while not rows:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, operation, failing(operation, failures + 1))
+            try:
+                rows = engine.add(spec)
+            except RuntimeError as error:
+                assert str(error) == "out of memory"
+                failures += 1
+        free = (len(engine._free_rows), len(engine._free_plans), len(engine._plan_of))
+        assert free == ((0, 0, 1) if rows else (4, 1, 0)), f"after failure {failures}"
+    assert failures >= at_least
+    engine.remove(rows)
+    assert sample_locally(engine, spec, 32, lambda rows: None).tobytes() == expected
+
+
 def test_many_steps_in_a_small_noise_schedule_fill_a_plan_to_its_last_line(make_checkpoint: MakeCheckpoint) -> None:
     engine = make_engine(make_checkpoint(noise=NoiseConfig(num_train_timesteps=3)), max_rows=4, max_jobs=2)
     specs = [spec_of(n=1, steps=3, seed=1), spec_of(n=1, steps=3, seed=2, sampler="ddim")]
@@ -726,12 +762,14 @@ def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoi
     assert info == describe(tiny, CPU, executor, exact=True)
     assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
     assert info.executor_details == "channels_last, passes of 1, 2"
-    assert info.timestep_spacings == {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "linspace"}
+    assert info.timestep_spacings == {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "karras"}
     assert info.num_parameters == sum(parameter.numel() for parameter in tiny.net.parameters())
     assert (info.height_px, info.width_px, info.channels, info.num_timesteps) == (8, 8, 1, 50)
     assert (info.conditional, info.class_names, info.null_class) == (True, ("cat", "dog", "3d-print"), 3)
     assert (info.samplers, info.default_sampler) == (SAMPLERS, "ddpm")
     assert info.weights_hash == tiny.weights_hash
+    assert len(info.log_sigmas) == 50
+    assert info.log_sigmas == tuple(sorted(info.log_sigmas))
     assert "CPU" in info.device
     other = describe(make_checkpoint(classes=False, sample_size=(4, 10)), CPU, executor, exact=False)
     assert not other.exact
@@ -763,6 +801,65 @@ def test_all_that_may_move_a_bit_is_in_the_fingerprint(tiny: Checkpoint) -> None
     finally:
         EagerExecutor(tiny.net, CPU)  # gives the net its layout back
     assert len(set(fingerprints)) == len(fingerprints)
+
+
+def fingerprint_of(checkpoint: Checkpoint, *, exact: bool = True, bits: str | None = None, **fields: object) -> str:
+    executor = EagerExecutor(checkpoint.net, CPU, **fields)  # type: ignore[arg-type]
+    return describe(checkpoint, CPU, executor, exact=exact, bits=bits).fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip_sample_range": 0.5},
+        {"clip_sample": False},
+        {"variance_type": "fixed_large"},
+        {"prediction_type": "sample"},
+        {"beta_end": 0.2},
+        {"num_train_timesteps": 60},
+        {"steps_offset": 1},
+        {"set_alpha_to_one": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [None, "0123"])
+def test_every_field_of_the_noise_config_is_in_the_fingerprint(
+    tiny: Checkpoint, change: dict[str, object], bits: str | None
+) -> None:
+    """The weights' hash does not tell it, and it moves every bit."""
+    other = replace(tiny, noise=replace(tiny.noise, **change))  # type: ignore[arg-type]
+    assert fingerprint_of(tiny, bits=bits) != fingerprint_of(other, bits=bits)
+
+
+def test_the_null_class_is_in_the_fingerprint(tiny: Checkpoint) -> None:
+    other = replace(tiny, labels=replace(tiny.labels, class_names=("cat", "dog", "3d-print"), null_class=2))
+    assert fingerprint_of(tiny) != fingerprint_of(other)
+
+
+@pytest.mark.parametrize("package", ["tminus", "pillow", "zlib", "torch"])
+def test_the_versions_of_what_makes_the_bytes_are_in_the_fingerprint(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    before = fingerprint_of(tiny, bits="0123")
+    if package == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9.9")
+    elif package == "zlib":
+        monkeypatch.setattr(description.features, "version", lambda name: "9.9.9" if name == "zlib" else None)
+    else:
+        real = description.version
+        monkeypatch.setattr(description, "version", lambda name: "9.9.9" if name == package else real(name))
+    assert fingerprint_of(tiny, bits="0123") != before
+
+
+def test_the_bits_of_an_exact_executor_stand_in_the_fingerprint_for_how_passes_are_run(tiny: Checkpoint) -> None:
+    one, other = {"sizes": (1,)}, {"sizes": (1, 2)}
+    assert fingerprint_of(tiny, bits="0123", **one) == fingerprint_of(tiny, bits="0123", **other)
+    assert fingerprint_of(tiny, bits="0123", **one) != fingerprint_of(tiny, bits="0124", **one)
+    assert fingerprint_of(tiny, **one) != fingerprint_of(tiny, **other)
+    names = {fingerprint_of(tiny, exact=False, bits="0123", **fields) for fields in (one, other)}
+    assert len(names) == 2, "what is not exact promises no bits"
+    float32, bfloat16 = (fingerprint_of(tiny, bits="0123", precision=name, **one) for name in ("float32", "bfloat16"))
+    assert float32 != bfloat16
 
 
 def test_the_fingerprint_changes_with_the_number_of_threads(tiny: Checkpoint) -> None:

@@ -290,6 +290,45 @@ def test_the_timestep_is_not_rounded_to_bfloat16(make_checkpoint: MakeCheckpoint
     assert len({each.numpy().tobytes() for each in out}) == 4
 
 
+@pytest.fixture(scope="module")
+def narrow(make_checkpoint: MakeCheckpoint) -> Checkpoint:
+    """An embedding of 48, which no processor's vectors divide."""
+    return make_checkpoint(block_out_channels=(12, 24))
+
+
+@needs_openvino
+@pytest.mark.parametrize("sizes", [(1,), (1, 2, 4)])
+def test_openvino_is_exact_where_the_embedding_leaves_vectors_unfilled(
+    narrow: Checkpoint, sizes: tuple[int, ...]
+) -> None:
+    """Torch computes a vector's leftover another way, and where the leftover falls depends on the batch."""
+    executor = openvino(narrow, sizes)
+    assert executor._graph.temb_dim == 48
+    assert_exact(executor, narrow)
+    inputs = example_inputs(narrow, CPU, 31)
+    alone = torch.cat([executor(*rows_of(inputs, [row])) for row in range(31)])
+    torch.testing.assert_close(alone, bare(narrow, inputs), atol=1e-5, rtol=1e-4)
+    for places in range(1, 32):
+        assert executor(*rows_of(inputs, range(places))).equal(alone[:places]), f"a batch of {places}"
+        shifted = range(31 - places, 31)
+        assert executor(*rows_of(inputs, shifted)).equal(alone[31 - places :]), f"the last {places}"
+
+
+@needs_openvino
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("places", [1, 2, 11])
+def test_what_was_started_and_given_up_does_not_stop_the_next(tiny: Checkpoint, streams: int, places: int) -> None:
+    """As when making the noise raises, between start() and the function that it returned."""
+    executor = openvino(tiny, (1, 2), streams=streams)
+    inputs = example_inputs(tiny, CPU, 11)
+    expected = executor(*inputs).clone()
+    for _ in range(5):
+        executor.start(*rows_of(inputs, range(places)))
+    assert executor(*inputs).equal(expected)
+    executor.start(*rows_of(inputs, range(places)))
+    assert executor.start(*inputs)().equal(expected)
+
+
 # --- what the details say ---
 
 

@@ -12,7 +12,9 @@ from service.errors import ServiceError
 ROOT = Path(__file__).parents[2]
 SERVICE = sorted((ROOT / "service").glob("**/*.py"))
 MODEL = sorted((ROOT / "model").glob("**/*.py"))
-WITH_TORCH = {"engine", "executors", "openvino_executor", "choice", "loading"}  # style: no tensor leaves them
+WITH_TORCH = {  # style: no tensor leaves them
+    "engine", "tick_events", "description", "executors", "openvino_executor", "choice", "choice_cache", "loading",
+}  # fmt: skip
 PURE_MODEL = {"model", "model.timesteps"}  # what of model/ needs no torch, and may be asked for anywhere
 MAY_RENDER_HTTP = {"problems"}
 

@@ -1,5 +1,6 @@
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import CheckpointError, save_checkpoint
+from model.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from service import choice as choice_module
 from service import loading
+from service.encoder import PNG, etag
 from service.executors import EagerExecutor, Executor
 from service.job import trial_spec
 from service.loading import MIN_BATCH, LoadOptions, load_engine
@@ -93,7 +95,7 @@ def test_an_executor_that_is_not_exact_after_all_is_refused_with_the_way_out(
     monkeypatch.setattr(loading, "choose_executor", mixing)
     with pytest.raises(ValueError, match="same bits alone and") as caught:
         load_engine(options)
-    assert "--exact false" in str(caught.value), "as the flag is spelled"
+    assert "--no-exact" in str(caught.value), "as the flag is spelled"
     assert not load_engine(replace(options, exact=False)).engine.info.exact
 
 
@@ -108,6 +110,76 @@ def test_an_executor_that_is_not_exact_after_all_is_refused_with_the_way_out(
 def test_options_that_cannot_be_are_refused(options: LoadOptions, change: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         load_engine(replace(options, **change))  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_is_not_the_first_is_refused_with_the_way_to_get_it(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that is put on a GPU some would land on the first."""
+    monkeypatch.setattr(loading, "choose_device", lambda name: torch.device(name))
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1, not cuda:1"):
+        load_engine(replace(options, device="cuda:1"))
+
+
+def test_no_more_jobs_are_taken_than_their_plans_have_room(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="max_jobs must be at most 400000 with T=50, got 400001"):
+        load_engine(replace(options, max_jobs=400_001))
+    monkeypatch.setattr(loading, "MAX_PLAN_LINES", 20 * 50)
+    assert load_engine(replace(options, max_jobs=20)).engine.info.num_timesteps == 50
+    with pytest.raises(ValueError, match="max_jobs must be at most 20 with T=50, got 21"):
+        load_engine(replace(options, max_jobs=21))
+
+
+def test_without_a_folder_for_the_cache_it_loads_all_the_same(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "default_cache", lambda: None)
+    assert load_engine(replace(options, cache_dir=None)).max_batch == 4
+
+
+def test_a_start_that_finds_other_sizes_with_the_same_bits_keeps_the_fingerprint(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that clients keep what they have."""
+
+    class Resized(Around):
+        """Passes of one row that say they are of another size."""
+
+    def of_size(size: int) -> Callable[..., Executor]:
+        def choose(checkpoint: Checkpoint, device: torch.device, *_args: object) -> Executor:
+            executor = Resized(EagerExecutor(checkpoint.net, device, sizes=(1,)))
+            executor.details = f"passes of {size}"
+            return executor
+
+        return choose
+
+    infos = []
+    for size in (1, 2):
+        monkeypatch.setattr(loading, "choose_executor", of_size(size))
+        infos.append(load_engine(options).engine.info)
+        infos.append(load_engine(replace(options, exact=False)).engine.info)
+    assert infos[0].executor_details != infos[2].executor_details
+    assert infos[0].fingerprint == infos[2].fingerprint
+    assert infos[1].fingerprint != infos[3].fingerprint, "where nothing is promised the details tell"
+
+
+@pytest.mark.parametrize("change", [{"clip_sample_range": 0.5}, {"variance_type": "fixed_large"}])
+def test_the_same_weights_under_another_scheduler_have_another_fingerprint_and_other_tags(
+    options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path, change: dict[str, object]
+) -> None:
+    checkpoint = make_checkpoint()
+    noise = replace(checkpoint.noise, **change)  # type: ignore[arg-type]
+    save_checkpoint(
+        tmp_path / "other", checkpoint.net.state_dict(), checkpoint.net.config, noise, checkpoint.labels, {}
+    )
+    one = load_engine(options).engine.info
+    other = load_engine(replace(options, checkpoint=tmp_path / "other")).engine.info
+    assert one.weights_hash == other.weights_hash
+    assert one.fingerprint != other.fingerprint
+    spec = trial_spec(one, 1, 5)
+    assert etag(PNG, spec, one) != etag(PNG, spec, other)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(options: LoadOptions, tmp_path: Path) -> None:

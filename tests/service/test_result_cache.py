@@ -83,6 +83,7 @@ def test_a_server_that_is_not_exact_names_no_answer(make_site: MakeSite) -> None
     response = site.post(json=ASKED)
     assert "etag" not in response.headers
     assert ticks(site, lambda: site.post(json=ASKED, headers={"If-None-Match": "*"})) == 3
+    assert ticks(site, lambda: site.client.get("/sample", params=ASKED, headers={"If-None-Match": "*"})) == 3
 
 
 def test_the_same_answer_has_the_same_etag_however_it_was_asked_for(site: Site) -> None:
@@ -134,7 +135,7 @@ def test_each_media_type_has_an_etag_of_its_own(make_site: MakeSite) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize(
-    "header", ["{tag}", "W/{tag}", '"other", {tag}', '"other" , W/{tag},"more"', "*", " {tag} ", '"a,b", {tag}']
+    "header", ["{tag}", "W/{tag}", '"other", {tag}', '"other" , W/{tag},"more"', "*, {tag}", " {tag} ", '"a,b", {tag}']
 )
 def test_a_client_that_has_it_gets_304_without_a_step(site: Site, method: str, header: str) -> None:
     tag = site.post(json=ASKED).headers["etag"]
@@ -153,6 +154,17 @@ def test_a_client_that_has_it_gets_304_without_a_step(site: Site, method: str, h
     assert site.metrics()['tminus_answered_without_work_total{"how": "not_modified"}'] == 1
 
 
+@pytest.mark.parametrize("header", ["*", " * ", '"other", *'])
+def test_a_star_stands_for_any_answer_to_a_get_and_for_none_to_a_post(site: Site, header: str) -> None:
+    headers = {"If-None-Match": header}
+    assert ticks(site, lambda: site.client.get("/sample", params=ASKED, headers=headers)) == 0
+    response = site.client.get("/sample", params=ASKED, headers=headers)
+    assert (response.status_code, response.content) == (304, b"")
+    assert response.headers["etag"].startswith('"')
+    assert ticks(site, lambda: site.post(json=ASKED, headers=headers)) == 3
+    assert site.post(json=ASKED, headers=headers).status_code == 200
+
+
 def test_if_none_match_may_be_sent_in_several_lines(site: Site) -> None:
     tag = site.post(json=ASKED).headers["etag"]
     headers = [("If-None-Match", '"other"'), ("If-None-Match", tag)]
@@ -166,6 +178,7 @@ def test_a_client_that_has_something_else_gets_the_images(site: Site, header: st
 
 def test_without_a_seed_a_star_is_no_reason_for_304(site: Site) -> None:
     assert site.post(json={"steps": 2}, headers={"If-None-Match": "*"}).status_code == 200
+    assert site.client.get("/sample?steps=2", headers={"If-None-Match": "*"}).status_code == 200
 
 
 def test_a_bad_request_is_refused_before_its_etag_is_looked_at(site: Site) -> None:

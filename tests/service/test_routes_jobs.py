@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.job import JobStatus
+from service.worker import Worker
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
 
@@ -111,6 +113,30 @@ def test_an_unknown_job_is_a_problem(site: Site, method: str, job_id: str) -> No
     assert len(response.content) < 1500
 
 
+def test_one_job_is_looked_up_without_a_list_of_all(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = asked.post(steps=3, seed=1)
+    asked.site.engine.next_begun()
+    (job,) = asked.wait_for(1)
+
+    def list_all(_worker: Worker) -> list[JobStatus]:
+        raise AssertionError("there may be a thousand")
+
+    monkeypatch.setattr(Worker, "statuses", list_all)
+    one = asked.site.client.get(f"/jobs/{job['id']}").json()
+    assert one | {"age_s": 0, "eta_s": 0} == job | {"age_s": 0, "eta_s": 0}
+    monkeypatch.undo()
+    asked.site.engine.gate.open()
+    assert running.result(PATIENCE_S).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "PATCH"])
+@pytest.mark.parametrize("job_id", ["x", "0" * 32, "%20"])
+def test_a_method_that_a_job_does_not_know_is_answered_with_those_it_does(site: Site, method: str, job_id: str) -> None:
+    response = site.client.request(method, f"/jobs/{job_id}")
+    problem(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "DELETE, GET"
+
+
 # --- giving one up ---
 
 
@@ -202,7 +228,7 @@ def test_a_deadline_that_passes_in_flight_ends_the_job_with_504(site: Site) -> N
         wait_until(lambda: any(job["age_s"] > 0.2 for job in site.client.get("/jobs").json()["jobs"]))
         site.engine.gate.let()
         document = problem(late.result(PATIENCE_S), 504, "deadline_passed")
-        assert (document["field"], document["value"]) == ("deadline_s", 0.2)
+        assert (document["field"], document["value"], document["bound"]) == ("deadline_s", 0.2, "a longer time")
         site.engine.gate.open()
         answer = patient.result(PATIENCE_S)
     np.testing.assert_array_equal(pixels(answer.content), fake_pixels(make_spec(seed=2), 5)[0, :, :, 0])

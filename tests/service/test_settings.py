@@ -100,6 +100,13 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def given(name: str, text: str) -> list[str]:
+    """The arguments that give a setting."""
+    if name == "exact":
+        return ["--exact" if text == "true" else "--no-exact"]
+    return [flag(name), text]
+
+
 def variable(name: str) -> str:
     return f"TMINUS_{name.upper()}"
 
@@ -181,7 +188,7 @@ def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch, name: str) -
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_flag_and_a_variable_reach_the_part_they_are_for(serve: Serve, name: str) -> None:
     text, value = GIVEN[name]
-    for arguments, variables in (([flag(name), text], {}), ([], {variable(name): text})):
+    for arguments, variables in ((given(name, text), {}), ([], {variable(name): text})):
         result, served = serve(*arguments, **variables)
         assert result.exit_code == 0, result.output
         assert served["ran"]
@@ -192,9 +199,26 @@ def test_a_flag_and_a_variable_reach_the_part_they_are_for(serve: Serve, name: s
 def test_the_flag_wins_over_the_variable(serve: Serve, name: str) -> None:
     text, value = GIVEN[name]
     other = OTHER.get(name, "1111")
-    result, served = serve(flag(name), text, **{variable(name): other})
+    result, served = serve(*given(name, text), **{variable(name): other})
     assert result.exit_code == 0, result.output
     assert arrived(served, name) == value
+
+
+@pytest.mark.parametrize("other", [{}, {"TMINUS_EXACT": "true"}, {"TMINUS_EXACT": "false"}])
+@pytest.mark.parametrize(("argument", "value"), [("--exact", True), ("--no-exact", False)])
+def test_exact_is_a_flag_of_two_sides(serve: Serve, argument: str, value: bool, other: dict[str, str]) -> None:
+    result, served = serve(argument, "--port", "0", **other)
+    assert result.exit_code == 0, result.output
+    assert served["exact"] is value
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--exact", "false"], ["--exact=false"], ["--no-exact=true"], ["--no-port", "5"]]
+)
+def test_a_flag_of_two_sides_takes_no_value_and_no_other_has_two(serve: Serve, arguments: list[str]) -> None:
+    result, served = serve(*arguments)
+    assert result.exit_code == 2
+    assert not served
 
 
 def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
@@ -232,7 +256,10 @@ def test_no_request_is_larger_than_the_rows_held(serve: Serve) -> None:
 
 @pytest.mark.parametrize(("name", "text"), BAD)
 def test_a_bad_value_exits_non_zero_with_a_line_that_names_its_flag(serve: Serve, name: str, text: str) -> None:
-    for arguments, variables in (([f"{flag(name)}={text}"], {}), ([], {variable(name): text})):
+    ways: list[tuple[list[str], dict[str, str]]] = [([], {variable(name): text})]
+    if name != "exact":  # whose flag takes no value
+        ways.append(([f"{flag(name)}={text}"], {}))
+    for arguments, variables in ways:
         result, served = serve(*arguments, **variables)
         assert result.exit_code not in (0, None)
         assert not served, "nothing was started"

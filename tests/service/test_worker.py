@@ -502,6 +502,7 @@ def test_a_deadline_that_passes_while_waiting_ends_the_job_and_no_other(make_ben
     error = failure(late)
     assert isinstance(error, DeadlinePassed)
     assert (error.status, error.code, error.field, error.value) == (504, "deadline_passed", "deadline_s", 2.0)
+    assert error.problem()["bound"] == "a longer time"
     assert bench.now_s == 3, "not a tick too early, not a tick too late: the warm-up's and two"
     assert "late" not in bench.status()
     bench.engine.gate.open()
@@ -593,6 +594,29 @@ def test_statuses_tell_who_waits_who_runs_and_where_each_is(make_bench: MakeBenc
     bench.engine.gate.open()
     images(second.future)
     assert bench.worker.statuses() == []
+
+
+def test_the_status_of_one_job_is_that_in_the_list(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
+    bench.a_tick_is_known_to_take_a_second()
+    assert bench.worker.status("first") is None
+    first = bench.submit("first", seed=7, n=2, steps=4)
+    second = bench.submit("second", seed=8, n=2, steps=10)
+    bench.engine.next_begun()
+    bench.engine.gate.let()
+    bench.engine.next_begun()
+    statuses = bench.status()
+    assert statuses.keys() == {"first", "second"}
+    assert {name: bench.worker.status(name) for name in statuses} == statuses
+    assert bench.worker.status("third") is None
+    bench.worker.cancel("second", "deleted")
+    bench.engine.gate.let()
+    assert isinstance(failure(second), JobCancelled)
+    assert bench.worker.status("second") is None
+    assert bench.worker.status("first") is not None
+    bench.engine.gate.open()
+    images(first)
+    assert bench.worker.status("first") is None
 
 
 def test_statuses_may_be_asked_from_any_thread_at_any_time(make_bench: MakeBench) -> None:

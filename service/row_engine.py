@@ -1,0 +1,36 @@
+"""What runs rows, as the worker and the tests before serving need it. The engine with torch behind it is one."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from service.job import Batch, Floats, Images, ModelInfo, SampleSpec
+
+
+class RowEngine(Protocol):
+    """An engine of rows. Not for two threads at once."""
+
+    info: ModelInfo
+
+    def add(self, spec: SampleSpec) -> tuple[int, ...]:
+        """Give a job's rows slots and x_T. Raises ValueError for a spec the model cannot do."""
+
+    def step(self, batch: Batch) -> None:
+        """Run one tick."""
+
+    def wait(self) -> None:
+        """Let the device catch up."""
+
+    def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Those of the rows whose latent is no longer finite."""
+
+    def images(self, rows: Sequence[int]) -> Callable[[], Images]:
+        """Read finished rows; the function returned may wait, and raises NotFinite."""
+
+    def latents(self, rows: Sequence[int]) -> Floats:
+        """Read rows as they are. Waits for the device."""
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Free one job's slots."""
+
+    def memory_bytes(self) -> int | None:
+        """Memory on the device, where that is not the process's own."""
