@@ -37,7 +37,8 @@ FROM python:3.11-slim
 LABEL org.opencontainers.image.title="tminus" \
       org.opencontainers.image.description="A server for trained denoising diffusion U-Nets" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tminus
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tminus \
+    && install --directory --owner=tminus --group=tminus /cache
 WORKDIR /app
 COPY --from=dependencies /opt/tminus /opt/tminus
 COPY --from=code /code/opt/tminus /opt/tminus
@@ -45,6 +46,7 @@ COPY --from=code /src/checkpoints checkpoints
 ENV PATH="/opt/tminus/bin:$PATH" \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    TMINUS_CACHE_DIR=/cache \
     TMINUS_CHECKPOINT=/app/checkpoints/fashion-mnist-32 \
     TMINUS_HOST=0.0.0.0 \
     TMINUS_PORT=8000

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 SPACINGS = ("leading", "trailing", "linspace", "karras")
 # One jump from here to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5): steps below are wasted.
 SIGMA_MIN = 0.03
+# The sigma of t = T - 1 in Ho et al.'s schedule is 157. Above it x_t is noise, and a cosine schedule goes on to 20,000.
+SIGMA_MAX = 160.0
 RHO = 7  # Karras et al. 2022, sec. 3: 3 evens out the truncation error, 5 to 10 make better images
 
 
@@ -56,12 +58,13 @@ def _nearest_to_karras(steps: int, log_sigmas: Sequence[float]) -> list[int]:
     """Round the noise levels of Karras et al. 2022, eq. 5, to timesteps, nearest in log sigma, then make all different.
 
     A timestep that is taken already gives way to the next cleaner one; where too few of those are left for the steps to
-    come, to a noisier one. The first is T - 1 even where that keeps no signal (log sigma = inf): the ramp then starts
-    at the largest finite sigma. It ends at SIGMA_MIN, or at the smallest sigma of a schedule that never goes so low, or
-    that never rises above it.
+    come, to a noisier one. The first is always T - 1; the ramp starts at its sigma, or at SIGMA_MAX where that is less,
+    or at the smallest sigma of a schedule that is wholly above. It ends at SIGMA_MIN, or at the smallest sigma of a
+    schedule that never goes so low, or that never rises above it.
     """
     finite = [log_sigma for log_sigma in log_sigmas if math.isfinite(log_sigma)]
-    top, bottom = max(finite, default=0.0), min(finite, default=0.0)
+    bottom = min(finite, default=0.0)
+    top = max(bottom, min(log_sigmas[-1], math.log(SIGMA_MAX)))
     if top > math.log(SIGMA_MIN):
         bottom = max(bottom, math.log(SIGMA_MIN))
     high, low = math.exp(top / RHO), math.exp(bottom / RHO)

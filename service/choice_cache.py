@@ -40,7 +40,8 @@ class ChoiceCache:
         self.file: Path | None = None
         if folder is not None:
             parts = {
-                "machine": (platform.node(), platform.machine(), _cpu_name(), os.cpu_count()),
+                # No host name: a container has a new one each time.
+                "machine": (platform.machine(), _cpu_name(), os.cpu_count()),
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 "torch": torch.__version__,
                 "openvino": openvino_executor.version(),

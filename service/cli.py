@@ -121,7 +121,7 @@ def serve(**flags: Any) -> None:
 @click.option("--guidance", help="classifier-free guidance scale; 1 is off")
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
-@click.option("--timestep-spacing", help="leading, trailing or linspace")
+@click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
 @click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url")
 @click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url")
 def sample(

@@ -109,7 +109,7 @@ def train(**options: Any) -> None:
 @click.option("--eta", default=0.0)
 @click.option("--guidance", default=1.0)
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
-@click.option("--spacing", help="of the timesteps: leading, trailing or linspace  [default: as served]")
+@click.option("--spacing", help="of the timesteps: leading, trailing, linspace or karras  [default: as served]")
 @click.option("--seed", default=0)
 @click.option("--batch-size", default=96, help="samples that move in step")
 @click.option(

@@ -47,7 +47,7 @@ class SampleRequest(BaseModel):
         None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
     )
     timestep_spacing: str | None = Field(
-        None, description="leading, trailing or linspace; default: the checkpoint's own, linspace for dpmpp_2m"
+        None, description="leading, trailing, linspace or karras; default: the checkpoint's own, karras for dpmpp_2m"
     )
     clip: bool | None = Field(
         None, description="clip x_0 to the data range at each step; default: the checkpoint's own"

@@ -308,7 +308,7 @@ def test_ddim_with_eta_one_is_ddpm_with_the_posterior_variance() -> None:
     torch.testing.assert_close(ddim.lines, ddpm.lines, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "linspace"])  # the timesteps of karras move with the last sigma
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "karras"])
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 def test_dpm_solver_from_no_signal_at_all_is_the_limit_of_ever_less(prediction_type: str, spacing: str) -> None:
     noise = NoiseConfig(rescale_betas_zero_snr=True, prediction_type=prediction_type)

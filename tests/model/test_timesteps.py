@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model.noise import NoiseConfig
 from model.samplers import SAMPLERS
-from model.timesteps import SIGMA_MIN, SPACINGS, make_timesteps
+from model.timesteps import SIGMA_MAX, SIGMA_MIN, SPACINGS, make_timesteps
 
 EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t; these need no noise schedule
 LINEAR = NoiseConfig().schedule().log_sigmas
@@ -94,6 +94,7 @@ CONFIGS = {
     "smallest sigma nearly SIGMA_MIN": NoiseConfig(beta_schedule="scaled_linear", beta_start=85e-5, beta_end=12e-3),
     "smallest sigma above SIGMA_MIN": NoiseConfig(num_train_timesteps=60, beta_start=0.01, beta_end=0.3),
     "largest sigma below SIGMA_MIN": NoiseConfig(num_train_timesteps=60, beta_start=1e-6, beta_end=2e-5),
+    "all sigmas above SIGMA_MAX": NoiseConfig(num_train_timesteps=12, trained_betas=(1 - 1e-6, *[0.5] * 11)),
     "zero snr": NoiseConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
 }
 
@@ -106,7 +107,8 @@ def paper(steps: int, log_sigmas: list[float]) -> np.ndarray:
     """Karras et al. 2022, eq. 5: sigma_i = (max^(1/7) + i / (N - 1) (min^(1/7) - max^(1/7)))^7 -> [S]."""
     sigmas = np.exp(np.array(log_sigmas))
     sigmas = sigmas[np.isfinite(sigmas)]
-    sigma_min, sigma_max = sigmas.min(), sigmas.max()
+    sigma_min = sigmas.min()
+    sigma_max = max(sigma_min, min(np.exp(log_sigmas[-1]), SIGMA_MAX))
     if sigma_min < SIGMA_MIN < sigma_max:
         sigma_min = SIGMA_MIN
     i = np.arange(steps)
@@ -124,7 +126,7 @@ def test_karras_is_equation_5_rounded_to_the_nearest_log_sigma_and_made_differen
     alpha_bar = np.cumprod(1 - config.schedule().betas.numpy())
     with np.errstate(divide="ignore"):
         log_sigmas = np.log(np.sqrt((1 - alpha_bar) / alpha_bar))
-    for steps in [*range(1, 61), *(s for s in (100, 250, 500, 999, 1000) if s <= len(alpha_bar))]:
+    for steps in (s for s in (*range(1, 61), 100, 250, 500, 999, 1000) if s <= len(alpha_bar)):
         distance = np.abs(log_sigmas - np.log(paper(steps, log_sigmas.tolist()))[:, None])  # [S, T]
         t = distance.argmin(axis=1)
         t[0] = len(alpha_bar) - 1
@@ -153,11 +155,18 @@ def test_karras_of_the_usual_schedule_is_dense_where_sigma_is_small() -> None:
     assert LINEAR[4] < math.log(SIGMA_MIN) < LINEAR[6]
 
 
-def test_karras_from_no_signal_at_all_begins_there_and_goes_on_along_the_ramp_from_the_largest_finite_sigma() -> None:
+def test_karras_from_no_signal_at_all_begins_there_and_goes_on_along_the_ramp_from_sigma_max() -> None:
     log_sigmas = CONFIGS["zero snr"].schedule().log_sigmas
     assert log_sigmas[-1] == math.inf
     assert karras(10, log_sigmas) == [999, *karras(10, log_sigmas[:-1])[1:]]
     assert karras(1, [math.inf]) == [0]
+
+
+def test_karras_spends_no_steps_where_a_cosine_schedule_is_all_noise() -> None:
+    log_sigmas = CONFIGS["cosine"].schedule().log_sigmas
+    t = karras(20, log_sigmas)
+    assert t == [999, 994, 992, 990, 987, 982, 976, 966, 952, 930, 896, 843, 760, 635, 472, 303, 170, 84, 36, 12]
+    assert [math.exp(log_sigmas[k]) > SIGMA_MAX for k in t] == [True, *[False] * 19]
 
 
 def test_karras_ends_at_the_smallest_sigma_of_a_schedule_wholly_on_one_side_of_sigma_min() -> None:
@@ -206,7 +215,7 @@ def test_karras_falls_strictly_inside_the_chain_of_any_schedule(
 
 
 @given(BETAS, st.data())
-def test_karras_step_is_nearest_to_its_sigma_or_has_a_neighbour_or_the_end_in_its_way(
+def test_karras_step_after_the_first_is_nearest_to_its_sigma_or_has_a_neighbour_or_the_end_in_its_way(
     betas: list[float], data: st.DataObject
 ) -> None:
     log_sigmas = NoiseConfig(num_train_timesteps=len(betas), trained_betas=tuple(betas)).schedule().log_sigmas
@@ -217,7 +226,7 @@ def test_karras_step_is_nearest_to_its_sigma_or_has_a_neighbour_or_the_end_in_it
         nearest = min(abs(log_sigma - wanted) for log_sigma in log_sigmas)
         pushed_down = k > 0 and t[k] == t[k - 1] - 1 and log_sigmas[t[k]] <= wanted
         pushed_up = t[k] == steps - 1 - k and log_sigmas[t[k]] >= wanted
-        assert pushed_down or pushed_up or distance <= nearest + 1e-9
+        assert k == 0 or pushed_down or pushed_up or distance <= nearest + 1e-9
 
 
 @pytest.mark.parametrize("log_sigmas", [None, [], LINEAR[:-1]])

@@ -372,7 +372,7 @@ def test_timestep_spacing_defaults_to_the_samplers_and_may_be_chosen(site: Site)
         return found
 
     assert spec()["timestep_spacing"] == "leading"
-    assert spec(sampler="dpmpp_2m")["timestep_spacing"] == "linspace"
+    assert spec(sampler="dpmpp_2m")["timestep_spacing"] == "karras"
     assert spec(timestep_spacing="trailing")["timestep_spacing"] == "trailing"
 
 

@@ -14,6 +14,7 @@ from model.data import to_uint8
 from model.noise import NoiseConfig
 from model.rng import image_noise
 from model.samplers import SAMPLERS, sample
+from model.timesteps import SPACINGS
 from service import description
 from service import engine as engine_module
 from service.description import describe
@@ -298,7 +299,7 @@ def test_a_guided_row_takes_a_second_place_only_inside_its_interval(
 
 @pytest.mark.usefixtures("floats")
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("interval", [(10, 30), (0, 0), (40, 49), (21, 22)])
 def test_guidance_intervals_agree_with_the_independent_loop(
     tiny: Checkpoint, sampler: str, spacing: str, interval: tuple[int, int]
