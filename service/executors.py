@@ -14,6 +14,7 @@ from torch import Tensor
 from model.unet import UNet2D
 
 PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, is float32 with products of 10 bits
+Passes = list[tuple[int, int, int]]  # (start, end, size) each
 MAX_GRAPHS = 6  # torch.compile gives up silently after 8 shapes, and each graph keeps memory
 
 
@@ -33,8 +34,8 @@ class Executor(Protocol):
         ...
 
 
-def split(places: int, sizes: Sequence[int], streams: int = 1) -> list[tuple[int, int, int]]:
-    """Cut a batch into passes of the given sizes (ascending), an even share to each stream: (start, end, size) each.
+def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
+    """Cut a batch into passes of the given sizes (ascending), an even share to each stream.
 
     Large passes come first. Only where fewer places are left than the smallest size is a pass padded.
     """
@@ -46,12 +47,23 @@ def split(places: int, sizes: Sequence[int], streams: int = 1) -> list[tuple[int
             share %= size
         if share:
             taken.append(sizes[0])
-    passes, start = [], 0
+    passes: Passes = []
+    start = 0
     for size in sorted(taken, reverse=True):
         if start < places:
             passes.append((start, min(start + size, places), size))
         start += size
     return passes
+
+
+def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tuple[Passes, Passes]:
+    """Cut a batch into passes for the streams and wide ones, for what is left of even shares, if at most so many."""
+    left = places % streams
+    if not 0 < left <= wide:
+        return split(places, sizes, streams), []
+    even = places - left
+    rest = [(even + start, even + end, size) for start, end, size in split(left, sizes)]
+    return split(even, sizes, streams), rest
 
 
 class EagerExecutor:
@@ -179,8 +191,8 @@ class CompiledExecutor:
         return graph, out
 
 
-def split_padded(places: int, sizes: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Cut a batch into passes as (start, end, size): full ones of the largest size, then one of the smallest that fits.
+def split_padded(places: int, sizes: Sequence[int]) -> Passes:
+    """Cut a batch into passes: full ones of the largest size, then one of the smallest that fits.
 
     For a device that a small pass leaves idle, so that one padded pass costs less than several exact ones.
     """

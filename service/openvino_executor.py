@@ -1,7 +1,8 @@
 """OpenVINO on a CPU: one-thread streams that each take small passes. The fastest way here, and exact.
 
-A pass of fixed size on one thread computes a place the same way wherever it stands and whatever stands beside it, and
-passes of 1, 2, 4, … agree to the bit (`service/choice.py` checks). A lone row uses one core; two rows use two.
+A pass of fixed size computes a place the same way wherever it stands and whatever stands beside it; passes of 1, 2, 4,
+… and of one or all threads agree to the bit (`service/choice.py` checks). What is left of even shares, such as a lone
+row, goes through *wide* passes, one at a time on all threads.
 """
 
 import contextlib
@@ -18,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.unet import UNet2D
-from service.executors import split
+from service.executors import split_wide
 
 # openvino tells its makers over the network that it was imported and what it converts, unless this package is missing.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 try:
     import openvino
+    import openvino.opset14 as ops
 except ImportError:  # an extra
     openvino = None
 
@@ -63,12 +65,14 @@ class Graph:
             spare = -self.temb_dim % VECTOR
             self.time_table = F.pad(time_table, (0, spare))
             self.class_table = F.pad(weight, (0, spare)) if weight is not None else None  # [classes, temb]
+        self.core = openvino.Core()
         self.act = net.act
         self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
         example = (torch.zeros(1, *shape), torch.zeros(1, self.temb_dim))
         inputs = [openvino.PartialShape([-1, *shape]), openvino.PartialShape([-1, self.temb_dim])]
         with warnings.catch_warnings(action="ignore"):  # the tracer's, of shapes that are fixed here
             self.model = openvino.convert_model(_Body(net).eval(), example_input=example, input=inputs)
+        _norm_by_group(self.model)
 
     def of_size(self, size: int) -> Any:
         """The graph for passes of one size: fixed shapes are a third faster than dynamic, and agree to the bit."""
@@ -78,28 +82,28 @@ class Graph:
 
 
 class OpenVINOExecutor:
-    """Runs a Graph in one-thread streams."""
+    """Runs a Graph in one-thread streams, and what is left over on all threads."""
 
     name = "openvino"
 
-    def __init__(self, graph: Graph, *, precision: str = "float32", sizes: Sequence[int] = (1,), streams: int) -> None:
-        """sizes of a pass, ascending; streams of one thread each."""
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        precision: str = "float32",
+        sizes: Sequence[int] = (1,),
+        streams: int,
+        wide: int = 0,
+    ) -> None:
+        """sizes of a pass, ascending; streams of one thread each; wide: how many places at most go the wide way."""
         self.precision = precision
-        self.details = f"openvino {openvino.__version__}, {streams} streams, passes of {', '.join(map(str, sizes))}"
-        self._graph, self._sizes, self._streams = graph, tuple(sizes), streams
-        config = {
-            "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": streams,
-            # The edge and the encoders share these cores; a pinned stream would wait behind them.
-            "ENABLE_CPU_PINNING": False,
-        }
+        passes = f"passes of {', '.join(map(str, sizes))}" + (f", up to {wide} wide" if wide else "")
+        self.details = f"openvino {openvino.__version__}, {streams} streams, {passes}"
+        self._graph, self._sizes, self._streams, self._wide = graph, tuple(sizes), streams, wide
         self._running: deque[tuple[_Pass, int, int]] = deque()
-        core = openvino.Core()
-        self._passes: dict[int, deque[_Pass]] = {}
-        for size in self._sizes:
-            model = core.compile_model(graph.of_size(size), "CPU", config)
-            self._passes[size] = deque(_Pass(model.create_infer_request()) for _ in range(streams))
+        wide_sizes = [size for size in sizes if size <= max(wide, sizes[0])] if wide else []
+        self._passes = {size: _compile(graph, precision, size, streams, streams) for size in sizes}
+        self._wide_passes = {size: _compile(graph, precision, size, 1, streams) for size in wide_sizes}
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """See Executor."""
@@ -115,18 +119,23 @@ class OpenVINOExecutor:
             temb = temb + graph.class_table[class_labels]
         x_, temb_ = x.contiguous().numpy(), graph.act(temb)[:, : graph.temb_dim].numpy()
         out = np.empty((len(x), *graph.out_shape), np.float32)
-        waiting = deque(split(len(x), self._sizes, self._streams))
+        narrow, wide = split_wide(len(x), self._sizes, self._streams, self._wide)
+        waiting, waiting_wide = deque(narrow), deque(wide)
         self._drain()
         running = self._running
 
         def start_next() -> None:
             if waiting:
-                start, end, size = waiting.popleft()
-                passes = self._passes[size]
-                one = passes[0]
-                passes.rotate(-1)  # the next time the one that has rested longest
-                one.start(x_[start:end], temb_[start:end])
-                running.append((one, start, end))
+                begin(self._passes, waiting)
+            elif waiting_wide and not running:  # they have the threads to themselves
+                begin(self._wide_passes, waiting_wide)
+
+        def begin(requests: dict[int, deque[_Pass]], passes: deque[tuple[int, int, int]]) -> None:
+            start, end, size = passes.popleft()
+            one = requests[size][0]
+            requests[size].rotate(-1)  # the next time the one that has rested longest
+            one.start(x_[start:end], temb_[start:end])
+            running.append((one, start, end))
 
         def finish() -> Tensor:
             while running:
@@ -145,6 +154,37 @@ class OpenVINOExecutor:
         while self._running:
             with contextlib.suppress(RuntimeError):
                 self._running.popleft()[0].wait()
+
+
+def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int) -> "deque[_Pass]":
+    """Passes of one size, one for each stream; the streams share the threads."""
+    config = {
+        "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": threads,
+        # The edge and the encoders share these cores; a pinned stream would wait behind them.
+        "ENABLE_CPU_PINNING": False,
+    }
+    model = graph.core.compile_model(graph.of_size(size), "CPU", config)
+    return deque(_Pass(model.create_infer_request()) for _ in range(streams))
+
+
+def _norm_by_group(model: Any) -> None:
+    """Say each group normalisation as one of [B, groups, rest], which a single thread computes group by group.
+
+    OpenVINO's own sums the channels of a group in as many parts as there are threads, to other bits for each number.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "GroupNormalization":
+            continue
+        x, weight, bias = (node.input_value(k) for k in range(3))
+        attributes, shape = node.get_attributes(), [size.get_length() for size in list(x.get_partial_shape())[1:]]
+        h = ops.reshape(x, np.array([0, attributes["num_groups"], -1]), special_zero=True)
+        h = ops.mvn(h, np.array([2]), True, attributes["epsilon"], "inside_sqrt")
+        h = ops.reshape(h, np.array([0, *shape]), special_zero=True)
+        weight, bias = (ops.reshape(each, np.array([1, -1, 1, 1]), special_zero=False) for each in (weight, bias))
+        node.output(0).replace(ops.add(ops.multiply(h, weight), bias).output(0))
+    model.validate_nodes_and_infer_types()
 
 
 class _Pass:
