@@ -2,35 +2,49 @@
 
 import time
 from collections.abc import Callable
+from statistics import median
 
 from service.job import Batch, trial_spec
 from service.row_engine import RowEngine
 
-TRIES = 8  # ticks of each size; the fastest counts
-SLOW_TICK_S = 2.0  # of a size whose tick takes this long fewer are run, and no larger size
+ROUNDS = 4  # each measures every size; the fastest counts, as others may use the machine too
+TICKS = 6  # of a size at a time
+WARM_UP = 2  # of them do not count: the first may compile; on a GPU, where the host runs ahead, the second is too short
+BUDGET_S = 2.0  # no further round begins after so long
+SLOW_TICK_S = 2.0  # no size is larger than one whose tick takes so long
 
 
 def measure_ticks(
     engine: RowEngine, max_batch: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[tuple[int, float], ...]:
     """Run a few ticks of 1, 2, 4, … up to max_batch places; (places, seconds) of each."""
-    points: list[tuple[int, float]] = []
-    for places in sorted({min(2**k, max_batch) for k in range(max_batch.bit_length() + 1)}):
-        spec = trial_spec(engine.info, places, min(TRIES + 1, engine.info.num_timesteps))
-        rows = engine.add(spec)
-        seconds = []
-        for step in range(spec.steps):
-            started = clock()
-            engine.step(Batch(rows, (step,) * places, ()))
-            engine.wait()
-            seconds.append(clock() - started)
-            if seconds[-1] > SLOW_TICK_S:
-                break
-        engine.latents(rows)  # waits for the device
-        engine.remove(rows)
-        # The first of a size may compile or allocate, and on a GPU, where the host runs a tick ahead, the second is too
-        # short; the least of the others is what the machine does when it does nothing else.
-        points.append((places, min(seconds[2:] or seconds)))
-        if points[-1][1] > SLOW_TICK_S:
+    begun_s = clock()
+    sizes = sorted({min(2**k, max_batch) for k in range(max_batch.bit_length() + 1)})
+    measured: dict[int, list[float]] = {places: [] for places in sizes}
+    for round_number in range(ROUNDS):
+        if round_number and clock() - begun_s > BUDGET_S:
             break
-    return tuple(points)
+        for places in sizes:
+            seconds = _run_ticks(engine, places, clock)
+            measured[places].append(median(seconds[WARM_UP:] or [min(seconds)]))
+            if seconds[-1] > SLOW_TICK_S:
+                sizes = sizes[: sizes.index(places) + 1]
+                break
+    return tuple((places, min(measured[places])) for places in sizes)
+
+
+def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> list[float]:
+    """Time some ticks of one size, or fewer if they are slow."""
+    spec = trial_spec(engine.info, places, min(TICKS, engine.info.num_timesteps))
+    rows = engine.add(spec)
+    seconds: list[float] = []
+    for step in range(spec.steps):
+        started_s = clock()
+        engine.step(Batch(rows, (step,) * places, ()))
+        engine.wait()
+        seconds.append(clock() - started_s)
+        if seconds[-1] > SLOW_TICK_S:
+            break
+    engine.latents(rows)  # waits for the device
+    engine.remove(rows)
+    return seconds

@@ -272,7 +272,7 @@ def _rows(inputs: tuple[Tensor, Tensor, Tensor | None], start: int, end: int) ->
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median time of a call; the first one, which warms up, does not count."""
+    """The least time of some calls, as others may use the machine too; the first, which warms up, does not count."""
 
     def timed() -> float:
         started = time.perf_counter()
@@ -285,4 +285,4 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     timed()
     while len(times) < 3 or (sum(times) < TRIAL_S and len(times) < 100):
         times.append(timed())
-    return sorted(times)[len(times) // 2]
+    return min(times)

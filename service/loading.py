@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 # No batch is larger unless --max-batch says so: on a CPU a longer tick only makes newcomers wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
+PLACES_PER_THREAD = 4  # of a CPU of many cores, each of which has a pass of its own
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
 PROBE_ROWS = 2
 MAX_PLAN_LINES = 20_000_000  # of 40 bytes
@@ -74,9 +75,11 @@ def _load(options: LoadOptions) -> Loaded:
             f"max_jobs must be at most {MAX_PLAN_LINES // checkpoint.noise.num_train_timesteps} with "
             f"T={checkpoint.noise.num_train_timesteps}, got {options.max_jobs}: each job's plan is held"
         )
-    largest = options.max_batch or LARGEST_BATCH[device.type]
-    exact = device.type == "cpu" if options.exact is None else options.exact
     threads = options.threads or torch.get_num_threads()
+    largest = options.max_batch or LARGEST_BATCH[device.type]
+    if device.type == "cpu" and options.max_batch is None:
+        largest = max(largest, PLACES_PER_THREAD * threads)
+    exact = device.type == "cpu" if options.exact is None else options.exact
     wish = Wish(options.executor, options.precision, exact, largest, threads)
     executor = choose_executor(checkpoint, device, wish, options.cache_dir or default_cache())
     bits = probe_bits(executor, example_inputs(checkpoint, device, PROBE_ROWS)) if exact else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
-from service.calibration import SLOW_TICK_S, TRIES, measure_ticks
+from service.calibration import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks
 from service.engine import Engine
 from service.executors import EagerExecutor
 from service.job import Batch
@@ -46,7 +46,7 @@ def test_powers_of_two_and_the_largest_batch_are_measured(max_batch: int, places
     for count, seconds in points:
         assert seconds == pytest.approx(0.001 * (3 + count))
     assert engine.jobs == {}, "its slots are free"
-    assert len(engine.batches) == len(places) * (TRIES + 1)
+    assert len(engine.batches) == len(places) * ROUNDS * TICKS
 
 
 def test_the_first_two_ticks_of_a_size_and_one_disturbance_do_not_count() -> None:
@@ -58,6 +58,27 @@ def test_the_first_two_ticks_of_a_size_and_one_disturbance_do_not_count() -> Non
             return {0: 0.9, 1: 0.0001, 3: 0.5}.get(batch.steps[0], 0.01)
 
     assert [seconds for _, seconds in measure_ticks(engine, 4, Disturbed(engine))] == pytest.approx([0.01] * 3)
+
+
+def test_a_machine_that_is_disturbed_for_a_while_disturbs_no_size() -> None:
+    engine = FakeEngine()
+
+    class Busy(Clock):
+        def seconds(self, batch: Batch) -> float:
+            return 0.01 * (3 if 0.1 < self.now_s < 0.2 else 1)
+
+    assert [seconds for _, seconds in measure_ticks(engine, 8, Busy(engine))] == pytest.approx([0.01] * 4)
+
+
+def test_no_further_round_begins_when_much_time_has_passed() -> None:
+    engine = FakeEngine()
+
+    class Slow(Clock):
+        def seconds(self, batch: Batch) -> float:
+            return BUDGET_S / 10
+
+    assert [places for places, _ in measure_ticks(engine, 4, Slow(engine))] == [1, 2, 4]
+    assert len(engine.batches) == 3 * TICKS
 
 
 @pytest.mark.parametrize(("num_timesteps", "expected"), [(1, 0.9), (2, 0.1), (3, 0.5)])
@@ -82,7 +103,7 @@ def test_where_ticks_are_slow_larger_ones_are_not_tried() -> None:
     points = measure_ticks(engine, 64, Slow(engine))
     assert [count for count, _ in points] == [1, 2]
     assert points[-1][1] == pytest.approx(SLOW_TICK_S * 1.4)
-    assert len(engine.batches) == TRIES + 1 + 1
+    assert len(engine.batches) == TICKS + 1
     assert engine.jobs == {}
 
 
