@@ -1,6 +1,6 @@
 """Run the benchmark: tminus and its peers on one checkpoint, taking turns on one machine, in one run.
 
-    python -m bench                              everything, half an hour
+    python -m bench                              everything, forty minutes
     python -m bench --only idle,saturation       some loads
     python -m bench --quick                      to see that it works; the figures mean nothing
     python -m bench --docs                       also put the results into docs/

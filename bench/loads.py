@@ -1,6 +1,7 @@
 """What a contender is put through: each load gives records and is bounded in time. No arithmetic on them here."""
 
 import asyncio
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ SETTLE_S = 45.0  # for work that nobody waits for, to be counted as wasted
 STILL_S = 0.6  # a server that counts nothing for so long has nothing left to do
 POLL_S = 0.2
 FIRST_STEP_STEPS = 3
+LEAD_S = 0.5  # for what runs beside a load, to begin before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +158,23 @@ class Turn:
         return await self._open_loop("hang-ups", comers)
 
     async def first_step(self) -> Loaded:
-        """Small requests while long jobs take half of the places at most: there is always a place free."""
+        """Small requests beside long jobs that always take half of the places: there is a place free."""
         lengths = self.lengths
-        background = [Arrival(at_s, Ask(max(1, self.places // 4), 1000), 0) for at_s in (0, lengths.first_steps_s / 2)]
-        asks = [Ask(1, FIRST_STEP_STEPS)] * lengths.first_steps
-        small = arrivals.poisson(asks, lengths.first_steps_s, seed=8)
-        comers = arrivals.renumbered([*background, *(Arrival(a.at_s + 0.5, a.ask, a.seed) for a in small)])
-        return await self._open_loop("first-step", comers, drain_s=1.0)
+        small = arrivals.poisson([Ask(1, FIRST_STEP_STEPS)] * lengths.first_steps, lengths.first_steps_s, seed=8)
+        async with open_client(self.server.url) as http:
+            beside = asyncio.create_task(self._one_after_the_other(http, Ask(max(1, self.places // 2), 1000)))
+            await asyncio.sleep(LEAD_S)
+            before, before_s = await self._read(http)
+            answers = await drive(http, small, drain_s=lengths.drain_s)
+            loaded = await self._loaded(http, "first-step", before, before_s, answers)
+            beside.cancel()
+            await asyncio.wait([beside])
+            return loaded
+
+    async def _one_after_the_other(self, http: httpx.AsyncClient, ask: Ask) -> None:
+        """The same job again and again, until cancelled."""
+        for number in itertools.count():
+            await drive(http, [Arrival(0.0, ask, number)], drain_s=self.lengths.drain_s)
 
     async def identity_asked(self, samplers: Sequence[str], classes: int, *, loaded: bool) -> Loaded:
         """Requests of all kinds, all at once or one after the other."""

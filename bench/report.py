@@ -44,7 +44,7 @@ LOADS = {
     ),
     "first-step": (
         "First step",
-        "Requests of n=1, 3 steps, at random beside long jobs that take half of the places at most.",
+        "Requests of n=1, 3 steps, at random beside long jobs that always take half of the places.",
     ),
     "identity": ("All kinds at once", "The load under which the byte-identical images were made."),
 }

@@ -264,6 +264,57 @@ def test_a_size_that_is_hardly_faster_is_left_out(checkpoint: Checkpoint, monkey
     assert row_s == 0.006
 
 
+class Widening:
+    """Builds executors whose times and bits depend on how many places go the wide way."""
+
+    def __init__(self, checkpoint: Checkpoint, seconds: dict[int, float], other_bits: int | None = None) -> None:
+        self.checkpoint, self.device = checkpoint, CPU
+        self.seconds, self.other_bits = seconds, other_bits
+        self.wide = 0
+
+    def build(self, choice: Choice) -> Callable[..., Tensor]:
+        def run(x: Tensor, _t: Tensor, _labels: Tensor | None) -> Tensor:
+            self.wide = choice.wide
+            return x + 1 if choice.wide and choice.wide == self.other_bits else x
+
+        return run
+
+    def time(self, call: Callable[[], object], _device: torch.device) -> float:
+        call()
+        return self.seconds[self.wide]
+
+
+@pytest.mark.parametrize(
+    ("threads", "seconds", "other_bits", "exact", "expected"),
+    [
+        (1, {0: 1.0}, None, True, 0),
+        (2, {0: 1.0, 1: 0.6}, None, True, 1),
+        (2, {0: 1.0, 1: 0.98}, None, True, 0),
+        (2, {0: 1.0, 1: 0.6}, 1, True, 0),
+        (2, {0: 1.0, 1: 0.6}, 1, False, 1),
+        (8, {0: 1.0, 1: 0.2, 2: 0.4, 4: 0.8}, None, True, 4),
+        (8, {0: 1.0, 1: 0.4, 2: 0.8, 4: 1.6}, None, True, 2),
+    ],
+)
+def test_places_go_the_wide_way_where_that_is_faster_and_gives_the_same_bits(
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    seconds: dict[int, float],
+    other_bits: int | None,
+    exact: bool,
+    expected: int,
+) -> None:
+    builder = Widening(checkpoint, seconds, other_bits)
+    monkeypatch.setattr(choice_module, "_seconds", builder.time)
+    wish = Wish(threads=threads, exact=exact)
+    narrow = Choice("openvino", "float32", sizes=(1, 2))
+    choice, lone_s, row_s = choice_module._with_wide(builder, wish, narrow, 1.0, 0.5)  # type: ignore[arg-type]
+    assert choice == replace(narrow, wide=expected)
+    assert lone_s == (seconds[1] if expected else 1.0)
+    assert row_s == 0.5
+
+
 def test_no_size_is_larger_than_the_batch(checkpoint: Checkpoint, quick: list[int]) -> None:
     executor = choose_executor(checkpoint, CPU, replace(EAGER, max_batch=1), None)
     assert executor.details.endswith("passes of 1")
@@ -369,6 +420,14 @@ def test_sizes_that_were_kept_are_taken_only_if_they_could_be_measured_now(sizes
     fields = json.loads(json.dumps(asdict(replace(candidate, sizes=sizes))))
     expected = replace(candidate, sizes=sizes or None) if sound else None
     assert choice_module._sound(fields, [candidate], Wish(max_batch=16)) == expected
+
+
+@pytest.mark.parametrize(("wide", "sound"), [(0, True), (1, True), (2, False), (-1, False), (1.0, False), ("1", False)])
+def test_a_kept_wide_way_is_taken_only_if_it_could_be_measured_now(wide: object, sound: bool) -> None:
+    candidate = Choice("openvino", "float32")
+    fields = {**asdict(replace(candidate, sizes=(1, 2))), "wide": wide}
+    found = choice_module._sound(fields, [candidate], Wish(max_batch=16, threads=2))
+    assert (found is not None) == sound
 
 
 def test_a_kept_answer_cannot_be_of_what_is_not_a_candidate(

@@ -11,7 +11,16 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from service import openvino_executor
 from service.choice import example_inputs
-from service.executors import MAX_GRAPHS, CompiledExecutor, EagerExecutor, Executor, pad, split, split_padded
+from service.executors import (
+    MAX_GRAPHS,
+    CompiledExecutor,
+    EagerExecutor,
+    Executor,
+    pad,
+    split,
+    split_padded,
+    split_wide,
+)
 from service.openvino_executor import Graph, OpenVINOExecutor
 from tests.service.conftest import MakeCheckpoint
 
@@ -97,6 +106,39 @@ def test_some_splits(places: int, sizes: tuple[int, ...], streams: int, expected
     assert [size for _, _, size in split(places, sizes, streams)] == expected
 
 
+@given(st.integers(0, 100), ascending_sizes, st.integers(1, 8), st.integers(0, 7))
+def test_what_is_left_of_even_shares_goes_the_wide_way_if_it_is_little(
+    places: int, sizes: list[int], streams: int, wide: int
+) -> None:
+    narrow_passes, wide_passes = split_wide(places, sizes, streams, wide)
+    left = places % streams
+    assert covers_every_place_once([*narrow_passes, *wide_passes], places)
+    if left <= wide:
+        assert sum(end - start for start, end, _ in wide_passes) == left
+        assert narrow_passes == split(places - left, sizes, streams)
+        assert all(size in sizes and size <= max(left, sizes[0]) for *_, size in wide_passes)
+    else:
+        assert (narrow_passes, wide_passes) == (split(places, sizes, streams), [])
+
+
+@pytest.mark.parametrize(
+    ("places", "streams", "wide", "expected"),
+    [
+        (1, 2, 1, ([], [1])),
+        (2, 2, 1, ([1, 1], [])),
+        (3, 2, 1, ([1, 1], [1])),
+        (5, 2, 1, ([2, 2], [1])),
+        (3, 2, 0, ([2, 1], [])),
+        (3, 8, 4, ([], [2, 1])),
+        (5, 8, 4, ([1, 1, 1, 1, 1], [])),
+        (1, 1, 0, ([1], [])),
+    ],
+)
+def test_some_wide_splits(places: int, streams: int, wide: int, expected: tuple[list[int], list[int]]) -> None:
+    passes = split_wide(places, (1, 2, 4), streams, wide)
+    assert tuple([size for *_, size in part] for part in passes) == expected
+
+
 @given(st.integers(0, 200), ascending_sizes)
 def test_a_padded_split_has_full_passes_and_one_of_the_smallest_size_that_fits(places: int, sizes: list[int]) -> None:
     passes = split_padded(places, sizes)
@@ -125,13 +167,13 @@ def bare(checkpoint: Checkpoint, inputs: Inputs) -> Tensor:
 
 
 def openvino(
-    checkpoint: Checkpoint, sizes: Sequence[int] = (1,), precision: str = "float32", streams: int = 2
+    checkpoint: Checkpoint, sizes: Sequence[int] = (1,), precision: str = "float32", streams: int = 2, wide: int = 0
 ) -> OpenVINOExecutor:
     key = (checkpoint.weights_hash, checkpoint.size_px, checkpoint.noise.num_train_timesteps)
     if key not in GRAPHS:
         shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
         GRAPHS[key] = Graph(checkpoint.net, shape, checkpoint.noise.num_train_timesteps)
-    return OpenVINOExecutor(GRAPHS[key], precision=precision, sizes=sizes, streams=streams)
+    return OpenVINOExecutor(GRAPHS[key], precision=precision, sizes=sizes, streams=streams, wide=wide)
 
 
 GRAPHS: dict[object, Graph] = {}  # converting takes longer than all the rest
@@ -253,6 +295,26 @@ def test_openvinos_bits_do_not_depend_on_sizes_and_streams(tiny: Checkpoint) -> 
     assert all(out.equal(outs[0]) for out in outs)
 
 
+@needs_openvino
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("streams", "wide"), [(2, 1), (4, 2)])
+def test_the_wide_way_gives_the_same_bits(checkpoint: Checkpoint, precision: str, streams: int, wide: int) -> None:
+    """So a lone row, which all threads compute, is what it is among others, in a stream of one thread."""
+    if precision == "bfloat16" and not able_to_bfloat16():
+        precision = "float32"
+    executor = openvino(checkpoint, (1, 2), precision, streams, wide)
+    assert_exact(executor, checkpoint)
+    inputs = example_inputs(checkpoint, CPU, 11)
+    assert executor(*inputs).equal(openvino(checkpoint, (1, 2), precision, streams)(*inputs))
+
+
+@needs_openvino
+def test_a_group_norm_of_several_channels_a_group_is_computed_as_torch_does(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint(block_out_channels=(16, 32), norm_num_groups=4)
+    inputs = example_inputs(checkpoint, CPU, 5)
+    torch.testing.assert_close(openvino(checkpoint)(*inputs), bare(checkpoint, inputs), atol=1e-5, rtol=1e-4)
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("sizes", SIZES)
 def test_openvino_in_bfloat16_is_exact_and_near(tiny: Checkpoint, sizes: tuple[int, ...]) -> None:
@@ -315,11 +377,13 @@ def test_openvino_is_exact_where_the_embedding_leaves_vectors_unfilled(
 
 
 @needs_openvino
-@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize(("streams", "wide"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("places", [1, 2, 11])
-def test_what_was_started_and_given_up_does_not_stop_the_next(tiny: Checkpoint, streams: int, places: int) -> None:
+def test_what_was_started_and_given_up_does_not_stop_the_next(
+    tiny: Checkpoint, streams: int, wide: int, places: int
+) -> None:
     """As when making the noise raises, between start() and the function that it returned."""
-    executor = openvino(tiny, (1, 2), streams=streams)
+    executor = openvino(tiny, (1, 2), streams=streams, wide=wide)
     inputs = example_inputs(tiny, CPU, 11)
     expected = executor(*inputs).clone()
     for _ in range(5):
@@ -338,6 +402,8 @@ def test_details_tell_what_could_move_a_bit(tiny: Checkpoint) -> None:
     assert EagerExecutor(tiny.net, CPU, sizes=(1, 2)).details == "channels_last, passes of 1, 2"
     details = openvino(tiny, (1, 4), streams=3).details
     assert all(part in details for part in ("openvino 20", "3 streams", "passes of 1, 4"))
+    assert "wide" not in details
+    assert openvino(tiny, (1, 4), streams=3, wide=2).details.endswith("passes of 1, 4, up to 2 wide")
 
 
 # --- compiled ---
