@@ -1,4 +1,4 @@
-"""Where the choice of an executor is kept between starts: a file by machine, model, versions and what was asked for."""
+"""Where what was measured is kept between starts: a file by machine, model, versions and what was asked for."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ class ChoiceCache:
                 "candidates": candidates,
             }
             key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-            self.file = folder / f"executor-{key}.json"
+            self.file = folder / f"choice-{key}.json"
 
     def read(self) -> Mapping[str, Any] | None:
         """What was kept, if anything."""
@@ -71,7 +71,7 @@ class ChoiceCache:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, lambda path: _dump(path, fields))
         except OSError as error:  # a read-only file system: it is measured again the next time
-            log.info("the choice of the executor is not kept: %s", error)
+            log.info("what was measured is not kept: %s", error)
 
 
 def _cpu_name() -> str:

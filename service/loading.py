@@ -10,7 +10,7 @@ import torch
 from model.checkpoint import load_checkpoint
 from service.calibration import measure_ticks
 from service.choice import Wish, choose_executor, example_inputs
-from service.choice_cache import default_cache
+from service.choice_cache import ChoiceCache, default_cache
 from service.engine import Engine, choose_device, default_max_rows
 from service.executors import probe_bits
 from service.selftest import same_alone_and_together
@@ -81,7 +81,8 @@ def _load(options: LoadOptions) -> Loaded:
         largest = max(largest, PLACES_PER_THREAD * threads)
     exact = device.type == "cpu" if options.exact is None else options.exact
     wish = Wish(options.executor, options.precision, exact, largest, threads)
-    executor = choose_executor(checkpoint, device, wish, options.cache_dir or default_cache())
+    cache = options.cache_dir or default_cache()
+    executor = choose_executor(checkpoint, device, wish, cache)
     bits = probe_bits(executor, example_inputs(checkpoint, device, PROBE_ROWS)) if exact else None
     engine = Engine(
         checkpoint,
@@ -98,10 +99,20 @@ def _load(options: LoadOptions) -> Loaded:
             "among others here; --no-exact serves without that promise"
         )
     tick_times = measure_ticks(engine, largest)
-    max_batch = options.max_batch or max(MIN_BATCH, knee(tick_times))
+    how = {"executor": executor.name, "precision": executor.precision, "largest": largest, "exact": exact}
+    max_batch = options.max_batch or _places(tick_times, ChoiceCache(cache, checkpoint, device, how, ()))
     for places, seconds in tick_times:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
     log.info(
         "executor %s %s (%s), at most %d places a tick", executor.name, executor.precision, executor.details, max_batch
     )
     return Loaded(engine, max_rows, max_batch, tick_times)
+
+
+def _places(tick_times: tuple[tuple[int, float], ...], kept: ChoiceCache) -> int:
+    """The knee, or what it was at an earlier start: where the curve is flat, noise would move it each time."""
+    places = (kept.read() or {}).get("places")
+    if type(places) is not int or not MIN_BATCH <= places <= max(MIN_BATCH, tick_times[-1][0]):
+        places = max(MIN_BATCH, knee(tick_times))
+        kept.write({"places": places})
+    return places

@@ -1,3 +1,4 @@
+import json
 import logging
 import threading
 from collections.abc import Callable
@@ -65,6 +66,19 @@ def test_the_batch_is_as_asked_or_the_knee(options: LoadOptions, max_batch: int 
         assert MIN_BATCH <= loaded.max_batch <= 16
     else:
         assert loaded.max_batch == max_batch
+
+
+def test_the_knee_is_kept_between_starts_and_a_damaged_answer_is_not_taken(
+    options: LoadOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = iter([((4, 1.0), (8, 1.0), (16, 9.0)), *[((4, 1.0), (8, 9.0), (16, 9.0))] * 3])
+    monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch: next(curves))
+    options = replace(options, max_batch=None)
+    assert [load_engine(options).max_batch for _ in range(2)] == [8, 8]
+    for file in (tmp_path / "cache").iterdir():
+        if "places" in json.loads(file.read_bytes()):
+            file.write_text('{"places": 17}')
+    assert [load_engine(options).max_batch for _ in range(2)] == [4, 4]
 
 
 def test_so_many_rows_and_jobs_as_asked_fit_at_once(options: LoadOptions) -> None:
