@@ -99,7 +99,7 @@ def _load(options: LoadOptions) -> Loaded:
             "among others here; --no-exact serves without that promise"
         )
     tick_times = measure_ticks(engine, largest)
-    how = {"executor": executor.name, "precision": executor.precision, "largest": largest, "exact": exact}
+    how = {"executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest}
     max_batch = options.max_batch or _places(tick_times, ChoiceCache(cache, checkpoint, device, how, ()))
     for places, seconds in tick_times:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)

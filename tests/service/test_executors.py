@@ -296,12 +296,10 @@ def test_openvinos_bits_do_not_depend_on_sizes_and_streams(tiny: Checkpoint) -> 
 
 
 @needs_openvino
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=needs_bfloat16)])
 @pytest.mark.parametrize(("streams", "wide"), [(2, 1), (4, 2)])
 def test_the_wide_way_gives_the_same_bits(checkpoint: Checkpoint, precision: str, streams: int, wide: int) -> None:
     """So a lone row, which all threads compute, is what it is among others, in a stream of one thread."""
-    if precision == "bfloat16" and not able_to_bfloat16():
-        precision = "float32"
     executor = openvino(checkpoint, (1, 2), precision, streams, wide)
     assert_exact(executor, checkpoint)
     inputs = example_inputs(checkpoint, CPU, 11)
