@@ -22,7 +22,7 @@ from service.choice_cache import default_cache
 from service.engine import Engine
 from service.job import trial_spec, work_of
 from service.loading import LARGEST_BATCH
-from service.scheduler import Scheduler
+from service.scheduler import Scheduler, Sharing
 
 MATMUL_SIZE = 8192
 SERIAL_STEPS = 50
@@ -89,7 +89,7 @@ def engine_and_bare(checkpoint: Path, device: torch.device, args: argparse.Names
     executor = choose_executor(loaded, device, wish, default_cache())
     engine = Engine(loaded, executor, device, max_rows=args.max_batch, max_jobs=1, exact=False)
     spec = trial_spec(engine.info, args.max_batch, loaded.noise.num_train_timesteps)
-    scheduler, rows = Scheduler(args.max_batch), engine.add(spec)
+    scheduler, rows = Scheduler(Sharing.of(args.max_batch)), engine.add(spec)
     scheduler.add("bench", rows, work_of(spec, engine.info))
 
     def tick() -> None:

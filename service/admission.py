@@ -13,7 +13,7 @@ from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from service.forecast import Fluid, Outlook, Pending, forecast
 from service.job import Limits, Work
 from service.promises import MARGIN, Excess, Load, Promise, Promises, Snapshot, find_excess
-from service.scheduler import Policy, reserved_places
+from service.scheduler import Sharing
 from service.tick_times import TickTimes
 
 SLOWER = 2.0  # how far over the backlog limit work may be while promises are still kept
@@ -31,9 +31,8 @@ class Entry:
 class Admission:
     """Owns the ledger of accepted work and how long ticks take; refuses what is over the limits or would be late."""
 
-    def __init__(self, limits: Limits, policy: Policy = "srpt", reserved_share: float = 0.25) -> None:
-        self._limits, self._policy = limits, policy
-        self._reserved = reserved_places(limits.max_batch, reserved_share, policy)
+    def __init__(self, limits: Limits, sharing: Sharing) -> None:
+        self._limits, self._sharing = limits, sharing
         # The ledger. The worker must not wait for a forecast, so none is made under this lock.
         self._lock = threading.Lock()
         self._jobs: dict[str, Pending] = {}  # in order of arrival
@@ -203,10 +202,10 @@ class Admission:
             return Snapshot(tuple(self._jobs.values()), self._load, self._tick_times)
 
     def _fluid(self, jobs: Sequence[Pending], times: TickTimes) -> Fluid:
-        return Fluid(jobs, self._limits.max_batch, self._reserved, self._policy, times)
+        return Fluid(jobs, self._sharing, times)
 
     def _forecast(self, jobs: Sequence[Pending], times: TickTimes, until: str | None = None) -> dict[str, Outlook]:
-        return forecast(jobs, self._limits.max_batch, self._reserved, self._policy, times, until)
+        return forecast(jobs, self._sharing, times, until)
 
 
 def _overloaded(excess: Excess, wait_s: int) -> Overloaded:

@@ -16,7 +16,7 @@ from service.routes_jobs import job_routes
 from service.routes_sample import sample_routes
 from service.routes_system import system_routes
 from service.row_engine import RowEngine
-from service.scheduler import Policy, Scheduler
+from service.scheduler import Policy, Scheduler, Sharing
 from service.worker import Worker
 
 
@@ -30,9 +30,10 @@ def create_app(
     """
     model = engine.info
     metrics = Metrics(model)
-    admission = Admission(limits, policy)
+    sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=limits.short_batch)
+    admission = Admission(limits, sharing)
     admission.calibrate(tick_times)
-    worker = Worker(engine, Scheduler(limits.max_batch, policy=policy), admission, metrics)
+    worker = Worker(engine, Scheduler(sharing), admission, metrics)
     encoder = Encoder(model, metrics.encoded)
     metrics.watch(
         rows_active=lambda: worker.rows_active,

@@ -77,6 +77,7 @@ def serve(**flags: Any) -> None:
         exact=settings.exact,
         threads=settings.threads,
         max_batch=settings.max_batch,
+        short_batch=settings.short_batch,
         max_rows=settings.max_rows,
         max_jobs=settings.max_jobs,
         cache_dir=settings.cache_dir,
@@ -84,6 +85,7 @@ def serve(**flags: Any) -> None:
     limits = Limits(
         max_n=min(settings.max_n, loaded.max_rows),
         max_batch=loaded.max_batch,
+        short_batch=loaded.short_batch,
         max_rows=loaded.max_rows,
         max_jobs=settings.max_jobs,
         max_backlog_s=settings.max_backlog_s,
@@ -184,7 +186,15 @@ def offline(running: Running, parameters: dict[str, Any], sheet: bool) -> tuple[
     n = parameters["n"]
     loaded = running.engine(n)
     model, batch = loaded.engine.info, loaded.max_batch
-    limits = Limits(max_n=n, max_batch=batch, max_rows=n, max_jobs=1, max_backlog_s=float("inf"), max_body_bytes=0)
+    limits = Limits(
+        max_n=n,
+        max_batch=batch,
+        short_batch=batch,
+        max_rows=n,
+        max_jobs=1,
+        max_backlog_s=float("inf"),
+        max_body_bytes=0,
+    )
     try:
         spec = SampleRequest.parse(parameters, model, limits).to_spec(model, limits)
         with tqdm(total=spec.n * spec.steps, unit="row-step", dynamic_ncols=True) as progress:

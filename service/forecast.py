@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from service.job import Work
-from service.scheduler import Policy
+from service.scheduler import Sharing
 from service.tick_times import TickTimes
 
 LOOK_PAST = 8  # how many guided jobs the model looks past for one that fits a last single place
@@ -40,10 +40,11 @@ class Outlook:
 class _Flow:
     """A job in the model: stretches of steps that cost the same, the current one apart."""
 
-    __slots__ = ("arrival", "id", "left", "places", "rows", "steps", "stretches", "waits")
+    __slots__ = ("arrival", "id", "left", "places", "rows", "steps", "stretches", "waits", "work")
 
     def __init__(self, job: Pending, arrival: int) -> None:
-        self.id, self.arrival, self.rows, self.left = job.job_id, arrival, job.work.rows, job.places_left
+        self.id, self.arrival, self.work = job.job_id, arrival, job.work
+        self.rows, self.left = job.work.rows, job.places_left
         self.waits = True  # never had a place yet
         self.stretches = _stretches(job.work, job.places_left / job.work.rows)
         self.steps, self.places = self.stretches.pop()  # steps left to each row in this stretch, and what each costs
@@ -69,11 +70,9 @@ _IN_ORDER: Callable[[_Flow], tuple[float, int]] = attrgetter("arrival", "arrival
 class Fluid:
     """The model. Owns its state: a time from 0 s on, and the jobs of that time."""
 
-    def __init__(
-        self, jobs: Iterable[Pending], max_batch: int, reserved: int, policy: Policy, tick_times: TickTimes
-    ) -> None:
-        """jobs: in order of arrival. reserved: places that are kept for the oldest."""
-        self._max_batch, self._reserved, self._shortest_first = max_batch, reserved, policy == "srpt"
+    def __init__(self, jobs: Iterable[Pending], sharing: Sharing, tick_times: TickTimes) -> None:
+        """jobs: in order of arrival."""
+        self._sharing, self._shortest_first = sharing, sharing.policy == "srpt"
         self._rank = _SHORTEST_FIRST if self._shortest_first else _IN_ORDER
         self._tick_times, self._tick_cache = tick_times, dict[int, float]()
         self._jobs: OrderedDict[int, _Flow] = OrderedDict()  # by arrival, in its order
@@ -170,14 +169,16 @@ class Fluid:
         self._stale, self._grants = False, []
         if not self._jobs:
             return
-        oldest = next(iter(self._jobs.values()))
+        oldest, first = next(iter(self._jobs.values())), None
         reserve = self._reserve_for(oldest)
-        free = self._max_batch - reserve
+        free = self._sharing.max_batch - reserve
         looked_past = 0
         for job in self._in_turn() if free else ():
-            if job is oldest:
-                free, reserve = free + reserve, 0
-            rows = min(job.rows, free // job.places)
+            first = first or job
+            mine, reserve = (reserve, 0) if job is oldest else (0, reserve)
+            free += mine
+            room = free - self._sharing.kept_free(len(self._jobs), first.work, job.work)
+            rows = min(job.rows, max(room, mine) // job.places)
             free -= rows * job.places
             if rows:
                 self._grants.append((job, rows))
@@ -188,14 +189,14 @@ class Fluid:
         if reserve:
             self._grants.append((oldest, reserve // oldest.places))
         self._short = [at for at, (job, rows) in enumerate(self._grants) if rows < job.rows]
-        self._used = self._max_batch - free
+        self._used = self._sharing.max_batch - free
 
     def _reserve_for(self, oldest: _Flow) -> int:
         """How many of the reserved places the oldest job can use."""
-        if self._reserved and oldest.waits:
+        if self._sharing.reserved and oldest.waits:
             del self._waiting[bisect_left(self._waiting, self._rank(oldest), key=self._rank)]
             self._activate(oldest, 0)
-        return min(oldest.rows, self._reserved // oldest.places) * oldest.places
+        return min(oldest.rows, self._sharing.reserved // oldest.places) * oldest.places
 
     def _in_turn(self) -> Iterator[_Flow]:
         """The jobs by rank. Active is who had a turn."""
@@ -236,20 +237,15 @@ class Fluid:
 
 
 def forecast(
-    jobs: Sequence[Pending],
-    max_batch: int,
-    reserved: int,
-    policy: Policy,
-    tick_times: TickTimes,
-    until: str | None = None,
+    jobs: Sequence[Pending], sharing: Sharing, tick_times: TickTimes, until: str | None = None
 ) -> dict[str, Outlook]:
     """Predict each job's end if no other comes; with `until`, of that job and those that end before it.
 
     jobs: in order of arrival.
     """
-    fluid = Fluid(jobs, max_batch, reserved, policy, tick_times)
+    fluid = Fluid(jobs, sharing, tick_times)
     outlooks = {job.job_id: Outlook(job.job_id, 0, 0.0) for job in jobs if job.places_left <= 0}  # only to be delivered
-    in_turn = sorted(jobs, key=attrgetter("places_left")) if policy == "srpt" else jobs
+    in_turn = sorted(jobs, key=attrgetter("places_left")) if sharing.policy == "srpt" else jobs
     ranks = {job.job_id: rank for rank, job in enumerate(in_turn)}
     running = fluid.running()
     ended_ranks: list[int] = []

@@ -1,6 +1,7 @@
 """From a checkpoint folder to an engine that is ready to serve: executor chosen, bits tested, ticks measured."""
 
 import logging
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 PLACES_PER_THREAD = 4  # of a CPU of many cores, each of which has a pass of its own
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
+SHORT_SHARE = 0.85  # of the best throughput, that a tick which short and much longer jobs share must have
 PROBE_ROWS = 2
 MAX_PLAN_LINES = 20_000_000  # of 40 bytes
 SPARE_ROWS, SPARE_JOBS = 64, 16  # what the self-test and the measurement need, however little is to be served
@@ -38,6 +40,7 @@ class LoadOptions:
     exact: bool | None = None
     threads: int | None = None
     max_batch: int | None = None
+    short_batch: int | None = None
     max_rows: int | None = None
     max_jobs: int = 1
     cache_dir: Path | None = None
@@ -50,6 +53,7 @@ class Loaded:
     engine: Engine
     max_rows: int
     max_batch: int
+    short_batch: int
     tick_times: tuple[tuple[int, float], ...]
 
 
@@ -100,19 +104,27 @@ def _load(options: LoadOptions) -> Loaded:
         )
     tick_times = measure_ticks(engine, largest)
     how = {"executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest}
-    max_batch = options.max_batch or _places(tick_times, ChoiceCache(cache, checkpoint, device, how, ()))
+    knees = _knees(tick_times, ChoiceCache(cache, checkpoint, device, how, ()))
+    max_batch = options.max_batch or knees["max_batch"]
+    short_batch = min(options.short_batch or knees["short_batch"], max_batch)
     for places, seconds in tick_times:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
     log.info(
-        "executor %s %s (%s), at most %d places a tick", executor.name, executor.precision, executor.details, max_batch
-    )
-    return Loaded(engine, max_rows, max_batch, tick_times)
+        "executor %s %s (%s), at most %d places a tick, %d where a short job shares it with much longer ones",
+        executor.name, executor.precision, executor.details, max_batch, short_batch,
+    )  # fmt: skip
+    return Loaded(engine, max_rows, max_batch, short_batch, tick_times)
 
 
-def _places(tick_times: tuple[tuple[int, float], ...], kept: ChoiceCache) -> int:
-    """The knee, or what it was at an earlier start: where the curve is flat, noise would move it each time."""
-    places = (kept.read() or {}).get("places")
-    if type(places) is not int or not MIN_BATCH <= places <= max(MIN_BATCH, tick_times[-1][0]):
-        places = max(MIN_BATCH, knee(tick_times))
-        kept.write({"places": places})
-    return places
+def _knees(tick_times: tuple[tuple[int, float], ...], kept: ChoiceCache) -> Mapping[str, int]:
+    """The knees, or what they were at an earlier start: where the curve is flat, noise would move them each time."""
+    found = {
+        "max_batch": max(MIN_BATCH, knee(tick_times)),
+        "short_batch": max(MIN_BATCH, knee(tick_times, SHORT_SHARE)),
+    }
+    earlier = kept.read() or {}
+    largest = max(MIN_BATCH, tick_times[-1][0])
+    if earlier.keys() == found.keys() and all(type(n) is int and MIN_BATCH <= n <= largest for n in earlier.values()):
+        return earlier
+    kept.write(found)
+    return found

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from service.job import Images, SampleSpec, work_of
 from service.row_engine import RowEngine
-from service.scheduler import Scheduler
+from service.scheduler import Scheduler, Sharing
 
 
 def sample_locally(engine: RowEngine, spec: SampleSpec, max_batch: int, on_rows: Callable[[int], object]) -> Images:
@@ -12,7 +12,7 @@ def sample_locally(engine: RowEngine, spec: SampleSpec, max_batch: int, on_rows:
 
     Raises ValueError as Engine.add does, and NotFinite.
     """
-    scheduler = Scheduler(max_batch)
+    scheduler = Scheduler(Sharing.of(max_batch))
     rows = engine.add(spec)
     scheduler.add("local", rows, work_of(spec, engine.info))
     while (batch := scheduler.next_batch()) is not None:

@@ -1,7 +1,8 @@
 """Which rows step next. Pure: no torch, no asyncio, no clock.
 
-Shortest remaining work first, so a short request does not wait behind a long one; a share of the places is kept for the
-oldest job, so a long one is never starved. A row that is not picked just waits: preemption costs nothing.
+Shortest remaining work first, so a short request does not wait behind a long one; a tick that it shares with much
+longer ones is a short tick; and a share of the places is kept for the oldest job, so a long one is never starved. A row
+that is not picked just waits: preemption costs nothing.
 """
 
 from bisect import bisect_left, insort
@@ -14,10 +15,37 @@ from service.job import Batch, Work
 
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
 
+MUCH_LONGER = 4  # times as much work, all in all: so long a job makes a short tick
 
-def reserved_places(max_batch: int, reserved_share: float, policy: Policy) -> int:
-    """How many places of a tick are the oldest job's: at least two, or a guided job could never use the reserve."""
-    return max(2, int(max_batch * reserved_share)) if reserved_share and policy == "srpt" else 0
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How the places of a tick are given out."""
+
+    max_batch: int  # places in a tick, at least 2, as a guided row takes two
+    short_batch: int  # those of a tick that a job shares with much longer ones, unless it needs more itself
+    reserved: int  # those of the oldest job; where max_batch is below 4 they are all there is
+    policy: Policy
+
+    @classmethod
+    def of(
+        cls, max_batch: int, reserved_share: float = 0.25, policy: Policy = "srpt", short_batch: int | None = None
+    ) -> "Sharing":
+        """The oldest job gets a share, at least two places, or if guided it could never use them."""
+        assert max_batch >= 2
+        assert 0 <= reserved_share <= 1
+        assert policy in ("srpt", "fcfs")
+        reserved = max(2, int(max_batch * reserved_share)) if reserved_share and policy == "srpt" else 0
+        return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy)
+
+    def kept_free(self, jobs: int, first: Work, work: Work) -> int:
+        """How many places a job leaves free for the sake of the first in turn, where so many jobs are there.
+
+        None where there are more jobs than places: then what all wait for is throughput, which full ticks are best for.
+        """
+        if self.policy == "fcfs" or jobs > self.max_batch or work.places < MUCH_LONGER * first.places:
+            return 0
+        return self.max_batch - self.short_batch
 
 
 @dataclass(slots=True)
@@ -103,16 +131,11 @@ class Advance:
 class Scheduler:
     """Owns which rows exist and which step each is at. It never sees a latent.
 
-    A tick looks at the jobs in its batch and at most two more, however many wait.
+    However many wait, a tick looks at the jobs in its batch and two more, or at no more than it has places.
     """
 
-    def __init__(self, max_batch: int, reserved_share: float = 0.25, policy: Policy = "srpt") -> None:
-        """max_batch: places in a tick, at least 2, as a guided row takes two; below 4 the reserve is all there is."""
-        assert max_batch >= 2
-        assert 0 <= reserved_share <= 1
-        assert policy in ("srpt", "fcfs")
-        self._max_batch, self._policy = max_batch, policy
-        self._reserved = reserved_places(max_batch, reserved_share, policy)
+    def __init__(self, sharing: Sharing) -> None:
+        self._sharing = sharing
         # In order of arrival. Not a dict: to find the first entry of one walks over all that were deleted before it.
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
         self._at: dict[int, tuple[_Job, int]] = {}  # row id -> its job and its index there
@@ -149,15 +172,21 @@ class Scheduler:
         """Choose the rows of the next tick, or None when there is nothing to do."""
         if not self._jobs:
             return None
-        pick = _Pick(self._max_batch)
-        pick.take(next(iter(self._jobs.values())), self._reserved)
+        pick = _Pick(self._sharing.max_batch)
+        pick.take(next(iter(self._jobs.values())), self._sharing.reserved)
+        first = self._jobs[self._queue[-1][-1]]
+
+        def take(job_id: str) -> bool:
+            job = self._jobs[job_id]
+            return pick.take(job, pick.free - self._sharing.kept_free(len(self._jobs), first.work, job.work))
+
         for *_, job_id in reversed(self._queue):
             if pick.free < 2:
                 break
-            pick.take(self._jobs[job_id], pick.free)
+            take(job_id)
         if pick.free == 1:  # no walk over all the guided jobs in search of a row that fits
             for *_, job_id in reversed(self._singles):
-                if pick.take(self._jobs[job_id], 1):
+                if take(job_id):
                     break
         return pick.batch()
 
@@ -213,7 +242,7 @@ class Scheduler:
         return bool(self._jobs)
 
     def _key(self, job: _Job) -> tuple[int, int, str]:
-        return (-job.places_left if self._policy == "srpt" else 0, -job.arrival, job.id)
+        return (-job.places_left if self._sharing.policy == "srpt" else 0, -job.arrival, job.id)
 
     def _enqueue(self, job: _Job) -> None:
         insort(self._queue, self._key(job))

@@ -2,7 +2,7 @@
 
 from service.job import Floats, ModelInfo, SampleSpec, trial_spec, work_of
 from service.row_engine import RowEngine
-from service.scheduler import Scheduler
+from service.scheduler import Scheduler, Sharing
 
 STEPS = 4
 ROWS = 2
@@ -29,7 +29,7 @@ def _specs(model: ModelInfo) -> list[SampleSpec]:
 
 
 def _run(engine: RowEngine, specs: list[SampleSpec], max_batch: int) -> list[Floats]:
-    scheduler = Scheduler(max(2, max_batch))
+    scheduler = Scheduler(Sharing.of(max(2, max_batch)))
     rows = [engine.add(spec) for spec in specs]
     for k, spec in enumerate(specs):
         scheduler.add(str(k), rows[k], work_of(spec, engine.info))

@@ -39,6 +39,12 @@ class Settings(BaseSettings):
         le=4096,
         description="places in one forward pass; a guided row takes two; default: the knee of the measured curve",
     )
+    short_batch: int | None = Field(
+        None,
+        ge=4,
+        le=4096,
+        description="places in a pass that a short job shares with much longer ones; default: by measuring",
+    )
     max_jobs: int = Field(1024, ge=1, le=10_000, description="jobs held at once, waiting and running")
     max_connections: int = Field(
         4096, ge=8, le=65_536, description="connections open at once; one more is answered 503 in plain text"

@@ -9,15 +9,16 @@ from service.admission import Admission, Entry
 from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from service.forecast import Outlook
 from service.job import Limits, Work
-from service.scheduler import Policy
+from service.scheduler import Policy, Sharing
 
-LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
+LIMITS = Limits(max_n=64, max_batch=8, short_batch=4, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
 RATE = ((8, 1 / 8),)  # 64 full places a second; exact in binary, so that no test hangs on rounding
 SECONDS_PER_PLACE = 1 / 64
 
 
 def make_admission(points: Sequence[tuple[int, float]] = RATE, policy: Policy = "srpt", **limits: float) -> Admission:
-    admission = Admission(replace(LIMITS, **limits), policy)  # type: ignore[arg-type]
+    held = replace(LIMITS, **limits)  # type: ignore[arg-type]
+    admission = Admission(held, Sharing.of(held.max_batch, policy=policy, short_batch=held.short_batch))
     admission.calibrate(points)
     return admission
 
@@ -225,7 +226,7 @@ def test_more_rows_than_the_server_can_hold_are_a_bad_request() -> None:
 
 
 def test_before_calibration_nothing_is_refused_for_time_and_every_wait_is_a_second() -> None:
-    admission = Admission(replace(LIMITS, max_backlog_s=0.001, max_jobs=3))
+    admission = Admission(replace(LIMITS, max_backlog_s=0.001, max_jobs=3), Sharing.of(8))
     for i in range(3):
         assert admission.enter(f"job{i}", plain(64, 1000), now_s=0.0, deadline_s=1.0).eta_s == 0
     assert admission.backlog_s == 0

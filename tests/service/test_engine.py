@@ -23,7 +23,7 @@ from service.errors import NotFinite
 from service.executors import EagerExecutor, Executor
 from service.job import Batch, SampleSpec, work_of
 from service.local import sample_locally
-from service.scheduler import Scheduler
+from service.scheduler import Scheduler, Sharing
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import make_spec
 
@@ -96,7 +96,7 @@ def together(
     read: Callable[[Engine, Sequence[int]], Floats] = read_images,
 ) -> list[Floats]:
     """The images of jobs that arrive at random ticks and share the engine and its batches."""
-    rng, scheduler = random.Random(seed), Scheduler(max_batch)
+    rng, scheduler = random.Random(seed), Scheduler(Sharing.of(max_batch))
     order = list(range(len(specs)))
     rng.shuffle(order)
     rows: dict[str, tuple[int, ...]] = {}

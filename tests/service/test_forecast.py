@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from service.forecast import Fluid, Outlook, Pending, forecast
 from service.job import Work
-from service.scheduler import Policy, Scheduler, reserved_places
+from service.scheduler import Scheduler, Sharing
 from service.tick_times import TickTimes
 
 POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 TICKS = TickTimes(((1, 1.0),))  # and so a second for each place
+SRPT, FCFS, NO_RESERVE = Sharing.of(8), Sharing.of(8, policy="fcfs"), Sharing.of(8, 0.0)
 SAME = TickTimes(((8, 1.0),))  # a second for each tick of up to eight
 
 
@@ -27,8 +28,8 @@ def pendings(*works: Work) -> list[Pending]:
     return [Pending(f"job{i}", work, work.places) for i, work in enumerate(works)]
 
 
-def srpt(*works: Work, max_batch: int = 8, reserved: int = 2, until: str | None = None) -> dict[str, Outlook]:
-    return forecast(pendings(*works), max_batch, reserved, "srpt", SAME, until)
+def srpt(*works: Work, sharing: Sharing = SRPT) -> dict[str, Outlook]:
+    return forecast(pendings(*works), sharing, SAME)
 
 
 # --- what is foretold, by hand ---
@@ -51,16 +52,16 @@ def test_a_part_of_a_tick_counts_as_one() -> None:
 
 
 def test_guided_steps_take_two_places_each() -> None:
-    alone = forecast(pendings(guided(1, 10)), 8, 2, "srpt", TICKS)
+    alone = forecast(pendings(guided(1, 10)), SRPT, TICKS)
     assert alone["job0"].eta_s == pytest.approx(20.0)
-    partly = forecast(pendings(Work(1, 10, range(2, 5))), 8, 2, "srpt", TICKS)
+    partly = forecast(pendings(Work(1, 10, range(2, 5))), SRPT, TICKS)
     assert partly["job0"].eta_s == pytest.approx(13.0)
 
 
 def test_a_job_on_its_way_has_only_the_rest_to_go() -> None:
     work = Work(2, 10, range(2, 5))
     for left, ticks in ((26, 10), (24, 9), (22, 8), (18, 7), (14, 6), (10, 5), (8, 4), (2, 1)):
-        assert forecast([Pending("a", work, left)], 8, 2, "srpt", SAME)["a"].eta_s == pytest.approx(ticks)
+        assert forecast([Pending("a", work, left)], SRPT, SAME)["a"].eta_s == pytest.approx(ticks)
 
 
 def test_the_shorter_goes_first_and_the_oldest_keeps_its_reserve() -> None:
@@ -70,12 +71,12 @@ def test_the_shorter_goes_first_and_the_oldest_keeps_its_reserve() -> None:
 
 
 def test_first_come_first_served_goes_by_arrival() -> None:
-    outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), 8, 0, "fcfs", SAME)
+    outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), FCFS, SAME)
     assert outlooks == {"job0": Outlook("job0", 0, 100.0), "job1": Outlook("job1", 1, 106.0)}
 
 
 def test_the_position_counts_those_before_it_that_end_before_it() -> None:
-    outlooks = srpt(*[plain(8, steps) for steps in (30, 20, 10)], reserved=0)
+    outlooks = srpt(*[plain(8, steps) for steps in (30, 20, 10)], sharing=NO_RESERVE)
     assert [outlooks[f"job{i}"].position for i in range(3)] == [2, 1, 0]
 
 
@@ -85,22 +86,22 @@ def test_jobs_that_all_run_have_nobody_before_them() -> None:
 
 def test_a_job_that_is_only_to_be_delivered_is_done_now() -> None:
     jobs = [Pending("done", plain(4, 10), 0), Pending("a", plain(8, 10), 80)]
-    assert forecast(jobs, 8, 2, "srpt", SAME) == {"done": Outlook("done", 0, 0.0), "a": Outlook("a", 0, 10.0)}
+    assert forecast(jobs, SRPT, SAME) == {"done": Outlook("done", 0, 0.0), "a": Outlook("a", 0, 10.0)}
 
 
 def test_a_faster_job_overtakes_one_that_has_less_left() -> None:
-    outlooks = srpt(plain(1, 100), plain(8, 15), reserved=0)
+    outlooks = srpt(plain(1, 100), plain(8, 15), sharing=NO_RESERVE)
     assert outlooks["job1"].eta_s == pytest.approx(16, abs=1.01)
     assert outlooks["job0"].eta_s == pytest.approx(112, abs=2)
 
 
 def test_before_calibration_all_is_over_at_once_and_the_order_is_known() -> None:
-    outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), 8, 0, "srpt", TickTimes())
+    outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), NO_RESERVE, TickTimes())
     assert [(outlooks[f"job{i}"].position, outlooks[f"job{i}"].eta_s) for i in range(2)] == [(1, 0.0), (0, 0.0)]
 
 
 def test_the_model_stops_at_a_time_and_at_places_left() -> None:
-    fluid = Fluid(pendings(plain(8, 10)), 8, 2, "srpt", SAME)
+    fluid = Fluid(pendings(plain(8, 10)), SRPT, SAME)
     assert fluid.step(until_s=2.5) == []
     assert (fluid.now_s, fluid.places_left, fluid.tick_end_s) == (2.5, 60.0, 3.0)
     assert fluid.step(until_places=20) == []
@@ -116,15 +117,13 @@ def test_the_model_stops_at_a_time_and_at_places_left() -> None:
 
 @dataclass(frozen=True)
 class Load:
-    max_batch: int
-    share: float
-    policy: Policy
+    sharing: Sharing
     works: tuple[Work, ...]
     ticks_done: int
 
     def play(self, times: TickTimes) -> tuple[list[Pending], dict[str, float]]:
         """What is pending after the first ticks, and when each job of it ends."""
-        scheduler = Scheduler(self.max_batch, self.share, self.policy)
+        scheduler = Scheduler(self.sharing)
         left = {}
         row = 0
         for job in pendings(*self.works):
@@ -156,9 +155,12 @@ def loads(draw: st.DrawFn) -> Load:
         return Work(draw(st.sampled_from([1, 1, 2, 4]) | st.integers(1, 2 * max_batch)), steps, guided)
 
     return Load(
-        max_batch,
-        draw(st.sampled_from([0.0, 0.25, 0.25, 0.5])),
-        draw(st.sampled_from(["srpt", "srpt", "fcfs"])),
+        Sharing.of(
+            max_batch,
+            draw(st.sampled_from([0.0, 0.25, 0.25, 0.5])),
+            draw(st.sampled_from(["srpt", "srpt", "fcfs"])),
+            draw(st.sampled_from([None, max(2, max_batch // 2)])),
+        ),
         tuple(work() for _ in range(draw(st.integers(1, 12)))),
         draw(st.sampled_from([0, 0, 3, 40])),
     )
@@ -172,10 +174,9 @@ def test_the_forecast_is_good_to_five_percent_or_two_ticks_for_nearly_all_jobs()
     @given(loads())
     def compare(load: Load) -> None:
         jobs, ends = load.play(times)
-        reserved = reserved_places(load.max_batch, load.share, load.policy)
-        outlooks = forecast(jobs, load.max_batch, reserved, load.policy, times)
+        outlooks = forecast(jobs, load.sharing, times)
         assert outlooks.keys() == ends.keys()
-        tick_s = times.seconds(load.max_batch)
+        tick_s = times.seconds(load.sharing.max_batch)
         for job_id, end_s in ends.items():
             errors.append(abs(outlooks[job_id].eta_s - end_s) > max(0.05 * end_s, 2 * tick_s) * (1 + 1e-9))
         # The last end is the least forgiving: it sums up all that went before.
@@ -191,17 +192,16 @@ def test_the_forecast_is_good_to_five_percent_or_two_ticks_for_nearly_all_jobs()
 @given(loads())
 def test_positions_and_times_are_sane_for_any_load(load: Load) -> None:
     jobs = pendings(*load.works)
-    reserved = reserved_places(load.max_batch, load.share, load.policy)
-    outlooks = forecast(jobs, load.max_batch, reserved, load.policy, TickTimes(POINTS))
+    outlooks = forecast(jobs, load.sharing, TickTimes(POINTS))
     assert outlooks.keys() == {job.job_id for job in jobs}
     for job in jobs:
-        alone_s = forecast([job], load.max_batch, reserved, load.policy, TickTimes(POINTS))[job.job_id].eta_s
+        alone_s = forecast([job], load.sharing, TickTimes(POINTS))[job.job_id].eta_s
         outlook = outlooks[job.job_id]
         assert 0 <= outlook.position < len(jobs)
         assert outlook.eta_s >= 0.99 * min(alone_s, job.work.steps * POINTS[0][1]) > 0
-        assert (
-            forecast(jobs, load.max_batch, reserved, load.policy, TickTimes(POINTS), job.job_id)[job.job_id] == outlook
-        ), "looking no further than one job changes nothing for it"
+        assert forecast(jobs, load.sharing, TickTimes(POINTS), job.job_id)[job.job_id] == outlook, (
+            "looking no further than one job changes nothing for it"
+        )
 
 
 def test_the_work_of_a_forecast_grows_with_the_jobs_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +215,6 @@ def test_the_work_of_a_forecast_grows_with_the_jobs_and_no_faster(monkeypatch: p
     monkeypatch.setattr(Fluid, "step", counted)
     for jobs in (100, 1000):
         counts.append(0)
-        forecast(pendings(*[plain(1 + i % 5, 1 + 37 * i % 200) for i in range(jobs)]), 8, 2, "srpt", TickTimes(POINTS))
+        forecast(pendings(*[plain(1 + i % 5, 1 + 37 * i % 200) for i in range(jobs)]), SRPT, TickTimes(POINTS))
     assert counts[1] <= 12 * counts[0]
     assert counts[1] <= 3 * 1000

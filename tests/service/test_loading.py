@@ -66,19 +66,34 @@ def test_the_batch_is_as_asked_or_the_knee(options: LoadOptions, max_batch: int 
         assert MIN_BATCH <= loaded.max_batch <= 16
     else:
         assert loaded.max_batch == max_batch
+    assert MIN_BATCH <= loaded.short_batch <= loaded.max_batch
 
 
 def test_the_knee_is_kept_between_starts_and_a_damaged_answer_is_not_taken(
     options: LoadOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    curves = iter([((4, 1.0), (8, 1.0), (16, 9.0)), *[((4, 1.0), (8, 9.0), (16, 9.0))] * 3])
+    curves = iter([((4, 0.55), (8, 1.0), (16, 9.0)), *[((4, 1.0), (8, 9.0), (16, 9.0))] * 3])
     monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch: next(curves))
     options = replace(options, max_batch=None)
-    assert [load_engine(options).max_batch for _ in range(2)] == [8, 8]
+
+    def knees() -> tuple[int, int]:
+        loaded = load_engine(options)
+        return loaded.max_batch, loaded.short_batch
+
+    assert [knees() for _ in range(2)] == [(8, 4)] * 2
     for file in (tmp_path / "cache").iterdir():
-        if "places" in json.loads(file.read_bytes()):
-            file.write_text('{"places": 17}')
-    assert [load_engine(options).max_batch for _ in range(2)] == [4, 4]
+        if "short_batch" in json.loads(file.read_bytes()):
+            file.write_text('{"max_batch": 8, "short_batch": 17}')
+    assert [knees() for _ in range(2)] == [(4, 4)] * 2
+
+
+@pytest.mark.parametrize(("asked", "max_batch", "short_batch"), [(6, 8, 6), (16, 8, 8), (None, 5, 4)])
+def test_a_short_tick_is_as_asked_or_measured_but_never_longer_than_any(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch, asked: int | None, max_batch: int, short_batch: int
+) -> None:
+    monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch: ((4, 0.55), (8, 1.0)))
+    loaded = load_engine(replace(options, max_batch=max_batch, short_batch=asked))
+    assert (loaded.max_batch, loaded.short_batch) == (max_batch, short_batch)
 
 
 def test_so_many_rows_and_jobs_as_asked_fit_at_once(options: LoadOptions) -> None:

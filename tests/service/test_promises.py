@@ -12,7 +12,7 @@ from service import promises as promises_module
 from service.admission import Admission
 from service.errors import DeadlineUnmeetable, Overloaded
 from service.job import Batch, Limits, Work
-from service.scheduler import Policy, Scheduler
+from service.scheduler import Policy, Scheduler, Sharing
 from service.tick_times import TickTimes
 from tests.service.test_admission import LIMITS, make_admission, plain, refusal, wait_of
 
@@ -128,8 +128,9 @@ def serve(
     deadlines: dict[Work, float] | None = None,
 ) -> Outcome:
     """Run requests at their times to the end of all work, with the scheduler itself and a clock of predicted ticks."""
-    scheduler, times = Scheduler(limits.max_batch, 0.25, policy), TickTimes(points)
-    admission = Admission(limits, policy)
+    sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=limits.short_batch)
+    scheduler, times = Scheduler(sharing), TickTimes(points)
+    admission = Admission(limits, sharing)
     admission.calibrate(points)
     coming = [(at_s, number, 1) for number, (at_s, _) in enumerate(requests)]
     heapq.heapify(coming)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.job import Batch, Work
-from service.scheduler import Policy, Scheduler, reserved_places
+from service.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing
 
 
 def tick(scheduler: Scheduler) -> Batch:
@@ -35,26 +35,26 @@ def add(scheduler: Scheduler, job_id: str, rows: Sequence[int], steps: int, guid
 
 
 def test_without_jobs_there_is_no_batch() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     assert scheduler.next_batch() is None
     assert scheduler.num_rows == 0
 
 
 def test_one_row_steps_from_the_first_step_to_the_last() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", [7], steps=3)
     assert drain(scheduler) == [Batch((7,), (step,), ()) for step in range(3)]
     assert scheduler.num_rows == 0
 
 
 def test_choosing_a_batch_changes_nothing() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", [0, 1], steps=2, guided=True)
     assert scheduler.next_batch() == scheduler.next_batch()
 
 
 def test_late_job_joins_at_the_next_tick() -> None:
-    scheduler = Scheduler(8)
+    scheduler = Scheduler(Sharing.of(8))
     add(scheduler, "early", [0, 1], steps=10)
     assert set(tick(scheduler).rows) == {0, 1}
     add(scheduler, "late", [2, 3], steps=10)
@@ -63,7 +63,7 @@ def test_late_job_joins_at_the_next_tick() -> None:
 
 
 def test_a_long_job_does_not_hold_up_a_short_one() -> None:
-    scheduler = Scheduler(8)
+    scheduler = Scheduler(Sharing.of(8))
     add(scheduler, "long", range(8), steps=1000)
     tick(scheduler)
     add(scheduler, "short", [8], steps=20)
@@ -74,7 +74,7 @@ def test_a_long_job_does_not_hold_up_a_short_one() -> None:
 
 
 def test_shortest_remaining_work_goes_first() -> None:
-    scheduler = Scheduler(4, reserved_share=0)
+    scheduler = Scheduler(Sharing.of(4, reserved_share=0))
     add(scheduler, "oldest", range(4), steps=100)
     add(scheduler, "middle", range(4, 8), steps=10)
     add(scheduler, "shortest", range(8, 12), steps=5)
@@ -83,21 +83,21 @@ def test_shortest_remaining_work_goes_first() -> None:
 
 
 def test_guidance_counts_double_in_remaining_work() -> None:
-    scheduler = Scheduler(2, reserved_share=0)
+    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
     add(scheduler, "guided", [0], steps=6, guided=True)
     add(scheduler, "plain", [1, 2], steps=5)
     assert tick(scheduler).rows == (1, 2)
 
 
 def test_equal_jobs_go_in_order_of_arrival() -> None:
-    scheduler = Scheduler(2, reserved_share=0)
+    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
     for name, rows in (("b", [0, 1]), ("a", [2, 3]), ("c", [4, 5])):
         add(scheduler, name, rows, steps=1)
     assert [batch.rows for batch in drain(scheduler)] == [(0, 1), (2, 3), (4, 5)]
 
 
 def test_the_oldest_job_keeps_its_share_under_a_stream_of_short_ones() -> None:
-    scheduler = Scheduler(8, reserved_share=0.25)
+    scheduler = Scheduler(Sharing.of(8, reserved_share=0.25))
     add(scheduler, "long", range(4), steps=100)
     for round_ in range(20):
         add(scheduler, f"short{round_}", range(100 + 8 * round_, 108 + 8 * round_), steps=1)
@@ -106,14 +106,14 @@ def test_the_oldest_job_keeps_its_share_under_a_stream_of_short_ones() -> None:
 
 
 def test_the_reserve_of_a_small_batch_still_fits_a_guided_row() -> None:
-    scheduler = Scheduler(4, reserved_share=0.25)
+    scheduler = Scheduler(Sharing.of(4, reserved_share=0.25))
     add(scheduler, "guided", [0], steps=50, guided=True)
     add(scheduler, "short", [1, 2, 3, 4], steps=1)
     assert 0 in tick(scheduler).rows
 
 
 def test_a_guided_row_takes_two_places_and_says_where_it_stands() -> None:
-    scheduler = Scheduler(5, reserved_share=0)
+    scheduler = Scheduler(Sharing.of(5, reserved_share=0))
     add(scheduler, "plain", [0], steps=1)
     add(scheduler, "guided", [1, 2, 3], steps=1, guided=True)
     batch = tick(scheduler)
@@ -123,13 +123,13 @@ def test_a_guided_row_takes_two_places_and_says_where_it_stands() -> None:
 
 
 def test_an_odd_place_that_no_guided_row_fits_stays_empty() -> None:
-    scheduler = Scheduler(3)
+    scheduler = Scheduler(Sharing.of(3))
     add(scheduler, "guided", [0, 1], steps=1, guided=True)
     assert [batch.places for batch in drain(scheduler)] == [2, 2]
 
 
 def test_more_rows_than_places_advance_together() -> None:
-    scheduler = Scheduler(2, reserved_share=0)
+    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
     add(scheduler, "a", range(6), steps=4)
     for _ in range(3):
         tick(scheduler)
@@ -139,7 +139,7 @@ def test_more_rows_than_places_advance_together() -> None:
 
 
 def test_cancel_frees_the_places_at_once_and_returns_the_work_left() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", range(3), steps=5)
     add(scheduler, "b", range(3, 5), steps=5, guided=True)
     assert scheduler.num_rows == 5
@@ -156,7 +156,7 @@ def test_cancel_frees_the_places_at_once_and_returns_the_work_left() -> None:
 
 
 def test_cancelling_twice_or_an_unknown_job_does_nothing() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", [0], steps=5)
     assert scheduler.cancel("nobody") == 0
     assert scheduler.cancel("a") == 5
@@ -164,14 +164,14 @@ def test_cancelling_twice_or_an_unknown_job_does_nothing() -> None:
 
 
 def test_cancelling_a_finished_job_does_nothing() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", [0], steps=1)
     tick(scheduler)
     assert scheduler.cancel("a") == 0
 
 
 def test_a_row_id_may_return_with_another_job() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", [0], steps=5)
     tick(scheduler)
     scheduler.cancel("a")
@@ -180,7 +180,7 @@ def test_a_row_id_may_return_with_another_job() -> None:
 
 
 def test_advance_tells_who_started_and_who_finished_once_each() -> None:
-    scheduler = Scheduler(2, reserved_share=0)
+    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
     add(scheduler, "long", [0, 1], steps=2)
     add(scheduler, "short", [2], steps=1)
     seen = []
@@ -191,7 +191,7 @@ def test_advance_tells_who_started_and_who_finished_once_each() -> None:
 
 
 def test_a_job_is_finished_only_with_its_last_row() -> None:
-    scheduler = Scheduler(2)
+    scheduler = Scheduler(Sharing.of(2))
     add(scheduler, "a", [0, 1, 2], steps=1)
     first = scheduler.next_batch()
     assert first is not None
@@ -203,7 +203,7 @@ def test_a_job_is_finished_only_with_its_last_row() -> None:
 
 
 def test_rows_by_job_counts_each_jobs_rows_in_a_batch() -> None:
-    scheduler = Scheduler(8)
+    scheduler = Scheduler(Sharing.of(8))
     add(scheduler, "a", [0, 1, 2], steps=1)
     add(scheduler, "b", [3], steps=1, guided=True)
     batch = scheduler.next_batch()
@@ -212,7 +212,7 @@ def test_rows_by_job_counts_each_jobs_rows_in_a_batch() -> None:
 
 
 def test_a_programmers_mistake_asserts() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", [0], steps=2)
     with pytest.raises(AssertionError):
         add(scheduler, "a", [1], steps=2)
@@ -221,11 +221,11 @@ def test_a_programmers_mistake_asserts() -> None:
     with pytest.raises(AssertionError):
         scheduler.advance(Batch((0,), (1,), ()))
     with pytest.raises(AssertionError):
-        Scheduler(1)
+        Scheduler(Sharing.of(1))
 
 
 def test_guidance_in_an_interval_costs_two_places_only_there() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     scheduler.add("a", [0, 1], Work(2, 4, range(1, 3)))
     batches = [scheduler.next_batch()]
     assert batches[0] is not None
@@ -235,14 +235,14 @@ def test_guidance_in_an_interval_costs_two_places_only_there() -> None:
 
 
 def test_cancelling_returns_what_the_guided_steps_would_have_cost() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     scheduler.add("a", [0, 1], Work(2, 5, range(3, 5)))
     tick(scheduler)
     assert scheduler.cancel("a") == 2 * (1 + 1 + 2 + 2)
 
 
 def test_a_last_single_place_goes_to_the_next_row_that_fits_it() -> None:
-    scheduler = Scheduler(3, reserved_share=0)
+    scheduler = Scheduler(Sharing.of(3, reserved_share=0))
     add(scheduler, "guided", [0, 1], steps=2, guided=True)
     add(scheduler, "also guided", [2], steps=9, guided=True)
     add(scheduler, "plain", [3], steps=50)
@@ -250,7 +250,7 @@ def test_a_last_single_place_goes_to_the_next_row_that_fits_it() -> None:
 
 
 def test_a_last_single_place_may_go_to_a_more_advanced_row_of_the_same_job() -> None:
-    scheduler = Scheduler(3, reserved_share=0)
+    scheduler = Scheduler(Sharing.of(3, reserved_share=0))
     scheduler.add("a", [0, 1, 2], Work(3, 4, range(0, 2)))
     batches = drain(scheduler)
     assert sum(batch.places for batch in batches) == 3 * 6
@@ -258,7 +258,7 @@ def test_a_last_single_place_may_go_to_a_more_advanced_row_of_the_same_job() -> 
 
 
 def test_places_by_job_counts_guided_rows_twice() -> None:
-    scheduler = Scheduler(8)
+    scheduler = Scheduler(Sharing.of(8))
     add(scheduler, "a", [0, 1, 2], steps=1)
     add(scheduler, "b", [3], steps=1, guided=True)
     batch = scheduler.next_batch()
@@ -267,7 +267,7 @@ def test_places_by_job_counts_guided_rows_twice() -> None:
 
 
 def test_first_come_first_served_goes_by_arrival_alone() -> None:
-    scheduler = Scheduler(4, policy="fcfs")
+    scheduler = Scheduler(Sharing.of(4, policy="fcfs"))
     add(scheduler, "long", range(4), steps=10)
     tick(scheduler)
     add(scheduler, "short", [9], steps=1)
@@ -276,7 +276,7 @@ def test_first_come_first_served_goes_by_arrival_alone() -> None:
 
 
 def test_there_is_work_until_the_last_job_is_done() -> None:
-    scheduler = Scheduler(4)
+    scheduler = Scheduler(Sharing.of(4))
     assert not scheduler.has_work
     add(scheduler, "a", [0], steps=1)
     assert scheduler.has_work
@@ -291,7 +291,43 @@ def test_there_is_work_until_the_last_job_is_done() -> None:
 def test_the_reserve_is_a_share_and_at_least_a_guided_row(
     max_batch: int, share: float, policy: Policy, places: int
 ) -> None:
-    assert reserved_places(max_batch, share, policy) == places
+    assert Sharing.of(max_batch, share, policy).reserved == places
+
+
+def test_a_tick_that_a_short_job_shares_with_a_much_longer_one_is_short_until_the_short_one_is_done() -> None:
+    scheduler = Scheduler(Sharing.of(8, short_batch=4))
+    add(scheduler, "long", range(8), steps=100)
+    assert tick(scheduler).places == 8
+    add(scheduler, "short", [8], steps=3)
+    assert [tick(scheduler).places for _ in range(5)] == [4, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("others", "places"),
+    [
+        pytest.param([(5, 20)], 7, id="its own rows have all the places they need, and the oldest its reserve"),
+        pytest.param([(1, 20), (2, 20), (3, 20)], 8, id="and so have those of others like it"),
+        pytest.param([(1, 3), (1, 200)], 4, id="two much longer jobs share what is left of a short tick"),
+        pytest.param([(2, 100)], 8, id="a fourth of the work is much shorter, and more is not"),
+        pytest.param([(1, 20)] * 7, 8, id="where there are as many jobs as places each may have one"),
+        pytest.param([(1, 20), *[(1, 100)] * 8], 8, id="more jobs than places: what all wait for is throughput"),
+    ],
+)
+def test_how_short_a_tick_is(others: list[tuple[int, int]], places: int) -> None:
+    scheduler = Scheduler(Sharing.of(8, short_batch=4))
+    add(scheduler, "long", range(8), steps=99)
+    for number, (rows, steps) in enumerate(others):
+        add(scheduler, f"other{number}", range(100 * (number + 1), 100 * (number + 1) + rows), steps)
+    batch = scheduler.next_batch()
+    assert batch is not None
+    assert batch.places == places
+
+
+def test_in_order_of_arrival_no_tick_is_short() -> None:
+    scheduler = Scheduler(Sharing.of(8, policy="fcfs", short_batch=4))
+    add(scheduler, "long", range(8), steps=100)
+    add(scheduler, "short", [8], steps=3)
+    assert tick(scheduler).places == 8
 
 
 # --- what a tick costs ---
@@ -321,7 +357,7 @@ def lines_run(act: Callable[[], object]) -> int:
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_tick_costs_the_same_however_many_jobs_wait(policy: Policy, guided: bool) -> None:
     def ticks(waiting: int) -> int:
-        scheduler = Scheduler(7, policy=policy)
+        scheduler = Scheduler(Sharing.of(7, policy=policy))
         for i in range(waiting):
             add(scheduler, f"w{i}", [i], steps=50 + i % 3, guided=guided)
         return lines_run(lambda: [tick(scheduler) for _ in range(10)])
@@ -330,7 +366,7 @@ def test_a_tick_costs_the_same_however_many_jobs_wait(policy: Policy, guided: bo
 
 
 def test_jobs_that_ended_in_order_of_arrival_leave_nothing_to_walk_over() -> None:
-    scheduler = Scheduler(4, policy="fcfs")
+    scheduler = Scheduler(Sharing.of(4, policy="fcfs"))
     for i in range(10_000):
         add(scheduler, f"w{i}", [i], steps=1)
     first = lines_run(lambda: tick(scheduler))
@@ -369,8 +405,16 @@ arrivals = st.lists(
     min_size=1,
     max_size=8,
 )
-policies = st.sampled_from(["srpt", "fcfs"])
-loads = given(arrivals, st.integers(2, 12), st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), policies)
+
+
+@st.composite
+def sharings(draw: st.DrawFn) -> Sharing:
+    max_batch = draw(st.integers(2, 12))
+    share, policy = draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0])), draw(st.sampled_from(["srpt", "srpt", "fcfs"]))
+    return Sharing.of(max_batch, share, policy, draw(st.none() | st.integers(1, max_batch)))
+
+
+loads = given(arrivals, sharings())
 
 
 class Check:
@@ -381,12 +425,9 @@ class Check:
 class Simulation:
     """Runs a load to its end by its own books, which the tests hold against what the scheduler chose."""
 
-    def __init__(
-        self, load: list[Arrival], max_batch: int, reserved_share: float, policy, names: str = "job{}"
-    ) -> None:
-        self.max_batch = max_batch
-        self.reserve = reserved_places(max_batch, reserved_share, policy)
-        self.scheduler = Scheduler(max_batch, reserved_share, policy)
+    def __init__(self, load: list[Arrival], sharing: Sharing, names: str = "job{}") -> None:
+        self.sharing = sharing
+        self.scheduler = Scheduler(sharing)
         self.load = sorted(load, key=lambda job: job.tick)
         self.jobs = {names.format(i): job for i, job in enumerate(self.load)}
         self.alive: dict[str, Arrival] = {}  # in order of arrival
@@ -409,6 +450,18 @@ class Simulation:
     def waiting(self) -> dict[int, int]:
         """Rows that can step, with the places each takes."""
         return {row: self.jobs[self.job_of[row]].work.places_per_row(step) for row, step in self.next_step.items()}
+
+    def in_turn(self) -> list[str]:
+        """The jobs, the first in turn first."""
+        names = list(self.alive)
+        return sorted(names, key=self.remaining) if self.sharing.policy == "srpt" else names
+
+    def held_back(self) -> set[str]:
+        """The jobs that make a short tick: much longer than the first in turn, with a place for every job."""
+        if self.sharing.policy == "fcfs" or len(self.alive) > self.sharing.max_batch:
+            return set()
+        least = MUCH_LONGER * self.jobs[self.in_turn()[0]].work.places
+        return {name for name, job in self.alive.items() if job.work.places >= least}
 
     def run(self, check: Check) -> "Simulation":
         for now in range(10_000):
@@ -453,10 +506,8 @@ class Simulation:
 
 @settings(deadline=None, max_examples=200)
 @loads
-def test_every_row_takes_each_step_once_in_order_and_no_work_is_lost(
-    load: list[Arrival], max_batch: int, share: float, policy: Policy
-) -> None:
-    simulation = Simulation(load, max_batch, share, policy).run(Check())
+def test_every_row_takes_each_step_once_in_order_and_no_work_is_lost(load: list[Arrival], sharing: Sharing) -> None:
+    simulation = Simulation(load, sharing).run(Check())
     for row, steps in simulation.taken.items():
         name = simulation.job_of[row]
         assert steps == list(range(len(steps)))
@@ -468,85 +519,101 @@ def test_every_row_takes_each_step_once_in_order_and_no_work_is_lost(
 
 @settings(deadline=None, max_examples=200)
 @loads
-def test_places_never_exceed_the_batch_and_no_row_is_in_it_twice(
-    load: list[Arrival], max_batch: int, share: float, policy: Policy
-) -> None:
+def test_places_never_exceed_the_batch_and_no_row_is_in_it_twice(load: list[Arrival], sharing: Sharing) -> None:
     class Bounds(Check):
         def __call__(self, simulation: Simulation, batch: Batch) -> None:
             waiting = simulation.waiting()
             assert batch.rows
             assert max(Counter(batch.rows).values()) == 1
             assert set(batch.rows) <= waiting.keys(), "nor one that is done, cancelled or not there yet"
-            assert sum(waiting[row] for row in batch.rows) == batch.places <= max_batch
+            assert sum(waiting[row] for row in batch.rows) == batch.places <= sharing.max_batch
             assert [batch.rows[at] for at in batch.guided] == [row for row in batch.rows if waiting[row] == 2]
             assert simulation.scheduler.next_batch() == batch, "choosing changes nothing"
 
-    Simulation(load, max_batch, share, policy).run(Bounds())
+    Simulation(load, sharing).run(Bounds())
 
 
 @settings(deadline=None, max_examples=200)
 @loads
-def test_no_place_stays_empty_that_a_waiting_row_fits(
-    load: list[Arrival], max_batch: int, share: float, policy: Policy
-) -> None:
+def test_no_place_stays_empty_that_a_waiting_row_fits(load: list[Arrival], sharing: Sharing) -> None:
     class Conserves(Check):
         def __call__(self, simulation: Simulation, batch: Batch) -> None:
-            free = max_batch - batch.places
-            left_out = [places for row, places in simulation.waiting().items() if row not in batch.rows]
-            assert all(places > free for places in left_out)
+            held_back = simulation.held_back()
+            for row, places in simulation.waiting().items():
+                held = simulation.job_of[row] in held_back
+                room = sharing.short_batch if held else sharing.max_batch
+                assert row in batch.rows or places > room - batch.places
 
-    Simulation(load, max_batch, share, policy).run(Conserves())
+    Simulation(load, sharing).run(Conserves())
 
 
 @settings(deadline=None, max_examples=200)
 @loads
-def test_the_oldest_job_has_its_reserve_in_every_tick(
-    load: list[Arrival], max_batch: int, share: float, policy: Policy
-) -> None:
+def test_the_oldest_job_has_its_reserve_in_every_tick(load: list[Arrival], sharing: Sharing) -> None:
     class Progresses(Check):
         def __call__(self, simulation: Simulation, batch: Batch) -> None:
             oldest = next(iter(simulation.alive))
             mine = [row for row in simulation.alive[oldest].rows if row in simulation.next_step]
-            assert sum(row in batch.rows for row in mine) >= min(len(mine), simulation.reserve // 2)
+            assert sum(row in batch.rows for row in mine) >= min(len(mine), sharing.reserved // 2)
 
-    Simulation(load, max_batch, share or 0.25, "srpt").run(Progresses())
+    sharing = Sharing.of(sharing.max_batch, 0.25, "srpt", sharing.short_batch)
+    Simulation(load, sharing).run(Progresses())
+
+
+@settings(deadline=None, max_examples=200)
+@loads
+def test_a_job_does_not_share_more_than_a_short_tick_with_much_longer_ones(
+    load: list[Arrival], sharing: Sharing
+) -> None:
+    class Short(Check):
+        def __call__(self, simulation: Simulation, batch: Batch) -> None:
+            waiting, held_back = simulation.waiting(), simulation.held_back()
+            places: Counter[str] = Counter()
+            for row in batch.rows:
+                places[simulation.job_of[row]] += waiting[row]
+            oldest = next(iter(simulation.alive))
+            reserve = min(places[oldest], sharing.reserved)
+            so_far = reserve
+            for name in simulation.in_turn():
+                beyond = places[name] - (reserve if name == oldest else 0)
+                so_far += beyond
+                assert name not in held_back or beyond == 0 or so_far <= sharing.short_batch
+
+    Simulation(load, sharing).run(Short())
 
 
 @settings(deadline=None, max_examples=200)
 @loads
 def test_with_no_reserve_no_row_steps_while_a_row_that_fits_of_a_job_before_it_waits(
-    load: list[Arrival], max_batch: int, share: float, policy: Policy
+    load: list[Arrival], sharing: Sharing
 ) -> None:
     class InOrder(Check):
         def __call__(self, simulation: Simulation, batch: Batch) -> None:
-            arrivals = {name: at for at, name in enumerate(simulation.jobs)}
-            order = sorted(
-                simulation.alive,
-                key=lambda name: (simulation.remaining(name) if policy == "srpt" else 0, arrivals[name]),
-            )
-            rank = {name: position for position, name in enumerate(order)}
-            waiting = simulation.waiting()
-            for row in waiting.keys() - set(batch.rows):
+            rank = {name: position for position, name in enumerate(simulation.in_turn())}
+            waiting, held_back = simulation.waiting(), simulation.held_back()
+            left_out = {row for row in waiting.keys() - set(batch.rows) if simulation.job_of[row] not in held_back}
+            for row in left_out:
                 later = [r for r in batch.rows if rank[simulation.job_of[r]] > rank[simulation.job_of[row]]]
                 # Only an odd place that a guided row cannot use may go to a later job, and there is one at most.
                 assert not later or (waiting[row] == 2 and [waiting[r] for r in later] == [1])
 
-    Simulation(load, max_batch, 0.0, policy).run(InOrder())
+    Simulation(load, Sharing.of(sharing.max_batch, 0.0, sharing.policy, sharing.short_batch)).run(InOrder())
 
 
 @settings(deadline=None, max_examples=60)
-@given(works(max_rows=9, max_steps=30), st.integers(2, 12), st.sampled_from([0.1, 0.25, 0.5]), st.randoms())
+@given(works(max_rows=9, max_steps=30), sharings(), st.sampled_from([0.1, 0.25, 0.5]), st.randoms())
 def test_under_an_endless_stream_of_short_jobs_the_oldest_ends_in_time(
-    work: Work, max_batch: int, share: float, random: random.Random
+    work: Work, sharing: Sharing, share: float, random: random.Random
 ) -> None:
-    scheduler = Scheduler(max_batch, share)
+    sharing = Sharing.of(sharing.max_batch, share, "srpt", sharing.short_batch)
+    scheduler = Scheduler(sharing)
     scheduler.add("oldest", range(work.rows), work)
-    rows_a_tick = reserved_places(max_batch, share, "srpt") // 2
+    rows_a_tick = sharing.reserved // 2
     # Every tick steps that many rows, or all that are left; and those left when they are fewer take `steps` at most.
     bound = work.rows * work.steps // rows_a_tick + work.steps
     row = work.rows
     for _ in range(bound):
-        for _ in range(random.randint(1, max_batch)):
+        for _ in range(random.randint(1, sharing.max_batch)):
             scheduler.add(f"short{row}", [row], Work(1, 1, range(random.randint(0, 1))))
             row += 1
         batch = scheduler.next_batch()
@@ -559,9 +626,9 @@ def test_under_an_endless_stream_of_short_jobs_the_oldest_ends_in_time(
 @settings(deadline=None, max_examples=50)
 @loads
 def test_the_same_load_gives_the_same_batches_whatever_the_jobs_are_called(
-    load: list[Arrival], max_batch: int, share: float, policy: Policy
+    load: list[Arrival], sharing: Sharing
 ) -> None:
-    one = Simulation(load, max_batch, share, policy).run(Check())
-    other = Simulation(load, max_batch, share, policy, names="{:c}").run(Check())
-    reversed_names = Simulation(load, max_batch, share, policy, names="{0:03d}z").run(Check())
+    one = Simulation(load, sharing).run(Check())
+    other = Simulation(load, sharing, names="{:c}").run(Check())
+    reversed_names = Simulation(load, sharing, names="{0:03d}z").run(Check())
     assert one.batches == other.batches == reversed_names.batches

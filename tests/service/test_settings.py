@@ -26,6 +26,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "cache_dir": ("some/cache", Path("some/cache")),
     "max_n": ("7", 7),
     "max_batch": ("9", 9),
+    "short_batch": ("7", 7),
     "max_jobs": ("11", 11),
     "max_connections": ("99", 99),
     "max_rows": ("13", 13),
@@ -75,6 +76,8 @@ BAD = [
     ("max_batch", "1"),
     ("max_batch", "3"),
     ("max_batch", "4097"),
+    ("short_batch", "3"),
+    ("short_batch", "4097"),
     ("max_jobs", "0"),
     ("max_jobs", "10001"),
     ("max_connections", "7"),
@@ -133,7 +136,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
         def load_engine(options: LoadOptions) -> Loaded:
             served.update({name: getattr(options, name) for name in LoadOptions.__slots__})
-            return Loaded(FakeEngine(), options.max_rows or 100, options.max_batch or 16, TICK_TIMES)  # type: ignore[arg-type]
+            places = options.max_batch or 16, options.short_batch or 8
+            return Loaded(FakeEngine(), options.max_rows or 100, *places, TICK_TIMES)  # type: ignore[arg-type]
 
         def bind(host: str, port: int) -> str:
             served.update(host=host, port=port)
@@ -162,7 +166,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 def arrived(served: Served, name: str) -> Any:
     """Where a setting must have come to."""
-    if name in ("max_n", "max_batch", "max_jobs", "max_rows", "max_backlog_s", "max_body_bytes"):
+    if name in ("max_n", "max_batch", "short_batch", "max_jobs", "max_rows", "max_backlog_s", "max_body_bytes"):
         return getattr(served["limits"], name)
     if name == "result_cache_mb":
         return served["limits"].result_cache_bytes / 2**20
@@ -230,6 +234,7 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     assert served["limits"] == Limits(
         max_n=64,
         max_batch=16,
+        short_batch=8,
         max_rows=100,
         max_jobs=1024,
         max_backlog_s=600,
@@ -241,9 +246,8 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     assert {name: served[name] for name in ("device", "executor", "precision")} == dict.fromkeys(
         ("device", "executor", "precision"), "auto"
     )
-    assert {name: served[name] for name in ("exact", "threads", "max_batch", "max_rows", "cache_dir")} == dict.fromkeys(
-        ("exact", "threads", "max_batch", "max_rows", "cache_dir")
-    ), "left to the machine"
+    by_measuring = "exact", "threads", "max_batch", "short_batch", "max_rows", "cache_dir"
+    assert {name: served[name] for name in by_measuring} == dict.fromkeys(by_measuring), "left to the machine"
     assert served["tick_times"] == TICK_TIMES, "what was measured is what admission counts with"
 
 

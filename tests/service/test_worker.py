@@ -22,7 +22,7 @@ from service.errors import (
 )
 from service.job import Batch, JobResult, JobStatus, Limits, ModelInfo, SampleSpec, Ticket, Work
 from service.metrics import Metrics
-from service.scheduler import Scheduler
+from service.scheduler import Scheduler, Sharing
 from service.worker import Worker
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
 
@@ -32,10 +32,11 @@ class Bench:
 
     def __init__(self, info: ModelInfo = INFO, limits: Limits = LIMITS) -> None:
         self.engine, self.limits = FakeEngine(info), limits
-        self.admission, self.metrics = Admission(limits), Metrics(info)
+        sharing = Sharing.of(limits.max_batch)
+        self.admission, self.metrics = Admission(limits, sharing), Metrics(info)
         self.now_s = 0.0
         self.engine.on_step = self.tick_takes_a_second
-        scheduler = Scheduler(limits.max_batch)
+        scheduler = Scheduler(sharing)
         self.worker = Worker(self.engine, scheduler, self.admission, self.metrics, clock=lambda: self.now_s)
 
     def tick_takes_a_second(self, _batch: Batch) -> None:
