@@ -42,7 +42,7 @@ def describe(
         null_class=labels.null_class,
         weights_hash=checkpoint.weights_hash,
         fingerprint=fingerprint(checkpoint, device, executor, exact=exact, bits=bits),
-        device=device_name(device),
+        device=_device_name(device),
         executor=executor.name,
         precision=executor.precision,
         executor_details=executor.details,
@@ -50,11 +50,9 @@ def describe(
     )
 
 
-def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+def _device_name(device: torch.device) -> str:
+    """What a person calls the device. How many threads an executor uses, its details say."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def fingerprint(
