@@ -323,6 +323,10 @@ def test_how_short_a_tick_is(others: list[tuple[int, int]], places: int) -> None
     assert batch.places == places
 
 
+def test_a_short_tick_is_never_longer_than_any() -> None:
+    assert Sharing.of(4, short_batch=8).short_batch == Sharing.of(4).short_batch == 4
+
+
 def test_in_order_of_arrival_no_tick_is_short() -> None:
     scheduler = Scheduler(Sharing.of(8, policy="fcfs", short_batch=4))
     add(scheduler, "long", range(8), steps=100)
