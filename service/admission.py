@@ -32,6 +32,7 @@ class Admission:
     """Owns the ledger of accepted work and how long ticks take; refuses what is over the limits or would be late."""
 
     def __init__(self, limits: Limits, sharing: Sharing) -> None:
+        assert sharing.max_batch == limits.max_batch
         self._limits, self._sharing = limits, sharing
         # The ledger. The worker must not wait for a forecast, so none is made under this lock.
         self._lock = threading.Lock()

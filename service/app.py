@@ -16,21 +16,18 @@ from service.routes_jobs import job_routes
 from service.routes_sample import sample_routes
 from service.routes_system import system_routes
 from service.row_engine import RowEngine
-from service.scheduler import Policy, Scheduler, Sharing
+from service.scheduler import Scheduler, Sharing
 from service.worker import Worker
 
 
-def create_app(
-    engine: RowEngine, limits: Limits, tick_times: Sequence[tuple[int, float]], policy: Policy = "srpt"
-) -> FastAPI:
+def create_app(engine: RowEngine, limits: Limits, tick_times: Sequence[tuple[int, float]], sharing: Sharing) -> FastAPI:
     """Build the application around an engine. The worker runs for as long as the app's lifespan.
 
-    tick_times are the measured (places, seconds) of a tick; policy is srpt or fcfs, see Scheduler.
+    tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places.
     `app.state.worker` is for the entry point, which drains it on SIGTERM.
     """
     model = engine.info
     metrics = Metrics(model)
-    sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=limits.short_batch)
     admission = Admission(limits, sharing)
     admission.calibrate(tick_times)
     worker = Worker(engine, Scheduler(sharing), admission, metrics)

@@ -62,6 +62,7 @@ def serve(**flags: Any) -> None:
 
     from service.app import create_app
     from service.job import Limits
+    from service.scheduler import Sharing
     from service.server import bind
     from service.server import serve as run_server
 
@@ -85,20 +86,20 @@ def serve(**flags: Any) -> None:
     limits = Limits(
         max_n=min(settings.max_n, loaded.max_rows),
         max_batch=loaded.max_batch,
-        short_batch=loaded.short_batch,
         max_rows=loaded.max_rows,
         max_jobs=settings.max_jobs,
         max_backlog_s=settings.max_backlog_s,
         max_body_bytes=settings.max_body_bytes,
         result_cache_bytes=settings.result_cache_mb * 2**20,
     )
+    sharing = Sharing.of(loaded.max_batch, policy=settings.policy, short_batch=loaded.short_batch)
     info = loaded.engine.info
     log.info(
         "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
         info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
     )  # fmt: skip
     stopped_well = run_server(
-        create_app(loaded.engine, limits, loaded.tick_times, settings.policy),
+        create_app(loaded.engine, limits, loaded.tick_times, sharing),
         listener,
         grace_s=settings.grace_s,
         log_level=settings.log_level,
@@ -186,15 +187,7 @@ def offline(running: Running, parameters: dict[str, Any], sheet: bool) -> tuple[
     n = parameters["n"]
     loaded = running.engine(n)
     model, batch = loaded.engine.info, loaded.max_batch
-    limits = Limits(
-        max_n=n,
-        max_batch=batch,
-        short_batch=batch,
-        max_rows=n,
-        max_jobs=1,
-        max_backlog_s=float("inf"),
-        max_body_bytes=0,
-    )
+    limits = Limits(max_n=n, max_batch=batch, max_rows=n, max_jobs=1, max_backlog_s=float("inf"), max_body_bytes=0)
     try:
         spec = SampleRequest.parse(parameters, model, limits).to_spec(model, limits)
         with tqdm(total=spec.n * spec.steps, unit="row-step", dynamic_ncols=True) as progress:

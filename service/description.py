@@ -51,7 +51,7 @@ def describe(
 
 
 def _device_name(device: torch.device) -> str:
-    """What a person calls the device. How many threads an executor uses, its details say."""
+    """What a person calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 

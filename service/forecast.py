@@ -40,11 +40,11 @@ class Outlook:
 class _Flow:
     """A job in the model: stretches of steps that cost the same, the current one apart."""
 
-    __slots__ = ("arrival", "id", "left", "places", "rows", "steps", "stretches", "waits", "work")
+    __slots__ = ("arrival", "id", "left", "places", "rows", "steps", "stretches", "waits", "whole")
 
     def __init__(self, job: Pending, arrival: int) -> None:
-        self.id, self.arrival, self.work = job.job_id, arrival, job.work
-        self.rows, self.left = job.work.rows, job.places_left
+        self.id, self.arrival, self.rows = job.job_id, arrival, job.work.rows
+        self.whole, self.left = job.work.places, job.places_left
         self.waits = True  # never had a place yet
         self.stretches = _stretches(job.work, job.places_left / job.work.rows)
         self.steps, self.places = self.stretches.pop()  # steps left to each row in this stretch, and what each costs
@@ -169,20 +169,20 @@ class Fluid:
         self._stale, self._grants = False, []
         if not self._jobs:
             return
-        oldest, first = next(iter(self._jobs.values())), None
+        much_longer = self._sharing.much_longer([job.whole for job in self._jobs.values()])
+        oldest = next(iter(self._jobs.values()))
         reserve = self._reserve_for(oldest)
         free = self._sharing.max_batch - reserve
         looked_past = 0
         for job in self._in_turn() if free else ():
-            first = first or job
             mine, reserve = (reserve, 0) if job is oldest else (0, reserve)
             free += mine
-            room = free - self._sharing.kept_free(len(self._jobs), first.work, job.work)
-            rows = min(job.rows, max(room, mine) // job.places)
+            held_back = job.whole >= much_longer
+            rows = min(job.rows, max(self._sharing.room(free, held_back=held_back), mine) // job.places)
             free -= rows * job.places
             if rows:
                 self._grants.append((job, rows))
-            else:
+            elif not held_back:
                 looked_past += 1
             if free == 0 or looked_past == LOOK_PAST:
                 break

@@ -139,7 +139,6 @@ class Limits:
 
     max_n: int
     max_batch: int  # places in one forward pass
-    short_batch: int  # those in one that a job shares with much longer ones
     max_rows: int
     max_jobs: int
     max_backlog_s: float

@@ -5,9 +5,10 @@ longer ones is a short tick; and a share of the places is kept for the oldest jo
 that is not picked just waits: preemption costs nothing.
 """
 
+import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,16 +16,16 @@ from service.job import Batch, Work
 
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
 
-MUCH_LONGER = 4  # times as much work, all in all: so long a job makes a short tick
+MUCH_LONGER = 8  # times the whole work of another
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How the places of a tick are given out."""
+    """How the places of a tick are given out: the oldest job's reserve first, whatever short_batch is."""
 
     max_batch: int  # places in a tick, at least 2, as a guided row takes two
-    short_batch: int  # those of a tick that a job shares with much longer ones, unless it needs more itself
-    reserved: int  # those of the oldest job; where max_batch is below 4 they are all there is
+    short_batch: int  # those of a tick that much longer jobs may fill where they share it with a shorter one
+    reserved: int  # those of the oldest job, whatever else is there
     policy: Policy
 
     @classmethod
@@ -38,14 +39,19 @@ class Sharing:
         reserved = max(2, int(max_batch * reserved_share)) if reserved_share and policy == "srpt" else 0
         return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy)
 
-    def kept_free(self, jobs: int, first: Work, work: Work) -> int:
-        """How many places a job leaves free for the sake of the first in turn, where so many jobs are there.
+    def much_longer(self, works: Collection[int]) -> float:
+        """From how much work on, of its own whole work, a job must leave a tick short, among jobs of these works.
 
-        None where there are more jobs than places: then what all wait for is throughput, which full ticks are best for.
+        No job must where there are more of them than places: throughput is what all wait for then. Whole works do not
+        change, so the answer does only when a job comes or goes.
         """
-        if self.policy == "fcfs" or jobs > self.max_batch or work.places < MUCH_LONGER * first.places:
-            return 0
-        return self.max_batch - self.short_batch
+        if self.policy == "fcfs" or self.short_batch == self.max_batch or len(works) > self.max_batch:
+            return math.inf
+        return MUCH_LONGER * min(works, default=0)
+
+    def room(self, free: int, *, held_back: bool) -> int:
+        """How many of the free places a job may take."""
+        return free - (self.max_batch - self.short_batch) if held_back else free
 
 
 @dataclass(slots=True)
@@ -139,6 +145,8 @@ class Scheduler:
         # In order of arrival. Not a dict: to find the first entry of one walks over all that were deleted before it.
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
         self._at: dict[int, tuple[_Job, int]] = {}  # row id -> its job and its index there
+        self._works: dict[str, int] = {}  # job id -> its whole work, in places
+        self._much_longer: float | None = None  # None: to be found anew, as a job came or went
         # Sorted, the next job last: those at the front of the queue change all the time, and at the end that is cheap.
         self._queue: list[tuple[int, int, str]] = []
         self._singles: list[tuple[int, int, str]] = []  # those of the queue with a row that fits a single place
@@ -156,6 +164,7 @@ class Scheduler:
             self._at[row] = (job, index)
             job.put(0, index)
         self._jobs[job_id] = job
+        self._works[job_id], self._much_longer = work.places, None
         self._enqueue(job)
 
     def cancel(self, job_id: str) -> int:
@@ -164,6 +173,8 @@ class Scheduler:
         if job is None:
             return 0
         self._dequeue(job)
+        del self._works[job_id]
+        self._much_longer = None
         for row in job.rows_left:
             del self._at[row]
         return job.places_left
@@ -174,19 +185,20 @@ class Scheduler:
             return None
         pick = _Pick(self._sharing.max_batch)
         pick.take(next(iter(self._jobs.values())), self._sharing.reserved)
-        first = self._jobs[self._queue[-1][-1]]
+        if self._much_longer is None:
+            self._much_longer = self._sharing.much_longer(self._works.values())
 
-        def take(job_id: str) -> bool:
-            job = self._jobs[job_id]
-            return pick.take(job, pick.free - self._sharing.kept_free(len(self._jobs), first.work, job.work))
+        def room(job_id: str) -> int:
+            return self._sharing.room(pick.free, held_back=self._works[job_id] >= much_longer)
 
+        much_longer = self._much_longer
         for *_, job_id in reversed(self._queue):
             if pick.free < 2:
                 break
-            take(job_id)
+            pick.take(self._jobs[job_id], room(job_id))
         if pick.free == 1:  # no walk over all the guided jobs in search of a row that fits
             for *_, job_id in reversed(self._singles):
-                if take(job_id):
+                if pick.take(self._jobs[job_id], min(1, room(job_id))):
                     break
         return pick.batch()
 
@@ -212,7 +224,8 @@ class Scheduler:
             if job.singles or job.doubles:
                 self._enqueue(job)
             else:
-                del self._jobs[job_id]
+                del self._jobs[job_id], self._works[job_id]
+                self._much_longer = None
                 finished.append(job_id)
         return Advance(tuple(started), tuple(finished))
 

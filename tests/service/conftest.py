@@ -19,7 +19,7 @@ from model.unet import UNet2D
 from service.app import create_app
 from service.executors import Executor
 from service.job import Limits, ModelInfo
-from service.scheduler import Policy
+from service.scheduler import Policy, Sharing
 from tests.service.fakes import INFO, LIMITS, FakeEngine, wait_until
 from tests.tiny import TINY, randomize
 
@@ -88,7 +88,8 @@ class Site:
         self, info: ModelInfo, limits: Limits, tick_times: Sequence[tuple[int, float]], policy: Policy = "srpt"
     ) -> None:
         self.engine = FakeEngine(info)
-        self.app: FastAPI = create_app(self.engine, limits, tick_times, policy)
+        sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=max(2, limits.max_batch // 2))
+        self.app: FastAPI = create_app(self.engine, limits, tick_times, sharing)
         self.client = TestClient(self.app, raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:

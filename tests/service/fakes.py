@@ -42,7 +42,7 @@ INFO = ModelInfo(
     exact=True,
 )
 
-LIMITS = Limits(max_n=64, max_batch=8, short_batch=4, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
+LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
 
 
 def make_spec(**fields: object) -> SampleSpec:

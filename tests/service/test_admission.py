@@ -11,14 +11,14 @@ from service.forecast import Outlook
 from service.job import Limits, Work
 from service.scheduler import Policy, Sharing
 
-LIMITS = Limits(max_n=64, max_batch=8, short_batch=4, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
+LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
 RATE = ((8, 1 / 8),)  # 64 full places a second; exact in binary, so that no test hangs on rounding
 SECONDS_PER_PLACE = 1 / 64
 
 
 def make_admission(points: Sequence[tuple[int, float]] = RATE, policy: Policy = "srpt", **limits: float) -> Admission:
     held = replace(LIMITS, **limits)  # type: ignore[arg-type]
-    admission = Admission(held, Sharing.of(held.max_batch, policy=policy, short_batch=held.short_batch))
+    admission = Admission(held, Sharing.of(held.max_batch, policy=policy, short_batch=4))
     admission.calibrate(points)
     return admission
 

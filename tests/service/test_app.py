@@ -24,6 +24,7 @@ from service.engine import Engine
 from service.executors import EagerExecutor
 from service.job import Batch, SampleSpec
 from service.local import sample_locally
+from service.scheduler import Sharing
 from service.schemas import SampleRequest
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
@@ -59,6 +60,20 @@ def test_parameters_may_come_in_the_query(site: Site, method: str) -> None:
     response = site.client.request(method, "/sample?steps=2&seed=5&n=2&class_label=cat&class_label=1")
     assert response.status_code == 200
     np.testing.assert_array_equal(pixels(response.content).shape, (4, 12))
+
+
+def test_a_short_request_shares_short_ticks_with_a_long_one(make_site: MakeSite) -> None:
+    site = make_site(gate_shut=True)
+    site.engine.gate.let()  # the warm-up
+    site.wait_until_ready()
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(site.post, json={"n": 8, "steps": 30, "class_label": 0})
+        assert site.engine.next_begun().places == 8
+        short = pool.submit(site.post, json={"n": 1, "steps": 3, "class_label": 0})
+        wait_until(lambda: len(site.client.get("/jobs").json()["jobs"]) == 2)
+        site.engine.gate.open()
+        assert [long.result().status_code, short.result().status_code] == [200, 200]
+    assert [batch.places for batch in site.engine.batches[1:6]] == [8, 4, 4, 4, 8]
 
 
 def test_query_and_body_join(site: Site) -> None:
@@ -135,7 +150,7 @@ def test_the_real_engine_serves_what_it_samples_without_a_server(tiny: Checkpoin
     spec = make_spec(n=3, steps=8, seed=3, guidance=2.0, class_labels=(0, 1, 2))
     expected = sample_locally(make_engine(), spec, 8, lambda rows: None)
     limits = replace(LIMITS, max_rows=16, max_jobs=4)
-    with TestClient(create_app(make_engine(), limits, ((1, 0.001),), "srpt")) as client:
+    with TestClient(create_app(make_engine(), limits, ((1, 0.001),), Sharing.of(limits.max_batch))) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         body = {"n": 3, "steps": 8, "seed": 3, "guidance": 2, "class_label": ["cat", 1, "2"]}
         response = client.post("/sample", json=body)

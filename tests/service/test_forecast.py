@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.forecast import Fluid, Outlook, Pending, forecast
-from service.job import Work
+from service.job import Batch, Work
 from service.scheduler import Scheduler, Sharing
 from service.tick_times import TickTimes
 
@@ -98,6 +98,41 @@ def test_a_faster_job_overtakes_one_that_has_less_left() -> None:
 def test_before_calibration_all_is_over_at_once_and_the_order_is_known() -> None:
     outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), NO_RESERVE, TickTimes())
     assert [(outlooks[f"job{i}"].position, outlooks[f"job{i}"].eta_s) for i in range(2)] == [(1, 0.0), (0, 0.0)]
+
+
+def played(sharing: Sharing, jobs: list[tuple[Work, int]], times: TickTimes) -> dict[str, float]:
+    """When jobs end that have taken some steps each, by the scheduler itself."""
+    scheduler, row, ends, now_s = Scheduler(sharing), 0, dict[str, float](), 0.0
+    for number, (work, left) in enumerate(jobs):
+        rows = range(row, row + work.rows)
+        row += work.rows
+        scheduler.add(f"job{number}", rows, work)
+        for step in range((work.places - left) // work.rows):
+            scheduler.advance(Batch(tuple(rows), (step,) * work.rows, ()))
+    while batch := scheduler.next_batch():
+        now_s += times.seconds(batch.places)
+        ends |= dict.fromkeys(scheduler.advance(batch).finished, now_s)
+    return ends
+
+
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        pytest.param([(plain(8, 200), 1600), (plain(1, 20), 20)], id="a short job beside a long one"),
+        pytest.param([(plain(1, 400), 300), (plain(4, 500), 2000), (plain(16, 300), 4800)], id="one overtakes another"),
+        pytest.param(
+            [(plain(1, 900), 300 + k) for k in range(13)] + [(plain(7, 30), 210), (plain(4, 200), 800)],
+            id="more that are held back than are looked past",
+        ),
+        pytest.param([(plain(8, 200), 1600), (guided(1, 20), 40), (guided(2, 200), 800)], id="guided ones too"),
+    ],
+)
+def test_short_ticks_are_foreseen(jobs: list[tuple[Work, int]]) -> None:
+    sharing, times = Sharing.of(16, short_batch=8), TickTimes(((1, 0.003), (16, 0.018)))
+    pending = [Pending(f"job{number}", work, left) for number, (work, left) in enumerate(jobs)]
+    outlooks = forecast(pending, sharing, times)
+    for job_id, end_s in played(sharing, jobs, times).items():
+        assert outlooks[job_id].eta_s == pytest.approx(end_s, rel=0.05, abs=2 * times.seconds(16)), job_id
 
 
 def test_the_model_stops_at_a_time_and_at_places_left() -> None:

@@ -128,7 +128,7 @@ def serve(
     deadlines: dict[Work, float] | None = None,
 ) -> Outcome:
     """Run requests at their times to the end of all work, with the scheduler itself and a clock of predicted ticks."""
-    sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=limits.short_batch)
+    sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=limits.max_batch // 2)
     scheduler, times = Scheduler(sharing), TickTimes(points)
     admission = Admission(limits, sharing)
     admission.calibrate(points)

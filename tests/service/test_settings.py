@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from service import cli
 from service.job import Limits
 from service.loading import Loaded, LoadOptions
+from service.scheduler import Sharing
 from service.settings import Settings
 from tests.service.fakes import FakeEngine
 
@@ -144,9 +145,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             return "the listener"
 
         def create_app(
-            engine: FakeEngine, limits: Limits, tick_times: tuple[tuple[int, float], ...], policy: str
+            engine: FakeEngine, limits: Limits, tick_times: tuple[tuple[int, float], ...], sharing: Sharing
         ) -> str:
-            served.update(limits=limits, policy=policy, tick_times=tick_times)
+            served.update(limits=limits, sharing=sharing, policy=sharing.policy, tick_times=tick_times)
             return "the app"
 
         def run_server(app: str, listener: str, *, grace_s: float, log_level: str, max_connections: int) -> bool:
@@ -166,8 +167,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 def arrived(served: Served, name: str) -> Any:
     """Where a setting must have come to."""
-    if name in ("max_n", "max_batch", "short_batch", "max_jobs", "max_rows", "max_backlog_s", "max_body_bytes"):
+    if name in ("max_n", "max_batch", "max_jobs", "max_rows", "max_backlog_s", "max_body_bytes"):
         return getattr(served["limits"], name)
+    if name == "short_batch":
+        return served["sharing"].short_batch
     if name == "result_cache_mb":
         return served["limits"].result_cache_bytes / 2**20
     return served[name]
@@ -234,7 +237,6 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     assert served["limits"] == Limits(
         max_n=64,
         max_batch=16,
-        short_batch=8,
         max_rows=100,
         max_jobs=1024,
         max_backlog_s=600,
@@ -242,7 +244,7 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
         result_cache_bytes=64 * 2**20,
     )
     assert served["grace_s"] == 30
-    assert served["policy"] == "srpt"
+    assert served["sharing"] == Sharing.of(16, short_batch=8)
     assert {name: served[name] for name in ("device", "executor", "precision")} == dict.fromkeys(
         ("device", "executor", "precision"), "auto"
     )
