@@ -43,8 +43,8 @@ class Settings(BaseSettings):
         None,
         ge=4,
         le=4096,
-        description="places that much longer jobs may fill in a pass that they share with a short one, beside the oldest "
-        "job's reserve; default: the fewest with 85 % of the best throughput",
+        description="places that much longer jobs may fill in a pass that they share with a short one; default: the "
+        "fewest with 85 % of the best throughput",
     )
     max_jobs: int = Field(1024, ge=1, le=10_000, description="jobs held at once, waiting and running")
     max_connections: int = Field(
