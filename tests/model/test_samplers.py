@@ -167,7 +167,9 @@ class InFloat64(Tensor):
 
 def assert_dpm_solver_equals_diffusers(noise: NoiseConfig, steps: int, spacing: str | None = None) -> None:
     schedule = noise.schedule()
-    plan = compile_plan(noise, schedule, "dpmpp_2m", steps, spacing=spacing)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.timesteps.RHO", 7)  # theirs, and fixed
+        plan = compile_plan(noise, schedule, "dpmpp_2m", steps, spacing=spacing)
     spacing = spacing or noise.timestep_spacing
     own = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}
     theirs = in_float64(DPMSolverMultistepScheduler.from_config(noise.to_dict(), **own), schedule)
@@ -215,7 +217,7 @@ def test_spacing_that_is_given_goes_before_the_checkpoints_own() -> None:
     noise = NoiseConfig()
     own = {sampler: compile_plan(noise, noise.schedule(), sampler, 10).timesteps.tolist() for sampler in SAMPLERS}
     assert own["ddpm"] == own["ddim"] == list(range(900, -1, -100))
-    assert own["dpmpp_2m"] == [999, 941, 873, 792, 691, 559, 379, 170, 44, 5]
+    assert own["dpmpp_2m"] == [999, 966, 927, 880, 822, 747, 642, 474, 188, 5]
     trailing = compile_plan(noise, noise.schedule(), "ddim", 10, spacing="trailing")
     assert trailing.timesteps.tolist() == list(range(999, 0, -100))
 
