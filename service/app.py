@@ -14,16 +14,24 @@ from service.middleware import BodyLimit, RequestContext
 from service.result_cache import ResultCache
 from service.routes_jobs import job_routes
 from service.routes_sample import sample_routes
+from service.routes_stream import stream_routes
 from service.routes_system import system_routes
 from service.row_engine import RowEngine
 from service.scheduler import Scheduler, Sharing
 from service.worker import Worker
 
 
-def create_app(engine: RowEngine, limits: Limits, tick_times: Sequence[tuple[int, float]], sharing: Sharing) -> FastAPI:
+def create_app(
+    engine: RowEngine,
+    limits: Limits,
+    tick_times: Sequence[tuple[int, float]],
+    sharing: Sharing,
+    allowed_origins: frozenset[str] = frozenset(),
+) -> FastAPI:
     """Build the application around an engine. The worker runs for as long as the app's lifespan.
 
-    tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places.
+    tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places;
+    allowed_origins are those whose pages may open WebSockets beside the server's own.
     `app.state.worker` is for the entry point, which drains it on SIGTERM.
     """
     model = engine.info
@@ -57,6 +65,7 @@ def create_app(engine: RowEngine, limits: Limits, tick_times: Sequence[tuple[int
     app.state.worker = worker
     cache = ResultCache(limits.result_cache_bytes)
     app.include_router(sample_routes(worker, encoder, cache, metrics, model, limits))
+    app.include_router(stream_routes(worker, encoder, metrics, model, limits, allowed_origins))
     app.include_router(job_routes(worker))
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)

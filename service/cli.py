@@ -91,19 +91,22 @@ def serve(**flags: Any) -> None:
         max_backlog_s=settings.max_backlog_s,
         max_body_bytes=settings.max_body_bytes,
         result_cache_bytes=settings.result_cache_mb * 2**20,
+        max_streams_per_address=settings.max_streams_per_address,
     )
     sharing = Sharing.of(loaded.max_batch, policy=settings.policy, short_batch=loaded.short_batch)
+    origins = frozenset(origin.strip().lower() for origin in settings.allowed_origins.split(",") if origin.strip())
     info = loaded.engine.info
     log.info(
         "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
         info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
     )  # fmt: skip
     stopped_well = run_server(
-        create_app(loaded.engine, limits, loaded.tick_times, sharing),
+        create_app(loaded.engine, limits, loaded.tick_times, sharing, origins),
         listener,
         grace_s=settings.grace_s,
         log_level=settings.log_level,
         max_connections=settings.max_connections,
+        max_message_bytes=settings.max_body_bytes,
     )
     if not stopped_well:
         fail("the worker crashed; the log says why")

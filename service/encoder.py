@@ -11,15 +11,22 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from service.job import Images, JobResult, ModelInfo, SampleSpec
+from service.preview import Frame, Show
 
 PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
+FRAME_OPTIONS: dict[str, dict[str, Any]] = {
+    "png": {"compress_level": 1},
+    "webp": {"lossless": True, "quality": 0, "method": 0},
+    "jpeg": {"quality": 90, "subsampling": 0},
+}
 
 
 class Encoder:
@@ -32,6 +39,38 @@ class Encoder:
     async def encode(self, media_type: str, spec: SampleSpec, result: JobResult) -> bytes:
         """Make the body of a response. Raises NotFinite."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, media_type, spec, result)
+
+    async def encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
+        """Make the pictures of a preview: (what it shows, which image, bytes) each; one of all images is of None."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._encode_frame, frame, frame_format, layout
+        )
+
+    async def encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
+        """Make a finished job's PNGs: one of all images, or one each. Raises NotFinite."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode_pictures, layout, spec, result)
+
+    def _encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
+        images = result.read()
+        started = time.perf_counter()
+        if layout == "sheet":
+            pngs = [encode_result(PNG, spec, images, self._model)]
+        else:
+            pngs = encode_each(spec, images, self._model)
+        self._observe("png", time.perf_counter() - started)
+        return pngs
+
+    def _encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
+        shown = frame.read()
+        started = time.perf_counter()
+        pictures: list[tuple[Show, int | None, bytes]] = []
+        for show, images in shown.items():
+            if layout == "sheet":
+                pictures.append((show, None, encode_frame(contact_sheet(images), frame_format)))
+            else:
+                pictures += [(show, k, encode_frame(image, frame_format)) for k, image in enumerate(images)]
+        self._observe("frame", time.perf_counter() - started)
+        return pictures
 
     def close(self) -> None:
         """Let running encodings finish, and end the threads."""
@@ -49,7 +88,7 @@ def encode_result(media_type: str, spec: SampleSpec, images: Images, model: Mode
     """Encode a finished job: one PNG (a sheet where n > 1), a zip of n PNGs, or JSON with base64 PNGs."""
     if media_type == PNG:
         return encode_png(contact_sheet(images), recipe(spec, model))
-    pngs = [encode_png(image, recipe(one_image(spec, k), model)) for k, image in enumerate(images)]
+    pngs = encode_each(spec, images, model)
     if media_type == ZIP:
         return _zip({f"{spec.index + k:05d}.png": png for k, png in enumerate(pngs)})
     assert media_type == JSON
@@ -64,6 +103,11 @@ def encode_result(media_type: str, spec: SampleSpec, images: Images, model: Mode
     ]
     document = {**recipe(spec, model), "images": entries}
     return json.dumps(document).encode()
+
+
+def encode_each(spec: SampleSpec, images: Images, model: ModelInfo) -> list[bytes]:
+    """Encode each image of a finished job as a PNG of its own."""
+    return [encode_png(image, recipe(one_image(spec, k), model)) for k, image in enumerate(images)]
 
 
 def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
@@ -92,6 +136,14 @@ def encode_png(pixels: Images, text: dict[str, object] | None = None) -> bytes:
     out = io.BytesIO()
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     image.save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def encode_frame(pixels: Images, frame_format: str) -> bytes:
+    """Encode a preview [H, W, C] as png, webp (both lossless) or jpeg, fast rather than small."""
+    out = io.BytesIO()
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    image.save(out, frame_format, **FRAME_OPTIONS[frame_format])
     return out.getvalue()
 
 

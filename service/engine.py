@@ -3,7 +3,7 @@
 Rows in, uint8 arrays out; no tensor leaves. Which rows step is decided elsewhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from service.description import describe
 from service.errors import NotFinite
 from service.executors import Executor
 from service.job import Batch, Floats, Images, SampleSpec
+from service.preview import Show
 from service.tick_events import TickEvents
 
 LATENT_BUDGET_BYTES = 512 * 2**20
@@ -200,31 +201,50 @@ class Engine:
 
         The rows may be removed at once. Call the function in another thread: on a GPU it waits for the copy.
         """
+        x = self._x[self._at(rows)]
+        read = self._copy_out(_pixels(x), x.isfinite().all())
+
+        def images() -> Images:
+            pixels, finite = read()
+            if not finite:
+                raise NotFinite
+            return pixels.numpy()
+
+        return images
+
+    @torch.inference_mode()
+    def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
+        """Read rows that are under way: x_t as it is, x_0 the network's last guess; uint8 [n, H, W, C] each.
+
+        As with `images`, call the function returned in another thread.
+        """
+        at, source = self._at(rows), {"x_t": self._x, "x_0": self._x0}
+        read = self._copy_out(*(_pixels(source[name][at]) for name in show))
+        return lambda: {name: pixels.numpy() for name, pixels in zip(show, read(), strict=True)}
+
+    def _at(self, rows: Sequence[int]) -> Tensor:
+        """Row ids as an index on the device; nobody waits for it."""
         at = torch.tensor(rows)
+        return at.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else at
+
+    def _copy_out(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """Bring new tensors to the host; the function returned waits for them. On a CPU they are there."""
         if self._device.type != "cuda":
-            x = self._x[at]
-            pixels: Images = to_uint8(x).permute(0, 2, 3, 1).contiguous().numpy()
-            finite = bool(x.isfinite().all())
-            return lambda: _checked(pixels, finite)
-        x = self._x[at.pin_memory().to(self._device, non_blocking=True)]
-        on_device = to_uint8(x).permute(0, 2, 3, 1).contiguous()
-        fine = x.isfinite().all()
+            return lambda: tensors
         # A stream of its own: the copy runs beside the next tick.
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            on_host = torch.empty(on_device.shape, dtype=torch.uint8, pin_memory=True)
-            fine_on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
-            on_host.copy_(on_device, non_blocking=True)
-            fine_on_host.copy_(fine, non_blocking=True)
-        for tensor in (on_device, fine):
-            tensor.record_stream(stream)  # or the allocator would give its memory to the next tick
+            on_host = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
+            for host, device in zip(on_host, tensors, strict=True):
+                host.copy_(device, non_blocking=True)
+                device.record_stream(stream)  # or the allocator would give its memory to the next tick
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record(stream)
 
-        def read() -> Images:
+        def read() -> tuple[Tensor, ...]:
             copied.synchronize()
-            return _checked(on_host.numpy(), bool(fine_on_host))
+            return on_host
 
         return read
 
@@ -243,7 +263,5 @@ class Engine:
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
 
 
-def _checked(pixels: Images, finite: bool) -> Images:
-    if not finite:
-        raise NotFinite
-    return pixels
+def _pixels(x: Tensor) -> Tensor:
+    return to_uint8(x).permute(0, 2, 3, 1).contiguous()

@@ -13,6 +13,13 @@ class ServiceError(Exception):
     title: ClassVar[str] = "Internal error"
     refusal: ClassVar[bool] = True  # counted in tminus_rejected_total; a failure of ours is not
 
+    @property
+    def ws_close(self) -> int:
+        """The code that a WebSocket is closed with (RFC 6455, section 7.4.1): policy, try again later, internal."""
+        if self.status in (429, 503):
+            return 1013
+        return 1011 if self.status >= 500 else 1008
+
     def __init__(self, detail: str, *, field: str | None = None, value: object = None, bound: str | None = None):
         super().__init__(detail)
         self.detail, self.field, self.value, self.bound = detail, field, value, bound
@@ -61,6 +68,40 @@ class MalformedBody(ServiceError):
     """The body is not a JSON object."""
 
     status, code, title = 400, "malformed_body", "The body is not a JSON object"
+
+
+class MalformedMessage(ServiceError):
+    """What came over a WebSocket is not a JSON object in a text message, or not what was to come next."""
+
+    status, code, title = 400, "malformed_message", "The message is not understood"
+
+
+class Silence(ServiceError):
+    """A WebSocket was opened and nothing was asked for."""
+
+    status, code, title = 408, "silence", "Nothing was asked for"
+    refusal = False
+
+
+class ForeignOrigin(ServiceError):
+    """A page of another origin opened a WebSocket; browsers leave the check to the server."""
+
+    status, code, title = 403, "foreign_origin", "Pages of this origin may not connect"
+
+
+class TooManyStreams(ServiceError):
+    """This address has as many streams open as one may."""
+
+    status, code, title = 429, "too_many_streams", "Too many streams are open"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"at most {limit} streams may be open from one address",
+            field="streams",
+            value=limit,
+            bound=f"at most {limit}",
+        )
+        self.headers["Retry-After"] = "1"
 
 
 class BodyTooLarge(ServiceError):

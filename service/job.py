@@ -1,6 +1,6 @@
 """What crosses between the parts of the service: specs, batches, results. Pure frozen values; no torch, no asyncio."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -144,6 +144,7 @@ class Limits:
     max_backlog_s: float
     max_body_bytes: int
     result_cache_bytes: int = 0
+    max_streams_per_address: int = 64
 
 
 def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
@@ -153,11 +154,15 @@ def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
     if spec.guidance_interval is None:
         return Work(spec.n, spec.steps, range(spec.steps))
     low, high = spec.guidance_interval
-    timesteps = make_timesteps(
+    guided = [step for step, t in enumerate(timesteps_of(spec, model)) if low <= t <= high]  # neighbours: t falls
+    return Work(spec.n, spec.steps, range(guided[0], guided[-1] + 1) if guided else range(0))
+
+
+def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
+    """The timesteps that its steps start from, falling."""
+    return make_timesteps(
         spec.sampler, spec.timestep_spacing, spec.steps, model.num_timesteps, model.steps_offset, model.log_sigmas
     )
-    guided = [step for step, t in enumerate(timesteps) if low <= t <= high]  # timesteps fall, so these are neighbours
-    return Work(spec.n, spec.steps, range(guided[0], guided[-1] + 1) if guided else range(0))
 
 
 def trial_spec(

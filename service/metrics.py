@@ -60,6 +60,8 @@ class Metrics:
         self._encode = histogram(
             "encode_duration_seconds", "Pixels to bytes, off the worker's thread", ENCODE_BUCKETS, "kind"
         )
+        self._frames_sent = counter("frames_sent_total", "Previews sent, of one step each")
+        self._frames_dropped = counter("frames_dropped_total", "Previews that a newer one overtook: a slow reader")
         Info("tminus_model", "The model that is loaded", registry=registry).info(
             {
                 "name": info.name,
@@ -110,6 +112,14 @@ class Metrics:
         """An accepted job ended early."""
         self._cancelled.labels(reason).inc()
         self._saved.inc(row_steps_saved)
+
+    def frame_sent(self) -> None:
+        """A viewer has been sent a frame."""
+        self._frames_sent.inc()
+
+    def frame_dropped(self) -> None:
+        """A newer frame took the place of one that was not sent yet."""
+        self._frames_dropped.inc()
 
     def rejected(self, reason: str) -> None:
         """A request was refused with this problem code."""

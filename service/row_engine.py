@@ -1,9 +1,10 @@
 """What runs rows, as the worker and the tests before serving need it. The engine with torch behind it is one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from service.job import Batch, Floats, Images, ModelInfo, SampleSpec
+from service.preview import Show
 
 
 class RowEngine(Protocol):
@@ -25,6 +26,9 @@ class RowEngine(Protocol):
 
     def images(self, rows: Sequence[int]) -> Callable[[], Images]:
         """Read finished rows; the function returned may wait, and raises NotFinite."""
+
+    def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
+        """Read rows that are under way as pictures; the function returned may wait."""
 
     def latents(self, rows: Sequence[int]) -> Floats:
         """Read rows as they are. Waits for the device."""

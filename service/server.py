@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 SWITCH_S = 0.0005
 SPARE_FILES = 256  # beside the connections: libraries, logs, the encoders
+PING_S = 20.0  # a WebSocket that is silent for longer is closed by many a proxy
+UNREAD_S = 120  # after which a connection whose reader takes nothing is cut
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
 
 
@@ -54,6 +56,8 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; each connection inherits it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_S)
         listener.bind(address)
     except OSError:
         listener.close()
@@ -69,7 +73,15 @@ def _allow_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: str, max_connections: int) -> bool:
+def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    *,
+    grace_s: float,
+    log_level: str,
+    max_connections: int,
+    max_message_bytes: int,
+) -> bool:
     """Serve until SIGTERM or SIGINT; True if that is how it ended, False if the worker crashed."""
     config = uvicorn.Config(
         app,
@@ -79,6 +91,10 @@ def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, log_level: s
         server_header=False,
         limit_concurrency=max_connections,
         timeout_graceful_shutdown=int(ANSWER_S),
+        ws_max_size=max_message_bytes,
+        ws_ping_interval=PING_S,
+        ws_ping_timeout=PING_S,
+        ws_per_message_deflate=False,  # pictures do not compress twice
     )
     _allow_files(max_connections)
     # The worker wants the interpreter for a moment after each pass; the edge may keep it no longer than this.

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from service.admission import Admission
 from service.errors import (
@@ -35,6 +35,7 @@ from service.job import (
     work_of,
 )
 from service.metrics import Metrics
+from service.preview import Frame, Watch
 from service.row_engine import RowEngine
 from service.scheduler import Scheduler
 
@@ -57,6 +58,12 @@ class _Job:
     started_s: float | None = None
     first_step_s: float = 0.0
     steps_taken: int = 0  # of all its rows
+    watches: list[Watch] = field(default_factory=list)  # those who look on
+
+    @property
+    def step(self) -> int:
+        """How many steps each row has taken: they are level, as the scheduler sees to."""
+        return self.steps_taken // self.spec.n
 
 
 class Worker:
@@ -113,16 +120,19 @@ class Worker:
         """Rows in the last tick, 0 when idle."""
         return self._rows_active
 
-    def submit(self, job_id: str, spec: SampleSpec, deadline_s: float | None = None) -> Ticket:
+    def submit(
+        self, job_id: str, spec: SampleSpec, deadline_s: float | None = None, watch: Watch | None = None
+    ) -> Ticket:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, Overloaded, …
 
         deadline_s counts from now: one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
+        watch is shown the job as it goes.
         """
         self._check_open()
         work, now_s = work_of(spec, self._engine.info), self._clock()
         # Outside the gate: this may take milliseconds, and the worker passes the gate with every job that ends.
         entry = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s)
-        job = _Job(job_id, spec, work, Future(), now_s, deadline_s)
+        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, watches=[watch] if watch else [])
         with self._gate:
             try:
                 self._check_open()
@@ -163,7 +173,7 @@ class Worker:
             eta_s=outlook.eta_s,
             n=job.spec.n,
             steps=job.spec.steps,
-            step=job.steps_taken // job.spec.n,
+            step=job.step,
             sampler=job.spec.sampler,
             seed=job.spec.seed,
             age_s=self._clock() - job.submitted_s,
@@ -312,6 +322,19 @@ class Worker:
         for job_id in advance.finished:
             if job_id in self._jobs:
                 self._deliver(self._jobs[job_id])
+        for job_id in by_job:
+            job_left = self._jobs.get(job_id)
+            if job_left is not None and job_left.watches:
+                self._show(job_left, now_s)
+
+    def _show(self, job: _Job, now_s: float) -> None:
+        """Give those who look on a frame, where one is due."""
+        for watch in job.watches:
+            if watch.due(job.step, now_s):
+                try:
+                    watch.put(Frame(job.step, self._engine.preview(job.rows, watch.show)))
+                except Exception:  # it is not worth the job
+                    log.exception("job %s could not be shown", job.id)
 
     def _deliver(self, job: _Job) -> None:
         assert job.started_s is not None

@@ -85,11 +85,16 @@ class Site:
     """An app on a fake engine, its lifespan running, asked in process."""
 
     def __init__(
-        self, info: ModelInfo, limits: Limits, tick_times: Sequence[tuple[int, float]], policy: Policy = "srpt"
+        self,
+        info: ModelInfo,
+        limits: Limits,
+        tick_times: Sequence[tuple[int, float]],
+        policy: Policy = "srpt",
+        allowed_origins: frozenset[str] = frozenset(),
     ) -> None:
         self.engine = FakeEngine(info)
         sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=max(2, limits.max_batch // 2))
-        self.app: FastAPI = create_app(self.engine, limits, tick_times, sharing)
+        self.app: FastAPI = create_app(self.engine, limits, tick_times, sharing, allowed_origins)
         self.client = TestClient(self.app, raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:

@@ -4,12 +4,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from service.errors import NotFinite
 from service.job import Batch, Floats, Images, Limits, ModelInfo, SampleSpec
+from service.preview import Show
 
 PATIENCE_S = 10.0
 
@@ -103,6 +104,7 @@ class FakeEngine:
         self.on_step: Callable[[Batch], None] = lambda batch: None
         self.on_add: Callable[[SampleSpec], None] = lambda spec: None
         self.on_images: Callable[[Sequence[int]], None] = lambda rows: None
+        self.on_preview: Callable[[Sequence[int]], None] = lambda rows: None
         self.on_remove: Callable[[Sequence[int]], None] = lambda rows: None
         self._free = list(range(slots))
 
@@ -142,6 +144,13 @@ class FakeEngine:
             return pixels
 
         return read
+
+    def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
+        self.on_preview(rows)
+        spec, its_rows = self.jobs[rows[0]]
+        assert tuple(rows) == its_rows
+        pixels = fake_pixels(spec, min(self.steps_done[row] for row in rows), self.info)
+        return lambda: {name: pixels if name == "x_t" else 255 - pixels for name in show}
 
     def latents(self, rows: Sequence[int]) -> Floats:
         spec, its_rows = self.jobs[rows[0]]

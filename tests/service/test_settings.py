@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "short_batch": ("7", 7),
     "max_jobs": ("11", 11),
     "max_connections": ("99", 99),
+    "max_streams_per_address": ("17", 17),
+    "allowed_origins": ("https://a.example,https://b.example:8080", "https://a.example,https://b.example:8080"),
     "max_rows": ("13", 13),
     "max_backlog_s": ("1.5", 1.5),
     "result_cache_mb": ("5", 5),
@@ -48,6 +51,7 @@ OTHER = {
     "exact": "true",
     "policy": "srpt",
     "cache_dir": "elsewhere",
+    "allowed_origins": "*",
     "log_level": "error",
 }
 
@@ -145,14 +149,20 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             return "the listener"
 
         def create_app(
-            engine: FakeEngine, limits: Limits, tick_times: tuple[tuple[int, float], ...], sharing: Sharing
+            engine: FakeEngine,
+            limits: Limits,
+            tick_times: tuple[tuple[int, float], ...],
+            sharing: Sharing,
+            allowed_origins: frozenset[str],
         ) -> str:
-            served.update(limits=limits, sharing=sharing, policy=sharing.policy, tick_times=tick_times)
+            served.update(limits=limits, sharing=sharing, policy=sharing.policy)
+            served.update(tick_times=tick_times, allowed_origins=allowed_origins)
             return "the app"
 
-        def run_server(app: str, listener: str, *, grace_s: float, log_level: str, max_connections: int) -> bool:
+        def run_server(app: str, listener: str, *, max_message_bytes: int, **values: object) -> bool:
             assert (app, listener) == ("the app", "the listener")
-            served.update(max_connections=max_connections, grace_s=grace_s, log_level=log_level, ran=True)
+            assert max_message_bytes == served["limits"].max_body_bytes
+            served.update(values, ran=True)
             return True
 
         monkeypatch.setattr("service.loading.load_engine", load_engine)
@@ -167,8 +177,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 def arrived(served: Served, name: str) -> Any:
     """Where a setting must have come to."""
-    if name in ("max_n", "max_batch", "max_jobs", "max_rows", "max_backlog_s", "max_body_bytes"):
+    if name in {field.name for field in fields(Limits)}:
         return getattr(served["limits"], name)
+    if name == "allowed_origins":
+        return ",".join(sorted(served[name]))
     if name == "short_batch":
         return served["sharing"].short_batch
     if name == "result_cache_mb":
@@ -251,6 +263,11 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     by_measuring = "exact", "threads", "max_batch", "short_batch", "max_rows", "cache_dir"
     assert {name: served[name] for name in by_measuring} == dict.fromkeys(by_measuring), "left to the machine"
     assert served["tick_times"] == TICK_TIMES, "what was measured is what admission counts with"
+
+
+def test_origins_are_compared_as_browsers_write_them(serve: Serve) -> None:
+    _, served = serve("--allowed-origins", " https://A.example , HTTP://b.example:8080,")
+    assert served["allowed_origins"] == {"https://a.example", "http://b.example:8080"}
 
 
 def test_no_request_is_larger_than_the_rows_held(serve: Serve) -> None:

@@ -1,0 +1,53 @@
+"""What a viewer of a running job sees, and when. Pure: no torch, no asyncio, no clock (time is an argument)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from service.job import Images
+
+Show = Literal["x_t", "x_0"]  # the latent as it is; the network's current guess of the image
+SHOWS: tuple[Show, ...] = ("x_t", "x_0")
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A job between two of its steps."""
+
+    step: int  # steps that each of its rows has taken
+    read: Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often a frame is due: after so many steps, or so often a second; one of the two."""
+
+    every: int | None = None
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.every is None) != (self.fps is None)
+
+
+class Watch:
+    """One viewer, in the worker's hands: it knows when a frame is due, and where frames go."""
+
+    def __init__(self, pace: Pace, show: tuple[Show, ...], put: Callable[[Frame], None]) -> None:
+        """put must return at once, whatever the viewer does."""
+        self._pace, self.show, self.put = pace, show, put
+        self._step = 0  # of the last frame
+        self._next_s = 0.0
+
+    def due(self, step: int, now_s: float) -> bool:
+        """Whether to show a job that has taken so many steps. Counts as shown, if so."""
+        every, fps = self._pace.every, self._pace.fps
+        if every is not None:
+            due = step // every > self._step // every
+        else:
+            assert fps is not None
+            due = step > self._step and now_s >= self._next_s
+            if due:  # on the beat, so that waiting for a tick does not add up; but a missed one is not made up for
+                self._next_s = (self._next_s if now_s < self._next_s + 1 / fps else now_s) + 1 / fps
+        if due:
+            self._step = step
+        return due

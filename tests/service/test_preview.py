@@ -1,0 +1,49 @@
+import pytest
+
+from service.preview import Frame, Pace, Watch
+
+
+def shown(watch: Watch, steps: int, tick_s: float = 0.01) -> list[int]:
+    return [step for step in range(1, steps + 1) if watch.due(step, step * tick_s)]
+
+
+def make_watch(**pace: float) -> Watch:
+    frames: list[Frame] = []
+    return Watch(Pace(**pace), ("x_t",), frames.append)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"),
+    [(1, 4, [1, 2, 3, 4]), (3, 10, [3, 6, 9]), (5, 4, []), (1000, 1000, [1000])],
+)
+def test_a_frame_is_due_after_every_so_many_steps(every: int, steps: int, expected: list[int]) -> None:
+    assert shown(make_watch(every=every), steps) == expected
+
+
+def test_steps_that_were_jumped_over_are_one_frame() -> None:
+    watch = make_watch(every=3)
+    assert [watch.due(step, 0.0) for step in (2, 7, 8, 9, 9)] == [False, True, False, True, False]
+
+
+def test_so_many_frames_a_second_are_due_of_a_job_that_is_faster() -> None:
+    assert len(shown(make_watch(fps=10), 1000)) == pytest.approx(100, abs=1)
+    assert len(shown(make_watch(fps=60), 1000, tick_s=0.1)) == 1000, "and no more than it has steps"
+
+
+def test_a_job_that_stands_still_has_no_frame() -> None:
+    watch = make_watch(fps=10)
+    assert watch.due(1, 0.0)
+    assert not watch.due(1, 100.0)
+    assert watch.due(2, 100.0)
+
+
+def test_beats_that_were_missed_are_not_made_up_for() -> None:
+    watch = make_watch(fps=10)
+    assert watch.due(1, 0.0)
+    assert [watch.due(step, 5.0 + 0.001 * step) for step in range(2, 60)].count(True) == 1
+
+
+def test_a_pace_is_by_steps_or_by_time() -> None:
+    for pace in ({}, {"every": 1, "fps": 1.0}):
+        with pytest.raises(AssertionError):
+            Pace(**pace)
