@@ -18,7 +18,10 @@ log = logging.getLogger(__name__)
 SWITCH_S = 0.0005
 SPARE_FILES = 256  # beside the connections: libraries, logs, the encoders
 PING_S = 20.0  # a WebSocket that is silent for longer is closed by many a proxy
+PONG_S = 40.0  # for its answer, behind whatever a slow reader has not read yet
 UNREAD_S = 120  # after which a connection whose reader takes nothing is cut
+UNSENT_BYTES = 32_768  # in the kernel's hands: it would take megabytes, and frames would be old when they are read
+TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; socket has no name for it
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
 
 
@@ -56,8 +59,9 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; each connection inherits it
+        if sys.platform == "linux":  # each connection inherits them
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_S)
+            listener.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         listener.bind(address)
     except OSError:
         listener.close()
@@ -93,7 +97,7 @@ def serve(
         timeout_graceful_shutdown=int(ANSWER_S),
         ws_max_size=max_message_bytes,
         ws_ping_interval=PING_S,
-        ws_ping_timeout=PING_S,
+        ws_ping_timeout=PONG_S,
         ws_per_message_deflate=False,  # pictures do not compress twice
     )
     _allow_files(max_connections)

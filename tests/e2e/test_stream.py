@@ -1,0 +1,174 @@
+"""Previews from the real server, over a WebSocket library that is not the server's own side of things."""
+
+import io
+import json
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from tests.e2e.conftest import BUNDLED, ROOT, RunningServer
+
+SPEC = {"n": 2, "steps": 20, "sampler": "ddim", "seed": 5, "class_label": "sneaker"}
+
+
+def open_stream(server: RunningServer, **options: Any) -> ClientConnection:
+    return connect(f"{server.url.replace('http', 'ws')}/sample/stream", open_timeout=60, **options)
+
+
+def read(ws: ClientConnection) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
+    """Messages, each with the pictures that follow it, until the server closes."""
+    while True:
+        try:
+            message = json.loads(ws.recv(timeout=60))
+        except ConnectionClosed:
+            return
+        count = {"frame": 1, "done": message.get("images", 0)}.get(message["type"], 0)
+        pictures = [ws.recv(timeout=60) for _ in range(count)]
+        assert all(isinstance(picture, bytes) for picture in pictures)
+        yield message, pictures  # type: ignore[misc]
+
+
+def send_and_wait(ws: ClientConnection, text: str) -> None:
+    ws.send(text)
+    ws.recv(timeout=60)
+
+
+def image(picture: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(picture)) as opened:
+        return np.asarray(opened).astype(float)
+
+
+def test_noise_becomes_an_image_step_by_step(server: RunningServer) -> None:
+    with open_stream(server) as ws:
+        ws.send(json.dumps(SPEC | {"every": 1, "show": ["x_t", "x_0"]}))
+        got = list(read(ws))
+        assert ws.close_code == 1000
+    kinds = [message["type"] for message, _ in got]
+    assert (kinds[0], kinds[-1]) == ("accepted", "done")
+    frames = {
+        show: [(message, image(pictures[0])) for message, pictures in got if message.get("show") == show]
+        for show in ("x_t", "x_0")
+    }
+    final = image(got[-1][1][0])
+    assert got[-1][1][0] == server.post(json=SPEC).content
+    for each in frames.values():
+        steps = [message["step"] for message, _ in each]
+        assert steps == sorted(set(steps))
+        assert len(steps) + got[-1][0]["frames_dropped"] == 19
+        times = [message["t"] for message, _ in each]
+        assert times == sorted(times, reverse=True)
+        distances = [np.abs(picture - final).mean() for _, picture in each]
+        assert distances[-1] < 0.5 * distances[0], "it comes nearer to the image"
+    # The guess of the image is nearer to it than the latent is, half way.
+    x_t, x_0 = ({message["step"]: picture for message, picture in frames[show]} for show in ("x_t", "x_0"))
+    half = min(x_t.keys() & x_0.keys(), key=lambda step: abs(step - 10))
+    assert np.abs(x_0[half] - final).mean() < np.abs(x_t[half] - final).mean()
+
+
+def test_the_example_of_the_docs_runs(server: RunningServer, tmp_path: Path) -> None:
+    code = (ROOT / "docs" / "streaming.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    code = code.replace("ws://localhost:8000", server.url.replace("http", "ws"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2 + 2 * 4
+    names = {f"{show}-{step:04d}.png" for show in ("x_t", "x_0") for step in (10, 20, 30, 40)}
+    assert {file.name for file in tmp_path.iterdir()} == {"out.png", *names}
+
+
+def test_a_stream_that_is_dropped_frees_its_rows(server: RunningServer) -> None:
+    before = server.metric("tminus_cancelled_total")
+    with open_stream(server) as ws:
+        ws.send(json.dumps(SPEC | {"n": 8, "steps": 1000, "sampler": "ddpm", "every": 1}))
+        ws.recv(timeout=60)
+        # Dropped without a word, as a phone that goes out of reach would do; a reset, so that the server may know.
+        ws.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        ws.socket.close()
+    server.wait_until(lambda: server.metric("tminus_cancelled_total") == before + 1)
+    server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
+
+
+def test_a_reader_that_sleeps_gets_the_newest_frame_and_the_image_and_holds_up_nobody(server: RunningServer) -> None:
+    spec = SPEC | {"n": 16, "steps": 150, "sampler": "ddpm", "every": 1, "layout": "images", "show": ["x_t", "x_0"]}
+    with open_stream(server, max_queue=1, ping_interval=None) as ws:
+        ws.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        ws.send(json.dumps(spec))
+        began = time.monotonic()
+        alone = server.post(json=SPEC | {"seed": 6})
+        assert alone.status_code == 200
+        assert time.monotonic() - began < 20
+        job = json.loads(ws.recv(timeout=60))["id"]
+        server.wait_until(
+            lambda: httpx.get(f"{server.url}/jobs/{job}").status_code == 404
+        )  # done, and nothing was read
+        got = list(read(ws))
+    assert got[-1][0]["type"] == "done"
+    assert len(got[-1][1]) == 16
+    steps = [message["step"] for message, _ in got[:-1]]
+    assert steps == sorted(steps)
+    assert got[-1][0]["frames_dropped"] > 50
+    assert server.metric("tminus_frames_dropped_total") > 50
+
+
+@pytest.mark.parametrize(("size", "codes"), [(70_000, {1009}), (10_000_000, {1009, 1006})])
+def test_a_message_over_the_limit_is_not_taken(server: RunningServer, size: int, codes: set[int]) -> None:
+    """Of ten megabytes the rest is still on its way when the connection is cut, so that the reason may get lost."""
+    with open_stream(server) as ws:
+        with pytest.raises(ConnectionClosed):
+            send_and_wait(ws, "[" + "1," * (size // 2) + "1]")
+        assert ws.close_code in codes
+    assert server.post(json=SPEC).status_code == 200
+
+
+def test_a_page_of_another_origin_is_refused(server: RunningServer) -> None:
+    with pytest.raises(InvalidStatus) as caught:
+        open_stream(server, origin="https://evil.example")
+    assert caught.value.response.status_code == 403
+    assert json.loads(caught.value.response.body)["code"] == "foreign_origin"
+    with open_stream(server, origin=server.url) as ws:
+        ws.send(json.dumps(SPEC))
+        assert json.loads(ws.recv(timeout=60))["type"] == "accepted"
+
+
+def test_two_hundred_connections_from_one_address_are_too_many_and_do_no_harm(
+    own_server: Callable[..., RunningServer],
+) -> None:
+    server = own_server("--checkpoint", str(BUNDLED), "--max-streams-per-address", "50")
+    accepted = refused = 0
+    with ExitStack() as open_ones:
+        for _ in range(200):
+            try:
+                open_ones.enter_context(open_stream(server))
+                accepted += 1
+            except InvalidStatus as error:
+                assert error.response.status_code == 429
+                refused += 1
+        assert (accepted, refused) == (50, 150)
+        assert server.post(json=SPEC).status_code == 200
+    with open_stream(server) as ws:
+        ws.send(json.dumps(SPEC))
+        assert [message["type"] for message, _ in read(ws)][-1] == "done"
+
+
+def test_a_stream_that_runs_when_the_server_is_told_to_stop_gets_its_image(
+    own_server: Callable[..., RunningServer],
+) -> None:
+    server = own_server("--checkpoint", str(BUNDLED))
+    with open_stream(server) as ws:
+        ws.send(json.dumps(SPEC | {"steps": 200, "sampler": "ddpm", "every": 10}))
+        assert json.loads(ws.recv(timeout=60))["type"] == "accepted"
+        server.process.terminate()
+        assert [message["type"] for message, _ in read(ws)][-1] == "done"
+    assert server.process.wait(30) == 0
