@@ -18,6 +18,7 @@ from service.routes_stream import stream_routes
 from service.routes_system import system_routes
 from service.row_engine import RowEngine
 from service.scheduler import Scheduler, Sharing
+from service.streams import Streams
 from service.worker import Worker
 
 
@@ -32,7 +33,7 @@ def create_app(
 
     tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places;
     allowed_origins are those whose pages may open WebSockets beside the server's own.
-    `app.state.worker` is for the entry point, which drains it on SIGTERM.
+    `app.state.worker` is for the entry point, which drains it on SIGTERM, and then waits for `app.state.streams`.
     """
     model = engine.info
     metrics = Metrics(model)
@@ -63,9 +64,10 @@ def create_app(
         redoc_url=None,
     )
     app.state.worker = worker
+    streams = app.state.streams = Streams(limits.max_streams, limits.max_streams_per_address)
     cache = ResultCache(limits.result_cache_bytes)
     app.include_router(sample_routes(worker, encoder, cache, metrics, model, limits))
-    app.include_router(stream_routes(worker, encoder, metrics, model, limits, allowed_origins))
+    app.include_router(stream_routes(worker, encoder, streams, metrics, model, limits, allowed_origins))
     app.include_router(job_routes(worker))
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)

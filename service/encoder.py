@@ -35,6 +35,7 @@ class Encoder:
     def __init__(self, model: ModelInfo, observe: Callable[[str, float], None], threads: int = 2) -> None:
         self._model, self._observe = model, observe
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tminus-encode")
+        self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that no image waits for a preview
 
     async def encode(self, media_type: str, spec: SampleSpec, result: JobResult) -> bytes:
         """Make the body of a response. Raises NotFinite."""
@@ -43,7 +44,7 @@ class Encoder:
     async def encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
         """Make the pictures of a preview: (what it shows, which image, bytes) each; one of all images is of None."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._encode_frame, frame, frame_format, layout
+            self._frames, self._encode_frame, frame, frame_format, layout
         )
 
     async def encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
@@ -74,6 +75,7 @@ class Encoder:
 
     def close(self) -> None:
         """Let running encodings finish, and end the threads."""
+        self._frames.shutdown(cancel_futures=True)
         self._pool.shutdown()
 
     def _encode(self, media_type: str, spec: SampleSpec, result: JobResult) -> bytes:

@@ -90,17 +90,12 @@ class ForeignOrigin(ServiceError):
 
 
 class TooManyStreams(ServiceError):
-    """This address has as many streams open as one may."""
+    """As many streams are open as may be, from this address or in all."""
 
     status, code, title = 429, "too_many_streams", "Too many streams are open"
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(
-            f"at most {limit} streams may be open from one address",
-            field="streams",
-            value=limit,
-            bound=f"at most {limit}",
-        )
+    def __init__(self, bound: str, limit: int) -> None:
+        super().__init__(f"{bound} may be open", field="streams", value=limit, bound=bound)
         self.headers["Retry-After"] = "1"
 
 

@@ -144,6 +144,7 @@ class Limits:
     max_backlog_s: float
     max_body_bytes: int
     result_cache_bytes: int = 0
+    max_streams: int = 2048
     max_streams_per_address: int = 64
 
 

@@ -14,7 +14,7 @@ SHOWS: tuple[Show, ...] = ("x_t", "x_0")
 class Frame:
     """A job between two of its steps."""
 
-    step: int  # steps that each of its rows has taken
+    step: int  # steps that its rows have taken, on average
     read: Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
 
 

@@ -2,19 +2,18 @@
 
 import asyncio
 import contextlib
+import logging
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from service import parameters
 from service.encoder import PNG, Encoder
-from service.errors import ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, TooManyStreams
+from service.errors import ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
 from service.job import JobResult, Limits, ModelInfo, SampleSpec, Ticket, timesteps_of
 from service.mailbox import Mailbox
 from service.metrics import Metrics
@@ -22,49 +21,40 @@ from service.preview import Frame, Watch
 from service.preview_schemas import PreviewRequest
 from service.problems import render
 from service.schemas import SampleRequest
+from service.streams import Streams
 from service.worker import Worker
+
+log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_S = 10.0  # from connecting to the spec
 NEXT_MESSAGE_S = 60.0  # between two jobs
 SEND_S = 60.0  # for a message to leave: a reader that takes nothing is let go
 FORECAST_S = 5.0  # how old a forecast may be; what it said counts down meanwhile
-NORMAL, INTERNAL = 1000, 1011
+NORMAL = 1000
 
 
 def stream_routes(
     worker: Worker,
     encoder: Encoder,
+    streams: Streams,
     metrics: Metrics,
     model: ModelInfo,
     limits: Limits,
     allowed_origins: frozenset[str] = frozenset(),
 ) -> APIRouter:
-    """Make the route. It holds how many streams each address has open.
+    """Make the route; it holds no state of its own.
 
     allowed_origins: whose pages may connect, beside the server's own; "*" is any.
     """
     router = APIRouter(tags=["sample"])
-    open_streams: Counter[str] = Counter()
-
-    @contextmanager
-    def counted(address: str) -> Iterator[None]:
-        if open_streams[address] >= limits.max_streams_per_address:
-            raise TooManyStreams(limits.max_streams_per_address)
-        open_streams[address] += 1
-        try:
-            yield
-        finally:
-            open_streams[address] -= 1
-            if not open_streams[address]:
-                del open_streams[address]
 
     @router.websocket("/sample/stream")
     async def stream(ws: WebSocket) -> None:
         try:
             _check_origin(ws, allowed_origins)
-            with counted(ws.client.host if ws.client else ""):
+            with streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
-                await _Stream(ws, worker, encoder, metrics, model, limits).serve()
+                await _Stream(ws, worker, encoder, streams, metrics, model, limits).serve()
         except ServiceError as refusal:  # before it was accepted
             metrics.rejected(refusal.code)
             await ws.send_denial_response(render(refusal))
@@ -73,42 +63,59 @@ def stream_routes(
 
 
 def _check_origin(ws: WebSocket, allowed: frozenset[str]) -> None:
-    """Refuse pages of other sites: a browser would let them connect. What is no browser sends no Origin."""
+    """Refuse pages of other sites: a browser would let them connect. What is no browser sends no Origin.
+
+    The scheme is not looked at: a proxy that ends TLS would hide it.
+    """
     origin = ws.headers.get("origin")
     if origin is None or "*" in allowed or origin.lower() in allowed:
         return
-    if urlsplit(origin).netloc.lower() != ws.headers.get("host", "").lower():
-        raise ForeignOrigin(f"pages of {origin} may not connect here", field="Origin", value=origin)
+    if origin.partition("://")[2].lower() != ws.headers.get("host", "").lower():
+        raise ForeignOrigin(f"pages of {short(origin)} may not connect here", field="Origin", value=origin)
 
 
 class _Stream:
     """One connection. Jobs run over it one after the other."""
 
     def __init__(
-        self, ws: WebSocket, worker: Worker, encoder: Encoder, metrics: Metrics, model: ModelInfo, limits: Limits
+        self,
+        ws: WebSocket,
+        worker: Worker,
+        encoder: Encoder,
+        streams: Streams,
+        metrics: Metrics,
+        model: ModelInfo,
+        limits: Limits,
     ) -> None:
-        self._ws, self._worker, self._encoder = ws, worker, encoder
+        self._ws, self._worker, self._encoder, self._streams = ws, worker, encoder, streams
         self._metrics, self._model, self._limits = metrics, model, limits
 
     async def serve(self) -> None:
         """Run jobs until the client has no more, goes away or does something wrong. Raises nothing."""
-        try:
-            patience_s, keep_open = FIRST_MESSAGE_S, True
-            while keep_open:
-                keep_open = await self._job(await self._next_spec(patience_s))
-                patience_s = NEXT_MESSAGE_S
-            await self._ws.close(NORMAL)
-        except WebSocketDisconnect:
-            pass
-        except TimeoutError:  # it reads nothing; so it will not read why
-            with contextlib.suppress(WebSocketDisconnect, TimeoutError):
-                await self._close(INTERNAL, "nothing is read")
-        except ServiceError as error:
-            if error.refusal:
-                self._metrics.rejected(error.code)
-            with contextlib.suppress(WebSocketDisconnect, TimeoutError):
-                await self._send(_error_message(error))
-                await self._close(error.ws_close, error.code)
+        with contextlib.suppress(WebSocketDisconnect, TimeoutError):  # it is gone, or reads nothing
+            try:
+                patience_s, keep_open = FIRST_MESSAGE_S, True
+                while keep_open:
+                    message = await self._next_spec(patience_s)
+                    with self._streams.busy():
+                        keep_open = await self._job(message)
+                    patience_s = NEXT_MESSAGE_S
+                await self._close(NORMAL)
+            except (WebSocketDisconnect, TimeoutError):
+                raise
+            except Exception as error:
+                await self._end(error)
+
+    async def _end(self, error: Exception) -> None:
+        """Say what went wrong, and close."""
+        if not isinstance(error, ServiceError):
+            log.error("a stream ended by an error", exc_info=error)
+            error = ServiceError("something went wrong on the server; its log has the details")
+        elif error.refusal:
+            self._metrics.rejected(error.code)
+        with self._streams.busy():
+            await self._send(_error_message(error))
+            await self._close(error.ws_close, error.code)
 
     async def _next_spec(self, patience_s: float) -> dict[str, Any]:
         """Wait for the parameters of a job. A cancel that crossed a job's end is let pass."""
@@ -125,8 +132,9 @@ class _Stream:
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message["code"], message.get("reason"))
         text = message.get("text")
-        if text is None:
-            raise MalformedMessage("a JSON object in a text message is expected, got a binary one")
+        if text is None or not text.strip():
+            what = "an empty" if text is not None else "a binary"
+            raise MalformedMessage(f"a JSON object in a text message is expected, got {what} one")
         try:
             return parameters.from_body(text.encode())
         except ServiceError as error:
@@ -142,6 +150,7 @@ class _Stream:
         watch = Watch(preview.pace, preview.shows, mailbox.put)
         ticket = self._worker.submit(job_id, spec, asked.deadline_s, watch)
         done = asyncio.ensure_future(asyncio.wrap_future(ticket.future))
+        done.add_done_callback(_retrieve)
         tasks = [asyncio.ensure_future(self._listen())]
         try:
             await self._send(
@@ -158,13 +167,18 @@ class _Stream:
             listening, showing = tasks
             any_of: set[asyncio.Future[Any]] = {done, listening, showing}
             await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
-            if not done.done():
-                asked_to = listening.done() and listening.exception() is None
-                self._worker.cancel(job_id, "client_cancelled" if asked_to else "client_gone")
             mailbox.close()
+            heard = listening.exception() if listening.done() else None
+            if not done.done():
+                asked_to = listening.done() and heard is None
+                self._worker.cancel(job_id, "client_cancelled" if asked_to else "client_gone")
+            if isinstance(heard, WebSocketDisconnect):
+                raise heard
+            listening.cancel()  # what the client says from here on is about its next job
+            await asyncio.wait([listening])
             await showing  # a frame that is on its way goes out whole
-            if listening.done():
-                listening.result()
+            if heard is not None:
+                raise heard
             try:
                 result = await done
             except JobCancelled:
@@ -179,7 +193,6 @@ class _Stream:
             await asyncio.gather(*tasks, return_exceptions=True)
             if not done.done():
                 self._worker.cancel(job_id, "client_gone")
-                done.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     async def _listen(self) -> None:
         """Return when the client cancels. Raises for anything else it says, and when it goes away."""
@@ -195,15 +208,20 @@ class _Stream:
         loop = asyncio.get_running_loop()
         told_s, eta_s = loop.time(), ticket.eta_s
         while (frame := await mailbox.take()) is not None:
-            pictures = await self._encoder.encode_frame(frame, preview.frame_format, preview.layout)
+            try:
+                pictures = await self._encoder.encode_frame(frame, preview.frame_format, preview.layout)
+            except Exception:  # it is not worth the job
+                log.exception("a frame of job %s could not be encoded", job_id)
+                continue
             if loop.time() - told_s > FORECAST_S:
                 status = await loop.run_in_executor(None, self._worker.status, job_id)
                 told_s, eta_s = loop.time(), status.eta_s if status is not None else 0.0
             left_s = max(0.0, eta_s - (loop.time() - told_s))
-            for show, image, picture in pictures:
-                message = _frame_message(frame, spec, timesteps[frame.step], show, left_s)
-                await self._send(message if image is None else message | {"image": spec.index + image})
-                await self._send(picture)
+            async with asyncio.timeout(SEND_S):
+                for show, image, picture in pictures:
+                    message = _frame_message(frame, spec, timesteps[frame.step], show, left_s)
+                    await self._send(message if image is None else message | {"image": spec.index + image})
+                    await self._send(picture)
             self._metrics.frame_sent()
 
     async def _deliver(self, spec: SampleSpec, preview: PreviewRequest, result: JobResult, dropped: int) -> None:
@@ -219,14 +237,28 @@ class _Stream:
 
     async def _send(self, message: dict[str, Any] | bytes) -> None:
         async with asyncio.timeout(SEND_S):
-            if isinstance(message, bytes):
-                await self._ws.send_bytes(message)
-            else:
-                await self._ws.send_json(message)
+            with _gone():
+                await (self._ws.send_bytes(message) if isinstance(message, bytes) else self._ws.send_json(message))
 
-    async def _close(self, code: int, reason: str) -> None:
+    async def _close(self, code: int, reason: str = "") -> None:
         async with asyncio.timeout(SEND_S):
-            await self._ws.close(code, reason)
+            with _gone():
+                await self._ws.close(code, reason)
+
+
+@contextmanager
+def _gone() -> Iterator[None]:
+    """Tell a connection that uvicorn closed by itself (a message too big, no answer to a ping) as one that is gone."""
+    try:
+        yield
+    except RuntimeError:
+        raise WebSocketDisconnect(1006) from None
+
+
+def _retrieve(done: "asyncio.Future[JobResult]") -> None:
+    # Where the client is gone nobody looks at the error, and asyncio would complain.
+    if not done.cancelled():
+        done.exception()
 
 
 def _frame_message(frame: Frame, spec: SampleSpec, t: int, show: str, eta_s: float) -> dict[str, Any]:

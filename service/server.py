@@ -11,6 +11,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.stream_protocol import StreamProtocol
+from service.streams import Streams
 from service.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -19,18 +21,15 @@ SWITCH_S = 0.0005
 SPARE_FILES = 256  # beside the connections: libraries, logs, the encoders
 PING_S = 20.0  # a WebSocket that is silent for longer is closed by many a proxy
 PONG_S = 40.0  # for its answer, behind whatever a slow reader has not read yet
-UNREAD_S = 120  # after which a connection whose reader takes nothing is cut
-UNSENT_BYTES = 32_768  # in the kernel's hands: it would take megabytes, and frames would be old when they are read
-TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; socket has no name for it
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
 
 
 class Server(uvicorn.Server):
     """uvicorn, which goes on answering until the worker has ended: drained after a signal, or crashed."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, grace_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, worker: Worker, streams: Streams, grace_s: float) -> None:
         super().__init__(config)
-        self._worker = worker
+        self._worker, self._streams = worker, streams
         self._give_up = threading.Timer(grace_s, worker.close)
         self._give_up.daemon = True
 
@@ -38,6 +37,12 @@ class Server(uvicorn.Server):
         """Start as uvicorn does, and from then on watch the worker."""
         await super().startup(sockets)
         threading.Thread(target=self._stop_after_worker, name="tminus-watch", daemon=True).start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop as uvicorn does, which waits for the answers to requests but not for WebSockets: so they come first."""
+        if not self.force_exit:
+            await self._streams.quiet(ANSWER_S)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more work and start the grace period; a second signal stops at once."""
@@ -59,9 +64,6 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if sys.platform == "linux":  # each connection inherits them
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_S)
-            listener.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         listener.bind(address)
     except OSError:
         listener.close()
@@ -95,6 +97,7 @@ def serve(
         server_header=False,
         limit_concurrency=max_connections,
         timeout_graceful_shutdown=int(ANSWER_S),
+        ws=StreamProtocol,
         ws_max_size=max_message_bytes,
         ws_ping_interval=PING_S,
         ws_ping_timeout=PONG_S,
@@ -104,7 +107,7 @@ def serve(
     # The worker wants the interpreter for a moment after each pass; the edge may keep it no longer than this.
     sys.setswitchinterval(SWITCH_S)
     worker: Worker = app.state.worker
-    server = Server(config, worker, grace_s)
+    server = Server(config, worker, app.state.streams, grace_s)
     # Until uvicorn has its own handlers these stop it; when it is done it raises the signal once more, to no effect:
     # being asked to stop and having stopped is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):

@@ -48,11 +48,16 @@ class Settings(BaseSettings):
     )
     max_jobs: int = Field(1024, ge=1, le=10_000, description="jobs held at once, waiting and running")
     max_connections: int = Field(
-        4096, ge=8, le=65_536, description="connections open at once; one more is answered 503 in plain text"
+        4096,
+        ge=8,
+        le=65_536,
+        description="connections open at once, at most half of them WebSockets; one more is answered 503 in plain text",
     )
     max_streams_per_address: int = Field(64, ge=1, le=65_536, description="WebSockets open at once from one address")
     allowed_origins: str = Field(
-        "", description="origins whose pages may open WebSockets here, by commas, beside the server's own; * is any"
+        "",
+        pattern=r"(?i)^(\*|(\s*https?://[^\s,/]+\s*(,|$))*)$",
+        description="origins whose pages may open WebSockets here, by commas, beside the server's own; * is any",
     )
     max_rows: int | None = Field(
         None, ge=4, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"

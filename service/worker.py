@@ -62,7 +62,7 @@ class _Job:
 
     @property
     def step(self) -> int:
-        """How many steps each row has taken: they are level, as the scheduler sees to."""
+        """How many steps its rows have taken; the scheduler keeps them level, but for a few where guidance begins."""
         return self.steps_taken // self.spec.n
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -162,13 +163,23 @@ def test_two_hundred_connections_from_one_address_are_too_many_and_do_no_harm(
         assert [message["type"] for message, _ in read(ws)][-1] == "done"
 
 
-def test_a_stream_that_runs_when_the_server_is_told_to_stop_gets_its_image(
+def test_streams_that_run_when_the_server_is_told_to_stop_get_their_images(
     own_server: Callable[..., RunningServer],
 ) -> None:
     server = own_server("--checkpoint", str(BUNDLED))
-    with open_stream(server) as ws:
-        ws.send(json.dumps(SPEC | {"steps": 200, "sampler": "ddpm", "every": 10}))
-        assert json.loads(ws.recv(timeout=60))["type"] == "accepted"
+    spec = SPEC | {"n": 32, "steps": 30, "every": 10, "layout": "images"}
+    with ExitStack() as stack:
+        streams = [stack.enter_context(open_stream(server)) for _ in range(4)]
+        idle = stack.enter_context(open_stream(server))
+        for seed, ws in enumerate(streams):
+            ws.send(json.dumps(spec | {"seed": seed}))
+            assert json.loads(ws.recv(timeout=60))["type"] == "accepted"
         server.process.terminate()
-        assert [message["type"] for message, _ in read(ws)][-1] == "done"
+        with ThreadPoolExecutor(4) as pool:
+            for got in pool.map(lambda ws: list(read(ws)), streams):
+                assert got[-1][0]["type"] == "done"
+                assert len(got[-1][1]) == 32
+        assert list(read(idle)) == []
+        assert idle.close_code == 1012
     assert server.process.wait(30) == 0
+    assert "Traceback" not in server.log

@@ -1,5 +1,6 @@
 import io
 import json
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -11,9 +12,9 @@ from starlette.testclient import WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
 from service import routes_stream
-from service.encoder import contact_sheet
+from service.encoder import contact_sheet, encode_result
 from tests.service.conftest import INSTANT, MakeSite, Site, pixels
-from tests.service.fakes import INFO, LIMITS, fake_pixels, make_spec, wait_until
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 
 SPEC = {"n": 2, "steps": 4, "seed": 5, "class_label": "cat"}
 
@@ -251,6 +252,62 @@ def test_a_frame_that_cannot_be_read_is_left_out(site: Site) -> None:
         client.picture()
 
 
+def test_a_frame_that_cannot_be_encoded_is_left_out(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(pixels: object, frame_format: str) -> bytes:
+        raise ValueError("too wide for webp")
+
+    monkeypatch.setattr("service.encoder.encode_frame", fail)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1)
+        client.get("accepted")
+        client.get("done")
+        client.picture()
+        assert client.closed()[0] == 1000
+
+
+def test_what_nobody_foresaw_is_an_internal_error_and_its_reason_is_in_the_log(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("service.encoder.encode_result", fail)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1000)
+        client.get("accepted")
+        assert "space" not in client.refused("internal", 1011)["detail"]
+    assert "no space left on device" in caplog.text
+
+
+def test_the_next_spec_may_follow_done_while_the_pictures_are_on_their_way(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it falls out: the message comes after the job is done, and before its last picture is sent."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> bytes:
+        began.set()
+        assert go_on.wait(PATIENCE_S)
+        return encode_result(*arguments)
+
+    monkeypatch.setattr("service.encoder.encode_result", slow)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1000, keep_open=True)
+        client.get("accepted")
+        assert began.wait(PATIENCE_S)
+        client.send(**SPEC, every=1000)
+        go_on.set()
+        for _ in range(2):
+            client.get("done")
+            client.picture()
+            if _ == 0:
+                client.get("accepted")
+        assert client.closed()[0] == 1000
+
+
 # --- what is refused ---
 
 
@@ -291,10 +348,10 @@ def test_an_unknown_parameter_is_named(site: Site) -> None:
         assert client.refused("unknown_field", 1008)["field"] == "evry"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '"steps"', '{"n": NaN}', '{"n": 1, "n": 2}', "{" * 5000])
+@pytest.mark.parametrize("text", ["", " ", "{", "[]", "3", '"steps"', '{"n": NaN}', '{"n": 1, "n": 2}', "{" * 5000])
 def test_a_malformed_message_is_one_error_and_a_close(site: Site, text: str) -> None:
     with connect(site) as ws:
-        ws.send_text(text or " []")
+        ws.send_text(text)
         client = Client(ws)
         error = client.get("error")
         assert error["code"] == "malformed_message"
@@ -361,6 +418,8 @@ def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> Non
         ("http://testserver:8000", False),
         ("http://evil.example", False),
         ("null", False),
+        ("http://[", False),
+        ("http://" + "x" * 300, False),
     ],
 )
 def test_pages_of_other_origins_are_refused(site: Site, origin: str, allowed: bool) -> None:
@@ -373,7 +432,8 @@ def test_pages_of_other_origins_are_refused(site: Site, origin: str, allowed: bo
         pass
     assert caught.value.status_code == 403
     problem = caught.value.json()
-    assert (problem["code"], problem["field"], problem["value"]) == ("foreign_origin", "Origin", origin)
+    assert (problem["code"], problem["field"]) == ("foreign_origin", "Origin")
+    assert len(problem["detail"]) < 300
 
 
 @pytest.mark.parametrize("origins", [{"*"}, {"https://studio.example"}])
@@ -398,6 +458,14 @@ def test_one_address_has_so_many_streams_and_no_more(make_site: MakeSite) -> Non
         ws.send_text(json.dumps(SPEC))
         Client(ws).get("accepted")
     assert site.metrics()['tminus_rejected_total{"reason": "too_many_streams"}'] == 1
+
+
+def test_all_addresses_together_have_so_many_streams_and_no_more(make_site: MakeSite) -> None:
+    site = make_site(max_streams=1)
+    with connect(site):
+        with pytest.raises(WebSocketDenialResponse) as caught, connect(site):
+            pass
+        assert caught.value.status_code == 429
 
 
 def test_an_unconditional_model_streams_too(make_site: MakeSite) -> None:

@@ -1,0 +1,62 @@
+"""Who has streams open. Owned by the event loop's thread; the server asks it before it stops."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from ipaddress import ip_address, ip_network
+
+from service.errors import TooManyStreams
+
+
+class Streams:
+    """Counts streams by address and in all, and those with a job under way."""
+
+    def __init__(self, max_streams: int, max_per_address: int) -> None:
+        self._max_streams, self._max_per_address = max_streams, max_per_address
+        self._open: Counter[str] = Counter()
+        self._busy = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    @contextmanager
+    def opened(self, host: str) -> Iterator[None]:
+        """Count a stream while it is open. Raises TooManyStreams."""
+        address = _address(host)
+        if self._open.total() >= self._max_streams:
+            raise TooManyStreams(f"at most {self._max_streams} streams", self._max_streams)
+        if self._open[address] >= self._max_per_address:
+            raise TooManyStreams(f"at most {self._max_per_address} streams from one address", self._max_per_address)
+        self._open[address] += 1
+        try:
+            yield
+        finally:
+            self._open[address] -= 1
+            if not self._open[address]:
+                del self._open[address]
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Count a stream while it has a job, to the last byte of its image."""
+        self._busy += 1
+        self._quiet.clear()
+        try:
+            yield
+        finally:
+            self._busy -= 1
+            if not self._busy:
+                self._quiet.set()
+
+    async def quiet(self, patience_s: float) -> None:
+        """Wait until no stream has a job, but no longer than this."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                await self._quiet.wait()
+
+
+def _address(host: str) -> str:
+    """What counts as one address: of IPv6 a whole /64, which is what one customer has."""
+    try:
+        return str(ip_network((host, 64), strict=False)) if ip_address(host).version == 6 else host
+    except ValueError:
+        return host
