@@ -131,8 +131,20 @@ def serve(**flags: Any) -> None:
 @click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
 @click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url")
 @click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url")
+@click.option("--watch", type=click.Path(path_type=Path), help="with --url: keep the way there as .webp or .gif")
+@click.option("--every", type=click.IntRange(1), help="steps between its frames  [default: a hundredth of them]")
+@click.option("--show", type=click.Choice(["x_t", "x_0"]), default="x_t", help="the latent, or the network's guess")
 def sample(
-    url: str | None, checkpoint: Path, device: str, executor: str, precision: str, out: Path, **given: Any
+    url: str | None,
+    checkpoint: Path,
+    device: str,
+    executor: str,
+    precision: str,
+    out: Path,
+    watch: Path | None,
+    every: int | None,
+    show: str,
+    **given: Any,
 ) -> None:
     """Sample images to PNG files, offline or from a server."""
     parameters = {name: value for name, value in given.items() if value not in (None, ())}
@@ -141,15 +153,20 @@ def sample(
     if labels := parameters.pop("class_label", None):
         parameters["class_label"] = list(labels) if len(labels) > 1 else labels[0]
     sheet = out.suffix.lower() == ".png"
+    if watch is not None and url is None:
+        fail("--watch needs --url: a server to look at")
     try:
         (out.parent if sheet else out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {out}: {error}")
-    files, seed = (
-        _from_server(url, parameters, sheet)
-        if url
-        else offline(Running(checkpoint, device, executor, precision), parameters, sheet)
-    )
+    if url is None:
+        files, seed = offline(Running(checkpoint, device, executor, precision), parameters, sheet)
+    elif watch is None:
+        files, seed = _from_server(url, parameters, sheet)
+    else:
+        from service.cli_watch import follow
+
+        files, seed = follow(url, parameters, sheet, watch, every, show)
     try:
         for name, data in files.items():
             (out if sheet else out / name).write_bytes(data)

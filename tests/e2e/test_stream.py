@@ -16,11 +16,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from tests.e2e.conftest import BUNDLED, ROOT, RunningServer
+from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, run_cli
 
 SPEC = {"n": 2, "steps": 20, "sampler": "ddim", "seed": 5, "class_label": "sneaker"}
 
@@ -87,6 +87,48 @@ def test_the_example_of_the_docs_runs(server: RunningServer, tmp_path: Path) -> 
     assert len(done.stdout.splitlines()) == 2 + 2 * 4
     names = {f"{show}-{step:04d}.png" for show in ("x_t", "x_0") for step in (10, 20, 30, 40)}
     assert {file.name for file in tmp_path.iterdir()} == {"out.png", *names}
+
+
+@pytest.mark.parametrize(("out", "animation"), [("sheet.png", "way.webp"), ("folder", "way.gif")])
+def test_the_command_line_watches_and_keeps_the_way(
+    server: RunningServer, tmp_path: Path, out: str, animation: str
+) -> None:
+    what = ("-n", "4", "--steps", "20", "--sampler", "ddim", "--seed", "5", "--class-label", "sneaker")
+    keep = ("--watch", str(tmp_path / animation), "--every", "4", "--out", str(tmp_path / out))
+    done = run_cli("sample", "--url", server.url, *what, *keep)
+    assert done.returncode == 0, done.stderr
+    assert "seed 5" in done.stdout
+    assert "20/20" in done.stderr, "the bar came to its end"
+    with Image.open(tmp_path / animation) as opened:
+        assert opened.n_frames == 5  # type: ignore[attr-defined]
+        assert opened.size == (64, 64)
+        first, last = (np.asarray(each.convert("L")).astype(float) for each in ImageSequence.all_frames(opened)[::4])
+    assert np.abs(np.diff(first)).mean() > 2 * np.abs(np.diff(last)).mean(), "from noise to an image"
+    spec = SPEC | {"n": 4}
+    if out == "sheet.png":
+        assert (tmp_path / out).read_bytes() == server.post(json=spec).content
+    else:
+        alone = [server.post(json=spec | {"n": 1, "index": k}).content for k in range(4)]
+        assert [file.read_bytes() for file in sorted((tmp_path / out).iterdir())] == alone
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--watch", "way.webp"), "--watch needs --url"),
+        (("--watch", "way.mp4", "--url", "URL"), "must end in .webp or .gif"),
+        (("--watch", "way.gif", "--url", "http://127.0.0.1:1"), "refused"),
+        (("--watch", "way.gif", "--url", "URL", "--steps", "0"), "steps must be an integer in 1..1000"),
+    ],
+)
+def test_what_the_command_line_cannot_watch_is_one_clear_line(
+    server: RunningServer, arguments: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    given = [server.url if each == "URL" else each for each in arguments]
+    done = run_cli("sample", *given, "--out", str(tmp_path / "out.png"))
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_stream_that_is_dropped_frees_its_rows(server: RunningServer) -> None:
