@@ -126,7 +126,8 @@ async def run(server: servers.Running, window_s: float, jobs: int, viewers: int,
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        while (await http.get("/jobs")).json()["jobs"]:  # noqa: ASYNC110: another process's
+        # The jobs are another process's.
+        while (await http.get("/jobs")).json()["jobs"]:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     return Window(
         row_steps_per_s=after.since(before).row_steps / took_s,
