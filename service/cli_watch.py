@@ -72,7 +72,7 @@ def _read(ws: "ClientConnection", url: str) -> tuple[int, list["Image"], list[by
                 return seed, [_sheet(each) for each in shown.values()], [_picture(ws) for _ in range(message["images"])]
             else:
                 fail(f"{url}: {message.get('status', '')} {message.get('detail', message['type'])}")
-    fail(f"{url}: the server closed before the job was done")
+    return fail(f"{url}: the server closed before the job was done")
 
 
 def _messages(ws: "ClientConnection") -> Iterator[dict[str, Any]]:
