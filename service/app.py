@@ -13,6 +13,7 @@ from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.result_cache import ResultCache
 from service.routes_jobs import job_routes
+from service.routes_page import page_routes
 from service.routes_sample import sample_routes
 from service.routes_stream import stream_routes
 from service.routes_system import system_routes
@@ -69,6 +70,7 @@ def create_app(
     app.include_router(sample_routes(worker, encoder, cache, metrics, model, limits))
     app.include_router(stream_routes(worker, encoder, streams, metrics, model, limits, allowed_origins))
     app.include_router(job_routes(worker))
+    app.include_router(page_routes())
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)

@@ -1,5 +1,6 @@
 """GET /model, /healthz, /readyz and /metrics: what is loaded, and how it is doing."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -21,8 +22,15 @@ def system_routes(worker: Worker, model: ModelInfo, limits: Limits, metrics: Met
     @router.get("/model", summary="What is loaded, and the limits")
     async def get_model() -> dict[str, Any]:
         document = asdict(model) | {"limits": asdict(limits)}
-        del document["log_sigmas"]  # T numbers that follow from the schedule
+        del document["log_sigmas"]  # T numbers: /model/schedule has them
         return document
+
+    @router.get("/model/schedule", summary="The noise schedule: alpha_bar_t and beta_t of t = 0..T-1")
+    async def get_schedule() -> dict[str, list[float]]:
+        alpha_bar = [1 / (1 + math.exp(2 * log_sigma)) if log_sigma < 300 else 0.0 for log_sigma in model.log_sigmas]
+        before = [1.0, *alpha_bar[:-1]]
+        beta = [1 - now / then if then else 1.0 for now, then in zip(alpha_bar, before, strict=True)]
+        return {"alpha_bar": alpha_bar, "beta": beta}
 
     @router.get("/healthz", summary="Liveness: the process answers and its worker runs", response_class=JSONResponse)
     async def healthz() -> Response:

@@ -1,0 +1,207 @@
+"""The page in a real browser, against the real server."""
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from tests.e2e.conftest import BUNDLED, RunningServer
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+DONE = re.compile(r"^Done in ")
+PATIENCE_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium, and none is installed")
+    with sync_playwright() as playwright:
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS + sandbox)
+        yield browser
+        browser.close()
+
+
+class Page:
+    """A tab with the page in it; what it complains about on the console is kept."""
+
+    def __init__(self, browser: Any, url: str, **context: Any) -> None:
+        self.context = browser.new_context(accept_downloads=True, **context)
+        self.tab = self.context.new_page()
+        self.tab.set_default_timeout(PATIENCE_MS)
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.tab.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
+        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.goto(url)
+        expect(self.tab.locator("#model")).to_contain_text("fashion-mnist-32", timeout=PATIENCE_MS)
+
+    def fill(self, **fields: object) -> None:
+        for name, value in fields.items():
+            field = self.tab.locator(f"[name={name}]")
+            if name in ("sampler", "class_label"):
+                field.select_option(label=str(value))
+            else:
+                field.fill(str(value))
+
+    def sample(self, **fields: object) -> None:
+        self.fill(**fields)
+        self.tab.get_by_role("button", name="Sample").click()
+
+    def status(self) -> Any:
+        return self.tab.locator("#status")
+
+    def wait_until(self, text: re.Pattern[str] | str) -> None:
+        expect(self.status()).to_have_text(text, timeout=PATIENCE_MS)
+
+    def picture(self, selector: str) -> bytes:
+        """The bytes of an image that the page shows."""
+        numbers = self.tab.evaluate(
+            "async (s) => [...new Uint8Array(await (await fetch(document.querySelector(s).src)).arrayBuffer())]",
+            selector,
+        )
+        return bytes(numbers)
+
+
+@pytest.fixture
+def open_page(browser: Any, server: RunningServer) -> Iterator[Callable[..., Page]]:
+    """Opens the page; at the end no tab may have complained, nor asked anybody but the server."""
+    pages: list[Page] = []
+
+    def make(url: str = server.url, **context: Any) -> Page:
+        pages.append(Page(browser, url, **context))
+        return pages[-1]
+
+    yield make
+    for page in pages:
+        page.context.close()
+        assert page.complaints == []
+        assert [url for url in page.requests if not re.match(r"(blob:)?(http|ws)://127\.0\.0\.1:|data:", url)] == []
+
+
+def gray(picture: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(picture)) as image:
+        return np.asarray(image.convert("L")).astype(float)
+
+
+def test_noise_becomes_images_before_ones_eyes(open_page: Callable[..., Page], server: RunningServer) -> None:
+    page = open_page()
+    page.tab.evaluate(
+        """() => { window.shown = {};
+        for (const id of ['x_t', 'x_0']) new MutationObserver(() => (window.shown[id] ??= new Set()).add(
+            document.getElementById(id).src)).observe(document.getElementById(id), {attributes: true}); }"""
+    )
+    page.sample(class_label="sneaker", sampler="ddim", steps=60, n=4, seed=5, guidance=2)
+    page.wait_until(DONE)
+    shown = page.tab.evaluate("() => Object.fromEntries(Object.entries(window.shown).map(([k, v]) => [k, v.size]))")
+    assert min(shown["x_t"], shown["x_0"]) > 10, "it really moved"
+    spec = {"class_label": 7, "sampler": "ddim", "steps": 60, "n": 4, "seed": 5, "guidance": 2}
+    final = page.picture("#x_t")
+    assert final == page.picture("#gallery img") == server.post(json=spec).content
+
+    # Back through the frames: noise at the start, and x_0 is ahead of x_t half way.
+    scrub = page.tab.locator("#scrub")
+    scrub.fill("0")
+    expect(page.tab.locator("#frame-text")).to_contain_text("Frame 1 of")
+    assert np.abs(gray(page.picture("#x_t")) - gray(final)).mean() > 40
+    scrub.fill(str(int(scrub.get_attribute("max")) // 2))
+    x_t, x_0 = (np.abs(gray(page.picture(name)) - gray(final)).mean() for name in ("#x_t", "#x_0"))
+    assert x_0 < x_t
+    assert page.tab.locator("#now").get_attribute("visibility") == "visible"
+    scrub.focus()
+    page.tab.keyboard.press("End")
+    assert page.picture("#x_t") == final, "with the keyboard alone"
+
+
+def test_the_calls_of_a_result_make_it_again(open_page: Callable[..., Page], server: RunningServer) -> None:
+    page = open_page()
+    page.sample(class_label="bag", sampler="dpmpp_2m", steps=10, n=2, seed=2**64 - 1, guidance=1)
+    page.wait_until(DONE)
+    final = page.picture("#gallery img")
+    curl = page.tab.locator("#gallery .curl").text_content()
+    url = re.fullmatch(r"curl -X POST '(\S+)' -o out\.png", curl)
+    assert url is not None
+    assert httpx.post(url[1], timeout=60).content == final
+    python = page.tab.locator("#gallery .python").text_content()
+    spec: dict[str, Any] = {}
+    exec(python.split("response")[0], spec)
+    assert server.post(json=spec["spec"]).content == final
+    with page.tab.expect_download() as download:
+        page.tab.get_by_role("button", name="Zip").click()
+    assert download.value.suggested_filename == f"tminus-{2**64 - 1}.zip"
+    with page.tab.expect_download() as download:
+        page.tab.get_by_role("link", name="PNG").click()
+    assert download.value.path().read_bytes() == final
+
+
+def test_a_job_is_cancelled_and_another_begun(open_page: Callable[..., Page], server: RunningServer) -> None:
+    page = open_page()
+    page.sample(steps=1000, n=8, sampler="ddpm", seed=1)
+    page.wait_until(re.compile(r"^Step \d+ of 1000"))
+    page.tab.get_by_role("button", name="Cancel").click()
+    page.wait_until("Cancelled.")
+    server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
+    page.sample(steps=5, n=1, sampler="ddim")
+    page.wait_until(DONE)
+    expect(page.tab.locator("#gallery li")).to_have_count(1)
+
+
+def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.tab.evaluate("() => document.getElementById('form').noValidate = true")  # or the browser would say it first
+    page.sample(steps=5, n=65)
+    expect(page.tab.get_by_role("alert")).to_contain_text("n must be an integer in 1..64, got 65")
+    expect(page.tab.locator("[name=n]")).to_have_attribute("aria-invalid", "true")
+    expect(page.tab.locator("[name=n]")).to_be_focused()
+    page.sample(steps=5, n=1)
+    page.wait_until(DONE)
+    expect(page.tab.get_by_role("alert")).to_be_empty()
+
+
+def test_a_server_that_is_gone_is_said_to_be(browser: Any, own_server: Callable[..., RunningServer]) -> None:
+    server = own_server("--checkpoint", str(BUNDLED))
+    page = Page(browser, server.url)
+    page.sample(steps=1000, n=8, sampler="ddpm")
+    page.wait_until(re.compile(r"^Step \d+ of 1000"))
+    server.process.kill()
+    expect(page.tab.get_by_role("alert")).to_contain_text("The connection broke")
+    expect(page.tab.get_by_role("button", name="Sample")).to_be_enabled()
+    page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_it_can_be_read_and_used_by_all(open_page: Callable[..., Page], scheme: str, width: int) -> None:
+    page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    for _ in range(2):  # as it opens, and with a result
+        found = Axe().run(page.tab).response["violations"]
+        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
+        assert page.tab.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth"), (
+            "nothing sticks out"
+        )
+        page.sample(steps=5, n=2, sampler="ddim")
+        page.wait_until(DONE)
+        page.tab.locator("summary").first.click()
+
+
+def test_the_page_lets_nothing_in_from_elsewhere(server: RunningServer) -> None:
+    response = httpx.get(server.url)
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert httpx.get(f"{server.url}/page/page.js").headers["content-type"].startswith("text/javascript")
+    for name in ("", "../app.py", "..%2fapp.py", "index.html", "nothing.js"):
+        assert httpx.get(f"{server.url}/page/{name}").status_code == 404
