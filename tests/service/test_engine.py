@@ -1,4 +1,5 @@
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -736,6 +737,27 @@ def test_many_steps_in_a_small_noise_schedule_fill_a_plan_to_its_last_line(make_
 
 
 # --- devices, limits, description ---
+
+
+def test_a_preview_is_the_latent_and_the_networks_guess_of_the_image(tiny: Checkpoint) -> None:
+    """x_0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar): eq. 4 of Ho et al. 2020, solved for x_0."""
+    engine, spec = make_engine(tiny), spec_of(n=2, steps=10, sampler="ddim", seed=3, class_labels=(0, 2))
+    rows = engine.add(spec)
+    x_T = image_noise(spec.seed, range(2), 0, (1, *tiny.size_px), CPU)
+    engine.step(Batch(rows, (0, 0), ()))
+    shown = engine.preview(rows, ("x_0", "x_t"))()
+    assert list(shown) == ["x_0", "x_t"]
+    t = int(engine.compile(spec).timesteps[0])
+    alpha_bar = float(tiny.noise.schedule().alpha_bar[t])
+    eps = tiny.net(x_T, torch.tensor([t, t]), torch.tensor([0, 2])).double()
+    x_0 = ((x_T.double() - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)).clamp(-1, 1)
+    np.testing.assert_allclose(shown["x_0"], (x_0.permute(0, 2, 3, 1) + 1) * 127.5, atol=1)
+    x_t = np.clip(engine.latents(rows).transpose(0, 2, 3, 1), -1, 1)
+    np.testing.assert_allclose(shown["x_t"], (x_t + 1) * 127.5, atol=0.51)
+    for step in range(1, spec.steps):
+        engine.step(Batch(rows, (step, step), ()))
+    (last,) = engine.preview(rows, ("x_0",))().values()
+    np.testing.assert_array_equal(last, engine.images(rows)())  # ddim ends in its guess
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cpu:x", "cuda:", "mps", "meta", "cuda:-1", "cuda:4096", "xpu", "CPU "])
