@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from fastapi import APIRouter, Response
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.staticfiles import StaticFiles
 
 FOLDER = Path(__file__).parent / "page"
-MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
-    "Cache-Control": "no-cache",  # FileResponse gives an ETag, so that asking again costs nothing
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-    "connect-src 'self' blob: ws: wss:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    # 'self' is for WebSockets too (CSP 3). blob: is what the page itself has made.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
@@ -19,17 +19,19 @@ HEADERS = {
 def page_routes() -> APIRouter:
     """Make the routes."""
     router = APIRouter(include_in_schema=False)
-    files = {path.name: path for path in FOLDER.iterdir() if path.suffix in MEDIA_TYPES}
+    files = StaticFiles(directory=FOLDER)  # answers 304 to who has a file already
 
     @router.get("/")
-    async def get_page() -> Response:
-        return FileResponse(FOLDER / "index.html", media_type="text/html; charset=utf-8", headers=HEADERS)
+    async def get_page(request: Request) -> Response:
+        return _with_headers(await files.get_response("index.html", request.scope))
 
     @router.get("/page/{name}")
-    async def get_file(name: str) -> Response:
-        if name not in files:
-            return Response(status_code=404)
-        media_type = MEDIA_TYPES[files[name].suffix]
-        return FileResponse(files[name], media_type=media_type, headers=HEADERS)
+    async def get_file(request: Request, name: str) -> Response:
+        return _with_headers(await files.get_response(name, request.scope))
 
     return router
+
+
+def _with_headers(response: Response) -> Response:
+    response.headers.update(HEADERS)
+    return response

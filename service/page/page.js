@@ -1,6 +1,8 @@
 // The page at /: asks for images over a WebSocket, shows the frames as they come, and keeps what came.
 
 const MOST_FRAMES = 200; // of a job; each is kept, so that one can go back
+const MOST_BYTES = 100e6; // that they may take: noise hardly compresses
+const POLL_MS = 1500; // how often a job that waits is asked about
 const element = (id) => document.getElementById(id);
 const form = element("form");
 const base = new URL(".", document.baseURI);
@@ -28,6 +30,7 @@ async function start() {
     element("guidance-field").hidden = model.null_class === null;
   }
   drawSchedule();
+  busy(false);
   form.elements.class_label.addEventListener("change", suitGuidance);
   suitGuidance();
 }
@@ -51,7 +54,7 @@ function suitGuidance() {
 function parameters() {
   const given = Object.fromEntries(new FormData(form)); // what is disabled is left out
   const spec = { n: Number(given.n), steps: Number(given.steps), sampler: given.sampler };
-  if (given.seed) spec.seed = given.seed;
+  if (given.seed) spec.seed = given.seed.replace(/^0+(?=\d)/, "");
   if (given.class_label) spec.class_label = Number(given.class_label);
   if (given.guidance !== undefined && model.conditional) spec.guidance = Number(given.guidance);
   return spec;
@@ -60,25 +63,33 @@ function parameters() {
 function run() {
   const spec = parameters();
   complain("");
-  clearFrames();
   const url = new URL("sample/stream", base);
   url.protocol = url.protocol.replace("http", "ws");
   const ws = (socket = new WebSocket(url));
   ws.binaryType = "blob";
   busy(true);
   say("Connecting…");
-  const job = { spec, frame: null, done: null, settled: false, finals: [] };
-  ws.onopen = () =>
-    ws.send(JSON.stringify({ ...spec, every: Math.max(1, Math.ceil(spec.steps / MOST_FRAMES)), show: ["x_t", "x_0"] }));
+  element("watch").scrollIntoView({ block: "nearest" });
+  const job = { spec, opened: false, frame: null, done: null, settled: false };
+  const frameBytes = 2 * spec.n * model.width_px * model.height_px * model.channels;
+  const most = Math.max(10, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
+  ws.onopen = () => {
+    job.opened = true;
+    ws.send(JSON.stringify({ ...spec, every: Math.max(1, Math.ceil(spec.steps / most)), show: ["x_t", "x_0"] }));
+  };
   ws.onmessage = (event) => {
     if (event.data instanceof Blob) takePicture(job, event.data);
     else takeMessage(job, JSON.parse(event.data));
   };
   ws.onclose = () => {
-    if (!job.settled) {
+    if (!job.settled && !job.opened) {
+      complain("There is no connection: the server is not there, has too many streams open, or lets no page of here in.");
+      say("Not begun.");
+    } else if (!job.settled) {
       complain("The connection broke before the images were done. They are given up; ask again.");
       say("Broken off.");
     }
+    job.settled = true;
     socket = null;
     busy(false);
   };
@@ -87,12 +98,15 @@ function run() {
 function takeMessage(job, message) {
   if (message.type === "accepted") {
     job.spec.seed ??= String(message.seed); // one that was given may be too large for JavaScript's numbers
-    const ahead = message.position === 1 ? "1 job" : `${message.position} jobs`;
-    say(message.position ? `Waiting: ${ahead} ahead, done in about ${seconds(message.eta_s)}.` : "Running.");
+    clearFrames();
+    foresee(message);
+    pollWhileWaiting(job, message.id);
   } else if (message.type === "frame") {
+    if (!job.frame) say("Running.");
     job.frame = message;
     element("progress").value = message.step / message.steps;
-    say(`Step ${message.step} of ${message.steps}, ${seconds(message.eta_s)} left.`);
+    element("progress-text").textContent =
+      `Step ${message.step} of ${message.steps}, t = ${message.t}, ${seconds(message.eta_s)} left`;
   } else if (message.type === "done") {
     job.done = message;
   } else if (message.type === "cancelled") {
@@ -100,9 +114,22 @@ function takeMessage(job, message) {
     say("Cancelled.");
   } else {
     job.settled = true;
-    const again = message.retry_after_s ? ` Try again in ${message.retry_after_s} s.` : "";
-    complain(`${message.detail}${message.detail.includes("Try again") ? "" : again}`, message.field);
+    complain(`${message.detail}.`, message.field);
     say("Not done.");
+  }
+}
+
+function foresee({ position, eta_s: eta }) {
+  const ahead = position === 1 ? "1 job" : `${position} jobs`;
+  say(position ? `Waiting: ${ahead} ahead, done in about ${seconds(eta)}.` : `Begun, done in about ${seconds(eta)}.`);
+}
+
+async function pollWhileWaiting(job, id) {
+  for (;;) {
+    await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+    if (job.frame || job.done || job.settled) return;
+    const status = await getJson(`jobs/${id}`).catch(() => null); // gone: it has just ended
+    if (status && !job.frame && !job.done && !job.settled) foresee(status);
   }
 }
 
@@ -110,6 +137,7 @@ function takePicture(job, blob) {
   if (job.done) {
     job.settled = true;
     element("progress").value = 1;
+    element("progress-text").textContent = "";
     say(`Done in ${seconds(job.done.queue_s + job.done.denoise_s)}.`);
     const url = URL.createObjectURL(blob);
     addFrame({ step: job.spec.steps, steps: job.spec.steps, t: 0 }, { x_t: url, x_0: url });
@@ -151,8 +179,14 @@ function clearFrames() {
     for (const url of [frame.x_t, frame.x_0]) if (url && !kept.has(url)) URL.revokeObjectURL(url);
   frames = [];
   following = true;
-  element("scrub").disabled = true;
+  for (const show of ["x_t", "x_0"]) {
+    element(show).removeAttribute("src");
+    element(show).alt = "";
+  }
+  Object.assign(element("scrub"), { disabled: true, max: 0, value: 0 });
   element("progress").value = 0;
+  element("progress-text").textContent = element("frame-text").textContent = "";
+  markTime(null);
 }
 
 element("scrub").addEventListener("input", (event) => {
@@ -170,10 +204,9 @@ function drawSchedule() {
   const snr = alphaBar.map((value) => Math.max(-6, Math.min(6, Math.log10(value / (1 - value)))));
   const most = Math.max(...beta);
   const chart = element("chart");
-  const add = (name, attributes, text) => {
+  const add = (name, attributes) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    if (text) node.textContent = text;
     chart.append(node);
     return node;
   };
@@ -183,10 +216,8 @@ function drawSchedule() {
   add("path", { class: "alpha_bar", d: line(alphaBar, (value) => value) });
   add("path", { class: "beta", d: line(beta, (value) => value / most) });
   add("path", { class: "snr", d: line(snr, (value) => (value + 6) / 12) });
-  add("text", { x: 4, y: TOP + HEIGHT + 16 }, "t = 0");
-  add("text", { x: WIDTH - 50, y: TOP + HEIGHT + 16 }, `t = ${model.num_timesteps - 1}`);
+  element("last-t").textContent = `t = ${model.num_timesteps - 1}`;
   add("line", { id: "now", y1: TOP, y2: TOP + HEIGHT, x1: 0, x2: 0, visibility: "hidden" });
-  element("chart-text").textContent = "";
   markTime(null);
 }
 
@@ -194,12 +225,12 @@ const x = (t) => (t / Math.max(1, model.num_timesteps - 1)) * WIDTH;
 
 function markTime(t) {
   const legend = "Solid: alpha_bar, 0 to 1. Dashed: beta, to its greatest value. Dotted: signal-to-noise ratio, 10⁻⁶ to 10⁶.";
+  const now = element("now");
+  now.setAttribute("visibility", t === null ? "hidden" : "visible");
   if (t === null) {
     element("chart-text").textContent = legend;
     return;
   }
-  const now = element("now");
-  now.setAttribute("visibility", "visible");
   for (const end of ["x1", "x2"]) now.setAttribute(end, x(t).toFixed(1));
   const alphaBar = schedule.alpha_bar[t];
   const ratio = alphaBar / (1 - alphaBar);
@@ -209,51 +240,63 @@ function markTime(t) {
 
 // --- results ---
 
-function addResult(spec, url) {
+function addResult(spec, picture) {
   const entry = element("result").content.cloneNode(true);
-  const query = new URLSearchParams(Object.entries(spec));
   const name = spec.class_label === undefined ? "no class" : model.class_names[spec.class_label];
   const what = `${spec.n} × ${name}, ${spec.steps} steps of ${spec.sampler}, seed ${spec.seed}`;
-  entry.querySelector("img").src = url;
-  entry.querySelector("img").alt = what;
+  const body = toJson(spec);
+  const url = new URL("sample", base).href.replaceAll("'", "%27");
+  entry.querySelector("img").src = picture;
+  entry.querySelector("img").alt = "The images";
   entry.querySelector(".what").textContent = what;
   const link = entry.querySelector(".png");
-  link.href = url;
+  link.href = picture;
   link.download = `tminus-${spec.seed}.png`;
-  entry.querySelector(".zip").addEventListener("click", () => downloadZip(spec));
-  entry.querySelector(".curl").textContent = `curl -X POST '${new URL("sample", base)}?${query}' -o out.png`;
+  const zip = entry.querySelector(".zip");
+  zip.addEventListener("click", () => downloadZip(spec, zip, zip.parentElement.nextElementSibling));
+  entry.querySelector(".curl").textContent = `curl --fail-with-body -sS '${url}' -d '${body}' -o out.png`;
   entry.querySelector(".python").textContent = [
+    "import pathlib",
     "import httpx",
     "",
-    `spec = ${JSON.stringify({ ...spec, seed: null }).replace('"seed":null', `"seed":${spec.seed}`)}`,
-    `response = httpx.post("${new URL("sample", base)}", json=spec, timeout=None)`,
-    'open("out.png", "wb").write(response.raise_for_status().content)',
+    `spec = ${body}`,
+    `response = httpx.post("${url}", json=spec, timeout=None)`,
+    'pathlib.Path("out.png").write_bytes(response.raise_for_status().content)',
   ].join("\n");
   element("no-results").hidden = true;
   element("gallery").prepend(entry);
 }
 
-async function downloadZip(spec) {
+function toJson(spec) {
+  const text = JSON.stringify({ ...spec, seed: null });
+  return text.replace('"seed":null', () => `"seed":${spec.seed}`); // all 64 bits of it
+}
+
+async function downloadZip(spec, button, complaint) {
+  if (button.ariaDisabled === "true") return;
+  button.ariaDisabled = "true";
+  complaint.textContent = "";
   try {
-    const response = await fetch(new URL(`sample?${new URLSearchParams(Object.entries(spec))}`, base), {
-      method: "POST",
-      headers: { Accept: "application/zip" },
-    });
-    if (!response.ok) throw new Error((await response.json()).detail);
+    const headers = { Accept: "application/zip", "Content-Type": "application/json" };
+    const response = await fetch(new URL("sample", base), { method: "POST", headers, body: toJson(spec) });
+    if (!response.ok) throw new Error((await response.json().catch(() => ({}))).detail ?? `status ${response.status}`);
     const link = document.createElement("a");
     link.href = URL.createObjectURL(await response.blob());
     link.download = `tminus-${spec.seed}.zip`;
     link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   } catch (error) {
-    complain(`The zip could not be had: ${error.message}`);
+    complaint.textContent = `The zip could not be had: ${error.message}`;
   }
+  button.ariaDisabled = "false";
 }
 
 // --- small things ---
 
 function busy(yes) {
-  element("go").disabled = yes;
-  element("cancel").disabled = !yes;
+  // Not disabled: who has just pressed one would lose the focus.
+  element("go").ariaDisabled = String(yes);
+  element("cancel").ariaDisabled = String(!yes);
 }
 
 function say(text) {
@@ -262,7 +305,10 @@ function say(text) {
 
 function complain(text, field) {
   element("error").textContent = text;
-  for (const input of form.elements) input.removeAttribute("aria-invalid");
+  for (const input of form.elements) {
+    input.removeAttribute("aria-invalid");
+    input.removeAttribute("aria-describedby");
+  }
   const input = field && form.elements[field];
   if (input) {
     input.setAttribute("aria-invalid", "true");
@@ -277,11 +323,13 @@ function seconds(value) {
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!socket) run();
+  if (model && schedule && !socket) run();
 });
 element("cancel").addEventListener("click", () => {
+  if (!socket) return;
   say("Cancelling…");
-  socket?.send(JSON.stringify({ type: "cancel" }));
+  if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ type: "cancel" }));
+  else socket.close();
 });
 
 start().catch((error) => complain(`This page could not be set up: ${error.message}. Reload it when the server is ready.`));

@@ -3,8 +3,14 @@
 import io
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -45,6 +51,7 @@ class Page:
         self.tab.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
         self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.tab.on("request", lambda request: self.requests.append(request.url))
+        self.tab.on("websocket", lambda socket: self.requests.append(socket.url))
         self.tab.goto(url)
         expect(self.tab.locator("#model")).to_contain_text("fashion-mnist-32", timeout=PATIENCE_MS)
 
@@ -65,6 +72,9 @@ class Page:
 
     def wait_until(self, text: re.Pattern[str] | str) -> None:
         expect(self.status()).to_have_text(text, timeout=PATIENCE_MS)
+
+    def wait_for_step(self) -> None:
+        expect(self.tab.locator("#progress-text")).to_have_text(re.compile(r"^Step \d+ of \d+, t = \d+, "))
 
     def picture(self, selector: str) -> bytes:
         """The bytes of an image that the page shows."""
@@ -125,22 +135,25 @@ def test_noise_becomes_images_before_ones_eyes(open_page: Callable[..., Page], s
     assert page.picture("#x_t") == final, "with the keyboard alone"
 
 
-def test_the_calls_of_a_result_make_it_again(open_page: Callable[..., Page], server: RunningServer) -> None:
+def test_the_calls_of_a_result_make_it_again(open_page: Callable[..., Page], tmp_path: Path) -> None:
     page = open_page()
     page.sample(class_label="bag", sampler="dpmpp_2m", steps=10, n=2, seed=2**64 - 1, guidance=1)
     page.wait_until(DONE)
     final = page.picture("#gallery img")
-    curl = page.tab.locator("#gallery .curl").text_content()
-    url = re.fullmatch(r"curl -X POST '(\S+)' -o out\.png", curl)
-    assert url is not None
-    assert httpx.post(url[1], timeout=60).content == final
+    assert len(final) > 1000
+    curl = shlex.split(page.tab.locator("#gallery .curl").text_content())
+    subprocess.run(curl, cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "out.png").read_bytes() == final
+    (tmp_path / "out.png").unlink()
     python = page.tab.locator("#gallery .python").text_content()
-    spec: dict[str, Any] = {}
-    exec(python.split("response")[0], spec)
-    assert server.post(json=spec["spec"]).content == final
+    subprocess.run([sys.executable, "-c", python], cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "out.png").read_bytes() == final
     with page.tab.expect_download() as download:
         page.tab.get_by_role("button", name="Zip").click()
     assert download.value.suggested_filename == f"tminus-{2**64 - 1}.zip"
+    with zipfile.ZipFile(download.value.path()) as archive:
+        images = [gray(archive.read(name)) for name in archive.namelist()]
+    np.testing.assert_array_equal(np.concatenate(images, axis=1), gray(final))
     with page.tab.expect_download() as download:
         page.tab.get_by_role("link", name="PNG").click()
     assert download.value.path().read_bytes() == final
@@ -149,7 +162,7 @@ def test_the_calls_of_a_result_make_it_again(open_page: Callable[..., Page], ser
 def test_a_job_is_cancelled_and_another_begun(open_page: Callable[..., Page], server: RunningServer) -> None:
     page = open_page()
     page.sample(steps=1000, n=8, sampler="ddpm", seed=1)
-    page.wait_until(re.compile(r"^Step \d+ of 1000"))
+    page.wait_for_step()
     page.tab.get_by_role("button", name="Cancel").click()
     page.wait_until("Cancelled.")
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
@@ -158,26 +171,70 @@ def test_a_job_is_cancelled_and_another_begun(open_page: Callable[..., Page], se
     expect(page.tab.locator("#gallery li")).to_have_count(1)
 
 
+def test_a_job_that_waits_says_how_many_are_ahead(open_page: Callable[..., Page], server: RunningServer) -> None:
+    page = open_page()
+    with ThreadPoolExecutor(10) as pool:
+        short = [pool.submit(server.post, json={"n": 8, "steps": 120, "seed": k}) for k in range(6)]
+        server.wait_until(lambda: server.metric("tminus_rows_waiting") > 20)
+        page.sample(steps=1000, n=8, sampler="ddpm", seed=1)
+        page.wait_until(re.compile(r"^Waiting: \d jobs? ahead, done in about "))
+        page.tab.get_by_role("button", name="Cancel").click()
+        page.wait_until("Cancelled.")
+        assert {each.result().status_code for each in short} == {200}
+
+
+def test_a_seed_that_was_not_given_is_told_and_makes_the_same_again(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    pictures = []
+    page.sample(steps=1, n=1, class_label="no class", sampler="ddim")
+    page.wait_until(DONE)
+    pictures.append(page.picture("#gallery li:first-child img"))
+    seed = re.search(r"seed (\d+)$", page.tab.locator("#gallery .what").text_content())
+    assert seed is not None
+    page.sample(seed="00" + seed[1])
+    expect(page.tab.locator("#gallery li")).to_have_count(2)
+    pictures.append(page.picture("#gallery li:first-child img"))
+    assert pictures[0] == pictures[1]
+
+
+def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
+    open_page: Callable[..., Page], server: RunningServer
+) -> None:
+    page = open_page()
+    alpha_bar = httpx.get(f"{server.url}/model/schedule").json()["alpha_bar"]
+    for name in ("alpha_bar", "beta", "snr"):
+        points = re.findall(r"[ML](\S+) (\S+?)(?=[ML]|$)", page.tab.locator(f"#chart .{name}").get_attribute("d"))
+        assert len(points) == 1000
+    page.sample(steps=10, n=1, sampler="ddim", seed=1)
+    page.wait_until(DONE)
+    page.tab.locator("#scrub").fill("4")  # after five steps of leading spacing the next starts at t = 400
+    expect(page.tab.locator("#frame-text")).to_contain_text("t = 400")
+    expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = 400: alpha_bar {alpha_bar[400]:.3}")
+    assert float(page.tab.locator("#now").get_attribute("x1")) == pytest.approx(600 * 400 / 999, abs=0.1)
+
+
 def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page]) -> None:
     page = open_page()
     page.tab.evaluate("() => document.getElementById('form').noValidate = true")  # or the browser would say it first
     page.sample(steps=5, n=65)
-    expect(page.tab.get_by_role("alert")).to_contain_text("n must be an integer in 1..64, got 65")
+    expect(page.tab.locator("#error")).to_contain_text("n must be an integer in 1..64, got 65")
     expect(page.tab.locator("[name=n]")).to_have_attribute("aria-invalid", "true")
     expect(page.tab.locator("[name=n]")).to_be_focused()
     page.sample(steps=5, n=1)
     page.wait_until(DONE)
-    expect(page.tab.get_by_role("alert")).to_be_empty()
+    expect(page.tab.locator("#error")).to_be_empty()
 
 
 def test_a_server_that_is_gone_is_said_to_be(browser: Any, own_server: Callable[..., RunningServer]) -> None:
     server = own_server("--checkpoint", str(BUNDLED))
     page = Page(browser, server.url)
     page.sample(steps=1000, n=8, sampler="ddpm")
-    page.wait_until(re.compile(r"^Step \d+ of 1000"))
+    page.wait_for_step()
     server.process.kill()
-    expect(page.tab.get_by_role("alert")).to_contain_text("The connection broke")
-    expect(page.tab.get_by_role("button", name="Sample")).to_be_enabled()
+    expect(page.tab.locator("#error")).to_contain_text("The connection broke")
+    expect(page.tab.get_by_role("button", name="Sample")).to_have_attribute("aria-disabled", "false")
+    page.sample()
+    expect(page.tab.locator("#error")).to_contain_text("There is no connection")
     page.context.close()
 
 
@@ -185,7 +242,7 @@ def test_a_server_that_is_gone_is_said_to_be(browser: Any, own_server: Callable[
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_can_be_read_and_used_by_all(open_page: Callable[..., Page], scheme: str, width: int) -> None:
     page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    for _ in range(2):  # as it opens, and with a result
+    for _ in range(2):  # as it opens, and with a result and an error
         found = Axe().run(page.tab).response["violations"]
         assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
         assert page.tab.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth"), (
@@ -194,14 +251,22 @@ def test_it_can_be_read_and_used_by_all(open_page: Callable[..., Page], scheme: 
         page.sample(steps=5, n=2, sampler="ddim")
         page.wait_until(DONE)
         page.tab.locator("summary").first.click()
+        page.tab.evaluate("() => document.getElementById('form').noValidate = true")
+        page.sample(n=65)
+        expect(page.tab.locator("#error")).not_to_be_empty()
 
 
 def test_the_page_lets_nothing_in_from_elsewhere(server: RunningServer) -> None:
     response = httpx.get(server.url)
     assert response.headers["content-type"] == "text/html; charset=utf-8"
-    policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "unsafe" not in policy
-    assert httpx.get(f"{server.url}/page/page.js").headers["content-type"].startswith("text/javascript")
-    for name in ("", "../app.py", "..%2fapp.py", "index.html", "nothing.js"):
-        assert httpx.get(f"{server.url}/page/{name}").status_code == 404
+    assert response.headers["content-security-policy"] == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+        "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    )
+    script = httpx.get(f"{server.url}/page/page.js")
+    assert "javascript" in script.headers["content-type"]
+    again = httpx.get(f"{server.url}/page/page.js", headers={"If-None-Match": script.headers["etag"]})
+    assert again.status_code == 304
+    for name in ("..%2fapp.py", "%2e%2e%2fapp.py", "nothing.js"):
+        missing = httpx.get(f"{server.url}/page/{name}")
+        assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
