@@ -1,0 +1,42 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from model.noise import NoiseConfig
+from tests.service.conftest import MakeSite, Site, problem
+from tests.service.fakes import INFO
+
+
+def test_the_page_and_its_files_are_served(site: Site) -> None:
+    page = site.client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    for name in ("page.js", "page.css", "icon.svg"):
+        assert f"page/{name}" in page.text
+        file = site.client.get(f"/page/{name}")
+        assert file.status_code == 200
+        assert "default-src 'none'" in file.headers["content-security-policy"]
+        assert site.client.get(f"/page/{name}", headers={"If-None-Match": file.headers["etag"]}).status_code == 304
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "..%2fapp.py", "%2e%2e%2fapp.py"])
+def test_nothing_else_is(site: Site, name: str) -> None:
+    problem(site.client.get(f"/page/{name}"), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    "config", [NoiseConfig(), NoiseConfig(num_train_timesteps=1), NoiseConfig(beta_schedule="squaredcos_cap_v2")]
+)
+def test_the_schedule_is_that_of_the_model(make_site: MakeSite, config: NoiseConfig) -> None:
+    schedule = config.schedule()
+    site = make_site(info=replace(INFO, num_timesteps=len(schedule.betas), log_sigmas=tuple(schedule.log_sigmas)))
+    got = site.client.get("/model/schedule").json()
+    np.testing.assert_allclose(got["alpha_bar"], np.cumprod(1 - schedule.betas.numpy()), rtol=1e-9)
+    np.testing.assert_allclose(got["beta"], schedule.betas.numpy(), rtol=1e-6)
+
+
+def test_a_schedule_that_ends_without_any_signal_is_told(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, num_timesteps=2, log_sigmas=(0.0, math.inf)))
+    assert site.client.get("/model/schedule").json() == {"alpha_bar": [0.5, 0.0], "beta": [0.5, 1.0]}
