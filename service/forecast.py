@@ -176,10 +176,9 @@ class Fluid:
         looked_past = 0
         for job in self._in_turn() if free else ():
             mine, reserve = (reserve, 0) if job is oldest else (0, reserve)
-            free += mine
             held_back = job.whole >= much_longer
-            rows = min(job.rows, max(self._sharing.room(free, held_back=held_back), mine) // job.places)
-            free -= rows * job.places
+            rows = min(job.rows, (mine + self._sharing.room(free, held_back=held_back)) // job.places)
+            free += mine - rows * job.places
             if rows:
                 self._grants.append((job, rows))
             elif not held_back:

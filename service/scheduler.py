@@ -24,7 +24,7 @@ class Sharing:
     """How the places of a tick are given out: the oldest job's reserve first, whatever short_batch is."""
 
     max_batch: int  # places in a tick, at least 2, as a guided row takes two
-    short_batch: int  # those of a tick that much longer jobs may fill where they share it with a shorter one
+    short_batch: int  # what much longer jobs may fill a tick up to that they share with a shorter one, or a multiple
     reserved: int  # those of the oldest job, whatever else is there
     policy: Policy
 
@@ -50,8 +50,11 @@ class Sharing:
         return MUCH_LONGER * min(works, default=0)
 
     def room(self, free: int, *, held_back: bool) -> int:
-        """How many of the free places a job may take."""
-        return free - (self.max_batch - self.short_batch) if held_back else free
+        """How many of the free places a job may take; one that is held back fills up to a multiple of short_batch."""
+        if not held_back:
+            return free
+        used = self.max_batch - free
+        return min(max(1, math.ceil(used / self.short_batch)) * self.short_batch, self.max_batch) - used
 
 
 @dataclass(slots=True)
