@@ -138,8 +138,10 @@ def test_sixteen_mixed_clients_at_once_get_what_each_gets_alone(server: RunningS
     ticks = server.metric("tminus_step_duration_seconds_count") - ticks
     steps = server.metric("tminus_row_steps_total") - steps
     assert steps == sum(body["n"] * body["steps"] for body in requests)
-    # They shared their ticks: one after the other would have taken the sum of their step counts.
-    assert ticks < 0.6 * sum(body["steps"] for body in requests)
+    # They shared their ticks, as far as these have places: one after the other would have taken the sum of their steps.
+    places = sum(body["n"] * body["steps"] * (2 if "guidance" in body else 1) for body in requests)
+    max_batch = httpx.get(f"{server.url}/model").json()["limits"]["max_batch"]
+    assert ticks < max(0.6 * sum(body["steps"] for body in requests), 1.1 * places / max_batch)
     for body, beside_others in zip(requests, together, strict=True):
         np.testing.assert_array_equal(post(body), beside_others, err_msg=str(body))
 
