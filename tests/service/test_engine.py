@@ -925,6 +925,24 @@ def test_a_gpu_gives_the_images_of_the_cpu(tiny: Checkpoint, on_gpu: OnGpu) -> N
 
 
 @pytest.mark.gpu
+def test_a_preview_on_a_gpu_is_that_of_the_cpu_and_does_not_wait_for_it(tiny: Checkpoint, on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
+    spec, shown = spec_of(n=2, sampler="ddim"), []
+    for engine in (make_engine(checkpoint, device=device), make_engine(tiny)):
+        rows = engine.add(spec)
+        engine.step(Batch(rows, (0, 0), ()))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            read = engine.preview(rows, ("x_t", "x_0"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        shown.append(read())
+    for name in ("x_t", "x_0"):
+        np.testing.assert_allclose(shown[0][name].astype(int), shown[1][name].astype(int), atol=1)
+
+
+@pytest.mark.gpu
 def test_an_engine_on_a_gpu_tells_its_memory_and_name(on_gpu: OnGpu) -> None:
     checkpoint, device = on_gpu()
     engine = make_engine(checkpoint, device=device)
