@@ -1,4 +1,4 @@
-"""The `tminus` command: serve and sample. Train and evaluate are in cli_train; nothing else prints or exits."""
+"""The `tminus` command: serve and sample. The rest is in the other cli_ files; nothing else prints or exits."""
 
 import io
 import logging

@@ -2,7 +2,6 @@
 
 import io
 import json
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ def follow(
             seed, frames, finals = _read(ws, url)
     except InvalidHandshake as error:
         fail(f"{url}: {_reason(error)}")
-    except (InvalidURI, WebSocketException, OSError, ssl.SSLError) as error:
+    except (InvalidURI, WebSocketException, OSError) as error:
         fail(f"{url}: {error}")
     try:
         _write(animation, [*frames, _sheet(finals)])

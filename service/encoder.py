@@ -136,17 +136,19 @@ def encode_png(pixels: Images, text: dict[str, object] | None = None) -> bytes:
     if text is not None:
         info.add_itxt(PNG_TEXT_KEY, json.dumps(text))
     out = io.BytesIO()
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    image.save(out, "PNG", pnginfo=info)
+    _picture(pixels).save(out, "PNG", pnginfo=info)
     return out.getvalue()
 
 
 def encode_frame(pixels: Images, frame_format: str) -> bytes:
     """Encode a preview [H, W, C] as png, webp (both lossless) or jpeg, fast rather than small."""
     out = io.BytesIO()
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    image.save(out, frame_format, **FRAME_OPTIONS[frame_format])
+    _picture(pixels).save(out, frame_format, **FRAME_OPTIONS[frame_format])
     return out.getvalue()
+
+
+def _picture(pixels: Images) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def contact_sheet(images: Images) -> Images:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from service.admission import Admission
 from service.errors import (
@@ -58,7 +58,7 @@ class _Job:
     started_s: float | None = None
     first_step_s: float = 0.0
     steps_taken: int = 0  # of all its rows
-    watches: list[Watch] = field(default_factory=list)  # those who look on
+    watch: Watch | None = None  # who looks on
 
     @property
     def step(self) -> int:
@@ -132,7 +132,7 @@ class Worker:
         work, now_s = work_of(spec, self._engine.info), self._clock()
         # Outside the gate: this may take milliseconds, and the worker passes the gate with every job that ends.
         entry = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s)
-        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, watches=[watch] if watch else [])
+        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, watch=watch)
         with self._gate:
             try:
                 self._check_open()
@@ -323,18 +323,17 @@ class Worker:
             if job_id in self._jobs:
                 self._deliver(self._jobs[job_id])
         for job_id in by_job:
-            job_left = self._jobs.get(job_id)
-            if job_left is not None and job_left.watches:
-                self._show(job_left, now_s)
+            if job_id in self._jobs:
+                self._show(self._jobs[job_id], now_s)
 
     def _show(self, job: _Job, now_s: float) -> None:
-        """Give those who look on a frame, where one is due."""
-        for watch in job.watches:
-            if watch.due(job.step, now_s):
-                try:
-                    watch.put(Frame(job.step, self._engine.preview(job.rows, watch.show)))
-                except Exception:  # it is not worth the job
-                    log.exception("job %s could not be shown", job.id)
+        """Give who looks on a frame, where one is due."""
+        if job.watch is None or not job.watch.due(job.step, now_s):
+            return
+        try:
+            job.watch.put(Frame(job.step, self._engine.preview(job.rows, job.watch.show)))
+        except Exception:  # it is not worth the job
+            log.exception("job %s could not be shown", job.id)
 
     def _deliver(self, job: _Job) -> None:
         assert job.started_s is not None

@@ -59,13 +59,19 @@ def gray(picture: bytes) -> np.ndarray:
         return np.asarray(image.convert("L"))
 
 
+def held(make_site: MakeSite, **limits: object) -> Site:
+    """A site that is ready, and whose next tick waits for the test."""
+    site = make_site(gate_shut=True, **limits)
+    site.engine.gate.let()  # the warm-up
+    site.wait_until_ready()
+    return site
+
+
 # --- one job ---
 
 
 def test_a_job_is_accepted_shown_and_delivered(make_site: MakeSite) -> None:
-    site = make_site(gate_shut=True)
-    site.engine.gate.let()  # the warm-up
-    site.wait_until_ready()
+    site = held(make_site)
     with connect(site) as ws:
         client = Client(ws)
         client.send(**SPEC, every=1)
@@ -103,9 +109,7 @@ def test_a_job_is_accepted_shown_and_delivered(make_site: MakeSite) -> None:
 def test_what_is_shown_is_chosen_by_the_client(
     make_site: MakeSite, frame_format: str, show: str | list[str], layout: str
 ) -> None:
-    site = make_site(gate_shut=True)
-    site.engine.gate.let()
-    site.wait_until_ready()
+    site = held(make_site)
     with connect(site) as ws:
         client = Client(ws)
         client.send(**SPEC, index=7, every=2, show=show, frame_format=frame_format, layout=layout)
@@ -167,9 +171,7 @@ def test_jobs_run_one_after_the_other_over_one_connection(site: Site) -> None:
 
 @pytest.mark.parametrize("keep_open", [False, True])
 def test_a_cancel_frees_the_rows_and_says_so(make_site: MakeSite, keep_open: bool) -> None:
-    site = make_site(gate_shut=True)
-    site.engine.gate.let()
-    site.wait_until_ready()
+    site = held(make_site)
     with connect(site) as ws:
         client = Client(ws)
         site.engine.on_step = lambda batch: time.sleep(0.001)  # so that the job would last for a second
@@ -195,9 +197,7 @@ def test_a_cancel_frees_the_rows_and_says_so(make_site: MakeSite, keep_open: boo
 
 
 def test_a_client_that_goes_away_frees_its_rows(make_site: MakeSite) -> None:
-    site = make_site(gate_shut=True)
-    site.engine.gate.let()
-    site.wait_until_ready()
+    site = held(make_site)
     with connect(site) as ws:
         client = Client(ws)
         client.send(**SPEC | {"steps": 1000}, every=1)
@@ -210,9 +210,7 @@ def test_a_client_that_goes_away_frees_its_rows(make_site: MakeSite) -> None:
 
 
 def test_a_job_deleted_by_somebody_else_is_cancelled(make_site: MakeSite) -> None:
-    site = make_site(gate_shut=True)
-    site.engine.gate.let()
-    site.wait_until_ready()
+    site = held(make_site)
     with connect(site) as ws:
         client = Client(ws)
         client.send(**SPEC, every=1000)
@@ -224,9 +222,7 @@ def test_a_job_deleted_by_somebody_else_is_cancelled(make_site: MakeSite) -> Non
 
 
 def test_a_job_that_fails_says_why(make_site: MakeSite) -> None:
-    site = make_site(gate_shut=True)
-    site.engine.gate.let()
-    site.wait_until_ready()
+    site = held(make_site)
     with connect(site) as ws:
         client = Client(ws)
         client.send(**SPEC, every=1000)
@@ -365,9 +361,7 @@ def test_a_binary_first_message_is_refused(site: Site) -> None:
 
 
 def test_another_spec_while_a_job_runs_is_refused_and_the_job_given_up(make_site: MakeSite) -> None:
-    site = make_site(gate_shut=True)
-    site.engine.gate.let()
-    site.wait_until_ready()
+    site = held(make_site)
     with connect(site) as ws:
         client = Client(ws)
         client.send(**SPEC, every=1000)
@@ -398,9 +392,7 @@ def test_silence_between_two_jobs_is_waited_for_longer_but_not_for_ever(
 
 
 def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> None:
-    site = make_site(gate_shut=True, max_jobs=1)
-    site.engine.gate.let()
-    site.wait_until_ready()
+    site = held(make_site, max_jobs=1)
     with connect(site) as first, connect(site) as second:
         Client(first).send(**SPEC, every=1000)
         Client(first).get("accepted")
