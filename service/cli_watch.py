@@ -70,6 +70,7 @@ def _read(ws: "ClientConnection", url: str) -> tuple[int, list["Image"], list[by
                 progress.update((progress.total or progress.n) - progress.n)
                 return seed, [_sheet(each) for each in shown.values()], [_picture(ws) for _ in range(message["images"])]
             else:
+                progress.close()  # so that the reason is the last line
                 fail(f"{url}: {message.get('status', '')} {message.get('detail', message['type'])}")
     return fail(f"{url}: the server closed before the job was done")
 

@@ -1,10 +1,13 @@
 """The settings of `tminus serve`, each by flag or by TMINUS_ variable. Built once, in the entry point."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ORIGIN = re.compile(r"https?://[^\s,/]+", re.IGNORECASE)
 
 
 class Settings(BaseSettings):
@@ -56,7 +59,6 @@ class Settings(BaseSettings):
     max_streams_per_address: int = Field(64, ge=1, le=65_536, description="WebSockets open at once from one address")
     allowed_origins: str = Field(
         "",
-        pattern=r"(?i)^(\*|(\s*https?://[^\s,/]+\s*(,|$))*)$",
         description="origins whose pages may open WebSockets here, by commas, beside the server's own; * is any",
     )
     max_rows: int | None = Field(
@@ -71,3 +73,10 @@ class Settings(BaseSettings):
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
     )
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        if value != "*" and not all(ORIGIN.fullmatch(origin.strip()) for origin in value.split(",") if origin.strip()):
+            raise ValueError("must be origins such as https://studio.example, by commas, or *")
+        return value
