@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from service.forecast import Fluid, Outlook, Pending, forecast
 from service.job import Limits, Work
-from service.promises import MARGIN, Excess, Load, Promise, Promises, Snapshot, find_excess
+from service.promises import MARGIN, Excess, Load, Moment, Promise, Promises, find_excess
 from service.scheduler import Sharing
 from service.tick_times import TickTimes
 
@@ -45,17 +45,27 @@ class Admission:
 
     # --- from the edge ---
 
-    def enter(self, job_id: str, work: Work, *, now_s: float, deadline_s: float | None = None) -> Entry:
+    def enter(
+        self,
+        job_id: str,
+        work: Work,
+        *,
+        now_s: float,
+        deadline_s: float | None = None,
+        places_left: int | None = None,
+    ) -> Entry:
         """Accept a job and count it, or raise Overloaded, DeadlineUnmeetable or InvalidField.
+
+        places_left: what a job still has to do that goes on where it was.
 
         An idle server takes any job within the bounds. A client that is refused and asks again for the same work when
         Retry-After seconds are over finds room.
         """
         if work.rows > self._limits.max_rows:
             raise InvalidField.of("n", f"at most {self._limits.max_rows}", work.rows)
-        job = Pending(job_id, work, work.places)
+        job = Pending(job_id, work, work.places if places_left is None else places_left)
         with self._door:
-            server = self._snapshot()
+            server = self._now()
             if deadline_s is not None:
                 self._check_alone(job, deadline_s, server)
             self._promises.expire(now_s)
@@ -72,19 +82,19 @@ class Admission:
             with self._lock:
                 assert job_id not in self._jobs
                 self._jobs[job_id] = job
-                self._load += Load.of(work)
+                self._load += Load(1, work.rows, job.places_left)
         return Entry(outlook.position, outlook.eta_s)
 
     def outlook(self, job_id: str) -> Outlook | None:
         """Predict one job's end; None if it is not here."""
-        server = self._snapshot()
+        server = self._now()
         if all(job.job_id != job_id for job in server.jobs):
             return None
         return self._forecast(server.jobs, server.tick_times, until=job_id)[job_id]
 
     def outlooks(self) -> list[Outlook]:
         """Predict every job's end, in order of arrival."""
-        server = self._snapshot()
+        server = self._now()
         outlooks = self._forecast(server.jobs, server.tick_times)
         return [outlooks[job.job_id] for job in server.jobs]
 
@@ -139,7 +149,7 @@ class Admission:
 
     # --- the limits ---
 
-    def _check_room(self, job: Pending, now_s: float, server: Snapshot) -> None:
+    def _check_room(self, job: Pending, now_s: float, server: Moment) -> None:
         """Refuse a newcomer that would pass a limit, with the promised work counted as if it were here."""
         excess = find_excess(server.load + self._promises.load, job.work, self._limits, server.tick_times)
         if excess is None:
@@ -147,7 +157,7 @@ class Admission:
         elif not self._promises.harms_none(job, now_s, server):
             raise _overloaded(excess, self._promises.make(job.work, now_s, server))
 
-    def _check_promise(self, promise: Promise, now_s: float, server: Snapshot) -> None:
+    def _check_promise(self, promise: Promise, now_s: float, server: Moment) -> None:
         """Refuse one that was promised room only while the rest is over twice the backlog limit, or jobs or rows over.
 
         So a machine that runs a little slower than foreseen breaks no promise, one that runs much slower does.
@@ -161,14 +171,14 @@ class Admission:
 
     # --- deadlines ---
 
-    def _check_alone(self, job: Pending, deadline_s: float, server: Snapshot) -> None:
+    def _check_alone(self, job: Pending, deadline_s: float, server: Moment) -> None:
         """Refuse for good what would be late on an idle server."""
         alone_s = self._forecast([job], server.tick_times)[job.job_id].eta_s
         if not deadline_s >= alone_s:  # so written that NaN is refused
             least_s = math.ceil(alone_s * 1000) / 1000
             raise InvalidField.of("deadline_s", f"at least {least_s:g} s for this work", deadline_s)
 
-    def _refuse_deadline(self, job: Pending, server: Snapshot, deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
+    def _refuse_deadline(self, job: Pending, server: Moment, deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
         """Find when the job would be done in time, if no other comes before it."""
         wait_s, late_s = 0, eta_s - deadline_s
         for _ in range(DEADLINE_TRIES):
@@ -187,7 +197,7 @@ class Admission:
             bound=f"at least {math.ceil(eta_s * 10) / 10:g} s at this load",
         )
 
-    def _eta_later(self, job: Pending, server: Snapshot, wait_s: float) -> float:
+    def _eta_later(self, job: Pending, server: Moment, wait_s: float) -> float:
         """In how many seconds a job would be done that came after so many."""
         fluid = self._fluid(server.jobs, server.tick_times)
         fluid.run_to(wait_s)
@@ -198,9 +208,9 @@ class Admission:
 
     # --- the forecast ---
 
-    def _snapshot(self) -> Snapshot:
+    def _now(self) -> Moment:
         with self._lock:
-            return Snapshot(tuple(self._jobs.values()), self._load, self._tick_times)
+            return Moment(tuple(self._jobs.values()), self._load, self._tick_times)
 
     def _fluid(self, jobs: Sequence[Pending], times: TickTimes) -> Fluid:
         return Fluid(jobs, self._sharing, times)

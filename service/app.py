@@ -9,9 +9,11 @@ from service import problems
 from service.admission import Admission
 from service.encoder import Encoder
 from service.job import Limits
+from service.jobs import Jobs
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.result_cache import ResultCache
+from service.routes_events import event_routes
 from service.routes_jobs import job_routes
 from service.routes_page import page_routes
 from service.routes_sample import sample_routes
@@ -19,6 +21,8 @@ from service.routes_stream import stream_routes
 from service.routes_system import system_routes
 from service.row_engine import RowEngine
 from service.scheduler import Scheduler, Sharing
+from service.store import JobStore
+from service.store_thread import StoreThread
 from service.streams import Streams
 from service.worker import Worker
 
@@ -28,11 +32,13 @@ def create_app(
     limits: Limits,
     tick_times: Sequence[tuple[int, float]],
     sharing: Sharing,
+    store: JobStore,
     allowed_origins: frozenset[str] = frozenset(),
 ) -> FastAPI:
     """Build the application around an engine. The worker runs for as long as the app's lifespan.
 
-    tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places;
+    tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places; store
+    keeps the durable jobs, and is closed with the app;
     allowed_origins are those whose pages may open WebSockets beside the server's own.
     `app.state.worker` is for the entry point, which drains it on SIGTERM, and then waits for `app.state.streams`.
     """
@@ -40,7 +46,9 @@ def create_app(
     metrics = Metrics(model)
     admission = Admission(limits, sharing)
     admission.calibrate(tick_times)
-    worker = Worker(engine, Scheduler(sharing), admission, metrics)
+    thread = StoreThread(store, model.fingerprint, metrics)
+    worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=thread)
+    jobs = Jobs(thread, worker, model, limits, metrics)
     encoder = Encoder(model, metrics.encoded)
     metrics.watch(
         rows_active=lambda: worker.rows_active,
@@ -52,8 +60,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        await jobs.start()
         yield
         worker.close()
+        await jobs.close()
         encoder.close()
 
     app = FastAPI(
@@ -67,9 +77,10 @@ def create_app(
     app.state.worker = worker
     streams = app.state.streams = Streams(limits.max_streams, limits.max_streams_per_address)
     cache = ResultCache(limits.result_cache_bytes)
-    app.include_router(sample_routes(worker, encoder, cache, metrics, model, limits))
+    app.include_router(sample_routes(worker, jobs, encoder, cache, metrics, model, limits))
     app.include_router(stream_routes(worker, encoder, streams, metrics, model, limits, allowed_origins))
-    app.include_router(job_routes(worker))
+    app.include_router(job_routes(jobs, encoder, model, limits))
+    app.include_router(event_routes(jobs, worker, encoder, streams, metrics, model))
     app.include_router(page_routes())
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)

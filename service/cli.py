@@ -65,6 +65,7 @@ def serve(**flags: Any) -> None:
     from service.scheduler import Sharing
     from service.server import bind
     from service.server import serve as run_server
+    from service.sqlite_store import open_store
 
     try:
         listener = bind(settings.host, settings.port)
@@ -93,7 +94,13 @@ def serve(**flags: Any) -> None:
         result_cache_bytes=settings.result_cache_mb * 2**20,
         max_streams=settings.max_connections // 2,
         max_streams_per_address=settings.max_streams_per_address,
+        keep_jobs_s=settings.keep_jobs_s,
+        keep_jobs_bytes=settings.keep_jobs_mb * 2**20,
     )
+    try:
+        store = open_store(settings.state_dir, loaded.engine.info.weights_hash)
+    except ValueError as error:
+        fail(f"--state-dir (TMINUS_STATE_DIR): {error}")
     sharing = Sharing.of(loaded.max_batch, policy=settings.policy, short_batch=loaded.short_batch)
     origins = frozenset(origin.strip().lower() for origin in settings.allowed_origins.split(",") if origin.strip())
     info = loaded.engine.info
@@ -102,7 +109,7 @@ def serve(**flags: Any) -> None:
         info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
     )  # fmt: skip
     stopped_well = run_server(
-        create_app(loaded.engine, limits, loaded.tick_times, sharing, origins),
+        create_app(loaded.engine, limits, loaded.tick_times, sharing, store, origins),
         listener,
         grace_s=settings.grace_s,
         log_level=settings.log_level,

@@ -85,8 +85,7 @@ def read_recipe(png: bytes) -> Recipe:
     try:
         document = json.loads(text)
         fields = document["spec"]
-        tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        parameters = parameters_of(SampleSpec(**{**fields, **tuples}))
+        parameters = parameters_of(SampleSpec.from_json(fields))
         if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # before so many rows are made room for
             raise ValueError(f"n must be 1..{MAX_LOCAL_N}")
         return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))

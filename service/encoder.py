@@ -37,9 +37,13 @@ class Encoder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tminus-encode")
         self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that no image waits for a preview
 
-    async def encode(self, media_type: str, spec: SampleSpec, result: JobResult) -> bytes:
-        """Make the body of a response. Raises NotFinite."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, media_type, spec, result)
+    async def encode(
+        self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo | None = None
+    ) -> bytes:
+        """Make the body of a response; made_by: the model as it was then, if not as it is now. Raises NotFinite."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._encode, media_type, spec, read, made_by or self._model
+        )
 
     async def encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
         """Make the pictures of a preview: (what it shows, which image, bytes) each; one of all images is of None."""
@@ -78,10 +82,10 @@ class Encoder:
         self._frames.shutdown(cancel_futures=True)
         self._pool.shutdown()
 
-    def _encode(self, media_type: str, spec: SampleSpec, result: JobResult) -> bytes:
-        images = result.read()
+    def _encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], model: ModelInfo) -> bytes:
+        images = read()
         started = time.perf_counter()
-        body = encode_result(media_type, spec, images, self._model)
+        body = encode_result(media_type, spec, images, model)
         self._observe(media_type.rpartition("/")[2], time.perf_counter() - started)
         return body
 

@@ -16,7 +16,7 @@ from model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, denoise, guide
 from service.description import describe
 from service.errors import NotFinite
 from service.executors import Executor
-from service.job import Batch, Floats, Images, SampleSpec
+from service.job import Batch, Floats, Images, SampleSpec, Snapshot
 from service.preview import Show
 from service.tick_events import TickEvents
 
@@ -105,12 +105,18 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def add(self, spec: SampleSpec) -> tuple[int, ...]:
-        """Give a job's rows their slots and their x_T; returns the row ids. Raises ValueError as `compile` does."""
+    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None) -> tuple[int, ...]:
+        """Give a job's rows their slots and their x_T, or x_t and x0 as a snapshot has them; returns the row ids.
+
+        Raises ValueError as `compile` does, and where the snapshot is of another shape.
+        """
         # The slots are taken last: a job that cannot be added takes nothing away.
         plan = self.compile(spec)
         indices = range(spec.index, spec.index + spec.n)
-        x_T = image_noise(spec.seed, indices, 0, self._shape, self._device)
+        if snapshot is None:
+            x, x0 = image_noise(spec.seed, indices, 0, self._shape, self._device), torch.zeros(())
+        else:
+            x, x0 = self._latents_of(snapshot, spec.n)
         index = torch.tensor(indices, device=self._device)
         seed_words = torch.tensor(split_seed(spec.seed), device=self._device)
         labels = [self._null_class if label is None else label for label in spec.class_labels or ()]
@@ -123,8 +129,8 @@ class Engine:
         self._lines[start : start + len(plan)] = plan.lines.to(torch.float32)
         self._timesteps[start : start + len(plan)] = plan.timesteps
         at = torch.tensor(rows, device=self._device)
-        self._x[at] = x_T
-        self._x0[at] = 0
+        self._x[at] = x
+        self._x0[at] = x0.to(self._device)
         self._seed_words[at] = seed_words
         self._index[at] = index
         self._label[at] = label
@@ -136,6 +142,12 @@ class Engine:
         del self._free_rows[-spec.n :], self._free_plans[-1]
         self._plan_of[rows[0]] = region
         return rows
+
+    def _latents_of(self, snapshot: Snapshot, n: int) -> tuple[Tensor, Tensor]:
+        for name, values in (("x", snapshot.x), ("x0_previous", snapshot.x0_previous)):
+            if values.shape != (n, *self._shape) or values.dtype != np.float32:
+                raise ValueError(f"a snapshot's {name} must be float32 {(n, *self._shape)}, got {values.shape}")
+        return torch.tensor(snapshot.x, device=self._device), torch.tensor(snapshot.x0_previous)
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:
@@ -221,6 +233,13 @@ class Engine:
         at, source = self._at(rows), {"x_t": self._x, "x_0": self._x0}
         read = self._copy_out(*(_pixels(source[name][at]) for name in show))
         return lambda: {name: pixels.numpy() for name, pixels in zip(show, read(), strict=True)}
+
+    @torch.inference_mode()
+    def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
+        """Read x_t and x0 of one job's rows, which have taken these steps, float32 [n, C, H, W] each; as `preview`."""
+        at = self._at(rows)
+        read = self._copy_out(self._x[at], self._x0[at])
+        return lambda: Snapshot(steps, *(each.numpy() for each in read()))
 
     def _at(self, rows: Sequence[int]) -> Tensor:
         """Row ids as an index on the device; nobody waits for it."""

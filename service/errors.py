@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -180,8 +181,46 @@ class DeadlinePassed(ServiceError):
     refusal = False
 
 
+class StorageFailed(ServiceError):
+    """A durable job cannot be kept, or not be read: the disk is full, read-only or broken. What was accepted stays."""
+
+    status, code, title = 507, "storage_failed", "The job store failed"
+
+
+class KeyReused(ServiceError):
+    """An Idempotency-Key that came with another request before."""
+
+    status, code, title = 422, "idempotency_key_reused", "This Idempotency-Key was used for another request"
+
+
+class JobNotDone(ServiceError):
+    """The images of a job were asked for that still waits or runs; Retry-After says when it should be done."""
+
+    status, code, title = 409, "job_not_done", "The job is not done yet"
+    refusal = False
+
+    def __init__(self, state: str, retry_after_s: int) -> None:
+        super().__init__(f"this job is {state}. Try again in {retry_after_s} s")
+        self.headers["Retry-After"] = str(retry_after_s)
+
+
+class NoImages(ServiceError):
+    """The images of a job were asked for that was cancelled, or failed; `cause` is the problem it failed with."""
+
+    status, code, title = 410, "no_images", "The job has no images"
+    refusal = False
+
+    def __init__(self, detail: str, cause: Mapping[str, Any] | None) -> None:
+        super().__init__(detail)
+        self._cause = cause
+
+    def problem(self) -> dict[str, Any]:
+        """The members of the problem document."""
+        return super().problem() | ({"cause": dict(self._cause)} if self._cause is not None else {})
+
+
 class JobNotFound(ServiceError):
-    """No such job is waiting or running: it is done, was given up, or never was."""
+    """No such job: it ended and is not kept, or not any more, or it never was."""
 
     status, code, title = 404, "job_not_found", "There is no such job"
     refusal = False

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,21 @@ class SampleSpec:
     guidance_interval: tuple[int, int] | None  # timesteps, both ends included; None: guided at all of them
     timestep_spacing: str
     clip: bool
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "SampleSpec":
+        """Make a spec of its fields as JSON has them. Raises TypeError where they are not its fields."""
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in fields.items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A job between two ticks: all that its rows need to go on, beside their spec."""
+
+    steps: tuple[int, ...]  # how many each row has taken
+    x: Floats  # [n, C, H, W]
+    x0_previous: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +109,8 @@ class JobStatus:
     state: str  # waiting until its first step, then running
     position: int  # jobs that go before it
     eta_s: float
-    n: int
-    steps: int
     step: int  # how many its rows have taken, on average
-    sampler: str
-    seed: int
+    spec: SampleSpec
     age_s: float
 
 
@@ -144,6 +157,8 @@ class Limits:
     max_backlog_s: float
     max_body_bytes: int
     result_cache_bytes: int = 0
+    keep_jobs_s: float = 86_400.0  # how long a durable job is kept that has ended
+    keep_jobs_bytes: int = 2**30  # and what all of them may take
     max_streams: int = 2048
     max_streams_per_address: int = 64
 

@@ -57,6 +57,11 @@ class Metrics:
         self._cancelled = counter("cancelled_total", "Accepted jobs that were not finished", "reason")
         self._saved = counter("row_steps_saved_total", "Steps not taken because their job was given up")
         self._unworked = counter("answered_without_work_total", "Repeats answered by 304 or from the cache", "how")
+        self._snapshots = counter("snapshots_total", "Snapshots of durable jobs kept, of one job each")
+        self._resumed = counter(
+            "jobs_resumed_total", "Durable jobs that an earlier start accepted and this one went on with"
+        )
+        self._durable = counter("durable_jobs_total", "Durable jobs that ended: done, failed or cancelled", "outcome")
         self._encode = histogram(
             "encode_duration_seconds", "Pixels to bytes, off the worker's thread", ENCODE_BUCKETS, "kind"
         )
@@ -112,6 +117,18 @@ class Metrics:
         """An accepted job ended early."""
         self._cancelled.labels(reason).inc()
         self._saved.inc(row_steps_saved)
+
+    def snapshotted(self, jobs: int) -> None:
+        """So many jobs' snapshots were kept."""
+        self._snapshots.inc(jobs)
+
+    def jobs_resumed(self, jobs: int) -> None:
+        """So many jobs of an earlier start go on."""
+        self._resumed.inc(jobs)
+
+    def durable_job_ended(self, outcome: str) -> None:
+        """A durable job's end was kept."""
+        self._durable.labels(outcome).inc()
 
     def frame_sent(self) -> None:
         """A viewer has been sent a frame."""

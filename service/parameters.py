@@ -7,7 +7,7 @@ from typing import Any
 
 from service.errors import ConflictingField, MalformedBody, short
 
-LIST_FIELDS = frozenset({"class_label", "guidance_interval"})
+LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show"})
 
 
 def from_query(items: Iterable[tuple[str, str]]) -> dict[str, Any]:

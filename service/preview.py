@@ -32,10 +32,10 @@ class Pace:
 class Watch:
     """One viewer, in the worker's hands: it knows when a frame is due, and where frames go."""
 
-    def __init__(self, pace: Pace, show: tuple[Show, ...], put: Callable[[Frame], None]) -> None:
-        """put must return at once, whatever the viewer does."""
+    def __init__(self, pace: Pace, show: tuple[Show, ...], put: Callable[[Frame], None], seen: int = 0) -> None:
+        """put must return at once, whatever the viewer does; seen is the step of a frame that it has already."""
         self._pace, self.show, self.put = pace, show, put
-        self._step = 0  # of the last frame
+        self._step = seen  # of the last frame
         self._next_s = 0.0
 
     def due(self, step: int, now_s: float) -> bool:

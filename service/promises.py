@@ -64,7 +64,7 @@ def find_excess(load: Load, work: Work, limits: Limits, tick_times: TickTimes) -
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class Moment:
     """The accepted jobs at a time, in order of arrival, what they come to, and how long ticks take."""
 
     jobs: Sequence[Pending]
@@ -150,7 +150,7 @@ class Promises:
         self._plan: _Plan | None = None
         self.load = Load()  # of all that are promised room
 
-    def make(self, work: Work, now_s: float, server: Snapshot) -> int:
+    def make(self, work: Work, now_s: float, server: Moment) -> int:
         """Promise the first room after all other promises; returns in how many seconds that is."""
         plan = self._plan
         if plan is None or now_s > min(plan.starts_s + RENEW_S, plan.now_s):
@@ -161,7 +161,7 @@ class Promises:
             plan.take(promise)
         return promise.wait_s
 
-    def renew(self, broken: Promise, now_s: float, server: Snapshot) -> int:
+    def renew(self, broken: Promise, now_s: float, server: Moment) -> int:
         """Promise the first room between two others: as the server was slower than foreseen, who waited is next."""
         self.drop(broken)
         promise = self._new_promise(broken.work, now_s, self._new_plan(now_s, server).run_to_room(broken.work))
@@ -187,7 +187,7 @@ class Promises:
         """Plan anew at the next refusal, as a job came in that the plan does not know."""
         self._plan = None
 
-    def harms_none(self, job: Pending, now_s: float, server: Snapshot) -> bool:
+    def harms_none(self, job: Pending, now_s: float, server: Moment) -> bool:
         """Whether there is room for a job, and all that is here will be gone when the next promise is due.
 
         So promises that nobody comes back for leave no server idle, and the others are kept none the less.
@@ -211,7 +211,7 @@ class Promises:
         """Those that are due."""
         return self._promises[: bisect_right(self._promises, now_s + ROUNDING, key=lambda promise: promise.due_s)]
 
-    def _new_plan(self, now_s: float, server: Snapshot) -> _Plan:
+    def _new_plan(self, now_s: float, server: Moment) -> _Plan:
         # A job waits for the tick that runs to end before it begins, and another until it is seen to be done.
         lag_s = 2 * server.tick_times.seconds(self._limits.max_batch)
         fluid = self._new_fluid(server.jobs, server.tick_times.slower(MARGIN))

@@ -1,43 +1,162 @@
-"""GET /jobs, GET and DELETE /jobs/{id}: what waits and runs, each with its place and time; give one up."""
+"""POST and GET /jobs, and one job: its state, its images, its end. Its events are in routes_events.py."""
 
-from dataclasses import asdict
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
-from service.errors import JobNotFound, short
-from service.job import JobStatus
-from service.worker import Worker
+from service.encoder import MEDIA_TYPES, Encoder, etag
+from service.errors import InvalidField
+from service.intake import idempotency_key, read_request
+from service.job import Limits, ModelInfo
+from service.jobs import STATES, Jobs, JobView
+from service.negotiation import matches, negotiate
+from service.schemas import SampleRequest, parameters_of
+from service.store import Place, now_us
+
+MAX_PAGE, DEFAULT_PAGE = 200, 50
+CURSOR = re.compile(r"(\d{1,18})-([0-9a-f]{32})")
 
 
-def job_routes(worker: Worker) -> APIRouter:
+def job_routes(jobs: Jobs, encoder: Encoder, model: ModelInfo, limits: Limits) -> APIRouter:
     """Make the routes."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
 
-    @router.get("", summary="Jobs that wait or run, in order of arrival")
-    async def list_jobs() -> dict[str, Any]:
-        return {"jobs": [_document(status) for status in worker.statuses()]}
+    @router.post(
+        "",
+        summary="Ask for a durable job: answered at once, finished whatever happens",
+        status_code=202,
+        response_class=JSONResponse,
+        openapi_extra={
+            "requestBody": {"content": {"application/json": {"schema": SampleRequest.model_json_schema()}}},
+            "parameters": [
+                {
+                    "name": "Idempotency-Key",
+                    "in": "header",
+                    "schema": {"type": "string", "maxLength": 255},
+                    "description": "makes a retry safe: the same key and parameters are the same job",
+                }
+            ],
+        },
+    )
+    async def post_job(request: Request) -> Response:
+        return await accept(request, await read_request(request, model, limits), jobs, model, limits)
+
+    @router.get("", summary="All jobs, the newest first; those that are not durable while they wait or run")
+    async def list_jobs(
+        state: str | None = None, limit: str | None = None, before: str | None = None
+    ) -> dict[str, Any]:
+        count = _count(limit)
+        views = await jobs.page(_cursor(before), _states(state), count + 1)
+        more = len(views) > count
+        created_us, job_id = views[count - 1].record.place if more else (0, "")
+        return {"jobs": [document(view) for view in views[:count]], "next": f"{created_us}-{job_id}" if more else None}
 
     @router.get("/{job_id}", summary="One of them")
     async def get_job(job_id: str) -> dict[str, Any]:
-        status = worker.status(job_id)
-        if status is None:
-            raise _not_found(job_id)
-        return _document(status)
+        return document(await jobs.find(job_id))
 
-    @router.delete("/{job_id}", summary="Give it up: its rows are free before the next tick", status_code=204)
+    @router.get(
+        "/{job_id}/image",
+        summary="The images of a job that is done, as POST /sample gives them",
+        response_class=Response,
+        responses={200: {"content": {media_type: {} for media_type in MEDIA_TYPES}}},
+    )
+    async def get_image(request: Request, job_id: str) -> Response:
+        media_type = negotiate(", ".join(request.headers.getlist("accept")), MEDIA_TYPES)
+        record, images = await jobs.images(job_id)
+        made_by = replace(model, fingerprint=record.fingerprint or "")
+        headers = {
+            "X-Job-ID": job_id,
+            "X-Seed": str(record.spec.seed),
+            "X-Fingerprint": made_by.fingerprint,
+            "Vary": "Accept",
+            "ETag": etag(media_type, record.spec, made_by),
+            "Cache-Control": "no-cache",
+        }
+        if matches(request.headers.getlist("if-none-match"), headers["ETag"], any_matches=True):
+            return Response(status_code=304, headers=headers)
+        content = await encoder.encode(media_type, record.spec, lambda: images, made_by)
+        return Response(content, headers=headers, media_type=media_type)
+
+    @router.delete(
+        "/{job_id}", summary="Cancel it, its rows are free before the next tick; one that has ended is forgotten"
+    )
     async def delete_job(job_id: str) -> Response:
-        if not worker.cancel(job_id, "deleted"):
-            raise _not_found(job_id)
+        await jobs.delete(job_id)
         return Response(status_code=204)
 
     return router
 
 
-def _document(status: JobStatus) -> dict[str, Any]:
-    return asdict(status) | {"eta_s": round(status.eta_s, 3), "age_s": round(status.age_s, 3)}
+async def accept(request: Request, asked: SampleRequest, jobs: Jobs, model: ModelInfo, limits: Limits) -> Response:
+    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
+    key = idempotency_key(request, asked)
+    view, again = await jobs.create(asked.to_spec(model, limits), asked.deadline_s, key)
+    headers = {
+        "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
+        "X-Job-ID": view.record.id,
+        "X-Seed": str(view.record.spec.seed),
+        "Cache-Control": "no-store",
+    }
+    if again:
+        headers["Idempotent-Replayed"] = "true"
+    return JSONResponse(document(view), status_code=202, headers=headers)
 
 
-def _not_found(job_id: str) -> JobNotFound:
-    detail = f"no job {short(job_id)!r} waits or runs here"
-    return JobNotFound(detail, field="job_id", value=job_id, bound="a job that GET /jobs lists")
+def document(view: JobView) -> dict[str, Any]:
+    """What clients are told of a job."""
+    record = view.record
+    ended_us = record.finished_us
+    return {
+        "id": record.id,
+        "state": view.state,
+        "durable": view.durable,
+        "step": view.step,
+        "steps": record.spec.steps,
+        "n": record.spec.n,
+        "sampler": record.spec.sampler,
+        "seed": record.spec.seed,
+        "position": view.position,
+        "eta_s": None if view.eta_s is None else round(view.eta_s, 3),
+        "age_s": round(max(0, now_us() - record.created_us) / 1e6, 3),
+        "created": _iso(record.created_us),
+        "finished": _iso(ended_us) if ended_us is not None else None,
+        "fingerprint": record.fingerprint,
+        "parameters": parameters_of(record.spec),
+        "problem": record.problem,
+    }
+
+
+def _iso(unix_us: int) -> str:
+    return datetime.fromtimestamp(unix_us / 1e6, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _states(given: str | None) -> tuple[str, ...]:
+    if given is None:
+        return STATES
+    states = tuple(given.split(","))
+    if not set(states) <= set(STATES):
+        raise InvalidField.of("state", f"one or more of {', '.join(STATES)}, by commas", given)
+    return states
+
+
+def _count(given: str | None) -> int:
+    count = int(given) if given is not None and given.isascii() and given.isdecimal() and len(given) < 9 else 0
+    if given is None:
+        return DEFAULT_PAGE
+    if not 1 <= count <= MAX_PAGE:
+        raise InvalidField.of("limit", f"an integer in 1..{MAX_PAGE}", given)
+    return count
+
+
+def _cursor(given: str | None) -> Place | None:
+    if given is None:
+        return None
+    match = CURSOR.fullmatch(given)
+    if match is None:
+        raise InvalidField.of("before", "`next` of an earlier answer", given)
+    return int(match[1]), match[2]

@@ -6,33 +6,39 @@ from concurrent.futures import Future
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
 
-from service import parameters
 from service.encoder import MEDIA_TYPES, Encoder, etag
 from service.errors import JobCancelled
+from service.intake import prefers_async, read_request
 from service.job import JobResult, Limits, ModelInfo
+from service.jobs import Jobs
 from service.metrics import Metrics
-from service.negotiation import negotiate
+from service.negotiation import matches, negotiate
 from service.result_cache import ResultCache
+from service.routes_jobs import accept
 from service.schemas import SampleRequest
 from service.worker import Worker
 
 
 def sample_routes(
-    worker: Worker, encoder: Encoder, cache: ResultCache, metrics: Metrics, model: ModelInfo, limits: Limits
+    worker: Worker,
+    jobs: Jobs,
+    encoder: Encoder,
+    cache: ResultCache,
+    metrics: Metrics,
+    model: ModelInfo,
+    limits: Limits,
 ) -> APIRouter:
     """Make the routes; they hold no state of their own."""
     router = APIRouter(tags=["sample"])
 
     async def sample(request: Request) -> Response:
         media_type = negotiate(", ".join(request.headers.getlist("accept")), MEDIA_TYPES)
-        query = parameters.from_query(request.query_params.multi_items())
-        try:
-            body = parameters.from_body(await request.body())
-        except ClientDisconnect:
-            raise JobCancelled("the client went away") from None
-        asked = SampleRequest.parse(parameters.merge(query, body), model, limits)
+        asked = await read_request(request, model, limits)
+        if prefers_async(request):
+            answer = await accept(request, asked, jobs, model, limits)
+            answer.headers["Preference-Applied"] = "respond-async"
+            return answer
         spec = asked.to_spec(model, limits)
         headers = {"X-Seed": str(spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
 
@@ -42,7 +48,8 @@ def sample_routes(
             headers["Cache-Control"] = "no-store"
         else:
             headers |= {"ETag": tag, "Cache-Control": "no-cache"}
-            if _matches(request, tag):
+            # A POST that samples is safe to repeat, so it is answered as a GET is; but `*` is no name.
+            if matches(request.headers.getlist("if-none-match"), tag, any_matches=request.method == "GET"):
                 metrics.answered_without_work("not_modified")
                 return Response(status_code=304, headers=headers)
             if (kept := cache.get(tag)) is not None:
@@ -53,7 +60,7 @@ def sample_routes(
         ticket = worker.submit(job_id, spec, asked.deadline_s)
         result = await _finished_or_gone(request, worker, job_id, ticket.future)
         started = asyncio.get_running_loop().time()
-        content = await encoder.encode(media_type, spec, result)
+        content = await encoder.encode(media_type, spec, result.read)
         encode_s = asyncio.get_running_loop().time() - started
         if tag is not None:
             cache.put(tag, content)
@@ -76,6 +83,7 @@ def sample_routes(
         "requestBody": {"content": {"application/json": {"schema": SampleRequest.model_json_schema()}}},
         "responses": {
             "200": {"description": "The images", "content": {media_type: {} for media_type in MEDIA_TYPES}},
+            "202": {"description": "With Prefer: respond-async: a durable job; Location says where"},
             "304": {"description": "The client has them: If-None-Match names this answer's ETag"},
         },
     }
@@ -111,16 +119,6 @@ def _retrieve(done: "asyncio.Future[JobResult]") -> None:
     # The cancelled job's error has no reader; without this asyncio would complain that nobody looked.
     if not done.cancelled():
         done.exception()
-
-
-def _matches(request: Request, tag: str) -> bool:
-    """Whether the client already has it (RFC 9110, section 13.1.2; the weak comparison).
-
-    A POST that samples is safe to repeat, so it is answered as a GET is; but `*`, any answer at all, is no name.
-    """
-    headers = request.headers.getlist("if-none-match")
-    names = [name.strip().removeprefix("W/") for header in headers for name in header.split(",")]
-    return tag in names or ("*" in names and request.method == "GET")
 
 
 def _server_timing(**seconds: float) -> str:

@@ -14,6 +14,7 @@ from starlette.websockets import WebSocketDisconnect
 from service import parameters
 from service.encoder import PNG, Encoder
 from service.errors import ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
+from service.eta import Countdown
 from service.job import JobResult, Limits, ModelInfo, SampleSpec, Ticket, timesteps_of
 from service.mailbox import Mailbox
 from service.metrics import Metrics
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 FIRST_MESSAGE_S = 10.0  # from connecting to the spec
 NEXT_MESSAGE_S = 60.0  # between two jobs
 SEND_S = 60.0  # for a message to leave: a reader that takes nothing is let go
-FORECAST_S = 5.0  # how old a forecast may be; what it said counts down meanwhile
 NORMAL = 1000
 
 
@@ -205,18 +205,14 @@ class _Stream:
     ) -> None:
         """Send frames until the mailbox is closed."""
         timesteps = timesteps_of(spec, self._model)
-        loop = asyncio.get_running_loop()
-        told_s, eta_s = loop.time(), ticket.eta_s
+        countdown = Countdown(self._worker, job_id, ticket.eta_s)
         while (frame := await mailbox.take()) is not None:
             try:
                 pictures = await self._encoder.encode_frame(frame, preview.frame_format, preview.layout)
             except Exception:  # it is not worth the job
                 log.exception("a frame of job %s could not be encoded", job_id)
                 continue
-            if loop.time() - told_s > FORECAST_S:
-                status = await loop.run_in_executor(None, self._worker.status, job_id)
-                told_s, eta_s = loop.time(), status.eta_s if status is not None else 0.0
-            left_s = max(0.0, eta_s - (loop.time() - told_s))
+            left_s = await countdown.left_s()
             async with asyncio.timeout(SEND_S):
                 for show, image, picture in pictures:
                     message = _frame_message(frame, spec, timesteps[frame.step], show, left_s)

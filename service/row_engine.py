@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from service.job import Batch, Floats, Images, ModelInfo, SampleSpec
+from service.job import Batch, Floats, Images, ModelInfo, SampleSpec, Snapshot
 from service.preview import Show
 
 
@@ -12,8 +12,8 @@ class RowEngine(Protocol):
 
     info: ModelInfo
 
-    def add(self, spec: SampleSpec) -> tuple[int, ...]:
-        """Give a job's rows slots and x_T. Raises ValueError for a spec the model cannot do."""
+    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None) -> tuple[int, ...]:
+        """Give a job's rows slots and x_T, or what the snapshot has. Raises ValueError for what the model cannot do."""
 
     def step(self, batch: Batch) -> None:
         """Run one tick."""
@@ -29,6 +29,9 @@ class RowEngine(Protocol):
 
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
         """Read rows that are under way as pictures; the function returned may wait."""
+
+    def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
+        """Read all that one job's rows, which have taken these steps, need to go on; the function returned may wait."""
 
     def latents(self, rows: Sequence[int]) -> Floats:
         """Read rows as they are. Waits for the device."""

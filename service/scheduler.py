@@ -155,17 +155,22 @@ class Scheduler:
         self._singles: list[tuple[int, int, str]] = []  # those of the queue with a row that fits a single place
         self._arrivals = 0
 
-    def add(self, job_id: str, rows: Sequence[int], work: Work) -> None:
-        """Take on a job of these rows; they may step from the next tick on."""
+    def add(self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None) -> None:
+        """Take on a job of these rows; they may step from the next tick on.
+
+        steps: how many each row has taken, of a job that goes on where it was; one of them at least has some left.
+        """
+        steps = (0,) * work.rows if steps is None else steps
         assert job_id not in self._jobs
-        assert len(rows) == work.rows > 0
-        assert work.steps > 0
-        job = _Job(job_id, self._arrivals, work, tuple(rows), places_left=work.places)
+        assert len(rows) == len(steps) == work.rows > 0
+        assert min(steps) < work.steps
+        job = _Job(job_id, self._arrivals, work, tuple(rows), places_left=sum(map(work.places_left, steps)))
         self._arrivals += 1
-        for index, row in enumerate(job.rows):
+        for index, (row, step) in enumerate(zip(job.rows, steps, strict=True)):
             assert row not in self._at
-            self._at[row] = (job, index)
-            job.put(0, index)
+            job.put(step, index)
+            if step < work.steps:
+                self._at[row] = (job, index)
         self._jobs[job_id] = job
         self._works[job_id], self._much_longer = work.places, None
         self._enqueue(job)
@@ -231,6 +236,14 @@ class Scheduler:
                 self._much_longer = None
                 finished.append(job_id)
         return Advance(tuple(started), tuple(finished))
+
+    def steps(self, job_id: str) -> tuple[int, ...]:
+        """How many steps each row of a job has taken."""
+        job = self._jobs[job_id]
+        steps = [job.work.steps] * job.work.rows
+        for step, index in (*job.singles, *job.doubles):
+            steps[index] = step
+        return tuple(steps)
 
     def rows_by_job(self, batch: Batch) -> dict[str, int]:
         """How many rows each job has in a batch that has not been advanced yet."""

@@ -68,6 +68,15 @@ class Settings(BaseSettings):
     result_cache_mb: int = Field(
         64, ge=0, le=65_536, description="memory for finished answers with a given seed, to answer repeats; 0: none"
     )
+    state_dir: str = Field(
+        "", description="folder of the durable jobs; :memory: keeps none over a restart; default: ~/.local/state/tminus"
+    )
+    keep_jobs_s: float = Field(
+        86_400, gt=0, allow_inf_nan=False, description="seconds that a durable job is kept after it ended"
+    )
+    keep_jobs_mb: int = Field(
+        1024, ge=1, le=1_048_576, description="disk that ended jobs may take; beyond it the oldest go"
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="size of a request's body")
     grace_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from service.admission import Admission
 from service.errors import (
@@ -29,6 +29,7 @@ from service.job import (
     JobResult,
     JobStatus,
     SampleSpec,
+    Snapshot,
     Ticket,
     Work,
     trial_spec,
@@ -38,6 +39,7 @@ from service.metrics import Metrics
 from service.preview import Frame, Watch
 from service.row_engine import RowEngine
 from service.scheduler import Scheduler
+from service.snapshots import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,10 @@ class _Job:
     started_s: float | None = None
     first_step_s: float = 0.0
     steps_taken: int = 0  # of all its rows
-    watch: Watch | None = None  # who looks on
+    watches: list[Watch] = field(default_factory=list)  # who looks on
+    durable: bool = False  # snapshots are kept of it
+    snapshot: Snapshot | None = None  # where it goes on from
+    steps_kept: int = 0  # of all its rows, when the last snapshot was taken
 
     @property
     def step(self) -> int:
@@ -76,10 +81,12 @@ class Worker:
         admission: Admission,
         metrics: Metrics,
         *,
+        keeper: Keeper | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """keeper: takes the snapshots of durable jobs."""
         self._engine, self._scheduler, self._admission, self._metrics = engine, scheduler, admission, metrics
-        self._clock = clock
+        self._keeper, self._clock = keeper, clock
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # a job is either queued before the thread ends, or refused
         self._jobs: dict[str, _Job] = {}  # changed under the gate
@@ -121,18 +128,31 @@ class Worker:
         return self._rows_active
 
     def submit(
-        self, job_id: str, spec: SampleSpec, deadline_s: float | None = None, watch: Watch | None = None
+        self,
+        job_id: str,
+        spec: SampleSpec,
+        deadline_s: float | None = None,
+        watch: Watch | None = None,
+        *,
+        durable: bool = False,
+        snapshot: Snapshot | None = None,
     ) -> Ticket:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, Overloaded, …
 
         deadline_s counts from now: one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
-        watch is shown the job as it goes.
+        watch is shown the job as it goes. Of a durable job snapshots are kept; one that has a snapshot goes on from it.
         """
         self._check_open()
         work, now_s = work_of(spec, self._engine.info), self._clock()
+        steps = snapshot.steps if snapshot is not None else (0,) * spec.n
         # Outside the gate: this may take milliseconds, and the worker passes the gate with every job that ends.
-        entry = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s)
-        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, watch=watch)
+        entry = self._admission.enter(
+            job_id, work, now_s=now_s, deadline_s=deadline_s, places_left=sum(map(work.places_left, steps))
+        )
+        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, durable=durable, snapshot=snapshot)
+        job.steps_taken = job.steps_kept = sum(steps)
+        if watch is not None:
+            job.watches.append(watch)
         with self._gate:
             try:
                 self._check_open()
@@ -171,13 +191,18 @@ class Worker:
             state="waiting" if job.started_s is None else "running",
             position=outlook.position,
             eta_s=outlook.eta_s,
-            n=job.spec.n,
-            steps=job.spec.steps,
             step=job.step,
-            sampler=job.spec.sampler,
-            seed=job.spec.seed,
+            spec=job.spec,
             age_s=self._clock() - job.submitted_s,
         )
+
+    def watch(self, job_id: str, watch: Watch) -> None:
+        """Show a job to one more; nothing happens if it is not here (any more)."""
+        self._commands.put(lambda: job.watches.append(watch) if (job := self._jobs.get(job_id)) else None)
+
+    def unwatch(self, job_id: str, watch: Watch) -> None:
+        """Show it no more to somebody who was."""
+        self._commands.put(lambda: self._unwatch(job_id, watch))
 
     def cancel(self, job_id: str, reason: str) -> bool:
         """Free a job's rows before the next tick; False if there is no such job (any more)."""
@@ -187,7 +212,10 @@ class Worker:
         return known
 
     def drain(self) -> None:
-        """Take no more jobs; the thread ends when the accepted ones are done. Signal handlers may call it: no lock."""
+        """Take no more jobs; the thread ends when the accepted ones are done. Signal handlers may call it: no lock.
+
+        Durable jobs are not waited for: a last snapshot is taken, and they end in Draining.
+        """
         self._draining.set()
         self._commands.put(lambda: None)  # wakes it if it sleeps
 
@@ -212,6 +240,8 @@ class Worker:
             while not self._closed.is_set() and not (self._draining.is_set() and not self._scheduler.has_work):
                 self._take_commands()
                 self._end_overdue()
+                if self._draining.is_set():
+                    self._suspend_durable()
                 batch = self._scheduler.next_batch()
                 if batch is not None and not self._closed.is_set():
                     self._tick(batch)
@@ -260,7 +290,7 @@ class Worker:
             self._forget(job)
             return
         try:
-            job.rows = self._engine.add(job.spec)
+            job.rows = self._engine.add(job.spec, job.snapshot)
         except ValueError as error:
             self._forget(job)
             job.future.set_exception(InvalidField(str(error), field="sampler", value=job.spec.sampler))
@@ -270,7 +300,8 @@ class Worker:
             self._forget(job)
             job.future.set_exception(EngineFailed(f"this job could not be started: {type(error).__name__}"))
             return
-        self._scheduler.add(job.id, job.rows, job.work)
+        self._scheduler.add(job.id, job.rows, job.work, job.snapshot.steps if job.snapshot is not None else None)
+        job.snapshot = None
         if job.deadline_s is not None:
             if len(self._deadlines) > 2 * len(self._jobs):  # most are of jobs that are done
                 self._deadlines = [entry for entry in self._deadlines if self._jobs.get(entry[1]) is entry[2]]
@@ -325,15 +356,45 @@ class Worker:
         for job_id in by_job:
             if job_id in self._jobs:
                 self._show(self._jobs[job_id], now_s)
+        if self._keeper is not None and self._keeper.due(now_s):
+            self._keep_snapshots([job for job in self._jobs.values() if job.durable])
 
     def _show(self, job: _Job, now_s: float) -> None:
-        """Give who looks on a frame, where one is due."""
-        if job.watch is None or not job.watch.due(job.step, now_s):
+        """Give those who look on a frame, where one is due."""
+        for watch in job.watches:
+            if not watch.due(job.step, now_s):
+                continue
+            try:
+                watch.put(Frame(job.step, self._engine.preview(job.rows, watch.show)))
+            except Exception:  # it is not worth the job
+                log.exception("job %s could not be shown", job.id)
+
+    def _unwatch(self, job_id: str, watch: Watch) -> None:
+        job = self._jobs.get(job_id)
+        if job is not None and watch in job.watches:
+            job.watches.remove(watch)
+
+    def _keep_snapshots(self, jobs: "list[_Job]") -> None:
+        """Hand the keeper what those of the jobs need to go on that have stepped since it was last asked."""
+        moved = [job for job in jobs if job.steps_taken > job.steps_kept]
+        if self._keeper is None or not moved:
             return
+        began_s = self._clock()
         try:
-            job.watch.put(Frame(job.step, self._engine.preview(job.rows, job.watch.show)))
-        except Exception:  # it is not worth the job
-            log.exception("job %s could not be shown", job.id)
+            snapshots = {job.id: self._engine.snapshot(job.rows, self._scheduler.steps(job.id)) for job in moved}
+        except Exception:  # it is not worth the jobs
+            log.exception("no snapshot could be taken")
+            return
+        for job in moved:
+            job.steps_kept = job.steps_taken
+        self._keeper.keep(snapshots, began_s, self._clock() - began_s)
+
+    def _suspend_durable(self) -> None:
+        """Give up the durable jobs, which the next start of the server finishes."""
+        durable = [job for job in self._jobs.values() if job.durable]
+        self._keep_snapshots([job for job in durable if job.rows])
+        for job in durable:
+            self._give_up(job.id, Draining(), "suspended")
 
     def _deliver(self, job: _Job) -> None:
         assert job.started_s is not None

@@ -64,8 +64,9 @@ def run_cli(*arguments: str, timeout: float = 120, **env: str) -> subprocess.Com
 def start_server(*flags: str, **env: str) -> RunningServer:
     """Start a server and wait until it is ready; its log is kept."""
     command = [sys.executable, "-m", "service", "serve", "--port", "0", "--device", "cpu", *flags]
+    defaults = {"TMINUS_STATE_DIR": ":memory:"}  # several servers at a time, and nothing left behind
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=os.environ | defaults | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     server = RunningServer(process)
     listening = threading.Event()

@@ -2,6 +2,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from service.app import create_app
 from service.executors import Executor
 from service.job import Limits, ModelInfo
 from service.scheduler import Policy, Sharing
+from service.sqlite_store import SqliteStore
 from tests.service.fakes import INFO, LIMITS, FakeEngine, wait_until
 from tests.tiny import TINY, randomize
 
@@ -91,10 +93,12 @@ class Site:
         tick_times: Sequence[tuple[int, float]],
         policy: Policy = "srpt",
         allowed_origins: frozenset[str] = frozenset(),
+        state_file: Path | None = None,
     ) -> None:
         self.engine = FakeEngine(info)
         sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=max(2, limits.max_batch // 2))
-        self.app: FastAPI = create_app(self.engine, limits, tick_times, sharing, allowed_origins)
+        store = SqliteStore(state_file)
+        self.app: FastAPI = create_app(self.engine, limits, tick_times, sharing, store, allowed_origins)
         self.client = TestClient(self.app, raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:
@@ -129,9 +133,10 @@ def make_site() -> Iterator[MakeSite]:
         info: ModelInfo = INFO,
         gate_shut: bool = False,
         tick_times: Sequence[tuple[int, float]] = INSTANT,
+        state_file: Path | None = None,
         **limits: object,
     ) -> Site:
-        site = Site(info, replace(LIMITS, **limits), tick_times)  # type: ignore[arg-type]
+        site = Site(info, replace(LIMITS, **limits), tick_times, state_file=state_file)  # type: ignore[arg-type]
         if gate_shut:
             site.engine.gate.shut()
         site.client.__enter__()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from service.errors import NotFinite
-from service.job import Batch, Floats, Images, Limits, ModelInfo, SampleSpec
+from service.job import Batch, Floats, Images, Limits, ModelInfo, SampleSpec, Snapshot
 from service.preview import Show
 
 PATIENCE_S = 10.0
@@ -105,15 +105,19 @@ class FakeEngine:
         self.on_add: Callable[[SampleSpec], None] = lambda spec: None
         self.on_images: Callable[[Sequence[int]], None] = lambda rows: None
         self.on_preview: Callable[[Sequence[int]], None] = lambda rows: None
+        self.on_snapshot: Callable[[Sequence[int]], None] = lambda rows: None
         self.on_remove: Callable[[Sequence[int]], None] = lambda rows: None
         self._free = list(range(slots))
 
-    def add(self, spec: SampleSpec) -> tuple[int, ...]:
+    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None) -> tuple[int, ...]:
         self.on_add(spec)
         assert len(self._free) >= spec.n, "out of slots"
         rows = tuple(self._free.pop(0) for _ in range(spec.n))
         self.jobs[rows[0]] = (spec, rows)
-        self.steps_done |= dict.fromkeys(rows, 0)
+        if snapshot is None:
+            self.steps_done |= dict.fromkeys(rows, 0)
+        else:
+            self.steps_done |= dict(zip(rows, snapshot.steps, strict=True))
         return rows
 
     def step(self, batch: Batch) -> None:
@@ -151,6 +155,14 @@ class FakeEngine:
         assert tuple(rows) == its_rows
         pixels = fake_pixels(spec, min(self.steps_done[row] for row in rows), self.info)
         return lambda: {name: pixels if name == "x_t" else 255 - pixels for name in show}
+
+    def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
+        self.on_snapshot(rows)
+        _, its_rows = self.jobs[rows[0]]
+        assert tuple(rows) == its_rows
+        assert tuple(self.steps_done[row] for row in rows) == steps
+        shape = (len(rows), self.info.channels, self.info.height_px, self.info.width_px)
+        return lambda: Snapshot(steps, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
 
     def latents(self, rows: Sequence[int]) -> Floats:
         spec, its_rows = self.jobs[rows[0]]

@@ -26,6 +26,7 @@ from service.job import Batch, SampleSpec
 from service.local import sample_locally
 from service.scheduler import Sharing
 from service.schemas import SampleRequest
+from service.sqlite_store import SqliteStore
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 
@@ -150,7 +151,8 @@ def test_the_real_engine_serves_what_it_samples_without_a_server(tiny: Checkpoin
     spec = make_spec(n=3, steps=8, seed=3, guidance=2.0, class_labels=(0, 1, 2))
     expected = sample_locally(make_engine(), spec, 8, lambda rows: None)
     limits = replace(LIMITS, max_rows=16, max_jobs=4)
-    with TestClient(create_app(make_engine(), limits, ((1, 0.001),), Sharing.of(limits.max_batch))) as client:
+    sharing, store = Sharing.of(limits.max_batch), SqliteStore(None)
+    with TestClient(create_app(make_engine(), limits, ((1, 0.001),), sharing, store)) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         body = {"n": 3, "steps": 8, "seed": 3, "guidance": 2, "class_label": ["cat", 1, "2"]}
         response = client.post("/sample", json=body)
@@ -281,7 +283,7 @@ def test_an_accept_that_cannot_be_met_is_a_problem_before_any_work(site: Site) -
         ("DELETE", "/sample", 405, "method_not_allowed"),
         ("POST", "/model", 405, "method_not_allowed"),
         ("POST", "/metrics", 405, "method_not_allowed"),
-        ("POST", "/jobs", 405, "method_not_allowed"),
+        ("PUT", "/jobs", 405, "method_not_allowed"),
     ],
 )
 def test_wrong_paths_and_methods_are_problems_too(site: Site, method: str, path: str, status: int, code: str) -> None:

@@ -243,7 +243,7 @@ def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
         encoder = Encoder(INFO, observe)
         result = JobResult(read, 0.0, 0.0, 0.0)
         try:
-            return [await encoder.encode(media_type, spec, result) for media_type in MEDIA_TYPES]
+            return [await encoder.encode(media_type, spec, result.read) for media_type in MEDIA_TYPES]
         finally:
             encoder.close()
 
@@ -264,7 +264,7 @@ def test_an_image_that_is_not_finite_is_no_image() -> None:
     async def encode_one() -> bytes:
         encoder = Encoder(INFO, lambda kind, seconds: seen.append(kind))
         try:
-            return await encoder.encode(PNG, make_spec(), JobResult(read, 0.0, 0.0, 0.0))
+            return await encoder.encode(PNG, make_spec(), read)
         finally:
             encoder.close()
 

@@ -34,9 +34,9 @@ class Asked:
         response = self.site.client.get("/jobs")
         assert response.status_code == 200
         document = response.json()
-        assert document.keys() == {"jobs"}
+        assert document.keys() == {"jobs", "next"}
         found: list[dict[str, Any]] = document["jobs"]
-        return found
+        return found[::-1]  # in order of arrival
 
     def wait_for(self, count: int) -> list[dict[str, Any]]:
         wait_until(lambda: len(self.jobs()) == count)
@@ -56,9 +56,9 @@ def asked(make_site: MakeSite) -> Any:
 
 
 def test_nobody_is_there(site: Site) -> None:
-    assert site.client.get("/jobs").json() == {"jobs": []}
+    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}
     site.post(json={"steps": 1})
-    assert site.client.get("/jobs").json() == {"jobs": []}, "who is done is gone"
+    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}, "who is done is gone"
 
 
 def test_jobs_lists_who_waits_and_runs_with_place_and_time(asked: Asked) -> None:
@@ -70,8 +70,10 @@ def test_jobs_lists_who_waits_and_runs_with_place_and_time(asked: Asked) -> None
     asked.site.engine.gate.let()
     asked.site.engine.next_begun()
     one, two = asked.jobs()
-    members = {"id", "state", "position", "eta_s", "n", "steps", "step", "sampler", "seed", "age_s"}
+    members = {"id", "state", "durable", "position", "eta_s", "n", "steps", "step", "sampler", "seed", "age_s"}
+    members |= {"created", "finished", "fingerprint", "parameters", "problem"}
     assert one.keys() == two.keys() == members
+    assert not one["durable"]
     assert (one["state"], one["position"], one["n"], one["steps"]) == ("running", 0, 2, 4)
     assert (one["step"], one["sampler"], one["seed"]) == (1, "ddim", 7)
     assert (two["state"], two["position"], two["n"], two["steps"]) == ("waiting", 1, 2, 10)

@@ -12,7 +12,7 @@ from service.job import Limits
 from service.loading import Loaded, LoadOptions
 from service.scheduler import Sharing
 from service.settings import Settings
-from tests.service.fakes import FakeEngine
+from tests.service.fakes import INFO, FakeEngine
 
 # Each field with a text that is not its default, and what the text means.
 GIVEN: dict[str, tuple[str, Any]] = {
@@ -36,6 +36,9 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_rows": ("13", 13),
     "max_backlog_s": ("1.5", 1.5),
     "result_cache_mb": ("5", 5),
+    "state_dir": ("some/state", "some/state"),
+    "keep_jobs_s": ("1.5", 1.5),
+    "keep_jobs_mb": ("5", 5),
     "max_body_bytes": ("2048", 2048),
     "grace_s": ("0.25", 0.25),
     "log_level": ("debug", "debug"),
@@ -52,6 +55,7 @@ OTHER = {
     "policy": "srpt",
     "cache_dir": "elsewhere",
     "allowed_origins": "*",
+    "state_dir": "elsewhere",
     "log_level": "error",
 }
 
@@ -97,6 +101,10 @@ BAD = [
     ("max_backlog_s", "soon"),
     ("max_backlog_s", "nan"),
     ("max_backlog_s", "inf"),
+    ("keep_jobs_s", "0"),
+    ("keep_jobs_s", "inf"),
+    ("keep_jobs_mb", "0"),
+    ("keep_jobs_mb", "much"),
     ("max_body_bytes", "1023"),
     ("grace_s", "-0.1"),
     ("grace_s", "nan"),
@@ -156,11 +164,18 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             limits: Limits,
             tick_times: tuple[tuple[int, float], ...],
             sharing: Sharing,
+            store: str,
             allowed_origins: frozenset[str],
         ) -> str:
+            assert store == "the store"
             served.update(limits=limits, sharing=sharing, policy=sharing.policy)
             served.update(tick_times=tick_times, allowed_origins=allowed_origins)
             return "the app"
+
+        def open_store(state_dir: str, weights_hash: str) -> str:
+            assert weights_hash == INFO.weights_hash
+            served.update(state_dir=state_dir)
+            return "the store"
 
         def run_server(app: str, listener: str, *, max_message_bytes: int, **values: object) -> bool:
             assert (app, listener) == ("the app", "the listener")
@@ -170,6 +185,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
         monkeypatch.setattr("service.loading.load_engine", load_engine)
         monkeypatch.setattr("service.app.create_app", create_app)
+        monkeypatch.setattr("service.sqlite_store.open_store", open_store)
         monkeypatch.setattr("service.server.bind", bind)
         monkeypatch.setattr("service.server.serve", run_server)
         result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)
@@ -186,6 +202,8 @@ def arrived(served: Served, name: str) -> Any:
         return ",".join(sorted(served[name]))
     if name == "short_batch":
         return served["sharing"].short_batch
+    if name == "keep_jobs_mb":
+        return served["limits"].keep_jobs_bytes / 2**20
     if name == "result_cache_mb":
         return served["limits"].result_cache_bytes / 2**20
     return served[name]
@@ -259,6 +277,7 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
         result_cache_bytes=64 * 2**20,
     )
     assert served["grace_s"] == 30
+    assert served["state_dir"] == ""
     assert served["sharing"] == Sharing.of(16, short_batch=8)
     assert {name: served[name] for name in ("device", "executor", "precision")} == dict.fromkeys(
         ("device", "executor", "precision"), "auto"

@@ -579,8 +579,8 @@ def test_statuses_tell_who_waits_who_runs_and_where_each_is(make_bench: MakeBenc
     bench.engine.next_begun()
     status = bench.status()
     assert (status["first"].state, status["first"].step, status["first"].position) == ("running", 1, 0)
-    assert (status["first"].n, status["first"].steps, status["first"].sampler) == (2, 4, "ddim")
-    assert (status["first"].seed, status["first"].age_s, status["first"].eta_s) == (7, 1.0, 3.0)
+    assert status["first"].spec == make_spec(seed=7, n=2, steps=4, sampler="ddim")
+    assert (status["first"].age_s, status["first"].eta_s) == (1.0, 3.0)
     assert (status["second"].state, status["second"].step, status["second"].position) == ("waiting", 0, 1)
     assert status["second"].eta_s == 13.0
     bench.engine.gate.let(3)
@@ -628,7 +628,7 @@ def test_statuses_may_be_asked_from_any_thread_at_any_time(make_bench: MakeBench
         while not stop.is_set():
             try:
                 for status in bench.worker.statuses():
-                    assert 0 <= status.step <= status.steps
+                    assert 0 <= status.step <= status.spec.steps
                     assert status.position >= 0
                     assert status.age_s >= 0
                     seen[0] += 1
