@@ -8,11 +8,13 @@ from fastapi import FastAPI
 from service import problems
 from service.admission import Admission
 from service.encoder import Encoder
+from service.forms import FORM_BYTES
 from service.job import Limits
 from service.metrics import Metrics
 from service.middleware import BodyLimit, RequestContext
 from service.result_cache import ResultCache
 from service.routes_jobs import job_routes
+from service.routes_noise import noise_routes
 from service.routes_page import page_routes
 from service.routes_sample import sample_routes
 from service.routes_stream import stream_routes
@@ -20,6 +22,7 @@ from service.routes_system import system_routes
 from service.row_engine import RowEngine
 from service.scheduler import Scheduler, Sharing
 from service.streams import Streams
+from service.uploads import Decoder
 from service.worker import Worker
 
 
@@ -41,7 +44,7 @@ def create_app(
     admission = Admission(limits, sharing)
     admission.calibrate(tick_times)
     worker = Worker(engine, Scheduler(sharing), admission, metrics)
-    encoder = Encoder(model, metrics.encoded)
+    encoder, decoder = Encoder(model, metrics.encoded), Decoder(model)
     metrics.watch(
         rows_active=lambda: worker.rows_active,
         rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
@@ -54,6 +57,7 @@ def create_app(
         worker.start()
         yield
         worker.close()
+        decoder.close()
         encoder.close()
 
     app = FastAPI(
@@ -68,11 +72,13 @@ def create_app(
     streams = app.state.streams = Streams(limits.max_streams, limits.max_streams_per_address)
     cache = ResultCache(limits.result_cache_bytes)
     app.include_router(sample_routes(worker, encoder, cache, metrics, model, limits))
+    app.include_router(noise_routes(worker, decoder, encoder, metrics, model, limits))
     app.include_router(stream_routes(worker, encoder, streams, metrics, model, limits, allowed_origins))
     app.include_router(job_routes(worker))
     app.include_router(page_routes())
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
+    images = {"/noise": limits.max_image_bytes + FORM_BYTES}
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=images)
     app.add_middleware(RequestContext, observe=metrics.requested)
     return app

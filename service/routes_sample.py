@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
 from service import parameters
+from service.conditional import matches
 from service.encoder import MEDIA_TYPES, Encoder, etag
 from service.errors import JobCancelled
 from service.job import JobResult, Limits, ModelInfo
@@ -42,7 +43,7 @@ def sample_routes(
             headers["Cache-Control"] = "no-store"
         else:
             headers |= {"ETag": tag, "Cache-Control": "no-cache"}
-            if _matches(request, tag):
+            if matches(request, tag):
                 metrics.answered_without_work("not_modified")
                 return Response(status_code=304, headers=headers)
             if (kept := cache.get(tag)) is not None:
@@ -111,16 +112,6 @@ def _retrieve(done: "asyncio.Future[JobResult]") -> None:
     # The cancelled job's error has no reader; without this asyncio would complain that nobody looked.
     if not done.cancelled():
         done.exception()
-
-
-def _matches(request: Request, tag: str) -> bool:
-    """Whether the client already has it (RFC 9110, section 13.1.2; the weak comparison).
-
-    A POST that samples is safe to repeat, so it is answered as a GET is; but `*`, any answer at all, is no name.
-    """
-    headers = request.headers.getlist("if-none-match")
-    names = [name.strip().removeprefix("W/") for header in headers for name in header.split(",")]
-    return tag in names or ("*" in names and request.method == "GET")
 
 
 def _server_timing(**seconds: float) -> str:

@@ -30,6 +30,9 @@ class RowEngine(Protocol):
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
         """Read rows that are under way as pictures; the function returned may wait."""
 
+    def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
+        """Make x_t of images by the forward process; the function returned may wait."""
+
     def latents(self, rows: Sequence[int]) -> Floats:
         """Read rows as they are. Waits for the device."""
 

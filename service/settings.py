@@ -69,6 +69,7 @@ class Settings(BaseSettings):
         64, ge=0, le=65_536, description="memory for finished answers with a given seed, to answer repeats; 0: none"
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="size of a request's body")
+    max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="size of an uploaded image")
     grace_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
     )

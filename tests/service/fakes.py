@@ -105,6 +105,7 @@ class FakeEngine:
         self.on_add: Callable[[SampleSpec], None] = lambda spec: None
         self.on_images: Callable[[Sequence[int]], None] = lambda rows: None
         self.on_preview: Callable[[Sequence[int]], None] = lambda rows: None
+        self.on_noised: Callable[[], None] = lambda: None
         self.on_remove: Callable[[Sequence[int]], None] = lambda rows: None
         self._free = list(range(slots))
 
@@ -151,6 +152,11 @@ class FakeEngine:
         assert tuple(rows) == its_rows
         pixels = fake_pixels(spec, min(self.steps_done[row] for row in rows), self.info)
         return lambda: {name: pixels if name == "x_t" else 255 - pixels for name in show}
+
+    def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
+        self.on_noised()
+        noisy = images + np.uint8((t + seed) % 256)  # wraps, as uint8 does
+        return lambda: noisy
 
     def latents(self, rows: Sequence[int]) -> Floats:
         spec, its_rows = self.jobs[rows[0]]

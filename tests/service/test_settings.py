@@ -37,6 +37,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_backlog_s": ("1.5", 1.5),
     "result_cache_mb": ("5", 5),
     "max_body_bytes": ("2048", 2048),
+    "max_image_bytes": ("4096", 4096),
     "grace_s": ("0.25", 0.25),
     "log_level": ("debug", "debug"),
 }
@@ -98,6 +99,8 @@ BAD = [
     ("max_backlog_s", "nan"),
     ("max_backlog_s", "inf"),
     ("max_body_bytes", "1023"),
+    ("max_image_bytes", "1023"),
+    ("max_image_bytes", "268435457"),
     ("grace_s", "-0.1"),
     ("grace_s", "nan"),
     ("grace_s", "inf"),
@@ -256,6 +259,7 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
         max_jobs=1024,
         max_backlog_s=600,
         max_body_bytes=2**20,
+        max_image_bytes=8 * 2**20,
         result_cache_bytes=64 * 2**20,
     )
     assert served["grace_s"] == 30
