@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from service import problems
 from service.admission import Admission
 from service.encoder import Encoder
+from service.forms import FORM_BYTES
 from service.job import Limits
 from service.jobs import Jobs
 from service.metrics import Metrics
@@ -15,6 +16,7 @@ from service.middleware import BodyLimit, RequestContext
 from service.result_cache import ResultCache
 from service.routes_events import event_routes
 from service.routes_jobs import job_routes
+from service.routes_noise import noise_routes
 from service.routes_page import page_routes
 from service.routes_sample import sample_routes
 from service.routes_stream import stream_routes
@@ -24,6 +26,7 @@ from service.scheduler import Scheduler, Sharing
 from service.store import JobStore
 from service.store_thread import StoreThread
 from service.streams import Streams
+from service.uploads import Decoder
 from service.worker import Worker
 
 
@@ -49,7 +52,7 @@ def create_app(
     thread = StoreThread(store, model.fingerprint, metrics)
     worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=thread)
     jobs = Jobs(thread, worker, model, limits, metrics)
-    encoder = Encoder(model, metrics.encoded)
+    encoder, decoder = Encoder(model, metrics.encoded), Decoder(model)
     metrics.watch(
         rows_active=lambda: worker.rows_active,
         rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
@@ -64,6 +67,7 @@ def create_app(
         yield
         worker.close()
         await jobs.close()
+        decoder.close()
         encoder.close()
 
     app = FastAPI(
@@ -78,12 +82,14 @@ def create_app(
     streams = app.state.streams = Streams(limits.max_streams, limits.max_streams_per_address)
     cache = ResultCache(limits.result_cache_bytes)
     app.include_router(sample_routes(worker, jobs, encoder, cache, metrics, model, limits))
+    app.include_router(noise_routes(worker, decoder, encoder, metrics, model, limits))
     app.include_router(stream_routes(worker, encoder, streams, metrics, model, limits, allowed_origins))
     app.include_router(job_routes(jobs, encoder, model, limits))
     app.include_router(event_routes(jobs, worker, encoder, streams, metrics, model))
     app.include_router(page_routes())
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
+    images = {"/noise": limits.max_image_bytes + FORM_BYTES}
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=images)
     app.add_middleware(RequestContext, observe=metrics.requested)
     return app

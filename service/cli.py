@@ -91,6 +91,7 @@ def serve(**flags: Any) -> None:
         max_jobs=settings.max_jobs,
         max_backlog_s=settings.max_backlog_s,
         max_body_bytes=settings.max_body_bytes,
+        max_image_bytes=settings.max_image_bytes,
         result_cache_bytes=settings.result_cache_mb * 2**20,
         max_streams=settings.max_connections // 2,
         max_streams_per_address=settings.max_streams_per_address,

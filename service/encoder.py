@@ -55,6 +55,10 @@ class Encoder:
         """Make a finished job's PNGs: one of all images, or one each. Raises NotFinite."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode_pictures, layout, spec, result)
 
+    async def encode_picture(self, read: Callable[[], Images], text: dict[str, object]) -> bytes:
+        """Make a PNG of the pixels that `read` gives, [H, W, C]; it may wait for a GPU."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: encode_png(read(), text))
+
     def _encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
         images = result.read()
         started = time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.data import to_uint8
+from model.data import to_model_range, to_uint8
 from model.rng import image_noise, row_noise, split_seed
 from model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, denoise, guide
 from service.description import describe
@@ -240,6 +240,19 @@ class Engine:
         at = self._at(rows)
         read = self._copy_out(self._x[at], self._x0[at])
         return lambda: Snapshot(steps, *(each.numpy() for each in read()))
+
+    def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
+        """Make x_t of x_0 = images, uint8 [n, H, W, C] both, with eps the x_T of a job with this seed.
+
+        As with `images`, call the function returned in another thread.
+        """
+        x_0 = torch.from_numpy(images).permute(0, 3, 1, 2)
+        if self._device.type == "cuda":
+            x_0 = x_0.pin_memory().to(self._device, non_blocking=True)
+        eps = image_noise(seed, range(len(images)), 0, self._shape, self._device)
+        x_t = self._schedule.q_sample(to_model_range(x_0), torch.tensor([t]), eps)
+        read = self._copy_out(_pixels(x_t))
+        return lambda: read()[0].numpy()
 
     def _at(self, rows: Sequence[int]) -> Tensor:
         """Row ids as an index on the device; nobody waits for it."""

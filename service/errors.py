@@ -71,6 +71,29 @@ class MalformedBody(ServiceError):
     status, code, title = 400, "malformed_body", "The body is not a JSON object"
 
 
+class MalformedForm(ServiceError):
+    """A multipart body that cannot be read, or has too many parts."""
+
+    status, code, title = 400, "malformed_form", "The body is not a form"
+
+
+class UnsupportedMediaType(ServiceError):
+    """An image is wanted, and the body says that it is something else."""
+
+    status, code, title = 415, "unsupported_media_type", "The body is of no type that is taken here"
+
+
+class InvalidImage(ServiceError):
+    """What was sent as an image is none that is taken, is broken, or is too large."""
+
+    status, code, title = 422, "invalid_image", "The image is invalid"
+
+    @classmethod
+    def of(cls, field: str, bound: str, got: str) -> "InvalidImage":
+        """Say what it must be, and what came."""
+        return cls(f"{field} must be {bound}, got {short(got)}", field=field, value=got, bound=bound)
+
+
 class MalformedMessage(ServiceError):
     """What came over a WebSocket is not a JSON object in a text message, or not what was to come next."""
 
@@ -105,10 +128,21 @@ class BodyTooLarge(ServiceError):
 
     status, code, title = 413, "body_too_large", "The body is too large"
 
-    def __init__(self, received: int, limit: int):
+    def __init__(self, received: int, limit: int, field: str = "body"):
         bound = f"at most {limit} bytes"
-        super().__init__(f"body must be {bound}, got {received} or more", field="body", value=received, bound=bound)
+        super().__init__(f"{field} must be {bound}, got {received} or more", field=field, value=received, bound=bound)
         self.headers["Connection"] = "close"  # or the rest would still be read, only to be thrown away
+
+
+class TooManyBytes(ServiceError):
+    """The bodies of all requests together are more than is held; this one was not read to its end."""
+
+    status, code, title = 429, "too_many_bytes", "Too much is being sent at once"
+
+    def __init__(self, held: int, limit: int):
+        bound = f"at most {limit} bytes"
+        super().__init__(f"bodies held at once must be {bound}, got {held}", field="body", value=held, bound=bound)
+        self.headers |= {"Retry-After": "1", "Connection": "close"}
 
 
 class NotAcceptable(ServiceError):

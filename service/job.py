@@ -1,5 +1,6 @@
 """What crosses between the parts of the service: specs, batches, results. Pure frozen values; no torch, no asyncio."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -145,6 +146,11 @@ class ModelInfo:
     executor_details: str
     exact: bool  # whether the same spec gives the same bytes whatever else runs
 
+    def alpha_bar(self, t: int) -> float:
+        """alpha_bar_t = 1 / (1 + sigma_t^2)."""
+        log_sigma = self.log_sigmas[t]
+        return 1 / (1 + math.exp(2 * log_sigma)) if log_sigma < 300 else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -156,6 +162,7 @@ class Limits:
     max_jobs: int
     max_backlog_s: float
     max_body_bytes: int
+    max_image_bytes: int = 8 * 2**20
     result_cache_bytes: int = 0
     keep_jobs_s: float = 86_400.0  # how long a durable job is kept that has ended
     keep_jobs_bytes: int = 2**30  # and what all of them may take

@@ -4,16 +4,18 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, ServiceError
+from service.errors import BodyTooLarge, ServiceError, TooManyBytes
 from service.problems import render
 
 log = logging.getLogger(__name__)
 
+MAX_HELD_BYTES = 256 * 2**20
+SMALL_BYTES = 64 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
@@ -55,20 +57,27 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses a body over the limit, by its Content-Length at once, else as soon as it has sent too much."""
+    """Refuses a body over the limit, by its Content-Length at once, else as soon as it has sent too much.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    The limit is the path's own where it has one. All bodies together are held to MAX_HELD_BYTES: what a client has sent
+    counts until it has its answer. A small body is taken all the same, so that nobody's images keep requests out.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_by_path: Mapping[str, int]) -> None:
+        self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
+        self._held_bytes = 0
+        self._max_held_bytes = max(MAX_HELD_BYTES, max_bytes, *max_bytes_by_path.values())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         received = 0
+        max_bytes = self._max_bytes_by_path.get(scope["path"], self._max_bytes)
 
         def check(size: int) -> None:
-            if size > self._max_bytes:
-                raise BodyTooLarge(size, self._max_bytes)
+            if size > max_bytes:
+                raise BodyTooLarge(size, max_bytes)
 
         async def bounded_receive() -> Message:
             nonlocal received
@@ -77,8 +86,15 @@ class BodyLimit:
                 check(int(declared) if declared.isdecimal() else 0)
             message = await receive()
             if message["type"] == "http.request":
-                received += len(message.get("body", b""))
+                size = len(message.get("body", b""))
+                received += size
+                self._held_bytes += size
                 check(received)
+                if received > SMALL_BYTES and self._held_bytes > self._max_held_bytes:
+                    raise TooManyBytes(self._held_bytes, self._max_held_bytes)
             return message
 
-        await self._app(scope, bounded_receive, send)
+        try:
+            await self._app(scope, bounded_receive, send)
+        finally:
+            self._held_bytes -= received

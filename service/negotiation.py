@@ -31,15 +31,6 @@ def negotiate(accept: str, offered: Sequence[str]) -> str:
     return best
 
 
-def matches(if_none_match: Sequence[str], tag: str, *, any_matches: bool) -> bool:
-    """Whether If-None-Match says that the client has it already (RFC 9110, section 13.1.2; the weak comparison).
-
-    any_matches: whether `*`, any answer at all, counts.
-    """
-    names = [name.strip().removeprefix("W/") for header in if_none_match for name in header.split(",")]
-    return tag in names or (any_matches and "*" in names)
-
-
 def _parse(part: str) -> tuple[str, float]:
     name, *parameters = (piece.strip().lower() for piece in part.split(";"))
     for parameter in parameters:

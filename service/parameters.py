@@ -10,8 +10,11 @@ from service.errors import ConflictingField, MalformedBody, short
 LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show"})
 
 
-def from_query(items: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Turn query items into parameters; lists repeat their name. Raises ConflictingField for others that do."""
+def from_query(items: Iterable[tuple[str, str]], where: str = "the query") -> dict[str, Any]:
+    """Turn query items into parameters; lists repeat their name. Raises ConflictingField for others that do.
+
+    The fields of a form are the same thing at another place.
+    """
     values: dict[str, list[str]] = {}
     for name, value in items:
         values.setdefault(name, []).append(value)
@@ -19,7 +22,7 @@ def from_query(items: Iterable[tuple[str, str]]) -> dict[str, Any]:
     for name, given in values.items():
         if len(given) > 1 and name not in LIST_FIELDS:
             if len(set(given)) > 1:
-                raise ConflictingField(f"{name} is given {len(given)} times in the query", field=name, value=given)
+                raise ConflictingField(f"{name} is given {len(given)} times in {where}", field=name, value=given)
             given = given[:1]
         parameters[name] = given if len(given) > 1 else given[0]
     return parameters

@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from service.conditional import matches
 from service.encoder import MEDIA_TYPES, Encoder, etag
 from service.errors import InvalidField
 from service.intake import idempotency_key, read_request
 from service.job import Limits, ModelInfo
 from service.jobs import STATES, Jobs, JobView
-from service.negotiation import matches, negotiate
+from service.negotiation import negotiate
 from service.schemas import SampleRequest, parameters_of
 from service.store import Place, now_us
 
@@ -77,7 +78,7 @@ def job_routes(jobs: Jobs, encoder: Encoder, model: ModelInfo, limits: Limits) -
             "ETag": etag(media_type, record.spec, made_by),
             "Cache-Control": "no-cache",
         }
-        if matches(request.headers.getlist("if-none-match"), headers["ETag"], any_matches=True):
+        if matches(request, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         content = await encoder.encode(media_type, record.spec, lambda: images, made_by)
         return Response(content, headers=headers, media_type=media_type)

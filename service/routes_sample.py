@@ -7,13 +7,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.conditional import matches
 from service.encoder import MEDIA_TYPES, Encoder, etag
 from service.errors import JobCancelled
 from service.intake import prefers_async, read_request
 from service.job import JobResult, Limits, ModelInfo
 from service.jobs import Jobs
 from service.metrics import Metrics
-from service.negotiation import matches, negotiate
+from service.negotiation import negotiate
 from service.result_cache import ResultCache
 from service.routes_jobs import accept
 from service.schemas import SampleRequest
@@ -48,8 +49,7 @@ def sample_routes(
             headers["Cache-Control"] = "no-store"
         else:
             headers |= {"ETag": tag, "Cache-Control": "no-cache"}
-            # A POST that samples is safe to repeat, so it is answered as a GET is; but `*` is no name.
-            if matches(request.headers.getlist("if-none-match"), tag, any_matches=request.method == "GET"):
+            if matches(request, tag):
                 metrics.answered_without_work("not_modified")
                 return Response(status_code=304, headers=headers)
             if (kept := cache.get(tag)) is not None:

@@ -1,6 +1,5 @@
 """GET /model, /healthz, /readyz and /metrics: what is loaded, and how it is doing."""
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +26,7 @@ def system_routes(worker: Worker, model: ModelInfo, limits: Limits, metrics: Met
 
     @router.get("/model/schedule", summary="The noise schedule: alpha_bar_t and beta_t of t = 0..T-1")
     async def get_schedule() -> dict[str, list[float]]:
-        alpha_bar = [1 / (1 + math.exp(2 * log_sigma)) if log_sigma < 300 else 0.0 for log_sigma in model.log_sigmas]
+        alpha_bar = [model.alpha_bar(t) for t in range(model.num_timesteps)]
         before = [1.0, *alpha_bar[:-1]]
         beta = [1 - now / then if then else 1.0 for now, then in zip(alpha_bar, before, strict=True)]
         return {"alpha_bar": alpha_bar, "beta": beta}

@@ -33,6 +33,9 @@ class RowEngine(Protocol):
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
         """Read all that one job's rows, which have taken these steps, need to go on; the function returned may wait."""
 
+    def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
+        """Make x_t of images by the forward process; the function returned may wait."""
+
     def latents(self, rows: Sequence[int]) -> Floats:
         """Read rows as they are. Waits for the device."""
 

@@ -1,7 +1,7 @@
 """What clients send and get, as pydantic models. Pydantic stays here: `to_spec` is the one crossing."""
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -59,11 +59,7 @@ class SampleRequest(BaseModel):
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
         """Check names and types. Raises InvalidField or UnknownField for the first thing wrong."""
-        for name in parameters:
-            if name not in cls.model_fields:
-                known = ", ".join(cls.model_fields)
-                detail = f"there is no parameter {short(name)!r}; known: {known}"
-                raise UnknownField(detail, field=name, value=parameters[name], bound=f"one of {known}")
+        refuse_unknown(parameters, cls.model_fields)
         try:
             return cls.model_validate(dict(parameters))
         except ValidationError as error:
@@ -144,6 +140,16 @@ class SampleRequest(BaseModel):
             raise InvalidField.of("guidance", f"1 (off): this model {what}", self.guidance)
         if None in labels:
             raise InvalidField.of("guidance", "1 (off) where an image has no class_label", self.guidance)
+
+
+def refuse_unknown(parameters: Mapping[str, Any], known_names: Collection[str]) -> None:
+    """Raise UnknownField for the first parameter that has none of the known names."""
+    for name in parameters:
+        if name in known_names:
+            continue
+        known = ", ".join(known_names)
+        detail = f"there is no parameter {short(name)!r}; known: {known}"
+        raise UnknownField(detail, field=name, value=parameters[name], bound=f"one of {known}")
 
 
 def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:

@@ -78,6 +78,7 @@ class Settings(BaseSettings):
         1024, ge=1, le=1_048_576, description="disk that ended jobs may take; beyond it the oldest go"
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="size of a request's body")
+    max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="size of an uploaded image")
     grace_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
     )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from service.admission import Admission
 from service.errors import (
@@ -43,6 +44,7 @@ from service.snapshots import Keeper
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 CRASHED = "the worker has stopped; the server's log says why"
 
 
@@ -163,6 +165,14 @@ class Worker:
             self._commands.put(lambda: self._accept(job))
         return Ticket(job.future, entry.position, entry.eta_s)
 
+    def run(self, act: Callable[[RowEngine], Result]) -> "Future[Result]":
+        """Do something short with the engine between two ticks. Raises NotReady, Draining, …"""
+        future: Future[Result] = Future()
+        with self._gate:
+            self._check_open()
+            self._commands.put(lambda: self._act(act, future))
+        return future
+
     def _check_open(self) -> None:
         if self._crashed:
             raise EngineFailed(CRASHED)
@@ -282,6 +292,18 @@ class Worker:
             except queue.Empty:
                 return
             command()
+
+    def _act(self, act: Callable[[RowEngine], Result], future: "Future[Result]") -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        if self._crashed:
+            future.set_exception(EngineFailed(CRASHED))
+            return
+        try:
+            future.set_result(act(self._engine))
+        except Exception as error:
+            log.exception("what was asked of the engine failed")
+            future.set_exception(EngineFailed(f"the engine could not do it: {type(error).__name__}"))
 
     def _accept(self, job: _Job) -> None:
         if job.id not in self._jobs:  # the thread is ending, and has answered it

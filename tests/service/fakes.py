@@ -106,6 +106,7 @@ class FakeEngine:
         self.on_images: Callable[[Sequence[int]], None] = lambda rows: None
         self.on_preview: Callable[[Sequence[int]], None] = lambda rows: None
         self.on_snapshot: Callable[[Sequence[int]], None] = lambda rows: None
+        self.on_noised: Callable[[], None] = lambda: None
         self.on_remove: Callable[[Sequence[int]], None] = lambda rows: None
         self._free = list(range(slots))
 
@@ -163,6 +164,11 @@ class FakeEngine:
         assert tuple(self.steps_done[row] for row in rows) == steps
         shape = (len(rows), self.info.channels, self.info.height_px, self.info.width_px)
         return lambda: Snapshot(steps, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+
+    def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
+        self.on_noised()
+        noisy = images + np.uint8((t + seed) % 256)  # wraps, as uint8 does
+        return lambda: noisy
 
     def latents(self, rows: Sequence[int]) -> Floats:
         spec, its_rows = self.jobs[rows[0]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.data import to_uint8
+from model.data import to_model_range, to_uint8
 from model.noise import NoiseConfig
 from model.rng import image_noise
 from model.samplers import SAMPLERS, sample
@@ -115,6 +115,18 @@ def together(
             images[job] = read(engine, rows[job])
             engine.remove(rows[job])
     return [images[str(k)] for k in range(len(specs))]
+
+
+@pytest.mark.parametrize("t", [0, 25, 49])
+def test_noised_is_q_sample_of_each_image_with_the_x_t_of_a_job(tiny: Checkpoint, t: int) -> None:
+    engine = make_engine(tiny)
+    images = torch.arange(3 * 64, dtype=torch.uint8).reshape(3, 8, 8, 1)
+    rows = engine.add(spec_of(n=3, seed=9))
+    eps = torch.from_numpy(engine.latents(rows))
+    x_t = tiny.noise.schedule().q_sample(to_model_range(images.permute(0, 3, 1, 2)), torch.tensor([t] * 3), eps)
+    expected = to_uint8(x_t).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(engine.noised(images.numpy(), t, 9)(), expected)
+    np.testing.assert_array_equal(engine.noised(images.numpy()[:1], t, 9)(), expected[:1], "each is made alone")
 
 
 def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
@@ -940,6 +952,15 @@ def test_a_preview_on_a_gpu_is_that_of_the_cpu_and_does_not_wait_for_it(tiny: Ch
         shown.append(read())
     for name in ("x_t", "x_0"):
         np.testing.assert_allclose(shown[0][name].astype(int), shown[1][name].astype(int), atol=1)
+
+
+@pytest.mark.gpu
+def test_noised_on_a_gpu_is_that_of_the_cpu(tiny: Checkpoint, on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
+    images = np.arange(2 * 64, dtype=np.uint8).reshape(2, 8, 8, 1)
+    engines = make_engine(checkpoint, device=device), make_engine(tiny)
+    on_device, on_cpu = (engine.noised(images, 20, 3)() for engine in engines)
+    np.testing.assert_allclose(on_device.astype(int), on_cpu.astype(int), atol=1)
 
 
 @pytest.mark.gpu

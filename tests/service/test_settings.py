@@ -40,6 +40,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "keep_jobs_s": ("1.5", 1.5),
     "keep_jobs_mb": ("5", 5),
     "max_body_bytes": ("2048", 2048),
+    "max_image_bytes": ("4096", 4096),
     "grace_s": ("0.25", 0.25),
     "log_level": ("debug", "debug"),
 }
@@ -106,6 +107,8 @@ BAD = [
     ("keep_jobs_mb", "0"),
     ("keep_jobs_mb", "much"),
     ("max_body_bytes", "1023"),
+    ("max_image_bytes", "1023"),
+    ("max_image_bytes", "268435457"),
     ("grace_s", "-0.1"),
     ("grace_s", "nan"),
     ("grace_s", "inf"),
@@ -274,6 +277,7 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
         max_jobs=1024,
         max_backlog_s=600,
         max_body_bytes=2**20,
+        max_image_bytes=8 * 2**20,
         result_cache_bytes=64 * 2**20,
     )
     assert served["grace_s"] == 30

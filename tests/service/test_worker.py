@@ -427,6 +427,50 @@ def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeB
         bench.submit("after")
 
 
+# --- what others ask of the engine ---
+
+
+def test_what_is_asked_of_the_engine_is_done_in_the_workers_thread_between_two_ticks(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    job = bench.submit("job", steps=2)
+    bench.engine.next_begun()
+    asked = bench.worker.run(lambda engine: (engine.info, len(bench.engine.batches), threading.current_thread().name))
+    assert not asked.done()
+    bench.engine.gate.let()
+    assert asked.result(PATIENCE_S) == (INFO, 1, "tminus-worker")
+    bench.engine.gate.open()
+    job.result(PATIENCE_S)
+    assert bench.worker.run(lambda engine: 5).result(PATIENCE_S) == 5, "an idle worker wakes for it"
+
+
+def test_an_error_in_what_is_asked_is_told_to_who_asked_and_to_nobody_else(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    job = bench.submit("job", steps=2)
+    bench.engine.next_begun()
+    asked = bench.worker.run(lambda engine: 1 / 0)
+    given_up = bench.worker.run(lambda engine: pytest.fail("nobody wants it"))
+    assert given_up.cancel()
+    bench.engine.gate.open()
+    assert isinstance(failure(asked), EngineFailed)
+    job.result(PATIENCE_S)
+
+
+def test_nothing_is_asked_of_an_engine_that_is_not_there_for_it(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    with pytest.raises(NotReady):
+        bench.worker.run(lambda engine: 1)
+    bench.start(shut=True)
+    job = bench.submit("job", steps=1)
+    bench.engine.next_begun()
+    asked = bench.worker.run(lambda engine: 1)
+    bench.worker.drain()
+    with pytest.raises(Draining):
+        bench.worker.run(lambda engine: 1)
+    bench.engine.gate.open()
+    assert asked.result(PATIENCE_S) == 1, "what was taken is done"
+    job.result(PATIENCE_S)
+
+
 def test_images_that_cannot_be_read_fail_their_own_job_only(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
 

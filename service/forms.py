@@ -1,0 +1,158 @@
+"""Read a request that brings an image: as its body, or as a file in a form with fields beside it.
+
+Forms are taken apart in memory, where the body is bounded already; a temporary file would have to fit a container's
+/tmp.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
+
+from service.errors import (
+    BodyTooLarge,
+    ConflictingField,
+    InvalidImage,
+    MalformedForm,
+    UnknownField,
+    UnsupportedMediaType,
+    short,
+)
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+FORM, BYTES = "multipart/form-data", "application/octet-stream"
+MAX_PARTS = 16
+MAX_FIELD_BYTES = 1024
+FORM_BYTES = 64 * 1024  # what a form may take beside its image: boundaries, the parts' headers, the fields
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An image as it came, and the text fields that came with it, in order."""
+
+    data: bytes
+    fields: tuple[tuple[str, str], ...] = ()
+
+
+async def read_upload(request: Request, max_bytes: int, image_field: str = "image") -> Upload:
+    """Read the image, in a form that of `image_field`.
+
+    Raises UnsupportedMediaType, BodyTooLarge, MalformedForm, UnknownField, ConflictingField, InvalidImage; and
+    starlette's ClientDisconnect.
+    """
+    declared = request.headers.get("content-type", BYTES)
+    media_type = declared.partition(";")[0].strip().lower()
+    if media_type == FORM:
+        upload = _image_and_fields(await _read_parts(request, declared), image_field)
+    elif media_type == BYTES or media_type.startswith("image/"):
+        upload = Upload(await request.body())
+    else:
+        bound = f"image/*, {BYTES} or {FORM}"
+        detail = f"Content-Type must be {bound}, got {short(declared)!r}"
+        raise UnsupportedMediaType(detail, field="Content-Type", value=declared, bound=bound)
+    if len(upload.data) > max_bytes:
+        raise BodyTooLarge(len(upload.data), max_bytes, image_field)
+    return upload
+
+
+@dataclass(slots=True)
+class _Part:
+    """One part of a form. A part with a file name is a file, as browsers and curl send them."""
+
+    disposition: bytes = b""
+    name: str = ""
+    is_file: bool = False
+    data: bytearray = field(default_factory=bytearray)
+
+
+class _Parts:
+    """Collects what python-multipart calls out. Raises MalformedForm for more than it may be."""
+
+    def __init__(self) -> None:
+        self.all: list[_Part] = []
+        self.ended = False
+        self._header, self._value = bytearray(), bytearray()
+
+    def on_part_begin(self) -> None:
+        if len(self.all) == MAX_PARTS:
+            raise MalformedForm(f"the form must have at most {MAX_PARTS} parts")
+        self.all.append(_Part())
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self.all[-1].disposition = bytes(self._value)
+        self._header.clear()
+        self._value.clear()
+
+    def on_headers_finished(self) -> None:
+        _, options = parse_options_header(self.all[-1].disposition)
+        if b"name" not in options:
+            raise MalformedForm("each part of the form must have a name")
+        self.all[-1].name = options[b"name"].decode("utf-8", "replace")
+        self.all[-1].is_file = b"filename" in options
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        part = self.all[-1]
+        part.data += data[start:end]
+        if not part.is_file and len(part.data) > MAX_FIELD_BYTES:
+            raise MalformedForm(f"a field of the form must have at most {MAX_FIELD_BYTES} bytes: {short(part.name)!r}")
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
+async def _read_parts(request: Request, content_type: str) -> list[_Part]:
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise MalformedForm("the form's Content-Type must name its boundary")
+    parts = _Parts()
+    callbacks: MultipartCallbacks = {
+        "on_part_begin": parts.on_part_begin,
+        "on_header_field": parts.on_header_field,
+        "on_header_value": parts.on_header_value,
+        "on_header_end": parts.on_header_end,
+        "on_headers_finished": parts.on_headers_finished,
+        "on_part_data": parts.on_part_data,
+        "on_end": parts.on_end,
+    }
+    try:
+        parser = MultipartParser(boundary, callbacks)
+        async for chunk in request.stream():
+            parser.write(chunk)
+    except FormParserError as error:
+        raise MalformedForm(f"the form cannot be read: {short(str(error))}") from None
+    if not parts.ended:
+        raise MalformedForm("the form breaks off before its last boundary")
+    return parts.all
+
+
+def _image_and_fields(parts: list[_Part], image_field: str) -> Upload:
+    images: list[bytes] = []
+    fields: list[tuple[str, str]] = []
+    for part in parts:
+        if not part.is_file:
+            fields.append((part.name, part.data.decode("utf-8", "replace")))
+        elif part.name == image_field:
+            images.append(bytes(part.data))
+        else:
+            detail = f"there is no file {short(part.name)!r} to send; known: {image_field}"
+            raise UnknownField(detail, field=part.name, value=f"{len(part.data)} bytes", bound=image_field)
+    for name, text in fields:
+        if name == image_field:
+            raise InvalidImage.of(name, f"a file: curl -F {name}=@file", f"the text {short(text)!r}")
+    if len(images) > 1:
+        detail = f"{image_field} is in the form {len(images)} times"
+        raise ConflictingField(detail, field=image_field, value=f"{len(images)} files")
+    if not images:
+        raise InvalidImage.of(image_field, "a file in the form", "a form without it")
+    return Upload(images[0], tuple(fields))

@@ -1,0 +1,104 @@
+"""What kind of image some bytes are and how large: read from its first bytes, before a decoder makes room for it.
+
+Pure. Pillow tells the size too, but of a WebP only once it has made room for the whole canvas.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# More than any encoder writes. Pillow spends microseconds of Python on each piece, however small, and a pass over the
+# whole image on each scan, of which ten bytes may make one.
+MAX_PIECES = 10_000
+MAX_SCANS = 100
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15, without DHT, JPG and DAC
+JPEG_SCAN = 0xDA
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """format is Pillow's name of it."""
+
+    format: str
+    width_px: int
+    height_px: int
+
+    @property
+    def pixels(self) -> int:
+        """How many of them."""
+        return self.width_px * self.height_px
+
+
+def read_header(data: bytes) -> ImageHeader | None:
+    """The header of a PNG, JPEG or WebP; None for bytes that are none. Raises ValueError where it is broken."""
+    if data.startswith(PNG_SIGNATURE):
+        name, size = "PNG", _png_size(data)
+    elif data.startswith(b"\xff\xd8\xff"):
+        name, size = "JPEG", _jpeg_size(data)
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        name, size = "WEBP", _webp_size(data)
+    else:
+        return None
+    if min(size) < 1:
+        raise ValueError(f"its header says {size[0]}x{size[1]} pixels")
+    return ImageHeader(name, *size)
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    """W3C PNG, section 11.2.1: IHDR is the first chunk."""
+    if data[8:16] != b"\x00\x00\x00\rIHDR" or len(data) < 33:
+        raise ValueError("its first chunk is no IHDR")
+    at = len(PNG_SIGNATURE)
+    for _ in range(MAX_PIECES):
+        at += 12 + int.from_bytes(data[at : at + 4])
+        if at >= len(data):
+            return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    raise ValueError(f"it is in more than {MAX_PIECES} chunks")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """ITU-T T.81, section B.2: segments, one of them the frame's, up to the first scan."""
+    size = None
+    for marker, at in _jpeg_segments(data):
+        if marker in JPEG_FRAMES:
+            if size is not None:
+                raise ValueError("it has two frame headers")
+            size = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 3 : at + 5])
+        if marker == JPEG_SCAN:
+            break
+    if size is None:
+        raise ValueError("it has no frame header")
+    # In a scan's data 0xFF is always followed by 0, so that this counts scans (and those of a thumbnail).
+    if data.count(bytes((0xFF, JPEG_SCAN))) > MAX_SCANS:
+        raise ValueError(f"it is in more than {MAX_SCANS} scans")
+    return size
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Each marker from the image's start on, with where its length stands."""
+    at = 2
+    for _ in range(MAX_PIECES):
+        lead, marker = data[at : at + 1], data[at + 1 : at + 2]
+        if lead != b"\xff" or not marker:
+            raise ValueError("its header breaks off")
+        if marker == b"\xff":  # any number of them may stand before a marker
+            at += 1
+            continue
+        yield marker[0], at + 2
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    raise ValueError(f"it is in more than {MAX_PIECES} segments")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """RFC 9649: the canvas of an extended file, else the one frame's size."""
+    kind = data[12:16]
+    if len(data) < 30:
+        raise ValueError("its header breaks off")
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 ":
+        return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+    raise ValueError("its first chunk is no image")
