@@ -78,27 +78,49 @@ class SqliteStore:
         sa.event.listen(self._engine, "begin", _begin)
         try:
             self._connection = self._engine.connect()
-            with self._connection.begin():
-                self._prepare()
+            is_new = self._check()
+            for pragma in (
+                "auto_vacuum = INCREMENTAL",
+                "journal_mode = WAL",
+                "synchronous = FULL",  # an accepted job outlives a power cut too
+            ):
+                self._pragma(pragma)
+            if is_new:
+                with self._connection.begin():
+                    self._pragma(f"application_id = {APPLICATION_ID}")
+                    self._pragma(f"user_version = {VERSION}")
+                    metadata.create_all(self._connection)
         except sa.exc.DBAPIError as error:
             self._engine.dispose()
-            raise ValueError(_why_not(file, error)) from None
+            raise ValueError(_why_not(file, str(error.orig))) from None
+        except sqlite3.Error as error:
+            self.close()
+            raise ValueError(_why_not(file, str(error))) from None
         except ValueError:
             self.close()
             raise
 
-    def _prepare(self) -> None:
-        """Make the tables of a new file; of an old one look whether it is whole."""
-        run = self._connection.exec_driver_sql
-        version = run("PRAGMA user_version").scalar_one()
-        if version == 0 and not run("SELECT count(*) FROM sqlite_master").scalar_one():
-            run(f"PRAGMA application_id = {APPLICATION_ID}")
-            run(f"PRAGMA user_version = {VERSION}")
-            metadata.create_all(self._connection)
-        elif version != VERSION:
+    def _check(self) -> bool:
+        """Whether the file is a new one. Changes nothing; raises ValueError for one that is damaged, or not ours.
+
+        In no transaction: BEGIN IMMEDIATE gives a new file its form, and auto_vacuum could not be set any more.
+        """
+        (version,) = self._pragma("user_version")
+        if version == 0 and not self._pragma("schema_version")[0]:
+            return True
+        if version != VERSION:
             raise ValueError(_of_another_version(self._file, version))
-        elif (found := run("PRAGMA quick_check(1)").scalar_one()) != "ok":
-            raise ValueError(f"{self._file} is damaged ({found}); nothing was changed. Move it away to begin anew")
+        (found,) = self._pragma("quick_check(1)")
+        if found != "ok":
+            raise ValueError(_why_not(self._file, f"malformed: {found}"))
+        return False
+
+    def _pragma(self, text: str) -> Sequence[Any]:
+        """Run a pragma to its end, which SQLAlchemy does not where it gives no rows: the first row."""
+        connection = self._connection.connection.driver_connection
+        assert isinstance(connection, sqlite3.Connection)
+        rows = connection.execute(f"PRAGMA {text}").fetchall()
+        return rows[0] if rows else ()
 
     # --- JobStore ---
 
@@ -194,7 +216,7 @@ class SqliteStore:
         with self._transaction() as run:
             count = self._delete(run, run(sa.select(ranked.c.id).where(too_old | too_much)).scalars().all())
             if count:
-                run(sa.text("PRAGMA incremental_vacuum"))
+                self._pragma("incremental_vacuum")
         return count
 
     def _delete(self, run: Callable[..., Any], job_ids: Sequence[str]) -> int:
@@ -243,15 +265,9 @@ def _home_state_dir() -> Path:
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
-    """Set up a connection; the driver shall begin no transaction by itself, `_begin` does."""
+    """Keep others out, as two servers would both finish the same jobs; and let the driver begin no transaction."""
     connection.isolation_level = None
-    for pragma in (
-        "locking_mode = EXCLUSIVE",  # two servers would both finish the same jobs
-        "auto_vacuum = INCREMENTAL",
-        "journal_mode = WAL",
-        "synchronous = FULL",  # an accepted job outlives a power cut too
-    ):
-        connection.execute(f"PRAGMA {pragma}").fetchall()
+    connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
 
 
 def _begin(connection: sa.Connection) -> None:
@@ -288,8 +304,8 @@ def _of_another_version(file: Path | None, version: int) -> str:
     )
 
 
-def _why_not(file: Path | None, error: sa.exc.DBAPIError) -> str:
-    reason = str(error.orig)
+def _why_not(file: Path | None, reason: str) -> str:
+    reason = " ".join(reason.split())
     if "locked" in reason:
         return f"{file} is in use by another server; give this one a --state-dir of its own"
     if "malformed" in reason or "not a database" in reason:
