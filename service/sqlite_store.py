@@ -116,11 +116,15 @@ class SqliteStore:
         return False
 
     def _pragma(self, text: str) -> Sequence[Any]:
-        """Run a pragma to its end, which SQLAlchemy does not where it gives no rows: the first row."""
+        """Run a pragma; the first row it gives."""
+        rows = self._driver.execute(f"PRAGMA {text}").fetchall()
+        return rows[0] if rows else ()
+
+    @property
+    def _driver(self) -> sqlite3.Connection:
         connection = self._connection.connection.driver_connection
         assert isinstance(connection, sqlite3.Connection)
-        rows = connection.execute(f"PRAGMA {text}").fetchall()
-        return rows[0] if rows else ()
+        return connection
 
     # --- JobStore ---
 
@@ -215,8 +219,11 @@ class SqliteStore:
         too_much = sa.and_(ranked.c.with_newer > max_bytes, ranked.c.with_newer > ranked.c.bytes)
         with self._transaction() as run:
             count = self._delete(run, run(sa.select(ranked.c.id).where(too_old | too_much)).scalars().all())
-            if count:
-                self._pragma("incremental_vacuum")
+        if count:
+            try:  # as a script, since a statement that gives no rows is stepped once, and frees one page
+                self._driver.executescript("PRAGMA incremental_vacuum")
+            except sqlite3.Error as error:  # the room is used again anyhow
+                log.warning("the job store %s does not shrink: %s", self._file, error)
         return count
 
     def _delete(self, run: Callable[..., Any], job_ids: Sequence[str]) -> int:
