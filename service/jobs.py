@@ -175,6 +175,13 @@ class Jobs:
             raise _not_found(job_id)
         return _ended_view(record)
 
+    async def find_durable(self, job_id: str) -> JobView:
+        """One durable job. Raises JobNotFound."""
+        view = await self.find(job_id)
+        if not view.durable:
+            raise _not_found(job_id)
+        return view
+
     async def page(self, before: Place | None, states: Collection[str], limit: int) -> list[JobView]:
         """Jobs in these states, the newest first, from the first that is older than `before`."""
         found: dict[str, JobView] = {}
@@ -192,9 +199,7 @@ class Jobs:
 
     async def images(self, job_id: str) -> tuple[JobRecord, Images]:
         """What a job has made. Raises JobNotFound, JobNotDone or NoImages."""
-        view = await self.find(job_id)
-        if not view.durable:
-            raise _not_found(job_id)
+        view = await self.find_durable(job_id)
         if view.state in ("waiting", "running"):
             raise JobNotDone(view.state, max(1, math.ceil(view.eta_s or 1)))
         if view.state != "done":

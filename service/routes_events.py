@@ -69,7 +69,7 @@ def event_routes(
     async def get_events(request: Request, job_id: str) -> Response:
         preview, shows = _preview(parameters.from_query(request.query_params.multi_items()))
         last_id = request.headers.get("last-event-id", "")
-        view = await jobs.find(job_id)
+        view = await jobs.find_durable(job_id)
         if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
             return Response(status_code=204)
         with ExitStack() as stack:
@@ -80,7 +80,7 @@ def event_routes(
             watch = Watch(preview.pace, shows, mailbox.put, seen)
             live = jobs.watch(job_id, watch, mailbox)
             if live is None:
-                return EventSourceResponse(_only_the_end(await jobs.find(job_id)), headers=HEADERS)
+                return EventSourceResponse(_only_the_end(await jobs.find_durable(job_id)), headers=HEADERS)
             stack.callback(jobs.unwatch, live, watch)
             viewer = _Viewer(jobs, worker, encoder, metrics, model, live, preview, mailbox)
             return _Events(viewer.events(view), stack.pop_all().close)

@@ -22,7 +22,7 @@ from service.description import describe
 from service.engine import Engine, choose_device, default_max_rows
 from service.errors import NotFinite
 from service.executors import EagerExecutor, Executor
-from service.job import Batch, SampleSpec, work_of
+from service.job import Batch, SampleSpec, Snapshot, work_of
 from service.local import sample_locally
 from service.scheduler import Scheduler, Sharing
 from tests.service.conftest import Around, MakeCheckpoint
@@ -1008,3 +1008,41 @@ def test_a_gpus_late_news_of_a_broken_row_is_not_told_of_the_next_row_in_its_slo
     assert set(well) == set(sick)
     assert [tick(well, step) for step in range(3)] == [(), (), ()]
     assert engine.images(well)().shape == (2, 8, 8, 1)
+
+
+# --- snapshots ---
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in MIXED if spec.steps > 2], ids=lambda spec: f"{spec.sampler}-{spec.seed}"
+)
+def test_a_job_that_goes_on_from_a_snapshot_elsewhere_has_the_bits_of_one_that_was_not_disturbed(
+    tiny: Checkpoint, spec: SampleSpec
+) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1,))
+    (undisturbed,) = together(make_engine(tiny, executor=executor), [spec], max_batch=16, read=Engine.latents)
+    for taken in {1, spec.steps // 2, spec.steps - 1}:
+        first, second = make_engine(tiny, executor=executor), make_engine(tiny, executor=executor)
+        scheduler, rows = Scheduler(Sharing.of(3)), first.add(spec)
+        scheduler.add("a", rows, work_of(spec, first.info))
+        while (batch := scheduler.next_batch()) is not None and min(scheduler.steps("a")) < taken:
+            first.step(batch)
+            scheduler.advance(batch)
+        snapshot = first.snapshot(rows, scheduler.steps("a"))()
+        first.remove(rows)
+        first.add(spec_of(n=spec.n, seed=99))  # whose slots have others now
+        second.add(spec_of(n=2, seed=98))  # and it stands elsewhere
+        again, rows = Scheduler(Sharing.of(8)), second.add(spec, snapshot)
+        again.add("a", rows, work_of(spec, second.info), snapshot.steps)
+        while (batch := again.next_batch()) is not None:
+            second.step(batch)
+            again.advance(batch)
+        assert second.latents(rows).tobytes() == undisturbed.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 1, 8, 9), (2, 8, 8)])
+def test_a_snapshot_of_another_shape_is_refused_and_takes_nothing(tiny: Checkpoint, shape: tuple[int, ...]) -> None:
+    engine, zeros = make_engine(tiny, max_rows=2), np.zeros(shape, np.float32)
+    with pytest.raises(ValueError, match="snapshot"):
+        engine.add(spec_of(n=2), Snapshot((1, 1), zeros, zeros))
+    assert len(engine.add(spec_of(n=2))) == 2

@@ -53,6 +53,17 @@ def test_choosing_a_batch_changes_nothing() -> None:
     assert scheduler.next_batch() == scheduler.next_batch()
 
 
+def test_a_job_goes_on_from_the_steps_its_rows_have_taken() -> None:
+    scheduler = Scheduler(Sharing.of(8))
+    scheduler.add("a", [0, 1, 2], Work(3, 6, range(2, 4)), (3, 6, 5))
+    assert scheduler.num_rows == 2
+    assert scheduler.steps("a") == (3, 6, 5)
+    assert tick(scheduler) == Batch((0, 2), (3, 5), (0,))
+    assert scheduler.steps("a") == (4, 6, 6)
+    assert scheduler.cancel("a") == 2
+    assert scheduler.num_rows == 0
+
+
 def test_late_job_joins_at_the_next_tick() -> None:
     scheduler = Scheduler(Sharing.of(8))
     add(scheduler, "early", [0, 1], steps=10)

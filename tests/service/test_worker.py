@@ -1,6 +1,6 @@
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -20,8 +20,9 @@ from service.errors import (
     Overloaded,
     ServiceError,
 )
-from service.job import Batch, JobResult, JobStatus, Limits, ModelInfo, SampleSpec, Ticket, Work
+from service.job import Batch, JobResult, JobStatus, Limits, ModelInfo, SampleSpec, Snapshot, Ticket, Work
 from service.metrics import Metrics
+from service.preview import Pace, Watch
 from service.scheduler import Scheduler, Sharing
 from service.worker import Worker
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
@@ -853,3 +854,104 @@ def test_many_threads_submitting_and_cancelling_are_all_answered(make_bench: Mak
     assert answers.count("done") > 0
     assert answers.count("cancelled") > 0
     assert bench.metric("cancelled_total", reason="client_gone") == answers.count("cancelled")
+
+
+# --- durable jobs ---
+
+
+class Kept:
+    """A keeper that is always ready, and remembers."""
+
+    def __init__(self) -> None:
+        self.rounds: list[dict[str, Snapshot]] = []
+        self.ready = True
+
+    def due(self, now_s: float) -> bool:
+        return self.ready
+
+    def keep(self, snapshots: Mapping[str, Callable[[], Snapshot]], began_s: float, cost_s: float) -> None:
+        self.rounds.append({name: read() for name, read in snapshots.items()})
+
+
+def test_snapshots_are_taken_of_durable_jobs_that_have_stepped(make_bench: MakeBench) -> None:
+    bench, kept = make_bench(), Kept()
+    bench.worker._keeper = kept
+    bench.start(shut=True)
+    spec = make_spec(n=2, steps=3)
+    durable = bench.worker.submit("durable", spec, durable=True).future
+    passing = bench.submit("passing", steps=3)
+    bench.engine.gate.let(1)
+    bench.engine.next_begun()
+    bench.engine.next_begun()
+    assert [{name: each.steps for name, each in round.items()} for round in kept.rounds] == [{"durable": (1, 1)}]
+    bench.engine.gate.open()
+    images(durable), images(passing)
+    assert len(kept.rounds) == 2, "none after the last step"
+
+
+def test_a_snapshot_that_fails_costs_no_job(make_bench: MakeBench) -> None:
+    bench, kept = make_bench(), Kept()
+    bench.worker._keeper = kept
+
+    def fail(_rows: Sequence[int]) -> None:
+        raise RuntimeError("no room")
+
+    bench.engine.on_snapshot = fail
+    bench.start()
+    assert images(bench.worker.submit("a", make_spec(steps=5), durable=True).future).shape == (1, 4, 6, 1)
+    assert kept.rounds == []
+
+
+def test_a_job_goes_on_from_its_snapshot_and_is_counted_from_there(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    bench.a_tick_is_known_to_take_a_second()
+    zeros = np.zeros((2, 1, 4, 6), np.float32)
+    snapshot = Snapshot((7, 10), zeros, zeros)  # the second row has taken them all
+    spec = make_spec(n=2, steps=10)
+    ticket = bench.worker.submit("a", spec, deadline_s=3.5, durable=True, snapshot=snapshot)
+    assert ticket.eta_s <= 3
+    assert bench.admission.backlog_s == pytest.approx(3 / LIMITS.max_batch)
+    assert bench.engine.next_begun().steps == (7,)
+    bench.engine.gate.open()
+    np.testing.assert_array_equal(images(ticket.future), fake_pixels(spec, 10))
+    assert bench.metric("row_steps_total", sampler="ddpm") == 3
+
+
+def test_draining_suspends_durable_jobs_with_a_last_snapshot_and_finishes_the_others(make_bench: MakeBench) -> None:
+    bench, kept = make_bench(), Kept()
+    bench.worker._keeper = kept
+    kept.ready = False
+    bench.start(shut=True)
+    durable = bench.worker.submit("durable", make_spec(steps=900), durable=True).future
+    passing = bench.submit("passing", steps=4)
+    bench.engine.next_begun()
+    bench.worker.drain()
+    bench.engine.gate.open()
+    assert images(passing).shape == (1, 4, 6, 1)
+    assert isinstance(failure(durable), Draining)
+    (last,) = kept.rounds
+    assert set(last) == {"durable"}
+    assert 1 <= last["durable"].steps[0] < 10
+    wait_until(lambda: not bench.worker.alive)
+
+
+def test_several_may_look_on_and_leave(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    frames: dict[str, list[int]] = {"one": [], "two": []}
+    watches = {
+        name: Watch(Pace(every=1), ("x_t",), lambda frame, name=name: frames[name].append(frame.step))  # type: ignore[misc]
+        for name in frames
+    }
+    future = bench.worker.submit("a", make_spec(steps=6), None, watches["one"]).future
+    bench.engine.next_begun()
+    bench.worker.watch("a", watches["two"])
+    bench.worker.watch("nobody", watches["two"])
+    bench.engine.gate.let(2)
+    for _ in range(2):
+        bench.engine.next_begun()
+    bench.worker.unwatch("a", watches["one"])
+    bench.worker.unwatch("nobody", watches["one"])
+    bench.engine.gate.open()
+    images(future)
+    assert frames["one"] in ([1, 2], [1, 2, 3])
+    assert frames["two"] == [2, 3, 4, 5]
