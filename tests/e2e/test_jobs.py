@@ -1,0 +1,189 @@
+"""Durable jobs on the real server: SIGKILL, SIGTERM, a full disk, a damaged file. Clients: httpx and curl."""
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, run_cli
+
+Start = Callable[..., RunningServer]
+
+
+class Restarting:
+    """A server that is started again and again on one state folder."""
+
+    def __init__(self, start: Start, state: Path) -> None:
+        self._start, self.state = start, state
+        self.server = self.start()
+
+    def start(self, *flags: str, **env: str) -> RunningServer:
+        env = {"TMINUS_RESULT_CACHE_MB": "0", "TMINUS_STATE_DIR": str(self.state)} | env
+        self.server = self._start("--checkpoint", str(BUNDLED), *flags, **env)
+        return self.server
+
+    def kill(self) -> None:
+        self.server.process.send_signal(signal.SIGKILL)
+        assert self.server.process.wait(30) == -signal.SIGKILL
+
+    def get(self, path: str, **kwargs: Any) -> httpx.Response:
+        return httpx.get(f"{self.server.url}{path}", timeout=60, **kwargs)
+
+    def post(self, spec: dict[str, Any], key: str) -> str:
+        response = httpx.post(f"{self.server.url}/jobs", json=spec, headers={"Idempotency-Key": key}, timeout=60)
+        assert response.status_code == 202, response.text
+        return str(response.json()["id"])
+
+    def wait_for(self, job_id: str) -> dict[str, Any]:
+        self.server.wait_until(lambda: self.get(f"/jobs/{job_id}").json()["state"] not in ("waiting", "running"))
+        found: dict[str, Any] = self.get(f"/jobs/{job_id}").json()
+        return found
+
+
+@pytest.fixture
+def restarting(own_server: Start, tmp_path: Path) -> Restarting:
+    return Restarting(own_server, tmp_path / "state")
+
+
+def make_specs(count: int) -> list[dict[str, Any]]:
+    rng = random.Random(1)
+    samplers = ["ddpm", "ddim", "dpmpp_2m"]
+    return [
+        {
+            "n": rng.randint(1, 3),
+            "steps": rng.choice([10, 30, 60, 120]),
+            "sampler": samplers[k % 3],
+            "seed": k,
+            "class_label": k % 10,
+            "guidance": rng.choice([1, 2]),
+        }
+        for k in range(count)
+    ]
+
+
+def test_after_kill_9_at_any_moment_every_accepted_job_ends_once_and_in_the_same_bytes(restarting: Restarting) -> None:
+    rng, specs = random.Random(2), make_specs(20)
+    ids = {key: restarting.post(spec, str(key)) for key, spec in enumerate(specs)}
+    for _ in range(3):
+        time.sleep(rng.uniform(0.1, 3.5))  # past the first snapshots, or not
+        restarting.kill()
+        restarting.start()
+        assert {key: restarting.post(spec, str(key)) for key, spec in enumerate(specs)} == ids, (
+            "a retry is no other job"
+        )
+    for key, job_id in ids.items():
+        job = restarting.wait_for(job_id)
+        assert job["state"] == "done", job
+        undisturbed = restarting.server.post(json=specs[key]).content
+        assert restarting.get(f"/jobs/{job_id}/image").content == undisturbed, specs[key]
+    listed = restarting.get("/jobs?limit=200").json()["jobs"]
+    assert sorted(job["id"] for job in listed) == sorted(ids.values()), "none lost, none doubled"
+    assert restarting.server.metric("tminus_rows_active") == 0
+
+
+def test_a_long_job_goes_on_from_its_snapshot(restarting: Restarting) -> None:
+    job_id = restarting.post({"n": 2, "steps": 1000, "seed": 3}, "k")
+    restarting.server.wait_until(lambda: restarting.server.metric("tminus_snapshots_total") >= 1)
+    before = restarting.get(f"/jobs/{job_id}").json()["step"]
+    restarting.kill()
+    server = restarting.start()
+    server.wait_until(lambda: f"job {job_id} goes on from step" in server.log)
+    step = int(server.log.partition(f"job {job_id} goes on from step ")[2].split()[0])
+    assert 0 < step <= before + 200
+    with httpx.stream("GET", f"{server.url}/jobs/{job_id}/events?every=100", timeout=60) as response:
+        events = [line.removeprefix("event: ") for line in response.iter_lines() if line.startswith("event: ")]
+    assert events[-1] == "done"
+
+
+def test_sigterm_writes_durable_jobs_down_at_once_and_the_next_start_ends_them(restarting: Restarting) -> None:
+    spec = {"n": 2, "steps": 300, "seed": 4}
+    job_id = restarting.post(spec, "k")
+    restarting.server.wait_until(lambda: restarting.get(f"/jobs/{job_id}").json()["step"] > 5)
+    asked = time.monotonic()
+    restarting.server.process.send_signal(signal.SIGTERM)
+    assert restarting.server.process.wait(30) == 0
+    assert time.monotonic() - asked < 5, "it does not finish them first"
+    assert "Traceback" not in restarting.server.log
+    server = restarting.start()
+    assert restarting.wait_for(job_id)["state"] == "done"
+    assert "goes on from step 0\n" not in server.log
+    assert restarting.get(f"/jobs/{job_id}/image").content == server.post(json=spec).content
+
+
+def test_curl_asks_waits_and_fetches(server: RunningServer, tmp_path: Path) -> None:
+    script = f"""
+set -euo pipefail
+location=$(curl -sS -o /dev/null -w '%header{{location}}' '{server.url}/jobs?n=2&steps=20&sampler=ddim&seed=9' -X POST)
+curl -sSN "{server.url}$location/events?every=5&show=x_0" > events.txt
+curl -sS --fail-with-body "{server.url}$location/image" -o out.png
+"""
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, timeout=120)
+    text = (tmp_path / "events.txt").read_text()
+    assert "event: done" in text
+    expected = server.post(params={"n": 2, "steps": 20, "sampler": "ddim", "seed": 9}).content
+    assert (tmp_path / "out.png").read_bytes() == expected
+
+
+def test_a_second_server_on_the_same_folder_does_not_start(restarting: Restarting) -> None:
+    result = run_cli("serve", "--checkpoint", str(BUNDLED), "--port", "0", "--state-dir", str(restarting.state))
+    assert result.returncode == 1
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("tminus: --state-dir (TMINUS_STATE_DIR): ")
+    assert "in use by another server" in line
+    assert restarting.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("what", ["newer", "damaged"])
+def test_a_database_that_cannot_be_used_stops_the_start_with_a_line_and_stays_as_it_is(
+    tmp_path: Path, what: str
+) -> None:
+    probe = [sys.executable, "-c", "from model.checkpoint import load_checkpoint; from pathlib import Path; import sys;"
+             "print(load_checkpoint(Path(sys.argv[1])).weights_hash[:16])", str(BUNDLED)]  # fmt: skip
+    name = subprocess.run(probe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    file = tmp_path / f"jobs-{name}.sqlite3"
+    if what == "newer":
+        connection = sqlite3.connect(file)
+        connection.executescript("PRAGMA application_id = 1953327470; PRAGMA user_version = 99; CREATE TABLE jobs (a);")
+        connection.close()
+    else:
+        file.write_bytes(os.urandom(10_000))
+    before = file.read_bytes()
+    result = run_cli("serve", "--checkpoint", str(BUNDLED), "--port", "0", "--state-dir", str(tmp_path))
+    assert result.returncode == 1
+    line = result.stderr.strip().splitlines()[-1]
+    assert "nothing was changed" in line
+    assert str(file) in line
+    assert "Traceback" not in result.stderr
+    assert file.read_bytes() == before
+
+
+def test_a_state_folder_that_cannot_be_written_stops_the_start_with_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run_cli("serve", "--checkpoint", str(BUNDLED), "--port", "0", "--state-dir", str(tmp_path / "file"))
+    assert result.returncode == 1
+    assert "no folder for durable jobs can be made" in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_full_disk_refuses_new_jobs_and_keeps_the_old(restarting: Restarting) -> None:
+    """The process may write no file beyond a size: what a full disk does, by the kernel's own hand."""
+    first = restarting.post({"steps": 5, "seed": 1}, "first")
+    restarting.wait_for(first)
+    image = restarting.get(f"/jobs/{first}/image").content
+    wal = next(restarting.state.glob("*-wal"))
+    pid, limit = restarting.server.process.pid, wal.stat().st_size
+    subprocess.run(["prlimit", "--pid", str(pid), f"--fsize={limit}:"], check=True)
+    refused = httpx.post(f"{restarting.server.url}/jobs", json={"steps": 5}, timeout=60)
+    assert (refused.status_code, refused.json()["code"]) == (507, "storage_failed"), refused.text
+    assert restarting.server.post(params={"steps": 3}).status_code == 200, "sampling goes on"
+    assert restarting.get(f"/jobs/{first}/image").content == image
+    subprocess.run(["prlimit", "--pid", str(pid), "--fsize=unlimited:"], check=True)
+    assert restarting.wait_for(restarting.post({"steps": 5}, "second"))["state"] == "done"
