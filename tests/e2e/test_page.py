@@ -1,5 +1,6 @@
 """The page in a real browser, against the real server."""
 
+import base64
 import io
 import os
 import re
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,12 +50,17 @@ class Page:
         self.tab.set_default_timeout(PATIENCE_MS)
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        self.tab.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
+        self.tab.on("console", self._hear)
         self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.tab.on("request", lambda request: self.requests.append(request.url))
         self.tab.on("websocket", lambda socket: self.requests.append(socket.url))
         self.tab.goto(url)
         expect(self.tab.locator("#model")).to_contain_text("fashion-mnist-32", timeout=PATIENCE_MS)
+
+    def _hear(self, message: Any) -> None:
+        """A refusal that the page shows to its user is an error to the browser, and to nobody else."""
+        if message.type == "error" and not re.search(r"responded with a status of (404|422)", message.text):
+            self.complaints.append(message.text)
 
     def fill(self, **fields: object) -> None:
         for name, value in fields.items():
@@ -78,6 +85,9 @@ class Page:
 
     def picture(self, selector: str) -> bytes:
         """The bytes of an image that the page shows."""
+        source = self.tab.locator(selector).first.get_attribute("src")
+        if source.startswith("data:"):
+            return base64.b64decode(source.partition(",")[2])
         numbers = self.tab.evaluate(
             "async (s) => [...new Uint8Array(await (await fetch(document.querySelector(s).src)).arrayBuffer())]",
             selector,
@@ -205,12 +215,14 @@ def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
     for name in ("alpha_bar", "beta", "snr"):
         points = re.findall(r"[ML](\S+) (\S+?)(?=[ML]|$)", page.tab.locator(f"#chart .{name}").get_attribute("d"))
         assert len(points) == 1000
-    page.sample(steps=10, n=1, sampler="ddim", seed=1)
+    page.sample(steps=50, n=1, sampler="ddim", seed=1)
     page.wait_until(DONE)
-    page.tab.locator("#scrub").fill("4")  # after five steps of leading spacing the next starts at t = 400
-    expect(page.tab.locator("#frame-text")).to_contain_text("t = 400")
-    expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = 400: alpha_bar {alpha_bar[400]:.3}")
-    assert float(page.tab.locator("#now").get_attribute("x1")) == pytest.approx(600 * 400 / 999, abs=0.1)
+    page.tab.locator("#scrub").fill("10")
+    told = re.search(r"after (\d+) steps, t = (\d+)$", page.tab.locator("#frame-text").text_content())
+    step, t = int(told[1]), int(told[2])
+    assert t == 980 - 20 * step, "leading spacing: where the next step starts"
+    expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}: alpha_bar {alpha_bar[t]:#.3g}")
+    assert float(page.tab.locator("#now").get_attribute("x1")) == pytest.approx(600 * t / 999, abs=0.1)
 
 
 def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page]) -> None:
@@ -225,17 +237,103 @@ def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page]) -> Non
     expect(page.tab.locator("#error")).to_be_empty()
 
 
-def test_a_server_that_is_gone_is_said_to_be(browser: Any, own_server: Callable[..., RunningServer]) -> None:
-    server = own_server("--checkpoint", str(BUNDLED))
+def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
+    open_page: Callable[..., Page], server: RunningServer
+) -> None:
+    page = open_page()
+    page.sample(class_label="bag", steps=5, n=1, sampler="ddim", seed=3, guidance=1)
+    page.wait_until(DONE)
+    page.sample(class_label="sneaker", steps=400, n=4, sampler="ddpm", seed=2**63 + 1, guidance=2)
+    page.wait_for_step()
+    before = int(re.search(r"Step (\d+)", page.tab.locator("#progress-text").text_content())[1])
+    page.tab.reload()
+    page.wait_for_step()
+    assert int(re.search(r"Step (\d+)", page.tab.locator("#progress-text").text_content())[1]) > before
+    page.wait_until(DONE)
+    expect(page.tab.locator("#gallery li")).to_have_count(2)
+    spec = {"class_label": 7, "sampler": "ddpm", "steps": 400, "n": 4, "seed": 2**63 + 1, "guidance": 2}
+    assert page.picture("#gallery li:first-child img") == server.post(json=spec).content
+    page.tab.reload()
+    page.wait_until(DONE)
+    expect(page.tab.locator("#gallery li")).to_have_count(2)
+    page.tab.goto(f"{server.url}/#job={'0' * 32}")
+    expect(page.tab.locator("#error")).to_contain_text("cannot be shown: no job")
+
+
+def test_a_server_that_was_killed_in_mid_job_is_found_again_with_the_job(
+    browser: Any, own_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    server = own_server("--checkpoint", str(BUNDLED), TMINUS_STATE_DIR=str(tmp_path))
+    port = server.url.rpartition(":")[2]
     page = Page(browser, server.url)
-    page.sample(steps=1000, n=8, sampler="ddpm")
+    page.sample(steps=300, n=4, sampler="ddpm", class_label="bag", seed=6, guidance=1)
     page.wait_for_step()
     server.process.kill()
-    expect(page.tab.locator("#error")).to_contain_text("The connection broke")
-    expect(page.tab.get_by_role("button", name="Sample")).to_have_attribute("aria-disabled", "false")
+    page.wait_until(re.compile("The connection broke. The job goes on"))
+    page.tab.evaluate(
+        "() => { window.unloaded = false; addEventListener('beforeunload', () => window.unloaded = true) }"
+    )
+    server = own_server("--checkpoint", str(BUNDLED), "--port", port, TMINUS_STATE_DIR=str(tmp_path))
+    page.wait_until(DONE)
+    assert not page.tab.evaluate("() => window.unloaded"), "the same page all the time"
+    spec = {"steps": 300, "n": 4, "sampler": "ddpm", "class_label": "bag", "seed": 6}
+    assert page.picture("#gallery img") == server.post(json=spec).content
+    server.process.kill()
+    server.process.wait()
     page.sample()
     expect(page.tab.locator("#error")).to_contain_text("There is no connection")
+    expect(page.tab.get_by_role("button", name="Sample")).to_have_attribute("aria-disabled", "false")
     page.context.close()
+
+
+def test_an_image_is_shown_through_the_forward_process_at_any_t(
+    open_page: Callable[..., Page], server: RunningServer, tmp_path: Path
+) -> None:
+    page, file = open_page(), tmp_path / "bag.png"
+    file.write_bytes(server.post(params={"steps": 20, "sampler": "ddim", "class_label": "bag", "seed": 1}).content)
+    page.tab.locator("#noise-file").set_input_files(file)
+
+    def noised(t: int, seed: int) -> bytes:
+        return httpx.post(
+            f"{server.url}/noise", params={"t": t, "seed": seed}, files={"image": file.read_bytes()}
+        ).content
+
+    for t in (0, 500, 999):
+        page.tab.locator("#noise-t").fill(str(t))
+        expect(page.tab.locator("#noise-image")).to_have_attribute("alt", f"The image at t = {t}")
+        assert page.picture("#noise-image") == noised(t, 0)
+        expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}:")
+    page.tab.locator("#noise-seed").fill("8")
+    page.tab.keyboard.press("Tab")
+    page.tab.locator("#noise-t").fill("100")
+    expect(page.tab.locator("#noise-image")).to_have_attribute("alt", "The image at t = 100")
+    wait_for_picture(page, "#noise-image", noised(100, 8))
+    # Dropped on the page, and not an image at all.
+    page.tab.evaluate(
+        """() => { const given = new DataTransfer();
+        given.items.add(new File(['<svg xmlns="http://www.w3.org/2000/svg"/>'], 'cat.png', {type: 'image/png'}));
+        document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: given, bubbles: true, cancelable: true})); }"""
+    )
+    expect(page.tab.locator("#noise-error")).to_contain_text("image must be a PNG, JPEG or WebP image")
+    expect(page.tab.locator("#noise-name")).to_have_text("cat.png")
+
+
+def wait_for_picture(page: Page, selector: str, wanted: bytes) -> None:
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while page.picture(selector) != wanted:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_the_server_has_forgotten_is_said_where_it_is_asked_for(
+    open_page: Callable[..., Page], server: RunningServer
+) -> None:
+    page = open_page()
+    page.sample(steps=5, n=2, sampler="ddim")
+    page.wait_until(DONE)
+    httpx.delete(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}")
+    page.tab.get_by_role("button", name="Zip").click()
+    expect(page.tab.locator("#gallery .complaint")).to_contain_text("The zip could not be had: no job")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -260,7 +358,7 @@ def test_the_page_lets_nothing_in_from_elsewhere(server: RunningServer) -> None:
     response = httpx.get(server.url)
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     assert response.headers["content-security-policy"] == (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
         "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
     script = httpx.get(f"{server.url}/page/page.js")

@@ -1,0 +1,36 @@
+// What the page asks the server, and how it says that something went wrong.
+
+export const base = new URL(".", document.baseURI);
+export const element = (id) => document.getElementById(id);
+
+// A seed has 64 bits, of which JavaScript's numbers keep 53: seeds are strings here.
+export function parse(text) {
+  return JSON.parse(text.replace(/("seed":\s*)(\d+)/g, '$1"$2"'));
+}
+
+export function toJson(spec) {
+  return JSON.stringify(spec).replace(/("seed":)"(\d+)"/, "$1$2");
+}
+
+export class Refusal extends Error {
+  constructor(status, problem) {
+    super(problem.detail ?? `the server answered ${status}`);
+    this.status = status;
+    this.field = problem.field;
+  }
+}
+
+// Raises Refusal for what the server says no to, and TypeError where there is no server.
+export async function ask(path, options) {
+  const response = await fetch(new URL(path, base), options);
+  if (!response.ok) throw new Refusal(response.status, await response.json().catch(() => ({})));
+  return response;
+}
+
+export async function getJson(path) {
+  return parse(await (await ask(path)).text());
+}
+
+export function seconds(value) {
+  return value < 90 ? `${value.toFixed(value < 10 ? 1 : 0)} s` : `${Math.round(value / 60)} min`;
+}

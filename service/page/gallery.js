@@ -1,0 +1,84 @@
+// The results of this session, each with the calls that make it again. The session remembers their jobs.
+
+import { ask, base, element, getJson, toJson } from "./api.js";
+
+const REMEMBERED = 30;
+
+const remembered = () => JSON.parse(sessionStorage.getItem("tminus-results") ?? "[]");
+
+// Show what this session had before it was loaded again; what the server has forgotten is gone.
+export async function restore(model) {
+  for (const id of remembered()) {
+    try {
+      const job = await getJson(`jobs/${id}`);
+      addResult(job, URL.createObjectURL(await (await ask(`jobs/${id}/image`)).blob()), model);
+    } catch {
+      forget(id);
+    }
+  }
+}
+
+export function addResult(job, picture, model) {
+  if (element(`result-${job.id}`)) return;
+  const spec = shortest(job.parameters, model);
+  const label = spec.class_label;
+  const name = label === undefined ? "no class" : Array.isArray(label) ? "several" : model.class_names[label];
+  const body = toJson(spec);
+  const url = new URL("sample", base).href.replaceAll("'", "%27");
+  const entry = element("result").content.firstElementChild.cloneNode(true);
+  entry.id = `result-${job.id}`;
+  const part = (selector) => entry.querySelector(selector);
+  part("img").src = picture;
+  part("img").alt = "The images";
+  part(".what").textContent = `${spec.n} × ${name}, ${spec.steps} steps of ${spec.sampler}, seed ${spec.seed}`;
+  part(".png").href = picture;
+  part(".png").download = `tminus-${spec.seed}.png`;
+  part(".zip").addEventListener("click", (event) => downloadZip(job.id, spec.seed, event.target, part(".complaint")));
+  part(".curl").textContent = `curl --fail-with-body -sS '${url}' -d '${body.replaceAll("'", "'\\''")}' -o out.png`;
+  part(".python").textContent = [
+    "import pathlib",
+    "import httpx",
+    "",
+    `spec = ${body.replaceAll("true", "True").replaceAll("false", "False").replaceAll("null", "None")}`,
+    `response = httpx.post("${url}", json=spec, timeout=None)`,
+    'pathlib.Path("out.png").write_bytes(response.raise_for_status().content)',
+  ].join("\n");
+  element("no-results").hidden = true;
+  element("gallery").prepend(entry);
+  forget(job.id);
+  sessionStorage.setItem("tminus-results", JSON.stringify([...remembered(), job.id].slice(-REMEMBERED)));
+}
+
+function forget(id) {
+  sessionStorage.setItem("tminus-results", JSON.stringify(remembered().filter((each) => each !== id)));
+}
+
+// The parameters without those that the server would fill in alike.
+function shortest(parameters, model) {
+  const spec = { ...parameters };
+  const labels = spec.class_label;
+  if (labels && new Set(labels).size === 1) spec.class_label = labels[0] ?? undefined;
+  if (spec.index === 0) delete spec.index;
+  if (spec.guidance === 1) delete spec.guidance;
+  if (spec.clip === model.clip) delete spec.clip;
+  if (spec.eta === 0) delete spec.eta;
+  if (spec.timestep_spacing === model.timestep_spacings[spec.sampler]) delete spec.timestep_spacing;
+  return spec;
+}
+
+async function downloadZip(id, seed, button, complaint) {
+  if (button.ariaDisabled === "true") return;
+  button.ariaDisabled = "true";
+  complaint.textContent = "";
+  try {
+    const response = await ask(`jobs/${id}/image`, { headers: { Accept: "application/zip" } });
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(await response.blob());
+    link.download = `tminus-${seed}.zip`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+  } catch (error) {
+    complaint.textContent = `The zip could not be had: ${error.message}`;
+  }
+  button.ariaDisabled = "false";
+}
