@@ -103,11 +103,11 @@ def why_not(contender: Contender) -> str | None:
 @contextmanager
 def running(contender: Contender, checkpoint: Path, threads: int | None) -> Iterator[Running]:
     """Start a contender and stop it, with all the processes that it started."""
-    port = _free_port()
+    port = free_port()
     command = list(contender.command)
     command += ["--checkpoint", str(checkpoint.resolve()), "--port", str(port)]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
-        command += ["--tally", folder] if contender.is_peer else ["--host", HOST]
+        command += ["--tally", folder] if contender.is_peer else ["--host", HOST, "--state-dir", folder]
         if threads is not None and "--threads" not in command:
             command += ["--threads", str(threads)]
         # A session of its own: LitServe's workers outlive it otherwise, and spin.
@@ -212,7 +212,7 @@ def _python(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", *command]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

@@ -137,10 +137,10 @@ async def run(server: servers.Running, window_s: float, jobs: int, viewers: int,
     )
 
 
-async def ask_again(http: httpx.AsyncClient, number: int) -> None:
+async def ask_again(http: httpx.AsyncClient, number: int, job: Ask = JOB) -> None:
     """A client that only waits, for one job after the other."""
     for seed in range(1_000_000):
-        (await http.post("/sample", json=JOB.to_body(1000 * number + seed))).raise_for_status()
+        (await http.post("/sample", json=job.to_body(1000 * number + seed))).raise_for_status()
 
 
 async def watch(server: servers.Running, fps: float, seen: Seen) -> None:

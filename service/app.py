@@ -1,5 +1,6 @@
 """Puts the parts together: engine, scheduler, admission, worker, encoder, routes. Nothing is global."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -54,6 +55,7 @@ def create_app(
     jobs = Jobs(thread, worker, model, limits, metrics)
     encoder, decoder = Encoder(model, metrics.encoded), Decoder(model)
     metrics.watch(
+        tasks=lambda: len(asyncio.all_tasks()),  # /metrics is answered in the event loop
         rows_active=lambda: worker.rows_active,
         rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
         backlog_s=lambda: admission.backlog_s,

@@ -82,6 +82,7 @@ class Metrics:
     def watch(
         self,
         *,
+        tasks: Callable[[], int],
         rows_active: Callable[[], int],
         rows_waiting: Callable[[], int],
         backlog_s: Callable[[], float],
@@ -89,6 +90,7 @@ class Metrics:
     ) -> None:
         """Add the gauges, which are read when somebody asks."""
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "tasks": ("Tasks of the event loop", tasks),
             "rows_active": ("Rows in the last tick", rows_active),
             "rows_waiting": ("Rows accepted that were not in the last tick", rows_waiting),
             "backlog_seconds": ("Predicted seconds of accepted work", backlog_s),
