@@ -38,7 +38,8 @@ LABEL org.opencontainers.image.title="tminus" \
       org.opencontainers.image.description="A server for trained denoising diffusion U-Nets" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tminus \
-    && install --directory --owner=tminus --group=tminus /cache
+    && install --directory --owner=tminus --group=tminus /cache \
+    && install --directory --owner=tminus --group=tminus --mode=700 /state
 WORKDIR /app
 COPY --from=dependencies /opt/tminus /opt/tminus
 COPY --from=code /code/opt/tminus /opt/tminus
@@ -49,7 +50,8 @@ ENV PATH="/opt/tminus/bin:$PATH" \
     TMINUS_CACHE_DIR=/cache \
     TMINUS_CHECKPOINT=/app/checkpoints/fashion-mnist-32 \
     TMINUS_HOST=0.0.0.0 \
-    TMINUS_PORT=8000
+    TMINUS_PORT=8000 \
+    TMINUS_STATE_DIR=/state
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

@@ -13,7 +13,7 @@ from service.job import Limits, ModelInfo
 from service.schemas import SampleRequest
 from service.store import Key
 
-KEY = re.compile(r"[\x21-\x7e]{1,255}")
+KEY = re.compile(r"[\x20-\x7e]{1,255}")
 
 
 async def read_request(request: Request, model: ModelInfo, limits: Limits) -> SampleRequest:
@@ -31,9 +31,9 @@ def idempotency_key(request: Request, asked: SampleRequest) -> Key | None:
     given = request.headers.get("idempotency-key")
     if given is None:
         return None
-    name = given.strip().removeprefix('"').removesuffix('"')
+    name = given.strip().removeprefix('"').removesuffix('"').strip()
     if not KEY.fullmatch(name):
-        raise InvalidField.of("Idempotency-Key", "1 to 255 visible ASCII characters", given)
+        raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", given)
     document = json.dumps(asked.model_dump(), sort_keys=True)
     return Key(name, hashlib.sha256(document.encode()).hexdigest())
 

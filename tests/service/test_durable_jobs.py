@@ -225,7 +225,7 @@ def test_many_at_once_with_one_key_are_one_job(held: Site) -> None:
     assert held.engine.jobs == {}
 
 
-@pytest.mark.parametrize("key", ["", " ", "a" * 256, "two words", '"'])
+@pytest.mark.parametrize("key", ["", " ", "a" * 256, "a\tb", '"'])
 def test_a_key_that_is_none_is_refused(site: Site, key: str) -> None:
     document = problem(site.client.post("/jobs", json=SPEC, headers={"Idempotency-Key": key}), 422, "invalid_field")
     assert document["field"] == "Idempotency-Key"
