@@ -40,15 +40,15 @@ def main() -> None:
     args = parser.parse_args()
     tminus = servers.contenders(1, ("--max-streams-per-address", "4096"))["tminus"]
     with servers.running(tminus, args.checkpoint, None) as server:
-        sys.exit(asyncio.run(measure(server, args.connections, args.at_once)))
+        sys.exit(asyncio.run(measure(server.url, args.connections, args.at_once)))
 
 
-async def measure(server: servers.Running, connections: int, at_once: int) -> int:
+async def measure(url: str, connections: int, at_once: int) -> int:
     """Twice the same, the first time to warm up; the exit code."""
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
-        await churn(server, connections, at_once, random.Random(1))
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        await churn(url, connections, at_once, random.Random(1))
         before = await settled(http)
-        kinds = await churn(server, connections, at_once, random.Random(2))
+        kinds = await churn(url, connections, at_once, random.Random(2))
         after = await settled(http)
     print(f"{connections} connections: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
     print("| what | before | after |\n|---|---|---|")
@@ -60,7 +60,7 @@ async def measure(server: servers.Running, connections: int, at_once: int) -> in
     return int(not back or memory > 1.02)
 
 
-async def churn(server: servers.Running, connections: int, at_once: int, rng: random.Random) -> Counter[str]:
+async def churn(url: str, connections: int, at_once: int, rng: random.Random) -> Counter[str]:
     """So many clients, so many at a time; how many of each kind."""
     kinds: Counter[str] = Counter()
     turn = asyncio.Semaphore(at_once)
@@ -68,15 +68,15 @@ async def churn(server: servers.Running, connections: int, at_once: int, rng: ra
     async def one(kind: str, seed: int) -> None:
         async with turn:
             kinds[kind] += 1
-            await client(server, kind, random.Random(seed))
+            await client(url, kind, random.Random(seed))
 
     await asyncio.gather(*(one(rng.choice(KINDS), rng.getrandbits(32)) for _ in range(connections)))
     return kinds
 
 
-async def client(server: servers.Running, kind: str, rng: random.Random) -> None:
+async def client(url: str, kind: str, rng: random.Random) -> None:
     """Connect, ask, stay for a random time, reading or not, and go."""
-    host, port = server.url.removeprefix("http://").split(":")
+    host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     until_s = time.perf_counter() + rng.uniform(0, LONGEST_S)
     spec = {"n": rng.randint(1, 4), "steps": rng.choice([20, 200, 1000]), "seed": rng.getrandbits(32)}
@@ -84,7 +84,7 @@ async def client(server: servers.Running, kind: str, rng: random.Random) -> None
         async with asyncio.timeout(LONGEST_S):
             data = first_bytes(kind, spec, f"{host}:{port}", rng)
             if kind == "events":
-                async with httpx.AsyncClient(base_url=server.url) as http:
+                async with httpx.AsyncClient(base_url=url) as http:
                     job_id = (await http.post("/jobs", json=spec | {"n": 1})).json().get("id", "none")
                     data = f"GET /jobs/{job_id}/events?every=1&show=x_t HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
                     writer.write(data)

@@ -36,7 +36,7 @@ def sample_routes(
     async def sample(request: Request) -> Response:
         media_type = negotiate(", ".join(request.headers.getlist("accept")), MEDIA_TYPES)
         asked = await read_request(request, model, limits)
-        if prefers_async(request):
+        if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
             answer = await accept(request, asked, jobs, model, limits)
             answer.headers["Preference-Applied"] = "respond-async"
             return answer

@@ -131,6 +131,7 @@ def test_sample_with_respond_async_is_a_durable_job(site: Site) -> None:
     job_id = response.headers["location"].rpartition("/")[2]
     assert wait_for(site, job_id)["durable"]
     assert site.post(json=SPEC, headers={"Prefer": "respond-asynchronously"}).status_code == 200
+    assert site.client.get("/sample?steps=2", headers={"Prefer": "respond-async"}).status_code == 200
 
 
 def test_a_bad_spec_is_refused_and_nothing_is_kept(site: Site) -> None:
