@@ -16,8 +16,7 @@ NO_CONTENT = 204
 def follow(job_id: str, preview: Mapping[str, Any], last_id: str, patience_s: float) -> Call[None]:
     """Give the Events of a durable job to its end, over as many connections as that takes.
 
-    A break is waited out as long as Patience says, counted anew whenever the
-    server says something.
+    A break is waited out as long as Patience says, counted anew whenever the server says something.
     """
     patience = Patience(patience_s, durable=True, known=True)
     while True:

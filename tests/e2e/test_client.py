@@ -110,9 +110,9 @@ def test_who_cancels_a_task_gives_the_rows_back(server: RunningServer) -> None:
 
 def test_noise_is_what_a_sample_starts_from(server: RunningServer) -> None:
     with server.api() as tminus:
-        black = io.BytesIO()
-        Image.new("L", (32, 32), 127).save(black, "PNG")
-        noised = tminus.noise(black.getvalue(), t=999, seed=5)
+        grey = io.BytesIO()
+        Image.new("L", (32, 32), 127).save(grey, "PNG")
+        noised = tminus.noise(grey.getvalue(), t=999, seed=5)
         first = next(frame for frame in tminus.watch(every=1, steps=1000, seed=5) if isinstance(frame, Frame))
     assert noised.alpha_bar < 1e-3
     alike = np.corrcoef(image(noised.data).ravel(), image(first.data).ravel())[0, 1]
