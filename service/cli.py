@@ -16,8 +16,8 @@ from pydantic import ValidationError
 from service.settings import Settings
 
 if TYPE_CHECKING:
-    import httpx
-
+    from service.client import Client, Sampled
+    from service.client.results import MediaType
     from service.loading import Loaded
 
 DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
@@ -225,36 +225,34 @@ def offline(running: Running, parameters: dict[str, Any], sheet: bool) -> tuple[
         fail(str(error))
     if sheet:
         return {"sheet": encode_result(PNG, spec, images, model)}, spec.seed
-    return _unzip(encode_result(ZIP, spec, images, model)), spec.seed
+    with zipfile.ZipFile(io.BytesIO(encode_result(ZIP, spec, images, model))) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}, spec.seed
 
 
 def _from_server(url: str, parameters: dict[str, Any], sheet: bool) -> tuple[dict[str, bytes], int]:
-    response = post_sample(url, parameters, "image/png" if sheet else "application/zip")
-    seed = int(response.headers["X-Seed"])
-    return {"sheet": response.content} if sheet else _unzip(response.content), seed
+    sampled = sample_from(url, parameters, "image/png" if sheet else "application/zip")
+    return {"sheet": sampled.data} if sheet else sampled.files, sampled.seed
 
 
-def post_sample(url: str, parameters: dict[str, Any], media_type: str) -> "httpx.Response":
+def sample_from(url: str, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
     """Ask a server; one clear line and exit code 1 where it does not answer with images."""
-    import httpx
+    from service.client import ClientError
 
-    no_limit = httpx.Timeout(None, connect=10)  # a thousand steps take what they take
     try:
-        response = httpx.post(
-            f"{url.rstrip('/')}/sample", json=parameters, headers={"Accept": media_type}, timeout=no_limit
-        )
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        with client_of(url) as tminus:
+            return tminus.sample(accept=media_type, **parameters)
+    except ClientError as error:
         fail(f"{url}: {error}")
-    if response.headers.get("content-type") == "application/problem+json":
-        fail(f"{url}: {response.status_code} {response.json()['detail']}")
-    if response.status_code != 200 or "X-Seed" not in response.headers:
-        fail(f"{url}: {response.status_code}, and not from a tminus server")
-    return response
 
 
-def _unzip(data: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return {Path(name).name: archive.read(name) for name in archive.namelist()}
+def client_of(url: str) -> "Client":
+    """A client of the server that --url names; one clear line and exit code 1 where it names none."""
+    from service.client import Client
+
+    try:
+        return Client(url)
+    except ValueError as error:
+        fail(str(error))
 
 
 def load(**options: Any) -> "Loaded":

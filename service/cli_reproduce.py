@@ -16,7 +16,7 @@ from service.cli import (
     fail,
     main,
     offline,
-    post_sample,
+    sample_from,
 )
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -51,7 +51,7 @@ def reproduce(
     except (OSError, ValueError) as error:
         fail(f"{image}: {error}")
     if url is not None:
-        again = post_sample(url, recipe.parameters, "image/png").content
+        again = sample_from(url, recipe.parameters, "image/png").data
     else:
         again = offline(Running(checkpoint, device, executor, precision), recipe.parameters, sheet=True)[0]["sheet"]
     if out is not None:

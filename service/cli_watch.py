@@ -1,18 +1,18 @@
 """`tminus sample --url … --watch FILE`: look on while a server denoises, and keep the frames as an animation."""
 
 import io
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli import fail
+from service.cli import client_of, fail
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from websockets.sync.client import ClientConnection
+
+    from service.client.messages import Message
 
 FRAME_MS, LAST_MS = 40, 1500
 MOST_FRAMES = 100  # unless --every says so
@@ -23,22 +23,19 @@ def follow(
     url: str, parameters: dict[str, Any], sheet: bool, animation: Path, every: int | None, show: str
 ) -> tuple[dict[str, bytes], int]:
     """Run a job on a server with a progress bar; write the animation; give its PNG files by name, and the seed."""
-    from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
-    from websockets.sync.client import connect
+    from service.client import ClientError
 
     if animation.suffix.lower() not in FORMATS:
         fail(f"--watch {animation}: must end in {' or '.join(FORMATS)}")
     every = every or max(1, int(parameters.get("steps", 1000)) // MOST_FRAMES)
     layout = "sheet" if sheet else "images"
-    spec = parameters | {"every": every, "show": show, "layout": layout}
-    address = url.rstrip("/").replace("http", "ws", 1) + "/sample/stream"
     try:
-        with connect(address, max_size=None) as ws:
-            ws.send(json.dumps(spec))
-            seed, frames, finals = _read(ws, url)
-    except InvalidHandshake as error:
-        fail(f"{url}: {_reason(error)}")
-    except (InvalidURI, WebSocketException, OSError) as error:
+        with (
+            client_of(url) as tminus,
+            tminus.watch(**parameters, every=every, show=show, layout=layout) as messages,
+        ):
+            seed, frames, finals = _read(messages)
+    except ClientError as error:
         fail(f"{url}: {error}")
     try:
         _write(animation, [*frames, _sheet(finals)])
@@ -50,43 +47,32 @@ def follow(
     return dict(zip(names, finals, strict=True)), seed
 
 
-def _read(ws: "ClientConnection", url: str) -> tuple[int, list["Image"], list[bytes]]:
-    """Read a job's stream to its end: the seed, a picture of each step that was shown, and the PNGs."""
+def _read(messages: "Iterable[Message]") -> tuple[int, list["Image"], Sequence[bytes]]:
+    """Read what a job says to its end: the seed, a picture of each step that was shown, and the PNGs."""
     from tqdm import tqdm
+
+    from service.client import Accepted, ClientError, Done, Frame
 
     seed, shown = 0, dict[int, list[bytes]]()
     with tqdm(total=None, unit="step", dynamic_ncols=True) as progress:
-        for message in _messages(ws):
-            if message["type"] == "accepted":
-                seed = message["seed"]
-                if message["position"]:
-                    progress.set_description(f"{message['position']} jobs ahead, {message['eta_s']:.0f} s")
-            elif message["type"] == "frame":
-                shown.setdefault(message["step"], []).append(_picture(ws))
-                progress.total = message["steps"]
-                progress.set_description(f"t={message['t']}, {message['eta_s']:.1f} s left")
-                progress.update(message["step"] - progress.n)
-            elif message["type"] == "done":
-                progress.update((progress.total or progress.n) - progress.n)
-                return seed, [_sheet(each) for each in shown.values()], [_picture(ws) for _ in range(message["images"])]
-            else:
-                progress.close()  # so that the reason is the last line
-                fail(f"{url}: {message.get('status', '')} {message.get('detail', message['type'])}")
-    return fail(f"{url}: the server closed before the job was done")
+        for message in messages:
+            match message:
+                case Accepted():
+                    seed = message.seed
+                    if message.position:
+                        progress.set_description(f"{message.position} jobs ahead, {message.eta_s:.0f} s")
+                case Frame():
+                    shown.setdefault(message.step, []).append(message.data)
+                    progress.total = message.steps
+                    progress.set_description(f"t={message.t}, {message.eta_s:.1f} s left")
+                    progress.update(message.step - progress.n)
+                case Done():
+                    progress.update((progress.total or progress.n) - progress.n)
+                    return seed, [_sheet(each) for each in shown.values()], message.images
+    raise ClientError("the job was cancelled")
 
 
-def _messages(ws: "ClientConnection") -> Iterator[dict[str, Any]]:
-    for text in ws:
-        yield json.loads(text)
-
-
-def _picture(ws: "ClientConnection") -> bytes:
-    data = ws.recv()
-    assert isinstance(data, bytes)
-    return data
-
-
-def _sheet(pictures: list[bytes]) -> "Image":
+def _sheet(pictures: Sequence[bytes]) -> "Image":
     """One picture of one or several."""
     import numpy as np
     from PIL import Image
@@ -102,12 +88,3 @@ def _write(file: Path, frames: list["Image"]) -> None:
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
     options = FORMATS[file.suffix.lower()]
     frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
-
-
-def _reason(error: Exception) -> str:
-    """What a refused handshake says: a problem document, where it is one of ours."""
-    body = getattr(getattr(error, "response", None), "body", None)
-    try:
-        return str(json.loads(body or b"")["detail"])
-    except (ValueError, KeyError, TypeError):
-        return str(error)

@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+
+from service.client import Client
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "checkpoints" / "fashion-mnist-32"
@@ -30,6 +33,10 @@ class RunningServer:
 
     def client(self, **kwargs: object) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120, **kwargs)  # type: ignore[arg-type]
+
+    def api(self, **options: Any) -> Client:
+        """Our own client; `with` closes it."""
+        return Client(self.url, **options)
 
     def post(self, **kwargs: object) -> httpx.Response:
         return httpx.post(f"{self.url}/sample", timeout=120, **kwargs)  # type: ignore[arg-type]

@@ -1,10 +1,8 @@
-"""The real server with the bundled checkpoint, asked by a client we did not write, read back with Pillow."""
+"""The real server with the bundled checkpoint, asked by curl, httpx and our client, read back with Pillow."""
 
-import base64
 import io
 import json
 import subprocess
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from PIL import Image
 
 from tests.e2e.conftest import RunningServer
 
-QUICK = {"steps": 4, "sampler": "ddim", "seed": 1}
+QUICK: dict[str, Any] = {"steps": 4, "sampler": "ddim", "seed": 1}
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -49,20 +47,16 @@ def test_get_serves_an_img_tag(server: RunningServer) -> None:
 
 
 def test_sheet_zip_and_json_hold_the_same_images(server: RunningServer) -> None:
-    body = QUICK | {"n": 3, "class_label": [0, "bag", None]}
-    with server.client() as client:
-        sheet = client.post("/sample", json=body)
-        archive = client.post("/sample", json=body, headers={"Accept": "application/zip"})
-        document = client.post("/sample", json=body, headers={"Accept": "application/json"})
-    in_sheet = pixels(sheet.content).reshape(1, 32, 3, 32).swapaxes(1, 2).reshape(3, 32, 32)
-    with zipfile.ZipFile(io.BytesIO(archive.content)) as files:
-        in_zip = np.stack([pixels(files.read(name)) for name in files.namelist()])
-        assert files.namelist() == ["00000.png", "00001.png", "00002.png"]
-    images = document.json()["images"]
-    in_json = np.stack([pixels(base64.b64decode(image["png"])) for image in images])
-    np.testing.assert_array_equal(in_zip, in_sheet)
-    np.testing.assert_array_equal(in_json, in_sheet)
-    assert [(i["index"], i["class_label"], i["class_name"]) for i in images] == [
+    spec = QUICK | {"n": 3, "class_label": [0, "bag", None]}
+    with server.api() as tminus:
+        sheet = tminus.sample(**spec)
+        archive = tminus.sample(accept="application/zip", **spec)
+        document = tminus.sample(accept="application/json", **spec)
+    in_sheet = pixels(sheet.data).reshape(1, 32, 3, 32).swapaxes(1, 2).reshape(3, 32, 32)
+    assert list(archive.files) == ["00000.png", "00001.png", "00002.png"]
+    for each in (archive, document):
+        np.testing.assert_array_equal(np.stack([*map(pixels, each.pngs)]), in_sheet)
+    assert [(i["index"], i["class_label"], i["class_name"]) for i in document.document["images"]] == [
         (0, 0, "t-shirt"),
         (1, 8, "bag"),
         (2, None, None),
@@ -102,9 +96,9 @@ def test_a_png_alone_says_how_it_was_made(server: RunningServer) -> None:
 
 
 def test_image_k_can_be_made_alone(server: RunningServer) -> None:
-    with server.client() as client:
-        together = pixels(client.post("/sample", json=QUICK | {"n": 4}).content)
-        alone = pixels(client.post("/sample", json=QUICK | {"n": 1, "index": 3}).content)
+    with server.api() as tminus:
+        together = pixels(tminus.sample(n=4, **QUICK).data)
+        alone = pixels(tminus.sample(n=1, index=3, **QUICK).data)
     np.testing.assert_array_equal(together[32:, 32:], alone)
 
 
@@ -126,10 +120,8 @@ def mixed_requests() -> list[dict[str, Any]]:
 
 def test_sixteen_mixed_clients_at_once_get_what_each_gets_alone(server: RunningServer) -> None:
     def post(body: dict[str, Any]) -> np.ndarray:
-        with server.client() as client:
-            response = client.post("/sample", json=body)
-        assert response.status_code == 200, response.text
-        return pixels(response.content)
+        with server.api() as tminus:
+            return pixels(tminus.sample(**body).data)
 
     requests = mixed_requests()
     ticks, steps = server.metric("tminus_step_duration_seconds_count"), server.metric("tminus_row_steps_total")

@@ -119,6 +119,28 @@ def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:
     assert not imported & {"asyncio", "time", "datetime", "torch", "fastapi", "starlette", "pydantic", "logging"}
 
 
+def test_the_client_needs_nothing_of_the_server() -> None:
+    program = """
+import sys
+import service.client
+ours = {name for name in sys.modules if name.startswith("service.") and not name.startswith("service.client")}
+heavy = {"torch", "numpy", "pydantic", "fastapi", "starlette", "uvicorn", "sqlalchemy", "PIL"} & sys.modules.keys()
+sys.exit(", ".join(ours | heavy) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"the client imports {done.stderr}"
+    for file in (ROOT / "service" / "client").glob("*.py"):
+        outside = {name for name in imports(parse(file), lazy=True) if not name.startswith("service.client")}
+        assert {name.partition(".")[0] for name in outside} <= {"httpx", "websockets"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "service" / "client").glob("*.py")), ids=module_name)
+def test_only_lines_do_io(file: Path) -> None:
+    """So that each call is written once, for threads and for event loops."""
+    imported = {name.partition(".")[0] for name in imports(parse(file), lazy=True)}
+    assert file.stem in ("line", "async_line") or not imported & {"asyncio", "socket", "threading", "ssl"}
+
+
 @pytest.mark.parametrize("file", SERVICE, ids=module_name)
 def test_nothing_is_printed_but_by_the_command_line(file: Path) -> None:
     assert "print" not in names(parse(file)) or file.stem.startswith("cli")

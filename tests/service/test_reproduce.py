@@ -19,6 +19,7 @@ from model.checkpoint import Labels, save_checkpoint
 from service import choice as choice_module
 from service import cli, cli_reproduce
 from service.cli_reproduce import difference, read_recipe
+from service.client import Client
 from service.encoder import encode_png, recipe
 from service.schemas import SampleRequest, parameters_of
 from tests.service.conftest import CONDITIONAL, MakeCheckpoint
@@ -281,21 +282,29 @@ def kept(tmp_path: Path) -> Path:
     return file
 
 
+OURS = {"X-Seed": "1", "X-Fingerprint": "0123456789abcdef", "Content-Type": "image/png"}
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], httpx.Response]) -> None:
+    """Let a function answer in place of the server."""
+    monkeypatch.setattr(cli, "client_of", lambda url: Client(url, transport=httpx.MockTransport(answer)))
+
+
 @pytest.mark.usefixtures("no_model")
 def test_the_server_is_asked_for_what_the_recipe_says(run: Run, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+    asked: list[httpx.Request] = []
 
-    def post(url: str, **kwargs: Any) -> httpx.Response:
-        asked.append({"url": url, **kwargs})
-        return httpx.Response(200, content=kept.read_bytes(), headers={"X-Seed": "1", "Content-Type": "image/png"})
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(200, content=kept.read_bytes(), headers=OURS)
 
-    monkeypatch.setattr(httpx, "post", post)
+    stand_in(monkeypatch, answer)
     result = run("reproduce", kept, "--url", "http://server:1/")
     assert result.exit_code == 0, result.output
     (request,) = asked
-    assert request["url"] == "http://server:1/sample"
-    assert request["headers"] == {"Accept": "image/png"}
-    assert request["json"] == read_recipe(kept.read_bytes()).parameters
+    assert request.url == "http://server:1/sample"
+    assert request.headers["accept"] == "image/png"
+    assert json.loads(request.content) == read_recipe(kept.read_bytes()).parameters
 
 
 @pytest.mark.usefixtures("no_model")
@@ -308,15 +317,15 @@ def test_the_server_is_asked_for_what_the_recipe_says(run: Run, kept: Path, monk
             httpx.Response(429, headers={"Content-Type": "application/problem+json"}, json={"detail": "too much"}),
             "429 too much",
         ),
-        (httpx.Response(200, content=NOISE[:-60], headers={"X-Seed": "1"}), "not a PNG"),
-        (httpx.Response(200, content=b"no image", headers={"X-Seed": "1"}), "not a PNG"),
-        (httpx.Response(200, content=with_text(None), headers={"X-Seed": "1"}), "no 'tminus' text"),
+        (httpx.Response(200, content=NOISE[:-60], headers=OURS), "not a PNG"),
+        (httpx.Response(200, content=b"no image", headers=OURS), "not a PNG"),
+        (httpx.Response(200, content=with_text(None), headers=OURS), "no 'tminus' text"),
     ],
 )
 def test_a_server_that_gives_something_else_ends_in_one_clear_line(
     run: Run, kept: Path, monkeypatch: pytest.MonkeyPatch, response: httpx.Response, says: str
 ) -> None:
-    monkeypatch.setattr(httpx, "post", lambda url, **kwargs: response)
+    stand_in(monkeypatch, lambda request: response)
     one_line(run("reproduce", kept, "--url", "http://server:1"), says)
 
 

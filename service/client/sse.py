@@ -1,0 +1,71 @@
+"""Server-sent events from bytes, as the HTML standard says (section 9.2.6). No I/O.
+
+Of ours, since httpx-sse (0.4.3) drives httpx itself, and keeps a byte order mark and events without data.
+"""
+
+import re
+from dataclasses import dataclass
+
+LINE_END = re.compile(rb"\r\n|\n|\r")
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSentEvent:
+    """One event; `id` is the last that was sent up to it, which a client that comes back names."""
+
+    event: str
+    data: str
+    id: str
+
+
+class Decoder:
+    """Takes bytes in whatever pieces they come, and gives events as soon as they are whole."""
+
+    def __init__(self) -> None:
+        self.retry_s: float | None = None  # what the server asks for between two connections
+        self._line = bytearray()  # as far as it is here
+        self._after_cr = False  # what was fed so far ended in CR, which may be half of CRLF
+        self._at_start = True
+        self._event, self._id = "", ""
+        self._data: list[str] = []
+
+    def feed(self, chunk: bytes) -> list[ServerSentEvent]:
+        """Take some bytes; give the events that end in them."""
+        if not chunk:
+            return []
+        if self._after_cr:
+            chunk = chunk.removeprefix(b"\n")
+        self._after_cr = chunk.endswith(b"\r")
+        events = []
+        *ends, rest = LINE_END.split(chunk)
+        for end in ends:
+            self._line += end
+            line = bytes(self._line)
+            self._line.clear()
+            if self._at_start:
+                line = line.removeprefix(BOM)
+                self._at_start = False
+            if line:
+                self._take(line.decode("utf-8", "replace"))
+            elif (event := self._dispatch()) is not None:
+                events.append(event)
+        self._line += rest
+        return events
+
+    def _take(self, line: str) -> None:
+        name, _, value = line.partition(":")  # a comment has no name
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+        elif name == "event":
+            self._event = value
+        elif name == "id" and "\0" not in value:
+            self._id = value
+        elif name == "retry" and value.isascii() and value.isdecimal() and len(value) < 9:
+            self.retry_s = int(value) / 1000
+
+    def _dispatch(self) -> ServerSentEvent | None:
+        data, kind = self._data, self._event
+        self._data, self._event = [], ""
+        return ServerSentEvent(kind or "message", "\n".join(data), self._id) if data else None

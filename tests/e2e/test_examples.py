@@ -1,0 +1,199 @@
+"""docs/clients.md, word for word: the same five tasks by bash, by two Pythons, and in a real browser."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, start_server, stop_server
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SAMPLE, WATCH, JOB, NOISE, REFUSAL = range(5)
+CURL, CLIENT, HTTPX, BROWSER = range(4)
+SNEAKERS = {"n": 4, "steps": 50, "sampler": "ddim", "class_label": "sneaker", "guidance": 2, "seed": 7}
+BAG = {"steps": 200, "class_label": "bag", "guidance": 2, "seed": 7}
+FRAMES = ["x_0-120.png", "x_0-160.png", "x_0-40.png", "x_0-80.png"]
+
+
+def examples() -> list[list[tuple[str, str]]]:
+    """The blocks of each task, each with its language."""
+    text = (ROOT / "docs" / "clients.md").read_text("utf-8")
+    sections = text.split("\n## ")[1:]
+    return [re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE) for section in sections]
+
+
+EXAMPLES = examples()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    """A server that soon has too much to do, and keeps nothing that it made."""
+    running = start_server("--checkpoint", str(BUNDLED), "--max-backlog-s", "1", "--result-cache-mb", "0")
+    yield running
+    assert stop_server(running) == 0, running.log
+    assert "Traceback" not in running.log, running.log
+
+
+def run(server: RunningServer, folder: Path, task: int, language: int) -> str:
+    """Run an example in a folder, on our server; what it printed."""
+    kind, code = EXAMPLES[task][language]
+    for scheme in ("http", "ws"):
+        code = code.replace(f"{scheme}://localhost:8000", server.url.replace("http", scheme))
+    code = code.replace("localhost:8000", server.url)
+    command = ["bash", "-euo", "pipefail", "-c"] if kind == "sh" else [sys.executable, "-c"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, code], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def tab(server: RunningServer) -> Iterator[Any]:
+    """A blank page of the server's origin."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium, and none is installed")
+    with sync_playwright() as playwright:
+        flags = ["--disable-gpu", "--no-first-run", "--disable-background-networking"]
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags + sandbox)
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(f"{server.url}/healthz")
+        yield page
+        browser.close()
+
+
+def in_browser(tab: Any, task: int, block: int = BROWSER) -> list[str]:
+    """Run an example as a module would be; the list to which its console is written."""
+    kind, code = EXAMPLES[task][block]
+    assert kind == "js"
+    said: list[str] = []
+    tab.on("console", lambda message: message.type == "log" and said.append(message.text))
+    tab.evaluate(f"async () => {{ {code} }}")
+    return said
+
+
+def picture(tab: Any) -> bytes:
+    """The bytes of the picture that the example put on the page."""
+    return bytes(
+        tab.evaluate(
+            "async () => [...new Uint8Array(await (await fetch(document.querySelector('img').src)).arrayBuffer())]"
+        )
+    )
+
+
+def until(tab: Any, holds: Callable[[], bool]) -> None:
+    """Let the page go on until something holds."""
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen"
+        tab.wait_for_timeout(20)
+
+
+@contextmanager
+def much_to_do(server: RunningServer) -> Iterator[None]:
+    """Work for more than the server's second; what is asked inside was refused at first."""
+    refused = server.metric("tminus_rejected_total")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: server.post(params={"n": 16, "steps": 100}))
+        server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
+        yield
+        assert running.result(120).status_code == 200
+    assert server.metric("tminus_rejected_total") > refused
+
+
+def test_each_task_is_there_in_each_language() -> None:
+    languages = [[kind for kind, _ in blocks] for blocks in EXAMPLES]
+    four = ["sh", "python", "python", "js"]
+    assert languages == [four, [*four, "js"], four, four, four]
+    for blocks in EXAMPLES:
+        assert "service.client" in blocks[CLIENT][1]
+        assert "service" not in blocks[HTTPX][1]
+
+
+@pytest.mark.parametrize("language", [CURL, CLIENT, HTTPX])
+def test_a_sample_becomes_a_file(server: RunningServer, tmp_path: Path, language: int) -> None:
+    run(server, tmp_path, SAMPLE, language)
+    assert (tmp_path / "sneakers.png").read_bytes() == server.post(json=SNEAKERS).content
+
+
+def test_a_sample_is_downloaded(server: RunningServer, tab: Any) -> None:
+    with tab.expect_download() as download:
+        in_browser(tab, SAMPLE)
+    assert download.value.suggested_filename == "sneakers.png"
+    assert download.value.path().read_bytes() == server.post(json=SNEAKERS).content
+
+
+@pytest.mark.parametrize("language", [CURL, CLIENT, HTTPX])
+def test_frames_become_files(server: RunningServer, tmp_path: Path, language: int) -> None:
+    said = run(server, tmp_path, WATCH, language)
+    assert sorted(file.name for file in tmp_path.glob("x_0-*.png")) == FRAMES
+    assert [int(step) for step in re.findall(r"^step (\d+)", said, re.MULTILINE)] == [40, 80, 120, 160]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.glob("x_0-*.png"))
+    if language == CLIENT:
+        assert (tmp_path / "bag.png").read_bytes() == server.post(json=BAG).content
+
+
+@pytest.mark.parametrize("block", [BROWSER, BROWSER + 1], ids=["WebSocket", "EventSource"])
+def test_frames_are_shown(server: RunningServer, tab: Any, block: int) -> None:
+    final = server.post(json=BAG).content
+    said = in_browser(tab, WATCH, block)
+    frames = ["step 40", "step 80", "step 120", "step 160"]
+    until(tab, lambda: said == frames)
+    if block == BROWSER:
+        until(tab, lambda: picture(tab) == final)
+    else:
+        assert picture(tab).startswith(b"\x89PNG")
+
+
+def test_one_key_is_one_job_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
+    made = set()
+    for language in (CURL, CLIENT, HTTPX):
+        said = run(server, tmp_path, JOB, language)
+        made.add((tmp_path / "coats.png").read_bytes())
+        (tmp_path / "coats.png").unlink()
+        assert language != CLIENT or said.startswith("done ")
+    assert in_browser(tab, JOB)[0].startswith("done ")
+    tab.wait_for_function("document.querySelector('img').naturalWidth === 64")
+    made.add(picture(tab))
+    assert len(made) == 1
+    assert made.pop().startswith(b"\x89PNG")
+
+
+def test_an_image_goes_forward_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
+    (tmp_path / "sneakers.png").write_bytes(server.post(json=SNEAKERS).content)
+    made = set()
+    alpha_bars = []
+    for language in (CURL, CLIENT, HTTPX):
+        alpha_bars += run(server, tmp_path, NOISE, language).split()
+        made.add((tmp_path / "x_500.png").read_bytes())
+        (tmp_path / "x_500.png").unlink()
+    alpha_bars += in_browser(tab, NOISE)
+    made.add(picture(tab))
+    assert len(made) == 1
+    assert len(alpha_bars) == 3
+    assert len(set(alpha_bars)) == 1
+
+
+@pytest.mark.parametrize("language", [CURL, CLIENT, HTTPX])
+def test_a_refusal_is_waited_for(server: RunningServer, tmp_path: Path, language: int) -> None:
+    with much_to_do(server):
+        assert run(server, tmp_path, REFUSAL, language) == ""
+    expected = server.post(json={"n": 8, "steps": 30, "seed": 7}).content
+    assert (tmp_path / "bags.png").read_bytes() == expected
+
+
+def test_a_refusal_is_waited_for_in_the_browser(server: RunningServer, tab: Any) -> None:
+    with much_to_do(server):
+        in_browser(tab, REFUSAL)
+    assert picture(tab) == server.post(json={"n": 8, "steps": 30, "seed": 7}).content
