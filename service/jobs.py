@@ -211,20 +211,27 @@ class Jobs:
             raise _not_found(job_id)
         return view.record, images
 
-    async def delete(self, job_id: str) -> None:
-        """Cancel a job that has not ended, forget one that has. Raises JobNotFound."""
+    async def cancel(self, job_id: str) -> JobView:
+        """Give a durable job up, if it has not ended; what has ended stays as it is. Raises JobNotFound."""
         live = self._live.get(job_id)
         if live is None:
-            if not self._worker.cancel(job_id, "deleted") and not await self._thread.call(self._store.delete, job_id):
-                raise _not_found(job_id)
-            return
+            return await self.find_durable(job_id)
         if live.submitted:
             self._worker.cancel(job_id, "deleted")
         elif not live.cancelled:
             live.cancelled = True
             await self._end(live, _ending(live.record, "cancelled"))
         await live.ended.wait()
-        if live.record.outcome != "cancelled":  # it was done before the worker heard of it
+        return _ended_view(live.record)
+
+    async def delete(self, job_id: str) -> None:
+        """Cancel a job that has not ended, forget one that has. Raises JobNotFound."""
+        if job_id not in self._live:
+            if not self._worker.cancel(job_id, "deleted") and not await self._thread.call(self._store.delete, job_id):
+                raise _not_found(job_id)
+            return
+        view = await self.cancel(job_id)
+        if view.state != "cancelled":  # it was done before the worker heard of it
             await self._thread.call(self._store.delete, job_id)
 
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> Live | None:

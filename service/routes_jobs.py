@@ -83,6 +83,10 @@ def job_routes(jobs: Jobs, encoder: Encoder, model: ModelInfo, limits: Limits) -
         content = await encoder.encode(media_type, record.spec, lambda: images, made_by)
         return Response(content, headers=headers, media_type=media_type)
 
+    @router.post("/{job_id}/cancel", summary="Cancel it if it has not ended; its rows are free before the next tick")
+    async def cancel_job(job_id: str) -> dict[str, Any]:
+        return document(await jobs.cancel(job_id))
+
     @router.delete(
         "/{job_id}", summary="Cancel it, its rows are free before the next tick; one that has ended is forgotten"
     )

@@ -108,9 +108,9 @@ class AsyncJob:
         """The images of a job that is done."""
         return await self._run(calls.image(self.id, accept, self._patience_s))
 
-    async def cancel(self) -> None:
-        """Cancel it if it has not ended."""
-        await self._run(calls.cancel(self.id, self._patience_s))
+    async def cancel(self) -> JobState:
+        """Cancel it if it has not ended; the job as it ended."""
+        return await self._run(calls.cancel(self.id, self._patience_s))
 
     async def delete(self) -> None:
         """Cancel it if it has not ended, and forget it."""

@@ -74,11 +74,10 @@ def image(job_id: str, accept: str, patience_s: float) -> Call[Sampled]:
     return Sampled.of((yield from persist(request, Patience(patience_s))))
 
 
-def cancel(job_id: str, patience_s: float) -> Call[None]:
-    """DELETE /jobs/{id} if it has not ended; else that would forget it, and so would asking twice."""
-    job = yield from state(job_id, patience_s)
-    if not job.ended:
-        yield from persist(Request("DELETE", path(job_id)), Patience(patience_s, repeatable=False))
+def cancel(job_id: str, patience_s: float) -> Call[JobState]:
+    """POST /jobs/{id}/cancel."""
+    request = Request("POST", f"{path(job_id)}/cancel")
+    return JobState.of(object_of((yield from persist(request, Patience(patience_s)))))
 
 
 def delete(job_id: str, patience_s: float) -> Call[None]:

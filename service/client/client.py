@@ -128,9 +128,9 @@ class Job:
         """The images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found."""
         return self._run(calls.image(self.id, accept, self._patience_s))
 
-    def cancel(self) -> None:
-        """Cancel it if it has not ended. One that ends in this moment is forgotten."""
-        self._run(calls.cancel(self.id, self._patience_s))
+    def cancel(self) -> JobState:
+        """Cancel it if it has not ended; the job as it ended."""
+        return self._run(calls.cancel(self.id, self._patience_s))
 
     def delete(self) -> None:
         """Cancel it if it has not ended, and forget it; no error if it is not there."""

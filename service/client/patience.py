@@ -15,21 +15,20 @@ WORTH_WAITING = (429, 503)
 class Patience:
     """The patience of one call: asked after each failure, it says how long to wait, or raises.
 
-    patience_s: how long in all, from the first failure on. repeatable: the call does no harm twice, so that a
-    connection that broke is no end. durable: what is asked for outlasts the server's process, so that a restart is
-    waited for; known: that there is a server is known, so that this may be one.
+    patience_s: how long in all, from the first failure on; no call does harm twice, so a connection that broke is no
+    end. durable: what is asked for outlasts the server's process, so that a restart is waited for; known: that there is
+    a server is known, so that this may be one.
     """
 
     def __init__(
         self,
         patience_s: float,
         *,
-        repeatable: bool = True,
         durable: bool = False,
         known: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._patience_s, self._repeatable, self._durable, self._clock = patience_s, repeatable, durable, clock
+        self._patience_s, self._durable, self._clock = patience_s, durable, clock
         self.first_s = FIRST_S
         self._known = known
         self.renew()
@@ -45,7 +44,7 @@ class Patience:
         self._began = now_s if self._began is None else self._began
         if isinstance(error, Problem) and error.status in WORTH_WAITING and error.retry_after_s is not None:
             wait_s = error.retry_after_s  # the server keeps room for who comes back then
-        elif isinstance(error, Unreachable) and (self._repeatable or not error.reached):
+        elif isinstance(error, Unreachable):
             self._known |= error.reached
             wait_s = self._next_s * random.uniform(0.75, 1)  # noqa: S311  a herd is to spread out
             self._next_s = min(2 * self._next_s, LONGEST_S)

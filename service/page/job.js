@@ -46,7 +46,7 @@ export function leave() {
 export async function cancel() {
   if (!current) return;
   say("Cancelling…");
-  await ask(`jobs/${current.id}`, { method: "DELETE" });
+  await ask(`jobs/${current.id}/cancel`, { method: "POST" });
 }
 
 function listen(job) {

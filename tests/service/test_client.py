@@ -467,15 +467,13 @@ def test_an_answer_that_is_lost_makes_no_second_job(served: Served, connect: Con
     assert caught.value.code == "idempotency_key_reused"
 
 
-def test_a_cancel_that_is_lost_is_not_said_twice(served: Served, connect: Connect) -> None:
+def test_a_cancel_whose_answer_is_lost_is_said_again(served: Served, connect: Connect) -> None:
     served.engine.gate.shut()
-    transport = Breaking(None, None, 0)
-    tminus = connect(served.url, transport=transport, patience_s=60)
+    tminus = connect(served.url, transport=Breaking(None, 0), patience_s=60)
     job = tminus.submit(steps=1000)
     threading.Timer(0.2, served.engine.gate.open).start()
-    with pytest.raises(Unreachable):
-        job.cancel()
-    assert job.state().state == "cancelled", "a second DELETE would have forgotten it"
+    assert job.cancel().state == "cancelled"
+    assert job.state().state == "cancelled"
 
 
 # --- events ---
@@ -682,9 +680,6 @@ def test_tries_to_connect_become_rarer() -> None:
 def test_a_server_that_was_there_may_be_starting_again() -> None:
     with pytest.raises(Unreachable):
         Patience(0).pause_s(CUT)
-    with pytest.raises(Unreachable):
-        Patience(60, repeatable=False).pause_s(CUT)
-    assert Patience(60, repeatable=False).pause_s(NOBODY) > 0
     with pytest.raises(Unreachable):
         Patience(0, durable=True).pause_s(NOBODY)
     clock = Clock()

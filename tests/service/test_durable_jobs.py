@@ -283,6 +283,23 @@ def test_delete_cancels_a_running_job_and_then_forgets_it(held: Site) -> None:
     problem(held.client.delete(f"/jobs/{job_id}"), 404, "job_not_found")
 
 
+def test_cancel_gives_a_job_up_and_leaves_one_that_has_ended_as_it_is(held: Site) -> None:
+    job_id = post(held, SPEC | {"steps": 1000, "guidance": 1}).json()["id"]
+    held.engine.next_begun()
+    with ThreadPoolExecutor(1) as pool:
+        cancelling = pool.submit(held.client.post, f"/jobs/{job_id}/cancel")
+        wait_until(lambda: not held.app.state.worker._commands.empty())
+        held.engine.gate.open()
+        assert cancelling.result(PATIENCE_S).json()["state"] == "cancelled"
+    again = held.client.post(f"/jobs/{job_id}/cancel")
+    assert (again.status_code, again.json()["state"]) == (200, "cancelled")
+    done = post(held).json()["id"]
+    wait_for(held, done)
+    assert held.client.post(f"/jobs/{done}/cancel").json()["state"] == "done"
+    assert held.client.get(f"/jobs/{done}/image").status_code == 200
+    problem(held.client.post(f"/jobs/{'0' * 32}/cancel"), 404, "job_not_found")
+
+
 def test_delete_forgets_a_job_that_is_done(site: Site) -> None:
     job_id = post(site).json()["id"]
     wait_for(site, job_id)
