@@ -340,6 +340,8 @@ def test_with_ends_what_was_left_open(served: Served, connect: Connect) -> None:
 
 def test_a_job_is_cancelled_and_says_so(served: Served, connect: Connect) -> None:
     served.engine.gate.shut()
+    busy = connect(served.url).submit(n=1, steps=1)  # so that the worker is within a tick, and commands wait
+    served.engine.next_begun()
     watching = connect(served.url).watch(every=1, n=1, steps=1000)
     watching.cancel()  # nothing is there yet
     got = []
@@ -347,11 +349,13 @@ def test_a_job_is_cancelled_and_says_so(served: Served, connect: Connect) -> Non
         got.append(message)
         if isinstance(message, Accepted):
             watching.cancel()
+            wait_until(lambda: served.app.state.worker._commands.qsize() > 1)  # the job, and that it is cancelled
             served.engine.gate.open()
     assert isinstance(got[-1], Cancelled)
     assert got[-1].id == got[0].id
     watching.cancel()
     assert list(watching) == []
+    busy.wait(PATIENCE_S)
 
 
 def test_what_a_stream_is_refused_for_is_a_problem_too(make_served: MakeServed, connect: Connect) -> None:
