@@ -25,10 +25,14 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compiled sampler: timesteps int64 [S], from noisy to clean; lines float64 [S, 8]."""
+    """A compiled sampler: timesteps int64 [S], from noisy to clean; lines float64 [S, 8].
+
+    known float64 [S, 2]: sqrt(alpha_bar) and sqrt(1 - alpha_bar) of what each step leads to; 1 and 0 after the last.
+    """
 
     timesteps: Tensor
     lines: Tensor
+    known: Tensor
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -48,26 +52,29 @@ def compile_plan(
     eta: float = 0.0,
     clip: bool | None = None,
     spacing: str | None = None,
+    start: int = 0,
 ) -> Plan:
     """Compile a sampler for this model. clip=None takes the checkpoint's own clip_sample, spacing=None its spacing.
 
     ddpm: ancestral sampling with the posterior's variance or beta (Ho et al. 2020, eq. 7 and algorithm 2), or what the
     network learned between the two, after `variance_type`. ddim: Song et al. 2021, eq. 12 and 16, with noise eta.
     dpmpp_2m: Lu et al. 2022. A step's previous timestep is the next one of the plan; the last step adds no noise.
+    start leaves out so many of the first steps: a plan of the rest, whose own first step has no x0_previous.
     Raises ValueError for an unknown sampler or spacing, or a bad number of steps.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be among {', '.join(SAMPLERS)}, got {sampler!r}")
     spacing = spacing or noise.default_spacing(sampler)
     T, offset = schedule.num_timesteps, noise.steps_offset
-    t = torch.tensor(make_timesteps(sampler, spacing, steps, T, offset, schedule.log_sigmas))
+    t = torch.tensor(make_timesteps(sampler, spacing, steps, T, offset, schedule.log_sigmas)[start:])
+    assert len(t) > 0
     alpha_bar = schedule.alpha_bar[t]
     last = torch.ones(1, dtype=torch.float64)
     if sampler == "ddim" and not noise.set_alpha_to_one:
         last = schedule.alpha_bar[:1]
     alpha_bar_prev = torch.cat([alpha_bar[1:], last])
 
-    c, s, r = torch.zeros(3, steps, dtype=torch.float64)
+    c, s, r = torch.zeros(3, len(t), dtype=torch.float64)
     if sampler == "ddpm":
         b, a, variance = posterior_between(alpha_bar, alpha_bar_prev)
         s, r = _ancestral_noise(noise.variance_type, 1 - alpha_bar / alpha_bar_prev, variance)
@@ -83,7 +90,9 @@ def compile_plan(
     p, q = x0_coefficients(noise.prediction_type, alpha_bar)
     clips = noise.clip_sample if clip is None else clip
     bound = torch.full_like(s, noise.clip_sample_range if clips else torch.inf)
-    return Plan(t, torch.stack([p, q, a, b, c, s, bound, r], dim=1))
+    reached = torch.cat([alpha_bar[1:], torch.ones(1, dtype=torch.float64)])  # whatever set_alpha_to_one says
+    known = torch.stack([reached.sqrt(), (1 - reached).sqrt()], dim=1)
+    return Plan(t, torch.stack([p, q, a, b, c, s, bound, r], dim=1), known)
 
 
 def _ancestral_noise(variance_type: str, beta: Tensor, posterior_variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +144,15 @@ def x0_coefficients(prediction_type: str, alpha_bar: Tensor) -> tuple[Tensor, Te
     if prediction_type == "v_prediction":
         return signal, -noise
     raise ValueError(f"prediction_type must be epsilon, sample or v_prediction, got {prediction_type!r}")
+
+
+def keep_known(x: Tensor, new: Tensor, x_0: Tensor, eps: Tensor, known: Tensor) -> Tensor:
+    """Put the known pixels back, at the noise level that x has reached (Lugmayr et al. 2022, eq. 8).
+
+    x, x_0, eps [B, C, H, W]; new [B, 1, H, W] bool: where x stays; known [B, 2], lines of Plan.known.
+    """
+    signal, noise = known.reshape(len(known), 2, 1, 1, 1).unbind(1)
+    return torch.where(new, x, signal * x_0 + noise * eps)
 
 
 class Denoised(NamedTuple):

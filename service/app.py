@@ -83,15 +83,18 @@ def create_app(
     app.state.worker = worker
     streams = app.state.streams = Streams(limits.max_streams, limits.max_streams_per_address)
     cache = ResultCache(limits.result_cache_bytes)
-    app.include_router(sample_routes(worker, jobs, encoder, cache, metrics, model, limits))
+    app.include_router(sample_routes(worker, jobs, decoder, encoder, cache, metrics, model, limits))
     app.include_router(noise_routes(worker, decoder, encoder, metrics, model, limits))
-    app.include_router(stream_routes(worker, encoder, streams, metrics, model, limits, allowed_origins))
-    app.include_router(job_routes(jobs, encoder, model, limits))
+    app.include_router(stream_routes(worker, decoder, encoder, streams, metrics, model, limits, allowed_origins))
+    app.include_router(job_routes(jobs, decoder, encoder, model, limits))
     app.include_router(event_routes(jobs, worker, encoder, streams, metrics, model))
     app.include_router(page_routes())
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)
-    images = {"/noise": limits.max_image_bytes + FORM_BYTES}
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=images)
+    larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
+    larger |= dict.fromkeys(
+        ("/sample", "/jobs"), limits.max_edit_bytes
+    )  # without images it is max_body_bytes, by intake
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
     app.add_middleware(RequestContext, observe=metrics.requested)
     return app

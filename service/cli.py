@@ -115,7 +115,7 @@ def serve(**flags: Any) -> None:
         grace_s=settings.grace_s,
         log_level=settings.log_level,
         max_connections=settings.max_connections,
-        max_message_bytes=settings.max_body_bytes,
+        max_message_bytes=limits.max_edit_bytes,
     )
     if not stopped_well:
         fail("the worker crashed; the log says why")
@@ -219,7 +219,7 @@ def offline(running: Running, parameters: dict[str, Any], sheet: bool) -> tuple[
     limits = Limits(max_n=n, max_batch=batch, max_rows=n, max_jobs=1, max_backlog_s=float("inf"), max_body_bytes=0)
     try:
         spec = SampleRequest.parse(parameters, model, limits).to_spec(model, limits)
-        with tqdm(total=spec.n * spec.steps, unit="row-step", dynamic_ncols=True) as progress:
+        with tqdm(total=spec.n * spec.num_steps, unit="row-step", dynamic_ncols=True) as progress:
             images = sample_locally(loaded.engine, spec, batch, progress.update)
     except (ValueError, ServiceError) as error:
         fail(str(error))

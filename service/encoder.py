@@ -10,7 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,7 @@ def encode_each(spec: SampleSpec, images: Images, model: ModelInfo) -> list[byte
 
 def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
     """All that is needed to make the same pixels again."""
-    return {"spec": asdict(spec), "weights": model.weights_hash, "fingerprint": model.fingerprint}
+    return {"spec": spec.to_json(), "weights": model.weights_hash, "fingerprint": model.fingerprint}
 
 
 def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
@@ -134,8 +134,7 @@ def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
 def one_image(spec: SampleSpec, k: int) -> SampleSpec:
     """The spec that makes image k of a request alone."""
     labels = spec.class_labels[k : k + 1] if spec.class_labels is not None else None
-    fields = asdict(spec) | {"n": 1, "index": spec.index + k, "class_labels": labels}
-    return SampleSpec(**fields)
+    return replace(spec, n=1, index=spec.index + k, class_labels=labels)
 
 
 def encode_png(pixels: Images, text: dict[str, object] | None = None) -> bytes:

@@ -16,12 +16,17 @@ from model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, denoise, guide
 from service.description import describe
 from service.errors import NotFinite
 from service.executors import Executor
-from service.job import Batch, Floats, Images, SampleSpec, Snapshot
+from service.job import Batch, Floats, Images, Inputs, SampleSpec, Snapshot
+from service.known_pixels import KnownPixels, to_device
 from service.preview import Show
 from service.tick_events import TickEvents
 
 LATENT_BUDGET_BYTES = 512 * 2**20
 MAX_DEFAULT_ROWS = 4096
+FIRST_KNOWN_DRAW = (
+    2**31
+)  # of a row's noise, those from here on are for its known pixels; x_T and z have the first T + 1
+NONE = np.zeros(0, np.int64)
 
 
 def choose_device(name: str) -> torch.device:
@@ -79,9 +84,11 @@ class Engine:
         self._index = zeros(max_rows)
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
-        self._first_line = zeros(max_rows)  # where the row's plan begins in the two tables below
+        self._first_line = zeros(max_rows)  # where step 0 of the row's plan is in the tables below, or would be
         self._added_at = np.zeros(max_rows, np.int64)  # on the host: how many ticks had been launched when the row came
         self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
+        self._masked = np.zeros(max_rows, bool)  # on the host: whether some pixels of the row are known
+        self._known: KnownPixels | None = None  # what is needed for them, made when the first such row comes
         self._free_rows = list(range(max_rows - 1, -1, -1))
         # A region of T lines a job.
         self._lines = zeros(max_jobs * num_timesteps, NUM_COEFFICIENTS, dtype=torch.float32)
@@ -102,21 +109,21 @@ class Engine:
             eta=spec.eta,
             clip=spec.clip,
             spacing=spec.timestep_spacing,
+            start=spec.start,
         )
 
     @torch.inference_mode()
-    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None) -> tuple[int, ...]:
-        """Give a job's rows their slots and their x_T, or x_t and x0 as a snapshot has them; returns the row ids.
+    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
+        """Give a job's rows their slots and their first x; returns the row ids.
 
-        Raises ValueError as `compile` does, and where the snapshot is of another shape.
+        It is x_T, or with a strength x_t of the image, or x_t and x0 as a snapshot has them. Raises ValueError as
+        `compile` does, and where snapshot or inputs are not those of the spec.
         """
         # The slots are taken last: a job that cannot be added takes nothing away.
         plan = self.compile(spec)
+        self._check(inputs, spec)
+        x, x0 = self._latents_of(snapshot, spec.n) if snapshot is not None else self._first(spec, plan, inputs)
         indices = range(spec.index, spec.index + spec.n)
-        if snapshot is None:
-            x, x0 = image_noise(spec.seed, indices, 0, self._shape, self._device), torch.zeros(())
-        else:
-            x, x0 = self._latents_of(snapshot, spec.n)
         index = torch.tensor(indices, device=self._device)
         seed_words = torch.tensor(split_seed(spec.seed), device=self._device)
         labels = [self._null_class if label is None else label for label in spec.class_labels or ()]
@@ -124,24 +131,48 @@ class Engine:
 
         assert len(self._free_rows) >= spec.n
         assert self._free_plans
+        if spec.mask_sha256 is not None and self._known is None:
+            self._known = KnownPixels(len(self._masked), len(self._lines), self._shape, self._device)
         rows, region = tuple(reversed(self._free_rows[-spec.n :])), self._free_plans[-1]
         start = region * self._schedule.num_timesteps
         self._lines[start : start + len(plan)] = plan.lines.to(torch.float32)
         self._timesteps[start : start + len(plan)] = plan.timesteps
         at = torch.tensor(rows, device=self._device)
+        if inputs is not None and inputs.mask is not None and self._known is not None:
+            self._known.put(at, inputs.image, inputs.mask, start, plan.known)
         self._x[at] = x
         self._x0[at] = x0.to(self._device)
         self._seed_words[at] = seed_words
         self._index[at] = index
         self._label[at] = label
         self._guidance[at] = spec.guidance
-        self._first_line[at] = start
+        self._first_line[at] = start - spec.start
         self._finite[at] = True
         self._adds_noise[list(rows)] = plan.adds_noise
+        self._masked[list(rows)] = spec.mask_sha256 is not None
         self._added_at[list(rows)] = self._ticks.num_launched if self._ticks is not None else 0
         del self._free_rows[-spec.n :], self._free_plans[-1]
         self._plan_of[rows[0]] = region
         return rows
+
+    def _check(self, inputs: Inputs | None, spec: SampleSpec) -> None:
+        hashes = (inputs.image_sha256, inputs.mask_sha256) if inputs is not None else (None, None)
+        if hashes != (spec.image_sha256, spec.mask_sha256):
+            raise ValueError("the image and mask are not those of the spec")
+        height, width = self._shape[1:]
+        if inputs is not None and inputs.image.shape != (height, width, self._shape[0]):
+            raise ValueError(f"an image must be {(height, width, self._shape[0])}, got {inputs.image.shape}")
+        if inputs is not None and inputs.mask is not None and inputs.mask.shape != (height, width):
+            raise ValueError(f"a mask must be {(height, width)}, got {inputs.mask.shape}")
+
+    def _first(self, spec: SampleSpec, plan: Plan, inputs: Inputs | None) -> tuple[Tensor, Tensor]:
+        """x_T, or with a strength x_t of the image, where eps is what else would be x_T (Meng et al. 2022)."""
+        eps = image_noise(spec.seed, range(spec.index, spec.index + spec.n), 0, self._shape, self._device)
+        if spec.strength is None:
+            return eps, torch.zeros(())
+        assert inputs is not None
+        x_0 = to_model_range(to_device(inputs.image, self._device).permute(2, 0, 1)[None])
+        return self._schedule.q_sample(x_0, plan.timesteps[:1], eps), torch.zeros(())
 
     def _latents_of(self, snapshot: Snapshot, n: int) -> tuple[Tensor, Tensor]:
         for name, values in (("x", snapshot.x), ("x0_previous", snapshot.x0_previous)):
@@ -153,11 +184,14 @@ class Engine:
     def step(self, batch: Batch) -> None:
         """Run one tick. The batch crosses to the device in one transfer; nothing here loops over rows or waits."""
         num_rows, num_guided = len(batch.rows), len(batch.guided)
-        noisy = np.flatnonzero(self._adds_noise[np.array(batch.rows)])
-        packed = torch.tensor([*batch.rows, *batch.steps, *batch.guided, *noisy.tolist()])
+        slots = np.array(batch.rows)
+        noisy = np.flatnonzero(self._adds_noise[slots])
+        masked = np.flatnonzero(self._masked[slots]) if self._known is not None else NONE
+        packed = torch.tensor([*batch.rows, *batch.steps, *batch.guided, *noisy.tolist(), *masked.tolist()])
         if self._device.type == "cuda":
             packed = packed.pin_memory().to(self._device, non_blocking=True)
-        rows, steps, guided, noisy_at = torch.split(packed, [num_rows, num_rows, num_guided, len(noisy)])
+        counts = [num_rows, num_rows, num_guided, len(noisy), len(masked)]
+        rows, steps, guided, noisy_at, masked_at = torch.split(packed, counts)
 
         at = self._first_line[rows] + steps
         x, t, labels = self._x[rows], self._timesteps[at], None
@@ -179,6 +213,10 @@ class Engine:
             drawn = row_noise(self._seed_words[noisy_rows], self._index[noisy_rows], steps[noisy_at] + 1, self._shape)
             z = drawn if len(noisy) == num_rows else z.index_copy(0, noisy_at, drawn)
         x0_previous, lines = self._x0[rows], self._lines[at]
+        if self._known is not None and len(masked):
+            masked_rows = rows[masked_at]
+            draw = FIRST_KNOWN_DRAW + steps[masked_at]
+            eps = row_noise(self._seed_words[masked_rows], self._index[masked_rows], draw, self._shape)
 
         out = output()
         if num_guided:
@@ -186,6 +224,9 @@ class Engine:
             strength = self._guidance[rows[guided]].reshape(-1, 1, 1, 1)
             out = out.index_copy(0, guided, guide(out_u, out[guided], strength, self._shape[0]))
         x, x0 = denoise(x, out, x0_previous, z, lines)
+        if self._known is not None and len(masked):
+            restored = self._known.restore(x[masked_at], masked_rows, at[masked_at], eps)
+            x = x.index_copy(0, masked_at, restored)
         self._x[rows], self._x0[rows] = x, x0
         self._finite[rows] = x.sum(dim=(1, 2, 3)).isfinite()  # NaN and infinity survive a sum
         if self._ticks is not None:
@@ -236,7 +277,7 @@ class Engine:
 
     @torch.inference_mode()
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
-        """Read x_t and x0 of one job's rows, which have taken these steps, float32 [n, C, H, W] each; as `preview`."""
+        """Read x_t and x0 of one job's rows, which take these steps next, float32 [n, C, H, W] each; as `preview`."""
         at = self._at(rows)
         read = self._copy_out(self._x[at], self._x0[at])
         return lambda: Snapshot(steps, *(each.numpy() for each in read()))

@@ -16,9 +16,11 @@ class ServiceError(Exception):
 
     @property
     def ws_close(self) -> int:
-        """The code that a WebSocket is closed with (RFC 6455, section 7.4.1): policy, try again later, internal."""
+        """The code that a WebSocket is closed with (RFC 6455, 7.4.1): try again later, too big, internal, policy."""
         if self.status in (429, 503):
             return 1013
+        if self.status == 413:
+            return 1009
         return 1011 if self.status >= 500 else 1008
 
     def __init__(self, detail: str, *, field: str | None = None, value: object = None, bound: str | None = None):

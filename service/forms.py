@@ -1,9 +1,10 @@
-"""Read a request that brings an image: as its body, or as a file in a form with fields beside it.
+"""Read a request that brings images: one as its body, or files in a form with fields beside them.
 
 Forms are taken apart in memory, where the body is bounded already; a temporary file would have to fit a container's
 /tmp.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 FORM, BYTES = "multipart/form-data", "application/octet-stream"
 MAX_PARTS = 16
 MAX_FIELD_BYTES = 1024
-FORM_BYTES = 64 * 1024  # what a form may take beside its image: boundaries, the parts' headers, the fields
+FORM_BYTES = 64 * 1024  # what a form may take beside its images: boundaries, the parts' headers, the fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,28 @@ class Upload:
     fields: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form: its files by name, and its text fields in order."""
+
+    files: Mapping[str, bytes]
+    fields: tuple[tuple[str, str], ...]
+
+
+def is_form(request: Request) -> bool:
+    """Whether the body says that it is one."""
+    return _media_type(request.headers.get("content-type", "")) == FORM
+
+
+async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
+    """Read a form that may have an image in each of these files. Raises what `read_upload` does."""
+    form = _take_apart(await _read_parts(request, request.headers["content-type"]), files)
+    for name, data in form.files.items():
+        if len(data) > max_bytes:
+            raise BodyTooLarge(len(data), max_bytes, name)
+    return form
+
+
 async def read_upload(request: Request, max_bytes: int, image_field: str = "image") -> Upload:
     """Read the image, in a form that of `image_field`.
 
@@ -45,9 +68,12 @@ async def read_upload(request: Request, max_bytes: int, image_field: str = "imag
     starlette's ClientDisconnect.
     """
     declared = request.headers.get("content-type", BYTES)
-    media_type = declared.partition(";")[0].strip().lower()
+    media_type = _media_type(declared)
     if media_type == FORM:
-        upload = _image_and_fields(await _read_parts(request, declared), image_field)
+        form = await read_form(request, max_bytes, (image_field,))
+        if image_field not in form.files:
+            raise InvalidImage.of(image_field, "a file in the form", "a form without it")
+        upload = Upload(form.files[image_field], form.fields)
     elif media_type == BYTES or media_type.startswith("image/"):
         upload = Upload(await request.body())
     else:
@@ -136,23 +162,27 @@ async def _read_parts(request: Request, content_type: str) -> list[_Part]:
     return parts.all
 
 
-def _image_and_fields(parts: list[_Part], image_field: str) -> Upload:
-    images: list[bytes] = []
+def _media_type(declared: str) -> str:
+    return declared.partition(";")[0].strip().lower()
+
+
+def _take_apart(parts: list[_Part], known: Collection[str]) -> Form:
+    files: dict[str, list[bytes]] = {}
     fields: list[tuple[str, str]] = []
     for part in parts:
         if not part.is_file:
             fields.append((part.name, part.data.decode("utf-8", "replace")))
-        elif part.name == image_field:
-            images.append(bytes(part.data))
+        elif part.name in known:
+            files.setdefault(part.name, []).append(bytes(part.data))
         else:
-            detail = f"there is no file {short(part.name)!r} to send; known: {image_field}"
-            raise UnknownField(detail, field=part.name, value=f"{len(part.data)} bytes", bound=image_field)
+            names = ", ".join(known)
+            detail = f"there is no file {short(part.name)!r} to send; known: {names}"
+            raise UnknownField(detail, field=part.name, value=f"{len(part.data)} bytes", bound=names)
     for name, text in fields:
-        if name == image_field:
+        if name in known:
             raise InvalidImage.of(name, f"a file: curl -F {name}=@file", f"the text {short(text)!r}")
-    if len(images) > 1:
-        detail = f"{image_field} is in the form {len(images)} times"
-        raise ConflictingField(detail, field=image_field, value=f"{len(images)} files")
-    if not images:
-        raise InvalidImage.of(image_field, "a file in the form", "a form without it")
-    return Upload(images[0], tuple(fields))
+    for name, given in files.items():
+        if len(given) > 1:
+            detail = f"{name} is in the form {len(given)} times"
+            raise ConflictingField(detail, field=name, value=f"{len(given)} files")
+    return Form({name: data for name, (data,) in files.items()}, tuple(fields))

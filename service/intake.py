@@ -1,29 +1,78 @@
-"""From a request to what it asks for: parameters in query and body, and the headers that say how to answer."""
+"""From a request to what it asks for: parameters in query and body, images, and the headers that say how to answer."""
 
 import hashlib
 import json
 import re
+from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from service import parameters
-from service.errors import InvalidField, JobCancelled
-from service.job import Limits, ModelInfo
+from service.errors import BodyTooLarge, InvalidField, JobCancelled
+from service.forms import FORM, is_form, read_form
+from service.job import Inputs, Limits, ModelInfo, SampleSpec
+from service.parameters import PICTURES
 from service.schemas import SampleRequest
 from service.store import Key
+from service.uploads import Decoder
 
 KEY = re.compile(r"[\x20-\x7e]{1,255}")
+EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
+_SCHEMA = SampleRequest.model_json_schema()
+QUERY_PARAMETERS = [
+    {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
+    for name, schema in _SCHEMA["properties"].items()
+    if name not in PICTURES
+]
+_FILES = {
+    name: {"type": "string", "format": "binary", "description": _SCHEMA["properties"][name]["description"]}
+    for name in PICTURES
+}
+REQUEST_BODY = {
+    "content": {
+        "application/json": {"schema": _SCHEMA},
+        FORM: {"schema": _SCHEMA | {"properties": _SCHEMA["properties"] | _FILES}},
+    }
+}
 
 
 async def read_request(request: Request, model: ModelInfo, limits: Limits) -> SampleRequest:
-    """Read the parameters of a job. Raises what parameters and SampleRequest.parse do."""
+    """Read the parameters of a job. Raises what parameters, forms and SampleRequest.parse do."""
     query = parameters.from_query(request.query_params.multi_items())
+    for name in query.keys() & PICTURES:
+        bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
+        raise InvalidField.of(name, bound, query[name])
     try:
-        body = parameters.from_body(await request.body())
+        body = await (_read_form if is_form(request) else _read_json)(request, limits)
     except ClientDisconnect:
         raise JobCancelled("the client went away") from None
     return SampleRequest.parse(parameters.merge(query, body), model, limits)
+
+
+async def _read_form(request: Request, limits: Limits) -> dict[str, Any]:
+    form = await read_form(request, limits.max_image_bytes, PICTURES)
+    return {**parameters.from_query(form.fields, "the form"), **form.files}
+
+
+async def _read_json(request: Request, limits: Limits) -> dict[str, Any]:
+    """Read a JSON body, which may be large for its pictures only; else it is not read to its end."""
+    body, dear = bytearray(), 0
+    async for chunk in request.stream():
+        body += chunk
+        dear += parameters.structure_bytes(chunk)
+        if dear > limits.max_body_bytes:
+            raise BodyTooLarge(dear, limits.max_body_bytes)
+    return parameters.from_body(bytes(body), limits.max_body_bytes)
+
+
+async def to_job(
+    asked: SampleRequest, model: ModelInfo, limits: Limits, decoder: Decoder
+) -> tuple[SampleSpec, Inputs | None]:
+    """Check the parameters, then decode the images. Raises what SampleRequest.to_spec and Decoder.inputs do."""
+    spec = asked.to_spec(model, limits)
+    inputs = await decoder.inputs(asked.image, asked.mask)
+    return asked.with_inputs(spec, inputs), inputs
 
 
 def idempotency_key(request: Request, asked: SampleRequest) -> Key | None:
@@ -34,8 +83,14 @@ def idempotency_key(request: Request, asked: SampleRequest) -> Key | None:
     name = given.strip().removeprefix('"').removesuffix('"').strip()
     if not KEY.fullmatch(name):
         raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", given)
-    document = json.dumps(asked.model_dump(), sort_keys=True)
+    document = json.dumps(asked.model_dump(exclude=EDIT_PARAMETERS) | _edit_of(asked), sort_keys=True)
     return Key(name, hashlib.sha256(document.encode()).hexdigest())
+
+
+def _edit_of(asked: SampleRequest) -> dict[str, object]:
+    """What is asked for of an edit, the images by their hashes; of no edit nothing."""
+    given = asked.model_dump(include=EDIT_PARAMETERS, exclude_none=True)
+    return {k: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for k, v in given.items()}
 
 
 def prefers_async(request: Request) -> bool:

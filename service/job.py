@@ -1,9 +1,10 @@
 """What crosses between the parts of the service: specs, batches, results. Pure frozen values; no torch, no asyncio."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from model.timesteps import make_timesteps
 
 Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
 Floats = npt.NDArray[np.float32]
+EDIT_FIELDS = ("strength", "image_sha256", "mask_sha256")  # of a spec; what is no edit is written down without them
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,29 @@ class SampleSpec:
     guidance_interval: tuple[int, int] | None  # timesteps, both ends included; None: guided at all of them
     timestep_spacing: str
     clip: bool
+    strength: float | None = None  # how much of the plan is run, from the image on; None: all of it, from x_T
+    image_sha256: str | None = None  # of its pixels, which travel beside it, see Inputs
+    mask_sha256: str | None = None
+
+    @property
+    def start(self) -> int:
+        """The step that its rows begin with: the last `strength` of the steps are taken, at least one.
+
+        diffusers cuts steps * strength off (img2img's get_timesteps). Here it is rounded at the ninth place first, so
+        that 0.29 of 100 steps, 28.999999999999996 in floats, are 29.
+        """
+        if self.strength is None:
+            return 0
+        return self.steps - min(self.steps, max(1, int(round(self.steps * self.strength, 9))))
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps each row takes."""
+        return self.steps - self.start
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields. What it has none of in EDIT_FIELDS is left out: a plain spec reads as it always did."""
+        return {name: value for name, value in asdict(self).items() if name not in EDIT_FIELDS or value is not None}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "SampleSpec":
@@ -38,11 +63,29 @@ class SampleSpec:
         return cls(**values)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The pixels that an edit starts from; its spec has their hashes."""
+
+    image: Images  # [height, width, channels], for all rows of the job
+    mask: npt.NDArray[np.bool_] | None = None  # [height, width]: true is made new, false is kept
+
+    @property
+    def image_sha256(self) -> str:
+        """Of the image's bytes, row by row."""
+        return hashlib.sha256(self.image.tobytes()).hexdigest()
+
+    @property
+    def mask_sha256(self) -> str | None:
+        """Of the mask's bytes, row by row: 1 for new, 0 for known."""
+        return hashlib.sha256(self.mask.tobytes()).hexdigest() if self.mask is not None else None
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job between two ticks: all that its rows need to go on, beside their spec."""
+    """A job between two ticks: all that its rows need to go on, beside their spec and inputs."""
 
-    steps: tuple[int, ...]  # how many each row has taken
+    steps: tuple[int, ...]  # of the plan, that each row is to take next
     x: Floats  # [n, C, H, W]
     x0_previous: Floats
 
@@ -52,8 +95,9 @@ class Work:
     """What a job costs, in places: forward passes of one row. At the steps in `guided` a row takes two."""
 
     rows: int
-    steps: int
+    steps: int  # of the plan
     guided: range
+    start: int = 0  # the first step that is taken
 
     def places_per_row(self, step: int) -> int:
         """How many places a row takes at a step."""
@@ -66,7 +110,7 @@ class Work:
     @property
     def places(self) -> int:
         """The whole job's cost."""
-        return self.rows * self.places_left(0)
+        return self.rows * self.places_left(self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +154,7 @@ class JobStatus:
     state: str  # waiting until its first step, then running
     position: int  # jobs that go before it
     eta_s: float
-    step: int  # how many its rows have taken, on average
+    step: int  # how many its rows have taken, on average, of spec.num_steps
     spec: SampleSpec
     age_s: float
 
@@ -169,23 +213,31 @@ class Limits:
     max_streams: int = 2048
     max_streams_per_address: int = 64
 
+    @property
+    def max_edit_bytes(self) -> int:
+        """Of a body with an image and a mask in base64, which is four bytes for three."""
+        return self.max_body_bytes + 2 * 4 * (self.max_image_bytes // 3 + 1)
+
 
 def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
     """Count what a spec costs."""
+    start = spec.start
     if spec.guidance == 1.0:
-        return Work(spec.n, spec.steps, range(0))
+        return Work(spec.n, spec.steps, range(0), start)
     if spec.guidance_interval is None:
-        return Work(spec.n, spec.steps, range(spec.steps))
+        return Work(spec.n, spec.steps, range(start, spec.steps), start)
     low, high = spec.guidance_interval
-    guided = [step for step, t in enumerate(timesteps_of(spec, model)) if low <= t <= high]  # neighbours: t falls
-    return Work(spec.n, spec.steps, range(guided[0], guided[-1] + 1) if guided else range(0))
+    timesteps = timesteps_of(spec, model)
+    guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # neighbours: t falls
+    return Work(spec.n, spec.steps, range(guided[0], guided[-1] + 1) if guided else range(0), start)
 
 
 def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
-    """The timesteps that its steps start from, falling."""
-    return make_timesteps(
+    """The timesteps that its steps start from, those that are taken, falling."""
+    timesteps = make_timesteps(
         spec.sampler, spec.timestep_spacing, spec.steps, model.num_timesteps, model.steps_offset, model.log_sigmas
     )
+    return timesteps[spec.start :]
 
 
 def trial_spec(

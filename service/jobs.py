@@ -25,7 +25,7 @@ from service.errors import (
     StorageFailed,
     short,
 )
-from service.job import Images, JobStatus, Limits, ModelInfo, SampleSpec, Ticket
+from service.job import Images, Inputs, JobStatus, Limits, ModelInfo, SampleSpec, Ticket
 from service.mailbox import Mailbox
 from service.metrics import Metrics
 from service.preview import Watch
@@ -124,7 +124,9 @@ class Jobs:
 
     # --- what clients ask for ---
 
-    async def create(self, spec: SampleSpec, deadline_s: float | None, key: Key | None) -> tuple[JobView, bool]:
+    async def create(
+        self, spec: SampleSpec, deadline_s: float | None, key: Key | None, inputs: Inputs | None = None
+    ) -> tuple[JobView, bool]:
         """Accept a durable job, and say whether it was asked for with this key before; then it is that one.
 
         Raises KeyReused, StorageFailed, and what Worker.submit does.
@@ -134,10 +136,10 @@ class Jobs:
         created_us = now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
         record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us)
-        ticket = self._worker.submit(record.id, spec, deadline_s, durable=True)
+        ticket = self._worker.submit(record.id, spec, deadline_s, inputs=inputs, durable=True)
         kept = None
         try:
-            kept = await self._thread.call(self._store.add, record, key)
+            kept = await self._thread.call(self._store.add, record, key, inputs)
         finally:
             if kept is None:
                 self._worker.cancel(record.id, "not_kept")
@@ -275,6 +277,7 @@ class Jobs:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
         record = live.record
         snapshot = await self._thread.call(self._store.snapshot, record.id, self._model.fingerprint)
+        inputs = await self._thread.call(self._store.inputs, record.id) if record.spec.image_sha256 else None
         while True:
             if live.cancelled:
                 raise JobCancelled("it was deleted")
@@ -284,14 +287,18 @@ class Jobs:
                     "deadline_s passed while the server was down", field="deadline_s", value=deadline_s
                 )
             try:
-                ticket = self._worker.submit(record.id, record.spec, deadline_s, durable=True, snapshot=snapshot)
+                ticket = self._worker.submit(
+                    record.id, record.spec, deadline_s, inputs=inputs, durable=True, snapshot=snapshot
+                )
             except NotReady:
                 await self._pause(READY_S)
             except Overloaded as refusal:
                 await self._pause(int(refusal.headers["Retry-After"]))
             else:
                 break
-        log.info("job %s goes on from step %d", record.id, min(snapshot.steps) if snapshot is not None else 0)
+        log.info(
+            "job %s goes on from step %d", record.id, min(snapshot.steps) if snapshot is not None else record.spec.start
+        )
         live.submitted = True
         for watch, _ in live.viewers:
             self._worker.watch(record.id, watch)
@@ -335,7 +342,7 @@ class Jobs:
         if status is not None:
             return JobView(live.record, status.state, True, status.step, status.position, status.eta_s)
         if live.submitted:  # it has just ended, and that is being kept
-            return JobView(live.record, "running", True, live.record.spec.steps, 0, 0.0)
+            return JobView(live.record, "running", True, live.record.spec.num_steps, 0, 0.0)
         return JobView(live.record, "waiting", True, 0)
 
 
@@ -345,7 +352,7 @@ def _ending(record: JobRecord, outcome: Outcome, **fields: object) -> JobRecord:
 
 def _ended_view(record: JobRecord) -> JobView:
     # One that the store has as unfinished and nobody else knows has just been accepted.
-    return JobView(record, record.outcome or "waiting", True, record.spec.steps if record.outcome == "done" else 0)
+    return JobView(record, record.outcome or "waiting", True, record.spec.num_steps if record.outcome == "done" else 0)
 
 
 def _passing_view(status: JobStatus) -> JobView:

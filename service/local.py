@@ -2,18 +2,24 @@
 
 from collections.abc import Callable
 
-from service.job import Images, SampleSpec, work_of
+from service.job import Images, Inputs, SampleSpec, work_of
 from service.row_engine import RowEngine
 from service.scheduler import Scheduler, Sharing
 
 
-def sample_locally(engine: RowEngine, spec: SampleSpec, max_batch: int, on_rows: Callable[[int], object]) -> Images:
+def sample_locally(
+    engine: RowEngine,
+    spec: SampleSpec,
+    max_batch: int,
+    on_rows: Callable[[int], object],
+    inputs: Inputs | None = None,
+) -> Images:
     """Run one job to its end; on_rows gets the number of rows after each tick.
 
     Raises ValueError as Engine.add does, and NotFinite.
     """
     scheduler = Scheduler(Sharing.of(max_batch))
-    rows = engine.add(spec)
+    rows = engine.add(spec, inputs=inputs)
     scheduler.add("local", rows, work_of(spec, engine.info))
     while (batch := scheduler.next_batch()) is not None:
         engine.step(batch)

@@ -158,7 +158,7 @@ class _Viewer:
         spec, preview = self._live.record.spec, self._preview
         standing = {
             "step": frame.step,
-            "steps": spec.steps,
+            "steps": spec.num_steps,
             "t": self._timesteps[frame.step],
             "eta_s": round(await self._countdown.left_s(), 3),
         }

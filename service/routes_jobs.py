@@ -11,18 +11,19 @@ from fastapi.responses import JSONResponse
 from service.conditional import matches
 from service.encoder import MEDIA_TYPES, Encoder, etag
 from service.errors import InvalidField
-from service.intake import idempotency_key, read_request
+from service.intake import REQUEST_BODY, idempotency_key, read_request, to_job
 from service.job import Limits, ModelInfo
 from service.jobs import STATES, Jobs, JobView
 from service.negotiation import negotiate
 from service.schemas import SampleRequest, parameters_of
 from service.store import Place, now_us
+from service.uploads import Decoder
 
 MAX_PAGE, DEFAULT_PAGE = 200, 50
 CURSOR = re.compile(r"(\d{1,18})-([0-9a-f]{32})")
 
 
-def job_routes(jobs: Jobs, encoder: Encoder, model: ModelInfo, limits: Limits) -> APIRouter:
+def job_routes(jobs: Jobs, decoder: Decoder, encoder: Encoder, model: ModelInfo, limits: Limits) -> APIRouter:
     """Make the routes."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -32,7 +33,7 @@ def job_routes(jobs: Jobs, encoder: Encoder, model: ModelInfo, limits: Limits) -
         status_code=202,
         response_class=JSONResponse,
         openapi_extra={
-            "requestBody": {"content": {"application/json": {"schema": SampleRequest.model_json_schema()}}},
+            "requestBody": REQUEST_BODY,
             "parameters": [
                 {
                     "name": "Idempotency-Key",
@@ -44,7 +45,7 @@ def job_routes(jobs: Jobs, encoder: Encoder, model: ModelInfo, limits: Limits) -
         },
     )
     async def post_job(request: Request) -> Response:
-        return await accept(request, await read_request(request, model, limits), jobs, model, limits)
+        return await accept(request, await read_request(request, model, limits), jobs, decoder, model, limits)
 
     @router.get("", summary="All jobs, the newest first; those that are not durable while they wait or run")
     async def list_jobs(
@@ -97,10 +98,13 @@ def job_routes(jobs: Jobs, encoder: Encoder, model: ModelInfo, limits: Limits) -
     return router
 
 
-async def accept(request: Request, asked: SampleRequest, jobs: Jobs, model: ModelInfo, limits: Limits) -> Response:
+async def accept(
+    request: Request, asked: SampleRequest, jobs: Jobs, decoder: Decoder, model: ModelInfo, limits: Limits
+) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
     key = idempotency_key(request, asked)
-    view, again = await jobs.create(asked.to_spec(model, limits), asked.deadline_s, key)
+    spec, inputs = await to_job(asked, model, limits, decoder)
+    view, again = await jobs.create(spec, asked.deadline_s, key, inputs)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,
@@ -121,7 +125,7 @@ def document(view: JobView) -> dict[str, Any]:
         "state": view.state,
         "durable": view.durable,
         "step": view.step,
-        "steps": record.spec.steps,
+        "steps": record.spec.num_steps,
         "n": record.spec.n,
         "sampler": record.spec.sampler,
         "seed": record.spec.seed,

@@ -10,20 +10,21 @@ from fastapi import APIRouter, Request, Response
 from service.conditional import matches
 from service.encoder import MEDIA_TYPES, Encoder, etag
 from service.errors import JobCancelled
-from service.intake import prefers_async, read_request
+from service.intake import QUERY_PARAMETERS, REQUEST_BODY, prefers_async, read_request, to_job
 from service.job import JobResult, Limits, ModelInfo
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.negotiation import negotiate
 from service.result_cache import ResultCache
 from service.routes_jobs import accept
-from service.schemas import SampleRequest
+from service.uploads import Decoder
 from service.worker import Worker
 
 
 def sample_routes(
     worker: Worker,
     jobs: Jobs,
+    decoder: Decoder,
     encoder: Encoder,
     cache: ResultCache,
     metrics: Metrics,
@@ -37,10 +38,10 @@ def sample_routes(
         media_type = negotiate(", ".join(request.headers.getlist("accept")), MEDIA_TYPES)
         asked = await read_request(request, model, limits)
         if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
-            answer = await accept(request, asked, jobs, model, limits)
+            answer = await accept(request, asked, jobs, decoder, model, limits)
             answer.headers["Preference-Applied"] = "respond-async"
             return answer
-        spec = asked.to_spec(model, limits)
+        spec, inputs = await to_job(asked, model, limits, decoder)
         headers = {"X-Seed": str(spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
 
         # With a given seed the answer is a function of the spec: it has a name before it is made.
@@ -57,7 +58,7 @@ def sample_routes(
                 return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=media_type)
 
         job_id = uuid.uuid4().hex
-        ticket = worker.submit(job_id, spec, asked.deadline_s)
+        ticket = worker.submit(job_id, spec, asked.deadline_s, inputs=inputs)
         result = await _finished_or_gone(request, worker, job_id, ticket.future)
         started = asyncio.get_running_loop().time()
         content = await encoder.encode(media_type, spec, result.read)
@@ -74,13 +75,9 @@ def sample_routes(
         }
         return Response(content, headers=headers, media_type=media_type)
 
-    fields = SampleRequest.model_json_schema()["properties"]
     openapi: dict[str, Any] = {
-        "parameters": [
-            {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
-            for name, schema in fields.items()
-        ],
-        "requestBody": {"content": {"application/json": {"schema": SampleRequest.model_json_schema()}}},
+        "parameters": QUERY_PARAMETERS,
+        "requestBody": REQUEST_BODY,
         "responses": {
             "200": {"description": "The images", "content": {media_type: {} for media_type in MEDIA_TYPES}},
             "202": {"description": "With Prefer: respond-async: a durable job; Location says where"},

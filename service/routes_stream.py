@@ -13,8 +13,9 @@ from starlette.websockets import WebSocketDisconnect
 
 from service import parameters
 from service.encoder import PNG, Encoder
-from service.errors import ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
+from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
 from service.eta import Countdown
+from service.intake import to_job
 from service.job import JobResult, Limits, ModelInfo, SampleSpec, Ticket, timesteps_of
 from service.mailbox import Mailbox
 from service.metrics import Metrics
@@ -23,6 +24,7 @@ from service.preview_schemas import PreviewRequest
 from service.problems import render
 from service.schemas import SampleRequest
 from service.streams import Streams
+from service.uploads import Decoder
 from service.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ NORMAL = 1000
 
 def stream_routes(
     worker: Worker,
+    decoder: Decoder,
     encoder: Encoder,
     streams: Streams,
     metrics: Metrics,
@@ -54,7 +57,7 @@ def stream_routes(
             _check_origin(ws, allowed_origins)
             with streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
-                await _Stream(ws, worker, encoder, streams, metrics, model, limits).serve()
+                await _Stream(ws, worker, decoder, encoder, streams, metrics, model, limits).serve()
         except ServiceError as refusal:  # before it was accepted
             metrics.rejected(refusal.code)
             await ws.send_denial_response(render(refusal))
@@ -81,13 +84,15 @@ class _Stream:
         self,
         ws: WebSocket,
         worker: Worker,
+        decoder: Decoder,
         encoder: Encoder,
         streams: Streams,
         metrics: Metrics,
         model: ModelInfo,
         limits: Limits,
     ) -> None:
-        self._ws, self._worker, self._encoder, self._streams = ws, worker, encoder, streams
+        self._ws, self._worker, self._streams = ws, worker, streams
+        self._decoder, self._encoder = decoder, encoder
         self._metrics, self._model, self._limits = metrics, model, limits
 
     async def serve(self) -> None:
@@ -136,7 +141,9 @@ class _Stream:
             what = "an empty" if text is not None else "a binary"
             raise MalformedMessage(f"a JSON object in a text message is expected, got {what} one")
         try:
-            return parameters.from_body(text.encode())
+            return parameters.from_body(text.encode(), self._limits.max_body_bytes)
+        except BodyTooLarge:
+            raise
         except ServiceError as error:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
@@ -144,11 +151,11 @@ class _Stream:
         """Run one job and say whether another may follow."""
         preview, rest = PreviewRequest.split(message)
         asked = SampleRequest.parse(rest, self._model, self._limits)
-        spec = asked.to_spec(self._model, self._limits)
+        spec, inputs = await to_job(asked, self._model, self._limits, self._decoder)
         job_id = uuid.uuid4().hex
         mailbox = Mailbox(asyncio.get_running_loop(), self._metrics.frame_dropped)
         watch = Watch(preview.pace, preview.shows, mailbox.put)
-        ticket = self._worker.submit(job_id, spec, asked.deadline_s, watch)
+        ticket = self._worker.submit(job_id, spec, asked.deadline_s, watch, inputs=inputs)
         done = asyncio.ensure_future(asyncio.wrap_future(ticket.future))
         done.add_done_callback(_retrieve)
         tasks = [asyncio.ensure_future(self._listen())]
@@ -258,7 +265,14 @@ def _retrieve(done: "asyncio.Future[JobResult]") -> None:
 
 
 def _frame_message(frame: Frame, spec: SampleSpec, t: int, show: str, eta_s: float) -> dict[str, Any]:
-    return {"type": "frame", "step": frame.step, "steps": spec.steps, "t": t, "show": show, "eta_s": round(eta_s, 3)}
+    return {
+        "type": "frame",
+        "step": frame.step,
+        "steps": spec.num_steps,
+        "t": t,
+        "show": show,
+        "eta_s": round(eta_s, 3),
+    }
 
 
 def _error_message(error: ServiceError) -> dict[str, Any]:

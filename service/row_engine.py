@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from service.job import Batch, Floats, Images, ModelInfo, SampleSpec, Snapshot
+from service.job import Batch, Floats, Images, Inputs, ModelInfo, SampleSpec, Snapshot
 from service.preview import Show
 
 
@@ -12,8 +12,11 @@ class RowEngine(Protocol):
 
     info: ModelInfo
 
-    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None) -> tuple[int, ...]:
-        """Give a job's rows slots and x_T, or what the snapshot has. Raises ValueError for what the model cannot do."""
+    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
+        """Give a job's rows slots and x_T, or x_t of its image, or what the snapshot has.
+
+        Raises ValueError for what the model cannot do.
+        """
 
     def step(self, batch: Batch) -> None:
         """Run one tick."""
@@ -31,7 +34,7 @@ class RowEngine(Protocol):
         """Read rows that are under way as pictures; the function returned may wait."""
 
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
-        """Read all that one job's rows, which have taken these steps, need to go on; the function returned may wait."""
+        """Read all that one job's rows, which take these steps next, need to go on; the function returned may wait."""
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
         """Make x_t of images by the forward process; the function returned may wait."""

@@ -158,9 +158,9 @@ class Scheduler:
     def add(self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None) -> None:
         """Take on a job of these rows; they may step from the next tick on.
 
-        steps: how many each row has taken, of a job that goes on where it was; one of them at least has some left.
+        steps: the next one of each row, of a job that goes on where it was; one of them at least has some left.
         """
-        steps = (0,) * work.rows if steps is None else steps
+        steps = (work.start,) * work.rows if steps is None else steps
         assert job_id not in self._jobs
         assert len(rows) == len(steps) == work.rows > 0
         assert min(steps) < work.steps
@@ -238,7 +238,7 @@ class Scheduler:
         return Advance(tuple(started), tuple(finished))
 
     def steps(self, job_id: str) -> tuple[int, ...]:
-        """How many steps each row of a job has taken."""
+        """The step that each row of a job takes next."""
         job = self._jobs[job_id]
         steps = [job.work.steps] * job.work.rows
         for step, index in (*job.singles, *job.doubles):

@@ -1,20 +1,32 @@
 """What clients send and get, as pydantic models. Pydantic stays here: `to_spec` is the one crossing."""
 
+import re
 import secrets
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 from model.timesteps import SPACINGS
-from service.errors import InvalidField, UnknownField, short
-from service.job import Limits, ModelInfo, SampleSpec
+from service.data_url import image_bytes
+from service.errors import BodyTooLarge, InvalidField, UnknownField, short
+from service.job import Inputs, Limits, ModelInfo, SampleSpec
 
 MAX_SEED = 2**64 - 1
 MAX_INDEX = 2**32 - 1
 MAX_GUIDANCE = 50.0
 MAX_DEADLINE_S = 86_400.0
 MAX_NAMES_SHOWN = 20
+SHA256 = re.compile(r"[0-9a-f]{64}")
 SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
 
 
@@ -24,8 +36,13 @@ def _no_bool(value: object) -> object:
     return value
 
 
+def _image_bytes(value: object, info: ValidationInfo) -> bytes:
+    return image_bytes(value, info.field_name or "")
+
+
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool)]
+Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type": "string", "format": "byte"})]
 
 
 class SampleRequest(BaseModel):
@@ -55,6 +72,19 @@ class SampleRequest(BaseModel):
     deadline_s: Float | None = Field(
         None, description="seconds from now: refused at once if it cannot be met, given up when it passes"
     )
+    strength: Float | None = Field(
+        None, description="with an image: how much of the way from noise is run again from it, above 0, at most 1"
+    )
+    image: Picture | None = Field(
+        None, description="what to start from, as strength says, or to keep where the mask is black: PNG, JPEG or WebP"
+    )
+    mask: Picture | None = Field(
+        None, description="an image that is white where the other is to be made new, and black where it is to be kept"
+    )
+    image_sha256: str | None = Field(
+        None, description="that the image must have, of its pixels once they are of the model's size; default: any"
+    )
+    mask_sha256: str | None = Field(None, description="that the mask must have; default: any")
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
@@ -91,6 +121,7 @@ class SampleRequest(BaseModel):
         spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
         require(spacing in SPACINGS, "timestep_spacing", spacing)
         require(self.deadline_s is None or 0 < self.deadline_s <= MAX_DEADLINE_S, "deadline_s", self.deadline_s)
+        self._check_edit(bounds, limits.max_image_bytes)
         labels = self._class_labels(model, bounds["class_label"])
         if self.guidance != 1.0:
             self._check_guidance(model, labels)
@@ -106,7 +137,39 @@ class SampleRequest(BaseModel):
             guidance_interval=self._guidance_interval(bounds["guidance_interval"], model.num_timesteps),
             timestep_spacing=spacing,
             clip=model.clip if self.clip is None else self.clip,
+            strength=self.strength,
         )
+
+    def with_inputs(self, spec: SampleSpec, inputs: Inputs | None) -> SampleSpec:
+        """The spec with what it starts from. Raises InvalidField where that is not what it was to be."""
+        if inputs is None:
+            return spec
+        for name, wanted, got in (
+            ("image_sha256", self.image_sha256, inputs.image_sha256),
+            ("mask_sha256", self.mask_sha256, inputs.mask_sha256),
+        ):
+            if wanted not in (None, got):
+                raise InvalidField.of(name, f"that of the pixels sent, {got}", wanted)
+        return replace(spec, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
+
+    def _check_edit(self, bounds: Mapping[str, str], max_image_bytes: int) -> None:
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise InvalidField.of("strength", bounds["strength"], self.strength)
+        for name, digest in (("image_sha256", self.image_sha256), ("mask_sha256", self.mask_sha256)):
+            if digest is not None and not SHA256.fullmatch(digest):
+                raise InvalidField.of(name, bounds[name], digest)
+        needs_image = [name for name in ("strength", "mask", "image_sha256", "mask_sha256") if getattr(self, name)]
+        if self.image is None and needs_image:
+            raise InvalidField.of("image", f"given where {needs_image[0]} is", None)
+        if self.mask is None and self.mask_sha256 is not None:
+            raise InvalidField.of("mask", "given where mask_sha256 is", None)
+        if self.image is not None and self.mask is None and self.strength is None:
+            raise InvalidField.of(
+                "strength", "given with an image, or else a mask: it says how much is to change", None
+            )
+        for name, data in (("image", self.image), ("mask", self.mask)):
+            if data is not None and len(data) > max_image_bytes:
+                raise BodyTooLarge(len(data), max_image_bytes, name)
 
     def _class_labels(self, model: ModelInfo, bound: str) -> tuple[int | None, ...] | None:
         given = self.class_label
@@ -167,6 +230,11 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "timestep_spacing": f"one of {', '.join(SPACINGS)}",
         "clip": "true or false",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
+        "strength": "a number above 0, at most 1",
+        "image": "an image in base64, or a data: URL of one",
+        "mask": "an image in base64, or a data: URL of one",
+        "image_sha256": "64 hexadecimal digits, in small letters",
+        "mask_sha256": "64 hexadecimal digits, in small letters",
     }
 
 
@@ -190,7 +258,7 @@ def _class_number(label: int | str | None, names: tuple[str, ...], bound: str) -
 
 
 def parameters_of(spec: SampleSpec) -> dict[str, Any]:
-    """The parameters that make this spec again; the way back from `to_spec`."""
+    """The parameters that make this spec again, but for the pixels; the way back from `to_spec`."""
     labels = list(spec.class_labels) if spec.class_labels is not None else None
     parameters = {
         "n": spec.n,
@@ -204,5 +272,8 @@ def parameters_of(spec: SampleSpec) -> dict[str, Any]:
         "guidance_interval": list(spec.guidance_interval) if spec.guidance_interval is not None else None,
         "timestep_spacing": spec.timestep_spacing,
         "clip": spec.clip,
+        "strength": spec.strength,
+        "image_sha256": spec.image_sha256,
+        "mask_sha256": spec.mask_sha256,
     }
     return {name: value for name, value in parameters.items() if value is not None}

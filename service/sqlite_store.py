@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
 from service.errors import StorageFailed
-from service.job import Images, SampleSpec, Snapshot
+from service.job import Images, Inputs, SampleSpec, Snapshot
 from service.store import JobRecord, Key, Outcome, Place
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,12 @@ snapshots = sa.Table(
 )
 images_of = sa.Table(
     "images",
+    metadata,
+    sa.Column("job_id", sa.Text, primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+inputs_of = sa.Table(
+    "inputs",
     metadata,
     sa.Column("job_id", sa.Text, primary_key=True),
     sa.Column("data", sa.LargeBinary, nullable=False),
@@ -128,15 +134,18 @@ class SqliteStore:
 
     # --- JobStore ---
 
-    def add(self, job: JobRecord, key: Key | None = None) -> JobRecord | None:
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> JobRecord | None:
         """See JobStore."""
-        values = asdict(job) | {"bytes": RECORD_BYTES}
+        data = _pack_inputs(inputs) if inputs is not None else None
+        values = asdict(job) | {"spec": job.spec.to_json(), "bytes": RECORD_BYTES + len(data or b"")}
         if key is not None:
             values |= {"key": key.name, "request_hash": key.request_hash}
         with self._transaction() as run:
             if key is not None and run(sa.select(jobs.c.id).where(jobs.c.key == key.name)).first():
                 return None
             run(sa.insert(jobs).values(**values))
+            if data is not None:
+                run(sa.insert(inputs_of).values(job_id=job.id, data=data))
         return job
 
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
@@ -183,6 +192,12 @@ class SqliteStore:
             data = run(query).scalar_one_or_none()
         return _unpack_snapshot(data) if data is not None else None
 
+    def inputs(self, job_id: str) -> Inputs | None:
+        """See JobStore."""
+        with self._transaction() as run:
+            data = run(sa.select(inputs_of.c.data).where(inputs_of.c.job_id == job_id)).scalar_one_or_none()
+        return _unpack_inputs(data) if data is not None else None
+
     def crashed(self, job_id: str) -> None:
         """See JobStore."""
         with self._transaction() as run:
@@ -196,6 +211,7 @@ class SqliteStore:
         with self._transaction() as run:
             run(sa.update(jobs).where(jobs.c.id == job.id).values(**ending))
             run(sa.delete(snapshots).where(snapshots.c.job_id == job.id))
+            run(sa.delete(inputs_of).where(inputs_of.c.job_id == job.id))
             if data is not None:
                 run(sa.insert(images_of).values(job_id=job.id, data=data))
 
@@ -227,8 +243,8 @@ class SqliteStore:
         return count
 
     def _delete(self, run: Callable[..., Any], job_ids: Sequence[str]) -> int:
-        for table, column in ((snapshots, snapshots.c.job_id), (images_of, images_of.c.job_id)):
-            run(sa.delete(table).where(column.in_(job_ids)))
+        for table in (snapshots, inputs_of, images_of):
+            run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
         count: int = run(sa.delete(jobs).where(jobs.c.id.in_(job_ids))).rowcount
         return count
 
@@ -336,6 +352,16 @@ def _pack_snapshot(snapshot: Snapshot) -> bytes:
 def _unpack_snapshot(data: bytes) -> Snapshot:
     arrays = safetensors.numpy.load(data)
     return Snapshot(tuple(map(int, arrays["steps"])), arrays["x"], arrays["x0_previous"])
+
+
+def _pack_inputs(inputs: Inputs) -> bytes:
+    arrays = {"image": inputs.image} | ({"mask": inputs.mask} if inputs.mask is not None else {})
+    return zlib.compress(safetensors.numpy.save({name: np.ascontiguousarray(each) for name, each in arrays.items()}), 1)
+
+
+def _unpack_inputs(data: bytes) -> Inputs:
+    arrays = safetensors.numpy.load(zlib.decompress(data))
+    return Inputs(arrays["image"], arrays.get("mask"))
 
 
 def _pack_images(images: Images) -> bytes:

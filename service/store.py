@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from service.job import Images, SampleSpec, Snapshot
+from service.job import Images, Inputs, SampleSpec, Snapshot
 
 Outcome = Literal["done", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")
@@ -51,7 +51,7 @@ class JobStore(Protocol):
     Every call raises StorageFailed where the store cannot do it, and has then changed nothing.
     """
 
-    def add(self, job: JobRecord, key: Key | None = None) -> JobRecord | None:
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> JobRecord | None:
         """Keep a new job. Where the key is taken nothing is kept; None is returned, and `find` says by whom."""
 
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
@@ -72,11 +72,14 @@ class JobStore(Protocol):
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
         """A job's last snapshot, if it was taken by the same build."""
 
+    def inputs(self, job_id: str) -> Inputs | None:
+        """What an edit that is still to be done was added with."""
+
     def crashed(self, job_id: str) -> None:
         """Count a crash of the worker on a job."""
 
     def finish(self, job: JobRecord, images: Images | None = None) -> None:
-        """Keep how a job ended, its images with it, in place of its snapshot."""
+        """Keep how a job ended, its images with it, in place of its snapshot and inputs."""
 
     def images(self, job_id: str) -> Images | None:
         """The images of a job that is done."""

@@ -5,14 +5,16 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from service.errors import InvalidImage
 from service.image_header import ImageHeader, read_header
-from service.job import Images, ModelInfo
+from service.job import Images, Inputs, ModelInfo
 
 MAX_PIXELS = 4096 * 4096
 WANTED = "a PNG, JPEG or WebP image"
+WHITE = 128  # a mask's grey from which on a pixel is made new
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,6 +38,12 @@ class Decoder:
         """`decode_image` off the event loop. Raises InvalidImage."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, decode_image, data, self._model, field)
 
+    async def inputs(self, image: bytes | None, mask: bytes | None) -> Inputs | None:
+        """`decode_inputs` off the event loop. Raises InvalidImage."""
+        if image is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._pool, decode_inputs, image, mask, self._model)
+
     def close(self) -> None:
         """Let what is being decoded finish, and end the thread."""
         self._pool.shutdown(cancel_futures=True)
@@ -55,6 +63,24 @@ def decode_image(data: bytes, model: ModelInfo, field: str = "image") -> Images:
         # Lanczos, as the pictures of a training folder are fitted (model/data.py): x_0 looks as the model knows images.
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     return np.array(image).reshape(model.height_px, model.width_px, model.channels)
+
+
+def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
+    """Decode a mask into bool [H, W] of the model's size: true where it is white. Raises InvalidImage.
+
+    It is fitted as an image is, but by the mean of what a pixel covers: one is new that is white by half or more.
+    """
+    image = _opaque(_upright(_load(data, field)))
+    image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("L")
+    size = model.width_px, model.height_px
+    if image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.BOX)
+    return np.asarray(image) >= WHITE
+
+
+def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo) -> Inputs:
+    """Decode what an edit starts from. Raises InvalidImage."""
+    return Inputs(decode_image(image, model), decode_mask(mask, model) if mask is not None else None)
 
 
 def _load(data: bytes, field: str) -> Image.Image:

@@ -27,6 +27,7 @@ from service.errors import (
 from service.forecast import Outlook
 from service.job import (
     Batch,
+    Inputs,
     JobResult,
     JobStatus,
     SampleSpec,
@@ -61,16 +62,17 @@ class _Job:
     rows: tuple[int, ...] = ()
     started_s: float | None = None
     first_step_s: float = 0.0
-    steps_taken: int = 0  # of all its rows
+    steps_taken: int = 0  # of all its rows, those before spec.start among them
     watches: list[Watch] = field(default_factory=list)  # who looks on
     durable: bool = False  # snapshots are kept of it
+    inputs: Inputs | None = None  # until the engine has them
     snapshot: Snapshot | None = None  # where it goes on from
     steps_kept: int = 0  # of all its rows, when the last snapshot was taken
 
     @property
     def step(self) -> int:
         """How many steps its rows have taken; the scheduler keeps them level, but for a few where guidance begins."""
-        return self.steps_taken // self.spec.n
+        return self.steps_taken // self.spec.n - self.spec.start
 
 
 class Worker:
@@ -136,22 +138,24 @@ class Worker:
         deadline_s: float | None = None,
         watch: Watch | None = None,
         *,
+        inputs: Inputs | None = None,
         durable: bool = False,
         snapshot: Snapshot | None = None,
     ) -> Ticket:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, Overloaded, …
 
         deadline_s counts from now: one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
-        watch is shown the job as it goes. Of a durable job snapshots are kept; one that has a snapshot goes on from it.
+        watch is shown the job as it goes; inputs are what its spec has the hashes of. Of a durable job snapshots are
+        kept; one that has a snapshot goes on from it.
         """
         self._check_open()
         work, now_s = work_of(spec, self._engine.info), self._clock()
-        steps = snapshot.steps if snapshot is not None else (0,) * spec.n
+        steps = snapshot.steps if snapshot is not None else (spec.start,) * spec.n
         # Outside the gate: this may take milliseconds, and the worker passes the gate with every job that ends.
         entry = self._admission.enter(
             job_id, work, now_s=now_s, deadline_s=deadline_s, places_left=sum(map(work.places_left, steps))
         )
-        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, durable=durable, snapshot=snapshot)
+        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, durable=durable, inputs=inputs, snapshot=snapshot)
         job.steps_taken = job.steps_kept = sum(steps)
         if watch is not None:
             job.watches.append(watch)
@@ -312,7 +316,7 @@ class Worker:
             self._forget(job)
             return
         try:
-            job.rows = self._engine.add(job.spec, job.snapshot)
+            job.rows = self._engine.add(job.spec, job.snapshot, job.inputs)
         except ValueError as error:
             self._forget(job)
             job.future.set_exception(InvalidField(str(error), field="sampler", value=job.spec.sampler))
@@ -323,7 +327,7 @@ class Worker:
             job.future.set_exception(EngineFailed(f"this job could not be started: {type(error).__name__}"))
             return
         self._scheduler.add(job.id, job.rows, job.work, job.snapshot.steps if job.snapshot is not None else None)
-        job.snapshot = None
+        job.snapshot = job.inputs = None
         if job.deadline_s is not None:
             if len(self._deadlines) > 2 * len(self._jobs):  # most are of jobs that are done
                 self._deadlines = [entry for entry in self._deadlines if self._jobs.get(entry[1]) is entry[2]]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from service.errors import NotFinite
-from service.job import Batch, Floats, Images, Limits, ModelInfo, SampleSpec, Snapshot
+from service.job import Batch, Floats, Images, Inputs, Limits, ModelInfo, SampleSpec, Snapshot
 from service.preview import Show
 
 PATIENCE_S = 10.0
@@ -110,13 +110,14 @@ class FakeEngine:
         self.on_remove: Callable[[Sequence[int]], None] = lambda rows: None
         self._free = list(range(slots))
 
-    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None) -> tuple[int, ...]:
+    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         self.on_add(spec)
+        assert (inputs and inputs.image_sha256, inputs and inputs.mask_sha256) == (spec.image_sha256, spec.mask_sha256)
         assert len(self._free) >= spec.n, "out of slots"
         rows = tuple(self._free.pop(0) for _ in range(spec.n))
         self.jobs[rows[0]] = (spec, rows)
         if snapshot is None:
-            self.steps_done |= dict.fromkeys(rows, 0)
+            self.steps_done |= dict.fromkeys(rows, spec.start)
         else:
             self.steps_done |= dict(zip(rows, snapshot.steps, strict=True))
         return rows

@@ -182,7 +182,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
         def run_server(app: str, listener: str, *, max_message_bytes: int, **values: object) -> bool:
             assert (app, listener) == ("the app", "the listener")
-            assert max_message_bytes == served["limits"].max_body_bytes
+            assert max_message_bytes == served["limits"].max_edit_bytes
             served.update(values, ran=True)
             return True
 
