@@ -1,5 +1,6 @@
 """The `tminus` command: serve and sample. The rest is in the other cli_ files; nothing else prints or exits."""
 
+import base64
 import io
 import logging
 import signal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
 MAX_LOCAL_N = 4096
+FILE_TYPE = click.Path(dir_okay=False, path_type=Path)
 CHECKPOINT_TYPE = click.Path(file_okay=False, path_type=Path)
 
 
@@ -137,6 +139,9 @@ def serve(**flags: Any) -> None:
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
+@click.option("--image", type=FILE_TYPE, help="a picture to start from (--strength) or to keep a part of (--mask)")
+@click.option("--mask", type=FILE_TYPE, help="a picture, white where the other is to be made new")
+@click.option("--strength", help="how much of the way from noise is run again from the picture, above 0, at most 1")
 @click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url")
 @click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url")
 @click.option("--watch", type=click.Path(path_type=Path), help="with --url: keep the way there as .webp or .gif")
@@ -152,10 +157,12 @@ def sample(
     watch: Path | None,
     every: int | None,
     show: str,
+    image: Path | None,
+    mask: Path | None,
     **given: Any,
 ) -> None:
     """Sample images to PNG files, offline or from a server."""
-    parameters = {name: value for name, value in given.items() if value not in (None, ())}
+    parameters = {name: value for name, value in given.items() if value not in (None, ())} | pictures(image, mask)
     if interval := parameters.pop("guidance_interval", None):
         parameters["guidance_interval"] = list(interval)
     if labels := parameters.pop("class_label", None):
@@ -181,6 +188,18 @@ def sample(
     except OSError as error:
         fail(f"--out {out}: {error}")
     click.echo(f"{out}: {given['n']} image(s), seed {seed}")
+
+
+def pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
+    """The parameters image and mask, in base64; one clear line and exit code 1 where a file cannot be read."""
+    parameters = {}
+    for name, file in (("image", image), ("mask", mask)):
+        if file is not None:
+            try:
+                parameters[name] = base64.b64encode(file.read_bytes()).decode("ascii")
+            except OSError as error:
+                fail(f"--{name} {file}: {error}")
+    return parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +231,19 @@ def offline(running: Running, parameters: dict[str, Any], sheet: bool) -> tuple[
     from service.job import Limits
     from service.local import sample_locally
     from service.schemas import SampleRequest
+    from service.uploads import decode_inputs
 
     n = parameters["n"]
     loaded = running.engine(n)
     model, batch = loaded.engine.info, loaded.max_batch
     limits = Limits(max_n=n, max_batch=batch, max_rows=n, max_jobs=1, max_backlog_s=float("inf"), max_body_bytes=0)
     try:
-        spec = SampleRequest.parse(parameters, model, limits).to_spec(model, limits)
+        asked = SampleRequest.parse(parameters, model, limits)
+        spec = asked.to_spec(model, limits)
+        inputs = decode_inputs(asked.image, asked.mask, model) if asked.image is not None else None
+        spec = asked.with_inputs(spec, inputs)
         with tqdm(total=spec.n * spec.num_steps, unit="row-step", dynamic_ncols=True) as progress:
-            images = sample_locally(loaded.engine, spec, batch, progress.update)
+            images = sample_locally(loaded.engine, spec, batch, progress.update, inputs)
     except (ValueError, ServiceError) as error:
         fail(str(error))
     if sheet:

@@ -11,11 +11,13 @@ import click
 from service.cli import (
     CHECKPOINT_TYPE,
     DEFAULT_CHECKPOINT,
+    FILE_TYPE,
     MAX_LOCAL_N,
     Running,
     fail,
     main,
     offline,
+    pictures,
     sample_from,
 )
 
@@ -32,7 +34,9 @@ class Recipe:
 
 
 @main.command()
-@click.argument("image", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("png", type=FILE_TYPE)
+@click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
+@click.option("--mask", type=FILE_TYPE, help="of an edit with a mask: that mask")
 @click.option("--url", help="ask this server instead of loading a checkpoint")
 @click.option("--checkpoint", type=CHECKPOINT_TYPE, default=DEFAULT_CHECKPOINT)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -40,30 +44,45 @@ class Recipe:
 @click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="keep the new PNG here")
 def reproduce(
-    image: Path, url: str | None, checkpoint: Path, device: str, executor: str, precision: str, out: Path | None
+    png: Path,
+    image: Path | None,
+    mask: Path | None,
+    url: str | None,
+    checkpoint: Path,
+    device: str,
+    executor: str,
+    precision: str,
+    out: Path | None,
 ) -> None:
-    """Make IMAGE again from what its PNG says, and compare. Exit code 0: the same bytes; 1: not the same."""
+    """Make PNG again from what it says, and compare. Exit code 0: the same bytes; 1: not the same."""
     try:
-        if image.stat().st_size > MAX_FILE_BYTES:
-            fail(f"{image}: larger than {MAX_FILE_BYTES} bytes")
-        original = image.read_bytes()
+        if png.stat().st_size > MAX_FILE_BYTES:
+            fail(f"{png}: larger than {MAX_FILE_BYTES} bytes")
+        original = png.read_bytes()
         recipe = read_recipe(original)
     except (OSError, ValueError) as error:
-        fail(f"{image}: {error}")
+        fail(f"{png}: {error}")
+    for name, file in (("image", image), ("mask", mask)):
+        digest = recipe.parameters.get(f"{name}_sha256")
+        if digest is not None and file is None:
+            fail(f"{png}: it is an edit of another picture; name it by --{name} (sha256 of its pixels {digest})")
+        if digest is None and file is not None:
+            fail(f"{png}: it was made without {'an image' if name == 'image' else 'a mask'}; leave --{name} out")
+    parameters = recipe.parameters | pictures(image, mask)  # whoever makes it compares the hashes
     if url is not None:
-        again = sample_from(url, recipe.parameters, "image/png").data
+        again = sample_from(url, parameters, "image/png").data
     else:
-        again = offline(Running(checkpoint, device, executor, precision), recipe.parameters, sheet=True)[0]["sheet"]
+        again = offline(Running(checkpoint, device, executor, precision), parameters, sheet=True)[0]["sheet"]
     if out is not None:
         out.write_bytes(again)
     if again == original:
-        click.echo(f"{image}: the same {len(original)} bytes")
+        click.echo(f"{png}: the same {len(original)} bytes")
         return
     try:
         found = difference(original, again, recipe)
     except ValueError as error:
         fail(f"{url}: {error}")
-    fail(f"{image}: {found}")
+    fail(f"{png}: {found}")
 
 
 def read_recipe(png: bytes) -> Recipe:

@@ -21,7 +21,9 @@ from service.app import create_app
 from service.engine import Engine
 from service.executors import EagerExecutor
 from service.forms import FORM_BYTES, MAX_FIELD_BYTES, MAX_PARTS
+from service.job import Limits
 from service.scheduler import Sharing
+from service.sqlite_store import SqliteStore
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tests.service.test_app import call, scope_of
@@ -128,7 +130,7 @@ def test_a_colour_model_gives_colour(make_site: MakeSite) -> None:
 @pytest.fixture(scope="module")
 def real(tiny: Checkpoint) -> Iterator[TestClient]:
     engine = Engine(tiny, EagerExecutor(tiny.net, torch.device("cpu")), torch.device("cpu"), max_rows=8, max_jobs=4)
-    app = create_app(engine, replace(LIMITS, max_rows=8), ((1, 1e-6), (8, 1e-6)), Sharing.of(8))
+    app = create_app(engine, replace(LIMITS, max_rows=8), ((1, 1e-6), (8, 1e-6)), Sharing.of(8), SqliteStore(None))
     with TestClient(app) as client:
         wait_until(lambda: app.state.worker.ready)
         yield client
