@@ -68,7 +68,7 @@ def decode_image(data: bytes, model: ModelInfo, field: str = "image") -> Images:
 def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
     """Decode a mask into bool [H, W] of the model's size: true where it is white. Raises InvalidImage.
 
-    It is fitted as an image is, but by the mean of what a pixel covers: one is new that is white by half or more.
+    It is fitted as an image is, but by the mean of what a pixel covers: one is new that is white by more than half.
     """
     image = _opaque(_upright(_load(data, field)))
     image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("L")

@@ -100,6 +100,7 @@ class FakeEngine:
         self.batches: list[Batch] = []  # the ticks that ran
         self.jobs: dict[int, tuple[SampleSpec, tuple[int, ...]]] = {}  # by first row
         self.steps_done: dict[int, int] = {}
+        self.inputs: list[Inputs | None] = []  # of each job that came
         self.nan: set[int] = set()  # rows whose latent is not finite
         self.on_step: Callable[[Batch], None] = lambda batch: None
         self.on_add: Callable[[SampleSpec], None] = lambda spec: None
@@ -112,6 +113,7 @@ class FakeEngine:
 
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         self.on_add(spec)
+        self.inputs.append(inputs)
         assert (inputs and inputs.image_sha256, inputs and inputs.mask_sha256) == (spec.image_sha256, spec.mask_sha256)
         assert len(self._free) >= spec.n, "out of slots"
         rows = tuple(self._free.pop(0) for _ in range(spec.n))

@@ -312,3 +312,24 @@ def test_other_names_of_the_classes_give_another_etag() -> None:
     spec, images = make_spec(class_labels=(2,)), noise(1)
     assert encode(JSON, spec, images) != encode(JSON, spec, images, renamed)
     assert etag(JSON, spec, INFO) != etag(JSON, spec, renamed)
+
+
+def test_a_plain_spec_has_the_name_and_the_recipe_that_it_always_had() -> None:
+    """An upgrade must not change the bytes of an image, nor the ETag that clients know it by."""
+    spec = make_spec(n=2, guidance=2.0, seed=7)
+    assert etag(PNG, spec, INFO) == '"75685beeb28dae895beb799a030e48e1"'
+    fields = (
+        '"n": 1, "steps": 3, "sampler": "ddpm", "eta": 0.0, "seed": 7, "index": 1, "class_labels": [0], '
+        '"guidance": 2.0, "guidance_interval": null, "timestep_spacing": "leading", "clip": true'
+    )
+    weights = f'"weights": "{"ab" * 32}", "fingerprint": "0123456789abcdef"'
+    assert json.dumps(recipe(one_image(spec, 1), INFO)) == f'{{"spec": {{{fields}}}, {weights}}}'
+
+
+def test_the_recipe_of_an_edit_has_its_hashes() -> None:
+    spec = replace(make_spec(), strength=0.5, image_sha256="a" * 64)
+    fields = recipe(spec, INFO)["spec"]
+    assert isinstance(fields, dict)
+    assert (fields["strength"], fields["image_sha256"]) == (0.5, "a" * 64)
+    assert "mask_sha256" not in fields
+    assert etag(PNG, spec, INFO) != etag(PNG, replace(spec, image_sha256="b" * 64), INFO)

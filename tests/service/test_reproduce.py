@@ -357,3 +357,45 @@ def test_all_reasons_are_told() -> None:
     assert "24 of 24 values differ, by 3 of 255" in text
     assert "other weights" in text
     assert "another build (0123456789abcdef, here elsewhere)" in text
+
+
+# --- edits ---
+
+
+@pytest.fixture
+def edited(run: Run, tmp_path: Path) -> Path:
+    """Three fillings of a picture, in a sheet, and beside it what they were made from."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (20, 30), dtype=np.uint8)).save(tmp_path / "cat.png")
+    Image.fromarray(np.repeat(np.arange(8, dtype=np.uint8)[None] * 36, 8, 0)).save(tmp_path / "mask.png")
+    how = ("-n", "3", "--steps", "6", "--seed", "3", "--strength", "0.7", "--class-label", "cat")
+    pictures = ("--image", tmp_path / "cat.png", "--mask", tmp_path / "mask.png")
+    result = run("sample", *how, *pictures, "--out", tmp_path / "edited.png")
+    assert result.exit_code == 0, result.output
+    return tmp_path / "edited.png"
+
+
+def test_an_edit_is_made_again_from_its_pictures(run: Run, edited: Path) -> None:
+    image, mask = edited.with_name("cat.png"), edited.with_name("mask.png")
+    result = run("reproduce", edited, "--image", image, "--mask", mask)
+    assert result.exit_code == 0, result.output
+
+
+def test_an_edit_without_its_pictures_or_with_others_is_one_clear_line(run: Run, edited: Path, drawn: Path) -> None:
+    image, mask = edited.with_name("cat.png"), edited.with_name("mask.png")
+    recipe = read_recipe(edited.read_bytes())
+    one_line(run("reproduce", edited), "--image", recipe.parameters["image_sha256"])
+    one_line(run("reproduce", edited, "--image", image), "--mask")
+    line = one_line(run("reproduce", edited, "--image", mask, "--mask", mask), "image_sha256")
+    assert recipe.parameters["image_sha256"] in line
+    one_line(run("reproduce", edited, "--image", image, "--mask", image), "mask_sha256")
+    one_line(run("reproduce", edited, "--image", "nowhere.png", "--mask", mask), "nowhere.png")
+    one_line(run("reproduce", drawn, "--image", image), "without an image")
+
+
+def test_a_bad_edit_is_one_clear_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("text")
+    out = ("--out", tmp_path / "out.png")
+    one_line(run("sample", "--strength", "0.5", *out), "image must be given where strength is")
+    one_line(run("sample", "--image", tmp_path / "text", "--strength", "0.5", *out), "image must be a PNG")
+    one_line(run("sample", "--image", tmp_path / "no", "--strength", "0.5", *out), "--image")

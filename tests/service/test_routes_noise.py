@@ -351,8 +351,8 @@ def test_a_client_that_goes_away_while_it_sends_leaves_nothing_behind(site: Site
 
 
 def test_bodies_held_at_once_are_bounded_all_together(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)  # so that the bound is that of one body
-    monkeypatch.setattr(Limits, "max_edit_bytes", 0)  # of /noise
+    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)  # so that the bound is that of one image
+    monkeypatch.setattr(Limits, "max_edit_bytes", 100_000)
     site = make_site(max_image_bytes=100_000)
     tag = post(site, t=5, seed=1).headers["etag"]
     worker, asked = site.app.state.worker, []

@@ -1,5 +1,6 @@
 """The store of durable jobs, on real files."""
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import StorageFailed
-from service.job import SampleSpec, Snapshot
+from service.job import Inputs, SampleSpec, Snapshot
 from service.sqlite_store import RECORD_BYTES, VERSION, SqliteStore, open_store
 from service.store import OUTCOMES, JobRecord, Key, Outcome
 from tests.service.fakes import make_spec
@@ -368,3 +369,46 @@ def test_each_checkpoint_has_jobs_of_its_own_in_a_folder_for_nobody_else(tmp_pat
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
     for store in stores:
         store.close()
+
+
+# --- what an edit starts from ---
+
+
+@pytest.mark.parametrize("mask", [None, PIXELS[1, :, :, 0] > 20], ids=["whole", "masked"])
+def test_the_inputs_of_an_edit_are_kept_until_it_ends(file: Path, mask: np.ndarray | None) -> None:
+    inputs = Inputs(PIXELS[0], mask)
+    spec = replace(SPECS[0], strength=0.5, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
+    store = SqliteStore(file)
+    store.add(job("a", spec), Key("k", "h"), inputs)
+    store.add(job("b"))
+    store.close()
+    store = SqliteStore(file)
+    (found, _) = store.unfinished()
+    assert found.spec == spec
+    kept = store.inputs("a")
+    assert kept is not None
+    assert (kept.image_sha256, kept.mask_sha256) == (inputs.image_sha256, inputs.mask_sha256)
+    assert kept.image.dtype == np.uint8
+    assert mask is None or (kept.mask is not None and kept.mask.dtype == bool)
+    assert store.inputs("b") is None
+    store.finish(ended(found), PIXELS)
+    assert store.inputs("a") is None
+    store.close()
+
+
+def test_a_key_that_is_taken_keeps_no_inputs_and_a_job_that_goes_takes_its_own(file: Path) -> None:
+    store, inputs = SqliteStore(file), Inputs(PIXELS[0])
+    store.add(job("a"), Key("k", "h"), inputs)
+    assert store.add(job("b"), Key("k", "h"), inputs) is None
+    assert store.inputs("b") is None
+    assert store.delete("a")
+    assert store.inputs("a") is None
+    store.close()
+
+
+def test_a_plain_spec_is_kept_as_it_always_was(file: Path) -> None:
+    store = SqliteStore(file)
+    store.add(job("a", SPECS[0]))
+    store.close()
+    (spec,) = sqlite3.connect(file).execute("SELECT spec FROM jobs").fetchone()
+    assert not {"strength", "image_sha256", "mask_sha256"} & json.loads(spec).keys()
