@@ -16,7 +16,7 @@ from service.encoder import PNG, Encoder
 from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
 from service.eta import Countdown
 from service.intake import to_job
-from service.job import JobResult, Limits, ModelInfo, SampleSpec, Ticket, timesteps_of
+from service.job import Inputs, JobResult, Limits, ModelInfo, SampleSpec, Ticket, timesteps_of
 from service.mailbox import Mailbox
 from service.metrics import Metrics
 from service.preview import Frame, Watch
@@ -103,7 +103,9 @@ class _Stream:
                 while keep_open:
                     message = await self._next_spec(patience_s)
                     with self._streams.busy():
-                        keep_open = await self._job(message)
+                        asked = await self._understand(message)
+                        del message  # it may have megabytes, and the job an hour
+                        keep_open = await self._job(*asked)
                     patience_s = NEXT_MESSAGE_S
                 await self._close(NORMAL)
             except (WebSocketDisconnect, TimeoutError):
@@ -147,15 +149,23 @@ class _Stream:
         except ServiceError as error:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
-    async def _job(self, message: dict[str, Any]) -> bool:
-        """Run one job and say whether another may follow."""
+    async def _understand(
+        self, message: dict[str, Any]
+    ) -> tuple[PreviewRequest, SampleSpec, Inputs | None, float | None]:
+        """What a message asks for."""
         preview, rest = PreviewRequest.split(message)
         asked = SampleRequest.parse(rest, self._model, self._limits)
         spec, inputs = await to_job(asked, self._model, self._limits, self._decoder)
+        return preview, spec, inputs, asked.deadline_s
+
+    async def _job(
+        self, preview: PreviewRequest, spec: SampleSpec, inputs: Inputs | None, deadline_s: float | None
+    ) -> bool:
+        """Run one job and say whether another may follow."""
         job_id = uuid.uuid4().hex
         mailbox = Mailbox(asyncio.get_running_loop(), self._metrics.frame_dropped)
         watch = Watch(preview.pace, preview.shows, mailbox.put)
-        ticket = self._worker.submit(job_id, spec, asked.deadline_s, watch, inputs=inputs)
+        ticket = self._worker.submit(job_id, spec, deadline_s, watch, inputs=inputs)
         done = asyncio.ensure_future(asyncio.wrap_future(ticket.future))
         done.add_done_callback(_retrieve)
         tasks = [asyncio.ensure_future(self._listen())]

@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from service.stream_protocol import StreamProtocol
+from service.stream_protocol import stream_protocol
 from service.streams import Streams
 from service.worker import Worker
 
@@ -97,7 +97,7 @@ def serve(
         server_header=False,
         limit_concurrency=max_connections,
         timeout_graceful_shutdown=int(ANSWER_S),
-        ws=StreamProtocol,
+        ws=stream_protocol(),
         ws_max_size=max_message_bytes,
         ws_ping_interval=PING_S,
         ws_ping_timeout=PONG_S,

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 SERVICE = sorted((ROOT / "service").glob("**/*.py"))
 MODEL = sorted((ROOT / "model").glob("**/*.py"))
 WITH_TORCH = {  # style: no tensor leaves them
-    "engine", "known_pixels", "tick_events", "description", "executors", "openvino_executor", "choice", "choice_cache", "loading",
+    "engine", "known_pixels", "tick_events", "description", "executors", "openvino_executor", "choice", "choice_cache",
+    "loading",
 }  # fmt: skip
 PURE_MODEL = {"model", "model.timesteps"}  # what of model/ needs no torch, and may be asked for anywhere
 MAY_RENDER_HTTP = {"problems"}
