@@ -92,9 +92,8 @@ def create_app(
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
-    larger |= dict.fromkeys(
-        ("/sample", "/jobs"), limits.max_edit_bytes
-    )  # without images it is max_body_bytes, by intake
+    # For the images in it; what else is in a body is held to max_body_bytes in intake.py.
+    larger |= dict.fromkeys(("/sample", "/jobs"), limits.max_edit_bytes)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
     app.add_middleware(RequestContext, observe=metrics.requested)
     return app
