@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.noise import NoiseConfig, NoiseSchedule
-from model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, sample, x0_coefficients
+from model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, keep_known, sample, x0_coefficients
 from model.timesteps import SIGMA_MIN, SPACINGS
 from model.unet import UNet2D, UNetConfig
 from tests.tiny import TINY, randomize
@@ -611,3 +611,50 @@ def test_loop_runs_a_guided_net_of_learned_variance() -> None:
         out = torch.cat([2 * out_c[:, :1] - out_u[:, :1], out_c[:, 1:]], dim=1)
         x, x0 = denoise(x, out, x0, z[k], plan.lines[k : k + 1].float().expand(2, -1))
     torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+
+
+# --- plans of the last steps, and what is known ---
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 9])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_plan_that_starts_later_is_the_end_of_the_whole_one_but_for_a_first_step_of_first_order(
+    sampler: str, start: int
+) -> None:
+    noise = NoiseConfig()
+    whole, tail = (compile_plan(noise, noise.schedule(), sampler, 10, start=k) for k in (0, start))
+    assert tail.timesteps.tolist() == whole.timesteps.tolist()[start:]
+    assert torch.equal(tail.known, whole.known[start:])
+    if sampler == "dpmpp_2m":
+        _, _, a, b, c, *_ = tail.lines[0]
+        abar, after = noise.schedule().alpha_bar[tail.timesteps[0]], tail.known[0, 0] ** 2
+        assert c == 0
+        assert torch.isclose(a, ((1 - after) / (1 - abar)).sqrt())  # the first-order step is DDIM's
+        assert torch.isclose(b, after.sqrt() - a * abar.sqrt())
+        assert (tail.lines[1:-1, 4] != 0).all()
+        assert torch.equal(tail.lines[1:], whole.lines[start + 1 :])
+    else:
+        assert torch.equal(tail.lines, whole.lines[start:])
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_known_levels_are_those_of_the_next_timesteps_and_nothing_at_the_end(
+    sampler: str, set_alpha_to_one: bool
+) -> None:
+    noise = NoiseConfig(set_alpha_to_one=set_alpha_to_one)
+    plan = compile_plan(noise, noise.schedule(), sampler, 7)
+    alpha_bar = noise.schedule().alpha_bar[plan.timesteps[1:]]
+    assert torch.equal(plan.known[:-1], torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1))
+    assert plan.known[-1].tolist() == [1, 0]
+
+
+def test_known_pixels_are_put_back_and_new_ones_let_be() -> None:
+    x, x_0, eps = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    new = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    new[0, 0, :2] = True
+    known = torch.tensor([[0.6, 0.8], [1.0, 0.0]])
+    found = keep_known(x, new, x_0, eps, known)
+    assert torch.equal(found[0, :, :2], x[0, :, :2])
+    torch.testing.assert_close(found[0, :, 2:], 0.6 * x_0[0, :, 2:] + 0.8 * eps[0, :, 2:])
+    assert torch.equal(found[1], x_0[1])
