@@ -23,9 +23,7 @@ from service.tick_events import TickEvents
 
 LATENT_BUDGET_BYTES = 512 * 2**20
 MAX_DEFAULT_ROWS = 4096
-FIRST_KNOWN_DRAW = (
-    2**31
-)  # of a row's noise, those from here on are for its known pixels; x_T and z have the first T + 1
+FIRST_KNOWN_DRAW = 2**31  # of a row's noise: from here on for its known pixels; x_T and z have the first T + 1
 NONE = np.zeros(0, np.int64)
 
 

@@ -158,9 +158,9 @@ class SampleRequest(BaseModel):
         for name, digest in (("image_sha256", self.image_sha256), ("mask_sha256", self.mask_sha256)):
             if digest is not None and not SHA256.fullmatch(digest):
                 raise InvalidField.of(name, bounds[name], digest)
-        needs_image = [name for name in ("strength", "mask", "image_sha256", "mask_sha256") if getattr(self, name)]
-        if self.image is None and needs_image:
-            raise InvalidField.of("image", f"given where {needs_image[0]} is", None)
+        for name in ("strength", "mask", "image_sha256", "mask_sha256"):
+            if self.image is None and getattr(self, name) is not None:
+                raise InvalidField.of("image", f"given where {name} is", None)
         if self.mask is None and self.mask_sha256 is not None:
             raise InvalidField.of("mask", "given where mask_sha256 is", None)
         if self.image is not None and self.mask is None and self.strength is None:

@@ -152,6 +152,7 @@ def test_what_is_transparent_in_a_mask_is_kept(site: Site) -> None:
     [
         ({"strength": 0.5}, "image", "given where strength is"),
         ({"mask": b64(MASK)}, "image", "given where mask is"),
+        ({"mask": ""}, "image", "given where mask is"),
         ({"image_sha256": "0" * 64}, "image", "given where image_sha256 is"),
         ({"image": b64(CAT)}, "strength", "given with an image, or else a mask"),
         ({"image": b64(CAT), "strength": 0}, "strength", "above 0, at most 1"),
