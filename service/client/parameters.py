@@ -30,6 +30,8 @@ class Parameters(TypedDict, total=False):
     image: Picture
     mask: Picture
     strength: float
+    image_sha256: str
+    mask_sha256: str
 
 
 class Preview(TypedDict, total=False):

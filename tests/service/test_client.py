@@ -44,7 +44,7 @@ from service.client.parameters import body_of
 from service.client.patience import RESTART_S, Patience
 from service.client.results import Sampled
 from service.server import bind
-from service.stream_protocol import StreamProtocol
+from service.stream_protocol import stream_protocol
 from tests.service.conftest import INSTANT, Site, pixels
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 
@@ -58,7 +58,7 @@ class Served(Site):
     def running(self) -> Iterator["Served"]:
         listener = bind("127.0.0.1", 0)
         listener.listen()
-        config = uvicorn.Config(self.app, log_config=None, access_log=False, ws=StreamProtocol)
+        config = uvicorn.Config(self.app, log_config=None, access_log=False, ws=stream_protocol())
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
