@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
     from service.client.messages import Message
 
-FRAME_MS, LAST_MS = 40, 1500
 MOST_FRAMES = 100  # unless --every says so
-FORMATS: dict[str, dict[str, Any]] = {".webp": {"lossless": True}, ".gif": {}}
+FORMATS = (".webp", ".gif")
 
 
 def follow(
@@ -84,7 +83,7 @@ def _sheet(pictures: Sequence[bytes]) -> "Image":
 
 
 def _write(file: Path, frames: list["Image"]) -> None:
+    from service.animation import encode_animation
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    durations = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
-    options = FORMATS[file.suffix.lower()]
-    frames[0].save(file, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
+    file.write_bytes(encode_animation(frames, file.suffix.lower().removeprefix(".")))

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from service.animation import encode_animation
 from service.job import Images, JobResult, ModelInfo, SampleSpec
 from service.preview import Frame, Show
+from service.recording import Recording
 
-PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
+PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "image/webp"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,6 +37,7 @@ class Encoder:
     def __init__(self, model: ModelInfo, observe: Callable[[str, float], None], threads: int = 2) -> None:
         self._model, self._observe = model, observe
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tminus-encode")
+        self._animations = ThreadPoolExecutor(1, thread_name_prefix="tminus-animate")  # which may take seconds
         self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that no image waits for a preview
 
     async def encode(
@@ -44,6 +47,19 @@ class Encoder:
         return await asyncio.get_running_loop().run_in_executor(
             self._pool, self._encode, media_type, spec, read, made_by or self._model
         )
+
+    async def encode_animation(self, recording: Recording, result: JobResult) -> bytes:
+        """Make an animated WebP of a job's way, contact sheets if it has several images. Raises NotFinite."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._animations, self._encode_animation, recording, result
+        )
+
+    def _encode_animation(self, recording: Recording, result: JobResult) -> bytes:
+        frames = [*recording.frames(), result.read()]
+        started = time.perf_counter()
+        body = encode_animation([_picture(contact_sheet(images)) for images in frames])
+        self._observe("animation", time.perf_counter() - started)
+        return body
 
     async def encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
         """Make the pictures of a preview: (what it shows, which image, bytes) each; one of all images is of None."""
@@ -84,6 +100,7 @@ class Encoder:
     def close(self) -> None:
         """Let running encodings finish, and end the threads."""
         self._frames.shutdown(cancel_futures=True)
+        self._animations.shutdown()
         self._pool.shutdown()
 
     def _encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], model: ModelInfo) -> bytes:

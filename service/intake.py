@@ -38,7 +38,12 @@ REQUEST_BODY = {
 
 
 async def read_request(request: Request, model: ModelInfo, limits: Limits) -> SampleRequest:
-    """Read the parameters of a job. Raises what parameters, forms and SampleRequest.parse do."""
+    """Read the parameters of a job. Raises what read_parameters and SampleRequest.parse do."""
+    return SampleRequest.parse(await read_parameters(request, limits), model, limits)
+
+
+async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
+    """Read parameters from query and body. Raises what parameters and forms do."""
     query = parameters.from_query(request.query_params.multi_items())
     for name in query.keys() & PICTURES:
         bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
@@ -47,7 +52,7 @@ async def read_request(request: Request, model: ModelInfo, limits: Limits) -> Sa
         body = await (_read_form if is_form(request) else _read_json)(request, limits)
     except ClientDisconnect:
         raise JobCancelled("the client went away") from None
-    return SampleRequest.parse(parameters.merge(query, body), model, limits)
+    return parameters.merge(query, body)
 
 
 async def _read_form(request: Request, limits: Limits) -> dict[str, Any]:

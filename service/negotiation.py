@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from service.errors import NotAcceptable
 
 
-def negotiate(accept: str, offered: Sequence[str]) -> str:
-    """Pick the offered type the client likes best, the earlier one on a tie. Raises NotAcceptable if it likes none.
+def negotiate(accept: str, offered: Sequence[str], hint: str = "") -> str:
+    """Pick the offered type the client likes best, the earlier one on a tie.
+
+    Raises NotAcceptable if it likes none; the hint says what else there is.
 
     An offered type's quality is that of the most specific range that matches it; an empty header accepts anything.
     """
@@ -24,7 +26,7 @@ def negotiate(accept: str, offered: Sequence[str]) -> str:
 
     best = max(offered, key=quality)  # max keeps the first of equals
     if quality(best) <= 0:
-        bound = f"one of {', '.join(offered)}"
+        bound = f"one of {', '.join(offered)}{hint}"
         raise NotAcceptable(
             f"Accept must allow {bound}, got {accept[:200]!r}", field="Accept", value=accept, bound=bound
         )

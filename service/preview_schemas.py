@@ -6,11 +6,14 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import InvalidField
+from service.job import ModelInfo, SampleSpec
 from service.preview import SHOWS, Pace, Show
+from service.recording import Recording, frame_count
 from service.schemas import Float, Int
 
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
 FRAME_FORMATS, LAYOUTS = ("png", "webp", "jpeg"), ("sheet", "images")
+MAX_ANIMATION_BYTES = 16 * 2**20  # of pixels, all frames of one job
 _PREVIEW_BOUNDS = {
     "every": "an integer of at least 1",
     "fps": f"a number above 0, at most {MAX_FPS:g}",
@@ -68,3 +71,45 @@ class PreviewRequest(BaseModel):
     def pace(self) -> Pace:
         """How often."""
         return Pace(every=self.every) if self.every is not None else Pace(fps=self.fps or DEFAULT_FPS)
+
+
+class AnimationRequest(BaseModel):
+    """What an animation of a job shows; beside the parameters of SampleRequest."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    every: Int = Field(description="with Accept: image/webp, a frame after every so many steps of each image")
+    show: str = Field("x_t", description="what its frames show: x_t (the latent) or x_0 (the network's guess)")
+
+    @classmethod
+    def split(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:
+        """Take its parameters out and check them; None where none are given. Raises InvalidField."""
+        mine = {name: value for name, value in parameters.items() if name in cls.model_fields}
+        rest = {name: value for name, value in parameters.items() if name not in mine}
+        if not mine:
+            return None, rest
+        if "every" not in mine:
+            raise InvalidField.of("show", "absent where no animation is asked for by `every`", mine["show"])
+        bounds = {"every": "an integer of at least 1", "show": f"one of {', '.join(SHOWS)}"}
+        try:
+            request = cls.model_validate(mine)
+        except ValidationError as error:
+            field = str(error.errors(include_url=False)[0]["loc"][0])
+            raise InvalidField.of(field, bounds[field], mine[field]) from None
+        for field, fine in (("every", request.every >= 1), ("show", request.show in SHOWS)):
+            if not fine:
+                raise InvalidField.of(field, bounds[field], mine[field])
+        return request, rest
+
+    def size_bytes(self, spec: SampleSpec, model: ModelInfo) -> int:
+        """What its frames take, as pixels. Raises InvalidField where that is too much."""
+        frame_bytes = spec.n * model.height_px * model.width_px * model.channels
+        most = max(1, MAX_ANIMATION_BYTES // frame_bytes)
+        if frame_count(self.every, spec.num_steps) > most:
+            least = -(-spec.num_steps // most)
+            raise InvalidField.of("every", f"at least {least} for so many images and steps", self.every)
+        return frame_bytes * frame_count(self.every, spec.num_steps)
+
+    def recording(self, spec: SampleSpec) -> Recording:
+        """An empty one."""
+        return Recording(self.every, cast("Show", self.show), spec.n, spec.num_steps)

@@ -1,12 +1,15 @@
 """The way of a job from noise to images, each row at its own steps, so that it is the same under any load. No torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
+from service.errors import Overloaded
 from service.job import Images
 from service.preview import Show
 
+MAX_HELD_BYTES = 256 * 2**20  # of all recordings at once
 Read = Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
 
 
@@ -47,3 +50,27 @@ class Recording:
 def frame_count(every: int, steps: int) -> int:
     """How many frames a recording has, the result with them."""
     return (steps - 1) // every + 1
+
+
+class RecordingRoom:
+    """Counts the memory of all recordings that are being made. In the event loop's thread."""
+
+    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+        self._max_bytes, self._held = max_bytes, 0
+
+    @contextmanager
+    def taken(self, size_bytes: int) -> Iterator[None]:
+        """Hold so much. Raises Overloaded."""
+        if self._held + size_bytes > self._max_bytes:
+            raise Overloaded(
+                f"{self._held + size_bytes} bytes of frames would be held at once; the limit is {self._max_bytes}",
+                retry_after_s=1,
+                field="every",
+                value=size_bytes,
+                bound=f"frames of at most {self._max_bytes - self._held} bytes at this load",
+            )
+        self._held += size_bytes
+        try:
+            yield
+        finally:
+            self._held -= size_bytes

@@ -8,17 +8,24 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from service.conditional import matches
-from service.encoder import MEDIA_TYPES, Encoder, etag
+from service.encoder import MEDIA_TYPES, WEBP, Encoder, etag
 from service.errors import JobCancelled
-from service.intake import QUERY_PARAMETERS, REQUEST_BODY, prefers_async, read_request, to_job
+from service.intake import QUERY_PARAMETERS, REQUEST_BODY, prefers_async, read_parameters, to_job
 from service.job import JobResult, Limits, ModelInfo
 from service.jobs import Jobs
 from service.metrics import Metrics
 from service.negotiation import negotiate
+from service.preview_schemas import AnimationRequest
+from service.recording import RecordingRoom
 from service.result_cache import ResultCache
 from service.routes_jobs import accept
+from service.schemas import SampleRequest
 from service.uploads import Decoder
 from service.worker import Worker
+
+ANY_TYPE = (*MEDIA_TYPES, WEBP)
+WITH_EVERY = ", or image/webp together with the parameter `every`"
+_ANIMATION = AnimationRequest.model_json_schema()["properties"]
 
 
 def sample_routes(
@@ -31,21 +38,28 @@ def sample_routes(
     model: ModelInfo,
     limits: Limits,
 ) -> APIRouter:
-    """Make the routes; they hold no state of their own."""
+    """Make the routes; all the state they hold is how much of recordings there is."""
     router = APIRouter(tags=["sample"])
+    room = RecordingRoom()
 
     async def sample(request: Request) -> Response:
-        media_type = negotiate(", ".join(request.headers.getlist("accept")), MEDIA_TYPES)
-        asked = await read_request(request, model, limits)
+        accept_header = ", ".join(request.headers.getlist("accept"))
+        negotiate(accept_header, ANY_TYPE, WITH_EVERY)  # before the body is read
+        animation, rest = AnimationRequest.split(await read_parameters(request, limits))
+        offered = MEDIA_TYPES if animation is None else (WEBP,)
+        media_type = negotiate(accept_header, offered, WITH_EVERY if animation is None else "")
+        asked = SampleRequest.parse(rest, model, limits)
         if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
             answer = await accept(request, asked, jobs, decoder, model, limits)
             answer.headers["Preference-Applied"] = "respond-async"
             return answer
         spec, inputs = await to_job(asked, model, limits, decoder)
+        size_bytes = animation.size_bytes(spec, model) if animation is not None else 0
         headers = {"X-Seed": str(spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
 
         # With a given seed the answer is a function of the spec: it has a name before it is made.
-        tag = etag(media_type, spec, model) if asked.seed is not None and model.exact else None
+        name = media_type if animation is None else f"{media_type}; every={animation.every}; show={animation.show}"
+        tag = etag(name, spec, model) if asked.seed is not None and model.exact else None
         if tag is None:
             headers["Cache-Control"] = "no-store"
         else:
@@ -57,12 +71,16 @@ def sample_routes(
                 metrics.answered_without_work("cache_hit")
                 return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=media_type)
 
-        job_id = uuid.uuid4().hex
-        ticket = worker.submit(job_id, spec, asked.deadline_s, inputs=inputs)
-        result = await _finished_or_gone(request, worker, job_id, ticket.future)
-        started = asyncio.get_running_loop().time()
-        content = await encoder.encode(media_type, spec, result.read)
-        encode_s = asyncio.get_running_loop().time() - started
+        job_id, recording = uuid.uuid4().hex, animation.recording(spec) if animation is not None else None
+        with room.taken(size_bytes):
+            ticket = worker.submit(job_id, spec, asked.deadline_s, inputs=inputs, recording=recording)
+            result = await _finished_or_gone(request, worker, job_id, ticket.future)
+            started = asyncio.get_running_loop().time()
+            if recording is None:
+                content = await encoder.encode(media_type, spec, result.read)
+            else:
+                content = await encoder.encode_animation(recording, result)
+            encode_s = asyncio.get_running_loop().time() - started
         if tag is not None:
             cache.put(tag, content)
         headers |= {
@@ -76,10 +94,16 @@ def sample_routes(
         return Response(content, headers=headers, media_type=media_type)
 
     openapi: dict[str, Any] = {
-        "parameters": QUERY_PARAMETERS,
+        "parameters": [
+            *QUERY_PARAMETERS,
+            *(
+                {"name": name, "in": "query", "schema": schema, "description": schema["description"]}
+                for name, schema in _ANIMATION.items()
+            ),
+        ],
         "requestBody": REQUEST_BODY,
         "responses": {
-            "200": {"description": "The images", "content": {media_type: {} for media_type in MEDIA_TYPES}},
+            "200": {"description": "The images", "content": {media_type: {} for media_type in ANY_TYPE}},
             "202": {"description": "With Prefer: respond-async: a durable job; Location says where"},
             "304": {"description": "The client has them: If-None-Match names this answer's ETag"},
         },

@@ -39,6 +39,7 @@ from service.job import (
 )
 from service.metrics import Metrics
 from service.preview import Frame, Watch
+from service.recording import Recording
 from service.row_engine import RowEngine
 from service.scheduler import Scheduler
 from service.snapshots import Keeper
@@ -64,6 +65,7 @@ class _Job:
     first_step_s: float = 0.0
     steps_taken: int = 0  # of all its rows, those before spec.start among them
     watches: list[Watch] = field(default_factory=list)  # who looks on
+    recording: Recording | None = None
     durable: bool = False  # snapshots are kept of it
     inputs: Inputs | None = None  # until the engine has them
     snapshot: Snapshot | None = None  # where it goes on from
@@ -141,12 +143,13 @@ class Worker:
         inputs: Inputs | None = None,
         durable: bool = False,
         snapshot: Snapshot | None = None,
+        recording: Recording | None = None,
     ) -> Ticket:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, Overloaded, …
 
         deadline_s counts from now: one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
         watch is shown the job as it goes; inputs are what its spec has the hashes of. Of a durable job snapshots are
-        kept; one that has a snapshot goes on from it.
+        kept; one that has a snapshot goes on from it. A recording is given the rows at the steps that it wants.
         """
         self._check_open()
         work, now_s = work_of(spec, self._engine.info), self._clock()
@@ -156,6 +159,7 @@ class Worker:
             job_id, work, now_s=now_s, deadline_s=deadline_s, places_left=sum(map(work.places_left, steps))
         )
         job = _Job(job_id, spec, work, Future(), now_s, deadline_s, durable=durable, inputs=inputs, snapshot=snapshot)
+        job.recording = recording
         job.steps_taken = job.steps_kept = sum(steps)
         if watch is not None:
             job.watches.append(watch)
@@ -382,6 +386,7 @@ class Worker:
         for job_id in by_job:
             if job_id in self._jobs:
                 self._show(self._jobs[job_id], now_s)
+                self._record(self._jobs[job_id], batch)
         if self._keeper is not None and self._keeper.due(now_s):
             self._keep_snapshots([job for job in self._jobs.values() if job.durable])
 
@@ -394,6 +399,20 @@ class Worker:
                 watch.put(Frame(job.step, self._engine.preview(job.rows, watch.show)))
             except Exception:  # it is not worth the job
                 log.exception("job %s could not be shown", job.id)
+
+    def _record(self, job: _Job, batch: Batch) -> None:
+        """Keep those of a job's rows that have just come to a step which its recording wants."""
+        if job.recording is None:
+            return
+        index = {row: k for k, row in enumerate(job.rows)}
+        taken = [
+            (index[row], step + 1 - job.spec.start)
+            for row, step in zip(batch.rows, batch.steps, strict=True)
+            if row in index and job.recording.due(step + 1 - job.spec.start)
+        ]
+        if taken:
+            rows = [job.rows[k] for k, _ in taken]
+            job.recording.put(taken, self._engine.preview(rows, (job.recording.show,)))
 
     def _unwatch(self, job_id: str, watch: Watch) -> None:
         job = self._jobs.get(job_id)
