@@ -52,18 +52,15 @@ class Admission:
         *,
         now_s: float,
         deadline_s: float | None = None,
-        places_left: int | None = None,
     ) -> Entry:
         """Accept a job and count it, or raise Overloaded, DeadlineUnmeetable or InvalidField.
-
-        places_left: what a job still has to do that goes on where it was.
 
         An idle server takes any job within the bounds. A client that is refused and asks again for the same work when
         Retry-After seconds are over finds room.
         """
         if work.rows > self._limits.max_rows:
             raise InvalidField.of("n", f"at most {self._limits.max_rows}", work.rows)
-        job = Pending(job_id, work, work.places if places_left is None else places_left)
+        job = Pending(job_id, work, work.places)
         with self._door:
             server = self._now()
             if deadline_s is not None:
@@ -83,6 +80,24 @@ class Admission:
                 assert job_id not in self._jobs
                 self._jobs[job_id] = job
                 self._load += Load(1, work.rows, job.places_left)
+        return Entry(outlook.position, outlook.eta_s)
+
+    def readmit(self, job_id: str, work: Work, *, places_left: int) -> Entry:
+        """Count a job that an earlier process accepted: neither backlog nor deadline refuses it any more.
+
+        Raises Overloaded while there are no slots for it, which is no promise to anybody.
+        """
+        job = Pending(job_id, work, places_left)
+        with self._door, self._lock:
+            slots = replace(self._limits, max_backlog_s=math.inf)
+            excess = find_excess(self._load, work, slots, self._tick_times)
+            if excess is not None:
+                raise _overloaded(excess, 1)
+            assert job_id not in self._jobs
+            self._jobs[job_id] = job
+            self._load += Load(1, work.rows, places_left)
+        outlook = self.outlook(job_id)
+        assert outlook is not None
         return Entry(outlook.position, outlook.eta_s)
 
     def outlook(self, job_id: str) -> Outlook | None:

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from service import problems
 from service.admission import Admission
 from service.encoder import Encoder
+from service.eta import Standings
 from service.forms import FORM_BYTES
 from service.job import Limits
 from service.jobs import Jobs
@@ -52,7 +53,7 @@ def create_app(
     admission.calibrate(tick_times)
     thread = StoreThread(store, model.fingerprint, metrics)
     worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=thread)
-    jobs = Jobs(thread, worker, model, limits, metrics)
+    jobs, standings = Jobs(thread, worker, model, limits, metrics), Standings(worker)
     encoder, decoder = Encoder(model, metrics.encoded), Decoder(model)
     metrics.watch(
         tasks=lambda: len(asyncio.all_tasks()),  # /metrics is answered in the event loop
@@ -85,9 +86,11 @@ def create_app(
     cache = ResultCache(limits.result_cache_bytes)
     app.include_router(sample_routes(worker, jobs, decoder, encoder, cache, metrics, model, limits))
     app.include_router(noise_routes(worker, decoder, encoder, metrics, model, limits))
-    app.include_router(stream_routes(worker, decoder, encoder, streams, metrics, model, limits, allowed_origins))
+    app.include_router(
+        stream_routes(worker, standings, decoder, encoder, streams, metrics, model, limits, allowed_origins)
+    )
     app.include_router(job_routes(jobs, decoder, encoder, model, limits))
-    app.include_router(event_routes(jobs, worker, encoder, streams, metrics, model))
+    app.include_router(event_routes(jobs, worker, standings, encoder, streams, metrics, model))
     app.include_router(page_routes())
     app.include_router(system_routes(worker, model, limits, metrics))
     problems.install(app, metrics)

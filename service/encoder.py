@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache
 from PIL import Image, PngImagePlugin
 
 from service.animation import encode_animation
@@ -24,6 +25,7 @@ from service.recording import Recording
 PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "image/webp"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
+RECENT_FRAMES = 16
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
     "webp": {"lossless": True, "quality": 0, "method": 0},
@@ -39,6 +41,9 @@ class Encoder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tminus-encode")
         self._animations = ThreadPoolExecutor(1, thread_name_prefix="tminus-animate")  # which may take seconds
         self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that no image waits for a preview
+
+        # Of the last frames; only the thread above touches it.
+        self._recent: LRUCache[Any, list[tuple[Show, int | None, bytes]]] = LRUCache(RECENT_FRAMES)
 
     async def encode(
         self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo | None = None
@@ -86,6 +91,12 @@ class Encoder:
         return pngs
 
     def _encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
+        key = frame, frame_format, layout  # many may look at one job
+        if key not in self._recent:
+            self._recent[key] = self._make_pictures(frame, frame_format, layout)
+        return self._recent[key]
+
+    def _make_pictures(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
         shown = frame.read()
         started = time.perf_counter()
         pictures: list[tuple[Show, int | None, bytes]] = []

@@ -82,13 +82,15 @@ async def to_job(
 
 def idempotency_key(request: Request, asked: SampleRequest) -> Key | None:
     """The Idempotency-Key, with a hash of what it came with; a structured-field string may be quoted or not."""
-    given = request.headers.get("idempotency-key")
-    if given is None:
+    header = request.headers.get("idempotency-key")
+    if header is None:
         return None
-    name = given.strip().removeprefix('"').removesuffix('"').strip()
+    name = header.strip().removeprefix('"').removesuffix('"').strip()
     if not KEY.fullmatch(name):
-        raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", given)
-    document = json.dumps(asked.model_dump(exclude=EDIT_PARAMETERS) | _edit_of(asked), sort_keys=True)
+        raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)
+    # Without what has its default, so that a key outlives a version that knows more parameters.
+    given = asked.model_dump(exclude=EDIT_PARAMETERS, exclude_defaults=True)
+    document = json.dumps(given | _edit_of(asked), sort_keys=True)
     return Key(name, hashlib.sha256(document.encode()).hexdigest())
 
 

@@ -156,6 +156,7 @@ class JobStatus:
     eta_s: float
     step: int  # how many its rows have taken, on average, of spec.num_steps
     spec: SampleSpec
+    durable: bool
     age_s: float
 
 

@@ -38,8 +38,9 @@ log = logging.getLogger(__name__)
 STATES = ("waiting", "running", *OUTCOMES)
 SWEEP_S = 10.0
 RETRY_S = 5.0  # until a store that failed is tried again
-READY_S = 0.1  # until a worker that warms up is asked again
-MAX_CRASHES = 3  # of the worker while it had the job; then it is the job
+ROOM_S = 0.2  # until a worker that warms up, or has no slots, is asked again
+CANCEL_S = 10.0  # for a tick to end, and the store to keep that
+MAX_CRASHES = 3  # of the worker while it had the job in hand; then it is the job
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class JobView:
     record: JobRecord
     state: str  # one of STATES
     durable: bool
-    step: int  # how many its rows have taken, on average
+    step: int | None  # how many its rows have taken, on average, where that is known
     position: int | None = None  # jobs that go before it, where that is known
     eta_s: float | None = None
 
@@ -60,7 +61,7 @@ class Live:
 
     record: JobRecord
     submitted: bool = False  # the worker has it
-    cancelled: bool = False
+    ending: JobRecord | None = None  # how it ended, while that is being kept
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     viewers: list[tuple[Watch, Mailbox]] = field(default_factory=list)
 
@@ -75,6 +76,7 @@ class Jobs:
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
         self._door = asyncio.Lock()  # who was accepted by an earlier process enters in the order of arrival
         self._closing = asyncio.Event()
+        self._store_fails = False  # it could not keep an end when it was last asked to
 
     # --- the process's life ---
 
@@ -91,8 +93,10 @@ class Jobs:
     async def close(self) -> None:
         """Let what has ended be kept, as far as the store can. Call it when the worker has ended."""
         self._closing.set()
-        await asyncio.gather(*self._tasks)
-        self._thread.close()
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            self._thread.close()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -133,6 +137,8 @@ class Jobs:
         """
         if key is not None and (found := await self._find_again(key)) is not None:
             return found, True
+        if any(live.ending for live in self._live.values()) and self._store_fails:
+            raise StorageFailed("the ends of jobs cannot be kept at the moment, so no more are taken")
         created_us = now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
         record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us)
@@ -164,18 +170,19 @@ class Jobs:
                 field="Idempotency-Key", value=key.name, bound="a new key for a new request",
             )  # fmt: skip
         live = self._live.get(record.id)
-        return self._view(live) if live is not None else _ended_view(record)
+        return _view(live, await self._status(record.id)) if live is not None else ended_view(record)
 
     async def find(self, job_id: str) -> JobView:
         """One job, durable or not. Raises JobNotFound."""
-        if (live := self._live.get(job_id)) is not None:
-            return self._view(live)
-        if (status := self._worker.status(job_id)) is not None:
+        live, status = self._live.get(job_id), await self._status(job_id)
+        if live is not None:
+            return _view(live, status)
+        if status is not None:
             return _passing_view(status)
         record = await self._thread.call(self._store.get, job_id)
         if record is None:
             raise _not_found(job_id)
-        return _ended_view(record)
+        return ended_view(record)
 
     async def find_durable(self, job_id: str) -> JobView:
         """One durable job. Raises JobNotFound."""
@@ -188,14 +195,15 @@ class Jobs:
         """Jobs in these states, the newest first, from the first that is older than `before`."""
         found: dict[str, JobView] = {}
         if "waiting" in states or "running" in states:
-            statuses = {status.id: status for status in self._worker.statuses()}
-            views = [self._view(live, statuses.pop(live.record.id, None)) for live in self._live.values()]
+            found_statuses = await asyncio.get_running_loop().run_in_executor(None, self._worker.statuses)
+            statuses = {status.id: status for status in found_statuses}
+            views = [_view(live, statuses.pop(live.record.id, None)) for live in self._live.values()]
             views += map(_passing_view, statuses.values())
             found = {view.record.id: view for view in views if before is None or view.record.place < before}
         outcomes: list[Outcome] = [outcome for outcome in OUTCOMES if outcome in states]
         if outcomes:
             for record in await self._thread.call(self._store.finished, before, outcomes, limit):
-                found[record.id] = _ended_view(record)
+                found[record.id] = ended_view(record)
         views = [view for view in found.values() if view.state in states]
         return sorted(views, key=lambda view: view.record.place, reverse=True)[:limit]
 
@@ -214,17 +222,23 @@ class Jobs:
         return view.record, images
 
     async def cancel(self, job_id: str) -> JobView:
-        """Give a durable job up, if it has not ended; what has ended stays as it is. Raises JobNotFound."""
+        """Give a durable job up, if it has not ended; what has ended stays as it is.
+
+        Raises JobNotFound, and StorageFailed where its end cannot be kept: it may go on at the next start.
+        """
         live = self._live.get(job_id)
         if live is None:
             return await self.find_durable(job_id)
         if live.submitted:
             self._worker.cancel(job_id, "deleted")
-        elif not live.cancelled:
-            live.cancelled = True
-            await self._end(live, _ending(live.record, "cancelled"))
-        await live.ended.wait()
-        return _ended_view(live.record)
+        elif live.ending is None:
+            self._spawn(self._end(live, _ending(live.record, "cancelled")))
+        try:
+            async with asyncio.timeout(CANCEL_S):
+                await live.ended.wait()
+        except TimeoutError:
+            raise StorageFailed("it is given up, but that cannot be kept at the moment") from None
+        return ended_view(live.record)
 
     async def delete(self, job_id: str) -> None:
         """Cancel a job that has not ended, forget one that has. Raises JobNotFound."""
@@ -256,14 +270,18 @@ class Jobs:
         """Bring a job to its end, and keep that. Without a ticket it has yet to enter."""
         try:
             if ticket is None:
+                if live.record.spec.n > self._limits.max_rows:
+                    log.warning(
+                        "job %s waits for a start with more --max-rows than %d", live.record.id, live.record.spec.n
+                    )
+                    return
                 async with self._door:
                     ticket = await self._enter(live)
             result = await asyncio.wrap_future(ticket.future)
             images = await self._thread.call(result.read)
             await self._end(live, _ending(live.record, "done", fingerprint=self._model.fingerprint), images)
         except JobCancelled:
-            if not live.cancelled:
-                await self._end(live, _ending(live.record, "cancelled"))
+            await self._end(live, _ending(live.record, "cancelled"))
         except Draining:
             log.info("job %s waits for the next start", live.record.id)
             self._let_viewers_go(live)
@@ -279,7 +297,7 @@ class Jobs:
         snapshot = await self._thread.call(self._store.snapshot, record.id, self._model.fingerprint)
         inputs = await self._thread.call(self._store.inputs, record.id) if record.spec.image_sha256 else None
         while True:
-            if live.cancelled:
+            if live.ending is not None:
                 raise JobCancelled("it was deleted")
             deadline_s = None if record.deadline_us is None else (record.deadline_us - now_us()) / 1e6
             if deadline_s is not None and deadline_s <= 0:
@@ -287,13 +305,9 @@ class Jobs:
                     "deadline_s passed while the server was down", field="deadline_s", value=deadline_s
                 )
             try:
-                ticket = self._worker.submit(
-                    record.id, record.spec, deadline_s, inputs=inputs, durable=True, snapshot=snapshot
-                )
-            except NotReady:
-                await self._pause(READY_S)
-            except Overloaded as refusal:
-                await self._pause(int(refusal.headers["Retry-After"]))
+                ticket = self._worker.resume(record.id, record.spec, deadline_s, inputs, snapshot)
+            except (NotReady, Overloaded):
+                await self._pause(ROOM_S)
             else:
                 break
         log.info(
@@ -306,22 +320,31 @@ class Jobs:
 
     async def _fail(self, live: Live, error: ServiceError) -> None:
         if isinstance(error, EngineFailed) and self._worker.crashed:
+            suspect = live.record.id in self._worker.suspects
             try:
-                await self._thread.call(self._store.crashed, live.record.id)
+                if suspect:
+                    await self._thread.call(self._store.crashed, live.record.id)
             except StorageFailed:
-                return
-            if live.record.crashes + 1 < MAX_CRASHES:
-                self._let_viewers_go(live)
+                suspect = False
+            if not suspect or live.record.crashes + 1 < MAX_CRASHES:
+                self._let_viewers_go(live)  # the next start goes on with it
                 return
         await self._end(live, _ending(live.record, "failed", problem=error.problem()))
 
     async def _end(self, live: Live, record: JobRecord, images: Images | None = None) -> None:
         """Keep how a job ended. While the store cannot, it is not told as ended; after a restart it is done again."""
+        if live.ending is not None:  # somebody else is at it
+            return
+        live.ending = record
         while True:
             try:
                 await self._thread.call(self._store.finish, record, images)
+                self._store_fails = False
                 break
-            except StorageFailed:
+            except Exception as error:
+                self._store_fails = True
+                if not isinstance(error, StorageFailed):  # which says so itself
+                    log.exception("the end of job %s could not be kept", record.id)
                 try:
                     await self._pause(RETRY_S)
                 except Draining:
@@ -336,28 +359,36 @@ class Jobs:
         for _, mailbox in live.viewers:
             mailbox.close()
 
-    def _view(self, live: Live, status: JobStatus | None = None) -> JobView:
-        """status: what the worker says of it, where that was asked for already."""
-        status = status or self._worker.status(live.record.id)
-        if status is not None:
-            return JobView(live.record, status.state, True, status.step, status.position, status.eta_s)
-        if live.submitted:  # it has just ended, and that is being kept
-            return JobView(live.record, "running", True, live.record.spec.num_steps, 0, 0.0)
-        return JobView(live.record, "waiting", True, 0)
+    async def _status(self, job_id: str) -> JobStatus | None:
+        """What the worker foresees of a job; among many that takes a while, so another thread does it."""
+        return await asyncio.get_running_loop().run_in_executor(None, self._worker.status, job_id)
+
+
+def _view(live: Live, status: JobStatus | None) -> JobView:
+    """status: what the worker says of it."""
+    if live.record.outcome is not None:  # since that was asked
+        return ended_view(live.record)
+    if status is not None:
+        return JobView(live.record, status.state, True, status.step, status.position, status.eta_s)
+    if live.submitted:  # it has just ended, and that is being kept
+        return JobView(live.record, "running", True, live.record.spec.num_steps, 0, 0.0)
+    return JobView(live.record, "waiting", True, 0)
 
 
 def _ending(record: JobRecord, outcome: Outcome, **fields: object) -> JobRecord:
     return replace(record, outcome=outcome, finished_us=now_us(), **fields)  # type: ignore[arg-type]
 
 
-def _ended_view(record: JobRecord) -> JobView:
+def ended_view(record: JobRecord) -> JobView:
+    """How a job is told of that has ended."""
     # One that the store has as unfinished and nobody else knows has just been accepted.
-    return JobView(record, record.outcome or "waiting", True, record.spec.num_steps if record.outcome == "done" else 0)
+    step = record.spec.num_steps if record.outcome == "done" else None if record.outcome else 0
+    return JobView(record, record.outcome or "waiting", True, step)
 
 
 def _passing_view(status: JobStatus) -> JobView:
     record = JobRecord(status.id, status.spec, now_us() - round(status.age_s * 1e6))
-    return JobView(record, status.state, False, status.step, status.position, status.eta_s)
+    return JobView(record, status.state, status.durable, status.step, status.position, status.eta_s)
 
 
 def _not_found(job_id: str) -> JobNotFound:

@@ -13,14 +13,14 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service import parameters
 from service.encoder import Encoder
 from service.errors import UnknownField, short
-from service.eta import Countdown
+from service.eta import Countdown, Standings
 from service.job import ModelInfo, SampleSpec, timesteps_of
-from service.jobs import Jobs, JobView, Live
+from service.jobs import Jobs, JobView, Live, ended_view
 from service.mailbox import Mailbox
 from service.metrics import Metrics
 from service.preview import Frame, Show, Watch
@@ -33,6 +33,7 @@ from service.worker import Worker
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often a job without frames is looked at
+SEND_S = 40.0  # for an event to leave: who takes nothing is let go
 QUIET_S = 15.0  # until a comment is sent, so that no proxy takes the connection for dead
 RECONNECT_MS = 2000
 LAST = "end"  # the id of the last event of all
@@ -40,7 +41,13 @@ FIELDS = ("every", "fps", "show", "frame_format", "layout")
 
 
 def event_routes(
-    jobs: Jobs, worker: Worker, encoder: Encoder, streams: Streams, metrics: Metrics, model: ModelInfo
+    jobs: Jobs,
+    worker: Worker,
+    standings: Standings,
+    encoder: Encoder,
+    streams: Streams,
+    metrics: Metrics,
+    model: ModelInfo,
 ) -> APIRouter:
     """Make the route; it holds no state of its own."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -76,13 +83,14 @@ def event_routes(
             stack.enter_context(streams.opened(request.client.host if request.client else ""))
             mailbox = Mailbox(asyncio.get_running_loop(), metrics.frame_dropped)
             stack.callback(mailbox.close)
-            seen = int(last_id) if last_id.isdecimal() and len(last_id) < 9 else 0
+            # A job that went on from a snapshot may be behind what the client has seen: it is shown what is done again.
+            seen = min(int(last_id) if last_id.isdecimal() and len(last_id) < 9 else 0, view.step or 0)
             watch = Watch(preview.pace, shows, mailbox.put, seen)
             live = jobs.watch(job_id, watch, mailbox)
             if live is None:
                 return EventSourceResponse(_only_the_end(await jobs.find_durable(job_id)), headers=HEADERS)
             stack.callback(jobs.unwatch, live, watch)
-            viewer = _Viewer(jobs, worker, encoder, metrics, model, live, preview, mailbox)
+            viewer = _Viewer(worker, standings, encoder, metrics, model, live, preview, mailbox)
             return _Events(viewer.events(view), stack.pop_all().close)
 
     return router
@@ -99,8 +107,14 @@ class _Events(EventSourceResponse):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SEND_S):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            log.info("somebody who follows a job reads nothing, and is let go")
         finally:
             self._close()
 
@@ -110,8 +124,8 @@ class _Viewer:
 
     def __init__(
         self,
-        jobs: Jobs,
         worker: Worker,
+        standings: Standings,
         encoder: Encoder,
         metrics: Metrics,
         model: ModelInfo,
@@ -119,18 +133,20 @@ class _Viewer:
         preview: PreviewRequest,
         mailbox: Mailbox,
     ) -> None:
-        self._jobs, self._worker, self._encoder, self._metrics = jobs, worker, encoder, metrics
+        self._worker, self._standings, self._encoder, self._metrics = worker, standings, encoder, metrics
         self._live, self._preview, self._mailbox = live, preview, mailbox
         self._timesteps = timesteps_of(live.record.spec, model)
-        self._countdown = Countdown(worker, live.record.id)
+        self._countdown = Countdown(standings, live.record.id)
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
         """Yield events until the job has ended, or the server is about to."""
         yield format_sse_event(retry=RECONNECT_MS)
-        told = None
-        quiet_s = 0.0
+        waits, told, quiet_s = view.state == "waiting", None, 0.0
+        standing = {"position": view.position, "eta_s": _rounded(view.eta_s)}
+        if not waits:  # so that who comes back is not left with what was
+            yield _event("progress", await self._progress(view.step or 0))
         while True:
-            if (standing := _standing(view)) != told and view.state == "waiting":
+            if waits and standing != told:
                 told, quiet_s = standing, 0.0
                 yield _event("waiting", standing)
             try:
@@ -139,7 +155,9 @@ class _Viewer:
             except TimeoutError:
                 if self._worker.draining:
                     return
-                view = await self._jobs.find(self._live.record.id)
+                if waits and (status := await self._standings.of(self._live.record.id)) is not None:
+                    waits = status.state == "waiting"
+                    standing = {"position": status.position, "eta_s": _rounded(status.eta_s)}
                 quiet_s += POLL_S
                 if quiet_s >= QUIET_S:
                     quiet_s = 0.0
@@ -147,35 +165,39 @@ class _Viewer:
                 continue
             if frame is None:
                 break
-            quiet_s = 0.0
+            waits, quiet_s = False, 0.0
             for event in await self._show(frame):
                 yield event
         if self._live.record.outcome is not None:  # else the next start of the server goes on with it
-            yield _end(await self._jobs.find(self._live.record.id))
+            yield _end(ended_view(self._live.record))
 
     async def _show(self, frame: Frame) -> list[bytes]:
         """The events of a frame: its pictures, or where the job stands if none were asked for."""
         spec, preview = self._live.record.spec, self._preview
-        standing = {
-            "step": frame.step,
-            "steps": spec.num_steps,
-            "t": self._timesteps[frame.step],
-            "eta_s": round(await self._countdown.left_s(), 3),
-        }
+        progress = await self._progress(frame.step)
         try:
             pictures = await self._encoder.encode_frame(frame, preview.frame_format, preview.layout)
         except Exception:  # it is not worth the stream
             log.exception("a frame of job %s could not be encoded", self._live.record.id)
             return []
         if not pictures:
-            return [_event("progress", standing, str(frame.step))]
+            return [_event("progress", progress, str(frame.step))]
         self._metrics.frame_sent()
         events = []
         for count, (show, image, picture) in enumerate(pictures, 1):
             members = _picture_members(spec, show, image, picture, preview.frame_format)
             # The id comes with the last picture of a step: who breaks off before it gets the step again.
-            events.append(_event("frame", standing | members, str(frame.step) if count == len(pictures) else None))
+            events.append(_event("frame", progress | members, str(frame.step) if count == len(pictures) else None))
         return events
+
+    async def _progress(self, step: int) -> dict[str, Any]:
+        steps = self._live.record.spec.num_steps
+        return {
+            "step": step,
+            "steps": steps,
+            "t": self._timesteps[min(step, steps - 1)],
+            "eta_s": round(await self._countdown.left_s(), 3),
+        }
 
 
 def _preview(given: Mapping[str, Any]) -> tuple[PreviewRequest, tuple[Show, ...]]:
@@ -191,8 +213,8 @@ def _preview(given: Mapping[str, Any]) -> tuple[PreviewRequest, tuple[Show, ...]
     return preview, preview.shows if "show" in given else ()
 
 
-def _standing(view: JobView) -> dict[str, Any]:
-    return {"position": view.position, "eta_s": None if view.eta_s is None else round(view.eta_s, 1)}
+def _rounded(eta_s: float | None) -> float | None:
+    return None if eta_s is None else round(eta_s, 1)
 
 
 def _picture_members(

@@ -44,7 +44,7 @@ def sample_routes(
 
     async def sample(request: Request) -> Response:
         accept_header = ", ".join(request.headers.getlist("accept"))
-        negotiate(accept_header, ANY_TYPE, WITH_EVERY)  # before the body is read
+        negotiate(accept_header, ANY_TYPE)  # before the body is read
         animation, rest = AnimationRequest.split(await read_parameters(request, limits))
         offered = MEDIA_TYPES if animation is None else (WEBP,)
         media_type = negotiate(accept_header, offered, WITH_EVERY if animation is None else "")

@@ -14,7 +14,7 @@ from starlette.websockets import WebSocketDisconnect
 from service import parameters
 from service.encoder import PNG, Encoder
 from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
-from service.eta import Countdown
+from service.eta import Countdown, Standings
 from service.intake import to_job
 from service.job import Inputs, JobResult, Limits, ModelInfo, SampleSpec, Ticket, timesteps_of
 from service.mailbox import Mailbox
@@ -37,6 +37,7 @@ NORMAL = 1000
 
 def stream_routes(
     worker: Worker,
+    standings: Standings,
     decoder: Decoder,
     encoder: Encoder,
     streams: Streams,
@@ -57,7 +58,7 @@ def stream_routes(
             _check_origin(ws, allowed_origins)
             with streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
-                await _Stream(ws, worker, decoder, encoder, streams, metrics, model, limits).serve()
+                await _Stream(ws, worker, standings, decoder, encoder, streams, metrics, model, limits).serve()
         except ServiceError as refusal:  # before it was accepted
             metrics.rejected(refusal.code)
             await ws.send_denial_response(render(refusal))
@@ -84,6 +85,7 @@ class _Stream:
         self,
         ws: WebSocket,
         worker: Worker,
+        standings: Standings,
         decoder: Decoder,
         encoder: Encoder,
         streams: Streams,
@@ -91,7 +93,7 @@ class _Stream:
         model: ModelInfo,
         limits: Limits,
     ) -> None:
-        self._ws, self._worker, self._streams = ws, worker, streams
+        self._ws, self._worker, self._standings, self._streams = ws, worker, standings, streams
         self._decoder, self._encoder = decoder, encoder
         self._metrics, self._model, self._limits = metrics, model, limits
 
@@ -222,7 +224,7 @@ class _Stream:
     ) -> None:
         """Send frames until the mailbox is closed."""
         timesteps = timesteps_of(spec, self._model)
-        countdown = Countdown(self._worker, job_id, ticket.eta_s)
+        countdown = Countdown(self._standings, job_id, ticket.eta_s)
         while (frame := await mailbox.take()) is not None:
             try:
                 pictures = await self._encoder.encode_frame(frame, preview.frame_format, preview.layout)

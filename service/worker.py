@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from service.admission import Admission
+from service.admission import Admission, Entry
 from service.errors import (
     DeadlinePassed,
     Draining,
@@ -38,7 +38,7 @@ from service.job import (
     work_of,
 )
 from service.metrics import Metrics
-from service.preview import Frame, Watch
+from service.preview import Frame, Show, Watch
 from service.recording import Recording
 from service.row_engine import RowEngine
 from service.scheduler import Scheduler
@@ -47,6 +47,7 @@ from service.snapshots import Keeper
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+SUSPENDED = "suspended"  # durable jobs on SIGTERM: the next start goes on with them
 CRASHED = "the worker has stopped; the server's log says why"
 
 
@@ -99,6 +100,7 @@ class Worker:
         self._deadlines: list[tuple[float, str, _Job]] = []  # a heap by when, of jobs that may be gone
         self._rows_active = 0
         self._crashed = False
+        self._in_hand = self._suspects = frozenset[str]()  # the jobs that are being worked on; those of a crash
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="tminus-worker", daemon=True)
 
@@ -124,6 +126,11 @@ class Worker:
         return self._crashed
 
     @property
+    def suspects(self) -> frozenset[str]:
+        """The jobs that the worker had in hand when it crashed."""
+        return self._suspects
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive() and not self._closed.is_set()
@@ -142,34 +149,48 @@ class Worker:
         *,
         inputs: Inputs | None = None,
         durable: bool = False,
-        snapshot: Snapshot | None = None,
         recording: Recording | None = None,
     ) -> Ticket:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, Overloaded, …
 
         deadline_s counts from now: one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
         watch is shown the job as it goes; inputs are what its spec has the hashes of. Of a durable job snapshots are
-        kept; one that has a snapshot goes on from it. A recording is given the rows at the steps that it wants.
+        kept. A recording is given the rows at the steps that it wants.
         """
         self._check_open()
         work, now_s = work_of(spec, self._engine.info), self._clock()
-        steps = snapshot.steps if snapshot is not None else (spec.start,) * spec.n
         # Outside the gate: this may take milliseconds, and the worker passes the gate with every job that ends.
-        entry = self._admission.enter(
-            job_id, work, now_s=now_s, deadline_s=deadline_s, places_left=sum(map(work.places_left, steps))
-        )
-        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, durable=durable, inputs=inputs, snapshot=snapshot)
-        job.recording = recording
-        job.steps_taken = job.steps_kept = sum(steps)
+        entry = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s)
+        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, durable=durable, inputs=inputs, recording=recording)
+        job.steps_taken = spec.n * spec.start
         if watch is not None:
             job.watches.append(watch)
+        return self._let_in(job, entry)
+
+    def resume(
+        self, job_id: str, spec: SampleSpec, deadline_s: float | None, inputs: Inputs | None, snapshot: Snapshot | None
+    ) -> Ticket:
+        """Take on a durable job that an earlier process accepted, where its snapshot left it.
+
+        Raises NotReady, Draining, and Overloaded while there are no slots; nothing else refuses it.
+        """
+        self._check_open()
+        work = work_of(spec, self._engine.info)
+        steps = snapshot.steps if snapshot is not None else (spec.start,) * spec.n
+        entry = self._admission.readmit(job_id, work, places_left=sum(map(work.places_left, steps)))
+        job = _Job(job_id, spec, work, Future(), self._clock(), deadline_s, durable=True, inputs=inputs)
+        job.snapshot = snapshot
+        job.steps_taken = job.steps_kept = sum(steps)
+        return self._let_in(job, entry)
+
+    def _let_in(self, job: _Job, entry: Entry) -> Ticket:
         with self._gate:
             try:
                 self._check_open()
             except ServiceError:
-                self._admission.leave(job_id)
+                self._admission.leave(job.id)
                 raise
-            self._jobs[job_id] = job
+            self._jobs[job.id] = job
             self._commands.put(lambda: self._accept(job))
         return Ticket(job.future, entry.position, entry.eta_s)
 
@@ -211,6 +232,7 @@ class Worker:
             eta_s=outlook.eta_s,
             step=job.step,
             spec=job.spec,
+            durable=job.durable,
             age_s=self._clock() - job.submitted_s,
         )
 
@@ -266,6 +288,7 @@ class Worker:
             failure: ServiceError = Draining()
         except Exception:
             log.exception("the worker stopped")
+            self._suspects = self._in_hand
             failure = EngineFailed(CRASHED)
         with self._gate:
             self._crashed = isinstance(failure, EngineFailed)
@@ -314,6 +337,7 @@ class Worker:
             future.set_exception(EngineFailed(f"the engine could not do it: {type(error).__name__}"))
 
     def _accept(self, job: _Job) -> None:
+        self._in_hand = frozenset({job.id})
         if job.id not in self._jobs:  # the thread is ending, and has answered it
             return
         if not job.future.set_running_or_notify_cancel():  # from here on only the worker ends it
@@ -354,6 +378,7 @@ class Worker:
         started_s = self._clock()
         self._rows_active = len(batch.rows)
         by_job = self._scheduler.places_by_job(batch)
+        self._in_hand = frozenset(by_job)
         try:
             self._engine.step(batch)
             self._engine.wait()
@@ -391,12 +416,15 @@ class Worker:
             self._keep_snapshots([job for job in self._jobs.values() if job.durable])
 
     def _show(self, job: _Job, now_s: float) -> None:
-        """Give those who look on a frame, where one is due."""
+        """Give those who look on a frame, where one is due; who sees the same shares it."""
+        frames: dict[tuple[Show, ...], Frame] = {}
         for watch in job.watches:
             if not watch.due(job.step, now_s):
                 continue
             try:
-                watch.put(Frame(job.step, self._engine.preview(job.rows, watch.show)))
+                if watch.show not in frames:
+                    frames[watch.show] = Frame(job.step, self._engine.preview(job.rows, watch.show))
+                watch.put(frames[watch.show])
             except Exception:  # it is not worth the job
                 log.exception("job %s could not be shown", job.id)
 
@@ -439,7 +467,7 @@ class Worker:
         durable = [job for job in self._jobs.values() if job.durable]
         self._keep_snapshots([job for job in durable if job.rows])
         for job in durable:
-            self._give_up(job.id, Draining(), "suspended")
+            self._give_up(job.id, Draining(), SUSPENDED)
 
     def _deliver(self, job: _Job) -> None:
         assert job.started_s is not None
@@ -476,6 +504,9 @@ class Worker:
         if job.rows:
             self._engine.remove(job.rows)
         self._forget(job)
-        self._metrics.job_given_up(reason, saved)
-        log.info("job %s given up (%s), %d row-steps saved", job_id, reason, saved)
+        if reason == SUSPENDED:
+            log.info("job %s is suspended", job_id)
+        else:
+            self._metrics.job_given_up(reason, saved)
+            log.info("job %s given up (%s), %d row-steps saved", job_id, reason, saved)
         job.future.set_exception(error)

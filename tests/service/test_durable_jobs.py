@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,21 @@ class Restarts:
     def __init__(self, file: Path) -> None:
         self.file, self.site = file, None
 
-    def start(self, *, shut: bool = False, **fields: Any) -> Site:
-        from dataclasses import replace
-
-        self.site = Site(
-            replace(INFO, **fields.pop("info", {})), replace(LIMITS, **fields), INSTANT, state_file=self.file
-        )
-        self.site.client.__enter__()
-        self.site.wait_until_ready()
+    def start(
+        self,
+        *,
+        shut: bool = False,
+        info: dict[str, Any] | None = None,
+        tick_times: tuple[tuple[int, float], ...] = INSTANT,
+        **fields: Any,
+    ) -> Site:
+        limits = replace(LIMITS, **fields)
+        self.site = Site(replace(INFO, **info or {}), limits, tick_times, state_file=self.file)
         if shut:
             self.site.engine.gate.shut()
+            self.site.engine.gate.let()  # the warm-up
+        self.site.client.__enter__()
+        self.site.wait_until_ready()
         return self.site
 
     def stop(self) -> None:
@@ -497,6 +503,109 @@ def test_a_deadline_goes_on_while_the_server_is_down(restarts: Restarts) -> None
     store.close()
     site = restarts.start()
     assert wait_for(site, "a" * 32, "failed")["problem"]["code"] == "deadline_passed"
+
+
+def test_an_end_that_cannot_be_kept_for_whatever_reason_hangs_nobody(
+    held: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons: list[Exception] = [MemoryError("no room"), StorageFailed("full")]
+
+    def fail(*_: object) -> None:
+        raise reasons[0]
+
+    monkeypatch.setattr(SqliteStore, "finish", fail)
+    monkeypatch.setattr(jobs_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(jobs_module, "CANCEL_S", 0.1)
+    job_id = post(held).json()["id"]
+    held.engine.gate.open()
+    wait_until(lambda: held.engine.jobs == {})
+    wait_until(lambda: held.client.post("/jobs", json=SPEC).status_code == 507)  # no more are taken than can be ended
+    problem(held.client.delete(f"/jobs/{job_id}"), 507, "storage_failed")
+    problem(held.client.post(f"/jobs/{job_id}/cancel"), 507, "storage_failed")
+    reasons.pop(0)
+    assert state(held, job_id) == "running"
+    monkeypatch.undo()
+    assert wait_for(held, job_id)["state"] == "done"
+    assert post(held)
+
+
+def test_a_slow_machine_or_tighter_limits_end_no_job_that_was_accepted(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    late = post(site, {"steps": 900, "deadline_s": 60}).json()["id"]
+    large = post(site, {"steps": 5, "n": 4}).json()["id"]
+    small = post(site, {"steps": 5, "n": 2}).json()["id"]
+    restarts.stop()
+    site = restarts.start(max_rows=3, max_n=3, max_backlog_s=0.001, tick_times=((1, 9.0), (8, 9.0)))
+    assert wait_for(site, small)["state"] == "done"
+    assert wait_for(site, late)["state"] == "done"
+    assert state(site, large) == "waiting", "until a server has room for it"
+    restarts.stop()
+    assert wait_for(restarts.start(), large)["state"] == "done"
+
+
+def test_who_waits_behind_a_job_that_is_deleted_need_not_wait_longer(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    ids = [post(site, {"steps": steps, "seed": steps}).json()["id"] for steps in (1000, 999, 5, 6)]
+    restarts.stop()
+    site = restarts.start(max_jobs=1, tick_times=((1, 9.0), (8, 9.0)), shut=True)
+    wait_until(lambda: not site.engine.begun.empty())
+    with ThreadPoolExecutor(2) as pool:
+        deleting = [pool.submit(site.client.delete, f"/jobs/{job_id}") for job_id in ids[:2]]
+        wait_until(lambda: not site.app.state.worker._commands.empty())
+        site.engine.gate.open()
+        assert [each.result(PATIENCE_S).status_code for each in deleting] == [204, 204]
+    assert wait_for(site, ids[2])["state"] == "done"
+    assert wait_for(site, ids[3])["state"] == "done"
+
+
+def test_a_crash_is_counted_only_for_those_that_were_in_hand(restarts: Restarts) -> None:
+    def crash(rows: object) -> None:
+        raise RuntimeError("out of memory")
+
+    site = restarts.start(shut=True, max_batch=2)
+    poison, innocent = post(site, {"steps": 1, "n": 2}).json()["id"], post(site, {"steps": 50, "n": 2}).json()["id"]
+    for _ in range(3):
+        site.engine.on_remove = crash
+        site.engine.gate.open()
+        wait_until(lambda site=site: site.app.state.worker.crashed)  # type: ignore[misc]
+        site.engine.jobs.clear()
+        restarts.stop()
+        site = restarts.start(shut=True, max_batch=2)
+    site.engine.gate.open()
+    assert wait_for(site, poison, "failed")["problem"]["code"] == "engine_failed"
+    assert wait_for(site, innocent)["state"] == "done"
+
+
+def test_suspended_work_is_not_counted_as_saved(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    post(site, {"steps": 900})
+    site.engine.next_begun()
+    worker = site.app.state.worker
+    worker.drain()
+    site.engine.gate.open()
+    wait_until(lambda: not worker.alive)
+    metrics = site.metrics()
+    assert metrics["tminus_row_steps_saved_total"] == 0
+    assert 'tminus_cancelled_total{"reason": "suspended"}' not in metrics
+
+
+def test_who_comes_back_ahead_of_the_job_is_told_where_it_stands(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    job_id = post(site, {"steps": 300}).json()["id"]
+    site.engine.gate.let(3)
+    for _ in range(4):
+        site.engine.next_begun()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = {"Last-Event-ID": "250"}
+        reading = pool.submit(site.client.get, f"/jobs/{job_id}/events?every=100", headers=ahead)
+        wait_for_viewer(site)
+        site.engine.gate.open()
+        found = events(reading.result(PATIENCE_S).text)
+    steps = [data["step"] for name, data, _ in found if name == "progress"]
+    assert 1 <= steps[0] <= 4, "at once, and without an id"
+    assert found[0][2] is None
+    assert steps[-1] in (100, 200), "what is done again is shown again"
+    assert found[-1][0] == "done"
 
 
 def test_a_worker_that_crashes_again_and_again_with_a_job_fails_it(restarts: Restarts) -> None:

@@ -22,7 +22,8 @@ from service.errors import (
 )
 from service.job import Batch, JobResult, JobStatus, Limits, ModelInfo, SampleSpec, Snapshot, Ticket, Work
 from service.metrics import Metrics
-from service.preview import Pace, Watch
+from service.preview import Frame, Pace, Watch
+from service.recording import Recording
 from service.scheduler import Scheduler, Sharing
 from service.worker import Worker
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
@@ -908,7 +909,7 @@ def test_a_job_goes_on_from_its_snapshot_and_is_counted_from_there(make_bench: M
     zeros = np.zeros((2, 1, 4, 6), np.float32)
     snapshot = Snapshot((7, 10), zeros, zeros)  # the second row has taken them all
     spec = make_spec(n=2, steps=10)
-    ticket = bench.worker.submit("a", spec, deadline_s=3.5, durable=True, snapshot=snapshot)
+    ticket = bench.worker.resume("a", spec, 3.5, None, snapshot)
     assert ticket.eta_s <= 3
     assert bench.admission.backlog_s == pytest.approx(3 / LIMITS.max_batch)
     assert bench.engine.next_begun().steps == (7,)
@@ -933,6 +934,66 @@ def test_draining_suspends_durable_jobs_with_a_last_snapshot_and_finishes_the_ot
     assert set(last) == {"durable"}
     assert 1 <= last["durable"].steps[0] < 10
     wait_until(lambda: not bench.worker.alive)
+
+
+def test_neither_backlog_nor_deadline_refuses_a_job_that_goes_on_but_slots_may(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_jobs=2, max_rows=8, max_backlog_s=3)).start(shut=True)
+    bench.a_tick_is_known_to_take_a_second()
+    bench.submit("running", steps=90)
+    with pytest.raises(Overloaded):
+        bench.submit("new", steps=100)
+    spec = make_spec(n=2, steps=100)
+    late = bench.worker.resume("late", spec, 0.5, None, None).future
+    with pytest.raises(Overloaded) as caught:
+        bench.worker.resume("third", spec, None, None, None)
+    assert caught.value.field == "jobs"
+    bench.now_s += 1
+    bench.engine.gate.open()
+    assert isinstance(failure(late), DeadlinePassed), "the deadline still ends it"
+    bench.worker.resume("third", spec, None, None, None).future.result(PATIENCE_S)
+
+
+def test_those_who_see_the_same_share_one_frame(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    seen: list[list[Frame]] = [[], [], []]
+    future = bench.submit("a", steps=4)
+    bench.engine.next_begun()
+    for frames, show in zip(seen, (("x_t",), ("x_t",), ("x_0",)), strict=True):
+        bench.worker.watch("a", Watch(Pace(every=1), show, frames.append))  # type: ignore[arg-type]
+    read: list[Sequence[int]] = []
+    bench.engine.on_preview = read.append
+    bench.engine.gate.open()
+    images(future)
+    assert seen[0] == seen[1] != seen[2]
+    assert len(read) == 2 * len(seen[0]) > 0
+
+
+def test_a_crash_has_those_for_suspects_that_were_in_hand(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
+
+    def crash(_rows: object) -> None:
+        raise RuntimeError("nobody catches this")
+
+    bench.submit("short", n=2, steps=1)
+    bench.engine.next_begun()
+    long = bench.submit("long", n=2, steps=50)
+    assert bench.worker.suspects == frozenset()
+    bench.engine.on_remove = crash
+    bench.engine.gate.open()
+    assert isinstance(failure(long), EngineFailed)
+    wait_until(lambda: bench.worker.crashed)
+    assert bench.worker.suspects == {"short"}
+
+
+def test_a_recording_has_each_row_at_its_own_steps(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2)).start()  # so that the three rows are not level
+    spec = make_spec(n=3, steps=7, seed=40)
+    recording = Recording(2, "x_t", spec.n, spec.steps)
+    images(bench.worker.submit("a", spec, recording=recording).future)
+    frames = recording.frames()
+    assert len(frames) == 3
+    for number, frame in enumerate(frames, 1):
+        np.testing.assert_array_equal(frame, fake_pixels(spec, 2 * number))
 
 
 def test_several_may_look_on_and_leave(make_bench: MakeBench) -> None:
