@@ -297,3 +297,19 @@ def test_a_thousand_requests_at_once_are_each_answered_or_told_when_to_come_agai
     server.wait_until(lambda: server.metric("tminus_backlog_seconds") == 0)
     assert server.metric("tminus_images_total") >= 1000 - len(refused)
     assert "Traceback" not in server.log, server.log[-3000:]
+
+
+def test_an_animation_is_the_same_bytes_alone_and_under_load(server: RunningServer) -> None:
+    spec = {"n": 3, "steps": 40, "seed": 8, "class_label": "ankle-boot", "guidance": 2, "guidance_interval": [300, 700]}
+
+    def animated() -> bytes:
+        response = server.post(json=spec | {"every": 3}, headers={"Accept": "image/webp"})
+        assert response.status_code == 200, response.text
+        return response.content
+
+    alone = animated()
+    with ThreadPoolExecutor(9) as pool:
+        others = [pool.submit(server.post, json={"n": k % 4 + 1, "steps": 50 + k}) for k in range(8)]
+        server.wait_until(lambda: server.metric("tminus_rows_active") > 2)
+        assert animated() == alone
+        assert {other.result().status_code for other in others} == {200}
