@@ -3,17 +3,16 @@
 Decide, then act: take commands, ask the scheduler for a batch, let the engine step it, deliver what is done.
 """
 
-import heapq
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from service.admission import Admission, Entry
+from service.deadlines import Deadlines
 from service.errors import (
     DeadlinePassed,
     Draining,
@@ -24,7 +23,6 @@ from service.errors import (
     NotReady,
     ServiceError,
 )
-from service.forecast import Outlook
 from service.job import (
     Batch,
     Inputs,
@@ -33,14 +31,14 @@ from service.job import (
     SampleSpec,
     Snapshot,
     Ticket,
-    Work,
     trial_spec,
     work_of,
 )
 from service.metrics import Metrics
-from service.preview import Frame, Show, Watch
+from service.preview import Watch
 from service.recording import Recording
 from service.row_engine import RowEngine
+from service.running_job import RunningJob
 from service.scheduler import Scheduler
 from service.snapshots import Keeper
 
@@ -49,33 +47,6 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 SUSPENDED = "suspended"  # durable jobs on SIGTERM: the next start goes on with them
 CRASHED = "the worker has stopped; the server's log says why"
-
-
-@dataclass(slots=True)
-class _Job:
-    """A job in the worker's hands. Only its thread changes one."""
-
-    id: str
-    spec: SampleSpec
-    work: Work
-    future: "Future[JobResult]"
-    submitted_s: float
-    deadline_s: float | None  # after it was submitted
-    rows: tuple[int, ...] = ()
-    started_s: float | None = None
-    first_step_s: float = 0.0
-    steps_taken: int = 0  # of all its rows, those before spec.start among them
-    watches: list[Watch] = field(default_factory=list)  # who looks on
-    recording: Recording | None = None
-    durable: bool = False  # snapshots are kept of it
-    inputs: Inputs | None = None  # until the engine has them
-    snapshot: Snapshot | None = None  # where it goes on from
-    steps_kept: int = 0  # of all its rows, when the last snapshot was taken
-
-    @property
-    def step(self) -> int:
-        """How many steps its rows have taken; the scheduler keeps them level, but for a few where guidance begins."""
-        return self.steps_taken // self.spec.n - self.spec.start
 
 
 class Worker:
@@ -96,8 +67,8 @@ class Worker:
         self._keeper, self._clock = keeper, clock
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # a job is either queued before the thread ends, or refused
-        self._jobs: dict[str, _Job] = {}  # changed under the gate
-        self._deadlines: list[tuple[float, str, _Job]] = []  # a heap by when, of jobs that may be gone
+        self._jobs: dict[str, RunningJob] = {}  # changed under the gate
+        self._deadlines = Deadlines()
         self._rows_active = 0
         self._crashed = False
         self._in_hand = self._suspects = frozenset[str]()  # the jobs that are being worked on; those of a crash
@@ -161,7 +132,9 @@ class Worker:
         work, now_s = work_of(spec, self._engine.info), self._clock()
         # Outside the gate: this may take milliseconds, and the worker passes the gate with every job that ends.
         entry = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s)
-        job = _Job(job_id, spec, work, Future(), now_s, deadline_s, durable=durable, inputs=inputs, recording=recording)
+        job = RunningJob(
+            job_id, spec, work, Future(), now_s, deadline_s, durable=durable, inputs=inputs, recording=recording
+        )
         job.steps_taken = spec.n * spec.start
         if watch is not None:
             job.watches.append(watch)
@@ -178,12 +151,12 @@ class Worker:
         work = work_of(spec, self._engine.info)
         steps = snapshot.steps if snapshot is not None else (spec.start,) * spec.n
         entry = self._admission.readmit(job_id, work, places_left=sum(map(work.places_left, steps)))
-        job = _Job(job_id, spec, work, Future(), self._clock(), deadline_s, durable=True, inputs=inputs)
+        job = RunningJob(job_id, spec, work, Future(), self._clock(), deadline_s, durable=True, inputs=inputs)
         job.snapshot = snapshot
         job.steps_taken = job.steps_kept = sum(steps)
         return self._let_in(job, entry)
 
-    def _let_in(self, job: _Job, entry: Entry) -> Ticket:
+    def _let_in(self, job: RunningJob, entry: Entry) -> Ticket:
         with self._gate:
             try:
                 self._check_open()
@@ -214,27 +187,15 @@ class Worker:
         """Every job that is waiting or running, in order of arrival, with its place and when it should be done."""
         outlooks = {outlook.job_id: outlook for outlook in self._admission.outlooks()}
         with self._gate:
-            jobs = list(self._jobs.values())
-        return [self._status(job, outlooks[job.id]) for job in jobs if job.id in outlooks]
+            jobs, now_s = list(self._jobs.values()), self._clock()
+        return [job.status(outlooks[job.id], now_s) for job in jobs if job.id in outlooks]
 
     def status(self, job_id: str) -> JobStatus | None:
         """One of them; None if it is not here (any more)."""
         outlook = self._admission.outlook(job_id)
         with self._gate:
             job = self._jobs.get(job_id)
-        return self._status(job, outlook) if job is not None and outlook is not None else None
-
-    def _status(self, job: _Job, outlook: Outlook) -> JobStatus:
-        return JobStatus(
-            id=job.id,
-            state="waiting" if job.started_s is None else "running",
-            position=outlook.position,
-            eta_s=outlook.eta_s,
-            step=job.step,
-            spec=job.spec,
-            durable=job.durable,
-            age_s=self._clock() - job.submitted_s,
-        )
+        return job.status(outlook, self._clock()) if job is not None and outlook is not None else None
 
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more; nothing happens if it is not here (any more)."""
@@ -242,7 +203,7 @@ class Worker:
 
     def unwatch(self, job_id: str, watch: Watch) -> None:
         """Show it no more to somebody who was."""
-        self._commands.put(lambda: self._unwatch(job_id, watch))
+        self._commands.put(lambda: job.unwatch(watch) if (job := self._jobs.get(job_id)) else None)
 
     def cancel(self, job_id: str, reason: str) -> bool:
         """Free a job's rows before the next tick; False if there is no such job (any more)."""
@@ -336,7 +297,7 @@ class Worker:
             log.exception("what was asked of the engine failed")
             future.set_exception(EngineFailed(f"the engine could not do it: {type(error).__name__}"))
 
-    def _accept(self, job: _Job) -> None:
+    def _accept(self, job: RunningJob) -> None:
         self._in_hand = frozenset({job.id})
         if job.id not in self._jobs:  # the thread is ending, and has answered it
             return
@@ -357,22 +318,15 @@ class Worker:
         self._scheduler.add(job.id, job.rows, job.work, job.snapshot.steps if job.snapshot is not None else None)
         job.snapshot = job.inputs = None
         if job.deadline_s is not None:
-            if len(self._deadlines) > 2 * len(self._jobs):  # most are of jobs that are done
-                self._deadlines = [entry for entry in self._deadlines if self._jobs.get(entry[1]) is entry[2]]
-                heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (job.submitted_s + job.deadline_s, job.id, job))
+            self._deadlines.add(job.submitted_s + job.deadline_s, job.id, self._jobs)
         log.info("job %s accepted: %s", job.id, job.spec)
 
     def _end_overdue(self) -> None:
-        while self._deadlines and self._deadlines[0][0] <= self._clock():
-            _, job_id, job = heapq.heappop(self._deadlines)
-            if self._jobs.get(job_id) is job:
+        for job_id in self._deadlines.passed(self._clock()):
+            if (job := self._jobs.get(job_id)) is not None:
                 detail = f"deadline_s={job.deadline_s:g} passed before the job was done"
-                self._give_up(
-                    job_id,
-                    DeadlinePassed(detail, field="deadline_s", value=job.deadline_s, bound="a longer time"),
-                    "deadline",
-                )
+                error = DeadlinePassed(detail, field="deadline_s", value=job.deadline_s, bound="a longer time")
+                self._give_up(job_id, error, "deadline")
 
     def _tick(self, batch: Batch) -> None:
         started_s = self._clock()
@@ -410,44 +364,12 @@ class Worker:
                 self._deliver(self._jobs[job_id])
         for job_id in by_job:
             if job_id in self._jobs:
-                self._show(self._jobs[job_id], now_s)
-                self._record(self._jobs[job_id], batch)
+                self._jobs[job_id].show(self._engine, now_s)
+                self._jobs[job_id].record(self._engine, batch)
         if self._keeper is not None and self._keeper.due(now_s):
             self._keep_snapshots([job for job in self._jobs.values() if job.durable])
 
-    def _show(self, job: _Job, now_s: float) -> None:
-        """Give those who look on a frame, where one is due; who sees the same shares it."""
-        frames: dict[tuple[Show, ...], Frame] = {}
-        for watch in job.watches:
-            if not watch.due(job.step, now_s):
-                continue
-            try:
-                if watch.show not in frames:
-                    frames[watch.show] = Frame(job.step, self._engine.preview(job.rows, watch.show))
-                watch.put(frames[watch.show])
-            except Exception:  # it is not worth the job
-                log.exception("job %s could not be shown", job.id)
-
-    def _record(self, job: _Job, batch: Batch) -> None:
-        """Keep those of a job's rows that have just come to a step which its recording wants."""
-        if job.recording is None:
-            return
-        index = {row: k for k, row in enumerate(job.rows)}
-        taken = [
-            (index[row], step + 1 - job.spec.start)
-            for row, step in zip(batch.rows, batch.steps, strict=True)
-            if row in index and job.recording.due(step + 1 - job.spec.start)
-        ]
-        if taken:
-            rows = [job.rows[k] for k, _ in taken]
-            job.recording.put(taken, self._engine.preview(rows, (job.recording.show,)))
-
-    def _unwatch(self, job_id: str, watch: Watch) -> None:
-        job = self._jobs.get(job_id)
-        if job is not None and watch in job.watches:
-            job.watches.remove(watch)
-
-    def _keep_snapshots(self, jobs: "list[_Job]") -> None:
+    def _keep_snapshots(self, jobs: Sequence[RunningJob]) -> None:
         """Hand the keeper what those of the jobs need to go on that have stepped since it was last asked."""
         moved = [job for job in jobs if job.steps_taken > job.steps_kept]
         if self._keeper is None or not moved:
@@ -469,7 +391,7 @@ class Worker:
         for job in durable:
             self._give_up(job.id, Draining(), SUSPENDED)
 
-    def _deliver(self, job: _Job) -> None:
+    def _deliver(self, job: RunningJob) -> None:
         assert job.started_s is not None
         try:
             read = self._engine.images(job.rows)
@@ -486,7 +408,7 @@ class Worker:
         log.info("job %s done: queued %.3f s, denoised %.3f s", job.id, queue_s, denoise_s)
         job.future.set_result(JobResult(read, queue_s, job.first_step_s, denoise_s))
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: RunningJob) -> None:
         """Take a job off the books."""
         with self._gate:
             del self._jobs[job.id]
