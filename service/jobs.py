@@ -116,9 +116,9 @@ class Jobs:
         keep_us, keep_bytes = round(self._limits.keep_jobs_s * 1e6), self._limits.keep_jobs_bytes
         while not self._closing.is_set():
             try:
-                count = await self._thread.call(self._store.sweep, now_us() - keep_us, keep_bytes)
-                if count:
-                    log.info("%d jobs that had ended were forgotten", count)
+                while await self._thread.call(self._store.sweep, now_us() - keep_us, keep_bytes):
+                    if self._closing.is_set():
+                        return
             except StorageFailed:
                 pass
             try:

@@ -54,9 +54,16 @@ class Settings(BaseSettings):
         4096,
         ge=8,
         le=65_536,
-        description="connections open at once, at most half of them WebSockets; one more is answered 503 in plain text",
+        description="connections open at once, at most half of them WebSockets and event streams; one more is "
+        "answered 503 in plain text",
     )
-    max_streams_per_address: int = Field(64, ge=1, le=65_536, description="WebSockets open at once from one address")
+    max_streams_per_address: int = Field(
+        64,
+        ge=1,
+        le=65_536,
+        description="WebSockets and event streams open at once from one address; all behind a proxy are one address, "
+        "unless it sends X-Forwarded-For",
+    )
     allowed_origins: str = Field(
         "",
         description="origins whose pages may open WebSockets here, by commas, beside the server's own; * is any",

@@ -1,71 +1,32 @@
 """Durable jobs in one SQLite file. WAL; every commit is on the disk before it is answered."""
 
+import json
 import logging
 import os
 import sqlite3
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
 import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
+from service import arrays
 from service.errors import StorageFailed
 from service.job import Images, Inputs, SampleSpec, Snapshot
-from service.store import JobRecord, Key, Outcome, Place
+from service.sqlite_file import APPLICATION_ID, BUSY_S, IN_MEMORY, VERSION, is_new, prepare, why_not
+from service.sqlite_tables import images_of, inputs_of, jobs, metadata, snapshots
+from service.store import JobRecord, Key, Outcome, Place, now_us
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the tables below
-APPLICATION_ID = 0x746D696E  # "tmin", as SQLite's header keeps it: what file(1) and we know our own by
 RECORD_BYTES = 1024  # what a job takes beside its images, roughly
-IN_MEMORY = ":memory:"
-BUSY_S = 2.0  # a server that was killed lets go at once; one that is there does not
-
-metadata = sa.MetaData()
-jobs = sa.Table(
-    "jobs",
-    metadata,
-    sa.Column("arrival", sa.Integer, primary_key=True),
-    sa.Column("id", sa.Text, nullable=False, unique=True),
-    sa.Column("spec", sa.JSON, nullable=False),
-    sa.Column("created_us", sa.BigInteger, nullable=False),
-    sa.Column("deadline_us", sa.BigInteger),
-    sa.Column("outcome", sa.Text),
-    sa.Column("finished_us", sa.BigInteger),
-    sa.Column("fingerprint", sa.Text),
-    sa.Column("problem", sa.JSON(none_as_null=True)),
-    sa.Column("crashes", sa.Integer, nullable=False),
-    sa.Column("bytes", sa.BigInteger, nullable=False),
-    sa.Column("key", sa.Text, unique=True),
-    sa.Column("request_hash", sa.Text),
-    sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
-    sqlite_autoincrement=True,
-)
-snapshots = sa.Table(
-    "snapshots",
-    metadata,
-    sa.Column("job_id", sa.Text, primary_key=True),
-    sa.Column("fingerprint", sa.Text, nullable=False),
-    sa.Column("data", sa.LargeBinary, nullable=False),
-)
-images_of = sa.Table(
-    "images",
-    metadata,
-    sa.Column("job_id", sa.Text, primary_key=True),
-    sa.Column("data", sa.LargeBinary, nullable=False),
-)
-inputs_of = sa.Table(
-    "inputs",
-    metadata,
-    sa.Column("job_id", sa.Text, primary_key=True),
-    sa.Column("data", sa.LargeBinary, nullable=False),
-)
+# What one sweep does at most: other calls wait for it some 30 ms, and 0.2 s or more where a slow disk catches up.
+SWEEP_JOBS, SWEEP_BYTES, SWEEP_PAGES = 500, 16 * 2**20, 512
+SPARE_PAGES = 256  # free ones that stay in the file: they are used again
+WAL_BYTES = 8 * 2**20  # beyond which the WAL is brought into the file, and cut
 RECORD_COLUMNS = [column for column in jobs.c if column.name in JobRecord.__dataclass_fields__]
 
 
@@ -76,7 +37,7 @@ class SqliteStore:
         """file None keeps everything in memory: it lives no longer than the process."""
         self._file = file
         if file is not None:
-            _check_header(file)
+            prepare(file)
         url = sa.URL.create("sqlite", database=None if file is None else str(file))
         arguments = {"check_same_thread": False, "timeout": BUSY_S}
         self._engine = sa.create_engine(url, poolclass=StaticPool, connect_args=arguments)
@@ -84,42 +45,29 @@ class SqliteStore:
         sa.event.listen(self._engine, "begin", _begin)
         try:
             self._connection = self._engine.connect()
-            is_new = self._check()
+            new = is_new(file, self._driver)
             for pragma in (
                 "auto_vacuum = INCREMENTAL",
                 "journal_mode = WAL",
                 "synchronous = FULL",  # an accepted job outlives a power cut too
+                "secure_delete = FAST",  # what goes is not written once more as zeros, as Debian's SQLite does
             ):
                 self._pragma(pragma)
-            if is_new:
+            if new:
                 with self._connection.begin():
                     self._pragma(f"application_id = {APPLICATION_ID}")
                     self._pragma(f"user_version = {VERSION}")
                     metadata.create_all(self._connection)
+            self.unfinished()  # the server reads them first of all: where that fails it does not start
         except sa.exc.DBAPIError as error:
             self._engine.dispose()
-            raise ValueError(_why_not(file, str(error.orig))) from None
-        except sqlite3.Error as error:
+            raise ValueError(why_not(file, str(error.orig))) from None
+        except (sqlite3.Error, StorageFailed) as error:
             self.close()
-            raise ValueError(_why_not(file, str(error))) from None
+            raise ValueError(why_not(file, str(error))) from None
         except ValueError:
             self.close()
             raise
-
-    def _check(self) -> bool:
-        """Whether the file is a new one. Changes nothing; raises ValueError for one that is damaged, or not ours.
-
-        In no transaction: BEGIN IMMEDIATE gives a new file its form, and auto_vacuum could not be set any more.
-        """
-        (version,) = self._pragma("user_version")
-        if version == 0 and not self._pragma("schema_version")[0]:
-            return True
-        if version != VERSION:
-            raise ValueError(_of_another_version(self._file, version))
-        (found,) = self._pragma("quick_check(1)")
-        if found != "ok":
-            raise ValueError(_why_not(self._file, f"malformed: {found}"))
-        return False
 
     def _pragma(self, text: str) -> Sequence[Any]:
         """Run a pragma; the first row it gives."""
@@ -136,8 +84,9 @@ class SqliteStore:
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> JobRecord | None:
         """See JobStore."""
-        data = _pack_inputs(inputs) if inputs is not None else None
-        values = asdict(job) | {"spec": job.spec.to_json(), "bytes": RECORD_BYTES + len(data or b"")}
+        data = arrays.pack_inputs(inputs) if inputs is not None else None
+        values = asdict(job) | {"spec": _json(job.spec.to_json()), "problem": _json(job.problem)}
+        values["bytes"] = RECORD_BYTES + len(data or b"")
         if key is not None:
             values |= {"key": key.name, "request_hash": key.request_hash}
         with self._transaction() as run:
@@ -164,21 +113,39 @@ class SqliteStore:
         """See JobStore."""
         query = sa.select(*RECORD_COLUMNS).where(jobs.c.outcome.is_(None)).order_by(jobs.c.arrival)
         with self._transaction() as run:
-            return [_record(row) for row in run(query)]
+            rows = run(query).all()
+        records = []
+        for row in rows:
+            try:
+                records.append(_record(row))
+            except StorageFailed as error:
+                ending = {"outcome": "failed", "finished_us": now_us(), "problem": error.problem()}
+                with suppress(StorageFailed):  # then it is tried again at the next start
+                    self._finish(row.id, ending)
+        return records
 
     def finished(self, before: Place | None, outcomes: Collection[Outcome], limit: int) -> list[JobRecord]:
         """See JobStore."""
         query = sa.select(*RECORD_COLUMNS).where(jobs.c.outcome.in_(outcomes))
-        if before is not None:
-            query = query.where(sa.tuple_(jobs.c.created_us, jobs.c.id) < before)
-        query = query.order_by(jobs.c.created_us.desc(), jobs.c.id.desc()).limit(limit)
-        with self._transaction() as run:
-            return [_record(row) for row in run(query)]
+        query = query.order_by(jobs.c.created_us.desc(), jobs.c.id.desc())
+        records: list[JobRecord] = []
+        while (missing := limit - len(records)) > 0:
+            older = query if before is None else query.where(sa.tuple_(jobs.c.created_us, jobs.c.id) < before)
+            with self._transaction() as run:
+                rows = run(older.limit(missing)).all()
+            for row in rows:
+                with suppress(StorageFailed):
+                    records.append(_record(row))
+            if len(rows) < missing:
+                break
+            before = rows[-1].created_us, rows[-1].id
+        return records
 
     def save(self, snapshots_by_job: Mapping[str, Snapshot], fingerprint: str) -> None:
         """See JobStore."""
-        packed = {job_id: _pack_snapshot(snapshot) for job_id, snapshot in snapshots_by_job.items()}
+        packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots_by_job.items()}
         with self._transaction() as run:
+            # SQLite takes 32,766 variables; --max-jobs is at most 10,000.
             living = run(sa.select(jobs.c.id).where(jobs.c.id.in_(packed), jobs.c.outcome.is_(None))).scalars().all()
             run(sa.delete(snapshots).where(snapshots.c.job_id.in_(living)))
             if living:
@@ -190,13 +157,16 @@ class SqliteStore:
         query = sa.select(snapshots.c.data).where(snapshots.c.job_id == job_id, snapshots.c.fingerprint == fingerprint)
         with self._transaction() as run:
             data = run(query).scalar_one_or_none()
-        return _unpack_snapshot(data) if data is not None else None
+        with suppress(StorageFailed), _reading(f"the snapshot of job {job_id}, which begins anew,"):
+            return arrays.unpack_snapshot(data) if data is not None else None
+        return None
 
     def inputs(self, job_id: str) -> Inputs | None:
         """See JobStore."""
         with self._transaction() as run:
             data = run(sa.select(inputs_of.c.data).where(inputs_of.c.job_id == job_id)).scalar_one_or_none()
-        return _unpack_inputs(data) if data is not None else None
+        with _reading(f"the inputs of job {job_id}"):
+            return arrays.unpack_inputs(data) if data is not None else None
 
     def crashed(self, job_id: str) -> None:
         """See JobStore."""
@@ -205,42 +175,65 @@ class SqliteStore:
 
     def finish(self, job: JobRecord, images: Images | None = None) -> None:
         """See JobStore."""
-        data = _pack_images(images) if images is not None else None
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
-        ending["bytes"] = RECORD_BYTES + len(data or b"")
+        self._finish(job.id, ending, arrays.pack_images(images) if images is not None else None)
+
+    def _finish(self, job_id: str, ending: dict[str, Any], images: bytes | None = None) -> None:
+        ending |= {"problem": _json(ending["problem"]), "bytes": RECORD_BYTES + len(images or b"")}
         with self._transaction() as run:
-            run(sa.update(jobs).where(jobs.c.id == job.id).values(**ending))
-            run(sa.delete(snapshots).where(snapshots.c.job_id == job.id))
-            run(sa.delete(inputs_of).where(inputs_of.c.job_id == job.id))
-            if data is not None:
-                run(sa.insert(images_of).values(job_id=job.id, data=data))
+            run(sa.update(jobs).where(jobs.c.id == job_id).values(**ending))
+            run(sa.delete(snapshots).where(snapshots.c.job_id == job_id))
+            run(sa.delete(inputs_of).where(inputs_of.c.job_id == job_id))
+            if images is not None:
+                run(sa.insert(images_of).values(job_id=job_id, data=images))
 
     def images(self, job_id: str) -> Images | None:
         """See JobStore."""
         with self._transaction() as run:
             data = run(sa.select(images_of.c.data).where(images_of.c.job_id == job_id)).scalar_one_or_none()
-        return _unpack_images(data) if data is not None else None
+        with _reading(f"the images of job {job_id}"):
+            return arrays.unpack_images(data) if data is not None else None
 
     def delete(self, job_id: str) -> bool:
         """See JobStore."""
         with self._transaction() as run:
             return self._delete(run, [job_id]) > 0
 
-    def sweep(self, before_us: int, max_bytes: int) -> int:
+    def sweep(self, before_us: int, max_bytes: int) -> bool:
         """See JobStore."""
-        ended = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes).where(jobs.c.outcome.is_not(None))
-        newer = sa.func.sum(jobs.c.bytes).over(order_by=(jobs.c.finished_us.desc(), jobs.c.arrival.desc()))
-        ranked = ended.add_columns(newer.label("with_newer")).subquery()
-        too_old = ranked.c.finished_us < before_us
-        too_much = sa.and_(ranked.c.with_newer > max_bytes, ranked.c.with_newer > ranked.c.bytes)
+        ended = jobs.c.finished_us.is_not(None)
+        oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes).where(ended)
+        oldest = oldest.order_by(jobs.c.finished_us, jobs.c.arrival).limit(SWEEP_JOBS)
+        doomed: list[str] = []
         with self._transaction() as run:
-            count = self._delete(run, run(sa.select(ranked.c.id).where(too_old | too_much)).scalars().all())
-        if count:
-            try:  # as a script, since a statement that gives no rows is stepped once, and frees one page
-                self._driver.executescript("PRAGMA incremental_vacuum")
-            except sqlite3.Error as error:  # the room is used again anyhow
-                log.warning("the job store %s does not shrink: %s", self._file, error)
-        return count
+            total = left = run(sa.select(sa.func.total(jobs.c.bytes)).where(ended)).scalar_one()
+            for row in run(oldest).all():
+                too_much = left > max_bytes and left > row.bytes
+                if not (row.finished_us < before_us or too_much) or total - left >= SWEEP_BYTES:
+                    break
+                doomed.append(row.id)
+                left -= row.bytes
+            if doomed:
+                self._delete(run, doomed)
+        if doomed:
+            log.info("%d jobs that had ended were forgotten", len(doomed))
+        return bool(doomed) or self._shrink()
+
+    def _shrink(self) -> bool:
+        """Give some of what is not used any more back to the disk; whether there is more of it."""
+        try:
+            (free,) = self._pragma("freelist_count")
+            if free > SPARE_PAGES:
+                # As a script, since a statement that gives no rows is stepped once, and frees one page.
+                self._driver.executescript(f"PRAGMA incremental_vacuum({SWEEP_PAGES})")
+                return bool(self._pragma("freelist_count")[0] < free)
+            if self._file is not None:  # which gets shorter when the WAL is brought into it, not before
+                taken = sum(Path(f"{self._file.resolve()}{end}").stat().st_size for end in ("", "-wal"))
+                if taken > self._pragma("page_count")[0] * self._pragma("page_size")[0] + WAL_BYTES:
+                    self._pragma("wal_checkpoint(TRUNCATE)")
+        except (OSError, sqlite3.Error) as error:  # the room is used again anyhow
+            log.warning("the job store %s does not shrink: %s", self._file, error)
+        return False
 
     def _delete(self, run: Callable[..., Any], job_ids: Sequence[str]) -> int:
         for table in (snapshots, inputs_of, images_of):
@@ -290,6 +283,7 @@ def _home_state_dir() -> Path:
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
     """Keep others out, as two servers would both finish the same jobs; and let the driver begin no transaction."""
     connection.isolation_level = None
+    connection.text_factory = lambda data: data.decode(errors="replace")  # one bad byte would take a whole list away
     connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
 
 
@@ -297,76 +291,24 @@ def _begin(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _check_header(file: Path) -> None:
-    """Refuse a file that is not ours or of a newer version, before anything is opened that might write to it.
-
-    SQLite keeps both numbers in the file's first 100 bytes (sqlite.org/fileformat.html, section 1.3).
-    """
-    try:
-        with file.open("rb") as opened:
-            header = opened.read(100)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    if not header:  # a start that was cut off before it wrote anything
-        return
-    if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
-        raise ValueError(f"{file} is not a database, or is damaged; nothing was changed. Move it away to begin anew")
-    version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
-    if application == APPLICATION_ID and version > VERSION:
-        raise ValueError(_of_another_version(file, version))
-    if (version, application) != (0, 0) and application != APPLICATION_ID:  # zero: its first commit is in the WAL still
-        raise ValueError(f"{file} is a database of something else; nothing was changed. Name another --state-dir")
-
-
-def _of_another_version(file: Path | None, version: int) -> str:
-    return (
-        f"{file} is of version {version}, this tminus knows version {VERSION}; nothing was changed. "
-        "Serve it with the tminus that made it, or name another --state-dir"
-    )
-
-
-def _why_not(file: Path | None, reason: str) -> str:
-    reason = " ".join(reason.split())
-    if "locked" in reason:
-        return f"{file} is in use by another server; give this one a --state-dir of its own"
-    if "malformed" in reason or "not a database" in reason:
-        return f"{file} is damaged ({reason}); nothing was changed. Move it away to begin anew"
-    return f"{file} cannot be used ({reason}); name another --state-dir, or {IN_MEMORY} for none"
+def _json(value: Mapping[str, Any] | None) -> str | None:
+    return json.dumps(value) if value is not None else None
 
 
 def _record(row: Any) -> JobRecord:
+    """Raises StorageFailed for a row that cannot be read."""
     fields = {column.name: getattr(row, column.name) for column in RECORD_COLUMNS}
-    return JobRecord(**fields | {"spec": SampleSpec.from_json(fields["spec"])})
+    with _reading(f"the record of job {row.id}"):
+        fields["spec"] = SampleSpec.from_json(json.loads(row.spec))
+        fields["problem"] = json.loads(row.problem) if row.problem is not None else None
+        return JobRecord(**fields)
 
 
-# --- arrays as bytes: safetensors, which needs no trust ---
-
-
-def _pack_snapshot(snapshot: Snapshot) -> bytes:
-    arrays = {"steps": np.array(snapshot.steps), "x": snapshot.x, "x0_previous": snapshot.x0_previous}
-    return safetensors.numpy.save({name: np.ascontiguousarray(each) for name, each in arrays.items()})
-
-
-def _unpack_snapshot(data: bytes) -> Snapshot:
-    arrays = safetensors.numpy.load(data)
-    return Snapshot(tuple(map(int, arrays["steps"])), arrays["x"], arrays["x0_previous"])
-
-
-def _pack_inputs(inputs: Inputs) -> bytes:
-    arrays = {"image": inputs.image} | ({"mask": inputs.mask} if inputs.mask is not None else {})
-    return zlib.compress(safetensors.numpy.save({name: np.ascontiguousarray(each) for name, each in arrays.items()}), 1)
-
-
-def _unpack_inputs(data: bytes) -> Inputs:
-    arrays = safetensors.numpy.load(zlib.decompress(data))
-    return Inputs(arrays["image"], arrays.get("mask"))
-
-
-def _pack_images(images: Images) -> bytes:
-    return zlib.compress(safetensors.numpy.save({"images": np.ascontiguousarray(images)}), level=1)
-
-
-def _unpack_images(data: bytes) -> Images:
-    return safetensors.numpy.load(zlib.decompress(data))["images"]
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Raise StorageFailed where what is in the file makes no sense: SQLite does not see a byte that turned."""
+    try:
+        yield
+    except arrays.UNREADABLE as error:
+        log.error("%s cannot be read: %r", what, error)
+        raise StorageFailed(f"{what} cannot be read") from None

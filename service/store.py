@@ -48,7 +48,8 @@ def now_us() -> int:
 class JobStore(Protocol):
     """Keeps jobs. Each call is one transaction, durable when it returns; one thread at a time calls.
 
-    Every call raises StorageFailed where the store cannot do it, and has then changed nothing.
+    Every call raises StorageFailed where the store cannot do it, or cannot make sense of what it has kept; it has then
+    changed nothing.
     """
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> JobRecord | None:
@@ -61,16 +62,19 @@ class JobStore(Protocol):
         """One job."""
 
     def unfinished(self) -> list[JobRecord]:
-        """The jobs still to be done, in order of arrival."""
+        """The jobs still to be done, in order of arrival. One whose record is damaged is ended as failed."""
 
     def finished(self, before: Place | None, outcomes: Collection[Outcome], limit: int) -> list[JobRecord]:
-        """Jobs that have ended, the newest first, from the first that is older than `before`."""
+        """Jobs that have ended, the newest first, from the first that is older than `before`.
+
+        Those whose record is damaged are left out.
+        """
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
         """Keep snapshots in place of older ones. One of a job that has ended, or is not here, is let be."""
 
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
-        """A job's last snapshot, if it was taken by the same build."""
+        """A job's last snapshot, if it was taken by the same build and can be read."""
 
     def inputs(self, job_id: str) -> Inputs | None:
         """What an edit that is still to be done was added with."""
@@ -87,10 +91,11 @@ class JobStore(Protocol):
     def delete(self, job_id: str) -> bool:
         """Forget a job with all it has; False if it is not here."""
 
-    def sweep(self, before_us: int, max_bytes: int) -> int:
+    def sweep(self, before_us: int, max_bytes: int) -> bool:
         """Forget jobs that ended before a time, and the oldest of all that ended until the rest takes max_bytes.
 
-        The newest stays, whatever it takes. Returns how many went.
+        The newest stays, whatever it takes. What it took is given back to the disk, and what others took that are gone.
+        One call does a part of it, so that others get their turn; returns whether to call again.
         """
 
     def close(self) -> None:

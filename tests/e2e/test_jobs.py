@@ -166,6 +166,48 @@ def test_a_database_that_cannot_be_used_stops_the_start_with_a_line_and_stays_as
     assert file.read_bytes() == before
 
 
+def test_a_database_without_its_tables_stops_the_start_with_a_line(restarting: Restarting) -> None:
+    restarting.kill()
+    (file,) = restarting.state.glob("*.sqlite3")
+    connection = sqlite3.connect(file)
+    connection.execute("DROP TABLE jobs")
+    connection.close()
+    result = run_cli("serve", "--checkpoint", str(BUNDLED), "--port", "0", "--state-dir", str(restarting.state))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("tminus: --state-dir (TMINUS_STATE_DIR): ")
+    assert "no such table: jobs" in line
+
+
+def test_a_damaged_job_ends_and_the_server_starts_and_finishes_the_others(restarting: Restarting) -> None:
+    done = [restarting.post({"steps": 3, "seed": k}, f"done {k}") for k in range(2)]
+    for job_id in done:
+        restarting.wait_for(job_id)
+    names = ("spec", "snapshot", "sound")
+    ids = {name: restarting.post({"n": 2, "steps": 700, "seed": k}, name) for k, name in enumerate(names)}
+    restarting.server.wait_until(lambda: restarting.server.metric("tminus_snapshots_total") >= 3)
+    restarting.kill()
+    (file,) = restarting.state.glob("*.sqlite3")
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE jobs SET spec = ? WHERE id IN (?, ?)", ('{"n":1}', done[0], ids["spec"]))
+        changed = connection.execute("UPDATE snapshots SET data = x'00' WHERE job_id = ?", (ids["snapshot"],))
+        assert changed.rowcount == 1
+    connection.close()
+    server = restarting.start()
+    for name in ("snapshot", "sound"):
+        assert restarting.wait_for(ids[name])["state"] == "done"
+    listed = restarting.get("/jobs").json()["jobs"]
+    assert {job["id"] for job in listed} == {done[1], ids["snapshot"], ids["sound"]}
+    for damaged in (done[0], ids["spec"]):
+        answer = restarting.get(f"/jobs/{damaged}")
+        assert (answer.status_code, answer.json()["code"]) == (507, "storage_failed")
+        assert f"the record of job {damaged} cannot be read" in server.log
+        assert httpx.delete(f"{server.url}/jobs/{damaged}", timeout=60).status_code == 204
+    assert f"job {ids['snapshot']} goes on from step 0\n" in server.log
+    assert "Traceback" not in server.log
+
+
 def test_a_state_folder_that_cannot_be_written_stops_the_start_with_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     result = run_cli("serve", "--checkpoint", str(BUNDLED), "--port", "0", "--state-dir", str(tmp_path / "file"))

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from service.errors import StorageFailed
 from service.job import Inputs, SampleSpec, Snapshot
-from service.sqlite_store import RECORD_BYTES, VERSION, SqliteStore, open_store
+from service.sqlite_file import VERSION
+from service.sqlite_store import RECORD_BYTES, SWEEP_JOBS, WAL_BYTES, SqliteStore, open_store
 from service.store import OUTCOMES, JobRecord, Key, Outcome
 from tests.service.fakes import make_spec
 
@@ -52,6 +53,25 @@ def same(a: Snapshot | None, b: Snapshot) -> bool:
             for one, other in ((a.x, b.x), (a.x0_previous, b.x0_previous))
         )
     )
+
+
+def sweep(store: SqliteStore, before_us: int, max_bytes: int) -> int:
+    """Sweep to the end; how many went."""
+    before = count(store)
+    while store.sweep(before_us, max_bytes):
+        pass
+    return before - count(store)
+
+
+def count(store: SqliteStore) -> int:
+    return int(store._driver.execute("SELECT count(*) FROM jobs").fetchone()[0])
+
+
+def in_the_file(file: Path, statement: str, *values: object) -> None:
+    """Change what a store has kept behind its back."""
+    with sqlite3.connect(file) as connection:
+        assert connection.execute(statement, values).rowcount == 1
+    connection.close()
 
 
 @pytest.fixture
@@ -196,29 +216,68 @@ def test_jobs_are_forgotten_when_they_are_old_and_when_they_are_too_much(store: 
     def left() -> list[str]:
         return sorted(record.id for record in store.finished(None, OUTCOMES, 99))
 
-    assert store.sweep(102, 10**9) == 2
+    assert sweep(store, 102, 10**9) == 2
     assert left() == ["j2", "j3", "j4", "j5"]
     assert store.images("j1") is None
-    assert store.sweep(0, 2 * (RECORD_BYTES + 200)) == 2, "the oldest go"
+    assert sweep(store, 0, 2 * (RECORD_BYTES + 200)) == 2, "the oldest go"
     assert left() == ["j4", "j5"]
-    assert store.sweep(0, 1) == 1
+    assert sweep(store, 0, 1) == 1
     assert left() == ["j5"], "the newest stays, whatever it takes"
-    assert store.sweep(0, 1) == 0
+    assert sweep(store, 0, 1) == 0
     assert [record.id for record in store.unfinished()] == ["running"]
 
 
-def test_the_file_shrinks_when_jobs_go(store: SqliteStore, file: Path, open_file: Callable[[], SqliteStore]) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
-    for k in range(8):
+def test_a_great_many_go_a_few_at_a_time(store: SqliteStore) -> None:
+    store._driver.execute(
+        """INSERT INTO jobs (id, spec, created_us, outcome, finished_us, crashes, bytes)
+        WITH RECURSIVE numbers (k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM numbers WHERE k < 260000)
+        SELECT 'j' || k, '{}', k, 'failed', k, 0, 1024 FROM numbers"""
+    )
+    assert store.sweep(260_000 - 2 * SWEEP_JOBS, 1 << 40)
+    assert count(store) == 260_000 - SWEEP_JOBS, "no more than that in one call"
+    store._driver.execute("DELETE FROM jobs WHERE finished_us < 258000")
+    assert sweep(store, 0, 1200 * 1024) == 801
+    oldest = store._driver.execute("SELECT min(finished_us) FROM jobs").fetchone()
+    assert oldest == (260_000 - 1200 + 1,)
+
+
+def fill(store: SqliteStore, jobs: int) -> int:
+    """Ended jobs of 3 MiB each; how much that is."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 128, 128, 3), dtype=np.uint8)
+    for k in range(jobs):
         store.add(job(f"j{k}"))
         store.finish(ended(job(f"j{k}"), at_us=k), noise)
+    return jobs * noise.nbytes
+
+
+def on_the_disk(file: Path) -> int:
+    return sum(each.stat().st_size for each in file.parent.iterdir())
+
+
+@pytest.mark.parametrize("how", ["swept", "deleted"])
+def test_the_disk_gets_the_room_back_when_jobs_go(store: SqliteStore, file: Path, how: str) -> None:
+    full = fill(store, 12)
+    assert on_the_disk(file) > full
+    if how == "deleted":
+        for k in range(11):
+            assert store.delete(f"j{k}")
+    calls = 1
+    while store.sweep(11, 10**9):
+        calls += 1
+    assert calls > 3, "a slice in each"
+    assert [record.id for record in store.finished(None, OUTCOMES, 99)] == ["j11"]
+    assert on_the_disk(file) < full / 12 + WAL_BYTES + 2**21, "while it is open"
     store.close()
-    full = file.stat().st_size
-    assert full > 8 * noise.size
-    store = open_file()
-    store.sweep(7, 10**9)
-    store.close()
-    assert file.stat().st_size < full / 4
+    assert on_the_disk(file) < full / 12 + 2**21
+
+
+def test_a_wal_that_has_grown_is_cut(store: SqliteStore, file: Path) -> None:
+    wal, noise = Path(f"{file}-wal"), np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), dtype=np.uint8)
+    store.add(job("a"))
+    store.finish(ended(job("a")), noise)
+    assert wal.stat().st_size > noise.nbytes > WAL_BYTES
+    assert not store.sweep(0, 10**9)
+    assert wal.stat().st_size == 0
 
 
 def test_a_job_is_deleted_with_all_it_has(store: SqliteStore) -> None:
@@ -349,9 +408,128 @@ def test_a_file_that_cannot_be_used_gets_a_clear_line_and_is_left_as_it_is(
     assert file.read_bytes() == before
 
 
+def killed(file: Path, last_words: str = "") -> None:
+    """Make a file of 400 jobs with 50 more in the WAL, by a process that does not come to its end."""
+    script = f"""
+import os, signal
+from pathlib import Path
+from service.sqlite_store import SqliteStore
+from service.store import JobRecord
+from tests.service.fakes import make_spec
+store = SqliteStore(Path({str(file)!r}))
+for k in range(400):
+    store.add(JobRecord(f"j{{k}}", make_spec(), k))
+store._driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+for k in range(50):
+    store.add(JobRecord(f"more{{k}}", make_spec(), k))
+{last_words}
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+
+
+def damage_pages(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[4096 * 8 : 4096 * 20] = b"\xa5" * 4096 * 12
+    file.write_bytes(data)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def lose(file: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("last_words", "spoil", "words"),
+    [
+        ("", damage_pages, "damaged"),
+        ("", empty, "it is empty, but jobs.sqlite3-wal is not"),
+        ("", lose, "it is empty, but jobs.sqlite3-wal is not"),
+        (f"store._driver.execute('PRAGMA user_version = {VERSION + 1}')", None, f"is of version {VERSION + 1}"),
+    ],
+    ids=["damaged", "empty", "lost", "newer"],
+)
+def test_what_a_killed_server_left_beside_a_file_that_is_refused_stays_too(
+    file: Path, last_words: str, spoil: Callable[[Path], None] | None, words: str
+) -> None:
+    def found() -> dict[str, bytes]:
+        return {each.name: each.read_bytes() for each in file.parent.iterdir()}
+
+    killed(file, last_words)
+    if spoil is not None:
+        spoil(file)
+    before = found()
+    assert before["jobs.sqlite3-wal"]
+    with pytest.raises(ValueError, match="nothing was changed") as caught:
+        SqliteStore(file)
+    assert words in str(caught.value)
+    assert found() == before
+
+
+def test_what_a_killed_server_left_is_taken_up(file: Path, open_file: Callable[[], SqliteStore]) -> None:
+    killed(file)
+    assert len(open_file().unfinished()) == 450
+    assert not Path(f"{file}-shm").exists()
+
+
 def test_an_empty_file_is_a_start_that_was_cut_off(file: Path, open_file: Callable[[], SqliteStore]) -> None:
     file.touch()
     assert open_file().add(job("a"))
+
+
+def test_a_first_start_that_was_cut_off_while_it_wrote_is_rolled_back(
+    file: Path, open_file: Callable[[], SqliteStore]
+) -> None:
+    script = f"""
+import os, signal, sqlite3
+connection = sqlite3.connect({str(file)!r}, isolation_level=None)
+for pragma in ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "journal_mode = DELETE", "cache_size = 1"):
+    connection.execute(f"PRAGMA {{pragma}}").fetchall()
+connection.execute("BEGIN")
+connection.execute("CREATE TABLE t (x)")
+for _ in range(100):
+    connection.execute("INSERT INTO t VALUES (zeroblob(5000))")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
+    assert file.stat().st_size
+    assert Path(f"{file}-journal").stat().st_size
+    assert open_file().add(job("a"))
+
+
+def test_a_file_so_large_that_the_check_takes_too_long_is_let_through(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed(file)
+    monkeypatch.setattr("service.sqlite_file.CHECK_S", -1.0)
+    SqliteStore(file).close()
+    assert "not all of it was checked for damage" in caplog.text
+
+
+def test_only_its_user_may_read_the_file_whatever_its_folder_allows(file: Path) -> None:
+    umask = os.umask(0)
+    try:
+        store = SqliteStore(file)
+    finally:
+        os.umask(umask)
+    store.add(job("a"))
+    assert {each.name: each.stat().st_mode & 0o777 for each in file.parent.iterdir()} == {
+        "jobs.sqlite3": 0o600,
+        "jobs.sqlite3-wal": 0o600,
+    }
+    store.close()
+
+
+def test_a_file_whose_jobs_cannot_be_read_is_told_when_it_is_opened(file: Path) -> None:
+    SqliteStore(file).close()
+    connection = sqlite3.connect(file)
+    connection.execute("DROP TABLE jobs")
+    connection.close()
+    with pytest.raises(ValueError, match=r"cannot be used .*no such table: jobs"):
+        SqliteStore(file)
 
 
 def test_a_folder_that_cannot_be_made_gets_a_clear_line(tmp_path: Path) -> None:
@@ -412,3 +590,82 @@ def test_a_plain_spec_is_kept_as_it_always_was(file: Path) -> None:
     store.close()
     (spec,) = sqlite3.connect(file).execute("SELECT spec FROM jobs").fetchone()
     assert not {"strength", "image_sha256", "mask_sha256"} & json.loads(spec).keys()
+
+
+# --- what cannot be read ---
+
+DAMAGED = ['{"n":1}', '{"n":', "[]", "null", b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("spec", DAMAGED)
+def test_an_unfinished_job_that_cannot_be_read_is_ended_and_the_others_go_on(
+    file: Path, spec: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SqliteStore(file)
+    for name in "abc":
+        store.add(job(name))
+    store.close()
+    in_the_file(file, "UPDATE jobs SET spec = CAST(? AS TEXT) WHERE id = 'b'", spec)
+    store = SqliteStore(file)
+    assert [record.id for record in store.unfinished()] == ["a", "c"]
+    assert "the record of job b cannot be read" in caplog.text
+    ending = store._driver.execute("SELECT outcome, finished_us > 0, problem FROM jobs WHERE id = 'b'").fetchone()
+    assert ending[:2] == ("failed", 1)
+    problem = json.loads(ending[2])
+    assert (problem["code"], problem["detail"]) == ("storage_failed", "the record of job b cannot be read")
+    assert store.delete("b")
+    store.close()
+
+
+def test_one_that_cannot_even_be_ended_is_passed_over(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageFailed("the job store cannot do it: the disk is full")
+
+    store = SqliteStore(file)
+    for name in "ab":
+        store.add(job(name))
+    store.close()
+    in_the_file(file, "UPDATE jobs SET spec = '{}' WHERE id = 'a'")
+    monkeypatch.setattr(SqliteStore, "_finish", refuse)
+    store = SqliteStore(file)
+    assert store.unfinished() == [job("b")]
+    store.close()
+
+
+@pytest.mark.parametrize("column", ["spec", "problem"])
+def test_an_ended_job_that_cannot_be_read_is_left_out_and_said_when_it_is_asked_for(file: Path, column: str) -> None:
+    store = SqliteStore(file)
+    for k in range(5):
+        store.add(job(f"j{k}", created_us=k), Key(f"k{k}", "h"))
+        store.finish(ended(job(f"j{k}", created_us=k)), PIXELS)
+    store.close()
+    in_the_file(file, f"UPDATE jobs SET {column} = '{{' WHERE id = 'j3'")
+    store = SqliteStore(file)
+    assert [record.id for record in store.finished(None, OUTCOMES, 3)] == ["j4", "j2", "j1"], (
+        "a page is as full as ever"
+    )
+    assert [record.id for record in store.finished((1, "j1"), OUTCOMES, 3)] == ["j0"]
+    for ask in (lambda: store.get("j3"), lambda: store.find(Key("k3", "h"))):
+        with pytest.raises(StorageFailed, match="the record of job j3 cannot be read"):
+            ask()
+    store.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xa5" * 5000, b"x\x9c" + bytes(100)], ids=["empty", "noise", "zlib"])
+def test_arrays_that_cannot_be_read(file: Path, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    store = SqliteStore(file)
+    store.add(job("a"), inputs=Inputs(PIXELS[0]))
+    store.save({"a": snapshot()}, "build")
+    store.add(job("b"))
+    store.finish(ended(job("b")), PIXELS)
+    store.close()
+    for table in ("snapshots", "inputs", "images"):
+        in_the_file(file, f"UPDATE {table} SET data = ?", data)
+    store = SqliteStore(file)
+    assert store.snapshot("a", "build") is None
+    assert "the snapshot of job a, which begins anew, cannot be read" in caplog.text
+    with pytest.raises(StorageFailed, match="the inputs of job a cannot be read"):
+        store.inputs("a")
+    with pytest.raises(StorageFailed, match="the images of job b cannot be read"):
+        store.images("b")
+    store.close()

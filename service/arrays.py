@@ -1,0 +1,56 @@
+"""Arrays as the bytes that a store keeps: safetensors, which needs no trust."""
+
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from service.job import Images, Inputs, Snapshot
+
+# What unpacking raises where the bytes are damaged.
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    zlib.error,
+    safetensors.SafetensorError,
+)
+
+
+def pack_snapshot(snapshot: Snapshot) -> bytes:
+    """Pack floats, which do not compress."""
+    return _pack({"steps": np.array(snapshot.steps), "x": snapshot.x, "x0_previous": snapshot.x0_previous})
+
+
+def unpack_snapshot(data: bytes) -> Snapshot:
+    """Undo pack_snapshot."""
+    arrays = safetensors.numpy.load(data)
+    return Snapshot(tuple(map(int, arrays["steps"])), arrays["x"], arrays["x0_previous"])
+
+
+def pack_inputs(inputs: Inputs) -> bytes:
+    """Pack an image, and a mask if there is one."""
+    return zlib.compress(_pack({"image": inputs.image} | ({"mask": inputs.mask} if inputs.mask is not None else {})), 1)
+
+
+def unpack_inputs(data: bytes) -> Inputs:
+    """Undo pack_inputs."""
+    arrays = safetensors.numpy.load(zlib.decompress(data))
+    return Inputs(arrays["image"], arrays.get("mask"))
+
+
+def pack_images(images: Images) -> bytes:
+    """Pack the images of a job."""
+    return zlib.compress(_pack({"images": images}), level=1)
+
+
+def unpack_images(data: bytes) -> Images:
+    """Undo pack_images."""
+    return safetensors.numpy.load(zlib.decompress(data))["images"]
+
+
+def _pack(arrays: dict[str, npt.NDArray[np.generic]]) -> bytes:
+    return safetensors.numpy.save({name: np.ascontiguousarray(each) for name, each in arrays.items()})

@@ -1,0 +1,119 @@
+"""Which file the job store may open. One that it may not is refused with a line, and no byte of it is changed."""
+
+import logging
+import os
+import sqlite3
+import time
+from contextlib import closing
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of sqlite_tables.py
+APPLICATION_ID = 0x746D696E  # "tmin", as SQLite's header keeps it: what file(1) and we know our own by
+IN_MEMORY = ":memory:"
+BUSY_S = 2.0  # a server that was killed lets go at once; one that is there does not
+UNTOUCHED = "; nothing was changed"
+CHECK_S = 10.0  # a GiB takes 0.2 s from memory, 2.3 s from a disk of 450 MB/s
+
+
+def prepare(file: Path) -> None:
+    """Make the file where there is none. Raises ValueError for one that is damaged, in use, newer or not ours.
+
+    It is read by a connection that can only read: one that may write would, when it closes, bring what a killed server
+    has left in the WAL into the file that has just been refused.
+    """
+    _check_header(file)
+    try:
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # the WAL gets the mode of its file
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ValueError(why_not(file, f"{error.strerror}")) from None
+    index = _beside(file, "shm")
+    was_there = index.exists()
+    try:
+        uri = f"{file.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)) as connection:
+            if not is_new(file, connection):
+                _check_pages(file, connection)
+    except sqlite3.Error as error:
+        # A first start that was cut off: who may write rolls it back.
+        if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
+            raise ValueError(why_not(file, str(error), UNTOUCHED)) from None
+    finally:
+        if not was_there:
+            index.unlink(missing_ok=True)
+
+
+def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
+    """Whether nothing is in it yet. Raises ValueError for tables of another version."""
+    # In no transaction: BEGIN IMMEDIATE gives a new file its form, and auto_vacuum could not be set any more.
+    version, schema_version = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "schema_version")
+    )
+    if version != VERSION and (version or schema_version):
+        raise ValueError(_of_another_version(file, version))
+    return not version
+
+
+def why_not(file: Path | None, reason: str, done: str = "") -> str:
+    """Say why a file cannot be used, what was done to one that is damaged, and what to do about it."""
+    reason = " ".join(reason.split())
+    if "locked" in reason:
+        return f"{file} is in use by another server; give this one a --state-dir of its own"
+    if "malformed" in reason or "not a database" in reason:
+        return f"{file} is damaged ({reason}){done}. Move it away to begin anew"
+    return f"{file} cannot be used ({reason}); name another --state-dir, or {IN_MEMORY} for none"
+
+
+def _check_header(file: Path) -> None:
+    """Refuse what SQLite would take for a new database, and what is not ours or newer.
+
+    SQLite keeps both numbers in the file's first 100 bytes (sqlite.org/fileformat.html, section 1.3).
+    """
+    try:
+        with file.open("rb") as opened:
+            header = opened.read(100)
+    except FileNotFoundError:
+        header = b""
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    if not header:  # a first start, or one that was cut off before it wrote anything
+        wal = _beside(file, "wal")
+        if wal.exists() and wal.stat().st_size:  # SQLite would delete it
+            raise ValueError(why_not(file, f"malformed: it is empty, but {wal.name} is not", UNTOUCHED))
+        return
+    if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
+        raise ValueError(f"{file} is not a database, or is damaged{UNTOUCHED}. Move it away to begin anew")
+    version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
+    if application == APPLICATION_ID and version > VERSION:
+        raise ValueError(_of_another_version(file, version))
+    if (version, application) != (0, 0) and application != APPLICATION_ID:  # zero: its first commit is in the WAL still
+        raise ValueError(f"{file} is a database of something else{UNTOUCHED}. Name another --state-dir")
+
+
+def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
+    """Raise ValueError for a damaged file. One so large that it is not read in CHECK_S is let through."""
+    until_s = time.monotonic() + CHECK_S
+    connection.set_progress_handler(lambda: time.monotonic() > until_s, 1000)
+    try:
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+            raise
+        log.warning("%s is large: not all of it was checked for damage", file)
+        return
+    if found != "ok":
+        raise ValueError(why_not(file, f"malformed: {found}", UNTOUCHED))
+
+
+def _beside(file: Path, what: str) -> Path:
+    return Path(f"{file.resolve()}-{what}")
+
+
+def _of_another_version(file: Path | None, version: int) -> str:
+    return (
+        f"{file} is of version {version}, this tminus knows version {VERSION}{UNTOUCHED}. "
+        "Serve it with the tminus that made it, or name another --state-dir"
+    )
