@@ -8,7 +8,7 @@ import logging
 import math
 import uuid
 from collections.abc import Collection, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from service.errors import (
     DeadlinePassed,
@@ -26,6 +26,7 @@ from service.errors import (
     short,
 )
 from service.job import Images, Inputs, JobStatus, Limits, ModelInfo, SampleSpec, Ticket
+from service.job_view import JobView, Live, ended_view, live_view, passing_view
 from service.mailbox import Mailbox
 from service.metrics import Metrics
 from service.preview import Watch
@@ -35,35 +36,11 @@ from service.worker import Worker
 
 log = logging.getLogger(__name__)
 
-STATES = ("waiting", "running", *OUTCOMES)
 SWEEP_S = 10.0
 RETRY_S = 5.0  # until a store that failed is tried again
 ROOM_S = 0.2  # until a worker that warms up, or has no slots, is asked again
 CANCEL_S = 10.0  # for a tick to end, and the store to keep that
 MAX_CRASHES = 3  # of the worker while it had the job in hand; then it is the job
-
-
-@dataclass(frozen=True, slots=True)
-class JobView:
-    """A job as clients are told of it. One that is not durable is forgotten when it ends."""
-
-    record: JobRecord
-    state: str  # one of STATES
-    durable: bool
-    step: int | None  # how many its rows have taken, on average, where that is known
-    position: int | None = None  # jobs that go before it, where that is known
-    eta_s: float | None = None
-
-
-@dataclass(slots=True)
-class Live:
-    """A durable job that has not ended."""
-
-    record: JobRecord
-    submitted: bool = False  # the worker has it
-    ending: JobRecord | None = None  # how it ended, while that is being kept
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    viewers: list[tuple[Watch, Mailbox]] = field(default_factory=list)
 
 
 class Jobs:
@@ -170,15 +147,15 @@ class Jobs:
                 field="Idempotency-Key", value=key.name, bound="a new key for a new request",
             )  # fmt: skip
         live = self._live.get(record.id)
-        return _view(live, await self._status(record.id)) if live is not None else ended_view(record)
+        return live_view(live, await self._status(record.id)) if live is not None else ended_view(record)
 
     async def find(self, job_id: str) -> JobView:
         """One job, durable or not. Raises JobNotFound."""
         live, status = self._live.get(job_id), await self._status(job_id)
         if live is not None:
-            return _view(live, status)
+            return live_view(live, status)
         if status is not None:
-            return _passing_view(status)
+            return passing_view(status)
         record = await self._thread.call(self._store.get, job_id)
         if record is None:
             raise _not_found(job_id)
@@ -197,8 +174,8 @@ class Jobs:
         if "waiting" in states or "running" in states:
             found_statuses = await asyncio.get_running_loop().run_in_executor(None, self._worker.statuses)
             statuses = {status.id: status for status in found_statuses}
-            views = [_view(live, statuses.pop(live.record.id, None)) for live in self._live.values()]
-            views += map(_passing_view, statuses.values())
+            views = [live_view(live, statuses.pop(live.record.id, None)) for live in self._live.values()]
+            views += map(passing_view, statuses.values())
             found = {view.record.id: view for view in views if before is None or view.record.place < before}
         outcomes: list[Outcome] = [outcome for outcome in OUTCOMES if outcome in states]
         if outcomes:
@@ -364,31 +341,8 @@ class Jobs:
         return await asyncio.get_running_loop().run_in_executor(None, self._worker.status, job_id)
 
 
-def _view(live: Live, status: JobStatus | None) -> JobView:
-    """status: what the worker says of it."""
-    if live.record.outcome is not None:  # since that was asked
-        return ended_view(live.record)
-    if status is not None:
-        return JobView(live.record, status.state, True, status.step, status.position, status.eta_s)
-    if live.submitted:  # it has just ended, and that is being kept
-        return JobView(live.record, "running", True, live.record.spec.num_steps, 0, 0.0)
-    return JobView(live.record, "waiting", True, 0)
-
-
 def _ending(record: JobRecord, outcome: Outcome, **fields: object) -> JobRecord:
     return replace(record, outcome=outcome, finished_us=now_us(), **fields)  # type: ignore[arg-type]
-
-
-def ended_view(record: JobRecord) -> JobView:
-    """How a job is told of that has ended."""
-    # One that the store has as unfinished and nobody else knows has just been accepted.
-    step = record.spec.num_steps if record.outcome == "done" else None if record.outcome else 0
-    return JobView(record, record.outcome or "waiting", True, step)
-
-
-def _passing_view(status: JobStatus) -> JobView:
-    record = JobRecord(status.id, status.spec, now_us() - round(status.age_s * 1e6))
-    return JobView(record, status.state, status.durable, status.step, status.position, status.eta_s)
 
 
 def _not_found(job_id: str) -> JobNotFound:

@@ -20,7 +20,8 @@ from service.encoder import Encoder
 from service.errors import UnknownField, short
 from service.eta import Countdown, Standings
 from service.job import ModelInfo, SampleSpec, timesteps_of
-from service.jobs import Jobs, JobView, Live, ended_view
+from service.job_view import JobView, Live, ended_view
+from service.jobs import Jobs
 from service.mailbox import Mailbox
 from service.metrics import Metrics
 from service.preview import Frame, Show, Watch

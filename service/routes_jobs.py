@@ -13,7 +13,8 @@ from service.encoder import MEDIA_TYPES, Encoder, etag
 from service.errors import InvalidField
 from service.intake import REQUEST_BODY, idempotency_key, read_request, to_job
 from service.job import Limits, ModelInfo
-from service.jobs import STATES, Jobs, JobView
+from service.job_view import STATES, JobView
+from service.jobs import Jobs
 from service.negotiation import negotiate
 from service.schemas import SampleRequest, parameters_of
 from service.store import Place, now_us
