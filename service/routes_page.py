@@ -8,8 +8,8 @@ from fastapi.staticfiles import StaticFiles
 FOLDER = Path(__file__).parent / "page"
 HEADERS = {
     "Cache-Control": "no-cache",
-    # blob: is what the page itself has made, data: a frame in an event.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    # blob: is what the page itself has made.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",

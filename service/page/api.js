@@ -20,6 +20,12 @@ export class Refusal extends Error {
   }
 }
 
+// Whether there is no use in asking again.
+export const isGone = (error) => error instanceof Refusal && [404, 410].includes(error.status);
+
+// fetch, and a body that breaks off, raise TypeError, with words that differ from browser to browser.
+export const reason = (error) => (error instanceof TypeError ? "there is no connection" : error.message);
+
 // Raises Refusal for what the server says no to, and TypeError where there is no server.
 export async function ask(path, options) {
   const response = await fetch(new URL(path, base), options);

@@ -1,17 +1,24 @@
-// The frames of a job as they come, kept so that one can go back: {step, steps, t, x_t, x_0}, pictures as URLs.
+// The frames of a job as they come, kept so that one can go back: {step, steps, t, x_t, x_0}, a picture being {url, bytes}.
 
 import { element } from "./api.js";
 import { markTime } from "./schedule.js";
 
+export const MOST_BYTES = 100e6; // that the frames may take
+
+const SHOWS = ["x_t", "x_0"];
 let frames = [];
 let following = true; // whether the newest frame is shown; not while somebody looks back
 
-// A step may come in two parts, and again after the connection broke.
+// A step may come in two parts, and again after the connection broke. Pictures are blobs.
 export function addFrame({ step, steps, t }, pictures) {
+  if (frames.length && step < frames.at(-1).step) return;
+  if (frames.at(-1)?.step !== step) frames.push({ step, steps, t });
   const last = frames.at(-1);
-  if (last && step < last.step) return;
-  if (last && last.step === step) Object.assign(last, pictures);
-  else frames.push({ step, steps, t, ...pictures });
+  for (const [show, blob] of Object.entries(pictures)) {
+    release(last[show]);
+    last[show] = { url: URL.createObjectURL(blob), bytes: blob.size };
+  }
+  if (frames.reduce((sum, frame) => sum + bytesOf(frame), 0) > MOST_BYTES) thinOut();
   const scrub = element("scrub");
   scrub.disabled = false;
   scrub.max = frames.length - 1;
@@ -19,9 +26,10 @@ export function addFrame({ step, steps, t }, pictures) {
 }
 
 export function clearFrames() {
+  frames.forEach(drop);
   frames = [];
   following = true;
-  for (const show of ["x_t", "x_0"]) {
+  for (const show of SHOWS) {
     element(show).removeAttribute("src");
     element(show).alt = "";
   }
@@ -30,11 +38,27 @@ export function clearFrames() {
   markTime(null);
 }
 
+// Every other frame goes, the newest stays.
+function thinOut() {
+  const odd = (at) => (frames.length - 1 - at) % 2;
+  const shown = Math.floor(Number(element("scrub").value) / 2);
+  frames.filter((_, at) => odd(at)).forEach(drop);
+  frames = frames.filter((_, at) => !odd(at));
+  if (!following) showFrame(Math.min(shown, frames.length - 1));
+}
+
+const bytesOf = (frame) => SHOWS.reduce((sum, show) => sum + (frame[show]?.bytes ?? 0), 0);
+const drop = (frame) => SHOWS.forEach((show) => release(frame[show]));
+
+function release(picture) {
+  if (picture) URL.revokeObjectURL(picture.url); // which would keep the bytes for as long as the page is open
+}
+
 function showFrame(at) {
   const frame = frames[at];
-  for (const show of ["x_t", "x_0"]) {
+  for (const show of SHOWS) {
     if (!frame[show]) continue;
-    element(show).src = frame[show];
+    element(show).src = frame[show].url;
     element(show).alt = `${show} after ${frame.step} of ${frame.steps} steps`;
   }
   const scrub = element("scrub");

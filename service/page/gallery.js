@@ -1,6 +1,6 @@
 // The results of this session, each with the calls that make it again. The session remembers their jobs.
 
-import { ask, base, element, getJson, toJson } from "./api.js";
+import { ask, base, element, getJson, isGone, reason, toJson } from "./api.js";
 
 const REMEMBERED = 30;
 
@@ -8,18 +8,25 @@ const remembered = () => JSON.parse(sessionStorage.getItem("tminus-results") ?? 
 
 // Show what this session had before it was loaded again; what the server has forgotten is gone.
 export async function restore(model) {
+  const problems = [];
   for (const id of remembered()) {
     try {
       const job = await getJson(`jobs/${id}`);
-      addResult(job, URL.createObjectURL(await (await ask(`jobs/${id}/image`)).blob()), model);
-    } catch {
-      forget(id);
+      addResult(job, await (await ask(`jobs/${id}/image`)).blob(), model);
+    } catch (error) {
+      if (isGone(error)) forget(id);
+      else problems.push(reason(error));
     }
+  }
+  if (problems.length) {
+    const which = problems.length === 1 ? "One earlier result" : `${problems.length} earlier results`;
+    element("results-error").textContent = `${which} could not be had: ${problems[0]}. Load this page again to try again.`;
   }
 }
 
-export function addResult(job, picture, model) {
+export function addResult(job, images, model) {
   if (element(`result-${job.id}`)) return;
+  const picture = URL.createObjectURL(images);
   const spec = shortest(job.parameters, model);
   const label = spec.class_label;
   const name = label === undefined ? "no class" : Array.isArray(label) ? "several" : model.class_names[label];
@@ -78,7 +85,7 @@ async function downloadZip(id, seed, button, complaint) {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   } catch (error) {
-    complaint.textContent = `The zip could not be had: ${error.message}`;
+    complaint.textContent = `The zip could not be had: ${reason(error)}`;
   }
   button.ariaDisabled = "false";
 }

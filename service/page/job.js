@@ -1,110 +1,174 @@
-// One durable job: asked for, followed by server-sent events until it ends, found again by the address of the page.
+// One durable job, followed until it ends: by server-sent events, or by looking at it where those are refused.
 
-import { ask, base, element, getJson, parse, Refusal, seconds, toJson } from "./api.js";
-import { addFrame, clearFrames } from "./frames.js";
+import { ask, base, getJson, isGone, parse, reason, seconds } from "./api.js";
+import { addFrame, clearFrames, MOST_BYTES } from "./frames.js";
+import { foresee, say, showProgress, showStep } from "./standing.js";
 
-const MOST_FRAMES = 200; // of a job; each is kept
-const MOST_BYTES = 100e6; // that they may take: noise hardly compresses
-const AGAIN_MS = 2000; // until a server that is away is looked for again
+const MOST_FRAMES = 200; // of a job
+const AGAIN_MS = 2000; // until a job is looked at again
+const LOOKS = 5; // to one attempt at events that were refused
+const ENDS = ["done", "failed", "cancelled"];
 
-// A job that is being followed: {id, source, ended}. Whoever waits for an answer looks whether it is this one still.
+// The job that is being followed. Whoever waits for an answer looks whether it is this one still.
 let current = null;
 
 export const jobInAddress = () => /^#job=([0-9a-f]{32})$/.exec(location.hash)?.[1];
 
-// Ask for a job. Raises what `ask` does. A retry with the same key is the same job, so the browser may repeat it.
-export async function create(spec) {
-  const key = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-  const headers = { "Content-Type": "application/json", "Idempotency-Key": key };
-  const job = parse(await (await ask("jobs", { method: "POST", headers, body: toJson(spec) })).text());
-  history.replaceState(null, "", `#job=${job.id}`);
-  return job;
-}
-
-// Show a job until it ends. tell: what to do with its end, {done, over}; `over` is called however it ends.
+// Show a job until it ends. tell: what to do with its end, {done, over, complain}; `over` is called however it ends.
 export function follow(job, model, tell) {
   leave();
   clearFrames();
-  element("progress").value = 0;
-  element("progress-text").textContent = "";
-  const { n, steps } = job;
-  const frameBytes = 2 * n * model.width_px * model.height_px * model.channels;
-  const most = Math.max(10, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
-  const query = new URLSearchParams({ every: Math.max(1, Math.ceil(steps / most)) });
+  showProgress(0, "");
+  const query = new URLSearchParams({ every: stepsBetweenFrames(job, model) });
   for (const show of ["x_t", "x_0"]) query.append("show", show);
-  current = { id: job.id, tell, url: new URL(`jobs/${job.id}/events?${query}`, base), ended: false };
+  const url = new URL(`jobs/${job.id}/events?${query}`, base);
+  // looks: since events came; look: the number of the newest, which makes older ones void.
+  current = { id: job.id, url, tell, source: null, timer: null, looks: 0, look: 0, broken: false, ended: false };
   foresee(job);
-  listen(current);
+  goOn(current, job);
+}
+
+// So many that all frames together stay below MOST_BYTES: two pictures each, which as noise hardly compress, in base64.
+export function stepsBetweenFrames({ n, steps }, { width_px: width, height_px: height, channels }) {
+  const frameBytes = 2 * n * width * height * channels * (4 / 3);
+  const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
+  return Math.max(1, Math.ceil(steps / most));
 }
 
 // Look no longer; the job goes on.
 export function leave() {
-  current?.source?.close();
+  if (current) pause(current);
   current = null;
 }
 
 export async function cancel() {
-  if (!current) return;
+  const job = current;
+  if (!job) return;
   say("Cancelling…");
-  await ask(`jobs/${current.id}/cancel`, { method: "POST" });
+  try {
+    const ended = parse(await (await ask(`jobs/${job.id}/cancel`, { method: "POST" })).text());
+    if (job === current) end(job, ended);
+  } catch (error) {
+    if (job !== current) return; // it has ended meanwhile
+    say("Not cancelled: the job goes on.");
+    job.tell.complain(`It could not be cancelled: ${reason(error)}.`);
+  }
+}
+
+// found: the job as a GET has told it.
+function goOn(job, found) {
+  if (ENDS.includes(found.state)) {
+    end(job, found);
+    return;
+  }
+  if (document.hidden) return;
+  if (job.looks++ % LOOKS === 0) {
+    listen(job);
+  } else {
+    foresee(found);
+    if (found.state === "running") {
+      say("Running. Its frames cannot be had just now.");
+      showStep(found);
+    }
+    lookLater(job);
+  }
 }
 
 function listen(job) {
   const source = (job.source = new EventSource(job.url));
   const on = (name, act) => source.addEventListener(name, (event) => job === current && act(parse(event.data)));
   on("waiting", foresee);
+  on("progress", (progress) => {
+    say("Running.");
+    showStep(progress);
+  });
   on("frame", (frame) => {
     say("Running.");
-    element("progress").value = frame.step / frame.steps;
-    element("progress-text").textContent =
-      `Step ${frame.step} of ${frame.steps}, t = ${frame.t}, ${seconds(frame.eta_s)} left`;
-    addFrame(frame, { [frame.show]: `data:${frame.media_type};base64,${frame.data}` });
+    showStep(frame);
+    addFrame(frame, { [frame.show]: toBlob(frame) });
   });
-  for (const name of ["done", "failed", "cancelled"]) on(name, (ended) => end(job, ended));
+  for (const name of ENDS) on(name, (ended) => end(job, ended));
+  source.onopen = () => {
+    if (job.broken) say("There is a connection again.");
+    job.broken = false;
+    job.looks = 0;
+  };
   source.onerror = () => {
     if (job !== current || job.ended) return;
-    say("The connection broke. The job goes on; looking for the server…");
-    if (source.readyState === EventSource.CLOSED) setTimeout(() => lookAgain(job), AGAIN_MS); // it does not by itself
+    if (source.readyState === EventSource.CLOSED) lookLater(job); // it was refused, and does not try again by itself
+    else broke(job);
   };
 }
 
-async function lookAgain(job) {
-  if (job !== current) return;
+function lookLater(job) {
+  job.timer = setTimeout(() => look(job), AGAIN_MS);
+}
+
+async function look(job) {
+  const number = ++job.look;
+  const stale = () => job !== current || job.ended || number !== job.look;
+  let found;
   try {
-    await getJson(`jobs/${job.id}`);
+    found = await getJson(`jobs/${job.id}`);
   } catch (error) {
-    if (error instanceof Refusal && error.status === 404) {
+    if (stale()) return;
+    if (isGone(error)) {
       over(job, "The server knows nothing of this job any more.");
-      job.tell.complain(error.message);
+      job.tell.complain(`${error.message}.`);
     } else {
-      setTimeout(() => lookAgain(job), AGAIN_MS);
+      broke(job);
+      lookLater(job);
     }
     return;
   }
-  if (job === current) listen(job);
+  if (!stale()) goOn(job, found);
 }
 
+function broke(job) {
+  job.broken = true;
+  say("The connection broke. The job goes on; looking for the server…");
+}
+
+function pause(job) {
+  job.source?.close();
+  clearTimeout(job.timer);
+  job.look++;
+}
+
+// Over HTTP/1.1 a browser opens six connections to a server, for all tabs: one that nobody sees must not hold one.
+document.addEventListener("visibilitychange", () => {
+  if (!current || current.ended) return;
+  pause(current);
+  current.looks = 0;
+  if (!document.hidden) look(current);
+});
+
 async function end(job, ended) {
+  if (job.ended) return; // the answer to a cancel may come before the event
   job.ended = true;
-  job.source.close();
+  pause(job);
   if (ended.state === "done") {
-    try {
-      const url = URL.createObjectURL(await (await ask(`jobs/${ended.id}/image`)).blob());
-      if (job !== current) return;
-      element("progress").value = 1;
-      element("progress-text").textContent = "";
-      addFrame({ step: ended.steps, steps: ended.steps, t: 0 }, { x_t: url, x_0: url });
-      job.tell.done(ended, url);
-      over(job, `Done in ${seconds((new Date(ended.finished) - new Date(ended.created)) / 1000)}.`);
-    } catch (error) {
-      over(job, "Done.");
-      job.tell.complain(`The images could not be had: ${error.message}`);
-    }
+    await showImages(job, ended);
   } else if (ended.state === "cancelled") {
     over(job, "Cancelled.");
   } else {
     over(job, "Not done.");
     job.tell.complain(`${ended.problem.detail}.`, ended.problem.field);
+  }
+}
+
+async function showImages(job, ended) {
+  try {
+    const images = await (await ask(`jobs/${ended.id}/image`)).blob();
+    if (job !== current) return;
+    showProgress(1, "");
+    addFrame({ step: ended.steps, steps: ended.steps, t: 0 }, { x_t: images, x_0: images });
+    job.tell.done(ended, images);
+    over(job, `Done in ${seconds((new Date(ended.finished) - new Date(ended.created)) / 1000)}.`);
+  } catch (error) {
+    if (job !== current) return;
+    over(job, "Done.");
+    job.tell.complain(`The images could not be had: ${reason(error)}.`);
   }
 }
 
@@ -115,13 +179,6 @@ function over(job, text) {
   job.tell.over();
 }
 
-function foresee({ state, position, eta_s: eta }) {
-  if (state === "running") say("Running.");
-  else if (eta === null || eta === undefined) say("Waiting.");
-  else if (position) say(`Waiting: ${position === 1 ? "1 job" : `${position} jobs`} ahead, done in about ${seconds(eta)}.`);
-  else say(`Begun, done in about ${seconds(eta)}.`);
-}
-
-export function say(text) {
-  if (element("status").textContent !== text) element("status").textContent = text; // a reader says each change
+function toBlob({ data, media_type: type }) {
+  return new Blob([Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], { type });
 }

@@ -1,10 +1,12 @@
 // The page at /: the form, and what becomes of it. The parts are in the other files.
 
-import { element, getJson, Refusal } from "./api.js";
+import { element, getJson, Refusal, toJson } from "./api.js";
+import { cancelUnderWay, create, underWay } from "./asking.js";
 import { addResult, restore } from "./gallery.js";
-import { cancel, create, follow, jobInAddress, say } from "./job.js";
+import { cancel, follow, jobInAddress } from "./job.js";
 import { setUpNoise } from "./noise.js";
 import { drawSchedule } from "./schedule.js";
+import { say } from "./standing.js";
 
 const form = element("form");
 let model = null;
@@ -20,15 +22,20 @@ async function start() {
     `${model.name}: ${model.width_px}×${model.height_px}, T=${model.num_timesteps}, on ${model.device}`;
   await restore(model);
   busy(false);
-  await findAgain();
+  const body = underWay(); // the page was loaded again before there was an answer
+  if (body) await run(body);
+  else await findAgain();
 }
 
 // Whose address names a job, as after a reload, shows it.
 async function findAgain() {
   const id = jobInAddress();
-  if (!id) return;
+  if (!model || !id || underWay()) return; // the answer will change the address
   try {
-    show(await getJson(`jobs/${id}`));
+    const job = await getJson(`jobs/${id}`);
+    if (id !== jobInAddress()) return;
+    if (job.durable) show(job);
+    else complain("The job in the address of this page cannot be followed: it is not durable, and ends with its request.");
   } catch (error) {
     complain(`The job in the address of this page cannot be shown: ${error.message}.`);
   }
@@ -67,19 +74,34 @@ function parameters() {
   return spec;
 }
 
-async function run() {
+async function run(body) {
   complain("");
   busy(true);
   say("Asking…");
   element("watch").scrollIntoView({ block: "nearest" });
   try {
-    show(await create(parameters()));
+    const { job, cancelled } = await create(body, () => say("There is no answer. Trying again…"));
+    show(job);
+    if (cancelled) cancel();
   } catch (error) {
     busy(false);
-    say("Not begun.");
-    if (error instanceof Refusal) complain(`${error.message}.`, error.field);
-    else complain("There is no connection: the server is not there.");
+    if (error instanceof Refusal) {
+      say("Not begun.");
+      complain(`${error.message}.`, error.field);
+    } else {
+      say("Nothing is known of the job.");
+      complain("There is no connection: no answer came. Sample, with the same parameters, asks for the same job again.");
+    }
   }
+}
+
+function giveUp() {
+  if (!underWay()) {
+    cancel();
+    return;
+  }
+  say("Cancelling…");
+  cancelUnderWay();
 }
 
 function show(job) {
@@ -114,10 +136,10 @@ function complain(text, field) {
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (model && !running) run();
+  if (model && !running) run(toJson(parameters()));
 });
 element("cancel").addEventListener("click", () => {
-  if (model && running) cancel().catch((error) => complain(`It could not be cancelled: ${error.message}.`));
+  if (model && running) giveUp();
 });
 addEventListener("hashchange", findAgain);
 

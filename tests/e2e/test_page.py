@@ -1,11 +1,12 @@
 """The page in a real browser, against the real server."""
 
-import base64
 import io
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 DONE = re.compile(r"^Done in ")
 PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS / 3)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +46,13 @@ def browser() -> Iterator[Any]:
 class Page:
     """A tab with the page in it; what it complains about on the console is kept."""
 
-    def __init__(self, browser: Any, url: str, **context: Any) -> None:
-        self.context = browser.new_context(accept_downloads=True, **context)
+    def __init__(self, browser: Any, url: str, into: Any = None, **context: Any) -> None:
+        """into: a browser's context for the tab; else one of its own."""
+        self.context = into or browser.new_context(accept_downloads=True, **context)
         self.tab = self.context.new_page()
         self.tab.set_default_timeout(PATIENCE_MS)
         self.complaints: list[str] = []
+        self.lost = "^$"  # what the browser says of answers that a test has lost
         self.requests: list[str] = []
         self.tab.on("console", self._hear)
         self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -59,8 +63,44 @@ class Page:
 
     def _hear(self, message: Any) -> None:
         """A refusal that the page shows to its user is an error to the browser, and to nobody else."""
-        if message.type == "error" and not re.search(r"responded with a status of (404|422)", message.text):
+        shown = rf"responded with a status of (404|410|422|429|503)|{self.lost}"
+        if message.type == "error" and not re.search(shown, message.text):
             self.complaints.append(message.text)
+
+    def lose_answers(self, pattern: str, count: int | None = None) -> None:
+        """Let requests reach the server, and its answers, all or so many, not the page."""
+
+        def lose(route: Any) -> None:
+            route.fetch()
+            route.abort("connectionreset")
+
+        self.lost = "net::ERR_CONNECTION_RESET"
+        self.tab.route(re.compile(pattern), lose, **({"times": count} if count else {}))
+
+    def refuse(self, pattern: str, status: int) -> None:
+        """Answer as a proxy does that has had enough."""
+        self.tab.route(re.compile(pattern), lambda route: route.fulfill(status=status, body="<h1>No</h1>"))
+
+    def hear_status(self) -> None:
+        """Keep all that the page says from now on, for `heard`."""
+        self.tab.evaluate(
+            """() => { window.heard = []; const status = document.getElementById('status');
+            new MutationObserver(() => window.heard.push(status.textContent)).observe(status, {childList: true}); }"""
+        )
+
+    def heard(self) -> list[str]:
+        return self.tab.evaluate("() => window.heard")
+
+    def press(self, name: str) -> None:
+        self.tab.get_by_role("button", name=name, exact=True).click()
+
+    def look_elsewhere(self, hidden: bool) -> None:
+        """As if another tab were in front. Playwright's tabs all think that they are."""
+        self.tab.evaluate(
+            """(hidden) => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
+            document.dispatchEvent(new Event('visibilitychange')); }""",
+            hidden,
+        )
 
     def fill(self, **fields: object) -> None:
         for name, value in fields.items():
@@ -72,7 +112,7 @@ class Page:
 
     def sample(self, **fields: object) -> None:
         self.fill(**fields)
-        self.tab.get_by_role("button", name="Sample").click()
+        self.press("Sample")
 
     def status(self) -> Any:
         return self.tab.locator("#status")
@@ -85,9 +125,6 @@ class Page:
 
     def picture(self, selector: str) -> bytes:
         """The bytes of an image that the page shows."""
-        source = self.tab.locator(selector).first.get_attribute("src")
-        if source.startswith("data:"):
-            return base64.b64decode(source.partition(",")[2])
         numbers = self.tab.evaluate(
             "async (s) => [...new Uint8Array(await (await fetch(document.querySelector(s).src)).arrayBuffer())]",
             selector,
@@ -97,7 +134,7 @@ class Page:
 
 @pytest.fixture
 def open_page(browser: Any, server: RunningServer) -> Iterator[Callable[..., Page]]:
-    """Opens the page; at the end no tab may have complained, nor asked anybody but the server."""
+    """Opens the page; at the end no tab may have complained, nor asked anybody but the server. Leaves no job behind."""
     pages: list[Page] = []
 
     def make(url: str = server.url, **context: Any) -> Page:
@@ -107,8 +144,11 @@ def open_page(browser: Any, server: RunningServer) -> Iterator[Callable[..., Pag
     yield make
     for page in pages:
         page.context.close()
+    for job in httpx.get(f"{server.url}/jobs", params={"state": "waiting,running"}).json()["jobs"]:
+        httpx.delete(f"{server.url}/jobs/{job['id']}")
+    for page in pages:
         assert page.complaints == []
-        assert [url for url in page.requests if not re.match(r"(blob:)?(http|ws)://127\.0\.0\.1:|data:", url)] == []
+        assert [url for url in page.requests if not re.match(r"(blob:)?(http|ws)://127\.0\.0\.1:", url)] == []
 
 
 def gray(picture: bytes) -> np.ndarray:
@@ -286,6 +326,305 @@ def test_a_server_that_was_killed_in_mid_job_is_found_again_with_the_job(
     page.context.close()
 
 
+LONG = {"steps": 1000, "n": 8, "sampler": "ddpm", "seed": 1}
+QUICK = {"steps": 5, "n": 1, "sampler": "ddim", "seed": 1}
+POSTED = r"/jobs$"
+EVENTS = r"/jobs/\w+/events"
+
+
+def job_ids(server: RunningServer) -> set[str]:
+    return {job["id"] for job in httpx.get(f"{server.url}/jobs", params={"limit": 200}).json()["jobs"]}
+
+
+def post_job(server: RunningServer, **spec: object) -> str:
+    return httpx.post(f"{server.url}/jobs", json=spec).raise_for_status().json()["id"]
+
+
+def cancel_job(server: RunningServer, job_id: str) -> None:
+    httpx.post(f"{server.url}/jobs/{job_id}/cancel").raise_for_status()
+
+
+def test_an_answer_that_is_lost_does_not_make_two_jobs(open_page: Callable[..., Page], server: RunningServer) -> None:
+    page, before = open_page(), job_ids(server)
+    page.hear_status()
+    page.lose_answers(POSTED, count=2)
+    page.sample(**QUICK | {"seed": ""})
+    page.wait_until(DONE)
+    assert "There is no answer. Trying again…" in page.heard()
+    assert len(job_ids(server) - before) == 1
+    page.sample()
+    expect(page.tab.locator("#gallery li")).to_have_count(2)
+    assert len(job_ids(server) - before) == 2, "the next one is another"
+
+
+def test_a_job_whose_answers_were_all_lost_is_had_by_asking_again(
+    open_page: Callable[..., Page], server: RunningServer
+) -> None:
+    page, before = open_page(), job_ids(server)
+    page.lose_answers(POSTED)
+    page.sample(**QUICK | {"seed": ""})
+    expect(page.tab.locator("#error")).to_contain_text("There is no connection")
+    page.tab.unroute(re.compile(POSTED))
+    page.refuse(POSTED, 503)
+    page.press("Sample")
+    expect(page.tab.locator("#error")).to_contain_text("the server answered 503")
+    page.tab.unroute(re.compile(POSTED))
+    page.tab.reload()
+    page.wait_until("Nothing has been asked for yet.")
+    page.sample(**QUICK | {"seed": ""})
+    page.wait_until(DONE)
+    expect(page.tab.locator("#error")).to_be_empty()
+    assert len(job_ids(server) - before) == 1
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_reload_before_the_answer_finds_the_job(
+    open_page: Callable[..., Page], server: RunningServer, cancelled: bool
+) -> None:
+    page, before, seen = open_page(), job_ids(server), []
+    page.tab.route(re.compile(POSTED), lambda route: seen.append(route.fetch().json()["id"]))  # and no answer
+    page.sample(**LONG)
+    server.wait_until(lambda: job_ids(server) != before)
+    page.wait_until("Asking…")
+    if cancelled:
+        page.press("Cancel")
+        page.wait_until("Cancelling…")
+    page.tab.unroute(re.compile(POSTED))
+    page.tab.reload()
+    if not cancelled:
+        page.wait_for_step()
+        page.press("Cancel")
+    page.wait_until("Cancelled.")
+    assert {page.tab.url.rpartition("=")[2]} == job_ids(server) - before == set(seen)
+
+
+def test_cancel_before_the_answer_cancels_the_job(open_page: Callable[..., Page], server: RunningServer) -> None:
+    page, held = open_page(), []
+    page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
+    page.sample(**LONG)
+    page.press("Cancel")
+    page.wait_until("Cancelling…")
+    held[0].continue_()
+    page.wait_until("Cancelled.")
+    job = httpx.get(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}").json()
+    assert job["state"] == "cancelled"
+
+
+def test_a_cancel_that_fails_says_so_and_the_job_goes_on(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.hear_status()
+    page.refuse(r"/cancel$", 503)
+    page.sample(**LONG)
+    page.wait_for_step()
+    page.press("Cancel")
+    expect(page.tab.locator("#error")).to_have_text("It could not be cancelled: the server answered 503.")
+    assert "Not cancelled: the job goes on." in page.heard()
+    page.wait_until("Running.")
+    page.tab.unroute(re.compile(r"/cancel$"))
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
+
+
+def test_a_result_is_forgotten_only_when_the_server_has_forgotten_it(
+    open_page: Callable[..., Page], server: RunningServer
+) -> None:
+    page = open_page()
+    for seed in (1, 2):
+        page.sample(**QUICK | {"seed": seed})
+        expect(page.tab.locator("#gallery li")).to_have_count(seed)
+    for pattern in (r"/image$", r"/jobs/\w+$"):
+        page.refuse(pattern, 503)
+        page.tab.reload()
+        expect(page.tab.locator("#results-error")).to_contain_text(
+            "2 earlier results could not be had: the server answered 503."
+        )
+        page.tab.unroute(re.compile(pattern))
+    page.tab.reload()
+    expect(page.tab.locator("#gallery li")).to_have_count(2)
+    expect(page.tab.locator("#results-error")).to_be_empty()
+    httpx.delete(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}")
+    page.tab.reload()
+    expect(page.tab.locator("#error")).to_contain_text("cannot be shown: no job")
+    expect(page.tab.locator("#gallery li")).to_have_count(1)
+    expect(page.tab.locator("#results-error")).to_be_empty()
+
+
+def test_a_job_whose_events_are_refused_is_looked_at_until_its_end(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.refuse(EVENTS, 429)
+    page.sample(steps=600, n=1, sampler="ddpm", seed=1)
+    expect(page.tab.locator("#progress-text")).to_have_text(re.compile(r"^Step [1-9]\d* of 600, [\d.]+ s left$"))
+    page.wait_until("Running. Its frames cannot be had just now.")
+    page.wait_until(DONE)
+    expect(page.tab.locator("#gallery li")).to_have_count(1)
+    page.sample(**LONG)
+    page.wait_until("Running. Its frames cannot be had just now.")
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
+
+
+def test_events_that_were_refused_are_tried_again(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.refuse(EVENTS, 429)
+    page.sample(**LONG)
+    page.wait_until("Running. Its frames cannot be had just now.")
+    page.tab.unroute(re.compile(EVENTS))
+    expect(page.tab.locator("#frame-text")).to_contain_text("Frame 2 of 2")
+    page.wait_until("Running.")
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
+
+
+def test_a_connection_that_is_there_again_is_said_before_any_frame(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.hear_status()
+    page.lost = "net::ERR_CONNECTION_RESET"
+    page.tab.route(re.compile(EVENTS), lambda route: route.abort("connectionreset"), times=1)
+    page.sample(**LONG)
+    page.wait_for_step()
+    heard = page.heard()
+    broke = next(at for at, text in enumerate(heard) if text.startswith("The connection broke."))
+    assert heard[broke + 1 :] == ["There is a connection again.", "Running."]
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
+
+
+def test_a_job_that_others_end_is_told_how(open_page: Callable[..., Page], server: RunningServer) -> None:
+    page = open_page()
+    page.tab.goto(f"{server.url}/#job={post_job(server, **LONG)}")
+    page.wait_for_step()
+    cancel_job(server, page.tab.url.rpartition("=")[2])
+    page.wait_until("Cancelled.")
+    page.tab.goto(f"{server.url}/#job={post_job(server, **LONG)}")
+    page.wait_for_step()
+    page.look_elsewhere(True)
+    cancel_job(server, page.tab.url.rpartition("=")[2])
+    page.wait_until("Running.")
+    page.look_elsewhere(False)
+    page.wait_until("Cancelled.")
+
+
+def test_a_job_that_is_forgotten_while_nobody_looks_is_said_to_be(
+    open_page: Callable[..., Page], server: RunningServer
+) -> None:
+    page = open_page()
+    page.sample(**LONG)
+    page.wait_for_step()
+    page.look_elsewhere(True)
+    for _ in range(2):
+        httpx.delete(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}")
+    page.look_elsewhere(False)
+    page.wait_until("The server knows nothing of this job any more.")
+    expect(page.tab.locator("#error")).to_contain_text("no job")
+    page.sample(**QUICK)
+    page.wait_until(DONE)
+
+
+def test_a_job_that_failed_says_why(open_page: Callable[..., Page], server: RunningServer) -> None:
+    spec = LONG | {"n": 1}
+    first = httpx.post(f"{server.url}/jobs", json=spec).json()
+    cancel_job(server, first["id"])
+    deadline_s = 1 + 1.5 * first["eta_s"]
+    page = open_page(f"{server.url}/#job={post_job(server, **spec, deadline_s=deadline_s)}")
+    page.wait_for_step()
+    server.process.send_signal(signal.SIGSTOP)  # the machine sleeps until it is too late
+    time.sleep(deadline_s)
+    server.process.send_signal(signal.SIGCONT)
+    page.wait_until("Not done.")
+    expect(page.tab.locator("#error")).to_contain_text("deadline_s")
+
+
+def test_a_job_that_is_not_durable_cannot_be_followed(open_page: Callable[..., Page], server: RunningServer) -> None:
+    page = open_page()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.post, json=LONG)
+        running = f"{server.url}/jobs?state=running"
+        server.wait_until(lambda: httpx.get(running).json()["jobs"] != [])
+        (job,) = httpx.get(running).json()["jobs"]
+        page.tab.goto(f"{server.url}/#job={job['id']}")
+        expect(page.tab.locator("#error")).to_contain_text("cannot be followed: it is not durable")
+        expect(page.tab.get_by_role("button", name="Sample")).to_have_attribute("aria-disabled", "false")
+        httpx.delete(f"{server.url}/jobs/{job['id']}")
+        asked.result()
+
+
+def test_tabs_that_nobody_sees_leave_the_connections_to_others(
+    open_page: Callable[..., Page], browser: Any, server: RunningServer
+) -> None:
+    address = f"{server.url}/#job={post_job(server, **LONG | {'n': 16})}"
+    pages = [open_page(address)]
+    for _ in range(6):  # a browser has six connections for all of them
+        pages[-1].wait_for_step()
+        pages[-1].look_elsewhere(True)
+        pages.append(open_page(address, into=pages[0].context))
+    pages[-1].wait_for_step()
+    pages[-1].look_elsewhere(True)
+    old = step_of(pages[0])
+    pages[0].look_elsewhere(False)
+    expect(pages[0].tab.locator("#progress-text")).not_to_have_text(re.compile(rf"^Step {old} "))
+    frames = int(pages[0].tab.locator("#scrub").get_attribute("max"))
+    expect(pages[0].tab.locator("#scrub")).not_to_have_attribute("max", str(frames))
+    assert step_of(pages[0]) > old, "it goes on from there"
+    cancel_job(server, address.rpartition("=")[2])
+    pages[0].wait_until("Cancelled.")
+    assert not pages[1].status().text_content().startswith("Cancelled")
+    pages[1].look_elsewhere(False)
+    pages[1].wait_until("Cancelled.")
+
+
+def step_of(page: Page) -> int:
+    return int(re.search(r"^Step (\d+) of", page.tab.locator("#progress-text").text_content())[1])
+
+
+COUNT_URLS = """() => { window.urls = new Map(); const {createObjectURL, revokeObjectURL} = URL;
+    URL.createObjectURL = (b) => { const u = createObjectURL.call(URL, b); window.urls.set(u, b.size); return u; };
+    URL.revokeObjectURL = (u) => { window.urls.delete(u); revokeObjectURL.call(URL, u); }; }"""
+
+
+def test_the_frames_of_a_job_are_let_go_with_the_next(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.tab.evaluate(COUNT_URLS)
+    for results in (1, 2):
+        page.sample(steps=20, n=1, sampler="ddim", seed=results)
+        expect(page.tab.locator("#gallery li")).to_have_count(results)
+        frames = int(page.tab.locator("#scrub").get_attribute("max")) + 1
+        assert page.tab.evaluate("() => window.urls.size") == 2 * frames + results
+    for number in (1, 2):
+        assert page.picture(f"#gallery li:nth-child({number}) img")
+
+
+def test_frames_are_bounded_by_what_they_take(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+
+    def between(n: int, size_px: int, channels: int, steps: int = 1000) -> int:
+        model = {"width_px": size_px, "height_px": size_px, "channels": channels}
+        return page.tab.evaluate(
+            f"async () => (await import('/page/job.js')).stepsBetweenFrames({json.dumps({'n': n, 'steps': steps})},"
+            f" {json.dumps(model)})"
+        )
+
+    assert between(1, 32, 1) == 5, "200 of 1000"
+    assert between(1, 32, 1, steps=60) == 1
+    assert between(64, 256, 3) == 500, "two of 34 MB"
+    assert between(64, 1024, 3) == 1000, "at least one"
+    # What comes is counted too, for somebody who looks back at the third of them.
+    page.tab.evaluate(COUNT_URLS)
+    page.tab.evaluate(
+        """async () => { const {addFrame} = await import('/page/frames.js'), scrub = document.getElementById('scrub');
+        window.most = 0;
+        for (let step = 1; step <= 30; step++) {
+          addFrame({step, steps: 30, t: 30 - step}, {x_t: new Blob([new Uint8Array(5e6)])});
+          addFrame({step, steps: 30, t: 30 - step}, {x_0: new Blob([new Uint8Array(5e6)])});
+          window.most = Math.max(window.most, [...window.urls.values()].reduce((a, b) => a + b));
+          if (step === 6) { scrub.value = 2; scrub.dispatchEvent(new Event('input')); }
+        } }"""
+    )
+    assert page.tab.evaluate("() => window.most") <= 100e6
+    expect(page.tab.locator("#frame-text")).to_contain_text("after ")
+    page.tab.locator("#scrub").press("End")
+    expect(page.tab.locator("#frame-text")).to_contain_text("after 30 steps, t = 0")
+
+
 def test_an_image_is_shown_through_the_forward_process_at_any_t(
     open_page: Callable[..., Page], server: RunningServer, tmp_path: Path
 ) -> None:
@@ -358,7 +697,7 @@ def test_the_page_lets_nothing_in_from_elsewhere(server: RunningServer) -> None:
     response = httpx.get(server.url)
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     assert response.headers["content-security-policy"] == (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
         "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
     script = httpx.get(f"{server.url}/page/page.js")

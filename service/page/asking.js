@@ -1,0 +1,67 @@
+// A job is asked for. Its key is kept until an answer is had: who asks again, even after a reload, gets that job.
+
+import { ask, parse, Refusal } from "./api.js";
+
+const ASKED = "tminus-asked";
+const WAITS_MS = [500, 1000, 3000]; // between tries
+const LEAVING_MS = 5000; // that a reload may take to replace the page
+
+const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
+// A reload begins before the page ends. An address that is set in between is not that of the page that comes.
+let leaving = false;
+addEventListener("beforeunload", () => (leaving = true));
+
+// What has no answer yet: {key, body}, with underWay while it is being asked, and cancelled if its job is not wanted
+// any more. The session keeps it, so that the next load of the page knows.
+const remembered = () => JSON.parse(sessionStorage.getItem(ASKED));
+const remember = (asked) => sessionStorage.setItem(ASKED, JSON.stringify(asked));
+
+// The body of what is being asked, or was when the page was left; undefined if there is nothing.
+export function underWay() {
+  const asked = remembered();
+  return asked?.underWay ? asked.body : undefined;
+}
+
+export function cancelUnderWay() {
+  remember({ ...remembered(), cancelled: true });
+}
+
+// Ask for a job: {job, cancelled}. Raises what `ask` does; tryingAgain is called before each further try.
+export async function create(body, tryingAgain) {
+  const before = remembered();
+  const { key, ...rest } = before?.body === body ? before : { key: newKey(), body };
+  remember({ key, ...rest, underWay: true });
+  try {
+    const job = parse(await insist(key, body, tryingAgain));
+    if (leaving) await sleep(LEAVING_MS); // the page that comes asks again; this goes on only if none comes
+    leaving = false;
+    const cancelled = remembered()?.cancelled;
+    history.replaceState(null, "", `#job=${job.id}`);
+    sessionStorage.removeItem(ASKED);
+    return { job, cancelled };
+  } catch (error) {
+    // A 5xx may be a proxy's, about an answer that it has lost.
+    if (error instanceof Refusal && error.status < 500) sessionStorage.removeItem(ASKED);
+    else remember({ key, body });
+    throw error;
+  }
+}
+
+async function insist(key, body, tryingAgain) {
+  const options = { method: "POST", headers: { "Content-Type": "application/json", "Idempotency-Key": key }, body };
+  for (const wait of WAITS_MS) {
+    try {
+      return await (await ask("jobs", options)).text();
+    } catch (error) {
+      if (!(error instanceof TypeError)) throw error; // that was an answer
+    }
+    tryingAgain();
+    await sleep(wait);
+  }
+  return (await ask("jobs", options)).text();
+}
+
+function newKey() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
