@@ -4,8 +4,9 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
+from PIL import Image, features
 
+WEBP_VERSION = f"libwebp {features.version('webp')}"  # another may write other bytes
 FRAME_MS, LAST_MS = 40, 1500
 OPTIONS: dict[str, dict[str, Any]] = {"webp": {"lossless": True}, "gif": {}}
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
 MAX_LOCAL_N = 4096
+MAX_LOCAL_IMAGE_BYTES = 2**30
 FILE_TYPE = click.Path(dir_okay=False, path_type=Path)
 CHECKPOINT_TYPE = click.Path(file_okay=False, path_type=Path)
 
@@ -146,7 +147,7 @@ def serve(**flags: Any) -> None:
 @click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url")
 @click.option("--watch", type=click.Path(path_type=Path), help="with --url: keep the way there as .webp or .gif")
 @click.option("--every", type=click.IntRange(1), help="steps between its frames  [default: a hundredth of them]")
-@click.option("--show", type=click.Choice(["x_t", "x_0"]), default="x_t", help="the latent, or the network's guess")
+@click.option("--show", type=click.Choice(["x_t", "x_0"]), help="the latent, or the network's guess  [default: x_t]")
 def sample(
     url: str | None,
     checkpoint: Path,
@@ -156,7 +157,7 @@ def sample(
     out: Path,
     watch: Path | None,
     every: int | None,
-    show: str,
+    show: str | None,
     image: Path | None,
     mask: Path | None,
     **given: Any,
@@ -170,6 +171,8 @@ def sample(
     sheet = out.suffix.lower() == ".png"
     if watch is not None and url is None:
         fail("--watch needs --url: a server to look at")
+    if watch is None and (every is not None or show is not None):
+        fail("--every and --show need --watch: a file for the frames")
     try:
         (out.parent if sheet else out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -179,15 +182,17 @@ def sample(
     elif watch is None:
         files, seed = _from_server(url, parameters, sheet)
     else:
-        from service.cli_watch import follow
+        from service.cli_watch import follow, write_animation
 
-        files, seed = follow(url, parameters, sheet, watch, every, show)
+        files, seed, frames = follow(url, parameters, sheet, watch, every, show or "x_t")
     try:
         for name, data in files.items():
             (out if sheet else out / name).write_bytes(data)
     except OSError as error:
         fail(f"--out {out}: {error}")
     click.echo(f"{out}: {given['n']} image(s), seed {seed}")
+    if watch is not None:
+        write_animation(watch, frames)
 
 
 def pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
@@ -236,7 +241,15 @@ def offline(running: Running, parameters: dict[str, Any], sheet: bool) -> tuple[
     n = parameters["n"]
     loaded = running.engine(n)
     model, batch = loaded.engine.info, loaded.max_batch
-    limits = Limits(max_n=n, max_batch=batch, max_rows=n, max_jobs=1, max_backlog_s=float("inf"), max_body_bytes=0)
+    limits = Limits(
+        max_n=n,
+        max_batch=batch,
+        max_rows=n,
+        max_jobs=1,
+        max_backlog_s=float("inf"),
+        max_body_bytes=0,
+        max_image_bytes=MAX_LOCAL_IMAGE_BYTES,
+    )
     try:
         asked = SampleRequest.parse(parameters, model, limits)
         spec = asked.to_spec(model, limits)

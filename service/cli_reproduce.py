@@ -74,7 +74,10 @@ def reproduce(
     else:
         again = offline(Running(checkpoint, device, executor, precision), parameters, sheet=True)[0]["sheet"]
     if out is not None:
-        out.write_bytes(again)
+        try:
+            out.write_bytes(again)
+        except OSError as error:
+            fail(f"--out {out}: {error}")
     if again == original:
         click.echo(f"{png}: the same {len(original)} bytes")
         return

@@ -20,13 +20,13 @@ FORMATS = (".webp", ".gif")
 
 def follow(
     url: str, parameters: dict[str, Any], sheet: bool, animation: Path, every: int | None, show: str
-) -> tuple[dict[str, bytes], int]:
-    """Run a job on a server with a progress bar; write the animation; give its PNG files by name, and the seed."""
+) -> tuple[dict[str, bytes], int, list["Image"]]:
+    """Run a job on a server with a progress bar; give its PNG files by name, the seed, and the animation's pictures."""
     from service.client import ClientError
 
     if animation.suffix.lower() not in FORMATS:
         fail(f"--watch {animation}: must end in {' or '.join(FORMATS)}")
-    every = every or max(1, int(parameters.get("steps", 1000)) // MOST_FRAMES)
+    every = every or max(1, _number(parameters.get("steps", 1000)) // MOST_FRAMES)
     layout = "sheet" if sheet else "images"
     try:
         with (
@@ -36,14 +36,29 @@ def follow(
             seed, frames, finals = _read(messages)
     except ClientError as error:
         fail(f"{url}: {error}")
-    try:
-        _write(animation, [*frames, _sheet(finals)])
-    except OSError as error:
-        fail(f"--watch {animation}: {error}")
-    click.echo(f"{animation}: {len(frames) + 1} frames")
-    index = int(parameters.get("index", 0))
+    index = _number(parameters.get("index", 0))
     names = ["sheet"] if sheet else [f"{index + k:05d}.png" for k in range(len(finals))]
-    return dict(zip(names, finals, strict=True)), seed
+    return dict(zip(names, finals, strict=True)), seed, [*frames, _sheet(finals)]
+
+
+def write_animation(file: Path, frames: list["Image"]) -> None:
+    """Keep the pictures; one clear line and exit code 1 where that cannot be."""
+    from service.animation import encode_animation
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_animation(frames, file.suffix.lower().removeprefix(".")))
+    except (OSError, ValueError) as error:
+        fail(f"--watch {file}: {error}")
+    click.echo(f"{file}: {len(frames)} frames")
+
+
+def _number(given: Any) -> int:
+    """An option as a number; what is none the server refuses, and says why."""
+    try:
+        return int(float(given))
+    except (ValueError, OverflowError):
+        return 0
 
 
 def _read(messages: "Iterable[Message]") -> tuple[int, list["Image"], Sequence[bytes]]:
@@ -80,10 +95,3 @@ def _sheet(pictures: Sequence[bytes]) -> "Image":
 
     opened = [Image.open(io.BytesIO(each)).convert("RGB") for each in pictures]
     return opened[0] if len(opened) == 1 else Image.fromarray(contact_sheet(np.stack([*map(np.asarray, opened)])))
-
-
-def _write(file: Path, frames: list["Image"]) -> None:
-    from service.animation import encode_animation
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(encode_animation(frames, file.suffix.lower().removeprefix(".")))

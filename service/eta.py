@@ -41,5 +41,6 @@ class Countdown:
         """Seconds until it should be done."""
         if self._loop.time() - self._told_s > FORECAST_S:
             status = await self._standings.of(self._job_id)
-            self._told_s, self._eta_s = self._loop.time(), status.eta_s if status is not None else 0.0
+            if status is not None:  # else it came after they were last asked, or has just ended
+                self._told_s, self._eta_s = self._loop.time(), status.eta_s
         return max(0.0, self._eta_s - (self._loop.time() - self._told_s))

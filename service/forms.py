@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 FORM, BYTES = "multipart/form-data", "application/octet-stream"
-MAX_PARTS = 16
+MAX_PARTS = 128  # a class for each of 64 images, and all else
 MAX_FIELD_BYTES = 1024
 FORM_BYTES = 64 * 1024  # what a form may take beside its images: boundaries, the parts' headers, the fields
 

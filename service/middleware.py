@@ -60,7 +60,8 @@ class BodyLimit:
     """Refuses a body over the limit, by its Content-Length at once, else as soon as it has sent too much.
 
     The limit is the path's own where it has one. All bodies together are held to MAX_HELD_BYTES: what a client has sent
-    counts until it has its answer. A small body is taken all the same, so that nobody's images keep requests out.
+    counts until it has its answer, or its route lets it go. A small body is taken all the same, so that nobody's images
+    keep requests out.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_by_path: Mapping[str, int]) -> None:
@@ -72,7 +73,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        received = 0
+        received = counted = 0
         max_bytes = self._max_bytes_by_path.get(scope["path"], self._max_bytes)
 
         def check(size: int) -> None:
@@ -80,7 +81,7 @@ class BodyLimit:
                 raise BodyTooLarge(size, max_bytes)
 
         async def bounded_receive() -> Message:
-            nonlocal received
+            nonlocal received, counted
             if received == 0:
                 declared = Headers(scope=scope).get("content-length", "")
                 check(int(declared) if declared.isdecimal() else 0)
@@ -88,13 +89,20 @@ class BodyLimit:
             if message["type"] == "http.request":
                 size = len(message.get("body", b""))
                 received += size
+                counted += size
                 self._held_bytes += size
                 check(received)
                 if received > SMALL_BYTES and self._held_bytes > self._max_held_bytes:
                     raise TooManyBytes(self._held_bytes, self._max_held_bytes)
             return message
 
+        def let_go() -> None:
+            nonlocal counted
+            self._held_bytes -= counted
+            counted = 0
+
+        scope.setdefault("state", {})["let_body_go"] = let_go  # for who keeps nothing of it while the answer is made
         try:
             await self._app(scope, bounded_receive, send)
         finally:
-            self._held_bytes -= received
+            let_go()

@@ -108,7 +108,7 @@ class AnimationRequest(BaseModel):
         if frame_count(self.every, spec.num_steps) > most:
             least = -(-spec.num_steps // most)
             raise InvalidField.of("every", f"at least {least} for so many images and steps", self.every)
-        return frame_bytes * frame_count(self.every, spec.num_steps)
+        return frame_bytes * (frame_count(self.every, spec.num_steps) - 1)  # the result is held anyhow
 
     def recording(self, spec: SampleSpec) -> Recording:
         """An empty one."""

@@ -91,7 +91,8 @@ def event_routes(
             if live is None:
                 return EventSourceResponse(_only_the_end(await jobs.find_durable(job_id)), headers=HEADERS)
             stack.callback(jobs.unwatch, live, watch)
-            viewer = _Viewer(worker, standings, encoder, metrics, model, live, preview, mailbox)
+            countdown = Countdown(standings, job_id, view.eta_s)
+            viewer = _Viewer(worker, standings, countdown, encoder, metrics, model, live, preview, mailbox)
             return _Events(viewer.events(view), stack.pop_all().close)
 
     return router
@@ -127,6 +128,7 @@ class _Viewer:
         self,
         worker: Worker,
         standings: Standings,
+        countdown: Countdown,
         encoder: Encoder,
         metrics: Metrics,
         model: ModelInfo,
@@ -137,7 +139,7 @@ class _Viewer:
         self._worker, self._standings, self._encoder, self._metrics = worker, standings, encoder, metrics
         self._live, self._preview, self._mailbox = live, preview, mailbox
         self._timesteps = timesteps_of(live.record.spec, model)
-        self._countdown = Countdown(standings, live.record.id)
+        self._countdown = countdown
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
         """Yield events until the job has ended, or the server is about to."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from service.animation import WEBP_VERSION
 from service.conditional import matches
 from service.encoder import MEDIA_TYPES, WEBP, Encoder, etag
-from service.errors import JobCancelled
+from service.errors import InvalidField, JobCancelled
 from service.intake import QUERY_PARAMETERS, REQUEST_BODY, prefers_async, read_parameters, to_job
 from service.job import JobResult, Limits, ModelInfo
 from service.jobs import Jobs
@@ -50,16 +51,27 @@ def sample_routes(
         media_type = negotiate(accept_header, offered, WITH_EVERY if animation is None else "")
         asked = SampleRequest.parse(rest, model, limits)
         if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
+            if animation is not None:
+                raise InvalidField.of(
+                    "every", "absent with Prefer: respond-async: a job keeps no frames", animation.every
+                )
             answer = await accept(request, asked, jobs, decoder, model, limits)
             answer.headers["Preference-Applied"] = "respond-async"
             return answer
         spec, inputs = await to_job(asked, model, limits, decoder)
+        deadline_s, is_named = asked.deadline_s, asked.seed is not None
+        del rest, asked  # which hold the uploads as they came; the job may be a long one
+        request.state.let_body_go()
         size_bytes = animation.size_bytes(spec, model) if animation is not None else 0
         headers = {"X-Seed": str(spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
 
         # With a given seed the answer is a function of the spec: it has a name before it is made.
-        name = media_type if animation is None else f"{media_type}; every={animation.every}; show={animation.show}"
-        tag = etag(name, spec, model) if asked.seed is not None and model.exact else None
+        name = (
+            media_type
+            if animation is None
+            else f"{media_type}; every={animation.every}; show={animation.show}; {WEBP_VERSION}"
+        )
+        tag = etag(name, spec, model) if is_named and model.exact else None
         if tag is None:
             headers["Cache-Control"] = "no-store"
         else:
@@ -73,7 +85,7 @@ def sample_routes(
 
         job_id, recording = uuid.uuid4().hex, animation.recording(spec) if animation is not None else None
         with room.taken(size_bytes):
-            ticket = worker.submit(job_id, spec, asked.deadline_s, inputs=inputs, recording=recording)
+            ticket = worker.submit(job_id, spec, deadline_s, inputs=inputs, recording=recording)
             result = await _finished_or_gone(request, worker, job_id, ticket.future)
             started = asyncio.get_running_loop().time()
             if recording is None:

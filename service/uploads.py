@@ -2,17 +2,20 @@
 
 import asyncio
 import io
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from service.errors import InvalidImage
+from service.errors import InvalidImage, TooManyBytes
 from service.image_header import ImageHeader, read_header
 from service.job import Images, Inputs, ModelInfo
 
 MAX_PIXELS = 4096 * 4096
+MAX_HELD_BYTES = 256 * 2**20  # of images that wait to be decoded, all together
 WANTED = "a PNG, JPEG or WebP image"
 WHITE = 128  # a mask's grey from which on a pixel is made new
 EXIF_ORIENTATION = 0x0112
@@ -32,17 +35,31 @@ class Decoder:
 
     def __init__(self, model: ModelInfo) -> None:
         self._model = model
+        self._held_bytes = 0  # of what waits for the thread
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-decode")
 
     async def decode(self, data: bytes, field: str = "image") -> Images:
         """`decode_image` off the event loop. Raises InvalidImage."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, decode_image, data, self._model, field)
+        with self._waiting(len(data)):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, decode_image, data, self._model, field)
 
     async def inputs(self, image: bytes | None, mask: bytes | None) -> Inputs | None:
         """`decode_inputs` off the event loop. Raises InvalidImage."""
         if image is None:
             return None
-        return await asyncio.get_running_loop().run_in_executor(self._pool, decode_inputs, image, mask, self._model)
+        with self._waiting(len(image) + len(mask or b"")):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, decode_inputs, image, mask, self._model)
+
+    @contextmanager
+    def _waiting(self, size_bytes: int) -> Iterator[None]:
+        """Count what waits. Raises TooManyBytes: over WebSockets nobody else counts what was taken."""
+        if self._held_bytes + size_bytes > MAX_HELD_BYTES:
+            raise TooManyBytes(self._held_bytes + size_bytes, MAX_HELD_BYTES)
+        self._held_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self._held_bytes -= size_bytes
 
     def close(self) -> None:
         """Let what is being decoded finish, and end the thread."""

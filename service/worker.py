@@ -135,7 +135,7 @@ class Worker:
         job = RunningJob(
             job_id, spec, work, Future(), now_s, deadline_s, durable=durable, inputs=inputs, recording=recording
         )
-        job.steps_taken = spec.n * spec.start
+        job.steps_taken = job.steps_kept = spec.n * spec.start
         if watch is not None:
             job.watches.append(watch)
         return self._let_in(job, entry)
@@ -357,7 +357,7 @@ class Worker:
             job = self._jobs[job_id]
             job.started_s, job.first_step_s = started_s, now_s - job.submitted_s
             self._metrics.job_started(queue_s=started_s - job.submitted_s, first_step_s=job.first_step_s)
-        for job_id in {job.id for job in self._jobs.values() if set(job.rows) & set(broken)} if broken else ():
+        for job_id in {job.id for job in self._all() if set(job.rows) & set(broken)} if broken else ():
             self._give_up(job_id, NotFinite(), NotFinite.code)
         for job_id in advance.finished:
             if job_id in self._jobs:
@@ -365,13 +365,25 @@ class Worker:
         for job_id in by_job:
             if job_id in self._jobs:
                 self._jobs[job_id].show(self._engine, now_s)
-                self._jobs[job_id].record(self._engine, batch)
+                self._record(self._jobs[job_id], batch)
         if self._keeper is not None and self._keeper.due(now_s):
-            self._keep_snapshots([job for job in self._jobs.values() if job.durable])
+            self._keep_snapshots([job for job in self._all() if job.durable])
+
+    def _all(self) -> list[RunningJob]:
+        """The jobs as they are now: others are let in at any time."""
+        return list(self._jobs.values())
+
+    def _record(self, job: RunningJob, batch: Batch) -> None:
+        try:
+            job.record(self._engine, batch)
+        except Exception as error:  # a frame would be missing; nobody else's work is
+            log.exception("job %s could not be recorded", job.id)
+            failure = EngineFailed(f"its frames could not be read: {type(error).__name__}")
+            self._give_up(job.id, failure, failure.code)
 
     def _keep_snapshots(self, jobs: Sequence[RunningJob]) -> None:
         """Hand the keeper what those of the jobs need to go on that have stepped since it was last asked."""
-        moved = [job for job in jobs if job.steps_taken > job.steps_kept]
+        moved = [job for job in jobs if job.rows and job.steps_taken > job.steps_kept]
         if self._keeper is None or not moved:
             return
         began_s = self._clock()
@@ -386,8 +398,8 @@ class Worker:
 
     def _suspend_durable(self) -> None:
         """Give up the durable jobs, which the next start of the server finishes."""
-        durable = [job for job in self._jobs.values() if job.durable]
-        self._keep_snapshots([job for job in durable if job.rows])
+        durable = [job for job in self._all() if job.durable]
+        self._keep_snapshots(durable)
         for job in durable:
             self._give_up(job.id, Draining(), SUSPENDED)
 

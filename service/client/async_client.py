@@ -12,7 +12,7 @@ from service.client import calls, following, watching
 from service.client.async_line import AsyncLine
 from service.client.effects import Call
 from service.client.messages import Event, Message
-from service.client.parameters import Parameters, Preview, Shown
+from service.client.parameters import Parameters, Preview, Sampling, Shown
 from service.client.results import JobState, MediaType, Noised, Sampled
 from service.client.transport import http_address, ws_address
 
@@ -47,7 +47,7 @@ class AsyncClient:
         """Close the connections."""
         await self._http.aclose()
 
-    async def sample(self, *, accept: MediaType = "image/png", **parameters: Unpack[Parameters]) -> Sampled:
+    async def sample(self, *, accept: MediaType = "image/png", **parameters: Unpack[Sampling]) -> Sampled:
         """Sample and wait."""
         return await self._run(calls.sample(parameters, accept, self._patience_s))
 

@@ -87,6 +87,7 @@ def delete(job_id: str, patience_s: float) -> Call[None]:
         while True:
             yield from persist(Request("DELETE", path(job_id)), patience)
             yield from persist(_get(job_id), patience)
+            yield Pause(SHORTEST_POLL_S)
     except Problem as problem:
         if problem.code != "job_not_found":
             raise

@@ -12,7 +12,7 @@ from service.client import calls, following, watching
 from service.client.effects import Call
 from service.client.line import Line
 from service.client.messages import Event, Message
-from service.client.parameters import Parameters, Preview, Shown
+from service.client.parameters import Parameters, Preview, Sampling, Shown
 from service.client.results import JobState, MediaType, Noised, Sampled
 from service.client.transport import http_address, ws_address
 
@@ -53,7 +53,7 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def sample(self, *, accept: MediaType = "image/png", **parameters: Unpack[Parameters]) -> Sampled:
+    def sample(self, *, accept: MediaType = "image/png", **parameters: Unpack[Sampling]) -> Sampled:
         """Sample and wait: the images as one PNG sheet, or a zip or JSON of PNGs."""
         return self._run(calls.sample(parameters, accept, self._patience_s))
 
@@ -154,5 +154,5 @@ class Watching:
         self._line.close()
 
     def cancel(self) -> None:
-        """Cancel the job, from any thread; the loop ends with Cancelled, or with Done if it was done."""
+        """Cancel the job once there is one, from any thread; the loop ends with Cancelled, or Done if it was done."""
         self._line.say(watching.CANCEL)

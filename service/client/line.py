@@ -62,9 +62,10 @@ class Line:
 
     def say(self, text: str) -> None:
         """Send a message over the WebSocket, if it is open still."""
-        if self._ws is not None:
+        ws = self._ws  # another thread may close it meanwhile
+        if ws is not None:
             with suppress(ConnectionClosed):
-                self._ws.send(text)
+                ws.send(text)
 
     def close(self) -> None:
         """Close what is open."""

@@ -49,6 +49,13 @@ class Preview(TypedDict, total=False):
     layout: str
 
 
+class Sampling(Parameters, total=False):
+    """A job of `sample`. With accept="image/webp" a frame after `every` so many steps, of x_t or as `show` says."""
+
+    every: int
+    show: str
+
+
 class Shown(Parameters, Preview, total=False):
     """A job, and how it is shown."""
 

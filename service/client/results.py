@@ -13,7 +13,7 @@ from service.client.effects import Answer
 from service.client.errors import UnexpectedAnswer
 
 PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
-MediaType = Literal["image/png", "application/zip", "application/json"]
+MediaType = Literal["image/png", "application/zip", "application/json", "image/webp"]
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
@@ -98,7 +98,7 @@ class JobState:
     id: str
     state: State
     durable: bool
-    step: int
+    step: int | None  # null where it ended early
     steps: int
     n: int
     sampler: str
