@@ -87,6 +87,22 @@ def test_either_alone_is_not_acceptable(site: Site) -> None:
     problem(site.post(json=SPEC | {"every": 2}, headers={"Accept": "image/png"}), 406, "not_acceptable")
 
 
+def test_a_durable_job_keeps_no_frames(site: Site) -> None:
+    headers = WEBP | {"Prefer": "respond-async"}
+    document = problem(site.post(json=SPEC | {"every": 2}, headers=headers), 422, "invalid_field")
+    assert document["field"] == "every"
+
+
+def test_a_frame_that_cannot_be_read_fails_its_own_job_only(site: Site) -> None:
+    def fail(_rows: object) -> None:
+        raise RuntimeError("out of memory")
+
+    site.engine.on_preview = fail
+    problem(site.post(json=SPEC | {"every": 2}, headers=WEBP), 500, "engine_failed")
+    site.engine.on_preview = lambda rows: None
+    assert site.post(json=SPEC | {"every": 2}, headers=WEBP).status_code == 200
+
+
 def test_more_frames_than_are_held_are_refused_with_how_many_would_do(make_site: MakeSite) -> None:
     site = make_site(info=replace(INFO, height_px=256, width_px=256))
     most = MAX_ANIMATION_BYTES // (4 * 256 * 256)

@@ -890,6 +890,22 @@ def test_snapshots_are_taken_of_durable_jobs_that_have_stepped(make_bench: MakeB
     assert len(kept.rounds) == 2, "none after the last step"
 
 
+def test_a_job_that_begins_late_in_its_plan_and_waits_for_its_rows_is_in_nobodys_way(make_bench: MakeBench) -> None:
+    bench, kept = make_bench(), Kept()
+    bench.worker._keeper = kept
+    bench.start(shut=True)
+    first = bench.worker.submit("first", make_spec(steps=4), durable=True).future
+    bench.engine.next_begun()
+    sha = "0" * 64
+    late = bench.worker.submit("late", make_spec(steps=4, strength=0.5, image_sha256=sha), durable=True).future
+    bench.engine.gate.let()
+    bench.engine.next_begun()
+    assert [set(round) for round in kept.rounds] == [{"first"}]
+    bench.engine.gate.open()
+    images(first)
+    late.exception(PATIENCE_S)
+
+
 def test_a_snapshot_that_fails_costs_no_job(make_bench: MakeBench) -> None:
     bench, kept = make_bench(), Kept()
     bench.worker._keeper = kept
