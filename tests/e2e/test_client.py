@@ -144,7 +144,9 @@ def test_events_go_on_over_a_killed_server(own_server: Start, tmp_path: Path) ->
         assert event.job.state == "done"
         assert restarted is not None
         assert f"job {job.id} goes on from step" in restarted.result(120).log
-        assert steps == sorted(set(steps)), "no step is told twice"
+        back = next((k for k in range(1, len(steps)) if steps[k] <= steps[k - 1]), len(steps))
+        for part in (steps[:back], steps[back:]):  # what was done again after the crash is told again
+            assert part == sorted(set(part))
         assert tminus.submit(idempotency_key="mine", **LONG).id == job.id
         assert job.image().data == tminus.sample(**LONG).data
 

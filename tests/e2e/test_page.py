@@ -496,7 +496,7 @@ def test_a_job_that_others_end_is_told_how(open_page: Callable[..., Page], serve
     cancel_job(server, page.tab.url.rpartition("=")[2])
     page.wait_until("Cancelled.")
     page.tab.goto(f"{server.url}/#job={post_job(server, **LONG)}")
-    page.wait_for_step()
+    page.wait_until("Running.")
     page.look_elsewhere(True)
     cancel_job(server, page.tab.url.rpartition("=")[2])
     page.wait_until("Running.")
