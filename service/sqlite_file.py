@@ -4,7 +4,7 @@ import logging
 import os
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ def prepare(file: Path) -> None:
             raise ValueError(why_not(file, str(error), UNTOUCHED)) from None
     finally:
         if not was_there:
-            index.unlink(missing_ok=True)
+            with suppress(OSError):  # in a read-only folder it was not made either
+                index.unlink(missing_ok=True)
 
 
 def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:

@@ -1,5 +1,6 @@
 """The store of durable jobs, on real files."""
 
+import errno
 import json
 import os
 import sqlite3
@@ -669,3 +670,16 @@ def test_arrays_that_cannot_be_read(file: Path, data: bytes, caplog: pytest.LogC
     with pytest.raises(StorageFailed, match="the images of job b cannot be read"):
         store.images("b")
     store.close()
+
+
+def test_a_folder_where_nothing_can_be_removed_is_no_reason_by_itself(
+    file: Path, open_file: Callable[[], SqliteStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only folder lets no -shm be removed, which was not made either; the line is then SQLite's own."""
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    open_file().close()
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert open_file().unfinished() == []
