@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from service.recording import Recording
 PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "image/webp"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
-RECENT_FRAMES = 16
+RECENT_BYTES = 32 * 2**20
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
     "webp": {"lossless": True, "quality": 0, "method": 0},
@@ -43,7 +44,9 @@ class Encoder:
         self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that no image waits for a preview
 
         # Of the last frames; only the thread above touches it.
-        self._recent: LRUCache[Any, list[tuple[Show, int | None, bytes]]] = LRUCache(RECENT_FRAMES)
+        self._recent: LRUCache[Any, list[tuple[Show, int | None, bytes]]] = LRUCache(
+            RECENT_BYTES, getsizeof=_held_bytes
+        )
 
     async def encode(
         self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo | None = None
@@ -92,9 +95,12 @@ class Encoder:
 
     def _encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
         key = frame, frame_format, layout  # many may look at one job
-        if key not in self._recent:
-            self._recent[key] = self._make_pictures(frame, frame_format, layout)
-        return self._recent[key]
+        pictures = self._recent.get(key)
+        if pictures is None:
+            pictures = self._make_pictures(frame, frame_format, layout)
+            with suppress(ValueError):  # it alone is more than is kept
+                self._recent[key] = pictures
+        return pictures
 
     def _make_pictures(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
         shown = frame.read()
@@ -120,6 +126,11 @@ class Encoder:
         body = encode_result(media_type, spec, images, model)
         self._observe(media_type.rpartition("/")[2], time.perf_counter() - started)
         return body
+
+
+def _held_bytes(pictures: list[tuple[Show, int | None, bytes]]) -> int:
+    """What pictures take with the frame they are of, whose pixels are some times their bytes."""
+    return 4 * sum(len(picture) for *_, picture in pictures)
 
 
 def encode_result(media_type: str, spec: SampleSpec, images: Images, model: ModelInfo) -> bytes:

@@ -17,7 +17,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service import parameters
 from service.encoder import Encoder
-from service.errors import UnknownField, short
 from service.eta import Countdown, Standings
 from service.job import ModelInfo, SampleSpec, timesteps_of
 from service.job_view import JobView, Live, ended_view
@@ -27,6 +26,7 @@ from service.metrics import Metrics
 from service.preview import Frame, Show, Watch
 from service.preview_schemas import PreviewRequest
 from service.routes_jobs import document
+from service.schemas import refuse_unknown
 from service.store import OUTCOMES
 from service.streams import Streams
 from service.worker import Worker
@@ -205,13 +205,7 @@ class _Viewer:
 
 def _preview(given: Mapping[str, Any]) -> tuple[PreviewRequest, tuple[Show, ...]]:
     """How to show the job. Without `show` no pictures."""
-    for name in given:
-        if name not in FIELDS:
-            known = ", ".join(FIELDS)
-            raise UnknownField(
-                f"there is no parameter {short(name)!r}; known: {known}",
-                field=name, value=given[name], bound=f"one of {known}",
-            )  # fmt: skip
+    refuse_unknown(given, FIELDS)
     preview, _ = PreviewRequest.split(given)
     return preview, preview.shows if "show" in given else ()
 

@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 from service.errors import InvalidImage, TooManyBytes
 from service.image_header import ImageHeader, read_header
 from service.job import Images, Inputs, ModelInfo
+from service.middleware import MAX_HELD_BYTES
 
 MAX_PIXELS = 4096 * 4096
-MAX_HELD_BYTES = 256 * 2**20  # of images that wait to be decoded, all together
 WANTED = "a PNG, JPEG or WebP image"
 WHITE = 128  # a mask's grey from which on a pixel is made new
 EXIF_ORIENTATION = 0x0112

@@ -434,8 +434,12 @@ def test_pages_of_origins_that_are_allowed_may_connect(origins: set[str]) -> Non
     with site.client:
         site.wait_until_ready()
         with connect(site, origin="https://Studio.example") as ws:
-            ws.send_text("{}")
-            Client(ws).get("accepted")
+            client = Client(ws)
+            client.send(steps=1)
+            client.get("accepted")
+            client.get("done")
+            client.picture()
+            assert client.closed() == (1000, "")
 
 
 def test_one_address_has_so_many_streams_and_no_more(make_site: MakeSite) -> None:
