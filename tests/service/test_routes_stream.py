@@ -2,6 +2,9 @@ import io
 import json
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -50,8 +53,16 @@ class Client:
         return error
 
 
-def connect(site: Site, **headers: str) -> Any:
-    return site.client.websocket_connect("/sample/stream", headers=headers)
+@contextmanager
+def connect(site: Site, **headers: str) -> Iterator[WebSocketTestSession]:
+    session = site.client.websocket_connect("/sample/stream", headers=headers)
+    ws = session.__enter__()
+    try:
+        yield ws
+    finally:
+        # The test client cancels the app right after its goodbye; which of the two the app hears first is chance.
+        with suppress(CancelledError):
+            session.__exit__(None, None, None)
 
 
 def gray(picture: bytes) -> np.ndarray:
