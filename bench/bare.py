@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.records import Pace
 from model.checkpoint import Checkpoint, load_checkpoint
-from service.choice import Wish, choose_executor
-from service.choice_cache import default_cache
-from service.executors import Executor
-from service.loading import LARGEST_BATCH
+from service.engine.autotune import Wish, choose_executor
+from service.engine.autotune_cache import default_cache
+from service.engine.executors import Executor
+from service.engine.loading import LARGEST_BATCH
 
 MATMUL_SIZE = 2048
 CONV_CHANNELS, CONV_SIZE, CONV_BATCH = 256, 32, 4

@@ -17,12 +17,12 @@ from bench.bare import flops_per_row
 from model.checkpoint import load_checkpoint
 from model.rng import image_noise
 from model.samplers import compile_plan, sample
-from service.choice import Wish, choose_executor, example_inputs
-from service.choice_cache import default_cache
-from service.engine import Engine
+from service.engine.autotune import Wish, choose_executor, example_inputs
+from service.engine.autotune_cache import default_cache
+from service.engine.engine import Engine
+from service.engine.loading import LARGEST_BATCH
 from service.job import trial_spec, work_of
-from service.loading import LARGEST_BATCH
-from service.scheduler import Scheduler, Sharing
+from service.scheduling.scheduler import Scheduler, Sharing
 
 MATMUL_SIZE = 8192
 SERIAL_STEPS = 50

@@ -1,8 +1,8 @@
 """`python -m service` and the `tminus` script."""
 
-import service.cli_reproduce
-import service.cli_train  # noqa: F401  importing these two adds their commands
-from service.cli import main
+import service.cli.reproduce
+import service.cli.train  # noqa: F401  importing these two adds their commands
+from service.cli.main import main
 
 __all__ = ["main"]
 

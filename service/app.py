@@ -6,30 +6,30 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from service import problems
-from service.admission import Admission
-from service.encoder import Encoder
-from service.eta import Standings
-from service.forms import FORM_BYTES
+from service.api import problems
+from service.api.events import event_routes
+from service.api.jobs import job_routes
+from service.api.middleware import BodyLimit, RequestContext
+from service.api.multipart import FORM_BYTES
+from service.api.noise import noise_routes
+from service.api.page import page_routes
+from service.api.progress import Standings
+from service.api.result_cache import ResultCache
+from service.api.sample import sample_routes
+from service.api.stream import stream_routes
+from service.api.stream_limits import Streams
+from service.api.system import system_routes
+from service.engine.protocol import RowEngine
+from service.images.decoder import Decoder
+from service.images.encoder import Encoder
 from service.job import Limits
-from service.jobs import Jobs
+from service.jobs.jobs import Jobs
+from service.jobs.store import JobStore
+from service.jobs.store_thread import StoreThread
 from service.metrics import Metrics
-from service.middleware import BodyLimit, RequestContext
-from service.result_cache import ResultCache
-from service.routes_events import event_routes
-from service.routes_jobs import job_routes
-from service.routes_noise import noise_routes
-from service.routes_page import page_routes
-from service.routes_sample import sample_routes
-from service.routes_stream import stream_routes
-from service.routes_system import system_routes
-from service.row_engine import RowEngine
-from service.scheduler import Scheduler, Sharing
-from service.store import JobStore
-from service.store_thread import StoreThread
-from service.streams import Streams
-from service.uploads import Decoder
-from service.worker import Worker
+from service.scheduling.admission import Admission
+from service.scheduling.scheduler import Scheduler, Sharing
+from service.worker.worker import Worker
 
 
 def create_app(

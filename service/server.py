@@ -11,9 +11,9 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from service.stream_protocol import stream_protocol
-from service.streams import Streams
-from service.worker import Worker
+from service.api.stream_limits import Streams
+from service.api.websocket_protocol import stream_protocol
+from service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 

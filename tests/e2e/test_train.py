@@ -14,9 +14,10 @@ import torch
 from diffusers import DDPMPipeline
 from PIL import Image
 
-from model import compare
 from model.checkpoint import load_checkpoint
-from service import choice, cli_train
+from model.evaluation import compare
+from service.cli import train as cli_train
+from service.engine import autotune
 from tests.e2e.conftest import ROOT, run_cli
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for so small a net, and on a busy machine, two are slower
@@ -93,7 +94,7 @@ def approve_bfloat16(run: Path, measure: tuple[str, ...]) -> None:
 
     def candidates() -> set[tuple[str, str]]:
         """What serve's auto tries."""
-        found = choice._candidates(load_checkpoint(run), torch.device("cpu"), choice.Wish())
+        found = autotune._candidates(load_checkpoint(run), torch.device("cpu"), autotune.Wish())
         return {(each.executor, each.precision) for each in found}
 
     before = (run / "tminus.json").read_bytes()

@@ -18,10 +18,10 @@ from model.checkpoint import Checkpoint, Labels, hash_weights
 from model.noise import NoiseConfig
 from model.unet import UNet2D
 from service.app import create_app
-from service.executors import Executor
+from service.engine.executors import Executor
 from service.job import Limits, ModelInfo
-from service.scheduler import Policy, Sharing
-from service.sqlite_store import SqliteStore
+from service.jobs.sqlite_store import SqliteStore
+from service.scheduling.scheduler import Policy, Sharing
 from tests.service.fakes import INFO, LIMITS, FakeEngine, wait_until
 from tests.tiny import TINY, randomize
 

@@ -18,15 +18,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from model.checkpoint import Checkpoint
+from service.api.schemas import SampleRequest
 from service.app import create_app
-from service.encoder import contact_sheet
-from service.engine import Engine
-from service.executors import EagerExecutor
+from service.engine.engine import Engine
+from service.engine.executors import EagerExecutor
+from service.engine.local import sample_locally
+from service.images.encoder import contact_sheet
 from service.job import Batch, SampleSpec
-from service.local import sample_locally
-from service.scheduler import Sharing
-from service.schemas import SampleRequest
-from service.sqlite_store import SqliteStore
+from service.jobs.sqlite_store import SqliteStore
+from service.scheduling.scheduler import Sharing
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 
@@ -485,7 +485,7 @@ def test_an_unforeseen_error_is_a_500_that_tells_no_secrets(site: Site, monkeypa
     def fail(*_args: object) -> bytes:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("service.encoder.encode_result", fail)
+    monkeypatch.setattr("service.images.encoder.encode_result", fail)
     response = site.post(json=QUICK)
     assert response.status_code == 500
     assert response.headers["content-type"] == "application/problem+json"
@@ -500,7 +500,7 @@ def test_an_unforeseen_error_has_the_requests_id_and_is_counted_as_500(
     def fail(*_args: object) -> bytes:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("service.encoder.encode_result", fail)
+    monkeypatch.setattr("service.images.encoder.encode_result", fail)
     response = site.post(json=QUICK, headers={"X-Request-ID": "mine"})
     assert response.headers.get("x-request-id") == "mine"
     assert site.metrics()['tminus_request_duration_seconds_count{"route": "/sample", "status": "500"}'] == 1

@@ -17,17 +17,17 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from model.rng import image_noise
 from model.timesteps import make_timesteps
-from service.engine import Engine
+from service.engine.engine import Engine
+from service.engine.executors import EagerExecutor
+from service.engine.local import sample_locally
 from service.errors import NotFinite
-from service.executors import EagerExecutor
-from service.forecast import Pending, forecast
 from service.job import Batch, Images, Inputs, SampleSpec, Work, timesteps_of, work_of
-from service.local import sample_locally
-from service.scheduler import Scheduler, Sharing
-from service.tick_times import TickTimes
+from service.scheduling.forecast import Pending, forecast
+from service.scheduling.scheduler import Scheduler, Sharing
+from service.scheduling.tick_times import TickTimes
 from tests.service.conftest import Around, MakeCheckpoint
+from tests.service.engine.test_engine import CPU, MIXED, OnGpu, make_engine, on_gpu, spec_of  # noqa: F401
 from tests.service.fakes import INFO
-from tests.service.test_engine import CPU, MIXED, OnGpu, make_engine, on_gpu, spec_of  # noqa: F401
 
 Job = tuple[SampleSpec, Inputs | None]
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}

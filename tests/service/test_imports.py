@@ -12,12 +12,14 @@ from service.errors import ServiceError
 ROOT = Path(__file__).parents[2]
 SERVICE = sorted((ROOT / "service").glob("**/*.py"))
 MODEL = sorted((ROOT / "model").glob("**/*.py"))
-WITH_TORCH = {  # style: no tensor leaves them
-    "engine", "known_pixels", "tick_events", "description", "executors", "openvino_executor", "choice", "choice_cache",
-    "loading",
-}  # fmt: skip
+# From the bottom up: a layer imports from those before it and from itself. A folder is a layer; so are the files that
+# stand at the top of service/, the words that everybody uses and the app that puts the parts together.
+LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "api", "app", "cli")
+WORDS = {"byte_budget", "errors", "job", "metrics", "preview"}
+APP = {"app", "server", "settings"}
+APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 PURE_MODEL = {"model", "model.timesteps"}  # what of model/ needs no torch, and may be asked for anywhere
-MAY_RENDER_HTTP = {"problems"}
+MAY_RENDER_HTTP = {"service.api.problems"}
 
 
 def module_name(file: Path) -> str:
@@ -68,9 +70,39 @@ def test_the_files_are_found() -> None:
     assert {"unet", "samplers"} <= {file.stem for file in MODEL}
 
 
-def test_importing_the_service_but_for_its_engine_does_not_import_torch() -> None:
-    modules = [module_name(file) for file in SERVICE if file.stem not in WITH_TORCH]
-    assert {"service.scheduler", "service.worker", "service.app", "service.routes_sample", "service.cli"} <= {*modules}
+def layer_of(module: str) -> str:
+    """The layer of a module of service/, by its folder or, at the top, by its name."""
+    _, name, *deeper = module.split(".")
+    if deeper or name in LAYERS:
+        return name
+    if name == "__main__":
+        return "cli"
+    return "words" if name in WORDS else "app" if name in APP else name
+
+
+def modules_of(layer: str) -> list[str]:
+    return [name for file in SERVICE if (name := module_name(file)) != "service" and layer_of(name) == layer]
+
+
+def test_every_module_is_in_a_layer() -> None:
+    found = {layer_of(name) for file in SERVICE if (name := module_name(file)) != "service"}
+    assert found == {*LAYERS, "client"}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_from_those_below_it_only(layer: str) -> None:
+    allowed = set(LAYERS[: LAYERS.index(layer) + 1]) | ({"client"} if layer == "cli" else set())
+    for name in modules_of(layer):
+        file = ROOT / Path(*name.split("."))
+        file = file.with_suffix(".py") if file.with_suffix(".py").exists() else file / "__init__.py"
+        ours = {other for other in imports(parse(file), lazy=True) if other.split(".")[0] == "service"}
+        assert not {other for other in ours if layer_of(other) not in allowed}, name
+
+
+def test_importing_what_is_no_engine_does_not_import_torch() -> None:
+    modules = [name for layer in LAYERS if layer != "engine" for name in modules_of(layer)]
+    modules.append("service.engine.protocol")
+    assert {"service.scheduling.scheduler", "service.worker.worker", "service.app", "service.cli.main"} <= {*modules}
     program = f"""
 import importlib, sys
 for name in {modules!r}:
@@ -86,8 +118,7 @@ for name in {modules!r}:
 
 def test_the_engine_does_import_torch() -> None:
     """Or the test above would prove nothing."""
-    for name in WITH_TORCH:
-        assert "torch" in imports(parse(ROOT / "service" / f"{name}.py"), lazy=False)
+    assert "torch" in imports(parse(ROOT / "service" / "engine" / "engine.py"), lazy=False)
 
 
 @pytest.mark.parametrize("file", MODEL, ids=module_name)
@@ -96,11 +127,12 @@ def test_model_imports_nothing_from_service(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", SERVICE, ids=module_name)
-def test_torch_enters_the_service_in_the_engine_and_executors_only(file: Path) -> None:
-    if file.stem in WITH_TORCH:
+def test_torch_enters_the_service_in_its_engine_only(file: Path) -> None:
+    layer = layer_of(module_name(file)) if file != ROOT / "service" / "__init__.py" else "words"
+    if layer == "engine":
         return
     tree = parse(file)
-    lazy = file.stem.startswith("cli")  # the commands load what they need when they run
+    lazy = layer == "cli"  # the commands load what they need when they run
     heavy = {"torch", "model", "safetensors", "diffusers", "torchvision"}
     found = {name for name in imports(tree, lazy=not lazy) if name.split(".")[0] in heavy}
     assert not found - PURE_MODEL - {"safetensors.numpy"}  # numpy is all it brings
@@ -109,14 +141,16 @@ def test_torch_enters_the_service_in_the_engine_and_executors_only(file: Path) -
 
 @pytest.mark.parametrize("file", SERVICE, ids=module_name)
 def test_no_http_exception_below_the_routes(file: Path) -> None:
-    assert ("HTTPException" in names(parse(file))) == (file.stem in MAY_RENDER_HTTP)
+    assert ("HTTPException" in names(parse(file))) == (module_name(file) in MAY_RENDER_HTTP)
 
 
 @pytest.mark.parametrize(
-    "name", ["job", "scheduler", "admission", "promises", "forecast", "tick_times", "errors", "result_cache"]
+    "name", [*modules_of("scheduling"), "service.job", "service.preview", "service.errors", "service.api.result_cache"]
 )
 def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:
-    imported = {module.split(".")[0] for module in imports(parse(ROOT / "service" / f"{name}.py"), lazy=True)}
+    file = ROOT / Path(*name.split("."))
+    tree = parse(file / "__init__.py" if file.is_dir() else file.with_suffix(".py"))
+    imported = {module.split(".")[0] for module in imports(tree, lazy=True)}
     assert not imported & {"asyncio", "time", "datetime", "torch", "fastapi", "starlette", "pydantic", "logging"}
 
 
@@ -144,7 +178,7 @@ def test_only_lines_do_io(file: Path) -> None:
 
 @pytest.mark.parametrize("file", SERVICE, ids=module_name)
 def test_nothing_is_printed_but_by_the_command_line(file: Path) -> None:
-    assert "print" not in names(parse(file)) or file.stem.startswith("cli")
+    assert "print" not in names(parse(file)) or file.parent.name == "cli"
 
 
 @pytest.mark.parametrize("file", SERVICE + MODEL, ids=module_name)

@@ -7,10 +7,10 @@ import click.testing
 import pytest
 from pydantic import ValidationError
 
-from service import cli
+from service.cli import main as cli
+from service.engine.loading import Loaded, LoadOptions
 from service.job import Limits
-from service.loading import Loaded, LoadOptions
-from service.scheduler import Sharing
+from service.scheduling.scheduler import Sharing
 from service.settings import Settings
 from tests.service.fakes import INFO, FakeEngine
 
@@ -186,9 +186,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(values, ran=True)
             return True
 
-        monkeypatch.setattr("service.loading.load_engine", load_engine)
+        monkeypatch.setattr("service.engine.loading.load_engine", load_engine)
         monkeypatch.setattr("service.app.create_app", create_app)
-        monkeypatch.setattr("service.sqlite_store.open_store", open_store)
+        monkeypatch.setattr("service.jobs.sqlite_store.open_store", open_store)
         monkeypatch.setattr("service.server.bind", bind)
         monkeypatch.setattr("service.server.serve", run_server)
         result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)

@@ -1,0 +1,235 @@
+"""GET /jobs/{id}/events: a durable job as server-sent events, with its frames if they are asked for.
+
+What is sent is where the job stands, never a history: who comes back is told what is new to them, and misses no end.
+"""
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from starlette.types import Message, Receive, Scope, Send
+
+from service.api import parameters
+from service.api.jobs import document
+from service.api.preview_schemas import PreviewRequest
+from service.api.progress import Countdown, Standings
+from service.api.schemas import refuse_unknown
+from service.api.stream_limits import Streams
+from service.images.encoder import Encoder
+from service.job import ModelInfo, SampleSpec, timesteps_of
+from service.jobs.jobs import Jobs
+from service.jobs.store import OUTCOMES
+from service.jobs.views import JobView, Live, ended_view
+from service.metrics import Metrics
+from service.preview import Frame, Show, Watch
+from service.worker.mailbox import Mailbox
+from service.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0  # how often a job without frames is looked at
+SEND_S = 40.0  # for an event to leave: who takes nothing is let go
+QUIET_S = 15.0  # until a comment is sent, so that no proxy takes the connection for dead
+RECONNECT_MS = 2000
+LAST = "end"  # the id of the last event of all
+FIELDS = ("every", "fps", "show", "frame_format", "layout")
+
+
+def event_routes(
+    jobs: Jobs,
+    worker: Worker,
+    standings: Standings,
+    encoder: Encoder,
+    streams: Streams,
+    metrics: Metrics,
+    model: ModelInfo,
+) -> APIRouter:
+    """Make the route; it holds no state of its own."""
+    router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+    @router.get(
+        "/{job_id}/events",
+        summary="A durable job as server-sent events",
+        response_class=Response,  # EventSourceResponse here would be for a function that yields
+        responses={200: {"content": {"text/event-stream": {}}}, 204: {"description": "The client knows the end"}},
+        openapi_extra={
+            "parameters": [
+                {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
+                for name, schema in PreviewRequest.model_json_schema()["properties"].items()
+                if name in FIELDS
+            ]
+            + [
+                {
+                    "name": "Last-Event-ID",
+                    "in": "header",
+                    "schema": {"type": "string"},
+                    "description": "what was received last; only what is newer is sent",
+                }
+            ]
+        },
+    )
+    async def get_events(request: Request, job_id: str) -> Response:
+        preview, shows = _preview(parameters.from_query(request.query_params.multi_items()))
+        last_id = request.headers.get("last-event-id", "")
+        view = await jobs.find_durable(job_id)
+        if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
+            return Response(status_code=204)
+        with ExitStack() as stack:
+            stack.enter_context(streams.opened(request.client.host if request.client else ""))
+            mailbox = Mailbox(asyncio.get_running_loop(), metrics.frame_dropped)
+            stack.callback(mailbox.close)
+            # A job that went on from a snapshot may be behind what the client has seen: it is shown what is done again.
+            seen = min(int(last_id) if last_id.isdecimal() and len(last_id) < 9 else 0, view.step or 0)
+            watch = Watch(preview.pace, shows, mailbox.put, seen)
+            live = jobs.watch(job_id, watch, mailbox)
+            if live is None:
+                return EventSourceResponse(_only_the_end(await jobs.find_durable(job_id)), headers=HEADERS)
+            stack.callback(jobs.unwatch, live, watch)
+            countdown = Countdown(standings, job_id, view.eta_s)
+            viewer = _Viewer(worker, standings, countdown, encoder, metrics, model, live, preview, mailbox)
+            return _Events(viewer.events(view), stack.pop_all().close)
+
+    return router
+
+
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+class _Events(EventSourceResponse):
+    """A stream that lets go of what it holds when it ends, however it ends."""
+
+    def __init__(self, content: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        super().__init__(content, headers=HEADERS)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SEND_S):
+                await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            log.info("somebody who follows a job reads nothing, and is let go")
+        finally:
+            self._close()
+
+
+class _Viewer:
+    """One connection that follows a job."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        standings: Standings,
+        countdown: Countdown,
+        encoder: Encoder,
+        metrics: Metrics,
+        model: ModelInfo,
+        live: Live,
+        preview: PreviewRequest,
+        mailbox: Mailbox,
+    ) -> None:
+        self._worker, self._standings, self._encoder, self._metrics = worker, standings, encoder, metrics
+        self._live, self._preview, self._mailbox = live, preview, mailbox
+        self._timesteps = timesteps_of(live.record.spec, model)
+        self._countdown = countdown
+
+    async def events(self, view: JobView) -> AsyncIterator[bytes]:
+        """Yield events until the job has ended, or the server is about to."""
+        yield format_sse_event(retry=RECONNECT_MS)
+        waits, told, quiet_s = view.state == "waiting", None, 0.0
+        standing = {"position": view.position, "eta_s": _rounded(view.eta_s)}
+        if not waits:  # so that who comes back is not left with what was
+            yield _event("progress", await self._progress(view.step or 0))
+        while True:
+            if waits and standing != told:
+                told, quiet_s = standing, 0.0
+                yield _event("waiting", standing)
+            try:
+                async with asyncio.timeout(POLL_S):
+                    frame = await self._mailbox.take()
+            except TimeoutError:
+                if self._worker.draining:
+                    return
+                if waits and (status := await self._standings.of(self._live.record.id)) is not None:
+                    waits = status.state == "waiting"
+                    standing = {"position": status.position, "eta_s": _rounded(status.eta_s)}
+                quiet_s += POLL_S
+                if quiet_s >= QUIET_S:
+                    quiet_s = 0.0
+                    yield KEEPALIVE_COMMENT
+                continue
+            if frame is None:
+                break
+            waits, quiet_s = False, 0.0
+            for event in await self._show(frame):
+                yield event
+        if self._live.record.outcome is not None:  # else the next start of the server goes on with it
+            yield _end(ended_view(self._live.record))
+
+    async def _show(self, frame: Frame) -> list[bytes]:
+        """The events of a frame: its pictures, or where the job stands if none were asked for."""
+        spec, preview = self._live.record.spec, self._preview
+        progress = await self._progress(frame.step)
+        try:
+            pictures = await self._encoder.encode_frame(frame, preview.frame_format, preview.layout)
+        except Exception:  # it is not worth the stream
+            log.exception("a frame of job %s could not be encoded", self._live.record.id)
+            return []
+        if not pictures:
+            return [_event("progress", progress, str(frame.step))]
+        self._metrics.frame_sent()
+        events = []
+        for count, (show, image, picture) in enumerate(pictures, 1):
+            members = _picture_members(spec, show, image, picture, preview.frame_format)
+            # The id comes with the last picture of a step: who breaks off before it gets the step again.
+            events.append(_event("frame", progress | members, str(frame.step) if count == len(pictures) else None))
+        return events
+
+    async def _progress(self, step: int) -> dict[str, Any]:
+        steps = self._live.record.spec.num_steps
+        return {
+            "step": step,
+            "steps": steps,
+            "t": self._timesteps[min(step, steps - 1)],
+            "eta_s": round(await self._countdown.left_s(), 3),
+        }
+
+
+def _preview(given: Mapping[str, Any]) -> tuple[PreviewRequest, tuple[Show, ...]]:
+    """How to show the job. Without `show` no pictures."""
+    refuse_unknown(given, FIELDS)
+    preview, _ = PreviewRequest.split(given)
+    return preview, preview.shows if "show" in given else ()
+
+
+def _rounded(eta_s: float | None) -> float | None:
+    return None if eta_s is None else round(eta_s, 1)
+
+
+def _picture_members(
+    spec: SampleSpec, show: Show, image: int | None, picture: bytes, frame_format: str
+) -> dict[str, Any]:
+    members: dict[str, Any] = {"show": show, "media_type": f"image/{frame_format}"}
+    if image is not None:
+        members["image"] = spec.index + image
+    return members | {"data": base64.b64encode(picture).decode("ascii")}
+
+
+async def _only_the_end(view: JobView) -> AsyncIterator[bytes]:
+    yield _end(view)
+
+
+def _end(view: JobView) -> bytes:
+    return _event(view.state, document(view), LAST)
+
+
+def _event(name: str, members: Mapping[str, Any], event_id: str | None = None) -> bytes:
+    return format_sse_event(data_str=json.dumps(members), event=name, id=event_id)

@@ -1,0 +1,37 @@
+"""GET /: the web page, and the files it needs. All of it is served from here; nothing comes from elsewhere."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from fastapi.staticfiles import StaticFiles
+
+FOLDER = Path(__file__).parents[1] / "page"
+HEADERS = {
+    "Cache-Control": "no-cache",
+    # blob: is what the page itself has made.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self' blob:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def page_routes() -> APIRouter:
+    """Make the routes."""
+    router = APIRouter(include_in_schema=False)
+    files = StaticFiles(directory=FOLDER)  # answers 304 to who has a file already
+
+    @router.get("/")
+    async def get_page(request: Request) -> Response:
+        return _with_headers(await files.get_response("index.html", request.scope))
+
+    @router.get("/page/{name}")
+    async def get_file(request: Request, name: str) -> Response:
+        return _with_headers(await files.get_response(name, request.scope))
+
+    return router
+
+
+def _with_headers(response: Response) -> Response:
+    response.headers.update(HEADERS)
+    return response

@@ -1,0 +1,279 @@
+"""What clients send and get, as pydantic models. Pydantic stays here: `to_spec` is the one crossing."""
+
+import re
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
+
+from model.timesteps import SPACINGS
+from service.api.data_url import image_bytes
+from service.errors import BodyTooLarge, InvalidField, UnknownField, short
+from service.job import Inputs, Limits, ModelInfo, SampleSpec
+
+MAX_SEED = 2**64 - 1
+MAX_INDEX = 2**32 - 1
+MAX_GUIDANCE = 50.0
+MAX_DEADLINE_S = 86_400.0
+MAX_NAMES_SHOWN = 20
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("true and false are no numbers")
+    return value
+
+
+def _image_bytes(value: object, info: ValidationInfo) -> bytes:
+    return image_bytes(value, info.field_name or "")
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type": "string", "format": "byte"})]
+
+
+class SampleRequest(BaseModel):
+    """The parameters of a sampling request, in query or JSON body. GET /model tells the bounds that vary by model."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise")
+    steps: Int | None = Field(None, description="denoising steps, 1..T; default T")
+    sampler: str | None = Field(None, description="ddpm, ddim or dpmpp_2m; default: the checkpoint's own")
+    eta: Float | None = Field(None, description="noise of ddim, 0..1; default 0")
+    seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
+    index: Int = Field(0, description="index of the first image: image k of a request is made alone with index=k, n=1")
+    class_label: Int | str | list[Int | str | None] | None = Field(
+        None, description="a class by number or name, one for all images or a list of n; absent: no class"
+    )
+    guidance: Float = Field(1.0, description="classifier-free guidance scale, 0..50; 1 is off")
+    guidance_interval: list[Int] | None = Field(
+        None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
+    )
+    timestep_spacing: str | None = Field(
+        None, description="leading, trailing, linspace or karras; default: the checkpoint's own, karras for dpmpp_2m"
+    )
+    clip: bool | None = Field(
+        None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
+    )
+    deadline_s: Float | None = Field(
+        None, description="seconds from now: refused at once if it cannot be met, given up when it passes"
+    )
+    strength: Float | None = Field(
+        None, description="with an image: how much of the way from noise is run again from it, above 0, at most 1"
+    )
+    image: Picture | None = Field(
+        None, description="what to start from, as strength says, or to keep where the mask is black: PNG, JPEG or WebP"
+    )
+    mask: Picture | None = Field(
+        None, description="an image that is white where the other is to be made new, and black where it is to be kept"
+    )
+    image_sha256: str | None = Field(
+        None, description="that the image must have, of its pixels once they are of the model's size; default: any"
+    )
+    mask_sha256: str | None = Field(None, description="that the mask must have; default: any")
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
+        """Check names and types. Raises InvalidField or UnknownField for the first thing wrong."""
+        refuse_unknown(parameters, cls.model_fields)
+        try:
+            return cls.model_validate(dict(parameters))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = str(first["loc"][0])
+            raise InvalidField.of(field, _bounds(model, limits)[field], parameters[field]) from None
+
+    def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
+        """Check the values against the model and the limits, and fill in what was left out. Raises InvalidField."""
+        bounds = _bounds(model, limits)
+
+        def require(ok: bool, field: str, value: object) -> None:
+            if not ok:
+                raise InvalidField.of(field, bounds[field], value)
+
+        steps = model.num_timesteps if self.steps is None else self.steps
+        sampler = model.default_sampler if self.sampler is None else self.sampler
+        eta = self.eta or 0.0
+        seed = draw(SEED_BITS) if self.seed is None else self.seed
+        require(1 <= self.n <= limits.max_n, "n", self.n)
+        require(1 <= steps <= model.num_timesteps, "steps", steps)
+        require(sampler in model.samplers, "sampler", sampler)
+        require(0 <= eta <= 1, "eta", eta)
+        if self.eta is not None and sampler != "ddim":
+            raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)
+        require(0 <= seed <= MAX_SEED, "seed", seed)
+        require(0 <= self.index <= MAX_INDEX + 1 - self.n, "index", self.index)
+        require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", self.guidance)
+        spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
+        require(spacing in SPACINGS, "timestep_spacing", spacing)
+        require(self.deadline_s is None or 0 < self.deadline_s <= MAX_DEADLINE_S, "deadline_s", self.deadline_s)
+        self._check_edit(bounds, limits.max_image_bytes)
+        labels = self._class_labels(model, bounds["class_label"])
+        if self.guidance != 1.0:
+            self._check_guidance(model, labels)
+        return SampleSpec(
+            n=self.n,
+            steps=steps,
+            sampler=sampler,
+            eta=eta,
+            seed=seed,
+            index=self.index,
+            class_labels=labels,
+            guidance=self.guidance,
+            guidance_interval=self._guidance_interval(bounds["guidance_interval"], model.num_timesteps),
+            timestep_spacing=spacing,
+            clip=model.clip if self.clip is None else self.clip,
+            strength=self.strength,
+        )
+
+    def with_inputs(self, spec: SampleSpec, inputs: Inputs | None) -> SampleSpec:
+        """The spec with what it starts from. Raises InvalidField where that is not what it was to be."""
+        if inputs is None:
+            return spec
+        for name, wanted, got in (
+            ("image_sha256", self.image_sha256, inputs.image_sha256),
+            ("mask_sha256", self.mask_sha256, inputs.mask_sha256),
+        ):
+            if wanted not in (None, got):
+                raise InvalidField.of(name, f"that of the pixels sent, {got}", wanted)
+        return replace(spec, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
+
+    def _check_edit(self, bounds: Mapping[str, str], max_image_bytes: int) -> None:
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise InvalidField.of("strength", bounds["strength"], self.strength)
+        for name, digest in (("image_sha256", self.image_sha256), ("mask_sha256", self.mask_sha256)):
+            if digest is not None and not SHA256.fullmatch(digest):
+                raise InvalidField.of(name, bounds[name], digest)
+        for name in ("strength", "mask", "image_sha256", "mask_sha256"):
+            if self.image is None and getattr(self, name) is not None:
+                raise InvalidField.of("image", f"given where {name} is", None)
+        if self.mask is None and self.mask_sha256 is not None:
+            raise InvalidField.of("mask", "given where mask_sha256 is", None)
+        if self.image is not None and self.mask is None and self.strength is None:
+            raise InvalidField.of(
+                "strength", "given with an image, or else a mask: it says how much is to change", None
+            )
+        for name, data in (("image", self.image), ("mask", self.mask)):
+            if data is not None and len(data) > max_image_bytes:
+                raise BodyTooLarge(len(data), max_image_bytes, name)
+
+    def _class_labels(self, model: ModelInfo, bound: str) -> tuple[int | None, ...] | None:
+        given = self.class_label
+        if not model.conditional:
+            if given is not None:
+                raise InvalidField.of("class_label", "absent: this model has no classes", given)
+            return None
+        if isinstance(given, list) and len(given) != self.n:
+            wanted = f"one class or a list of n={self.n}"
+            detail = f"class_label must be {wanted}, got a list of {len(given)}"
+            raise InvalidField(detail, field="class_label", value=given, bound=wanted)
+        each = given if isinstance(given, list) else [given] * self.n
+        labels = tuple(_class_number(label, model.class_names, bound) for label in each)
+        if model.null_class is None and None in labels:
+            raise InvalidField.of("class_label", f"given, {bound}", given)
+        return labels
+
+    def _guidance_interval(self, bound: str, num_timesteps: int) -> tuple[int, int] | None:
+        given = self.guidance_interval
+        if given is None:
+            return None
+        if self.guidance == 1.0:
+            raise InvalidField.of("guidance_interval", "absent where guidance is 1 (off)", given)
+        if len(given) != 2 or not 0 <= given[0] <= given[1] < num_timesteps:
+            raise InvalidField.of("guidance_interval", bound, given)
+        return given[0], given[1]
+
+    def _check_guidance(self, model: ModelInfo, labels: tuple[int | None, ...] | None) -> None:
+        if labels is None or model.null_class is None:
+            what = "has no classes" if labels is None else "has no null class"
+            raise InvalidField.of("guidance", f"1 (off): this model {what}", self.guidance)
+        if None in labels:
+            raise InvalidField.of("guidance", "1 (off) where an image has no class_label", self.guidance)
+
+
+def refuse_unknown(parameters: Mapping[str, Any], known_names: Collection[str]) -> None:
+    """Raise UnknownField for the first parameter that has none of the known names."""
+    for name in parameters:
+        if name in known_names:
+            continue
+        known = ", ".join(known_names)
+        detail = f"there is no parameter {short(name)!r}; known: {known}"
+        raise UnknownField(detail, field=name, value=parameters[name], bound=f"one of {known}")
+
+
+def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
+    """What each parameter must be, in words."""
+    return {
+        "n": f"an integer in 1..{limits.max_n}",
+        "steps": f"an integer in 1..{model.num_timesteps}",
+        "sampler": f"one of {', '.join(model.samplers)}",
+        "eta": "a number in 0..1",
+        "seed": f"an integer in 0..{MAX_SEED}",
+        "index": f"an integer in 0..{MAX_INDEX} less n - 1",
+        "class_label": f"a class or a list of them: {_classes(model)}",
+        "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
+        "guidance_interval": f"two integers [lo, hi] with 0 <= lo <= hi <= {model.num_timesteps - 1}",
+        "timestep_spacing": f"one of {', '.join(SPACINGS)}",
+        "clip": "true or false",
+        "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
+        "strength": "a number above 0, at most 1",
+        "image": "an image in base64, or a data: URL of one",
+        "mask": "an image in base64, or a data: URL of one",
+        "image_sha256": "64 hexadecimal digits, in small letters",
+        "mask_sha256": "64 hexadecimal digits, in small letters",
+    }
+
+
+def _classes(model: ModelInfo) -> str:
+    names = model.class_names
+    if not names:
+        return "none, as this model has no classes"
+    shown = ", ".join(names) if len(names) <= MAX_NAMES_SHOWN else "a name that GET /model lists"
+    return f"0..{len(names) - 1} or {shown}"
+
+
+def _class_number(label: int | str | None, names: tuple[str, ...], bound: str) -> int | None:
+    if label is None:
+        return None
+    if isinstance(label, str) and label in names:
+        return names.index(label)
+    number = int(label) if isinstance(label, int) or (label.isdecimal() and len(label) < 10) else -1
+    if not 0 <= number < len(names):
+        raise InvalidField.of("class_label", bound, label)
+    return number
+
+
+def parameters_of(spec: SampleSpec) -> dict[str, Any]:
+    """The parameters that make this spec again, but for the pixels; the way back from `to_spec`."""
+    labels = list(spec.class_labels) if spec.class_labels is not None else None
+    parameters = {
+        "n": spec.n,
+        "steps": spec.steps,
+        "sampler": spec.sampler,
+        "eta": spec.eta if spec.sampler == "ddim" else None,
+        "seed": spec.seed,
+        "index": spec.index,
+        "class_label": labels,
+        "guidance": spec.guidance,
+        "guidance_interval": list(spec.guidance_interval) if spec.guidance_interval is not None else None,
+        "timestep_spacing": spec.timestep_spacing,
+        "clip": spec.clip,
+        "strength": spec.strength,
+        "image_sha256": spec.image_sha256,
+        "mask_sha256": spec.mask_sha256,
+    }
+    return {name: value for name, value in parameters.items() if value is not None}

@@ -1,0 +1,295 @@
+"""WS /sample/stream: a spec in, previews out while the job runs, the image at the end."""
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import APIRouter, WebSocket
+from starlette.websockets import WebSocketDisconnect
+
+from service.api import parameters
+from service.api.preview_schemas import PreviewRequest
+from service.api.problems import render
+from service.api.progress import Countdown, Standings
+from service.api.request import to_job
+from service.api.schemas import SampleRequest
+from service.api.stream_limits import Streams
+from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
+from service.images.decoder import Decoder
+from service.images.encoder import PNG, Encoder
+from service.job import Inputs, JobResult, Limits, ModelInfo, SampleSpec, Ticket, timesteps_of
+from service.metrics import Metrics
+from service.preview import Frame, Watch
+from service.worker.mailbox import Mailbox
+from service.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+FIRST_MESSAGE_S = 10.0  # from connecting to the spec
+NEXT_MESSAGE_S = 60.0  # between two jobs
+SEND_S = 60.0  # for a message to leave: a reader that takes nothing is let go
+NORMAL = 1000
+
+
+def stream_routes(
+    worker: Worker,
+    standings: Standings,
+    decoder: Decoder,
+    encoder: Encoder,
+    streams: Streams,
+    metrics: Metrics,
+    model: ModelInfo,
+    limits: Limits,
+    allowed_origins: frozenset[str] = frozenset(),
+) -> APIRouter:
+    """Make the route; it holds no state of its own.
+
+    allowed_origins: whose pages may connect, beside the server's own; "*" is any.
+    """
+    router = APIRouter(tags=["sample"])
+
+    @router.websocket("/sample/stream")
+    async def stream(ws: WebSocket) -> None:
+        try:
+            _check_origin(ws, allowed_origins)
+            with streams.opened(ws.client.host if ws.client else ""):
+                await ws.accept()
+                await _Stream(ws, worker, standings, decoder, encoder, streams, metrics, model, limits).serve()
+        except ServiceError as refusal:  # before it was accepted
+            metrics.rejected(refusal.code)
+            await ws.send_denial_response(render(refusal))
+
+    return router
+
+
+def _check_origin(ws: WebSocket, allowed: frozenset[str]) -> None:
+    """Refuse pages of other sites: a browser would let them connect. What is no browser sends no Origin.
+
+    The scheme is not looked at: a proxy that ends TLS would hide it.
+    """
+    origin = ws.headers.get("origin")
+    if origin is None or "*" in allowed or origin.lower() in allowed:
+        return
+    if origin.partition("://")[2].lower() != ws.headers.get("host", "").lower():
+        raise ForeignOrigin(f"pages of {short(origin)} may not connect here", field="Origin", value=origin)
+
+
+class _Stream:
+    """One connection. Jobs run over it one after the other."""
+
+    def __init__(
+        self,
+        ws: WebSocket,
+        worker: Worker,
+        standings: Standings,
+        decoder: Decoder,
+        encoder: Encoder,
+        streams: Streams,
+        metrics: Metrics,
+        model: ModelInfo,
+        limits: Limits,
+    ) -> None:
+        self._ws, self._worker, self._standings, self._streams = ws, worker, standings, streams
+        self._decoder, self._encoder = decoder, encoder
+        self._metrics, self._model, self._limits = metrics, model, limits
+
+    async def serve(self) -> None:
+        """Run jobs until the client has no more, goes away or does something wrong. Raises nothing."""
+        with contextlib.suppress(WebSocketDisconnect, TimeoutError):  # it is gone, or reads nothing
+            try:
+                patience_s, keep_open = FIRST_MESSAGE_S, True
+                while keep_open:
+                    message = await self._next_spec(patience_s)
+                    with self._streams.busy():
+                        asked = await self._understand(message)
+                        del message  # it may have megabytes, and the job an hour
+                        keep_open = await self._job(*asked)
+                    patience_s = NEXT_MESSAGE_S
+                await self._close(NORMAL)
+            except (WebSocketDisconnect, TimeoutError):
+                raise
+            except Exception as error:
+                await self._end(error)
+
+    async def _end(self, error: Exception) -> None:
+        """Say what went wrong, and close."""
+        if not isinstance(error, ServiceError):
+            log.error("a stream ended by an error", exc_info=error)
+            error = ServiceError("something went wrong on the server; its log has the details")
+        elif error.refusal:
+            self._metrics.rejected(error.code)
+        with self._streams.busy():
+            await self._send(_error_message(error))
+            await self._close(error.ws_close, error.code)
+
+    async def _next_spec(self, patience_s: float) -> dict[str, Any]:
+        """Wait for the parameters of a job. A cancel that crossed a job's end is let pass."""
+        try:
+            async with asyncio.timeout(patience_s):
+                while (message := await self._receive()).get("type") == "cancel":
+                    pass
+        except TimeoutError:
+            raise Silence(f"no job was asked for in {patience_s:g} s") from None
+        return message
+
+    async def _receive(self) -> dict[str, Any]:
+        message = await self._ws.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message["code"], message.get("reason"))
+        text = message.get("text")
+        if text is None or not text.strip():
+            what = "an empty" if text is not None else "a binary"
+            raise MalformedMessage(f"a JSON object in a text message is expected, got {what} one")
+        try:
+            return parameters.from_body(text.encode(), self._limits.max_body_bytes)
+        except BodyTooLarge:
+            raise
+        except ServiceError as error:
+            raise MalformedMessage(error.detail.replace("the body", "the message")) from None
+
+    async def _understand(
+        self, message: dict[str, Any]
+    ) -> tuple[PreviewRequest, SampleSpec, Inputs | None, float | None]:
+        """What a message asks for."""
+        preview, rest = PreviewRequest.split(message)
+        asked = SampleRequest.parse(rest, self._model, self._limits)
+        spec, inputs = await to_job(asked, self._model, self._limits, self._decoder)
+        return preview, spec, inputs, asked.deadline_s
+
+    async def _job(
+        self, preview: PreviewRequest, spec: SampleSpec, inputs: Inputs | None, deadline_s: float | None
+    ) -> bool:
+        """Run one job and say whether another may follow."""
+        job_id = uuid.uuid4().hex
+        mailbox = Mailbox(asyncio.get_running_loop(), self._metrics.frame_dropped)
+        watch = Watch(preview.pace, preview.shows, mailbox.put)
+        ticket = self._worker.submit(job_id, spec, deadline_s, watch, inputs=inputs)
+        done = asyncio.ensure_future(asyncio.wrap_future(ticket.future))
+        done.add_done_callback(_retrieve)
+        tasks = [asyncio.ensure_future(self._listen())]
+        try:
+            await self._send(
+                {
+                    "type": "accepted",
+                    "id": job_id,
+                    "seed": spec.seed,
+                    "eta_s": round(ticket.eta_s, 3),
+                    "position": ticket.position,
+                    "fingerprint": self._model.fingerprint,
+                }
+            )
+            tasks.append(asyncio.ensure_future(self._show(mailbox, preview, spec, job_id, ticket)))
+            listening, showing = tasks
+            any_of: set[asyncio.Future[Any]] = {done, listening, showing}
+            await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
+            mailbox.close()
+            heard = listening.exception() if listening.done() else None
+            if not done.done():
+                asked_to = listening.done() and heard is None
+                self._worker.cancel(job_id, "client_cancelled" if asked_to else "client_gone")
+            if isinstance(heard, WebSocketDisconnect):
+                raise heard
+            listening.cancel()  # what the client says from here on is about its next job
+            await asyncio.wait([listening])
+            await showing  # a frame that is on its way goes out whole
+            if heard is not None:
+                raise heard
+            try:
+                result = await done
+            except JobCancelled:
+                await self._send({"type": "cancelled", "id": job_id})
+            else:
+                await self._deliver(spec, preview, result, mailbox.dropped)
+            return preview.keep_open
+        finally:
+            mailbox.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if not done.done():
+                self._worker.cancel(job_id, "client_gone")
+
+    async def _listen(self) -> None:
+        """Return when the client cancels. Raises for anything else it says, and when it goes away."""
+        message = await self._receive()
+        if message.get("type") != "cancel":
+            raise MalformedMessage('while a job runs only {"type": "cancel"} is understood')
+
+    async def _show(
+        self, mailbox: Mailbox, preview: PreviewRequest, spec: SampleSpec, job_id: str, ticket: Ticket
+    ) -> None:
+        """Send frames until the mailbox is closed."""
+        timesteps = timesteps_of(spec, self._model)
+        countdown = Countdown(self._standings, job_id, ticket.eta_s)
+        while (frame := await mailbox.take()) is not None:
+            try:
+                pictures = await self._encoder.encode_frame(frame, preview.frame_format, preview.layout)
+            except Exception:  # it is not worth the job
+                log.exception("a frame of job %s could not be encoded", job_id)
+                continue
+            left_s = await countdown.left_s()
+            async with asyncio.timeout(SEND_S):
+                for show, image, picture in pictures:
+                    message = _frame_message(frame, spec, timesteps[frame.step], show, left_s)
+                    await self._send(message if image is None else message | {"image": spec.index + image})
+                    await self._send(picture)
+            self._metrics.frame_sent()
+
+    async def _deliver(self, spec: SampleSpec, preview: PreviewRequest, result: JobResult, dropped: int) -> None:
+        """Send the end: what it took, and the picture or pictures."""
+        pictures = await self._encoder.encode_pictures(preview.layout, spec, result)
+        times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}
+        await self._send(
+            {"type": "done", "media_type": PNG, "images": len(pictures), "frames_dropped": dropped}
+            | {name: round(seconds, 4) for name, seconds in times.items()}
+        )
+        for picture in pictures:
+            await self._send(picture)
+
+    async def _send(self, message: dict[str, Any] | bytes) -> None:
+        async with asyncio.timeout(SEND_S):
+            with _gone():
+                await (self._ws.send_bytes(message) if isinstance(message, bytes) else self._ws.send_json(message))
+
+    async def _close(self, code: int, reason: str = "") -> None:
+        async with asyncio.timeout(SEND_S):
+            with _gone():
+                await self._ws.close(code, reason)
+
+
+@contextmanager
+def _gone() -> Iterator[None]:
+    """Tell a connection that uvicorn closed by itself (a message too big, no answer to a ping) as one that is gone."""
+    try:
+        yield
+    except RuntimeError:
+        raise WebSocketDisconnect(1006) from None
+
+
+def _retrieve(done: "asyncio.Future[JobResult]") -> None:
+    # Where the client is gone nobody looks at the error, and asyncio would complain.
+    if not done.cancelled():
+        done.exception()
+
+
+def _frame_message(frame: Frame, spec: SampleSpec, t: int, show: str, eta_s: float) -> dict[str, Any]:
+    return {
+        "type": "frame",
+        "step": frame.step,
+        "steps": spec.num_steps,
+        "t": t,
+        "show": show,
+        "eta_s": round(eta_s, 3),
+    }
+
+
+def _error_message(error: ServiceError) -> dict[str, Any]:
+    """The problem's members, but for its type, which a message has of its own."""
+    message = error.problem() | {"type": "error"}
+    if "Retry-After" in error.headers:
+        message["retry_after_s"] = int(error.headers["Retry-After"])
+    return message

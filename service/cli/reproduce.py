@@ -1,0 +1,135 @@
+"""`tminus reproduce image.png`: make an image again from what its PNG says, and compare."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from service.cli.main import (
+    CHECKPOINT_TYPE,
+    DEFAULT_CHECKPOINT,
+    FILE_TYPE,
+    MAX_LOCAL_N,
+    Running,
+    fail,
+    main,
+    offline,
+    pictures,
+    sample_from,
+)
+
+MAX_FILE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a PNG of ours says of itself."""
+
+    parameters: dict[str, Any]
+    weights: str
+    fingerprint: str
+
+
+@main.command()
+@click.argument("png", type=FILE_TYPE)
+@click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
+@click.option("--mask", type=FILE_TYPE, help="of an edit with a mask: that mask")
+@click.option("--url", help="ask this server instead of loading a checkpoint")
+@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=DEFAULT_CHECKPOINT)
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+@click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url")
+@click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="keep the new PNG here")
+def reproduce(
+    png: Path,
+    image: Path | None,
+    mask: Path | None,
+    url: str | None,
+    checkpoint: Path,
+    device: str,
+    executor: str,
+    precision: str,
+    out: Path | None,
+) -> None:
+    """Make PNG again from what it says, and compare. Exit code 0: the same bytes; 1: not the same."""
+    try:
+        if png.stat().st_size > MAX_FILE_BYTES:
+            fail(f"{png}: larger than {MAX_FILE_BYTES} bytes")
+        original = png.read_bytes()
+        recipe = read_recipe(original)
+    except (OSError, ValueError) as error:
+        fail(f"{png}: {error}")
+    for name, file in (("image", image), ("mask", mask)):
+        digest = recipe.parameters.get(f"{name}_sha256")
+        if digest is not None and file is None:
+            fail(f"{png}: it is an edit of another picture; name it by --{name} (sha256 of its pixels {digest})")
+        if digest is None and file is not None:
+            fail(f"{png}: it was made without {'an image' if name == 'image' else 'a mask'}; leave --{name} out")
+    parameters = recipe.parameters | pictures(image, mask)  # whoever makes it compares the hashes
+    if url is not None:
+        again = sample_from(url, parameters, "image/png").data
+    else:
+        again = offline(Running(checkpoint, device, executor, precision), parameters, sheet=True)[0]["sheet"]
+    if out is not None:
+        try:
+            out.write_bytes(again)
+        except OSError as error:
+            fail(f"--out {out}: {error}")
+    if again == original:
+        click.echo(f"{png}: the same {len(original)} bytes")
+        return
+    try:
+        found = difference(original, again, recipe)
+    except ValueError as error:
+        fail(f"{url}: {error}")
+    fail(f"{png}: {found}")
+
+
+def read_recipe(png: bytes) -> Recipe:
+    """Take the recipe out of a PNG. Raises ValueError where there is none, or none that can be read."""
+    from PIL import Image, UnidentifiedImageError
+
+    from service.api.schemas import parameters_of
+    from service.images.encoder import PNG_TEXT_KEY
+    from service.job import SampleSpec
+
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
+            opened.load()  # damaged pixels are found here, not when they are compared
+            text = opened.info.get(PNG_TEXT_KEY)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"not a PNG ({error})") from None
+    if text is None:
+        raise ValueError(f"no {PNG_TEXT_KEY!r} text in it: not made by tminus, or stripped since")
+    try:
+        document = json.loads(text)
+        fields = document["spec"]
+        parameters = parameters_of(SampleSpec.from_json(fields))
+        if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # before so many rows are made room for
+            raise ValueError(f"n must be 1..{MAX_LOCAL_N}")
+        return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its {PNG_TEXT_KEY!r} text is no recipe of this version ({error!r:.200})") from None
+
+
+def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
+    """Say how two PNGs differ, and why they may: other weights, another build, or altered pixels."""
+    import numpy as np
+    from PIL import Image
+
+    mine = read_recipe(again)
+    reasons = []
+    if mine.weights != recipe.weights:
+        reasons.append(f"made by other weights ({recipe.weights[:12]}, here {mine.weights[:12]})")
+    if mine.fingerprint != recipe.fingerprint:
+        reasons.append(f"made by another build ({recipe.fingerprint}, here {mine.fingerprint})")
+    with Image.open(io.BytesIO(original)) as first, Image.open(io.BytesIO(again)) as second:
+        a, b = np.asarray(first).astype(int), np.asarray(second).astype(int)
+    if a.shape != b.shape:
+        found = f"another size, {a.shape} and {b.shape}"
+    else:
+        found = f"{int((a != b).sum())} of {a.size} values differ, by {int(abs(a - b).max())} of 255 at most"
+    return "; ".join([found, *reasons])

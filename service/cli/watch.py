@@ -1,0 +1,97 @@
+"""`tminus sample --url … --watch FILE`: look on while a server denoises, and keep the frames as an animation."""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.cli.main import client_of, fail
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from service.client.messages import Message
+
+MOST_FRAMES = 100  # unless --every says so
+FORMATS = (".webp", ".gif")
+
+
+def follow(
+    url: str, parameters: dict[str, Any], sheet: bool, animation: Path, every: int | None, show: str
+) -> tuple[dict[str, bytes], int, list["Image"]]:
+    """Run a job on a server with a progress bar; give its PNG files by name, the seed, and the animation's pictures."""
+    from service.client import ClientError
+
+    if animation.suffix.lower() not in FORMATS:
+        fail(f"--watch {animation}: must end in {' or '.join(FORMATS)}")
+    every = every or max(1, _number(parameters.get("steps", 1000)) // MOST_FRAMES)
+    layout = "sheet" if sheet else "images"
+    try:
+        with (
+            client_of(url) as tminus,
+            tminus.watch(**parameters, every=every, show=show, layout=layout) as messages,
+        ):
+            seed, frames, finals = _read(messages)
+    except ClientError as error:
+        fail(f"{url}: {error}")
+    index = _number(parameters.get("index", 0))
+    names = ["sheet"] if sheet else [f"{index + k:05d}.png" for k in range(len(finals))]
+    return dict(zip(names, finals, strict=True)), seed, [*frames, _sheet(finals)]
+
+
+def write_animation(file: Path, frames: list["Image"]) -> None:
+    """Keep the pictures; one clear line and exit code 1 where that cannot be."""
+    from service.images.animation import encode_animation
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_animation(frames, file.suffix.lower().removeprefix(".")))
+    except (OSError, ValueError) as error:
+        fail(f"--watch {file}: {error}")
+    click.echo(f"{file}: {len(frames)} frames")
+
+
+def _number(given: Any) -> int:
+    """An option as a number; what is none the server refuses, and says why."""
+    try:
+        return int(float(given))
+    except (ValueError, OverflowError):
+        return 0
+
+
+def _read(messages: "Iterable[Message]") -> tuple[int, list["Image"], Sequence[bytes]]:
+    """Read what a job says to its end: the seed, a picture of each step that was shown, and the PNGs."""
+    from tqdm import tqdm
+
+    from service.client import Accepted, ClientError, Done, Frame
+
+    seed, shown = 0, dict[int, list[bytes]]()
+    with tqdm(total=None, unit="step", dynamic_ncols=True) as progress:
+        for message in messages:
+            match message:
+                case Accepted():
+                    seed = message.seed
+                    if message.position:
+                        progress.set_description(f"{message.position} jobs ahead, {message.eta_s:.0f} s")
+                case Frame():
+                    shown.setdefault(message.step, []).append(message.data)
+                    progress.total = message.steps
+                    progress.set_description(f"t={message.t}, {message.eta_s:.1f} s left")
+                    progress.update(message.step - progress.n)
+                case Done():
+                    progress.update((progress.total or progress.n) - progress.n)
+                    return seed, [_sheet(each) for each in shown.values()], message.images
+    raise ClientError("the job was cancelled")
+
+
+def _sheet(pictures: Sequence[bytes]) -> "Image":
+    """One picture of one or several."""
+    import numpy as np
+    from PIL import Image
+
+    from service.images.encoder import contact_sheet
+
+    opened = [Image.open(io.BytesIO(each)).convert("RGB") for each in pictures]
+    return opened[0] if len(opened) == 1 else Image.fromarray(contact_sheet(np.stack([*map(np.asarray, opened)])))

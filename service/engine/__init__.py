@@ -1,0 +1,1 @@
+"""Row state on the device, how a forward pass is run, and what is measured before serving. torch lives here only."""

@@ -1,0 +1,86 @@
+"""Where what was measured is kept between starts: a file by machine, model, versions and what was asked for."""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint import Checkpoint, write_atomically
+from service.engine import openvino_executor
+
+log = logging.getLogger(__name__)
+
+
+def default_cache() -> Path | None:
+    """Where answers are kept: a cache folder of the user's; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tminus"
+    except RuntimeError:
+        return None
+
+
+class ChoiceCache:
+    """One file. What it says is not to be trusted; what cannot be read or written is no error."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        wish: Mapping[str, Any],
+        candidates: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """folder None keeps nothing."""
+        self.file: Path | None = None
+        if folder is not None:
+            parts = {
+                # No host name: a container has a new one each time.
+                "machine": (platform.machine(), _cpu_name(), os.cpu_count()),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                "torch": torch.__version__,
+                "openvino": openvino_executor.version(),
+                "unet": checkpoint.net.config.to_dict(),
+                "size_px": checkpoint.size_px,
+                "wish": wish,
+                "candidates": candidates,
+            }
+            key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+            self.file = folder / f"choice-{key}.json"
+
+    def read(self) -> Mapping[str, Any] | None:
+        """What was kept, if anything."""
+        if self.file is None:
+            return None
+        try:
+            fields = json.loads(self.file.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return fields if isinstance(fields, dict) else None
+
+    def write(self, fields: Mapping[str, Any]) -> None:
+        """Keep an answer for the next start."""
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.file, lambda path: _dump(path, fields))
+        except OSError as error:  # a read-only file system: it is measured again the next time
+            log.info("what was measured is not kept: %s", error)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _dump(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields) + "\n", "utf-8")

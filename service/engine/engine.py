@@ -1,0 +1,338 @@
+"""Row state on the device, and one tick: a forward pass over rows at mixed timesteps, then the update rule.
+
+Rows in, uint8 arrays out; no tensor leaves. Which rows step is decided elsewhere.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.data import to_model_range, to_uint8
+from model.rng import image_noise, row_noise, split_seed
+from model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, denoise, guide
+from service.engine.executors import Executor
+from service.engine.fingerprint import describe
+from service.engine.known_pixels import KnownPixels, to_device
+from service.engine.transfer import TickEvents
+from service.errors import NotFinite
+from service.job import Batch, Floats, Images, Inputs, SampleSpec, Snapshot
+from service.preview import Show
+
+LATENT_BUDGET_BYTES = 512 * 2**20
+MAX_DEFAULT_ROWS = 4096
+FIRST_KNOWN_DRAW = 2**31  # of a row's noise: from here on for its known pixels; x_T and z have the first T + 1
+NONE = np.zeros(0, np.int64)
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn auto, cpu, cuda or cuda:N into a device. Raises ValueError where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def default_max_rows(checkpoint: Checkpoint) -> int:
+    """How many rows' state (x and x0, float32) fits the latent budget."""
+    row_bytes = 2 * 4 * checkpoint.net.config.in_channels * checkpoint.size_px[0] * checkpoint.size_px[1]
+    return max(4, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
+
+
+class Engine:
+    """Owns the latents. Every row has a slot in tensors on the device; what differs by row is gathered by index."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        executor: Executor,
+        device: torch.device,
+        *,
+        max_rows: int,
+        max_jobs: int,
+        exact: bool = True,
+        bits: str | None = None,
+    ) -> None:
+        """bits: what names the executor's outputs to the bit, see `fingerprint`."""
+        self.info = describe(checkpoint, device, executor, exact=exact, bits=bits)
+        self._device = device
+        self._forward = executor
+        self._noise = checkpoint.noise
+        self._schedule = checkpoint.noise.schedule()
+        self._null_class = checkpoint.labels.null_class
+        self._shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+        num_timesteps = self._schedule.num_timesteps
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # A slot a row.
+        self._x = zeros(max_rows, *self._shape, dtype=torch.float32)
+        self._x0 = zeros(max_rows, *self._shape, dtype=torch.float32)
+        self._seed_words = zeros(max_rows, 2)
+        self._index = zeros(max_rows)
+        self._label = zeros(max_rows)
+        self._guidance = zeros(max_rows, dtype=torch.float32)
+        self._first_line = zeros(max_rows)  # where step 0 of the row's plan is in the tables below, or would be
+        self._added_at = np.zeros(max_rows, np.int64)  # on the host: how many ticks had been launched when the row came
+        self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
+        self._masked = np.zeros(max_rows, bool)  # on the host: whether some pixels of the row are known
+        self._known: KnownPixels | None = None  # what is needed for them, made when the first such row comes
+        self._free_rows = list(range(max_rows - 1, -1, -1))
+        # A region of T lines a job.
+        self._lines = zeros(max_jobs * num_timesteps, NUM_COEFFICIENTS, dtype=torch.float32)
+        self._timesteps = zeros(max_jobs * num_timesteps)
+        self._free_plans = list(range(max_jobs - 1, -1, -1))
+        self._plan_of: dict[int, int] = {}  # first row of a job -> its region
+        # On a GPU the host runs one tick ahead, and reads what a tick found only when that tick is over.
+        self._ticks = TickEvents() if device.type == "cuda" else None
+        self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
+
+    def compile(self, spec: SampleSpec) -> Plan:
+        """Compile a spec's sampler. Raises ValueError for what this model's schedule cannot do."""
+        return compile_plan(
+            self._noise,
+            self._schedule,
+            spec.sampler,
+            spec.steps,
+            eta=spec.eta,
+            clip=spec.clip,
+            spacing=spec.timestep_spacing,
+            start=spec.start,
+        )
+
+    @torch.inference_mode()
+    def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
+        """Give a job's rows their slots and their first x; returns the row ids.
+
+        It is x_T, or with a strength x_t of the image, or x_t and x0 as a snapshot has them. Raises ValueError as
+        `compile` does, and where snapshot or inputs are not those of the spec.
+        """
+        # The slots are taken last: a job that cannot be added takes nothing away.
+        plan = self.compile(spec)
+        self._check(inputs, spec)
+        x, x0 = self._latents_of(snapshot, spec.n) if snapshot is not None else self._first(spec, plan, inputs)
+        indices = range(spec.index, spec.index + spec.n)
+        index = torch.tensor(indices, device=self._device)
+        seed_words = torch.tensor(split_seed(spec.seed), device=self._device)
+        labels = [self._null_class if label is None else label for label in spec.class_labels or ()]
+        label = torch.tensor(labels or [0], device=self._device)
+
+        assert len(self._free_rows) >= spec.n
+        assert self._free_plans
+        if spec.mask_sha256 is not None and self._known is None:
+            self._known = KnownPixels(len(self._masked), len(self._lines), self._shape, self._device)
+        rows, region = tuple(reversed(self._free_rows[-spec.n :])), self._free_plans[-1]
+        start = region * self._schedule.num_timesteps
+        self._lines[start : start + len(plan)] = plan.lines.to(torch.float32)
+        self._timesteps[start : start + len(plan)] = plan.timesteps
+        at = torch.tensor(rows, device=self._device)
+        if inputs is not None and inputs.mask is not None and self._known is not None:
+            self._known.put(at, inputs.image, inputs.mask, start, plan.known)
+        self._x[at] = x
+        self._x0[at] = x0.to(self._device)
+        self._seed_words[at] = seed_words
+        self._index[at] = index
+        self._label[at] = label
+        self._guidance[at] = spec.guidance
+        self._first_line[at] = start - spec.start
+        self._finite[at] = True
+        self._adds_noise[list(rows)] = plan.adds_noise
+        self._masked[list(rows)] = spec.mask_sha256 is not None
+        self._added_at[list(rows)] = self._ticks.num_launched if self._ticks is not None else 0
+        del self._free_rows[-spec.n :], self._free_plans[-1]
+        self._plan_of[rows[0]] = region
+        return rows
+
+    def _check(self, inputs: Inputs | None, spec: SampleSpec) -> None:
+        hashes = (inputs.image_sha256, inputs.mask_sha256) if inputs is not None else (None, None)
+        if hashes != (spec.image_sha256, spec.mask_sha256):
+            raise ValueError("the image and mask are not those of the spec")
+        height, width = self._shape[1:]
+        if inputs is not None and inputs.image.shape != (height, width, self._shape[0]):
+            raise ValueError(f"an image must be {(height, width, self._shape[0])}, got {inputs.image.shape}")
+        if inputs is not None and inputs.mask is not None and inputs.mask.shape != (height, width):
+            raise ValueError(f"a mask must be {(height, width)}, got {inputs.mask.shape}")
+
+    def _first(self, spec: SampleSpec, plan: Plan, inputs: Inputs | None) -> tuple[Tensor, Tensor]:
+        """x_T, or with a strength x_t of the image, where eps is what else would be x_T (Meng et al. 2022)."""
+        eps = image_noise(spec.seed, range(spec.index, spec.index + spec.n), 0, self._shape, self._device)
+        if spec.strength is None:
+            return eps, torch.zeros(())
+        assert inputs is not None
+        x_0 = to_model_range(to_device(inputs.image, self._device).permute(2, 0, 1)[None])
+        return self._schedule.q_sample(x_0, plan.timesteps[:1], eps), torch.zeros(())
+
+    def _latents_of(self, snapshot: Snapshot, n: int) -> tuple[Tensor, Tensor]:
+        for name, values in (("x", snapshot.x), ("x0_previous", snapshot.x0_previous)):
+            if values.shape != (n, *self._shape) or values.dtype != np.float32:
+                raise ValueError(f"a snapshot's {name} must be float32 {(n, *self._shape)}, got {values.shape}")
+        return torch.tensor(snapshot.x, device=self._device), torch.tensor(snapshot.x0_previous)
+
+    @torch.inference_mode()
+    def step(self, batch: Batch) -> None:
+        """Run one tick. The batch crosses to the device in one transfer; nothing here loops over rows or waits."""
+        num_rows, num_guided = len(batch.rows), len(batch.guided)
+        slots = np.array(batch.rows)
+        noisy = np.flatnonzero(self._adds_noise[slots])
+        masked = np.flatnonzero(self._masked[slots]) if self._known is not None else NONE
+        packed = torch.tensor([*batch.rows, *batch.steps, *batch.guided, *noisy.tolist(), *masked.tolist()])
+        if self._device.type == "cuda":
+            packed = packed.pin_memory().to(self._device, non_blocking=True)
+        counts = [num_rows, num_rows, num_guided, len(noisy), len(masked)]
+        rows, steps, guided, noisy_at, masked_at = torch.split(packed, counts)
+
+        at = self._first_line[rows] + steps
+        x, t, labels = self._x[rows], self._timesteps[at], None
+        if self.info.conditional:
+            labels = self._label[rows]
+        if num_guided:
+            assert labels is not None
+            null = torch.full_like(guided, self._null_class or 0)
+            output = self._forward.start(
+                torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([labels, null])
+            )
+        else:
+            output = self._forward.start(x, t, labels)
+
+        # What does not need the network's output is made beside it.
+        z = torch.zeros_like(x)
+        if len(noisy):
+            noisy_rows = rows[noisy_at]
+            drawn = row_noise(self._seed_words[noisy_rows], self._index[noisy_rows], steps[noisy_at] + 1, self._shape)
+            z = drawn if len(noisy) == num_rows else z.index_copy(0, noisy_at, drawn)
+        x0_previous, lines = self._x0[rows], self._lines[at]
+        if self._known is not None and len(masked):
+            masked_rows = rows[masked_at]
+            draw = FIRST_KNOWN_DRAW + steps[masked_at]
+            eps = row_noise(self._seed_words[masked_rows], self._index[masked_rows], draw, self._shape)
+
+        out = output()
+        if num_guided:
+            out, out_u = out[:num_rows], out[num_rows:]
+            strength = self._guidance[rows[guided]].reshape(-1, 1, 1, 1)
+            out = out.index_copy(0, guided, guide(out_u, out[guided], strength, self._shape[0]))
+        x, x0 = denoise(x, out, x0_previous, z, lines)
+        if self._known is not None and len(masked):
+            restored = self._known.restore(x[masked_at], masked_rows, at[masked_at], eps)
+            x = x.index_copy(0, masked_at, restored)
+        self._x[rows], self._x0[rows] = x, x0
+        self._finite[rows] = x.sum(dim=(1, 2, 3)).isfinite()  # NaN and infinity survive a sum
+        if self._ticks is not None:
+            self._ticks.launched(self._finite)
+
+    def wait(self) -> None:
+        """Let the device catch up: on a GPU until one tick is left to run, so that it never idles; a CPU has none."""
+        if self._ticks is not None:
+            self._ticks.wait()
+
+    def broken(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Those of the rows whose latent is no longer finite; on a GPU, as of the tick that `wait` last saw end."""
+        slots = list(rows)
+        if self._ticks is None:
+            kept = self._finite.numpy()[slots]
+        elif self._ticks.finite is None:
+            return ()
+        else:  # what is known of a slot may be older than the row that has it now
+            kept = self._ticks.finite.numpy()[slots] | (self._added_at[slots] >= self._ticks.num_ended)
+        return () if kept.all() else tuple(row for row, fine in zip(rows, kept, strict=True) if not fine)
+
+    @torch.inference_mode()
+    def images(self, rows: Sequence[int]) -> Callable[[], Images]:
+        """Read rows out: the function returned gives uint8 [n, H, W, C], or raises NotFinite where a row is not.
+
+        The rows may be removed at once. Call the function in another thread: on a GPU it waits for the copy.
+        """
+        x = self._x[self._at(rows)]
+        read = self._copy_out(_pixels(x), x.isfinite().all())
+
+        def images() -> Images:
+            pixels, finite = read()
+            if not finite:
+                raise NotFinite
+            return pixels.numpy()
+
+        return images
+
+    @torch.inference_mode()
+    def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
+        """Read rows that are under way: x_t as it is, x_0 the network's last guess; uint8 [n, H, W, C] each.
+
+        As with `images`, call the function returned in another thread.
+        """
+        at, source = self._at(rows), {"x_t": self._x, "x_0": self._x0}
+        read = self._copy_out(*(_pixels(source[name][at]) for name in show))
+        return lambda: {name: pixels.numpy() for name, pixels in zip(show, read(), strict=True)}
+
+    @torch.inference_mode()
+    def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
+        """Read x_t and x0 of one job's rows, which take these steps next, float32 [n, C, H, W] each; as `preview`."""
+        at = self._at(rows)
+        read = self._copy_out(self._x[at], self._x0[at])
+        return lambda: Snapshot(steps, *(each.numpy() for each in read()))
+
+    def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
+        """Make x_t of x_0 = images, uint8 [n, H, W, C] both, with eps the x_T of a job with this seed.
+
+        As with `images`, call the function returned in another thread.
+        """
+        x_0 = torch.from_numpy(images).permute(0, 3, 1, 2)
+        if self._device.type == "cuda":
+            x_0 = x_0.pin_memory().to(self._device, non_blocking=True)
+        eps = image_noise(seed, range(len(images)), 0, self._shape, self._device)
+        x_t = self._schedule.q_sample(to_model_range(x_0), torch.tensor([t]), eps)
+        read = self._copy_out(_pixels(x_t))
+        return lambda: read()[0].numpy()
+
+    def _at(self, rows: Sequence[int]) -> Tensor:
+        """Row ids as an index on the device; nobody waits for it."""
+        at = torch.tensor(rows)
+        return at.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else at
+
+    def _copy_out(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        """Bring new tensors to the host; the function returned waits for them. On a CPU they are there."""
+        if self._device.type != "cuda":
+            return lambda: tensors
+        # A stream of its own: the copy runs beside the next tick.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            on_host = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
+            for host, device in zip(on_host, tensors, strict=True):
+                host.copy_(device, non_blocking=True)
+                device.record_stream(stream)  # or the allocator would give its memory to the next tick
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(stream)
+
+        def read() -> tuple[Tensor, ...]:
+            copied.synchronize()
+            return on_host
+
+        return read
+
+    def latents(self, rows: Sequence[int]) -> Floats:
+        """Read the x_t of rows as they are, float32 [n, C, H, W]. Waits for the device."""
+        x: Floats = self._x[torch.tensor(rows, device=self._device)].cpu().numpy()
+        return x
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Free the slots of one job, as `add` returned them."""
+        self._free_plans.append(self._plan_of.pop(rows[0]))
+        self._free_rows.extend(reversed(rows))
+
+    def memory_bytes(self) -> int | None:
+        """Memory that tensors take on the GPU; None on a CPU, where it is the process's own."""
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
+
+
+def _pixels(x: Tensor) -> Tensor:
+    return to_uint8(x).permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,222 @@
+"""How a forward pass is run. One small interface: places in, the network's output in float32 out.
+
+The contract of an exact executor: a place's output is the same bits whatever else is in the batch. Each pass then has
+one of a few fixed sizes that were seen to agree; `autotune.py` picks the executor and these sizes by measuring.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model.unet import UNet2D
+
+PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, is float32 with products of 10 bits
+Passes = list[tuple[int, int, int]]  # (start, end, size) each
+MAX_GRAPHS = 6  # torch.compile gives up silently after 8 shapes, and each graph keeps memory
+
+
+class Executor(Protocol):
+    """Runs the U-Net on a batch of places. Not for two threads at once."""
+
+    name: str
+    precision: str
+    details: str  # what else could move a bit: layout, sizes of a pass, streams
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """x [B, C, H, W] float32, t [B] int64, class_labels [B] int64 or None -> out [B, C', H, W] float32."""
+        ...
+
+    def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
+        """Begin; the function returned gives `out`. What the caller does in between may run beside the network."""
+        ...
+
+
+def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
+    """Cut a batch into passes of the given sizes (ascending), an even share to each stream.
+
+    Large passes come first. Only where fewer places are left than the smallest size is a pass padded.
+    """
+    taken: list[int] = []
+    for stream in range(streams):
+        share = places // streams + (stream < places % streams)
+        for size in reversed(sizes):
+            taken += [size] * (share // size)
+            share %= size
+        if share:
+            taken.append(sizes[0])
+    passes: Passes = []
+    start = 0
+    for size in sorted(taken, reverse=True):
+        if start < places:
+            passes.append((start, min(start + size, places), size))
+        start += size
+    return passes
+
+
+def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tuple[Passes, Passes]:
+    """Cut a batch into passes for the streams and wide ones, for what is left of even shares, if at most so many."""
+    left = places % streams
+    if not 0 < left <= wide:
+        return split(places, sizes, streams), []
+    even = places - left
+    rest = [(even + start, even + end, size) for start, end, size in split(left, sizes)]
+    return split(even, sizes, streams), rest
+
+
+class EagerExecutor:
+    """PyTorch as it is: the reference. `sizes` None takes each batch whole."""
+
+    name = "eager"
+
+    def __init__(
+        self,
+        net: UNet2D,
+        device: torch.device,
+        *,
+        precision: str = "float32",
+        channels_last: bool = True,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._net: UNet2D = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
+        self._device, self._sizes, self.precision = device, sizes, precision
+        allow_tf32(precision == "tf32")
+        layout = "channels_last" if channels_last else "contiguous"
+        self.details = layout + (f", passes of {', '.join(map(str, sizes))}" if sizes else "")
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """See Executor."""
+        x = x.contiguous(memory_format=self._format)
+        autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+        with torch.inference_mode(), autocast:
+            if self._sizes is None:
+                out: Tensor = self._net(x, t, class_labels).float()
+                return out
+            passes = split(len(x), self._sizes)
+            return torch.cat([self._pass(x, t, class_labels, *one) for one in passes])
+
+    def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
+        """See Executor. On a CPU all is done here; a GPU runs on by itself."""
+        out = self(x, t, class_labels)
+        return lambda: out
+
+    def _pass(self, x: Tensor, t: Tensor, class_labels: Tensor | None, start: int, end: int, size: int) -> Tensor:
+        part = slice(start, end)
+        labels = class_labels[part] if class_labels is not None else None
+        padding = size - (end - start)
+        out: Tensor = self._net(pad(x[part], padding), pad(t[part], padding), pad(labels, padding)).float()
+        return out[: end - start]
+
+
+class CompiledExecutor:
+    """torch.compile; on CUDA each size of a pass is captured once as a CUDA graph and replayed."""
+
+    name = "compile"
+
+    def __init__(
+        self,
+        net: UNet2D,
+        device: torch.device,
+        shape: Sequence[int],
+        *,
+        precision: str = "float32",
+        sizes: Sequence[int],
+    ) -> None:
+        """shape [C, H, W] of one row; sizes of a pass, ascending, at most MAX_GRAPHS. Compiles: takes a minute."""
+        assert 1 <= len(sizes) <= MAX_GRAPHS
+        self._net: UNet2D = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        allow_tf32(precision == "tf32")
+        torch._dynamo.reset()  # its limit of shapes counts those of earlier executors too
+        self._compiled = torch.compile(
+            self._net, dynamic=False, fullgraph=True
+        )  # or it would run eager, and not say so
+        self._device, self._sizes, self.precision = device, tuple(sizes), precision
+        self.details = f"passes of {', '.join(map(str, sizes))}"
+        labels = self._net.class_embedding is not None
+        self._inputs: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        for size in self._sizes:
+            x = torch.zeros(size, *shape, device=device).contiguous(memory_format=torch.channels_last)
+            t = torch.zeros(size, dtype=torch.int64, device=device)
+            self._inputs[size] = (x, t, torch.zeros_like(t) if labels else None)
+            if device.type == "cuda":
+                self._graphs[size] = self._capture(size)
+            else:
+                self._run(*self._inputs[size])
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """See Executor."""
+        outs = [self._pass(x, t, class_labels, *one) for one in split_padded(len(x), self._sizes)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
+        """See Executor. On a CPU all is done here; a GPU runs on by itself."""
+        out = self(x, t, class_labels)
+        return lambda: out
+
+    def _pass(self, x: Tensor, t: Tensor, class_labels: Tensor | None, start: int, end: int, size: int) -> Tensor:
+        static_x, static_t, static_labels = self._inputs[size]
+        num = end - start
+        # Copied into the graph's own memory; what lies past `num` is of an earlier pass and is thrown away.
+        static_x[:num].copy_(x[start:end])
+        static_t[:num].copy_(t[start:end])
+        if static_labels is not None and class_labels is not None:
+            static_labels[:num].copy_(class_labels[start:end])
+        if size not in self._graphs:
+            return self._run(static_x, static_t, static_labels)[:num]
+        graph, out = self._graphs[size]
+        graph.replay()
+        return out[:num].clone()  # the next replay writes over it
+
+    def _run(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, self.precision == "bfloat16"):
+            out: Tensor = self._compiled(x, t, class_labels)  # type: ignore[no-untyped-call]
+        return out.float()
+
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        # Warmed up on a stream of its own, as capture demands: compiling and cuDNN's choices must not be captured.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._run(*self._inputs[size])
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self._run(*self._inputs[size])
+        return graph, out
+
+
+def split_padded(places: int, sizes: Sequence[int]) -> Passes:
+    """Cut a batch into passes: full ones of the largest size, then one of the smallest that fits.
+
+    For a device that a small pass leaves idle, so that one padded pass costs less than several exact ones.
+    """
+    largest = sizes[-1]
+    passes = [(start, start + largest, largest) for start in range(0, places - largest + 1, largest)]
+    start = len(passes) * largest
+    if start < places:
+        passes.append((start, places, next(size for size in sizes if size >= places - start)))
+    return passes
+
+
+def probe_bits(executor: Executor, inputs: tuple[Tensor, Tensor, Tensor | None]) -> str:
+    """Hash an executor's outputs on some rows, to the bit."""
+    return hashlib.sha256(executor(*inputs).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let CUDA matmuls and convolutions of float32 use TF32, or see to it that they do not: torch's defaults differ."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def pad(tensor: Tensor | None, padding: int) -> Any:
+    """Repeat the last entry, so that a pass has its fixed size."""
+    if tensor is None or padding == 0:
+        return tensor
+    return torch.cat([tensor, tensor[-1:].expand(padding, *tensor.shape[1:])])

@@ -1,0 +1,79 @@
+"""What is loaded, as the edge and the users are told it, with the fingerprint of all that can move a bit."""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+
+import torch
+from PIL import features
+
+from model.checkpoint import Checkpoint
+from model.samplers import SAMPLERS
+from service.engine.executors import Executor
+from service.job import ModelInfo
+
+
+def describe(
+    checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None
+) -> ModelInfo:
+    """Gather what the edge and the users are told about a model, with the fingerprint of this build."""
+    net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
+    return ModelInfo(
+        name=checkpoint.name,
+        architecture="UNet2DModel",
+        num_parameters=sum(p.numel() for p in net.parameters()),
+        height_px=checkpoint.size_px[0],
+        width_px=checkpoint.size_px[1],
+        channels=net.config.in_channels,
+        num_timesteps=noise.num_train_timesteps,
+        beta_schedule=noise.beta_schedule if noise.trained_betas is None else "trained_betas",
+        prediction_type=noise.prediction_type,
+        variance_type=noise.variance_type,
+        timestep_spacings={sampler: noise.default_spacing(sampler) for sampler in SAMPLERS},
+        steps_offset=noise.steps_offset,
+        log_sigmas=tuple(noise.schedule().log_sigmas),
+        clip=noise.clip_sample,
+        samplers=SAMPLERS,
+        default_sampler=noise.default_sampler,
+        conditional=net.class_embedding is not None,
+        class_names=labels.class_names,
+        null_class=labels.null_class,
+        weights_hash=checkpoint.weights_hash,
+        fingerprint=fingerprint(checkpoint, device, executor, exact=exact, bits=bits),
+        device=_device_name(device),
+        executor=executor.name,
+        precision=executor.precision,
+        executor_details=executor.details,
+        exact=exact,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+def fingerprint(
+    checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None
+) -> str:
+    """Hash what can move a bit beside spec and weights: the noise schedule, versions, device, how passes are run.
+
+    bits, where an exact executor's outputs on rows that are always the same are known, stand for how passes are run: so
+    a start that finds other sizes of a pass the faster keeps its name, as it keeps its bits.
+    """
+    parts = {
+        "noise": asdict(checkpoint.noise),
+        "null_class": checkpoint.labels.null_class,
+        "tminus": version("tminus"),
+        "torch": torch.__version__,
+        "png": (version("pillow"), features.version("zlib")),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "precision": executor.precision,
+        "executor": executor.name,
+        "passes": bits if exact and bits is not None else f"{executor.details}, {torch.get_num_threads()} threads",
+        "exact": exact,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

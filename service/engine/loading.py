@@ -1,0 +1,130 @@
+"""From a checkpoint folder to an engine that is ready to serve: executor chosen, bits tested, ticks measured."""
+
+import logging
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.checkpoint import load_checkpoint
+from service.engine.autotune import Wish, choose_executor, example_inputs
+from service.engine.autotune_cache import ChoiceCache, default_cache
+from service.engine.calibration import measure_ticks
+from service.engine.engine import Engine, choose_device, default_max_rows
+from service.engine.executors import probe_bits
+from service.engine.selftest import same_alone_and_together
+from service.scheduling.tick_times import knee
+
+log = logging.getLogger(__name__)
+
+# No batch is larger unless --max-batch says so: on a CPU a longer tick only makes newcomers wait.
+LARGEST_BATCH = {"cpu": 16, "cuda": 256}
+PLACES_PER_THREAD = 4  # of a CPU of many cores, each of which has a pass of its own
+MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
+SHORT_SHARE = 0.85  # of the best throughput, that a tick which short and much longer jobs share must have
+PROBE_ROWS = 2
+MAX_PLAN_LINES = 20_000_000  # of 40 bytes
+SPARE_ROWS, SPARE_JOBS = 64, 16  # what the self-test and the measurement need, however little is to be served
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What of the settings bears on loading; None and auto leave it to the machine."""
+
+    checkpoint: Path
+    device: str = "auto"
+    executor: str = "auto"
+    precision: str = "auto"
+    exact: bool | None = None
+    threads: int | None = None
+    max_batch: int | None = None
+    short_batch: int | None = None
+    max_rows: int | None = None
+    max_jobs: int = 1
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine, and what was found out about it."""
+
+    engine: Engine
+    max_rows: int
+    max_batch: int
+    short_batch: int
+    tick_times: tuple[tuple[int, float], ...]
+
+
+def load_engine(options: LoadOptions) -> Loaded:
+    """Load, choose, test and measure. Raises CheckpointError, or ValueError for options that cannot be."""
+    # In a thread that ends: each thread that runs torch keeps an OpenMP team, and when two teams share the cores the
+    # worker's waits by sleeping instead of spinning. Measured on two cores: 11.3 ms a tick of one row, against 5.7.
+    with ThreadPoolExecutor(1) as loader:
+        return loader.submit(_load, options).result()
+
+
+def _load(options: LoadOptions) -> Loaded:
+    device = choose_device(options.device)
+    if device.index:
+        raise ValueError(
+            f"one GPU is served, the first that is visible: CUDA_VISIBLE_DEVICES={device.index}, not {device}"
+        )
+    checkpoint = load_checkpoint(options.checkpoint)
+    max_rows = options.max_rows or default_max_rows(checkpoint)
+    plan_lines = options.max_jobs * checkpoint.noise.num_train_timesteps
+    if plan_lines > MAX_PLAN_LINES:
+        raise ValueError(
+            f"max_jobs must be at most {MAX_PLAN_LINES // checkpoint.noise.num_train_timesteps} with "
+            f"T={checkpoint.noise.num_train_timesteps}, got {options.max_jobs}: each job's plan is held"
+        )
+    threads = options.threads or torch.get_num_threads()
+    largest = options.max_batch or LARGEST_BATCH[device.type]
+    if device.type == "cpu" and options.max_batch is None:
+        largest = max(largest, PLACES_PER_THREAD * threads)
+    exact = device.type == "cpu" if options.exact is None else options.exact
+    wish = Wish(options.executor, options.precision, exact, largest, threads)
+    cache = options.cache_dir or default_cache()
+    executor = choose_executor(checkpoint, device, wish, cache)
+    bits = probe_bits(executor, example_inputs(checkpoint, device, PROBE_ROWS)) if exact else None
+    engine = Engine(
+        checkpoint,
+        executor,
+        device,
+        max_rows=max(max_rows, SPARE_ROWS, largest),
+        max_jobs=max(options.max_jobs, SPARE_JOBS),
+        exact=exact,
+        bits=bits,
+    )
+    if exact and not same_alone_and_together(engine, largest):
+        raise ValueError(
+            f"executor {executor.name} {executor.precision} ({executor.details}) does not give the same bits alone and "
+            "among others here; --no-exact serves without that promise"
+        )
+    tick_times = measure_ticks(engine, largest)
+    how = {"executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest}
+    knees = _knees(tick_times, ChoiceCache(cache, checkpoint, device, how, ()))
+    max_batch = options.max_batch or knees["max_batch"]
+    short_batch = min(options.short_batch or knees["short_batch"], max_batch)
+    for places, seconds in tick_times:
+        log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
+    log.info(
+        "executor %s %s (%s), at most %d places a tick, %d where a short job shares it with much longer ones",
+        executor.name, executor.precision, executor.details, max_batch, short_batch,
+    )  # fmt: skip
+    return Loaded(engine, max_rows, max_batch, short_batch, tick_times)
+
+
+def _knees(tick_times: tuple[tuple[int, float], ...], kept: ChoiceCache) -> Mapping[str, int]:
+    """The knees, or what they were at an earlier start: where the curve is flat, noise would move them each time."""
+    found = {
+        "max_batch": max(MIN_BATCH, knee(tick_times)),
+        "short_batch": max(MIN_BATCH, knee(tick_times, SHORT_SHARE)),
+    }
+    earlier = kept.read() or {}
+    largest = max(MIN_BATCH, tick_times[-1][0])
+    if earlier.keys() == found.keys() and all(type(n) is int and MIN_BATCH <= n <= largest for n in earlier.values()):
+        return earlier
+    kept.write(found)
+    return found

@@ -1,0 +1,31 @@
+"""Sampling without a server: the same engine and scheduler in this process, one job."""
+
+from collections.abc import Callable
+
+from service.engine.protocol import RowEngine
+from service.job import Images, Inputs, SampleSpec, work_of
+from service.scheduling.scheduler import Scheduler, Sharing
+
+
+def sample_locally(
+    engine: RowEngine,
+    spec: SampleSpec,
+    max_batch: int,
+    on_rows: Callable[[int], object],
+    inputs: Inputs | None = None,
+) -> Images:
+    """Run one job to its end; on_rows gets the number of rows after each tick.
+
+    Raises ValueError as Engine.add does, and NotFinite.
+    """
+    scheduler = Scheduler(Sharing.of(max_batch))
+    rows = engine.add(spec, inputs=inputs)
+    scheduler.add("local", rows, work_of(spec, engine.info))
+    while (batch := scheduler.next_batch()) is not None:
+        engine.step(batch)
+        engine.wait()
+        scheduler.advance(batch)
+        on_rows(len(batch.rows))
+    images = engine.images(rows)()
+    engine.remove(rows)
+    return images

@@ -1,0 +1,216 @@
+"""OpenVINO on a CPU: one-thread streams that each take small passes. The fastest way here, and exact.
+
+A pass of fixed size computes a place the same way wherever it stands and whatever stands beside it; passes of 1, 2, 4,
+… and of one or all threads agree to the bit (`autotune.py` checks). What is left of even shares, such as a lone
+row, goes through *wide* passes, one at a time on all threads.
+"""
+
+import contextlib
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.unet import UNet2D
+from service.engine.executors import split_wide
+
+# openvino tells its makers over the network that it was imported and what it converts, unless this package is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+try:
+    import openvino
+    import openvino.opset14 as ops
+except ImportError:  # an extra
+    openvino = None
+
+Floats = npt.NDArray[np.float32]
+
+VECTOR = 64  # floats: at least what torch computes in one go on any processor
+PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def available() -> bool:
+    """Whether the library is installed."""
+    return openvino is not None
+
+
+def version() -> str | None:
+    """The library's version; None where it is not installed."""
+    return openvino.__version__ if openvino is not None else None
+
+
+def precisions() -> tuple[str, ...]:
+    """What this processor computes in; bfloat16 only where it has the instructions."""
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ("float32", "bfloat16") if "BF16" in capabilities else ("float32",)
+
+
+class Graph:
+    """A U-Net converted once, for any number of executors: the graph, and the embedding as tables in float32."""
+
+    def __init__(self, net: UNet2D, shape: Sequence[int], num_timesteps: int) -> None:
+        """shape [C, H, W] of one row."""
+        with torch.inference_mode():
+            # Made in one call, so that a timestep's bits never depend on a batch. Kept from bfloat16, which has no 999.
+            time_table = net.embed_time(torch.arange(num_timesteps))  # [T, temb]
+            weight = net.class_embedding.weight if net.class_embedding is not None else None
+            self.temb_dim = time_table.shape[1]
+            # Torch computes what is left over of a vector another way, to other bits: so nothing is ever left over.
+            spare = -self.temb_dim % VECTOR
+            self.time_table = F.pad(time_table, (0, spare))
+            self.class_table = F.pad(weight, (0, spare)) if weight is not None else None  # [classes, temb]
+        self.core = openvino.Core()
+        self.act = net.act
+        self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
+        example = (torch.zeros(1, *shape), torch.zeros(1, self.temb_dim))
+        inputs = [openvino.PartialShape([-1, *shape]), openvino.PartialShape([-1, self.temb_dim])]
+        with warnings.catch_warnings(action="ignore"):  # the tracer's, of shapes that are fixed here
+            self.model = openvino.convert_model(_Body(net).eval(), example_input=example, input=inputs)
+        _norm_by_group(self.model)
+
+    def of_size(self, size: int) -> Any:
+        """The graph for passes of one size: fixed shapes are a third faster than dynamic, and agree to the bit."""
+        sized = self.model.clone()
+        sized.reshape({sized.inputs[0]: [size, *self.shape], sized.inputs[1]: [size, self.temb_dim]})
+        return sized
+
+
+class OpenVINOExecutor:
+    """Runs a Graph in one-thread streams, and what is left over on all threads."""
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        precision: str = "float32",
+        sizes: Sequence[int] = (1,),
+        streams: int,
+        wide: int = 0,
+    ) -> None:
+        """sizes of a pass, ascending; streams of one thread each; wide: how many places at most go the wide way."""
+        self.precision = precision
+        passes = f"passes of {', '.join(map(str, sizes))}" + (f", up to {wide} wide" if wide else "")
+        self.details = f"openvino {openvino.__version__}, {streams} streams, {passes}"
+        self._graph, self._sizes, self._streams, self._wide = graph, tuple(sizes), streams, wide
+        self._running: deque[tuple[_Pass, int, int]] = deque()
+        wide_sizes = [size for size in sizes if size <= max(wide, sizes[0])] if wide else []
+        self._passes = {size: _compile(graph, precision, size, streams, streams) for size in sizes}
+        self._wide_passes = {size: _compile(graph, precision, size, 1, streams) for size in wide_sizes}
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """See Executor."""
+        return self.start(x, t, class_labels)()
+
+    @torch.inference_mode()
+    def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
+        """See Executor. The first pass of each stream is on its way when this returns."""
+        graph = self._graph
+        temb = graph.time_table[t]
+        if graph.class_table is not None:
+            assert class_labels is not None
+            temb = temb + graph.class_table[class_labels]
+        x_, temb_ = x.contiguous().numpy(), graph.act(temb)[:, : graph.temb_dim].numpy()
+        out = np.empty((len(x), *graph.out_shape), np.float32)
+        narrow, wide = split_wide(len(x), self._sizes, self._streams, self._wide)
+        waiting, waiting_wide = deque(narrow), deque(wide)
+        self._drain()
+        running = self._running
+
+        def start_next() -> None:
+            if waiting:
+                begin(self._passes, waiting)
+            elif waiting_wide and not running:  # they have the threads to themselves
+                begin(self._wide_passes, waiting_wide)
+
+        def begin(requests: dict[int, deque[_Pass]], passes: deque[tuple[int, int, int]]) -> None:
+            start, end, size = passes.popleft()
+            one = requests[size][0]
+            requests[size].rotate(-1)  # the next time the one that has rested longest
+            one.start(x_[start:end], temb_[start:end])
+            running.append((one, start, end))
+
+        def finish() -> Tensor:
+            while running:
+                one, start, end = running.popleft()
+                one.wait()
+                out[start:end] = one.out[: end - start]
+                start_next()
+            return torch.from_numpy(out)
+
+        for _ in range(self._streams):
+            start_next()
+        return finish
+
+    def _drain(self) -> None:
+        """Let passes end that nobody finished, because something raised: a request that is busy takes no other."""
+        while self._running:
+            with contextlib.suppress(RuntimeError):
+                self._running.popleft()[0].wait()
+
+
+def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int) -> "deque[_Pass]":
+    """Passes of one size, one for each stream; the streams share the threads."""
+    config = {
+        "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": threads,
+        # The edge and the encoders share these cores; a pinned stream would wait behind them.
+        "ENABLE_CPU_PINNING": False,
+    }
+    model = graph.core.compile_model(graph.of_size(size), "CPU", config)
+    return deque(_Pass(model.create_infer_request()) for _ in range(streams))
+
+
+def _norm_by_group(model: Any) -> None:
+    """Say each group normalisation as one of [B, groups, rest], which a single thread computes group by group.
+
+    OpenVINO's own sums the channels of a group in as many parts as there are threads, to other bits for each number.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "GroupNormalization":
+            continue
+        x, weight, bias = (node.input_value(k) for k in range(3))
+        attributes, shape = node.get_attributes(), [size.get_length() for size in list(x.get_partial_shape())[1:]]
+        h = ops.reshape(x, np.array([0, attributes["num_groups"], -1]), special_zero=True)
+        h = ops.mvn(h, np.array([2]), True, attributes["epsilon"], "inside_sqrt")
+        h = ops.reshape(h, np.array([0, *shape]), special_zero=True)
+        weight, bias = (ops.reshape(each, np.array([1, -1, 1, 1]), special_zero=False) for each in (weight, bias))
+        node.output(0).replace(ops.add(ops.multiply(h, weight), bias).output(0))
+    model.validate_nodes_and_infer_types()
+
+
+class _Pass:
+    """A request with its own memory, written to and read from in place: a third of the cost of handing over tensors."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self._x, self._temb = request.get_input_tensor(0).data, request.get_input_tensor(1).data
+        self.out: Floats = request.get_output_tensor(0).data
+
+    def start(self, x: Floats, temb: Floats) -> None:
+        """Begin; what lies past the end of a short batch is of an earlier pass and is thrown away."""
+        self._x[: len(x)], self._temb[: len(temb)] = x, temb
+        self._request.start_async()
+
+    def wait(self) -> None:
+        """Until `out` holds the result."""
+        self._request.wait()
+
+
+class _Body(nn.Module):
+    """UNet2D.denoise as a module, which is what can be converted."""
+
+    def __init__(self, net: UNet2D) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
+        return self.net.denoise(x, act_temb)

@@ -1,0 +1,43 @@
+"""Whether the same spec gives the same bits alone and among others, tried on the real engine before it serves."""
+
+from service.engine.protocol import RowEngine
+from service.job import Floats, ModelInfo, SampleSpec, trial_spec, work_of
+from service.scheduling.scheduler import Scheduler, Sharing
+
+STEPS = 4
+ROWS = 2
+
+
+def same_alone_and_together(engine: RowEngine, max_batch: int) -> bool:
+    """Run one job a sampler, each alone and then all in shared ticks; True if every latent agrees to the bit."""
+    specs = _specs(engine.info)
+    alone = [_run(engine, [spec], max_batch)[0] for spec in specs]
+    together = _run(engine, specs, max_batch)
+    return all(a.tobytes() == b.tobytes() for a, b in zip(alone, together, strict=True))
+
+
+def _specs(model: ModelInfo) -> list[SampleSpec]:
+    """Every sampler, different step counts and places, guided where the model can be: ticks of changing make-up."""
+    steps = min(STEPS, model.num_timesteps)
+    specs = []
+    for k, sampler in enumerate(model.samplers):
+        spec = trial_spec(model, n=ROWS + k, steps=max(1, steps - k), sampler=sampler, seed=k)
+        specs.append(spec)
+        if model.null_class is not None:
+            specs.append(trial_spec(model, n=1 + k, steps=steps, sampler=sampler, seed=k + 100, guidance=2.0))
+    return specs
+
+
+def _run(engine: RowEngine, specs: list[SampleSpec], max_batch: int) -> list[Floats]:
+    scheduler = Scheduler(Sharing.of(max(2, max_batch)))
+    rows = [engine.add(spec) for spec in specs]
+    for k, spec in enumerate(specs):
+        scheduler.add(str(k), rows[k], work_of(spec, engine.info))
+    while (batch := scheduler.next_batch()) is not None:
+        engine.step(batch)
+        engine.wait()
+        scheduler.advance(batch)
+    latents = [engine.latents(each) for each in rows]
+    for each in rows:
+        engine.remove(each)
+    return latents

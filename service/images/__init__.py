@@ -1,0 +1,1 @@
+"""Pixels to bytes and bytes to pixels. No HTTP, no torch."""

@@ -1,0 +1,159 @@
+"""From an uploaded image to pixels of the model's size. Bounded before anything is decoded; one thread decodes."""
+
+import asyncio
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from service.byte_budget import MAX_HELD_BYTES
+from service.errors import InvalidImage, TooManyBytes
+from service.images.image_header import ImageHeader, read_header
+from service.job import Images, Inputs, ModelInfo
+
+MAX_PIXELS = 4096 * 4096
+WANTED = "a PNG, JPEG or WebP image"
+WHITE = 128  # a mask's grey from which on a pixel is made new
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Decoder:
+    """Owns the decoding thread. One, so that however many uploads come, one decoded image is held at a time."""
+
+    def __init__(self, model: ModelInfo) -> None:
+        self._model = model
+        self._held_bytes = 0  # of what waits for the thread
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-decode")
+
+    async def decode(self, data: bytes, field: str = "image") -> Images:
+        """`decode_image` off the event loop. Raises InvalidImage."""
+        with self._waiting(len(data)):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, decode_image, data, self._model, field)
+
+    async def inputs(self, image: bytes | None, mask: bytes | None) -> Inputs | None:
+        """`decode_inputs` off the event loop. Raises InvalidImage."""
+        if image is None:
+            return None
+        with self._waiting(len(image) + len(mask or b"")):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, decode_inputs, image, mask, self._model)
+
+    @contextmanager
+    def _waiting(self, size_bytes: int) -> Iterator[None]:
+        """Count what waits. Raises TooManyBytes: over WebSockets nobody else counts what was taken."""
+        if self._held_bytes + size_bytes > MAX_HELD_BYTES:
+            raise TooManyBytes(self._held_bytes + size_bytes, MAX_HELD_BYTES)
+        self._held_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self._held_bytes -= size_bytes
+
+    def close(self) -> None:
+        """Let what is being decoded finish, and end the thread."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def decode_image(data: bytes, model: ModelInfo, field: str = "image") -> Images:
+    """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage that names the field.
+
+    What has the model's size already is taken as it is. All else is cropped to its shape about the centre, and
+    resampled.
+    """
+    image = _opaque(_upright(_load(data, field)))
+    # A CMYK image first becomes RGB by the complement; profiles are not looked at.
+    image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("L" if model.channels == 1 else "RGB")
+    size = model.width_px, model.height_px
+    if image.size != size:
+        # Lanczos, as the pictures of a training folder are fitted (model/data.py): x_0 looks as the model knows images.
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    return np.array(image).reshape(model.height_px, model.width_px, model.channels)
+
+
+def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
+    """Decode a mask into bool [H, W] of the model's size: true where it is white. Raises InvalidImage.
+
+    It is fitted as an image is, but by the mean of what a pixel covers: one is new that is white by more than half.
+    """
+    image = _opaque(_upright(_load(data, field)))
+    image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("L")
+    size = model.width_px, model.height_px
+    if image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.BOX)
+    return np.asarray(image) >= WHITE
+
+
+def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo) -> Inputs:
+    """Decode what an edit starts from. Raises InvalidImage."""
+    return Inputs(decode_image(image, model), decode_mask(mask, model) if mask is not None else None)
+
+
+def _load(data: bytes, field: str) -> Image.Image:
+    """Decode the bytes, of at most MAX_PIXELS. Raises InvalidImage."""
+    try:
+        header = read_header(data)
+    except ValueError as error:
+        raise InvalidImage.of(field, WANTED, f"one that is broken: {error}") from None
+    if header is None:
+        got = f"{len(data)} bytes that begin with {data[:16]!r}" if data else "nothing"
+        raise InvalidImage.of(field, WANTED, got)
+    size = f"{header.width_px}x{header.height_px}"
+    if header.pixels > MAX_PIXELS:
+        raise InvalidImage.of(field, f"of at most {MAX_PIXELS} pixels", f"{size} = {header.pixels}")
+    try:
+        image, frames = _decode(data, header)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises whatever broken bytes lead it to: OSError, SyntaxError, struct.error, …
+        got = f"a {header.format} of {size} that is broken: {str(error) or type(error).__name__}"
+        raise InvalidImage.of(field, WANTED, got) from None
+    if frames > 1:
+        raise InvalidImage.of(field, "a still image", f"a {header.format} of {frames} frames")
+    return image
+
+
+def _decode(data: bytes, header: ImageHeader) -> tuple[Image.Image, int]:
+    """The image and how many frames it has. An animation is not decoded."""
+    image = Image.open(io.BytesIO(data), formats=[header.format])
+    if image.size != (header.width_px, header.height_px):
+        raise ValueError("its header contradicts itself")
+    # A phone's JPEG may have others behind it (MPO): a thumbnail, a gain map. The first is the picture.
+    frames = 1 if header.format == "JPEG" else getattr(image, "n_frames", 1)
+    if frames == 1:
+        image.load()
+    return image, frames
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn the image as its EXIF data say."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # cameras write broken EXIF data; the picture is none the worse for it
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Bring 16 bits to 8, and put what is transparent over black."""
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.uint32)
+        grey = ((deep + 128) // 257).astype(np.uint8)  # rounded; Pillow's own conversion cuts off all above 255
+        if (transparent := image.info.get("transparency")) is not None:
+            grey[deep == transparent] = 0
+        return Image.fromarray(grey)
+    if image.has_transparency_data:
+        # Over black a colour is itself times alpha. (alpha_composite would hold the interpreter for 90 ms.)
+        return Image.merge("RGB", image.convert("RGBA").convert("RGBa").split()[:3])
+    return image

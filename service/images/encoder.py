@@ -1,0 +1,222 @@
+"""Pixels to bytes: PNG, a contact sheet, zip, JSON. Runs in threads of its own."""
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import math
+import time
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from cachetools import LRUCache
+from PIL import Image, PngImagePlugin
+
+from service.images.animation import encode_animation
+from service.job import Images, JobResult, ModelInfo, SampleSpec
+from service.preview import Frame, Show
+
+PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "image/webp"
+MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
+PNG_TEXT_KEY = "tminus"
+RECENT_BYTES = 32 * 2**20
+FRAME_OPTIONS: dict[str, dict[str, Any]] = {
+    "png": {"compress_level": 1},
+    "webp": {"lossless": True, "quality": 0, "method": 0},
+    "jpeg": {"quality": 90, "subsampling": 0},
+}
+
+
+class Encoder:
+    """Owns the encoding threads."""
+
+    def __init__(self, model: ModelInfo, observe: Callable[[str, float], None], threads: int = 2) -> None:
+        self._model, self._observe = model, observe
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tminus-encode")
+        self._animations = ThreadPoolExecutor(1, thread_name_prefix="tminus-animate")  # which may take seconds
+        self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that no image waits for a preview
+
+        # Of the last frames; only the thread above touches it.
+        self._recent: LRUCache[Any, list[tuple[Show, int | None, bytes]]] = LRUCache(
+            RECENT_BYTES, getsizeof=_held_bytes
+        )
+
+    async def encode(
+        self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo | None = None
+    ) -> bytes:
+        """Make the body of a response; made_by: the model as it was then, if not as it is now. Raises NotFinite."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._encode, media_type, spec, read, made_by or self._model
+        )
+
+    async def encode_animation(self, frames: Callable[[], list[Images]], result: JobResult) -> bytes:
+        """Make an animated WebP of a job's way, contact sheets if it has several images. Raises NotFinite."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._animations, self._encode_animation, frames, result
+        )
+
+    def _encode_animation(self, read: Callable[[], list[Images]], result: JobResult) -> bytes:
+        frames = [*read(), result.read()]
+        started = time.perf_counter()
+        body = encode_animation([_picture(contact_sheet(images)) for images in frames])
+        self._observe("animation", time.perf_counter() - started)
+        return body
+
+    async def encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
+        """Make the pictures of a preview: (what it shows, which image, bytes) each; one of all images is of None."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._frames, self._encode_frame, frame, frame_format, layout
+        )
+
+    async def encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
+        """Make a finished job's PNGs: one of all images, or one each. Raises NotFinite."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode_pictures, layout, spec, result)
+
+    async def encode_picture(self, read: Callable[[], Images], text: dict[str, object]) -> bytes:
+        """Make a PNG of the pixels that `read` gives, [H, W, C]; it may wait for a GPU."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: encode_png(read(), text))
+
+    def _encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
+        images = result.read()
+        started = time.perf_counter()
+        if layout == "sheet":
+            pngs = [encode_result(PNG, spec, images, self._model)]
+        else:
+            pngs = encode_each(spec, images, self._model)
+        self._observe("png", time.perf_counter() - started)
+        return pngs
+
+    def _encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
+        key = frame, frame_format, layout  # many may look at one job
+        pictures = self._recent.get(key)
+        if pictures is None:
+            pictures = self._make_pictures(frame, frame_format, layout)
+            with suppress(ValueError):  # it alone is more than is kept
+                self._recent[key] = pictures
+        return pictures
+
+    def _make_pictures(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
+        shown = frame.read()
+        started = time.perf_counter()
+        pictures: list[tuple[Show, int | None, bytes]] = []
+        for show, images in shown.items():
+            if layout == "sheet":
+                pictures.append((show, None, encode_frame(contact_sheet(images), frame_format)))
+            else:
+                pictures += [(show, k, encode_frame(image, frame_format)) for k, image in enumerate(images)]
+        self._observe("frame", time.perf_counter() - started)
+        return pictures
+
+    def close(self) -> None:
+        """Let running encodings finish, and end the threads."""
+        self._frames.shutdown(cancel_futures=True)
+        self._animations.shutdown()
+        self._pool.shutdown()
+
+    def _encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], model: ModelInfo) -> bytes:
+        images = read()
+        started = time.perf_counter()
+        body = encode_result(media_type, spec, images, model)
+        self._observe(media_type.rpartition("/")[2], time.perf_counter() - started)
+        return body
+
+
+def _held_bytes(pictures: list[tuple[Show, int | None, bytes]]) -> int:
+    """What pictures take with the frame they are of, whose pixels are some times their bytes."""
+    return 4 * sum(len(picture) for *_, picture in pictures)
+
+
+def encode_result(media_type: str, spec: SampleSpec, images: Images, model: ModelInfo) -> bytes:
+    """Encode a finished job: one PNG (a sheet where n > 1), a zip of n PNGs, or JSON with base64 PNGs."""
+    if media_type == PNG:
+        return encode_png(contact_sheet(images), recipe(spec, model))
+    pngs = encode_each(spec, images, model)
+    if media_type == ZIP:
+        return _zip({f"{spec.index + k:05d}.png": png for k, png in enumerate(pngs)})
+    assert media_type == JSON
+    entries = [
+        {
+            "index": spec.index + k,
+            "class_label": label,
+            "class_name": model.class_names[label] if label is not None else None,
+            "png": base64.b64encode(png).decode("ascii"),
+        }
+        for k, (png, label) in enumerate(zip(pngs, spec.class_labels or (None,) * spec.n, strict=True))
+    ]
+    document = {**recipe(spec, model), "images": entries}
+    return json.dumps(document).encode()
+
+
+def encode_each(spec: SampleSpec, images: Images, model: ModelInfo) -> list[bytes]:
+    """Encode each image of a finished job as a PNG of its own."""
+    return [encode_png(image, recipe(one_image(spec, k), model)) for k, image in enumerate(images)]
+
+
+def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
+    """All that is needed to make the same pixels again."""
+    return {"spec": spec.to_json(), "weights": model.weights_hash, "fingerprint": model.fingerprint}
+
+
+def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
+    """The name of a response's bytes, known before they are made."""
+    parts = json.dumps([media_type, recipe(spec, model), model.class_names], sort_keys=True)
+    return f'"{hashlib.sha256(parts.encode()).hexdigest()[:32]}"'
+
+
+def one_image(spec: SampleSpec, k: int) -> SampleSpec:
+    """The spec that makes image k of a request alone."""
+    labels = spec.class_labels[k : k + 1] if spec.class_labels is not None else None
+    return replace(spec, n=1, index=spec.index + k, class_labels=labels)
+
+
+def encode_png(pixels: Images, text: dict[str, object] | None = None) -> bytes:
+    """Encode [H, W, C] (C 1 or 3) as PNG, with `text` as JSON in a text chunk."""
+    info = PngImagePlugin.PngInfo()
+    if text is not None:
+        info.add_itxt(PNG_TEXT_KEY, json.dumps(text))
+    out = io.BytesIO()
+    _picture(pixels).save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+def encode_frame(pixels: Images, frame_format: str) -> bytes:
+    """Encode a preview [H, W, C] as png, webp (both lossless) or jpeg, fast rather than small."""
+    out = io.BytesIO()
+    _picture(pixels).save(out, frame_format, **FRAME_OPTIONS[frame_format])
+    return out.getvalue()
+
+
+def _picture(pixels: Images) -> Image.Image:
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def contact_sheet(images: Images) -> Images:
+    """Lay [n, H, W, C] out left to right, top to bottom, without gaps: [rows H, columns W, C]; spare cells black."""
+    n, height, width, channels = images.shape
+    columns = sheet_columns(n)
+    rows = math.ceil(n / columns)
+    cells = np.zeros((rows * columns, height, width, channels), np.uint8)
+    cells[:n] = images
+    grid = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, channels)
+
+
+def sheet_columns(n: int) -> int:
+    """The least number of columns from sqrt(n) up that leaves no spare cell, or ceil(sqrt(n)) if that is too wide."""
+    square = math.isqrt(n - 1) + 1
+    exact = next(columns for columns in range(square, n + 1) if n % columns == 0)
+    return exact if exact <= 2 * square else square
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:  # PNGs do not compress twice
+        for name, data in files.items():
+            archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date: the same images, the same zip
+    return out.getvalue()

@@ -1,0 +1,1 @@
+"""Durable jobs: what was accepted is kept, finished and told, over restarts."""

@@ -1,0 +1,1 @@
+"""Which rows step next, who may enter, what is foreseen. Pure: no torch, no asyncio, no clock."""

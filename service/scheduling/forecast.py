@@ -1,0 +1,258 @@
+"""When each job will end and what is ahead of it. Pure prediction: no torch, no asyncio, no clock, no lock.
+
+A fluid model of the scheduler: between two events (a job ends, its guidance goes on or off, it overtakes another) every
+job has the same rows in each tick, so whole stretches of ticks are one step of the model.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+from service.job import Work
+from service.scheduling.scheduler import Sharing
+from service.scheduling.tick_times import TickTimes
+
+LOOK_PAST = 8  # how many guided jobs the model looks past for one that fits a last single place
+ROUNDING = 1e-7  # of a step and of a second: sums of parts are not exact
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A job as the forecast needs it. Its rows are taken to be at the same step, which the scheduler sees to."""
+
+    job_id: str
+    work: Work
+    places_left: float  # of all its rows
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a client is told: how many jobs are ahead of it (0 when all its rows run), and when it will be done."""
+
+    job_id: str
+    position: int
+    eta_s: float
+
+
+class _Flow:
+    """A job in the model: stretches of steps that cost the same, the current one apart."""
+
+    __slots__ = ("arrival", "id", "left", "places", "rows", "steps", "stretches", "waits", "whole")
+
+    def __init__(self, job: Pending, arrival: int) -> None:
+        self.id, self.arrival, self.rows = job.job_id, arrival, job.work.rows
+        self.whole, self.left = job.work.places, job.places_left
+        self.waits = True  # never had a place yet
+        self.stretches = _stretches(job.work, job.places_left / job.work.rows)
+        self.steps, self.places = self.stretches.pop()  # steps left to each row in this stretch, and what each costs
+
+
+def _stretches(work: Work, left: float) -> list[tuple[float, int]]:
+    """The (steps, places a step) that one row has still to go, from the last to the next."""
+    guided = work.guided
+    if not guided:
+        return [(left, 1)]
+    stretches: list[tuple[float, int]] = []
+    for steps, places in ((work.steps - guided.stop, 1), (len(guided), 2), (guided.start, 1)):
+        if steps and left > 0:
+            stretches.append((min(steps, left / places), places))
+            left -= steps * places
+    return stretches
+
+
+_SHORTEST_FIRST: Callable[[_Flow], tuple[float, int]] = attrgetter("left", "arrival")
+_IN_ORDER: Callable[[_Flow], tuple[float, int]] = attrgetter("arrival", "arrival")
+
+
+class Fluid:
+    """The model. Owns its state: a time from 0 s on, and the jobs of that time."""
+
+    def __init__(self, jobs: Iterable[Pending], sharing: Sharing, tick_times: TickTimes) -> None:
+        """jobs: in order of arrival."""
+        self._sharing, self._shortest_first = sharing, sharing.policy == "srpt"
+        self._rank = _SHORTEST_FIRST if self._shortest_first else _IN_ORDER
+        self._tick_times, self._tick_cache = tick_times, dict[int, float]()
+        self._jobs: OrderedDict[int, _Flow] = OrderedDict()  # by arrival, in its order
+        self._arrivals = 0
+        self._waiting: list[_Flow] = []  # those that never had a place, the next one first
+        self._active: list[_Flow] = []  # the others
+        self._grants: list[tuple[_Flow, int]] = []  # rows in each tick of this stretch, in the order of rank
+        self._stale = True  # whether the grants are to be found again
+        self._short: list[int] = []  # which of the grants are of fewer rows than the job has
+        self._used = 0  # places of a tick
+        self._ticks = 0.0
+        self.now_s = 0.0
+        self.tick_end_s = 0.0  # the end of the tick that now_s lies in: when what happened is seen
+        self.rows = 0
+        self.places_left = 0.0
+        for job in jobs:
+            self._count_in(job)
+        self._waiting = sorted(self._jobs.values(), key=self._rank)
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs there are now."""
+        return len(self._jobs)
+
+    def add(self, job: Pending) -> None:
+        """Let a job in now."""
+        flow = self._count_in(job)
+        if flow is not None:
+            insort(self._waiting, flow, key=self._rank)
+
+    def running(self) -> frozenset[str]:
+        """The jobs all of whose rows step now."""
+        self._share_out()
+        return frozenset(job.id for job, rows in self._grants if rows == job.rows)
+
+    def step(self, until_s: float = math.inf, until_places: float = -math.inf) -> list[str]:
+        """Go on to the next event, but no further than a time or places left; returns the jobs that ended."""
+        if not self._jobs:
+            self.now_s = self.tick_end_s = until_s if self.now_s < until_s < math.inf else self.now_s
+            return []
+        until_s = max(until_s, self.now_s)
+        self._share_out()
+        tick_s = self._tick_seconds(self._used)
+        ticks = min(self._ticks_to_event(), max(0.0, (self.places_left - until_places) / self._used))
+        if tick_s:
+            ticks = min(ticks, (until_s - self.now_s) / tick_s)
+        self._ticks += ticks
+        self.now_s = until_s if (until_s - self.now_s) <= ticks * tick_s else self.now_s + ticks * tick_s
+        self.tick_end_s = self.now_s + (math.ceil(self._ticks - ROUNDING) - self._ticks) * tick_s
+        self.places_left -= ticks * self._used
+        return self._move(ticks)
+
+    def run_to(self, time_s: float) -> None:
+        """Go on to a time."""
+        while self.now_s < time_s - ROUNDING:
+            self.step(until_s=time_s)
+
+    def _count_in(self, job: Pending) -> _Flow | None:
+        """Count a job, unless it has nothing left."""
+        if job.places_left <= 0:
+            return None
+        flow = self._jobs[self._arrivals] = _Flow(job, self._arrivals)
+        self._arrivals += 1
+        self.rows += flow.rows
+        self.places_left += flow.left
+        self._stale = True
+        return flow
+
+    def _move(self, ticks: float) -> list[str]:
+        ended = []
+        for job, rows in self._grants:
+            job.left -= ticks * rows * job.places
+            job.steps -= ticks * rows / job.rows
+            if job.steps > ROUNDING:
+                continue
+            self._stale = True
+            if job.stretches:
+                job.steps, job.places = job.stretches.pop()
+            else:
+                ended.append(job.id)
+                del self._jobs[job.arrival]
+                self._active.remove(job)
+                self.rows -= job.rows
+        if self._shortest_first and self._short:
+            self._stale = True  # one may have overtaken another
+        if not self._jobs:
+            self.places_left = 0.0
+        return ended
+
+    def _share_out(self) -> None:
+        """Give the places of a tick to jobs as the scheduler would: the reserve to the oldest, then all in turn."""
+        if not self._stale:
+            return
+        self._stale, self._grants = False, []
+        if not self._jobs:
+            return
+        much_longer = self._sharing.much_longer([job.whole for job in self._jobs.values()])
+        oldest = next(iter(self._jobs.values()))
+        reserve = self._reserve_for(oldest)
+        free = self._sharing.max_batch - reserve
+        looked_past = 0
+        for job in self._in_turn() if free else ():
+            mine, reserve = (reserve, 0) if job is oldest else (0, reserve)
+            held_back = job.whole >= much_longer
+            rows = min(job.rows, (mine + self._sharing.room(free, held_back=held_back)) // job.places)
+            free += mine - rows * job.places
+            if rows:
+                self._grants.append((job, rows))
+            elif not held_back:
+                looked_past += 1
+            if free == 0 or looked_past == LOOK_PAST:
+                break
+        if reserve:
+            self._grants.append((oldest, reserve // oldest.places))
+        self._short = [at for at, (job, rows) in enumerate(self._grants) if rows < job.rows]
+        self._used = self._sharing.max_batch - free
+
+    def _reserve_for(self, oldest: _Flow) -> int:
+        """How many of the reserved places the oldest job can use."""
+        if self._sharing.reserved and oldest.waits:
+            del self._waiting[bisect_left(self._waiting, self._rank(oldest), key=self._rank)]
+            self._activate(oldest, 0)
+        return min(oldest.rows, self._sharing.reserved // oldest.places) * oldest.places
+
+    def _in_turn(self) -> Iterator[_Flow]:
+        """The jobs by rank. Active is who had a turn."""
+        active, waiting, rank = self._active, self._waiting, self._rank
+        active.sort(key=rank)
+        at = 0
+        while waiting:
+            turn = bisect_left(active, rank(waiting[0]), at, key=rank)
+            yield from active[at:turn]
+            self._activate(waiting.pop(0), turn)
+            yield active[turn]
+            at = turn + 1
+        yield from active[at:]
+
+    def _activate(self, job: _Flow, at: int) -> None:
+        job.waits = False
+        self._active.insert(at, job)
+
+    def _ticks_to_event(self) -> float:
+        """Ticks until a job ends or changes its cost, or one that lacks places overtakes one that has them."""
+        grants = self._grants
+        ticks = min([job.steps * job.rows / rows for job, rows in grants])
+        if not self._shortest_first:
+            return ticks
+        for at in self._short:
+            job, rows = grants[at]
+            speed = rows * job.places
+            for other, other_rows in grants[:at]:
+                faster = speed - other_rows * other.places
+                if faster > 0 and other.left <= job.left:
+                    ticks = min(ticks, max(1.0, (job.left - other.left) / faster))
+        return ticks
+
+    def _tick_seconds(self, places: int) -> float:
+        if places not in self._tick_cache:
+            self._tick_cache[places] = self._tick_times.seconds(places)
+        return self._tick_cache[places]
+
+
+def forecast(
+    jobs: Sequence[Pending], sharing: Sharing, tick_times: TickTimes, until: str | None = None
+) -> dict[str, Outlook]:
+    """Predict each job's end if no other comes; with `until`, of that job and those that end before it.
+
+    jobs: in order of arrival.
+    """
+    fluid = Fluid(jobs, sharing, tick_times)
+    outlooks = {job.job_id: Outlook(job.job_id, 0, 0.0) for job in jobs if job.places_left <= 0}  # only to be delivered
+    in_turn = sorted(jobs, key=attrgetter("places_left")) if sharing.policy == "srpt" else jobs
+    ranks = {job.job_id: rank for rank, job in enumerate(in_turn)}
+    running = fluid.running()
+    ended_ranks: list[int] = []
+    while fluid.jobs and until not in outlooks:
+        ended = fluid.step()
+        for job_id in ended:
+            insort(ended_ranks, ranks[job_id])
+        for job_id in ended:
+            position = 0 if job_id in running else bisect_left(ended_ranks, ranks[job_id])
+            outlooks[job_id] = Outlook(job_id, position, fluid.tick_end_s)
+    return outlooks

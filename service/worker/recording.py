@@ -1,0 +1,76 @@
+"""The way of a job from noise to images, each row at its own steps, so that it is the same under any load. No torch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from service.byte_budget import MAX_HELD_BYTES
+from service.errors import Overloaded
+from service.job import Images
+from service.preview import Show
+
+Read = Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
+
+
+class Recording:
+    """Keeps what the rows of one job were after every so many of their steps. The worker puts, the encoder reads.
+
+    A preview shows all rows at one time, when they need not be level; here a frame is of one step, whenever each row
+    came to it.
+    """
+
+    def __init__(self, every: int, show: Show, n: int, steps: int) -> None:
+        self.show = show
+        self._every, self._n, self._steps = every, n, steps
+        self._parts: dict[int, list[tuple[Sequence[int], Sequence[int], Read]]] = {}  # by step: where, of what
+
+    def due(self, step: int) -> bool:
+        """Whether a row is to be kept that has taken so many steps; the last is the job's own result."""
+        return step % self._every == 0 and step < self._steps
+
+    def put(self, taken: Sequence[tuple[int, int]], read: Read) -> None:
+        """Keep rows, each by its index in the job and the steps it has taken, in the order that `read` has them."""
+        for step in {step for _, step in taken}:
+            of = [position for position, (_, its_step) in enumerate(taken) if its_step == step]
+            self._parts.setdefault(step, []).append(([taken[position][0] for position in of], of, read))
+
+    def frames(self) -> list[Images]:
+        """The frames in order, uint8 [n, H, W, C] each. Call it when the job is done, in a thread that may wait."""
+        frames = []
+        for step in sorted(self._parts):
+            parts = [(where, read()[self.show][list(of)]) for where, of, read in self._parts[step]]
+            frame = np.zeros((self._n, *parts[0][1].shape[1:]), np.uint8)
+            for where, images in parts:
+                frame[list(where)] = images
+            frames.append(frame)
+        return frames
+
+
+def frame_count(every: int, steps: int) -> int:
+    """How many frames a recording has, the result with them."""
+    return (steps - 1) // every + 1
+
+
+class RecordingRoom:
+    """Counts the memory of all recordings that are being made. In the event loop's thread."""
+
+    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
+        self._max_bytes, self._held = max_bytes, 0
+
+    @contextmanager
+    def taken(self, size_bytes: int) -> Iterator[None]:
+        """Hold so much. Raises Overloaded."""
+        if self._held + size_bytes > self._max_bytes:
+            raise Overloaded(
+                f"{self._held + size_bytes} bytes of frames would be held at once; the limit is {self._max_bytes}",
+                retry_after_s=1,
+                field="every",
+                value=size_bytes,
+                bound=f"frames of at most {self._max_bytes - self._held} bytes at this load",
+            )
+        self._held += size_bytes
+        try:
+            yield
+        finally:
+            self._held -= size_bytes

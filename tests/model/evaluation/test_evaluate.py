@@ -1,0 +1,441 @@
+"""Evaluation: distances against closed forms and brute force, the classifier, and a whole report."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint, Labels, hash_weights
+from model.data import FASHION_MNIST_DIR, ImageSet, load_fashion_mnist
+from model.evaluation.classes import balanced_picks
+from model.evaluation.classifier import (
+    Classifier,
+    ClassifierConfig,
+    ClassifierError,
+    ClassifierTraining,
+    load_classifier,
+    load_or_train_classifier,
+    save_classifier,
+    train_classifier,
+)
+from model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_neighbours
+from model.evaluation.evaluate import EvaluateError, draw_samples, evaluate
+from model.evaluation.report import EvaluateOptions, EvaluationReport
+from model.noise import NoiseConfig
+from model.samplers import Forward
+from model.unet import UNet2D, UNetConfig
+
+STORED_CLASSIFIER = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-classifier"
+CPU = torch.device("cpu")
+NAMES = ("bright", "dark", "striped")
+TRAINING = ClassifierTraining(epochs=6, batch_size=16)
+OPTIONS = EvaluateOptions(
+    num_samples=10, steps=3, guidance=2.0, batch_size=4, seed=2**64 - 1, bound_images=4, bound_timesteps=2
+)
+
+
+def toy_images(num_images: int, seed: int, channels: int = 1, labelled: bool = True) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(num_images) % 3
+    images = torch.randint(0, 60, (num_images, channels, 8, 8), generator=generator)
+    images[labels == 0] += 150
+    images[labels == 2, :, ::2] += 180
+    name = f"toy {seed}"
+    if not labelled:
+        return ImageSet(images.to(torch.uint8), None, (), name)
+    return ImageSet(images.to(torch.uint8), labels, NAMES, name)
+
+
+def toy_checkpoint(
+    class_names: tuple[str, ...] = NAMES, null_class: int | None = 3, learned: bool = False
+) -> Checkpoint:
+    unet = UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        out_channels=2 if learned else 1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=(len(class_names) + (null_class is not None)) or None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = UNet2D(unet).requires_grad_(False).eval()
+    labels = Labels(class_names, null_class)
+    noise = NoiseConfig(num_train_timesteps=20, variance_type="learned_range" if learned else "fixed_small")
+    return Checkpoint(net, noise, labels, hash_weights(net.state_dict()), "toy", (8, 8))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Nets this small gain nothing from a second thread, and wait minutes for one on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def toy_classifier() -> Classifier:
+    return train_classifier(toy_images(96, 0), toy_images(60, 1), TRAINING, device=CPU, quiet=True)
+
+
+# --- distances ---------------------------------------------------------------------------------------------------
+
+
+def random_gaussian(seed: int, dim: int = 12) -> Gaussian:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    return Gaussian(torch.randn(dim, generator=generator, dtype=torch.float64), a @ a.T)
+
+
+def random_rotation(seed: int, dim: int = 12) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
+
+
+def test_frechet_distance_of_commuting_covariances_is_the_closed_form() -> None:
+    q = random_rotation(0)
+    one, other = torch.linspace(0.1, 3, 12, dtype=torch.float64), torch.linspace(5, 0.2, 12, dtype=torch.float64)
+    shift = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    distance = frechet_distance(
+        Gaussian(torch.zeros(12, dtype=torch.float64), (q * one) @ q.T), Gaussian(shift, (q * other) @ q.T)
+    )
+    expected = shift.square().sum() + (one.sqrt() - other.sqrt()).square().sum()
+    assert distance == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute_is_the_nonsymmetric_root_s() -> None:
+    one, other = random_gaussian(1), random_gaussian(2)
+    # tr (S1 S2)^1/2, whose eigenvalues are positive though the product is not symmetric.
+    cross = torch.linalg.eigvals(one.covariance @ other.covariance).real.sqrt().sum()
+    expected = (one.mean - other.mean).square().sum() + (one.covariance + other.covariance).trace() - 2 * cross
+    assert frechet_distance(one, other) == pytest.approx(float(expected), rel=1e-9)
+    assert frechet_distance(other, one) == pytest.approx(frechet_distance(one, other), rel=1e-9)
+
+
+def test_frechet_distance_of_a_gaussian_to_itself_is_zero() -> None:
+    one = random_gaussian(3)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_does_not_change_under_a_common_rotation() -> None:
+    one, other, q = random_gaussian(4), random_gaussian(5), random_rotation(6)
+    turned = [Gaussian(q @ g.mean, q @ g.covariance @ q.T) for g in (one, other)]
+    assert frechet_distance(*turned) == pytest.approx(frechet_distance(one, other), rel=1e-10)
+
+
+def test_frechet_distance_takes_fewer_images_than_features() -> None:
+    features = torch.randn(5, 12, generator=torch.Generator().manual_seed(7))
+    few, many = fit_gaussian(features), random_gaussian(8)
+    assert np.isfinite(frechet_distance(few, many))
+    assert frechet_distance(few, few) == pytest.approx(0, abs=1e-7)
+
+
+def test_fit_gaussian_is_numpys_mean_and_covariance() -> None:
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(9))
+    mean, covariance = fit_gaussian(features)
+    np.testing.assert_allclose(mean, features.double().numpy().mean(0))
+    np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False))
+
+
+def test_nearest_neighbours_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.evaluation.distances.REFERENCES_AT_ONCE", 16)  # so that chunks of both kinds meet
+    monkeypatch.setattr("model.evaluation.distances.QUERIES_AT_ONCE", 7)
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randint(0, 256, (20, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    references = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    a, b = (x.numpy().reshape(len(x), -1) / 127.5 - 1 for x in (queries, references))
+    rms = np.sqrt(((a[:, None] - b[None]) ** 2).mean(2))
+    found = nearest_neighbours(queries, references)
+    np.testing.assert_array_equal(found.nearest, rms.argmin(1))
+    np.testing.assert_allclose(found.rms, rms.min(1))
+
+
+def test_nearest_neighbour_of_a_copy_is_at_zero_and_of_black_from_white_at_two() -> None:
+    references = torch.randint(0, 256, (30, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    found = nearest_neighbours(references.flip(0), references)
+    assert found.rms.max() == 0
+    assert found.nearest.tolist() == list(range(30))[::-1]
+    black, white = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
+    assert nearest_neighbours(black, white).rms.item() == 2
+
+
+# --- the classifier ----------------------------------------------------------------------------------------------
+
+
+def test_classifier_learns_the_toy_classes(toy_classifier: Classifier) -> None:
+    assert toy_classifier.test_accuracy == 1.0
+    assert toy_classifier.read(toy_images(3, 5).images).features.shape == (3, toy_classifier.config.feature_dim)
+
+
+def test_classifier_training_is_a_function_of_its_seed(toy_classifier: Classifier) -> None:
+    before = torch.get_rng_state()
+    again, other = (
+        train_classifier(
+            toy_images(96, 0), toy_images(60, 1), dataclasses.replace(TRAINING, seed=seed), device=CPU, quiet=True
+        )
+        for seed in (0, 1)
+    )
+    assert again.weights_hash == toy_classifier.weights_hash
+    assert other.weights_hash != toy_classifier.weights_hash
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_classifier_survives_being_saved_and_loaded(toy_classifier: Classifier, tmp_path: Path) -> None:
+    save_classifier(tmp_path, toy_classifier)
+    loaded = load_classifier(tmp_path, device=CPU)
+    images = toy_images(9, 6).images
+    assert torch.equal(loaded.read(images).features, toy_classifier.read(images).features)
+    assert torch.equal(loaded.read(images).labels, toy_classifier.read(images).labels)
+    for field in ("config", "class_names", "test_accuracy", "weights_hash", "trained_on"):
+        assert getattr(loaded, field) == getattr(toy_classifier, field)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+
+
+def test_classifier_is_trained_only_where_there_is_none(toy_classifier: Classifier, tmp_path: Path) -> None:
+    save_classifier(tmp_path / "there", toy_classifier)
+    train, test = toy_images(48, 7, channels=3), toy_images(30, 8, channels=3)
+    same = dataclasses.replace(train, name=toy_classifier.trained_on["data"])
+    assert load_or_train_classifier(tmp_path / "there", same, test, device=CPU).config.channels == 1
+    with pytest.raises(ClassifierError, match=r"trained on .*, not on 'toy 7'"):
+        load_or_train_classifier(tmp_path / "there", train, test, device=CPU)
+    fresh = load_or_train_classifier(tmp_path / "new", train, test, device=CPU)
+    assert fresh.config.channels == 3
+    assert load_classifier(tmp_path / "new", device=CPU).weights_hash == fresh.weights_hash
+
+
+def test_classifier_that_is_damaged_is_refused_with_its_file_named(toy_classifier: Classifier, tmp_path: Path) -> None:
+    with pytest.raises(ClassifierError, match=r"config\.json"):
+        load_classifier(tmp_path, device=CPU)
+    save_classifier(tmp_path, toy_classifier)
+    weights = tmp_path / "classifier.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ClassifierError, match=r"classifier\.safetensors"):
+        load_classifier(tmp_path, device=CPU)
+    weights.write_bytes(whole)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "feature_dim": 7}))
+    with pytest.raises(ClassifierError, match=r"classifier\.safetensors"):
+        load_classifier(tmp_path, device=CPU)
+
+
+def test_classifier_refuses_data_without_classes_and_sizes_it_cannot_pool() -> None:
+    unlabelled = toy_images(8, 0, labelled=False)
+    with pytest.raises(ClassifierError, match="no classes"):
+        train_classifier(unlabelled, unlabelled, TRAINING, device=CPU, quiet=True)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        ClassifierConfig(channels=1, size_px=(28, 28), num_classes=10)
+
+
+def test_stored_classifier_reads_fashion_mnists_test_images() -> None:
+    assert FASHION_MNIST_DIR.is_dir(), f"{FASHION_MNIST_DIR} is missing: apt-get install dataset-fashion-mnist"
+    test = load_fashion_mnist("test")
+    classifier = load_classifier(STORED_CLASSIFIER, device=CPU)
+    accuracy = (classifier.read(test.images).labels == test.labels).double().mean().item()
+    assert accuracy >= 0.90
+    assert accuracy == pytest.approx(classifier.test_accuracy, abs=0.002)  # another CPU rounds otherwise
+    assert classifier.class_names == test.class_names
+    assert sum(file.stat().st_size for file in STORED_CLASSIFIER.iterdir()) < 1_000_000
+
+
+# --- the whole report --------------------------------------------------------------------------------------------
+
+
+def report_on(checkpoint: Checkpoint, classifier: Classifier | None, labelled: bool = True) -> EvaluationReport:
+    train, test = toy_images(96, 0, labelled=labelled), toy_images(60, 1, labelled=labelled)
+    return evaluate(checkpoint, train, test, classifier, OPTIONS, device=CPU, quiet=True)
+
+
+def numbers(value: object) -> list[float]:
+    if isinstance(value, dict):
+        return [n for item in value.values() for n in numbers(item)]
+    if isinstance(value, (list, tuple)):
+        return [n for item in value for n in numbers(item)]
+    return [value] if isinstance(value, float) else []
+
+
+def test_report_on_a_conditional_checkpoint_is_complete(toy_classifier: Classifier) -> None:
+    report = report_on(toy_checkpoint(), toy_classifier)
+    assert report.left_out == ()
+    assert report.bound is not None
+    assert report.bound.total == pytest.approx(report.bound.L_T + report.bound.L_steps + report.bound.L_0)
+    assert report.class_accuracy is not None
+    assert report.class_accuracy.real == 1.0
+    assert [c.num_samples for c in report.class_accuracy.per_class] == [4, 3, 3]
+    assert report.classifier_frechet_distance is not None
+    assert report.classifier_frechet_distance.samples > report.classifier_frechet_distance.real > 0
+    assert report.memorisation.samples.minimum <= report.memorisation.samples.percentile_1
+    assert report.memorisation.samples.percentile_1 <= report.memorisation.samples.median
+
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert all(np.isfinite(numbers(values)))
+    assert {f.name for f in dataclasses.fields(report)} == values.keys()
+    assert values["options"] == dataclasses.asdict(OPTIONS)
+
+    markdown = report.to_markdown()
+    for text in (
+        *("variational bound", "bits/dim", "class accuracy", "classifier_frechet_distance", "is not FID", "median"),
+        *(*NAMES, "18446744073709551615", "guidance 2", "ddim, 3 steps", "toy 0", "toy 1"),
+        *(report.weights_hash[:16], toy_classifier.weights_hash[:16]),
+    ):
+        assert text in markdown
+    tables = [block for block in markdown.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3
+    assert all(len({line.count("|") for line in table.splitlines()}) == 1 for table in tables)
+
+
+def test_report_is_the_same_again(toy_classifier: Classifier) -> None:
+    assert report_on(toy_checkpoint(), toy_classifier) == report_on(toy_checkpoint(), toy_classifier)
+
+
+def test_report_on_an_unconditional_checkpoint_leaves_out_accuracy_and_guidance(toy_classifier: Classifier) -> None:
+    report = report_on(toy_checkpoint(class_names=(), null_class=None), toy_classifier)
+    assert report.class_accuracy is None
+    assert report.classifier_frechet_distance is not None
+    assert report.bound is not None
+    assert {item.what for item in report.left_out} == {"guidance 2", "class_accuracy"}
+    assert report.options.guidance == 1.0
+    assert "Left out: class_accuracy (the checkpoint is unconditional" in report.to_markdown()
+
+
+def test_report_on_data_without_classes_leaves_out_what_needs_a_classifier() -> None:
+    report = report_on(toy_checkpoint(), None, labelled=False)
+    assert report.class_accuracy is report.classifier_frechet_distance is report.classifier is None
+    assert report.bound is not None  # of the null class
+    assert np.isfinite(numbers(report.to_dict())).all()
+    assert {item.what for item in report.left_out} >= {"class_accuracy", "classifier_frechet_distance"}
+    assert "is not FID" not in report.to_markdown()
+
+
+def test_report_with_a_checkpoint_of_other_classes_does_not_guess_them(toy_classifier: Classifier) -> None:
+    report = report_on(toy_checkpoint(class_names=("a", "b", "c"), null_class=None), toy_classifier)
+    assert report.class_accuracy is report.bound is None
+    assert {item.what for item in report.left_out} == {"guidance 2", "class_accuracy", "bound"}
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+def test_report_on_a_checkpoint_of_learned_variance_leaves_out_the_bound(
+    toy_classifier: Classifier, sampler: str
+) -> None:
+    options = dataclasses.replace(OPTIONS, sampler=sampler)
+    checkpoint = toy_checkpoint(learned=True)
+    report = evaluate(checkpoint, toy_images(96, 0), toy_images(60, 1), toy_classifier, options, device=CPU, quiet=True)
+    assert report.bound is None
+    assert report.class_accuracy is not None
+    assert report.classifier_frechet_distance is not None
+    assert [(item.what, "learned its own" in item.why) for item in report.left_out] == [("bound", True)]
+
+
+def test_another_way_of_running_the_network_is_judged_by_its_samples(toy_classifier: Classifier) -> None:
+    checkpoint, train, test = toy_checkpoint(), toy_images(96, 0), toy_images(60, 1)
+
+    def report(options: EvaluateOptions, forward: Forward | None = None) -> EvaluationReport:
+        return evaluate(checkpoint, train, test, toy_classifier, options, device=CPU, quiet=True, forward=forward)
+
+    def broken(x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        out: torch.Tensor = checkpoint.net(x, t, class_labels)
+        return -out
+
+    plain = report(OPTIONS)
+    assert report(OPTIONS, checkpoint.net) == plain
+    other = report(dataclasses.replace(OPTIONS, precision="bfloat16", executor="broken"), broken)
+    assert other.options.executor == "broken"
+    assert "bfloat16, broken, cpu" in other.to_markdown()
+    assert "float32, eager, cpu" in plain.to_markdown()
+    assert other.bound == plain.bound
+    assert other.classifier_frechet_distance != plain.classifier_frechet_distance
+
+
+def test_spacing_and_guidance_interval_reach_the_samples_and_the_report(toy_classifier: Classifier) -> None:
+    checkpoint = toy_checkpoint()
+    seen: list[tuple[int, int]] = []
+
+    def counted(x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+        seen.append((int(t[0]), len(x)))
+        out: torch.Tensor = checkpoint.net(x, t, class_labels)
+        return out
+
+    options = dataclasses.replace(OPTIONS, num_samples=4, spacing="trailing", guidance_interval=(10, 15))
+    draw_samples(checkpoint.net, checkpoint, options, device=CPU, quiet=True, forward=counted)
+    assert seen == [(19, 4), (12, 8), (6, 4)]
+    data = toy_images(96, 0), toy_images(60, 1)
+    markdown = evaluate(checkpoint, *data, toy_classifier, options, device=CPU, quiet=True).to_markdown()
+    assert "guidance 2 at timesteps 10..15, trailing spacing" in markdown
+
+
+def test_classes_are_matched_by_name_not_by_number(toy_classifier: Classifier) -> None:
+    plain, turned = toy_checkpoint(), toy_checkpoint(class_names=NAMES[::-1])
+    with torch.no_grad():
+        table = turned.net.class_embedding
+        assert table is not None
+        table.weight[:3] = table.weight[:3].flip(0).clone()
+    one, other = report_on(plain, toy_classifier), report_on(turned, toy_classifier)
+    assert other.bound == one.bound
+    assert other.class_accuracy is not None
+    assert [c.name for c in other.class_accuracy.per_class] == list(NAMES[::-1])
+    assert all(c.real == 1.0 for c in other.class_accuracy.per_class)
+
+
+def test_samples_do_not_depend_on_how_they_are_batched() -> None:
+    checkpoint = toy_checkpoint()
+    by_four, by_ten = (
+        draw_samples(checkpoint.net, checkpoint, dataclasses.replace(OPTIONS, batch_size=b), device=CPU, quiet=True)
+        for b in (4, 10)
+    )
+    assert (by_four.int() - by_ten.int()).abs().max() <= 1  # the batch moves float32 by a rounding
+
+
+def test_bfloat16_samples_are_close_to_float32_s() -> None:
+    checkpoint = toy_checkpoint()
+    fp32, bf16 = (
+        draw_samples(checkpoint.net, checkpoint, dataclasses.replace(OPTIONS, precision=p), device=CPU, quiet=True)
+        for p in ("float32", "bfloat16")
+    )
+    assert 0 < (fp32.float() - bf16.float()).abs().mean() < 8
+
+
+def test_evaluate_refuses_images_of_another_size_and_a_classifier_of_other_classes(toy_classifier: Classifier) -> None:
+    train, test = toy_images(12, 0), toy_images(12, 1)
+    colour = toy_images(12, 0, channels=3)
+    with pytest.raises(EvaluateError, match=r"toy 0: images are \(3, 8, 8\), but toy makes \(1, 8, 8\)"):
+        evaluate(toy_checkpoint(), colour, test, toy_classifier, OPTIONS, device=CPU, quiet=True)
+    renamed = dataclasses.replace(test, class_names=("a", "b", "c"))
+    with pytest.raises(EvaluateError, match="the classifier knows"):
+        evaluate(toy_checkpoint(), train, renamed, toy_classifier, OPTIONS, device=CPU, quiet=True)
+
+
+def test_weights_that_make_no_numbers_are_reported_and_not_judged() -> None:
+    checkpoint = toy_checkpoint()
+    torch.nn.init.constant_(checkpoint.net.conv_out.bias, torch.nan)
+    with pytest.raises(EvaluateError, match=r"samples 0\.\.3 are not finite"):
+        report_on(checkpoint, None)
+
+
+def test_balanced_picks_take_classes_in_turn_and_no_image_twice() -> None:
+    data = toy_images(30, 0)
+    picks = balanced_picks(data, 12, seed=3)
+    assert data.labels is not None
+    assert data.labels[picks].tolist() == [0, 1, 2] * 4
+    assert len(set(picks.tolist())) == 12
+    assert len(balanced_picks(data, 100, seed=3)) == 30
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(field, 0) for field in ("num_samples", "batch_size", "bound_images", "bound_timesteps", "precision")],
+        *[("spacing", "lu"), ("guidance_interval", (5, 4)), ("guidance_interval", (-1, 4))],
+    ],
+)
+def test_options_out_of_bounds_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(OPTIONS, **{field: value})

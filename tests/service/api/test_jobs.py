@@ -1,0 +1,257 @@
+"""GET /jobs, GET and DELETE /jobs/{id}, and deadlines, through the app."""
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.job import JobStatus
+from service.worker.worker import Worker
+from tests.service.conftest import MakeSite, Site, pixels, problem
+from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
+
+SECOND = 1.0
+EVERY_TICK_A_SECOND = (
+    (1, SECOND),
+    (8, SECOND),
+)  # says the measurement; the fake's ticks take as long as the test likes
+
+
+@dataclass
+class Asked:
+    """A site on which requests wait in threads."""
+
+    site: Site
+    pool: ThreadPoolExecutor
+
+    def post(self, **parameters: object) -> "Future[Any]":
+        return self.pool.submit(self.site.post, json=parameters)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        response = self.site.client.get("/jobs")
+        assert response.status_code == 200
+        document = response.json()
+        assert document.keys() == {"jobs", "next"}
+        found: list[dict[str, Any]] = document["jobs"]
+        return found[::-1]  # in order of arrival
+
+    def wait_for(self, count: int) -> list[dict[str, Any]]:
+        wait_until(lambda: len(self.jobs()) == count)
+        return self.jobs()
+
+
+@pytest.fixture
+def asked(make_site: MakeSite) -> Any:
+    site = make_site(max_batch=2, tick_times=((1, SECOND), (2, SECOND)))
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(8) as pool:
+        yield Asked(site, pool)
+        site.engine.gate.open()
+
+
+# --- who waits and who runs ---
+
+
+def test_nobody_is_there(site: Site) -> None:
+    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}
+    site.post(json={"steps": 1})
+    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}, "who is done is gone"
+
+
+def test_jobs_lists_who_waits_and_runs_with_place_and_time(asked: Asked) -> None:
+    first = asked.post(n=2, steps=4, seed=7, sampler="ddim")
+    asked.site.engine.next_begun()
+    asked.wait_for(1)
+    second = asked.post(n=2, steps=10, seed=8)
+    asked.wait_for(2)
+    asked.site.engine.gate.let()
+    asked.site.engine.next_begun()
+    one, two = asked.jobs()
+    members = {"id", "state", "durable", "position", "eta_s", "n", "steps", "step", "sampler", "seed", "age_s"}
+    members |= {"created", "finished", "fingerprint", "parameters", "problem"}
+    assert one.keys() == two.keys() == members
+    assert not one["durable"]
+    assert (one["state"], one["position"], one["n"], one["steps"]) == ("running", 0, 2, 4)
+    assert (one["step"], one["sampler"], one["seed"]) == (1, "ddim", 7)
+    assert (two["state"], two["position"], two["n"], two["steps"]) == ("waiting", 1, 2, 10)
+    assert (two["step"], two["sampler"], two["seed"]) == (0, "ddpm", 8)
+    assert 0 < one["eta_s"] < two["eta_s"]
+    assert one["age_s"] >= two["age_s"] >= 0
+    assert asked.site.client.get(f"/jobs/{one['id']}").json().keys() == members
+    asked.site.engine.gate.open()
+    answers = [future.result(PATIENCE_S) for future in (first, second)]
+    assert [answer.headers["x-job-id"] for answer in answers] == [one["id"], two["id"]]
+    assert [answer.headers["x-queue-position"] for answer in answers] == ["0", "1"]
+    etas = [float(answer.headers["x-eta-seconds"]) for answer in answers]
+    assert etas == [4 * SECOND, 14 * SECOND]
+    timings = [dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", ")) for answer in answers]
+    for timing in timings:
+        queue, first_step, denoise = (float(timing[name]) for name in ("queue", "first_step", "denoise"))
+        assert queue <= first_step <= queue + denoise + 0.2
+    assert asked.jobs() == []
+
+
+def test_one_job_is_told_by_its_id(asked: Asked) -> None:
+    running = asked.post(steps=3, seed=1)
+    asked.site.engine.next_begun()
+    (job,) = asked.wait_for(1)
+    response = asked.site.client.get(f"/jobs/{job['id']}")
+    assert response.status_code == 200
+    assert response.json()["seed"] == 1
+    asked.site.engine.gate.open()
+    running.result(PATIENCE_S)
+    problem(asked.site.client.get(f"/jobs/{job['id']}"), 404, "job_not_found")
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("job_id", ["0" * 32, "x", "%00", "%F0%9F%98%80", "a" * 3000, "..;", "None"])
+def test_an_unknown_job_is_a_problem(site: Site, method: str, job_id: str) -> None:
+    response = site.client.request(method, f"/jobs/{job_id}")
+    document = problem(response, 404, "job_not_found")
+    assert document["field"] == "job_id"
+    assert len(response.content) < 1500
+
+
+def test_one_job_is_looked_up_without_a_list_of_all(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = asked.post(steps=3, seed=1)
+    asked.site.engine.next_begun()
+    (job,) = asked.wait_for(1)
+
+    def list_all(_worker: Worker) -> list[JobStatus]:
+        raise AssertionError("there may be a thousand")
+
+    monkeypatch.setattr(Worker, "statuses", list_all)
+    one = asked.site.client.get(f"/jobs/{job['id']}").json()
+    assert one | {"age_s": 0, "eta_s": 0} == job | {"age_s": 0, "eta_s": 0}
+    monkeypatch.undo()
+    asked.site.engine.gate.open()
+    assert running.result(PATIENCE_S).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "PATCH"])
+@pytest.mark.parametrize("job_id", ["x", "0" * 32, "%20"])
+def test_a_method_that_a_job_does_not_know_is_answered_with_those_it_does(site: Site, method: str, job_id: str) -> None:
+    response = site.client.request(method, f"/jobs/{job_id}")
+    problem(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "DELETE, GET"
+
+
+# --- giving one up ---
+
+
+def test_deleting_a_waiting_job_frees_it_and_answers_who_waits(asked: Asked) -> None:
+    running = asked.post(n=2, steps=4, seed=7)
+    asked.site.engine.next_begun()
+    asked.wait_for(1)
+    waiting = asked.post(n=2, steps=10, seed=8)
+    (_, doomed) = asked.wait_for(2)
+    response = asked.site.client.delete(f"/jobs/{doomed['id']}")
+    assert (response.status_code, response.content) == (204, b"")
+    asked.site.engine.gate.let()
+    document = problem(waiting.result(PATIENCE_S), 499, "cancelled")
+    assert "deleted" in document["detail"]
+    assert [job["seed"] for job in asked.jobs()] == [7]
+    problem(asked.site.client.delete(f"/jobs/{doomed['id']}"), 404, "job_not_found")
+    asked.site.engine.gate.open()
+    answer = running.result(PATIENCE_S)
+    assert answer.status_code == 200
+    metrics = asked.site.metrics()
+    assert metrics['tminus_cancelled_total{"reason": "deleted"}'] == 1
+    assert metrics["tminus_row_steps_saved_total"] == 20
+    rejected = {name for name in metrics if name.startswith("tminus_rejected_total")}
+    assert rejected <= {'tminus_rejected_total{"reason": "job_not_found"}'}, "a job given up is no refusal"
+
+
+def test_deleting_a_running_job_leaves_the_others_their_images(asked: Asked) -> None:
+    doomed, stays = asked.post(n=1, steps=50, seed=1), asked.post(n=1, steps=6, seed=2)
+    asked.site.engine.next_begun()
+    jobs = {job["seed"]: job["id"] for job in asked.wait_for(2)}
+    asked.site.engine.gate.let(2)
+    wait_until(lambda: len(asked.site.engine.batches) >= 3)
+    assert asked.site.client.delete(f"/jobs/{jobs[1]}").status_code == 204
+    asked.site.engine.gate.open()
+    problem(doomed.result(PATIENCE_S), 499, "cancelled")
+    answer = stays.result(PATIENCE_S)
+    np.testing.assert_array_equal(pixels(answer.content), fake_pixels(make_spec(seed=2), 6)[0, :, :, 0])
+    problem(asked.site.client.delete(f"/jobs/{jobs[2]}"), 404, "job_not_found")
+    assert asked.site.metrics()["tminus_backlog_seconds"] == 0
+
+
+# --- deadlines ---
+
+
+def test_a_deadline_with_time_to_spare_changes_nothing(site: Site) -> None:
+    for deadline_s in (5, 5.5, "5", 86400):
+        assert site.post(json={"steps": 2, "deadline_s": deadline_s}).status_code == 200
+    assert site.client.get("/sample?steps=2&deadline_s=10").status_code == 200
+
+
+def test_a_deadline_of_nan_is_no_json_and_no_number(site: Site) -> None:
+    problem(site.post(content=b'{"steps": 2, "deadline_s": NaN}'), 400, "malformed_body")
+    document = problem(site.post(params={"steps": 2, "deadline_s": "nan"}), 422, "invalid_field")
+    assert (document["field"], document["value"]) == ("deadline_s", "nan")
+    assert document["bound"] == "a number of seconds above 0, at most 86400"
+
+
+def test_a_deadline_too_short_for_the_work_is_a_bad_parameter(make_site: MakeSite) -> None:
+    site = make_site(tick_times=EVERY_TICK_A_SECOND)
+    document = problem(site.post(json={"steps": 100, "deadline_s": 99}), 422, "invalid_field")
+    assert (document["field"], document["value"]) == ("deadline_s", 99)
+    assert document["bound"] == "at least 100 s for this work"
+    assert site.engine.batches[1:] == []
+
+
+def test_a_deadline_that_the_load_forbids_says_when_it_would_be_met(make_site: MakeSite) -> None:
+    site = make_site(max_batch=2, tick_times=((1, SECOND), (2, SECOND)))
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(site.post, json={"n": 2, "steps": 20})
+        site.engine.next_begun()
+        response = site.post(json={"n": 2, "steps": 20, "deadline_s": 30})
+        document = problem(response, 429, "deadline_unmeetable")
+        assert (document["field"], document["value"]) == ("deadline_s", 30)
+        assert document["bound"].startswith("at least ")
+        assert 10 <= int(response.headers["retry-after"]) <= 25
+        assert len(site.client.get("/jobs").json()["jobs"]) == 1, "a refused job is not here"
+        site.engine.gate.open()
+        assert running.result(PATIENCE_S).status_code == 200
+    assert site.metrics()['tminus_rejected_total{"reason": "deadline_unmeetable"}'] == 1
+
+
+def test_a_deadline_that_passes_in_flight_ends_the_job_with_504(site: Site) -> None:
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(2) as pool:
+        late = pool.submit(site.post, json={"n": 2, "steps": 900, "seed": 1, "deadline_s": 0.2})
+        site.engine.next_begun()
+        patient = pool.submit(site.post, json={"steps": 5, "seed": 2, "deadline_s": 1000})
+        wait_until(lambda: any(job["age_s"] > 0.2 for job in site.client.get("/jobs").json()["jobs"]))
+        site.engine.gate.let()
+        document = problem(late.result(PATIENCE_S), 504, "deadline_passed")
+        assert (document["field"], document["value"], document["bound"]) == ("deadline_s", 0.2, "a longer time")
+        site.engine.gate.open()
+        answer = patient.result(PATIENCE_S)
+    np.testing.assert_array_equal(pixels(answer.content), fake_pixels(make_spec(seed=2), 5)[0, :, :, 0])
+    metrics = site.metrics()
+    assert metrics['tminus_cancelled_total{"reason": "deadline"}'] == 1
+    assert metrics["tminus_backlog_seconds"] == 0
+    assert metrics['tminus_request_duration_seconds_count{"route": "/sample", "status": "504"}'] == 1
+
+
+def test_a_network_that_gives_nan_is_told_to_its_own_client_only(site: Site) -> None:
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(2) as pool:
+        sick = pool.submit(site.post, json={"n": 2, "steps": 9, "seed": 1})
+        well = pool.submit(site.post, json={"steps": 9, "seed": 2})
+        wait_until(lambda: len(site.client.get("/jobs").json()["jobs"]) == 2)
+        site.engine.on_step = lambda batch: site.engine.nan.update(
+            rows[1] for spec, rows in site.engine.jobs.values() if spec.seed == 1
+        )
+        site.engine.gate.open()
+        document = problem(sick.result(PATIENCE_S), 500, "not_finite")
+        assert "NaN" in document["detail"]
+        assert well.result(PATIENCE_S).status_code == 200
+    assert json.loads(json.dumps(document)) == document
+    assert site.metrics()['tminus_cancelled_total{"reason": "not_finite"}'] == 1

@@ -1,0 +1,437 @@
+import io
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from starlette.testclient import TestClient
+
+from model.checkpoint import Checkpoint
+from model.rng import image_noise
+from service.api import middleware
+from service.api.multipart import FORM_BYTES, MAX_FIELD_BYTES, MAX_PARTS
+from service.app import create_app
+from service.engine.engine import Engine
+from service.engine.executors import EagerExecutor
+from service.job import Limits
+from service.jobs.sqlite_store import SqliteStore
+from service.scheduling.scheduler import Sharing
+from tests.service.conftest import MakeSite, Site, pixels, problem
+from tests.service.fakes import INFO, LIMITS, wait_until
+from tests.service.test_app import call, scope_of
+
+RAW = {"Content-Type": "image/png"}
+T = INFO.num_timesteps
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encode(picture: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, kind, **options)
+    return out.getvalue()
+
+
+PICTURE = noise(4, 6)
+CAT = encode(PICTURE)
+
+
+def post(site: Site, content: bytes = CAT, *, headers: dict[str, str] = RAW, **params: Any) -> Any:
+    return site.client.post("/noise", content=content, headers=headers, params=params)
+
+
+def post_form(site: Site, files: Any, data: dict[str, Any] | None = None, **params: Any) -> Any:
+    return site.client.post("/noise", files=files, data=data, params=params)
+
+
+def text_of(png: bytes) -> dict[str, Any]:
+    with Image.open(io.BytesIO(png)) as image:
+        image.load()
+        found: dict[str, Any] = json.loads(image.text["tminus"])  # type: ignore[attr-defined]
+    return found
+
+
+# --- the image ---
+
+
+def test_an_image_comes_back_with_noise_and_the_headers_of_the_contract(site: Site) -> None:
+    response = post(site, t=500, seed=7)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "image/png"
+    assert response.headers["x-seed"] == "7"
+    assert response.headers["x-fingerprint"] == INFO.fingerprint
+    alpha_bar = site.client.get("/model/schedule").json()["alpha_bar"][500]
+    assert float(response.headers["x-alpha-bar"]) == alpha_bar
+    assert response.headers["cache-control"] == "no-cache"
+    np.testing.assert_array_equal(pixels(response.content), PICTURE + np.uint8(507 % 256))
+    assert text_of(response.content) == {
+        "noise": {"t": 500, "seed": 7, "alpha_bar": alpha_bar},
+        "fingerprint": INFO.fingerprint,
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["image/png", "image/jpeg", "image/anything", "IMAGE/PNG; charset=x", "application/octet-stream", None]
+)
+def test_the_raw_body_is_known_by_its_content_whatever_image_it_is_called(site: Site, kind: str | None) -> None:
+    headers = {} if kind is None else {"Content-Type": kind}
+    assert post(site, headers=headers, t=5, seed=7).content == post(site, t=5, seed=7).content
+
+
+def test_a_form_is_answered_as_the_raw_body_is_with_its_fields_or_the_querys(site: Site) -> None:
+    wanted = post(site, t=5, seed=7)
+    answers = [
+        post_form(site, {"image": ("cat.png", CAT)}, t=5, seed=7),
+        post_form(site, {"image": ("cat.svg", CAT, "image/svg+xml")}, {"t": "5", "seed": "7"}),
+        post_form(site, {"image": ("", CAT)}, {"t": "5"}, seed=7),
+        post_form(site, {"image": ("cat.png", CAT)}, {"t": "5", "seed": "7"}, t="5.0", seed=7),
+    ]
+    for answer in answers[:2] + answers[3:]:
+        assert answer.status_code == 200, answer.text
+        assert answer.content == wanted.content
+        assert answer.headers["etag"] == wanted.headers["etag"]
+
+
+def test_a_seed_that_is_not_given_is_drawn_and_told(site: Site) -> None:
+    one, two = post(site, t=5), post(site, t=5)
+    assert one.headers["x-seed"] != two.headers["x-seed"]
+    assert 0 <= int(one.headers["x-seed"]) < 2**53
+    assert one.headers["cache-control"] == "no-store"
+    assert "etag" not in one.headers
+    assert post(site, t=5, seed=one.headers["x-seed"]).content == one.content
+
+
+@pytest.mark.parametrize(("t", "seed"), [(0, 0), (T - 1, 2**64 - 1)])
+def test_the_ends_of_both_ranges_are_taken(site: Site, t: int, seed: int) -> None:
+    assert post(site, t=t, seed=seed).status_code == 200
+
+
+def test_an_image_of_another_size_and_kind_is_fitted(site: Site) -> None:
+    response = post(site, encode(noise(90, 50, 4)), t=5, seed=1)
+    assert pixels(response.content).shape == (4, 6)
+
+
+def test_a_colour_model_gives_colour(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, channels=3))
+    picture = noise(4, 6, 3)
+    np.testing.assert_array_equal(pixels(post(site, encode(picture), t=0, seed=1).content), picture + np.uint8(1))
+
+
+@pytest.fixture(scope="module")
+def real(tiny: Checkpoint) -> Iterator[TestClient]:
+    engine = Engine(tiny, EagerExecutor(tiny.net, torch.device("cpu")), torch.device("cpu"), max_rows=8, max_jobs=4)
+    app = create_app(engine, replace(LIMITS, max_rows=8), ((1, 1e-6), (8, 1e-6)), Sharing.of(8), SqliteStore(None))
+    with TestClient(app) as client:
+        wait_until(lambda: app.state.worker.ready)
+        yield client
+
+
+@settings(max_examples=40, deadline=None)
+@given(t=st.integers(0, 49), seed=st.integers(0, 2**64 - 1), picture=st.integers(0, 2**32))
+def test_the_real_engine_gives_equation_4(real: TestClient, tiny: Checkpoint, t: int, seed: int, picture: int) -> None:
+    image = noise(8, 8, seed=picture)
+    response = real.post("/noise", params={"t": t, "seed": seed}, content=encode(image), headers=RAW)
+    assert response.status_code == 200
+    eps = image_noise(seed, [0], 0, (1, 8, 8), torch.device("cpu"))[0, 0].double().numpy()
+    alpha_bar = float(tiny.noise.schedule().alpha_bar[t])
+    assert float(response.headers["x-alpha-bar"]) == pytest.approx(alpha_bar, rel=1e-12)
+    x_t = np.sqrt(alpha_bar) * (image / 127.5 - 1) + np.sqrt(1 - alpha_bar) * eps
+    exact = (np.clip(x_t, -1, 1) + 1) * 127.5
+    assert np.abs(pixels(response.content) - exact).max() <= 0.5 + 1e-3, "rounded to nearest"
+
+
+# --- the answer's name ---
+
+
+def test_a_client_that_has_it_gets_304_and_no_work_is_done(site: Site) -> None:
+    tag = post(site, t=5, seed=7).headers["etag"]
+    site.engine.on_noised = lambda: pytest.fail("no work")
+    again = post(site, t=5, seed=7, headers=RAW | {"If-None-Match": f'"x", W/{tag}'})
+    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    assert site.metrics()['tminus_answered_without_work_total{"how": "not_modified"}'] == 1
+
+
+def test_the_name_is_that_of_the_pixels_and_what_is_asked_of_them(site: Site) -> None:
+    same = [post(site, t=5, seed=7), post(site, encode(PICTURE, compress_level=0), t=5, seed=7)]
+    other = [post(site, t=6, seed=7), post(site, t=5, seed=8), post(site, encode(noise(4, 6, seed=9)), t=5, seed=7)]
+    assert len({answer.headers["etag"] for answer in same}) == 1
+    assert len({answer.headers["etag"] for answer in same + other}) == 4
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("params", "field", "bound"),
+    [
+        ({}, "t", "an integer in 0..999"),
+        ({"t": ""}, "t", "an integer in 0..999"),
+        ({"t": "-1"}, "t", "an integer in 0..999"),
+        ({"t": "1000"}, "t", "an integer in 0..999"),
+        ({"t": "1.5"}, "t", "an integer in 0..999"),
+        ({"t": "half"}, "t", "an integer in 0..999"),
+        ({"t": "9" * 5000}, "t", "an integer in 0..999"),
+        ({"t": "5", "seed": "-1"}, "seed", "an integer in 0..18446744073709551615"),
+        ({"t": "5", "seed": str(2**64)}, "seed", "an integer in 0..18446744073709551615"),
+        ({"t": "5", "seed": "x"}, "seed", "an integer in 0..18446744073709551615"),
+    ],
+)
+def test_a_bad_parameter_is_a_problem_in_query_and_form(
+    site: Site, params: dict[str, str], field: str, bound: str
+) -> None:
+    answers = [post(site, **params)]
+    if len(params.get("t", "")) <= MAX_FIELD_BYTES:
+        answers.append(post_form(site, {"image": CAT}, params))
+    for answer in answers:
+        document = problem(answer, 422, "invalid_field")
+        assert (document["field"], document["bound"]) == (field, bound)
+
+
+def test_a_parameter_that_does_not_exist_is_a_problem_in_query_and_form(site: Site) -> None:
+    for answer in (post(site, t=5, steps=5), post_form(site, {"image": CAT}, {"t": "5", "steps": "5"})):
+        document = problem(answer, 422, "unknown_field")
+        assert (document["field"], document["bound"]) == ("steps", "one of t, seed")
+
+
+def test_a_parameter_of_two_values_is_a_problem(site: Site) -> None:
+    answers = [
+        site.client.post("/noise?t=1&t=2", content=CAT, headers=RAW),
+        post_form(site, {"image": CAT}, {"t": "1"}, t=2),
+        post_form(site, {"image": CAT}, {"t": ["1", "2"]}),
+    ]
+    for answer in answers:
+        assert problem(answer, 422, "conflicting_field")["field"] == "t"
+    assert "in the form" in answers[2].json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "nothing"),
+        (b"hello", "b'hello'"),
+        (b'<?xml version="1.0"?><svg/>', "<?xml"),
+        (CAT[:40], "broken"),
+        (CAT[:-30], "broken"),
+        (encode(PICTURE, "GIF"), "GIF"),
+        (encode(PICTURE, save_all=True, append_images=[Image.fromarray(255 - PICTURE)]), "2 frames"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\x86\xa0\0\1\x86\xa0\x08\2\0\0\0\0\0\0\0", "100000x100000"),
+    ],
+)
+def test_what_is_no_image_is_a_problem_in_body_and_form(site: Site, content: bytes, says: str) -> None:
+    for answer in (post(site, content, t=5), post_form(site, {"image": ("cat.png", content, "image/png")}, t=5)):
+        document = problem(answer, 422, "invalid_image")
+        assert document["field"] == "image"
+        assert says in document["detail"]
+    assert post(site, t=5).status_code == 200, "and nothing else is disturbed"
+
+
+def test_a_form_without_an_image_and_one_with_a_name_for_one_are_told_what_to_do(site: Site) -> None:
+    assert "a file in the form" in problem(post_form(site, {"t": (None, "5")}), 422, "invalid_image")["bound"]
+    document = problem(post_form(site, {"image": (None, "cat.png"), "t": (None, "5")}), 422, "invalid_image")
+    assert document["bound"] == "a file: curl -F image=@file"
+
+
+def test_two_images_are_a_problem(site: Site) -> None:
+    document = problem(post_form(site, [("image", CAT), ("image", CAT)], t=5), 422, "conflicting_field")
+    assert document["field"] == "image"
+
+
+def test_a_file_that_nobody_asked_for_is_a_problem(site: Site) -> None:
+    document = problem(post_form(site, {"image": CAT, "mask": CAT}, t=5), 422, "unknown_field")
+    assert (document["field"], document["bound"]) == ("mask", "image")
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/json", "application/x-www-form-urlencoded", "multipart/mixed; boundary=x", "?"]
+)
+def test_another_media_type_is_a_problem(site: Site, kind: str) -> None:
+    document = problem(post(site, headers={"Content-Type": kind}, t=5), 415, "unsupported_media_type")
+    assert document["field"] == "Content-Type"
+    assert "multipart/form-data" in document["bound"]
+
+
+HALF_A_FORM = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nhalf'
+BROKEN_FORMS = [
+    ("multipart/form-data", b"x"),
+    ("multipart/form-data; boundary=" + "x" * 300, b"x"),
+    ("multipart/form-data; boundary=x", b"hello"),
+    ("multipart/form-data; boundary=x", b""),
+    ("multipart/form-data; boundary=x", b"--x\r\n\r\nno name\r\n--x--\r\n"),
+    ("multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data\r\n\r\nno name\r\n--x--\r\n"),
+    (
+        "multipart/form-data; boundary=x",
+        b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nhalf',
+    ),
+    ("multipart/form-data; boundary=x", b"--x\r\n" + b"A: b\r\n" * 100 + b"\r\n\r\n--x--\r\n"),
+]
+
+
+@pytest.mark.parametrize(("kind", "content"), BROKEN_FORMS)
+def test_a_broken_form_is_a_problem(site: Site, kind: str, content: bytes) -> None:
+    response = post(site, content, headers={"Content-Type": kind}, t=5)
+    problem(response, 400, "malformed_form")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=200), lead=st.sampled_from([b"", b"--x\r\n", b"--x\r\nContent-Disposition: form-data"])
+)
+def test_no_form_is_more_than_a_problem(site: Site, content: bytes, lead: bytes) -> None:
+    response = post(site, lead + content, headers={"Content-Type": "multipart/form-data; boundary=x"}, t=5)
+    assert response.status_code in (400, 422), response.text
+
+
+def test_a_form_of_too_many_parts_or_too_long_a_field_is_a_problem(site: Site) -> None:
+    many = [("image", CAT)] * (MAX_PARTS + 1)
+    problem(post_form(site, many, t=5), 400, "malformed_form")
+    problem(post_form(site, {"image": CAT}, {f"f{k}": "1" for k in range(MAX_PARTS + 1)}, t=5), 400, "malformed_form")
+    problem(post_form(site, {"image": CAT}, {"t": "5" * (MAX_FIELD_BYTES + 1)}), 400, "malformed_form")
+
+
+def test_an_accept_without_png_is_a_problem(site: Site) -> None:
+    document = problem(post(site, headers=RAW | {"Accept": "application/json"}, t=5), 406, "not_acceptable")
+    assert document["bound"] == "one of image/png"
+
+
+def test_get_is_no_way_to_ask(site: Site) -> None:
+    assert problem(site.client.get("/noise?t=5"), 405, "method_not_allowed")
+    assert site.client.get("/noise").headers["allow"] == "POST"
+
+
+# --- how much is taken ---
+
+
+def test_an_image_may_be_larger_than_other_bodies_and_has_a_bound_of_its_own(make_site: MakeSite) -> None:
+    site = make_site(max_image_bytes=20_000)
+    picture = noise(100, 150)
+    data = encode(picture, compress_level=0)
+    assert LIMITS.max_body_bytes < len(data) < 20_000
+    padded = data.ljust(20_000, b"\0")  # what stands behind an image is not looked at
+    for content in (data, padded):
+        assert post(site, content, t=5).status_code == 200
+        assert post_form(site, {"image": content}, t=5).status_code == 200
+    for answer in (post(site, padded + b"\0", t=5), post_form(site, {"image": padded + b"\0"}, t=5)):
+        document = problem(answer, 413, "body_too_large")
+        assert (document["field"], document["bound"]) == ("image", "at most 20000 bytes")
+    document = problem(post(site, padded + bytes(FORM_BYTES + 1), t=5), 413, "body_too_large")
+    assert document["field"] == "body"
+    problem(site.post(content=padded), 413, "body_too_large")
+
+
+def test_an_image_without_end_is_not_read_to_it(site: Site) -> None:
+    sent: list[int] = []
+
+    def receive() -> Iterator[dict[str, Any]]:
+        for i in range(1000):
+            sent.append(i)
+            yield {"type": "http.request", "body": CAT.ljust(2**20), "more_body": True}
+
+    status, _, body = call(site.app, receive(), scope_of("/noise", b"t=5", [(b"content-type", b"image/png")]))
+    assert (status, json.loads(body)["code"]) == (413, "body_too_large")
+    assert len(sent) == 9
+
+
+def test_a_client_that_goes_away_while_it_sends_leaves_nothing_behind(site: Site) -> None:
+    form = [(b"content-type", b"multipart/form-data; boundary=x")]
+    for headers in ([(b"content-type", b"image/png")], form):
+        received = iter([{"type": "http.request", "body": HALF_A_FORM, "more_body": True}])
+        status, _, _ = call(site.app, received, scope_of("/noise", b"t=5", headers))
+        assert status in (0, 499)
+    assert post(site, t=5).status_code == 200
+
+
+def test_bodies_held_at_once_are_bounded_all_together(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)  # so that the bound is that of one image
+    monkeypatch.setattr(Limits, "max_edit_bytes", 100_000)
+    site = make_site(max_image_bytes=100_000)
+    tag = post(site, t=5, seed=1).headers["etag"]
+    worker, asked = site.app.state.worker, []
+    run = worker.run
+    monkeypatch.setattr(worker, "run", lambda act: asked.append(act) or run(act))
+    site.engine.gate.shut()
+    large = CAT.ljust(100_000, b"\0")
+    with ThreadPoolExecutor(2) as pool:
+        job = pool.submit(site.post, json={"steps": 1, "seed": 1})
+        site.engine.next_begun()  # the worker is at a tick, so what comes now waits for it
+        first = pool.submit(post, site, large, t=5, seed=1)
+        wait_until(lambda: len(asked) == 1)
+        refusal = post(site, large, t=5)
+        assert "at most" in problem(refusal, 429, "too_many_bytes")["bound"]
+        assert refusal.headers["retry-after"] == "1"
+        known = post(site, t=5, seed=1, headers=RAW | {"If-None-Match": tag})
+        assert known.status_code == 304, "a small body is taken all the same"
+        site.engine.gate.open()
+        assert first.result().status_code == 200
+        assert job.result().status_code == 200
+    assert post(site, large, t=5).status_code == 200, "what was held is let go"
+
+
+# --- beside the jobs ---
+
+
+def test_it_goes_between_ticks_and_one_at_a_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, asked = site.app.state.worker, []
+
+    def run(act: Any, really: Any = worker.run) -> Any:
+        assert all(future.done() for future in asked)
+        asked.append(really(act))
+        return asked[-1]
+
+    monkeypatch.setattr(worker, "run", run)
+    threads: set[str] = set()
+    site.engine.on_noised = lambda: threads.add(threading.current_thread().name)
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(8) as pool:
+        job = pool.submit(site.post, json={"steps": 20, "seed": 1})
+        site.engine.next_begun()
+        noised = [pool.submit(post, site, t=5, seed=seed) for seed in range(7)]
+        wait_until(lambda: len(asked) == 1)
+        assert not asked[0].done(), "a tick is not interrupted"
+        site.engine.gate.open()
+        for seed, each in enumerate(noised):
+            np.testing.assert_array_equal(pixels(each.result().content), PICTURE + np.uint8(5 + seed))
+        assert job.result().status_code == 200
+    assert threads == {"tminus-worker"}
+
+
+def test_an_engine_that_fails_is_a_500_and_no_more(site: Site) -> None:
+    def fail() -> None:
+        raise RuntimeError("a secret")
+
+    site.engine.on_noised = fail
+    document = problem(post(site, t=5), 500, "engine_failed")
+    assert "secret" not in json.dumps(document)
+    site.engine.on_noised = lambda: None
+    assert post(site, t=5).status_code == 200
+
+
+def test_before_the_warm_up_it_is_not_ready(make_site: MakeSite) -> None:
+    problem(post(make_site(gate_shut=True), t=5), 503, "not_ready")
+
+
+def test_a_draining_server_refuses(site: Site) -> None:
+    site.app.state.worker.drain()
+    problem(post(site, t=5), 503, "draining")
+
+
+# --- the documentation ---
+
+
+def test_openapi_has_the_route(site: Site) -> None:
+    operation = site.client.get("/openapi.json").json()["paths"]["/noise"]["post"]
+    assert [parameter["name"] for parameter in operation["parameters"]] == ["t", "seed"]
+    assert all(parameter["description"] for parameter in operation["parameters"])
+    content = operation["requestBody"]["content"]
+    assert {"image/png", "image/jpeg", "image/webp", "application/octet-stream"} <= content.keys()
+    assert content["multipart/form-data"]["schema"]["properties"].keys() == {"image", "t", "seed"}
+    assert "image/png" in operation["responses"]["200"]["content"]

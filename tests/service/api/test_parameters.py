@@ -1,0 +1,214 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from service.api.parameters import from_body, from_query, merge
+from service.errors import ConflictingField, MalformedBody
+
+# --- query ---
+
+
+def test_query_items_are_taken_as_text() -> None:
+    assert from_query([("n", "8"), ("sampler", "ddim")]) == {"n": "8", "sampler": "ddim"}
+    assert from_query([]) == {}
+
+
+def test_class_label_may_repeat_and_keeps_its_order() -> None:
+    assert from_query([("class_label", "2"), ("n", "2"), ("class_label", "cat")]) == {
+        "class_label": ["2", "cat"],
+        "n": "2",
+    }
+
+
+def test_one_class_label_is_no_list() -> None:
+    assert from_query([("class_label", "2")]) == {"class_label": "2"}
+
+
+def test_a_field_repeated_with_another_value_conflicts() -> None:
+    with pytest.raises(ConflictingField) as caught:
+        from_query([("steps", "5"), ("steps", "6")])
+    error = caught.value
+    assert (error.status, error.code, error.field, error.value) == (422, "conflicting_field", "steps", ["5", "6"])
+
+
+def test_a_field_repeated_with_the_same_value_is_one() -> None:
+    assert from_query([("steps", "5"), ("steps", "5")]) == {"steps": "5"}
+
+
+# --- body ---
+
+
+@pytest.mark.parametrize("body", [b"", b"  \r\n\t"])
+def test_an_empty_body_has_no_parameters(body: bytes) -> None:
+    assert from_body(body) == {}
+
+
+def test_a_body_is_a_json_object() -> None:
+    assert from_body(b'{"n": 8, "class_label": [1, "cat", null], "clip": true}') == {
+        "n": 8,
+        "class_label": [1, "cat", None],
+        "clip": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"steps=5",
+        b"{",
+        b"{'steps': 5}",
+        b'{"steps": 5} {}',
+        b'{"steps": NaN}',
+        b'{"guidance": Infinity}',
+        b'{"guidance": -Infinity}',
+        b'{"steps": }',
+        b"[1, 2]",
+        b'"text"',
+        b"5",
+        b"null",
+        b"true",
+        b"\xff\xfe\xfa",
+        b"\x89PNG\r\n\x1a\n",
+        b'{"sampler": "\xff"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"seed": ' + b"9" * 10_000 + b"}",
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+def test_a_body_that_is_no_json_object_is_malformed(body: bytes) -> None:
+    with pytest.raises(MalformedBody) as caught:
+        from_body(body)
+    error = caught.value
+    assert (error.status, error.code) == (400, "malformed_body")
+    assert error.detail.startswith("the body must be a JSON object")
+    assert len(error.detail) < 300
+
+
+def test_the_message_names_what_the_body_is_instead() -> None:
+    with pytest.raises(MalformedBody, match="got list"):
+        from_body(b"[]")
+
+
+@given(st.binary(max_size=60))
+@example(b"\xef\xbb\xbf{}")
+@example(b'{"\\ud800": 1}')
+@example(b'{"a": 1e400}')
+def test_any_bytes_are_parameters_or_malformed(body: bytes) -> None:
+    try:
+        assert isinstance(from_body(body), dict)
+    except MalformedBody:
+        pass
+
+
+@given(st.text(alphabet='{}[]":,0123456789eE+-.\\untrfalse ', max_size=40))
+def test_any_text_like_json_is_parameters_or_malformed(text: str) -> None:
+    try:
+        assert isinstance(from_body(text.encode()), dict)
+    except MalformedBody:
+        pass
+
+
+# --- both ---
+
+
+def test_query_and_body_join() -> None:
+    assert merge({"n": "2"}, {"steps": 5}) == {"n": "2", "steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("query", "body"),
+    [
+        ("5", 5),
+        ("5", "5"),
+        ("2", 2.0),
+        ("2.50", 2.5),
+        ("true", True),
+        ("null", None),
+        ("ddim", "ddim"),
+        ("18446744073709551615", 18446744073709551615),
+        (["1", "cat"], [1, "cat"]),
+        ("1", [1]),
+        (["2"], 2),
+    ],
+)
+def test_the_same_value_in_both_is_one(query: Any, body: Any) -> None:
+    assert merge({"x": query}, {"x": body}) == {"x": body}
+
+
+@pytest.mark.parametrize(
+    ("query", "body"),
+    [
+        ("5", 6),
+        ("ten", 10),
+        ("5", None),
+        ("5", True),
+        ("true", False),
+        ("ddim", "ddpm"),
+        ("", 0),
+        (["1", "cat"], ["cat", 1]),
+        (["1", "2"], [1]),
+        ("1", [1, 2]),
+        ("1", {"a": 1}),
+        (["1", "2"], 1),
+        ("5", []),
+    ],
+)
+def test_another_value_in_query_and_body_conflicts(query: Any, body: Any) -> None:
+    with pytest.raises(ConflictingField) as caught:
+        merge({"x": query, "n": "1"}, {"x": body, "n": 1})
+    error = caught.value
+    assert (error.status, error.code, error.field, error.value) == (422, "conflicting_field", "x", query)
+    assert "query" in error.detail
+    assert "body" in error.detail
+
+
+def test_seeds_that_only_a_float_confuses_conflict() -> None:
+    with pytest.raises(ConflictingField):
+        merge({"seed": "9007199254740993"}, {"seed": 9007199254740992})
+    with pytest.raises(ConflictingField):
+        merge({"seed": "18446744073709551615"}, {"seed": 18446744073709551614})
+
+
+def test_a_deeply_nested_value_conflicts_and_does_no_harm() -> None:
+    body = from_body(b'{"class_label": ' + b"[" * 900 + b"]" * 900 + b"}")
+    with pytest.raises(ConflictingField):
+        merge({"class_label": "1"}, body)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
+def test_integers_conflict_exactly_where_they_differ(a: int, b: int) -> None:
+    assert merge({"seed": str(a)}, {"seed": a}) == {"seed": a}
+    if a != b:
+        with pytest.raises(ConflictingField):
+            merge({"seed": str(a)}, {"seed": b})
+
+
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.text(max_size=5) | st.lists(st.text(max_size=3), min_size=2)),
+    st.dictionaries(
+        st.sampled_from("abc"),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+            max_leaves=5,
+        ),
+    ),
+)
+def test_merging_anything_gives_the_union_or_a_conflict(query: dict[str, Any], body: dict[str, Any]) -> None:
+    try:
+        merged = merge(query, body)
+    except ConflictingField as error:
+        assert error.field in query.keys() & body.keys()
+        json.dumps(error.problem())
+    else:
+        assert merged == query | body
+
+
+def test_a_name_twice_in_the_body_is_a_conflict() -> None:
+    with pytest.raises(ConflictingField) as caught:
+        from_body(b'{"steps": 1, "n": 2, "steps": 2}')
+    assert caught.value.field == "steps"

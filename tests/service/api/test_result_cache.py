@@ -1,0 +1,250 @@
+"""Answers that cost no step: the cache by itself, and with ETag and 304 through the app."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.api.result_cache import ResultCache
+from tests.service.conftest import MakeSite, Site
+from tests.service.fakes import INFO
+
+ASKED: dict[str, Any] = {"steps": 3, "seed": 5, "class_label": "cat", "n": 2}
+A_MEGABYTE = 2**20
+
+
+# --- the cache ---
+
+
+def test_what_was_put_is_got_by_its_name_alone() -> None:
+    cache = ResultCache(100)
+    cache.put('"a"', b"body")
+    assert cache.get('"a"') == b"body"
+    assert cache.get('"b"') is None
+
+
+def test_a_cache_of_no_bytes_keeps_nothing() -> None:
+    cache = ResultCache(0)
+    cache.put('"a"', b"x")
+    assert cache.get('"a"') is None
+
+
+def test_the_least_recently_asked_for_goes_first() -> None:
+    cache = ResultCache(30)
+    for name in "abc":
+        cache.put(name, b"0123456789")
+    assert cache.get("a") is not None
+    cache.put("d", b"0123456789")
+    assert [name for name in "abcd" if cache.get(name) is not None] == ["a", "c", "d"]
+
+
+def test_a_body_over_the_bound_is_not_kept_and_drives_nothing_out() -> None:
+    cache = ResultCache(10)
+    cache.put("small", b"12345")
+    cache.put("large", b"x" * 11)
+    assert cache.get("small") == b"12345"
+    assert cache.get("large") is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60)), max_size=60))
+def test_it_never_holds_more_than_the_bound(puts: list[tuple[int, int]]) -> None:
+    cache = ResultCache(100)
+    for name, size in puts:
+        cache.put(str(name), bytes(size))
+        assert sum(len(cache.get(str(each)) or b"") for each in range(10)) <= 100
+        assert len(cache.get(str(name)) or b"") == size, "the last is there"
+
+
+# --- ETag ---
+
+
+def ticks(site: Site, ask: Callable[[], object]) -> int:
+    """How many ticks a request cost."""
+    before = len(site.engine.batches)
+    ask()
+    return len(site.engine.batches) - before
+
+
+def test_an_etag_is_there_exactly_with_a_given_seed(site: Site) -> None:
+    with_seed, without = site.post(json=ASKED), site.post(json={"steps": 3})
+    assert with_seed.headers["etag"].startswith('"')
+    assert with_seed.headers["cache-control"] == "no-cache"
+    assert "etag" not in without.headers
+    assert without.headers["cache-control"] == "no-store"
+    for response in (with_seed, without):
+        assert response.headers["vary"] == "Accept"
+
+
+def test_a_server_that_is_not_exact_names_no_answer(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, exact=False), result_cache_bytes=A_MEGABYTE)
+    response = site.post(json=ASKED)
+    assert "etag" not in response.headers
+    assert ticks(site, lambda: site.post(json=ASKED, headers={"If-None-Match": "*"})) == 3
+    assert ticks(site, lambda: site.client.get("/sample", params=ASKED, headers={"If-None-Match": "*"})) == 3
+
+
+def test_the_same_answer_has_the_same_etag_however_it_was_asked_for(site: Site) -> None:
+    answers = [
+        site.post(json=ASKED),
+        site.post(params=ASKED),
+        site.client.get("/sample", params=ASKED),
+        site.post(json=ASKED | {"class_label": [0, 0], "sampler": "ddpm", "index": 0, "guidance": 1.0}),
+        site.post(json=ASKED | {"deadline_s": 1000}),
+    ]
+    assert len({answer.headers["etag"] for answer in answers}) == 1
+    assert len({answer.content for answer in answers}) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 6},
+        {"steps": 2},
+        {"n": 3},
+        {"index": 1},
+        {"class_label": "dog"},
+        {"sampler": "ddim"},
+        {"sampler": "dpmpp_2m"},
+        {"guidance": 2},
+        {"timestep_spacing": "trailing"},
+        {"clip": False},
+    ],
+    ids=str,
+)
+def test_another_request_has_another_etag(site: Site, change: dict[str, Any]) -> None:
+    assert site.post(json=ASKED).headers["etag"] != site.post(json=ASKED | change).headers["etag"]
+
+
+def test_each_media_type_has_an_etag_of_its_own(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=A_MEGABYTE)
+    types = ("image/png", "application/zip", "application/json")
+    answers = [site.post(json=ASKED, headers={"Accept": media_type}) for media_type in types]
+    assert len({answer.headers["etag"] for answer in answers}) == 3
+    again = [site.post(json=ASKED, headers={"Accept": media_type}) for media_type in types]
+    for first, second, media_type in zip(answers, again, types, strict=True):
+        assert first.content == second.content
+        assert second.headers["content-type"] == media_type
+        assert second.headers["cache-status"] == "tminus; hit"
+    # What one type's ETag says of another type's answer: nothing.
+    crossed = site.post(json=ASKED, headers={"Accept": types[1], "If-None-Match": answers[0].headers["etag"]})
+    assert crossed.status_code == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(
+    "header", ["{tag}", "W/{tag}", '"other", {tag}', '"other" , W/{tag},"more"', "*, {tag}", " {tag} ", '"a,b", {tag}']
+)
+def test_a_client_that_has_it_gets_304_without_a_step(site: Site, method: str, header: str) -> None:
+    tag = site.post(json=ASKED).headers["etag"]
+
+    def ask() -> None:
+        given = {"If-None-Match": header.format(tag=tag)}
+        response = site.client.request(method, "/sample", params=ASKED, headers=given)
+        assert response.status_code == 304
+        assert response.content == b""
+        assert response.headers["etag"] == tag
+        assert response.headers["vary"] == "Accept"
+        assert response.headers["cache-control"] == "no-cache"
+        assert response.headers["x-seed"] == "5"
+
+    assert ticks(site, ask) == 0
+    assert site.metrics()['tminus_answered_without_work_total{"how": "not_modified"}'] == 1
+
+
+@pytest.mark.parametrize("header", ["*", " * ", '"other", *'])
+def test_a_star_stands_for_any_answer_to_a_get_and_for_none_to_a_post(site: Site, header: str) -> None:
+    headers = {"If-None-Match": header}
+    assert ticks(site, lambda: site.client.get("/sample", params=ASKED, headers=headers)) == 0
+    response = site.client.get("/sample", params=ASKED, headers=headers)
+    assert (response.status_code, response.content) == (304, b"")
+    assert response.headers["etag"].startswith('"')
+    assert ticks(site, lambda: site.post(json=ASKED, headers=headers)) == 3
+    assert site.post(json=ASKED, headers=headers).status_code == 200
+
+
+def test_if_none_match_may_be_sent_in_several_lines(site: Site) -> None:
+    tag = site.post(json=ASKED).headers["etag"]
+    headers = [("If-None-Match", '"other"'), ("If-None-Match", tag)]
+    assert site.client.post("/sample", json=ASKED, headers=headers).status_code == 304
+
+
+@pytest.mark.parametrize("header", ['"other"', "", "W/", '"', "other", '"*"'])
+def test_a_client_that_has_something_else_gets_the_images(site: Site, header: str) -> None:
+    assert ticks(site, lambda: site.post(json=ASKED, headers={"If-None-Match": header})) == 3
+
+
+def test_without_a_seed_a_star_is_no_reason_for_304(site: Site) -> None:
+    assert site.post(json={"steps": 2}, headers={"If-None-Match": "*"}).status_code == 200
+    assert site.client.get("/sample?steps=2", headers={"If-None-Match": "*"}).status_code == 200
+
+
+def test_a_bad_request_is_refused_before_its_etag_is_looked_at(site: Site) -> None:
+    assert site.post(json=ASKED | {"steps": 0}, headers={"If-None-Match": "*"}).status_code == 422
+    assert site.post(json=ASKED, headers={"If-None-Match": "*", "Accept": "text/html"}).status_code == 406
+
+
+# --- the cache in the app ---
+
+
+def test_a_repeat_is_answered_from_the_cache_without_a_step(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=A_MEGABYTE)
+    first = site.post(json=ASKED)
+    assert "cache-status" not in first.headers
+    kept: list[Any] = []
+    assert ticks(site, lambda: kept.append(site.post(json=ASKED))) == 0
+    (second,) = kept
+    assert second.status_code == 200
+    assert second.headers["cache-status"] == "tminus; hit"
+    assert second.content == first.content
+    for name in ("etag", "content-type", "x-seed", "x-fingerprint", "vary"):
+        assert second.headers[name] == first.headers[name], name
+    assert second.headers["x-request-id"] != first.headers["x-request-id"]
+    assert site.metrics()['tminus_answered_without_work_total{"how": "cache_hit"}'] == 1
+
+
+def test_a_drawn_seed_is_not_kept(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=A_MEGABYTE)
+    drawn = site.post(json={"steps": 3})
+    asked_again = {"steps": 3, "seed": int(drawn.headers["x-seed"])}
+    assert ticks(site, lambda: site.post(json=asked_again)) == 3
+    assert ticks(site, lambda: site.post(json=asked_again)) == 0
+
+
+def test_the_cache_of_the_app_is_bounded(make_site: MakeSite) -> None:
+    size = len(make_site().post(json=ASKED).content)
+    site = make_site(result_cache_bytes=size * 5 // 2)
+    for seed in (1, 2, 3):
+        site.post(json=ASKED | {"seed": seed})
+    assert ticks(site, lambda: site.post(json=ASKED | {"seed": 3})) == 0
+    assert ticks(site, lambda: site.post(json=ASKED | {"seed": 2})) == 0
+    assert ticks(site, lambda: site.post(json=ASKED | {"seed": 1})) == 3
+
+
+def test_a_cache_of_size_0_is_off(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=0)
+    site.post(json=ASKED)
+    assert ticks(site, lambda: site.post(json=ASKED)) == 3
+    assert "cache-status" not in site.post(json=ASKED).headers
+
+
+def test_a_failure_is_not_kept(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=A_MEGABYTE)
+
+    def fail(_batch: object) -> None:
+        raise RuntimeError("once")
+
+    site.engine.on_step = fail
+    assert site.post(json=ASKED).status_code == 500
+    site.engine.on_step = lambda batch: None
+    assert site.post(json=ASKED).status_code == 200
+
+
+def test_a_draining_server_still_answers_what_costs_nothing(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=A_MEGABYTE)
+    first = site.post(json=ASKED)
+    site.app.state.worker.drain()
+    assert site.post(json=ASKED).content == first.content
+    assert site.post(json=ASKED | {"seed": 6}).status_code == 503

@@ -1,0 +1,303 @@
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.api.schemas import MAX_SEED, SEED_BITS, SampleRequest
+from service.errors import InvalidField, ServiceError, UnknownField
+from service.job import ModelInfo, SampleSpec
+from tests.service.fakes import INFO, LIMITS
+
+UNCONDITIONAL = replace(INFO, conditional=False, class_names=(), null_class=None)
+NO_NULL_CLASS = replace(INFO, null_class=None)
+CLASSES = "a class or a list of them: 0..2 or cat, dog, 3d-print"
+
+
+def spec_of(parameters: dict[str, Any], model: ModelInfo = INFO, **kwargs: Any) -> SampleSpec:
+    return SampleRequest.parse(parameters, model, LIMITS).to_spec(model, LIMITS, **kwargs)
+
+
+def refusal(parameters: dict[str, Any], model: ModelInfo = INFO) -> InvalidField:
+    with pytest.raises(InvalidField) as caught:
+        spec_of(parameters, model)
+    error = caught.value
+    assert (error.status, error.code) == (422, "invalid_field")
+    return error
+
+
+# --- what is right ---
+
+
+def test_left_out_parameters_take_their_defaults() -> None:
+    spec = spec_of({}, draw=lambda bits: 5)
+    assert spec == SampleSpec(
+        n=1,
+        steps=INFO.num_timesteps,
+        sampler="ddpm",
+        eta=0.0,
+        seed=5,
+        index=0,
+        class_labels=(None,),
+        guidance=1.0,
+        guidance_interval=None,
+        timestep_spacing="leading",
+        clip=True,
+    )
+
+
+def test_sampler_and_clip_default_to_the_checkpoints() -> None:
+    spec = spec_of({}, replace(INFO, default_sampler="ddim", clip=False))
+    assert (spec.sampler, spec.clip) == ("ddim", False)
+
+
+def test_a_drawn_seed_fits_the_numbers_of_javascript_and_is_drawn_anew() -> None:
+    asked: list[int] = []
+    spec_of({}, draw=lambda bits: asked.append(bits) or 0)  # type: ignore[func-returns-value]
+    assert asked == [SEED_BITS] == [53]
+    seeds = {spec_of({}).seed for _ in range(10)}
+    assert len(seeds) == 10
+    assert all(0 <= seed < 2**53 for seed in seeds)
+
+
+def test_a_given_seed_is_not_drawn() -> None:
+    def draw(_bits: int) -> int:
+        raise AssertionError("a seed was given")
+
+    for seed in (0, 1, MAX_SEED):
+        assert spec_of({"seed": seed}, draw=draw).seed == seed
+
+
+def test_null_means_left_out_where_the_default_is_the_models() -> None:
+    parameters = dict.fromkeys(("steps", "sampler", "eta", "seed", "class_label", "clip"))
+    assert spec_of(parameters, draw=lambda bits: 5) == spec_of({}, draw=lambda bits: 5)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"n": "8", "steps": "1000", "seed": "18446744073709551615"}, {"n": 8, "steps": 1000, "seed": MAX_SEED}),
+        ({"sampler": "ddim", "eta": "0.5"}, {"sampler": "ddim", "eta": 0.5}),
+        ({"sampler": "ddim", "eta": 1}, {"eta": 1.0}),
+        ({"clip": "false"}, {"clip": False}),
+        ({"clip": False}, {"clip": False}),
+        ({"n": 64, "steps": 1}, {"n": 64, "steps": 1}),
+        ({"guidance": "2.5", "class_label": "dog"}, {"guidance": 2.5, "class_labels": (1,)}),
+        ({"guidance": 0, "class_label": 1}, {"guidance": 0.0}),
+        ({"guidance": 50, "class_label": 1}, {"guidance": 50.0}),
+        ({"index": 2**32 - 2, "n": 2}, {"index": 2**32 - 2}),
+        ({"index": "7"}, {"index": 7}),
+    ],
+)
+def test_numbers_may_come_as_text_and_bounds_are_included(parameters: dict[str, Any], expected: dict[str, Any]) -> None:
+    spec = spec_of(parameters)
+    assert {name: getattr(spec, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("label", "n", "labels"),
+    [
+        (1, 1, (1,)),
+        ("1", 1, (1,)),
+        ("dog", 1, (1,)),
+        ("3d-print", 1, (2,)),
+        (0, 3, (0, 0, 0)),
+        ("cat", 2, (0, 0)),
+        ([2, 0, 1], 3, (2, 0, 1)),
+        (["cat", "2", 1, None], 4, (0, 2, 1, None)),
+        (["dog"], 1, (1,)),
+        ([None, None], 2, (None, None)),
+        (None, 2, (None, None)),
+    ],
+)
+def test_classes_come_by_name_number_or_numeric_text(label: object, n: int, labels: tuple[int | None, ...]) -> None:
+    assert spec_of({"class_label": label, "n": n}).class_labels == labels
+
+
+def test_a_class_whose_name_is_a_number_goes_by_its_name() -> None:
+    model = replace(INFO, class_names=("2", "1", "0"))
+    assert spec_of({"class_label": "2"}, model).class_labels == (0,)
+    assert spec_of({"class_label": 2}, model).class_labels == (2,)
+
+
+def test_an_unconditional_model_has_no_labels() -> None:
+    assert spec_of({"n": 3}, UNCONDITIONAL).class_labels is None
+    assert spec_of({"guidance": 1}, UNCONDITIONAL).guidance == 1.0
+
+
+def test_guidance_of_one_needs_no_class() -> None:
+    assert spec_of({"guidance": 1.0}).guidance == 1.0
+
+
+# --- what is wrong ---
+
+
+@pytest.mark.parametrize("steps", [0, 1001, -1, 10**9, "ten", "", 1e9, 2.5, "2.5", 2**70, [5], {}, float("inf")])
+def test_steps_out_of_bounds_or_no_integer_are_refused(steps: object) -> None:
+    error = refusal({"steps": steps})
+    assert (error.field, error.value, error.bound) == ("steps", steps, "an integer in 1..1000")
+    assert error.detail.startswith("steps must be an integer in 1..1000, got ")
+
+
+@pytest.mark.parametrize("n", [0, 65, -1, "many", None, 1.5])
+def test_n_out_of_bounds_is_refused(n: object) -> None:
+    error = refusal({"n": n})
+    assert (error.field, error.value, error.bound) == ("n", n, "an integer in 1..64")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, "abc", 1.5, "-3", "18446744073709551616", 10**30])
+def test_seeds_that_are_negative_or_over_64_bits_are_refused(seed: object) -> None:
+    error = refusal({"seed": seed})
+    assert error.field == "seed"
+    assert str(error.value) == str(seed)
+    assert error.bound == "an integer in 0..18446744073709551615"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field", "bound"),
+    [
+        ({"sampler": "euler"}, "sampler", "one of ddpm, ddim, dpmpp_2m"),
+        ({"sampler": "DDPM"}, "sampler", "one of ddpm, ddim, dpmpp_2m"),
+        ({"sampler": 3}, "sampler", "one of ddpm, ddim, dpmpp_2m"),
+        ({"eta": -0.1, "sampler": "ddim"}, "eta", "a number in 0..1"),
+        ({"eta": 1.1, "sampler": "ddim"}, "eta", "a number in 0..1"),
+        ({"eta": "nan", "sampler": "ddim"}, "eta", "a number in 0..1"),
+        ({"guidance": -1, "class_label": 0}, "guidance", "a number in 0..50"),
+        ({"guidance": 50.1, "class_label": 0}, "guidance", "a number in 0..50"),
+        ({"guidance": "inf", "class_label": 0}, "guidance", "a number in 0..50"),
+        ({"guidance": "strong"}, "guidance", "a number in 0..50"),
+        ({"index": -1}, "index", "an integer in 0..4294967295 less n - 1"),
+        ({"index": 2**32}, "index", "an integer in 0..4294967295 less n - 1"),
+        ({"index": 2**32 - 1, "n": 2}, "index", "an integer in 0..4294967295 less n - 1"),
+        ({"clip": "perhaps"}, "clip", "true or false"),
+        ({"class_label": "bird"}, "class_label", CLASSES),
+        ({"class_label": 3}, "class_label", CLASSES),
+        ({"class_label": -1}, "class_label", CLASSES),
+        ({"class_label": "3"}, "class_label", CLASSES),
+        ({"class_label": "-1"}, "class_label", CLASSES),
+        ({"class_label": ""}, "class_label", CLASSES),
+        ({"class_label": "9" * 5000}, "class_label", CLASSES),
+        ({"class_label": 10**400}, "class_label", CLASSES),
+        ({"class_label": 1.5}, "class_label", CLASSES),
+        ({"class_label": {"a": 1}}, "class_label", CLASSES),
+        ({"class_label": [[0]]}, "class_label", CLASSES),
+        ({"class_label": [0, "bird"], "n": 2}, "class_label", CLASSES),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_field_and_bound(parameters: dict[str, Any], field: str, bound: str) -> None:
+    error = refusal(parameters)
+    assert (error.field, error.bound) == (field, bound)
+    given = parameters[field]
+    assert error.value == given or (isinstance(given, list) and error.value in given)
+    assert error.detail.startswith(f"{field} must be {bound}, got ")
+
+
+@pytest.mark.parametrize(("labels", "n"), [([0, 1], 3), ([0, 1], 1), ([], 1), ([0] * 65, 64)])
+def test_a_list_of_classes_must_have_a_class_for_each_image(labels: list[int], n: int) -> None:
+    error = refusal({"class_label": labels, "n": n})
+    assert (error.field, error.value, error.bound) == ("class_label", labels, f"one class or a list of n={n}")
+    assert f"got a list of {len(labels)}" in error.detail
+
+
+@pytest.mark.parametrize("eta", [0, 0.5, 1.0])
+def test_eta_goes_with_ddim_only(eta: float) -> None:
+    error = refusal({"eta": eta, "sampler": "ddpm"})
+    assert (error.field, error.value) == ("eta", eta)
+    assert "only ddim" in error.detail
+    assert refusal({"eta": eta}).field == "eta", "ddpm is this checkpoint's default"
+
+
+def test_a_class_is_refused_by_a_model_without_classes() -> None:
+    error = refusal({"class_label": 0}, UNCONDITIONAL)
+    assert (error.field, error.value, error.bound) == ("class_label", 0, "absent: this model has no classes")
+
+
+def test_guidance_is_refused_by_a_model_without_classes() -> None:
+    error = refusal({"guidance": 2}, UNCONDITIONAL)
+    assert (error.field, error.value) == ("guidance", 2.0)
+    assert error.bound == "1 (off): this model has no classes"
+
+
+def test_guidance_is_refused_by_a_model_without_a_null_class() -> None:
+    error = refusal({"guidance": 2, "class_label": 0}, NO_NULL_CLASS)
+    assert (error.field, error.bound) == ("guidance", "1 (off): this model has no null class")
+
+
+@pytest.mark.parametrize("label", [None, [0, None]])
+def test_guidance_is_refused_where_an_image_has_no_class(label: object) -> None:
+    error = refusal({"guidance": 2, "class_label": label, "n": 2})
+    assert error.field == "guidance"
+    assert "no class_label" in error.detail
+
+
+@pytest.mark.parametrize("label", [None, [0, None]])
+def test_a_model_without_a_null_class_needs_a_class_for_each_image(label: object) -> None:
+    error = refusal({"class_label": label, "n": 2}, NO_NULL_CLASS)
+    assert error.field == "class_label"
+    assert error.value == label
+
+
+@pytest.mark.parametrize("name", ["step", "N", "class", "model_config", "", "prompt"])
+def test_an_unknown_parameter_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UnknownField) as caught:
+        spec_of({name: 5})
+    error = caught.value
+    assert (error.status, error.code, error.field, error.value) == (422, "unknown_field", name, 5)
+    assert error.bound == f"one of {', '.join(SampleRequest.model_fields)}"
+    assert "steps" in error.bound
+
+
+def test_a_huge_value_is_not_echoed_whole() -> None:
+    problem = refusal({"steps": "9" * 100_000}).problem()
+    assert len(json.dumps(problem)) < 2000
+
+
+def test_an_empty_sampler_is_no_sampler() -> None:
+    assert refusal({"sampler": ""}).field == "sampler"
+
+
+@pytest.mark.parametrize("field", ["n", "steps", "seed", "index", "guidance", "class_label"])
+def test_true_is_no_number(field: str) -> None:
+    assert refusal({field: True, "sampler": "ddim"}).field == field
+
+
+def test_every_parameter_has_a_description_and_a_bound() -> None:
+    for name, field in SampleRequest.model_fields.items():
+        assert field.description, name
+        with pytest.raises(InvalidField) as caught:
+            SampleRequest.parse({name: {"an": "object"}}, INFO, LIMITS)
+        assert caught.value.field == name
+        assert caught.value.bound
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+names = st.sampled_from([*SampleRequest.model_fields, "extra"]) | st.text(max_size=5)
+
+
+@given(st.dictionaries(names, json_values | st.sampled_from(["ddim", "cat", "5", "nan"]), max_size=4))
+def test_any_parameters_make_a_spec_within_the_bounds_or_a_typed_refusal(parameters: dict[str, Any]) -> None:
+    for model in (INFO, UNCONDITIONAL, NO_NULL_CLASS):
+        try:
+            spec = spec_of(parameters, model)
+        except ServiceError as error:
+            assert error.status == 422
+            assert error.field in {*parameters, "class_label", "strength", "image", "mask"}  # the last may be missing
+            assert re.search(r"must be .* got|no parameter", error.detail, re.DOTALL)
+            json.dumps(error.problem(), allow_nan=False)
+        else:
+            assert 1 <= spec.n <= 64
+            assert 1 <= spec.steps <= 1000
+            assert spec.sampler in model.samplers
+            assert 0 <= spec.eta <= 1
+            assert 0 <= spec.seed <= MAX_SEED
+            assert 0 <= spec.index <= spec.index + spec.n - 1 < 2**32
+            assert (spec.class_labels is not None) == model.conditional
+            assert spec.class_labels is None or len(spec.class_labels) == spec.n
+            assert isinstance(spec.clip, bool)

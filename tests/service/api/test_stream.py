@@ -1,0 +1,483 @@
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import WebSocketDenialResponse, WebSocketTestSession
+from starlette.websockets import WebSocketDisconnect
+
+from service.api import stream as routes_stream
+from service.images.encoder import contact_sheet, encode_result
+from tests.service.conftest import INSTANT, MakeSite, Site, pixels
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
+
+SPEC = {"n": 2, "steps": 4, "seed": 5, "class_label": "cat"}
+
+
+class Client:
+    """The other end of a stream, message by message."""
+
+    def __init__(self, ws: WebSocketTestSession) -> None:
+        self.ws = ws
+
+    def send(self, **message: object) -> None:
+        self.ws.send_text(json.dumps(message))
+
+    def get(self, kind: str) -> dict[str, Any]:
+        message = self.ws.receive_json()
+        assert message["type"] == kind, message
+        return message
+
+    def picture(self) -> bytes:
+        return self.ws.receive_bytes()
+
+    def closed(self) -> tuple[int, str]:
+        with pytest.raises(WebSocketDisconnect) as caught:
+            self.ws.receive_json()
+        return caught.value.code, caught.value.reason or ""
+
+    def refused(self, code: str, close: int) -> dict[str, Any]:
+        error = self.get("error")
+        assert error["code"] == code
+        assert error["status"]
+        assert error["detail"]
+        assert self.closed() == (close, code)
+        return error
+
+
+@contextmanager
+def connect(site: Site, **headers: str) -> Iterator[WebSocketTestSession]:
+    session = site.client.websocket_connect("/sample/stream", headers=headers)
+    ws = session.__enter__()
+    try:
+        yield ws
+    finally:
+        # The test client cancels the app right after its goodbye; which of the two the app hears first is chance.
+        with suppress(CancelledError):
+            session.__exit__(None, None, None)
+
+
+def gray(picture: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(picture)) as image:
+        return np.asarray(image.convert("L"))
+
+
+def held(make_site: MakeSite, **limits: object) -> Site:
+    """A site that is ready, and whose next tick waits for the test."""
+    site = make_site(gate_shut=True, **limits)
+    site.engine.gate.let()  # the warm-up
+    site.wait_until_ready()
+    return site
+
+
+# --- one job ---
+
+
+def test_a_job_is_accepted_shown_and_delivered(make_site: MakeSite) -> None:
+    site = held(make_site)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1)
+        accepted = client.get("accepted")
+        assert accepted["seed"] == 5
+        assert accepted["position"] == 0
+        assert accepted["fingerprint"] == INFO.fingerprint
+        for step in (1, 2, 3):
+            site.engine.gate.let()
+            frame = client.get("frame")
+            # Leading spacing of 4 in 1000 starts from 750, 500, 250, 0; a frame shows where the next step starts.
+            assert frame == {"type": "frame", "step": step, "steps": 4, "t": 750 - 250 * step, "show": "x_t"} | {
+                "eta_s": frame["eta_s"]
+            }
+            expected = contact_sheet(fake_pixels(make_spec(n=2, seed=5), step))
+            np.testing.assert_array_equal(pixels(client.picture()), expected[:, :, 0])
+        site.engine.gate.let()
+        done = client.get("done")
+        assert done["images"] == 1
+        assert done["media_type"] == "image/png"
+        assert done["frames_dropped"] == 0
+        assert done["queue_s"] >= 0 < done["denoise_s"]
+        whole = client.picture()
+        assert client.closed()[0] == 1000
+    site.engine.gate.open()
+    assert whole == site.post(json=SPEC).content, "the same bytes as from POST /sample"
+    metrics = site.metrics()
+    assert metrics["tminus_frames_sent_total"] == 3
+    assert metrics["tminus_frames_dropped_total"] == 0
+
+
+@pytest.mark.parametrize("frame_format", ["png", "webp", "jpeg"])
+@pytest.mark.parametrize("show", ["x_t", "x_0", ["x_0", "x_t"]])
+@pytest.mark.parametrize("layout", ["sheet", "images"])
+def test_what_is_shown_is_chosen_by_the_client(
+    make_site: MakeSite, frame_format: str, show: str | list[str], layout: str
+) -> None:
+    site = held(make_site)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, index=7, every=2, show=show, frame_format=frame_format, layout=layout)
+        client.get("accepted")
+        site.engine.gate.let(2)
+        images = fake_pixels(make_spec(n=2, seed=5, index=7), 2)
+        for name in [show] if isinstance(show, str) else show:
+            shown = images if name == "x_t" else 255 - images
+            for k, expected in enumerate(shown if layout == "images" else [contact_sheet(shown)]):
+                frame = client.get("frame")
+                assert (frame["step"], frame["show"]) == (2, name)
+                assert frame.get("image") == (7 + k if layout == "images" else None)
+                picture = client.picture()
+                with Image.open(io.BytesIO(picture)) as image:
+                    assert image.format == frame_format.upper()
+                np.testing.assert_allclose(gray(picture), expected[:, :, 0], atol=2 if frame_format == "jpeg" else 0)
+        site.engine.gate.let(2)
+        assert client.get("done")["images"] == (2 if layout == "images" else 1)
+        finals = [client.picture() for _ in range(2 if layout == "images" else 1)]
+        assert client.closed()[0] == 1000
+    site.engine.gate.open()
+    if layout == "images":
+        assert finals == [site.post(json=SPEC | {"n": 1, "index": 7 + k}).content for k in range(2)]
+
+
+def test_without_a_pace_ten_frames_a_second_are_asked_for(site: Site) -> None:
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC | {"steps": 1000})
+        client.get("accepted")
+        kinds = []
+        while (message := ws.receive())["type"] == "websocket.send":
+            if "text" in message:
+                kinds.append(json.loads(message["text"])["type"])
+        assert kinds[-1] == "done"
+        assert 0 <= kinds.count("frame") < 100, "a thousand ticks take no time here"
+
+
+def test_jobs_run_one_after_the_other_over_one_connection(site: Site) -> None:
+    with connect(site) as ws:
+        client = Client(ws)
+        for seed in range(3):
+            client.send(**SPEC | {"seed": seed}, every=1000, keep_open=True)
+            assert client.get("accepted")["seed"] == seed
+            client.get("done")
+            np.testing.assert_array_equal(
+                pixels(client.picture()), contact_sheet(fake_pixels(make_spec(n=2, seed=seed), 4))[:, :, 0]
+            )
+        client.send(type="cancel")  # too late: let pass
+        client.send(**SPEC, every=1000)
+        client.get("accepted")
+        client.get("done")
+        client.picture()
+        assert client.closed()[0] == 1000
+
+
+# --- its end ---
+
+
+@pytest.mark.parametrize("keep_open", [False, True])
+def test_a_cancel_frees_the_rows_and_says_so(make_site: MakeSite, keep_open: bool) -> None:
+    site = held(make_site)
+    with connect(site) as ws:
+        client = Client(ws)
+        site.engine.on_step = lambda batch: time.sleep(0.001)  # so that the job would last for a second
+        client.send(**SPEC | {"steps": 1000}, every=1, keep_open=keep_open)
+        accepted = client.get("accepted")
+        site.engine.gate.let()
+        client.get("frame")
+        client.picture()
+        client.send(type="cancel")
+        site.engine.gate.open()
+        message = ws.receive_json()
+        while message["type"] == "frame":  # of the tick that ran
+            client.picture()
+            message = ws.receive_json()
+        assert message == {"type": "cancelled", "id": accepted["id"]}
+        if keep_open:
+            client.send(**SPEC, every=1000)
+            client.get("accepted")
+            client.get("done")
+            client.picture()
+        assert client.closed()[0] == 1000
+    assert site.metrics()['tminus_cancelled_total{"reason": "client_cancelled"}'] == 1
+
+
+def test_a_client_that_goes_away_frees_its_rows(make_site: MakeSite) -> None:
+    site = held(make_site)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC | {"steps": 1000}, every=1)
+        client.get("accepted")
+        site.engine.gate.let()
+        client.get("frame")
+    site.engine.gate.open()
+    wait_until(lambda: not site.engine.jobs)
+    assert site.metrics()['tminus_cancelled_total{"reason": "client_gone"}'] == 1
+
+
+def test_a_job_deleted_by_somebody_else_is_cancelled(make_site: MakeSite) -> None:
+    site = held(make_site)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1000)
+        accepted = client.get("accepted")
+        assert site.client.delete(f"/jobs/{accepted['id']}").status_code == 204
+        site.engine.gate.open()
+        client.get("cancelled")
+        assert client.closed()[0] == 1000
+
+
+def test_a_job_that_fails_says_why(make_site: MakeSite) -> None:
+    site = held(make_site)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1000)
+        client.get("accepted")
+        site.engine.nan |= set(site.engine.next_begun().rows)
+        site.engine.gate.open()
+        client.refused("not_finite", 1011)
+
+
+# --- a viewer's trouble is its own ---
+
+
+def test_a_frame_that_cannot_be_read_is_left_out(site: Site) -> None:
+    def fail(rows: object) -> None:
+        raise RuntimeError("out of memory")
+
+    site.engine.on_preview = fail
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1)
+        client.get("accepted")
+        client.get("done")
+        client.picture()
+
+
+def test_a_frame_that_cannot_be_encoded_is_left_out(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(pixels: object, frame_format: str) -> bytes:
+        raise ValueError("too wide for webp")
+
+    monkeypatch.setattr("service.images.encoder.encode_frame", fail)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1)
+        client.get("accepted")
+        client.get("done")
+        client.picture()
+        assert client.closed()[0] == 1000
+
+
+def test_what_nobody_foresaw_is_an_internal_error_and_its_reason_is_in_the_log(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("service.images.encoder.encode_result", fail)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1000)
+        client.get("accepted")
+        assert "space" not in client.refused("internal", 1011)["detail"]
+    assert "no space left on device" in caplog.text
+
+
+def test_the_next_spec_may_follow_done_while_the_pictures_are_on_their_way(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it falls out: the message comes after the job is done, and before its last picture is sent."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> bytes:
+        began.set()
+        assert go_on.wait(PATIENCE_S)
+        return encode_result(*arguments)
+
+    monkeypatch.setattr("service.images.encoder.encode_result", slow)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1000, keep_open=True)
+        client.get("accepted")
+        assert began.wait(PATIENCE_S)
+        client.send(**SPEC, every=1000)
+        go_on.set()
+        for _ in range(2):
+            client.get("done")
+            client.picture()
+            if _ == 0:
+                client.get("accepted")
+        assert client.closed()[0] == 1000
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"every": 0}, "every"),
+        ({"every": "x"}, "every"),
+        ({"every": True}, "every"),
+        ({"fps": 0}, "fps"),
+        ({"fps": 61}, "fps"),
+        ({"fps": 5, "every": 2}, "fps"),
+        ({"show": "x_1"}, "show"),
+        ({"show": []}, "show"),
+        ({"show": ["x_t", "x_t"]}, "show"),
+        ({"show": 3}, "show"),
+        ({"frame_format": "gif"}, "frame_format"),
+        ({"layout": "pile"}, "layout"),
+        ({"keep_open": "perhaps"}, "keep_open"),
+        ({"deadline_s": -1}, "deadline_s"),
+    ],
+)
+def test_a_bad_spec_is_one_error_and_a_close(site: Site, fields: dict[str, object], field: str) -> None:
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC | fields)
+        error = client.refused("invalid_field", 1008)
+        assert (error["field"], error["value"]) == (field, fields[field])
+        assert error["bound"]
+    assert site.metrics()['tminus_rejected_total{"reason": "invalid_field"}'] == 1
+
+
+def test_an_unknown_parameter_is_named(site: Site) -> None:
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, evry=1)
+        assert client.refused("unknown_field", 1008)["field"] == "evry"
+
+
+@pytest.mark.parametrize("text", ["", " ", "{", "[]", "3", '"steps"', '{"n": NaN}', '{"n": 1, "n": 2}', "{" * 4000])
+def test_a_malformed_message_is_one_error_and_a_close(site: Site, text: str) -> None:
+    with connect(site) as ws:
+        ws.send_text(text)
+        client = Client(ws)
+        error = client.get("error")
+        assert error["code"] == "malformed_message"
+        assert client.closed() == (1008, "malformed_message")
+
+
+def test_a_binary_first_message_is_refused(site: Site) -> None:
+    with connect(site) as ws:
+        ws.send_bytes(json.dumps(SPEC).encode())
+        Client(ws).refused("malformed_message", 1008)
+
+
+def test_another_spec_while_a_job_runs_is_refused_and_the_job_given_up(make_site: MakeSite) -> None:
+    site = held(make_site)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1000)
+        client.get("accepted")
+        client.send(**SPEC)
+        client.refused("malformed_message", 1008)
+        site.engine.gate.open()
+        wait_until(lambda: not site.engine.jobs)
+
+
+def test_silence_is_not_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes_stream, "FIRST_MESSAGE_S", 0.05)
+    with connect(site) as ws:
+        Client(ws).refused("silence", 1008)
+
+
+def test_silence_between_two_jobs_is_waited_for_longer_but_not_for_ever(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes_stream, "NEXT_MESSAGE_S", 0.05)
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**SPEC, every=1000, keep_open=True)
+        client.get("accepted")
+        client.get("done")
+        client.picture()
+        client.refused("silence", 1008)
+
+
+def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> None:
+    site = held(make_site, max_jobs=1)
+    with connect(site) as first, connect(site) as second:
+        Client(first).send(**SPEC, every=1000)
+        Client(first).get("accepted")
+        Client(second).send(**SPEC)
+        assert Client(second).refused("overloaded", 1013)["retry_after_s"] >= 1
+        site.engine.gate.open()
+        Client(first).get("done")
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://testserver", True),
+        ("https://TESTSERVER", True),
+        ("http://testserver:8000", False),
+        ("http://evil.example", False),
+        ("null", False),
+        ("http://[", False),
+        ("http://" + "x" * 300, False),
+    ],
+)
+def test_pages_of_other_origins_are_refused(site: Site, origin: str, allowed: bool) -> None:
+    if allowed:
+        with connect(site, origin=origin) as ws:
+            ws.send_text("{}")
+            Client(ws).get("accepted")
+        return
+    with pytest.raises(WebSocketDenialResponse) as caught, connect(site, origin=origin):
+        pass
+    assert caught.value.status_code == 403
+    problem = caught.value.json()
+    assert (problem["code"], problem["field"]) == ("foreign_origin", "Origin")
+    assert len(problem["detail"]) < 300
+
+
+@pytest.mark.parametrize("origins", [{"*"}, {"https://studio.example"}])
+def test_pages_of_origins_that_are_allowed_may_connect(origins: set[str]) -> None:
+    site = Site(INFO, LIMITS, INSTANT, allowed_origins=frozenset(origins))
+    with site.client:
+        site.wait_until_ready()
+        with connect(site, origin="https://Studio.example") as ws:
+            client = Client(ws)
+            client.send(steps=1)
+            client.get("accepted")
+            client.get("done")
+            client.picture()
+            assert client.closed() == (1000, "")
+
+
+def test_one_address_has_so_many_streams_and_no_more(make_site: MakeSite) -> None:
+    site = make_site(max_streams_per_address=2)
+    with connect(site), connect(site):
+        with pytest.raises(WebSocketDenialResponse) as caught, connect(site):
+            pass
+        assert caught.value.status_code == 429
+        assert caught.value.headers["retry-after"]
+        assert caught.value.json()["code"] == "too_many_streams"
+    with connect(site) as ws:  # those that ended are not counted
+        ws.send_text(json.dumps(SPEC))
+        Client(ws).get("accepted")
+    assert site.metrics()['tminus_rejected_total{"reason": "too_many_streams"}'] == 1
+
+
+def test_all_addresses_together_have_so_many_streams_and_no_more(make_site: MakeSite) -> None:
+    site = make_site(max_streams=1)
+    with connect(site):
+        with pytest.raises(WebSocketDenialResponse) as caught, connect(site):
+            pass
+        assert caught.value.status_code == 429
+
+
+def test_an_unconditional_model_streams_too(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(steps=2)
+        client.get("accepted")

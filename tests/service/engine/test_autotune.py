@@ -1,0 +1,537 @@
+import json
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from service.engine import autotune, openvino_executor
+from service.engine.autotune import Choice, Wish, choose_executor, example_inputs
+from service.engine.autotune_cache import default_cache
+from service.engine.executors import MAX_GRAPHS, Executor
+from tests.service.conftest import Around, MakeCheckpoint
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+EAGER = Wish(executor="eager", precision="float32", max_batch=4)
+HAS_OPENVINO = openvino_executor.available()
+needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino, an extra, is not installed")
+HAS_BFLOAT16 = HAS_OPENVINO and "bfloat16" in openvino_executor.precisions()
+
+Timed = Callable[[Callable[[], object], torch.device], float]
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> object:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def checkpoint(make_checkpoint: MakeCheckpoint) -> Checkpoint:
+    """One of its own: an executor may change the layout of its net."""
+    return make_checkpoint()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Measure by one call each, and count."""
+    calls: list[int] = []
+
+    def seconds(call: Callable[[], object], _device: torch.device) -> float:
+        calls.append(1)
+        call()
+        return 0.01
+
+    monkeypatch.setattr(autotune, "_seconds", seconds)
+    return calls
+
+
+@pytest.fixture
+def unmeasurable(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    def forbid() -> None:
+        def fail(*_args: object) -> float:
+            raise AssertionError("it was to be known already")
+
+        monkeypatch.setattr(autotune, "_seconds", fail)
+        monkeypatch.setattr(autotune, "_try", fail)
+
+    return forbid
+
+
+# --- a wish that cannot be ---
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        (Wish(executor="onnx"), "executor must be auto, eager, compile, openvino, got 'onnx'"),
+        (Wish(executor=""), "executor must be"),
+        (Wish(precision="float16"), "precision must be auto, float32, tf32, bfloat16, got 'float16'"),
+        (Wish(precision="bf16"), "precision must be"),
+    ],
+)
+def test_an_unknown_wish_is_refused_with_the_choice(checkpoint: Checkpoint, wish: Wish, says: str) -> None:
+    with pytest.raises(ValueError, match="must be") as caught:
+        choose_executor(checkpoint, CPU, wish, None)
+    assert says in str(caught.value)
+
+
+def test_openvino_that_is_not_installed_is_refused_with_the_way_to_get_it(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_executor, "openvino", None)
+    with pytest.raises(ValueError, match="not installed: pip install"):
+        choose_executor(checkpoint, CPU, Wish(executor="openvino"), None)
+
+
+@needs_openvino
+def test_openvino_on_a_gpu_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ValueError, match="runs on a CPU, got device cuda"):
+        choose_executor(checkpoint, CUDA, Wish(executor="openvino"), None)
+
+
+@needs_openvino
+def test_a_precision_that_the_processor_lacks_is_refused(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_executor, "precisions", lambda: ("float32",))
+    with pytest.raises(ValueError, match="precision bfloat16 is not something this processor"):
+        choose_executor(checkpoint, CPU, Wish(executor="openvino", precision="bfloat16"), None)
+
+
+# --- what may be chosen ---
+
+
+def candidates(checkpoint: Checkpoint, wish: Wish, device: torch.device = CPU) -> set[tuple[str, str]]:
+    return {(each.executor, each.precision) for each in autotune._candidates(checkpoint, device, wish)}
+
+
+def test_without_openvino_a_cpu_has_eager(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_executor, "openvino", None)
+    assert candidates(checkpoint, Wish()) == {("eager", "float32")}
+
+
+@needs_openvino
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_auto_takes_no_precision_that_the_checkpoint_does_not_approve(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(openvino_executor, "precisions", lambda: ("float32", "bfloat16"))
+    other = "compile" if device == CUDA else "openvino"
+    float32 = {("eager", "float32"), (other, "float32")}
+    assert candidates(checkpoint, Wish(), device) == float32
+    for executor in ("eager", other):
+        approved = replace(checkpoint, approved=((executor, "bfloat16"),))
+        assert candidates(approved, Wish(), device) == float32 | {(executor, "bfloat16")}, "of that executor only"
+    both = replace(checkpoint, approved=(("eager", "bfloat16"), (other, "bfloat16")))
+    assert candidates(both, Wish(), device) == float32 | {("eager", "bfloat16"), (other, "bfloat16")}
+    unheard_of = replace(checkpoint, approved=(("eager", "int4"), ("../../etc", "bfloat16"), ("openvino", "../../etc")))
+    assert candidates(unheard_of, Wish(), device) == float32
+
+
+@needs_openvino
+def test_a_precision_that_is_asked_for_needs_no_approval(checkpoint: Checkpoint) -> None:
+    assert candidates(checkpoint, Wish(executor="eager", precision="bfloat16")) == {("eager", "bfloat16")}
+
+
+@needs_openvino
+def test_what_is_approved_of_one_executor_is_not_of_another(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approved = replace(checkpoint, approved=(("openvino", "bfloat16"),))
+    assert ("eager", "bfloat16") not in candidates(approved, Wish())
+    assert candidates(approved, Wish(executor="eager")) == {("eager", "float32")}
+    monkeypatch.setattr(openvino_executor, "precisions", lambda: ("float32",))
+    assert candidates(approved, Wish()) == {("eager", "float32"), ("openvino", "float32")}, "approved is not able"
+
+
+@pytest.mark.parametrize("executor", ["auto", "eager", "compile", "openvino"])
+def test_tf32_is_refused_on_a_cpu(checkpoint: Checkpoint, executor: str) -> None:
+    with pytest.raises(ValueError, match="precision tf32 needs a CUDA device, got cpu"):
+        choose_executor(checkpoint, CPU, Wish(executor=executor, precision="tf32"), None)
+
+
+def test_tf32_is_taken_on_a_gpu_where_it_is_asked_for_or_approved(checkpoint: Checkpoint) -> None:
+    assert candidates(checkpoint, Wish(precision="tf32"), CUDA) == {("eager", "tf32"), ("compile", "tf32")}
+    approved = replace(checkpoint, approved=(("compile", "tf32"), ("eager", "float32")))
+    float32 = {("eager", "float32"), ("compile", "float32")}
+    assert candidates(approved, Wish(), CUDA) == float32 | {("compile", "tf32")}
+    no_use = replace(checkpoint, approved=(("eager", "tf32"), ("openvino", "tf32")))
+    assert {precision for _, precision in candidates(no_use, Wish())} == {"float32"}, (
+        "approved elsewhere, not for a CPU"
+    )
+
+
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no bfloat16 instructions")
+@pytest.mark.parametrize(
+    ("approved", "precision"),
+    [((), "float32"), ((("eager", "float32"),), "float32"), ((("openvino", "bfloat16"),), "bfloat16")],
+)
+def test_the_faster_precision_is_chosen_only_if_it_is_approved(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, approved: tuple[tuple[str, str], ...], precision: str
+) -> None:
+    def tried(_builder: object, _wish: Wish, candidate: Choice) -> tuple[Choice, float, float]:
+        seconds = 1.0 if candidate.precision == "bfloat16" else 2.0
+        return replace(candidate, sizes=(1,)), seconds, seconds
+
+    monkeypatch.setattr(autotune, "_with_sizes", tried)
+    executor = choose_executor(replace(checkpoint, approved=approved), CPU, Wish(), None)
+    assert executor.precision == precision
+
+
+def test_a_candidate_that_does_not_run_is_passed_over(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tried(_builder: object, _wish: Wish, candidate: Choice) -> tuple[Choice, float, float]:
+        if candidate.executor == "openvino" or not candidate.channels_last:
+            raise RuntimeError("not here")
+        return replace(candidate, sizes=(2,)), 1.0, 1.0
+
+    monkeypatch.setattr(autotune, "_with_sizes", tried)
+    executor = choose_executor(checkpoint, CPU, Wish(), None)
+    assert (executor.name, executor.details) == ("eager", "channels_last, passes of 2")
+
+
+def test_where_nothing_runs_that_is_said(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tried(*_args: object) -> tuple[Choice, float, float]:
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(autotune, "_with_sizes", tried)
+    with pytest.raises(ValueError, match="no executor runs here"):
+        choose_executor(checkpoint, CPU, Wish(), None)
+
+
+def test_the_fastest_by_both_times_is_chosen(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tried(_builder: object, _wish: Wish, candidate: Choice) -> tuple[Choice, float, float]:
+        lone_s, row_s = (4.0, 1.0) if candidate.channels_last else (1.0, 3.0)
+        return replace(candidate, sizes=(1,)), lone_s, row_s
+
+    monkeypatch.setattr(autotune, "_with_sizes", tried)
+    executor = choose_executor(checkpoint, CPU, EAGER, None)
+    assert executor.details.startswith("contiguous")
+
+
+# --- sizes ---
+
+
+class Disagreeing(Around):
+    """Gives other bits where a pass is large."""
+
+    def __init__(self, executor: Executor, off: bool) -> None:
+        super().__init__(executor)
+        self._off = off
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        out = super().__call__(x, t, class_labels)
+        return out.nextafter(torch.tensor(9.0)) if self._off else out
+
+
+@pytest.mark.parametrize(("exact", "expected"), [(True, ((1,), (2, 4))), (False, ((1, 2, 4),))])
+def test_only_sizes_that_agree_to_the_bit_go_together(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, exact: bool, expected: tuple[tuple[int, ...], ...]
+) -> None:
+    times = {1: 0.008, 2: 0.006, 4: 0.004}  # a row
+
+    def tried(_builder: object, _wish: Wish, choice: Choice) -> object:
+        assert choice.sizes is not None
+        (size,) = choice.sizes
+        return autotune._Trial(size, 0.008, times[size], b"one" if size == 1 else b"other")
+
+    monkeypatch.setattr(autotune, "_try", tried)
+    builder = autotune.Builder(checkpoint, CPU, 1)
+    candidate = Choice("openvino", "float32")
+    chosen, _, _ = autotune._with_sizes(builder, Wish(exact=exact, max_batch=16), candidate)
+    assert chosen.sizes == expected[-1], "the group of the better times"
+
+
+def test_a_size_that_is_hardly_faster_is_left_out(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {1: 0.0080, 2: 0.0079, 4: 0.006}
+
+    def tried(_builder: object, _wish: Wish, choice: Choice) -> object:
+        assert choice.sizes is not None
+        return autotune._Trial(choice.sizes[0], 0.008, times[choice.sizes[0]], b"the same")
+
+    monkeypatch.setattr(autotune, "_try", tried)
+    builder = autotune.Builder(checkpoint, CPU, 1)
+    chosen, _, row_s = autotune._with_sizes(builder, Wish(), Choice("openvino", "float32"))
+    assert chosen.sizes == (1, 4)
+    assert row_s == 0.006
+
+
+class Widening:
+    """Builds executors whose times and bits depend on how many places go the wide way."""
+
+    def __init__(self, checkpoint: Checkpoint, seconds: dict[int, float], other_bits: int | None = None) -> None:
+        self.checkpoint, self.device = checkpoint, CPU
+        self.seconds, self.other_bits = seconds, other_bits
+        self.wide = 0
+
+    def build(self, choice: Choice) -> Callable[..., Tensor]:
+        def run(x: Tensor, _t: Tensor, _labels: Tensor | None) -> Tensor:
+            self.wide = choice.wide
+            return x + 1 if choice.wide and choice.wide == self.other_bits else x
+
+        return run
+
+    def time(self, call: Callable[[], object], _device: torch.device) -> float:
+        call()
+        return self.seconds[self.wide]
+
+
+@pytest.mark.parametrize(
+    ("threads", "seconds", "other_bits", "exact", "expected"),
+    [
+        (1, {0: 1.0}, None, True, 0),
+        (2, {0: 1.0, 1: 0.6}, None, True, 1),
+        (2, {0: 1.0, 1: 0.98}, None, True, 0),
+        (2, {0: 1.0, 1: 0.6}, 1, True, 0),
+        (2, {0: 1.0, 1: 0.6}, 1, False, 1),
+        (8, {0: 1.0, 1: 0.2, 2: 0.4, 4: 0.8}, None, True, 4),
+        (8, {0: 1.0, 1: 0.4, 2: 0.8, 4: 1.6}, None, True, 2),
+    ],
+)
+def test_places_go_the_wide_way_where_that_is_faster_and_gives_the_same_bits(
+    checkpoint: Checkpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    seconds: dict[int, float],
+    other_bits: int | None,
+    exact: bool,
+    expected: int,
+) -> None:
+    builder = Widening(checkpoint, seconds, other_bits)
+    monkeypatch.setattr(autotune, "_seconds", builder.time)
+    wish = Wish(threads=threads, exact=exact)
+    narrow = Choice("openvino", "float32", sizes=(1, 2))
+    choice, lone_s, row_s = autotune._with_wide(builder, wish, narrow, 1.0, 0.5)  # type: ignore[arg-type]
+    assert choice == replace(narrow, wide=expected)
+    assert lone_s == (seconds[1] if expected else 1.0)
+    assert row_s == 0.5
+
+
+def test_no_size_is_larger_than_the_batch(checkpoint: Checkpoint, quick: list[int]) -> None:
+    executor = choose_executor(checkpoint, CPU, replace(EAGER, max_batch=1), None)
+    assert executor.details.endswith("passes of 1")
+
+
+def test_eager_that_need_not_be_exact_takes_any_batch_whole(checkpoint: Checkpoint, quick: list[int]) -> None:
+    assert "passes" not in choose_executor(checkpoint, CPU, replace(EAGER, exact=False), None).details
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 4, 16, 17, 64, 256, 1000, 4096])
+def test_graphs_are_few_and_reach_from_one_row_to_the_largest_batch(max_batch: int) -> None:
+    sizes = autotune._graph_sizes(max_batch)
+    assert len(sizes) <= MAX_GRAPHS
+    assert sizes == tuple(sorted(set(sizes)))
+    assert sizes[-1] == max_batch
+    assert sizes[0] == 1 or len(sizes) == MAX_GRAPHS
+
+
+# --- what is remembered ---
+
+
+def test_the_answer_is_kept_and_the_second_call_measures_nothing(
+    checkpoint: Checkpoint, tmp_path: Path, quick: list[int], unmeasurable: Callable[[], None]
+) -> None:
+    cache = tmp_path / "made" / "on the way"
+    first = choose_executor(checkpoint, CPU, EAGER, cache)
+    assert quick
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text())["executor"] == "eager"
+    unmeasurable()
+    second = choose_executor(checkpoint, CPU, EAGER, cache)
+    assert (second.name, second.precision, second.details) == (first.name, first.precision, first.details)
+    inputs = example_inputs(checkpoint, CPU, 3)
+    assert second(*inputs).equal(first(*inputs))
+    assert list(cache.iterdir()) == [file], "nothing else is left there"
+
+
+def test_without_a_cache_each_call_measures(checkpoint: Checkpoint, quick: list[int]) -> None:
+    choose_executor(checkpoint, CPU, EAGER, None)
+    once = len(quick)
+    choose_executor(checkpoint, CPU, EAGER, None)
+    assert len(quick) == 2 * once > 0
+
+
+GOOD = asdict(Choice("eager", "float32", True, (1,)))
+DAMAGED = {
+    "empty": b"",
+    "cut": json.dumps(GOOD).encode()[:20],
+    "binary": bytes(range(256)),
+    "not json": b"eager",
+    "a list": b"[]",
+    "a number": b"5",
+    "null": b"null",
+    "no sizes": json.dumps({key: value for key, value in GOOD.items() if key != "sizes"}).encode(),
+    "another field": json.dumps(GOOD | {"colour": "red"}).encode(),
+    "sizes no list": json.dumps(GOOD | {"sizes": 5}).encode(),
+    "deep": b"[" * 100_000,
+    "an unknown executor": json.dumps(GOOD | {"executor": "toaster"}).encode(),
+    "another precision": json.dumps(GOOD | {"precision": "bfloat16"}).encode(),
+    "sizes of text": json.dumps(GOOD | {"sizes": ["one"]}).encode(),
+    "a size of 0": json.dumps(GOOD | {"sizes": [0]}).encode(),
+    "sizes that fall": json.dumps(GOOD | {"sizes": [4, 1]}).encode(),
+    "a size twice": json.dumps(GOOD | {"sizes": [1, 1]}).encode(),
+    "a size over the batch": json.dumps(GOOD | {"sizes": [1, 5]}).encode(),
+    "a huge size": json.dumps(GOOD | {"sizes": [10**30]}).encode(),
+    "a size below 0": json.dumps(GOOD | {"sizes": [-1, 1]}).encode(),
+    "a size true": json.dumps(GOOD | {"sizes": [True]}).encode(),
+    "a size of half": json.dumps(GOOD | {"sizes": [0.5]}).encode(),
+    "sizes an object": json.dumps(GOOD | {"sizes": {"1": 2}}).encode(),
+    "an executor of a list": json.dumps(GOOD | {"executor": ["eager"]}).encode(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_is_ignored_and_mended(
+    checkpoint: Checkpoint, tmp_path: Path, quick: list[int], damage: str
+) -> None:
+    first = choose_executor(checkpoint, CPU, EAGER, tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(DAMAGED[damage])
+    quick.clear()
+    again = choose_executor(checkpoint, CPU, EAGER, tmp_path)
+    assert quick, "it was measured again"
+    assert (again.name, again.precision) == (first.name, first.precision)
+    assert json.loads(file.read_bytes()).keys() == json.loads(whole).keys()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sound"),
+    [
+        ((1, 2, 4), True),
+        ((4,), True),
+        (tuple(range(1, MAX_GRAPHS + 1)), True),
+        (tuple(range(1, MAX_GRAPHS + 2)), False),
+        ((1, 17), False),
+        ((2, 1), False),
+        ((), True),
+    ],
+)
+def test_sizes_that_were_kept_are_taken_only_if_they_could_be_measured_now(sizes: tuple[int, ...], sound: bool) -> None:
+    candidate = Choice("openvino", "float32")
+    fields = json.loads(json.dumps(asdict(replace(candidate, sizes=sizes))))
+    expected = replace(candidate, sizes=sizes or None) if sound else None
+    assert autotune._sound(fields, [candidate], Wish(max_batch=16)) == expected
+
+
+@pytest.mark.parametrize(("wide", "sound"), [(0, True), (1, True), (2, False), (-1, False), (1.0, False), ("1", False)])
+def test_a_kept_wide_way_is_taken_only_if_it_could_be_measured_now(wide: object, sound: bool) -> None:
+    candidate = Choice("openvino", "float32")
+    fields = {**asdict(replace(candidate, sizes=(1, 2))), "wide": wide}
+    found = autotune._sound(fields, [candidate], Wish(max_batch=16, threads=2))
+    assert (found is not None) == sound
+
+
+def test_a_kept_answer_cannot_be_of_what_is_not_a_candidate(
+    checkpoint: Checkpoint, tmp_path: Path, quick: list[int]
+) -> None:
+    """A file edited to say bfloat16, which nobody approved."""
+    wish = replace(EAGER, precision="auto")
+    choose_executor(checkpoint, CPU, wish, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps(GOOD | {"precision": "bfloat16"}))
+    assert choose_executor(checkpoint, CPU, wish, tmp_path).precision == "float32"
+
+
+def test_a_folder_where_the_file_should_be_is_no_error(
+    checkpoint: Checkpoint, tmp_path: Path, quick: list[int]
+) -> None:
+    choose_executor(checkpoint, CPU, EAGER, tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    (file / "something").mkdir(parents=True)
+    assert choose_executor(checkpoint, CPU, EAGER, tmp_path).name == "eager"
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(checkpoint: Checkpoint, tmp_path: Path, quick: list[int]) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert choose_executor(checkpoint, CPU, EAGER, file / "below").name == "eager", "a file is no folder"
+    assert choose_executor(checkpoint, CPU, EAGER, Path("/proc/tminus")).name == "eager"
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        assert choose_executor(checkpoint, CPU, EAGER, tmp_path / "new").name == "eager"
+    finally:
+        tmp_path.chmod(stat.S_IRWXU)
+
+
+def keys(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def test_what_makes_another_answer_possible_has_a_file_of_its_own(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint()
+    monkeypatch.setattr(autotune, "_fastest", lambda builder, wish, candidates: replace(candidates[0], sizes=(1,)))
+
+    def choose(checkpoint: Checkpoint = checkpoint, wish: Wish = EAGER) -> int:
+        choose_executor(checkpoint, CPU, wish, tmp_path)
+        return len(keys(tmp_path))
+
+    assert choose() == 1
+    assert choose(make_checkpoint(seed=1)) == 1, "other weights of the same network take as long"
+    assert choose(make_checkpoint(block_out_channels=(8, 24))) == 2
+    assert choose(make_checkpoint(sample_size=16)) == 3
+    assert choose(wish=replace(EAGER, exact=False)) == 4
+    assert choose(wish=replace(EAGER, max_batch=8)) == 5
+    assert choose(wish=replace(EAGER, threads=2)) == 6
+    assert choose(replace(checkpoint, approved=(("eager", "bfloat16"),)), replace(EAGER, precision="auto")) == 7
+    assert choose(wish=replace(EAGER, precision="auto")) == 8
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    assert choose() == 9
+    monkeypatch.setattr(openvino_executor, "version", lambda: "2099.1")
+    assert choose() == 10
+    monkeypatch.setattr(os, "cpu_count", lambda: 1234)
+    assert choose() == 11
+
+
+def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "tminus"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache" / "tminus"
+
+
+def test_a_user_without_a_home_has_no_cache_and_an_executor_all_the_same(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, quick: list[int]
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert default_cache() is None
+    assert choose_executor(checkpoint, CPU, EAGER, default_cache()).name == "eager"
+
+
+# --- the real measurement ---
+
+
+def test_what_is_chosen_here_gives_what_the_network_gives(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autotune, "TRIAL_S", 0.01)
+    inputs = example_inputs(checkpoint, CPU, 5)
+    with torch.inference_mode():
+        expected = checkpoint.net(*inputs)
+    executor = choose_executor(checkpoint, CPU, Wish(max_batch=4), tmp_path)
+    assert executor.precision == "float32", "nothing else is approved"
+    torch.testing.assert_close(executor(*inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_example_inputs_are_always_the_same_and_of_all_kinds(checkpoint: Checkpoint) -> None:
+    x, t, labels = example_inputs(checkpoint, CPU, 32)
+    again = example_inputs(checkpoint, CPU, 32)
+    assert x.equal(again[0])
+    assert labels is not None
+    assert len(set(t.tolist())) > 8
+    assert set(labels.tolist()) == {0, 1, 2, 3}

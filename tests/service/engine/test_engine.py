@@ -1,0 +1,1048 @@
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.data import to_model_range, to_uint8
+from model.noise import NoiseConfig
+from model.rng import image_noise
+from model.samplers import SAMPLERS, sample
+from model.timesteps import SPACINGS
+from service.engine import engine as engine_module
+from service.engine import fingerprint
+from service.engine.engine import Engine, choose_device, default_max_rows
+from service.engine.executors import EagerExecutor, Executor
+from service.engine.fingerprint import describe
+from service.engine.local import sample_locally
+from service.errors import NotFinite
+from service.job import Batch, SampleSpec, Snapshot, work_of
+from service.scheduling.scheduler import Scheduler, Sharing
+from tests.service.conftest import Around, MakeCheckpoint
+from tests.service.fakes import make_spec
+
+CPU = torch.device("cpu")
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.fixture
+def floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Engine.images return x itself instead of rounding it to bytes."""
+    monkeypatch.setattr(engine_module, "to_uint8", lambda x: x)
+
+
+@pytest.fixture
+def forward_sizes(tiny: Checkpoint) -> Iterator[list[int]]:
+    """The batch size of each forward pass of the tiny net."""
+    sizes: list[int] = []
+    handle = tiny.net.register_forward_hook(lambda net, args, out: sizes.append(len(args[0])))
+    yield sizes
+    handle.remove()
+
+
+def make_engine(
+    checkpoint: Checkpoint,
+    *,
+    executor: Executor | None = None,
+    max_rows: int = 32,
+    max_jobs: int = 16,
+    device: torch.device = CPU,
+) -> Engine:
+    executor = executor or EagerExecutor(checkpoint.net, device)
+    return Engine(checkpoint, executor, device, max_rows=max_rows, max_jobs=max_jobs)
+
+
+def spec_of(**fields: object) -> SampleSpec:
+    return make_spec(**{"steps": 10, "n": 1} | fields)
+
+
+# Mixed in every way a batch may be: samplers, step counts, eta, classes, none, guidance, clip, index, number of rows.
+MIXED = (
+    spec_of(n=2, steps=50, seed=1, class_labels=(0, 2)),
+    spec_of(n=3, steps=10, seed=2, sampler="ddim", class_labels=(1, None, 0)),
+    spec_of(n=2, steps=7, seed=3, guidance=3.0, class_labels=(2, 1)),
+    spec_of(n=1, steps=50, seed=4, sampler="ddim", eta=1.0, guidance=1.5, class_labels=(0,)),
+    spec_of(n=1, steps=1, seed=5),
+    spec_of(n=2, steps=13, seed=2**64 - 1, sampler="ddim", eta=0.3, clip=False, index=2**32 - 2),
+    spec_of(n=1, steps=3, seed=7, guidance=0.0, class_labels=(1,), index=9),
+    spec_of(n=2, steps=12, seed=8, sampler="dpmpp_2m"),
+    spec_of(n=1, steps=20, seed=9, sampler="dpmpp_2m", guidance=2.0, guidance_interval=(10, 30)),
+    spec_of(n=2, steps=25, seed=10, guidance=4.0, guidance_interval=(0, 20), timestep_spacing="trailing"),
+    spec_of(n=1, steps=9, seed=11, sampler="ddim", timestep_spacing="linspace", guidance=2.0, guidance_interval=(1, 2)),
+)
+
+
+def alone(checkpoint: Checkpoint, spec: SampleSpec, device: torch.device = CPU) -> Floats:
+    """The images of a job that has the engine for itself."""
+    return sample_locally(make_engine(checkpoint, device=device), spec, 32, lambda rows: None)
+
+
+def read_images(engine: Engine, rows: Sequence[int]) -> Floats:
+    return engine.images(rows)()
+
+
+def together(
+    engine: Engine,
+    specs: Sequence[SampleSpec],
+    *,
+    max_batch: int,
+    seed: int = 0,
+    read: Callable[[Engine, Sequence[int]], Floats] = read_images,
+) -> list[Floats]:
+    """The images of jobs that arrive at random ticks and share the engine and its batches."""
+    rng, scheduler = random.Random(seed), Scheduler(Sharing.of(max_batch))
+    order = list(range(len(specs)))
+    rng.shuffle(order)
+    rows: dict[str, tuple[int, ...]] = {}
+    images: dict[str, Floats] = {}
+    while len(images) < len(specs):
+        if order and (not scheduler.num_rows or rng.random() < 0.3):
+            k = order.pop()
+            rows[str(k)] = engine.add(specs[k])
+            scheduler.add(str(k), rows[str(k)], work_of(specs[k], engine.info))
+        batch = scheduler.next_batch()
+        if batch is None:
+            continue
+        engine.step(batch)
+        for job in scheduler.advance(batch).finished:
+            images[job] = read(engine, rows[job])
+            engine.remove(rows[job])
+    return [images[str(k)] for k in range(len(specs))]
+
+
+@pytest.mark.parametrize("t", [0, 25, 49])
+def test_noised_is_q_sample_of_each_image_with_the_x_t_of_a_job(tiny: Checkpoint, t: int) -> None:
+    engine = make_engine(tiny)
+    images = torch.arange(3 * 64, dtype=torch.uint8).reshape(3, 8, 8, 1)
+    rows = engine.add(spec_of(n=3, seed=9))
+    eps = torch.from_numpy(engine.latents(rows))
+    x_t = tiny.noise.schedule().q_sample(to_model_range(images.permute(0, 3, 1, 2)), torch.tensor([t] * 3), eps)
+    expected = to_uint8(x_t).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(engine.noised(images.numpy(), t, 9)(), expected)
+    np.testing.assert_array_equal(engine.noised(images.numpy()[:1], t, 9)(), expected[:1], "each is made alone")
+
+
+def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
+    """The images by model.samplers.sample, which moves one batch in step."""
+    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+    plan = make_engine(checkpoint).compile(spec)
+    indices = range(spec.index, spec.index + spec.n)
+    labels = None
+    if spec.class_labels is not None:
+        null = checkpoint.labels.null_class
+        labels = torch.tensor([null if label is None else label for label in spec.class_labels])
+    x = sample(
+        checkpoint.net,
+        plan,
+        image_noise(spec.seed, indices, 0, shape, CPU),
+        lambda k: image_noise(spec.seed, indices, k + 1, shape, CPU),
+        class_labels=labels,
+        null_class=checkpoint.labels.null_class,
+        guidance=spec.guidance,
+        guidance_interval=spec.guidance_interval,
+    )
+    return x.permute(0, 2, 3, 1).numpy()
+
+
+# --- a batch of strangers ---
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("max_batch", [2, 5, 16])
+def test_rows_that_differ_in_everything_share_batches_and_get_the_images_they_get_alone(
+    tiny: Checkpoint, max_batch: int
+) -> None:
+    shared = together(make_engine(tiny), MIXED, max_batch=max_batch, seed=max_batch)
+    for spec, images in zip(MIXED, shared, strict=True):
+        np.testing.assert_allclose(images, alone(tiny, spec), atol=1e-5, rtol=1e-5, err_msg=str(spec))
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("spec", MIXED, ids=lambda spec: f"seed{spec.seed}")
+def test_the_engine_agrees_with_the_independent_loop(tiny: Checkpoint, spec: SampleSpec) -> None:
+    images = alone(tiny, spec)
+    assert images.shape == (spec.n, 8, 8, 1)
+    np.testing.assert_allclose(images, independent(tiny, spec), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("floats")
+def test_all_of_a_spec_matters(tiny: Checkpoint) -> None:
+    """Or the tests above would compare images that a lost field leaves alone."""
+    base = spec_of(sampler="ddim", eta=0.5, guidance=2.0, class_labels=(0,), clip=True)
+    others = ({"steps": 9}, {"sampler": "ddpm"}, {"eta": 0.6}, {"guidance": 2.5}, {"class_labels": (1,)})
+    others += ({"guidance_interval": (0, 25)}, {"guidance_interval": (25, 49)}, {"timestep_spacing": "trailing"})
+    others += (
+        {"sampler": "dpmpp_2m"},
+        {"clip": False},
+        {"seed": 2},
+        {"seed": 1 + 2**32},
+        {"index": 1},
+        {"guidance": 1.0},
+    )  # type: ignore[assignment]
+    images = alone(tiny, base)
+    for change in others:
+        other = alone(tiny, replace(base, **change))  # type: ignore[arg-type]
+        assert np.abs(other - images).max() > 1e-3, change
+    null = alone(tiny, replace(base, class_labels=(None,), guidance=1.0))
+    assert np.abs(null - alone(tiny, replace(base, guidance=1.0))).max() > 1e-3
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("fields", [{}, {"guidance": 2.0}, {"sampler": "ddim", "eta": 0.7}])
+def test_image_k_made_alone_is_image_k_of_the_batch(tiny: Checkpoint, fields: dict[str, object]) -> None:
+    spec = spec_of(n=4, index=5, class_labels=(0, 1, 2, 1), **fields)
+    batch = alone(tiny, spec)
+    for k in range(4):
+        one = replace(spec, n=1, index=5 + k, class_labels=spec.class_labels[k : k + 1])  # type: ignore[index]
+        np.testing.assert_allclose(alone(tiny, one)[0], batch[k], atol=1e-5)
+    assert np.abs(batch[1] - batch[3]).max() > 1e-3, "the index makes images of one class differ"
+
+
+def test_the_same_seed_gives_the_same_bytes_again(tiny: Checkpoint) -> None:
+    spec = spec_of(n=3, guidance=2.0)
+    assert alone(tiny, spec).tobytes() == alone(tiny, spec).tobytes()
+
+
+def test_images_are_bytes_rounded_as_training_data_is(tiny: Checkpoint) -> None:
+    spec = spec_of(n=3, seed=11)
+    images = alone(tiny, spec)
+    expected = to_uint8(torch.from_numpy(independent(tiny, spec).copy())).numpy()
+    assert images.dtype == np.uint8
+    assert images.std() > 10, "not a blank image"
+    np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
+    assert (images == expected).mean() > 0.99
+
+
+# --- bit for bit ---
+
+
+@pytest.mark.parametrize("sizes", [(1,), (4,)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_mix_of_samplers_on_an_exact_executor_has_the_bits_of_each_job_alone(
+    tiny: Checkpoint, sizes: tuple[int, ...], seed: int
+) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=sizes)
+    by_themselves = [
+        together(make_engine(tiny, executor=executor), [spec], max_batch=16, read=Engine.latents)[0] for spec in MIXED
+    ]
+    engine = make_engine(tiny, executor=executor)
+    for spec, mixed, own in zip(
+        MIXED, together(engine, MIXED, max_batch=7, seed=seed, read=Engine.latents), by_themselves, strict=True
+    ):
+        assert np.isfinite(own).all()
+        assert mixed.tobytes() == own.tobytes(), spec
+
+
+def test_three_samplers_in_one_tick_have_the_bits_of_each_alone(tiny: Checkpoint) -> None:
+    """Every tick of all three, of the same length: nothing hides behind the scheduler."""
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1,))
+    specs = (
+        spec_of(steps=15, seed=1, sampler="dpmpp_2m"),
+        spec_of(steps=15, seed=2, sampler="ddim", eta=0.7),
+        spec_of(steps=15, seed=3, sampler="ddpm"),
+    )
+    engine = make_engine(tiny, executor=executor)
+    rows = [engine.add(spec)[0] for spec in specs]
+    for step in range(15):
+        engine.step(Batch(tuple(rows), (step,) * 3, ()))
+    for row, spec in zip(rows, specs, strict=True):
+        one = make_engine(tiny, executor=executor)
+        (own,) = one.add(spec)
+        for step in range(15):
+            one.step(Batch((own,), (step,), ()))
+        assert engine.latents([row]).tobytes() == one.latents([own]).tobytes(), spec
+        expected = independent(tiny, spec).transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(engine.latents([row]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_image_k_alone_has_the_bits_of_image_k_of_the_batch(tiny: Checkpoint) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=(2,))
+
+    def latents(spec: SampleSpec) -> Floats:
+        return together(make_engine(tiny, executor=executor), [spec], max_batch=5, read=Engine.latents)[0]
+
+    for fields in ({}, {"sampler": "ddim", "eta": 0.7}, {"sampler": "dpmpp_2m", "guidance": 2.0}):
+        spec = spec_of(n=4, index=5, class_labels=(0, 1, 2, 1), **fields)
+        batch = latents(spec)
+        for k in range(4):
+            one = replace(spec, n=1, index=5 + k, class_labels=spec.class_labels[k : k + 1])  # type: ignore[index]
+            assert latents(one)[0].tobytes() == batch[k].tobytes()
+
+
+# --- guidance intervals ---
+
+
+class Counting(Around):
+    """An executor that notes the places of each pass."""
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor)
+        self.passes: list[tuple[list[int], list[int]]] = []  # timesteps, labels
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        assert class_labels is not None
+        self.passes.append((t.tolist(), class_labels.tolist()))
+        return super().__call__(x, t, class_labels)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("interval", [(0, 49), (10, 30), (0, 0), (49, 49), (20, 20), (11, 12)])
+def test_a_guided_row_takes_a_second_place_only_inside_its_interval(
+    tiny: Checkpoint, sampler: str, interval: tuple[int, int]
+) -> None:
+    executor = Counting(EagerExecutor(tiny.net, CPU))
+    engine = make_engine(tiny, executor=executor)
+    spec = spec_of(steps=10, sampler=sampler, guidance=3.0, guidance_interval=interval, class_labels=(1,))
+    sample_locally(engine, spec, 8, lambda rows: None)
+    assert len(executor.passes) == 10
+    timesteps = engine.compile(spec).timesteps.tolist()
+    for t, (ts, labels) in zip(timesteps, executor.passes, strict=True):
+        inside = interval[0] <= t <= interval[1]
+        assert ts == ([t, t] if inside else [t])
+        assert labels == ([1, 3] if inside else [1]), "the null class beside its own"
+    assert sum(len(ts) for ts, _ in executor.passes) == work_of(spec, engine.info).places
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("interval", [(10, 30), (0, 0), (40, 49), (21, 22)])
+def test_guidance_intervals_agree_with_the_independent_loop(
+    tiny: Checkpoint, sampler: str, spacing: str, interval: tuple[int, int]
+) -> None:
+    spec = spec_of(
+        n=2, steps=10, sampler=sampler, timestep_spacing=spacing, guidance=3.0, guidance_interval=interval,
+        class_labels=(0, 2),
+    )  # fmt: skip
+    images = alone(tiny, spec)
+    np.testing.assert_allclose(images, independent(tiny, spec), atol=1e-5, rtol=1e-5)
+    if work_of(spec, make_engine(tiny).info).guided:
+        assert np.abs(images - alone(tiny, replace(spec, guidance=1.0, guidance_interval=None))).max() > 1e-4
+
+
+def test_rows_inside_and_outside_of_their_intervals_share_a_tick(tiny: Checkpoint) -> None:
+    executor = Counting(EagerExecutor(tiny.net, CPU))
+    engine = make_engine(tiny, executor=executor)
+    specs = [
+        spec_of(n=2, steps=10, seed=1, guidance=2.0, guidance_interval=(0, 24), class_labels=(0, 1)),
+        spec_of(n=1, steps=10, seed=2, guidance=2.0, guidance_interval=(25, 49), class_labels=(2,)),
+        spec_of(n=1, steps=10, seed=3),
+    ]
+    rows = [engine.add(spec) for spec in specs]
+    for step in range(10):
+        guided = (2,) if step < 5 else (0, 1)  # t falls from 45 to 0 by fives
+        engine.step(Batch((*rows[0], *rows[1], *rows[2]), (step,) * 4, guided))
+    assert [len(ts) for ts, _ in executor.passes] == [5] * 5 + [6] * 5
+    for spec, its_rows in zip(specs, rows, strict=True):
+        images = engine.images(its_rows)()
+        np.testing.assert_allclose(images.astype(int), alone(tiny, spec).astype(int), atol=1)
+
+
+# --- learned variance ---
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_network_of_learned_variance_agrees_with_the_independent_loop(
+    make_checkpoint: MakeCheckpoint, prediction_type: str, channels: int
+) -> None:
+    noise = NoiseConfig(
+        num_train_timesteps=50, beta_end=0.1, variance_type="learned_range", prediction_type=prediction_type
+    )
+    checkpoint = make_checkpoint(noise=noise, in_channels=channels, out_channels=2 * channels)
+    specs = [
+        spec_of(n=2, steps=50, seed=1, class_labels=(0, 1)),
+        spec_of(n=2, steps=10, seed=2, guidance=3.0, class_labels=(1, 2)),
+        spec_of(n=1, steps=10, seed=3, sampler="ddim", eta=0.5),
+        spec_of(n=1, steps=10, seed=4, sampler="dpmpp_2m", guidance=2.0, guidance_interval=(0, 25)),
+    ]
+    engine = make_engine(checkpoint)
+    assert engine.info.variance_type == "learned_range"
+    for spec, images in zip(specs, together(engine, specs, max_batch=5), strict=True):
+        assert images.shape == (spec.n, 8, 8, channels)
+        np.testing.assert_allclose(images, independent(checkpoint, spec), atol=1e-5, rtol=1e-5, err_msg=str(spec))
+
+
+@pytest.mark.usefixtures("floats")
+def test_the_learned_variance_matters(make_checkpoint: MakeCheckpoint) -> None:
+    fixed = NoiseConfig(num_train_timesteps=50, beta_end=0.1)
+    learned = make_checkpoint(noise=replace(fixed, variance_type="learned_range"), out_channels=2)
+    spec = spec_of(steps=10)
+    as_if_fixed = replace(learned, noise=fixed)
+
+    class FirstHalf(Around):
+        def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+            return super().__call__(x, t, class_labels)[:, :1].clone()
+
+    executor = FirstHalf(EagerExecutor(learned.net, CPU))
+    half = sample_locally(make_engine(as_if_fixed, executor=executor), spec, 8, lambda rows: None)
+    assert np.abs(alone(learned, spec) - half).max() > 1e-3
+
+
+# --- other predictions ---
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_other_predictions_and_variances_agree_with_the_independent_loop(
+    make_checkpoint: MakeCheckpoint, prediction_type: str, variance_type: str
+) -> None:
+    noise = NoiseConfig(num_train_timesteps=20, prediction_type=prediction_type, variance_type=variance_type)
+    checkpoint, spec = make_checkpoint(noise=noise), spec_of(n=2, steps=20)
+    np.testing.assert_allclose(alone(checkpoint, spec), independent(checkpoint, spec), atol=1e-5, rtol=1e-5)
+
+
+# --- other models ---
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        ({"classes": False}, (8, 8, 1)),
+        ({"in_channels": 3, "out_channels": 3}, (8, 8, 3)),
+        ({"sample_size": (4, 10)}, (4, 10, 1)),
+        ({"classes": False, "in_channels": 3, "out_channels": 3, "sample_size": (12, 6)}, (12, 6, 3)),
+    ],
+    ids=["unconditional", "colour", "wide", "unconditional colour tall"],
+)
+def test_models_of_other_shapes(
+    make_checkpoint: MakeCheckpoint, fields: dict[str, object], shape: tuple[int, int, int]
+) -> None:
+    checkpoint = make_checkpoint(**fields)
+    labels = (0, 1) if checkpoint.labels.class_names else None
+    specs = [spec_of(n=2, class_labels=labels), spec_of(n=2, steps=7, sampler="ddim", seed=2, class_labels=labels)]
+    for spec, images in zip(specs, together(make_engine(checkpoint), specs, max_batch=3), strict=True):
+        assert images.shape == (2, *shape)
+        np.testing.assert_allclose(images, independent(checkpoint, spec), atol=1e-5, rtol=1e-5)
+
+
+# --- against diffusers ---
+
+
+def diffusers_images(
+    checkpoint: Checkpoint, spec: SampleSpec, monkeypatch: pytest.MonkeyPatch, scheduler_name: str
+) -> Floats:
+    """The images by diffusers' U-Net and scheduler with our weights and our noise."""
+    import diffusers
+    from diffusers.schedulers import scheduling_ddpm
+
+    config = {key: value for key, value in checkpoint.net.config.to_dict().items() if not key.startswith("_")}
+    net = diffusers.UNet2DModel(**config).eval()
+    net.load_state_dict(checkpoint.net.state_dict())
+    scheduler = getattr(diffusers, scheduler_name).from_config(checkpoint.noise.to_dict())
+    scheduler.set_timesteps(spec.steps)
+    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+    indices = range(spec.index, spec.index + spec.n)
+    draws = [image_noise(spec.seed, indices, draw, shape, CPU) for draw in range(spec.steps + 1)]
+    null = checkpoint.labels.null_class
+    labels = torch.tensor([null if label is None else label for label in spec.class_labels or ()])
+    x = draws[0]
+    with torch.inference_mode():
+        for k, t in enumerate(scheduler.timesteps):
+            out = net(x, t, labels).sample
+            if spec.guidance != 1:
+                out_u = net(x, t, torch.full_like(labels, null)).sample
+                out = out_u + spec.guidance * (out - out_u)
+            z = draws[k + 1]
+            if scheduler_name == "DDIMScheduler":
+                # eps is taken from the clipped x0 here, as the one update rule does.
+                step = scheduler.step(out, t, x, eta=spec.eta, use_clipped_model_output=True, variance_noise=z)
+            else:
+
+                def randn(*_args: object, z: Tensor = z, **_kwargs: object) -> Tensor:
+                    return z
+
+                monkeypatch.setattr(scheduling_ddpm, "randn_tensor", randn)
+                step = scheduler.step(out, t, x)
+            x = step.prev_sample
+    images: Floats = x.permute(0, 2, 3, 1).numpy()
+    return images
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("steps", [50, 10, 1])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_ddpm_agrees_with_diffusers(
+    make_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    variance_type: str,
+    guidance: float,
+) -> None:
+    noise = NoiseConfig(num_train_timesteps=50, beta_end=0.1, variance_type=variance_type)
+    checkpoint, spec = make_checkpoint(noise=noise), spec_of(n=2, steps=steps, guidance=guidance, class_labels=(0, 2))
+    ours, theirs = alone(checkpoint, spec), diffusers_images(checkpoint, spec, monkeypatch, "DDPMScheduler")
+    np.testing.assert_allclose(ours, theirs, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("steps", [50, 10, 7])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_ddim_agrees_with_diffusers(
+    make_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    eta: float,
+    set_alpha_to_one: bool,
+) -> None:
+    noise = NoiseConfig(num_train_timesteps=50, beta_end=0.1, set_alpha_to_one=set_alpha_to_one, default_sampler="ddim")
+    checkpoint = make_checkpoint(noise=noise)
+    spec = spec_of(n=2, steps=steps, sampler="ddim", eta=eta, class_labels=(1, None))
+    ours, theirs = alone(checkpoint, spec), diffusers_images(checkpoint, spec, monkeypatch, "DDIMScheduler")
+    np.testing.assert_allclose(ours, theirs, atol=3e-5, rtol=1e-4)
+
+
+# --- forward passes ---
+
+
+def test_a_tick_is_one_forward_pass_of_the_batchs_places(tiny: Checkpoint, forward_sizes: list[int]) -> None:
+    engine = make_engine(tiny)
+    plain = engine.add(spec_of(n=3))
+    guided = engine.add(spec_of(n=2, guidance=2.0))
+    batches = [
+        Batch(plain, (0, 0, 0), ()),
+        Batch((*plain, *guided), (1, 1, 1, 0, 0), (3, 4)),
+        Batch((guided[0], plain[2], guided[1]), (1, 2, 1), (0, 2)),
+        Batch(guided, (2, 2), (0, 1)),
+    ]
+    for batch in batches:
+        engine.step(batch)
+    assert forward_sizes == [3, 7, 5, 4] == [batch.places for batch in batches]
+
+
+def test_an_unguided_job_of_a_class_costs_no_null_class_pass(tiny: Checkpoint, forward_sizes: list[int]) -> None:
+    sample_locally(make_engine(tiny), spec_of(n=4, steps=5), 8, lambda rows: None)
+    assert forward_sizes == [4] * 5
+
+
+@pytest.mark.usefixtures("floats")
+def test_the_order_of_rows_in_a_batch_does_not_matter(tiny: Checkpoint) -> None:
+    spec = spec_of(n=3, steps=2, guidance=2.0, class_labels=(0, 1, 2))
+    images = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        engine = make_engine(tiny)
+        rows = engine.add(spec)
+        for step in range(2):
+            engine.step(Batch(tuple(rows[i] for i in order), (step,) * 3, (0, 1, 2)))
+        images.append(engine.images(rows)())
+    np.testing.assert_allclose(images[0], images[1], atol=1e-5)
+
+
+@pytest.mark.usefixtures("floats")
+def test_a_row_that_is_not_in_the_batch_stands_still(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny)
+    rows, others = engine.add(spec_of(n=2)), engine.add(spec_of(n=2, seed=2))
+    before = engine.images(rows)()
+    np.testing.assert_array_equal(before, image_noise(1, (0, 1), 0, (1, 8, 8), CPU).permute(0, 2, 3, 1).numpy())
+    engine.step(Batch(others, (0, 0), ()))
+    np.testing.assert_array_equal(engine.images(rows)(), before)
+
+
+# --- slots ---
+
+
+def test_a_removed_jobs_slots_go_to_the_next(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny, max_rows=4, max_jobs=2)
+    first = engine.add(spec_of(n=4))
+    assert len(set(first)) == 4
+    engine.remove(first)
+    assert set(engine.add(spec_of(n=4))) == set(first)
+
+
+def test_slots_and_plans_that_are_all_taken_are_a_programmers_mistake(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny, max_rows=4, max_jobs=2)
+    engine.add(spec_of(n=3))
+    with pytest.raises(AssertionError):
+        engine.add(spec_of(n=2))
+    engine.add(spec_of(n=1))
+    with pytest.raises(AssertionError):
+        make_engine(tiny, max_rows=4, max_jobs=0).add(spec_of())
+
+
+def test_thousands_of_jobs_come_and_go_without_a_leak(tiny: Checkpoint) -> None:
+    rng, engine = random.Random(0), make_engine(tiny, max_rows=12, max_jobs=5)
+    held: list[tuple[int, ...]] = []
+    for _ in range(3000):
+        n = rng.randint(1, 4)
+        if held and (len(held) == 5 or sum(map(len, held)) + n > 12):
+            engine.remove(held.pop(rng.randrange(len(held))))
+        else:
+            held.append(engine.add(spec_of(n=n, steps=rng.choice([1, 50]), seed=rng.getrandbits(64))))
+        taken = [row for rows in held for row in rows]
+        assert len(set(taken)) == len(taken), "two jobs share a slot"
+    for rows in held:
+        engine.remove(rows)
+    jobs = [engine.add(spec_of(n=2)) for _ in range(5)]
+    assert len({row for rows in jobs for row in rows}) == 10
+    for rows in jobs:
+        engine.remove(rows)
+    assert sorted(engine.add(spec_of(n=12))) == list(range(12))
+
+
+def test_a_slots_former_row_leaves_no_trace(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny, max_rows=4, max_jobs=4)
+    former = (
+        spec_of(n=4, steps=50, seed=9, guidance=7.0, class_labels=(2, 2, 2, 2), index=100),
+        spec_of(n=3, steps=50, seed=8, sampler="ddim", eta=1.0, clip=False, class_labels=(1, 1, 1)),
+    )
+    for spec in (spec_of(n=4, steps=3, seed=4), spec_of(n=2, steps=7, guidance=2.0)):
+        expected = alone(tiny, spec).tobytes()
+        for before in former:
+            rows = engine.add(before)
+            for step in range(5):
+                guided = tuple(range(len(rows))) if before.guidance != 1 else ()
+                engine.step(Batch(rows, (step,) * len(rows), guided))
+            engine.remove(rows)
+            assert sample_locally(engine, spec, 32, lambda rows: None).tobytes() == expected
+
+
+@pytest.mark.usefixtures("floats")
+def test_nan_stays_in_its_row_and_leaves_with_it(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny, max_rows=3, max_jobs=3)
+    sick, well = engine.add(spec_of(n=1, guidance=2.0)), engine.add(spec_of(n=2, seed=2, steps=2))
+
+    def poison(_net: object, _args: object, out: Tensor) -> Tensor:
+        return out.index_fill(0, torch.tensor([0]), float("nan"))
+
+    handle = tiny.net.register_forward_hook(poison)
+    try:
+        for step in range(2):
+            engine.step(Batch((*sick, *well), (step,) * 3, (0,)))
+    finally:
+        handle.remove()
+    assert engine.broken((*sick, *well)) == sick
+    assert engine.broken(well) == ()
+    with pytest.raises(NotFinite):
+        engine.images(sick)()
+    assert np.isnan(engine.latents(sick)).all()
+    np.testing.assert_allclose(engine.images(well)(), alone(tiny, spec_of(n=2, seed=2, steps=2)), atol=1e-5)
+    engine.remove(sick)
+    assert engine.add(spec_of(n=1)) == sick, "its slot goes to the next"
+    assert engine.broken(sick) == ()
+    engine.remove(sick)
+    again = sample_locally(engine, spec_of(n=1, seed=3), 8, lambda rows: None)
+    np.testing.assert_allclose(again, alone(tiny, spec_of(n=1, seed=3)), atol=1e-5)
+
+
+class Poisoned(Counting):
+    """An executor that gives NaN or infinity for one class and is sound for the others."""
+
+    def __init__(self, executor: Executor, label: int, value: float) -> None:
+        super().__init__(executor)
+        self._label, self._value = label, value
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        assert class_labels is not None
+        out = super().__call__(x, t, class_labels).clone()
+        out[class_labels == self._label] = self._value
+        return out
+
+
+@pytest.mark.parametrize(("value", "clip"), [(float("nan"), True), (float("nan"), False), (float("inf"), False)])
+def test_a_class_that_gives_no_finite_image_breaks_its_own_rows_only(
+    tiny: Checkpoint, value: float, clip: bool
+) -> None:
+    exact = EagerExecutor(tiny.net, CPU, sizes=(1,))
+    engine = make_engine(tiny, executor=Poisoned(exact, 2, value), max_rows=6)
+    spec = spec_of(n=3, seed=1, steps=3, class_labels=(0, 2, 1), clip=clip)
+    other_spec = spec_of(n=2, seed=2, steps=3, class_labels=(1, 0), guidance=2.0)
+    mixed, others = engine.add(spec), engine.add(other_spec)
+    assert engine.broken((*mixed, *others)) == (), "nothing has stepped"
+    for step in range(3):
+        engine.step(Batch((*mixed, *others), (step,) * 5, (3, 4)))
+        engine.wait()
+        assert engine.broken((*others, *mixed)) == (mixed[1],)
+    with pytest.raises(NotFinite):
+        engine.images(mixed)()
+    expected = together(make_engine(tiny, executor=exact), [other_spec], max_batch=16, read=Engine.latents)[0]
+    assert engine.latents(others).tobytes() == expected.tobytes()
+    read = engine.images(others)
+    engine.remove(others)
+    engine.remove(mixed)
+    assert read().shape == (2, 8, 8, 1), "what was read is there after its rows are gone"
+
+    # All slots again, those that were broken among them.
+    after = spec_of(n=6, seed=3, steps=2, class_labels=(0, 1, 0, 1, 0, None))
+    again = together(engine, [after], max_batch=16, read=Engine.latents)[0]
+    expected = together(make_engine(tiny, executor=exact), [after], max_batch=16, read=Engine.latents)[0]
+    assert again.tobytes() == expected.tobytes()
+
+
+def test_infinity_that_the_clip_takes_away_breaks_nothing(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny, executor=Poisoned(EagerExecutor(tiny.net, CPU), 2, float("inf")))
+    images = sample_locally(engine, spec_of(n=2, steps=3, class_labels=(2, 2), clip=True), 8, lambda rows: None)
+    assert images.shape == (2, 8, 8, 1)
+
+
+def test_latents_are_read_as_they_are_and_are_no_window(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny)
+    rows = engine.add(spec_of(n=2))
+    before = engine.latents(rows)
+    assert (before.dtype, before.shape) == (np.float32, (2, 1, 8, 8))
+    np.testing.assert_array_equal(before, image_noise(1, (0, 1), 0, (1, 8, 8), CPU).numpy())
+    kept = before.copy()
+    engine.step(Batch(rows, (0, 0), ()))
+    np.testing.assert_array_equal(before, kept)
+    assert not np.array_equal(engine.latents(rows[::-1]), before[::-1])
+
+
+def test_a_job_that_cannot_be_compiled_takes_no_slot(make_checkpoint: MakeCheckpoint) -> None:
+    engine = make_engine(make_checkpoint(), max_rows=2, max_jobs=1)
+    for bad in (spec_of(sampler="euler"), spec_of(steps=51), spec_of(steps=0)):
+        with pytest.raises(ValueError, match="must be"):
+            engine.add(bad)
+    assert len(engine.add(spec_of(n=2))) == 2
+
+
+def failing(operation: str, at: int) -> Callable[..., object]:
+    """An operation of tensors that raises at its so-manieth call."""
+    whole, calls = getattr(Tensor, operation), itertools.count(1)
+
+    def call(*args: object, **kwargs: object) -> object:
+        if next(calls) == at:
+            raise RuntimeError("out of memory")
+        return whole(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize(("operation", "at_least"), [("__setitem__", 10), ("to", 1)])
+def test_an_add_that_fails_midway_takes_no_slot(tiny: Checkpoint, operation: str, at_least: int) -> None:
+    """As when a device has no memory left: whatever it was doing, the next job finds all slots and plans free."""
+    engine = make_engine(tiny, max_rows=4, max_jobs=1)
+    spec = spec_of(n=4, steps=5, guidance=2.0, class_labels=(0, 1, 2, 0))
+    expected, failures, rows = alone(tiny, spec).tobytes(), 0, ()
+    while not rows:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, operation, failing(operation, failures + 1))
+            try:
+                rows = engine.add(spec)
+            except RuntimeError as error:
+                assert str(error) == "out of memory"
+                failures += 1
+        free = (len(engine._free_rows), len(engine._free_plans), len(engine._plan_of))
+        assert free == ((0, 0, 1) if rows else (4, 1, 0)), f"after failure {failures}"
+    assert failures >= at_least
+    engine.remove(rows)
+    assert sample_locally(engine, spec, 32, lambda rows: None).tobytes() == expected
+
+
+def test_many_steps_in_a_small_noise_schedule_fill_a_plan_to_its_last_line(make_checkpoint: MakeCheckpoint) -> None:
+    engine = make_engine(make_checkpoint(noise=NoiseConfig(num_train_timesteps=3)), max_rows=4, max_jobs=2)
+    specs = [spec_of(n=1, steps=3, seed=1), spec_of(n=1, steps=3, seed=2, sampler="ddim")]
+    shared = together(engine, specs, max_batch=2)
+    checkpoint = make_checkpoint(noise=NoiseConfig(num_train_timesteps=3))
+    for spec, images in zip(specs, shared, strict=True):
+        np.testing.assert_allclose(images.astype(int), alone(checkpoint, spec).astype(int), atol=1)
+
+
+# --- devices, limits, description ---
+
+
+def test_a_preview_is_the_latent_and_the_networks_guess_of_the_image(tiny: Checkpoint) -> None:
+    """x_0 = (x_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar): eq. 4 of Ho et al. 2020, solved for x_0."""
+    engine, spec = make_engine(tiny), spec_of(n=2, steps=10, sampler="ddim", seed=3, class_labels=(0, 2))
+    rows = engine.add(spec)
+    x_T = image_noise(spec.seed, range(2), 0, (1, *tiny.size_px), CPU)
+    engine.step(Batch(rows, (0, 0), ()))
+    shown = engine.preview(rows, ("x_0", "x_t"))()
+    assert list(shown) == ["x_0", "x_t"]
+    t = int(engine.compile(spec).timesteps[0])
+    alpha_bar = float(tiny.noise.schedule().alpha_bar[t])
+    eps = tiny.net(x_T, torch.tensor([t, t]), torch.tensor([0, 2])).double()
+    x_0 = ((x_T.double() - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)).clamp(-1, 1)
+    np.testing.assert_allclose(shown["x_0"], (x_0.permute(0, 2, 3, 1) + 1) * 127.5, atol=1)
+    x_t = np.clip(engine.latents(rows).transpose(0, 2, 3, 1), -1, 1)
+    np.testing.assert_allclose(shown["x_t"], (x_t + 1) * 127.5, atol=0.51)
+    for step in range(1, spec.steps):
+        engine.step(Batch(rows, (step, step), ()))
+    (last,) = engine.preview(rows, ("x_0",))().values()
+    np.testing.assert_array_equal(last, engine.images(rows)())  # ddim ends in its guess
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cpu:x", "cuda:", "mps", "meta", "cuda:-1", "cuda:4096", "xpu", "CPU "])
+def test_a_bad_device_name_is_refused_with_the_choice(name: str) -> None:
+    with pytest.raises(ValueError, match="device") as caught:
+        choose_device(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_auto_takes_a_gpu_where_there_is_one() -> None:
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_the_default_number_of_rows_fits_the_latent_budget(make_checkpoint: MakeCheckpoint) -> None:
+    assert default_max_rows(make_checkpoint()) == engine_module.MAX_DEFAULT_ROWS
+    large = make_checkpoint(in_channels=3, out_channels=3, sample_size=512)
+    assert default_max_rows(large) == 512 * 2**20 // (2 * 4 * 3 * 512 * 512)
+    assert default_max_rows(replace(large, size_px=(2**16, 2**16))) == 4, "the least that --max-batch may be"
+
+
+def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoint: MakeCheckpoint) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1, 2))
+    info = make_engine(tiny, executor=executor).info
+    assert info == describe(tiny, CPU, executor, exact=True)
+    assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
+    assert info.executor_details == "channels_last, passes of 1, 2"
+    assert info.timestep_spacings == {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "karras"}
+    assert info.num_parameters == sum(parameter.numel() for parameter in tiny.net.parameters())
+    assert (info.height_px, info.width_px, info.channels, info.num_timesteps) == (8, 8, 1, 50)
+    assert (info.conditional, info.class_names, info.null_class) == (True, ("cat", "dog", "3d-print"), 3)
+    assert (info.samplers, info.default_sampler) == (SAMPLERS, "ddpm")
+    assert info.weights_hash == tiny.weights_hash
+    assert len(info.log_sigmas) == 50
+    assert info.log_sigmas == tuple(sorted(info.log_sigmas))
+    assert "CPU" in info.device
+    other = describe(make_checkpoint(classes=False, sample_size=(4, 10)), CPU, executor, exact=False)
+    assert not other.exact
+    assert (other.conditional, other.class_names, other.null_class) == (False, (), None)
+    assert (other.height_px, other.width_px) == (4, 10)
+
+
+def test_the_fingerprint_names_the_build_and_not_the_weights(make_checkpoint: MakeCheckpoint) -> None:
+    one, other = make_checkpoint(seed=1), make_checkpoint(seed=2)
+    assert one.weights_hash != other.weights_hash
+    executors = [EagerExecutor(checkpoint.net, CPU) for checkpoint in (one, other)]
+    fingerprints = [describe(one, CPU, executor, exact=True).fingerprint for executor in executors]
+    assert fingerprints[0] == fingerprints[1] == describe(other, CPU, executors[1], exact=True).fingerprint
+
+
+def test_all_that_may_move_a_bit_is_in_the_fingerprint(tiny: Checkpoint) -> None:
+    def fingerprint(*, exact: bool = True, **fields: object) -> str:
+        return describe(tiny, CPU, EagerExecutor(tiny.net, CPU, **fields), exact=exact).fingerprint  # type: ignore[arg-type]
+
+    try:
+        fingerprints = [
+            fingerprint(),
+            fingerprint(exact=False),
+            fingerprint(channels_last=False),
+            fingerprint(sizes=(1,)),
+            fingerprint(sizes=(1, 2)),
+            fingerprint(precision="bfloat16"),
+        ]
+    finally:
+        EagerExecutor(tiny.net, CPU)  # gives the net its layout back
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+def fingerprint_of(checkpoint: Checkpoint, *, exact: bool = True, bits: str | None = None, **fields: object) -> str:
+    executor = EagerExecutor(checkpoint.net, CPU, **fields)  # type: ignore[arg-type]
+    return describe(checkpoint, CPU, executor, exact=exact, bits=bits).fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip_sample_range": 0.5},
+        {"clip_sample": False},
+        {"variance_type": "fixed_large"},
+        {"prediction_type": "sample"},
+        {"beta_end": 0.2},
+        {"num_train_timesteps": 60},
+        {"steps_offset": 1},
+        {"set_alpha_to_one": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [None, "0123"])
+def test_every_field_of_the_noise_config_is_in_the_fingerprint(
+    tiny: Checkpoint, change: dict[str, object], bits: str | None
+) -> None:
+    """The weights' hash does not tell it, and it moves every bit."""
+    other = replace(tiny, noise=replace(tiny.noise, **change))  # type: ignore[arg-type]
+    assert fingerprint_of(tiny, bits=bits) != fingerprint_of(other, bits=bits)
+
+
+def test_the_null_class_is_in_the_fingerprint(tiny: Checkpoint) -> None:
+    other = replace(tiny, labels=replace(tiny.labels, class_names=("cat", "dog", "3d-print"), null_class=2))
+    assert fingerprint_of(tiny) != fingerprint_of(other)
+
+
+@pytest.mark.parametrize("package", ["tminus", "pillow", "zlib", "torch"])
+def test_the_versions_of_what_makes_the_bytes_are_in_the_fingerprint(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    before = fingerprint_of(tiny, bits="0123")
+    if package == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9.9")
+    elif package == "zlib":
+        monkeypatch.setattr(fingerprint.features, "version", lambda name: "9.9.9" if name == "zlib" else None)
+    else:
+        real = fingerprint.version
+        monkeypatch.setattr(fingerprint, "version", lambda name: "9.9.9" if name == package else real(name))
+    assert fingerprint_of(tiny, bits="0123") != before
+
+
+def test_the_bits_of_an_exact_executor_stand_in_the_fingerprint_for_how_passes_are_run(tiny: Checkpoint) -> None:
+    one, other = {"sizes": (1,)}, {"sizes": (1, 2)}
+    assert fingerprint_of(tiny, bits="0123", **one) == fingerprint_of(tiny, bits="0123", **other)
+    assert fingerprint_of(tiny, bits="0123", **one) != fingerprint_of(tiny, bits="0124", **one)
+    assert fingerprint_of(tiny, **one) != fingerprint_of(tiny, **other)
+    names = {fingerprint_of(tiny, exact=False, bits="0123", **fields) for fields in (one, other)}
+    assert len(names) == 2, "what is not exact promises no bits"
+    float32, bfloat16 = (fingerprint_of(tiny, bits="0123", precision=name, **one) for name in ("float32", "bfloat16"))
+    assert float32 != bfloat16
+
+
+def test_the_fingerprint_changes_with_the_number_of_threads(tiny: Checkpoint) -> None:
+    executor = EagerExecutor(tiny.net, CPU)
+    threads, before = torch.get_num_threads(), describe(tiny, CPU, executor, exact=True).fingerprint
+    try:
+        torch.set_num_threads(threads + 1)
+        assert describe(tiny, CPU, executor, exact=True).fingerprint != before
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_memory_on_a_cpu_is_the_processs_own(tiny: Checkpoint) -> None:
+    engine = make_engine(tiny)
+    engine.wait()
+    assert engine.memory_bytes() is None
+
+
+# --- on a GPU ---
+
+OnGpu = Callable[[], tuple[Checkpoint, torch.device]]
+
+
+@pytest.fixture
+def on_gpu(make_checkpoint: MakeCheckpoint) -> Iterator[OnGpu]:
+    """A checkpoint of its own, as an engine moves the net; and the exact float32 that the comparison needs."""
+    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield lambda: (make_checkpoint(), torch.device("cuda"))
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("floats")
+def test_a_gpu_gives_the_images_of_the_cpu(tiny: Checkpoint, on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
+    engine = make_engine(checkpoint, device=device)
+    for spec, images in zip(MIXED, together(engine, MIXED, max_batch=8), strict=True):
+        np.testing.assert_allclose(images, alone(tiny, spec), atol=1e-3, err_msg=str(spec))
+
+
+@pytest.mark.gpu
+def test_a_preview_on_a_gpu_is_that_of_the_cpu_and_does_not_wait_for_it(tiny: Checkpoint, on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
+    spec, shown = spec_of(n=2, sampler="ddim"), []
+    for engine in (make_engine(checkpoint, device=device), make_engine(tiny)):
+        rows = engine.add(spec)
+        engine.step(Batch(rows, (0, 0), ()))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            read = engine.preview(rows, ("x_t", "x_0"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        shown.append(read())
+    for name in ("x_t", "x_0"):
+        np.testing.assert_allclose(shown[0][name].astype(int), shown[1][name].astype(int), atol=1)
+
+
+@pytest.mark.gpu
+def test_noised_on_a_gpu_is_that_of_the_cpu(tiny: Checkpoint, on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
+    images = np.arange(2 * 64, dtype=np.uint8).reshape(2, 8, 8, 1)
+    engines = make_engine(checkpoint, device=device), make_engine(tiny)
+    on_device, on_cpu = (engine.noised(images, 20, 3)() for engine in engines)
+    np.testing.assert_allclose(on_device.astype(int), on_cpu.astype(int), atol=1)
+
+
+@pytest.mark.gpu
+def test_an_engine_on_a_gpu_tells_its_memory_and_name(on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
+    engine = make_engine(checkpoint, device=device)
+    memory = engine.memory_bytes()
+    assert memory is not None
+    assert memory > 0
+    assert engine.info.device == torch.cuda.get_device_name(device)
+
+
+@pytest.mark.gpu
+def test_a_tick_on_a_gpu_does_not_wait_for_it(on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
+    engine = make_engine(checkpoint, device=device)
+    rows, guided = engine.add(spec_of(n=2)), engine.add(spec_of(n=1, guidance=2.0))
+    engine.step(Batch((*rows, *guided), (0, 0, 0), (2,)))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.step(Batch((*rows, *guided), (1, 1, 1), (2,)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_gpus_late_news_of_a_broken_row_is_not_told_of_the_next_row_in_its_slot(on_gpu: OnGpu) -> None:
+    checkpoint, device = on_gpu()
+    executor = Poisoned(EagerExecutor(checkpoint.net, device), 2, float("nan"))
+    engine = make_engine(checkpoint, executor=executor, device=device, max_rows=2)
+
+    def tick(rows: tuple[int, ...], step: int) -> tuple[int, ...]:
+        engine.step(Batch(rows, (step,) * len(rows), ()))
+        engine.wait()
+        return engine.broken(rows)
+
+    sick = engine.add(spec_of(n=2, steps=3, class_labels=(2, 2)))
+    told = [tick(sick, step) for step in range(3)]
+    assert told[-1] == sick, "one tick late"
+    with pytest.raises(NotFinite):
+        engine.images(sick)()
+    engine.remove(sick)
+    well = engine.add(spec_of(n=2, steps=3, seed=2))
+    assert set(well) == set(sick)
+    assert [tick(well, step) for step in range(3)] == [(), (), ()]
+    assert engine.images(well)().shape == (2, 8, 8, 1)
+
+
+# --- snapshots ---
+
+
+@pytest.mark.parametrize(
+    "spec", [spec for spec in MIXED if spec.steps > 2], ids=lambda spec: f"{spec.sampler}-{spec.seed}"
+)
+def test_a_job_that_goes_on_from_a_snapshot_elsewhere_has_the_bits_of_one_that_was_not_disturbed(
+    tiny: Checkpoint, spec: SampleSpec
+) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1,))
+    (undisturbed,) = together(make_engine(tiny, executor=executor), [spec], max_batch=16, read=Engine.latents)
+    for taken in {1, spec.steps // 2, spec.steps - 1}:
+        first, second = make_engine(tiny, executor=executor), make_engine(tiny, executor=executor)
+        scheduler, rows = Scheduler(Sharing.of(3)), first.add(spec)
+        scheduler.add("a", rows, work_of(spec, first.info))
+        while (batch := scheduler.next_batch()) is not None and min(scheduler.steps("a")) < taken:
+            first.step(batch)
+            scheduler.advance(batch)
+        snapshot = first.snapshot(rows, scheduler.steps("a"))()
+        first.remove(rows)
+        first.add(spec_of(n=spec.n, seed=99))  # whose slots have others now
+        second.add(spec_of(n=2, seed=98))  # and it stands elsewhere
+        again, rows = Scheduler(Sharing.of(8)), second.add(spec, snapshot)
+        again.add("a", rows, work_of(spec, second.info), snapshot.steps)
+        while (batch := again.next_batch()) is not None:
+            second.step(batch)
+            again.advance(batch)
+        assert second.latents(rows).tobytes() == undisturbed.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 1, 8, 9), (2, 8, 8)])
+def test_a_snapshot_of_another_shape_is_refused_and_takes_nothing(tiny: Checkpoint, shape: tuple[int, ...]) -> None:
+    engine, zeros = make_engine(tiny, max_rows=2), np.zeros(shape, np.float32)
+    with pytest.raises(ValueError, match="snapshot"):
+        engine.add(spec_of(n=2), Snapshot((1, 1), zeros, zeros))
+    assert len(engine.add(spec_of(n=2))) == 2

@@ -1,0 +1,245 @@
+import json
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from service.engine import autotune, loading
+from service.engine.executors import EagerExecutor, Executor
+from service.engine.loading import MIN_BATCH, LoadOptions, load_engine
+from service.engine.local import sample_locally
+from service.images.encoder import PNG, etag
+from service.job import trial_spec
+from tests.service.conftest import Around, MakeCheckpoint
+
+
+@pytest.fixture(autouse=True)
+def _quick_and_as_before(monkeypatch: pytest.MonkeyPatch) -> object:
+    monkeypatch.setattr(autotune, "TRIAL_S", 0.005)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def options(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> LoadOptions:
+    checkpoint = make_checkpoint()
+    folder = tmp_path / "tiny"
+    config = checkpoint.net.config
+    save_checkpoint(folder, checkpoint.net.state_dict(), config, checkpoint.noise, checkpoint.labels, {})
+    return LoadOptions(folder, device="cpu", executor="eager", threads=1, max_batch=4, cache_dir=tmp_path / "cache")
+
+
+def test_what_is_loaded_serves(options: LoadOptions) -> None:
+    loaded = load_engine(options)
+    info = loaded.engine.info
+    assert (info.name, info.exact, info.executor, info.precision) == ("tiny", True, "eager", "float32")
+    assert info.class_names == ("cat", "dog", "3d-print")
+    assert [places for places, _ in loaded.tick_times] == [1, 2, 4]
+    assert all(seconds > 0 for _, seconds in loaded.tick_times)
+    assert loaded.max_batch == 4
+    images = sample_locally(loaded.engine, trial_spec(info, 3, 5), loaded.max_batch, lambda rows: None)
+    assert images.shape == (3, 8, 8, 1)
+
+
+def test_the_same_folder_loaded_twice_gives_the_same_bytes_and_fingerprint(options: LoadOptions) -> None:
+    one, other = load_engine(options), load_engine(options)
+    assert one.engine.info == other.engine.info
+    spec = trial_spec(one.engine.info, 3, 7, guidance=2.0)
+    images = [sample_locally(loaded.engine, spec, 4, lambda rows: None) for loaded in (one, other)]
+    np.testing.assert_array_equal(*images)
+
+
+@pytest.mark.parametrize("max_batch", [None, 5, 16])
+def test_the_batch_is_as_asked_or_the_knee(options: LoadOptions, max_batch: int | None) -> None:
+    loaded = load_engine(replace(options, max_batch=max_batch))
+    assert loaded.tick_times[-1][0] == (max_batch or 16)
+    if max_batch is None:
+        assert MIN_BATCH <= loaded.max_batch <= 16
+    else:
+        assert loaded.max_batch == max_batch
+    assert MIN_BATCH <= loaded.short_batch <= loaded.max_batch
+
+
+def test_the_knee_is_kept_between_starts_and_a_damaged_answer_is_not_taken(
+    options: LoadOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = iter([((4, 0.55), (8, 1.0), (16, 9.0)), *[((4, 1.0), (8, 9.0), (16, 9.0))] * 3])
+    monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch: next(curves))
+    options = replace(options, max_batch=None)
+
+    def knees() -> tuple[int, int]:
+        loaded = load_engine(options)
+        return loaded.max_batch, loaded.short_batch
+
+    assert [knees() for _ in range(2)] == [(8, 4)] * 2
+    for file in (tmp_path / "cache").iterdir():
+        if "short_batch" in json.loads(file.read_bytes()):
+            file.write_text('{"max_batch": 8, "short_batch": 17}')
+    assert [knees() for _ in range(2)] == [(4, 4)] * 2
+
+
+@pytest.mark.parametrize(("asked", "max_batch", "short_batch"), [(6, 8, 6), (16, 8, 8), (None, 5, 4)])
+def test_a_short_tick_is_as_asked_or_measured_but_never_longer_than_any(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch, asked: int | None, max_batch: int, short_batch: int
+) -> None:
+    monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch: ((4, 0.55), (8, 1.0)))
+    loaded = load_engine(replace(options, max_batch=max_batch, short_batch=asked))
+    assert (loaded.max_batch, loaded.short_batch) == (max_batch, short_batch)
+
+
+def test_so_many_rows_and_jobs_as_asked_fit_at_once(options: LoadOptions) -> None:
+    loaded = load_engine(replace(options, max_rows=100, max_jobs=20))
+    assert loaded.max_rows == 100
+    for _ in range(20):
+        loaded.engine.add(trial_spec(loaded.engine.info, 5, 50))
+    assert load_engine(replace(options, max_rows=4)).max_rows == 4, "few are no hindrance to measuring"
+
+
+def test_not_exact_is_said_of_the_model(options: LoadOptions) -> None:
+    exact, other = load_engine(options).engine.info, load_engine(replace(options, exact=False)).engine.info
+    assert (exact.exact, other.exact) == (True, False)
+    assert exact.fingerprint != other.fingerprint
+
+
+class Mixing(Around):
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        return super().__call__(x, t, class_labels) + 1e-6 * x.mean()
+
+
+def test_an_executor_that_is_not_exact_after_all_is_refused_with_the_way_out(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mixing(checkpoint: object, device: torch.device, *_args: object) -> Executor:
+        return Mixing(EagerExecutor(checkpoint.net, device, sizes=(1,)))  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(loading, "choose_executor", mixing)
+    with pytest.raises(ValueError, match="same bits alone and") as caught:
+        load_engine(options)
+    assert "--no-exact" in str(caught.value), "as the flag is spelled"
+    assert not load_engine(replace(options, exact=False)).engine.info.exact
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"device": "toaster"}, "device must be"),
+        ({"executor": "onnx"}, "executor must be"),
+        ({"precision": "float8"}, "precision must be"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: LoadOptions, change: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        load_engine(replace(options, **change))  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_is_not_the_first_is_refused_with_the_way_to_get_it(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all that is put on a GPU some would land on the first."""
+    monkeypatch.setattr(loading, "choose_device", lambda name: torch.device(name))
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1, not cuda:1"):
+        load_engine(replace(options, device="cuda:1"))
+
+
+def test_no_more_jobs_are_taken_than_their_plans_have_room(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="max_jobs must be at most 400000 with T=50, got 400001"):
+        load_engine(replace(options, max_jobs=400_001))
+    monkeypatch.setattr(loading, "MAX_PLAN_LINES", 20 * 50)
+    assert load_engine(replace(options, max_jobs=20)).engine.info.num_timesteps == 50
+    with pytest.raises(ValueError, match="max_jobs must be at most 20 with T=50, got 21"):
+        load_engine(replace(options, max_jobs=21))
+
+
+def test_without_a_folder_for_the_cache_it_loads_all_the_same(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "default_cache", lambda: None)
+    assert load_engine(replace(options, cache_dir=None)).max_batch == 4
+
+
+def test_a_start_that_finds_other_sizes_with_the_same_bits_keeps_the_fingerprint(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that clients keep what they have."""
+
+    class Resized(Around):
+        """Passes of one row that say they are of another size."""
+
+    def of_size(size: int) -> Callable[..., Executor]:
+        def choose(checkpoint: Checkpoint, device: torch.device, *_args: object) -> Executor:
+            executor = Resized(EagerExecutor(checkpoint.net, device, sizes=(1,)))
+            executor.details = f"passes of {size}"
+            return executor
+
+        return choose
+
+    infos = []
+    for size in (1, 2):
+        monkeypatch.setattr(loading, "choose_executor", of_size(size))
+        infos.append(load_engine(options).engine.info)
+        infos.append(load_engine(replace(options, exact=False)).engine.info)
+    assert infos[0].executor_details != infos[2].executor_details
+    assert infos[0].fingerprint == infos[2].fingerprint
+    assert infos[1].fingerprint != infos[3].fingerprint, "where nothing is promised the details tell"
+
+
+@pytest.mark.parametrize("change", [{"clip_sample_range": 0.5}, {"variance_type": "fixed_large"}])
+def test_the_same_weights_under_another_scheduler_have_another_fingerprint_and_other_tags(
+    options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path, change: dict[str, object]
+) -> None:
+    checkpoint = make_checkpoint()
+    noise = replace(checkpoint.noise, **change)  # type: ignore[arg-type]
+    save_checkpoint(
+        tmp_path / "other", checkpoint.net.state_dict(), checkpoint.net.config, noise, checkpoint.labels, {}
+    )
+    one = load_engine(options).engine.info
+    other = load_engine(replace(options, checkpoint=tmp_path / "other")).engine.info
+    assert one.weights_hash == other.weights_hash
+    assert one.fingerprint != other.fingerprint
+    spec = trial_spec(one, 1, 5)
+    assert etag(PNG, spec, one) != etag(PNG, spec, other)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(options: LoadOptions, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_engine(replace(options, checkpoint=tmp_path / "nowhere"))
+
+
+def test_the_loading_thread_is_gone_and_what_was_found_is_in_the_log(
+    options: LoadOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = threading.active_count()
+    with caplog.at_level(logging.INFO):
+        load_engine(options)
+    assert threading.active_count() == before
+    assert "a tick of 4 places takes" in caplog.text
+    assert "executor eager float32" in caplog.text
+
+
+def overflow_class(folder: Path, options: LoadOptions, make_checkpoint: MakeCheckpoint, label: int) -> LoadOptions:
+    """A checkpoint with finite weights that gives NaN for one class."""
+    checkpoint = make_checkpoint()
+    state = {key: value.clone() for key, value in checkpoint.net.state_dict().items()}
+    state["class_embedding.weight"][label] = 3e38
+    save_checkpoint(folder, state, checkpoint.net.config, checkpoint.noise, checkpoint.labels, {})
+    return replace(options, checkpoint=folder)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_class_that_gives_nan_does_not_keep_the_others_from_being_served(
+    options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path, label: int
+) -> None:
+    """Class 0, too, of which the trial jobs are."""
+    engine = load_engine(overflow_class(tmp_path / "nan", options, make_checkpoint, label)).engine
+    good = replace(trial_spec(engine.info, 1, 3), class_labels=(2,))
+    assert sample_locally(engine, good, 4, lambda rows: None).shape == (1, 8, 8, 1)

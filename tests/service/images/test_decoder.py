@@ -1,0 +1,351 @@
+import asyncio
+import io
+import struct
+import threading
+import time
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, PngImagePlugin
+
+from service.errors import InvalidImage
+from service.images import decoder as uploads
+from service.images.decoder import MAX_PIXELS, Decoder, decode_image
+from service.job import Images
+from tests.service.fakes import INFO
+
+GREY = replace(INFO, height_px=8, width_px=12, channels=1)
+COLOUR = replace(GREY, channels=3)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def refused(data: bytes) -> InvalidImage:
+    with pytest.raises(InvalidImage) as caught:
+        decode_image(data, COLOUR)
+    error = caught.value
+    assert (error.status, error.code, error.field) == (422, "invalid_image", "image")
+    assert error.bound
+    return error
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+    """A PNG written by hand, for what Pillow does not write."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)),
+        *extra,
+        (b"IDAT", zlib.compress(rows, 9)),
+        (b"IEND", b""),
+    ]
+    body = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+# --- what is taken ---
+
+
+@given(seed=st.integers(0, 2**32), level=st.integers(0, 9), kind=st.sampled_from(["PNG", "WEBP"]))
+def test_an_image_of_the_models_size_is_taken_bit_for_bit(seed: int, level: int, kind: str) -> None:
+    options = {"compress_level": level} if kind == "PNG" else {"lossless": True}
+    colour, grey = noise(8, 12, 3, seed=seed), noise(8, 12, seed=seed)
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(colour), kind, **options), COLOUR), colour)
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(grey), kind, **options), GREY)[:, :, 0], grey)
+    np.testing.assert_array_equal(
+        decode_image(encode(Image.fromarray(grey), kind, **options), COLOUR), np.dstack([grey] * 3)
+    )
+
+
+def test_a_jpeg_is_what_pillow_makes_of_it() -> None:
+    data = encode(Image.fromarray(noise(8, 12, 3)), "JPEG", quality=90)
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(decode_image(data, COLOUR), np.asarray(image))
+
+
+@pytest.mark.parametrize(("rgb", "luma"), [((255, 0, 0), 76), ((0, 255, 0), 150), ((0, 0, 255), 29)])
+def test_a_model_of_one_channel_gets_the_luma_of_itu_r_601(rgb: tuple[int, int, int], luma: int) -> None:
+    assert set(decode_image(encode(Image.new("RGB", (12, 8), rgb)), GREY).flat) == {luma}
+
+
+@given(
+    width=st.integers(1, 60),
+    height=st.integers(1, 60),
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "I;16"]),
+    model=st.sampled_from([GREY, COLOUR, replace(GREY, height_px=1, width_px=1)]),
+)
+def test_any_size_and_mode_comes_out_in_the_models_shape(width: int, height: int, mode: str, model: Any) -> None:
+    image = Image.new(mode, (width, height))
+    out = decode_image(encode(image), model)
+    assert (out.shape, out.dtype) == ((model.height_px, model.width_px, model.channels), np.uint8)
+    assert not out.any()
+
+
+def test_a_larger_image_is_cropped_about_its_centre_and_resampled() -> None:
+    picture = noise(400, 80, 3)  # 80 wide at 12:8 is 53 high; Lanczos looks 20 further
+    out = decode_image(encode(Image.fromarray(picture)), COLOUR)
+    assert out.shape == (8, 12, 3)
+    np.testing.assert_array_equal(
+        out, np.asarray(ImageOps.fit(Image.fromarray(picture), (12, 8), Image.Resampling.LANCZOS))
+    )
+    blank = picture.copy()
+    blank[:150], blank[250:] = 0, 0
+    np.testing.assert_array_equal(out, decode_image(encode(Image.fromarray(blank)), COLOUR), "the rest has no say")
+
+
+def test_a_smaller_image_is_enlarged() -> None:
+    assert set(decode_image(encode(Image.new("L", (1, 1), 77)), COLOUR).flat) == {77}
+
+
+# --- depths and modes ---
+
+
+def test_sixteen_bit_grey_is_scaled_to_nearest_for_each_value() -> None:
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    model = replace(INFO, height_px=256, width_px=256, channels=1)
+    out = decode_image(encode(Image.fromarray(values)), model)[:, :, 0]
+    np.testing.assert_array_equal(out, np.rint(values / 257))
+
+
+def test_sixteen_bit_colour_is_scaled() -> None:
+    values = np.linspace(0, 65535, 8 * 12 * 3).astype(np.uint16).reshape(8, 12, 3)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    out = decode_image(png(12, 8, 16, 2, rows), COLOUR)
+    assert np.abs(out - values / 257).max() <= 1, "Pillow takes the upper byte"
+
+
+def test_what_is_transparent_in_sixteen_bits_is_black() -> None:
+    rows = b"".join(b"\0" + np.full(12, 1000 * row, ">u2").tobytes() for row in range(8))
+    out = decode_image(png(12, 8, 16, 0, rows, (b"tRNS", struct.pack(">H", 5000))), GREY)
+    assert [row.tolist() for row in np.unique(out[:, :, 0], axis=1)[:, 0:1]] == [
+        [0 if row == 5 else round(1000 * row / 257)] for row in range(8)
+    ]
+
+
+@given(seed=st.integers(0, 2**32))
+def test_what_is_transparent_is_over_black(seed: int) -> None:
+    rgba = noise(8, 12, 4, seed=seed)
+    out = decode_image(encode(Image.fromarray(rgba)), COLOUR)
+    exact = rgba[:, :, :3].astype(float) * rgba[:, :, 3:] / 255
+    assert np.abs(out - exact).max() <= 0.51
+    la = decode_image(encode(Image.fromarray(rgba[:, :, 2:], "LA")), GREY)[:, :, 0]
+    assert np.abs(la - exact[:, :, 2]).max() <= 0.51
+
+
+@given(seed=st.integers(0, 2**32))
+def test_an_opaque_alpha_channel_changes_nothing(seed: int) -> None:
+    rgba = noise(8, 12, 4, seed=seed)
+    rgba[:, :, 3] = 255
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(rgba)), COLOUR), rgba[:, :, :3])
+
+
+def test_a_palette_is_looked_up_and_its_transparent_entry_black() -> None:
+    image = Image.new("P", (12, 8), 1)
+    image.putpalette([255, 0, 0, 10, 20, 30])
+    image.paste(0, (0, 0, 6, 8))
+    assert decode_image(encode(image), COLOUR)[0, [0, -1]].tolist() == [[255, 0, 0], [10, 20, 30]]
+    assert decode_image(encode(image, transparency=0), COLOUR)[0, [0, -1]].tolist() == [[0, 0, 0], [10, 20, 30]]
+
+
+def test_one_bit_is_black_and_white() -> None:
+    bits = noise(8, 12) > 127
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(bits)), GREY)[:, :, 0], bits * 255)
+
+
+def test_the_transparent_colour_of_an_rgb_png_is_black() -> None:
+    image = Image.new("RGB", (12, 8), (9, 8, 7))
+    image.paste((200, 100, 50), (0, 0, 6, 8))
+    out = decode_image(encode(image, transparency=(200, 100, 50)), COLOUR)
+    assert out[0, [0, -1]].tolist() == [[0, 0, 0], [9, 8, 7]]
+
+
+@pytest.mark.parametrize(
+    ("ink", "rgb"), [((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0), ((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 100), 155)]
+)
+def test_cmyk_becomes_rgb_by_the_complement(ink: tuple[int, ...], rgb: Any) -> None:
+    data = encode(Image.new("CMYK", (12, 8), ink), "JPEG", quality=100)
+    out = decode_image(data, COLOUR).astype(int)
+    assert np.abs(out - np.array(rgb)).max() <= 3
+    luma = decode_image(data, GREY).astype(int)
+    assert np.abs(luma - np.dot(np.broadcast_to(rgb, 3), (0.299, 0.587, 0.114))).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
+    image = Image.fromarray(noise(8, 12, 3)).resize((120, 80))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(image, kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as opened:
+        upright = ImageOps.exif_transpose(opened)
+        expected = np.asarray(ImageOps.fit(upright, (12, 8), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(decode_image(data, COLOUR), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of them too
+@pytest.mark.parametrize("exif", [b"Exif\0\0" + bytes(30), b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*"])
+def test_broken_exif_data_do_no_harm(exif: bytes) -> None:
+    image = Image.fromarray(noise(8, 12, 3))
+    for kind in ("PNG", "JPEG"):
+        np.testing.assert_array_equal(
+            decode_image(encode(image, kind, exif=exif), COLOUR), decode_image(encode(image, kind), COLOUR)
+        )
+
+
+def test_of_a_phones_jpeg_with_others_behind_it_the_first_is_taken() -> None:
+    one, two = (Image.fromarray(noise(8, 12, 3, seed=seed)) for seed in (1, 2))
+    data = encode(one, "MPO", save_all=True, append_images=[two], quality=95)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.n_frames == 2  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(decode_image(data, COLOUR), decode_image(encode(one, "JPEG", quality=95), COLOUR))
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "got nothing"),
+        (b"a text, not an image", "20 bytes that begin with b'a text"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "b'<svg"),
+        (b"\0" * 100, "100 bytes"),
+        (encode(Image.new("RGB", (5, 5)), "GIF"), "GIF"),
+        (encode(Image.new("RGB", (5, 5)), "BMP"), "BM"),
+        (encode(Image.new("RGB", (5, 5)), "TIFF"), "II*"),
+        (encode(Image.new("RGB", (5, 5)), "PDF"), "%PDF"),
+    ],
+)
+def test_what_is_none_of_the_formats_is_refused_by_its_content(data: bytes, says: str) -> None:
+    error = refused(data)
+    assert says in error.detail
+    assert error.bound == "a PNG, JPEG or WebP image"
+
+
+def test_the_error_names_the_field_that_is_decoded() -> None:
+    with pytest.raises(InvalidImage) as caught:
+        decode_image(b"x", COLOUR, "mask")
+    assert caught.value.field == "mask"
+    assert caught.value.detail.startswith("mask must be")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.6, 0.9])
+def test_a_truncated_image_is_refused(kind: str, share: float) -> None:
+    data = encode(Image.fromarray(noise(64, 64, 3)), kind)
+    assert "image must be a PNG, JPEG or WebP image, got" in refused(data[: int(share * len(data))]).detail
+
+
+@settings(max_examples=300)
+@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "WEBP"]))
+@pytest.mark.filterwarnings("ignore")
+def test_no_damage_does_more_than_be_refused(data: st.DataObject, kind: str) -> None:
+    whole = bytearray(encode(Image.fromarray(noise(16, 16, 3)), kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        out = decode_image(bytes(whole), COLOUR)
+    except InvalidImage:
+        return
+    assert out.shape == (8, 12, 3)
+
+
+@pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (4097, 4096), (1, MAX_PIXELS + 1)])
+def test_a_png_that_only_claims_to_be_large_is_refused_by_its_header(size: tuple[int, int]) -> None:
+    error = refused(png(*size, 8, 2, b"\0"))
+    assert error.bound == "of at most 16777216 pixels"
+    assert f"{size[0]}x{size[1]}" in error.detail
+
+
+def test_a_real_bomb_of_each_format_is_refused_before_it_is_decoded() -> None:
+    """A WebP's canvas is made room for when Pillow opens it: so it must not come that far."""
+    bombs = [
+        encode(Image.new("1", (12_000, 12_000)), "PNG"),
+        encode(Image.new("L", (5000, 5000)), "JPEG"),
+        encode(Image.new("RGB", (5000, 5000)), "WEBP", lossless=True, method=0, quality=0),
+        b"RIFF" + struct.pack("<I", 40) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + b"\xfe\x3f\0\xfe\x3f\0" * 2,
+        encode(Image.new("RGB", (8, 8)), "JPEG").replace(b"\0\x11\x08\0\x08\0\x08", b"\0\x11\x08\xff\xff\xff\xff"),
+    ]
+    for bomb in bombs:
+        assert len(bomb) < 300_000
+        started = time.perf_counter()
+        assert "16777216 pixels" in refused(bomb).detail
+        assert time.perf_counter() - started < 0.05, "nothing was decoded"
+
+
+def test_an_image_at_the_bound_is_taken() -> None:
+    assert decode_image(encode(Image.new("1", (4096, 4096), 1)), GREY).min() == 255
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_is_refused(kind: str) -> None:
+    frames = [Image.fromarray(noise(8, 12, 3, seed=seed)) for seed in range(3)]
+    error = refused(encode(frames[0], kind, save_all=True, append_images=frames[1:]))
+    assert error.bound == "a still image"
+    assert "3 frames" in error.detail
+
+
+def test_texts_that_unpack_to_gigabytes_are_refused() -> None:
+    text = b"key\0\0" + zlib.compress(bytes(2**20 - 10), 9)
+    assert len(text) < 1100
+    rows = b"\0" + bytes(3)
+    bomb = png(1, 1, 8, 2, rows, *[(b"zTXt", text)] * 2000)
+    assert "broken" in refused(bomb).detail
+    assert "broken" in refused(png(1, 1, 8, 2, rows, (b"zTXt", b"key\0\0" + zlib.compress(bytes(2**28), 9)))).detail
+    assert "broken" in refused(png(1, 1, 8, 2, rows, (b"iCCP", b"key\0\0" + zlib.compress(bytes(2**28), 9)))).detail
+
+
+def test_a_long_text_and_a_large_profile_are_passed_over() -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", "x" * 500_000, zip=True)
+    picture = noise(8, 12, 3)
+    data = encode(Image.fromarray(picture), pnginfo=info, icc_profile=bytes(200_000))
+    np.testing.assert_array_equal(decode_image(data, COLOUR), picture)
+
+
+def test_a_jpeg_of_scans_without_end_is_refused() -> None:
+    data = encode(Image.new("RGB", (4096, 4096)), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    scan = data[at:-2]
+    assert "scans" in refused(data[:-2] + scan * 200 + b"\xff\xd9").detail
+
+
+# --- the thread ---
+
+
+def test_one_image_is_decoded_at_a_time_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = most = 0
+    threads: set[str] = set()
+
+    def slow(data: bytes, model: Any, field: str) -> Images:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        threads.add(threading.current_thread().name)
+        time.sleep(0.002)
+        running -= 1
+        return decode_image(data, model, field)
+
+    monkeypatch.setattr(uploads, "decode_image", slow)
+    decoder, picture = Decoder(COLOUR), noise(8, 12, 3)
+
+    async def all_at_once() -> list[Images]:
+        return await asyncio.gather(*[decoder.decode(encode(Image.fromarray(picture))) for _ in range(20)])
+
+    for out in asyncio.run(all_at_once()):
+        np.testing.assert_array_equal(out, picture)
+    decoder.close()
+    assert most == 1
+    assert threads == {"tminus-decode_0"}

@@ -1,0 +1,335 @@
+import asyncio
+import base64
+import io
+import json
+import math
+import re
+import threading
+import zipfile
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from model.timesteps import SPACINGS
+from service.errors import NotFinite
+from service.images.encoder import (
+    JSON,
+    MEDIA_TYPES,
+    PNG,
+    PNG_TEXT_KEY,
+    ZIP,
+    Encoder,
+    contact_sheet,
+    encode_png,
+    encode_result,
+    etag,
+    one_image,
+    recipe,
+    sheet_columns,
+)
+from service.job import Images, JobResult, ModelInfo, SampleSpec
+from tests.service.fakes import INFO, make_spec
+
+UNCONDITIONAL = replace(INFO, conditional=False, class_names=(), null_class=None)
+
+
+def noise(n: int, height: int = 4, width: int = 6, channels: int = 1, seed: int = 0) -> Images:
+    return np.random.default_rng(seed).integers(0, 256, (n, height, width, channels), dtype=np.uint8)
+
+
+def read(png: bytes) -> Images:
+    """Pixels of a PNG as [H, W, C]."""
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.format == "PNG"
+        image.load()
+        pixels = np.asarray(image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def text_of(png: bytes) -> dict[str, Any]:
+    with Image.open(io.BytesIO(png)) as image:
+        image.load()
+        found: dict[str, Any] = json.loads(image.text[PNG_TEXT_KEY])  # type: ignore[attr-defined]
+    return found
+
+
+def encode(media_type: str, spec: SampleSpec, images: Images, model: ModelInfo = INFO) -> bytes:
+    return encode_result(media_type, spec, images, model)
+
+
+def spec_from(members: dict[str, Any]) -> SampleSpec:
+    """Make a spec again from its JSON, where a tuple has become a list."""
+    return SampleSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in members.items()})
+
+
+# --- PNG ---
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+@pytest.mark.parametrize("size", [(1, 1), (4, 6), (32, 32), (7, 3)])
+def test_a_png_read_back_equals_the_pixels(channels: int, mode: str, size: tuple[int, int]) -> None:
+    pixels = noise(1, *size, channels)[0]
+    png = encode_png(pixels)
+    np.testing.assert_array_equal(read(png), pixels)
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.mode == mode
+        assert image.size == size[::-1]
+
+
+def test_a_png_without_text_has_none() -> None:
+    with Image.open(io.BytesIO(encode_png(noise(1)[0]))) as image:
+        image.load()
+        assert image.text == {}  # type: ignore[attr-defined]
+
+
+def test_text_in_any_language_survives_the_png() -> None:
+    assert text_of(encode_png(noise(1)[0], {"name": "Käse 猫"})) == {"name": "Käse 猫"}
+
+
+# --- the sheet ---
+
+
+@pytest.mark.parametrize("n", range(1, 65))
+def test_image_k_of_a_sheet_stands_at_row_k_div_columns_and_column_k_mod_columns(n: int) -> None:
+    images = noise(n, 3, 5, 3)
+    sheet, columns = contact_sheet(images), sheet_columns(n)
+    rows = math.ceil(n / columns)
+    assert sheet.shape == (rows * 3, columns * 5, 3)
+    assert sheet.dtype == np.uint8
+    for k in range(rows * columns):
+        top, left = 3 * (k // columns), 5 * (k % columns)
+        cell = sheet[top : top + 3, left : left + 5]
+        np.testing.assert_array_equal(cell, images[k] if k < n else np.zeros_like(cell))
+
+
+@pytest.mark.parametrize("n", range(1, 65))
+def test_a_sheet_is_as_square_as_it_can_be_without_spare_cells_or_else_square(n: int) -> None:
+    columns, square = sheet_columns(n), math.ceil(math.sqrt(n))
+    exact = [c for c in range(1, n + 1) if n % c == 0 and c >= n // c]
+    assert columns == (min(exact) if min(exact) <= 2 * square else square)
+    assert (math.ceil(n / columns) - 1) * columns < n <= math.ceil(n / columns) * columns, "no empty row"
+
+
+@pytest.mark.parametrize(
+    ("n", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 5), (6, 3), (7, 3), (8, 4), (9, 3), (64, 8)]
+)
+def test_sheets_of_small_numbers(n: int, columns: int) -> None:
+    assert sheet_columns(n) == columns
+
+
+def test_one_image_is_its_own_sheet() -> None:
+    images = noise(1, channels=3)
+    np.testing.assert_array_equal(contact_sheet(images), images[0])
+
+
+# --- a response ---
+
+
+def test_a_png_response_is_the_sheet_with_the_whole_recipe() -> None:
+    spec, images = make_spec(n=5, class_labels=(0, 1, None, 2, 0)), noise(5)
+    png = encode(PNG, spec, images)
+    np.testing.assert_array_equal(read(png), contact_sheet(images))
+    text = text_of(png)
+    assert spec_from(text["spec"]) == spec
+    assert text["weights"] == INFO.weights_hash
+    assert text["fingerprint"] == INFO.fingerprint
+
+
+def test_a_zip_holds_each_image_under_its_index_with_its_own_recipe() -> None:
+    spec, images = make_spec(n=3, index=41, class_labels=(0, None, 2), guidance=1.0), noise(3)
+    with zipfile.ZipFile(io.BytesIO(encode(ZIP, spec, images))) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == ["00041.png", "00042.png", "00043.png"]
+        for k, name in enumerate(archive.namelist()):
+            png = archive.read(name)
+            np.testing.assert_array_equal(read(png), images[k])
+            assert spec_from(text_of(png)["spec"]) == one_image(spec, k)
+
+
+def test_json_holds_each_image_and_the_whole_recipe() -> None:
+    spec, images = make_spec(n=3, index=7, class_labels=(2, None, 0), seed=2**64 - 1), noise(3, channels=3)
+    document = json.loads(encode(JSON, spec, images))
+    assert document.keys() == {"spec", "weights", "fingerprint", "images"}, "nothing that differs from run to run"
+    assert spec_from(document["spec"]) == spec
+    assert document["weights"] == INFO.weights_hash
+    assert document["fingerprint"] == INFO.fingerprint
+    assert [(i["index"], i["class_label"], i["class_name"]) for i in document["images"]] == [
+        (7, 2, "3d-print"),
+        (8, None, None),
+        (9, 0, "cat"),
+    ]
+    for k, image in enumerate(document["images"]):
+        png = base64.b64decode(image["png"], validate=True)
+        np.testing.assert_array_equal(read(png), images[k])
+        assert spec_from(text_of(png)["spec"]) == one_image(spec, k)
+
+
+@pytest.mark.parametrize("media_type", MEDIA_TYPES)
+def test_the_same_images_are_the_same_bytes(media_type: str) -> None:
+    spec, images = make_spec(n=4), noise(4)
+    assert encode(media_type, spec, images) == encode(media_type, spec, images.copy())
+    assert encode(media_type, spec, images) != encode(media_type, spec, noise(4, seed=1))
+
+
+@pytest.mark.parametrize("media_type", MEDIA_TYPES)
+def test_a_model_without_classes_encodes_too(media_type: str) -> None:
+    spec = make_spec(n=2, class_labels=None)
+    body = encode(media_type, spec, noise(2), UNCONDITIONAL)
+    if media_type == JSON:
+        images = json.loads(body)["images"]
+        assert [(image["class_label"], image["class_name"]) for image in images] == [(None, None)] * 2
+    elif media_type == PNG:
+        assert spec_from(text_of(body)["spec"]) == spec
+    else:
+        with zipfile.ZipFile(io.BytesIO(body)) as archive:
+            assert len(archive.namelist()) == 2
+
+
+def test_the_media_types_are_those_of_the_contract_and_png_comes_first() -> None:
+    assert MEDIA_TYPES == ("image/png", "application/zip", "application/json")
+
+
+# --- recipes ---
+
+
+@given(
+    st.builds(
+        make_spec,
+        n=st.just(3),
+        steps=st.integers(1, 1000),
+        sampler=st.sampled_from(["ddpm", "ddim", "dpmpp_2m"]),
+        guidance_interval=st.none() | st.tuples(st.integers(0, 999), st.integers(0, 999)),
+        timestep_spacing=st.sampled_from(SPACINGS),
+        eta=st.floats(0, 1),
+        seed=st.integers(0, 2**64 - 1),
+        index=st.integers(0, 2**32 - 3),
+        guidance=st.floats(0, 50),
+        clip=st.booleans(),
+        class_labels=st.none() | st.tuples(*[st.none() | st.integers(0, 2)] * 3),
+    )
+)
+def test_a_recipe_through_json_is_exact_to_the_bit(spec: SampleSpec) -> None:
+    assert spec_from(json.loads(json.dumps(recipe(spec, INFO)))["spec"]) == spec
+
+
+def test_image_k_alone_has_the_next_index_and_its_own_class() -> None:
+    spec = make_spec(n=3, index=10, class_labels=(2, None, 1), guidance=1.0, eta=0.25, sampler="ddim")
+    alone = one_image(spec, 2)
+    assert asdict(alone) == asdict(spec) | {"n": 1, "index": 12, "class_labels": (1,)}
+    assert one_image(spec, 1).class_labels == (None,)
+    assert one_image(make_spec(n=3, class_labels=None), 1).class_labels is None
+
+
+# --- the threads ---
+
+
+def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
+    seen: list[tuple[str, float, str]] = []
+    readers: set[str] = set()
+
+    def read() -> Images:  # waits for a GPU, so it may not run in the event loop's thread
+        readers.add(threading.current_thread().name.rpartition("_")[0])
+        return images
+
+    def observe(kind: str, seconds: float) -> None:
+        seen.append((kind, seconds, threading.current_thread().name))
+
+    async def encode_all() -> list[bytes]:
+        encoder = Encoder(INFO, observe)
+        result = JobResult(read, 0.0, 0.0, 0.0)
+        try:
+            return [await encoder.encode(media_type, spec, result.read) for media_type in MEDIA_TYPES]
+        finally:
+            encoder.close()
+
+    spec, images = make_spec(n=2), noise(2)
+    assert asyncio.run(encode_all()) == [encode(media_type, spec, images) for media_type in MEDIA_TYPES]
+    assert [kind for kind, _, _ in seen] == ["png", "zip", "json"]
+    assert all(seconds > 0 for _, seconds, _ in seen)
+    assert all(name.startswith("tminus-encode") for _, _, name in seen)
+    assert readers == {"tminus-encode"}
+
+
+def test_an_image_that_is_not_finite_is_no_image() -> None:
+    seen: list[str] = []
+
+    def read() -> Images:
+        raise NotFinite
+
+    async def encode_one() -> bytes:
+        encoder = Encoder(INFO, lambda kind, seconds: seen.append(kind))
+        try:
+            return await encoder.encode(PNG, make_spec(), read)
+        finally:
+            encoder.close()
+
+    with pytest.raises(NotFinite):
+        asyncio.run(encode_one())
+    assert not seen
+
+
+# --- the name of an answer ---
+
+
+def test_an_etag_is_a_strong_validator_of_the_recipe_and_the_media_type() -> None:
+    spec = make_spec(n=2)
+    tags = {etag(media_type, spec, INFO) for media_type in MEDIA_TYPES}
+    assert len(tags) == 3
+    assert all(re.fullmatch(r'"[0-9a-f]{32}"', tag) for tag in tags)
+    assert etag(PNG, spec, INFO) == etag(PNG, replace(spec), replace(INFO))
+
+
+def other(value: object) -> object:
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, tuple):
+        return value[::-1]
+    return "another" if isinstance(value, str) else (3, 4)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(SampleSpec)])
+def test_every_field_of_a_spec_is_in_its_etag(field: str) -> None:
+    spec = make_spec(n=2, class_labels=(0, 1), guidance_interval=(1, 2))
+    assert etag(PNG, spec, INFO) != etag(PNG, replace(spec, **{field: other(getattr(spec, field))}), INFO)
+
+
+@pytest.mark.parametrize("field", ["weights_hash", "fingerprint"])
+def test_another_model_or_build_gives_another_etag(field: str) -> None:
+    assert etag(PNG, make_spec(), INFO) != etag(PNG, make_spec(), replace(INFO, **{field: "another"}))
+
+
+def test_other_names_of_the_classes_give_another_etag() -> None:
+    """They stand in the JSON."""
+    renamed = replace(INFO, class_names=("cat", "dog", "2d-print"))
+    spec, images = make_spec(class_labels=(2,)), noise(1)
+    assert encode(JSON, spec, images) != encode(JSON, spec, images, renamed)
+    assert etag(JSON, spec, INFO) != etag(JSON, spec, renamed)
+
+
+def test_a_plain_spec_has_the_name_and_the_recipe_that_it_always_had() -> None:
+    """An upgrade must not change the bytes of an image, nor the ETag that clients know it by."""
+    spec = make_spec(n=2, guidance=2.0, seed=7)
+    assert etag(PNG, spec, INFO) == '"75685beeb28dae895beb799a030e48e1"'
+    fields = (
+        '"n": 1, "steps": 3, "sampler": "ddpm", "eta": 0.0, "seed": 7, "index": 1, "class_labels": [0], '
+        '"guidance": 2.0, "guidance_interval": null, "timestep_spacing": "leading", "clip": true'
+    )
+    weights = f'"weights": "{"ab" * 32}", "fingerprint": "0123456789abcdef"'
+    assert json.dumps(recipe(one_image(spec, 1), INFO)) == f'{{"spec": {{{fields}}}, {weights}}}'
+
+
+def test_the_recipe_of_an_edit_has_its_hashes() -> None:
+    spec = replace(make_spec(), strength=0.5, image_sha256="a" * 64)
+    fields = recipe(spec, INFO)["spec"]
+    assert isinstance(fields, dict)
+    assert (fields["strength"], fields["image_sha256"]) == (0.5, "a" * 64)
+    assert "mask_sha256" not in fields
+    assert etag(PNG, spec, INFO) != etag(PNG, replace(spec, image_sha256="b" * 64), INFO)

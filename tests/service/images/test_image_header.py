@@ -1,0 +1,113 @@
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.images.image_header import MAX_PIECES, MAX_SCANS, ImageHeader, read_header
+
+KINDS: list[tuple[str, str, dict[str, Any]]] = [
+    ("PNG", "RGB", {}),
+    ("PNG", "1", {}),
+    ("PNG", "I;16", {}),
+    ("JPEG", "L", {}),
+    ("JPEG", "RGB", {"progressive": True}),
+    ("JPEG", "CMYK", {}),
+    ("WEBP", "RGB", {}),
+    ("WEBP", "RGB", {"lossless": True}),
+    ("WEBP", "RGBA", {}),  # the extended format
+]
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+SAMPLES = [encode(Image.new(mode, (5, 3)), kind, **options) for kind, mode, options in KINDS]
+
+
+@given(kind=st.sampled_from(KINDS), width=st.integers(1, 300), height=st.integers(1, 300))
+def test_the_header_is_what_pillow_says_of_what_pillow_wrote(
+    kind: tuple[str, str, dict[str, Any]], width: int, height: int
+) -> None:
+    name, mode, options = kind
+    data = encode(Image.new(mode, (width, height)), name, **options)
+    assert read_header(data) == ImageHeader(name, width, height)
+
+
+@given(data=st.sampled_from(SAMPLES), cut=st.integers(0, 2000))
+def test_no_prefix_does_more_than_raise_value_error(data: bytes, cut: int) -> None:
+    try:
+        header = read_header(data[:cut])
+    except ValueError:
+        return
+    assert header is None or (header.width_px, header.height_px) == (5, 3)
+
+
+@given(data=st.sampled_from(SAMPLES), at=st.integers(0, 200), byte=st.integers(0, 255))
+def test_no_damage_does_more_than_raise_value_error(data: bytes, at: int, byte: int) -> None:
+    damaged = bytearray(data)
+    damaged[at % len(data)] = byte
+    try:
+        read_header(bytes(damaged))
+    except ValueError:
+        pass
+
+
+@given(st.binary(max_size=200))
+def test_other_bytes_are_none(data: bytes) -> None:
+    assume(not data.startswith(b"\xff\xd8\xff"))
+    assert read_header(data) is None
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a" + bytes(50), b"<svg/>", b"BM" + bytes(50), b"RIFF\0\0\0\0WAVE"])
+def test_other_formats_are_none(data: bytes) -> None:
+    assert read_header(data) is None
+
+
+def test_a_size_of_nothing_is_broken() -> None:
+    data = bytearray(SAMPLES[0])
+    data[16:20] = bytes(4)
+    with pytest.raises(ValueError, match="0x3"):
+        read_header(bytes(data))
+
+
+def test_a_jpeg_of_two_frame_headers_is_broken() -> None:
+    data = SAMPLES[3]
+    at = data.index(b"\xff\xc0")
+    frame = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
+    with pytest.raises(ValueError, match="two frame headers"):
+        read_header(data[:at] + frame + data[at:])
+
+
+def test_fill_bytes_may_stand_before_a_marker() -> None:
+    data = SAMPLES[3]
+    at = data.index(b"\xff\xc0")
+    assert read_header(data[:at] + b"\xff" * 9 + data[at:]) == ImageHeader("JPEG", 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (SAMPLES[0][:33] + (bytes(4) + b"tEXt" + bytes(4)) * MAX_PIECES, "chunks"),
+        (SAMPLES[3][:2] + b"\xff\xe9\0\2" * MAX_PIECES + SAMPLES[3][2:], "segments"),
+        (SAMPLES[3][:2] + b"\xff" * MAX_PIECES + SAMPLES[3][2:], "segments"),
+        (SAMPLES[4] + b"\xff\xda" * MAX_SCANS, "scans"),
+    ],
+)
+def test_more_pieces_than_any_encoder_writes_are_refused(data: bytes, says: str) -> None:
+    """Each costs Pillow time out of all proportion to its few bytes."""
+    with pytest.raises(ValueError, match=says):
+        read_header(data)
+
+
+def test_a_large_image_of_each_format_is_within_the_bounds() -> None:
+    noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8))
+    for name, _, options in (KINDS[0], KINDS[4], KINDS[6]):
+        header = read_header(encode(noisy, name, **options))
+        assert header == ImageHeader(name, 1500, 1500)

@@ -1,0 +1,271 @@
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
+from service.job import Limits, Work
+from service.scheduling.admission import Admission, Entry
+from service.scheduling.forecast import Outlook
+from service.scheduling.scheduler import Policy, Sharing
+
+LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
+RATE = ((8, 1 / 8),)  # 64 full places a second; exact in binary, so that no test hangs on rounding
+SECONDS_PER_PLACE = 1 / 64
+
+
+def make_admission(points: Sequence[tuple[int, float]] = RATE, policy: Policy = "srpt", **limits: float) -> Admission:
+    held = replace(LIMITS, **limits)  # type: ignore[arg-type]
+    admission = Admission(held, Sharing.of(held.max_batch, policy=policy, short_batch=4))
+    admission.calibrate(points)
+    return admission
+
+
+def plain(rows: int, steps: int) -> Work:
+    return Work(rows, steps, range(0))
+
+
+def refusal(admission: Admission, work: Work, now_s: float = 0.0) -> Overloaded:
+    with pytest.raises(Overloaded) as caught:
+        admission.enter("refused", work, now_s=now_s)
+    assert caught.value.status == 429
+    assert wait_of(caught.value) >= 1
+    return caught.value
+
+
+def wait_of(error: Overloaded | DeadlineUnmeetable) -> int:
+    return int(error.headers["Retry-After"])
+
+
+# --- the ledger ---
+
+
+def test_the_backlog_is_the_accepted_work_at_the_rate_of_full_ticks() -> None:
+    admission = make_admission()
+    admission.enter("a", Work(4, 10, range(10)), now_s=0.0)
+    admission.enter("b", plain(3, 8), now_s=0.0)
+    assert admission.backlog_s == (80 + 24) * SECONDS_PER_PLACE
+    assert (admission.rows, admission.jobs) == (7, 2)
+    admission.stepped({"a": 6, "b": 2}, 8, 1 / 8)
+    assert admission.backlog_s == 96 * SECONDS_PER_PLACE
+
+
+def test_guidance_counts_only_where_it_is_on() -> None:
+    admission = make_admission()
+    admission.enter("a", Work(4, 10, range(2, 5)), now_s=0.0)
+    assert admission.backlog_s == 4 * 13 * SECONDS_PER_PLACE
+
+
+def test_a_job_that_leaves_takes_all_it_had_left_with_it() -> None:
+    admission = make_admission()
+    admission.enter("a", plain(4, 10), now_s=0.0)
+    admission.enter("b", plain(1, 10), now_s=0.0)
+    admission.stepped({"a": 4}, 4, 1 / 8)
+    admission.leave("a")
+    assert (admission.backlog_s, admission.rows, admission.jobs) == (10 * SECONDS_PER_PLACE, 1, 1)
+    admission.leave("b")
+    assert (admission.backlog_s, admission.rows, admission.jobs) == (0, 0, 0)
+
+
+def test_who_is_not_here_neither_leaves_nor_steps() -> None:
+    admission = make_admission()
+    admission.enter("a", plain(1, 2), now_s=0.0)
+    admission.leave("nobody")
+    admission.stepped({"nobody": 5, "a": 1}, 6, 1 / 8)
+    assert admission.backlog_s == SECONDS_PER_PLACE
+    admission.stepped({"a": 5}, 5, 1 / 8)
+    assert admission.backlog_s == 0, "no job has less than nothing left"
+
+
+def test_a_name_may_come_again_but_not_twice_at_once() -> None:
+    admission = make_admission()
+    admission.enter("a", plain(1, 2), now_s=0.0)
+    with pytest.raises(AssertionError):
+        admission.enter("a", plain(1, 2), now_s=0.0)
+    admission.leave("a")
+    admission.enter("a", plain(1, 2), now_s=0.0)
+
+
+def test_the_rate_follows_the_ticks_slowly() -> None:
+    admission = make_admission()
+    admission.enter("a", plain(64, 1000), now_s=0.0)
+    before_s = admission.backlog_s
+    admission.stepped({}, 8, 2 / 8)
+    assert 1.0 < admission.backlog_s / before_s < 1.05
+    for _ in range(500):
+        admission.stepped({}, 3, 2 / 8)
+    assert admission.backlog_s / before_s == pytest.approx(2.0, rel=1e-2)
+
+
+def test_threads_may_enter_step_and_leave_at_once() -> None:
+    admission = make_admission(max_jobs=10_000, max_rows=100_000)
+    done: list[int] = []
+
+    def work(thread: int) -> None:
+        for i in range(300):
+            name = f"{thread}-{i}"
+            admission.enter(name, plain(2, 5), now_s=0.0)
+            for _ in range(3):
+                admission.stepped({name: 3}, 3, 1 / 8)
+            assert admission.outlook(name) is not None
+            if i % 100 == 0:
+                admission.outlooks()
+            admission.leave(name)
+        done.append(thread)
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == [0, 1, 2, 3]
+    assert (admission.backlog_s, admission.rows, admission.jobs, admission.outlooks()) == (0, 0, 0, [])
+
+
+def test_one_thread_may_enter_while_another_steps_and_lets_leave() -> None:
+    admission = make_admission(max_jobs=10_000, max_rows=100_000)
+    entered: list[str] = []
+    all_in = threading.Event()
+
+    def serve() -> None:
+        at = 0
+        while not all_in.is_set() or at < len(entered):
+            if at < len(entered):
+                admission.stepped({entered[at]: 7}, 7, 1 / 8)
+                admission.leave(entered[at])
+                at += 1
+
+    server = threading.Thread(target=serve)
+    server.start()
+    for i in range(500):
+        admission.enter(f"job{i}", plain(3, 5), now_s=0.0)
+        entered.append(f"job{i}")
+    all_in.set()
+    server.join()
+    assert (admission.backlog_s, admission.rows, admission.jobs) == (0, 0, 0)
+
+
+# --- what an accepted job is told ---
+
+
+def test_an_accepted_job_is_told_its_place_and_its_end() -> None:
+    admission = make_admission()
+    assert admission.enter("a", plain(8, 40), now_s=0.0) == Entry(0, 5.0)
+    assert admission.enter("b", plain(8, 80), now_s=0.0).position == 1
+    assert admission.outlook("a") == Outlook("a", 0, 5.0)
+    assert [outlook.job_id for outlook in admission.outlooks()] == ["a", "b"]
+    assert admission.outlooks()[1].eta_s == pytest.approx(15.0)
+    assert admission.outlook("nobody") is None
+    for _ in range(8):
+        admission.stepped({"a": 8}, 8, 1 / 8)
+    assert admission.outlooks()[0].eta_s == pytest.approx(4.0)
+
+
+def test_first_come_first_served_is_told_as_it_is() -> None:
+    admission = make_admission(policy="fcfs")
+    admission.enter("long", plain(8, 80), now_s=0.0)
+    assert admission.enter("short", plain(8, 8), now_s=0.0) == Entry(1, pytest.approx(11.0))
+
+
+# --- limits ---
+
+
+def test_a_job_over_the_backlog_limit_is_refused_with_the_reason() -> None:
+    admission = make_admission(max_backlog_s=10.0)
+    admission.enter("a", plain(10, 50), now_s=0.0)  # 7.8 s
+    error = refusal(admission, plain(10, 20))  # 3.1 s
+    assert (error.code, error.field, error.bound) == ("overloaded", "backlog_s", "at most 10")
+    assert error.value == pytest.approx(700 / 64, abs=0.05)
+    assert wait_of(error) in (1, 2)
+
+
+def test_work_up_to_the_very_limit_is_taken() -> None:
+    admission = make_admission(max_backlog_s=10.0)
+    admission.enter("a", plain(10, 50), now_s=0.0)
+    admission.enter("b", plain(10, 14), now_s=0.0)
+    assert admission.backlog_s == 10.0
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "bound"),
+    [("jobs", {"max_jobs": 2}, "at most 2"), ("rows", {"max_rows": 9}, "at most 9")],
+)
+def test_jobs_and_rows_have_limits(name: str, limits: dict[str, int], bound: str) -> None:
+    admission = make_admission(**limits)
+    admission.enter("a", plain(4, 64), now_s=0.0)
+    admission.enter("b", plain(4, 64), now_s=0.0)
+    error = refusal(admission, plain(4, 64))
+    assert (error.field, error.bound) == (name, bound)
+    assert str(error.value) in error.detail
+    admission.leave("a")
+    admission.leave("b")
+    admission.enter("c", plain(4, 64), now_s=float(wait_of(error)))
+
+
+def test_a_refused_job_leaves_nothing_on_the_ledger() -> None:
+    admission = make_admission(max_backlog_s=1.0)
+    admission.enter("a", plain(1, 10), now_s=0.0)
+    before = (admission.backlog_s, admission.rows, admission.jobs)
+    refusal(admission, plain(64, 1000))
+    assert (admission.backlog_s, admission.rows, admission.jobs) == before
+
+
+def test_an_idle_server_accepts_any_job_however_long() -> None:
+    admission = make_admission(max_backlog_s=0.001)
+    admission.enter("a", Work(64, 1000, range(1000)), now_s=0.0)
+    refusal(admission, plain(1, 1))
+
+
+def test_more_rows_than_the_server_can_hold_are_a_bad_request() -> None:
+    admission = make_admission(max_rows=9)
+    with pytest.raises(InvalidField) as caught:
+        admission.enter("a", plain(10, 1), now_s=0.0)
+    assert (caught.value.field, caught.value.bound, caught.value.value) == ("n", "at most 9", 10)
+
+
+def test_before_calibration_nothing_is_refused_for_time_and_every_wait_is_a_second() -> None:
+    admission = Admission(replace(LIMITS, max_backlog_s=0.001, max_jobs=3), Sharing.of(8))
+    for i in range(3):
+        assert admission.enter(f"job{i}", plain(64, 1000), now_s=0.0, deadline_s=1.0).eta_s == 0
+    assert admission.backlog_s == 0
+    for i in range(20):
+        assert wait_of(refusal(admission, plain(64, 1000), now_s=i / 2)) == 1
+
+
+# --- deadlines ---
+
+
+def test_a_deadline_that_can_be_met_changes_nothing() -> None:
+    admission = make_admission()
+    assert admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=10.0) == Entry(0, 10.0)
+
+
+@pytest.mark.parametrize("deadline_s", [9.99, 0.0, -1.0, math.nan, -math.inf])
+def test_a_deadline_that_no_load_explains_is_a_bad_field(deadline_s: float) -> None:
+    admission = make_admission()
+    with pytest.raises(InvalidField) as caught:
+        admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=deadline_s)
+    assert (caught.value.field, caught.value.bound) == ("deadline_s", "at least 10 s for this work")
+    assert admission.jobs == 0
+
+
+def test_a_deadline_that_the_load_prevents_is_refused_with_a_time_that_is_right() -> None:
+    admission = make_admission(policy="fcfs")
+    admission.enter("a", plain(8, 80), now_s=0.0)
+    with pytest.raises(DeadlineUnmeetable) as caught:
+        admission.enter("b", plain(8, 8), now_s=0.0, deadline_s=4.0)
+    error = caught.value
+    assert (error.status, error.code, error.field, error.value) == (429, "deadline_unmeetable", "deadline_s", 4.0)
+    assert error.bound == "at least 11 s at this load"
+    assert 7 <= wait_of(error) <= 9
+    assert admission.jobs == 1
+    for _ in range(8 * wait_of(error)):
+        admission.stepped({"a": 8}, 8, 1 / 8)
+    admission.enter("b", plain(8, 8), now_s=wait_of(error), deadline_s=4.0)
+
+
+def test_an_endless_deadline_is_none() -> None:
+    admission = make_admission()
+    admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=math.inf)
