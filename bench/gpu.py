@@ -21,8 +21,9 @@ from service.engine.autotune import Wish, choose_executor, example_inputs
 from service.engine.autotune_cache import default_cache
 from service.engine.engine import Engine
 from service.engine.loading import LARGEST_BATCH
-from service.job import trial_spec, work_of
 from service.scheduling.scheduler import Scheduler, Sharing
+from service.spec import trial_spec
+from service.work import work_of
 
 MATMUL_SIZE = 8192
 SERIAL_STEPS = 50

@@ -22,11 +22,11 @@ from service.api.system import system_routes
 from service.engine.protocol import RowEngine
 from service.images.decoder import Decoder
 from service.images.encoder import Encoder
-from service.job import Limits
 from service.jobs.jobs import Jobs
 from service.jobs.store import JobStore
 from service.jobs.store_thread import StoreThread
 from service.metrics import Metrics
+from service.model_info import Limits
 from service.scheduling.admission import Admission
 from service.scheduling.scheduler import Scheduler, Sharing
 from service.worker.worker import Worker

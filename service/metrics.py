@@ -15,7 +15,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.job import ModelInfo
+from service.model_info import ModelInfo
 
 TICK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from service.job import Images
+from service.spec import Images
 
 Show = Literal["x_t", "x_0"]  # the latent as it is; the network's current guess of the image
 SHOWS: tuple[Show, ...] = ("x_t", "x_0")

@@ -22,12 +22,14 @@ from service.api.progress import Countdown, Standings
 from service.api.schemas import refuse_unknown
 from service.api.stream_limits import Streams
 from service.images.encoder import Encoder
-from service.job import ModelInfo, SampleSpec, timesteps_of
 from service.jobs.jobs import Jobs
 from service.jobs.store import OUTCOMES
 from service.jobs.views import JobView, Live, ended_view
 from service.metrics import Metrics
+from service.model_info import ModelInfo
 from service.preview import Frame, Show, Watch
+from service.spec import SampleSpec
+from service.work import timesteps_of
 from service.worker.mailbox import Mailbox
 from service.worker.worker import Worker
 

@@ -15,10 +15,10 @@ from service.api.schemas import SampleRequest, parameters_of
 from service.errors import InvalidField
 from service.images.decoder import Decoder
 from service.images.encoder import MEDIA_TYPES, Encoder, etag
-from service.job import Limits, ModelInfo
 from service.jobs.jobs import Jobs
 from service.jobs.store import Place, now_us
 from service.jobs.views import STATES, JobView
+from service.model_info import Limits, ModelInfo
 
 MAX_PAGE, DEFAULT_PAGE = 200, 50
 CURSOR = re.compile(r"(\d{1,18})-([0-9a-f]{32})")

@@ -16,8 +16,9 @@ from service.api.noise_schemas import NoiseRequest
 from service.errors import JobCancelled
 from service.images.decoder import Decoder
 from service.images.encoder import PNG, Encoder
-from service.job import Images, Limits, ModelInfo
 from service.metrics import Metrics
+from service.model_info import Limits, ModelInfo
+from service.spec import Images
 from service.worker.worker import Worker
 
 

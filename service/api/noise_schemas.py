@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.api.schemas import MAX_SEED, SEED_BITS, Int, refuse_unknown
 from service.errors import InvalidField
-from service.job import ModelInfo
+from service.model_info import ModelInfo
 
 
 class NoiseRequest(BaseModel):

@@ -7,8 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.api.schemas import Float, Int
 from service.errors import InvalidField
-from service.job import ModelInfo, SampleSpec
+from service.model_info import ModelInfo
 from service.preview import SHOWS, Pace, Show
+from service.spec import SampleSpec
 from service.worker.recording import Recording, frame_count
 
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from service.job import JobStatus
+from service.work import JobStatus
 from service.worker.worker import Worker
 
 STATUSES_S = 1.0  # how old what is known of all jobs may be

@@ -14,8 +14,9 @@ from service.api.parameters import PICTURES
 from service.api.schemas import SampleRequest
 from service.errors import BodyTooLarge, InvalidField, JobCancelled
 from service.images.decoder import Decoder
-from service.job import Inputs, Limits, ModelInfo, SampleSpec
 from service.jobs.store import Key
+from service.model_info import Limits, ModelInfo
+from service.spec import Inputs, SampleSpec
 
 KEY = re.compile(r"[\x20-\x7e]{1,255}")
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}

@@ -18,9 +18,10 @@ from service.errors import InvalidField, JobCancelled
 from service.images.animation import WEBP_VERSION
 from service.images.decoder import Decoder
 from service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
-from service.job import JobResult, Limits, ModelInfo
 from service.jobs.jobs import Jobs
 from service.metrics import Metrics
+from service.model_info import Limits, ModelInfo
+from service.work import JobResult
 from service.worker.recording import RecordingRoom
 from service.worker.worker import Worker
 

@@ -19,7 +19,8 @@ from pydantic import (
 from model.timesteps import SPACINGS
 from service.api.data_url import image_bytes
 from service.errors import BodyTooLarge, InvalidField, UnknownField, short
-from service.job import Inputs, Limits, ModelInfo, SampleSpec
+from service.model_info import Limits, ModelInfo
+from service.spec import Inputs, SampleSpec
 
 MAX_SEED = 2**64 - 1
 MAX_INDEX = 2**32 - 1

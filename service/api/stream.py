@@ -21,9 +21,11 @@ from service.api.stream_limits import Streams
 from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
 from service.images.decoder import Decoder
 from service.images.encoder import PNG, Encoder
-from service.job import Inputs, JobResult, Limits, ModelInfo, SampleSpec, Ticket, timesteps_of
 from service.metrics import Metrics
+from service.model_info import Limits, ModelInfo
 from service.preview import Frame, Watch
+from service.spec import Inputs, SampleSpec
+from service.work import JobResult, Ticket, timesteps_of
 from service.worker.mailbox import Mailbox
 from service.worker.worker import Worker
 

@@ -9,8 +9,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.api import problems
 from service.errors import Draining, EngineFailed, NotReady
-from service.job import Limits, ModelInfo
 from service.metrics import Metrics
+from service.model_info import Limits, ModelInfo
 from service.worker.worker import CRASHED, Worker
 
 

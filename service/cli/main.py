@@ -64,8 +64,8 @@ def serve(**flags: Any) -> None:
     log.debug("loading %s", settings.checkpoint)
 
     from service.app import create_app
-    from service.job import Limits
     from service.jobs.sqlite_store import open_store
+    from service.model_info import Limits
     from service.scheduling.scheduler import Sharing
     from service.server import bind
     from service.server import serve as run_server
@@ -236,7 +236,7 @@ def offline(running: Running, parameters: dict[str, Any], sheet: bool) -> tuple[
     from service.errors import ServiceError
     from service.images.decoder import decode_inputs
     from service.images.encoder import PNG, ZIP, encode_result
-    from service.job import Limits
+    from service.model_info import Limits
 
     n = parameters["n"]
     loaded = running.engine(n)

@@ -94,7 +94,7 @@ def read_recipe(png: bytes) -> Recipe:
 
     from service.api.schemas import parameters_of
     from service.images.encoder import PNG_TEXT_KEY
-    from service.job import SampleSpec
+    from service.spec import SampleSpec
 
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from statistics import median
 
 from service.engine.protocol import RowEngine
-from service.job import Batch, trial_spec
+from service.spec import trial_spec
+from service.work import Batch
 
 ROUNDS = 4  # each measures every size; the fastest counts, as others may use the machine too
 TICKS = 6  # of a size at a time

@@ -18,8 +18,9 @@ from service.engine.fingerprint import describe
 from service.engine.known_pixels import KnownPixels, to_device
 from service.engine.transfer import TickEvents
 from service.errors import NotFinite
-from service.job import Batch, Floats, Images, Inputs, SampleSpec, Snapshot
 from service.preview import Show
+from service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
+from service.work import Batch
 
 LATENT_BUDGET_BYTES = 512 * 2**20
 MAX_DEFAULT_ROWS = 4096

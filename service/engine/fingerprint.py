@@ -12,7 +12,7 @@ from PIL import features
 from model.checkpoint import Checkpoint
 from model.samplers import SAMPLERS
 from service.engine.executors import Executor
-from service.job import ModelInfo
+from service.model_info import ModelInfo
 
 
 def describe(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.data import to_model_range
 from model.samplers import keep_known
-from service.job import Images
+from service.spec import Images
 
 
 class KnownPixels:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from service.engine.protocol import RowEngine
-from service.job import Images, Inputs, SampleSpec, work_of
 from service.scheduling.scheduler import Scheduler, Sharing
+from service.spec import Images, Inputs, SampleSpec
+from service.work import work_of
 
 
 def sample_locally(

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from service.job import Batch, Floats, Images, Inputs, ModelInfo, SampleSpec, Snapshot
+from service.model_info import ModelInfo
 from service.preview import Show
+from service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
+from service.work import Batch
 
 
 class RowEngine(Protocol):

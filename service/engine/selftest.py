@@ -1,8 +1,10 @@
 """Whether the same spec gives the same bits alone and among others, tried on the real engine before it serves."""
 
 from service.engine.protocol import RowEngine
-from service.job import Floats, ModelInfo, SampleSpec, trial_spec, work_of
+from service.model_info import ModelInfo
 from service.scheduling.scheduler import Scheduler, Sharing
+from service.spec import Floats, SampleSpec, trial_spec
+from service.work import work_of
 
 STEPS = 4
 ROWS = 2

@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from service.byte_budget import MAX_HELD_BYTES
 from service.errors import InvalidImage, TooManyBytes
 from service.images.image_header import ImageHeader, read_header
-from service.job import Images, Inputs, ModelInfo
+from service.model_info import ModelInfo
+from service.spec import Images, Inputs
 
 MAX_PIXELS = 4096 * 4096
 WANTED = "a PNG, JPEG or WebP image"

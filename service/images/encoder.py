@@ -19,8 +19,10 @@ from cachetools import LRUCache
 from PIL import Image, PngImagePlugin
 
 from service.images.animation import encode_animation
-from service.job import Images, JobResult, ModelInfo, SampleSpec
+from service.model_info import ModelInfo
 from service.preview import Frame, Show
+from service.spec import Images, SampleSpec
+from service.work import JobResult
 
 PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "image/webp"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from service.job import Images, Inputs, Snapshot
+from service.spec import Images, Inputs, Snapshot
 
 # What unpacking raises where the bytes are damaged.
 UNREADABLE = (

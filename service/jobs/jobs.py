@@ -25,12 +25,14 @@ from service.errors import (
     StorageFailed,
     short,
 )
-from service.job import Images, Inputs, JobStatus, Limits, ModelInfo, SampleSpec, Ticket
 from service.jobs.store import OUTCOMES, JobRecord, Key, Outcome, Place, now_us
 from service.jobs.store_thread import StoreThread
 from service.jobs.views import JobView, Live, ended_view, live_view, passing_view
 from service.metrics import Metrics
+from service.model_info import Limits, ModelInfo
 from service.preview import Watch
+from service.spec import Images, Inputs, SampleSpec
+from service.work import JobStatus, Ticket
 from service.worker.mailbox import Mailbox
 from service.worker.worker import Worker
 

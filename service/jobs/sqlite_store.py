@@ -14,11 +14,11 @@ import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
 from service.errors import StorageFailed
-from service.job import Images, Inputs, SampleSpec, Snapshot
 from service.jobs import arrays
 from service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, IN_MEMORY, VERSION, is_new, prepare, why_not
 from service.jobs.sqlite_tables import images_of, inputs_of, jobs, metadata, snapshots
 from service.jobs.store import JobRecord, Key, Outcome, Place, now_us
+from service.spec import Images, Inputs, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 

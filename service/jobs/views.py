@@ -3,9 +3,9 @@
 import asyncio
 from dataclasses import dataclass, field
 
-from service.job import JobStatus
 from service.jobs.store import OUTCOMES, JobRecord, now_us
 from service.preview import Watch
+from service.work import JobStatus
 from service.worker.mailbox import Mailbox
 
 STATES = ("waiting", "running", *OUTCOMES)

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
-from service.job import Limits, Work
+from service.model_info import Limits
 from service.scheduling.forecast import Fluid, Outlook, Pending, forecast
 from service.scheduling.promises import MARGIN, Excess, Load, Moment, Promise, Promises, find_excess
 from service.scheduling.scheduler import Sharing
 from service.scheduling.tick_times import TickTimes
+from service.work import Work
 
 SLOWER = 2.0  # how far over the backlog limit work may be while promises are still kept
 DEADLINE_TRIES = 4

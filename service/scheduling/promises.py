@@ -6,9 +6,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from service.job import Limits, Work
+from service.model_info import Limits
 from service.scheduling.forecast import Fluid, Pending
 from service.scheduling.tick_times import TickTimes
+from service.work import Work
 
 MAX_PROMISES = 10_000
 GRACE_S = 2.0  # how long after its time a promise is kept, at least

@@ -7,8 +7,8 @@ import numpy as np
 
 from service.byte_budget import MAX_HELD_BYTES
 from service.errors import Overloaded
-from service.job import Images
 from service.preview import Show
+from service.spec import Images
 
 Read = Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
 

@@ -5,9 +5,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from service.engine.protocol import RowEngine
-from service.job import Batch, Inputs, JobResult, JobStatus, SampleSpec, Snapshot, Work
 from service.preview import Frame, Show, Watch
 from service.scheduling.forecast import Outlook
+from service.spec import Inputs, SampleSpec, Snapshot
+from service.work import Batch, JobResult, JobStatus, Work
 from service.worker.recording import Recording
 
 log = logging.getLogger(__name__)

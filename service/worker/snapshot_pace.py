@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from service.job import Snapshot
+from service.spec import Snapshot
 
 SHARE = 0.005  # of the time, that taking and keeping snapshots may cost
 LEAST_S = 2.0  # between two rounds: what a crash may cost at least

@@ -22,22 +22,13 @@ from service.errors import (
     NotReady,
     ServiceError,
 )
-from service.job import (
-    Batch,
-    Inputs,
-    JobResult,
-    JobStatus,
-    SampleSpec,
-    Snapshot,
-    Ticket,
-    trial_spec,
-    work_of,
-)
 from service.metrics import Metrics
 from service.preview import Watch
 from service.scheduling.admission import Admission, Entry
 from service.scheduling.deadlines import Deadlines
 from service.scheduling.scheduler import Scheduler
+from service.spec import Inputs, SampleSpec, Snapshot, trial_spec
+from service.work import Batch, JobResult, JobStatus, Ticket, work_of
 from service.worker.recording import Recording
 from service.worker.running_job import RunningJob
 from service.worker.snapshot_pace import Keeper

@@ -19,8 +19,8 @@ from model.noise import NoiseConfig
 from model.unet import UNet2D
 from service.app import create_app
 from service.engine.executors import Executor
-from service.job import Limits, ModelInfo
 from service.jobs.sqlite_store import SqliteStore
+from service.model_info import Limits, ModelInfo
 from service.scheduling.scheduler import Policy, Sharing
 from tests.service.fakes import INFO, LIMITS, FakeEngine, wait_until
 from tests.tiny import TINY, randomize

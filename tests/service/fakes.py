@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from service.errors import NotFinite
-from service.job import Batch, Floats, Images, Inputs, Limits, ModelInfo, SampleSpec, Snapshot
+from service.model_info import Limits, ModelInfo
 from service.preview import Show
+from service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
+from service.work import Batch
 
 PATIENCE_S = 10.0
 

@@ -24,9 +24,10 @@ from service.engine.engine import Engine
 from service.engine.executors import EagerExecutor
 from service.engine.local import sample_locally
 from service.images.encoder import contact_sheet
-from service.job import Batch, SampleSpec
 from service.jobs.sqlite_store import SqliteStore
 from service.scheduling.scheduler import Sharing
+from service.spec import SampleSpec
+from service.work import Batch
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 

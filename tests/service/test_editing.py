@@ -21,10 +21,11 @@ from service.engine.engine import Engine
 from service.engine.executors import EagerExecutor
 from service.engine.local import sample_locally
 from service.errors import NotFinite
-from service.job import Batch, Images, Inputs, SampleSpec, Work, timesteps_of, work_of
 from service.scheduling.forecast import Pending, forecast
 from service.scheduling.scheduler import Scheduler, Sharing
 from service.scheduling.tick_times import TickTimes
+from service.spec import Images, Inputs, SampleSpec
+from service.work import Batch, Work, timesteps_of, work_of
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.engine.test_engine import CPU, MIXED, OnGpu, make_engine, on_gpu, spec_of  # noqa: F401
 from tests.service.fakes import INFO

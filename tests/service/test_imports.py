@@ -15,7 +15,7 @@ MODEL = sorted((ROOT / "model").glob("**/*.py"))
 # From the bottom up: a layer imports from those before it and from itself. A folder is a layer; so are the files that
 # stand at the top of service/, the words that everybody uses and the app that puts the parts together.
 LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "api", "app", "cli")
-WORDS = {"byte_budget", "errors", "job", "metrics", "preview"}
+WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "spec", "work"}
 APP = {"app", "server", "settings"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 PURE_MODEL = {"model", "model.timesteps"}  # what of model/ needs no torch, and may be asked for anywhere
@@ -145,7 +145,16 @@ def test_no_http_exception_below_the_routes(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*modules_of("scheduling"), "service.job", "service.preview", "service.errors", "service.api.result_cache"]
+    "name",
+    [
+        *modules_of("scheduling"),
+        "service.spec",
+        "service.work",
+        "service.model_info",
+        "service.preview",
+        "service.errors",
+        "service.api.result_cache",
+    ],
 )
 def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:
     file = ROOT / Path(*name.split("."))

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from service.cli import main as cli
 from service.engine.loading import Loaded, LoadOptions
-from service.job import Limits
+from service.model_info import Limits
 from service.scheduling.scheduler import Sharing
 from service.settings import Settings
 from tests.service.fakes import INFO, FakeEngine

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from service.api.schemas import SampleRequest, parameters_of
-from service.job import Inputs
+from service.spec import Inputs
 from tests.service.api.test_noise import encode, noise
 from tests.service.api.test_stream import Client, connect
 from tests.service.conftest import MakeSite, Site, problem

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.job import JobStatus
+from service.work import JobStatus
 from service.worker.worker import Worker
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until

@@ -21,8 +21,8 @@ from service.api.multipart import FORM_BYTES, MAX_FIELD_BYTES, MAX_PARTS
 from service.app import create_app
 from service.engine.engine import Engine
 from service.engine.executors import EagerExecutor
-from service.job import Limits
 from service.jobs.sqlite_store import SqliteStore
+from service.model_info import Limits
 from service.scheduling.scheduler import Sharing
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import INFO, LIMITS, wait_until

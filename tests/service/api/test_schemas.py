@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from service.api.schemas import MAX_SEED, SEED_BITS, SampleRequest
 from service.errors import InvalidField, ServiceError, UnknownField
-from service.job import ModelInfo, SampleSpec
+from service.model_info import ModelInfo
+from service.spec import SampleSpec
 from tests.service.fakes import INFO, LIMITS
 
 UNCONDITIONAL = replace(INFO, conditional=False, class_names=(), null_class=None)

@@ -7,7 +7,7 @@ from model.checkpoint import Checkpoint
 from service.engine.calibration import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks
 from service.engine.engine import Engine
 from service.engine.executors import EagerExecutor
-from service.job import Batch
+from service.work import Batch
 from tests.service.fakes import INFO, FakeEngine
 
 

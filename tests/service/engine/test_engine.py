@@ -23,8 +23,9 @@ from service.engine.executors import EagerExecutor, Executor
 from service.engine.fingerprint import describe
 from service.engine.local import sample_locally
 from service.errors import NotFinite
-from service.job import Batch, SampleSpec, Snapshot, work_of
 from service.scheduling.scheduler import Scheduler, Sharing
+from service.spec import SampleSpec, Snapshot
+from service.work import Batch, work_of
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import make_spec
 

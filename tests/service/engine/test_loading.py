@@ -16,7 +16,7 @@ from service.engine.executors import EagerExecutor, Executor
 from service.engine.loading import MIN_BATCH, LoadOptions, load_engine
 from service.engine.local import sample_locally
 from service.images.encoder import PNG, etag
-from service.job import trial_spec
+from service.spec import trial_spec
 from tests.service.conftest import Around, MakeCheckpoint
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from service.errors import InvalidImage
 from service.images import decoder as uploads
 from service.images.decoder import MAX_PIXELS, Decoder, decode_image
-from service.job import Images
+from service.spec import Images
 from tests.service.fakes import INFO
 
 GREY = replace(INFO, height_px=8, width_px=12, channels=1)

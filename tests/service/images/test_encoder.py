@@ -32,7 +32,9 @@ from service.images.encoder import (
     recipe,
     sheet_columns,
 )
-from service.job import Images, JobResult, ModelInfo, SampleSpec
+from service.model_info import ModelInfo
+from service.spec import Images, SampleSpec
+from service.work import JobResult
 from tests.service.fakes import INFO, make_spec
 
 UNCONDITIONAL = replace(INFO, conditional=False, class_names=(), null_class=None)

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import StorageFailed
-from service.job import Inputs, SampleSpec, Snapshot
 from service.jobs.sqlite_file import VERSION
 from service.jobs.sqlite_store import RECORD_BYTES, SWEEP_JOBS, WAL_BYTES, SqliteStore, open_store
 from service.jobs.store import OUTCOMES, JobRecord, Key, Outcome
+from service.spec import Inputs, SampleSpec, Snapshot
 from tests.service.fakes import make_spec
 
 PIXELS = np.arange(2 * 4 * 6, dtype=np.uint8).reshape(2, 4, 6, 1)

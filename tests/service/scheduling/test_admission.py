@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
-from service.job import Limits, Work
+from service.model_info import Limits
 from service.scheduling.admission import Admission, Entry
 from service.scheduling.forecast import Outlook
 from service.scheduling.scheduler import Policy, Sharing
+from service.work import Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
 RATE = ((8, 1 / 8),)  # 64 full places a second; exact in binary, so that no test hangs on rounding

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.job import Batch, Work
 from service.scheduling.forecast import Fluid, Outlook, Pending, forecast
 from service.scheduling.scheduler import Scheduler, Sharing
 from service.scheduling.tick_times import TickTimes
+from service.work import Batch, Work
 
 POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 TICKS = TickTimes(((1, 1.0),))  # and so a second for each place

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import DeadlineUnmeetable, Overloaded
-from service.job import Batch, Limits, Work
+from service.model_info import Limits
 from service.scheduling import promises
 from service.scheduling.admission import Admission
 from service.scheduling.scheduler import Policy, Scheduler, Sharing
 from service.scheduling.tick_times import TickTimes
+from service.work import Batch, Work
 from tests.service.scheduling.test_admission import LIMITS, make_admission, plain, refusal, wait_of
 
 # --- one by one ---

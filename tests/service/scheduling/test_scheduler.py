@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.job import Batch, Work
 from service.scheduling.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing
+from service.work import Batch, Work
 
 
 def tick(scheduler: Scheduler) -> Batch:

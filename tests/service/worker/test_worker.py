@@ -19,11 +19,13 @@ from service.errors import (
     Overloaded,
     ServiceError,
 )
-from service.job import Batch, JobResult, JobStatus, Limits, ModelInfo, SampleSpec, Snapshot, Ticket, Work
 from service.metrics import Metrics
+from service.model_info import Limits, ModelInfo
 from service.preview import Frame, Pace, Watch
 from service.scheduling.admission import Admission
 from service.scheduling.scheduler import Scheduler, Sharing
+from service.spec import SampleSpec, Snapshot
+from service.work import Batch, JobResult, JobStatus, Ticket, Work
 from service.worker.recording import Recording
 from service.worker.worker import Worker
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until

@@ -1,0 +1,65 @@
+"""What is loaded, and the bounds that requests are held to. Pure frozen values; no torch, no asyncio."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is loaded, as the edge needs to know it."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    height_px: int
+    width_px: int
+    channels: int
+    num_timesteps: int
+    beta_schedule: str
+    prediction_type: str
+    variance_type: str
+    timestep_spacings: Mapping[str, str]  # by sampler, what a request gets that names none
+    steps_offset: int
+    log_sigmas: tuple[float, ...]  # of the noise schedule, by timestep
+    clip: bool
+    samplers: tuple[str, ...]
+    default_sampler: str
+    conditional: bool
+    class_names: tuple[str, ...]
+    null_class: int | None
+    weights_hash: str
+    fingerprint: str
+    device: str
+    executor: str
+    precision: str
+    executor_details: str
+    exact: bool  # whether the same spec gives the same bytes whatever else runs
+
+    def alpha_bar(self, t: int) -> float:
+        """alpha_bar_t = 1 / (1 + sigma_t^2)."""
+        log_sigma = self.log_sigmas[t]
+        return 1 / (1 + math.exp(2 * log_sigma)) if log_sigma < 300 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds a request is held to."""
+
+    max_n: int
+    max_batch: int  # places in one forward pass
+    max_rows: int
+    max_jobs: int
+    max_backlog_s: float
+    max_body_bytes: int
+    max_image_bytes: int = 8 * 2**20
+    result_cache_bytes: int = 0
+    keep_jobs_s: float = 86_400.0  # how long a durable job is kept that has ended
+    keep_jobs_bytes: int = 2**30  # and what all of them may take
+    max_streams: int = 2048
+    max_streams_per_address: int = 64
+
+    @property
+    def max_edit_bytes(self) -> int:
+        """Of a body with an image and a mask in base64, which is four bytes for three."""
+        return self.max_body_bytes + 2 * 4 * (self.max_image_bytes // 3 + 1)

@@ -1,0 +1,110 @@
+"""One request, checked and complete, and the pixels that go with it. Pure frozen values; no torch, no asyncio."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.model_info import ModelInfo
+
+Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
+
+Floats = npt.NDArray[np.float32]
+
+EDIT_FIELDS = ("strength", "image_sha256", "mask_sha256")  # of a spec; what is no edit is written down without them
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """One request, checked and complete: with it, the weights and the fingerprint, the images can be made again."""
+
+    n: int
+    steps: int
+    sampler: str
+    eta: float
+    seed: int
+    index: int  # of the first image; image k of the request has noise (seed, index + k)
+    class_labels: tuple[int | None, ...] | None  # one an image, None for no class; None for an unconditional model
+    guidance: float  # 1 is off
+    guidance_interval: tuple[int, int] | None  # timesteps, both ends included; None: guided at all of them
+    timestep_spacing: str
+    clip: bool
+    strength: float | None = None  # how much of the plan is run, from the image on; None: all of it, from x_T
+    image_sha256: str | None = None  # of its pixels, which travel beside it, see Inputs
+    mask_sha256: str | None = None
+
+    @property
+    def start(self) -> int:
+        """The step that its rows begin with: the last `strength` of the steps are taken, at least one.
+
+        diffusers cuts steps * strength off (img2img's get_timesteps). Here it is rounded at the ninth place first, so
+        that 0.29 of 100 steps, 28.999999999999996 in floats, are 29.
+        """
+        if self.strength is None:
+            return 0
+        return self.steps - min(self.steps, max(1, int(round(self.steps * self.strength, 9))))
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps each row takes."""
+        return self.steps - self.start
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields. What it has none of in EDIT_FIELDS is left out: a plain spec reads as it always did."""
+        return {name: value for name, value in asdict(self).items() if name not in EDIT_FIELDS or value is not None}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "SampleSpec":
+        """Make a spec of its fields as JSON has them. Raises TypeError where they are not its fields."""
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in fields.items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """The pixels that an edit starts from; its spec has their hashes."""
+
+    image: Images  # [height, width, channels], for all rows of the job
+    mask: npt.NDArray[np.bool_] | None = None  # [height, width]: true is made new, false is kept
+
+    @property
+    def image_sha256(self) -> str:
+        """Of the image's bytes, row by row."""
+        return hashlib.sha256(self.image.tobytes()).hexdigest()
+
+    @property
+    def mask_sha256(self) -> str | None:
+        """Of the mask's bytes, row by row: 1 for new, 0 for known."""
+        return hashlib.sha256(self.mask.tobytes()).hexdigest() if self.mask is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A job between two ticks: all that its rows need to go on, beside their spec and inputs."""
+
+    steps: tuple[int, ...]  # of the plan, that each row is to take next
+    x: Floats  # [n, C, H, W]
+    x0_previous: Floats
+
+
+def trial_spec(
+    model: ModelInfo, n: int, steps: int, *, sampler: str | None = None, seed: int = 0, guidance: float = 1.0
+) -> SampleSpec:
+    """A job that the model can do, for warming up, measuring and testing."""
+    sampler = sampler or model.default_sampler
+    return SampleSpec(
+        n=n,
+        steps=steps,
+        sampler=sampler,
+        eta=0.0,
+        seed=seed,
+        index=0,
+        class_labels=(0,) * n if model.conditional else None,
+        guidance=guidance,
+        guidance_interval=None,
+        timestep_spacing=model.timestep_spacings[sampler],
+        clip=model.clip,
+    )

@@ -1,0 +1,100 @@
+"""What a job costs, one tick of it, and what is told of it. Pure frozen values; no torch, no asyncio."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from model.timesteps import make_timesteps
+from service.model_info import ModelInfo
+from service.spec import Images, SampleSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a job costs, in places: forward passes of one row. At the steps in `guided` a row takes two."""
+
+    rows: int
+    steps: int  # of the plan
+    guided: range
+    start: int = 0  # the first step that is taken
+
+    def places_per_row(self, step: int) -> int:
+        """How many places a row takes at a step."""
+        return 2 if step in self.guided else 1
+
+    def places_left(self, step: int) -> int:
+        """How many places one row takes from this step to its end."""
+        return self.steps - step + max(0, self.guided.stop - max(step, self.guided.start))
+
+    @property
+    def places(self) -> int:
+        """The whole job's cost."""
+        return self.rows * self.places_left(self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One tick: row ids, the step each is at, and the positions in the batch of the rows that are guided."""
+
+    rows: tuple[int, ...]
+    steps: tuple[int, ...]
+    guided: tuple[int, ...]
+
+    @property
+    def places(self) -> int:
+        """The size of the forward pass."""
+        return len(self.rows) + len(self.guided)
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """A finished job: its images and where its time went, in seconds."""
+
+    read: Callable[[], Images]  # waits for the copy from a GPU; raises NotFinite
+    queue_s: float
+    first_step_s: float  # from acceptance to the end of the first step
+    denoise_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What an accepted job gets: its result to come, and what was foreseen of it."""
+
+    future: "Future[JobResult]"
+    position: int
+    eta_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """A job that waits or runs, as told to clients."""
+
+    id: str
+    state: str  # waiting until its first step, then running
+    position: int  # jobs that go before it
+    eta_s: float
+    step: int  # how many its rows have taken, on average, of spec.num_steps
+    spec: SampleSpec
+    durable: bool
+    age_s: float
+
+
+def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
+    """Count what a spec costs."""
+    start = spec.start
+    if spec.guidance == 1.0:
+        return Work(spec.n, spec.steps, range(0), start)
+    if spec.guidance_interval is None:
+        return Work(spec.n, spec.steps, range(start, spec.steps), start)
+    low, high = spec.guidance_interval
+    timesteps = timesteps_of(spec, model)
+    guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # neighbours: t falls
+    return Work(spec.n, spec.steps, range(guided[0], guided[-1] + 1) if guided else range(0), start)
+
+
+def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
+    """The timesteps that its steps start from, those that are taken, falling."""
+    timesteps = make_timesteps(
+        spec.sampler, spec.timestep_spacing, spec.steps, model.num_timesteps, model.steps_offset, model.log_sigmas
+    )
+    return timesteps[spec.start :]
