@@ -2,6 +2,7 @@
 
     python -m bench                              everything, forty minutes
     python -m bench --only idle,saturation       some loads
+    python -m bench --before ../old              the code of another checkout too, in the same run
     python -m bench --quick                      to see that it works; the figures mean nothing
     python -m bench --docs                       also put the results into docs/
     python -m bench --render --docs              the same with the last run's records, without running
@@ -63,6 +64,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
     parser.add_argument("--only", type=_names(LOADS), default=LOADS, help=f"loads, of {','.join(LOADS)}")
     parser.add_argument("--contenders", type=_names(known), default=known, help=f"of {','.join(known)}")
+    parser.add_argument("--before", type=_checkout, help="another checkout of tminus, to compare with in the same run")
     parser.add_argument("--rounds", type=int, help="turns of all contenders [3]")
     parser.add_argument("--threads", type=int, help="CPU threads of tminus, the lock and the bare loop [torch's own]")
     parser.add_argument(
@@ -76,9 +78,18 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--render", action="store_true", help="write the last run's results again, without running")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results [bench/results]")
     args = parser.parse_args(arguments)
+    if args.before is not None:
+        args.contenders = ["before", *args.contenders]
     if args.rounds is not None and args.rounds < 1:
         parser.error("--rounds must be positive")
     return args
+
+
+def _checkout(text: str) -> Path:
+    folder = Path(text).resolve()
+    if not (folder / "service" / "__main__.py").is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no checkout of tminus is there")
+    return folder
 
 
 def _names(known: Sequence[str]) -> Callable[[str], list[str]]:

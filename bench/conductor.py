@@ -47,7 +47,7 @@ class Conductor:
         self._memory: tuple[Memory, ...] = ()
         self._tunings = tunings(machine.cores())
         self._contenders: dict[str, servers.Contender] = {}
-        for key, contender in servers.contenders(machine.cores(), args.tminus_flags).items():
+        for key, contender in servers.contenders(machine.cores(), args.tminus_flags, args.before).items():
             if key in args.contenders:
                 if why := servers.why_not(contender):
                     self._leave_out(why)
@@ -96,7 +96,7 @@ class Conductor:
             self._learn(server)
 
     def _learn(self, server: servers.Running) -> None:
-        if server.contender.is_peer:
+        if server.contender.is_peer or server.contender.key == "before":
             return
         if not self._model:
             self._model = server.model
@@ -112,7 +112,7 @@ class Conductor:
         wanted: list[str] = []
         if key != "fcfs":
             wanted += [*EVERY_ROUND, *(ONCE if first else ())]
-        if first and not contender.is_peer:
+        if first and key in ("tminus", "fcfs"):
             wanted += OF_TMINUS if key == "tminus" else ("policy",)
         todo = [load for load in wanted if load in self._args.only]
         if key == "tminus" and self._capacity is None and SCALED & set(self._args.only):
@@ -246,6 +246,7 @@ def tunings(cores: int) -> dict[str, str]:
     )
     return {
         "tminus": "as it starts by default, with its limits lifted and its result cache off.",
+        "before": "another checkout, started the same way.",
         "lock": "FastAPI, one thread loads and runs the pipeline, the faster of the two memory layouts; float32 eager.",
         "litserve": f"{batched}.",
         "mosec": f"{batched}.",

@@ -8,12 +8,13 @@ from bench.records import Answer, Bare, Etas, Loaded, Run
 
 TITLES = {
     "tminus": "tminus",
+    "before": "tminus before",
     "fcfs": "tminus, first come first served",
     "lock": "lock around DDPMPipeline",
     "litserve": "LitServe",
     "mosec": "mosec",
 }
-PEERS = ("lock", "litserve", "mosec")
+PEERS = ("before", "lock", "litserve", "mosec")
 ETA_LEAST_S = 0.25  # a job that is nearly done says nothing: the answer's own way counts for as much
 SHORT_STEPS = 50  # a "short" request has fewer, a "long" one more
 

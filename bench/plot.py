@@ -8,7 +8,14 @@ from bench import figures
 from bench.figures import SHORT_STEPS, TITLES, quantile
 from bench.records import Run
 
-COLOURS = {"tminus": "#1b6ca8", "fcfs": "#7fb2d9", "lock": "#b0b0b0", "litserve": "#8c6bb1", "mosec": "#d08770"}
+COLOURS = {
+    "tminus": "#1b6ca8",
+    "before": "#4c4c4c",
+    "fcfs": "#7fb2d9",
+    "lock": "#b0b0b0",
+    "litserve": "#8c6bb1",
+    "mosec": "#d08770",
+}
 SHORT_TITLES = TITLES | {"lock": "lock", "fcfs": "tminus, fcfs"}
 
 

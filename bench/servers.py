@@ -38,6 +38,7 @@ class Contender:
     command: tuple[str, ...]  # a module and its arguments, less those that every contender gets
     needs: str | None = None  # a package that has to be there
     is_peer: bool = True
+    tree: Path = ROOT  # the checkout whose code it runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,10 @@ class Running:
         )
 
 
-def contenders(cores: int, tminus_flags: Sequence[str] = ()) -> dict[str, Contender]:
-    """All of them. A request-level batcher gets a worker a core of one thread each.
+def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None = None) -> dict[str, Contender]:
+    """All of them; `before` is another checkout of tminus.
 
+    A request-level batcher gets a worker a core of one thread each.
     That is LitServe's own advice for a CPU, and was the faster way in a trial on two cores (two workers of one thread
     each took 324 row-steps/s, one of two threads 311); and a long job then stops one worker, not all.
     """
@@ -90,6 +92,8 @@ def contenders(cores: int, tminus_flags: Sequence[str] = ()) -> dict[str, Conten
         Contender("litserve", "LitServe", ("bench.peers.litserve_server", *workers), "litserve"),
         Contender("mosec", "mosec", ("bench.peers.mosec_server", *workers, *timeout), "mosec"),
     )
+    if before is not None:
+        every = (every[0], Contender("before", "tminus before", serve, is_peer=False, tree=before), *every[1:])
     return {contender.key: contender for contender in every}
 
 
@@ -112,7 +116,7 @@ def running(contender: Contender, checkpoint: Path, threads: int | None) -> Iter
             command += ["--threads", str(threads)]
         # A session of its own: LitServe's workers outlive it otherwise, and spin.
         process = subprocess.Popen(
-            _python(command), env=environment(), stdout=log, stderr=log, cwd=ROOT, start_new_session=True
+            _python(command), env=environment(), stdout=log, stderr=log, cwd=contender.tree, start_new_session=True
         )
         try:
             url = f"http://{HOST}:{port}"

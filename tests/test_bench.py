@@ -15,7 +15,7 @@ import torch
 from fastapi import FastAPI, Response
 from PIL import Image, ImageChops
 
-from bench import arrivals, bare, client, figures, report
+from bench import arrivals, bare, client, figures, report, same
 from bench.__main__ import parse_args
 from bench.conductor import same_places
 from bench.loads import QUICK, Lengths
@@ -26,6 +26,8 @@ from bench.tally import Tally, read_tally
 from model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from model.noise import NoiseConfig
 from model.unet import UNet2D
+from service.api.schemas import SampleRequest
+from tests.service.fakes import INFO, LIMITS
 from tests.tiny import TINY
 
 PNG = encode([Image.new("L", (2, 2))], 0.0)
@@ -338,6 +340,32 @@ def test_quick_is_one_short_round_and_an_unknown_load_is_refused() -> None:
 def test_a_peer_gets_no_flags_of_tminus() -> None:
     assert all(one.is_peer == (one.command[0] != "service") for one in contenders(2).values())
     assert contenders(4)["litserve"].command[1:] == ("--workers", "4", "--threads", "1")
+
+
+def test_another_checkout_takes_part_under_its_own_code(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--before", str(tmp_path)])
+    (tmp_path / "service").mkdir()
+    (tmp_path / "service" / "__main__.py").touch()
+    args = parse_args(["--before", str(tmp_path)])
+    assert args.contenders[0] == "before"
+    found = contenders(2, before=args.before)
+    assert found["before"].tree == tmp_path
+    assert found["before"].command == found["tminus"].command
+    assert list(found)[:2] == ["tminus", "before"]
+
+
+def test_what_both_checkouts_are_asked_is_the_same_each_time_and_uses_every_parameter() -> None:
+    asked = [same.request(k, INFO.class_names) for k in range(50)]
+    assert asked == [same.request(k, INFO.class_names) for k in range(50)]
+    bodies = [body for _, body in asked]
+    sample = {*SampleRequest.model_fields} - {"deadline_s", "image_sha256", "mask_sha256"}
+    assert sample | {"every", "show"} == {name for body in bodies for name in body}
+    assert {accept for accept, _ in asked} == {"image/png", "application/zip", "application/json", "image/webp"}
+    for body in bodies:
+        SampleRequest.parse(
+            {name: value for name, value in body.items() if name not in ("every", "show")}, INFO, LIMITS
+        )
 
 
 def test_counting_flops_counts_the_attention_too(folder: Path) -> None:
