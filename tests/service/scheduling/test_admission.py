@@ -7,7 +7,7 @@ import pytest
 
 from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from service.model_info import Limits
-from service.scheduling.admission import Admission, Entry
+from service.scheduling.admission import Admission
 from service.scheduling.forecast import Outlook
 from service.scheduling.scheduler import Policy, Sharing
 from service.work import Work
@@ -122,7 +122,7 @@ def test_threads_may_enter_step_and_leave_at_once() -> None:
     for thread in threads:
         thread.join()
     assert sorted(done) == [0, 1, 2, 3]
-    assert (admission.backlog_s, admission.rows, admission.jobs, admission.outlooks()) == (0, 0, 0, [])
+    assert (admission.backlog_s, admission.rows, admission.jobs, admission.outlooks()) == (0, 0, 0, {})
 
 
 def test_one_thread_may_enter_while_another_steps_and_lets_leave() -> None:
@@ -153,21 +153,21 @@ def test_one_thread_may_enter_while_another_steps_and_lets_leave() -> None:
 
 def test_an_accepted_job_is_told_its_place_and_its_end() -> None:
     admission = make_admission()
-    assert admission.enter("a", plain(8, 40), now_s=0.0) == Entry(0, 5.0)
+    assert admission.enter("a", plain(8, 40), now_s=0.0) == Outlook(0, 5.0)
     assert admission.enter("b", plain(8, 80), now_s=0.0).position == 1
-    assert admission.outlook("a") == Outlook("a", 0, 5.0)
-    assert [outlook.job_id for outlook in admission.outlooks()] == ["a", "b"]
-    assert admission.outlooks()[1].eta_s == pytest.approx(15.0)
+    assert admission.outlook("a") == Outlook(0, 5.0)
+    assert admission.outlooks().keys() == {"a", "b"}
+    assert admission.outlooks()["b"].eta_s == pytest.approx(15.0)
     assert admission.outlook("nobody") is None
     for _ in range(8):
         admission.stepped({"a": 8}, 8, 1 / 8)
-    assert admission.outlooks()[0].eta_s == pytest.approx(4.0)
+    assert admission.outlooks()["a"].eta_s == pytest.approx(4.0)
 
 
 def test_first_come_first_served_is_told_as_it_is() -> None:
     admission = make_admission(policy="fcfs")
     admission.enter("long", plain(8, 80), now_s=0.0)
-    assert admission.enter("short", plain(8, 8), now_s=0.0) == Entry(1, pytest.approx(11.0))
+    assert admission.enter("short", plain(8, 8), now_s=0.0) == Outlook(1, pytest.approx(11.0))
 
 
 # --- limits ---
@@ -240,7 +240,7 @@ def test_before_calibration_nothing_is_refused_for_time_and_every_wait_is_a_seco
 
 def test_a_deadline_that_can_be_met_changes_nothing() -> None:
     admission = make_admission()
-    assert admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=10.0) == Entry(0, 10.0)
+    assert admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=10.0) == Outlook(0, 10.0)
 
 
 @pytest.mark.parametrize("deadline_s", [9.99, 0.0, -1.0, math.nan, -math.inf])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from service.scheduling.forecast import Fluid, Outlook, Pending, forecast
 from service.scheduling.scheduler import Scheduler, Sharing
 from service.scheduling.tick_times import TickTimes
-from service.work import Batch, Work
+from service.work import Work
 
 POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 TICKS = TickTimes(((1, 1.0),))  # and so a second for each place
@@ -40,7 +40,7 @@ def test_nobody_waits_nobody_is_told_anything() -> None:
 
 
 def test_a_job_alone_takes_its_steps_in_ticks() -> None:
-    assert srpt(plain(3, 10)) == {"job0": Outlook("job0", 0, pytest.approx(10.0))}
+    assert srpt(plain(3, 10)) == {"job0": Outlook(0, pytest.approx(10.0))}
 
 
 def test_a_job_of_more_rows_than_places_takes_turns() -> None:
@@ -66,13 +66,13 @@ def test_a_job_on_its_way_has_only_the_rest_to_go() -> None:
 
 def test_the_shorter_goes_first_and_the_oldest_keeps_its_reserve() -> None:
     outlooks = srpt(plain(8, 100), plain(8, 6))
-    assert outlooks["job1"] == Outlook("job1", 0, pytest.approx(8.0))  # 48 places, six a tick
-    assert outlooks["job0"] == Outlook("job0", 1, pytest.approx(106.0))
+    assert outlooks["job1"] == Outlook(0, pytest.approx(8.0))  # 48 places, six a tick
+    assert outlooks["job0"] == Outlook(1, pytest.approx(106.0))
 
 
 def test_first_come_first_served_goes_by_arrival() -> None:
     outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), FCFS, SAME)
-    assert outlooks == {"job0": Outlook("job0", 0, 100.0), "job1": Outlook("job1", 1, 106.0)}
+    assert outlooks == {"job0": Outlook(0, 100.0), "job1": Outlook(1, 106.0)}
 
 
 def test_the_position_counts_those_before_it_that_end_before_it() -> None:
@@ -86,7 +86,7 @@ def test_jobs_that_all_run_have_nobody_before_them() -> None:
 
 def test_a_job_that_is_only_to_be_delivered_is_done_now() -> None:
     jobs = [Pending("done", plain(4, 10), 0), Pending("a", plain(8, 10), 80)]
-    assert forecast(jobs, SRPT, SAME) == {"done": Outlook("done", 0, 0.0), "a": Outlook("a", 0, 10.0)}
+    assert forecast(jobs, SRPT, SAME) == {"done": Outlook(0, 0.0), "a": Outlook(0, 10.0)}
 
 
 def test_a_faster_job_overtakes_one_that_has_less_left() -> None:
@@ -106,9 +106,7 @@ def played(sharing: Sharing, jobs: list[tuple[Work, int]], times: TickTimes) -> 
     for number, (work, left) in enumerate(jobs):
         rows = range(row, row + work.rows)
         row += work.rows
-        scheduler.add(f"job{number}", rows, work)
-        for step in range((work.places - left) // work.rows):
-            scheduler.advance(Batch(tuple(rows), (step,) * work.rows, ()))
+        scheduler.add(f"job{number}", rows, work, ((work.places - left) // work.rows,) * work.rows)
     while batch := scheduler.next_batch():
         now_s += times.seconds(batch.places)
         ends |= dict.fromkeys(scheduler.advance(batch).finished, now_s)
@@ -167,8 +165,8 @@ class Load:
             row += job.work.rows
         for _ in range(self.ticks_done):
             if batch := scheduler.next_batch():
-                for job_id, places in scheduler.places_by_job(batch).items():
-                    left[job_id] -= places
+                for picked in batch.jobs:
+                    left[picked.job_id] -= picked.places
                 scheduler.advance(batch)
         now_s, ends = 0.0, {}
         while batch := scheduler.next_batch():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.scheduling.tick_times import TickTimes, knee
+from service.scheduling.tick_times import TickTimes, smallest_batch_at
 
 POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 
@@ -83,14 +83,18 @@ def test_a_time_that_is_none_is_not_learnt(seconds: float) -> None:
         (((1, 0.5),), 1),
     ],
 )
-def test_the_knee_is_where_more_places_bring_little_more(points: tuple[tuple[int, float], ...], best: int) -> None:
-    assert knee(points) == best
+def test_the_smallest_batch_near_the_best_throughput_is_where_more_places_gain_little(
+    points: tuple[tuple[int, float], ...], best: int
+) -> None:
+    assert smallest_batch_at(points) == best
 
 
 @given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=8), st.floats(0.5, 1.0))
-def test_the_knee_has_its_share_of_the_best_and_nothing_before_it_has(seconds: list[float], share: float) -> None:
+def test_the_batch_has_its_share_of_the_best_throughput_and_no_smaller_one_has(
+    seconds: list[float], share: float
+) -> None:
     points = [(2**k, s) for k, s in enumerate(seconds)]
     best = max(places / s for places, s in points)
-    chosen = knee(points, share)
+    chosen = smallest_batch_at(points, share)
     assert dict(points)[chosen] <= chosen / (share * best) * (1 + 1e-12)
     assert all(places / s < share * best for places, s in points if places < chosen)

@@ -878,7 +878,7 @@ class Kept:
 
 def test_snapshots_are_taken_of_durable_jobs_that_have_stepped(make_bench: MakeBench) -> None:
     bench, kept = make_bench(), Kept()
-    bench.worker._keeper = kept
+    bench.worker._loop._keeper = kept
     bench.start(shut=True)
     spec = make_spec(n=2, steps=3)
     durable = bench.worker.submit("durable", spec, durable=True).future
@@ -894,7 +894,7 @@ def test_snapshots_are_taken_of_durable_jobs_that_have_stepped(make_bench: MakeB
 
 def test_a_job_that_begins_late_in_its_plan_and_waits_for_its_rows_is_in_nobodys_way(make_bench: MakeBench) -> None:
     bench, kept = make_bench(), Kept()
-    bench.worker._keeper = kept
+    bench.worker._loop._keeper = kept
     bench.start(shut=True)
     first = bench.worker.submit("first", make_spec(steps=4), durable=True).future
     bench.engine.next_begun()
@@ -910,7 +910,7 @@ def test_a_job_that_begins_late_in_its_plan_and_waits_for_its_rows_is_in_nobodys
 
 def test_a_snapshot_that_fails_costs_no_job(make_bench: MakeBench) -> None:
     bench, kept = make_bench(), Kept()
-    bench.worker._keeper = kept
+    bench.worker._loop._keeper = kept
 
     def fail(_rows: Sequence[int]) -> None:
         raise RuntimeError("no room")
@@ -938,7 +938,7 @@ def test_a_job_goes_on_from_its_snapshot_and_is_counted_from_there(make_bench: M
 
 def test_draining_suspends_durable_jobs_with_a_last_snapshot_and_finishes_the_others(make_bench: MakeBench) -> None:
     bench, kept = make_bench(), Kept()
-    bench.worker._keeper = kept
+    bench.worker._loop._keeper = kept
     kept.ready = False
     bench.start(shut=True)
     durable = bench.worker.submit("durable", make_spec(steps=900), durable=True).future
@@ -995,12 +995,12 @@ def test_a_crash_has_those_for_suspects_that_were_in_hand(make_bench: MakeBench)
     bench.submit("short", n=2, steps=1)
     bench.engine.next_begun()
     long = bench.submit("long", n=2, steps=50)
-    assert bench.worker.suspects == frozenset()
+    assert bench.worker.jobs_of_the_crash == frozenset()
     bench.engine.on_remove = crash
     bench.engine.gate.open()
     assert isinstance(failure(long), EngineFailed)
     wait_until(lambda: bench.worker.crashed)
-    assert bench.worker.suspects == {"short"}
+    assert bench.worker.jobs_of_the_crash == {"short"}
 
 
 def test_a_recording_has_each_row_at_its_own_steps(make_bench: MakeBench) -> None:
