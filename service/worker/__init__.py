@@ -1,1 +1,1 @@
-"""The thread that runs jobs on the engine, and what it gives those who follow a job."""
+"""The thread that runs jobs on the engine, and what it gives the viewers of a job."""

@@ -175,9 +175,7 @@ class Loop:
         self._count(batch, jobs, now_s - started_s)
         advance = self._scheduler.advance(batch)
         for job_id in advance.started:
-            job = self._jobs[job_id]
-            job.started_s, job.first_step_s = started_s, now_s - job.submitted_s
-            self._metrics.job_started(queue_s=started_s - job.submitted_s, first_step_s=job.first_step_s)
+            self._note_start(self._jobs[job_id], started_s, now_s)
         for job in jobs if broken else ():
             if not broken.isdisjoint(job.rows):
                 self.give_up(job.id, NotFinite(), NotFinite.code)
@@ -205,6 +203,10 @@ class Loop:
             job.steps_taken += count
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + count
         self._metrics.ticked(seconds, batch.places, row_steps)
+
+    def _note_start(self, job: RunningJob, started_s: float, now_s: float) -> None:
+        job.started_s, job.first_step_s = started_s, now_s - job.submitted_s
+        self._metrics.job_started(queue_s=started_s - job.submitted_s, first_step_s=job.first_step_s)
 
     def _show(self, batch: Batch, now_s: float) -> None:
         """Give the viewers and the recordings of a tick's jobs their frames."""

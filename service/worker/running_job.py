@@ -1,4 +1,4 @@
-"""A job from when it is accepted to its end, and what it gives those who follow it. No torch, no thread."""
+"""A job from when it is accepted to its end, and what it gives its viewers. No torch, no thread."""
 
 import logging
 from collections.abc import Sequence

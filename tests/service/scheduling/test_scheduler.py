@@ -122,7 +122,7 @@ def test_the_reserve_of_a_small_batch_still_fits_a_guided_row() -> None:
     assert 0 in tick(scheduler).rows
 
 
-def test_a_guided_row_takes_two_places_and_says_where_it_stands() -> None:
+def test_a_guided_row_takes_two_places_and_the_batch_has_its_position() -> None:
     scheduler = Scheduler(Sharing.of(5, reserved_share=0))
     add(scheduler, "plain", [0], steps=1)
     add(scheduler, "guided", [1, 2, 3], steps=1, guided=True)
@@ -338,7 +338,7 @@ def test_a_tick_that_a_short_job_shares_with_a_much_longer_one_is_short_until_th
         pytest.param([(1, 20), *[(1, 200)] * 7], 8, id="more jobs than places: what all wait for is throughput"),
     ],
 )
-def test_how_short_a_tick_is(others: list[tuple[int, int]], places: int) -> None:
+def test_a_short_tick_has_as_few_places_as_its_jobs_allow(others: list[tuple[int, int]], places: int) -> None:
     scheduler = Scheduler(Sharing.of(8, short_batch=4))
     add(scheduler, "long", range(8), steps=100)
     for number, (rows, steps) in enumerate(others):
@@ -417,7 +417,7 @@ def test_a_tick_costs_the_same_however_many_jobs_wait(policy: Policy, guided: bo
     assert ticks(20) == ticks(200) == ticks(10_000)
 
 
-def test_jobs_that_ended_in_order_of_arrival_leave_nothing_to_walk_over() -> None:
+def test_finding_the_oldest_job_costs_the_same_after_many_jobs_ended() -> None:
     scheduler = Scheduler(Sharing.of(4, policy="fcfs"))
     for i in range(10_000):
         add(scheduler, f"w{i}", [i], steps=1)

@@ -12,7 +12,7 @@ POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 @pytest.mark.parametrize(
     ("places", "seconds"), [(1, 0.003), (2, 0.0033), (3, 0.00415), (8, 0.009), (12, 0.013), (16, 0.017)]
 )
-def test_between_the_points_and_beyond_them_run_lines(places: int, seconds: float) -> None:
+def test_times_between_and_beyond_the_points_are_on_straight_lines(places: int, seconds: float) -> None:
     assert TickTimes(POINTS).seconds(places) == pytest.approx(seconds)
 
 
@@ -21,11 +21,11 @@ def test_below_the_first_point_a_tick_costs_as_much_as_there() -> None:
     assert TickTimes(((8, 0.1),)).seconds(2) == 0.1
 
 
-def test_a_single_point_is_a_rate_beyond_it() -> None:
+def test_beyond_a_single_point_the_time_is_in_proportion() -> None:
     assert TickTimes(((4, 0.1),)).seconds(8) == pytest.approx(0.2)
 
 
-def test_a_last_point_that_noise_made_cheap_does_not_lead_below_zero() -> None:
+def test_beyond_a_last_point_that_noise_made_cheap_the_time_does_not_fall() -> None:
     assert TickTimes(((1, 0.2), (2, 0.1))).seconds(1000) == 0.1
 
 
@@ -70,7 +70,7 @@ def test_the_correction_stays_within_bounds(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan])
-def test_a_time_that_is_none_is_not_learnt(seconds: float) -> None:
+def test_a_negative_time_or_nan_is_not_learnt(seconds: float) -> None:
     assert TickTimes(POINTS).observe(8, seconds).correction == 1
 
 

@@ -339,7 +339,7 @@ def test_an_error_in_what_is_asked_of_the_engine_is_told_by_its_type(make_bench:
     assert error.detail == "the engine could not do it: ZeroDivisionError"
 
 
-def test_what_breaks_the_loop_itself_is_not_swallowed(make_bench: MakeBench) -> None:
+def test_an_error_of_the_loop_itself_is_raised_to_its_caller(make_bench: MakeBench) -> None:
     bench = make_bench()
 
     def break_(_rows: Sequence[int]) -> None:
@@ -349,7 +349,7 @@ def test_what_breaks_the_loop_itself_is_not_swallowed(make_bench: MakeBench) -> 
     bench.engine.on_remove = break_
     with pytest.raises(RuntimeError, match="gone"):
         bench.tick()
-    assert not future.done(), "who calls the loop answers it"
+    assert not future.done(), "the caller of the loop answers it"
     bench.engine.on_remove = lambda rows: None
 
 
@@ -549,7 +549,7 @@ def test_a_job_goes_on_from_its_snapshot(make_bench: MakeBench) -> None:
     assert bench.metric("row_steps_total", sampler="ddpm") == 3
 
 
-def test_suspended_are_the_durable_jobs_each_with_a_last_snapshot(make_bench: MakeBench) -> None:
+def test_durable_jobs_are_suspended_with_a_last_snapshot_where_they_have_stepped(make_bench: MakeBench) -> None:
     bench = make_bench()
     bench.keeper.ready = False
     durable = bench.accept_spec("durable", make_spec(steps=900), durable=True)

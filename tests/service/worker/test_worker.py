@@ -505,7 +505,7 @@ def test_closing_gives_up_what_is_left_after_the_running_tick(make_bench: MakeBe
     assert bench.metric("cancelled_total", reason="draining") == 2
 
 
-def test_a_tick_that_was_a_jobs_last_still_delivers_it_at_closing(make_bench: MakeBench) -> None:
+def test_a_job_whose_last_step_runs_at_closing_is_delivered(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
     future = bench.submit("a", steps=1)
     bench.engine.next_begun()
