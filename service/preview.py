@@ -6,7 +6,7 @@ from typing import Literal
 
 from service.spec import Images
 
-Show = Literal["x_t", "x_0"]  # the latent as it is; the network's current guess of the image
+Show = Literal["x_t", "x_0"]  # the latent itself, or the network's current estimate of the image
 SHOWS: tuple[Show, ...] = ("x_t", "x_0")
 
 
@@ -14,13 +14,13 @@ SHOWS: tuple[Show, ...] = ("x_t", "x_0")
 class Frame:
     """A job between two of its steps."""
 
-    step: int  # steps that its rows have taken, on average
+    step: int  # how many steps its rows have taken, on average
     read: Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a frame is due: after so many steps, or so often a second; one of the two."""
+    """How often a frame is due: every so many steps or so many times a second. Exactly one of the two is set."""
 
     every: int | None = None
     fps: float | None = None
@@ -30,23 +30,26 @@ class Pace:
 
 
 class Watch:
-    """One viewer, in the worker's hands: it knows when a frame is due, and where frames go."""
+    """One viewer of a job, as the worker keeps it: when a frame is due, and where frames go."""
 
     def __init__(self, pace: Pace, show: tuple[Show, ...], put: Callable[[Frame], None], seen: int = 0) -> None:
-        """put must return at once, whatever the viewer does; seen is the step of a frame that it has already."""
+        """Take what a viewer asked for.
+
+        put: must return at once, whatever the viewer does. seen: the step of the frame that the viewer has already.
+        """
         self._pace, self.show, self.put = pace, show, put
         self._step = seen  # of the last frame
         self._next_s = 0.0
 
     def due(self, step: int, now_s: float) -> bool:
-        """Whether to show a job that has taken so many steps. Counts as shown, if so."""
+        """Whether to show a job that has taken so many steps. If so, it counts as shown."""
         every, fps = self._pace.every, self._pace.fps
         if every is not None:
             due = step // every > self._step // every
         else:
             assert fps is not None
             due = step > self._step and now_s >= self._next_s
-            if due:  # on the beat, so that waiting for a tick does not add up; but a missed one is not made up for
+            if due:  # at even intervals, so that waiting for ticks does not add up; a missed frame is not caught up on
                 self._next_s = (self._next_s if now_s < self._next_s + 1 / fps else now_s) + 1 / fps
         if due:
             self._step = step

@@ -1,8 +1,9 @@
-"""What a job costs, one tick of it, and what is told of it. Pure frozen values; no torch, no asyncio."""
+"""What a job costs, what one tick steps, and what clients are told. Pure frozen values; no torch, no asyncio."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from model.timesteps import make_timesteps
 from service.model_info import ModelInfo
@@ -16,7 +17,7 @@ class Work:
     rows: int
     steps: int  # of the plan
     guided: range
-    start: int = 0  # the first step that is taken
+    start: int = 0  # the first step that the rows take
 
     def places_per_row(self, step: int) -> int:
         """How many places a row takes at a step."""
@@ -32,13 +33,26 @@ class Work:
         return self.rows * self.places_left(self.start)
 
 
+class JobRows(NamedTuple):
+    """The rows of one job in a tick. Several are made every tick, and a tuple is made fastest."""
+
+    job_id: str
+    steps: tuple[tuple[int, int], ...]  # of each row, the step that it takes and its index in the job
+    places: int
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One tick: row ids, the step each is at, and the positions in the batch of the rows that are guided."""
+    """One tick: row ids, the step each is at, and the positions in the batch of the rows that are guided.
+
+    The scheduler adds the same rows by job. The engine has no use for that, and for two ticks to be equal it does not
+    matter which jobs the rows belong to.
+    """
 
     rows: tuple[int, ...]
     steps: tuple[int, ...]
     guided: tuple[int, ...]
+    jobs: tuple[JobRows, ...] = field(default=(), compare=False)  # in the order of their first rows
 
     @property
     def places(self) -> int:
@@ -48,7 +62,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """A finished job: its images and where its time went, in seconds."""
+    """A finished job: its images, and what its time was spent on."""
 
     read: Callable[[], Images]  # waits for the copy from a GPU; raises NotFinite
     queue_s: float
@@ -58,10 +72,10 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What an accepted job gets: its result to come, and what was foreseen of it."""
+    """What an accepted job gets: its result to come, and its outlook when it was accepted."""
 
     future: "Future[JobResult]"
-    position: int
+    position: int  # jobs that go before it
     eta_s: float
 
 
@@ -73,14 +87,14 @@ class JobStatus:
     state: str  # waiting until its first step, then running
     position: int  # jobs that go before it
     eta_s: float
-    step: int  # how many its rows have taken, on average, of spec.num_steps
+    step: int  # steps that its rows have taken, on average, out of spec.num_steps
     spec: SampleSpec
     durable: bool
     age_s: float
 
 
 def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
-    """Count what a spec costs."""
+    """Count the work of a spec."""
     start = spec.start
     if spec.guidance == 1.0:
         return Work(spec.n, spec.steps, range(0), start)
@@ -88,12 +102,12 @@ def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
         return Work(spec.n, spec.steps, range(start, spec.steps), start)
     low, high = spec.guidance_interval
     timesteps = timesteps_of(spec, model)
-    guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # neighbours: t falls
+    guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # contiguous, since t falls
     return Work(spec.n, spec.steps, range(guided[0], guided[-1] + 1) if guided else range(0), start)
 
 
 def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
-    """The timesteps that its steps start from, those that are taken, falling."""
+    """The timesteps, falling, that the steps which a spec takes start from."""
     timesteps = make_timesteps(
         spec.sampler, spec.timestep_spacing, spec.steps, model.num_timesteps, model.steps_offset, model.log_sigmas
     )

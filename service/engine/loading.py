@@ -15,7 +15,7 @@ from service.engine.calibration import measure_ticks
 from service.engine.engine import Engine, choose_device, default_max_rows
 from service.engine.executors import probe_bits
 from service.engine.selftest import same_alone_and_together
-from service.scheduling.tick_times import knee
+from service.scheduling.tick_times import smallest_batch_at
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +119,8 @@ def _load(options: LoadOptions) -> Loaded:
 def _knees(tick_times: tuple[tuple[int, float], ...], kept: ChoiceCache) -> Mapping[str, int]:
     """The knees, or what they were at an earlier start: where the curve is flat, noise would move them each time."""
     found = {
-        "max_batch": max(MIN_BATCH, knee(tick_times)),
-        "short_batch": max(MIN_BATCH, knee(tick_times, SHORT_SHARE)),
+        "max_batch": max(MIN_BATCH, smallest_batch_at(tick_times)),
+        "short_batch": max(MIN_BATCH, smallest_batch_at(tick_times, SHORT_SHARE)),
     }
     earlier = kept.read() or {}
     largest = max(MIN_BATCH, tick_times[-1][0])

@@ -299,7 +299,7 @@ class Jobs:
 
     async def _fail(self, live: Live, error: ServiceError) -> None:
         if isinstance(error, EngineFailed) and self._worker.crashed:
-            suspect = live.record.id in self._worker.suspects
+            suspect = live.record.id in self._worker.jobs_of_the_crash
             try:
                 if suspect:
                     await self._thread.call(self._store.crashed, live.record.id)

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 from service.errors import StorageFailed
 from service.jobs.store import JobStore
 from service.metrics import Metrics
-from service.worker.snapshot_pace import READ, Pace
+from service.worker.snapshot_pace import READ, SnapshotPace
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class StoreThread:
     def __init__(self, store: JobStore, fingerprint: str, metrics: Metrics) -> None:
         self.store, self._fingerprint, self._metrics = store, fingerprint, metrics
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-store")
-        self._pace = Pace()
+        self._pace = SnapshotPace()
 
     async def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call one of the store's functions. Raises StorageFailed."""

@@ -1,1 +1,1 @@
-"""Which rows step next, who may enter, what is foreseen. Pure: no torch, no asyncio, no clock."""
+"""Which rows step next, which jobs are accepted, when they will end. Pure: no torch, no asyncio, no clock."""

@@ -1,24 +1,24 @@
-"""When jobs must be done: the next one first, however many there are. Pure: no clock."""
+"""Which deadlines have passed, found without a look at all jobs. Pure: no clock."""
 
 import heapq
 from collections.abc import Collection
 
 
 class Deadlines:
-    """Owns the times. Of a job that is gone nobody need tell it."""
+    """Owns the deadlines, in a heap. Entries of finished jobs are dropped when they come up, or when they are most."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, str]] = []
 
     def add(self, when_s: float, job_id: str, alive: Collection[str]) -> None:
-        """Note a job's; alive are the jobs that there are."""
-        if len(self._heap) > 2 * len(alive):  # most are of jobs that are done
+        """Note the deadline of a job; alive: the ids of the jobs that have not ended."""
+        if len(self._heap) > 2 * len(alive):
             self._heap = [entry for entry in self._heap if entry[1] in alive]
             heapq.heapify(self._heap)
         heapq.heappush(self._heap, (when_s, job_id))
 
     def passed(self, now_s: float) -> list[str]:
-        """The jobs whose time is over, once each; some may be gone."""
+        """Take out the ids of the jobs whose deadline has passed; some of them may have ended."""
         passed = []
         while self._heap and self._heap[0][0] <= now_s:
             passed.append(heapq.heappop(self._heap)[1])

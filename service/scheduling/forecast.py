@@ -1,7 +1,7 @@
-"""When each job will end and what is ahead of it. Pure prediction: no torch, no asyncio, no clock, no lock.
+"""Predicts when each job will end and how many go before it. Pure: no torch, no asyncio, no clock, no lock.
 
 A fluid model of the scheduler: between two events (a job ends, its guidance goes on or off, it overtakes another) every
-job has the same rows in each tick, so whole stretches of ticks are one step of the model.
+job has the same number of rows in each tick, so the model takes all the ticks between two events in one step.
 """
 
 import math
@@ -21,7 +21,7 @@ ROUNDING = 1e-7  # of a step and of a second: sums of parts are not exact
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A job as the forecast needs it. Its rows are taken to be at the same step, which the scheduler sees to."""
+    """A job as the forecast needs it. Its rows are taken to be level, as the scheduler keeps them."""
 
     job_id: str
     work: Work
@@ -30,15 +30,14 @@ class Pending:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a client is told: how many jobs are ahead of it (0 when all its rows run), and when it will be done."""
+    """What the client of a job is told: how many jobs go before it, and when it will be done."""
 
-    job_id: str
-    position: int
+    position: int  # 0 when all its rows run
     eta_s: float
 
 
 class _Flow:
-    """A job in the model: stretches of steps that cost the same, the current one apart."""
+    """A job in the model, as stretches of steps that cost the same; the current stretch is kept apart."""
 
     __slots__ = ("arrival", "id", "left", "places", "rows", "steps", "stretches", "waits", "whole")
 
@@ -47,11 +46,11 @@ class _Flow:
         self.whole, self.left = job.work.places, job.places_left
         self.waits = True  # never had a place yet
         self.stretches = _stretches(job.work, job.places_left / job.work.rows)
-        self.steps, self.places = self.stretches.pop()  # steps left to each row in this stretch, and what each costs
+        self.steps, self.places = self.stretches.pop()  # in this stretch: the steps each row has left, the cost of one
 
 
 def _stretches(work: Work, left: float) -> list[tuple[float, int]]:
-    """The (steps, places a step) that one row has still to go, from the last to the next."""
+    """The stretches that one row has left, as (steps, places a step), the last one first."""
     guided = work.guided
     if not guided:
         return [(left, 1)]
@@ -79,13 +78,13 @@ class Fluid:
         self._arrivals = 0
         self._waiting: list[_Flow] = []  # those that never had a place, the next one first
         self._active: list[_Flow] = []  # the others
-        self._grants: list[tuple[_Flow, int]] = []  # rows in each tick of this stretch, in the order of rank
-        self._stale = True  # whether the grants are to be found again
-        self._short: list[int] = []  # which of the grants are of fewer rows than the job has
+        self._grants: list[tuple[_Flow, int]] = []  # how many rows each job has in a tick until the next event, by rank
+        self._stale = True  # whether the grants must be found again
+        self._short: list[int] = []  # positions of the grants that have fewer rows than the job
         self._used = 0  # places of a tick
         self._ticks = 0.0
         self.now_s = 0.0
-        self.tick_end_s = 0.0  # the end of the tick that now_s lies in: when what happened is seen
+        self.tick_end_s = 0.0  # the end of the tick that now_s lies in: the worker sees then what happened in it
         self.rows = 0
         self.places_left = 0.0
         for job in jobs:
@@ -98,7 +97,7 @@ class Fluid:
         return len(self._jobs)
 
     def add(self, job: Pending) -> None:
-        """Let a job in now."""
+        """Add a job that comes now."""
         flow = self._count_in(job)
         if flow is not None:
             insort(self._waiting, flow, key=self._rank)
@@ -157,13 +156,13 @@ class Fluid:
                 self._active.remove(job)
                 self.rows -= job.rows
         if self._shortest_first and self._short:
-            self._stale = True  # one may have overtaken another
+            self._stale = True  # a job may have overtaken another
         if not self._jobs:
             self.places_left = 0.0
         return ended
 
     def _share_out(self) -> None:
-        """Give the places of a tick to jobs as the scheduler would: the reserve to the oldest, then all in turn."""
+        """Share out the places of a tick as the scheduler does: the reserve to the oldest job, then to all in turn."""
         if not self._stale:
             return
         self._stale, self._grants = False, []
@@ -198,7 +197,7 @@ class Fluid:
         return min(oldest.rows, self._sharing.reserved // oldest.places) * oldest.places
 
     def _in_turn(self) -> Iterator[_Flow]:
-        """The jobs by rank. Active is who had a turn."""
+        """The jobs by rank. A job that is reached becomes active."""
         active, waiting, rank = self._active, self._waiting, self._rank
         active.sort(key=rank)
         at = 0
@@ -215,7 +214,7 @@ class Fluid:
         self._active.insert(at, job)
 
     def _ticks_to_event(self) -> float:
-        """Ticks until a job ends or changes its cost, or one that lacks places overtakes one that has them."""
+        """Ticks until a job ends or its cost changes, or until a job that is short of places overtakes another."""
         grants = self._grants
         ticks = min([job.steps * job.rows / rows for job, rows in grants])
         if not self._shortest_first:
@@ -238,12 +237,12 @@ class Fluid:
 def forecast(
     jobs: Sequence[Pending], sharing: Sharing, tick_times: TickTimes, until: str | None = None
 ) -> dict[str, Outlook]:
-    """Predict each job's end if no other comes; with `until`, of that job and those that end before it.
+    """Predict each job's outlook, by its id, if no other job comes.
 
-    jobs: in order of arrival.
+    jobs: in order of arrival. until: a job; only it and those that end before it are predicted.
     """
     fluid = Fluid(jobs, sharing, tick_times)
-    outlooks = {job.job_id: Outlook(job.job_id, 0, 0.0) for job in jobs if job.places_left <= 0}  # only to be delivered
+    outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # they wait for delivery only
     in_turn = sorted(jobs, key=attrgetter("places_left")) if sharing.policy == "srpt" else jobs
     ranks = {job.job_id: rank for rank, job in enumerate(in_turn)}
     running = fluid.running()
@@ -254,5 +253,5 @@ def forecast(
             insort(ended_ranks, ranks[job_id])
         for job_id in ended:
             position = 0 if job_id in running else bisect_left(ended_ranks, ranks[job_id])
-            outlooks[job_id] = Outlook(job_id, position, fluid.tick_end_s)
+            outlooks[job_id] = Outlook(position, fluid.tick_end_s)
     return outlooks

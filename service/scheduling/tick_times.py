@@ -1,4 +1,4 @@
-"""How long a tick takes by the places in it, and how many places are worth it. Pure: no torch, no clock."""
+"""How long a tick takes by its number of places, and how large a batch should be. Pure: no torch, no clock."""
 
 import math
 from bisect import bisect_right
@@ -8,15 +8,15 @@ from itertools import pairwise
 from operator import itemgetter
 
 LEARNING_RATE = 0.02  # a slow average: one tick says little
-OUTLIER = 4.0  # a tick that took so many times longer than predicted, or less, counts as one that took just that
+OUTLIER = 4.0  # a tick counts as at most so many times slower than predicted, or faster
 MAX_CORRECTION = 100.0
 
 
 @dataclass(frozen=True, slots=True)
 class TickTimes:
-    """Measured points, lines between them, and a factor that follows the machine.
+    """Measured points with straight lines between them, and a factor that follows the machine's speed.
 
-    Without points nothing is known, and all takes no time.
+    Without points every tick is predicted to take no time.
     """
 
     points: tuple[tuple[int, float], ...] = ()  # (places, seconds), places ascending
@@ -29,15 +29,15 @@ class TickTimes:
         assert all(0 <= seconds < math.inf for _, seconds in self.points)
 
     def seconds(self, places: int) -> float:
-        """Predict a tick. Beyond the last point the last line goes on, below the first it costs as much as there."""
+        """Predict a tick. Beyond the last point the last line goes on; below the first one the time stays the same."""
         return self.correction * self._measured(places)
 
     def seconds_per_place(self, max_batch: int) -> float:
-        """How long a place takes where ticks are full."""
+        """How long a place takes in a full tick."""
         return self.seconds(max_batch) / max_batch
 
     def slower(self, factor: float) -> "TickTimes":
-        """The same by a factor."""
+        """Make every tick longer by a factor."""
         return replace(self, correction=self.correction * factor)
 
     def observe(self, places: int, seconds: float) -> "TickTimes":
@@ -61,13 +61,13 @@ class TickTimes:
         (b0, t0), (b1, t1) = points[right - 1 : right + 1]
         slope = (t1 - t0) / (b1 - b0)
         if places > b1:
-            slope = max(0.0, slope)  # noise may let the last point look cheaper; more places never are, for long
+            slope = max(0.0, slope)  # by noise the last point may be the faster one, which must not be extrapolated
             return t1 + slope * (places - b1)
         return t0 + slope * (places - b0)
 
 
-def knee(points: Sequence[tuple[int, float]], share: float = 0.95) -> int:
-    """The fewest places whose throughput is at least this share of the best in the table."""
+def smallest_batch_at(points: Sequence[tuple[int, float]], share: float = 0.95) -> int:
+    """Find the smallest measured batch whose throughput is at least this share of the best one."""
     assert points
     assert 0 < share <= 1
     best = max(places / seconds for places, seconds in points)

@@ -1,1 +1,1 @@
-"""The thread that owns scheduler and engine, and what it hands out of the jobs that run."""
+"""The thread that runs jobs on the engine, and what it gives the viewers of a job."""

@@ -1,4 +1,4 @@
-"""Holds the newest frame for a viewer: put from the worker's thread, taken in the event loop. Newest wins."""
+"""Holds the newest frame for a viewer: put in the worker's thread, taken in the event loop."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from service.preview import Frame
 
 
 class Mailbox:
-    """Room for one frame. Nobody waits for its reader; a frame that is not taken in time is dropped."""
+    """Room for one frame. The writer never waits: a newer frame replaces one that was not taken."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_drop: Callable[[], None]) -> None:
         """on_drop may be called in any thread."""
@@ -25,16 +25,16 @@ class Mailbox:
         with self._lock:
             if self._closed:
                 return
-            overtaken, self._frame = self._frame, frame
-            self.dropped += overtaken is not None
-        if overtaken is not None:  # the reader knows already that there is one
+            replaced, self._frame = self._frame, frame
+            self.dropped += replaced is not None
+        if replaced is not None:  # the reader has been woken already
             self._on_drop()
             return
-        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+        with suppress(RuntimeError):  # the event loop is closed, so there is no reader
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     def close(self) -> None:
-        """Take no more; what was not taken is dropped, and the reader is let go."""
+        """Take no more frames, drop the one that was not taken, and end the reader's wait."""
         with self._lock:
             self._closed, left, self._frame = True, self._frame, None
             self.dropped += left is not None

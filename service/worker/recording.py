@@ -1,4 +1,4 @@
-"""The way of a job from noise to images, each row at its own steps, so that it is the same under any load. No torch."""
+"""Frames of a job on its way, each row at its own steps, so that they are the same under any load. No torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,41 +14,42 @@ Read = Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
 
 
 class Recording:
-    """Keeps what the rows of one job were after every so many of their steps. The worker puts, the encoder reads.
+    """Keeps the rows of one job as they were after every so many of their steps. The worker puts, the encoder reads.
 
-    A preview shows all rows at one time, when they need not be level; here a frame is of one step, whenever each row
-    came to it.
+    A preview shows all rows at the same time, when they need not be level. A frame here shows all of them at the same
+    step, whenever each came to it.
     """
 
     def __init__(self, every: int, show: Show, n: int, steps: int) -> None:
         self.show = show
         self._every, self._n, self._steps = every, n, steps
-        self._parts: dict[int, list[tuple[Sequence[int], Sequence[int], Read]]] = {}  # by step: where, of what
+        self._parts: dict[int, list[tuple[Sequence[int], Sequence[int], Read]]] = {}  # by step: see put
 
     def due(self, step: int) -> bool:
-        """Whether a row is to be kept that has taken so many steps; the last is the job's own result."""
+        """Whether to keep a row that has taken so many steps. Not after the last step: that is the job's own result."""
         return step % self._every == 0 and step < self._steps
 
     def put(self, taken: Sequence[tuple[int, int]], read: Read) -> None:
         """Keep rows, each by its index in the job and the steps it has taken, in the order that `read` has them."""
         for step in {step for _, step in taken}:
-            of = [position for position, (_, its_step) in enumerate(taken) if its_step == step]
-            self._parts.setdefault(step, []).append(([taken[position][0] for position in of], of, read))
+            positions = [position for position, (_, its_step) in enumerate(taken) if its_step == step]
+            indices = [taken[position][0] for position in positions]
+            self._parts.setdefault(step, []).append((indices, positions, read))
 
     def frames(self) -> list[Images]:
-        """The frames in order, uint8 [n, H, W, C] each. Call it when the job is done, in a thread that may wait."""
+        """Read the frames in order, uint8 [n, H, W, C] each. For a job that is done, in a thread that may wait."""
         frames = []
         for step in sorted(self._parts):
-            parts = [(where, read()[self.show][list(of)]) for where, of, read in self._parts[step]]
+            parts = [(indices, read()[self.show][list(positions)]) for indices, positions, read in self._parts[step]]
             frame = np.zeros((self._n, *parts[0][1].shape[1:]), np.uint8)
-            for where, images in parts:
-                frame[list(where)] = images
+            for indices, images in parts:
+                frame[list(indices)] = images
             frames.append(frame)
         return frames
 
 
 def frame_count(every: int, steps: int) -> int:
-    """How many frames a recording has, the result with them."""
+    """How many frames a recording has, including the result."""
     return (steps - 1) // every + 1
 
 

@@ -1,6 +1,7 @@
-"""A job in the worker's hands, and what those get to see of it who look on. Only the worker's thread changes one."""
+"""A job from when it is accepted to its end, and what it gives its viewers. No torch, no thread."""
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ from service.engine.protocol import RowEngine
 from service.preview import Frame, Show, Watch
 from service.scheduling.forecast import Outlook
 from service.spec import Inputs, SampleSpec, Snapshot
-from service.work import Batch, JobResult, JobStatus, Work
+from service.work import JobResult, JobRows, JobStatus, Work
 from service.worker.recording import Recording
 
 log = logging.getLogger(__name__)
@@ -16,32 +17,42 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class RunningJob:
-    """From the moment it is accepted to its end."""
+    """One job. Only the worker's thread changes it once it is queued; any thread may ask for its status."""
 
     id: str
     spec: SampleSpec
     work: Work
-    future: "Future[JobResult]"
     submitted_s: float
-    deadline_s: float | None  # after it was submitted
+    deadline_s: float | None  # counted from submitted_s
+    future: "Future[JobResult]" = field(default_factory=Future)
     durable: bool = False  # snapshots are kept of it
-    inputs: Inputs | None = None  # until the engine has them
-    snapshot: Snapshot | None = None  # where it goes on from, until the engine has it
+    inputs: Inputs | None = None  # None once the engine has them
+    snapshot: Snapshot | None = None  # where it goes on from; None once the engine has it
     recording: Recording | None = None
-    watches: list[Watch] = field(default_factory=list)  # who looks on
-    rows: tuple[int, ...] = ()
+    watches: list[Watch] = field(default_factory=list)
+    rows: tuple[int, ...] = ()  # none until the engine has given them
     started_s: float | None = None
     first_step_s: float = 0.0
-    steps_taken: int = 0  # of all its rows, those before spec.start among them
-    steps_kept: int = 0  # of all its rows, when the last snapshot was taken
+    # Steps of all its rows, those before spec.start included. The scheduler has the steps of each row, but only for the
+    # worker's thread, and a status is asked for in other threads.
+    steps_taken: int = field(init=False)
+    steps_kept: int = field(init=False)  # what steps_taken was at the last snapshot
+
+    def __post_init__(self) -> None:
+        self.steps_taken = self.steps_kept = sum(self.first_steps)
+
+    @property
+    def first_steps(self) -> Sequence[int]:
+        """The step that each of its rows takes first; of no meaning once the engine has its snapshot."""
+        return self.snapshot.steps if self.snapshot is not None else (self.spec.start,) * self.spec.n
 
     @property
     def step(self) -> int:
-        """How many steps its rows have taken; the scheduler keeps them level, but for a few where guidance begins."""
+        """How many steps its rows have taken, on average; the scheduler keeps them nearly level."""
         return self.steps_taken // self.spec.n - self.spec.start
 
     def status(self, outlook: Outlook, now_s: float) -> JobStatus:
-        """What is told of it."""
+        """What clients are told of it."""
         return JobStatus(
             id=self.id,
             state="waiting" if self.started_s is None else "running",
@@ -54,7 +65,7 @@ class RunningJob:
         )
 
     def show(self, engine: RowEngine, now_s: float) -> None:
-        """Give those who look on a frame, where one is due; who sees the same shares it."""
+        """Give its viewers a frame where one is due. Viewers of the same images share it."""
         frames: dict[tuple[Show, ...], Frame] = {}
         for watch in self.watches:
             if not watch.due(self.step, now_s):
@@ -63,24 +74,20 @@ class RunningJob:
                 if watch.show not in frames:
                     frames[watch.show] = Frame(self.step, engine.preview(self.rows, watch.show))
                 watch.put(frames[watch.show])
-            except Exception:  # it is not worth the job
+            except Exception:  # a frame is not worth the job
                 log.exception("job %s could not be shown", self.id)
 
-    def record(self, engine: RowEngine, batch: Batch) -> None:
-        """Keep those of its rows that have just come to a step which its recording wants."""
+    def record(self, engine: RowEngine, stepped: JobRows) -> None:
+        """Give its recording those of the rows which have just come to a step that it keeps."""
         if self.recording is None:
             return
-        index = {row: k for k, row in enumerate(self.rows)}
-        taken = [
-            (index[row], step + 1 - self.spec.start)
-            for row, step in zip(batch.rows, batch.steps, strict=True)
-            if row in index and self.recording.due(step + 1 - self.spec.start)
-        ]
+        start, due = self.spec.start, self.recording.due
+        taken = [(index, step + 1 - start) for step, index in stepped.steps if due(step + 1 - start)]
         if taken:
-            rows = [self.rows[k] for k, _ in taken]
+            rows = [self.rows[index] for index, _ in taken]
             self.recording.put(taken, engine.preview(rows, (self.recording.show,)))
 
     def unwatch(self, watch: Watch) -> None:
-        """Show it no more to somebody who was."""
+        """Stop showing it to a viewer."""
         if watch in self.watches:
             self.watches.remove(watch)

@@ -206,6 +206,20 @@ class FakeEngine:
         return {spec.seed for spec, rows in self.jobs.values() if set(rows) & set(batch.rows)}
 
 
+class FakeKeeper:
+    """Keeps the snapshots that the worker takes, and is ready for them unless the test says otherwise."""
+
+    def __init__(self) -> None:
+        self.rounds: list[dict[str, Snapshot]] = []
+        self.ready = True
+
+    def due(self, now_s: float) -> bool:
+        return self.ready
+
+    def keep(self, snapshots: Mapping[str, Callable[[], Snapshot]], began_s: float, cost_s: float) -> None:
+        self.rounds.append({name: read() for name, read in snapshots.items()})
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     """Look again and again, as some states announce themselves by no event; fail after the usual patience."""
     deadline = time.monotonic() + PATIENCE_S

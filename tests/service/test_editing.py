@@ -61,7 +61,7 @@ def in_company(engine: Engine, jobs: Sequence[Job], seed: int = 0) -> list[Image
     rows: dict[str, tuple[int, ...]] = {}
     images: dict[str, Images] = {}
     while len(images) < len(jobs):
-        if order and (not scheduler.num_rows or rng.random() < 0.5):
+        if order and (not scheduler.has_work or rng.random() < 0.5):
             k = order.pop()
             spec, inputs = jobs[k]
             rows[str(k)] = engine.add(spec, inputs=inputs)

@@ -25,7 +25,7 @@ def test_steps_that_were_jumped_over_are_one_frame() -> None:
     assert [watch.due(step, 0.0) for step in (2, 7, 8, 9, 9)] == [False, True, False, True, False]
 
 
-def test_so_many_frames_a_second_are_due_of_a_job_that_is_faster() -> None:
+def test_a_job_faster_than_its_frame_rate_has_so_many_frames_a_second() -> None:
     assert len(shown(make_watch(fps=10), 1000)) == pytest.approx(100, abs=1)
     assert len(shown(make_watch(fps=60), 1000, tick_s=0.1)) == 1000, "and no more than it has steps"
 
@@ -37,7 +37,7 @@ def test_a_job_that_stands_still_has_no_frame() -> None:
     assert watch.due(2, 100.0)
 
 
-def test_beats_that_were_missed_are_not_made_up_for() -> None:
+def test_missed_frames_are_not_caught_up_on() -> None:
     watch = make_watch(fps=10)
     assert watch.due(1, 0.0)
     assert [watch.due(step, 5.0 + 0.001 * step) for step in range(2, 60)].count(True) == 1

@@ -104,7 +104,7 @@ def together(
     rows: dict[str, tuple[int, ...]] = {}
     images: dict[str, Floats] = {}
     while len(images) < len(specs):
-        if order and (not scheduler.num_rows or rng.random() < 0.3):
+        if order and (not scheduler.has_work or rng.random() < 0.3):
             k = order.pop()
             rows[str(k)] = engine.add(specs[k])
             scheduler.add(str(k), rows[str(k)], work_of(specs[k], engine.info))

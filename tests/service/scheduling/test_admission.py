@@ -7,7 +7,7 @@ import pytest
 
 from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from service.model_info import Limits
-from service.scheduling.admission import Admission, Entry
+from service.scheduling.admission import Admission
 from service.scheduling.forecast import Outlook
 from service.scheduling.scheduler import Policy, Sharing
 from service.work import Work
@@ -70,7 +70,7 @@ def test_a_job_that_leaves_takes_all_it_had_left_with_it() -> None:
     assert (admission.backlog_s, admission.rows, admission.jobs) == (0, 0, 0)
 
 
-def test_who_is_not_here_neither_leaves_nor_steps() -> None:
+def test_unknown_jobs_that_step_or_leave_change_nothing() -> None:
     admission = make_admission()
     admission.enter("a", plain(1, 2), now_s=0.0)
     admission.leave("nobody")
@@ -122,10 +122,10 @@ def test_threads_may_enter_step_and_leave_at_once() -> None:
     for thread in threads:
         thread.join()
     assert sorted(done) == [0, 1, 2, 3]
-    assert (admission.backlog_s, admission.rows, admission.jobs, admission.outlooks()) == (0, 0, 0, [])
+    assert (admission.backlog_s, admission.rows, admission.jobs, admission.outlooks()) == (0, 0, 0, {})
 
 
-def test_one_thread_may_enter_while_another_steps_and_lets_leave() -> None:
+def test_one_thread_may_admit_jobs_while_another_steps_and_removes_them() -> None:
     admission = make_admission(max_jobs=10_000, max_rows=100_000)
     entered: list[str] = []
     all_in = threading.Event()
@@ -151,23 +151,23 @@ def test_one_thread_may_enter_while_another_steps_and_lets_leave() -> None:
 # --- what an accepted job is told ---
 
 
-def test_an_accepted_job_is_told_its_place_and_its_end() -> None:
+def test_an_accepted_job_is_told_its_position_and_when_it_will_end() -> None:
     admission = make_admission()
-    assert admission.enter("a", plain(8, 40), now_s=0.0) == Entry(0, 5.0)
+    assert admission.enter("a", plain(8, 40), now_s=0.0) == Outlook(0, 5.0)
     assert admission.enter("b", plain(8, 80), now_s=0.0).position == 1
-    assert admission.outlook("a") == Outlook("a", 0, 5.0)
-    assert [outlook.job_id for outlook in admission.outlooks()] == ["a", "b"]
-    assert admission.outlooks()[1].eta_s == pytest.approx(15.0)
+    assert admission.outlook("a") == Outlook(0, 5.0)
+    assert admission.outlooks().keys() == {"a", "b"}
+    assert admission.outlooks()["b"].eta_s == pytest.approx(15.0)
     assert admission.outlook("nobody") is None
     for _ in range(8):
         admission.stepped({"a": 8}, 8, 1 / 8)
-    assert admission.outlooks()[0].eta_s == pytest.approx(4.0)
+    assert admission.outlooks()["a"].eta_s == pytest.approx(4.0)
 
 
-def test_first_come_first_served_is_told_as_it_is() -> None:
+def test_the_outlook_under_first_come_first_served_is_by_arrival() -> None:
     admission = make_admission(policy="fcfs")
     admission.enter("long", plain(8, 80), now_s=0.0)
-    assert admission.enter("short", plain(8, 8), now_s=0.0) == Entry(1, pytest.approx(11.0))
+    assert admission.enter("short", plain(8, 8), now_s=0.0) == Outlook(1, pytest.approx(11.0))
 
 
 # --- limits ---
@@ -240,11 +240,11 @@ def test_before_calibration_nothing_is_refused_for_time_and_every_wait_is_a_seco
 
 def test_a_deadline_that_can_be_met_changes_nothing() -> None:
     admission = make_admission()
-    assert admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=10.0) == Entry(0, 10.0)
+    assert admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=10.0) == Outlook(0, 10.0)
 
 
 @pytest.mark.parametrize("deadline_s", [9.99, 0.0, -1.0, math.nan, -math.inf])
-def test_a_deadline_that_no_load_explains_is_a_bad_field(deadline_s: float) -> None:
+def test_a_deadline_that_even_an_idle_server_misses_is_a_bad_field(deadline_s: float) -> None:
     admission = make_admission()
     with pytest.raises(InvalidField) as caught:
         admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=deadline_s)
@@ -252,7 +252,7 @@ def test_a_deadline_that_no_load_explains_is_a_bad_field(deadline_s: float) -> N
     assert admission.jobs == 0
 
 
-def test_a_deadline_that_the_load_prevents_is_refused_with_a_time_that_is_right() -> None:
+def test_a_deadline_that_the_load_prevents_is_refused_with_a_time_after_which_it_can_be_met() -> None:
     admission = make_admission(policy="fcfs")
     admission.enter("a", plain(8, 80), now_s=0.0)
     with pytest.raises(DeadlineUnmeetable) as caught:
@@ -267,6 +267,6 @@ def test_a_deadline_that_the_load_prevents_is_refused_with_a_time_that_is_right(
     admission.enter("b", plain(8, 8), now_s=wait_of(error), deadline_s=4.0)
 
 
-def test_an_endless_deadline_is_none() -> None:
+def test_an_infinite_deadline_is_accepted() -> None:
     admission = make_admission()
     admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=math.inf)

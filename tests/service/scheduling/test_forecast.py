@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from service.scheduling.forecast import Fluid, Outlook, Pending, forecast
 from service.scheduling.scheduler import Scheduler, Sharing
 from service.scheduling.tick_times import TickTimes
-from service.work import Batch, Work
+from service.work import Work
 
 POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 TICKS = TickTimes(((1, 1.0),))  # and so a second for each place
@@ -35,12 +35,12 @@ def srpt(*works: Work, sharing: Sharing = SRPT) -> dict[str, Outlook]:
 # --- what is foretold, by hand ---
 
 
-def test_nobody_waits_nobody_is_told_anything() -> None:
+def test_without_jobs_there_are_no_outlooks() -> None:
     assert srpt() == {}
 
 
 def test_a_job_alone_takes_its_steps_in_ticks() -> None:
-    assert srpt(plain(3, 10)) == {"job0": Outlook("job0", 0, pytest.approx(10.0))}
+    assert srpt(plain(3, 10)) == {"job0": Outlook(0, pytest.approx(10.0))}
 
 
 def test_a_job_of_more_rows_than_places_takes_turns() -> None:
@@ -58,7 +58,7 @@ def test_guided_steps_take_two_places_each() -> None:
     assert partly["job0"].eta_s == pytest.approx(13.0)
 
 
-def test_a_job_on_its_way_has_only_the_rest_to_go() -> None:
+def test_of_a_started_job_only_the_steps_left_count() -> None:
     work = Work(2, 10, range(2, 5))
     for left, ticks in ((26, 10), (24, 9), (22, 8), (18, 7), (14, 6), (10, 5), (8, 4), (2, 1)):
         assert forecast([Pending("a", work, left)], SRPT, SAME)["a"].eta_s == pytest.approx(ticks)
@@ -66,13 +66,13 @@ def test_a_job_on_its_way_has_only_the_rest_to_go() -> None:
 
 def test_the_shorter_goes_first_and_the_oldest_keeps_its_reserve() -> None:
     outlooks = srpt(plain(8, 100), plain(8, 6))
-    assert outlooks["job1"] == Outlook("job1", 0, pytest.approx(8.0))  # 48 places, six a tick
-    assert outlooks["job0"] == Outlook("job0", 1, pytest.approx(106.0))
+    assert outlooks["job1"] == Outlook(0, pytest.approx(8.0))  # 48 places, six a tick
+    assert outlooks["job0"] == Outlook(1, pytest.approx(106.0))
 
 
 def test_first_come_first_served_goes_by_arrival() -> None:
     outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), FCFS, SAME)
-    assert outlooks == {"job0": Outlook("job0", 0, 100.0), "job1": Outlook("job1", 1, 106.0)}
+    assert outlooks == {"job0": Outlook(0, 100.0), "job1": Outlook(1, 106.0)}
 
 
 def test_the_position_counts_those_before_it_that_end_before_it() -> None:
@@ -80,13 +80,13 @@ def test_the_position_counts_those_before_it_that_end_before_it() -> None:
     assert [outlooks[f"job{i}"].position for i in range(3)] == [2, 1, 0]
 
 
-def test_jobs_that_all_run_have_nobody_before_them() -> None:
+def test_jobs_that_all_run_are_all_at_position_zero() -> None:
     assert {outlook.position for outlook in srpt(*[plain(2, steps) for steps in (30, 20, 10, 40)]).values()} == {0}
 
 
-def test_a_job_that_is_only_to_be_delivered_is_done_now() -> None:
+def test_a_job_that_only_waits_for_delivery_is_done_now() -> None:
     jobs = [Pending("done", plain(4, 10), 0), Pending("a", plain(8, 10), 80)]
-    assert forecast(jobs, SRPT, SAME) == {"done": Outlook("done", 0, 0.0), "a": Outlook("a", 0, 10.0)}
+    assert forecast(jobs, SRPT, SAME) == {"done": Outlook(0, 0.0), "a": Outlook(0, 10.0)}
 
 
 def test_a_faster_job_overtakes_one_that_has_less_left() -> None:
@@ -95,7 +95,7 @@ def test_a_faster_job_overtakes_one_that_has_less_left() -> None:
     assert outlooks["job0"].eta_s == pytest.approx(112, abs=2)
 
 
-def test_before_calibration_all_is_over_at_once_and_the_order_is_known() -> None:
+def test_before_calibration_every_eta_is_zero_and_positions_are_right() -> None:
     outlooks = forecast(pendings(plain(8, 100), plain(8, 6)), NO_RESERVE, TickTimes())
     assert [(outlooks[f"job{i}"].position, outlooks[f"job{i}"].eta_s) for i in range(2)] == [(1, 0.0), (0, 0.0)]
 
@@ -106,9 +106,7 @@ def played(sharing: Sharing, jobs: list[tuple[Work, int]], times: TickTimes) -> 
     for number, (work, left) in enumerate(jobs):
         rows = range(row, row + work.rows)
         row += work.rows
-        scheduler.add(f"job{number}", rows, work)
-        for step in range((work.places - left) // work.rows):
-            scheduler.advance(Batch(tuple(rows), (step,) * work.rows, ()))
+        scheduler.add(f"job{number}", rows, work, ((work.places - left) // work.rows,) * work.rows)
     while batch := scheduler.next_batch():
         now_s += times.seconds(batch.places)
         ends |= dict.fromkeys(scheduler.advance(batch).finished, now_s)
@@ -127,7 +125,7 @@ def played(sharing: Sharing, jobs: list[tuple[Work, int]], times: TickTimes) -> 
         pytest.param([(plain(8, 200), 1600), (guided(1, 20), 40), (guided(2, 200), 800)], id="guided ones too"),
     ],
 )
-def test_short_ticks_are_foreseen(jobs: list[tuple[Work, int]]) -> None:
+def test_the_forecast_follows_the_scheduler_through_short_ticks(jobs: list[tuple[Work, int]]) -> None:
     sharing, times = Sharing.of(16, short_batch=8), TickTimes(((1, 0.003), (16, 0.018)))
     pending = [Pending(f"job{number}", work, left) for number, (work, left) in enumerate(jobs)]
     outlooks = forecast(pending, sharing, times)
@@ -167,8 +165,8 @@ class Load:
             row += job.work.rows
         for _ in range(self.ticks_done):
             if batch := scheduler.next_batch():
-                for job_id, places in scheduler.places_by_job(batch).items():
-                    left[job_id] -= places
+                for picked in batch.jobs:
+                    left[picked.job_id] -= picked.places
                 scheduler.advance(batch)
         now_s, ends = 0.0, {}
         while batch := scheduler.next_batch():
@@ -239,7 +237,7 @@ def test_positions_and_times_are_sane_for_any_load(load: Load) -> None:
         )
 
 
-def test_the_work_of_a_forecast_grows_with_the_jobs_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     step = Fluid.step
 

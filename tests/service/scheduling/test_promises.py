@@ -140,7 +140,7 @@ def serve(
     while coming or running is not None:
         if running is not None and (not coming or running[1] <= coming[0][0]):
             batch, now_s = running
-            admission.stepped(scheduler.places_by_job(batch), batch.places, times.seconds(batch.places))
+            admission.stepped({job.job_id: job.places for job in batch.jobs}, batch.places, times.seconds(batch.places))
             for job_id in scheduler.advance(batch).finished:
                 admission.leave(job_id)
             running = None

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.scheduling import scheduler as scheduler_module
 from service.scheduling.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing
-from service.work import Batch, Work
+from service.work import Batch, JobRows, Work
 
 
 def tick(scheduler: Scheduler) -> Batch:
@@ -37,14 +38,14 @@ def add(scheduler: Scheduler, job_id: str, rows: Sequence[int], steps: int, guid
 def test_without_jobs_there_is_no_batch() -> None:
     scheduler = Scheduler(Sharing.of(4))
     assert scheduler.next_batch() is None
-    assert scheduler.num_rows == 0
+    assert not scheduler.has_work
 
 
 def test_one_row_steps_from_the_first_step_to_the_last() -> None:
     scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", [7], steps=3)
     assert drain(scheduler) == [Batch((7,), (step,), ()) for step in range(3)]
-    assert scheduler.num_rows == 0
+    assert not scheduler.has_work
 
 
 def test_choosing_a_batch_changes_nothing() -> None:
@@ -56,12 +57,10 @@ def test_choosing_a_batch_changes_nothing() -> None:
 def test_a_job_goes_on_from_the_steps_its_rows_have_taken() -> None:
     scheduler = Scheduler(Sharing.of(8))
     scheduler.add("a", [0, 1, 2], Work(3, 6, range(2, 4)), (3, 6, 5))
-    assert scheduler.num_rows == 2
     assert scheduler.steps("a") == (3, 6, 5)
     assert tick(scheduler) == Batch((0, 2), (3, 5), (0,))
     assert scheduler.steps("a") == (4, 6, 6)
-    assert scheduler.cancel("a") == 2
-    assert scheduler.num_rows == 0
+    assert drain(scheduler) == [Batch((0,), (4,), ()), Batch((0,), (5,), ())]
 
 
 def test_late_job_joins_at_the_next_tick() -> None:
@@ -113,7 +112,7 @@ def test_the_oldest_job_keeps_its_share_under_a_stream_of_short_ones() -> None:
     for round_ in range(20):
         add(scheduler, f"short{round_}", range(100 + 8 * round_, 108 + 8 * round_), steps=1)
         assert sum(row < 4 for row in tick(scheduler).rows) == 2
-    assert scheduler.cancel("long") == 4 * 100 - 20 * 2
+    assert sum(scheduler.steps("long")) == 20 * 2
 
 
 def test_the_reserve_of_a_small_batch_still_fits_a_guided_row() -> None:
@@ -123,7 +122,7 @@ def test_the_reserve_of_a_small_batch_still_fits_a_guided_row() -> None:
     assert 0 in tick(scheduler).rows
 
 
-def test_a_guided_row_takes_two_places_and_says_where_it_stands() -> None:
+def test_a_guided_row_takes_two_places_and_the_batch_has_its_position() -> None:
     scheduler = Scheduler(Sharing.of(5, reserved_share=0))
     add(scheduler, "plain", [0], steps=1)
     add(scheduler, "guided", [1, 2, 3], steps=1, guided=True)
@@ -149,36 +148,36 @@ def test_more_rows_than_places_advance_together() -> None:
     assert set(steps.steps) == {1}, "each row took step 0 before any took step 1"
 
 
-def test_cancel_frees_the_places_at_once_and_returns_the_work_left() -> None:
+def test_cancel_frees_the_places_at_once() -> None:
     scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", range(3), steps=5)
     add(scheduler, "b", range(3, 5), steps=5, guided=True)
-    assert scheduler.num_rows == 5
-    before = tick(scheduler)
-    a_steps = sum(row < 3 for row in before.rows)
-    assert scheduler.cancel("a") == 15 - a_steps
+    assert set(tick(scheduler).rows) & {0, 1, 2}
+    scheduler.cancel("a")
     after = scheduler.next_batch()
     assert after is not None
     assert set(after.rows) == {3, 4}
-    b_steps = len(before.rows) - a_steps
-    assert scheduler.cancel("b") == 2 * (10 - b_steps)
+    scheduler.cancel("b")
     assert scheduler.next_batch() is None
-    assert scheduler.num_rows == 0
+    assert not scheduler.has_work
 
 
 def test_cancelling_twice_or_an_unknown_job_does_nothing() -> None:
     scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", [0], steps=5)
-    assert scheduler.cancel("nobody") == 0
-    assert scheduler.cancel("a") == 5
-    assert scheduler.cancel("a") == 0
+    scheduler.cancel("nobody")
+    assert tick(scheduler).rows == (0,)
+    scheduler.cancel("a")
+    scheduler.cancel("a")
+    assert not scheduler.has_work
 
 
 def test_cancelling_a_finished_job_does_nothing() -> None:
     scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "a", [0], steps=1)
     tick(scheduler)
-    assert scheduler.cancel("a") == 0
+    scheduler.cancel("a")
+    assert not scheduler.has_work
 
 
 def test_a_row_id_may_return_with_another_job() -> None:
@@ -190,7 +189,7 @@ def test_a_row_id_may_return_with_another_job() -> None:
     assert [batch.steps for batch in drain(scheduler)] == [(0,), (1,)]
 
 
-def test_advance_tells_who_started_and_who_finished_once_each() -> None:
+def test_advance_tells_once_of_each_job_that_it_has_started_and_finished() -> None:
     scheduler = Scheduler(Sharing.of(2, reserved_share=0))
     add(scheduler, "long", [0, 1], steps=2)
     add(scheduler, "short", [2], steps=1)
@@ -207,19 +206,40 @@ def test_a_job_is_finished_only_with_its_last_row() -> None:
     first = scheduler.next_batch()
     assert first is not None
     assert scheduler.advance(first).finished == ()
-    assert scheduler.num_rows == 1
+    assert sorted(scheduler.steps("a")) == [0, 1, 1]
     second = scheduler.next_batch()
     assert second is not None
     assert scheduler.advance(second).finished == ("a",)
 
 
-def test_rows_by_job_counts_each_jobs_rows_in_a_batch() -> None:
+def test_a_batch_has_its_rows_by_job_and_the_places_of_each() -> None:
     scheduler = Scheduler(Sharing.of(8))
-    add(scheduler, "a", [0, 1, 2], steps=1)
+    scheduler.add("a", [7, 8, 9], Work(3, 6, range(0)), (5, 0, 2))
     add(scheduler, "b", [3], steps=1, guided=True)
     batch = scheduler.next_batch()
     assert batch is not None
-    assert scheduler.rows_by_job(batch) == {"a": 3, "b": 1}
+    assert batch.jobs == (JobRows("a", ((0, 1), (2, 2), (5, 0)), places=3), JobRows("b", ((0, 0),), places=2))
+
+
+def test_a_job_that_is_picked_from_twice_is_in_the_batch_once() -> None:
+    scheduler = Scheduler(Sharing.of(8))
+    add(scheduler, "oldest", range(8), steps=9)  # two rows by its reserve, and the places that the other job leaves
+    add(scheduler, "short", [100], steps=1)
+    batch = scheduler.next_batch()
+    assert batch is not None
+    assert [(job.job_id, job.places) for job in batch.jobs] == [("oldest", 7), ("short", 1)]
+
+
+def test_only_the_batch_that_was_chosen_last_may_be_recorded() -> None:
+    scheduler = Scheduler(Sharing.of(4))
+    add(scheduler, "a", [0, 1], steps=3)
+    batch = scheduler.next_batch()
+    assert batch is not None
+    scheduler.advance(batch)
+    with pytest.raises(AssertionError):
+        scheduler.advance(batch)
+    with pytest.raises(AssertionError):
+        scheduler.advance(Batch(batch.rows, (1, 1), ()))
 
 
 def test_a_programmers_mistake_asserts() -> None:
@@ -240,16 +260,17 @@ def test_guidance_in_an_interval_costs_two_places_only_there() -> None:
     scheduler.add("a", [0, 1], Work(2, 4, range(1, 3)))
     batches = [scheduler.next_batch()]
     assert batches[0] is not None
-    assert scheduler.places_by_job(batches[0]) == {"a": 2}
+    assert [job.places for job in batches[0].jobs] == [2]
     places = [batch.places for batch in drain(scheduler)]
     assert places == [2, 4, 4, 2]
 
 
-def test_cancelling_returns_what_the_guided_steps_would_have_cost() -> None:
-    scheduler = Scheduler(Sharing.of(4))
-    scheduler.add("a", [0, 1], Work(2, 5, range(3, 5)))
-    tick(scheduler)
-    assert scheduler.cancel("a") == 2 * (1 + 1 + 2 + 2)
+@pytest.mark.parametrize(("steps", "first"), [(6, "plain"), (7, "guided"), (8, "guided")])
+def test_the_guided_steps_of_an_interval_count_double_in_remaining_work(steps: int, first: str) -> None:
+    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
+    scheduler.add("guided", [0, 1], Work(2, 5, range(3, 5)))  # 7 places a row
+    add(scheduler, "plain", [2, 3], steps=steps)
+    assert tick(scheduler).rows == ((0, 1) if first == "guided" else (2, 3))
 
 
 def test_a_last_single_place_goes_to_the_next_row_that_fits_it() -> None:
@@ -266,15 +287,6 @@ def test_a_last_single_place_may_go_to_a_more_advanced_row_of_the_same_job() -> 
     batches = drain(scheduler)
     assert sum(batch.places for batch in batches) == 3 * 6
     assert any(len(set(batch.steps)) > 1 for batch in batches)
-
-
-def test_places_by_job_counts_guided_rows_twice() -> None:
-    scheduler = Scheduler(Sharing.of(8))
-    add(scheduler, "a", [0, 1, 2], steps=1)
-    add(scheduler, "b", [3], steps=1, guided=True)
-    batch = scheduler.next_batch()
-    assert batch is not None
-    assert scheduler.places_by_job(batch) == {"a": 3, "b": 2}
 
 
 def test_first_come_first_served_goes_by_arrival_alone() -> None:
@@ -326,7 +338,7 @@ def test_a_tick_that_a_short_job_shares_with_a_much_longer_one_is_short_until_th
         pytest.param([(1, 20), *[(1, 200)] * 7], 8, id="more jobs than places: what all wait for is throughput"),
     ],
 )
-def test_how_short_a_tick_is(others: list[tuple[int, int]], places: int) -> None:
+def test_a_short_tick_has_as_few_places_as_its_jobs_allow(others: list[tuple[int, int]], places: int) -> None:
     scheduler = Scheduler(Sharing.of(8, short_batch=4))
     add(scheduler, "long", range(8), steps=100)
     for number, (rows, steps) in enumerate(others):
@@ -350,7 +362,7 @@ def test_a_tick_is_short_though_a_long_job_that_is_nearly_done_goes_first() -> N
     batch = scheduler.next_batch()
     assert batch is not None
     assert batch.places == 4
-    assert scheduler.rows_by_job(batch) == {"nearly done": 1, "short": 1, "long": 2}
+    assert {job.job_id: len(job.steps) for job in batch.jobs} == {"nearly done": 1, "short": 1, "long": 2}
 
 
 def test_a_job_that_came_or_went_is_seen_at_the_next_tick() -> None:
@@ -378,7 +390,7 @@ def lines_run(act: Callable[[], object]) -> int:
 
     def trace(frame, event, arg):  # type: ignore[no-untyped-def]
         nonlocal count
-        if not frame.f_code.co_filename.endswith("service/scheduler.py"):
+        if frame.f_code.co_filename != scheduler_module.__file__:
             return None
         count += event == "line"
         return trace
@@ -389,6 +401,7 @@ def lines_run(act: Callable[[], object]) -> int:
         act()
     finally:
         sys.settrace(before)
+    assert count > 0
     return count
 
 
@@ -404,7 +417,7 @@ def test_a_tick_costs_the_same_however_many_jobs_wait(policy: Policy, guided: bo
     assert ticks(20) == ticks(200) == ticks(10_000)
 
 
-def test_jobs_that_ended_in_order_of_arrival_leave_nothing_to_walk_over() -> None:
+def test_finding_the_oldest_job_costs_the_same_after_many_jobs_ended() -> None:
     scheduler = Scheduler(Sharing.of(4, policy="fcfs"))
     for i in range(10_000):
         add(scheduler, f"w{i}", [i], steps=1)
@@ -516,10 +529,11 @@ class Simulation:
                     self.alive[name] = job
                     self.next_step |= dict.fromkeys(job.rows, 0)
                 if job.cancel_after is not None and job.tick + job.cancel_after == now and name in self.alive:
-                    self.cancelled[name] = self.scheduler.cancel(name)
-                    assert self.cancelled[name] == self.remaining(name)
+                    self.cancelled[name] = self.remaining(name)
+                    self.scheduler.cancel(name)
                     self._forget(name)
-            assert self.scheduler.num_rows == len(self.next_step)
+            for name, job in self.alive.items():
+                assert self.scheduler.steps(name) == tuple(self.next_step.get(row, job.work.steps) for row in job.rows)
             assert self.scheduler.has_work == bool(self.next_step)
             batch = self.scheduler.next_batch()
             if batch is None:
@@ -529,8 +543,7 @@ class Simulation:
                 continue
             check(self, batch)
             self.batches.append(batch)
-            assert sum(self.scheduler.rows_by_job(batch).values()) == len(batch.rows)
-            assert sum(self.scheduler.places_by_job(batch).values()) == batch.places
+            self.check_jobs_of(batch)
             advance = self.scheduler.advance(batch)
             for row, step in zip(batch.rows, batch.steps, strict=True):
                 self.taken[row].append(step)
@@ -543,6 +556,18 @@ class Simulation:
                 self.finished.append(name)
                 self._forget(name)
         raise AssertionError("the load never ended")
+
+    def check_jobs_of(self, batch: Batch) -> None:
+        """The rows of a batch by job are just its rows."""
+        by_job: dict[str, set[tuple[int, int]]] = {}
+        for row, step in zip(batch.rows, batch.steps, strict=True):
+            by_job.setdefault(self.job_of[row], set()).add((step, self.jobs[self.job_of[row]].rows.index(row)))
+        assert [picked.job_id for picked in batch.jobs] == list(by_job), "in the order of their first rows"
+        assert {picked.job_id: set(picked.steps) for picked in batch.jobs} == by_job
+        assert sum(len(picked.steps) for picked in batch.jobs) == len(batch.rows)
+        for picked in batch.jobs:
+            work = self.jobs[picked.job_id].work
+            assert picked.places == sum(work.places_per_row(step) for step, _ in picked.steps)
 
     def _forget(self, name: str) -> None:
         for row in self.alive.pop(name).rows:

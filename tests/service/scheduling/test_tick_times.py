@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.scheduling.tick_times import TickTimes, knee
+from service.scheduling.tick_times import TickTimes, smallest_batch_at
 
 POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 
@@ -12,7 +12,7 @@ POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 @pytest.mark.parametrize(
     ("places", "seconds"), [(1, 0.003), (2, 0.0033), (3, 0.00415), (8, 0.009), (12, 0.013), (16, 0.017)]
 )
-def test_between_the_points_and_beyond_them_run_lines(places: int, seconds: float) -> None:
+def test_times_between_and_beyond_the_points_are_on_straight_lines(places: int, seconds: float) -> None:
     assert TickTimes(POINTS).seconds(places) == pytest.approx(seconds)
 
 
@@ -21,11 +21,11 @@ def test_below_the_first_point_a_tick_costs_as_much_as_there() -> None:
     assert TickTimes(((8, 0.1),)).seconds(2) == 0.1
 
 
-def test_a_single_point_is_a_rate_beyond_it() -> None:
+def test_beyond_a_single_point_the_time_is_in_proportion() -> None:
     assert TickTimes(((4, 0.1),)).seconds(8) == pytest.approx(0.2)
 
 
-def test_a_last_point_that_noise_made_cheap_does_not_lead_below_zero() -> None:
+def test_beyond_a_last_point_that_noise_made_cheap_the_time_does_not_fall() -> None:
     assert TickTimes(((1, 0.2), (2, 0.1))).seconds(1000) == 0.1
 
 
@@ -70,7 +70,7 @@ def test_the_correction_stays_within_bounds(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1.0, math.nan])
-def test_a_time_that_is_none_is_not_learnt(seconds: float) -> None:
+def test_a_negative_time_or_nan_is_not_learnt(seconds: float) -> None:
     assert TickTimes(POINTS).observe(8, seconds).correction == 1
 
 
@@ -83,14 +83,18 @@ def test_a_time_that_is_none_is_not_learnt(seconds: float) -> None:
         (((1, 0.5),), 1),
     ],
 )
-def test_the_knee_is_where_more_places_bring_little_more(points: tuple[tuple[int, float], ...], best: int) -> None:
-    assert knee(points) == best
+def test_the_smallest_batch_near_the_best_throughput_is_where_more_places_gain_little(
+    points: tuple[tuple[int, float], ...], best: int
+) -> None:
+    assert smallest_batch_at(points) == best
 
 
 @given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=8), st.floats(0.5, 1.0))
-def test_the_knee_has_its_share_of_the_best_and_nothing_before_it_has(seconds: list[float], share: float) -> None:
+def test_the_batch_has_its_share_of_the_best_throughput_and_no_smaller_one_has(
+    seconds: list[float], share: float
+) -> None:
     points = [(2**k, s) for k, s in enumerate(seconds)]
     best = max(places / s for places, s in points)
-    chosen = knee(points, share)
+    chosen = smallest_batch_at(points, share)
     assert dict(points)[chosen] <= chosen / (share * best) * (1 + 1e-12)
     assert all(places / s < share * best for places, s in points if places < chosen)

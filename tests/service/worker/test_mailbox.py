@@ -22,7 +22,7 @@ def make_mailbox(dropped: list[None]) -> Mailbox:
     return Mailbox(asyncio.get_running_loop(), lambda: dropped.append(None))
 
 
-def test_the_newest_frame_is_taken_and_those_it_overtook_are_counted() -> None:
+def test_the_newest_frame_is_taken_and_those_it_replaced_are_counted() -> None:
     async def test() -> None:
         dropped: list[None] = []
         mailbox = make_mailbox(dropped)
@@ -48,7 +48,7 @@ def test_a_reader_waits_for_a_frame_from_another_thread() -> None:
     run(test())
 
 
-def test_closed_it_lets_its_reader_go_and_takes_no_more() -> None:
+def test_closing_ends_the_readers_wait_and_takes_no_later_frame() -> None:
     async def test() -> None:
         dropped: list[None] = []
         mailbox = make_mailbox(dropped)
@@ -94,7 +94,7 @@ def test_nothing_is_lost_or_doubled_between_a_fast_writer_and_a_reader() -> None
     run(test())
 
 
-def test_a_loop_that_is_gone_disturbs_no_worker() -> None:
+def test_a_closed_event_loop_is_no_error_for_the_worker() -> None:
     loop = asyncio.new_event_loop()
     mailbox = Mailbox(loop, pytest.fail)
     loop.close()

@@ -1,6 +1,6 @@
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -14,40 +14,43 @@ from service.errors import (
     EngineFailed,
     InvalidField,
     JobCancelled,
-    NotFinite,
     NotReady,
     Overloaded,
     ServiceError,
 )
 from service.metrics import Metrics
 from service.model_info import Limits, ModelInfo
-from service.preview import Frame, Pace, Watch
+from service.preview import Pace, Watch
 from service.scheduling.admission import Admission
 from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import SampleSpec, Snapshot
+from service.spec import Snapshot
 from service.work import Batch, JobResult, JobStatus, Ticket, Work
-from service.worker.recording import Recording
 from service.worker.worker import Worker
-from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, FakeKeeper, fake_pixels, make_spec, wait_until
 
 
 class Bench:
-    """A worker on a fake engine, with what a test needs to look at."""
+    """A worker on a fake engine, with what a test needs to look at. What needs no thread is in test_loop.py."""
 
-    def __init__(self, info: ModelInfo = INFO, limits: Limits = LIMITS) -> None:
+    def __init__(self, info: ModelInfo = INFO, limits: Limits = LIMITS, keeper: FakeKeeper | None = None) -> None:
         self.engine, self.limits = FakeEngine(info), limits
         sharing = Sharing.of(limits.max_batch)
         self.admission, self.metrics = Admission(limits, sharing), Metrics(info)
         self.now_s = 0.0
+        self.on_clock: Callable[[], None] = lambda: None
         self.engine.on_step = self.tick_takes_a_second
         scheduler = Scheduler(sharing)
-        self.worker = Worker(self.engine, scheduler, self.admission, self.metrics, clock=lambda: self.now_s)
+        self.worker = Worker(self.engine, scheduler, self.admission, self.metrics, keeper=keeper, clock=self.clock)
+
+    def clock(self) -> float:
+        self.on_clock()
+        return self.now_s
 
     def tick_takes_a_second(self, _batch: Batch) -> None:
         self.now_s += 1
 
     def start(self, *, shut: bool = False) -> "Bench":
-        """Start, wait for the warm-up to pass, and shut the gate if the test wants to let each tick pass itself."""
+        """Start, wait for the end of the warm-up, and shut the gate if the test wants to let each tick pass itself."""
         self.worker.start()
         self.engine.next_begun()
         wait_until(lambda: self.worker.ready)
@@ -63,7 +66,7 @@ class Bench:
         return self.ticket(name, deadline_s=deadline_s, **fields).future
 
     def a_tick_is_known_to_take_a_second(self) -> None:
-        """Tell admission, which else knows of no time and refuses nothing for it."""
+        """Tell admission, which would refuse nothing for its time otherwise."""
         self.admission.calibrate([(1, 1.0), (self.limits.max_batch, 1.0)])
 
     def status(self) -> dict[str, JobStatus]:
@@ -139,27 +142,6 @@ def test_a_worker_is_not_ready_before_its_warm_up(make_bench: MakeBench) -> None
     assert images(bench.submit("a")).shape == (1, 4, 6, 1)
 
 
-@pytest.mark.parametrize(
-    ("info", "labels"),
-    [
-        (INFO, (0,)),
-        (replace(INFO, num_timesteps=1), (0,)),
-        (replace(INFO, conditional=False, class_names=(), null_class=None), None),
-    ],
-)
-def test_the_warm_up_runs_a_tick_and_frees_its_slot(
-    make_bench: MakeBench, info: ModelInfo, labels: tuple[int, ...] | None
-) -> None:
-    bench = make_bench(info=info)
-    added: list[SampleSpec] = []
-    bench.engine.on_add = added.append
-    bench.worker.start()
-    wait_until(lambda: bench.worker.ready)
-    assert [(batch.places, batch.steps) for batch in bench.engine.batches] == [(1, (0,))]
-    assert [(spec.n, spec.class_labels, spec.sampler) for spec in added] == [(1, labels, "ddpm")]
-    assert bench.engine.jobs == {}
-
-
 @pytest.mark.parametrize("error", [RuntimeError("no kernel image"), ValueError("bad config")])
 def test_a_failing_warm_up_ends_the_worker_which_then_refuses_all(make_bench: MakeBench, error: Exception) -> None:
     bench = make_bench()
@@ -180,16 +162,6 @@ def test_a_failing_warm_up_ends_the_worker_which_then_refuses_all(make_bench: Ma
 # --- work ---
 
 
-def test_results_are_delivered_with_their_times(make_bench: MakeBench) -> None:
-    bench = make_bench().start()
-    spec = make_spec(n=3, steps=5, seed=77, index=2)
-    result = bench.worker.submit("a", spec).future.result(PATIENCE_S)
-    np.testing.assert_array_equal(result.read(), fake_pixels(spec, 5))
-    assert (result.queue_s, result.first_step_s, result.denoise_s) == (0, 1, 5)
-    assert bench.engine.jobs == {}, "its slots are free before the result is told"
-    assert bench.admission.rows == 0
-
-
 def test_a_job_joins_at_the_next_tick_of_one_that_runs(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
     first = bench.submit("first", seed=1, steps=4, n=2)
@@ -203,18 +175,6 @@ def test_a_job_joins_at_the_next_tick_of_one_that_runs(make_bench: MakeBench) ->
     np.testing.assert_array_equal(images(first), fake_pixels(make_spec(seed=1, n=2), 4))
     np.testing.assert_array_equal(images(second), fake_pixels(make_spec(seed=2), 3))
     assert len(bench.engine.batches) == 4, "they shared every tick they could"
-
-
-def test_a_short_job_is_delivered_while_a_long_one_runs(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    long = bench.submit("long", n=8, steps=1000, seed=1)
-    bench.engine.next_begun()
-    short = bench.submit("short", n=1, steps=5, seed=2)
-    bench.engine.gate.let(6)
-    images(short)
-    assert not long.done()
-    bench.engine.gate.open()
-    images(long)
 
 
 def test_rows_active_are_those_of_the_tick_and_none_when_idle(make_bench: MakeBench) -> None:
@@ -239,22 +199,6 @@ def test_an_overloaded_worker_refuses_and_goes_on(make_bench: MakeBench) -> None
 
 
 # --- cancelling ---
-
-
-def test_a_job_cancelled_before_its_first_tick_never_steps(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    running = bench.submit("running", seed=1)
-    bench.engine.next_begun()
-    waiting = bench.submit("waiting", seed=2, n=4, steps=10)
-    bench.worker.cancel("waiting", "client_gone")
-    bench.engine.gate.let()
-    assert isinstance(failure(waiting), JobCancelled)
-    assert bench.engine.seeds(bench.engine.next_begun()) == {1}
-    assert bench.metric("row_steps_saved_total") == 40
-    assert bench.metric("cancelled_total", reason="client_gone") == 1
-    bench.engine.gate.open()
-    images(running)
-    assert all(len(batch.rows) == 1 for batch in bench.engine.batches)
 
 
 def test_a_job_cancelled_while_it_runs_is_gone_at_the_next_tick(make_bench: MakeBench) -> None:
@@ -292,7 +236,7 @@ def test_cancelling_twice_an_unknown_or_a_finished_job_does_nothing(make_bench: 
     assert bench.metric("images_total") == 2
 
 
-def test_the_last_job_cancelled_leaves_the_worker_idle_and_willing(make_bench: MakeBench) -> None:
+def test_a_worker_whose_last_job_was_cancelled_goes_idle_and_takes_others(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
     doomed = bench.submit("doomed", steps=500)
     bench.engine.next_begun()
@@ -305,16 +249,7 @@ def test_the_last_job_cancelled_leaves_the_worker_idle_and_willing(make_bench: M
     assert len(bench.engine.batches) == ticks + 2
 
 
-def test_a_future_its_caller_cancels_while_it_runs_is_the_workers_to_end(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    future = bench.submit("a")
-    bench.engine.next_begun()
-    assert not future.cancel()
-    bench.engine.gate.open()
-    images(future)
-
-
-def test_a_future_cancelled_before_it_is_taken_up_does_not_kill_the_worker(make_bench: MakeBench) -> None:
+def test_a_future_cancelled_before_its_job_is_taken_up_does_not_kill_the_worker(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
     running = bench.submit("running")
     bench.engine.next_begun()
@@ -329,37 +264,6 @@ def test_a_future_cancelled_before_it_is_taken_up_does_not_kill_the_worker(make_
 # --- failures ---
 
 
-def test_an_exception_in_a_tick_fails_the_jobs_of_that_tick_only(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    in_tick = [bench.submit("a", seed=1, n=2, steps=1), bench.submit("b", seed=2, n=6, steps=2)]
-    bench.engine.next_begun()  # of "a", and perhaps "b"
-    bystander = bench.submit("c", seed=3, n=8, steps=50)
-    failed: list[set[int]] = []
-
-    def fail_once(batch: Batch) -> None:
-        if not failed:
-            failed.append(bench.engine.seeds(batch))
-            raise RuntimeError("secret: CUDA out of memory at 0xdeadbeef")
-
-    bench.engine.on_step = fail_once
-    bench.engine.gate.open()
-    np.testing.assert_array_equal(images(bystander), fake_pixels(make_spec(seed=3, n=8), 50))
-    for future, seed in zip(in_tick, (1, 2), strict=True):
-        if seed in failed[0]:
-            error = failure(future)
-            assert isinstance(error, EngineFailed)
-            assert (error.status, error.code) == (500, "engine_failed")
-            assert "RuntimeError" in error.detail
-            assert "secret" not in error.detail
-        else:
-            images(future)
-    assert 1 in failed[0]
-    assert 3 not in failed[0]
-    assert bench.worker.ready
-    assert bench.metric("cancelled_total", reason="engine_failed") == len(failed[0])
-    images(bench.submit("after"))
-
-
 def test_a_tick_that_fails_every_time_still_answers_every_job(make_bench: MakeBench) -> None:
     bench = make_bench().start()
 
@@ -370,44 +274,6 @@ def test_a_tick_that_fails_every_time_still_answers_every_job(make_bench: MakeBe
     futures = [bench.submit(f"job{i}", n=3, steps=20) for i in range(10)]
     assert all(isinstance(failure(future), EngineFailed) for future in futures)
     assert bench.worker.ready
-
-
-def test_a_spec_the_model_cannot_do_fails_that_job_only(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    running = bench.submit("running", seed=1)
-    bench.engine.next_begun()
-
-    def refuse(spec: SampleSpec) -> None:
-        if spec.seed == 666:
-            raise ValueError("prediction_type epsilon cannot start from alpha_bar = 0")
-
-    bench.engine.on_add = refuse
-    bad, good = bench.submit("bad", seed=666, sampler="ddim"), bench.submit("good", seed=3)
-    bench.engine.gate.open()
-    error = failure(bad)
-    assert isinstance(error, InvalidField)
-    assert (error.status, error.field, error.value) == (422, "sampler", "ddim")
-    assert "alpha_bar = 0" in error.detail
-    images(good)
-    images(running)
-    bench.worker.cancel("bad", "client_gone")  # as the route does, if the client went at that moment
-    images(bench.submit("after"))
-
-
-def test_an_engine_that_breaks_in_add_leaves_no_job_unanswered(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    running = bench.submit("running", seed=1, steps=5)
-    bench.engine.next_begun()
-
-    def break_(spec: SampleSpec) -> None:
-        if spec.seed == 666:
-            raise RuntimeError("CUDA out of memory")
-
-    bench.engine.on_add = break_
-    broken = bench.submit("broken", seed=666)
-    bench.engine.gate.open()
-    assert isinstance(failure(broken), ServiceError)
-    running.exception(PATIENCE_S)
 
 
 def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeBench) -> None:
@@ -431,6 +297,26 @@ def test_a_worker_that_dies_answers_every_job_and_is_not_alive(make_bench: MakeB
         bench.submit("after")
 
 
+def test_jobs_still_in_the_queue_when_the_worker_dies_are_answered(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+    queued: list[Future[JobResult]] = []
+
+    def die(_rows: Sequence[int]) -> None:
+        queued.extend(bench.submit(name, steps=5) for name in ("queued", "given up", "also queued"))
+        assert queued[1].cancel()
+        raise RuntimeError("the device is gone")
+
+    bench.engine.on_remove = die
+    running = bench.submit("running", steps=1)
+    bench.engine.gate.open()
+    assert isinstance(failure(running), EngineFailed)
+    wait_until(lambda: bench.worker.crashed)
+    bench.worker.join()
+    assert isinstance(failure(queued[0]), EngineFailed)
+    assert isinstance(failure(queued[2]), EngineFailed)
+    assert bench.worker.statuses() == []
+
+
 # --- what others ask of the engine ---
 
 
@@ -447,19 +333,19 @@ def test_what_is_asked_of_the_engine_is_done_in_the_workers_thread_between_two_t
     assert bench.worker.run(lambda engine: 5).result(PATIENCE_S) == 5, "an idle worker wakes for it"
 
 
-def test_an_error_in_what_is_asked_is_told_to_who_asked_and_to_nobody_else(make_bench: MakeBench) -> None:
+def test_an_error_in_what_is_asked_fails_that_request_and_no_job(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
     job = bench.submit("job", steps=2)
     bench.engine.next_begun()
     asked = bench.worker.run(lambda engine: 1 / 0)
-    given_up = bench.worker.run(lambda engine: pytest.fail("nobody wants it"))
+    given_up = bench.worker.run(lambda engine: pytest.fail("its future is cancelled"))
     assert given_up.cancel()
     bench.engine.gate.open()
     assert isinstance(failure(asked), EngineFailed)
     job.result(PATIENCE_S)
 
 
-def test_nothing_is_asked_of_an_engine_that_is_not_there_for_it(make_bench: MakeBench) -> None:
+def test_what_is_asked_before_the_warm_up_or_while_draining_is_refused(make_bench: MakeBench) -> None:
     bench = make_bench()
     with pytest.raises(NotReady):
         bench.worker.run(lambda engine: 1)
@@ -475,123 +361,7 @@ def test_nothing_is_asked_of_an_engine_that_is_not_there_for_it(make_bench: Make
     job.result(PATIENCE_S)
 
 
-def test_images_that_cannot_be_read_fail_their_own_job_only(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-
-    def break_(rows: Sequence[int]) -> None:
-        if rows == broken_rows:
-            raise RuntimeError("the device hiccups")
-
-    broken, whole = bench.submit("broken", seed=1, steps=1), bench.submit("whole", seed=2, steps=2)
-    broken_rows = bench.engine.next_begun().rows[:1]
-    bench.engine.on_images = break_
-    bench.engine.gate.open()
-    assert isinstance(failure(broken), EngineFailed)
-    np.testing.assert_array_equal(images(whole), fake_pixels(make_spec(seed=2, steps=2), 2))
-    assert bench.worker.alive
-
-
-# --- rows that are not finite ---
-
-
-def test_a_broken_row_fails_its_own_job_only(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    sick, well = bench.submit("sick", seed=1, n=3, steps=10), bench.submit("well", seed=2, n=2, steps=5)
-    bench.engine.next_begun()
-    bench.engine.gate.let()
-    wait_until(lambda: len(bench.engine.jobs) == 2)
-    shared = bench.engine.next_begun()
-    assert bench.engine.seeds(shared) == {1, 2}
-    (sick_rows,) = (rows for spec, rows in bench.engine.jobs.values() if spec.seed == 1)
-    bench.engine.nan.add(sick_rows[1])  # one of three rows, in this tick
-    bench.engine.gate.let()
-    error = failure(sick)
-    assert isinstance(error, NotFinite)
-    assert (error.status, error.code) == (500, "not_finite")
-    assert bench.engine.seeds(bench.engine.next_begun()) == {2}, "the sick job's other rows are gone too"
-    bench.engine.gate.open()
-    np.testing.assert_array_equal(images(well), fake_pixels(make_spec(seed=2, n=2), 5))
-    assert bench.metric("cancelled_total", reason="not_finite") == 1
-    sick_steps = sum(row in sick_rows for batch in bench.engine.batches for row in batch.rows)
-    assert bench.metric("row_steps_saved_total") == 30 - sick_steps
-    images(bench.submit("after", n=3))
-
-
-def test_a_row_that_breaks_in_its_last_step_fails_its_job_and_no_other(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    sick, well = bench.submit("sick", seed=1, steps=1), bench.submit("well", seed=2, steps=1)
-    wait_until(lambda: len(bench.engine.jobs) >= 1)
-    bench.engine.on_step = lambda batch: bench.engine.nan.update(
-        rows[0] for spec, rows in bench.engine.jobs.values() if spec.seed == 1
-    )
-    bench.engine.gate.open()
-    assert isinstance(failure(sick), NotFinite)
-    np.testing.assert_array_equal(images(well), fake_pixels(make_spec(seed=2), 1))
-
-
-def test_what_broke_unseen_is_told_when_the_images_are_read(make_bench: MakeBench) -> None:
-    """As on a GPU, where a tick's flags come one tick late."""
-    bench = make_bench().start()
-    bench.engine.on_images = bench.engine.nan.update  # after the last look at the rows
-    result = bench.submit("a", n=2).result(PATIENCE_S)
-    with pytest.raises(NotFinite):
-        result.read()
-
-
 # --- deadlines ---
-
-
-def test_a_deadline_that_passes_while_waiting_ends_the_job_and_no_other(make_bench: MakeBench) -> None:
-    bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
-    running = bench.submit("running", seed=1, n=2, steps=4)
-    bench.engine.next_begun()
-    late = bench.submit("late", seed=2, n=2, steps=5, deadline_s=2.0)
-    patient = bench.submit("patient", seed=3, n=2, steps=6, deadline_s=1000.0)
-    bench.engine.gate.let(2)
-    error = failure(late)
-    assert isinstance(error, DeadlinePassed)
-    assert (error.status, error.code, error.field, error.value) == (504, "deadline_passed", "deadline_s", 2.0)
-    assert error.problem()["bound"] == "a longer time"
-    assert bench.now_s == 3, "not a tick too early, not a tick too late: the warm-up's and two"
-    assert "late" not in bench.status()
-    bench.engine.gate.open()
-    np.testing.assert_array_equal(images(running), fake_pixels(make_spec(seed=1, n=2), 4))
-    np.testing.assert_array_equal(images(patient), fake_pixels(make_spec(seed=3, n=2), 6))
-    assert bench.metric("cancelled_total", reason="deadline") == 1
-    assert bench.metric("row_steps_saved_total") == 10
-
-
-def test_a_deadline_that_passes_while_stepping_frees_the_rows(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    late = bench.submit("late", seed=1, n=3, steps=50, deadline_s=4.0)
-    other = bench.submit("other", seed=2, steps=10)
-    bench.engine.gate.let(4)
-    assert isinstance(failure(late), DeadlinePassed)
-    for _ in range(5):
-        last = bench.engine.next_begun()
-    assert bench.engine.seeds(last) == {2}
-    late_steps = sum(len(batch.rows) // 3 * 3 for batch in bench.engine.batches)  # the other job has one row
-    assert 0 < late_steps <= 12
-    assert bench.metric("row_steps_saved_total") == 150 - late_steps
-    bench.engine.gate.open()
-    np.testing.assert_array_equal(images(other), fake_pixels(make_spec(seed=2), 10))
-    images(bench.submit("after", n=3))
-
-
-def test_a_job_done_in_time_has_no_deadline_any_more(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    done = bench.submit("done", steps=2, deadline_s=5.0)
-    bench.engine.gate.let(2)
-    images(done)
-    long = bench.submit("long", steps=20)
-    bench.engine.gate.open()
-    images(long)
-    assert bench.metric("cancelled_total", reason="deadline") == 0
-
-
-def test_a_job_done_in_the_tick_in_which_its_deadline_passes_is_delivered(make_bench: MakeBench) -> None:
-    bench = make_bench().start()
-    images(bench.submit("a", steps=3, deadline_s=3.0))
 
 
 def test_a_deadline_that_load_forbids_is_refused_at_once_and_holds_nothing(make_bench: MakeBench) -> None:
@@ -612,7 +382,7 @@ def test_a_deadline_that_load_forbids_is_refused_at_once_and_holds_nothing(make_
 # --- what clients are told ---
 
 
-def test_statuses_tell_who_waits_who_runs_and_where_each_is(make_bench: MakeBench) -> None:
+def test_statuses_say_of_each_job_whether_it_waits_or_runs_and_how_far_it_is(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
     bench.a_tick_is_known_to_take_a_second()
     assert bench.worker.statuses() == []
@@ -735,7 +505,7 @@ def test_closing_gives_up_what_is_left_after_the_running_tick(make_bench: MakeBe
     assert bench.metric("cancelled_total", reason="draining") == 2
 
 
-def test_a_tick_that_was_a_jobs_last_still_delivers_it_at_closing(make_bench: MakeBench) -> None:
+def test_a_job_whose_last_step_runs_at_closing_is_delivered(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
     future = bench.submit("a", steps=1)
     bench.engine.next_begun()
@@ -775,44 +545,6 @@ def test_a_worker_may_be_closed_during_its_warm_up(make_bench: MakeBench) -> Non
     closing.join(PATIENCE_S)
     assert not closing.is_alive()
     assert not bench.worker.ready
-
-
-# --- metrics ---
-
-
-def test_ticks_jobs_and_images_are_counted(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    first = bench.submit("first", n=2, steps=3, seed=1, guidance=2.0)
-    bench.engine.next_begun()
-    second = bench.submit("second", n=1, steps=2, seed=2, sampler="ddim")
-    bench.engine.gate.open()
-    results = [first.result(PATIENCE_S), second.result(PATIENCE_S)]
-    assert bench.metric("row_steps_total", sampler="ddpm") == 6
-    assert bench.metric("row_steps_total", sampler="ddim") == 2
-    assert bench.metric("images_total") == 3
-    assert bench.metric("batch_rows_count") == len(bench.engine.batches) == 3
-    assert bench.metric("batch_rows_sum") == 2 * 6 + 2
-    assert bench.metric("step_duration_seconds_sum") == 3
-    times = [(result.queue_s, result.first_step_s, result.denoise_s) for result in results]
-    assert times == [(0, 1, 3), (1, 2, 2)]
-    assert bench.metric("queue_wait_seconds_count") == bench.metric("time_to_first_step_seconds_count") == 2
-    assert bench.metric("queue_wait_seconds_sum") == 0 + 1
-    assert bench.metric("time_to_first_step_seconds_sum") == 1 + 2
-    assert bench.metric("row_steps_saved_total") == 0
-
-
-def test_the_backlog_shrinks_with_each_tick(make_bench: MakeBench) -> None:
-    bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
-    bench.a_tick_is_known_to_take_a_second()
-    future = bench.submit("a", n=2, steps=3)
-    seen = []
-    for _ in range(3):
-        bench.engine.next_begun()
-        seen.append(bench.admission.backlog_s)
-        bench.engine.gate.let()
-    images(future)
-    assert seen == [3.0, 2.0, 1.0]
-    assert bench.admission.backlog_s == 0
 
 
 # --- all at once ---
@@ -862,39 +594,9 @@ def test_many_threads_submitting_and_cancelling_are_all_answered(make_bench: Mak
 # --- durable jobs ---
 
 
-class Kept:
-    """A keeper that is always ready, and remembers."""
-
-    def __init__(self) -> None:
-        self.rounds: list[dict[str, Snapshot]] = []
-        self.ready = True
-
-    def due(self, now_s: float) -> bool:
-        return self.ready
-
-    def keep(self, snapshots: Mapping[str, Callable[[], Snapshot]], began_s: float, cost_s: float) -> None:
-        self.rounds.append({name: read() for name, read in snapshots.items()})
-
-
-def test_snapshots_are_taken_of_durable_jobs_that_have_stepped(make_bench: MakeBench) -> None:
-    bench, kept = make_bench(), Kept()
-    bench.worker._keeper = kept
-    bench.start(shut=True)
-    spec = make_spec(n=2, steps=3)
-    durable = bench.worker.submit("durable", spec, durable=True).future
-    passing = bench.submit("passing", steps=3)
-    bench.engine.gate.let(1)
-    bench.engine.next_begun()
-    bench.engine.next_begun()
-    assert [{name: each.steps for name, each in round.items()} for round in kept.rounds] == [{"durable": (1, 1)}]
-    bench.engine.gate.open()
-    images(durable), images(passing)
-    assert len(kept.rounds) == 2, "none after the last step"
-
-
-def test_a_job_that_begins_late_in_its_plan_and_waits_for_its_rows_is_in_nobodys_way(make_bench: MakeBench) -> None:
-    bench, kept = make_bench(), Kept()
-    bench.worker._keeper = kept
+def test_a_queued_job_that_begins_late_in_its_plan_is_not_snapshotted_before_it_has_rows(make_bench: MakeBench) -> None:
+    kept = FakeKeeper()
+    bench = make_bench(keeper=kept)
     bench.start(shut=True)
     first = bench.worker.submit("first", make_spec(steps=4), durable=True).future
     bench.engine.next_begun()
@@ -906,19 +608,6 @@ def test_a_job_that_begins_late_in_its_plan_and_waits_for_its_rows_is_in_nobodys
     bench.engine.gate.open()
     images(first)
     late.exception(PATIENCE_S)
-
-
-def test_a_snapshot_that_fails_costs_no_job(make_bench: MakeBench) -> None:
-    bench, kept = make_bench(), Kept()
-    bench.worker._keeper = kept
-
-    def fail(_rows: Sequence[int]) -> None:
-        raise RuntimeError("no room")
-
-    bench.engine.on_snapshot = fail
-    bench.start()
-    assert images(bench.worker.submit("a", make_spec(steps=5), durable=True).future).shape == (1, 4, 6, 1)
-    assert kept.rounds == []
 
 
 def test_a_job_goes_on_from_its_snapshot_and_is_counted_from_there(make_bench: MakeBench) -> None:
@@ -937,8 +626,8 @@ def test_a_job_goes_on_from_its_snapshot_and_is_counted_from_there(make_bench: M
 
 
 def test_draining_suspends_durable_jobs_with_a_last_snapshot_and_finishes_the_others(make_bench: MakeBench) -> None:
-    bench, kept = make_bench(), Kept()
-    bench.worker._keeper = kept
+    kept = FakeKeeper()
+    bench = make_bench(keeper=kept)
     kept.ready = False
     bench.start(shut=True)
     durable = bench.worker.submit("durable", make_spec(steps=900), durable=True).future
@@ -954,7 +643,7 @@ def test_draining_suspends_durable_jobs_with_a_last_snapshot_and_finishes_the_ot
     wait_until(lambda: not bench.worker.alive)
 
 
-def test_neither_backlog_nor_deadline_refuses_a_job_that_goes_on_but_slots_may(make_bench: MakeBench) -> None:
+def test_a_resumed_job_is_refused_for_lack_of_slots_and_for_nothing_else(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_jobs=2, max_rows=8, max_backlog_s=3)).start(shut=True)
     bench.a_tick_is_known_to_take_a_second()
     bench.submit("running", steps=90)
@@ -971,22 +660,23 @@ def test_neither_backlog_nor_deadline_refuses_a_job_that_goes_on_but_slots_may(m
     bench.worker.resume("third", spec, None, None, None).future.result(PATIENCE_S)
 
 
-def test_those_who_see_the_same_share_one_frame(make_bench: MakeBench) -> None:
-    bench = make_bench().start(shut=True)
-    seen: list[list[Frame]] = [[], [], []]
-    future = bench.submit("a", steps=4)
-    bench.engine.next_begun()
-    for frames, show in zip(seen, (("x_t",), ("x_t",), ("x_0",)), strict=True):
-        bench.worker.watch("a", Watch(Pace(every=1), show, frames.append))  # type: ignore[arg-type]
-    read: list[Sequence[int]] = []
-    bench.engine.on_preview = read.append
-    bench.engine.gate.open()
-    images(future)
-    assert seen[0] == seen[1] != seen[2]
-    assert len(read) == 2 * len(seen[0]) > 0
+def test_a_durable_job_queued_just_before_the_drain_is_suspended(make_bench: MakeBench) -> None:
+    bench = make_bench(keeper=FakeKeeper()).start()
+    futures: list[Future[JobResult]] = []
+
+    def submit_and_drain() -> None:
+        bench.on_clock = lambda: None
+        futures.append(bench.worker.submit("durable", make_spec(), durable=True).future)
+        bench.worker.drain()
+
+    bench.on_clock = submit_and_drain  # after the commands were taken, when the deadlines are looked at
+    bench.worker.run(lambda engine: None).result(PATIENCE_S)
+    bench.worker.join()
+    assert isinstance(failure(futures[0]), Draining)
+    assert bench.metric("row_steps_saved_total") == bench.metric("cancelled_total", reason="draining") == 0
 
 
-def test_a_crash_has_those_for_suspects_that_were_in_hand(make_bench: MakeBench) -> None:
+def test_the_jobs_of_a_crash_are_those_that_were_being_worked_on(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
 
     def crash(_rows: object) -> None:
@@ -995,26 +685,15 @@ def test_a_crash_has_those_for_suspects_that_were_in_hand(make_bench: MakeBench)
     bench.submit("short", n=2, steps=1)
     bench.engine.next_begun()
     long = bench.submit("long", n=2, steps=50)
-    assert bench.worker.suspects == frozenset()
+    assert bench.worker.jobs_of_the_crash == frozenset()
     bench.engine.on_remove = crash
     bench.engine.gate.open()
     assert isinstance(failure(long), EngineFailed)
     wait_until(lambda: bench.worker.crashed)
-    assert bench.worker.suspects == {"short"}
+    assert bench.worker.jobs_of_the_crash == {"short"}
 
 
-def test_a_recording_has_each_row_at_its_own_steps(make_bench: MakeBench) -> None:
-    bench = make_bench(limits=replace(LIMITS, max_batch=2)).start()  # so that the three rows are not level
-    spec = make_spec(n=3, steps=7, seed=40)
-    recording = Recording(2, "x_t", spec.n, spec.steps)
-    images(bench.worker.submit("a", spec, recording=recording).future)
-    frames = recording.frames()
-    assert len(frames) == 3
-    for number, frame in enumerate(frames, 1):
-        np.testing.assert_array_equal(frame, fake_pixels(spec, 2 * number))
-
-
-def test_several_may_look_on_and_leave(make_bench: MakeBench) -> None:
+def test_a_running_job_may_gain_and_lose_viewers(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
     frames: dict[str, list[int]] = {"one": [], "two": []}
     watches = {

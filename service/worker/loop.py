@@ -1,0 +1,283 @@
+"""What the worker does with accepted jobs: ticks, snapshots, deadlines, deliveries. No thread, no queue, no lock.
+
+A plain object: the worker calls it in its thread, a test in its own. Decide, then act: the scheduler chooses a batch,
+the engine steps it, and the jobs that are done are delivered.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import TypeVar
+
+from service.engine.protocol import RowEngine
+from service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, NotFinite, ServiceError
+from service.metrics import Metrics
+from service.preview import Watch
+from service.scheduling.admission import Admission
+from service.scheduling.deadlines import Deadlines
+from service.scheduling.scheduler import Scheduler
+from service.spec import Images, trial_spec
+from service.work import Batch, JobResult
+from service.worker.running_job import RunningJob
+from service.worker.snapshot_pace import Keeper
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+SUSPENDED = "suspended"  # why durable jobs are given up on SIGTERM; the next start goes on with them
+
+
+class Loop:
+    """Runs the jobs that were accepted. Only one thread may call it."""
+
+    def __init__(
+        self,
+        engine: RowEngine,
+        scheduler: Scheduler,
+        admission: Admission,
+        metrics: Metrics,
+        *,
+        keeper: Keeper | None,
+        clock: Callable[[], float],
+        forgotten: Callable[[str], None],
+    ) -> None:
+        """Take what belongs to the worker's thread.
+
+        keeper: takes the snapshots of durable jobs. forgotten: is called with the id of each job that ends, before its
+        future has the result.
+        """
+        self._engine, self._scheduler, self._admission, self._metrics = engine, scheduler, admission, metrics
+        self._keeper, self._clock, self._forgotten = keeper, clock, forgotten
+        # The jobs whose rows the engine holds, in order of arrival. This loop is their owner.
+        self._jobs: dict[str, RunningJob] = {}
+        self._deadlines = Deadlines()
+        self.current_jobs = frozenset[
+            str
+        ]()  # of the last tick, or the one accepted last; after a crash, the possible causes
+        self.rows_active = 0  # rows in the last tick; the worker sets it to 0 when it goes idle
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is a next tick."""
+        return self._scheduler.has_work
+
+    def warm_up(self) -> None:
+        """Run one job of one step, so that the first request finds warm code."""
+        rows = self._engine.add(trial_spec(self._engine.info, n=1, steps=1))
+        started_s = self._clock()
+        self._engine.step(Batch(rows, (0,), ()))
+        self._engine.wait()
+        self._engine.images(rows)
+        self._engine.remove(rows)
+        log.info("ready: a tick of one row takes %.1f ms", 1e3 * (self._clock() - started_s))
+
+    # --- between ticks ---
+
+    def accept(self, job: RunningJob) -> None:
+        """Give a job to the engine and the scheduler; its rows step from the next tick on."""
+        self.current_jobs = frozenset({job.id})
+        if not job.future.set_running_or_notify_cancel():  # from here on only the loop ends it
+            self._leave(job)
+            return
+        refuse = partial(self._refuse, job)
+        with errors_to(refuse, "this job could not be started", "job %s could not be added", job.id):
+            try:
+                job.rows = self._engine.add(job.spec, job.snapshot, job.inputs)
+            except ValueError as error:
+                refuse(InvalidField(str(error), field="sampler", value=job.spec.sampler))
+        if not job.rows:
+            return
+        self._jobs[job.id] = job
+        self._scheduler.add(job.id, job.rows, job.work, job.snapshot.steps if job.snapshot is not None else None)
+        job.snapshot = job.inputs = None
+        if job.deadline_s is not None:
+            self._deadlines.add(job.submitted_s + job.deadline_s, job.id, self._jobs)
+        log.info("job %s accepted: %s", job.id, job.spec)
+
+    def _refuse(self, job: RunningJob, error: ServiceError) -> None:
+        self._leave(job)
+        job.future.set_exception(error)
+
+    def run(self, act: Callable[[RowEngine], Result], future: "Future[Result]") -> None:
+        """Do something short with the engine; the future, which is running, gets the result."""
+        with errors_to(future.set_exception, "the engine could not do it", "what was asked of the engine failed"):
+            future.set_result(act(self._engine))
+
+    def watch(self, job_id: str, watch: Watch) -> None:
+        """Show a job to one more viewer. Nothing happens if it is not here (any more)."""
+        if (job := self._jobs.get(job_id)) is not None:
+            job.watches.append(watch)
+
+    def unwatch(self, job_id: str, watch: Watch) -> None:
+        """Stop showing a job to a viewer."""
+        if (job := self._jobs.get(job_id)) is not None:
+            job.unwatch(watch)
+
+    def give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
+        """End a job with an error and free its rows. Nothing happens if it is not here (any more)."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return
+        saved = job.spec.n * job.spec.steps - job.steps_taken
+        self._scheduler.cancel(job_id)
+        self._engine.remove(job.rows)
+        self._leave(job)
+        if reason == SUSPENDED:
+            log.info("job %s is suspended", job_id)
+        else:
+            self._metrics.job_given_up(reason, saved)
+            log.info("job %s given up (%s), %d row-steps saved", job_id, reason, saved)
+        job.future.set_exception(error)
+
+    # --- the end ---
+
+    def suspend_durable(self) -> None:
+        """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
+        durable = [job for job in self._jobs.values() if job.durable]
+        self._keep_snapshots(durable)
+        for job in durable:
+            self.give_up(job.id, Draining(), SUSPENDED)
+
+    def give_up_all(self, error: ServiceError) -> None:
+        """End every job that is left."""
+        for job_id in list(self._jobs):
+            self.give_up(job_id, error, error.code)
+
+    def abandon(self) -> None:
+        """Forget every job without a call of the engine, which is not to be trusted after a crash."""
+        self._jobs.clear()
+
+    # --- a tick ---
+
+    def end_overdue(self) -> None:
+        """Give up the jobs whose deadline has passed."""
+        for job_id in self._deadlines.passed(self._clock()):
+            if (job := self._jobs.get(job_id)) is not None:
+                detail = f"deadline_s={job.deadline_s:g} passed before the job was done"
+                error = DeadlinePassed(detail, field="deadline_s", value=job.deadline_s, bound="a longer time")
+                self.give_up(job_id, error, "deadline")
+
+    def tick(self) -> None:
+        """Step the next batch, if there is one, and do what follows from it."""
+        batch = self._scheduler.next_batch()
+        if batch is None:
+            return
+        started_s = self._clock()
+        self.rows_active = len(batch.rows)
+        jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
+        self.current_jobs = frozenset(job.id for job in jobs)
+        broken = self._step(batch, jobs)
+        if broken is None:
+            return
+        now_s = self._clock()
+        self._count(batch, jobs, now_s - started_s)
+        advance = self._scheduler.advance(batch)
+        for job_id in advance.started:
+            self._note_start(self._jobs[job_id], started_s, now_s)
+        for job in jobs if broken else ():
+            if not broken.isdisjoint(job.rows):
+                self.give_up(job.id, NotFinite(), NotFinite.code)
+        for job_id in advance.finished:
+            if job_id in self._jobs:
+                self._deliver(self._jobs[job_id])
+        self._show(batch, now_s)
+        if self._keeper is not None and self._keeper.due(now_s):
+            self._keep_snapshots([job for job in self._jobs.values() if job.durable])
+
+    def _step(self, batch: Batch, jobs: Sequence[RunningJob]) -> frozenset[int] | None:
+        """Step a batch; returns the rows that are not finite, or None if it failed and its jobs are given up."""
+        with self._giving_up(jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows)):
+            self._engine.step(batch)
+            self._engine.wait()
+            return frozenset(self._engine.broken(batch.rows))
+        return None
+
+    def _count(self, batch: Batch, jobs: Sequence[RunningJob], seconds: float) -> None:
+        """Take a tick's work off the ledger of admission, and count its steps."""
+        self._admission.stepped({picked.job_id: picked.places for picked in batch.jobs}, batch.places, seconds)
+        row_steps: dict[str, int] = {}
+        for job, picked in zip(jobs, batch.jobs, strict=True):
+            count = len(picked.steps)
+            job.steps_taken += count
+            row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + count
+        self._metrics.ticked(seconds, batch.places, row_steps)
+
+    def _note_start(self, job: RunningJob, started_s: float, now_s: float) -> None:
+        job.started_s, job.first_step_s = started_s, now_s - job.submitted_s
+        self._metrics.job_started(queue_s=started_s - job.submitted_s, first_step_s=job.first_step_s)
+
+    def _show(self, batch: Batch, now_s: float) -> None:
+        """Give the viewers and the recordings of a tick's jobs their frames."""
+        for picked in batch.jobs:
+            job = self._jobs.get(picked.job_id)
+            if job is None:
+                continue
+            job.show(self._engine, now_s)
+            if job.recording is not None:
+                with self._giving_up([job], "its frames could not be read", "job %s could not be recorded", job.id):
+                    job.record(self._engine, picked)
+
+    def _keep_snapshots(self, jobs: Sequence[RunningJob]) -> None:
+        """Hand the keeper snapshots of those of the jobs that have stepped since their last one."""
+        moved = [job for job in jobs if job.steps_taken > job.steps_kept]
+        if self._keeper is None or not moved:
+            return
+        began_s = self._clock()
+        try:
+            snapshots = {job.id: self._engine.snapshot(job.rows, self._scheduler.steps(job.id)) for job in moved}
+        except Exception:  # a snapshot is not worth the jobs
+            log.exception("no snapshot could be taken")
+            return
+        for job in moved:
+            job.steps_kept = job.steps_taken
+        self._keeper.keep(snapshots, began_s, self._clock() - began_s)
+
+    def _deliver(self, job: RunningJob) -> None:
+        """End a job with its images."""
+        assert job.started_s is not None
+        read: Callable[[], Images] | None = None
+        with self._giving_up([job], "its images could not be read", "job %s could not be read", job.id):
+            read = self._engine.images(job.rows)
+        if read is None:
+            return
+        self._engine.remove(job.rows)
+        self._leave(job)
+        now_s = self._clock()
+        self._metrics.job_done(job.spec.n)
+        queue_s, denoise_s = job.started_s - job.submitted_s, now_s - job.started_s
+        log.info("job %s done: queued %.3f s, denoised %.3f s", job.id, queue_s, denoise_s)
+        job.future.set_result(JobResult(read, queue_s, job.first_step_s, denoise_s))
+
+    # --- for all of these ---
+
+    def _leave(self, job: RunningJob) -> None:
+        """Forget a job, here and wherever else it is known."""
+        self._jobs.pop(job.id, None)
+        self._forgotten(job.id)
+        self._admission.leave(job.id)
+
+    def _giving_up(
+        self, jobs: Sequence[RunningJob], told: str, log_line: str, *args: object
+    ) -> AbstractContextManager[None]:
+        """Give jobs up with EngineFailed if the block raises; see errors_to."""
+
+        def fail(error: EngineFailed) -> None:
+            for job in jobs:
+                self.give_up(job.id, error, error.code)
+
+        return errors_to(fail, told, log_line, *args)
+
+
+@contextmanager
+def errors_to(fail: Callable[[EngineFailed], object], told: str, log_line: str, *args: object) -> Iterator[None]:
+    """Log what the block raises, and hand it on as EngineFailed, which tells clients its type and not its text.
+
+    Whatever the network or the device raises, the jobs that it was done for are lost and the server is not.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.exception(log_line, *args)
+        fail(EngineFailed(f"{told}: {type(error).__name__}"))

@@ -1,0 +1,655 @@
+"""The loop without its thread: the test accepts jobs, lets ticks happen, and looks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, JobCancelled, NotFinite
+from service.metrics import Metrics
+from service.model_info import Limits, ModelInfo
+from service.preview import Frame, Pace, Watch
+from service.scheduling.admission import Admission
+from service.scheduling.scheduler import Scheduler, Sharing
+from service.spec import Images, SampleSpec, Snapshot
+from service.work import Batch, JobResult, work_of
+from service.worker.loop import SUSPENDED, Loop
+from service.worker.recording import Recording
+from service.worker.running_job import RunningJob
+from tests.service.fakes import INFO, LIMITS, FakeEngine, FakeKeeper, fake_pixels, make_spec
+
+
+class Bench:
+    """A loop on a fake engine whose ticks take a second, with what a test needs to look at."""
+
+    def __init__(self, info: ModelInfo = INFO, limits: Limits = LIMITS) -> None:
+        self.engine, self.keeper = FakeEngine(info), FakeKeeper()
+        sharing = Sharing.of(limits.max_batch)
+        self.admission, self.metrics = Admission(limits, sharing), Metrics(info)
+        self.now_s = 0.0
+        self.accepted: list[str] = []
+        self.forgotten: list[str] = []
+        self.engine.on_step = self.tick_takes_a_second
+        self.loop = Loop(
+            self.engine,
+            Scheduler(sharing),
+            self.admission,
+            self.metrics,
+            keeper=self.keeper,
+            clock=lambda: self.now_s,
+            forgotten=self.forgotten.append,
+        )
+
+    def tick_takes_a_second(self, _batch: Batch) -> None:
+        self.now_s += 1
+
+    def make_job(self, name: str, spec: SampleSpec, deadline_s: float | None = None, **kwargs: object) -> RunningJob:
+        """A job as the worker lets it in: counted by admission, and not yet given to the loop."""
+        work = work_of(spec, self.engine.info)
+        self.admission.enter(name, work, now_s=self.now_s)
+        self.accepted.append(name)
+        return RunningJob(name, spec, work, self.now_s, deadline_s, **kwargs)  # type: ignore[arg-type]
+
+    def accept_spec(
+        self, name: str, spec: SampleSpec, deadline_s: float | None = None, **kwargs: object
+    ) -> "Future[JobResult]":
+        job = self.make_job(name, spec, deadline_s, **kwargs)
+        self.loop.accept(job)
+        return job.future
+
+    def accept(self, name: str, *, deadline_s: float | None = None, **fields: object) -> "Future[JobResult]":
+        return self.accept_spec(name, make_spec(**fields), deadline_s)
+
+    def tick(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.loop.end_overdue()
+            self.loop.tick()
+
+    def finish(self) -> None:
+        while self.loop.has_work:
+            self.tick()
+
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"tminus_{name}", labels)
+        return 0.0 if value is None else value
+
+
+MakeBench = Callable[..., Bench]
+
+
+@pytest.fixture
+def make_bench() -> Iterator[MakeBench]:
+    """Makes benches; at the end of the test their jobs must have ended, and nothing may be held of them."""
+    benches: list[Bench] = []
+
+    def make(**kwargs: object) -> Bench:
+        benches.append(Bench(**kwargs))  # type: ignore[arg-type]
+        return benches[-1]
+
+    yield make
+    for bench in benches:
+        bench.loop.give_up_all(Draining())
+        assert not bench.loop.has_work
+        assert bench.engine.jobs == {}
+        assert (bench.admission.backlog_s, bench.admission.rows, bench.admission.jobs) == (0, 0, 0)
+        assert sorted(bench.forgotten) == sorted(bench.accepted), "each once"
+
+
+def failure(future: "Future[JobResult]") -> BaseException:
+    error = future.exception(timeout=0)
+    assert error is not None
+    return error
+
+
+def images(future: "Future[JobResult]") -> Images:
+    return future.result(timeout=0).read()
+
+
+# --- the warm-up ---
+
+
+@pytest.mark.parametrize(
+    ("info", "labels"),
+    [
+        (INFO, (0,)),
+        (replace(INFO, num_timesteps=1), (0,)),
+        (replace(INFO, conditional=False, class_names=(), null_class=None), None),
+    ],
+)
+def test_the_warm_up_runs_a_tick_and_frees_its_slot(
+    make_bench: MakeBench, info: ModelInfo, labels: tuple[int, ...] | None
+) -> None:
+    bench = make_bench(info=info)
+    added: list[SampleSpec] = []
+    bench.engine.on_add = added.append
+    bench.loop.warm_up()
+    assert [(batch.places, batch.steps) for batch in bench.engine.batches] == [(1, (0,))]
+    assert [(spec.n, spec.class_labels, spec.sampler) for spec in added] == [(1, labels, "ddpm")]
+    assert bench.engine.jobs == {}
+
+
+# --- work ---
+
+
+def test_without_jobs_a_tick_does_nothing(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.tick()
+    assert bench.engine.batches == []
+
+
+def test_results_are_delivered_with_their_times(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    spec = make_spec(n=3, steps=5, seed=77, index=2)
+    future = bench.accept_spec("a", spec)
+    bench.finish()
+    result = future.result(timeout=0)
+    np.testing.assert_array_equal(result.read(), fake_pixels(spec, 5))
+    assert (result.queue_s, result.first_step_s, result.denoise_s) == (0, 1, 5)
+
+
+def test_when_the_result_is_told_the_job_is_forgotten_and_its_slots_are_free(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    seen: list[tuple[object, ...]] = []
+    future = bench.accept("a")
+    future.add_done_callback(
+        lambda _future: seen.append((bench.engine.jobs, bench.admission.rows, list(bench.forgotten)))
+    )
+    bench.finish()
+    assert seen == [({}, 0, ["a"])]
+
+
+def test_a_job_joins_at_the_next_tick_of_one_that_runs(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    first = bench.accept("first", seed=1, steps=4, n=2)
+    bench.tick()
+    second = bench.accept("second", seed=2, steps=3)
+    bench.tick()
+    assert [sorted(batch.steps) for batch in bench.engine.batches] == [[0, 0], [0, 1, 1]]
+    bench.finish()
+    np.testing.assert_array_equal(images(first), fake_pixels(make_spec(seed=1, n=2), 4))
+    np.testing.assert_array_equal(images(second), fake_pixels(make_spec(seed=2), 3))
+    assert len(bench.engine.batches) == 4, "they shared every tick they could"
+
+
+def test_a_short_job_is_delivered_while_a_long_one_runs(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    long = bench.accept("long", n=8, steps=100, seed=1)
+    bench.tick()
+    short = bench.accept("short", n=1, steps=5, seed=2)
+    bench.tick(5)
+    images(short)
+    assert not long.done()
+    bench.finish()
+    images(long)
+
+
+def test_the_jobs_of_the_last_tick_or_command_are_the_current_ones(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2))
+    bench.accept("a", n=2, steps=1)
+    bench.accept("b", n=2, steps=2)
+    assert bench.loop.current_jobs == {"b"}
+    bench.tick()
+    assert (bench.loop.current_jobs, bench.loop.rows_active) == ({"a"}, 2)
+    bench.tick()
+    assert bench.loop.current_jobs == {"b"}
+
+
+# --- giving up ---
+
+
+def test_a_job_given_up_before_its_first_tick_never_steps(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    running = bench.accept("running", seed=1)
+    bench.tick()
+    waiting = bench.accept("waiting", seed=2, n=4, steps=10)
+    bench.loop.give_up("waiting", JobCancelled("cancelled: client_gone"), "client_gone")
+    assert isinstance(failure(waiting), JobCancelled)
+    assert bench.metric("row_steps_saved_total") == 40
+    assert bench.metric("cancelled_total", reason="client_gone") == 1
+    bench.finish()
+    images(running)
+    assert all(len(batch.rows) == 1 for batch in bench.engine.batches)
+
+
+def test_a_job_given_up_while_it_runs_is_gone_at_the_next_tick(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    doomed = bench.accept("doomed", seed=1, n=2, steps=10, guidance=2.0)
+    other = bench.accept("other", seed=2, steps=6)
+    bench.tick(2)
+    bench.loop.give_up("doomed", JobCancelled("cancelled: client_gone"), "client_gone")
+    assert isinstance(failure(doomed), JobCancelled)
+    assert {spec.seed for spec, _ in bench.engine.jobs.values()} == {2}
+    assert bench.metric("row_steps_saved_total") == 20 - 2 * 2, "row-steps, not places"
+    bench.finish()
+    images(other)
+
+
+def test_giving_up_a_job_that_is_not_here_does_nothing(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    done = bench.accept("done")
+    bench.finish()
+    for name in ("done", "nobody"):
+        bench.loop.give_up(name, JobCancelled("cancelled: client_gone"), "client_gone")
+    images(done)
+    assert bench.metric("cancelled_total", reason="client_gone") == 0
+
+
+def test_a_running_future_cannot_be_cancelled_by_its_caller(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    future = bench.accept("a")
+    assert not future.cancel()
+    bench.finish()
+    images(future)
+
+
+def test_a_job_whose_future_was_cancelled_before_it_is_accepted_is_forgotten(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    job = bench.make_job("dropped", make_spec())
+    assert job.future.cancel()
+    bench.loop.accept(job)
+    assert bench.forgotten == ["dropped"]
+    assert not bench.loop.has_work
+
+
+# --- failures ---
+
+
+def test_an_exception_in_a_tick_fails_the_jobs_of_that_tick_only(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    in_tick = [bench.accept("a", seed=1, n=2, steps=1), bench.accept("b", seed=2, n=6, steps=2)]
+    bystander = bench.accept("c", seed=3, n=8, steps=50)
+
+    def fail(_batch: Batch) -> None:
+        raise RuntimeError("secret: CUDA out of memory at 0xdeadbeef")
+
+    bench.engine.on_step = fail
+    bench.tick()
+    bench.engine.on_step = bench.tick_takes_a_second
+    for future in in_tick:
+        error = failure(future)
+        assert isinstance(error, EngineFailed)
+        assert (error.status, error.code) == (500, "engine_failed")
+        assert "RuntimeError" in error.detail
+        assert "secret" not in error.detail
+    assert bench.metric("cancelled_total", reason="engine_failed") == 2
+    bench.finish()
+    np.testing.assert_array_equal(images(bystander), fake_pixels(make_spec(seed=3, n=8), 50))
+
+
+def test_a_spec_the_model_cannot_do_fails_that_job_only(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    running = bench.accept("running", seed=1)
+    bench.tick()
+
+    def refuse(_spec: SampleSpec) -> None:
+        raise ValueError("prediction_type epsilon cannot start from alpha_bar = 0")
+
+    bench.engine.on_add = refuse
+    error = failure(bench.accept("bad", seed=666, sampler="ddim"))
+    assert isinstance(error, InvalidField)
+    assert (error.status, error.field, error.value) == (422, "sampler", "ddim")
+    assert "alpha_bar = 0" in error.detail
+    bench.loop.give_up("bad", JobCancelled("cancelled: client_gone"), "client_gone")  # the client went at that moment
+    bench.finish()
+    images(running)
+
+
+def test_an_engine_that_breaks_in_add_fails_that_job_only(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    running = bench.accept("running", seed=1, steps=5)
+    bench.tick()
+
+    def break_(_spec: SampleSpec) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    bench.engine.on_add = break_
+    error = failure(bench.accept("broken", seed=666))
+    assert isinstance(error, EngineFailed)
+    assert error.detail == "this job could not be started: RuntimeError"
+    bench.finish()
+    images(running)
+
+
+def test_images_that_cannot_be_read_fail_their_own_job_only(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    broken, whole = bench.accept("broken", seed=1, steps=1), bench.accept("whole", seed=2, steps=2)
+    (broken_rows,) = (rows for spec, rows in bench.engine.jobs.values() if spec.seed == 1)
+
+    def break_(rows: Sequence[int]) -> None:
+        if rows == broken_rows:
+            raise RuntimeError("the device hiccups")
+
+    bench.engine.on_images = break_
+    bench.finish()
+    assert isinstance(failure(broken), EngineFailed)
+    np.testing.assert_array_equal(images(whole), fake_pixels(make_spec(seed=2, steps=2), 2))
+
+
+def test_an_error_in_what_is_asked_of_the_engine_is_told_by_its_type(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    good: Future[int] = Future()
+    bench.loop.run(lambda engine: engine.info.height_px, good)
+    assert good.result(timeout=0) == INFO.height_px
+    bad: Future[float] = Future()
+    bench.loop.run(lambda engine: 1 / 0, bad)
+    error = bad.exception(timeout=0)
+    assert isinstance(error, EngineFailed)
+    assert error.detail == "the engine could not do it: ZeroDivisionError"
+
+
+def test_an_error_of_the_loop_itself_is_raised_to_its_caller(make_bench: MakeBench) -> None:
+    bench = make_bench()
+
+    def break_(_rows: Sequence[int]) -> None:
+        raise RuntimeError("the device is gone")
+
+    future = bench.accept("a", steps=1)
+    bench.engine.on_remove = break_
+    with pytest.raises(RuntimeError, match="gone"):
+        bench.tick()
+    assert not future.done(), "the caller of the loop answers it"
+    bench.engine.on_remove = lambda rows: None
+
+
+def test_an_abandoned_loop_calls_its_engine_no_more() -> None:
+    bench = Bench()
+    future = bench.accept("a", steps=5)
+    bench.engine.on_remove = lambda rows: pytest.fail("the engine was called")
+    bench.loop.abandon()
+    bench.loop.give_up("a", JobCancelled("cancelled: client_gone"), "client_gone")
+    bench.loop.give_up_all(Draining())
+    assert not future.done()
+
+
+# --- rows that are not finite ---
+
+
+def test_a_row_that_is_not_finite_fails_its_own_job_only(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    sick, well = bench.accept("sick", seed=1, n=3, steps=10), bench.accept("well", seed=2, n=2, steps=5)
+    bench.tick()
+    (sick_rows,) = (rows for spec, rows in bench.engine.jobs.values() if spec.seed == 1)
+    bench.engine.nan.add(sick_rows[1])  # one of three rows
+    bench.tick()
+    error = failure(sick)
+    assert isinstance(error, NotFinite)
+    assert (error.status, error.code) == (500, "not_finite")
+    assert {spec.seed for spec, _ in bench.engine.jobs.values()} == {2}, "the job's other rows are gone too"
+    assert bench.metric("cancelled_total", reason="not_finite") == 1
+    assert bench.metric("row_steps_saved_total") == 30 - 2 * 3
+    bench.finish()
+    np.testing.assert_array_equal(images(well), fake_pixels(make_spec(seed=2, n=2), 5))
+
+
+def test_a_row_that_breaks_in_its_last_step_fails_its_job_and_no_other(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    sick, well = bench.accept("sick", seed=1, steps=1), bench.accept("well", seed=2, steps=1)
+    bench.engine.on_step = lambda batch: bench.engine.nan.update(
+        rows[0] for spec, rows in bench.engine.jobs.values() if spec.seed == 1
+    )
+    bench.tick()
+    assert isinstance(failure(sick), NotFinite)
+    np.testing.assert_array_equal(images(well), fake_pixels(make_spec(seed=2), 1))
+
+
+def test_a_row_that_breaks_after_the_last_look_is_told_when_the_images_are_read(make_bench: MakeBench) -> None:
+    """As on a GPU, where the flags of a tick come one tick late."""
+    bench = make_bench()
+    bench.engine.on_images = bench.engine.nan.update
+    future = bench.accept("a", n=2)
+    bench.finish()
+    with pytest.raises(NotFinite):
+        images(future)
+
+
+# --- deadlines ---
+
+
+def test_a_deadline_that_passes_while_waiting_ends_the_job_and_no_other(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2))
+    running = bench.accept("running", seed=1, n=2, steps=4)
+    bench.tick()
+    late = bench.accept("late", seed=2, n=2, steps=5, deadline_s=2.0)
+    patient = bench.accept("patient", seed=3, n=2, steps=6, deadline_s=1000.0)
+    bench.tick(2)
+    assert not late.done(), "not a tick too early"
+    bench.loop.end_overdue()
+    error = failure(late)
+    assert isinstance(error, DeadlinePassed)
+    assert (error.status, error.code, error.field, error.value) == (504, "deadline_passed", "deadline_s", 2.0)
+    assert error.problem()["bound"] == "a longer time"
+    bench.finish()
+    np.testing.assert_array_equal(images(running), fake_pixels(make_spec(seed=1, n=2), 4))
+    np.testing.assert_array_equal(images(patient), fake_pixels(make_spec(seed=3, n=2), 6))
+    assert bench.metric("cancelled_total", reason="deadline") == 1
+    assert bench.metric("row_steps_saved_total") == 10
+
+
+def test_a_deadline_that_passes_while_stepping_frees_the_rows(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    late = bench.accept("late", seed=1, n=3, steps=50, deadline_s=4.0)
+    other = bench.accept("other", seed=2, steps=10)
+    bench.tick(5)
+    assert isinstance(failure(late), DeadlinePassed)
+    assert [len(batch.rows) for batch in bench.engine.batches] == [4, 4, 4, 4, 1]
+    assert bench.metric("row_steps_saved_total") == 150 - 4 * 3
+    bench.finish()
+    np.testing.assert_array_equal(images(other), fake_pixels(make_spec(seed=2), 10))
+
+
+def test_a_job_done_in_time_has_no_deadline_any_more(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    done = bench.accept("done", steps=2, deadline_s=5.0)
+    bench.tick(2)
+    images(done)
+    long = bench.accept("long", steps=20)
+    bench.finish()
+    images(long)
+    assert bench.metric("cancelled_total", reason="deadline") == 0
+
+
+def test_a_job_done_in_the_tick_in_which_its_deadline_passes_is_delivered(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    future = bench.accept("a", steps=3, deadline_s=3.0)
+    bench.finish()
+    images(future)
+
+
+# --- metrics ---
+
+
+def test_ticks_jobs_and_images_are_counted(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    first = bench.accept("first", n=2, steps=3, seed=1, guidance=2.0)
+    bench.now_s += 1  # while a tick would run
+    second = bench.accept("second", n=1, steps=2, seed=2, sampler="ddim")
+    bench.finish()
+    results = [first.result(timeout=0), second.result(timeout=0)]
+    assert bench.metric("row_steps_total", sampler="ddpm") == 6
+    assert bench.metric("row_steps_total", sampler="ddim") == 2
+    assert bench.metric("images_total") == 3
+    assert bench.metric("batch_rows_count") == len(bench.engine.batches) == 3
+    assert bench.metric("batch_rows_sum") == 2 * 6 + 2
+    assert bench.metric("step_duration_seconds_sum") == 3
+    times = [(result.queue_s, result.first_step_s, result.denoise_s) for result in results]
+    assert times == [(1, 2, 3), (0, 1, 2)]
+    assert bench.metric("queue_wait_seconds_count") == bench.metric("time_to_first_step_seconds_count") == 2
+    assert bench.metric("queue_wait_seconds_sum") == 1 + 0
+    assert bench.metric("time_to_first_step_seconds_sum") == 2 + 1
+    assert bench.metric("row_steps_saved_total") == 0
+
+
+def test_the_backlog_shrinks_with_each_tick(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2))
+    bench.admission.calibrate([(1, 1.0), (2, 1.0)])
+    future = bench.accept("a", n=2, steps=3)
+    seen = []
+    for _ in range(3):
+        seen.append(bench.admission.backlog_s)
+        bench.tick()
+    images(future)
+    assert seen == [3.0, 2.0, 1.0]
+
+
+# --- snapshots ---
+
+
+def test_snapshots_are_taken_of_durable_jobs_that_have_stepped(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2))
+    durable = bench.accept_spec("durable", make_spec(n=2, steps=3), durable=True)
+    waiting = bench.accept_spec("waiting", make_spec(n=2, steps=5), durable=True)
+    passing = bench.accept("passing", n=2, steps=4)
+    bench.tick()
+    steps = [{name: each.steps for name, each in taken.items()} for taken in bench.keeper.rounds]
+    assert steps == [{"durable": (1, 1)}]
+    bench.finish()
+    for future in (durable, waiting, passing):
+        images(future)
+    assert [set(taken) for taken in bench.keeper.rounds] == [{"durable"}] * 2 + [{"waiting"}] * 4, "none at the end"
+
+
+def test_no_snapshot_is_taken_before_the_keeper_is_ready(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.keeper.ready = False
+    bench.accept_spec("durable", make_spec(steps=9), durable=True)
+    bench.tick(3)
+    assert bench.keeper.rounds == []
+    bench.keeper.ready = True
+    bench.tick()
+    assert bench.keeper.rounds[0]["durable"].steps == (4,)
+
+
+def test_a_snapshot_that_fails_costs_no_job(make_bench: MakeBench) -> None:
+    bench = make_bench()
+
+    def fail(_rows: Sequence[int]) -> None:
+        raise RuntimeError("no room")
+
+    bench.engine.on_snapshot = fail
+    future = bench.accept_spec("a", make_spec(steps=5), durable=True)
+    bench.finish()
+    assert images(future).shape == (1, 4, 6, 1)
+    assert bench.keeper.rounds == []
+
+
+def test_a_job_goes_on_from_its_snapshot(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    zeros = np.zeros((2, 1, 4, 6), np.float32)
+    snapshot = Snapshot((7, 10), zeros, zeros)  # the second row has taken them all
+    spec = make_spec(n=2, steps=10)
+    job = bench.make_job("a", spec, durable=True, snapshot=snapshot)
+    bench.loop.accept(job)
+    assert (job.step, job.snapshot) == (8, None)
+    bench.tick()
+    assert bench.engine.batches[0].steps == (7,)
+    bench.finish()
+    np.testing.assert_array_equal(images(job.future), fake_pixels(spec, 10))
+    assert bench.metric("row_steps_total", sampler="ddpm") == 3
+
+
+def test_durable_jobs_are_suspended_with_a_last_snapshot_where_they_have_stepped(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.keeper.ready = False
+    durable = bench.accept_spec("durable", make_spec(steps=900), durable=True)
+    passing = bench.accept("passing", steps=4)
+    bench.tick(2)
+    new = bench.accept_spec("new", make_spec(), durable=True)
+    bench.loop.suspend_durable()
+    assert isinstance(failure(durable), Draining)
+    assert isinstance(failure(new), Draining)
+    assert [{name: each.steps for name, each in taken.items()} for taken in bench.keeper.rounds] == [{"durable": (2,)}]
+    assert bench.metric("row_steps_saved_total") == bench.metric("cancelled_total", reason=SUSPENDED) == 0
+    bench.finish()
+    images(passing)
+
+
+# --- viewers and recordings ---
+
+
+def test_a_viewer_is_given_a_frame_when_one_is_due_and_none_of_the_last_step(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    frames: list[Frame] = []
+    spec = make_spec(seed=3, steps=6)
+    future = bench.accept_spec("a", spec, watches=[Watch(Pace(every=2), ("x_t",), frames.append)])
+    bench.finish()
+    images(future)
+    assert [frame.step for frame in frames] == [2, 4]
+    np.testing.assert_array_equal(frames[1].read()["x_t"], fake_pixels(spec, 4))
+
+
+def test_viewers_of_the_same_images_share_one_frame(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    seen: list[list[Frame]] = [[], [], []]
+    bench.accept("a", steps=4)
+    for frames, show in zip(seen, (("x_t",), ("x_t",), ("x_0",)), strict=True):
+        bench.loop.watch("a", Watch(Pace(every=1), show, frames.append))  # type: ignore[arg-type]
+    read: list[Sequence[int]] = []
+    bench.engine.on_preview = read.append
+    bench.finish()
+    assert seen[0] == seen[1] != seen[2]
+    assert len(read) == 2 * len(seen[0]) == 2 * 3
+
+
+def test_viewers_may_come_and_go(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    frames: dict[str, list[int]] = {"one": [], "two": []}
+    watches = {
+        name: Watch(Pace(every=1), ("x_t",), lambda frame, name=name: frames[name].append(frame.step))  # type: ignore[misc]
+        for name in frames
+    }
+    bench.accept_spec("a", make_spec(steps=6), watches=[watches["one"]])
+    bench.tick()
+    bench.loop.watch("a", watches["two"])
+    bench.loop.watch("nobody", watches["two"])
+    bench.tick(2)
+    bench.loop.unwatch("a", watches["one"])
+    bench.loop.unwatch("nobody", watches["one"])
+    bench.finish()
+    assert frames == {"one": [1, 2, 3], "two": [2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("broken", ["preview", "put"])
+def test_a_frame_that_fails_costs_no_job(make_bench: MakeBench, broken: str) -> None:
+    bench = make_bench()
+
+    def fail(_argument: object) -> None:
+        raise RuntimeError("no frame")
+
+    if broken == "preview":
+        bench.engine.on_preview = fail
+    watch = Watch(Pace(every=1), ("x_t",), fail if broken == "put" else lambda frame: None)
+    future = bench.accept_spec("a", make_spec(steps=4), watches=[watch])
+    bench.finish()
+    images(future)
+
+
+def test_a_recording_has_each_row_at_its_own_steps(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2))  # so that the three rows are not level
+    spec = make_spec(n=3, steps=7, seed=40)
+    recording = Recording(2, "x_t", spec.n, spec.steps)
+    future = bench.accept_spec("a", spec, recording=recording)
+    bench.finish()
+    images(future)
+    frames = recording.frames()
+    assert len(frames) == 3
+    for number, frame in enumerate(frames, 1):
+        np.testing.assert_array_equal(frame, fake_pixels(spec, 2 * number))
+
+
+def test_a_recording_that_fails_costs_its_own_job_only(make_bench: MakeBench) -> None:
+    bench = make_bench()
+
+    def fail(_rows: object) -> None:
+        raise RuntimeError("no frame")
+
+    bench.engine.on_preview = fail
+    spec = make_spec(seed=1, steps=4)
+    recorded = bench.accept_spec("recorded", spec, recording=Recording(2, "x_t", spec.n, spec.steps))
+    other = bench.accept("other", seed=2)
+    bench.finish()
+    error = failure(recorded)
+    assert isinstance(error, EngineFailed)
+    assert error.detail == "its frames could not be read: RuntimeError"
+    images(other)
