@@ -114,7 +114,7 @@ class _Viewer:
         """Yield events until the job has ended, or the server is about to."""
         yield format_sse_event(retry=RECONNECT_MS)
         waits, told, quiet_s = view.state == "waiting", None, 0.0
-        standing = {"position": view.position, "eta_s": _rounded(view.eta_s)}
+        standing = _standing(view.position, view.eta_s)
         if not waits:  # so that a client that comes back does not go on with an old state
             yield _event("progress", await self._progress(view.step or 0))
         while True:
@@ -129,7 +129,7 @@ class _Viewer:
                     return
                 if waits and (status := await self._services.standings.of(self._live.record.id)) is not None:
                     waits = status.state == "waiting"
-                    standing = {"position": status.position, "eta_s": _rounded(status.eta_s)}
+                    standing = _standing(status.position, status.eta_s)
                 quiet_s += POLL_S
                 if quiet_s >= QUIET_S:
                     quiet_s = 0.0
@@ -172,8 +172,9 @@ class _Viewer:
         }
 
 
-def _rounded(eta_s: float | None) -> float | None:
-    return None if eta_s is None else round(eta_s, 1)
+def _standing(position: int | None, eta_s: float | None) -> dict[str, float | None]:
+    """What a job that waits is told; the time is rounded, so that not every second brings an event."""
+    return {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
 
 
 def _picture_members(

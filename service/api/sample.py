@@ -100,6 +100,16 @@ class Animation:
         return await encoder.encode_animation(self.recording.frames, result)
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job that is wanted, and the answer that is made of it."""
+
+    answer: Still | Animation
+    inputs: Inputs | None
+    deadline_s: float | None
+    etag: str | None  # None: the answer is not a function of the request
+
+
 async def answer(services: Services, request: Request) -> Response:
     """Sample and wait; or accept a durable job where the client prefers that."""
     accepted = accept_header(request)
@@ -111,13 +121,13 @@ async def answer(services: Services, request: Request) -> Response:
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
         return await _accept(services, request, asked, animation)
     spec, inputs = await to_job(services, asked)
-    deadline_s, is_named = asked.deadline_s, asked.seed is not None and services.model.exact
+    deadline_s, has_seed = asked.deadline_s, asked.seed is not None
     del rest, asked  # they hold the uploads as they came, and the job may take long
     request.state.release_body()
     made = Still(spec, media_type) if animation is None else Animation.of(spec, animation, services.model)
-    tag = etag(made.kind, spec, services.model) if is_named else None
-    known = _known(services, request, made, tag)
-    return known if known is not None else await _make(services, request, made, tag, inputs, deadline_s)
+    tag = etag(made.kind, spec, services.model) if has_seed and services.model.exact else None
+    job = _Job(made, inputs, deadline_s, tag)
+    return _known(services, request, job) or await _make(services, request, job)
 
 
 async def _accept(
@@ -130,44 +140,37 @@ async def _accept(
     return response
 
 
-def _headers(services: Services, made: Still | Animation, tag: str | None) -> dict[str, str]:
-    own = {"X-Seed": str(made.spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
-    return own | cache_headers(tag)
+def _headers(services: Services, job: _Job) -> dict[str, str]:
+    headers = {"X-Seed": str(job.answer.spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
+    return headers | cache_headers(job.etag)
 
 
-def _known(services: Services, request: Request, made: Still | Animation, tag: str | None) -> Response | None:
+def _known(services: Services, request: Request, job: _Job) -> Response | None:
     """The answer, if the client or the cache has it."""
-    if tag is None:
+    if job.etag is None:
         return None
-    headers = _headers(services, made, tag)
-    if matches(request.headers.getlist("if-none-match"), request.method, tag):
+    headers = _headers(services, job)
+    if matches(request.headers.getlist("if-none-match"), request.method, job.etag):
         services.metrics.answered_without_work("not_modified")
         return Response(status_code=304, headers=headers)
-    if (kept := services.cache.get(tag)) is not None:
+    if (kept := services.cache.get(job.etag)) is not None:
         services.metrics.answered_without_work("cache_hit")
-        return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=made.media_type)
+        return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=job.answer.media_type)
     return None
 
 
-async def _make(
-    services: Services,
-    request: Request,
-    made: Still | Animation,
-    tag: str | None,
-    inputs: Inputs | None,
-    deadline_s: float | None,
-) -> Response:
+async def _make(services: Services, request: Request, job: _Job) -> Response:
     """Run the job and encode what comes of it."""
-    job_id, loop = uuid.uuid4().hex, asyncio.get_running_loop()
+    job_id, loop, made = uuid.uuid4().hex, asyncio.get_running_loop(), job.answer
     with services.recordings.taken(made.held_bytes):
-        ticket = services.worker.submit(job_id, made.spec, deadline_s, inputs=inputs, recording=made.recording)
+        ticket = services.worker.submit(job_id, made.spec, job.deadline_s, inputs=job.inputs, recording=made.recording)
         result = await _finished_or_gone(request, services.worker, job_id, ticket)
         started_s = loop.time()
         content = await made.encode(services.encoder, result)
         encode_s = loop.time() - started_s
-    if tag is not None:
-        services.cache.put(tag, content)
-    headers = _headers(services, made, tag) | {
+    if job.etag is not None:
+        services.cache.put(job.etag, content)
+    headers = _headers(services, job) | {
         "X-Job-ID": job_id,
         "X-Queue-Position": str(ticket.position),
         "X-ETA-Seconds": f"{ticket.eta_s:.3f}",

@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
@@ -19,6 +20,7 @@ from service.api.schemas import SampleRequest
 from service.api.services import Services
 from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
 from service.images.encoder import PNG
+from service.model_info import ModelInfo
 from service.preview import Frame, Watch
 from service.spec import Inputs, SampleSpec
 from service.work import JobResult, Ticket, timesteps_of
@@ -62,6 +64,16 @@ def _check_origin(ws: WebSocket, allowed: frozenset[str]) -> None:
         raise ForeignOrigin(f"pages of {short(origin)} may not connect here", field="Origin", value=origin)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What one message asks for."""
+
+    preview: StreamRequest
+    spec: SampleSpec
+    inputs: Inputs | None
+    deadline_s: float | None
+
+
 class _Stream:
     """One connection. Jobs run over it one after the other."""
 
@@ -78,7 +90,8 @@ class _Stream:
                     with self._services.streams.busy():
                         asked = await self._understand(message)
                         del message  # it may have megabytes, and the job an hour
-                        keep_open = await self._job(*asked)
+                        await self._job(asked)
+                    keep_open = asked.preview.keep_open
                     patience_s = NEXT_MESSAGE_S
                 await self._close(NORMAL)
             except (WebSocketDisconnect, TimeoutError):
@@ -122,60 +135,37 @@ class _Stream:
         except ServiceError as error:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
-    async def _understand(
-        self, message: dict[str, Any]
-    ) -> tuple[StreamRequest, SampleSpec, Inputs | None, float | None]:
-        """What a message asks for."""
+    async def _understand(self, message: dict[str, Any]) -> _Asked:
         own, rest = StreamRequest.divide(message)
         preview = StreamRequest.parse(own)
         asked = SampleRequest.parse(rest, self._services.model, self._services.limits)
         spec, inputs = await to_job(self._services, asked)
-        return preview, spec, inputs, asked.deadline_s
+        return _Asked(preview, spec, inputs, asked.deadline_s)
 
-    async def _job(
-        self, preview: StreamRequest, spec: SampleSpec, inputs: Inputs | None, deadline_s: float | None
-    ) -> bool:
-        """Run one job and say whether another may follow."""
+    async def _job(self, asked: _Asked) -> None:
+        """Run one job, and send what comes of it."""
         job_id = uuid.uuid4().hex
         mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
-        watch = Watch(preview.pace, preview.shows, mailbox.put)
-        ticket = self._services.worker.submit(job_id, spec, deadline_s, watch, inputs=inputs)
+        watch = Watch(asked.preview.pace, asked.preview.shows, mailbox.put)
+        ticket = self._services.worker.submit(job_id, asked.spec, asked.deadline_s, watch, inputs=asked.inputs)
         done = result_of(ticket)
-        tasks = [asyncio.ensure_future(self._listen())]
+        tasks = [listening := asyncio.ensure_future(self._listen())]
         try:
-            await self._send(
-                {
-                    "type": "accepted",
-                    "id": job_id,
-                    "seed": spec.seed,
-                    "eta_s": round(ticket.eta_s, 3),
-                    "position": ticket.position,
-                    "fingerprint": self._services.model.fingerprint,
-                }
-            )
-            tasks.append(asyncio.ensure_future(self._show(mailbox, preview, spec, job_id, ticket)))
-            listening, showing = tasks
+            await self._send(_accepted_message(job_id, asked.spec, ticket, self._services.model))
+            tasks.append(showing := asyncio.ensure_future(self._show(mailbox, asked, job_id, ticket)))
             any_of: set[asyncio.Future[Any]] = {done, listening, showing}
             await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
             mailbox.close()
-            heard = listening.exception() if listening.done() else None
-            if not done.done():
-                asked_to = listening.done() and heard is None
-                self._services.worker.cancel(job_id, "client_cancelled" if asked_to else "client_gone")
-            if isinstance(heard, WebSocketDisconnect):
-                raise heard
-            listening.cancel()  # what the client says from here on is about its next job
-            await asyncio.wait([listening])
+            error = await self._stop_listening(listening, done, job_id)
             await showing  # a frame that is on its way goes out whole
-            if heard is not None:
-                raise heard
+            if error is not None:
+                raise error
             try:
                 result = await done
             except JobCancelled:
                 await self._send({"type": "cancelled", "id": job_id})
             else:
-                await self._deliver(spec, preview, result, mailbox.dropped)
-            return preview.keep_open
+                await self._deliver(asked, result, mailbox.dropped)
         finally:
             mailbox.close()
             for task in tasks:
@@ -184,16 +174,29 @@ class _Stream:
             if not done.done():
                 self._services.worker.cancel(job_id, "client_gone")
 
+    async def _stop_listening(
+        self, listening: "asyncio.Task[None]", done: "asyncio.Future[JobResult]", job_id: str
+    ) -> BaseException | None:
+        """Cancel the job if it still runs, and return what the client did wrong. Raises WebSocketDisconnect."""
+        error = listening.exception() if listening.done() else None
+        if not done.done():
+            was_asked = listening.done() and error is None
+            self._services.worker.cancel(job_id, "client_cancelled" if was_asked else "client_gone")
+        if isinstance(error, WebSocketDisconnect):
+            raise error
+        listening.cancel()  # what the client says from here on is about its next job
+        await asyncio.wait([listening])
+        return error
+
     async def _listen(self) -> None:
         """Return when the client cancels. Raises for anything else it says, and when it goes away."""
         message = await self._receive()
         if message.get("type") != "cancel":
             raise MalformedMessage('while a job runs only {"type": "cancel"} is understood')
 
-    async def _show(
-        self, mailbox: Mailbox, preview: StreamRequest, spec: SampleSpec, job_id: str, ticket: Ticket
-    ) -> None:
+    async def _show(self, mailbox: Mailbox, asked: _Asked, job_id: str, ticket: Ticket) -> None:
         """Send frames until the mailbox is closed."""
+        preview, spec = asked.preview, asked.spec
         timesteps = timesteps_of(spec, self._services.model)
         countdown = Countdown(self._services.standings, job_id, ticket.eta_s)
         while (frame := await mailbox.take()) is not None:
@@ -210,9 +213,9 @@ class _Stream:
                     await self._send(picture)
             self._services.metrics.frame_sent()
 
-    async def _deliver(self, spec: SampleSpec, preview: StreamRequest, result: JobResult, dropped: int) -> None:
+    async def _deliver(self, asked: _Asked, result: JobResult, dropped: int) -> None:
         """Send the end: what it took, and the picture or pictures."""
-        pictures = await self._services.encoder.encode_pictures(preview.layout, spec, result)
+        pictures = await self._services.encoder.encode_pictures(asked.preview.layout, asked.spec, result)
         times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}
         await self._send(
             {"type": "done", "media_type": PNG, "images": len(pictures), "frames_dropped": dropped}
@@ -239,6 +242,17 @@ def _gone() -> Iterator[None]:
         yield
     except RuntimeError:
         raise WebSocketDisconnect(1006) from None
+
+
+def _accepted_message(job_id: str, spec: SampleSpec, ticket: Ticket, model: ModelInfo) -> dict[str, Any]:
+    return {
+        "type": "accepted",
+        "id": job_id,
+        "seed": spec.seed,
+        "eta_s": round(ticket.eta_s, 3),
+        "position": ticket.position,
+        "fingerprint": model.fingerprint,
+    }
 
 
 def _frame_message(frame: Frame, spec: SampleSpec, t: int, show: str, eta_s: float) -> dict[str, Any]:
