@@ -154,6 +154,7 @@ def test_no_http_exception_below_the_routes(file: Path) -> None:
         "service.preview",
         "service.errors",
         "service.api.caching",
+        "service.api.classes",
     ],
 )
 def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:

@@ -246,7 +246,7 @@ def test_two_images_are_a_problem(site: Site) -> None:
     assert document["field"] == "image"
 
 
-def test_a_file_that_nobody_asked_for_is_a_problem(site: Site) -> None:
+def test_a_file_of_another_name_is_a_problem(site: Site) -> None:
     document = problem(post_form(site, {"image": CAT, "mask": CAT}, t=5), 422, "unknown_field")
     assert (document["field"], document["bound"]) == ("mask", "image")
 
@@ -373,7 +373,7 @@ def test_bodies_held_at_once_are_bounded_all_together(make_site: MakeSite, monke
         site.engine.gate.open()
         assert first.result().status_code == 200
         assert job.result().status_code == 200
-    assert post(site, large, t=5).status_code == 200, "what was held is let go"
+    assert post(site, large, t=5).status_code == 200, "what was held is released"
 
 
 # --- beside the jobs ---
