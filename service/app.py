@@ -1,12 +1,14 @@
 """Puts the parts together: engine, scheduler, admission, worker, encoder, routes. Nothing is global."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 
 from fastapi import FastAPI
 
 from service.api import problems
+from service.api.caching import ResultCache
 from service.api.events import event_routes
 from service.api.jobs import job_routes
 from service.api.middleware import BodyLimit, RequestContext
@@ -14,8 +16,8 @@ from service.api.multipart import FORM_BYTES
 from service.api.noise import noise_routes
 from service.api.page import page_routes
 from service.api.progress import Standings
-from service.api.result_cache import ResultCache
 from service.api.sample import sample_routes
+from service.api.services import Services
 from service.api.stream import stream_routes
 from service.api.stream_limits import Streams
 from service.api.system import system_routes
@@ -32,6 +34,15 @@ from service.scheduling.scheduler import Scheduler, Sharing
 from service.worker.worker import Worker
 
 
+@dataclass(frozen=True, slots=True)
+class Application:
+    """The app, and the parts that the entry point ends it by: it drains the worker, then waits for the streams."""
+
+    app: FastAPI
+    worker: Worker
+    streams: Streams
+
+
 def create_app(
     engine: RowEngine,
     limits: Limits,
@@ -39,22 +50,53 @@ def create_app(
     sharing: Sharing,
     store: JobStore,
     allowed_origins: frozenset[str] = frozenset(),
-) -> FastAPI:
+) -> Application:
     """Build the application around an engine. The worker runs for as long as the app's lifespan.
 
     tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places; store
-    keeps the durable jobs, and is closed with the app;
-    allowed_origins are those whose pages may open WebSockets beside the server's own.
-    `app.state.worker` is for the entry point, which drains it on SIGTERM, and then waits for `app.state.streams`.
+    keeps the durable jobs, and is closed with the app; allowed_origins are those whose pages may open WebSockets,
+    beside the server's own.
     """
+    services = _services(engine, limits, tick_times, sharing, store, allowed_origins)
+    model = engine.info
+    app = FastAPI(
+        title="tminus",
+        summary="Samples from a trained denoising diffusion U-Net.",
+        description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
+        version="0.1.0",
+        lifespan=_lifespan(services),
+        redoc_url=None,
+    )
+    app.include_router(sample_routes(services))
+    app.include_router(noise_routes(services))
+    app.include_router(stream_routes(services))
+    app.include_router(job_routes(services))
+    app.include_router(event_routes(services))
+    app.include_router(page_routes())
+    app.include_router(system_routes(services))
+    problems.install(app, services.metrics)
+    larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
+    # For the images in it; the rest of a body is held to max_body_bytes in api/request.py.
+    larger |= dict.fromkeys(("/sample", "/jobs"), limits.max_edit_bytes)
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
+    app.add_middleware(RequestContext, observe=services.metrics.requested)
+    return Application(app, services.worker, services.streams)
+
+
+def _services(
+    engine: RowEngine,
+    limits: Limits,
+    tick_times: Sequence[tuple[int, float]],
+    sharing: Sharing,
+    store: JobStore,
+    allowed_origins: frozenset[str],
+) -> Services:
     model = engine.info
     metrics = Metrics(model)
     admission = Admission(limits, sharing)
     admission.calibrate(tick_times)
     thread = StoreThread(store, model.fingerprint, metrics)
     worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=thread)
-    jobs, standings = Jobs(thread, worker, model, limits, metrics), Standings(worker)
-    encoder, decoder = Encoder(model, metrics.encoded), Decoder(model)
     metrics.watch(
         tasks=lambda: len(asyncio.all_tasks()),  # /metrics is answered in the event loop
         rows_active=lambda: worker.rows_active,
@@ -62,41 +104,30 @@ def create_app(
         backlog_s=lambda: admission.backlog_s,
         device_memory_bytes=engine.memory_bytes,
     )
+    return Services(
+        model=model,
+        limits=limits,
+        allowed_origins=allowed_origins,
+        metrics=metrics,
+        worker=worker,
+        jobs=Jobs(thread, worker, model, limits, metrics),
+        standings=Standings(worker),
+        decoder=Decoder(model),
+        encoder=Encoder(model, metrics.encoded),
+        cache=ResultCache(limits.result_cache_bytes),
+        streams=Streams(limits.max_streams, limits.max_streams_per_address),
+    )
 
+
+def _lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
-        await jobs.start()
+        services.worker.start()
+        await services.jobs.start()
         yield
-        worker.close()
-        await jobs.close()
-        decoder.close()
-        encoder.close()
+        services.worker.close()
+        await services.jobs.close()
+        services.decoder.close()
+        services.encoder.close()
 
-    app = FastAPI(
-        title="tminus",
-        summary="Samples from a trained denoising diffusion U-Net.",
-        description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
-        version="0.1.0",
-        lifespan=lifespan,
-        redoc_url=None,
-    )
-    app.state.worker = worker
-    streams = app.state.streams = Streams(limits.max_streams, limits.max_streams_per_address)
-    cache = ResultCache(limits.result_cache_bytes)
-    app.include_router(sample_routes(worker, jobs, decoder, encoder, cache, metrics, model, limits))
-    app.include_router(noise_routes(worker, decoder, encoder, metrics, model, limits))
-    app.include_router(
-        stream_routes(worker, standings, decoder, encoder, streams, metrics, model, limits, allowed_origins)
-    )
-    app.include_router(job_routes(jobs, decoder, encoder, model, limits))
-    app.include_router(event_routes(jobs, worker, standings, encoder, streams, metrics, model))
-    app.include_router(page_routes())
-    app.include_router(system_routes(worker, model, limits, metrics))
-    problems.install(app, metrics)
-    larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
-    # For the images in it; what else is in a body is held to max_body_bytes in intake.py.
-    larger |= dict.fromkeys(("/sample", "/jobs"), limits.max_edit_bytes)
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
-    app.add_middleware(RequestContext, observe=metrics.requested)
-    return app
+    return lifespan

@@ -9,10 +9,10 @@ import threading
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
 
 from service.api.stream_limits import Streams
 from service.api.websocket_protocol import stream_protocol
+from service.app import Application
 from service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _allow_files(count: int) -> None:
 
 
 def serve(
-    app: FastAPI,
+    application: Application,
     listener: socket.socket,
     *,
     grace_s: float,
@@ -90,7 +90,7 @@ def serve(
 ) -> bool:
     """Serve until SIGTERM or SIGINT; True if that is how it ended, False if the worker crashed."""
     config = uvicorn.Config(
-        app,
+        application.app,
         log_level=log_level,
         log_config=None,
         access_log=False,
@@ -106,8 +106,7 @@ def serve(
     _allow_files(max_connections)
     # The worker wants the interpreter for a moment after each pass; the edge may keep it no longer than this.
     sys.setswitchinterval(SWITCH_S)
-    worker: Worker = app.state.worker
-    server = Server(config, worker, app.state.streams, grace_s)
+    server = Server(config, application.worker, application.streams, grace_s)
     # Until uvicorn has its own handlers these stop it; when it is done it raises the signal once more, to no effect:
     # being asked to stop and having stopped is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -116,4 +115,4 @@ def serve(
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     server.run([listener])
-    return not worker.crashed
+    return not application.worker.crashed

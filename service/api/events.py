@@ -1,6 +1,7 @@
 """GET /jobs/{id}/events: a durable job as server-sent events, with its frames if they are asked for.
 
-What is sent is where the job stands, never a history: who comes back is told what is new to them, and misses no end.
+What is sent is where the job stands, never a history: a client that comes back is told what is new to it, and never
+misses the end.
 """
 
 import asyncio
@@ -15,96 +16,71 @@ from fastapi import APIRouter, Request, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api import parameters
-from service.api.jobs import document
-from service.api.preview_schemas import PreviewRequest
-from service.api.progress import Countdown, Standings
-from service.api.schemas import refuse_unknown
-from service.api.stream_limits import Streams
-from service.images.encoder import Encoder
-from service.jobs.jobs import Jobs
+from service.api.answers import JobAnswer
+from service.api.openapi import LAST_EVENT_ID, PREVIEW_QUERY, contents
+from service.api.previews import PreviewRequest
+from service.api.progress import Countdown
+from service.api.request import read_query
+from service.api.services import Services
 from service.jobs.store import OUTCOMES
 from service.jobs.views import JobView, Live, ended_view
-from service.metrics import Metrics
-from service.model_info import ModelInfo
 from service.preview import Frame, Show, Watch
 from service.spec import SampleSpec
 from service.work import timesteps_of
 from service.worker.mailbox import Mailbox
-from service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often a job without frames is looked at
-SEND_S = 40.0  # for an event to leave: who takes nothing is let go
+SEND_S = 40.0  # for an event to leave: a client that reads nothing is disconnected
 QUIET_S = 15.0  # until a comment is sent, so that no proxy takes the connection for dead
 RECONNECT_MS = 2000
 LAST = "end"  # the id of the last event of all
-FIELDS = ("every", "fps", "show", "frame_format", "layout")
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-def event_routes(
-    jobs: Jobs,
-    worker: Worker,
-    standings: Standings,
-    encoder: Encoder,
-    streams: Streams,
-    metrics: Metrics,
-    model: ModelInfo,
-) -> APIRouter:
-    """Make the route; it holds no state of its own."""
+def event_routes(services: Services) -> APIRouter:
+    """Make the route."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
 
     @router.get(
         "/{job_id}/events",
         summary="A durable job as server-sent events",
         response_class=Response,  # EventSourceResponse here would be for a function that yields
-        responses={200: {"content": {"text/event-stream": {}}}, 204: {"description": "The client knows the end"}},
-        openapi_extra={
-            "parameters": [
-                {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
-                for name, schema in PreviewRequest.model_json_schema()["properties"].items()
-                if name in FIELDS
-            ]
-            + [
-                {
-                    "name": "Last-Event-ID",
-                    "in": "header",
-                    "schema": {"type": "string"},
-                    "description": "what was received last; only what is newer is sent",
-                }
-            ]
-        },
+        responses={200: contents("text/event-stream"), 204: {"description": "The client knows the end"}},
+        openapi_extra={"parameters": [*PREVIEW_QUERY, LAST_EVENT_ID]},
     )
     async def get_events(request: Request, job_id: str) -> Response:
-        preview, shows = _preview(parameters.from_query(request.query_params.multi_items()))
-        last_id = request.headers.get("last-event-id", "")
-        view = await jobs.find_durable(job_id)
-        if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
-            return Response(status_code=204)
-        with ExitStack() as stack:
-            stack.enter_context(streams.opened(request.client.host if request.client else ""))
-            mailbox = Mailbox(asyncio.get_running_loop(), metrics.frame_dropped)
-            stack.callback(mailbox.close)
-            # A job that went on from a snapshot may be behind what the client has seen: it is shown what is done again.
-            seen = min(int(last_id) if last_id.isdecimal() and len(last_id) < 9 else 0, view.step or 0)
-            watch = Watch(preview.pace, shows, mailbox.put, seen)
-            live = jobs.watch(job_id, watch, mailbox)
-            if live is None:
-                return EventSourceResponse(_only_the_end(await jobs.find_durable(job_id)), headers=HEADERS)
-            stack.callback(jobs.unwatch, live, watch)
-            countdown = Countdown(standings, job_id, view.eta_s)
-            viewer = _Viewer(worker, standings, countdown, encoder, metrics, model, live, preview, mailbox)
-            return _Events(viewer.events(view), stack.pop_all().close)
+        return await events(services, request, job_id)
 
     return router
 
 
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+async def events(services: Services, request: Request, job_id: str) -> Response:
+    """Follow a job until it has ended."""
+    preview = PreviewRequest.parse(read_query(request))
+    shows = preview.shows if "show" in preview.model_fields_set else ()  # without it no pictures
+    last_id = request.headers.get("last-event-id", "")
+    view = await services.jobs.find_durable(job_id)
+    if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
+        return Response(status_code=204)
+    with ExitStack() as stack:
+        stack.enter_context(services.streams.opened(request.client.host if request.client else ""))
+        mailbox = Mailbox(asyncio.get_running_loop(), services.metrics.frame_dropped)
+        stack.callback(mailbox.close)
+        # A job that went on from a snapshot may be behind what the client has seen: steps done again are shown again.
+        seen = min(int(last_id) if last_id.isdecimal() and len(last_id) < 9 else 0, view.step or 0)
+        watch = Watch(preview.pace, shows, mailbox.put, seen)
+        live = services.jobs.watch(job_id, watch, mailbox)
+        if live is None:
+            return EventSourceResponse(_only_the_end(await services.jobs.find_durable(job_id)), headers=HEADERS)
+        stack.callback(services.jobs.unwatch, live, watch)
+        viewer = _Viewer(services, live, preview, mailbox, view.eta_s)
+        return _Events(viewer.events(view), stack.pop_all().close)
 
 
 class _Events(EventSourceResponse):
-    """A stream that lets go of what it holds when it ends, however it ends."""
+    """A stream that calls `close` when it ends, however it ends."""
 
     def __init__(self, content: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         super().__init__(content, headers=HEADERS)
@@ -118,7 +94,7 @@ class _Events(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
-            log.info("somebody who follows a job reads nothing, and is let go")
+            log.info("a client that follows a job reads nothing, and is disconnected")
         finally:
             self._close()
 
@@ -127,28 +103,19 @@ class _Viewer:
     """One connection that follows a job."""
 
     def __init__(
-        self,
-        worker: Worker,
-        standings: Standings,
-        countdown: Countdown,
-        encoder: Encoder,
-        metrics: Metrics,
-        model: ModelInfo,
-        live: Live,
-        preview: PreviewRequest,
-        mailbox: Mailbox,
+        self, services: Services, live: Live, preview: PreviewRequest, mailbox: Mailbox, eta_s: float | None
     ) -> None:
-        self._worker, self._standings, self._encoder, self._metrics = worker, standings, encoder, metrics
-        self._live, self._preview, self._mailbox = live, preview, mailbox
-        self._timesteps = timesteps_of(live.record.spec, model)
-        self._countdown = countdown
+        """eta_s: the forecast for the job that was made just now."""
+        self._services, self._live, self._preview, self._mailbox = services, live, preview, mailbox
+        self._timesteps = timesteps_of(live.record.spec, services.model)
+        self._countdown = Countdown(services.standings, live.record.id, eta_s)
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
         """Yield events until the job has ended, or the server is about to."""
         yield format_sse_event(retry=RECONNECT_MS)
         waits, told, quiet_s = view.state == "waiting", None, 0.0
-        standing = {"position": view.position, "eta_s": _rounded(view.eta_s)}
-        if not waits:  # so that who comes back is not left with what was
+        standing = _standing(view.position, view.eta_s)
+        if not waits:  # so that a client that comes back does not go on with an old state
             yield _event("progress", await self._progress(view.step or 0))
         while True:
             if waits and standing != told:
@@ -158,11 +125,11 @@ class _Viewer:
                 async with asyncio.timeout(POLL_S):
                     frame = await self._mailbox.take()
             except TimeoutError:
-                if self._worker.draining:
+                if self._services.worker.draining:
                     return
-                if waits and (status := await self._standings.of(self._live.record.id)) is not None:
+                if waits and (status := await self._services.standings.of(self._live.record.id)) is not None:
                     waits = status.state == "waiting"
-                    standing = {"position": status.position, "eta_s": _rounded(status.eta_s)}
+                    standing = _standing(status.position, status.eta_s)
                 quiet_s += POLL_S
                 if quiet_s >= QUIET_S:
                     quiet_s = 0.0
@@ -173,7 +140,7 @@ class _Viewer:
             waits, quiet_s = False, 0.0
             for event in await self._show(frame):
                 yield event
-        if self._live.record.outcome is not None:  # else the next start of the server goes on with it
+        if self._live.record.outcome is not None:  # otherwise the next start of the server goes on with it
             yield _end(ended_view(self._live.record))
 
     async def _show(self, frame: Frame) -> list[bytes]:
@@ -181,17 +148,17 @@ class _Viewer:
         spec, preview = self._live.record.spec, self._preview
         progress = await self._progress(frame.step)
         try:
-            pictures = await self._encoder.encode_frame(frame, preview.frame_format, preview.layout)
-        except Exception:  # it is not worth the stream
+            pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
+        except Exception:  # a lost frame does not end the stream
             log.exception("a frame of job %s could not be encoded", self._live.record.id)
             return []
         if not pictures:
             return [_event("progress", progress, str(frame.step))]
-        self._metrics.frame_sent()
+        self._services.metrics.frame_sent()
         events = []
         for count, (show, image, picture) in enumerate(pictures, 1):
             members = _picture_members(spec, show, image, picture, preview.frame_format)
-            # The id comes with the last picture of a step: who breaks off before it gets the step again.
+            # The id comes with the last picture of a step: a client that loses an earlier one gets the step again.
             events.append(_event("frame", progress | members, str(frame.step) if count == len(pictures) else None))
         return events
 
@@ -205,15 +172,9 @@ class _Viewer:
         }
 
 
-def _preview(given: Mapping[str, Any]) -> tuple[PreviewRequest, tuple[Show, ...]]:
-    """How to show the job. Without `show` no pictures."""
-    refuse_unknown(given, FIELDS)
-    preview, _ = PreviewRequest.split(given)
-    return preview, preview.shows if "show" in given else ()
-
-
-def _rounded(eta_s: float | None) -> float | None:
-    return None if eta_s is None else round(eta_s, 1)
+def _standing(position: int | None, eta_s: float | None) -> dict[str, float | None]:
+    """What a job that waits is told; the time is rounded, so that not every second brings an event."""
+    return {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
 
 
 def _picture_members(
@@ -230,7 +191,7 @@ async def _only_the_end(view: JobView) -> AsyncIterator[bytes]:
 
 
 def _end(view: JobView) -> bytes:
-    return _event(view.state, document(view), LAST)
+    return _event(view.state, JobAnswer.of(view).model_dump(), LAST)
 
 
 def _event(name: str, members: Mapping[str, Any], event_id: str | None = None) -> bytes:

@@ -101,7 +101,7 @@ class BodyLimit:
             self._held_bytes -= counted
             counted = 0
 
-        scope.setdefault("state", {})["let_body_go"] = let_go  # for who keeps nothing of it while the answer is made
+        scope.setdefault("state", {})["release_body"] = let_go  # for who keeps nothing of it while the answer is made
         try:
             await self._app(scope, bounded_receive, send)
         finally:

@@ -19,7 +19,7 @@ HEADERS = {
 def page_routes() -> APIRouter:
     """Make the routes."""
     router = APIRouter(include_in_schema=False)
-    files = StaticFiles(directory=FOLDER)  # answers 304 to who has a file already
+    files = StaticFiles(directory=FOLDER)  # answers 304 to clients that have a file already
 
     @router.get("/")
     async def get_page(request: Request) -> Response:

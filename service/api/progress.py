@@ -1,8 +1,8 @@
-"""What is foreseen of jobs, for those who follow them: asked now and then for all at once, counted down in between."""
+"""One job as its client waits for it, in the event loop: its result, and how long it has left."""
 
 import asyncio
 
-from service.work import JobStatus
+from service.work import JobResult, JobStatus, Ticket
 from service.worker.worker import Worker
 
 STATUSES_S = 1.0  # how old what is known of all jobs may be
@@ -29,18 +29,31 @@ class Standings:
 
 
 class Countdown:
-    """How long one job has left."""
+    """How long one job has left: asked for now and then, and counted down in between."""
 
-    def __init__(self, standings: Standings, job_id: str, eta_s: float | None = None) -> None:
-        """eta_s: what was foreseen just now, where that is known."""
+    def __init__(self, standings: Standings, job_id: str, eta_s: float | None) -> None:
+        """eta_s: the forecast that was made just now, if there was one."""
         self._standings, self._job_id, self._eta_s = standings, job_id, eta_s or 0.0
         self._loop = asyncio.get_running_loop()
-        self._told_s = self._loop.time() if eta_s is not None else float("-inf")
+        self._asked_s = self._loop.time() if eta_s is not None else float("-inf")
 
     async def left_s(self) -> float:
         """Seconds until it should be done."""
-        if self._loop.time() - self._told_s > FORECAST_S:
+        if self._loop.time() - self._asked_s > FORECAST_S:
             status = await self._standings.of(self._job_id)
-            if status is not None:  # else it came after they were last asked, or has just ended
-                self._told_s, self._eta_s = self._loop.time(), status.eta_s
-        return max(0.0, self._eta_s - (self._loop.time() - self._told_s))
+            if status is not None:  # otherwise it came after all jobs were last asked for, or has just ended
+                self._asked_s, self._eta_s = self._loop.time(), status.eta_s
+        return max(0.0, self._eta_s - (self._loop.time() - self._asked_s))
+
+
+def result_of(ticket: Ticket) -> "asyncio.Future[JobResult]":
+    """The result of an accepted job. Its error may go unread: a client that has gone does not wait for it."""
+    result = asyncio.ensure_future(asyncio.wrap_future(ticket.future))
+    result.add_done_callback(_retrieve)
+    return result
+
+
+def _retrieve(result: "asyncio.Future[JobResult]") -> None:
+    # asyncio complains about an error that nobody has looked at.
+    if not result.cancelled():
+        result.exception()

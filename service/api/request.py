@@ -1,83 +1,166 @@
-"""From a request to what it asks for: parameters in query and body, images, and the headers that say how to answer."""
+"""From a request to what it asks for: parameters in query and body, images, and the headers that say how to answer.
+
+Names, types and bounds are checked by the schemas.
+"""
 
 import hashlib
 import json
 import re
-from typing import Any
+from collections.abc import Awaitable, Iterable
+from decimal import Decimal, InvalidOperation
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from service.api import parameters
-from service.api.multipart import FORM, is_form, read_form
-from service.api.parameters import PICTURES
-from service.api.schemas import SampleRequest
-from service.errors import BodyTooLarge, InvalidField, JobCancelled
-from service.images.decoder import Decoder
+from service.api.multipart import is_form, read_form
+from service.api.schemas import PICTURES, SampleRequest
+from service.api.services import Services
+from service.errors import BodyTooLarge, ConflictingField, InvalidField, JobCancelled, MalformedBody, short
 from service.jobs.store import Key
-from service.model_info import Limits, ModelInfo
+from service.model_info import Limits
 from service.spec import Inputs, SampleSpec
 
+Body = TypeVar("Body")
 KEY = re.compile(r"[\x20-\x7e]{1,255}")
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
-_SCHEMA = SampleRequest.model_json_schema()
-QUERY_PARAMETERS = [
-    {"name": name, "in": "query", "schema": schema, "description": schema.get("description", "")}
-    for name, schema in _SCHEMA["properties"].items()
-    if name not in PICTURES
-]
-_FILES = {
-    name: {"type": "string", "format": "binary", "description": _SCHEMA["properties"][name]["description"]}
-    for name in PICTURES
-}
-REQUEST_BODY = {
-    "content": {
-        "application/json": {"schema": _SCHEMA},
-        FORM: {"schema": _SCHEMA | {"properties": _SCHEMA["properties"] | _FILES}},
-    }
-}
-
-
-async def read_request(request: Request, model: ModelInfo, limits: Limits) -> SampleRequest:
-    """Read the parameters of a job. Raises what read_parameters and SampleRequest.parse do."""
-    return SampleRequest.parse(await read_parameters(request, limits), model, limits)
+LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show"})
+BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
 
 async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
-    """Read parameters from query and body. Raises what parameters and forms do."""
-    query = parameters.from_query(request.query_params.multi_items())
+    """Read the parameters in query and body. Raises InvalidField, ConflictingField and what is wrong with a body."""
+    query = read_query(request)
     for name in query.keys() & PICTURES:
         bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
         raise InvalidField.of(name, bound, query[name])
+    return merge(query, await unless_gone((_read_form if is_form(request) else _read_json)(request, limits)))
+
+
+def read_query(request: Request) -> dict[str, Any]:
+    """Read the parameters in the query. Raises ConflictingField."""
+    return from_items(request.query_params.multi_items())
+
+
+async def unless_gone(reading: Awaitable[Body]) -> Body:
+    """Wait for a body to be read. Raises JobCancelled if the client goes away first."""
     try:
-        body = await (_read_form if is_form(request) else _read_json)(request, limits)
+        return await reading
     except ClientDisconnect:
         raise JobCancelled("the client went away") from None
-    return parameters.merge(query, body)
 
 
 async def _read_form(request: Request, limits: Limits) -> dict[str, Any]:
     form = await read_form(request, limits.max_image_bytes, PICTURES)
-    return {**parameters.from_query(form.fields, "the form"), **form.files}
+    return {**from_items(form.fields, "the form"), **form.files}
 
 
 async def _read_json(request: Request, limits: Limits) -> dict[str, Any]:
-    """Read a JSON body, which may be large for its pictures only; else it is not read to its end."""
-    body, dear = bytearray(), 0
+    """Read a JSON body. It may be large because of its pictures only; otherwise it is not read to its end."""
+    body, costly_bytes = bytearray(), 0
     async for chunk in request.stream():
         body += chunk
-        dear += parameters.structure_bytes(chunk)
-        if dear > limits.max_body_bytes:
-            raise BodyTooLarge(dear, limits.max_body_bytes)
-    return parameters.from_body(bytes(body), limits.max_body_bytes)
+        costly_bytes += _costly_bytes(chunk)
+        if costly_bytes > limits.max_body_bytes:
+            raise BodyTooLarge(costly_bytes, limits.max_body_bytes)
+    return from_body(bytes(body), limits.max_body_bytes)
 
 
-async def to_job(
-    asked: SampleRequest, model: ModelInfo, limits: Limits, decoder: Decoder
-) -> tuple[SampleSpec, Inputs | None]:
+def from_items(items: Iterable[tuple[str, str]], where: str = "the query") -> dict[str, Any]:
+    """Turn the items of a query or a form into parameters; lists repeat their name.
+
+    Raises ConflictingField where another field has two values.
+    """
+    values: dict[str, list[str]] = {}
+    for name, value in items:
+        values.setdefault(name, []).append(value)
+    parameters: dict[str, Any] = {}
+    for name, given in values.items():
+        if len(given) > 1 and name not in LIST_FIELDS:
+            if len(set(given)) > 1:
+                raise ConflictingField(f"{name} is given {len(given)} times in {where}", field=name, value=given)
+            given = given[:1]
+        parameters[name] = given if len(given) > 1 else given[0]
+    return parameters
+
+
+def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
+    """Parse a JSON object; an empty body has no parameters.
+
+    max_bytes bounds everything but the pictures. Raises MalformedBody, BodyTooLarge, or ConflictingField for a name
+    that comes twice.
+    """
+    if (costly_bytes := _costly_bytes(body)) > max_bytes:
+        raise BodyTooLarge(costly_bytes, max_bytes)
+    value = _parse(body)
+    pictures = [value[name] for name in PICTURES if isinstance(value.get(name), str)]
+    if (rest_bytes := len(body) - sum(map(len, pictures))) > max_bytes:
+        raise BodyTooLarge(rest_bytes, max_bytes)
+    return value
+
+
+def _costly_bytes(body: bytes) -> int:
+    """How many bytes are not letters of base64: brackets, commas, quotes. They are what takes a JSON parser time."""
+    return len(body.translate(None, BASE64))
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    if not body.strip():
+        return {}
+    try:
+        value = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as error:
+        raise MalformedBody(f"the body must be a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise MalformedBody(f"the body must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def merge(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+    """Join query and body. Raises ConflictingField where both give a field and differ."""
+    for name in query.keys() & body.keys():
+        if not _same(query[name], body[name]):
+            detail = f"{name} is {short(query[name])!r} in the query and {short(body[name])!r} in the body"
+            raise ConflictingField(detail, field=name, value=query[name])
+    return query | body
+
+
+def _same(query_value: Any, body_value: Any) -> bool:
+    if isinstance(query_value, list) or isinstance(body_value, list):
+        both = [v if isinstance(v, list) else [v] for v in (query_value, body_value)]
+        return len(both[0]) == len(both[1]) and all(map(_same_scalar, *both))
+    return _same_scalar(query_value, body_value)
+
+
+def _same_scalar(query_value: str, body_value: Any) -> bool:
+    if isinstance(body_value, (list, dict)):
+        return False
+    text = body_value if isinstance(body_value, str) else json.dumps(body_value)
+    if query_value == text:
+        return True
+    try:  # 2 and 2.0 are one guidance
+        return Decimal(query_value) == Decimal(text)
+    except InvalidOperation:
+        return False
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ConflictingField(f"{short(name)!r} is in the body twice", field=name, value=value)
+        members[name] = value
+    return members
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+async def to_job(services: Services, asked: SampleRequest) -> tuple[SampleSpec, Inputs | None]:
     """Check the parameters, then decode the images. Raises what SampleRequest.to_spec and Decoder.inputs do."""
-    spec = asked.to_spec(model, limits)
-    inputs = await decoder.inputs(asked.image, asked.mask)
+    spec = asked.to_spec(services.model, services.limits)
+    inputs = await services.decoder.inputs(asked.image, asked.mask)
     return asked.with_inputs(spec, inputs), inputs
 
 
@@ -89,14 +172,14 @@ def idempotency_key(request: Request, asked: SampleRequest) -> Key | None:
     name = header.strip().removeprefix('"').removesuffix('"').strip()
     if not KEY.fullmatch(name):
         raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)
-    # Without what has its default, so that a key outlives a version that knows more parameters.
+    # Defaults are left out, so that a key outlives a version that knows more parameters.
     given = asked.model_dump(exclude=EDIT_PARAMETERS, exclude_defaults=True)
     document = json.dumps(given | _edit_of(asked), sort_keys=True)
     return Key(name, hashlib.sha256(document.encode()).hexdigest())
 
 
 def _edit_of(asked: SampleRequest) -> dict[str, object]:
-    """What is asked for of an edit, the images by their hashes; of no edit nothing."""
+    """The parameters of an edit, with hashes in place of the images; empty for a request without an edit."""
     given = asked.model_dump(include=EDIT_PARAMETERS, exclude_none=True)
     return {k: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for k, v in given.items()}
 
@@ -105,3 +188,8 @@ def prefers_async(request: Request) -> bool:
     """Whether Prefer has respond-async (RFC 7240, section 4.1)."""
     headers = ",".join(request.headers.getlist("prefer"))
     return any(part.partition(";")[0].strip().lower() == "respond-async" for part in headers.split(","))
+
+
+def accept_header(request: Request) -> str:
+    """The media types that the client accepts; several headers are one list."""
+    return ", ".join(request.headers.getlist("accept"))

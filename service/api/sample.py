@@ -1,135 +1,189 @@
-"""POST and GET /sample: parameters to spec, spec to the worker, images to the client."""
+"""POST and GET /sample: parameters to spec, spec to the worker, images or an animation to the client."""
 
 import asyncio
 import uuid
-from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.conditional import matches
+from service.api.caching import cache_headers, matches
 from service.api.jobs import accept
 from service.api.negotiation import negotiate
-from service.api.preview_schemas import AnimationRequest
-from service.api.request import QUERY_PARAMETERS, REQUEST_BODY, prefers_async, read_parameters, to_job
-from service.api.result_cache import ResultCache
-from service.api.schemas import SampleRequest
+from service.api.openapi import SAMPLE_BODY, SAMPLE_QUERY, contents
+from service.api.progress import result_of
+from service.api.request import accept_header, prefers_async, read_parameters, to_job
+from service.api.schemas import AnimationRequest, SampleRequest
+from service.api.services import Services
 from service.errors import InvalidField, JobCancelled
 from service.images.animation import WEBP_VERSION
-from service.images.decoder import Decoder
 from service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
-from service.jobs.jobs import Jobs
-from service.metrics import Metrics
-from service.model_info import Limits, ModelInfo
-from service.work import JobResult
-from service.worker.recording import RecordingRoom
+from service.model_info import ModelInfo
+from service.spec import Inputs, SampleSpec
+from service.work import JobResult, Ticket
+from service.worker.recording import Recording, frame_count
 from service.worker.worker import Worker
 
 ANY_TYPE = (*MEDIA_TYPES, WEBP)
 WITH_EVERY = ", or image/webp together with the parameter `every`"
-_ANIMATION = AnimationRequest.model_json_schema()["properties"]
+MAX_ANIMATION_BYTES = 16 * 2**20  # of pixels, all frames of one job
 
 
-def sample_routes(
-    worker: Worker,
-    jobs: Jobs,
-    decoder: Decoder,
-    encoder: Encoder,
-    cache: ResultCache,
-    metrics: Metrics,
-    model: ModelInfo,
-    limits: Limits,
-) -> APIRouter:
-    """Make the routes; all the state they hold is how much of recordings there is."""
+def sample_routes(services: Services) -> APIRouter:
+    """Make the routes."""
     router = APIRouter(tags=["sample"])
-    room = RecordingRoom()
 
     async def sample(request: Request) -> Response:
-        accept_header = ", ".join(request.headers.getlist("accept"))
-        negotiate(accept_header, ANY_TYPE)  # before the body is read
-        animation, rest = AnimationRequest.split(await read_parameters(request, limits))
-        offered = MEDIA_TYPES if animation is None else (WEBP,)
-        media_type = negotiate(accept_header, offered, WITH_EVERY if animation is None else "")
-        asked = SampleRequest.parse(rest, model, limits)
-        if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
-            if animation is not None:
-                raise InvalidField.of(
-                    "every", "absent with Prefer: respond-async: a job keeps no frames", animation.every
-                )
-            answer = await accept(request, asked, jobs, decoder, model, limits)
-            answer.headers["Preference-Applied"] = "respond-async"
-            return answer
-        spec, inputs = await to_job(asked, model, limits, decoder)
-        deadline_s, is_named = asked.deadline_s, asked.seed is not None
-        del rest, asked  # which hold the uploads as they came; the job may be a long one
-        request.state.let_body_go()
-        size_bytes = animation.size_bytes(spec, model) if animation is not None else 0
-        headers = {"X-Seed": str(spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
-
-        # With a given seed the answer is a function of the spec: it has a name before it is made.
-        name = (
-            media_type
-            if animation is None
-            else f"{media_type}; every={animation.every}; show={animation.show}; {WEBP_VERSION}"
-        )
-        tag = etag(name, spec, model) if is_named and model.exact else None
-        if tag is None:
-            headers["Cache-Control"] = "no-store"
-        else:
-            headers |= {"ETag": tag, "Cache-Control": "no-cache"}
-            if matches(request, tag):
-                metrics.answered_without_work("not_modified")
-                return Response(status_code=304, headers=headers)
-            if (kept := cache.get(tag)) is not None:
-                metrics.answered_without_work("cache_hit")
-                return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=media_type)
-
-        job_id, recording = uuid.uuid4().hex, animation.recording(spec) if animation is not None else None
-        with room.taken(size_bytes):
-            ticket = worker.submit(job_id, spec, deadline_s, inputs=inputs, recording=recording)
-            result = await _finished_or_gone(request, worker, job_id, ticket.future)
-            started = asyncio.get_running_loop().time()
-            if recording is None:
-                content = await encoder.encode(media_type, spec, result.read)
-            else:
-                content = await encoder.encode_animation(recording.frames, result)
-            encode_s = asyncio.get_running_loop().time() - started
-        if tag is not None:
-            cache.put(tag, content)
-        headers |= {
-            "X-Job-ID": job_id,
-            "X-Queue-Position": str(ticket.position),
-            "X-ETA-Seconds": f"{ticket.eta_s:.3f}",
-            "Server-Timing": _server_timing(
-                queue=result.queue_s, first_step=result.first_step_s, denoise=result.denoise_s, encode=encode_s
-            ),
-        }
-        return Response(content, headers=headers, media_type=media_type)
+        return await answer(services, request)
 
     openapi: dict[str, Any] = {
-        "parameters": [
-            *QUERY_PARAMETERS,
-            *(
-                {"name": name, "in": "query", "schema": schema, "description": schema["description"]}
-                for name, schema in _ANIMATION.items()
-            ),
-        ],
-        "requestBody": REQUEST_BODY,
+        "parameters": SAMPLE_QUERY,
         "responses": {
-            "200": {"description": "The images", "content": {media_type: {} for media_type in ANY_TYPE}},
+            "200": {"description": "The images"} | contents(*ANY_TYPE),
             "202": {"description": "With Prefer: respond-async: a durable job; Location says where"},
             "304": {"description": "The client has them: If-None-Match names this answer's ETag"},
         },
     }
-    router.post("/sample", summary="Sample and wait", response_class=Response, openapi_extra=openapi)(sample)
-    openapi = {key: value for key, value in openapi.items() if key != "requestBody"}
+    with_body = openapi | {"requestBody": SAMPLE_BODY}
+    router.post("/sample", summary="Sample and wait", response_class=Response, openapi_extra=with_body)(sample)
     router.get("/sample", summary="The same, for an <img>", response_class=Response, openapi_extra=openapi)(sample)
     return router
 
 
-async def _finished_or_gone(request: Request, worker: Worker, job_id: str, future: "Future[JobResult]") -> JobResult:
+@dataclass(frozen=True, slots=True)
+class Still:
+    """An answer with the finished images, as PNG, zip or JSON."""
+
+    spec: SampleSpec
+    media_type: str
+    held_bytes: ClassVar[int] = 0  # of frames, until the job is done
+    recording: ClassVar[None] = None
+
+    @property
+    def kind(self) -> str:
+        """All but the spec that its bytes depend on."""
+        return self.media_type
+
+    async def encode(self, encoder: Encoder, result: JobResult) -> bytes:
+        """Make the body. Raises NotFinite."""
+        return await encoder.encode(self.media_type, self.spec, result.read)
+
+
+@dataclass(frozen=True, slots=True)
+class Animation:
+    """An answer with the way from noise to the images, as an animated WebP."""
+
+    spec: SampleSpec
+    asked: AnimationRequest
+    held_bytes: int
+    recording: Recording
+    media_type: ClassVar[str] = WEBP
+
+    @classmethod
+    def of(cls, spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> "Animation":
+        """Prepare to record a job's frames. Raises InvalidField where their pixels are too many."""
+        frame_bytes = spec.n * model.height_px * model.width_px * model.channels
+        most, count = max(1, MAX_ANIMATION_BYTES // frame_bytes), frame_count(asked.every, spec.num_steps)
+        if count > most:
+            least = -(-spec.num_steps // most)
+            raise InvalidField.of("every", f"at least {least} for so many images and steps", asked.every)
+        recording = Recording(asked.every, asked.show, spec.n, spec.num_steps)
+        return cls(spec, asked, frame_bytes * (count - 1), recording)  # the last frame is the result
+
+    @property
+    def kind(self) -> str:
+        """All but the spec that its bytes depend on."""
+        return f"{WEBP}; every={self.asked.every}; show={self.asked.show}; {WEBP_VERSION}"
+
+    async def encode(self, encoder: Encoder, result: JobResult) -> bytes:
+        """Make the body. Raises NotFinite."""
+        return await encoder.encode_animation(self.recording.frames, result)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A job that is wanted, and the answer that is made of it."""
+
+    answer: Still | Animation
+    inputs: Inputs | None
+    deadline_s: float | None
+    etag: str | None  # None: the answer is not a function of the request
+
+
+async def answer(services: Services, request: Request) -> Response:
+    """Sample and wait; or accept a durable job where the client prefers that."""
+    accepted = accept_header(request)
+    negotiate(accepted, ANY_TYPE)  # before the body is read
+    animation, rest = AnimationRequest.take_from(await read_parameters(request, services.limits))
+    offered, hint = (MEDIA_TYPES, WITH_EVERY) if animation is None else ((WEBP,), "")
+    media_type = negotiate(accepted, offered, hint)
+    asked = SampleRequest.parse(rest, services.model, services.limits)
+    if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
+        return await _accept(services, request, asked, animation)
+    spec, inputs = await to_job(services, asked)
+    deadline_s, has_seed = asked.deadline_s, asked.seed is not None
+    del rest, asked  # they hold the uploads as they came, and the job may take long
+    request.state.release_body()
+    made = Still(spec, media_type) if animation is None else Animation.of(spec, animation, services.model)
+    tag = etag(made.kind, spec, services.model) if has_seed and services.model.exact else None
+    job = _Job(made, inputs, deadline_s, tag)
+    return _known(services, request, job) or await _make(services, request, job)
+
+
+async def _accept(
+    services: Services, request: Request, asked: SampleRequest, animation: AnimationRequest | None
+) -> Response:
+    if animation is not None:
+        raise InvalidField.of("every", "absent with Prefer: respond-async: a job keeps no frames", animation.every)
+    response = await accept(services, request, asked)
+    response.headers["Preference-Applied"] = "respond-async"
+    return response
+
+
+def _headers(services: Services, job: _Job) -> dict[str, str]:
+    headers = {"X-Seed": str(job.answer.spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
+    return headers | cache_headers(job.etag)
+
+
+def _known(services: Services, request: Request, job: _Job) -> Response | None:
+    """The answer, if the client or the cache has it."""
+    if job.etag is None:
+        return None
+    headers = _headers(services, job)
+    if matches(request.headers.getlist("if-none-match"), request.method, job.etag):
+        services.metrics.answered_without_work("not_modified")
+        return Response(status_code=304, headers=headers)
+    if (kept := services.cache.get(job.etag)) is not None:
+        services.metrics.answered_without_work("cache_hit")
+        return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=job.answer.media_type)
+    return None
+
+
+async def _make(services: Services, request: Request, job: _Job) -> Response:
+    """Run the job and encode what comes of it."""
+    job_id, loop, made = uuid.uuid4().hex, asyncio.get_running_loop(), job.answer
+    with services.recordings.taken(made.held_bytes):
+        ticket = services.worker.submit(job_id, made.spec, job.deadline_s, inputs=job.inputs, recording=made.recording)
+        result = await _finished_or_gone(request, services.worker, job_id, ticket)
+        started_s = loop.time()
+        content = await made.encode(services.encoder, result)
+        encode_s = loop.time() - started_s
+    if job.etag is not None:
+        services.cache.put(job.etag, content)
+    headers = _headers(services, job) | {
+        "X-Job-ID": job_id,
+        "X-Queue-Position": str(ticket.position),
+        "X-ETA-Seconds": f"{ticket.eta_s:.3f}",
+        "Server-Timing": _server_timing(
+            queue=result.queue_s, first_step=result.first_step_s, denoise=result.denoise_s, encode=encode_s
+        ),
+    }
+    return Response(content, headers=headers, media_type=made.media_type)
+
+
+async def _finished_or_gone(request: Request, worker: Worker, job_id: str, ticket: Ticket) -> JobResult:
     """Wait for a job; a client that goes away frees its rows at the next tick."""
-    done = asyncio.ensure_future(asyncio.wrap_future(future))
+    done = result_of(ticket)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         waited: set[asyncio.Future[Any]] = {done, gone}
@@ -141,18 +195,11 @@ async def _finished_or_gone(request: Request, worker: Worker, job_id: str, futur
         gone.cancel()
         if not done.done():
             worker.cancel(job_id, "client_gone")
-            done.add_done_callback(_retrieve)
 
 
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _retrieve(done: "asyncio.Future[JobResult]") -> None:
-    # The cancelled job's error has no reader; without this asyncio would complain that nobody looked.
-    if not done.cancelled():
-        done.exception()
 
 
 def _server_timing(**seconds: float) -> str:

@@ -1,55 +1,30 @@
-"""What clients send and get, as pydantic models. Pydantic stays here: `to_spec` is the one crossing."""
+"""The parameters of /sample, its animations and /noise, as pydantic models. `to_spec` turns them into plain values."""
 
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-)
+from pydantic import Field
 
 from model.timesteps import SPACINGS
-from service.api.data_url import image_bytes
-from service.errors import BodyTooLarge, InvalidField, UnknownField, short
+from service.api.classes import class_bound, class_numbers
+from service.api.fields import EVERY_BOUND, MAX_SEED, SEED_BITS, SEED_BOUND, Float, Int, Picture, RequestSchema
+from service.errors import BodyTooLarge, InvalidField
 from service.model_info import Limits, ModelInfo
+from service.preview import SHOWS, Show
 from service.spec import Inputs, SampleSpec
 
-MAX_SEED = 2**64 - 1
 MAX_INDEX = 2**32 - 1
 MAX_GUIDANCE = 50.0
 MAX_DEADLINE_S = 86_400.0
-MAX_NAMES_SHOWN = 20
+PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 SHA256 = re.compile(r"[0-9a-f]{64}")
-SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
 
 
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("true and false are no numbers")
-    return value
-
-
-def _image_bytes(value: object, info: ValidationInfo) -> bytes:
-    return image_bytes(value, info.field_name or "")
-
-
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool)]
-Picture = Annotated[bytes, BeforeValidator(_image_bytes), WithJsonSchema({"type": "string", "format": "byte"})]
-
-
-class SampleRequest(BaseModel):
+class SampleRequest(RequestSchema):
     """The parameters of a sampling request, in query or JSON body. GET /model tells the bounds that vary by model."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise")
     steps: Int | None = Field(None, description="denoising steps, 1..T; default T")
@@ -89,14 +64,8 @@ class SampleRequest(BaseModel):
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
-        """Check names and types. Raises InvalidField or UnknownField for the first thing wrong."""
-        refuse_unknown(parameters, cls.model_fields)
-        try:
-            return cls.model_validate(dict(parameters))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = str(first["loc"][0])
-            raise InvalidField.of(field, _bounds(model, limits)[field], parameters[field]) from None
+        """Check names and types. Raises InvalidField, InvalidImage or UnknownField for the first thing wrong."""
+        return cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field])
 
     def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
         """Check the values against the model and the limits, and fill in what was left out. Raises InvalidField."""
@@ -123,7 +92,7 @@ class SampleRequest(BaseModel):
         require(spacing in SPACINGS, "timestep_spacing", spacing)
         require(self.deadline_s is None or 0 < self.deadline_s <= MAX_DEADLINE_S, "deadline_s", self.deadline_s)
         self._check_edit(bounds, limits.max_image_bytes)
-        labels = self._class_labels(model, bounds["class_label"])
+        labels = class_numbers(self.class_label, self.n, model)
         if self.guidance != 1.0:
             self._check_guidance(model, labels)
         return SampleSpec(
@@ -142,7 +111,7 @@ class SampleRequest(BaseModel):
         )
 
     def with_inputs(self, spec: SampleSpec, inputs: Inputs | None) -> SampleSpec:
-        """The spec with what it starts from. Raises InvalidField where that is not what it was to be."""
+        """The spec with the hashes of its inputs. Raises InvalidField where the request names other hashes."""
         if inputs is None:
             return spec
         for name, wanted, got in (
@@ -172,22 +141,6 @@ class SampleRequest(BaseModel):
             if data is not None and len(data) > max_image_bytes:
                 raise BodyTooLarge(len(data), max_image_bytes, name)
 
-    def _class_labels(self, model: ModelInfo, bound: str) -> tuple[int | None, ...] | None:
-        given = self.class_label
-        if not model.conditional:
-            if given is not None:
-                raise InvalidField.of("class_label", "absent: this model has no classes", given)
-            return None
-        if isinstance(given, list) and len(given) != self.n:
-            wanted = f"one class or a list of n={self.n}"
-            detail = f"class_label must be {wanted}, got a list of {len(given)}"
-            raise InvalidField(detail, field="class_label", value=given, bound=wanted)
-        each = given if isinstance(given, list) else [given] * self.n
-        labels = tuple(_class_number(label, model.class_names, bound) for label in each)
-        if model.null_class is None and None in labels:
-            raise InvalidField.of("class_label", f"given, {bound}", given)
-        return labels
-
     def _guidance_interval(self, bound: str, num_timesteps: int) -> tuple[int, int] | None:
         given = self.guidance_interval
         if given is None:
@@ -206,14 +159,40 @@ class SampleRequest(BaseModel):
             raise InvalidField.of("guidance", "1 (off) where an image has no class_label", self.guidance)
 
 
-def refuse_unknown(parameters: Mapping[str, Any], known_names: Collection[str]) -> None:
-    """Raise UnknownField for the first parameter that has none of the known names."""
-    for name in parameters:
-        if name in known_names:
-            continue
-        known = ", ".join(known_names)
-        detail = f"there is no parameter {short(name)!r}; known: {known}"
-        raise UnknownField(detail, field=name, value=parameters[name], bound=f"one of {known}")
+class AnimationRequest(RequestSchema):
+    """What an animation of a job shows; beside the parameters of SampleRequest."""
+
+    every: Int = Field(ge=1, description="with Accept: image/webp, a frame after every so many steps of each image")
+    show: Show = Field("x_t", description="what its frames show: x_t (the latent) or x_0 (the network's guess)")
+
+    @classmethod
+    def take_from(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:
+        """Check an animation's parameters, None where there are none, and return the rest. Raises InvalidField."""
+        own, rest = cls.divide(parameters)
+        if not own:
+            return None, rest
+        if "every" not in own:
+            raise InvalidField.of("show", "absent where no animation is asked for by `every`", own["show"])
+        bounds = {"every": EVERY_BOUND, "show": f"one of {', '.join(SHOWS)}"}
+        return cls.from_parameters(own, bounds.__getitem__), rest
+
+
+class NoiseRequest(RequestSchema):
+    """How far an image is to go towards noise, and with which noise; in the query or in the form."""
+
+    t: Int = Field(description="the timestep, 0 (least noise) .. T-1; required")
+    seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any], model: ModelInfo) -> "NoiseRequest":
+        """Check names, types and bounds. Raises InvalidField or UnknownField for the first thing wrong."""
+        bounds = {"t": f"an integer in 0..{model.num_timesteps - 1}", "seed": SEED_BOUND}
+        request = cls.from_parameters(parameters, bounds.__getitem__)
+        if not 0 <= request.t < model.num_timesteps:
+            raise InvalidField.of("t", bounds["t"], request.t)
+        if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
+            raise InvalidField.of("seed", bounds["seed"], request.seed)
+        return request
 
 
 def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
@@ -223,9 +202,9 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "steps": f"an integer in 1..{model.num_timesteps}",
         "sampler": f"one of {', '.join(model.samplers)}",
         "eta": "a number in 0..1",
-        "seed": f"an integer in 0..{MAX_SEED}",
+        "seed": SEED_BOUND,
         "index": f"an integer in 0..{MAX_INDEX} less n - 1",
-        "class_label": f"a class or a list of them: {_classes(model)}",
+        "class_label": class_bound(model),
         "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
         "guidance_interval": f"two integers [lo, hi] with 0 <= lo <= hi <= {model.num_timesteps - 1}",
         "timestep_spacing": f"one of {', '.join(SPACINGS)}",
@@ -237,25 +216,6 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "image_sha256": "64 hexadecimal digits, in small letters",
         "mask_sha256": "64 hexadecimal digits, in small letters",
     }
-
-
-def _classes(model: ModelInfo) -> str:
-    names = model.class_names
-    if not names:
-        return "none, as this model has no classes"
-    shown = ", ".join(names) if len(names) <= MAX_NAMES_SHOWN else "a name that GET /model lists"
-    return f"0..{len(names) - 1} or {shown}"
-
-
-def _class_number(label: int | str | None, names: tuple[str, ...], bound: str) -> int | None:
-    if label is None:
-        return None
-    if isinstance(label, str) and label in names:
-        return names.index(label)
-    number = int(label) if isinstance(label, int) or (label.isdecimal() and len(label) < 10) else -1
-    if not 0 <= number < len(names):
-        raise InvalidField.of("class_label", bound, label)
-    return number
 
 
 def parameters_of(spec: SampleSpec) -> dict[str, Any]:

@@ -6,72 +6,56 @@ import logging
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
-from service.api import parameters
-from service.api.preview_schemas import PreviewRequest
+from service.api.previews import StreamRequest
 from service.api.problems import render
-from service.api.progress import Countdown, Standings
-from service.api.request import to_job
+from service.api.progress import Countdown, result_of
+from service.api.request import from_body, to_job
 from service.api.schemas import SampleRequest
-from service.api.stream_limits import Streams
+from service.api.services import Services
 from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
-from service.images.decoder import Decoder
-from service.images.encoder import PNG, Encoder
-from service.metrics import Metrics
-from service.model_info import Limits, ModelInfo
+from service.images.encoder import PNG
+from service.model_info import ModelInfo
 from service.preview import Frame, Watch
 from service.spec import Inputs, SampleSpec
 from service.work import JobResult, Ticket, timesteps_of
 from service.worker.mailbox import Mailbox
-from service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_S = 10.0  # from connecting to the spec
 NEXT_MESSAGE_S = 60.0  # between two jobs
-SEND_S = 60.0  # for a message to leave: a reader that takes nothing is let go
+SEND_S = 60.0  # for a message to leave: a client that reads nothing is disconnected
 NORMAL = 1000
 
 
-def stream_routes(
-    worker: Worker,
-    standings: Standings,
-    decoder: Decoder,
-    encoder: Encoder,
-    streams: Streams,
-    metrics: Metrics,
-    model: ModelInfo,
-    limits: Limits,
-    allowed_origins: frozenset[str] = frozenset(),
-) -> APIRouter:
-    """Make the route; it holds no state of its own.
-
-    allowed_origins: whose pages may connect, beside the server's own; "*" is any.
-    """
+def stream_routes(services: Services) -> APIRouter:
+    """Make the route."""
     router = APIRouter(tags=["sample"])
 
     @router.websocket("/sample/stream")
     async def stream(ws: WebSocket) -> None:
         try:
-            _check_origin(ws, allowed_origins)
-            with streams.opened(ws.client.host if ws.client else ""):
+            _check_origin(ws, services.allowed_origins)
+            with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
-                await _Stream(ws, worker, standings, decoder, encoder, streams, metrics, model, limits).serve()
+                await _Stream(services, ws).serve()
         except ServiceError as refusal:  # before it was accepted
-            metrics.rejected(refusal.code)
+            services.metrics.rejected(refusal.code)
             await ws.send_denial_response(render(refusal))
 
     return router
 
 
 def _check_origin(ws: WebSocket, allowed: frozenset[str]) -> None:
-    """Refuse pages of other sites: a browser would let them connect. What is no browser sends no Origin.
+    """Refuse pages of other sites: a browser would let them connect. Clients that are not browsers send no Origin.
 
-    The scheme is not looked at: a proxy that ends TLS would hide it.
+    The scheme is not compared: a proxy that ends TLS would hide it.
     """
     origin = ws.headers.get("origin")
     if origin is None or "*" in allowed or origin.lower() in allowed:
@@ -80,24 +64,21 @@ def _check_origin(ws: WebSocket, allowed: frozenset[str]) -> None:
         raise ForeignOrigin(f"pages of {short(origin)} may not connect here", field="Origin", value=origin)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What one message asks for."""
+
+    preview: StreamRequest
+    spec: SampleSpec
+    inputs: Inputs | None
+    deadline_s: float | None
+
+
 class _Stream:
     """One connection. Jobs run over it one after the other."""
 
-    def __init__(
-        self,
-        ws: WebSocket,
-        worker: Worker,
-        standings: Standings,
-        decoder: Decoder,
-        encoder: Encoder,
-        streams: Streams,
-        metrics: Metrics,
-        model: ModelInfo,
-        limits: Limits,
-    ) -> None:
-        self._ws, self._worker, self._standings, self._streams = ws, worker, standings, streams
-        self._decoder, self._encoder = decoder, encoder
-        self._metrics, self._model, self._limits = metrics, model, limits
+    def __init__(self, services: Services, ws: WebSocket) -> None:
+        self._services, self._ws = services, ws
 
     async def serve(self) -> None:
         """Run jobs until the client has no more, goes away or does something wrong. Raises nothing."""
@@ -106,10 +87,11 @@ class _Stream:
                 patience_s, keep_open = FIRST_MESSAGE_S, True
                 while keep_open:
                     message = await self._next_spec(patience_s)
-                    with self._streams.busy():
+                    with self._services.streams.busy():
                         asked = await self._understand(message)
                         del message  # it may have megabytes, and the job an hour
-                        keep_open = await self._job(*asked)
+                        await self._job(asked)
+                    keep_open = asked.preview.keep_open
                     patience_s = NEXT_MESSAGE_S
                 await self._close(NORMAL)
             except (WebSocketDisconnect, TimeoutError):
@@ -123,13 +105,13 @@ class _Stream:
             log.error("a stream ended by an error", exc_info=error)
             error = ServiceError("something went wrong on the server; its log has the details")
         elif error.refusal:
-            self._metrics.rejected(error.code)
-        with self._streams.busy():
+            self._services.metrics.rejected(error.code)
+        with self._services.streams.busy():
             await self._send(_error_message(error))
             await self._close(error.ws_close, error.code)
 
     async def _next_spec(self, patience_s: float) -> dict[str, Any]:
-        """Wait for the parameters of a job. A cancel that crossed a job's end is let pass."""
+        """Wait for the parameters of a job. A cancel that came after a job's end is ignored."""
         try:
             async with asyncio.timeout(patience_s):
                 while (message := await self._receive()).get("type") == "cancel":
@@ -147,73 +129,64 @@ class _Stream:
             what = "an empty" if text is not None else "a binary"
             raise MalformedMessage(f"a JSON object in a text message is expected, got {what} one")
         try:
-            return parameters.from_body(text.encode(), self._limits.max_body_bytes)
+            return from_body(text.encode(), self._services.limits.max_body_bytes)
         except BodyTooLarge:
             raise
         except ServiceError as error:
             raise MalformedMessage(error.detail.replace("the body", "the message")) from None
 
-    async def _understand(
-        self, message: dict[str, Any]
-    ) -> tuple[PreviewRequest, SampleSpec, Inputs | None, float | None]:
-        """What a message asks for."""
-        preview, rest = PreviewRequest.split(message)
-        asked = SampleRequest.parse(rest, self._model, self._limits)
-        spec, inputs = await to_job(asked, self._model, self._limits, self._decoder)
-        return preview, spec, inputs, asked.deadline_s
+    async def _understand(self, message: dict[str, Any]) -> _Asked:
+        own, rest = StreamRequest.divide(message)
+        preview = StreamRequest.parse(own)
+        asked = SampleRequest.parse(rest, self._services.model, self._services.limits)
+        spec, inputs = await to_job(self._services, asked)
+        return _Asked(preview, spec, inputs, asked.deadline_s)
 
-    async def _job(
-        self, preview: PreviewRequest, spec: SampleSpec, inputs: Inputs | None, deadline_s: float | None
-    ) -> bool:
-        """Run one job and say whether another may follow."""
+    async def _job(self, asked: _Asked) -> None:
+        """Run one job, and send what comes of it."""
         job_id = uuid.uuid4().hex
-        mailbox = Mailbox(asyncio.get_running_loop(), self._metrics.frame_dropped)
-        watch = Watch(preview.pace, preview.shows, mailbox.put)
-        ticket = self._worker.submit(job_id, spec, deadline_s, watch, inputs=inputs)
-        done = asyncio.ensure_future(asyncio.wrap_future(ticket.future))
-        done.add_done_callback(_retrieve)
-        tasks = [asyncio.ensure_future(self._listen())]
+        mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
+        watch = Watch(asked.preview.pace, asked.preview.shows, mailbox.put)
+        ticket = self._services.worker.submit(job_id, asked.spec, asked.deadline_s, watch, inputs=asked.inputs)
+        done = result_of(ticket)
+        tasks = [listening := asyncio.ensure_future(self._listen())]
         try:
-            await self._send(
-                {
-                    "type": "accepted",
-                    "id": job_id,
-                    "seed": spec.seed,
-                    "eta_s": round(ticket.eta_s, 3),
-                    "position": ticket.position,
-                    "fingerprint": self._model.fingerprint,
-                }
-            )
-            tasks.append(asyncio.ensure_future(self._show(mailbox, preview, spec, job_id, ticket)))
-            listening, showing = tasks
+            await self._send(_accepted_message(job_id, asked.spec, ticket, self._services.model))
+            tasks.append(showing := asyncio.ensure_future(self._show(mailbox, asked, job_id, ticket)))
             any_of: set[asyncio.Future[Any]] = {done, listening, showing}
             await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
             mailbox.close()
-            heard = listening.exception() if listening.done() else None
-            if not done.done():
-                asked_to = listening.done() and heard is None
-                self._worker.cancel(job_id, "client_cancelled" if asked_to else "client_gone")
-            if isinstance(heard, WebSocketDisconnect):
-                raise heard
-            listening.cancel()  # what the client says from here on is about its next job
-            await asyncio.wait([listening])
+            error = await self._stop_listening(listening, done, job_id)
             await showing  # a frame that is on its way goes out whole
-            if heard is not None:
-                raise heard
+            if error is not None:
+                raise error
             try:
                 result = await done
             except JobCancelled:
                 await self._send({"type": "cancelled", "id": job_id})
             else:
-                await self._deliver(spec, preview, result, mailbox.dropped)
-            return preview.keep_open
+                await self._deliver(asked, result, mailbox.dropped)
         finally:
             mailbox.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if not done.done():
-                self._worker.cancel(job_id, "client_gone")
+                self._services.worker.cancel(job_id, "client_gone")
+
+    async def _stop_listening(
+        self, listening: "asyncio.Task[None]", done: "asyncio.Future[JobResult]", job_id: str
+    ) -> BaseException | None:
+        """Cancel the job if it still runs, and return what the client did wrong. Raises WebSocketDisconnect."""
+        error = listening.exception() if listening.done() else None
+        if not done.done():
+            was_asked = listening.done() and error is None
+            self._services.worker.cancel(job_id, "client_cancelled" if was_asked else "client_gone")
+        if isinstance(error, WebSocketDisconnect):
+            raise error
+        listening.cancel()  # what the client says from here on is about its next job
+        await asyncio.wait([listening])
+        return error
 
     async def _listen(self) -> None:
         """Return when the client cancels. Raises for anything else it says, and when it goes away."""
@@ -221,16 +194,15 @@ class _Stream:
         if message.get("type") != "cancel":
             raise MalformedMessage('while a job runs only {"type": "cancel"} is understood')
 
-    async def _show(
-        self, mailbox: Mailbox, preview: PreviewRequest, spec: SampleSpec, job_id: str, ticket: Ticket
-    ) -> None:
+    async def _show(self, mailbox: Mailbox, asked: _Asked, job_id: str, ticket: Ticket) -> None:
         """Send frames until the mailbox is closed."""
-        timesteps = timesteps_of(spec, self._model)
-        countdown = Countdown(self._standings, job_id, ticket.eta_s)
+        preview, spec = asked.preview, asked.spec
+        timesteps = timesteps_of(spec, self._services.model)
+        countdown = Countdown(self._services.standings, job_id, ticket.eta_s)
         while (frame := await mailbox.take()) is not None:
             try:
-                pictures = await self._encoder.encode_frame(frame, preview.frame_format, preview.layout)
-            except Exception:  # it is not worth the job
+                pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
+            except Exception:  # a lost frame does not end the job
                 log.exception("a frame of job %s could not be encoded", job_id)
                 continue
             left_s = await countdown.left_s()
@@ -239,11 +211,11 @@ class _Stream:
                     message = _frame_message(frame, spec, timesteps[frame.step], show, left_s)
                     await self._send(message if image is None else message | {"image": spec.index + image})
                     await self._send(picture)
-            self._metrics.frame_sent()
+            self._services.metrics.frame_sent()
 
-    async def _deliver(self, spec: SampleSpec, preview: PreviewRequest, result: JobResult, dropped: int) -> None:
+    async def _deliver(self, asked: _Asked, result: JobResult, dropped: int) -> None:
         """Send the end: what it took, and the picture or pictures."""
-        pictures = await self._encoder.encode_pictures(preview.layout, spec, result)
+        pictures = await self._services.encoder.encode_pictures(asked.preview.layout, asked.spec, result)
         times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}
         await self._send(
             {"type": "done", "media_type": PNG, "images": len(pictures), "frames_dropped": dropped}
@@ -265,17 +237,22 @@ class _Stream:
 
 @contextmanager
 def _gone() -> Iterator[None]:
-    """Tell a connection that uvicorn closed by itself (a message too big, no answer to a ping) as one that is gone."""
+    """Turn the error of a connection that uvicorn has closed (a message too big, no pong) into WebSocketDisconnect."""
     try:
         yield
     except RuntimeError:
         raise WebSocketDisconnect(1006) from None
 
 
-def _retrieve(done: "asyncio.Future[JobResult]") -> None:
-    # Where the client is gone nobody looks at the error, and asyncio would complain.
-    if not done.cancelled():
-        done.exception()
+def _accepted_message(job_id: str, spec: SampleSpec, ticket: Ticket, model: ModelInfo) -> dict[str, Any]:
+    return {
+        "type": "accepted",
+        "id": job_id,
+        "seed": spec.seed,
+        "eta_s": round(ticket.eta_s, 3),
+        "position": ticket.position,
+        "fingerprint": model.fingerprint,
+    }
 
 
 def _frame_message(frame: Frame, spec: SampleSpec, t: int, show: str, eta_s: float) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastapi import FastAPI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
@@ -98,11 +97,12 @@ class Site:
         self.engine = FakeEngine(info)
         sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=max(2, limits.max_batch // 2))
         store = SqliteStore(state_file)
-        self.app: FastAPI = create_app(self.engine, limits, tick_times, sharing, store, allowed_origins)
+        application = create_app(self.engine, limits, tick_times, sharing, store, allowed_origins)
+        self.app, self.worker, self.streams = application.app, application.worker, application.streams
         self.client = TestClient(self.app, raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:
-        wait_until(lambda: self.app.state.worker.ready)
+        wait_until(lambda: self.worker.ready)
         while not self.engine.begun.empty():
             self.engine.begun.get()
 

@@ -153,7 +153,8 @@ def test_no_http_exception_below_the_routes(file: Path) -> None:
         "service.model_info",
         "service.preview",
         "service.errors",
-        "service.api.result_cache",
+        "service.api.caching",
+        "service.api.classes",
     ],
 )
 def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:

@@ -52,16 +52,18 @@ def asked(make_site: MakeSite) -> Any:
         site.engine.gate.open()
 
 
-# --- who waits and who runs ---
+# --- jobs that wait and run ---
 
 
-def test_nobody_is_there(site: Site) -> None:
+def test_without_jobs_the_list_is_empty(site: Site) -> None:
     assert site.client.get("/jobs").json() == {"jobs": [], "next": None}
     site.post(json={"steps": 1})
-    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}, "who is done is gone"
+    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}, (
+        "a finished job that is not durable is not listed"
+    )
 
 
-def test_jobs_lists_who_waits_and_runs_with_place_and_time(asked: Asked) -> None:
+def test_waiting_and_running_jobs_are_listed_with_position_and_time(asked: Asked) -> None:
     first = asked.post(n=2, steps=4, seed=7, sampler="ddim")
     asked.site.engine.next_begun()
     asked.wait_for(1)
@@ -142,7 +144,7 @@ def test_a_method_that_a_job_does_not_know_is_answered_with_those_it_does(site: 
 # --- giving one up ---
 
 
-def test_deleting_a_waiting_job_frees_it_and_answers_who_waits(asked: Asked) -> None:
+def test_deleting_a_waiting_job_frees_it_and_answers_its_client(asked: Asked) -> None:
     running = asked.post(n=2, steps=4, seed=7)
     asked.site.engine.next_begun()
     asked.wait_for(1)

@@ -130,9 +130,9 @@ def test_a_colour_model_gives_colour(make_site: MakeSite) -> None:
 @pytest.fixture(scope="module")
 def real(tiny: Checkpoint) -> Iterator[TestClient]:
     engine = Engine(tiny, EagerExecutor(tiny.net, torch.device("cpu")), torch.device("cpu"), max_rows=8, max_jobs=4)
-    app = create_app(engine, replace(LIMITS, max_rows=8), ((1, 1e-6), (8, 1e-6)), Sharing.of(8), SqliteStore(None))
-    with TestClient(app) as client:
-        wait_until(lambda: app.state.worker.ready)
+    made = create_app(engine, replace(LIMITS, max_rows=8), ((1, 1e-6), (8, 1e-6)), Sharing.of(8), SqliteStore(None))
+    with TestClient(made.app) as client:
+        wait_until(lambda: made.worker.ready)
         yield client
 
 
@@ -246,7 +246,7 @@ def test_two_images_are_a_problem(site: Site) -> None:
     assert document["field"] == "image"
 
 
-def test_a_file_that_nobody_asked_for_is_a_problem(site: Site) -> None:
+def test_a_file_of_another_name_is_a_problem(site: Site) -> None:
     document = problem(post_form(site, {"image": CAT, "mask": CAT}, t=5), 422, "unknown_field")
     assert (document["field"], document["bound"]) == ("mask", "image")
 
@@ -355,7 +355,7 @@ def test_bodies_held_at_once_are_bounded_all_together(make_site: MakeSite, monke
     monkeypatch.setattr(Limits, "max_edit_bytes", 100_000)
     site = make_site(max_image_bytes=100_000)
     tag = post(site, t=5, seed=1).headers["etag"]
-    worker, asked = site.app.state.worker, []
+    worker, asked = site.worker, []
     run = worker.run
     monkeypatch.setattr(worker, "run", lambda act: asked.append(act) or run(act))
     site.engine.gate.shut()
@@ -373,14 +373,14 @@ def test_bodies_held_at_once_are_bounded_all_together(make_site: MakeSite, monke
         site.engine.gate.open()
         assert first.result().status_code == 200
         assert job.result().status_code == 200
-    assert post(site, large, t=5).status_code == 200, "what was held is let go"
+    assert post(site, large, t=5).status_code == 200, "what was held is released"
 
 
 # --- beside the jobs ---
 
 
 def test_it_goes_between_ticks_and_one_at_a_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, asked = site.app.state.worker, []
+    worker, asked = site.worker, []
 
     def run(act: Any, really: Any = worker.run) -> Any:
         assert all(future.done() for future in asked)
@@ -420,7 +420,7 @@ def test_before_the_warm_up_it_is_not_ready(make_site: MakeSite) -> None:
 
 
 def test_a_draining_server_refuses(site: Site) -> None:
-    site.app.state.worker.drain()
+    site.worker.drain()
     problem(post(site, t=5), 503, "draining")
 
 

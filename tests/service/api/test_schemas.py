@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.schemas import MAX_SEED, SEED_BITS, SampleRequest
+from service.api.fields import MAX_SEED, SEED_BITS
+from service.api.schemas import SampleRequest
 from service.errors import InvalidField, ServiceError, UnknownField
 from service.model_info import ModelInfo
 from service.spec import SampleSpec

@@ -273,7 +273,7 @@ def test_a_frame_that_cannot_be_encoded_is_left_out(site: Site, monkeypatch: pyt
         assert client.closed()[0] == 1000
 
 
-def test_what_nobody_foresaw_is_an_internal_error_and_its_reason_is_in_the_log(
+def test_an_unexpected_error_is_an_internal_error_and_its_reason_is_in_the_log(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
@@ -453,7 +453,7 @@ def test_pages_of_origins_that_are_allowed_may_connect(origins: set[str]) -> Non
             assert client.closed() == (1000, "")
 
 
-def test_one_address_has_so_many_streams_and_no_more(make_site: MakeSite) -> None:
+def test_the_streams_of_one_address_are_bounded(make_site: MakeSite) -> None:
     site = make_site(max_streams_per_address=2)
     with connect(site), connect(site):
         with pytest.raises(WebSocketDenialResponse) as caught, connect(site):
@@ -467,7 +467,7 @@ def test_one_address_has_so_many_streams_and_no_more(make_site: MakeSite) -> Non
     assert site.metrics()['tminus_rejected_total{"reason": "too_many_streams"}'] == 1
 
 
-def test_all_addresses_together_have_so_many_streams_and_no_more(make_site: MakeSite) -> None:
+def test_the_streams_of_all_addresses_together_are_bounded(make_site: MakeSite) -> None:
     site = make_site(max_streams=1)
     with connect(site):
         with pytest.raises(WebSocketDenialResponse) as caught, connect(site):

@@ -68,7 +68,7 @@ class Served(Site):
             yield self
         finally:
             self.engine.gate.open()
-            self.app.state.worker.close()
+            self.worker.close()
             server.should_exit = True
             thread.join(PATIENCE_S)
             listener.close()
@@ -349,7 +349,7 @@ def test_a_job_is_cancelled_and_says_so(served: Served, connect: Connect) -> Non
         got.append(message)
         if isinstance(message, Accepted):
             watching.cancel()
-            wait_until(lambda: served.app.state.worker._commands.qsize() > 1)  # the job, and that it is cancelled
+            wait_until(lambda: served.worker._commands.qsize() > 1)  # the job, and that it is cancelled
             served.engine.gate.open()
     assert isinstance(got[-1], Cancelled)
     assert got[-1].id == got[0].id
@@ -380,7 +380,7 @@ def test_a_server_that_stops_under_a_job_is_unreachable(served: Served, connect:
     messages = iter(connect(served.url, patience_s=60).watch(steps=2))
     assert isinstance(next(messages), Accepted)
     threading.Timer(0.2, served.engine.gate.open).start()
-    served.app.state.worker.close()
+    served.worker.close()
     with pytest.raises(ClientError) as caught:
         list(messages)
     assert isinstance(caught.value, Problem | Unreachable), "and it is not tried again: the job is another one"

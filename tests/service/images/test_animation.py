@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.api.preview_schemas import MAX_ANIMATION_BYTES
+from service.api.sample import MAX_ANIMATION_BYTES
 from service.images.animation import FRAME_MS, LAST_MS
 from service.images.encoder import contact_sheet
 from tests.service.conftest import MakeSite, Site, problem

@@ -49,7 +49,7 @@ def events(text: str) -> list[tuple[str, dict[str, Any], str | None]]:
 
 def wait_for_viewer(site: Site) -> None:
     """The worker hears of who looks on before its next tick."""
-    wait_until(lambda: site.app.state.streams._open.total() == 1)
+    wait_until(lambda: site.streams._open.total() == 1)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ class Restarts:
     def stop(self) -> None:
         """As SIGTERM does, without the waiting: accepted jobs stay."""
         if self.site is not None:
-            self.site.app.state.worker.drain()
+            self.site.worker.drain()
             self.site.engine.gate.open()
             self.site.client.__exit__(None, None, None)
             assert self.site.engine.jobs == {}
@@ -278,7 +278,7 @@ def test_delete_cancels_a_running_job_and_then_forgets_it(held: Site) -> None:
     held.engine.next_begun()
     with ThreadPoolExecutor(1) as pool:
         deleting = pool.submit(held.client.delete, f"/jobs/{job_id}")
-        wait_until(lambda: not held.app.state.worker._commands.empty())
+        wait_until(lambda: not held.worker._commands.empty())
         held.engine.gate.open()
         assert deleting.result(PATIENCE_S).status_code == 204
     assert state(held, job_id) == "cancelled"
@@ -294,7 +294,7 @@ def test_cancel_gives_a_job_up_and_leaves_one_that_has_ended_as_it_is(held: Site
     held.engine.next_begun()
     with ThreadPoolExecutor(1) as pool:
         cancelling = pool.submit(held.client.post, f"/jobs/{job_id}/cancel")
-        wait_until(lambda: not held.app.state.worker._commands.empty())
+        wait_until(lambda: not held.worker._commands.empty())
         held.engine.gate.open()
         assert cancelling.result(PATIENCE_S).json()["state"] == "cancelled"
     again = held.client.post(f"/jobs/{job_id}/cancel")
@@ -551,7 +551,7 @@ def test_who_waits_behind_a_job_that_is_deleted_need_not_wait_longer(restarts: R
     wait_until(lambda: not site.engine.begun.empty())
     with ThreadPoolExecutor(2) as pool:
         deleting = [pool.submit(site.client.delete, f"/jobs/{job_id}") for job_id in ids[:2]]
-        wait_until(lambda: not site.app.state.worker._commands.empty())
+        wait_until(lambda: not site.worker._commands.empty())
         site.engine.gate.open()
         assert [each.result(PATIENCE_S).status_code for each in deleting] == [204, 204]
     assert wait_for(site, ids[2])["state"] == "done"
@@ -567,7 +567,7 @@ def test_a_crash_is_counted_only_for_those_that_were_in_hand(restarts: Restarts)
     for _ in range(3):
         site.engine.on_remove = crash
         site.engine.gate.open()
-        wait_until(lambda site=site: site.app.state.worker.crashed)  # type: ignore[misc]
+        wait_until(lambda site=site: site.worker.crashed)  # type: ignore[misc]
         site.engine.jobs.clear()
         restarts.stop()
         site = restarts.start(shut=True, max_batch=2)
@@ -580,7 +580,7 @@ def test_suspended_work_is_not_counted_as_saved(restarts: Restarts) -> None:
     site = restarts.start(shut=True)
     post(site, {"steps": 900})
     site.engine.next_begun()
-    worker = site.app.state.worker
+    worker = site.worker
     worker.drain()
     site.engine.gate.open()
     wait_until(lambda: not worker.alive)
@@ -618,7 +618,7 @@ def test_a_worker_that_crashes_again_and_again_with_a_job_fails_it(restarts: Res
         assert state(site, job_id) in ("waiting", "running"), attempt
         site.engine.on_remove = crash  # in _deliver, which nothing catches
         site.engine.gate.open()
-        wait_until(lambda site=site: site.app.state.worker.crashed)  # type: ignore[misc]
+        wait_until(lambda site=site: site.worker.crashed)  # type: ignore[misc]
         site.engine.jobs.clear()
         restarts.stop()
         site = restarts.start(shut=True)
@@ -631,7 +631,7 @@ def test_those_who_look_on_are_let_go_when_the_server_stops(restarts: Restarts) 
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(site.client.get, f"/jobs/{job_id}/events?every=1")
         wait_for_viewer(site)
-        site.app.state.worker.drain()
+        site.worker.drain()
         site.engine.gate.open()
         text = reading.result(PATIENCE_S).text
     assert not {"done", "failed", "cancelled"} & {name for name, _, _ in events(text)}, "it has not ended"

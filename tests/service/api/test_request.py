@@ -5,37 +5,43 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.api.parameters import from_body, from_query, merge
+from service.api import request
+from service.api.request import from_items, merge
 from service.errors import ConflictingField, MalformedBody
+
+
+def from_body(body: bytes) -> dict[str, Any]:
+    return request.from_body(body, max_bytes=2**20)
+
 
 # --- query ---
 
 
 def test_query_items_are_taken_as_text() -> None:
-    assert from_query([("n", "8"), ("sampler", "ddim")]) == {"n": "8", "sampler": "ddim"}
-    assert from_query([]) == {}
+    assert from_items([("n", "8"), ("sampler", "ddim")]) == {"n": "8", "sampler": "ddim"}
+    assert from_items([]) == {}
 
 
 def test_class_label_may_repeat_and_keeps_its_order() -> None:
-    assert from_query([("class_label", "2"), ("n", "2"), ("class_label", "cat")]) == {
+    assert from_items([("class_label", "2"), ("n", "2"), ("class_label", "cat")]) == {
         "class_label": ["2", "cat"],
         "n": "2",
     }
 
 
 def test_one_class_label_is_no_list() -> None:
-    assert from_query([("class_label", "2")]) == {"class_label": "2"}
+    assert from_items([("class_label", "2")]) == {"class_label": "2"}
 
 
 def test_a_field_repeated_with_another_value_conflicts() -> None:
     with pytest.raises(ConflictingField) as caught:
-        from_query([("steps", "5"), ("steps", "6")])
+        from_items([("steps", "5"), ("steps", "6")])
     error = caught.value
     assert (error.status, error.code, error.field, error.value) == (422, "conflicting_field", "steps", ["5", "6"])
 
 
 def test_a_field_repeated_with_the_same_value_is_one() -> None:
-    assert from_query([("steps", "5"), ("steps", "5")]) == {"steps": "5"}
+    assert from_items([("steps", "5"), ("steps", "5")]) == {"steps": "5"}
 
 
 # --- body ---

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.result_cache import ResultCache
+from service.api.caching import ResultCache
 from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO
 
@@ -245,6 +245,6 @@ def test_a_failure_is_not_kept(make_site: MakeSite) -> None:
 def test_a_draining_server_still_answers_what_costs_nothing(make_site: MakeSite) -> None:
     site = make_site(result_cache_bytes=A_MEGABYTE)
     first = site.post(json=ASKED)
-    site.app.state.worker.drain()
+    site.worker.drain()
     assert site.post(json=ASKED).content == first.content
     assert site.post(json=ASKED | {"seed": 6}).status_code == 503

@@ -1,0 +1,185 @@
+"""The JSON documents that clients get, as pydantic models, apart from the values inside: those may be renamed."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from service.api.schemas import parameters_of
+from service.jobs.store import now_us
+from service.jobs.views import STATES, JobView
+from service.model_info import Limits, ModelInfo
+
+
+class JobAnswer(BaseModel):
+    """A job, as all of /jobs tells of it. What is not known, or has not happened yet, is null."""
+
+    id: str
+    state: str = Field(json_schema_extra={"enum": list(STATES)})
+    durable: bool = Field(description="whether it is finished whatever happens to client and server")
+    step: int | None = Field(description="how many steps its images have taken, on average")
+    steps: int = Field(description="how many steps each image takes")
+    n: int = Field(description="how many images")
+    sampler: str
+    seed: int
+    position: int | None = Field(description="how many jobs go before it")
+    eta_s: float | None = Field(description="seconds until it should be done")
+    age_s: float = Field(description="seconds since it was accepted")
+    created: str = Field(description="when it was accepted: ISO 8601, UTC")
+    finished: str | None = Field(description="when it ended: ISO 8601, UTC")
+    fingerprint: str | None = Field(description="of the build that made its images")
+    parameters: dict[str, Any] = Field(description="those of POST /sample that make the same images again")
+    problem: dict[str, Any] | None = Field(description="why it failed: the members of a problem document")
+
+    @classmethod
+    def of(cls, view: JobView) -> "JobAnswer":
+        """Say what is known of a job now."""
+        record = view.record
+        return cls(
+            id=record.id,
+            state=view.state,
+            durable=view.durable,
+            step=view.step,
+            steps=record.spec.num_steps,
+            n=record.spec.n,
+            sampler=record.spec.sampler,
+            seed=record.spec.seed,
+            position=view.position,
+            eta_s=None if view.eta_s is None else round(view.eta_s, 3),
+            age_s=round(max(0, now_us() - record.created_us) / 1e6, 3),
+            created=_iso(record.created_us),
+            finished=None if record.finished_us is None else _iso(record.finished_us),
+            fingerprint=record.fingerprint,
+            parameters=parameters_of(record.spec),
+            problem=None if record.problem is None else dict(record.problem),
+        )
+
+
+class JobPage(BaseModel):
+    """Some jobs, the newest first."""
+
+    jobs: list[JobAnswer]
+    next: str | None = Field(description="`before` of the next page; null on the last one")
+
+
+class LimitsAnswer(BaseModel):
+    """The bounds that requests are held to."""
+
+    max_n: int = Field(description="images of a request")
+    max_batch: int = Field(description="places in one forward pass")
+    max_rows: int = Field(description="images that are denoised at once")
+    max_jobs: int
+    max_backlog_s: float = Field(description="seconds of work that may wait")
+    max_body_bytes: int = Field(description="of a body, images in it apart")
+    max_image_bytes: int
+    result_cache_bytes: int
+    keep_jobs_s: float = Field(description="how long an ended durable job is kept")
+    keep_jobs_bytes: int
+    max_streams: int
+    max_streams_per_address: int
+
+    @classmethod
+    def of(cls, limits: Limits) -> "LimitsAnswer":
+        """Say what they are."""
+        return cls(
+            max_n=limits.max_n,
+            max_batch=limits.max_batch,
+            max_rows=limits.max_rows,
+            max_jobs=limits.max_jobs,
+            max_backlog_s=limits.max_backlog_s,
+            max_body_bytes=limits.max_body_bytes,
+            max_image_bytes=limits.max_image_bytes,
+            result_cache_bytes=limits.result_cache_bytes,
+            keep_jobs_s=limits.keep_jobs_s,
+            keep_jobs_bytes=limits.keep_jobs_bytes,
+            max_streams=limits.max_streams,
+            max_streams_per_address=limits.max_streams_per_address,
+        )
+
+
+class ModelAnswer(BaseModel):
+    """What is loaded, and how it runs."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    height_px: int
+    width_px: int
+    channels: int
+    num_timesteps: int = Field(description="T")
+    beta_schedule: str
+    prediction_type: str
+    variance_type: str
+    timestep_spacings: dict[str, str] = Field(description="by sampler, for requests that name none")
+    steps_offset: int
+    clip: bool = Field(description="whether x_0 is clipped, for requests that do not say")
+    samplers: list[str]
+    default_sampler: str
+    conditional: bool
+    class_names: list[str]
+    null_class: int | None
+    weights_hash: str = Field(description="SHA-256 of the weights")
+    fingerprint: str = Field(description="of the build: the same one gives the same bytes")
+    device: str
+    executor: str
+    precision: str
+    executor_details: str
+    exact: bool = Field(description="whether the same request gives the same bytes, whatever else runs")
+    limits: LimitsAnswer
+
+    @classmethod
+    def of(cls, model: ModelInfo, limits: Limits) -> "ModelAnswer":
+        """Say what is loaded; the noise schedule's T numbers are a ScheduleAnswer."""
+        return cls(
+            name=model.name,
+            architecture=model.architecture,
+            num_parameters=model.num_parameters,
+            height_px=model.height_px,
+            width_px=model.width_px,
+            channels=model.channels,
+            num_timesteps=model.num_timesteps,
+            beta_schedule=model.beta_schedule,
+            prediction_type=model.prediction_type,
+            variance_type=model.variance_type,
+            timestep_spacings=dict(model.timestep_spacings),
+            steps_offset=model.steps_offset,
+            clip=model.clip,
+            samplers=list(model.samplers),
+            default_sampler=model.default_sampler,
+            conditional=model.conditional,
+            class_names=list(model.class_names),
+            null_class=model.null_class,
+            weights_hash=model.weights_hash,
+            fingerprint=model.fingerprint,
+            device=model.device,
+            executor=model.executor,
+            precision=model.precision,
+            executor_details=model.executor_details,
+            exact=model.exact,
+            limits=LimitsAnswer.of(limits),
+        )
+
+
+class ScheduleAnswer(BaseModel):
+    """The noise schedule, for t = 0..T-1."""
+
+    alpha_bar: list[float]
+    beta: list[float]
+
+    @classmethod
+    def of(cls, model: ModelInfo) -> "ScheduleAnswer":
+        """Take it from the model: beta_t = 1 - alpha_bar_t / alpha_bar_(t-1)."""
+        alpha_bar = [model.alpha_bar(t) for t in range(model.num_timesteps)]
+        before = [1.0, *alpha_bar[:-1]]
+        beta = [1 - now / then if then else 1.0 for now, then in zip(alpha_bar, before, strict=True)]
+        return cls(alpha_bar=alpha_bar, beta=beta)
+
+
+class StatusAnswer(BaseModel):
+    """What a probe is told when all is well; otherwise it gets a problem document."""
+
+    status: str
+
+
+def _iso(unix_us: int) -> str:
+    return datetime.fromtimestamp(unix_us / 1e6, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,39 @@
+"""Answers that have a name: whether a client has one already, and bodies kept in memory. Pure.
+
+An answer to a request with a given seed is a function of the request: its name, the ETag, is known before it is made.
+"""
+
+from collections.abc import Sequence
+
+from cachetools import LRUCache
+
+
+class ResultCache:
+    """Owns the bodies, by ETag; the least recently used goes first. Used by the event loop's thread only."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._bodies: LRUCache[str, bytes] = LRUCache(max_bytes, getsizeof=len)
+
+    def get(self, etag: str) -> bytes | None:
+        """The body of this name, if it is still here."""
+        return self._bodies.get(etag)
+
+    def put(self, etag: str, body: bytes) -> None:
+        """Keep a body, unless it alone is over the bound."""
+        if len(body) <= self._bodies.maxsize:
+            self._bodies[etag] = body
+
+
+def cache_headers(etag: str | None) -> dict[str, str]:
+    """The headers that name an answer; without a name it is not to be stored."""
+    return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
+
+
+def matches(if_none_match: Sequence[str], method: str, etag: str) -> bool:
+    """Whether the client has this answer already (RFC 9110, section 13.1.2; the weak comparison).
+
+    if_none_match: the values of the header of that name. A POST that only asks is safe to repeat, so it is answered as
+    a GET is; but `*`, any answer at all, names none.
+    """
+    names = [name.strip().removeprefix("W/") for value in if_none_match for name in value.split(",")]
+    return etag in names or ("*" in names and method == "GET")

@@ -1,0 +1,51 @@
+"""The classes that a request names, by number or by name, as the model's numbers. Pure."""
+
+from service.errors import InvalidField
+from service.model_info import ModelInfo
+
+MAX_NAMES_SHOWN = 20
+
+
+def class_numbers(
+    given: int | str | list[int | str | None] | None, n: int, model: ModelInfo
+) -> tuple[int | None, ...] | None:
+    """The class of each of n images, None for no class; None for a model without classes. Raises InvalidField.
+
+    given: one class for all images, or a list of n.
+    """
+    if not model.conditional:
+        if given is not None:
+            raise InvalidField.of("class_label", "absent: this model has no classes", given)
+        return None
+    if isinstance(given, list) and len(given) != n:
+        wanted = f"one class or a list of n={n}"
+        detail = f"class_label must be {wanted}, got a list of {len(given)}"
+        raise InvalidField(detail, field="class_label", value=given, bound=wanted)
+    numbers = tuple(_number(label, model) for label in (given if isinstance(given, list) else [given] * n))
+    if model.null_class is None and None in numbers:
+        raise InvalidField.of("class_label", f"given, {class_bound(model)}", given)
+    return numbers
+
+
+def class_bound(model: ModelInfo) -> str:
+    """What class_label must be, in words."""
+    return f"a class or a list of them: {_known(model.class_names)}"
+
+
+def _known(names: tuple[str, ...]) -> str:
+    if not names:
+        return "none, as this model has no classes"
+    shown = ", ".join(names) if len(names) <= MAX_NAMES_SHOWN else "a name that GET /model lists"
+    return f"0..{len(names) - 1} or {shown}"
+
+
+def _number(label: int | str | None, model: ModelInfo) -> int | None:
+    names = model.class_names
+    if label is None:
+        return None
+    if isinstance(label, str) and label in names:
+        return names.index(label)
+    number = int(label) if isinstance(label, int) or (label.isdecimal() and len(label) < 10) else -1
+    if not 0 <= number < len(names):
+        raise InvalidField.of("class_label", class_bound(model), label)
+    return number

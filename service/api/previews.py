@@ -1,0 +1,64 @@
+"""How a client wants to see a job while it runs, as pydantic models."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field
+
+from service.api.fields import EVERY_BOUND, Float, Int, RequestSchema
+from service.errors import InvalidField
+from service.preview import SHOWS, Pace, Show
+
+MAX_FPS, DEFAULT_FPS = 60.0, 10.0
+_BOUNDS = {
+    "every": EVERY_BOUND,
+    "fps": f"a number above 0, at most {MAX_FPS:g}",
+    "show": f"one of {', '.join(SHOWS)}, or a list of both",
+    "frame_format": "one of png, webp, jpeg",
+    "layout": "one of sheet, images",
+    "keep_open": "true or false",
+}
+
+
+class PreviewRequest(RequestSchema):
+    """The frames of a running job: how often, of what, and how encoded."""
+
+    every: Int | None = Field(None, description="a frame after every so many steps")
+    fps: Float | None = Field(None, description="or so many a second; 10 if neither is given")
+    show: Show | list[Show] = Field("x_t", description="x_t (the latent), x_0 (the network's guess), or a list of both")
+    frame_format: Literal["png", "webp", "jpeg"] = Field("png", description="png, webp or jpeg")
+    layout: Literal["sheet", "images"] = Field(
+        "sheet", description="sheet: one picture of all images; images: one each"
+    )
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any]) -> Self:
+        """Check names, types and bounds. Raises UnknownField or InvalidField."""
+        request = cls.from_parameters(parameters, _BOUNDS.__getitem__)
+        every, fps, shows = request.every, request.fps, request.shows
+        for field, ok in (
+            ("every", every is None or every >= 1),
+            ("fps", fps is None or 0 < fps <= MAX_FPS),
+            ("show", 0 < len(shows) == len(set(shows))),
+        ):
+            if not ok:
+                raise InvalidField.of(field, _BOUNDS[field], getattr(request, field))
+        if every is not None and fps is not None:
+            raise InvalidField.of("fps", "absent where every is given", fps)
+        return request
+
+    @property
+    def shows(self) -> tuple[Show, ...]:
+        """What is shown, in the order asked for."""
+        return (self.show,) if isinstance(self.show, str) else tuple(self.show)
+
+    @property
+    def pace(self) -> Pace:
+        """How often."""
+        return Pace(every=self.every) if self.every is not None else Pace(fps=self.fps or DEFAULT_FPS)
+
+
+class StreamRequest(PreviewRequest):
+    """The same over a WebSocket, which may stay open for more jobs."""
+
+    keep_open: bool = Field(False, description="wait for another job when this one is done, instead of closing")

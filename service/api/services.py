@@ -1,0 +1,36 @@
+"""The parts of the server that requests are answered with, as one value."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from service.api.caching import ResultCache
+from service.api.progress import Standings
+from service.api.stream_limits import Streams
+from service.images.decoder import Decoder
+from service.images.encoder import Encoder
+from service.jobs.jobs import Jobs
+from service.metrics import Metrics
+from service.model_info import Limits, ModelInfo
+from service.worker.recording import RecordingRoom
+from service.worker.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Built once, by create_app; every handler takes it."""
+
+    model: ModelInfo
+    limits: Limits
+    allowed_origins: frozenset[str]  # whose pages may open WebSockets, beside the server's own; "*" is any
+    metrics: Metrics
+    worker: Worker
+    jobs: Jobs
+    standings: Standings
+    decoder: Decoder
+    encoder: Encoder
+    cache: ResultCache
+    streams: Streams
+    recordings: RecordingRoom = field(default_factory=RecordingRoom)
+    noise_turn: asyncio.Lock = field(
+        default_factory=asyncio.Lock
+    )  # POST /noise has one image with the worker at a time

@@ -1,0 +1,194 @@
+"""The JSON documents of the API: their members are a contract, and OpenAPI describes them."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from service.api.answers import JobAnswer
+from service.jobs.store import JobRecord
+from service.jobs.views import JobView
+from tests.service.conftest import MakeSite, Site
+from tests.service.fakes import INFO, make_spec, wait_until
+
+JOB = [
+    "id", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s", "age_s", "created",
+    "finished", "fingerprint", "parameters", "problem",
+]  # fmt: skip
+PAGE = ["jobs", "next"]
+MODEL: dict[str, Any] = {
+    "name": "fake",
+    "architecture": "UNet2DModel",
+    "num_parameters": 123,
+    "height_px": 4,
+    "width_px": 6,
+    "channels": 1,
+    "num_timesteps": 1000,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "variance_type": "fixed_small",
+    "timestep_spacings": {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "karras"},
+    "steps_offset": 0,
+    "clip": True,
+    "samplers": ["ddpm", "ddim", "dpmpp_2m"],
+    "default_sampler": "ddpm",
+    "conditional": True,
+    "class_names": ["cat", "dog", "3d-print"],
+    "null_class": 3,
+    "weights_hash": "ab" * 32,
+    "fingerprint": "0123456789abcdef",
+    "device": "a fake",
+    "executor": "none",
+    "precision": "float32",
+    "executor_details": "colours by arithmetic",
+    "exact": True,
+    "limits": {
+        "max_n": 64,
+        "max_batch": 8,
+        "max_rows": 256,
+        "max_jobs": 16,
+        "max_backlog_s": 1e9,
+        "max_body_bytes": 4096,
+        "max_image_bytes": 8 * 2**20,
+        "result_cache_bytes": 0,
+        "keep_jobs_s": 86_400.0,
+        "keep_jobs_bytes": 2**30,
+        "max_streams": 2048,
+        "max_streams_per_address": 64,
+    },
+}
+SCHEDULE = ["alpha_bar", "beta"]
+STATUS = ["status"]
+COMPONENTS = {
+    "JobAnswer": JOB, "JobPage": PAGE, "ModelAnswer": [*MODEL], "LimitsAnswer": [*MODEL["limits"]],
+    "ScheduleAnswer": SCHEDULE, "StatusAnswer": STATUS,
+}  # fmt: skip
+TYPES: dict[str, Any] = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
+
+
+def fits(value: Any, schema: dict[str, Any], components: dict[str, Any]) -> bool:
+    """Whether JSON fits a schema, as far as ours use JSON Schema."""
+    if "$ref" in schema:
+        return fits(value, components[schema["$ref"].rpartition("/")[2]], components)
+    if "anyOf" in schema:
+        return any(fits(value, each, components) for each in schema["anyOf"])
+    kind = schema["type"]
+    if kind in ("integer", "number"):
+        return isinstance(value, int if kind == "integer" else (int, float)) and not isinstance(value, bool)
+    if not isinstance(value, TYPES[kind]) or value not in schema.get("enum", [value]):
+        return False
+    if kind == "array":
+        return all(fits(each, schema["items"], components) for each in value)
+    if kind == "object" and "properties" in schema:
+        named = schema["properties"]
+        return set(schema["required"]) <= value.keys() <= named.keys() and all(
+            fits(each, named[name], components) for name, each in value.items()
+        )
+    more = schema.get("additionalProperties", True)
+    return kind != "object" or more is True or all(fits(each, more, components) for each in value.values())
+
+
+class Described:
+    """A site, and what its OpenAPI document says."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.document = site.client.get("/openapi.json").json()
+        self.components = self.document["components"]["schemas"]
+
+    def answer(self, method: str, path: str, route: str = "", status: int = 200, **kwargs: Any) -> dict[str, Any]:
+        """Ask, and check the answer against the schema of its route and status."""
+        response = self.site.client.request(method, path, **kwargs)
+        assert response.status_code == status, response.text
+        operation = self.document["paths"][route or path][method.lower()]
+        schema = operation["responses"][str(status)]["content"]["application/json"]["schema"]
+        document: dict[str, Any] = response.json()
+        assert fits(document, schema, self.components), (schema, document)
+        return document
+
+    def wait_for(self, job_id: str, state: str) -> None:
+        wait_until(lambda: self.site.client.get(f"/jobs/{job_id}").json()["state"] == state)
+
+
+def test_openapi_describes_every_answer_with_all_its_members(site: Site) -> None:
+    components = Described(site).components
+    for name, members in COMPONENTS.items():
+        assert list(components[name]["properties"]) == components[name]["required"] == members
+
+
+def test_the_model_is_told_with_its_limits_and_fits_its_schema(site: Site) -> None:
+    document = Described(site).answer("GET", "/model")
+    assert document == MODEL
+    assert (list(document), list(document["limits"])) == (list(MODEL), list(MODEL["limits"])), "in this order"
+
+
+def test_a_model_without_classes_fits_its_schema_too(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
+    document = Described(site).answer("GET", "/model")
+    assert (document["class_names"], document["null_class"]) == ([], None)
+
+
+def test_the_schedule_and_the_probes_fit_their_schemas(site: Site) -> None:
+    described = Described(site)
+    schedule = described.answer("GET", "/model/schedule")
+    assert list(schedule) == SCHEDULE
+    assert len(schedule["alpha_bar"]) == len(schedule["beta"]) == INFO.num_timesteps
+    assert described.answer("GET", "/healthz") == {"status": "alive"}
+    assert described.answer("GET", "/readyz") == {"status": "ready"}
+
+
+def test_a_job_is_told_by_the_same_document_everywhere(site: Site) -> None:
+    described = Described(site)
+    accepted = described.answer("POST", "/jobs", status=202, json={"steps": 2, "seed": 5, "class_label": "cat"})
+    path = f"/jobs/{accepted['id']}"
+    described.wait_for(accepted["id"], "done")
+    one = described.answer("GET", path, "/jobs/{job_id}")
+    page = described.answer("GET", "/jobs")
+    cancelled = described.answer("POST", f"{path}/cancel", "/jobs/{job_id}/cancel")
+    events = site.client.get(f"{path}/events").text
+    last = json.loads(next(line for line in events.splitlines() if line.startswith("data: "))[6:])
+    assert list(page) == PAGE
+    told = [accepted, one, page["jobs"][0], cancelled, last]
+    assert all(list(document) == JOB for document in told)
+    assert fits(last, described.components["JobAnswer"], described.components)
+    assert all(document | {"age_s": 0} == one | {"age_s": 0} for document in told[1:])
+    assert (accepted["finished"], one["position"], one["eta_s"], one["problem"]) == (None, None, None, None)
+
+
+def test_jobs_that_wait_run_or_fail_fit_the_schema(make_site: MakeSite) -> None:
+    site = make_site(max_batch=2)
+    site.engine.gate.shut()
+    described = Described(site)
+    ids = [described.answer("POST", "/jobs", status=202, json={"n": 2, "steps": k})["id"] for k in (3, 400)]
+    site.engine.next_begun()
+    site.engine.gate.let()  # a job runs once it has taken a step
+    described.wait_for(ids[0], "running")
+    assert {job["state"] for job in described.answer("GET", "/jobs")["jobs"]} == {"running", "waiting"}
+
+    def fail(_batch: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    site.engine.on_step = fail
+    site.engine.gate.open()
+    described.wait_for(ids[1], "failed")
+    assert described.answer("GET", f"/jobs/{ids[1]}", "/jobs/{job_id}")["problem"]["code"] == "engine_failed"
+
+
+def test_pages_name_the_next_one(site: Site) -> None:
+    described = Described(site)
+    for seed in (1, 2):
+        job = described.answer("POST", "/jobs", status=202, json={"steps": 1, "seed": seed})
+        described.wait_for(job["id"], "done")
+    first = described.answer("GET", "/jobs?limit=1", "/jobs")
+    second = described.answer("GET", f"/jobs?limit=1&before={first['next']}", "/jobs")
+    assert [page["jobs"][0]["seed"] for page in (first, second)] == [2, 1]
+    assert second["next"] is None
+
+
+@pytest.mark.parametrize("eta_s", [None, 0.0, 1.23456])
+def test_times_of_a_job_have_milliseconds(eta_s: float | None) -> None:
+    view = JobView(JobRecord("a" * 32, make_spec(), 1_000_000, finished_us=2_500_999), "running", True, 1, 0, eta_s)
+    answer = JobAnswer.of(view)
+    assert answer.eta_s == (None if eta_s is None else round(eta_s, 3))
+    assert (answer.created, answer.finished) == ("1970-01-01T00:00:01.000Z", "1970-01-01T00:00:02.500Z")
