@@ -13,7 +13,6 @@ from service.api.middleware import BodyLimit, RequestContext
 from service.api.multipart import FORM_BYTES
 from service.api.noise import noise_routes
 from service.api.page import page_routes
-from service.api.progress import Standings
 from service.api.result_cache import ResultCache
 from service.api.sample import sample_routes
 from service.api.stream import stream_routes
@@ -22,9 +21,12 @@ from service.api.system import system_routes
 from service.engine.protocol import RowEngine
 from service.images.decoder import Decoder
 from service.images.encoder import Encoder
+from service.jobs.async_store import AsyncStore
 from service.jobs.jobs import Jobs
+from service.jobs.lifecycle import Lifecycle
+from service.jobs.snapshot_keeper import SnapshotKeeper
+from service.jobs.standings import Standings
 from service.jobs.store import JobStore
-from service.jobs.store_thread import StoreThread
 from service.metrics import Metrics
 from service.model_info import Limits
 from service.scheduling.admission import Admission
@@ -51,9 +53,12 @@ def create_app(
     metrics = Metrics(model)
     admission = Admission(limits, sharing)
     admission.calibrate(tick_times)
-    thread = StoreThread(store, model.fingerprint, metrics)
-    worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=thread)
-    jobs, standings = Jobs(thread, worker, model, limits, metrics), Standings(worker)
+    async_store = AsyncStore(store)
+    keeper = SnapshotKeeper(async_store, model.fingerprint, metrics)
+    worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=keeper)
+    standings = Standings(worker)
+    lifecycle = Lifecycle(async_store, worker, model.fingerprint, limits, metrics)
+    jobs = Jobs(async_store, worker, standings, lifecycle)
     encoder, decoder = Encoder(model, metrics.encoded), Decoder(model)
     metrics.watch(
         tasks=lambda: len(asyncio.all_tasks()),  # /metrics is answered in the event loop
@@ -66,10 +71,11 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         worker.start()
-        await jobs.start()
+        await lifecycle.start()
         yield
         worker.close()
-        await jobs.close()
+        keeper.close()
+        await lifecycle.close()
         decoder.close()
         encoder.close()
 

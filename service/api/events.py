@@ -18,13 +18,15 @@ from starlette.types import Message, Receive, Scope, Send
 from service.api import parameters
 from service.api.jobs import document
 from service.api.preview_schemas import PreviewRequest
-from service.api.progress import Countdown, Standings
+from service.api.progress import Countdown
 from service.api.schemas import refuse_unknown
 from service.api.stream_limits import Streams
 from service.images.encoder import Encoder
 from service.jobs.jobs import Jobs
+from service.jobs.live import Live
+from service.jobs.standings import Standings
 from service.jobs.store import OUTCOMES
-from service.jobs.views import JobView, Live, ended_view
+from service.jobs.views import JobView, ended_view
 from service.metrics import Metrics
 from service.model_info import ModelInfo
 from service.preview import Frame, Show, Watch

@@ -1,31 +1,10 @@
-"""What is foreseen of jobs, for those who follow them: asked now and then for all at once, counted down in between."""
+"""How long a job has left, for those who follow it: forecast now and then, counted down in between."""
 
 import asyncio
 
-from service.work import JobStatus
-from service.worker.worker import Worker
+from service.jobs.standings import Standings
 
-STATUSES_S = 1.0  # how old what is known of all jobs may be
 FORECAST_S = 5.0  # how old the forecast of a job that runs may be
-
-
-class Standings:
-    """Where every job stands. However many follow, one thread forecasts, once a second. In the event loop's thread."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._asking = asyncio.Lock()
-        self._statuses: dict[str, JobStatus] = {}
-        self._asked_s = float("-inf")
-
-    async def of(self, job_id: str) -> JobStatus | None:
-        """One job's; None if it is not with the worker."""
-        loop = asyncio.get_running_loop()
-        async with self._asking:
-            if loop.time() - self._asked_s > STATUSES_S:
-                statuses = await loop.run_in_executor(None, self._worker.statuses)
-                self._statuses, self._asked_s = {status.id: status for status in statuses}, loop.time()
-        return self._statuses.get(job_id)
 
 
 class Countdown:
@@ -41,6 +20,6 @@ class Countdown:
         """Seconds until it should be done."""
         if self._loop.time() - self._told_s > FORECAST_S:
             status = await self._standings.of(self._job_id)
-            if status is not None:  # else it came after they were last asked, or has just ended
+            if status is not None:  # else it has just ended
                 self._told_s, self._eta_s = self._loop.time(), status.eta_s
         return max(0.0, self._eta_s - (self._loop.time() - self._told_s))

@@ -14,13 +14,14 @@ from starlette.websockets import WebSocketDisconnect
 from service.api import parameters
 from service.api.preview_schemas import PreviewRequest
 from service.api.problems import render
-from service.api.progress import Countdown, Standings
+from service.api.progress import Countdown
 from service.api.request import to_job
 from service.api.schemas import SampleRequest
 from service.api.stream_limits import Streams
 from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
 from service.images.decoder import Decoder
 from service.images.encoder import PNG, Encoder
+from service.jobs.standings import Standings
 from service.metrics import Metrics
 from service.model_info import Limits, ModelInfo
 from service.preview import Frame, Watch

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from service.engine.protocol import RowEngine
 from service.preview import Frame, Show, Watch
+from service.scheduling.admission import Entry
 from service.scheduling.forecast import Outlook
 from service.spec import Inputs, SampleSpec, Snapshot
 from service.work import Batch, JobResult, JobStatus, Work
@@ -24,6 +25,7 @@ class RunningJob:
     future: "Future[JobResult]"
     submitted_s: float
     deadline_s: float | None  # after it was submitted
+    entry: Entry | None = None  # what was foreseen when it was accepted
     durable: bool = False  # snapshots are kept of it
     inputs: Inputs | None = None  # until the engine has them
     snapshot: Snapshot | None = None  # where it goes on from, until the engine has it
@@ -52,6 +54,12 @@ class RunningJob:
             durable=self.durable,
             age_s=now_s - self.submitted_s,
         )
+
+    def quick_status(self, now_s: float) -> JobStatus:
+        """As `status`, with what was foreseen when it was accepted."""
+        assert self.entry is not None
+        eta_s = max(0.0, self.entry.eta_s - (now_s - self.submitted_s))
+        return self.status(Outlook(self.id, self.entry.position, eta_s), now_s)
 
     def show(self, engine: RowEngine, now_s: float) -> None:
         """Give those who look on a frame, where one is due; who sees the same shares it."""

@@ -88,8 +88,8 @@ class Worker:
         return self._crashed
 
     @property
-    def suspects(self) -> frozenset[str]:
-        """The jobs that the worker had in hand when it crashed."""
+    def jobs_of_the_crash(self) -> frozenset[str]:
+        """The jobs that the worker was working on when it crashed."""
         return self._suspects
 
     @property
@@ -148,6 +148,7 @@ class Worker:
         return self._let_in(job, entry)
 
     def _let_in(self, job: RunningJob, entry: Entry) -> Ticket:
+        job.entry = entry
         with self._gate:
             try:
                 self._check_open()
@@ -187,6 +188,18 @@ class Worker:
         with self._gate:
             job = self._jobs.get(job_id)
         return job.status(outlook, self._clock()) if job is not None and outlook is not None else None
+
+    def quick_statuses(self) -> list[JobStatus]:
+        """As `statuses`, but without a forecast: position and ETA are those foreseen when a job was accepted."""
+        with self._gate:
+            jobs, now_s = list(self._jobs.values()), self._clock()
+        return [job.quick_status(now_s) for job in jobs]
+
+    def quick_status(self, job_id: str) -> JobStatus | None:
+        """One of them; None if it is not here (any more)."""
+        with self._gate:
+            job = self._jobs.get(job_id)
+        return job.quick_status(self._clock()) if job is not None else None
 
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more; nothing happens if it is not here (any more)."""

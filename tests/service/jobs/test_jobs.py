@@ -11,6 +11,7 @@ import pytest
 
 from service.errors import StorageFailed
 from service.jobs import jobs as jobs_module
+from service.jobs import lifecycle
 from service.jobs.sqlite_store import SqliteStore
 from service.jobs.store import JobRecord, now_us
 from tests.service.conftest import INSTANT, MakeSite, Site, problem
@@ -415,7 +416,7 @@ def test_an_end_that_cannot_be_kept_is_tried_until_it_can(held: Site, monkeypatc
         finish(store, job, images)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SqliteStore, "finish", full)
-    monkeypatch.setattr(jobs_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(lifecycle, "RETRY_S", 0.01)
     job_id = post(held).json()["id"]
     held.engine.gate.open()
     assert wait_for(held, job_id)
@@ -514,7 +515,7 @@ def test_an_end_that_cannot_be_kept_for_whatever_reason_hangs_nobody(
         raise reasons[0]
 
     monkeypatch.setattr(SqliteStore, "finish", fail)
-    monkeypatch.setattr(jobs_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(lifecycle, "RETRY_S", 0.01)
     monkeypatch.setattr(jobs_module, "CANCEL_S", 0.1)
     job_id = post(held).json()["id"]
     held.engine.gate.open()
@@ -641,7 +642,7 @@ def test_those_who_look_on_are_let_go_when_the_server_stops(restarts: Restarts) 
 
 
 def test_jobs_go_when_their_time_is_over(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs_module, "SWEEP_S", 0.01)
+    monkeypatch.setattr(lifecycle, "SWEEP_S", 0.01)
     site = make_site(keep_jobs_s=0.05)
     job_id = post(site).json()["id"]
     wait_until(lambda: site.client.get(f"/jobs/{job_id}").status_code == 404)

@@ -1000,7 +1000,7 @@ def test_a_crash_has_those_for_suspects_that_were_in_hand(make_bench: MakeBench)
     bench.engine.gate.open()
     assert isinstance(failure(long), EngineFailed)
     wait_until(lambda: bench.worker.crashed)
-    assert bench.worker.suspects == {"short"}
+    assert bench.worker.jobs_of_the_crash == {"short"}
 
 
 def test_a_recording_has_each_row_at_its_own_steps(make_bench: MakeBench) -> None:
