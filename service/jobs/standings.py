@@ -5,7 +5,7 @@ one of all jobs a second, in another thread, however many ask.
 """
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Mapping
 
 from service.work import JobStatus
 from service.worker.worker import Worker
@@ -24,28 +24,18 @@ class Standings:
 
     async def of(self, job_id: str) -> JobStatus | None:
         """Where one job stands; None if the worker does not have it (any more)."""
-        if self._worker.quick_status(job_id) is None:  # needs no forecast
+        if self._worker.quick_status(job_id, self._forecast) is None:  # needs no forecast
             return None
-        await self._refresh()
-        status = self._worker.quick_status(job_id)
-        return self._with_forecast(status) if status is not None else None
+        return self._worker.quick_status(job_id, await self._recent_forecast())
 
     async def all(self) -> list[JobStatus]:
         """Where every job stands, in order of arrival."""
-        await self._refresh()
-        return [self._with_forecast(status) for status in self._worker.quick_statuses()]
+        return self._worker.quick_statuses(await self._recent_forecast())
 
-    async def _refresh(self) -> None:
+    async def _recent_forecast(self) -> Mapping[str, JobStatus]:
         loop = asyncio.get_running_loop()
         async with self._forecasting:
             if loop.time() - self._forecast_s > FORECAST_S:
                 statuses = await loop.run_in_executor(None, self._worker.statuses)
                 self._forecast, self._forecast_s = {status.id: status for status in statuses}, loop.time()
-
-    def _with_forecast(self, status: JobStatus) -> JobStatus:
-        """Give a job its position and ETA of the last forecast; one that came since keeps those of its acceptance."""
-        forecast = self._forecast.get(status.id)
-        if forecast is None:
-            return status
-        eta_s = max(0.0, forecast.eta_s - (status.age_s - forecast.age_s))
-        return replace(status, position=forecast.position, eta_s=eta_s)
+        return self._forecast

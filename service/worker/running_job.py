@@ -1,6 +1,7 @@
 """A job in the worker's hands, and what those get to see of it who look on. Only the worker's thread changes one."""
 
 import logging
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -44,22 +45,27 @@ class RunningJob:
 
     def status(self, outlook: Outlook, now_s: float) -> JobStatus:
         """What is told of it."""
+        return self._status(outlook.position, outlook.eta_s, now_s)
+
+    def _status(self, position: int, eta_s: float, now_s: float) -> JobStatus:
         return JobStatus(
             id=self.id,
             state="waiting" if self.started_s is None else "running",
-            position=outlook.position,
-            eta_s=outlook.eta_s,
+            position=position,
+            eta_s=eta_s,
             step=self.step,
             spec=self.spec,
             durable=self.durable,
             age_s=now_s - self.submitted_s,
         )
 
-    def quick_status(self, now_s: float) -> JobStatus:
-        """As `status`, with what was foreseen when it was accepted."""
+    def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
+        """As `status`, with what an earlier forecast says of it, else what was foreseen when it was accepted."""
+        known = forecast.get(self.id)
+        if known is not None:
+            return self._status(known.position, max(0.0, known.eta_s - (now_s - self.submitted_s - known.age_s)), now_s)
         assert self.entry is not None
-        eta_s = max(0.0, self.entry.eta_s - (now_s - self.submitted_s))
-        return self.status(Outlook(self.id, self.entry.position, eta_s), now_s)
+        return self._status(self.entry.position, max(0.0, self.entry.eta_s - (now_s - self.submitted_s)), now_s)
 
     def show(self, engine: RowEngine, now_s: float) -> None:
         """Give those who look on a frame, where one is due; who sees the same shares it."""

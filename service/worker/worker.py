@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -189,17 +189,17 @@ class Worker:
             job = self._jobs.get(job_id)
         return job.status(outlook, self._clock()) if job is not None and outlook is not None else None
 
-    def quick_statuses(self) -> list[JobStatus]:
-        """As `statuses`, but without a forecast: position and ETA are those foreseen when a job was accepted."""
+    def quick_statuses(self, forecast: Mapping[str, JobStatus]) -> list[JobStatus]:
+        """As `statuses`, with position and ETA of an earlier forecast, or of its acceptance if a job came since."""
         with self._gate:
             jobs, now_s = list(self._jobs.values()), self._clock()
-        return [job.quick_status(now_s) for job in jobs]
+        return [job.quick_status(forecast, now_s) for job in jobs]
 
-    def quick_status(self, job_id: str) -> JobStatus | None:
+    def quick_status(self, job_id: str, forecast: Mapping[str, JobStatus]) -> JobStatus | None:
         """One of them; None if it is not here (any more)."""
         with self._gate:
             job = self._jobs.get(job_id)
-        return job.quick_status(self._clock()) if job is not None else None
+        return job.quick_status(forecast, self._clock()) if job is not None else None
 
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more; nothing happens if it is not here (any more)."""

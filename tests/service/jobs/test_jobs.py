@@ -1,7 +1,8 @@
 """POST /jobs and what follows, through the app on a fake engine; a new site on the same file is a restart."""
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from service.jobs import jobs as jobs_module
 from service.jobs import lifecycle
 from service.jobs.sqlite_store import SqliteStore
 from service.jobs.store import JobRecord, now_us
+from service.spec import Images
 from tests.service.conftest import INSTANT, MakeSite, Site, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, make_spec, wait_until
 
@@ -175,6 +177,53 @@ def test_a_deadline_that_passes_fails_the_job(held: Site) -> None:
     wait_until(lambda: held.client.get(f"/jobs/{job_id}").json()["age_s"] > 0.15)
     held.engine.gate.let()
     assert wait_for(held, job_id, "failed")["problem"]["code"] == "deadline_passed"
+
+
+def test_a_job_is_told_by_its_id_as_soon_as_it_is_accepted(make_site: MakeSite) -> None:
+    site = make_site(max_batch=2, tick_times=((1, 1.0), (2, 1.0)))
+    site.engine.gate.shut()
+    first = post(site, {"n": 2, "steps": 50}).json()
+    site.engine.next_begun()
+    assert len(site.client.get("/jobs").json()["jobs"]) == 1  # makes the forecast that is told for a second
+    accepted = post(site, {"n": 2, "steps": 90}).json()
+    assert (accepted["state"], accepted["position"], accepted["eta_s"]) == ("waiting", 1, 140.0)
+    told = site.client.get(f"/jobs/{accepted['id']}").json()
+    assert (told["state"], told["step"], told["position"]) == ("waiting", 0, 1)
+    assert accepted["eta_s"] - 10 < told["eta_s"] <= accepted["eta_s"]
+    assert [job["id"] for job in site.client.get("/jobs").json()["jobs"]] == [accepted["id"], first["id"]]
+
+
+def test_each_step_is_told_at_once_though_forecasts_are_a_second_apart(held: Site) -> None:
+    job_id = post(held, {"steps": 30}).json()["id"]
+    held.engine.next_begun()
+    for step in range(1, 20):
+        held.engine.gate.let()
+        held.engine.next_begun()
+        told = held.client.get(f"/jobs/{job_id}").json()
+        assert (told["state"], told["step"]) == ("running", step)
+
+
+def test_the_store_is_called_while_images_are_still_copied_from_a_gpu(held: Site) -> None:
+    images, copied, reading = held.engine.images, threading.Event(), threading.Event()
+
+    def images_later(rows: Sequence[int]) -> Callable[[], Images]:
+        read = images(rows)
+
+        def read_later() -> Images:
+            reading.set()
+            assert copied.wait(PATIENCE_S)
+            return read()
+
+        return read_later
+
+    held.engine.images = images_later  # type: ignore[method-assign]
+    job_id = post(held).json()["id"]
+    held.engine.gate.open()
+    assert reading.wait(PATIENCE_S)
+    assert held.client.get("/jobs?state=done").json()["jobs"] == []
+    assert state(held, job_id) == "running"
+    copied.set()
+    assert wait_for(held, job_id)
 
 
 # --- ids, keys, pages ---
