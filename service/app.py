@@ -15,7 +15,6 @@ from service.api.middleware import BodyLimit, RequestContext
 from service.api.multipart import FORM_BYTES
 from service.api.noise import noise_routes
 from service.api.page import page_routes
-from service.api.progress import Standings
 from service.api.sample import sample_routes
 from service.api.services import Services
 from service.api.stream import stream_routes
@@ -24,14 +23,19 @@ from service.api.system import system_routes
 from service.engine.protocol import RowEngine
 from service.images.decoder import Decoder
 from service.images.encoder import Encoder
+from service.jobs.async_store import AsyncStore
 from service.jobs.jobs import Jobs
+from service.jobs.lifecycle import Lifecycle
+from service.jobs.snapshot_keeper import SnapshotKeeper
+from service.jobs.standings import Standings
 from service.jobs.store import JobStore
-from service.jobs.store_thread import StoreThread
 from service.metrics import Metrics
 from service.model_info import Limits
 from service.scheduling.admission import Admission
 from service.scheduling.scheduler import Scheduler, Sharing
 from service.worker.worker import Worker
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +61,14 @@ def create_app(
     keeps the durable jobs, and is closed with the app; allowed_origins are those whose pages may open WebSockets,
     beside the server's own.
     """
-    services = _services(engine, limits, tick_times, sharing, store, allowed_origins)
+    services, lifespan = _services(engine, limits, tick_times, sharing, store, allowed_origins)
     model = engine.info
     app = FastAPI(
         title="tminus",
         summary="Samples from a trained denoising diffusion U-Net.",
         description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
         version="0.1.0",
-        lifespan=_lifespan(services),
+        lifespan=lifespan,
         redoc_url=None,
     )
     app.include_router(sample_routes(services))
@@ -90,13 +94,18 @@ def _services(
     sharing: Sharing,
     store: JobStore,
     allowed_origins: frozenset[str],
-) -> Services:
+) -> tuple[Services, Lifespan]:
+    """Build the parts, and what starts and stops those of them that run."""
     model = engine.info
     metrics = Metrics(model)
     admission = Admission(limits, sharing)
     admission.calibrate(tick_times)
-    thread = StoreThread(store, model.fingerprint, metrics)
-    worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=thread)
+    async_store = AsyncStore(store)
+    keeper = SnapshotKeeper(async_store, model.fingerprint, metrics)
+    worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=keeper)
+    standings = Standings(worker)
+    lifecycle = Lifecycle(async_store, worker, model.fingerprint, limits, metrics)
+    decoder, encoder = Decoder(model), Encoder(model, metrics.encoded)
     metrics.watch(
         tasks=lambda: len(asyncio.all_tasks()),  # /metrics is answered in the event loop
         rows_active=lambda: worker.rows_active,
@@ -104,30 +113,29 @@ def _services(
         backlog_s=lambda: admission.backlog_s,
         device_memory_bytes=engine.memory_bytes,
     )
-    return Services(
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        await lifecycle.start()
+        yield
+        worker.close()
+        keeper.close()
+        await lifecycle.close()
+        decoder.close()
+        encoder.close()
+
+    services = Services(
         model=model,
         limits=limits,
         allowed_origins=allowed_origins,
         metrics=metrics,
         worker=worker,
-        jobs=Jobs(thread, worker, model, limits, metrics),
-        standings=Standings(worker),
-        decoder=Decoder(model),
-        encoder=Encoder(model, metrics.encoded),
+        jobs=Jobs(async_store, worker, standings, lifecycle),
+        standings=standings,
+        decoder=decoder,
+        encoder=encoder,
         cache=ResultCache(limits.result_cache_bytes),
         streams=Streams(limits.max_streams, limits.max_streams_per_address),
     )
-
-
-def _lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        services.worker.start()
-        await services.jobs.start()
-        yield
-        services.worker.close()
-        await services.jobs.close()
-        services.decoder.close()
-        services.encoder.close()
-
-    return lifespan
+    return services, lifespan

@@ -22,8 +22,9 @@ from service.api.previews import PreviewRequest
 from service.api.progress import Countdown
 from service.api.request import read_query
 from service.api.services import Services
+from service.jobs.live import Live
 from service.jobs.store import OUTCOMES
-from service.jobs.views import JobView, Live, ended_view
+from service.jobs.views import JobView, ended_view
 from service.preview import Frame, Show, Watch
 from service.spec import SampleSpec
 from service.work import timesteps_of

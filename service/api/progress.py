@@ -2,30 +2,10 @@
 
 import asyncio
 
-from service.work import JobResult, JobStatus, Ticket
-from service.worker.worker import Worker
+from service.jobs.standings import Standings
+from service.work import JobResult, Ticket
 
-STATUSES_S = 1.0  # how old what is known of all jobs may be
 FORECAST_S = 5.0  # how old the forecast of a job that runs may be
-
-
-class Standings:
-    """Where every job stands. However many follow, one thread forecasts, once a second. In the event loop's thread."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._asking = asyncio.Lock()
-        self._statuses: dict[str, JobStatus] = {}
-        self._asked_s = float("-inf")
-
-    async def of(self, job_id: str) -> JobStatus | None:
-        """One job's; None if it is not with the worker."""
-        loop = asyncio.get_running_loop()
-        async with self._asking:
-            if loop.time() - self._asked_s > STATUSES_S:
-                statuses = await loop.run_in_executor(None, self._worker.statuses)
-                self._statuses, self._asked_s = {status.id: status for status in statuses}, loop.time()
-        return self._statuses.get(job_id)
 
 
 class Countdown:

@@ -4,11 +4,11 @@ import asyncio
 from dataclasses import dataclass, field
 
 from service.api.caching import ResultCache
-from service.api.progress import Standings
 from service.api.stream_limits import Streams
 from service.images.decoder import Decoder
 from service.images.encoder import Encoder
 from service.jobs.jobs import Jobs
+from service.jobs.standings import Standings
 from service.metrics import Metrics
 from service.model_info import Limits, ModelInfo
 from service.worker.recording import RecordingRoom
@@ -31,6 +31,4 @@ class Services:
     cache: ResultCache
     streams: Streams
     recordings: RecordingRoom = field(default_factory=RecordingRoom)
-    noise_turn: asyncio.Lock = field(
-        default_factory=asyncio.Lock
-    )  # POST /noise has one image with the worker at a time
+    noise_turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # the worker gets one image of POST /noise at a time

@@ -1,1 +1,1 @@
-"""Durable jobs: what was accepted is kept, finished and told, over restarts."""
+"""Durable jobs: kept on disk, finished over restarts, and shown to clients."""

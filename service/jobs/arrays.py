@@ -1,4 +1,4 @@
-"""Arrays as the bytes that a store keeps: safetensors, which needs no trust."""
+"""Arrays as the bytes that a store keeps: in safetensors, which runs no code when it is read."""
 
 import zlib
 
@@ -8,7 +8,7 @@ import safetensors.numpy
 
 from service.spec import Images, Inputs, Snapshot
 
-# What unpacking raises where the bytes are damaged.
+# What unpacking raises if the bytes are damaged.
 UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -21,23 +21,23 @@ UNREADABLE = (
 
 
 def pack_snapshot(snapshot: Snapshot) -> bytes:
-    """Pack floats, which do not compress."""
+    """Pack a snapshot, uncompressed: its floats are mostly noise."""
     return _pack({"steps": np.array(snapshot.steps), "x": snapshot.x, "x0_previous": snapshot.x0_previous})
 
 
 def unpack_snapshot(data: bytes) -> Snapshot:
-    """Undo pack_snapshot."""
+    """Unpack a snapshot. Raises UNREADABLE."""
     arrays = safetensors.numpy.load(data)
     return Snapshot(tuple(map(int, arrays["steps"])), arrays["x"], arrays["x0_previous"])
 
 
 def pack_inputs(inputs: Inputs) -> bytes:
-    """Pack an image, and a mask if there is one."""
+    """Pack the image of an edit, and its mask if there is one."""
     return zlib.compress(_pack({"image": inputs.image} | ({"mask": inputs.mask} if inputs.mask is not None else {})), 1)
 
 
 def unpack_inputs(data: bytes) -> Inputs:
-    """Undo pack_inputs."""
+    """Unpack inputs. Raises UNREADABLE."""
     arrays = safetensors.numpy.load(zlib.decompress(data))
     return Inputs(arrays["image"], arrays.get("mask"))
 
@@ -48,7 +48,7 @@ def pack_images(images: Images) -> bytes:
 
 
 def unpack_images(data: bytes) -> Images:
-    """Undo pack_images."""
+    """Unpack the images of a job. Raises UNREADABLE."""
     return safetensors.numpy.load(zlib.decompress(data))["images"]
 
 

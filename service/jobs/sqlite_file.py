@@ -1,4 +1,4 @@
-"""Which file the job store may open. One that it may not is refused with a line, and no byte of it is changed."""
+"""Which file the job store may open. Any other is refused with one line of reason, and not a byte of it is changed."""
 
 import logging
 import os
@@ -10,18 +10,18 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of sqlite_tables.py
-APPLICATION_ID = 0x746D696E  # "tmin", as SQLite's header keeps it: what file(1) and we know our own by
+APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header, by which file(1) and this module know our files
 IN_MEMORY = ":memory:"
-BUSY_S = 2.0  # a server that was killed lets go at once; one that is there does not
+BUSY_S = 2.0  # to wait for the lock of another process; that of a killed server is gone at once
 UNTOUCHED = "; nothing was changed"
-CHECK_S = 10.0  # a GiB takes 0.2 s from memory, 2.3 s from a disk of 450 MB/s
+CHECK_S = 10.0  # for the check for damage: a GiB takes 0.2 s from memory, 2.3 s from a disk of 450 MB/s
 
 
 def prepare(file: Path) -> None:
-    """Make the file where there is none. Raises ValueError for one that is damaged, in use, newer or not ours.
+    """Create the file if there is none. Raises ValueError for one that is damaged, in use, newer or not ours.
 
-    It is read by a connection that can only read: one that may write would, when it closes, bring what a killed server
-    has left in the WAL into the file that has just been refused.
+    The connection is read-only: another would, when it closes, checkpoint the WAL that a killed server has left into
+    the file that has just been refused.
     """
     _check_header(file)
     try:
@@ -38,18 +38,18 @@ def prepare(file: Path) -> None:
             if not is_new(file, connection):
                 _check_pages(file, connection)
     except sqlite3.Error as error:
-        # A first start that was cut off: who may write rolls it back.
+        # A first start was interrupted: the store's own connection, which may write, rolls that back.
         if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
             raise ValueError(why_not(file, str(error), UNTOUCHED)) from None
     finally:
         if not was_there:
-            with suppress(OSError):  # in a read-only folder it was not made either
+            with suppress(OSError):  # a read-only folder, in which it was not created either
                 index.unlink(missing_ok=True)
 
 
 def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
-    """Whether nothing is in it yet. Raises ValueError for tables of another version."""
-    # In no transaction: BEGIN IMMEDIATE gives a new file its form, and auto_vacuum could not be set any more.
+    """Tell whether the file has no tables yet. Raises ValueError for tables of another version."""
+    # Not in a transaction: BEGIN IMMEDIATE writes a new file's header, after which auto_vacuum cannot be set.
     version, schema_version = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "schema_version")
     )
@@ -59,7 +59,7 @@ def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
 
 
 def why_not(file: Path | None, reason: str, done: str = "") -> str:
-    """Say why a file cannot be used, what was done to one that is damaged, and what to do about it."""
+    """Say why a file cannot be used, what was done to a damaged one (`done`), and what the user can do."""
     reason = " ".join(reason.split())
     if "locked" in reason:
         return f"{file} is in use by another server; give this one a --state-dir of its own"
@@ -69,9 +69,9 @@ def why_not(file: Path | None, reason: str, done: str = "") -> str:
 
 
 def _check_header(file: Path) -> None:
-    """Refuse what SQLite would take for a new database, and what is not ours or newer.
+    """Raise ValueError for a file that SQLite would take for a new database, that is not ours, or that is newer.
 
-    SQLite keeps both numbers in the file's first 100 bytes (sqlite.org/fileformat.html, section 1.3).
+    SQLite keeps version and application in the file's first 100 bytes (sqlite.org/fileformat.html, section 1.3).
     """
     try:
         with file.open("rb") as opened:
@@ -80,7 +80,7 @@ def _check_header(file: Path) -> None:
         header = b""
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
-    if not header:  # a first start, or one that was cut off before it wrote anything
+    if not header:  # a first start, perhaps one that was interrupted before it wrote anything
         wal = _beside(file, "wal")
         if wal.exists() and wal.stat().st_size:  # SQLite would delete it
             raise ValueError(why_not(file, f"malformed: it is empty, but {wal.name} is not", UNTOUCHED))
@@ -90,12 +90,12 @@ def _check_header(file: Path) -> None:
     version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
     if application == APPLICATION_ID and version > VERSION:
         raise ValueError(_of_another_version(file, version))
-    if (version, application) != (0, 0) and application != APPLICATION_ID:  # zero: its first commit is in the WAL still
+    if (version, application) != (0, 0) and application != APPLICATION_ID:  # zero: its first commit is still in the WAL
         raise ValueError(f"{file} is a database of something else{UNTOUCHED}. Name another --state-dir")
 
 
 def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
-    """Raise ValueError for a damaged file. One so large that it is not read in CHECK_S is let through."""
+    """Raise ValueError for a damaged file. A file too large to be read in CHECK_S is accepted unchecked."""
     until_s = time.monotonic() + CHECK_S
     connection.set_progress_handler(lambda: time.monotonic() > until_s, 1000)
     try:

@@ -1,4 +1,4 @@
-"""Durable jobs in one SQLite file. WAL; every commit is on the disk before it is answered."""
+"""Durable jobs in one SQLite file, in WAL mode: a commit is on the disk when its call returns."""
 
 import json
 import logging
@@ -22,19 +22,19 @@ from service.spec import Images, Inputs, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 
-RECORD_BYTES = 1024  # what a job takes beside its images, roughly
-# What one sweep does at most: other calls wait for it some 30 ms, and 0.2 s or more where a slow disk catches up.
+RECORD_BYTES = 1024  # roughly what a job takes without its images
+# The most that one sweep does: other calls wait some 30 ms for it, 0.2 s or more where a slow disk must catch up.
 SWEEP_JOBS, SWEEP_BYTES, SWEEP_PAGES = 500, 16 * 2**20, 512
-SPARE_PAGES = 256  # free ones that stay in the file: they are used again
-WAL_BYTES = 8 * 2**20  # beyond which the WAL is brought into the file, and cut
+SPARE_PAGES = 256  # free pages that stay in the file, to be used again
+WAL_BYTES = 8 * 2**20  # a larger WAL is copied into the file and truncated
 RECORD_COLUMNS = [column for column in jobs.c if column.name in JobRecord.__dataclass_fields__]
 
 
 class SqliteStore:
-    """Owns one connection, which keeps every other process out. Raises ValueError for a file that cannot be used."""
+    """Owns one connection, which locks out all other processes. Raises ValueError for a file that cannot be used."""
 
     def __init__(self, file: Path | None) -> None:
-        """file None keeps everything in memory: it lives no longer than the process."""
+        """file: None keeps everything in memory, no longer than the process lives."""
         self._file = file
         if file is not None:
             prepare(file)
@@ -49,8 +49,8 @@ class SqliteStore:
             for pragma in (
                 "auto_vacuum = INCREMENTAL",
                 "journal_mode = WAL",
-                "synchronous = FULL",  # an accepted job outlives a power cut too
-                "secure_delete = FAST",  # what goes is not written once more as zeros, as Debian's SQLite does
+                "synchronous = FULL",  # an accepted job survives a power cut too
+                "secure_delete = FAST",  # Debian's SQLite would overwrite deleted pages with zeros
             ):
                 self._pragma(pragma)
             if new:
@@ -58,7 +58,7 @@ class SqliteStore:
                     self._pragma(f"application_id = {APPLICATION_ID}")
                     self._pragma(f"user_version = {VERSION}")
                     metadata.create_all(self._connection)
-            self.unfinished()  # the server reads them first of all: where that fails it does not start
+            self.unfinished()  # what the server reads first: if this fails it must not start
         except sa.exc.DBAPIError as error:
             self._engine.dispose()
             raise ValueError(why_not(file, str(error.orig))) from None
@@ -70,7 +70,7 @@ class SqliteStore:
             raise
 
     def _pragma(self, text: str) -> Sequence[Any]:
-        """Run a pragma; the first row it gives."""
+        """Run a pragma, and return its first row."""
         rows = self._driver.execute(f"PRAGMA {text}").fetchall()
         return rows[0] if rows else ()
 
@@ -82,7 +82,7 @@ class SqliteStore:
 
     # --- JobStore ---
 
-    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> JobRecord | None:
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> bool:
         """See JobStore."""
         data = arrays.pack_inputs(inputs) if inputs is not None else None
         values = asdict(job) | {"spec": _json(job.spec.to_json()), "problem": _json(job.problem)}
@@ -91,11 +91,11 @@ class SqliteStore:
             values |= {"key": key.name, "request_hash": key.request_hash}
         with self._transaction() as run:
             if key is not None and run(sa.select(jobs.c.id).where(jobs.c.key == key.name)).first():
-                return None
+                return False
             run(sa.insert(jobs).values(**values))
             if data is not None:
                 run(sa.insert(inputs_of).values(job_id=job.id, data=data))
-        return job
+        return True
 
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """See JobStore."""
@@ -120,7 +120,7 @@ class SqliteStore:
                 records.append(_record(row))
             except StorageFailed as error:
                 ending = {"outcome": "failed", "finished_us": now_us(), "problem": error.problem()}
-                with suppress(StorageFailed):  # then it is tried again at the next start
+                with suppress(StorageFailed):  # the next start tries again
                     self._finish(row.id, ending)
         return records
 
@@ -145,11 +145,11 @@ class SqliteStore:
         """See JobStore."""
         packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots_by_job.items()}
         with self._transaction() as run:
-            # SQLite takes 32,766 variables; --max-jobs is at most 10,000.
-            living = run(sa.select(jobs.c.id).where(jobs.c.id.in_(packed), jobs.c.outcome.is_(None))).scalars().all()
-            run(sa.delete(snapshots).where(snapshots.c.job_id.in_(living)))
-            if living:
-                rows = [{"job_id": each, "fingerprint": fingerprint, "data": packed[each]} for each in living]
+            # SQLite takes 32,766 variables in a statement; --max-jobs is at most 10,000.
+            live = run(sa.select(jobs.c.id).where(jobs.c.id.in_(packed), jobs.c.outcome.is_(None))).scalars().all()
+            run(sa.delete(snapshots).where(snapshots.c.job_id.in_(live)))
+            if live:
+                rows = [{"job_id": each, "fingerprint": fingerprint, "data": packed[each]} for each in live]
                 run(sa.insert(snapshots), rows)
 
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
@@ -204,34 +204,34 @@ class SqliteStore:
         ended = jobs.c.finished_us.is_not(None)
         oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes).where(ended)
         oldest = oldest.order_by(jobs.c.finished_us, jobs.c.arrival).limit(SWEEP_JOBS)
-        doomed: list[str] = []
+        chosen: list[str] = []
         with self._transaction() as run:
             total = left = run(sa.select(sa.func.total(jobs.c.bytes)).where(ended)).scalar_one()
             for row in run(oldest).all():
                 too_much = left > max_bytes and left > row.bytes
                 if not (row.finished_us < before_us or too_much) or total - left >= SWEEP_BYTES:
                     break
-                doomed.append(row.id)
+                chosen.append(row.id)
                 left -= row.bytes
-            if doomed:
-                self._delete(run, doomed)
-        if doomed:
-            log.info("%d jobs that had ended were forgotten", len(doomed))
-        return bool(doomed) or self._shrink()
+            if chosen:
+                self._delete(run, chosen)
+        if chosen:
+            log.info("%d jobs that had ended were deleted", len(chosen))
+        return bool(chosen) or self._shrink()
 
     def _shrink(self) -> bool:
-        """Give some of what is not used any more back to the disk; whether there is more of it."""
+        """Give some of the file's free pages back to the disk; returns whether there are more."""
         try:
             (free,) = self._pragma("freelist_count")
             if free > SPARE_PAGES:
-                # As a script, since a statement that gives no rows is stepped once, and frees one page.
+                # As a script, since the driver steps a statement without rows once, which frees one page.
                 self._driver.executescript(f"PRAGMA incremental_vacuum({SWEEP_PAGES})")
                 return bool(self._pragma("freelist_count")[0] < free)
-            if self._file is not None:  # which gets shorter when the WAL is brought into it, not before
+            if self._file is not None:  # a checkpoint shortens it, the vacuum alone does not
                 taken = sum(Path(f"{self._file.resolve()}{end}").stat().st_size for end in ("", "-wal"))
                 if taken > self._pragma("page_count")[0] * self._pragma("page_size")[0] + WAL_BYTES:
                     self._pragma("wal_checkpoint(TRUNCATE)")
-        except (OSError, sqlite3.Error) as error:  # the room is used again anyhow
+        except (OSError, sqlite3.Error) as error:  # no harm: new jobs use the free pages
             log.warning("the job store %s does not shrink: %s", self._file, error)
         return False
 
@@ -248,7 +248,7 @@ class SqliteStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[Callable[..., Any]]:
-        """One transaction, in which statements are run; all of them, or none."""
+        """Run statements in one transaction. Raises StorageFailed when one of them fails, which undoes all."""
         try:
             with self._connection.begin():
                 yield self._connection.execute
@@ -258,10 +258,10 @@ class SqliteStore:
 
 
 def open_store(state_dir: str, weights_hash: str) -> SqliteStore:
-    """Open the jobs of these weights, in a file of their own: no other weights can finish them.
+    """Open the store of these weights' jobs, a file of their own: no other weights could finish the jobs.
 
-    state_dir: a folder; empty, one of the user's own; ":memory:", none. Raises ValueError for a folder or file that
-    cannot be used, with what to do about it.
+    state_dir: a folder; "" for the default one in the user's home, ":memory:" for none. Raises ValueError for a folder
+    or file that cannot be used, with what to do about it.
     """
     if state_dir == IN_MEMORY:
         return SqliteStore(None)
@@ -276,14 +276,14 @@ def open_store(state_dir: str, weights_hash: str) -> SqliteStore:
 
 
 def _home_state_dir() -> Path:
-    """Raises RuntimeError for a user without a home."""
+    """Follow the XDG base directory specification. Raises RuntimeError for a user without a home."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tminus"
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
-    """Keep others out, as two servers would both finish the same jobs; and let the driver begin no transaction."""
+    """Lock out other processes, since two servers would both run the same jobs; let no transaction begin by itself."""
     connection.isolation_level = None
-    connection.text_factory = lambda data: data.decode(errors="replace")  # one bad byte would take a whole list away
+    connection.text_factory = lambda data: data.decode(errors="replace")  # one bad byte must not fail a whole list
     connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
 
 
@@ -296,7 +296,7 @@ def _json(value: Mapping[str, Any] | None) -> str | None:
 
 
 def _record(row: Any) -> JobRecord:
-    """Raises StorageFailed for a row that cannot be read."""
+    """Make a record of a row. Raises StorageFailed where that is damaged."""
     fields = {column.name: getattr(row, column.name) for column in RECORD_COLUMNS}
     with _reading(f"the record of job {row.id}"):
         fields["spec"] = SampleSpec.from_json(json.loads(row.spec))
@@ -306,7 +306,7 @@ def _record(row: Any) -> JobRecord:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Raise StorageFailed where what is in the file makes no sense: SQLite does not see a byte that turned."""
+    """Raise StorageFailed for data that cannot be decoded: SQLite itself does not notice a flipped byte."""
     try:
         yield
     except arrays.UNREADABLE as error:

@@ -1,4 +1,4 @@
-"""The tables of the job store. Whoever changes them counts VERSION up, in sqlite_file.py."""
+"""The tables of the job store. A change of them needs another VERSION, in sqlite_file.py."""
 
 import sqlalchemy as sa
 

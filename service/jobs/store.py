@@ -1,4 +1,4 @@
-"""Where durable jobs are kept: what a store must do, and what it is given. No SQL here."""
+"""What a store of durable jobs must do, and what it is given. No SQL here."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -14,27 +14,27 @@ Place = tuple[int, str]  # in the order of creation: created_us and id
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A durable job, as it is kept. Times are Unix times in microseconds, so that they compare alike everywhere."""
+    """A durable job as it is kept. Times are Unix times in microseconds: integers sort the same everywhere."""
 
     id: str
     spec: SampleSpec
     created_us: int
     deadline_us: int | None = None
-    outcome: Outcome | None = None  # None: it is still to be done
+    outcome: Outcome | None = None  # None: it has not ended
     finished_us: int | None = None
-    fingerprint: str | None = None  # of the build that made its images
+    fingerprint: str | None = None  # of the build that made the images
     problem: Mapping[str, Any] | None = None  # why it failed
-    crashes: int = 0  # how often the worker crashed while it had this job
+    crashes: int = 0  # of the worker while it worked on this job
 
     @property
     def place(self) -> Place:
-        """Where it stands among all jobs."""
+        """Its place in the order of creation."""
         return self.created_us, self.id
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What makes a retry safe: the client's Idempotency-Key, and a hash of what it was sent with."""
+    """What makes a retry safe: the client's Idempotency-Key, and a hash of the request it came with."""
 
     name: str
     request_hash: str
@@ -46,57 +46,56 @@ def now_us() -> int:
 
 
 class JobStore(Protocol):
-    """Keeps jobs. Each call is one transaction, durable when it returns; one thread at a time calls.
+    """Keeps jobs. Each call is one transaction, durable when it returns; calls come from one thread at a time.
 
-    Every call raises StorageFailed where the store cannot do it, or cannot make sense of what it has kept; it has then
-    changed nothing.
+    A call that cannot be done, or that meets kept data that cannot be read, raises StorageFailed and changes nothing.
     """
 
-    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> JobRecord | None:
-        """Keep a new job. Where the key is taken nothing is kept; None is returned, and `find` says by whom."""
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> bool:
+        """Keep a new job. False if another has the key, which `find` finds; then nothing is kept."""
 
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
-        """The job that was added with this key, and whether it was with the same request."""
+        """Find the job that was added with this key, and say whether the request was the same."""
 
     def get(self, job_id: str) -> JobRecord | None:
-        """One job."""
+        """Look up one job."""
 
     def unfinished(self) -> list[JobRecord]:
-        """The jobs still to be done, in order of arrival. One whose record is damaged is ended as failed."""
+        """List the jobs that have not ended, in order of arrival. One whose record is damaged is ended as failed."""
 
     def finished(self, before: Place | None, outcomes: Collection[Outcome], limit: int) -> list[JobRecord]:
-        """Jobs that have ended, the newest first, from the first that is older than `before`.
+        """List jobs that have ended, the newest first, from the first that is older than `before`.
 
         Those whose record is damaged are left out.
         """
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
-        """Keep snapshots in place of older ones. One of a job that has ended, or is not here, is let be."""
+        """Replace the jobs' snapshots by these. Those of jobs that have ended, or do not exist, are ignored."""
 
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
-        """A job's last snapshot, if it was taken by the same build and can be read."""
+        """Read a job's last snapshot, if it was taken by the same build and can be read."""
 
     def inputs(self, job_id: str) -> Inputs | None:
-        """What an edit that is still to be done was added with."""
+        """Read the inputs of an edit that has not ended."""
 
     def crashed(self, job_id: str) -> None:
         """Count a crash of the worker on a job."""
 
     def finish(self, job: JobRecord, images: Images | None = None) -> None:
-        """Keep how a job ended, its images with it, in place of its snapshot and inputs."""
+        """Keep how a job ended, and its images, in place of its snapshot and inputs."""
 
     def images(self, job_id: str) -> Images | None:
-        """The images of a job that is done."""
+        """Read the images of a job that is done."""
 
     def delete(self, job_id: str) -> bool:
-        """Forget a job with all it has; False if it is not here."""
+        """Delete a job with all that belongs to it; False if there is none."""
 
     def sweep(self, before_us: int, max_bytes: int) -> bool:
-        """Forget jobs that ended before a time, and the oldest of all that ended until the rest takes max_bytes.
+        """Delete jobs that ended before a time, and then the oldest that ended until the rest take at most max_bytes.
 
-        The newest stays, whatever it takes. What it took is given back to the disk, and what others took that are gone.
-        One call does a part of it, so that others get their turn; returns whether to call again.
+        The newest stays, whatever its size. The room of deleted jobs is given back to the disk.
+        One call does a part of this, so that other calls need not wait long; returns whether to call again.
         """
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the store; no call may follow."""

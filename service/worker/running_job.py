@@ -1,7 +1,7 @@
 """A job from when it is accepted to its end, and what it gives its viewers. No torch, no thread."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -24,6 +24,7 @@ class RunningJob:
     work: Work
     submitted_s: float
     deadline_s: float | None  # counted from submitted_s
+    outlook: Outlook | None = None  # what was forecast when it was accepted
     future: "Future[JobResult]" = field(default_factory=Future)
     durable: bool = False  # snapshots are kept of it
     inputs: Inputs | None = None  # None once the engine has them
@@ -53,16 +54,28 @@ class RunningJob:
 
     def status(self, outlook: Outlook, now_s: float) -> JobStatus:
         """What clients are told of it."""
+        return self._status(outlook.position, outlook.eta_s, now_s)
+
+    def _status(self, position: int, eta_s: float, now_s: float) -> JobStatus:
         return JobStatus(
             id=self.id,
             state="waiting" if self.started_s is None else "running",
-            position=outlook.position,
-            eta_s=outlook.eta_s,
+            position=position,
+            eta_s=eta_s,
             step=self.step,
             spec=self.spec,
             durable=self.durable,
             age_s=now_s - self.submitted_s,
         )
+
+    def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
+        """As `status`, by an earlier forecast; a job that came since has what it was told on acceptance."""
+        known = forecast.get(self.id)
+        if known is not None:
+            eta_s = known.eta_s - (now_s - self.submitted_s - known.age_s)
+            return self._status(known.position, max(0.0, eta_s), now_s)
+        assert self.outlook is not None
+        return self._status(self.outlook.position, max(0.0, self.outlook.eta_s - (now_s - self.submitted_s)), now_s)
 
     def show(self, engine: RowEngine, now_s: float) -> None:
         """Give its viewers a frame where one is due. Viewers of the same images share it."""

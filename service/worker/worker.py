@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
@@ -141,6 +141,7 @@ class Worker:
         return self._let_in(job, outlook)
 
     def _let_in(self, job: RunningJob, outlook: Outlook) -> Ticket:
+        job.outlook = outlook
         with self._gate:
             try:
                 self._check_open()
@@ -180,6 +181,18 @@ class Worker:
         with self._gate:
             job = self._jobs.get(job_id)
         return job.status(outlook, self._clock()) if job is not None and outlook is not None else None
+
+    def quick_statuses(self, forecast: Mapping[str, JobStatus]) -> list[JobStatus]:
+        """As `statuses`, with position and ETA of an earlier forecast, or of its acceptance if a job came since."""
+        with self._gate:
+            jobs, now_s = list(self._jobs.values()), self._clock()
+        return [job.quick_status(forecast, now_s) for job in jobs]
+
+    def quick_status(self, job_id: str, forecast: Mapping[str, JobStatus]) -> JobStatus | None:
+        """One of them; None if it is not here (any more)."""
+        with self._gate:
+            job = self._jobs.get(job_id)
+        return job.quick_status(forecast, self._clock()) if job is not None else None
 
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more viewer. Nothing happens if it is not here (any more)."""

@@ -16,7 +16,7 @@ from tests.service.api.test_noise import encode, noise
 from tests.service.api.test_stream import Client, connect
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
-from tests.service.jobs.test_jobs import Restarts, restarts  # noqa: F401
+from tests.service.jobs.conftest import Restarts, restarts  # noqa: F401
 
 PICTURE = noise(4, 6)
 CAT = encode(PICTURE)

@@ -1,6 +1,7 @@
 """GET /jobs, GET and DELETE /jobs/{id}, and deadlines, through the app."""
 
 import json
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.jobs.standings import FORECAST_S
 from service.work import JobStatus
 from service.worker.worker import Worker
 from tests.service.conftest import MakeSite, Site, pixels, problem
@@ -117,18 +119,24 @@ def test_an_unknown_job_is_a_problem(site: Site, method: str, job_id: str) -> No
     assert len(response.content) < 1500
 
 
-def test_one_job_is_looked_up_without_a_list_of_all(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_however_often_jobs_are_looked_up_one_forecast_a_second_is_made(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = asked.post(steps=3, seed=1)
     asked.site.engine.next_begun()
+    forecast, forecasts, began_s = Worker.statuses, [], time.monotonic()
+
+    def counted(worker: Worker) -> list[JobStatus]:
+        forecasts.append(time.monotonic())
+        return forecast(worker)
+
+    monkeypatch.setattr(Worker, "statuses", counted)
     (job,) = asked.wait_for(1)
-
-    def list_all(_worker: Worker) -> list[JobStatus]:
-        raise AssertionError("there may be a thousand")
-
-    monkeypatch.setattr(Worker, "statuses", list_all)
-    one = asked.site.client.get(f"/jobs/{job['id']}").json()
-    assert one | {"age_s": 0, "eta_s": 0} == job | {"age_s": 0, "eta_s": 0}
-    monkeypatch.undo()
+    for _ in range(20):
+        one = asked.site.client.get(f"/jobs/{job['id']}").json()
+        assert one | {"age_s": 0, "eta_s": 0} == job | {"age_s": 0, "eta_s": 0}
+        asked.jobs()
+    assert 1 <= len(forecasts) <= 1 + (time.monotonic() - began_s) / FORECAST_S
     asked.site.engine.gate.open()
     assert running.result(PATIENCE_S).status_code == 200
 

@@ -1,0 +1,80 @@
+"""The job store for asyncio: each call runs in the store's own thread, so that the event loop waits for no disk."""
+
+import asyncio
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from service.jobs.store import JobRecord, JobStore, Key, Outcome, Place
+from service.spec import Images, Inputs, Snapshot
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class AsyncStore:
+    """Owns the store and its thread. Its methods are those of JobStore, and raise StorageFailed as they do."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-store")
+
+    async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await asyncio.wrap_future(self._pool.submit(function, *args, **kwargs))
+
+    async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None) -> bool:
+        """See JobStore."""
+        return await self._call(self._store.add, job, key, inputs)
+
+    async def find(self, key: Key) -> tuple[JobRecord, bool] | None:
+        """See JobStore."""
+        return await self._call(self._store.find, key)
+
+    async def get(self, job_id: str) -> JobRecord | None:
+        """See JobStore."""
+        return await self._call(self._store.get, job_id)
+
+    async def unfinished(self) -> list[JobRecord]:
+        """See JobStore."""
+        return await self._call(self._store.unfinished)
+
+    async def finished(self, before: Place | None, outcomes: Collection[Outcome], limit: int) -> list[JobRecord]:
+        """See JobStore."""
+        return await self._call(self._store.finished, before, outcomes, limit)
+
+    async def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
+        """See JobStore."""
+        return await self._call(self._store.snapshot, job_id, fingerprint)
+
+    async def inputs(self, job_id: str) -> Inputs | None:
+        """See JobStore."""
+        return await self._call(self._store.inputs, job_id)
+
+    async def crashed(self, job_id: str) -> None:
+        """See JobStore."""
+        await self._call(self._store.crashed, job_id)
+
+    async def finish(self, job: JobRecord, images: Images | None) -> None:
+        """See JobStore."""
+        await self._call(self._store.finish, job, images)
+
+    async def images(self, job_id: str) -> Images | None:
+        """See JobStore."""
+        return await self._call(self._store.images, job_id)
+
+    async def delete(self, job_id: str) -> bool:
+        """See JobStore."""
+        return await self._call(self._store.delete, job_id)
+
+    async def sweep(self, before_us: int, max_bytes: int) -> bool:
+        """See JobStore."""
+        return await self._call(self._store.sweep, before_us, max_bytes)
+
+    def submit(self, function: Callable[[JobStore], R]) -> "Future[R]":
+        """Run a function in the store's thread, for callers outside the event loop."""
+        return self._pool.submit(function, self._store)
+
+    def close(self) -> None:
+        """Finish the calls that have been made, and close the store. Blocks until then."""
+        self._pool.submit(self._store.close)
+        self._pool.shutdown()

@@ -1,0 +1,222 @@
+"""How a durable job goes from its acceptance, or from an earlier process, to its end. Here are no commands of clients.
+
+One task for each job waits for the worker's result and keeps how the job ended, whatever happens to the client.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, ValuesView
+from dataclasses import replace
+
+from service.errors import (
+    DeadlinePassed,
+    Draining,
+    EngineFailed,
+    JobCancelled,
+    NotReady,
+    Overloaded,
+    ServiceError,
+    StorageFailed,
+)
+from service.jobs.async_store import AsyncStore
+from service.jobs.live import Live
+from service.jobs.store import JobRecord, Outcome, now_us
+from service.metrics import Metrics
+from service.model_info import Limits
+from service.spec import Images
+from service.work import Ticket
+from service.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 10.0
+RETRY_S = 5.0  # until a store that failed is tried again
+ROOM_S = 0.2  # until a worker that warms up, or has no slots, is asked again
+MAX_CRASHES = 3  # of the worker while it worked on the job; then the job is taken for the cause
+
+
+class Lifecycle:
+    """Owns the durable jobs that have not ended, and their tasks. In the event loop's thread only."""
+
+    def __init__(self, store: AsyncStore, worker: Worker, fingerprint: str, limits: Limits, metrics: Metrics) -> None:
+        self._store, self._worker, self._fingerprint = store, worker, fingerprint
+        self._limits, self._metrics = limits, metrics
+        self._live: dict[str, Live] = {}  # changed here only
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
+        self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
+        self._closing = asyncio.Event()
+        self._store_fails = False  # the last attempt to keep an end failed
+
+    async def start(self) -> None:
+        """Take on what an earlier process accepted and did not finish."""
+        for record in await self._store.unfinished():
+            self._live[record.id] = live = Live(record)
+            self._spawn(self._run(live, None))
+        if self._live:
+            log.info("%d durable jobs of an earlier start go on", len(self._live))
+            self._metrics.jobs_resumed(len(self._live))
+        self._spawn(self._sweep_now_and_then())
+
+    async def close(self) -> None:
+        """Keep how jobs ended, as far as the store can, and close it. Call it when the worker has ended."""
+        self._closing.set()
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            self._store.close()
+
+    # --- for the commands of clients ---
+
+    def find(self, job_id: str) -> Live | None:
+        """One job; None if it has ended, or is not durable, or does not exist."""
+        return self._live.get(job_id)
+
+    def all(self) -> ValuesView[Live]:
+        """Every durable job that has not ended."""
+        return self._live.values()
+
+    def check_store(self) -> None:
+        """Raise StorageFailed while the store cannot keep how jobs end: no more are taken than can be ended."""
+        if self._store_fails and any(live.ending for live in self._live.values()):
+            raise StorageFailed("the ends of jobs cannot be kept at the moment, so no more are taken")
+
+    def accept(self, record: JobRecord, ticket: Ticket) -> None:
+        """Take on a job that the store keeps and the worker has."""
+        self._live[record.id] = live = Live(record, submitted=True)
+        self._spawn(self._run(live, ticket))
+
+    def cancel(self, live: Live) -> None:
+        """Give a job up; `live.ended` is set when that is kept."""
+        if live.submitted:
+            self._worker.cancel(live.record.id, "deleted")
+        elif live.ending is None:
+            self._spawn(self._end(live, _ending(live.record, "cancelled")))
+
+    # --- one job ---
+
+    async def _run(self, live: Live, ticket: Ticket | None) -> None:
+        """Bring a job to its end, and keep that. Without a ticket the worker does not have it yet."""
+        try:
+            if ticket is None:
+                if live.record.spec.n > self._limits.max_rows:
+                    log.warning(
+                        "job %s waits for a start with more --max-rows than %d", live.record.id, live.record.spec.n
+                    )
+                    return
+                async with self._resuming:
+                    ticket = await self._resume(live)
+            result = await asyncio.wrap_future(ticket.future)
+            images = await asyncio.to_thread(result.read)  # waits for a GPU, so not in the store's thread
+            await self._end(live, _ending(live.record, "done", fingerprint=self._fingerprint), images)
+        except JobCancelled:
+            await self._end(live, _ending(live.record, "cancelled"))
+        except Draining:
+            log.info("job %s waits for the next start", live.record.id)
+            live.release_viewers()
+        except ServiceError as error:
+            await self._fail(live, error)
+        except Exception:
+            log.exception("job %s could not be finished", live.record.id)
+            await self._fail(live, ServiceError("something went wrong on the server; its log has the details"))
+
+    async def _resume(self, live: Live) -> Ticket:
+        """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
+        record = live.record
+        snapshot = await self._store.snapshot(record.id, self._fingerprint)
+        inputs = await self._store.inputs(record.id) if record.spec.image_sha256 else None
+        while True:
+            if live.ending is not None:
+                raise JobCancelled("it was deleted")
+            deadline_s = None if record.deadline_us is None else (record.deadline_us - now_us()) / 1e6
+            if deadline_s is not None and deadline_s <= 0:
+                raise DeadlinePassed(
+                    "deadline_s passed while the server was down", field="deadline_s", value=deadline_s
+                )
+            try:
+                ticket = self._worker.resume(record.id, record.spec, deadline_s, inputs, snapshot)
+            except (NotReady, Overloaded):
+                await self._pause(ROOM_S)
+            else:
+                break
+        step = min(snapshot.steps) if snapshot is not None else record.spec.start
+        log.info("job %s goes on from step %d", record.id, step)
+        live.submitted = True
+        for watch, _ in live.viewers:
+            self._worker.watch(record.id, watch)
+        return ticket
+
+    async def _fail(self, live: Live, error: ServiceError) -> None:
+        """End a job as failed; one that the worker's crash ended goes on at the next start, unless it is the cause."""
+        if isinstance(error, EngineFailed) and self._worker.crashed and not await self._causes_crashes(live.record):
+            live.release_viewers()
+            return
+        await self._end(live, _ending(live.record, "failed", problem=error.problem()))
+
+    async def _causes_crashes(self, record: JobRecord) -> bool:
+        """Count a crash of the worker on this job, if it worked on it; whether these are MAX_CRASHES now."""
+        if record.id not in self._worker.jobs_of_the_crash:
+            return False
+        try:
+            await self._store.crashed(record.id)
+        except StorageFailed:
+            return False
+        return record.crashes + 1 >= MAX_CRASHES
+
+    async def _end(self, live: Live, record: JobRecord, images: Images | None = None) -> None:
+        """Keep how a job ended. Until the store can, clients are not told that it has; a restart would run it again."""
+        if live.ending is not None:  # another task does this already
+            return
+        live.ending = record
+        while True:
+            try:
+                await self._store.finish(record, images)
+                self._store_fails = False
+                break
+            except Exception as error:
+                self._store_fails = True
+                if not isinstance(error, StorageFailed):  # which the store has logged
+                    log.exception("the end of job %s could not be kept", record.id)
+                try:
+                    await self._pause(RETRY_S)
+                except Draining:
+                    return
+        live.record = record
+        del self._live[record.id]
+        self._metrics.durable_job_ended(record.outcome or "")
+        live.release_viewers()
+        live.ended.set()
+
+    # --- the process ---
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _pause(self, seconds: float) -> None:
+        """Sleep. Raises Draining when the process ends."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+        except TimeoutError:
+            return
+        raise Draining
+
+    async def _sweep_now_and_then(self) -> None:
+        """Delete jobs that ended long ago, until the process ends."""
+        keep_us, keep_bytes = round(self._limits.keep_jobs_s * 1e6), self._limits.keep_jobs_bytes
+        while not self._closing.is_set():
+            try:
+                while await self._store.sweep(now_us() - keep_us, keep_bytes):
+                    if self._closing.is_set():
+                        return
+            except StorageFailed:
+                pass
+            try:
+                await self._pause(SWEEP_S)
+            except Draining:
+                return
+
+
+def _ending(record: JobRecord, outcome: Outcome, **fields: object) -> JobRecord:
+    return replace(record, outcome=outcome, finished_us=now_us(), **fields)  # type: ignore[arg-type]

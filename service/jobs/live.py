@@ -1,0 +1,24 @@
+"""A durable job between its acceptance and its end, with the clients who follow it. In the event loop's thread only."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from service.jobs.store import JobRecord
+from service.preview import Watch
+from service.worker.mailbox import Mailbox
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A durable job that has not ended. Only Lifecycle changes its record and its state."""
+
+    record: JobRecord
+    submitted: bool = False  # the worker has it
+    ending: JobRecord | None = None  # how it ended, while that is being kept
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    viewers: list[tuple[Watch, Mailbox]] = field(default_factory=list)
+
+    def release_viewers(self) -> None:
+        """Tell those who follow the job that no more will come."""
+        for _, mailbox in self.viewers:
+            mailbox.close()

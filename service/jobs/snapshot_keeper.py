@@ -1,0 +1,62 @@
+"""Writes the snapshots that the worker takes of durable jobs to the store, in rounds spaced by what they cost."""
+
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+from service.errors import StorageFailed
+from service.jobs.async_store import AsyncStore
+from service.jobs.store import JobStore
+from service.metrics import Metrics
+from service.spec import Snapshot
+from service.worker.snapshot_pace import READ, SnapshotPace
+
+log = logging.getLogger(__name__)
+
+
+class SnapshotKeeper:
+    """The worker's Keeper. A thread of its own waits for copies from a GPU, so that the store's calls do not.
+
+    The cost of a round is the CPU time of all three threads: waiting for a GPU or a disk takes nothing from a tick.
+    """
+
+    def __init__(self, store: AsyncStore, fingerprint: str, metrics: Metrics) -> None:
+        self._store, self._fingerprint, self._metrics = store, fingerprint, metrics
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="tminus-snapshots")
+        self._pace = SnapshotPace()
+
+    def due(self, now_s: float) -> bool:
+        """See Keeper."""
+        return self._pace.due(now_s)
+
+    def keep(self, snapshots: Mapping[str, READ], began_s: float, cost_s: float) -> None:
+        """See Keeper."""
+        self._pace.begun()
+        self._reading.submit(self._read, snapshots, began_s, cost_s)
+
+    def close(self) -> None:
+        """Hand what was taken to the store. Blocks until then; call it before the store is closed."""
+        self._reading.shutdown()
+
+    def _read(self, snapshots: Mapping[str, READ], began_s: float, cost_s: float) -> None:
+        started_s = time.thread_time()
+        try:
+            read_snapshots = {job_id: read() for job_id, read in snapshots.items()}
+        except Exception:
+            log.exception("snapshots could not be read")
+            self._pace.ended(began_s, cost_s + time.thread_time() - started_s)
+            return
+        cost_s += time.thread_time() - started_s
+        self._store.submit(lambda store: self._save(store, read_snapshots, began_s, cost_s))
+
+    def _save(self, store: JobStore, snapshots: Mapping[str, Snapshot], began_s: float, cost_s: float) -> None:
+        started_s = time.thread_time()
+        try:
+            store.save(snapshots, self._fingerprint)
+            self._metrics.snapshotted(len(snapshots))
+        except StorageFailed:  # the store has logged it; a crash now costs the steps since the last snapshot
+            pass
+        except Exception:
+            log.exception("snapshots could not be kept")
+        self._pace.ended(began_s, cost_s + time.thread_time() - started_s)

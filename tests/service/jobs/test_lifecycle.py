@@ -1,0 +1,242 @@
+"""Jobs to their end, over failures and restarts: a new site on the same file is a restart."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.errors import StorageFailed
+from service.jobs import jobs as jobs_module
+from service.jobs import lifecycle
+from service.jobs.sqlite_store import SqliteStore
+from service.jobs.store import JobRecord, now_us
+from tests.service.conftest import MakeSite, Site, problem
+from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
+from tests.service.jobs.conftest import SPEC, Restarts, events, post, state, wait_for
+
+# --- the store fails ---
+
+
+def test_a_store_that_fails_refuses_new_jobs_and_nothing_else(held: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(*_: object) -> None:
+        raise StorageFailed("the job store cannot do it: database or disk is full")
+
+    monkeypatch.setattr(SqliteStore, "add", add)
+    document = problem(held.client.post("/jobs", json=SPEC), 507, "storage_failed")
+    assert "disk is full" in document["detail"]
+    held.engine.gate.open()
+    wait_until(lambda: held.engine.jobs == {})
+    assert held.post(json=SPEC).status_code == 200
+    monkeypatch.undo()
+    assert wait_for(held, post(held).json()["id"])
+
+
+def test_an_end_that_cannot_be_kept_is_tried_until_it_can(held: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, failures = SqliteStore.finish, []
+
+    def full(store: SqliteStore, job: JobRecord, images: object = None) -> None:
+        if len(failures) < 3:
+            failures.append(job)
+            raise StorageFailed("full")
+        finish(store, job, images)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SqliteStore, "finish", full)
+    monkeypatch.setattr(lifecycle, "RETRY_S", 0.01)
+    job_id = post(held).json()["id"]
+    held.engine.gate.open()
+    assert wait_for(held, job_id)
+    assert len(failures) == 3
+    assert held.client.get(f"/jobs/{job_id}/image").status_code == 200
+
+
+# --- restarts ---
+
+
+def test_a_restart_goes_on_where_the_job_was(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    running, waiting = post(site).json()["id"], post(site, {"steps": 900, "n": 2, "seed": 9}).json()["id"]
+    site.engine.gate.let(3)
+    for _ in range(4):
+        site.engine.next_begun()
+    restarts.stop()
+    site = restarts.start()
+    wait_for(site, running)
+    assert site.client.get(f"/jobs/{running}/image").content == site.post(json=SPEC).content
+    assert wait_for(site, waiting)["step"] == 900
+    assert min(site.engine.batches[1].steps) > 0, "it did not begin anew"
+    assert site.metrics()["tminus_jobs_resumed_total"] == 2
+
+
+def test_a_job_that_ended_is_there_after_a_restart_with_its_key(restarts: Restarts) -> None:
+    site = restarts.start()
+    job_id = post(site, **{"Idempotency-Key": "k"}).json()["id"]
+    before = wait_for(site, job_id)
+    image = site.client.get(f"/jobs/{job_id}/image").content
+    restarts.stop()
+    site = restarts.start()
+    assert site.client.get(f"/jobs/{job_id}").json() | {"age_s": 0} == before | {"age_s": 0}
+    assert site.client.get(f"/jobs/{job_id}/image").content == image
+    assert post(site, **{"Idempotency-Key": "k"}).json()["id"] == job_id
+
+
+def test_another_build_begins_a_job_anew_and_signs_what_it_made(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    done = post(site, {"steps": 1, "seed": 1}).json()["id"]
+    site.engine.gate.let()
+    wait_for(site, done)
+    old = site.client.get(f"/jobs/{done}/image")
+    job_id = post(site).json()["id"]
+    site.engine.gate.let(2)
+    restarts.stop()
+    site = restarts.start(info={"fingerprint": "another build"})
+    wait_for(site, job_id)
+    assert min(step for batch in site.engine.batches[1:] for step in batch.steps) == 0
+    assert site.client.get(f"/jobs/{job_id}/image").headers["x-fingerprint"] == "another build"
+    again = site.client.get(f"/jobs/{done}/image")
+    assert again.headers["x-fingerprint"] == INFO.fingerprint, "it is the work of the build that made it"
+    assert (again.content, again.headers["etag"]) == (old.content, old.headers["etag"])
+
+
+def test_jobs_of_an_earlier_start_wait_for_room_in_order_of_arrival(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    ids = [post(site, {"steps": 3, "seed": k}).json()["id"] for k in range(4)]
+    restarts.stop()
+    site = restarts.start(max_jobs=1)
+    for job_id in ids:
+        assert wait_for(site, job_id)["state"] == "done"
+    records = [site.client.get(f"/jobs/{job_id}").json()["finished"] for job_id in ids]
+    assert records == sorted(records)
+
+
+def test_a_job_that_waits_for_room_can_be_cancelled_and_watched(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    ids = [post(site, {"steps": 500, "seed": k}).json()["id"] for k in range(3)]
+    restarts.stop()
+    site = restarts.start(max_jobs=1)
+    site.engine.gate.shut()
+    assert site.client.delete(f"/jobs/{ids[2]}").status_code == 204
+    assert state(site, ids[2]) == "cancelled"
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(site.client.get, f"/jobs/{ids[1]}/events?every=100")
+        site.engine.gate.open()
+        assert events(reading.result(PATIENCE_S).text)[-1][0] == "done"
+    wait_for(site, ids[0])
+
+
+def test_a_deadline_goes_on_while_the_server_is_down(restarts: Restarts) -> None:
+    store = SqliteStore(restarts.file)
+    store.add(JobRecord("a" * 32, make_spec(), now_us() - 10_000_000, now_us() - 5_000_000))
+    store.close()
+    site = restarts.start()
+    assert wait_for(site, "a" * 32, "failed")["problem"]["code"] == "deadline_passed"
+
+
+def test_an_end_that_cannot_be_kept_lets_no_request_hang_whatever_the_reason(
+    held: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons: list[Exception] = [MemoryError("no room"), StorageFailed("full")]
+
+    def fail(*_: object) -> None:
+        raise reasons[0]
+
+    monkeypatch.setattr(SqliteStore, "finish", fail)
+    monkeypatch.setattr(lifecycle, "RETRY_S", 0.01)
+    monkeypatch.setattr(jobs_module, "CANCEL_S", 0.1)
+    job_id = post(held).json()["id"]
+    held.engine.gate.open()
+    wait_until(lambda: held.engine.jobs == {})
+    wait_until(lambda: held.client.post("/jobs", json=SPEC).status_code == 507)  # no more are taken than can be ended
+    problem(held.client.delete(f"/jobs/{job_id}"), 507, "storage_failed")
+    problem(held.client.post(f"/jobs/{job_id}/cancel"), 507, "storage_failed")
+    reasons.pop(0)
+    assert state(held, job_id) == "running"
+    monkeypatch.undo()
+    assert wait_for(held, job_id)["state"] == "done"
+    assert post(held)
+
+
+def test_a_slow_machine_or_tighter_limits_end_no_job_that_was_accepted(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    late = post(site, {"steps": 900, "deadline_s": 60}).json()["id"]
+    large = post(site, {"steps": 5, "n": 4}).json()["id"]
+    small = post(site, {"steps": 5, "n": 2}).json()["id"]
+    restarts.stop()
+    site = restarts.start(max_rows=3, max_n=3, max_backlog_s=0.001, tick_times=((1, 9.0), (8, 9.0)))
+    assert wait_for(site, small)["state"] == "done"
+    assert wait_for(site, late)["state"] == "done"
+    assert state(site, large) == "waiting", "until a server has room for it"
+    restarts.stop()
+    assert wait_for(restarts.start(), large)["state"] == "done"
+
+
+def test_jobs_behind_one_that_is_deleted_wait_no_longer_for_it(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    ids = [post(site, {"steps": steps, "seed": steps}).json()["id"] for steps in (1000, 999, 5, 6)]
+    restarts.stop()
+    site = restarts.start(max_jobs=1, tick_times=((1, 9.0), (8, 9.0)), shut=True)
+    wait_until(lambda: not site.engine.begun.empty())
+    with ThreadPoolExecutor(2) as pool:
+        deleting = [pool.submit(site.client.delete, f"/jobs/{job_id}") for job_id in ids[:2]]
+        wait_until(lambda: not site.worker._commands.empty())
+        site.engine.gate.open()
+        assert [each.result(PATIENCE_S).status_code for each in deleting] == [204, 204]
+    assert wait_for(site, ids[2])["state"] == "done"
+    assert wait_for(site, ids[3])["state"] == "done"
+
+
+def test_a_crash_is_counted_only_for_the_jobs_that_the_worker_was_working_on(restarts: Restarts) -> None:
+    def crash(rows: object) -> None:
+        raise RuntimeError("out of memory")
+
+    site = restarts.start(shut=True, max_batch=2)
+    poison, innocent = post(site, {"steps": 1, "n": 2}).json()["id"], post(site, {"steps": 50, "n": 2}).json()["id"]
+    for _ in range(3):
+        site.engine.on_remove = crash
+        site.engine.gate.open()
+        wait_until(lambda site=site: site.worker.crashed)  # type: ignore[misc]
+        site.engine.jobs.clear()
+        restarts.stop()
+        site = restarts.start(shut=True, max_batch=2)
+    site.engine.gate.open()
+    assert wait_for(site, poison, "failed")["problem"]["code"] == "engine_failed"
+    assert wait_for(site, innocent)["state"] == "done"
+
+
+def test_suspended_work_is_not_counted_as_saved(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    post(site, {"steps": 900})
+    site.engine.next_begun()
+    worker = site.worker
+    worker.drain()
+    site.engine.gate.open()
+    wait_until(lambda: not worker.alive)
+    metrics = site.metrics()
+    assert metrics["tminus_row_steps_saved_total"] == 0
+    assert 'tminus_cancelled_total{"reason": "suspended"}' not in metrics
+
+
+def test_a_worker_that_crashes_again_and_again_with_a_job_fails_it(restarts: Restarts) -> None:
+    def crash(rows: object) -> None:
+        raise RuntimeError("out of memory")
+
+    site = restarts.start(shut=True)
+    job_id = post(site).json()["id"]
+    for attempt in range(3):
+        assert state(site, job_id) in ("waiting", "running"), attempt
+        site.engine.on_remove = crash  # in _deliver, which nothing catches
+        site.engine.gate.open()
+        wait_until(lambda site=site: site.worker.crashed)  # type: ignore[misc]
+        site.engine.jobs.clear()
+        restarts.stop()
+        site = restarts.start(shut=True)
+    assert wait_for(site, job_id, "failed")["problem"]["code"] == "engine_failed"
+
+
+# --- what is deleted after its time ---
+
+
+def test_jobs_are_deleted_when_their_time_is_over(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "SWEEP_S", 0.01)
+    site = make_site(keep_jobs_s=0.05)
+    job_id = post(site).json()["id"]
+    wait_until(lambda: site.client.get(f"/jobs/{job_id}").status_code == 404)
+    assert site.client.get("/jobs").json() == {"jobs": [], "next": None}

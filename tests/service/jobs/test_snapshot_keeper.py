@@ -1,0 +1,135 @@
+"""Snapshots on their way from the worker to the store."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.errors import StorageFailed
+from service.jobs.async_store import AsyncStore
+from service.jobs.snapshot_keeper import SnapshotKeeper
+from service.jobs.sqlite_store import SqliteStore
+from service.jobs.store import JobRecord
+from service.metrics import Metrics
+from service.spec import Snapshot
+from service.worker.snapshot_pace import LEAST_S, SHARE
+from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
+
+SNAPSHOT = Snapshot((2,), np.zeros((1, 1, 4, 6), np.float32), np.ones((1, 1, 4, 6), np.float32))
+BURNT_S = 0.05
+
+
+def burn_cpu() -> None:
+    until_s = time.thread_time() + BURNT_S
+    while time.thread_time() < until_s:
+        pass
+
+
+class Kept:
+    """A store on a file with one job in it, and its keeper."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.metrics = file, Metrics(INFO)
+        self.store = AsyncStore(SqliteStore(file))
+        self.keeper = SnapshotKeeper(self.store, "build", self.metrics)
+        asyncio.run(self.store.add(JobRecord("a", make_spec(), 1), None, None))
+
+    def keep(self, read: Callable[[], Snapshot] = lambda: SNAPSHOT, cost_s: float = 0.0) -> None:
+        self.keeper.keep({"a": read}, 100.0, cost_s)
+
+    def wait_for_the_end_of_the_round(self) -> None:
+        wait_until(lambda: self.keeper.due(1e9))
+
+    def close(self) -> None:
+        self.keeper.close()
+        self.store.close()
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    made = Kept(tmp_path / "jobs.sqlite3")
+    yield made
+    made.close()
+
+
+def test_a_call_of_the_store_does_not_wait_for_a_copy_from_a_gpu(kept: Kept) -> None:
+    copied = threading.Event()
+
+    def read() -> Snapshot:
+        assert copied.wait(PATIENCE_S)
+        return SNAPSHOT
+
+    kept.keep(read)
+    assert asyncio.run(kept.store.snapshot("a", "build")) is None
+    assert not kept.keeper.due(1e9), "a round is under way"
+    copied.set()
+    kept.wait_for_the_end_of_the_round()
+    found = asyncio.run(kept.store.snapshot("a", "build"))
+    assert found is not None
+    assert (found.steps, found.x0_previous.tolist()) == (SNAPSHOT.steps, SNAPSHOT.x0_previous.tolist())
+
+
+def test_what_was_taken_is_kept_before_the_store_is_closed(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "jobs.sqlite3")
+    kept.keep()
+    kept.close()
+    store = SqliteStore(kept.file)
+    assert store.snapshot("a", "build") is not None
+    store.close()
+
+
+def test_a_cheap_round_makes_the_next_due_after_the_least_interval(kept: Kept) -> None:
+    assert kept.keeper.due(100.0)
+    kept.keep()
+    kept.wait_for_the_end_of_the_round()
+    assert not kept.keeper.due(100.0 + LEAST_S - 0.01)
+    assert kept.metrics.registry.get_sample_value("tminus_snapshots_total") == 1
+
+
+def test_what_the_worker_spent_is_part_of_the_cost(kept: Kept) -> None:
+    kept.keep(cost_s=BURNT_S)
+    kept.wait_for_the_end_of_the_round()
+    assert not kept.keeper.due(100.0 + BURNT_S / SHARE - 0.01)
+
+
+def test_what_reading_takes_of_a_core_is_part_of_the_cost(kept: Kept) -> None:
+    def read() -> Snapshot:
+        burn_cpu()
+        return SNAPSHOT
+
+    kept.keep(read)
+    kept.wait_for_the_end_of_the_round()
+    assert not kept.keeper.due(100.0 + BURNT_S / SHARE - 0.01)
+
+
+@pytest.mark.parametrize("error", [StorageFailed("full"), MemoryError("no room")])
+def test_a_round_that_cannot_be_kept_costs_what_it_took_and_others_follow(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        burn_cpu()
+        raise error
+
+    monkeypatch.setattr(SqliteStore, "save", fail)
+    kept.keep()
+    kept.wait_for_the_end_of_the_round()
+    assert not kept.keeper.due(100.0 + BURNT_S / SHARE - 0.01)
+    monkeypatch.undo()
+    kept.keep()
+    kept.wait_for_the_end_of_the_round()
+    assert asyncio.run(kept.store.snapshot("a", "build")) is not None
+
+
+def test_a_round_that_cannot_be_read_is_left_out_and_others_follow(kept: Kept) -> None:
+    def fail() -> Snapshot:
+        raise RuntimeError("the copy failed")
+
+    kept.keep(fail)
+    kept.wait_for_the_end_of_the_round()
+    kept.keep()
+    kept.wait_for_the_end_of_the_round()
+    assert asyncio.run(kept.store.snapshot("a", "build")) is not None
