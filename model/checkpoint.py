@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.noise import NoiseConfig
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 TMINUS_FILE = "tminus.json"

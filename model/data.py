@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from model.pixels import fit_square
 
 FASHION_MNIST_CLASSES = (
     "t-shirt",
@@ -46,16 +48,6 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
-
-
-def to_model_range(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1], as Ho et al. 2020, sec. 3.3."""
-    return images.to(torch.float32) / 127.5 - 1
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 [0, 255], clipped and rounded to nearest."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -106,11 +98,9 @@ def load_image_folder(folder: Path, size_px: int, channels: int) -> ImageSet:
     def load(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-                fitted = ImageOps.fit(upright, (size_px, size_px), Image.Resampling.LANCZOS)
+                return fit_square(image, size_px, channels)
         except (OSError, Image.DecompressionBombError) as error:
             raise DataError(f"{file}: {error}") from error
-        return np.asarray(fitted).reshape(size_px, size_px, channels)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         stacked = np.stack(list(pool.map(load, files)))

@@ -20,11 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import Labels, load_checkpoint, save_checkpoint, write_atomically
-from model.data import ImageSet, to_model_range
+from model.data import ImageSet
 from model.ema import Ema
 from model.loss import l_simple, training_target
 from model.noise import NoiseConfig, NoiseSchedule
-from model.unet import UNet2D, UNetConfig
+from model.pixels import to_model_range
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.checkpoint import hash_weights, write_atomically
-from model.data import ImageSet, to_model_range
+from model.data import ImageSet
+from model.pixels import to_model_range
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"
 MAX_CONFIG_BYTES = 2**20

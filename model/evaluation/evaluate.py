@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import Checkpoint
-from model.data import ImageSet, to_model_range, to_uint8
+from model.data import ImageSet
 from model.evaluation.classes import balanced_picks, class_map, image_classes, sample_classes
 from model.evaluation.classifier import Classifier, Reading
 from model.evaluation.distances import fit_gaussian, frechet_distance, nearest_neighbours
@@ -28,6 +28,7 @@ from model.evaluation.report import (
     PerClass,
 )
 from model.loss import variational_bound
+from model.pixels import to_model_range, to_uint8
 from model.rng import image_noise
 from model.samplers import Forward, compile_plan, sample
 from model.unet import UNet2D

@@ -27,7 +27,8 @@ from model.checkpoint import (
 )
 from model.noise import NoiseConfig
 from model.samplers import compile_plan, sample
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
 from tests.tiny import TINY, randomize
 
 CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 4})

@@ -17,7 +17,8 @@ from model.checkpoint import CheckpointError, load_checkpoint
 from model.data import ImageSet
 from model.noise import NoiseConfig
 from model.train import STATE_FILE, TrainConfig, TrainError, batch_indices, faster_precision, step_seed, train
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
 from tests.tiny import TINY
 
 CPU = torch.device("cpu")

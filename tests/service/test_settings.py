@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from service.cli import main as cli
-from service.engine.loading import Loaded, LoadOptions
+from service.engine.loading import Loaded
+from service.engine.options import LoadOptions
 from service.model_info import Limits
 from service.scheduling.scheduler import Sharing
 from service.settings import Settings

@@ -27,7 +27,8 @@ from model.evaluation.evaluate import EvaluateError, draw_samples, evaluate
 from model.evaluation.report import EvaluateOptions, EvaluationReport
 from model.noise import NoiseConfig
 from model.samplers import Forward
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
 
 STORED_CLASSIFIER = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-classifier"
 CPU = torch.device("cpu")

@@ -13,8 +13,9 @@ from torch import Tensor
 from model.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from service.engine import autotune, loading
 from service.engine.executors import EagerExecutor, Executor
-from service.engine.loading import MIN_BATCH, LoadOptions, load_engine
+from service.engine.loading import MIN_BATCH, load_engine
 from service.engine.local import sample_locally
+from service.engine.options import LoadOptions
 from service.images.encoder import PNG, etag
 from service.spec import trial_spec
 from tests.service.conftest import Around, MakeCheckpoint
