@@ -1,4 +1,4 @@
-"""Training images: Fashion-MNIST's IDX files, or a folder of pictures. Held in memory as uint8 [N, C, H, W]."""
+"""Training images: Fashion-MNIST's IDX files, or a folder of pictures, held in memory as uint8 [N, C, H, W]."""
 
 import gzip
 import math
@@ -39,7 +39,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images uint8 [N, C, H, W]; labels int64 [N], or None where there are no classes."""
+    """A data set: images uint8 [N, C, H, W]; labels int64 [N], or None without classes."""
 
     images: Tensor
     labels: Tensor | None
@@ -82,8 +82,8 @@ def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet
 def load_image_folder(folder: Path, size_px: int, channels: int) -> ImageSet:
     """Load every picture below `folder`, fitted to size_px squared (centre crop); first-level subfolders are classes.
 
-    Pictures lie either all in the folder itself (no classes) or all in subfolders. Order is by path, so the same folder
-    gives the same set. Raises DataError for a file that cannot be read.
+    All pictures must lie in the folder itself (no classes), or all in subfolders. They are ordered by path, so the same
+    folder gives the same set. Raises DataError for a file that cannot be read.
     """
     files = sorted(_image_files(folder))
     if not files:

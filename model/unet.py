@@ -21,7 +21,7 @@ from model.unet_config import UNetConfig
 
 @dataclass(frozen=True, slots=True)
 class _BlockArgs:
-    """What every block of one net shares."""
+    """The arguments that all blocks of one net share."""
 
     temb_dim: int
     groups: int
@@ -101,7 +101,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One resnet more than the down block, each fed a skip connection, then an upsampler unless this is the last."""
+    """One resnet more than the down block, each with a skip connection, then an upsampler unless this is the last."""
 
     def __init__(
         self, kind: str, config: UNetConfig, args: _BlockArgs, prev: int, skip_last: int, out: int, last: bool
@@ -179,7 +179,7 @@ class UNet2D(nn.Module):
         return self.denoise(x, self.embed(t, class_labels))
 
     def embed(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Embed timestep and class, activated, as every resnet wants it: t [B], class_labels [B] -> [B, temb]."""
+        """Embed timestep and class, with the activation that resnets expect: t [B], class_labels [B] -> [B, temb]."""
         temb = self.embed_time(t)
         if (self.class_embedding is None) != (class_labels is None):
             wanted = "needs" if self.class_embedding is not None else "takes no"
@@ -189,7 +189,7 @@ class UNet2D(nn.Module):
         return self.act(temb)
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """The timestep's share of the embedding, before class and activation: t [B] -> [B, temb]."""
+        """Embed the timestep alone, before class and activation: t [B] -> [B, temb]."""
         config = self.config
         if self.time_proj is not None:
             embedding = self.time_proj(t)

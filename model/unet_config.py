@@ -1,4 +1,4 @@
-"""What a U-Net is built from: diffusers' `UNet2DModel` config, its fields and bounds. The network is in unet.py."""
+"""The configuration of a U-Net: the fields of diffusers' `UNet2DModel`, and their bounds. The network is in unet.py."""
 
 import dataclasses
 import logging
@@ -11,7 +11,7 @@ from model.layers import ACTIVATIONS
 
 log = logging.getLogger(__name__)
 
-MAX_LAYERS, MAX_BLOCKS = 64, 16  # far above any net, far below one that takes minutes to build
+MAX_LAYERS, MAX_BLOCKS = 64, 16  # far above any known net, far below one that takes minutes to build
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
@@ -136,7 +136,7 @@ class UNetConfig:
             values[key] = tuple(value) if isinstance(value, list) else value
         try:
             return cls(**values)
-        except TypeError as error:  # a value of a type that no comparison above expects
+        except TypeError as error:  # a value of a type that the checks do not expect
             raise ValueError(f"unet config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:

@@ -55,10 +55,11 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
     """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card."""
     logging.basicConfig(level="INFO", format="%(message)s")
 
-    from model.checkpoint import CheckpointError, load_checkpoint
+    from model.checkpoint import load_checkpoint
     from model.data import DataError
     from model.evaluation.classifier import ClassifierError, load_or_train_classifier
     from model.evaluation.evaluate import EvaluateError
+    from model.files import CheckpointError
     from service.engine.devices import choose_device
 
     data, precision = options["data"], options["precision"]

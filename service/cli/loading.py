@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def load(options: LoadOptions) -> "Loaded":
     """Load an engine; one clear line and exit code 1 where that fails."""
-    from model.checkpoint import CheckpointError
+    from model.files import CheckpointError
     from service.engine.loading import load_engine
 
     try:

@@ -60,8 +60,8 @@ def train(**options: Any) -> None:
     logging.basicConfig(level="INFO", format="%(message)s")
     import torch
 
-    from model.checkpoint import CheckpointError
     from model.data import DataError
+    from model.files import CheckpointError
     from model.noise import NoiseConfig
     from model.train import TrainConfig, TrainError
     from model.train import train as run

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import Checkpoint, write_atomically
+from model.checkpoint import Checkpoint
+from model.files import write_atomically
 from service.engine import openvino_executor
 
 log = logging.getLogger(__name__)

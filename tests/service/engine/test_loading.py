@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from model.checkpoint import Checkpoint, save_checkpoint
+from model.files import CheckpointError
 from service.engine import autotune, loading
 from service.engine.executors import EagerExecutor, Executor
 from service.engine.loading import MIN_BATCH, load_engine
