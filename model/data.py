@@ -1,4 +1,4 @@
-"""Training images: Fashion-MNIST's IDX files, or a folder of pictures. Held in memory as uint8 [N, C, H, W]."""
+"""Training images: Fashion-MNIST's IDX files, or a folder of pictures, held in memory as uint8 [N, C, H, W]."""
 
 import gzip
 import math
@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from model.pixels import fit_square
 
 FASHION_MNIST_CLASSES = (
     "t-shirt",
@@ -37,7 +39,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """images uint8 [N, C, H, W]; labels int64 [N], or None where there are no classes."""
+    """A data set: images uint8 [N, C, H, W]; labels int64 [N], or None without classes."""
 
     images: Tensor
     labels: Tensor | None
@@ -46,16 +48,6 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
-
-
-def to_model_range(images: Tensor) -> Tensor:
-    """uint8 [0, 255] -> float32 [-1, 1], as Ho et al. 2020, sec. 3.3."""
-    return images.to(torch.float32) / 127.5 - 1
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> uint8 [0, 255], clipped and rounded to nearest."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -90,8 +82,8 @@ def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet
 def load_image_folder(folder: Path, size_px: int, channels: int) -> ImageSet:
     """Load every picture below `folder`, fitted to size_px squared (centre crop); first-level subfolders are classes.
 
-    Pictures lie either all in the folder itself (no classes) or all in subfolders. Order is by path, so the same folder
-    gives the same set. Raises DataError for a file that cannot be read.
+    All pictures must lie in the folder itself (no classes), or all in subfolders. They are ordered by path, so the same
+    folder gives the same set. Raises DataError for a file that cannot be read.
     """
     files = sorted(_image_files(folder))
     if not files:
@@ -106,11 +98,9 @@ def load_image_folder(folder: Path, size_px: int, channels: int) -> ImageSet:
     def load(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-                fitted = ImageOps.fit(upright, (size_px, size_px), Image.Resampling.LANCZOS)
+                return fit_square(image, size_px, channels)
         except (OSError, Image.DecompressionBombError) as error:
             raise DataError(f"{file}: {error}") from error
-        return np.asarray(fitted).reshape(size_px, size_px, channels)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         stacked = np.stack(list(pool.map(load, files)))

@@ -1,11 +1,11 @@
-"""The exponential moving average of the weights, which is what is sampled from (Ho et al. 2020, appendix B)."""
+"""The exponential moving average of the weights; samples are drawn from it (Ho et al. 2020, appendix B)."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Ema:
-    """Shadow weights in float32. The decay warms up as (1 + step) / (10 + step), so that early noise is forgotten."""
+    """Averaged weights in float32. The decay warms up as (1 + step) / (10 + step), to forget the initial weights."""
 
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -13,13 +13,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
-        """Move the shadow towards the weights after optimiser step `step` (counted from 0)."""
+        """Move the average towards the weights after optimiser step `step` (counted from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         state = net.state_dict()
         torch._foreach_lerp_(list(self.shadow.values()), [state[k] for k in self.shadow], 1 - decay)
 
     def load(self, shadow: dict[str, Tensor]) -> None:
-        """Take over saved shadow weights; their keys must be the same."""
+        """Load a saved average. Raises ValueError unless its keys are the same."""
         if shadow.keys() != self.shadow.keys():
             raise ValueError("the saved average belongs to another network")
         for key, value in shadow.items():

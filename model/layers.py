@@ -1,4 +1,4 @@
-"""The layers a denoising U-Net is made of. Module names are diffusers', so that its state dicts load unchanged."""
+"""The layers of a denoising U-Net. Module names are diffusers', so that its state dicts load unchanged."""
 
 import math
 from collections.abc import Callable
@@ -100,7 +100,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the pixels of x [B, C, H, W], with a residual connection.
 
-    `groups=None` leaves out the group norm (the mid block of a scale_shift net). There are C // head_dim heads.
+    `groups=None` leaves out the group norm (in the mid block of a scale_shift net). There are C // head_dim heads.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The training objective L_simple, and the variational bound it stands for."""
+"""The training objective L_simple, and the variational bound that it is derived from."""
 
 import math
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from model.rng import philox, row_noise, split_seed
 from model.samplers import Forward, x0_coefficients
 
 HALF_BIN = 1 / 255  # pixel values lie 2/255 apart on [-1, 1]
-EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin is open to infinity
+EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin reaches to infinity
 MIN_PROBABILITY = 1e-12
-_PICK = 1  # philox's last counter word for the choice of timesteps; row_noise leaves it 0, so the two never meet
+_PICK = 1  # philox's last counter word where timesteps are drawn; row_noise has 0 there, so the two never coincide
 
 
 def training_target(schedule: NoiseSchedule, prediction_type: str, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """What the network is asked for: eps (Ho et al. 2020), x_0, or v (Salimans & Ho 2022, eq. 10)."""
+    """What the network learns to predict: eps (Ho et al. 2020), x_0, or v (Salimans & Ho 2022, eq. 10)."""
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "sample":
@@ -70,7 +70,7 @@ def variational_bound(
     equal length (to within one), one term is drawn uniformly from each run and counts for the run's length, so that the
     mean over seeds is the full sum. Each image draws its own terms.
 
-    All that is random in an image is a function of (seed, its index, t): x_t's noise is draw t of `row_noise`. The
+    All randomness of an image is a function of (seed, its index, t): x_t's noise is draw t of `row_noise`. The
     network runs in x_0's dtype, all else in float64. Raises ValueError unless 1 <= timesteps <= T - 1, and for a
     variance that the network learned.
     """
@@ -95,7 +95,7 @@ def variational_bound(
     coef_x0, _, posterior_variance = schedule.posterior()
 
     def step_kl(t: Tensor) -> Tensor:
-        # Both means hold the same coef_xt x_t, so only the predictions of x_0 part them.
+        # Both means contain the same coef_xt x_t, so they differ by the predictions of x_0 only.
         difference = gather(coef_x0, t, x_0_exact) * (x_0_exact - predict_x0(t))
         kl = gaussian_kl(difference, gather(posterior_variance, t, difference), gather(variance, t, difference))
         return _bits_per_dim(kl)

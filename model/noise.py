@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 
 MAX_TIMESTEPS = 100_000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-# What DPMSolverMultistepScheduler's fields must say for the solver to be DPM-Solver++(2M) that ends at sigma = 0; these
-# are its defaults too. (lower_order_final and euler_at_final then change nothing: the last step is of first order.)
+# The fields of DPMSolverMultistepScheduler that make it DPM-Solver++(2M) ending at sigma = 0; these are its defaults
+# too. (lower_order_final and euler_at_final then change nothing: the last step is of first order.)
 DPM_SOLVER_2M: Mapping[str, Any] = {
     "solver_order": 2,
     "algorithm_type": "dpmsolver++",
@@ -132,7 +132,7 @@ def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class NoiseConfig:
-    """What a checkpoint's scheduler_config.json says: the noise schedule it was trained on and how it is sampled.
+    """A checkpoint's scheduler_config.json: the noise schedule it was trained on and how it is sampled.
 
     Field names and defaults are those of diffusers' DDPMScheduler. Raises ValueError naming the field and the value.
     """
@@ -152,7 +152,7 @@ class NoiseConfig:
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
     default_sampler: str = "ddpm"
-    """From `_class_name`: what a request gets that names no sampler. DDIMScheduler: ddim, DPMSolver…: dpmpp_2m."""
+    """For requests that name no sampler. From `_class_name`: DDIMScheduler is ddim, DPMSolver… is dpmpp_2m."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, bound: str) -> None:
@@ -186,9 +186,9 @@ class NoiseConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> "NoiseConfig":
         """Read a diffusers scheduler_config.json; unknown keys are ignored with a line in the log.
 
-        A DPMSolverMultistepScheduler must be the solver that dpmpp_2m is. Its config knows no clip_sample; absent means
-        true here, as for DDPM, because near t = T x_0 magnifies any error of eps a hundredfold and without the clip
-        DPM-Solver++ makes white and black squares of pixel models. (`"clip_sample": false` in the file turns it off.)
+        A DPMSolverMultistepScheduler must describe the same solver as dpmpp_2m. Its config has no clip_sample; without
+        one x_0 is clipped, as for DDPM: near t = T an error in eps is a hundred times larger in x_0, and without the
+        clip DPM-Solver++ gives white and black squares on pixel models. (`"clip_sample": false` turns it off.)
         """
         known = {field.name for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {}
@@ -219,15 +219,15 @@ class NoiseConfig:
             fields.pop("variance_type")  # only DDPM's fixed variances differ
         if sampler == "dpmpp_2m":
             fields |= {key: value for key, value in DPM_SOLVER_2M.items() if key != "lambda_min_clipped"}  # no JSON
-            if self.clip_sample and self.clip_sample_range == 1.0:  # as this class can say it: see _dpm_solver_values
+            if self.clip_sample and self.clip_sample_range == 1.0:  # in that class's terms: see _dpm_solver_values
                 del fields["clip_sample"], fields["clip_sample_range"]
                 fields |= {"thresholding": True, "sample_max_value": 1.0}
         return {"_class_name": DIFFUSERS_CLASSES[sampler], **fields}
 
     def default_spacing(self, sampler: str) -> str:
-        """The spacing of a request that names none: the config's own, if it is a config for this kind of sampler.
+        """The spacing of requests that name none: the config's own, if the config is for this kind of sampler.
 
-        A DDPM or DDIM config says nothing of dpmpp_2m, which then takes the spacing that serves it best, karras.
+        A DDPM or DDIM config does not cover dpmpp_2m, which then takes the spacing that suits it best, karras.
         """
         if sampler == "dpmpp_2m" and self.default_sampler != "dpmpp_2m":
             return "karras"
@@ -243,7 +243,7 @@ class NoiseConfig:
 
 
 def _dpm_solver_values(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a DPMSolverMultistepScheduler's config says in its own way. Raises ValueError where it is another solver."""
+    """Translate the fields of a DPMSolverMultistepScheduler. Raises ValueError for another solver than dpmpp_2m."""
     given = {key: value for key, value in config.items() if key not in config.get("_use_default_values", ())}
     for field, wanted in DPM_SOLVER_2M.items():
         got = given.get(field)
@@ -251,6 +251,6 @@ def _dpm_solver_values(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"scheduler config: {field} must be {wanted!r} for dpmpp_2m, got {got!r}")
     values: dict[str, Any] = {"default_sampler": "dpmpp_2m"}
     if given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
-        # A dynamic threshold that may not leave 1 is the clip to [-1, 1], the only one this class has.
+        # A dynamic threshold that is at most 1 is the clip to [-1, 1], which this class cannot express otherwise.
         values |= {"thresholding": False, "clip_sample": True, "clip_sample_range": 1.0}
     return values

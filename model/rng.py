@@ -1,7 +1,7 @@
 """Noise as a pure function of (seed, image index, draw): Philox4x32-10 counters, then Box-Muller.
 
 Counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so there is no generator state: the
-noise of a row depends on nothing that ran before it or runs beside it, and is the same integers on every device.
+noise of a row depends on nothing that ran before it or runs beside it, and its integers are the same on every device.
 """
 
 import math
@@ -32,8 +32,8 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ..
 def _rounds(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Philox on its two lanes at once: words (c0, c2) and (c1, c3) [..., 2, N], key [..., 2, 1 or N].
 
-    A small noise is all dispatch, so the fewest operations count. 64-bit products wrap to the right bits; what stands
-    above a word's 32 bits is cut off before it could matter, once a round.
+    For small images most of the time is dispatch, so this uses few operations. 64-bit products wrap to the right bits;
+    bits above a word's 32 are cut off once a round, before they could matter.
     """
     multipliers, key_steps = _constants(even.device)
     for round_key in (key + key_steps.reshape(_ROUNDS, *([1] * (key.ndim - 2)), 2, 1)).unbind(0):
@@ -45,7 +45,7 @@ def _rounds(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    # Kept, because a tensor made of Python numbers waits for the GPU.
+    # Cached, because making a tensor from Python numbers waits for the GPU.
     key_steps = [[r * step & WORD for step in _KEY_STEPS] for r in range(_ROUNDS)]
     return torch.tensor(_MULTIPLIERS, device=device)[:, None], torch.tensor(key_steps, device=device)
 
@@ -58,14 +58,14 @@ def row_noise(seed_words: Tensor, index: Tensor, draw: Tensor, shape: Sequence[i
     """
     size, rows = math.prod(shape), len(index)
     blocks = (size + 3) // 4
-    # The counter is (block, draw, index, 0): blocks count up within a row, the rest tells rows apart.
+    # The counter is (block, draw, index, 0): blocks number the words of a row, the rest differs between rows.
     even = torch.empty((rows, 2, blocks), dtype=torch.int64, device=index.device)
     even[:, 0] = torch.arange(blocks, device=index.device)
     even[:, 1] = index[:, None]
     odd = torch.zeros((rows, 2, 1), dtype=torch.int64, device=index.device)
     odd[:, 0, 0] = draw
     radius_word, angle_word = _rounds(even, odd, seed_words[:, :, None])
-    # 24 bits make a float32 in (0, 1) that is never 0, so its logarithm is finite: |z| < 5.9.
+    # 24 bits give a float32 in (0, 1) that is never 0, so its logarithm is finite: |z| < 5.9.
     radius = (radius_word >> 8).to(torch.float32).add_(0.5).mul_(2.0**-24).log_().mul_(-2).sqrt_()
     angle = (angle_word >> 8).to(torch.float32).add_(0.5).mul_(2 * math.pi * 2.0**-24)
     normals = torch.stack((angle.cos().mul_(radius), angle.sin().mul_(radius)), dim=2)  # [B, 2, 2, blocks]
@@ -78,7 +78,7 @@ def split_seed(seed: int) -> tuple[int, int]:
 
 
 def image_noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """`row_noise` for images of one seed that stand at the same draw, [len(indices), *shape]."""
+    """Draw `row_noise` for images of one seed at the same draw: [len(indices), *shape]."""
     index = torch.tensor(indices, device=device)
     words = torch.tensor(split_seed(seed), device=device).expand(len(indices), 2)
     return row_noise(words, index, torch.full_like(index, draw), shape)

@@ -1,9 +1,9 @@
-"""Samplers as tables: each compiles to a plan, a line of coefficients per step, and one update rule runs them all.
+"""Samplers as tables: each compiles to a plan with one line of coefficients per step; one update rule runs all.
 
 x0 = clip(p x + q out)            epsilon-, x0- and v-prediction differ only in p and q
 x' = a x + b x0 + c x0_previous + s exp(r v) z
 
-v is what a network of learned variance says beside its prediction, in as many channels again; else exp(r v) is 1.
+v is the second half of the output channels of a network with learned variance; for others exp(r v) is 1.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class Plan:
     """A compiled sampler: timesteps int64 [S], from noisy to clean; lines float64 [S, 8].
 
-    known float64 [S, 2]: sqrt(alpha_bar) and sqrt(1 - alpha_bar) of what each step leads to; 1 and 0 after the last.
+    known float64 [S, 2]: sqrt(alpha_bar) and sqrt(1 - alpha_bar) after each step; 1 and 0 after the last.
     """
 
     timesteps: Tensor
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def adds_noise(self) -> bool:
-        """Whether any step needs a z; ddim with eta 0 and dpmpp_2m draw none after x_T."""
+        """Whether any step needs z; ddim with eta 0 and dpmpp_2m draw none after x_T."""
         return bool((self.lines[:, 5] > 0).any())
 
 
@@ -59,7 +59,7 @@ def compile_plan(
     ddpm: ancestral sampling with the posterior's variance or beta (Ho et al. 2020, eq. 7 and algorithm 2), or what the
     network learned between the two, after `variance_type`. ddim: Song et al. 2021, eq. 12 and 16, with noise eta.
     dpmpp_2m: Lu et al. 2022. A step's previous timestep is the next one of the plan; the last step adds no noise.
-    start leaves out so many of the first steps: a plan of the rest, whose own first step has no x0_previous.
+    start leaves out that many first steps; the first step of the remaining plan then has no x0_previous.
     Raises ValueError for an unknown sampler or spacing, or a bad number of steps.
     """
     if sampler not in SAMPLERS:
@@ -90,13 +90,13 @@ def compile_plan(
     p, q = x0_coefficients(noise.prediction_type, alpha_bar)
     clips = noise.clip_sample if clip is None else clip
     bound = torch.full_like(s, noise.clip_sample_range if clips else torch.inf)
-    reached = torch.cat([alpha_bar[1:], torch.ones(1, dtype=torch.float64)])  # whatever set_alpha_to_one says
+    reached = torch.cat([alpha_bar[1:], torch.ones(1, dtype=torch.float64)])  # independent of set_alpha_to_one
     known = torch.stack([reached.sqrt(), (1 - reached).sqrt()], dim=1)
     return Plan(t, torch.stack([p, q, a, b, c, s, bound, r], dim=1), known)
 
 
 def _ancestral_noise(variance_type: str, beta: Tensor, posterior_variance: Tensor) -> tuple[Tensor, Tensor]:
-    """s and r of ddpm's standard deviation s exp(r v), from the two variances it may have: each [S].
+    """s and r of ddpm's standard deviation s exp(r v), from beta and the posterior variance: each [S].
 
     learned_range: log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15).
     """
@@ -116,13 +116,12 @@ def _dpm_solver(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tens
     """a, b, c of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), from the alpha_bar of each step and its next.
 
     x' = (sigma'/sigma) x - alpha' (e^-h - 1) D, where D = x0 + (x0 - x0_previous) / (2 r_k) extrapolates to the middle
-    of the step; h is the step in lambda = log(alpha/sigma) and r_k = h_previous / h. The first step has nothing to
-    extrapolate from, and in the last h is infinite: there D = x0. So it is after a step from alpha_bar = 0, by its
-    infinite h_previous.
+    of the step; h is the step in lambda = log(alpha/sigma) and r_k = h_previous / h. D = x0 in the first step, which
+    has nothing to extrapolate from, in the last, where h is infinite, and after a step from alpha_bar = 0, whose h is.
     """
     alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     a = (1 - alpha_bar_prev).sqrt() / sigma
-    towards_D = alpha_bar_prev.sqrt() - a * alpha  # alpha' (1 - e^-h), in which lambda = -inf does no harm
+    towards_D = alpha_bar_prev.sqrt() - a * alpha  # alpha' (1 - e^-h), in a form that allows lambda = -inf
     h = (alpha / sigma).log().diff()
     w = torch.zeros_like(a)  # 1 / (2 r_k)
     w[1:-1] = h[1:] / (2 * h[:-1])
@@ -132,7 +131,7 @@ def _dpm_solver(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tens
 def x0_coefficients(prediction_type: str, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
     """p and q of x0 = p x_t + q out, each of alpha_bar's shape.
 
-    Raises ValueError where eps is predicted at a timestep that keeps no signal (a zero-SNR schedule).
+    Raises ValueError where eps is predicted at a timestep without signal (a zero-SNR schedule).
     """
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if prediction_type == "epsilon":
@@ -147,25 +146,25 @@ def x0_coefficients(prediction_type: str, alpha_bar: Tensor) -> tuple[Tensor, Te
 
 
 def keep_known(x: Tensor, new: Tensor, x_0: Tensor, eps: Tensor, known: Tensor) -> Tensor:
-    """Put the known pixels back, at the noise level that x has reached (Lugmayr et al. 2022, eq. 8).
+    """Put the known pixels back at the noise level of x (Lugmayr et al. 2022, eq. 8).
 
-    x, x_0, eps [B, C, H, W]; new [B, 1, H, W] bool: where x stays; known [B, 2], lines of Plan.known.
+    x, x_0, eps [B, C, H, W]; new [B, 1, H, W] bool: where x is kept; known [B, 2]: lines of Plan.known.
     """
     signal, noise = known.reshape(len(known), 2, 1, 1, 1).unbind(1)
     return torch.where(new, x, signal * x_0 + noise * eps)
 
 
 class Denoised(NamedTuple):
-    """What one step yields: x at the next timestep and the present guess of x_0, both [B, C, H, W]."""
+    """The result of one step: x at the next timestep and the current prediction of x_0, both [B, C, H, W]."""
 
     x: Tensor
     x0: Tensor
 
 
 def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tensor) -> Denoised:
-    """Apply the update rule to rows that each have their own line: lines [B, 8], all else [B, C, H, W].
+    """Apply the update rule, each row by its own line: lines [B, 8], all else [B, C, H, W].
 
-    out may be [B, 2C, H, W]: the prediction, and the v of a learned variance.
+    out may be [B, 2C, H, W]: the prediction and the v of a learned variance.
     """
     p, q, a, b, c, s, clip, r = lines.reshape(len(lines), NUM_COEFFICIENTS, 1, 1, 1).unbind(1)
     channels = x.shape[1]
@@ -179,7 +178,7 @@ def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tenso
 def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int | None = None) -> Tensor:
     """Classifier-free guidance, out_u + g (out_c - out_u); g = 1 + w of Ho & Salimans 2022, eq. 6.
 
-    Only the first `channels` are guided (None: all); what comes after, the v of a learned variance, is out_c's.
+    Only the first `channels` are guided (None: all); the rest, the v of a learned variance, is taken from out_c.
     """
     if channels is None or channels == out_c.shape[1]:
         return out_u + guidance * (out_c - out_u)
@@ -200,8 +199,9 @@ def sample(
     guidance_interval: tuple[int, int] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Run a plan on one batch that moves in step: x_T [B, C, H, W] -> x_0. The server's engine does not need this loop;
-    training sheets and evaluation do. z_of(k) gives the noise of step k.
+    """Run a plan on one batch whose rows share each step: x_T [B, C, H, W] -> x_0. z_of(k) gives the noise of step k.
+
+    For training sheets and evaluation; the server's engine has a loop of its own.
 
     Guidance is on at the timesteps lo <= t <= hi of its interval (Kynkäänniemi et al. 2024); None is all of them.
     """

@@ -1,14 +1,14 @@
-"""Which timesteps a sampler visits. Plain numbers, no torch: the service counts a request's cost with it."""
+"""Which timesteps a sampler visits. Plain numbers, no torch: the service computes a request's cost from them."""
 
 import math
 from collections.abc import Sequence
 
 SPACINGS = ("leading", "trailing", "linspace", "karras")
-# One jump from here to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5): steps below are wasted.
+# A jump from here to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5): steps below are wasted.
 SIGMA_MIN = 0.03
 # The sigma of t = T - 1 in Ho et al.'s schedule is 157. Above it x_t is noise, and a cosine schedule goes on to 20,000.
 SIGMA_MAX = 160.0
-RHO = 3  # of Karras et al. 2022, eq. 5: 3 evens out the truncation error. Their 7 took 1.35 times the distance here
+RHO = 3  # Karras et al. 2022, eq. 5: 3 evens out the truncation error. Their 7 gave 1.35 times the Fréchet distance
 
 
 def make_timesteps(
@@ -25,7 +25,7 @@ def make_timesteps(
     alpha_bar) of t = 0..T-1, ascending. It takes no offset, which only leading has.
 
     dpmpp_2m ends in a jump from its last timestep to no noise at all, so leading and linspace spread steps + 1 points
-    and leave out the cleanest. These three are diffusers' timesteps, except that there are always `steps` of them, all
+    and leave out the cleanest. These three give diffusers' timesteps, except that there are always `steps` of them, all
     different and inside the chain: dpmpp_2m visits the whole chain where steps = T (diffusers repeats some), trailing
     has no timestep -1 (diffusers' arange goes one too far for some steps), and the offset never leads past T - 1.
     Raises ValueError for an unknown spacing, unless 1 <= steps <= T, and for karras without T log_sigmas.
@@ -57,10 +57,10 @@ def make_timesteps(
 def _nearest_to_karras(steps: int, log_sigmas: Sequence[float]) -> list[int]:
     """Round the noise levels of Karras et al. 2022, eq. 5, to timesteps, nearest in log sigma, then make all different.
 
-    A timestep that is taken already gives way to the next cleaner one; where too few of those are left for the steps to
-    come, to a noisier one. The first is always T - 1; the ramp starts at its sigma, or at SIGMA_MAX where that is less,
-    or at the smallest sigma of a schedule that is wholly above. It ends at SIGMA_MIN, or at the smallest sigma of a
-    schedule that never goes so low, or that never rises above it.
+    A timestep that is already taken is replaced by the next cleaner one, or by a noisier one where the remaining steps
+    would not fit otherwise. The first is always T - 1. The ramp starts at its sigma, but at most at SIGMA_MAX, and at
+    least at the schedule's smallest sigma. It ends at SIGMA_MIN, or at the smallest sigma of a schedule that does not
+    reach as low as that, or nowhere rises above it.
     """
     finite = [log_sigma for log_sigma in log_sigmas if math.isfinite(log_sigma)]
     bottom = min(finite, default=0.0)
@@ -74,6 +74,6 @@ def _nearest_to_karras(steps: int, log_sigmas: Sequence[float]) -> list[int]:
         u = k / (steps - 1)
         log_sigma = RHO * math.log((1 - u) * high + u * low)
         while nearest and abs(log_sigmas[nearest - 1] - log_sigma) <= abs(log_sigmas[nearest] - log_sigma):
-            nearest -= 1  # the ramp falls, so the search goes on from where it was
+            nearest -= 1  # the ramp falls, so the search continues from the last one
         t.append(max(min(nearest, t[-1] - 1), steps - 1 - k))
     return t

@@ -1,6 +1,6 @@
 """The training loop (Ho et al. 2020, algorithm 1). A run is a folder: a checkpoint of the EMA weights, and its state.
 
-Whatever is random in step k is seeded by (seed, k), so a run that was stopped and resumed is the run never stopped.
+All that is random in step k is seeded by (seed, k), so a run that is stopped and resumed ends as if it never stopped.
 """
 
 import dataclasses
@@ -19,26 +19,30 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint import Labels, load_checkpoint, save_checkpoint, write_atomically
-from model.data import ImageSet, to_model_range
+from model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from model.data import ImageSet
 from model.ema import Ema
+from model.files import write_atomically
 from model.loss import l_simple, training_target
 from model.noise import NoiseConfig, NoiseSchedule
-from model.unet import UNet2D, UNetConfig
+from model.pixels import to_model_range
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "training-state.pt"
 LOSS_SMOOTHING = 0.99
+TIMED_PASSES = 3  # of each precision; the fastest counts
 
 
 class TrainError(Exception):
-    """A run cannot start or go on; the message says why."""
+    """A run cannot start or continue; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """What a run is. On resuming, `steps` and how often to save may differ; the rest must be as it was."""
+    """The settings of a run. When it is resumed only those in FREE_TO_CHANGE may differ."""
 
     steps: int
     batch_size: int = 64
@@ -90,7 +94,7 @@ def train(
     init_from: Path | None = None,
     on_sheet: Callable[[UNet2D, int], None] | None = None,
 ) -> bool:
-    """Train in `folder`, resuming where its state left off. True when all steps are done, False when interrupted.
+    """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
 
     `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state. SIGINT or SIGTERM
     finishes the step, saves and returns. Raises TrainError, CheckpointError.
@@ -115,12 +119,12 @@ def train(
         step, origin, config = _resume(folder, net, ema, optimizer, config, identity)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
-    # The data, and the null class that dropped labels become.
+    # The data, and the null class that replaces dropped labels.
     schedule = NoiseSchedule(noise.schedule().betas.to(device))  # on the device, so that no step waits for the host
     images, labels = data.images.to(device), data.labels.to(device) if data.labels is not None else None
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
     batch_shape = (config.batch_size, *images.shape[1:])
-    if config.precision == "auto":  # chosen once a run, as a resumed one must go on in the same
+    if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
         config = dataclasses.replace(config, precision=faster_precision(net, batch_shape, device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     forward: Callable[..., Tensor] = torch.compile(net) if config.compile else net
@@ -180,7 +184,7 @@ def train(
             ema.update(net, step)
             step += 1
 
-            # What a person watches.
+            # Progress, for people to watch.
             loss = loss.detach()
             loss_mean = loss if loss_mean is None else loss_mean.lerp(loss, 1 - LOSS_SMOOTHING)
             progress.update()
@@ -198,7 +202,7 @@ def train(
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The images of step `step` [batch_size]: a walk through one fresh permutation an epoch, across epoch borders."""
+    """The images of step `step` [batch_size], taken in turn from a fresh permutation per epoch, across epochs."""
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = positions // num_images
     picked = []
@@ -208,7 +212,7 @@ def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Ten
     return torch.cat(picked)
 
 
-@lru_cache(maxsize=2)  # the permutation of an epoch is asked for at each of its steps
+@lru_cache(maxsize=2)  # every step of an epoch asks for its permutation
 def _epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=torch.Generator().manual_seed(step_seed(seed, -2 - epoch)))
 
@@ -221,7 +225,7 @@ def step_seed(seed: int, step: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
-def faster_precision(net: UNet2D, batch_shape: tuple[int, ...], device: torch.device, repeats: int = 3) -> str:
+def faster_precision(net: UNet2D, batch_shape: tuple[int, ...], device: torch.device) -> str:
     """Time forward and backward in fp32 and in bf16 autocast, and name the faster. Leaves the weights as they were."""
     x, t = torch.randn(batch_shape, device=device), torch.zeros(batch_shape[0], dtype=torch.long, device=device)
     x = x.to(memory_format=torch.channels_last)
@@ -229,7 +233,7 @@ def faster_precision(net: UNet2D, batch_shape: tuple[int, ...], device: torch.de
     seconds = {}
     for precision in ("fp32", "bf16"):
         timings = []
-        for _ in range(repeats):
+        for _ in range(TIMED_PASSES):
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 out = net(x, t, classes)
@@ -250,7 +254,7 @@ def _resume(
     config: TrainConfig,
     identity: Mapping[str, Any],
 ) -> tuple[int, str | None, TrainConfig]:
-    """Put the saved state into the objects given; returns the step to go on from, the run's origin and its config."""
+    """Load the saved state into the objects given; returns the next step, the run's origin and its config."""
     file = folder / STATE_FILE
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
@@ -280,7 +284,7 @@ def _averaged(unet: UNetConfig, ema: Ema) -> UNet2D:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """While inside, SIGINT and SIGTERM only set what the yielded function returns."""
+    """Within the context SIGINT and SIGTERM stop nothing; the yielded function says whether one has come."""
     received: list[int] = []
 
     def note(signum: int, _frame: object) -> None:

@@ -1,9 +1,5 @@
-"""The U-Net that predicts eps, with diffusers' `UNet2DModel` config fields and module names."""
+"""The U-Net that predicts eps, with diffusers' `UNet2DModel` module names. Its configuration is in unet_config.py."""
 
-import dataclasses
-import logging
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,145 +16,12 @@ from model.layers import (
     Upsample,
     sinusoidal_embedding,
 )
-
-log = logging.getLogger(__name__)
-
-MAX_LAYERS, MAX_BLOCKS = 64, 16  # far above any net, far below one that takes minutes to build
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
-
-
-@dataclass(frozen=True, slots=True)
-class UNetConfig:
-    """The fields and defaults of diffusers' `UNet2DModel` that DDPM-family checkpoints use.
-
-    Raises ValueError, naming the field and its value, for a network that cannot be built.
-    """
-
-    sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 3
-    out_channels: int = 3
-    center_input_sample: bool = False
-    time_embedding_type: str = "positional"
-    time_embedding_dim: int | None = None
-    freq_shift: float = 0
-    flip_sin_to_cos: bool = True
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
-    mid_block_type: str | None = "UNetMidBlock2D"
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    layers_per_block: int = 2
-    mid_block_scale_factor: float = 1
-    downsample_padding: int = 1
-    downsample_type: str = "conv"
-    upsample_type: str = "conv"
-    dropout: float = 0.0
-    act_fn: str = "silu"
-    attention_head_dim: int | None = 8
-    norm_num_groups: int = 32
-    attn_norm_num_groups: int | None = None
-    norm_eps: float = 1e-5
-    resnet_time_scale_shift: str = "default"
-    add_attention: bool = True
-    class_embed_type: str | None = None
-    num_class_embeds: int | None = None
-    num_train_timesteps: int | None = None
-
-    def __post_init__(self) -> None:
-        def require(ok: bool, field: str, bound: str) -> None:
-            if not ok:
-                raise ValueError(f"unet config: {field} must be {bound}, got {getattr(self, field)!r}")
-
-        def positive(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-        def number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-        for field in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
-            require(positive(getattr(self, field)), field, "a positive integer")
-        for field in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
-            value = getattr(self, field)
-            require(value is None or positive(value), field, "a positive integer or null")
-        widths, groups = self.block_out_channels, self.norm_num_groups
-        require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
-        require(len(widths) <= MAX_BLOCKS, "block_out_channels", f"at most {MAX_BLOCKS} widths")
-        require(len(widths) >= 1 and all(map(positive, widths)), "block_out_channels", "a list of positive integers")
-        require(all(w % groups == 0 for w in widths), "block_out_channels", f"multiples of norm_num_groups ({groups})")
-        for field, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-            require(len(getattr(self, field)) == len(widths), field, f"{len(widths)} names, as block_out_channels")
-            require(all(name in known for name in getattr(self, field)), field, f"among {', '.join(known)}")
-        require(self.mid_block_type in ("UNetMidBlock2D", None), "mid_block_type", "UNetMidBlock2D or null")
-        require(self.time_embedding_type in ("positional", "learned"), "time_embedding_type", "positional or learned")
-        if self.time_embedding_type == "learned":
-            require(positive(self.num_train_timesteps), "num_train_timesteps", "a positive integer")
-        for field in ("downsample_type", "upsample_type"):
-            require(getattr(self, field) in ("conv", "resnet"), field, "conv or resnet")
-        require(self.downsample_padding in (0, 1), "downsample_padding", "0 or 1")
-        require(self.act_fn in ACTIVATIONS, "act_fn", f"among {', '.join(ACTIVATIONS)}")
-        shift_kinds = ("default", "scale_shift")
-        require(self.resnet_time_scale_shift in shift_kinds, "resnet_time_scale_shift", "default or scale_shift")
-        require(self.class_embed_type is None, "class_embed_type", "null (labels come from num_class_embeds)")
-        sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
-        sized = self.sample_size is None or (len(sizes) == 2 and all(map(positive, sizes)))
-        require(sized, "sample_size", "a positive integer, two of them (height, width) or null")
-        narrowest = min(self._attending_widths, default=None)
-        if self.attention_head_dim is not None and narrowest is not None:
-            require(self.attention_head_dim <= narrowest, "attention_head_dim", f"at most {narrowest}")
-        if self.attn_norm_num_groups is not None:
-            require(widths[-1] % self.attn_norm_num_groups == 0, "attn_norm_num_groups", f"a divisor of {widths[-1]}")
-        require(number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
-        require(number(self.norm_eps) and self.norm_eps > 0, "norm_eps", "a positive number")
-        scale = self.mid_block_scale_factor
-        require(number(scale) and scale > 0, "mid_block_scale_factor", "a positive number")
-        half = widths[0] // 2
-        require(number(self.freq_shift) and self.freq_shift < half, "freq_shift", f"a number below {half}")
-
-    @property
-    def size_px(self) -> tuple[int, int] | None:
-        """(height, width), or None where the config does not say."""
-        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
-
-    @property
-    def _attending_widths(self) -> list[int]:
-        widths = self.block_out_channels
-        named = zip(self.down_block_types + self.up_block_types, widths + widths[::-1], strict=True)
-        mid = widths[-1:] if self.mid_block_type is not None and self.add_attention else ()
-        return [width for name, width in named if name.startswith("Attn")] + list(mid)
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width must divide by this: every block but the last halves them."""
-        return 1 << (len(self.block_out_channels) - 1)
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
-        """Read a diffusers config.json: `_` keys are dropped, unknown keys warn, a leading UNetRes is stripped."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        defaulted = set(config.get("_use_default_values", ()))
-        values: dict[str, Any] = {}
-        for key, value in config.items():
-            if key.startswith("_") or key in defaulted:
-                continue
-            if key not in known:
-                log.warning("unet config: unknown key %s=%r is ignored", key, value)
-                continue
-            if key in ("down_block_types", "up_block_types") and isinstance(value, (list, tuple)):
-                value = [str(name).removeprefix("UNetRes") for name in value]
-            values[key] = tuple(value) if isinstance(value, list) else value
-        try:
-            return cls(**values)
-        except TypeError as error:  # a value of a type that no comparison above expects
-            raise ValueError(f"unet config: {error}") from error
-
-    def to_dict(self) -> dict[str, Any]:
-        """The config.json of diffusers' UNet2DModel."""
-        return {"_class_name": "UNet2DModel", **dataclasses.asdict(self)}
+from model.unet_config import UNetConfig
 
 
 @dataclass(frozen=True, slots=True)
 class _BlockArgs:
-    """What every block of one net shares."""
+    """The arguments that all blocks of one net share."""
 
     temb_dim: int
     groups: int
@@ -238,7 +101,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One resnet more than the down block, each fed a skip connection, then an upsampler unless this is the last."""
+    """One resnet more than the down block, each with a skip connection, then an upsampler unless this is the last."""
 
     def __init__(
         self, kind: str, config: UNetConfig, args: _BlockArgs, prev: int, skip_last: int, out: int, last: bool
@@ -316,7 +179,7 @@ class UNet2D(nn.Module):
         return self.denoise(x, self.embed(t, class_labels))
 
     def embed(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Embed timestep and class, activated, as every resnet wants it: t [B], class_labels [B] -> [B, temb]."""
+        """Embed timestep and class, with the activation that resnets expect: t [B], class_labels [B] -> [B, temb]."""
         temb = self.embed_time(t)
         if (self.class_embedding is None) != (class_labels is None):
             wanted = "needs" if self.class_embedding is not None else "takes no"
@@ -326,7 +189,7 @@ class UNet2D(nn.Module):
         return self.act(temb)
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """The timestep's share of the embedding, before class and activation: t [B] -> [B, temb]."""
+        """Embed the timestep alone, before class and activation: t [B] -> [B, temb]."""
         config = self.config
         if self.time_proj is not None:
             embedding = self.time_proj(t)

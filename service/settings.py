@@ -1,11 +1,21 @@
-"""The settings of `tminus serve`, each by flag or by TMINUS_ variable. Built once, in the entry point."""
+"""The settings of `tminus serve`, each by flag or by TMINUS_ variable, and the values that the parts are built with.
+
+Built once, in the entry point. The parts get values, never Settings. docs/settings.md explains each setting.
+"""
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.engine.options import LoadOptions
+from service.model_info import Limits
+from service.scheduling.scheduler import Sharing
+
+if TYPE_CHECKING:
+    from service.engine.loading import Loaded
 
 ORIGIN = re.compile(r"https?://[^\s,/]+", re.IGNORECASE)
 
@@ -40,52 +50,56 @@ class Settings(BaseSettings):
         None,
         ge=4,
         le=4096,
-        description="places in one forward pass; a guided row takes two; default: the knee of the measured curve",
+        description="places in one forward pass; a guided row takes two; default: the fewest with 95 % of the best "
+        "throughput, as measured",
     )
     short_batch: int | None = Field(
         None,
         ge=4,
         le=4096,
         description="places that much longer jobs may fill in a pass that they share with a short one; default: the "
-        "fewest with 85 % of the best throughput",
+        "fewest with 85 % of the best throughput, as measured",
     )
     max_jobs: int = Field(1024, ge=1, le=10_000, description="jobs held at once, waiting and running")
     max_connections: int = Field(
         4096,
         ge=8,
         le=65_536,
-        description="connections open at once, at most half of them WebSockets and event streams; one more is "
+        description="connections open at once, at most half of them WebSockets and event streams; further ones are "
         "answered 503 in plain text",
     )
     max_streams_per_address: int = Field(
         64,
         ge=1,
         le=65_536,
-        description="WebSockets and event streams open at once from one address; all behind a proxy are one address, "
-        "unless it sends X-Forwarded-For",
+        description="WebSockets and event streams open at once from one address; all clients of a proxy count as one "
+        "address unless it sends X-Forwarded-For",
     )
     allowed_origins: str = Field(
         "",
-        description="origins whose pages may open WebSockets here, by commas, beside the server's own; * is any",
+        description="origins, joined by commas, whose pages may open WebSockets here beside the server's own; * is any",
     )
     max_rows: int | None = Field(
         None, ge=4, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"
     )
     max_backlog_s: float = Field(600, gt=0, allow_inf_nan=False, description="seconds of predicted work that may wait")
     result_cache_mb: int = Field(
-        64, ge=0, le=65_536, description="memory for finished answers with a given seed, to answer repeats; 0: none"
+        64,
+        ge=0,
+        le=65_536,
+        description="MiB of memory for finished answers with a given seed, to answer repeats; 0: none",
     )
     state_dir: str = Field(
-        "", description="folder of the durable jobs; :memory: keeps none over a restart; default: ~/.local/state/tminus"
+        "", description="folder of the durable jobs; :memory: loses them at a restart; default: ~/.local/state/tminus"
     )
     keep_jobs_s: float = Field(
         86_400, gt=0, allow_inf_nan=False, description="seconds that a durable job is kept after it ended"
     )
     keep_jobs_mb: int = Field(
-        1024, ge=1, le=1_048_576, description="disk that ended jobs may take; beyond it the oldest go"
+        1024, ge=1, le=1_048_576, description="MiB of disk that ended jobs may take; beyond it the oldest are deleted"
     )
-    max_body_bytes: int = Field(1 << 20, ge=1024, description="size of a request's body")
-    max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="size of an uploaded image")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes in a request's body")
+    max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="bytes in an uploaded image")
     grace_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
     )
@@ -97,3 +111,44 @@ class Settings(BaseSettings):
         if value != "*" and not all(ORIGIN.fullmatch(origin.strip()) for origin in value.split(",") if origin.strip()):
             raise ValueError("must be origins such as https://studio.example, by commas, or *")
         return value
+
+    def load_options(self) -> LoadOptions:
+        """What loading the model is told."""
+        return LoadOptions(
+            checkpoint=self.checkpoint,
+            device=self.device,
+            executor=self.executor,
+            precision=self.precision,
+            exact=self.exact,
+            threads=self.threads,
+            max_batch=self.max_batch,
+            short_batch=self.short_batch,
+            max_rows=self.max_rows,
+            max_jobs=self.max_jobs,
+            cache_dir=self.cache_dir,
+        )
+
+    def limits(self, loaded: "Loaded") -> Limits:
+        """The bounds of requests; those that were left to the machine are what loading found."""
+        return Limits(
+            max_n=min(self.max_n, loaded.max_rows),
+            max_batch=loaded.max_batch,
+            max_rows=loaded.max_rows,
+            max_jobs=self.max_jobs,
+            max_backlog_s=self.max_backlog_s,
+            max_body_bytes=self.max_body_bytes,
+            max_image_bytes=self.max_image_bytes,
+            result_cache_bytes=self.result_cache_mb * 2**20,
+            max_streams=self.max_connections // 2,
+            max_streams_per_address=self.max_streams_per_address,
+            keep_jobs_s=self.keep_jobs_s,
+            keep_jobs_bytes=self.keep_jobs_mb * 2**20,
+        )
+
+    def sharing(self, loaded: "Loaded") -> Sharing:
+        """How the scheduler gives out the places of a tick."""
+        return Sharing.of(loaded.max_batch, policy=self.policy, short_batch=loaded.short_batch)
+
+    def origins(self) -> frozenset[str]:
+        """allowed_origins one by one, in lower case as browsers send them."""
+        return frozenset(origin.strip().lower() for origin in self.allowed_origins.split(",") if origin.strip())

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.unet import UNetConfig
+from model.unet_config import UNetConfig
 
 TINY = UNetConfig(
     sample_size=8,

@@ -1,4 +1,4 @@
-"""Which class an image or a sample has: a checkpoint's classes and a data set's are matched by name, not by number."""
+"""The classes of images and samples. Those of a checkpoint and of a data set are matched by name, not by number."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from model.data import ImageSet
 
 
 def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | None:
-    """The number in `class_names` of each class of the checkpoint, int64 [K]; None where the names differ."""
+    """Map each class of the checkpoint to its number in `class_names`, int64 [K]; None where the names differ."""
     names = checkpoint.labels.class_names
     if not names or sorted(names) != sorted(class_names):
         return None
@@ -16,16 +16,16 @@ def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | 
 
 
 def sample_classes(checkpoint: Checkpoint, num_samples: int) -> Tensor | None:
-    """The class asked of each sample, int64 [num_samples], taking turns; None for an unconditional checkpoint."""
+    """Give each sample a class in turn, int64 [num_samples]; None for an unconditional checkpoint."""
     if checkpoint.net.class_embedding is None:
         return None
     return torch.arange(num_samples) % checkpoint.labels.num_classes
 
 
 def image_classes(checkpoint: Checkpoint, data: ImageSet) -> Tensor | None:
-    """The checkpoint's own class of each real image, int64 [N]; its null class where the names do not say.
+    """The checkpoint's class of each real image, int64 [N]; its null class where names do not match.
 
-    None where it takes no class. Raises ValueError where it must have one and there is neither.
+    None for an unconditional checkpoint. Raises ValueError where names do not match and there is no null class.
     """
     if checkpoint.net.class_embedding is None:
         return None
@@ -38,7 +38,7 @@ def image_classes(checkpoint: Checkpoint, data: ImageSet) -> Tensor | None:
 
 
 def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
-    """Pick images at random, classes taking turns as they do among samples: int64 [num_images], or all there are."""
+    """Pick images at random, classes in turn as among samples: int64 [num_images], or fewer if there are fewer."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed % 2**63))
     if data.labels is not None:
         labels = data.labels[order]

@@ -1,7 +1,7 @@
 """A small classifier that judges samples: its labels give class accuracy, its penultimate layer the Fréchet distance.
 
-Stored as config.json (the architecture) and classifier.safetensors (the weights; what they were trained on and how well
-they read the test images is in that file's metadata). Never a pickle.
+Stored as config.json (the architecture) and classifier.safetensors (the weights, with the training data and the test
+accuracy in its metadata). Never a pickle.
 """
 
 import dataclasses
@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.checkpoint import hash_weights, write_atomically
-from model.data import ImageSet, to_model_range
+from model.data import ImageSet
+from model.files import write_atomically
+from model.pixels import to_model_range
+from model.weights import hash_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"
 MAX_CONFIG_BYTES = 2**20
-GRID = 4  # the last feature map is pooled to GRID x GRID: what it already is at 32x32
+GRID = 4  # the last feature map is pooled to GRID x GRID, the size it has for 32x32 images
 READ_BATCH = 500
 
 
@@ -56,7 +58,7 @@ class ClassifierConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClassifierTraining:
-    """How it is trained: AdamW with one cycle of the learning rate, no augmentation."""
+    """The settings of its training: AdamW with one cycle of the learning rate, no augmentation."""
 
     epochs: int = 6
     batch_size: int = 128
@@ -67,7 +69,7 @@ class ClassifierTraining:
 
 
 class Reading(NamedTuple):
-    """What a classifier says of N images: labels int64 [N], features float32 [N, feature_dim], both on the CPU."""
+    """A classifier's output for N images: labels int64 [N], features float32 [N, feature_dim], both on the CPU."""
 
     labels: Tensor
     features: Tensor
@@ -125,7 +127,7 @@ class Classifier:
 
 
 def train_classifier(
-    train: ImageSet, test: ImageSet, training: ClassifierTraining, *, device: torch.device, quiet: bool = False
+    train: ImageSet, test: ImageSet, training: ClassifierTraining, *, device: torch.device
 ) -> Classifier:
     """Train on one split and measure accuracy on the other. The same seed, device and threads give the same weights.
 
@@ -142,8 +144,8 @@ def train_classifier(
         raise ClassifierError(f"{train.name}: {error}") from error
 
     images, labels = train.images.to(device), train.labels.to(device)
-    batches = max(1, len(images) // training.batch_size)  # whole ones, unless there is less than one
-    # Dropout and the initial weights draw from the global generator: fork it, so that the caller's is left alone.
+    batches = max(1, len(images) // training.batch_size)  # whole batches, unless there is less than one
+    # Dropout and initial weights draw from the global generator: fork it, so that the caller's is unchanged.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(training.seed)
         net = ClassifierNet(config, training.dropout).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -153,7 +155,7 @@ def train_classifier(
         cycle = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=training.learning_rate, total_steps=training.epochs * batches, pct_start=0.25
         )
-        progress = tqdm(total=training.epochs * batches, unit="step", desc="classifier", disable=quiet)
+        progress = tqdm(total=training.epochs * batches, unit="step", desc="classifier")
         with progress:
             for _ in range(training.epochs):
                 order = torch.randperm(len(images)).to(device)
@@ -167,7 +169,7 @@ def train_classifier(
                     cycle.step()
                     progress.update()
     state = _state(net)
-    net = _assemble(config, state).to(device)  # in the layout a loaded one has, which rounds otherwise
+    net = _assemble(config, state).to(device)  # in the memory layout of a loaded one; another layout rounds differently
     trained_on = {"data": train.name, **{k: str(v) for k, v in dataclasses.asdict(training).items()}}
     classifier = Classifier(net, config, train.class_names, 0.0, hash_weights(state), trained_on)
     accuracy = (classifier.read(test.images).labels == test.labels).double().mean().item()
@@ -190,7 +192,7 @@ def save_classifier(folder: Path, classifier: Classifier) -> None:
 
 
 def load_classifier(folder: Path, *, device: torch.device) -> Classifier:
-    """Load what `save_classifier` wrote. Raises ClassifierError with one clear line for whatever is wrong with it."""
+    """Load what `save_classifier` wrote. Raises ClassifierError with one clear line where that fails."""
     config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     try:
         with config_file.open("rb") as file:
@@ -231,14 +233,14 @@ def load_or_train_classifier(folder: Path, train: ImageSet, test: ImageSet, *, d
 
 
 def _assemble(config: ClassifierConfig, state: Mapping[str, Tensor]) -> ClassifierNet:
-    with torch.device("meta"):  # no initial weights, for which the generator would be drawn from
+    with torch.device("meta"):  # without initial weights, which would draw from the generator
         net = ClassifierNet(config)
     net.load_state_dict(state, assign=True)
     return net.requires_grad_(False).eval()
 
 
 def _state(net: ClassifierNet) -> dict[str, Tensor]:
-    # clone, for contiguous() keeps the strides of channels_last where there is one channel, and those round otherwise.
+    # clone: contiguous() keeps channels_last strides where there is one channel, and those round differently.
     plain = torch.contiguous_format
     return {key: value.detach().cpu().clone(memory_format=plain) for key, value in net.state_dict().items()}
 

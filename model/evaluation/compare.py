@@ -1,4 +1,4 @@
-"""Whether another way of running a network makes images no worse: two reports on the same samples, side by side."""
+"""Compare two reports on the same samples: does another way of running a network make worse images?"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from model.evaluation.report import EvaluationReport
 
 MAX_FRECHET_RATIO = 1.02
-MAX_ACCURACY_LOSS = 0.01  # of samples drawn from the same noise, so most of the luck is shared
+MAX_ACCURACY_LOSS = 0.01  # between samples drawn from the same noise, which share most of the luck
 MAY_DIFFER = ("precision", "executor", "batch_size")
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The verdict on a candidate beside its reference. A figure is None where a report lacks it."""
+    """The verdict on a candidate, compared with its reference. A figure is None where a report lacks it."""
 
     frechet_ratio: float | None  # candidate / reference: above 1 is worse
     accuracy_difference: float | None  # candidate - reference: below 0 is worse
@@ -37,7 +37,7 @@ def compare_reports(reference: EvaluationReport, candidate: EvaluationReport) ->
     if ratio is None and difference is None:
         return Comparison(None, None, ok=False, reason="no classifier judged the samples")
     faults = []
-    if ratio is not None and not ratio <= MAX_FRECHET_RATIO:  # not >: NaN is a fault
+    if ratio is not None and not ratio <= MAX_FRECHET_RATIO:  # not >, so that NaN is a fault
         faults.append(f"the Fréchet distance is {ratio:.3f} times the reference's, over {MAX_FRECHET_RATIO}")
     if difference is not None and not difference >= -MAX_ACCURACY_LOSS:
         faults.append(f"class accuracy moves by {difference:+.3f}, more than {-MAX_ACCURACY_LOSS}")

@@ -1,4 +1,4 @@
-"""Distances between sets of images: Fréchet's between Gaussians, and that to the nearest neighbour."""
+"""Distances between sets of images: Fréchet's between Gaussians, and from each image to the nearest of others."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """The squared 2-Wasserstein distance of two Gaussians (Dowson & Landau 1982).
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2). The product is symmetric, so eigenvalues give its root; those
-    that rounding made negative are zero. Singular covariances (fewer images than features) are no trouble.
+    that rounding made negative count as zero. Singular covariances (fewer images than features) are allowed.
     """
     values, vectors = torch.linalg.eigh(one.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -37,18 +37,11 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     return max(0.0, float(distance))
 
 
-class Nearest(NamedTuple):
-    """For each query: the RMS difference to its nearest reference, float64 [N], and that one's number, int64 [N]."""
-
-    rms: Tensor
-    nearest: Tensor
-
-
 @torch.inference_mode()
-def nearest_neighbours(queries: Tensor, references: Tensor) -> Nearest:
-    """Find each query's nearest reference in L2 over pixels; both uint8 [N, C, H, W] on one device.
+def nearest_distances(queries: Tensor, references: Tensor) -> Tensor:
+    """Measure each query's distance to its nearest reference, float64 [N]; both uint8 [N, C, H, W] on one device.
 
-    rms is per pixel and in the model's range: 0 for a copy, 2 for black against white.
+    It is the root mean square over pixels in the model's range: 0 for a copy, 2 for black against white.
     """
     flat_queries, flat_references = queries.flatten(1), references.flatten(1)
     best = torch.full((len(queries),), torch.inf, device=queries.device)
@@ -63,6 +56,6 @@ def nearest_neighbours(queries: Tensor, references: Tensor) -> Nearest:
             closer = distance < best[part]
             best[part] = torch.where(closer, distance, best[part])
             index[part] = torch.where(closer, nearest + start, index[part])
-    # That expansion rounds; the distance itself is taken exactly, so that a copy is at 0.
+    # That expansion rounds; the distance itself is computed exactly, so that a copy is at 0.
     difference = flat_queries.to(torch.float64) - flat_references[index].to(torch.float64)
-    return Nearest(difference.square().mean(1).sqrt() / 127.5, index)
+    return difference.square().mean(1).sqrt() / 127.5

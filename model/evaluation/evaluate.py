@@ -1,4 +1,4 @@
-"""Measure a checkpoint on held-out images: the bound, class accuracy, a Fréchet distance, and whether it memorised.
+"""Measure a checkpoint on held-out images: the bound, class accuracy, a Fréchet distance, and memorisation.
 
 Samples are judged as they are served, after rounding to uint8, and sample i is image i of a request with this seed.
 """
@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint import Checkpoint
-from model.data import ImageSet, to_model_range, to_uint8
+from model.data import ImageSet
 from model.evaluation.classes import balanced_picks, class_map, image_classes, sample_classes
 from model.evaluation.classifier import Classifier, Reading
-from model.evaluation.distances import fit_gaussian, frechet_distance, nearest_neighbours
+from model.evaluation.distances import fit_gaussian, frechet_distance, nearest_distances
 from model.evaluation.report import (
     Bound,
     ClassAccuracy,
@@ -28,13 +28,14 @@ from model.evaluation.report import (
     PerClass,
 )
 from model.loss import variational_bound
+from model.pixels import to_model_range, to_uint8
 from model.rng import image_noise
 from model.samplers import Forward, compile_plan, sample
 from model.unet import UNet2D
 
 
 class EvaluateError(Exception):
-    """Checkpoint, data and classifier do not belong together, or the samples are not finite; the message says why."""
+    """Checkpoint, data and classifier do not fit together, or samples are not finite; the message says why."""
 
 
 def evaluate(
@@ -45,15 +46,14 @@ def evaluate(
     options: EvaluateOptions,
     *,
     device: torch.device,
-    quiet: bool = False,
     forward: Forward | None = None,
 ) -> EvaluationReport:
-    """Make samples and measure them against the two splits. classifier=None leaves out what needs one.
+    """Make samples and compare them with the two splits. classifier=None leaves out the figures that need one.
 
     `forward` is another way of running the checkpoint's network, to be judged by the samples it makes (see
     `draw_samples`); the bound stays that of the network itself. options.executor and options.precision should name it.
-    What this checkpoint or this data does not allow is None in the report, with the reason in `left_out`. Raises
-    EvaluateError, and ValueError for a sampler or number of steps that cannot be.
+    A figure that this checkpoint or this data does not allow is None in the report, with the reason in `left_out`.
+    Raises EvaluateError, and ValueError for a sampler or number of steps that is not possible.
     """
     _check_fit(checkpoint, real_train, real_test, classifier)
     left_out: list[LeftOut] = []
@@ -62,11 +62,11 @@ def evaluate(
         options = dataclasses.replace(options, guidance=1.0)
     net = copy.deepcopy(checkpoint.net).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    samples = draw_samples(net, checkpoint, options, device=device, quiet=quiet, forward=forward)
+    samples = draw_samples(net, checkpoint, options, device=device, forward=forward)
     train_picked = real_train.images[balanced_picks(real_train, options.num_samples, options.seed)]
     test_picked = real_test.images[balanced_picks(real_test, options.num_samples, options.seed)]
 
-    bound = _bound(net, checkpoint, real_test, options, quiet)
+    bound = _bound(net, checkpoint, real_test, options)
     accuracy: ClassAccuracy | LeftOut
     frechet: FrechetDistance | LeftOut
     if classifier is None:
@@ -114,7 +114,6 @@ def draw_samples(
     options: EvaluateOptions,
     *,
     device: torch.device,
-    quiet: bool = False,
     forward: Forward | None = None,
 ) -> Tensor:
     """Sample images 0..num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU. `net` lies on `device`.
@@ -130,7 +129,7 @@ def draw_samples(
     starts = range(0, options.num_samples, options.batch_size)
     images = []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=forward is None and options.precision == "bfloat16")
-    with tqdm(total=len(starts) * len(plan), unit="step", desc="samples", disable=quiet) as progress, autocast:
+    with tqdm(total=len(starts) * len(plan), unit="step", desc="samples") as progress, autocast:
 
         def on_step(_: int) -> None:
             progress.update()
@@ -175,9 +174,7 @@ def _check_fit(checkpoint: Checkpoint, train: ImageSet, test: ImageSet, classifi
         raise EvaluateError(f"the classifier knows {classifier.class_names}, but {test.name} has {test.class_names}")
 
 
-def _bound(
-    net: UNet2D, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions, quiet: bool
-) -> Bound | LeftOut:
+def _bound(net: UNet2D, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:
     noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
     if noise.variance_type == "learned_range":
         return LeftOut("bound", "it is measured for a fixed variance only, and this network learned its own")
@@ -192,7 +189,7 @@ def _bound(
     starts = range(0, len(picked), options.batch_size)
     device = net.conv_in.weight.device
     parts = []
-    with tqdm(total=len(starts) * (timesteps + 1), unit="step", desc="bound", disable=quiet) as progress:
+    with tqdm(total=len(starts) * (timesteps + 1), unit="step", desc="bound") as progress:
 
         def counted(x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
             progress.update()
@@ -202,7 +199,7 @@ def _bound(
         for start in starts:
             batch = picked[start : start + options.batch_size]
             x_0 = to_model_range(test.images[batch].to(device))
-            # Numbered by their place in the split, so that an image's terms do not depend on which others are picked.
+            # Numbered by position in the split, so that an image's terms do not depend on which others are picked.
             part = variational_bound(
                 counted,
                 noise,
@@ -244,7 +241,7 @@ def _share(right: Tensor) -> float | None:
 
 
 def _nearest(images: Tensor, train: Tensor) -> NearestSummary:
-    rms = nearest_neighbours(images, train).rms
+    rms = nearest_distances(images, train)
     return NearestSummary(float(rms.min()), float(rms.quantile(0.01)), float(rms.median()), len(images))
 
 

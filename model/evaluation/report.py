@@ -1,4 +1,4 @@
-"""What an evaluation found, as frozen values; rendered as JSON or as the table of a model card."""
+"""The results of an evaluation as frozen values, rendered as JSON or as the tables of a model card."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from model.timesteps import SPACINGS
 
 @dataclass(frozen=True, slots=True)
 class EvaluateOptions:
-    """How samples are made and how much is measured. Class i % K is asked of sample i, so classes come in turn."""
+    """How samples are made and how much is measured. Sample i is asked to be of class i % K."""
 
     num_samples: int = 1000
     sampler: str = "ddim"
@@ -20,10 +20,10 @@ class EvaluateOptions:
     batch_size: int = 100
     precision: str = "float32"  # of the network's forward pass: float32, or bfloat16 by autocast; the update is float32
     bound_images: int = 200
-    bound_timesteps: int = 100  # most of the bound lies in the first few timesteps, which few strata catch by luck
+    bound_timesteps: int = 100  # with few, the first timesteps, where most of the bound lies, are rarely drawn
     spacing: str | None = None  # of the timesteps; None is the checkpoint's own for this sampler
     guidance_interval: tuple[int, int] | None = None  # the timesteps lo <= t <= hi that are guided; None is all
-    executor: str = "eager"  # what ran the forward pass of the samples: a label
+    executor: str = "eager"  # the name of the executor that made the samples
 
     def __post_init__(self) -> None:
         for field, least in (("num_samples", 2), ("batch_size", 1), ("bound_images", 1), ("bound_timesteps", 1)):
@@ -69,7 +69,7 @@ class PerClass:
 
 @dataclass(frozen=True, slots=True)
 class ClassAccuracy:
-    """How often the classifier reads the class that was asked for, beside how often it reads a real image's own."""
+    """How often the classifier finds the class that was asked for, and how often that of a real image."""
 
     samples: float
     real: float
@@ -79,7 +79,7 @@ class ClassAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class FrechetDistance:
-    """Distance to the test split in the classifier's features; `real` is that of as many training images, the floor."""
+    """Distance to the test split in the classifier's features; `real` is that of as many training images, a floor."""
 
     samples: float
     real: float
@@ -99,7 +99,7 @@ class NearestSummary:
 
 @dataclass(frozen=True, slots=True)
 class Memorisation:
-    """Samples that copied training images would lie nearer to them than real test images do."""
+    """Distances of samples and of real test images to training images: copies would be nearer than test images are."""
 
     samples: NearestSummary
     real: NearestSummary
@@ -108,7 +108,7 @@ class Memorisation:
 
 @dataclass(frozen=True, slots=True)
 class ClassifierFacts:
-    """Which classifier judged."""
+    """The classifier that judged."""
 
     weights_hash: str
     test_accuracy: float
@@ -126,7 +126,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """The figures for one checkpoint, with the settings that give them again. None where `left_out` says why."""
+    """The figures of one checkpoint, with the settings to reproduce them. `left_out` says why a figure is None."""
 
     checkpoint: str
     weights_hash: str
@@ -169,7 +169,7 @@ class EvaluationReport:
     def _figures(self) -> list[tuple[str, str, str]]:
         rows = []
         if (bound := self.bound) is not None:
-            # The bound is the model's own, on real images: there is nothing beside it.
+            # The bound is measured on real images: there is no figure of samples beside it.
             rows.append(("variational bound (bits/dim)", "", f"{bound.total:.4f} ± {bound.standard_error:.4f}"))
             for what, value in (("L_T", bound.L_T), ("sum of L_{t-1}", bound.L_steps), ("L_0", bound.L_0)):
                 rows.append((f"of it {what}", "", f"{value:.4f}"))

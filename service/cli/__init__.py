@@ -1,1 +1,1 @@
-"""The tminus command: each subcommand in a file. Nothing else prints or exits."""
+"""The `tminus` command. Each subcommand is a file; no other part of the service prints or exits."""

@@ -1,4 +1,4 @@
-"""`tminus reproduce image.png`: make an image again from what its PNG says, and compare."""
+"""`tminus reproduce image.png`: make an image again from the recipe in its PNG, and compare."""
 
 import io
 import json
@@ -8,41 +8,28 @@ from typing import Any
 
 import click
 
-from service.cli.main import (
-    CHECKPOINT_TYPE,
-    DEFAULT_CHECKPOINT,
-    FILE_TYPE,
-    MAX_LOCAL_N,
-    Running,
-    fail,
-    main,
-    offline,
-    pictures,
-    sample_from,
-)
+from service.cli.images import LocalModel, make_images, read_pictures, sample_from
+from service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
+from service.cli.output import fail, write_file
 
 MAX_FILE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a PNG of ours says of itself."""
+    """How an image was made, as its PNG says: parameters, the hash of the weights and the fingerprint."""
 
     parameters: dict[str, Any]
     weights: str
     fingerprint: str
 
 
-@main.command()
+@click.command()
 @click.argument("png", type=FILE_TYPE)
 @click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
 @click.option("--mask", type=FILE_TYPE, help="of an edit with a mask: that mask")
-@click.option("--url", help="ask this server instead of loading a checkpoint")
-@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=DEFAULT_CHECKPOINT)
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-@click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url")
-@click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="keep the new PNG here")
+@local_model_options
+@click.option("--out", type=FILE_TYPE, help="keep the new PNG here")
 def reproduce(
     png: Path,
     image: Path | None,
@@ -62,22 +49,14 @@ def reproduce(
         recipe = read_recipe(original)
     except (OSError, ValueError) as error:
         fail(f"{png}: {error}")
-    for name, file in (("image", image), ("mask", mask)):
-        digest = recipe.parameters.get(f"{name}_sha256")
-        if digest is not None and file is None:
-            fail(f"{png}: it is an edit of another picture; name it by --{name} (sha256 of its pixels {digest})")
-        if digest is None and file is not None:
-            fail(f"{png}: it was made without {'an image' if name == 'image' else 'a mask'}; leave --{name} out")
-    parameters = recipe.parameters | pictures(image, mask)  # whoever makes it compares the hashes
+    check_pictures(png, recipe, image, mask)
+    parameters = recipe.parameters | read_pictures(image, mask)  # their hashes are compared where the image is made
     if url is not None:
         again = sample_from(url, parameters, "image/png").data
     else:
-        again = offline(Running(checkpoint, device, executor, precision), parameters, sheet=True)[0]["sheet"]
+        again = make_images(LocalModel(checkpoint, device, executor, precision), parameters, sheet=True)[0]["sheet"]
     if out is not None:
-        try:
-            out.write_bytes(again)
-        except OSError as error:
-            fail(f"--out {out}: {error}")
+        write_file(f"--out {out}", out, again)
     if again == original:
         click.echo(f"{png}: the same {len(original)} bytes")
         return
@@ -88,8 +67,18 @@ def reproduce(
     fail(f"{png}: {found}")
 
 
+def check_pictures(png: Path, recipe: Recipe, image: Path | None, mask: Path | None) -> None:
+    """Fail unless the pictures that an edit needs are given, and no others."""
+    for name, file in (("image", image), ("mask", mask)):
+        digest = recipe.parameters.get(f"{name}_sha256")
+        if digest is not None and file is None:
+            fail(f"{png}: it is an edit of another picture; name it by --{name} (sha256 of its pixels {digest})")
+        if digest is None and file is not None:
+            fail(f"{png}: it was made without {'an image' if name == 'image' else 'a mask'}; leave --{name} out")
+
+
 def read_recipe(png: bytes) -> Recipe:
-    """Take the recipe out of a PNG. Raises ValueError where there is none, or none that can be read."""
+    """Read the recipe in a PNG. Raises ValueError where there is none, or none that can be read."""
     from PIL import Image, UnidentifiedImageError
 
     from service.api.schemas import parameters_of
@@ -108,7 +97,7 @@ def read_recipe(png: bytes) -> Recipe:
         document = json.loads(text)
         fields = document["spec"]
         parameters = parameters_of(SampleSpec.from_json(fields))
-        if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # before so many rows are made room for
+        if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # before rows are allocated
             raise ValueError(f"n must be 1..{MAX_LOCAL_N}")
         return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

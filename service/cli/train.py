@@ -1,6 +1,5 @@
-"""`tminus train` and `tminus evaluate`: options to the functions of model/."""
+"""`tminus train`: its options, handed to model/train.py, and the sheets of samples that it draws on the way."""
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -8,27 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.main import CHECKPOINT_TYPE, DEFAULT_CHECKPOINT, fail, main
+from service.cli.options import FOLDER_TYPE
+from service.cli.output import fail
+from service.cli.training_data import load_training_data
 
 if TYPE_CHECKING:
     import torch
 
     from model.data import ImageSet
     from model.noise import NoiseConfig
-    from model.unet import UNet2D, UNetConfig
+    from model.unet import UNet2D
+    from model.unet_config import UNetConfig
 
 SHEET_STEPS = 50
 SHEET_ROWS_PER_CLASS = 2
 SHEET_IMAGES_WITHOUT_CLASSES = 16
 
 
-@main.command()
+@click.command()
 @click.option("--data", default="fashion-mnist", help="fashion-mnist, or a folder of images (a subfolder a class)")
-@click.option("--data-dir", type=CHECKPOINT_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
+@click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
 @click.option("--size", "size_px", default=32, help="side of the square images of a folder, in pixels")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
-@click.option("--out", type=CHECKPOINT_TYPE, required=True, help="folder of the run; holding one, it is resumed")
-@click.option("--init-from", type=CHECKPOINT_TYPE, help="begin from the weights of this checkpoint")
+@click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
+@click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
 @click.option("--steps", default=15_000, help="optimiser steps in all")
 @click.option("--batch-size", default=64)
 @click.option("--learning-rate", default=1e-3)
@@ -43,8 +45,8 @@ SHEET_IMAGES_WITHOUT_CLASSES = 16
 @click.option("--compile", is_flag=True, help="torch.compile the network")
 @click.option("--save-every", default=500, help="steps between saves")
 @click.option("--sheet-every", default=1000, help="steps between sample sheets")
-@click.option("--widths", default="32,64,128", help="block_out_channels, one a resolution")
-@click.option("--layers", default=1, help="layers a block")
+@click.option("--widths", default="32,64,128", help="block_out_channels, one per resolution")
+@click.option("--layers", default=1, help="layers per block")
 @click.option("--attention-at", default="16", help="resolutions that attend, in pixels, e.g. 16,8; the mid block does")
 @click.option("--head-dim", default=32, help="width of an attention head")
 @click.option("--groups", default=8, help="of the group norms")
@@ -54,21 +56,23 @@ SHEET_IMAGES_WITHOUT_CLASSES = 16
 @click.option("--prediction", default="epsilon", help="epsilon, sample or v_prediction")
 @click.option("--device", default="auto")
 def train(**options: Any) -> None:
-    """Train a U-Net, or go on with a run. Ctrl-C saves; the same command resumes exactly."""
+    """Train a U-Net, or resume a run. Ctrl-C saves; the same command resumes exactly."""
     logging.basicConfig(level="INFO", format="%(message)s")
     import torch
 
-    from model.checkpoint import CheckpointError
     from model.data import DataError
+    from model.files import CheckpointError
     from model.noise import NoiseConfig
     from model.train import TrainConfig, TrainError
     from model.train import train as run
-    from service.engine.engine import choose_device
+    from service.engine.devices import choose_device
 
     fields = {name: options[name] for name in TrainConfig.__dataclass_fields__}
     try:
         device = choose_device(options["device"])
-        data = _load_data(options, "train")
+        data = load_training_data(
+            options["data"], "train", options["data_dir"], options["size_px"], int(options["channels"])
+        )
         unet = _architecture(options, data)
         noise = NoiseConfig(
             num_train_timesteps=options["timesteps"],
@@ -93,121 +97,8 @@ def train(**options: Any) -> None:
     click.echo(f"{options['out']}: {'done' if done else 'interrupted and saved; the same command goes on'}")
 
 
-@main.command()
-@click.option("--checkpoint", type=CHECKPOINT_TYPE, default=DEFAULT_CHECKPOINT)
-@click.option("--data", default="fashion-mnist", help="fashion-mnist, or the folder of images it was trained on")
-@click.option("--test-data", type=CHECKPOINT_TYPE, help="folder of held-out images, where --data is a folder")
-@click.option("--data-dir", type=CHECKPOINT_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
-@click.option(
-    "--classifier",
-    type=CHECKPOINT_TYPE,
-    help="folder of the judge; trained there on --data if missing  [default: beside the checkpoint]",
-)
-@click.option("-n", "--num-samples", default=1000)
-@click.option("--sampler", default="ddim")
-@click.option("--steps", default=50)
-@click.option("--eta", default=0.0)
-@click.option("--guidance", default=1.0)
-@click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
-@click.option("--spacing", help="of the timesteps: leading, trailing, linspace or karras  [default: as served]")
-@click.option("--seed", default=0)
-@click.option("--batch-size", default=96, help="samples that move in step")
-@click.option(
-    "--executor", default="auto", help="auto, eager, compile or openvino: what runs the network for the samples"
-)
-@click.option(
-    "--precision", type=click.Choice(["float32", "tf32", "bfloat16"]), default="float32", help="of the samples' passes"
-)
-@click.option(
-    "--approve",
-    is_flag=True,
-    help="sample in float32 too; where --precision is no worse, note it in tminus.json, and serve takes it",
-)
-@click.option("--bound-images", default=200, help="held-out images whose bound is taken")
-@click.option("--bound-timesteps", default=100, help="timesteps drawn for each of them")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the figures here as JSON too")
-@click.option("--device", default="auto")
-def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, approve: bool, **options: Any) -> None:
-    """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card."""
-    logging.basicConfig(level="INFO", format="%(message)s")
-    import torch
-
-    from model.checkpoint import CheckpointError, load_checkpoint
-    from model.checkpoint import approve as note_approval
-    from model.data import DataError
-    from model.evaluation.classifier import ClassifierError, load_or_train_classifier
-    from model.evaluation.compare import compare_reports
-    from model.evaluation.evaluate import EvaluateError
-    from model.evaluation.evaluate import evaluate as measure
-    from model.evaluation.report import EvaluateOptions, EvaluationReport
-    from service.engine.autotune import Wish, choose_executor
-    from service.engine.autotune_cache import default_cache
-    from service.engine.engine import choose_device
-
-    if approve and options["precision"] == "float32":
-        fail("--approve: needs a --precision below float32 to approve")
-    try:
-        device = choose_device(options["device"])
-        if options["data"] != "fashion-mnist" and options["test_data"] is None:
-            fail("--test-data: needed where --data is a folder, or nothing would be held out")
-        loaded = load_checkpoint(checkpoint)
-        options |= {"size_px": loaded.size_px[0], "channels": loaded.net.config.in_channels}
-        train_split = _load_data(options, "train")
-        test_split = _load_data(options | {"data": options["test_data"] or options["data"]}, "test")
-        judge = None
-        if train_split.labels is not None and test_split.labels is not None:
-            own = checkpoint.parent / "fashion-mnist-classifier" if test_split.name.startswith("fashion") else None
-            folder = classifier or own or checkpoint / "classifier"
-            judge = load_or_train_classifier(folder, train_split, test_split, device=device)
-
-        threads = torch.get_num_threads()
-
-        def report_on(precision: str) -> EvaluationReport:
-            # Loaded anew: an executor may keep the network it is given.
-            fresh, batch = load_checkpoint(checkpoint), options["batch_size"]
-            wish = Wish(options["executor"], precision, device.type == "cpu", batch, threads)
-            executor = choose_executor(fresh, device, wish, default_cache())
-            torch.set_num_threads(threads)  # the executor may have taken torch's for itself; the judging wants them
-            fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__}
-            fields |= {"executor": executor.name, "precision": precision}
-            return measure(
-                loaded, train_split, test_split, judge, EvaluateOptions(**fields), device=device, forward=executor
-            )
-
-        reference = report_on("float32") if approve else None
-        report = report_on(options["precision"])
-        if reference is not None:
-            verdict = compare_reports(reference, report)
-            check = {
-                "executor": report.options.executor,
-                "precision": options["precision"],
-                "weights_hash": report.weights_hash,
-                "samples": f"{report.options.num_samples} by {report.options.sampler} in {report.options.steps} steps, "
-                f"guidance {report.options.guidance:g}",
-                "frechet_ratio": verdict.frechet_ratio,
-                "accuracy_difference": verdict.accuracy_difference,
-            }
-            if verdict.ok:
-                note_approval(checkpoint, check)
-            click.echo(f"{options['precision']}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
-            click.echo(verdict.reason)
-    except (DataError, CheckpointError, ClassifierError, EvaluateError, ValueError) as error:
-        fail(str(error))
-    click.echo(report.to_markdown())
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-
-
-def _load_data(options: dict[str, Any], split: str) -> "ImageSet":
-    from model.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
-
-    if options["data"] == "fashion-mnist":
-        return load_fashion_mnist(split, options["data_dir"] or FASHION_MNIST_DIR)
-    return load_image_folder(Path(options["data"]), options["size_px"], int(options["channels"]))
-
-
 def _architecture(options: dict[str, Any], data: "ImageSet") -> "UNetConfig":
-    from model.unet import UNetConfig
+    from model.unet_config import UNetConfig
 
     widths, attends = _integers("--widths", options["widths"]), _integers("--attention-at", options["attention_at"])
     channels, size_px = data.images.shape[1], data.images.shape[-1]
@@ -240,10 +131,10 @@ def _integers(flag: str, text: str) -> tuple[int, ...]:
 def _sheet_writer(
     folder: Path, unet: "UNetConfig", noise: "NoiseConfig", device: "torch.device"
 ) -> Callable[["UNet2D", int], None]:
-    """Make the function that draws a sheet of samples, the same noise each time, so that progress shows."""
+    """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared."""
     import torch
 
-    from model.data import to_uint8
+    from model.pixels import to_uint8
     from model.rng import image_noise
     from model.samplers import compile_plan
     from model.samplers import sample as sample_rows

@@ -1,4 +1,4 @@
-"""`tminus sample --url … --watch FILE`: look on while a server denoises, and keep the frames as an animation."""
+"""`tminus sample --url … --watch FILE`: watch a server denoise, and keep the frames as an animation."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.main import client_of, fail
+from service.cli.images import client_of
+from service.cli.output import fail, make_folder, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,7 +22,7 @@ FORMATS = (".webp", ".gif")
 def follow(
     url: str, parameters: dict[str, Any], sheet: bool, animation: Path, every: int | None, show: str
 ) -> tuple[dict[str, bytes], int, list["Image"]]:
-    """Run a job on a server with a progress bar; give its PNG files by name, the seed, and the animation's pictures."""
+    """Run a job on a server with a progress bar; returns its PNG files by name, the seed and the animation's frames."""
     from service.client import ClientError
 
     if animation.suffix.lower() not in FORMATS:
@@ -42,19 +43,20 @@ def follow(
 
 
 def write_animation(file: Path, frames: list["Image"]) -> None:
-    """Keep the pictures; one clear line and exit code 1 where that cannot be."""
+    """Write the frames to a file; one clear line and exit code 1 where that fails."""
     from service.images.animation import encode_animation
 
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encode_animation(frames, file.suffix.lower().removeprefix(".")))
+        data = encode_animation(frames, file.suffix.lower().removeprefix("."))
     except (OSError, ValueError) as error:
         fail(f"--watch {file}: {error}")
+    make_folder(f"--watch {file}", file.parent)
+    write_file(f"--watch {file}", file, data)
     click.echo(f"{file}: {len(frames)} frames")
 
 
 def _number(given: Any) -> int:
-    """An option as a number; what is none the server refuses, and says why."""
+    """An option as a number, or 0 for a text that is none: the server refuses it and says why."""
     try:
         return int(float(given))
     except (ValueError, OverflowError):
@@ -62,7 +64,7 @@ def _number(given: Any) -> int:
 
 
 def _read(messages: "Iterable[Message]") -> tuple[int, list["Image"], Sequence[bytes]]:
-    """Read what a job says to its end: the seed, a picture of each step that was shown, and the PNGs."""
+    """Read a job's messages to its end: the seed, a picture of each step that was shown, and the PNGs."""
     from tqdm import tqdm
 
     from service.client import Accepted, ClientError, Done, Frame
@@ -87,7 +89,7 @@ def _read(messages: "Iterable[Message]") -> tuple[int, list["Image"], Sequence[b
 
 
 def _sheet(pictures: Sequence[bytes]) -> "Image":
-    """One picture of one or several."""
+    """Decode PNGs into one picture; several become a contact sheet."""
     import numpy as np
     from PIL import Image
 

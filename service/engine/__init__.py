@@ -1,1 +1,1 @@
-"""Row state on the device, how a forward pass is run, and what is measured before serving. torch lives here only."""
+"""Row state on the device, how a forward pass is run, and what is measured before serving. Only here is torch used."""

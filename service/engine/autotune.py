@@ -1,6 +1,6 @@
-"""Which executor runs the network, found by measuring the candidates on this machine; the answer is cached.
+"""Choose the executor that runs the network by measuring the candidates on this machine; the answer is cached.
 
-A candidate that must be exact is tried at several sizes of a pass, and keeps those whose outputs agree to the bit.
+An exact candidate is tried at several pass sizes, and keeps those whose outputs agree to the bit.
 """
 
 import logging
@@ -23,26 +23,26 @@ log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
 CPU_SIZES = (1, 2, 4)
-WORTH = 0.97  # a further size is kept where it takes less than this share of the time a row
-SLOW_PASS_S = 1.0  # larger passes than one that takes this long are not tried
+WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
+SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured
 AGREE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """All that is needed to build an executor again."""
+    """An executor and all its parameters; can be built from, and kept between starts."""
 
     executor: str
     precision: str
     channels_last: bool = True
-    sizes: tuple[int, ...] | None = None  # of a pass; None takes any batch whole
-    wide: int = 0  # openvino: how many places, left over of an even share, go the wide way
+    sizes: tuple[int, ...] | None = None  # of a pass; None runs any batch as one pass
+    wide: int = 0  # openvino: up to so many places beyond even shares run in wide passes, on all threads
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the settings ask for; auto leaves it to the measurement."""
+    """What the settings ask for; auto leaves the choice to measurement."""
 
     executor: str = "auto"
     precision: str = "auto"
@@ -52,7 +52,7 @@ class Wish:
 
 
 class Builder:
-    """Builds executors of one checkpoint; what is converted for one trial serves the next. The net becomes theirs."""
+    """Builds executors of one checkpoint, whose network they take over. OpenVINO's graph is converted once for all."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, threads: int) -> None:
         self.checkpoint, self.device, self._threads = checkpoint, device, threads
@@ -60,11 +60,11 @@ class Builder:
         self._graph: openvino_executor.Graph | None = None
 
     def build(self, choice: Choice) -> Executor:
-        """Build what was chosen."""
+        """Build the executor of a choice."""
         net, device, precision = self.checkpoint.net, self.device, choice.precision
         sizes = choice.sizes or (1,)
         if choice.executor == "openvino":
-            # OpenVINO's threads do the work, and a second team of torch's own would fight them for the cores.
+            # OpenVINO has threads of its own; torch's would compete with them for the cores.
             torch.set_num_threads(1)
             if self._graph is None:
                 num_timesteps = self.checkpoint.noise.num_train_timesteps
@@ -79,13 +79,13 @@ class Builder:
 
 
 def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:
-    """Measure the candidates that the wish leaves, and build the fastest. Raises ValueError for a wish that cannot be.
+    """Measure the candidates that the wish allows, and build the fastest. Raises ValueError where none can run.
 
-    `cache` is the folder where the answer is kept, by machine, model and versions; None keeps nothing.
+    `cache` is the folder where the answer is kept, by machine, model and versions; None keeps none.
     """
     candidates = _candidates(checkpoint, device, wish)
     kept = ChoiceCache(cache, checkpoint, device, asdict(wish), [asdict(candidate) for candidate in candidates])
-    choice = _sound(kept.read(), candidates, wish)
+    choice = _valid(kept.read(), candidates, wish)
     builder = Builder(checkpoint, device, wish.threads)
     if choice is None:
         choice = _fastest(builder, wish, candidates)
@@ -95,8 +95,8 @@ def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, ca
     return builder.build(choice)
 
 
-def _sound(fields: Mapping[str, Any] | None, candidates: Sequence[Choice], wish: Wish) -> Choice | None:
-    """What was kept, if it is a choice that could be made now: files may be damaged, or edited."""
+def _valid(fields: Mapping[str, Any] | None, candidates: Sequence[Choice], wish: Wish) -> Choice | None:
+    """The choice read from the cache, or None where it could not be made now: the file may be damaged or edited."""
     try:
         sizes = tuple((fields or {})["sizes"] or ()) or None
         choice = Choice(**{**(fields or {}), "sizes": sizes})
@@ -111,7 +111,7 @@ def _sound(fields: Mapping[str, Any] | None, candidates: Sequence[Choice], wish:
 
 
 def _candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> list[Choice]:
-    """What may be chosen, without sizes. A lower precision needs its approval, or to be asked for."""
+    """What may be chosen, without sizes. A precision below float32 must be approved, or asked for."""
     if wish.executor not in ("auto", *EXECUTORS):
         raise ValueError(f"executor must be auto, {', '.join(EXECUTORS)}, got {wish.executor!r}")
     if wish.precision not in ("auto", *PRECISIONS):
@@ -125,7 +125,7 @@ def _candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> lis
             raise ValueError(f"executor openvino runs on a CPU, got device {device}")
     names: tuple[str, ...] = (wish.executor,)
     if wish.executor == "auto":
-        # torch.compile needs a compiler and a minute on a CPU, where it was never the fastest: only when asked for.
+        # On a CPU torch.compile needs a compiler and a minute, and was never the fastest: only when asked for.
         names = ("eager", "compile") if device.type == "cuda" else ("eager", "openvino")
     candidates = []
     for name in names:
@@ -173,7 +173,7 @@ class _Trial:
 
 
 def _with_sizes(builder: Builder, wish: Wish, candidate: Choice) -> tuple[Choice, float, float]:
-    """Complete a candidate with its sizes; gives also the time of a lone row and of one in a full batch."""
+    """Complete a candidate with pass sizes; returns also the seconds of a lone row and of a row in a full batch."""
 
     def tried(sizes: tuple[int, ...] | None) -> _Trial:
         choice = Choice(candidate.executor, candidate.precision, candidate.channels_last, sizes)
@@ -215,7 +215,7 @@ def _with_sizes(builder: Builder, wish: Wish, candidate: Choice) -> tuple[Choice
 def _with_wide(
     builder: Builder, wish: Wish, choice: Choice, lone_s: float, row_s: float
 ) -> tuple[Choice, float, float]:
-    """Send as many left-over places the wide way as are faster on it, and have the same bits."""
+    """Raise `wide` for as long as wide passes are faster, and give the same bits."""
     rows = max(AGREE_ROWS, wish.threads)
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
     narrow = builder.build(choice)
@@ -235,7 +235,7 @@ def _with_wide(
 
 
 def _graph_sizes(max_batch: int) -> tuple[int, ...]:
-    """At most MAX_GRAPHS sizes of a pass from 1 to max_batch, each a fixed factor apart."""
+    """At most MAX_GRAPHS pass sizes from 1 to max_batch, in geometric steps."""
     factor = max(2.0, max_batch ** (1 / (MAX_GRAPHS - 1)))
     sizes = {max_batch} | {round(max_batch / factor**k) for k in range(MAX_GRAPHS - 1)} | {1}
     return tuple(sorted(size for size in sizes if size >= 1))[-MAX_GRAPHS:]
@@ -255,7 +255,7 @@ def _try(builder: Builder, wish: Wish, choice: Choice) -> _Trial:
 
 
 def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows at mixed timesteps and classes, always the same ones: x [B, C, H, W], t [B], class_labels [B] or None."""
+    """Make the same rows each time, at mixed timesteps and classes: x [B, C, H, W], t [B], class_labels [B] or None."""
     generator = torch.Generator().manual_seed(0)
     config = checkpoint.net.config
     x = torch.randn(rows, config.in_channels, *checkpoint.size_px, generator=generator)
@@ -272,7 +272,7 @@ def _rows(inputs: tuple[Tensor, Tensor, Tensor | None], start: int, end: int) ->
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The least time of some calls, as others may use the machine too; the first, which warms up, does not count."""
+    """The least time of some calls, since other programs may run too; the first call warms up and does not count."""
 
     def timed() -> float:
         started = time.perf_counter()

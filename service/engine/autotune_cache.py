@@ -1,4 +1,4 @@
-"""Where what was measured is kept between starts: a file by machine, model, versions and what was asked for."""
+"""The files that keep measurements between starts, named by a hash of machine, model, versions and what was asked."""
 
 import hashlib
 import json
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import Checkpoint, write_atomically
+from model.checkpoint import Checkpoint
+from model.files import write_atomically
 from service.engine import openvino_executor
 
 log = logging.getLogger(__name__)
 
 
 def default_cache() -> Path | None:
-    """Where answers are kept: a cache folder of the user's; None for a user without a home."""
+    """The cache folder of the user; None for a user without a home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tminus"
     except RuntimeError:
@@ -26,7 +27,7 @@ def default_cache() -> Path | None:
 
 
 class ChoiceCache:
-    """One file. What it says is not to be trusted; what cannot be read or written is no error."""
+    """One file. Its content is not trusted, and a file that cannot be read or written is no error."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class ChoiceCache:
         wish: Mapping[str, Any],
         candidates: Sequence[Mapping[str, Any]],
     ) -> None:
-        """folder None keeps nothing."""
+        """Name the file by a hash of all arguments; with folder None nothing is kept."""
         self.file: Path | None = None
         if folder is not None:
             parts = {
@@ -54,7 +55,7 @@ class ChoiceCache:
             self.file = folder / f"choice-{key}.json"
 
     def read(self) -> Mapping[str, Any] | None:
-        """What was kept, if anything."""
+        """Read the answer of an earlier start, if there is one."""
         if self.file is None:
             return None
         try:
@@ -70,7 +71,7 @@ class ChoiceCache:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, lambda path: _dump(path, fields))
-        except OSError as error:  # a read-only file system: it is measured again the next time
+        except OSError as error:  # a read-only file system: the next start measures again
             log.info("what was measured is not kept: %s", error)
 
 

@@ -1,4 +1,4 @@
-"""How long a tick takes by its number of places, measured on the real engine before it serves."""
+"""Measure how long a tick takes by its number of places, on the real engine before it serves."""
 
 import time
 from collections.abc import Callable
@@ -8,17 +8,17 @@ from service.engine.protocol import RowEngine
 from service.spec import trial_spec
 from service.work import Batch
 
-ROUNDS = 4  # each measures every size; the fastest counts, as others may use the machine too
-TICKS = 6  # of a size at a time
-WARM_UP = 2  # of them do not count: the first may compile; on a GPU, where the host runs ahead, the second is too short
-BUDGET_S = 2.0  # no further round begins after so long
-SLOW_TICK_S = 2.0  # no size is larger than one whose tick takes so long
+ROUNDS = 4  # each measures every size; the fastest counts, since other programs may run too
+TICKS = 6  # of one size in a round
+WARM_UP = 2  # ticks that do not count: the first may compile; on a GPU the host runs ahead, so the second is too short
+BUDGET_S = 2.0  # after this no further round begins
+SLOW_TICK_S = 2.0  # after a tick that takes this long no larger size is measured
 
 
 def measure_ticks(
     engine: RowEngine, max_batch: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[tuple[int, float], ...]:
-    """Run a few ticks of 1, 2, 4, … up to max_batch places; (places, seconds) of each."""
+    """Run a few ticks of 1, 2, 4, … up to max_batch places; returns (places, seconds) of each size."""
     begun_s = clock()
     sizes = sorted({min(2**k, max_batch) for k in range(max_batch.bit_length() + 1)})
     measured: dict[int, list[float]] = {places: [] for places in sizes}
@@ -35,7 +35,7 @@ def measure_ticks(
 
 
 def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> list[float]:
-    """Time some ticks of one size, or fewer if they are slow."""
+    """Time a few ticks of one size; stops after a slow one."""
     spec = trial_spec(engine.info, places, min(TICKS, engine.info.num_timesteps))
     rows = engine.add(spec)
     seconds: list[float] = []

@@ -1,6 +1,6 @@
 """Row state on the device, and one tick: a forward pass over rows at mixed timesteps, then the update rule.
 
-Rows in, uint8 arrays out; no tensor leaves. Which rows step is decided elsewhere.
+Specs and row ids come in, numpy arrays go out, no tensor leaves. Which rows step is decided elsewhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,43 +10,21 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.data import to_model_range, to_uint8
+from model.pixels import to_model_range, to_uint8
 from model.rng import image_noise, row_noise, split_seed
 from model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, denoise, guide
 from service.engine.executors import Executor
-from service.engine.fingerprint import describe
-from service.engine.known_pixels import KnownPixels, to_device
-from service.engine.transfer import TickEvents
+from service.engine.fingerprint import make_model_info
+from service.engine.initial_state import check_inputs, initial_latents, latents_of
+from service.engine.known_pixels import KnownPixels
+from service.engine.transfer import LaunchedTicks, copy_out, index_of, send
 from service.errors import NotFinite
 from service.preview import Show
 from service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
 from service.work import Batch
 
-LATENT_BUDGET_BYTES = 512 * 2**20
-MAX_DEFAULT_ROWS = 4096
-FIRST_KNOWN_DRAW = 2**31  # of a row's noise: from here on for its known pixels; x_T and z have the first T + 1
+FIRST_KNOWN_DRAW = 2**31  # the draws of a row's known pixels begin here; x_T and z take draws 0..T
 NONE = np.zeros(0, np.int64)
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn auto, cpu, cuda or cuda:N into a device. Raises ValueError where it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def default_max_rows(checkpoint: Checkpoint) -> int:
-    """How many rows' state (x and x0, float32) fits the latent budget."""
-    row_bytes = 2 * 4 * checkpoint.net.config.in_channels * checkpoint.size_px[0] * checkpoint.size_px[1]
-    return max(4, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))
 
 
 class Engine:
@@ -63,8 +41,8 @@ class Engine:
         exact: bool = True,
         bits: str | None = None,
     ) -> None:
-        """bits: what names the executor's outputs to the bit, see `fingerprint`."""
-        self.info = describe(checkpoint, device, executor, exact=exact, bits=bits)
+        """Make room for so many rows and jobs. bits: a hash of the executor's outputs, see `fingerprint`."""
+        self.info = make_model_info(checkpoint, device, executor, exact=exact, bits=bits)
         self._device = device
         self._forward = executor
         self._noise = checkpoint.noise
@@ -76,26 +54,26 @@ class Engine:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        # A slot a row.
+        # One slot per row.
         self._x = zeros(max_rows, *self._shape, dtype=torch.float32)
         self._x0 = zeros(max_rows, *self._shape, dtype=torch.float32)
         self._seed_words = zeros(max_rows, 2)
         self._index = zeros(max_rows)
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
-        self._first_line = zeros(max_rows)  # where step 0 of the row's plan is in the tables below, or would be
-        self._added_at = np.zeros(max_rows, np.int64)  # on the host: how many ticks had been launched when the row came
+        self._first_line = zeros(max_rows)  # the line of step 0 of the row's plan; steps that an edit skips have none
+        self._added_at = np.zeros(max_rows, np.int64)  # on the host: how many ticks had been launched before the row
         self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
-        self._masked = np.zeros(max_rows, bool)  # on the host: whether some pixels of the row are known
-        self._known: KnownPixels | None = None  # what is needed for them, made when the first such row comes
+        self._masked = np.zeros(max_rows, bool)  # on the host: whether the row keeps pixels
+        self._known: KnownPixels | None = None  # made when the first such row comes
         self._free_rows = list(range(max_rows - 1, -1, -1))
-        # A region of T lines a job.
+        # One region of T lines per job.
         self._lines = zeros(max_jobs * num_timesteps, NUM_COEFFICIENTS, dtype=torch.float32)
         self._timesteps = zeros(max_jobs * num_timesteps)
         self._free_plans = list(range(max_jobs - 1, -1, -1))
         self._plan_of: dict[int, int] = {}  # first row of a job -> its region
-        # On a GPU the host runs one tick ahead, and reads what a tick found only when that tick is over.
-        self._ticks = TickEvents() if device.type == "cuda" else None
+        # On a GPU the host runs one tick ahead, and reads whether rows are finite once their tick has ended.
+        self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
 
     def compile(self, spec: SampleSpec) -> Plan:
@@ -115,13 +93,17 @@ class Engine:
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         """Give a job's rows their slots and their first x; returns the row ids.
 
-        It is x_T, or with a strength x_t of the image, or x_t and x0 as a snapshot has them. Raises ValueError as
-        `compile` does, and where snapshot or inputs are not those of the spec.
+        The first x is x_T, with a strength x_t of the image, or what the snapshot holds. Raises ValueError as `compile`
+        does, and where snapshot or inputs do not fit the spec.
         """
-        # The slots are taken last: a job that cannot be added takes nothing away.
+        # Slots are taken last, so that a job that is refused takes none.
         plan = self.compile(spec)
-        self._check(inputs, spec)
-        x, x0 = self._latents_of(snapshot, spec.n) if snapshot is not None else self._first(spec, plan, inputs)
+        check_inputs(inputs, spec, self._shape)
+        if snapshot is not None:
+            x, x0 = latents_of(snapshot, spec.n, self._shape, self._device)
+        else:
+            x = initial_latents(spec, plan, self._schedule, inputs, self._shape, self._device)
+            x0 = torch.zeros_like(x)
         indices = range(spec.index, spec.index + spec.n)
         index = torch.tensor(indices, device=self._device)
         seed_words = torch.tensor(split_seed(spec.seed), device=self._device)
@@ -140,7 +122,7 @@ class Engine:
         if inputs is not None and inputs.mask is not None and self._known is not None:
             self._known.put(at, inputs.image, inputs.mask, start, plan.known)
         self._x[at] = x
-        self._x0[at] = x0.to(self._device)
+        self._x0[at] = x0
         self._seed_words[at] = seed_words
         self._index[at] = index
         self._label[at] = label
@@ -154,41 +136,15 @@ class Engine:
         self._plan_of[rows[0]] = region
         return rows
 
-    def _check(self, inputs: Inputs | None, spec: SampleSpec) -> None:
-        hashes = (inputs.image_sha256, inputs.mask_sha256) if inputs is not None else (None, None)
-        if hashes != (spec.image_sha256, spec.mask_sha256):
-            raise ValueError("the image and mask are not those of the spec")
-        height, width = self._shape[1:]
-        if inputs is not None and inputs.image.shape != (height, width, self._shape[0]):
-            raise ValueError(f"an image must be {(height, width, self._shape[0])}, got {inputs.image.shape}")
-        if inputs is not None and inputs.mask is not None and inputs.mask.shape != (height, width):
-            raise ValueError(f"a mask must be {(height, width)}, got {inputs.mask.shape}")
-
-    def _first(self, spec: SampleSpec, plan: Plan, inputs: Inputs | None) -> tuple[Tensor, Tensor]:
-        """x_T, or with a strength x_t of the image, where eps is what else would be x_T (Meng et al. 2022)."""
-        eps = image_noise(spec.seed, range(spec.index, spec.index + spec.n), 0, self._shape, self._device)
-        if spec.strength is None:
-            return eps, torch.zeros(())
-        assert inputs is not None
-        x_0 = to_model_range(to_device(inputs.image, self._device).permute(2, 0, 1)[None])
-        return self._schedule.q_sample(x_0, plan.timesteps[:1], eps), torch.zeros(())
-
-    def _latents_of(self, snapshot: Snapshot, n: int) -> tuple[Tensor, Tensor]:
-        for name, values in (("x", snapshot.x), ("x0_previous", snapshot.x0_previous)):
-            if values.shape != (n, *self._shape) or values.dtype != np.float32:
-                raise ValueError(f"a snapshot's {name} must be float32 {(n, *self._shape)}, got {values.shape}")
-        return torch.tensor(snapshot.x, device=self._device), torch.tensor(snapshot.x0_previous)
-
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:
-        """Run one tick. The batch crosses to the device in one transfer; nothing here loops over rows or waits."""
+        """Run one tick. The batch reaches the device in one transfer; nothing here loops over rows or waits."""
         num_rows, num_guided = len(batch.rows), len(batch.guided)
         slots = np.array(batch.rows)
         noisy = np.flatnonzero(self._adds_noise[slots])
         masked = np.flatnonzero(self._masked[slots]) if self._known is not None else NONE
         packed = torch.tensor([*batch.rows, *batch.steps, *batch.guided, *noisy.tolist(), *masked.tolist()])
-        if self._device.type == "cuda":
-            packed = packed.pin_memory().to(self._device, non_blocking=True)
+        packed = send(packed, self._device)
         counts = [num_rows, num_rows, num_guided, len(noisy), len(masked)]
         rows, steps, guided, noisy_at, masked_at = torch.split(packed, counts)
 
@@ -205,7 +161,7 @@ class Engine:
         else:
             output = self._forward.start(x, t, labels)
 
-        # What does not need the network's output is made beside it.
+        # Made while the network runs: all that does not need its output.
         z = torch.zeros_like(x)
         if len(noisy):
             noisy_rows = rows[noisy_at]
@@ -229,10 +185,10 @@ class Engine:
         self._x[rows], self._x0[rows] = x, x0
         self._finite[rows] = x.sum(dim=(1, 2, 3)).isfinite()  # NaN and infinity survive a sum
         if self._ticks is not None:
-            self._ticks.launched(self._finite)
+            self._ticks.add(self._finite)
 
     def wait(self) -> None:
-        """Let the device catch up: on a GPU until one tick is left to run, so that it never idles; a CPU has none."""
+        """Let the device catch up: on a GPU until one tick is left to run, so that it never idles. A CPU never lags."""
         if self._ticks is not None:
             self._ticks.wait()
 
@@ -243,18 +199,18 @@ class Engine:
             kept = self._finite.numpy()[slots]
         elif self._ticks.finite is None:
             return ()
-        else:  # what is known of a slot may be older than the row that has it now
+        else:  # the flag of a slot may be older than the row that holds the slot now
             kept = self._ticks.finite.numpy()[slots] | (self._added_at[slots] >= self._ticks.num_ended)
         return () if kept.all() else tuple(row for row, fine in zip(rows, kept, strict=True) if not fine)
 
     @torch.inference_mode()
     def images(self, rows: Sequence[int]) -> Callable[[], Images]:
-        """Read rows out: the function returned gives uint8 [n, H, W, C], or raises NotFinite where a row is not.
+        """Read rows out: the function returned gives uint8 [n, H, W, C], or raises NotFinite where a row is not finite.
 
         The rows may be removed at once. Call the function in another thread: on a GPU it waits for the copy.
         """
-        x = self._x[self._at(rows)]
-        read = self._copy_out(_pixels(x), x.isfinite().all())
+        x = self._x[index_of(rows, self._device)]
+        read = copy_out(self._device, _pixels(x), x.isfinite().all())
 
         def images() -> Images:
             pixels, finite = read()
@@ -266,62 +222,37 @@ class Engine:
 
     @torch.inference_mode()
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
-        """Read rows that are under way: x_t as it is, x_0 the network's last guess; uint8 [n, H, W, C] each.
+        """Read running rows: x_t as it is, x_0 as the network last predicted it; uint8 [n, H, W, C] each.
 
         As with `images`, call the function returned in another thread.
         """
-        at, source = self._at(rows), {"x_t": self._x, "x_0": self._x0}
-        read = self._copy_out(*(_pixels(source[name][at]) for name in show))
+        at, source = index_of(rows, self._device), {"x_t": self._x, "x_0": self._x0}
+        read = copy_out(self._device, *(_pixels(source[name][at]) for name in show))
         return lambda: {name: pixels.numpy() for name, pixels in zip(show, read(), strict=True)}
 
     @torch.inference_mode()
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
-        """Read x_t and x0 of one job's rows, which take these steps next, float32 [n, C, H, W] each; as `preview`."""
-        at = self._at(rows)
-        read = self._copy_out(self._x[at], self._x0[at])
-        return lambda: Snapshot(steps, *(each.numpy() for each in read()))
-
-    def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
-        """Make x_t of x_0 = images, uint8 [n, H, W, C] both, with eps the x_T of a job with this seed.
+        """Read x_t and x0 of one job's rows, float32 [n, C, H, W] each; `steps` are the steps they take next.
 
         As with `images`, call the function returned in another thread.
         """
-        x_0 = torch.from_numpy(images).permute(0, 3, 1, 2)
-        if self._device.type == "cuda":
-            x_0 = x_0.pin_memory().to(self._device, non_blocking=True)
+        at = index_of(rows, self._device)
+        read = copy_out(self._device, self._x[at], self._x0[at])
+        return lambda: Snapshot(steps, *(each.numpy() for each in read()))
+
+    def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
+        """Make x_t of x_0 = images, both uint8 [n, H, W, C]; eps is the x_T of a job with this seed.
+
+        As with `images`, call the function returned in another thread.
+        """
+        x_0 = send(torch.from_numpy(images).permute(0, 3, 1, 2), self._device)
         eps = image_noise(seed, range(len(images)), 0, self._shape, self._device)
         x_t = self._schedule.q_sample(to_model_range(x_0), torch.tensor([t]), eps)
-        read = self._copy_out(_pixels(x_t))
+        read = copy_out(self._device, _pixels(x_t))
         return lambda: read()[0].numpy()
 
-    def _at(self, rows: Sequence[int]) -> Tensor:
-        """Row ids as an index on the device; nobody waits for it."""
-        at = torch.tensor(rows)
-        return at.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else at
-
-    def _copy_out(self, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-        """Bring new tensors to the host; the function returned waits for them. On a CPU they are there."""
-        if self._device.type != "cuda":
-            return lambda: tensors
-        # A stream of its own: the copy runs beside the next tick.
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            on_host = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
-            for host, device in zip(on_host, tensors, strict=True):
-                host.copy_(device, non_blocking=True)
-                device.record_stream(stream)  # or the allocator would give its memory to the next tick
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record(stream)
-
-        def read() -> tuple[Tensor, ...]:
-            copied.synchronize()
-            return on_host
-
-        return read
-
     def latents(self, rows: Sequence[int]) -> Floats:
-        """Read the x_t of rows as they are, float32 [n, C, H, W]. Waits for the device."""
+        """Read the x_t of rows, float32 [n, C, H, W]. Waits for the device."""
         x: Floats = self._x[torch.tensor(rows, device=self._device)].cpu().numpy()
         return x
 

@@ -1,7 +1,7 @@
 """How a forward pass is run. One small interface: places in, the network's output in float32 out.
 
-The contract of an exact executor: a place's output is the same bits whatever else is in the batch. Each pass then has
-one of a few fixed sizes that were seen to agree; `autotune.py` picks the executor and these sizes by measuring.
+An exact executor gives a place the same bits whatever else is in the batch. Its passes have a few fixed sizes whose
+outputs were seen to agree; `autotune.py` picks the executor and these sizes by measuring.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.unet import UNet2D
 
-PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, is float32 with products of 10 bits
+PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, multiplies float32 with 10 bits of mantissa
 Passes = list[tuple[int, int, int]]  # (start, end, size) each
 MAX_GRAPHS = 6  # torch.compile gives up silently after 8 shapes, and each graph keeps memory
 
@@ -23,21 +23,21 @@ class Executor(Protocol):
 
     name: str
     precision: str
-    details: str  # what else could move a bit: layout, sizes of a pass, streams
+    details: str  # what else could change a bit: layout, pass sizes, streams
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """x [B, C, H, W] float32, t [B] int64, class_labels [B] int64 or None -> out [B, C', H, W] float32."""
         ...
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """Begin; the function returned gives `out`. What the caller does in between may run beside the network."""
+        """Begin; the function returned gives `out`. What the caller does before it calls may run beside the network."""
         ...
 
 
 def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
     """Cut a batch into passes of the given sizes (ascending), an even share to each stream.
 
-    Large passes come first. Only where fewer places are left than the smallest size is a pass padded.
+    Large passes come first. A pass is padded only where fewer places are left than the smallest size.
     """
     taken: list[int] = []
     for stream in range(streams):
@@ -57,7 +57,10 @@ def split(places: int, sizes: Sequence[int], streams: int = 1) -> Passes:
 
 
 def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tuple[Passes, Passes]:
-    """Cut a batch into passes for the streams and wide ones, for what is left of even shares, if at most so many."""
+    """Cut a batch into passes for the streams and wide passes.
+
+    Wide passes take the places beyond even shares of the streams, where there are at most `wide` of them.
+    """
     left = places % streams
     if not 0 < left <= wide:
         return split(places, sizes, streams), []
@@ -67,7 +70,7 @@ def split_wide(places: int, sizes: Sequence[int], streams: int, wide: int) -> tu
 
 
 class EagerExecutor:
-    """PyTorch as it is: the reference. `sizes` None takes each batch whole."""
+    """PyTorch as it is: the reference. With `sizes` None each batch is one pass."""
 
     name = "eager"
 
@@ -99,7 +102,7 @@ class EagerExecutor:
             return torch.cat([self._pass(x, t, class_labels, *one) for one in passes])
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """See Executor. On a CPU all is done here; a GPU runs on by itself."""
+        """See Executor. On a CPU the work is done when this returns; a GPU goes on by itself."""
         out = self(x, t, class_labels)
         return lambda: out
 
@@ -125,14 +128,13 @@ class CompiledExecutor:
         precision: str = "float32",
         sizes: Sequence[int],
     ) -> None:
-        """shape [C, H, W] of one row; sizes of a pass, ascending, at most MAX_GRAPHS. Compiles: takes a minute."""
+        """Compile, which takes a minute. shape [C, H, W] of one row; sizes of a pass, ascending, at most MAX_GRAPHS."""
         assert 1 <= len(sizes) <= MAX_GRAPHS
         self._net: UNet2D = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         allow_tf32(precision == "tf32")
-        torch._dynamo.reset()  # its limit of shapes counts those of earlier executors too
-        self._compiled = torch.compile(
-            self._net, dynamic=False, fullgraph=True
-        )  # or it would run eager, and not say so
+        torch._dynamo.reset()  # its limit on shapes counts those of earlier executors too
+        # fullgraph: without it torch may run parts eagerly and not say so.
+        self._compiled = torch.compile(self._net, dynamic=False, fullgraph=True)
         self._device, self._sizes, self.precision = device, tuple(sizes), precision
         self.details = f"passes of {', '.join(map(str, sizes))}"
         labels = self._net.class_embedding is not None
@@ -154,14 +156,14 @@ class CompiledExecutor:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
-        """See Executor. On a CPU all is done here; a GPU runs on by itself."""
+        """See Executor. On a CPU the work is done when this returns; a GPU goes on by itself."""
         out = self(x, t, class_labels)
         return lambda: out
 
     def _pass(self, x: Tensor, t: Tensor, class_labels: Tensor | None, start: int, end: int, size: int) -> Tensor:
         static_x, static_t, static_labels = self._inputs[size]
         num = end - start
-        # Copied into the graph's own memory; what lies past `num` is of an earlier pass and is thrown away.
+        # Copied into the graph's own memory. Entries past `num` are an earlier pass's, and their outputs are dropped.
         static_x[:num].copy_(x[start:end])
         static_t[:num].copy_(t[start:end])
         if static_labels is not None and class_labels is not None:
@@ -178,7 +180,7 @@ class CompiledExecutor:
         return out.float()
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        # Warmed up on a stream of its own, as capture demands: compiling and cuDNN's choices must not be captured.
+        # Warm up on another stream, as CUDA graphs demand: compiling and cuDNN's choices must not be captured.
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -194,7 +196,7 @@ class CompiledExecutor:
 def split_padded(places: int, sizes: Sequence[int]) -> Passes:
     """Cut a batch into passes: full ones of the largest size, then one of the smallest that fits.
 
-    For a device that a small pass leaves idle, so that one padded pass costs less than several exact ones.
+    For a device that small passes leave partly idle: there one padded pass costs less than several exact ones.
     """
     largest = sizes[-1]
     passes = [(start, start + largest, largest) for start in range(0, places - largest + 1, largest)]
@@ -210,7 +212,7 @@ def probe_bits(executor: Executor, inputs: tuple[Tensor, Tensor, Tensor | None])
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Let CUDA matmuls and convolutions of float32 use TF32, or see to it that they do not: torch's defaults differ."""
+    """Allow or forbid TF32 in CUDA's float32 matmuls and convolutions, whose defaults in torch differ."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
 

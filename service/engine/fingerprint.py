@@ -1,4 +1,4 @@
-"""What is loaded, as the edge and the users are told it, with the fingerprint of all that can move a bit."""
+"""The facts about a loaded model that users are shown, and the fingerprint: a hash of all that can change a bit."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from service.engine.executors import Executor
 from service.model_info import ModelInfo
 
 
-def describe(
+def make_model_info(
     checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None
 ) -> ModelInfo:
-    """Gather what the edge and the users are told about a model, with the fingerprint of this build."""
+    """Gather the facts about a model that users are shown, with the fingerprint of this build."""
     net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
     return ModelInfo(
         name=checkpoint.name,
@@ -51,17 +51,17 @@ def describe(
 
 
 def _device_name(device: torch.device) -> str:
-    """What a person calls the device."""
+    """Name the device for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def fingerprint(
     checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None
 ) -> str:
-    """Hash what can move a bit beside spec and weights: the noise schedule, versions, device, how passes are run.
+    """Hash what can change a bit beside spec and weights: the noise schedule, versions, device, how passes are run.
 
-    bits, where an exact executor's outputs on rows that are always the same are known, stand for how passes are run: so
-    a start that finds other sizes of a pass the faster keeps its name, as it keeps its bits.
+    bits is a hash of an exact executor's outputs on fixed rows. Where it is given it stands for how passes are run: a
+    start that picks other pass sizes but computes the same bits keeps its fingerprint.
     """
     parts = {
         "noise": asdict(checkpoint.noise),

@@ -1,10 +1,9 @@
-"""From a checkpoint folder to an engine that is ready to serve: executor chosen, bits tested, ticks measured."""
+"""From a checkpoint folder to an engine that is ready to serve: choose the executor, test its bits, measure ticks."""
 
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -12,43 +11,28 @@ from model.checkpoint import load_checkpoint
 from service.engine.autotune import Wish, choose_executor, example_inputs
 from service.engine.autotune_cache import ChoiceCache, default_cache
 from service.engine.calibration import measure_ticks
-from service.engine.engine import Engine, choose_device, default_max_rows
+from service.engine.devices import choose_device, default_max_rows
+from service.engine.engine import Engine
 from service.engine.executors import probe_bits
+from service.engine.options import LoadOptions
 from service.engine.selftest import same_alone_and_together
 from service.scheduling.tick_times import smallest_batch_at
 
 log = logging.getLogger(__name__)
 
-# No batch is larger unless --max-batch says so: on a CPU a longer tick only makes newcomers wait.
+# No batch is larger unless --max-batch asks for it: on a CPU a longer tick only makes newcomers wait.
 LARGEST_BATCH = {"cpu": 16, "cuda": 256}
-PLACES_PER_THREAD = 4  # of a CPU of many cores, each of which has a pass of its own
+PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of its own
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
-SHORT_SHARE = 0.85  # of the best throughput, that a tick which short and much longer jobs share must have
+SHORT_SHARE = 0.85  # of the best throughput, for a tick that short and much longer jobs share
 PROBE_ROWS = 2
-MAX_PLAN_LINES = 20_000_000  # of 40 bytes
-SPARE_ROWS, SPARE_JOBS = 64, 16  # what the self-test and the measurement need, however little is to be served
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """What of the settings bears on loading; None and auto leave it to the machine."""
-
-    checkpoint: Path
-    device: str = "auto"
-    executor: str = "auto"
-    precision: str = "auto"
-    exact: bool | None = None
-    threads: int | None = None
-    max_batch: int | None = None
-    short_batch: int | None = None
-    max_rows: int | None = None
-    max_jobs: int = 1
-    cache_dir: Path | None = None
+MAX_PLAN_LINES = 20_000_000  # 40 bytes each
+SPARE_ROWS, SPARE_JOBS = 64, 16  # the least that the self-test and the measurement need
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An engine, and what was found out about it."""
+    """An engine that is ready to serve, and what was measured on it."""
 
     engine: Engine
     max_rows: int
@@ -58,7 +42,7 @@ class Loaded:
 
 
 def load_engine(options: LoadOptions) -> Loaded:
-    """Load, choose, test and measure. Raises CheckpointError, or ValueError for options that cannot be."""
+    """Load, choose, test and measure. Raises CheckpointError, or ValueError for options that cannot be met."""
     # In a thread that ends: each thread that runs torch keeps an OpenMP team, and when two teams share the cores the
     # worker's waits by sleeping instead of spinning. Measured on two cores: 11.3 ms a tick of one row, against 5.7.
     with ThreadPoolExecutor(1) as loader:
@@ -104,9 +88,9 @@ def _load(options: LoadOptions) -> Loaded:
         )
     tick_times = measure_ticks(engine, largest)
     how = {"executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest}
-    knees = _knees(tick_times, ChoiceCache(cache, checkpoint, device, how, ()))
-    max_batch = options.max_batch or knees["max_batch"]
-    short_batch = min(options.short_batch or knees["short_batch"], max_batch)
+    sizes = _batch_sizes(tick_times, ChoiceCache(cache, checkpoint, device, how, ()))
+    max_batch = options.max_batch or sizes["max_batch"]
+    short_batch = min(options.short_batch or sizes["short_batch"], max_batch)
     for places, seconds in tick_times:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
     log.info(
@@ -116,8 +100,11 @@ def _load(options: LoadOptions) -> Loaded:
     return Loaded(engine, max_rows, max_batch, short_batch, tick_times)
 
 
-def _knees(tick_times: tuple[tuple[int, float], ...], kept: ChoiceCache) -> Mapping[str, int]:
-    """The knees, or what they were at an earlier start: where the curve is flat, noise would move them each time."""
+def _batch_sizes(tick_times: tuple[tuple[int, float], ...], kept: ChoiceCache) -> Mapping[str, int]:
+    """The smallest batches with 95 % (max_batch) and 85 % (short_batch) of the best throughput.
+
+    An earlier start's answer is kept: where the curve is flat, noise would give other sizes each time.
+    """
     found = {
         "max_batch": max(MIN_BATCH, smallest_batch_at(tick_times)),
         "short_batch": max(MIN_BATCH, smallest_batch_at(tick_times, SHORT_SHARE)),

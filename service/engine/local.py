@@ -1,4 +1,4 @@
-"""Sampling without a server: the same engine and scheduler in this process, one job."""
+"""Sampling without a server: one job on the same engine and scheduler, in this process."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def sample_locally(
     on_rows: Callable[[int], object],
     inputs: Inputs | None = None,
 ) -> Images:
-    """Run one job to its end; on_rows gets the number of rows after each tick.
+    """Run one job to its end; on_rows is called after each tick with the number of rows in it.
 
     Raises ValueError as Engine.add does, and NotFinite.
     """

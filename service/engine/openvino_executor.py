@@ -1,8 +1,8 @@
 """OpenVINO on a CPU: one-thread streams that each take small passes. The fastest way here, and exact.
 
-A pass of fixed size computes a place the same way wherever it stands and whatever stands beside it; passes of 1, 2, 4,
-… and of one or all threads agree to the bit (`autotune.py` checks). What is left of even shares, such as a lone
-row, goes through *wide* passes, one at a time on all threads.
+A pass of fixed size computes a place the same way wherever it stands and whatever stands beside it. Passes of 1, 2, 4,
+… places, on one thread or on all, agree to the bit (`autotune.py` checks). Places beyond even shares of the streams,
+such as a lone row, run in *wide* passes, one at a time on all threads.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.unet import UNet2D
 from service.engine.executors import split_wide
 
-# openvino tells its makers over the network that it was imported and what it converts, unless this package is missing.
+# openvino reports over the network that it was imported and what it converts, unless this package is missing.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 try:
     import openvino
@@ -46,22 +46,22 @@ def version() -> str | None:
 
 
 def precisions() -> tuple[str, ...]:
-    """What this processor computes in; bfloat16 only where it has the instructions."""
+    """The precisions of this processor; bfloat16 only where it has the instructions."""
     capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ("float32", "bfloat16") if "BF16" in capabilities else ("float32",)
 
 
 class Graph:
-    """A U-Net converted once, for any number of executors: the graph, and the embedding as tables in float32."""
+    """A U-Net converted once for any number of executors: the graph, and the embedding as tables in float32."""
 
     def __init__(self, net: UNet2D, shape: Sequence[int], num_timesteps: int) -> None:
         """shape [C, H, W] of one row."""
         with torch.inference_mode():
-            # Made in one call, so that a timestep's bits never depend on a batch. Kept from bfloat16, which has no 999.
+            # Made in one call, so that a timestep's bits never depend on a batch; in float32, as bfloat16 has no 999.
             time_table = net.embed_time(torch.arange(num_timesteps))  # [T, temb]
             weight = net.class_embedding.weight if net.class_embedding is not None else None
             self.temb_dim = time_table.shape[1]
-            # Torch computes what is left over of a vector another way, to other bits: so nothing is ever left over.
+            # Torch computes the rest after whole vectors in another way, to other bits: padded, so that there is none.
             spare = -self.temb_dim % VECTOR
             self.time_table = F.pad(time_table, (0, spare))
             self.class_table = F.pad(weight, (0, spare)) if weight is not None else None  # [classes, temb]
@@ -70,7 +70,7 @@ class Graph:
         self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
         example = (torch.zeros(1, *shape), torch.zeros(1, self.temb_dim))
         inputs = [openvino.PartialShape([-1, *shape]), openvino.PartialShape([-1, self.temb_dim])]
-        with warnings.catch_warnings(action="ignore"):  # the tracer's, of shapes that are fixed here
+        with warnings.catch_warnings(action="ignore"):  # the tracer warns of shapes that are fixed here
             self.model = openvino.convert_model(_Body(net).eval(), example_input=example, input=inputs)
         _norm_by_group(self.model)
 
@@ -82,7 +82,7 @@ class Graph:
 
 
 class OpenVINOExecutor:
-    """Runs a Graph in one-thread streams, and what is left over on all threads."""
+    """Runs a Graph in one-thread streams, and places beyond even shares on all threads."""
 
     name = "openvino"
 
@@ -95,7 +95,7 @@ class OpenVINOExecutor:
         streams: int,
         wide: int = 0,
     ) -> None:
-        """sizes of a pass, ascending; streams of one thread each; wide: how many places at most go the wide way."""
+        """sizes of a pass, ascending; streams of one thread each; wide: at most so many places run in wide passes."""
         self.precision = precision
         passes = f"passes of {', '.join(map(str, sizes))}" + (f", up to {wide} wide" if wide else "")
         self.details = f"openvino {openvino.__version__}, {streams} streams, {passes}"
@@ -127,13 +127,13 @@ class OpenVINOExecutor:
         def start_next() -> None:
             if waiting:
                 begin(self._passes, waiting)
-            elif waiting_wide and not running:  # they have the threads to themselves
+            elif waiting_wide and not running:  # wide passes need all threads
                 begin(self._wide_passes, waiting_wide)
 
         def begin(requests: dict[int, deque[_Pass]], passes: deque[tuple[int, int, int]]) -> None:
             start, end, size = passes.popleft()
             one = requests[size][0]
-            requests[size].rotate(-1)  # the next time the one that has rested longest
+            requests[size].rotate(-1)  # next time the one that finished longest ago
             one.start(x_[start:end], temb_[start:end])
             running.append((one, start, end))
 
@@ -150,7 +150,7 @@ class OpenVINOExecutor:
         return finish
 
     def _drain(self) -> None:
-        """Let passes end that nobody finished, because something raised: a request that is busy takes no other."""
+        """Wait for passes left running by a call that raised: a busy request cannot be started."""
         while self._running:
             with contextlib.suppress(RuntimeError):
                 self._running.popleft()[0].wait()
@@ -162,7 +162,7 @@ def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
-        # The edge and the encoders share these cores; a pinned stream would wait behind them.
+        # The web server and the encoders share these cores; a pinned stream would wait behind them.
         "ENABLE_CPU_PINNING": False,
     }
     model = graph.core.compile_model(graph.of_size(size), "CPU", config)
@@ -170,9 +170,9 @@ def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int
 
 
 def _norm_by_group(model: Any) -> None:
-    """Say each group normalisation as one of [B, groups, rest], which a single thread computes group by group.
+    """Rewrite each group normalisation over [B, groups, rest], which a single thread computes group by group.
 
-    OpenVINO's own sums the channels of a group in as many parts as there are threads, to other bits for each number.
+    OpenVINO's own sums a group in as many parts as there are threads, so its bits depend on the number of threads.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() != "GroupNormalization":
@@ -188,7 +188,7 @@ def _norm_by_group(model: Any) -> None:
 
 
 class _Pass:
-    """A request with its own memory, written to and read from in place: a third of the cost of handing over tensors."""
+    """A request whose memory is written and read in place, at a third of the cost of handing over tensors."""
 
     def __init__(self, request: Any) -> None:
         self._request = request
@@ -196,12 +196,12 @@ class _Pass:
         self.out: Floats = request.get_output_tensor(0).data
 
     def start(self, x: Floats, temb: Floats) -> None:
-        """Begin; what lies past the end of a short batch is of an earlier pass and is thrown away."""
+        """Begin. Entries past a short batch are left from an earlier pass; their outputs are dropped."""
         self._x[: len(x)], self._temb[: len(temb)] = x, temb
         self._request.start_async()
 
     def wait(self) -> None:
-        """Until `out` holds the result."""
+        """Wait until `out` holds the result."""
         self._request.wait()
 
 

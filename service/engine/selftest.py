@@ -1,4 +1,4 @@
-"""Whether the same spec gives the same bits alone and among others, tried on the real engine before it serves."""
+"""Test on the real engine, before it serves, that a spec gives the same bits alone and beside other jobs."""
 
 from service.engine.protocol import RowEngine
 from service.model_info import ModelInfo
@@ -11,7 +11,7 @@ ROWS = 2
 
 
 def same_alone_and_together(engine: RowEngine, max_batch: int) -> bool:
-    """Run one job a sampler, each alone and then all in shared ticks; True if every latent agrees to the bit."""
+    """Run jobs of every sampler, each alone and then all in shared ticks; True if every latent agrees to the bit."""
     specs = _specs(engine.info)
     alone = [_run(engine, [spec], max_batch)[0] for spec in specs]
     together = _run(engine, specs, max_batch)
@@ -19,7 +19,7 @@ def same_alone_and_together(engine: RowEngine, max_batch: int) -> bool:
 
 
 def _specs(model: ModelInfo) -> list[SampleSpec]:
-    """Every sampler, different step counts and places, guided where the model can be: ticks of changing make-up."""
+    """Jobs of every sampler with different step counts and places, guided where the model can be."""
     steps = min(STEPS, model.num_timesteps)
     specs = []
     for k, sampler in enumerate(model.samplers):

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 
-from model.data import to_uint8
+from model.pixels import to_uint8
 from model.rng import image_noise
 from tests.e2e.conftest import BUNDLED, RunningServer
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from model.checkpoint import load_checkpoint
 from model.evaluation import compare
-from service.cli import train as cli_train
+from service.cli import evaluate
 from service.engine import autotune
 from tests.e2e.conftest import ROOT, run_cli
 
@@ -87,7 +87,7 @@ def approve_bfloat16(run: Path, measure: tuple[str, ...]) -> None:
             patch.setattr(compare, "MAX_FRECHET_RATIO", frechet_ratio)
             patch.setattr(compare, "MAX_ACCURACY_LOSS", 1.0)
             command = [*measure[1:], "--device", "cpu", "--executor", "eager", *arguments]
-            result = click.testing.CliRunner().invoke(cli_train.evaluate, command)
+            result = click.testing.CliRunner().invoke(evaluate.evaluate, command)
         torch.set_num_threads(threads)
         assert result.exit_code == 0, result.output
         return str(result.stdout)

@@ -13,21 +13,13 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Labels,
-    approve,
-    hash_weights,
-    load_checkpoint,
-    load_state_dict,
-    rename_attention,
-    save_checkpoint,
-    write_atomically,
-)
+from model.checkpoint import Checkpoint, Labels, approve, load_checkpoint, save_checkpoint
+from model.files import CheckpointError, write_atomically
 from model.noise import NoiseConfig
 from model.samplers import compile_plan, sample
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
+from model.weights import hash_weights, load_state_dict, rename_attention
 from tests.tiny import TINY, randomize
 
 CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 4})

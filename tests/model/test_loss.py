@@ -18,7 +18,8 @@ from model.loss import (
 )
 from model.noise import NoiseConfig, NoiseSchedule
 from model.rng import image_noise
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
 from tests.tiny import TINY, randomize
 
 F64 = torch.float64

@@ -13,7 +13,8 @@ from torch import Tensor
 from model.noise import NoiseConfig, NoiseSchedule
 from model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, keep_known, sample, x0_coefficients
 from model.timesteps import SIGMA_MIN, SPACINGS
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
 from tests.tiny import TINY, randomize
 
 F64 = torch.float64

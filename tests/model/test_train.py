@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from model import train as train_module
-from model.checkpoint import CheckpointError, load_checkpoint
+from model.checkpoint import load_checkpoint
 from model.data import ImageSet
+from model.files import CheckpointError
 from model.noise import NoiseConfig
 from model.train import STATE_FILE, TrainConfig, TrainError, batch_indices, faster_precision, step_seed, train
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
 from tests.tiny import TINY
 
 CPU = torch.device("cpu")
@@ -447,7 +449,7 @@ def test_scheduled_rate_reaches_the_optimizer(tmp_path: Path) -> None:
 def test_timing_the_precisions_leaves_the_weights_and_gradients_alone() -> None:
     net = UNet2D(CONDITIONAL)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    assert faster_precision(net, (2, 1, 8, 8), CPU, repeats=1) in ("fp32", "bf16")
+    assert faster_precision(net, (2, 1, 8, 8), CPU) in ("fp32", "bf16")
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key])
     assert all(parameter.grad is None for parameter in net.parameters())

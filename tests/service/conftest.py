@@ -13,9 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, Labels, hash_weights
+from model.checkpoint import Checkpoint, Labels
 from model.noise import NoiseConfig
 from model.unet import UNet2D
+from model.weights import hash_weights
 from service.app import create_app
 from service.engine.executors import Executor
 from service.jobs.sqlite_store import SqliteStore

@@ -101,7 +101,7 @@ def test_a_layer_imports_from_those_below_it_only(layer: str) -> None:
 
 def test_importing_what_is_no_engine_does_not_import_torch() -> None:
     modules = [name for layer in LAYERS if layer != "engine" for name in modules_of(layer)]
-    modules.append("service.engine.protocol")
+    modules += ["service.engine.protocol", "service.engine.options"]
     assert {"service.scheduling.scheduler", "service.worker.worker", "service.app", "service.cli.main"} <= {*modules}
     program = f"""
 import importlib, sys

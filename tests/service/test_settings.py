@@ -1,14 +1,16 @@
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click.testing
 import pytest
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from service.cli import main as cli
-from service.engine.loading import Loaded, LoadOptions
+from service.engine.loading import Loaded
+from service.engine.options import LoadOptions
 from service.model_info import Limits
 from service.scheduling.scheduler import Sharing
 from service.settings import Settings
@@ -357,3 +359,52 @@ def test_a_bad_device_exits_non_zero_with_its_name(monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 1
     assert "'toaster'" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+# --- docs/settings.md ---
+
+
+def documented() -> dict[str, list[str]]:
+    """The cells of each row of the tables in docs/settings.md, by the flag that the row begins with."""
+    lines = (Path(__file__).parents[2] / "docs" / "settings.md").read_text("utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| `--")]
+    assert len({row[0] for row in rows}) == len(rows), "each setting once"
+    return {row[0]: row for row in rows}
+
+
+def values_of(field: FieldInfo) -> str:
+    """The cell that says what a setting may be."""
+    if field.annotation == bool | None:
+        return "yes or no"
+    bounds = {key: value for each in field.metadata for key, value in vars_of(each).items() if value is not None}
+    choice = bounds.get("pattern", "").strip("^()$").split("|") if "pattern" in bounds else get_args(field.annotation)
+    if choice and all(isinstance(value, str) for value in choice):
+        return ", ".join(f"`{value}`" for value in choice)
+    if "gt" in bounds:
+        return f"above {bounds['gt']}"
+    if "ge" in bounds:
+        return f"{bounds['ge']}..{bounds['le']}" if "le" in bounds else f"{bounds['ge']} or more"
+    return "path" if field.annotation in (Path, Path | None) else "text"
+
+
+def vars_of(constraint: object) -> dict[str, Any]:
+    return {key: getattr(constraint, key, None) for key in ("ge", "gt", "le", "pattern")}
+
+
+def test_the_settings_page_has_every_setting_and_no_other() -> None:
+    assert {row.split("`")[1] for row in documented()} == {flag(name) for name in Settings.model_fields}
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_the_settings_page_says_what_a_setting_is_called_may_be_and_is_by_default(name: str) -> None:
+    field = Settings.model_fields[name]
+    sides = f"`{flag(name)}`, `--no-{name}`" if field.annotation == bool | None else f"`{flag(name)}`"
+    _, named, values, default, what = documented()[sides]
+    assert named == f"`{variable(name)}`"
+    assert values == values_of(field)
+    if field.default is None:
+        assert default, "in words, for what the machine decides"
+        assert "`" not in default or name == "cache_dir"
+    else:
+        assert default == (f"`{field.default}`" if field.default != "" else "empty")
+    assert what.endswith(".")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint, Labels, hash_weights
+from model.checkpoint import Checkpoint, Labels
 from model.data import FASHION_MNIST_DIR, ImageSet, load_fashion_mnist
 from model.evaluation.classes import balanced_picks
 from model.evaluation.classifier import (
@@ -22,12 +22,14 @@ from model.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
-from model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_neighbours
+from model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
 from model.evaluation.evaluate import EvaluateError, draw_samples, evaluate
 from model.evaluation.report import EvaluateOptions, EvaluationReport
 from model.noise import NoiseConfig
 from model.samplers import Forward
-from model.unet import UNet2D, UNetConfig
+from model.unet import UNet2D
+from model.unet_config import UNetConfig
+from model.weights import hash_weights
 
 STORED_CLASSIFIER = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-classifier"
 CPU = torch.device("cpu")
@@ -83,7 +85,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def toy_classifier() -> Classifier:
-    return train_classifier(toy_images(96, 0), toy_images(60, 1), TRAINING, device=CPU, quiet=True)
+    return train_classifier(toy_images(96, 0), toy_images(60, 1), TRAINING, device=CPU)
 
 
 # --- distances ---------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def test_fit_gaussian_is_numpys_mean_and_covariance() -> None:
     np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False))
 
 
-def test_nearest_neighbours_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_distances_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.evaluation.distances.REFERENCES_AT_ONCE", 16)  # so that chunks of both kinds meet
     monkeypatch.setattr("model.evaluation.distances.QUERIES_AT_ONCE", 7)
     generator = torch.Generator().manual_seed(0)
@@ -153,18 +155,16 @@ def test_nearest_neighbours_are_those_of_brute_force(monkeypatch: pytest.MonkeyP
     references = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
     a, b = (x.numpy().reshape(len(x), -1) / 127.5 - 1 for x in (queries, references))
     rms = np.sqrt(((a[:, None] - b[None]) ** 2).mean(2))
-    found = nearest_neighbours(queries, references)
-    np.testing.assert_array_equal(found.nearest, rms.argmin(1))
-    np.testing.assert_allclose(found.rms, rms.min(1))
+    found = nearest_distances(queries, references)
+    np.testing.assert_allclose(found, rms.min(1))
 
 
 def test_nearest_neighbour_of_a_copy_is_at_zero_and_of_black_from_white_at_two() -> None:
     references = torch.randint(0, 256, (30, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    found = nearest_neighbours(references.flip(0), references)
-    assert found.rms.max() == 0
-    assert found.nearest.tolist() == list(range(30))[::-1]
+    found = nearest_distances(references.flip(0), references)
+    assert found.max() == 0
     black, white = torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
-    assert nearest_neighbours(black, white).rms.item() == 2
+    assert nearest_distances(black, white).item() == 2
 
 
 # --- the classifier ----------------------------------------------------------------------------------------------
@@ -178,9 +178,7 @@ def test_classifier_learns_the_toy_classes(toy_classifier: Classifier) -> None:
 def test_classifier_training_is_a_function_of_its_seed(toy_classifier: Classifier) -> None:
     before = torch.get_rng_state()
     again, other = (
-        train_classifier(
-            toy_images(96, 0), toy_images(60, 1), dataclasses.replace(TRAINING, seed=seed), device=CPU, quiet=True
-        )
+        train_classifier(toy_images(96, 0), toy_images(60, 1), dataclasses.replace(TRAINING, seed=seed), device=CPU)
         for seed in (0, 1)
     )
     assert again.weights_hash == toy_classifier.weights_hash
@@ -230,7 +228,7 @@ def test_classifier_that_is_damaged_is_refused_with_its_file_named(toy_classifie
 def test_classifier_refuses_data_without_classes_and_sizes_it_cannot_pool() -> None:
     unlabelled = toy_images(8, 0, labelled=False)
     with pytest.raises(ClassifierError, match="no classes"):
-        train_classifier(unlabelled, unlabelled, TRAINING, device=CPU, quiet=True)
+        train_classifier(unlabelled, unlabelled, TRAINING, device=CPU)
     with pytest.raises(ValueError, match="multiples of 8"):
         ClassifierConfig(channels=1, size_px=(28, 28), num_classes=10)
 
@@ -251,7 +249,7 @@ def test_stored_classifier_reads_fashion_mnists_test_images() -> None:
 
 def report_on(checkpoint: Checkpoint, classifier: Classifier | None, labelled: bool = True) -> EvaluationReport:
     train, test = toy_images(96, 0, labelled=labelled), toy_images(60, 1, labelled=labelled)
-    return evaluate(checkpoint, train, test, classifier, OPTIONS, device=CPU, quiet=True)
+    return evaluate(checkpoint, train, test, classifier, OPTIONS, device=CPU)
 
 
 def numbers(value: object) -> list[float]:
@@ -327,7 +325,7 @@ def test_report_on_a_checkpoint_of_learned_variance_leaves_out_the_bound(
 ) -> None:
     options = dataclasses.replace(OPTIONS, sampler=sampler)
     checkpoint = toy_checkpoint(learned=True)
-    report = evaluate(checkpoint, toy_images(96, 0), toy_images(60, 1), toy_classifier, options, device=CPU, quiet=True)
+    report = evaluate(checkpoint, toy_images(96, 0), toy_images(60, 1), toy_classifier, options, device=CPU)
     assert report.bound is None
     assert report.class_accuracy is not None
     assert report.classifier_frechet_distance is not None
@@ -338,7 +336,7 @@ def test_another_way_of_running_the_network_is_judged_by_its_samples(toy_classif
     checkpoint, train, test = toy_checkpoint(), toy_images(96, 0), toy_images(60, 1)
 
     def report(options: EvaluateOptions, forward: Forward | None = None) -> EvaluationReport:
-        return evaluate(checkpoint, train, test, toy_classifier, options, device=CPU, quiet=True, forward=forward)
+        return evaluate(checkpoint, train, test, toy_classifier, options, device=CPU, forward=forward)
 
     def broken(x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         assert not torch.is_autocast_enabled("cpu")
@@ -365,10 +363,10 @@ def test_spacing_and_guidance_interval_reach_the_samples_and_the_report(toy_clas
         return out
 
     options = dataclasses.replace(OPTIONS, num_samples=4, spacing="trailing", guidance_interval=(10, 15))
-    draw_samples(checkpoint.net, checkpoint, options, device=CPU, quiet=True, forward=counted)
+    draw_samples(checkpoint.net, checkpoint, options, device=CPU, forward=counted)
     assert seen == [(19, 4), (12, 8), (6, 4)]
     data = toy_images(96, 0), toy_images(60, 1)
-    markdown = evaluate(checkpoint, *data, toy_classifier, options, device=CPU, quiet=True).to_markdown()
+    markdown = evaluate(checkpoint, *data, toy_classifier, options, device=CPU).to_markdown()
     assert "guidance 2 at timesteps 10..15, trailing spacing" in markdown
 
 
@@ -388,7 +386,7 @@ def test_classes_are_matched_by_name_not_by_number(toy_classifier: Classifier) -
 def test_samples_do_not_depend_on_how_they_are_batched() -> None:
     checkpoint = toy_checkpoint()
     by_four, by_ten = (
-        draw_samples(checkpoint.net, checkpoint, dataclasses.replace(OPTIONS, batch_size=b), device=CPU, quiet=True)
+        draw_samples(checkpoint.net, checkpoint, dataclasses.replace(OPTIONS, batch_size=b), device=CPU)
         for b in (4, 10)
     )
     assert (by_four.int() - by_ten.int()).abs().max() <= 1  # the batch moves float32 by a rounding
@@ -397,7 +395,7 @@ def test_samples_do_not_depend_on_how_they_are_batched() -> None:
 def test_bfloat16_samples_are_close_to_float32_s() -> None:
     checkpoint = toy_checkpoint()
     fp32, bf16 = (
-        draw_samples(checkpoint.net, checkpoint, dataclasses.replace(OPTIONS, precision=p), device=CPU, quiet=True)
+        draw_samples(checkpoint.net, checkpoint, dataclasses.replace(OPTIONS, precision=p), device=CPU)
         for p in ("float32", "bfloat16")
     )
     assert 0 < (fp32.float() - bf16.float()).abs().mean() < 8
@@ -407,10 +405,10 @@ def test_evaluate_refuses_images_of_another_size_and_a_classifier_of_other_class
     train, test = toy_images(12, 0), toy_images(12, 1)
     colour = toy_images(12, 0, channels=3)
     with pytest.raises(EvaluateError, match=r"toy 0: images are \(3, 8, 8\), but toy makes \(1, 8, 8\)"):
-        evaluate(toy_checkpoint(), colour, test, toy_classifier, OPTIONS, device=CPU, quiet=True)
+        evaluate(toy_checkpoint(), colour, test, toy_classifier, OPTIONS, device=CPU)
     renamed = dataclasses.replace(test, class_names=("a", "b", "c"))
     with pytest.raises(EvaluateError, match="the classifier knows"):
-        evaluate(toy_checkpoint(), train, renamed, toy_classifier, OPTIONS, device=CPU, quiet=True)
+        evaluate(toy_checkpoint(), train, renamed, toy_classifier, OPTIONS, device=CPU)
 
 
 def test_weights_that_make_no_numbers_are_reported_and_not_judged() -> None:

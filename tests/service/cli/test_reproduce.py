@@ -14,11 +14,10 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-import service.__main__  # noqa: F401  adds the command
 from model.checkpoint import Labels, save_checkpoint
 from service.api.schemas import SampleRequest, parameters_of
-from service.cli import main as cli
-from service.cli import reproduce
+from service.cli import images, reproduce
+from service.cli.main import main
 from service.cli.reproduce import difference, read_recipe
 from service.client import Client
 from service.engine import autotune
@@ -41,7 +40,7 @@ def run(make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.Mon
 
     def invoke(*arguments: str | Path, checkpoint: Path = tmp_path / "tiny") -> click.testing.Result:
         where = ("--checkpoint", str(checkpoint), "--device", "cpu", "--executor", "eager")
-        return click.testing.CliRunner().invoke(cli.main, [*map(str, arguments), *where])
+        return click.testing.CliRunner().invoke(main, [*map(str, arguments), *where])
 
     yield invoke
     torch.set_num_threads(threads)
@@ -177,10 +176,10 @@ def test_a_model_that_cannot_do_the_recipe_says_so(
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing below may come so far as to load one."""
 
-    def load(**_options: object) -> None:
+    def load(_options: object) -> None:
         raise AssertionError("a model was loaded for it")
 
-    monkeypatch.setattr(cli, "load", load)
+    monkeypatch.setattr(images, "load", load)
 
 
 def hostile(**fields: object) -> str:
@@ -288,7 +287,7 @@ OURS = {"X-Seed": "1", "X-Fingerprint": "0123456789abcdef", "Content-Type": "ima
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], httpx.Response]) -> None:
     """Let a function answer in place of the server."""
-    monkeypatch.setattr(cli, "client_of", lambda url: Client(url, transport=httpx.MockTransport(answer)))
+    monkeypatch.setattr(images, "client_of", lambda url: Client(url, transport=httpx.MockTransport(answer)))
 
 
 @pytest.mark.usefixtures("no_model")

@@ -418,14 +418,14 @@ def test_sizes_that_were_kept_are_taken_only_if_they_could_be_measured_now(sizes
     candidate = Choice("openvino", "float32")
     fields = json.loads(json.dumps(asdict(replace(candidate, sizes=sizes))))
     expected = replace(candidate, sizes=sizes or None) if sound else None
-    assert autotune._sound(fields, [candidate], Wish(max_batch=16)) == expected
+    assert autotune._valid(fields, [candidate], Wish(max_batch=16)) == expected
 
 
 @pytest.mark.parametrize(("wide", "sound"), [(0, True), (1, True), (2, False), (-1, False), (1.0, False), ("1", False)])
 def test_a_kept_wide_way_is_taken_only_if_it_could_be_measured_now(wide: object, sound: bool) -> None:
     candidate = Choice("openvino", "float32")
     fields = {**asdict(replace(candidate, sizes=(1, 2))), "wide": wide}
-    found = autotune._sound(fields, [candidate], Wish(max_batch=16, threads=2))
+    found = autotune._valid(fields, [candidate], Wish(max_batch=16, threads=2))
     assert (found is not None) == sound
 
 

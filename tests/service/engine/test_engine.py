@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from model.data import to_model_range, to_uint8
 from model.noise import NoiseConfig
+from model.pixels import to_model_range, to_uint8
 from model.rng import image_noise
 from model.samplers import SAMPLERS, sample
 from model.timesteps import SPACINGS
 from service.engine import engine as engine_module
-from service.engine import fingerprint
-from service.engine.engine import Engine, choose_device, default_max_rows
+from service.engine.engine import Engine
 from service.engine.executors import EagerExecutor, Executor
-from service.engine.fingerprint import describe
 from service.engine.local import sample_locally
 from service.errors import NotFinite
 from service.scheduling.scheduler import Scheduler, Sharing
@@ -771,141 +769,6 @@ def test_a_preview_is_the_latent_and_the_networks_guess_of_the_image(tiny: Check
         engine.step(Batch(rows, (step, step), ()))
     (last,) = engine.preview(rows, ("x_0",))().values()
     np.testing.assert_array_equal(last, engine.images(rows)())  # ddim ends in its guess
-
-
-@pytest.mark.parametrize("name", ["", "gpu", "cpu:x", "cuda:", "mps", "meta", "cuda:-1", "cuda:4096", "xpu", "CPU "])
-def test_a_bad_device_name_is_refused_with_the_choice(name: str) -> None:
-    with pytest.raises(ValueError, match="device") as caught:
-        choose_device(name)
-    assert repr(name) in str(caught.value)
-
-
-def test_auto_takes_a_gpu_where_there_is_one() -> None:
-    assert choose_device("cpu") == CPU
-    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def test_the_default_number_of_rows_fits_the_latent_budget(make_checkpoint: MakeCheckpoint) -> None:
-    assert default_max_rows(make_checkpoint()) == engine_module.MAX_DEFAULT_ROWS
-    large = make_checkpoint(in_channels=3, out_channels=3, sample_size=512)
-    assert default_max_rows(large) == 512 * 2**20 // (2 * 4 * 3 * 512 * 512)
-    assert default_max_rows(replace(large, size_px=(2**16, 2**16))) == 4, "the least that --max-batch may be"
-
-
-def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoint: MakeCheckpoint) -> None:
-    executor = EagerExecutor(tiny.net, CPU, sizes=(1, 2))
-    info = make_engine(tiny, executor=executor).info
-    assert info == describe(tiny, CPU, executor, exact=True)
-    assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
-    assert info.executor_details == "channels_last, passes of 1, 2"
-    assert info.timestep_spacings == {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "karras"}
-    assert info.num_parameters == sum(parameter.numel() for parameter in tiny.net.parameters())
-    assert (info.height_px, info.width_px, info.channels, info.num_timesteps) == (8, 8, 1, 50)
-    assert (info.conditional, info.class_names, info.null_class) == (True, ("cat", "dog", "3d-print"), 3)
-    assert (info.samplers, info.default_sampler) == (SAMPLERS, "ddpm")
-    assert info.weights_hash == tiny.weights_hash
-    assert len(info.log_sigmas) == 50
-    assert info.log_sigmas == tuple(sorted(info.log_sigmas))
-    assert "CPU" in info.device
-    other = describe(make_checkpoint(classes=False, sample_size=(4, 10)), CPU, executor, exact=False)
-    assert not other.exact
-    assert (other.conditional, other.class_names, other.null_class) == (False, (), None)
-    assert (other.height_px, other.width_px) == (4, 10)
-
-
-def test_the_fingerprint_names_the_build_and_not_the_weights(make_checkpoint: MakeCheckpoint) -> None:
-    one, other = make_checkpoint(seed=1), make_checkpoint(seed=2)
-    assert one.weights_hash != other.weights_hash
-    executors = [EagerExecutor(checkpoint.net, CPU) for checkpoint in (one, other)]
-    fingerprints = [describe(one, CPU, executor, exact=True).fingerprint for executor in executors]
-    assert fingerprints[0] == fingerprints[1] == describe(other, CPU, executors[1], exact=True).fingerprint
-
-
-def test_all_that_may_move_a_bit_is_in_the_fingerprint(tiny: Checkpoint) -> None:
-    def fingerprint(*, exact: bool = True, **fields: object) -> str:
-        return describe(tiny, CPU, EagerExecutor(tiny.net, CPU, **fields), exact=exact).fingerprint  # type: ignore[arg-type]
-
-    try:
-        fingerprints = [
-            fingerprint(),
-            fingerprint(exact=False),
-            fingerprint(channels_last=False),
-            fingerprint(sizes=(1,)),
-            fingerprint(sizes=(1, 2)),
-            fingerprint(precision="bfloat16"),
-        ]
-    finally:
-        EagerExecutor(tiny.net, CPU)  # gives the net its layout back
-    assert len(set(fingerprints)) == len(fingerprints)
-
-
-def fingerprint_of(checkpoint: Checkpoint, *, exact: bool = True, bits: str | None = None, **fields: object) -> str:
-    executor = EagerExecutor(checkpoint.net, CPU, **fields)  # type: ignore[arg-type]
-    return describe(checkpoint, CPU, executor, exact=exact, bits=bits).fingerprint
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"clip_sample_range": 0.5},
-        {"clip_sample": False},
-        {"variance_type": "fixed_large"},
-        {"prediction_type": "sample"},
-        {"beta_end": 0.2},
-        {"num_train_timesteps": 60},
-        {"steps_offset": 1},
-        {"set_alpha_to_one": False},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("bits", [None, "0123"])
-def test_every_field_of_the_noise_config_is_in_the_fingerprint(
-    tiny: Checkpoint, change: dict[str, object], bits: str | None
-) -> None:
-    """The weights' hash does not tell it, and it moves every bit."""
-    other = replace(tiny, noise=replace(tiny.noise, **change))  # type: ignore[arg-type]
-    assert fingerprint_of(tiny, bits=bits) != fingerprint_of(other, bits=bits)
-
-
-def test_the_null_class_is_in_the_fingerprint(tiny: Checkpoint) -> None:
-    other = replace(tiny, labels=replace(tiny.labels, class_names=("cat", "dog", "3d-print"), null_class=2))
-    assert fingerprint_of(tiny) != fingerprint_of(other)
-
-
-@pytest.mark.parametrize("package", ["tminus", "pillow", "zlib", "torch"])
-def test_the_versions_of_what_makes_the_bytes_are_in_the_fingerprint(
-    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
-    before = fingerprint_of(tiny, bits="0123")
-    if package == "torch":
-        monkeypatch.setattr(torch, "__version__", "9.9.9")
-    elif package == "zlib":
-        monkeypatch.setattr(fingerprint.features, "version", lambda name: "9.9.9" if name == "zlib" else None)
-    else:
-        real = fingerprint.version
-        monkeypatch.setattr(fingerprint, "version", lambda name: "9.9.9" if name == package else real(name))
-    assert fingerprint_of(tiny, bits="0123") != before
-
-
-def test_the_bits_of_an_exact_executor_stand_in_the_fingerprint_for_how_passes_are_run(tiny: Checkpoint) -> None:
-    one, other = {"sizes": (1,)}, {"sizes": (1, 2)}
-    assert fingerprint_of(tiny, bits="0123", **one) == fingerprint_of(tiny, bits="0123", **other)
-    assert fingerprint_of(tiny, bits="0123", **one) != fingerprint_of(tiny, bits="0124", **one)
-    assert fingerprint_of(tiny, **one) != fingerprint_of(tiny, **other)
-    names = {fingerprint_of(tiny, exact=False, bits="0123", **fields) for fields in (one, other)}
-    assert len(names) == 2, "what is not exact promises no bits"
-    float32, bfloat16 = (fingerprint_of(tiny, bits="0123", precision=name, **one) for name in ("float32", "bfloat16"))
-    assert float32 != bfloat16
-
-
-def test_the_fingerprint_changes_with_the_number_of_threads(tiny: Checkpoint) -> None:
-    executor = EagerExecutor(tiny.net, CPU)
-    threads, before = torch.get_num_threads(), describe(tiny, CPU, executor, exact=True).fingerprint
-    try:
-        torch.set_num_threads(threads + 1)
-        assert describe(tiny, CPU, executor, exact=True).fingerprint != before
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_memory_on_a_cpu_is_the_processs_own(tiny: Checkpoint) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, CheckpointError, save_checkpoint
+from model.checkpoint import Checkpoint, save_checkpoint
+from model.files import CheckpointError
 from service.engine import autotune, loading
 from service.engine.executors import EagerExecutor, Executor
-from service.engine.loading import MIN_BATCH, LoadOptions, load_engine
+from service.engine.loading import MIN_BATCH, load_engine
 from service.engine.local import sample_locally
+from service.engine.options import LoadOptions
 from service.images.encoder import PNG, etag
 from service.spec import trial_spec
 from tests.service.conftest import Around, MakeCheckpoint
@@ -58,7 +60,7 @@ def test_the_same_folder_loaded_twice_gives_the_same_bytes_and_fingerprint(optio
 
 
 @pytest.mark.parametrize("max_batch", [None, 5, 16])
-def test_the_batch_is_as_asked_or_the_knee(options: LoadOptions, max_batch: int | None) -> None:
+def test_the_batch_is_as_asked_or_measured(options: LoadOptions, max_batch: int | None) -> None:
     loaded = load_engine(replace(options, max_batch=max_batch))
     assert loaded.tick_times[-1][0] == (max_batch or 16)
     if max_batch is None:
@@ -68,22 +70,22 @@ def test_the_batch_is_as_asked_or_the_knee(options: LoadOptions, max_batch: int 
     assert MIN_BATCH <= loaded.short_batch <= loaded.max_batch
 
 
-def test_the_knee_is_kept_between_starts_and_a_damaged_answer_is_not_taken(
+def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_taken(
     options: LoadOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curves = iter([((4, 0.55), (8, 1.0), (16, 9.0)), *[((4, 1.0), (8, 9.0), (16, 9.0))] * 3])
     monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch: next(curves))
     options = replace(options, max_batch=None)
 
-    def knees() -> tuple[int, int]:
+    def batches() -> tuple[int, int]:
         loaded = load_engine(options)
         return loaded.max_batch, loaded.short_batch
 
-    assert [knees() for _ in range(2)] == [(8, 4)] * 2
+    assert [batches() for _ in range(2)] == [(8, 4)] * 2
     for file in (tmp_path / "cache").iterdir():
         if "short_batch" in json.loads(file.read_bytes()):
             file.write_text('{"max_batch": 8, "short_batch": 17}')
-    assert [knees() for _ in range(2)] == [(4, 4)] * 2
+    assert [batches() for _ in range(2)] == [(4, 4)] * 2
 
 
 @pytest.mark.parametrize(("asked", "max_batch", "short_batch"), [(6, 8, 6), (16, 8, 8), (None, 5, 4)])

@@ -1,0 +1,56 @@
+"""The files of a checkpoint folder, any of which may be damaged: JSON read within bounds, files written whole."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 8 * 2**20
+
+
+class CheckpointError(Exception):
+    """A checkpoint folder cannot be served; the message names the file and what is wrong with it."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError for a file that is missing, too large or something else."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file}: larger than {MAX_JSON_BYTES} bytes")
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error})") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{file}: not JSON that can be read, it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, shortened for a message of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
+    """Write beside `file`, sync, and rename over it: a reader or a crash sees the old file or the new, never a part."""
+    temporary = file.with_name(f".{file.name}.part")  # always the same name: a file left by a kill is overwritten
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    write_atomically(file, lambda path: _dump(path, value))
+
+
+def _dump(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")

@@ -1,0 +1,97 @@
+"""The weights of a U-Net folder: found, read and hashed. Whole or in shards; nothing is unpickled beyond tensors."""
+
+import hashlib
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model.files import CheckpointError, first_line, read_json
+
+WEIGHTS_NAME = "diffusion_pytorch_model"
+
+
+def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
+    """Read the weights of a U-Net folder, whole or in shards, with present attention names, as float32.
+
+    Raises CheckpointError for missing, truncated, non-finite or unsafe files.
+    """
+    state: dict[str, Tensor] = {}
+    for file in _weight_files(unet_folder):
+        state.update(_read_tensors(file))
+    if not state:
+        raise CheckpointError(f"{unet_folder}: the weights hold no tensors")
+    for key, value in state.items():
+        if not value.is_floating_point():
+            raise CheckpointError(f"{unet_folder}: {key} must be floating point, got {value.dtype}")
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{unet_folder}: {key} holds NaN or infinite weights")
+    return rename_attention({key: value.to(torch.float32) for key, value in state.items()})
+
+
+_OLD_ATTENTION = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
+_NEW_NAME = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def rename_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give attention weights from before 2023 (query, key, value, proj_attn) their present names."""
+    renamed = {}
+    for key, value in state.items():
+        if match := _OLD_ATTENTION.fullmatch(key):
+            key = f"{match[1]}.{_NEW_NAME[match[2]]}.{match[3]}"
+        renamed[key] = value
+    return renamed
+
+
+def hash_weights(state: Mapping[str, Tensor]) -> str:
+    """Hash names, shapes and values by sha256: the same weights have the same hash, whatever file they come from."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weight_files(unet_folder: Path) -> list[Path]:
+    """The files to read, in diffusers' order of preference: safetensors before .bin, whole before shards.
+
+    A variant (fp16, non_ema) is read only where there are no plain weights.
+    """
+    for variant in ("", ".*"):
+        for suffix in ("safetensors", "bin"):
+            whole = sorted(unet_folder.glob(f"{WEIGHTS_NAME}{variant}.{suffix}"))
+            if whole := [file for file in whole if "-of-" not in file.name]:  # without shards
+                return whole[:1]
+            if indexes := sorted(unet_folder.glob(f"{WEIGHTS_NAME}.{suffix}.index{variant}.json")):
+                return _shards(indexes[0])
+    raise CheckpointError(f"{unet_folder}: no {WEIGHTS_NAME}.safetensors or .bin in it")
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map", {})
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise CheckpointError(f"{index}: weight_map must map keys to file names in the same folder")
+    return [index.parent / name for name in sorted(set(names.values()))]
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: the weight map names this file, and it is not there")
+    with file.open("rb"):  # raises a clear OSError for a file that may not be read, which neither reader below does
+        pass
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
+    except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError
+        raise CheckpointError(f"{file}: truncated or not a weights file ({first_line(error)})") from error
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise CheckpointError(f"{file}: must hold a state dict of tensors")
+    return {str(key): value for key, value in loaded.items()}

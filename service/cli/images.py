@@ -1,0 +1,104 @@
+"""The PNG files of a request: made in this process, or asked from a server. Used by `sample` and `reproduce`."""
+
+import base64
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from service.cli.loading import load
+from service.cli.output import fail
+from service.engine.options import LoadOptions
+
+if TYPE_CHECKING:
+    from service.client import Client, Sampled
+    from service.client.results import MediaType
+    from service.engine.loading import Loaded
+
+MAX_LOCAL_IMAGE_BYTES = 2**30
+
+
+def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
+    """Read the files of the parameters image and mask, as base64; one clear line and exit code 1 where that fails."""
+    parameters = {}
+    for name, file in (("image", image), ("mask", mask)):
+        if file is not None:
+            try:
+                parameters[name] = base64.b64encode(file.read_bytes()).decode("ascii")
+            except OSError as error:
+                fail(f"--{name} {file}: {error}")
+    return parameters
+
+
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """Which checkpoint a command loads in its own process, and how it runs it."""
+
+    checkpoint: Path
+    device: str
+    executor: str
+    precision: str
+
+    def load(self, n: int) -> "Loaded":
+        """Load for one job of n rows, in all else as a server with default settings, so that the bits are the same."""
+        return load(LoadOptions(self.checkpoint, self.device, self.executor, self.precision, max_rows=n))
+
+
+def make_images(model: LocalModel, parameters: dict[str, Any], *, sheet: bool) -> tuple[dict[str, bytes], int]:
+    """Sample in this process: PNG files by name (one, "sheet", or one per image), and the seed."""
+    from tqdm import tqdm
+
+    from service.api.schemas import SampleRequest
+    from service.engine.local import sample_locally
+    from service.errors import ServiceError
+    from service.images.decoder import decode_inputs
+    from service.images.encoder import PNG, ZIP, encode_result
+    from service.model_info import Limits
+
+    n = parameters["n"]
+    loaded = model.load(n)
+    info, batch = loaded.engine.info, loaded.max_batch
+    limits = Limits(
+        max_n=n,
+        max_batch=batch,
+        max_rows=n,
+        max_jobs=1,
+        max_backlog_s=float("inf"),
+        max_body_bytes=0,
+        max_image_bytes=MAX_LOCAL_IMAGE_BYTES,
+    )
+    try:
+        request = SampleRequest.parse(parameters, info, limits)
+        spec = request.to_spec(info, limits)
+        inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
+        spec = request.with_inputs(spec, inputs)
+        with tqdm(total=spec.n * spec.num_steps, unit="row-step", dynamic_ncols=True) as progress:
+            images = sample_locally(loaded.engine, spec, batch, progress.update, inputs)
+    except (ValueError, ServiceError) as error:
+        fail(str(error))
+    if sheet:
+        return {"sheet": encode_result(PNG, spec, images, info)}, spec.seed
+    with zipfile.ZipFile(io.BytesIO(encode_result(ZIP, spec, images, info))) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}, spec.seed
+
+
+def sample_from(url: str, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
+    """Ask a server; one clear line and exit code 1 where it does not answer with images."""
+    from service.client import ClientError
+
+    try:
+        with client_of(url) as tminus:
+            return tminus.sample(accept=media_type, **parameters)
+    except ClientError as error:
+        fail(f"{url}: {error}")
+
+
+def client_of(url: str) -> "Client":
+    """A client of the server that --url names; one clear line and exit code 1 where it names none."""
+    from service.client import Client
+
+    try:
+        return Client(url)
+    except ValueError as error:
+        fail(str(error))

@@ -1,0 +1,25 @@
+"""Options, their types, defaults and bounds, that several commands have."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
+MAX_LOCAL_N = 4096  # images made without a server in one command
+FILE_TYPE = click.Path(dir_okay=False, path_type=Path)
+FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
+LOCAL_MODEL = (
+    click.option("--url", help="ask this server instead of loading a checkpoint"),
+    click.option("--checkpoint", type=FOLDER_TYPE, default=DEFAULT_CHECKPOINT),
+    click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N"),
+    click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url"),
+    click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url"),
+)
+
+
+def local_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which model makes images: a server's, or one loaded here."""
+    for option in reversed(LOCAL_MODEL):
+        command = option(command)
+    return command

@@ -1,0 +1,78 @@
+"""`tminus sample`: sample images to PNG files, offline or from a server."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from service.cli.images import LocalModel, make_images, read_pictures, sample_from
+from service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
+from service.cli.output import fail, make_folder, write_file
+from service.cli.watch import follow, write_animation
+
+
+@click.command()
+@local_model_options
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out.png"), help=".png: a sheet; else a folder")
+@click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
+@click.option("--steps", help="denoising steps  [default: T]")
+@click.option("--sampler", help="ddpm, ddim or dpmpp_2m  [default: the checkpoint's]")
+@click.option("--eta", help="noise of ddim, 0..1")
+@click.option("--seed", help="0..2^64-1; drawn if absent")
+@click.option("--index", help="index of the first image")
+@click.option("--class-label", multiple=True, help="number or name; repeat it for one an image")
+@click.option("--guidance", help="classifier-free guidance scale; 1 is off")
+@click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
+@click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
+@click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
+@click.option("--image", type=FILE_TYPE, help="a picture to start from (--strength) or to keep a part of (--mask)")
+@click.option("--mask", type=FILE_TYPE, help="a picture, white where the other is to be made new")
+@click.option("--strength", help="how much of the way from noise is run again from the picture, above 0, at most 1")
+@click.option("--watch", type=click.Path(path_type=Path), help="with --url: keep the steps on the way as .webp or .gif")
+@click.option("--every", type=click.IntRange(1), help="steps between its frames  [default: a hundredth of them]")
+@click.option("--show", type=click.Choice(["x_t", "x_0"]), help="the latent, or the network's guess  [default: x_t]")
+def sample(
+    url: str | None,
+    checkpoint: Path,
+    device: str,
+    executor: str,
+    precision: str,
+    out: Path,
+    watch: Path | None,
+    every: int | None,
+    show: str | None,
+    image: Path | None,
+    mask: Path | None,
+    **given: Any,
+) -> None:
+    """Sample images to PNG files, offline or from a server."""
+    parameters = request_parameters(given) | read_pictures(image, mask)
+    if watch is not None and url is None:
+        fail("--watch needs --url: a server to look at")
+    if watch is None and (every is not None or show is not None):
+        fail("--every and --show need --watch: a file for the frames")
+    sheet = out.suffix.lower() == ".png"
+    make_folder(f"--out {out}", out.parent if sheet else out)
+    if url is None:
+        files, seed = make_images(LocalModel(checkpoint, device, executor, precision), parameters, sheet=sheet)
+    elif watch is None:
+        sampled = sample_from(url, parameters, "image/png" if sheet else "application/zip")
+        files, seed = {"sheet": sampled.data} if sheet else sampled.files, sampled.seed
+    else:
+        files, seed, frames = follow(url, parameters, sheet, watch, every, show or "x_t")
+    for name, data in files.items():
+        write_file(f"--out {out}", out if sheet else out / name, data)
+    click.echo(f"{out}: {given['n']} image(s), seed {seed}")
+    if watch is not None:
+        write_animation(watch, frames)
+
+
+def request_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a request, as its JSON body has them, from the options that were given."""
+    parameters = {name: value for name, value in given.items() if value not in (None, ())}
+    if interval := parameters.pop("guidance_interval", None):
+        parameters["guidance_interval"] = list(interval)
+    if labels := parameters.pop("class_label", None):
+        parameters["class_label"] = list(labels) if len(labels) > 1 else labels[0]
+    return parameters

@@ -1,0 +1,87 @@
+"""`tminus serve`: load a checkpoint and serve it over HTTP, by settings from flags and TMINUS_ variables."""
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+from pydantic import ValidationError
+
+from service.cli.loading import load
+from service.cli.output import fail
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.model_info import ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of Settings; without the flag, its variable or default holds."""
+    for name, field in reversed(Settings.model_fields.items()):
+        flag = f"--{name.replace('_', '-')}"
+        if field.annotation == bool | None:
+            flag += f"/--no-{name.replace('_', '-')}"
+        default = f"[default: {field.default}]" if field.default is not None else ""
+        text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
+        command = click.option(flag, name, default=None, help=text, show_default=False)(command)
+    return command
+
+
+@click.command()
+@settings_options
+def serve(**flags: Any) -> None:
+    """Load a checkpoint and serve it over HTTP."""
+    settings = read_settings(flags)
+    # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action.
+    signal.signal(signal.SIGTERM, lambda _signum, _frame: sys.exit(0))
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log.debug("loading %s", settings.checkpoint)
+
+    from service.app import create_app
+    from service.jobs.sqlite_store import open_store
+    from service.server import bind
+    from service.server import serve as run_server
+
+    try:  # before the model loads, so that a port that is taken is found out at once
+        listener = bind(settings.host, settings.port)
+    except (OSError, UnicodeError) as error:
+        fail(f"cannot listen on {settings.host}:{settings.port}: {error}")
+    loaded = load(settings.load_options())
+    engine, limits, sharing = loaded.engine, settings.limits(loaded), settings.sharing(loaded)
+    try:
+        store = open_store(settings.state_dir, engine.info.weights_hash)
+    except ValueError as error:
+        fail(f"--state-dir (TMINUS_STATE_DIR): {error}")
+    log_model(engine.info)
+    stopped_well = run_server(
+        create_app(engine, limits, loaded.tick_times, sharing, store, settings.origins()),
+        listener,
+        grace_s=settings.grace_s,
+        log_level=settings.log_level,
+        max_connections=settings.max_connections,
+        max_message_bytes=limits.max_edit_bytes,
+    )
+    if not stopped_well:
+        fail("the worker crashed; the log says why")
+
+
+def read_settings(flags: dict[str, Any]) -> Settings:
+    """Build the settings; for a bad value one line that names its flag, its variable and the value."""
+    try:
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = str(first["loc"][0])
+        fail(f"--{name.replace('_', '-')} (TMINUS_{name.upper()}): {first['msg']}, got {first['input']!r}")
+
+
+def log_model(info: "ModelInfo") -> None:
+    """Log what is served."""
+    log.info(
+        "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
+        info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
+    )  # fmt: skip

@@ -1,0 +1,20 @@
+"""The images that `train` learns from and `evaluate` compares with."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from model.data import ImageSet
+
+
+def load_training_data(data: str, split: str, idx_folder: Path | None, size_px: int, channels: int) -> "ImageSet":
+    """Load a split (train, test) of Fashion-MNIST, or all of the folder that `data` names. Raises DataError.
+
+    idx_folder is where Fashion-MNIST's files lie, None for Debian's place; size_px and channels are those of a folder's
+    images.
+    """
+    from model.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
+
+    if data == "fashion-mnist":
+        return load_fashion_mnist(split, idx_folder or FASHION_MNIST_DIR)
+    return load_image_folder(Path(data), size_px, channels)

@@ -1,0 +1,51 @@
+"""What the rows of a job start from: noise, a picture under noise, or a snapshot; checked before it is used."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.noise import NoiseSchedule
+from model.pixels import to_model_range
+from model.rng import image_noise
+from model.samplers import Plan
+from service.engine.transfer import to_device
+from service.spec import Inputs, SampleSpec, Snapshot
+
+
+def check_inputs(inputs: Inputs | None, spec: SampleSpec, shape: Sequence[int]) -> None:
+    """Raise ValueError unless image and mask are those that the spec names, in the size of shape [C, H, W]."""
+    hashes = (inputs.image_sha256, inputs.mask_sha256) if inputs is not None else (None, None)
+    if hashes != (spec.image_sha256, spec.mask_sha256):
+        raise ValueError("the image and mask are not those of the spec")
+    channels, height, width = shape
+    if inputs is not None and inputs.image.shape != (height, width, channels):
+        raise ValueError(f"an image must be {(height, width, channels)}, got {inputs.image.shape}")
+    if inputs is not None and inputs.mask is not None and inputs.mask.shape != (height, width):
+        raise ValueError(f"a mask must be {(height, width)}, got {inputs.mask.shape}")
+
+
+def initial_latents(
+    spec: SampleSpec,
+    plan: Plan,
+    schedule: NoiseSchedule,
+    inputs: Inputs | None,
+    shape: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Make x_T [n, *shape]; with a strength x_t of the image, with eps what x_T would be (Meng et al. 2022)."""
+    eps = image_noise(spec.seed, range(spec.index, spec.index + spec.n), 0, shape, device)
+    if spec.strength is None:
+        return eps
+    assert inputs is not None
+    x_0 = to_model_range(to_device(inputs.image, device).permute(2, 0, 1)[None])
+    return schedule.q_sample(x_0, plan.timesteps[:1], eps)
+
+
+def latents_of(snapshot: Snapshot, n: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Take x and x0_previous [n, *shape] from a snapshot. Raises ValueError for another shape or type."""
+    for name, values in (("x", snapshot.x), ("x0_previous", snapshot.x0_previous)):
+        if values.shape != (n, *shape) or values.dtype != np.float32:
+            raise ValueError(f"a snapshot's {name} must be float32 {(n, *shape)}, got {values.shape}")
+    return torch.tensor(snapshot.x, device=device), torch.tensor(snapshot.x0_previous, device=device)

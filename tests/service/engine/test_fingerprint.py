@@ -1,0 +1,132 @@
+"""What a loaded model says of itself, and its fingerprint: all that can change a bit, and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.checkpoint import Checkpoint
+from model.samplers import SAMPLERS
+from service.engine import fingerprint
+from service.engine.engine import Engine
+from service.engine.executors import EagerExecutor
+from service.engine.fingerprint import make_model_info
+from tests.service.conftest import MakeCheckpoint
+
+CPU = torch.device("cpu")
+
+
+def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoint: MakeCheckpoint) -> None:
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1, 2))
+    info = Engine(tiny, executor, CPU, max_rows=32, max_jobs=16).info
+    assert info == make_model_info(tiny, CPU, executor, exact=True)
+    assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
+    assert info.executor_details == "channels_last, passes of 1, 2"
+    assert info.timestep_spacings == {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "karras"}
+    assert info.num_parameters == sum(parameter.numel() for parameter in tiny.net.parameters())
+    assert (info.height_px, info.width_px, info.channels, info.num_timesteps) == (8, 8, 1, 50)
+    assert (info.conditional, info.class_names, info.null_class) == (True, ("cat", "dog", "3d-print"), 3)
+    assert (info.samplers, info.default_sampler) == (SAMPLERS, "ddpm")
+    assert info.weights_hash == tiny.weights_hash
+    assert len(info.log_sigmas) == 50
+    assert info.log_sigmas == tuple(sorted(info.log_sigmas))
+    assert "CPU" in info.device
+    other = make_model_info(make_checkpoint(classes=False, sample_size=(4, 10)), CPU, executor, exact=False)
+    assert not other.exact
+    assert (other.conditional, other.class_names, other.null_class) == (False, (), None)
+    assert (other.height_px, other.width_px) == (4, 10)
+
+
+def test_the_fingerprint_names_the_build_and_not_the_weights(make_checkpoint: MakeCheckpoint) -> None:
+    one, other = make_checkpoint(seed=1), make_checkpoint(seed=2)
+    assert one.weights_hash != other.weights_hash
+    executors = [EagerExecutor(checkpoint.net, CPU) for checkpoint in (one, other)]
+    fingerprints = [make_model_info(one, CPU, executor, exact=True).fingerprint for executor in executors]
+    assert fingerprints[0] == fingerprints[1] == make_model_info(other, CPU, executors[1], exact=True).fingerprint
+
+
+def test_all_that_may_move_a_bit_is_in_the_fingerprint(tiny: Checkpoint) -> None:
+    def fingerprint(*, exact: bool = True, **fields: object) -> str:
+        return make_model_info(tiny, CPU, EagerExecutor(tiny.net, CPU, **fields), exact=exact).fingerprint  # type: ignore[arg-type]
+
+    try:
+        fingerprints = [
+            fingerprint(),
+            fingerprint(exact=False),
+            fingerprint(channels_last=False),
+            fingerprint(sizes=(1,)),
+            fingerprint(sizes=(1, 2)),
+            fingerprint(precision="bfloat16"),
+        ]
+    finally:
+        EagerExecutor(tiny.net, CPU)  # gives the net its layout back
+    assert len(set(fingerprints)) == len(fingerprints)
+
+
+def fingerprint_of(checkpoint: Checkpoint, *, exact: bool = True, bits: str | None = None, **fields: object) -> str:
+    executor = EagerExecutor(checkpoint.net, CPU, **fields)  # type: ignore[arg-type]
+    return make_model_info(checkpoint, CPU, executor, exact=exact, bits=bits).fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clip_sample_range": 0.5},
+        {"clip_sample": False},
+        {"variance_type": "fixed_large"},
+        {"prediction_type": "sample"},
+        {"beta_end": 0.2},
+        {"num_train_timesteps": 60},
+        {"steps_offset": 1},
+        {"set_alpha_to_one": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [None, "0123"])
+def test_every_field_of_the_noise_config_is_in_the_fingerprint(
+    tiny: Checkpoint, change: dict[str, object], bits: str | None
+) -> None:
+    """The weights' hash does not tell it, and it moves every bit."""
+    other = replace(tiny, noise=replace(tiny.noise, **change))  # type: ignore[arg-type]
+    assert fingerprint_of(tiny, bits=bits) != fingerprint_of(other, bits=bits)
+
+
+def test_the_null_class_is_in_the_fingerprint(tiny: Checkpoint) -> None:
+    other = replace(tiny, labels=replace(tiny.labels, class_names=("cat", "dog", "3d-print"), null_class=2))
+    assert fingerprint_of(tiny) != fingerprint_of(other)
+
+
+@pytest.mark.parametrize("package", ["tminus", "pillow", "zlib", "torch"])
+def test_the_versions_of_what_makes_the_bytes_are_in_the_fingerprint(
+    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    before = fingerprint_of(tiny, bits="0123")
+    if package == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9.9")
+    elif package == "zlib":
+        monkeypatch.setattr(fingerprint.features, "version", lambda name: "9.9.9" if name == "zlib" else None)
+    else:
+        real = fingerprint.version
+        monkeypatch.setattr(fingerprint, "version", lambda name: "9.9.9" if name == package else real(name))
+    assert fingerprint_of(tiny, bits="0123") != before
+
+
+def test_the_bits_of_an_exact_executor_stand_in_the_fingerprint_for_how_passes_are_run(tiny: Checkpoint) -> None:
+    one, other = {"sizes": (1,)}, {"sizes": (1, 2)}
+    assert fingerprint_of(tiny, bits="0123", **one) == fingerprint_of(tiny, bits="0123", **other)
+    assert fingerprint_of(tiny, bits="0123", **one) != fingerprint_of(tiny, bits="0124", **one)
+    assert fingerprint_of(tiny, **one) != fingerprint_of(tiny, **other)
+    names = {fingerprint_of(tiny, exact=False, bits="0123", **fields) for fields in (one, other)}
+    assert len(names) == 2, "what is not exact promises no bits"
+    float32, bfloat16 = (fingerprint_of(tiny, bits="0123", precision=name, **one) for name in ("float32", "bfloat16"))
+    assert float32 != bfloat16
+
+
+def test_the_fingerprint_changes_with_the_number_of_threads(tiny: Checkpoint) -> None:
+    executor = EagerExecutor(tiny.net, CPU)
+    threads, before = torch.get_num_threads(), make_model_info(tiny, CPU, executor, exact=True).fingerprint
+    try:
+        torch.set_num_threads(threads + 1)
+        assert make_model_info(tiny, CPU, executor, exact=True).fingerprint != before
+    finally:
+        torch.set_num_threads(threads)

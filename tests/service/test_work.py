@@ -1,0 +1,57 @@
+"""The steps an edit takes and what they cost: no engine runs here."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.timesteps import make_timesteps
+from service.scheduling.forecast import Pending, forecast
+from service.scheduling.scheduler import Sharing
+from service.scheduling.tick_times import TickTimes
+from service.work import Work, timesteps_of, work_of
+from tests.service.fakes import INFO, make_spec
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "taken"),
+    [
+        (10, 0.3, 3), (10, 0.7, 7), (100, 0.29, 29), (100, 0.57, 57), (50, 0.58, 29), (1000, 0.001, 1), (10, 0.05, 1),
+        (10, 1e-9, 1), (10, 0.99, 9), (10, 1.0, 10), (10, 1, 10), (1, 0.5, 1), (3, 1 / 3, 1), (3, 2 / 3, 2),
+    ],
+)  # fmt: skip
+def test_the_last_strength_of_the_steps_is_taken(steps: int, strength: float, taken: int) -> None:
+    """0.29 * 100 is 28.999999999999996, which int() cuts to 28; diffusers then takes 28."""
+    spec = make_spec(steps=steps, strength=strength)
+    assert (spec.num_steps, spec.start) == (taken, steps - taken)
+    assert work_of(spec, INFO).places == taken
+
+
+@given(st.integers(1, 1000), st.floats(0, 1, exclude_min=True))
+def test_as_many_steps_as_diffusers_takes_or_the_one_that_rounding_took_from_it(steps: int, strength: float) -> None:
+    spec = make_spec(steps=steps, strength=strength)
+    assert 1 <= spec.num_steps <= steps
+    assert spec.num_steps in {max(1, min(int(steps * strength), steps)), int(steps * strength + 1e-8)}
+
+
+def test_what_is_left_out_costs_nothing_guided_or_not() -> None:
+    fields = {"n": 2, "steps": 10, "strength": 0.4}
+    assert work_of(make_spec(**fields), INFO) == Work(2, 10, range(0), 6)
+    guided = work_of(make_spec(**fields, guidance=2.0), INFO)
+    assert (guided.guided, guided.places) == (range(6, 10), 16)
+    t = timesteps_of(make_spec(**fields), INFO)
+    assert list(t) == make_timesteps("ddpm", "leading", 10, 1000)[6:]
+    part = work_of(make_spec(**fields, guidance=2.0, guidance_interval=(t[2], t[1])), INFO)
+    assert (part.guided, part.places) == (range(7, 9), 12)
+    above = work_of(make_spec(**fields, guidance=2.0, guidance_interval=(t[0] + 1, 999)), INFO)
+    assert (above.guided, above.places) == (range(0), 8), "guided only at steps that are not taken"
+
+
+@given(st.integers(1, 60), st.floats(0.01, 1), st.integers(0, 999), st.integers(0, 999), st.integers(1, 3))
+def test_the_forecast_of_an_edit_is_what_its_steps_take(steps: int, strength: float, a: int, b: int, n: int) -> None:
+    spec = make_spec(n=n, steps=steps, strength=strength, guidance=2.0, guidance_interval=(min(a, b), max(a, b)))
+    work = work_of(spec, INFO)
+    times = TickTimes(((1, 1.0), (8, 8.0)))
+    expected = sum(times.seconds(n * work.places_per_row(step)) for step in range(work.start, steps))
+    found = forecast([Pending("a", work, work.places)], Sharing.of(8), times)["a"]
+    assert found.eta_s == pytest.approx(expected)
+    assert work.places == n * sum(work.places_per_row(step) for step in range(work.start, steps))
