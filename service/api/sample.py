@@ -62,7 +62,7 @@ def sample_routes(
         spec, inputs = await to_job(asked, model, limits, decoder)
         deadline_s, is_named = asked.deadline_s, asked.seed is not None
         del rest, asked  # which hold the uploads as they came; the job may be a long one
-        request.state.let_body_go()
+        request.state.release_body()
         size_bytes = animation.size_bytes(spec, model) if animation is not None else 0
         headers = {"X-Seed": str(spec.seed), "X-Fingerprint": model.fingerprint, "Vary": "Accept"}
 

@@ -2,16 +2,14 @@
 
 import asyncio
 import io
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from service.byte_budget import MAX_HELD_BYTES
-from service.errors import InvalidImage, TooManyBytes
+from service.byte_budget import ByteBudget
+from service.errors import InvalidImage
 from service.images.image_header import ImageHeader, read_header
 from service.model_info import ModelInfo
 from service.spec import Images, Inputs
@@ -32,35 +30,27 @@ UPRIGHT = {
 
 
 class Decoder:
-    """Owns the decoding thread. One, so that however many uploads come, one decoded image is held at a time."""
+    """Owns the decoding thread. There is one, so that only one decoded image is in memory however many uploads come."""
 
     def __init__(self, model: ModelInfo) -> None:
         self._model = model
-        self._held_bytes = 0  # of what waits for the thread
+        # Bytes that wait for the thread. Nothing else counts what a WebSocket brought once the app has taken it.
+        self._budget = ByteBudget()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-decode")
 
     async def decode(self, data: bytes, field: str = "image") -> Images:
-        """`decode_image` off the event loop. Raises InvalidImage."""
-        with self._waiting(len(data)):
+        """Run `decode_image` off the event loop. Raises InvalidImage, TooManyBytes."""
+        with self._budget.hold() as waiting:
+            waiting.add(len(data))
             return await asyncio.get_running_loop().run_in_executor(self._pool, decode_image, data, self._model, field)
 
     async def inputs(self, image: bytes | None, mask: bytes | None) -> Inputs | None:
-        """`decode_inputs` off the event loop. Raises InvalidImage."""
+        """Run `decode_inputs` off the event loop; None if there is no image. Raises InvalidImage, TooManyBytes."""
         if image is None:
             return None
-        with self._waiting(len(image) + len(mask or b"")):
+        with self._budget.hold() as waiting:
+            waiting.add(len(image) + len(mask or b""))
             return await asyncio.get_running_loop().run_in_executor(self._pool, decode_inputs, image, mask, self._model)
-
-    @contextmanager
-    def _waiting(self, size_bytes: int) -> Iterator[None]:
-        """Count what waits. Raises TooManyBytes: over WebSockets nobody else counts what was taken."""
-        if self._held_bytes + size_bytes > MAX_HELD_BYTES:
-            raise TooManyBytes(self._held_bytes + size_bytes, MAX_HELD_BYTES)
-        self._held_bytes += size_bytes
-        try:
-            yield
-        finally:
-            self._held_bytes -= size_bytes
 
     def close(self) -> None:
         """Let what is being decoded finish, and end the thread."""

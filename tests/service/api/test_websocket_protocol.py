@@ -47,7 +47,7 @@ def served() -> Iterator[tuple[str, Protocol]]:
     yield f"ws://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", protocol
     server.should_exit = True
     thread.join(PATIENCE_S)
-    assert protocol.held.bytes == 0
+    assert protocol.budget.held_bytes == 0
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def send_and_wait(ws: ClientConnection, text: str) -> object:
 def test_what_many_send_at_once_is_bounded_and_who_sends_little_is_heard(served: tuple[str, Protocol]) -> None:
     url, protocol = served
     with half_sent(url, 150_000):
-        wait_until(lambda: protocol.held.bytes > 150_000)
+        wait_until(lambda: protocol.budget.held_bytes > 150_000)
         with connect(url) as other:
             with pytest.raises(ConnectionClosed):
                 send_and_wait(other, "x" * 100_000)
@@ -81,7 +81,7 @@ def test_what_many_send_at_once_is_bounded_and_who_sends_little_is_heard(served:
         with connect(url) as small:
             small.send("x" * 10_000)
             assert small.recv(PATIENCE_S) == "10000"
-    wait_until(lambda: protocol.held.bytes < 1000)
+    wait_until(lambda: protocol.budget.held_bytes < 1000)
     with connect(url) as again:
         for _ in range(3):
             again.send("x" * 150_000)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from service.errors import InvalidImage
+from service.byte_budget import MAX_HELD_BYTES
+from service.errors import InvalidImage, TooManyBytes
 from service.images import decoder as uploads
 from service.images.decoder import MAX_PIXELS, Decoder, decode_image
 from service.spec import Images
@@ -349,3 +350,29 @@ def test_one_image_is_decoded_at_a_time_and_off_the_event_loop(monkeypatch: pyte
     decoder.close()
     assert most == 1
     assert threads == {"tminus-decode_0"}
+
+
+class Claims(bytes):
+    """Bytes that say they are as many as are held at once."""
+
+    def __len__(self) -> int:
+        return MAX_HELD_BYTES
+
+
+def test_what_waits_for_the_thread_is_bounded_by_its_bytes() -> None:
+    decoder, picture = Decoder(COLOUR), noise(8, 12, 3)
+    png_bytes = encode(Image.fromarray(picture))
+
+    async def one_too_many() -> None:
+        waiting = asyncio.ensure_future(decoder.decode(Claims(png_bytes)))
+        await asyncio.sleep(0)
+        for more in (decoder.decode(b"x"), decoder.inputs(b"x", None), decoder.inputs(b"", b"x")):
+            with pytest.raises(TooManyBytes):
+                await more
+        assert await decoder.inputs(None, b"x") is None, "no image: nothing waits"
+        with pytest.raises(InvalidImage):
+            await waiting
+        np.testing.assert_array_equal(await decoder.decode(png_bytes), picture)
+
+    asyncio.run(one_too_many())
+    decoder.close()
