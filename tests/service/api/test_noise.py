@@ -282,6 +282,13 @@ def test_a_broken_form_is_a_problem(site: Site, kind: str, content: bytes) -> No
     problem(response, 400, "malformed_form")
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "utf-16", "no-such"])
+def test_a_charset_that_the_form_names_is_ignored(site: Site, charset: str) -> None:
+    content = b'--x\r\nContent-Disposition: form-data; name="t"\r\n\r\n\xff5\r\n--x--\r\n'
+    headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+    problem(post(site, content, headers=headers), 422, "invalid_image")  # there is no file; the field is taken as UTF-8
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.binary(max_size=200), lead=st.sampled_from([b"", b"--x\r\n", b"--x\r\nContent-Disposition: form-data"])
