@@ -76,7 +76,7 @@ def decode_image(data: bytes, model: ModelInfo, field: str = "image") -> Images:
 def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
     """Decode a mask into bool [H, W] of the model's size, true where it is white. Raises InvalidImage.
 
-    It is cropped as an image is, then resampled by the mean of what a pixel covers: true if more than half of it is white.
+    It is cropped as an image is, then each pixel is the mean of what it covers: true if more than half is white.
     """
     image = _opaque(_upright(_load(data, field)))
     image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("L")
