@@ -1,10 +1,10 @@
 # tminus as a container. docker/README.md has the details.
 #   docker build -t tminus . && docker run --rm --init --stop-timeout 40 -p 8000:8000 tminus
 
-# Wheels for pip to find besides the index's. Empty, unless `--build-context wheels=FOLDER` takes the place of this stage.
+# Wheels that pip finds in addition to the index. Empty, unless `--build-context wheels=FOLDER` replaces this stage.
 FROM scratch AS wheels
 
-# Only the list of dependencies leaves this stage: no other change in pyproject.toml installs torch again.
+# Only the list of dependencies leaves this stage, so that no other change in pyproject.toml reinstalls torch.
 FROM python:3.11-slim AS requirements
 WORKDIR /src
 COPY pyproject.toml ./
@@ -16,7 +16,7 @@ RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb
 FROM python:3.11-slim AS dependencies
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
-# The index of torch alone. PyPI's own torch for x86_64 carries gigabytes of CUDA; empty asks for that one.
+# The index for torch only. The torch on PyPI for x86_64 has gigabytes of CUDA; an empty value selects it.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
 RUN python -m venv --without-pip /opt/tminus
@@ -26,7 +26,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,tar
         ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --requirement torch.txt \
     && pip --python /opt/tminus/bin/python install --find-links /wheels --requirement all.txt
 
-# --root keeps the code apart from its dependencies, so that the image has it in a small layer of its own.
+# --root installs the code apart from its dependencies, so that it is a small layer of its own in the image.
 FROM dependencies AS code
 COPY . ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
@@ -55,7 +55,7 @@ ENV PATH="/opt/tminus/bin:$PATH" \
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# http.client, since urllib would take a proxy from the environment.
+# http.client, because urllib would use a proxy from the environment.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --start-interval=2s --retries=3 \
     CMD ["python", "-c", "import http.client, os, sys; probe = http.client.HTTPConnection('127.0.0.1', int(os.environ['TMINUS_PORT']), timeout=4); probe.request('GET', '/readyz'); sys.exit(probe.getresponse().status != 200)"]
 ENTRYPOINT ["tminus"]

@@ -12,11 +12,11 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
     title: ClassVar[str] = "Internal error"
-    refusal: ClassVar[bool] = True  # counted in tminus_rejected_total; a failure of ours is not
+    refusal: ClassVar[bool] = True  # whether tminus_rejected_total counts it; failures of the server are not refusals
 
     @property
     def ws_close(self) -> int:
-        """The code that a WebSocket is closed with (RFC 6455, 7.4.1): try again later, too big, internal, policy."""
+        """The code to close a WebSocket with (RFC 6455, 7.4.1): try again later, too big, internal error or policy."""
         if self.status in (429, 503):
             return 1013
         if self.status == 413:
@@ -51,18 +51,18 @@ class InvalidField(ServiceError):
 
     @classmethod
     def of(cls, field: str, bound: str, value: object) -> "InvalidField":
-        """Say it as the house does: the field, its bound, the value got."""
+        """Build the usual detail: the field, its bound, the value received."""
         return cls(f"{field} must be {bound}, got {short(value)!r}", field=field, value=value, bound=bound)
 
 
 class UnknownField(ServiceError):
-    """A parameter that does not exist."""
+    """There is no parameter of this name."""
 
     status, code, title = 422, "unknown_field", "There is no such parameter"
 
 
 class ConflictingField(ServiceError):
-    """A parameter given twice with different values: in query and body, or repeated."""
+    """A parameter is given twice with different values: in query and body, or repeated."""
 
     status, code, title = 422, "conflicting_field", "A parameter has two values"
 
@@ -74,49 +74,49 @@ class MalformedBody(ServiceError):
 
 
 class MalformedForm(ServiceError):
-    """A multipart body that cannot be read, or has too many parts."""
+    """A multipart body cannot be parsed, has too many parts, or has too long a field."""
 
     status, code, title = 400, "malformed_form", "The body is not a form"
 
 
 class UnsupportedMediaType(ServiceError):
-    """An image is wanted, and the body says that it is something else."""
+    """The body must be an image, but its Content-Type says that it is something else."""
 
     status, code, title = 415, "unsupported_media_type", "The body is of no type that is taken here"
 
 
 class InvalidImage(ServiceError):
-    """What was sent as an image is none that is taken, is broken, or is too large."""
+    """What was sent as an image is not in a supported format, is broken, or is too large."""
 
     status, code, title = 422, "invalid_image", "The image is invalid"
 
     @classmethod
     def of(cls, field: str, bound: str, got: str) -> "InvalidImage":
-        """Say what it must be, and what came."""
+        """Build the detail: what the image must be, and what was received."""
         return cls(f"{field} must be {bound}, got {short(got)}", field=field, value=got, bound=bound)
 
 
 class MalformedMessage(ServiceError):
-    """What came over a WebSocket is not a JSON object in a text message, or not what was to come next."""
+    """A WebSocket message is not a JSON object in a text message, or is not allowed at this point."""
 
     status, code, title = 400, "malformed_message", "The message is not understood"
 
 
 class Silence(ServiceError):
-    """A WebSocket was opened and nothing was asked for."""
+    """A WebSocket is open, and the client has asked for nothing in time."""
 
     status, code, title = 408, "silence", "Nothing was asked for"
     refusal = False
 
 
 class ForeignOrigin(ServiceError):
-    """A page of another origin opened a WebSocket; browsers leave the check to the server."""
+    """A page of another origin opened a WebSocket. Browsers leave this check to the server."""
 
     status, code, title = 403, "foreign_origin", "Pages of this origin may not connect"
 
 
 class TooManyStreams(ServiceError):
-    """As many streams are open as may be, from this address or in all."""
+    """The limit of open streams is reached, for this address or in total."""
 
     status, code, title = 429, "too_many_streams", "Too many streams are open"
 
@@ -133,11 +133,11 @@ class BodyTooLarge(ServiceError):
     def __init__(self, received: int, limit: int, field: str = "body"):
         bound = f"at most {limit} bytes"
         super().__init__(f"{field} must be {bound}, got {received} or more", field=field, value=received, bound=bound)
-        self.headers["Connection"] = "close"  # or the rest would still be read, only to be thrown away
+        self.headers["Connection"] = "close"  # otherwise the rest would be read, only to be discarded
 
 
 class TooManyBytes(ServiceError):
-    """The bodies of all requests together are more than is held; this one was not read to its end."""
+    """The server holds too many bytes of all clients together; this body was not read to its end."""
 
     status, code, title = 429, "too_many_bytes", "Too much is being sent at once"
 
@@ -148,13 +148,13 @@ class TooManyBytes(ServiceError):
 
 
 class NotAcceptable(ServiceError):
-    """None of the media types the client accepts can be made."""
+    """The server can make none of the media types that the client accepts."""
 
     status, code, title = 406, "not_acceptable", "No acceptable media type"
 
 
 class Overloaded(ServiceError):
-    """More work is waiting than the server promises to hold; Retry-After says when there will be room."""
+    """More work is waiting than the limits allow; Retry-After says when there will be room."""
 
     status, code, title = 429, "overloaded", "Too much work is waiting"
 
@@ -164,7 +164,7 @@ class Overloaded(ServiceError):
 
 
 class DeadlineUnmeetable(ServiceError):
-    """An idle server would make the deadline, the present load does not; Retry-After says when it would."""
+    """An idle server would meet the deadline, but not at this load; Retry-After says when to ask again."""
 
     status, code, title = 429, "deadline_unmeetable", "The deadline cannot be met at this load"
 
@@ -184,7 +184,7 @@ class NotReady(ServiceError):
 
 
 class Draining(ServiceError):
-    """The server is shutting down: it takes no new work, and work past the grace period is given up."""
+    """The server is shutting down: new work is refused, and work that outlasts the grace period is given up."""
 
     status, code, title = 503, "draining", "The server is shutting down"
 
@@ -194,14 +194,14 @@ class Draining(ServiceError):
 
 
 class EngineFailed(ServiceError):
-    """A step raised, and the jobs of that tick are lost; or the worker crashed, and all are."""
+    """A tick raised, and its jobs are lost; or the worker crashed, and all jobs are lost."""
 
     status, code, title = 500, "engine_failed", "The denoising step failed"
     refusal = False
 
 
 class NotFinite(ServiceError):
-    """The network gave NaN or infinity for this job; no other job is touched."""
+    """The network returned NaN or infinity for this job. Other jobs are not affected."""
 
     status, code, title = 500, "not_finite", "The network gave no finite image"
     refusal = False
@@ -211,26 +211,26 @@ class NotFinite(ServiceError):
 
 
 class DeadlinePassed(ServiceError):
-    """The job's deadline_s went by before it was done; its rows are free."""
+    """The job's deadline_s passed before it was done. Its rows are free."""
 
     status, code, title = 504, "deadline_passed", "The deadline passed"
     refusal = False
 
 
 class StorageFailed(ServiceError):
-    """A durable job cannot be kept, or not be read: the disk is full, read-only or broken. What was accepted stays."""
+    """A durable job cannot be written or read: the disk is full, read-only or broken. Accepted jobs stay accepted."""
 
     status, code, title = 507, "storage_failed", "The job store failed"
 
 
 class KeyReused(ServiceError):
-    """An Idempotency-Key that came with another request before."""
+    """The Idempotency-Key was used for another request before."""
 
     status, code, title = 422, "idempotency_key_reused", "This Idempotency-Key was used for another request"
 
 
 class JobNotDone(ServiceError):
-    """The images of a job were asked for that still waits or runs; Retry-After says when it should be done."""
+    """The job still waits or runs, so it has no images yet; Retry-After says when it should be done."""
 
     status, code, title = 409, "job_not_done", "The job is not done yet"
     refusal = False
@@ -241,7 +241,7 @@ class JobNotDone(ServiceError):
 
 
 class NoImages(ServiceError):
-    """The images of a job were asked for that was cancelled, or failed; `cause` is the problem it failed with."""
+    """The job was cancelled or failed, so it has no images; `cause` is the problem it failed with."""
 
     status, code, title = 410, "no_images", "The job has no images"
     refusal = False
@@ -256,21 +256,21 @@ class NoImages(ServiceError):
 
 
 class JobNotFound(ServiceError):
-    """No such job: it ended and is not kept, or not any more, or it never was."""
+    """There is no such job: it was not durable and has ended, or is no longer kept, or never existed."""
 
     status, code, title = 404, "job_not_found", "There is no such job"
     refusal = False
 
 
 class JobCancelled(ServiceError):
-    """The client went away, so nobody reads this; or somebody deleted the job."""
+    """The client disconnected, so nobody reads this; or the job was cancelled by a request."""
 
     status, code, title = 499, "cancelled", "The job was cancelled"
     refusal = False
 
 
 def short(value: object, limit: int = 200) -> object:
-    """Cut what a client sent, so that an error never echoes a megabyte."""
+    """Shorten a value that a client sent, so that an error never echoes a megabyte."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)  # JSON has no infinity
     if isinstance(value, (bool, type(None))) or (isinstance(value, int) and abs(value) < 2**128):
@@ -281,5 +281,5 @@ def short(value: object, limit: int = 200) -> object:
             return value
     except (RecursionError, ValueError):
         text = f"a {type(value).__name__} that cannot be shown"
-    text = text[: limit + 1].encode("utf-8", "replace").decode()  # JSON may spell half a surrogate pair
+    text = text[: limit + 1].encode("utf-8", "replace").decode()  # JSON may escape half a surrogate pair
     return text if len(text) <= limit else text[:limit] + "…"

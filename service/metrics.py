@@ -1,4 +1,7 @@
-"""The Prometheus metrics, in base units, prefix tminus_. One registry an app: no globals."""
+"""The Prometheus metrics, in base units, with the prefix tminus_. docs/metrics.md explains each.
+
+Each app has a registry of its own; there are no globals.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,7 +27,7 @@ BATCH_BUCKETS = tuple(float(2**i) for i in range(11))
 
 
 class Metrics:
-    """Owns the registry. Methods are named for what happened; they may be called from any thread."""
+    """Owns the registry. Methods are named for what happened, and may be called from any thread."""
 
     def __init__(self, info: ModelInfo) -> None:
         self.registry = registry = CollectorRegistry()
@@ -88,7 +91,7 @@ class Metrics:
         backlog_s: Callable[[], float],
         device_memory_bytes: Callable[[], int | None],
     ) -> None:
-        """Add the gauges, which are read when somebody asks."""
+        """Add the gauges whose values are read when /metrics is."""
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "tasks": ("Tasks of the event loop", tasks),
             "rows_active": ("Rows in the last tick", rows_active),
@@ -100,7 +103,7 @@ class Metrics:
             Gauge(f"tminus_{name}", text, registry=self.registry).set_function(read)
 
     def ticked(self, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
-        """A tick has run; row_steps by sampler."""
+        """A tick has run; `row_steps` are counted by sampler."""
         self._step.observe(seconds)
         self._batch.observe(places)
         for sampler, count in row_steps.items():
@@ -116,28 +119,28 @@ class Metrics:
         self._images.inc(images)
 
     def job_given_up(self, reason: str, row_steps_saved: int) -> None:
-        """An accepted job ended early."""
+        """An accepted job ended without images."""
         self._cancelled.labels(reason).inc()
         self._saved.inc(row_steps_saved)
 
     def snapshotted(self, jobs: int) -> None:
-        """So many jobs' snapshots were kept."""
+        """Snapshots of so many jobs were written to the store."""
         self._snapshots.inc(jobs)
 
     def jobs_resumed(self, jobs: int) -> None:
-        """So many jobs of an earlier start go on."""
+        """So many jobs of an earlier run of the server are continued."""
         self._resumed.inc(jobs)
 
     def durable_job_ended(self, outcome: str) -> None:
-        """A durable job's end was kept."""
+        """A durable job ended, and its outcome is in the store."""
         self._durable.labels(outcome).inc()
 
     def frame_sent(self) -> None:
-        """A viewer has been sent a frame."""
+        """A frame was sent to a viewer."""
         self._frames_sent.inc()
 
     def frame_dropped(self) -> None:
-        """A newer frame took the place of one that was not sent yet."""
+        """A frame was not sent: a newer one replaced it, or its job ended."""
         self._frames_dropped.inc()
 
     def rejected(self, reason: str) -> None:
@@ -145,11 +148,11 @@ class Metrics:
         self._rejected.labels(reason).inc()
 
     def answered_without_work(self, how: str) -> None:
-        """A repeat cost no step: not_modified or cache_hit."""
+        """A repeated request needed no step; `how` is not_modified or cache_hit."""
         self._unworked.labels(how).inc()
 
     def encoded(self, kind: str, seconds: float) -> None:
-        """Images became bytes."""
+        """Images were encoded."""
         self._encode.labels(kind).observe(seconds)
 
     def requested(self, route: str, status: int, seconds: float) -> None:
@@ -157,5 +160,5 @@ class Metrics:
         self._request.labels(route, str(status)).observe(seconds)
 
     def render(self) -> bytes:
-        """The exposition text."""
+        """Write all metrics in the Prometheus text format."""
         return generate_latest(self.registry)

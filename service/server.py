@@ -1,4 +1,9 @@
-"""Runs the app under uvicorn: on SIGTERM refuse new work, finish what runs within the grace period, stop."""
+"""Runs the app under uvicorn: on SIGTERM refuse new work, finish what runs within the grace period, stop.
+
+uvicorn has no hook for doing something between the signal and the end of serving, so three methods of its Server are
+extended. They are not documented: pyproject.toml bounds uvicorn's version, and tests/service/test_server.py names what
+is missing if they change.
+"""
 
 import logging
 import resource
@@ -18,14 +23,14 @@ from service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 SWITCH_S = 0.0005
-SPARE_FILES = 256  # beside the connections: libraries, logs, the encoders
-PING_S = 20.0  # a WebSocket that is silent for longer is closed by many a proxy
-PONG_S = 40.0  # for its answer, behind whatever a slow reader has not read yet
+SPARE_FILES = 256  # beside the connections: for libraries, logs, the encoders
+PING_S = 20.0  # many proxies close a WebSocket that is silent for longer
+PONG_S = 40.0  # for the answer, which comes after whatever a slow reader has not read yet
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which goes on answering until the worker has ended: drained after a signal, or crashed."""
+    """A uvicorn server that goes on answering until the worker has ended: drained after a signal, or crashed."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, streams: Streams, grace_s: float) -> None:
         super().__init__(config)
@@ -39,7 +44,7 @@ class Server(uvicorn.Server):
         threading.Thread(target=self._stop_after_worker, name="tminus-watch", daemon=True).start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop as uvicorn does, which waits for the answers to requests but not for WebSockets: so they come first."""
+        """Wait for the jobs of WebSockets, then stop as uvicorn does, which waits only for the answers to requests."""
         if not self.force_exit:
             await self._streams.quiet(ANSWER_S)
         await super().shutdown(sockets)
@@ -59,7 +64,7 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the address, before anything slow is done. Raises OSError where it cannot be had."""
+    """Reserve the address, before anything slow is done. Raises OSError if that fails."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol)
     try:
@@ -72,7 +77,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _allow_files(count: int) -> None:
-    """Raise the soft limit of open files towards what so many connections need; the hard limit stands."""
+    """Raise the soft limit of open files to what so many connections need, as far as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + SPARE_FILES if hard == resource.RLIM_INFINITY else min(count + SPARE_FILES, hard)
     if soft != resource.RLIM_INFINITY and wanted > soft:
@@ -101,17 +106,17 @@ def serve(
         ws_max_size=max_message_bytes,
         ws_ping_interval=PING_S,
         ws_ping_timeout=PONG_S,
-        ws_per_message_deflate=False,  # pictures do not compress twice
+        ws_per_message_deflate=False,  # images are compressed already
     )
     _allow_files(max_connections)
-    # The worker wants the interpreter for a moment after each pass; the edge may keep it no longer than this.
+    # The worker needs the interpreter for a moment after each pass; the other threads may keep it no longer than this.
     sys.setswitchinterval(SWITCH_S)
     server = Server(config, application.worker, application.streams, grace_s)
-    # Until uvicorn has its own handlers these stop it; when it is done it raises the signal once more, to no effect:
-    # being asked to stop and having stopped is no failure.
+    # These stop uvicorn until it installs its own handlers. When it has stopped it raises the signal again, which must
+    # have no effect: to stop when asked is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: setattr(server, "should_exit", True))
-    listener.listen(config.backlog)  # from here on a client is kept waiting, not refused
+    listener.listen(config.backlog)  # from here on a client waits instead of being refused
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     server.run([listener])

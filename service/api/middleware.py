@@ -1,4 +1,4 @@
-"""What surrounds every HTTP request: its id, its time, the answer to what nobody foresaw, the bound on its body."""
+"""What surrounds every HTTP request: its id, its duration, the answer to an unexpected error, the bound on its body."""
 
 import logging
 import re
@@ -10,17 +10,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import render
-from service.byte_budget import MAX_HELD_BYTES
-from service.errors import BodyTooLarge, ServiceError, TooManyBytes
+from service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
+from service.errors import BodyTooLarge, ServiceError
 
 log = logging.getLogger(__name__)
 
-SMALL_BYTES = 64 * 1024
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
 class RequestContext:
-    """Gives each request an id (the client's own X-Request-ID where it is sane) and times it by route and status."""
+    """Gives each request an id (the client's X-Request-ID if that is well-formed) and times it by route and status."""
 
     def __init__(self, app: ASGIApp, observe: Callable[[str, int, float], None]) -> None:
         self._app, self._observe = app, observe
@@ -46,7 +45,7 @@ class RequestContext:
             await self._app(scope, receive, send_with_id)
         except Exception:
             log.exception("request %s: unhandled error", request_id)
-            if status is not None:  # half a response is out: all that is left is to hang up
+            if status is not None:  # part of a response is sent: the connection can only be closed
                 raise
             answer = render(ServiceError("something went wrong on the server; its log has the details"))
             await answer(scope, receive, send_with_id)
@@ -57,52 +56,41 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses a body over the limit, by its Content-Length at once, else as soon as it has sent too much.
+    """Refuses a body over the limit: by its Content-Length at once, else as soon as too much has arrived.
 
-    The limit is the path's own where it has one. All bodies together are held to MAX_HELD_BYTES: what a client has sent
-    counts until it has its answer, or its route lets it go. A small body is taken all the same, so that nobody's images
-    keep requests out.
+    The limit is the path's own if it has one. All bodies together may take MAX_HELD_BYTES: what a client has sent is
+    held until its request is answered, or until the route calls `request.state.release_body()` because it keeps nothing
+    of the body. Bodies of at most SMALL_BYTES are always accepted, so that uploads cannot keep plain requests out.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_by_path: Mapping[str, int]) -> None:
         self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
-        self._held_bytes = 0
-        self._max_held_bytes = max(MAX_HELD_BYTES, max_bytes, *max_bytes_by_path.values())
+        self._budget = ByteBudget(max(MAX_HELD_BYTES, max_bytes, *max_bytes_by_path.values()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        received = counted = 0
+        received = 0
         max_bytes = self._max_bytes_by_path.get(scope["path"], self._max_bytes)
 
-        def check(size: int) -> None:
-            if size > max_bytes:
-                raise BodyTooLarge(size, max_bytes)
+        def check(size_bytes: int) -> None:
+            if size_bytes > max_bytes:
+                raise BodyTooLarge(size_bytes, max_bytes)
 
         async def bounded_receive() -> Message:
-            nonlocal received, counted
+            nonlocal received
             if received == 0:
                 declared = Headers(scope=scope).get("content-length", "")
                 check(int(declared) if declared.isdecimal() else 0)
             message = await receive()
             if message["type"] == "http.request":
-                size = len(message.get("body", b""))
-                received += size
-                counted += size
-                self._held_bytes += size
+                size_bytes = len(message.get("body", b""))
+                received += size_bytes
                 check(received)
-                if received > SMALL_BYTES and self._held_bytes > self._max_held_bytes:
-                    raise TooManyBytes(self._held_bytes, self._max_held_bytes)
+                body.add(size_bytes)
             return message
 
-        def let_go() -> None:
-            nonlocal counted
-            self._held_bytes -= counted
-            counted = 0
-
-        scope.setdefault("state", {})["release_body"] = let_go  # for who keeps nothing of it while the answer is made
-        try:
+        with self._budget.hold(exempt_bytes=SMALL_BYTES) as body:
+            scope.setdefault("state", {})["release_body"] = body.release
             await self._app(scope, bounded_receive, send)
-        finally:
-            let_go()

@@ -1,7 +1,10 @@
-"""Read a request that brings images: one as its body, or files in a form with fields beside them.
+"""Read a request that brings images: one image as the body, or a form with files and text fields.
 
-Forms are taken apart in memory, where the body is bounded already; a temporary file would have to fit a container's
-/tmp.
+Forms are parsed in memory, where the body is bounded already, on top of python-multipart's tokenizer. Ready parsers do
+not fit: starlette's writes files over 1 MiB to /tmp (small in a container), accepts a form that breaks off, does not
+say which field is too long, and decodes fields by any codec the client names, of which some raise. python-multipart's
+FormParser bounds no field of a multipart form and undoes base64. The package `multipart` shares its module's name with
+an alias that python-multipart installs.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,14 +29,15 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 FORM, BYTES = "multipart/form-data", "application/octet-stream"
-MAX_PARTS = 128  # a class for each of 64 images, and all else
+IMAGE = "image"  # the file of a form that has one image
+MAX_PARTS = 128  # a class for each of 64 images, and all other parameters
 MAX_FIELD_BYTES = 1024
-FORM_BYTES = 64 * 1024  # what a form may take beside its images: boundaries, the parts' headers, the fields
+FORM_BYTES = 64 * 1024  # for what a form has besides its images: boundaries, the parts' headers, the fields
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An image as it came, and the text fields that came with it, in order."""
+    """An encoded image, and the text fields that came with it, in order."""
 
     data: bytes
     fields: tuple[tuple[str, str], ...] = ()
@@ -48,21 +52,21 @@ class Form:
 
 
 def is_form(request: Request) -> bool:
-    """Whether the body says that it is one."""
+    """Whether the Content-Type says that the body is a form."""
     return _media_type(request.headers.get("content-type", "")) == FORM
 
 
 async def read_form(request: Request, max_bytes: int, files: Collection[str]) -> Form:
     """Read a form that may have an image in each of these files. Raises what `read_upload` does."""
-    form = _take_apart(await _read_parts(request, request.headers["content-type"]), files)
+    form = _to_form(await _read_parts(request, request.headers["content-type"]), files)
     for name, data in form.files.items():
         if len(data) > max_bytes:
             raise BodyTooLarge(len(data), max_bytes, name)
     return form
 
 
-async def read_upload(request: Request, max_bytes: int, image_field: str = "image") -> Upload:
-    """Read the image, in a form that of `image_field`.
+async def read_upload(request: Request, max_bytes: int) -> Upload:
+    """Read the image: the body, or the file `image` of a form.
 
     Raises UnsupportedMediaType, BodyTooLarge, MalformedForm, UnknownField, ConflictingField, InvalidImage; and
     starlette's ClientDisconnect.
@@ -70,10 +74,10 @@ async def read_upload(request: Request, max_bytes: int, image_field: str = "imag
     declared = request.headers.get("content-type", BYTES)
     media_type = _media_type(declared)
     if media_type == FORM:
-        form = await read_form(request, max_bytes, (image_field,))
-        if image_field not in form.files:
-            raise InvalidImage.of(image_field, "a file in the form", "a form without it")
-        upload = Upload(form.files[image_field], form.fields)
+        form = await read_form(request, max_bytes, (IMAGE,))
+        if IMAGE not in form.files:
+            raise InvalidImage.of(IMAGE, "a file in the form", "a form without it")
+        upload = Upload(form.files[IMAGE], form.fields)
     elif media_type == BYTES or media_type.startswith("image/"):
         upload = Upload(await request.body())
     else:
@@ -81,7 +85,7 @@ async def read_upload(request: Request, max_bytes: int, image_field: str = "imag
         detail = f"Content-Type must be {bound}, got {short(declared)!r}"
         raise UnsupportedMediaType(detail, field="Content-Type", value=declared, bound=bound)
     if len(upload.data) > max_bytes:
-        raise BodyTooLarge(len(upload.data), max_bytes, image_field)
+        raise BodyTooLarge(len(upload.data), max_bytes, IMAGE)
     return upload
 
 
@@ -96,7 +100,7 @@ class _Part:
 
 
 class _Parts:
-    """Collects what python-multipart calls out. Raises MalformedForm for more than it may be."""
+    """Collects the parts that python-multipart reports. Raises MalformedForm for too many, or for too long a field."""
 
     def __init__(self) -> None:
         self.all: list[_Part] = []
@@ -166,7 +170,8 @@ def _media_type(declared: str) -> str:
     return declared.partition(";")[0].strip().lower()
 
 
-def _take_apart(parts: list[_Part], known: Collection[str]) -> Form:
+def _to_form(parts: list[_Part], known: Collection[str]) -> Form:
+    """Sort the parts into files and fields. Raises UnknownField, InvalidImage, ConflictingField."""
     files: dict[str, list[bytes]] = {}
     fields: list[tuple[str, str]] = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""Who has streams open. Owned by the event loop's thread; the server asks it before it stops."""
+"""How many streams are open, by address. Used in the event loop's thread; the server waits for it before it stops."""
 
 import asyncio
 from collections import Counter
@@ -10,7 +10,7 @@ from service.errors import TooManyStreams
 
 
 class Streams:
-    """Counts streams by address and in all, and those with a job under way."""
+    """Counts open streams by address and in total, and those that have a job."""
 
     def __init__(self, max_streams: int, max_per_address: int) -> None:
         self._max_streams, self._max_per_address = max_streams, max_per_address
@@ -37,7 +37,7 @@ class Streams:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Count a stream while it has a job, to the last byte of its image."""
+        """Count a stream as having a job, until the last byte of its image is sent."""
         self._busy += 1
         self._quiet.clear()
         try:
@@ -48,14 +48,14 @@ class Streams:
                 self._quiet.set()
 
     async def quiet(self, patience_s: float) -> None:
-        """Wait until no stream has a job, but no longer than this."""
+        """Wait until no stream has a job, but no longer than `patience_s`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
                 await self._quiet.wait()
 
 
 def _address(host: str) -> str:
-    """What counts as one address: of IPv6 a whole /64, which is what one customer has."""
+    """The unit that is limited: an IPv4 address, or an IPv6 /64 network, which one customer has."""
     try:
         return str(ip_network((host, 64), strict=False)) if ip_address(host).version == 6 else host
     except ValueError:

@@ -1,24 +1,22 @@
-"""From an uploaded image to pixels of the model's size. Bounded before anything is decoded; one thread decodes."""
+"""From an uploaded image to pixels of the model's size. The bounds are checked before anything is decoded."""
 
 import asyncio
 import io
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from service.byte_budget import MAX_HELD_BYTES
-from service.errors import InvalidImage, TooManyBytes
+from service.byte_budget import ByteBudget
+from service.errors import InvalidImage
 from service.images.image_header import ImageHeader, read_header
 from service.model_info import ModelInfo
 from service.spec import Images, Inputs
 
 MAX_PIXELS = 4096 * 4096
 WANTED = "a PNG, JPEG or WebP image"
-WHITE = 128  # a mask's grey from which on a pixel is made new
+WHITE = 128  # a mask's pixels of this grey and above are regenerated
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,61 +30,53 @@ UPRIGHT = {
 
 
 class Decoder:
-    """Owns the decoding thread. One, so that however many uploads come, one decoded image is held at a time."""
+    """Owns the decoding thread. There is one, so that only one decoded image is in memory however many uploads come."""
 
     def __init__(self, model: ModelInfo) -> None:
         self._model = model
-        self._held_bytes = 0  # of what waits for the thread
+        # Bytes that wait for the thread. Nothing else counts what a WebSocket brought once the app has taken it.
+        self._budget = ByteBudget()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-decode")
 
     async def decode(self, data: bytes, field: str = "image") -> Images:
-        """`decode_image` off the event loop. Raises InvalidImage."""
-        with self._waiting(len(data)):
+        """Run `decode_image` off the event loop. Raises InvalidImage, TooManyBytes."""
+        with self._budget.hold() as waiting:
+            waiting.add(len(data))
             return await asyncio.get_running_loop().run_in_executor(self._pool, decode_image, data, self._model, field)
 
     async def inputs(self, image: bytes | None, mask: bytes | None) -> Inputs | None:
-        """`decode_inputs` off the event loop. Raises InvalidImage."""
+        """Run `decode_inputs` off the event loop; None if there is no image. Raises InvalidImage, TooManyBytes."""
         if image is None:
             return None
-        with self._waiting(len(image) + len(mask or b"")):
+        with self._budget.hold() as waiting:
+            waiting.add(len(image) + len(mask or b""))
             return await asyncio.get_running_loop().run_in_executor(self._pool, decode_inputs, image, mask, self._model)
 
-    @contextmanager
-    def _waiting(self, size_bytes: int) -> Iterator[None]:
-        """Count what waits. Raises TooManyBytes: over WebSockets nobody else counts what was taken."""
-        if self._held_bytes + size_bytes > MAX_HELD_BYTES:
-            raise TooManyBytes(self._held_bytes + size_bytes, MAX_HELD_BYTES)
-        self._held_bytes += size_bytes
-        try:
-            yield
-        finally:
-            self._held_bytes -= size_bytes
-
     def close(self) -> None:
-        """Let what is being decoded finish, and end the thread."""
+        """Wait for the image that is being decoded, and end the thread."""
         self._pool.shutdown(cancel_futures=True)
 
 
 def decode_image(data: bytes, model: ModelInfo, field: str = "image") -> Images:
-    """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage that names the field.
+    """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage, which names the field.
 
-    What has the model's size already is taken as it is. All else is cropped to its shape about the centre, and
+    An image of the model's size is used unchanged. Any other is cropped about its centre to the model's shape, then
     resampled.
     """
     image = _opaque(_upright(_load(data, field)))
-    # A CMYK image first becomes RGB by the complement; profiles are not looked at.
+    # A CMYK image first becomes RGB by the complement; colour profiles are ignored.
     image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("L" if model.channels == 1 else "RGB")
     size = model.width_px, model.height_px
     if image.size != size:
-        # Lanczos, as the pictures of a training folder are fitted (model/data.py): x_0 looks as the model knows images.
+        # Lanczos, as for the images of a training folder (model/data.py), so that x_0 looks like the training data.
         image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
     return np.array(image).reshape(model.height_px, model.width_px, model.channels)
 
 
 def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
-    """Decode a mask into bool [H, W] of the model's size: true where it is white. Raises InvalidImage.
+    """Decode a mask into bool [H, W] of the model's size, true where it is white. Raises InvalidImage.
 
-    It is fitted as an image is, but by the mean of what a pixel covers: one is new that is white by more than half.
+    It is cropped as an image is, then each pixel is the mean of what it covers: true if more than half is white.
     """
     image = _opaque(_upright(_load(data, field)))
     image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("L")
@@ -97,12 +87,12 @@ def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArr
 
 
 def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo) -> Inputs:
-    """Decode what an edit starts from. Raises InvalidImage."""
+    """Decode the image of an edit and its mask, if any. Raises InvalidImage."""
     return Inputs(decode_image(image, model), decode_mask(mask, model) if mask is not None else None)
 
 
 def _load(data: bytes, field: str) -> Image.Image:
-    """Decode the bytes, of at most MAX_PIXELS. Raises InvalidImage."""
+    """Decode an image of at most MAX_PIXELS. Raises InvalidImage."""
     try:
         header = read_header(data)
     except ValueError as error:
@@ -117,7 +107,7 @@ def _load(data: bytes, field: str) -> Image.Image:
         image, frames = _decode(data, header)
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises whatever broken bytes lead it to: OSError, SyntaxError, struct.error, …
+    except Exception as error:  # for broken bytes Pillow raises OSError, SyntaxError, struct.error and others
         got = f"a {header.format} of {size} that is broken: {str(error) or type(error).__name__}"
         raise InvalidImage.of(field, WANTED, got) from None
     if frames > 1:
@@ -126,11 +116,11 @@ def _load(data: bytes, field: str) -> Image.Image:
 
 
 def _decode(data: bytes, header: ImageHeader) -> tuple[Image.Image, int]:
-    """The image and how many frames it has. An animation is not decoded."""
+    """Open the image and count its frames; decode it unless it is an animation."""
     image = Image.open(io.BytesIO(data), formats=[header.format])
     if image.size != (header.width_px, header.height_px):
         raise ValueError("its header contradicts itself")
-    # A phone's JPEG may have others behind it (MPO): a thumbnail, a gain map. The first is the picture.
+    # A phone's JPEG file may hold more images after the first (MPO), such as a thumbnail or a gain map.
     frames = 1 if header.format == "JPEG" else getattr(image, "n_frames", 1)
     if frames == 1:
         image.load()
@@ -138,23 +128,23 @@ def _decode(data: bytes, header: ImageHeader) -> tuple[Image.Image, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn the image as its EXIF data say."""
+    """Turn the image upright, as its EXIF orientation says."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # cameras write broken EXIF data; the picture is none the worse for it
+    except Exception:  # cameras write broken EXIF data; the image itself is fine
         return image
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """Bring 16 bits to 8, and put what is transparent over black."""
+    """Convert 16 bits to 8, and lay transparent pixels over black."""
     if image.mode.startswith("I"):
         deep = np.asarray(image).astype(np.uint32)
-        grey = ((deep + 128) // 257).astype(np.uint8)  # rounded; Pillow's own conversion cuts off all above 255
+        grey = ((deep + 128) // 257).astype(np.uint8)  # rounded; Pillow's own conversion clips at 255
         if (transparent := image.info.get("transparency")) is not None:
             grey[deep == transparent] = 0
         return Image.fromarray(grey)
     if image.has_transparency_data:
-        # Over black a colour is itself times alpha. (alpha_composite would hold the interpreter for 90 ms.)
+        # Over black, a colour is itself times alpha. (alpha_composite would hold the interpreter for 90 ms.)
         return Image.merge("RGB", image.convert("RGBA").convert("RGBa").split()[:3])
     return image

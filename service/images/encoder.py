@@ -1,4 +1,4 @@
-"""Pixels to bytes: PNG, a contact sheet, zip, JSON. Runs in threads of its own."""
+"""Pixels to bytes: PNG, contact sheet, zip, JSON, previews. `Encoder` does it in threads of its own."""
 
 import asyncio
 import base64
@@ -27,62 +27,76 @@ from service.work import JobResult
 PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "image/webp"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
+RESULT_THREADS = 2
 RECENT_BYTES = 32 * 2**20
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
     "webp": {"lossless": True, "quality": 0, "method": 0},
     "jpeg": {"quality": 90, "subsampling": 0},
 }
+Picture = tuple[Show, int | None, bytes]  # what it shows, which image (None: a sheet of all), the encoded bytes
 
 
 class Encoder:
-    """Owns the encoding threads."""
+    """Owns the encoding threads. Its methods run in the event loop and wait for one of them."""
 
-    def __init__(self, model: ModelInfo, observe: Callable[[str, float], None], threads: int = 2) -> None:
+    def __init__(self, model: ModelInfo, observe: Callable[[str, float], None]) -> None:
         self._model, self._observe = model, observe
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tminus-encode")
-        self._animations = ThreadPoolExecutor(1, thread_name_prefix="tminus-animate")  # which may take seconds
-        self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that no image waits for a preview
-
-        # Of the last frames; only the thread above touches it.
-        self._recent: LRUCache[Any, list[tuple[Show, int | None, bytes]]] = LRUCache(
-            RECENT_BYTES, getsizeof=_held_bytes
-        )
+        self._pool = ThreadPoolExecutor(RESULT_THREADS, thread_name_prefix="tminus-encode")
+        self._animations = ThreadPoolExecutor(1, thread_name_prefix="tminus-animate")  # one may take seconds
+        self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that results wait for no preview
+        # The latest encoded frames, since many viewers may watch one job. Used in the frames' thread only.
+        self._recent: LRUCache[tuple[Frame, str, str], list[Picture]] = LRUCache(RECENT_BYTES, getsizeof=_cached_bytes)
 
     async def encode(
         self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo | None = None
     ) -> bytes:
-        """Make the body of a response; made_by: the model as it was then, if not as it is now. Raises NotFinite."""
+        """Make the body of a response. `made_by` is the model at that time if it differs. Raises NotFinite."""
         return await asyncio.get_running_loop().run_in_executor(
             self._pool, self._encode, media_type, spec, read, made_by or self._model
         )
 
     async def encode_animation(self, frames: Callable[[], list[Images]], result: JobResult) -> bytes:
-        """Make an animated WebP of a job's way, contact sheets if it has several images. Raises NotFinite."""
+        """Make an animated WebP of a recording and its result; contact sheets if n > 1. Raises NotFinite."""
         return await asyncio.get_running_loop().run_in_executor(
             self._animations, self._encode_animation, frames, result
         )
 
-    def _encode_animation(self, read: Callable[[], list[Images]], result: JobResult) -> bytes:
-        frames = [*read(), result.read()]
-        started = time.perf_counter()
-        body = encode_animation([_picture(contact_sheet(images)) for images in frames])
-        self._observe("animation", time.perf_counter() - started)
-        return body
-
-    async def encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
-        """Make the pictures of a preview: (what it shows, which image, bytes) each; one of all images is of None."""
+    async def encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[Picture]:
+        """Make the pictures of a preview."""
         return await asyncio.get_running_loop().run_in_executor(
             self._frames, self._encode_frame, frame, frame_format, layout
         )
 
     async def encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
-        """Make a finished job's PNGs: one of all images, or one each. Raises NotFinite."""
+        """Make a finished job's PNGs: one sheet of all images, or one PNG for each. Raises NotFinite."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode_pictures, layout, spec, result)
 
     async def encode_picture(self, read: Callable[[], Images], text: dict[str, object]) -> bytes:
-        """Make a PNG of the pixels that `read` gives, [H, W, C]; it may wait for a GPU."""
+        """Make a PNG of the pixels [H, W, C] that `read` returns; it may wait for a GPU."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: encode_png(read(), text))
+
+    def close(self) -> None:
+        """Wait for running encodings, and end the threads."""
+        self._frames.shutdown(cancel_futures=True)
+        self._animations.shutdown()
+        self._pool.shutdown()
+
+    # --- in the encoding threads ---
+
+    def _encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], model: ModelInfo) -> bytes:
+        images = read()
+        started = time.perf_counter()
+        body = encode_result(media_type, spec, images, model)
+        self._observe(media_type.rpartition("/")[2], time.perf_counter() - started)
+        return body
+
+    def _encode_animation(self, read: Callable[[], list[Images]], result: JobResult) -> bytes:
+        frames = [*read(), result.read()]
+        started = time.perf_counter()
+        body = encode_animation([_to_pillow(contact_sheet(images)) for images in frames])
+        self._observe("animation", time.perf_counter() - started)
+        return body
 
     def _encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
         images = result.read()
@@ -94,19 +108,19 @@ class Encoder:
         self._observe("png", time.perf_counter() - started)
         return pngs
 
-    def _encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
-        key = frame, frame_format, layout  # many may look at one job
+    def _encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[Picture]:
+        key = frame, frame_format, layout
         pictures = self._recent.get(key)
         if pictures is None:
             pictures = self._make_pictures(frame, frame_format, layout)
-            with suppress(ValueError):  # it alone is more than is kept
+            with suppress(ValueError):  # larger than the whole cache
                 self._recent[key] = pictures
         return pictures
 
-    def _make_pictures(self, frame: Frame, frame_format: str, layout: str) -> list[tuple[Show, int | None, bytes]]:
+    def _make_pictures(self, frame: Frame, frame_format: str, layout: str) -> list[Picture]:
         shown = frame.read()
         started = time.perf_counter()
-        pictures: list[tuple[Show, int | None, bytes]] = []
+        pictures: list[Picture] = []
         for show, images in shown.items():
             if layout == "sheet":
                 pictures.append((show, None, encode_frame(contact_sheet(images), frame_format)))
@@ -115,27 +129,14 @@ class Encoder:
         self._observe("frame", time.perf_counter() - started)
         return pictures
 
-    def close(self) -> None:
-        """Let running encodings finish, and end the threads."""
-        self._frames.shutdown(cancel_futures=True)
-        self._animations.shutdown()
-        self._pool.shutdown()
 
-    def _encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], model: ModelInfo) -> bytes:
-        images = read()
-        started = time.perf_counter()
-        body = encode_result(media_type, spec, images, model)
-        self._observe(media_type.rpartition("/")[2], time.perf_counter() - started)
-        return body
-
-
-def _held_bytes(pictures: list[tuple[Show, int | None, bytes]]) -> int:
-    """What pictures take with the frame they are of, whose pixels are some times their bytes."""
+def _cached_bytes(pictures: list[Picture]) -> int:
+    """Estimate the memory of an entry. Its key keeps the frame's pixels, which are a few times the encoded size."""
     return 4 * sum(len(picture) for *_, picture in pictures)
 
 
 def encode_result(media_type: str, spec: SampleSpec, images: Images, model: ModelInfo) -> bytes:
-    """Encode a finished job: one PNG (a sheet where n > 1), a zip of n PNGs, or JSON with base64 PNGs."""
+    """Encode a finished job: one PNG (a sheet if n > 1), a zip of n PNGs, or JSON with base64 PNGs."""
     if media_type == PNG:
         return encode_png(contact_sheet(images), recipe(spec, model))
     pngs = encode_each(spec, images, model)
@@ -161,12 +162,12 @@ def encode_each(spec: SampleSpec, images: Images, model: ModelInfo) -> list[byte
 
 
 def recipe(spec: SampleSpec, model: ModelInfo) -> dict[str, object]:
-    """All that is needed to make the same pixels again."""
+    """Everything that is needed to make the same pixels again."""
     return {"spec": spec.to_json(), "weights": model.weights_hash, "fingerprint": model.fingerprint}
 
 
 def etag(media_type: str, spec: SampleSpec, model: ModelInfo) -> str:
-    """The name of a response's bytes, known before they are made."""
+    """The ETag of a response, known before its bytes are made."""
     parts = json.dumps([media_type, recipe(spec, model), model.class_names], sort_keys=True)
     return f'"{hashlib.sha256(parts.encode()).hexdigest()[:32]}"'
 
@@ -183,18 +184,18 @@ def encode_png(pixels: Images, text: dict[str, object] | None = None) -> bytes:
     if text is not None:
         info.add_itxt(PNG_TEXT_KEY, json.dumps(text))
     out = io.BytesIO()
-    _picture(pixels).save(out, "PNG", pnginfo=info)
+    _to_pillow(pixels).save(out, "PNG", pnginfo=info)
     return out.getvalue()
 
 
 def encode_frame(pixels: Images, frame_format: str) -> bytes:
     """Encode a preview [H, W, C] as png, webp (both lossless) or jpeg, fast rather than small."""
     out = io.BytesIO()
-    _picture(pixels).save(out, frame_format, **FRAME_OPTIONS[frame_format])
+    _to_pillow(pixels).save(out, frame_format, **FRAME_OPTIONS[frame_format])
     return out.getvalue()
 
 
-def _picture(pixels: Images) -> Image.Image:
+def _to_pillow(pixels: Images) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
@@ -218,7 +219,7 @@ def sheet_columns(n: int) -> int:
 
 def _zip(files: dict[str, bytes]) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:  # PNGs do not compress twice
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:  # PNGs are compressed already
         for name, data in files.items():
             archive.writestr(zipfile.ZipInfo(name), data)  # ZipInfo's fixed date: the same images, the same zip
     return out.getvalue()

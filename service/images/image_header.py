@@ -1,14 +1,14 @@
-"""What kind of image some bytes are and how large: read from its first bytes, before a decoder makes room for it.
+"""The format and size of an image, read from its bytes before a decoder allocates memory for it.
 
-Pure. Pillow tells the size too, but of a WebP only once it has made room for the whole canvas.
+Pure. Pillow tells the size too, but for a WebP only after allocating the whole canvas.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# More than any encoder writes. Pillow spends microseconds of Python on each piece, however small, and a pass over the
-# whole image on each scan, of which ten bytes may make one.
+# More than any encoder writes. Pillow spends microseconds of Python on each chunk or segment, however small, and a pass
+# over the whole image on each scan, which may be ten bytes long.
 MAX_PIECES = 10_000
 MAX_SCANS = 100
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15, without DHT, JPG and DAC
@@ -17,7 +17,7 @@ JPEG_SCAN = 0xDA
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """format is Pillow's name of it."""
+    """`format` is Pillow's name for it."""
 
     format: str
     width_px: int
@@ -25,12 +25,12 @@ class ImageHeader:
 
     @property
     def pixels(self) -> int:
-        """How many of them."""
+        """The number of pixels."""
         return self.width_px * self.height_px
 
 
 def read_header(data: bytes) -> ImageHeader | None:
-    """The header of a PNG, JPEG or WebP; None for bytes that are none. Raises ValueError where it is broken."""
+    """Read the header of a PNG, JPEG or WebP; None for any other bytes. Raises ValueError if it is broken."""
     if data.startswith(PNG_SIGNATURE):
         name, size = "PNG", _png_size(data)
     elif data.startswith(b"\xff\xd8\xff"):
@@ -57,7 +57,7 @@ def _png_size(data: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """ITU-T T.81, section B.2: segments, one of them the frame's, up to the first scan."""
+    """ITU-T T.81, section B.2: the size is in the frame header, a segment before the first scan."""
     size = None
     for marker, at in _jpeg_segments(data):
         if marker in JPEG_FRAMES:
@@ -68,20 +68,20 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             break
     if size is None:
         raise ValueError("it has no frame header")
-    # In a scan's data 0xFF is always followed by 0, so that this counts scans (and those of a thumbnail).
+    # Within a scan 0xFF is always followed by 0 or a restart marker, so this counts scans (a thumbnail's included).
     if data.count(bytes((0xFF, JPEG_SCAN))) > MAX_SCANS:
         raise ValueError(f"it is in more than {MAX_SCANS} scans")
     return size
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Each marker from the image's start on, with where its length stands."""
+    """Each marker from the image's start on, with the offset of its length."""
     at = 2
     for _ in range(MAX_PIECES):
         lead, marker = data[at : at + 1], data[at + 1 : at + 2]
         if lead != b"\xff" or not marker:
             raise ValueError("its header breaks off")
-        if marker == b"\xff":  # any number of them may stand before a marker
+        if marker == b"\xff":  # any number of fill bytes may come before a marker
             at += 1
             continue
         yield marker[0], at + 2
@@ -90,7 +90,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """RFC 9649: the canvas of an extended file, else the one frame's size."""
+    """RFC 9649: the canvas of an extended file, else the size of its only frame."""
     kind = data[12:16]
     if len(data) < 30:
         raise ValueError("its header breaks off")

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from service.byte_budget import MAX_HELD_BYTES
-from service.errors import Overloaded
+from service.byte_budget import MAX_HELD_BYTES, ByteBudget
+from service.errors import Overloaded, TooManyBytes
 from service.preview import Show
 from service.spec import Images
 
@@ -54,24 +54,25 @@ def frame_count(every: int, steps: int) -> int:
 
 
 class RecordingRoom:
-    """Counts the memory of all recordings that are being made. In the event loop's thread."""
+    """Bounds the memory of all recordings that are being made. In the event loop's thread."""
 
     def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
-        self._max_bytes, self._held = max_bytes, 0
+        self._budget = ByteBudget(max_bytes)
 
     @contextmanager
     def taken(self, size_bytes: int) -> Iterator[None]:
-        """Hold so much. Raises Overloaded."""
-        if self._held + size_bytes > self._max_bytes:
-            raise Overloaded(
-                f"{self._held + size_bytes} bytes of frames would be held at once; the limit is {self._max_bytes}",
-                retry_after_s=1,
-                field="every",
-                value=size_bytes,
-                bound=f"frames of at most {self._max_bytes - self._held} bytes at this load",
-            )
-        self._held += size_bytes
-        try:
+        """Hold room for a recording of this size. Raises Overloaded."""
+        free_bytes = self._budget.limit_bytes - self._budget.held_bytes
+        with self._budget.hold() as room:
+            try:
+                room.add(size_bytes)
+            except TooManyBytes:
+                raise Overloaded(
+                    f"{self._budget.held_bytes} bytes of frames would be held at once; "
+                    f"the limit is {self._budget.limit_bytes}",
+                    retry_after_s=1,
+                    field="every",
+                    value=size_bytes,
+                    bound=f"frames of at most {free_bytes} bytes at this load",
+                ) from None
             yield
-        finally:
-            self._held -= size_bytes

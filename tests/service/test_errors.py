@@ -41,7 +41,7 @@ def test_null_is_a_value_too() -> None:
         ({"a": "b" * 500}, '{"a": "' + "b" * 193 + "…"),
     ],
 )
-def test_a_value_is_shown_as_it_came_or_cut(value: object, shown: object) -> None:
+def test_a_value_is_shown_unchanged_or_shortened(value: object, shown: object) -> None:
     assert InvalidField("no", field="x", value=value).problem()["value"] == shown
 
 
@@ -51,12 +51,12 @@ def test_a_problem_is_valid_json_in_utf8_whatever_the_value(value: object) -> No
     json.dumps(problem, ensure_ascii=False, allow_nan=False).encode()
 
 
-def test_refusals_that_pass_say_when_to_come_again() -> None:
+def test_temporary_refusals_say_when_to_retry() -> None:
     overloaded = Overloaded("busy", retry_after_s=7, field="jobs", value=3, bound="at most 2")
     assert [int(error.headers["Retry-After"]) for error in (overloaded, NotReady(), Draining())] == [7, 1, 5]
 
 
-def test_headers_of_one_error_are_not_those_of_the_next() -> None:
+def test_errors_do_not_share_headers() -> None:
     one = NotReady()
     one.headers["X"] = "1"
     assert "X" not in NotReady().headers

@@ -83,12 +83,12 @@ def test_an_image_comes_back_with_noise_and_the_headers_of_the_contract(site: Si
 @pytest.mark.parametrize(
     "kind", ["image/png", "image/jpeg", "image/anything", "IMAGE/PNG; charset=x", "application/octet-stream", None]
 )
-def test_the_raw_body_is_known_by_its_content_whatever_image_it_is_called(site: Site, kind: str | None) -> None:
+def test_a_raw_body_is_recognised_by_its_content_whatever_image_type_it_declares(site: Site, kind: str | None) -> None:
     headers = {} if kind is None else {"Content-Type": kind}
     assert post(site, headers=headers, t=5, seed=7).content == post(site, t=5, seed=7).content
 
 
-def test_a_form_is_answered_as_the_raw_body_is_with_its_fields_or_the_querys(site: Site) -> None:
+def test_a_form_gets_the_same_answer_as_a_raw_body_with_fields_in_form_or_query(site: Site) -> None:
     wanted = post(site, t=5, seed=7)
     answers = [
         post_form(site, {"image": ("cat.png", CAT)}, t=5, seed=7),
@@ -150,7 +150,7 @@ def test_the_real_engine_gives_equation_4(real: TestClient, tiny: Checkpoint, t:
     assert np.abs(pixels(response.content) - exact).max() <= 0.5 + 1e-3, "rounded to nearest"
 
 
-# --- the answer's name ---
+# --- the answer's ETag ---
 
 
 def test_a_client_that_has_it_gets_304_and_no_work_is_done(site: Site) -> None:
@@ -161,7 +161,7 @@ def test_a_client_that_has_it_gets_304_and_no_work_is_done(site: Site) -> None:
     assert site.metrics()['tminus_answered_without_work_total{"how": "not_modified"}'] == 1
 
 
-def test_the_name_is_that_of_the_pixels_and_what_is_asked_of_them(site: Site) -> None:
+def test_the_etag_depends_on_the_pixels_and_the_parameters(site: Site) -> None:
     same = [post(site, t=5, seed=7), post(site, encode(PICTURE, compress_level=0), t=5, seed=7)]
     other = [post(site, t=6, seed=7), post(site, t=5, seed=8), post(site, encode(noise(4, 6, seed=9)), t=5, seed=7)]
     assert len({answer.headers["etag"] for answer in same}) == 1
@@ -227,7 +227,7 @@ def test_a_parameter_of_two_values_is_a_problem(site: Site) -> None:
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\x86\xa0\0\1\x86\xa0\x08\2\0\0\0\0\0\0\0", "100000x100000"),
     ],
 )
-def test_what_is_no_image_is_a_problem_in_body_and_form(site: Site, content: bytes, says: str) -> None:
+def test_bytes_that_are_no_image_are_a_problem_in_body_and_form(site: Site, content: bytes, says: str) -> None:
     for answer in (post(site, content, t=5), post_form(site, {"image": ("cat.png", content, "image/png")}, t=5)):
         document = problem(answer, 422, "invalid_image")
         assert document["field"] == "image"
@@ -235,7 +235,7 @@ def test_what_is_no_image_is_a_problem_in_body_and_form(site: Site, content: byt
     assert post(site, t=5).status_code == 200, "and nothing else is disturbed"
 
 
-def test_a_form_without_an_image_and_one_with_a_name_for_one_are_told_what_to_do(site: Site) -> None:
+def test_a_form_without_an_image_or_with_text_in_its_place_gets_a_bound_that_helps(site: Site) -> None:
     assert "a file in the form" in problem(post_form(site, {"t": (None, "5")}), 422, "invalid_image")["bound"]
     document = problem(post_form(site, {"image": (None, "cat.png"), "t": (None, "5")}), 422, "invalid_image")
     assert document["bound"] == "a file: curl -F image=@file"
@@ -246,7 +246,7 @@ def test_two_images_are_a_problem(site: Site) -> None:
     assert document["field"] == "image"
 
 
-def test_a_file_of_another_name_is_a_problem(site: Site) -> None:
+def test_a_file_of_an_unknown_name_is_a_problem(site: Site) -> None:
     document = problem(post_form(site, {"image": CAT, "mask": CAT}, t=5), 422, "unknown_field")
     assert (document["field"], document["bound"]) == ("mask", "image")
 
@@ -282,11 +282,18 @@ def test_a_broken_form_is_a_problem(site: Site, kind: str, content: bytes) -> No
     problem(response, 400, "malformed_form")
 
 
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "utf-16", "no-such"])
+def test_a_charset_that_the_form_names_is_ignored(site: Site, charset: str) -> None:
+    content = b'--x\r\nContent-Disposition: form-data; name="t"\r\n\r\n\xff5\r\n--x--\r\n'
+    headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+    problem(post(site, content, headers=headers), 422, "invalid_image")  # there is no file; the field is taken as UTF-8
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.binary(max_size=200), lead=st.sampled_from([b"", b"--x\r\n", b"--x\r\nContent-Disposition: form-data"])
 )
-def test_no_form_is_more_than_a_problem(site: Site, content: bytes, lead: bytes) -> None:
+def test_any_bytes_as_a_form_are_at_most_a_problem(site: Site, content: bytes, lead: bytes) -> None:
     response = post(site, lead + content, headers={"Content-Type": "multipart/form-data; boundary=x"}, t=5)
     assert response.status_code in (400, 422), response.text
 
@@ -303,12 +310,12 @@ def test_an_accept_without_png_is_a_problem(site: Site) -> None:
     assert document["bound"] == "one of image/png"
 
 
-def test_get_is_no_way_to_ask(site: Site) -> None:
+def test_get_is_not_allowed(site: Site) -> None:
     assert problem(site.client.get("/noise?t=5"), 405, "method_not_allowed")
     assert site.client.get("/noise").headers["allow"] == "POST"
 
 
-# --- how much is taken ---
+# --- sizes ---
 
 
 def test_an_image_may_be_larger_than_other_bodies_and_has_a_bound_of_its_own(make_site: MakeSite) -> None:
@@ -316,7 +323,7 @@ def test_an_image_may_be_larger_than_other_bodies_and_has_a_bound_of_its_own(mak
     picture = noise(100, 150)
     data = encode(picture, compress_level=0)
     assert LIMITS.max_body_bytes < len(data) < 20_000
-    padded = data.ljust(20_000, b"\0")  # what stands behind an image is not looked at
+    padded = data.ljust(20_000, b"\0")  # bytes after the image are ignored
     for content in (data, padded):
         assert post(site, content, t=5).status_code == 200
         assert post_form(site, {"image": content}, t=5).status_code == 200
@@ -328,7 +335,7 @@ def test_an_image_may_be_larger_than_other_bodies_and_has_a_bound_of_its_own(mak
     problem(site.post(content=padded), 413, "body_too_large")
 
 
-def test_an_image_without_end_is_not_read_to_it(site: Site) -> None:
+def test_an_endless_image_is_not_read_on(site: Site) -> None:
     sent: list[int] = []
 
     def receive() -> Iterator[dict[str, Any]]:
@@ -341,7 +348,7 @@ def test_an_image_without_end_is_not_read_to_it(site: Site) -> None:
     assert len(sent) == 9
 
 
-def test_a_client_that_goes_away_while_it_sends_leaves_nothing_behind(site: Site) -> None:
+def test_a_client_that_disconnects_while_sending_leaves_nothing_behind(site: Site) -> None:
     form = [(b"content-type", b"multipart/form-data; boundary=x")]
     for headers in ([(b"content-type", b"image/png")], form):
         received = iter([{"type": "http.request", "body": HALF_A_FORM, "more_body": True}])
@@ -350,8 +357,8 @@ def test_a_client_that_goes_away_while_it_sends_leaves_nothing_behind(site: Site
     assert post(site, t=5).status_code == 200
 
 
-def test_bodies_held_at_once_are_bounded_all_together(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)  # so that the bound is that of one image
+def test_the_bodies_held_at_once_are_bounded_in_total(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)  # so that the bound is one image
     monkeypatch.setattr(Limits, "max_edit_bytes", 100_000)
     site = make_site(max_image_bytes=100_000)
     tag = post(site, t=5, seed=1).headers["etag"]
@@ -362,24 +369,24 @@ def test_bodies_held_at_once_are_bounded_all_together(make_site: MakeSite, monke
     large = CAT.ljust(100_000, b"\0")
     with ThreadPoolExecutor(2) as pool:
         job = pool.submit(site.post, json={"steps": 1, "seed": 1})
-        site.engine.next_begun()  # the worker is at a tick, so what comes now waits for it
+        site.engine.next_begun()  # the worker is in a tick, so new work waits for it
         first = pool.submit(post, site, large, t=5, seed=1)
         wait_until(lambda: len(asked) == 1)
         refusal = post(site, large, t=5)
         assert "at most" in problem(refusal, 429, "too_many_bytes")["bound"]
         assert refusal.headers["retry-after"] == "1"
         known = post(site, t=5, seed=1, headers=RAW | {"If-None-Match": tag})
-        assert known.status_code == 304, "a small body is taken all the same"
+        assert known.status_code == 304, "a small body is always accepted"
         site.engine.gate.open()
         assert first.result().status_code == 200
         assert job.result().status_code == 200
-    assert post(site, large, t=5).status_code == 200, "what was held is released"
+    assert post(site, large, t=5).status_code == 200, "the bytes were released"
 
 
 # --- beside the jobs ---
 
 
-def test_it_goes_between_ticks_and_one_at_a_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_noised_between_ticks_and_one_at_a_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, asked = site.worker, []
 
     def run(act: Any, really: Any = worker.run) -> Any:
@@ -404,7 +411,7 @@ def test_it_goes_between_ticks_and_one_at_a_time(site: Site, monkeypatch: pytest
     assert threads == {"tminus-worker"}
 
 
-def test_an_engine_that_fails_is_a_500_and_no_more(site: Site) -> None:
+def test_an_engine_that_fails_is_a_500_and_the_next_request_succeeds(site: Site) -> None:
     def fail() -> None:
         raise RuntimeError("a secret")
 

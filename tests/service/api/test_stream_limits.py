@@ -15,7 +15,7 @@ def refused(streams: Streams, host: str) -> bool:
         return True
 
 
-def test_an_address_has_so_many_and_the_server_has_so_many() -> None:
+def test_streams_are_limited_by_address_and_in_total() -> None:
     streams = Streams(3, 2)
     with streams.opened("10.0.0.1"), streams.opened("10.0.0.1"):
         assert refused(streams, "10.0.0.1")
@@ -25,7 +25,7 @@ def test_an_address_has_so_many_and_the_server_has_so_many() -> None:
     assert not refused(streams, "10.0.0.1")
 
 
-def test_one_that_ends_by_an_error_is_not_counted_any_more() -> None:
+def test_a_stream_that_ends_with_an_error_is_no_longer_counted() -> None:
     streams = Streams(1, 1)
     for _ in range(3):
         with pytest.raises(RuntimeError), streams.opened("a"):
@@ -42,13 +42,13 @@ def test_one_that_ends_by_an_error_is_not_counted_any_more() -> None:
         ("testclient", "testclient", True),
     ],
 )
-def test_of_ipv6_a_whole_64_is_one_address(one: str, other: str, same: bool) -> None:
+def test_an_ipv6_64_network_counts_as_one_address(one: str, other: str, same: bool) -> None:
     streams = Streams(10, 1)
     with streams.opened(one):
         assert refused(streams, other) == same
 
 
-def test_quiet_waits_for_those_that_have_a_job_but_not_for_ever() -> None:
+def test_quiet_waits_for_streams_that_have_a_job_but_not_for_ever() -> None:
     async def test() -> None:
         streams = Streams(1, 1)
         await streams.quiet(60)

@@ -1,20 +1,28 @@
 """What comes in over WebSockets is bounded over all of them, on a real uvicorn with an app that only listens."""
 
+import asyncio
+import inspect
 import queue
+import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from service.api.websocket_protocol import stream_protocol
+from service.api.websocket_protocol import StreamProtocol, stream_protocol
+from service.byte_budget import ByteBudget
 from tests.service.fakes import PATIENCE_S, wait_until
 
 Protocol = Any
+CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/api/websocket_protocol.py extends: "
+EXTENDED = {name for name, member in vars(StreamProtocol).items() if inspect.isfunction(member)}
 
 
 async def echo_sizes(scope: Any, receive: Any, send: Any) -> None:
@@ -27,10 +35,9 @@ async def echo_sizes(scope: Any, receive: Any, send: Any) -> None:
             await send({"type": "websocket.send", "text": str(len(message["text"]))})
 
 
-@pytest.fixture
-def served() -> Iterator[tuple[str, Protocol]]:
-    """An address, and the protocol class there, which holds at most 200,000 bytes."""
-    protocol = stream_protocol(200_000)
+@contextmanager
+def served_by(protocol: Protocol, **options: Any) -> Iterator[tuple[str, int]]:
+    """The address of a server whose connections are of this class."""
     config = uvicorn.Config(
         echo_sizes,
         port=0,
@@ -39,20 +46,31 @@ def served() -> Iterator[tuple[str, Protocol]]:
         log_config=None,
         ws_max_size=10**6,
         ws_per_message_deflate=False,
+        **options,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
-    yield f"ws://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", protocol
-    server.should_exit = True
-    thread.join(PATIENCE_S)
-    assert protocol.held.bytes == 0
+    try:
+        yield server.servers[0].sockets[0].getsockname()
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[str, Protocol]]:
+    """An address, and the protocol class there, which holds at most 200,000 bytes."""
+    protocol = stream_protocol(200_000)
+    with served_by(protocol) as (host, port):
+        yield f"ws://{host}:{port}", protocol
+    assert protocol.budget.held_bytes == 0
 
 
 @contextmanager
 def half_sent(url: str, size: int) -> Iterator[ClientConnection]:
-    """Somebody who has sent so much of a message that does not end."""
+    """A client that has sent this much of a message that does not end."""
     pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     with connect(url) as ws:
         sending = threading.Thread(target=lambda: ws.send(iter(pieces.get, None)))
@@ -70,10 +88,10 @@ def send_and_wait(ws: ClientConnection, text: str) -> object:
     return ws.recv(PATIENCE_S)
 
 
-def test_what_many_send_at_once_is_bounded_and_who_sends_little_is_heard(served: tuple[str, Protocol]) -> None:
+def test_what_all_send_at_once_is_bounded_and_small_messages_are_always_accepted(served: tuple[str, Protocol]) -> None:
     url, protocol = served
     with half_sent(url, 150_000):
-        wait_until(lambda: protocol.held.bytes > 150_000)
+        wait_until(lambda: protocol.budget.held_bytes > 150_000)
         with connect(url) as other:
             with pytest.raises(ConnectionClosed):
                 send_and_wait(other, "x" * 100_000)
@@ -81,8 +99,52 @@ def test_what_many_send_at_once_is_bounded_and_who_sends_little_is_heard(served:
         with connect(url) as small:
             small.send("x" * 10_000)
             assert small.recv(PATIENCE_S) == "10000"
-    wait_until(lambda: protocol.held.bytes < 1000)
+    wait_until(lambda: protocol.budget.held_bytes < 1000)
     with connect(url) as again:
         for _ in range(3):
             again.send("x" * 150_000)
             assert again.recv(PATIENCE_S) == "150000", "a message that was taken does not count"
+
+
+# --- what is extended is not documented by uvicorn ---
+
+
+@pytest.mark.parametrize("name", sorted(EXTENDED))
+def test_uvicorn_has_each_method_that_is_extended(name: str) -> None:
+    theirs = getattr(WebSocketsSansIOProtocol, name, None)
+    assert theirs is not None, f"{CHANGED}there is no {name}"
+    parameters = [*inspect.signature(theirs).parameters]
+    assert parameters == [*inspect.signature(getattr(StreamProtocol, name)).parameters], f"{CHANGED}{name}"
+
+
+def test_uvicorn_has_the_attributes_that_are_used() -> None:
+    loop = asyncio.new_event_loop()
+    protocol = stream_protocol()(uvicorn.Config(echo_sizes), ServerState(), {}, _loop=loop)
+    loop.close()
+    for name in ("conn", "loop", "queue", "transport"):
+        assert hasattr(protocol, name), f"{CHANGED}there is no {name}"
+    assert isinstance(protocol.queue, asyncio.Queue), f"{CHANGED}queue"
+    for name in ("fail", "data_to_send"):
+        assert callable(getattr(protocol.conn, name, None)), f"{CHANGED}there is no conn.{name}"
+
+
+def test_uvicorn_calls_each_method_that_is_extended() -> None:
+    called: set[str] = set()
+
+    class Spy(StreamProtocol):
+        budget = ByteBudget()
+
+        def __getattribute__(self, name: str) -> Any:
+            called.add(name)
+            return super().__getattribute__(name)
+
+    head = "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    with (
+        served_by(Spy, ws_ping_interval=0.05, ws_ping_timeout=0.05) as address,
+        socket.create_connection(address, PATIENCE_S) as client,
+        suppress(ConnectionResetError),
+    ):
+        client.sendall(f"{head}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
+        while client.recv(1000):  # and no ping is answered
+            pass
+    assert not EXTENDED - called, f"{CHANGED}{EXTENDED - called} is never called"

@@ -57,7 +57,7 @@ def test_an_img_gets_it_by_get(site: Site) -> None:
     assert len(frames_of(animated.content)[0]) == 2
 
 
-def test_it_has_a_name_and_is_kept(make_site: MakeSite) -> None:
+def test_a_seeded_animation_has_an_etag_and_is_cached(make_site: MakeSite) -> None:
     site = make_site(result_cache_bytes=2**20)
     first = site.post(json=SPEC | {"every": 3}, headers=WEBP)
     again = site.post(json=SPEC | {"every": 3}, headers=WEBP)
@@ -75,13 +75,15 @@ def test_it_has_a_name_and_is_kept(make_site: MakeSite) -> None:
     [({"every": 0}, "every"), ({"every": "x"}, "every"), ({"every": True}, "every"), ({"show": "x_t"}, "show"),
      ({"every": 1, "show": "x"}, "show"), ({"every": 1, "show": ["x_t", "x_0"]}, "show")],
 )  # fmt: skip
-def test_what_makes_no_animation_is_refused_with_its_field(site: Site, given: dict[str, Any], field: str) -> None:
+def test_parameters_that_fit_no_animation_are_refused_with_their_field(
+    site: Site, given: dict[str, Any], field: str
+) -> None:
     document = problem(site.post(json=SPEC | given, headers=WEBP if "every" in given else {}), 422, "invalid_field")
     assert document["field"] == field
     assert document["bound"]
 
 
-def test_either_alone_is_not_acceptable(site: Site) -> None:
+def test_the_media_type_without_every_or_every_without_the_media_type_is_not_acceptable(site: Site) -> None:
     document = problem(site.post(json=SPEC, headers=WEBP), 406, "not_acceptable")
     assert "image/webp together with the parameter `every`" in document["bound"]
     problem(site.post(json=SPEC | {"every": 2}, headers={"Accept": "image/png"}), 406, "not_acceptable")
@@ -103,7 +105,7 @@ def test_a_frame_that_cannot_be_read_fails_its_own_job_only(site: Site) -> None:
     assert site.post(json=SPEC | {"every": 2}, headers=WEBP).status_code == 200
 
 
-def test_more_frames_than_are_held_are_refused_with_how_many_would_do(make_site: MakeSite) -> None:
+def test_too_many_frames_are_refused_with_an_every_that_would_fit(make_site: MakeSite) -> None:
     site = make_site(info=replace(INFO, height_px=256, width_px=256))
     most = MAX_ANIMATION_BYTES // (4 * 256 * 256)
     document = problem(site.post(json={"n": 4, "steps": 1000, "every": 1}, headers=WEBP), 422, "invalid_field")

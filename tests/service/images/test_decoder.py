@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from service.errors import InvalidImage
-from service.images import decoder as uploads
+from service.byte_budget import MAX_HELD_BYTES
+from service.errors import InvalidImage, TooManyBytes
+from service.images import decoder as decoder_module
 from service.images.decoder import MAX_PIXELS, Decoder, decode_image
 from service.spec import Images
 from tests.service.fakes import INFO
@@ -54,7 +55,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: t
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-# --- what is taken ---
+# --- what is accepted ---
 
 
 @given(seed=st.integers(0, 2**32), level=st.integers(0, 9), kind=st.sampled_from(["PNG", "WEBP"]))
@@ -125,7 +126,7 @@ def test_sixteen_bit_colour_is_scaled() -> None:
     assert np.abs(out - values / 257).max() <= 1, "Pillow takes the upper byte"
 
 
-def test_what_is_transparent_in_sixteen_bits_is_black() -> None:
+def test_transparent_pixels_of_sixteen_bits_become_black() -> None:
     rows = b"".join(b"\0" + np.full(12, 1000 * row, ">u2").tobytes() for row in range(8))
     out = decode_image(png(12, 8, 16, 0, rows, (b"tRNS", struct.pack(">H", 5000))), GREY)
     assert [row.tolist() for row in np.unique(out[:, :, 0], axis=1)[:, 0:1]] == [
@@ -134,7 +135,7 @@ def test_what_is_transparent_in_sixteen_bits_is_black() -> None:
 
 
 @given(seed=st.integers(0, 2**32))
-def test_what_is_transparent_is_over_black(seed: int) -> None:
+def test_transparent_pixels_are_laid_over_black(seed: int) -> None:
     rgba = noise(8, 12, 4, seed=seed)
     out = decode_image(encode(Image.fromarray(rgba)), COLOUR)
     exact = rgba[:, :, :3].astype(float) * rgba[:, :, 3:] / 255
@@ -194,7 +195,7 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
     np.testing.assert_array_equal(decode_image(data, COLOUR), expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # Pillow warns of them too
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about them too
 @pytest.mark.parametrize("exif", [b"Exif\0\0" + bytes(30), b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*"])
 def test_broken_exif_data_do_no_harm(exif: bytes) -> None:
     image = Image.fromarray(noise(8, 12, 3))
@@ -204,7 +205,7 @@ def test_broken_exif_data_do_no_harm(exif: bytes) -> None:
         )
 
 
-def test_of_a_phones_jpeg_with_others_behind_it_the_first_is_taken() -> None:
+def test_the_first_image_of_a_phones_jpeg_with_several_is_used() -> None:
     one, two = (Image.fromarray(noise(8, 12, 3, seed=seed)) for seed in (1, 2))
     data = encode(one, "MPO", save_all=True, append_images=[two], quality=95)
     with Image.open(io.BytesIO(data)) as opened:
@@ -228,7 +229,7 @@ def test_of_a_phones_jpeg_with_others_behind_it_the_first_is_taken() -> None:
         (encode(Image.new("RGB", (5, 5)), "PDF"), "%PDF"),
     ],
 )
-def test_what_is_none_of_the_formats_is_refused_by_its_content(data: bytes, says: str) -> None:
+def test_other_formats_are_recognised_by_their_content_and_refused(data: bytes, says: str) -> None:
     error = refused(data)
     assert says in error.detail
     assert error.bound == "a PNG, JPEG or WebP image"
@@ -251,7 +252,7 @@ def test_a_truncated_image_is_refused(kind: str, share: float) -> None:
 @settings(max_examples=300)
 @given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "WEBP"]))
 @pytest.mark.filterwarnings("ignore")
-def test_no_damage_does_more_than_be_refused(data: st.DataObject, kind: str) -> None:
+def test_a_damaged_image_is_decoded_or_refused_and_nothing_else(data: st.DataObject, kind: str) -> None:
     whole = bytearray(encode(Image.fromarray(noise(16, 16, 3)), kind))
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -270,7 +271,7 @@ def test_a_png_that_only_claims_to_be_large_is_refused_by_its_header(size: tuple
 
 
 def test_a_real_bomb_of_each_format_is_refused_before_it_is_decoded() -> None:
-    """A WebP's canvas is made room for when Pillow opens it: so it must not come that far."""
+    """Pillow allocates a WebP's canvas when it opens the file, so it must not get that far."""
     bombs = [
         encode(Image.new("1", (12_000, 12_000)), "PNG"),
         encode(Image.new("L", (5000, 5000)), "JPEG"),
@@ -307,7 +308,7 @@ def test_texts_that_unpack_to_gigabytes_are_refused() -> None:
     assert "broken" in refused(png(1, 1, 8, 2, rows, (b"iCCP", b"key\0\0" + zlib.compress(bytes(2**28), 9)))).detail
 
 
-def test_a_long_text_and_a_large_profile_are_passed_over() -> None:
+def test_a_long_text_and_a_large_profile_are_ignored() -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 500_000, zip=True)
     picture = noise(8, 12, 3)
@@ -315,7 +316,7 @@ def test_a_long_text_and_a_large_profile_are_passed_over() -> None:
     np.testing.assert_array_equal(decode_image(data, COLOUR), picture)
 
 
-def test_a_jpeg_of_scans_without_end_is_refused() -> None:
+def test_a_jpeg_of_too_many_scans_is_refused() -> None:
     data = encode(Image.new("RGB", (4096, 4096)), "JPEG", progressive=True)
     at = data.rindex(b"\xff\xda")
     scan = data[at:-2]
@@ -338,7 +339,7 @@ def test_one_image_is_decoded_at_a_time_and_off_the_event_loop(monkeypatch: pyte
         running -= 1
         return decode_image(data, model, field)
 
-    monkeypatch.setattr(uploads, "decode_image", slow)
+    monkeypatch.setattr(decoder_module, "decode_image", slow)
     decoder, picture = Decoder(COLOUR), noise(8, 12, 3)
 
     async def all_at_once() -> list[Images]:
@@ -349,3 +350,29 @@ def test_one_image_is_decoded_at_a_time_and_off_the_event_loop(monkeypatch: pyte
     decoder.close()
     assert most == 1
     assert threads == {"tminus-decode_0"}
+
+
+class Claims(bytes):
+    """Bytes whose length is all that may be held at once."""
+
+    def __len__(self) -> int:
+        return MAX_HELD_BYTES
+
+
+def test_the_bytes_that_wait_for_the_thread_are_bounded() -> None:
+    decoder, picture = Decoder(COLOUR), noise(8, 12, 3)
+    png_bytes = encode(Image.fromarray(picture))
+
+    async def one_too_many() -> None:
+        waiting = asyncio.ensure_future(decoder.decode(Claims(png_bytes)))
+        await asyncio.sleep(0)
+        for more in (decoder.decode(b"x"), decoder.inputs(b"x", None), decoder.inputs(b"", b"x")):
+            with pytest.raises(TooManyBytes):
+                await more
+        assert await decoder.inputs(None, b"x") is None, "no image: nothing waits"
+        with pytest.raises(InvalidImage):
+            await waiting
+        np.testing.assert_array_equal(await decoder.decode(png_bytes), picture)
+
+    asyncio.run(one_too_many())
+    decoder.close()

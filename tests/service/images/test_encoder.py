@@ -97,7 +97,7 @@ def test_text_in_any_language_survives_the_png() -> None:
 
 
 @pytest.mark.parametrize("n", range(1, 65))
-def test_image_k_of_a_sheet_stands_at_row_k_div_columns_and_column_k_mod_columns(n: int) -> None:
+def test_image_k_of_a_sheet_is_at_row_k_div_columns_and_column_k_mod_columns(n: int) -> None:
     images = noise(n, 3, 5, 3)
     sheet, columns = contact_sheet(images), sheet_columns(n)
     rows = math.ceil(n / columns)
@@ -257,7 +257,7 @@ def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
     assert readers == {"tminus-encode"}
 
 
-def test_an_image_that_is_not_finite_is_no_image() -> None:
+def test_an_image_that_is_not_finite_raises_and_is_not_encoded() -> None:
     seen: list[str] = []
 
     def read() -> Images:
@@ -275,7 +275,7 @@ def test_an_image_that_is_not_finite_is_no_image() -> None:
     assert not seen
 
 
-# --- the name of an answer ---
+# --- ETags ---
 
 
 def test_an_etag_is_a_strong_validator_of_the_recipe_and_the_media_type() -> None:
@@ -309,14 +309,14 @@ def test_another_model_or_build_gives_another_etag(field: str) -> None:
 
 
 def test_other_names_of_the_classes_give_another_etag() -> None:
-    """They stand in the JSON."""
+    """The names are in the JSON."""
     renamed = replace(INFO, class_names=("cat", "dog", "2d-print"))
     spec, images = make_spec(class_labels=(2,)), noise(1)
     assert encode(JSON, spec, images) != encode(JSON, spec, images, renamed)
     assert etag(JSON, spec, INFO) != etag(JSON, spec, renamed)
 
 
-def test_a_plain_spec_has_the_name_and_the_recipe_that_it_always_had() -> None:
+def test_the_etag_and_recipe_of_a_plain_spec_have_not_changed() -> None:
     """An upgrade must not change the bytes of an image, nor the ETag that clients know it by."""
     spec = make_spec(n=2, guidance=2.0, seed=7)
     assert etag(PNG, spec, INFO) == '"75685beeb28dae895beb799a030e48e1"'

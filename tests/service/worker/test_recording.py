@@ -3,7 +3,8 @@ import random
 import numpy as np
 import pytest
 
-from service.worker.recording import Recording, frame_count
+from service.errors import Overloaded
+from service.worker.recording import Recording, RecordingRoom, frame_count
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 5), (2, 5), (5, 5), (7, 5), (3, 10)])
@@ -23,3 +24,19 @@ def test_frames_are_of_one_step_each_however_the_rows_came_to_it(every: int, ste
     assert len(frames) == frame_count(every, steps) - 1, "the last is the result"
     for number, frame in enumerate(frames, 1):
         np.testing.assert_array_equal(frame[:, 0, 0, 0], [10 * row + number * every for row in range(n)])
+
+
+def test_recordings_over_the_room_are_refused_with_what_is_free_and_leave_no_trace() -> None:
+    room = RecordingRoom(100)
+    with room.taken(60):
+        with pytest.raises(Overloaded) as caught, room.taken(41):
+            pytest.fail("there is no room")
+        with room.taken(40):
+            pass
+    with room.taken(100):
+        pass
+    error = caught.value
+    assert error.detail == "101 bytes of frames would be held at once; the limit is 100"
+    assert (error.status, error.code, error.field, error.value) == (429, "overloaded", "every", 41)
+    assert error.bound == "frames of at most 40 bytes at this load"
+    assert error.headers["Retry-After"] == "1"

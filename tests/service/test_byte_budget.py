@@ -1,0 +1,96 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.byte_budget import MAX_HELD_BYTES, ByteBudget
+from service.errors import TooManyBytes
+
+
+def test_the_limit_itself_is_accepted_and_one_byte_more_is_not() -> None:
+    budget = ByteBudget(10)
+    with budget.hold() as one:
+        one.add(10)
+        with budget.hold() as other:
+            other.add(0)
+            with pytest.raises(TooManyBytes) as caught:
+                other.add(1)
+    error = caught.value
+    assert (error.status, error.code, error.field, error.value) == (429, "too_many_bytes", "body", 11)
+    assert error.bound == "at most 10 bytes"
+    assert error.headers["Retry-After"] == "1"
+
+
+def test_what_was_refused_is_counted_until_its_release() -> None:
+    budget = ByteBudget(10)
+    hold = budget.hold()
+    with pytest.raises(TooManyBytes):
+        hold.add(11)
+    assert budget.held_bytes == 11
+    hold.release()
+    assert budget.held_bytes == 0
+
+
+def test_a_hold_is_released_once_however_its_block_ends() -> None:
+    budget = ByteBudget(10)
+    kept = budget.hold()
+    kept.add(1)
+    with budget.hold() as hold:
+        hold.add(9)
+        hold.release()
+    assert budget.held_bytes == 1
+
+    def fail() -> None:
+        with budget.hold() as hold:
+            hold.add(9)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert budget.held_bytes == 1
+
+
+def test_a_released_hold_may_be_used_again() -> None:
+    budget = ByteBudget(10)
+    hold = budget.hold()
+    for _ in range(3):
+        hold.add(10)
+        hold.release()
+    assert budget.held_bytes == 0
+
+
+def test_a_small_hold_is_accepted_when_the_budget_is_full_until_it_grows_over_its_exemption() -> None:
+    budget = ByteBudget(10)
+    budget.hold().add(10)
+    small = budget.hold(exempt_bytes=4)
+    small.add(3)
+    small.add(1)
+    with pytest.raises(TooManyBytes):
+        small.add(1)
+
+
+def test_the_default_limit_is_256_mib() -> None:
+    assert ByteBudget().limit_bytes == MAX_HELD_BYTES == 2**28
+
+
+@given(
+    limit=st.integers(0, 50),
+    exempt=st.integers(0, 10),
+    acts=st.lists(st.tuples(st.integers(0, 3), st.one_of(st.none(), st.integers(0, 20))), max_size=40),
+)
+def test_the_budget_is_the_sum_of_its_holds(limit: int, exempt: int, acts: list[tuple[int, int | None]]) -> None:
+    budget = ByteBudget(limit)
+    holds = [budget.hold(exempt) for _ in range(4)]
+    sizes = [0] * 4
+    for which, size in acts:
+        if size is None:
+            holds[which].release()
+            sizes[which] = 0
+        else:
+            sizes[which] += size
+            refused = sizes[which] > exempt and sum(sizes) > limit
+            try:
+                holds[which].add(size)
+                assert not refused
+            except TooManyBytes:
+                assert refused
+        assert budget.held_bytes == sum(sizes)

@@ -1,0 +1,87 @@
+"""docs/metrics.md has every metric of tminus that /metrics exposes, with its type and labels, and no other."""
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.metrics import Metrics
+from tests.service.conftest import Site
+from tests.service.fakes import INFO
+
+PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text("utf-8")
+ROW = re.compile(r"^\| `(tminus_\w+)` \| (\w+) \|([^|]*)\|([^|]*)\|([^|]+)\|$", re.MULTILINE)
+DOCUMENTED = {
+    name: (kind, frozenset(re.findall(r"`(\w+)`", labels)), unit.strip(), text.strip())
+    for name, kind, labels, unit, text in ROW.findall(PAGE)
+}
+
+
+def exposed(text: str) -> dict[str, Metric]:
+    """The families of tminus by the name that a query has; without the times at which counters started."""
+    families = [family for family in text_string_to_metric_families(text) if family.name.startswith("tminus_")]
+    return {
+        family.name + "_total" * (family.type == "counter"): family
+        for family in families
+        if not family.name.endswith("_created")
+    }
+
+
+@pytest.fixture(scope="module")
+def moved() -> dict[str, Metric]:
+    """Each metric after something has happened to it, so that its labels can be seen."""
+    metrics = Metrics(INFO)
+    metrics.watch(
+        tasks=lambda: 1,
+        rows_active=lambda: 1,
+        rows_waiting=lambda: 1,
+        backlog_s=lambda: 1.0,
+        device_memory_bytes=lambda: 1,
+    )
+    metrics.ticked(1.0, 1, {"ddpm": 1})
+    metrics.job_started(queue_s=1.0, first_step_s=1.0)
+    metrics.job_done(1)
+    metrics.job_given_up("deadline", 1)
+    metrics.snapshotted(1)
+    metrics.jobs_resumed(1)
+    metrics.durable_job_ended("done")
+    metrics.frame_sent()
+    metrics.frame_dropped()
+    metrics.rejected("overloaded")
+    metrics.answered_without_work("cache_hit")
+    metrics.encoded("png", 1.0)
+    metrics.requested("/sample", 200, 1.0)
+    return exposed(metrics.render().decode())
+
+
+def test_the_page_has_each_metric_and_no_other(site: Site) -> None:
+    rows = re.findall(r"^\| `(\w+)`", PAGE, re.MULTILINE)
+    assert len(rows) == len(DOCUMENTED), "a row cannot be read, or is there twice"
+    assert DOCUMENTED.keys() == exposed(site.client.get("/metrics").text).keys()
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_page_has_its_type_and_labels(name: str, moved: dict[str, Metric]) -> None:
+    kind, labels, unit, text = DOCUMENTED[name]
+    family = moved[name]
+    assert family.type == kind
+    assert family.samples, "nothing has happened to it"
+    assert {label for sample in family.samples for label in sample.labels} - {"le"} == labels
+    assert all(sample.value > 0 for sample in family.samples if not sample.labels.get("le")), "it did not move"
+    assert text
+    for suffix in ("seconds", "bytes"):
+        assert (unit == suffix) == (f"_{suffix}" in name)
+
+
+def test_queries_and_text_name_existing_series(moved: dict[str, Metric]) -> None:
+    series = {sample.name for family in moved.values() for sample in family.samples} | moved.keys()
+    assert set(re.findall(r"\btminus_\w*[a-z]\b", PAGE)) <= series
+
+
+def test_queries_use_existing_labels(moved: dict[str, Metric]) -> None:
+    for name, label in re.findall(r"(tminus_\w+)\{(\w+)=", PAGE):
+        assert any(
+            label in sample.labels for family in moved.values() for sample in family.samples if sample.name == name
+        )

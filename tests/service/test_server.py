@@ -1,0 +1,129 @@
+"""What service/server.py relies on in uvicorn, which does not document the methods that it extends."""
+
+import inspect
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import uvicorn
+
+from service.api.stream_limits import Streams
+from service.server import Server, bind
+from tests.service.fakes import PATIENCE_S, wait_until
+
+CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/server.py extends: "
+EXTENDED = sorted(name for name, member in vars(Server).items() if inspect.isfunction(member) and name[0] != "_")
+
+
+class FakeWorker:
+    """A worker that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.draining, self.closed, self.ended = False, False, threading.Event()
+
+    def drain(self) -> None:
+        self.draining = True
+
+    def join(self) -> None:
+        self.ended.wait(PATIENCE_S)
+
+    def close(self) -> None:
+        self.closed = True
+        self.ended.set()
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    assert scope["type"] == "http"
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body"})
+
+
+class Running:
+    """A server in a thread, so that it gets no signals."""
+
+    def __init__(self, grace_s: float) -> None:
+        self.listener = bind("127.0.0.1", 0)
+        self.listener.listen()
+        self.worker, self.streams = FakeWorker(), Streams(8, 8)
+        config = uvicorn.Config(app, lifespan="off", log_config=None)
+        self.server = Server(config, self.worker, self.streams, grace_s)  # type: ignore[arg-type]
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def answers(self) -> bool:
+        with socket.create_connection(self.listener.getsockname(), PATIENCE_S) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return client.recv(100).startswith(b"HTTP/1.1 204")
+
+    def stop(self) -> None:
+        self.worker.ended.set()
+        self.thread.join(PATIENCE_S)
+        self.server.should_exit = True
+        self.thread.join(PATIENCE_S)
+        self.listener.close()
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    server = Running(grace_s=3600)
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("name", EXTENDED)
+def test_uvicorn_has_each_method_that_is_extended(name: str) -> None:
+    theirs = getattr(uvicorn.Server, name, None)
+    assert theirs is not None, f"{CHANGED}there is no Server.{name}"
+    parameters = [*inspect.signature(theirs).parameters]
+    assert parameters == [*inspect.signature(getattr(Server, name)).parameters], f"{CHANGED}Server.{name}"
+
+
+def test_uvicorn_has_handle_exit_called_on_a_signal() -> None:
+    server = Server(uvicorn.Config(app), FakeWorker(), Streams(1, 1), 3600)  # type: ignore[arg-type]
+    with server.capture_signals():
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            assert signal.getsignal(signum) == server.handle_exit, f"{CHANGED}SIGTERM does not drain the worker"
+
+
+def test_the_first_signal_drains_and_the_server_answers_until_the_worker_has_ended(running: Running) -> None:
+    running.server.handle_exit(signal.SIGTERM, None)
+    assert running.worker.draining
+    assert running.answers()
+    assert not running.worker.closed
+    running.worker.ended.set()
+    running.thread.join(PATIENCE_S)
+    assert not running.thread.is_alive(), f"{CHANGED}Server.startup is not called, so nobody watches the worker"
+
+
+def test_the_second_signal_does_not_wait_for_the_worker(running: Running) -> None:
+    for _ in range(2):
+        running.server.handle_exit(signal.SIGTERM, None)
+    running.thread.join(PATIENCE_S)
+    assert not running.thread.is_alive(), f"{CHANGED}Server.should_exit does not end it"
+    assert not running.worker.ended.is_set()
+
+
+def test_work_is_given_up_after_the_grace_period() -> None:
+    running = Running(grace_s=0.05)
+    running.server.handle_exit(signal.SIGTERM, None)
+    running.thread.join(PATIENCE_S)
+    assert running.worker.closed
+    running.stop()
+
+
+def test_a_server_waits_for_streams_that_have_a_job_and_answers_meanwhile(running: Running) -> None:
+    with ExitStack() as job:
+        job.enter_context(running.streams.busy())
+        running.worker.ended.set()
+        running.thread.join(0.3)  # uvicorn looks at should_exit every 0.1 s
+        assert running.server.should_exit
+        assert running.answers(), f"{CHANGED}Server.shutdown is not called before it stops listening"
+        # The stream's own thread is the event loop's.
+        running.server.servers[0].get_loop().call_soon_threadsafe(job.pop_all().close)
+    running.thread.join(PATIENCE_S)
+    assert not running.thread.is_alive()
