@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
 
-.PHONY: serve test lint format train evaluate bench clean
+.PHONY: serve test lint format client train evaluate bench clean
 
 serve: $(VENV)/.installed
 	@echo "Try: curl -X POST 'localhost:$(PORT)/sample?n=8&steps=50&sampler=ddim' -o out.png"
@@ -22,6 +22,9 @@ lint: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+client:
+	$(PYTHON) scripts/unasync.py
 
 train: $(VENV)/.installed
 	$(BIN)/tminus train --data fashion-mnist --out runs/fashion-mnist-32

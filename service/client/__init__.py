@@ -3,12 +3,16 @@
     with Client("http://localhost:8000") as tminus:
         Path("out.png").write_bytes(tminus.sample(n=4, steps=50, class_label="sneaker").data)
 
-Calls are generators without I/O (calls.py, watching.py, following.py); line.py and async_line.py run them.
-docs/clients.md has the usual tasks.
+All I/O is in _async/, which is written by hand, and in _sync/, which `make client` generates from it; the modules
+beside them are shared by both and do no I/O. docs/clients.md shows the usual tasks.
 """
 
-from service.client.async_client import AsyncClient, AsyncJob, AsyncWatching
-from service.client.client import Client, Job, Watching
+from service.client._async.client import AsyncClient
+from service.client._async.job import AsyncJob
+from service.client._async.watching import AsyncWatching
+from service.client._sync.client import Client
+from service.client._sync.job import Job
+from service.client._sync.watching import Watching
 from service.client.errors import ClientError, Problem, UnexpectedAnswer, Unreachable
 from service.client.messages import Accepted, Cancelled, Done, Ended, Frame, Progress, Waiting
 from service.client.results import JobState, Noised, Sampled

@@ -1,22 +1,22 @@
-"""Every way a call of the client ends other than well."""
+"""The errors that calls of the client raise."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 PROBLEM_JSON = "application/problem+json"
-GONE = (502, 503)  # from a proxy: the server behind it is not there
+GONE = (502, 503)  # from a proxy: the server behind it cannot be reached
 
 
 class ClientError(Exception):
-    """What all errors of the client are."""
+    """The base of all errors of the client."""
 
 
 class Problem(ClientError):
     """The server refused or failed, and said why; docs/errors.md lists the codes.
 
-    `field`, `value` and `bound` say what to change, where one thing has to be. `retry_after_s` is when to come back.
-    `document` has all members, `cause` of `no_images` among them.
+    `field`, `value` and `bound` name what to change, where that is one thing. `retry_after_s` is when to try again.
+    `document` has all members, also those of one code only, as the `cause` of `no_images`.
     """
 
     def __init__(self, document: Mapping[str, Any], retry_after_s: float | None = None) -> None:
@@ -32,7 +32,7 @@ class Problem(ClientError):
 
 
 class Unreachable(ClientError):
-    """There is no connection, or it broke. `reached` is whether the server may have got the request."""
+    """The connection could not be opened, or broke. `reached`: the server may have got the request."""
 
     def __init__(self, detail: str, *, reached: bool) -> None:
         super().__init__(detail)
@@ -40,7 +40,7 @@ class Unreachable(ClientError):
 
 
 class UnexpectedAnswer(ClientError):
-    """What answered is no tminus server, or a proxy in front of one. `status` is 0 where it was not even HTTP."""
+    """The answer is not from a tminus server, perhaps from a proxy in front of one. `status` is that of the answer."""
 
     def __init__(self, status: int, detail: str = "and not from a tminus server") -> None:
         super().__init__(f"{status}, {detail}")
@@ -48,7 +48,7 @@ class UnexpectedAnswer(ClientError):
 
 
 def error_of(status: int, headers: Mapping[str, str], content: bytes) -> ClientError:
-    """The error that an answer other than 2xx stands for."""
+    """The error for an answer that is not 2xx. The names of headers are in lower case."""
     if headers.get("content-type", "").partition(";")[0] == PROBLEM_JSON:
         try:
             document = json.loads(content)
@@ -62,5 +62,5 @@ def error_of(status: int, headers: Mapping[str, str], content: bytes) -> ClientE
 
 
 def retry_after_s(text: str | None) -> float | None:
-    """Seconds of a Retry-After. A date, which no tminus server sends, is None."""
+    """Read the seconds of a Retry-After; None for a date, which no tminus server sends."""
     return float(text) if text is not None and text.isascii() and text.isdecimal() and len(text) < 9 else None

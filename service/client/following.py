@@ -1,48 +1,43 @@
-"""GET /jobs/{id}/events as a call. No I/O."""
+"""What is known of a job's events from one connection to the next. No I/O."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from service.client import messages, sse
-from service.client.calls import path
-from service.client.effects import Answer, Call, Chunk, Give, Listen, Pause, Request
-from service.client.errors import ClientError, Unreachable
-from service.client.patience import Patience, check
+from service.client import messages
+from service.client.patience import Patience
+from service.client.sse import Decoder
 
 QUIET_S = 45.0  # the server sends a comment every 15 s
 NO_CONTENT = 204
 
 
-def follow(job_id: str, preview: Mapping[str, Any], last_id: str, patience_s: float) -> Call[None]:
-    """Give the Events of a durable job to its end, over as many connections as that takes.
+class Following:
+    """Reads GET /jobs/{id}/events over several connections; `ended` once the job has.
 
-    A break is waited out as long as Patience says, counted anew whenever the server says something.
+    The patience starts over whenever the server says something.
     """
-    patience = Patience(patience_s, durable=True, known=True)
-    while True:
-        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_id} if last_id else {})
-        request = Request("GET", f"{path(job_id)}/events", preview, headers=headers, quiet_s=QUIET_S)
-        decoder = sse.Decoder()
-        try:
-            answer: Answer = yield Listen(request)
-            if answer.status == NO_CONTENT:  # the end is known already
+
+    def __init__(self, last_id: str, patience: Patience) -> None:
+        self.ended = False
+        self._last_id, self._patience = last_id, patience
+        self._decoder, self._heard = Decoder(), False
+
+    def begin_connection(self) -> dict[str, str]:
+        """Forget what the last connection left half read; gives the headers of the next request."""
+        self._decoder, self._heard = Decoder(), False
+        return {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
+
+    def read(self, chunk: bytes) -> Iterator[messages.Event]:
+        """Give the events that end in a chunk. Raises UnexpectedAnswer."""
+        received = self._decoder.feed(chunk)
+        if received or self._heard:  # the first chunk is only a greeting, which a server about to stop sends too
+            self._patience.renew()
+        self._heard = True
+        for sent in received:
+            event = messages.event(sent)
+            if event is not None:
+                yield event
+            self.ended = isinstance(event, messages.Ended)
+            if self.ended:
                 return
-            check(answer)
-            heard = False  # more than the greeting
-            while (chunk := (yield Chunk())) is not None:
-                events = decoder.feed(chunk)
-                if events or heard:
-                    patience.renew()
-                heard = True
-                for sent in events:
-                    event = messages.event(sent)
-                    if event is not None:
-                        yield Give(event)
-                    if isinstance(event, messages.Ended):
-                        return
-                    last_id = sent.id or last_id
-                patience.first_s = decoder.retry_s or patience.first_s
-            raise Unreachable(f"the events of job {job_id} ended before it did", reached=True)
-        except ClientError as error:
-            pause_s = patience.pause_s(error)
-        yield Pause(pause_s)
+            self._last_id = sent.id or self._last_id
+        self._patience.first_s = self._decoder.retry_s or self._patience.first_s

@@ -1,4 +1,4 @@
-"""What a job says on its way: over the WebSocket, and as server-sent events."""
+"""What the server reports while a job runs, over the WebSocket and as server-sent events. No I/O."""
 
 import base64
 import json
@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from service.client.errors import UnexpectedAnswer
+from service.client.errors import Problem, UnexpectedAnswer
 from service.client.results import JobState
 from service.client.sse import ServerSentEvent
+
+CANCEL = '{"type": "cancel"}'  # to the server
+SWITCHING_PROTOCOLS = 101
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A job that is watched was taken. position: how many are ahead; eta_s: seconds until it should be done."""
+    """A watched job was accepted. position: how many are ahead; eta_s: seconds until it should be done."""
 
     id: str
     seed: int
@@ -24,7 +27,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A picture of a job after `step` of `steps`; the next step starts at timestep `t`, the end is eta_s seconds off.
+    """A picture of a job after `step` of `steps`; the next step starts at timestep `t`. eta_s: seconds until the end.
 
     show: `x_t`, the latent, or `x_0`, the network's guess of the image. image: the index of the image, or None where
     `data` is one sheet of all. data: a PNG, or what `frame_format` asked for.
@@ -41,7 +44,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A job that was watched is done. images: PNGs, one sheet or, with `layout="images"`, one an image."""
+    """A watched job is done. images: PNGs, one sheet or, with `layout="images"`, one an image."""
 
     images: tuple[bytes, ...]
     queue_s: float
@@ -52,14 +55,14 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """A job that was watched was given up."""
+    """A watched job was cancelled."""
 
     id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A durable job waits. position: how many are ahead; eta_s: seconds until it should be done; None: not known."""
+    """A durable job waits. position: how many are ahead; eta_s: seconds until it should be done; None if unknown."""
 
     position: int | None
     eta_s: float | None
@@ -67,7 +70,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A durable job has taken `step` of `steps`; as a Frame, without the picture."""
+    """A durable job has taken `step` of `steps`; the members are those of a Frame."""
 
     step: int
     steps: int
@@ -86,25 +89,61 @@ Message = Accepted | Frame | Done | Cancelled
 Event = Waiting | Progress | Frame | Ended
 
 
-def accepted(message: Mapping[str, Any]) -> Accepted:
-    """Read an `accepted` message."""
-    return Accepted(**{name: message[name] for name in Accepted.__dataclass_fields__})
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """The JSON part of a message over the WebSocket; `images` binary messages follow it."""
+
+    members: Mapping[str, Any]
+    images: int
 
 
-def frame(message: Mapping[str, Any], data: bytes) -> Frame:
-    """Read a frame's message; its picture came apart from it."""
-    members = {name: message[name] for name in ("step", "steps", "t", "show", "eta_s")}
-    return Frame(**members, image=message.get("image"), data=data)
+def opening_of(text: str | bytes) -> Opening:
+    """Read the JSON part of a message. Raises UnexpectedAnswer."""
+    try:
+        members = json.loads(text)
+        images = {"frame": 1, "done": members.get("images")}.get(members["type"], 0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UnexpectedAnswer(SWITCHING_PROTOCOLS) from None
+    if not isinstance(images, int):
+        raise UnexpectedAnswer(SWITCHING_PROTOCOLS)
+    return Opening(members, images)
 
 
-def done(message: Mapping[str, Any], images: tuple[bytes, ...]) -> Done:
-    """Read a `done` message; its pictures came apart from it."""
-    times = {name: message[name] for name in ("queue_s", "first_step_s", "denoise_s", "frames_dropped")}
-    return Done(images=images, **times)
+def message_of(opening: Opening, images: list[str | bytes]) -> Message:
+    """Read a message. Raises Problem for an error that the server reports; UnexpectedAnswer."""
+    members = opening.members
+    pictures = tuple(image for image in images if isinstance(image, bytes))
+    if len(pictures) < len(images):
+        raise UnexpectedAnswer(SWITCHING_PROTOCOLS)
+    try:
+        match members["type"]:
+            case "accepted":
+                return Accepted(**{name: members[name] for name in ("id", "seed", "eta_s", "position", "fingerprint")})
+            case "frame":
+                return frame(members, pictures[0])
+            case "done":
+                times = ("queue_s", "first_step_s", "denoise_s", "frames_dropped")
+                return Done(images=pictures, **{name: members[name] for name in times})
+            case "cancelled":
+                return Cancelled(members["id"])
+            case "error":
+                raise Problem(members, members.get("retry_after_s"))
+    except KeyError:
+        pass
+    raise UnexpectedAnswer(SWITCHING_PROTOCOLS)
+
+
+def frame(members: Mapping[str, Any], data: bytes) -> Frame:
+    """Read a frame. Raises KeyError."""
+    return Frame(
+        **{name: members[name] for name in ("step", "steps", "t", "show", "eta_s")},
+        image=members.get("image"),
+        data=data,
+    )
 
 
 def event(sent: ServerSentEvent) -> Event | None:
-    """Read a server-sent event of a job; None for one that a newer server may know. Raises UnexpectedAnswer."""
+    """Read a server-sent event of a job; None for a kind that a newer server may add. Raises UnexpectedAnswer."""
     try:
         members = json.loads(sent.data)
         match sent.event:

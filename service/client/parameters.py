@@ -1,6 +1,7 @@
-"""The parameters of a job, as the server takes them."""
+"""The parameters of a job, as users give them and as the server takes them."""
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -10,7 +11,7 @@ PICTURES = ("image", "mask")
 
 
 class Parameters(TypedDict, total=False):
-    """What of POST /sample may be given; README.md says what each means. What is left out is the server's default.
+    """The parameters of POST /sample; README.md says what each means. The server has a default for each.
 
     A Picture is the bytes of a PNG, JPEG or WebP, the Path of such a file, or its base64.
     """
@@ -35,10 +36,10 @@ class Parameters(TypedDict, total=False):
 
 
 class Preview(TypedDict, total=False):
-    """How a job is shown.
+    """Which frames of a job are sent.
 
-    A frame after `every` so many steps, or `fps` a second (10 if neither is given). show: `x_t`, the latent (the
-    default of `watch`; `events` shows nothing unless asked to), `x_0`, the network's guess, or a list of both.
+    every: a frame after so many steps; fps: so many a second (10 if neither is given). show: `x_t`, the latent (the
+    default of `watch`; `events` sends no frames by default), `x_0`, the network's guess, or a list of both.
     frame_format: `png`, `webp` or `jpeg`. layout: `sheet`, one picture of all images, or `images`, one each.
     """
 
@@ -50,14 +51,14 @@ class Preview(TypedDict, total=False):
 
 
 class Sampling(Parameters, total=False):
-    """A job of `sample`. With accept="image/webp" a frame after `every` so many steps, of x_t or as `show` says."""
+    """The parameters of `sample`. accept="image/webp" gives a frame `every` so many steps, of x_t or of `show`."""
 
     every: int
     show: str
 
 
 class Shown(Parameters, Preview, total=False):
-    """A job, and how it is shown."""
+    """The parameters of `watch`."""
 
 
 def body_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +69,11 @@ def body_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, bytes | Path):
             body[name] = base64.b64encode(bytes_of(value)).decode("ascii")
     return body
+
+
+def text_of(parameters: Mapping[str, Any]) -> str:
+    """The same as text. Raises OSError where a file cannot be read."""
+    return json.dumps(body_of(parameters))
 
 
 def bytes_of(image: bytes | Path) -> bytes:

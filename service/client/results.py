@@ -1,4 +1,4 @@
-"""What the server's answers hold."""
+"""What the server's responses hold."""
 
 import base64
 import io
@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from service.client.effects import Answer
+import httpx
+
 from service.client.errors import UnexpectedAnswer
 
 PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
@@ -19,11 +20,11 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The images of a job: `data` is what `media_type` says, one sheet, a zip or a JSON document.
+    """The images of a job: `data` is one sheet, a zip or a JSON document, as `media_type` says.
 
     The same parameters with this `seed` make the same bytes, as long as `fingerprint` is the same. `job_id` is None for
-    an answer that the server had kept. `timings_s` has `queue`, `first_step`, `denoise` and `encode` in seconds, or
-    nothing, for an image of a durable job.
+    an answer from the server's cache. `timings_s` has `queue`, `first_step`, `denoise` and `encode` in seconds; it is
+    empty for an answer from the cache and for the image of a durable job.
     """
 
     data: bytes
@@ -34,12 +35,12 @@ class Sampled:
     timings_s: Mapping[str, float]
 
     @classmethod
-    def of(cls, answer: Answer) -> "Sampled":
-        """Read an answer. Raises UnexpectedAnswer."""
-        headers = answer.headers
+    def of(cls, response: httpx.Response) -> "Sampled":
+        """Read a response. Raises UnexpectedAnswer."""
+        headers = response.headers
         try:
             return cls(
-                data=answer.content,
+                data=response.content,
                 media_type=headers["content-type"],
                 seed=int(headers["x-seed"]),
                 fingerprint=headers["x-fingerprint"],
@@ -47,23 +48,23 @@ class Sampled:
                 timings_s=_timings_s(headers.get("server-timing", "")),
             )
         except (KeyError, ValueError):
-            raise UnexpectedAnswer(answer.status) from None
+            raise UnexpectedAnswer(response.status_code) from None
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Of a zip, the PNGs by name, `00000.png` for image 0 and so on. Raises zipfile.BadZipFile for another one."""
+        """The PNGs of a zip by name, `00000.png` for image 0 and so on. Raises zipfile.BadZipFile if it is not one."""
         with zipfile.ZipFile(io.BytesIO(self.data)) as archive:
             return {PurePosixPath(name).name: archive.read(name) for name in archive.namelist()}
 
     @property
     def document(self) -> dict[str, Any]:
-        """Of a JSON answer, the object. Raises ValueError for another one."""
+        """The object of a JSON document. Raises ValueError if it is not one."""
         document: dict[str, Any] = json.loads(self.data)
         return document
 
     @property
     def pngs(self) -> list[bytes]:
-        """The PNGs, image by image; of `image/png` the one that there is, a sheet of all."""
+        """The PNGs, one an image; for `image/png` one sheet of all."""
         if self.media_type == ZIP:
             return list(self.files.values())
         if self.media_type == JSON:
@@ -73,7 +74,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Noised:
-    """An image at timestep t of the forward process, as PNG; alpha_bar is that of t."""
+    """An image at timestep t of the forward process, as PNG, and the alpha_bar of t."""
 
     data: bytes
     seed: int
@@ -81,19 +82,19 @@ class Noised:
     fingerprint: str
 
     @classmethod
-    def of(cls, answer: Answer) -> "Noised":
-        """Read an answer. Raises UnexpectedAnswer."""
-        headers = answer.headers
+    def of(cls, response: httpx.Response) -> "Noised":
+        """Read a response. Raises UnexpectedAnswer."""
+        headers = response.headers
         try:
             alpha_bar = float(headers["x-alpha-bar"])
-            return cls(answer.content, int(headers["x-seed"]), alpha_bar, headers["x-fingerprint"])
+            return cls(response.content, int(headers["x-seed"]), alpha_bar, headers["x-fingerprint"])
         except (KeyError, ValueError):
-            raise UnexpectedAnswer(answer.status) from None
+            raise UnexpectedAnswer(response.status_code) from None
 
 
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """A job as GET /jobs/{id} tells it; docs/jobs.md says what the members mean. `problem` is why it failed."""
+    """A job as GET /jobs/{id} describes it; docs/jobs.md explains the members. `problem` is why it failed."""
 
     id: str
     state: State
@@ -114,7 +115,7 @@ class JobState:
 
     @classmethod
     def of(cls, document: Any) -> "JobState":
-        """Read a job's document; members of a newer server are left out. Raises UnexpectedAnswer."""
+        """Read a job's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
         try:
             return cls(**{field.name: document[field.name] for field in fields(cls)})
         except (KeyError, TypeError):
@@ -126,15 +127,24 @@ class JobState:
         return self.state in ("done", "failed", "cancelled")
 
 
-def object_of(answer: Answer) -> dict[str, Any]:
-    """The JSON object of an answer. Raises UnexpectedAnswer."""
+def object_of(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a response. Raises UnexpectedAnswer."""
     try:
-        document = json.loads(answer.content)
+        document = json.loads(response.content)
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        raise UnexpectedAnswer(answer.status)
+        raise UnexpectedAnswer(response.status_code)
     return document
+
+
+def page_of(response: httpx.Response) -> tuple[list[JobState], str | None]:
+    """Some jobs, and where the next page begins; None: nowhere. Raises UnexpectedAnswer."""
+    document = object_of(response)
+    try:
+        return [JobState.of(job) for job in document["jobs"]], document["next"]
+    except (KeyError, TypeError):
+        raise UnexpectedAnswer(response.status_code) from None
 
 
 def _timings_s(header: str) -> dict[str, float]:

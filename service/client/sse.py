@@ -1,6 +1,6 @@
-"""Server-sent events from bytes, as the HTML standard says (section 9.2.6). No I/O.
+"""Decode server-sent events as the HTML standard says (section 9.2.6). No I/O.
 
-Of ours, since httpx-sse (0.4.3) drives httpx itself, and keeps a byte order mark and events without data.
+Written here since httpx-sse (0.4.3) reads from httpx itself, and keeps a byte order mark and events without data.
 """
 
 import re
@@ -12,7 +12,7 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """One event; `id` is the last that was sent up to it, which a client that comes back names."""
+    """One event; `id` is the last one sent up to it, for the Last-Event-ID of the next connection."""
 
     event: str
     data: str
@@ -20,18 +20,18 @@ class ServerSentEvent:
 
 
 class Decoder:
-    """Takes bytes in whatever pieces they come, and gives events as soon as they are whole."""
+    """Takes bytes in pieces of any size, and gives events as soon as they are complete."""
 
     def __init__(self) -> None:
-        self.retry_s: float | None = None  # what the server asks for between two connections
-        self._line = bytearray()  # as far as it is here
-        self._after_cr = False  # what was fed so far ended in CR, which may be half of CRLF
+        self.retry_s: float | None = None  # the pause between two connections that the server asks for
+        self._line = bytearray()  # the line that is not complete yet
+        self._after_cr = False  # the last chunk ended in CR, which may be half of CRLF
         self._at_start = True
         self._event, self._id = "", ""
         self._data: list[str] = []
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
-        """Take some bytes; give the events that end in them."""
+        """Take some bytes; gives the events that end in them."""
         if not chunk:
             return []
         if self._after_cr:

@@ -1,20 +1,17 @@
-"""What httpx and websockets want to be told, and what their errors mean here. No I/O."""
-
-from typing import Any
+"""Addresses, time limits, and what the errors of httpx and websockets mean. No I/O."""
 
 import httpx
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from service.client.effects import Answer, Request
-from service.client.errors import Unreachable
+from service.client.errors import ClientError, Unreachable, error_of
 
 CONNECT_S = 10.0
-SWITCHING_PROTOCOLS = 101
+QUIET_S = 60.0
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 def http_address(url: str) -> str:
-    """The server's address. Raises ValueError."""
+    """Check the server's address. Raises ValueError."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
@@ -25,36 +22,34 @@ def http_address(url: str) -> str:
 
 
 def ws_address(url: str) -> str:
-    """The same for WebSockets."""
+    """The same address for WebSockets."""
     return url.replace("http", "ws", 1)
 
 
-def arguments_of(request: Request) -> dict[str, Any]:
-    """The arguments of httpx.Client.build_request."""
-    return {
-        "method": request.method,
-        "url": request.path,
-        "params": dict(request.params),
-        "json": request.json,
-        "content": request.content,
-        "headers": dict(request.headers),
-        "timeout": httpx.Timeout(request.quiet_s, connect=CONNECT_S),
-    }
+def timeouts(quiet_s: float | None = QUIET_S) -> httpx.Timeout:
+    """The time limits of a request. quiet_s: how long the server may send nothing; None: as long as it takes."""
+    return httpx.Timeout(quiet_s, connect=CONNECT_S)
+
+
+def check(response: httpx.Response) -> None:
+    """Raise the ClientError that a response stands for, unless it is 2xx. Its content must have been read."""
+    if not response.is_success:
+        raise error_of(response.status_code, response.headers, response.content)
 
 
 def lost(error: Exception) -> Unreachable:
-    """What a call is told of a connection that there is none, or that broke."""
+    """The error for a connection that could not be opened, or that broke."""
     reached = not isinstance(error, (*NOT_SENT, OSError)) or isinstance(error, ConnectionResetError)
     return Unreachable(str(error) or type(error).__name__, reached=reached)
 
 
 def closed(error: ConnectionClosed) -> Unreachable:
-    """What a call is told of a WebSocket that is closed."""
+    """The error for a WebSocket that the server closed."""
     return Unreachable(f"the server closed before the job was done ({error})", reached=True)
 
 
-def refused(error: InvalidStatus) -> Answer:
-    """The answer to a handshake, where it is no."""
+def refused(error: InvalidStatus) -> ClientError:
+    """The error for a WebSocket that the server did not open."""
     response = error.response
     headers = {name.lower(): value for name, value in response.headers.raw_items()}
-    return Answer(response.status_code, headers, bytes(response.body or b""))
+    return error_of(response.status_code, headers, bytes(response.body or b""))

@@ -1,0 +1,109 @@
+"""The client itself: a method for each thing that a server does."""
+
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, Unpack
+
+import httpx
+
+from service.client._async.connection import AsyncConnection
+from service.client._async.job import AsyncJob
+from service.client._async.watching import AsyncWatching
+from service.client.parameters import Parameters, Sampling, Shown, body_of, bytes_of
+from service.client.patience import Patience
+from service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
+from service.client.transport import timeouts
+
+PAGE = 200  # jobs a request, the most that the server lists at once
+
+
+class AsyncClient:
+    """A client of one tminus server. Tasks may share it.
+
+    url: `http://host:port`, with a path where a proxy puts the server under one. patience_s: how long in all a call may
+    wait where the server answers 429 or 503 with a Retry-After, or cannot be reached; 0 raises such an error at once.
+    headers: sent with every request and WebSocket, for a proxy that asks for them. transport: in place of httpx's own.
+
+    Calls raise Problem where the server refuses or fails, Unreachable, and UnexpectedAnswer. Raises ValueError for a
+    url that is not one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        patience_s: float = 0,
+        headers: Mapping[str, str] | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._connection = AsyncConnection(url, patience_s, headers, transport)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._connection.close()
+
+    async def sample(self, *, accept: MediaType = "image/png", **parameters: Unpack[Sampling]) -> Sampled:
+        """Sample and wait: the images as one PNG sheet, or a zip or JSON of PNGs."""
+        # The server drops a job whose connection breaks, so that asking again does no harm.
+        options: dict[str, Any] = {
+            "json": body_of(parameters),
+            "headers": {"Accept": accept},
+            "timeout": timeouts(None),
+        }
+        return Sampled.of(await self._connection.request("POST", "/sample", **options))
+
+    def watch(self, **parameters: Unpack[Shown]) -> AsyncWatching:
+        """Sample and watch: iterate over the result for Accepted, Frames, and Done or Cancelled.
+
+        A slow reader gets the newest frame. Leaving the loop cancels the job.
+        """
+        return AsyncWatching(self._connection, parameters)
+
+    async def submit(self, *, idempotency_key: str | None = None, **parameters: Unpack[Parameters]) -> AsyncJob:
+        """Submit a durable job, which is finished whatever happens to client and server.
+
+        A connection that breaks is retried for a minute: an Idempotency-Key, drawn if none is given, makes that safe.
+        Give your own where your process may be started again: the same key and parameters are the same job.
+        """
+        headers = {"Idempotency-Key": uuid.uuid4().hex if idempotency_key is None else idempotency_key}
+        patience = Patience(self._connection.patience_s, durable=True)
+        body = body_of(parameters)
+        response = await self._connection.request("POST", "/jobs", patience, json=body, headers=headers)
+        state = JobState.of(object_of(response))
+        return AsyncJob(self._connection, state.id, state)
+
+    def job(self, job_id: str) -> AsyncJob:
+        """A job by its id. Sends nothing yet."""
+        return AsyncJob(self._connection, job_id)
+
+    async def jobs(self, *, state: str | Sequence[str] | None = None) -> AsyncIterator[JobState]:
+        """Iterate over all jobs, or those in one state or several, the newest first."""
+        params: dict[str, Any] = {"limit": PAGE}
+        if state is not None:
+            params["state"] = state if isinstance(state, str) else ",".join(state)
+        while True:
+            page, before = page_of(await self._connection.request("GET", "/jobs", params=params))
+            for job in page:
+                yield job
+            if before is None:
+                return
+            params["before"] = before
+
+    async def noise(self, image: bytes | Path, t: int, seed: int | None = None) -> Noised:
+        """Run the forward process: an image, its bytes or Path, at timestep t."""
+        params = {"t": t} if seed is None else {"t": t, "seed": seed}
+        headers = {"Content-Type": "application/octet-stream", "Accept": PNG}
+        content = bytes_of(image)
+        response = await self._connection.request("POST", "/noise", params=params, content=content, headers=headers)
+        return Noised.of(response)
+
+    async def model(self) -> dict[str, Any]:
+        """What is loaded, and the limits, as GET /model says."""
+        return object_of(await self._connection.request("GET", "/model"))

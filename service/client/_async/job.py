@@ -1,0 +1,88 @@
+"""Durable jobs: their state, their events over as many connections as that takes, their images."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Unpack
+from urllib.parse import quote
+
+from service.client._async.connection import AsyncConnection
+from service.client.errors import ClientError, Problem, Unreachable
+from service.client.following import NO_CONTENT, QUIET_S, Following
+from service.client.messages import Event
+from service.client.parameters import Preview
+from service.client.patience import SHORTEST_POLL_S, Patience, Polling
+from service.client.results import JobState, MediaType, Sampled, object_of
+
+
+class AsyncJob:
+    """A durable job. `latest` is its state as last read; None before the first time."""
+
+    def __init__(self, connection: AsyncConnection, job_id: str, latest: JobState | None = None) -> None:
+        assert job_id, "a job has an id"
+        self.id, self.latest = job_id, latest
+        self._connection, self._path = connection, f"/jobs/{quote(job_id, safe='')}"
+
+    async def state(self) -> JobState:
+        """Read its state."""
+        self.latest = JobState.of(object_of(await self._connection.request("GET", self._path)))
+        return self.latest
+
+    async def wait(self, timeout_s: float | None = None) -> JobState:
+        """Wait until it is done, failed or cancelled; a restart of the server of up to a minute too.
+
+        Raises TimeoutError after timeout_s; the job goes on.
+        """
+        patience, polling = self._patience(), Polling(timeout_s)
+        while True:
+            job = JobState.of(object_of(await self._connection.request("GET", self._path, patience)))
+            patience.renew()
+            if job.ended:
+                self.latest = job
+                return job
+            await asyncio.sleep(polling.pause_s(job))
+
+    async def events(self, *, last_id: str = "", **preview: Unpack[Preview]) -> AsyncIterator[Event]:
+        """Iterate over what happens: Waiting, Progress or, with `show`, Frames, and Ended as the last.
+
+        Goes on where the connection breaks or the server is started again within a minute; with layout `images` some
+        frames may come twice then.
+        """
+        patience = self._patience()
+        following = Following(last_id, patience)
+        while True:
+            headers = following.begin_connection()
+            try:
+                async with self._connection.stream(f"{self._path}/events", preview, headers, QUIET_S) as response:
+                    if response.status_code == NO_CONTENT:  # the end was known already
+                        return
+                    async for chunk in response.aiter_bytes():
+                        for event in following.read(chunk):
+                            yield event
+                        if following.ended:
+                            return
+                raise Unreachable(f"the events of job {self.id} ended before it did", reached=True)
+            except ClientError as error:
+                await asyncio.sleep(patience.pause_s(error))
+
+    async def image(self, accept: MediaType = "image/png") -> Sampled:
+        """The images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found."""
+        return Sampled.of(await self._connection.request("GET", f"{self._path}/image", headers={"Accept": accept}))
+
+    async def cancel(self) -> JobState:
+        """Cancel it if it has not ended; the job as it ended."""
+        return JobState.of(object_of(await self._connection.request("POST", f"{self._path}/cancel")))
+
+    async def delete(self) -> None:
+        """Cancel it if it has not ended, and forget it; no error if it is not there."""
+        patience = Patience(self._connection.patience_s)
+        try:
+            while True:  # the first DELETE of a running job only cancels it
+                await self._connection.request("DELETE", self._path, patience)
+                await self._connection.request("GET", self._path, patience)
+                await asyncio.sleep(SHORTEST_POLL_S)
+        except Problem as problem:
+            if problem.code != "job_not_found":
+                raise
+
+    def _patience(self) -> Patience:
+        return Patience(self._connection.patience_s, durable=True, known=True)

@@ -1,0 +1,66 @@
+# Generated from service/client/_async/watching.py by scripts/unasync.py. Change that file and run `make client`.
+"""A job that is watched over the WebSocket /sample/stream."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, Self
+
+import websockets.sync.client
+from websockets.exceptions import ConnectionClosed
+
+from service.client._sync.connection import Connection
+from service.client.errors import ClientError
+from service.client.messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
+from service.client.parameters import text_of
+from service.client.patience import Patience
+
+
+class Watching:
+    """A watched job. Iterate over it, once; use `with` where the loop may be left by another way than `break`."""
+
+    def __init__(self, connection: Connection, parameters: Mapping[str, Any]) -> None:
+        self._connection, self._parameters = connection, parameters
+        self._ws: websockets.sync.client.ClientConnection | None = None
+        self._begun = False
+
+    def __iter__(self) -> Iterator[Message]:
+        if self._begun:  # a second loop would make a second job
+            return
+        self._begun = True
+        accepted, text = False, text_of(self._parameters)
+        patience = Patience(self._connection.patience_s)
+        while True:
+            try:
+                with self._connection.websocket("/sample/stream") as ws:
+                    ws.send(text)
+                    self._ws = ws
+                    while True:
+                        message = _receive(ws)
+                        accepted = True
+                        yield message
+                        if isinstance(message, Done | Cancelled):
+                            return
+            except ClientError as error:
+                if accepted:  # trying again would make another job
+                    raise
+                time.sleep(patience.pause_s(error))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._ws is not None:
+            self._ws.close()
+
+    def cancel(self) -> None:
+        """Cancel the job once there is one, from any thread; the loop ends with Cancelled, or Done if it was done."""
+        if self._ws is not None:
+            with suppress(ConnectionClosed):
+                self._ws.send(CANCEL)
+
+
+def _receive(ws: websockets.sync.client.ClientConnection) -> Message:
+    """Receive a message and the images that follow it."""
+    opening = opening_of(ws.recv())
+    return message_of(opening, [ws.recv() for _ in range(opening.images)])

@@ -1,0 +1,105 @@
+"""Refusals, servers that cannot be reached and answers from elsewhere, sync and async."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from service.client import Done, Problem, UnexpectedAnswer, Unreachable
+from service.server import bind
+from tests.service.client.breaking import Breaking
+from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
+from tests.service.fakes import PATIENCE_S
+
+
+def test_custom_headers_are_sent_with_every_request_and_websocket(served: Served, connect: Connect) -> None:
+    transport = Breaking()
+    tminus = connect(served.url, headers={"Authorization": "Bearer x"}, transport=transport)
+    tminus.model()
+    assert transport.requests[0].headers["authorization"] == "Bearer x"
+    foreign = connect(served.url, headers={"Origin": "https://evil.example"})  # seen in how the server answers
+    with pytest.raises(Problem) as caught:
+        list(foreign.watch(**SPEC))
+    assert (caught.value.status, caught.value.code) == (403, "foreign_origin")
+
+
+def test_a_refused_call_is_tried_again_while_patience_lasts(make_served: MakeServed, connect: Connect) -> None:
+    served = make_served(max_jobs=1)
+    served.engine.gate.shut()
+    hasty = connect(served.url)
+    kept = hasty.submit(steps=1)
+    with pytest.raises(Problem) as caught:
+        hasty.sample(steps=1)
+    assert (caught.value.status, caught.value.code) == (429, "overloaded")
+    assert caught.value.retry_after_s >= 1
+    with pytest.raises(Problem) as caught:
+        list(hasty.watch(steps=1))
+    assert (caught.value.status, caught.value.retry_after_s) == (429, caught.value.document["retry_after_s"])
+    opener = threading.Timer(0.5, served.engine.gate.open)
+    opener.start()
+    patient = connect(served.url, patience_s=PATIENCE_S)
+    assert patient.sample(**SPEC).seed == 5
+    assert kept.wait(PATIENCE_S).state == "done"
+    served.engine.gate.shut()
+    kept = hasty.submit(steps=1)
+    opener.join()
+    threading.Timer(0.5, served.engine.gate.open).start()
+    assert isinstance(list(patient.watch(**SPEC))[-1], Done)
+
+
+def test_a_server_that_is_not_there_is_unreachable(connect: Connect) -> None:
+    listener = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    tminus = connect(url)
+    listed: list[Callable[[], object]] = [
+        tminus.model,
+        lambda: tminus.submit(steps=1),
+        lambda: list(tminus.watch(steps=1)),
+        lambda: list(tminus.jobs()),
+        connect(url, patience_s=0.6).model,
+    ]
+    for call in listed:
+        with pytest.raises(Unreachable) as caught:
+            call()
+        assert not caught.value.reached
+    listener.close()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "", "ws://x", "http://", "http://x:y", "file:///tmp"])
+def test_an_invalid_address_is_refused_at_once(url: str, connect: Connect) -> None:
+    with pytest.raises(ValueError, match="url must be http:// or https:// and a host, got"):
+        connect(url)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ({"status_code": 200, "text": "hello"}, "200, and not from a tminus server"),
+        ({"status_code": 404, "text": "<html>"}, "404, and not from a tminus server"),
+        ({"status_code": 301, "headers": {"Location": "http://elsewhere"}}, "301"),
+        ({"status_code": 400, "headers": {"Content-Type": "application/problem+json"}, "text": "{"}, "400"),
+        ({"status_code": 400, "headers": {"Content-Type": "application/problem+json"}, "text": "[]"}, "400"),
+    ],
+)
+def test_an_answer_from_another_server_is_unexpected(answer: dict[str, Any], says: str, connect: Connect) -> None:
+    transport = httpx.MockTransport(lambda request: httpx.Response(**answer))
+    tminus = connect("http://server", transport=transport, patience_s=60)
+    listed: list[Callable[[], object]] = [
+        tminus.sample,
+        tminus.model,
+        tminus.submit,
+        tminus.job("x").state,
+        tminus.job("x").image,
+        lambda: tminus.noise(b"", 1),
+    ]
+    for call in listed:
+        with pytest.raises(UnexpectedAnswer, match=says):
+            call()
+
+
+def test_a_proxy_without_a_server_is_waited_for(connect: Connect) -> None:
+    answers = [httpx.Response(502, text="<html>"), httpx.Response(503), httpx.Response(200, json={})]
+    tminus = connect("http://server", transport=httpx.MockTransport(lambda request: answers.pop(0)), patience_s=60)
+    assert tminus.model() == {}

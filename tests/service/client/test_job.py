@@ -1,0 +1,166 @@
+"""Durable jobs and their events, sync and async; connections are broken on purpose."""
+
+import threading
+import time
+
+import httpx
+import pytest
+
+from service.api import events as routes_events
+from service.client import Ended, Frame, Problem, Progress, Waiting
+from tests.service.client.breaking import Breaking
+from tests.service.client.conftest import SPEC, Connect, MakeServed, Served, job_members
+from tests.service.fakes import PATIENCE_S
+
+
+def test_a_job_is_submitted_awaited_and_fetched(served: Served, connect: Connect) -> None:
+    tminus = connect(served.url)
+    job = tminus.submit(**SPEC)
+    assert (job.latest.seed, job.latest.steps, job.latest.durable) == (5, 4, True)
+    state = job.wait(PATIENCE_S)
+    assert (state.state, state.ended, state.step) == ("done", True, 4)
+    assert job.latest == state
+    image = job.image()
+    assert image.data == tminus.sample(**SPEC).data
+    assert (image.job_id, image.seed, image.timings_s) == (job.id, 5, {})
+    assert len(tminus.job(job.id).image("application/zip").pngs) == 2
+    assert tminus.job(job.id).state().parameters["n"] == 2
+
+
+def test_a_wait_times_out_and_the_job_goes_on(served: Served, connect: Connect) -> None:
+    served.engine.gate.shut()
+    job = connect(served.url).submit(**SPEC)
+    with pytest.raises(TimeoutError, match=r"is (running|waiting) after 0.1 s"):
+        job.wait(0.1)
+    with pytest.raises(Problem) as caught:
+        job.image()
+    assert (caught.value.code, caught.value.status) == ("job_not_done", 409)
+    assert caught.value.retry_after_s is not None
+    served.engine.gate.open()
+    assert job.wait(PATIENCE_S).state == "done"
+
+
+def test_a_failed_job_says_why(served: Served, connect: Connect) -> None:
+    served.engine.on_images = lambda rows: served.engine.nan.update(rows)
+    job = connect(served.url).submit(**SPEC)
+    state = job.wait(PATIENCE_S)
+    assert (state.state, state.problem["code"]) == ("failed", "not_finite")
+    with pytest.raises(Problem) as caught:
+        job.image()
+    assert caught.value.document["cause"]["code"] == "not_finite"
+
+
+def test_cancel_keeps_the_job_and_delete_forgets_it(served: Served, connect: Connect) -> None:
+    tminus = connect(served.url)
+    served.engine.gate.shut()
+    job, other = tminus.submit(steps=1000), tminus.submit(steps=1000)
+    threading.Timer(0.2, served.engine.gate.open).start()  # a cancel takes effect between two ticks
+    job.cancel()
+    other.delete()
+    assert job.wait(PATIENCE_S).state == "cancelled"
+    job.cancel()
+    assert [state.id for state in tminus.jobs()] == [job.id], "the deleted one is not listed"
+    job.delete()
+    job.delete()
+    assert list(tminus.jobs()) == []
+    with pytest.raises(Problem) as caught:
+        job.state()
+    assert caught.value.code == "job_not_found"
+
+
+def test_a_cancel_whose_answer_is_lost_is_sent_again(served: Served, connect: Connect) -> None:
+    served.engine.gate.shut()
+    tminus = connect(served.url, transport=Breaking(None, 0), patience_s=60)
+    job = tminus.submit(steps=1000)
+    threading.Timer(0.2, served.engine.gate.open).start()
+    assert job.cancel().state == "cancelled"
+    assert job.state().state == "cancelled"
+
+
+def test_a_wait_goes_on_where_a_connection_breaks(served: Served, connect: Connect) -> None:
+    transport = Breaking(None, 0)
+    job = connect(served.url, transport=transport).submit(steps=1)
+    assert job.wait(PATIENCE_S).state == "done"
+    assert len(transport.requests) >= 3
+
+
+def test_a_wait_looks_again_when_the_job_should_be_done(connect: Connect) -> None:
+    told = [("waiting", 0.3), ("running", 0.0), ("done", None)]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        state, eta_s = told.pop(0)
+        return httpx.Response(200, json=job_members(state=state, eta_s=eta_s, newer=1))
+
+    began_s = time.monotonic()
+    job = connect("http://server", transport=httpx.MockTransport(answer)).job("x")
+    assert job.wait().state == job.latest.state == "done"
+    assert time.monotonic() - began_s >= 0.35
+    assert told == []
+
+
+# --- events ---
+
+
+def test_the_events_of_a_job_end_with_its_end(served: Served, connect: Connect) -> None:
+    served.engine.gate.shut()
+    job = connect(served.url).submit(**SPEC)
+    events = []
+    for event in job.events(every=1):
+        events.append(event)
+        served.engine.gate.open()
+    *on_the_way, ended = events
+    assert isinstance(ended, Ended)
+    assert (ended.job.id, ended.job.state) == (job.id, "done")
+    assert all(isinstance(event, Waiting | Progress) for event in on_the_way)
+    again = list(job.events())
+    assert [event.job.state for event in again] == ["done"]
+    assert list(job.events(last_id="end")) == [], "after the end there is nothing more"
+
+
+def slowly(served: Served) -> None:
+    """Let a tick take as long as a real one, so that the events are read while it runs."""
+    served.engine.on_step = lambda batch: time.sleep(0.002)
+
+
+def test_frames_come_as_events_too(served: Served, connect: Connect) -> None:
+    slowly(served)
+    job = connect(served.url).submit(n=2, steps=200, seed=5)
+    frames = [event for event in job.events(every=1, show=["x_t", "x_0"], layout="images") if isinstance(event, Frame)]
+    assert {frame.show for frame in frames} == {"x_t", "x_0"}
+    assert {frame.image for frame in frames} == {0, 1}
+    assert frames[0].data.startswith(b"\x89PNG")
+
+
+def test_a_stream_that_breaks_goes_on_where_it_was(
+    served: Served, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes_events, "RECONNECT_MS", 20)
+    slowly(served)
+    transport = Breaking(None, 4, 1, 3)
+    job = connect(served.url, transport=transport).submit(n=1, steps=300)
+    *events, ended = job.events(every=1)
+    assert isinstance(ended, Ended)
+    steps = [event.step for event in events if isinstance(event, Progress)]
+    assert steps == sorted(set(steps)), "nothing comes twice"
+    requests = [request for request in transport.requests if request.url.path.endswith("/events")]
+    assert len(requests) == 4
+    assert "last-event-id" not in requests[0].headers
+    assert int(requests[1].headers["last-event-id"]) <= int(requests[3].headers["last-event-id"]) < steps[-1]
+
+
+def test_leaving_the_loop_closes_the_connection(make_served: MakeServed, connect: Connect) -> None:
+    served = make_served(max_streams_per_address=1)
+    served.engine.gate.shut()
+    job = connect(served.url, patience_s=PATIENCE_S).submit(steps=2)
+    for _ in range(3):
+        for _ in job.events():
+            break
+    served.engine.gate.open()
+    assert job.wait(PATIENCE_S).state == "done"
+
+
+def test_a_job_that_is_not_there_has_no_events(served: Served, connect: Connect) -> None:
+    for job_id in ("nothing", "../../model", "a b"):
+        with pytest.raises(Problem) as caught:
+            list(connect(served.url, patience_s=60).job(job_id).events())
+        assert caught.value.status == 404

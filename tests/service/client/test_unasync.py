@@ -1,0 +1,44 @@
+"""The sync half of the client is what scripts/unasync.py makes of the async half."""
+
+import ast
+import inspect
+import re
+from typing import Any
+
+import pytest
+
+from scripts.unasync import CLIENT, RULES, generated, sync_of
+from service.client import AsyncClient, AsyncJob, AsyncWatching, Client, Job, Watching
+
+
+def test_the_sync_half_is_up_to_date() -> None:
+    checked_in = {file.name: file.read_text("utf-8") for file in (CLIENT / "_sync").glob("*.py")}
+    assert checked_in == generated(), "run `make client`"
+
+
+def test_nothing_async_is_left_and_no_rule_is_idle() -> None:
+    for text in generated().values():
+        header, rest = text.split("\n", 1)
+        assert header.startswith("# Generated from service/client/_async/")
+        assert not re.search(r"async|await", rest, re.IGNORECASE)
+        ast.parse(rest)
+    sources = "".join(file.read_text("utf-8") for file in (CLIENT / "_async").glob("*.py"))
+    assert [rule for rule in RULES if not re.search(r"\b" + rule, sources)] == []
+
+
+def test_code_and_docstrings_are_changed_in_whole_words() -> None:
+    assert sync_of("async with AsyncThing() as x: await x.aclose()") == "with Thing() as x: x.close()"
+    assert sync_of("from any task, multitask, the AsyncJob") == "from any thread, multitask, the Job"
+    assert sync_of("self.area, cascade, unawaited") == "self.area, cascade, unawaited"
+
+
+@pytest.mark.parametrize(("one", "other"), [(Client, AsyncClient), (Job, AsyncJob), (Watching, AsyncWatching)])
+def test_the_two_clients_have_the_same_documented_calls(one: type, other: type) -> None:
+    def shape(kind: type) -> dict[str, list[tuple[str, Any, Any]]]:
+        public = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
+        assert all(value.__doc__ for value in (kind, *public.values()))
+        signatures = {name: inspect.signature(value).parameters.values() for name, value in public.items()}
+        return {name: [(p.name, p.kind, p.default) for p in each] for name, each in signatures.items()}
+
+    assert shape(one) == shape(other)
+    assert len(shape(one)) >= 1

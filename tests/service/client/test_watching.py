@@ -1,0 +1,94 @@
+"""Frames over a WebSocket, sync and async."""
+
+import threading
+
+import pytest
+
+from service.client import Accepted, Cancelled, ClientError, Done, Frame, Problem, Unreachable
+from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
+from tests.service.conftest import pixels
+from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
+
+
+def test_a_job_is_watched_to_its_end(served: Served, connect: Connect) -> None:
+    tminus = connect(served.url)
+    accepted, *frames, done = tminus.watch(every=1, show=["x_t", "x_0"], layout="images", **SPEC)
+    assert isinstance(accepted, Accepted)
+    assert (accepted.seed, accepted.position, len(accepted.id)) == (5, 0, 32)
+    assert all(isinstance(frame, Frame) for frame in frames)
+    for frame in frames:
+        assert (frame.steps, frame.t) == (4, 1000 - 250 * (frame.step + 1))
+        colour = fake_pixels(make_spec(**SPEC), frame.step)[frame.image][0, 0, 0]
+        assert pixels(frame.data)[0, 0] == (colour if frame.show == "x_t" else 255 - colour)
+    assert isinstance(done, Done)
+    assert list(done.images) == tminus.sample(accept="application/zip", **SPEC).pngs
+    assert done.frames_dropped + len({frame.step for frame in frames}) == 3
+
+
+def test_leaving_the_loop_cancels_the_job(served: Served, connect: Connect) -> None:
+    served.engine.gate.shut()
+    served.engine.gate.let(2)
+    for message in connect(served.url).watch(every=1, n=1, steps=1000):
+        if isinstance(message, Frame):
+            break
+    served.engine.gate.open()
+    wait_until(lambda: served.engine.jobs == {})
+    assert len(served.engine.batches) < 1000
+
+
+def test_leaving_with_cancels_a_job_whose_loop_is_not_finished(served: Served, connect: Connect) -> None:
+    served.engine.gate.shut()
+    with connect(served.url).watch(every=1, n=1, steps=1000) as messages:
+        kept = iter(messages)
+        assert isinstance(next(kept), Accepted)
+    served.engine.gate.open()
+    wait_until(lambda: served.engine.jobs == {})
+    kept.close()
+
+
+def test_a_job_is_cancelled_and_says_so(served: Served, connect: Connect) -> None:
+    served.engine.gate.shut()
+    busy = connect(served.url).submit(n=1, steps=1)  # keeps the worker within a tick, so that commands wait
+    served.engine.next_begun()
+    watching = connect(served.url).watch(every=1, n=1, steps=1000)
+    watching.cancel()  # there is no job yet
+    got = []
+    for message in watching:
+        got.append(message)
+        if isinstance(message, Accepted):
+            watching.cancel()
+            wait_until(lambda: served.worker._commands.qsize() > 1)  # the job and its cancellation
+            served.engine.gate.open()
+    assert isinstance(got[-1], Cancelled)
+    assert got[-1].id == got[0].id
+    watching.cancel()
+    assert list(watching) == []
+    busy.wait(PATIENCE_S)
+
+
+def test_a_refused_stream_raises_a_problem(make_served: MakeServed, connect: Connect) -> None:
+    served = make_served(max_streams_per_address=1)
+    tminus = connect(served.url)
+    with pytest.raises(Problem, match="steps must be an integer") as caught:
+        list(tminus.watch(steps=0))
+    assert caught.value.field == "steps"
+    served.engine.gate.shut()
+    with tminus.watch(steps=2) as messages:
+        kept = iter(messages)
+        next(kept)
+        with pytest.raises(Problem) as caught:  # before the connection is open
+            list(tminus.watch(steps=2))
+        kept.close()
+    assert (caught.value.status, caught.value.code, caught.value.retry_after_s) == (429, "too_many_streams", 1)
+    served.engine.gate.open()
+
+
+def test_a_server_that_stops_during_a_job_is_unreachable(served: Served, connect: Connect) -> None:
+    served.engine.gate.shut()
+    messages = iter(connect(served.url, patience_s=60).watch(steps=2))
+    assert isinstance(next(messages), Accepted)
+    threading.Timer(0.2, served.engine.gate.open).start()
+    served.worker.close()
+    with pytest.raises(ClientError) as caught:
+        list(messages)
+    assert isinstance(caught.value, Problem | Unreachable), "not tried again: that would be another job"
