@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make serve` and `make test`.
+# Each verb installs what it needs into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ PORT ?= 8000
 .PHONY: serve test lint format client train evaluate bench clean
 
 serve: $(VENV)/.installed
-	@echo "Try: curl -X POST 'localhost:$(PORT)/sample?n=8&steps=50&sampler=ddim' -o out.png"
+	@echo "Try: curl -X POST 'localhost:$(PORT)/sample?n=8&steps=20&sampler=dpmpp_2m' -o out.png"
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
 
 test: $(VENV)/.installed-test

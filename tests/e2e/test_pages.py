@@ -1,0 +1,82 @@
+"""The commands of README.md and of three pages of docs/, as printed, against a server on the bundled checkpoint."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import ROOT, RunningServer
+from tests.test_docs import shell_commands
+
+TMINUS = f"{sys.executable} -m service"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to run commands in, which has what they read of the repository."""
+    made = tmp_path_factory.mktemp("repository")
+    for name in ("docs", "checkpoints"):
+        (made / name).symlink_to(ROOT / name)
+    return made
+
+
+def run(server: RunningServer, folder: Path, page: str, beginning: str) -> list[str]:
+    """Run the commands of a page that begin so, against our server; what each printed."""
+    printed = []
+    for command in shell_commands(ROOT / page):
+        if not command.startswith(beginning):
+            continue
+        # A thousand steps take too long here, and are steps like any other.
+        command = command.replace("steps=1000", "steps=50").replace("http://localhost:8000", server.url)
+        command = command.replace("localhost:8000", server.url).replace(".venv/bin/tminus", TMINUS)
+        command = re.sub(r"^curl ", "curl -sS --fail-with-body ", command)
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        printed.append(done.stdout)
+    assert printed
+    return printed
+
+
+def size(file: Path) -> tuple[int, int]:
+    with Image.open(file) as image:
+        return image.size
+
+
+def test_the_requests_of_the_readme_are_answered_with_what_it_says(server: RunningServer, folder: Path) -> None:
+    assert len(run(server, folder, "README.md", "curl")) == 5
+    assert size(folder / "out.png") == (128, 64), "eight images"
+    assert size(folder / "sneaker.png") == (32, 32)
+    assert size(folder / "boots.png") == (64, 64), "four images"
+    with Image.open(folder / "bags.webp") as bags:
+        assert bags.size == (64, 64)
+        assert bags.n_frames == 50  # type: ignore[attr-defined]
+
+
+def test_an_image_of_the_readme_is_made_again_to_the_byte(server: RunningServer, folder: Path) -> None:
+    run(server, folder, "README.md", "curl")
+    here, there = run(server, folder, "docs/reproducibility.md", ".venv/bin/tminus")
+    assert here
+    assert there
+
+
+def test_the_requests_of_the_api_page_are_answered(server: RunningServer, folder: Path) -> None:
+    run(server, folder, "docs/api.md", "curl")
+    assert (folder / "three.zip").read_bytes().startswith(b"PK")
+    assert size(folder / "third.png") == (32, 32)
+
+
+def test_the_commands_of_the_command_line_page_make_their_files(server: RunningServer, folder: Path) -> None:
+    (folder / "cat.png").write_bytes(server.post(json={"steps": 20, "seed": 5, "class_label": "sneaker"}).content)
+    run(server, folder, "docs/command-line.md", ".venv/bin/tminus sample")
+    assert size(folder / "bags.png") == (160, 64), "ten images"
+    assert len(list((folder / "images").glob("*.png"))) == 10
+    assert size(folder / "varied.png") == (32, 32)
+    with Image.open(folder / "way.webp") as way:
+        assert way.n_frames > 50  # type: ignore[attr-defined]

@@ -1,0 +1,283 @@
+"""README.md and docs/, held against the code: links, commands, calls, parameters, media types and headers."""
+
+import base64
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from PIL import Image
+
+from model.timesteps import SPACINGS
+from service.__main__ import main
+from service.api.preview_schemas import AnimationRequest
+from service.api.schemas import SampleRequest
+from service.images.encoder import MEDIA_TYPES, WEBP
+from service.settings import Settings
+from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
+from tests.service.fakes import INFO
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [
+    README, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", ROOT / "docker" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "checkpoints").glob("*/README.md")),
+]  # fmt: skip
+API = (ROOT / "docs" / "api.md").read_text("utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+MAX_README_WORDS = 500  # two minutes of reading
+NOT_IN_OPENAPI = {"WS /sample/stream", "GET /", "GET /docs", "GET /openapi.json"}
+
+# What a parameter must come with to be accepted.
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "eta": {"sampler": "ddim"},
+    "guidance": {"class_label": "cat"},
+    "guidance_interval": {"class_label": "cat", "guidance": 2},
+}
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragment of each heading, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def shell_commands(page: Path) -> list[str]:
+    """The commands of a page's shell blocks, each as one line without its comment."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [command for line in lines if (command := re.sub(r"(^| )# .*", "", line).strip())]
+
+
+def tables(text: str, *columns: str) -> Iterator[list[str]]:
+    """The rows of every table with these columns."""
+    head = re.escape(f"| {' | '.join(columns)} |\n")
+    for table in re.findall(rf"^{head}\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE):
+        for line in table.splitlines():
+            yield [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def named(cell: str) -> list[str]:
+    """What a cell has in code."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def number(text: str) -> int:
+    """A bound as the docs write it: 64, T-1, 2^32-1."""
+    base, _, less = text.replace("T", str(INFO.num_timesteps)).partition("-")
+    power, _, exponent = base.partition("^")
+    return int(power) ** int(exponent or 1) - int(less or 0)
+
+
+# --- links and commands ---
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), target
+
+
+def test_every_page_of_docs_is_linked_in_the_readme() -> None:
+    linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)\)", README.read_text("utf-8")))
+    assert linked == {page_name(page) for page in PAGES if page.parent == ROOT / "docs"}
+
+
+def test_the_readme_is_read_in_two_minutes() -> None:
+    assert len(README.read_text("utf-8").split()) < MAX_README_WORDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_make_verb_exists(page: Path) -> None:
+    verbs = set(re.findall(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE)[0].split())
+    text = page.read_text("utf-8")
+    in_code = "\n".join([*re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE), *named(prose(page))])
+    used = set(re.findall(r"(?:^|or: |=\S+ )make ([a-z]+)", in_code, re.MULTILINE))
+    assert used <= verbs
+    assert page != README or {"serve", "test", "lint"} <= used
+
+
+def test_the_readme_begins_with_the_request_that_make_serve_prints() -> None:
+    printed = re.search(r'@echo "Try: (.+)"', MAKEFILE)
+    assert printed is not None
+    curls = [command for command in shell_commands(README) if command.startswith("curl ")]
+    assert curls[0] == printed[1].replace("$(PORT)", str(Settings.model_fields["port"].default))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_tminus_command_and_its_options_exist(page: Path) -> None:
+    for command in shell_commands(page):
+        words = command.split()
+        if words[0] not in ("tminus", ".venv/bin/tminus"):
+            continue
+        options = main.commands[words[1]].params
+        known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
+        assert {word for word in words[2:] if word.startswith("-")} <= known, command
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "benchmarks.md"], ids=page_name)
+def test_every_option_named_in_the_text_exists(page: Path) -> None:
+    options = [option for command in main.commands.values() for option in command.params]
+    known = {flag for option in options if isinstance(option, click.Option) for flag in option.opts}
+    used = {code.split()[0] for code in named(prose(page)) if code.startswith("--")}
+    of_docker = {"--stop-timeout", "--init", "--cpus"} if page.parent.name == "docker" else set()
+    assert used <= known | of_docker | {"--help"}
+
+
+# --- docs/api.md ---
+
+CALLS = [named(call)[0] for call, _ in tables(API, "call", "what it does")]
+PARAMETERS = {named(row[0])[0]: row[1:] for row in tables(API, "parameter", "values", "default", "meaning")}
+OF_ANIMATIONS = AnimationRequest.model_fields.keys()
+
+
+@pytest.fixture
+def site(make_site: MakeSite) -> Site:  # noqa: F811
+    return make_site(max_n=Settings.model_fields["max_n"].default)
+
+
+def test_every_call_is_documented_and_every_documented_call_exists(site: Site) -> None:
+    paths = site.client.get("/openapi.json").json()["paths"]
+    served = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    documented = {re.sub(r"\{\w+\}", "{job_id}", call) for call in CALLS}
+    assert len(CALLS) == len(documented)
+    assert documented == served | NOT_IN_OPENAPI
+
+
+def test_the_calls_outside_openapi_exist(site: Site) -> None:
+    for path in ("/", "/docs", "/openapi.json"):
+        assert site.client.get(path).status_code == 200
+    with site.client.websocket_connect("/sample/stream") as ws:
+        ws.send_json({"steps": 2, "class_label": "cat"})
+        assert ws.receive_json()["type"] == "accepted"
+
+
+def test_every_parameter_is_documented() -> None:
+    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | OF_ANIMATIONS
+
+
+def accepted(site: Site, **parameters: Any) -> dict[str, Any]:
+    """What a durable job says that it was asked for; it is given up at once."""
+    answer = site.client.post("/jobs", json=parameters)
+    assert answer.status_code == 202, answer.text
+    site.client.post(f"{answer.headers['location']}/cancel")
+    document: dict[str, Any] = answer.json()["parameters"]
+    return document
+
+
+def refused(site: Site, name: str, value: object, **companions: Any) -> None:
+    answer = site.client.post("/jobs", json={**companions, name: value})
+    assert problem(answer, 422, "invalid_field")["field"] == name
+
+
+RANGES = {
+    name: (number(found[1]), number(found[2]))
+    for name, (values, *_) in PARAMETERS.items()
+    if (found := re.search(r"(\S+)\.\.(\S+)$", values))
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_the_bounds_of_a_parameter_are_those_of_the_docs(site: Site, name: str) -> None:
+    low, high = RANGES[name]
+    companions = COMPANIONS.get(name, {})
+    if name == "guidance_interval":
+        assert accepted(site, **companions, guidance_interval=[low, high])[name] == [low, high]
+        refused(site, name, [low - 1, high], **companions)
+        refused(site, name, [low, high + 1], **companions)
+        return
+    for bound, beyond in ((low, low - 1), (high, high + 1)):
+        assert accepted(site, **companions, **{name: bound})[name] == bound
+        refused(site, name, beyond, **companions)
+
+
+def test_numbers_with_an_open_bound_are_those_of_the_docs(site: Site) -> None:
+    found = {name: re.search(r"^above (\d+), at most (\d+)$", values) for name, (values, *_) in PARAMETERS.items()}
+    bounds = {name: (int(match[1]), int(match[2])) for name, match in found.items() if match}
+    assert bounds.keys() == {"deadline_s", "strength"}
+    picture = io.BytesIO()
+    Image.new("L", (INFO.width_px, INFO.height_px)).save(picture, "PNG")
+    image = {"image": base64.b64encode(picture.getvalue()).decode()}
+    for name, (low, high) in bounds.items():
+        companions = image if name == "strength" else {}
+        accepted(site, **companions, **{name: high})
+        refused(site, name, low, **companions)
+        refused(site, name, high + 1, **companions)
+
+
+def test_the_choices_of_a_parameter_are_those_of_the_docs(site: Site) -> None:
+    assert named(PARAMETERS["sampler"][0]) == list(INFO.samplers)
+    assert named(PARAMETERS["timestep_spacing"][0]) == list(SPACINGS)
+    for name in ("sampler", "timestep_spacing"):
+        for choice in named(PARAMETERS[name][0]):
+            companions = {"sampler": "dpmpp_2m"} if choice == "karras" else {}
+            assert accepted(site, **companions, **{name: choice})[name] == choice
+        refused(site, name, "another")
+    for choice in (True, False):
+        assert accepted(site, clip=choice)["clip"] == choice
+    assert named(PARAMETERS["clip"][0]) == ["true", "false"]
+
+
+def test_the_default_of_a_parameter_is_that_of_the_docs(site: Site) -> None:
+    given = accepted(site) | {"eta": accepted(site, sampler="ddim")["eta"]}
+    of_checkpoint = {"sampler": INFO.default_sampler, "clip": INFO.clip, "timestep_spacing": "leading"}
+    for name in SampleRequest.model_fields:
+        match PARAMETERS[name][1]:
+            case "the checkpoint's":
+                assert given[name] == of_checkpoint[name]
+            case "none" | "all" | "any":
+                assert given.get(name) in (None, [None])
+            case "drawn":
+                assert given[name] != accepted(site)[name]
+            case default:
+                assert given[name] == number(default)
+    assert accepted(site, sampler="dpmpp_2m")["timestep_spacing"] == "karras"
+    assert "`dpmpp_2m` is `karras`" in PARAMETERS["timestep_spacing"][2]
+
+
+def test_the_parameters_of_an_animation_are_those_of_the_docs(site: Site) -> None:
+    assert PARAMETERS["every"][:2] == ["at least 1", "required"]
+    assert AnimationRequest.model_fields["every"].is_required()
+    assert named(PARAMETERS["show"][1]) == [AnimationRequest.model_fields["show"].default]
+    as_webp = {"Accept": WEBP}
+    for show in named(PARAMETERS["show"][0]):
+        answer = site.post(json={"steps": 2, "every": 1, "show": show}, headers=as_webp)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == WEBP
+    problem(site.post(json={"steps": 2, "every": 0}, headers=as_webp), 422, "invalid_field")
+
+
+def test_the_media_types_are_those_of_the_docs(site: Site) -> None:
+    documented = [named(media_type)[0] for media_type, _ in tables(API, "media type", "answer")]
+    assert documented == [*MEDIA_TYPES, WEBP]
+    for media_type in MEDIA_TYPES:
+        answer = site.post(json={"steps": 2}, headers={"Accept": media_type})
+        assert answer.headers["content-type"] == media_type
+
+
+def test_the_headers_are_those_of_the_docs(make_site: MakeSite) -> None:  # noqa: F811
+    site = make_site(result_cache_bytes=2**20)
+    asked = {"steps": 2, "seed": 5}
+    seen = {name.lower() for answer in (site.post(json=asked), site.post(json=asked)) for name in answer.headers}
+    rows = tables(API, "response header", "meaning")
+    documented = {name.lower() for header, _ in rows for name in named(header)}
+    assert documented <= seen
+    assert {name for name in seen if name.startswith("x-")} <= documented
