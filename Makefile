@@ -24,7 +24,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format
 
 client:
-	$(PYTHON) scripts/unasync.py
+	$(PYTHON) service/client/unasync.py
 
 train: $(VENV)/.installed
 	$(BIN)/tminus train --data fashion-mnist --out runs/fashion-mnist-32

@@ -10,10 +10,10 @@ from typing import Any
 import click
 import pytest
 from PIL import Image
+from service.api.preview_schemas import AnimationRequest
 
 from model.timesteps import SPACINGS
 from service.__main__ import main
-from service.api.preview_schemas import AnimationRequest
 from service.api.schemas import SampleRequest
 from service.images.encoder import MEDIA_TYPES, WEBP
 from service.settings import Settings
