@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from PIL import Image
-from service.api.preview_schemas import AnimationRequest
 
 from model.timesteps import SPACINGS
 from service.__main__ import main
-from service.api.schemas import SampleRequest
+from service.api.schemas import AnimationRequest, SampleRequest
 from service.images.encoder import MEDIA_TYPES, WEBP
 from service.settings import Settings
 from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
@@ -29,6 +27,14 @@ PAGES = [
 API = (ROOT / "docs" / "api.md").read_text("utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 MAX_README_WORDS = 500  # two minutes of reading
+OUTSIDE = {
+    "tminus.json",
+    "scheduler_config.json",
+    "model_index.json",
+    "model/",
+    "service/",
+    "tests/",
+}  # of the packages
 NOT_IN_OPENAPI = {"WS /sample/stream", "GET /", "GET /docs", "GET /openapi.json"}
 
 # What a parameter must come with to be accepted.
@@ -136,10 +142,20 @@ def test_every_tminus_command_and_its_options_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "benchmarks.md"], ids=page_name)
 def test_every_option_named_in_the_text_exists(page: Path) -> None:
     options = [option for command in main.commands.values() for option in command.params]
-    known = {flag for option in options if isinstance(option, click.Option) for flag in option.opts}
+    known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
     used = {code.split()[0] for code in named(prose(page)) if code.startswith("--")}
     of_docker = {"--stop-timeout", "--init", "--cpus"} if page.parent.name == "docker" else set()
     assert used <= known | of_docker | {"--help"}
+
+
+def test_every_file_that_architecture_names_exists_and_a_request_goes_through_twelve_at_most() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    names = {code for code in named(text) if re.fullmatch(r"[\w/]+\.(py|js|json)|\w+/", code)} - OUTSIDE
+    for name in names:
+        assert any(ROOT.glob(f"{part}/**/{name}") for part in ("service", "model", "tests")), name
+    walk = [row[0] for row in tables(text, "file", "what happens there")]
+    assert 8 <= len(walk) <= 12
+    assert all((ROOT / "service" / named(file)[0]).is_file() for file in walk)
 
 
 # --- docs/api.md ---

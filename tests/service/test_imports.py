@@ -1,4 +1,5 @@
 import ast
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,6 +196,17 @@ def test_nothing_is_printed_but_by_the_command_line(file: Path) -> None:
 @pytest.mark.parametrize("file", SERVICE + MODEL, ids=module_name)
 def test_each_module_says_what_lives_in_it(file: Path) -> None:
     assert ast.get_docstring(parse(file))
+
+
+# --- size ---
+
+MAX_LINES, MEDIAN_LINES = 330, 120
+
+
+def test_modules_are_short() -> None:
+    lines = {file: len(file.read_text("utf-8").splitlines()) for file in SERVICE + MODEL}
+    assert not {file.name: count for file, count in lines.items() if count > MAX_LINES}
+    assert statistics.median(lines[file] for file in SERVICE) < MEDIAN_LINES
 
 
 # --- errors ---
