@@ -27,14 +27,7 @@ PAGES = [
 API = (ROOT / "docs" / "api.md").read_text("utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 MAX_README_WORDS = 500  # two minutes of reading
-OUTSIDE = {
-    "tminus.json",
-    "scheduler_config.json",
-    "model_index.json",
-    "model/",
-    "service/",
-    "tests/",
-}  # of the packages
+OUTSIDE = {"tminus.json", "scheduler_config.json", "model_index.json", "model/", "service/", "tests/"}
 NOT_IN_OPENAPI = {"WS /sample/stream", "GET /", "GET /docs", "GET /openapi.json"}
 
 # What a parameter must come with to be accepted.
