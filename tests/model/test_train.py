@@ -45,6 +45,12 @@ def run(folder: Path, config: TrainConfig = RUN, unet: UNetConfig = CONDITIONAL,
     return train(folder, toy_images(), unet, NOISE, config, device=CPU, **kwargs)
 
 
+def provenance_in(folder: Path) -> dict[str, Any]:
+    """What tminus.json says of where the weights came from."""
+    provenance: dict[str, Any] = json.loads((folder / "tminus.json").read_text("utf-8"))["provenance"]
+    return provenance
+
+
 def state_of(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True)
     return state
@@ -167,7 +173,8 @@ def test_process_that_is_killed_resumes_as_if_it_had_not_been(
     else:  # what was saved last is whole
         assert child.returncode == -signal.SIGKILL
         assert state_of(folder)["step"] == 3
-        assert load_checkpoint(folder).provenance["step"] == 3
+        load_checkpoint(folder)
+        assert provenance_in(folder)["step"] == 3
     assert run(folder)
     assert_same_run(straight, folder)
 
@@ -224,7 +231,7 @@ def test_a_resumed_run_goes_on_in_the_precision_it_chose(tmp_path: Path, monkeyp
     run(tmp_path, auto)
     monkeypatch.setattr("model.train.faster_precision", lambda *_: pytest.fail("it measured again"))
     run(tmp_path, dataclasses.replace(auto, steps=3))
-    assert json.loads((tmp_path / "tminus.json").read_text())["provenance"]["config"]["precision"] == "bf16"
+    assert provenance_in(tmp_path)["config"]["precision"] == "bf16"
 
 
 def test_learned_variance_is_not_trained(tmp_path: Path) -> None:
@@ -254,10 +261,11 @@ def test_run_leaves_a_checkpoint_of_the_average_and_no_part_of_a_file(straight: 
     assert loaded.labels.class_names == ("left", "right")
     assert loaded.labels.null_class == 2
     assert loaded.noise == NOISE
-    assert loaded.provenance["data"] == "toy"
-    assert loaded.provenance["step"] == 8
-    assert loaded.provenance["images_seen"] == 8 * 4
-    assert loaded.provenance["config"] == dataclasses.asdict(RUN)
+    provenance = provenance_in(straight)
+    assert provenance["data"] == "toy"
+    assert provenance["step"] == 8
+    assert provenance["images_seen"] == 8 * 4
+    assert provenance["config"] == dataclasses.asdict(RUN)
     names = sorted(file.name for file in straight.rglob("*") if file.is_file())
     assert names == [
         "config.json",
@@ -308,7 +316,7 @@ def test_new_run_starts_from_the_weights_it_is_given(straight: Path, tmp_path: P
     for key, value in load_checkpoint(straight).net.state_dict().items():
         assert torch.equal(state["net"][key], value)
     assert state["step"] == 1
-    assert json.loads((tmp_path / "new" / "tminus.json").read_text())["provenance"]["init_from"] == str(straight)
+    assert provenance_in(tmp_path / "new")["init_from"] == str(straight)
 
 
 def test_new_run_without_them_starts_elsewhere(straight: Path, tmp_path: Path) -> None:
@@ -357,7 +365,8 @@ def test_training_that_diverges_stops_and_keeps_the_last_save(
     with pytest.raises(TrainError, match="not finite"):
         run(tmp_path, dataclasses.replace(RUN, save_every=save_every))
     assert state_of(tmp_path)["step"] == 2
-    assert load_checkpoint(tmp_path).provenance["step"] == 2
+    load_checkpoint(tmp_path)
+    assert provenance_in(tmp_path)["step"] == 2
 
 
 def labels_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dropout: float) -> Tensor:
