@@ -173,7 +173,7 @@ def test_jobs_behind_one_that_is_deleted_wait_no_longer_for_it(restarts: Restart
     ids = [post(site, {"steps": steps, "seed": steps}).json()["id"] for steps in (1000, 999, 5, 6)]
     restarts.stop()
     site = restarts.start(max_jobs=1, tick_times=((1, 9.0), (8, 9.0)), shut=True)
-    wait_until(lambda: not site.engine.begun.empty())
+    wait_until(lambda: site.worker.rows_active > 0)
     with ThreadPoolExecutor(2) as pool:
         deleting = [pool.submit(site.client.delete, f"/jobs/{job_id}") for job_id in ids[:2]]
         wait_until(lambda: not site.worker._commands.empty())
