@@ -134,6 +134,16 @@ def _resample(module: nn.Module, h: Tensor, act_temb: Tensor) -> Tensor:
     return out
 
 
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """An embedding with nn.Embedding's own initialisation, whose normal_ on the meta device would import torch._dynamo.
+
+    That import takes longer than all the rest of loading a checkpoint.
+    """
+    weight = torch.randn(count, width)
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
+    return embedding
+
+
 class UNet2D(nn.Module):
     """eps_theta(x_t, t, class): x [B, C, H, W], t [B], class_labels [B] (or None) -> [B, out_channels, H, W]."""
 
@@ -155,11 +165,11 @@ class UNet2D(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj: nn.Embedding | None = None
         if config.time_embedding_type == "learned":
-            self.time_proj = nn.Embedding(config.num_train_timesteps or 0, widths[0])
+            self.time_proj = _embedding(config.num_train_timesteps or 0, widths[0])
         self.time_embedding = TimestepEmbedding(widths[0], temb_dim)
         self.class_embedding: nn.Embedding | None = None
         if config.num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(config.num_class_embeds, temb_dim)
+            self.class_embedding = _embedding(config.num_class_embeds, temb_dim)
 
         last = len(widths) - 1
         self.down_blocks = nn.ModuleList(

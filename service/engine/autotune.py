@@ -26,8 +26,8 @@ CPU_SIZES = (1, 2, 4)
 WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured
-AGREE_VALUES = 2**18  # of a layer of the first width, that two ways of running a pass are compared on, at least
-AGREE_ROWS = (8, 512)  # from and to
+AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # that two ways of running a pass are compared on
+AGREE_VALUES = 2**18  # below float32: that a layer of the first width has in those rows, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ def _with_wide(
     builder: Builder, wish: Wish, choice: Choice, lone_s: float, row_s: float
 ) -> tuple[Choice, float, float]:
     """Raise `wide` for as long as wide passes are faster, and give the same bits."""
-    rows = max(agree_rows(builder.checkpoint), wish.threads)
+    rows = max(agree_rows(builder.checkpoint, choice.precision), wish.threads)
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
     narrow = builder.build(choice)
     expected, places = narrow(*inputs), 1
@@ -245,8 +245,10 @@ def _graph_sizes(max_batch: int) -> tuple[int, ...]:
 def _try(builder: Builder, wish: Wish, choice: Choice) -> _Trial:
     executor, checkpoint, device = builder.build(choice), builder.checkpoint, builder.device
     size = choice.sizes[0] if choice.sizes and len(choice.sizes) == 1 else None
-    full = example_inputs(checkpoint, device, max(AGREE_ROWS[0], size or wish.max_batch))
-    bits = executor(*example_inputs(checkpoint, device, agree_rows(checkpoint))).cpu().numpy().tobytes()
+    full = example_inputs(checkpoint, device, max(AGREE_ROWS, size or wish.max_batch))
+    bits = (
+        executor(*example_inputs(checkpoint, device, agree_rows(checkpoint, choice.precision))).cpu().numpy().tobytes()
+    )
     return _Trial(
         size,
         lone_s=_seconds(lambda: executor(*_rows(full, 0, 1)), device),
@@ -255,16 +257,17 @@ def _try(builder: Builder, wish: Wish, choice: Choice) -> _Trial:
     )
 
 
-def agree_rows(checkpoint: Checkpoint) -> int:
+def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
     """How many rows two ways of running a pass are compared on.
 
-    A sum in another order is another bfloat16 in about one of 10,000 values only, so that a small network needs many
-    rows to show it: on a CPU with AMX, 16 rows of 8x8 pixels and 8 channels had agreed by chance.
+    In float32 another order of a sum shows in nearly every value. In bfloat16 it shows in about one of 10,000, so a
+    small network needs many rows: on a CPU with AMX, 16 rows of 8x8 pixels and 8 channels had agreed by chance.
     """
+    if precision == "float32":
+        return AGREE_ROWS
     height, width = checkpoint.size_px
     values = height * width * checkpoint.net.config.block_out_channels[0]
-    least, most = AGREE_ROWS
-    return min(max(least, -(-AGREE_VALUES // values)), most)
+    return min(max(AGREE_ROWS, -(-AGREE_VALUES // values)), MAX_AGREE_ROWS)
 
 
 def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -16,13 +16,13 @@ SLOW_TICK_S = 2.0  # after a tick that takes this long no larger size is measure
 
 
 def measure_ticks(
-    engine: RowEngine, max_batch: int, clock: Callable[[], float] = time.perf_counter
+    engine: RowEngine, max_batch: int, clock: Callable[[], float] = time.perf_counter, *, rounds: int = ROUNDS
 ) -> tuple[tuple[int, float], ...]:
     """Run a few ticks of 1, 2, 4, … up to max_batch places; returns (places, seconds) of each size."""
     begun_s = clock()
     sizes = sorted({min(2**k, max_batch) for k in range(max_batch.bit_length() + 1)})
     measured: dict[int, list[float]] = {places: [] for places in sizes}
-    for round_number in range(ROUNDS):
+    for round_number in range(rounds):
         if round_number and clock() - begun_s > BUDGET_S:
             break
         for places in sizes:

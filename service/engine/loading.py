@@ -10,7 +10,7 @@ import torch
 from model.checkpoint import load_checkpoint
 from service.engine.autotune import Wish, choose_executor, example_inputs
 from service.engine.autotune_cache import ChoiceCache, default_cache
-from service.engine.calibration import measure_ticks
+from service.engine.calibration import ROUNDS, measure_ticks
 from service.engine.devices import choose_device, default_max_rows
 from service.engine.engine import Engine
 from service.engine.executors import probe_bits
@@ -86,9 +86,14 @@ def _load(options: LoadOptions) -> Loaded:
             f"executor {executor.name} {executor.precision} ({executor.details}) does not give the same bits alone and "
             "among others here; --no-exact serves without that promise"
         )
-    tick_times = measure_ticks(engine, largest)
     how = {"executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest}
-    sizes = _batch_sizes(tick_times, ChoiceCache(cache, checkpoint, device, how, ()))
+    kept = ChoiceCache(cache, checkpoint, device, how, ())
+    sizes = _kept_sizes(kept, largest)
+    # Where the sizes are known one round is enough: admission corrects the times by what ticks really take.
+    tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
+    if sizes is None:
+        sizes = _batch_sizes(tick_times)
+        kept.write(sizes)
     max_batch = options.max_batch or sizes["max_batch"]
     short_batch = min(options.short_batch or sizes["short_batch"], max_batch)
     for places, seconds in tick_times:
@@ -100,18 +105,16 @@ def _load(options: LoadOptions) -> Loaded:
     return Loaded(engine, max_rows, max_batch, short_batch, tick_times)
 
 
-def _batch_sizes(tick_times: tuple[tuple[int, float], ...], kept: ChoiceCache) -> Mapping[str, int]:
-    """The smallest batches with 95 % (max_batch) and 85 % (short_batch) of the best throughput.
-
-    An earlier start's answer is kept: where the curve is flat, noise would give other sizes each time.
-    """
-    found = {
+def _batch_sizes(tick_times: tuple[tuple[int, float], ...]) -> dict[str, int]:
+    """The smallest batches with 95 % (max_batch) and 85 % (short_batch) of the best throughput."""
+    return {
         "max_batch": max(MIN_BATCH, smallest_batch_at(tick_times)),
         "short_batch": max(MIN_BATCH, smallest_batch_at(tick_times, SHORT_SHARE)),
     }
-    earlier = kept.read() or {}
-    largest = max(MIN_BATCH, tick_times[-1][0])
-    if earlier.keys() == found.keys() and all(type(n) is int and MIN_BATCH <= n <= largest for n in earlier.values()):
-        return earlier
-    kept.write(found)
-    return found
+
+
+def _kept_sizes(kept: ChoiceCache, largest: int) -> Mapping[str, int] | None:
+    """An earlier start's batch sizes, if they can be taken: where the curve is flat, noise gives others each time."""
+    sizes = kept.read() or {}
+    possible = all(type(size) is int and MIN_BATCH <= size <= max(MIN_BATCH, largest) for size in sizes.values())
+    return sizes if possible and sizes.keys() == {"max_batch", "short_batch"} else None

@@ -535,3 +535,10 @@ def test_example_inputs_are_always_the_same_and_of_all_kinds(checkpoint: Checkpo
     assert labels is not None
     assert len(set(t.tolist())) > 8
     assert set(labels.tolist()) == {0, 1, 2, 3}
+
+
+def test_a_small_network_in_bfloat16_is_compared_on_many_rows(make_checkpoint: MakeCheckpoint) -> None:
+    small, large = make_checkpoint(), make_checkpoint(sample_size=64, block_out_channels=(128, 128))
+    assert autotune.agree_rows(small, "float32") == autotune.AGREE_ROWS
+    assert autotune.agree_rows(small, "bfloat16") == autotune.MAX_AGREE_ROWS
+    assert autotune.agree_rows(large, "bfloat16") == autotune.AGREE_ROWS

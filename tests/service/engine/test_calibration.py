@@ -138,3 +138,9 @@ def test_a_real_engine_takes_some_time(tiny: Checkpoint) -> None:
     assert [count for count, _ in points] == [1, 2, 4, 8]
     assert all(0 < seconds < 5 for _, seconds in points)
     assert len(engine._free_rows) == 8
+
+
+def test_as_many_rounds_are_measured_as_asked() -> None:
+    engine = FakeEngine()
+    measure_ticks(engine, 4, Clock(engine), rounds=1)
+    assert len(engine.batches) == 3 * TICKS

@@ -307,7 +307,7 @@ def test_the_wide_way_gives_the_same_bits(checkpoint: Checkpoint, streams: int, 
 
 def sizes_that_agree(checkpoint: Checkpoint, precision: str) -> list[tuple[int, ...]]:
     """Sizes of a pass in groups of the same bits, as autotune keeps them; which they are depends on the processor."""
-    inputs = example_inputs(checkpoint, CPU, agree_rows(checkpoint))
+    inputs = example_inputs(checkpoint, CPU, agree_rows(checkpoint, precision))
     groups: dict[bytes, tuple[int, ...]] = {}
     for size in SIZES[-1]:
         bits = openvino(checkpoint, (size,), precision)(*inputs).numpy().tobytes()

@@ -73,8 +73,13 @@ def test_the_batch_is_as_asked_or_measured(options: LoadOptions, max_batch: int 
 def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_taken(
     options: LoadOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    curves = iter([((4, 0.55), (8, 1.0), (16, 9.0)), *[((4, 1.0), (8, 9.0), (16, 9.0))] * 3])
-    monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch: next(curves))
+    curves, rounds_measured = iter([((4, 0.55), (8, 1.0), (16, 9.0)), *[((4, 1.0), (8, 9.0), (16, 9.0))] * 3]), []
+
+    def measure(_engine: object, _max_batch: int, *, rounds: int) -> tuple[tuple[int, float], ...]:
+        rounds_measured.append(rounds)
+        return next(curves)
+
+    monkeypatch.setattr(loading, "measure_ticks", measure)
     options = replace(options, max_batch=None)
 
     def batches() -> tuple[int, int]:
@@ -86,13 +91,14 @@ def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_t
         if "short_batch" in json.loads(file.read_bytes()):
             file.write_text('{"max_batch": 8, "short_batch": 17}')
     assert [batches() for _ in range(2)] == [(4, 4)] * 2
+    assert rounds_measured == [loading.ROUNDS, 1, loading.ROUNDS, 1], "a start that knows the sizes measures little"
 
 
 @pytest.mark.parametrize(("asked", "max_batch", "short_batch"), [(6, 8, 6), (16, 8, 8), (None, 5, 4)])
 def test_a_short_tick_is_as_asked_or_measured_but_never_longer_than_any(
     options: LoadOptions, monkeypatch: pytest.MonkeyPatch, asked: int | None, max_batch: int, short_batch: int
 ) -> None:
-    monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch: ((4, 0.55), (8, 1.0)))
+    monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch, rounds: ((4, 0.55), (8, 1.0)))
     loaded = load_engine(replace(options, max_batch=max_batch, short_batch=asked))
     assert (loaded.max_batch, loaded.short_batch) == (max_batch, short_batch)
 
