@@ -11,12 +11,12 @@ serve: $(VENV)/.installed
 	@echo "Try: curl -X POST 'localhost:$(PORT)/sample?n=8&steps=20&sampler=dpmpp_2m' -o out.png"
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
 
-# In parallel what runs in the tests' own processes, with coverage; then real servers, which want the cores to themselves.
+# In parallel, with coverage, all but what holds a real server to a time: that wants the cores to itself.
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e --cov --cov-report term:skip-covered
-	$(BIN)/pytest tests/e2e
+	$(BIN)/pytest -n auto --dist worksteal -m "not alone" --cov --cov-report term:skip-covered
+	$(BIN)/pytest -m alone
 
-# For the inner loop.
+# For the inner loop: no real servers, nothing slow.
 test-fast: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e -m "not slow"
 

@@ -30,6 +30,8 @@ from service.api.schemas import SampleRequest
 from tests.service.fakes import INFO, LIMITS
 from tests.tiny import TINY
 
+pytestmark = pytest.mark.slow
+
 PNG = encode([Image.new("L", (2, 2))], 0.0)
 PLAIN_PNG = io.BytesIO()
 Image.new("L", (2, 2)).save(PLAIN_PNG, "PNG")

@@ -57,7 +57,10 @@ class RunningServer:
 def _cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Which executor is fastest is measured once for all processes of a session, and never for the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        base = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:  # workers share what they measure
+            base = base.parent
+        patch.setenv("XDG_CACHE_HOME", str(base / "measured"))
         yield
 
 

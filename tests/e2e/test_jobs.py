@@ -104,6 +104,7 @@ def test_a_long_job_goes_on_from_its_snapshot(restarting: Restarting) -> None:
     assert events[-1] == "done"
 
 
+@pytest.mark.alone
 def test_sigterm_writes_durable_jobs_down_at_once_and_the_next_start_ends_them(restarting: Restarting) -> None:
     spec = {"n": 2, "steps": 300, "seed": 4}
     job_id = restarting.post(spec, "k")

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, run_cli
 
+pytestmark = pytest.mark.alone
+
 Start = Callable[..., RunningServer]
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 

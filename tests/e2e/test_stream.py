@@ -143,6 +143,7 @@ def test_a_stream_that_is_dropped_frees_its_rows(server: RunningServer) -> None:
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
 
 
+@pytest.mark.alone
 def test_a_reader_that_sleeps_gets_the_newest_frame_and_the_image_and_holds_up_nobody(server: RunningServer) -> None:
     spec = SPEC | {"n": 16, "steps": 150, "sampler": "ddpm", "every": 1, "layout": "images", "show": ["x_t", "x_0"]}
     with open_stream(server, max_queue=1, ping_interval=None) as ws:
@@ -209,6 +210,7 @@ def test_two_hundred_connections_from_one_address_are_too_many_and_do_no_harm(
         assert [message["type"] for message, _ in read(ws)][-1] == "done"
 
 
+@pytest.mark.alone
 def test_streams_that_run_when_the_server_is_told_to_stop_get_their_images(
     own_server: Callable[..., RunningServer],
 ) -> None:

@@ -63,7 +63,8 @@ def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_pa
         assert (sheet.size, sheet.mode) == ((48, 16), "RGB")
 
     measure = ("evaluate", "--checkpoint", str(run), "--data", str(pictures), "--num-samples", "8", "--steps", "5",
-               "--bound-images", "4", "--bound-timesteps", "5")  # fmt: skip
+               "--bound-images", "4", "--bound-timesteps", "5", "--batch-size", "8",
+               "--executor", "eager")  # fmt: skip
     refused = run_cli(*measure)
     assert refused.returncode == 1
     assert "--test-data" in refused.stderr
@@ -86,7 +87,9 @@ def approve_bfloat16(run: Path, measure: tuple[str, ...]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compare, "MAX_FRECHET_RATIO", frechet_ratio)
             patch.setattr(compare, "MAX_ACCURACY_LOSS", 1.0)
-            command = [*measure[1:], "--device", "cpu", "--executor", "eager", *arguments]
+            torch.set_num_threads(1)
+            patch.setattr(autotune, "TRIAL_S", 0.005)
+            command = [*measure[1:], "--device", "cpu", *arguments]
             result = click.testing.CliRunner().invoke(evaluate.evaluate, command)
         torch.set_num_threads(threads)
         assert result.exit_code == 0, result.output

@@ -17,6 +17,8 @@ from model.unet import UNet2D
 from model.unet_config import UNetConfig
 from tests.tiny import TINY, randomize
 
+pytestmark = pytest.mark.slow
+
 F64 = torch.float64
 SHAPE = (2, 1, 3, 3)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")

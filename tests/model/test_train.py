@@ -22,6 +22,8 @@ from model.unet import UNet2D
 from model.unet_config import UNetConfig
 from tests.tiny import TINY
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 3, "dropout": 0.1})

@@ -10,6 +10,8 @@ from model.unet import UNet2D
 from model.unet_config import UNetConfig
 from tests.tiny import TINY, randomize
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "sample_size": 16,
     "in_channels": 3,

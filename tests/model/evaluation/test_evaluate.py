@@ -31,6 +31,8 @@ from model.unet import UNet2D
 from model.unet_config import UNetConfig
 from model.weights import hash_weights
 
+pytestmark = pytest.mark.slow
+
 STORED_CLASSIFIER = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-classifier"
 CPU = torch.device("cpu")
 NAMES = ("bright", "dark", "striped")

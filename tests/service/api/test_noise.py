@@ -31,6 +31,8 @@ from tests.service.api.pictures import CAT, PICTURE, encode, noise
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
 
+pytestmark = pytest.mark.slow
+
 RAW = {"Content-Type": "image/png"}
 T = INFO.num_timesteps
 

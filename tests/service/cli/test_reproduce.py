@@ -25,20 +25,28 @@ from service.images.encoder import encode_png, recipe
 from tests.service.conftest import CONDITIONAL, MakeCheckpoint
 from tests.service.fakes import INFO, LIMITS, make_spec
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., click.testing.Result]
 
 
-@pytest.fixture
-def run(make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Runs a command on a tiny checkpoint of this test's own."""
-    checkpoint = make_checkpoint()
+@pytest.fixture(scope="module")
+def folder(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint, and beside it what is measured of it, once for all tests."""
+    folder, checkpoint = tmp_path_factory.mktemp("reproduce"), make_checkpoint()
     noise, labels = checkpoint.noise, checkpoint.labels
-    save_checkpoint(tmp_path / "tiny", checkpoint.net.state_dict(), checkpoint.net.config, noise, labels, {})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_checkpoint(folder / "tiny", checkpoint.net.state_dict(), checkpoint.net.config, noise, labels, {})
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs a command on the tiny checkpoint."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr(autotune, "TRIAL_S", 0.005)
     threads = torch.get_num_threads()
 
-    def invoke(*arguments: str | Path, checkpoint: Path = tmp_path / "tiny") -> click.testing.Result:
+    def invoke(*arguments: str | Path, checkpoint: Path = folder / "tiny") -> click.testing.Result:
         where = ("--checkpoint", str(checkpoint), "--device", "cpu", "--executor", "eager")
         return click.testing.CliRunner().invoke(main, [*map(str, arguments), *where])
 

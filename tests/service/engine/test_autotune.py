@@ -15,6 +15,8 @@ from service.engine.autotune import Choice, Wish, choose_executor, example_input
 from service.engine.executors import MAX_GRAPHS, Executor
 from tests.service.conftest import Around, MakeCheckpoint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 EAGER = Wish(executor="eager", precision="float32", max_batch=4)

@@ -16,6 +16,8 @@ from service.engine.autotune import Choice, Wish, choose_executor, example_input
 from service.engine.autotune_cache import default_cache
 from tests.service.conftest import MakeCheckpoint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 EAGER = Wish(executor="eager", precision="float32", max_batch=4)
 

@@ -40,6 +40,8 @@ from tests.service.engine.engines import (
     together,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("t", [0, 25, 49])
 def test_noised_is_q_sample_of_each_image_with_the_x_t_of_a_job(tiny: Checkpoint, t: int) -> None:
@@ -547,7 +549,7 @@ def interrupted(checkpoint: Checkpoint, job: Job, after: int) -> Images:
     return second.images(rows)()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_an_edit_is_the_same_alone_in_company_interrupted_and_by_index(tiny: Checkpoint, data: st.DataObject) -> None:
     mask = half_mask(data.draw(st.integers(0, 9))) if data.draw(st.booleans(), "masked") else None

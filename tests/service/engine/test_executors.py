@@ -24,6 +24,8 @@ from service.engine.executors import (
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.exact import MODELS, SIZES, assert_exact, bare, needs_bfloat16
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

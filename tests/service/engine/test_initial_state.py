@@ -18,6 +18,8 @@ from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.edits import SCHEDULERS, Job, edit, edited_alone, half_mask, picture, states
 from tests.service.engine.engines import CPU, make_engine, spec_of
 
+pytestmark = pytest.mark.slow
+
 # --- against diffusers, as its img2img and inpaint pipelines do it ---
 
 

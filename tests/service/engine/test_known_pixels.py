@@ -16,6 +16,8 @@ from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.engine.edits import SCHEDULERS, Job, edit, edited_alone, half_mask, in_company, picture, states
 from tests.service.engine.engines import CPU, MIXED, OnGpu, make_engine, spec_of
 
+pytestmark = pytest.mark.slow
+
 # --- the same bytes ---
 
 

@@ -21,6 +21,8 @@ from service.images.encoder import PNG, etag
 from service.spec import trial_spec
 from tests.service.conftest import Around, MakeCheckpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _quick_and_as_before(monkeypatch: pytest.MonkeyPatch) -> object:

@@ -20,6 +20,8 @@ from service.work import work_of
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.engines import CPU, MIXED, Counting, Floats, alone, independent, make_engine, spec_of
 
+pytestmark = pytest.mark.slow
+
 # --- against the independent loop ---
 
 

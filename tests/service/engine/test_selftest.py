@@ -14,6 +14,8 @@ from service.engine.selftest import same_alone_and_together
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import INFO, FakeEngine
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

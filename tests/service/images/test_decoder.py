@@ -20,6 +20,8 @@ from service.images.decoder import MAX_PIXELS, Decoder, decode_image
 from service.spec import Images
 from tests.service.fakes import INFO
 
+pytestmark = pytest.mark.slow
+
 GREY = replace(INFO, height_px=8, width_px=12, channels=1)
 COLOUR = replace(GREY, channels=3)
 

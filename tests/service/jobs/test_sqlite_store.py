@@ -22,6 +22,8 @@ from service.jobs.store import OUTCOMES, JobRecord, Key, Outcome
 from service.spec import Inputs, SampleSpec, Snapshot
 from tests.service.fakes import make_spec
 
+pytestmark = pytest.mark.slow
+
 PIXELS = np.arange(2 * 4 * 6, dtype=np.uint8).reshape(2, 4, 6, 1)
 SPECS = [
     make_spec(),

@@ -10,6 +10,8 @@ from service.scheduling.scheduler import Scheduler, Sharing
 from service.scheduling.tick_times import TickTimes
 from service.work import Work
 
+pytestmark = pytest.mark.slow
+
 POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 TICKS = TickTimes(((1, 1.0),))  # and so a second for each place
 SRPT, FCFS, NO_RESERVE = Sharing.of(8), Sharing.of(8, policy="fcfs"), Sharing.of(8, 0.0)

@@ -17,6 +17,8 @@ from service.scheduling.tick_times import TickTimes
 from service.work import Batch, Work
 from tests.service.scheduling.test_admission import LIMITS, make_admission, plain, refusal, wait_of
 
+pytestmark = pytest.mark.slow
+
 # --- one by one ---
 
 
