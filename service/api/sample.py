@@ -172,8 +172,8 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
         services.cache.put(job.etag, content)
     headers = _headers(services, job) | {
         "X-Job-ID": job_id,
-        "X-Queue-Position": str(ticket.position),
-        "X-ETA-Seconds": f"{ticket.eta_s:.3f}",
+        "X-Queue-Position": str(ticket.outlook.position),
+        "X-ETA-Seconds": f"{ticket.outlook.eta_s:.3f}",
         "Server-Timing": _server_timing(
             queue=result.queue_s, first_step=result.first_step_s, denoise=result.denoise_s, encode=encode_s
         ),

@@ -59,7 +59,7 @@ class Jobs:
                 raise StorageFailed("the job of this Idempotency-Key was deleted just now")
             return found, True
         self._lifecycle.accept(record, ticket)
-        return JobView(record, "waiting", True, 0, ticket.position, ticket.eta_s), False
+        return JobView(record, "waiting", True, 0, ticket.outlook.position, ticket.outlook.eta_s), False
 
     async def _find_by_key(self, key: Key) -> JobView | None:
         """Find the job that was asked for with a key. Raises KeyReused if it was another request."""

@@ -131,7 +131,7 @@ def test_noised_is_q_sample_of_each_image_with_the_x_t_of_a_job(tiny: Checkpoint
 def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
     """The images by model.samplers.sample, which moves one batch in step."""
     shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
-    plan = make_engine(checkpoint).compile(spec)
+    plan = make_engine(checkpoint)._compile(spec)
     indices = range(spec.index, spec.index + spec.n)
     labels = None
     if spec.class_labels is not None:
@@ -301,7 +301,7 @@ def test_a_guided_row_takes_a_second_place_only_inside_its_interval(
     spec = spec_of(steps=10, sampler=sampler, guidance=3.0, guidance_interval=interval, class_labels=(1,))
     sample_locally(engine, spec, 8, lambda rows: None)
     assert len(executor.passes) == 10
-    timesteps = engine.compile(spec).timesteps.tolist()
+    timesteps = engine._compile(spec).timesteps.tolist()
     for t, (ts, labels) in zip(timesteps, executor.passes, strict=True):
         inside = interval[0] <= t <= interval[1]
         assert ts == ([t, t] if inside else [t])
@@ -758,7 +758,7 @@ def test_a_preview_is_the_latent_and_the_networks_guess_of_the_image(tiny: Check
     engine.step(Batch(rows, (0, 0), ()))
     shown = engine.preview(rows, ("x_0", "x_t"))()
     assert list(shown) == ["x_0", "x_t"]
-    t = int(engine.compile(spec).timesteps[0])
+    t = int(engine._compile(spec).timesteps[0])
     alpha_bar = float(tiny.noise.schedule().alpha_bar[t])
     eps = tiny.net(x_T, torch.tensor([t, t]), torch.tensor([0, 2])).double()
     x_0 = ((x_T.double() - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)).clamp(-1, 1)
