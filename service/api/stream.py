@@ -15,9 +15,10 @@ from starlette.websockets import WebSocketDisconnect
 from service.api.previews import StreamRequest
 from service.api.problems import render
 from service.api.progress import Countdown, result_of
-from service.api.request import from_body, to_job
+from service.api.request import from_body
 from service.api.schemas import SampleRequest
 from service.api.services import Services
+from service.api.submission import to_job
 from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
 from service.images.encoder import PNG
 from service.model_info import ModelInfo
