@@ -188,7 +188,7 @@ class Engine:
             self._ticks.add(self._finite)
 
     def wait(self) -> None:
-        """Let the device catch up: on a GPU until one tick is left to run, so that it never idles. A CPU never lags."""
+        """Wait until at most one tick is still running on the GPU. Does nothing on a CPU."""
         if self._ticks is not None:
             self._ticks.wait()
 
