@@ -5,14 +5,20 @@ BIN := $(VENV)/bin
 CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
 
-.PHONY: serve test lint format client train evaluate bench clean
+.PHONY: serve test test-fast lint format client train evaluate bench clean
 
 serve: $(VENV)/.installed
 	@echo "Try: curl -X POST 'localhost:$(PORT)/sample?n=8&steps=20&sampler=dpmpp_2m' -o out.png"
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
 
+# In parallel what runs in the tests' own processes, with coverage; then real servers, which want the cores to themselves.
 test: $(VENV)/.installed-test
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e --cov --cov-report term:skip-covered
+	$(BIN)/pytest tests/e2e
+
+# For the inner loop.
+test-fast: $(VENV)/.installed-test
+	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e -m "not slow"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

@@ -26,7 +26,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TMINUS_", frozen=True, extra="ignore")
 
     checkpoint: Path = Field(Path("checkpoints/fashion-mnist-32"), description="checkpoint folder to serve")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU where there is one")
+    device: str = Field(
+        "auto", description="auto, cpu or cuda; auto takes a GPU if there is one; choose which by CUDA_VISIBLE_DEVICES"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: one a core")

@@ -28,7 +28,7 @@ def job_routes(services: Services) -> APIRouter:
 
     @router.post(
         "",
-        summary="Ask for a durable job: answered at once, finished whatever happens",
+        summary="Submit a durable job",
         status_code=202,
         response_model=JobAnswer,
         openapi_extra={"requestBody": SAMPLE_BODY, "parameters": [IDEMPOTENCY_KEY]},
@@ -37,30 +37,28 @@ def job_routes(services: Services) -> APIRouter:
         parameters = await read_parameters(request, services.limits)
         return await accept(services, request, SampleRequest.parse(parameters, services.model, services.limits))
 
-    @router.get("", summary="All jobs, the newest first; those that are not durable while they wait or run")
+    @router.get("", summary="List jobs, newest first; those that are not durable only while they wait or run")
     async def list_jobs(state: str | None = None, limit: str | None = None, before: str | None = None) -> JobPage:
         return await page(services, state, limit, before)
 
-    @router.get("/{job_id}", summary="One of them")
+    @router.get("/{job_id}", summary="Get one job")
     async def get_job(job_id: str) -> JobAnswer:
         return JobAnswer.of(await services.jobs.find(job_id))
 
     @router.get(
         "/{job_id}/image",
-        summary="The images of a job that is done, as POST /sample gives them",
+        summary="Get the images of a durable job that is done",
         response_class=Response,
         responses={200: contents(*MEDIA_TYPES)},
     )
     async def get_image(request: Request, job_id: str) -> Response:
         return await image(services, request, job_id)
 
-    @router.post("/{job_id}/cancel", summary="Cancel it if it has not ended; its rows are free before the next tick")
+    @router.post("/{job_id}/cancel", summary="Cancel a durable job that has not ended")
     async def cancel_job(job_id: str) -> JobAnswer:
         return JobAnswer.of(await services.jobs.cancel(job_id))
 
-    @router.delete(
-        "/{job_id}", summary="Cancel it, its rows are free before the next tick; one that has ended is forgotten"
-    )
+    @router.delete("/{job_id}", summary="Cancel a job, or delete it if it has ended")
     async def delete_job(job_id: str) -> Response:
         await services.jobs.delete(job_id)
         return Response(status_code=204)

@@ -59,18 +59,20 @@ class SampleRequest(RequestSchema):
         None, description="seconds from now: refused at once if it cannot be met, given up when it passes"
     )
     strength: Float | None = Field(
-        None, description="with an image: how much of the way from noise is run again from it, above 0, at most 1"
+        None, description="with an image: share of the steps to run again, above 0, at most 1"
     )
     image: Picture | None = Field(
-        None, description="what to start from, as strength says, or to keep where the mask is black: PNG, JPEG or WebP"
+        None, description="image to start from (with strength) or to edit (with mask): PNG, JPEG or WebP"
     )
     mask: Picture | None = Field(
-        None, description="an image that is white where the other is to be made new, and black where it is to be kept"
+        None, description="white where the image is regenerated, black where it is kept: PNG, JPEG or WebP"
     )
     image_sha256: str | None = Field(
-        None, description="that the image must have, of its pixels once they are of the model's size; default: any"
+        None, description="SHA-256 that the decoded image must have, at the model's size; default: any"
     )
-    mask_sha256: str | None = Field(None, description="that the mask must have; default: any")
+    mask_sha256: str | None = Field(
+        None, description="SHA-256 that the decoded mask must have, at the model's size; default: any"
+    )
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
@@ -173,7 +175,7 @@ class AnimationRequest(RequestSchema):
     """What an animation of a job shows; beside the parameters of SampleRequest."""
 
     every: Int = Field(ge=1, description="with Accept: image/webp, a frame after every so many steps of each image")
-    show: Show = Field("x_t", description="what its frames show: x_t (the latent) or x_0 (the network's guess)")
+    show: Show = Field("x_t", description="what its frames show: x_t (the latent) or x_0 (the network's estimate)")
 
     @classmethod
     def take_from(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 @click.option(
     "--classifier",
     type=FOLDER_TYPE,
-    help="folder of the judge; trained there on --data if missing  [default: beside the checkpoint]",
+    help="folder of the classifier that judges; trained there on --data if missing  [default: fashion-mnist-classifier "
+    "beside the checkpoint; where --data is a folder, classifier in the checkpoint]",
 )
 @click.option("-n", "--num-samples", default=1000)
 @click.option("--sampler", default="ddim")
@@ -35,19 +36,22 @@ if TYPE_CHECKING:
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--spacing", help="of the timesteps: leading, trailing, linspace or karras  [default: as served]")
 @click.option("--seed", default=0)
-@click.option("--batch-size", default=96, help="samples that move in step")
+@click.option("--batch-size", default=96, help="samples denoised together")
 @click.option(
-    "--executor", default="auto", help="auto, eager, compile or openvino: what runs the network for the samples"
+    "--executor", default="auto", help="what runs the network for the samples: auto, eager, compile or openvino"
 )
 @click.option(
-    "--precision", type=click.Choice(["float32", "tf32", "bfloat16"]), default="float32", help="of the samples' passes"
+    "--precision",
+    type=click.Choice(["float32", "tf32", "bfloat16"]),
+    default="float32",
+    help="number format of the forward passes of the samples",
 )
 @click.option(
     "--approve",
     is_flag=True,
-    help="sample in float32 too; where --precision is no worse, note it in tminus.json, and serve takes it",
+    help="sample in float32 too; if --precision is no worse, note that in tminus.json, so that serve may use it",
 )
-@click.option("--bound-images", default=200, help="held-out images whose bound is taken")
+@click.option("--bound-images", default=200, help="held-out images for the variational bound")
 @click.option("--bound-timesteps", default=100, help="timesteps drawn for each of them")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the figures here as JSON too")
 @click.option("--device", default="auto")

@@ -12,9 +12,13 @@ FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
     click.option("--checkpoint", type=FOLDER_TYPE, default=DEFAULT_CHECKPOINT),
-    click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N"),
+    click.option(
+        "--device",
+        default="auto",
+        help="auto, cpu or cuda; auto takes a GPU if there is one; choose which by CUDA_VISIBLE_DEVICES",
+    ),
     click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url"),
-    click.option("--precision", default="auto", help="auto, float32 or bfloat16; not with --url"),
+    click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16; not with --url"),
 )
 
 

@@ -26,12 +26,16 @@ from service.cli.watch import follow, write_animation
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
-@click.option("--image", type=FILE_TYPE, help="a picture to start from (--strength) or to keep a part of (--mask)")
-@click.option("--mask", type=FILE_TYPE, help="a picture, white where the other is to be made new")
-@click.option("--strength", help="how much of the way from noise is run again from the picture, above 0, at most 1")
-@click.option("--watch", type=click.Path(path_type=Path), help="with --url: keep the steps on the way as .webp or .gif")
+@click.option("--image", type=FILE_TYPE, help="image to start from (--strength) or to edit (--mask)")
+@click.option("--mask", type=FILE_TYPE, help="image: white where the image is regenerated, black where it is kept")
+@click.option("--strength", help="share of the steps to run again, above 0, at most 1")
+@click.option(
+    "--watch", type=click.Path(path_type=Path), help="with --url: write the frames as an animation, .webp or .gif"
+)
 @click.option("--every", type=click.IntRange(1), help="steps between its frames  [default: a hundredth of them]")
-@click.option("--show", type=click.Choice(["x_t", "x_0"]), help="the latent, or the network's guess  [default: x_t]")
+@click.option(
+    "--show", type=click.Choice(["x_t", "x_0"]), help="the latent, or the network's estimate of x_0  [default: x_t]"
+)
 def sample(
     url: str | None,
     checkpoint: Path,

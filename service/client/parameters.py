@@ -11,7 +11,7 @@ PICTURES = ("image", "mask")
 
 
 class Parameters(TypedDict, total=False):
-    """The parameters of POST /sample; README.md says what each means. The server has a default for each.
+    """The parameters of POST /sample; docs/api.md says what each means. The server has a default for each.
 
     A Picture is the bytes of a PNG, JPEG or WebP, the Path of such a file, or its base64.
     """

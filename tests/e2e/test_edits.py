@@ -74,7 +74,9 @@ def test_the_calls_of_the_docs_run(server: RunningServer, cat: bytes, tmp_path: 
             "way.webp", str(tmp_path / "way.webp")
         )
         words = (
-            words.replace("fillings.png", str(tmp_path / "fillings.png")).replace("tminus ", "").replace("100", "20")
+            words.replace("fillings.png", str(tmp_path / "fillings.png"))
+            .replace(".venv/bin/tminus ", "")
+            .replace("100", "20")
         )
         words = words.replace("--url", "--steps 20 --url")
         if "reproduce" in words:  # by the server that made it

@@ -176,3 +176,63 @@ def pixels(png: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(png)) as image:
         assert image.format == "PNG"
         return np.asarray(image)
+
+
+@pytest.fixture
+def held(make_site: MakeSite) -> Site:
+    """A site that is ready, and whose next tick waits for the test."""
+    site = make_site()
+    site.engine.gate.shut()
+    return site
+
+
+class Restarts:
+    """Sites on one file, one after the other. The last is shut down at the end."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.site = file, None
+
+    def start(
+        self,
+        *,
+        shut: bool = False,
+        info: dict[str, Any] | None = None,
+        tick_times: tuple[tuple[int, float], ...] = INSTANT,
+        **fields: Any,
+    ) -> Site:
+        limits = replace(LIMITS, **fields)
+        self.site = Site(replace(INFO, **info or {}), limits, tick_times, state_file=self.file)
+        if shut:
+            self.site.engine.gate.shut()
+            self.site.engine.gate.let()  # the warm-up
+        self.site.client.__enter__()
+        self.site.wait_until_ready()
+        return self.site
+
+    def stop(self) -> None:
+        """Stop as SIGTERM does, without waiting: accepted jobs stay."""
+        if self.site is not None:
+            self.site.worker.drain()
+            self.site.engine.gate.open()
+            self.site.client.__exit__(None, None, None)
+            assert self.site.engine.jobs == {}
+            self.site = None
+
+
+@pytest.fixture
+def restarts(tmp_path: Path) -> Iterator[Restarts]:
+    made = Restarts(tmp_path / "jobs.sqlite3")
+    yield made
+    made.stop()
+
+
+def frames_of(content: bytes) -> tuple[list[np.ndarray], list[int]]:
+    """Pixels and durations of an animation."""
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.format == "WEBP"
+        frames, durations = [], []
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            frames.append(np.asarray(image.convert("L")))
+            durations.append(image.info["duration"])
+        return frames, durations

@@ -1,4 +1,4 @@
-"""GET /jobs, GET and DELETE /jobs/{id}, and deadlines, through the app."""
+"""GET /jobs, GET and DELETE /jobs/{id}, deadlines, and durable edits, through the app."""
 
 import json
 import time
@@ -12,7 +12,8 @@ import pytest
 from service.jobs.standings import FORECAST_S
 from service.work import JobStatus
 from service.worker.worker import Worker
-from tests.service.conftest import MakeSite, Site, pixels, problem
+from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, MASK_PIXELS, PICTURE, b64, encode, noise, same
+from tests.service.conftest import MakeSite, Restarts, Site, pixels, problem
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
 
 SECOND = 1.0
@@ -265,3 +266,62 @@ def test_a_network_that_gives_nan_is_told_to_its_own_client_only(site: Site) -> 
         assert well.result(PATIENCE_S).status_code == 200
     assert json.loads(json.dumps(document)) == document
     assert site.metrics()['tminus_cancelled_total{"reason": "not_finite"}'] == 1
+
+
+# --- durable edits ---
+
+
+def accepted(site: Site, key: str | None = None, **kwargs: Any) -> Any:
+    response = site.client.post("/jobs", headers={"Idempotency-Key": key} if key else {}, **kwargs)
+    assert response.status_code == 202, response.text
+    return response
+
+
+def ended(site: Site, job_id: str) -> dict[str, Any]:
+    wait_until(lambda: site.client.get(f"/jobs/{job_id}").json()["state"] == "done")
+    found: dict[str, Any] = site.client.get(f"/jobs/{job_id}").json()
+    return found
+
+
+def test_a_durable_edit_is_asked_for_told_and_fetched(site: Site) -> None:
+    body = EDIT | {"strength": 0.6, "image": b64(CAT), "mask": b64(MASK)}
+    job_id = accepted(site, json=body).json()["id"]
+    document = ended(site, job_id)
+    assert (document["step"], document["steps"]) == (3, 3)
+    told = document["parameters"]
+    assert (told["steps"], told["strength"], told["image_sha256"]) == (5, 0.6, INPUTS.image_sha256)
+    assert told["mask_sha256"] == INPUTS.mask_sha256
+    assert "image" not in told
+    image = site.client.get(f"/jobs/{job_id}/image")
+    direct = site.post(json=body)
+    assert (image.content, image.headers["etag"]) == (direct.content, direct.headers["etag"])
+    again = site.post(json=told | {"image": b64(CAT), "mask": b64(MASK)})
+    assert again.content == direct.content, "the parameters and the pictures make it again"
+    assert problem(site.post(json=told), 422, "invalid_field")["field"] == "image"
+
+
+def test_a_key_covers_the_pictures_in_json_and_form_alike(site: Site) -> None:
+    fields = EDIT | {"strength": 0.6}
+    body = fields | {"image": b64(CAT), "mask": b64(MASK)}
+    first = accepted(site, "k", json=body).json()["id"]
+    files = {"image": ("a.png", CAT), "mask": ("b.png", MASK)}
+    for retry in ({"json": body}, {"files": files, "data": {k: str(v) for k, v in fields.items()}}):
+        response = accepted(site, "k", **retry)
+        assert response.json()["id"] == first
+        assert response.headers["idempotent-replayed"] == "true"
+    for other in ({"image": b64(encode(noise(4, 6, seed=9)))}, {"mask": b64(CAT)}, {"strength": 0.7}, {"mask": None}):
+        answer = site.client.post("/jobs", json=body | other, headers={"Idempotency-Key": "k"})
+        problem(answer, 422, "idempotency_key_reused")
+
+
+def test_a_durable_edit_of_an_earlier_process_has_its_pictures(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    body = EDIT | {"strength": 0.6, "image": b64(CAT), "mask": b64(MASK)}
+    job_id = accepted(site, json=body).json()["id"]
+    site.engine.next_begun()
+    restarts.stop()
+    again = restarts.start()
+    document = ended(again, job_id)
+    assert document["parameters"]["image_sha256"] == INPUTS.image_sha256
+    assert same(again.engine.inputs[-1], PICTURE, MASK_PIXELS)
+    assert again.engine.batches[-1].steps == (4, 4)

@@ -1,3 +1,5 @@
+"""POST /noise, through the app."""
+
 import io
 import json
 import threading
@@ -24,26 +26,13 @@ from service.engine.executors import EagerExecutor
 from service.jobs.sqlite_store import SqliteStore
 from service.model_info import Limits
 from service.scheduling.scheduler import Sharing
+from tests.service.api.asgi import call, scope_of
+from tests.service.api.pictures import CAT, PICTURE, encode, noise
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
-from tests.service.test_app import call, scope_of
 
 RAW = {"Content-Type": "image/png"}
 T = INFO.num_timesteps
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encode(picture: np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(picture).save(out, kind, **options)
-    return out.getvalue()
-
-
-PICTURE = noise(4, 6)
-CAT = encode(PICTURE)
 
 
 def post(site: Site, content: bytes = CAT, *, headers: dict[str, str] = RAW, **params: Any) -> Any:

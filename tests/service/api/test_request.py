@@ -1,13 +1,20 @@
+import io
 import json
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 
 from service.api import request
 from service.api.request import from_items, merge
 from service.errors import ConflictingField, MalformedBody
+from tests.service.api.pictures import CAT, EDIT, MASK, b64
+from tests.service.conftest import MakeSite, Site, problem
+
+QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
+GUIDED = {"guidance": 2, "class_label": 1}
 
 
 def from_body(body: bytes) -> dict[str, Any]:
@@ -218,3 +225,73 @@ def test_a_name_twice_in_the_body_is_a_conflict() -> None:
     with pytest.raises(ConflictingField) as caught:
         from_body(b'{"steps": 1, "n": 2, "steps": 2}')
     assert caught.value.field == "steps"
+
+
+# --- through the app ---
+
+
+def test_an_unknown_parameter_is_a_problem_in_query_and_body(site: Site) -> None:
+    for response in (site.post(params={"stepz": 5}), site.post(json={"stepz": 5})):
+        document = problem(response, 422, "unknown_field")
+        assert document["field"] == "stepz"
+        assert "steps" in document["bound"]
+
+
+def test_a_field_with_two_values_is_a_problem(site: Site) -> None:
+    for response in (site.post(params={"steps": 2}, json={"steps": 3}), site.post(params={"steps": [2, 3]})):
+        assert problem(response, 422, "conflicting_field")["field"] == "steps"
+
+
+@pytest.mark.parametrize("body", [b"steps=2", b"[]", b"{", b"\xff", b'{"steps": NaN}', b"[" * 3000])
+def test_a_body_that_is_no_json_object_is_a_problem(site: Site, body: bytes) -> None:
+    problem(site.post(content=body), 400, "malformed_body")
+
+
+@pytest.mark.parametrize("query", ["", "?steps=1&class_label=1"])
+def test_no_depth_of_nesting_crashes(site: Site, query: str) -> None:
+    for field in (b"steps", b"class_label", b"extra"):
+        for depth in range(100, 1400, 25):
+            response = site.client.post(f"/sample{query}", content=b'{"%s": %s}' % (field, b"[" * depth + b"]" * depth))
+            assert response.status_code in (400, 422), (field, depth)
+
+
+def test_a_guidance_interval_comes_in_body_and_query_alike(site: Site) -> None:
+    answers = [
+        site.post(json=QUICK | GUIDED | {"guidance_interval": [100, 800]}),
+        site.post(params=QUICK | GUIDED | {"guidance_interval": [100, 800]}),
+        site.client.get("/sample?steps=2&seed=5&class_label=1&guidance=2&guidance_interval=100&guidance_interval=800"),
+        site.post(params={"guidance_interval": [100, 800]}, json=QUICK | GUIDED | {"guidance_interval": [100, 800]}),
+    ]
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len({answer.headers["etag"] for answer in answers}) == 1
+    with Image.open(io.BytesIO(answers[0].content)) as image:
+        image.load()
+        spec = json.loads(image.text["tminus"])["spec"]  # type: ignore[attr-defined]
+    assert spec["guidance_interval"] == [100, 800]
+
+
+def test_the_order_of_an_interval_in_the_query_counts(site: Site) -> None:
+    response = site.post(params=GUIDED | {"guidance_interval": [800, 100]})
+    document = problem(response, 422, "invalid_field")
+    assert (document["field"], document["value"]) == ("guidance_interval", [800, 100])
+    assert document["bound"] == "two integers [lo, hi] with 0 <= lo <= hi <= 999"
+
+
+def test_only_pictures_may_make_a_body_large(make_site: MakeSite) -> None:
+    site = make_site(max_image_bytes=100_000)
+    padded = CAT.ljust(100_000, b"\0")
+    assert (
+        site.post(json=EDIT | {"image": b64(padded), "mask": b64(MASK.ljust(100_000)), "strength": 0.5}).status_code
+        == 200
+    )
+    for body in (
+        b'{"image": "' + b"A" * 300_000 + b'"}',  # over both pictures together
+        b'{"sampler": "' + b"A" * 5000 + b'"}',
+        b'{"class_label": [' + b"[]," * 5000 + b"[]]}",
+        b" " * 5000,
+        json.dumps({"x": ["A" * 3000] * 3}).encode(),
+    ):
+        for path in ("/sample", "/jobs"):
+            document = problem(site.client.post(path, content=body), 413, "body_too_large")
+            assert document["field"] == "body"
+    assert site.post(json=EDIT).status_code == 200

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.api.fields import MAX_SEED, SEED_BITS
-from service.api.schemas import SampleRequest
+from service.api.schemas import SampleRequest, parameters_of
 from service.errors import InvalidField, ServiceError, UnknownField
 from service.model_info import ModelInfo
 from service.spec import SampleSpec
+from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, b64
+from tests.service.conftest import Site, problem
 from tests.service.fakes import INFO, LIMITS
 
 UNCONDITIONAL = replace(INFO, conditional=False, class_names=(), null_class=None)
@@ -303,3 +305,49 @@ def test_any_parameters_make_a_spec_within_the_bounds_or_a_typed_refusal(paramet
             assert (spec.class_labels is not None) == model.conditional
             assert spec.class_labels is None or len(spec.class_labels) == spec.n
             assert isinstance(spec.clip, bool)
+
+
+# --- edits ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "says"),
+    [
+        ({"strength": 0.5}, "image", "given where strength is"),
+        ({"mask": b64(MASK)}, "image", "given where mask is"),
+        ({"mask": ""}, "image", "given where mask is"),
+        ({"image_sha256": "0" * 64}, "image", "given where image_sha256 is"),
+        ({"image": b64(CAT)}, "strength", "given with an image, or else a mask"),
+        ({"image": b64(CAT), "strength": 0}, "strength", "above 0, at most 1"),
+        ({"image": b64(CAT), "strength": 1.01}, "strength", "above 0, at most 1"),
+        ({"image": b64(CAT), "strength": -1}, "strength", "above 0, at most 1"),
+        ({"image": b64(CAT), "strength": True}, "strength", "above 0, at most 1"),
+        ({"image": b64(CAT), "strength": "much"}, "strength", "above 0, at most 1"),
+        ({"image": 5, "strength": 0.5}, "image", "base64"),
+        ({"image": [b64(CAT)], "strength": 0.5}, "image", "base64"),
+        ({"image": b64(CAT), "strength": 0.5, "image_sha256": "0" * 64}, "image_sha256", INPUTS.image_sha256),
+        ({"image": b64(CAT), "strength": 0.5, "image_sha256": "short"}, "image_sha256", "64 hexadecimal digits"),
+        ({"image": b64(CAT), "strength": 0.5, "mask_sha256": "0" * 64}, "mask", "given where mask_sha256 is"),
+        ({"image": b64(CAT), "mask": b64(MASK), "mask_sha256": "0" * 64}, "mask_sha256", INPUTS.mask_sha256),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_to_do(
+    site: Site, fields: dict[str, Any], field: str, says: str
+) -> None:
+    for path in ("/sample", "/jobs"):
+        document = problem(site.client.post(path, json=EDIT | fields), 422, "invalid_field")
+        assert document["field"] == field
+        assert says in document["detail"]
+        assert len(document["detail"]) < 500, "no echo of a picture"
+    assert site.client.get("/jobs").json()["jobs"] == []
+
+
+def test_the_parameters_of_an_edit_lead_back_to_it() -> None:
+    body = EDIT | {"strength": 0.6, "image": b64(CAT), "mask": b64(MASK)}
+    asked = SampleRequest.parse(body, INFO, LIMITS)
+    spec = asked.with_inputs(asked.to_spec(INFO, LIMITS), INPUTS)
+    told = parameters_of(spec)
+    again = SampleRequest.parse(told | {"image": b64(CAT), "mask": b64(MASK)}, INFO, LIMITS)
+    assert again.with_inputs(again.to_spec(INFO, LIMITS), INPUTS) == spec
+    assert type(spec).from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert hash(spec) != hash(replace(spec, mask_sha256=None))

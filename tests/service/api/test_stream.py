@@ -16,6 +16,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from service.api import stream as routes_stream
 from service.images.encoder import contact_sheet, encode_result
+from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b64, got, same
 from tests.service.conftest import INSTANT, MakeSite, Site, pixels
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 
@@ -481,3 +482,36 @@ def test_an_unconditional_model_streams_too(make_site: MakeSite) -> None:
         client = Client(ws)
         client.send(steps=2)
         client.get("accepted")
+
+
+# --- edits ---
+
+
+def test_a_stream_shows_the_steps_that_are_left(site: Site) -> None:
+    with connect(site) as ws:
+        client = Client(ws)
+        client.send(**EDIT, strength=0.6, image=b64(CAT, "image/png"), mask=b64(MASK), every=1)
+        assert client.get("accepted")["seed"] == 1
+        steps = []
+        while (message := ws.receive_json())["type"] == "frame":
+            steps.append((message["step"], message["steps"], message["t"]))
+            client.picture()
+        assert message["type"] == "done"
+        assert client.picture() == site.post(
+            json=EDIT | {"strength": 0.6, "image": b64(CAT), "mask": b64(MASK)}
+        ).content  # fmt: skip
+    assert {entry[1] for entry in steps} == {3}
+    assert set(steps) <= {(1, 3, 200), (2, 3, 0)}
+    assert same(got(site), PICTURE, MASK_PIXELS)
+
+
+def test_a_bad_edit_ends_a_stream_with_the_reason(site: Site) -> None:
+    for fields, code, close in (
+        ({"strength": 0.5}, "invalid_field", 1008),
+        ({"image": "%", "strength": 0.5}, "invalid_image", 1008),
+        ({"sampler": "x" * 5000}, "body_too_large", 1009),
+    ):
+        with connect(site) as ws:
+            client = Client(ws)
+            client.send(**EDIT, **fields)  # type: ignore[arg-type]
+            client.refused(code, close)

@@ -1,6 +1,6 @@
+"""What may be chosen, what is chosen, and which sizes go together."""
+
 import json
-import os
-import stat
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +12,6 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from service.engine import autotune, openvino_executor
 from service.engine.autotune import Choice, Wish, choose_executor, example_inputs
-from service.engine.autotune_cache import default_cache
 from service.engine.executors import MAX_GRAPHS, Executor
 from tests.service.conftest import Around, MakeCheckpoint
 
@@ -24,45 +23,6 @@ needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino, an extra
 HAS_BFLOAT16 = HAS_OPENVINO and "bfloat16" in openvino_executor.precisions()
 
 Timed = Callable[[Callable[[], object], torch.device], float]
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before() -> object:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def checkpoint(make_checkpoint: MakeCheckpoint) -> Checkpoint:
-    """One of its own: an executor may change the layout of its net."""
-    return make_checkpoint()
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Measure by one call each, and count."""
-    calls: list[int] = []
-
-    def seconds(call: Callable[[], object], _device: torch.device) -> float:
-        calls.append(1)
-        call()
-        return 0.01
-
-    monkeypatch.setattr(autotune, "_seconds", seconds)
-    return calls
-
-
-@pytest.fixture
-def unmeasurable(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def forbid() -> None:
-        def fail(*_args: object) -> float:
-            raise AssertionError("it was to be known already")
-
-        monkeypatch.setattr(autotune, "_seconds", fail)
-        monkeypatch.setattr(autotune, "_try", fail)
-
-    return forbid
 
 
 # --- a wish that cannot be ---
@@ -332,74 +292,7 @@ def test_graphs_are_few_and_reach_from_one_row_to_the_largest_batch(max_batch: i
     assert sizes[0] == 1 or len(sizes) == MAX_GRAPHS
 
 
-# --- what is remembered ---
-
-
-def test_the_answer_is_kept_and_the_second_call_measures_nothing(
-    checkpoint: Checkpoint, tmp_path: Path, quick: list[int], unmeasurable: Callable[[], None]
-) -> None:
-    cache = tmp_path / "made" / "on the way"
-    first = choose_executor(checkpoint, CPU, EAGER, cache)
-    assert quick
-    (file,) = cache.iterdir()
-    assert json.loads(file.read_text())["executor"] == "eager"
-    unmeasurable()
-    second = choose_executor(checkpoint, CPU, EAGER, cache)
-    assert (second.name, second.precision, second.details) == (first.name, first.precision, first.details)
-    inputs = example_inputs(checkpoint, CPU, 3)
-    assert second(*inputs).equal(first(*inputs))
-    assert list(cache.iterdir()) == [file], "nothing else is left there"
-
-
-def test_without_a_cache_each_call_measures(checkpoint: Checkpoint, quick: list[int]) -> None:
-    choose_executor(checkpoint, CPU, EAGER, None)
-    once = len(quick)
-    choose_executor(checkpoint, CPU, EAGER, None)
-    assert len(quick) == 2 * once > 0
-
-
-GOOD = asdict(Choice("eager", "float32", True, (1,)))
-DAMAGED = {
-    "empty": b"",
-    "cut": json.dumps(GOOD).encode()[:20],
-    "binary": bytes(range(256)),
-    "not json": b"eager",
-    "a list": b"[]",
-    "a number": b"5",
-    "null": b"null",
-    "no sizes": json.dumps({key: value for key, value in GOOD.items() if key != "sizes"}).encode(),
-    "another field": json.dumps(GOOD | {"colour": "red"}).encode(),
-    "sizes no list": json.dumps(GOOD | {"sizes": 5}).encode(),
-    "deep": b"[" * 100_000,
-    "an unknown executor": json.dumps(GOOD | {"executor": "toaster"}).encode(),
-    "another precision": json.dumps(GOOD | {"precision": "bfloat16"}).encode(),
-    "sizes of text": json.dumps(GOOD | {"sizes": ["one"]}).encode(),
-    "a size of 0": json.dumps(GOOD | {"sizes": [0]}).encode(),
-    "sizes that fall": json.dumps(GOOD | {"sizes": [4, 1]}).encode(),
-    "a size twice": json.dumps(GOOD | {"sizes": [1, 1]}).encode(),
-    "a size over the batch": json.dumps(GOOD | {"sizes": [1, 5]}).encode(),
-    "a huge size": json.dumps(GOOD | {"sizes": [10**30]}).encode(),
-    "a size below 0": json.dumps(GOOD | {"sizes": [-1, 1]}).encode(),
-    "a size true": json.dumps(GOOD | {"sizes": [True]}).encode(),
-    "a size of half": json.dumps(GOOD | {"sizes": [0.5]}).encode(),
-    "sizes an object": json.dumps(GOOD | {"sizes": {"1": 2}}).encode(),
-    "an executor of a list": json.dumps(GOOD | {"executor": ["eager"]}).encode(),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_file_is_ignored_and_mended(
-    checkpoint: Checkpoint, tmp_path: Path, quick: list[int], damage: str
-) -> None:
-    first = choose_executor(checkpoint, CPU, EAGER, tmp_path)
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(DAMAGED[damage])
-    quick.clear()
-    again = choose_executor(checkpoint, CPU, EAGER, tmp_path)
-    assert quick, "it was measured again"
-    assert (again.name, again.precision) == (first.name, first.precision)
-    assert json.loads(file.read_bytes()).keys() == json.loads(whole).keys()
+# --- which kept answers are taken ---
 
 
 @pytest.mark.parametrize(
@@ -427,90 +320,6 @@ def test_a_kept_wide_way_is_taken_only_if_it_could_be_measured_now(wide: object,
     fields = {**asdict(replace(candidate, sizes=(1, 2))), "wide": wide}
     found = autotune._valid(fields, [candidate], Wish(max_batch=16, threads=2))
     assert (found is not None) == sound
-
-
-def test_a_kept_answer_cannot_be_of_what_is_not_a_candidate(
-    checkpoint: Checkpoint, tmp_path: Path, quick: list[int]
-) -> None:
-    """A file edited to say bfloat16, which nobody approved."""
-    wish = replace(EAGER, precision="auto")
-    choose_executor(checkpoint, CPU, wish, tmp_path)
-    (file,) = tmp_path.iterdir()
-    file.write_text(json.dumps(GOOD | {"precision": "bfloat16"}))
-    assert choose_executor(checkpoint, CPU, wish, tmp_path).precision == "float32"
-
-
-def test_a_folder_where_the_file_should_be_is_no_error(
-    checkpoint: Checkpoint, tmp_path: Path, quick: list[int]
-) -> None:
-    choose_executor(checkpoint, CPU, EAGER, tmp_path)
-    (file,) = tmp_path.iterdir()
-    file.unlink()
-    (file / "something").mkdir(parents=True)
-    assert choose_executor(checkpoint, CPU, EAGER, tmp_path).name == "eager"
-
-
-def test_a_folder_that_cannot_be_written_is_no_error(checkpoint: Checkpoint, tmp_path: Path, quick: list[int]) -> None:
-    file = tmp_path / "file"
-    file.write_text("")
-    assert choose_executor(checkpoint, CPU, EAGER, file / "below").name == "eager", "a file is no folder"
-    assert choose_executor(checkpoint, CPU, EAGER, Path("/proc/tminus")).name == "eager"
-    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    try:
-        assert choose_executor(checkpoint, CPU, EAGER, tmp_path / "new").name == "eager"
-    finally:
-        tmp_path.chmod(stat.S_IRWXU)
-
-
-def keys(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir()}
-
-
-def test_what_makes_another_answer_possible_has_a_file_of_its_own(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = make_checkpoint()
-    monkeypatch.setattr(autotune, "_fastest", lambda builder, wish, candidates: replace(candidates[0], sizes=(1,)))
-
-    def choose(checkpoint: Checkpoint = checkpoint, wish: Wish = EAGER) -> int:
-        choose_executor(checkpoint, CPU, wish, tmp_path)
-        return len(keys(tmp_path))
-
-    assert choose() == 1
-    assert choose(make_checkpoint(seed=1)) == 1, "other weights of the same network take as long"
-    assert choose(make_checkpoint(block_out_channels=(8, 24))) == 2
-    assert choose(make_checkpoint(sample_size=16)) == 3
-    assert choose(wish=replace(EAGER, exact=False)) == 4
-    assert choose(wish=replace(EAGER, max_batch=8)) == 5
-    assert choose(wish=replace(EAGER, threads=2)) == 6
-    assert choose(replace(checkpoint, approved=(("eager", "bfloat16"),)), replace(EAGER, precision="auto")) == 7
-    assert choose(wish=replace(EAGER, precision="auto")) == 8
-    monkeypatch.setattr(torch, "__version__", "9.9.9")
-    assert choose() == 9
-    monkeypatch.setattr(openvino_executor, "version", lambda: "2099.1")
-    assert choose() == 10
-    monkeypatch.setattr(os, "cpu_count", lambda: 1234)
-    assert choose() == 11
-
-
-def test_the_default_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "tminus"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_cache() == tmp_path / ".cache" / "tminus"
-
-
-def test_a_user_without_a_home_has_no_cache_and_an_executor_all_the_same(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, quick: list[int]
-) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    assert default_cache() is None
-    assert choose_executor(checkpoint, CPU, EAGER, default_cache()).name == "eager"
 
 
 # --- the real measurement ---

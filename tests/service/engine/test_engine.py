@@ -1,119 +1,44 @@
+"""The engine: rows that differ in everything share batches, slots go round, previews, snapshots, edits."""
+
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from model.noise import NoiseConfig
 from model.pixels import to_model_range, to_uint8
 from model.rng import image_noise
-from model.samplers import SAMPLERS, sample
-from model.timesteps import SPACINGS
-from service.engine import engine as engine_module
 from service.engine.engine import Engine
-from service.engine.executors import EagerExecutor, Executor
+from service.engine.executors import EagerExecutor
 from service.engine.local import sample_locally
 from service.errors import NotFinite
 from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import SampleSpec, Snapshot
+from service.spec import Images, Inputs, SampleSpec
 from service.work import Batch, work_of
 from tests.service.conftest import Around, MakeCheckpoint
-from tests.service.fakes import make_spec
-
-CPU = torch.device("cpu")
-Floats = npt.NDArray[np.float32]
-
-
-@pytest.fixture
-def floats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Engine.images return x itself instead of rounding it to bytes."""
-    monkeypatch.setattr(engine_module, "to_uint8", lambda x: x)
-
-
-@pytest.fixture
-def forward_sizes(tiny: Checkpoint) -> Iterator[list[int]]:
-    """The batch size of each forward pass of the tiny net."""
-    sizes: list[int] = []
-    handle = tiny.net.register_forward_hook(lambda net, args, out: sizes.append(len(args[0])))
-    yield sizes
-    handle.remove()
-
-
-def make_engine(
-    checkpoint: Checkpoint,
-    *,
-    executor: Executor | None = None,
-    max_rows: int = 32,
-    max_jobs: int = 16,
-    device: torch.device = CPU,
-) -> Engine:
-    executor = executor or EagerExecutor(checkpoint.net, device)
-    return Engine(checkpoint, executor, device, max_rows=max_rows, max_jobs=max_jobs)
-
-
-def spec_of(**fields: object) -> SampleSpec:
-    return make_spec(**{"steps": 10, "n": 1} | fields)
-
-
-# Mixed in every way a batch may be: samplers, step counts, eta, classes, none, guidance, clip, index, number of rows.
-MIXED = (
-    spec_of(n=2, steps=50, seed=1, class_labels=(0, 2)),
-    spec_of(n=3, steps=10, seed=2, sampler="ddim", class_labels=(1, None, 0)),
-    spec_of(n=2, steps=7, seed=3, guidance=3.0, class_labels=(2, 1)),
-    spec_of(n=1, steps=50, seed=4, sampler="ddim", eta=1.0, guidance=1.5, class_labels=(0,)),
-    spec_of(n=1, steps=1, seed=5),
-    spec_of(n=2, steps=13, seed=2**64 - 1, sampler="ddim", eta=0.3, clip=False, index=2**32 - 2),
-    spec_of(n=1, steps=3, seed=7, guidance=0.0, class_labels=(1,), index=9),
-    spec_of(n=2, steps=12, seed=8, sampler="dpmpp_2m"),
-    spec_of(n=1, steps=20, seed=9, sampler="dpmpp_2m", guidance=2.0, guidance_interval=(10, 30)),
-    spec_of(n=2, steps=25, seed=10, guidance=4.0, guidance_interval=(0, 20), timestep_spacing="trailing"),
-    spec_of(n=1, steps=9, seed=11, sampler="ddim", timestep_spacing="linspace", guidance=2.0, guidance_interval=(1, 2)),
+from tests.service.engine.edits import SCHEDULERS, Job, edit, edited_alone, half_mask, in_company, picture
+from tests.service.engine.engines import (
+    CPU,
+    MIXED,
+    Counting,
+    Floats,
+    OnGpu,
+    Poisoned,
+    alone,
+    independent,
+    make_engine,
+    spec_of,
+    together,
 )
-
-
-def alone(checkpoint: Checkpoint, spec: SampleSpec, device: torch.device = CPU) -> Floats:
-    """The images of a job that has the engine for itself."""
-    return sample_locally(make_engine(checkpoint, device=device), spec, 32, lambda rows: None)
-
-
-def read_images(engine: Engine, rows: Sequence[int]) -> Floats:
-    return engine.images(rows)()
-
-
-def together(
-    engine: Engine,
-    specs: Sequence[SampleSpec],
-    *,
-    max_batch: int,
-    seed: int = 0,
-    read: Callable[[Engine, Sequence[int]], Floats] = read_images,
-) -> list[Floats]:
-    """The images of jobs that arrive at random ticks and share the engine and its batches."""
-    rng, scheduler = random.Random(seed), Scheduler(Sharing.of(max_batch))
-    order = list(range(len(specs)))
-    rng.shuffle(order)
-    rows: dict[str, tuple[int, ...]] = {}
-    images: dict[str, Floats] = {}
-    while len(images) < len(specs):
-        if order and (not scheduler.has_work or rng.random() < 0.3):
-            k = order.pop()
-            rows[str(k)] = engine.add(specs[k])
-            scheduler.add(str(k), rows[str(k)], work_of(specs[k], engine.info))
-        batch = scheduler.next_batch()
-        if batch is None:
-            continue
-        engine.step(batch)
-        for job in scheduler.advance(batch).finished:
-            images[job] = read(engine, rows[job])
-            engine.remove(rows[job])
-    return [images[str(k)] for k in range(len(specs))]
 
 
 @pytest.mark.parametrize("t", [0, 25, 49])
@@ -128,28 +53,6 @@ def test_noised_is_q_sample_of_each_image_with_the_x_t_of_a_job(tiny: Checkpoint
     np.testing.assert_array_equal(engine.noised(images.numpy()[:1], t, 9)(), expected[:1], "each is made alone")
 
 
-def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
-    """The images by model.samplers.sample, which moves one batch in step."""
-    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
-    plan = make_engine(checkpoint)._compile(spec)
-    indices = range(spec.index, spec.index + spec.n)
-    labels = None
-    if spec.class_labels is not None:
-        null = checkpoint.labels.null_class
-        labels = torch.tensor([null if label is None else label for label in spec.class_labels])
-    x = sample(
-        checkpoint.net,
-        plan,
-        image_noise(spec.seed, indices, 0, shape, CPU),
-        lambda k: image_noise(spec.seed, indices, k + 1, shape, CPU),
-        class_labels=labels,
-        null_class=checkpoint.labels.null_class,
-        guidance=spec.guidance,
-        guidance_interval=spec.guidance_interval,
-    )
-    return x.permute(0, 2, 3, 1).numpy()
-
-
 # --- a batch of strangers ---
 
 
@@ -161,62 +64,6 @@ def test_rows_that_differ_in_everything_share_batches_and_get_the_images_they_ge
     shared = together(make_engine(tiny), MIXED, max_batch=max_batch, seed=max_batch)
     for spec, images in zip(MIXED, shared, strict=True):
         np.testing.assert_allclose(images, alone(tiny, spec), atol=1e-5, rtol=1e-5, err_msg=str(spec))
-
-
-@pytest.mark.usefixtures("floats")
-@pytest.mark.parametrize("spec", MIXED, ids=lambda spec: f"seed{spec.seed}")
-def test_the_engine_agrees_with_the_independent_loop(tiny: Checkpoint, spec: SampleSpec) -> None:
-    images = alone(tiny, spec)
-    assert images.shape == (spec.n, 8, 8, 1)
-    np.testing.assert_allclose(images, independent(tiny, spec), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.usefixtures("floats")
-def test_all_of_a_spec_matters(tiny: Checkpoint) -> None:
-    """Or the tests above would compare images that a lost field leaves alone."""
-    base = spec_of(sampler="ddim", eta=0.5, guidance=2.0, class_labels=(0,), clip=True)
-    others = ({"steps": 9}, {"sampler": "ddpm"}, {"eta": 0.6}, {"guidance": 2.5}, {"class_labels": (1,)})
-    others += ({"guidance_interval": (0, 25)}, {"guidance_interval": (25, 49)}, {"timestep_spacing": "trailing"})
-    others += (
-        {"sampler": "dpmpp_2m"},
-        {"clip": False},
-        {"seed": 2},
-        {"seed": 1 + 2**32},
-        {"index": 1},
-        {"guidance": 1.0},
-    )  # type: ignore[assignment]
-    images = alone(tiny, base)
-    for change in others:
-        other = alone(tiny, replace(base, **change))  # type: ignore[arg-type]
-        assert np.abs(other - images).max() > 1e-3, change
-    null = alone(tiny, replace(base, class_labels=(None,), guidance=1.0))
-    assert np.abs(null - alone(tiny, replace(base, guidance=1.0))).max() > 1e-3
-
-
-@pytest.mark.usefixtures("floats")
-@pytest.mark.parametrize("fields", [{}, {"guidance": 2.0}, {"sampler": "ddim", "eta": 0.7}])
-def test_image_k_made_alone_is_image_k_of_the_batch(tiny: Checkpoint, fields: dict[str, object]) -> None:
-    spec = spec_of(n=4, index=5, class_labels=(0, 1, 2, 1), **fields)
-    batch = alone(tiny, spec)
-    for k in range(4):
-        one = replace(spec, n=1, index=5 + k, class_labels=spec.class_labels[k : k + 1])  # type: ignore[index]
-        np.testing.assert_allclose(alone(tiny, one)[0], batch[k], atol=1e-5)
-    assert np.abs(batch[1] - batch[3]).max() > 1e-3, "the index makes images of one class differ"
-
-
-def test_the_same_seed_gives_the_same_bytes_again(tiny: Checkpoint) -> None:
-    spec = spec_of(n=3, guidance=2.0)
-    assert alone(tiny, spec).tobytes() == alone(tiny, spec).tobytes()
-
-
-def test_images_are_bytes_rounded_as_training_data_is(tiny: Checkpoint) -> None:
-    spec = spec_of(n=3, seed=11)
-    images = alone(tiny, spec)
-    expected = to_uint8(torch.from_numpy(independent(tiny, spec).copy())).numpy()
-    assert images.dtype == np.uint8
-    assert images.std() > 10, "not a blank image"
-    np.testing.assert_allclose(images.astype(int), expected.astype(int), atol=1)
-    assert (images == expected).mean() > 0.99
 
 
 # --- bit for bit ---
@@ -276,54 +123,6 @@ def test_image_k_alone_has_the_bits_of_image_k_of_the_batch(tiny: Checkpoint) ->
 
 
 # --- guidance intervals ---
-
-
-class Counting(Around):
-    """An executor that notes the places of each pass."""
-
-    def __init__(self, executor: Executor) -> None:
-        super().__init__(executor)
-        self.passes: list[tuple[list[int], list[int]]] = []  # timesteps, labels
-
-    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        assert class_labels is not None
-        self.passes.append((t.tolist(), class_labels.tolist()))
-        return super().__call__(x, t, class_labels)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("interval", [(0, 49), (10, 30), (0, 0), (49, 49), (20, 20), (11, 12)])
-def test_a_guided_row_takes_a_second_place_only_inside_its_interval(
-    tiny: Checkpoint, sampler: str, interval: tuple[int, int]
-) -> None:
-    executor = Counting(EagerExecutor(tiny.net, CPU))
-    engine = make_engine(tiny, executor=executor)
-    spec = spec_of(steps=10, sampler=sampler, guidance=3.0, guidance_interval=interval, class_labels=(1,))
-    sample_locally(engine, spec, 8, lambda rows: None)
-    assert len(executor.passes) == 10
-    timesteps = engine._compile(spec).timesteps.tolist()
-    for t, (ts, labels) in zip(timesteps, executor.passes, strict=True):
-        inside = interval[0] <= t <= interval[1]
-        assert ts == ([t, t] if inside else [t])
-        assert labels == ([1, 3] if inside else [1]), "the null class beside its own"
-    assert sum(len(ts) for ts, _ in executor.passes) == work_of(spec, engine.info).places
-
-
-@pytest.mark.usefixtures("floats")
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("interval", [(10, 30), (0, 0), (40, 49), (21, 22)])
-def test_guidance_intervals_agree_with_the_independent_loop(
-    tiny: Checkpoint, sampler: str, spacing: str, interval: tuple[int, int]
-) -> None:
-    spec = spec_of(
-        n=2, steps=10, sampler=sampler, timestep_spacing=spacing, guidance=3.0, guidance_interval=interval,
-        class_labels=(0, 2),
-    )  # fmt: skip
-    images = alone(tiny, spec)
-    np.testing.assert_allclose(images, independent(tiny, spec), atol=1e-5, rtol=1e-5)
-    if work_of(spec, make_engine(tiny).info).guided:
-        assert np.abs(images - alone(tiny, replace(spec, guidance=1.0, guidance_interval=None))).max() > 1e-4
 
 
 def test_rows_inside_and_outside_of_their_intervals_share_a_tick(tiny: Checkpoint) -> None:
@@ -386,20 +185,6 @@ def test_the_learned_variance_matters(make_checkpoint: MakeCheckpoint) -> None:
     assert np.abs(alone(learned, spec) - half).max() > 1e-3
 
 
-# --- other predictions ---
-
-
-@pytest.mark.usefixtures("floats")
-@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_other_predictions_and_variances_agree_with_the_independent_loop(
-    make_checkpoint: MakeCheckpoint, prediction_type: str, variance_type: str
-) -> None:
-    noise = NoiseConfig(num_train_timesteps=20, prediction_type=prediction_type, variance_type=variance_type)
-    checkpoint, spec = make_checkpoint(noise=noise), spec_of(n=2, steps=20)
-    np.testing.assert_allclose(alone(checkpoint, spec), independent(checkpoint, spec), atol=1e-5, rtol=1e-5)
-
-
 # --- other models ---
 
 
@@ -423,84 +208,6 @@ def test_models_of_other_shapes(
     for spec, images in zip(specs, together(make_engine(checkpoint), specs, max_batch=3), strict=True):
         assert images.shape == (2, *shape)
         np.testing.assert_allclose(images, independent(checkpoint, spec), atol=1e-5, rtol=1e-5)
-
-
-# --- against diffusers ---
-
-
-def diffusers_images(
-    checkpoint: Checkpoint, spec: SampleSpec, monkeypatch: pytest.MonkeyPatch, scheduler_name: str
-) -> Floats:
-    """The images by diffusers' U-Net and scheduler with our weights and our noise."""
-    import diffusers
-    from diffusers.schedulers import scheduling_ddpm
-
-    config = {key: value for key, value in checkpoint.net.config.to_dict().items() if not key.startswith("_")}
-    net = diffusers.UNet2DModel(**config).eval()
-    net.load_state_dict(checkpoint.net.state_dict())
-    scheduler = getattr(diffusers, scheduler_name).from_config(checkpoint.noise.to_dict())
-    scheduler.set_timesteps(spec.steps)
-    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
-    indices = range(spec.index, spec.index + spec.n)
-    draws = [image_noise(spec.seed, indices, draw, shape, CPU) for draw in range(spec.steps + 1)]
-    null = checkpoint.labels.null_class
-    labels = torch.tensor([null if label is None else label for label in spec.class_labels or ()])
-    x = draws[0]
-    with torch.inference_mode():
-        for k, t in enumerate(scheduler.timesteps):
-            out = net(x, t, labels).sample
-            if spec.guidance != 1:
-                out_u = net(x, t, torch.full_like(labels, null)).sample
-                out = out_u + spec.guidance * (out - out_u)
-            z = draws[k + 1]
-            if scheduler_name == "DDIMScheduler":
-                # eps is taken from the clipped x0 here, as the one update rule does.
-                step = scheduler.step(out, t, x, eta=spec.eta, use_clipped_model_output=True, variance_noise=z)
-            else:
-
-                def randn(*_args: object, z: Tensor = z, **_kwargs: object) -> Tensor:
-                    return z
-
-                monkeypatch.setattr(scheduling_ddpm, "randn_tensor", randn)
-                step = scheduler.step(out, t, x)
-            x = step.prev_sample
-    images: Floats = x.permute(0, 2, 3, 1).numpy()
-    return images
-
-
-@pytest.mark.usefixtures("floats")
-@pytest.mark.parametrize("steps", [50, 10, 1])
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_ddpm_agrees_with_diffusers(
-    make_checkpoint: MakeCheckpoint,
-    monkeypatch: pytest.MonkeyPatch,
-    steps: int,
-    variance_type: str,
-    guidance: float,
-) -> None:
-    noise = NoiseConfig(num_train_timesteps=50, beta_end=0.1, variance_type=variance_type)
-    checkpoint, spec = make_checkpoint(noise=noise), spec_of(n=2, steps=steps, guidance=guidance, class_labels=(0, 2))
-    ours, theirs = alone(checkpoint, spec), diffusers_images(checkpoint, spec, monkeypatch, "DDPMScheduler")
-    np.testing.assert_allclose(ours, theirs, atol=3e-5, rtol=1e-4)
-
-
-@pytest.mark.usefixtures("floats")
-@pytest.mark.parametrize("steps", [50, 10, 7])
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("set_alpha_to_one", [True, False])
-def test_ddim_agrees_with_diffusers(
-    make_checkpoint: MakeCheckpoint,
-    monkeypatch: pytest.MonkeyPatch,
-    steps: int,
-    eta: float,
-    set_alpha_to_one: bool,
-) -> None:
-    noise = NoiseConfig(num_train_timesteps=50, beta_end=0.1, set_alpha_to_one=set_alpha_to_one, default_sampler="ddim")
-    checkpoint = make_checkpoint(noise=noise)
-    spec = spec_of(n=2, steps=steps, sampler="ddim", eta=eta, class_labels=(1, None))
-    ours, theirs = alone(checkpoint, spec), diffusers_images(checkpoint, spec, monkeypatch, "DDIMScheduler")
-    np.testing.assert_allclose(ours, theirs, atol=3e-5, rtol=1e-4)
 
 
 # --- forward passes ---
@@ -635,20 +342,6 @@ def test_nan_stays_in_its_row_and_leaves_with_it(tiny: Checkpoint) -> None:
     np.testing.assert_allclose(again, alone(tiny, spec_of(n=1, seed=3)), atol=1e-5)
 
 
-class Poisoned(Counting):
-    """An executor that gives NaN or infinity for one class and is sound for the others."""
-
-    def __init__(self, executor: Executor, label: int, value: float) -> None:
-        super().__init__(executor)
-        self._label, self._value = label, value
-
-    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        assert class_labels is not None
-        out = super().__call__(x, t, class_labels).clone()
-        out[class_labels == self._label] = self._value
-        return out
-
-
 @pytest.mark.parametrize(("value", "clip"), [(float("nan"), True), (float("nan"), False), (float("inf"), False)])
 def test_a_class_that_gives_no_finite_image_breaks_its_own_rows_only(
     tiny: Checkpoint, value: float, clip: bool
@@ -683,18 +376,6 @@ def test_infinity_that_the_clip_takes_away_breaks_nothing(tiny: Checkpoint) -> N
     engine = make_engine(tiny, executor=Poisoned(EagerExecutor(tiny.net, CPU), 2, float("inf")))
     images = sample_locally(engine, spec_of(n=2, steps=3, class_labels=(2, 2), clip=True), 8, lambda rows: None)
     assert images.shape == (2, 8, 8, 1)
-
-
-def test_latents_are_read_as_they_are_and_are_no_window(tiny: Checkpoint) -> None:
-    engine = make_engine(tiny)
-    rows = engine.add(spec_of(n=2))
-    before = engine.latents(rows)
-    assert (before.dtype, before.shape) == (np.float32, (2, 1, 8, 8))
-    np.testing.assert_array_equal(before, image_noise(1, (0, 1), 0, (1, 8, 8), CPU).numpy())
-    kept = before.copy()
-    engine.step(Batch(rows, (0, 0), ()))
-    np.testing.assert_array_equal(before, kept)
-    assert not np.array_equal(engine.latents(rows[::-1]), before[::-1])
 
 
 def test_a_job_that_cannot_be_compiled_takes_no_slot(make_checkpoint: MakeCheckpoint) -> None:
@@ -779,17 +460,6 @@ def test_memory_on_a_cpu_is_the_processs_own(tiny: Checkpoint) -> None:
 
 # --- on a GPU ---
 
-OnGpu = Callable[[], tuple[Checkpoint, torch.device]]
-
-
-@pytest.fixture
-def on_gpu(make_checkpoint: MakeCheckpoint) -> Iterator[OnGpu]:
-    """A checkpoint of its own, as an engine moves the net; and the exact float32 that the comparison needs."""
-    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield lambda: (make_checkpoint(), torch.device("cuda"))
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
-
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("floats")
@@ -798,24 +468,6 @@ def test_a_gpu_gives_the_images_of_the_cpu(tiny: Checkpoint, on_gpu: OnGpu) -> N
     engine = make_engine(checkpoint, device=device)
     for spec, images in zip(MIXED, together(engine, MIXED, max_batch=8), strict=True):
         np.testing.assert_allclose(images, alone(tiny, spec), atol=1e-3, err_msg=str(spec))
-
-
-@pytest.mark.gpu
-def test_a_preview_on_a_gpu_is_that_of_the_cpu_and_does_not_wait_for_it(tiny: Checkpoint, on_gpu: OnGpu) -> None:
-    checkpoint, device = on_gpu()
-    spec, shown = spec_of(n=2, sampler="ddim"), []
-    for engine in (make_engine(checkpoint, device=device), make_engine(tiny)):
-        rows = engine.add(spec)
-        engine.step(Batch(rows, (0, 0), ()))
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            read = engine.preview(rows, ("x_t", "x_0"))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        shown.append(read())
-    for name in ("x_t", "x_0"):
-        np.testing.assert_allclose(shown[0][name].astype(int), shown[1][name].astype(int), atol=1)
 
 
 @pytest.mark.gpu
@@ -835,43 +487,6 @@ def test_an_engine_on_a_gpu_tells_its_memory_and_name(on_gpu: OnGpu) -> None:
     assert memory is not None
     assert memory > 0
     assert engine.info.device == torch.cuda.get_device_name(device)
-
-
-@pytest.mark.gpu
-def test_a_tick_on_a_gpu_does_not_wait_for_it(on_gpu: OnGpu) -> None:
-    checkpoint, device = on_gpu()
-    engine = make_engine(checkpoint, device=device)
-    rows, guided = engine.add(spec_of(n=2)), engine.add(spec_of(n=1, guidance=2.0))
-    engine.step(Batch((*rows, *guided), (0, 0, 0), (2,)))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        engine.step(Batch((*rows, *guided), (1, 1, 1), (2,)))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_a_gpus_late_news_of_a_broken_row_is_not_told_of_the_next_row_in_its_slot(on_gpu: OnGpu) -> None:
-    checkpoint, device = on_gpu()
-    executor = Poisoned(EagerExecutor(checkpoint.net, device), 2, float("nan"))
-    engine = make_engine(checkpoint, executor=executor, device=device, max_rows=2)
-
-    def tick(rows: tuple[int, ...], step: int) -> tuple[int, ...]:
-        engine.step(Batch(rows, (step,) * len(rows), ()))
-        engine.wait()
-        return engine.broken(rows)
-
-    sick = engine.add(spec_of(n=2, steps=3, class_labels=(2, 2)))
-    told = [tick(sick, step) for step in range(3)]
-    assert told[-1] == sick, "one tick late"
-    with pytest.raises(NotFinite):
-        engine.images(sick)()
-    engine.remove(sick)
-    well = engine.add(spec_of(n=2, steps=3, seed=2))
-    assert set(well) == set(sick)
-    assert [tick(well, step) for step in range(3)] == [(), (), ()]
-    assert engine.images(well)().shape == (2, 8, 8, 1)
 
 
 # --- snapshots ---
@@ -904,15 +519,62 @@ def test_a_job_that_goes_on_from_a_snapshot_elsewhere_has_the_bits_of_one_that_w
         assert second.latents(rows).tobytes() == undisturbed.tobytes()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 1, 8, 9), (2, 8, 8)])
-def test_a_snapshot_of_another_shape_is_refused_and_takes_nothing(tiny: Checkpoint, shape: tuple[int, ...]) -> None:
-    engine, zeros = make_engine(tiny, max_rows=2), np.zeros(shape, np.float32)
-    with pytest.raises(ValueError, match="snapshot"):
-        engine.add(spec_of(n=2), Snapshot((1, 1), zeros, zeros))
-    assert len(engine.add(spec_of(n=2))) == 2
+# --- edits ---
 
 
-def test_a_snapshot_of_another_type_is_refused_by_the_name_of_that_type(tiny: Checkpoint) -> None:
-    zeros = np.zeros((2, 1, 8, 8))
-    with pytest.raises(ValueError, match="got float64"):
-        make_engine(tiny).add(spec_of(n=2), Snapshot((1, 1), zeros, zeros))  # type: ignore[arg-type]
+def interrupted(checkpoint: Checkpoint, job: Job, after: int) -> Images:
+    """The images of a job that went on in another engine after so many ticks of three places."""
+    spec, inputs = job
+    first, scheduler = make_engine(checkpoint), Scheduler(Sharing.of(3))
+    rows = first.add(spec, inputs=inputs)
+    work = work_of(spec, first.info)
+    scheduler.add("a", rows, work)
+    for _ in range(after):
+        batch = scheduler.next_batch()
+        assert batch is not None
+        first.step(batch)
+        scheduler.advance(batch)
+        if not scheduler.has_work:
+            return first.images(rows)()
+    snapshot = first.snapshot(rows, scheduler.steps("a"))()
+    second, scheduler = make_engine(checkpoint), Scheduler(Sharing.of(4))
+    second.add(spec_of(n=3))  # so that the rows have other slots
+    rows = second.add(spec, snapshot, inputs)
+    scheduler.add("a", rows, work, snapshot.steps)
+    while (batch := scheduler.next_batch()) is not None:
+        second.step(batch)
+        scheduler.advance(batch)
+    return second.images(rows)()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_an_edit_is_the_same_alone_in_company_interrupted_and_by_index(tiny: Checkpoint, data: st.DataObject) -> None:
+    mask = half_mask(data.draw(st.integers(0, 9))) if data.draw(st.booleans(), "masked") else None
+    strength = (
+        data.draw(st.none() | st.floats(0.01, 1), "strength") if mask is not None else data.draw(st.floats(0.01, 1))
+    )
+    n, guided = data.draw(st.integers(1, 3), "n"), data.draw(st.booleans(), "guided")
+    sampler = data.draw(st.sampled_from(sorted(SCHEDULERS)), "sampler")
+    fields = {
+        "n": n, "steps": data.draw(st.integers(1, 14), "steps"), "sampler": sampler, "strength": strength,
+        "seed": data.draw(st.integers(0, 2**64 - 1)), "guidance": 3.0 if guided else 1.0,
+        "guidance_interval": (10, 30) if guided and data.draw(st.booleans()) else None,
+        "eta": data.draw(st.sampled_from([0.0, 0.6])) if sampler == "ddim" else 0.0, "clip": data.draw(st.booleans()),
+    }  # fmt: skip
+    inputs = Inputs(picture(data.draw(st.integers(0, 9))), mask)
+    job = edit(inputs, **fields)
+    try:
+        images = edited_alone(tiny, job)
+    except NotFinite:  # without the clip
+        return
+    if mask is not None:
+        np.testing.assert_array_equal(images[:, ~mask], np.repeat(inputs.image[~mask][None], n, 0), "known, and exact")
+    others = [(spec, None) for spec in MIXED[:4]] + [edit(Inputs(picture(77), half_mask(77)), n=2, steps=9, seed=5)]
+    together = in_company(make_engine(tiny), [job, *others], data.draw(st.integers(0, 99)))
+    np.testing.assert_array_equal(together[0], images)
+    ticks = data.draw(st.integers(0, n * job[0].num_steps), "interrupted after")
+    np.testing.assert_array_equal(interrupted(tiny, job, ticks), images)
+    k = data.draw(st.integers(0, n - 1), "k")
+    one = replace(job[0], n=1, index=job[0].index + k, class_labels=(job[0].class_labels or ())[k : k + 1])
+    np.testing.assert_array_equal(edited_alone(tiny, (one, inputs))[0], images[k])

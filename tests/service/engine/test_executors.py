@@ -1,3 +1,5 @@
+"""How a batch is cut into passes, and what eager and compiled executors give."""
+
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 
@@ -6,11 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from model.checkpoint import Checkpoint
-from service.engine import openvino_executor
-from service.engine.autotune import agree_rows, example_inputs
+from service.engine.autotune import example_inputs
 from service.engine.executors import (
     MAX_GRAPHS,
     CompiledExecutor,
@@ -21,21 +21,10 @@ from service.engine.executors import (
     split_padded,
     split_wide,
 )
-from service.engine.openvino_executor import Graph, OpenVINOExecutor
 from tests.service.conftest import MakeCheckpoint
+from tests.service.engine.exact import MODELS, SIZES, assert_exact, bare, needs_bfloat16
 
 CPU = torch.device("cpu")
-SIZES = ((1,), (1, 2), (1, 2, 4))
-Inputs = tuple[Tensor, Tensor, Tensor | None]
-
-needs_openvino = pytest.mark.skipif(not openvino_executor.available(), reason="openvino, an extra, is not installed")
-
-
-def able_to_bfloat16() -> bool:
-    return openvino_executor.available() and "bfloat16" in openvino_executor.precisions()
-
-
-needs_bfloat16 = pytest.mark.skipif(not able_to_bfloat16(), reason="this processor has no bfloat16 instructions")
 
 
 # --- how a batch is cut ---
@@ -159,35 +148,6 @@ def test_padding_repeats_the_last_entry() -> None:
 # --- what they give ---
 
 
-def bare(checkpoint: Checkpoint, inputs: Inputs) -> Tensor:
-    """The network itself, in float32, as it was loaded."""
-    with torch.inference_mode():
-        out: Tensor = checkpoint.net(*inputs)
-    return out
-
-
-def openvino(
-    checkpoint: Checkpoint, sizes: Sequence[int] = (1,), precision: str = "float32", streams: int = 2, wide: int = 0
-) -> OpenVINOExecutor:
-    key = (checkpoint.weights_hash, checkpoint.size_px, checkpoint.noise.num_train_timesteps)
-    if key not in GRAPHS:
-        shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
-        GRAPHS[key] = Graph(checkpoint.net, shape, checkpoint.noise.num_train_timesteps)
-    return OpenVINOExecutor(GRAPHS[key], precision=precision, sizes=sizes, streams=streams, wide=wide)
-
-
-GRAPHS: dict[object, Graph] = {}  # converting takes longer than all the rest
-
-MODELS: dict[str, dict[str, object]] = {
-    "tiny": {},
-    "unconditional": {"classes": False},
-    "colour": {"in_channels": 3, "out_channels": 3},
-    "wide": {"sample_size": (4, 10)},
-    "learned variance": {"out_channels": 2},
-    "learned variance in colour": {"in_channels": 3, "out_channels": 6, "classes": False},
-}
-
-
 @pytest.fixture(params=MODELS, ids=lambda name: name)
 def checkpoint(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> Checkpoint:
     return make_checkpoint(**MODELS[request.param])
@@ -207,148 +167,13 @@ def test_eager_gives_what_the_network_gives(
     assert executor.start(*inputs)().equal(out)
 
 
-@needs_openvino
-@pytest.mark.parametrize("sizes", [(1,), (1, 2, 4), (3,)])
-def test_openvino_gives_what_the_network_gives(checkpoint: Checkpoint, sizes: tuple[int, ...]) -> None:
-    inputs = example_inputs(checkpoint, CPU, 10)
-    expected = bare(checkpoint, inputs)
-    executor = openvino(checkpoint, sizes)
-    out = executor(*inputs)
-    assert (out.dtype, out.shape) == (torch.float32, expected.shape)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
-
-
-@needs_openvino
-def test_openvino_takes_any_strides_and_keeps_nothing_of_the_last_call(tiny: Checkpoint) -> None:
-    executor = openvino(tiny, (1, 2))
-    x, t, labels = example_inputs(tiny, CPU, 7)
-    assert labels is not None
-    first = executor(x, t, labels)
-    kept = first.clone()
-    strided = x.repeat_interleave(2, 0)[::2].to(memory_format=torch.channels_last).transpose(2, 3).contiguous()
-    assert executor(strided.transpose(2, 3), t, labels).equal(kept)
-    executor(x.flip(0), t.flip(0), labels.flip(0))
-    assert first.equal(kept), "an answer does not change with the next question"
-
-
-@needs_openvino
-def test_what_is_started_goes_on_while_the_caller_does_other_things(tiny: Checkpoint) -> None:
-    executor = openvino(tiny, (1, 2))
-    inputs = example_inputs(tiny, CPU, 11)
-    expected = executor(*inputs)
-    finish = executor.start(*rows_of(inputs, range(11)))  # of which nobody keeps the inputs
-    others = [torch.full_like(part, 1) for part in inputs if part is not None for _ in range(50)]
-    assert finish().equal(expected)
-    assert len(others) == 150
-
-
 # --- the contract of an exact executor ---
-
-
-def rows_of(inputs: Inputs, rows: Sequence[int]) -> Inputs:
-    at = torch.tensor(rows)
-    x, t, labels = inputs
-    return x[at], t[at], labels[at] if labels is not None else None
-
-
-def assert_exact(executor: Executor, checkpoint: Checkpoint) -> None:
-    """Each place alone, at any position, beside any neighbours, in a batch of any size: the same bits."""
-    inputs = example_inputs(checkpoint, CPU, 13)
-    alone = [executor(*rows_of(inputs, [row])) for row in range(13)]
-    assert all(bool(out.isfinite().all()) for out in alone)
-    generator = torch.Generator().manual_seed(1)
-    for size in (2, 3, 4, 5, 7, 8, 13, 13, 13):
-        rows = torch.randperm(13, generator=generator)[:size].tolist()
-        out = executor(*rows_of(inputs, rows))
-        assert len(out) == size
-        for position, row in enumerate(rows):
-            assert out[position].equal(alone[row][0]), f"row {row} at {position} of {size}"
-    # The wildest neighbours there are.
-    x, t, labels = rows_of(inputs, [3] * 6)
-    x[1:] = torch.tensor([1e30, -1e30, float("nan"), float("inf"), 0.0]).reshape(5, 1, 1, 1)
-    out = executor(x, t, labels)
-    assert out[0].equal(alone[3][0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_eager_in_passes_of_one_size_is_exact(checkpoint: Checkpoint, size: int, channels_last: bool) -> None:
     assert_exact(EagerExecutor(checkpoint.net, CPU, channels_last=channels_last, sizes=(size,)), checkpoint)
-
-
-@needs_openvino
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("streams", [1, 2])
-def test_openvino_is_exact(tiny: Checkpoint, sizes: tuple[int, ...], streams: int) -> None:
-    assert_exact(openvino(tiny, sizes, streams=streams), tiny)
-
-
-@needs_openvino
-def test_openvino_is_exact_for_other_models(checkpoint: Checkpoint) -> None:
-    assert_exact(openvino(checkpoint, (1, 2, 4)), checkpoint)
-
-
-@needs_openvino
-def test_openvinos_bits_do_not_depend_on_sizes_and_streams(tiny: Checkpoint) -> None:
-    inputs = example_inputs(tiny, CPU, 9)
-    outs = [openvino(tiny, sizes, streams=streams)(*inputs) for sizes in SIZES for streams in (1, 2)]
-    assert all(out.equal(outs[0]) for out in outs)
-
-
-@needs_openvino
-@pytest.mark.parametrize(("streams", "wide"), [(2, 1), (4, 2)])
-def test_wide_passes_give_the_same_bits(checkpoint: Checkpoint, streams: int, wide: int) -> None:
-    """So a lone row, which all threads compute, is what it is among others, in a stream of one thread."""
-    executor = openvino(checkpoint, (1, 2), "float32", streams, wide)
-    assert_exact(executor, checkpoint)
-    inputs = example_inputs(checkpoint, CPU, 11)
-    assert executor(*inputs).equal(openvino(checkpoint, (1, 2), "float32", streams)(*inputs))
-
-
-def sizes_that_agree(checkpoint: Checkpoint, precision: str) -> list[tuple[int, ...]]:
-    """Sizes of a pass in groups of the same bits, as autotune keeps them; which they are depends on the processor."""
-    inputs = example_inputs(checkpoint, CPU, agree_rows(checkpoint, precision))
-    groups: dict[bytes, tuple[int, ...]] = {}
-    for size in SIZES[-1]:
-        bits = openvino(checkpoint, (size,), precision)(*inputs).numpy().tobytes()
-        groups[bits] = (*groups.get(bits, ()), size)
-    return list(groups.values())
-
-
-@needs_bfloat16
-def test_sizes_that_agree_in_bfloat16_are_exact_together(checkpoint: Checkpoint) -> None:
-    groups = sizes_that_agree(checkpoint, "bfloat16")
-    assert {size for sizes in groups for size in sizes} == {*SIZES[-1]}
-    for sizes in groups:
-        assert_exact(openvino(checkpoint, sizes, "bfloat16"), checkpoint)
-
-
-@needs_bfloat16
-@pytest.mark.parametrize(("streams", "wide"), [(2, 1), (4, 2)])
-@pytest.mark.parametrize("model", ["tiny", "colour"])
-def test_wide_passes_of_sizes_that_agree_in_bfloat16_are_exact(
-    make_checkpoint: MakeCheckpoint, model: str, streams: int, wide: int
-) -> None:
-    checkpoint = make_checkpoint(**MODELS[model])
-    sizes = next(sizes for sizes in sizes_that_agree(checkpoint, "bfloat16") if sizes[0] == 1)
-    assert_exact(openvino(checkpoint, sizes, "bfloat16", streams, wide), checkpoint)
-
-
-@needs_openvino
-def test_a_group_norm_of_several_channels_a_group_is_computed_as_torch_does(make_checkpoint: MakeCheckpoint) -> None:
-    checkpoint = make_checkpoint(block_out_channels=(16, 32), norm_num_groups=4)
-    inputs = example_inputs(checkpoint, CPU, 5)
-    torch.testing.assert_close(openvino(checkpoint)(*inputs), bare(checkpoint, inputs), atol=1e-5, rtol=1e-4)
-
-
-@needs_bfloat16
-def test_openvino_in_bfloat16_is_near(tiny: Checkpoint) -> None:
-    executor = openvino(tiny, (1,), "bfloat16")
-    inputs = example_inputs(tiny, CPU, 9)
-    expected, out = bare(tiny, inputs), executor(*inputs)
-    assert out.dtype == torch.float32
-    assert not out.equal(expected), "or it would not be bfloat16"
-    torch.testing.assert_close(out, expected, atol=0.1, rtol=0.1)
 
 
 @needs_bfloat16
@@ -361,73 +186,6 @@ def test_eager_in_bfloat16_is_exact_and_near(tiny: Checkpoint, size: int) -> Non
     assert out.dtype == torch.float32
     assert not out.equal(expected)
     torch.testing.assert_close(out, expected, atol=0.1, rtol=0.1)
-
-
-@needs_openvino
-def test_the_timestep_is_not_rounded_to_bfloat16(make_checkpoint: MakeCheckpoint) -> None:
-    """bfloat16 has no 999: neighbours among the timesteps would be one."""
-    from model.noise import NoiseConfig
-
-    checkpoint = make_checkpoint(noise=NoiseConfig(num_train_timesteps=1000))
-    precision = "bfloat16" if able_to_bfloat16() else "float32"
-    executor = openvino(checkpoint, precision=precision)
-    x, _, labels = rows_of(example_inputs(checkpoint, CPU, 1), [0, 0, 0, 0])
-    out = executor(x, torch.tensor([999, 998, 997, 996]), labels)
-    assert len({each.numpy().tobytes() for each in out}) == 4
-
-
-@pytest.fixture(scope="module")
-def narrow(make_checkpoint: MakeCheckpoint) -> Checkpoint:
-    """An embedding of 48, which no processor's vectors divide."""
-    return make_checkpoint(block_out_channels=(12, 24))
-
-
-@needs_openvino
-@pytest.mark.parametrize("sizes", [(1,), (1, 2, 4)])
-def test_openvino_is_exact_where_the_embedding_leaves_vectors_unfilled(
-    narrow: Checkpoint, sizes: tuple[int, ...]
-) -> None:
-    """Torch computes a vector's leftover another way, and where the leftover falls depends on the batch."""
-    executor = openvino(narrow, sizes)
-    assert executor._graph.temb_dim == 48
-    assert_exact(executor, narrow)
-    inputs = example_inputs(narrow, CPU, 31)
-    alone = torch.cat([executor(*rows_of(inputs, [row])) for row in range(31)])
-    torch.testing.assert_close(alone, bare(narrow, inputs), atol=1e-5, rtol=1e-4)
-    for places in range(1, 32):
-        assert executor(*rows_of(inputs, range(places))).equal(alone[:places]), f"a batch of {places}"
-        shifted = range(31 - places, 31)
-        assert executor(*rows_of(inputs, shifted)).equal(alone[31 - places :]), f"the last {places}"
-
-
-@needs_openvino
-@pytest.mark.parametrize(("streams", "wide"), [(1, 0), (2, 0), (2, 1)])
-@pytest.mark.parametrize("places", [1, 2, 11])
-def test_what_was_started_and_given_up_does_not_stop_the_next(
-    tiny: Checkpoint, streams: int, wide: int, places: int
-) -> None:
-    """As when making the noise raises, between start() and the function that it returned."""
-    executor = openvino(tiny, (1, 2), streams=streams, wide=wide)
-    inputs = example_inputs(tiny, CPU, 11)
-    expected = executor(*inputs).clone()
-    for _ in range(5):
-        executor.start(*rows_of(inputs, range(places)))
-    assert executor(*inputs).equal(expected)
-    executor.start(*rows_of(inputs, range(places)))
-    assert executor.start(*inputs)().equal(expected)
-
-
-# --- what the details say ---
-
-
-@needs_openvino
-def test_details_tell_what_could_move_a_bit(tiny: Checkpoint) -> None:
-    assert EagerExecutor(tiny.net, CPU, channels_last=False).details == "contiguous"
-    assert EagerExecutor(tiny.net, CPU, sizes=(1, 2)).details == "channels_last, passes of 1, 2"
-    details = openvino(tiny, (1, 4), streams=3).details
-    assert all(part in details for part in ("openvino 20", "3 streams", "passes of 1, 4"))
-    assert "wide" not in details
-    assert openvino(tiny, (1, 4), streams=3, wide=2).details.endswith("passes of 1, 4, up to 2 wide")
 
 
 # --- compiled ---

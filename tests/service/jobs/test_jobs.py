@@ -8,8 +8,8 @@ import pytest
 
 from service.spec import Images
 from tests.service.conftest import MakeSite, Site, problem
+from tests.service.durable import SPEC, post, state, wait_for
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
-from tests.service.jobs.conftest import SPEC, post, state, wait_for
 
 # --- one job ---
 

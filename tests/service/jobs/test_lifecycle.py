@@ -9,9 +9,9 @@ from service.jobs import jobs as jobs_module
 from service.jobs import lifecycle
 from service.jobs.sqlite_store import SqliteStore
 from service.jobs.store import JobRecord, now_us
-from tests.service.conftest import MakeSite, Site, problem
+from tests.service.conftest import MakeSite, Restarts, Site, problem
+from tests.service.durable import SPEC, events, post, state, wait_for
 from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
-from tests.service.jobs.conftest import SPEC, Restarts, events, post, state, wait_for
 
 # --- the store fails ---
 

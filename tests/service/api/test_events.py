@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.service.conftest import MakeSite, Site, problem
+from tests.service.conftest import MakeSite, Restarts, Site, problem
+from tests.service.durable import SPEC, events, post, wait_for, wait_for_viewer
 from tests.service.fakes import PATIENCE_S, wait_until
-from tests.service.jobs.conftest import SPEC, Restarts, events, post, wait_for, wait_for_viewer
 
 
 def test_events_tell_of_each_step_and_the_end(held: Site) -> None:

@@ -1,0 +1,73 @@
+"""The id of a request and the bounds of its body, through the app."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.service.api.asgi import call
+from tests.service.conftest import Site, problem
+
+QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
+
+
+# --- the id of a request ---
+
+
+@pytest.mark.parametrize("given", ["abc-123", "A.b:c_d", "x" * 64])
+def test_a_sane_request_id_is_echoed(site: Site, given: str) -> None:
+    assert site.client.get("/healthz", headers={"X-Request-ID": given}).headers["x-request-id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "a\tb", "<script>", "a,b", "ü".encode("latin-1")])
+def test_a_request_id_that_could_do_harm_is_replaced(site: Site, given: str | bytes) -> None:
+    value = given if isinstance(given, bytes) else given.encode()
+    answered = site.client.get("/healthz", headers=[(b"x-request-id", value)]).headers["x-request-id"]
+    assert re.fullmatch(r"[0-9a-f]{32}", answered)
+
+
+def test_each_request_has_an_id_of_its_own(site: Site) -> None:
+    assert len({site.client.get("/healthz").headers["x-request-id"] for _ in range(5)}) == 5
+
+
+def test_an_unforeseen_error_has_the_requests_id_and_is_counted_as_500(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object) -> bytes:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("service.images.encoder.encode_result", fail)
+    response = site.post(json=QUICK, headers={"X-Request-ID": "mine"})
+    assert response.headers.get("x-request-id") == "mine"
+    assert site.metrics()['tminus_request_duration_seconds_count{"route": "/sample", "status": "500"}'] == 1
+
+
+# --- the size of a body ---
+
+
+def test_a_body_over_the_limit_is_refused_by_its_content_length(site: Site) -> None:
+    document = problem(site.post(content=b" " * 4097), 413, "body_too_large")
+    assert document["field"] == "body"
+    assert "4096" in document["bound"]
+
+
+def test_a_body_at_the_limit_is_read(site: Site) -> None:
+    body = json.dumps(QUICK).encode()
+    assert site.post(content=body.ljust(4096)).status_code == 200
+
+
+def test_a_body_that_only_turns_out_too_large_is_not_read_to_its_end(site: Site) -> None:
+    sent: list[int] = []
+
+    def receive() -> Iterator[dict[str, Any]]:
+        for i in range(1000):
+            sent.append(i)
+            yield {"type": "http.request", "body": b" " * 1000, "more_body": True}
+
+    status, headers, body = call(site.app, receive())
+    assert status == 413
+    assert headers["content-type"] == "application/problem+json"
+    assert json.loads(body)["code"] == "body_too_large"
+    assert len(sent) == 5

@@ -1,0 +1,149 @@
+"""Errors as problem documents, through the app: what they say, and what they keep to themselves."""
+
+from typing import Any
+
+import pytest
+
+from service.work import Batch
+from tests.service.conftest import MakeSite, Site, problem
+
+QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
+GUIDED = {"guidance": 2, "class_label": 1}
+
+
+# --- what was asked for is wrong ---
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field", "value"),
+    [
+        ({"steps": 0}, "steps", 0),
+        ({"steps": 1001}, "steps", 1001),
+        ({"steps": "ten"}, "steps", "ten"),
+        ({"steps": 1e9}, "steps", 1000000000),
+        ({"n": 0}, "n", 0),
+        ({"n": 65}, "n", 65),
+        ({"n": -1}, "n", -1),
+        ({"sampler": "euler"}, "sampler", "euler"),
+        ({"class_label": "bird"}, "class_label", "bird"),
+        ({"class_label": 3}, "class_label", 3),
+        ({"class_label": [0, 1]}, "class_label", [0, 1]),
+        ({"eta": 0.5}, "eta", 0.5),
+        ({"seed": -1}, "seed", -1),
+        ({"seed": 2**64}, "seed", 2**64),
+        ({"guidance": 2}, "guidance", 2),
+        ({"index": -1}, "index", -1),
+        ({"clip": "perhaps"}, "clip", "perhaps"),
+        ({"timestep_spacing": "cosine"}, "timestep_spacing", "cosine"),
+        ({"timestep_spacing": 5}, "timestep_spacing", 5),
+        ({"timestep_spacing": ""}, "timestep_spacing", ""),
+        (GUIDED | {"guidance_interval": [800, 100]}, "guidance_interval", [800, 100]),
+        (GUIDED | {"guidance_interval": [-1, 100]}, "guidance_interval", [-1, 100]),
+        (GUIDED | {"guidance_interval": [0, 1000]}, "guidance_interval", [0, 1000]),
+        (GUIDED | {"guidance_interval": [100]}, "guidance_interval", [100]),
+        (GUIDED | {"guidance_interval": []}, "guidance_interval", []),
+        (GUIDED | {"guidance_interval": [1, 2, 3]}, "guidance_interval", [1, 2, 3]),
+        (GUIDED | {"guidance_interval": [1.5, 2]}, "guidance_interval", [1.5, 2]),
+        (GUIDED | {"guidance_interval": ["a", "b"]}, "guidance_interval", ["a", "b"]),
+        (GUIDED | {"guidance_interval": [False, True]}, "guidance_interval", [False, True]),
+        (GUIDED | {"guidance_interval": 100}, "guidance_interval", 100),
+        (GUIDED | {"guidance_interval": "100"}, "guidance_interval", "100"),
+        ({"guidance_interval": [100, 800]}, "guidance_interval", [100, 800]),
+        ({"deadline_s": 0}, "deadline_s", 0),
+        ({"deadline_s": -1.5}, "deadline_s", -1.5),
+        ({"deadline_s": 86401}, "deadline_s", 86401),
+        ({"deadline_s": "soon"}, "deadline_s", "soon"),
+        ({"deadline_s": "nan"}, "deadline_s", "nan"),
+        ({"deadline_s": "inf"}, "deadline_s", "inf"),
+        ({"deadline_s": True}, "deadline_s", True),
+        ({"deadline_s": [5]}, "deadline_s", [5]),
+    ],
+)
+def test_a_bad_parameter_is_a_problem_with_its_field_value_and_bound(
+    site: Site, parameters: dict[str, Any], field: str, value: object
+) -> None:
+    document = problem(site.post(json=parameters), 422, "invalid_field")
+    assert (document["field"], document["value"]) == (field, value)
+    assert document["bound"]
+    assert field in document["detail"]
+    assert site.engine.batches[1:] == [], "no work was done"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("POST", "/sample/more", 404, "not_found"),
+        ("DELETE", "/sample", 405, "method_not_allowed"),
+        ("POST", "/model", 405, "method_not_allowed"),
+        ("POST", "/metrics", 405, "method_not_allowed"),
+        ("PUT", "/jobs", 405, "method_not_allowed"),
+    ],
+)
+def test_wrong_paths_and_methods_are_problems_too(site: Site, method: str, path: str, status: int, code: str) -> None:
+    response = site.client.request(method, path)
+    problem(response, status, code)
+    if status == 405:
+        assert response.headers["allow"] == ("GET, POST" if path in ("/sample", "/jobs") else "GET")
+
+
+def test_text_that_no_encoding_knows_is_a_problem_and_no_crash(site: Site) -> None:
+    for body in (b'{"sampler": "\\ud800"}', b'{"\\ud800": 1}', b'{"class_label": "\\udfff"}', b'{"steps": "\\ud800"}'):
+        response = site.post(content=body)
+        assert response.status_code in (400, 422), (body, response.text)
+        assert response.headers["content-type"] == "application/problem+json"
+
+
+def test_a_number_too_large_for_json_is_a_problem_in_valid_json(site: Site) -> None:
+    for field in ("steps", "guidance", "seed", "eta"):
+        response = site.post(content=f'{{"{field}": 1e400}}'.encode())
+        assert problem(response, 422, "invalid_field")["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("query", "body"),
+    [
+        ("", {"x" * 100_000: 1}),
+        ("", {"sampler": "x" * 100_000}),
+        ("", {"class_label": ["x" * 100_000]}),
+        ("", {"class_label": list(range(20_000))}),
+        ("", {"steps": {"x" * 100_000: 1}}),
+        ("?sampler=ddim", {"sampler": "x" * 100_000}),
+        ("?steps=" + "9" * 30_000, {}),
+        ("?sampler=a&sampler=" + "b" * 30_000, {}),
+        ("?" + "x" * 30_000 + "=1", {}),
+    ],
+    ids=lambda value: repr(value)[:24],
+)
+def test_no_problem_echoes_a_large_request(make_site: MakeSite, query: str, body: dict[str, Any]) -> None:
+    response = make_site(max_body_bytes=2**20).client.post(f"/sample{query}", json=body)
+    assert response.status_code == 422
+    assert len(response.content) < 3000
+
+
+# --- failures of ours ---
+
+
+def test_a_failed_step_is_a_500_that_tells_no_secrets(site: Site) -> None:
+    def fail(_batch: Batch) -> None:
+        raise RuntimeError("secret")
+
+    site.engine.on_step = fail
+    response = site.post(json=QUICK)
+    problem(response, 500, "engine_failed")
+    assert "secret" not in response.text
+    site.engine.on_step = lambda batch: None
+    assert site.post(json=QUICK).status_code == 200
+
+
+def test_an_unforeseen_error_is_a_500_that_tells_no_secrets(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object) -> bytes:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("service.images.encoder.encode_result", fail)
+    response = site.post(json=QUICK)
+    assert response.status_code == 500
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["code"] == "internal"
+    assert "secret" not in response.text
+    assert "Traceback" not in response.text

@@ -1,0 +1,428 @@
+"""GET and POST /sample, through the app on a fake engine: images, animations, edits, clients that go away."""
+
+import io
+import json
+import re
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.api.sample import MAX_ANIMATION_BYTES
+from service.images.encoder import contact_sheet
+from service.spec import SampleSpec
+from tests.service.api.asgi import call
+from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b64, encode, got, noise, same, spec_in
+from tests.service.conftest import MakeSite, Site, frames_of, pixels, problem
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
+
+QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
+GUIDED = {"guidance": 2, "class_label": 1}
+SPEC = {"n": 2, "steps": 10, "seed": 4, "class_label": "cat"}
+WEBP = {"Accept": "image/webp"}
+
+
+# --- the images ---
+
+
+def test_post_sample_gives_a_png_sheet_with_the_headers_of_the_contract(site: Site) -> None:
+    response = site.post(json=QUICK | {"n": 4, "index": 3})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "image/png"
+    expected = contact_sheet(fake_pixels(make_spec(n=4, seed=5, index=3), 2))
+    np.testing.assert_array_equal(pixels(response.content), expected[:, :, 0])
+    assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-job-id"])
+    assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
+    assert response.headers["x-seed"] == "5"
+    assert response.headers["x-fingerprint"] == INFO.fingerprint
+    assert re.fullmatch(
+        r"queue;dur=\d+\.\d, first_step;dur=\d+\.\d, denoise;dur=\d+\.\d, encode;dur=\d+\.\d",
+        response.headers["server-timing"],
+    )
+    assert response.headers["x-queue-position"] == "0"
+    assert re.fullmatch(r"\d+\.\d{3}", response.headers["x-eta-seconds"])
+    assert response.headers["vary"] == "Accept"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_parameters_may_come_in_the_query(site: Site, method: str) -> None:
+    response = site.client.request(method, "/sample?steps=2&seed=5&n=2&class_label=cat&class_label=1")
+    assert response.status_code == 200
+    np.testing.assert_array_equal(pixels(response.content).shape, (4, 12))
+
+
+def test_query_and_body_join(site: Site) -> None:
+    response = site.post(params={"n": 2, "seed": 7}, json={"steps": 3, "seed": 7})
+    assert response.status_code == 200
+    assert response.headers["x-seed"] == "7"
+    assert site.engine.batches[-1].steps == (2, 2)
+
+
+def test_a_short_request_shares_short_ticks_with_a_long_one(make_site: MakeSite) -> None:
+    site = make_site(gate_shut=True)
+    site.engine.gate.let()  # the warm-up
+    site.wait_until_ready()
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(site.post, json={"n": 8, "steps": 30, "class_label": 0})
+        assert site.engine.next_begun().places == 8
+        short = pool.submit(site.post, json={"n": 1, "steps": 3, "class_label": 0})
+        wait_until(lambda: len(site.client.get("/jobs").json()["jobs"]) == 2)
+        site.engine.gate.open()
+        assert [long.result().status_code, short.result().status_code] == [200, 200]
+    assert [batch.places for batch in site.engine.batches[1:6]] == [8, 4, 4, 4, 8]
+
+
+def test_no_parameters_at_all_make_one_image_of_all_steps(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, num_timesteps=10))
+    first, second = site.post(), site.client.get("/sample")
+    assert first.status_code == second.status_code == 200
+    assert site.engine.batches[-1].steps == (9,)
+    assert 0 <= int(first.headers["x-seed"]) < 2**53
+    assert first.headers["x-seed"] != second.headers["x-seed"]
+    assert first.headers["x-job-id"] != second.headers["x-job-id"]
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        (None, "image/png"),
+        ("*/*", "image/png"),
+        ("application/zip", "application/zip"),
+        ("application/json", "application/json"),
+        ("application/json;q=0.5, image/png;q=0.4", "application/json"),
+        ("image/avif,image/webp,image/png,image/svg+xml,image/*;q=0.8,*/*;q=0.5", "image/png"),
+        ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", "image/png"),
+    ],
+)
+def test_accept_chooses_the_media_type(site: Site, accept: str | None, media_type: str) -> None:
+    response = site.post(json=QUICK | {"n": 3}, headers={} if accept is None else {"Accept": accept})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == media_type
+    expected = fake_pixels(make_spec(n=3, seed=5), 2)[..., 0]
+    if media_type == "application/zip":
+        with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+            images = np.stack([pixels(archive.read(name)) for name in archive.namelist()])
+        np.testing.assert_array_equal(images, expected)
+    elif media_type == "application/json":
+        document = response.json()
+        assert document["spec"]["seed"] == 5
+        assert len(document["images"]) == 3
+    else:
+        assert pixels(response.content).shape == (4, 18)
+
+
+def test_an_accept_that_cannot_be_met_is_a_problem_before_any_work(site: Site) -> None:
+    document = problem(site.post(json=QUICK, headers={"Accept": "text/html"}), 406, "not_acceptable")
+    assert document["bound"] == "one of image/png, application/zip, application/json, image/webp"
+
+
+def test_two_requests_share_ticks_and_get_their_own_images(site: Site) -> None:
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(site.post, json={"steps": 6, "seed": 1})
+        site.engine.next_begun()
+        quick = pool.submit(site.post, json={"steps": 3, "seed": 2})
+        wait_until(lambda: site.metrics()["tminus_rows_waiting"] == 1)
+        site.engine.gate.let()
+        assert site.engine.seeds(site.engine.next_begun()) == {1, 2}
+        site.engine.gate.open()
+        responses = [slow.result(PATIENCE_S), quick.result(PATIENCE_S)]
+    for response, spec, steps in zip(responses, (make_spec(seed=1), make_spec(seed=2)), (6, 3), strict=True):
+        np.testing.assert_array_equal(pixels(response.content), fake_pixels(spec, steps)[0, :, :, 0])
+
+
+def test_a_colour_model_makes_colour_pngs(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, channels=3))
+    assert pixels(site.post(json=QUICK).content).shape == (4, 6, 3)
+
+
+# --- guidance interval and timestep spacing ---
+
+
+def test_guidance_takes_its_second_place_inside_the_interval_only(site: Site) -> None:
+    before = len(site.engine.batches)
+    site.post(json={"steps": 10, "seed": 5} | GUIDED | {"guidance_interval": [300, 600]})
+    places = [batch.places for batch in site.engine.batches[before:]]
+    assert places == [1, 1, 1, 2, 2, 2, 2, 1, 1, 1], "t = 900, 800, ... 0"
+
+
+@pytest.mark.parametrize("interval", [[0, 0], [999, 999], [0, 999]])
+def test_both_ends_of_the_interval_may_be_anywhere(site: Site, interval: list[int]) -> None:
+    assert site.post(json=QUICK | GUIDED | {"guidance_interval": interval}).status_code == 200
+
+
+def test_timestep_spacing_defaults_to_the_samplers_and_may_be_chosen(site: Site) -> None:
+    def spec(**fields: object) -> dict[str, Any]:
+        response = site.post(json=QUICK | fields)
+        with Image.open(io.BytesIO(response.content)) as image:
+            image.load()
+            found: dict[str, Any] = json.loads(image.text["tminus"])["spec"]  # type: ignore[attr-defined]
+        return found
+
+    assert spec()["timestep_spacing"] == "leading"
+    assert spec(sampler="dpmpp_2m")["timestep_spacing"] == "karras"
+    assert spec(timestep_spacing="trailing")["timestep_spacing"] == "trailing"
+
+
+def test_guidance_of_an_unconditional_model_is_a_problem(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
+    assert problem(site.post(json={"guidance": 2}), 422, "invalid_field")["field"] == "guidance"
+    assert problem(site.post(json={"class_label": 0}), 422, "invalid_field")["field"] == "class_label"
+    assert site.post(json={"steps": 2}).status_code == 200
+
+
+# --- load and the end ---
+
+
+def test_an_overloaded_server_answers_429_with_a_time(make_site: MakeSite) -> None:
+    site = make_site(max_jobs=1)
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(site.post, json=QUICK)
+        site.engine.next_begun()
+        response = site.post(json=QUICK)
+        document = problem(response, 429, "overloaded")
+        assert int(response.headers["retry-after"]) >= 1
+        assert (document["field"], document["value"], document["bound"]) == ("jobs", 2, "at most 1")
+        site.engine.gate.open()
+        assert running.result(PATIENCE_S).status_code == 200
+    assert site.post(json=QUICK).status_code == 200
+
+
+def test_a_draining_server_refuses_new_work_and_answers_the_old(site: Site) -> None:
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(site.post, json=QUICK)
+        site.engine.next_begun()
+        site.worker.drain()
+        for response in (site.post(json=QUICK), site.client.get("/readyz")):
+            problem(response, 503, "draining")
+            assert int(response.headers["retry-after"]) >= 1
+        assert site.client.get("/healthz").status_code == 200
+        site.engine.gate.open()
+        assert running.result(PATIENCE_S).status_code == 200
+
+
+def test_work_given_up_at_the_end_of_the_grace_period_is_told_so(site: Site) -> None:
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(site.post, json=QUICK)
+        site.engine.next_begun()
+        closing = pool.submit(site.worker.close)
+        wait_until(lambda: not site.worker.alive)
+        site.engine.gate.let()
+        problem(running.result(PATIENCE_S), 503, "draining")
+        closing.result(PATIENCE_S)
+
+
+def test_a_spec_the_engine_refuses_is_a_422(site: Site) -> None:
+    def refuse(_spec: SampleSpec) -> None:
+        raise ValueError("not with this schedule")
+
+    site.engine.on_add = refuse
+    assert problem(site.post(json=QUICK), 422, "invalid_field")["field"] == "sampler"
+
+
+# --- a client that goes away ---
+
+
+def test_a_client_that_goes_away_frees_its_rows_at_the_next_tick(site: Site) -> None:
+    body = json.dumps({"n": 4, "steps": 1000, "seed": 1}).encode()
+    site.engine.gate.shut()
+    request = iter([{"type": "http.request", "body": body, "more_body": False}])
+    status, _, _ = call(site.app, request, before_last=site.engine.next_begun)
+    assert status in (0, 499)
+    site.engine.gate.let()
+    wait_until(lambda: not site.engine.jobs)
+    ticks = len(site.engine.batches) - 1
+    assert ticks == 1
+    site.engine.gate.open()
+    assert site.post(json=QUICK).status_code == 200
+    metrics = site.metrics()
+    assert metrics['tminus_cancelled_total{"reason": "client_gone"}'] == 1
+    assert metrics["tminus_row_steps_saved_total"] == 4 * 1000 - 4
+    assert metrics["tminus_backlog_seconds"] == 0
+    assert metrics['tminus_request_duration_seconds_count{"route": "/sample", "status": "499"}'] == 1
+    assert not any(name.startswith("tminus_rejected_total") for name in metrics)
+
+
+def test_one_client_going_away_leaves_the_others_alone(site: Site) -> None:
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(1) as pool:
+        stays = pool.submit(site.post, json={"steps": 5, "seed": 2})
+        site.engine.next_begun()
+        body = json.dumps({"n": 4, "steps": 1000, "seed": 1}).encode()
+        request = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        def next_tick_has_both() -> None:
+            site.engine.gate.let()
+            assert site.engine.seeds(site.engine.next_begun()) == {1, 2}
+
+        call(site.app, request, before_last=next_tick_has_both)
+        site.engine.gate.open()
+        response = stays.result(PATIENCE_S)
+    np.testing.assert_array_equal(pixels(response.content), fake_pixels(make_spec(seed=2), 5)[0, :, :, 0])
+
+
+def test_a_client_that_goes_away_within_its_body_is_no_error_of_ours(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    call(site.app, iter([{"type": "http.request", "body": b'{"steps"', "more_body": True}]))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert site.post(json=QUICK).status_code == 200
+
+
+# --- animations ---
+
+
+def test_an_img_gets_it_by_get(site: Site) -> None:
+    accept = {"Accept": "image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8"}
+    query = "n=2&steps=10&seed=4&class_label=cat"
+    assert site.client.get(f"/sample?{query}", headers=accept).headers["content-type"] == "image/png"
+    animated = site.client.get(f"/sample?{query}&every=5", headers=accept)
+    assert animated.headers["content-type"] == "image/webp"
+    assert len(frames_of(animated.content)[0]) == 2
+
+
+def test_a_seeded_animation_has_an_etag_and_is_cached(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=2**20)
+    first = site.post(json=SPEC | {"every": 3}, headers=WEBP)
+    again = site.post(json=SPEC | {"every": 3}, headers=WEBP)
+    assert again.headers["cache-status"] == "tminus; hit"
+    assert again.content == first.content
+    known = site.post(json=SPEC | {"every": 3}, headers=WEBP | {"If-None-Match": first.headers["etag"]})
+    assert known.status_code == 304
+    others = [SPEC | {"every": 2}, SPEC | {"every": 3, "show": "x_0"}]
+    tags = {site.post(json=body, headers=WEBP).headers["etag"] for body in others}
+    assert len(tags | {first.headers["etag"], site.post(json=SPEC).headers["etag"]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [({"every": 0}, "every"), ({"every": "x"}, "every"), ({"every": True}, "every"), ({"show": "x_t"}, "show"),
+     ({"every": 1, "show": "x"}, "show"), ({"every": 1, "show": ["x_t", "x_0"]}, "show")],
+)  # fmt: skip
+def test_parameters_that_fit_no_animation_are_refused_with_their_field(
+    site: Site, given: dict[str, Any], field: str
+) -> None:
+    document = problem(site.post(json=SPEC | given, headers=WEBP if "every" in given else {}), 422, "invalid_field")
+    assert document["field"] == field
+    assert document["bound"]
+
+
+def test_the_media_type_without_every_or_every_without_the_media_type_is_not_acceptable(site: Site) -> None:
+    document = problem(site.post(json=SPEC, headers=WEBP), 406, "not_acceptable")
+    assert "image/webp together with the parameter `every`" in document["bound"]
+    problem(site.post(json=SPEC | {"every": 2}, headers={"Accept": "image/png"}), 406, "not_acceptable")
+
+
+def test_a_durable_job_keeps_no_frames(site: Site) -> None:
+    headers = WEBP | {"Prefer": "respond-async"}
+    document = problem(site.post(json=SPEC | {"every": 2}, headers=headers), 422, "invalid_field")
+    assert document["field"] == "every"
+
+
+def test_a_frame_that_cannot_be_read_fails_its_own_job_only(site: Site) -> None:
+    def fail(_rows: object) -> None:
+        raise RuntimeError("out of memory")
+
+    site.engine.on_preview = fail
+    problem(site.post(json=SPEC | {"every": 2}, headers=WEBP), 500, "engine_failed")
+    site.engine.on_preview = lambda rows: None
+    assert site.post(json=SPEC | {"every": 2}, headers=WEBP).status_code == 200
+
+
+def test_too_many_frames_are_refused_with_an_every_that_would_fit(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, height_px=256, width_px=256))
+    most = MAX_ANIMATION_BYTES // (4 * 256 * 256)
+    document = problem(site.post(json={"n": 4, "steps": 1000, "every": 1}, headers=WEBP), 422, "invalid_field")
+    assert document["bound"] == f"at least {-(-1000 // most)} for so many images and steps"
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(32) as pool:
+        body = {"n": 1, "steps": 250, "every": 1}
+        asked = [pool.submit(site.post, json=body | {"seed": k}, headers=WEBP) for k in range(16)]
+        site.engine.gate.open()
+        assert {each.result(60).status_code for each in asked} == {200}
+
+
+def test_a_client_that_goes_away_or_fails_leaves_room(site: Site) -> None:
+    for _ in range(40):
+        problem(site.post(json=SPEC | {"every": 1, "deadline_s": 0}, headers=WEBP), 422, "invalid_field")
+    assert site.post(json=SPEC | {"every": 1}, headers=WEBP).status_code == 200
+
+
+# --- edits ---
+
+
+def test_only_the_steps_that_are_left_are_taken(site: Site) -> None:
+    site.post(json=EDIT | {"strength": 0.4, "image": b64(CAT)})
+    assert [set(batch.steps) for batch in site.engine.batches[-2:]] == [{3}, {4}]
+    assert same(got(site))
+    site.post(json=EDIT | {"image": b64(CAT), "mask": b64(MASK)})
+    assert [set(batch.steps) for batch in site.engine.batches[-5:]] == [{0}, {1}, {2}, {3}, {4}]
+
+
+def test_another_image_mask_or_strength_is_another_answer(site: Site) -> None:
+    body = EDIT | {"strength": 0.6, "image": b64(CAT), "mask": b64(MASK)}
+    others = [
+        {},
+        {"image": b64(encode(noise(4, 6, seed=1)))},
+        {"mask": b64(encode(255 - noise(4, 6, seed=2)))},
+        {"strength": 0.61},
+        {"mask": None},
+        {"strength": None},
+    ]
+    tags = [site.post(json=body | other).headers["etag"] for other in others]
+    assert len(set(tags)) == len(tags)
+    jpeg = site.post(json=body | {"image": b64(encode(PICTURE, "WEBP", lossless=True), "image/webp")})
+    assert jpeg.headers["etag"] == tags[0], "it is the pixels that count"
+    again = site.client.post("/sample", json=body, headers={"If-None-Match": tags[0]})
+    assert again.status_code == 304
+
+
+def test_a_plain_request_knows_nothing_of_edits(site: Site) -> None:
+    answer = site.post(json=EDIT)
+    assert got(site) is None
+    assert not spec_in(answer.content).keys() & {"strength", "image_sha256", "mask_sha256"}
+
+
+def test_image_and_mask_of_any_size_are_fitted_each_by_itself(site: Site) -> None:
+    mask = np.zeros((40, 120), np.uint8)
+    mask[:, :46] = 255  # the crop is 60 wide, from 30 on: ten columns a pixel
+    answer = site.post(json=EDIT | {"image": b64(encode(noise(90, 50, 3))), "mask": b64(encode(mask))})
+    assert answer.status_code == 200
+    inputs = got(site)
+    assert inputs is not None
+    assert inputs.image.shape == (4, 6, 1)
+    np.testing.assert_array_equal(inputs.mask, np.repeat([[True, True, False, False, False, False]], 4, 0))
+
+
+@pytest.mark.parametrize(
+    ("grey", "new"), [(0, False), (127, False), (128, True), (255, True)], ids=["black", "127", "128", "white"]
+)
+def test_a_mask_is_new_from_grey_128_on(site: Site, grey: int, new: bool) -> None:
+    site.post(json=EDIT | {"image": b64(CAT), "mask": b64(encode(np.full((4, 6), grey, np.uint8)))})
+    inputs = got(site)
+    assert inputs is not None
+    assert inputs.mask is not None
+    assert (inputs.mask == new).all()
+
+
+def test_what_is_transparent_in_a_mask_is_kept(site: Site) -> None:
+    mask = np.full((4, 6, 4), 255, np.uint8)
+    mask[:, 3:, 3] = 0
+    site.post(json=EDIT | {"image": b64(CAT), "mask": b64(encode(mask))})
+    assert same(got(site), PICTURE, MASK_PIXELS)
+
+
+def test_a_deadline_is_held_against_the_steps_that_are_left(make_site: MakeSite) -> None:
+    site = make_site(tick_times=((1, 1.0), (LIMITS.max_batch, 1.0)))
+    body = {"steps": 100, "deadline_s": 20, "image": b64(CAT)}
+    assert problem(site.post(json=body | {"strength": 0.3}), 422, "invalid_field")["field"] == "deadline_s"
+    answer = site.post(json=body | {"strength": 0.2})
+    assert answer.status_code == 200
+    assert float(answer.headers["x-eta-seconds"]) == 20.0

@@ -1,0 +1,137 @@
+"""GET /model, /metrics and the probes, through the app."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.work import Batch
+from tests.service.conftest import MakeSite, Site, problem
+from tests.service.fakes import INFO, PATIENCE_S, wait_until
+
+QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
+METRICS = {
+    "tminus_step_duration_seconds": "histogram",
+    "tminus_batch_rows": "histogram",
+    "tminus_row_steps": "counter",
+    "tminus_rows_active": "gauge",
+    "tminus_rows_waiting": "gauge",
+    "tminus_backlog_seconds": "gauge",
+    "tminus_request_duration_seconds": "histogram",
+    "tminus_queue_wait_seconds": "histogram",
+    "tminus_time_to_first_step_seconds": "histogram",
+    "tminus_images": "counter",
+    "tminus_rejected": "counter",
+    "tminus_cancelled": "counter",
+    "tminus_row_steps_saved": "counter",
+    "tminus_answered_without_work": "counter",
+    "tminus_encode_duration_seconds": "histogram",
+    "tminus_model_info": "gauge",
+    "tminus_device_memory_bytes": "gauge",
+    "process_resident_memory_bytes": "gauge",
+    "process_cpu_seconds": "counter",
+}
+
+
+# --- probes ---
+
+
+def test_before_the_warm_up_the_server_lives_but_is_not_ready(make_site: MakeSite) -> None:
+    site = make_site(gate_shut=True)
+    site.engine.next_begun()
+    assert site.client.get("/healthz").json() == {"status": "alive"}
+    for response in (site.client.get("/readyz"), site.post(json=QUICK)):
+        problem(response, 503, "not_ready")
+        assert int(response.headers["retry-after"]) >= 1
+    assert site.client.get("/model").status_code == 200
+    assert site.client.get("/metrics").status_code == 200
+    site.engine.gate.open()
+    wait_until(lambda: site.client.get("/readyz").status_code == 200)
+    assert site.client.get("/readyz").json() == {"status": "ready"}
+    assert site.post(json=QUICK).status_code == 200
+
+
+def test_a_dead_worker_fails_the_liveness_probe(make_site: MakeSite) -> None:
+    def break_(_batch: Batch) -> None:
+        raise RuntimeError("no kernel image")
+
+    site = make_site(gate_shut=True)
+    site.engine.on_step = break_
+    site.engine.gate.open()
+    wait_until(lambda: not site.worker.alive)
+    problem(site.client.get("/healthz"), 500, "engine_failed")
+    problem(site.client.get("/readyz"), 500, "engine_failed")
+    problem(site.post(json=QUICK), 500, "engine_failed")
+    site.engine.jobs.clear()  # the warm-up's own slots died with the worker
+
+
+def test_probes_of_a_server_that_warms_up_are_no_rejected_requests(make_site: MakeSite) -> None:
+    site = make_site(gate_shut=True)
+    site.client.get("/readyz")
+    assert not any(name.startswith("tminus_rejected_total") for name in site.metrics())
+
+
+# --- the model ---
+
+
+def test_model_tells_what_is_loaded_and_the_limits(make_site: MakeSite) -> None:
+    site = make_site(max_n=9, max_backlog_s=12.5)
+    response = site.client.get("/model")
+    assert response.status_code == 200
+    document = response.json()
+    assert (document["limits"]["max_n"], document["limits"]["max_backlog_s"]) == (9, 12.5)
+    assert "log_sigmas" not in document, "/model/schedule has the numbers of each timestep"
+    assert problem(site.post(json={"n": 10}), 422, "invalid_field")["bound"] == "an integer in 1..9"
+
+
+# --- metrics ---
+
+
+def test_metrics_parse_and_have_each_family_of_the_contract(site: Site) -> None:
+    site.post(json=QUICK)
+    response = site.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    assert {name: families[name].type for name in METRICS if name in families} == METRICS
+    for family in families.values():
+        assert family.documentation, family.name
+    info = families["tminus_model_info"].samples[0].labels
+    assert info["name"] == INFO.name
+    assert info["weights"] == INFO.weights_hash[:16]
+    assert info["fingerprint"] == INFO.fingerprint
+    assert (info["executor"], info["precision"]) == (INFO.executor, INFO.precision)
+
+
+def test_metrics_count_what_happened(site: Site) -> None:
+    site.post(json=QUICK | {"n": 3})
+    site.post(json=QUICK | {"sampler": "ddim", "guidance": 2}, headers={"Accept": "application/zip"})
+    site.post(json={"steps": 0})
+    site.post(json={"stepz": 0})
+    site.client.get("/nowhere")
+    metrics = site.metrics()
+    assert metrics["tminus_images_total"] == 4
+    assert metrics['tminus_row_steps_total{"sampler": "ddpm"}'] == 6
+    assert metrics['tminus_row_steps_total{"sampler": "ddim"}'] == 2
+    assert metrics["tminus_batch_rows_sum"] == 6 + 4
+    assert metrics['tminus_rejected_total{"reason": "invalid_field"}'] == 1
+    assert metrics['tminus_rejected_total{"reason": "unknown_field"}'] == 1
+    assert metrics['tminus_encode_duration_seconds_count{"kind": "png"}'] == 1
+    assert metrics['tminus_encode_duration_seconds_count{"kind": "zip"}'] == 1
+    requests = "tminus_request_duration_seconds_count"
+    assert metrics[f'{requests}{{"route": "/sample", "status": "200"}}'] == 2
+    assert metrics[f'{requests}{{"route": "/sample", "status": "422"}}'] == 2
+    assert metrics[f'{requests}{{"route": "unmatched", "status": "404"}}'] == 1
+    assert metrics["tminus_rows_waiting"] == metrics["tminus_backlog_seconds"] == 0
+    assert metrics["tminus_device_memory_bytes"] == 0
+
+
+def test_rows_waiting_and_active_add_up_while_work_runs(make_site: MakeSite) -> None:
+    site = make_site(max_batch=4)
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(site.post, json=QUICK | {"n": 10})
+        site.engine.next_begun()
+        metrics = site.metrics()
+        assert (metrics["tminus_rows_active"], metrics["tminus_rows_waiting"]) == (4, 6)
+        assert metrics["tminus_backlog_seconds"] > 0
+        site.engine.gate.open()
+        running.result(PATIENCE_S)

@@ -1,0 +1,144 @@
+"""Engines of tiny checkpoints, jobs that differ in every way, and their images: alone, together, by a plain loop."""
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.rng import image_noise
+from model.samplers import sample
+from service.engine.engine import Engine
+from service.engine.executors import EagerExecutor, Executor
+from service.engine.local import sample_locally
+from service.scheduling.scheduler import Scheduler, Sharing
+from service.spec import SampleSpec
+from service.work import work_of
+from tests.service.conftest import Around
+from tests.service.fakes import make_spec
+
+CPU = torch.device("cpu")
+Floats = npt.NDArray[np.float32]
+OnGpu = Callable[[], tuple[Checkpoint, torch.device]]
+
+
+def make_engine(
+    checkpoint: Checkpoint,
+    *,
+    executor: Executor | None = None,
+    max_rows: int = 32,
+    max_jobs: int = 16,
+    device: torch.device = CPU,
+) -> Engine:
+    executor = executor or EagerExecutor(checkpoint.net, device)
+    return Engine(checkpoint, executor, device, max_rows=max_rows, max_jobs=max_jobs)
+
+
+def spec_of(**fields: object) -> SampleSpec:
+    return make_spec(**{"steps": 10, "n": 1} | fields)
+
+
+# Mixed in every way a batch may be: samplers, step counts, eta, classes, none, guidance, clip, index, number of rows.
+MIXED = (
+    spec_of(n=2, steps=50, seed=1, class_labels=(0, 2)),
+    spec_of(n=3, steps=10, seed=2, sampler="ddim", class_labels=(1, None, 0)),
+    spec_of(n=2, steps=7, seed=3, guidance=3.0, class_labels=(2, 1)),
+    spec_of(n=1, steps=50, seed=4, sampler="ddim", eta=1.0, guidance=1.5, class_labels=(0,)),
+    spec_of(n=1, steps=1, seed=5),
+    spec_of(n=2, steps=13, seed=2**64 - 1, sampler="ddim", eta=0.3, clip=False, index=2**32 - 2),
+    spec_of(n=1, steps=3, seed=7, guidance=0.0, class_labels=(1,), index=9),
+    spec_of(n=2, steps=12, seed=8, sampler="dpmpp_2m"),
+    spec_of(n=1, steps=20, seed=9, sampler="dpmpp_2m", guidance=2.0, guidance_interval=(10, 30)),
+    spec_of(n=2, steps=25, seed=10, guidance=4.0, guidance_interval=(0, 20), timestep_spacing="trailing"),
+    spec_of(n=1, steps=9, seed=11, sampler="ddim", timestep_spacing="linspace", guidance=2.0, guidance_interval=(1, 2)),
+)
+
+
+def alone(checkpoint: Checkpoint, spec: SampleSpec, device: torch.device = CPU) -> Floats:
+    """The images of a job that has the engine for itself."""
+    return sample_locally(make_engine(checkpoint, device=device), spec, 32, lambda rows: None)
+
+
+def read_images(engine: Engine, rows: Sequence[int]) -> Floats:
+    return engine.images(rows)()
+
+
+def together(
+    engine: Engine,
+    specs: Sequence[SampleSpec],
+    *,
+    max_batch: int,
+    seed: int = 0,
+    read: Callable[[Engine, Sequence[int]], Floats] = read_images,
+) -> list[Floats]:
+    """The images of jobs that arrive at random ticks and share the engine and its batches."""
+    rng, scheduler = random.Random(seed), Scheduler(Sharing.of(max_batch))
+    order = list(range(len(specs)))
+    rng.shuffle(order)
+    rows: dict[str, tuple[int, ...]] = {}
+    images: dict[str, Floats] = {}
+    while len(images) < len(specs):
+        if order and (not scheduler.has_work or rng.random() < 0.3):
+            k = order.pop()
+            rows[str(k)] = engine.add(specs[k])
+            scheduler.add(str(k), rows[str(k)], work_of(specs[k], engine.info))
+        batch = scheduler.next_batch()
+        if batch is None:
+            continue
+        engine.step(batch)
+        for job in scheduler.advance(batch).finished:
+            images[job] = read(engine, rows[job])
+            engine.remove(rows[job])
+    return [images[str(k)] for k in range(len(specs))]
+
+
+def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
+    """The images by model.samplers.sample, which moves one batch in step."""
+    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+    plan = make_engine(checkpoint)._compile(spec)
+    indices = range(spec.index, spec.index + spec.n)
+    labels = None
+    if spec.class_labels is not None:
+        null = checkpoint.labels.null_class
+        labels = torch.tensor([null if label is None else label for label in spec.class_labels])
+    x = sample(
+        checkpoint.net,
+        plan,
+        image_noise(spec.seed, indices, 0, shape, CPU),
+        lambda k: image_noise(spec.seed, indices, k + 1, shape, CPU),
+        class_labels=labels,
+        null_class=checkpoint.labels.null_class,
+        guidance=spec.guidance,
+        guidance_interval=spec.guidance_interval,
+    )
+    return x.permute(0, 2, 3, 1).numpy()
+
+
+class Counting(Around):
+    """An executor that notes the places of each pass."""
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor)
+        self.passes: list[tuple[list[int], list[int]]] = []  # timesteps, labels
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        assert class_labels is not None
+        self.passes.append((t.tolist(), class_labels.tolist()))
+        return super().__call__(x, t, class_labels)
+
+
+class Poisoned(Counting):
+    """An executor that gives NaN or infinity for one class and is sound for the others."""
+
+    def __init__(self, executor: Executor, label: int, value: float) -> None:
+        super().__init__(executor)
+        self._label, self._value = label, value
+
+    def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        assert class_labels is not None
+        out = super().__call__(x, t, class_labels).clone()
+        out[class_labels == self._label] = self._value
+        return out
