@@ -1,4 +1,4 @@
-"""Who comes when: seeded lists of arrivals. Pure; the same arguments give the same list, for every contender alike."""
+"""When requests arrive: seeded lists. Pure; the same arguments give the same list, for every contender alike."""
 
 import itertools
 import random

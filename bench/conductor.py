@@ -25,7 +25,7 @@ LOADS = (*EVERY_ROUND, "bare", *ONCE, *OF_TMINUS, *ON_ITS_OWN)
 SCALED = {"saturation", "saturation-16", "steps", "policy", "hang-ups"}  # by tminus's saturated row-steps/s
 BARE_BATCHES = (1, 4, 8, 16)
 GUESS = 400.0  # row-steps/s, until it is measured
-SETTLE_S = 1.5  # a server that is still busy after that with what nobody waits for is started anew
+SETTLE_S = 1.5  # a server that is still busy after that with abandoned work is started anew
 
 
 class Conductor:

@@ -50,17 +50,17 @@ def first_steps(answers: Iterable[Answer], most_steps: int = 1_000_000) -> list[
 
 
 def received(answers: Iterable[Answer]) -> int:
-    """Row-steps of the answers that somebody got."""
+    """Row-steps of the answers that were delivered."""
     return sum(a.row_steps for a in answers if a.outcome == "ok")
 
 
 def wasted_share(loaded: Loaded) -> float:
-    """The part of the steps taken that went into answers nobody got."""
+    """The share of the steps taken that went into answers that were not delivered."""
     return max(0.0, loaded.took_row_steps - received(loaded.answers)) / max(1.0, loaded.took_row_steps)
 
 
 def wasted_of_abandoned(loaded: Loaded) -> float | None:
-    """Row-steps that went nowhere, over those that the clients who left had asked for; None where nobody left."""
+    """Row-steps that were not delivered, over those of the abandoned requests; None where none was abandoned."""
     abandoned = sum(a.row_steps for a in loaded.answers if a.outcome in ("left", "unanswered"))
     return max(0.0, loaded.took_row_steps - received(loaded.answers)) / abandoned if abandoned else None
 

@@ -23,7 +23,7 @@ HANG_UP_SHARE = 0.2
 BATCH = 16  # rows a pass of a server that does not say
 OUTSTANDING = 48  # at saturation: a full batch for each of several workers, and more waiting
 MANY_S = 400.0  # at most, for all the requests before memory is read
-SETTLE_S = 45.0  # for work that nobody waits for, to be counted as wasted
+SETTLE_S = 45.0  # for abandoned work, to be counted as wasted
 STILL_S = 0.6  # a server that counts nothing for so long has nothing left to do
 POLL_S = 0.2
 FIRST_STEP_STEPS = 3
@@ -205,7 +205,7 @@ class Turn:
         return Etas(tuple(samples), tuple(answers))
 
     async def crowds(self) -> tuple[Crowd, ...]:
-        """The time of a full tick: with nobody waiting, with a thousand jobs waiting, and with nobody again."""
+        """The time of a full tick: with no job waiting, with a thousand jobs waiting, and with none again."""
         return tuple([await self._crowd(waiting) for waiting in (0, self.lengths.crowd, 0)])
 
     async def memory(self) -> tuple[Memory, ...]:

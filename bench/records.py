@@ -50,7 +50,7 @@ class Answer:
     steps: int
     seed: int
     outcome: Outcome
-    waited_s: float  # from when it was due to the answer, or to when nobody waited any more
+    waited_s: float  # from when it was due to the answer, or to when it was abandoned
     first_step_s: float | None = None
     job_id: str | None = None
     digest: str | None = None  # of the image's bytes

@@ -174,7 +174,7 @@ def environment() -> dict[str, str]:
 
 
 def _stat(path: Path) -> tuple[int, int]:
-    """Parent and clock ticks (user and system) of one process; one that has just ended counts as nobody's."""
+    """Parent and clock ticks (user and system) of one process; one that has just ended is left out."""
     try:
         fields = path.read_text().rpartition(")")[2].split()
     except OSError:

@@ -33,6 +33,7 @@ from service.metrics import Metrics
 from service.model_info import Limits
 from service.scheduling.admission import Admission
 from service.scheduling.scheduler import Scheduler, Sharing
+from service.worker.recording import RecordingRoom
 from service.worker.worker import Worker
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -61,7 +62,14 @@ def create_app(
     keeps the durable jobs, and is closed with the app; allowed_origins are those whose pages may open WebSockets,
     beside the server's own.
     """
-    services, lifespan = _services(engine, limits, tick_times, sharing, store, allowed_origins)
+    services, lifespan = _services(
+        engine=engine,
+        limits=limits,
+        tick_times=tick_times,
+        sharing=sharing,
+        store=store,
+        allowed_origins=allowed_origins,
+    )
     model = engine.info
     app = FastAPI(
         title="tminus",
@@ -88,6 +96,7 @@ def create_app(
 
 
 def _services(
+    *,
     engine: RowEngine,
     limits: Limits,
     tick_times: Sequence[tuple[int, float]],
@@ -137,5 +146,7 @@ def _services(
         encoder=encoder,
         cache=ResultCache(limits.result_cache_bytes),
         streams=Streams(limits.max_streams, limits.max_streams_per_address),
+        recordings=RecordingRoom(),
+        noise_turn=asyncio.Lock(),
     )
     return services, lifespan

@@ -263,7 +263,7 @@ class JobNotFound(ServiceError):
 
 
 class JobCancelled(ServiceError):
-    """The client disconnected, so nobody reads this; or the job was cancelled by a request."""
+    """The client disconnected, so this is not read; or the job was cancelled by a request."""
 
     status, code, title = 499, "cancelled", "The job was cancelled"
     refusal = False

@@ -103,60 +103,60 @@ class Metrics:
             Gauge(f"tminus_{name}", text, registry=self.registry).set_function(read)
 
     def ticked(self, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
-        """A tick has run; `row_steps` are counted by sampler."""
+        """Record a tick; row_steps: how many steps of one row it took, by sampler."""
         self._step.observe(seconds)
         self._batch.observe(places)
         for sampler, count in row_steps.items():
             self._row_steps.labels(sampler).inc(count)
 
     def job_started(self, *, queue_s: float, first_step_s: float) -> None:
-        """A job has taken its first step."""
+        """Record that a job has taken its first step."""
         self._queue.observe(queue_s)
         self._first_step.observe(first_step_s)
 
     def job_done(self, images: int) -> None:
-        """A job has all its images."""
+        """Record that a job has all its images."""
         self._images.inc(images)
 
     def job_given_up(self, reason: str, row_steps_saved: int) -> None:
-        """An accepted job ended without images."""
+        """Record that an accepted job ended without images."""
         self._cancelled.labels(reason).inc()
         self._saved.inc(row_steps_saved)
 
     def snapshotted(self, jobs: int) -> None:
-        """Snapshots of so many jobs were written to the store."""
+        """Record that snapshots of so many jobs were written to the store."""
         self._snapshots.inc(jobs)
 
     def jobs_resumed(self, jobs: int) -> None:
-        """So many jobs of an earlier run of the server are continued."""
+        """Record that so many jobs of an earlier run of the server are continued."""
         self._resumed.inc(jobs)
 
     def durable_job_ended(self, outcome: str) -> None:
-        """A durable job ended, and its outcome is in the store."""
+        """Record that a durable job ended, and its outcome is in the store."""
         self._durable.labels(outcome).inc()
 
     def frame_sent(self) -> None:
-        """A frame was sent to a viewer."""
+        """Record that a frame was sent to a viewer."""
         self._frames_sent.inc()
 
     def frame_dropped(self) -> None:
-        """A frame was not sent: a newer one replaced it, or its job ended."""
+        """Record that a frame was not sent: a newer one replaced it, or its job ended."""
         self._frames_dropped.inc()
 
     def rejected(self, reason: str) -> None:
-        """A request was refused with this problem code."""
+        """Record that a request was refused with this problem code."""
         self._rejected.labels(reason).inc()
 
     def answered_without_work(self, how: str) -> None:
-        """A repeated request needed no step; `how` is not_modified or cache_hit."""
+        """Record that a repeated request needed no step; `how` is not_modified or cache_hit."""
         self._unworked.labels(how).inc()
 
     def encoded(self, kind: str, seconds: float) -> None:
-        """Images were encoded."""
+        """Record that images were encoded."""
         self._encode.labels(kind).observe(seconds)
 
     def requested(self, route: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Record that a request was answered."""
         self._request.labels(route, str(status)).observe(seconds)
 
     def render(self) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is loaded, as the edge needs to know it."""
+    """What is loaded, as the API needs it."""
 
     name: str
     architecture: str

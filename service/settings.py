@@ -115,7 +115,7 @@ class Settings(BaseSettings):
         return value
 
     def load_options(self) -> LoadOptions:
-        """What loading the model is told."""
+        """Options for loading the model."""
         return LoadOptions(
             checkpoint=self.checkpoint,
             device=self.device,

@@ -14,7 +14,7 @@ Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
 
 Floats = npt.NDArray[np.float32]
 
-EDIT_FIELDS = ("strength", "image_sha256", "mask_sha256")  # of a spec; what is no edit is written down without them
+EDIT_FIELDS = ("strength", "image_sha256", "mask_sha256")  # of a spec; a spec without an edit omits them
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class SampleSpec:
         return self.steps - self.start
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields. What it has none of in EDIT_FIELDS is left out: a plain spec reads as it always did."""
+        """Its fields. EDIT_FIELDS that are None are left out: a plain spec reads as it always did."""
         return {name: value for name, value in asdict(self).items() if name not in EDIT_FIELDS or value is not None}
 
     @classmethod

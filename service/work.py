@@ -71,12 +71,19 @@ class JobResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the client of a job is told: how many jobs go before it, and when it will be done."""
+
+    position: int  # 0 when all its rows run
+    eta_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Ticket:
     """What an accepted job gets: its result to come, and its outlook when it was accepted."""
 
     future: "Future[JobResult]"
-    position: int  # jobs that go before it
-    eta_s: float
+    outlook: Outlook
 
 
 @dataclass(frozen=True, slots=True)

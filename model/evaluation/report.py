@@ -18,7 +18,7 @@ class EvaluateOptions:
     guidance: float = 1.0
     seed: int = 0
     batch_size: int = 100
-    precision: str = "float32"  # of the network's forward pass: float32, or bfloat16 by autocast; the update is float32
+    precision: str = "float32"  # float32, tf32 or bfloat16; the update is always float32
     bound_images: int = 200
     bound_timesteps: int = 100  # with few, the first timesteps, where most of the bound lies, are rarely drawn
     spacing: str | None = None  # of the timesteps; None is the checkpoint's own for this sampler
@@ -69,7 +69,7 @@ class PerClass:
 
 @dataclass(frozen=True, slots=True)
 class ClassAccuracy:
-    """How often the classifier finds the class that was asked for, and how often that of a real image."""
+    """Share of samples, and of real images, that the classifier assigns to their own class."""
 
     samples: float
     real: float

@@ -15,7 +15,7 @@ class ResultCache:
         self._bodies: LRUCache[str, bytes] = LRUCache(max_bytes, getsizeof=len)
 
     def get(self, etag: str) -> bytes | None:
-        """The body of this name, if it is still here."""
+        """Look up the body of this name, None if it is not here (any more)."""
         return self._bodies.get(etag)
 
     def put(self, etag: str, body: bytes) -> None:
@@ -25,12 +25,12 @@ class ResultCache:
 
 
 def cache_headers(etag: str | None) -> dict[str, str]:
-    """The headers that name an answer; without a name it is not to be stored."""
+    """Make the headers that name an answer; without a name it is not to be stored."""
     return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
 
 
 def matches(if_none_match: Sequence[str], method: str, etag: str) -> bool:
-    """Whether the client has this answer already (RFC 9110, section 13.1.2; the weak comparison).
+    """Say whether the client has this answer already (RFC 9110, section 13.1.2; the weak comparison).
 
     if_none_match: the values of the header of that name. A POST that only asks is safe to repeat, so it is answered as
     a GET is; but `*`, any answer at all, names none.

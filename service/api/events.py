@@ -114,13 +114,13 @@ class _Viewer:
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
         """Yield events until the job has ended, or the server is about to."""
         yield format_sse_event(retry=RECONNECT_MS)
-        waits, told, quiet_s = view.state == "waiting", None, 0.0
+        waiting, last_sent, quiet_s = view.state == "waiting", None, 0.0
         standing = _standing(view.position, view.eta_s)
-        if not waits:  # so that a client that comes back does not go on with an old state
+        if not waiting:  # so that a client that comes back does not go on with an old state
             yield _event("progress", await self._progress(view.step or 0))
         while True:
-            if waits and standing != told:
-                told, quiet_s = standing, 0.0
+            if waiting and standing != last_sent:
+                last_sent, quiet_s = standing, 0.0
                 yield _event("waiting", standing)
             try:
                 async with asyncio.timeout(POLL_S):
@@ -128,8 +128,8 @@ class _Viewer:
             except TimeoutError:
                 if self._services.worker.draining:
                     return
-                if waits and (status := await self._services.standings.of(self._live.record.id)) is not None:
-                    waits = status.state == "waiting"
+                if waiting and (status := await self._services.standings.of(self._live.record.id)) is not None:
+                    waiting = status.state == "waiting"
                     standing = _standing(status.position, status.eta_s)
                 quiet_s += POLL_S
                 if quiet_s >= QUIET_S:
@@ -138,7 +138,7 @@ class _Viewer:
                 continue
             if frame is None:
                 break
-            waits, quiet_s = False, 0.0
+            waiting, quiet_s = False, 0.0
             for event in await self._show(frame):
                 yield event
         if self._live.record.outcome is not None:  # otherwise the next start of the server goes on with it
@@ -174,7 +174,7 @@ class _Viewer:
 
 
 def _standing(position: int | None, eta_s: float | None) -> dict[str, float | None]:
-    """What a job that waits is told; the time is rounded, so that not every second brings an event."""
+    """The members of a `waiting` event; the time is rounded, so that not every second brings an event."""
     return {"position": position, "eta_s": None if eta_s is None else round(eta_s, 1)}
 
 

@@ -4,15 +4,15 @@ import re
 from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from service.api.answers import JobAnswer, JobPage
 from service.api.caching import cache_headers, matches
 from service.api.negotiation import negotiate
 from service.api.openapi import IDEMPOTENCY_KEY, SAMPLE_BODY, contents
-from service.api.request import accept_header, idempotency_key, read_parameters, to_job
+from service.api.request import accept_header, read_parameters
 from service.api.schemas import SampleRequest
 from service.api.services import Services
+from service.api.submission import accept
 from service.errors import InvalidField
 from service.images.encoder import MEDIA_TYPES, etag
 from service.jobs.store import Place
@@ -64,22 +64,6 @@ def job_routes(services: Services) -> APIRouter:
         return Response(status_code=204)
 
     return router
-
-
-async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
-    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
-    key = idempotency_key(request, asked)
-    spec, inputs = await to_job(services, asked)
-    view, again = await services.jobs.create(spec, asked.deadline_s, key, inputs)
-    headers = {
-        "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
-        "X-Job-ID": view.record.id,
-        "X-Seed": str(view.record.spec.seed),
-        "Cache-Control": "no-store",
-    }
-    if again:
-        headers["Idempotent-Replayed"] = "true"
-    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
 
 
 async def page(services: Services, state: str | None, limit: str | None, before: str | None) -> JobPage:

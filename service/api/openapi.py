@@ -1,4 +1,4 @@
-"""What OpenAPI is told of parameters and bodies that handlers read themselves. No handler lives here."""
+"""OpenAPI descriptions of parameters, headers and bodies that handlers read themselves. No handler lives here."""
 
 from typing import Any
 

@@ -23,7 +23,7 @@ _BOUNDS = {
 class PreviewRequest(RequestSchema):
     """The frames of a running job: how often, of what, and how encoded."""
 
-    every: Int | None = Field(None, description="a frame after every so many steps")
+    every: Int | None = Field(None, ge=1, description="a frame after every so many steps")
     fps: Float | None = Field(None, description="or so many a second; 10 if neither is given")
     show: Show | list[Show] = Field("x_t", description="x_t (the latent), x_0 (the network's guess), or a list of both")
     frame_format: Literal["png", "webp", "jpeg"] = Field("png", description="png, webp or jpeg")
@@ -35,15 +35,14 @@ class PreviewRequest(RequestSchema):
     def parse(cls, parameters: Mapping[str, Any]) -> Self:
         """Check names, types and bounds. Raises UnknownField or InvalidField."""
         request = cls.from_parameters(parameters, _BOUNDS.__getitem__)
-        every, fps, shows = request.every, request.fps, request.shows
+        fps, shows = request.fps, request.shows
         for field, ok in (
-            ("every", every is None or every >= 1),
             ("fps", fps is None or 0 < fps <= MAX_FPS),
             ("show", 0 < len(shows) == len(set(shows))),
         ):
             if not ok:
                 raise InvalidField.of(field, _BOUNDS[field], getattr(request, field))
-        if every is not None and fps is not None:
+        if request.every is not None and fps is not None:
             raise InvalidField.of("fps", "absent where every is given", fps)
         return request
 

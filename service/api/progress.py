@@ -5,7 +5,7 @@ import asyncio
 from service.jobs.standings import Standings
 from service.work import JobResult, Ticket
 
-FORECAST_S = 5.0  # how old the forecast of a job that runs may be
+RECOUNT_S = 5.0  # until a job's forecast is asked for again
 
 
 class Countdown:
@@ -19,7 +19,7 @@ class Countdown:
 
     async def left_s(self) -> float:
         """Seconds until it should be done."""
-        if self._loop.time() - self._asked_s > FORECAST_S:
+        if self._loop.time() - self._asked_s > RECOUNT_S:
             status = await self._standings.of(self._job_id)
             if status is not None:  # otherwise it came after all jobs were last asked for, or has just ended
                 self._asked_s, self._eta_s = self._loop.time(), status.eta_s
@@ -34,6 +34,6 @@ def result_of(ticket: Ticket) -> "asyncio.Future[JobResult]":
 
 
 def _retrieve(result: "asyncio.Future[JobResult]") -> None:
-    # asyncio complains about an error that nobody has looked at.
+    # asyncio complains about an error that was never retrieved.
     if not result.cancelled():
         result.exception()

@@ -1,4 +1,4 @@
-"""From a request to what it asks for: parameters in query and body, images, and the headers that say how to answer.
+"""From a request to what it asks for: parameters in query and body, and the headers that say how to answer.
 
 Names, types and bounds are checked by the schemas.
 """
@@ -15,11 +15,9 @@ from starlette.requests import ClientDisconnect
 
 from service.api.multipart import is_form, read_form
 from service.api.schemas import PICTURES, SampleRequest
-from service.api.services import Services
 from service.errors import BodyTooLarge, ConflictingField, InvalidField, JobCancelled, MalformedBody, short
 from service.jobs.store import Key
 from service.model_info import Limits
-from service.spec import Inputs, SampleSpec
 
 Body = TypeVar("Body")
 KEY = re.compile(r"[\x20-\x7e]{1,255}")
@@ -100,7 +98,7 @@ def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
 
 
 def _costly_bytes(body: bytes) -> int:
-    """How many bytes are not letters of base64: brackets, commas, quotes. They are what takes a JSON parser time."""
+    """Count the bytes that are not letters of base64, such as brackets and quotes: these take a JSON parser time."""
     return len(body.translate(None, BASE64))
 
 
@@ -157,15 +155,11 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-async def to_job(services: Services, asked: SampleRequest) -> tuple[SampleSpec, Inputs | None]:
-    """Check the parameters, then decode the images. Raises what SampleRequest.to_spec and Decoder.inputs do."""
-    spec = asked.to_spec(services.model, services.limits)
-    inputs = await services.decoder.inputs(asked.image, asked.mask)
-    return asked.with_inputs(spec, inputs), inputs
-
-
 def idempotency_key(request: Request, asked: SampleRequest) -> Key | None:
-    """The Idempotency-Key, with a hash of what it came with; a structured-field string may be quoted or not."""
+    """Read the Idempotency-Key, and hash what it came with; a structured-field string may be quoted or not.
+
+    None for a request without one. Raises InvalidField.
+    """
     header = request.headers.get("idempotency-key")
     if header is None:
         return None
@@ -179,17 +173,17 @@ def idempotency_key(request: Request, asked: SampleRequest) -> Key | None:
 
 
 def _edit_of(asked: SampleRequest) -> dict[str, object]:
-    """The parameters of an edit, with hashes in place of the images; empty for a request without an edit."""
+    """Take the parameters of an edit, with hashes in place of the images; empty for a request without an edit."""
     given = asked.model_dump(include=EDIT_PARAMETERS, exclude_none=True)
     return {k: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for k, v in given.items()}
 
 
 def prefers_async(request: Request) -> bool:
-    """Whether Prefer has respond-async (RFC 7240, section 4.1)."""
+    """Say whether Prefer has respond-async (RFC 7240, section 4.1)."""
     headers = ",".join(request.headers.getlist("prefer"))
     return any(part.partition(";")[0].strip().lower() == "respond-async" for part in headers.split(","))
 
 
 def accept_header(request: Request) -> str:
-    """The media types that the client accepts; several headers are one list."""
+    """Read the media types that the client accepts; several headers are one list."""
     return ", ".join(request.headers.getlist("accept"))

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 from fastapi import APIRouter, Request, Response
 
 from service.api.caching import cache_headers, matches
-from service.api.jobs import accept
 from service.api.negotiation import negotiate
 from service.api.openapi import SAMPLE_BODY, SAMPLE_QUERY, contents
 from service.api.progress import result_of
-from service.api.request import accept_header, prefers_async, read_parameters, to_job
+from service.api.request import accept_header, prefers_async, read_parameters
 from service.api.schemas import AnimationRequest, SampleRequest
 from service.api.services import Services
+from service.api.submission import accept, to_job
 from service.errors import InvalidField, JobCancelled
 from service.images.animation import WEBP_VERSION
 from service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
@@ -71,7 +71,7 @@ class Still:
 
 @dataclass(frozen=True, slots=True)
 class Animation:
-    """An answer with the way from noise to the images, as an animated WebP."""
+    """An answer with the steps from noise to the images, as an animated WebP."""
 
     spec: SampleSpec
     asked: AnimationRequest
@@ -172,8 +172,8 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
         services.cache.put(job.etag, content)
     headers = _headers(services, job) | {
         "X-Job-ID": job_id,
-        "X-Queue-Position": str(ticket.position),
-        "X-ETA-Seconds": f"{ticket.eta_s:.3f}",
+        "X-Queue-Position": str(ticket.outlook.position),
+        "X-ETA-Seconds": f"{ticket.outlook.eta_s:.3f}",
         "Server-Timing": _server_timing(
             queue=result.queue_s, first_step=result.first_step_s, denoise=result.denoise_s, encode=encode_s
         ),

@@ -10,7 +10,17 @@ from pydantic import Field
 
 from model.timesteps import SPACINGS
 from service.api.classes import class_bound, class_numbers
-from service.api.fields import EVERY_BOUND, MAX_SEED, SEED_BITS, SEED_BOUND, Float, Int, Picture, RequestSchema
+from service.api.fields import (
+    ENCODED_IMAGE,
+    EVERY_BOUND,
+    MAX_SEED,
+    SEED_BITS,
+    SEED_BOUND,
+    Float,
+    Int,
+    Picture,
+    RequestSchema,
+)
 from service.errors import BodyTooLarge, InvalidField
 from service.model_info import Limits, ModelInfo
 from service.preview import SHOWS, Show
@@ -113,7 +123,7 @@ class SampleRequest(RequestSchema):
         )
 
     def with_inputs(self, spec: SampleSpec, inputs: Inputs | None) -> SampleSpec:
-        """The spec with the hashes of its inputs. Raises InvalidField where the request names other hashes."""
+        """Add the hashes of the inputs to the spec. Raises InvalidField where the request names other hashes."""
         if inputs is None:
             return spec
         for name, wanted, got in (
@@ -198,7 +208,7 @@ class NoiseRequest(RequestSchema):
 
 
 def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
-    """What each parameter must be, in words."""
+    """Say in words what each parameter must be."""
     return {
         "n": f"an integer in 1..{limits.max_n}",
         "steps": f"an integer in 1..{model.num_timesteps}",
@@ -213,15 +223,15 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "clip": "true or false",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
         "strength": "a number above 0, at most 1",
-        "image": "an image in base64, or a data: URL of one",
-        "mask": "an image in base64, or a data: URL of one",
+        "image": ENCODED_IMAGE,
+        "mask": ENCODED_IMAGE,
         "image_sha256": "64 hexadecimal digits, in small letters",
         "mask_sha256": "64 hexadecimal digits, in small letters",
     }
 
 
 def parameters_of(spec: SampleSpec) -> dict[str, Any]:
-    """The parameters that make this spec again, but for the pixels; the way back from `to_spec`."""
+    """List the parameters that make this spec again, but for the pixels; the way back from `to_spec`."""
     labels = list(spec.class_labels) if spec.class_labels is not None else None
     parameters = {
         "n": spec.n,

@@ -1,7 +1,7 @@
 """The parts of the server that requests are answered with, as one value."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from service.api.caching import ResultCache
 from service.api.stream_limits import Streams
@@ -30,5 +30,5 @@ class Services:
     encoder: Encoder
     cache: ResultCache
     streams: Streams
-    recordings: RecordingRoom = field(default_factory=RecordingRoom)
-    noise_turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # the worker gets one image of POST /noise at a time
+    recordings: RecordingRoom
+    noise_turn: asyncio.Lock  # the worker gets one image of POST /noise at a time

@@ -15,9 +15,10 @@ from starlette.websockets import WebSocketDisconnect
 from service.api.previews import StreamRequest
 from service.api.problems import render
 from service.api.progress import Countdown, result_of
-from service.api.request import from_body, to_job
+from service.api.request import from_body
 from service.api.schemas import SampleRequest
 from service.api.services import Services
+from service.api.submission import to_job
 from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
 from service.images.encoder import PNG
 from service.model_info import ModelInfo
@@ -198,7 +199,7 @@ class _Stream:
         """Send frames until the mailbox is closed."""
         preview, spec = asked.preview, asked.spec
         timesteps = timesteps_of(spec, self._services.model)
-        countdown = Countdown(self._services.standings, job_id, ticket.eta_s)
+        countdown = Countdown(self._services.standings, job_id, ticket.outlook.eta_s)
         while (frame := await mailbox.take()) is not None:
             try:
                 pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
@@ -249,8 +250,8 @@ def _accepted_message(job_id: str, spec: SampleSpec, ticket: Ticket, model: Mode
         "type": "accepted",
         "id": job_id,
         "seed": spec.seed,
-        "eta_s": round(ticket.eta_s, 3),
-        "position": ticket.position,
+        "eta_s": round(ticket.outlook.eta_s, 3),
+        "position": ticket.outlook.position,
         "fingerprint": model.fingerprint,
     }
 

@@ -26,7 +26,7 @@ def system_routes(services: Services) -> APIRouter:
     async def healthz() -> StatusAnswer | Response:
         return _alive(services.worker)
 
-    @router.get("/readyz", summary="Readiness: a tick has run and work is taken", response_model=StatusAnswer)
+    @router.get("/readyz", summary="Readiness: the warm-up is over and jobs are accepted", response_model=StatusAnswer)
     async def readyz() -> StatusAnswer | Response:
         return _ready(services.worker)
 

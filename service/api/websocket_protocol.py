@@ -1,5 +1,4 @@
-"""How uvicorn treats a WebSocket here: short send buffers, one bound on what all connections send, no lingering after
-the close.
+"""How uvicorn treats a WebSocket here: short send buffers, one bound for all connections, no lingering close.
 
 uvicorn has no setting for any of these. Its `Config(ws=...)` takes a protocol class, but the class that is extended
 here is not part of its public interface. Therefore pyproject.toml bounds uvicorn's version, and a test names what is

@@ -6,7 +6,7 @@ from service.client import messages
 from service.client.patience import Patience
 from service.client.sse import Decoder
 
-QUIET_S = 45.0  # the server sends a comment every 15 s
+EVENTS_QUIET_S = 45.0  # the server sends a comment every 15 s
 NO_CONTENT = 204
 
 
@@ -22,7 +22,7 @@ class Following:
         self._decoder, self._heard = Decoder(), False
 
     def begin_connection(self) -> dict[str, str]:
-        """Forget what the last connection left half read; gives the headers of the next request."""
+        """Discard an incomplete event of the last connection; returns the headers of the next request."""
         self._decoder, self._heard = Decoder(), False
         return {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
 

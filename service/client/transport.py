@@ -22,12 +22,12 @@ def http_address(url: str) -> str:
 
 
 def ws_address(url: str) -> str:
-    """The same address for WebSockets."""
+    """Turn the address into that for WebSockets."""
     return url.replace("http", "ws", 1)
 
 
 def timeouts(quiet_s: float | None = QUIET_S) -> httpx.Timeout:
-    """The time limits of a request. quiet_s: how long the server may send nothing; None: as long as it takes."""
+    """Make the time limits of a request. quiet_s: how long the server may send nothing; None: as long as it takes."""
     return httpx.Timeout(quiet_s, connect=CONNECT_S)
 
 
@@ -38,18 +38,18 @@ def check(response: httpx.Response) -> None:
 
 
 def lost(error: Exception) -> Unreachable:
-    """The error for a connection that could not be opened, or that broke."""
+    """Make the error for a connection that could not be opened, or that broke."""
     reached = not isinstance(error, (*NOT_SENT, OSError)) or isinstance(error, ConnectionResetError)
     return Unreachable(str(error) or type(error).__name__, reached=reached)
 
 
 def closed(error: ConnectionClosed) -> Unreachable:
-    """The error for a WebSocket that the server closed."""
+    """Make the error for a WebSocket that the server closed."""
     return Unreachable(f"the server closed before the job was done ({error})", reached=True)
 
 
 def refused(error: InvalidStatus) -> ClientError:
-    """The error for a WebSocket that the server did not open."""
+    """Make the error for a WebSocket that the server did not open."""
     response = error.response
     headers = {name.lower(): value for name, value in response.headers.raw_items()}
     return error_of(response.status_code, headers, bytes(response.body or b""))

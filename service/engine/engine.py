@@ -76,7 +76,7 @@ class Engine:
         self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
 
-    def compile(self, spec: SampleSpec) -> Plan:
+    def _compile(self, spec: SampleSpec) -> Plan:
         """Compile a spec's sampler. Raises ValueError for what this model's schedule cannot do."""
         return compile_plan(
             self._noise,
@@ -93,11 +93,11 @@ class Engine:
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         """Give a job's rows their slots and their first x; returns the row ids.
 
-        The first x is x_T, with a strength x_t of the image, or what the snapshot holds. Raises ValueError as `compile`
-        does, and where snapshot or inputs do not fit the spec.
+        The first x is x_T, with a strength x_t of the image, or what the snapshot holds. Raises ValueError for
+        what the model's schedule cannot do, and where snapshot or inputs do not fit the spec.
         """
         # Slots are taken last, so that a job that is refused takes none.
-        plan = self.compile(spec)
+        plan = self._compile(spec)
         check_inputs(inputs, spec, self._shape)
         if snapshot is not None:
             x, x0 = latents_of(snapshot, spec.n, self._shape, self._device)
@@ -188,7 +188,7 @@ class Engine:
             self._ticks.add(self._finite)
 
     def wait(self) -> None:
-        """Let the device catch up: on a GPU until one tick is left to run, so that it never idles. A CPU never lags."""
+        """Wait until at most one tick is still running on the GPU. Does nothing on a CPU."""
         if self._ticks is not None:
             self._ticks.wait()
 

@@ -34,7 +34,7 @@ def initial_latents(
     shape: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """Make x_T [n, *shape]; with a strength x_t of the image, with eps what x_T would be (Meng et al. 2022)."""
+    """Make the first x [n, *shape]: x_T, or with strength x_t of the image, with x_T as eps (Meng et al. 2022)."""
     eps = image_noise(spec.seed, range(spec.index, spec.index + spec.n), 0, shape, device)
     if spec.strength is None:
         return eps
@@ -47,5 +47,5 @@ def latents_of(snapshot: Snapshot, n: int, shape: Sequence[int], device: torch.d
     """Take x and x0_previous [n, *shape] from a snapshot. Raises ValueError for another shape or type."""
     for name, values in (("x", snapshot.x), ("x0_previous", snapshot.x0_previous)):
         if values.shape != (n, *shape) or values.dtype != np.float32:
-            raise ValueError(f"a snapshot's {name} must be float32 {(n, *shape)}, got {values.shape}")
+            raise ValueError(f"a snapshot's {name} must be float32 {(n, *shape)}, got {values.dtype} {values.shape}")
     return torch.tensor(snapshot.x, device=device), torch.tensor(snapshot.x0_previous, device=device)

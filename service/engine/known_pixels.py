@@ -20,7 +20,7 @@ class KnownPixels:
         """max_lines: lines of all jobs' plans together; shape [C, H, W] of one row."""
         channels, height, width = shape
         self._device = device
-        # Bytes take an eighth of what the rows' latents do, and leave as they came.
+        # Stored as bytes: an eighth of the latents' size, returned bit for bit.
         self._image = torch.zeros((max_rows, channels, height, width), dtype=torch.uint8, device=device)
         self._new = torch.zeros((max_rows, 1, height, width), dtype=torch.bool, device=device)
         self._levels = torch.zeros((max_lines, 2), dtype=torch.float32, device=device)  # Plan.known

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model.checkpoint import load_checkpoint
-from service.engine.autotune import Wish, choose_executor, example_inputs
+from model.checkpoint import Checkpoint, load_checkpoint
+from service.engine.autotune import AGREE_ROWS, Wish, agree_rows, choose_executor, example_inputs
 from service.engine.autotune_cache import ChoiceCache, default_cache
 from service.engine.calibration import ROUNDS, measure_ticks
 from service.engine.devices import choose_device, default_max_rows
@@ -25,7 +25,7 @@ LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of its own
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
 SHORT_SHARE = 0.85  # of the best throughput, for a tick that short and much longer jobs share
-PROBE_ROWS = 2
+PROBE_ROWS = 2  # that the fingerprint hashes, unless a small network needs more, see _probe_rows
 MAX_PLAN_LINES = 20_000_000  # 40 bytes each
 SPARE_ROWS, SPARE_JOBS = 64, 16  # the least that the self-test and the measurement need
 
@@ -71,7 +71,9 @@ def _load(options: LoadOptions) -> Loaded:
     wish = Wish(options.executor, options.precision, exact, largest, threads)
     cache = options.cache_dir or default_cache()
     executor = choose_executor(checkpoint, device, wish, cache)
-    bits = probe_bits(executor, example_inputs(checkpoint, device, PROBE_ROWS)) if exact else None
+    bits = None
+    if exact:
+        bits = probe_bits(executor, example_inputs(checkpoint, device, _probe_rows(checkpoint, executor.precision)))
     engine = Engine(
         checkpoint,
         executor,
@@ -91,6 +93,9 @@ def _load(options: LoadOptions) -> Loaded:
     sizes = _kept_sizes(kept, largest)
     # Where the sizes are known one round is enough: admission corrects the times by what ticks really take.
     tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
+    if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
+        # A tick that was slow, by chance or not, has ended the round before the size that will be used.
+        tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
     if sizes is None:
         sizes = _batch_sizes(tick_times)
         kept.write(sizes)
@@ -103,6 +108,16 @@ def _load(options: LoadOptions) -> Loaded:
         executor.name, executor.precision, executor.details, max_batch, short_batch,
     )  # fmt: skip
     return Loaded(engine, max_rows, max_batch, short_batch, tick_times)
+
+
+def _probe_rows(checkpoint: Checkpoint, precision: str) -> int:
+    """How many rows the fingerprint hashes: 2, or as many as autotune compares where those are more than usual.
+
+    Below float32 two builds with other bits may agree on two rows of a small network by chance, see `agree_rows`.
+    For larger networks two rows are enough, and more would give every build another fingerprint.
+    """
+    rows = agree_rows(checkpoint, precision)
+    return rows if rows > AGREE_ROWS else PROBE_ROWS
 
 
 def _batch_sizes(tick_times: tuple[tuple[int, float], ...]) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """OpenVINO on a CPU: one-thread streams that each take small passes. The fastest way here, and exact.
 
-A pass of fixed size computes a place the same way wherever it stands and whatever stands beside it. Passes of 1, 2, 4,
-… places, on one thread or on all, agree to the bit (`autotune.py` checks). Places beyond even shares of the streams,
-such as a lone row, run in *wide* passes, one at a time on all threads.
+A pass of fixed size computes a place the same way wherever it stands and whatever stands beside it. Passes of other
+sizes, and of one thread or all, mostly agree to the bit, but not always: in bfloat16 on a CPU with AMX those of a small
+network do not. `autotune.py` uses together only what agrees. Places beyond even shares of the streams, such as a lone
+row, run in *wide* passes, one at a time on all threads.
 """
 
 import contextlib
@@ -61,7 +62,7 @@ class Graph:
             time_table = net.embed_time(torch.arange(num_timesteps))  # [T, temb]
             weight = net.class_embedding.weight if net.class_embedding is not None else None
             self.temb_dim = time_table.shape[1]
-            # Torch computes the rest after whole vectors in another way, to other bits: padded, so that there is none.
+            # Torch computes the elements after the last whole vector differently; padding leaves none.
             spare = -self.temb_dim % VECTOR
             self.time_table = F.pad(time_table, (0, spare))
             self.class_table = F.pad(weight, (0, spare)) if weight is not None else None  # [classes, temb]
@@ -75,7 +76,7 @@ class Graph:
         _norm_by_group(self.model)
 
     def of_size(self, size: int) -> Any:
-        """The graph for passes of one size: fixed shapes are a third faster than dynamic, and agree to the bit."""
+        """The graph for passes of one size: fixed shapes are a third faster than dynamic."""
         sized = self.model.clone()
         sized.reshape({sized.inputs[0]: [size, *self.shape], sized.inputs[1]: [size, self.temb_dim]})
         return sized

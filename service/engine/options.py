@@ -1,4 +1,4 @@
-"""What loading a model may be told. No torch here: settings and the command line build it before torch is imported."""
+"""Options for loading a model. No torch here: settings and the command line build it before torch is imported."""
 
 from dataclasses import dataclass
 from pathlib import Path

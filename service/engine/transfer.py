@@ -1,4 +1,4 @@
-"""Between host and device: what goes over, what is read back, and the ticks a GPU was given. A tick waits for none."""
+"""Copies between host and device, and the GPU ticks that have not ended. No tick waits for a copy."""
 
 from collections.abc import Callable, Sequence
 

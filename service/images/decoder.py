@@ -34,7 +34,7 @@ class Decoder:
 
     def __init__(self, model: ModelInfo) -> None:
         self._model = model
-        # Bytes that wait for the thread. Nothing else counts what a WebSocket brought once the app has taken it.
+        # Bytes waiting for the thread. Needed for WebSocket messages, which nothing else counts once received.
         self._budget = ByteBudget()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-decode")
 

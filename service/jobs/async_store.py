@@ -1,8 +1,9 @@
 """The job store for asyncio: each call runs in the store's own thread, so that the event loop waits for no disk."""
 
 import asyncio
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from service.jobs.store import JobRecord, JobStore, Key, Outcome, Place
@@ -70,9 +71,23 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.sweep, before_us, max_bytes)
 
-    def submit(self, function: Callable[[JobStore], R]) -> "Future[R]":
-        """Run a function in the store's thread, for callers outside the event loop."""
-        return self._pool.submit(function, self._store)
+    def save(
+        self, snapshots: Mapping[str, Snapshot], fingerprint: str, saved: Callable[[Exception | None, float], None]
+    ) -> None:
+        """See JobStore; for callers outside the event loop.
+
+        saved: is called in the store's thread with the error, if there was one, and the CPU time in seconds.
+        """
+
+        def save() -> None:
+            started_s, error = time.thread_time(), None
+            try:
+                self._store.save(snapshots, fingerprint)
+            except Exception as raised:
+                error = raised
+            saved(error, time.thread_time() - started_s)
+
+        self._pool.submit(save)
 
     def close(self) -> None:
         """Finish the calls that have been made, and close the store. Blocks until then."""

@@ -35,7 +35,7 @@ class Jobs:
     async def create(
         self, spec: SampleSpec, deadline_s: float | None, key: Key | None, inputs: Inputs | None = None
     ) -> tuple[JobView, bool]:
-        """Accept a durable job, and say whether it was asked for with this key before; then it is that one.
+        """Accept a durable job. Returns the job, and whether the key was used before; if so, it is the earlier job.
 
         Raises KeyReused, StorageFailed, and what Worker.submit does.
         """
@@ -59,7 +59,7 @@ class Jobs:
                 raise StorageFailed("the job of this Idempotency-Key was deleted just now")
             return found, True
         self._lifecycle.accept(record, ticket)
-        return JobView(record, "waiting", True, 0, ticket.position, ticket.eta_s), False
+        return JobView(record, "waiting", True, 0, ticket.outlook.position, ticket.outlook.eta_s), False
 
     async def _find_by_key(self, key: Key) -> JobView | None:
         """Find the job that was asked for with a key. Raises KeyReused if it was another request."""
@@ -136,7 +136,7 @@ class Jobs:
             async with asyncio.timeout(CANCEL_S):
                 await live.ended.wait()
         except TimeoutError:
-            raise StorageFailed("it is given up, but that cannot be kept at the moment") from None
+            raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
         return ended_view(live.record)
 
     async def delete(self, job_id: str) -> None:

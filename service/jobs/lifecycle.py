@@ -1,4 +1,4 @@
-"""How a durable job goes from its acceptance, or from an earlier process, to its end. Here are no commands of clients.
+"""Run each durable job from acceptance, or from an earlier process, to its end. Clients' commands are in jobs.py.
 
 One task for each job waits for the worker's result and keeps how the job ended, whatever happens to the client.
 """
@@ -76,9 +76,11 @@ class Lifecycle:
         return self._live.values()
 
     def check_store(self) -> None:
-        """Raise StorageFailed while the store cannot keep how jobs end: no more are taken than can be ended."""
+        """Raise StorageFailed while outcomes cannot be written: no new job is accepted."""
         if self._store_fails and any(live.ending for live in self._live.values()):
-            raise StorageFailed("the ends of jobs cannot be kept at the moment, so no more are taken")
+            raise StorageFailed(
+                "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
+            )
 
     def accept(self, record: JobRecord, ticket: Ticket) -> None:
         """Take on a job that the store keeps and the worker has."""
@@ -146,14 +148,17 @@ class Lifecycle:
         return ticket
 
     async def _fail(self, live: Live, error: ServiceError) -> None:
-        """End a job as failed; one that the worker's crash ended goes on at the next start, unless it is the cause."""
+        """Record a job as failed.
+
+        After a crash of the worker leave it for the next start, unless this job causes the crashes.
+        """
         if isinstance(error, EngineFailed) and self._worker.crashed and not await self._causes_crashes(live.record):
             live.release_viewers()
             return
         await self._end(live, _ending(live.record, "failed", problem=error.problem()))
 
     async def _causes_crashes(self, record: JobRecord) -> bool:
-        """Count a crash of the worker on this job, if it worked on it; whether these are MAX_CRASHES now."""
+        """Count a crash if the worker was running this job. Returns whether MAX_CRASHES is reached."""
         if record.id not in self._worker.jobs_of_the_crash:
             return False
         try:

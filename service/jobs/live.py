@@ -19,6 +19,6 @@ class Live:
     viewers: list[tuple[Watch, Mailbox]] = field(default_factory=list)
 
     def release_viewers(self) -> None:
-        """Tell those who follow the job that no more will come."""
+        """Close the viewers' mailboxes: no more frames will come."""
         for _, mailbox in self.viewers:
             mailbox.close()

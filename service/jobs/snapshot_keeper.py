@@ -7,9 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from service.errors import StorageFailed
 from service.jobs.async_store import AsyncStore
-from service.jobs.store import JobStore
 from service.metrics import Metrics
-from service.spec import Snapshot
 from service.worker.snapshot_pace import READ, SnapshotPace
 
 log = logging.getLogger(__name__)
@@ -18,7 +16,8 @@ log = logging.getLogger(__name__)
 class SnapshotKeeper:
     """The worker's Keeper. A thread of its own waits for copies from a GPU, so that the store's calls do not.
 
-    The cost of a round is the CPU time of all three threads: waiting for a GPU or a disk takes nothing from a tick.
+    The cost of a round is the worker's share, in wall time, and the CPU time of the two other threads, whose waiting
+    for a GPU or a disk takes nothing from a tick.
     """
 
     def __init__(self, store: AsyncStore, fingerprint: str, metrics: Metrics) -> None:
@@ -48,15 +47,13 @@ class SnapshotKeeper:
             self._pace.ended(began_s, cost_s + time.thread_time() - started_s)
             return
         cost_s += time.thread_time() - started_s
-        self._store.submit(lambda store: self._save(store, read_snapshots, began_s, cost_s))
 
-    def _save(self, store: JobStore, snapshots: Mapping[str, Snapshot], began_s: float, cost_s: float) -> None:
-        started_s = time.thread_time()
-        try:
-            store.save(snapshots, self._fingerprint)
-            self._metrics.snapshotted(len(snapshots))
-        except StorageFailed:  # the store has logged it; a crash now costs the steps since the last snapshot
-            pass
-        except Exception:
-            log.exception("snapshots could not be kept")
-        self._pace.ended(began_s, cost_s + time.thread_time() - started_s)
+        def saved(error: Exception | None, save_s: float) -> None:
+            if error is None:
+                self._metrics.snapshotted(len(read_snapshots))
+            elif not isinstance(error, StorageFailed):  # which the store has logged
+                log.error("snapshots could not be kept", exc_info=error)
+            # After an error, a crash costs the steps since the last snapshot that was kept.
+            self._pace.ended(began_s, cost_s + save_s)
+
+        self._store.save(read_snapshots, self._fingerprint, saved)

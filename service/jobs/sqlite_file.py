@@ -1,4 +1,4 @@
-"""Which file the job store may open. Any other is refused with one line of reason, and not a byte of it is changed."""
+"""Check a file before the job store opens it. A rejected file is left unchanged; the error says why in one line."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Where the jobs stand that wait or run: their states and steps as they are now, their positions and ETAs as forecast.
+"""Status of waiting and running jobs: current state and step, forecast position and ETA.
 
 State and step are read from the worker each time, which is cheap. A forecast among many jobs takes a while, so there is
 one of all jobs a second, in another thread, however many ask.

@@ -91,7 +91,7 @@ class JobStore(Protocol):
         """Delete a job with all that belongs to it; False if there is none."""
 
     def sweep(self, before_us: int, max_bytes: int) -> bool:
-        """Delete jobs that ended before a time, and then the oldest that ended until the rest take at most max_bytes.
+        """Delete jobs that ended before a time, and then the oldest that ended until those left take at most max_bytes.
 
         The newest stays, whatever its size. The room of deleted jobs is given back to the disk.
         One call does a part of this, so that other calls need not wait long; returns whether to call again.

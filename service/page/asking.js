@@ -1,4 +1,4 @@
-// A job is asked for. Its key is kept until an answer is had: who asks again, even after a reload, gets that job.
+// Submits a job. Its key is kept until there is an answer: a repeated submit, even after a reload, gets that job.
 
 import { ask, parse, Refusal } from "./api.js";
 

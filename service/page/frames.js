@@ -7,7 +7,7 @@ export const MOST_BYTES = 100e6; // that the frames may take
 
 const SHOWS = ["x_t", "x_0"];
 let frames = [];
-let following = true; // whether the newest frame is shown; not while somebody looks back
+let following = true; // whether the newest frame is shown; not while the user views an earlier frame
 
 // A step may come in two parts, and again after the connection broke. Pictures are blobs.
 export function addFrame({ step, steps, t }, pictures) {

@@ -2,14 +2,14 @@
 
 import { ask, base, getJson, isGone, parse, reason, seconds } from "./api.js";
 import { addFrame, clearFrames, MOST_BYTES } from "./frames.js";
-import { foresee, say, showProgress, showStep } from "./standing.js";
+import { say, showForecast, showProgress, showStep } from "./standing.js";
 
 const MOST_FRAMES = 200; // of a job
 const AGAIN_MS = 2000; // until a job is looked at again
 const LOOKS = 5; // to one attempt at events that were refused
 const ENDS = ["done", "failed", "cancelled"];
 
-// The job that is being followed. Whoever waits for an answer looks whether it is this one still.
+// The job that is being followed. After each await, check that it is still the current job.
 let current = null;
 
 export const jobInAddress = () => /^#job=([0-9a-f]{32})$/.exec(location.hash)?.[1];
@@ -24,7 +24,7 @@ export function follow(job, model, tell) {
   const url = new URL(`jobs/${job.id}/events?${query}`, base);
   // looks: since events came; look: the number of the newest, which makes older ones void.
   current = { id: job.id, url, tell, source: null, timer: null, looks: 0, look: 0, broken: false, ended: false };
-  foresee(job);
+  showForecast(job);
   goOn(current, job);
 }
 
@@ -65,7 +65,7 @@ function goOn(job, found) {
   if (job.looks++ % LOOKS === 0) {
     listen(job);
   } else {
-    foresee(found);
+    showForecast(found);
     if (found.state === "running") {
       say("Running. Its frames cannot be had just now.");
       showStep(found);
@@ -77,7 +77,7 @@ function goOn(job, found) {
 function listen(job) {
   const source = (job.source = new EventSource(job.url));
   const on = (name, act) => source.addEventListener(name, (event) => job === current && act(parse(event.data)));
-  on("waiting", foresee);
+  on("waiting", showForecast);
   on("progress", (progress) => {
     say("Running.");
     showStep(progress);
@@ -135,7 +135,7 @@ function pause(job) {
   job.look++;
 }
 
-// Over HTTP/1.1 a browser opens six connections to a server, for all tabs: one that nobody sees must not hold one.
+// Over HTTP/1.1 a browser opens six connections to a server, for all tabs: a hidden tab must not hold one.
 document.addEventListener("visibilitychange", () => {
   if (!current || current.ended) return;
   pause(current);

@@ -1,4 +1,4 @@
-// The forward process: an image that somebody brings, as x_t at any t.
+// The forward process: an uploaded image, as x_t at any t.
 
 import { ask, element } from "./api.js";
 import { markTime } from "./schedule.js";

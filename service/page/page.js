@@ -115,7 +115,7 @@ function show(job) {
 
 function busy(yes) {
   running = yes;
-  // Not disabled: who has just pressed one would lose the focus.
+  // Not disabled: disabling a pressed button would lose the focus.
   element("go").ariaDisabled = String(yes);
   element("cancel").ariaDisabled = String(!yes);
 }

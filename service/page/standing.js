@@ -7,7 +7,7 @@ export function say(text) {
 }
 
 // Of a job that waits or runs.
-export function foresee({ state, position, eta_s: eta }) {
+export function showForecast({ state, position, eta_s: eta }) {
   if (state === "running") say("Running.");
   else if (eta === null || eta === undefined) say("Waiting.");
   else if (position) say(`Waiting: ${position === 1 ? "1 job" : `${position} jobs`} ahead, done in about ${seconds(eta)}.`);

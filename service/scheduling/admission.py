@@ -1,4 +1,4 @@
-"""Whether a job is accepted: its cost is known on arrival, so the answer is a yes or a refusal with a time. No torch.
+"""Accept or refuse jobs. A job's cost is known on arrival, so a refusal can say when to try again. No torch.
 
 Any thread may ask; the worker's takes work off. Time is an argument: seconds of any clock that does not go back.
 """
@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from service.model_info import Limits
-from service.scheduling.forecast import Fluid, Outlook, Pending, forecast
+from service.scheduling.forecast import Fluid, Pending, forecast
 from service.scheduling.promises import MARGIN, Excess, Load, Moment, Promise, Promises, find_excess
 from service.scheduling.scheduler import Sharing
 from service.scheduling.tick_times import TickTimes
-from service.work import Work
+from service.work import Outlook, Work
 
 SLOWER = 2.0  # how far over the backlog limit work may be while promises are still kept
 DEADLINE_TRIES = 4
@@ -89,15 +89,7 @@ class Admission:
             with self._lock:
                 assert job_id not in self._jobs
                 self._jobs[job_id] = job
-        outlook = self.outlook(job_id)
-        assert outlook is not None
-        return outlook
-
-    def outlook(self, job_id: str) -> Outlook | None:
-        """Predict one job's end; None if it is not here."""
         jobs, tick_times = self._read()
-        if all(job.job_id != job_id for job in jobs):
-            return None
         return self._forecast(jobs, tick_times, until=job_id)[job_id]
 
     def outlooks(self) -> dict[str, Outlook]:
@@ -114,11 +106,6 @@ class Admission:
     def rows(self) -> int:
         """Rows accepted and not yet delivered."""
         return self._now().load.rows
-
-    @property
-    def jobs(self) -> int:
-        """Jobs accepted and not yet delivered."""
-        return self._now().load.jobs
 
     # --- from the worker's thread ---
 
@@ -154,9 +141,9 @@ class Admission:
             raise _overloaded(excess, self._promises.make(job.work, now_s, server))
 
     def _check_promise(self, promise: Promise, now_s: float, server: Moment) -> None:
-        """Refuse a job that was promised room only where the rest is over twice the backlog limit or over another.
+        """Refuse a promised job only where the other work exceeds twice the backlog limit, or any other limit.
 
-        So a machine that runs a little slower than foreseen breaks no promise; one that runs much slower does.
+        So a machine that runs a little slower than forecast breaks no promise; one that runs much slower does.
         """
         own_s = promise.work.places * server.tick_times.seconds_per_place(self._limits.max_batch)
         lenient = replace(self._limits, max_backlog_s=SLOWER * self._limits.max_backlog_s + own_s)

@@ -13,7 +13,7 @@ from operator import attrgetter
 
 from service.scheduling.scheduler import Sharing
 from service.scheduling.tick_times import TickTimes
-from service.work import Work
+from service.work import Outlook, Work
 
 LOOK_PAST = 8  # how many guided jobs the model looks past for one that fits a last single place
 ROUNDING = 1e-7  # of a step and of a second: sums of parts are not exact
@@ -26,14 +26,6 @@ class Pending:
     job_id: str
     work: Work
     places_left: float  # of all its rows
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What the client of a job is told: how many jobs go before it, and when it will be done."""
-
-    position: int  # 0 when all its rows run
-    eta_s: float
 
 
 class _Flow:

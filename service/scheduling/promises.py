@@ -15,7 +15,7 @@ MAX_PROMISES = 10_000
 GRACE_S = 2.0  # how long after its time a promise is kept, at least
 GRACE_SHARE = 0.1  # and as a share of the wait
 MARGIN = 1.05  # on the time of a tick in what is promised, as the forecast is good to 5%
-SPARE_SHARE = 1 / 8  # of jobs and rows that no promise counts on, as jobs may end in another order than foreseen
+SPARE_SHARE = 1 / 8  # of jobs and rows that no promise counts on, as jobs may end in another order than forecast
 RENEW_S = 5.0  # how old a plan may get: jobs that left early since it was made only make it too careful
 ROUNDING = 1e-6  # of seconds and of limits
 
@@ -163,7 +163,7 @@ class Promises:
         return promise.wait_s
 
     def renew(self, broken: Promise, now_s: float, server: Moment) -> int:
-        """Promise the first room between two others: as the server was slower than foreseen, who waited is next."""
+        """Promise the first room between two others: as the server was slower than forecast, whoever waited is next."""
         self.drop(broken)
         promise = self._new_promise(broken.work, now_s, self._new_plan(now_s, server).run_to_room(broken.work))
         self._keep(promise)

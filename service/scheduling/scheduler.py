@@ -16,7 +16,8 @@ from service.work import Batch, JobRows, Work
 
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
 
-MUCH_LONGER = 8  # a job is much longer than another if its whole work is so many times as much
+RESERVED_SHARE = 0.25  # of the places, for the oldest job
+MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,26 +25,23 @@ class Sharing:
     """How the places of a tick are shared out. The oldest job gets its reserve first, whatever short_batch is."""
 
     max_batch: int  # places in a tick, at least 2, as a guided row takes two
-    short_batch: int  # a tick that has a short job is filled by much longer ones to a multiple of this, and no further
+    short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
     reserved: int  # places kept for the oldest job
     policy: Policy
 
     @classmethod
-    def of(
-        cls, max_batch: int, reserved_share: float = 0.25, policy: Policy = "srpt", short_batch: int | None = None
-    ) -> "Sharing":
-        """Make it of shares. The oldest job's is at least two places: with one, a guided job could never use it."""
+    def of(cls, max_batch: int, policy: Policy = "srpt", short_batch: int | None = None) -> "Sharing":
+        """Reserve a share for the oldest job, at least two places: with one, a guided job could never use it."""
         assert max_batch >= 2
-        assert 0 <= reserved_share <= 1
         assert policy in ("srpt", "fcfs")
-        reserved = max(2, int(max_batch * reserved_share)) if reserved_share and policy == "srpt" else 0
+        reserved = max(2, int(max_batch * RESERVED_SHARE)) if policy == "srpt" else 0
         return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy)
 
     def much_longer(self, works: Collection[int]) -> float:
-        """Find how much whole work, in places, makes a job much longer than the shortest; works: of all jobs.
+        """The total work, in places, from which a job is much longer than the shortest. works: the total of every job.
 
         Infinite where there are more jobs than places: then all of them wait for throughput, which full ticks give.
-        The whole work of a job never changes, so the answer changes only when a job comes or goes.
+        The total work of a job never changes, so the answer changes only when a job comes or goes.
         """
         if self.policy == "fcfs" or self.short_batch == self.max_batch or len(works) > self.max_batch:
             return math.inf
@@ -91,7 +89,7 @@ class _Job:
 
 
 class _Pick:
-    """A batch in the making. It takes a job's least advanced rows of each list, so two counts a job say which."""
+    """A batch being built. A job's rows are the least advanced of each list, so two counts per job identify them."""
 
     def __init__(self, max_batch: int) -> None:
         self.free = max_batch
@@ -153,7 +151,7 @@ class Scheduler:
         self._sharing = sharing
         # In order of arrival. Not a dict: finding the first entry of one walks over all that were deleted before it.
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
-        self._works: dict[str, int] = {}  # job id -> its whole work, in places
+        self._works: dict[str, int] = {}  # job id -> its total work, in places
         self._much_longer: float | None = None  # None: a job came or went since it was found
         # Sorted, the next job last: the jobs that go next change all the time, and changing a list's end is cheap.
         self._queue: list[tuple[int, int, str]] = []
@@ -178,7 +176,7 @@ class Scheduler:
         self._enqueue(job)
 
     def cancel(self, job_id: str) -> None:
-        """Forget a job at once. Nothing happens if it is not here (any more)."""
+        """Remove a job at once. Nothing happens if it is not here (any more)."""
         job = self._jobs.pop(job_id, None)
         if job is not None:
             self._dequeue(job)

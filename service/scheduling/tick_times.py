@@ -29,7 +29,10 @@ class TickTimes:
         assert all(0 <= seconds < math.inf for _, seconds in self.points)
 
     def seconds(self, places: int) -> float:
-        """Predict a tick. Beyond the last point the last line goes on; below the first one the time stays the same."""
+        """Predict the duration of a tick.
+
+        The last segment is extrapolated; below the first point the time is constant.
+        """
         return self.correction * self._measured(places)
 
     def seconds_per_place(self, max_batch: int) -> float:

@@ -41,27 +41,30 @@ class Loop:
         *,
         keeper: Keeper | None,
         clock: Callable[[], float],
-        forgotten: Callable[[str], None],
+        on_end: Callable[[str], None],
     ) -> None:
         """Take what belongs to the worker's thread.
 
-        keeper: takes the snapshots of durable jobs. forgotten: is called with the id of each job that ends, before its
+        keeper: takes the snapshots of durable jobs. on_end: is called with the id of each job that ends, before its
         future has the result.
         """
         self._engine, self._scheduler, self._admission, self._metrics = engine, scheduler, admission, metrics
-        self._keeper, self._clock, self._forgotten = keeper, clock, forgotten
+        self._keeper, self._clock, self._on_end = keeper, clock, on_end
         # The jobs whose rows the engine holds, in order of arrival. This loop is their owner.
         self._jobs: dict[str, RunningJob] = {}
         self._deadlines = Deadlines()
-        self.current_jobs = frozenset[
-            str
-        ]()  # of the last tick, or the one accepted last; after a crash, the possible causes
-        self.rows_active = 0  # rows in the last tick; the worker sets it to 0 when it goes idle
+        # Those of the last tick, or the one accepted last; after a crash, the possible causes.
+        self.current_jobs: frozenset[str] = frozenset()
+        self.rows_active = 0  # rows in the last tick, 0 when idle
 
     @property
     def has_work(self) -> bool:
         """Whether there is a next tick."""
         return self._scheduler.has_work
+
+    def note_idle(self) -> None:
+        """Note that there is nothing to step."""
+        self.rows_active = 0
 
     def warm_up(self) -> None:
         """Run one job of one step, so that the first request finds warm code."""
@@ -146,7 +149,7 @@ class Loop:
             self.give_up(job_id, error, error.code)
 
     def abandon(self) -> None:
-        """Forget every job without a call of the engine, which is not to be trusted after a crash."""
+        """Drop every job without a call of the engine, which is not to be trusted after a crash."""
         self._jobs.clear()
 
     # --- a tick ---
@@ -253,13 +256,13 @@ class Loop:
     # --- for all of these ---
 
     def _leave(self, job: RunningJob) -> None:
-        """Forget a job, here and wherever else it is known."""
+        """Remove a job from this loop, the worker and admission."""
         self._jobs.pop(job.id, None)
-        self._forgotten(job.id)
+        self._on_end(job.id)
         self._admission.leave(job.id)
 
     def _giving_up(
-        self, jobs: Sequence[RunningJob], told: str, log_line: str, *args: object
+        self, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object
     ) -> AbstractContextManager[None]:
         """Give jobs up with EngineFailed if the block raises; see errors_to."""
 
@@ -267,17 +270,17 @@ class Loop:
             for job in jobs:
                 self.give_up(job.id, error, error.code)
 
-        return errors_to(fail, told, log_line, *args)
+        return errors_to(fail, detail, log_line, *args)
 
 
 @contextmanager
-def errors_to(fail: Callable[[EngineFailed], object], told: str, log_line: str, *args: object) -> Iterator[None]:
-    """Log what the block raises, and hand it on as EngineFailed, which tells clients its type and not its text.
+def errors_to(fail: Callable[[EngineFailed], object], detail: str, log_line: str, *args: object) -> Iterator[None]:
+    """Log an exception and pass it to fail as EngineFailed; clients see its type, not its text.
 
-    Whatever the network or the device raises, the jobs that it was done for are lost and the server is not.
+    It fails the jobs involved, not the server.
     """
     try:
         yield
     except Exception as error:
         log.exception(log_line, *args)
-        fail(EngineFailed(f"{told}: {type(error).__name__}"))
+        fail(EngineFailed(f"{detail}: {type(error).__name__}"))

@@ -1,4 +1,4 @@
-"""Frames of a job on its way, each row at its own steps, so that they are the same under any load. No torch."""
+"""Frames of a running job, each row at its own steps, so that they are the same under any load. No torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +16,7 @@ Read = Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
 class Recording:
     """Keeps the rows of one job as they were after every so many of their steps. The worker puts, the encoder reads.
 
-    A preview shows all rows at the same time, when they need not be level. A frame here shows all of them at the same
-    step, whenever each came to it.
+    A preview shows all rows at one moment, so their steps may differ. A frame here shows all rows after the same step.
     """
 
     def __init__(self, every: int, show: Show, n: int, steps: int) -> None:
@@ -30,10 +29,10 @@ class Recording:
         return step % self._every == 0 and step < self._steps
 
     def put(self, taken: Sequence[tuple[int, int]], read: Read) -> None:
-        """Keep rows, each by its index in the job and the steps it has taken, in the order that `read` has them."""
-        for step in {step for _, step in taken}:
-            positions = [position for position, (_, its_step) in enumerate(taken) if its_step == step]
-            indices = [taken[position][0] for position in positions]
+        """Keep rows, each by the steps it has taken and its index in the job, in the order that `read` has them."""
+        for step in {step for step, _ in taken}:
+            positions = [position for position, (its_step, _) in enumerate(taken) if its_step == step]
+            indices = [taken[position][1] for position in positions]
             self._parts.setdefault(step, []).append((indices, positions, read))
 
     def frames(self) -> list[Images]:

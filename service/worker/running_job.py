@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from service.engine.protocol import RowEngine
 from service.preview import Frame, Show, Watch
-from service.scheduling.forecast import Outlook
 from service.spec import Inputs, SampleSpec, Snapshot
-from service.work import JobResult, JobRows, JobStatus, Work
+from service.work import JobResult, JobRows, JobStatus, Outlook, Work
 from service.worker.recording import Recording
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ class RunningJob:
 
     @property
     def first_steps(self) -> Sequence[int]:
-        """The step that each of its rows takes first; of no meaning once the engine has its snapshot."""
+        """The first step of each row. Valid only until the engine has taken the snapshot."""
         return self.snapshot.steps if self.snapshot is not None else (self.spec.start,) * self.spec.n
 
     @property
@@ -91,13 +90,13 @@ class RunningJob:
                 log.exception("job %s could not be shown", self.id)
 
     def record(self, engine: RowEngine, stepped: JobRows) -> None:
-        """Give its recording those of the rows which have just come to a step that it keeps."""
+        """Pass the recording the rows that have just reached a step it records."""
         if self.recording is None:
             return
         start, due = self.spec.start, self.recording.due
-        taken = [(index, step + 1 - start) for step, index in stepped.steps if due(step + 1 - start)]
+        taken = [(step + 1 - start, index) for step, index in stepped.steps if due(step + 1 - start)]
         if taken:
-            rows = [self.rows[index] for index, _ in taken]
+            rows = [self.rows[index] for _, index in taken]
             self.recording.put(taken, engine.preview(rows, (self.recording.show,)))
 
     def unwatch(self, watch: Watch) -> None:

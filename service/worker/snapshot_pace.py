@@ -1,4 +1,7 @@
-"""When snapshots of running jobs are taken: as often as costs next to nothing. Pure: no torch, no thread, no clock."""
+"""Decide when snapshots are taken: at most every 2 s and for at most 0.5 % of a core.
+
+Pure: no torch, no thread, no clock.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -21,7 +24,10 @@ class Keeper(Protocol):
 
 
 class SnapshotPace:
-    """Says when the next round of snapshots is due, by what the last one cost."""
+    """Says when the next round of snapshots is due, by what the last one cost.
+
+    `due` and `begun` are for the worker's thread; `ended` is for the thread that ends the round, whichever that is.
+    """
 
     def __init__(self) -> None:
         self._next_s = 0.0
@@ -36,6 +42,6 @@ class SnapshotPace:
         self._busy = True
 
     def ended(self, began_s: float, cost_s: float) -> None:
-        """Note that a round is over; cost_s: seconds of a core."""
-        self._busy = False
+        """Note that a round is over; cost_s: what it took, in seconds."""
         self._next_s = began_s + max(LEAST_S, cost_s / SHARE)
+        self._busy = False  # last: from here on the worker's thread reads the time

@@ -11,23 +11,24 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from typing import TypeVar
 
 from service.engine.protocol import RowEngine
 from service.errors import Draining, EngineFailed, JobCancelled, NotReady, ServiceError
 from service.metrics import Metrics
 from service.preview import Watch
 from service.scheduling.admission import Admission
-from service.scheduling.forecast import Outlook
 from service.scheduling.scheduler import Scheduler
 from service.spec import Inputs, SampleSpec, Snapshot
-from service.work import JobStatus, Ticket, work_of
-from service.worker.loop import Loop, Result
+from service.work import JobStatus, Outlook, Ticket, work_of
+from service.worker.loop import Loop
 from service.worker.recording import Recording
 from service.worker.running_job import RunningJob
 from service.worker.snapshot_pace import Keeper
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 CRASHED = "the worker has stopped; the server's log says why"
 
 
@@ -51,7 +52,7 @@ class Worker:
         # Every job that was accepted and has not ended, for all threads: changed and read under the gate. The loop owns
         # the jobs of which the engine holds rows; here are also those whose command is still in the queue.
         self._jobs: dict[str, RunningJob] = {}
-        self._loop = Loop(engine, scheduler, admission, metrics, keeper=keeper, clock=clock, forgotten=self._forget)
+        self._loop = Loop(engine, scheduler, admission, metrics, keeper=keeper, clock=clock, on_end=self._remove)
         self._crashed = False
         self._jobs_of_the_crash = frozenset[str]()
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
@@ -150,7 +151,7 @@ class Worker:
                 raise
             self._jobs[job.id] = job
             self._commands.put(lambda: self._accept(job))
-        return Ticket(job.future, outlook.position, outlook.eta_s)
+        return Ticket(job.future, outlook)
 
     def run(self, act: Callable[[RowEngine], Result]) -> "Future[Result]":
         """Do something short with the engine between two ticks. Raises NotReady, Draining, …"""
@@ -175,15 +176,8 @@ class Worker:
             jobs, now_s = list(self._jobs.values()), self._clock()
         return [job.status(outlooks[job.id], now_s) for job in jobs if job.id in outlooks]
 
-    def status(self, job_id: str) -> JobStatus | None:
-        """One job that is waiting or running; None if it is not here (any more)."""
-        outlook = self._admission.outlook(job_id)
-        with self._gate:
-            job = self._jobs.get(job_id)
-        return job.status(outlook, self._clock()) if job is not None and outlook is not None else None
-
     def quick_statuses(self, forecast: Mapping[str, JobStatus]) -> list[JobStatus]:
-        """As `statuses`, with position and ETA of an earlier forecast, or of its acceptance if a job came since."""
+        """Like `statuses`, with position and ETA from an earlier forecast, or from acceptance for newer jobs."""
         with self._gate:
             jobs, now_s = list(self._jobs.values()), self._clock()
         return [job.quick_status(forecast, now_s) for job in jobs]
@@ -250,7 +244,7 @@ class Worker:
             failure = EngineFailed(CRASHED)
         with self._gate:
             self._crashed = isinstance(failure, EngineFailed)
-            drained = not self._closed.is_set()
+            drained = not self._crashed and not self._closed.is_set()
             self._closed.set()
         if self._crashed:
             self._answer_all(failure)
@@ -260,9 +254,9 @@ class Worker:
         loop.give_up_all(failure)
 
     def _take_commands(self, wait: bool = True) -> None:
-        """Do what other threads asked for. With nothing to step, sleep until somebody asks."""
+        """Do what other threads asked for. With nothing to step, sleep until a command comes."""
         if wait and not self._loop.has_work:
-            self._loop.rows_active = 0
+            self._loop.note_idle()
             self._commands.get()()
         while True:
             try:
@@ -283,7 +277,7 @@ class Worker:
             return
         self._loop.run(act, future)
 
-    def _forget(self, job_id: str) -> None:
+    def _remove(self, job_id: str) -> None:
         with self._gate:
             del self._jobs[job_id]
 

@@ -89,6 +89,8 @@ def modules_of(layer: str) -> list[str]:
 def test_every_module_is_in_a_layer() -> None:
     found = {layer_of(name) for file in SERVICE if (name := module_name(file)) != "service"}
     assert found == {*LAYERS, "client"}
+    folders = {path.name for path in (ROOT / "service").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {*LAYERS, *APART} - {"words", "app"}
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from service.client._async.connection import AsyncConnection
 from service.client.errors import ClientError, Problem, Unreachable
-from service.client.following import NO_CONTENT, QUIET_S, Following
+from service.client.following import EVENTS_QUIET_S, NO_CONTENT, Following
 from service.client.messages import Event
 from service.client.parameters import Preview
 from service.client.patience import SHORTEST_POLL_S, Patience, Polling
@@ -47,12 +47,12 @@ class AsyncJob:
         Goes on where the connection breaks or the server is started again within a minute; with layout `images` some
         frames may come twice then.
         """
-        patience = self._patience()
+        patience, path = self._patience(), f"{self._path}/events"
         following = Following(last_id, patience)
         while True:
             headers = following.begin_connection()
             try:
-                async with self._connection.stream(f"{self._path}/events", preview, headers, QUIET_S) as response:
+                async with self._connection.stream(path, preview, headers, EVENTS_QUIET_S) as response:
                     if response.status_code == NO_CONTENT:  # the end was known already
                         return
                     async for chunk in response.aiter_bytes():

@@ -158,14 +158,14 @@ def test_deleting_a_waiting_job_frees_it_and_answers_its_client(asked: Asked) ->
     asked.site.engine.next_begun()
     asked.wait_for(1)
     waiting = asked.post(n=2, steps=10, seed=8)
-    (_, doomed) = asked.wait_for(2)
-    response = asked.site.client.delete(f"/jobs/{doomed['id']}")
+    (_, cancelled) = asked.wait_for(2)
+    response = asked.site.client.delete(f"/jobs/{cancelled['id']}")
     assert (response.status_code, response.content) == (204, b"")
     asked.site.engine.gate.let()
     document = problem(waiting.result(PATIENCE_S), 499, "cancelled")
     assert "deleted" in document["detail"]
     assert [job["seed"] for job in asked.jobs()] == [7]
-    problem(asked.site.client.delete(f"/jobs/{doomed['id']}"), 404, "job_not_found")
+    problem(asked.site.client.delete(f"/jobs/{cancelled['id']}"), 404, "job_not_found")
     asked.site.engine.gate.open()
     answer = running.result(PATIENCE_S)
     assert answer.status_code == 200
@@ -177,14 +177,14 @@ def test_deleting_a_waiting_job_frees_it_and_answers_its_client(asked: Asked) ->
 
 
 def test_deleting_a_running_job_leaves_the_others_their_images(asked: Asked) -> None:
-    doomed, stays = asked.post(n=1, steps=50, seed=1), asked.post(n=1, steps=6, seed=2)
+    cancelled, stays = asked.post(n=1, steps=50, seed=1), asked.post(n=1, steps=6, seed=2)
     asked.site.engine.next_begun()
     jobs = {job["seed"]: job["id"] for job in asked.wait_for(2)}
     asked.site.engine.gate.let(2)
     wait_until(lambda: len(asked.site.engine.batches) >= 3)
     assert asked.site.client.delete(f"/jobs/{jobs[1]}").status_code == 204
     asked.site.engine.gate.open()
-    problem(doomed.result(PATIENCE_S), 499, "cancelled")
+    problem(cancelled.result(PATIENCE_S), 499, "cancelled")
     answer = stays.result(PATIENCE_S)
     np.testing.assert_array_equal(pixels(answer.content), fake_pixels(make_spec(seed=2), 6)[0, :, :, 0])
     problem(asked.site.client.delete(f"/jobs/{jobs[2]}"), 404, "job_not_found")

@@ -226,7 +226,7 @@ def test_a_size_that_is_hardly_faster_is_left_out(checkpoint: Checkpoint, monkey
 
 
 class Widening:
-    """Builds executors whose times and bits depend on how many places go the wide way."""
+    """Builds executors whose times and bits depend on how many places go in wide passes."""
 
     def __init__(self, checkpoint: Checkpoint, seconds: dict[int, float], other_bits: int | None = None) -> None:
         self.checkpoint, self.device = checkpoint, CPU

@@ -98,7 +98,7 @@ def test_some_splits(places: int, sizes: tuple[int, ...], streams: int, expected
 
 
 @given(st.integers(0, 100), ascending_sizes, st.integers(1, 8), st.integers(0, 7))
-def test_what_is_left_of_even_shares_goes_the_wide_way_if_it_is_little(
+def test_what_is_left_of_even_shares_goes_in_wide_passes_if_it_is_little(
     places: int, sizes: list[int], streams: int, wide: int
 ) -> None:
     narrow_passes, wide_passes = split_wide(places, sizes, streams, wide)

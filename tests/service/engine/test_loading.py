@@ -13,6 +13,7 @@ from torch import Tensor
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.files import CheckpointError
 from service.engine import autotune, loading
+from service.engine.autotune import AGREE_ROWS, agree_rows
 from service.engine.executors import EagerExecutor, Executor
 from service.engine.loading import MIN_BATCH, load_engine
 from service.engine.local import sample_locally
@@ -94,6 +95,35 @@ def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_t
             file.write_text('{"max_batch": 8, "short_batch": 17}')
     assert [batches() for _ in range(2)] == [(4, 4)] * 2
     assert rounds_measured == [loading.ROUNDS, 1, loading.ROUNDS, 1], "a start that knows the sizes measures little"
+
+
+def test_a_round_that_a_slow_tick_ended_early_is_measured_again(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ((1, 0.1), (4, 0.4), (8, 0.5), (16, 0.6))
+    curves, rounds_measured = iter([whole, whole[:3], whole, ((1, 2.5),), whole, whole]), []
+
+    def measure(_engine: object, _max_batch: int, *, rounds: int) -> tuple[tuple[int, float], ...]:
+        rounds_measured.append(rounds)
+        return next(curves)
+
+    monkeypatch.setattr(loading, "measure_ticks", measure)
+    options = replace(options, max_batch=None)
+    assert load_engine(options).max_batch == 16
+    for _ in range(3):
+        loaded = load_engine(options)
+        assert (loaded.max_batch, loaded.tick_times) == (16, whole)
+    most = loading.ROUNDS
+    assert rounds_measured == [most, 1, most, 1, most, 1], "the last start had no slow tick"
+
+
+def test_in_bfloat16_the_fingerprint_of_a_small_network_hashes_as_many_rows_as_autotune_compares(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    small, large = make_checkpoint(), make_checkpoint(sample_size=128, block_out_channels=(32, 32))
+    assert agree_rows(small, "bfloat16") > AGREE_ROWS
+    assert loading._probe_rows(small, "bfloat16") == agree_rows(small, "bfloat16")
+    assert loading._probe_rows(small, "float32") == loading._probe_rows(large, "bfloat16") == loading.PROBE_ROWS
 
 
 @pytest.mark.parametrize(("asked", "max_batch", "short_batch"), [(6, 8, 6), (16, 8, 8), (None, 5, 4)])

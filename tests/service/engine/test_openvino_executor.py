@@ -162,7 +162,7 @@ def test_openvinos_bits_do_not_depend_on_sizes_and_streams(tiny: Checkpoint) -> 
 
 @needs_openvino
 @pytest.mark.parametrize(("streams", "wide"), [(2, 1), (4, 2)])
-def test_the_wide_way_gives_the_same_bits(checkpoint: Checkpoint, streams: int, wide: int) -> None:
+def test_wide_passes_give_the_same_bits(checkpoint: Checkpoint, streams: int, wide: int) -> None:
     """So a lone row, which all threads compute, is what it is among others, in a stream of one thread."""
     executor = openvino(checkpoint, (1, 2), "float32", streams, wide)
     assert_exact(executor, checkpoint)
@@ -181,13 +181,22 @@ def sizes_that_agree(checkpoint: Checkpoint, precision: str) -> list[tuple[int, 
 
 
 @needs_bfloat16
-def test_sizes_that_agree_in_bfloat16_are_exact_together_and_the_wide_way_with_them(checkpoint: Checkpoint) -> None:
+def test_sizes_that_agree_in_bfloat16_are_exact_together(checkpoint: Checkpoint) -> None:
     groups = sizes_that_agree(checkpoint, "bfloat16")
     assert {size for sizes in groups for size in sizes} == {*SIZES[-1]}
     for sizes in groups:
         assert_exact(openvino(checkpoint, sizes, "bfloat16"), checkpoint)
-        if sizes[0] == 1:  # what is left of even shares is one place, in a pass of one
-            assert_exact(openvino(checkpoint, sizes, "bfloat16", streams=2, wide=1), checkpoint)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("streams", "wide"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize("model", ["tiny", "colour"])
+def test_wide_passes_of_sizes_that_agree_in_bfloat16_are_exact(
+    make_checkpoint: MakeCheckpoint, model: str, streams: int, wide: int
+) -> None:
+    checkpoint = make_checkpoint(**MODELS[model])
+    sizes = next(sizes for sizes in sizes_that_agree(checkpoint, "bfloat16") if sizes[0] == 1)
+    assert_exact(openvino(checkpoint, sizes, "bfloat16", streams, wide), checkpoint)
 
 
 @needs_openvino

@@ -12,7 +12,7 @@ from service.jobs.standings import Standings
 from service.metrics import Metrics
 from service.scheduling.admission import Admission
 from service.scheduling.scheduler import Scheduler, Sharing
-from service.work import Batch, JobStatus, Ticket
+from service.work import Batch, JobStatus, Outlook, Ticket
 from service.worker.worker import Worker
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, make_spec, wait_until
 
@@ -94,12 +94,13 @@ def test_state_and_step_are_told_as_they_are_now_and_the_eta_is_counted_down(ben
     assert bench.forecasts == 1
 
 
-def test_a_job_that_came_after_the_forecast_is_told_with_what_its_ticket_foresaw(bench: Bench) -> None:
+def test_a_job_that_came_after_the_forecast_is_told_with_the_forecast_of_its_ticket(bench: Bench) -> None:
     bench.submit("a", steps=5)
     bench.engine.next_begun()
     bench.of("a")
     ticket = bench.submit("b", steps=10)
-    assert facts(bench.of("b")) == ("waiting", 0, ticket.position, ticket.eta_s) == ("waiting", 0, 1, 15.0)
+    assert facts(bench.of("b")) == ("waiting", 0, 1, 15.0)
+    assert ticket.outlook == Outlook(1, 15.0)
     bench.tick()
     assert facts(bench.of("b")) == ("waiting", 0, 1, 14.0)
     assert [status.id for status in bench.ask(bench.standings.all())] == ["a", "b"]

@@ -5,16 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduling.forecast import Fluid, Outlook, Pending, forecast
+from service.scheduling.forecast import Fluid, Pending, forecast
 from service.scheduling.scheduler import Scheduler, Sharing
 from service.scheduling.tick_times import TickTimes
-from service.work import Work
+from service.work import Outlook, Work
 
 pytestmark = pytest.mark.slow
 
 POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 TICKS = TickTimes(((1, 1.0),))  # and so a second for each place
-SRPT, FCFS, NO_RESERVE = Sharing.of(8), Sharing.of(8, policy="fcfs"), Sharing.of(8, 0.0)
+SRPT, FCFS, NO_RESERVE = Sharing.of(8), Sharing.of(8, policy="fcfs"), Sharing(8, 8, 0, "srpt")
 SAME = TickTimes(((8, 1.0),))  # a second for each tick of up to eight
 
 
@@ -189,13 +189,10 @@ def loads(draw: st.DrawFn) -> Load:
         guided = draw(st.sampled_from([range(0), range(0), range(steps), range(start, stop)]))
         return Work(draw(st.sampled_from([1, 1, 2, 4]) | st.integers(1, 2 * max_batch)), steps, guided)
 
+    share, policy = draw(st.sampled_from([0.0, 0.25, 0.25, 0.5])), draw(st.sampled_from(["srpt", "srpt", "fcfs"]))
+    reserved = max(2, int(max_batch * share)) if share and policy == "srpt" else 0
     return Load(
-        Sharing.of(
-            max_batch,
-            draw(st.sampled_from([0.0, 0.25, 0.25, 0.5])),
-            draw(st.sampled_from(["srpt", "srpt", "fcfs"])),
-            draw(st.sampled_from([None, max(2, max_batch // 2)])),
-        ),
+        Sharing(max_batch, draw(st.sampled_from([max_batch, max(2, max_batch // 2)])), reserved, policy),
         tuple(work() for _ in range(draw(st.integers(1, 12)))),
         draw(st.sampled_from([0, 0, 3, 40])),
     )

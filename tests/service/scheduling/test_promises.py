@@ -158,11 +158,11 @@ def serve(
                 outcome.tries[tries] += 1
                 scheduler.add(str(number), range(row, row + work.rows), work)
                 row += work.rows
-            assert admission.jobs <= limits.max_jobs
+            assert len(admission.outlooks()) <= limits.max_jobs
             assert admission.rows <= limits.max_rows
         if running is None and (batch := scheduler.next_batch()) is not None:
             running = (batch, now_s + times.seconds(batch.places))
-    assert (admission.jobs, admission.rows, admission.backlog_s) == (0, 0, 0)
+    assert (len(admission.outlooks()), admission.rows, admission.backlog_s) == (0, 0, 0)
     outcome.ended_s = now_s
     return outcome
 

@@ -2,7 +2,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -84,7 +84,7 @@ def test_a_long_job_does_not_hold_up_a_short_one() -> None:
 
 
 def test_shortest_remaining_work_goes_first() -> None:
-    scheduler = Scheduler(Sharing.of(4, reserved_share=0))
+    scheduler = Scheduler(Sharing(4, 4, 0, "srpt"))
     add(scheduler, "oldest", range(4), steps=100)
     add(scheduler, "middle", range(4, 8), steps=10)
     add(scheduler, "shortest", range(8, 12), steps=5)
@@ -93,21 +93,21 @@ def test_shortest_remaining_work_goes_first() -> None:
 
 
 def test_guidance_counts_double_in_remaining_work() -> None:
-    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
+    scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
     add(scheduler, "guided", [0], steps=6, guided=True)
     add(scheduler, "plain", [1, 2], steps=5)
     assert tick(scheduler).rows == (1, 2)
 
 
 def test_equal_jobs_go_in_order_of_arrival() -> None:
-    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
+    scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
     for name, rows in (("b", [0, 1]), ("a", [2, 3]), ("c", [4, 5])):
         add(scheduler, name, rows, steps=1)
     assert [batch.rows for batch in drain(scheduler)] == [(0, 1), (2, 3), (4, 5)]
 
 
 def test_the_oldest_job_keeps_its_share_under_a_stream_of_short_ones() -> None:
-    scheduler = Scheduler(Sharing.of(8, reserved_share=0.25))
+    scheduler = Scheduler(Sharing.of(8))
     add(scheduler, "long", range(4), steps=100)
     for round_ in range(20):
         add(scheduler, f"short{round_}", range(100 + 8 * round_, 108 + 8 * round_), steps=1)
@@ -116,14 +116,14 @@ def test_the_oldest_job_keeps_its_share_under_a_stream_of_short_ones() -> None:
 
 
 def test_the_reserve_of_a_small_batch_still_fits_a_guided_row() -> None:
-    scheduler = Scheduler(Sharing.of(4, reserved_share=0.25))
+    scheduler = Scheduler(Sharing.of(4))
     add(scheduler, "guided", [0], steps=50, guided=True)
     add(scheduler, "short", [1, 2, 3, 4], steps=1)
     assert 0 in tick(scheduler).rows
 
 
 def test_a_guided_row_takes_two_places_and_the_batch_has_its_position() -> None:
-    scheduler = Scheduler(Sharing.of(5, reserved_share=0))
+    scheduler = Scheduler(Sharing(5, 5, 0, "srpt"))
     add(scheduler, "plain", [0], steps=1)
     add(scheduler, "guided", [1, 2, 3], steps=1, guided=True)
     batch = tick(scheduler)
@@ -139,7 +139,7 @@ def test_an_odd_place_that_no_guided_row_fits_stays_empty() -> None:
 
 
 def test_more_rows_than_places_advance_together() -> None:
-    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
+    scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
     add(scheduler, "a", range(6), steps=4)
     for _ in range(3):
         tick(scheduler)
@@ -190,7 +190,7 @@ def test_a_row_id_may_return_with_another_job() -> None:
 
 
 def test_advance_tells_once_of_each_job_that_it_has_started_and_finished() -> None:
-    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
+    scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
     add(scheduler, "long", [0, 1], steps=2)
     add(scheduler, "short", [2], steps=1)
     seen = []
@@ -267,14 +267,14 @@ def test_guidance_in_an_interval_costs_two_places_only_there() -> None:
 
 @pytest.mark.parametrize(("steps", "first"), [(6, "plain"), (7, "guided"), (8, "guided")])
 def test_the_guided_steps_of_an_interval_count_double_in_remaining_work(steps: int, first: str) -> None:
-    scheduler = Scheduler(Sharing.of(2, reserved_share=0))
+    scheduler = Scheduler(Sharing(2, 2, 0, "srpt"))
     scheduler.add("guided", [0, 1], Work(2, 5, range(3, 5)))  # 7 places a row
     add(scheduler, "plain", [2, 3], steps=steps)
     assert tick(scheduler).rows == ((0, 1) if first == "guided" else (2, 3))
 
 
 def test_a_last_single_place_goes_to_the_next_row_that_fits_it() -> None:
-    scheduler = Scheduler(Sharing.of(3, reserved_share=0))
+    scheduler = Scheduler(Sharing(3, 3, 0, "srpt"))
     add(scheduler, "guided", [0, 1], steps=2, guided=True)
     add(scheduler, "also guided", [2], steps=9, guided=True)
     add(scheduler, "plain", [3], steps=50)
@@ -282,7 +282,7 @@ def test_a_last_single_place_goes_to_the_next_row_that_fits_it() -> None:
 
 
 def test_a_last_single_place_may_go_to_a_more_advanced_row_of_the_same_job() -> None:
-    scheduler = Scheduler(Sharing.of(3, reserved_share=0))
+    scheduler = Scheduler(Sharing(3, 3, 0, "srpt"))
     scheduler.add("a", [0, 1, 2], Work(3, 4, range(0, 2)))
     batches = drain(scheduler)
     assert sum(batch.places for batch in batches) == 3 * 6
@@ -308,13 +308,10 @@ def test_there_is_work_until_the_last_job_is_done() -> None:
 
 
 @pytest.mark.parametrize(
-    ("max_batch", "share", "policy", "places"),
-    [(64, 0.25, "srpt", 16), (4, 0.25, "srpt", 2), (2, 1.0, "srpt", 2), (8, 0.0, "srpt", 0), (8, 0.25, "fcfs", 0)],
+    ("max_batch", "policy", "places"), [(64, "srpt", 16), (4, "srpt", 2), (2, "srpt", 2), (8, "fcfs", 0)]
 )
-def test_the_reserve_is_a_share_and_at_least_a_guided_row(
-    max_batch: int, share: float, policy: Policy, places: int
-) -> None:
-    assert Sharing.of(max_batch, share, policy).reserved == places
+def test_the_reserve_is_a_share_and_at_least_a_guided_row(max_batch: int, policy: Policy, places: int) -> None:
+    assert Sharing.of(max_batch, policy).reserved == places
 
 
 def test_a_tick_that_a_short_job_shares_with_a_much_longer_one_is_short_until_the_short_one_is_done() -> None:
@@ -463,7 +460,12 @@ arrivals = st.lists(
 def sharings(draw: st.DrawFn) -> Sharing:
     max_batch = draw(st.integers(2, 12))
     share, policy = draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0])), draw(st.sampled_from(["srpt", "srpt", "fcfs"]))
-    return Sharing.of(max_batch, share, policy, draw(st.none() | st.integers(1, max_batch)))
+    reserved = reserved_places(max_batch, share) if policy == "srpt" else 0
+    return Sharing(max_batch, draw(st.just(max_batch) | st.integers(1, max_batch)), reserved, policy)
+
+
+def reserved_places(max_batch: int, share: float) -> int:
+    return max(2, int(max_batch * share)) if share else 0
 
 
 loads = given(arrivals, sharings())
@@ -626,7 +628,7 @@ def test_the_oldest_job_has_its_reserve_in_every_tick(load: list[Arrival], shari
             mine = [row for row in simulation.alive[oldest].rows if row in simulation.next_step]
             assert sum(row in batch.rows for row in mine) >= min(len(mine), sharing.reserved // 2)
 
-    sharing = Sharing.of(sharing.max_batch, 0.25, "srpt", sharing.short_batch)
+    sharing = Sharing.of(sharing.max_batch, short_batch=sharing.short_batch)
     Simulation(load, sharing).run(Progresses())
 
 
@@ -668,7 +670,7 @@ def test_with_no_reserve_no_row_steps_while_a_row_that_fits_of_a_job_before_it_w
                 # Only an odd place that a guided row cannot use may go to a later job, and there is one at most.
                 assert not later or (waiting[row] == 2 and [waiting[r] for r in later] == [1])
 
-    Simulation(load, Sharing.of(sharing.max_batch, 0.0, sharing.policy, sharing.short_batch)).run(InOrder())
+    Simulation(load, replace(sharing, reserved=0)).run(InOrder())
 
 
 @settings(deadline=None, max_examples=60)
@@ -676,7 +678,7 @@ def test_with_no_reserve_no_row_steps_while_a_row_that_fits_of_a_job_before_it_w
 def test_under_an_endless_stream_of_short_jobs_the_oldest_ends_in_time(
     work: Work, sharing: Sharing, share: float, random: random.Random
 ) -> None:
-    sharing = Sharing.of(sharing.max_batch, share, "srpt", sharing.short_batch)
+    sharing = replace(sharing, policy="srpt", reserved=reserved_places(sharing.max_batch, share))
     scheduler = Scheduler(sharing)
     scheduler.add("oldest", range(work.rows), work)
     rows_a_tick = sharing.reserved // 2

@@ -30,7 +30,7 @@ class Bench:
         self.admission, self.metrics = Admission(limits, sharing), Metrics(info)
         self.now_s = 0.0
         self.accepted: list[str] = []
-        self.forgotten: list[str] = []
+        self.ended: list[str] = []
         self.engine.on_step = self.tick_takes_a_second
         self.loop = Loop(
             self.engine,
@@ -39,7 +39,7 @@ class Bench:
             self.metrics,
             keeper=self.keeper,
             clock=lambda: self.now_s,
-            forgotten=self.forgotten.append,
+            on_end=self.ended.append,
         )
 
     def tick_takes_a_second(self, _batch: Batch) -> None:
@@ -93,8 +93,8 @@ def make_bench() -> Iterator[MakeBench]:
         bench.loop.give_up_all(Draining())
         assert not bench.loop.has_work
         assert bench.engine.jobs == {}
-        assert (bench.admission.backlog_s, bench.admission.rows, bench.admission.jobs) == (0, 0, 0)
-        assert sorted(bench.forgotten) == sorted(bench.accepted), "each once"
+        assert (bench.admission.backlog_s, bench.admission.rows, len(bench.admission.outlooks())) == (0, 0, 0)
+        assert sorted(bench.ended) == sorted(bench.accepted), "each once"
 
 
 def failure(future: "Future[JobResult]") -> BaseException:
@@ -153,9 +153,7 @@ def test_when_the_result_is_told_the_job_is_forgotten_and_its_slots_are_free(mak
     bench = make_bench()
     seen: list[tuple[object, ...]] = []
     future = bench.accept("a")
-    future.add_done_callback(
-        lambda _future: seen.append((bench.engine.jobs, bench.admission.rows, list(bench.forgotten)))
-    )
+    future.add_done_callback(lambda _future: seen.append((bench.engine.jobs, bench.admission.rows, list(bench.ended))))
     bench.finish()
     assert seen == [({}, 0, ["a"])]
 
@@ -215,11 +213,11 @@ def test_a_job_given_up_before_its_first_tick_never_steps(make_bench: MakeBench)
 
 def test_a_job_given_up_while_it_runs_is_gone_at_the_next_tick(make_bench: MakeBench) -> None:
     bench = make_bench()
-    doomed = bench.accept("doomed", seed=1, n=2, steps=10, guidance=2.0)
+    cancelled = bench.accept("cancelled", seed=1, n=2, steps=10, guidance=2.0)
     other = bench.accept("other", seed=2, steps=6)
     bench.tick(2)
-    bench.loop.give_up("doomed", JobCancelled("cancelled: client_gone"), "client_gone")
-    assert isinstance(failure(doomed), JobCancelled)
+    bench.loop.give_up("cancelled", JobCancelled("cancelled: client_gone"), "client_gone")
+    assert isinstance(failure(cancelled), JobCancelled)
     assert {spec.seed for spec, _ in bench.engine.jobs.values()} == {2}
     assert bench.metric("row_steps_saved_total") == 20 - 2 * 2, "row-steps, not places"
     bench.finish()
@@ -249,7 +247,7 @@ def test_a_job_whose_future_was_cancelled_before_it_is_accepted_is_forgotten(mak
     job = bench.make_job("dropped", make_spec())
     assert job.future.cancel()
     bench.loop.accept(job)
-    assert bench.forgotten == ["dropped"]
+    assert bench.ended == ["dropped"]
     assert not bench.loop.has_work
 
 

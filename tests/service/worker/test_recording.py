@@ -16,9 +16,9 @@ def test_frames_are_of_one_step_each_however_the_rows_came_to_it(every: int, ste
         rows = [row for row in range(n) if taken[row] < steps and rng.random() < 0.6]
         for row in rows:
             taken[row] += 1
-        due = [(row, taken[row]) for row in rows if recording.due(taken[row])]
+        due = [(taken[row], row) for row in rows if recording.due(taken[row])]
         if due:
-            pixels = np.array([10 * row + step for row, step in due], np.uint8).reshape(-1, 1, 1, 1)
+            pixels = np.array([10 * row + step for step, row in due], np.uint8).reshape(-1, 1, 1, 1)
             recording.put(due, lambda pixels=pixels: {"x_t": pixels})  # type: ignore[misc]
     frames = recording.frames()
     assert len(frames) == frame_count(every, steps) - 1, "the last is the result"

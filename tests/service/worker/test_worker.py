@@ -24,7 +24,7 @@ from service.preview import Pace, Watch
 from service.scheduling.admission import Admission
 from service.scheduling.scheduler import Scheduler, Sharing
 from service.spec import Snapshot
-from service.work import Batch, JobResult, JobStatus, Ticket, Work
+from service.work import Batch, JobResult, JobStatus, Outlook, Ticket, Work
 from service.worker.worker import Worker
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, FakeKeeper, fake_pixels, make_spec, wait_until
 
@@ -82,7 +82,7 @@ class Bench:
             return  # everybody was answered; engine and ledger are given up as they are
         assert self.engine.jobs == {}
         assert self.worker.statuses() == []
-        assert (self.admission.backlog_s, self.admission.rows, self.admission.jobs) == (0, 0, 0)
+        assert (self.admission.backlog_s, self.admission.rows, len(self.admission.outlooks())) == (0, 0, 0)
         one, when_promises_are_forgotten_s = Work(1, 1, range(0)), 1e9
         for i in range(self.limits.max_jobs):
             self.admission.enter(f"filler {i}", one, now_s=when_promises_are_forgotten_s)
@@ -203,14 +203,14 @@ def test_an_overloaded_worker_refuses_and_goes_on(make_bench: MakeBench) -> None
 
 def test_a_job_cancelled_while_it_runs_is_gone_at_the_next_tick(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
-    doomed = bench.submit("doomed", seed=1, n=2, steps=10, guidance=2.0)
+    cancelled = bench.submit("cancelled", seed=1, n=2, steps=10, guidance=2.0)
     other = bench.submit("other", seed=2, steps=6)
     bench.engine.next_begun()
     bench.engine.gate.let()
     bench.engine.next_begun()
-    bench.worker.cancel("doomed", "client_gone")
+    bench.worker.cancel("cancelled", "client_gone")
     bench.engine.gate.let()
-    assert isinstance(failure(doomed), JobCancelled)
+    assert isinstance(failure(cancelled), JobCancelled)
     assert bench.engine.seeds(bench.engine.next_begun()) == {2}
     steps_taken = sum(len(batch.guided) for batch in bench.engine.batches)
     assert bench.metric("row_steps_saved_total") == 20 - steps_taken, "row-steps, not places"
@@ -220,17 +220,17 @@ def test_a_job_cancelled_while_it_runs_is_gone_at_the_next_tick(make_bench: Make
 
 def test_cancelling_twice_an_unknown_or_a_finished_job_does_nothing(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
-    doomed, finished = bench.submit("doomed", steps=500), bench.submit("finished", steps=1)
+    cancelled, finished = bench.submit("cancelled", steps=500), bench.submit("finished", steps=1)
     assert not bench.worker.cancel("nobody", "client_gone")
     bench.engine.gate.let(2)
     images(finished)
-    assert bench.worker.cancel("doomed", "client_gone")
+    assert bench.worker.cancel("cancelled", "client_gone")
     assert not bench.worker.cancel("finished", "client_gone")
-    for name in ("doomed", "finished", "doomed"):
+    for name in ("cancelled", "finished", "cancelled"):
         bench.worker.cancel(name, "client_gone")
     bench.engine.gate.open()
-    assert isinstance(failure(doomed), JobCancelled)
-    assert not bench.worker.cancel("doomed", "client_gone")
+    assert isinstance(failure(cancelled), JobCancelled)
+    assert not bench.worker.cancel("cancelled", "client_gone")
     images(bench.submit("after"))
     assert bench.metric("cancelled_total", reason="client_gone") == 1
     assert bench.metric("images_total") == 2
@@ -238,11 +238,11 @@ def test_cancelling_twice_an_unknown_or_a_finished_job_does_nothing(make_bench: 
 
 def test_a_worker_whose_last_job_was_cancelled_goes_idle_and_takes_others(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
-    doomed = bench.submit("doomed", steps=500)
+    cancelled = bench.submit("cancelled", steps=500)
     bench.engine.next_begun()
-    bench.worker.cancel("doomed", "client_gone")
+    bench.worker.cancel("cancelled", "client_gone")
     bench.engine.gate.open()
-    failure(doomed)
+    failure(cancelled)
     wait_until(lambda: bench.worker.rows_active == 0)
     ticks = len(bench.engine.batches)
     images(bench.submit("after", steps=2))
@@ -374,7 +374,7 @@ def test_a_deadline_that_load_forbids_is_refused_at_once_and_holds_nothing(make_
     with pytest.raises(InvalidField) as impossible:
         bench.submit("b", n=2, steps=10, deadline_s=9.0)
     assert (impossible.value.field, impossible.value.value) == ("deadline_s", 9.0)
-    assert bench.admission.jobs == len(bench.status()) == 1
+    assert len(bench.admission.outlooks()) == len(bench.status()) == 1
     bench.engine.gate.open()
     images(running)
 
@@ -389,8 +389,8 @@ def test_statuses_say_of_each_job_whether_it_waits_or_runs_and_how_far_it_is(mak
     first = bench.ticket("first", seed=7, n=2, steps=4, sampler="ddim")
     bench.engine.next_begun()
     second = bench.ticket("second", seed=8, n=2, steps=10)
-    assert (first.position, first.eta_s) == (0, 4.0)
-    assert (second.position, second.eta_s) == (1, 14.0)
+    assert first.outlook == Outlook(0, 4.0)
+    assert second.outlook == Outlook(1, 14.0)
     assert [status.id for status in bench.worker.statuses()] == ["first", "second"]
     assert {status.state for status in bench.worker.statuses()} == {"waiting"}, "no step is over"
     bench.engine.gate.let()
@@ -415,10 +415,10 @@ def test_statuses_say_of_each_job_whether_it_waits_or_runs_and_how_far_it_is(mak
     assert bench.worker.statuses() == []
 
 
-def test_the_status_of_one_job_is_that_in_the_list(make_bench: MakeBench) -> None:
+def test_the_status_of_one_job_is_that_in_the_list_until_it_ends(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
     bench.a_tick_is_known_to_take_a_second()
-    assert bench.worker.status("first") is None
+    assert bench.worker.quick_status("first", {}) is None
     first = bench.submit("first", seed=7, n=2, steps=4)
     second = bench.submit("second", seed=8, n=2, steps=10)
     bench.engine.next_begun()
@@ -426,19 +426,19 @@ def test_the_status_of_one_job_is_that_in_the_list(make_bench: MakeBench) -> Non
     bench.engine.next_begun()
     statuses = bench.status()
     assert statuses.keys() == {"first", "second"}
-    assert {name: bench.worker.status(name) for name in statuses} == statuses
-    assert bench.worker.status("third") is None
+    assert {name: bench.worker.quick_status(name, statuses) for name in statuses} == statuses
+    assert bench.worker.quick_status("third", statuses) is None
     bench.worker.cancel("second", "deleted")
     bench.engine.gate.let()
     assert isinstance(failure(second), JobCancelled)
-    assert bench.worker.status("second") is None
-    assert bench.worker.status("first") is not None
+    assert bench.worker.quick_status("second", statuses) is None
+    assert bench.worker.quick_status("first", statuses) is not None
     bench.engine.gate.open()
     images(first)
-    assert bench.worker.status("first") is None
+    assert bench.worker.quick_status("first", statuses) is None
 
 
-def test_a_quick_status_has_the_facts_of_now_and_what_was_foreseen(make_bench: MakeBench) -> None:
+def test_a_quick_status_has_the_facts_of_now_and_the_forecast(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
     bench.a_tick_is_known_to_take_a_second()
     assert bench.worker.quick_status("first", {}) is None
@@ -450,7 +450,7 @@ def test_a_quick_status_has_the_facts_of_now_and_what_was_foreseen(make_bench: M
     bench.engine.gate.let()
     bench.engine.next_begun()
     one, two = bench.worker.quick_statuses(forecast)
-    assert one == bench.status()["first"], "what was foreseen when it was accepted, counted down"
+    assert one == bench.status()["first"], "the forecast when it was accepted, counted down"
     assert two == replace(bench.status()["second"], position=7, eta_s=69.0), "what the forecast says, counted down"
     assert [bench.worker.quick_status(name, forecast) for name in ("first", "second")] == [one, two]
     bench.engine.gate.open()
@@ -638,7 +638,7 @@ def test_a_job_goes_on_from_its_snapshot_and_is_counted_from_there(make_bench: M
     snapshot = Snapshot((7, 10), zeros, zeros)  # the second row has taken them all
     spec = make_spec(n=2, steps=10)
     ticket = bench.worker.resume("a", spec, 3.5, None, snapshot)
-    assert ticket.eta_s <= 3
+    assert ticket.outlook.eta_s <= 3
     assert bench.admission.backlog_s == pytest.approx(3 / LIMITS.max_batch)
     assert bench.engine.next_begun().steps == (7,)
     bench.engine.gate.open()

@@ -1,0 +1,33 @@
+"""From checked parameters to a job: its spec and inputs, and for a durable job its acceptance."""
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from service.api.answers import JobAnswer
+from service.api.request import idempotency_key
+from service.api.schemas import SampleRequest
+from service.api.services import Services
+from service.spec import Inputs, SampleSpec
+
+
+async def to_job(services: Services, asked: SampleRequest) -> tuple[SampleSpec, Inputs | None]:
+    """Check the parameters, then decode the images. Raises what SampleRequest.to_spec and Decoder.inputs do."""
+    spec = asked.to_spec(services.model, services.limits)
+    inputs = await services.decoder.inputs(asked.image, asked.mask)
+    return asked.with_inputs(spec, inputs), inputs
+
+
+async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
+    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
+    key = idempotency_key(request, asked)
+    spec, inputs = await to_job(services, asked)
+    view, again = await services.jobs.create(spec, asked.deadline_s, key, inputs)
+    headers = {
+        "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
+        "X-Job-ID": view.record.id,
+        "X-Seed": str(view.record.spec.seed),
+        "Cache-Control": "no-store",
+    }
+    if again:
+        headers["Idempotent-Replayed"] = "true"
+    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
