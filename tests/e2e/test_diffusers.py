@@ -36,6 +36,6 @@ def test_diffusers_draws_the_same_from_the_bundled_folder(
             cells = np.asarray(sheet).reshape(1, 32, 2, 32).swapaxes(1, 2).reshape(2, 32, 32)
         return abs(cells.astype(int) - theirs.astype(int))
 
-    float32 = own_server("--checkpoint", str(BUNDLED), "--precision", "float32")
+    float32 = own_server("--checkpoint", str(BUNDLED), "--executor", "openvino", "--precision", "float32")
     assert differences(float32).max() <= 1
     assert differences(server).mean() < 1, "which may run in bfloat16, as it was approved"
