@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.checkpoint import load_checkpoint, save_checkpoint
+from model.checkpoint import approve, load_checkpoint, save_checkpoint
+from model.weights import hash_weights
 from tests.e2e.conftest import BUNDLED, RunningServer, run_cli
 
 Start = Callable[..., RunningServer]
@@ -236,7 +237,10 @@ def test_a_class_that_gives_nan_is_told_so_while_the_others_are_served(own_serve
     state["class_embedding.weight"][7] = 3e38  # finite, as a checkpoint must be, until something is added to it
     folder = tmp_path / "overflows"
     save_checkpoint(folder, state, checkpoint.net.config, checkpoint.noise, checkpoint.labels, {})
-    server = own_server("--checkpoint", str(folder), "--executor", "eager", "--result-cache-mb", "0")
+    # The same candidates as the bundled one, whose executor is known.
+    for executor, precision in checkpoint.approved:
+        approve(folder, {"executor": executor, "precision": precision, "weights_hash": hash_weights(state)})
+    server = own_server("--checkpoint", str(folder), "--result-cache-mb", "0")
     good = [{"steps": 10, "seed": k, "class_label": k, "guidance": 2} for k in (0, 1, 8)]
     expected = [sheet(server, body) for body in good]
     sick = [

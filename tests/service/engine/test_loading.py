@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def _quick_and_as_before(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(autotune, "TRIAL_S", 0.005)
+    monkeypatch.setattr(loading, "ROUNDS", 2)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -161,9 +161,10 @@ def test_openvinos_bits_do_not_depend_on_sizes_and_streams(tiny: Checkpoint) -> 
 
 
 @needs_openvino
-@pytest.mark.parametrize(("streams", "wide"), [(2, 1), (4, 2)])
-def test_wide_passes_give_the_same_bits(checkpoint: Checkpoint, streams: int, wide: int) -> None:
+@pytest.mark.parametrize(("model", "streams", "wide"), [*((model, 2, 1) for model in MODELS), ("tiny", 4, 2)])
+def test_wide_passes_give_the_same_bits(make_checkpoint: MakeCheckpoint, model: str, streams: int, wide: int) -> None:
     """So a lone row, which all threads compute, is what it is among others, in a stream of one thread."""
+    checkpoint = make_checkpoint(**MODELS[model])
     executor = openvino(checkpoint, (1, 2), "float32", streams, wide)
     assert_exact(executor, checkpoint)
     inputs = example_inputs(checkpoint, CPU, 11)
@@ -181,7 +182,9 @@ def sizes_that_agree(checkpoint: Checkpoint, precision: str) -> list[tuple[int, 
 
 
 @needs_bfloat16
-def test_sizes_that_agree_in_bfloat16_are_exact_together(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize("model", ["tiny", "colour", "learned variance in colour"])
+def test_sizes_that_agree_in_bfloat16_are_exact_together(make_checkpoint: MakeCheckpoint, model: str) -> None:
+    checkpoint = make_checkpoint(**MODELS[model])
     groups = sizes_that_agree(checkpoint, "bfloat16")
     assert {size for sizes in groups for size in sizes} == {*SIZES[-1]}
     for sizes in groups:
@@ -189,8 +192,7 @@ def test_sizes_that_agree_in_bfloat16_are_exact_together(checkpoint: Checkpoint)
 
 
 @needs_bfloat16
-@pytest.mark.parametrize(("streams", "wide"), [(2, 1), (4, 2)])
-@pytest.mark.parametrize("model", ["tiny", "colour"])
+@pytest.mark.parametrize(("model", "streams", "wide"), [("tiny", 2, 1), ("colour", 4, 2)])
 def test_wide_passes_of_sizes_that_agree_in_bfloat16_are_exact(
     make_checkpoint: MakeCheckpoint, model: str, streams: int, wide: int
 ) -> None:

@@ -217,8 +217,6 @@ def test_with_limits_on_jobs_and_rows_nearly_all_who_wait_as_told_are_let_in_at_
     ("limits", "points"),
     [
         (replace(LIMITS, max_jobs=16), ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))),
-        (replace(LIMITS, max_jobs=64, max_backlog_s=60.0), ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))),
-        (replace(LIMITS, max_jobs=10_000, max_rows=100_000, max_backlog_s=10.0), ((1, 0.003), (8, 0.02))),
         (replace(LIMITS, max_batch=64, max_rows=1024, max_jobs=256), ((1, 0.003), (64, 0.0036))),
     ],
 )
