@@ -22,7 +22,8 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def _signals_as_before() -> Iterator[None]:
+def _no_socket_and_signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("service.server.bind", lambda host, port: "the listener")
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
