@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.records import Pace
 from model.checkpoint import Checkpoint, load_checkpoint
-from service.engine.autotune import Wish, choose_executor
+from service.engine.autotune import choose_executor
 from service.engine.autotune_cache import default_cache
+from service.engine.candidates import Wish
 from service.engine.executors import Executor
 from service.engine.loading import LARGEST_BATCH
 

@@ -17,8 +17,9 @@ from bench.bare import flops_per_row
 from model.checkpoint import load_checkpoint
 from model.rng import image_noise
 from model.samplers import compile_plan, sample
-from service.engine.autotune import Wish, choose_executor, example_inputs
+from service.engine.autotune import choose_executor, example_inputs
 from service.engine.autotune_cache import default_cache
+from service.engine.candidates import Wish
 from service.engine.engine import Engine
 from service.engine.loading import LARGEST_BATCH
 from service.scheduling.scheduler import Scheduler, Sharing

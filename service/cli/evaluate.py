@@ -104,8 +104,9 @@ def measure(
     from model.checkpoint import load_checkpoint
     from model.evaluation.evaluate import evaluate as evaluate_checkpoint
     from model.evaluation.report import EvaluateOptions
-    from service.engine.autotune import Wish, choose_executor
+    from service.engine.autotune import choose_executor
     from service.engine.autotune_cache import default_cache
+    from service.engine.candidates import Wish
     from service.engine.devices import choose_device
 
     device, threads = choose_device(options["device"]), torch.get_num_threads()

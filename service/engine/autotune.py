@@ -4,12 +4,13 @@ An exact candidate is tried at several pass sizes, and keeps those whose outputs
 """
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,39 +18,41 @@ from torch import Tensor
 from model.checkpoint import Checkpoint
 from service.engine import openvino_executor
 from service.engine.autotune_cache import ChoiceCache
-from service.engine.executors import MAX_GRAPHS, PRECISIONS, CompiledExecutor, EagerExecutor, Executor
+from service.engine.candidates import Choice, Wish, find_candidates, valid_choice
+from service.engine.executors import MAX_GRAPHS, CompiledExecutor, EagerExecutor, Executor
 
 log = logging.getLogger(__name__)
 
-EXECUTORS = ("eager", "compile", "openvino")
 CPU_SIZES = (1, 2, 4)
 WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured
+BUDGET_S = 30.0  # after this no further candidate or size is tried: on a busy machine all of them take minutes
+HOPELESS = 8.0  # passes of one place this many times slower than the best (two times multiplied) are not looked into
 AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # that two ways of running a pass are compared on
 AGREE_VALUES = 2**18  # below float32: compare at least this many values of the first layer
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """An executor and all its parameters; can be built from, and kept between starts."""
+class Measured:
+    """A choice, and the seconds of a lone row and of a row in a full batch."""
 
-    executor: str
-    precision: str
-    channels_last: bool = True
-    sizes: tuple[int, ...] | None = None  # of a pass; None runs any batch as one pass
-    wide: int = 0  # openvino: up to so many places beyond even shares run in wide passes, on all threads
+    choice: Choice
+    lone_s: float
+    row_s: float
+
+    @property
+    def score(self) -> float:
+        """Both times count: the least geometric mean is the best."""
+        return self.lone_s * self.row_s
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What the settings ask for; auto leaves the choice to measurement."""
-
-    executor: str = "auto"
-    precision: str = "auto"
-    exact: bool = True
-    max_batch: int = 16  # the largest batch that will be run
-    threads: int = 1
+class _Trial:
+    size: int | None
+    lone_s: float
+    row_s: float
+    bits: bytes  # empty where they are not compared
 
 
 class Builder:
@@ -59,6 +62,7 @@ class Builder:
         self.checkpoint, self.device, self._threads = checkpoint, device, threads
         self._shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
         self._graph: openvino_executor.Graph | None = None
+        self._compiled: openvino_executor.Compiled = {}  # what was tried need not be compiled again
 
     def build(self, choice: Choice) -> Executor:
         """Build the executor of a choice."""
@@ -71,7 +75,12 @@ class Builder:
                 num_timesteps = self.checkpoint.noise.num_train_timesteps
                 self._graph = openvino_executor.Graph(net, self._shape, num_timesteps)
             return openvino_executor.OpenVINOExecutor(
-                self._graph, precision=precision, sizes=sizes, streams=self._threads, wide=choice.wide
+                self._graph,
+                precision=precision,
+                sizes=sizes,
+                streams=self._threads,
+                wide=choice.wide,
+                compiled=self._compiled,
             )
         torch.set_num_threads(self._threads)
         if choice.executor == "compile":
@@ -84,9 +93,9 @@ def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, ca
 
     `cache` is the folder where the answer is kept, by machine, model and versions; None keeps none.
     """
-    candidates = _candidates(checkpoint, device, wish)
+    candidates = find_candidates(checkpoint, device, wish)
     kept = ChoiceCache(cache, checkpoint, device, asdict(wish), [asdict(candidate) for candidate in candidates])
-    choice = _valid(kept.read(), candidates, wish)
+    choice = valid_choice(kept.read(), candidates, wish)
     builder = Builder(checkpoint, device, wish.threads)
     if choice is None:
         choice = _fastest(builder, wish, candidates)
@@ -96,85 +105,35 @@ def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, ca
     return builder.build(choice)
 
 
-def _valid(fields: Mapping[str, Any] | None, candidates: Sequence[Choice], wish: Wish) -> Choice | None:
-    """The choice read from the cache, or None where it could not be made now: the file may be damaged or edited."""
-    try:
-        sizes = tuple((fields or {})["sizes"] or ()) or None
-        choice = Choice(**{**(fields or {}), "sizes": sizes})
-    except (TypeError, KeyError):
-        return None
-    numbers = sizes or (1,)
-    if not all(type(size) is int and 1 <= size <= wish.max_batch for size in numbers):
-        return None
-    ascending = list(numbers) == sorted(set(numbers)) and len(numbers) <= MAX_GRAPHS
-    possible = type(choice.wide) is int and 0 <= choice.wide < wish.threads
-    return choice if ascending and possible and replace(choice, sizes=None, wide=0) in candidates else None
-
-
-def _candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> list[Choice]:
-    """What may be chosen, without sizes. A precision below float32 must be approved, or asked for."""
-    if wish.executor not in ("auto", *EXECUTORS):
-        raise ValueError(f"executor must be auto, {', '.join(EXECUTORS)}, got {wish.executor!r}")
-    if wish.precision not in ("auto", *PRECISIONS):
-        raise ValueError(f"precision must be auto, {', '.join(PRECISIONS)}, got {wish.precision!r}")
-    if wish.precision == "tf32" and device.type != "cuda":
-        raise ValueError(f"precision tf32 needs a CUDA device, got {device}")
-    if wish.executor == "openvino":
-        if not openvino_executor.available():
-            raise ValueError("executor openvino is not installed: pip install 'tminus[openvino]'")
-        if device.type != "cpu":
-            raise ValueError(f"executor openvino runs on a CPU, got device {device}")
-    names: tuple[str, ...] = (wish.executor,)
-    if wish.executor == "auto":
-        # On a CPU torch.compile needs a compiler and a minute, and was never the fastest: only when asked for.
-        names = ("eager", "compile") if device.type == "cuda" else ("eager", "openvino")
-    candidates = []
-    for name in names:
-        for precision in _precisions(checkpoint, device, wish, name):
-            layouts = (True, False) if name == "eager" and device.type == "cpu" else (True,)
-            candidates += [Choice(name, precision, channels_last) for channels_last in layouts]
-    if not candidates:
-        raise ValueError(f"precision {wish.precision} is not something this processor computes in with openvino")
-    return candidates
-
-
-def _precisions(checkpoint: Checkpoint, device: torch.device, wish: Wish, executor: str) -> list[str]:
-    wanted = [wish.precision]
-    if wish.precision == "auto":
-        wanted = [name for name in PRECISIONS if name == "float32" or (executor, name) in checkpoint.approved]
-    able: Sequence[str] = PRECISIONS if device.type == "cuda" else ("float32", "bfloat16")
-    if executor == "openvino":
-        able = openvino_executor.precisions() if openvino_executor.available() else ()
-    return [name for name in wanted if name in able]
-
-
 def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choice:
-    found: list[tuple[float, Choice]] = []
-    for candidate in candidates:
+    best: Measured | None = None
+    until_s = time.monotonic() + BUDGET_S
+    for number, candidate in enumerate(candidates):
+        if best is not None and time.monotonic() > until_s:
+            log.warning("%d executors were not tried: measuring took over %g s", len(candidates) - number, BUDGET_S)
+            break
         try:
-            choice, lone_s, row_s = _with_sizes(builder, wish, candidate)
+            measured = _with_sizes(builder, wish, candidate, best, until_s)
         except Exception:
             if len(candidates) == 1:
                 raise
             log.warning("executor %s %s does not run here", candidate.executor, candidate.precision, exc_info=True)
             continue
-        log.info("executor %s: a lone row %.2f ms, a row of a full batch %.2f ms", choice, 1e3 * lone_s, 1e3 * row_s)
-        found.append((lone_s * row_s, choice))  # both count: the geometric mean decides
-    if not found:
+        log.info(
+            "executor %s: a lone row %.2f ms, a row of a full batch %.2f ms",
+            measured.choice, 1e3 * measured.lone_s, 1e3 * measured.row_s,
+        )  # fmt: skip
+        if best is None or measured.score < best.score:
+            best = measured
+    if best is None:
         raise ValueError("no executor runs here; the log says why")
-    return min(found, key=lambda pair: pair[0])[1]
+    return best.choice
 
 
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    size: int | None
-    lone_s: float
-    row_s: float
-    bits: bytes  # empty where they are not compared
-
-
-def _with_sizes(builder: Builder, wish: Wish, candidate: Choice) -> tuple[Choice, float, float]:
-    """Complete a candidate with pass sizes; returns also the seconds of a lone row and of a row in a full batch."""
+def _with_sizes(
+    builder: Builder, wish: Wish, candidate: Choice, best: Measured | None = None, until_s: float = math.inf
+) -> Measured:
+    """Complete a candidate with pass sizes, unless it is far slower than the best so far."""
 
     def tried(sizes: tuple[int, ...] | None) -> _Trial:
         choice = Choice(candidate.executor, candidate.precision, candidate.channels_last, sizes)
@@ -184,39 +143,42 @@ def _with_sizes(builder: Builder, wish: Wish, candidate: Choice) -> tuple[Choice
         trial_sizes = (wish.max_batch,) if wish.exact else _graph_sizes(wish.max_batch)
         sizes = None if candidate.executor == "eager" and not wish.exact else trial_sizes
         trial = tried(sizes)
-        return Choice(candidate.executor, candidate.precision, True, sizes), trial.lone_s, trial.row_s
+        return Measured(Choice(candidate.executor, candidate.precision, True, sizes), trial.lone_s, trial.row_s)
     if candidate.executor == "eager" and not wish.exact:
         trial = tried(None)
-        return Choice("eager", candidate.precision, candidate.channels_last), trial.lone_s, trial.row_s
+        return Measured(Choice("eager", candidate.precision, candidate.channels_last), trial.lone_s, trial.row_s)
 
     trials: list[_Trial] = []
     for size in CPU_SIZES:
         if size > wish.max_batch or (trials and trials[-1].row_s * size > SLOW_PASS_S):
             break
+        if trials and time.monotonic() > until_s:
+            break
         trials.append(tried((size,)))
+        if best is not None and trials[0].lone_s * trials[0].row_s > HOPELESS * best.score:
+            break
     groups: dict[bytes, list[_Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.bits if wish.exact else b"", []).append(trial)
 
-    best: tuple[float, Choice, float, float] | None = None
+    found: list[Measured] = []
     for group in groups.values():
         kept = [group[0]]
         for trial in group[1:]:
             if trial.row_s < WORTH * kept[-1].row_s:
                 kept.append(trial)
-        lone_s, row_s = group[0].lone_s, kept[-1].row_s
         sizes = tuple(trial.size for trial in kept if trial.size is not None)
         choice = Choice(candidate.executor, candidate.precision, candidate.channels_last, sizes)
-        if best is None or lone_s * row_s < best[0]:
-            best = (lone_s * row_s, choice, lone_s, row_s)
-    assert best is not None
-    return _with_wide(builder, wish, *best[1:]) if candidate.executor == "openvino" else best[1:]
+        found.append(Measured(choice, group[0].lone_s, kept[-1].row_s))
+    fastest = min(found, key=attrgetter("score"))
+    if candidate.executor != "openvino" or (best is not None and fastest.score > HOPELESS * best.score):
+        return fastest
+    return _with_wide(builder, wish, fastest)
 
 
-def _with_wide(
-    builder: Builder, wish: Wish, choice: Choice, lone_s: float, row_s: float
-) -> tuple[Choice, float, float]:
+def _with_wide(builder: Builder, wish: Wish, measured: Measured) -> Measured:
     """Raise `wide` for as long as wide passes are faster, and give the same bits."""
+    choice, lone_s = measured.choice, measured.lone_s
     rows = max(agree_rows(builder.checkpoint, choice.precision), wish.threads)
     inputs = example_inputs(builder.checkpoint, builder.device, rows)
     narrow = builder.build(choice)
@@ -232,7 +194,7 @@ def _with_wide(
             break
         choice, lone_s = wider, seconds if places == 1 else lone_s
         places *= 2
-    return choice, lone_s, row_s
+    return Measured(choice, lone_s, measured.row_s)
 
 
 def _graph_sizes(max_batch: int) -> tuple[int, ...]:

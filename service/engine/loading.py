@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from model.checkpoint import Checkpoint, load_checkpoint
-from service.engine.autotune import AGREE_ROWS, Wish, agree_rows, choose_executor, example_inputs
+from service.engine.autotune import AGREE_ROWS, agree_rows, choose_executor, example_inputs
 from service.engine.autotune_cache import ChoiceCache, default_cache
 from service.engine.calibration import ROUNDS, measure_ticks
+from service.engine.candidates import Wish
 from service.engine.devices import choose_device, default_max_rows
 from service.engine.engine import Engine
 from service.engine.executors import probe_bits

@@ -31,6 +31,7 @@ except ImportError:  # an extra
     openvino = None
 
 Floats = npt.NDArray[np.float32]
+Compiled = dict[tuple[str, int, int, int], "deque[_Pass]"]  # by precision, size, streams, threads
 
 VECTOR = 64  # floats: at least what torch computes in one go on any processor
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
@@ -95,16 +96,29 @@ class OpenVINOExecutor:
         sizes: Sequence[int] = (1,),
         streams: int,
         wide: int = 0,
+        compiled: Compiled | None = None,
     ) -> None:
-        """sizes of a pass, ascending; streams of one thread each; wide: at most so many places run in wide passes."""
+        """sizes of a pass, ascending; streams of one thread each; wide: at most so many places run in wide passes.
+
+        compiled: passes of this graph that other executors have had made, and that get those made here. Executors that
+        share passes must not run at the same time.
+        """
         self.precision = precision
         passes = f"passes of {', '.join(map(str, sizes))}" + (f", up to {wide} wide" if wide else "")
         self.details = f"openvino {openvino.__version__}, {streams} streams, {passes}"
         self._graph, self._sizes, self._streams, self._wide = graph, tuple(sizes), streams, wide
         self._running: deque[tuple[_Pass, int, int]] = deque()
         wide_sizes = [size for size in sizes if size <= max(wide, sizes[0])] if wide else []
-        self._passes = {size: _compile(graph, precision, size, streams, streams) for size in sizes}
-        self._wide_passes = {size: _compile(graph, precision, size, 1, streams) for size in wide_sizes}
+        made: Compiled = {} if compiled is None else compiled
+
+        def get(size: int, count: int) -> deque[_Pass]:
+            key = (precision, size, count, streams)
+            if key not in made:
+                made[key] = _compile(graph, *key)
+            return made[key]
+
+        self._passes = {size: get(size, streams) for size in sizes}
+        self._wide_passes = {size: get(size, 1) for size in wide_sizes}
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
         """See Executor."""

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from service.client import Client
+from tests.e2e.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "checkpoints" / "fashion-mnist-32"
@@ -23,7 +24,7 @@ START_TIMEOUT_S = 240.0  # the first start measures, and the cores may be busy w
 
 @dataclass
 class RunningServer:
-    process: subprocess.Popen[str]
+    process: Forked
     lines: list[str] = field(default_factory=list)
     url: str = ""
 
@@ -73,22 +74,18 @@ def run_cli(*arguments: str, timeout: float = 120, **env: str) -> subprocess.Com
 
 def start_server(*flags: str, **env: str) -> RunningServer:
     """Start a server and wait until it is ready; its log is kept."""
-    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--device", "cpu", *flags]
     defaults = {"TMINUS_STATE_DIR": ":memory:"}  # several servers at a time, and nothing left behind
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | defaults | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = Forked(["serve", "--port", "0", "--device", "cpu", *flags], os.environ | defaults | env)
     server = RunningServer(process)
     listening = threading.Event()
 
     def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
+        for line in process.output:
             server.lines.append(line)
             if match := re.search(r"listening on (http://\S+)", line):
                 server.url = match[1]
                 listening.set()
-        process.stdout.close()
+        process.output.close()
         listening.set()
 
     threading.Thread(target=read, daemon=True).start()

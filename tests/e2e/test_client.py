@@ -196,7 +196,7 @@ def test_who_has_patience_gets_the_room_that_was_promised(own_server: Start) -> 
     server = own_server("--checkpoint", str(BUNDLED), "--max-backlog-s", "1")
     small: dict[str, Any] = {"n": 8, "steps": 30}
     with ThreadPoolExecutor(4) as pool, server.api() as hasty, server.api(patience_s=120) as patient:
-        running = pool.submit(lambda: patient.sample(n=16, steps=100))
+        running = pool.submit(lambda: patient.sample(n=16, steps=60))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         with pytest.raises(Problem) as caught:
             hasty.sample(**small)

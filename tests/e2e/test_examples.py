@@ -105,7 +105,7 @@ def much_to_do(server: RunningServer) -> Iterator[None]:
     """Work for more than the server's second; what is asked inside was refused at first."""
     refused = server.metric("tminus_rejected_total")
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: server.post(params={"n": 16, "steps": 100}))
+        running = pool.submit(lambda: server.post(params={"n": 16, "steps": 60}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         yield
         assert running.result(120).status_code == 200

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.conftest import BUNDLED, RunningServer, run_cli
+from tests.e2e.conftest import BUNDLED, RunningServer
 
 Start = Callable[..., RunningServer]
 
@@ -69,10 +69,10 @@ def make_specs(count: int) -> list[dict[str, Any]]:
 
 
 def test_after_kill_9_at_any_moment_every_accepted_job_ends_once_and_in_the_same_bytes(restarting: Restarting) -> None:
-    rng, specs = random.Random(2), make_specs(20)
+    rng, specs = random.Random(2), make_specs(12)
     ids = {key: restarting.post(spec, str(key)) for key, spec in enumerate(specs)}
     for _ in range(2):  # `python -m bench.crash` does it fifty times
-        time.sleep(rng.uniform(0.1, 3.0))  # past the first snapshots, or not
+        time.sleep(rng.uniform(0.1, 2.0))  # past the first snapshots, or not
         restarting.kill()
         restarting.start()
         assert {key: restarting.post(spec, str(key)) for key, spec in enumerate(specs)} == ids, (
@@ -104,7 +104,7 @@ def test_a_long_job_goes_on_from_its_snapshot(restarting: Restarting) -> None:
 
 @pytest.mark.alone
 def test_sigterm_writes_durable_jobs_down_at_once_and_the_next_start_ends_them(restarting: Restarting) -> None:
-    spec = {"n": 2, "steps": 300, "seed": 4}
+    spec = {"n": 2, "steps": 200, "seed": 4}
     job_id = restarting.post(spec, "k")
     restarting.server.wait_until(lambda: restarting.get(f"/jobs/{job_id}").json()["step"] > 5)
     asked = time.monotonic()
@@ -130,15 +130,6 @@ curl -sS --fail-with-body "{server.url}$location/image" -o out.png
     assert "event: done" in text
     expected = server.post(params={"n": 2, "steps": 20, "sampler": "ddim", "seed": 9}).content
     assert (tmp_path / "out.png").read_bytes() == expected
-
-
-def test_a_second_server_on_the_same_folder_does_not_start(restarting: Restarting) -> None:
-    result = run_cli("serve", "--checkpoint", str(BUNDLED), "--port", "0", "--state-dir", str(restarting.state))
-    assert result.returncode == 1
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("tminus: --state-dir (TMINUS_STATE_DIR): ")
-    assert "in use by another server" in line
-    assert restarting.get("/readyz").status_code == 200
 
 
 def test_a_damaged_job_ends_and_the_server_starts_and_finishes_the_others(restarting: Restarting) -> None:

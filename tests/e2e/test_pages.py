@@ -44,13 +44,19 @@ def run(server: RunningServer, folder: Path, page: str, beginning: str) -> list[
     return printed
 
 
+@pytest.fixture(scope="module")
+def readme_images(server: RunningServer, folder: Path) -> int:
+    """How many requests of README.md were answered; their images are in the folder."""
+    return len(run(server, folder, "README.md", "curl"))
+
+
 def size(file: Path) -> tuple[int, int]:
     with Image.open(file) as image:
         return image.size
 
 
-def test_the_requests_of_the_readme_are_answered_with_what_it_says(server: RunningServer, folder: Path) -> None:
-    assert len(run(server, folder, "README.md", "curl")) == 5
+def test_the_requests_of_the_readme_are_answered_with_what_it_says(readme_images: int, folder: Path) -> None:
+    assert readme_images == 5
     assert size(folder / "out.png") == (128, 64), "eight images"
     assert size(folder / "sneaker.png") == (32, 32)
     assert size(folder / "boots.png") == (64, 64), "four images"
@@ -59,8 +65,8 @@ def test_the_requests_of_the_readme_are_answered_with_what_it_says(server: Runni
         assert bags.n_frames == 50  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("readme_images")
 def test_an_image_of_the_readme_is_made_again_to_the_byte(server: RunningServer, folder: Path) -> None:
-    run(server, folder, "README.md", "curl")
     here, there = run(server, folder, "docs/reproducibility.md", ".venv/bin/tminus")
     assert here
     assert there

@@ -24,7 +24,7 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 def test_too_much_work_is_refused_with_a_time_that_is_right(own_server: Start) -> None:
     server = own_server("--checkpoint", str(BUNDLED), TMINUS_MAX_BACKLOG_S="1")
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: server.post(params={"n": 16, "steps": 100}))
+        running = pool.submit(lambda: server.post(params={"n": 16, "steps": 60}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         with server.client() as client:
             refused = client.post("/sample", params={"n": 8, "steps": 30})
@@ -45,7 +45,7 @@ def test_too_much_work_is_refused_with_a_time_that_is_right(own_server: Start) -
 def test_sigterm_finishes_what_runs_and_exits_zero(own_server: Start) -> None:
     server = own_server("--checkpoint", str(BUNDLED))
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: server.post(params={"n": 8, "steps": 200}))
+        running = pool.submit(lambda: server.post(params={"n": 8, "steps": 80}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         server.process.send_signal(signal.SIGTERM)
         server.wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)

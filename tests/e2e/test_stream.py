@@ -215,7 +215,7 @@ def test_streams_that_run_when_the_server_is_told_to_stop_get_their_images(
     own_server: Callable[..., RunningServer],
 ) -> None:
     server = own_server("--checkpoint", str(BUNDLED))
-    spec = SPEC | {"n": 32, "steps": 30, "every": 10, "layout": "images"}
+    spec = SPEC | {"n": 32, "steps": 10, "every": 5, "layout": "images"}
     with ExitStack() as stack:
         streams = [stack.enter_context(open_stream(server)) for _ in range(4)]
         idle = stack.enter_context(open_stream(server))

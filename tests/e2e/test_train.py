@@ -18,6 +18,7 @@ from model.checkpoint import load_checkpoint
 from model.evaluation import compare
 from service.cli import evaluate
 from service.engine import autotune
+from service.engine.candidates import Wish, find_candidates
 from tests.e2e.conftest import ROOT, run_cli
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for so small a net, and on a busy machine, two are slower
@@ -97,7 +98,7 @@ def approve_bfloat16(run: Path, measure: tuple[str, ...]) -> None:
 
     def candidates() -> set[tuple[str, str]]:
         """What serve's auto tries."""
-        found = autotune._candidates(load_checkpoint(run), torch.device("cpu"), autotune.Wish())
+        found = find_candidates(load_checkpoint(run), torch.device("cpu"), Wish())
         return {(each.executor, each.precision) for each in found}
 
     before = (run / "tminus.json").read_bytes()
@@ -122,7 +123,7 @@ def approve_bfloat16(run: Path, measure: tuple[str, ...]) -> None:
 
 def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Path, tmp_path: Path) -> None:
     def command(run: str) -> list[str]:
-        return ["train", "--data", str(pictures), "--out", str(tmp_path / run), "--steps", "60", *SMALL]
+        return ["train", "--data", str(pictures), "--out", str(tmp_path / run), "--steps", "30", *SMALL]
 
     stopped = subprocess.Popen(
         [sys.executable, "-m", "service", *command("stopped")],
@@ -141,7 +142,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Pa
         while os.read(stopped.stderr.fileno(), 4096):
             pass
         assert stopped.wait(60) == 0
-    assert json.loads((tmp_path / "stopped" / "tminus.json").read_text())["provenance"]["step"] < 60
+    assert json.loads((tmp_path / "stopped" / "tminus.json").read_text())["provenance"]["step"] < 30
 
     for run in ("stopped", "straight"):
         assert run_cli(*command(run), **ONE_THREAD).returncode == 0

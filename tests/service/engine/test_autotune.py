@@ -1,4 +1,4 @@
-"""What may be chosen, what is chosen, and which sizes go together."""
+"""What is chosen, and which sizes go together."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from model.checkpoint import Checkpoint
 from service.engine import autotune, openvino_executor
-from service.engine.autotune import Choice, Wish, choose_executor, example_inputs
+from service.engine.autotune import Measured, choose_executor, example_inputs
+from service.engine.candidates import Choice, Wish, valid_choice
 from service.engine.executors import MAX_GRAPHS, Executor
 from tests.service.conftest import Around, MakeCheckpoint
 
@@ -68,67 +69,7 @@ def test_a_precision_that_the_processor_lacks_is_refused(
         choose_executor(checkpoint, CPU, Wish(executor="openvino", precision="bfloat16"), None)
 
 
-# --- what may be chosen ---
-
-
-def candidates(checkpoint: Checkpoint, wish: Wish, device: torch.device = CPU) -> set[tuple[str, str]]:
-    return {(each.executor, each.precision) for each in autotune._candidates(checkpoint, device, wish)}
-
-
-def test_without_openvino_a_cpu_has_eager(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_executor, "openvino", None)
-    assert candidates(checkpoint, Wish()) == {("eager", "float32")}
-
-
-@needs_openvino
-@pytest.mark.parametrize("device", [CPU, CUDA])
-def test_auto_takes_no_precision_that_the_checkpoint_does_not_approve(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    monkeypatch.setattr(openvino_executor, "precisions", lambda: ("float32", "bfloat16"))
-    other = "compile" if device == CUDA else "openvino"
-    float32 = {("eager", "float32"), (other, "float32")}
-    assert candidates(checkpoint, Wish(), device) == float32
-    for executor in ("eager", other):
-        approved = replace(checkpoint, approved=((executor, "bfloat16"),))
-        assert candidates(approved, Wish(), device) == float32 | {(executor, "bfloat16")}, "of that executor only"
-    both = replace(checkpoint, approved=(("eager", "bfloat16"), (other, "bfloat16")))
-    assert candidates(both, Wish(), device) == float32 | {("eager", "bfloat16"), (other, "bfloat16")}
-    unheard_of = replace(checkpoint, approved=(("eager", "int4"), ("../../etc", "bfloat16"), ("openvino", "../../etc")))
-    assert candidates(unheard_of, Wish(), device) == float32
-
-
-@needs_openvino
-def test_a_precision_that_is_asked_for_needs_no_approval(checkpoint: Checkpoint) -> None:
-    assert candidates(checkpoint, Wish(executor="eager", precision="bfloat16")) == {("eager", "bfloat16")}
-
-
-@needs_openvino
-def test_what_is_approved_of_one_executor_is_not_of_another(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    approved = replace(checkpoint, approved=(("openvino", "bfloat16"),))
-    assert ("eager", "bfloat16") not in candidates(approved, Wish())
-    assert candidates(approved, Wish(executor="eager")) == {("eager", "float32")}
-    monkeypatch.setattr(openvino_executor, "precisions", lambda: ("float32",))
-    assert candidates(approved, Wish()) == {("eager", "float32"), ("openvino", "float32")}, "approved is not able"
-
-
-@pytest.mark.parametrize("executor", ["auto", "eager", "compile", "openvino"])
-def test_tf32_is_refused_on_a_cpu(checkpoint: Checkpoint, executor: str) -> None:
-    with pytest.raises(ValueError, match="precision tf32 needs a CUDA device, got cpu"):
-        choose_executor(checkpoint, CPU, Wish(executor=executor, precision="tf32"), None)
-
-
-def test_tf32_is_taken_on_a_gpu_where_it_is_asked_for_or_approved(checkpoint: Checkpoint) -> None:
-    assert candidates(checkpoint, Wish(precision="tf32"), CUDA) == {("eager", "tf32"), ("compile", "tf32")}
-    approved = replace(checkpoint, approved=(("compile", "tf32"), ("eager", "float32")))
-    float32 = {("eager", "float32"), ("compile", "float32")}
-    assert candidates(approved, Wish(), CUDA) == float32 | {("compile", "tf32")}
-    no_use = replace(checkpoint, approved=(("eager", "tf32"), ("openvino", "tf32")))
-    assert {precision for _, precision in candidates(no_use, Wish())} == {"float32"}, (
-        "approved elsewhere, not for a CPU"
-    )
+# --- what is chosen ---
 
 
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="this processor has no bfloat16 instructions")
@@ -139,9 +80,9 @@ def test_tf32_is_taken_on_a_gpu_where_it_is_asked_for_or_approved(checkpoint: Ch
 def test_the_faster_precision_is_chosen_only_if_it_is_approved(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, approved: tuple[tuple[str, str], ...], precision: str
 ) -> None:
-    def tried(_builder: object, _wish: Wish, candidate: Choice) -> tuple[Choice, float, float]:
+    def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> Measured:
         seconds = 1.0 if candidate.precision == "bfloat16" else 2.0
-        return replace(candidate, sizes=(1,)), seconds, seconds
+        return Measured(replace(candidate, sizes=(1,)), seconds, seconds)
 
     monkeypatch.setattr(autotune, "_with_sizes", tried)
     executor = choose_executor(replace(checkpoint, approved=approved), CPU, Wish(), None)
@@ -149,10 +90,10 @@ def test_the_faster_precision_is_chosen_only_if_it_is_approved(
 
 
 def test_a_candidate_that_does_not_run_is_passed_over(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tried(_builder: object, _wish: Wish, candidate: Choice) -> tuple[Choice, float, float]:
+    def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> Measured:
         if candidate.executor == "openvino" or not candidate.channels_last:
             raise RuntimeError("not here")
-        return replace(candidate, sizes=(2,)), 1.0, 1.0
+        return Measured(replace(candidate, sizes=(2,)), 1.0, 1.0)
 
     monkeypatch.setattr(autotune, "_with_sizes", tried)
     executor = choose_executor(checkpoint, CPU, Wish(), None)
@@ -160,7 +101,7 @@ def test_a_candidate_that_does_not_run_is_passed_over(checkpoint: Checkpoint, mo
 
 
 def test_where_nothing_runs_that_is_said(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tried(*_args: object) -> tuple[Choice, float, float]:
+    def tried(*_args: object) -> Measured:
         raise RuntimeError("not here")
 
     monkeypatch.setattr(autotune, "_with_sizes", tried)
@@ -169,9 +110,9 @@ def test_where_nothing_runs_that_is_said(checkpoint: Checkpoint, monkeypatch: py
 
 
 def test_the_fastest_by_both_times_is_chosen(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    def tried(_builder: object, _wish: Wish, candidate: Choice) -> tuple[Choice, float, float]:
+    def tried(_builder: object, _wish: Wish, candidate: Choice, *_: object) -> Measured:
         lone_s, row_s = (4.0, 1.0) if candidate.channels_last else (1.0, 3.0)
-        return replace(candidate, sizes=(1,)), lone_s, row_s
+        return Measured(replace(candidate, sizes=(1,)), lone_s, row_s)
 
     monkeypatch.setattr(autotune, "_with_sizes", tried)
     executor = choose_executor(checkpoint, CPU, EAGER, None)
@@ -207,7 +148,7 @@ def test_only_sizes_that_agree_to_the_bit_go_together(
     monkeypatch.setattr(autotune, "_try", tried)
     builder = autotune.Builder(checkpoint, CPU, 1)
     candidate = Choice("openvino", "float32")
-    chosen, _, _ = autotune._with_sizes(builder, Wish(exact=exact, max_batch=16), candidate)
+    chosen = autotune._with_sizes(builder, Wish(exact=exact, max_batch=16), candidate).choice
     assert chosen.sizes == expected[-1], "the group of the better times"
 
 
@@ -220,9 +161,42 @@ def test_a_size_that_is_hardly_faster_is_left_out(checkpoint: Checkpoint, monkey
 
     monkeypatch.setattr(autotune, "_try", tried)
     builder = autotune.Builder(checkpoint, CPU, 1)
-    chosen, _, row_s = autotune._with_sizes(builder, Wish(), Choice("openvino", "float32"))
-    assert chosen.sizes == (1, 4)
-    assert row_s == 0.006
+    measured = autotune._with_sizes(builder, Wish(), Choice("openvino", "float32"))
+    assert measured.choice.sizes == (1, 4)
+    assert measured.row_s == 0.006
+
+
+def test_what_is_far_slower_than_the_best_is_tried_at_one_size_only(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def tried(_builder: object, _wish: Wish, choice: Choice) -> object:
+        assert choice.sizes is not None
+        seen.append((choice.executor, choice.sizes[0]))
+        seconds = {"openvino": 0.001, "eager": 0.004}[choice.executor] / choice.sizes[0]
+        return autotune._Trial(choice.sizes[0], seconds, seconds, b"the same")
+
+    monkeypatch.setattr(autotune, "_try", tried)
+    builder = autotune.Builder(checkpoint, CPU, 1)
+    best = autotune._fastest(builder, Wish(), [Choice("openvino", "float32"), Choice("eager", "float32")])
+    assert best.executor == "openvino"
+    assert seen == [("openvino", 1), ("openvino", 2), ("openvino", 4), ("eager", 1)]
+
+
+def test_on_a_machine_too_busy_to_measure_on_the_first_candidate_is_taken_as_it_is(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tried(_builder: object, _wish: Wish, choice: Choice) -> object:
+        assert choice.sizes is not None
+        return autotune._Trial(choice.sizes[0], 1.0, 1.0, b"the same")
+
+    monkeypatch.setattr(autotune, "_try", tried)
+    monkeypatch.setattr(autotune, "BUDGET_S", -1.0)
+    builder = autotune.Builder(checkpoint, CPU, 1)
+    best = autotune._fastest(builder, Wish(), [Choice("openvino", "float32"), Choice("eager", "float32")])
+    assert (best.executor, best.sizes) == ("openvino", (1,))
+    assert "1 executors were not tried" in caplog.text
 
 
 class Widening:
@@ -270,10 +244,8 @@ def test_places_go_the_wide_way_where_that_is_faster_and_gives_the_same_bits(
     monkeypatch.setattr(autotune, "_seconds", builder.time)
     wish = Wish(threads=threads, exact=exact)
     narrow = Choice("openvino", "float32", sizes=(1, 2))
-    choice, lone_s, row_s = autotune._with_wide(builder, wish, narrow, 1.0, 0.5)  # type: ignore[arg-type]
-    assert choice == replace(narrow, wide=expected)
-    assert lone_s == (seconds[1] if expected else 1.0)
-    assert row_s == 0.5
+    measured = autotune._with_wide(builder, wish, Measured(narrow, 1.0, 0.5))  # type: ignore[arg-type]
+    assert measured == Measured(replace(narrow, wide=expected), seconds[1] if expected else 1.0, 0.5)
 
 
 def test_no_size_is_larger_than_the_batch(checkpoint: Checkpoint, quick: list[int]) -> None:
@@ -313,14 +285,14 @@ def test_sizes_that_were_kept_are_taken_only_if_they_could_be_measured_now(sizes
     candidate = Choice("openvino", "float32")
     fields = json.loads(json.dumps(asdict(replace(candidate, sizes=sizes))))
     expected = replace(candidate, sizes=sizes or None) if sound else None
-    assert autotune._valid(fields, [candidate], Wish(max_batch=16)) == expected
+    assert valid_choice(fields, [candidate], Wish(max_batch=16)) == expected
 
 
 @pytest.mark.parametrize(("wide", "sound"), [(0, True), (1, True), (2, False), (-1, False), (1.0, False), ("1", False)])
 def test_a_kept_wide_way_is_taken_only_if_it_could_be_measured_now(wide: object, sound: bool) -> None:
     candidate = Choice("openvino", "float32")
     fields = {**asdict(replace(candidate, sizes=(1, 2))), "wide": wide}
-    found = autotune._valid(fields, [candidate], Wish(max_batch=16, threads=2))
+    found = valid_choice(fields, [candidate], Wish(max_batch=16, threads=2))
     assert (found is not None) == sound
 
 

@@ -12,8 +12,9 @@ import torch
 
 from model.checkpoint import Checkpoint
 from service.engine import autotune, openvino_executor
-from service.engine.autotune import Choice, Wish, choose_executor, example_inputs
+from service.engine.autotune import choose_executor, example_inputs
 from service.engine.autotune_cache import default_cache
+from service.engine.candidates import Choice, Wish
 from tests.service.conftest import MakeCheckpoint
 
 pytestmark = pytest.mark.slow
@@ -74,19 +75,17 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_file_is_ignored_and_mended(
-    checkpoint: Checkpoint, tmp_path: Path, quick: list[int], damage: str
-) -> None:
+def test_a_damaged_file_is_ignored_and_mended(checkpoint: Checkpoint, tmp_path: Path, quick: list[int]) -> None:
     first = choose_executor(checkpoint, CPU, EAGER, tmp_path)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
-    file.write_bytes(DAMAGED[damage])
-    quick.clear()
-    again = choose_executor(checkpoint, CPU, EAGER, tmp_path)
-    assert quick, "it was measured again"
-    assert (again.name, again.precision) == (first.name, first.precision)
-    assert json.loads(file.read_bytes()).keys() == json.loads(whole).keys()
+    for damage, content in DAMAGED.items():
+        file.write_bytes(content)
+        quick.clear()
+        again = choose_executor(checkpoint, CPU, EAGER, tmp_path)
+        assert quick, f"{damage}: it was measured again"
+        assert (again.name, again.precision) == (first.name, first.precision), damage
+        assert json.loads(file.read_bytes()).keys() == json.loads(whole).keys(), damage
 
 
 def test_a_kept_answer_cannot_be_of_what_is_not_a_candidate(

@@ -69,7 +69,7 @@ def theirs(checkpoint: Checkpoint, job: Job, monkeypatch: pytest.MonkeyPatch) ->
 def edits_that_diffusers_makes() -> Iterator[tuple[int, float | None, bool, str, float]]:
     """Steps, strength, whether masked, sampler, eta."""
     samplers = [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7), ("dpmpp_2m", 0.0)]
-    for steps, strength, masked in product([1, 2, 5, 10, 50], [None, 0.2, 0.5, 0.8, 1.0], [False, True]):
+    for steps, strength, masked in product([1, 2, 10, 50], [None, 0.2, 0.8, 1.0], [False, True]):
         for sampler, eta in samplers:
             is_edit = masked or strength is not None
             takes_a_step = strength is None or int(strength * steps) > 0  # diffusers may take none
