@@ -154,7 +154,7 @@ class NotAcceptable(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """More work is waiting than the limits allow; Retry-After says when there will be room."""
+    """More work is waiting than the limits allow; Retry-After says when there should be room, and keeps none."""
 
     status, code, title = 429, "overloaded", "Too much work is waiting"
 
@@ -164,13 +164,12 @@ class Overloaded(ServiceError):
 
 
 class DeadlineUnmeetable(ServiceError):
-    """An idle server would meet the deadline, but not at this load; Retry-After says when to ask again."""
+    """An idle server would meet the deadline, but not at this load; the bound is the earliest that could be met."""
 
     status, code, title = 429, "deadline_unmeetable", "The deadline cannot be met at this load"
 
-    def __init__(self, detail: str, *, retry_after_s: int, value: float, bound: str):
+    def __init__(self, detail: str, *, value: float, bound: str):
         super().__init__(detail, field="deadline_s", value=value, bound=bound)
-        self.headers["Retry-After"] = str(retry_after_s)
 
 
 class NotReady(ServiceError):

@@ -43,7 +43,7 @@ class Patience:
         limit_s, now_s = self._patience_s, self._clock()
         self._began = now_s if self._began is None else self._began
         if isinstance(error, Problem) and error.status in WORTH_WAITING and error.retry_after_s is not None:
-            wait_s = error.retry_after_s  # the server keeps room for a client that returns then
+            wait_s = error.retry_after_s  # the server tells each client another time
         elif isinstance(error, Unreachable):
             self._known |= error.reached
             wait_s = self._next_s * random.uniform(0.75, 1)  # noqa: S311  so that clients do not return all at once

@@ -6,18 +6,27 @@ Any thread may ask; the worker's takes work off. Time is an argument: seconds of
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from service.model_info import Limits
 from service.scheduling.forecast import Fluid, Pending, forecast
-from service.scheduling.promises import MARGIN, Excess, Load, Moment, Promise, Promises, find_excess
+from service.scheduling.room import MARGIN, Drain, Excess, Line, Load, find_excess
 from service.scheduling.scheduler import Sharing
 from service.scheduling.tick_times import TickTimes
 from service.work import Outlook, Work
 
-SLOWER = 2.0  # how far over the backlog limit work may be while promises are still kept
-DEADLINE_TRIES = 4
+RENEW_S = 5.0  # how old a forecast of room may get: jobs that left early since only make it too careful
+ROUNDING = 1e-6  # of a second
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """The accepted jobs at a time, in order of arrival, what they come to, and how long ticks take."""
+
+    jobs: Sequence[Pending]
+    load: Load
+    tick_times: TickTimes
 
 
 class Admission:
@@ -32,9 +41,11 @@ class Admission:
         # once that has taken a job up; requests are admitted in other threads, and a job counts from then on.
         self._jobs: dict[str, Pending] = {}
         self._tick_times = TickTimes()  # until ticks are measured nothing is refused for time
-        # Held while a request is being admitted, one at a time; guards the promises. Taken before _lock.
+        # Held while a request is being admitted, one at a time; guards what follows. Taken before _lock.
         self._admitting = threading.Lock()
-        self._promises = Promises(limits, self._fluid)
+        self._line = Line()
+        self._drain: Drain | None = None  # None: a job came in since it was made
+        self._drain_made_s = 0.0
 
     # --- from any thread ---
 
@@ -48,8 +59,8 @@ class Admission:
     ) -> Outlook:
         """Accept a job and count it, or raise Overloaded, DeadlineUnmeetable or InvalidField.
 
-        An idle server takes any job within the bounds. A client that is refused and asks again for the same work when
-        Retry-After seconds are over finds room.
+        An idle server takes any job within the bounds. Overloaded tells when there should be room, each client another
+        time; none is kept for it.
         """
         if work.rows > self._limits.max_rows:
             raise InvalidField.of("n", f"at most {self._limits.max_rows}", work.rows)
@@ -58,26 +69,17 @@ class Admission:
             server = self._now()
             if deadline_s is not None:
                 self._check_alone(job, deadline_s, server)
-            self._promises.expire(now_s)
-            promise = self._promises.find(work, now_s)
-            if promise is None:
-                self._check_room(job, now_s, server)
-            else:
-                self._check_promise(promise, now_s, server)
+            self._check_room(job, now_s, server)
             outlook = self._forecast([*server.jobs, job], server.tick_times, until=job_id)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
-                raise self._refuse_deadline(job, server, deadline_s, outlook.eta_s)
-            if promise is not None:
-                self._promises.drop(promise)
-            with self._lock:
-                assert job_id not in self._jobs
-                self._jobs[job_id] = job
+                raise _unmeetable(deadline_s, outlook.eta_s)
+            self._take(job)
         return outlook
 
     def readmit(self, job_id: str, work: Work, *, places_left: int) -> Outlook:
         """Count a job that an earlier process accepted: neither backlog nor deadline refuses it any more.
 
-        Raises Overloaded while there are no slots for it; its Retry-After promises nothing.
+        Raises Overloaded while there are no slots for it; its Retry-After is no forecast.
         """
         job = Pending(job_id, work, places_left)
         with self._admitting:
@@ -86,9 +88,7 @@ class Admission:
             excess = find_excess(server.load, work, slots, server.tick_times)
             if excess is not None:
                 raise _overloaded(excess, 1)
-            with self._lock:
-                assert job_id not in self._jobs
-                self._jobs[job_id] = job
+            self._take(job)
         jobs, tick_times = self._read()
         return self._forecast(jobs, tick_times, until=job_id)[job_id]
 
@@ -132,62 +132,33 @@ class Admission:
 
     # --- the limits ---
 
-    def _check_room(self, job: Pending, now_s: float, server: Moment) -> None:
-        """Refuse a job that would pass a limit, with the promised work counted as if it were here."""
-        excess = find_excess(server.load + self._promises.load, job.work, self._limits, server.tick_times)
+    def _check_room(self, job: Pending, now_s: float, server: _Moment) -> None:
+        """Refuse a job that would pass a limit."""
+        if not server.jobs:
+            self._line.end()
+        excess = find_excess(server.load, job.work, self._limits, server.tick_times)
         if excess is None:
-            self._promises.forget_plan()
-        elif not self._promises.harms_none(job, now_s, server):
-            raise _overloaded(excess, self._promises.make(job.work, now_s, server))
+            return
+        if self._drain is None or now_s > self._drain_made_s + RENEW_S:
+            fluid = self._fluid(server.jobs, server.tick_times.slower(MARGIN))
+            self._drain, self._drain_made_s = Drain(fluid, now_s, self._limits, server.tick_times), now_s
+        due_s = self._line.next_s(max(now_s, self._drain.room_s(job.work)), self._drain.share_s(excess, job.work))
+        raise _overloaded(excess, max(1, math.ceil(due_s - now_s - ROUNDING)))
 
-    def _check_promise(self, promise: Promise, now_s: float, server: Moment) -> None:
-        """Refuse a promised job only where the other work exceeds twice the backlog limit, or any other limit.
-
-        So a machine that runs a little slower than forecast breaks no promise; one that runs much slower does.
-        """
-        own_s = promise.work.places * server.tick_times.seconds_per_place(self._limits.max_batch)
-        lenient = replace(self._limits, max_backlog_s=SLOWER * self._limits.max_backlog_s + own_s)
-        if find_excess(server.load, promise.work, lenient, server.tick_times):
-            excess = find_excess(server.load, promise.work, self._limits, server.tick_times)
-            assert excess is not None
-            raise _overloaded(excess, self._promises.renew(promise, now_s, server))
+    def _take(self, job: Pending) -> None:
+        with self._lock:
+            assert job.job_id not in self._jobs
+            self._jobs[job.job_id] = job
+        self._drain = None
 
     # --- deadlines ---
 
-    def _check_alone(self, job: Pending, deadline_s: float, server: Moment) -> None:
+    def _check_alone(self, job: Pending, deadline_s: float, server: _Moment) -> None:
         """Refuse for good a job that would be late even on an idle server."""
         alone_s = self._forecast([job], server.tick_times)[job.job_id].eta_s
         if not deadline_s >= alone_s:  # not `<`, so that NaN is refused
             least_s = math.ceil(alone_s * 1000) / 1000
             raise InvalidField.of("deadline_s", f"at least {least_s:g} s for this work", deadline_s)
-
-    def _refuse_deadline(self, job: Pending, server: Moment, deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
-        """Make the refusal, with the time after which the job would be in time if no other came before it."""
-        wait_s, late_s = 0, eta_s - deadline_s
-        for _ in range(DEADLINE_TRIES):
-            wait_s += max(1, math.ceil(late_s))
-            # Later is not always better: a job that ran meanwhile may then have less left than this one. So look again.
-            late_s = self._eta_later(job, server, wait_s) - deadline_s
-            if late_s <= 0:
-                break
-        else:
-            idle_s = max(outlook.eta_s for outlook in self._forecast(server.jobs, server.tick_times).values())
-            wait_s = max(1, math.ceil(MARGIN * idle_s))
-        return DeadlineUnmeetable(
-            f"this job would be done in {eta_s:.1f} s, its deadline_s is {deadline_s:g}. Try again in {wait_s} s",
-            retry_after_s=wait_s,
-            value=deadline_s,
-            bound=f"at least {math.ceil(eta_s * 10) / 10:g} s at this load",
-        )
-
-    def _eta_later(self, job: Pending, server: Moment, wait_s: float) -> float:
-        """Predict how long a job would take, in seconds, if it came wait_s from now."""
-        fluid = self._fluid(server.jobs, server.tick_times)
-        fluid.run_to(wait_s)
-        fluid.add(job)
-        while job.job_id not in fluid.step():
-            pass
-        return fluid.tick_end_s - wait_s
 
     # --- the forecast ---
 
@@ -195,16 +166,25 @@ class Admission:
         with self._lock:
             return tuple(self._jobs.values()), self._tick_times
 
-    def _now(self) -> Moment:
+    def _now(self) -> _Moment:
         jobs, tick_times = self._read()
         load = Load(len(jobs), sum(job.work.rows for job in jobs), sum(job.places_left for job in jobs))
-        return Moment(jobs, load, tick_times)
+        return _Moment(jobs, load, tick_times)
 
     def _fluid(self, jobs: Sequence[Pending], times: TickTimes) -> Fluid:
         return Fluid(jobs, self._sharing, times)
 
     def _forecast(self, jobs: Sequence[Pending], times: TickTimes, until: str | None = None) -> dict[str, Outlook]:
         return forecast(jobs, self._sharing, times, until)
+
+
+def _unmeetable(deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
+    least_s = math.ceil(eta_s * 10) / 10
+    return DeadlineUnmeetable(
+        f"this job would be done in {eta_s:.1f} s, its deadline_s is {deadline_s:g}",
+        value=deadline_s,
+        bound=f"at least {least_s:g} s at this load",
+    )
 
 
 def _overloaded(excess: Excess, wait_s: int) -> Overloaded:

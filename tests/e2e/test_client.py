@@ -192,7 +192,7 @@ def test_a_server_that_is_gone_is_told(own_server: Start) -> None:
 # --- patience ---
 
 
-def test_who_has_patience_gets_the_room_that_was_promised(own_server: Start) -> None:
+def test_who_has_patience_gets_in(own_server: Start) -> None:
     server = own_server("--checkpoint", str(BUNDLED), "--max-backlog-s", "1")
     small: dict[str, Any] = {"n": 8, "steps": 30}
     with ThreadPoolExecutor(4) as pool, server.api() as hasty, server.api(patience_s=120) as patient:

@@ -83,11 +83,11 @@ class Bench:
         assert self.engine.jobs == {}
         assert self.worker.statuses() == []
         assert (self.admission.backlog_s, self.admission.rows, len(self.admission.outlooks())) == (0, 0, 0)
-        one, when_promises_are_forgotten_s = Work(1, 1, range(0)), 1e9
+        one = Work(1, 1, range(0))
         for i in range(self.limits.max_jobs):
-            self.admission.enter(f"filler {i}", one, now_s=when_promises_are_forgotten_s)
+            self.admission.enter(f"filler {i}", one, now_s=0.0)
         with pytest.raises(Overloaded):
-            self.admission.enter("one more", one, now_s=when_promises_are_forgotten_s)
+            self.admission.enter("one more", one, now_s=0.0)
 
 
 MakeBench = Callable[..., Bench]

@@ -1,0 +1,168 @@
+"""More work than the machine can do: is it kept busy, and does everybody who comes back when told get in?
+
+    python -m bench.overload [--seconds 20] [--herd 300]
+
+First the peak: as many clients as keep every place filled. Then strangers who ask once and never return, at 1.5 and 5
+times that rate; then a herd that asks at one moment and does as Retry-After says; then a crowd that leaves, and one who
+comes when the backlog allows. Each figure beside what is to be reached.
+"""
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from bench import machine, servers
+
+SPEC = {"n": 4, "steps": 20, "sampler": "ddim"}
+PLACES = SPEC["n"] * SPEC["steps"]  # type: ignore[operator]
+BACKLOG_S = 5.0
+WARM_UP_S = 3.0
+CLIENTS = 16  # that keep every place filled
+LOADS = (1.5, 5.0)
+CROWD = 100
+
+
+def main() -> None:
+    """Measure and print; exit with 1 where a figure is not reached."""
+    parser = argparse.ArgumentParser(prog="python -m bench.overload", description=__doc__.partition("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--herd", type=int, default=300)
+    args = parser.parse_args()
+    flags = ("--max-backlog-s", str(BACKLOG_S), "--max-jobs", "1024", "--result-cache-mb", "0")
+    tminus = servers.contenders(machine.cores(), flags)["tminus"]
+    with servers.running(tminus, args.checkpoint, None) as server:
+        sys.exit(asyncio.run(measure(server.url, args.seconds, args.herd)))
+
+
+async def measure(url: str, seconds: float, herd: int) -> int:
+    """All four; the exit code."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+        peak = await saturate(http, seconds)
+        print(f"peak {peak:,.0f} row-steps/s; backlog limit {BACKLOG_S:g} s; each request {PLACES} row-steps\n")
+        print("| what | reached | to reach |\n|---|---|---|")
+        reached = []
+        for load in LOADS:
+            share, refused = await flood(http, load * peak / PLACES, seconds)
+            reached.append(share / peak >= 0.95)
+            what = f"goodput at {load:g} x, none returns ({refused:.0%} refused), / peak"
+            print(f"| {what} | **{share / peak:.3f}** | 0.95 |")
+        took_s, tries = await stampede(http, herd)
+        ideal_s = herd * PLACES / peak
+        reached += [took_s <= 1.3 * ideal_s, statistics.median(tries) <= 3]
+        print(f"| a herd of {herd} that does as told, / ideal of {ideal_s:.1f} s | **{took_s / ideal_s:.3f}** | 1.3 |")
+        print(f"| its tries: median, most | **{statistics.median(tries):g}**, {max(tries)} | 3 |")
+        status, waited_s = await newcomer(http)
+        reached.append(status == 200)
+        print(
+            f"| one who comes when the backlog allows, {waited_s:.1f} s after a crowd that left | **{status}** | 200 |"
+        )
+    return int(not all(reached))
+
+
+async def ask(http: httpx.AsyncClient) -> httpx.Response:
+    """One request."""
+    return await http.post("/sample", json=SPEC | {"seed": random.getrandbits(32)})  # noqa: S311
+
+
+async def row_steps(http: httpx.AsyncClient) -> float:
+    """All that were done so far."""
+    return await metric(http, "tminus_row_steps_total")
+
+
+async def metric(http: httpx.AsyncClient, name: str) -> float:
+    """The sum over labels of one metric."""
+    lines = (await http.get("/metrics")).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
+
+
+async def rate(http: httpx.AsyncClient, seconds: float) -> float:
+    """Row-steps a second from now on, after a warm-up."""
+    await asyncio.sleep(WARM_UP_S)
+    before, began = await row_steps(http), time.perf_counter()
+    await asyncio.sleep(seconds - WARM_UP_S)
+    return (await row_steps(http) - before) / (time.perf_counter() - began)
+
+
+async def saturate(http: httpx.AsyncClient, seconds: float) -> float:
+    """The peak: each client asks again as soon as it has its answer."""
+
+    async def keep_asking() -> None:
+        while True:
+            (await ask(http)).raise_for_status()
+
+    clients = [asyncio.create_task(keep_asking()) for _ in range(CLIENTS)]
+    peak = await rate(http, seconds)
+    for client in clients:
+        client.cancel()
+    await asyncio.gather(*clients, return_exceptions=True)
+    await idle(http)
+    return peak
+
+
+async def flood(http: httpx.AsyncClient, per_s: float, seconds: float) -> tuple[float, float]:
+    """Strangers at random moments, each of whom asks once; row-steps a second, and the share that was refused."""
+    rng = random.Random(1)
+    asked: list[asyncio.Task[httpx.Response]] = []
+
+    async def arrive() -> None:
+        due_s = time.perf_counter()
+        while True:
+            due_s += rng.expovariate(per_s)
+            await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+            asked.append(asyncio.create_task(ask(http)))
+
+    arriving = asyncio.create_task(arrive())
+    reached = await rate(http, seconds)
+    arriving.cancel()
+    statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
+    assert set(statuses) <= {200, 429}, sorted(set(statuses))
+    await idle(http)
+    return reached, statuses.count(429) / len(statuses)
+
+
+async def stampede(http: httpx.AsyncClient, herd: int) -> tuple[float, list[int]]:
+    """All at one moment, each again when it was told to: seconds until the last has its answer, and tries of each."""
+
+    async def persist() -> int:
+        tries = 1
+        while (answer := await ask(http)).status_code == 429:
+            await asyncio.sleep(int(answer.headers["Retry-After"]))
+            tries += 1
+        answer.raise_for_status()
+        return tries
+
+    began = time.perf_counter()
+    tries = await asyncio.gather(*(persist() for _ in range(herd)))
+    return time.perf_counter() - began, tries
+
+
+async def newcomer(http: httpx.AsyncClient) -> tuple[int, float]:
+    """After a crowd that does not come back, one who comes when the backlog has room: its status, and when that was."""
+    crowd = [asyncio.create_task(ask(http)) for _ in range(CROWD)]
+    await asyncio.sleep(1.0)
+    began = time.perf_counter()
+    while (backlog_s := await metric(http, "tminus_backlog_seconds")) > 0.9 * BACKLOG_S:
+        await asyncio.sleep(0.05)
+    assert backlog_s > 0, "the server is not idle yet"
+    waited_s = time.perf_counter() - began
+    answer = await ask(http)
+    await asyncio.gather(*crowd)
+    return answer.status_code, waited_s
+
+
+async def idle(http: httpx.AsyncClient) -> None:
+    """Wait until nothing is left to do."""
+    while await metric(http, "tminus_backlog_seconds"):
+        await asyncio.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""When a refused client is told to come again, and that nobody is refused for the sake of one who was told a time."""
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.errors import Overloaded
+from service.model_info import Limits
+from service.scheduling.admission import Admission
+from service.scheduling.room import SPREAD_S, Line
+from service.scheduling.scheduler import Policy, Scheduler, Sharing
+from service.scheduling.tick_times import TickTimes
+from service.work import Batch, Work
+from tests.service.scheduling.test_admission import LIMITS, make_admission, plain, refusal, wait_of
+
+# --- the line ---
+
+
+def test_each_of_many_refused_at_once_is_told_a_later_time() -> None:
+    admission = make_admission(max_backlog_s=10.0)
+    work = plain(8, 80)  # ten seconds
+    admission.enter("a", work, now_s=0.0)
+    waits = [wait_of(refusal(admission, work)) for _ in range(4)]
+    assert waits == sorted(set(waits))
+    for turn, wait_s in enumerate(waits, 1):
+        assert 10 * turn <= wait_s <= 1.05 * 10 * turn + turn + 1
+
+
+@pytest.mark.parametrize("limits", [{"max_jobs": 4}, {"max_rows": 32}, {"max_backlog_s": 40.0}])
+def test_the_time_told_is_when_there_is_room_by_each_limit(limits: dict[str, float]) -> None:
+    admission, work = make_admission(**limits), plain(8, 80)
+    for name in "abcd":  # ten seconds each, one after the other
+        admission.enter(name, work, now_s=0.0)
+    waits = [wait_of(refusal(admission, work)) for _ in range(3)]
+    for turn, wait_s in enumerate(waits, 1):
+        assert 10 * turn <= wait_s <= 1.05 * 10 * turn + 2
+
+
+def test_work_over_the_backlog_limit_waits_for_an_idle_server() -> None:
+    admission = make_admission(max_backlog_s=10.0)
+    admission.enter("a", plain(8, 70), now_s=0.0)
+    assert 8 <= wait_of(refusal(admission, plain(64, 1000))) <= 11
+
+
+def test_the_line_is_of_a_bounded_length_and_the_rest_is_spread_evenly_in_it() -> None:
+    line = Line()
+    times = [line.next_s(100.0, 10.0) for _ in range(1000)]
+    assert times[:31] == [100.0 + 10 * k for k in range(31)]
+    assert all(100 <= time_s <= 100 + SPREAD_S for time_s in times)
+    in_tenths = Counter(int((time_s - 100) / SPREAD_S * 10) for time_s in times[31:])
+    assert min(in_tenths.values()) > 0.9 * max(in_tenths.values())
+
+
+def test_after_an_idle_moment_nobody_waits_behind_those_who_were_told_a_time() -> None:
+    admission = make_admission(max_backlog_s=10.0)
+    admission.enter("a", plain(8, 80), now_s=0.0)
+    for _ in range(100):
+        refusal(admission, plain(8, 80))
+    admission.leave("a")
+    admission.enter("b", plain(8, 80), now_s=1.0)
+    assert wait_of(refusal(admission, plain(8, 80), now_s=1.0)) <= 12
+
+
+def test_who_asks_again_and_again_without_waiting_costs_others_little() -> None:
+    """Twelve clients once brought an idle server to tell 6,017 seconds."""
+    admission = make_admission(max_backlog_s=10.0)
+    admission.enter("a", plain(8, 80), now_s=0.0)
+    for k in range(5000):
+        refusal(admission, plain(8, 70), now_s=k / 1000)
+    assert wait_of(refusal(admission, plain(8, 70), now_s=5.0)) <= 10 + SPREAD_S
+    admission.leave("a")
+    admission.enter("b", plain(8, 70), now_s=5.0)
+
+
+# --- for every load: the scheduler itself, with a clock of predicted ticks ---
+
+
+@dataclass
+class Outcome:
+    tries: Counter[int] = field(default_factory=Counter)  # of those who were let in, by number of tries
+    waits: list[int] = field(default_factory=list)
+    entered: dict[int, float] = field(default_factory=dict)  # when each request was let in
+    done: list[tuple[float, float]] = field(default_factory=list)  # at the end of each tick, its work in full seconds
+    ended_s: float = 0.0
+
+
+def serve(
+    requests: Sequence[tuple[float, Work]],
+    limits: Limits,
+    points: tuple[tuple[int, float], ...],
+    policy: Policy = "srpt",
+    comes_back: Callable[[int], bool] = lambda _number: True,
+) -> Outcome:
+    """Run requests at their times to the end of all work.
+
+    comes_back: whether a request that was refused is made again when it was told to be.
+    """
+    sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=limits.max_batch // 2)
+    scheduler, times = Scheduler(sharing), TickTimes(points)
+    admission = Admission(limits, sharing)
+    admission.calibrate(points)
+    place_s = times.seconds_per_place(limits.max_batch)
+    coming = [(at_s, number, 1) for number, (at_s, _) in enumerate(requests)]
+    heapq.heapify(coming)
+    outcome, row = Outcome(), 0
+    running: tuple[Batch, float] | None = None  # and when its tick ends
+    while coming or running is not None:
+        if running is not None and (not coming or running[1] <= coming[0][0]):
+            batch, now_s = running
+            admission.stepped({job.job_id: job.places for job in batch.jobs}, batch.places, times.seconds(batch.places))
+            outcome.done.append((now_s, batch.places * place_s))
+            for job_id in scheduler.advance(batch).finished:
+                admission.leave(job_id)
+            running = None
+        else:
+            now_s, number, tries = heapq.heappop(coming)
+            work = requests[number][1]
+            try:
+                admission.enter(str(number), work, now_s=now_s)
+            except Overloaded as error:
+                jobs, rows = len(admission.outlooks()), admission.rows
+                assert jobs > 0, "an idle server takes all"
+                over_backlog = admission.backlog_s + work.places * place_s > limits.max_backlog_s
+                assert over_backlog or jobs == limits.max_jobs or rows + work.rows > limits.max_rows
+                outcome.waits.append(wait_of(error))
+                if comes_back(number):
+                    heapq.heappush(coming, (now_s + wait_of(error), number, tries + 1))
+            else:
+                outcome.tries[tries] += 1
+                outcome.entered[number] = now_s
+                scheduler.add(str(number), range(row, row + work.rows), work)
+                row += work.rows
+            assert len(admission.outlooks()) <= limits.max_jobs
+            assert admission.rows <= limits.max_rows
+        if running is None and (batch := scheduler.next_batch()) is not None:
+            running = (batch, now_s + times.seconds(batch.places))
+    assert (len(admission.outlooks()), admission.rows, admission.backlog_s) == (0, 0, 0)
+    outcome.ended_s = now_s
+    return outcome
+
+
+@st.composite
+def works(draw: st.DrawFn) -> Work:
+    steps = draw(st.integers(1, 50))
+    return Work(draw(st.integers(1, 16)), steps, draw(st.sampled_from([range(0), range(steps), range(steps // 2)])))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> list[tuple[float, Work]]:
+    span_s = draw(st.sampled_from([0, 0, 1, 20]))
+    return [(draw(st.floats(0, 1)) * span_s, work) for work in draw(st.lists(works(), min_size=1, max_size=40))]
+
+
+TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))
+tick_points = st.sampled_from([((8, 1 / 8),), TICKS, ((1, 0.02), (8, 0.022)), ((1, 0.01), (8, 0.08))])
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=60)
+@given(
+    requests(),
+    tick_points,
+    st.sampled_from([{"max_backlog_s": 0.1}, {"max_backlog_s": 2.0}, {"max_jobs": 1}, {"max_jobs": 4, "max_rows": 24}]),
+    st.sampled_from(["srpt", "fcfs"]),
+    st.sampled_from([2, 3, 1000]),
+)
+def test_nobody_is_refused_while_there_is_room_and_who_comes_back_gets_in(
+    load: list[tuple[float, Work]],
+    points: tuple[tuple[int, float], ...],
+    limits: dict[str, float],
+    policy: Policy,
+    leaves: int,
+) -> None:
+    """`serve` checks each refusal. Every so many clients never come back."""
+    held = replace(LIMITS, **{"max_jobs": 1000, "max_rows": 10_000} | limits)  # type: ignore[arg-type]
+    outcome = serve(load, held, points, policy, lambda number: number % leaves != 0)
+    returning = {number for number in range(len(load)) if number % leaves}
+    assert returning <= outcome.entered.keys()
+    places, times = sum(work.places for _, work in load), TickTimes(points)
+    slowest_s = max(places * times.seconds(1), places * times.seconds_per_place(8))
+    assert all(1 <= wait_s <= 1.05 * slowest_s + 20 + SPREAD_S for wait_s in outcome.waits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [1.5, 5.0])
+@pytest.mark.parametrize("share_that_returns", [0.0, 0.5])
+def test_the_server_is_kept_busy_though_the_refused_do_not_return(load: float, share_that_returns: float) -> None:
+    mix = random.Random(1)
+    place_s, time_s = TickTimes(TICKS).seconds_per_place(8), 0.0
+    arrivals: list[tuple[float, Work]] = []
+    while time_s < 60.0:
+        work = plain(mix.choice([1, 2, 4]), mix.choice([20, 20, 50, 100]))
+        time_s += mix.expovariate(load / (100 * place_s))  # the mean of places is a little over 100
+        arrivals.append((time_s, work))
+    returns = [mix.random() < share_that_returns for _ in arrivals]
+    outcome = serve(arrivals, replace(LIMITS, max_backlog_s=5.0), TICKS, comes_back=returns.__getitem__)
+    assert outcome.waits
+    assert sum(work_s for ended_s, work_s in outcome.done if ended_s <= 60.0) >= 0.95 * 60.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "limits",
+    [replace(LIMITS, max_backlog_s=5.0, max_jobs=1000), LIMITS, replace(LIMITS, max_backlog_s=1.0, max_jobs=1000)],
+    ids=["backlog", "jobs", "small backlog"],
+)
+def test_a_herd_that_does_as_told_is_all_in_after_few_tries_and_little_longer_than_the_work_takes(
+    limits: Limits,
+) -> None:
+    mix = random.Random(0)
+    herd = [(0.0, plain(mix.choice([1, 2, 4, 8]), mix.choice([20, 20, 50]))) for _ in range(300)]
+    outcome = serve(herd, limits, TICKS)
+    assert len(outcome.entered) == 300
+    assert median(outcome.tries.elements()) <= 3
+    ideal_s = sum(work.places for _, work in herd) * TickTimes(TICKS).seconds_per_place(limits.max_batch)
+    assert outcome.ended_s <= 1.3 * ideal_s
+
+
+def test_a_newcomer_after_a_crowd_that_left_gets_in_as_soon_as_the_backlog_allows() -> None:
+    crowd = [(0.0, plain(4, 50))] * 100
+    newcomer_s = 4.0
+    limits = replace(LIMITS, max_backlog_s=5.0, max_jobs=1000)
+    outcome = serve([*crowd, (newcomer_s, plain(4, 50))], limits, TICKS, comes_back=lambda _number: False)
+    assert outcome.entered[100] == newcomer_s
+    assert outcome.waits
