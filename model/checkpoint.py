@@ -19,9 +19,14 @@ from model.files import CheckpointError, first_line, read_json, write_atomically
 from model.noise import NoiseConfig
 from model.unet import UNet2D
 from model.unet_config import UNetConfig
-from model.weights import WEIGHTS_NAME, hash_weights, load_state_dict
+from model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32
 
-TMINUS_FILE = "tminus.json"
+TMINUS_FILE, INDEX_FILE = "tminus.json", "model_index.json"
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+LAYOUTS = (
+    "What is served is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
+    f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
+)
 DIFFUSERS_VERSION = "0.30.0"  # what model_index.json declares: the layout has not changed since
 
 
@@ -64,20 +69,18 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _load(folder: Path) -> Checkpoint:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    if not any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: the folder is empty")
+    scheduler_class = _check_layout(folder)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     try:
         unet = UNetConfig.from_dict(read_json(unet_folder / "config.json"))
-        noise = NoiseConfig.from_dict(read_json(_scheduler_file(folder)))
+        noise = NoiseConfig.from_dict(read_json(_scheduler_file(folder)), scheduler_class)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
     labels = _labels(folder / TMINUS_FILE, meta, unet)
     state = load_state_dict(unet_folder)
     _check_shapes(unet_folder, state, unet)
+    state = to_float32(unet_folder, state)
     with torch.device("meta"):
         net = UNet2D(unet)
     net.load_state_dict(state, assign=True)
@@ -95,6 +98,34 @@ def _load(folder: Path) -> Checkpoint:
     weights_hash = hash_weights(state)
     approved = _approved(folder / TMINUS_FILE, meta, weights_hash)
     return Checkpoint(net, noise, labels, weights_hash, name, size_px, approved)
+
+
+def _check_layout(folder: Path) -> str | None:
+    """Say what a path holds that cannot be loaded; returns the scheduler's class, where model_index.json names one."""
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    names = sorted(file.name for file in folder.iterdir())
+    if not names:
+        raise CheckpointError(f"{folder}: the folder is empty")
+    index = read_json(folder / INDEX_FILE) if INDEX_FILE in names else {}
+    pipeline = index.get("_class_name", PIPELINES[0])
+    if pipeline not in PIPELINES:
+        kinds = ", ".join(PIPELINES)
+        raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served; those that are: {kinds}")
+    if not (folder / "unet").is_dir() and "config.json" not in names:
+        raise CheckpointError(f"{folder}: holds {', '.join(names)[:200]}. {LAYOUTS}")
+    if not _scheduler_file(folder).is_file():
+        raise CheckpointError(
+            f"{folder}: a U-Net without a scheduler_config.json, which says how its noise was made. {LAYOUTS}"
+        )
+    entry = index.get("scheduler")
+    if entry is None:
+        return None
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+        raise CheckpointError(f"{folder}: {INDEX_FILE}: scheduler must be [library, class], got {entry!r:.100}")
+    return str(entry[1])
 
 
 def _check_shapes(unet_folder: Path, state: Mapping[str, Tensor], unet: UNetConfig) -> None:
@@ -183,7 +214,7 @@ def save_checkpoint(
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "unet" / "config.json", unet.to_dict())
     write_json(folder / "scheduler" / "scheduler_config.json", noise.to_dict())
-    write_json(folder / "model_index.json", index)
+    write_json(folder / INDEX_FILE, index)
     write_json(folder / TMINUS_FILE, meta)
     weights = folder / "unet" / f"{WEIGHTS_NAME}.safetensors"
     write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))

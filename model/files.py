@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 8 * 2**20
+OFF: tuple[object, ...] = (None, False)  # values by which a field of a newer version says that it is not used
 
 
 class CheckpointError(Exception):
@@ -28,6 +29,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: must hold a JSON object")
     return value
+
+
+def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config of diffusers that count: not those of its own (`_…`), nor those to be left at defaults.
+
+    Raises ValueError where `_use_default_values` is no list of names.
+    """
+    defaulted = config.get("_use_default_values", [])
+    if not isinstance(defaulted, list) or not all(isinstance(name, str) for name in defaulted):
+        raise ValueError(f"_use_default_values must be a list of names, got {defaulted!r:.100}")
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
 
 
 def first_line(error: BaseException) -> str:

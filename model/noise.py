@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.files import OFF, given_fields
+
 log = logging.getLogger(__name__)
 
 MAX_TIMESTEPS = 100_000
@@ -34,6 +36,16 @@ DPM_SOLVER_2M: Mapping[str, Any] = {
     "use_dynamic_shifting": False,
 }
 DIFFUSERS_CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
+SAMPLER_OF_CLASS = {name: sampler for sampler, name in DIFFUSERS_CLASSES.items()} | {
+    "DDPMParallelScheduler": "ddpm",
+    "DDIMParallelScheduler": "ddim",
+}
+# Fields that change no image here: of thresholding, which is refused where it is on; of another tensor library; and of
+# DPM-Solver++(2M) ending at sigma = 0, whose last step is of first order whatever they say.
+WITHOUT_EFFECT = {
+    *("dynamic_thresholding_ratio", "sample_max_value", "tensor_format"),
+    *("lower_order_final", "euler_at_final", "flow_shift", "time_shift_type"),
+}
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -157,13 +169,30 @@ class NoiseConfig:
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, bound: str) -> None:
             if not ok:
-                raise ValueError(f"scheduler config: {field} must be {bound}, got {getattr(self, field)!r}")
+                raise ValueError(f"scheduler config: {field} must be {bound}, got {getattr(self, field)!r:.100}")
 
         def among(field: str, *names: str) -> None:
-            require(getattr(self, field) in names, field, f"among {', '.join(names)}")
+            require(
+                isinstance(getattr(self, field), str) and getattr(self, field) in names,
+                field,
+                f"among {', '.join(names)}",
+            )
 
+        def number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        for field in ("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr"):
+            require(isinstance(getattr(self, field), bool), field, "true or false")
+        for field in ("beta_start", "beta_end", "clip_sample_range"):
+            require(number(getattr(self, field)), field, "a number")
+        for field in ("num_train_timesteps", "steps_offset"):
+            value = getattr(self, field)
+            require(isinstance(value, int) and not isinstance(value, bool), field, "an integer")
+        betas = () if self.trained_betas is None else self.trained_betas
+        numbers = isinstance(betas, tuple) and all(isinstance(beta, (int, float)) for beta in betas)
+        require(numbers, "trained_betas", "a list of numbers or null")
         steps = self.num_train_timesteps
-        require(isinstance(steps, int) and 1 <= steps <= MAX_TIMESTEPS, "num_train_timesteps", f"1..{MAX_TIMESTEPS}")
+        require(1 <= steps <= MAX_TIMESTEPS, "num_train_timesteps", f"1..{MAX_TIMESTEPS}")
         among("beta_schedule", *BETA_SCHEDULES)
         # `learned` is the logarithm of the variance in OpenAI's code and the variance itself in diffusers'.
         variances = "among fixed_small, fixed_large, learned_range (what `learned` holds differs between libraries)"
@@ -183,31 +212,39 @@ class NoiseConfig:
             require(all(beta < 1 for beta in self.trained_betas[:-1]), "trained_betas", "below 1, but for the last")
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "NoiseConfig":
-        """Read a diffusers scheduler_config.json; unknown keys are ignored with a line in the log.
+    def from_dict(cls, config: Mapping[str, Any], class_name: str | None = None) -> "NoiseConfig":
+        """Read a diffusers scheduler_config.json. Raises ValueError for what changes images and is not honoured.
+
+        class_name: of model_index.json, which diffusers believes more than the config's own.
 
         A DPMSolverMultistepScheduler must describe the same solver as dpmpp_2m. Its config has no clip_sample; without
         one x_0 is clipped, as for DDPM: near t = T an error in eps is a hundred times larger in x_0, and without the
         clip DPM-Solver++ gives white and black squares on pixel models. (`"clip_sample": false` turns it off.)
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in config.items():
-            if key in known and key not in config.get("_use_default_values", ()):
+        name = class_name or config.get("_class_name", "DDPMScheduler")
+        sampler = SAMPLER_OF_CLASS.get(name) if isinstance(name, str) else None
+        if sampler is None:
+            raise ValueError(
+                f"scheduler config: {name!r:.100} is not served; those that are: {', '.join(SAMPLER_OF_CLASS)}. If the "
+                "network was trained with the same betas, the config of one of these can take its place"
+            )
+        given = given_fields(config)
+        if "predict_epsilon" in given:  # of 2022, before prediction_type
+            given.setdefault("prediction_type", "epsilon" if given.pop("predict_epsilon") else "sample")
+        values: dict[str, Any] = {"default_sampler": sampler}
+        if sampler == "dpmpp_2m":
+            given = {"timestep_spacing": "linspace"} | given | _dpm_solver_values(given)
+            if given.get("variance_type", "") is None:
+                del given["variance_type"]
+        known = {field.name for field in dataclasses.fields(cls)} - {"default_sampler"}
+        for key, value in given.items():
+            if key in known:
                 values[key] = tuple(value) if isinstance(value, list) else value
-            elif not key.startswith("_"):
-                log.info("scheduler config: key %s=%r is not used", key, value)
-        class_name = str(config.get("_class_name", ""))
-        if "DDIM" in class_name:
-            values["default_sampler"] = "ddim"
-        elif "DPMSolverMultistep" in class_name:
-            values = {"timestep_spacing": "linspace"} | values | _dpm_solver_values(config)
-            if values.get("variance_type") is None:
-                values.pop("variance_type", None)
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"scheduler config: {error}") from error
+            elif value in OFF or key in WITHOUT_EFFECT or (sampler == "dpmpp_2m" and key in DPM_SOLVER_2M):
+                log.info("scheduler config: %s=%r changes nothing", key, value)
+            else:
+                raise ValueError(f"scheduler config: {key}={value!r:.100} is not something {name} is known to have")
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The scheduler_config.json of diffusers' scheduler for the default sampler."""
@@ -242,15 +279,13 @@ class NoiseConfig:
         return NoiseSchedule(rescale_zero_snr(betas) if self.rescale_betas_zero_snr else betas)
 
 
-def _dpm_solver_values(config: Mapping[str, Any]) -> dict[str, Any]:
+def _dpm_solver_values(given: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the fields of a DPMSolverMultistepScheduler. Raises ValueError for another solver than dpmpp_2m."""
-    given = {key: value for key, value in config.items() if key not in config.get("_use_default_values", ())}
     for field, wanted in DPM_SOLVER_2M.items():
         got = given.get(field)
         if got is not None and got != wanted:
             raise ValueError(f"scheduler config: {field} must be {wanted!r} for dpmpp_2m, got {got!r}")
-    values: dict[str, Any] = {"default_sampler": "dpmpp_2m"}
     if given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
         # A dynamic threshold that is at most 1 is the clip to [-1, 1], which this class cannot express otherwise.
-        values |= {"thresholding": False, "clip_sample": True, "clip_sample_range": 1.0}
-    return values
+        return {"thresholding": False, "clip_sample": True, "clip_sample_range": 1.0}
+    return {}

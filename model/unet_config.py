@@ -7,11 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from model.files import OFF, given_fields
 from model.layers import ACTIVATIONS
 
 log = logging.getLogger(__name__)
 
+CLASS_NAME = "UNet2DModel"
 MAX_LAYERS, MAX_BLOCKS = 64, 16  # far above any known net, far below one that takes minutes to build
+MAX_NUMBER = 2**31 - 1  # of anything: what a 32-bit integer holds
+# Fields of training that change nothing of the network: those of the EMA in diffusers' training scripts.
+OF_TRAINING = frozenset(
+    ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+)
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
@@ -58,7 +65,7 @@ class UNetConfig:
                 raise ValueError(f"unet config: {field} must be {bound}, got {getattr(self, field)!r}")
 
         def positive(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_NUMBER
 
         def number(value: object) -> bool:
             return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -121,15 +128,20 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
-        """Read a diffusers config.json: `_` keys are dropped, unknown keys warn, a leading UNetRes is stripped."""
+        """Read a diffusers config.json. A leading UNetRes of a block's name is stripped.
+
+        Raises ValueError for another network than UNet2DModel, and for a field that is not known and not off.
+        """
+        class_name = config.get("_class_name", CLASS_NAME)
+        if class_name != CLASS_NAME:
+            raise ValueError(f"unet config: _class_name must be {CLASS_NAME}, got {class_name!r:.100}")
         known = {field.name for field in dataclasses.fields(cls)}
-        defaulted = set(config.get("_use_default_values", ()))
         values: dict[str, Any] = {}
-        for key, value in config.items():
-            if key.startswith("_") or key in defaulted:
-                continue
+        for key, value in given_fields(config).items():
             if key not in known:
-                log.warning("unet config: unknown key %s=%r is ignored", key, value)
+                if value not in OFF and key not in OF_TRAINING:
+                    raise ValueError(f"unet config: {key}={value!r:.100} is not something UNet2DModel is known to have")
+                log.info("unet config: %s=%r changes nothing", key, value)
                 continue
             if key in ("down_block_types", "up_block_types") and isinstance(value, (list, tuple)):
                 value = [str(name).removeprefix("UNetRes") for name in value]
@@ -141,4 +153,4 @@ class UNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json of diffusers' UNet2DModel."""
-        return {"_class_name": "UNet2DModel", **dataclasses.asdict(self)}
+        return {"_class_name": CLASS_NAME, **dataclasses.asdict(self)}

@@ -13,12 +13,13 @@ from torch import Tensor
 from model.files import CheckpointError, first_line, read_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
-    """Read the weights of a U-Net folder, whole or in shards, with present attention names, as float32.
+    """Read the weights of a U-Net folder, whole or in shards, with present attention names. No value is looked at.
 
-    Raises CheckpointError for missing, truncated, non-finite or unsafe files.
+    Raises CheckpointError for missing, truncated or unsafe files, and for tensors whose values are not in the file.
     """
     state: dict[str, Tensor] = {}
     for file in _weight_files(unet_folder):
@@ -26,11 +27,24 @@ def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(f"{unet_folder}: the weights hold no tensors")
     for key, value in state.items():
-        if not value.is_floating_point():
-            raise CheckpointError(f"{unet_folder}: {key} must be floating point, got {value.dtype}")
+        if value.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise CheckpointError(f"{unet_folder}: {key} must be of {names}, got {value.dtype}")
+        if value.layout != torch.strided or value.device.type != "cpu":
+            kind = value.layout if value.layout != torch.strided else value.device
+            raise CheckpointError(f"{unet_folder}: {key} must hold plain values, got {kind}")
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise CheckpointError(f"{unet_folder}: {key} must hold each of its values, got fewer than {value.numel()}")
+    return rename_attention(state)
+
+
+def to_float32(unet_folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cast weights whose shapes are known to fit. Raises CheckpointError for values that are not finite."""
+    cast = {key: value.to(torch.float32) for key, value in state.items()}
+    for key, value in cast.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f"{unet_folder}: {key} holds NaN or infinite weights")
-    return rename_attention({key: value.to(torch.float32) for key, value in state.items()})
+    return cast
 
 
 _OLD_ATTENTION = re.compile(r"(.*attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")

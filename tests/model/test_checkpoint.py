@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -475,6 +476,25 @@ def unet_config(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "unet" / "config.json", **changes)
 
 
+def model_index(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "model_index.json", **changes)
+
+
+def quiet_csr() -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # torch says that these are new
+        return torch.zeros(8, 9).to_sparse_csr()
+
+
+def bin_with(key: str, value: torch.Tensor) -> Callable[[Path], None]:
+    """The weights as a .bin, with another tensor in it."""
+
+    def damage(folder: Path) -> None:
+        file = as_bin(folder)
+        torch.save(torch.load(file, weights_only=True) | {key: value}, file)
+
+    return damage
+
+
 def scheduler_config(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "scheduler" / "scheduler_config.json", **changes)
 
@@ -484,7 +504,33 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder empty": (lambda f: (shutil.rmtree(f), f.mkdir()), "the folder is empty"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), r"no diffusion_pytorch_model\.safetensors or \.bin"),
     "no config": (lambda f: (f / "unet/config.json").unlink(), r"config\.json: missing"),
-    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), r"scheduler_config\.json: missing"),
+    "no scheduler": (
+        lambda f: shutil.rmtree(f / "scheduler"),
+        r"a U-Net without a scheduler_config\.json.* folder of",
+    ),
+    "a file": (lambda f: (shutil.rmtree(f), f.write_bytes(b"x")), r"a file \(no suffix\)\. .* folder of diffusers"),
+    "something else": (
+        lambda f: (shutil.rmtree(f), f.mkdir(), (f / "model.onnx").touch()),
+        r"holds model\.onnx\. .* folder of diffusers",
+    ),
+    "latent diffusion": (model_index(_class_name="LDMPipeline"), "model_index.json: 'LDMPipeline' is not served"),
+    "Stable Diffusion": (
+        lambda f: (model_index(_class_name="StableDiffusionPipeline")(f), unet_config(cross_attention_dim=768)(f)),
+        "model_index.json: 'StableDiffusionPipeline' is not served; those that are: DDPMPipeline, DDIMPipeline",
+    ),
+    "a pipeline of numbers": (model_index(_class_name=[1]), r"\[1\] is not served"),
+    "a scheduler of numbers": (model_index(scheduler=[1, 2]), r"scheduler must be \[library, class\], got \[1, 2\]"),
+    "another network": (
+        unet_config(_class_name="UNet2DConditionModel"),
+        "_class_name must be UNet2DModel, got",
+    ),
+    "a field that is not honoured": (unet_config(cross_attention_dim=768), "cross_attention_dim=768 is not something"),
+    "defaults of a number": (unet_config(_use_default_values=5), "_use_default_values must be a list of names, got 5"),
+    "channels of four hundred digits": (unet_config(in_channels=10**400), "in_channels must be a positive integer"),
+    "a scheduler that is not served": (
+        lambda f: model_index(scheduler=["diffusers", "ScoreSdeVeScheduler"])(f),
+        "'ScoreSdeVeScheduler' is not served; those that are: DDPMScheduler",
+    ),
     "config not JSON": (lambda f: (f / "unet/config.json").write_text("{'a': 1"), r"config\.json: not JSON"),
     "config not UTF-8": (lambda f: (f / "unet/config.json").write_bytes(b"\xff\xfe{}"), r"config\.json: not JSON"),
     "config too deep": (lambda f: (f / "unet/config.json").write_text("[" * 10**6), r"config\.json: not JSON"),
@@ -505,7 +551,21 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NaN": (nan_weights, r"conv_in\.bias holds NaN or infinite weights"),
     "whole numbers": (
         lambda f: change_weights(f, lambda s: s.update({"conv_in.bias": torch.zeros(8, dtype=torch.int64)})),
-        r"conv_in\.bias must be floating point, got torch\.int64",
+        r"conv_in\.bias must be of float32, .*, got torch\.int64",
+    ),
+    "float8": (
+        lambda f: change_weights(f, lambda s: s.update({"conv_in.bias": torch.zeros(8).to(torch.float8_e4m3fn)})),
+        r"conv_in\.bias must be of float32, .*, got torch\.float8_e4m3fn",
+    ),
+    "one value for forty gigabytes": (
+        bin_with("conv_in.bias", torch.zeros(1).expand(10**10)),
+        r"conv_in\.bias must hold each of its values, got fewer than 10000000000",
+    ),
+    "no values": (bin_with("conv_in.bias", torch.zeros(8, device="meta")), r"must hold plain values, got meta"),
+    "sparse": (bin_with("conv_in.bias", torch.zeros(8).to_sparse()), r"must hold plain values, got torch\.sparse_coo"),
+    "sparse rows": (
+        bin_with("conv_in.weight", quiet_csr()),
+        r"must hold plain values, got torch\.sparse_csr",
     ),
     "key missing": (
         lambda f: change_weights(f, lambda s: s.pop("mid_block.resnets.1.conv2.bias")),
@@ -550,7 +610,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "only 1 or 3 channels in and twice as many out .* variance_type learned_range, got 1 -> 1",
     ),
     "another solver": (
-        scheduler_config(_class_name="DPMSolverMultistepScheduler", solver_order=3),
+        lambda f: (
+            model_index(scheduler=["diffusers", "DPMSolverMultistepScheduler"])(f),
+            scheduler_config(solver_order=3)(f),
+        ),
         "solver_order must be 2 for dpmpp_2m, got 3",
     ),
     "betas": (scheduler_config(trained_betas=[2.0] * 20), r"trained_betas must be numbers in \(0, 1\]"),

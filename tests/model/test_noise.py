@@ -339,10 +339,44 @@ def test_keys_in_use_default_values_revert_to_the_defaults() -> None:
     assert config.beta_end == 0.02
 
 
-def test_unused_key_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+def test_a_field_that_would_change_images_is_refused_and_one_that_is_off_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(ValueError, match="solver_order=2 is not something DDPMScheduler is known to have"):
         NoiseConfig.from_dict({"solver_order": 2})
-    assert "solver_order=2" in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert NoiseConfig.from_dict({"use_sde": False, "sample_max_value": 1.0}) == NoiseConfig()
+    assert "use_sde=False changes nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
+        *("DEISMultistepScheduler", "LMSDiscreteScheduler", "ScoreSdeVeScheduler", "CMStochasticIterativeScheduler"),
+        *("DDIMInverseScheduler", "", 5),
+    ],
+)
+def test_another_scheduler_is_refused_by_name(name: object) -> None:
+    with pytest.raises(ValueError, match="is not served; those that are: DDPMScheduler, DDIMScheduler") as caught:
+        NoiseConfig.from_dict({"_class_name": name})
+    assert repr(name) in str(caught.value)
+
+
+def test_the_class_of_model_index_counts_more_than_the_config_s_own() -> None:
+    config = {"_class_name": "DDPMScheduler", "set_alpha_to_one": False}
+    assert NoiseConfig.from_dict(config).default_sampler == "ddpm"
+    assert NoiseConfig.from_dict(config, "DDIMScheduler").default_sampler == "ddim"
+
+
+def test_the_sampler_is_not_a_field_of_the_config() -> None:
+    with pytest.raises(ValueError, match="default_sampler='ddim' is not something"):
+        NoiseConfig.from_dict({"default_sampler": "ddim"})
+
+
+def test_predict_epsilon_of_old_configs_is_honoured() -> None:
+    assert NoiseConfig.from_dict({"predict_epsilon": True}).prediction_type == "epsilon"
+    assert NoiseConfig.from_dict({"predict_epsilon": False}).prediction_type == "sample"
 
 
 def test_own_betas_are_used_as_they_are() -> None:
@@ -368,7 +402,10 @@ BAD: list[tuple[str, Any]] = [
     ("beta_start", 0.5),
     ("beta_start", math.nan),
     ("trained_betas", [0.1, 0.2]),
-    ("default_sampler", "euler"),
+    ("clip_sample_range", None),
+    ("beta_end", "0.02"),
+    ("clip_sample", "yes"),
+    ("timestep_spacing", ["leading"]),
 ]
 
 

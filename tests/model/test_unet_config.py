@@ -77,11 +77,15 @@ def test_value_of_a_type_nobody_expects_is_a_value_error_too() -> None:
         UNetConfig.from_dict({**SMALL, "block_out_channels": 64})
 
 
-def test_unknown_key_warns_and_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        config = UNetConfig.from_dict({**SMALL, "decay": 0.9999})
+def test_a_field_of_training_or_one_that_is_off_is_logged_and_any_other_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        config = UNetConfig.from_dict({**SMALL, "decay": 0.9999, "cross_attention_dim": None})
     assert config == UNetConfig(**SMALL)
-    assert "unknown key decay=0.9999" in caplog.text
+    assert "decay=0.9999 changes nothing" in caplog.text
+    with pytest.raises(ValueError, match="cross_attention_dim=768 is not something UNet2DModel is known to have"):
+        UNetConfig.from_dict({**SMALL, "cross_attention_dim": 768})
 
 
 def test_underscored_keys_are_dropped_in_silence(caplog: pytest.LogCaptureFixture) -> None:
