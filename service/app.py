@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from service.api import problems
 from service.api.caching import ResultCache
@@ -14,6 +15,7 @@ from service.api.jobs import job_routes
 from service.api.middleware import BodyLimit, RequestContext
 from service.api.multipart import FORM_BYTES
 from service.api.noise import noise_routes
+from service.api.origin import EXPOSED_HEADERS, Doors, Gate
 from service.api.page import page_routes
 from service.api.sample import sample_routes
 from service.api.services import Services
@@ -54,21 +56,21 @@ def create_app(
     tick_times: Sequence[tuple[int, float]],
     sharing: Sharing,
     store: JobStore,
-    allowed_origins: frozenset[str] = frozenset(),
+    doors: Doors | None = None,
 ) -> Application:
     """Build the application around an engine. The worker runs for as long as the app's lifespan.
 
     tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places; store
-    keeps the durable jobs, and is closed with the app; allowed_origins are those whose pages may open WebSockets,
-    beside the server's own.
+    keeps the durable jobs, and is closed with the app; doors say who may ask.
     """
+    doors = doors or Doors()
     services, lifespan = _services(
         engine=engine,
         limits=limits,
         tick_times=tick_times,
         sharing=sharing,
         store=store,
-        allowed_origins=allowed_origins,
+        doors=doors,
     )
     model = engine.info
     app = FastAPI(
@@ -78,6 +80,7 @@ def create_app(
         version="0.1.0",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would name whatever host the request named
     )
     app.include_router(sample_routes(services))
     app.include_router(noise_routes(services))
@@ -91,6 +94,15 @@ def create_app(
     # For the images in it; the rest of a body is held to max_body_bytes in api/request.py.
     larger |= dict.fromkeys(("/sample", "/jobs"), limits.max_edit_bytes)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
+    if doors.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=sorted(doors.origins),
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=list(EXPOSED_HEADERS),
+        )
+    app.add_middleware(Gate, doors=doors, refused=services.metrics.rejected)
     app.add_middleware(RequestContext, observe=services.metrics.requested)
     return Application(app, services.worker, services.streams)
 
@@ -102,7 +114,7 @@ def _services(
     tick_times: Sequence[tuple[int, float]],
     sharing: Sharing,
     store: JobStore,
-    allowed_origins: frozenset[str],
+    doors: Doors,
 ) -> tuple[Services, Lifespan]:
     """Build the parts, and what starts and stops those of them that run."""
     model = engine.info
@@ -137,7 +149,7 @@ def _services(
     services = Services(
         model=model,
         limits=limits,
-        allowed_origins=allowed_origins,
+        doors=doors,
         metrics=metrics,
         worker=worker,
         jobs=Jobs(async_store, worker, standings, lifecycle),

@@ -109,10 +109,16 @@ class Silence(ServiceError):
     refusal = False
 
 
-class ForeignOrigin(ServiceError):
-    """A page of another origin opened a WebSocket. Browsers leave this check to the server."""
+class ForeignHost(ServiceError):
+    """The request names another host than this one, as after DNS rebinding."""
 
-    status, code, title = 403, "foreign_origin", "Pages of this origin may not connect"
+    status, code, title = 403, "foreign_host", "The server is not known by this name"
+
+
+class ForeignOrigin(ServiceError):
+    """A page of another site would start work, change something, or see somebody's jobs."""
+
+    status, code, title = 403, "foreign_origin", "Pages of this origin may not use the server"
 
 
 class TooManyStreams(ServiceError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.api.origin import Doors
 from service.engine.options import LoadOptions
 from service.model_info import Limits
 from service.scheduling.scheduler import Sharing
@@ -17,6 +18,7 @@ from service.scheduling.scheduler import Sharing
 if TYPE_CHECKING:
     from service.engine.loading import Loaded
 
+HOST = re.compile(r"[a-z0-9_.-]+", re.IGNORECASE)
 ORIGIN = re.compile(r"https?://[^\s,/]+", re.IGNORECASE)
 
 
@@ -77,9 +79,13 @@ class Settings(BaseSettings):
         description="WebSockets and event streams open at once from one address; all clients of a proxy count as one "
         "address unless it sends X-Forwarded-For",
     )
-    allowed_origins: str = Field(
+    allowed_hosts: str = Field(
         "",
-        description="origins, joined by commas, whose pages may open WebSockets here beside the server's own; * is any",
+        description="names, joined by commas, by which the server may be addressed, beside localhost and IP addresses; "
+        "* is any",
+    )
+    allowed_origins: str = Field(
+        "", description="origins, joined by commas, whose pages may use the server beside its own; * is any"
     )
     max_rows: int | None = Field(
         None, ge=4, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"
@@ -106,6 +112,13 @@ class Settings(BaseSettings):
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
     )
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, value: str) -> str:
+        if value != "*" and not all(HOST.fullmatch(host.strip()) for host in value.split(",") if host.strip()):
+            raise ValueError("must be names such as diffusion.example, by commas, or *")
+        return value
 
     @field_validator("allowed_origins")
     @classmethod
@@ -151,6 +164,10 @@ class Settings(BaseSettings):
         """How the scheduler gives out the places of a tick."""
         return Sharing.of(loaded.max_batch, policy=self.policy, short_batch=loaded.short_batch)
 
-    def origins(self) -> frozenset[str]:
-        """allowed_origins one by one, in lower case as browsers send them."""
-        return frozenset(origin.strip().lower() for origin in self.allowed_origins.split(",") if origin.strip())
+    def doors(self) -> Doors:
+        """Who may ask: allowed_hosts with the name to listen on, and allowed_origins, in lower case as browsers do."""
+        hosts, origins = (
+            frozenset(each.strip().lower() for each in given.split(",") if each.strip())
+            for given in (f"{self.allowed_hosts},{self.host}", self.allowed_origins)
+        )
+        return Doors(hosts, origins)

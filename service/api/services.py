@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass
 
 from service.api.caching import ResultCache
+from service.api.origin import Doors
 from service.api.stream_limits import Streams
 from service.images.decoder import Decoder
 from service.images.encoder import Encoder
@@ -21,7 +22,7 @@ class Services:
 
     model: ModelInfo
     limits: Limits
-    allowed_origins: frozenset[str]  # whose pages may open WebSockets, beside the server's own; "*" is any
+    doors: Doors
     metrics: Metrics
     worker: Worker
     jobs: Jobs

@@ -19,7 +19,7 @@ from service.api.request import from_body
 from service.api.schemas import SampleRequest
 from service.api.services import Services
 from service.api.submission import to_job
-from service.errors import BodyTooLarge, ForeignOrigin, JobCancelled, MalformedMessage, ServiceError, Silence, short
+from service.errors import BodyTooLarge, JobCancelled, MalformedMessage, ServiceError, Silence
 from service.images.encoder import PNG
 from service.model_info import ModelInfo
 from service.preview import Frame, Watch
@@ -42,7 +42,7 @@ def stream_routes(services: Services) -> APIRouter:
     @router.websocket("/sample/stream")
     async def stream(ws: WebSocket) -> None:
         try:
-            _check_origin(ws, services.allowed_origins)
+            services.doors.check(ws.scope)
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
                 await _Stream(services, ws).serve()
@@ -51,18 +51,6 @@ def stream_routes(services: Services) -> APIRouter:
             await ws.send_denial_response(render(refusal))
 
     return router
-
-
-def _check_origin(ws: WebSocket, allowed: frozenset[str]) -> None:
-    """Refuse pages of other sites: a browser would let them connect. Clients that are not browsers send no Origin.
-
-    The scheme is not compared: a proxy that ends TLS would hide it.
-    """
-    origin = ws.headers.get("origin")
-    if origin is None or "*" in allowed or origin.lower() in allowed:
-        return
-    if origin.partition("://")[2].lower() != ws.headers.get("host", "").lower():
-        raise ForeignOrigin(f"pages of {short(origin)} may not connect here", field="Origin", value=origin)
 
 
 @dataclass(frozen=True, slots=True)

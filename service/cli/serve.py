@@ -58,7 +58,7 @@ def serve(**flags: Any) -> None:
         fail(f"--state-dir (TMINUS_STATE_DIR): {error}")
     log_model(engine.info)
     stopped_well = run_server(
-        create_app(engine, limits, loaded.tick_times, sharing, store, settings.origins()),
+        create_app(engine, limits, loaded.tick_times, sharing, store, settings.doors()),
         listener,
         grace_s=settings.grace_s,
         log_level=settings.log_level,

@@ -17,6 +17,7 @@ from model.checkpoint import Checkpoint, Labels
 from model.noise import NoiseConfig
 from model.unet import UNet2D
 from model.weights import hash_weights
+from service.api.origin import Doors
 from service.app import create_app
 from service.engine.executors import Executor
 from service.jobs.sqlite_store import SqliteStore
@@ -92,15 +93,15 @@ class Site:
         limits: Limits,
         tick_times: Sequence[tuple[int, float]],
         policy: Policy = "srpt",
-        allowed_origins: frozenset[str] = frozenset(),
+        doors: Doors | None = None,
         state_file: Path | None = None,
     ) -> None:
         self.engine = FakeEngine(info)
         sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=max(2, limits.max_batch // 2))
         store = SqliteStore(state_file)
-        application = create_app(self.engine, limits, tick_times, sharing, store, allowed_origins)
+        application = create_app(self.engine, limits, tick_times, sharing, store, doors)
         self.app, self.worker, self.streams = application.app, application.worker, application.streams
-        self.client = TestClient(self.app, raise_server_exceptions=False)
+        self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:
         wait_until(lambda: self.worker.ready)

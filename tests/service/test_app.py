@@ -33,7 +33,9 @@ def test_the_real_engine_serves_what_it_samples_without_a_server(tiny: Checkpoin
     expected = sample_locally(make_engine(), spec, 8, lambda rows: None)
     limits = replace(LIMITS, max_rows=16, max_jobs=4)
     sharing, store = Sharing.of(limits.max_batch), SqliteStore(None)
-    with TestClient(create_app(make_engine(), limits, ((1, 0.001),), sharing, store).app) as client:
+    with TestClient(
+        create_app(make_engine(), limits, ((1, 0.001),), sharing, store).app, base_url="http://localhost"
+    ) as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         body = {"n": 3, "steps": 8, "seed": 3, "guidance": 2, "class_label": ["cat", 1, "2"]}
         response = client.post("/sample", json=body)

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from service.api.origin import Doors
 from service.cli import main as cli
 from service.engine.loading import Loaded
 from service.engine.options import LoadOptions
@@ -34,6 +35,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_jobs": ("11", 11),
     "max_connections": ("99", 99),
     "max_streams_per_address": ("17", 17),
+    "allowed_hosts": ("a.example,b", "a.example,b"),
     "allowed_origins": ("https://a.example,https://b.example:8080", "https://a.example,https://b.example:8080"),
     "max_rows": ("13", 13),
     "max_backlog_s": ("1.5", 1.5),
@@ -57,6 +59,7 @@ OTHER = {
     "exact": "true",
     "policy": "srpt",
     "cache_dir": "elsewhere",
+    "allowed_hosts": "*",
     "allowed_origins": "*",
     "state_dir": "elsewhere",
     "log_level": "error",
@@ -85,6 +88,8 @@ BAD = [
     ("result_cache_mb", "-1"),
     ("result_cache_mb", "65537"),
     ("result_cache_mb", "much"),
+    ("allowed_hosts", "http://studio.example"),
+    ("allowed_hosts", "a b"),
     ("allowed_origins", "studio.example"),
     ("allowed_origins", "https://studio.example/"),
     ("allowed_origins", "https://a.example https://b.example"),
@@ -170,11 +175,11 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             tick_times: tuple[tuple[int, float], ...],
             sharing: Sharing,
             store: str,
-            allowed_origins: frozenset[str],
+            doors: Doors,
         ) -> str:
             assert store == "the store"
             served.update(limits=limits, sharing=sharing, policy=sharing.policy)
-            served.update(tick_times=tick_times, allowed_origins=allowed_origins)
+            served.update(tick_times=tick_times, allowed_origins=doors.origins, allowed_hosts=doors.hosts)
             return "the app"
 
         def open_store(state_dir: str, weights_hash: str) -> str:
@@ -205,6 +210,8 @@ def arrived(served: Served, name: str) -> Any:
         return getattr(served["limits"], name)
     if name == "allowed_origins":
         return ",".join(sorted(served[name]))
+    if name == "allowed_hosts":  # the name to listen on is one of them
+        return ",".join(sorted(served[name] - {served["host"]}))
     if name == "short_batch":
         return served["sharing"].short_batch
     if name == "keep_jobs_mb":
@@ -296,6 +303,11 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
 def test_origins_are_compared_as_browsers_write_them(serve: Serve) -> None:
     _, served = serve("--allowed-origins", " https://A.example , HTTP://b.example:8080,")
     assert served["allowed_origins"] == {"https://a.example", "http://b.example:8080"}
+
+
+def test_hosts_are_compared_without_case_and_the_name_to_listen_on_is_one(serve: Serve) -> None:
+    _, served = serve("--allowed-hosts", "Diffusion.example, other", "--host", "Studio.local")
+    assert served["allowed_hosts"] == {"diffusion.example", "other", "studio.local"}
 
 
 def test_no_request_is_larger_than_the_rows_held(serve: Serve) -> None:

@@ -122,7 +122,7 @@ def test_a_colour_model_gives_colour(make_site: MakeSite) -> None:
 def real(tiny: Checkpoint) -> Iterator[TestClient]:
     engine = Engine(tiny, EagerExecutor(tiny.net, torch.device("cpu")), torch.device("cpu"), max_rows=8, max_jobs=4)
     made = create_app(engine, replace(LIMITS, max_rows=8), ((1, 1e-6), (8, 1e-6)), Sharing.of(8), SqliteStore(None))
-    with TestClient(made.app) as client:
+    with TestClient(made.app, base_url="http://localhost") as client:
         wait_until(lambda: made.worker.ready)
         yield client
 
