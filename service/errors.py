@@ -183,9 +183,18 @@ class NotReady(ServiceError):
 
     status, code, title = 503, "not_ready", "The model is not ready yet"
 
-    def __init__(self) -> None:
-        super().__init__("the server is warming up; try again in a moment")
+    def __init__(self, detail: str = "the server is warming up; try again in a moment") -> None:
+        super().__init__(detail)
         self.headers["Retry-After"] = "1"
+
+
+class Stalled(ServiceError):
+    """A step has not ended for far longer than it should take. Nothing can end it but the end of the process."""
+
+    status, code, title = 503, "stalled", "A step of the model does not end"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"a step has been running for {seconds:.0f} s; the server must be restarted")
 
 
 class Draining(ServiceError):
@@ -220,6 +229,12 @@ class DeadlinePassed(ServiceError):
 
     status, code, title = 504, "deadline_passed", "The deadline passed"
     refusal = False
+
+    @classmethod
+    def of(cls, deadline_s: float) -> "DeadlinePassed":
+        """Name the deadline of a job that ran."""
+        detail = f"deadline_s={deadline_s:g} passed before the job was done"
+        return cls(detail, field="deadline_s", value=deadline_s, bound="a longer time")
 
 
 class StorageFailed(ServiceError):

@@ -6,19 +6,20 @@ is missing if they change.
 """
 
 import logging
+import os
 import resource
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 
-from service.api.stream_limits import Streams
 from service.api.websocket_protocol import stream_protocol
 from service.app import Application
-from service.worker.worker import Worker
+from service.starting import Starting
 
 log = logging.getLogger(__name__)
 
@@ -32,35 +33,34 @@ ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
 class Server(uvicorn.Server):
     """A uvicorn server that goes on answering until the worker has ended: drained after a signal, or crashed."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, streams: Streams, grace_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, starting: Starting, grace_s: float) -> None:
         super().__init__(config)
-        self._worker, self._streams = worker, streams
-        self._give_up = threading.Timer(grace_s, worker.close)
+        self._starting = starting
+        self._give_up = threading.Timer(grace_s, self._close_worker)
         self._give_up.daemon = True
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as uvicorn does, and from then on watch the worker."""
-        await super().startup(sockets)
-        threading.Thread(target=self._stop_after_worker, name="tminus-watch", daemon=True).start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the jobs of WebSockets, then stop as uvicorn does, which waits only for the answers to requests."""
-        if not self.force_exit:
-            await self._streams.quiet(ANSWER_S)
+        self._give_up.cancel()
+        application = self._starting.application
+        if application is not None and not self.force_exit:
+            await application.streams.quiet(ANSWER_S)
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take no more work and start the grace period; a second signal stops at once."""
-        if self._worker.draining:
+        """Take no more work and start the grace period; a second signal, or one before there is work, stops at once."""
+        application = self._starting.application
+        if application is None or application.worker.draining:
             super().handle_exit(sig, frame)
         else:
-            self._worker.drain()
+            application.worker.drain()
             self._give_up.start()
 
-    def _stop_after_worker(self) -> None:
-        self._worker.join()
-        self._give_up.cancel()
-        self.should_exit = True
+    def _close_worker(self) -> None:
+        application = self._starting.application
+        assert application is not None
+        if not application.worker.close():  # a step hangs: nothing that waits for it will ever end
+            self.should_exit = True
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -85,7 +85,7 @@ def _allow_files(count: int) -> None:
 
 
 def serve(
-    application: Application,
+    build: Callable[[], Application],
     listener: socket.socket,
     *,
     grace_s: float,
@@ -93,9 +93,13 @@ def serve(
     max_connections: int,
     max_message_bytes: int,
 ) -> bool:
-    """Serve until SIGTERM or SIGINT; True if that is how it ended, False if the worker crashed."""
+    """Listen at once, build the application, serve until SIGTERM or SIGINT. True if that is how it ended.
+
+    Raises what building raised. False: the worker crashed, or hangs in a step.
+    """
+    starting = Starting(build, lambda: setattr(server, "should_exit", True))
     config = uvicorn.Config(
-        application.app,
+        starting,
         log_level=log_level,
         log_config=None,
         access_log=False,
@@ -111,7 +115,7 @@ def serve(
     _allow_files(max_connections)
     # The worker needs the interpreter for a moment after each pass; the other threads may keep it no longer than this.
     sys.setswitchinterval(SWITCH_S)
-    server = Server(config, application.worker, application.streams, grace_s)
+    server = Server(config, starting, grace_s)
     # These stop uvicorn until it installs its own handlers. When it has stopped it raises the signal again, which must
     # have no effect: to stop when asked is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -120,4 +124,12 @@ def serve(
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     server.run([listener])
-    return not application.worker.crashed
+    if starting.failure is not None:
+        raise starting.failure
+    worker = starting.application.worker if starting.application is not None else None
+    if worker is None or worker.hangs:
+        # A thread that measures, or a step that hangs, cannot be ended from outside, and the interpreter would wait.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(0 if worker is None else 1)
+    return not worker.crashed

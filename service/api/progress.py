@@ -2,9 +2,11 @@
 
 import asyncio
 
+from service.errors import DeadlinePassed
 from service.jobs.standings import Standings
 from service.work import JobResult, Ticket
 
+LATE_S = 2.0  # after a deadline, for the worker to say that it has passed
 RECOUNT_S = 5.0  # until a job's forecast is asked for again
 
 
@@ -26,11 +28,23 @@ class Countdown:
         return max(0.0, self._eta_s - (self._loop.time() - self._asked_s))
 
 
-def result_of(ticket: Ticket) -> "asyncio.Future[JobResult]":
-    """The result of an accepted job. Its error may go unread: a client that has gone does not wait for it."""
-    result = asyncio.ensure_future(asyncio.wrap_future(ticket.future))
+def result_of(ticket: Ticket, deadline_s: float | None) -> "asyncio.Future[JobResult]":
+    """The result of an accepted job. Its error may go unread: a client that has gone does not wait for it.
+
+    The worker ends a job whose deadline passes; where it hangs in a step, this does, a little later.
+    """
+    result = asyncio.ensure_future(_result(ticket, deadline_s))
     result.add_done_callback(_retrieve)
     return result
+
+
+async def _result(ticket: Ticket, deadline_s: float | None) -> JobResult:
+    try:
+        async with asyncio.timeout(None if deadline_s is None else deadline_s + LATE_S):
+            return await asyncio.wrap_future(ticket.future)
+    except TimeoutError:
+        assert deadline_s is not None
+        raise DeadlinePassed.of(deadline_s) from None
 
 
 def _retrieve(result: "asyncio.Future[JobResult]") -> None:

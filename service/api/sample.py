@@ -20,7 +20,7 @@ from service.images.animation import WEBP_VERSION
 from service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
 from service.model_info import ModelInfo
 from service.spec import Inputs, SampleSpec
-from service.work import JobResult, Ticket
+from service.work import JobResult
 from service.worker.recording import Recording, frame_count
 from service.worker.worker import Worker
 
@@ -164,7 +164,7 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
     job_id, loop, made = uuid.uuid4().hex, asyncio.get_running_loop(), job.answer
     with services.recordings.taken(made.held_bytes):
         ticket = services.worker.submit(job_id, made.spec, job.deadline_s, inputs=job.inputs, recording=made.recording)
-        result = await _finished_or_gone(request, services.worker, job_id, ticket)
+        result = await _finished_or_gone(request, services.worker, job_id, result_of(ticket, job.deadline_s))
         started_s = loop.time()
         content = await made.encode(services.encoder, result)
         encode_s = loop.time() - started_s
@@ -181,9 +181,10 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
     return Response(content, headers=headers, media_type=made.media_type)
 
 
-async def _finished_or_gone(request: Request, worker: Worker, job_id: str, ticket: Ticket) -> JobResult:
+async def _finished_or_gone(
+    request: Request, worker: Worker, job_id: str, done: "asyncio.Future[JobResult]"
+) -> JobResult:
     """Wait for a job; a client that goes away frees its rows at the next tick."""
-    done = result_of(ticket)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         waited: set[asyncio.Future[Any]] = {done, gone}

@@ -137,7 +137,7 @@ class _Stream:
         mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
         watch = Watch(asked.preview.pace, asked.preview.shows, mailbox.put)
         ticket = self._services.worker.submit(job_id, asked.spec, asked.deadline_s, watch, inputs=asked.inputs)
-        done = result_of(ticket)
+        done = result_of(ticket, asked.deadline_s)
         tasks = [listening := asyncio.ensure_future(self._listen())]
         try:
             await self._send(_accepted_message(job_id, asked.spec, ticket, self._services.model))

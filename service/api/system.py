@@ -6,7 +6,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from service.api import problems
 from service.api.answers import ModelAnswer, ScheduleAnswer, StatusAnswer
 from service.api.services import Services
-from service.errors import Draining, EngineFailed, NotReady
+from service.errors import Draining, EngineFailed, NotReady, Stalled
 from service.worker.worker import CRASHED, Worker
 
 
@@ -43,12 +43,16 @@ def system_routes(services: Services) -> APIRouter:
 def _alive(worker: Worker) -> StatusAnswer | Response:
     if worker.crashed:
         return problems.render(EngineFailed(CRASHED))
+    if stalled_s := worker.stalled_s:
+        return problems.render(Stalled(stalled_s))
     return StatusAnswer(status="alive")
 
 
 def _ready(worker: Worker) -> StatusAnswer | Response:
     if worker.crashed:
         return problems.render(EngineFailed(CRASHED))
+    if stalled_s := worker.stalled_s:
+        return problems.render(Stalled(stalled_s))
     if worker.draining:
         return problems.render(Draining())
     return StatusAnswer(status="ready") if worker.ready else problems.render(NotReady())

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from service.cli.loading import load
+from service.cli.loading import read
 from service.cli.output import fail
+from service.model_info import max_edit_bytes
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from service.app import Application
     from service.model_info import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -42,29 +44,44 @@ def serve(**flags: Any) -> None:
     log.debug("loading %s", settings.checkpoint)
 
     from service.app import create_app
+    from service.engine.loading import prepare_engine
     from service.jobs.sqlite_store import open_store
     from service.server import bind
     from service.server import serve as run_server
 
-    try:  # before the model loads, so that a port that is taken is found out at once
+    try:  # what can be found out at once is, before anything is measured
         listener = bind(settings.host, settings.port)
     except (OSError, UnicodeError) as error:
         fail(f"cannot listen on {settings.host}:{settings.port}: {error}")
-    loaded = load(settings.load_options())
-    engine, limits, sharing = loaded.engine, settings.limits(loaded), settings.sharing(loaded)
+    options = settings.load_options()
+    checkpoint = read(options)
     try:
-        store = open_store(settings.state_dir, engine.info.weights_hash)
+        store = open_store(settings.state_dir, checkpoint.weights_hash)
     except ValueError as error:
         fail(f"--state-dir (TMINUS_STATE_DIR): {error}")
-    log_model(engine.info)
-    stopped_well = run_server(
-        create_app(engine, limits, loaded.tick_times, sharing, store, settings.doors()),
-        listener,
-        grace_s=settings.grace_s,
-        log_level=settings.log_level,
-        max_connections=settings.max_connections,
-        max_message_bytes=limits.max_edit_bytes,
-    )
+
+    def build() -> "Application":
+        """Measure, and put the parts together. The app closes the store."""
+        try:
+            loaded = prepare_engine(checkpoint, options)
+        except Exception:
+            store.close()
+            raise
+        log_model(loaded.engine.info)
+        limits, sharing = settings.limits(loaded), settings.sharing(loaded)
+        return create_app(loaded.engine, limits, loaded.tick_times, sharing, store, settings.doors())
+
+    try:
+        stopped_well = run_server(
+            build,
+            listener,
+            grace_s=settings.grace_s,
+            log_level=settings.log_level,
+            max_connections=settings.max_connections,
+            max_message_bytes=max_edit_bytes(settings.max_body_bytes, settings.max_image_bytes),
+        )
+    except ValueError as error:
+        fail(str(error))
     if not stopped_well:
         fail("the worker crashed; the log says why")
 

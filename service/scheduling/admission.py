@@ -103,6 +103,12 @@ class Admission:
         return server.load.places * server.tick_times.seconds_per_place(self._limits.max_batch)
 
     @property
+    def longest_tick_s(self) -> float:
+        """Predicted seconds of a full tick."""
+        with self._lock:
+            return self._tick_times.seconds(self._limits.max_batch)
+
+    @property
     def rows(self) -> int:
         """Rows accepted and not yet delivered."""
         return self._now().load.rows

@@ -56,6 +56,7 @@ class Loop:
         # Those of the last tick, or the one accepted last; after a crash, the possible causes.
         self.current_jobs: frozenset[str] = frozenset()
         self.rows_active = 0  # rows in the last tick, 0 when idle
+        self.tick_began_s: float | None = None  # while a tick runs
 
     @property
     def has_work(self) -> bool:
@@ -101,7 +102,7 @@ class Loop:
 
     def _refuse(self, job: RunningJob, error: ServiceError) -> None:
         self._leave(job)
-        job.future.set_exception(error)
+        job.fail(error)
 
     def run(self, act: Callable[[RowEngine], Result], future: "Future[Result]") -> None:
         """Do something short with the engine; the future, which is running, gets the result."""
@@ -132,7 +133,7 @@ class Loop:
         else:
             self._metrics.job_given_up(reason, saved)
             log.info("job %s given up (%s), %d row-steps saved", job_id, reason, saved)
-        job.future.set_exception(error)
+        job.fail(error)
 
     # --- the end ---
 
@@ -158,9 +159,8 @@ class Loop:
         """Give up the jobs whose deadline has passed."""
         for job_id in self._deadlines.passed(self._clock()):
             if (job := self._jobs.get(job_id)) is not None:
-                detail = f"deadline_s={job.deadline_s:g} passed before the job was done"
-                error = DeadlinePassed(detail, field="deadline_s", value=job.deadline_s, bound="a longer time")
-                self.give_up(job_id, error, "deadline")
+                assert job.deadline_s is not None
+                self.give_up(job_id, DeadlinePassed.of(job.deadline_s), "deadline")
 
     def tick(self) -> None:
         """Step the next batch, if there is one, and do what follows from it."""
@@ -192,9 +192,13 @@ class Loop:
     def _step(self, batch: Batch, jobs: Sequence[RunningJob]) -> frozenset[int] | None:
         """Step a batch; returns the rows that are not finite, or None if it failed and its jobs are given up."""
         with self._giving_up(jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows)):
-            self._engine.step(batch)
-            self._engine.wait()
-            return frozenset(self._engine.broken(batch.rows))
+            self.tick_began_s = self._clock()
+            try:
+                self._engine.step(batch)
+                self._engine.wait()
+                return frozenset(self._engine.broken(batch.rows))
+            finally:
+                self.tick_began_s = None
         return None
 
     def _count(self, batch: Batch, jobs: Sequence[RunningJob], seconds: float) -> None:
@@ -251,7 +255,7 @@ class Loop:
         self._metrics.job_done(job.spec.n)
         queue_s, denoise_s = job.started_s - job.submitted_s, now_s - job.started_s
         log.info("job %s done: queued %.3f s, denoised %.3f s", job.id, queue_s, denoise_s)
-        job.future.set_result(JobResult(read, queue_s, job.first_step_s, denoise_s))
+        job.finish(JobResult(read, queue_s, job.first_step_s, denoise_s))
 
     # --- for all of these ---
 

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from service.engine.protocol import RowEngine
@@ -40,6 +41,16 @@ class RunningJob:
 
     def __post_init__(self) -> None:
         self.steps_taken = self.steps_kept = sum(self.first_steps)
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error, unless its client was answered while the worker hung."""
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+    def finish(self, result: JobResult) -> None:
+        """End it with its images, unless its client was answered while the worker hung."""
+        with suppress(InvalidStateError):
+            self.future.set_result(result)
 
     @property
     def first_steps(self) -> Sequence[int]:

@@ -9,12 +9,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from typing import TypeVar
 
 from service.engine.protocol import RowEngine
-from service.errors import Draining, EngineFailed, JobCancelled, NotReady, ServiceError
+from service.errors import Draining, EngineFailed, JobCancelled, NotReady, ServiceError, Stalled
 from service.metrics import Metrics
 from service.preview import Watch
 from service.scheduling.admission import Admission
@@ -29,6 +28,8 @@ from service.worker.snapshot_pace import Keeper
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+STALL_S, STALL_TICKS = 60.0, 20.0  # a tick that takes longer than both has stalled: the server is not ready
+CLOSE_S = 10.0  # for the tick that runs to end, when the worker is closed
 CRASHED = "the worker has stopped; the server's log says why"
 
 
@@ -67,7 +68,7 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether the warm-up is over and jobs are accepted."""
-        return self._ready.is_set() and self.alive and not self._draining.is_set()
+        return self._ready.is_set() and self.alive and not self._draining.is_set() and not self.stalled_s
 
     @property
     def draining(self) -> bool:
@@ -168,6 +169,8 @@ class Worker:
             raise Draining
         if not self._ready.is_set():
             raise NotReady
+        if stalled_s := self.stalled_s:
+            raise Stalled(stalled_s)
 
     def statuses(self) -> list[JobStatus]:
         """Every job that is waiting or running, in order of arrival, with its position and when it should be done."""
@@ -215,13 +218,30 @@ class Worker:
         """Wait until the thread has ended: drained, closed or crashed."""
         self._thread.join()
 
-    def close(self) -> None:
-        """Give up what is left and end the thread."""
+    def close(self) -> bool:
+        """Give up what is left and end the thread; False if it hangs in a step, and goes on hanging."""
         self._draining.set()
         self._closed.set()
         self._commands.put(lambda: None)  # wakes it if it sleeps
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_S)
+        if self.hangs:
+            self._answer_all(Draining())
+        return not self.hangs
+
+    @property
+    def hangs(self) -> bool:
+        """Whether it was closed and its thread still runs."""
+        return self._closed.is_set() and self._thread.is_alive()
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long a tick has run that is far over its time; 0.0 where none is."""
+        began_s = self._loop.tick_began_s
+        if began_s is None:
+            return 0.0
+        took_s = self._clock() - began_s
+        return took_s if took_s > max(STALL_S, STALL_TICKS * self._admission.longest_tick_s) else 0.0
 
     # --- in the worker's thread ---
 
@@ -238,7 +258,7 @@ class Worker:
                 if not self._closed.is_set():
                     loop.tick()
             failure: ServiceError = Draining()
-        except Exception:
+        except BaseException:  # also SystemExit, which would end the thread and nothing else
             log.exception("the worker stopped")
             self._jobs_of_the_crash = loop.current_jobs
             failure = EngineFailed(CRASHED)
@@ -246,7 +266,8 @@ class Worker:
             self._crashed = isinstance(failure, EngineFailed)
             drained = not self._crashed and not self._closed.is_set()
             self._closed.set()
-        if self._crashed:
+        if self._crashed:  # the engine is not to be trusted any more, but every job gets an answer
+            self._loop.abandon()
             self._answer_all(failure)
         self._take_commands(wait=False)
         if drained:  # a durable job may have been queued since the last look
@@ -266,7 +287,7 @@ class Worker:
             command()
 
     def _accept(self, job: RunningJob) -> None:
-        if not self._crashed:  # or else the job has its answer
+        if not self._crashed and not job.future.done():  # or else the job has its answer
             self._loop.accept(job)
 
     def _act(self, act: Callable[[RowEngine], Result], future: "Future[Result]") -> None:
@@ -279,13 +300,11 @@ class Worker:
 
     def _remove(self, job_id: str) -> None:
         with self._gate:
-            del self._jobs[job_id]
+            self._jobs.pop(job_id, None)  # it is not here if its client was answered while the worker hung
 
     def _answer_all(self, failure: ServiceError) -> None:
-        """After a crash: the engine is not to be trusted any more, but every job gets an answer."""
-        self._loop.abandon()
+        """End every job for its clients, without a call of the engine."""
         with self._gate:
             jobs, self._jobs = self._jobs, {}
         for job in jobs.values():
-            with suppress(InvalidStateError):  # its caller cancelled it before it was taken up
-                job.future.set_exception(failure)
+            job.fail(failure)

@@ -84,6 +84,9 @@ def tiny(make_checkpoint: MakeCheckpoint) -> Checkpoint:
     return make_checkpoint()
 
 
+TEST_HOSTS = frozenset({"testserver"})  # as WebSockets of Starlette's client call it
+
+
 class Site:
     """An app on a fake engine, its lifespan running, asked in process."""
 
@@ -99,7 +102,7 @@ class Site:
         self.engine = FakeEngine(info)
         sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=max(2, limits.max_batch // 2))
         store = SqliteStore(state_file)
-        application = create_app(self.engine, limits, tick_times, sharing, store, doors)
+        application = create_app(self.engine, limits, tick_times, sharing, store, doors or Doors(TEST_HOSTS))
         self.app, self.worker, self.streams = application.app, application.worker, application.streams
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)
 

@@ -18,7 +18,7 @@ MODEL = sorted((ROOT / "model").glob("**/*.py"))
 # stand at the top of service/, the words that everybody uses and the app that puts the parts together.
 LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "api", "app", "cli")
 WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "spec", "work"}
-APP = {"app", "server", "settings"}
+APP = {"app", "server", "settings", "starting"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 PURE_MODEL = {"model", "model.timesteps"}  # what of model/ needs no torch, and may be asked for anywhere
 MAY_RENDER_HTTP = {"service.api.problems"}

@@ -6,13 +6,15 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
 
 import pytest
 import uvicorn
+from fastapi import FastAPI, Response
 
 from service.api.stream_limits import Streams
+from service.app import Application
 from service.server import Server, bind
+from service.starting import Starting
 from tests.service.fakes import PATIENCE_S, wait_until
 
 CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/server.py extends: "
@@ -31,15 +33,19 @@ class FakeWorker:
     def join(self) -> None:
         self.ended.wait(PATIENCE_S)
 
-    def close(self) -> None:
+    ready, alive, hangs, crashed = True, True, False, False
+
+    def close(self) -> bool:
         self.closed = True
-        self.ended.set()
+        if not self.hangs:
+            self.ended.set()
+        return not self.hangs
 
 
-async def app(scope: Any, receive: Any, send: Any) -> None:
-    assert scope["type"] == "http"
-    await send({"type": "http.response.start", "status": 204, "headers": []})
-    await send({"type": "http.response.body"})
+def make_app() -> FastAPI:
+    app = FastAPI()
+    app.get("/")(lambda: Response(status_code=204))
+    return app
 
 
 class Running:
@@ -49,11 +55,12 @@ class Running:
         self.listener = bind("127.0.0.1", 0)
         self.listener.listen()
         self.worker, self.streams = FakeWorker(), Streams(8, 8)
-        config = uvicorn.Config(app, lifespan="off", log_config=None)
-        self.server = Server(config, self.worker, self.streams, grace_s)  # type: ignore[arg-type]
+        application = Application(make_app(), self.worker, self.streams)  # type: ignore[arg-type]
+        self.starting = Starting(lambda: application, lambda: setattr(self.server, "should_exit", True))
+        self.server = Server(uvicorn.Config(self.starting, log_config=None), self.starting, grace_s)
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self.thread.start()
-        wait_until(lambda: self.server.started)
+        wait_until(lambda: not self.starting.measuring)
 
     def answers(self) -> bool:
         with socket.create_connection(self.listener.getsockname(), PATIENCE_S) as client:
@@ -84,7 +91,8 @@ def test_uvicorn_has_each_method_that_is_extended(name: str) -> None:
 
 
 def test_uvicorn_has_handle_exit_called_on_a_signal() -> None:
-    server = Server(uvicorn.Config(app), FakeWorker(), Streams(1, 1), 3600)  # type: ignore[arg-type]
+    starting = Starting(lambda: Application(make_app(), FakeWorker(), Streams(1, 1)), lambda: None)  # type: ignore[arg-type]
+    server = Server(uvicorn.Config(starting), starting, 3600)
     with server.capture_signals():
         for signum in (signal.SIGTERM, signal.SIGINT):
             assert signal.getsignal(signum) == server.handle_exit, f"{CHANGED}SIGTERM does not drain the worker"
@@ -97,7 +105,7 @@ def test_the_first_signal_drains_and_the_server_answers_until_the_worker_has_end
     assert not running.worker.closed
     running.worker.ended.set()
     running.thread.join(PATIENCE_S)
-    assert not running.thread.is_alive(), f"{CHANGED}Server.startup is not called, so nobody watches the worker"
+    assert not running.thread.is_alive(), f"{CHANGED}the lifespan is not run, so nobody watches the worker"
 
 
 def test_the_second_signal_does_not_wait_for_the_worker(running: Running) -> None:
@@ -113,6 +121,16 @@ def test_work_is_given_up_after_the_grace_period() -> None:
     running.server.handle_exit(signal.SIGTERM, None)
     running.thread.join(PATIENCE_S)
     assert running.worker.closed
+    running.stop()
+
+
+def test_a_worker_that_hangs_does_not_keep_the_process() -> None:
+    running = Running(grace_s=0.05)
+    running.worker.hangs = True
+    running.server.handle_exit(signal.SIGTERM, None)
+    running.thread.join(PATIENCE_S)
+    assert not running.thread.is_alive()
+    assert not running.worker.ended.is_set()
     running.stop()
 
 

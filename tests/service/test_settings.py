@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import click.testing
@@ -160,8 +161,12 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     def run(*arguments: str, **variables: str) -> tuple[click.testing.Result, Served]:
         served = Served()
 
-        def load_engine(options: LoadOptions) -> Loaded:
+        def read(options: LoadOptions) -> SimpleNamespace:
             served.update({name: getattr(options, name) for name in LoadOptions.__slots__})
+            return SimpleNamespace(weights_hash=INFO.weights_hash)
+
+        def prepare_engine(checkpoint: SimpleNamespace, options: LoadOptions) -> Loaded:
+            assert checkpoint.weights_hash == INFO.weights_hash
             places = options.max_batch or 16, options.short_batch or 8
             return Loaded(FakeEngine(), options.max_rows or 100, *places, TICK_TIMES)  # type: ignore[arg-type]
 
@@ -187,13 +192,14 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(state_dir=state_dir)
             return "the store"
 
-        def run_server(app: str, listener: str, *, max_message_bytes: int, **values: object) -> bool:
-            assert (app, listener) == ("the app", "the listener")
+        def run_server(build: Callable[[], str], listener: str, *, max_message_bytes: int, **values: object) -> bool:
+            assert (build(), listener) == ("the app", "the listener")
             assert max_message_bytes == served["limits"].max_edit_bytes
             served.update(values, ran=True)
             return True
 
-        monkeypatch.setattr("service.engine.loading.load_engine", load_engine)
+        monkeypatch.setattr("service.engine.loading.read_checkpoint", read)
+        monkeypatch.setattr("service.engine.loading.prepare_engine", prepare_engine)
         monkeypatch.setattr("service.app.create_app", create_app)
         monkeypatch.setattr("service.jobs.sqlite_store.open_store", open_store)
         monkeypatch.setattr("service.server.bind", bind)

@@ -225,7 +225,7 @@ def test_a_deadline_that_the_load_forbids_says_when_it_would_be_met(make_site: M
         document = problem(response, 429, "deadline_unmeetable")
         assert (document["field"], document["value"]) == ("deadline_s", 30)
         assert document["bound"].startswith("at least ")
-        assert 10 <= int(response.headers["retry-after"]) <= 25
+        assert "retry-after" not in response.headers
         assert len(site.client.get("/jobs").json()["jobs"]) == 1, "a refused job is not here"
         site.engine.gate.open()
         assert running.result(PATIENCE_S).status_code == 200

@@ -18,7 +18,7 @@ from service.api import stream as routes_stream
 from service.api.origin import Doors
 from service.images.encoder import contact_sheet, encode_result
 from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b64, got, same
-from tests.service.conftest import INSTANT, MakeSite, Site, pixels
+from tests.service.conftest import INSTANT, TEST_HOSTS, MakeSite, Site, pixels
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 
 SPEC = {"n": 2, "steps": 4, "seed": 5, "class_label": "cat"}
@@ -443,7 +443,7 @@ def test_pages_of_other_origins_are_refused(site: Site, origin: str, allowed: bo
 
 @pytest.mark.parametrize("origins", [{"*"}, {"https://studio.example"}])
 def test_pages_of_origins_that_are_allowed_may_connect(origins: set[str]) -> None:
-    site = Site(INFO, LIMITS, INSTANT, doors=Doors(origins=frozenset(origins)))
+    site = Site(INFO, LIMITS, INSTANT, doors=Doors(TEST_HOSTS, frozenset(origins)))
     with site.client:
         site.wait_until_ready()
         with connect(site, origin="https://Studio.example") as ws:

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from service.cli.main import main
-from service.engine.loading import Loaded
 from service.jobs.sqlite_store import SqliteStore
-from tests.service.fakes import INFO, FakeEngine
+from tests.service.fakes import INFO
 
 BUNDLED = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-32"
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -44,9 +43,13 @@ def refusal(*arguments: str | Path) -> str:
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A state folder for an engine that needs no loading."""
-    loaded = Loaded(FakeEngine(), 100, 16, 8, ((1, 0.01), (16, 0.1)))  # type: ignore[arg-type]
-    monkeypatch.setattr("service.engine.loading.load_engine", lambda options: loaded)
+    """A state folder for a checkpoint that needs no loading; nothing is measured before the folder is looked at."""
+
+    def measure(*_: object) -> None:
+        raise AssertionError("the state folder is found out first")
+
+    monkeypatch.setattr("service.engine.loading.read_checkpoint", lambda options: INFO)
+    monkeypatch.setattr("service.engine.loading.prepare_engine", measure)
     return tmp_path
 
 

@@ -1,0 +1,125 @@
+"""The ASGI app that is there before the model: it answers probes and says that the model is being measured.
+
+A first start measures for seconds or minutes. The socket listens meanwhile, `/healthz` is 200, `/readyz` and all else
+503, and the page opens by itself when the model is ready. From then on the app itself gets every request.
+"""
+
+import asyncio
+import html
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from service.api.problems import render
+from service.app import Application
+from service.errors import NotReady
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.05  # how often the worker is asked whether its warm-up is over
+REFRESH_S = 2
+DETAIL = (
+    "the model is being measured, to find the fastest way of running it on this machine; a first start takes up to a "
+    "minute, later ones seconds"
+)
+PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="{REFRESH_S}">
+<title>tminus is starting</title></head><body><h1>tminus is starting</h1><p>{html.escape(DETAIL.capitalize())}.</p>
+<p>This page opens by itself.</p></body></html>"""
+
+
+class Starting:
+    """Builds the application in a thread, and passes requests on to it from then on."""
+
+    def __init__(self, build: Callable[[], Application], on_end: Callable[[], None]) -> None:
+        """build: takes long, and may raise; on_end: is called, in any thread, when it raised or the worker ended."""
+        self._build, self._on_end = build, on_end
+        self.application: Application | None = None
+        self.failure: Exception | None = None
+        self._stack = AsyncExitStack()
+        self._launching: asyncio.Task[None] | None = None
+
+    @property
+    def measuring(self) -> bool:
+        """Whether the application is not there yet."""
+        return self.application is None and self.failure is None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif self.application is not None:
+            await self.application.app(scope, receive, send)
+        else:
+            await _early(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """Begin to build at startup, which ends at once; end what was built at shutdown."""
+        await receive()
+        self._launching = asyncio.create_task(self._launch())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self._launching.cancel()
+        await asyncio.gather(self._launching, return_exceptions=True)
+        await self._stack.aclose()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _launch(self) -> None:
+        try:
+            application = await _in_thread(self._build)
+            await self._stack.enter_async_context(application.app.router.lifespan_context(application.app))
+        except Exception as error:
+            self.failure = error
+            self._on_end()
+            return
+        self.application = application
+        threading.Thread(target=self._watch, args=(application,), name="tminus-watch", daemon=True).start()
+        while not application.worker.ready and application.worker.alive:  # noqa: ASYNC110  it is another thread's
+            await asyncio.sleep(LOOK_S)
+        log.info("ready")
+
+    def _watch(self, application: Application) -> None:
+        application.worker.join()
+        self._on_end()
+
+
+async def _in_thread(build: Callable[[], Application]) -> Application:
+    """Run a function in a thread that the end of the process does not wait for."""
+    loop = asyncio.get_running_loop()
+    built: asyncio.Future[Application] = loop.create_future()
+
+    def settle(outcome: Application | Exception) -> None:
+        if built.done():  # it was cancelled, as the server stops
+            return
+        if isinstance(outcome, Exception):
+            built.set_exception(outcome)
+        else:
+            built.set_result(outcome)
+
+    def run() -> None:
+        outcome: Application | Exception
+        try:
+            outcome = build()
+        except Exception as error:
+            outcome = error
+        with suppress(RuntimeError):  # the loop may have ended meanwhile
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=run, name="tminus-load", daemon=True).start()
+    return await built
+
+
+async def _early(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before the model is there."""
+    if scope["type"] == "websocket":
+        await WebSocket(scope, receive, send).send_denial_response(render(NotReady(DETAIL)))
+        return
+    answer: Response = render(NotReady(DETAIL))
+    if scope["path"] == "/healthz":
+        answer = JSONResponse({"status": "alive"})
+    elif scope["path"] == "/":
+        answer = HTMLResponse(PAGE, 503, headers={"Retry-After": str(REFRESH_S)})
+    await answer(scope, receive, send)
