@@ -8,7 +8,6 @@ PORT ?= 8000
 .PHONY: serve test test-fast lint format client train evaluate bench clean
 
 serve: $(VENV)/.installed
-	@echo "Try: curl -X POST 'localhost:$(PORT)/sample?n=8&steps=20&sampler=dpmpp_2m' -o out.png"
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
 
 # In parallel, with coverage, all but what holds a real server to a time: that wants the cores to itself.

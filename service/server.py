@@ -97,7 +97,10 @@ def serve(
 
     Raises what building raised. False: the worker crashed, or hangs in a step.
     """
-    starting = Starting(build, lambda: setattr(server, "should_exit", True))
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    hint = f"Try: curl -X POST '{url}/sample?n=8&steps=20&sampler=dpmpp_2m' -o out.png"
+    starting = Starting(build, lambda: setattr(server, "should_exit", True), hint)
     config = uvicorn.Config(
         starting,
         log_level=log_level,
@@ -121,8 +124,7 @@ def serve(
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: setattr(server, "should_exit", True))
     listener.listen(config.backlog)  # from here on a client waits instead of being refused
-    host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    log.info("listening on %s", url)
     server.run([listener])
     if starting.failure is not None:
         raise starting.failure

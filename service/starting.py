@@ -35,9 +35,13 @@ PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http
 class Starting:
     """Builds the application in a thread, and passes requests on to it from then on."""
 
-    def __init__(self, build: Callable[[], Application], on_end: Callable[[], None]) -> None:
-        """build: takes long, and may raise; on_end: is called, in any thread, when it raised or the worker ended."""
-        self._build, self._on_end = build, on_end
+    def __init__(self, build: Callable[[], Application], on_end: Callable[[], None], hint: str = "") -> None:
+        """Build in the lifespan.
+
+        build: takes long, and may raise; on_end: is called, in any thread, when it raised or the worker ended; hint: is
+        logged when requests are answered.
+        """
+        self._build, self._on_end, self._hint = build, on_end, hint
         self.application: Application | None = None
         self.failure: Exception | None = None
         self._stack = AsyncExitStack()
@@ -79,7 +83,8 @@ class Starting:
         threading.Thread(target=self._watch, args=(application,), name="tminus-watch", daemon=True).start()
         while not application.worker.ready and application.worker.alive:  # noqa: ASYNC110  it is another thread's
             await asyncio.sleep(LOOK_S)
-        log.info("ready")
+        if application.worker.ready:
+            log.info("ready. %s", self._hint)
 
     def _watch(self, application: Application) -> None:
         application.worker.join()

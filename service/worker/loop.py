@@ -82,7 +82,8 @@ class Loop:
     def accept(self, job: RunningJob) -> None:
         """Give a job to the engine and the scheduler; its rows step from the next tick on."""
         self.current_jobs = frozenset({job.id})
-        if not job.future.set_running_or_notify_cancel():  # from here on only the loop ends it
+        answered = job.future.done() and not job.future.cancelled()  # while the worker hung
+        if answered or not job.future.set_running_or_notify_cancel():  # from here on only the loop ends it
             self._leave(job)
             return
         refuse = partial(self._refuse, job)

@@ -287,7 +287,7 @@ class Worker:
             command()
 
     def _accept(self, job: RunningJob) -> None:
-        if not self._crashed and not job.future.done():  # or else the job has its answer
+        if not self._crashed:  # or else the job has its answer
             self._loop.accept(job)
 
     def _act(self, act: Callable[[RowEngine], Result], future: "Future[Result]") -> None:
