@@ -1,4 +1,7 @@
-"""Every way the service refuses or fails, each with its status and stable code. docs/errors.md explains them."""
+"""Every way the service refuses or fails, each with its status and stable code. docs/errors.md explains them.
+
+One file, though long: clients see these as one list, and so may a reader.
+"""
 
 import json
 import math
@@ -129,6 +132,37 @@ class TooManyStreams(ServiceError):
     def __init__(self, bound: str, limit: int) -> None:
         super().__init__(f"{bound} may be open", field="streams", value=limit, bound=bound)
         self.headers["Retry-After"] = "1"
+
+
+class MalformedRequest(ServiceError):
+    """What a client sent is not HTTP that this server reads. The connection closes."""
+
+    status, code, title = 400, "malformed_request", "The request is not valid HTTP"
+
+
+class TooManyHeaders(ServiceError):
+    """The head of a WebSocket handshake is larger than the library for WebSockets takes."""
+
+    status, code, title = 431, "too_many_headers", "The head is too large"
+
+
+class SlowHead(ServiceError):
+    """The head of a request did not arrive in time. The connection closes."""
+
+    status, code, title = 408, "slow_head", "The head took too long"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"the head of a request must arrive within {limit_s:g} s")
+
+
+class SlowBody(ServiceError):
+    """The body of a request arrives too slowly. It was not read to its end."""
+
+    status, code, title = 408, "slow_body", "The body is too slow"
+
+    def __init__(self, bytes_per_s: int, window_s: float) -> None:
+        super().__init__(f"a body must bring at least {bytes_per_s} bytes a second in every {window_s:g} s")
+        self.headers["Connection"] = "close"
 
 
 class BodyTooLarge(ServiceError):

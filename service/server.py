@@ -17,6 +17,7 @@ from types import FrameType
 
 import uvicorn
 
+from service.api.http_protocol import http_protocol
 from service.api.websocket_protocol import stream_protocol
 from service.app import Application
 from service.starting import Starting
@@ -91,6 +92,7 @@ def serve(
     grace_s: float,
     log_level: str,
     max_connections: int,
+    max_connections_per_address: int,
     max_message_bytes: int,
 ) -> bool:
     """Listen at once, build the application, serve until SIGTERM or SIGINT. True if that is how it ended.
@@ -103,6 +105,10 @@ def serve(
     starting = Starting(build, lambda: setattr(server, "should_exit", True), hint)
     config = uvicorn.Config(
         starting,
+        # One pair, whatever is installed. httptools and uvloop answer small requests faster, but httptools bounds no
+        # head, and what a request costs here is its passes through the network.
+        http=http_protocol(max_connections_per_address),
+        loop="asyncio",
         log_level=log_level,
         log_config=None,
         access_log=False,

@@ -72,6 +72,13 @@ class Settings(BaseSettings):
         description="connections open at once, at most half of them WebSockets and event streams; further ones are "
         "answered 503 in plain text",
     )
+    max_connections_per_address: int = Field(
+        1024,
+        ge=1,
+        le=65_536,
+        description="connections open at once from one address, without WebSockets; all clients of a proxy count as "
+        "one address; further ones are answered 503 in plain text",
+    )
     max_streams_per_address: int = Field(
         64,
         ge=1,

@@ -114,11 +114,12 @@ def test_every_make_verb_exists(page: Path) -> None:
     assert page != README or {"serve", "test", "lint"} <= used
 
 
-def test_the_readme_begins_with_the_request_that_make_serve_prints() -> None:
-    printed = re.search(r'@echo "Try: (.+)"', MAKEFILE)
+def test_the_readme_begins_with_the_request_that_a_server_prints_when_it_is_ready() -> None:
+    printed = re.search(r'"Try: (.+?)"', (ROOT / "service" / "server.py").read_text("utf-8"))
     assert printed is not None
+    url = f"localhost:{Settings.model_fields['port'].default}"
     curls = [command for command in shell_commands(README) if command.startswith("curl ")]
-    assert curls[0] == printed[1].replace("$(PORT)", str(Settings.model_fields["port"].default))
+    assert curls[0] == printed[1].replace("{url}", url)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -1,5 +1,6 @@
 """What surrounds every HTTP request: its id, its duration, the answer to an unexpected error, the bound on its body."""
 
+import asyncio
 import logging
 import re
 import time
@@ -11,10 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import render
 from service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
-from service.errors import BodyTooLarge, ServiceError
+from service.errors import BodyTooLarge, ServiceError, SlowBody
 
 log = logging.getLogger(__name__)
 
+LEAST_RATE = 8192  # bytes of a body a second
+WINDOW_S = 10.0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
@@ -61,6 +64,8 @@ class BodyLimit:
     The limit is the path's own if it has one. All bodies together may take MAX_HELD_BYTES: what a client has sent is
     held until its request is answered, or until the route calls `request.state.release_body()` because it keeps nothing
     of the body. Bodies of at most SMALL_BYTES are always accepted, so that uploads cannot keep plain requests out.
+
+    A body that brings less than LEAST_RATE in a window of WINDOW_S is given up.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_by_path: Mapping[str, int]) -> None:
@@ -73,6 +78,7 @@ class BodyLimit:
             return
         received = 0
         max_bytes = self._max_bytes_by_path.get(scope["path"], self._max_bytes)
+        pace = _Pace()
 
         def check(size_bytes: int) -> None:
             if size_bytes > max_bytes:
@@ -83,7 +89,7 @@ class BodyLimit:
             if received == 0:
                 declared = Headers(scope=scope).get("content-length", "")
                 check(int(declared) if declared.isdecimal() else 0)
-            message = await receive()
+            message = await pace.next(receive)
             if message["type"] == "http.request":
                 size_bytes = len(message.get("body", b""))
                 received += size_bytes
@@ -94,3 +100,28 @@ class BodyLimit:
         with self._budget.hold(exempt_bytes=SMALL_BYTES) as body:
             scope.setdefault("state", {})["release_body"] = body.release
             await self._app(scope, bounded_receive, send)
+
+
+class _Pace:
+    """Whether the body of one request arrives fast enough. Its end is not waited for once it is there."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._until_s = self._loop.time() + WINDOW_S  # the end of this window
+        self._missing = LEAST_RATE * WINDOW_S  # bytes that it must still bring
+        self._complete = False
+
+    async def next(self, receive: Receive) -> Message:
+        """The next message. Raises SlowBody."""
+        if self._complete:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(self._until_s):
+                message = await receive()
+        except TimeoutError:
+            raise SlowBody(LEAST_RATE, WINDOW_S) from None
+        self._missing -= len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._missing <= 0:
+            self._until_s, self._missing = self._loop.time() + WINDOW_S, LEAST_RATE * WINDOW_S
+        return message

@@ -48,6 +48,18 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         else:
             super().data_received(data)
 
+    def send_receive_event_to_app(self) -> None:
+        """Pass a message on; one that is not UTF-8 closes the connection with 1007, and no traceback."""
+        if self.curr_msg_data_type == "text" and not all(map(bytes.isascii, self.frames)):
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                self.frames = []
+                self.conn.send_close(1007)
+                self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
+
     async def receive(self) -> Any:
         """Give the app its next message, which is not counted here any more."""
         message = await super().receive()

@@ -78,6 +78,7 @@ def serve(**flags: Any) -> None:
             grace_s=settings.grace_s,
             log_level=settings.log_level,
             max_connections=settings.max_connections,
+            max_connections_per_address=settings.max_connections_per_address,
             max_message_bytes=max_edit_bytes(settings.max_body_bytes, settings.max_image_bytes),
         )
     except ValueError as error:

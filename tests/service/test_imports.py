@@ -203,11 +203,13 @@ def test_each_module_says_what_lives_in_it(file: Path) -> None:
 # --- size ---
 
 MAX_LINES, MEDIAN_LINES = 330, 120
+LONGER = "One file, though long:"  # and the reason, in the docstring of a module that is
 
 
 def test_modules_are_short() -> None:
     lines = {file: len(file.read_text("utf-8").splitlines()) for file in SERVICE + MODEL}
-    assert not {file.name: count for file, count in lines.items() if count > MAX_LINES}
+    too_long = {file.name for file, count in lines.items() if count > MAX_LINES}
+    assert too_long == {file.name for file in SERVICE + MODEL if LONGER in (ast.get_docstring(parse(file)) or "")}
     assert statistics.median(lines[file] for file in SERVICE) < MEDIAN_LINES
 
 

@@ -35,6 +35,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "short_batch": ("7", 7),
     "max_jobs": ("11", 11),
     "max_connections": ("99", 99),
+    "max_connections_per_address": ("17", 17),
     "max_streams_per_address": ("17", 17),
     "allowed_hosts": ("a.example,b", "a.example,b"),
     "allowed_origins": ("https://a.example,https://b.example:8080", "https://a.example,https://b.example:8080"),

@@ -1,0 +1,139 @@
+"""How uvicorn treats a connection here: h11, whose heads are bounded, with deadlines and a share for each address.
+
+uvicorn has no setting for most of this. Its `Config(http=...)` takes a protocol class, but the class that is extended
+here is not part of its public interface. Therefore pyproject.toml bounds uvicorn's version, and a test names what is
+missing if the class changes.
+"""
+
+from asyncio import BaseTransport, TimerHandle, Transport
+from collections import Counter
+from typing import ClassVar
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.api.problems import render
+from service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders
+
+HEAD_S = 10.0  # from the connection, or the first byte of a further request, to the end of the head
+# What the WebSocket library accepts in a handshake; it answers nothing to more.
+MAX_LINE_BYTES, MAX_HEADERS = 8192, 128
+BODIES = (b"content-length", b"transfer-encoding")  # a handshake has none
+REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 44\r\n\r\n"
+REFUSAL += b"Too many connections are open from one place"
+
+
+class HttpProtocol(H11Protocol):
+    """uvicorn's HTTP connection, with these bounds. Runs in the event loop's thread."""
+
+    open_by_address: ClassVar[Counter[str]]  # shared by all connections of one server; set by `http_protocol`
+    max_per_address: ClassVar[int]
+    _address: str | None = None  # while it is counted
+    _head_timer: TimerHandle | None = None
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        """Count the connection, or refuse it; wait for a head."""
+        assert isinstance(transport, Transport)
+        super().connection_made(transport)
+        address = self.client[0] if self.client else ""
+        if self.open_by_address[address] >= self.max_per_address:
+            transport.write(REFUSAL)
+            transport.close()
+            return
+        self._address = address
+        self.open_by_address[address] += 1
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Count it no longer."""
+        self._leave()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take data, unless the connection is closing or has a request that is not answered yet.
+
+        To read on is the only way to notice that the client goes away. So a further request that comes before the answer
+        is dropped, and the connection closes after the answer, which tells the client to ask again.
+        """
+        if self.transport.is_closing():
+            return
+        if self._is_answering():
+            self.cycle.keep_alive = False
+            return
+        super().data_received(data)
+        if self._is_answering() and self.conn.trailing_data[0]:
+            self.cycle.keep_alive = False
+            self.flow.resume_reading()
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._head_timer is None and not self.transport.is_closing():
+            self._expect_head()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Refuse a handshake that the WebSocket library would not answer."""
+        self._leave()
+        if any(name in BODIES for name, _ in self.headers):
+            self._refuse(MalformedRequest("a WebSocket handshake has no body"))
+        elif len(self.headers) > MAX_HEADERS:
+            self._refuse(TooManyHeaders(f"a WebSocket handshake has at most {MAX_HEADERS} headers"))
+        elif any(len(name) + len(value) + 4 > MAX_LINE_BYTES for name, value in (*self.headers, (event.target, b""))):
+            self._refuse(TooManyHeaders(f"a header of a WebSocket handshake has at most {MAX_LINE_BYTES} bytes"))
+        else:
+            super().handle_websocket_upgrade(event)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, if it still can be answered; uvicorn has logged it."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # what it is answering has no end
+            self.cycle.message_event.set()
+        self._refuse(
+            MalformedRequest("the request is not HTTP/1.1 as this server reads it, or its head is over 16 KiB")
+        )
+
+    def _is_answering(self) -> bool:
+        """Whether a request is complete and its answer is not."""
+        return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_S, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self.conn.trailing_data[0]:
+            self._refuse(SlowHead(HEAD_S))
+        else:
+            self.transport.close()  # it has said nothing: there is nothing to answer
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _leave(self) -> None:
+        self._stop_waiting()
+        if self._address is not None:
+            self.open_by_address[self._address] -= 1
+            if not self.open_by_address[self._address]:
+                del self.open_by_address[self._address]
+            self._address = None
+
+    def _refuse(self, error: ServiceError) -> None:
+        """Answer with a problem, if nothing of an answer has been sent, and close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = render(error)
+            headers = [*answer.raw_headers, (b"connection", b"close")]
+            body = h11.Data(data=bytes(answer.body))
+            for event in (h11.Response(status_code=error.status, headers=headers), body, h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+def http_protocol(max_per_address: int) -> type[HttpProtocol]:
+    """Make the protocol class of one server."""
+    count = max_per_address
+
+    class BoundedHttpProtocol(HttpProtocol):
+        open_by_address: ClassVar[Counter[str]] = Counter()
+        max_per_address = count
+
+    return BoundedHttpProtocol

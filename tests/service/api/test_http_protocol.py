@@ -1,0 +1,283 @@
+"""The HTTP side of uvicorn, over real sockets: deadlines, bounds, and clients that do what no library does."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from service.api import http_protocol, middleware
+from service.api.http_protocol import HttpProtocol
+from service.api.middleware import BodyLimit, RequestContext
+from service.api.problems import render
+from service.api.websocket_protocol import stream_protocol
+from service.errors import ServiceError
+from service.server import bind
+from tests.service.fakes import PATIENCE_S, wait_until
+
+HEAD = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n"
+GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HANDSHAKE = (
+    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+
+
+class Running:
+    """A server in a thread; /wait answers when its client has gone or the test says so."""
+
+    def __init__(self, max_per_address: int = 100) -> None:
+        self.began, self.gone, self.go = [], [], threading.Event()  # type: ignore[var-annotated]
+        self.listener = bind("127.0.0.1", 0)
+        self.listener.listen()
+        app = BodyLimit(self.app, 10**6, {})
+        config = uvicorn.Config(
+            RequestContext(app, lambda *_: None),
+            http=http_protocol.http_protocol(max_per_address),
+            ws=stream_protocol(),
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+        )
+        self.server = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        body, more = b"", True
+        try:
+            while more:
+                message = await receive()
+                body, more = body + message.get("body", b""), message.get("more_body", False)
+        except ServiceError as error:
+            await render(error)(scope, receive, send)
+            return
+        if scope["path"] == "/wait":
+            self.began.append(scope)
+            leaving = asyncio.ensure_future(receive())
+            going = asyncio.ensure_future(asyncio.to_thread(self.go.wait, PATIENCE_S))
+            await asyncio.wait({leaving, going}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                self.gone.append(scope)
+                self.go.set()
+                return
+            leaving.cancel()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.listener.getsockname(), PATIENCE_S)
+
+    def ask(self, data: bytes) -> bytes:
+        """All that is answered before the server closes."""
+        with self.connect() as client:
+            client.sendall(data)
+            return read_all(client)
+
+    def stop(self) -> None:
+        self.go.set()
+        self.server.should_exit = True
+        self.thread.join(PATIENCE_S)
+        self.listener.close()
+
+
+def read_all(client: socket.socket) -> bytes:
+    found = b""
+    while chunk := client.recv(65536):
+        found += chunk
+    return found
+
+
+def problem(answer: bytes) -> tuple[int, str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"application/problem+json" in head, answer
+    assert b"connection: close" in head.lower()
+    return int(head.split()[1]), json.loads(body)["code"]
+
+
+@pytest.fixture
+def running() -> Iterator[Running]:
+    server = Running()
+    yield server
+    server.stop()
+
+
+def test_uvicorn_has_what_is_extended() -> None:
+    theirs = HttpProtocol.__mro__[1]
+    for name in (
+        "connection_made",
+        "connection_lost",
+        "data_received",
+        "handle_websocket_upgrade",
+        "send_400_response",
+    ):
+        assert hasattr(theirs, name), f"uvicorn {uvicorn.__version__} has no H11Protocol.{name}"
+
+
+def test_a_connection_is_kept_and_answers_one_request_after_the_other(running: Running) -> None:
+    with running.connect() as client:
+        for _ in range(3):
+            client.sendall(GET)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_head_that_does_not_come_is_waited_for_no_longer_than_a_time(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_S", 0.2)
+    assert running.ask(b"") == b"", "who says nothing is told nothing"
+    assert problem(running.ask(HEAD)) == (408, "slow_head")
+    with running.connect() as client:
+        client.sendall(GET)
+        client.recv(1000)
+        client.sendall(b"G")
+        assert problem(read_all(client)) == (408, "slow_head"), "of a further request too"
+
+
+def test_a_head_that_comes_byte_by_byte_is_too_slow(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_S", 0.3)
+    with running.connect() as client:
+        began = time.monotonic()
+        for byte in GET:
+            try:
+                client.sendall(bytes([byte]))
+            except OSError:
+                break
+            time.sleep(0.05)
+            if time.monotonic() - began > 1.0:
+                break
+        assert running.server.server_state.connections == set()
+
+
+@pytest.mark.parametrize(
+    "head", [b"GET /" + b"x" * 100_000, GET[:-2] + b"X: " + b"y" * 200_000_000], ids=["target", "200 MB"]
+)
+def test_a_head_is_bounded(running: Running, head: bytes) -> None:
+    with running.connect() as client:
+        try:
+            client.sendall(head)
+            answer = read_all(client)
+        except OSError:  # it was closed while we were still sending
+            return
+    assert problem(answer) == (400, "malformed_request")
+
+
+def test_a_body_that_stalls_or_crawls_is_given_up(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "WINDOW_S", 0.3)
+    declared = HEAD + b"Content-Length: 500000\r\n\r\n"
+    assert problem(running.ask(declared + b"x" * 100)) == (408, "slow_body")
+    assert problem(running.ask(declared + b"x" * 100_000)) == (408, "slow_body"), "a fast beginning is no excuse"
+
+
+def test_a_body_that_comes_slowly_enough_is_read_to_its_end(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "WINDOW_S", 0.5)
+    with running.connect() as client:
+        client.sendall(HEAD + b"Connection: close\r\nContent-Length: 60000\r\n\r\n")
+        for _ in range(12):
+            client.sendall(b"x" * 5000)
+            time.sleep(0.1)
+        assert read_all(client).endswith(b"x" * 60000)
+
+
+def test_the_connections_of_one_address_are_bounded() -> None:
+    running = Running(max_per_address=3)
+    try:
+        for _ in range(2):  # those that ended are not counted
+            clients = [running.connect() for _ in range(3)]
+            for client in clients:
+                client.sendall(GET)
+                assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            assert running.ask(b"").startswith(b"HTTP/1.1 503")
+            for client in clients:
+                client.close()
+            wait_until(lambda: not running.server.server_state.connections)
+    finally:
+        running.stop()
+
+
+def test_requests_that_do_not_wait_for_the_answer_before_end_with_their_connection(running: Running) -> None:
+    wait = GET.replace(b"/ok", b"/wait")
+    for pieces in ((wait * 8,), (wait, wait * 7)):
+        running.began.clear(), running.gone.clear(), running.go.clear()
+        with running.connect() as client:
+            for piece in pieces:
+                client.sendall(piece)
+                wait_until(lambda: len(running.began) == 1)
+        wait_until(lambda: len(running.gone) == 1)
+        time.sleep(0.1)
+        assert len(running.began) == 1, "none of the others is begun"
+
+
+def test_a_request_that_did_not_wait_is_not_answered_and_the_connection_closes(running: Running) -> None:
+    assert running.ask(GET * 2).count(b"HTTP/1.1 200") == 1
+
+
+@pytest.mark.parametrize(
+    ("handshake", "expected"),
+    [
+        (HANDSHAKE + b"X: " + b"y" * 9000 + b"\r\n\r\n", (431, "too_many_headers")),
+        (HANDSHAKE + b"".join(b"X-%d: y\r\n" % k for k in range(130)) + b"\r\n", (431, "too_many_headers")),
+        (HANDSHAKE + b"Content-Length: 5\r\n\r\nhello", (400, "malformed_request")),
+        (HANDSHAKE + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", (400, "malformed_request")),
+    ],
+    ids=["a long line", "many headers", "a body", "a chunked body"],
+)
+def test_a_handshake_that_the_library_would_not_answer_is_answered(
+    running: Running, handshake: bytes, expected: tuple[int, str]
+) -> None:
+    assert problem(running.ask(handshake)) == expected
+
+
+def test_a_handshake_is_passed_on(running: Running) -> None:
+    assert running.ask(HANDSHAKE + b"\r\n").startswith(b"HTTP/1.1 403"), "as the app closes it before it accepts"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\x00\xff\xfe\r\n\r\n", b"HELO mail\r\n\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"],
+    ids=["bytes", "another protocol", "a bad chunk size"],
+)
+def test_what_is_not_http_is_answered_without_a_traceback(
+    running: Running, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert problem(running.ask(data)) == (400, "malformed_request")
+        wait_until(lambda: not running.server.server_state.tasks)
+    assert all(record.exc_info is None for record in caplog.records)
+
+
+def test_text_that_is_not_utf8_closes_a_stream_without_a_traceback(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    port = running.listener.getsockname()[1]
+
+    async def accept(scope: Any, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (await receive())["type"] != "websocket.disconnect":
+            pass
+
+    running.server.config.loaded_app.app._app._app = accept
+    with caplog.at_level(logging.INFO), connect(f"ws://127.0.0.1:{port}/ws") as ws:
+        ws.socket.sendall(b"\x81\x82\x00\x00\x00\x00\xff\xfe")
+        with pytest.raises(ConnectionClosed) as caught:
+            ws.recv(timeout=PATIENCE_S)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1007
+    assert all(record.exc_info is None for record in caplog.records), "no traceback for what a client did wrong"
