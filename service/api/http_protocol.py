@@ -52,8 +52,8 @@ class HttpProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take data, unless the connection is closing or has a request that is not answered yet.
 
-        To read on is the only way to notice that the client goes away. So a further request that comes before the answer
-        is dropped, and the connection closes after the answer, which tells the client to ask again.
+        To read on is the only way to notice that the client goes away. So a further request that comes before the
+        answer is dropped, and the connection closes after the answer, which tells the client to ask again.
         """
         if self.transport.is_closing():
             return
@@ -81,7 +81,7 @@ class HttpProtocol(H11Protocol):
         else:
             super().handle_websocket_upgrade(event)
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         """Answer what is not HTTP, if it still can be answered; uvicorn has logged it."""
         if self.cycle is not None:
             self.cycle.disconnected = True  # what it is answering has no end

@@ -6,19 +6,44 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.origin import PROBES
 from service.api.problems import render
 from service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
 from service.errors import BodyTooLarge, ServiceError, SlowBody
+from service.request_id import REQUEST_ID
 
 log = logging.getLogger(__name__)
 
 LEAST_RATE = 8192  # bytes of a body a second
 WINDOW_S = 10.0
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+TARGET_CHARACTERS = 200  # of a path and query in the log
+
+
+def new_request_id(scope: Scope) -> str:
+    """The client's X-Request-ID if that is well-formed, or a new one; from here on REQUEST_ID has it."""
+    asked = Headers(scope=scope).get("x-request-id", "")
+    request_id = asked if WELL_FORMED.fullmatch(asked) else uuid.uuid4().hex
+    REQUEST_ID.set(request_id)
+    return request_id
+
+
+def address_of(scope: Scope) -> str:
+    """The client's address, for the log."""
+    return str(scope["client"][0]) if scope.get("client") else "-"
+
+
+def target_of(scope: Scope) -> str:
+    """The path and query as they came, cut, for the log: what is not printable ASCII stays percent-encoded."""
+    query = b"?" + scope["query_string"] if scope.get("query_string") else b""
+    target = (scope.get("raw_path") or quote(scope["path"]).encode()) + query
+    text = target.decode("ascii", "backslashreplace")
+    return text if len(text) <= TARGET_CHARACTERS else f"{text[:TARGET_CHARACTERS]}…"
 
 
 class RequestContext:
@@ -31,8 +56,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get("x-request-id", "")
-        request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        request_id = new_request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         status: int | None = None
@@ -54,8 +78,14 @@ class RequestContext:
             await answer(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
-            # Nothing sent: the client went away.
-            self._observe(route, 499 if status is None else status, time.perf_counter() - started)
+            status = 499 if status is None else status  # nothing sent: the client went away
+            seconds = time.perf_counter() - started
+            self._observe(route, status, seconds)
+            log.log(
+                logging.DEBUG if route in PROBES else logging.INFO,
+                "request %s of %s: %s %s %d in %.3f s",
+                request_id, address_of(scope), scope["method"], target_of(scope), status, seconds,
+            )  # fmt: skip
 
 
 class BodyLimit:

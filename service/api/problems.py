@@ -1,13 +1,17 @@
 """Every error as application/problem+json: the service's own, and the framework's."""
 
 import json
+import logging
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from service.errors import ServiceError
+from service.errors import ServiceError, short
 from service.metrics import Metrics
+from service.request_id import REQUEST_ID
+
+log = logging.getLogger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
 
@@ -25,6 +29,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         assert isinstance(error, ServiceError)
         if error.refusal:
             metrics.rejected(error.code)
+        log.info("request %s: %d %s: %s", REQUEST_ID.get(), error.status, error.code, ascii(short(error.detail)))
         return render(error)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
+from service.api.middleware import address_of, new_request_id, target_of
 from service.api.previews import StreamRequest
 from service.api.problems import render
 from service.api.progress import Countdown, result_of
@@ -23,6 +24,7 @@ from service.errors import BodyTooLarge, JobCancelled, MalformedMessage, Service
 from service.images.encoder import PNG
 from service.model_info import ModelInfo
 from service.preview import Frame, Watch
+from service.request_id import REQUEST_ID
 from service.spec import Inputs, SampleSpec
 from service.work import JobResult, Ticket, timesteps_of
 from service.worker.mailbox import Mailbox
@@ -41,6 +43,7 @@ def stream_routes(services: Services) -> APIRouter:
 
     @router.websocket("/sample/stream")
     async def stream(ws: WebSocket) -> None:
+        log.info("request %s of %s: WebSocket %s", new_request_id(ws.scope), address_of(ws.scope), target_of(ws.scope))
         try:
             services.doors.check(ws.scope)
             with services.streams.opened(ws.client.host if ws.client else ""):
@@ -48,6 +51,7 @@ def stream_routes(services: Services) -> APIRouter:
                 await _Stream(services, ws).serve()
         except ServiceError as refusal:  # before it was accepted
             services.metrics.rejected(refusal.code)
+            log.info("request %s: %d %s", REQUEST_ID.get(), refusal.status, refusal.code)
             await ws.send_denial_response(render(refusal))
 
     return router

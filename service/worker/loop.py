@@ -99,7 +99,7 @@ class Loop:
         job.snapshot = job.inputs = None
         if job.deadline_s is not None:
             self._deadlines.add(job.submitted_s + job.deadline_s, job.id, self._jobs)
-        log.info("job %s accepted: %s", job.id, job.spec)
+        log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec)
 
     def _refuse(self, job: RunningJob, error: ServiceError) -> None:
         self._leave(job)
@@ -130,10 +130,10 @@ class Loop:
         self._engine.remove(job.rows)
         self._leave(job)
         if reason == SUSPENDED:
-            log.info("job %s is suspended", job_id)
+            log.info("job %s of request %s is suspended", job_id, job.request_id)
         else:
             self._metrics.job_given_up(reason, saved)
-            log.info("job %s given up (%s), %d row-steps saved", job_id, reason, saved)
+            log.info("job %s of request %s given up (%s), %d row-steps saved", job_id, job.request_id, reason, saved)
         job.fail(error)
 
     # --- the end ---
@@ -255,7 +255,9 @@ class Loop:
         now_s = self._clock()
         self._metrics.job_done(job.spec.n)
         queue_s, denoise_s = job.started_s - job.submitted_s, now_s - job.started_s
-        log.info("job %s done: queued %.3f s, denoised %.3f s", job.id, queue_s, denoise_s)
+        log.info(
+            "job %s of request %s done: queued %.3f s, denoised %.3f s", job.id, job.request_id, queue_s, denoise_s
+        )
         job.finish(JobResult(read, queue_s, job.first_step_s, denoise_s))
 
     # --- for all of these ---

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from service.engine.protocol import RowEngine
 from service.preview import Frame, Show, Watch
+from service.request_id import REQUEST_ID
 from service.spec import Inputs, SampleSpec, Snapshot
 from service.work import JobResult, JobRows, JobStatus, Outlook, Work
 from service.worker.recording import Recording
@@ -31,6 +32,7 @@ class RunningJob:
     snapshot: Snapshot | None = None  # where it goes on from; None once the engine has it
     recording: Recording | None = None
     watches: list[Watch] = field(default_factory=list)
+    request_id: str = field(default_factory=REQUEST_ID.get)  # for the log
     rows: tuple[int, ...] = ()  # none until the engine has given them
     started_s: float | None = None
     first_step_s: float = 0.0

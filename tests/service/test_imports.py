@@ -17,7 +17,7 @@ MODEL = sorted((ROOT / "model").glob("**/*.py"))
 # From the bottom up: a layer imports from those before it and from itself. A folder is a layer; so are the files that
 # stand at the top of service/, the words that everybody uses and the app that puts the parts together.
 LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "api", "app", "cli")
-WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "spec", "work"}
+WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_id", "spec", "work"}
 APP = {"app", "server", "settings", "starting"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 PURE_MODEL = {"model", "model.timesteps"}  # what of model/ needs no torch, and may be asked for anywhere

@@ -1,6 +1,7 @@
 """The id of a request and the bounds of its body, through the app."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -71,3 +72,36 @@ def test_a_body_that_only_turns_out_too_large_is_not_read_to_its_end(site: Site)
     assert headers["content-type"] == "application/problem+json"
     assert json.loads(body)["code"] == "body_too_large"
     assert len(sent) == 5
+
+
+# --- the log ---
+
+
+def test_each_request_has_a_line_with_its_id_client_target_and_status(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        site.client.post("/sample?n=2", json=QUICK, headers={"X-Request-ID": "mine"})
+        site.client.get("/nowhere", headers={"X-Request-ID": "lost"})
+        site.client.get("/readyz", headers={"X-Request-ID": "probe"})
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(re.fullmatch(r"request mine of testclient: POST /sample\?n=2 200 in \d\.\d+ s", line) for line in lines)
+    assert any(line.startswith("request lost of testclient: GET /nowhere 404 in ") for line in lines)
+    assert not any("probe" in line for line in lines)
+    job = [line for line in lines if line.startswith("job ")]
+    assert len(job) == 2, "accepted, done"
+    assert all(" of request mine " in line for line in job)
+
+
+def test_a_refusal_has_a_line_with_the_reason_on_one_line(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        site.client.post("/sample", json={"bogus\nrequest forged": 1}, headers={"X-Request-ID": "mine"})
+    (line,) = [record.getMessage() for record in caplog.records if "unknown_field" in record.getMessage()]
+    assert line.startswith("request mine: 422 unknown_field: ")
+    assert "\n" not in line
+
+
+def test_a_long_target_is_cut(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        site.client.get("/nowhere?" + "x" * 10_000)
+    assert all(len(each.getMessage()) < 500 for each in caplog.records if each.name.startswith("service"))
