@@ -187,6 +187,17 @@ class TooManyBytes(ServiceError):
         self.headers |= {"Retry-After": "1", "Connection": "close"}
 
 
+class TooManyImages(ServiceError):
+    """Too many uploaded images wait to be decoded."""
+
+    status, code, title = 429, "too_many_images", "Too many images wait to be decoded"
+
+    def __init__(self, wait_s: float, limit_s: float) -> None:
+        detail = f"uploads before this one take {wait_s:.1f} s to decode"
+        super().__init__(detail, field="image", value=round(wait_s, 1), bound=f"at most {limit_s:g} s")
+        self.headers["Retry-After"] = str(math.ceil(wait_s))
+
+
 class NotAcceptable(ServiceError):
     """The server can make none of the media types that the client accepts."""
 

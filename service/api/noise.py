@@ -13,7 +13,7 @@ from service.api.fields import SEED_BITS
 from service.api.multipart import read_upload
 from service.api.negotiation import negotiate
 from service.api.openapi import NOISE_BODY, NOISE_QUERY, contents
-from service.api.request import accept_header, from_items, merge, read_query, unless_gone
+from service.api.request import accept_header, from_items, merge, read_query, unless_gone, while_connected
 from service.api.schemas import NoiseRequest
 from service.api.services import Services
 from service.images.encoder import PNG
@@ -50,7 +50,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     query = read_query(request)
     upload = await unless_gone(read_upload(request, services.limits.max_image_bytes))
     asked = NoiseRequest.parse(merge(query, from_items(upload.fields, "the form")), model)
-    image = await services.decoder.decode(upload.data)
+    image = await while_connected(request, services.decoder.decode(upload.data))
     seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed
     alpha_bar = model.alpha_bar(asked.t)
     recipe: dict[str, object] = {

@@ -3,6 +3,7 @@
 Names, types and bounds are checked by the schemas.
 """
 
+import asyncio
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ from service.jobs.store import Key
 from service.model_info import Limits
 
 Body = TypeVar("Body")
+Result = TypeVar("Result")
 KEY = re.compile(r"[\x20-\x7e]{1,255}")
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show"})
@@ -187,3 +189,23 @@ def prefers_async(request: Request) -> bool:
 def accept_header(request: Request) -> str:
     """Read the media types that the client accepts; several headers are one list."""
     return ", ".join(request.headers.getlist("accept"))
+
+
+async def while_connected(request: Request, wanted: Awaitable[Result]) -> Result:
+    """Wait for something; if the client goes away first, cancel it and raise JobCancelled. The body has been read."""
+    wait = asyncio.ensure_future(wanted)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        either: set[asyncio.Future[Any]] = {wait, gone}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not wait.done():
+            raise JobCancelled("the client went away")
+        return wait.result()
+    finally:
+        gone.cancel()
+        wait.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

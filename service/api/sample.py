@@ -11,11 +11,11 @@ from service.api.caching import cache_headers, matches
 from service.api.negotiation import negotiate
 from service.api.openapi import SAMPLE_BODY, SAMPLE_QUERY, contents
 from service.api.progress import result_of
-from service.api.request import accept_header, prefers_async, read_parameters
+from service.api.request import accept_header, prefers_async, read_parameters, while_connected
 from service.api.schemas import AnimationRequest, SampleRequest
 from service.api.services import Services
 from service.api.submission import accept, to_job
-from service.errors import InvalidField, JobCancelled
+from service.errors import InvalidField
 from service.images.animation import WEBP_VERSION
 from service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
 from service.model_info import ModelInfo
@@ -120,7 +120,7 @@ async def answer(services: Services, request: Request) -> Response:
     asked = SampleRequest.parse(rest, services.model, services.limits)
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
         return await _accept(services, request, asked, animation)
-    spec, inputs = await to_job(services, asked)
+    spec, inputs = await to_job(services, asked, request)
     deadline_s, has_seed = asked.deadline_s, asked.seed is not None
     del rest, asked  # they hold the uploads as they came, and the job may take long
     request.state.release_body()
@@ -185,22 +185,11 @@ async def _finished_or_gone(
     request: Request, worker: Worker, job_id: str, done: "asyncio.Future[JobResult]"
 ) -> JobResult:
     """Wait for a job; a client that goes away frees its rows at the next tick."""
-    gone = asyncio.ensure_future(_disconnected(request))
     try:
-        waited: set[asyncio.Future[Any]] = {done, gone}
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise JobCancelled("the client went away")
-        return done.result()
+        return await while_connected(request, asyncio.shield(done))
     finally:
-        gone.cancel()
         if not done.done():
             worker.cancel(job_id, "client_gone")
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _server_timing(**seconds: float) -> str:

@@ -4,23 +4,29 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from service.api.answers import JobAnswer
-from service.api.request import idempotency_key
+from service.api.request import idempotency_key, while_connected
 from service.api.schemas import SampleRequest
 from service.api.services import Services
 from service.spec import Inputs, SampleSpec
 
 
-async def to_job(services: Services, asked: SampleRequest) -> tuple[SampleSpec, Inputs | None]:
-    """Check the parameters, then decode the images. Raises what SampleRequest.to_spec and Decoder.inputs do."""
+async def to_job(
+    services: Services, asked: SampleRequest, request: Request | None = None
+) -> tuple[SampleSpec, Inputs | None]:
+    """Check the parameters, then decode the images. Raises what SampleRequest.to_spec and Decoder.inputs do.
+
+    request: whose client may go away meanwhile; its images are then not decoded any more.
+    """
     spec = asked.to_spec(services.model, services.limits)
-    inputs = await services.decoder.inputs(asked.image, asked.mask)
+    decoding = services.decoder.inputs(asked.image, asked.mask)
+    inputs = await (decoding if request is None or asked.image is None else while_connected(request, decoding))
     return asked.with_inputs(spec, inputs), inputs
 
 
 async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
     key = idempotency_key(request, asked)
-    spec, inputs = await to_job(services, asked)
+    spec, inputs = await to_job(services, asked, request)
     view, again = await services.jobs.create(spec, asked.deadline_s, key, inputs)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",

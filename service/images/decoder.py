@@ -2,19 +2,27 @@
 
 import asyncio
 import io
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from service.byte_budget import ByteBudget
-from service.errors import InvalidImage
+from service.errors import InvalidImage, TooManyImages
 from service.images.image_header import ImageHeader, read_header
 from service.model_info import ModelInfo
 from service.spec import Images, Inputs
 
 MAX_PIXELS = 4096 * 4096
+MAX_WORK = 16 * MAX_PIXELS  # pixels times scans: cameras and the web write at most a dozen scans
+MAX_WAIT_S = 10.0  # for the images before it, as predicted; one that would wait longer is refused
+FIRST_RATE = 20e6  # pixels a second, until it is known
+LEARNING_RATE = 0.2
+Result = TypeVar("Result")
 WANTED = "a PNG, JPEG or WebP image"
 WHITE = 128  # a mask's pixels of this grey and above are regenerated
 EXIF_ORIENTATION = 0x0112
@@ -37,20 +45,36 @@ class Decoder:
         # Bytes waiting for the thread. Needed for WebSocket messages, which nothing else counts once received.
         self._budget = ByteBudget()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-decode")
+        self._ahead = 0  # the work of those that wait or are being decoded, in pixels
+        self._rate = FIRST_RATE
 
     async def decode(self, data: bytes, field: str = "image") -> Images:
-        """Run `decode_image` off the event loop. Raises InvalidImage, TooManyBytes."""
-        with self._budget.hold() as waiting:
-            waiting.add(len(data))
-            return await asyncio.get_running_loop().run_in_executor(self._pool, decode_image, data, self._model, field)
+        """Run `decode_image` off the event loop. Raises InvalidImage, TooManyBytes, TooManyImages."""
+        return await self._run([(field, data)], lambda: decode_image(data, self._model, field))
 
     async def inputs(self, image: bytes | None, mask: bytes | None) -> Inputs | None:
-        """Run `decode_inputs` off the event loop; None if there is no image. Raises InvalidImage, TooManyBytes."""
+        """Run `decode_inputs` off the event loop; None if there is no image. Raises as `decode`."""
         if image is None:
             return None
+        given = [("image", image)] + ([("mask", mask)] if mask is not None else [])
+        return await self._run(given, lambda: decode_inputs(image, mask, self._model))
+
+    async def _run(self, given: Sequence[tuple[str, bytes]], decode: Callable[[], Result]) -> Result:
+        """Wait for the thread. A caller that is cancelled meanwhile takes none of its time."""
         with self._budget.hold() as waiting:
-            waiting.add(len(image) + len(mask or b""))
-            return await asyncio.get_running_loop().run_in_executor(self._pool, decode_inputs, image, mask, self._model)
+            waiting.add(sum(len(data) for _, data in given))
+            work = sum(check_header(data, field).work for field, data in given)
+            wait_s = self._ahead / self._rate
+            if wait_s > MAX_WAIT_S:
+                raise TooManyImages(wait_s, MAX_WAIT_S)
+            self._ahead += work
+            try:
+                result, seconds = await asyncio.get_running_loop().run_in_executor(self._pool, _timed, decode)
+            finally:
+                self._ahead -= work
+        if work >= MAX_PIXELS // 100:  # less says little
+            self._rate += LEARNING_RATE * (work / max(seconds, 1e-6) - self._rate)
+        return result
 
     def close(self) -> None:
         """Wait for the image that is being decoded, and end the thread."""
@@ -91,8 +115,13 @@ def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo) -> Inputs:
     return Inputs(decode_image(image, model), decode_mask(mask, model) if mask is not None else None)
 
 
-def _load(data: bytes, field: str) -> Image.Image:
-    """Decode an image of at most MAX_PIXELS. Raises InvalidImage."""
+def _timed(decode: Callable[[], Result]) -> tuple[Result, float]:
+    began_s = time.perf_counter()
+    return decode(), time.perf_counter() - began_s
+
+
+def check_header(data: bytes, field: str) -> ImageHeader:
+    """Read the header of an image that may be decoded. Raises InvalidImage."""
     try:
         header = read_header(data)
     except ValueError as error:
@@ -103,11 +132,21 @@ def _load(data: bytes, field: str) -> Image.Image:
     size = f"{header.width_px}x{header.height_px}"
     if header.pixels > MAX_PIXELS:
         raise InvalidImage.of(field, f"of at most {MAX_PIXELS} pixels", f"{size} = {header.pixels}")
+    if header.work > MAX_WORK:
+        got = f"{size} in {header.scans} scans"
+        raise InvalidImage.of(field, f"of at most {MAX_WORK} pixels times scans", got)
+    return header
+
+
+def _load(data: bytes, field: str) -> Image.Image:
+    """Decode an image of at most MAX_PIXELS. Raises InvalidImage."""
+    header = check_header(data, field)
     try:
         image, frames = _decode(data, header)
     except MemoryError:
         raise
     except Exception as error:  # for broken bytes Pillow raises OSError, SyntaxError, struct.error and others
+        size = f"{header.width_px}x{header.height_px}"
         got = f"a {header.format} of {size} that is broken: {str(error) or type(error).__name__}"
         raise InvalidImage.of(field, WANTED, got) from None
     if frames > 1:

@@ -13,6 +13,7 @@ MAX_PIECES = 10_000
 MAX_SCANS = 100
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15, without DHT, JPG and DAC
 JPEG_SCAN = 0xDA
+SCAN = bytes((0xFF, JPEG_SCAN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,26 +23,32 @@ class ImageHeader:
     format: str
     width_px: int
     height_px: int
+    scans: int = 1  # passes over all pixels that a decoder makes
 
     @property
     def pixels(self) -> int:
         """The number of pixels."""
         return self.width_px * self.height_px
 
+    @property
+    def work(self) -> int:
+        """What decoding it costs, in pixels."""
+        return self.pixels * self.scans
+
 
 def read_header(data: bytes) -> ImageHeader | None:
     """Read the header of a PNG, JPEG or WebP; None for any other bytes. Raises ValueError if it is broken."""
     if data.startswith(PNG_SIGNATURE):
-        name, size = "PNG", _png_size(data)
+        name, size, scans = "PNG", _png_size(data), 1
     elif data.startswith(b"\xff\xd8\xff"):
-        name, size = "JPEG", _jpeg_size(data)
+        name, size, scans = "JPEG", _jpeg_size(data), max(1, data.count(SCAN))
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        name, size = "WEBP", _webp_size(data)
+        name, size, scans = "WEBP", _webp_size(data), 1
     else:
         return None
     if min(size) < 1:
         raise ValueError(f"its header says {size[0]}x{size[1]} pixels")
-    return ImageHeader(name, *size)
+    return ImageHeader(name, *size, scans)
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
@@ -69,7 +76,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     if size is None:
         raise ValueError("it has no frame header")
     # Within a scan 0xFF is always followed by 0 or a restart marker, so this counts scans (a thumbnail's included).
-    if data.count(bytes((0xFF, JPEG_SCAN))) > MAX_SCANS:
+    if data.count(SCAN) > MAX_SCANS:
         raise ValueError(f"it is in more than {MAX_SCANS} scans")
     return size
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from service.byte_budget import MAX_HELD_BYTES
-from service.errors import InvalidImage, TooManyBytes
+from service.byte_budget import ByteBudget
+from service.errors import InvalidImage, TooManyBytes, TooManyImages
 from service.images import decoder as decoder_module
 from service.images.decoder import MAX_PIXELS, Decoder, decode_image
 from service.spec import Images
@@ -354,27 +354,92 @@ def test_one_image_is_decoded_at_a_time_and_off_the_event_loop(monkeypatch: pyte
     assert threads == {"tminus-decode_0"}
 
 
-class Claims(bytes):
-    """Bytes whose length is all that may be held at once."""
+def jpeg_of_scans(scans: int, size_px: int = 64) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    out = io.BytesIO()
+    Image.fromarray(noise(size_px, size_px, 3)).save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    last, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:last] + data[last:end] * (scans - data.count(b"\xff\xda") + 1) + data[end:]
 
-    def __len__(self) -> int:
-        return MAX_HELD_BYTES
+
+def test_the_pixels_of_all_scans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "MAX_WORK", 16 * 64 * 64)
+    assert decode_image(jpeg_of_scans(16), COLOUR).shape == (8, 12, 3)
+    with pytest.raises(InvalidImage, match="64x64 in 90 scans"):
+        decode_image(jpeg_of_scans(90), COLOUR)
 
 
-def test_the_bytes_that_wait_for_the_thread_are_bounded() -> None:
-    decoder, picture = Decoder(COLOUR), noise(8, 12, 3)
-    png_bytes = encode(Image.fromarray(picture))
+class Blocked:
+    """A decoder whose thread is busy until `go`; what it decoded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go, self.decoded = threading.Event(), list[bytes]()
+        self.decoder = Decoder(COLOUR)
+        self.png_bytes = encode(Image.fromarray(noise(8, 12, 3)))
+
+        def slow(data: bytes, model: Any, field: str) -> Images:
+            self.go.wait(10)
+            self.decoded.append(data)
+            return decode_image(data, model, field)
+
+        monkeypatch.setattr(decoder_module, "decode_image", slow)
+
+
+def test_images_whose_clients_have_gone_take_no_time_of_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = Blocked(monkeypatch)
+
+    async def leave() -> None:
+        first = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes))
+        await asyncio.sleep(0.05)  # until it is being decoded
+        others = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes)) for _ in range(60)]
+        await asyncio.sleep(0)
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        last = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes))
+        await asyncio.sleep(0)
+        blocked.go.set()
+        await asyncio.gather(first, last)
+
+    asyncio.run(leave())
+    blocked.decoder.close()
+    assert len(blocked.decoded) == 2
+
+
+def test_an_image_that_would_wait_too_long_is_refused_with_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "FIRST_RATE", 8 * 12 * 2.0)  # two of these images a second
+    blocked = Blocked(monkeypatch)
+
+    async def crowd() -> None:
+        waiting = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes)) for _ in range(21)]
+        await asyncio.sleep(0)
+        with pytest.raises(TooManyImages) as caught:
+            await blocked.decoder.decode(blocked.png_bytes)
+        assert int(caught.value.headers["Retry-After"]) == 11
+        blocked.go.set()
+        await asyncio.gather(*waiting)
+        await blocked.decoder.decode(blocked.png_bytes)
+
+    asyncio.run(crowd())
+    blocked.decoder.close()
+
+
+def test_the_bytes_that_wait_for_the_thread_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = Blocked(monkeypatch)
+    decoder, png_bytes = blocked.decoder, blocked.png_bytes
+    monkeypatch.setattr(decoder, "_budget", ByteBudget(len(png_bytes)))
 
     async def one_too_many() -> None:
-        waiting = asyncio.ensure_future(decoder.decode(Claims(png_bytes)))
+        waiting = asyncio.ensure_future(decoder.decode(png_bytes))
         await asyncio.sleep(0)
         for more in (decoder.decode(b"x"), decoder.inputs(b"x", None), decoder.inputs(b"", b"x")):
             with pytest.raises(TooManyBytes):
                 await more
         assert await decoder.inputs(None, b"x") is None, "no image: nothing waits"
-        with pytest.raises(InvalidImage):
-            await waiting
-        np.testing.assert_array_equal(await decoder.decode(png_bytes), picture)
+        blocked.go.set()
+        await waiting
+        await decoder.decode(png_bytes)
 
     asyncio.run(one_too_many())
     decoder.close()

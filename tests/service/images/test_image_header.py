@@ -37,7 +37,12 @@ def test_the_header_agrees_with_the_image_that_pillow_wrote(
 ) -> None:
     name, mode, options = kind
     data = encode(Image.new(mode, (width, height)), name, **options)
-    assert read_header(data) == ImageHeader(name, width, height)
+    header = read_header(data)
+    assert header is not None
+    assert (header.format, header.width_px, header.height_px) == (name, width, height)
+    progressive = options.get("progressive", False)
+    assert header.scans > 1 if progressive else header.scans == 1
+    assert header.work == header.scans * width * height
 
 
 @given(data=st.sampled_from(SAMPLES), cut=st.integers(0, 2000))
@@ -110,4 +115,5 @@ def test_a_large_image_of_each_format_is_within_the_bounds() -> None:
     noisy = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8))
     for name, _, options in (KINDS[0], KINDS[4], KINDS[6]):
         header = read_header(encode(noisy, name, **options))
-        assert header == ImageHeader(name, 1500, 1500)
+        assert header is not None
+        assert (header.format, header.width_px, header.height_px) == (name, 1500, 1500)
