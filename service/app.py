@@ -127,12 +127,16 @@ def _services(
     standings = Standings(worker)
     lifecycle = Lifecycle(async_store, worker, model.fingerprint, limits, metrics)
     decoder, encoder = Decoder(model), Encoder(model, metrics.encoded)
+    streams = Streams(limits.max_streams, limits.max_streams_per_address)
     metrics.watch(
         tasks=lambda: len(asyncio.all_tasks()),  # /metrics is answered in the event loop
         rows_active=lambda: worker.rows_active,
         rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
         backlog_s=lambda: admission.backlog_s,
         device_memory_bytes=engine.memory_bytes,
+        store_up=lambda: async_store.failure is None,
+        streams_open=lambda: streams.open,
+        stalled_s=lambda: worker.stalled_s,
     )
 
     @asynccontextmanager
@@ -157,7 +161,7 @@ def _services(
         decoder=decoder,
         encoder=encoder,
         cache=ResultCache(limits.result_cache_bytes),
-        streams=Streams(limits.max_streams, limits.max_streams_per_address),
+        streams=streams,
         recordings=RecordingRoom(),
         noise_turn=asyncio.Lock(),
     )

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ def stream_routes(services: Services) -> APIRouter:
     @router.websocket("/sample/stream")
     async def stream(ws: WebSocket) -> None:
         log.info("request %s of %s: WebSocket %s", new_request_id(ws.scope), address_of(ws.scope), target_of(ws.scope))
+        began_s, status = time.perf_counter(), 101
         try:
             services.doors.check(ws.scope)
             with services.streams.opened(ws.client.host if ws.client else ""):
@@ -51,8 +53,11 @@ def stream_routes(services: Services) -> APIRouter:
                 await _Stream(services, ws).serve()
         except ServiceError as refusal:  # before it was accepted
             services.metrics.rejected(refusal.code)
+            status = refusal.status
             log.info("request %s: %d %s", REQUEST_ID.get(), refusal.status, refusal.code)
             await ws.send_denial_response(render(refusal))
+        finally:
+            services.metrics.requested("/sample/stream", status, time.perf_counter() - began_s)
 
     return router
 

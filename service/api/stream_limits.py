@@ -19,6 +19,11 @@ class Streams:
         self._quiet = asyncio.Event()
         self._quiet.set()
 
+    @property
+    def open(self) -> int:
+        """How many there are."""
+        return self._open.total()
+
     @contextmanager
     def opened(self, host: str) -> Iterator[None]:
         """Count a stream while it is open. Raises TooManyStreams."""

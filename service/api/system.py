@@ -7,6 +7,7 @@ from service.api import problems
 from service.api.answers import ModelAnswer, ScheduleAnswer, StatusAnswer
 from service.api.services import Services
 from service.errors import Draining, EngineFailed, NotReady, Stalled
+from service.jobs.jobs import Jobs
 from service.worker.worker import CRASHED, Worker
 
 
@@ -28,7 +29,7 @@ def system_routes(services: Services) -> APIRouter:
 
     @router.get("/readyz", summary="Readiness: the warm-up is over and jobs are accepted", response_model=StatusAnswer)
     async def readyz() -> StatusAnswer | Response:
-        return _ready(services.worker)
+        return _ready(services.worker, services.jobs)
 
     @router.get("/metrics", summary="Prometheus", response_class=Response)
     async def get_metrics() -> Response:
@@ -48,11 +49,15 @@ def _alive(worker: Worker) -> StatusAnswer | Response:
     return StatusAnswer(status="alive")
 
 
-def _ready(worker: Worker) -> StatusAnswer | Response:
+def _ready(worker: Worker, jobs: Jobs) -> StatusAnswer | Response:
     if worker.crashed:
         return problems.render(EngineFailed(CRASHED))
     if stalled_s := worker.stalled_s:
         return problems.render(Stalled(stalled_s))
     if worker.draining:
         return problems.render(Draining())
-    return StatusAnswer(status="ready") if worker.ready else problems.render(NotReady())
+    if not worker.ready:
+        return problems.render(NotReady())
+    if jobs.store_failure is not None:
+        return problems.render(jobs.store_failure)
+    return StatusAnswer(status="ready")

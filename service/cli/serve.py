@@ -45,7 +45,7 @@ def serve(**flags: Any) -> None:
 
     from service.app import create_app
     from service.engine.loading import prepare_engine
-    from service.jobs.sqlite_store import open_store
+    from service.jobs.opening import open_store
     from service.server import bind
     from service.server import serve as run_server
 

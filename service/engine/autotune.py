@@ -5,12 +5,14 @@ An exact candidate is tried at several pass sizes, and keeps those whose outputs
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ CPU_SIZES = (1, 2, 4)
 WORTH = 0.97  # a larger size is kept if a row takes less than this share of its time at the size before
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured
+NOISY = 1.5  # a choice that was made on a machine with more noise is made again when it is idle
+NOISE_KEY = "noisy"
+IDLE_LOAD = 0.3  # of the load average by cores
 BUDGET_S = 30.0  # after this no further candidate or size is tried: on a busy machine all of them take minutes
 HOPELESS = 8.0  # passes of one place this many times slower than the best (two times multiplied) are not looked into
 AGREE_ROWS, MAX_AGREE_ROWS = 8, 512  # that two ways of running a pass are compared on
@@ -63,6 +68,29 @@ class Builder:
         self._shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
         self._graph: openvino_executor.Graph | None = None
         self._compiled: openvino_executor.Compiled = {}  # what was tried need not be compiled again
+        self._spreads: list[float] = []  # of each thing that was timed, the median time by the least
+
+    @property
+    def noise(self) -> float:
+        """How much longer than at best a call takes in the middle: 1.0 to 1.1 on a machine with nothing else to do."""
+        return median(self._spreads) if self._spreads else 1.0
+
+    def time(self, call: Callable[[], object]) -> float:
+        """The least time of some calls, since other programs may run too; the first warms up and does not count."""
+
+        def timed() -> float:
+            started = time.perf_counter()
+            call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return time.perf_counter() - started
+
+        times: list[float] = []
+        timed()
+        while len(times) < 3 or (sum(times) < TRIAL_S and len(times) < 100):
+            times.append(timed())
+        self._spreads.append(median(times) / max(min(times), 1e-9))
+        return min(times)
 
     def build(self, choice: Choice) -> Executor:
         """Build the executor of a choice."""
@@ -95,14 +123,30 @@ def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, ca
     """
     candidates = find_candidates(checkpoint, device, wish)
     kept = ChoiceCache(cache, checkpoint, device, asdict(wish), [asdict(candidate) for candidate in candidates])
-    choice = valid_choice(kept.read(), candidates, wish)
+    fields = dict(kept.read() or {})
+    noisy = fields.pop(NOISE_KEY, False)
+    choice = valid_choice(fields, candidates, wish)
     builder = Builder(checkpoint, device, wish.threads)
+    if choice is not None and noisy and _is_idle():
+        log.info("executor %s was chosen while the machine was busy: measuring again", choice.executor)
+        choice = None
     if choice is None:
         choice = _fastest(builder, wish, candidates)
-        kept.write(asdict(choice))
+        noisy = builder.noise > NOISY
+        if noisy:
+            log.warning(
+                "the machine was busy while executors were measured (half of the calls took %.1f times as long as the "
+                "fastest): a start on an idle machine measures again", builder.noise,
+            )  # fmt: skip
+        kept.write(asdict(choice) | ({NOISE_KEY: True} if noisy else {}))
     else:
         log.info("executor %s %s, as measured before (%s)", choice.executor, choice.precision, kept.file)
     return builder.build(choice)
+
+
+def _is_idle() -> bool:
+    """Whether the machine has had little to do in the last minute."""
+    return os.getloadavg()[0] < IDLE_LOAD * (os.cpu_count() or 1)
 
 
 def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choice:
@@ -188,8 +232,8 @@ def _with_wide(builder: Builder, wish: Wish, measured: Measured) -> Measured:
         executor = builder.build(wider)
         parts = [_rows(inputs, start, start + places) for start in range(0, rows - places + 1, places)]
         outs = torch.cat([executor(*part) for part in parts])
-        seconds = _seconds(partial(executor, *parts[0]), builder.device)
-        narrow_s = _seconds(partial(narrow, *parts[0]), builder.device)
+        seconds = builder.time(partial(executor, *parts[0]))
+        narrow_s = builder.time(partial(narrow, *parts[0]))
         if seconds > WORTH * narrow_s or (wish.exact and not outs.equal(expected[: len(outs)])):
             break
         choice, lone_s = wider, seconds if places == 1 else lone_s
@@ -213,8 +257,8 @@ def _try(builder: Builder, wish: Wish, choice: Choice) -> _Trial:
         bits = executor(*example_inputs(checkpoint, device, agree_rows(checkpoint, choice.precision))).numpy().tobytes()
     return _Trial(
         size,
-        lone_s=_seconds(lambda: executor(*_rows(full, 0, 1)), device),
-        row_s=_seconds(lambda: executor(*full), device) / len(full[0]),
+        lone_s=builder.time(lambda: executor(*_rows(full, 0, 1))),
+        row_s=builder.time(lambda: executor(*full)) / len(full[0]),
         bits=bits,
     )
 
@@ -247,20 +291,3 @@ def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> t
 def _rows(inputs: tuple[Tensor, Tensor, Tensor | None], start: int, end: int) -> tuple[Tensor, Tensor, Tensor | None]:
     x, t, labels = inputs
     return x[start:end], t[start:end], labels[start:end] if labels is not None else None
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The least time of some calls, since other programs may run too; the first call warms up and does not count."""
-
-    def timed() -> float:
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-
-    times: list[float] = []
-    timed()
-    while len(times) < 3 or (sum(times) < TRIAL_S and len(times) < 100):
-        times.append(timed())
-    return min(times)

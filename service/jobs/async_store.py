@@ -6,9 +6,11 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from service.errors import StorageFailed
 from service.jobs.store import JobRecord, JobStore, Key, Outcome, Place
 from service.spec import Images, Inputs, Snapshot
 
+CALL_S = 30.0  # a call that takes longer is not waited for
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -20,12 +22,35 @@ class AsyncStore:
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-store")
 
+        self.failure: StorageFailed | None = None  # why the last attempt to write failed; None after one that did not
+
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await asyncio.wrap_future(self._pool.submit(function, *args, **kwargs))
+        """Wait for a call, though not for a disk that does not answer. Raises StorageFailed."""
+        call = asyncio.wrap_future(self._pool.submit(function, *args, **kwargs))
+        try:
+            async with asyncio.timeout(CALL_S):
+                return await asyncio.shield(call)
+        except TimeoutError:
+            call.add_done_callback(_retrieve)
+            raise StorageFailed(f"the job store has not answered for {CALL_S:g} s") from None
+
+    async def _write(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """As `_call`; whether it could be done is kept in `failure`."""
+        try:
+            result = await self._call(function, *args, **kwargs)
+        except StorageFailed as error:
+            self.failure = error
+            raise
+        self.failure = None
+        return result
+
+    async def check(self) -> None:
+        """See JobStore. Writes only while the last attempt to write has failed."""
+        await self._write(self._store.check, write=self.failure is not None)
 
     async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None) -> bool:
         """See JobStore."""
-        return await self._call(self._store.add, job, key, inputs)
+        return await self._write(self._store.add, job, key, inputs)
 
     async def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """See JobStore."""
@@ -53,11 +78,11 @@ class AsyncStore:
 
     async def crashed(self, job_id: str) -> None:
         """See JobStore."""
-        await self._call(self._store.crashed, job_id)
+        await self._write(self._store.crashed, job_id)
 
     async def finish(self, job: JobRecord, images: Images | None) -> None:
         """See JobStore."""
-        await self._call(self._store.finish, job, images)
+        await self._write(self._store.finish, job, images)
 
     async def images(self, job_id: str) -> Images | None:
         """See JobStore."""
@@ -65,7 +90,7 @@ class AsyncStore:
 
     async def delete(self, job_id: str) -> bool:
         """See JobStore."""
-        return await self._call(self._store.delete, job_id)
+        return await self._write(self._store.delete, job_id)
 
     async def sweep(self, before_us: int, max_bytes: int) -> bool:
         """See JobStore."""
@@ -85,6 +110,8 @@ class AsyncStore:
                 self._store.save(snapshots, fingerprint)
             except Exception as raised:
                 error = raised
+            if error is None or isinstance(error, StorageFailed):
+                self.failure = error
             saved(error, time.thread_time() - started_s)
 
         self._pool.submit(save)
@@ -93,3 +120,9 @@ class AsyncStore:
         """Finish the calls that have been made, and close the store. Blocks until then."""
         self._pool.submit(self._store.close)
         self._pool.shutdown()
+
+
+def _retrieve(call: "asyncio.Future[R]") -> None:
+    """Nobody waits for this call any more; asyncio would complain about an error that is never retrieved."""
+    if not call.cancelled():
+        call.exception()

@@ -32,6 +32,11 @@ class Jobs:
     def __init__(self, store: AsyncStore, worker: Worker, standings: Standings, lifecycle: Lifecycle) -> None:
         self._store, self._worker, self._standings, self._lifecycle = store, worker, standings, lifecycle
 
+    @property
+    def store_failure(self) -> StorageFailed | None:
+        """Why nothing can be written to the store at the moment."""
+        return self._store.failure
+
     async def create(
         self, spec: SampleSpec, deadline_s: float | None, key: Key | None, inputs: Inputs | None = None
     ) -> tuple[JobView, bool]:

@@ -6,6 +6,7 @@ One task for each job waits for the worker's result and keeps how the job ended,
 import asyncio
 import logging
 from collections.abc import Coroutine, ValuesView
+from contextlib import suppress
 from dataclasses import replace
 
 from service.errors import (
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 SWEEP_S = 10.0
 RETRY_S = 5.0  # until a store that failed is tried again
 ROOM_S = 0.2  # until a worker that warms up, or has no slots, is asked again
-MAX_CRASHES = 3  # of the worker while it worked on the job; then the job is taken for the cause
 
 
 class Lifecycle:
@@ -44,18 +44,38 @@ class Lifecycle:
         self._live: dict[str, Live] = {}  # changed here only
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
+        # Those that the worker worked on when it crashed run one at a time: if it crashes again, that one caused it.
+        self._quarantine = asyncio.Lock()
         self._closing = asyncio.Event()
         self._store_fails = False  # the last attempt to keep an end failed
 
     async def start(self) -> None:
-        """Take on what an earlier process accepted and did not finish."""
-        for record in await self._store.unfinished():
-            self._live[record.id] = live = Live(record)
-            self._spawn(self._run(live, None))
-        if self._live:
-            log.info("%d durable jobs of an earlier start go on", len(self._live))
-            self._metrics.jobs_resumed(len(self._live))
+        """Take on what an earlier process accepted and did not finish; later, if the store cannot be opened yet."""
+        try:
+            await self._take_on()
+        except StorageFailed:
+            self._spawn(self._take_on_later())
         self._spawn(self._sweep_now_and_then())
+
+    async def _take_on(self) -> None:
+        found = [record for record in await self._store.unfinished() if record.id not in self._live]
+        for record in found:
+            self._live[record.id] = live = Live(record)
+            self._spawn(self._run_alone(live) if record.crashes else self._run(live, None))
+        if found:
+            log.info("%d durable jobs of an earlier start go on", len(found))
+            self._metrics.jobs_resumed(len(found))
+
+    async def _take_on_later(self) -> None:
+        while True:
+            try:
+                await self._pause(RETRY_S)
+                await self._take_on()
+            except StorageFailed:
+                continue
+            except Draining:
+                pass
+            return
 
     async def close(self) -> None:
         """Keep how jobs ended, as far as the store can, and close it. Call it when the worker has ended."""
@@ -121,6 +141,12 @@ class Lifecycle:
             log.exception("job %s could not be finished", live.record.id)
             await self._fail(live, ServiceError("something went wrong on the server; its log has the details"))
 
+    async def _run_alone(self, live: Live) -> None:
+        """As `_run`, of a job that may have crashed the worker: while it runs, no other such job does."""
+        async with self._quarantine:
+            log.warning("job %s was worked on when the worker crashed: it runs without others like it", live.record.id)
+            await self._run(live, None)
+
     async def _resume(self, live: Live) -> Ticket:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
         record = live.record
@@ -158,14 +184,17 @@ class Lifecycle:
         await self._end(live, _ending(live.record, "failed", problem=error.problem()))
 
     async def _causes_crashes(self, record: JobRecord) -> bool:
-        """Count a crash if the worker was running this job. Returns whether MAX_CRASHES is reached."""
-        if record.id not in self._worker.jobs_of_the_crash:
+        """Count a crash if the worker was running this job, unless it was running a suspect, which then caused it."""
+        crashed = self._worker.jobs_of_the_crash
+        if record.id not in crashed:
             return False
-        try:
+        if record.crashes:
+            return True
+        if any(live.record.crashes for live in self._live.values() if live.record.id in crashed):
+            return False
+        with suppress(StorageFailed):
             await self._store.crashed(record.id)
-        except StorageFailed:
-            return False
-        return record.crashes + 1 >= MAX_CRASHES
+        return False
 
     async def _end(self, live: Live, record: JobRecord, images: Images | None = None) -> None:
         """Keep how a job ended. Until the store can, clients are not told that it has; a restart would run it again."""
@@ -212,6 +241,7 @@ class Lifecycle:
         keep_us, keep_bytes = round(self._limits.keep_jobs_s * 1e6), self._limits.keep_jobs_bytes
         while not self._closing.is_set():
             try:
+                await self._store.check()
                 while await self._store.sweep(now_us() - keep_us, keep_bytes):
                     if self._closing.is_set():
                         return

@@ -1,11 +1,16 @@
 """Check a file before the job store opens it. A rejected file is left unchanged; the error says why in one line."""
 
+import errno
 import logging
 import os
+import shlex
+import shutil
 import sqlite3
 import time
 from contextlib import closing, suppress
 from pathlib import Path
+
+from service.jobs.wal import find_damage
 
 log = logging.getLogger(__name__)
 
@@ -14,6 +19,8 @@ APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header, by which file(1) and t
 IN_MEMORY = ":memory:"
 BUSY_S = 2.0  # to wait for the lock of another process; that of a killed server is gone at once
 UNTOUCHED = "; nothing was changed"
+LEAST_FREE_BYTES = 2**20  # for a WAL and its index
+MOST_IDS = 20  # of jobs, in a message
 CHECK_S = 10.0  # for the check for damage: a GiB takes 0.2 s from memory, 2.3 s from a disk of 450 MB/s
 
 
@@ -29,17 +36,20 @@ def prepare(file: Path) -> None:
     except FileExistsError:
         pass
     except OSError as error:
-        raise ValueError(why_not(file, f"{error.strerror}")) from None
+        raise cannot_be_used(file, error) from None
     index = _beside(file, "shm")
     was_there = index.exists()
     try:
         uri = f"{file.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)) as connection:
             if not is_new(file, connection):
+                _check_wal(file)
                 _check_pages(file, connection)
     except sqlite3.Error as error:
         # A first start was interrupted: the store's own connection, which may write, rolls that back.
         if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
+            if isinstance(cannot := cannot_be_used(file, error), DiskFull):
+                raise cannot from None
             raise ValueError(why_not(file, str(error), UNTOUCHED)) from None
     finally:
         if not was_there:
@@ -56,6 +66,20 @@ def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
     if version != VERSION and (version or schema_version):
         raise ValueError(_of_another_version(file, version))
     return not version
+
+
+class DiskFull(ValueError):
+    """The file cannot be used for want of room, which may come."""
+
+
+def cannot_be_used(file: Path | None, error: BaseException | None) -> ValueError:
+    """Say why a file cannot be used, by SQLite's or the system's error."""
+    full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or "disk is full" in str(error)
+    full |= getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if not full and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR and file is not None:
+        # A WAL's index that finds no room is an I/O error.
+        full = shutil.disk_usage(file.parent).free < LEAST_FREE_BYTES
+    return (DiskFull if full else ValueError)(why_not(file, str(error)))
 
 
 def why_not(file: Path | None, reason: str, done: str = "") -> str:
@@ -92,6 +116,18 @@ def _check_header(file: Path) -> None:
         raise ValueError(_of_another_version(file, version))
     if (version, application) != (0, 0) and application != APPLICATION_ID:  # zero: its first commit is still in the WAL
         raise ValueError(f"{file} is a database of something else{UNTOUCHED}. Name another --state-dir")
+
+
+def _check_wal(file: Path) -> None:
+    """Raise ValueError for a WAL in which more than the last transaction does not verify."""
+    wal = _beside(file, "wal")
+    damage = find_damage(wal) if wal.exists() else None
+    if damage is not None:
+        ids = ", ".join(damage.job_ids[:MOST_IDS]) + (", …" if len(damage.job_ids) > MOST_IDS else "")
+        raise ValueError(
+            f"{wal} is damaged: {damage.transactions} transactions cannot be read{UNTOUCHED}. Jobs in doubt: "
+            f"{ids or 'none'}. To go on with what came before: truncate -s {damage.offset} {shlex.quote(str(wal))}"
+        )
 
 
 def _check_pages(file: Path, connection: sqlite3.Connection) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.pool import StaticPool
 
 from service.errors import StorageFailed
 from service.jobs import arrays
-from service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, IN_MEMORY, VERSION, is_new, prepare, why_not
+from service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, VERSION, cannot_be_used, is_new, prepare
 from service.jobs.sqlite_tables import images_of, inputs_of, jobs, metadata, snapshots
 from service.jobs.store import JobRecord, Key, Outcome, Place, now_us
 from service.spec import Images, Inputs, SampleSpec, Snapshot
@@ -36,6 +36,7 @@ class SqliteStore:
     def __init__(self, file: Path | None) -> None:
         """file: None keeps everything in memory, no longer than the process lives."""
         self._file = file
+        self._wal_bytes = 0  # at the last sweep
         if file is not None:
             prepare(file)
         url = sa.URL.create("sqlite", database=None if file is None else str(file))
@@ -59,12 +60,14 @@ class SqliteStore:
                     self._pragma(f"user_version = {VERSION}")
                     metadata.create_all(self._connection)
             self.unfinished()  # what the server reads first: if this fails it must not start
+            made = os.stat(file) if file is not None else None
+            self._identity = (made.st_dev, made.st_ino) if made is not None else None
         except sa.exc.DBAPIError as error:
             self._engine.dispose()
-            raise ValueError(why_not(file, str(error.orig))) from None
+            raise cannot_be_used(file, error.orig) from None
         except (sqlite3.Error, StorageFailed) as error:
             self.close()
-            raise ValueError(why_not(file, str(error))) from None
+            raise cannot_be_used(file, error) from None
         except ValueError:
             self.close()
             raise
@@ -89,6 +92,7 @@ class SqliteStore:
         values["bytes"] = RECORD_BYTES + len(data or b"")
         if key is not None:
             values |= {"key": key.name, "request_hash": key.request_hash}
+        self._check_there()
         with self._transaction() as run:
             if key is not None and run(sa.select(jobs.c.id).where(jobs.c.key == key.name)).first():
                 return False
@@ -227,19 +231,50 @@ class SqliteStore:
                 # As a script, since the driver steps a statement without rows once, which frees one page.
                 self._driver.executescript(f"PRAGMA incremental_vacuum({SWEEP_PAGES})")
                 return bool(self._pragma("freelist_count")[0] < free)
-            if self._file is not None:  # a checkpoint shortens it, the vacuum alone does not
-                taken = sum(Path(f"{self._file.resolve()}{end}").stat().st_size for end in ("", "-wal"))
-                if taken > self._pragma("page_count")[0] * self._pragma("page_size")[0] + WAL_BYTES:
-                    self._pragma("wal_checkpoint(TRUNCATE)")
+            if self._file is not None:
+                self._checkpoint(self._file, Path(f"{self._file.resolve()}-wal").stat().st_size)
         except (OSError, sqlite3.Error) as error:  # no harm: new jobs use the free pages
             log.warning("the job store %s does not shrink: %s", self._file, error)
         return False
+
+    def _checkpoint(self, file: Path, wal_bytes: int) -> None:
+        """Copy the WAL into the file and empty it, where both are large or the store is idle.
+
+        A vacuum alone does not shorten the file; and what is in the WAL only, one bad byte may lose.
+        """
+        idle = wal_bytes == self._wal_bytes
+        spare = file.stat().st_size + wal_bytes - self._pragma("page_count")[0] * self._pragma("page_size")[0]
+        if wal_bytes and (idle or spare > WAL_BYTES):
+            self._pragma("wal_checkpoint(TRUNCATE)")
+            wal_bytes = 0
+        self._wal_bytes = wal_bytes
 
     def _delete(self, run: Callable[..., Any], job_ids: Sequence[str]) -> int:
         for table in (snapshots, inputs_of, images_of):
             run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
         count: int = run(sa.delete(jobs).where(jobs.c.id.in_(job_ids))).rowcount
         return count
+
+    def check(self, *, write: bool) -> None:
+        """See JobStore."""
+        self._check_there()
+        if write:
+            with self._transaction() as run:
+                run(sa.text(f"PRAGMA application_id = {APPLICATION_ID}"))  # as it is: one page to the disk
+
+    def _check_there(self) -> None:
+        """Raise StorageFailed if the file has been deleted, or replaced: what is written would be lost with it."""
+        if self._file is None:
+            return
+        try:
+            there = os.stat(self._file)
+        except OSError as error:
+            there = None
+            reason = error.strerror
+        if there is None or (there.st_dev, there.st_ino) != self._identity:
+            reason = "another file is in its place" if there is not None else reason
+            log.error("the job store %s is gone: %s", self._file, reason)
+            raise StorageFailed(f"the job store's file is gone: {reason}. The server must be restarted")
 
     def close(self) -> None:
         """See JobStore."""
@@ -255,29 +290,6 @@ class SqliteStore:
         except sa.exc.DBAPIError as error:
             log.error("the job store %s: %s", self._file, error.orig)
             raise StorageFailed(f"the job store cannot do it: {error.orig}") from None
-
-
-def open_store(state_dir: str, weights_hash: str) -> SqliteStore:
-    """Open the store of these weights' jobs, a file of their own: no other weights could finish the jobs.
-
-    state_dir: a folder; "" for the default one in the user's home, ":memory:" for none. Raises ValueError for a folder
-    or file that cannot be used, with what to do about it.
-    """
-    if state_dir == IN_MEMORY:
-        return SqliteStore(None)
-    try:
-        folder = Path(state_dir) if state_dir else _home_state_dir()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"no folder for durable jobs can be made: {error}. Name one, or {IN_MEMORY} for none"
-        ) from None
-    return SqliteStore(folder / f"jobs-{weights_hash[:16]}.sqlite3")
-
-
-def _home_state_dir() -> Path:
-    """Follow the XDG base directory specification. Raises RuntimeError for a user without a home."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tminus"
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:

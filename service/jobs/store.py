@@ -97,5 +97,8 @@ class JobStore(Protocol):
         One call does a part of this, so that other calls need not wait long; returns whether to call again.
         """
 
+    def check(self, *, write: bool) -> None:
+        """See whether jobs can be kept, if need be by writing something small. Raises StorageFailed."""
+
     def close(self) -> None:
         """Close the store; no call may follow."""

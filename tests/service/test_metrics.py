@@ -39,6 +39,9 @@ def moved() -> dict[str, Metric]:
         rows_waiting=lambda: 1,
         backlog_s=lambda: 1.0,
         device_memory_bytes=lambda: 1,
+        store_up=lambda: True,
+        streams_open=lambda: 1,
+        stalled_s=lambda: 1.0,
     )
     metrics.ticked(1.0, 1, {"ddpm": 1})
     metrics.job_started(queue_s=1.0, first_step_s=1.0)

@@ -202,7 +202,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr("service.engine.loading.read_checkpoint", read)
         monkeypatch.setattr("service.engine.loading.prepare_engine", prepare_engine)
         monkeypatch.setattr("service.app.create_app", create_app)
-        monkeypatch.setattr("service.jobs.sqlite_store.open_store", open_store)
+        monkeypatch.setattr("service.jobs.opening.open_store", open_store)
         monkeypatch.setattr("service.server.bind", bind)
         monkeypatch.setattr("service.server.serve", run_server)
         result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)

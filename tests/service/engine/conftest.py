@@ -54,12 +54,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Measure by one call each, and count."""
     calls: list[int] = []
 
-    def seconds(call: Callable[[], object], _device: torch.device) -> float:
+    def seconds(_builder: object, call: Callable[[], object]) -> float:
         calls.append(1)
         call()
         return 0.01
 
-    monkeypatch.setattr(autotune, "_seconds", seconds)
+    monkeypatch.setattr(autotune.Builder, "time", seconds)
     return calls
 
 
@@ -69,7 +69,7 @@ def unmeasurable(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*_args: object) -> float:
             raise AssertionError("it was to be known already")
 
-        monkeypatch.setattr(autotune, "_seconds", fail)
+        monkeypatch.setattr(autotune.Builder, "time", fail)
         monkeypatch.setattr(autotune, "_try", fail)
 
     return forbid

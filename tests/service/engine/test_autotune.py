@@ -214,7 +214,7 @@ class Widening:
 
         return run
 
-    def time(self, call: Callable[[], object], _device: torch.device) -> float:
+    def time(self, call: Callable[[], object]) -> float:
         call()
         return self.seconds[self.wide]
 
@@ -241,7 +241,6 @@ def test_places_go_the_wide_way_where_that_is_faster_and_gives_the_same_bits(
     expected: int,
 ) -> None:
     builder = Widening(checkpoint, seconds, other_bits)
-    monkeypatch.setattr(autotune, "_seconds", builder.time)
     wish = Wish(threads=threads, exact=exact)
     narrow = Choice("openvino", "float32", sizes=(1, 2))
     measured = autotune._with_wide(builder, wish, Measured(narrow, 1.0, 0.5))  # type: ignore[arg-type]

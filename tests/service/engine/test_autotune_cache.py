@@ -170,3 +170,33 @@ def test_a_user_without_a_home_has_no_cache_and_an_executor_all_the_same(
     monkeypatch.setattr(Path, "home", no_home)
     assert default_cache() is None
     assert choose_executor(checkpoint, CPU, EAGER, default_cache()).name == "eager"
+
+
+def test_a_choice_that_was_made_on_a_busy_machine_is_made_again_when_it_is_idle(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most calls are held up for four times their time, as by other programs."""
+    monkeypatch.setattr(autotune, "TRIAL_S", 0.0)
+    calls, clock, held_up_s = 0, 0.0, 0.004
+
+    def perf_counter() -> float:
+        nonlocal calls, clock
+        calls += 1
+        if calls % 2 == 0:  # the end of a call
+            clock += 0.001 + (held_up_s if calls % 6 else 0.0)
+        return clock
+
+    def measured() -> bool:
+        before = calls
+        choose_executor(checkpoint, CPU, EAGER, tmp_path)
+        return calls > before
+
+    monkeypatch.setattr(autotune.time, "perf_counter", perf_counter)
+    monkeypatch.setattr(autotune, "_is_idle", lambda: False)
+    assert measured()
+    assert not measured(), "it is busy still: it would be no better"
+    monkeypatch.setattr(autotune, "_is_idle", lambda: True)
+    assert measured()
+    held_up_s = 0.0
+    assert measured()
+    assert not measured(), "now it is believed"

@@ -1,5 +1,6 @@
 """Jobs to their end, over failures and restarts: a new site on the same file is a restart."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -189,7 +190,7 @@ def test_a_crash_is_counted_only_for_the_jobs_that_the_worker_was_working_on(res
 
     site = restarts.start(shut=True, max_batch=2)
     poison, innocent = post(site, {"steps": 1, "n": 2}).json()["id"], post(site, {"steps": 50, "n": 2}).json()["id"]
-    for _ in range(3):
+    for _ in range(2):
         site.engine.on_remove = crash
         site.engine.gate.open()
         wait_until(lambda site=site: site.worker.crashed)  # type: ignore[misc]
@@ -214,13 +215,43 @@ def test_suspended_work_is_not_counted_as_saved(restarts: Restarts) -> None:
     assert 'tminus_cancelled_total{"reason": "suspended"}' not in metrics
 
 
-def test_a_worker_that_crashes_again_and_again_with_a_job_fails_it(restarts: Restarts) -> None:
+def test_of_the_jobs_of_a_crash_the_one_that_crashes_it_again_fails_and_the_others_are_done(
+    restarts: Restarts,
+) -> None:
+    site = restarts.start(shut=True)
+    poison_seed = 2
+    ids = [post(site, {"steps": 3 if seed == poison_seed else 20, "seed": seed}).json()["id"] for seed in range(4)]
+
+    def crash_with_poison(site: Site) -> None:
+        def on_remove(rows: Sequence[int]) -> None:
+            if site.engine.jobs[rows[0]][0].seed == poison_seed:
+                raise RuntimeError("out of memory")
+
+        site.engine.on_remove = on_remove
+
+    wait_until(lambda: len(site.worker.statuses()) == 4)
+    for _ in range(2):
+        crash_with_poison(site)
+        site.engine.gate.open()
+        wait_until(lambda site=site: site.worker.crashed)  # type: ignore[misc]
+        site.engine.jobs.clear()
+        restarts.stop()
+        site = restarts.start(shut=True)
+    crash_with_poison(site)
+    site.engine.gate.open()
+    assert wait_for(site, ids[poison_seed], "failed")["problem"]["code"] == "engine_failed"
+    for seed in (0, 1, 3):
+        assert wait_for(site, ids[seed])["state"] == "done"
+    assert not site.worker.crashed
+
+
+def test_a_worker_that_crashes_again_with_a_job_fails_it(restarts: Restarts) -> None:
     def crash(rows: object) -> None:
         raise RuntimeError("out of memory")
 
     site = restarts.start(shut=True)
     job_id = post(site).json()["id"]
-    for attempt in range(3):
+    for attempt in range(2):
         assert state(site, job_id) in ("waiting", "running"), attempt
         site.engine.on_remove = crash  # in _deliver, which nothing catches
         site.engine.gate.open()

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import StorageFailed
+from service.jobs.opening import open_store
 from service.jobs.sqlite_file import VERSION
-from service.jobs.sqlite_store import RECORD_BYTES, SWEEP_JOBS, WAL_BYTES, SqliteStore, open_store
+from service.jobs.sqlite_store import RECORD_BYTES, SWEEP_JOBS, WAL_BYTES, SqliteStore
 from service.jobs.store import OUTCOMES, JobRecord, Key, Outcome
 from service.spec import Inputs, SampleSpec, Snapshot
 from tests.service.fakes import make_spec
@@ -281,6 +282,34 @@ def test_a_wal_that_has_grown_is_cut(store: SqliteStore, file: Path) -> None:
     assert wal.stat().st_size > noise.nbytes > WAL_BYTES
     assert not store.sweep(0, 10**9)
     assert wal.stat().st_size == 0
+
+
+def test_what_is_in_the_wal_is_in_the_file_soon_after_the_last_write(store: SqliteStore, file: Path) -> None:
+    """By a copy of the file alone: what is in the WAL only, one bad byte may lose."""
+    store.add(job("a"))
+    for _ in range(2):  # the second finds it idle
+        assert not store.sweep(0, 10**9)
+    copy = file.with_name("copy.sqlite3")
+    copy.write_bytes(file.read_bytes())
+    alone = SqliteStore(copy)
+    assert [record.id for record in alone.unfinished()] == ["a"]
+    alone.close()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_deleted_is_noticed_and_takes_no_more_jobs(
+    store: SqliteStore, file: Path, replaced: bool
+) -> None:
+    store.add(job("a"))
+    store.check(write=True)
+    for each in file.parent.iterdir():
+        each.unlink()
+    if replaced:
+        file.touch()
+    with pytest.raises(StorageFailed, match=r"is gone: .* must be restarted"):
+        store.check(write=False)
+    with pytest.raises(StorageFailed, match="is gone"):
+        store.add(job("b"))
 
 
 def test_a_job_is_deleted_with_all_it_has(store: SqliteStore) -> None:

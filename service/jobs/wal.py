@@ -1,0 +1,75 @@
+"""Look for damage in the write-ahead log that a killed server has left. SQLite ignores all from a bad frame on.
+
+A crash can tear only the transaction that was being written, the last one. Where more transactions follow a frame that
+does not verify, the file was damaged, and jobs that had been accepted would be lost without a word.
+Format: sqlite.org/fileformat.html, section 4.
+"""
+
+import re
+import struct
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+HEADER, FRAME = 32, 24
+MAGIC = 0x377F0682  # with the lowest bit set, checksums are of big-endian words
+MASK = 0xFFFFFFFF
+JOB_ID = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """The first frame that does not verify, and what follows it."""
+
+    offset: int  # of the end of what is sound, in bytes
+    transactions: int
+    job_ids: tuple[str, ...]  # that are named in what follows
+
+
+def find_damage(wal: Path) -> Damage | None:
+    """Check each frame; None where there is no damage beyond a torn last transaction. Raises OSError."""
+    data = wal.read_bytes()
+    if len(data) < HEADER:
+        return None
+    magic, _, page_size, _, *salts_and_sums = struct.unpack(">8I", data[:HEADER])
+    if magic & ~1 != MAGIC:
+        return None  # SQLite does not read it either
+    salts, sums, big_endian = data[16:24], (salts_and_sums[2], salts_and_sums[3]), bool(magic & 1)
+    if _checksum(data[:24], (0, 0), big_endian) != sums:
+        return None
+    size = FRAME + page_size
+    sound = HEADER  # the end of the last sound transaction
+    for at in range(HEADER, len(data) - size + 1, size):
+        frame = data[at : at + FRAME]
+        sums = _checksum(frame[:8], sums, big_endian)
+        sums = _checksum(data[at + FRAME : at + size], sums, big_endian)
+        if frame[8:16] != salts:  # of an earlier log, which this one has not overwritten yet
+            return None
+        if struct.unpack(">2I", frame[16:24]) != sums:
+            return _after(data, at, size, salts, sound)
+        if frame[4:8] != bytes(4):  # a commit
+            sound = at + size
+    return None
+
+
+def _after(data: bytes, bad: int, size: int, salts: bytes, sound: int) -> Damage | None:
+    """What follows a frame that does not verify, in the same log."""
+    later = [at for at in range(bad, len(data) - size + 1, size) if data[at + 8 : at + 16] == salts]
+    commits = sum(data[at + 4 : at + 8] != bytes(4) for at in later)
+    if commits < 2:  # the last transaction was torn
+        return None
+    found = (JOB_ID.findall(data[at : at + size]) for at in later)
+    return Damage(sound, commits, tuple(sorted({name.decode() for names in found for name in names})))
+
+
+def _checksum(data: bytes, sums: tuple[int, int], big_endian: bool) -> tuple[int, int]:
+    words = array("I", data)
+    assert words.itemsize == 4
+    if big_endian != (struct.pack("=I", 1) == struct.pack(">I", 1)):
+        words.byteswap()
+    one, two = sums
+    pairs = iter(words)
+    for first, second in zip(pairs, pairs, strict=True):
+        one = (one + first + two) & MASK
+        two = (two + second + one) & MASK
+    return one, two
