@@ -49,13 +49,16 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take no more work and start the grace period; a second signal, or one before there is work, stops at once."""
+        """Take no more work and start the grace period; a second signal ends it, so that what runs is given up."""
         application = self._starting.application
-        if application is None or application.worker.draining:
+        if application is None:
             super().handle_exit(sig, frame)
-        else:
+        elif not application.worker.draining:
             application.worker.drain()
             self._give_up.start()
+        else:
+            self._give_up.cancel()
+            threading.Thread(target=self._close_worker, name="tminus-close", daemon=True).start()
 
     def _close_worker(self) -> None:
         application = self._starting.application

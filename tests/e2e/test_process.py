@@ -69,6 +69,20 @@ def test_work_past_the_grace_period_is_given_up_with_an_answer(own_server: Start
     assert server.process.wait(30) == 0, server.log
 
 
+def test_a_second_sigterm_gives_up_what_runs_with_an_answer_and_no_traceback(own_server: Start) -> None:
+    server = own_server("--checkpoint", str(BUNDLED))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: server.post(params={"n": 64, "steps": 1000}))
+        server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
+        server.process.send_signal(signal.SIGTERM)
+        answer = running.result(30)
+    assert (answer.status_code, answer.json()["code"]) == (503, "draining")
+    assert server.process.wait(30) == 0, server.log
+    assert "Traceback" not in server.log
+
+
 def test_sigterm_while_loading_ends_at_once() -> None:
     command = [
         sys.executable,
@@ -88,7 +102,7 @@ def test_sigterm_while_loading_ends_at_once() -> None:
         assert "loading" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert "listening" not in process.stderr.read()
+        assert "ready" not in process.stderr.read()
 
 
 class Payload:

@@ -108,12 +108,12 @@ def test_the_first_signal_drains_and_the_server_answers_until_the_worker_has_end
     assert not running.thread.is_alive(), f"{CHANGED}the lifespan is not run, so nobody watches the worker"
 
 
-def test_the_second_signal_does_not_wait_for_the_worker(running: Running) -> None:
+def test_the_second_signal_ends_the_grace_period(running: Running) -> None:
     for _ in range(2):
         running.server.handle_exit(signal.SIGTERM, None)
     running.thread.join(PATIENCE_S)
     assert not running.thread.is_alive(), f"{CHANGED}Server.should_exit does not end it"
-    assert not running.worker.ended.is_set()
+    assert running.worker.closed, "what runs is given up with an answer"
 
 
 def test_work_is_given_up_after_the_grace_period() -> None:
