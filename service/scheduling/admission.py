@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from service.model_info import Limits
+from service.scheduling.arrivals import Arrivals
 from service.scheduling.forecast import Fluid, Pending, forecast
 from service.scheduling.room import MARGIN, Drain, Excess, Line, Load, find_excess
-from service.scheduling.scheduler import Sharing
+from service.scheduling.scheduler import RESERVED_SHARE, Sharing
 from service.scheduling.tick_times import TickTimes
 from service.work import Outlook, Work
 
@@ -44,6 +45,7 @@ class Admission:
         # Held while a request is being admitted, one at a time; guards what follows. Taken before _lock.
         self._admitting = threading.Lock()
         self._line = Line()
+        self._arrivals = Arrivals()
         self._drain: Drain | None = None  # None: a job came in since it was made
         self._drain_made_s = 0.0
 
@@ -73,8 +75,9 @@ class Admission:
             outlook = self._forecast([*server.jobs, job], server.tick_times, until=job_id)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
                 raise _unmeetable(deadline_s, outlook.eta_s)
+            self._arrivals.add(work.places, now_s)
             self._take(job)
-        return outlook
+            return self._foresee(outlook, job, now_s, server.tick_times)
 
     def readmit(self, job_id: str, work: Work, *, places_left: int) -> Outlook:
         """Count a job that an earlier process accepted: neither backlog nor deadline refuses it any more.
@@ -92,9 +95,12 @@ class Admission:
         jobs, tick_times = self._read()
         return self._forecast(jobs, tick_times, until=job_id)[job_id]
 
-    def outlooks(self) -> dict[str, Outlook]:
+    def outlooks(self, now_s: float) -> dict[str, Outlook]:
         """Predict the end of every job, by its id."""
-        return self._forecast(*self._read())
+        jobs, tick_times = self._read()
+        outlooks = self._forecast(jobs, tick_times)
+        with self._admitting:
+            return {job.job_id: self._foresee(outlooks[job.job_id], job, now_s, tick_times) for job in jobs}
 
     @property
     def backlog_s(self) -> float:
@@ -167,6 +173,14 @@ class Admission:
             raise InvalidField.of("deadline_s", f"at least {least_s:g} s for this work", deadline_s)
 
     # --- the forecast ---
+
+    def _foresee(self, outlook: Outlook, job: Pending, now_s: float, tick_times: TickTimes) -> Outlook:
+        """Count on as much work as has come lately, where it overtakes a job."""
+        if self._sharing.policy != "srpt" or not tick_times.points:
+            return outlook
+        place_s = tick_times.seconds_per_place(self._limits.max_batch)
+        stretch = self._arrivals.stretch(job.places_left, now_s, place_s, RESERVED_SHARE)
+        return replace(outlook, eta_s=stretch * outlook.eta_s)
 
     def _read(self) -> tuple[tuple[Pending, ...], TickTimes]:
         with self._lock:

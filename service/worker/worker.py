@@ -174,7 +174,7 @@ class Worker:
 
     def statuses(self) -> list[JobStatus]:
         """Every job that is waiting or running, in order of arrival, with its position and when it should be done."""
-        outlooks = self._admission.outlooks()
+        outlooks = self._admission.outlooks(self._clock())
         with self._gate:
             jobs, now_s = list(self._jobs.values()), self._clock()
         return [job.status(outlooks[job.id], now_s) for job in jobs if job.id in outlooks]

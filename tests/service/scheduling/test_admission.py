@@ -47,7 +47,7 @@ def test_the_backlog_is_the_accepted_work_at_the_rate_of_full_ticks() -> None:
     admission.enter("a", Work(4, 10, range(10)), now_s=0.0)
     admission.enter("b", plain(3, 8), now_s=0.0)
     assert admission.backlog_s == (80 + 24) * SECONDS_PER_PLACE
-    assert (admission.rows, len(admission.outlooks())) == (7, 2)
+    assert (admission.rows, len(admission.outlooks(0.0))) == (7, 2)
     admission.stepped({"a": 6, "b": 2}, 8, 1 / 8)
     assert admission.backlog_s == 96 * SECONDS_PER_PLACE
 
@@ -64,9 +64,9 @@ def test_a_job_that_leaves_takes_all_it_had_left_with_it() -> None:
     admission.enter("b", plain(1, 10), now_s=0.0)
     admission.stepped({"a": 4}, 4, 1 / 8)
     admission.leave("a")
-    assert (admission.backlog_s, admission.rows, len(admission.outlooks())) == (10 * SECONDS_PER_PLACE, 1, 1)
+    assert (admission.backlog_s, admission.rows, len(admission.outlooks(0.0))) == (10 * SECONDS_PER_PLACE, 1, 1)
     admission.leave("b")
-    assert (admission.backlog_s, admission.rows, len(admission.outlooks())) == (0, 0, 0)
+    assert (admission.backlog_s, admission.rows, len(admission.outlooks(0.0))) == (0, 0, 0)
 
 
 def test_unknown_jobs_that_step_or_leave_change_nothing() -> None:
@@ -109,7 +109,7 @@ def test_threads_may_enter_step_and_leave_at_once() -> None:
             admission.enter(name, plain(2, 5), now_s=0.0)
             for _ in range(3):
                 admission.stepped({name: 3}, 3, 1 / 8)
-            assert name in admission.outlooks()
+            assert name in admission.outlooks(0.0)
             admission.leave(name)
         done.append(thread)
 
@@ -119,7 +119,7 @@ def test_threads_may_enter_step_and_leave_at_once() -> None:
     for thread in threads:
         thread.join()
     assert sorted(done) == [0, 1, 2, 3]
-    assert (admission.backlog_s, admission.rows, admission.outlooks()) == (0, 0, {})
+    assert (admission.backlog_s, admission.rows, admission.outlooks(0.0)) == (0, 0, {})
 
 
 def test_one_thread_may_admit_jobs_while_another_steps_and_removes_them() -> None:
@@ -142,7 +142,7 @@ def test_one_thread_may_admit_jobs_while_another_steps_and_removes_them() -> Non
         entered.append(f"job{i}")
     all_in.set()
     server.join()
-    assert (admission.backlog_s, admission.rows, len(admission.outlooks())) == (0, 0, 0)
+    assert (admission.backlog_s, admission.rows, len(admission.outlooks(0.0))) == (0, 0, 0)
 
 
 # --- what an accepted job is told ---
@@ -152,10 +152,10 @@ def test_an_accepted_job_is_told_its_position_and_when_it_will_end() -> None:
     admission = make_admission()
     assert admission.enter("a", plain(8, 40), now_s=0.0) == Outlook(0, 5.0)
     assert admission.enter("b", plain(8, 80), now_s=0.0).position == 1
-    assert admission.outlooks() == {"a": Outlook(0, 5.0), "b": Outlook(1, pytest.approx(15.0))}
+    assert admission.outlooks(0.0) == {"a": Outlook(0, 5.0), "b": Outlook(1, pytest.approx(15.0))}
     for _ in range(8):
         admission.stepped({"a": 8}, 8, 1 / 8)
-    assert admission.outlooks()["a"].eta_s == pytest.approx(4.0)
+    assert admission.outlooks(0.0)["a"].eta_s == pytest.approx(4.0)
 
 
 def test_the_outlook_under_first_come_first_served_is_by_arrival() -> None:
@@ -202,9 +202,9 @@ def test_jobs_and_rows_have_limits(name: str, limits: dict[str, int], bound: str
 def test_a_refused_job_leaves_nothing_on_the_ledger() -> None:
     admission = make_admission(max_backlog_s=1.0)
     admission.enter("a", plain(1, 10), now_s=0.0)
-    before = (admission.backlog_s, admission.rows, len(admission.outlooks()))
+    before = (admission.backlog_s, admission.rows, len(admission.outlooks(0.0)))
     refusal(admission, plain(64, 1000))
-    assert (admission.backlog_s, admission.rows, len(admission.outlooks())) == before
+    assert (admission.backlog_s, admission.rows, len(admission.outlooks(0.0))) == before
 
 
 def test_an_idle_server_accepts_any_job_however_long() -> None:
@@ -243,7 +243,7 @@ def test_a_deadline_that_even_an_idle_server_misses_is_a_bad_field(deadline_s: f
     with pytest.raises(InvalidField) as caught:
         admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=deadline_s)
     assert (caught.value.field, caught.value.bound) == ("deadline_s", "at least 10 s for this work")
-    assert len(admission.outlooks()) == 0
+    assert len(admission.outlooks(0.0)) == 0
 
 
 def test_a_deadline_that_the_load_prevents_is_refused_with_the_earliest_that_can_be_met() -> None:
@@ -255,7 +255,7 @@ def test_a_deadline_that_the_load_prevents_is_refused_with_the_earliest_that_can
     assert (error.status, error.code, error.field, error.value) == (429, "deadline_unmeetable", "deadline_s", 4.0)
     assert error.bound == "at least 11 s at this load"
     assert "Retry-After" not in error.headers
-    assert len(admission.outlooks()) == 1
+    assert len(admission.outlooks(0.0)) == 1
     assert admission.enter("b", plain(8, 8), now_s=0.0, deadline_s=11.0) == Outlook(1, pytest.approx(11.0))
 
 

@@ -87,6 +87,8 @@ class Outcome:
     tries: Counter[int] = field(default_factory=Counter)  # of those who were let in, by number of tries
     waits: list[int] = field(default_factory=list)
     entered: dict[int, float] = field(default_factory=dict)  # when each request was let in
+    told: dict[int, float] = field(default_factory=dict)  # the ETA that it was told then
+    took: dict[int, float] = field(default_factory=dict)  # and how long it took
     done: list[tuple[float, float]] = field(default_factory=list)  # at the end of each tick, its work in full seconds
     ended_s: float = 0.0
 
@@ -118,14 +120,15 @@ def serve(
             outcome.done.append((now_s, batch.places * place_s))
             for job_id in scheduler.advance(batch).finished:
                 admission.leave(job_id)
+                outcome.took[int(job_id)] = now_s - outcome.entered[int(job_id)]
             running = None
         else:
             now_s, number, tries = heapq.heappop(coming)
             work = requests[number][1]
             try:
-                admission.enter(str(number), work, now_s=now_s)
+                outlook = admission.enter(str(number), work, now_s=now_s)
             except Overloaded as error:
-                jobs, rows = len(admission.outlooks()), admission.rows
+                jobs, rows = len(admission.outlooks(0.0)), admission.rows
                 assert jobs > 0, "an idle server takes all"
                 over_backlog = admission.backlog_s + work.places * place_s > limits.max_backlog_s
                 assert over_backlog or jobs == limits.max_jobs or rows + work.rows > limits.max_rows
@@ -134,14 +137,14 @@ def serve(
                     heapq.heappush(coming, (now_s + wait_of(error), number, tries + 1))
             else:
                 outcome.tries[tries] += 1
-                outcome.entered[number] = now_s
+                outcome.entered[number], outcome.told[number] = now_s, outlook.eta_s
                 scheduler.add(str(number), range(row, row + work.rows), work)
                 row += work.rows
-            assert len(admission.outlooks()) <= limits.max_jobs
+            assert len(admission.outlooks(0.0)) <= limits.max_jobs
             assert admission.rows <= limits.max_rows
         if running is None and (batch := scheduler.next_batch()) is not None:
             running = (batch, now_s + times.seconds(batch.places))
-    assert (len(admission.outlooks()), admission.rows, admission.backlog_s) == (0, 0, 0)
+    assert (len(admission.outlooks(0.0)), admission.rows, admission.backlog_s) == (0, 0, 0)
     outcome.ended_s = now_s
     return outcome
 

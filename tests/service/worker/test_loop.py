@@ -93,7 +93,7 @@ def make_bench() -> Iterator[MakeBench]:
         bench.loop.give_up_all(Draining())
         assert not bench.loop.has_work
         assert bench.engine.jobs == {}
-        assert (bench.admission.backlog_s, bench.admission.rows, len(bench.admission.outlooks())) == (0, 0, 0)
+        assert (bench.admission.backlog_s, bench.admission.rows, len(bench.admission.outlooks(0.0))) == (0, 0, 0)
         assert sorted(bench.ended) == sorted(bench.accepted), "each once"
 
 

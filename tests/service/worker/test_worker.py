@@ -83,7 +83,7 @@ class Bench:
             return  # everybody was answered; engine and ledger are given up as they are
         assert self.engine.jobs == {}
         assert self.worker.statuses() == []
-        assert (self.admission.backlog_s, self.admission.rows, len(self.admission.outlooks())) == (0, 0, 0)
+        assert (self.admission.backlog_s, self.admission.rows, len(self.admission.outlooks(0.0))) == (0, 0, 0)
         one = Work(1, 1, range(0))
         for i in range(self.limits.max_jobs):
             self.admission.enter(f"filler {i}", one, now_s=0.0)
@@ -375,7 +375,7 @@ def test_a_deadline_that_load_forbids_is_refused_at_once_and_holds_nothing(make_
     with pytest.raises(InvalidField) as impossible:
         bench.submit("b", n=2, steps=10, deadline_s=9.0)
     assert (impossible.value.field, impossible.value.value) == ("deadline_s", 9.0)
-    assert len(bench.admission.outlooks()) == len(bench.status()) == 1
+    assert len(bench.admission.outlooks(0.0)) == len(bench.status()) == 1
     bench.engine.gate.open()
     images(running)
 

@@ -1,0 +1,64 @@
+"""An ETA counts on as much work as has come lately."""
+
+import random
+from dataclasses import replace
+from statistics import median, quantiles
+
+import pytest
+
+from service.scheduling.arrivals import WINDOW_S, WINDOWS, Arrivals
+from service.scheduling.tick_times import TickTimes
+from service.work import Work
+from tests.service.scheduling.test_admission import LIMITS, plain
+from tests.service.scheduling.test_room import TICKS, serve
+
+
+def come(arrivals: Arrivals, places: float, windows: int) -> None:
+    """One job a second."""
+    for second in range(int(windows * WINDOW_S)):
+        arrivals.add(places, float(second))
+
+
+def test_shorter_work_that_takes_half_of_the_machine_doubles_the_time() -> None:
+    arrivals = Arrivals()
+    come(arrivals, 50, WINDOWS)
+    now_s = WINDOWS * WINDOW_S
+    assert arrivals.stretch(51, now_s, 0.01, 0.1) == pytest.approx(2.0)
+    assert arrivals.stretch(50, now_s, 0.01, 0.1) == 1.0, "what is as long comes after"
+
+
+def test_a_job_has_its_share_in_any_case() -> None:
+    arrivals = Arrivals()
+    come(arrivals, 1000, WINDOWS)
+    assert arrivals.stretch(2000, WINDOWS * WINDOW_S, 0.01, 0.25) == 4.0
+
+
+def test_a_burst_is_not_taken_to_go_on() -> None:
+    arrivals = Arrivals()
+    for _ in range(1000):
+        arrivals.add(50, 25.0)
+    assert arrivals.stretch(100, 35.0, 0.01, 0.1) == 1.0
+
+
+def test_what_came_long_ago_is_forgotten() -> None:
+    arrivals = Arrivals()
+    come(arrivals, 50, WINDOWS)
+    assert arrivals.stretch(100, 2 * WINDOWS * WINDOW_S, 0.01, 0.1) == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load", [0.7, 0.85])
+def test_under_a_steady_mix_what_was_told_is_about_what_it_takes(load: float) -> None:
+    """Most jobs short, a few of a thousand steps. Nearly all are done in twice the time that they were told."""
+    mix, time_s = random.Random(3), 0.0
+    place_s = TickTimes(TICKS).seconds_per_place(8)
+    arrivals: list[tuple[float, Work]] = []
+    while time_s < 900.0:
+        work = plain(2, mix.choices([20, 50, 1000], [80, 15, 5])[0])
+        time_s += mix.expovariate(load / (2 * 73.5 * place_s))
+        arrivals.append((time_s, work))
+    outcome = serve(arrivals, replace(LIMITS, max_jobs=1000, max_rows=10_000), TICKS)
+    for steps in (20, 50, 1000):
+        found = [outcome.took[k] / outcome.told[k] for k, (_, work) in enumerate(arrivals) if work.steps == steps]
+        assert 0.7 < median(found) < 1.35, steps
+        assert quantiles(found, n=20)[-1] < 2.0, steps
