@@ -1,14 +1,13 @@
 """`tminus evaluate`: its options, handed to model/evaluation/, and the approval of a precision."""
 
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from service.cli.options import DEFAULT_CHECKPOINT, FOLDER_TYPE
-from service.cli.output import fail, write_file
+from service.cli.output import fail, say, set_up_log, write_file
 from service.cli.training_data import load_training_data
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
 @click.option("--device", default="auto")
 def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, approve: bool, **options: Any) -> None:
     """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card."""
-    logging.basicConfig(level="INFO", format="%(message)s")
+    set_up_log("INFO", "%(message)s")
 
     from model.checkpoint import load_checkpoint
     from model.data import DataError
@@ -90,7 +89,7 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
             judge_precision(checkpoint, reference, report)
     except (DataError, CheckpointError, ClassifierError, EvaluateError, ValueError) as error:
         fail(str(error))
-    click.echo(report.to_markdown())
+    say(report.to_markdown())
     if json_file is not None:
         write_file(f"--json {json_file}", json_file, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
 
@@ -137,5 +136,5 @@ def judge_precision(checkpoint: Path, reference: "EvaluationReport", report: "Ev
     }
     if verdict.ok:
         approve(checkpoint, check)
-    click.echo(f"{options.precision}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
-    click.echo(verdict.reason)
+    say(f"{options.precision}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
+    say(verdict.reason)

@@ -1,6 +1,5 @@
 """`tminus train`: its options, handed to model/train.py, and the sheets of samples that it draws on the way."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.cli.options import FOLDER_TYPE
-from service.cli.output import fail
+from service.cli.output import fail, say, set_up_log
 from service.cli.training_data import load_training_data
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ SHEET_IMAGES_WITHOUT_CLASSES = 16
 @click.option("--device", default="auto")
 def train(**options: Any) -> None:
     """Train a U-Net, or resume a run. Ctrl-C saves; the same command resumes exactly."""
-    logging.basicConfig(level="INFO", format="%(message)s")
+    set_up_log("INFO", "%(message)s")
     import torch
 
     from model.data import DataError
@@ -79,9 +78,7 @@ def train(**options: Any) -> None:
             beta_schedule=options["beta_schedule"],
             prediction_type=options["prediction"],
         )
-        click.echo(
-            f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {len(data.class_names)} classes"
-        )
+        say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {len(data.class_names)} classes")
         done = run(
             options["out"],
             data,
@@ -94,7 +91,7 @@ def train(**options: Any) -> None:
         )
     except (DataError, TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:
         fail(str(error))
-    click.echo(f"{options['out']}: {'done' if done else 'interrupted and saved; the same command goes on'}")
+    say(f"{options['out']}: {'done' if done else 'interrupted and saved; the same command goes on'}")
 
 
 def _architecture(options: dict[str, Any], data: "ImageSet") -> "UNetConfig":
