@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MOST_FRAMES = 100  # unless --every says so
 FORMATS = (".webp", ".gif")
 MAX_FRAME_BYTES = 2**28  # of all frames of a job, as they come
-MAX_PIXELS = 2**28  # of all frames of a job
+MAX_PIXELS = 2**26  # of all frames of a job
 
 
 def follow(
@@ -97,17 +97,18 @@ def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
     from PIL import Image
 
     from service.client import ClientError
+    from service.images.image_header import read_header
 
     try:
-        opened = [[Image.open(io.BytesIO(picture), formats=["PNG"]) for picture in frame] for frame in frames]
-        sizes = {picture.size for frame in opened for picture in frame}
+        headers = [read_header(picture) for frame in frames for picture in frame]
+        sizes = {(header.width_px, header.height_px) for header in headers if header is not None}
         if len(sizes) > 1:
             raise ClientError(f"frames of several sizes came: {sorted(sizes)!s:.80}")
-        ((width_px, height_px),) = sizes
-        if width_px * height_px * sum(map(len, opened)) > MAX_PIXELS:
+        if sum(header.pixels for header in headers if header is not None) > MAX_PIXELS:  # before Pillow sees any
             raise ClientError(f"the frames have more than {MAX_PIXELS} pixels; give a larger --every")
+        opened = [[Image.open(io.BytesIO(picture), formats=["PNG"]) for picture in frame] for frame in frames]
         return [_sheet(frame) for frame in opened]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise ClientError(f"a frame that is no PNG came ({type(error).__name__})") from None
 
 
