@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.options import DEFAULT_CHECKPOINT, FOLDER_TYPE
+from service.cli.options import BACKGROUND, DEFAULT_CHECKPOINT, FOLDER_TYPE
 from service.cli.output import fail, say, set_up_log, write_file
 from service.cli.training_data import load_training_data
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--data", default="fashion-mnist", help="fashion-mnist, or the folder of images it was trained on")
 @click.option("--test-data", type=FOLDER_TYPE, help="folder of held-out images, where --data is a folder")
 @click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
+@BACKGROUND
 @click.option(
     "--classifier",
     type=FOLDER_TYPE,
@@ -73,7 +74,7 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
         if data != "fashion-mnist" and options["test_data"] is None:
             fail("--test-data: needed where --data is a folder, or nothing would be held out")
         loaded = load_checkpoint(checkpoint)
-        where = options["data_dir"], loaded.size_px[0], loaded.net.config.in_channels
+        where = options["data_dir"], loaded.size_px[0], loaded.net.config.in_channels, options["background"]
         train_split = load_training_data(data, "train", *where)
         test_split = load_training_data(str(options["test_data"] or data), "test", *where)
         judge = None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.options import FOLDER_TYPE
+from service.cli.options import BACKGROUND, FOLDER_TYPE
 from service.cli.output import fail, say, set_up_log
 from service.cli.training_data import load_training_data
 
@@ -28,6 +28,7 @@ SHEET_IMAGES_WITHOUT_CLASSES = 16
 @click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
 @click.option("--size", "size_px", default=32, help="side of the square images of a folder, in pixels")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
+@BACKGROUND
 @click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
 @click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
 @click.option("--steps", default=15_000, help="optimiser steps in all")
@@ -69,9 +70,8 @@ def train(**options: Any) -> None:
     fields = {name: options[name] for name in TrainConfig.__dataclass_fields__}
     try:
         device = choose_device(options["device"])
-        data = load_training_data(
-            options["data"], "train", options["data_dir"], options["size_px"], int(options["channels"])
-        )
+        like = options["size_px"], int(options["channels"]), options["background"]
+        data = load_training_data(options["data"], "train", options["data_dir"], *like)
         unet = _architecture(options, data)
         noise = NoiseConfig(
             num_train_timesteps=options["timesteps"],
