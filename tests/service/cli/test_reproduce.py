@@ -359,6 +359,15 @@ def test_a_recipe_that_json_cannot_hold_is_sent_to_no_server(run: Run, tmp_path:
         one_line(run("reproduce", file, "--url", "http://127.0.0.1:1"))
 
 
+@pytest.mark.usefixtures("no_model")
+def test_an_escape_in_the_text_of_a_png_does_not_reach_the_terminal(
+    run: Run, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, lambda request: httpx.Response(200, content=NOISE, headers=OURS))
+    kept.write_bytes(encode_png(np.zeros((8, 8, 1), np.uint8), recipe(make_spec(), INFO) | {"fingerprint": "\x1b[2J"}))
+    one_line(run("reproduce", kept, "--url", "http://server:1"), r"another build (\x1b[2J, here")
+
+
 def test_the_new_png_gets_no_other_name(run: Run, kept: Path) -> None:
     one_line(run("reproduce", kept, "--out", "again.jpg"), "what is written is PNG")
 
