@@ -163,8 +163,9 @@ def _labels(file: Path, meta: Mapping[str, Any], unet: UNetConfig) -> Labels:
     count = embeds - (null is not None)
     if names is None:
         names = [str(i) for i in range(count)]
-    if not isinstance(names, list) or len(names) != count or len(set(map(str, names))) != count:
-        raise CheckpointError(f"{file}: class_names must be {count} different names, got {names!r}")
+    if not isinstance(names, list) or len(names) != count or len({str(name).casefold() for name in names}) != count:
+        bound = f"{count} names that differ by more than case"
+        raise CheckpointError(f"{file}: class_names must be {bound}, got {names!r:.500}")
     return Labels(tuple(map(str, names)), null)
 
 

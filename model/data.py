@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from model.pixels import fit_square
+from model.pixels import BLACK, Colour, fit_picture
 
 FASHION_MNIST_CLASSES = (
     "t-shirt",
@@ -79,11 +79,12 @@ def load_fashion_mnist(split: str, folder: Path = FASHION_MNIST_DIR) -> ImageSet
     return ImageSet(F.pad(images, (2, 2, 2, 2)), labels, FASHION_MNIST_CLASSES, f"fashion-mnist {split}")
 
 
-def load_image_folder(folder: Path, size_px: int, channels: int) -> ImageSet:
+def load_image_folder(folder: Path, size_px: int, channels: int, background: Colour = BLACK) -> ImageSet:
     """Load every picture below `folder`, fitted to size_px squared (centre crop); first-level subfolders are classes.
 
     All pictures must lie in the folder itself (no classes), or all in subfolders. They are ordered by path, so the same
-    folder gives the same set. Raises DataError for a file that cannot be read.
+    folder gives the same set. What is transparent is laid over the background, which the name of the set has unless it
+    is black. Raises DataError for a file that cannot be read.
     """
     files = sorted(_image_files(folder))
     if not files:
@@ -93,18 +94,21 @@ def load_image_folder(folder: Path, size_px: int, channels: int) -> ImageSet:
     if nested == {True, False}:
         raise DataError(f"{folder}: some images lie in class subfolders and some do not")
     class_names = tuple(sorted({p[0] for p in parts})) if nested == {True} else ()
+    if len({name.casefold() for name in class_names}) < len(class_names):
+        raise DataError(f"{folder}: two subfolders differ by case alone, and classes are named without regard to it")
     labels = torch.tensor([class_names.index(p[0]) for p in parts]) if class_names else None
 
     def load(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                return fit_square(image, size_px, channels)
+                return fit_picture(image, (size_px, size_px), channels, background)
         except (OSError, Image.DecompressionBombError) as error:
             raise DataError(f"{file}: {error}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         stacked = np.stack(list(pool.map(load, files)))
-    return ImageSet(torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), labels, class_names, folder.name)
+    name = folder.name if background == BLACK else f"{folder.name} over #{bytes(background).hex()}"
+    return ImageSet(torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), labels, class_names, name)
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

@@ -1,26 +1,93 @@
-"""Pixels: pictures fitted to a size, and uint8 [0, 255] to the range the network works in, [-1, 1], and back."""
+"""Pixels: pictures made ready for a model, and uint8 [0, 255] to the range it works in, [-1, 1], and back.
+
+One rule for the pictures of a training folder and for those that are uploaded, so that both look alike to a model.
+Importing this imports no torch: the service decodes uploads with it.
+"""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+import numpy.typing as npt
+from PIL import Image, ImageColor, ImageOps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Colour = tuple[int, int, int]
+BLACK: Colour = (0, 0, 0)
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def to_model_range(images: Tensor) -> Tensor:
+def to_model_range(images: "Tensor") -> "Tensor":
     """uint8 [0, 255] -> float32 [-1, 1], as Ho et al. 2020, sec. 3.3."""
-    return images.to(torch.float32) / 127.5 - 1
+    return images.float() / 127.5 - 1
 
 
-def to_uint8(x: Tensor) -> Tensor:
+def to_uint8(x: "Tensor") -> "Tensor":
     """[-1, 1] -> uint8 [0, 255], clipped and rounded to nearest."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
-def fit_square(image: Image.Image, size_px: int, channels: int) -> np.ndarray:
-    """Turn a picture upright as its EXIF data says, crop it about its centre and scale it: uint8 [size, size, C].
+def fit_picture(
+    image: Image.Image,
+    size_px: tuple[int, int],
+    channels: int,
+    background: Colour = BLACK,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> npt.NDArray[np.uint8]:
+    """Make a picture ready for a model: uint8 [height, width, channels] for a size of (width, height).
 
-    channels is 1 (grey) or 3 (RGB). Raises OSError for a picture that cannot be decoded.
+    It is turned upright as its EXIF data says, laid over the background where it is transparent, and made grey (1
+    channel, ITU-R 601 luma) or RGB (3); CMYK becomes RGB by the complement, and colour profiles are ignored. A picture
+    of another size is cropped about its centre to the shape, then resampled. Raises OSError and other errors of Pillow
+    for a picture that cannot be decoded.
     """
-    upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-    fitted = ImageOps.fit(upright, (size_px, size_px), Image.Resampling.LANCZOS)
-    return np.asarray(fitted).reshape(size_px, size_px, channels)
+    opaque = _opaque(_upright(image), background)
+    opaque = opaque.convert("RGB") if opaque.mode == "CMYK" else opaque
+    ready = opaque.convert("L" if channels == 1 else "RGB")
+    if ready.size != size_px:
+        ready = ImageOps.fit(ready, size_px, resampling)
+    return np.array(ready).reshape(size_px[1], size_px[0], channels)
+
+
+def colour(text: str) -> Colour:
+    """Read a colour: a name of CSS, or #rrggbb. Raises ValueError."""
+    try:
+        return ImageColor.getrgb(text)[:3]
+    except ValueError:
+        raise ValueError(f"background must be a colour such as white or #ff8000, got {text!r:.100}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn the picture upright, as its EXIF orientation says."""
+    try:
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    except Exception:  # cameras write broken EXIF data; the picture itself is fine
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _opaque(image: Image.Image, background: Colour) -> Image.Image:
+    """Convert 16 bits to 8, and lay transparent pixels over the background."""
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.uint32)
+        grey = Image.fromarray(((deep + 128) // 257).astype(np.uint8))  # rounded; Pillow's own conversion clips at 255
+        if (transparent := image.info.get("transparency")) is None:
+            return grey
+        visible = Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8))
+        return Image.composite(grey.convert("RGB"), Image.new("RGB", image.size, background), visible)
+    if not image.has_transparency_data:
+        return image
+    if background == BLACK:
+        # Over black, a colour is itself times alpha. (alpha_composite would hold the interpreter for 90 ms.)
+        return Image.merge("RGB", image.convert("RGBA").convert("RGBa").split()[:3])
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 STATE_FILE = "training-state.pt"
 LOSS_SMOOTHING = 0.99
+FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
 TIMED_PASSES = 3  # of each precision; the fastest counts
 
 
@@ -152,7 +153,7 @@ def train(
         }
         write_atomically(folder / STATE_FILE, lambda path: torch.save(state, path))
 
-    progress = tqdm(total=config.steps, initial=step, unit="step", smoothing=0.05, dynamic_ncols=True)
+    progress = tqdm(total=config.steps, initial=step, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None)
     loss_mean: Tensor | None = None
     with progress, _interruptible() as interrupted:
         while step < config.steps and not interrupted():
@@ -192,7 +193,10 @@ def train(
                 if not bool(torch.isfinite(loss_mean + grad_norm)):
                     raise TrainError(f"step {step}: the loss or its gradient is not finite; the last save is intact")
                 rate = config.batch_size / (time.perf_counter() - started)
-                progress.set_postfix(loss=f"{float(loss_mean):.4f}", images_s=f"{rate:.0f}", refresh=False)
+                figures = {"loss": f"{float(loss_mean):.4f}", "images_s": f"{rate:.0f}"}
+                progress.set_postfix(figures, refresh=False)
+                if progress.disable and (step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps)):
+                    log.info("step %d of %d, %s", step, config.steps, ", ".join(map("=".join, figures.items())))
             if step % config.save_every == 0 and step < config.steps:
                 save()
             if on_sheet is not None and (step % config.sheet_every == 0 or step == config.steps):

@@ -155,7 +155,7 @@ def train_classifier(
         cycle = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=training.learning_rate, total_steps=training.epochs * batches, pct_start=0.25
         )
-        progress = tqdm(total=training.epochs * batches, unit="step", desc="classifier")
+        progress = tqdm(total=training.epochs * batches, unit="step", desc="classifier", disable=None)
         with progress:
             for _ in range(training.epochs):
                 order = torch.randperm(len(images)).to(device)

@@ -129,7 +129,7 @@ def draw_samples(
     starts = range(0, options.num_samples, options.batch_size)
     images = []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=forward is None and options.precision == "bfloat16")
-    with tqdm(total=len(starts) * len(plan), unit="step", desc="samples") as progress, autocast:
+    with tqdm(total=len(starts) * len(plan), unit="step", desc="samples", disable=None) as progress, autocast:
 
         def on_step(_: int) -> None:
             progress.update()
@@ -189,7 +189,7 @@ def _bound(net: UNet2D, checkpoint: Checkpoint, test: ImageSet, options: Evaluat
     starts = range(0, len(picked), options.batch_size)
     device = net.conv_in.weight.device
     parts = []
-    with tqdm(total=len(starts) * (timesteps + 1), unit="step", desc="bound") as progress:
+    with tqdm(total=len(starts) * (timesteps + 1), unit="step", desc="bound", disable=None) as progress:
 
         def counted(x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
             progress.update()

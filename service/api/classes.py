@@ -1,4 +1,7 @@
-"""The classes that a request names, by number or by name, as the model's numbers. Pure."""
+"""The classes that a request names, by number or by name in whatever case, as the model's numbers. Pure."""
+
+from collections.abc import Mapping
+from functools import lru_cache
 
 from service.errors import InvalidField
 from service.model_info import ModelInfo
@@ -40,12 +43,16 @@ def _known(names: tuple[str, ...]) -> str:
 
 
 def _number(label: int | str | None, model: ModelInfo) -> int | None:
-    names = model.class_names
     if label is None:
         return None
-    if isinstance(label, str) and label in names:
-        return names.index(label)
+    if isinstance(label, str) and (named := _numbers_by_name(model.class_names).get(label.casefold())) is not None:
+        return named
     number = int(label) if isinstance(label, int) or (label.isdecimal() and len(label) < 10) else -1
-    if not 0 <= number < len(names):
+    if not 0 <= number < len(model.class_names):
         raise InvalidField.of("class_label", class_bound(model), label)
     return number
+
+
+@lru_cache(maxsize=4)  # a request may name a thousand images, and a model a thousand classes
+def _numbers_by_name(names: tuple[str, ...]) -> Mapping[str, int]:
+    return {name.casefold(): number for number, name in enumerate(names)}

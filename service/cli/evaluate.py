@@ -1,14 +1,13 @@
 """`tminus evaluate`: its options, handed to model/evaluation/, and the approval of a precision."""
 
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.options import DEFAULT_CHECKPOINT, FOLDER_TYPE
-from service.cli.output import fail, write_file
+from service.cli.options import BACKGROUND, DEFAULT_CHECKPOINT, FOLDER_TYPE
+from service.cli.output import fail, say, set_up_log, write_file
 from service.cli.training_data import load_training_data
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--data", default="fashion-mnist", help="fashion-mnist, or the folder of images it was trained on")
 @click.option("--test-data", type=FOLDER_TYPE, help="folder of held-out images, where --data is a folder")
 @click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
+@BACKGROUND
 @click.option(
     "--classifier",
     type=FOLDER_TYPE,
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 @click.option("--device", default="auto")
 def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, approve: bool, **options: Any) -> None:
     """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card."""
-    logging.basicConfig(level="INFO", format="%(message)s")
+    set_up_log("INFO", "%(message)s")
 
     from model.checkpoint import load_checkpoint
     from model.data import DataError
@@ -74,7 +74,7 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
         if data != "fashion-mnist" and options["test_data"] is None:
             fail("--test-data: needed where --data is a folder, or nothing would be held out")
         loaded = load_checkpoint(checkpoint)
-        where = options["data_dir"], loaded.size_px[0], loaded.net.config.in_channels
+        where = options["data_dir"], loaded.size_px[0], loaded.net.config.in_channels, options["background"]
         train_split = load_training_data(data, "train", *where)
         test_split = load_training_data(str(options["test_data"] or data), "test", *where)
         judge = None
@@ -90,7 +90,7 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
             judge_precision(checkpoint, reference, report)
     except (DataError, CheckpointError, ClassifierError, EvaluateError, ValueError) as error:
         fail(str(error))
-    click.echo(report.to_markdown())
+    say(report.to_markdown())
     if json_file is not None:
         write_file(f"--json {json_file}", json_file, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
 
@@ -137,5 +137,5 @@ def judge_precision(checkpoint: Path, reference: "EvaluationReport", report: "Ev
     }
     if verdict.ok:
         approve(checkpoint, check)
-    click.echo(f"{options.precision}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
-    click.echo(verdict.reason)
+    say(f"{options.precision}: {'approved' if verdict.ok else 'not approved'}, {json.dumps(check)}")
+    say(verdict.reason)

@@ -73,7 +73,7 @@ def make_images(model: LocalModel, parameters: dict[str, Any], *, sheet: bool) -
         spec = request.to_spec(info, limits)
         inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
         spec = request.with_inputs(spec, inputs)
-        with tqdm(total=spec.n * spec.num_steps, unit="row-step", dynamic_ncols=True) as progress:
+        with tqdm(total=spec.n * spec.num_steps, unit="row-step", dynamic_ncols=True, disable=None) as progress:
             images = sample_locally(loaded.engine, spec, batch, progress.update, inputs)
     except (ValueError, ServiceError) as error:
         fail(str(error))
@@ -90,8 +90,21 @@ def sample_from(url: str, parameters: dict[str, Any], media_type: "MediaType") -
     try:
         with client_of(url) as tminus:
             return tminus.sample(accept=media_type, **parameters)
+    except (ClientError, ValueError, RecursionError) as error:  # the last two: parameters that JSON cannot hold
+        fail(f"{url}: {error}")
+
+
+def files_of(url: str, sampled: "Sampled", n: int) -> dict[str, bytes]:
+    """The n PNG files of a server's answer; one clear line and exit code 1 where it has others."""
+    from service.client import ClientError
+
+    try:
+        files = sampled.files
     except ClientError as error:
         fail(f"{url}: {error}")
+    if len(files) != n:
+        fail(f"{url}: {len(files)} images came, where {n} were asked for")
+    return files
 
 
 def client_of(url: str) -> "Client":

@@ -9,6 +9,9 @@ DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
 MAX_LOCAL_N = 4096  # images made without a server in one command
 FILE_TYPE = click.Path(dir_okay=False, path_type=Path)
 FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
+BACKGROUND = click.option(
+    "--background", default="black", help="colour that transparent pixels of a folder's images are laid over"
+)
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
     click.option("--checkpoint", type=FOLDER_TYPE, default=DEFAULT_CHECKPOINT),

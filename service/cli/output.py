@@ -1,16 +1,54 @@
-"""How commands end and write: a failure is one clear line on stderr and exit code 1, never a traceback."""
+"""How commands end and write: a failure is one clear line on stderr and exit code 1, never a traceback.
 
+What a server or a file says is shown with its control characters escaped, so that none of them reaches the terminal.
+"""
+
+import logging
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
+MAX_LINE = 2000  # characters; a server may send megabytes
+NO_PICTURES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".zip", ".tar", ".gz"})
+
+
+def printable(text: str) -> str:
+    """Escape line ends and whatever else is no visible character, and shorten what is too long for a line."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: MAX_LINE + 1])
+    return shown if len(shown) <= MAX_LINE else shown[:MAX_LINE] + "…"
+
+
+def say(text: str) -> None:
+    """Print lines to stdout."""
+    click.echo("\n".join(map(printable, text.split("\n"))))
+
 
 def fail(message: str) -> NoReturn:
     """Print one line to stderr and exit with 1."""
-    click.echo(f"tminus: {message}", err=True)
+    click.echo(f"tminus: {printable(message)}", err=True)
     sys.exit(1)
+
+
+class _Printable(logging.Formatter):
+    """Formats the lines of a log, which may quote a server or a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def set_up_log(level: str, form: str) -> None:
+    """Log to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable(form))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def check_png(option: str, file: Path, otherwise: str = "") -> None:
+    """Fail where the name of a file to be written says that it is something else than a PNG."""
+    if file.suffix.lower() in NO_PICTURES:
+        fail(f"{option}: what is written is PNG, so give a name that ends in .png{otherwise}")
 
 
 def make_folder(option: str, folder: Path) -> None:

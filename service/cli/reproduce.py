@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import click
 
 from service.cli.images import LocalModel, make_images, read_pictures, sample_from
 from service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
-from service.cli.output import fail, write_file
+from service.cli.output import check_png, fail, say, write_file
 
 MAX_FILE_BYTES = 256 * 2**20
+MAX_PIXELS = MAX_LOCAL_N * 128 * 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ def reproduce(
     out: Path | None,
 ) -> None:
     """Make PNG again from what it says, and compare. Exit code 0: the same bytes; 1: not the same."""
+    if out is not None:
+        check_png(f"--out {out}", out)
     try:
         if png.stat().st_size > MAX_FILE_BYTES:
             fail(f"{png}: larger than {MAX_FILE_BYTES} bytes")
@@ -58,7 +62,7 @@ def reproduce(
     if out is not None:
         write_file(f"--out {out}", out, again)
     if again == original:
-        click.echo(f"{png}: the same {len(original)} bytes")
+        say(f"{png}: the same {len(original)} bytes")
         return
     try:
         found = difference(original, again, recipe)
@@ -83,18 +87,29 @@ def read_recipe(png: bytes) -> Recipe:
 
     from service.api.schemas import parameters_of
     from service.images.encoder import PNG_TEXT_KEY
+    from service.images.image_header import read_header
     from service.spec import SampleSpec
 
+    try:
+        header = read_header(png)
+    except ValueError as error:
+        raise ValueError(f"not a PNG that can be read ({error})") from None
+    if header is None or header.format != "PNG":
+        raise ValueError(f"not a PNG{f' but a {header.format}' if header else ''}; only PNGs say how they were made")
+    if header.pixels > MAX_PIXELS:
+        raise ValueError(f"{header.width_px}x{header.height_px} pixels, over {MAX_PIXELS}")
     try:
         with Image.open(io.BytesIO(png), formats=["PNG"]) as opened:
             opened.load()  # damaged pixels are found here, not when they are compared
             text = opened.info.get(PNG_TEXT_KEY)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a PNG ({error})") from None
+    except UnidentifiedImageError:  # which would name the object that holds the bytes
+        raise ValueError("not a PNG that can be read") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"not a PNG that can be read ({error})") from None
     if text is None:
         raise ValueError(f"no {PNG_TEXT_KEY!r} text in it: not made by tminus, or stripped since")
     try:
-        document = json.loads(text)
+        document = json.loads(text, parse_constant=_finite, parse_float=_finite)
         fields = document["spec"]
         parameters = parameters_of(SampleSpec.from_json(fields))
         if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # before rows are allocated
@@ -102,6 +117,14 @@ def read_recipe(png: bytes) -> Recipe:
         return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its {PNG_TEXT_KEY!r} text is no recipe of this version ({error!r:.200})") from None
+
+
+def _finite(text: str) -> float:
+    """A number of JSON, without NaN and infinity, which Python's JSON knows and nobody else's."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.20} is no number")
+    return value
 
 
 def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
@@ -116,9 +139,10 @@ def difference(original: bytes, again: bytes, recipe: Recipe) -> str:
     if mine.fingerprint != recipe.fingerprint:
         reasons.append(f"made by another build ({recipe.fingerprint}, here {mine.fingerprint})")
     with Image.open(io.BytesIO(original)) as first, Image.open(io.BytesIO(again)) as second:
-        a, b = np.asarray(first).astype(int), np.asarray(second).astype(int)
+        a, b = np.asarray(first), np.asarray(second)
     if a.shape != b.shape:
         found = f"another size, {a.shape} and {b.shape}"
     else:
-        found = f"{int((a != b).sum())} of {a.size} values differ, by {int(abs(a - b).max())} of 255 at most"
+        most = int(abs(a.astype(np.int32) - b.astype(np.int32)).max())
+        found = f"{int((a != b).sum())} of {a.size} values differ, by {most} of 255 at most"
     return "; ".join([found, *reasons])

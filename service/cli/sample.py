@@ -6,29 +6,34 @@ from typing import Any
 
 import click
 
-from service.cli.images import LocalModel, make_images, read_pictures, sample_from
+from service.cli.images import LocalModel, files_of, make_images, read_pictures, sample_from
 from service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
-from service.cli.output import fail, make_folder, write_file
+from service.cli.output import check_png, fail, make_folder, say, write_file
 from service.cli.watch import follow, write_animation
 
 
 @click.command()
 @local_model_options
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out.png"), help=".png: a sheet; else a folder")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("out.png"),
+    help="NAME.png: a PNG, a sheet if -n is above 1; else a folder",
+)
 @click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
-@click.option("--steps", help="denoising steps  [default: T]")
+@click.option("--steps", metavar="INTEGER", help="denoising steps  [default: T]")
 @click.option("--sampler", help="ddpm, ddim or dpmpp_2m  [default: the checkpoint's]")
-@click.option("--eta", help="noise of ddim, 0..1")
-@click.option("--seed", help="0..2^64-1; drawn if absent")
-@click.option("--index", help="index of the first image")
+@click.option("--eta", metavar="FLOAT", help="noise of ddim, 0..1")
+@click.option("--seed", metavar="INTEGER", help="0..2^64-1; drawn if absent")
+@click.option("--index", metavar="INTEGER", help="index of the first image")
 @click.option("--class-label", multiple=True, help="number or name; repeat it for one an image")
-@click.option("--guidance", help="classifier-free guidance scale; 1 is off")
+@click.option("--guidance", metavar="FLOAT", help="classifier-free guidance scale; 1 is off")
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
 @click.option("--image", type=FILE_TYPE, help="image to start from (--strength) or to edit (--mask)")
 @click.option("--mask", type=FILE_TYPE, help="image: white where the image is regenerated, black where it is kept")
-@click.option("--strength", help="share of the steps to run again, above 0, at most 1")
+@click.option("--strength", metavar="FLOAT", help="share of the steps to run again, above 0, at most 1")
 @click.option(
     "--watch", type=click.Path(path_type=Path), help="with --url: write the frames as an animation, .webp or .gif"
 )
@@ -56,18 +61,23 @@ def sample(
         fail("--watch needs --url: a server to look at")
     if watch is None and (every is not None or show is not None):
         fail("--every and --show need --watch: a file for the frames")
+    check_png(f"--out {out}", out, ", or a folder's name for one file an image")
     sheet = out.suffix.lower() == ".png"
     make_folder(f"--out {out}", out.parent if sheet else out)
     if url is None:
         files, seed = make_images(LocalModel(checkpoint, device, executor, precision), parameters, sheet=sheet)
     elif watch is None:
         sampled = sample_from(url, parameters, "image/png" if sheet else "application/zip")
-        files, seed = {"sheet": sampled.data} if sheet else sampled.files, sampled.seed
+        files = {"sheet": sampled.data} if sheet else files_of(url, sampled, given["n"])
+        seed = sampled.seed
     else:
         files, seed, frames = follow(url, parameters, sheet, watch, every, show or "x_t")
     for name, data in files.items():
         write_file(f"--out {out}", out if sheet else out / name, data)
-    click.echo(f"{out}: {given['n']} image(s), seed {seed}")
+    written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"
+    if sheet:
+        written = "a PNG" if given["n"] == 1 else f"a PNG, a sheet of {given['n']} images"
+    say(f"{out}: {written}, seed {seed}")
     if watch is not None:
         write_animation(watch, frames)
 

@@ -4,21 +4,26 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 from pydantic import ValidationError
 
 from service.cli.loading import read
-from service.cli.output import fail
+from service.cli.output import fail, set_up_log
 from service.model_info import max_edit_bytes
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from service.app import Application
     from service.model_info import ModelInfo
 
 log = logging.getLogger(__name__)
+TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}
 
 
 def settings_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -29,8 +34,27 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
             flag += f"/--no-{name.replace('_', '-')}"
         default = f"[default: {field.default}]" if field.default is not None else ""
         text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
-        command = click.option(flag, name, default=None, help=text, show_default=False)(command)
+        option = click.option(flag, name, default=None, help=text, show_default=False, metavar=values_of(field))
+        command = option(command)
     return command
+
+
+def values_of(field: "FieldInfo") -> str | None:
+    """What a flag takes, as --help shows it: the choices, or the type and its bounds. Settings checks the value."""
+    bound = {name: value for each in field.metadata for name in ("ge", "gt", "le", "pattern")
+             if (value := getattr(each, name, None)) is not None}  # fmt: skip
+    if get_origin(field.annotation) is Literal:
+        return "|".join(get_args(field.annotation))
+    if "pattern" in bound:
+        return str(bound["pattern"].strip("^()$"))
+    (kind,) = {*(get_args(field.annotation) or (field.annotation,))} - {NoneType}
+    if kind is bool:
+        return None
+    if "gt" in bound:
+        return f"{TYPES[kind]} above {bound['gt']}"
+    if "ge" in bound:
+        return f"{TYPES[kind]} {bound['ge']}..{bound.get('le', '')}"
+    return TYPES[kind]
 
 
 @click.command()
@@ -40,7 +64,7 @@ def serve(**flags: Any) -> None:
     settings = read_settings(flags)
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: sys.exit(0))
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    set_up_log(settings.log_level.upper(), "%(asctime)s %(levelname)s %(name)s %(message)s")
     log.debug("loading %s", settings.checkpoint)
 
     from service.app import create_app

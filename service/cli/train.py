@@ -1,14 +1,13 @@
 """`tminus train`: its options, handed to model/train.py, and the sheets of samples that it draws on the way."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.options import FOLDER_TYPE
-from service.cli.output import fail
+from service.cli.options import BACKGROUND, FOLDER_TYPE
+from service.cli.output import fail, say, set_up_log
 from service.cli.training_data import load_training_data
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ SHEET_IMAGES_WITHOUT_CLASSES = 16
 @click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
 @click.option("--size", "size_px", default=32, help="side of the square images of a folder, in pixels")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
+@BACKGROUND
 @click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
 @click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
 @click.option("--steps", default=15_000, help="optimiser steps in all")
@@ -57,7 +57,7 @@ SHEET_IMAGES_WITHOUT_CLASSES = 16
 @click.option("--device", default="auto")
 def train(**options: Any) -> None:
     """Train a U-Net, or resume a run. Ctrl-C saves; the same command resumes exactly."""
-    logging.basicConfig(level="INFO", format="%(message)s")
+    set_up_log("INFO", "%(message)s")
     import torch
 
     from model.data import DataError
@@ -70,18 +70,15 @@ def train(**options: Any) -> None:
     fields = {name: options[name] for name in TrainConfig.__dataclass_fields__}
     try:
         device = choose_device(options["device"])
-        data = load_training_data(
-            options["data"], "train", options["data_dir"], options["size_px"], int(options["channels"])
-        )
+        like = options["size_px"], int(options["channels"]), options["background"]
+        data = load_training_data(options["data"], "train", options["data_dir"], *like)
         unet = _architecture(options, data)
         noise = NoiseConfig(
             num_train_timesteps=options["timesteps"],
             beta_schedule=options["beta_schedule"],
             prediction_type=options["prediction"],
         )
-        click.echo(
-            f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {len(data.class_names)} classes"
-        )
+        say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {len(data.class_names)} classes")
         done = run(
             options["out"],
             data,
@@ -94,7 +91,7 @@ def train(**options: Any) -> None:
         )
     except (DataError, TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:
         fail(str(error))
-    click.echo(f"{options['out']}: {'done' if done else 'interrupted and saved; the same command goes on'}")
+    say(f"{options['out']}: {'done' if done else 'interrupted and saved; the same command goes on'}")
 
 
 def _architecture(options: dict[str, Any], data: "ImageSet") -> "UNetConfig":

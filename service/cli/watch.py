@@ -5,10 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from service.cli.images import client_of
-from service.cli.output import fail, make_folder, write_file
+from service.cli.output import fail, make_folder, say, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,6 +15,8 @@ if TYPE_CHECKING:
 
 MOST_FRAMES = 100  # unless --every says so
 FORMATS = (".webp", ".gif")
+MAX_FRAME_BYTES = 2**28  # of all frames of a job, as they come
+MAX_PIXELS = 2**26  # of all frames of a job
 
 
 def follow(
@@ -34,12 +34,13 @@ def follow(
             client_of(url) as tminus,
             tminus.watch(**parameters, every=every, show=show, layout=layout) as messages,
         ):
-            seed, frames, finals = _read(messages)
+            seed, shown, finals = _read(messages)
+        frames = _decode([*shown, finals])
     except ClientError as error:
         fail(f"{url}: {error}")
     index = _number(parameters.get("index", 0))
     names = ["sheet"] if sheet else [f"{index + k:05d}.png" for k in range(len(finals))]
-    return dict(zip(names, finals, strict=True)), seed, [*frames, _sheet(finals)]
+    return dict(zip(names, finals, strict=True)), seed, frames
 
 
 def write_animation(file: Path, frames: list["Image"]) -> None:
@@ -52,7 +53,7 @@ def write_animation(file: Path, frames: list["Image"]) -> None:
         fail(f"--watch {file}: {error}")
     make_folder(f"--watch {file}", file.parent)
     write_file(f"--watch {file}", file, data)
-    click.echo(f"{file}: {len(frames)} frames")
+    say(f"{file}: {len(frames)} frames")
 
 
 def _number(given: Any) -> int:
@@ -63,14 +64,14 @@ def _number(given: Any) -> int:
         return 0
 
 
-def _read(messages: "Iterable[Message]") -> tuple[int, list["Image"], Sequence[bytes]]:
-    """Read a job's messages to its end: the seed, a picture of each step that was shown, and the PNGs."""
+def _read(messages: "Iterable[Message]") -> tuple[int, list[list[bytes]], Sequence[bytes]]:
+    """Read a job's messages to its end: the seed, the pictures of each step that was shown, and the PNGs."""
     from tqdm import tqdm
 
     from service.client import Accepted, ClientError, Done, Frame
 
-    seed, shown = 0, dict[int, list[bytes]]()
-    with tqdm(total=None, unit="step", dynamic_ncols=True) as progress:
+    seed, shown, num_bytes = 0, dict[int, list[bytes]](), 0
+    with tqdm(total=None, unit="step", dynamic_ncols=True, disable=None) as progress:
         for message in messages:
             match message:
                 case Accepted():
@@ -78,22 +79,45 @@ def _read(messages: "Iterable[Message]") -> tuple[int, list["Image"], Sequence[b
                     if message.position:
                         progress.set_description(f"{message.position} jobs ahead, {message.eta_s:.0f} s")
                 case Frame():
+                    num_bytes += len(message.data)
+                    if num_bytes > MAX_FRAME_BYTES:
+                        raise ClientError(f"the frames take more than {MAX_FRAME_BYTES} bytes; give a larger --every")
                     shown.setdefault(message.step, []).append(message.data)
                     progress.total = message.steps
                     progress.set_description(f"t={message.t}, {message.eta_s:.1f} s left")
                     progress.update(message.step - progress.n)
                 case Done():
                     progress.update((progress.total or progress.n) - progress.n)
-                    return seed, [_sheet(each) for each in shown.values()], message.images
+                    return seed, [*shown.values()], message.images
     raise ClientError("the job was cancelled")
 
 
-def _sheet(pictures: Sequence[bytes]) -> "Image":
-    """Decode PNGs into one picture; several become a contact sheet."""
+def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
+    """Decode the pictures of each step into one. Raises ClientError where they are none, or of several sizes."""
+    from PIL import Image
+
+    from service.client import ClientError
+    from service.images.image_header import read_header
+
+    try:
+        headers = [read_header(picture) for frame in frames for picture in frame]
+        sizes = {(header.width_px, header.height_px) for header in headers if header is not None}
+        if len(sizes) > 1:
+            raise ClientError(f"frames of several sizes came: {sorted(sizes)!s:.80}")
+        if sum(header.pixels for header in headers if header is not None) > MAX_PIXELS:  # before Pillow sees any
+            raise ClientError(f"the frames have more than {MAX_PIXELS} pixels; give a larger --every")
+        opened = [[Image.open(io.BytesIO(picture), formats=["PNG"]) for picture in frame] for frame in frames]
+        return [_sheet(frame) for frame in opened]
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ClientError(f"a frame that is no PNG came ({type(error).__name__})") from None
+
+
+def _sheet(pictures: Sequence["Image"]) -> "Image":
+    """Lay pictures of one size out as a contact sheet, unless it is one."""
     import numpy as np
     from PIL import Image
 
     from service.images.encoder import contact_sheet
 
-    opened = [Image.open(io.BytesIO(each)).convert("RGB") for each in pictures]
-    return opened[0] if len(opened) == 1 else Image.fromarray(contact_sheet(np.stack([*map(np.asarray, opened)])))
+    coloured = [each.convert("RGB") for each in pictures]
+    return coloured[0] if len(coloured) == 1 else Image.fromarray(contact_sheet(np.stack([*map(np.asarray, coloured)])))

@@ -1,10 +1,12 @@
 """The errors that calls of the client raise."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from service.client import checks
+
 PROBLEM_JSON = "application/problem+json"
+SWITCHING_PROTOCOLS = 101
 GONE = (502, 503)  # from a proxy: the server behind it cannot be reached
 
 
@@ -40,10 +42,14 @@ class Unreachable(ClientError):
 
 
 class UnexpectedAnswer(ClientError):
-    """The answer is not from a tminus server, perhaps from a proxy in front of one. `status` is that of the answer."""
+    """The answer is not from a tminus server, perhaps from a proxy in front of one. `status` is that of the answer.
 
-    def __init__(self, status: int, detail: str = "and not from a tminus server") -> None:
-        super().__init__(f"{status}, {detail}")
+    It has members of other types than a tminus server sends, or more of anything than the call asked for.
+    """
+
+    def __init__(self, status: int, reason: object = "") -> None:
+        what = f"no {reason}" if isinstance(reason, KeyError) else str(reason)
+        super().__init__(f"{status}, and not from a tminus server{f' ({what:.200})' if what else ''}")
         self.status = status
 
 
@@ -51,14 +57,23 @@ def error_of(status: int, headers: Mapping[str, str], content: bytes) -> ClientE
     """The error for an answer that is not 2xx. The names of headers are in lower case."""
     if headers.get("content-type", "").partition(";")[0] == PROBLEM_JSON:
         try:
-            document = json.loads(content)
+            document = {"status": status} | checks.mapping(checks.loads(content))
+            return problem_of(document, retry_after_s(headers.get("retry-after")))
         except ValueError:
-            document = None
-        if isinstance(document, dict):
-            return Problem({"status": status} | document, retry_after_s(headers.get("retry-after")))
+            pass
     if status in GONE:
         return Unreachable(f"{status}: the server is not there, says a proxy", reached=True)
     return UnexpectedAnswer(status)
+
+
+def problem_of(members: Mapping[str, Any], retry_after_s: float | None) -> Problem:
+    """The problem that a document tells of. Raises ValueError where its members are not of their types."""
+    checks.whole(members.get("status", 0))
+    for name in ("code", "detail"):
+        checks.text(members.get(name, ""))
+    for name in ("field", "bound"):
+        checks.optional(checks.text, members.get(name))
+    return Problem(members, retry_after_s)
 
 
 def retry_after_s(text: str | None) -> float | None:

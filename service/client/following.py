@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 
-from service.client import messages
+from service.client import checks, messages
+from service.client.bounds import Asked
+from service.client.errors import UnexpectedAnswer
 from service.client.patience import Patience
-from service.client.sse import Decoder
+from service.client.reading import FrameOrder
+from service.client.sse import Decoder, ServerSentEvent
 
 EVENTS_QUIET_S = 45.0  # the server sends a comment every 15 s
-NO_CONTENT = 204
+OK, NO_CONTENT = 200, 204
 
 
 class Following:
@@ -16,24 +19,27 @@ class Following:
     The patience starts over whenever the server says something.
     """
 
-    def __init__(self, last_id: str, patience: Patience) -> None:
+    def __init__(self, last_id: str, patience: Patience, asked: Asked) -> None:
         self.ended = False
-        self._last_id, self._patience = last_id, patience
-        self._decoder, self._heard = Decoder(), False
+        self._last_id, self._patience, self._asked = last_id, patience, asked
+        self._decoder, self._frames, self._heard = Decoder(), FrameOrder(asked), False
 
     def begin_connection(self) -> dict[str, str]:
         """Discard an incomplete event of the last connection; returns the headers of the next request."""
-        self._decoder, self._heard = Decoder(), False
+        self._decoder, self._frames, self._heard = Decoder(), FrameOrder(self._asked), False
         return {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
 
     def read(self, chunk: bytes) -> Iterator[messages.Event]:
         """Give the events that end in a chunk. Raises UnexpectedAnswer."""
-        received = self._decoder.feed(chunk)
+        try:
+            received = self._decoder.feed(chunk)
+        except ValueError as error:
+            raise UnexpectedAnswer(OK, error) from None
         if received or self._heard:  # the first chunk is only a greeting, which a server about to stop sends too
             self._patience.renew()
         self._heard = True
         for sent in received:
-            event = messages.event(sent)
+            event = self._event(sent)
             if event is not None:
                 yield event
             self.ended = isinstance(event, messages.Ended)
@@ -41,3 +47,14 @@ class Following:
                 return
             self._last_id = sent.id or self._last_id
         self._patience.first_s = self._decoder.retry_s or self._patience.first_s
+
+    def _event(self, sent: ServerSentEvent) -> messages.Event | None:
+        event = messages.event(sent)
+        try:
+            if sent.id:
+                checks.token(sent.id)  # it is sent back in a header
+            if isinstance(event, messages.Frame):
+                self._frames.check(event)
+        except ValueError as error:
+            raise UnexpectedAnswer(OK, error) from None
+        return event

@@ -1,17 +1,15 @@
 """What the server reports while a job runs, over the WebSocket and as server-sent events. No I/O."""
 
-import base64
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from service.client.errors import Problem, UnexpectedAnswer
+from service.client import checks
+from service.client.errors import SWITCHING_PROTOCOLS, UnexpectedAnswer, problem_of
 from service.client.results import JobState
 from service.client.sse import ServerSentEvent
 
 CANCEL = '{"type": "cancel"}'  # to the server
-SWITCHING_PROTOCOLS = 101
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +98,16 @@ class Opening:
 def opening_of(text: str | bytes) -> Opening:
     """Read the JSON part of a message. Raises UnexpectedAnswer."""
     try:
-        members = json.loads(text)
-        images = {"frame": 1, "done": members.get("images")}.get(members["type"], 0)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UnexpectedAnswer(SWITCHING_PROTOCOLS) from None
-    if not isinstance(images, int):
-        raise UnexpectedAnswer(SWITCHING_PROTOCOLS)
+        members = checks.mapping(checks.loads(text))
+        match checks.text(members["type"]):
+            case "frame":
+                images = 1
+            case "done":
+                images = checks.whole(members["images"])
+            case _:
+                images = 0
+    except (ValueError, KeyError) as error:
+        raise UnexpectedAnswer(SWITCHING_PROTOCOLS, error) from None
     return Opening(members, images)
 
 
@@ -118,26 +120,41 @@ def message_of(opening: Opening, images: list[str | bytes]) -> Message:
     try:
         match members["type"]:
             case "accepted":
-                return Accepted(**{name: members[name] for name in ("id", "seed", "eta_s", "position", "fingerprint")})
+                return Accepted(
+                    id=checks.token(members["id"]),
+                    seed=checks.whole(members["seed"]),
+                    eta_s=checks.number(members["eta_s"]),
+                    position=checks.whole(members["position"]),
+                    fingerprint=checks.token(members["fingerprint"]),
+                )
             case "frame":
                 return frame(members, pictures[0])
             case "done":
-                times = ("queue_s", "first_step_s", "denoise_s", "frames_dropped")
-                return Done(images=pictures, **{name: members[name] for name in times})
+                return Done(
+                    images=pictures,
+                    queue_s=checks.number(members["queue_s"]),
+                    first_step_s=checks.number(members["first_step_s"]),
+                    denoise_s=checks.number(members["denoise_s"]),
+                    frames_dropped=checks.whole(members["frames_dropped"]),
+                )
             case "cancelled":
-                return Cancelled(members["id"])
+                return Cancelled(checks.token(members["id"]))
             case "error":
-                raise Problem(members, members.get("retry_after_s"))
-    except KeyError:
-        pass
-    raise UnexpectedAnswer(SWITCHING_PROTOCOLS)
+                raise problem_of(members, checks.optional(checks.number, members.get("retry_after_s")))
+    except (KeyError, ValueError) as error:
+        raise UnexpectedAnswer(SWITCHING_PROTOCOLS, error) from None
+    raise UnexpectedAnswer(SWITCHING_PROTOCOLS, f"a message of type {members['type']!r:.40}")
 
 
 def frame(members: Mapping[str, Any], data: bytes) -> Frame:
-    """Read a frame. Raises KeyError."""
+    """Read a frame. Raises KeyError, ValueError."""
     return Frame(
-        **{name: members[name] for name in ("step", "steps", "t", "show", "eta_s")},
-        image=members.get("image"),
+        step=checks.whole(members["step"]),
+        steps=checks.whole(members["steps"]),
+        t=checks.whole(members["t"]),
+        show=checks.token(members["show"]),
+        eta_s=checks.number(members["eta_s"]),
+        image=checks.optional(checks.whole, members.get("image")),
         data=data,
     )
 
@@ -145,16 +162,18 @@ def frame(members: Mapping[str, Any], data: bytes) -> Frame:
 def event(sent: ServerSentEvent) -> Event | None:
     """Read a server-sent event of a job; None for a kind that a newer server may add. Raises UnexpectedAnswer."""
     try:
-        members = json.loads(sent.data)
+        members = checks.mapping(checks.loads(sent.data))
         match sent.event:
             case "waiting":
-                return Waiting(members["position"], members["eta_s"])
+                position, eta_s = members["position"], members["eta_s"]
+                return Waiting(checks.optional(checks.whole, position), checks.optional(checks.number, eta_s))
             case "progress":
-                return Progress(members["step"], members["steps"], members["t"], members["eta_s"])
+                step, steps, t = (checks.whole(members[name]) for name in ("step", "steps", "t"))
+                return Progress(step, steps, t, checks.number(members["eta_s"]))
             case "frame":
-                return frame(members, base64.b64decode(members["data"], validate=True))
+                return frame(members, checks.decoded(members["data"]))
             case "done" | "failed" | "cancelled":
                 return Ended(JobState.of(members))
-    except (ValueError, KeyError, TypeError):
-        raise UnexpectedAnswer(200, f"and the event {sent.event[:40]!r} cannot be read") from None
+    except (ValueError, KeyError):
+        raise UnexpectedAnswer(200, f"the event {sent.event[:40]!r} cannot be read") from None
     return None

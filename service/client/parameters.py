@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 Picture = bytes | Path | str
 PICTURES = ("image", "mask")
+JSON_BODY = {"Content-Type": "application/json"}
 
 
 class Parameters(TypedDict, total=False):
@@ -72,8 +73,8 @@ def body_of(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(parameters: Mapping[str, Any]) -> str:
-    """The same as text. Raises OSError where a file cannot be read."""
-    return json.dumps(body_of(parameters))
+    """The same as text. Raises OSError where a file cannot be read, and ValueError for NaN and infinity."""
+    return json.dumps(body_of(parameters), allow_nan=False)
 
 
 def bytes_of(image: bytes | Path) -> bytes:

@@ -1,21 +1,33 @@
 """What the server's responses hold."""
 
-import base64
 import io
-import json
+import re
+import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import PurePosixPath
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx
 
+from service.client import checks
+from service.client.bounds import MAX_IMAGES
 from service.client.errors import UnexpectedAnswer
 
 PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
 MediaType = Literal["image/png", "application/zip", "application/json", "image/webp"]
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
+STATES: dict[str, State] = {
+    "waiting": "waiting",
+    "running": "running",
+    "done": "done",
+    "failed": "failed",
+    "cancelled": "cancelled",
+}
+FILE_IN_ZIP = re.compile(r"\d{5,10}\.png")
+ZIP_END = struct.Struct("<4s4xHHLLH")  # its last record, where no comment follows; PKZIP's APPNOTE.TXT, 4.3.16
+ZIP64_LOCATOR = b"PK\x06\x07"
+OK = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,40 +47,50 @@ class Sampled:
     timings_s: Mapping[str, float]
 
     @classmethod
-    def of(cls, response: httpx.Response) -> "Sampled":
-        """Read a response. Raises UnexpectedAnswer."""
+    def of(cls, response: httpx.Response, accept: str) -> "Sampled":
+        """Read a response to a request for `accept`. Raises UnexpectedAnswer."""
         headers = response.headers
         try:
+            if headers["content-type"] != accept:
+                raise ValueError(f"{headers['content-type']!r:.40}, where {accept} was asked for")
             return cls(
-                data=response.content,
-                media_type=headers["content-type"],
-                seed=int(headers["x-seed"]),
-                fingerprint=headers["x-fingerprint"],
-                job_id=headers.get("x-job-id"),
+                data=checks.picture(response.content, accept),
+                media_type=accept,
+                seed=checks.whole(int(headers["x-seed"])),
+                fingerprint=checks.token(headers["x-fingerprint"]),
+                job_id=checks.optional(checks.token, headers.get("x-job-id")),
                 timings_s=_timings_s(headers.get("server-timing", "")),
             )
-        except (KeyError, ValueError):
-            raise UnexpectedAnswer(response.status_code) from None
+        except (KeyError, ValueError) as error:
+            raise UnexpectedAnswer(response.status_code, error) from None
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The PNGs of a zip by name, `00000.png` for image 0 and so on. Raises zipfile.BadZipFile if it is not one."""
-        with zipfile.ZipFile(io.BytesIO(self.data)) as archive:
-            return {PurePosixPath(name).name: archive.read(name) for name in archive.namelist()}
+        """The PNGs of a zip by name, `00000.png` for image 0 and so on. Raises UnexpectedAnswer if it is none."""
+        try:
+            return _files(self.data)
+        except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as error:
+            raise UnexpectedAnswer(OK, f"no zip of images ({error})") from None
 
     @property
     def document(self) -> dict[str, Any]:
-        """The object of a JSON document. Raises ValueError if it is not one."""
-        document: dict[str, Any] = json.loads(self.data)
-        return document
+        """The object of a JSON document. Raises UnexpectedAnswer if it is none."""
+        try:
+            return checks.mapping(checks.loads(self.data))
+        except ValueError as error:
+            raise UnexpectedAnswer(OK, f"no JSON document ({error})") from None
 
     @property
     def pngs(self) -> list[bytes]:
-        """The PNGs, one an image; for `image/png` one sheet of all."""
+        """The PNGs, one an image; for `image/png` one sheet of all. Raises UnexpectedAnswer where there are none."""
         if self.media_type == ZIP:
             return list(self.files.values())
         if self.media_type == JSON:
-            return [base64.b64decode(image["png"]) for image in self.document["images"]]
+            try:
+                encoded = [checks.mapping(image)["png"] for image in checks.items(self.document["images"])]
+                return [checks.picture(checks.decoded(each), PNG) for each in encoded]
+            except (KeyError, ValueError) as error:
+                raise UnexpectedAnswer(OK, f"a document without its images ({error})") from None
         return [self.data]
 
 
@@ -86,10 +108,14 @@ class Noised:
         """Read a response. Raises UnexpectedAnswer."""
         headers = response.headers
         try:
-            alpha_bar = float(headers["x-alpha-bar"])
-            return cls(response.content, int(headers["x-seed"]), alpha_bar, headers["x-fingerprint"])
-        except (KeyError, ValueError):
-            raise UnexpectedAnswer(response.status_code) from None
+            return cls(
+                data=checks.picture(response.content, PNG),
+                seed=checks.whole(int(headers["x-seed"])),
+                alpha_bar=checks.number(float(headers["x-alpha-bar"])),
+                fingerprint=checks.token(headers["x-fingerprint"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise UnexpectedAnswer(response.status_code, error) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +143,27 @@ class JobState:
     def of(cls, document: Any) -> "JobState":
         """Read a job's document; members that a newer server adds are ignored. Raises UnexpectedAnswer."""
         try:
-            return cls(**{field.name: document[field.name] for field in fields(cls)})
-        except (KeyError, TypeError):
-            raise UnexpectedAnswer(200) from None
+            members = checks.mapping(document)
+            return cls(
+                id=checks.token(members["id"]),
+                state=STATES[checks.text(members["state"])],
+                durable=checks.yes_or_no(members["durable"]),
+                step=checks.optional(checks.whole, members["step"]),
+                steps=checks.whole(members["steps"]),
+                n=checks.whole(members["n"]),
+                sampler=checks.token(members["sampler"]),
+                seed=checks.whole(members["seed"]),
+                position=checks.optional(checks.whole, members["position"]),
+                eta_s=checks.optional(checks.number, members["eta_s"]),
+                age_s=checks.number(members["age_s"]),
+                created=checks.token(members["created"]),
+                finished=checks.optional(checks.token, members["finished"]),
+                fingerprint=checks.optional(checks.token, members["fingerprint"]),
+                parameters=checks.mapping(members["parameters"]),
+                problem=checks.optional(checks.mapping, members["problem"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise UnexpectedAnswer(OK, error) from None
 
     @property
     def ended(self) -> bool:
@@ -130,24 +174,47 @@ class JobState:
 def object_of(response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a response. Raises UnexpectedAnswer."""
     try:
-        document = json.loads(response.content)
-    except ValueError:
-        document = None
-    if not isinstance(document, dict):
-        raise UnexpectedAnswer(response.status_code)
-    return document
+        return checks.mapping(checks.loads(response.content))
+    except ValueError as error:
+        raise UnexpectedAnswer(response.status_code, error) from None
 
 
 def page_of(response: httpx.Response) -> tuple[list[JobState], str | None]:
     """Some jobs, and where the next page begins; None: nowhere. Raises UnexpectedAnswer."""
     document = object_of(response)
     try:
-        return [JobState.of(job) for job in document["jobs"]], document["next"]
-    except (KeyError, TypeError):
-        raise UnexpectedAnswer(response.status_code) from None
+        jobs = [JobState.of(job) for job in checks.items(document["jobs"])]
+        after = checks.optional(checks.token, document["next"])
+    except (KeyError, ValueError) as error:
+        raise UnexpectedAnswer(response.status_code, error) from None
+    if after is not None and not jobs:  # or pages without jobs might come without end
+        raise UnexpectedAnswer(response.status_code)
+    return jobs, after
+
+
+def _files(data: bytes) -> dict[str, bytes]:
+    """Unpack a zip of PNGs as the server makes it: stored, one after the other. Raises ValueError, BadZipFile."""
+    end = data[-ZIP_END.size :]
+    if len(end) < ZIP_END.size or not end.startswith(b"PK\x05\x06"):
+        raise ValueError("its end is missing")
+    _, _, _, directory_bytes, _, _ = ZIP_END.unpack(end)
+    if directory_bytes > 100 * MAX_IMAGES or data[-ZIP_END.size - 20 :].startswith(ZIP64_LOCATOR):
+        raise ValueError(f"more than {MAX_IMAGES} files in it")  # zipfile makes an object of each entry
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            if entry.flag_bits & 1 or entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename!r:.40} is encrypted or compressed")
+            if not FILE_IN_ZIP.fullmatch(entry.filename):
+                raise ValueError(f"{entry.filename!r:.40} is no name of an image")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("a name comes twice")
+        if sum(entry.file_size for entry in entries) > len(data):  # entries that lie over each other
+            raise ValueError("its files are larger than itself")
+        return {entry.filename: checks.picture(archive.read(entry), PNG) for entry in entries}
 
 
 def _timings_s(header: str) -> dict[str, float]:
     """The durations of a Server-Timing header, which are in milliseconds."""
     parts = (part.strip().split(";dur=") for part in header.split(",") if ";dur=" in part)
-    return {name: float(ms) / 1000 for name, ms in parts}
+    return {name: checks.number(float(ms)) / 1000 for name, ms in parts}

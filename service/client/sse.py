@@ -6,6 +6,8 @@ Written here since httpx-sse (0.4.3) reads from httpx itself, and keeps a byte o
 import re
 from dataclasses import dataclass
 
+from service.client.bounds import EVENT_BYTES
+
 LINE_END = re.compile(rb"\r\n|\n|\r")
 BOM = b"\xef\xbb\xbf"
 
@@ -20,7 +22,10 @@ class ServerSentEvent:
 
 
 class Decoder:
-    """Takes bytes in pieces of any size, and gives events as soon as they are complete."""
+    """Takes bytes in pieces of any size, and gives events as soon as they are complete.
+
+    An event of more than EVENT_BYTES raises ValueError.
+    """
 
     def __init__(self) -> None:
         self.retry_s: float | None = None  # the pause between two connections that the server asks for
@@ -29,6 +34,7 @@ class Decoder:
         self._at_start = True
         self._event, self._id = "", ""
         self._data: list[str] = []
+        self._held = 0  # bytes of the lines of the event that is not complete yet
 
     def feed(self, chunk: bytes) -> list[ServerSentEvent]:
         """Take some bytes; gives the events that end in them."""
@@ -46,12 +52,19 @@ class Decoder:
             if self._at_start:
                 line = line.removeprefix(BOM)
                 self._at_start = False
+            self._held += len(line) + 1
             if line:
                 self._take(line.decode("utf-8", "replace"))
             elif (event := self._dispatch()) is not None:
                 events.append(event)
+            self._bound()
         self._line += rest
+        self._bound()
         return events
+
+    def _bound(self) -> None:
+        if self._held + len(self._line) > EVENT_BYTES:
+            raise ValueError(f"an event of more than {EVENT_BYTES} bytes")
 
     def _take(self, line: str) -> None:
         name, _, value = line.partition(":")  # a comment has no name
@@ -67,5 +80,5 @@ class Decoder:
 
     def _dispatch(self) -> ServerSentEvent | None:
         data, kind = self._data, self._event
-        self._data, self._event = [], ""
+        self._data, self._event, self._held = [], "", 0
         return ServerSentEvent(kind or "message", "\n".join(data), self._id) if data else None

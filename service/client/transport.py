@@ -3,9 +3,12 @@
 import httpx
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from service.client.errors import ClientError, Unreachable, error_of
+from service.client.errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreachable, error_of
 
+UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and what is packed is hard to bound
+OUR_COMPLAINTS = (1002, 1007, 1009)  # closes by us: against the protocol, no UTF-8, larger than asked for
 CONNECT_S = 10.0
+CLOSE_S = 1.0  # for the end of a WebSocket that is left: the server knows at once, and what it sends is not read
 QUIET_S = 60.0
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -31,6 +34,18 @@ def timeouts(quiet_s: float | None = QUIET_S) -> httpx.Timeout:
     return httpx.Timeout(quiet_s, connect=CONNECT_S)
 
 
+def check_coding(response: httpx.Response) -> None:
+    """Refuse a response that is compressed all the same, before anything of it is unpacked. Raises UnexpectedAnswer."""
+    coding = response.headers.get("content-encoding", "identity")
+    if coding != "identity":
+        raise UnexpectedAnswer(response.status_code, f"compressed ({coding!r:.40}), which was not asked for")
+
+
+def too_large(status: int, max_bytes: int) -> UnexpectedAnswer:
+    """Make the error for an answer that is longer than one to this request can be."""
+    return UnexpectedAnswer(status, f"longer than an answer to this can be ({max_bytes} bytes)")
+
+
 def check(response: httpx.Response) -> None:
     """Raise the ClientError that a response stands for, unless it is 2xx. Its content must have been read."""
     if not response.is_success:
@@ -43,8 +58,12 @@ def lost(error: Exception) -> Unreachable:
     return Unreachable(str(error) or type(error).__name__, reached=reached)
 
 
-def closed(error: ConnectionClosed) -> Unreachable:
-    """Make the error for a WebSocket that the server closed."""
+def closed(error: ConnectionClosed, max_bytes: int) -> ClientError:
+    """Make the error for a WebSocket that was closed before its end; max_bytes is the bound of a message."""
+    if error.sent is not None and error.sent.code in OUR_COMPLAINTS and not error.rcvd_then_sent:
+        if error.sent.code == 1009:
+            return too_large(SWITCHING_PROTOCOLS, max_bytes)
+        return UnexpectedAnswer(SWITCHING_PROTOCOLS)
     return Unreachable(f"the server closed before the job was done ({error})", reached=True)
 
 

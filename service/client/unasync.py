@@ -17,7 +17,7 @@ RULES = {
     r"websockets\.asyncio\b": "websockets.sync",
     r"asyncio\b": "time",  # for sleep, which is all that is used of it
     r"__a(?=enter__|exit__|iter__)": "__",
-    r"a(?=close\b|read\b|iter_bytes\b)": "",
+    r"a(?=close\b|iter_bytes\b)": "",
     r"asynccontextmanager\b": "contextmanager",
     r"Async(?=[A-Z])": "",
     r"_async\b": "_sync",

@@ -9,8 +9,9 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
+from model.pixels import fit_picture
 from service.byte_budget import ByteBudget
 from service.errors import InvalidImage, TooManyImages
 from service.images.image_header import ImageHeader, read_header
@@ -25,16 +26,6 @@ LEARNING_RATE = 0.2
 Result = TypeVar("Result")
 WANTED = "a PNG, JPEG or WebP image"
 WHITE = 128  # a mask's pixels of this grey and above are regenerated
-EXIF_ORIENTATION = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class Decoder:
@@ -84,17 +75,10 @@ class Decoder:
 def decode_image(data: bytes, model: ModelInfo, field: str = "image") -> Images:
     """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage, which names the field.
 
-    An image of the model's size is used unchanged. Any other is cropped about its centre to the model's shape, then
-    resampled.
+    It is made ready as the pictures of a training folder are, so that x_0 looks like the training data; what is
+    transparent is laid over black. An image of the model's size is used unchanged.
     """
-    image = _opaque(_upright(_load(data, field)))
-    # A CMYK image first becomes RGB by the complement; colour profiles are ignored.
-    image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("L" if model.channels == 1 else "RGB")
-    size = model.width_px, model.height_px
-    if image.size != size:
-        # Lanczos, as for the images of a training folder (model/data.py), so that x_0 looks like the training data.
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    return np.array(image).reshape(model.height_px, model.width_px, model.channels)
+    return fit_picture(_load(data, field), (model.width_px, model.height_px), model.channels)
 
 
 def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
@@ -102,12 +86,8 @@ def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArr
 
     It is cropped as an image is, then each pixel is the mean of what it covers: true if more than half is white.
     """
-    image = _opaque(_upright(_load(data, field)))
-    image = (image.convert("RGB") if image.mode == "CMYK" else image).convert("L")
     size = model.width_px, model.height_px
-    if image.size != size:
-        image = ImageOps.fit(image, size, Image.Resampling.BOX)
-    return np.asarray(image) >= WHITE
+    return fit_picture(_load(data, field), size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
 
 
 def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo) -> Inputs:
@@ -164,26 +144,3 @@ def _decode(data: bytes, header: ImageHeader) -> tuple[Image.Image, int]:
     if frames == 1:
         image.load()
     return image, frames
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn the image upright, as its EXIF orientation says."""
-    try:
-        orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # cameras write broken EXIF data; the image itself is fine
-        return image
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """Convert 16 bits to 8, and lay transparent pixels over black."""
-    if image.mode.startswith("I"):
-        deep = np.asarray(image).astype(np.uint32)
-        grey = ((deep + 128) // 257).astype(np.uint8)  # rounded; Pillow's own conversion clips at 255
-        if (transparent := image.info.get("transparency")) is not None:
-            grey[deep == transparent] = 0
-        return Image.fromarray(grey)
-    if image.has_transparency_data:
-        # Over black, a colour is itself times alpha. (alpha_composite would hold the interpreter for 90 ms.)
-        return Image.merge("RGB", image.convert("RGBA").convert("RGBa").split()[:3])
-    return image

@@ -68,8 +68,7 @@ def test_what_it_starts_from_is_the_noise_of_a_sample_with_the_seed(server: Runn
     assert np.abs(last - x_T).max() <= 2
 
 
-def test_the_calls_of_the_docs_run(server: RunningServer, garment: bytes, tmp_path: Path) -> None:
-    (tmp_path / "cat.png").write_bytes(garment)
+def test_the_calls_of_the_docs_run(server: RunningServer, tmp_path: Path) -> None:
     commands = DOC.split("```sh\n")[1].split("```")[0].replace("localhost:8000", server.url)
     subprocess.run(["bash", "-ec", commands.replace("curl", "curl -fsS")], cwd=tmp_path, check=True, timeout=60)
     code = DOC.split("```python\n")[1].split("```")[0].replace("http://localhost:8000", server.url)
@@ -77,7 +76,7 @@ def test_the_calls_of_the_docs_run(server: RunningServer, garment: bytes, tmp_pa
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 5
     assert {file.name for file in tmp_path.iterdir()} == {
-        "cat.png", "the_same.png", *[f"x_{t:03d}.png" for t in (0, 100, 250, 500, 999)]
+        "sneaker.png", "the_same.png", *[f"x_{t:03d}.png" for t in (0, 100, 250, 500, 999)]
     }  # fmt: skip
     assert (tmp_path / "the_same.png").read_bytes() == (tmp_path / "x_500.png").read_bytes()
     pictures = [pixels((tmp_path / f"x_{t:03d}.png").read_bytes()).astype(float) for t in (0, 100, 250, 500, 999)]

@@ -635,9 +635,16 @@ LABEL_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "null_class negative": ({"null_class": -1}, r"null_class must be 0\.\.3, got -1"),
     "null_class of text": ({"null_class": "3"}, r"null_class must be 0\.\.3, got '3'"),
     "null_class not the last": ({"null_class": 0}, "null_class must be the last label, 3, got 0"),
-    "too few names": ({"class_names": ["a", "b"]}, "class_names must be 3 different names"),
-    "the same name twice": ({"class_names": ["a", "b", "a"]}, "class_names must be 3 different names"),
-    "names of text": ({"class_names": "abc"}, "class_names must be 3 different names"),
+    "too few names": ({"class_names": ["a", "b"]}, "class_names must be 3 names that differ by more than case"),
+    "the same name twice": (
+        {"class_names": ["a", "b", "a"]},
+        "class_names must be 3 names that differ by more than case",
+    ),
+    "names that differ by case": (
+        {"class_names": ["bag", "b", "Bag"]},
+        "class_names must be 3 names that differ by more than case",
+    ),
+    "names of text": ({"class_names": "abc"}, "class_names must be 3 names that differ by more than case"),
 }
 
 

@@ -176,6 +176,24 @@ def test_oblong_picture_is_cropped_about_its_centre_and_not_squeezed(tmp_path: P
     assert image.unique().tolist() == [200]
 
 
+def test_transparent_pixels_are_laid_over_the_background_and_the_name_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "logos"
+    folder.mkdir()
+    hidden = np.full((8, 8, 4), 200, np.uint8)
+    hidden[..., 3] = 0
+    Image.fromarray(hidden).save(folder / "1.png")
+    black, white = load_image_folder(folder, 8, 3), load_image_folder(folder, 8, 3, (255, 255, 255))
+    assert (black.images.unique().tolist(), black.name) == ([0], "logos")
+    assert (white.images.unique().tolist(), white.name) == ([255], "logos over #ffffff")
+
+
+def test_classes_that_differ_by_case_alone_are_refused(tmp_path: Path) -> None:
+    paint(tmp_path / "Bag" / "1.png", (8, 8), (1, 1, 1))
+    paint(tmp_path / "bag" / "2.png", (8, 8), (2, 2, 2))
+    with pytest.raises(DataError, match="differ by case alone"):
+        load_image_folder(tmp_path, 8, 3)
+
+
 def truncated_png(path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)

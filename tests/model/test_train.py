@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,33 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "straight"
     assert run(folder)
     return folder
+
+
+# --- the log ------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_gets_plain_lines_and_no_bar(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level("INFO"):
+        run(tmp_path / "run", dataclasses.replace(RUN, steps=12, save_every=100))
+    told = [record.getMessage() for record in caplog.records if record.name == "model.train"]
+    assert [line.split(",")[0] for line in told[1:]] == ["step 10 of 12", "step 12 of 12"]
+    assert all(re.fullmatch(r"step .*, loss=\d\.\d{4}, images_s=\d+", line) for line in told[1:])
+    assert "it/s" not in capsys.readouterr().err
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with caplog.at_level("INFO"):
+        run(tmp_path / "run", dataclasses.replace(RUN, steps=12, save_every=100))
+    assert len([record for record in caplog.records if record.name == "model.train"]) == 1
+    assert "12/12" in capsys.readouterr().err
 
 
 # --- resuming -----------------------------------------------------------------------------------------------------

@@ -9,9 +9,25 @@ import httpx
 import websockets.asyncio.client
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
+from service.client.bounds import DOCUMENT_BYTES
 from service.client.errors import ClientError
 from service.client.patience import Patience
-from service.client.transport import CONNECT_S, check, closed, http_address, lost, refused, timeouts, ws_address
+from service.client.transport import (
+    CLOSE_S,
+    CONNECT_S,
+    UNCOMPRESSED,
+    check,
+    check_coding,
+    closed,
+    http_address,
+    lost,
+    refused,
+    timeouts,
+    too_large,
+    ws_address,
+)
+
+MESSAGES_AHEAD = 2  # that have come over a WebSocket and were not asked for yet; each may be as long as they get
 
 
 class AsyncConnection:
@@ -32,7 +48,7 @@ class AsyncConnection:
         self._ws_address, self._headers = ws_address(address), dict(headers or {})
         self._http = httpx.AsyncClient(
             base_url=address,
-            headers=self._headers,
+            headers=UNCOMPRESSED | self._headers,
             timeout=timeouts(),
             transport=transport,
         )
@@ -41,22 +57,31 @@ class AsyncConnection:
         """Close the connections."""
         await self._http.aclose()
 
-    async def request(self, method: str, path: str, patience: Patience | None = None, **options: Any) -> httpx.Response:
-        """Send a request until the response is 2xx; `options` are those of httpx. Raises ClientError."""
+    async def request(
+        self,
+        method: str,
+        path: str,
+        patience: Patience | None = None,
+        max_bytes: int = DOCUMENT_BYTES,
+        **options: Any,
+    ) -> httpx.Response:
+        """Send a request until the response is 2xx; `options` are those of httpx. Raises ClientError.
+
+        max_bytes: of its content; no more is read.
+        """
         patience = patience or Patience(self.patience_s)
         while True:
             try:
-                return await self._send(method, path, options)
+                return await self._send(method, path, max_bytes, options)
             except ClientError as error:
                 await asyncio.sleep(patience.pause_s(error))
 
-    async def _send(self, method: str, path: str, options: Mapping[str, Any]) -> httpx.Response:
+    async def _send(self, method: str, path: str, max_bytes: int, options: Mapping[str, Any]) -> httpx.Response:
         try:
-            response = await self._http.request(method, path, **options)
+            async with self._http.stream(method, path, **options) as response:
+                return await _whole(response, max_bytes)
         except httpx.HTTPError as error:
             raise lost(error) from None
-        check(response)
-        return response
 
     @asynccontextmanager
     async def stream(
@@ -67,16 +92,26 @@ class AsyncConnection:
         try:
             async with self._http.stream("GET", path, **options) as response:
                 if not response.is_success:
-                    await response.aread()
-                check(response)
+                    await _whole(response, DOCUMENT_BYTES)
+                check_coding(response)
                 yield response
         except httpx.HTTPError as error:
             raise lost(error) from None
 
     @asynccontextmanager
-    async def websocket(self, path: str) -> AsyncIterator[websockets.asyncio.client.ClientConnection]:
-        """Open a WebSocket. Raises ClientError, also where it is closed by the server while it is used."""
-        options: dict[str, Any] = {"additional_headers": self._headers, "open_timeout": CONNECT_S, "max_size": None}
+    async def websocket(self, path: str, max_bytes: int) -> AsyncIterator[websockets.asyncio.client.ClientConnection]:
+        """Open a WebSocket, with messages of at most max_bytes.
+
+        Raises ClientError, also where it is closed by the server while it is used.
+        """
+        options: dict[str, Any] = {
+            "additional_headers": self._headers,
+            "open_timeout": CONNECT_S,
+            "close_timeout": CLOSE_S,
+            "compression": None,
+            "max_size": max_bytes,
+            "max_queue": MESSAGES_AHEAD,
+        }
         try:
             async with websockets.asyncio.client.connect(self._ws_address + path, **options) as ws:
                 try:
@@ -84,8 +119,22 @@ class AsyncConnection:
                 finally:
                     await ws.close()  # with 1000: leaving early is not the internal error that `with` would report
         except ConnectionClosed as error:
-            raise closed(error) from None
+            raise closed(error, max_bytes) from None
         except InvalidStatus as error:
             raise refused(error) from None
         except (OSError, WebSocketException) as error:
             raise lost(error) from None
+
+
+async def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:
+    """Read a response to its end; one of 2xx, with its content. Raises ClientError, httpx.HTTPError."""
+    check_coding(response)
+    limit = max_bytes if response.is_success else DOCUMENT_BYTES
+    content = bytearray()
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        if len(content) > limit:
+            raise too_large(response.status_code, limit)
+    whole = httpx.Response(response.status_code, headers=response.headers, content=bytes(content))
+    check(whole)
+    return whole

@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Unpack
+from typing import Any, Unpack
 from urllib.parse import quote
 
 from service.client._async.connection import AsyncConnection
+from service.client.bounds import MAX_IMAGES, Asked
 from service.client.errors import ClientError, Problem, Unreachable
 from service.client.following import EVENTS_QUIET_S, NO_CONTENT, Following
 from service.client.messages import Event
@@ -48,7 +49,7 @@ class AsyncJob:
         frames may come twice then.
         """
         patience, path = self._patience(), f"{self._path}/events"
-        following = Following(last_id, patience)
+        following = Following(last_id, patience, Asked.of(preview | self._known(), show=None))
         while True:
             headers = following.begin_connection()
             try:
@@ -66,7 +67,9 @@ class AsyncJob:
 
     async def image(self, accept: MediaType = "image/png") -> Sampled:
         """The images of a job that is done. Raises Problem: job_not_done, no_images, job_not_found."""
-        return Sampled.of(await self._connection.request("GET", f"{self._path}/image", headers={"Accept": accept}))
+        limit = Asked.of(self._known()).answer_bytes(accept)
+        options: dict[str, Any] = {"headers": {"Accept": accept}, "max_bytes": limit}
+        return Sampled.of(await self._connection.request("GET", f"{self._path}/image", **options), accept)
 
     async def cancel(self) -> JobState:
         """Cancel it if it has not ended; the job as it ended."""
@@ -83,6 +86,10 @@ class AsyncJob:
         except Problem as problem:
             if problem.code != "job_not_found":
                 raise
+
+    def _known(self) -> dict[str, Any]:
+        """What bounds its images and frames, as far as its state was read."""
+        return {"n": MAX_IMAGES} if self.latest is None else {"n": self.latest.n, "steps": self.latest.steps}
 
     def _patience(self) -> Patience:
         return Patience(self._connection.patience_s, durable=True, known=True)

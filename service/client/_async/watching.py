@@ -9,10 +9,12 @@ import websockets.asyncio.client
 from websockets.exceptions import ConnectionClosed
 
 from service.client._async.connection import AsyncConnection
+from service.client.bounds import Asked
 from service.client.errors import ClientError
 from service.client.messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
 from service.client.parameters import text_of
 from service.client.patience import Patience
+from service.client.reading import Reading
 
 
 class AsyncWatching:
@@ -27,15 +29,15 @@ class AsyncWatching:
         if self._begun:  # a second loop would make a second job
             return
         self._begun = True
-        accepted, text = False, text_of(self._parameters)
+        accepted, text, asked = False, text_of(self._parameters), Asked.of(self._parameters)
         patience = Patience(self._connection.patience_s)
         while True:
             try:
-                async with self._connection.websocket("/sample/stream") as ws:
+                async with self._connection.websocket("/sample/stream", asked.picture_bytes) as ws:
                     await ws.send(text)
-                    self._ws = ws
+                    self._ws, reading = ws, Reading(asked)
                     while True:
-                        message = await _receive(ws)
+                        message = await _receive(ws, reading)
                         accepted = True
                         yield message
                         if isinstance(message, Done | Cancelled):
@@ -59,7 +61,10 @@ class AsyncWatching:
                 await self._ws.send(CANCEL)
 
 
-async def _receive(ws: websockets.asyncio.client.ClientConnection) -> Message:
+async def _receive(ws: websockets.asyncio.client.ClientConnection, reading: Reading) -> Message:
     """Receive a message and the images that follow it."""
     opening = opening_of(await ws.recv())
-    return message_of(opening, [await ws.recv() for _ in range(opening.images)])
+    reading.begin(opening)
+    message = message_of(opening, [await ws.recv() for _ in range(opening.images)])
+    reading.end(message)
+    return message

@@ -11,7 +11,8 @@ import httpx
 from service.client._sync.connection import Connection
 from service.client._sync.job import Job
 from service.client._sync.watching import Watching
-from service.client.parameters import Parameters, Sampling, Shown, body_of, bytes_of
+from service.client.bounds import IMAGE_BYTES, Asked
+from service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of
 from service.client.patience import Patience
 from service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
 from service.client.transport import timeouts
@@ -54,11 +55,12 @@ class Client:
         """Sample and wait: the images as one PNG sheet, or a zip or JSON of PNGs."""
         # The server drops a job whose connection breaks, so that asking again does no harm.
         options: dict[str, Any] = {
-            "json": body_of(parameters),
-            "headers": {"Accept": accept},
+            "content": text_of(parameters),
+            "headers": JSON_BODY | {"Accept": accept},
             "timeout": timeouts(None),
+            "max_bytes": Asked.of(parameters).answer_bytes(accept),
         }
-        return Sampled.of(self._connection.request("POST", "/sample", **options))
+        return Sampled.of(self._connection.request("POST", "/sample", **options), accept)
 
     def watch(self, **parameters: Unpack[Shown]) -> Watching:
         """Sample and watch: iterate over the result for Accepted, Frames, and Done or Cancelled.
@@ -73,10 +75,11 @@ class Client:
         A connection that breaks is retried for a minute: an Idempotency-Key, drawn if none is given, makes that safe.
         Give your own where your process may be started again: the same key and parameters are the same job.
         """
-        headers = {"Idempotency-Key": uuid.uuid4().hex if idempotency_key is None else idempotency_key}
+        key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
+        headers = JSON_BODY | {"Idempotency-Key": key}
         patience = Patience(self._connection.patience_s, durable=True)
-        body = body_of(parameters)
-        response = self._connection.request("POST", "/jobs", patience, json=body, headers=headers)
+        body = text_of(parameters)
+        response = self._connection.request("POST", "/jobs", patience, content=body, headers=headers)
         state = JobState.of(object_of(response))
         return Job(self._connection, state.id, state)
 
@@ -99,11 +102,13 @@ class Client:
 
     def noise(self, image: bytes | Path, t: int, seed: int | None = None) -> Noised:
         """Run the forward process: an image, its bytes or Path, at timestep t."""
-        params = {"t": t} if seed is None else {"t": t, "seed": seed}
-        headers = {"Content-Type": "application/octet-stream", "Accept": PNG}
-        content = bytes_of(image)
-        response = self._connection.request("POST", "/noise", params=params, content=content, headers=headers)
-        return Noised.of(response)
+        options: dict[str, Any] = {
+            "params": {"t": t} if seed is None else {"t": t, "seed": seed},
+            "headers": {"Content-Type": "application/octet-stream", "Accept": PNG},
+            "content": bytes_of(image),
+            "max_bytes": IMAGE_BYTES,
+        }
+        return Noised.of(self._connection.request("POST", "/noise", **options))
 
     def model(self) -> dict[str, Any]:
         """What is loaded, and the limits, as GET /model says."""

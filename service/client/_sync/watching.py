@@ -10,10 +10,12 @@ import websockets.sync.client
 from websockets.exceptions import ConnectionClosed
 
 from service.client._sync.connection import Connection
+from service.client.bounds import Asked
 from service.client.errors import ClientError
 from service.client.messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
 from service.client.parameters import text_of
 from service.client.patience import Patience
+from service.client.reading import Reading
 
 
 class Watching:
@@ -28,15 +30,15 @@ class Watching:
         if self._begun:  # a second loop would make a second job
             return
         self._begun = True
-        accepted, text = False, text_of(self._parameters)
+        accepted, text, asked = False, text_of(self._parameters), Asked.of(self._parameters)
         patience = Patience(self._connection.patience_s)
         while True:
             try:
-                with self._connection.websocket("/sample/stream") as ws:
+                with self._connection.websocket("/sample/stream", asked.picture_bytes) as ws:
                     ws.send(text)
-                    self._ws = ws
+                    self._ws, reading = ws, Reading(asked)
                     while True:
-                        message = _receive(ws)
+                        message = _receive(ws, reading)
                         accepted = True
                         yield message
                         if isinstance(message, Done | Cancelled):
@@ -60,7 +62,10 @@ class Watching:
                 self._ws.send(CANCEL)
 
 
-def _receive(ws: websockets.sync.client.ClientConnection) -> Message:
+def _receive(ws: websockets.sync.client.ClientConnection, reading: Reading) -> Message:
     """Receive a message and the images that follow it."""
     opening = opening_of(ws.recv())
-    return message_of(opening, [ws.recv() for _ in range(opening.images)])
+    reading.begin(opening)
+    message = message_of(opening, [ws.recv() for _ in range(opening.images)])
+    reading.end(message)
+    return message

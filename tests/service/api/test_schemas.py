@@ -121,6 +121,13 @@ def test_classes_come_by_name_number_or_numeric_text(label: object, n: int, labe
     assert spec_of({"class_label": label, "n": n}).class_labels == labels
 
 
+@pytest.mark.parametrize("name", ["dog", "Dog", "DOG", "dOg"])
+def test_the_case_of_a_class_name_does_not_matter(name: str) -> None:
+    assert spec_of({"class_label": name, "seed": 1}) == spec_of({"class_label": 1, "seed": 1})
+    upper = replace(INFO, class_names=("CAT", "Straße", "3d-print"))
+    assert spec_of({"n": 2, "class_label": ["cat", "STRASSE"]}, upper).class_labels == (0, 1)
+
+
 def test_a_class_whose_name_is_a_number_goes_by_its_name() -> None:
     model = replace(INFO, class_names=("2", "1", "0"))
     assert spec_of({"class_label": "2"}, model).class_labels == (0,)

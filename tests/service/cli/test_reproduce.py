@@ -69,10 +69,12 @@ def one_line(result: click.testing.Result, *says: str) -> str:
     """The failure in one clear line."""
     assert result.exit_code == 1, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit), "no traceback"
-    lines = [line for line in result.stderr.splitlines() if line and "row-step" not in line]  # the progress bar
+    lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("tminus: ")
     assert len(lines[0]) < 800
+    assert lines[0].isprintable()
+    assert "BytesIO" not in lines[0]
     for text in says:
         assert text in lines[0]
     return lines[0]
@@ -194,6 +196,12 @@ def hostile(**fields: object) -> str:
     return json.dumps(recipe(make_spec(), INFO) | {"spec": asdict(make_spec()) | fields})
 
 
+def webp() -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (8, 8)).save(out, "WEBP")
+    return out.getvalue()
+
+
 WHOLE = encode_png(np.zeros((8, 8, 1), np.uint8), recipe(make_spec(), INFO))
 
 NOISE = encode_png(np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8), recipe(make_spec(), INFO))
@@ -230,6 +238,12 @@ NO_RECIPES: dict[str, tuple[bytes, str]] = {
     "n true": (with_text(hostile(n=True)), "no recipe"),
     "n a list": (with_text(hostile(n=[1])), "no recipe"),
     "n a fraction": (with_text(hostile(n=1.5)), "no recipe"),
+    "NaN": (with_text(hostile(guidance=float("nan"))), "NaN is no number"),
+    "infinity": (with_text(hostile(guidance_interval=[1, float("-inf")])), "-Infinity is no number"),
+    "a number beyond floats": (with_text(hostile(guidance=1).replace('"guidance": 1', '"guidance": 1e999')), "1e999"),
+    "an escape in an error": (with_text(hostile(**{"\x1b[2J": 1})), r"\x1b[2J"),
+    "a webp": (webp(), "not a PNG but a WEBP; only PNGs say how they were made"),
+    "a huge one": (WHOLE[:16] + (2**15).to_bytes(4) * 2 + WHOLE[24:], "32768x32768 pixels, over 67108864"),
     "deep": (with_text('{"spec": ' + "[" * 5000 + "]" * 5000 + "}"), "no recipe"),
     "many digits": (with_text('{"spec": {"n": ' + "9" * 5000 + "}}"), "no recipe"),
     "long": (with_text("x" * 900_000), "no recipe"),
@@ -326,7 +340,7 @@ def test_the_server_is_asked_for_what_the_recipe_says(run: Run, kept: Path, monk
             "429 too much",
         ),
         (httpx.Response(200, content=NOISE[:-60], headers=OURS), "not a PNG"),
-        (httpx.Response(200, content=b"no image", headers=OURS), "not a PNG"),
+        (httpx.Response(200, content=b"no image", headers=OURS), "no image/png"),
         (httpx.Response(200, content=with_text(None), headers=OURS), "no 'tminus' text"),
     ],
 )
@@ -335,6 +349,27 @@ def test_a_server_that_gives_something_else_ends_in_one_clear_line(
 ) -> None:
     stand_in(monkeypatch, lambda request: response)
     one_line(run("reproduce", kept, "--url", "http://server:1"), says)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_recipe_that_json_cannot_hold_is_sent_to_no_server(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "hostile.png"
+    for fields in ({"guidance": float("nan")}, {"guidance": float("inf")}, {"sampler": "\ud800"}):
+        file.write_bytes(with_text(hostile(**fields)))
+        one_line(run("reproduce", file, "--url", "http://127.0.0.1:1"))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_escape_in_the_text_of_a_png_does_not_reach_the_terminal(
+    run: Run, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, lambda request: httpx.Response(200, content=NOISE, headers=OURS))
+    kept.write_bytes(encode_png(np.zeros((8, 8, 1), np.uint8), recipe(make_spec(), INFO) | {"fingerprint": "\x1b[2J"}))
+    one_line(run("reproduce", kept, "--url", "http://server:1"), r"another build (\x1b[2J, here")
+
+
+def test_the_new_png_gets_no_other_name(run: Run, kept: Path) -> None:
+    one_line(run("reproduce", kept, "--out", "again.jpg"), "what is written is PNG")
 
 
 # --- the parts ---

@@ -141,3 +141,24 @@ def test_a_bad_checkpoint_is_refused(damage: Callable[[Path], None], says: str, 
     line = refusal("--checkpoint", folder, "--state-dir", ":memory:")
     assert says in line
     assert str(tmp_path) in line
+
+
+# --- --help ---
+
+
+def test_help_says_what_each_flag_takes_as_the_settings_page_does() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "settings.md").read_text("utf-8")
+    rows = {row[0].split("`")[1]: row[2] for line in page.splitlines() if line.startswith("| `--")
+            if (row := line.strip("| ").split(" | "))}  # fmt: skip
+    options = {option.opts[0]: option for option in main.commands["serve"].params}
+    assert len(rows) > 20
+    for flag, values in rows.items():
+        metavar = options[flag].metavar
+        if "`" in values:
+            assert metavar == values.replace("`", "").replace(", ", "|")
+        elif values in ("path", "text"):
+            assert metavar == values.upper()
+        elif values != "yes or no":
+            kind, bounds = str(metavar).split(" ", 1)
+            assert kind in ("INTEGER", "FLOAT")
+            assert bounds == values.replace(" or more", "..")

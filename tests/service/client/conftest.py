@@ -24,9 +24,9 @@ Connect = Callable[..., Any]
 
 def job_members(**members: Any) -> dict[str, Any]:
     """A job's document as the server sends it, of a job that runs unless told otherwise."""
-    empty = dict.fromkeys(("problem", "fingerprint", "finished", "position", "eta_s", "created", "sampler"))
+    empty = dict.fromkeys(("problem", "fingerprint", "finished", "position", "eta_s"))
     job = {"id": "x", "state": "running", "durable": True, "step": 0, "steps": 1, "n": 1, "seed": 0, "age_s": 0}
-    return empty | job | {"parameters": {}} | members
+    return empty | job | {"parameters": {}, "created": "2026-01-01T00:00:00.000Z", "sampler": "ddpm"} | members
 
 
 class Served(Site):

@@ -1,5 +1,6 @@
 """Refusals, servers that cannot be reached and answers from elsewhere, sync and async."""
 
+import gzip
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +9,11 @@ import httpx
 import pytest
 
 from service.client import Done, Problem, UnexpectedAnswer, Unreachable
+from service.client.bounds import IMAGE_BYTES
 from service.server import bind
 from tests.service.client.breaking import Breaking
 from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
+from tests.service.client.hostile import IMAGE_HEAD, PNG, answering, endless
 from tests.service.fakes import PATIENCE_S
 
 
@@ -103,3 +106,52 @@ def test_a_proxy_without_a_server_is_waited_for(connect: Connect) -> None:
     answers = [httpx.Response(502, text="<html>"), httpx.Response(503), httpx.Response(200, json={})]
     tminus = connect("http://server", transport=httpx.MockTransport(lambda request: answers.pop(0)), patience_s=60)
     assert tminus.model() == {}
+
+
+# --- hostile servers ---
+
+
+def gzip_of(body: bytes) -> bytes:
+    return gzip.compress(body, 9)
+
+
+@pytest.mark.parametrize(
+    ("head", "pieces", "status", "says"),
+    [
+        (IMAGE_HEAD, lambda: endless(PNG), "200 OK", r"longer than an answer to this can be \(16777216 bytes\)"),
+        (IMAGE_HEAD + "Content-Encoding: gzip\r\n", lambda: [gzip_of(bytes(2**28))], "200 OK", "compressed"),
+        (IMAGE_HEAD + "Content-Encoding: gzip, gzip\r\n", endless, "200 OK", "compressed"),
+        ("Content-Type: application/problem+json\r\n", endless, "422 No", "longer than"),
+        ("", endless, "404 No", "longer than"),
+        ("Content-Type: application/problem+json\r\n", lambda: [b'{"detail": ' * 20_000], "400 No", "400"),
+        (IMAGE_HEAD, lambda: [b"not an image"], "200 OK", "no image/png"),
+    ],
+    ids=["endless", "gzip bomb", "gzip in gzip", "endless problem", "endless error", "deep problem", "no image"],
+)
+def test_no_more_is_read_than_can_answer_the_request(
+    head: str, pieces: Callable[[], Any], status: str, says: str, connect: Connect
+) -> None:
+    with answering(head, pieces, status) as hostile:
+        with pytest.raises(UnexpectedAnswer, match=says):
+            connect(hostile.url, patience_s=60).sample(n=1)
+        assert hostile.sent < IMAGE_BYTES + 2**24, "what the sockets hold comes on top"
+
+
+def test_a_document_is_bounded_in_length_and_depth(connect: Connect) -> None:
+    for pieces in (lambda: endless(b"{"), lambda: [b"[" * 10**6], lambda: [b'{"a":' * 10**5], lambda: [b"[1]"]):
+        with answering("Content-Type: application/json\r\n", pieces) as hostile:
+            for call in (connect(hostile.url).model, connect(hostile.url).job("x").state):
+                with pytest.raises(UnexpectedAnswer, match="200"):
+                    call()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [{"detail": 5}, {"code": ["x"]}, {"status": "429"}, {"field": {}}, {"bound": 1}, {"status": -1}],
+    ids=str,
+)
+def test_a_problem_whose_members_have_other_types_is_unexpected(members: dict[str, Any], connect: Connect) -> None:
+    answer = {"headers": {"Content-Type": "application/problem+json", "Retry-After": "0"}, "json": members}
+    transport = httpx.MockTransport(lambda request: httpx.Response(429, **answer))
+    with pytest.raises(UnexpectedAnswer, match="429"):
+        connect("http://server", transport=transport, patience_s=60).model()

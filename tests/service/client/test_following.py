@@ -3,12 +3,14 @@ import json
 import pytest
 
 from service.client import Ended, Progress, Unreachable
+from service.client.bounds import Asked
 from service.client.following import Following
 from service.client.patience import RESTART_S, Patience
 from tests.service.client.conftest import job_members
 from tests.service.client.test_patience import Clock
 
 GREETING = b"retry: 2000\n\n"
+ASKED = Asked.of({"steps": 9})
 CUT = Unreachable("cut", reached=True)
 
 
@@ -18,25 +20,25 @@ def progress(step: int) -> bytes:
 
 
 def test_a_new_connection_begins_after_the_last_event() -> None:
-    following = Following("3", Patience(0))
+    following = Following("3", Patience(0), ASKED)
     assert following.begin_connection()["Last-Event-ID"] == "3"
     chunk = progress(4) + progress(5)
     assert list(following.read(chunk[:-1])) == [Progress(4, 9, 40, 1.5)]
     headers = following.begin_connection()
     assert headers == {"Accept": "text/event-stream", "Last-Event-ID": "4"}, "5 was not complete"
     assert list(following.read(progress(5))) == [Progress(5, 9, 50, 1.5)]
-    assert "Last-Event-ID" not in Following("", Patience(0)).begin_connection()
+    assert "Last-Event-ID" not in Following("", Patience(0), ASKED).begin_connection()
 
 
 def test_an_event_that_a_newer_server_knows_counts_as_read() -> None:
-    following = Following("", Patience(0))
+    following = Following("", Patience(0), ASKED)
     assert list(following.read(b"event: news\nid: 7\ndata: {}\n\n")) == []
     assert following.begin_connection()["Last-Event-ID"] == "7"
 
 
 @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
 def test_nothing_is_read_after_the_end(state: str) -> None:
-    following = Following("", Patience(0))
+    following = Following("", Patience(0), ASKED)
     end = f"event: {state}\nid: end\ndata: {json.dumps(job_members(state=state))}\n\n".encode()
     *before, ended = following.read(progress(8) + end + progress(9))
     assert before == [Progress(8, 9, 80, 1.5)]
@@ -49,7 +51,7 @@ def test_nothing_is_read_after_the_end(state: str) -> None:
 def test_the_patience_starts_over_when_the_server_says_something(sent: list[bytes]) -> None:
     clock = Clock()
     patience = Patience(0, durable=True, known=True, clock=clock)
-    following = Following("", patience)
+    following = Following("", patience, ASKED)
     patience.pause_s(CUT)
     clock.now_s += RESTART_S
     for chunk in sent:
@@ -60,7 +62,7 @@ def test_the_patience_starts_over_when_the_server_says_something(sent: list[byte
 def test_a_greeting_is_no_progress_and_says_when_to_return() -> None:
     clock = Clock()
     patience = Patience(0, durable=True, known=True, clock=clock)
-    following = Following("", patience)
+    following = Following("", patience, ASKED)
     patience.pause_s(CUT)
     for _ in range(2):
         following.begin_connection()

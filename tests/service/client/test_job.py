@@ -1,15 +1,21 @@
 """Durable jobs and their events, sync and async; connections are broken on purpose."""
 
+import base64
+import itertools
+import json
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
 
 from service.api import events as routes_events
-from service.client import Ended, Frame, Problem, Progress, Waiting
+from service.client import Ended, Frame, Problem, Progress, UnexpectedAnswer, Waiting, sse
 from tests.service.client.breaking import Breaking
 from tests.service.client.conftest import SPEC, Connect, MakeServed, Served, job_members
+from tests.service.client.hostile import PNG, answering, endless
 from tests.service.fakes import PATIENCE_S
 
 
@@ -164,3 +170,40 @@ def test_a_job_that_is_not_there_has_no_events(served: Served, connect: Connect)
         with pytest.raises(Problem) as caught:
             list(connect(served.url, patience_s=60).job(job_id).events())
         assert caught.value.status == 404
+
+
+# --- hostile servers ---
+
+EVENTS_HEAD = "Content-Type: text/event-stream\r\n"
+
+
+def event(name: str, members: dict[str, Any]) -> bytes:
+    return f"event: {name}\nid: 1\ndata: {json.dumps(members)}\n\n".encode()
+
+
+PROGRESS = {"step": 1, "steps": 9, "t": 0, "eta_s": 1.0}
+SHOWN = PROGRESS | {"show": "x_t", "data": base64.b64encode(PNG).decode()}
+HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
+    "an event without end": (lambda: endless(b"data: "), "an event of more than 1048576 bytes"),
+    "lines without end": (lambda: itertools.repeat(b"data\n" * 1000), "an event of more than 1048576 bytes"),
+    "a frame without end": (lambda: itertools.repeat(event("frame", SHOWN)), "more frames of step 1"),
+    "an id that is no header": (lambda: [b"id: \x1b[2J\ndata: {}\n\n"], "no token"),
+    "an id beyond ASCII": (lambda: ["id: \u00e9\ndata: {}\n\n".encode()], "no token"),
+    "deep JSON": (lambda: [b"data: " + b"[" * 20_000 + b"\n\n"], "cannot be read"),
+    "no time left": (lambda: [event("progress", PROGRESS | {"eta_s": None})], "cannot be read"),
+    "no image": (lambda: [event("frame", SHOWN | {"data": "aGVsbG8="})], "no image/png"),
+    "an end of other types": (lambda: [event("done", job_members(state=5))], "not from a tminus server"),
+    "compressed": (lambda: [b""], "compressed"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_events_that_no_job_sends_are_left_with_one_error(
+    name: str, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "EVENT_BYTES", 2**20)
+    pieces, says = HOSTILE[name]
+    head = EVENTS_HEAD + ("Content-Encoding: gzip\r\n" if name == "compressed" else "")
+    with answering(head, pieces) as hostile, pytest.raises(UnexpectedAnswer, match=says):
+        list(connect(hostile.url, patience_s=60).job("x").events(show="x_t"))
+    assert hostile.sent < 2**24

@@ -1,31 +1,179 @@
+import base64
 import io
+import json
+import struct
 import zipfile
+from typing import Any
 
 import httpx
 import pytest
 
 from service.client import UnexpectedAnswer
-from service.client.results import Sampled, page_of
+from service.client.results import JobState, Noised, Sampled, page_of
+from tests.service.client.conftest import job_members
+
+PNG = b"\x89PNG\r\n\x1a\n picture"
+HEADERS = {"x-seed": "1", "x-fingerprint": "f"}
 
 
-def test_a_sheet_is_not_a_zip() -> None:
-    headers = {"content-type": "image/png", "x-seed": "1", "x-fingerprint": "f"}
-    sampled = Sampled.of(httpx.Response(200, headers=headers, content=b"\x89PNG"))
-    with pytest.raises(zipfile.BadZipFile):
-        _ = sampled.files
-    with pytest.raises(ValueError, match="decode"):
-        _ = sampled.document
+def sampled(data: bytes, media_type: str, **headers: str) -> Sampled:
+    given = HEADERS | {"content-type": media_type} | headers
+    return Sampled.of(httpx.Response(200, headers=given, content=data), media_type)
 
 
-def test_folders_in_the_names_of_a_zip_are_dropped() -> None:
+def zip_of(files: dict[str, bytes], **options: Any) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr("../../00000.png", b"x")
-    headers = {"content-type": "application/zip", "x-seed": "1", "x-fingerprint": "f"}
-    assert Sampled.of(httpx.Response(200, headers=headers, content=out.getvalue())).files == {"00000.png": b"x"}
+    with zipfile.ZipFile(out, "w", **options) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
 
 
-@pytest.mark.parametrize("document", [[], {}, {"jobs": None, "next": None}, {"jobs": [{}], "next": None}, {"jobs": []}])
+def encrypted(data: bytes) -> bytes:
+    """The same zip, but its entries claim to be encrypted."""
+    out = bytearray(data)
+    out[6] |= 1  # in the header of the first file
+    out[data.index(b"PK\x01\x02") + 8] |= 1  # and in the directory
+    return bytes(out)
+
+
+def overlapping(data: bytes, times: int) -> bytes:
+    """A zip whose directory has its only file many times."""
+    at, end = data.index(b"PK\x01\x02"), data.index(b"PK\x05\x06")
+    entry = data[at:end]
+    entries = b"".join(entry[:46] + f"{k:05d}.png".encode() for k in range(times))
+    tail = struct.pack("<4s4xHHLLH", b"PK\x05\x06", times, times, len(entries), at, 0)
+    return data[:at] + entries + tail
+
+
+ONE = zip_of({"00000.png": PNG})
+BAD_ZIPS: dict[str, tuple[bytes, str]] = {
+    "nothing but its beginning": (ONE[:4], "its end is missing"),
+    "cut": (ONE[:-30], "its end is missing"),
+    "text": (b"PK\x03\x04" + b"x" * 1000, "its end is missing"),
+    "encrypted": (encrypted(ONE), "encrypted or compressed"),
+    "a bomb": (
+        zip_of({"00000.png": PNG + bytes(50_000_000)}, compression=zipfile.ZIP_DEFLATED),
+        "encrypted or compressed",
+    ),
+    "one file in many entries": (overlapping(zip_of({"00000.png": PNG * 1000}), 4000), "larger than itself"),
+    "more entries than images": (overlapping(ONE, 100_000 // 2), "more than 4096 files"),
+    "a path out of the folder": (zip_of({"../../00000.png": PNG}), "no name of an image"),
+    "a name with an escape": (zip_of({"\x1b[2J.png": PNG}), "no name of an image"),
+    "a folder": (zip_of({"..": b""}), "no name of an image"),
+    "a file that is no image": (zip_of({"00000.png": b"text"}), "no image/png"),
+    "a directory elsewhere": (ONE[:-6] + b"\xff\xff\xff\x7f\x00\x00", "no zip of images"),
+    "a length of 2^32": (ONE[: ONE.index(b"PK\x01\x02") + 20] + b"\xfe" * 8 + ONE[ONE.index(b"PK\x01\x02") + 28 :],
+                         "no zip of images"),
+}  # fmt: skip
+
+
+def test_a_zip_holds_the_images_by_name() -> None:
+    files = {"00000.png": PNG, "00001.png": PNG + b"2"}
+    assert sampled(zip_of(files), "application/zip").files == files
+    with pytest.raises(UnexpectedAnswer, match="its end is missing"):
+        _ = sampled(PNG, "image/png").files
+
+
+@pytest.mark.parametrize("name", BAD_ZIPS)
+def test_a_zip_that_the_server_would_not_make_is_unexpected(name: str) -> None:
+    data, says = BAD_ZIPS[name]
+    with pytest.raises(UnexpectedAnswer, match=says):
+        _ = sampled(data, "application/zip").files
+
+
+def test_a_document_holds_the_images_as_base64() -> None:
+    images = [{"png": base64.b64encode(PNG).decode()}]
+    assert sampled(json.dumps({"images": images}).encode(), "application/json").pngs == [PNG]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "{}",
+        '{"images": 5}',
+        '{"images": [5]}',
+        '{"images": [{}]}',
+        '{"images": [{"png": 5}]}',
+        '{"images": [{"png": "?"}]}',
+        '{"images": [{"png": "aGVsbG8="}]}',
+        '{"a": ' * 5000 + "1" + "}" * 5000,
+        '{"images": [' + "[]," * 2**20 + "[]]}",
+        '{"images": ' + "9" * 5000 + "}",
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_document_without_images_is_unexpected(document: str) -> None:
+    with pytest.raises(UnexpectedAnswer):
+        _ = sampled(document.encode(), "application/json").pngs
+
+
+@pytest.mark.parametrize(
+    ("data", "headers"),
+    [
+        (b"hello", {}),
+        (b"", {}),
+        (PNG, {"x-seed": "-1"}),
+        (PNG, {"x-seed": "1" * 5000}),
+        (PNG, {"x-seed": str(2**64)}),
+        (PNG, {"x-fingerprint": "\x1b[31m"}),
+        (PNG, {"x-job-id": ""}),
+        (PNG, {"server-timing": "queue;dur=nan"}),
+        (PNG, {"server-timing": "queue;dur=inf"}),
+        (PNG, {"server-timing": "queue;dur=1;dur=2"}),
+        (PNG, {"content-type": "text/html"}),
+    ],
+)
+def test_an_image_with_headers_that_the_server_would_not_send_is_unexpected(
+    data: bytes, headers: dict[str, str]
+) -> None:
+    given = HEADERS | {"content-type": "image/png", "x-alpha-bar": "0.5"} | headers
+    with pytest.raises(UnexpectedAnswer):
+        Sampled.of(httpx.Response(200, headers=given, content=data), "image/png")
+
+
+@pytest.mark.parametrize("alpha_bar", ["nan", "inf", "-1", "x", "1e400"])
+def test_a_noise_level_that_is_none_is_unexpected(alpha_bar: str) -> None:
+    with pytest.raises(UnexpectedAnswer):
+        Noised.of(httpx.Response(200, headers=HEADERS | {"x-alpha-bar": alpha_bar}, content=PNG))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"id": ""},
+        {"id": "\ud800"},
+        {"id": "x" * 1000},
+        {"id": None},
+        {"state": "asleep"},
+        {"state": []},
+        {"step": -1},
+        {"steps": "5"},
+        {"n": True},
+        {"n": 1.5},
+        {"seed": 2**64},
+        {"eta_s": float("nan")},
+        {"eta_s": -1},
+        {"eta_s": 10**400},
+        {"age_s": None},
+        {"durable": 1},
+        {"parameters": []},
+        {"problem": "x"},
+        {"finished": 5},
+    ],
+    ids=str,
+)
+def test_a_job_whose_members_have_other_types_is_unexpected(members: dict[str, object]) -> None:
+    JobState.of(job_members())
+    with pytest.raises(UnexpectedAnswer):
+        JobState.of(job_members(**members))
+
+
+@pytest.mark.parametrize(
+    "document",
+    [[], {}, {"jobs": None, "next": None}, {"jobs": [{}], "next": None}, {"jobs": []}, {"jobs": [], "next": "more"},
+     {"jobs": [job_members()], "next": 5}],
+)  # fmt: skip
 def test_a_page_that_cannot_be_read_is_unexpected(document: object) -> None:
     with pytest.raises(UnexpectedAnswer):
         page_of(httpx.Response(200, json=document))

@@ -1,11 +1,18 @@
 """Frames over a WebSocket, sync and async."""
 
+import itertools
+import json
 import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from service.client import Accepted, Cancelled, ClientError, Done, Frame, Problem, Unreachable
+from service.client import Accepted, Cancelled, ClientError, Done, Frame, Problem, UnexpectedAnswer, Unreachable
+from service.client.bounds import IMAGE_BYTES
 from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
+from tests.service.client.hostile import ACCEPTED, DONE, FRAME, PNG, streaming
 from tests.service.conftest import pixels
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
 
@@ -92,3 +99,55 @@ def test_a_server_that_stops_during_a_job_is_unreachable(served: Served, connect
     with pytest.raises(ClientError) as caught:
         list(messages)
     assert isinstance(caught.value, Problem | Unreachable), "not tried again: that would be another job"
+
+
+# --- hostile servers ---
+
+SPEC_50 = {"steps": 50, "every": 1}
+
+
+def endless_frames() -> Iterator[str | bytes | dict[str, Any]]:
+    yield ACCEPTED
+    for step in itertools.count(1):
+        yield FRAME | {"step": step, "steps": step}
+        yield PNG
+
+
+def the_same_frame() -> Iterator[str | bytes | dict[str, Any]]:
+    yield ACCEPTED
+    while True:
+        yield FRAME
+        yield PNG
+
+
+HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
+    "frames without end": (endless_frames, "step 51 of 51, where 50 were asked for"),
+    "the same frame without end": (the_same_frame, "more frames of step 1"),
+    "accepted without end": (lambda: itertools.repeat(ACCEPTED), "'accepted' came at the wrong time"),
+    "a huge frame": (lambda: [ACCEPTED, FRAME, bytes(IMAGE_BYTES + 1)], "longer than"),
+    "a huge text": (lambda: [" " * (IMAGE_BYTES + 1)], "longer than"),
+    "a frame that is no image": (lambda: [ACCEPTED, FRAME, b"text"], "no image/png"),
+    "a frame that is text": (lambda: [ACCEPTED, FRAME, "text"], "101"),
+    "minus one image": (lambda: [ACCEPTED, DONE | {"images": -1}], "no whole number: -1"),
+    "a million images": (lambda: [ACCEPTED, DONE | {"images": 10**6}], "1000000 images, where 1 were asked for"),
+    "no time left": (lambda: [ACCEPTED | {"eta_s": None}], "no number: None"),
+    "no time left of a frame": (lambda: [ACCEPTED, FRAME | {"eta_s": None}, PNG], "no number: None"),
+    "NaN": (lambda: [json.dumps(ACCEPTED | {"eta_s": float("nan")})], "no number: nan"),
+    "a seed that is text": (lambda: [ACCEPTED | {"seed": "1"}], "no whole number"),
+    "deep JSON": (lambda: ['{"type": ' * 20_000], "nested too deeply"),
+    "many values": (lambda: ["[" + "1," * 2**20 + "1]"], "more than 1048576 values"),
+    "an error of other types": (lambda: [{"type": "error", "detail": 5}], "no text: 5"),
+    "a pause that is none": (lambda: [{"type": "error", "status": 429, "retry_after_s": "x"}], "no number"),
+    "bytes first": (lambda: [b"\xff\xfe"], "101"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_stream_that_no_job_sends_is_left_with_one_error(name: str, connect: Connect) -> None:
+    messages, says = HOSTILE[name]
+    with streaming(messages) as hostile:
+        began_s = time.monotonic()
+        with pytest.raises(UnexpectedAnswer, match=says):
+            list(connect(hostile.url, patience_s=60).watch(**SPEC_50))
+        assert time.monotonic() - began_s < PATIENCE_S
+    assert hostile.sent < 10_000, "then nothing more was read"

@@ -1,0 +1,102 @@
+"""What a server sent, held to the types and sizes that it should have. Pure; every check raises ValueError."""
+
+import base64
+import binascii
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+MOST = 2**64 - 1  # a seed; nothing that is counted is larger
+LONGEST_S = 1e12
+MAX_VALUES = 2**20  # in a JSON document: each takes some 50 bytes of memory, and may be sent in two
+MAX_TOKEN = 200
+SIGNATURES = {
+    "image/png": b"\x89PNG\r\n\x1a\n",
+    "image/jpeg": b"\xff\xd8\xff",
+    "image/webp": b"RIFF",
+    "application/zip": b"PK\x03\x04",
+    "application/json": b"{",
+}
+
+
+def loads(data: bytes | str) -> Any:
+    """Parse JSON of a bounded number of values."""
+    comma, bracket, brace = (",", "[", "{") if isinstance(data, str) else (b",", b"[", b"{")
+    if data.count(comma) + data.count(bracket) + data.count(brace) > MAX_VALUES:  # type: ignore[arg-type]
+        raise ValueError(f"JSON of more than {MAX_VALUES} values")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """A JSON object."""
+    if not isinstance(value, dict):
+        raise ValueError(f"no object: {value!r:.40}")
+    return value
+
+
+def items(value: object) -> list[Any]:
+    """A JSON array."""
+    if not isinstance(value, list):
+        raise ValueError(f"no array: {value!r:.40}")
+    return value
+
+
+def text(value: object) -> str:
+    """A text."""
+    if not isinstance(value, str):
+        raise ValueError(f"no text: {value!r:.40}")
+    return value
+
+
+def token(value: object) -> str:
+    """A text that may be a part of an address, a header or a line: printable ASCII, not empty, not long."""
+    found = text(value)
+    if not (found.isascii() and found.isprintable() and 0 < len(found) <= MAX_TOKEN):
+        raise ValueError(f"no token: {found!r:.40}")
+    return found
+
+
+def yes_or_no(value: object) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"neither true nor false: {value!r:.40}")
+    return value
+
+
+def whole(value: object) -> int:
+    """An integer from 0 to MOST."""
+    if type(value) is not int or not 0 <= value <= MOST:
+        raise ValueError(f"no whole number: {value!r:.40}")
+    return value
+
+
+def number(value: object) -> float:
+    """A finite number from 0 up, as all times are."""
+    if type(value) not in (int, float) or not 0 <= value <= LONGEST_S:  # type: ignore[operator]
+        raise ValueError(f"no number: {value!r:.40}")
+    return value  # type: ignore[return-value]
+
+
+def optional(check: Callable[[object], T], value: object) -> T | None:
+    """Nothing, or what a check takes."""
+    return None if value is None else check(value)
+
+
+def picture(value: bytes, media_type: str) -> bytes:
+    """Bytes that begin as a file of this type does."""
+    if not value.startswith(SIGNATURES[media_type]):
+        raise ValueError(f"no {media_type}: {value[:16]!r}")
+    return value
+
+
+def decoded(value: object) -> bytes:
+    """The bytes of base64."""
+    try:
+        return base64.b64decode(text(value), validate=True)
+    except binascii.Error:
+        raise ValueError(f"no base64: {value!r:.40}") from None

@@ -1,0 +1,60 @@
+"""What a server sends of a job, held to what was asked for and to the order it must come in. No I/O.
+
+Without this a server could send frames without end, and whoever keeps them would run out of memory.
+"""
+
+from service.client import checks
+from service.client.bounds import Asked
+from service.client.errors import SWITCHING_PROTOCOLS, UnexpectedAnswer
+from service.client.messages import Done, Frame, Message, Opening
+
+
+class FrameOrder:
+    """Frames show one step after the other, and each step at most once in each of the pictures that were asked for."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked, self._step, self._shown = asked, 0, set[tuple[str, int | None]]()
+
+    def check(self, frame: Frame) -> None:
+        """Raise ValueError for a frame that cannot come now."""
+        asked, each = self._asked, (frame.show, frame.image)
+        if not frame.step <= frame.steps <= asked.steps:
+            raise ValueError(f"a frame of step {frame.step} of {frame.steps}, where {asked.steps} were asked for")
+        if frame.show not in asked.shows or (frame.image is None) != asked.in_sheets:
+            raise ValueError(f"a frame of {frame.show!r:.40}, image {frame.image}, which was not asked for")
+        if frame.step != self._step:
+            if frame.step // asked.every <= self._step // asked.every:
+                raise ValueError(f"a frame of step {frame.step} after one of step {self._step}")
+            self._step, self._shown = frame.step, set()
+        if each in self._shown or len(self._shown) >= len(asked.shows) * asked.pictures:
+            raise ValueError(f"more frames of step {frame.step} than were asked for")
+        self._shown.add(each)
+        checks.picture(frame.data, asked.frame_type)
+
+
+class Reading:
+    """The messages of one watched job: Accepted, then frames, then the end with as many images as were asked for."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked, self._frames, self._accepted = asked, FrameOrder(asked), False
+
+    def begin(self, opening: Opening) -> None:
+        """Check a message before the images that follow it are read. Raises UnexpectedAnswer."""
+        kind = opening.members["type"]
+        if kind != "error" and (kind == "accepted") == self._accepted:
+            raise UnexpectedAnswer(SWITCHING_PROTOCOLS, f"{kind!r:.40} came at the wrong time")
+        self._accepted = True
+        if kind == "done" and opening.images != self._asked.pictures:
+            what = f"{opening.images} images, where {self._asked.pictures} were asked for"
+            raise UnexpectedAnswer(SWITCHING_PROTOCOLS, what)
+
+    def end(self, message: Message) -> None:
+        """Check a message as a whole. Raises UnexpectedAnswer."""
+        try:
+            if isinstance(message, Frame):
+                self._frames.check(message)
+            elif isinstance(message, Done):
+                for image in message.images:
+                    checks.picture(image, "image/png")
+        except ValueError as error:
+            raise UnexpectedAnswer(SWITCHING_PROTOCOLS, error) from None

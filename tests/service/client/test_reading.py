@@ -1,0 +1,105 @@
+"""Messages of a job that could not come from a server that does what it was asked."""
+
+import json
+from typing import Any
+
+import pytest
+
+from service.client import Frame, UnexpectedAnswer
+from service.client.bounds import ANSWER_BYTES, IMAGE_BYTES, Asked
+from service.client.messages import Done, Opening, opening_of
+from service.client.reading import FrameOrder, Reading
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def frame(step: int, show: str = "x_t", image: int | None = None, steps: int = 50, data: bytes = PNG) -> Frame:
+    return Frame(step=step, steps=steps, t=0, show=show, eta_s=0.0, image=image, data=data)
+
+
+def take(frames: list[Frame], **parameters: Any) -> None:
+    order = FrameOrder(Asked.of({"steps": 50} | parameters))
+    for each in frames:
+        order.check(each)
+
+
+def test_frames_as_they_are_asked_for_are_taken() -> None:
+    take([frame(step) for step in range(1, 51)])
+    take([frame(step) for step in (7, 10, 23, 50)], every=5)
+    take([frame(1, show, image) for image in (4, 5) for show in ("x_t", "x_0")], n=2, layout="images",
+         show=["x_t", "x_0"])  # fmt: skip
+    take([frame(1, data=b"\xff\xd8\xff")], frame_format="jpeg")
+
+
+@pytest.mark.parametrize(
+    ("frames", "parameters"),
+    [
+        ([frame(3), frame(3)], {}),
+        ([frame(3), frame(2)], {}),
+        ([frame(5), frame(9)], {"every": 5}),
+        ([frame(51, steps=51)], {}),
+        ([frame(51)], {}),
+        ([frame(1, "x_0")], {}),
+        ([frame(1, image=0)], {}),
+        ([frame(1)], {"layout": "images"}),
+        ([frame(1, image=k) for k in range(3)], {"layout": "images", "n": 2}),
+        ([frame(0), frame(0)], {}),
+        ([frame(1, data=b"no picture")], {}),
+        ([frame(1)], {"frame_format": "jpeg"}),
+    ],
+    ids=str,
+)
+def test_a_frame_too_many_or_out_of_order_is_refused(frames: list[Frame], parameters: dict[str, Any]) -> None:
+    *before, last = frames
+    order = FrameOrder(Asked.of({"steps": 50} | parameters))
+    for each in before:
+        order.check(each)
+    with pytest.raises(ValueError, match=r"frame|image/"):
+        order.check(last)
+
+
+def test_events_have_no_frames_unless_they_are_asked_for() -> None:
+    with pytest.raises(ValueError, match="not asked for"):
+        FrameOrder(Asked.of({}, show=None)).check(frame(1))
+    FrameOrder(Asked.of({"show": "x_t"}, show=None)).check(frame(1))
+
+
+ACCEPTED = Opening({"type": "accepted"}, 0)
+
+
+@pytest.mark.parametrize(
+    ("openings", "says"),
+    [
+        ([ACCEPTED, ACCEPTED], "'accepted' came at the wrong time"),
+        ([Opening({"type": "done"}, 1)], "'done' came at the wrong time"),
+        ([Opening({"type": "frame"}, 1)], "'frame' came at the wrong time"),
+        ([ACCEPTED, Opening({"type": "done"}, 0)], "0 images, where 1 were asked for"),
+        ([ACCEPTED, Opening({"type": "done"}, 10**9)], "1000000000 images"),
+    ],
+)
+def test_a_message_at_the_wrong_time_is_refused_before_its_images_are_read(openings: list[Opening], says: str) -> None:
+    reading = Reading(Asked.of({"n": 4}))
+    *before, last = openings
+    for each in before:
+        reading.begin(each)
+    with pytest.raises(UnexpectedAnswer, match=says):
+        reading.begin(last)
+
+
+@pytest.mark.parametrize("images", [-1, 1.0, "1", None, True, [1]])
+def test_a_number_of_images_that_is_none_is_refused(images: object) -> None:
+    with pytest.raises(UnexpectedAnswer):
+        opening_of(json.dumps({"type": "done", "images": images}))
+
+
+def test_a_result_that_is_no_image_is_refused() -> None:
+    with pytest.raises(UnexpectedAnswer, match="no image/png"):
+        Reading(Asked.of({})).end(Done((b"text",), 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize("given", ["many", None, -3, 0, float("nan"), [], 10**400])
+def test_parameters_that_the_server_will_refuse_bound_as_the_largest_do(given: object) -> None:
+    asked = Asked.of({"n": given, "steps": given, "every": given})
+    assert asked.answer_bytes("image/png") <= ANSWER_BYTES
+    assert asked.every >= 1
+    assert Asked.of({"n": 2}).answer_bytes("application/zip") == 2 * IMAGE_BYTES
