@@ -1,5 +1,6 @@
 """The classes that a request names, by number or by name, as the model's numbers. Pure."""
 
+from service.api.fields import DIGITS
 from service.errors import InvalidField
 from service.model_info import ModelInfo
 
@@ -29,7 +30,7 @@ def class_numbers(
 
 def class_bound(model: ModelInfo) -> str:
     """What class_label must be, in words."""
-    return f"a class or a list of them: {_known(model.class_names)}"
+    return f"a class, or a list of n of them: {_known(model.class_names)}"
 
 
 def _known(names: tuple[str, ...]) -> str:
@@ -45,7 +46,7 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
         return None
     if isinstance(label, str) and label in names:
         return names.index(label)
-    number = int(label) if isinstance(label, int) or (label.isdecimal() and len(label) < 10) else -1
+    number = int(label) if isinstance(label, int) or (DIGITS.fullmatch(label) and len(label) < 10) else -1
     if not 0 <= number < len(names):
         raise InvalidField.of("class_label", class_bound(model), label)
     return number

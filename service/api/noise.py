@@ -13,7 +13,8 @@ from service.api.fields import SEED_BITS
 from service.api.multipart import read_upload
 from service.api.negotiation import negotiate
 from service.api.openapi import NOISE_BODY, NOISE_QUERY, contents
-from service.api.request import accept_header, from_items, merge, read_query, unless_gone
+from service.api.problems import NOSNIFF
+from service.api.request import accept_header, check_encoding, from_items, merge, read_query, unless_gone
 from service.api.schemas import NoiseRequest
 from service.api.services import Services
 from service.images.encoder import PNG
@@ -47,6 +48,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     """Answer with the image at timestep t."""
     model = services.model
     negotiate(accept_header(request), (PNG,))
+    check_encoding(request)
     query = read_query(request)
     upload = await unless_gone(read_upload(request, services.limits.max_image_bytes))
     asked = NoiseRequest.parse(merge(query, from_items(upload.fields, "the form")), model)
@@ -59,7 +61,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     }
     tag = None if asked.seed is None else _etag(recipe, image)
     headers = {"X-Seed": str(seed), "X-Alpha-Bar": repr(alpha_bar), "X-Fingerprint": model.fingerprint}
-    headers |= cache_headers(tag)
+    headers |= NOSNIFF | cache_headers(tag)
     if tag is not None and matches(request.headers.getlist("if-none-match"), request.method, tag):
         services.metrics.answered_without_work("not_modified")
         return Response(status_code=304, headers=headers)

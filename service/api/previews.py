@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from service.api.fields import EVERY_BOUND, Float, Int, RequestSchema
+from service.api.fields import EVERY_BOUND, Bool, Float, Int, RequestSchema
 from service.errors import InvalidField
 from service.preview import SHOWS, Pace, Show
 
@@ -60,4 +60,4 @@ class PreviewRequest(RequestSchema):
 class StreamRequest(PreviewRequest):
     """The same over a WebSocket, which may stay open for more jobs."""
 
-    keep_open: bool = Field(False, description="wait for another job when this one is done, instead of closing")
+    keep_open: Bool = Field(False, description="wait for another job when this one is done, instead of closing")

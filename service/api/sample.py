@@ -10,11 +10,12 @@ from fastapi import APIRouter, Request, Response
 from service.api.caching import cache_headers, matches
 from service.api.negotiation import negotiate
 from service.api.openapi import SAMPLE_BODY, SAMPLE_QUERY, contents
+from service.api.problems import NOSNIFF
 from service.api.progress import result_of
 from service.api.request import accept_header, prefers_async, read_parameters
 from service.api.schemas import AnimationRequest, SampleRequest
 from service.api.services import Services
-from service.api.submission import accept, to_job
+from service.api.submission import accept, to_job, understand
 from service.errors import InvalidField, JobCancelled
 from service.images.animation import WEBP_VERSION
 from service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
@@ -117,7 +118,7 @@ async def answer(services: Services, request: Request) -> Response:
     animation, rest = AnimationRequest.take_from(await read_parameters(request, services.limits))
     offered, hint = (MEDIA_TYPES, WITH_EVERY) if animation is None else ((WEBP,), "")
     media_type = negotiate(accepted, offered, hint)
-    asked = SampleRequest.parse(rest, services.model, services.limits)
+    asked = await understand(services, rest)
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
         return await _accept(services, request, asked, animation)
     spec, inputs = await to_job(services, asked)
@@ -142,7 +143,7 @@ async def _accept(
 
 def _headers(services: Services, job: _Job) -> dict[str, str]:
     headers = {"X-Seed": str(job.answer.spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
-    return headers | cache_headers(job.etag)
+    return headers | NOSNIFF | cache_headers(job.etag)
 
 
 def _known(services: Services, request: Request, job: _Job) -> Response | None:

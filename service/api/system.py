@@ -1,10 +1,11 @@
 """GET /model, /healthz, /readyz and /metrics: what is loaded, and how it is doing."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.api import problems
 from service.api.answers import ModelAnswer, ScheduleAnswer, StatusAnswer
+from service.api.request import no_parameters
 from service.api.services import Services
 from service.errors import Draining, EngineFailed, NotReady
 from service.worker.worker import CRASHED, Worker
@@ -14,11 +15,15 @@ def system_routes(services: Services) -> APIRouter:
     """Make the routes."""
     router = APIRouter(tags=["system"])
 
-    @router.get("/model", summary="What is loaded, and the limits")
+    bare = [Depends(no_parameters)]
+
+    @router.get("/model", summary="What is loaded, and the limits", dependencies=bare)
     async def get_model() -> ModelAnswer:
         return ModelAnswer.of(services.model, services.limits)
 
-    @router.get("/model/schedule", summary="The noise schedule: alpha_bar_t and beta_t of t = 0..T-1")
+    @router.get(
+        "/model/schedule", summary="The noise schedule: alpha_bar_t and beta_t of t = 0..T-1", dependencies=bare
+    )
     async def get_schedule() -> ScheduleAnswer:
         return ScheduleAnswer.of(services.model)
 
