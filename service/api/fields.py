@@ -12,6 +12,7 @@ from service.errors import InvalidField, InvalidImage, UnknownField, short
 MAX_SEED = 2**64 - 1
 SEED_BOUND = f"an integer in 0..{MAX_SEED}"
 SEED_BITS = 53  # a drawn seed survives JavaScript's numbers
+MAX_EXACT = 2**53
 EVERY_BOUND = "an integer of at least 1"
 ENCODED_IMAGE = "base64 of an image, or a data: URL with it"
 DIGITS = re.compile(r"[0-9]+")
@@ -21,12 +22,17 @@ MAX_ITEMS = 2  # of a list, but for one that has an item for each image
 # One spelling for each value, in text as in JSON: Python's int and float, and pydantic's bool, know many more.
 
 
-def _integer(value: object) -> int:
-    if isinstance(value, str) and DIGITS.fullmatch(value):
-        return int(value)
+def _whole(value: object) -> int:
+    """To JSON Schema, and so to OpenAPI, 5.0 is an integer; above 2^53 a float may not be the number that was sent."""
     if type(value) is int:
         return value
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT:
+        return int(value)
     raise ValueError("not an integer")
+
+
+def _integer(value: object) -> int:
+    return int(value) if isinstance(value, str) and DIGITS.fullmatch(value) else _whole(value)
 
 
 def _number(value: object) -> float:
@@ -63,6 +69,7 @@ def _image_bytes(value: object, info: ValidationInfo) -> bytes:
         raise InvalidImage.of(field, ENCODED_IMAGE, f"{value[:40]!r} ({error})") from None
 
 
+Whole = Annotated[int, BeforeValidator(_whole)]  # no text: where a text is something else
 Int = Annotated[int, BeforeValidator(_integer)]
 Float = Annotated[float, BeforeValidator(_number)]
 Bool = Annotated[bool, BeforeValidator(_boolean)]

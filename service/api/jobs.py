@@ -7,10 +7,19 @@ from fastapi import APIRouter, Depends, Request, Response
 from service.api.answers import JobAnswer, JobPage
 from service.api.caching import cache_headers, matches
 from service.api.negotiation import negotiate
-from service.api.openapi import IDEMPOTENCY_KEY, SAMPLE_BODY, contents
+from service.api.openapi import (
+    IDEMPOTENCY_KEY,
+    IF_NONE_MATCH,
+    IMAGES,
+    JOB_BODY,
+    NOT_MODIFIED,
+    OF_BODY,
+    Contract,
+    failures,
+)
 from service.api.problems import NOSNIFF
 from service.api.request import accept_header, no_parameters, read_parameters, read_query
-from service.api.schemas import JobsRequest
+from service.api.schemas import JobsRequest, SampleRequest
 from service.api.services import Services
 from service.api.submission import accept, understand
 from service.images.encoder import MEDIA_TYPES, etag
@@ -20,23 +29,31 @@ def job_routes(services: Services) -> APIRouter:
     """Make the routes."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
     bare = [Depends(no_parameters)]
+    contract = Contract(services.model, services.limits)
+    of_job = failures(404, 422, 500, 507)
 
     @router.post(
         "",
         summary="Submit a durable job",
         status_code=202,
         response_model=JobAnswer,
-        openapi_extra={"requestBody": SAMPLE_BODY, "parameters": [IDEMPOTENCY_KEY]},
+        responses=failures(*OF_BODY, 500, 503, 507),
+        openapi_extra={"requestBody": JOB_BODY, "parameters": [*contract.query(SampleRequest), IDEMPOTENCY_KEY]},
     )
     async def post_job(request: Request) -> Response:
         parameters = await read_parameters(request, services.limits)
         return await accept(services, request, await understand(services, parameters))
 
-    @router.get("", summary="List jobs, newest first; those that are not durable only while they wait or run")
+    @router.get(
+        "",
+        summary="List jobs, newest first; those that are not durable only while they wait or run",
+        responses=failures(422, 500, 507),
+        openapi_extra={"parameters": contract.query(JobsRequest)},
+    )
     async def list_jobs(request: Request) -> JobPage:
         return await page(services, JobsRequest.parse(read_query(request)))
 
-    @router.get("/{job_id}", summary="Get one job", dependencies=bare)
+    @router.get("/{job_id}", summary="Get one job", dependencies=bare, responses=of_job)
     async def get_job(job_id: str) -> JobAnswer:
         return JobAnswer.of(await services.jobs.find(job_id))
 
@@ -45,19 +62,31 @@ def job_routes(services: Services) -> APIRouter:
         summary="Get the images of a durable job that is done",
         dependencies=bare,
         response_class=Response,
-        responses={200: contents(*MEDIA_TYPES)},
+        responses={200: IMAGES, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 500, 507)},
+        openapi_extra={"parameters": [IF_NONE_MATCH]},
     )
     async def get_image(request: Request, job_id: str) -> Response:
         return await image(services, request, job_id)
 
-    @router.post("/{job_id}/cancel", summary="Cancel a durable job that has not ended", dependencies=bare)
+    @router.post(
+        "/{job_id}/cancel",
+        summary="Cancel a durable job that has not ended",
+        dependencies=bare,
+        responses=of_job,
+    )
     async def cancel_job(job_id: str) -> JobAnswer:
         return JobAnswer.of(await services.jobs.cancel(job_id))
 
-    @router.delete("/{job_id}", summary="Cancel a job, or delete it if it has ended", dependencies=bare)
-    async def delete_job(job_id: str) -> Response:
+    @router.delete(
+        "/{job_id}",
+        summary="Cancel a job, or delete it if it has ended",
+        status_code=204,
+        response_class=Response,
+        dependencies=bare,
+        responses=of_job,
+    )
+    async def delete_job(job_id: str) -> None:
         await services.jobs.delete(job_id)
-        return Response(status_code=204)
 
     return router
 

@@ -12,7 +12,7 @@ from service.api.caching import cache_headers, matches
 from service.api.fields import SEED_BITS
 from service.api.multipart import read_upload
 from service.api.negotiation import negotiate
-from service.api.openapi import NOISE_BODY, NOISE_QUERY, contents
+from service.api.openapi import IF_NONE_MATCH, NOISE_BODY, NOT_MODIFIED, OF_BODY, Contract, answer, failures
 from service.api.problems import NOSNIFF
 from service.api.request import accept_header, check_encoding, from_items, merge, read_query, unless_gone
 from service.api.schemas import NoiseRequest
@@ -24,19 +24,14 @@ from service.spec import Images
 def noise_routes(services: Services) -> APIRouter:
     """Make the route."""
     router = APIRouter(tags=["noise"])
+    query = Contract(services.model, services.limits).query(NoiseRequest)
 
     @router.post(
         "/noise",
         summary="An image at step t of the forward process",
         response_class=Response,
-        openapi_extra={
-            "parameters": NOISE_QUERY,
-            "requestBody": NOISE_BODY,
-            "responses": {
-                "200": {"description": "x_t"} | contents(PNG),
-                "304": {"description": "The client has it: If-None-Match names this answer's ETag"},
-            },
-        },
+        responses={200: answer("x_t", PNG), 304: NOT_MODIFIED, **failures(406, *OF_BODY, 500, 503)},
+        openapi_extra={"parameters": [*query, IF_NONE_MATCH], "requestBody": NOISE_BODY},
     )
     async def noise(request: Request) -> Response:
         return await add_noise(services, request)

@@ -9,7 +9,20 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.caching import cache_headers, matches
 from service.api.negotiation import negotiate
-from service.api.openapi import SAMPLE_BODY, SAMPLE_QUERY, contents
+from service.api.openapi import (
+    ACCEPTED,
+    IDEMPOTENCY_KEY,
+    IF_NONE_MATCH,
+    IMAGES_OR_ANIMATION,
+    NOT_MODIFIED,
+    OF_BODY,
+    OF_WORK,
+    PREFER,
+    SAMPLE_BODY,
+    Contract,
+    Described,
+    failures,
+)
 from service.api.problems import NOSNIFF
 from service.api.progress import result_of
 from service.api.request import accept_header, prefers_async, read_parameters
@@ -37,17 +50,26 @@ def sample_routes(services: Services) -> APIRouter:
     async def sample(request: Request) -> Response:
         return await answer(services, request)
 
-    openapi: dict[str, Any] = {
-        "parameters": SAMPLE_QUERY,
-        "responses": {
-            "200": {"description": "The images"} | contents(*ANY_TYPE),
-            "202": {"description": "With Prefer: respond-async: a durable job; Location says where"},
-            "304": {"description": "The client has them: If-None-Match names this answer's ETag"},
-        },
+    query = Contract(services.model, services.limits).query(SampleRequest, AnimationRequest)
+    responses: dict[int | str, Described] = {
+        200: IMAGES_OR_ANIMATION,
+        304: NOT_MODIFIED,
+        **failures(406, *OF_BODY, *OF_WORK),
     }
-    with_body = openapi | {"requestBody": SAMPLE_BODY}
-    router.post("/sample", summary="Sample and wait", response_class=Response, openapi_extra=with_body)(sample)
-    router.get("/sample", summary="The same, for an <img>", response_class=Response, openapi_extra=openapi)(sample)
+    router.post(
+        "/sample",
+        summary="Sample and wait",
+        response_class=Response,
+        responses=responses | {202: ACCEPTED} | failures(507),
+        openapi_extra={"parameters": [*query, IF_NONE_MATCH, PREFER, IDEMPOTENCY_KEY], "requestBody": SAMPLE_BODY},
+    )(sample)
+    router.get(
+        "/sample",
+        summary="The same, for an <img>",
+        response_class=Response,
+        responses=responses,
+        openapi_extra={"parameters": [*query, IF_NONE_MATCH]},
+    )(sample)
     return router
 
 

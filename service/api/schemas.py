@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field, StrictInt
+from pydantic import Field
 
 from model.timesteps import SPACINGS
 from service.api.classes import class_bound, class_numbers
@@ -21,6 +21,7 @@ from service.api.fields import (
     Int,
     Picture,
     RequestSchema,
+    Whole,
 )
 from service.errors import BodyTooLarge, InvalidField
 from service.jobs.store import Place
@@ -40,16 +41,18 @@ SHA256 = "^[0-9a-f]{64}$"
 class SampleRequest(RequestSchema):
     """The parameters of a sampling request, in query or JSON body. GET /model tells the bounds that vary by model."""
 
-    n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise")
+    n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise; default 1")
     steps: Int | None = Field(None, description="denoising steps, 1..T; default T")
     sampler: str | None = Field(None, description="ddpm, ddim or dpmpp_2m; default: the checkpoint's own")
     eta: Float | None = Field(None, description="noise of ddim, 0..1; default 0")
     seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
-    index: Int = Field(0, description="index of the first image: image k of a request is made alone with index=k, n=1")
-    class_label: StrictInt | str | Annotated[list[StrictInt | str | None], Field(fail_fast=True)] | None = Field(
+    index: Int = Field(
+        0, description="index of the first image: image k of a request is made alone with index=k, n=1; default 0"
+    )
+    class_label: Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None = Field(
         None, description="a class by number or name, one for all images or a list of n; absent: no class"
     )
-    guidance: Float = Field(1.0, description="classifier-free guidance scale, 0..50; 1 is off")
+    guidance: Float = Field(1.0, description="classifier-free guidance scale, 0..50; 1, the default, is off")
     guidance_interval: Annotated[list[Int], Field(fail_fast=True)] | None = Field(
         None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
     )
@@ -177,7 +180,9 @@ class AnimationRequest(RequestSchema):
     """What an animation of a job shows; beside the parameters of SampleRequest."""
 
     every: Int = Field(ge=1, description="with Accept: image/webp, a frame after every so many steps of each image")
-    show: Show = Field("x_t", description="what its frames show: x_t (the latent) or x_0 (the network's estimate)")
+    show: Show = Field(
+        "x_t", description="what its frames show: x_t (the latent; default) or x_0 (the network's estimate)"
+    )
 
     @classmethod
     def take_from(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:
@@ -217,7 +222,7 @@ class JobsRequest(RequestSchema):
         pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$",
         description=f"only jobs in these states, by commas: {', '.join(STATES)}",
     )
-    limit: Int = Field(50, ge=1, le=MAX_PAGE, description="how many at most")
+    limit: Int = Field(50, ge=1, le=MAX_PAGE, description="how many at most; default 50")
     before: str | None = Field(
         None, pattern="^[0-9]{1,18}-[0-9a-f]{32}$", description="`next` of an earlier answer: only jobs after those"
     )

@@ -336,11 +336,16 @@ def test_an_integer_is_decimal_digits_wherever_it_is_written(site: Site, name: s
     assert (message["type"], message["code"], message["field"]) == ("error", "invalid_field", name)
 
 
-@pytest.mark.parametrize("value", ["5.0", "5e0", "1E1", "true", '"5.0"', "[5]", "{}"])
-def test_an_integer_in_json_has_no_fraction_and_no_exponent(site: Site, value: str) -> None:
+@pytest.mark.parametrize("value", ["5.5", "1e-1", "1e17", "9007199254740994.0", "true", '"5.0"', "[5]", "{}"])
+def test_an_integer_in_json_is_a_number_without_fraction(site: Site, value: str) -> None:
     for name in ("n", "steps", "seed", "index"):
         answer = site.post(content=f'{{"{name}": {value}}}'.encode())
         assert problem(answer, 422, "invalid_field")["field"] == name
+
+
+def test_what_json_schema_calls_an_integer_is_one(site: Site) -> None:
+    bodies = [b'{"steps": 2, "seed": 50, "class_label": 1}', b'{"steps": 2.0, "seed": 5e1, "class_label": 1.0}']
+    assert len({site.post(content=body).headers["etag"] for body in bodies}) == 1
 
 
 @pytest.mark.parametrize(
@@ -458,7 +463,7 @@ def test_a_large_body_that_is_wrong_leaves_the_event_loop_to_others(
         ws.send_text(body.decode())
         assert ws.receive_json()["status"] == status
     ticking.cancel()
-    assert max(gaps) < 1.0, "pydantic alone takes several seconds to list 698,000 errors"
+    assert max(gaps) < 0.5, "pydantic alone takes several seconds to list 698,000 errors"
 
 
 def test_large_pictures_are_parsed_and_decoded_in_a_thread(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
