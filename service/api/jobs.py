@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Depends, Request, Response
 
+from service.api.advice import advice_headers
 from service.api.answers import JobAnswer, JobPage
 from service.api.caching import cache_headers, matches
 from service.api.negotiation import negotiate
@@ -113,7 +114,7 @@ async def image(services: Services, request: Request, job_id: str) -> Response:
         "X-Fingerprint": made_by.fingerprint,
         "Vary": "Accept",
     }
-    headers |= NOSNIFF | cache_headers(tag)
+    headers |= NOSNIFF | cache_headers(tag) | advice_headers(record.spec, services.model)
     if matches(request.headers.getlist("if-none-match"), request.method, tag):
         return Response(status_code=304, headers=headers)
     content = await services.encoder.encode(media_type, record.spec, lambda: images, made_by)

@@ -89,7 +89,9 @@ NOISE_BODY: Described = {
     },
 }
 IF_NONE_MATCH = _header("If-None-Match", {"type": "string"}, "ETags of answers that the client has")
-PREFER = _header("Prefer", {"type": "string"}, "respond-async: accept a durable job instead of waiting for the images")
+PREFER = _header(
+    "Prefer", {"type": "string"}, "respond-async: do as POST /jobs, Idempotency-Key and all, instead of waiting"
+)
 IDEMPOTENCY_KEY = _header(
     "Idempotency-Key",
     {"type": "string", "minLength": 1, "maxLength": 257},  # two may be quotes around it

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
 
+from service.api.advice import advice_headers
 from service.api.caching import cache_headers, matches
 from service.api.negotiation import negotiate
 from service.api.openapi import (
     ACCEPTED,
-    IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
     IMAGES_OR_ANIMATION,
     NOT_MODIFIED,
@@ -61,7 +61,7 @@ def sample_routes(services: Services) -> APIRouter:
         summary="Sample and wait",
         response_class=Response,
         responses=responses | {202: ACCEPTED} | failures(507),
-        openapi_extra={"parameters": [*query, IF_NONE_MATCH, PREFER, IDEMPOTENCY_KEY], "requestBody": SAMPLE_BODY},
+        openapi_extra={"parameters": [*query, IF_NONE_MATCH, PREFER], "requestBody": SAMPLE_BODY},
     )(sample)
     router.get(
         "/sample",
@@ -165,7 +165,7 @@ async def _accept(
 
 def _headers(services: Services, job: _Job) -> dict[str, str]:
     headers = {"X-Seed": str(job.answer.spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
-    return headers | NOSNIFF | cache_headers(job.etag)
+    return headers | NOSNIFF | cache_headers(job.etag) | advice_headers(job.answer.spec, services.model)
 
 
 def _known(services: Services, request: Request, job: _Job) -> Response | None:

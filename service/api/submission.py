@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from service.api.advice import advice_headers
 from service.api.answers import JobAnswer
 from service.api.problems import NOSNIFF
 from service.api.request import idempotency_key, off_loop
@@ -38,7 +39,8 @@ async def accept(services: Services, request: Request, asked: SampleRequest) -> 
         "X-Job-ID": view.record.id,
         "X-Seed": str(view.record.spec.seed),
         "Cache-Control": "no-store",
-    } | NOSNIFF
+    }
+    headers |= NOSNIFF | advice_headers(view.record.spec, services.model)
     if again:
         headers["Idempotent-Replayed"] = "true"
     return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
