@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from service.api import problems
+from service.api import openapi, problems
 from service.api.caching import ResultCache
 from service.api.events import event_routes
 from service.api.jobs import job_routes
@@ -90,6 +90,7 @@ def create_app(
     app.include_router(page_routes())
     app.include_router(system_routes(services))
     problems.install(app, services.metrics)
+    openapi.install(app, openapi.Contract(model, limits))
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
     # For the images in it; the rest of a body is held to max_body_bytes in api/request.py.
     larger |= dict.fromkeys(("/sample", "/jobs"), limits.max_edit_bytes)

@@ -65,7 +65,7 @@ class UnknownField(ServiceError):
 
 
 class ConflictingField(ServiceError):
-    """A parameter is given twice with different values: in query and body, or repeated."""
+    """A parameter is given twice: in query and body with different values, or repeated where it is no list."""
 
     status, code, title = 422, "conflicting_field", "A parameter has two values"
 
@@ -86,6 +86,18 @@ class UnsupportedMediaType(ServiceError):
     """The body must be an image, but its Content-Type says that it is something else."""
 
     status, code, title = 415, "unsupported_media_type", "The body is of no type that is taken here"
+
+
+class UnsupportedEncoding(ServiceError):
+    """The body is compressed, says its Content-Encoding. An answer of 415 lists what is taken (RFC 9110, 12.5.3)."""
+
+    status, code, title = 415, "unsupported_encoding", "The body is compressed"
+
+    def __init__(self, encoding: str) -> None:
+        bound = "identity, or absent"
+        detail = f"Content-Encoding must be {bound}, got {short(encoding)!r}"
+        super().__init__(detail, field="Content-Encoding", value=encoding, bound=bound)
+        self.headers["Accept-Encoding"] = "identity"
 
 
 class InvalidImage(ServiceError):
@@ -341,10 +353,23 @@ def short(value: object, limit: int = 200) -> object:
     if isinstance(value, (bool, type(None))) or (isinstance(value, int) and abs(value) < 2**128):
         return value
     try:
-        text = value if isinstance(value, str) else json.dumps(value, allow_nan=False, default=str, ensure_ascii=False)
+        text = value if isinstance(value, str) else _json_start(value, limit)
         if isinstance(value, (list, tuple, dict)) and len(text.encode()) <= limit:
             return value
     except (RecursionError, ValueError):
         text = f"a {type(value).__name__} that cannot be shown"
     text = text[: limit + 1].encode("utf-8", "replace").decode()  # JSON may escape half a surrogate pair
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+_SHOWN = json.JSONEncoder(allow_nan=False, default=str, ensure_ascii=False)
+
+
+def _json_start(value: object, limit: int) -> str:
+    """Write a value as JSON, or a little more than `limit` characters of it: it may have a million items."""
+    text = ""
+    for piece in _SHOWN.iterencode(value):
+        text += piece
+        if len(text) > limit:
+            break
+    return text

@@ -98,6 +98,7 @@ class JobStatus:
     spec: SampleSpec
     durable: bool
     age_s: float
+    created_us: int  # when it was accepted, Unix time
 
 
 def work_of(spec: SampleSpec, model: ModelInfo) -> Work:

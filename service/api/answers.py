@@ -62,6 +62,38 @@ class JobPage(BaseModel):
     next: str | None = Field(description="`before` of the next page; null on the last one")
 
 
+class SampledImage(BaseModel):
+    """One image."""
+
+    index: int
+    class_label: int | None
+    class_name: str | None
+    png: str = Field(description="base64", json_schema_extra={"format": "byte"})
+
+
+class SampleAnswer(BaseModel):
+    """Images as JSON, and what is needed to make them again."""
+
+    spec: dict[str, Any] = Field(description="the request as the server understood it")
+    weights: str = Field(description="SHA-256 of the weights")
+    fingerprint: str
+    images: list[SampledImage]
+
+
+class Problem(BaseModel):
+    """What is wrong (RFC 9457). `field`, `value` and `bound` are here if a single thing has to be changed."""
+
+    type: str = Field(description="urn:tminus:problem:, then the code")
+    title: str
+    status: int
+    code: str = Field(description="stable: what programs go by")
+    detail: str = Field(description="for people")
+    field: str | None = Field(default=None, description="what has to be changed")
+    value: Any = Field(default=None, description="what was received, shortened")
+    bound: str | None = Field(default=None, description="what it must be")
+    cause: dict[str, Any] | None = Field(default=None, description="the problem that a job failed with")
+
+
 class LimitsAnswer(BaseModel):
     """The bounds that requests are held to."""
 

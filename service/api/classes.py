@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from functools import lru_cache
 
+from service.api.fields import DIGITS
 from service.errors import InvalidField
 from service.model_info import ModelInfo
 
@@ -32,7 +33,7 @@ def class_numbers(
 
 def class_bound(model: ModelInfo) -> str:
     """What class_label must be, in words."""
-    return f"a class or a list of them: {_known(model.class_names)}"
+    return f"a class, or a list of n of them: {_known(model.class_names)}"
 
 
 def _known(names: tuple[str, ...]) -> str:
@@ -47,7 +48,7 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
         return None
     if isinstance(label, str) and (named := _numbers_by_name(model.class_names).get(label.casefold())) is not None:
         return named
-    number = int(label) if isinstance(label, int) or (label.isdecimal() and len(label) < 10) else -1
+    number = int(label) if isinstance(label, int) or (DIGITS.fullmatch(label) and len(label) < 10) else -1
     if not 0 <= number < len(model.class_names):
         raise InvalidField.of("class_label", class_bound(model), label)
     return number

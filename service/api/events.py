@@ -17,7 +17,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Message, Receive, Scope, Send
 
 from service.api.answers import JobAnswer
-from service.api.openapi import LAST_EVENT_ID, PREVIEW_QUERY, contents
+from service.api.openapi import LAST_EVENT_ID, Contract, failures
 from service.api.previews import PreviewRequest
 from service.api.progress import Countdown
 from service.api.request import read_query
@@ -43,13 +43,18 @@ HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 def event_routes(services: Services) -> APIRouter:
     """Make the route."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
+    query = Contract(services.model, services.limits).query(PreviewRequest)
 
     @router.get(
         "/{job_id}/events",
         summary="A durable job as server-sent events",
         response_class=Response,  # EventSourceResponse here would be for a function that yields
-        responses={200: contents("text/event-stream"), 204: {"description": "The client knows the end"}},
-        openapi_extra={"parameters": [*PREVIEW_QUERY, LAST_EVENT_ID]},
+        responses={
+            200: {"description": "The events", "content": {"text/event-stream": {}}},
+            204: {"description": "The client knows the end"},
+            **failures(404, 422, 429, 500, 507),
+        },
+        openapi_extra={"parameters": [*query, LAST_EVENT_ID]},
     )
     async def get_events(request: Request, job_id: str) -> Response:
         return await events(services, request, job_id)

@@ -12,8 +12,17 @@ from service.api.caching import cache_headers, matches
 from service.api.fields import SEED_BITS
 from service.api.multipart import read_upload
 from service.api.negotiation import negotiate
-from service.api.openapi import NOISE_BODY, NOISE_QUERY, contents
-from service.api.request import accept_header, from_items, merge, read_query, unless_gone, while_connected
+from service.api.openapi import IF_NONE_MATCH, NOISE_BODY, NOT_MODIFIED, OF_BODY, Contract, answer, failures
+from service.api.problems import NOSNIFF
+from service.api.request import (
+    accept_header,
+    check_encoding,
+    from_items,
+    merge,
+    read_query,
+    unless_gone,
+    while_connected,
+)
 from service.api.schemas import NoiseRequest
 from service.api.services import Services
 from service.images.encoder import PNG
@@ -23,19 +32,14 @@ from service.spec import Images
 def noise_routes(services: Services) -> APIRouter:
     """Make the route."""
     router = APIRouter(tags=["noise"])
+    query = Contract(services.model, services.limits).query(NoiseRequest)
 
     @router.post(
         "/noise",
         summary="An image at step t of the forward process",
         response_class=Response,
-        openapi_extra={
-            "parameters": NOISE_QUERY,
-            "requestBody": NOISE_BODY,
-            "responses": {
-                "200": {"description": "x_t"} | contents(PNG),
-                "304": {"description": "The client has it: If-None-Match names this answer's ETag"},
-            },
-        },
+        responses={200: answer("x_t", PNG), 304: NOT_MODIFIED, **failures(406, *OF_BODY, 500, 503)},
+        openapi_extra={"parameters": [*query, IF_NONE_MATCH], "requestBody": NOISE_BODY},
     )
     async def noise(request: Request) -> Response:
         return await add_noise(services, request)
@@ -47,6 +51,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     """Answer with the image at timestep t."""
     model = services.model
     negotiate(accept_header(request), (PNG,))
+    check_encoding(request)
     query = read_query(request)
     upload = await unless_gone(read_upload(request, services.limits.max_image_bytes))
     asked = NoiseRequest.parse(merge(query, from_items(upload.fields, "the form")), model)
@@ -59,7 +64,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     }
     tag = None if asked.seed is None else _etag(recipe, image)
     headers = {"X-Seed": str(seed), "X-Alpha-Bar": repr(alpha_bar), "X-Fingerprint": model.fingerprint}
-    headers |= cache_headers(tag)
+    headers |= NOSNIFF | cache_headers(tag)
     if tag is not None and matches(request.headers.getlist("if-none-match"), request.method, tag):
         services.metrics.answered_without_work("not_modified")
         return Response(status_code=304, headers=headers)

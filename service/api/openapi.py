@@ -1,58 +1,216 @@
-"""OpenAPI descriptions of parameters, headers and bodies that handlers read themselves. No handler lives here."""
+"""What the OpenAPI document says of calls whose handlers read parameters and bodies themselves."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from service.api.fields import RequestSchema
+from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
+
+from model.timesteps import SPACINGS
+from service.api.answers import Problem, SampleAnswer
+from service.api.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
 from service.api.multipart import BYTES, FORM
-from service.api.previews import PreviewRequest
-from service.api.schemas import PICTURES, AnimationRequest, NoiseRequest, SampleRequest
+from service.api.previews import MAX_FPS
+from service.api.problems import PROBLEM_JSON
+from service.api.schemas import (
+    MAX_DEADLINE_S,
+    MAX_GUIDANCE,
+    MAX_INDEX,
+    PICTURES,
+    AnimationRequest,
+    NoiseRequest,
+    SampleRequest,
+)
+from service.images.encoder import JSON, MEDIA_TYPES, WEBP
+from service.model_info import Limits, ModelInfo
 
 Described = dict[str, Any]  # a part of an OpenAPI document
 
 FILE: Described = {"type": "string", "format": "binary"}
+# In JSON a number may be text too, as a seed above 2^53 has to be in JavaScript.
+AS_TEXT: Mapping[str, Described] = {
+    "integer": {"type": "string", "pattern": f"^{DIGITS.pattern}$"},
+    "number": {"type": "string", "pattern": f"^{NUMBER.pattern}$"},
+    "boolean": {"type": "string", "enum": ["true", "false"]},
+}
+FAILURES = {
+    400: "The body cannot be parsed",
+    404: "There is no such job",
+    406: "Accept allows no media type that there is",
+    409: "The job is not done yet; Retry-After says when to look again",
+    410: "The job was cancelled or failed, and has no images",
+    413: "The body is too large",
+    415: "The body is compressed, or of no type that is taken",
+    422: "A parameter is invalid, unknown or given twice",
+    429: "Too much is asked for at once; Retry-After says when there should be room",
+    500: "The server failed",
+    503: "The server is starting or shutting down",
+    504: "deadline_s passed before the job was done",
+    507: "The job store failed",
+}
+OF_BODY, OF_WORK = (400, 413, 415, 422, 429), (500, 503, 504)
 
 
-def _query(schema: type[RequestSchema]) -> list[Described]:
-    """A schema's fields as parameters of the query; pictures do not fit there."""
-    return [
-        {"name": name, "in": "query", "schema": field, "description": field["description"]}
-        for name, field in schema.model_json_schema()["properties"].items()
-        if name not in PICTURES
-    ]
+def _ref(component: str) -> Described:
+    return {"$ref": f"#/components/schemas/{component}"}
+
+
+def failures(*statuses: int) -> dict[int | str, Described]:
+    """Describe the problem documents of a call, by status."""
+    content = {PROBLEM_JSON: {"schema": _ref("Problem")}}
+    return {status: {"description": FAILURES[status], "content": content} for status in statuses}
+
+
+def answer(description: str, *media_types: str) -> Described:
+    """Describe an answer that comes in one of these media types."""
+    schemas = {JSON: _ref("SampleAnswer")}
+    return {"description": description, "content": {kind: {"schema": schemas.get(kind, FILE)} for kind in media_types}}
 
 
 def _header(name: str, schema: Described, description: str) -> Described:
     return {"name": name, "in": "header", "schema": schema, "description": description}
 
 
-def _sample_body() -> Described:
-    schema = SampleRequest.model_json_schema()
-    properties = schema["properties"]
-    files = {name: FILE | {"description": properties[name]["description"]} for name in PICTURES}
-    form = schema | {"properties": properties | files}
-    return {"content": {"application/json": {"schema": schema}, FORM: {"schema": form}}}
-
-
-def _noise_body() -> Described:
-    properties = {"image": FILE, **NoiseRequest.model_json_schema()["properties"]}
-    form = {"type": "object", "properties": properties, "required": ["image"]}
-    images = ("image/png", "image/jpeg", "image/webp", BYTES)
-    return {"required": True, "content": {**{kind: {"schema": FILE} for kind in images}, FORM: {"schema": form}}}
-
-
-SAMPLE_QUERY = _query(SampleRequest) + _query(AnimationRequest)
-SAMPLE_BODY = _sample_body()
-NOISE_QUERY = _query(NoiseRequest)
-NOISE_BODY = _noise_body()
-PREVIEW_QUERY = _query(PreviewRequest)
+IMAGES = answer("The images", *MEDIA_TYPES)
+IMAGES_OR_ANIMATION = answer("The images", *MEDIA_TYPES, WEBP)
+NOT_MODIFIED: Described = {"description": "The client has it: If-None-Match names this answer's ETag"}
+ACCEPTED: Described = {
+    "description": "With Prefer: respond-async: a durable job; Location says where",
+    "content": {JSON: {"schema": _ref("JobAnswer")}},
+}
+SAMPLE_BODY: Described = {"content": {JSON: {"schema": _ref("SampleRequest")}, FORM: {"schema": _ref("SampleForm")}}}
+JOB_BODY: Described = {"content": {JSON: {"schema": _ref("JobRequest")}, FORM: {"schema": _ref("JobForm")}}}
+NOISE_BODY: Described = {
+    "required": True,
+    "content": {
+        **{kind: {"schema": FILE} for kind in ("image/png", "image/jpeg", "image/webp", BYTES)},
+        FORM: {"schema": _ref("NoiseForm")},
+    },
+}
+IF_NONE_MATCH = _header("If-None-Match", {"type": "string"}, "ETags of answers that the client has")
+PREFER = _header(
+    "Prefer", {"type": "string"}, "respond-async: do as POST /jobs, Idempotency-Key and all, instead of waiting"
+)
 IDEMPOTENCY_KEY = _header(
     "Idempotency-Key",
-    {"type": "string", "maxLength": 255},
+    {"type": "string", "minLength": 1, "maxLength": 257},  # two may be quotes around it
     "makes a retry safe: the same key and parameters are the same job",
 )
 LAST_EVENT_ID = _header("Last-Event-ID", {"type": "string"}, "what was received last; only what is newer is sent")
 
 
-def contents(*media_types: str) -> Described:
-    """A response's content by media type, none of which is described further."""
-    return {"content": {media_type: {} for media_type in media_types}}
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """The schemas of requests, with the bounds that the model and the settings have."""
+
+    model: ModelInfo
+    limits: Limits
+
+    def query(self, *schemas: type[RequestSchema]) -> list[Described]:
+        """Describe the parameters that these schemas have in a query; pictures do not fit there."""
+        return [
+            {"name": name, "in": "query", "schema": field, "description": field.pop("description")}
+            for schema in schemas
+            for name, field in self._fields(schema, as_text=True).items()
+            if name not in PICTURES
+        ]
+
+    def components(self) -> dict[str, Described]:
+        """Make the components that the rest refers to."""
+        animated = (SampleRequest, AnimationRequest)
+        _, answers = models_json_schema(
+            [(Problem, "serialization"), (SampleAnswer, "serialization")], ref_template="#/components/schemas/{model}"
+        )
+        return {
+            **answers["$defs"],
+            "Sampler": {"type": "string", "enum": list(self.model.samplers)},
+            "TimestepSpacing": {"type": "string", "enum": list(SPACINGS)},
+            "SampleRequest": self._body("What to sample.", *animated),
+            "JobRequest": self._body("What a durable job is to sample.", SampleRequest),
+            "SampleForm": self._form("The same, with images as files.", PICTURES, *animated),
+            "JobForm": self._form("The same, with images as files.", PICTURES, SampleRequest),
+            "NoiseForm": self._form("An image, and how much noise.", ("image",), NoiseRequest)
+            | {"required": ["image"]},
+        }
+
+    def _body(self, description: str, *schemas: type[RequestSchema]) -> Described:
+        fields = [self._fields(schema, as_text=False) for schema in schemas]
+        return _object(description, {name: field for each in fields for name, field in each.items()})
+
+    def _form(self, description: str, files: tuple[str, ...], *schemas: type[RequestSchema]) -> Described:
+        fields = [self._fields(schema, as_text=True) for schema in schemas]
+        properties = {name: field for each in fields for name, field in each.items()}
+        described = {name: {"description": properties.get(name, {}).get("description", "the image")} for name in files}
+        return _object(description, properties | {name: FILE | described[name] for name in files})
+
+    def _fields(self, schema: type[RequestSchema], *, as_text: bool) -> dict[str, Described]:
+        """Describe the fields of a schema, as text (of a query or a form) or as JSON."""
+        bounds, fields = self._bounds(), {}
+        for name, field in schema.model_json_schema()["properties"].items():
+            # Without its default, which a generated client would send, in the query beside the body.
+            fields[name] = _field(field, bounds.get(name, {}), as_text=as_text) | {"description": field["description"]}
+        return fields
+
+    def _bounds(self) -> dict[str, dict[str, Described]]:
+        """Say what narrows each field, by the type that it narrows."""
+        last, classes = self.model.num_timesteps - 1, len(self.model.class_names)
+        above_0 = {"exclusiveMinimum": 0}
+        return {
+            "n": {"integer": {"minimum": 1, "maximum": self.limits.max_n}},
+            "steps": {"integer": {"minimum": 1, "maximum": self.model.num_timesteps}},
+            "sampler": {"string": _ref("Sampler")},
+            "eta": {"number": {"minimum": 0, "maximum": 1}},
+            "seed": {"integer": {"minimum": 0, "maximum": MAX_SEED}},
+            "index": {"integer": {"minimum": 0, "maximum": MAX_INDEX}},
+            "class_label": {
+                "integer": {"minimum": 0, "maximum": max(0, classes - 1)},
+                "array": {"minItems": 1, "maxItems": self.limits.max_n},
+            },
+            "guidance": {"number": {"minimum": 0, "maximum": MAX_GUIDANCE}},
+            "guidance_interval": {
+                "integer": {"minimum": 0, "maximum": last},
+                "array": {"minItems": 2, "maxItems": 2},
+            },
+            "timestep_spacing": {"string": _ref("TimestepSpacing")},
+            "deadline_s": {"number": above_0 | {"maximum": MAX_DEADLINE_S}},
+            "strength": {"number": above_0 | {"maximum": 1}},
+            "t": {"integer": {"minimum": 0, "maximum": last}},
+            "every": {"integer": {"minimum": 1}},
+            "fps": {"number": above_0 | {"maximum": MAX_FPS}},
+            "show": {"array": {"minItems": 1, "maxItems": 2, "uniqueItems": True}},
+        }
+
+
+def _object(description: str, properties: dict[str, Described]) -> Described:
+    return {"type": "object", "description": description, "properties": properties, "additionalProperties": False}
+
+
+def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) -> Described:
+    """Narrow each of a field's types. As text there is no null; as JSON numbers and truth values may be text."""
+    kinds: list[Described] = []
+    for kind in field.get("anyOf", [field]):
+        name = kind["type"]
+        if name == "null" and as_text:
+            continue
+        narrow = bounds.get(name, {})
+        kept = {key: kind[key] for key in ("type", "format", "pattern", "enum", "minimum", "maximum") if key in kind}
+        if name == "array":
+            kept["items"] = _field(kind["items"], bounds, as_text=as_text)
+        kinds.append(narrow if "$ref" in narrow else kept | narrow)
+    if not as_text and not any(kind.get("type") == "string" for kind in kinds):
+        kinds += [AS_TEXT[kind["type"]] for kind in kinds if kind.get("type") in AS_TEXT]
+    return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+
+
+def install(app: FastAPI, contract: Contract) -> None:
+    """Add the components to the document of an app, which is made when it is first asked for."""
+    make = app.openapi
+
+    def with_components() -> Described:
+        if app.openapi_schema is None:
+            make()["components"]["schemas"] |= contract.components()
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = with_components  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from service.api.fields import EVERY_BOUND, Float, Int, RequestSchema
+from service.api.fields import EVERY_BOUND, Bool, Float, Int, RequestSchema
 from service.errors import InvalidField
 from service.preview import SHOWS, Pace, Show
 
@@ -26,9 +26,9 @@ class PreviewRequest(RequestSchema):
     every: Int | None = Field(None, ge=1, description="a frame after every so many steps")
     fps: Float | None = Field(None, description="or so many a second; 10 if neither is given")
     show: Show | list[Show] = Field("x_t", description="x_t (the latent), x_0 (the network's guess), or a list of both")
-    frame_format: Literal["png", "webp", "jpeg"] = Field("png", description="png, webp or jpeg")
+    frame_format: Literal["png", "webp", "jpeg"] = Field("png", description="png (default), webp or jpeg")
     layout: Literal["sheet", "images"] = Field(
-        "sheet", description="sheet: one picture of all images; images: one each"
+        "sheet", description="sheet (default): one picture of all images; images: one each"
     )
 
     @classmethod
@@ -60,4 +60,4 @@ class PreviewRequest(RequestSchema):
 class StreamRequest(PreviewRequest):
     """The same over a WebSocket, which may stay open for more jobs."""
 
-    keep_open: bool = Field(False, description="wait for another job when this one is done, instead of closing")
+    keep_open: Bool = Field(False, description="wait for another job when this one is done, instead of closing")

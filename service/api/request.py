@@ -7,29 +7,48 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Iterable
-from decimal import Decimal, InvalidOperation
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterable
+from decimal import Decimal
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from service.api.fields import NUMBER
 from service.api.multipart import is_form, read_form
 from service.api.schemas import PICTURES, SampleRequest
-from service.errors import BodyTooLarge, ConflictingField, InvalidField, JobCancelled, MalformedBody, short
+from service.errors import (
+    BodyTooLarge,
+    ConflictingField,
+    InvalidField,
+    JobCancelled,
+    MalformedBody,
+    UnknownField,
+    UnsupportedEncoding,
+    short,
+)
 from service.jobs.store import Key
 from service.model_info import Limits
 
 Body = TypeVar("Body")
 Result = TypeVar("Result")
+P = ParamSpec("P")
+MAX_MARKS = 4096  # of MARKS in a body: a request has some forty, and what is in its classes' names
+MARKS = b"[{:"  # of lists, objects and members. Python looks at each of them again and again while it makes more
+SMALL_BYTES = 64 * 1024  # parsed in the event loop within a millisecond or two; what is larger, in a thread
 KEY = re.compile(r"[\x20-\x7e]{1,255}")
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
 LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show"})
+# What is left of a body without these, such as brackets and quotes, is what takes a JSON parser time.
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
 
 async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
-    """Read the parameters in query and body. Raises InvalidField, ConflictingField and what is wrong with a body."""
+    """Read the parameters in query and body.
+
+    Raises UnsupportedEncoding, InvalidField, ConflictingField and what is wrong with a body.
+    """
+    check_encoding(request)
     query = read_query(request)
     for name in query.keys() & PICTURES:
         bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
@@ -40,6 +59,27 @@ async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
 def read_query(request: Request) -> dict[str, Any]:
     """Read the parameters in the query. Raises ConflictingField."""
     return from_items(request.query_params.multi_items())
+
+
+def check_encoding(request: Request) -> None:
+    """Raise UnsupportedEncoding for a compressed body."""
+    for encoding in ",".join(request.headers.getlist("content-encoding")).split(","):
+        if encoding.strip().lower() not in ("", "identity"):
+            raise UnsupportedEncoding(encoding.strip())
+
+
+async def no_parameters(request: Request) -> None:
+    """Raise UnknownField if the query of a call without parameters has one."""
+    for name, value in request.query_params.multi_items():
+        detail = f"there is no parameter {short(name)!r}; known: none"
+        raise UnknownField(detail, field=name, value=value, bound="absent: this call has no parameters")
+
+
+async def off_loop(size_bytes: int, parse: Callable[P, Body], *args: P.args, **kwargs: P.kwargs) -> Body:
+    """Parse so many bytes of a client's, in a thread if they are many: the event loop answers others meanwhile."""
+    if size_bytes <= SMALL_BYTES:
+        return parse(*args, **kwargs)
+    return await asyncio.to_thread(parse, *args, **kwargs)
 
 
 async def unless_gone(reading: Awaitable[Body]) -> Body:
@@ -60,16 +100,16 @@ async def _read_json(request: Request, limits: Limits) -> dict[str, Any]:
     body, costly_bytes = bytearray(), 0
     async for chunk in request.stream():
         body += chunk
-        costly_bytes += _costly_bytes(chunk)
+        costly_bytes += len(chunk.translate(None, BASE64))
         if costly_bytes > limits.max_body_bytes:
             raise BodyTooLarge(costly_bytes, limits.max_body_bytes)
-    return from_body(bytes(body), limits.max_body_bytes)
+    return await off_loop(len(body), from_body, bytes(body), limits.max_body_bytes)
 
 
 def from_items(items: Iterable[tuple[str, str]], where: str = "the query") -> dict[str, Any]:
     """Turn the items of a query or a form into parameters; lists repeat their name.
 
-    Raises ConflictingField where another field has two values.
+    Raises ConflictingField where another field comes twice.
     """
     values: dict[str, list[str]] = {}
     for name, value in items:
@@ -77,9 +117,8 @@ def from_items(items: Iterable[tuple[str, str]], where: str = "the query") -> di
     parameters: dict[str, Any] = {}
     for name, given in values.items():
         if len(given) > 1 and name not in LIST_FIELDS:
-            if len(set(given)) > 1:
-                raise ConflictingField(f"{name} is given {len(given)} times in {where}", field=name, value=given)
-            given = given[:1]
+            detail = f"{short(name)} is given {len(given)} times in {where}"
+            raise ConflictingField(detail, field=name, value=given)
         parameters[name] = given if len(given) > 1 else given[0]
     return parameters
 
@@ -90,18 +129,16 @@ def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
     max_bytes bounds everything but the pictures. Raises MalformedBody, BodyTooLarge, or ConflictingField for a name
     that comes twice.
     """
-    if (costly_bytes := _costly_bytes(body)) > max_bytes:
-        raise BodyTooLarge(costly_bytes, max_bytes)
+    costly = body.translate(None, BASE64)
+    if len(costly) > max_bytes:
+        raise BodyTooLarge(len(costly), max_bytes)
+    if sum(costly.count(mark) for mark in MARKS) > MAX_MARKS:
+        raise MalformedBody(f"the body must be a JSON object with at most {MAX_MARKS} lists, objects and members in it")
     value = _parse(body)
     pictures = [value[name] for name in PICTURES if isinstance(value.get(name), str)]
     if (rest_bytes := len(body) - sum(map(len, pictures))) > max_bytes:
         raise BodyTooLarge(rest_bytes, max_bytes)
     return value
-
-
-def _costly_bytes(body: bytes) -> int:
-    """Count the bytes that are not letters of base64, such as brackets and quotes: these take a JSON parser time."""
-    return len(body.translate(None, BASE64))
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -120,7 +157,7 @@ def merge(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
     """Join query and body. Raises ConflictingField where both give a field and differ."""
     for name in query.keys() & body.keys():
         if not _same(query[name], body[name]):
-            detail = f"{name} is {short(query[name])!r} in the query and {short(body[name])!r} in the body"
+            detail = f"{short(name)} is {short(query[name])!r} in the query and {short(body[name])!r} in the body"
             raise ConflictingField(detail, field=name, value=query[name])
     return query | body
 
@@ -138,10 +175,8 @@ def _same_scalar(query_value: str, body_value: Any) -> bool:
     text = body_value if isinstance(body_value, str) else json.dumps(body_value)
     if query_value == text:
         return True
-    try:  # 2 and 2.0 are one guidance
-        return Decimal(query_value) == Decimal(text)
-    except InvalidOperation:
-        return False
+    both_numbers = NUMBER.fullmatch(query_value) and NUMBER.fullmatch(text)
+    return bool(both_numbers) and Decimal(query_value) == Decimal(text)  # 2 and 2.0 are one guidance
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,18 +3,32 @@
 import asyncio
 import uuid
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fastapi import APIRouter, Request, Response
 
+from service.api.advice import advice_headers
 from service.api.caching import cache_headers, matches
 from service.api.negotiation import negotiate
-from service.api.openapi import SAMPLE_BODY, SAMPLE_QUERY, contents
+from service.api.openapi import (
+    ACCEPTED,
+    IF_NONE_MATCH,
+    IMAGES_OR_ANIMATION,
+    NOT_MODIFIED,
+    OF_BODY,
+    OF_WORK,
+    PREFER,
+    SAMPLE_BODY,
+    Contract,
+    Described,
+    failures,
+)
+from service.api.problems import NOSNIFF
 from service.api.progress import result_of
 from service.api.request import accept_header, prefers_async, read_parameters, while_connected
 from service.api.schemas import AnimationRequest, SampleRequest
 from service.api.services import Services
-from service.api.submission import accept, to_job
+from service.api.submission import accept, to_job, understand
 from service.errors import InvalidField
 from service.images.animation import WEBP_VERSION
 from service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
@@ -36,17 +50,26 @@ def sample_routes(services: Services) -> APIRouter:
     async def sample(request: Request) -> Response:
         return await answer(services, request)
 
-    openapi: dict[str, Any] = {
-        "parameters": SAMPLE_QUERY,
-        "responses": {
-            "200": {"description": "The images"} | contents(*ANY_TYPE),
-            "202": {"description": "With Prefer: respond-async: a durable job; Location says where"},
-            "304": {"description": "The client has them: If-None-Match names this answer's ETag"},
-        },
+    query = Contract(services.model, services.limits).query(SampleRequest, AnimationRequest)
+    responses: dict[int | str, Described] = {
+        200: IMAGES_OR_ANIMATION,
+        304: NOT_MODIFIED,
+        **failures(406, *OF_BODY, *OF_WORK),
     }
-    with_body = openapi | {"requestBody": SAMPLE_BODY}
-    router.post("/sample", summary="Sample and wait", response_class=Response, openapi_extra=with_body)(sample)
-    router.get("/sample", summary="The same, for an <img>", response_class=Response, openapi_extra=openapi)(sample)
+    router.post(
+        "/sample",
+        summary="Sample and wait",
+        response_class=Response,
+        responses=responses | {202: ACCEPTED} | failures(507),
+        openapi_extra={"parameters": [*query, IF_NONE_MATCH, PREFER], "requestBody": SAMPLE_BODY},
+    )(sample)
+    router.get(
+        "/sample",
+        summary="The same, for an <img>",
+        response_class=Response,
+        responses=responses,
+        openapi_extra={"parameters": [*query, IF_NONE_MATCH]},
+    )(sample)
     return router
 
 
@@ -117,7 +140,7 @@ async def answer(services: Services, request: Request) -> Response:
     animation, rest = AnimationRequest.take_from(await read_parameters(request, services.limits))
     offered, hint = (MEDIA_TYPES, WITH_EVERY) if animation is None else ((WEBP,), "")
     media_type = negotiate(accepted, offered, hint)
-    asked = SampleRequest.parse(rest, services.model, services.limits)
+    asked = await understand(services, rest)
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
         return await _accept(services, request, asked, animation)
     spec, inputs = await to_job(services, asked, request)
@@ -142,7 +165,7 @@ async def _accept(
 
 def _headers(services: Services, job: _Job) -> dict[str, str]:
     headers = {"X-Seed": str(job.answer.spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
-    return headers | cache_headers(job.etag)
+    return headers | NOSNIFF | cache_headers(job.etag) | advice_headers(job.answer.spec, services.model)
 
 
 def _known(services: Services, request: Request, job: _Job) -> Response | None:

@@ -1,10 +1,9 @@
 """The parameters of /sample, its animations and /noise, as pydantic models. `to_spec` turns them into plain values."""
 
-import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -13,15 +12,20 @@ from service.api.classes import class_bound, class_numbers
 from service.api.fields import (
     ENCODED_IMAGE,
     EVERY_BOUND,
+    MAX_ITEMS,
     MAX_SEED,
     SEED_BITS,
     SEED_BOUND,
+    Bool,
     Float,
     Int,
     Picture,
     RequestSchema,
+    Whole,
 )
 from service.errors import BodyTooLarge, InvalidField
+from service.jobs.store import Place
+from service.jobs.views import STATES
 from service.model_info import Limits, ModelInfo
 from service.preview import SHOWS, Show
 from service.spec import Inputs, SampleSpec
@@ -29,30 +33,33 @@ from service.spec import Inputs, SampleSpec
 MAX_INDEX = 2**32 - 1
 MAX_GUIDANCE = 50.0
 MAX_DEADLINE_S = 86_400.0
+MAX_PAGE = 200
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
-SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = "^[0-9a-f]{64}$"
 
 
 class SampleRequest(RequestSchema):
     """The parameters of a sampling request, in query or JSON body. GET /model tells the bounds that vary by model."""
 
-    n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise")
+    n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise; default 1")
     steps: Int | None = Field(None, description="denoising steps, 1..T; default T")
     sampler: str | None = Field(None, description="ddpm, ddim or dpmpp_2m; default: the checkpoint's own")
     eta: Float | None = Field(None, description="noise of ddim, 0..1; default 0")
     seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
-    index: Int = Field(0, description="index of the first image: image k of a request is made alone with index=k, n=1")
-    class_label: Int | str | list[Int | str | None] | None = Field(
+    index: Int = Field(
+        0, description="index of the first image: image k of a request is made alone with index=k, n=1; default 0"
+    )
+    class_label: Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None = Field(
         None, description="a class by number or name, one for all images or a list of n; absent: no class"
     )
-    guidance: Float = Field(1.0, description="classifier-free guidance scale, 0..50; 1 is off")
-    guidance_interval: list[Int] | None = Field(
+    guidance: Float = Field(1.0, description="classifier-free guidance scale, 0..50; 1, the default, is off")
+    guidance_interval: Annotated[list[Int], Field(fail_fast=True)] | None = Field(
         None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
     )
     timestep_spacing: str | None = Field(
         None, description="leading, trailing, linspace or karras; default: the checkpoint's own, karras for dpmpp_2m"
     )
-    clip: bool | None = Field(
+    clip: Bool | None = Field(
         None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
     )
     deadline_s: Float | None = Field(
@@ -68,16 +75,17 @@ class SampleRequest(RequestSchema):
         None, description="white where the image is regenerated, black where it is kept: PNG, JPEG or WebP"
     )
     image_sha256: str | None = Field(
-        None, description="SHA-256 that the decoded image must have, at the model's size; default: any"
+        None, pattern=SHA256, description="SHA-256 that the decoded image must have, at the model's size; default: any"
     )
     mask_sha256: str | None = Field(
-        None, description="SHA-256 that the decoded mask must have, at the model's size; default: any"
+        None, pattern=SHA256, description="SHA-256 that the decoded mask must have, at the model's size; default: any"
     )
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], model: ModelInfo, limits: Limits) -> "SampleRequest":
         """Check names and types. Raises InvalidField, InvalidImage or UnknownField for the first thing wrong."""
-        return cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field])
+        max_items = max(limits.max_n, MAX_ITEMS)
+        return cls.from_parameters(parameters, lambda field: _bounds(model, limits)[field], max_items)
 
     def to_spec(self, model: ModelInfo, limits: Limits, draw: Callable[[int], int] = secrets.randbits) -> SampleSpec:
         """Check the values against the model and the limits, and fill in what was left out. Raises InvalidField."""
@@ -137,9 +145,6 @@ class SampleRequest(RequestSchema):
     def _check_edit(self, bounds: Mapping[str, str], max_image_bytes: int) -> None:
         if self.strength is not None and not 0 < self.strength <= 1:
             raise InvalidField.of("strength", bounds["strength"], self.strength)
-        for name, digest in (("image_sha256", self.image_sha256), ("mask_sha256", self.mask_sha256)):
-            if digest is not None and not SHA256.fullmatch(digest):
-                raise InvalidField.of(name, bounds[name], digest)
         for name in ("strength", "mask", "image_sha256", "mask_sha256"):
             if self.image is None and getattr(self, name) is not None:
                 raise InvalidField.of("image", f"given where {name} is", None)
@@ -175,7 +180,9 @@ class AnimationRequest(RequestSchema):
     """What an animation of a job shows; beside the parameters of SampleRequest."""
 
     every: Int = Field(ge=1, description="with Accept: image/webp, a frame after every so many steps of each image")
-    show: Show = Field("x_t", description="what its frames show: x_t (the latent) or x_0 (the network's estimate)")
+    show: Show = Field(
+        "x_t", description="what its frames show: x_t (the latent; default) or x_0 (the network's estimate)"
+    )
 
     @classmethod
     def take_from(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:
@@ -205,6 +212,43 @@ class NoiseRequest(RequestSchema):
         if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
             raise InvalidField.of("seed", bounds["seed"], request.seed)
         return request
+
+
+class JobsRequest(RequestSchema):
+    """Which jobs are to be listed; in the query."""
+
+    state: str | None = Field(
+        None,
+        pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$",
+        description=f"only jobs in these states, by commas: {', '.join(STATES)}",
+    )
+    limit: Int = Field(50, ge=1, le=MAX_PAGE, description="how many at most; default 50")
+    before: str | None = Field(
+        None, pattern="^[0-9]{1,18}-[0-9a-f]{32}$", description="`next` of an earlier answer: only jobs after those"
+    )
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any]) -> "JobsRequest":
+        """Check names, types and bounds. Raises InvalidField or UnknownField for the first thing wrong."""
+        bounds = {
+            "state": f"one or more of {', '.join(STATES)}, by commas",
+            "limit": f"an integer in 1..{MAX_PAGE}",
+            "before": "`next` of an earlier answer",
+        }
+        return cls.from_parameters(parameters, bounds.__getitem__)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Those asked for; all if none are."""
+        return STATES if self.state is None else tuple(self.state.split(","))
+
+    @property
+    def place(self) -> Place | None:
+        """Where the page begins, None for the newest job."""
+        if self.before is None:
+            return None
+        created_us, _, job_id = self.before.partition("-")
+        return int(created_us), job_id
 
 
 def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:

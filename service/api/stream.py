@@ -17,10 +17,9 @@ from service.api.middleware import address_of, new_request_id, target_of
 from service.api.previews import StreamRequest
 from service.api.problems import render
 from service.api.progress import Countdown, result_of
-from service.api.request import from_body
-from service.api.schemas import SampleRequest
+from service.api.request import from_body, off_loop
 from service.api.services import Services
-from service.api.submission import to_job
+from service.api.submission import to_job, understand
 from service.errors import BodyTooLarge, JobCancelled, MalformedMessage, ServiceError, Silence
 from service.images.encoder import PNG
 from service.model_info import ModelInfo
@@ -127,7 +126,7 @@ class _Stream:
             what = "an empty" if text is not None else "a binary"
             raise MalformedMessage(f"a JSON object in a text message is expected, got {what} one")
         try:
-            return from_body(text.encode(), self._services.limits.max_body_bytes)
+            return await off_loop(len(text), from_body, text.encode(), self._services.limits.max_body_bytes)
         except BodyTooLarge:
             raise
         except ServiceError as error:
@@ -136,7 +135,7 @@ class _Stream:
     async def _understand(self, message: dict[str, Any]) -> _Asked:
         own, rest = StreamRequest.divide(message)
         preview = StreamRequest.parse(own)
-        asked = SampleRequest.parse(rest, self._services.model, self._services.limits)
+        asked = await understand(self._services, rest)
         spec, inputs = await to_job(self._services, asked)
         return _Asked(preview, spec, inputs, asked.deadline_s)
 

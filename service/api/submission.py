@@ -1,13 +1,24 @@
 """From checked parameters to a job: its spec and inputs, and for a durable job its acceptance."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from service.api.advice import advice_headers
 from service.api.answers import JobAnswer
-from service.api.request import idempotency_key, while_connected
-from service.api.schemas import SampleRequest
+from service.api.problems import NOSNIFF
+from service.api.request import idempotency_key, off_loop, while_connected
+from service.api.schemas import PICTURES, SampleRequest
 from service.api.services import Services
 from service.spec import Inputs, SampleSpec
+
+
+async def understand(services: Services, parameters: Mapping[str, Any]) -> SampleRequest:
+    """Run `SampleRequest.parse`, in a thread where it has much base64 to decode."""
+    pictures = [parameters[name] for name in PICTURES if isinstance(parameters.get(name), str)]
+    return await off_loop(sum(map(len, pictures)), SampleRequest.parse, parameters, services.model, services.limits)
 
 
 async def to_job(
@@ -25,7 +36,8 @@ async def to_job(
 
 async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
-    key = idempotency_key(request, asked)
+    size_bytes = len(asked.image or b"") + len(asked.mask or b"")
+    key = await off_loop(size_bytes, idempotency_key, request, asked)
     spec, inputs = await to_job(services, asked, request)
     view, again = await services.jobs.create(spec, asked.deadline_s, key, inputs)
     headers = {
@@ -34,6 +46,7 @@ async def accept(services: Services, request: Request, asked: SampleRequest) -> 
         "X-Seed": str(view.record.spec.seed),
         "Cache-Control": "no-store",
     }
+    headers |= NOSNIFF | advice_headers(view.record.spec, services.model)
     if again:
         headers["Idempotent-Replayed"] = "true"
     return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)

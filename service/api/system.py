@@ -1,10 +1,13 @@
 """GET /model, /healthz, /readyz and /metrics: what is loaded, and how it is doing."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.api import problems
 from service.api.answers import ModelAnswer, ScheduleAnswer, StatusAnswer
+from service.api.openapi import failures
+from service.api.request import no_parameters
 from service.api.services import Services
 from service.errors import Draining, EngineFailed, NotReady, Stalled
 from service.jobs.jobs import Jobs
@@ -15,23 +18,40 @@ def system_routes(services: Services) -> APIRouter:
     """Make the routes."""
     router = APIRouter(tags=["system"])
 
-    @router.get("/model", summary="What is loaded, and the limits")
+    bare = [Depends(no_parameters)]
+
+    @router.get("/model", summary="What is loaded, and the limits", dependencies=bare, responses=failures(422))
     async def get_model() -> ModelAnswer:
         return ModelAnswer.of(services.model, services.limits)
 
-    @router.get("/model/schedule", summary="The noise schedule: alpha_bar_t and beta_t of t = 0..T-1")
+    @router.get(
+        "/model/schedule",
+        summary="The noise schedule: alpha_bar_t and beta_t of t = 0..T-1",
+        dependencies=bare,
+        responses=failures(422),
+    )
     async def get_schedule() -> ScheduleAnswer:
         return ScheduleAnswer.of(services.model)
 
-    @router.get("/healthz", summary="Liveness: the process answers and its worker runs", response_model=StatusAnswer)
+    @router.get(
+        "/healthz",
+        summary="Liveness: the process answers and its worker runs",
+        response_model=StatusAnswer,
+        responses=failures(500),
+    )
     async def healthz() -> StatusAnswer | Response:
         return _alive(services.worker)
 
-    @router.get("/readyz", summary="Readiness: the warm-up is over and jobs are accepted", response_model=StatusAnswer)
+    @router.get(
+        "/readyz",
+        summary="Readiness: the warm-up is over and jobs are accepted",
+        response_model=StatusAnswer,
+        responses=failures(500, 503),
+    )
     async def readyz() -> StatusAnswer | Response:
         return _ready(services.worker, services.jobs)
 
-    @router.get("/metrics", summary="Prometheus", response_class=Response)
+    @router.get("/metrics", summary="Prometheus", response_class=PlainTextResponse)
     async def get_metrics() -> Response:
         return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from service.jobs.live import Live
-from service.jobs.store import OUTCOMES, JobRecord, now_us
+from service.jobs.store import OUTCOMES, JobRecord
 from service.work import JobStatus
 
 STATES = ("waiting", "running", *OUTCOMES)
@@ -41,5 +41,5 @@ def live_view(live: Live, status: JobStatus | None) -> JobView:
 
 def passing_view(status: JobStatus) -> JobView:
     """View a job that only the worker knows."""
-    record = JobRecord(status.id, status.spec, now_us() - round(status.age_s * 1e6))
+    record = JobRecord(status.id, status.spec, status.created_us)
     return JobView(record, status.state, status.durable, status.step, status.position, status.eta_s)

@@ -1,6 +1,7 @@
 """A job from when it is accepted to its end, and what it gives its viewers. No torch, no thread."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -25,6 +26,7 @@ class RunningJob:
     work: Work
     submitted_s: float
     deadline_s: float | None  # counted from submitted_s
+    created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # submitted_s is of another clock
     outlook: Outlook | None = None  # what was forecast when it was accepted
     future: "Future[JobResult]" = field(default_factory=Future)
     durable: bool = False  # snapshots are kept of it
@@ -78,6 +80,7 @@ class RunningJob:
             spec=self.spec,
             durable=self.durable,
             age_s=now_s - self.submitted_s,
+            created_us=self.created_us,
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:

@@ -111,6 +111,16 @@ def test_one_job_is_told_by_its_id(asked: Asked) -> None:
     problem(asked.site.client.get(f"/jobs/{job['id']}"), 404, "job_not_found")
 
 
+def test_the_time_at_which_a_job_was_accepted_never_changes(asked: Asked) -> None:
+    running = asked.post(steps=3, seed=1)
+    asked.site.engine.next_begun()
+    (job,) = asked.wait_for(1)
+    looks = [asked.site.client.get(f"/jobs/{job['id']}").json()["created"] for _ in range(50)]
+    assert set(looks) == {job["created"]}
+    asked.site.engine.gate.open()
+    running.result(PATIENCE_S)
+
+
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize("job_id", ["0" * 32, "x", "%00", "%F0%9F%98%80", "a" * 3000, "..;", "None"])
 def test_an_unknown_job_is_a_problem(site: Site, method: str, job_id: str) -> None:
@@ -225,7 +235,7 @@ def test_a_deadline_that_the_load_forbids_says_when_it_would_be_met(make_site: M
         document = problem(response, 429, "deadline_unmeetable")
         assert (document["field"], document["value"]) == ("deadline_s", 30)
         assert document["bound"].startswith("at least ")
-        assert "retry-after" not in response.headers
+        assert "retry-after" not in response.headers, "the bound says how much time to allow, not when to ask again"
         assert len(site.client.get("/jobs").json()["jobs"]) == 1, "a refused job is not here"
         site.engine.gate.open()
         assert running.result(PATIENCE_S).status_code == 200

@@ -1,12 +1,28 @@
-"""GET /openapi.json and the page made of it."""
+"""GET /openapi.json, the page made of it, and what programs make of it: a client and a fuzzer."""
 
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 from fastapi.openapi.models import OpenAPI
 
-from service.api.schemas import SampleRequest
-from tests.service.conftest import Site
+from model.timesteps import SPACINGS
+from service.api.schemas import AnimationRequest, SampleRequest
+from service.images.encoder import JSON
+from tests.service.api import fuzz_checks
+from tests.service.client.conftest import Served
+from tests.service.conftest import INSTANT, Site, pixels
+from tests.service.fakes import INFO, LIMITS
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
@@ -17,21 +33,40 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
     assert {"/sample", "/model", "/healthz", "/readyz", "/metrics"} <= document["paths"].keys()
     for method in ("get", "post"):
         operation = document["paths"]["/sample"][method]
-        parameters = {parameter["name"]: parameter for parameter in operation["parameters"]}
+        parameters = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
         assert parameters.keys() == SampleRequest.model_fields.keys() - {"image", "mask"} | {"every", "show"}
         for name, parameter in parameters.items():
-            assert parameter["in"] == "query"
             assert parameter["description"], name
             assert parameter["schema"], name
         content = operation["responses"]["200"]["content"]
         assert {"image/png", "application/zip", "application/json"} <= content.keys()
     assert "requestBody" not in document["paths"]["/sample"]["get"]
-    for path in ("/sample", "/jobs"):
+    for path, more in (("/sample", AnimationRequest.model_fields.keys()), ("/jobs", set())):
         content = document["paths"][path]["post"]["requestBody"]["content"]
         for kind in ("application/json", "multipart/form-data"):
-            assert content[kind]["schema"]["properties"].keys() == SampleRequest.model_fields.keys()
-        files = content["multipart/form-data"]["schema"]["properties"]
-        assert files["image"]["format"] == files["mask"]["format"] == "binary"
+            component = content[kind]["schema"]["$ref"].rpartition("/")[2]
+            properties = document["components"]["schemas"][component]["properties"]
+            assert properties.keys() == SampleRequest.model_fields.keys() | more
+        assert properties["image"]["format"] == properties["mask"]["format"] == "binary"
+
+
+def test_every_refusal_is_described_as_a_problem_document(site: Site) -> None:
+    document = site.client.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            for status, response in operation["responses"].items():
+                if int(status) >= 400:
+                    assert response["content"].keys() == {"application/problem+json"}, (path, method, status)
+    statuses = {
+        (method, path): set(operation["responses"])
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    assert {"200", "202", "400", "406", "413", "415", "422", "429", "503", "504", "507"} <= statuses["post", "/sample"]
+    assert "202" not in statuses["get", "/sample"]
+    assert {"204", "404"} <= statuses["delete", "/jobs/{job_id}"]
+    assert "200" not in statuses["delete", "/jobs/{job_id}"]
+    assert {"404", "406", "409", "410"} <= statuses["get", "/jobs/{job_id}/image"]
 
 
 def test_every_reference_in_openapi_leads_somewhere_and_operations_have_ids_of_their_own(site: Site) -> None:
@@ -60,3 +95,82 @@ def test_docs_is_a_page(site: Site) -> None:
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/html")
     assert "/openapi.json" in response.text
+
+
+# --- a client that is generated from it ---
+
+
+# The generator knows bytes by this one type.
+GENERATOR_SETTINGS = """
+post_hooks: []
+content_type_overrides:
+  image/png: application/octet-stream
+  image/jpeg: application/octet-stream
+  image/webp: application/octet-stream
+"""
+
+
+@pytest.fixture
+def generated(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A client of the site, made by openapi-python-client."""
+    document, config = tmp_path / "openapi.json", tmp_path / "config.yml"
+    document.write_text(site.client.get("/openapi.json").text)
+    config.write_text(GENERATOR_SETTINGS)
+    command = [sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none", "--fail-on-warning"]
+    command += ["--path", str(document), "--config", str(config), "--output-path", str(tmp_path / "generated")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return importlib.import_module("generated")
+
+
+def test_a_generated_client_knows_the_samplers_the_problems_and_every_call(site: Site, generated: ModuleType) -> None:
+    for module in pkgutil.walk_packages(generated.__path__, "generated."):
+        importlib.import_module(module.name)
+    models = importlib.import_module("generated.models")
+    assert {each.value for each in models.Sampler} == {*INFO.samplers}
+    assert {each.value for each in models.TimestepSpacing} == {*SPACINGS}
+    client = generated.Client(base_url="http://testserver")
+    client.set_httpx_client(site.client)
+
+    sample = importlib.import_module("generated.api.sample.sample_sample_post")
+    wanted = models.SampleRequest(n=2, steps=2, seed=2**64 - 1, sampler=models.Sampler.DDIM, class_label=["cat", 1])
+    answer = sample.sync(client=client, body=wanted)
+    assert pixels(answer.payload.getvalue()).shape == (INFO.height_px, 2 * INFO.width_px)
+    as_json = models.SampleAnswer.from_dict(site.post(json=wanted.to_dict(), headers={"Accept": JSON}).json())
+    assert [image.class_name for image in as_json.images] == ["cat", "dog"]
+    refused = sample.sync(client=client, body=models.SampleRequest(steps=0))
+    assert isinstance(refused, models.Problem)
+    assert (refused.code, refused.field, refused.value) == ("invalid_field", "steps", 0)
+
+    submit = importlib.import_module("generated.api.jobs.post_job_jobs_post")
+    job = submit.sync(client=client, body=models.JobRequest(steps=2))
+    assert isinstance(job, models.JobAnswer)
+    find = importlib.import_module("generated.api.jobs.get_job_jobs_job_id_get")
+    assert find.sync(job.id, client=client).seed == job.seed
+    assert find.sync("x", client=client).code == "job_not_found"
+
+
+# --- a client that tries everything it allows, and what it does not ---
+
+# A schema cannot say which parameters go together, so a valid request may be refused: see fuzz_checks.py.
+FUZZ_SETTINGS = """
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", "3xx", 404, 406, 409, 410, 422, 429]
+"""
+# DELETE of a job that has not ended cancels it, and it can still be looked at.
+FUZZ = ["--checks", "all", "--exclude-checks", "use_after_free"]
+FUZZ += ["--max-examples", "20", "--seed", "1", "--no-color", "--suppress-health-check", "all"]
+
+
+@pytest.mark.slow
+def test_a_fuzzer_finds_no_answer_that_openapi_does_not_allow(tmp_path: Path) -> None:
+    (tmp_path / "fuzz.toml").write_text(FUZZ_SETTINGS)
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": fuzz_checks.__name__, "PYTHONPATH": str(ROOT)}
+    command = [str(Path(sys.executable).with_name("st")), "--config-file", "fuzz.toml", "run", *FUZZ]
+    with Served(INFO, replace(LIMITS, max_jobs=1000, max_body_bytes=2**20), INSTANT).running() as served:
+        command.append(f"{served.url}/openapi.json")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+        operations = sum(map(len, served.app.openapi()["paths"].values()))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{operations} selected / {operations} total" in done.stdout

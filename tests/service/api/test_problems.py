@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from service.api.schemas import SampleRequest
 from service.work import Batch
 from tests.service.conftest import MakeSite, Site, problem
 
@@ -119,6 +120,53 @@ def test_no_problem_echoes_a_large_request(make_site: MakeSite, query: str, body
     response = make_site(max_body_bytes=2**20).client.post(f"/sample{query}", json=body)
     assert response.status_code == 422
     assert len(response.content) < 3000
+
+
+BIG = "x" * 10_000
+QUERIES = [
+    ("GET", "/sample"), ("POST", "/jobs"), ("POST", "/noise"), ("GET", "/jobs"), ("GET", "/model"), ("GET", "/jobs/y"),
+    ("GET", "/jobs/y/image"), ("GET", "/jobs/y/events"), ("DELETE", "/jobs/y"), ("POST", "/jobs/y/cancel"),
+]  # fmt: skip
+NAMES = ["limit", "before", "state", "t", "seed", "every", "show", "frame_format", "class_label", "image", BIG]
+
+
+@pytest.mark.parametrize(("method", "path"), QUERIES)
+@pytest.mark.parametrize("value", [BIG, "9" * 10_000, "\0" * 5_000, "é" * 2_500], ids=lambda value: ascii(value[:1]))
+def test_no_problem_echoes_a_large_query(site: Site, method: str, path: str, value: str) -> None:
+    body = {"content": b""} if path == "/noise" else {}
+    for name in NAMES:
+        for query in ({name: value}, {name: [value, value]}, {name: [value, "y"]}):
+            response = site.client.request(method, path, params=query, **body)
+            assert response.status_code in (422, 404), response.text[:300]
+            check_echo(response)
+
+
+@pytest.mark.parametrize("name", ["Accept", "Content-Type", "Content-Encoding", "Idempotency-Key", "Prefer", "Expect"])
+@pytest.mark.parametrize("value", [BIG, "image/webp;" * 2000, "multipart/form-data; boundary=" + BIG])
+def test_no_problem_echoes_a_large_header(site: Site, name: str, value: str) -> None:
+    for path in ("/sample", "/jobs", "/noise?t=5", f"/jobs/{BIG}/cancel", f"/{BIG}"):
+        response = site.client.post(path, headers={name: value}, content=b'{"n": 0}')
+        assert 400 <= response.status_code < 500
+        check_echo(response)
+
+
+@pytest.mark.parametrize(
+    "value", [BIG, [BIG], {BIG: BIG}, [[BIG]], "\0" * 30_000, 10**4000], ids=lambda value: repr(value)[:9]
+)
+def test_no_problem_echoes_a_large_value(make_site: MakeSite, value: object) -> None:
+    site = make_site(max_body_bytes=2**20)
+    for name in (*SampleRequest.model_fields, "every", "show", "bogus", BIG):
+        for path in ("/sample", "/jobs"):
+            check_echo(site.client.post(path, json={"n": 0} | {name: value}))
+
+
+def check_echo(response: Any) -> None:
+    document = response.json()
+    assert 400 <= document["status"] < 500
+    for member in ("field", "value"):
+        assert len(str(document.get(member, ""))) <= 201
+    assert len(document["detail"]) < 1500
+    assert response.headers["x-content-type-options"] == "nosniff"
 
 
 # --- failures of ours ---

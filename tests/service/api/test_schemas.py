@@ -1,14 +1,17 @@
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from service.api.fields import MAX_SEED, SEED_BITS
-from service.api.schemas import SampleRequest, parameters_of
+from service.api.fields import MAX_SEED, SEED_BITS, RequestSchema
+from service.api.previews import StreamRequest
+from service.api.schemas import AnimationRequest, JobsRequest, NoiseRequest, SampleRequest, parameters_of
 from service.errors import InvalidField, ServiceError, UnknownField
 from service.model_info import ModelInfo
 from service.spec import SampleSpec
@@ -18,7 +21,7 @@ from tests.service.fakes import INFO, LIMITS
 
 UNCONDITIONAL = replace(INFO, conditional=False, class_names=(), null_class=None)
 NO_NULL_CLASS = replace(INFO, null_class=None)
-CLASSES = "a class or a list of them: 0..2 or cat, dog, 3d-print"
+CLASSES = "a class, or a list of n of them: 0..2 or cat, dog, 3d-print"
 
 
 def spec_of(parameters: dict[str, Any], model: ModelInfo = INFO, **kwargs: Any) -> SampleSpec:
@@ -206,11 +209,47 @@ def test_a_wrong_value_is_refused_with_its_field_and_bound(parameters: dict[str,
     assert error.detail.startswith(f"{field} must be {bound}, got ")
 
 
-@pytest.mark.parametrize(("labels", "n"), [([0, 1], 3), ([0, 1], 1), ([], 1), ([0] * 65, 64)])
+@pytest.mark.parametrize(("labels", "n"), [([0, 1], 3), ([0, 1], 1), ([], 1)])
 def test_a_list_of_classes_must_have_a_class_for_each_image(labels: list[int], n: int) -> None:
     error = refusal({"class_label": labels, "n": n})
     assert (error.field, error.value, error.bound) == ("class_label", labels, f"one class or a list of n={n}")
     assert f"got a list of {len(labels)}" in error.detail
+
+
+class Untouched(list[object]):
+    """A list whose items nobody may look at."""
+
+    def __iter__(self) -> Iterator[object]:
+        raise AssertionError("an item was looked at")
+
+
+@pytest.mark.parametrize(
+    ("parse", "schema", "longest"),
+    [
+        (lambda fields: SampleRequest.parse(fields, INFO, LIMITS), SampleRequest, LIMITS.max_n),
+        (lambda fields: NoiseRequest.parse(fields, INFO), NoiseRequest, 2),
+        (JobsRequest.parse, JobsRequest, 2),
+        (StreamRequest.parse, StreamRequest, 2),
+        (lambda fields: AnimationRequest.take_from({"every": 1} | fields), AnimationRequest, 2),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_list_longer_than_any_request_needs_is_refused_unread(
+    parse: Callable[[dict[str, Any]], object], schema: type[RequestSchema], longest: int
+) -> None:
+    for name in schema.model_fields:
+        with pytest.raises(InvalidField) as caught:
+            parse({name: Untouched([[]] * (longest + 1))})
+        assert caught.value.field == name
+        assert caught.value.detail.endswith(f"got a list of {longest + 1}")
+        assert len(json.dumps(caught.value.bound)) < 200
+
+
+@pytest.mark.parametrize("name", ["class_label", "guidance_interval"])
+def test_of_a_list_that_is_wrong_all_over_few_errors_are_built(name: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SampleRequest.model_validate({name: [[]] * LIMITS.max_n})
+    assert caught.value.error_count() <= 5
 
 
 @pytest.mark.parametrize("eta", [0, 0.5, 1.0])

@@ -1,0 +1,20 @@
+"""A check of ours for schemathesis, which imports it by SCHEMATHESIS_HOOKS."""
+
+import schemathesis
+
+# A schema cannot say which parameters go together, what is in an image or a class's name, nor the bounds of a number
+# that is text in JSON.
+NOT_IN_A_SCHEMA = {
+    "class_label", "deadline_s", "eta", "every", "fps", "guidance", "guidance_interval", "Idempotency-Key", "image",
+    "image_sha256", "index", "mask", "mask_sha256", "show", "strength", "t",
+}  # fmt: skip
+
+
+@schemathesis.check
+def a_valid_parameter_is_refused_only_by_what_no_schema_can_say(
+    _context: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+) -> None:
+    if response.status_code == 422 and case.meta is not None and case.meta.generation.mode.is_positive:
+        problem, body = response.json(), case.body if isinstance(case.body, dict) else {}
+        if problem["code"] == "invalid_field" and not isinstance(body.get(problem["field"]), str):
+            assert problem["field"] in NOT_IN_A_SCHEMA, response.text
