@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from service.api import problems
 from service.api.caching import ResultCache
+from service.api.docs import docs_routes
 from service.api.events import event_routes
 from service.api.jobs import job_routes
 from service.api.middleware import BodyLimit, RequestContext
@@ -77,7 +78,7 @@ def create_app(
         description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
         version="0.1.0",
         lifespan=lifespan,
-        redoc_url=None,
+        openapi_url=None,  # docs_routes has it, and the page made of it
     )
     app.include_router(sample_routes(services))
     app.include_router(noise_routes(services))
@@ -85,6 +86,7 @@ def create_app(
     app.include_router(job_routes(services))
     app.include_router(event_routes(services))
     app.include_router(page_routes())
+    app.include_router(docs_routes(app))
     app.include_router(system_routes(services))
     problems.install(app, services.metrics)
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from model.recommended import MAX_GUIDANCE
 from model.timesteps import SPACINGS
 from service.api.classes import class_bound, class_numbers
 from service.api.fields import (
@@ -27,7 +28,6 @@ from service.preview import SHOWS, Show
 from service.spec import Inputs, SampleSpec
 
 MAX_INDEX = 2**32 - 1
-MAX_GUIDANCE = 50.0
 MAX_DEADLINE_S = 86_400.0
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 SHA256 = re.compile(r"[0-9a-f]{64}")
