@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MAX_GUIDANCE = 50.0
 
@@ -27,9 +28,10 @@ class Recommended:
         names = list(cls.__dataclass_fields__)
         require(isinstance(value, dict), "recommended", f"an object with {', '.join(names)}", value)
         assert isinstance(value, dict)
-        for name in value:
+        given: dict[str, Any] = {"sampler": None, "steps": None, "guidance": 1.0} | value
+        for name in given:
             require(name in names, "each member of recommended", f"one of {', '.join(names)}", name)
-        sampler, steps, guidance = value.get("sampler"), value.get("steps"), value.get("guidance", 1.0)
+        sampler, steps, guidance = (given[name] for name in names)
         require(sampler in samplers, "recommended sampler", f"one of {', '.join(samplers)}", sampler)
         whole = type(steps) is int and 1 <= steps <= num_timesteps  # True is an int, and no number of steps
         require(whole, "recommended steps", f"an integer in 1..{num_timesteps}", steps)

@@ -2,7 +2,6 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -22,8 +21,7 @@ def docs_routes(app: FastAPI) -> APIRouter:
     router = APIRouter(include_in_schema=False)
     pages, swagger_ui = StaticFiles(directory=FOLDER), StaticFiles(directory=_swagger_ui_folder())
 
-    @router.head("/docs")
-    @router.get("/docs")
+    @router.api_route("/docs", methods=["GET", "HEAD"])
     async def get_docs(request: Request) -> Response:
         return _with_headers(await pages.get_response("docs.html", request.scope))
 
@@ -31,11 +29,9 @@ def docs_routes(app: FastAPI) -> APIRouter:
     async def get_file(request: Request, name: str) -> Response:
         return _with_headers(await swagger_ui.get_response(name, request.scope))
 
-    @router.head("/openapi.json")
-    @router.get("/openapi.json")
+    @router.api_route("/openapi.json", methods=["GET", "HEAD"])
     async def get_openapi() -> JSONResponse:
-        document: dict[str, Any] = app.openapi()
-        return JSONResponse(document)
+        return JSONResponse(app.openapi())
 
     return router
 
@@ -43,7 +39,7 @@ def docs_routes(app: FastAPI) -> APIRouter:
 def _swagger_ui_folder() -> Path:
     """Where the package that carries Swagger UI has its files; none of its code is run."""
     spec = find_spec("fastapi_offline")
-    assert spec is not None
+    assert spec is not None, "pyproject.toml asks for it"
     assert spec.origin is not None
     return Path(spec.origin).parent / "static"
 

@@ -114,7 +114,8 @@ async function run(body) {
   busy(true);
   clear();
   say("Asking…");
-  element("watch").scrollIntoView({ block: "nearest" });
+  const [above, below] = [form, element("watch")].map((part) => part.getBoundingClientRect());
+  if (below.top >= above.bottom) element("watch").scrollIntoView({ block: "nearest" }); // else it is beside the form
   try {
     const { job, cancelled } = await create(body, () => say("There is no answer. Trying again…"));
     show(job);
