@@ -175,7 +175,7 @@ class AnimationRequest(RequestSchema):
     """What an animation of a job shows; beside the parameters of SampleRequest."""
 
     every: Int = Field(ge=1, description="with Accept: image/webp, a frame after every so many steps of each image")
-    show: Show = Field("x_t", description="what its frames show: x_t (the latent) or x_0 (the network's estimate)")
+    show: Show = Field("x_t", description="what its frames show: x_t (the noisy image) or x_0 (the network's estimate)")
 
     @classmethod
     def take_from(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:
