@@ -1,13 +1,13 @@
 """Read and write checkpoint folders, in diffusers' layout. The weights are read in weights.py.
 
     model_index.json, unet/{config.json, diffusion_pytorch_model.safetensors}, scheduler/scheduler_config.json
-    tminus.json    what diffusers has no place for: class names, the null class, where the weights came from
+    tminus.json    what diffusers has no place for: class names, the null class, recommended settings, provenance
 
 A flat folder (config.json and weights in the root, as google/ddpm-*) is read too.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from model.files import CheckpointError, first_line, read_json, write_atomically, write_json
 from model.noise import NoiseConfig
+from model.recommended import Recommended
+from model.samplers import SAMPLERS
 from model.unet import UNet2D
 from model.unet_config import UNetConfig
 from model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32
@@ -55,6 +57,7 @@ class Checkpoint:
     size_px: tuple[int, int]
     approved: tuple[tuple[str, str], ...] = ()
     """(executor, precision) whose images `tminus evaluate --approve` found no worse, for these very weights."""
+    recommended: Recommended | None = None
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -78,6 +81,7 @@ def _load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {error}") from error
     meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
     labels = _labels(folder / TMINUS_FILE, meta, unet)
+    recommended = _recommended(folder / TMINUS_FILE, meta, noise, labels)
     state = load_state_dict(unet_folder)
     _check_shapes(unet_folder, state, unet)
     state = to_float32(unet_folder, state)
@@ -97,7 +101,7 @@ def _load(folder: Path) -> Checkpoint:
     name = str(meta.get("name") or folder.resolve().name)
     weights_hash = hash_weights(state)
     approved = _approved(folder / TMINUS_FILE, meta, weights_hash)
-    return Checkpoint(net, noise, labels, weights_hash, name, size_px, approved)
+    return Checkpoint(net, noise, labels, weights_hash, name, size_px, approved, recommended)
 
 
 def _check_layout(folder: Path) -> str | None:
@@ -177,6 +181,26 @@ def _approved(file: Path, meta: Mapping[str, Any], weights_hash: str) -> tuple[t
     return tuple((str(check.get("executor")), str(check.get("precision"))) for check in fitting)
 
 
+def _recommended(file: Path, meta: Mapping[str, Any], noise: NoiseConfig, labels: Labels) -> Recommended | None:
+    if meta.get("recommended") is None:
+        return None
+    try:
+        return Recommended.from_json(
+            meta["recommended"],
+            samplers=SAMPLERS,
+            num_timesteps=noise.num_train_timesteps,
+            has_null_class=labels.null_class is not None,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def read_recommended(folder: Path, noise: NoiseConfig, labels: Labels) -> Recommended | None:
+    """Read only what a folder's tminus.json recommends; None without one. Raises CheckpointError."""
+    file = folder / TMINUS_FILE
+    return _recommended(file, read_json(file), noise, labels) if file.is_file() else None
+
+
 def _size_from_meta(folder: Path, meta: Mapping[str, Any]) -> tuple[int, int]:
     size = meta.get("size_px")
     if not isinstance(size, int) or size < 1:
@@ -194,6 +218,7 @@ def save_checkpoint(
     noise: NoiseConfig,
     labels: Labels,
     provenance: Mapping[str, Any],
+    recommended: Recommended | None = None,
 ) -> None:
     """Write a folder that tminus and `DDPMPipeline.from_pretrained` both load. Each file appears whole or not."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
@@ -211,6 +236,8 @@ def save_checkpoint(
         "null_class": labels.null_class,
         "provenance": dict(provenance),
     }
+    if recommended is not None:
+        meta["recommended"] = asdict(recommended)
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "unet" / "config.json", unet.to_dict())

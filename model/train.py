@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from model.checkpoint import Labels, load_checkpoint, read_recommended, save_checkpoint
 from model.data import ImageSet
 from model.ema import Ema
 from model.files import write_atomically
@@ -108,8 +108,12 @@ def train(
     net = UNet2D(unet).to(device)
     folder.mkdir(parents=True, exist_ok=True)
     begun = (folder / STATE_FILE).is_file()
+    recommended = None  # settings for sampling: the run keeps its own, or those of its origin
     if init_from is not None and not begun:
-        net.load_state_dict(load_checkpoint(init_from).net.state_dict())
+        begin_with = load_checkpoint(init_from)
+        net.load_state_dict(begin_with.net.state_dict())
+        if begin_with.recommended is not None and begin_with.recommended.steps <= noise.num_train_timesteps:
+            recommended = begin_with.recommended
     ema = Ema(net, config.ema_decay)
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
     step, origin = 0, str(init_from) if init_from is not None else None
@@ -124,6 +128,9 @@ def train(
     schedule = NoiseSchedule(noise.schedule().betas.to(device))  # on the device, so that no step waits for the host
     images, labels = data.images.to(device), data.labels.to(device) if data.labels is not None else None
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
+    labels_meta = Labels(data.class_names, null_class)
+    if begun:
+        recommended = read_recommended(folder, noise, labels_meta)
     batch_shape = (config.batch_size, *images.shape[1:])
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
         config = dataclasses.replace(config, precision=faster_precision(net, batch_shape, device))
@@ -140,8 +147,7 @@ def train(
             "images_seen": step * config.batch_size,
             "config": dataclasses.asdict(config),
         }
-        labels_meta = Labels(data.class_names, null_class)
-        save_checkpoint(folder, ema.shadow, unet, noise, labels_meta, provenance)
+        save_checkpoint(folder, ema.shadow, unet, noise, labels_meta, provenance, recommended)
         state = {
             "step": step,
             "init_from": origin,

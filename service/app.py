@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service.api import openapi, problems
 from service.api.caching import ResultCache
+from service.api.docs import docs_routes
 from service.api.events import event_routes
 from service.api.jobs import job_routes
 from service.api.middleware import BodyLimit, RequestContext
@@ -79,7 +80,7 @@ def create_app(
         description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
         version="0.1.0",
         lifespan=lifespan,
-        redoc_url=None,
+        openapi_url=None,  # docs_routes has it, and the page made of it
         redirect_slashes=False,  # a redirect would name whatever host the request named
     )
     app.include_router(sample_routes(services))
@@ -88,6 +89,7 @@ def create_app(
     app.include_router(job_routes(services))
     app.include_router(event_routes(services))
     app.include_router(page_routes())
+    app.include_router(docs_routes(app))
     app.include_router(system_routes(services))
     problems.install(app, services.metrics)
     openapi.install(app, openapi.Contract(model, limits))

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from model.recommended import Recommended
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -25,6 +27,7 @@ class ModelInfo:
     clip: bool
     samplers: tuple[str, ...]
     default_sampler: str
+    recommended: Recommended | None
     conditional: bool
     class_names: tuple[str, ...]
     null_class: int | None

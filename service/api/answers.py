@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from model.recommended import Recommended
 from service.api.schemas import parameters_of
 from service.jobs.store import now_us
 from service.jobs.views import STATES, JobView
@@ -129,6 +130,19 @@ class LimitsAnswer(BaseModel):
         )
 
 
+class RecommendedAnswer(BaseModel):
+    """What the checkpoint recommends to sample with. A request that leaves these out gets the defaults, not these."""
+
+    sampler: str
+    steps: int
+    guidance: float = Field(description="1 is off; only images with a class can be guided")
+
+    @classmethod
+    def of(cls, recommended: Recommended) -> "RecommendedAnswer":
+        """Say what it is."""
+        return cls(sampler=recommended.sampler, steps=recommended.steps, guidance=recommended.guidance)
+
+
 class ModelAnswer(BaseModel):
     """What is loaded, and how it runs."""
 
@@ -147,6 +161,7 @@ class ModelAnswer(BaseModel):
     clip: bool = Field(description="whether x_0 is clipped, for requests that do not say")
     samplers: list[str]
     default_sampler: str
+    recommended: RecommendedAnswer | None = Field(description="null where the checkpoint recommends nothing")
     conditional: bool
     class_names: list[str]
     null_class: int | None
@@ -178,6 +193,7 @@ class ModelAnswer(BaseModel):
             clip=model.clip,
             samplers=list(model.samplers),
             default_sampler=model.default_sampler,
+            recommended=None if model.recommended is None else RecommendedAnswer.of(model.recommended),
             conditional=model.conditional,
             class_names=list(model.class_names),
             null_class=model.null_class,

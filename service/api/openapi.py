@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
+from model.recommended import MAX_GUIDANCE
 from model.timesteps import SPACINGS
 from service.api.answers import Problem, SampleAnswer
 from service.api.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
@@ -15,7 +16,6 @@ from service.api.previews import MAX_FPS
 from service.api.problems import PROBLEM_JSON
 from service.api.schemas import (
     MAX_DEADLINE_S,
-    MAX_GUIDANCE,
     MAX_INDEX,
     PICTURES,
     AnimationRequest,

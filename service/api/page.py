@@ -21,7 +21,7 @@ def page_routes() -> APIRouter:
     router = APIRouter(include_in_schema=False)
     files = StaticFiles(directory=FOLDER)  # answers 304 to clients that have a file already
 
-    @router.get("/")
+    @router.api_route("/", methods=["GET", "HEAD"])
     async def get_page(request: Request) -> Response:
         return _with_headers(await files.get_response("index.html", request.scope))
 

@@ -25,7 +25,9 @@ class PreviewRequest(RequestSchema):
 
     every: Int | None = Field(None, ge=1, description="a frame after every so many steps")
     fps: Float | None = Field(None, description="or so many a second; 10 if neither is given")
-    show: Show | list[Show] = Field("x_t", description="x_t (the latent), x_0 (the network's guess), or a list of both")
+    show: Show | list[Show] = Field(
+        "x_t", description="x_t (the noisy image), x_0 (the network's guess), or a list of both"
+    )
     frame_format: Literal["png", "webp", "jpeg"] = Field("png", description="png (default), webp or jpeg")
     layout: Literal["sheet", "images"] = Field(
         "sheet", description="sheet (default): one picture of all images; images: one each"

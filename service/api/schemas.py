@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from model.recommended import MAX_GUIDANCE
 from model.timesteps import SPACINGS
 from service.api.classes import class_bound, class_numbers
 from service.api.fields import (
@@ -31,7 +32,6 @@ from service.preview import SHOWS, Show
 from service.spec import Inputs, SampleSpec
 
 MAX_INDEX = 2**32 - 1
-MAX_GUIDANCE = 50.0
 MAX_DEADLINE_S = 86_400.0
 MAX_PAGE = 200
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
@@ -181,7 +181,7 @@ class AnimationRequest(RequestSchema):
 
     every: Int = Field(ge=1, description="with Accept: image/webp, a frame after every so many steps of each image")
     show: Show = Field(
-        "x_t", description="what its frames show: x_t (the latent; default) or x_0 (the network's estimate)"
+        "x_t", description="what its frames show: x_t (the noisy image; default) or x_0 (the network's estimate)"
     )
 
     @classmethod

@@ -33,24 +33,27 @@ def system_routes(services: Services) -> APIRouter:
     async def get_schedule() -> ScheduleAnswer:
         return ScheduleAnswer.of(services.model)
 
+    @router.head("/healthz", include_in_schema=False, response_model=None)
     @router.get(
         "/healthz",
         summary="Liveness: the process answers and its worker runs",
         response_model=StatusAnswer,
-        responses=failures(500),
+        responses=failures(500, 503),
     )
     async def healthz() -> StatusAnswer | Response:
         return _alive(services.worker)
 
+    @router.head("/readyz", include_in_schema=False, response_model=None)
     @router.get(
         "/readyz",
         summary="Readiness: the warm-up is over and jobs are accepted",
         response_model=StatusAnswer,
-        responses=failures(500, 503),
+        responses=failures(500, 503, 507),
     )
     async def readyz() -> StatusAnswer | Response:
         return _ready(services.worker, services.jobs)
 
+    @router.head("/metrics", include_in_schema=False, response_model=None)
     @router.get("/metrics", summary="Prometheus", response_class=PlainTextResponse)
     async def get_metrics() -> Response:
         return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -37,6 +37,7 @@ def make_model_info(
         clip=noise.clip_sample,
         samplers=SAMPLERS,
         default_sampler=noise.default_sampler,
+        recommended=checkpoint.recommended,
         conditional=net.class_embedding is not None,
         class_names=labels.class_names,
         null_class=labels.null_class,

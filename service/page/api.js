@@ -1,5 +1,7 @@
 // What the page asks the server, and how it says that something went wrong.
 
+const LONGEST_WORD = 70; // that is shown whole: a hash is
+
 export const base = new URL(".", document.baseURI);
 export const element = (id) => document.getElementById(id);
 
@@ -12,9 +14,13 @@ export function toJson(spec) {
   return JSON.stringify(spec).replace(/("seed":)"(\d+)"/, "$1$2");
 }
 
+// What a problem says has the value that was refused in it, which may be long: only that is cut.
+export const shorten = (text) =>
+  text.replace(/\S+/g, (word) => (word.length > LONGEST_WORD ? `${word.slice(0, LONGEST_WORD)}…` : word));
+
 export class Refusal extends Error {
   constructor(status, problem) {
-    super(problem.detail ?? `the server answered ${status}`);
+    super(shorten(problem.detail ?? `the server answered ${status}`));
     this.status = status;
     this.field = problem.field;
   }

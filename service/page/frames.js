@@ -22,7 +22,7 @@ export function addFrame({ step, steps, t }, pictures) {
   const scrub = element("scrub");
   scrub.disabled = false;
   scrub.max = frames.length - 1;
-  if (following) showFrame(frames.length - 1);
+  showFrame(following ? frames.length - 1 : Number(scrub.value));
 }
 
 export function clearFrames() {
@@ -57,7 +57,7 @@ function release(picture) {
 function showFrame(at) {
   const frame = frames[at];
   for (const show of SHOWS) {
-    if (!frame[show]) continue;
+    if (!frame[show] || element(show).src === frame[show].url) continue;
     element(show).src = frame[show].url;
     element(show).alt = `${show} after ${frame.step} of ${frame.steps} steps`;
   }

@@ -1,8 +1,8 @@
 // One durable job, followed until it ends: by server-sent events, or by looking at it where those are refused.
 
-import { ask, base, getJson, isGone, parse, reason, seconds } from "./api.js";
+import { ask, base, getJson, isGone, parse, reason, seconds, shorten } from "./api.js";
 import { addFrame, clearFrames, MOST_BYTES } from "./frames.js";
-import { say, showForecast, showProgress, showStep } from "./standing.js";
+import { forgetForecast, say, showForecast, showProgress, showStep } from "./standing.js";
 
 const MOST_FRAMES = 200; // of a job
 const AGAIN_MS = 2000; // until a job is looked at again
@@ -16,9 +16,7 @@ export const jobInAddress = () => /^#job=([0-9a-f]{32})$/.exec(location.hash)?.[
 
 // Show a job until it ends. tell: what to do with its end, {done, over, complain}; `over` is called however it ends.
 export function follow(job, model, tell) {
-  leave();
-  clearFrames();
-  showProgress(0, "");
+  clear();
   const query = new URLSearchParams({ every: stepsBetweenFrames(job, model) });
   for (const show of ["x_t", "x_0"]) query.append("show", show);
   const url = new URL(`jobs/${job.id}/events?${query}`, base);
@@ -26,6 +24,13 @@ export function follow(job, model, tell) {
   current = { id: job.id, url, tell, source: null, timer: null, looks: 0, look: 0, broken: false, ended: false };
   showForecast(job);
   goOn(current, job);
+}
+
+// Leave the job that is shown, and show none.
+export function clear() {
+  leave();
+  clearFrames();
+  showProgress(0, "");
 }
 
 // So many that all frames together stay below MOST_BYTES: two pictures each, which as noise hardly compress, in base64.
@@ -153,7 +158,7 @@ async function end(job, ended) {
     over(job, "Cancelled.");
   } else {
     over(job, "Not done.");
-    job.tell.complain(`${ended.problem.detail}.`, ended.problem.field);
+    job.tell.complain(`${shorten(ended.problem.detail)}.`, ended.problem.field);
   }
 }
 
@@ -175,6 +180,7 @@ async function showImages(job, ended) {
 function over(job, text) {
   if (job !== current) return;
   say(text);
+  forgetForecast();
   leave();
   job.tell.over();
 }

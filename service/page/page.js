@@ -1,15 +1,20 @@
 // The page at /: the form, and what becomes of it. The parts are in the other files.
 
-import { element, getJson, Refusal, toJson } from "./api.js";
+import { element, getJson, parse, Refusal, toJson } from "./api.js";
 import { cancelUnderWay, create, underWay } from "./asking.js";
 import { addResult, restore } from "./gallery.js";
-import { cancel, follow, jobInAddress } from "./job.js";
+import { cancel, clear, follow, jobInAddress } from "./job.js";
 import { setUpNoise } from "./noise.js";
 import { drawSchedule } from "./schedule.js";
 import { say } from "./standing.js";
 
+// What makes good images with a sampler; and the guidance, where the checkpoint recommends nothing.
+const STEPS = { ddpm: 100, ddim: 50, dpmpp_2m: 20 };
+const GUIDANCE = 2;
+
 const form = element("form");
 let model = null;
+let stepsChosen = false; // by the user: another sampler does not change them
 let running = true; // or about to
 
 async function start() {
@@ -23,8 +28,12 @@ async function start() {
   await restore(model);
   busy(false);
   const body = underWay(); // the page was loaded again before there was an answer
-  if (body) await run(body);
-  else await findAgain();
+  if (body) {
+    fillFrom(parse(body));
+    await run(body);
+  } else {
+    await findAgain();
+  }
 }
 
 // Whose address names a job, as after a reload, shows it.
@@ -34,17 +43,21 @@ async function findAgain() {
   try {
     const job = await getJson(`jobs/${id}`);
     if (id !== jobInAddress()) return;
-    if (job.durable) show(job);
-    else complain("The job in the address of this page cannot be followed: it is not durable, and ends with its request.");
+    if (job.durable) {
+      fillFrom(job.parameters);
+      show(job);
+    } else complain("The job in the address of this page cannot be followed: it is not durable, and ends with its request.");
   } catch (error) {
     complain(`The job in the address of this page cannot be shown: ${error.message}.`);
   }
 }
 
 function fillForm() {
-  fill(form.elements.sampler, model.samplers.map((name) => [name, name]), model.default_sampler);
+  const sampler = model.recommended?.sampler ?? model.default_sampler;
+  fill(form.elements.sampler, model.samplers.map((name) => [name, name]), sampler);
   form.elements.steps.max = model.num_timesteps;
-  form.elements.steps.value = Math.min(100, model.num_timesteps);
+  form.elements.steps.value = suitableSteps(sampler);
+  form.elements.guidance.value = model.recommended?.guidance ?? GUIDANCE;
   form.elements.n.max = model.limits.max_n;
   if (model.conditional) {
     element("class-field").hidden = false;
@@ -54,6 +67,19 @@ function fillForm() {
     element("guidance-field").hidden = model.null_class === null;
   }
   form.elements.class_label.addEventListener("change", suitGuidance);
+  form.elements.sampler.addEventListener("change", suitSteps);
+  form.elements.steps.addEventListener("input", () => (stepsChosen = true));
+  suitGuidance();
+}
+
+// Fill in what a job was asked for, as far as there are fields for it.
+function fillFrom(spec) {
+  for (const name of ["sampler", "steps", "n"]) form.elements[name].value = spec[name];
+  form.elements.seed.value = spec.seed ?? "";
+  form.elements.guidance.value = spec.guidance ?? 1;
+  const labels = new Set([spec.class_label ?? null].flat());
+  if (labels.size === 1) form.elements.class_label.value = [...labels][0] ?? "";
+  stepsChosen = spec.steps !== suitableSteps(spec.sampler);
   suitGuidance();
 }
 
@@ -63,6 +89,15 @@ function fill(select, options, chosen) {
 
 function suitGuidance() {
   form.elements.guidance.disabled = element("guidance-field").hidden || form.elements.class_label.value === "";
+}
+
+function suitSteps() {
+  if (!stepsChosen) form.elements.steps.value = suitableSteps(form.elements.sampler.value);
+}
+
+function suitableSteps(sampler) {
+  const { recommended } = model;
+  return Math.min(recommended?.sampler === sampler ? recommended.steps : STEPS[sampler], model.num_timesteps);
 }
 
 function parameters() {
@@ -77,8 +112,10 @@ function parameters() {
 async function run(body) {
   complain("");
   busy(true);
+  clear();
   say("Asking…");
-  element("watch").scrollIntoView({ block: "nearest" });
+  const [above, below] = [form, element("watch")].map((part) => part.getBoundingClientRect());
+  if (below.top >= above.bottom) element("watch").scrollIntoView({ block: "nearest" }); // else it is beside the form
   try {
     const { job, cancelled } = await create(body, () => say("There is no answer. Trying again…"));
     show(job);

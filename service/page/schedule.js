@@ -36,10 +36,11 @@ export function markTime(t) {
   const now = element("now");
   if (!now) return;
   now.setAttribute("visibility", t === null ? "hidden" : "visible");
-  element("chart-text").textContent = LEGEND;
+  element("chart-legend").textContent = LEGEND;
+  element("chart-now").textContent = "";
   if (t === null) return;
   for (const end of ["x1", "x2"]) now.setAttribute(end, x(t).toFixed(1));
   const ratio = alphaBar[t] / (1 - alphaBar[t]);
-  element("chart-text").textContent +=
-    ` At t = ${t}: alpha_bar ${alphaBar[t].toPrecision(3)}, signal-to-noise ${ratio.toPrecision(3)}.`;
+  element("chart-now").textContent =
+    `At t = ${t}: alpha_bar ${alphaBar[t].toPrecision(3)}, signal-to-noise ${ratio.toPrecision(3)}.`;
 }

@@ -18,11 +18,16 @@ export function showForecast({ state, position, eta_s: eta }) {
 export function showStep({ step, steps, t, eta_s: eta }) {
   const parts = [`Step ${step} of ${steps}`];
   if (t !== undefined) parts.push(`t = ${t}`);
-  if (typeof eta === "number") parts.push(`${seconds(eta)} left`);
   showProgress(step / steps, parts.join(", "));
+  if (typeof eta === "number") element("left-text").textContent = `, ${seconds(eta)} left`;
 }
 
 export function showProgress(share, text) {
   element("progress").value = share;
-  element("progress-text").textContent = text;
+  element("step-text").textContent = text;
+  forgetForecast();
+}
+
+export function forgetForecast() {
+  element("left-text").textContent = "";
 }

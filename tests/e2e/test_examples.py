@@ -22,6 +22,7 @@ SAMPLE, WATCH, JOB, NOISE, REFUSAL = range(5)
 CURL, CLIENT, HTTPX, BROWSER = range(4)
 SNEAKERS = {"n": 4, "steps": 50, "sampler": "ddim", "class_label": "sneaker", "guidance": 2, "seed": 7}
 BAG = {"steps": 200, "class_label": "bag", "guidance": 2, "seed": 7}
+PICTURE = "document.querySelector('body > img')"  # what an example has put on the page
 FRAMES = ["x_0-120.png", "x_0-160.png", "x_0-40.png", "x_0-80.png"]
 
 
@@ -59,7 +60,7 @@ def run(server: RunningServer, folder: Path, task: int, language: int) -> str:
 
 @pytest.fixture
 def tab(server: RunningServer) -> Iterator[Any]:
-    """A blank page of the server's origin."""
+    """The server's own page, whose Content-Security-Policy holds for the examples too."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium, and none is installed")
     with sync_playwright() as playwright:
@@ -68,7 +69,7 @@ def tab(server: RunningServer) -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags + sandbox)
         page = browser.new_page()
         page.set_default_timeout(60_000)
-        page.goto(f"{server.url}/healthz")
+        page.goto(server.url)
         yield page
         browser.close()
 
@@ -85,11 +86,7 @@ def in_browser(tab: Any, task: int, block: int = BROWSER) -> list[str]:
 
 def picture(tab: Any) -> bytes:
     """The bytes of the picture that the example put on the page."""
-    return bytes(
-        tab.evaluate(
-            "async () => [...new Uint8Array(await (await fetch(document.querySelector('img').src)).arrayBuffer())]"
-        )
-    )
+    return bytes(tab.evaluate(f"async () => [...new Uint8Array(await (await fetch({PICTURE}.src)).arrayBuffer())]"))
 
 
 def until(tab: Any, holds: Callable[[], bool]) -> None:
@@ -154,6 +151,7 @@ def test_frames_are_shown(server: RunningServer, tab: Any, block: int) -> None:
         until(tab, lambda: picture(tab) == final)
     else:
         assert picture(tab).startswith(b"\x89PNG")
+    until(tab, lambda: tab.evaluate(f"() => {PICTURE}.naturalWidth") == 32)  # it is drawn, not only there
 
 
 def test_one_key_is_one_job_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
@@ -164,7 +162,7 @@ def test_one_key_is_one_job_in_every_language(server: RunningServer, tmp_path: P
         (tmp_path / "coats.png").unlink()
         assert language != CLIENT or said.startswith("done ")
     assert in_browser(tab, JOB)[0].startswith("done ")
-    tab.wait_for_function("document.querySelector('img').naturalWidth === 64")
+    until(tab, lambda: tab.evaluate(f"() => {PICTURE}.naturalWidth") == 64)
     made.add(picture(tab))
     assert len(made) == 1
     assert made.pop().startswith(b"\x89PNG")

@@ -675,6 +675,208 @@ def test_what_the_server_has_forgotten_is_said_where_it_is_asked_for(
     expect(page.tab.locator("#gallery .complaint")).to_contain_text("The zip could not be had: no job")
 
 
+def form_of(page: Page) -> dict[str, str]:
+    names = ("class_label", "sampler", "steps", "guidance", "n", "seed")
+    return {name: page.tab.locator(f"[name={name}]").input_value() for name in names}
+
+
+def test_the_form_begins_with_what_the_checkpoint_recommends(
+    open_page: Callable[..., Page], server: RunningServer
+) -> None:
+    page = open_page()
+    recommended = httpx.get(f"{server.url}/model").json()["recommended"]
+    assert recommended == {"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.5}
+    begins = {name: form_of(page)[name] for name in recommended}
+    assert begins == {"sampler": "dpmpp_2m", "steps": "20", "guidance": "1.5"}
+    page.press("Sample")
+    page.wait_until(DONE)
+    job = httpx.get(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}").json()
+    assert {name: job["parameters"][name] for name in recommended} == recommended
+
+
+def test_the_form_has_settings_of_its_own_where_nothing_is_recommended(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+
+    def answer(route: Any) -> None:
+        route.fulfill(json=route.fetch().json() | {"recommended": None, "num_timesteps": 60})
+
+    page.tab.route(re.compile(r"/model$"), answer)
+    page.tab.reload()
+    expect(page.tab.locator("#model")).to_contain_text("T=60")
+    assert {name: form_of(page)[name] for name in ("sampler", "steps", "guidance")} == {
+        "sampler": "ddpm", "steps": "60", "guidance": "2",
+    }  # fmt: skip
+
+
+def test_a_sampler_suggests_its_steps_unless_the_user_has_changed_them(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    for sampler, steps in {"ddpm": "100", "ddim": "50", "dpmpp_2m": "20"}.items():
+        page.fill(sampler=sampler)
+        assert form_of(page)["steps"] == steps
+    page.fill(steps=33)
+    for sampler in ("ddpm", "ddim"):
+        page.fill(sampler=sampler)
+        assert form_of(page)["steps"] == "33"
+
+
+def test_a_picture_that_is_not_there_has_a_place_that_says_so(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    page = open_page(color_scheme="light")
+    for name, text in {"x_t": "No image yet", "x_0": "No image yet", "noise-image": "No image chosen yet"}.items():
+        place = page.tab.locator(f".picture:has(#{name})")
+        expect(place.get_by_text(text)).to_be_visible()
+        expect(page.tab.locator(f"#{name}")).to_be_hidden()
+        box = place.bounding_box()
+        assert box["width"] == pytest.approx(box["height"], abs=1)
+        assert gray(place.screenshot()).mean() > 200, "not black"
+    page.sample(**QUICK)
+    page.wait_until(DONE)
+    expect(page.tab.locator("#x_t")).to_be_visible()
+    expect(page.tab.locator(".picture:has(#x_t) .empty")).to_be_hidden()
+    expect(page.tab.locator("figure:has(#x_t) figcaption")).to_have_text("xt, the noisy image")
+
+
+@pytest.mark.parametrize(("width", "n"), [(360, 4), (1280, 8)])
+def test_nothing_moves_when_a_job_begins_nor_while_it_runs(open_page: Callable[..., Page], width: int, n: int) -> None:
+    page = open_page(viewport={"width": width, "height": 720})
+    page.fill(n=n, steps=60, sampler="ddpm", seed=1)
+    page.tab.evaluate(
+        """() => { const parts = [...document.querySelectorAll('main > *, #watch > *, #schedule > *, #noise > *')];
+        window.places = new Set();
+        const look = () => { const y = (part) => Math.round(part.getBoundingClientRect().top + scrollY);
+          window.places.add(parts.map((part) => `${part.id || part.tagName} ${y(part)}`).join(', '));
+          requestAnimationFrame(look); }; look(); }"""
+    )
+    page.press("Sample")
+    page.wait_until(DONE)
+    (_places,) = page.tab.evaluate("() => [...window.places]")
+
+
+def test_pressing_sample_does_not_scroll_what_can_be_seen(open_page: Callable[..., Page]) -> None:
+    page = open_page(viewport={"width": 1280, "height": 720})
+    page.sample(**QUICK)
+    page.wait_until(DONE)
+    assert page.tab.evaluate("() => scrollY") == 0
+    phone = open_page(viewport={"width": 360, "height": 720})
+    phone.sample(**QUICK)
+    phone.wait_until(DONE)
+    expect(phone.tab.locator("#status")).to_be_in_viewport()
+    expect(phone.tab.locator("#x_t")).to_be_in_viewport(ratio=1)
+
+
+def test_a_reload_fills_the_form_with_what_the_job_was_asked_for(
+    open_page: Callable[..., Page], server: RunningServer
+) -> None:
+    page = open_page()
+    asked = {"class_label": "bag", "sampler": "ddpm", "steps": 900, "guidance": 2.5, "n": 3, "seed": 2**64 - 1}
+    shown = {"class_label": "8", "sampler": "ddpm", "steps": "900", "guidance": "2.5", "n": "3", "seed": str(2**64 - 1)}
+    page.sample(**asked)
+    page.wait_for_step()
+    page.tab.reload()
+    page.wait_for_step()
+    assert form_of(page) == shown
+    page.fill(sampler="dpmpp_2m")
+    assert form_of(page)["steps"] == "900", "it was chosen"
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
+    # A job of several classes, and one without any: the form has no word for the first.
+    for labels, value in (([1, 2], "0"), (None, "")):
+        spec = {"n": 2, "steps": 20, "sampler": "dpmpp_2m", "seed": 4}
+        job = post_job(server, **spec, **({"class_label": labels} if labels else {}))
+        other = open_page(f"{server.url}/#job={job}")
+        other.wait_until(DONE)
+        assert form_of(other) == {
+            "class_label": value, "sampler": "dpmpp_2m", "steps": "20", "guidance": "1", "n": "2", "seed": "4",
+        }  # fmt: skip
+        other.fill(sampler="ddim")
+        assert form_of(other)["steps"] == "50", "20 was what was suggested"
+
+
+def test_a_reload_before_the_answer_fills_the_form_too(open_page: Callable[..., Page], server: RunningServer) -> None:
+    page, before = open_page(), job_ids(server)
+    page.lose_answers(POSTED)
+    page.sample(class_label="no class", sampler="ddim", steps=7, n=2, seed=2**63 + 1)
+    server.wait_until(lambda: job_ids(server) != before)
+    page.tab.unroute(re.compile(POSTED))
+    page.tab.reload()
+    page.wait_until(DONE)
+    shown = {name: value for name, value in form_of(page).items() if name != "guidance"}  # which is off
+    assert shown == {"class_label": "", "sampler": "ddim", "steps": "7", "n": "2", "seed": str(2**63 + 1)}
+
+
+def test_a_refusal_leaves_nothing_of_the_job_before(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.sample(**QUICK)
+    page.wait_until(DONE)
+    assert page.tab.locator("#progress").evaluate("(bar) => bar.value") == 1
+    page.refuse(POSTED, 503)
+    page.press("Sample")
+    page.wait_until("Not begun.")
+    assert page.tab.locator("#progress").evaluate("(bar) => bar.value") == 0
+    expect(page.tab.locator("#x_t")).to_be_hidden()
+    expect(page.tab.locator("#x_0")).to_be_hidden()
+    expect(page.tab.locator("#frame-text")).to_be_empty()
+    expect(page.tab.locator("#scrub")).to_be_disabled()
+    expect(page.tab.locator("#gallery li")).to_have_count(1)
+
+
+def test_a_job_that_was_cancelled_has_no_time_left(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.sample(**LONG)
+    expect(page.tab.locator("#progress-text")).to_have_text(re.compile(r" s left$"))
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
+    expect(page.tab.locator("#progress-text")).to_have_text(re.compile(r"^Step \d+ of 1000, t = \d+$"))
+
+
+def test_the_number_of_frames_is_told_while_one_looks_back(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.sample(**LONG | {"n": 2})
+    expect(page.tab.locator("#frame-text")).to_have_text(re.compile(r"Frame [3-9]\d* of "))
+    page.tab.locator("#scrub").fill("1")
+    text = page.tab.locator("#frame-text").text_content()
+    first, last = (int(number) for number in re.search(r"^Frame (\d+) of (\d+):", text).groups())
+    assert first == 2
+    shown = page.tab.locator("#x_t").get_attribute("src")
+    expect(page.tab.locator("#frame-text")).to_have_text(re.compile(rf"^Frame 2 of (?!{last}:)\d+: "))
+    assert page.tab.locator("#x_t").get_attribute("src") == shown
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
+    total = 1 + int(page.tab.locator("#scrub").get_attribute("max"))
+    expect(page.tab.locator("#frame-text")).to_contain_text(f"Frame 2 of {total}:")
+
+
+def test_a_long_value_stays_within_the_error_that_names_it(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    page = open_page()
+    file = tmp_path / "grey.png"
+    Image.new("L", (32, 32), 128).save(file)
+    page.sample(**QUICK | {"seed": "9" * 1000})
+    page.tab.locator("#noise-file").set_input_files(file)
+    page.tab.locator("#noise-seed").fill("9" * 1000)
+    page.tab.keyboard.press("Tab")
+    for name in ("error", "noise-error"):
+        box = page.tab.locator(f"#{name}")
+        expect(box).to_contain_text(re.compile(rf"seed must be an integer in 0..{2**64 - 1}, got '9{{69}}….$"))
+        assert box.evaluate("(box) => box.scrollWidth <= box.clientWidth")
+
+
+def test_docs_shows_the_operations_and_asks_nobody_else(browser: Any, server: RunningServer) -> None:
+    tab, complaints, asked = browser.new_page(), [], []
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(f"{server.url}/docs")
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    operations = sum(len(methods) for methods in document["paths"].values())
+    expect(tab.locator(".opblock")).to_have_count(operations)
+    tab.locator(".opblock", has_text="/healthz").locator(".opblock-summary-control").click()
+    tab.get_by_role("button", name="Try it out").click()
+    tab.get_by_role("button", name="Execute", exact=True).click()
+    expect(tab.locator(".live-responses-table")).to_contain_text("alive")
+    assert complaints == []
+    assert [url for url in asked if not url.startswith((f"{server.url}/", "data:"))] == []
+    tab.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_can_be_read_and_used_by_all(open_page: Callable[..., Page], scheme: str, width: int) -> None:

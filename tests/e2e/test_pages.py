@@ -62,7 +62,7 @@ def test_the_requests_of_the_readme_are_answered_with_what_it_says(readme_images
     assert size(folder / "boots.png") == (64, 64), "four images"
     with Image.open(folder / "bags.webp") as bags:
         assert bags.size == (64, 64)
-        assert bags.n_frames == 50  # type: ignore[attr-defined]
+        assert bags.n_frames == 20  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("readme_images")

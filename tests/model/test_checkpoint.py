@@ -14,9 +14,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import Checkpoint, Labels, approve, load_checkpoint, save_checkpoint
+from model.checkpoint import Checkpoint, Labels, approve, load_checkpoint, read_recommended, save_checkpoint
 from model.files import CheckpointError, write_atomically
 from model.noise import NoiseConfig
+from model.recommended import Recommended
 from model.samplers import compile_plan, sample
 from model.unet import UNet2D
 from model.unet_config import UNetConfig
@@ -422,6 +423,39 @@ def test_a_check_without_its_fields_approves_nothing_of_use(folder: Path) -> Non
 def test_approval_that_is_no_list_of_checks_is_refused(folder: Path, approved: object) -> None:
     edit_json(folder / "tminus.json", approved=approved)
     with pytest.raises(CheckpointError, match=r"tminus\.json: approved must be a list of checks, got "):
+        load_checkpoint(folder)
+
+
+# --- what is recommended ------------------------------------------------------------------------------------------
+
+
+def test_what_is_recommended_is_read_and_changes_no_hash(conditional: Path) -> None:
+    before = load_checkpoint(conditional)
+    assert before.recommended is None
+    edit_json(conditional / "tminus.json", recommended={"sampler": "dpmpp_2m", "steps": 5, "guidance": 1.5})
+    loaded = load_checkpoint(conditional)
+    assert loaded.recommended == Recommended("dpmpp_2m", 5, 1.5)
+    assert loaded.weights_hash == before.weights_hash
+    edit_json(conditional / "tminus.json", recommended=None)
+    assert load_checkpoint(conditional).recommended is None
+
+
+@pytest.mark.parametrize("recommended", [None, Recommended("ddim", 7), Recommended("dpmpp_2m", 20, 1.5)])
+def test_what_is_recommended_is_saved_with_the_weights(conditional: Path, recommended: Recommended | None) -> None:
+    state = load_checkpoint(conditional).net.state_dict()
+    save_checkpoint(conditional, state, CONDITIONAL, SHORT, LABELS, {}, recommended)
+    assert load_checkpoint(conditional).recommended == recommended
+    assert read_recommended(conditional, SHORT, LABELS) == recommended
+    (conditional / "tminus.json").unlink()
+    assert read_recommended(conditional, SHORT, LABELS) is None
+
+
+def test_a_bad_recommendation_is_refused_with_the_file_that_holds_it(folder: Path) -> None:
+    edit_json(folder / "tminus.json", recommended={"sampler": "ddim", "steps": 21})
+    with pytest.raises(CheckpointError, match=r"tminus\.json: recommended steps must be .* 1\.\.20, got 21$"):
+        load_checkpoint(folder)
+    edit_json(folder / "tminus.json", recommended={"sampler": "ddim", "steps": 20, "guidance": 2})
+    with pytest.raises(CheckpointError, match=r"tminus\.json: recommended guidance must be 1 \(off\) without a null"):
         load_checkpoint(folder)
 
 

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from model.checkpoint import load_checkpoint
 from model.data import ImageSet
 from model.files import CheckpointError
 from model.noise import NoiseConfig
+from model.recommended import Recommended
 from model.train import STATE_FILE, TrainConfig, TrainError, batch_indices, faster_precision, step_seed, train
 from model.unet import UNet2D
 from model.unet_config import UNetConfig
@@ -347,6 +349,24 @@ def test_new_run_starts_from_the_weights_it_is_given(straight: Path, tmp_path: P
         assert torch.equal(state["net"][key], value)
     assert state["step"] == 1
     assert provenance_in(tmp_path / "new")["init_from"] == str(straight)
+
+
+def test_what_is_recommended_is_kept_by_a_resumed_run_and_by_a_new_one_from_its_weights(
+    straight: Path, tmp_path: Path
+) -> None:
+    origin, new, short = tmp_path / "origin", tmp_path / "new", tmp_path / "short"
+    shutil.copytree(straight, origin)
+    meta = json.loads((origin / "tminus.json").read_text("utf-8"))
+    recommended = {"sampler": "dpmpp_2m", "steps": 7, "guidance": 1.5}
+    (origin / "tminus.json").write_text(json.dumps(meta | {"recommended": recommended}), "utf-8")
+    assert run(origin, dataclasses.replace(RUN, steps=9))
+    assert run(new, dataclasses.replace(RUN, steps=1), init_from=origin)
+    for folder in (origin, new):
+        assert load_checkpoint(folder).recommended == Recommended(**recommended)
+    few = dataclasses.replace(NOISE, num_train_timesteps=6)
+    one = dataclasses.replace(RUN, steps=1)
+    assert train(short, toy_images(), CONDITIONAL, few, one, device=CPU, init_from=origin)
+    assert load_checkpoint(short).recommended is None, "it has fewer timesteps than that"
 
 
 def test_new_run_without_them_starts_elsewhere(straight: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ INFO = ModelInfo(
     clip=True,
     samplers=("ddpm", "ddim", "dpmpp_2m"),
     default_sampler="ddpm",
+    recommended=None,
     conditional=True,
     class_names=("cat", "dog", "3d-print"),
     null_class=3,

@@ -20,11 +20,8 @@ LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "api", "a
 WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_id", "spec", "work"}
 APP = {"app", "server", "settings", "starting"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
-PURE_MODEL = {
-    "model",
-    "model.pixels",
-    "model.timesteps",
-}  # what of model/ needs no torch, and may be asked for anywhere
+# What of model/ needs no torch, and may be asked for anywhere.
+PURE_MODEL = {"model", "model.pixels", "model.recommended", "model.timesteps"}
 MAY_RENDER_HTTP = {"service.api.problems"}
 
 

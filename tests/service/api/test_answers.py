@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from model.recommended import Recommended
 from service.api.answers import JobAnswer
 from service.jobs.store import JobRecord
 from service.jobs.views import JobView
@@ -33,6 +34,7 @@ MODEL: dict[str, Any] = {
     "clip": True,
     "samplers": ["ddpm", "ddim", "dpmpp_2m"],
     "default_sampler": "ddpm",
+    "recommended": None,
     "conditional": True,
     "class_names": ["cat", "dog", "3d-print"],
     "null_class": 3,
@@ -62,7 +64,7 @@ SCHEDULE = ["alpha_bar", "beta"]
 STATUS = ["status"]
 COMPONENTS = {
     "JobAnswer": JOB, "JobPage": PAGE, "ModelAnswer": [*MODEL], "LimitsAnswer": [*MODEL["limits"]],
-    "ScheduleAnswer": SCHEDULE, "StatusAnswer": STATUS,
+    "RecommendedAnswer": ["sampler", "steps", "guidance"], "ScheduleAnswer": SCHEDULE, "StatusAnswer": STATUS,
 }  # fmt: skip
 TYPES: dict[str, Any] = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
 
@@ -127,6 +129,12 @@ def test_a_model_without_classes_fits_its_schema_too(make_site: MakeSite) -> Non
     site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
     document = Described(site).answer("GET", "/model")
     assert (document["class_names"], document["null_class"]) == ([], None)
+
+
+def test_what_the_checkpoint_recommends_is_told(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, recommended=Recommended("dpmpp_2m", 20, 1.5)))
+    document = Described(site).answer("GET", "/model")
+    assert document["recommended"] == {"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.5}
 
 
 def test_the_schedule_and_the_probes_fit_their_schemas(site: Site) -> None:

@@ -21,6 +21,13 @@ def test_the_page_and_its_files_are_served(site: Site) -> None:
         assert site.client.get(f"/page/{name}", headers={"If-None-Match": file.headers["etag"]}).status_code == 304
 
 
+def test_head_of_the_page_is_get_without_a_body(site: Site) -> None:
+    got, head = site.client.get("/"), site.client.head("/")
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-length", "content-type", "etag", "content-security-policy"):
+        assert head.headers[name] == got.headers[name]
+
+
 @pytest.mark.parametrize("name", ["nothing.js", "..%2fapp.py", "%2e%2e%2fapp.py"])
 def test_nothing_else_is(site: Site, name: str) -> None:
     problem(site.client.get(f"/page/{name}"), 404, "not_found")

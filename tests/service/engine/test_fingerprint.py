@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint
+from model.recommended import Recommended
 from model.samplers import SAMPLERS
 from service.engine import fingerprint
 from service.engine.engine import Engine
@@ -94,6 +95,14 @@ def test_every_field_of_the_noise_config_is_in_the_fingerprint(
 def test_the_null_class_is_in_the_fingerprint(tiny: Checkpoint) -> None:
     other = replace(tiny, labels=replace(tiny.labels, class_names=("cat", "dog", "3d-print"), null_class=2))
     assert fingerprint_of(tiny) != fingerprint_of(other)
+
+
+def test_what_is_recommended_is_told_and_moves_no_bit(tiny: Checkpoint) -> None:
+    other = replace(tiny, recommended=Recommended("dpmpp_2m", 20, 1.5))
+    executor = EagerExecutor(tiny.net, CPU)
+    assert make_model_info(tiny, CPU, executor, exact=True).recommended is None
+    assert make_model_info(other, CPU, executor, exact=True).recommended == other.recommended
+    assert fingerprint_of(tiny) == fingerprint_of(other)
 
 
 @pytest.mark.parametrize("package", ["tminus", "pillow", "zlib", "torch"])
