@@ -78,7 +78,7 @@ def edits_that_diffusers_makes() -> Iterator[tuple[int, float | None, bool, str,
                 yield steps, strength, masked, sampler, eta
 
 
-@pytest.mark.parametrize(("steps", "strength", "masked", "sampler", "eta"), edits_that_diffusers_makes())
+@pytest.mark.parametrize(("steps", "strength", "masked", "sampler", "eta"), [*edits_that_diffusers_makes()])
 def test_every_step_is_that_of_diffusers(
     tiny: Checkpoint,
     monkeypatch: pytest.MonkeyPatch,
