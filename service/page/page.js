@@ -76,8 +76,8 @@ function fillForm() {
 function fillFrom(spec) {
   for (const name of ["sampler", "steps", "n"]) form.elements[name].value = spec[name];
   form.elements.seed.value = spec.seed ?? "";
-  form.elements.guidance.value = spec.guidance ?? 1;
   const labels = new Set([spec.class_label ?? null].flat());
+  if (!labels.has(null)) form.elements.guidance.value = spec.guidance ?? 1; // else it had none
   if (labels.size === 1) form.elements.class_label.value = [...labels][0] ?? "";
   stepsChosen = spec.steps !== suitableSteps(spec.sampler);
   suitGuidance();
