@@ -46,7 +46,7 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
         return None
     if isinstance(label, str) and label in names:
         return names.index(label)
-    number = int(label) if isinstance(label, int) or (DIGITS.fullmatch(label) and len(label) < 10) else -1
+    number = int(label) if isinstance(label, int) or (len(label) < 10 and DIGITS.fullmatch(label)) else -1
     if not 0 <= number < len(names):
         raise InvalidField.of("class_label", class_bound(model), label)
     return number
