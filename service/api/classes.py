@@ -48,7 +48,7 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
         return None
     if isinstance(label, str) and (named := _numbers_by_name(model.class_names).get(label.casefold())) is not None:
         return named
-    number = int(label) if isinstance(label, int) or (DIGITS.fullmatch(label) and len(label) < 10) else -1
+    number = int(label) if isinstance(label, int) or (len(label) < 10 and DIGITS.fullmatch(label)) else -1
     if not 0 <= number < len(model.class_names):
         raise InvalidField.of("class_label", class_bound(model), label)
     return number

@@ -43,7 +43,7 @@ FAILURES = {
     413: "The body is too large",
     415: "The body is compressed, or of no type that is taken",
     422: "A parameter is invalid, unknown or given twice",
-    429: "Too much is asked for at once; Retry-After says when there should be room",
+    429: "Too much is asked for at once; Retry-After, where it is, says when there should be room",
     500: "The server failed",
     503: "The server is starting or shutting down",
     504: "deadline_s passed before the job was done",

@@ -50,6 +50,31 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
         assert properties["image"]["format"] == properties["mask"]["format"] == "binary"
 
 
+COMPANIONS: dict[str, dict[str, Any]] = {"eta": {"sampler": "ddim"}, "guidance": {"class_label": "cat"}}
+
+
+def test_the_bounds_in_openapi_are_those_that_hold(site: Site) -> None:
+    document = site.client.get("/openapi.json").json()
+    bounded = set()
+    for parameter in document["paths"]["/jobs"]["post"]["parameters"]:
+        name, schema = parameter["name"], parameter["schema"]
+        if "maximum" not in schema or "exclusiveMinimum" in schema:
+            continue
+        bounded.add(name)
+        companions = COMPANIONS.get(name, {})
+        for value, status in (
+            (schema["minimum"], 202),
+            (schema["maximum"], 202),
+            (schema["minimum"] - 1, 422),
+            (schema["maximum"] + 1, 422),
+        ):
+            answer = site.client.post("/jobs", params=companions | {name: value})
+            assert answer.status_code == status, (name, value, answer.text)
+            if status == 202:
+                site.client.post(f"{answer.headers['location']}/cancel")
+    assert bounded == {"n", "steps", "eta", "seed", "index", "guidance"}
+
+
 def test_every_refusal_is_described_as_a_problem_document(site: Site) -> None:
     document = site.client.get("/openapi.json").json()
     for path, methods in document["paths"].items():
