@@ -111,16 +111,6 @@ def test_one_job_is_told_by_its_id(asked: Asked) -> None:
     problem(asked.site.client.get(f"/jobs/{job['id']}"), 404, "job_not_found")
 
 
-def test_the_time_at_which_a_job_was_accepted_never_changes(asked: Asked) -> None:
-    running = asked.post(steps=3, seed=1)
-    asked.site.engine.next_begun()
-    (job,) = asked.wait_for(1)
-    looks = [asked.site.client.get(f"/jobs/{job['id']}").json()["created"] for _ in range(50)]
-    assert set(looks) == {job["created"]}
-    asked.site.engine.gate.open()
-    running.result(PATIENCE_S)
-
-
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize("job_id", ["0" * 32, "x", "%00", "%F0%9F%98%80", "a" * 3000, "..;", "None"])
 def test_an_unknown_job_is_a_problem(site: Site, method: str, job_id: str) -> None:

@@ -1,0 +1,11 @@
+from service.jobs.views import passing_view
+from service.work import Outlook, work_of
+from service.worker.running_job import RunningJob
+from tests.service.fakes import INFO, make_spec
+
+
+def test_the_time_at_which_a_job_was_accepted_is_the_same_however_late_one_looks() -> None:
+    spec = make_spec()
+    job = RunningJob("a" * 32, spec, work_of(spec, INFO), submitted_s=10.0, deadline_s=None)
+    views = [passing_view(job.status(Outlook(0, 1.0), now_s)) for now_s in (10.0, 10.0007, 25.0)]
+    assert {view.record.created_us for view in views} == {job.created_us}
