@@ -18,7 +18,6 @@ from service.api.openapi import (
     Contract,
     failures,
 )
-from service.api.problems import NOSNIFF
 from service.api.request import accept_header, no_parameters, read_parameters, read_query
 from service.api.schemas import JobsRequest, SampleRequest
 from service.api.services import Services
@@ -114,7 +113,7 @@ async def image(services: Services, request: Request, job_id: str) -> Response:
         "X-Fingerprint": made_by.fingerprint,
         "Vary": "Accept",
     }
-    headers |= NOSNIFF | cache_headers(tag) | advice_headers(record.spec, services.model)
+    headers |= cache_headers(tag) | advice_headers(record.spec, services.model)
     if matches(request.headers.getlist("if-none-match"), request.method, tag):
         return Response(status_code=304, headers=headers)
     content = await services.encoder.encode(media_type, record.spec, lambda: images, made_by)

@@ -13,7 +13,6 @@ from service.api.fields import SEED_BITS
 from service.api.multipart import read_upload
 from service.api.negotiation import negotiate
 from service.api.openapi import IF_NONE_MATCH, NOISE_BODY, NOT_MODIFIED, OF_BODY, Contract, answer, failures
-from service.api.problems import NOSNIFF
 from service.api.request import (
     accept_header,
     check_encoding,
@@ -64,7 +63,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     }
     tag = None if asked.seed is None else _etag(recipe, image)
     headers = {"X-Seed": str(seed), "X-Alpha-Bar": repr(alpha_bar), "X-Fingerprint": model.fingerprint}
-    headers |= NOSNIFF | cache_headers(tag)
+    headers |= cache_headers(tag)
     if tag is not None and matches(request.headers.getlist("if-none-match"), request.method, tag):
         services.metrics.answered_without_work("not_modified")
         return Response(status_code=304, headers=headers)

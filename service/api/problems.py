@@ -14,13 +14,12 @@ from service.request_id import REQUEST_ID
 log = logging.getLogger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
-NOSNIFF = {"X-Content-Type-Options": "nosniff"}  # no browser is to take text of a client's, or pixels, for a page
 
 
 def render(error: ServiceError) -> Response:
     """The response for an error of ours."""
     body = json.dumps(error.problem(), ensure_ascii=False)
-    return Response(body, error.status, error.headers | NOSNIFF, media_type=PROBLEM_JSON)
+    return Response(body, error.status, error.headers, media_type=PROBLEM_JSON)
 
 
 def install(app: FastAPI, metrics: Metrics) -> None:
@@ -36,7 +35,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = HTTPStatus(error.status_code).name.lower()
-        headers = {**(error.headers or {}), **NOSNIFF}
+        headers = dict(error.headers or {})
         if methods := app.openapi()["paths"].get(
             getattr(request.scope.get("route"), "path", request.url.path)
         ):  # the framework knows one route's methods only

@@ -23,7 +23,6 @@ from service.api.openapi import (
     Described,
     failures,
 )
-from service.api.problems import NOSNIFF
 from service.api.progress import result_of
 from service.api.request import accept_header, prefers_async, read_parameters, while_connected
 from service.api.schemas import AnimationRequest, SampleRequest
@@ -165,7 +164,7 @@ async def _accept(
 
 def _headers(services: Services, job: _Job) -> dict[str, str]:
     headers = {"X-Seed": str(job.answer.spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
-    return headers | NOSNIFF | cache_headers(job.etag) | advice_headers(job.answer.spec, services.model)
+    return headers | cache_headers(job.etag) | advice_headers(job.answer.spec, services.model)
 
 
 def _known(services: Services, request: Request, job: _Job) -> Response | None:

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
+from service.api.advice import warning_of
 from service.api.middleware import address_of, new_request_id, target_of
 from service.api.previews import StreamRequest
 from service.api.problems import render
@@ -249,7 +250,7 @@ def _accepted_message(job_id: str, spec: SampleSpec, ticket: Ticket, model: Mode
         "eta_s": round(ticket.outlook.eta_s, 3),
         "position": ticket.outlook.position,
         "fingerprint": model.fingerprint,
-    }
+    } | ({"warning": warning} if (warning := warning_of(spec, model)) is not None else {})
 
 
 def _frame_message(frame: Frame, spec: SampleSpec, t: int, show: str, eta_s: float) -> dict[str, Any]:

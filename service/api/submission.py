@@ -8,7 +8,6 @@ from fastapi.responses import JSONResponse
 
 from service.api.advice import advice_headers
 from service.api.answers import JobAnswer
-from service.api.problems import NOSNIFF
 from service.api.request import idempotency_key, off_loop, while_connected
 from service.api.schemas import PICTURES, SampleRequest
 from service.api.services import Services
@@ -46,7 +45,7 @@ async def accept(services: Services, request: Request, asked: SampleRequest) -> 
         "X-Seed": str(view.record.spec.seed),
         "Cache-Control": "no-store",
     }
-    headers |= NOSNIFF | advice_headers(view.record.spec, services.model)
+    headers |= advice_headers(view.record.spec, services.model)
     if again:
         headers["Idempotent-Replayed"] = "true"
     return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)

@@ -105,3 +105,22 @@ def test_a_long_target_is_cut(site: Site, caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.INFO):
         site.client.get("/nowhere?" + "x" * 10_000)
     assert all(len(each.getMessage()) < 500 for each in caplog.records if each.name.startswith("service"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/model",
+        "/healthz",
+        "/metrics",
+        "/jobs",
+        "/nowhere",
+        "/sample?n=0",
+        "/page/page.js",
+    ],
+)
+def test_no_answer_may_be_taken_for_something_else(site: Site, path: str) -> None:
+    assert site.client.get(path).headers["x-content-type-options"] == "nosniff"
