@@ -12,7 +12,7 @@ serve: $(VENV)/.installed
 
 # In parallel, with coverage, all but what holds a real server to a time: that wants the cores to itself.
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n 3 --dist worksteal -m "not alone" --cov --cov-report term:skip-covered
+	$(BIN)/pytest -n auto --dist worksteal -m "not alone" --cov --cov-report term:skip-covered
 	$(BIN)/pytest -m alone
 
 # For the inner loop: no real servers, nothing slow.

@@ -140,6 +140,7 @@ def _services(
         store_up=lambda: async_store.failure is None,
         streams_open=lambda: streams.open,
         stalled_s=lambda: worker.stalled_s,
+        tick_time_ratio=lambda: admission.tick_time_ratio,
     )
 
     @asynccontextmanager

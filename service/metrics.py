@@ -99,6 +99,7 @@ class Metrics:
         store_up: Callable[[], bool],
         streams_open: Callable[[], int],
         stalled_s: Callable[[], float],
+        tick_time_ratio: Callable[[], float],
     ) -> None:
         """Add the gauges whose values are read when /metrics is."""
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
@@ -108,6 +109,7 @@ class Metrics:
             "backlog_seconds": ("Predicted seconds of accepted work", backlog_s),
             "store_up": ("1 while the store of durable jobs can be written to, else 0", store_up),
             "streams_open": ("WebSockets and event streams that are open", streams_open),
+            "tick_time_ratio": ("How much longer ticks take now than was measured at the start", tick_time_ratio),
             "stalled_seconds": ("How long a step has run that is far over its time; 0 where none is", stalled_s),
             "device_memory_bytes": ("Memory of tensors on the GPU; 0 on a CPU", lambda: device_memory_bytes() or 0),
         }

@@ -1,5 +1,6 @@
 """Which ways of running the network a request for an executor allows, before any is measured."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from model.checkpoint import Checkpoint
 from service.engine import openvino_executor
 from service.engine.executors import MAX_GRAPHS, PRECISIONS
+
+log = logging.getLogger(__name__)
 
 EXECUTORS = ("eager", "compile", "openvino")
 
@@ -55,6 +58,10 @@ def find_candidates(checkpoint: Checkpoint, device: torch.device, wish: Wish) ->
     if wish.executor == "auto":
         # On a CPU torch.compile needs a compiler and a minute, and was never the fastest: only when asked for.
         names = ("compile", "eager") if device.type == "cuda" else ("openvino", "eager")
+        if device.type == "cpu" and not openvino_executor.available():
+            log.warning(
+                "openvino is not installed; on a CPU it is some three times faster: pip install 'tminus[openvino]'"
+            )
     candidates = []
     for name in names:
         for precision in _precisions(checkpoint, device, wish, name):

@@ -15,6 +15,7 @@ from service.engine.candidates import Wish
 from service.engine.devices import choose_device, default_max_rows
 from service.engine.engine import Engine
 from service.engine.executors import probe_bits
+from service.engine.memory import check_memory
 from service.engine.options import LoadOptions
 from service.engine.selftest import same_alone_and_together
 from service.scheduling.tick_times import smallest_batch_at
@@ -57,7 +58,9 @@ def read_checkpoint(options: LoadOptions) -> Checkpoint:
         raise ValueError(
             f"one GPU is served, the first that is visible: CUDA_VISIBLE_DEVICES={device.index}, not {device}"
         )
-    return load_checkpoint(options.checkpoint)
+    checkpoint = load_checkpoint(options.checkpoint)
+    check_memory(checkpoint.net.config, checkpoint.size_px, device)
+    return checkpoint
 
 
 def prepare_engine(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:

@@ -109,6 +109,12 @@ class Admission:
         return server.load.places * server.tick_times.seconds_per_place(self._limits.max_batch)
 
     @property
+    def tick_time_ratio(self) -> float:
+        """How much longer ticks take now than was measured at the start."""
+        with self._lock:
+            return self._tick_times.correction
+
+    @property
     def longest_tick_s(self) -> float:
         """Predicted seconds of a full tick."""
         with self._lock:

@@ -42,6 +42,7 @@ def moved() -> dict[str, Metric]:
         store_up=lambda: True,
         streams_open=lambda: 1,
         stalled_s=lambda: 1.0,
+        tick_time_ratio=lambda: 1.0,
     )
     metrics.ticked(1.0, 1, {"ddpm": 1})
     metrics.job_started(queue_s=1.0, first_step_s=1.0)

@@ -426,11 +426,13 @@ def test_a_draining_server_refuses(site: Site) -> None:
 
 
 def test_openapi_has_the_route(site: Site) -> None:
-    operation = site.client.get("/openapi.json").json()["paths"]["/noise"]["post"]
+    document = site.client.get("/openapi.json").json()
+    operation = document["paths"]["/noise"]["post"]
     names = [parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query"]
     assert names == ["t", "seed"]
     assert all(parameter["description"] for parameter in operation["parameters"])
     content = operation["requestBody"]["content"]
     assert {"image/png", "image/jpeg", "image/webp", "application/octet-stream"} <= content.keys()
-    assert content["multipart/form-data"]["schema"]["properties"].keys() == {"image", "t", "seed"}
+    form = content["multipart/form-data"]["schema"]["$ref"].rpartition("/")[2]
+    assert document["components"]["schemas"][form]["properties"].keys() == {"image", "t", "seed"}
     assert "image/png" in operation["responses"]["200"]["content"]

@@ -178,7 +178,7 @@ expected-statuses = ["2xx", "3xx", 404, 406, 409, 410, 422, 429]
 """
 # DELETE of a job that has not ended cancels it, and it can still be looked at.
 FUZZ = ["--checks", "all", "--exclude-checks", "use_after_free"]
-FUZZ += ["--max-examples", "20", "--seed", "1", "--no-color", "--suppress-health-check", "all"]
+FUZZ += ["--max-examples", "12", "--seed", "1", "--no-color", "--suppress-health-check", "all"]
 
 
 @pytest.mark.slow

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.files import CheckpointError
-from service.engine import autotune, loading
+from service.engine import autotune, loading, memory
 from service.engine.autotune import AGREE_ROWS, agree_rows
 from service.engine.executors import EagerExecutor, Executor
 from service.engine.loading import MIN_BATCH, load_engine
@@ -20,7 +21,9 @@ from service.engine.local import sample_locally
 from service.engine.options import LoadOptions
 from service.images.encoder import PNG, etag
 from service.spec import trial_spec
+from service.work import Batch
 from tests.service.conftest import Around, MakeCheckpoint
+from tests.service.fakes import make_spec
 
 pytestmark = pytest.mark.slow
 
@@ -284,3 +287,33 @@ def test_a_class_that_gives_nan_does_not_keep_the_others_from_being_served(
     engine = load_engine(overflow_class(tmp_path / "nan", options, make_checkpoint, label)).engine
     good = replace(trial_spec(engine.info, 1, 3), class_labels=(2,))
     assert sample_locally(engine, good, 4, lambda rows: None).shape == (1, 8, 8, 1)
+
+
+def test_a_model_of_which_no_row_fits_the_memory_is_refused_before_it_takes_any(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"sample_size 8x8 of this U-Net takes about .* GiB for one image"):
+        loading.read_checkpoint(options)
+
+
+def test_what_a_pass_takes_grows_with_the_pixels_and_with_their_square_where_there_is_attention(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    config = make_checkpoint().net.config
+    small, large = memory.pass_bytes(config, (8, 8)), memory.pass_bytes(config, (16, 16))
+    assert 4 * small <= large <= 16 * small
+    huge = replace(config, sample_size=4096)
+    assert memory.pass_bytes(huge, (4096, 4096)) > 2**40
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_precision_are_served_as_float32(
+    options: LoadOptions, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = options.checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({key: value.to(dtype) for key, value in load_file(file).items()}, file)
+    loaded = load_engine(options)
+    rows = loaded.engine.add(make_spec(n=1, steps=1))
+    loaded.engine.step(Batch(rows, (0,), ()))
+    assert loaded.engine.images(rows)().shape == (1, 8, 8, 1)

@@ -1,16 +1,11 @@
 """An ETA counts on as much work as has come lately."""
 
-import random
-from dataclasses import replace
 from statistics import median, quantiles
 
 import pytest
 
+from bench.simulate import LIMITS, mixed, serve
 from service.scheduling.arrivals import WINDOW_S, WINDOWS, Arrivals
-from service.scheduling.tick_times import TickTimes
-from service.work import Work
-from tests.service.scheduling.test_admission import LIMITS, plain
-from tests.service.scheduling.test_room import TICKS, serve
 
 
 def come(arrivals: Arrivals, places: float, windows: int) -> None:
@@ -50,15 +45,9 @@ def test_what_came_long_ago_is_forgotten() -> None:
 @pytest.mark.parametrize("load", [0.7, 0.85])
 def test_under_a_steady_mix_what_was_told_is_about_what_it_takes(load: float) -> None:
     """Most jobs short, a few of a thousand steps. Nearly all are done in twice the time that they were told."""
-    mix, time_s = random.Random(3), 0.0
-    place_s = TickTimes(TICKS).seconds_per_place(8)
-    arrivals: list[tuple[float, Work]] = []
-    while time_s < 900.0:
-        work = plain(2, mix.choices([20, 50, 1000], [80, 15, 5])[0])
-        time_s += mix.expovariate(load / (2 * 73.5 * place_s))
-        arrivals.append((time_s, work))
-    outcome = serve(arrivals, replace(LIMITS, max_jobs=1000, max_rows=10_000), TICKS)
+    requests = mixed(load, 900.0, seed=3)
+    outcome = serve(requests, LIMITS)
     for steps in (20, 50, 1000):
-        found = [outcome.took[k] / outcome.told[k] for k, (_, work) in enumerate(arrivals) if work.steps == steps]
+        found = [outcome.took[k] / outcome.told[k] for k, (_, work) in enumerate(requests) if work.steps == steps]
         assert 0.7 < median(found) < 1.35, steps
         assert quantiles(found, n=20)[-1] < 2.0, steps

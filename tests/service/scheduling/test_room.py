@@ -1,23 +1,23 @@
 """When a refused client is told to come again, and that nobody is refused for the sake of one who was told a time."""
 
-import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from statistics import median
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import Overloaded
+from bench import simulate
+from bench.simulate import TICKS, Outcome
 from service.model_info import Limits
 from service.scheduling.admission import Admission
 from service.scheduling.room import SPREAD_S, Line
-from service.scheduling.scheduler import Policy, Scheduler, Sharing
+from service.scheduling.scheduler import Policy
 from service.scheduling.tick_times import TickTimes
-from service.work import Batch, Work
+from service.work import Work
 from tests.service.scheduling.test_admission import LIMITS, make_admission, plain, refusal, wait_of
 
 # --- the line ---
@@ -82,71 +82,28 @@ def test_who_asks_again_and_again_without_waiting_costs_others_little() -> None:
 # --- for every load: the scheduler itself, with a clock of predicted ticks ---
 
 
-@dataclass
-class Outcome:
-    tries: Counter[int] = field(default_factory=Counter)  # of those who were let in, by number of tries
-    waits: list[int] = field(default_factory=list)
-    entered: dict[int, float] = field(default_factory=dict)  # when each request was let in
-    told: dict[int, float] = field(default_factory=dict)  # the ETA that it was told then
-    took: dict[int, float] = field(default_factory=dict)  # and how long it took
-    done: list[tuple[float, float]] = field(default_factory=list)  # at the end of each tick, its work in full seconds
-    ended_s: float = 0.0
+def check_refusal(limits: Limits, points: tuple[tuple[int, float], ...]) -> Callable[[Admission, Work], None]:
+    """Nobody is refused while there is room."""
+    place_s = TickTimes(points).seconds_per_place(limits.max_batch)
+
+    def check(admission: Admission, work: Work) -> None:
+        jobs, rows = len(admission.outlooks(0.0)), admission.rows
+        assert jobs > 0, "an idle server takes all"
+        over_backlog = admission.backlog_s + work.places * place_s > limits.max_backlog_s
+        assert over_backlog or jobs == limits.max_jobs or rows + work.rows > limits.max_rows
+
+    return check
 
 
 def serve(
     requests: Sequence[tuple[float, Work]],
     limits: Limits,
-    points: tuple[tuple[int, float], ...],
+    points: tuple[tuple[int, float], ...] = TICKS,
     policy: Policy = "srpt",
     comes_back: Callable[[int], bool] = lambda _number: True,
 ) -> Outcome:
-    """Run requests at their times to the end of all work.
-
-    comes_back: whether a request that was refused is made again when it was told to be.
-    """
-    sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=limits.max_batch // 2)
-    scheduler, times = Scheduler(sharing), TickTimes(points)
-    admission = Admission(limits, sharing)
-    admission.calibrate(points)
-    place_s = times.seconds_per_place(limits.max_batch)
-    coming = [(at_s, number, 1) for number, (at_s, _) in enumerate(requests)]
-    heapq.heapify(coming)
-    outcome, row = Outcome(), 0
-    running: tuple[Batch, float] | None = None  # and when its tick ends
-    while coming or running is not None:
-        if running is not None and (not coming or running[1] <= coming[0][0]):
-            batch, now_s = running
-            admission.stepped({job.job_id: job.places for job in batch.jobs}, batch.places, times.seconds(batch.places))
-            outcome.done.append((now_s, batch.places * place_s))
-            for job_id in scheduler.advance(batch).finished:
-                admission.leave(job_id)
-                outcome.took[int(job_id)] = now_s - outcome.entered[int(job_id)]
-            running = None
-        else:
-            now_s, number, tries = heapq.heappop(coming)
-            work = requests[number][1]
-            try:
-                outlook = admission.enter(str(number), work, now_s=now_s)
-            except Overloaded as error:
-                jobs, rows = len(admission.outlooks(0.0)), admission.rows
-                assert jobs > 0, "an idle server takes all"
-                over_backlog = admission.backlog_s + work.places * place_s > limits.max_backlog_s
-                assert over_backlog or jobs == limits.max_jobs or rows + work.rows > limits.max_rows
-                outcome.waits.append(wait_of(error))
-                if comes_back(number):
-                    heapq.heappush(coming, (now_s + wait_of(error), number, tries + 1))
-            else:
-                outcome.tries[tries] += 1
-                outcome.entered[number], outcome.told[number] = now_s, outlook.eta_s
-                scheduler.add(str(number), range(row, row + work.rows), work)
-                row += work.rows
-            assert len(admission.outlooks(0.0)) <= limits.max_jobs
-            assert admission.rows <= limits.max_rows
-        if running is None and (batch := scheduler.next_batch()) is not None:
-            running = (batch, now_s + times.seconds(batch.places))
-    assert (len(admission.outlooks(0.0)), admission.rows, admission.backlog_s) == (0, 0, 0)
-    outcome.ended_s = now_s
-    return outcome
+    on_refusal = check_refusal(limits, points)
+    return simulate.serve(requests, limits, points, policy, comes_back=comes_back, on_refusal=on_refusal)
 
 
 @st.composite
@@ -161,7 +118,6 @@ def requests(draw: st.DrawFn) -> list[tuple[float, Work]]:
     return [(draw(st.floats(0, 1)) * span_s, work) for work in draw(st.lists(works(), min_size=1, max_size=40))]
 
 
-TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))
 tick_points = st.sampled_from([((8, 1 / 8),), TICKS, ((1, 0.02), (8, 0.022)), ((1, 0.01), (8, 0.08))])
 
 

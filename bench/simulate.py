@@ -1,0 +1,141 @@
+"""The scheduler and admission themselves, with a clock of predicted ticks: minutes of load in seconds, no network.
+
+    python -m bench.simulate [--seconds 1800]
+
+Prints, by load, how long short and long jobs take in the mix of the design (80 % of 20 steps, 15 % of 50, 5 % of 1000),
+with the reserve for the oldest job and without it, and by how much an ETA was overtaken.
+"""
+
+import argparse
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median, quantiles
+
+from service.errors import Overloaded
+from service.model_info import Limits
+from service.scheduling.admission import Admission
+from service.scheduling.scheduler import Policy, Scheduler, Sharing
+from service.scheduling.tick_times import TickTimes
+from service.work import Batch, Work
+
+TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
+LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)
+MIX = {20: 80, 50: 15, 1000: 5}  # steps, and how many of a hundred jobs have them
+ROWS = 2
+LOADS = (0.5, 0.7, 0.8, 0.9, 0.95)
+
+OnRefusal = Callable[[Admission, Work], None]
+
+
+@dataclass
+class Outcome:
+    """What became of the requests, by their numbers."""
+
+    tries: Counter[int] = field(default_factory=Counter)  # of those who were let in, by number of tries
+    waits: list[int] = field(default_factory=list)  # that the refused were told, in seconds
+    entered: dict[int, float] = field(default_factory=dict)  # when each request was let in
+    told: dict[int, float] = field(default_factory=dict)  # the ETA that it was told then
+    took: dict[int, float] = field(default_factory=dict)  # and how long it took
+    done: list[tuple[float, float]] = field(default_factory=list)  # at the end of each tick, its work in full seconds
+    ended_s: float = 0.0
+
+
+def serve(
+    requests: Sequence[tuple[float, Work]],
+    limits: Limits,
+    points: tuple[tuple[int, float], ...] = TICKS,
+    policy: Policy = "srpt",
+    *,
+    reserved: int | None = None,
+    comes_back: Callable[[int], bool] = lambda _number: True,
+    on_refusal: OnRefusal = lambda _admission, _work: None,
+) -> Outcome:
+    """Run requests at their times to the end of all work.
+
+    reserved: places for the oldest job; None for the usual. comes_back: whether a request that was refused is made
+    again when it was told to be.
+    """
+    sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=limits.max_batch // 2)
+    if reserved is not None:
+        sharing = replace(sharing, reserved=reserved)
+    scheduler, times = Scheduler(sharing), TickTimes(points)
+    admission = Admission(limits, sharing)
+    admission.calibrate(points)
+    place_s = times.seconds_per_place(limits.max_batch)
+    coming = [(at_s, number, 1) for number, (at_s, _) in enumerate(requests)]
+    heapq.heapify(coming)
+    outcome, row = Outcome(), 0
+    running: tuple[Batch, float] | None = None  # and when its tick ends
+    while coming or running is not None:
+        if running is not None and (not coming or running[1] <= coming[0][0]):
+            batch, now_s = running
+            admission.stepped({job.job_id: job.places for job in batch.jobs}, batch.places, times.seconds(batch.places))
+            outcome.done.append((now_s, batch.places * place_s))
+            for job_id in scheduler.advance(batch).finished:
+                admission.leave(job_id)
+                outcome.took[int(job_id)] = now_s - outcome.entered[int(job_id)]
+            running = None
+        else:
+            now_s, number, tries = heapq.heappop(coming)
+            work = requests[number][1]
+            try:
+                outlook = admission.enter(str(number), work, now_s=now_s)
+            except Overloaded as error:
+                on_refusal(admission, work)
+                wait_s = int(error.headers["Retry-After"])
+                outcome.waits.append(wait_s)
+                if comes_back(number):
+                    heapq.heappush(coming, (now_s + wait_s, number, tries + 1))
+            else:
+                outcome.tries[tries] += 1
+                outcome.entered[number], outcome.told[number] = now_s, outlook.eta_s
+                scheduler.add(str(number), range(row, row + work.rows), work)
+                row += work.rows
+        if running is None and (batch := scheduler.next_batch()) is not None:
+            running = (batch, now_s + times.seconds(batch.places))
+    assert (len(admission.outlooks(now_s)), admission.rows, admission.backlog_s) == (0, 0, 0)
+    outcome.ended_s = now_s
+    return outcome
+
+
+def mixed(load: float, seconds: float, seed: int) -> list[tuple[float, Work]]:
+    """Requests of the mix at random moments, that together take a share of the machine."""
+    rng, time_s = random.Random(seed), 0.0
+    mean_places = ROWS * sum(steps * share for steps, share in MIX.items()) / sum(MIX.values())
+    per_s = load / (mean_places * TickTimes(TICKS).seconds_per_place(LIMITS.max_batch))
+    made = []
+    while (time_s := time_s + rng.expovariate(per_s)) < seconds:
+        steps = rng.choices([*MIX], [*MIX.values()])[0]
+        made.append((time_s, Work(ROWS, steps, range(0))))
+    return made
+
+
+def main() -> None:
+    """Simulate and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.simulate", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=1800.0)
+    args = parser.parse_args()
+    print(
+        "| load | reserve | 20 steps: median, 99 % | 1000 steps: median, 99 % | took / told, 1000 steps: median, 95 % |"
+    )
+    print("|---|---|---|---|---|")
+    for load in LOADS:
+        requests = mixed(load, args.seconds, seed=3)
+        for name, reserved in (("a quarter", None), ("none", 0)):
+            outcome = serve(requests, LIMITS, reserved=reserved)
+            short, long = ([k for k, (_, work) in enumerate(requests) if work.steps == steps] for steps in (20, 1000))
+            ratios = [outcome.took[k] / outcome.told[k] for k in long]
+            cells = [_spread([outcome.took[k] for k in each], 99) for each in (short, long)]
+            told = f"{median(ratios):.2f}, {quantiles(ratios, n=20)[-1]:.2f}"
+            print(f"| {load:.0%} | {name} | {cells[0]} | {cells[1]} | {told} |")
+
+
+def _spread(seconds: list[float], percent: int) -> str:
+    return f"{median(seconds):.2f} s, {quantiles(seconds, n=100)[percent - 1]:.1f} s"
+
+
+if __name__ == "__main__":
+    main()
