@@ -9,6 +9,7 @@ comes when the backlog allows. Each figure beside what is to be reached.
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 import sys
@@ -19,7 +20,7 @@ import httpx
 
 from bench import machine, servers
 
-SPEC = {"n": 4, "steps": 20, "sampler": "ddim"}
+SPEC = {"n": 8, "steps": 20, "sampler": "ddim"}
 PLACES = SPEC["n"] * SPEC["steps"]  # type: ignore[operator]
 BACKLOG_S = 5.0
 WARM_UP_S = 3.0
@@ -38,6 +39,7 @@ def main() -> None:
     flags = ("--max-backlog-s", str(BACKLOG_S), "--max-jobs", "1024", "--result-cache-mb", "0")
     tminus = servers.contenders(machine.cores(), flags)["tminus"]
     with servers.running(tminus, args.checkpoint, None) as server:
+        os.nice(10)  # the clients are not the server's cost, and share its cores here only
         sys.exit(asyncio.run(measure(server.url, args.seconds, args.herd)))
 
 
@@ -50,10 +52,12 @@ async def measure(url: str, seconds: float, herd: int) -> int:
         print("| what | reached | to reach |\n|---|---|---|")
         reached = []
         for load in LOADS:
-            share, refused = await flood(http, load * peak / PLACES, seconds)
-            reached.append(share / peak >= 0.95)
-            what = f"goodput at {load:g} x, none returns ({refused:.0%} refused), / peak"
-            print(f"| {what} | **{share / peak:.3f}** | 0.95 |")
+            done, refused = await flood(http, load * peak / PLACES, seconds)
+            after = await saturate(http, seconds)  # the machine may be faster or slower by now
+            share, peak = 2 * done / (peak + after), after
+            reached.append(share >= 0.95)
+            what = f"goodput at {load:g} x, none returns ({refused:.0%} refused), / peak before and after"
+            print(f"| {what} | **{share:.3f}** | 0.95 |")
         took_s, tries = await stampede(http, herd)
         ideal_s = herd * PLACES / peak
         reached += [took_s <= 1.3 * ideal_s, statistics.median(tries) <= 3]
@@ -67,9 +71,20 @@ async def measure(url: str, seconds: float, herd: int) -> int:
     return int(not all(reached))
 
 
-async def ask(http: httpx.AsyncClient) -> httpx.Response:
-    """One request."""
-    return await http.post("/sample", json=SPEC | {"seed": random.getrandbits(32)})
+async def ask(http: httpx.AsyncClient) -> tuple[int, int]:
+    """One request on a connection of its own: its status, and the Retry-After of a refusal.
+
+    Without httpx, whose own work would take from the server's cores what the figure is about.
+    """
+    reader, writer = await asyncio.open_connection(http.base_url.host, http.base_url.port)
+    try:
+        target = f"/sample?seed={random.getrandbits(32)}&" + "&".join(f"{name}={value}" for name, value in SPEC.items())
+        writer.write(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii").lower()
+        await reader.read()
+    finally:
+        writer.close()
+    return int(head.split()[1]), int(head.partition("\nretry-after: ")[2].split()[0] if "retry-after" in head else 0)
 
 
 async def row_steps(http: httpx.AsyncClient) -> float:
@@ -96,7 +111,8 @@ async def saturate(http: httpx.AsyncClient, seconds: float) -> float:
 
     async def keep_asking() -> None:
         while True:
-            (await ask(http)).raise_for_status()
+            status, _ = await ask(http)
+            assert status == 200, status
 
     clients = [asyncio.create_task(keep_asking()) for _ in range(CLIENTS)]
     peak = await rate(http, seconds)
@@ -110,7 +126,7 @@ async def saturate(http: httpx.AsyncClient, seconds: float) -> float:
 async def flood(http: httpx.AsyncClient, per_s: float, seconds: float) -> tuple[float, float]:
     """Strangers at random moments, each of whom asks once; row-steps a second, and the share that was refused."""
     rng = random.Random(1)
-    asked: list[asyncio.Task[httpx.Response]] = []
+    asked: list[asyncio.Task[tuple[int, int]]] = []
 
     async def arrive() -> None:
         due_s = time.perf_counter()
@@ -122,7 +138,7 @@ async def flood(http: httpx.AsyncClient, per_s: float, seconds: float) -> tuple[
     arriving = asyncio.create_task(arrive())
     reached = await rate(http, seconds)
     arriving.cancel()
-    statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
+    statuses = [status for status, _ in await asyncio.gather(*asked)]
     assert set(statuses) <= {200, 429}, sorted(set(statuses))
     await backlog_below(http, 0.0)
     return reached, statuses.count(429) / len(statuses)
@@ -133,10 +149,13 @@ async def stampede(http: httpx.AsyncClient, herd: int) -> tuple[float, list[int]
 
     async def persist() -> int:
         tries = 1
-        while (answer := await ask(http)).status_code == 429:
-            await asyncio.sleep(int(answer.headers["Retry-After"]))
+        while True:
+            status, wait_s = await ask(http)
+            if status != 429:
+                break
+            await asyncio.sleep(wait_s)
             tries += 1
-        answer.raise_for_status()
+        assert status == 200, status
         return tries
 
     began = time.perf_counter()
@@ -151,9 +170,9 @@ async def newcomer(http: httpx.AsyncClient) -> tuple[int, float]:
     began = time.perf_counter()
     await backlog_below(http, 0.9 * BACKLOG_S)
     waited_s = time.perf_counter() - began
-    answer = await ask(http)
+    status, _ = await ask(http)
     await asyncio.gather(*crowd)
-    return answer.status_code, waited_s
+    return status, waited_s
 
 
 async def backlog_below(http: httpx.AsyncClient, seconds: float) -> None:

@@ -236,13 +236,19 @@ def test_a_request_that_did_not_wait_is_not_answered_and_the_connection_closes(r
     ids=["a long line", "many headers", "a body", "a chunked body"],
 )
 def test_a_handshake_that_the_library_would_not_answer_is_answered(
-    running: Running, handshake: bytes, expected: tuple[int, str]
+    running: Running, handshake: bytes, expected: tuple[int, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert problem(running.ask(handshake)) == expected
+    with caplog.at_level(logging.INFO):
+        assert problem(running.ask(handshake)) == expected
+    assert all(record.levelno < logging.ERROR for record in caplog.records), "it is the client's fault, not ours"
 
 
-def test_a_handshake_is_passed_on(running: Running) -> None:
-    assert running.ask(HANDSHAKE + b"\r\n").startswith(b"HTTP/1.1 403"), "as the app closes it before it accepts"
+def test_a_handshake_that_is_refused_is_no_error_in_the_log(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert running.ask(HANDSHAKE + b"\r\n").startswith(b"HTTP/1.1 403"), "as the app closes it before it accepts"
+        broken = HANDSHAKE.replace(b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Version: 5")
+        assert running.ask(broken + b"\r\n").startswith(b"HTTP/1.1 4")
+    assert all(record.levelno < logging.ERROR and record.exc_info is None for record in caplog.records)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.api import progress
 from service.api.sample import MAX_ANIMATION_BYTES
 from service.images.encoder import contact_sheet
 from service.spec import SampleSpec
@@ -426,3 +427,11 @@ def test_a_deadline_is_held_against_the_steps_that_are_left(make_site: MakeSite)
     answer = site.post(json=body | {"strength": 0.2})
     assert answer.status_code == 200
     assert float(answer.headers["x-eta-seconds"]) == 20.0
+
+
+def test_a_deadline_is_answered_though_a_step_hangs(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LATE_S", 0.1)
+    site.engine.gate.shut()
+    document = problem(site.post(json={"steps": 5, "deadline_s": 0.3}), 504, "deadline_passed")
+    assert document["value"] == 0.3
+    site.engine.gate.open()

@@ -516,3 +516,14 @@ def test_a_bad_edit_ends_a_stream_with_the_reason(site: Site) -> None:
             client = Client(ws)
             client.send(**EDIT, **fields)  # type: ignore[arg-type]
             client.refused(code, close)
+
+
+def test_a_stream_is_counted_among_the_requests_when_it_ends(make_site: MakeSite) -> None:
+    site = make_site()
+    with connect(site) as ws:
+        ws.send_text(json.dumps(SPEC | {"steps": 1}))
+        Client(ws).get("accepted")
+        assert site.metrics()["tminus_streams_open"] == 1
+    wait_until(lambda: site.metrics()["tminus_streams_open"] == 0)
+    count = 'tminus_request_duration_seconds_count{"route": "/sample/stream", "status": "101"}'
+    wait_until(lambda: site.metrics().get(count) == 1)

@@ -24,11 +24,15 @@ def test_a_store_that_fails_refuses_new_jobs_and_nothing_else(held: Site, monkey
     monkeypatch.setattr(SqliteStore, "add", add)
     document = problem(held.client.post("/jobs", json=SPEC), 507, "storage_failed")
     assert "disk is full" in document["detail"]
+    problem(held.client.get("/readyz"), 507, "storage_failed")
+    assert held.metrics()["tminus_store_up"] == 0
     held.engine.gate.open()
     wait_until(lambda: held.engine.jobs == {})
     assert held.post(json=SPEC).status_code == 200
     monkeypatch.undo()
     assert wait_for(held, post(held).json()["id"])
+    assert held.client.get("/readyz").status_code == 200
+    assert held.metrics()["tminus_store_up"] == 1
 
 
 def test_an_end_that_cannot_be_kept_is_tried_until_it_can(held: Site, monkeypatch: pytest.MonkeyPatch) -> None:
