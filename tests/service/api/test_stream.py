@@ -520,10 +520,12 @@ def test_a_bad_edit_ends_a_stream_with_the_reason(site: Site) -> None:
 
 def test_a_stream_is_counted_among_the_requests_when_it_ends(make_site: MakeSite) -> None:
     site = make_site()
+    site.engine.gate.shut()
     with connect(site) as ws:
-        ws.send_text(json.dumps(SPEC | {"steps": 1}))
+        ws.send_text(json.dumps(SPEC))
         Client(ws).get("accepted")
         assert site.metrics()["tminus_streams_open"] == 1
+        site.engine.gate.open()
     wait_until(lambda: site.metrics()["tminus_streams_open"] == 0)
     count = 'tminus_request_duration_seconds_count{"route": "/sample/stream", "status": "101"}'
     wait_until(lambda: site.metrics().get(count) == 1)
