@@ -128,7 +128,8 @@ class Page:
             self.tab.wait_for_timeout(20)
 
     def wait_for_step(self) -> None:
-        expect(self.tab.locator("#progress-text")).to_have_text(re.compile(r"^Step \d+ of \d+, t = \d+, "))
+        step = re.compile(r"^Step \d+ of \d+, t = \d+, ")
+        expect(self.tab.locator("#progress-text")).to_have_text(step, timeout=PATIENCE_MS)
 
     def picture(self, selector: str) -> bytes:
         """The bytes of an image that the page shows."""
