@@ -22,7 +22,16 @@ ANY = "*"
 # Of answers, that pages of other origins may read.
 EXPOSED_HEADERS = (
     *("ETag", "Location", "Retry-After", "Server-Timing", "Cache-Status", "Idempotent-Replayed", "Preference-Applied"),
-    *("X-Request-ID", "X-Job-ID", "X-Seed", "X-Fingerprint", "X-ETA-Seconds", "X-Queue-Position", "X-Alpha-Bar"),
+    *(
+        "X-Request-ID",
+        "X-Job-ID",
+        "X-Seed",
+        "X-Fingerprint",
+        "X-Warning",
+        "X-ETA-Seconds",
+        "X-Queue-Position",
+        "X-Alpha-Bar",
+    ),
 )
 
 
@@ -41,7 +50,8 @@ class Doors:
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
         if scope["path"] not in PROBES and not self._is_ours(host):
-            raise ForeignHost(f"this server is not known as {short(host)}", field="Host", value=host)
+            bound = "localhost, an IP address, or a name in --allowed-hosts"
+            raise ForeignHost(f"this server is not known as {short(host)}", field="Host", value=host, bound=bound)
         if not _costs(scope):
             return
         origin = headers.get("origin")
@@ -50,7 +60,10 @@ class Doors:
         if origin is None:  # of an image or a link, for which browsers send no Origin
             origin = headers.get("referer", "")
         if not self._is_allowed(origin.lower(), host):
-            raise ForeignOrigin(f"pages of {short(origin)} may not use this server", field="Origin", value=origin)
+            bound = "the server's own, or one in --allowed-origins"
+            raise ForeignOrigin(
+                f"pages of {short(origin)} may not use this server", field="Origin", value=origin, bound=bound
+            )
 
     def _is_ours(self, host: str) -> bool:
         name = urlsplit(f"//{host}").hostname if _is_host(host) else None

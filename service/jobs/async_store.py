@@ -30,9 +30,9 @@ class AsyncStore:
         try:
             async with asyncio.timeout(CALL_S):
                 return await asyncio.shield(call)
-        except TimeoutError:
+        except TimeoutError as error:
             call.add_done_callback(_retrieve)
-            raise StorageFailed(f"the job store has not answered for {CALL_S:g} s") from None
+            raise StorageFailed(f"the job store has not answered for {CALL_S:g} s") from error
 
     async def _write(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """As `_call`; whether it could be done is kept in `failure`."""
@@ -49,8 +49,13 @@ class AsyncStore:
         await self._write(self._store.check, write=self.failure is not None)
 
     async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None) -> bool:
-        """See JobStore."""
-        return await self._write(self._store.add, job, key, inputs)
+        """See JobStore. A job whose client is told that it was not kept is not kept later either."""
+        try:
+            return await self._write(self._store.add, job, key, inputs)
+        except StorageFailed as error:
+            if isinstance(error.__cause__, TimeoutError):
+                self._pool.submit(self._store.delete, job.id)  # comes right after, in the store's only thread
+            raise
 
     async def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """See JobStore."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, save_checkpoint
+from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from model.files import CheckpointError
 from service.engine import autotune, loading, memory
 from service.engine.autotune import AGREE_ROWS, agree_rows
@@ -317,3 +317,19 @@ def test_weights_of_another_precision_are_served_as_float32(
     rows = loaded.engine.add(make_spec(n=1, steps=1))
     loaded.engine.step(Batch(rows, (0,), ()))
     assert loaded.engine.images(rows)().shape == (1, 8, 8, 1)
+
+
+def test_the_thread_that_asks_for_a_checkpoint_runs_no_torch(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep a team of threads, which the worker's would have to share the cores with."""
+    threads: list[threading.Thread] = []
+
+    def load(folder: Path) -> Checkpoint:
+        threads.append(threading.current_thread())
+        return load_checkpoint(folder)
+
+    monkeypatch.setattr(loading, "load_checkpoint", load)
+    loading.read_checkpoint(options)
+    assert threads[0] is not threading.current_thread()
+    assert not threads[0].is_alive()
