@@ -5,19 +5,24 @@ BIN := $(VENV)/bin
 CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
 
-.PHONY: serve test test-fast lint format client train evaluate bench clean
+.PHONY: serve test test-fast coverage lint format client train evaluate bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
 
-# In parallel, with coverage, all but what holds a real server to a time: that wants the cores to itself.
+# In parallel all but what holds a real server to a time: that wants the cores to itself. A worker more than there are
+# cores, since some tests wait.
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto --dist worksteal -m "not alone" --cov --cov-report term:skip-covered
-	$(BIN)/pytest -m alone
+	$(BIN)/pytest -n $$(($$(nproc) + 1)) --dist worksteal -m "not alone"
+	$(BIN)/pytest -m alone tests/e2e
 
 # For the inner loop: no real servers, nothing slow.
 test-fast: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e -m "not slow"
+
+# Of branches too. The real servers of tests/e2e are processes of their own, of which nothing would be seen.
+coverage: $(VENV)/.installed-test
+	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e --cov --cov-report term:skip-covered
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

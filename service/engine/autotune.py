@@ -163,10 +163,13 @@ def _fastest(builder: Builder, wish: Wish, candidates: Sequence[Choice]) -> Choi
                 raise
             log.warning("executor %s %s does not run here", candidate.executor, candidate.precision, exc_info=True)
             continue
-        log.info(
-            "executor %s: a lone row %.2f ms, a row of a full batch %.2f ms",
-            measured.choice, 1e3 * measured.lone_s, 1e3 * measured.row_s,
-        )  # fmt: skip
+        if best is not None and measured.score > HOPELESS * best.score:
+            log.info("executor %s: a lone row %.2f ms, far too slow", measured.choice, 1e3 * measured.lone_s)
+        else:
+            log.info(
+                "executor %s: a lone row %.2f ms, a row of a full batch %.2f ms",
+                measured.choice, 1e3 * measured.lone_s, 1e3 * measured.row_s,
+            )  # fmt: skip
         if best is None or measured.score < best.score:
             best = measured
     if best is None:
@@ -178,10 +181,11 @@ def _with_sizes(
     builder: Builder, wish: Wish, candidate: Choice, best: Measured | None = None, until_s: float = math.inf
 ) -> Measured:
     """Complete a candidate with pass sizes, unless it is far slower than the best so far."""
+    hopeless = HOPELESS * best.score if best is not None else math.inf
 
     def tried(sizes: tuple[int, ...] | None) -> _Trial:
         choice = Choice(candidate.executor, candidate.precision, candidate.channels_last, sizes)
-        return _try(builder, wish, choice)
+        return _try(builder, wish, choice, hopeless)
 
     if builder.device.type == "cuda":
         trial_sizes = (wish.max_batch,) if wish.exact else _graph_sizes(wish.max_batch)
@@ -199,7 +203,7 @@ def _with_sizes(
         if trials and time.monotonic() > until_s:
             break
         trials.append(tried((size,)))
-        if best is not None and trials[0].lone_s * trials[0].row_s > HOPELESS * best.score:
+        if trials[0].lone_s * trials[0].row_s > hopeless:
             break
     groups: dict[bytes, list[_Trial]] = {}
     for trial in trials:
@@ -215,7 +219,7 @@ def _with_sizes(
         choice = Choice(candidate.executor, candidate.precision, candidate.channels_last, sizes)
         found.append(Measured(choice, group[0].lone_s, kept[-1].row_s))
     fastest = min(found, key=attrgetter("score"))
-    if candidate.executor != "openvino" or (best is not None and fastest.score > HOPELESS * best.score):
+    if candidate.executor != "openvino" or fastest.score > hopeless:
         return fastest
     return _with_wide(builder, wish, fastest)
 
@@ -248,16 +252,21 @@ def _graph_sizes(max_batch: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if size >= 1))[-MAX_GRAPHS:]
 
 
-def _try(builder: Builder, wish: Wish, choice: Choice) -> _Trial:
+def _try(builder: Builder, wish: Wish, choice: Choice, hopeless: float = math.inf) -> _Trial:
+    """Time a candidate. Passes of one place whose score cannot be below `hopeless` are not timed with a full batch."""
     executor, checkpoint, device = builder.build(choice), builder.checkpoint, builder.device
     size = choice.sizes[0] if choice.sizes and len(choice.sizes) == 1 else None
     full = example_inputs(checkpoint, device, max(AGREE_ROWS, size or wish.max_batch))
+    lone_s = builder.time(lambda: executor(*_rows(full, 0, 1)))
+    at_best_s = lone_s / wish.threads  # a row of a full batch, with a pass on every thread
+    if size == 1 and lone_s * at_best_s > hopeless:
+        return _Trial(size, lone_s, at_best_s, b"")
     bits = b""
     if wish.exact and device.type == "cpu":  # the only place where sizes are kept together by their bits
         bits = executor(*example_inputs(checkpoint, device, agree_rows(checkpoint, choice.precision))).numpy().tobytes()
     return _Trial(
         size,
-        lone_s=builder.time(lambda: executor(*_rows(full, 0, 1))),
+        lone_s=lone_s,
         row_s=builder.time(lambda: executor(*full)) / len(full[0]),
         bits=bits,
     )

@@ -1,21 +1,32 @@
-"""Starts the real `tminus serve` as a process, on a free port, with a real checkpoint."""
+"""Starts the real `tminus serve` as a process, on a free port.
 
+Most tests ask a server on a small network of random weights, whose start and steps take a fraction of the time. What
+shows on pictures, and the bytes of the executors that users run, is asked of the bundled checkpoint.
+"""
+
+import contextlib
 import os
 import re
+import shutil
 import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import sync_playwright
 
+from model.checkpoint import load_checkpoint, save_checkpoint
+from model.unet import UNet2D
 from service.client import Client
+from tests.e2e import forked
 from tests.e2e.forked import Forked
+from tests.tiny import randomize
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "checkpoints" / "fashion-mnist-32"
@@ -54,28 +65,52 @@ class RunningServer:
         return sum(float(m[1]) for m in re.finditer(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE))
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of a session."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _cache_of_our_own(shared_folder: Path) -> Iterator[None]:
     """Which executor is fastest is measured once for all processes of a session, and never for the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        base = tmp_path_factory.getbasetemp()
-        if "PYTEST_XDIST_WORKER" in os.environ:  # workers share what they measure
-            base = base.parent
-        patch.setenv("XDG_CACHE_HOME", str(base / "measured"))
+        patch.setenv("XDG_CACHE_HOME", str(shared_folder / "measured"))
         yield
 
 
-def run_cli(*arguments: str, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "service", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=timeout, check=False
+@pytest.fixture(scope="session")
+def small(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint like the bundled one, with its image size and classes, of 20 thousand random weights."""
+    like = load_checkpoint(BUNDLED)
+    config = replace(
+        like.net.config,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        add_attention=False,
     )
+    net = UNet2D(config)
+    randomize(net)
+    made, folder = tmp_path_factory.mktemp("made") / "small", shared_folder / "small"
+    save_checkpoint(made, net.state_dict(), config, like.noise, like.labels, {}, like.recommended)
+    with contextlib.suppress(OSError):  # another process was first, and it is the same
+        made.rename(folder)
+    return folder
 
 
-def start_server(*flags: str, **env: str) -> RunningServer:
+def run_cli(*arguments: str, timeout_s: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        return forked.run(arguments, os.environ | env, Path(folder), timeout_s)
+
+
+def start_server(checkpoint: Path, *flags: str, **env: str) -> RunningServer:
     """Start a server and wait until it is ready; its log is kept."""
     defaults = {"TMINUS_STATE_DIR": ":memory:"}  # several servers at a time, and nothing left behind
-    process = Forked(["serve", "--port", "0", "--device", "cpu", *flags], os.environ | defaults | env)
+    arguments = ["serve", "--checkpoint", str(checkpoint), "--port", "0", "--device", "cpu", *flags]
+    process = Forked(arguments, os.environ | defaults | env)
     server = RunningServer(process)
     listening = threading.Event()
 
@@ -109,24 +144,47 @@ def stop_server(server: RunningServer) -> int:
         raise
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[RunningServer]:
-    """One server on the bundled checkpoint, for every test that does it no harm."""
+def shared_server(checkpoint: Path) -> Iterator[RunningServer]:
+    """A server for every test that does it no harm."""
     # No memory for repeats, so that each answer is made.
-    flags = ("--max-body-bytes", "65536", "--result-cache-mb", "0")
-    running = start_server("--checkpoint", str(BUNDLED), *flags)
+    running = start_server(checkpoint, "--max-body-bytes", "65536", "--result-cache-mb", "0")
     yield running
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log
 
 
+@pytest.fixture(scope="module")  # while it is open there is an event loop in this thread, and no other can run
+def browser() -> Iterator[Any]:
+    """Chromium, by Playwright."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("needs Chromium, and none is installed")
+    flags = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+    if os.geteuid() == 0:
+        flags.append("--no-sandbox")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=flags)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="session")
+def server(small: Path) -> Iterator[RunningServer]:
+    yield from shared_server(small)
+
+
+@pytest.fixture(scope="session")
+def bundled_server() -> Iterator[RunningServer]:
+    yield from shared_server(BUNDLED)
+
+
 @pytest.fixture
-def own_server() -> Iterator[Callable[..., RunningServer]]:
+def own_server(small: Path) -> Iterator[Callable[..., RunningServer]]:
     """Starts servers of a test's own, and stops them."""
     started: list[RunningServer] = []
 
-    def start(*flags: str, **env: str) -> RunningServer:
-        started.append(start_server(*flags, **env))
+    def start(*flags: str, checkpoint: Path = small, **env: str) -> RunningServer:
+        started.append(start_server(checkpoint, *flags, **env))
         return started[-1]
 
     yield start

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TextIO
 
 PRELOADED = (
@@ -64,13 +65,41 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def run(
+    arguments: Sequence[str], env: Mapping[str, str], folder: Path, timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. What it prints goes through two files in a folder of its own."""
+    files = [folder / "stdout", folder / "stderr"]
+    process = _context.Process(target=_run_into, args=(tuple(arguments), dict(env), files))
+    process.start()
+    process.join(timeout_s)
+    if process.exitcode is None:
+        process.kill()
+        raise subprocess.TimeoutExpired("tminus", timeout_s)
+    out, err = (file.read_text("utf-8") for file in files)
+    return subprocess.CompletedProcess(["tminus", *arguments], process.exitcode, out, err)
+
+
+def _run_into(arguments: Sequence[str], env: Mapping[str, str], files: Sequence[Path]) -> None:
+    with files[0].open("wb") as out, files[1].open("wb") as err:
+        _become(arguments, env, out.fileno(), err.fileno())
+
+
 def _run(arguments: Sequence[str], env: Mapping[str, str], output: Connection) -> None:
-    """In the new process: become the command."""
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    output.close()
+    with output:
+        _become(arguments, env, output.fileno(), output.fileno())
+
+
+def _become(arguments: Sequence[str], env: Mapping[str, str], out: int, err: int) -> None:
+    """In the new process: be the command."""
+    os.dup2(out, 1)
+    os.dup2(err, 2)
     os.environ.clear()
     os.environ.update(env)
+    if threads := env.get("OMP_NUM_THREADS"):
+        import torch
+
+        torch.set_num_threads(int(threads))  # which it has read the variable for already
     sys.argv = ["tminus", *arguments]
     from service.cli.main import main
 

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from service.client import Accepted, AsyncClient, Cancelled, Done, Ended, Frame, Problem, Progress, Unreachable
-from tests.e2e.conftest import BUNDLED, START_TIMEOUT_S, RunningServer
+from tests.e2e.conftest import START_TIMEOUT_S, RunningServer
 
 Start = Callable[..., RunningServer]
 SPEC: dict[str, Any] = {"n": 2, "steps": 20, "sampler": "ddim", "seed": 5, "class_label": "sneaker"}
-LONG: dict[str, Any] = {"n": 2, "steps": 400, "seed": 3}
+LONG: dict[str, Any] = {"n": 2, "steps": 1000, "seed": 3}
 
 
 def image(picture: bytes) -> np.ndarray:
@@ -26,9 +26,9 @@ def image(picture: bytes) -> np.ndarray:
         return np.asarray(opened).astype(float)
 
 
-def test_it_samples_watches_and_submits_the_same_bytes(server: RunningServer) -> None:
-    expected = server.post(json=SPEC)
-    with server.api() as tminus:
+def test_it_samples_watches_and_submits_the_same_bytes(bundled_server: RunningServer) -> None:
+    expected = bundled_server.post(json=SPEC)
+    with bundled_server.api() as tminus:
         sampled = tminus.sample(**SPEC)
         accepted, *frames, done = tminus.watch(every=5, show=["x_t", "x_0"], **SPEC)
         job = tminus.submit(**SPEC)
@@ -126,11 +126,11 @@ def restart(server: RunningServer, start: Start, state: Path) -> RunningServer:
     """Kill a server, and start another in its place."""
     server.process.kill()
     server.process.wait(30)
-    return start("--checkpoint", str(BUNDLED), "--state-dir", str(state), "--port", server.url.rpartition(":")[2])
+    return start("--state-dir", str(state), "--port", server.url.rpartition(":")[2])
 
 
 def test_events_go_on_over_a_killed_server(own_server: Start, tmp_path: Path) -> None:
-    server = own_server("--checkpoint", str(BUNDLED), "--state-dir", str(tmp_path))
+    server = own_server("--state-dir", str(tmp_path))
     steps = []
     with ThreadPoolExecutor(1) as pool, server.api(patience_s=START_TIMEOUT_S) as tminus:
         job = tminus.submit(idempotency_key="mine", **LONG)
@@ -152,7 +152,7 @@ def test_events_go_on_over_a_killed_server(own_server: Start, tmp_path: Path) ->
 
 
 def test_a_wait_outlasts_a_killed_server_and_async_events_too(own_server: Start, tmp_path: Path) -> None:
-    server = own_server("--checkpoint", str(BUNDLED), "--state-dir", str(tmp_path))
+    server = own_server("--state-dir", str(tmp_path))
 
     @asynccontextmanager
     async def killed() -> AsyncIterator[None]:
@@ -177,7 +177,7 @@ async def _all(events: AsyncIterator[Any]) -> list[Any]:
 
 
 def test_a_server_that_is_gone_is_told(own_server: Start) -> None:
-    server = own_server("--checkpoint", str(BUNDLED))
+    server = own_server()
     with server.api() as tminus:
         messages = iter(tminus.watch(every=1, **LONG))
         next(messages)
@@ -193,17 +193,17 @@ def test_a_server_that_is_gone_is_told(own_server: Start) -> None:
 
 
 def test_who_has_patience_gets_in(own_server: Start) -> None:
-    server = own_server("--checkpoint", str(BUNDLED), "--max-backlog-s", "1")
-    small: dict[str, Any] = {"n": 8, "steps": 30}
+    server = own_server("--max-backlog-s", "1")
+    short: dict[str, Any] = {"n": 8, "steps": 150}
     with ThreadPoolExecutor(4) as pool, server.api() as hasty, server.api(patience_s=120) as patient:
-        running = pool.submit(lambda: patient.sample(n=16, steps=60))
+        running = pool.submit(lambda: patient.sample(n=16, steps=300))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         with pytest.raises(Problem) as caught:
-            hasty.sample(**small)
+            hasty.sample(**short)
         assert (caught.value.status, caught.value.code) == (429, "overloaded")
         assert caught.value.retry_after_s is not None
-        waiting = [pool.submit(patient.sample, **small, seed=k) for k in range(2)]
-        watched = list(patient.watch(**small))
+        waiting = [pool.submit(patient.sample, **short, seed=k) for k in range(2)]
+        watched = list(patient.watch(**short))
         assert isinstance(watched[-1], Done)
         assert [each.result(120).seed for each in waiting] == [0, 1]
         assert running.result(120).job_id

@@ -15,7 +15,7 @@ from tests.e2e.conftest import BUNDLED, RunningServer
 
 
 def test_diffusers_draws_the_same_from_the_bundled_folder(
-    server: RunningServer, own_server: Callable[..., RunningServer]
+    bundled_server: RunningServer, own_server: Callable[..., RunningServer]
 ) -> None:
     pipeline: Any = DDPMPipeline.from_pretrained(BUNDLED)
     assert type(pipeline.unet).__name__ == "UNet2DModel"
@@ -36,6 +36,6 @@ def test_diffusers_draws_the_same_from_the_bundled_folder(
             cells = np.asarray(sheet).reshape(1, 32, 2, 32).swapaxes(1, 2).reshape(2, 32, 32)
         return abs(cells.astype(int) - theirs.astype(int))
 
-    float32 = own_server("--checkpoint", str(BUNDLED), "--executor", "openvino", "--precision", "float32")
+    float32 = own_server("--executor", "openvino", "--precision", "float32", checkpoint=BUNDLED)
     assert differences(float32).max() <= 1
-    assert differences(server).mean() < 1, "which may run in bfloat16, as it was approved"
+    assert differences(bundled_server).mean() < 1, "which may run in bfloat16, as it was approved"

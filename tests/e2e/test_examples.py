@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -13,15 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
 
-from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, start_server, stop_server
+from tests.e2e.conftest import ROOT, RunningServer, start_server, stop_server
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SAMPLE, WATCH, JOB, NOISE, REFUSAL = range(5)
 CURL, CLIENT, HTTPX, BROWSER = range(4)
-SNEAKERS = {"n": 4, "steps": 50, "sampler": "ddim", "class_label": "sneaker", "guidance": 2, "seed": 7}
-BAG = {"steps": 200, "class_label": "bag", "guidance": 2, "seed": 7}
+SNEAKERS = {"n": 4, "steps": 20, "sampler": "dpmpp_2m", "class_label": "sneaker", "guidance": 1.5, "seed": 7}
+BAG = {"steps": 200, "class_label": "bag", "guidance": 1.5, "seed": 7}
 PICTURE = "document.querySelector('body > img')"  # what an example has put on the page
 FRAMES = ["x_0-120.png", "x_0-160.png", "x_0-40.png", "x_0-80.png"]
 
@@ -37,9 +34,9 @@ EXAMPLES = examples()
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
+def server(small: Path) -> Iterator[RunningServer]:
     """A server that soon has too much to do, and keeps nothing that it made."""
-    running = start_server("--checkpoint", str(BUNDLED), "--max-backlog-s", "1", "--result-cache-mb", "0")
+    running = start_server(small, "--max-backlog-s", "0.5", "--result-cache-mb", "0")
     yield running
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log
@@ -59,19 +56,13 @@ def run(server: RunningServer, folder: Path, task: int, language: int) -> str:
 
 
 @pytest.fixture
-def tab(server: RunningServer) -> Iterator[Any]:
+def tab(server: RunningServer, browser: Any) -> Iterator[Any]:
     """The server's own page, whose Content-Security-Policy holds for the examples too."""
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium, and none is installed")
-    with sync_playwright() as playwright:
-        flags = ["--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags + sandbox)
-        page = browser.new_page()
-        page.set_default_timeout(60_000)
-        page.goto(server.url)
-        yield page
-        browser.close()
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(server.url)
+    yield page
+    page.close()
 
 
 def in_browser(tab: Any, task: int, block: int = BROWSER) -> list[str]:
@@ -99,10 +90,10 @@ def until(tab: Any, holds: Callable[[], bool]) -> None:
 
 @contextmanager
 def much_to_do(server: RunningServer) -> Iterator[None]:
-    """Work for more than the server's second; what is asked inside was refused at first."""
+    """Work for more than the server takes; what is asked inside was refused at first."""
     refused = server.metric("tminus_rejected_total")
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: server.post(params={"n": 16, "steps": 60}))
+        running = pool.submit(lambda: server.post(params={"n": 16, "steps": 250}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         yield
         assert running.result(120).status_code == 200

@@ -68,10 +68,10 @@ def test_what_it_starts_from_is_the_noise_of_a_sample_with_the_seed(server: Runn
     assert np.abs(last - x_T).max() <= 2
 
 
-def test_the_calls_of_the_docs_run(server: RunningServer, tmp_path: Path) -> None:
-    commands = DOC.split("```sh\n")[1].split("```")[0].replace("localhost:8000", server.url)
+def test_the_calls_of_the_docs_run(bundled_server: RunningServer, tmp_path: Path) -> None:
+    commands = DOC.split("```sh\n")[1].split("```")[0].replace("localhost:8000", bundled_server.url)
     subprocess.run(["bash", "-ec", commands.replace("curl", "curl -fsS")], cwd=tmp_path, check=True, timeout=60)
-    code = DOC.split("```python\n")[1].split("```")[0].replace("http://localhost:8000", server.url)
+    code = DOC.split("```python\n")[1].split("```")[0].replace("http://localhost:8000", bundled_server.url)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 5

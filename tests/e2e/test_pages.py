@@ -45,9 +45,9 @@ def run(server: RunningServer, folder: Path, page: str, beginning: str) -> list[
 
 
 @pytest.fixture(scope="module")
-def readme_images(server: RunningServer, folder: Path) -> int:
+def readme_images(bundled_server: RunningServer, folder: Path) -> int:
     """How many requests of README.md were answered; their images are in the folder."""
-    return len(run(server, folder, "README.md", "curl"))
+    return len(run(bundled_server, folder, "README.md", "curl"))
 
 
 def size(file: Path) -> tuple[int, int]:
@@ -66,20 +66,20 @@ def test_the_requests_of_the_readme_are_answered_with_what_it_says(readme_images
 
 
 @pytest.mark.usefixtures("readme_images")
-def test_an_image_of_the_readme_is_made_again_to_the_byte(server: RunningServer, folder: Path) -> None:
-    here, there = run(server, folder, "docs/reproducibility.md", ".venv/bin/tminus")
+def test_an_image_of_the_readme_is_made_again_to_the_byte(bundled_server: RunningServer, folder: Path) -> None:
+    here, there = run(bundled_server, folder, "docs/reproducibility.md", ".venv/bin/tminus")
     assert here
     assert there
 
 
-def test_the_requests_of_the_api_page_are_answered(server: RunningServer, folder: Path) -> None:
-    run(server, folder, "docs/api.md", "curl")
+def test_the_requests_of_the_api_page_are_answered(bundled_server: RunningServer, folder: Path) -> None:
+    run(bundled_server, folder, "docs/api.md", "curl")
     assert (folder / "three.zip").read_bytes().startswith(b"PK")
     assert size(folder / "third.png") == (32, 32)
 
 
-def test_the_commands_of_the_command_line_page_make_their_files(server: RunningServer, folder: Path) -> None:
-    run(server, folder, "docs/command-line.md", ".venv/bin/tminus sample")
+def test_the_commands_of_the_command_line_page_make_their_files(bundled_server: RunningServer, folder: Path) -> None:
+    run(bundled_server, folder, "docs/command-line.md", ".venv/bin/tminus sample")
     assert size(folder / "bags.png") == (160, 64), "ten images"
     assert size(folder / "sneaker.png") == (32, 32)
     assert len(list((folder / "images").glob("*.png"))) == 10

@@ -22,20 +22,20 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 @pytest.mark.alone
 def test_too_much_work_is_refused_with_a_time_that_is_right(own_server: Start) -> None:
-    server = own_server("--checkpoint", str(BUNDLED), TMINUS_MAX_BACKLOG_S="1")
+    server = own_server(TMINUS_MAX_BACKLOG_S="1")
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: server.post(params={"n": 16, "steps": 60}))
+        running = pool.submit(lambda: server.post(params={"n": 16, "steps": 300}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         with server.client() as client:
-            refused = client.post("/sample", params={"n": 8, "steps": 30})
+            refused = client.post("/sample", params={"n": 8, "steps": 150})
             assert refused.status_code == 429, refused.text
             assert refused.json()["code"] == "overloaded"
             time.sleep(int(refused.headers["Retry-After"]))
             # Waiting as told is enough, but for a machine that has become slower meanwhile: then once more.
-            again = client.post("/sample", params={"n": 8, "steps": 30})
+            again = client.post("/sample", params={"n": 8, "steps": 150})
             if again.status_code == 429:
                 time.sleep(int(again.headers["Retry-After"]))
-                again = client.post("/sample", params={"n": 8, "steps": 30})
+                again = client.post("/sample", params={"n": 8, "steps": 150})
         assert again.status_code == 200
         assert running.result(120).status_code == 200
     assert server.metric("tminus_rejected_total") >= 1
@@ -43,9 +43,9 @@ def test_too_much_work_is_refused_with_a_time_that_is_right(own_server: Start) -
 
 @pytest.mark.alone
 def test_sigterm_finishes_what_runs_and_exits_zero(own_server: Start) -> None:
-    server = own_server("--checkpoint", str(BUNDLED))
+    server = own_server()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: server.post(params={"n": 8, "steps": 80}))
+        running = pool.submit(lambda: server.post(params={"n": 8, "steps": 400}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         server.process.send_signal(signal.SIGTERM)
         server.wait_until(lambda: httpx.get(f"{server.url}/readyz").status_code == 503)
@@ -59,7 +59,7 @@ def test_sigterm_finishes_what_runs_and_exits_zero(own_server: Start) -> None:
 
 @pytest.mark.alone
 def test_work_past_the_grace_period_is_given_up_with_an_answer(own_server: Start) -> None:
-    server = own_server("--checkpoint", str(BUNDLED), "--grace-s", "1")
+    server = own_server("--grace-s", "1")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: server.post(params={"n": 64, "steps": 1000}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
@@ -70,7 +70,7 @@ def test_work_past_the_grace_period_is_given_up_with_an_answer(own_server: Start
 
 
 def test_a_second_sigterm_gives_up_what_runs_with_an_answer_and_no_traceback(own_server: Start) -> None:
-    server = own_server("--checkpoint", str(BUNDLED))
+    server = own_server()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: server.post(params={"n": 64, "steps": 1000}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
@@ -128,9 +128,9 @@ def test_a_bad_checkpoint_ends_in_one_clear_line(tmp_path: Path) -> None:
     assert not Path("/tmp/tminus-pickle-ran").exists()
 
 
-def test_an_address_in_use_ends_in_a_clear_line(server: RunningServer) -> None:
+def test_an_address_in_use_ends_in_a_clear_line(server: RunningServer, small: Path) -> None:
     port = server.url.rpartition(":")[2]
-    result = run_cli("serve", "--checkpoint", str(BUNDLED), "--port", port)
+    result = run_cli("serve", "--checkpoint", str(small), "--port", port)
     assert result.returncode == 1
     assert f":{port}" in result.stderr
     assert "in use" in result.stderr
@@ -144,9 +144,9 @@ def test_a_device_that_is_not_there_ends_in_a_clear_line() -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_sample_offline_and_from_the_server_draw_the_same(server: RunningServer, tmp_path: Path) -> None:
+def test_sample_offline_and_from_the_server_draw_the_same(server: RunningServer, small: Path, tmp_path: Path) -> None:
     what = ("-n", "2", "--steps", "5", "--sampler", "ddim", "--seed", "9", "--class-label", "bag", "--guidance", "2")
-    offline = run_cli("sample", "--checkpoint", str(BUNDLED), *what, "--out", str(tmp_path / "offline"))
+    offline = run_cli("sample", "--checkpoint", str(small), *what, "--out", str(tmp_path / "offline"))
     remote = run_cli("sample", "--url", server.url, *what, "--out", str(tmp_path / "remote"))
     assert offline.returncode == remote.returncode == 0, offline.stderr + remote.stderr
     names = sorted(file.name for file in (tmp_path / "offline").iterdir())
@@ -159,8 +159,8 @@ def test_sample_offline_and_from_the_server_draw_the_same(server: RunningServer,
         assert image.size == (64, 32)
 
 
-def test_sample_says_what_is_wrong(server: RunningServer) -> None:
-    for where in (("--checkpoint", str(BUNDLED)), ("--url", server.url)):
+def test_sample_says_what_is_wrong(server: RunningServer, small: Path) -> None:
+    for where in (("--checkpoint", str(small)), ("--url", server.url)):
         result = run_cli("sample", *where, "--steps", "5000")
         assert result.returncode == 1
         assert "steps must be an integer in 1..1000" in result.stderr

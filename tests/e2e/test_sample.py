@@ -24,9 +24,9 @@ def pixels(png: bytes) -> np.ndarray:
         return np.asarray(image, np.int16)
 
 
-def test_curl_gets_a_sheet_of_eight_garments(server: RunningServer, tmp_path: Path) -> None:
+def test_curl_gets_a_sheet_of_eight_garments(bundled_server: RunningServer, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
-    url = f"{server.url}/sample?n=8&steps=25&seed=1&class_label=trouser&guidance=2"
+    url = f"{bundled_server.url}/sample?n=8&steps=25&seed=1&class_label=trouser&guidance=2"
     subprocess.run(["curl", "--fail", "--silent", "-X", "POST", url, "-o", str(out)], check=True, timeout=120)
     sheet = pixels(out.read_bytes())
     assert sheet.shape == (64, 128)
@@ -141,7 +141,7 @@ def test_sixteen_mixed_clients_at_once_get_what_each_gets_alone(server: RunningS
 def test_a_short_request_does_not_wait_for_a_long_one(server: RunningServer) -> None:
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         before = server.metric("tminus_row_steps_total")
-        long = pool.submit(lambda: server.post(params={"n": 8, "steps": 150, "seed": 2}))
+        long = pool.submit(lambda: server.post(params={"n": 8, "steps": 1000, "seed": 2}))
         server.wait_until(lambda: server.metric("tminus_row_steps_total") > before)
         short = client.post("/sample", params=QUICK)
         assert short.status_code == 200

@@ -20,7 +20,7 @@ from PIL import Image, ImageSequence
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, run_cli
+from tests.e2e.conftest import ROOT, RunningServer, run_cli
 
 SPEC = {"n": 2, "steps": 20, "sampler": "ddim", "seed": 5, "class_label": "sneaker"}
 
@@ -52,8 +52,8 @@ def image(picture: bytes) -> np.ndarray:
         return np.asarray(opened).astype(float)
 
 
-def test_noise_becomes_an_image_step_by_step(server: RunningServer) -> None:
-    with open_stream(server) as ws:
+def test_noise_becomes_an_image_step_by_step(bundled_server: RunningServer) -> None:
+    with open_stream(bundled_server) as ws:
         ws.send(json.dumps(SPEC | {"every": 1, "show": ["x_t", "x_0"]}))
         got = list(read(ws))
         assert ws.close_code == 1000
@@ -64,7 +64,7 @@ def test_noise_becomes_an_image_step_by_step(server: RunningServer) -> None:
         for show in ("x_t", "x_0")
     }
     final = image(got[-1][1][0])
-    assert got[-1][1][0] == server.post(json=SPEC).content
+    assert got[-1][1][0] == bundled_server.post(json=SPEC).content
     for each in frames.values():
         steps = [message["step"] for message, _ in each]
         assert steps == sorted(set(steps))
@@ -91,11 +91,11 @@ def test_the_example_of_the_docs_runs(server: RunningServer, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("out", "animation"), [("sheet.png", "way.webp"), ("folder", "way.gif")])
 def test_the_command_line_watches_and_keeps_the_way(
-    server: RunningServer, tmp_path: Path, out: str, animation: str
+    bundled_server: RunningServer, tmp_path: Path, out: str, animation: str
 ) -> None:
     what = ("-n", "4", "--steps", "20", "--sampler", "ddim", "--seed", "5", "--class-label", "sneaker")
     keep = ("--watch", str(tmp_path / animation), "--every", "4", "--out", str(tmp_path / out))
-    done = run_cli("sample", "--url", server.url, *what, *keep)
+    done = run_cli("sample", "--url", bundled_server.url, *what, *keep)
     assert done.returncode == 0, done.stderr
     assert "seed 5" in done.stdout
     assert done.stderr == "", "there is no terminal for a bar"
@@ -106,9 +106,9 @@ def test_the_command_line_watches_and_keeps_the_way(
     assert np.abs(np.diff(first)).mean() > 2 * np.abs(np.diff(last)).mean(), "from noise to an image"
     spec = SPEC | {"n": 4}
     if out == "sheet.png":
-        assert (tmp_path / out).read_bytes() == server.post(json=spec).content
+        assert (tmp_path / out).read_bytes() == bundled_server.post(json=spec).content
     else:
-        alone = [server.post(json=spec | {"n": 1, "index": k}).content for k in range(4)]
+        alone = [bundled_server.post(json=spec | {"n": 1, "index": k}).content for k in range(4)]
         assert [file.read_bytes() for file in sorted((tmp_path / out).iterdir())] == alone
 
 
@@ -193,7 +193,7 @@ def test_a_page_of_another_origin_is_refused(server: RunningServer) -> None:
 def test_two_hundred_connections_from_one_address_are_too_many_and_do_no_harm(
     own_server: Callable[..., RunningServer],
 ) -> None:
-    server = own_server("--checkpoint", str(BUNDLED), "--max-streams-per-address", "50")
+    server = own_server("--max-streams-per-address", "50")
     accepted = refused = 0
     with ExitStack() as open_ones:
         for _ in range(200):
@@ -214,7 +214,7 @@ def test_two_hundred_connections_from_one_address_are_too_many_and_do_no_harm(
 def test_streams_that_run_when_the_server_is_told_to_stop_get_their_images(
     own_server: Callable[..., RunningServer],
 ) -> None:
-    server = own_server("--checkpoint", str(BUNDLED))
+    server = own_server()
     spec = SPEC | {"n": 32, "steps": 10, "every": 5, "layout": "images"}
     with ExitStack() as stack:
         streams = [stack.enter_context(open_stream(server)) for _ in range(4)]

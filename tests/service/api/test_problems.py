@@ -134,11 +134,11 @@ NAMES = ["limit", "before", "state", "t", "seed", "every", "show", "frame_format
 @pytest.mark.parametrize("value", [BIG, "9" * 10_000, "\0" * 5_000, "é" * 2_500], ids=lambda value: ascii(value[:1]))
 def test_no_problem_echoes_a_large_query(site: Site, method: str, path: str, value: str) -> None:
     body = {"content": b""} if path == "/noise" else {}
-    for name in NAMES:
-        for query in ({name: value}, {name: [value, value]}, {name: [value, "y"]}):
-            response = site.client.request(method, path, params=query, **body)
-            assert response.status_code in (422, 404), response.text[:300]
-            check_echo(response)
+    doubled = [{name: pair} for name in ("seed", BIG) for pair in ([value, value], [value, "y"])]
+    for query in [*({name: value} for name in NAMES), *doubled]:
+        response = site.client.request(method, path, params=query, **body)
+        assert response.status_code in (422, 404), response.text[:300]
+        check_echo(response)
 
 
 @pytest.mark.parametrize("name", ["Accept", "Content-Type", "Content-Encoding", "Idempotency-Key", "Prefer", "Expect"])

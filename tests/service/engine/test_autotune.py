@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_only_sizes_that_agree_to_the_bit_go_together(
 ) -> None:
     times = {1: 0.008, 2: 0.006, 4: 0.004}  # a row
 
-    def tried(_builder: object, _wish: Wish, choice: Choice) -> object:
+    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> object:
         assert choice.sizes is not None
         (size,) = choice.sizes
         return autotune._Trial(size, 0.008, times[size], b"one" if size == 1 else b"other")
@@ -155,7 +156,7 @@ def test_only_sizes_that_agree_to_the_bit_go_together(
 def test_a_size_that_is_hardly_faster_is_left_out(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {1: 0.0080, 2: 0.0079, 4: 0.006}
 
-    def tried(_builder: object, _wish: Wish, choice: Choice) -> object:
+    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> object:
         assert choice.sizes is not None
         return autotune._Trial(choice.sizes[0], 0.008, times[choice.sizes[0]], b"the same")
 
@@ -171,7 +172,7 @@ def test_what_is_far_slower_than_the_best_is_tried_at_one_size_only(
 ) -> None:
     seen: list[tuple[str, int]] = []
 
-    def tried(_builder: object, _wish: Wish, choice: Choice) -> object:
+    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> object:
         assert choice.sizes is not None
         seen.append((choice.executor, choice.sizes[0]))
         seconds = {"openvino": 0.001, "eager": 0.004}[choice.executor] / choice.sizes[0]
@@ -184,10 +185,33 @@ def test_what_is_far_slower_than_the_best_is_tried_at_one_size_only(
     assert seen == [("openvino", 1), ("openvino", 2), ("openvino", 4), ("eager", 1)]
 
 
+@pytest.mark.parametrize(("best_s", "hopeless"), [(0.001, True), (1.0, False)])
+def test_what_one_row_shows_to_be_far_slower_is_not_timed_with_a_full_batch(
+    checkpoint: Checkpoint, best_s: float, hopeless: bool
+) -> None:
+    class Timed:
+        device = CPU
+        checkpoint: Checkpoint
+        passes: ClassVar[list[int]] = []
+
+        def build(self, _choice: Choice) -> Callable[..., Tensor]:
+            return lambda x, _t, _labels: self.passes.append(len(x)) or x
+
+        def time(self, call: Callable[[], object]) -> float:
+            call()
+            return 0.01
+
+    Timed.checkpoint, Timed.passes = checkpoint, []
+    best = autotune.Measured(Choice("openvino", "float32"), best_s, best_s)
+    measured = autotune._with_sizes(Timed(), Wish(threads=2), Choice("eager", "float32"), best)  # type: ignore[arg-type]
+    assert (max(Timed.passes) == 1) == hopeless
+    assert (measured.score > autotune.HOPELESS * best.score) == hopeless
+
+
 def test_on_a_machine_too_busy_to_measure_on_the_first_candidate_is_taken_as_it_is(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def tried(_builder: object, _wish: Wish, choice: Choice) -> object:
+    def tried(_builder: object, _wish: Wish, choice: Choice, _hopeless: float) -> object:
         assert choice.sizes is not None
         return autotune._Trial(choice.sizes[0], 1.0, 1.0, b"the same")
 
