@@ -31,7 +31,7 @@ FROM dependencies AS code
 COPY . ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
     pip --python /opt/tminus/bin/python install --find-links /wheels --no-deps --root /code . \
-    && chmod -R u=rwX,go=rX checkpoints
+    && chmod -R u=rwX,go=rX /code/opt/tminus/lib/python3.11/site-packages/tminus
 
 FROM python:3.11-slim
 LABEL org.opencontainers.image.title="tminus" \
@@ -43,12 +43,10 @@ RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /u
 WORKDIR /app
 COPY --from=dependencies /opt/tminus /opt/tminus
 COPY --from=code /code/opt/tminus /opt/tminus
-COPY --from=code /src/checkpoints checkpoints
 ENV PATH="/opt/tminus/bin:$PATH" \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     TMINUS_CACHE_DIR=/cache \
-    TMINUS_CHECKPOINT=/app/checkpoints/fashion-mnist-32 \
     TMINUS_HOST=0.0.0.0 \
     TMINUS_PORT=8000 \
     TMINUS_STATE_DIR=/state

@@ -87,7 +87,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 def _checkout(text: str) -> Path:
     folder = Path(text).resolve()
-    if not (folder / "service" / "__main__.py").is_file():
+    if servers.entry(folder) is None:
         raise argparse.ArgumentTypeError(f"{text}: no checkout of tminus is there")
     return folder
 

@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.records import Pace
-from model.checkpoint import Checkpoint, load_checkpoint
-from service.engine.autotune import choose_executor
-from service.engine.autotune_cache import default_cache
-from service.engine.candidates import Wish
-from service.engine.executors import Executor
-from service.engine.loading import LARGEST_BATCH
+from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.service.engine.autotune import choose_executor
+from tminus.service.engine.autotune_cache import default_cache
+from tminus.service.engine.candidates import Wish
+from tminus.service.engine.executors import Executor
+from tminus.service.engine.loading import LARGEST_BATCH
 
 MATMUL_SIZE = 2048
 CONV_CHANNELS, CONV_SIZE, CONV_BATCH = 256, 32, 4

@@ -33,7 +33,7 @@ class Server:
     def __init__(self, checkpoint: Path, state: Path) -> None:
         self.port = servers.free_port()
         self.url = f"http://{servers.HOST}:{self.port}"
-        self._command = [sys.executable, "-m", "service", "serve", "--checkpoint", str(checkpoint.resolve())]
+        self._command = [sys.executable, "-m", "tminus", "serve", "--checkpoint", str(checkpoint.resolve())]
         self._command += ["--port", str(self.port), "--state-dir", str(state), "--log-level", "warning"]
         self._process: subprocess.Popen[bytes] | None = None
 

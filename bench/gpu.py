@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 
 from bench.bare import flops_per_row
-from model.checkpoint import load_checkpoint
-from model.rng import image_noise
-from model.samplers import compile_plan, sample
-from service.engine.autotune import choose_executor, example_inputs
-from service.engine.autotune_cache import default_cache
-from service.engine.candidates import Wish
-from service.engine.engine import Engine
-from service.engine.loading import LARGEST_BATCH
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import trial_spec
-from service.work import work_of
+from tminus.model.checkpoint import load_checkpoint
+from tminus.model.rng import image_noise
+from tminus.model.samplers import compile_plan, sample
+from tminus.service.engine.autotune import choose_executor, example_inputs
+from tminus.service.engine.autotune_cache import default_cache
+from tminus.service.engine.candidates import Wish
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.loading import LARGEST_BATCH
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.spec import trial_spec
+from tminus.service.work import work_of
 
 MATMUL_SIZE = 8192
 SERIAL_STEPS = 50

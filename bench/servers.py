@@ -81,7 +81,7 @@ def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None
     each took 324 row-steps/s, one of two threads 311); and a long job then stops one worker, not all.
     """
     # The loads are meant to be more than a server can do at once: its limits must not be what is measured.
-    serve: tuple[str, ...] = ("service", "serve", "--log-level", "warning", "--grace-s", "0")
+    serve: tuple[str, ...] = ("tminus", "serve", "--log-level", "warning", "--grace-s", "0")
     serve += ("--max-backlog-s", "100000", "--max-jobs", "4096", "--result-cache-mb", "0", *tminus_flags)
     workers = ("--workers", str(cores), "--threads", "1")
     timeout = ("--address", HOST, "--timeout", "3600000", "--log-level", "warning")
@@ -93,8 +93,14 @@ def contenders(cores: int, tminus_flags: Sequence[str] = (), before: Path | None
         Contender("mosec", "mosec", ("bench.peers.mosec_server", *workers, *timeout), "mosec"),
     )
     if before is not None:
-        every = (every[0], Contender("before", "tminus before", serve, is_peer=False, tree=before), *every[1:])
+        command = (entry(before) or "tminus", *serve[1:])
+        every = (every[0], Contender("before", "tminus before", command, is_peer=False, tree=before), *every[1:])
     return {contender.key: contender for contender in every}
+
+
+def entry(checkout: Path) -> str | None:
+    """The module that is the command in a checkout of tminus; its name was another once. None where there is none."""
+    return next((name for name in ("tminus", "service") if (checkout / name / "__main__.py").is_file()), None)
 
 
 def why_not(contender: Contender) -> str | None:

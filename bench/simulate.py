@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 
-from service.errors import Overloaded
-from service.model_info import Limits
-from service.scheduling.admission import Admission
-from service.scheduling.scheduler import Policy, Scheduler, Sharing
-from service.scheduling.tick_times import TickTimes
-from service.work import Batch, Work
+from tminus.service.errors import Overloaded
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import Batch, Work
 
 TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=10_000, max_jobs=1000, max_backlog_s=1e9, max_body_bytes=4096)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from model.pixels import BLACK, Colour, fit_picture
+from tminus.model.pixels import BLACK, Colour, fit_picture
 
 FASHION_MNIST_CLASSES = (
     "t-shirt",

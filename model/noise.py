@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.files import OFF, given_fields
+from tminus.model.files import OFF, given_fields
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.noise import NoiseConfig, NoiseSchedule, posterior_between
-from model.timesteps import make_timesteps
+from tminus.model.noise import NoiseConfig, NoiseSchedule, posterior_between
+from tminus.model.timesteps import make_timesteps
 
 SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint import Labels, load_checkpoint, read_recommended, save_checkpoint
-from model.data import ImageSet
-from model.ema import Ema
-from model.files import write_atomically
-from model.loss import l_simple, training_target
-from model.noise import NoiseConfig, NoiseSchedule
-from model.pixels import to_model_range
-from model.unet import UNet2D
-from model.unet_config import UNetConfig
+from tminus.model.checkpoint import Labels, load_checkpoint, read_recommended, save_checkpoint
+from tminus.model.data import ImageSet
+from tminus.model.ema import Ema
+from tminus.model.files import write_atomically
+from tminus.model.loss import l_simple, training_target
+from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.pixels import to_model_range
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import (
+from tminus.model.layers import (
     ACTIVATIONS,
     Attention,
     Downsample,
@@ -16,7 +16,7 @@ from model.layers import (
     Upsample,
     sinusoidal_embedding,
 )
-from model.unet_config import UNetConfig
+from tminus.model.unet_config import UNetConfig
 
 
 @dataclass(frozen=True, slots=True)

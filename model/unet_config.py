@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model.files import OFF, given_fields
-from model.layers import ACTIVATIONS
+from tminus.model.files import OFF, given_fields
+from tminus.model.layers import ACTIVATIONS
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.files import CheckpointError, first_line, read_json
+from tminus.model.files import CheckpointError, first_line, read_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -8,36 +8,36 @@ from dataclasses import dataclass
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from service.api import openapi, problems
-from service.api.caching import ResultCache
-from service.api.docs import docs_routes
-from service.api.events import event_routes
-from service.api.jobs import job_routes
-from service.api.middleware import BodyLimit, RequestContext
-from service.api.multipart import FORM_BYTES
-from service.api.noise import noise_routes
-from service.api.origin import EXPOSED_HEADERS, Doors, Gate
-from service.api.page import page_routes
-from service.api.sample import sample_routes
-from service.api.services import Services
-from service.api.stream import stream_routes
-from service.api.stream_limits import Streams
-from service.api.system import system_routes
-from service.engine.protocol import RowEngine
-from service.images.decoder import Decoder
-from service.images.encoder import Encoder
-from service.jobs.async_store import AsyncStore
-from service.jobs.jobs import Jobs
-from service.jobs.lifecycle import Lifecycle
-from service.jobs.snapshot_keeper import SnapshotKeeper
-from service.jobs.standings import Standings
-from service.jobs.store import JobStore
-from service.metrics import Metrics
-from service.model_info import Limits
-from service.scheduling.admission import Admission
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.worker.recording import RecordingRoom
-from service.worker.worker import Worker
+from tminus.service.api import openapi, problems
+from tminus.service.api.caching import ResultCache
+from tminus.service.api.docs import docs_routes
+from tminus.service.api.events import event_routes
+from tminus.service.api.jobs import job_routes
+from tminus.service.api.middleware import BodyLimit, RequestContext
+from tminus.service.api.multipart import FORM_BYTES
+from tminus.service.api.noise import noise_routes
+from tminus.service.api.origin import EXPOSED_HEADERS, Doors, Gate
+from tminus.service.api.page import page_routes
+from tminus.service.api.sample import sample_routes
+from tminus.service.api.services import Services
+from tminus.service.api.stream import stream_routes
+from tminus.service.api.stream_limits import Streams
+from tminus.service.api.system import system_routes
+from tminus.service.engine.protocol import RowEngine
+from tminus.service.images.decoder import Decoder
+from tminus.service.images.encoder import Encoder
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.jobs import Jobs
+from tminus.service.jobs.lifecycle import Lifecycle
+from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
+from tminus.service.jobs.standings import Standings
+from tminus.service.jobs.store import JobStore
+from tminus.service.metrics import Metrics
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.worker.recording import RecordingRoom
+from tminus.service.worker.worker import Worker
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 

@@ -6,7 +6,7 @@ A budget and its holds belong to one thread, the event loop's, and take no lock.
 from types import TracebackType
 from typing import Self
 
-from service.errors import TooManyBytes
+from tminus.service.errors import TooManyBytes
 
 MAX_HELD_BYTES = 256 * 2**20
 SMALL_BYTES = 64 * 1024

@@ -19,7 +19,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.model_info import ModelInfo
+from tminus.service.model_info import ModelInfo
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter and histogram, which nobody asks for
 

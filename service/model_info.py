@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from model.recommended import Recommended
+from tminus.model.recommended import Recommended
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from service.spec import Images
+from tminus.service.spec import Images
 
 Show = Literal["x_t", "x_0"]  # the latent itself, or the network's current estimate of the image
 SHOWS: tuple[Show, ...] = ("x_t", "x_0")

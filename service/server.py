@@ -17,10 +17,10 @@ from types import FrameType
 
 import uvicorn
 
-from service.api.http_protocol import http_protocol
-from service.api.websocket_protocol import stream_protocol
-from service.app import Application
-from service.starting import Starting
+from tminus.service.api.http_protocol import http_protocol
+from tminus.service.api.websocket_protocol import stream_protocol
+from tminus.service.app import Application
+from tminus.service.starting import Starting
 
 log = logging.getLogger(__name__)
 

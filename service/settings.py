@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.api.origin import Doors
-from service.engine.options import LoadOptions
-from service.model_info import Limits
-from service.scheduling.scheduler import Sharing
+from tminus.service.api.origin import Doors
+from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.scheduler import Sharing
 
 if TYPE_CHECKING:
-    from service.engine.loading import Loaded
+    from tminus.service.engine.loading import Loaded
 
 HOST = re.compile(r"[a-z0-9_.-]+", re.IGNORECASE)
 ORIGIN = re.compile(r"https?://[^\s,/]+", re.IGNORECASE)
@@ -27,7 +27,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TMINUS_", frozen=True, extra="ignore")
 
-    checkpoint: Path = Field(Path("checkpoints/fashion-mnist-32"), description="checkpoint folder to serve")
+    checkpoint: Path = Field(BUNDLED, description="checkpoint folder to serve")
     device: str = Field(
         "auto", description="auto, cpu or cuda; auto takes a GPU if there is one; choose which by CUDA_VISIBLE_DEVICES"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.model_info import ModelInfo
+from tminus.service.model_info import ModelInfo
 
 Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
 

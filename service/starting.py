@@ -15,9 +15,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from service.api.problems import render
-from service.app import Application
-from service.errors import NotReady
+from tminus.service.api.problems import render
+from tminus.service.app import Application
+from tminus.service.errors import NotReady
 
 log = logging.getLogger(__name__)
 

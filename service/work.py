@@ -5,9 +5,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from model.timesteps import make_timesteps
-from service.model_info import ModelInfo
-from service.spec import Images, SampleSpec
+from tminus.model.timesteps import make_timesteps
+from tminus.service.model_info import ModelInfo
+from tminus.service.spec import Images, SampleSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,12 @@ from bench.peers.picture import encode
 from bench.records import Answer, Arrival, Ask, Bare, Counters, Crowd, Etas, EtaSample, Loaded, Memory, Pace, Run
 from bench.servers import ROOT, contenders, cpu_seconds, sum_metrics
 from bench.tally import Tally, read_tally
-from model.checkpoint import Labels, load_checkpoint, save_checkpoint
-from model.noise import NoiseConfig
-from model.unet import UNet2D
-from service.api.schemas import SampleRequest
 from tests.service.fakes import INFO, LIMITS
 from tests.tiny import TINY
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet import UNet2D
+from tminus.service.api.schemas import SampleRequest
 
 pytestmark = pytest.mark.slow
 
@@ -340,20 +340,21 @@ def test_quick_is_one_short_round_and_an_unknown_load_is_refused() -> None:
 
 
 def test_a_peer_gets_no_flags_of_tminus() -> None:
-    assert all(one.is_peer == (one.command[0] != "service") for one in contenders(2).values())
+    assert all(one.is_peer == (one.command[0] != "tminus") for one in contenders(2).values())
     assert contenders(4)["litserve"].command[1:] == ("--workers", "4", "--threads", "1")
 
 
-def test_another_checkout_takes_part_under_its_own_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tminus", "service"])
+def test_another_checkout_takes_part_under_its_own_code(tmp_path: Path, name: str) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--before", str(tmp_path)])
-    (tmp_path / "service").mkdir()
-    (tmp_path / "service" / "__main__.py").touch()
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__main__.py").touch()
     args = parse_args(["--before", str(tmp_path)])
     assert args.contenders[0] == "before"
     found = contenders(2, before=args.before)
     assert found["before"].tree == tmp_path
-    assert found["before"].command == found["tminus"].command
+    assert found["before"].command == (name, *found["tminus"].command[1:])
     assert list(found)[:2] == ["tminus", "before"]
 
 

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from service.server import ANSWER_S
-from service.settings import Settings
+from tminus.service.server import ANSWER_S
+from tminus.service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -19,8 +19,8 @@ def test_every_tminus_variable_is_a_setting() -> None:
 
 
 def test_the_image_serves_the_bundled_checkpoint_and_no_other_goes_to_the_builder() -> None:
-    default = str(Settings.model_fields["checkpoint"].default)
-    assert f"TMINUS_CHECKPOINT=/app/{default} " in DOCKERFILE
+    default = f"checkpoints/{Settings.model_fields['checkpoint'].default.name}"
+    assert "TMINUS_CHECKPOINT" not in DOCKERFILE, "it comes with the package"
     rules = (ROOT / ".dockerignore").read_text().split()
     assert [rule for rule in rules if rule.startswith("!checkpoints")] == [f"!{default}"]
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from model.timesteps import SPACINGS
-from service.__main__ import main
-from service.api.schemas import AnimationRequest, SampleRequest
-from service.images.encoder import MEDIA_TYPES, WEBP
-from service.settings import Settings
 from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
 from tests.service.fakes import INFO
+from tminus.__main__ import main
+from tminus.model.timesteps import SPACINGS
+from tminus.service.api.schemas import AnimationRequest, SampleRequest
+from tminus.service.images.encoder import MEDIA_TYPES, WEBP
+from tminus.service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.unet_config import UNetConfig
+from tminus.model.unet_config import UNetConfig
 
 TINY = UNetConfig(
     sample_size=8,

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 from bench.peers.denoiser import faster_layout
 from bench.peers.picture import encode, now_s
 from bench.tally import Tally
-from model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 
 
 class Body(BaseModel):

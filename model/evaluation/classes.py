@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from model.data import ImageSet
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.data import ImageSet
 
 
 def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | None:

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.data import ImageSet
-from model.files import write_atomically
-from model.pixels import to_model_range
-from model.weights import hash_weights
+from tminus.model.data import ImageSet
+from tminus.model.files import write_atomically
+from tminus.model.pixels import to_model_range
+from tminus.model.weights import hash_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"
 MAX_CONFIG_BYTES = 2**20

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from model.evaluation.report import EvaluationReport
+from tminus.model.evaluation.report import EvaluationReport
 
 MAX_FRECHET_RATIO = 1.02
 MAX_ACCURACY_LOSS = 0.01  # between samples drawn from the same noise, which share most of the luck

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint import Checkpoint
-from model.data import ImageSet
-from model.evaluation.classes import balanced_picks, class_map, image_classes, sample_classes
-from model.evaluation.classifier import Classifier, Reading
-from model.evaluation.distances import fit_gaussian, frechet_distance, nearest_distances
-from model.evaluation.report import (
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.data import ImageSet
+from tminus.model.evaluation.classes import balanced_picks, class_map, image_classes, sample_classes
+from tminus.model.evaluation.classifier import Classifier, Reading
+from tminus.model.evaluation.distances import fit_gaussian, frechet_distance, nearest_distances
+from tminus.model.evaluation.report import (
     Bound,
     ClassAccuracy,
     ClassifierFacts,
@@ -27,11 +27,11 @@ from model.evaluation.report import (
     NearestSummary,
     PerClass,
 )
-from model.loss import variational_bound
-from model.pixels import to_model_range, to_uint8
-from model.rng import image_noise
-from model.samplers import Forward, compile_plan, sample
-from model.unet import UNet2D
+from tminus.model.loss import variational_bound
+from tminus.model.pixels import to_model_range, to_uint8
+from tminus.model.rng import image_noise
+from tminus.model.samplers import Forward, compile_plan, sample
+from tminus.model.unet import UNet2D
 
 
 class EvaluateError(Exception):

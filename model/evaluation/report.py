@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from model.timesteps import SPACINGS
+from tminus.model.timesteps import SPACINGS
 
 
 @dataclass(frozen=True, slots=True)

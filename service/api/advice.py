@@ -1,8 +1,8 @@
 """What a client is told of a request that is right, but hardly gives what it wants. Pure."""
 
-from service.model_info import ModelInfo
-from service.spec import SampleSpec
-from service.work import timesteps_of
+from tminus.service.model_info import ModelInfo
+from tminus.service.spec import SampleSpec
+from tminus.service.work import timesteps_of
 
 MOSTLY_IMAGE = 0.5  # alpha_bar_t, the share of the image in the variance of x_t
 

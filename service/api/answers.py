@@ -5,11 +5,11 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from model.recommended import Recommended
-from service.api.schemas import parameters_of
-from service.jobs.store import now_us
-from service.jobs.views import STATES, JobView
-from service.model_info import Limits, ModelInfo
+from tminus.model.recommended import Recommended
+from tminus.service.api.schemas import parameters_of
+from tminus.service.jobs.store import now_us
+from tminus.service.jobs.views import STATES, JobView
+from tminus.service.model_info import Limits, ModelInfo
 
 
 class JobAnswer(BaseModel):

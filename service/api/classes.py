@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from functools import lru_cache
 
-from service.api.fields import DIGITS
-from service.errors import InvalidField
-from service.model_info import ModelInfo
+from tminus.service.api.fields import DIGITS
+from tminus.service.errors import InvalidField
+from tminus.service.model_info import ModelInfo
 
 MAX_NAMES_SHOWN = 20
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 
-from service.api.page import FOLDER, HEADERS
+from tminus.service.api.page import FOLDER, HEADERS
 
 # Swagger UI sets style attributes, and its stylesheet has its pictures in it.
 DOCS_HEADERS = HEADERS | {

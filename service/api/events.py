@@ -16,19 +16,19 @@ from fastapi import APIRouter, Request, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.answers import JobAnswer
-from service.api.openapi import LAST_EVENT_ID, Contract, failures
-from service.api.previews import PreviewRequest
-from service.api.progress import Countdown
-from service.api.request import read_query
-from service.api.services import Services
-from service.jobs.live import Live
-from service.jobs.store import OUTCOMES
-from service.jobs.views import JobView, ended_view
-from service.preview import Frame, Show, Watch
-from service.spec import SampleSpec
-from service.work import timesteps_of
-from service.worker.mailbox import Mailbox
+from tminus.service.api.answers import JobAnswer
+from tminus.service.api.openapi import LAST_EVENT_ID, Contract, failures
+from tminus.service.api.previews import PreviewRequest
+from tminus.service.api.progress import Countdown
+from tminus.service.api.request import read_query
+from tminus.service.api.services import Services
+from tminus.service.jobs.live import Live
+from tminus.service.jobs.store import OUTCOMES
+from tminus.service.jobs.views import JobView, ended_view
+from tminus.service.preview import Frame, Show, Watch
+from tminus.service.spec import SampleSpec
+from tminus.service.work import timesteps_of
+from tminus.service.worker.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 

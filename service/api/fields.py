@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, WithJsonSchema
 
-from service.errors import InvalidField, InvalidImage, UnknownField, short
+from tminus.service.errors import InvalidField, InvalidImage, UnknownField, short
 
 MAX_SEED = 2**64 - 1
 SEED_BOUND = f"an integer in 0..{MAX_SEED}"

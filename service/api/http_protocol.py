@@ -12,8 +12,8 @@ from typing import ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from service.api.problems import render
-from service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders
+from tminus.service.api.problems import render
+from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders
 
 HEAD_S = 10.0  # from the connection, or the first byte of a further request, to the end of the head
 # What the WebSocket library accepts in a handshake; it answers nothing to more.

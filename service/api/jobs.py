@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from service.api.advice import advice_headers
-from service.api.answers import JobAnswer, JobPage
-from service.api.caching import cache_headers, matches
-from service.api.negotiation import negotiate
-from service.api.openapi import (
+from tminus.service.api.advice import advice_headers
+from tminus.service.api.answers import JobAnswer, JobPage
+from tminus.service.api.caching import cache_headers, matches
+from tminus.service.api.negotiation import negotiate
+from tminus.service.api.openapi import (
     IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
     IMAGES,
@@ -18,11 +18,11 @@ from service.api.openapi import (
     Contract,
     failures,
 )
-from service.api.request import accept_header, no_parameters, read_parameters, read_query
-from service.api.schemas import JobsRequest, SampleRequest
-from service.api.services import Services
-from service.api.submission import accept, understand
-from service.images.encoder import MEDIA_TYPES, etag
+from tminus.service.api.request import accept_header, no_parameters, read_parameters, read_query
+from tminus.service.api.schemas import JobsRequest, SampleRequest
+from tminus.service.api.services import Services
+from tminus.service.api.submission import accept, understand
+from tminus.service.images.encoder import MEDIA_TYPES, etag
 
 
 def job_routes(services: Services) -> APIRouter:

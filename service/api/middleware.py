@@ -11,11 +11,11 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.origin import PROBES
-from service.api.problems import render
-from service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
-from service.errors import BodyTooLarge, ServiceError, SlowBody
-from service.request_id import REQUEST_ID
+from tminus.service.api.origin import PROBES
+from tminus.service.api.problems import render
+from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
+from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody
+from tminus.service.request_id import REQUEST_ID
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
-from service.errors import (
+from tminus.service.errors import (
     BodyTooLarge,
     ConflictingField,
     InvalidImage,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from service.errors import NotAcceptable
+from tminus.service.errors import NotAcceptable
 
 
 def negotiate(accept: str, offered: Sequence[str], hint: str = "") -> str:

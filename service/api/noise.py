@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.caching import cache_headers, matches
-from service.api.fields import SEED_BITS
-from service.api.multipart import read_upload
-from service.api.negotiation import negotiate
-from service.api.openapi import IF_NONE_MATCH, NOISE_BODY, NOT_MODIFIED, OF_BODY, Contract, answer, failures
-from service.api.request import (
+from tminus.service.api.caching import cache_headers, matches
+from tminus.service.api.fields import SEED_BITS
+from tminus.service.api.multipart import read_upload
+from tminus.service.api.negotiation import negotiate
+from tminus.service.api.openapi import IF_NONE_MATCH, NOISE_BODY, NOT_MODIFIED, OF_BODY, Contract, answer, failures
+from tminus.service.api.request import (
     accept_header,
     check_encoding,
     from_items,
@@ -22,10 +22,10 @@ from service.api.request import (
     unless_gone,
     while_connected,
 )
-from service.api.schemas import NoiseRequest
-from service.api.services import Services
-from service.images.encoder import PNG
-from service.spec import Images
+from tminus.service.api.schemas import NoiseRequest
+from tminus.service.api.services import Services
+from tminus.service.images.encoder import PNG
+from tminus.service.spec import Images
 
 
 def noise_routes(services: Services) -> APIRouter:

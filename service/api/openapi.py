@@ -7,14 +7,14 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from model.recommended import MAX_GUIDANCE
-from model.timesteps import SPACINGS
-from service.api.answers import Problem, SampleAnswer
-from service.api.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
-from service.api.multipart import BYTES, FORM
-from service.api.previews import MAX_FPS
-from service.api.problems import PROBLEM_JSON
-from service.api.schemas import (
+from tminus.model.recommended import MAX_GUIDANCE
+from tminus.model.timesteps import SPACINGS
+from tminus.service.api.answers import Problem, SampleAnswer
+from tminus.service.api.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
+from tminus.service.api.multipart import BYTES, FORM
+from tminus.service.api.previews import MAX_FPS
+from tminus.service.api.problems import PROBLEM_JSON
+from tminus.service.api.schemas import (
     MAX_DEADLINE_S,
     MAX_INDEX,
     PICTURES,
@@ -22,8 +22,8 @@ from service.api.schemas import (
     NoiseRequest,
     SampleRequest,
 )
-from service.images.encoder import JSON, MEDIA_TYPES, WEBP
-from service.model_info import Limits, ModelInfo
+from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP
+from tminus.service.model_info import Limits, ModelInfo
 
 Described = dict[str, Any]  # a part of an OpenAPI document
 

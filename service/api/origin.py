@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.problems import render
-from service.errors import ForeignHost, ForeignOrigin, ServiceError, short
+from tminus.service.api.problems import render
+from tminus.service.errors import ForeignHost, ForeignOrigin, ServiceError, short
 
 PROBES = ("/healthz", "/readyz", "/metrics")  # asked by whatever name the network has for this machine
 READING = ("GET", "HEAD", "OPTIONS")

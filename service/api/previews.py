@@ -5,9 +5,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from service.api.fields import EVERY_BOUND, Bool, Float, Int, RequestSchema
-from service.errors import InvalidField
-from service.preview import SHOWS, Pace, Show
+from tminus.service.api.fields import EVERY_BOUND, Bool, Float, Int, RequestSchema
+from tminus.service.errors import InvalidField
+from tminus.service.preview import SHOWS, Pace, Show
 
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
 _BOUNDS = {

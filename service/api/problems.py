@@ -7,9 +7,9 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from service.errors import ServiceError, short
-from service.metrics import Metrics
-from service.request_id import REQUEST_ID
+from tminus.service.errors import ServiceError, short
+from tminus.service.metrics import Metrics
+from tminus.service.request_id import REQUEST_ID
 
 log = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 import asyncio
 
-from service.errors import DeadlinePassed
-from service.jobs.standings import Standings
-from service.work import JobResult, Ticket
+from tminus.service.errors import DeadlinePassed
+from tminus.service.jobs.standings import Standings
+from tminus.service.work import JobResult, Ticket
 
 LATE_S = 2.0  # after a deadline, for the worker to say that it has passed
 RECOUNT_S = 5.0  # until a job's forecast is asked for again

@@ -14,10 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from service.api.fields import NUMBER
-from service.api.multipart import is_form, read_form
-from service.api.schemas import PICTURES, SampleRequest
-from service.errors import (
+from tminus.service.api.fields import NUMBER
+from tminus.service.api.multipart import is_form, read_form
+from tminus.service.api.schemas import PICTURES, SampleRequest
+from tminus.service.errors import (
     BodyTooLarge,
     ConflictingField,
     InvalidField,
@@ -27,8 +27,8 @@ from service.errors import (
     UnsupportedEncoding,
     short,
 )
-from service.jobs.store import Key
-from service.model_info import Limits
+from tminus.service.jobs.store import Key
+from tminus.service.model_info import Limits
 
 Body = TypeVar("Body")
 Result = TypeVar("Result")

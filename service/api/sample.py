@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.advice import advice_headers
-from service.api.caching import cache_headers, matches
-from service.api.negotiation import negotiate
-from service.api.openapi import (
+from tminus.service.api.advice import advice_headers
+from tminus.service.api.caching import cache_headers, matches
+from tminus.service.api.negotiation import negotiate
+from tminus.service.api.openapi import (
     ACCEPTED,
     IF_NONE_MATCH,
     IMAGES_OR_ANIMATION,
@@ -23,19 +23,19 @@ from service.api.openapi import (
     Described,
     failures,
 )
-from service.api.progress import result_of
-from service.api.request import accept_header, prefers_async, read_parameters, while_connected
-from service.api.schemas import AnimationRequest, SampleRequest
-from service.api.services import Services
-from service.api.submission import accept, to_job, understand
-from service.errors import InvalidField
-from service.images.animation import WEBP_VERSION
-from service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
-from service.model_info import ModelInfo
-from service.spec import Inputs, SampleSpec
-from service.work import JobResult
-from service.worker.recording import Recording, frame_count
-from service.worker.worker import Worker
+from tminus.service.api.progress import result_of
+from tminus.service.api.request import accept_header, prefers_async, read_parameters, while_connected
+from tminus.service.api.schemas import AnimationRequest, SampleRequest
+from tminus.service.api.services import Services
+from tminus.service.api.submission import accept, to_job, understand
+from tminus.service.errors import InvalidField
+from tminus.service.images.animation import WEBP_VERSION
+from tminus.service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
+from tminus.service.model_info import ModelInfo
+from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.work import JobResult
+from tminus.service.worker.recording import Recording, frame_count
+from tminus.service.worker.worker import Worker
 
 ANY_TYPE = (*MEDIA_TYPES, WEBP)
 WITH_EVERY = ", or image/webp together with the parameter `every`"

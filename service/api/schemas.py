@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from model.recommended import MAX_GUIDANCE
-from model.timesteps import SPACINGS
-from service.api.classes import class_bound, class_numbers
-from service.api.fields import (
+from tminus.model.recommended import MAX_GUIDANCE
+from tminus.model.timesteps import SPACINGS
+from tminus.service.api.classes import class_bound, class_numbers
+from tminus.service.api.fields import (
     ENCODED_IMAGE,
     EVERY_BOUND,
     MAX_ITEMS,
@@ -24,12 +24,12 @@ from service.api.fields import (
     RequestSchema,
     Whole,
 )
-from service.errors import BodyTooLarge, InvalidField
-from service.jobs.store import Place
-from service.jobs.views import STATES
-from service.model_info import Limits, ModelInfo
-from service.preview import SHOWS, Show
-from service.spec import Inputs, SampleSpec
+from tminus.service.errors import BodyTooLarge, InvalidField
+from tminus.service.jobs.store import Place
+from tminus.service.jobs.views import STATES
+from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.preview import SHOWS, Show
+from tminus.service.spec import Inputs, SampleSpec
 
 MAX_INDEX = 2**32 - 1
 MAX_DEADLINE_S = 86_400.0

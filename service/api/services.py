@@ -3,17 +3,17 @@
 import asyncio
 from dataclasses import dataclass
 
-from service.api.caching import ResultCache
-from service.api.origin import Doors
-from service.api.stream_limits import Streams
-from service.images.decoder import Decoder
-from service.images.encoder import Encoder
-from service.jobs.jobs import Jobs
-from service.jobs.standings import Standings
-from service.metrics import Metrics
-from service.model_info import Limits, ModelInfo
-from service.worker.recording import RecordingRoom
-from service.worker.worker import Worker
+from tminus.service.api.caching import ResultCache
+from tminus.service.api.origin import Doors
+from tminus.service.api.stream_limits import Streams
+from tminus.service.images.decoder import Decoder
+from tminus.service.images.encoder import Encoder
+from tminus.service.jobs.jobs import Jobs
+from tminus.service.jobs.standings import Standings
+from tminus.service.metrics import Metrics
+from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.worker.recording import RecordingRoom
+from tminus.service.worker.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)

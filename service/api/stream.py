@@ -13,22 +13,22 @@ from typing import Any
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
-from service.api.advice import warning_of
-from service.api.middleware import address_of, new_request_id, target_of
-from service.api.previews import StreamRequest
-from service.api.problems import render
-from service.api.progress import Countdown, result_of
-from service.api.request import from_body, off_loop
-from service.api.services import Services
-from service.api.submission import to_job, understand
-from service.errors import BodyTooLarge, JobCancelled, MalformedMessage, ServiceError, Silence
-from service.images.encoder import PNG
-from service.model_info import ModelInfo
-from service.preview import Frame, Watch
-from service.request_id import REQUEST_ID
-from service.spec import Inputs, SampleSpec
-from service.work import JobResult, Ticket, timesteps_of
-from service.worker.mailbox import Mailbox
+from tminus.service.api.advice import warning_of
+from tminus.service.api.middleware import address_of, new_request_id, target_of
+from tminus.service.api.previews import StreamRequest
+from tminus.service.api.problems import render
+from tminus.service.api.progress import Countdown, result_of
+from tminus.service.api.request import from_body, off_loop
+from tminus.service.api.services import Services
+from tminus.service.api.submission import to_job, understand
+from tminus.service.errors import BodyTooLarge, JobCancelled, MalformedMessage, ServiceError, Silence
+from tminus.service.images.encoder import PNG
+from tminus.service.model_info import ModelInfo
+from tminus.service.preview import Frame, Watch
+from tminus.service.request_id import REQUEST_ID
+from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.work import JobResult, Ticket, timesteps_of
+from tminus.service.worker.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 

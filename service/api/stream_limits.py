@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import ip_address, ip_network
 
-from service.errors import TooManyStreams
+from tminus.service.errors import TooManyStreams
 
 
 class Streams:

@@ -6,12 +6,12 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from service.api.advice import advice_headers
-from service.api.answers import JobAnswer
-from service.api.request import idempotency_key, off_loop, while_connected
-from service.api.schemas import PICTURES, SampleRequest
-from service.api.services import Services
-from service.spec import Inputs, SampleSpec
+from tminus.service.api.advice import advice_headers
+from tminus.service.api.answers import JobAnswer
+from tminus.service.api.request import idempotency_key, off_loop, while_connected
+from tminus.service.api.schemas import PICTURES, SampleRequest
+from tminus.service.api.services import Services
+from tminus.service.spec import Inputs, SampleSpec
 
 
 async def understand(services: Services, parameters: Mapping[str, Any]) -> SampleRequest:

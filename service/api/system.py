@@ -4,14 +4,14 @@ from fastapi import APIRouter, Depends, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.api import problems
-from service.api.answers import ModelAnswer, ScheduleAnswer, StatusAnswer
-from service.api.openapi import failures
-from service.api.request import no_parameters
-from service.api.services import Services
-from service.errors import Draining, EngineFailed, NotReady, Stalled
-from service.jobs.jobs import Jobs
-from service.worker.worker import CRASHED, Worker
+from tminus.service.api import problems
+from tminus.service.api.answers import ModelAnswer, ScheduleAnswer, StatusAnswer
+from tminus.service.api.openapi import failures
+from tminus.service.api.request import no_parameters
+from tminus.service.api.services import Services
+from tminus.service.errors import Draining, EngineFailed, NotReady, Stalled
+from tminus.service.jobs.jobs import Jobs
+from tminus.service.worker.worker import CRASHED, Worker
 
 
 def system_routes(services: Services) -> APIRouter:

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
-from service.errors import TooManyBytes
+from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
+from tminus.service.errors import TooManyBytes
 
 # In asyncio's buffer and in the kernel's, each. By default they hold megabytes: frames that are old when they are read.
 UNSENT_BYTES = 16_384

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.options import BACKGROUND, DEFAULT_CHECKPOINT, FOLDER_TYPE
-from service.cli.output import fail, say, set_up_log, write_file
-from service.cli.training_data import load_training_data
+from tminus.service.cli.options import BACKGROUND, FOLDER_TYPE
+from tminus.service.cli.output import fail, say, set_up_log, write_file
+from tminus.service.cli.training_data import load_training_data
+from tminus.service.engine.options import BUNDLED
 
 if TYPE_CHECKING:
-    from model.data import ImageSet
-    from model.evaluation.classifier import Classifier
-    from model.evaluation.report import EvaluationReport
+    from tminus.model.data import ImageSet
+    from tminus.model.evaluation.classifier import Classifier
+    from tminus.model.evaluation.report import EvaluationReport
 
 
 @click.command()
-@click.option("--checkpoint", type=FOLDER_TYPE, default=DEFAULT_CHECKPOINT)
+@click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED)
 @click.option("--data", default="fashion-mnist", help="fashion-mnist, or the folder of images it was trained on")
 @click.option("--test-data", type=FOLDER_TYPE, help="folder of held-out images, where --data is a folder")
 @click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
@@ -59,12 +60,12 @@ def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, 
     """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card."""
     set_up_log("INFO", "%(message)s")
 
-    from model.checkpoint import load_checkpoint
-    from model.data import DataError
-    from model.evaluation.classifier import ClassifierError, load_or_train_classifier
-    from model.evaluation.evaluate import EvaluateError
-    from model.files import CheckpointError
-    from service.engine.devices import choose_device
+    from tminus.model.checkpoint import load_checkpoint
+    from tminus.model.data import DataError
+    from tminus.model.evaluation.classifier import ClassifierError, load_or_train_classifier
+    from tminus.model.evaluation.evaluate import EvaluateError
+    from tminus.model.files import CheckpointError
+    from tminus.service.engine.devices import choose_device
 
     data, precision = options["data"], options["precision"]
     if approve and precision == "float32":
@@ -101,13 +102,13 @@ def measure(
     """Evaluate a checkpoint whose samples are made in options["precision"], by the executor that `serve` would take."""
     import torch
 
-    from model.checkpoint import load_checkpoint
-    from model.evaluation.evaluate import evaluate as evaluate_checkpoint
-    from model.evaluation.report import EvaluateOptions
-    from service.engine.autotune import choose_executor
-    from service.engine.autotune_cache import default_cache
-    from service.engine.candidates import Wish
-    from service.engine.devices import choose_device
+    from tminus.model.checkpoint import load_checkpoint
+    from tminus.model.evaluation.evaluate import evaluate as evaluate_checkpoint
+    from tminus.model.evaluation.report import EvaluateOptions
+    from tminus.service.engine.autotune import choose_executor
+    from tminus.service.engine.autotune_cache import default_cache
+    from tminus.service.engine.candidates import Wish
+    from tminus.service.engine.devices import choose_device
 
     device, threads = choose_device(options["device"]), torch.get_num_threads()
     wish = Wish(options["executor"], options["precision"], device.type == "cpu", options["batch_size"], threads)
@@ -122,8 +123,8 @@ def measure(
 
 def judge_precision(checkpoint: Path, reference: "EvaluationReport", report: "EvaluationReport") -> None:
     """Compare a report with that of float32, print the verdict, and note an approval in tminus.json."""
-    from model.checkpoint import approve
-    from model.evaluation.compare import compare_reports
+    from tminus.model.checkpoint import approve
+    from tminus.model.evaluation.compare import compare_reports
 
     verdict, options = compare_reports(reference, report), report.options
     check = {

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.cli.loading import load
-from service.cli.output import fail
-from service.engine.options import LoadOptions
+from tminus.service.cli.loading import load
+from tminus.service.cli.output import fail
+from tminus.service.engine.options import LoadOptions
 
 if TYPE_CHECKING:
-    from service.client import Client, Sampled
-    from service.client.results import MediaType
-    from service.engine.loading import Loaded
+    from tminus.service.client import Client, Sampled
+    from tminus.service.client.results import MediaType
+    from tminus.service.engine.loading import Loaded
 
 MAX_LOCAL_IMAGE_BYTES = 2**30
 
@@ -49,12 +49,12 @@ def make_images(model: LocalModel, parameters: dict[str, Any], *, sheet: bool) -
     """Sample in this process: PNG files by name (one, "sheet", or one per image), and the seed."""
     from tqdm import tqdm
 
-    from service.api.schemas import SampleRequest
-    from service.engine.local import sample_locally
-    from service.errors import ServiceError
-    from service.images.decoder import decode_inputs
-    from service.images.encoder import PNG, ZIP, encode_result
-    from service.model_info import Limits
+    from tminus.service.api.schemas import SampleRequest
+    from tminus.service.engine.local import sample_locally
+    from tminus.service.errors import ServiceError
+    from tminus.service.images.decoder import decode_inputs
+    from tminus.service.images.encoder import PNG, ZIP, encode_result
+    from tminus.service.model_info import Limits
 
     n = parameters["n"]
     loaded = model.load(n)
@@ -85,7 +85,7 @@ def make_images(model: LocalModel, parameters: dict[str, Any], *, sheet: bool) -
 
 def sample_from(url: str, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
     """Ask a server; one clear line and exit code 1 where it does not answer with images."""
-    from service.client import ClientError
+    from tminus.service.client import ClientError
 
     try:
         with client_of(url) as tminus:
@@ -96,7 +96,7 @@ def sample_from(url: str, parameters: dict[str, Any], media_type: "MediaType") -
 
 def files_of(url: str, sampled: "Sampled", n: int) -> dict[str, bytes]:
     """The n PNG files of a server's answer; one clear line and exit code 1 where it has others."""
-    from service.client import ClientError
+    from tminus.service.client import ClientError
 
     try:
         files = sampled.files
@@ -109,7 +109,7 @@ def files_of(url: str, sampled: "Sampled", n: int) -> dict[str, bytes]:
 
 def client_of(url: str) -> "Client":
     """A client of the server that --url names; one clear line and exit code 1 where it names none."""
-    from service.client import Client
+    from tminus.service.client import Client
 
     try:
         return Client(url)

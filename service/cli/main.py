@@ -5,11 +5,11 @@ The files of the subcommands import torch and what needs it in their functions, 
 
 import click
 
-from service.cli.evaluate import evaluate
-from service.cli.reproduce import reproduce
-from service.cli.sample import sample
-from service.cli.serve import serve
-from service.cli.train import train
+from tminus.service.cli.evaluate import evaluate
+from tminus.service.cli.reproduce import reproduce
+from tminus.service.cli.sample import sample
+from tminus.service.cli.serve import serve
+from tminus.service.cli.train import train
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 120})

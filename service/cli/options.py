@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-DEFAULT_CHECKPOINT = Path("checkpoints/fashion-mnist-32")
+from tminus.service.engine.options import BUNDLED
+
 MAX_LOCAL_N = 4096  # images made without a server in one command
 FILE_TYPE = click.Path(dir_okay=False, path_type=Path)
 FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
@@ -14,7 +15,7 @@ BACKGROUND = click.option(
 )
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
-    click.option("--checkpoint", type=FOLDER_TYPE, default=DEFAULT_CHECKPOINT),
+    click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED),
     click.option(
         "--device",
         default="auto",

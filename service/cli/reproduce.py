@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from service.cli.images import LocalModel, make_images, read_pictures, sample_from
-from service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
-from service.cli.output import check_png, fail, say, write_file
+from tminus.service.cli.images import LocalModel, make_images, read_pictures, sample_from
+from tminus.service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
+from tminus.service.cli.output import check_png, fail, say, write_file
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_PIXELS = MAX_LOCAL_N * 128 * 128
@@ -85,10 +85,10 @@ def read_recipe(png: bytes) -> Recipe:
     """Read the recipe in a PNG. Raises ValueError where there is none, or none that can be read."""
     from PIL import Image, UnidentifiedImageError
 
-    from service.api.schemas import parameters_of
-    from service.images.encoder import PNG_TEXT_KEY
-    from service.images.image_header import read_header
-    from service.spec import SampleSpec
+    from tminus.service.api.schemas import parameters_of
+    from tminus.service.images.encoder import PNG_TEXT_KEY
+    from tminus.service.images.image_header import read_header
+    from tminus.service.spec import SampleSpec
 
     try:
         header = read_header(png)

@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from service.cli.images import LocalModel, files_of, make_images, read_pictures, sample_from
-from service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
-from service.cli.output import check_png, fail, make_folder, say, write_file
-from service.cli.watch import follow, write_animation
+from tminus.service.cli.images import LocalModel, files_of, make_images, read_pictures, sample_from
+from tminus.service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
+from tminus.service.cli.output import check_png, fail, make_folder, say, write_file
+from tminus.service.cli.watch import follow, write_animation
 
 
 @click.command()

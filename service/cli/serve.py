@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 from pydantic import ValidationError
 
-from service.cli.loading import read
-from service.cli.output import fail, set_up_log
-from service.model_info import max_edit_bytes
-from service.settings import Settings
+from tminus.service.cli.loading import read
+from tminus.service.cli.output import fail, set_up_log
+from tminus.service.model_info import max_edit_bytes
+from tminus.service.settings import Settings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from service.app import Application
-    from service.model_info import ModelInfo
+    from tminus.service.app import Application
+    from tminus.service.model_info import ModelInfo
 
 log = logging.getLogger(__name__)
 TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}
@@ -67,11 +67,11 @@ def serve(**flags: Any) -> None:
     set_up_log(settings.log_level.upper(), "%(asctime)s %(levelname)s %(name)s %(message)s")
     log.debug("loading %s", settings.checkpoint)
 
-    from service.app import create_app
-    from service.engine.loading import prepare_engine
-    from service.jobs.opening import open_store
-    from service.server import bind
-    from service.server import serve as run_server
+    from tminus.service.app import create_app
+    from tminus.service.engine.loading import prepare_engine
+    from tminus.service.jobs.opening import open_store
+    from tminus.service.server import bind
+    from tminus.service.server import serve as run_server
 
     try:  # what can be found out at once is, before anything is measured
         listener = bind(settings.host, settings.port)

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.cli.options import BACKGROUND, FOLDER_TYPE
-from service.cli.output import fail, say, set_up_log
-from service.cli.training_data import load_training_data
+from tminus.service.cli.options import BACKGROUND, FOLDER_TYPE
+from tminus.service.cli.output import fail, say, set_up_log
+from tminus.service.cli.training_data import load_training_data
 
 if TYPE_CHECKING:
     import torch
 
-    from model.data import ImageSet
-    from model.noise import NoiseConfig
-    from model.unet import UNet2D
-    from model.unet_config import UNetConfig
+    from tminus.model.data import ImageSet
+    from tminus.model.noise import NoiseConfig
+    from tminus.model.unet import UNet2D
+    from tminus.model.unet_config import UNetConfig
 
 SHEET_STEPS = 50
 SHEET_ROWS_PER_CLASS = 2
@@ -60,12 +60,12 @@ def train(**options: Any) -> None:
     set_up_log("INFO", "%(message)s")
     import torch
 
-    from model.data import DataError
-    from model.files import CheckpointError
-    from model.noise import NoiseConfig
-    from model.train import TrainConfig, TrainError
-    from model.train import train as run
-    from service.engine.devices import choose_device
+    from tminus.model.data import DataError
+    from tminus.model.files import CheckpointError
+    from tminus.model.noise import NoiseConfig
+    from tminus.model.train import TrainConfig, TrainError
+    from tminus.model.train import train as run
+    from tminus.service.engine.devices import choose_device
 
     fields = {name: options[name] for name in TrainConfig.__dataclass_fields__}
     try:
@@ -95,7 +95,7 @@ def train(**options: Any) -> None:
 
 
 def _architecture(options: dict[str, Any], data: "ImageSet") -> "UNetConfig":
-    from model.unet_config import UNetConfig
+    from tminus.model.unet_config import UNetConfig
 
     widths, attends = _integers("--widths", options["widths"]), _integers("--attention-at", options["attention_at"])
     channels, size_px = data.images.shape[1], data.images.shape[-1]
@@ -131,11 +131,11 @@ def _sheet_writer(
     """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared."""
     import torch
 
-    from model.pixels import to_uint8
-    from model.rng import image_noise
-    from model.samplers import compile_plan
-    from model.samplers import sample as sample_rows
-    from service.images.encoder import contact_sheet, encode_png
+    from tminus.model.pixels import to_uint8
+    from tminus.model.rng import image_noise
+    from tminus.model.samplers import compile_plan
+    from tminus.model.samplers import sample as sample_rows
+    from tminus.service.images.encoder import contact_sheet, encode_png
 
     plan = compile_plan(noise, noise.schedule(), "ddim", min(SHEET_STEPS, noise.num_train_timesteps))
     num_classes = (unet.num_class_embeds or 1) - 1

@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.cli.images import client_of
-from service.cli.output import fail, make_folder, say, write_file
+from tminus.service.cli.images import client_of
+from tminus.service.cli.output import fail, make_folder, say, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from service.client.messages import Message
+    from tminus.service.client.messages import Message
 
 MOST_FRAMES = 100  # unless --every says so
 FORMATS = (".webp", ".gif")
@@ -23,7 +23,7 @@ def follow(
     url: str, parameters: dict[str, Any], sheet: bool, animation: Path, every: int | None, show: str
 ) -> tuple[dict[str, bytes], int, list["Image"]]:
     """Run a job on a server with a progress bar; returns its PNG files by name, the seed and the animation's frames."""
-    from service.client import ClientError
+    from tminus.service.client import ClientError
 
     if animation.suffix.lower() not in FORMATS:
         fail(f"--watch {animation}: must end in {' or '.join(FORMATS)}")
@@ -45,7 +45,7 @@ def follow(
 
 def write_animation(file: Path, frames: list["Image"]) -> None:
     """Write the frames to a file; one clear line and exit code 1 where that fails."""
-    from service.images.animation import encode_animation
+    from tminus.service.images.animation import encode_animation
 
     try:
         data = encode_animation(frames, file.suffix.lower().removeprefix("."))
@@ -68,7 +68,7 @@ def _read(messages: "Iterable[Message]") -> tuple[int, list[list[bytes]], Sequen
     """Read a job's messages to its end: the seed, the pictures of each step that was shown, and the PNGs."""
     from tqdm import tqdm
 
-    from service.client import Accepted, ClientError, Done, Frame
+    from tminus.service.client import Accepted, ClientError, Done, Frame
 
     seed, shown, num_bytes = 0, dict[int, list[bytes]](), 0
     with tqdm(total=None, unit="step", dynamic_ncols=True, disable=None) as progress:
@@ -96,8 +96,8 @@ def _decode(frames: Sequence[Sequence[bytes]]) -> list["Image"]:
     """Decode the pictures of each step into one. Raises ClientError where they are none, or of several sizes."""
     from PIL import Image
 
-    from service.client import ClientError
-    from service.images.image_header import read_header
+    from tminus.service.client import ClientError
+    from tminus.service.images.image_header import read_header
 
     try:
         headers = [read_header(picture) for frame in frames for picture in frame]
@@ -117,7 +117,7 @@ def _sheet(pictures: Sequence["Image"]) -> "Image":
     import numpy as np
     from PIL import Image
 
-    from service.images.encoder import contact_sheet
+    from tminus.service.images.encoder import contact_sheet
 
     coloured = [each.convert("RGB") for each in pictures]
     return coloured[0] if len(coloured) == 1 else Image.fromarray(contact_sheet(np.stack([*map(np.asarray, coloured)])))

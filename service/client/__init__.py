@@ -7,15 +7,15 @@ All I/O is in _async/, which is written by hand, and in _sync/, which `make clie
 beside them are shared by both and do no I/O. docs/clients.md shows the usual tasks.
 """
 
-from service.client._async.client import AsyncClient
-from service.client._async.job import AsyncJob
-from service.client._async.watching import AsyncWatching
-from service.client._sync.client import Client
-from service.client._sync.job import Job
-from service.client._sync.watching import Watching
-from service.client.errors import ClientError, Problem, UnexpectedAnswer, Unreachable
-from service.client.messages import Accepted, Cancelled, Done, Ended, Frame, Progress, Waiting
-from service.client.results import JobState, Noised, Sampled
+from tminus.service.client._async.client import AsyncClient
+from tminus.service.client._async.job import AsyncJob
+from tminus.service.client._async.watching import AsyncWatching
+from tminus.service.client._sync.client import Client
+from tminus.service.client._sync.job import Job
+from tminus.service.client._sync.watching import Watching
+from tminus.service.client.errors import ClientError, Problem, UnexpectedAnswer, Unreachable
+from tminus.service.client.messages import Accepted, Cancelled, Done, Ended, Frame, Progress, Waiting
+from tminus.service.client.results import JobState, Noised, Sampled
 
 __all__ = [
     "Accepted",

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from service.client import checks, messages
-from service.client.bounds import Asked
-from service.client.errors import UnexpectedAnswer
-from service.client.patience import Patience
-from service.client.reading import FrameOrder
-from service.client.sse import Decoder, ServerSentEvent
+from tminus.service.client import checks, messages
+from tminus.service.client.bounds import Asked
+from tminus.service.client.errors import UnexpectedAnswer
+from tminus.service.client.patience import Patience
+from tminus.service.client.reading import FrameOrder
+from tminus.service.client.sse import Decoder, ServerSentEvent
 
 EVENTS_QUIET_S = 45.0  # the server sends a comment every 15 s
 OK, NO_CONTENT = 200, 204

@@ -3,7 +3,7 @@
 import httpx
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from service.client.errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreachable, error_of
+from tminus.service.client.errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreachable, error_of
 
 UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and what is packed is hard to bound
 OUR_COMPLAINTS = (1002, 1007, 1009)  # closes by us: against the protocol, no UTF-8, larger than asked for

@@ -17,11 +17,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from service.engine import openvino_executor
-from service.engine.autotune_cache import ChoiceCache
-from service.engine.candidates import Choice, Wish, find_candidates, valid_choice
-from service.engine.executors import MAX_GRAPHS, CompiledExecutor, EagerExecutor, Executor
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine import openvino_executor
+from tminus.service.engine.autotune_cache import ChoiceCache
+from tminus.service.engine.candidates import Choice, Wish, find_candidates, valid_choice
+from tminus.service.engine.executors import MAX_GRAPHS, CompiledExecutor, EagerExecutor, Executor
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import Checkpoint
-from model.files import write_atomically
-from service.engine import openvino_executor
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.files import write_atomically
+from tminus.service.engine import openvino_executor
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from service.engine.protocol import RowEngine
-from service.spec import trial_spec
-from service.work import Batch
+from tminus.service.engine.protocol import RowEngine
+from tminus.service.spec import trial_spec
+from tminus.service.work import Batch
 
 ROUNDS = 4  # each measures every size; the fastest counts, since other programs may run too
 TICKS = 6  # of one size in a round

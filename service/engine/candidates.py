@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import Checkpoint
-from service.engine import openvino_executor
-from service.engine.executors import MAX_GRAPHS, PRECISIONS
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine import openvino_executor
+from tminus.service.engine.executors import MAX_GRAPHS, PRECISIONS
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.checkpoint import Checkpoint
+from tminus.model.checkpoint import Checkpoint
 
 LATENT_BUDGET_BYTES = 512 * 2**20
 MAX_DEFAULT_ROWS = 4096

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from model.pixels import to_model_range, to_uint8
-from model.rng import image_noise, row_noise, split_seed
-from model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, denoise, guide
-from service.engine.executors import Executor
-from service.engine.fingerprint import make_model_info
-from service.engine.initial_state import check_inputs, initial_latents, latents_of
-from service.engine.known_pixels import KnownPixels
-from service.engine.transfer import LaunchedTicks, copy_out, index_of, send
-from service.errors import NotFinite
-from service.preview import Show
-from service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
-from service.work import Batch
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.pixels import to_model_range, to_uint8
+from tminus.model.rng import image_noise, row_noise, split_seed
+from tminus.model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, denoise, guide
+from tminus.service.engine.executors import Executor
+from tminus.service.engine.fingerprint import make_model_info
+from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
+from tminus.service.engine.known_pixels import KnownPixels
+from tminus.service.engine.transfer import LaunchedTicks, copy_out, index_of, send
+from tminus.service.errors import NotFinite
+from tminus.service.preview import Show
+from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
+from tminus.service.work import Batch
 
 FIRST_KNOWN_DRAW = 2**31  # the draws of a row's known pixels begin here; x_T and z take draws 0..T
 NONE = np.zeros(0, np.int64)

@@ -9,10 +9,10 @@ from importlib.metadata import version
 import torch
 from PIL import features
 
-from model.checkpoint import Checkpoint
-from model.samplers import SAMPLERS
-from service.engine.executors import Executor
-from service.model_info import ModelInfo
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.samplers import SAMPLERS
+from tminus.service.engine.executors import Executor
+from tminus.service.model_info import ModelInfo
 
 
 def make_model_info(

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.noise import NoiseSchedule
-from model.pixels import to_model_range
-from model.rng import image_noise
-from model.samplers import Plan
-from service.engine.transfer import to_device
-from service.spec import Inputs, SampleSpec, Snapshot
+from tminus.model.noise import NoiseSchedule
+from tminus.model.pixels import to_model_range
+from tminus.model.rng import image_noise
+from tminus.model.samplers import Plan
+from tminus.service.engine.transfer import to_device
+from tminus.service.spec import Inputs, SampleSpec, Snapshot
 
 
 def check_inputs(inputs: Inputs | None, spec: SampleSpec, shape: Sequence[int]) -> None:

@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.pixels import to_model_range
-from model.samplers import keep_known
-from service.engine.transfer import to_device
-from service.spec import Images
+from tminus.model.pixels import to_model_range
+from tminus.model.samplers import keep_known
+from tminus.service.engine.transfer import to_device
+from tminus.service.spec import Images
 
 
 class KnownPixels:

@@ -8,18 +8,18 @@ from typing import TypeVar
 
 import torch
 
-from model.checkpoint import Checkpoint, load_checkpoint
-from service.engine.autotune import AGREE_ROWS, agree_rows, choose_executor, example_inputs
-from service.engine.autotune_cache import ChoiceCache, default_cache
-from service.engine.calibration import ROUNDS, measure_ticks
-from service.engine.candidates import Wish
-from service.engine.devices import choose_device, default_max_rows
-from service.engine.engine import Engine
-from service.engine.executors import probe_bits
-from service.engine.memory import check_memory
-from service.engine.options import LoadOptions
-from service.engine.selftest import same_alone_and_together
-from service.scheduling.tick_times import smallest_batch_at
+from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.service.engine.autotune import AGREE_ROWS, agree_rows, choose_executor, example_inputs
+from tminus.service.engine.autotune_cache import ChoiceCache, default_cache
+from tminus.service.engine.calibration import ROUNDS, measure_ticks
+from tminus.service.engine.candidates import Wish
+from tminus.service.engine.devices import choose_device, default_max_rows
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.executors import probe_bits
+from tminus.service.engine.memory import check_memory
+from tminus.service.engine.options import LoadOptions
+from tminus.service.engine.selftest import same_alone_and_together
+from tminus.service.scheduling.tick_times import smallest_batch_at
 
 log = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from service.engine.protocol import RowEngine
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import Images, Inputs, SampleSpec
-from service.work import work_of
+from tminus.service.engine.protocol import RowEngine
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.spec import Images, Inputs, SampleSpec
+from tminus.service.work import work_of
 
 
 def sample_locally(

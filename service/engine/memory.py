@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from model.unet_config import UNetConfig
+from tminus.model.unet_config import UNetConfig
 
 GIB = 2**30
 MAPS_PER_LAYER = 3  # of a layer's width that are alive at once: its input, its output, and one between

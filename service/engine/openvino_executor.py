@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.unet import UNet2D
-from service.engine.executors import split_wide
+from tminus.model.unet import UNet2D
+from tminus.service.engine.executors import split_wide
 
 # openvino reports over the network that it was imported and what it converts, unless this package is missing.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

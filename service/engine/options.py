@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+BUNDLED = Path(__file__).parents[2] / "checkpoints" / "fashion-mnist-32"  # comes with tminus, installed or not
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:

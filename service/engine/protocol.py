@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from service.model_info import ModelInfo
-from service.preview import Show
-from service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
-from service.work import Batch
+from tminus.service.model_info import ModelInfo
+from tminus.service.preview import Show
+from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
+from tminus.service.work import Batch
 
 
 class RowEngine(Protocol):

@@ -1,10 +1,10 @@
 """Test on the real engine, before it serves, that a spec gives the same bits alone and beside other jobs."""
 
-from service.engine.protocol import RowEngine
-from service.model_info import ModelInfo
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import Floats, SampleSpec, trial_spec
-from service.work import work_of
+from tminus.service.engine.protocol import RowEngine
+from tminus.service.model_info import ModelInfo
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.spec import Floats, SampleSpec, trial_spec
+from tminus.service.work import work_of
 
 STEPS = 4
 ROWS = 2

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from model.pixels import fit_picture
-from service.byte_budget import ByteBudget
-from service.errors import InvalidImage, TooManyImages
-from service.images.image_header import ImageHeader, read_header
-from service.model_info import ModelInfo
-from service.spec import Images, Inputs
+from tminus.model.pixels import fit_picture
+from tminus.service.byte_budget import ByteBudget
+from tminus.service.errors import InvalidImage, TooManyImages
+from tminus.service.images.image_header import ImageHeader, read_header
+from tminus.service.model_info import ModelInfo
+from tminus.service.spec import Images, Inputs
 
 MAX_PIXELS = 4096 * 4096
 MAX_WORK = 16 * MAX_PIXELS  # pixels times scans: cameras and the web write at most a dozen scans

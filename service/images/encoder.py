@@ -18,11 +18,11 @@ import numpy as np
 from cachetools import LRUCache
 from PIL import Image, PngImagePlugin
 
-from service.images.animation import encode_animation
-from service.model_info import ModelInfo
-from service.preview import Frame, Show
-from service.spec import Images, SampleSpec
-from service.work import JobResult
+from tminus.service.images.animation import encode_animation
+from tminus.service.model_info import ModelInfo
+from tminus.service.preview import Frame, Show
+from tminus.service.spec import Images, SampleSpec
+from tminus.service.work import JobResult
 
 PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "image/webp"
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default

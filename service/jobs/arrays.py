@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from service.spec import Images, Inputs, Snapshot
+from tminus.service.spec import Images, Inputs, Snapshot
 
 # What unpacking raises if the bytes are damaged.
 UNREADABLE = (

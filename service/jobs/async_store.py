@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from service.errors import StorageFailed
-from service.jobs.store import JobRecord, JobStore, Key, Outcome, Place
-from service.spec import Images, Inputs, Snapshot
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Place
+from tminus.service.spec import Images, Inputs, Snapshot
 
 CALL_S = 30.0  # a call that takes longer is not waited for
 P = ParamSpec("P")

@@ -8,17 +8,17 @@ import math
 import uuid
 from collections.abc import Collection
 
-from service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, StorageFailed, short
-from service.jobs.async_store import AsyncStore
-from service.jobs.lifecycle import Lifecycle
-from service.jobs.live import Live
-from service.jobs.standings import Standings
-from service.jobs.store import OUTCOMES, JobRecord, Key, Outcome, Place, now_us
-from service.jobs.views import JobView, ended_view, live_view, passing_view
-from service.preview import Watch
-from service.spec import Images, Inputs, SampleSpec
-from service.worker.mailbox import Mailbox
-from service.worker.worker import Worker
+from tminus.service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, StorageFailed, short
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.lifecycle import Lifecycle
+from tminus.service.jobs.live import Live
+from tminus.service.jobs.standings import Standings
+from tminus.service.jobs.store import OUTCOMES, JobRecord, Key, Outcome, Place, now_us
+from tminus.service.jobs.views import JobView, ended_view, live_view, passing_view
+from tminus.service.preview import Watch
+from tminus.service.spec import Images, Inputs, SampleSpec
+from tminus.service.worker.mailbox import Mailbox
+from tminus.service.worker.worker import Worker
 
 CANCEL_S = 10.0  # for a tick to end, and the store to keep that
 

@@ -9,7 +9,7 @@ from collections.abc import Coroutine, ValuesView
 from contextlib import suppress
 from dataclasses import replace
 
-from service.errors import (
+from tminus.service.errors import (
     DeadlinePassed,
     Draining,
     EngineFailed,
@@ -19,14 +19,14 @@ from service.errors import (
     ServiceError,
     StorageFailed,
 )
-from service.jobs.async_store import AsyncStore
-from service.jobs.live import Live
-from service.jobs.store import JobRecord, Outcome, now_us
-from service.metrics import Metrics
-from service.model_info import Limits
-from service.spec import Images
-from service.work import Ticket
-from service.worker.worker import Worker
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.live import Live
+from tminus.service.jobs.store import JobRecord, Outcome, now_us
+from tminus.service.metrics import Metrics
+from tminus.service.model_info import Limits
+from tminus.service.spec import Images
+from tminus.service.work import Ticket
+from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 

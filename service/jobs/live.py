@@ -3,9 +3,9 @@
 import asyncio
 from dataclasses import dataclass, field
 
-from service.jobs.store import JobRecord
-from service.preview import Watch
-from service.worker.mailbox import Mailbox
+from tminus.service.jobs.store import JobRecord
+from tminus.service.preview import Watch
+from tminus.service.worker.mailbox import Mailbox
 
 
 @dataclass(slots=True, eq=False)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from service.errors import StorageFailed
-from service.jobs.sqlite_file import IN_MEMORY, DiskFull
-from service.jobs.sqlite_store import SqliteStore
-from service.jobs.store import JobStore
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.sqlite_file import IN_MEMORY, DiskFull
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobStore
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-from service.errors import StorageFailed
-from service.jobs.async_store import AsyncStore
-from service.metrics import Metrics
-from service.worker.snapshot_pace import READ, SnapshotPace
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.metrics import Metrics
+from tminus.service.worker.snapshot_pace import READ, SnapshotPace
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 
-from service.jobs.wal import find_damage
+from tminus.service.jobs.wal import find_damage
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
-from service.errors import StorageFailed
-from service.jobs import arrays
-from service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, VERSION, cannot_be_used, is_new, prepare
-from service.jobs.sqlite_tables import images_of, inputs_of, jobs, metadata, snapshots
-from service.jobs.store import JobRecord, Key, Outcome, Place, now_us
-from service.spec import Images, Inputs, SampleSpec, Snapshot
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs import arrays
+from tminus.service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, VERSION, cannot_be_used, is_new, prepare
+from tminus.service.jobs.sqlite_tables import images_of, inputs_of, jobs, metadata, snapshots
+from tminus.service.jobs.store import JobRecord, Key, Outcome, Place, now_us
+from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 

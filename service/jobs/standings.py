@@ -7,8 +7,8 @@ one of all jobs a second, in another thread, however many ask.
 import asyncio
 from collections.abc import Mapping
 
-from service.work import JobStatus
-from service.worker.worker import Worker
+from tminus.service.work import JobStatus
+from tminus.service.worker.worker import Worker
 
 FORECAST_S = 1.0  # how old a forecast may be
 

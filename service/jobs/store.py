@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from service.spec import Images, Inputs, SampleSpec, Snapshot
+from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
 Outcome = Literal["done", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from service.jobs.live import Live
-from service.jobs.store import OUTCOMES, JobRecord
-from service.work import JobStatus
+from tminus.service.jobs.live import Live
+from tminus.service.jobs.store import OUTCOMES, JobRecord
+from tminus.service.work import JobStatus
 
 STATES = ("waiting", "running", *OUTCOMES)
 

@@ -8,14 +8,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
-from service.model_info import Limits
-from service.scheduling.arrivals import Arrivals
-from service.scheduling.forecast import Fluid, Pending, forecast
-from service.scheduling.room import MARGIN, Drain, Excess, Line, Load, find_excess
-from service.scheduling.scheduler import RESERVED_SHARE, Sharing
-from service.scheduling.tick_times import TickTimes
-from service.work import Outlook, Work
+from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.arrivals import Arrivals
+from tminus.service.scheduling.forecast import Fluid, Pending, forecast
+from tminus.service.scheduling.room import MARGIN, Drain, Excess, Line, Load, find_excess
+from tminus.service.scheduling.scheduler import RESERVED_SHARE, Sharing
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import Outlook, Work
 
 RENEW_S = 5.0  # how old a forecast of room may get: jobs that left early since only make it too careful
 ROUNDING = 1e-6  # of a second

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from service.scheduling.scheduler import Sharing
-from service.scheduling.tick_times import TickTimes
-from service.work import Outlook, Work
+from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import Outlook, Work
 
 LOOK_PAST = 8  # how many guided jobs the model looks past for one that fits a last single place
 ROUNDING = 1e-7  # of a step and of a second: sums of parts are not exact

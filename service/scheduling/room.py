@@ -7,10 +7,10 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 
-from service.model_info import Limits
-from service.scheduling.forecast import Fluid
-from service.scheduling.tick_times import TickTimes
-from service.work import Work
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.forecast import Fluid
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import Work
 
 MARGIN = 1.05  # on forecast times, as the forecast is good to 5 %
 SPREAD_S = 300.0  # the line of those who were told a time is at most so long; who comes later gets a time within it

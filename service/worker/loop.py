@@ -11,17 +11,17 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TypeVar
 
-from service.engine.protocol import RowEngine
-from service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, NotFinite, ServiceError
-from service.metrics import Metrics
-from service.preview import Watch
-from service.scheduling.admission import Admission
-from service.scheduling.deadlines import Deadlines
-from service.scheduling.scheduler import Scheduler
-from service.spec import Images, trial_spec
-from service.work import Batch, JobResult
-from service.worker.running_job import RunningJob
-from service.worker.snapshot_pace import Keeper
+from tminus.service.engine.protocol import RowEngine
+from tminus.service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, NotFinite, ServiceError
+from tminus.service.metrics import Metrics
+from tminus.service.preview import Watch
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.deadlines import Deadlines
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.spec import Images, trial_spec
+from tminus.service.work import Batch, JobResult
+from tminus.service.worker.running_job import RunningJob
+from tminus.service.worker.snapshot_pace import Keeper
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from service.preview import Frame
+from tminus.service.preview import Frame
 
 
 class Mailbox:

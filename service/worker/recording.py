@@ -5,10 +5,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from service.byte_budget import MAX_HELD_BYTES, ByteBudget
-from service.errors import Overloaded, TooManyBytes
-from service.preview import Show
-from service.spec import Images
+from tminus.service.byte_budget import MAX_HELD_BYTES, ByteBudget
+from tminus.service.errors import Overloaded, TooManyBytes
+from tminus.service.preview import Show
+from tminus.service.spec import Images
 
 Read = Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
 

@@ -7,12 +7,12 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from service.engine.protocol import RowEngine
-from service.preview import Frame, Show, Watch
-from service.request_id import REQUEST_ID
-from service.spec import Inputs, SampleSpec, Snapshot
-from service.work import JobResult, JobRows, JobStatus, Outlook, Work
-from service.worker.recording import Recording
+from tminus.service.engine.protocol import RowEngine
+from tminus.service.preview import Frame, Show, Watch
+from tminus.service.request_id import REQUEST_ID
+from tminus.service.spec import Inputs, SampleSpec, Snapshot
+from tminus.service.work import JobResult, JobRows, JobStatus, Outlook, Work
+from tminus.service.worker.recording import Recording
 
 log = logging.getLogger(__name__)
 

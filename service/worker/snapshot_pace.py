@@ -6,7 +6,7 @@ Pure: no torch, no thread, no clock.
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from service.spec import Snapshot
+from tminus.service.spec import Snapshot
 
 SHARE = 0.005  # how much of the time snapshots may cost
 LEAST_S = 2.0  # between two rounds

@@ -12,18 +12,18 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
-from service.engine.protocol import RowEngine
-from service.errors import Draining, EngineFailed, JobCancelled, NotReady, ServiceError, Stalled
-from service.metrics import Metrics
-from service.preview import Watch
-from service.scheduling.admission import Admission
-from service.scheduling.scheduler import Scheduler
-from service.spec import Inputs, SampleSpec, Snapshot
-from service.work import JobStatus, Outlook, Ticket, work_of
-from service.worker.loop import Loop
-from service.worker.recording import Recording
-from service.worker.running_job import RunningJob
-from service.worker.snapshot_pace import Keeper
+from tminus.service.engine.protocol import RowEngine
+from tminus.service.errors import Draining, EngineFailed, JobCancelled, NotReady, ServiceError, Stalled
+from tminus.service.metrics import Metrics
+from tminus.service.preview import Watch
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.spec import Inputs, SampleSpec, Snapshot
+from tminus.service.work import JobStatus, Outlook, Ticket, work_of
+from tminus.service.worker.loop import Loop
+from tminus.service.worker.recording import Recording
+from tminus.service.worker.running_job import RunningJob
+from tminus.service.worker.snapshot_pace import Keeper
 
 log = logging.getLogger(__name__)
 

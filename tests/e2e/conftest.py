@@ -21,12 +21,12 @@ import httpx
 import pytest
 from playwright.sync_api import sync_playwright
 
-from model.checkpoint import load_checkpoint, save_checkpoint
-from model.unet import UNet2D
-from service.client import Client
 from tests.e2e import forked
 from tests.e2e.forked import Forked
 from tests.tiny import randomize
+from tminus.model.checkpoint import load_checkpoint, save_checkpoint
+from tminus.model.unet import UNet2D
+from tminus.service.client import Client
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "checkpoints" / "fashion-mnist-32"

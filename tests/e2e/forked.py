@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TextIO
 
 PRELOADED = (
-    "service.cli.main",
-    "service.app",
-    "service.server",
-    "service.jobs.sqlite_store",
-    "service.engine.loading",
+    "tminus.service.cli.main",
+    "tminus.service.app",
+    "tminus.service.server",
+    "tminus.service.jobs.sqlite_store",
+    "tminus.service.engine.loading",
     "openvino.frontend.pytorch.patch_model",  # what converting a network imports
     "torch.fx.experimental.symbolic_shapes",
     "torch.distributed.tensor",
@@ -101,6 +101,6 @@ def _become(arguments: Sequence[str], env: Mapping[str, str], out: int, err: int
 
         torch.set_num_threads(int(threads))  # which it has read the variable for already
     sys.argv = ["tminus", *arguments]
-    from service.cli.main import main
+    from tminus.service.cli.main import main
 
     main()

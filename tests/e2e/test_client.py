@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.client import Accepted, AsyncClient, Cancelled, Done, Ended, Frame, Problem, Progress, Unreachable
 from tests.e2e.conftest import START_TIMEOUT_S, RunningServer
+from tminus.service.client import Accepted, AsyncClient, Cancelled, Done, Ended, Frame, Problem, Progress, Unreachable
 
 Start = Callable[..., RunningServer]
 SPEC: dict[str, Any] = {"n": 2, "steps": 20, "sampler": "ddim", "seed": 5, "class_label": "sneaker"}

@@ -9,9 +9,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from PIL import Image
 
-from model.pixels import to_uint8
-from model.rng import image_noise
 from tests.e2e.conftest import BUNDLED, RunningServer
+from tminus.model.pixels import to_uint8
+from tminus.model.rng import image_noise
 
 
 def test_diffusers_draws_the_same_from_the_bundled_folder(

@@ -16,9 +16,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from model.rng import image_noise
 from tests.e2e.conftest import BUNDLED, ROOT, RunningServer
 from tests.e2e.test_jobs import Restarting, restarting  # noqa: F401
+from tminus.model.rng import image_noise
 
 DOC = (ROOT / "docs" / "editing.md").read_text("utf-8")
 SEEDED: dict[str, Any] = {"steps": 20, "seed": 11, "class_label": "ankle-boot", "guidance": 2}
@@ -58,7 +58,7 @@ def test_the_calls_of_the_docs_run(bundled_server: RunningServer, tmp_path: Path
     assert [kind for kind, _ in blocks] == ["sh", "sh", "python", "sh", "sh"]
     for kind, code in blocks:
         code = code.replace("localhost:8000", bundled_server.url.removeprefix("http://"))
-        code = code.replace("curl ", "curl -fsS ").replace(".venv/bin/tminus", f"{sys.executable} -m service")
+        code = code.replace("curl ", "curl -fsS ").replace(".venv/bin/tminus", f"{sys.executable} -m tminus")
         command = ["bash", "-ec", code] if kind == "sh" else [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, code + done.stderr

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.checkpoint import load_checkpoint, save_checkpoint
 from tests.e2e.conftest import BUNDLED, RunningServer, run_cli
+from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 
 Start = Callable[..., RunningServer]
 Body = dict[str, Any]

@@ -105,7 +105,7 @@ def test_each_task_is_there_in_each_language() -> None:
     four = ["sh", "python", "python", "js"]
     assert languages == [four, [*four, "js"], four, four, four]
     for blocks in EXAMPLES:
-        assert "service.client" in blocks[CLIENT][1]
+        assert "tminus.service.client" in blocks[CLIENT][1]
         assert "service" not in blocks[HTTPX][1]
 
 

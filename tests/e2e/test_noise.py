@@ -14,8 +14,8 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from model.rng import image_noise
 from tests.e2e.conftest import BUNDLED, ROOT, RunningServer
+from tminus.model.rng import image_noise
 
 DOC = (ROOT / "docs" / "forward-process.md").read_text("utf-8")
 

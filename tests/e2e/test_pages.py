@@ -12,7 +12,7 @@ from PIL import Image
 from tests.e2e.conftest import ROOT, RunningServer
 from tests.test_docs import shell_commands
 
-TMINUS = f"{sys.executable} -m service"
+TMINUS = f"{sys.executable} -m tminus"
 
 
 @pytest.fixture(scope="module")

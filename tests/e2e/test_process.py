@@ -87,7 +87,7 @@ def test_sigterm_while_loading_ends_at_once() -> None:
     command = [
         sys.executable,
         "-m",
-        "service",
+        "tminus",
         "serve",
         "--port",
         "0",

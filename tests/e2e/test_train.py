@@ -14,12 +14,12 @@ import torch
 from diffusers import DDPMPipeline
 from PIL import Image
 
-from model.checkpoint import load_checkpoint
-from model.evaluation import compare
-from service.cli import evaluate
-from service.engine import autotune
-from service.engine.candidates import Wish, find_candidates
 from tests.e2e.conftest import ROOT, run_cli
+from tminus.model.checkpoint import load_checkpoint
+from tminus.model.evaluation import compare
+from tminus.service.cli import evaluate
+from tminus.service.engine import autotune
+from tminus.service.engine.candidates import Wish, find_candidates
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for so small a net, and on a busy machine, two are slower
 SMALL = (
@@ -126,7 +126,7 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Pa
         return ["train", "--data", str(pictures), "--out", str(tmp_path / run), "--steps", "30", *SMALL]
 
     stopped = subprocess.Popen(
-        [sys.executable, "-m", "service", *command("stopped")],
+        [sys.executable, "-m", "tminus", *command("stopped")],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         env=os.environ | ONE_THREAD,

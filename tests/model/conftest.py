@@ -2,8 +2,8 @@ import hypothesis
 import pytest
 import torch
 
-from model.unet import UNet2D
 from tests.tiny import TINY, randomize
+from tminus.model.unet import UNet2D
 
 # These nets are too small to gain by threads, and on a busy machine threads that wait for one another take minutes.
 torch.set_num_threads(1)

@@ -14,15 +14,15 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import Checkpoint, Labels, approve, load_checkpoint, read_recommended, save_checkpoint
-from model.files import CheckpointError, write_atomically
-from model.noise import NoiseConfig
-from model.recommended import Recommended
-from model.samplers import compile_plan, sample
-from model.unet import UNet2D
-from model.unet_config import UNetConfig
-from model.weights import hash_weights, load_state_dict, rename_attention
 from tests.tiny import TINY, randomize
+from tminus.model.checkpoint import Checkpoint, Labels, approve, load_checkpoint, read_recommended, save_checkpoint
+from tminus.model.files import CheckpointError, write_atomically
+from tminus.model.noise import NoiseConfig
+from tminus.model.recommended import Recommended
+from tminus.model.samplers import compile_plan, sample
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
+from tminus.model.weights import hash_weights, load_state_dict, rename_attention
 
 CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 4})
 LABELS = Labels(("shirt", "shoe", "bag"), null_class=3)

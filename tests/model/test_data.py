@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.data import (
+from tminus.model.data import (
     FASHION_MNIST_CLASSES,
     DataError,
     load_fashion_mnist,

@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from model.ema import Ema
-from model.unet import UNet2D
 from tests.tiny import randomize
+from tminus.model.ema import Ema
+from tminus.model.unet import UNet2D
 
 
 def test_average_starts_as_a_copy_of_the_weights(tiny_net: UNet2D) -> None:

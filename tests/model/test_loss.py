@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from model.loss import (
+from tests.tiny import TINY, randomize
+from tminus.model.loss import (
     discretized_log_likelihood,
     gaussian_kl,
     l_simple,
@@ -16,11 +17,10 @@ from model.loss import (
     training_target,
     variational_bound,
 )
-from model.noise import NoiseConfig, NoiseSchedule
-from model.rng import image_noise
-from model.unet import UNet2D
-from model.unet_config import UNetConfig
-from tests.tiny import TINY, randomize
+from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.rng import image_noise
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 F64 = torch.float64
 PIXELS = torch.arange(256, dtype=F64) / 127.5 - 1

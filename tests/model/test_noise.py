@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.noise import (
+from tminus.model.noise import (
     BETA_SCHEDULES,
     DPM_SOLVER_2M,
     NoiseConfig,

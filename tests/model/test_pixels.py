@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.pixels import BLACK, Colour, colour, fit_picture, to_model_range, to_uint8
+from tminus.model.pixels import BLACK, Colour, colour, fit_picture, to_model_range, to_uint8
 
 WHITE: Colour = (255, 255, 255)
 

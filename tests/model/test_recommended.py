@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.recommended import MAX_GUIDANCE, Recommended
-from model.samplers import SAMPLERS
+from tminus.model.recommended import MAX_GUIDANCE, Recommended
+from tminus.model.samplers import SAMPLERS
 
 GOOD: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20, "guidance": 1.5}
 

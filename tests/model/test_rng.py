@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.rng import MAX_INDEX, MAX_SEED, image_noise, philox, row_noise, split_seed
+from tminus.model.rng import MAX_INDEX, MAX_SEED, image_noise, philox, row_noise, split_seed
 
 CPU = torch.device("cpu")
 

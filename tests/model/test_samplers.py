@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.noise import NoiseConfig, NoiseSchedule
-from model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, keep_known, sample, x0_coefficients
-from model.timesteps import SIGMA_MIN, SPACINGS
-from model.unet import UNet2D
-from model.unet_config import UNetConfig
 from tests.tiny import TINY, randomize
+from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, keep_known, sample, x0_coefficients
+from tminus.model.timesteps import SIGMA_MIN, SPACINGS
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 pytestmark = pytest.mark.slow
 
@@ -171,7 +171,7 @@ class InFloat64(Tensor):
 def assert_dpm_solver_equals_diffusers(noise: NoiseConfig, steps: int, spacing: str | None = None) -> None:
     schedule = noise.schedule()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.timesteps.RHO", 7)  # theirs, and fixed
+        patch.setattr("tminus.model.timesteps.RHO", 7)  # theirs, and fixed
         plan = compile_plan(noise, schedule, "dpmpp_2m", steps, spacing=spacing)
     spacing = spacing or noise.timestep_spacing
     own = {"use_karras_sigmas": True} if spacing == "karras" else {"timestep_spacing": spacing}

@@ -8,9 +8,9 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from model.noise import NoiseConfig
-from model.samplers import SAMPLERS
-from model.timesteps import RHO, SIGMA_MAX, SIGMA_MIN, SPACINGS, make_timesteps
+from tminus.model.noise import NoiseConfig
+from tminus.model.samplers import SAMPLERS
+from tminus.model.timesteps import RHO, SIGMA_MAX, SIGMA_MIN, SPACINGS, make_timesteps
 
 EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t; these need no noise schedule
 LINEAR = NoiseConfig().schedule().log_sigmas
@@ -138,7 +138,7 @@ def test_karras_is_equation_5_rounded_to_the_nearest_log_sigma_and_made_differen
 def test_karras_equals_diffusers_told_where_to_end_and_with_its_rho(
     num_timesteps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.timesteps.RHO", 7)
+    monkeypatch.setattr("tminus.model.timesteps.RHO", 7)
     noise = NoiseConfig(num_train_timesteps=num_timesteps)
     theirs = DPMSolverMultistepScheduler(num_train_timesteps=num_timesteps, use_karras_sigmas=True)
     theirs.register_to_config(sigma_min=SIGMA_MIN)

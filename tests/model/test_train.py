@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import train as train_module
-from model.checkpoint import load_checkpoint
-from model.data import ImageSet
-from model.files import CheckpointError
-from model.noise import NoiseConfig
-from model.recommended import Recommended
-from model.train import STATE_FILE, TrainConfig, TrainError, batch_indices, faster_precision, step_seed, train
-from model.unet import UNet2D
-from model.unet_config import UNetConfig
 from tests.tiny import TINY
+from tminus.model import train as train_module
+from tminus.model.checkpoint import load_checkpoint
+from tminus.model.data import ImageSet
+from tminus.model.files import CheckpointError
+from tminus.model.noise import NoiseConfig
+from tminus.model.recommended import Recommended
+from tminus.model.train import STATE_FILE, TrainConfig, TrainError, batch_indices, faster_precision, step_seed, train
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 pytestmark = pytest.mark.slow
 
@@ -100,7 +100,7 @@ def test_a_log_gets_plain_lines_and_no_bar(
 ) -> None:
     with caplog.at_level("INFO"):
         run(tmp_path / "run", dataclasses.replace(RUN, steps=12, save_every=100))
-    told = [record.getMessage() for record in caplog.records if record.name == "model.train"]
+    told = [record.getMessage() for record in caplog.records if record.name == "tminus.model.train"]
     assert [line.split(",")[0] for line in told[1:]] == ["step 10 of 12", "step 12 of 12"]
     assert all(re.fullmatch(r"step .*, loss=\d\.\d{4}, images_s=\d+", line) for line in told[1:])
     assert "it/s" not in capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_a_terminal_gets_a_bar_and_no_lines(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with caplog.at_level("INFO"):
         run(tmp_path / "run", dataclasses.replace(RUN, steps=12, save_every=100))
-    assert len([record for record in caplog.records if record.name == "model.train"]) == 1
+    assert len([record for record in caplog.records if record.name == "tminus.model.train"]) == 1
     assert "12/12" in capsys.readouterr().err
 
 
@@ -259,9 +259,9 @@ def test_resuming_with_another_noise_schedule_or_other_images_is_refused(tmp_pat
 
 def test_a_resumed_run_goes_on_in_the_precision_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = dataclasses.replace(RUN, precision="auto", steps=2)
-    monkeypatch.setattr("model.train.faster_precision", lambda *_: "bf16")
+    monkeypatch.setattr("tminus.model.train.faster_precision", lambda *_: "bf16")
     run(tmp_path, auto)
-    monkeypatch.setattr("model.train.faster_precision", lambda *_: pytest.fail("it measured again"))
+    monkeypatch.setattr("tminus.model.train.faster_precision", lambda *_: pytest.fail("it measured again"))
     run(tmp_path, dataclasses.replace(auto, steps=3))
     assert provenance_in(tmp_path)["config"]["precision"] == "bf16"
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from model.layers import sinusoidal_embedding
-from model.unet import UNet2D
-from model.unet_config import UNetConfig
 from tests.tiny import TINY, randomize
+from tminus.model.layers import sinusoidal_embedding
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from model.unet_config import UNetConfig
+from tminus.model.unet_config import UNetConfig
 
 SMALL: dict[str, Any] = {
     "sample_size": 16,

@@ -13,18 +13,18 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, Labels
-from model.noise import NoiseConfig
-from model.unet import UNet2D
-from model.weights import hash_weights
-from service.api.origin import Doors
-from service.app import create_app
-from service.engine.executors import Executor
-from service.jobs.sqlite_store import SqliteStore
-from service.model_info import Limits, ModelInfo
-from service.scheduling.scheduler import Policy, Sharing
 from tests.service.fakes import INFO, LIMITS, FakeEngine, wait_until
 from tests.tiny import TINY, randomize
+from tminus.model.checkpoint import Checkpoint, Labels
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet import UNet2D
+from tminus.model.weights import hash_weights
+from tminus.service.api.origin import Doors
+from tminus.service.app import create_app
+from tminus.service.engine.executors import Executor
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.scheduling.scheduler import Policy, Sharing
 
 CONDITIONAL = replace(TINY, num_class_embeds=4)
 THREE_CLASSES = Labels(("cat", "dog", "3d-print"), null_class=3)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from service.errors import NotFinite
-from service.model_info import Limits, ModelInfo
-from service.preview import Show
-from service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
-from service.work import Batch
+from tminus.service.errors import NotFinite
+from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.preview import Show
+from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
+from tminus.service.work import Batch
 
 PATIENCE_S = 10.0
 

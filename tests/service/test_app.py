@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from model.checkpoint import Checkpoint
-from service.app import create_app
-from service.engine.engine import Engine
-from service.engine.executors import EagerExecutor
-from service.engine.local import sample_locally
-from service.images.encoder import contact_sheet
-from service.jobs.sqlite_store import SqliteStore
-from service.scheduling.scheduler import Sharing
-from service.spec import SampleSpec
 from tests.service.conftest import MakeSite, pixels
 from tests.service.fakes import LIMITS, make_spec, wait_until
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.app import create_app
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.engine.local import sample_locally
+from tminus.service.images.encoder import contact_sheet
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.spec import SampleSpec
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 

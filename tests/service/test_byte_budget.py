@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.byte_budget import MAX_HELD_BYTES, ByteBudget
-from service.errors import TooManyBytes
+from tminus.service.byte_budget import MAX_HELD_BYTES, ByteBudget
+from tminus.service.errors import TooManyBytes
 
 
 def test_the_limit_itself_is_accepted_and_one_byte_more_is_not() -> None:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from service.errors import Draining, InvalidField, NotReady, Overloaded, ServiceError
+from tminus.service.errors import Draining, InvalidField, NotReady, Overloaded, ServiceError
 
 
 def test_a_problem_has_the_members_of_rfc_9457_and_ours() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service import errors
-from service.errors import ServiceError
+from tminus.service import errors
+from tminus.service.errors import ServiceError
 
 ROOT = Path(__file__).parents[2]
 SERVICE = sorted((ROOT / "service").glob("**/*.py"))
@@ -21,12 +21,17 @@ WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_i
 APP = {"app", "server", "settings", "starting"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
-PURE_MODEL = {"model", "model.pixels", "model.recommended", "model.timesteps"}
-MAY_RENDER_HTTP = {"service.api.problems"}
+PURE_MODEL = {"tminus.model", "tminus.model.pixels", "tminus.model.recommended", "tminus.model.timesteps"}
+MAY_RENDER_HTTP = {"tminus.service.api.problems"}
 
 
 def module_name(file: Path) -> str:
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(("tminus", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def part_of(module: str) -> str:
+    """The top folder of a module of ours; of another's, its first name."""
+    return module.removeprefix("tminus.").split(".")[0]
 
 
 def imports(tree: ast.AST, *, lazy: bool) -> Iterator[str]:
@@ -64,7 +69,7 @@ def parse(file: Path) -> ast.Module:
 def service_errors(base: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
     yield base
     for child in base.__subclasses__():
-        if child.__module__.startswith("service."):
+        if child.__module__.startswith("tminus.service."):
             yield from service_errors(child)
 
 
@@ -75,20 +80,18 @@ def test_the_files_are_found() -> None:
 
 def layer_of(module: str) -> str:
     """The layer of a module of service/, by its folder or, at the top, by its name."""
-    _, name, *deeper = module.split(".")
+    _, _, name, *deeper = module.split(".")
     if deeper or name in LAYERS:
         return name
-    if name == "__main__":
-        return "cli"
     return "words" if name in WORDS else "app" if name in APP else name
 
 
 def modules_of(layer: str) -> list[str]:
-    return [name for file in SERVICE if (name := module_name(file)) != "service" and layer_of(name) == layer]
+    return [name for file in SERVICE if (name := module_name(file)) != "tminus.service" and layer_of(name) == layer]
 
 
 def test_every_module_is_in_a_layer() -> None:
-    found = {layer_of(name) for file in SERVICE if (name := module_name(file)) != "service"}
+    found = {layer_of(name) for file in SERVICE if (name := module_name(file)) != "tminus.service"}
     assert found == {*LAYERS, "client"}
     folders = {path.name for path in (ROOT / "service").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == {*LAYERS, *APART} - {"words", "app"}
@@ -98,21 +101,26 @@ def test_every_module_is_in_a_layer() -> None:
 def test_a_layer_imports_from_those_below_it_only(layer: str) -> None:
     allowed = set(LAYERS[: LAYERS.index(layer) + 1]) | ({"client"} if layer == "cli" else set())
     for name in modules_of(layer):
-        file = ROOT / Path(*name.split("."))
+        file = ROOT / Path(*name.split(".")[1:])
         file = file.with_suffix(".py") if file.with_suffix(".py").exists() else file / "__init__.py"
-        ours = {other for other in imports(parse(file), lazy=True) if other.split(".")[0] == "service"}
+        ours = {other for other in imports(parse(file), lazy=True) if part_of(other) == "service"}
         assert not {other for other in ours if layer_of(other) not in allowed}, name
 
 
 def test_importing_what_is_no_engine_does_not_import_torch() -> None:
     modules = [name for layer in LAYERS if layer != "engine" for name in modules_of(layer)]
-    modules += ["service.engine.protocol", "service.engine.options"]
-    assert {"service.scheduling.scheduler", "service.worker.worker", "service.app", "service.cli.main"} <= {*modules}
+    modules += ["tminus.service.engine.protocol", "tminus.service.engine.options"]
+    assert {
+        "tminus.service.scheduling.scheduler",
+        "tminus.service.worker.worker",
+        "tminus.service.app",
+        "tminus.service.cli.main",
+    } <= {*modules}
     program = f"""
 import importlib, sys
 for name in {modules!r}:
     importlib.import_module(name)
-    if "torch" in sys.modules or any(key.split(".")[0] == "model" for key in sys.modules.keys() - {PURE_MODEL!r}):
+    if "torch" in sys.modules or any(key.startswith("tminus.model") for key in sys.modules.keys() - {PURE_MODEL!r}):
         sys.exit(name)
 """
     done = subprocess.run(
@@ -128,7 +136,7 @@ def test_the_engine_does_import_torch() -> None:
 
 @pytest.mark.parametrize("file", MODEL, ids=module_name)
 def test_model_imports_nothing_from_service(file: Path) -> None:
-    assert not [name for name in imports(parse(file), lazy=True) if name.split(".")[0] == "service"]
+    assert not [name for name in imports(parse(file), lazy=True) if part_of(name) == "service"]
 
 
 @pytest.mark.parametrize("file", SERVICE, ids=module_name)
@@ -139,7 +147,7 @@ def test_torch_enters_the_service_in_its_engine_only(file: Path) -> None:
     tree = parse(file)
     lazy = layer == "cli"  # the commands load what they need when they run
     heavy = {"torch", "model", "safetensors", "diffusers", "torchvision"}
-    found = {name for name in imports(tree, lazy=not lazy) if name.split(".")[0] in heavy}
+    found = {name for name in imports(tree, lazy=not lazy) if part_of(name) in heavy}
     assert not found - PURE_MODEL - {"safetensors.numpy"}  # numpy is all it brings
     assert lazy or "torch" not in names(tree)
 
@@ -153,17 +161,17 @@ def test_no_http_exception_below_the_routes(file: Path) -> None:
     "name",
     [
         *modules_of("scheduling"),
-        "service.spec",
-        "service.work",
-        "service.model_info",
-        "service.preview",
-        "service.errors",
-        "service.api.caching",
-        "service.api.classes",
+        "tminus.service.spec",
+        "tminus.service.work",
+        "tminus.service.model_info",
+        "tminus.service.preview",
+        "tminus.service.errors",
+        "tminus.service.api.caching",
+        "tminus.service.api.classes",
     ],
 )
 def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:
-    file = ROOT / Path(*name.split("."))
+    file = ROOT / Path(*name.split(".")[1:])
     tree = parse(file / "__init__.py" if file.is_dir() else file.with_suffix(".py"))
     imported = {module.split(".")[0] for module in imports(tree, lazy=True)}
     assert not imported & {"asyncio", "time", "datetime", "torch", "fastapi", "starlette", "pydantic", "logging"}
@@ -172,15 +180,16 @@ def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:
 def test_the_client_needs_nothing_of_the_server() -> None:
     program = """
 import sys
-import service.client
-ours = {name for name in sys.modules if name.startswith("service.") and not name.startswith("service.client")}
+import tminus.service.client
+ours = {name for name in sys.modules if name.startswith("tminus.service.")}
+ours = {name for name in ours if not name.startswith("tminus.service.client")}
 heavy = {"torch", "numpy", "pydantic", "fastapi", "starlette", "uvicorn", "sqlalchemy", "PIL"} & sys.modules.keys()
 sys.exit(", ".join(ours | heavy) or 0)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"the client imports {done.stderr}"
     for file in CLIENT:
-        outside = {name for name in imports(parse(file), lazy=True) if not name.startswith("service.client")}
+        outside = {name for name in imports(parse(file), lazy=True) if not name.startswith("tminus.service.client")}
         assert {name.partition(".")[0] for name in outside} <= {"httpx", "websockets"} | sys.stdlib_module_names
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from service.preview import Frame, Pace, Watch
+from tminus.service.preview import Frame, Pace, Watch
 
 
 def shown(watch: Watch, steps: int, tick_s: float = 0.01) -> list[int]:

@@ -11,11 +11,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Response
 
-from service.api.stream_limits import Streams
-from service.app import Application
-from service.server import Server, bind
-from service.starting import Starting
 from tests.service.fakes import PATIENCE_S, wait_until
+from tminus.service.api.stream_limits import Streams
+from tminus.service.app import Application
+from tminus.service.server import Server, bind
+from tminus.service.starting import Starting
 
 CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/server.py extends: "
 EXTENDED = sorted(name for name, member in vars(Server).items() if inspect.isfunction(member) and name[0] != "_")

@@ -9,14 +9,14 @@ import pytest
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from service.api.origin import Doors
-from service.cli import main as cli
-from service.engine.loading import Loaded
-from service.engine.options import LoadOptions
-from service.model_info import Limits
-from service.scheduling.scheduler import Sharing
-from service.settings import Settings
 from tests.service.fakes import INFO, FakeEngine
+from tminus.service.api.origin import Doors
+from tminus.service.cli import main as cli
+from tminus.service.engine.loading import Loaded
+from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.settings import Settings
 
 # Each field with a text that is not its default, and what the text means.
 GIVEN: dict[str, tuple[str, Any]] = {
@@ -199,12 +199,12 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(values, ran=True)
             return True
 
-        monkeypatch.setattr("service.engine.loading.read_checkpoint", read)
-        monkeypatch.setattr("service.engine.loading.prepare_engine", prepare_engine)
-        monkeypatch.setattr("service.app.create_app", create_app)
-        monkeypatch.setattr("service.jobs.opening.open_store", open_store)
-        monkeypatch.setattr("service.server.bind", bind)
-        monkeypatch.setattr("service.server.serve", run_server)
+        monkeypatch.setattr("tminus.service.engine.loading.read_checkpoint", read)
+        monkeypatch.setattr("tminus.service.engine.loading.prepare_engine", prepare_engine)
+        monkeypatch.setattr("tminus.service.app.create_app", create_app)
+        monkeypatch.setattr("tminus.service.jobs.opening.open_store", open_store)
+        monkeypatch.setattr("tminus.service.server.bind", bind)
+        monkeypatch.setattr("tminus.service.server.serve", run_server)
         result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)
         return result, served
 
@@ -285,7 +285,7 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     assert result.exit_code == 0, result.output
     assert served["host"] == "127.0.0.1"
     assert served["port"] == 8000
-    assert served["checkpoint"] == Path("checkpoints/fashion-mnist-32")
+    assert served["checkpoint"] == BUNDLED
     assert served["limits"] == Limits(
         max_n=64,
         max_batch=16,
@@ -364,7 +364,7 @@ def test_help_shows_each_flag_with_its_variable_and_default() -> None:
 
 
 def test_a_missing_checkpoint_exits_non_zero_with_its_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("service.server.bind", lambda host, port: None)
+    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: None)
     folder = tmp_path / "nowhere"
     result = click.testing.CliRunner().invoke(cli.main, ["serve", "--port", "0", "--checkpoint", str(folder)])
     assert result.exit_code == 1
@@ -373,7 +373,7 @@ def test_a_missing_checkpoint_exits_non_zero_with_its_path(monkeypatch: pytest.M
 
 
 def test_a_bad_device_exits_non_zero_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.server.bind", lambda host, port: None)
+    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: None)
     result = click.testing.CliRunner().invoke(cli.main, ["serve", "--port", "0", "--device", "toaster"])
     assert result.exit_code == 1
     assert "'toaster'" in result.stderr
@@ -421,7 +421,9 @@ def test_the_settings_page_says_what_a_setting_is_called_may_be_and_is_by_defaul
     _, named, values, default, what = documented()[sides]
     assert named == f"`{variable(name)}`"
     assert values == values_of(field)
-    if field.default is None:
+    if name == "checkpoint":
+        assert default == f"the bundled `{field.default.name}`"
+    elif field.default is None:
         assert default, "in words, for what the machine decides"
         assert "`" not in default or name == "cache_dir"
     else:

@@ -7,10 +7,10 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
 
-from service.app import Application
-from service.starting import Starting
 from tests.service.conftest import INSTANT, Site
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
+from tminus.service.app import Application
+from tminus.service.starting import Starting
 
 
 class Slow:

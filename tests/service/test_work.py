@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.timesteps import make_timesteps
-from service.scheduling.forecast import Pending, forecast
-from service.scheduling.scheduler import Sharing
-from service.scheduling.tick_times import TickTimes
-from service.work import Work, timesteps_of, work_of
 from tests.service.fakes import INFO, make_spec
+from tminus.model.timesteps import make_timesteps
+from tminus.service.scheduling.forecast import Pending, forecast
+from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import Work, timesteps_of, work_of
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ from typing import Any, Self, Unpack
 
 import httpx
 
-from service.client._async.connection import AsyncConnection
-from service.client._async.job import AsyncJob
-from service.client._async.watching import AsyncWatching
-from service.client.bounds import IMAGE_BYTES, Asked
-from service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of
-from service.client.patience import Patience
-from service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
-from service.client.transport import timeouts
+from tminus.service.client._async.connection import AsyncConnection
+from tminus.service.client._async.job import AsyncJob
+from tminus.service.client._async.watching import AsyncWatching
+from tminus.service.client.bounds import IMAGE_BYTES, Asked
+from tminus.service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of
+from tminus.service.client.patience import Patience
+from tminus.service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
+from tminus.service.client.transport import timeouts
 
 PAGE = 200  # jobs a request, the most that the server lists at once
 

@@ -5,14 +5,14 @@ from collections.abc import AsyncIterator
 from typing import Any, Unpack
 from urllib.parse import quote
 
-from service.client._async.connection import AsyncConnection
-from service.client.bounds import MAX_IMAGES, Asked
-from service.client.errors import ClientError, Problem, Unreachable
-from service.client.following import EVENTS_QUIET_S, NO_CONTENT, Following
-from service.client.messages import Event
-from service.client.parameters import Preview
-from service.client.patience import SHORTEST_POLL_S, Patience, Polling
-from service.client.results import JobState, MediaType, Sampled, object_of
+from tminus.service.client._async.connection import AsyncConnection
+from tminus.service.client.bounds import MAX_IMAGES, Asked
+from tminus.service.client.errors import ClientError, Problem, Unreachable
+from tminus.service.client.following import EVENTS_QUIET_S, NO_CONTENT, Following
+from tminus.service.client.messages import Event
+from tminus.service.client.parameters import Preview
+from tminus.service.client.patience import SHORTEST_POLL_S, Patience, Polling
+from tminus.service.client.results import JobState, MediaType, Sampled, object_of
 
 
 class AsyncJob:

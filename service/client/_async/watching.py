@@ -8,13 +8,13 @@ from typing import Any, Self
 import websockets.asyncio.client
 from websockets.exceptions import ConnectionClosed
 
-from service.client._async.connection import AsyncConnection
-from service.client.bounds import Asked
-from service.client.errors import ClientError
-from service.client.messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
-from service.client.parameters import text_of
-from service.client.patience import Patience
-from service.client.reading import Reading
+from tminus.service.client._async.connection import AsyncConnection
+from tminus.service.client.bounds import Asked
+from tminus.service.client.errors import ClientError
+from tminus.service.client.messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
+from tminus.service.client.parameters import text_of
+from tminus.service.client.patience import Patience
+from tminus.service.client.reading import Reading
 
 
 class AsyncWatching:

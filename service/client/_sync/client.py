@@ -8,14 +8,14 @@ from typing import Any, Self, Unpack
 
 import httpx
 
-from service.client._sync.connection import Connection
-from service.client._sync.job import Job
-from service.client._sync.watching import Watching
-from service.client.bounds import IMAGE_BYTES, Asked
-from service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of
-from service.client.patience import Patience
-from service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
-from service.client.transport import timeouts
+from tminus.service.client._sync.connection import Connection
+from tminus.service.client._sync.job import Job
+from tminus.service.client._sync.watching import Watching
+from tminus.service.client.bounds import IMAGE_BYTES, Asked
+from tminus.service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of
+from tminus.service.client.patience import Patience
+from tminus.service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
+from tminus.service.client.transport import timeouts
 
 PAGE = 200  # jobs a request, the most that the server lists at once
 

@@ -10,10 +10,10 @@ import httpx
 import websockets.sync.client
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
-from service.client.bounds import DOCUMENT_BYTES
-from service.client.errors import ClientError
-from service.client.patience import Patience
-from service.client.transport import (
+from tminus.service.client.bounds import DOCUMENT_BYTES
+from tminus.service.client.errors import ClientError
+from tminus.service.client.patience import Patience
+from tminus.service.client.transport import (
     CLOSE_S,
     CONNECT_S,
     UNCOMPRESSED,

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from model.evaluation.compare import compare_reports
-from model.evaluation.report import (
+from tminus.model.evaluation.compare import compare_reports
+from tminus.model.evaluation.report import (
     ClassAccuracy,
     ClassifierFacts,
     EvaluateOptions,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint, Labels
-from model.data import FASHION_MNIST_DIR, ImageSet, load_fashion_mnist
-from model.evaluation.classes import balanced_picks
-from model.evaluation.classifier import (
+from tminus.model.checkpoint import Checkpoint, Labels
+from tminus.model.data import FASHION_MNIST_DIR, ImageSet, load_fashion_mnist
+from tminus.model.evaluation.classes import balanced_picks
+from tminus.model.evaluation.classifier import (
     Classifier,
     ClassifierConfig,
     ClassifierError,
@@ -22,14 +22,14 @@ from model.evaluation.classifier import (
     save_classifier,
     train_classifier,
 )
-from model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
-from model.evaluation.evaluate import EvaluateError, draw_samples, evaluate
-from model.evaluation.report import EvaluateOptions, EvaluationReport
-from model.noise import NoiseConfig
-from model.samplers import Forward
-from model.unet import UNet2D
-from model.unet_config import UNetConfig
-from model.weights import hash_weights
+from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
+from tminus.model.evaluation.evaluate import EvaluateError, draw_samples, evaluate
+from tminus.model.evaluation.report import EvaluateOptions, EvaluationReport
+from tminus.model.noise import NoiseConfig
+from tminus.model.samplers import Forward
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
+from tminus.model.weights import hash_weights
 
 pytestmark = pytest.mark.slow
 
@@ -150,8 +150,8 @@ def test_fit_gaussian_is_numpys_mean_and_covariance() -> None:
 
 
 def test_nearest_distances_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.evaluation.distances.REFERENCES_AT_ONCE", 16)  # so that chunks of both kinds meet
-    monkeypatch.setattr("model.evaluation.distances.QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr("tminus.model.evaluation.distances.REFERENCES_AT_ONCE", 16)  # so that chunks of both kinds meet
+    monkeypatch.setattr("tminus.model.evaluation.distances.QUERIES_AT_ONCE", 7)
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(0, 256, (20, 3, 8, 8), generator=generator, dtype=torch.uint8)
     references = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)

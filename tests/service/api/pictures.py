@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from service.spec import Inputs
 from tests.service.conftest import Site
+from tminus.service.spec import Inputs
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

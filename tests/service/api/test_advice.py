@@ -2,12 +2,12 @@ from dataclasses import replace
 
 import pytest
 
-from model.timesteps import SPACINGS
-from service.api.advice import warning_of
-from service.work import timesteps_of
 from tests.service.api.pictures import CAT, EDIT, b64
 from tests.service.conftest import Site
 from tests.service.fakes import INFO, make_spec, wait_until
+from tminus.model.timesteps import SPACINGS
+from tminus.service.api.advice import warning_of
+from tminus.service.work import timesteps_of
 
 
 @pytest.mark.parametrize("sampler", INFO.samplers)

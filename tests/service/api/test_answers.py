@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from model.recommended import Recommended
-from service.api.answers import JobAnswer
-from service.jobs.store import JobRecord
-from service.jobs.views import JobView
 from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO, make_spec, wait_until
+from tminus.model.recommended import Recommended
+from tminus.service.api.answers import JobAnswer
+from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.views import JobView
 
 JOB = [
     "id", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s", "age_s", "created",

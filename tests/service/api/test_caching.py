@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.caching import ResultCache
 from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO
+from tminus.service.api.caching import ResultCache
 
 ASKED: dict[str, Any] = {"steps": 3, "seed": 5, "class_label": "cat", "n": 2}
 A_MEGABYTE = 2**20

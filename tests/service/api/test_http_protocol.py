@@ -13,14 +13,14 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from service.api import http_protocol, middleware
-from service.api.http_protocol import HttpProtocol
-from service.api.middleware import BodyLimit, RequestContext
-from service.api.problems import render
-from service.api.websocket_protocol import stream_protocol
-from service.errors import ServiceError
-from service.server import bind
 from tests.service.fakes import PATIENCE_S, wait_until
+from tminus.service.api import http_protocol, middleware
+from tminus.service.api.http_protocol import HttpProtocol
+from tminus.service.api.middleware import BodyLimit, RequestContext
+from tminus.service.api.problems import render
+from tminus.service.api.websocket_protocol import stream_protocol
+from tminus.service.errors import ServiceError
+from tminus.service.server import bind
 
 HEAD = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n"
 GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"

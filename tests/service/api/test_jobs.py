@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.jobs.standings import FORECAST_S
-from service.work import JobStatus
-from service.worker.worker import Worker
 from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, MASK_PIXELS, PICTURE, b64, encode, noise, same
 from tests.service.conftest import MakeSite, Restarts, Site, pixels, problem
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
+from tminus.service.jobs.standings import FORECAST_S
+from tminus.service.work import JobStatus
+from tminus.service.worker.worker import Worker
 
 SECOND = 1.0
 EVERY_TICK_A_SECOND = (

@@ -39,7 +39,7 @@ def test_an_unforeseen_error_has_the_requests_id_and_is_counted_as_500(
     def fail(*_args: object) -> bytes:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("service.images.encoder.encode_result", fail)
+    monkeypatch.setattr("tminus.service.images.encoder.encode_result", fail)
     response = site.post(json=QUICK, headers={"X-Request-ID": "mine"})
     assert response.headers.get("x-request-id") == "mine"
     assert site.metrics()['tminus_request_duration_seconds_count{"route": "/sample", "status": "500"}'] == 1
@@ -104,7 +104,7 @@ def test_a_refusal_has_a_line_with_the_reason_on_one_line(site: Site, caplog: py
 def test_a_long_target_is_cut(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         site.client.get("/nowhere?" + "x" * 10_000)
-    assert all(len(each.getMessage()) < 500 for each in caplog.records if each.name.startswith("service"))
+    assert all(len(each.getMessage()) < 500 for each in caplog.records if each.name.startswith("tminus"))
 
 
 @pytest.mark.parametrize(

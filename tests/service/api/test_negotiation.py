@@ -2,8 +2,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.api.negotiation import negotiate
-from service.errors import NotAcceptable
+from tminus.service.api.negotiation import negotiate
+from tminus.service.errors import NotAcceptable
 
 OFFERED = ("image/png", "application/zip", "application/json")
 PNG, ZIP, JSON = OFFERED

@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
-from model.checkpoint import Checkpoint
-from model.rng import image_noise
-from service.api import middleware
-from service.api.multipart import FORM_BYTES, MAX_FIELD_BYTES, MAX_PARTS
-from service.app import create_app
-from service.engine.engine import Engine
-from service.engine.executors import EagerExecutor
-from service.jobs.sqlite_store import SqliteStore
-from service.model_info import Limits
-from service.scheduling.scheduler import Sharing
 from tests.service.api.asgi import call, scope_of
 from tests.service.api.pictures import CAT, PICTURE, encode, noise
 from tests.service.conftest import MakeSite, Site, pixels, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.rng import image_noise
+from tminus.service.api import middleware
+from tminus.service.api.multipart import FORM_BYTES, MAX_FIELD_BYTES, MAX_PARTS
+from tminus.service.app import create_app
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.scheduler import Sharing
 
 pytestmark = pytest.mark.slow
 

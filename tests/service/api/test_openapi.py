@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from fastapi.openapi.models import OpenAPI
 
-from model.timesteps import SPACINGS
-from service.api.schemas import AnimationRequest, SampleRequest
-from service.images.encoder import JSON
 from tests.service.api import fuzz_checks
 from tests.service.client.conftest import Served
 from tests.service.conftest import INSTANT, Site, pixels
 from tests.service.fakes import INFO, LIMITS
+from tminus.model.timesteps import SPACINGS
+from tminus.service.api.schemas import AnimationRequest, SampleRequest
+from tminus.service.images.encoder import JSON
 
 ROOT = Path(__file__).parents[3]
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from service.api.origin import Doors
 from tests.service.conftest import INSTANT, MakeSite, Site
 from tests.service.fakes import INFO, LIMITS
+from tminus.service.api.origin import Doors
 
 SPEC = {"steps": 1, "seed": 1}
 CROSS = {"Sec-Fetch-Site": "cross-site"}

@@ -4,9 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.noise import NoiseConfig
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.fakes import INFO
+from tminus.model.noise import NoiseConfig
 
 
 def test_the_page_and_its_files_are_served(site: Site) -> None:

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from service.api.schemas import SampleRequest
-from service.work import Batch
 from tests.service.conftest import MakeSite, Site, problem
+from tminus.service.api.schemas import SampleRequest
+from tminus.service.work import Batch
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 GUIDED = {"guidance": 2, "class_label": 1}
@@ -188,7 +188,7 @@ def test_an_unforeseen_error_is_a_500_that_tells_no_secrets(site: Site, monkeypa
     def fail(*_args: object) -> bytes:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr("service.images.encoder.encode_result", fail)
+    monkeypatch.setattr("tminus.service.images.encoder.encode_result", fail)
     response = site.post(json=QUICK)
     assert response.status_code == 500
     assert response.headers["content-type"] == "application/problem+json"

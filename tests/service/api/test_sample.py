@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.api import progress
-from service.api.sample import MAX_ANIMATION_BYTES
-from service.images.encoder import contact_sheet
-from service.spec import SampleSpec
 from tests.service.api.asgi import call
 from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b64, encode, got, noise, same, spec_in
 from tests.service.conftest import MakeSite, Site, frames_of, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
+from tminus.service.api import progress
+from tminus.service.api.sample import MAX_ANIMATION_BYTES
+from tminus.service.images.encoder import contact_sheet
+from tminus.service.spec import SampleSpec
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 GUIDED = {"guidance": 2, "class_label": 1}

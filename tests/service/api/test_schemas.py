@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from service.api.fields import MAX_SEED, SEED_BITS, RequestSchema
-from service.api.previews import StreamRequest
-from service.api.schemas import AnimationRequest, JobsRequest, NoiseRequest, SampleRequest, parameters_of
-from service.errors import InvalidField, ServiceError, UnknownField
-from service.model_info import ModelInfo
-from service.spec import SampleSpec
 from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, b64
 from tests.service.conftest import Site, problem
 from tests.service.fakes import INFO, LIMITS
+from tminus.service.api.fields import MAX_SEED, SEED_BITS, RequestSchema
+from tminus.service.api.previews import StreamRequest
+from tminus.service.api.schemas import AnimationRequest, JobsRequest, NoiseRequest, SampleRequest, parameters_of
+from tminus.service.errors import InvalidField, ServiceError, UnknownField
+from tminus.service.model_info import ModelInfo
+from tminus.service.spec import SampleSpec
 
 UNCONDITIONAL = replace(INFO, conditional=False, class_names=(), null_class=None)
 NO_NULL_CLASS = replace(INFO, null_class=None)

@@ -14,12 +14,12 @@ from PIL import Image
 from starlette.testclient import WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
-from service.api import stream as routes_stream
-from service.api.origin import Doors
-from service.images.encoder import contact_sheet, encode_result
 from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b64, got, same
 from tests.service.conftest import INSTANT, TEST_HOSTS, MakeSite, Site, pixels
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
+from tminus.service.api import stream as routes_stream
+from tminus.service.api.origin import Doors
+from tminus.service.images.encoder import contact_sheet, encode_result
 
 SPEC = {"n": 2, "steps": 4, "seed": 5, "class_label": "cat"}
 
@@ -265,7 +265,7 @@ def test_a_frame_that_cannot_be_encoded_is_left_out(site: Site, monkeypatch: pyt
     def fail(pixels: object, frame_format: str) -> bytes:
         raise ValueError("too wide for webp")
 
-    monkeypatch.setattr("service.images.encoder.encode_frame", fail)
+    monkeypatch.setattr("tminus.service.images.encoder.encode_frame", fail)
     with connect(site) as ws:
         client = Client(ws)
         client.send(**SPEC, every=1)
@@ -281,7 +281,7 @@ def test_an_unexpected_error_is_an_internal_error_and_its_reason_is_in_the_log(
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("service.images.encoder.encode_result", fail)
+    monkeypatch.setattr("tminus.service.images.encoder.encode_result", fail)
     with connect(site) as ws:
         client = Client(ws)
         client.send(**SPEC, every=1000)
@@ -301,7 +301,7 @@ def test_the_next_spec_may_follow_done_while_the_pictures_are_on_their_way(
         assert go_on.wait(PATIENCE_S)
         return encode_result(*arguments)
 
-    monkeypatch.setattr("service.images.encoder.encode_result", slow)
+    monkeypatch.setattr("tminus.service.images.encoder.encode_result", slow)
     with connect(site) as ws:
         client = Client(ws)
         client.send(**SPEC, every=1000, keep_open=True)

@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from service.api.stream_limits import Streams
-from service.errors import TooManyStreams
+from tminus.service.api.stream_limits import Streams
+from tminus.service.errors import TooManyStreams
 
 
 def refused(streams: Streams, host: str) -> bool:

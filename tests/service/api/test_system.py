@@ -6,9 +6,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.work import Batch
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
+from tminus.service.work import Batch
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 METRICS = {

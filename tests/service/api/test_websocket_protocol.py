@@ -16,9 +16,9 @@ from uvicorn.server import ServerState
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from service.api.websocket_protocol import StreamProtocol, stream_protocol
-from service.byte_budget import ByteBudget
 from tests.service.fakes import PATIENCE_S, wait_until
+from tminus.service.api.websocket_protocol import StreamProtocol, stream_protocol
+from tminus.service.byte_budget import ByteBudget
 
 Protocol = Any
 CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/api/websocket_protocol.py extends: "

@@ -3,8 +3,8 @@ import logging
 import click.testing
 import pytest
 
-from service.cli.main import main
-from service.cli.output import MAX_LINE, fail, printable, say
+from tminus.service.cli.main import main
+from tminus.service.cli.output import MAX_LINE, fail, printable, say
 
 
 def test_what_could_drive_a_terminal_is_escaped_and_text_of_any_script_is_kept() -> None:
@@ -23,7 +23,7 @@ def test_a_failure_is_one_line_whatever_it_quotes(capsys: pytest.CaptureFixture[
 
 def test_the_log_is_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is logged of a checkpoint has its name, which is from a file."""
-    monkeypatch.setattr("model.files.MAX_JSON_BYTES", 0)  # so that the command ends at once
+    monkeypatch.setattr("tminus.model.files.MAX_JSON_BYTES", 0)  # so that the command ends at once
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     click.testing.CliRunner().invoke(main, ["evaluate"])

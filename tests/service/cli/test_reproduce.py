@@ -14,16 +14,16 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from model.checkpoint import Labels, save_checkpoint
-from service.api.schemas import SampleRequest, parameters_of
-from service.cli import images, reproduce
-from service.cli.main import main
-from service.cli.reproduce import difference, read_recipe
-from service.client import Client
-from service.engine import autotune
-from service.images.encoder import encode_png, recipe
 from tests.service.conftest import CONDITIONAL, MakeCheckpoint
 from tests.service.fakes import INFO, LIMITS, make_spec
+from tminus.model.checkpoint import Labels, save_checkpoint
+from tminus.service.api.schemas import SampleRequest, parameters_of
+from tminus.service.cli import images, reproduce
+from tminus.service.cli.main import main
+from tminus.service.cli.reproduce import difference, read_recipe
+from tminus.service.client import Client
+from tminus.service.engine import autotune
+from tminus.service.images.encoder import encode_png, recipe
 
 pytestmark = pytest.mark.slow
 

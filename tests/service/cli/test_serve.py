@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from service.cli.main import main
-from service.jobs.sqlite_store import SqliteStore
 from tests.service.fakes import INFO
+from tminus.service.cli.main import main
+from tminus.service.jobs.sqlite_store import SqliteStore
 
 BUNDLED = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-32"
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -22,7 +22,7 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def _no_socket_and_signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("service.server.bind", lambda host, port: "the listener")
+    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: "the listener")
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -48,8 +48,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def measure(*_: object) -> None:
         raise AssertionError("the state folder is found out first")
 
-    monkeypatch.setattr("service.engine.loading.read_checkpoint", lambda options: INFO)
-    monkeypatch.setattr("service.engine.loading.prepare_engine", measure)
+    monkeypatch.setattr("tminus.service.engine.loading.read_checkpoint", lambda options: INFO)
+    monkeypatch.setattr("tminus.service.engine.loading.prepare_engine", measure)
     return tmp_path
 
 

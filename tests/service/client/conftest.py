@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import uvicorn
 
-from service.api.websocket_protocol import stream_protocol
-from service.client import AsyncClient, AsyncJob, AsyncWatching, Client
-from service.server import bind
 from tests.service.conftest import INSTANT, Site
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S
+from tminus.service.api.websocket_protocol import stream_protocol
+from tminus.service.client import AsyncClient, AsyncJob, AsyncWatching, Client
+from tminus.service.server import bind
 
 SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
 MakeServed = Callable[..., "Served"]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from service.client import Problem
-from service.client._async import client as async_client
-from service.client._sync import client as sync_client
 from tests.service.client.breaking import Breaking
 from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
 from tests.service.conftest import pixels
 from tests.service.fakes import INFO, PATIENCE_S, fake_pixels, make_spec
+from tminus.service.client import Problem
+from tminus.service.client._async import client as async_client
+from tminus.service.client._sync import client as sync_client
 
 
 def test_a_sheet_a_zip_and_a_document_hold_the_same_images(served: Served, connect: Connect) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import httpx
 import pytest
 
-from service.client import Done, Problem, UnexpectedAnswer, Unreachable
-from service.client.bounds import IMAGE_BYTES
-from service.server import bind
 from tests.service.client.breaking import Breaking
 from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
 from tests.service.client.hostile import IMAGE_HEAD, PNG, answering, endless
 from tests.service.fakes import PATIENCE_S
+from tminus.service.client import Done, Problem, UnexpectedAnswer, Unreachable
+from tminus.service.client.bounds import IMAGE_BYTES
+from tminus.service.server import bind
 
 
 def test_custom_headers_are_sent_with_every_request_and_websocket(served: Served, connect: Connect) -> None:

@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from service.client import Ended, Progress, Unreachable
-from service.client.bounds import Asked
-from service.client.following import Following
-from service.client.patience import RESTART_S, Patience
 from tests.service.client.conftest import job_members
 from tests.service.client.test_patience import Clock
+from tminus.service.client import Ended, Progress, Unreachable
+from tminus.service.client.bounds import Asked
+from tminus.service.client.following import Following
+from tminus.service.client.patience import RESTART_S, Patience
 
 GREETING = b"retry: 2000\n\n"
 ASKED = Asked.of({"steps": 9})

@@ -11,12 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from service.api import events as routes_events
-from service.client import Ended, Frame, Problem, Progress, UnexpectedAnswer, Waiting, sse
 from tests.service.client.breaking import Breaking
 from tests.service.client.conftest import SPEC, Connect, MakeServed, Served, job_members
 from tests.service.client.hostile import PNG, answering, endless
 from tests.service.fakes import PATIENCE_S
+from tminus.service.api import events as routes_events
+from tminus.service.client import Ended, Frame, Problem, Progress, UnexpectedAnswer, Waiting, sse
 
 
 def test_a_job_is_submitted_awaited_and_fetched(served: Served, connect: Connect) -> None:

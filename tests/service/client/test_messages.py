@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from service.client import Cancelled, Done, Frame, Problem, UnexpectedAnswer
-from service.client.messages import Message, event, message_of, opening_of
-from service.client.sse import ServerSentEvent
+from tminus.service.client import Cancelled, Done, Frame, Problem, UnexpectedAnswer
+from tminus.service.client.messages import Message, event, message_of, opening_of
+from tminus.service.client.sse import ServerSentEvent
 
 
 def test_a_frame_of_an_event_is_decoded() -> None:

@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from service.client.parameters import body_of, text_of
+from tminus.service.client.parameters import body_of, text_of
 
 
 def test_pictures_among_the_parameters_are_sent_as_base64(tmp_path: Path) -> None:

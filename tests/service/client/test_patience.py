@@ -2,10 +2,10 @@ from collections.abc import Callable
 
 import pytest
 
-from service.client import ClientError, Problem, UnexpectedAnswer, Unreachable
-from service.client.patience import RESTART_S, Patience, Polling
-from service.client.results import JobState
 from tests.service.client.conftest import job_members
+from tminus.service.client import ClientError, Problem, UnexpectedAnswer, Unreachable
+from tminus.service.client.patience import RESTART_S, Patience, Polling
+from tminus.service.client.results import JobState
 
 
 def iterate(call: Callable[[], None]) -> None:

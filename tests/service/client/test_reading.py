@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from service.client import Frame, UnexpectedAnswer
-from service.client.bounds import ANSWER_BYTES, IMAGE_BYTES, Asked
-from service.client.messages import Done, Opening, opening_of
-from service.client.reading import FrameOrder, Reading
+from tminus.service.client import Frame, UnexpectedAnswer
+from tminus.service.client.bounds import ANSWER_BYTES, IMAGE_BYTES, Asked
+from tminus.service.client.messages import Done, Opening, opening_of
+from tminus.service.client.reading import FrameOrder, Reading
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from service.client import UnexpectedAnswer
-from service.client.results import JobState, Noised, Sampled, page_of
 from tests.service.client.conftest import job_members
+from tminus.service.client import UnexpectedAnswer
+from tminus.service.client.results import JobState, Noised, Sampled, page_of
 
 PNG = b"\x89PNG\r\n\x1a\n picture"
 HEADERS = {"x-seed": "1", "x-fingerprint": "f"}

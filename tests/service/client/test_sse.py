@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.client.sse import Decoder, ServerSentEvent
+from tminus.service.client.sse import Decoder, ServerSentEvent
 
 
 def decode(stream: bytes) -> list[ServerSentEvent]:

@@ -1,7 +1,7 @@
 import httpx
 import pytest
 
-from service.client.transport import http_address, lost, ws_address
+from tminus.service.client.transport import http_address, lost, ws_address
 
 
 def test_an_address_may_have_a_path_behind_a_proxy() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from service.client import AsyncClient, AsyncJob, AsyncWatching, Client, Job, Watching
-from service.client.unasync import CLIENT, RULES, generated, sync_of
+from tminus.service.client import AsyncClient, AsyncJob, AsyncWatching, Client, Job, Watching
+from tminus.service.client.unasync import CLIENT, RULES, generated, sync_of
 
 
 def test_the_sync_half_is_up_to_date() -> None:

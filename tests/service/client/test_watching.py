@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from service.client import Accepted, Cancelled, ClientError, Done, Frame, Problem, UnexpectedAnswer, Unreachable
-from service.client.bounds import IMAGE_BYTES
 from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
 from tests.service.client.hostile import ACCEPTED, DONE, FRAME, PNG, streaming
 from tests.service.conftest import pixels
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
+from tminus.service.client import Accepted, Cancelled, ClientError, Done, Frame, Problem, UnexpectedAnswer, Unreachable
+from tminus.service.client.bounds import IMAGE_BYTES
 
 
 def test_a_job_is_watched_to_its_end(served: Served, connect: Connect) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint
-from service.engine import autotune
-from service.engine import engine as engine_module
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.engines import OnGpu
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine import autotune
+from tminus.service.engine import engine as engine_module
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from model.checkpoint import Checkpoint
-from service.engine.engine import Engine
-from service.engine.local import sample_locally
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import Images, Inputs, SampleSpec
-from service.work import work_of
 from tests.service.engine.engines import make_engine, spec_of
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.local import sample_locally
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.spec import Images, Inputs, SampleSpec
+from tminus.service.work import work_of
 
 Job = tuple[SampleSpec, Inputs | None]
 SCHEDULERS = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}

@@ -8,17 +8,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from model.rng import image_noise
-from model.samplers import sample
-from service.engine.engine import Engine
-from service.engine.executors import EagerExecutor, Executor
-from service.engine.local import sample_locally
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import SampleSpec
-from service.work import work_of
 from tests.service.conftest import Around
 from tests.service.fakes import make_spec
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.rng import image_noise
+from tminus.model.samplers import sample
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.executors import EagerExecutor, Executor
+from tminus.service.engine.local import sample_locally
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.spec import SampleSpec
+from tminus.service.work import work_of
 
 CPU = torch.device("cpu")
 Floats = npt.NDArray[np.float32]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from service.engine import openvino_executor
-from service.engine.autotune import example_inputs
-from service.engine.executors import Executor
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine import openvino_executor
+from tminus.service.engine.autotune import example_inputs
+from tminus.service.engine.executors import Executor
 
 CPU = torch.device("cpu")
 SIZES = ((1,), (1, 2), (1, 2, 4))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from service.engine import autotune, openvino_executor
-from service.engine.autotune import Measured, choose_executor, example_inputs
-from service.engine.candidates import Choice, Wish, valid_choice
-from service.engine.executors import MAX_GRAPHS, Executor
 from tests.service.conftest import Around, MakeCheckpoint
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine import autotune, openvino_executor
+from tminus.service.engine.autotune import Measured, choose_executor, example_inputs
+from tminus.service.engine.candidates import Choice, Wish, valid_choice
+from tminus.service.engine.executors import MAX_GRAPHS, Executor
 
 pytestmark = pytest.mark.slow
 

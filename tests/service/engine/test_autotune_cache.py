@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint
-from service.engine import autotune, openvino_executor
-from service.engine.autotune import choose_executor, example_inputs
-from service.engine.autotune_cache import default_cache
-from service.engine.candidates import Choice, Wish
 from tests.service.conftest import MakeCheckpoint
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine import autotune, openvino_executor
+from tminus.service.engine.autotune import choose_executor, example_inputs
+from tminus.service.engine.autotune_cache import default_cache
+from tminus.service.engine.candidates import Choice, Wish
 
 pytestmark = pytest.mark.slow
 

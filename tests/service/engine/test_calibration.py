@@ -3,12 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint
-from service.engine.calibration import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks
-from service.engine.engine import Engine
-from service.engine.executors import EagerExecutor
-from service.work import Batch
 from tests.service.fakes import INFO, FakeEngine
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine.calibration import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.work import Batch
 
 
 class Clock:

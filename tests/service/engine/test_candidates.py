@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint
-from service.engine import openvino_executor
-from service.engine.autotune import choose_executor
-from service.engine.candidates import Wish, find_candidates
 from tests.service.engine.exact import CPU, needs_openvino
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine import openvino_executor
+from tminus.service.engine.autotune import choose_executor
+from tminus.service.engine.candidates import Wish, find_candidates
 
 CUDA = torch.device("cuda")
 

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from service.engine.devices import MAX_DEFAULT_ROWS, choose_device, default_max_rows
 from tests.service.conftest import MakeCheckpoint
+from tminus.service.engine.devices import MAX_DEFAULT_ROWS, choose_device, default_max_rows
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cpu:x", "cuda:", "mps", "meta", "cuda:-1", "cuda:4096", "xpu", "CPU "])

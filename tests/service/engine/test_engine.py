@@ -13,17 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from model.noise import NoiseConfig
-from model.pixels import to_model_range, to_uint8
-from model.rng import image_noise
-from service.engine.engine import Engine
-from service.engine.executors import EagerExecutor
-from service.engine.local import sample_locally
-from service.errors import NotFinite
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import Images, Inputs, SampleSpec
-from service.work import Batch, work_of
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.engine.edits import SCHEDULERS, Job, edit, edited_alone, half_mask, in_company, picture
 from tests.service.engine.engines import (
@@ -39,6 +28,17 @@ from tests.service.engine.engines import (
     spec_of,
     together,
 )
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.noise import NoiseConfig
+from tminus.model.pixels import to_model_range, to_uint8
+from tminus.model.rng import image_noise
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.engine.local import sample_locally
+from tminus.service.errors import NotFinite
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.spec import Images, Inputs, SampleSpec
+from tminus.service.work import Batch, work_of
 
 pytestmark = pytest.mark.slow
 

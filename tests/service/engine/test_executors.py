@@ -9,9 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.checkpoint import Checkpoint
-from service.engine.autotune import example_inputs
-from service.engine.executors import (
+from tests.service.conftest import MakeCheckpoint
+from tests.service.engine.exact import MODELS, SIZES, assert_exact, bare, needs_bfloat16
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine.autotune import example_inputs
+from tminus.service.engine.executors import (
     MAX_GRAPHS,
     CompiledExecutor,
     EagerExecutor,
@@ -21,8 +23,6 @@ from service.engine.executors import (
     split_padded,
     split_wide,
 )
-from tests.service.conftest import MakeCheckpoint
-from tests.service.engine.exact import MODELS, SIZES, assert_exact, bare, needs_bfloat16
 
 pytestmark = pytest.mark.slow
 

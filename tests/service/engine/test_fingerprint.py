@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint
-from model.recommended import Recommended
-from model.samplers import SAMPLERS
-from service.engine import fingerprint
-from service.engine.engine import Engine
-from service.engine.executors import EagerExecutor
-from service.engine.fingerprint import make_model_info
 from tests.service.conftest import MakeCheckpoint
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.recommended import Recommended
+from tminus.model.samplers import SAMPLERS
+from tminus.service.engine import fingerprint
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.engine.fingerprint import make_model_info
 
 CPU = torch.device("cpu")
 

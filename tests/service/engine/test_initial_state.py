@@ -11,12 +11,12 @@ import torch
 from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from model.rng import image_noise
-from service.spec import Inputs, Snapshot
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.edits import SCHEDULERS, Job, edit, edited_alone, half_mask, picture, states
 from tests.service.engine.engines import CPU, make_engine, spec_of
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.rng import image_noise
+from tminus.service.spec import Inputs, Snapshot
 
 pytestmark = pytest.mark.slow
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from model.rng import image_noise
-from service.engine.executors import EagerExecutor
-from service.spec import Inputs
-from service.work import Batch, timesteps_of
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.engine.edits import SCHEDULERS, Job, edit, edited_alone, half_mask, in_company, picture, states
 from tests.service.engine.engines import CPU, MIXED, OnGpu, make_engine, spec_of
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.rng import image_noise
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.spec import Inputs
+from tminus.service.work import Batch, timesteps_of
 
 pytestmark = pytest.mark.slow
 

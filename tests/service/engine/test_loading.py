@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from model.files import CheckpointError
-from service.engine import autotune, loading, memory
-from service.engine.autotune import AGREE_ROWS, agree_rows
-from service.engine.executors import EagerExecutor, Executor
-from service.engine.loading import MIN_BATCH, load_engine
-from service.engine.local import sample_locally
-from service.engine.options import LoadOptions
-from service.images.encoder import PNG, etag
-from service.spec import trial_spec
-from service.work import Batch
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import make_spec
+from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from tminus.model.files import CheckpointError
+from tminus.service.engine import autotune, loading, memory
+from tminus.service.engine.autotune import AGREE_ROWS, agree_rows
+from tminus.service.engine.executors import EagerExecutor, Executor
+from tminus.service.engine.loading import MIN_BATCH, load_engine
+from tminus.service.engine.local import sample_locally
+from tminus.service.engine.options import LoadOptions
+from tminus.service.images.encoder import PNG, etag
+from tminus.service.spec import trial_spec
+from tminus.service.work import Batch
 
 pytestmark = pytest.mark.slow
 

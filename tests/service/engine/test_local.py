@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from model.noise import NoiseConfig
-from model.pixels import to_uint8
-from model.rng import image_noise
-from model.samplers import SAMPLERS
-from model.timesteps import SPACINGS
-from service.engine.executors import EagerExecutor
-from service.engine.local import sample_locally
-from service.spec import SampleSpec
-from service.work import work_of
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.engines import CPU, MIXED, Counting, Floats, alone, independent, make_engine, spec_of
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.noise import NoiseConfig
+from tminus.model.pixels import to_uint8
+from tminus.model.rng import image_noise
+from tminus.model.samplers import SAMPLERS
+from tminus.model.timesteps import SPACINGS
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.engine.local import sample_locally
+from tminus.service.spec import SampleSpec
+from tminus.service.work import work_of
 
 pytestmark = pytest.mark.slow
 

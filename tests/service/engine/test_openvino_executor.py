@@ -8,10 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint
-from service.engine.autotune import agree_rows, example_inputs
-from service.engine.executors import EagerExecutor
-from service.engine.openvino_executor import Graph, OpenVINOExecutor
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.exact import (
     MODELS,
@@ -23,6 +19,10 @@ from tests.service.engine.exact import (
     needs_openvino,
     rows_of,
 )
+from tminus.model.checkpoint import Checkpoint
+from tminus.service.engine.autotune import agree_rows, example_inputs
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.engine.openvino_executor import Graph, OpenVINOExecutor
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +117,7 @@ def test_openvino_in_bfloat16_is_near(tiny: Checkpoint) -> None:
 @needs_openvino
 def test_the_timestep_is_not_rounded_to_bfloat16(make_checkpoint: MakeCheckpoint) -> None:
     """bfloat16 has no 999: neighbours among the timesteps would be one."""
-    from model.noise import NoiseConfig
+    from tminus.model.noise import NoiseConfig
 
     checkpoint = make_checkpoint(noise=NoiseConfig(num_train_timesteps=1000))
     precision = "bfloat16" if able_to_bfloat16() else "float32"
@@ -238,9 +238,9 @@ def test_details_tell_what_could_move_a_bit(tiny: Checkpoint) -> None:
 PROGRAM = """
 import sys
 import torch
-from model.unet import UNet2D
+from tminus.model.unet import UNet2D
 from tests.tiny import TINY
-from service.engine.openvino_executor import Graph
+from tminus.service.engine.openvino_executor import Graph
 Graph(UNet2D(TINY), (1, 16, 16), 10)
 from openvino.tools.ovc import telemetry_utils
 assert telemetry_utils.tm.__name__.endswith("telemetry_stub"), telemetry_utils.tm

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import Checkpoint
-from model.noise import NoiseConfig
-from service.engine import openvino_executor
-from service.engine.engine import Engine
-from service.engine.executors import EagerExecutor, Executor
-from service.engine.selftest import same_alone_and_together
 from tests.service.conftest import Around, MakeCheckpoint
 from tests.service.fakes import INFO, FakeEngine
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.noise import NoiseConfig
+from tminus.service.engine import openvino_executor
+from tminus.service.engine.engine import Engine
+from tminus.service.engine.executors import EagerExecutor, Executor
+from tminus.service.engine.selftest import same_alone_and_together
 
 pytestmark = pytest.mark.slow
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint
-from model.rng import image_noise
-from service.engine.executors import EagerExecutor
-from service.errors import NotFinite
-from service.work import Batch
 from tests.service.engine.engines import CPU, OnGpu, Poisoned, make_engine, spec_of
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.rng import image_noise
+from tminus.service.engine.executors import EagerExecutor
+from tminus.service.errors import NotFinite
+from tminus.service.work import Batch
 
 
 def test_latents_are_read_as_they_are_and_are_no_window(tiny: Checkpoint) -> None:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from service.images.animation import FRAME_MS, LAST_MS
-from service.images.encoder import contact_sheet
 from tests.service.conftest import Site, frames_of
 from tests.service.fakes import fake_pixels, make_spec
+from tminus.service.images.animation import FRAME_MS, LAST_MS
+from tminus.service.images.encoder import contact_sheet
 
 SPEC = {"n": 2, "steps": 10, "seed": 4, "class_label": "cat"}
 WEBP = {"Accept": "image/webp"}

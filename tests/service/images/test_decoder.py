@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
-from service.byte_budget import ByteBudget
-from service.errors import InvalidImage, TooManyBytes, TooManyImages
-from service.images import decoder as decoder_module
-from service.images.decoder import MAX_PIXELS, Decoder, decode_image
-from service.spec import Images
 from tests.service.fakes import INFO
+from tminus.service.byte_budget import ByteBudget
+from tminus.service.errors import InvalidImage, TooManyBytes, TooManyImages
+from tminus.service.images import decoder as decoder_module
+from tminus.service.images.decoder import MAX_PIXELS, Decoder, decode_image
+from tminus.service.spec import Images
 
 pytestmark = pytest.mark.slow
 

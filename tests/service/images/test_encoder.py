@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.timesteps import SPACINGS
-from service.errors import NotFinite
-from service.images.encoder import (
+from tests.service.fakes import INFO, make_spec
+from tminus.model.timesteps import SPACINGS
+from tminus.service.errors import NotFinite
+from tminus.service.images.encoder import (
     JSON,
     MEDIA_TYPES,
     PNG,
@@ -32,10 +33,9 @@ from service.images.encoder import (
     recipe,
     sheet_columns,
 )
-from service.model_info import ModelInfo
-from service.spec import Images, SampleSpec
-from service.work import JobResult
-from tests.service.fakes import INFO, make_spec
+from tminus.service.model_info import ModelInfo
+from tminus.service.spec import Images, SampleSpec
+from tminus.service.work import JobResult
 
 UNCONDITIONAL = replace(INFO, conditional=False, class_names=(), null_class=None)
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.errors import StorageFailed
-from service.jobs import async_store
-from service.jobs.async_store import AsyncStore
-from service.jobs.sqlite_store import SqliteStore
-from service.jobs.store import JobRecord, Key
-from service.spec import Inputs
 from tests.service.fakes import PATIENCE_S, make_spec
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs import async_store
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord, Key
+from tminus.service.spec import Inputs
 
 
 class Disk(SqliteStore):

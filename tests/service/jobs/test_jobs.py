@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.spec import Images
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.durable import SPEC, post, state, wait_for
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
+from tminus.service.spec import Images
 
 # --- one job ---
 

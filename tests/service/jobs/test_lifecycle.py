@@ -5,14 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from service.errors import StorageFailed
-from service.jobs import jobs as jobs_module
-from service.jobs import lifecycle
-from service.jobs.sqlite_store import SqliteStore
-from service.jobs.store import JobRecord, now_us
 from tests.service.conftest import MakeSite, Restarts, Site, problem
 from tests.service.durable import SPEC, events, post, state, wait_for
 from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs import jobs as jobs_module
+from tminus.service.jobs import lifecycle
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord, now_us
 
 # --- the store fails ---
 

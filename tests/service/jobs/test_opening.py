@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import StorageFailed
-from service.jobs import sqlite_file
-from service.jobs.opening import open_store
-from service.jobs.store import JobRecord
 from tests.service.fakes import make_spec
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs import sqlite_file
+from tminus.service.jobs.opening import open_store
+from tminus.service.jobs.store import JobRecord
 
 WEIGHTS = "ab" * 32
 
@@ -68,7 +68,7 @@ def test_the_same_where_the_system_says_that_there_is_no_room(
         def refuse(file: Path) -> None:
             raise sqlite_file.cannot_be_used(file, OSError(28, "No space left on device"))
 
-        monkeypatch.setattr("service.jobs.sqlite_store.prepare", refuse)
-        return lambda: monkeypatch.setattr("service.jobs.sqlite_store.prepare", sqlite_file.prepare)
+        monkeypatch.setattr("tminus.service.jobs.sqlite_store.prepare", refuse)
+        return lambda: monkeypatch.setattr("tminus.service.jobs.sqlite_store.prepare", sqlite_file.prepare)
 
     opens_when_there_is_room(tmp_path, make_full, had_jobs)

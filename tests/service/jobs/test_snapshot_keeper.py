@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.errors import StorageFailed
-from service.jobs.async_store import AsyncStore
-from service.jobs.snapshot_keeper import SnapshotKeeper
-from service.jobs.sqlite_store import SqliteStore
-from service.jobs.store import JobRecord
-from service.metrics import Metrics
-from service.spec import Snapshot
-from service.worker.snapshot_pace import LEAST_S, SHARE
 from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord
+from tminus.service.metrics import Metrics
+from tminus.service.spec import Snapshot
+from tminus.service.worker.snapshot_pace import LEAST_S, SHARE
 
 SNAPSHOT = Snapshot((2,), np.zeros((1, 1, 4, 6), np.float32), np.ones((1, 1, 4, 6), np.float32))
 BURNT_S = 0.05

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import StorageFailed
-from service.jobs.opening import open_store
-from service.jobs.sqlite_file import VERSION
-from service.jobs.sqlite_store import RECORD_BYTES, SWEEP_JOBS, WAL_BYTES, SqliteStore
-from service.jobs.store import OUTCOMES, JobRecord, Key, Outcome
-from service.spec import Inputs, SampleSpec, Snapshot
 from tests.service.fakes import make_spec
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.opening import open_store
+from tminus.service.jobs.sqlite_file import VERSION
+from tminus.service.jobs.sqlite_store import RECORD_BYTES, SWEEP_JOBS, WAL_BYTES, SqliteStore
+from tminus.service.jobs.store import OUTCOMES, JobRecord, Key, Outcome
+from tminus.service.spec import Inputs, SampleSpec, Snapshot
 
 pytestmark = pytest.mark.slow
 
@@ -361,8 +361,8 @@ def test_a_process_that_was_killed_leaves_what_it_had_committed(
     script = f"""
 import os, signal
 from pathlib import Path
-from service.jobs.sqlite_store import SqliteStore
-from service.jobs.store import JobRecord
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord
 from tests.service.fakes import make_spec
 store = SqliteStore(Path({str(file)!r}))
 for k in range(20):
@@ -447,8 +447,8 @@ def killed(file: Path, last_words: str = "") -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from service.jobs.sqlite_store import SqliteStore
-from service.jobs.store import JobRecord
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord
 from tests.service.fakes import make_spec
 store = SqliteStore(Path({str(file)!r}))
 for k in range(400):
@@ -538,7 +538,7 @@ def test_a_file_so_large_that_the_check_takes_too_long_is_let_through(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     killed(file)
-    monkeypatch.setattr("service.jobs.sqlite_file.CHECK_S", -1.0)
+    monkeypatch.setattr("tminus.service.jobs.sqlite_file.CHECK_S", -1.0)
     SqliteStore(file).close()
     assert "not all of it was checked for damage" in caplog.text
 

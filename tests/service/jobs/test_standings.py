@@ -7,14 +7,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from service.jobs import standings as standings_module
-from service.jobs.standings import Standings
-from service.metrics import Metrics
-from service.scheduling.admission import Admission
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.work import Batch, JobStatus, Outlook, Ticket
-from service.worker.worker import Worker
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, make_spec, wait_until
+from tminus.service.jobs import standings as standings_module
+from tminus.service.jobs.standings import Standings
+from tminus.service.metrics import Metrics
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.work import Batch, JobStatus, Outlook, Ticket
+from tminus.service.worker.worker import Worker
 
 T = TypeVar("T")
 

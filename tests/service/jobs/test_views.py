@@ -1,7 +1,7 @@
-from service.jobs.views import passing_view
-from service.work import Outlook, work_of
-from service.worker.running_job import RunningJob
 from tests.service.fakes import INFO, make_spec
+from tminus.service.jobs.views import passing_view
+from tminus.service.work import Outlook, work_of
+from tminus.service.worker.running_job import RunningJob
 
 
 def test_the_time_at_which_a_job_was_accepted_is_the_same_however_late_one_looks() -> None:

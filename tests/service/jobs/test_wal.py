@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.jobs.sqlite_store import SqliteStore
-from service.jobs.wal import FRAME, HEADER, find_damage
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.wal import FRAME, HEADER, find_damage
 
 JOBS = 12
 PAGE = 4096
@@ -22,8 +22,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = f"""
 import os, signal
 from pathlib import Path
-from service.jobs.sqlite_store import SqliteStore
-from service.jobs.store import JobRecord
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord
 from tests.service.fakes import make_spec
 store = SqliteStore(Path({str(folder / "jobs.sqlite3")!r}))
 for k in range({JOBS}):

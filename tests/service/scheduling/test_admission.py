@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from service.errors import DeadlineUnmeetable, InvalidField, Overloaded
-from service.model_info import Limits
-from service.scheduling.admission import Admission
-from service.scheduling.scheduler import Policy, Sharing
-from service.work import Outlook, Work
+from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.scheduler import Policy, Sharing
+from tminus.service.work import Outlook, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
 RATE = ((8, 1 / 8),)  # 64 full places a second; exact in binary, so that no test hangs on rounding

@@ -5,7 +5,7 @@ from statistics import median, quantiles
 import pytest
 
 from bench.simulate import LIMITS, mixed, serve
-from service.scheduling.arrivals import WINDOW_S, WINDOWS, Arrivals
+from tminus.service.scheduling.arrivals import WINDOW_S, WINDOWS, Arrivals
 
 
 def come(arrivals: Arrivals, places: float, windows: int) -> None:

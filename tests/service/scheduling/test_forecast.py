@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduling.forecast import Fluid, Pending, forecast
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.scheduling.tick_times import TickTimes
-from service.work import Outlook, Work
+from tminus.service.scheduling.forecast import Fluid, Pending, forecast
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import Outlook, Work
 
 pytestmark = pytest.mark.slow
 

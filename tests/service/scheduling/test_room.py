@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from bench import simulate
 from bench.simulate import TICKS, Outcome
-from service.model_info import Limits
-from service.scheduling.admission import Admission
-from service.scheduling.room import SPREAD_S, Line
-from service.scheduling.scheduler import Policy
-from service.scheduling.tick_times import TickTimes
-from service.work import Work
 from tests.service.scheduling.test_admission import LIMITS, make_admission, plain, refusal, wait_of
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.room import SPREAD_S, Line
+from tminus.service.scheduling.scheduler import Policy
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import Work
 
 # --- the line ---
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduling import scheduler as scheduler_module
-from service.scheduling.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing
-from service.work import Batch, JobRows, Work
+from tminus.service.scheduling import scheduler as scheduler_module
+from tminus.service.scheduling.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing
+from tminus.service.work import Batch, JobRows, Work
 
 
 def tick(scheduler: Scheduler) -> Batch:

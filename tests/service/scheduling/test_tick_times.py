@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.scheduling.tick_times import TickTimes, smallest_batch_at
+from tminus.service.scheduling.tick_times import TickTimes, smallest_batch_at
 
 POINTS = ((1, 0.003), (2, 0.0033), (4, 0.005), (8, 0.009))
 

@@ -7,18 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, JobCancelled, NotFinite
-from service.metrics import Metrics
-from service.model_info import Limits, ModelInfo
-from service.preview import Frame, Pace, Watch
-from service.scheduling.admission import Admission
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import Images, SampleSpec, Snapshot
-from service.work import Batch, JobResult, work_of
-from service.worker.loop import SUSPENDED, Loop
-from service.worker.recording import Recording
-from service.worker.running_job import RunningJob
 from tests.service.fakes import INFO, LIMITS, FakeEngine, FakeKeeper, fake_pixels, make_spec
+from tminus.service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, JobCancelled, NotFinite
+from tminus.service.metrics import Metrics
+from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.preview import Frame, Pace, Watch
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.spec import Images, SampleSpec, Snapshot
+from tminus.service.work import Batch, JobResult, work_of
+from tminus.service.worker.loop import SUSPENDED, Loop
+from tminus.service.worker.recording import Recording
+from tminus.service.worker.running_job import RunningJob
 
 
 class Bench:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from service.preview import Frame
-from service.worker.mailbox import Mailbox
 from tests.service.fakes import PATIENCE_S
+from tminus.service.preview import Frame
+from tminus.service.worker.mailbox import Mailbox
 
 
 def frame(step: int) -> Frame:

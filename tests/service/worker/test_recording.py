@@ -3,8 +3,8 @@ import random
 import numpy as np
 import pytest
 
-from service.errors import Overloaded
-from service.worker.recording import Recording, RecordingRoom, frame_count
+from tminus.service.errors import Overloaded
+from tminus.service.worker.recording import Recording, RecordingRoom, frame_count
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 5), (2, 5), (5, 5), (7, 5), (3, 10)])

@@ -1,4 +1,4 @@
-from service.worker.snapshot_pace import LEAST_S, SHARE, SnapshotPace
+from tminus.service.worker.snapshot_pace import LEAST_S, SHARE, SnapshotPace
 
 
 def test_the_first_round_is_due_at_once_and_no_other_while_it_is_under_way() -> None:

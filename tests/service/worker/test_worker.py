@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from service.errors import (
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, FakeKeeper, fake_pixels, make_spec, wait_until
+from tminus.service.errors import (
     DeadlinePassed,
     DeadlineUnmeetable,
     Draining,
@@ -19,15 +20,14 @@ from service.errors import (
     ServiceError,
     Stalled,
 )
-from service.metrics import Metrics
-from service.model_info import Limits, ModelInfo
-from service.preview import Pace, Watch
-from service.scheduling.admission import Admission
-from service.scheduling.scheduler import Scheduler, Sharing
-from service.spec import Snapshot
-from service.work import Batch, JobResult, JobStatus, Outlook, Ticket, Work
-from service.worker.worker import STALL_S, Worker
-from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, FakeKeeper, fake_pixels, make_spec, wait_until
+from tminus.service.metrics import Metrics
+from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.preview import Pace, Watch
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.spec import Snapshot
+from tminus.service.work import Batch, JobResult, JobStatus, Outlook, Ticket, Work
+from tminus.service.worker.worker import STALL_S, Worker
 
 
 class Bench:
@@ -773,7 +773,7 @@ def test_a_tick_is_given_twenty_times_what_it_should_take(make_bench: MakeBench)
 def test_closing_does_not_wait_for_a_step_that_hangs_and_its_jobs_get_an_answer(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.worker.worker.CLOSE_S", 0.05)
+    monkeypatch.setattr("tminus.service.worker.worker.CLOSE_S", 0.05)
     bench = make_bench().start(shut=True)
     running = bench.submit("running", steps=2)
     bench.engine.next_begun()
