@@ -14,6 +14,7 @@ from tminus.service.request_id import REQUEST_ID
 log = logging.getLogger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
+HEAD_TOO = ("/healthz", "/readyz", "/metrics")  # which OpenAPI need not know
 
 
 def render(error: ServiceError) -> Response:
@@ -36,10 +37,10 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         assert isinstance(error, HTTPException)
         code = HTTPStatus(error.status_code).name.lower()
         headers = dict(error.headers or {})
-        if methods := app.openapi()["paths"].get(
-            getattr(request.scope.get("route"), "path", request.url.path)
-        ):  # the framework knows one route's methods only
-            headers["Allow"] = ", ".join(sorted(map(str.upper, methods)))
+        path = getattr(request.scope.get("route"), "path", request.url.path)
+        if methods := app.openapi()["paths"].get(path):  # the framework knows one route's methods only
+            head = ["HEAD"] if path in HEAD_TOO else []
+            headers["Allow"] = ", ".join(sorted([*map(str.upper, methods), *head]))
         problem = {
             "type": f"urn:tminus:problem:{code}",
             "title": HTTPStatus(error.status_code).phrase,

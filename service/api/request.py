@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 
 from tminus.service.api.fields import NUMBER
 from tminus.service.api.multipart import is_form, read_form
@@ -68,7 +68,7 @@ def check_encoding(request: Request) -> None:
             raise UnsupportedEncoding(encoding.strip())
 
 
-async def no_parameters(request: Request) -> None:
+async def no_parameters(request: HTTPConnection) -> None:
     """Raise UnknownField if the query of a call without parameters has one."""
     for name, value in request.query_params.multi_items():
         detail = f"there is no parameter {short(name)!r}; known: none"

@@ -18,7 +18,7 @@ from tminus.service.api.middleware import address_of, new_request_id, target_of
 from tminus.service.api.previews import StreamRequest
 from tminus.service.api.problems import render
 from tminus.service.api.progress import Countdown, result_of
-from tminus.service.api.request import from_body, off_loop
+from tminus.service.api.request import from_body, no_parameters, off_loop
 from tminus.service.api.services import Services
 from tminus.service.api.submission import to_job, understand
 from tminus.service.errors import BodyTooLarge, JobCancelled, MalformedMessage, ServiceError, Silence
@@ -48,6 +48,7 @@ def stream_routes(services: Services) -> APIRouter:
         began_s, status = time.perf_counter(), 101
         try:
             services.doors.check(ws.scope)
+            await no_parameters(ws)
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
                 await _Stream(services, ws).serve()

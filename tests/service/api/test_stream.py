@@ -415,6 +415,18 @@ def test_an_overloaded_server_says_when_to_come_back(make_site: MakeSite) -> Non
         Client(first).get("done")
 
 
+@pytest.mark.parametrize("query", ["n=2", "bogus=1", "steps=5&steps=6"])
+def test_parameters_in_the_address_are_refused(site: Site, query: str) -> None:
+    """They belong in the first message, and would be without effect."""
+    with (
+        pytest.raises(WebSocketDenialResponse) as caught,
+        site.client.websocket_connect(f"/sample/stream?{query}"),
+    ):
+        pass
+    assert caught.value.status_code == 422
+    assert caught.value.json()["field"] == query.partition("=")[0]
+
+
 @pytest.mark.parametrize(
     ("origin", "allowed"),
     [
