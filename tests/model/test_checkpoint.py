@@ -596,10 +596,13 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"conv_in\.bias must hold each of its values, got fewer than 10000000000",
     ),
     "no values": (bin_with("conv_in.bias", torch.zeros(8, device="meta")), r"must hold plain values, got meta"),
-    "sparse": (bin_with("conv_in.bias", torch.zeros(8).to_sparse()), r"must hold plain values, got torch\.sparse_coo"),
+    "sparse": (
+        bin_with("conv_in.bias", torch.zeros(8).to_sparse()),
+        r"must hold plain values, got torch\.sparse_coo|sparse tensor",
+    ),
     "sparse rows": (
         bin_with("conv_in.weight", quiet_csr()),
-        r"must hold plain values, got torch\.sparse_csr",
+        r"must hold plain values, got torch\.sparse_csr|sparse tensor",  # the second from torch, since 2.15
     ),
     "key missing": (
         lambda f: change_weights(f, lambda s: s.pop("mid_block.resnets.1.conv2.bias")),

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,19 +194,18 @@ def test_jobs_without_a_key_are_all_different(store: SqliteStore) -> None:
 def test_pages_are_the_ended_jobs_newest_first(
     jobs: list[tuple[int, Outcome]], limit: int, data: st.DataObject
 ) -> None:
-    store = SqliteStore(None)
     records = [ended(job(f"{k:02d}", created_us=us), outcome) for k, (us, outcome) in enumerate(jobs)]
-    for record in data.draw(st.permutations(records)):
-        store.add(replace(record, outcome=None, finished_us=None))
-        store.finish(record)
+    order = data.draw(st.permutations(records))
     outcomes = data.draw(st.sets(st.sampled_from(OUTCOMES), min_size=1))
-    wanted = sorted((r for r in records if r.outcome in outcomes), key=lambda r: r.place, reverse=True)
     found: list[JobRecord] = []
-    while page := store.finished(found[-1].place if found else None, outcomes, limit):
-        assert len(page) <= limit
-        found += page
-    assert found == wanted
-    store.close()
+    with closing(SqliteStore(None)) as store:
+        for record in order:
+            store.add(replace(record, outcome=None, finished_us=None))
+            store.finish(record)
+        while page := store.finished(found[-1].place if found else None, outcomes, limit):
+            assert len(page) <= limit
+            found += page
+    assert found == sorted((r for r in records if r.outcome in outcomes), key=lambda r: r.place, reverse=True)
 
 
 # --- what goes ---
@@ -622,7 +622,8 @@ def test_a_plain_spec_is_kept_as_it_always_was(file: Path) -> None:
     store = SqliteStore(file)
     store.add(job("a", SPECS[0]))
     store.close()
-    (spec,) = sqlite3.connect(file).execute("SELECT spec FROM jobs").fetchone()
+    with closing(sqlite3.connect(file)) as connection:
+        (spec,) = connection.execute("SELECT spec FROM jobs").fetchone()
     assert not {"strength", "image_sha256", "mask_sha256"} & json.loads(spec).keys()
 
 
