@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tminus.model.catalogue import SAMPLERS
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
 from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
-from tminus.model.samplers import SAMPLERS
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32

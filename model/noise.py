@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.files import OFF, given_fields
 
 log = logging.getLogger(__name__)
@@ -264,11 +265,12 @@ class NoiseConfig:
     def default_spacing(self, sampler: str) -> str:
         """The spacing of requests that name none: the config's own, if the config is for this kind of sampler.
 
-        A DDPM or DDIM config does not cover dpmpp_2m, which then takes the spacing that suits it best, karras.
+        A DDPM or DDIM config does not cover the later solvers, which then take the spacing that suits them best.
         """
-        if sampler == "dpmpp_2m" and self.default_sampler != "dpmpp_2m":
-            return "karras"
-        return self.timestep_spacing
+        facts = SAMPLER_FACTS[sampler]
+        if facts.spacing is None or (facts.multistep and SAMPLER_FACTS[self.default_sampler].multistep):
+            return self.timestep_spacing
+        return facts.spacing
 
     def schedule(self) -> NoiseSchedule:
         """Make the tables."""

@@ -1,22 +1,24 @@
-"""Samplers as tables: each compiles to a plan with one line of coefficients per step; one update rule runs all.
+"""Samplers as tables: each compiles to a plan with one line of coefficients per pass; one update rule runs all.
 
-x0 = clip(p x + q out)            epsilon-, x0- and v-prediction differ only in p and q
-x' = a x + b x0 + c x0_previous + s exp(r v) z
+x0 = clip(p x + q out)                                    epsilon-, x0- and v-prediction differ only in p and q
+(x', h1', h2', h3') = M (x, x0, x0_previous, z, h1, h2, h3)
 
-v is the second half of the output channels of a network with learned variance; for others exp(r v) is 1.
+Most samplers need no register h: for them this is x' = a x + b x0 + c x0_previous + s exp(r v) z. v is the second half
+of the output channels of a network with learned variance; for others exp(r v) is 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tminus.model.noise import NoiseConfig, NoiseSchedule, posterior_between
-from tminus.model.timesteps import make_timesteps
+from tminus.model.catalogue import SAMPLERS
+from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.solvers import LINEAR_SOLVERS, NEED_SIGNAL, Levels, ddim, ddpm
+from tminus.model.timesteps import log_sigma_at, make_timesteps, timesteps_of_passes
 
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r
 
 Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -25,22 +27,43 @@ Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A compiled sampler: timesteps int64 [S], from noisy to clean; lines float64 [S, 8].
+    """A compiled sampler, a line for each of its P passes through the network.
 
-    known float64 [S, 2]: sqrt(alpha_bar) and sqrt(1 - alpha_bar) after each step; 1 and 0 after the last.
+    timesteps float64 [P], from noisy to clean, fractional where the sampler visits such; lines float64 [P, 8];
+    alpha_bar float64 [P], at the timesteps. matrices float64 [P, 1 + R, 4 + R]: M of a sampler with R registers, whose
+    first row begins with the line's a, b, c, s; None for R = 0.
     """
 
     timesteps: Tensor
     lines: Tensor
-    known: Tensor
+    alpha_bar: Tensor
+    matrices: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     @property
     def adds_noise(self) -> bool:
-        """Whether any step needs z; ddim with eta 0 and dpmpp_2m draw none after x_T."""
+        """Whether any pass needs z; ddim with eta 0 and most solvers draw none after x_T."""
         return bool((self.lines[:, 5] > 0).any())
+
+    @property
+    def known(self) -> Tensor:
+        """sqrt(alpha_bar) and sqrt(1 - alpha_bar) after each pass, float64 [P, 2]; 1 and 0 after the last."""
+        reached = torch.cat([self.alpha_bar[1:], torch.ones(1, dtype=torch.float64)])
+        return torch.stack([reached.sqrt(), (1 - reached).sqrt()], dim=1)
+
+    def q_sample(self, x_0: Tensor, eps: Tensor) -> Tensor:
+        """Draw the x_t that the first pass takes (Ho et al. 2020, eq. 4): x_0, eps [B, C, H, W] -> [B, C, H, W]."""
+        signal, noise = (
+            each.to(x_0.dtype).to(x_0.device) for each in (self.alpha_bar[0].sqrt(), (1 - self.alpha_bar[0]).sqrt())
+        )
+        return signal * x_0 + noise * eps
+
+    @property
+    def num_registers(self) -> int:
+        """R: how much a row keeps beside x and x0_previous."""
+        return self.matrices.shape[1] - 1 if self.matrices is not None else 0
 
 
 def compile_plan(
@@ -53,79 +76,68 @@ def compile_plan(
     clip: bool | None = None,
     spacing: str | None = None,
     start: int = 0,
+    fractional: bool = False,
 ) -> Plan:
     """Compile a sampler for this model. clip=None takes the checkpoint's own clip_sample, spacing=None its spacing.
 
-    ddpm: ancestral sampling with the posterior's variance or beta (Ho et al. 2020, eq. 7 and algorithm 2), or what the
-    network learned between the two, after `variance_type`. ddim: Song et al. 2021, eq. 12 and 16, with noise eta.
-    dpmpp_2m: Lu et al. 2022. A step's previous timestep is the next one of the plan; the last step adds no noise.
-    start leaves out that many first steps; the first step of the remaining plan then has no x0_previous.
-    Raises ValueError for an unknown sampler or spacing, or a bad number of steps.
+    model/solvers.py has the coefficients. The level a step goes to is that of the next one; the last step goes to
+    no noise and adds none. start leaves out that many first steps; the first step of the remaining plan then has no
+    earlier ones. fractional: the network takes timesteps between whole ones. Raises ValueError for an unknown
+    sampler or spacing, a bad number of steps, and what this schedule does not allow.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be among {', '.join(SAMPLERS)}, got {sampler!r}")
     spacing = spacing or noise.default_spacing(sampler)
-    T, offset = schedule.num_timesteps, noise.steps_offset
-    t = torch.tensor(make_timesteps(sampler, spacing, steps, T, offset, schedule.log_sigmas)[start:])
-    assert len(t) > 0
-    alpha_bar = schedule.alpha_bar[t]
-    last = torch.ones(1, dtype=torch.float64)
-    if sampler == "ddim" and not noise.set_alpha_to_one:
-        last = schedule.alpha_bar[:1]
-    alpha_bar_prev = torch.cat([alpha_bar[1:], last])
-
-    c, s, r = torch.zeros(3, len(t), dtype=torch.float64)
+    log_sigmas, offset = schedule.log_sigmas, noise.steps_offset
+    of_steps = make_timesteps(
+        sampler, spacing, steps, schedule.num_timesteps, offset, log_sigmas, fractional=fractional
+    )[start:]
+    assert len(of_steps) > 0
+    one = torch.ones(1, dtype=torch.float64)
+    alpha_bar = alpha_bar_at(schedule, of_steps)
+    last = schedule.alpha_bar[:1] if sampler == "ddim" and not noise.set_alpha_to_one else one
+    levels = Levels(alpha_bar, torch.cat([alpha_bar[1:], last]))
+    if sampler in NEED_SIGNAL and alpha_bar[0] <= 0:
+        raise ValueError(f"{sampler} cannot start from alpha_bar = 0: its first step is not defined there")
+    r = torch.zeros(1, dtype=torch.float64)
     if sampler == "ddpm":
-        b, a, variance = posterior_between(alpha_bar, alpha_bar_prev)
-        s, r = _ancestral_noise(noise.variance_type, 1 - alpha_bar / alpha_bar_prev, variance)
+        M, r = ddpm(levels, noise.variance_type)
     elif sampler == "ddim":
-        s = eta * ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
-        s[-1] = 0
-        towards_x_t = (1 - alpha_bar_prev - s**2).clamp(min=0).sqrt()  # times eps = (x - sqrt(abar) x0) / sqrt(1-abar)
-        a = towards_x_t / (1 - alpha_bar).sqrt()
-        b = alpha_bar_prev.sqrt() - a * alpha_bar.sqrt()
+        M = ddim(levels, eta)
     else:
-        a, b, c = _dpm_solver(alpha_bar, alpha_bar_prev)
+        M = LINEAR_SOLVERS[sampler](levels)
+    return make_plan(noise, schedule, timesteps_of_passes(sampler, of_steps), M, r=r, clip=clip)
 
+
+def make_plan(
+    noise: NoiseConfig,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[float],
+    M: Tensor,
+    *,
+    r: Tensor | None = None,
+    clip: bool | None = None,
+) -> Plan:
+    """Make the plan of these timesteps [P] and matrices [P, 1 + R, 4 + R]."""
+    alpha_bar = alpha_bar_at(schedule, timesteps)
     p, q = x0_coefficients(noise.prediction_type, alpha_bar)
     clips = noise.clip_sample if clip is None else clip
-    bound = torch.full_like(s, noise.clip_sample_range if clips else torch.inf)
-    reached = torch.cat([alpha_bar[1:], torch.ones(1, dtype=torch.float64)])  # independent of set_alpha_to_one
-    known = torch.stack([reached.sqrt(), (1 - reached).sqrt()], dim=1)
-    return Plan(t, torch.stack([p, q, a, b, c, s, bound, r], dim=1), known)
+    bound = torch.full_like(p, noise.clip_sample_range if clips else torch.inf)
+    r = torch.zeros_like(p) if r is None else r.expand(len(p))
+    lines = torch.stack([p, q, *M[:, 0, :4].unbind(1), bound, r], dim=1)
+    return Plan(torch.tensor(timesteps, dtype=torch.float64), lines, alpha_bar, M if M.shape[1] > 1 else None)
 
 
-def _ancestral_noise(variance_type: str, beta: Tensor, posterior_variance: Tensor) -> tuple[Tensor, Tensor]:
-    """s and r of ddpm's standard deviation s exp(r v), from beta and the posterior variance: each [S].
-
-    learned_range: log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15).
-    """
-    r = torch.zeros_like(beta)
-    if variance_type == "fixed_small":
-        s = posterior_variance.sqrt()
-    elif variance_type == "fixed_large":
-        s = beta.sqrt()
-    else:
-        s = (beta * posterior_variance) ** 0.25
-        r = (beta.log() - posterior_variance.log()) / 4
-    s[-1] = r[-1] = 0
-    return s, r
-
-
-def _dpm_solver(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b, c of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), from the alpha_bar of each step and its next.
-
-    x' = (sigma'/sigma) x - alpha' (e^-h - 1) D, where D = x0 + (x0 - x0_previous) / (2 r_k) extrapolates to the middle
-    of the step; h is the step in lambda = log(alpha/sigma) and r_k = h_previous / h. D = x0 in the first step, which
-    has nothing to extrapolate from, in the last, where h is infinite, and after a step from alpha_bar = 0, whose h is.
-    """
-    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    a = (1 - alpha_bar_prev).sqrt() / sigma
-    towards_D = alpha_bar_prev.sqrt() - a * alpha  # alpha' (1 - e^-h), in a form that allows lambda = -inf
-    h = (alpha / sigma).log().diff()
-    w = torch.zeros_like(a)  # 1 / (2 r_k)
-    w[1:-1] = h[1:] / (2 * h[:-1])
-    return a, towards_D * (1 + w), -towards_D * w
+def alpha_bar_at(schedule: NoiseSchedule, timesteps: Sequence[float]) -> Tensor:
+    """alpha_bar [S] at timesteps, between whole ones by a line in log sigma."""
+    t = torch.tensor(timesteps, dtype=torch.float64)
+    whole = t.long()
+    alpha_bar = schedule.alpha_bar[whole]
+    if bool((whole == t).all()):
+        return alpha_bar
+    log_sigmas = schedule.log_sigmas
+    between = torch.tensor([log_sigma_at(each, log_sigmas) for each in timesteps], dtype=torch.float64)
+    return torch.where(whole == t, alpha_bar, torch.sigmoid(-2 * between))
 
 
 def x0_coefficients(prediction_type: str, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,16 +167,16 @@ def keep_known(x: Tensor, new: Tensor, x_0: Tensor, eps: Tensor, known: Tensor) 
 
 
 class Denoised(NamedTuple):
-    """The result of one step: x at the next timestep and the current prediction of x_0, both [B, C, H, W]."""
+    """The result of one pass: x at the next timestep and the current prediction of x_0, both [B, C, H, W]."""
 
     x: Tensor
     x0: Tensor
 
 
 def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tensor) -> Denoised:
-    """Apply the update rule, each row by its own line: lines [B, 8], all else [B, C, H, W].
+    """Apply the update rule of samplers without registers, each row by its own line: lines [B, 8], else [B, C, H, W].
 
-    out may be [B, 2C, H, W]: the prediction and the v of a learned variance.
+    out may be [B, 2C, H, W]: the prediction and the v of a learned variance. x0 is right for every sampler.
     """
     p, q, a, b, c, s, clip, r = lines.reshape(len(lines), NUM_COEFFICIENTS, 1, 1, 1).unbind(1)
     channels = x.shape[1]
@@ -173,6 +185,19 @@ def denoise(x: Tensor, out: Tensor, x0_previous: Tensor, z: Tensor, lines: Tenso
         s = s * torch.exp(r * v)
     x0 = (p * x + q * out).clamp(-clip, clip)
     return Denoised(a * x + b * x0 + c * x0_previous + s * z, x0)
+
+
+def combine(matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
+    """M times the state of each row: matrices [B, 1 + R, 4 + R], state 4 + R of [B, C, H, W] -> [B, 1 + R, C, H, W].
+
+    The state is x, x0, x0_previous, z and the registers. Summed one by one, in this order: a row's bits then depend on
+    nothing beside it.
+    """
+    M = matrices.reshape(*matrices.shape, 1, 1, 1)
+    total = M[:, :, 0] * state[0][:, None]
+    for column in range(1, len(state)):
+        total = total + M[:, :, column] * state[column][:, None]
+    return total
 
 
 def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int | None = None) -> Tensor:
@@ -205,8 +230,9 @@ def sample(
 
     Guidance is on at the timesteps lo <= t <= hi of its interval (Kynkäänniemi et al. 2024); None is all of them.
     """
-    x, x0 = x_T, torch.zeros_like(x_T)
+    x, x0, registers = x_T, torch.zeros_like(x_T), [torch.zeros_like(x_T)] * plan.num_registers
     lines = plan.lines.to(device=x.device, dtype=x.dtype)
+    matrices = plan.matrices.to(device=x.device, dtype=x.dtype) if plan.matrices is not None else None
     for k, t in enumerate(plan.timesteps.tolist()):
         ts = torch.full((len(x),), t, device=x.device)
         inside = guidance_interval is None or guidance_interval[0] <= t <= guidance_interval[1]
@@ -216,7 +242,12 @@ def sample(
             both = torch.cat([class_labels, torch.full_like(class_labels, null_class)])
             out_c, out_u = net(torch.cat([x, x]), torch.cat([ts, ts]), both).chunk(2)
             out = guide(out_u, out_c, guidance, x.shape[1])
-        x, x0 = denoise(x, out, x0, z_of(k), lines[k : k + 1].expand(len(x), -1))
+        z, x0_previous = z_of(k), x0
+        new, x0 = denoise(x, out, x0_previous, z, lines[k : k + 1].expand(len(x), -1))
+        if matrices is not None:
+            at = matrices[k : k + 1].expand(len(x), -1, -1)
+            new, *registers = combine(at, (x, x0, x0_previous, z, *registers)).unbind(1)
+        x = new
         if on_step is not None:
             on_step(k)
     return x

@@ -1,7 +1,10 @@
 """Which timesteps a sampler visits. Plain numbers, no torch: the service computes a request's cost from them."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
+
+from tminus.model.catalogue import SAMPLER_FACTS
 
 SPACINGS = ("leading", "trailing", "linspace", "karras")
 # A jump from here to no noise moves a pixel by under 4 of 255 grey levels (0.03 * 127.5): steps below are wasted.
@@ -18,49 +21,77 @@ def make_timesteps(
     num_timesteps: int,
     offset: int = 0,
     log_sigmas: Sequence[float] | None = None,
-) -> list[int]:
+    *,
+    fractional: bool = False,
+) -> list[float]:
     """Choose `steps` of the T timesteps, falling. leading, trailing, linspace as in Lin et al. 2024, table 2.
 
     karras is one ramp for all samplers (Karras et al. 2022, eq. 5) and needs log_sigmas: log sqrt((1 - alpha_bar) /
     alpha_bar) of t = 0..T-1, ascending. It takes no offset, which only leading has.
 
-    dpmpp_2m ends in a jump from its last timestep to no noise at all, so leading and linspace spread steps + 1 points
-    and leave out the cleanest. These three give diffusers' timesteps, except that there are always `steps` of them, all
-    different and inside the chain: dpmpp_2m visits the whole chain where steps = T (diffusers repeats some), trailing
-    has no timestep -1 (diffusers' arange goes one too far for some steps), and the offset never leads past T - 1.
-    Raises ValueError for an unknown spacing, unless 1 <= steps <= T, and for karras without T log_sigmas.
+    fractional says that the network takes timesteps between whole ones; a sampler that visits those gets them unrounded
+    where the spacing is linspace or karras.
+
+    A multistep solver ends in a jump from its last timestep to no noise at all, so leading and linspace spread
+    steps + 1 points and leave out the cleanest. These three give diffusers' timesteps, except that there are always
+    `steps` of them, all different and inside the chain: a multistep solver visits the whole chain where steps = T
+    (diffusers repeats some), trailing has no timestep -1 (diffusers' arange goes one too far for some steps), and the
+    offset never leads past T - 1. Raises ValueError for an unknown spacing, unless 1 <= steps <= T, or fewer
+    for a sampler that takes more passes than steps, and for karras without T log_sigmas.
     """
-    if not 1 <= steps <= num_timesteps:
-        raise ValueError(f"steps must be 1..{num_timesteps}, got {steps}")
+    facts = SAMPLER_FACTS[sampler]
+    most = facts.max_steps(num_timesteps)
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps must be 1..{most}{'' if most == num_timesteps else f' for {sampler}'}, got {steps}")
+    exact = fractional and facts.fractional
     if spacing == "karras":
         if log_sigmas is None or len(log_sigmas) != num_timesteps:
             got = None if log_sigmas is None else len(log_sigmas)
             raise ValueError(f"timestep_spacing karras needs log_sigmas, {num_timesteps} of them, got {got}")
-        return _nearest_to_karras(steps, log_sigmas)
+        ramp = _karras_ramp(steps, log_sigmas)
+        return _between(ramp, log_sigmas) if exact else _nearest(ramp, log_sigmas)
     if spacing == "trailing":
         second = num_timesteps - num_timesteps / steps
         stride = num_timesteps - second  # rounded as numpy's arange does, so that halves round as theirs do
         return [round(num_timesteps - k * stride) - 1 for k in range(steps)]
-    points = steps + 1 if sampler == "dpmpp_2m" and steps < num_timesteps else steps
+    points = steps + 1 if facts.multistep and steps < num_timesteps else steps
+    t: list[float]
     if spacing == "leading":
         t = [k * (num_timesteps // points) for k in range(points)]
-        room = min(offset, num_timesteps - 1 - t[-1])
+        room = min(offset, num_timesteps - 1 - int(t[-1]))
         t = [k + room for k in t]
     elif spacing == "linspace":
         stride = (num_timesteps - 1) / max(1, points - 1)
-        t = [round(k * stride) for k in range(points)]
+        t = [k * stride if exact else round(k * stride) for k in range(points)]
     else:
         raise ValueError(f"timestep_spacing must be among {', '.join(SPACINGS)}, got {spacing!r}")
     return t[::-1][:steps]
 
 
-def _nearest_to_karras(steps: int, log_sigmas: Sequence[float]) -> list[int]:
-    """Round the noise levels of Karras et al. 2022, eq. 5, to timesteps, nearest in log sigma, then make all different.
+def timesteps_of_passes(sampler: str, timesteps: Sequence[float]) -> list[float]:
+    """The timestep of each pass through the network, from those of the steps, falling: heun and plms revisit some."""
+    facts = SAMPLER_FACTS[sampler]
+    if len(timesteps) < 2:
+        return list(timesteps)
+    if facts.passes_per_step == 2:
+        return [timesteps[0], *(t for t in timesteps[1:] for _ in range(2))]
+    return [timesteps[0], *[timesteps[1]] * facts.passes_to_start, *timesteps[1:]]
 
-    A timestep that is already taken is replaced by the next cleaner one, or by a noisier one where the remaining steps
-    would not fit otherwise. The first is always T - 1. The ramp starts at its sigma, but at most at SIGMA_MAX, and at
-    least at the schedule's smallest sigma. It ends at SIGMA_MIN, or at the smallest sigma of a schedule that does not
-    reach as low as that, or nowhere rises above it.
+
+def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:
+    """Log sigma at a timestep, between whole ones by a line."""
+    low = int(t)
+    if t == low:
+        return log_sigmas[low]
+    return log_sigmas[low] + (t - low) * (log_sigmas[low + 1] - log_sigmas[low])
+
+
+def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
+    """Log sigma of each step (Karras et al. 2022, eq. 5).
+
+    The ramp starts at the sigma of T - 1, but at most at SIGMA_MAX, and at least at the schedule's smallest sigma. It
+    ends at SIGMA_MIN, or at the smallest sigma of a schedule that does not reach as low as that, or nowhere rises above
+    it.
     """
     finite = [log_sigma for log_sigma in log_sigmas if math.isfinite(log_sigma)]
     bottom = min(finite, default=0.0)
@@ -68,12 +99,30 @@ def _nearest_to_karras(steps: int, log_sigmas: Sequence[float]) -> list[int]:
     if top > math.log(SIGMA_MIN):
         bottom = max(bottom, math.log(SIGMA_MIN))
     high, low = math.exp(top / RHO), math.exp(bottom / RHO)
-    nearest = len(log_sigmas) - 1
+    shares = [k / max(1, steps - 1) for k in range(steps)]
+    return [RHO * math.log((1 - u) * high + u * low) for u in shares]
+
+
+def _nearest(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
+    """Round noise levels to timesteps, nearest in log sigma, then make all different.
+
+    A timestep that is already taken is replaced by the next cleaner one, or by a noisier one where the remaining steps
+    would not fit otherwise. The first is always T - 1.
+    """
+    nearest, steps = len(log_sigmas) - 1, len(ramp)
     t = [nearest]
-    for k in range(1, steps):
-        u = k / (steps - 1)
-        log_sigma = RHO * math.log((1 - u) * high + u * low)
+    for k, log_sigma in enumerate(ramp[1:], 1):
         while nearest and abs(log_sigmas[nearest - 1] - log_sigma) <= abs(log_sigmas[nearest] - log_sigma):
             nearest -= 1  # the ramp falls, so the search continues from the last one
         t.append(max(min(nearest, t[-1] - 1), steps - 1 - k))
+    return [*t]
+
+
+def _between(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
+    """Timesteps at exactly these noise levels, but for the first, T - 1, between whole ones by a line in log sigma."""
+    t = [float(len(log_sigmas) - 1)]
+    for log_sigma in ramp[1:]:
+        high = min(max(1, bisect_left(log_sigmas, log_sigma)), len(log_sigmas) - 1)
+        low, above = log_sigmas[high - 1], log_sigmas[high]
+        t.append(high - 1 + (log_sigma - low) / (above - low) if math.isfinite(above) else high - 1)
     return t

@@ -202,7 +202,7 @@ class UNet2D(nn.Module):
         """Embed the timestep alone, before class and activation: t [B] -> [B, temb]."""
         config = self.config
         if self.time_proj is not None:
-            embedding = self.time_proj(t)
+            embedding = self.time_proj(t.long())
         else:
             embedding = sinusoidal_embedding(
                 t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift

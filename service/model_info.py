@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tminus.model.recommended import Recommended
+from tminus.model.timesteps import log_sigma_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class ModelInfo:
     timestep_spacings: Mapping[str, str]  # by sampler, what a request gets that names none
     steps_offset: int
     log_sigmas: tuple[float, ...]  # of the noise schedule, by timestep
+    fractional: bool  # whether the network takes timesteps between whole ones
     clip: bool
     samplers: tuple[str, ...]
     default_sampler: str
@@ -39,9 +41,9 @@ class ModelInfo:
     executor_details: str
     exact: bool  # whether the same spec gives the same bytes whatever else runs
 
-    def alpha_bar(self, t: int) -> float:
+    def alpha_bar(self, t: float) -> float:
         """alpha_bar_t = 1 / (1 + sigma_t^2)."""
-        log_sigma = self.log_sigmas[t]
+        log_sigma = log_sigma_at(t, self.log_sigmas)
         return 1 / (1 + math.exp(2 * log_sigma)) if log_sigma < 300 else 0.0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.model_info import ModelInfo
 
 Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
@@ -48,9 +49,14 @@ class SampleSpec:
         return self.steps - min(self.steps, max(1, int(round(self.steps * self.strength, 9))))
 
     @property
-    def num_steps(self) -> int:
-        """How many steps each row takes."""
-        return self.steps - self.start
+    def num_passes(self) -> int:
+        """How many passes through the network each row takes; guidance doubles them, and is not counted here."""
+        return SAMPLER_FACTS[self.sampler].num_passes(self.steps - self.start)
+
+    @property
+    def end(self) -> int:
+        """The number after that of the last pass. Passes are numbered on from `start`, also where a step takes two."""
+        return self.start + self.num_passes
 
     def to_json(self) -> dict[str, Any]:
         """Its fields. EDIT_FIELDS that are None are left out: a plain spec reads as it always did."""
@@ -85,9 +91,10 @@ class Inputs:
 class Snapshot:
     """A job between two ticks: all that its rows need to go on, beside their spec and inputs."""
 
-    steps: tuple[int, ...]  # of the plan, that each row is to take next
+    steps: tuple[int, ...]  # the pass of the plan that each row is to take next
     x: Floats  # [n, C, H, W]
     x0_previous: Floats
+    registers: Floats  # [n, R, C, H, W]: what the sampler keeps beside, R from 0 to 3
 
 
 def trial_spec(

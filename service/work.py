@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tminus.model.timesteps import make_timesteps
+from tminus.model.timesteps import make_timesteps, timesteps_of_passes
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Images, SampleSpec
 
@@ -15,9 +15,9 @@ class Work:
     """What a job costs, in places: forward passes of one row. At the steps in `guided` a row takes two."""
 
     rows: int
-    steps: int  # of the plan
+    steps: int  # passes of the plan: the rows take those from `start` on
     guided: range
-    start: int = 0  # the first step that the rows take
+    start: int = 0
 
     def places_per_row(self, step: int) -> int:
         """How many places a row takes at a step."""
@@ -94,7 +94,7 @@ class JobStatus:
     state: str  # waiting until its first step, then running
     position: int  # jobs that go before it
     eta_s: float
-    step: int  # steps that its rows have taken, on average, out of spec.num_steps
+    step: int  # steps that its rows have taken, on average, out of spec.num_passes
     spec: SampleSpec
     durable: bool
     age_s: float
@@ -103,20 +103,26 @@ class JobStatus:
 
 def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
     """Count the work of a spec."""
-    start = spec.start
+    start, end = spec.start, spec.end
     if spec.guidance == 1.0:
-        return Work(spec.n, spec.steps, range(0), start)
+        return Work(spec.n, end, range(0), start)
     if spec.guidance_interval is None:
-        return Work(spec.n, spec.steps, range(start, spec.steps), start)
+        return Work(spec.n, end, range(start, end), start)
     low, high = spec.guidance_interval
     timesteps = timesteps_of(spec, model)
     guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # contiguous, since t falls
-    return Work(spec.n, spec.steps, range(guided[0], guided[-1] + 1) if guided else range(0), start)
+    return Work(spec.n, end, range(guided[0], guided[-1] + 1) if guided else range(0), start)
 
 
-def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[int]:
-    """The timesteps, falling, that the steps which a spec takes start from."""
+def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:
+    """The timestep of each pass that a spec takes, falling."""
     timesteps = make_timesteps(
-        spec.sampler, spec.timestep_spacing, spec.steps, model.num_timesteps, model.steps_offset, model.log_sigmas
+        spec.sampler,
+        spec.timestep_spacing,
+        spec.steps,
+        model.num_timesteps,
+        model.steps_offset,
+        model.log_sigmas,
+        fractional=model.fractional,
     )
-    return timesteps[spec.start :]
+    return timesteps_of_passes(spec.sampler, timesteps[spec.start :])

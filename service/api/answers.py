@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.recommended import Recommended
 from tminus.service.api.schemas import parameters_of
 from tminus.service.jobs.store import now_us
@@ -41,7 +42,7 @@ class JobAnswer(BaseModel):
             state=view.state,
             durable=view.durable,
             step=view.step,
-            steps=record.spec.num_steps,
+            steps=record.spec.num_passes,
             n=record.spec.n,
             sampler=record.spec.sampler,
             seed=record.spec.seed,
@@ -143,6 +144,29 @@ class RecommendedAnswer(BaseModel):
         return cls(sampler=recommended.sampler, steps=recommended.steps, guidance=recommended.guidance)
 
 
+class SamplerAnswer(BaseModel):
+    """One sampler."""
+
+    when: str = Field(description="to take it")
+    source: str
+    good_steps: int = Field(description="a number of steps to begin with")
+    max_steps: int
+    passes_per_step: int = Field(description="through the network: what a step costs, twice that where it is guided")
+
+    @classmethod
+    def of(cls, name: str, num_timesteps: int) -> "SamplerAnswer":
+        """Say what it is."""
+        facts = SAMPLER_FACTS[name]
+        most = facts.max_steps(num_timesteps)
+        return cls(
+            when=facts.when,
+            source=facts.source,
+            good_steps=min(facts.good_steps, most),
+            max_steps=most,
+            passes_per_step=facts.passes_per_step,
+        )
+
+
 class ModelAnswer(BaseModel):
     """What is loaded, and how it runs."""
 
@@ -160,6 +184,7 @@ class ModelAnswer(BaseModel):
     steps_offset: int
     clip: bool = Field(description="whether x_0 is clipped, for requests that do not say")
     samplers: list[str]
+    sampler_details: dict[str, SamplerAnswer] = Field(description="by sampler")
     default_sampler: str
     recommended: RecommendedAnswer | None = Field(description="null where the checkpoint recommends nothing")
     conditional: bool
@@ -192,6 +217,7 @@ class ModelAnswer(BaseModel):
             steps_offset=model.steps_offset,
             clip=model.clip,
             samplers=list(model.samplers),
+            sampler_details={name: SamplerAnswer.of(name, model.num_timesteps) for name in model.samplers},
             default_sampler=model.default_sampler,
             recommended=None if model.recommended is None else RecommendedAnswer.of(model.recommended),
             conditional=model.conditional,

@@ -169,11 +169,11 @@ class _Viewer:
         return events
 
     async def _progress(self, step: int) -> dict[str, Any]:
-        steps = self._live.record.spec.num_steps
+        steps = self._live.record.spec.num_passes
         return {
             "step": step,
             "steps": steps,
-            "t": self._timesteps[min(step, steps - 1)],
+            "t": round(self._timesteps[min(step, steps - 1)], 3),
             "eta_s": round(await self._countdown.left_s(), 3),
         }
 

@@ -105,11 +105,11 @@ class Animation:
     def of(cls, spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> "Animation":
         """Prepare to record a job's frames. Raises InvalidField where their pixels are too many."""
         frame_bytes = spec.n * model.height_px * model.width_px * model.channels
-        most, count = max(1, MAX_ANIMATION_BYTES // frame_bytes), frame_count(asked.every, spec.num_steps)
+        most, count = max(1, MAX_ANIMATION_BYTES // frame_bytes), frame_count(asked.every, spec.num_passes)
         if count > most:
-            least = -(-spec.num_steps // most)
+            least = -(-spec.num_passes // most)
             raise InvalidField.of("every", f"at least {least} for so many images and steps", asked.every)
-        recording = Recording(asked.every, asked.show, spec.n, spec.num_steps)
+        recording = Recording(asked.every, asked.show, spec.n, spec.num_passes)
         return cls(spec, asked, frame_bytes * (count - 1), recording)  # the last frame is the result
 
     @property

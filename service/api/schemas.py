@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.classes import class_bound, class_numbers
@@ -43,7 +44,7 @@ class SampleRequest(RequestSchema):
 
     n: Int = Field(1, description="how many images, 1..64 unless the server says otherwise; default 1")
     steps: Int | None = Field(None, description="denoising steps, 1..T; default T")
-    sampler: str | None = Field(None, description="ddpm, ddim or dpmpp_2m; default: the checkpoint's own")
+    sampler: str | None = Field(None, description=f"one of {', '.join(SAMPLERS)}; default: the checkpoint's own")
     eta: Float | None = Field(None, description="noise of ddim, 0..1; default 0")
     seed: Int | None = Field(None, description="0..2^64-1; drawn if absent, always echoed")
     index: Int = Field(
@@ -57,7 +58,8 @@ class SampleRequest(RequestSchema):
         None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
     )
     timestep_spacing: str | None = Field(
-        None, description="leading, trailing, linspace or karras; default: the checkpoint's own, karras for dpmpp_2m"
+        None,
+        description="leading, trailing, linspace or karras; default: the checkpoint's own, or karras for later solvers",
     )
     clip: Bool | None = Field(
         None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
@@ -95,13 +97,16 @@ class SampleRequest(RequestSchema):
             if not ok:
                 raise InvalidField.of(field, bounds[field], value)
 
-        steps = model.num_timesteps if self.steps is None else self.steps
         sampler = model.default_sampler if self.sampler is None else self.sampler
+        require(sampler in model.samplers, "sampler", sampler)
+        most = SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)
+        steps = most if self.steps is None else self.steps
         eta = self.eta or 0.0
         seed = draw(SEED_BITS) if self.seed is None else self.seed
         require(1 <= self.n <= limits.max_n, "n", self.n)
+        if model.num_timesteps >= steps > most:
+            raise InvalidField.of("steps", f"1..{most} for {sampler}, which takes more passes than steps", steps)
         require(1 <= steps <= model.num_timesteps, "steps", steps)
-        require(sampler in model.samplers, "sampler", sampler)
         require(0 <= eta <= 1, "eta", eta)
         if self.eta is not None and sampler != "ddim":
             raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)

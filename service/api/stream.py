@@ -254,12 +254,12 @@ def _accepted_message(job_id: str, spec: SampleSpec, ticket: Ticket, model: Mode
     } | ({"warning": warning} if (warning := warning_of(spec, model)) is not None else {})
 
 
-def _frame_message(frame: Frame, spec: SampleSpec, t: int, show: str, eta_s: float) -> dict[str, Any]:
+def _frame_message(frame: Frame, spec: SampleSpec, t: float, show: str, eta_s: float) -> dict[str, Any]:
     return {
         "type": "frame",
         "step": frame.step,
-        "steps": spec.num_steps,
-        "t": t,
+        "steps": spec.num_passes,
+        "t": round(t, 3),
         "show": show,
         "eta_s": round(eta_s, 3),
     }

@@ -73,7 +73,7 @@ def make_images(model: LocalModel, parameters: dict[str, Any], *, sheet: bool) -
         spec = request.to_spec(info, limits)
         inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
         spec = request.with_inputs(spec, inputs)
-        with tqdm(total=spec.n * spec.num_steps, unit="row-step", dynamic_ncols=True, disable=None) as progress:
+        with tqdm(total=spec.n * spec.num_passes, unit="row-step", dynamic_ncols=True, disable=None) as progress:
             images = sample_locally(loaded.engine, spec, batch, progress.update, inputs)
     except (ValueError, ServiceError) as error:
         fail(str(error))

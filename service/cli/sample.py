@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from tminus.model.catalogue import SAMPLERS
 from tminus.service.cli.images import LocalModel, files_of, make_images, read_pictures, sample_from
 from tminus.service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
 from tminus.service.cli.output import check_png, fail, make_folder, say, write_file
@@ -22,7 +23,7 @@ from tminus.service.cli.watch import follow, write_animation
 )
 @click.option("-n", "--n", type=click.IntRange(1, MAX_LOCAL_N), default=1, help="how many images")
 @click.option("--steps", metavar="INTEGER", help="denoising steps  [default: T]")
-@click.option("--sampler", help="ddpm, ddim or dpmpp_2m  [default: the checkpoint's]")
+@click.option("--sampler", help=f"{', '.join(SAMPLERS)}  [default: the checkpoint's]")
 @click.option("--eta", metavar="FLOAT", help="noise of ddim, 0..1")
 @click.option("--seed", metavar="INTEGER", help="0..2^64-1; drawn if absent")
 @click.option("--index", metavar="INTEGER", help="index of the first image")

@@ -84,7 +84,7 @@ def _read(messages: "Iterable[Message]") -> tuple[int, list[list[bytes]], Sequen
                         raise ClientError(f"the frames take more than {MAX_FRAME_BYTES} bytes; give a larger --every")
                     shown.setdefault(message.step, []).append(message.data)
                     progress.total = message.steps
-                    progress.set_description(f"t={message.t}, {message.eta_s:.1f} s left")
+                    progress.set_description(f"t={message.t:g}, {message.eta_s:.1f} s left")
                     progress.update(message.step - progress.n)
                 case Done():
                     progress.update((progress.total or progress.n) - progress.n)

@@ -33,7 +33,7 @@ class Frame:
 
     step: int
     steps: int
-    t: int
+    t: float  # the timestep
     show: str
     eta_s: float
     image: int | None
@@ -72,7 +72,7 @@ class Progress:
 
     step: int
     steps: int
-    t: int
+    t: float  # the timestep
     eta_s: float
 
 
@@ -151,7 +151,7 @@ def frame(members: Mapping[str, Any], data: bytes) -> Frame:
     return Frame(
         step=checks.whole(members["step"]),
         steps=checks.whole(members["steps"]),
-        t=checks.whole(members["t"]),
+        t=checks.number(members["t"]),
         show=checks.token(members["show"]),
         eta_s=checks.number(members["eta_s"]),
         image=checks.optional(checks.whole, members.get("image")),
@@ -168,8 +168,8 @@ def event(sent: ServerSentEvent) -> Event | None:
                 position, eta_s = members["position"], members["eta_s"]
                 return Waiting(checks.optional(checks.whole, position), checks.optional(checks.number, eta_s))
             case "progress":
-                step, steps, t = (checks.whole(members[name]) for name in ("step", "steps", "t"))
-                return Progress(step, steps, t, checks.number(members["eta_s"]))
+                step, steps = (checks.whole(members[name]) for name in ("step", "steps"))
+                return Progress(step, steps, checks.number(members["t"]), checks.number(members["eta_s"]))
             case "frame":
                 return frame(members, checks.decoded(members["data"]))
             case "done" | "failed" | "cancelled":

@@ -290,7 +290,7 @@ def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> t
     generator = torch.Generator().manual_seed(0)
     config = checkpoint.net.config
     x = torch.randn(rows, config.in_channels, *checkpoint.size_px, generator=generator)
-    t = torch.randint(checkpoint.noise.num_train_timesteps, (rows,), generator=generator)
+    t = torch.randint(checkpoint.noise.num_train_timesteps, (rows,), generator=generator).float()
     labels = None
     if config.num_class_embeds is not None:
         labels = torch.randint(config.num_class_embeds, (rows,), generator=generator).to(device)

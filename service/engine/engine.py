@@ -12,11 +12,12 @@ from torch import Tensor
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise, row_noise, split_seed
-from tminus.model.samplers import NUM_COEFFICIENTS, Plan, compile_plan, denoise, guide
+from tminus.model.samplers import Plan, compile_plan, denoise, guide
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
 from tminus.service.engine.known_pixels import KnownPixels
+from tminus.service.engine.plan_store import PlanStore, Registers
 from tminus.service.engine.transfer import LaunchedTicks, copy_out, index_of, send
 from tminus.service.errors import NotFinite
 from tminus.service.preview import Show
@@ -43,13 +44,12 @@ class Engine:
     ) -> None:
         """Make room for so many rows and jobs. bits: a hash of the executor's outputs, see `fingerprint`."""
         self.info = make_model_info(checkpoint, device, executor, exact=exact, bits=bits)
-        self._device = device
+        self._device, self._max_jobs = device, max_jobs
         self._forward = executor
         self._noise = checkpoint.noise
         self._schedule = checkpoint.noise.schedule()
         self._null_class = checkpoint.labels.null_class
         self._shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
-        num_timesteps = self._schedule.num_timesteps
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -61,17 +61,16 @@ class Engine:
         self._index = zeros(max_rows)
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
-        self._first_line = zeros(max_rows)  # the line of step 0 of the row's plan; steps that an edit skips have none
+        self._first_line = zeros(max_rows)  # where pass 0 of the row's plan would be; those an edit skips have no line
         self._added_at = np.zeros(max_rows, np.int64)  # on the host: how many ticks had been launched before the row
         self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
         self._masked = np.zeros(max_rows, bool)  # on the host: whether the row keeps pixels
         self._known: KnownPixels | None = None  # made when the first such row comes
+        self._num_registers = np.zeros(max_rows, np.int64)  # on the host: how many the row's sampler keeps
+        self._registers: Registers | None = None  # made when the first such row comes
         self._free_rows = list(range(max_rows - 1, -1, -1))
-        # One region of T lines per job.
-        self._lines = zeros(max_jobs * num_timesteps, NUM_COEFFICIENTS, dtype=torch.float32)
-        self._timesteps = zeros(max_jobs * num_timesteps)
-        self._free_plans = list(range(max_jobs - 1, -1, -1))
-        self._plan_of: dict[int, int] = {}  # first row of a job -> its region
+        self._plans = PlanStore(device)
+        self._plan_of: dict[int, tuple[int, int]] = {}  # first row of a job -> its plan's first line and length
         # On a GPU the host runs one tick ahead, and reads whether rows are finite once their tick has ended.
         self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
@@ -87,6 +86,7 @@ class Engine:
             clip=spec.clip,
             spacing=spec.timestep_spacing,
             start=spec.start,
+            fractional=self.info.fractional,
         )
 
     @torch.inference_mode()
@@ -100,10 +100,10 @@ class Engine:
         plan = self._compile(spec)
         check_inputs(inputs, spec, self._shape)
         if snapshot is not None:
-            x, x0 = latents_of(snapshot, spec.n, self._shape, self._device)
+            x, x0, registers = latents_of(snapshot, spec.n, plan.num_registers, self._shape, self._device)
         else:
-            x = initial_latents(spec, plan, self._schedule, inputs, self._shape, self._device)
-            x0 = torch.zeros_like(x)
+            x = initial_latents(spec, plan, inputs, self._shape, self._device)
+            x0, registers = torch.zeros_like(x), x.new_zeros(spec.n, plan.num_registers, *self._shape)
         indices = range(spec.index, spec.index + spec.n)
         index = torch.tensor(indices, device=self._device)
         seed_words = torch.tensor(split_seed(spec.seed), device=self._device)
@@ -111,16 +111,17 @@ class Engine:
         label = torch.tensor(labels or [0], device=self._device)
 
         assert len(self._free_rows) >= spec.n
-        assert self._free_plans
+        assert len(self._plan_of) < self._max_jobs
         if spec.mask_sha256 is not None and self._known is None:
-            self._known = KnownPixels(len(self._masked), len(self._lines), self._shape, self._device)
-        rows, region = tuple(reversed(self._free_rows[-spec.n :])), self._free_plans[-1]
-        start = region * self._schedule.num_timesteps
-        self._lines[start : start + len(plan)] = plan.lines.to(torch.float32)
-        self._timesteps[start : start + len(plan)] = plan.timesteps
+            self._known = KnownPixels(len(self._masked), self._shape, self._device)
+        if plan.num_registers and self._registers is None:
+            self._registers = Registers(len(self._masked), self._shape, self._device)
+        rows, start = tuple(reversed(self._free_rows[-spec.n :])), self._plans.put(plan)
         at = torch.tensor(rows, device=self._device)
         if inputs is not None and inputs.mask is not None and self._known is not None:
-            self._known.put(at, inputs.image, inputs.mask, start, plan.known)
+            self._known.put(at, inputs.image, inputs.mask)
+        if plan.num_registers and self._registers is not None:
+            self._registers.put(at, registers)
         self._x[at] = x
         self._x0[at] = x0
         self._seed_words[at] = seed_words
@@ -131,9 +132,10 @@ class Engine:
         self._finite[at] = True
         self._adds_noise[list(rows)] = plan.adds_noise
         self._masked[list(rows)] = spec.mask_sha256 is not None
+        self._num_registers[list(rows)] = plan.num_registers
         self._added_at[list(rows)] = self._ticks.num_launched if self._ticks is not None else 0
-        del self._free_rows[-spec.n :], self._free_plans[-1]
-        self._plan_of[rows[0]] = region
+        del self._free_rows[-spec.n :]
+        self._plan_of[rows[0]] = (start, len(plan))
         return rows
 
     @torch.inference_mode()
@@ -143,13 +145,13 @@ class Engine:
         slots = np.array(batch.rows)
         noisy = np.flatnonzero(self._adds_noise[slots])
         masked = np.flatnonzero(self._masked[slots]) if self._known is not None else NONE
-        packed = torch.tensor([*batch.rows, *batch.steps, *batch.guided, *noisy.tolist(), *masked.tolist()])
-        packed = send(packed, self._device)
-        counts = [num_rows, num_rows, num_guided, len(noisy), len(masked)]
-        rows, steps, guided, noisy_at, masked_at = torch.split(packed, counts)
+        keeping = np.flatnonzero(self._num_registers[slots]) if self._registers is not None else NONE
+        parts = (batch.rows, batch.steps, batch.guided, noisy.tolist(), masked.tolist(), keeping.tolist())
+        packed = send(torch.tensor([number for part in parts for number in part]), self._device)
+        rows, steps, guided, noisy_at, masked_at, keeping_at = torch.split(packed, [len(part) for part in parts])
 
         at = self._first_line[rows] + steps
-        x, t, labels = self._x[rows], self._timesteps[at], None
+        x, t, labels = self._x[rows], self._plans.timesteps[at], None
         if self.info.conditional:
             labels = self._label[rows]
         if num_guided:
@@ -167,7 +169,7 @@ class Engine:
             noisy_rows = rows[noisy_at]
             drawn = row_noise(self._seed_words[noisy_rows], self._index[noisy_rows], steps[noisy_at] + 1, self._shape)
             z = drawn if len(noisy) == num_rows else z.index_copy(0, noisy_at, drawn)
-        x0_previous, lines = self._x0[rows], self._lines[at]
+        x0_previous, lines = self._x0[rows], self._plans.lines[at]
         if self._known is not None and len(masked):
             masked_rows = rows[masked_at]
             draw = FIRST_KNOWN_DRAW + steps[masked_at]
@@ -178,9 +180,14 @@ class Engine:
             out, out_u = out[:num_rows], out[num_rows:]
             strength = self._guidance[rows[guided]].reshape(-1, 1, 1, 1)
             out = out.index_copy(0, guided, guide(out_u, out[guided], strength, self._shape[0]))
-        x, x0 = denoise(x, out, x0_previous, z, lines)
+        new, x0 = denoise(x, out, x0_previous, z, lines)
+        if self._registers is not None and self._plans.matrices is not None and len(keeping):
+            state = [each[keeping_at] for each in (x, x0, x0_previous, z)]
+            matrices = self._plans.matrices[at[keeping_at]]
+            new = new.index_copy(0, keeping_at, self._registers.combine(rows[keeping_at], matrices, state))
+        x = new
         if self._known is not None and len(masked):
-            restored = self._known.restore(x[masked_at], masked_rows, at[masked_at], eps)
+            restored = self._known.restore(x[masked_at], masked_rows, self._plans.known[at[masked_at]], eps)
             x = x.index_copy(0, masked_at, restored)
         self._x[rows], self._x0[rows] = x, x0
         self._finite[rows] = x.sum(dim=(1, 2, 3)).isfinite()  # NaN and infinity survive a sum
@@ -232,12 +239,16 @@ class Engine:
 
     @torch.inference_mode()
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
-        """Read x_t and x0 of one job's rows, float32 [n, C, H, W] each; `steps` are the steps they take next.
+        """Read what one job's rows are made of, float32; `steps` are the steps they take next.
 
         As with `images`, call the function returned in another thread.
         """
         at = index_of(rows, self._device)
-        read = copy_out(self._device, self._x[at], self._x0[at])
+        x, count = self._x[at], int(self._num_registers[rows[0]])
+        registers = x.new_zeros(len(rows), 0, *self._shape)
+        if self._registers is not None and count:
+            registers = self._registers.read(at, count)
+        read = copy_out(self._device, x, self._x0[at], registers)
         return lambda: Snapshot(steps, *(each.numpy() for each in read()))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
@@ -258,7 +269,7 @@ class Engine:
 
     def remove(self, rows: Sequence[int]) -> None:
         """Free the slots of one job, as `add` returned them."""
-        self._free_plans.append(self._plan_of.pop(rows[0]))
+        self._plans.free(*self._plan_of.pop(rows[0]))
         self._free_rows.extend(reversed(rows))
 
     def memory_bytes(self) -> int | None:

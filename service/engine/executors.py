@@ -26,7 +26,7 @@ class Executor(Protocol):
     details: str  # what else could change a bit: layout, pass sizes, streams
 
     def __call__(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        """x [B, C, H, W] float32, t [B] int64, class_labels [B] int64 or None -> out [B, C', H, W] float32."""
+        """x [B, C, H, W] float32, t [B] float32, class_labels [B] int64 or None -> out [B, C', H, W] float32."""
         ...
 
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
@@ -142,8 +142,8 @@ class CompiledExecutor:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         for size in self._sizes:
             x = torch.zeros(size, *shape, device=device).contiguous(memory_format=torch.channels_last)
-            t = torch.zeros(size, dtype=torch.int64, device=device)
-            self._inputs[size] = (x, t, torch.zeros_like(t) if labels else None)
+            t = torch.zeros(size, device=device)
+            self._inputs[size] = (x, t, torch.zeros_like(t, dtype=torch.int64) if labels else None)
             if device.type == "cuda":
                 self._graphs[size] = self._capture(size)
             else:

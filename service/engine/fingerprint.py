@@ -9,8 +9,8 @@ from importlib.metadata import version
 import torch
 from PIL import features
 
+from tminus.model.catalogue import SAMPLERS
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.samplers import SAMPLERS
 from tminus.service.engine.executors import Executor
 from tminus.service.model_info import ModelInfo
 
@@ -34,6 +34,7 @@ def make_model_info(
         timestep_spacings={sampler: noise.default_spacing(sampler) for sampler in SAMPLERS},
         steps_offset=noise.steps_offset,
         log_sigmas=tuple(noise.schedule().log_sigmas),
+        fractional=net.time_proj is None,
         clip=noise.clip_sample,
         samplers=SAMPLERS,
         default_sampler=noise.default_sampler,

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tminus.model.noise import NoiseSchedule
 from tminus.model.pixels import to_model_range
 from tminus.model.rng import image_noise
 from tminus.model.samplers import Plan
@@ -29,7 +28,6 @@ def check_inputs(inputs: Inputs | None, spec: SampleSpec, shape: Sequence[int]) 
 def initial_latents(
     spec: SampleSpec,
     plan: Plan,
-    schedule: NoiseSchedule,
     inputs: Inputs | None,
     shape: Sequence[int],
     device: torch.device,
@@ -40,12 +38,22 @@ def initial_latents(
         return eps
     assert inputs is not None
     x_0 = to_model_range(to_device(inputs.image, device).permute(2, 0, 1)[None])
-    return schedule.q_sample(x_0, plan.timesteps[:1], eps)
+    return plan.q_sample(x_0, eps)
 
 
-def latents_of(snapshot: Snapshot, n: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Take x and x0_previous [n, *shape] from a snapshot. Raises ValueError for another shape or type."""
-    for name, values in (("x", snapshot.x), ("x0_previous", snapshot.x0_previous)):
-        if values.shape != (n, *shape) or values.dtype != np.float32:
-            raise ValueError(f"a snapshot's {name} must be float32 {(n, *shape)}, got {values.dtype} {values.shape}")
-    return torch.tensor(snapshot.x, device=device), torch.tensor(snapshot.x0_previous, device=device)
+def latents_of(
+    snapshot: Snapshot, n: int, num_registers: int, shape: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take x and x0_previous [n, *shape], and registers [n, R, *shape], from a snapshot.
+
+    Raises ValueError for another shape or type.
+    """
+    tensors = []
+    for name, expected in (("x", (n,)), ("x0_previous", (n,)), ("registers", (n, num_registers))):
+        values = getattr(snapshot, name)
+        if values.shape != (*expected, *shape) or values.dtype != np.float32:
+            wanted = f"float32 {(*expected, *shape)}"
+            raise ValueError(f"a snapshot's {name} must be {wanted}, got {values.dtype} {values.shape}")
+        tensors.append(torch.tensor(values, device=device))
+    x, x0_previous, registers = tensors
+    return x, x0_previous, registers

@@ -31,7 +31,7 @@ PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of it
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
 SHORT_SHARE = 0.85  # of the best throughput, for a tick that short and much longer jobs share
 PROBE_ROWS = 2  # that the fingerprint hashes, unless a small network needs more, see _probe_rows
-MAX_PLAN_LINES = 20_000_000  # 40 bytes each
+MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 112 more once a sampler with registers has come
 SPARE_ROWS, SPARE_JOBS = 64, 16  # the least that the self-test and the measurement need
 
 

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from cachetools import LRUCache
 from torch import Tensor, nn
 
+from tminus.model.layers import sinusoidal_embedding
 from tminus.model.unet import UNet2D
 from tminus.service.engine.executors import split_wide
 
@@ -33,6 +35,7 @@ except ImportError:  # an extra
 Floats = npt.NDArray[np.float32]
 Compiled = dict[tuple[str, int, int, int], "deque[_Pass]"]  # by precision, size, streams, threads
 
+MAX_TIMES_BETWEEN = 4096  # whose embeddings are kept
 VECTOR = 64  # floats: at least what torch computes in one go on any processor
 PRECISION_HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -67,6 +70,8 @@ class Graph:
             spare = -self.temb_dim % VECTOR
             self.time_table = F.pad(time_table, (0, spare))
             self.class_table = F.pad(weight, (0, spare)) if weight is not None else None  # [classes, temb]
+        self._embed_between = LRUCache[float, Tensor](MAX_TIMES_BETWEEN)
+        self._time_mlp, self._config = net.time_embedding, net.config
         self.core = openvino.Core()
         self.act = net.act
         self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
@@ -75,6 +80,28 @@ class Graph:
         with warnings.catch_warnings(action="ignore"):  # the tracer warns of shapes that are fixed here
             self.model = openvino.convert_model(_Body(net).eval(), example_input=example, input=inputs)
         _norm_by_group(self.model)
+
+    @torch.inference_mode()
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Embed timesteps [B] as rows of `time_table`; those between whole ones each by itself, for the same reason."""
+        whole = t.long()
+        temb = self.time_table[whole]
+        for place in (whole != t).nonzero().flatten().tolist():
+            temb[place] = self._between(float(t[place]))
+        return temb
+
+    def _between(self, t: float) -> Tensor:
+        if t not in self._embed_between:
+            config = self._config
+            embedding = sinusoidal_embedding(
+                torch.tensor([t]),
+                config.block_out_channels[0],
+                flip_sin_to_cos=config.flip_sin_to_cos,
+                freq_shift=config.freq_shift,
+            )
+            temb = self._time_mlp(embedding)[0]
+            self._embed_between[t] = F.pad(temb, (0, self.time_table.shape[1] - self.temb_dim))
+        return self._embed_between[t]
 
     def of_size(self, size: int) -> Any:
         """The graph for passes of one size: fixed shapes are a third faster than dynamic."""
@@ -128,7 +155,7 @@ class OpenVINOExecutor:
     def start(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Callable[[], Tensor]:
         """See Executor. The first pass of each stream is on its way when this returns."""
         graph = self._graph
-        temb = graph.time_table[t]
+        temb = graph.embed_time(t)
         if graph.class_table is not None:
             assert class_labels is not None
             temb = temb + graph.class_table[class_labels]

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from tminus.service.spec import Images, Inputs, Snapshot
 
+SNAPSHOT_FORMAT = 2  # counts up with what a plan or the state of a row is; 1 had no registers, and no format either
 # What unpacking raises if the bytes are damaged.
 UNREADABLE = (
     ArithmeticError,
@@ -22,13 +23,24 @@ UNREADABLE = (
 
 def pack_snapshot(snapshot: Snapshot) -> bytes:
     """Pack a snapshot, uncompressed: its floats are mostly noise."""
-    return _pack({"steps": np.array(snapshot.steps), "x": snapshot.x, "x0_previous": snapshot.x0_previous})
+    return _pack(
+        {
+            "format": np.array([SNAPSHOT_FORMAT]),
+            "steps": np.array(snapshot.steps),
+            "x": snapshot.x,
+            "x0_previous": snapshot.x0_previous,
+            "registers": snapshot.registers,
+        }
+    )
 
 
 def unpack_snapshot(data: bytes) -> Snapshot:
-    """Unpack a snapshot. Raises UNREADABLE."""
+    """Unpack a snapshot. Raises UNREADABLE, also for one that another version made."""
     arrays = safetensors.numpy.load(data)
-    return Snapshot(tuple(map(int, arrays["steps"])), arrays["x"], arrays["x0_previous"])
+    made_as = int(arrays["format"][0]) if "format" in arrays else 1
+    if made_as != SNAPSHOT_FORMAT:
+        raise ValueError(f"a snapshot of format {made_as}, and this version reads format {SNAPSHOT_FORMAT}")
+    return Snapshot(tuple(map(int, arrays["steps"])), arrays["x"], arrays["x0_previous"], arrays["registers"])
 
 
 def pack_inputs(inputs: Inputs) -> bytes:

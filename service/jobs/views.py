@@ -24,7 +24,7 @@ class JobView:
 def ended_view(record: JobRecord) -> JobView:
     """View a durable job by its record alone."""
     # A job without an outcome that is not live is being accepted at this moment.
-    step = record.spec.num_steps if record.outcome == "done" else None if record.outcome else 0
+    step = record.spec.num_passes if record.outcome == "done" else None if record.outcome else 0
     return JobView(record, record.outcome or "waiting", True, step)
 
 
@@ -35,7 +35,7 @@ def live_view(live: Live, status: JobStatus | None) -> JobView:
     if status is not None:
         return JobView(live.record, status.state, True, status.step, status.position, status.eta_s)
     if live.submitted:  # it has ended in the worker, and that is being kept
-        return JobView(live.record, "running", True, live.record.spec.num_steps, 0, 0.0)
+        return JobView(live.record, "running", True, live.record.spec.num_passes, 0, 0.0)
     return JobView(live.record, "waiting", True, 0)
 
 

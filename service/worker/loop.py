@@ -125,7 +125,7 @@ class Loop:
         job = self._jobs.get(job_id)
         if job is None:
             return
-        saved = job.spec.n * job.spec.steps - job.steps_taken
+        saved = job.spec.n * job.spec.end - job.steps_taken
         self._scheduler.cancel(job_id)
         self._engine.remove(job.rows)
         self._leave(job)

@@ -167,7 +167,7 @@ BAD_REQUESTS = [
     ({"n": 0}, "n", "1..64"),
     ({"n": 65}, "n", "1..64"),
     ({"n": -1}, "n", "1..64"),
-    ({"sampler": "euler"}, "sampler", "ddpm, ddim, dpmpp_2m"),
+    ({"sampler": "rk45"}, "sampler", "ddpm, ddim, dpmpp_2m"),
     ({"timestep_spacing": "cosine"}, "timestep_spacing", "leading, trailing, linspace, karras"),
     ({"guidance_interval": [9, 1], "guidance": 2, "class_label": 1}, "guidance_interval", "lo <= hi <= 999"),
     ({"guidance_interval": [1, 9]}, "guidance_interval", "guidance is 1"),

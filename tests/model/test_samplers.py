@@ -5,14 +5,35 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tiny import TINY, randomize
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.noise import NoiseConfig, NoiseSchedule
-from tminus.model.samplers import SAMPLERS, Plan, compile_plan, denoise, guide, keep_known, sample, x0_coefficients
+from tminus.model.samplers import (
+    Plan,
+    alpha_bar_at,
+    combine,
+    compile_plan,
+    denoise,
+    guide,
+    keep_known,
+    sample,
+    x0_coefficients,
+)
+from tminus.model.solvers import NEED_SIGNAL, deis
 from tminus.model.timesteps import SIGMA_MIN, SPACINGS
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
@@ -31,9 +52,14 @@ def seeded(seed: int) -> Tensor:
 
 def walk(plan: Plan, x: Tensor, out_of: Callable[[int, Tensor], Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Run a plan by the update rule in float64; out_of(k, x) is the network. Yields (x, x0) after each step."""
-    x0, states = torch.zeros_like(x), []
+    x0, registers, states = torch.zeros_like(x), [torch.zeros_like(x)] * plan.num_registers, []
     for k in range(len(plan)):
-        x, x0 = denoise(x, out_of(k, x), x0, seeded(10_000 + k), plan.lines[k : k + 1].expand(len(x), -1))
+        previous, z = x0, seeded(10_000 + k)
+        new, x0 = denoise(x, out_of(k, x), previous, z, plan.lines[k : k + 1].expand(len(x), -1))
+        if plan.matrices is not None:
+            M = plan.matrices[k : k + 1].expand(len(x), -1, -1)
+            new, *registers = combine(M, (x, x0, previous, z, *registers)).unbind(1)
+        x = new
         states.append((x, x0))
     return states
 
@@ -179,7 +205,7 @@ def assert_dpm_solver_equals_diffusers(noise: NoiseConfig, steps: int, spacing: 
     theirs.register_to_config(sigma_min=SIGMA_MIN)  # only karras looks at it
     theirs.set_timesteps(steps)
     assert plan.timesteps.tolist() == theirs.timesteps.tolist()
-    sigmas = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()[plan.timesteps]  # theirs were rounded to float32
+    sigmas = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()[plan.timesteps.long()]  # theirs are float32
     theirs.sigmas = torch.cat([sigmas, torch.zeros(1, dtype=F64)])
     x = seeded(0)
     ours = walk(plan, x, lambda k, _x: seeded(k + 1))
@@ -213,6 +239,90 @@ def test_dpm_solver_equals_diffusers_step_by_step(spacing: str, prediction_type:
 )
 def test_dpm_solver_of_other_configs_equals_diffusers(config: dict[str, Any], steps: int) -> None:
     assert_dpm_solver_equals_diffusers(NoiseConfig(default_sampler="dpmpp_2m", **config), steps)
+
+
+SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dpmpp_3m": (DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+    "deis": (DEISMultistepScheduler, {"solver_order": 3}),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+}
+IN_SIGMA = ("euler", "heun")  # these move x / sqrt(alpha_bar), and know no clip
+SOLVER_STEPS = (1, 2, 3, 4, 7, 14, 15, 20, 50)  # below 15 diffusers has another rule for the last steps
+
+
+def assert_solver_equals_diffusers(sampler: str, noise: NoiseConfig, steps: int, spacing: str) -> None:
+    """The full loop, step by step, in float64, from the same noise and through the same outputs of a network."""
+    cls, settings = SOLVERS[sampler]
+    schedule = noise.schedule()
+    plan = compile_plan(noise, schedule, sampler, steps, spacing=spacing, fractional=True)
+    settings = settings | {"timestep_spacing": "leading" if spacing == "karras" else spacing}
+    settings |= {"beta_start": noise.beta_start, "beta_end": noise.beta_end}
+    if noise.clip_sample:
+        settings |= {"thresholding": True, "sample_max_value": 1.0}
+    theirs = in_float64(
+        cls(prediction_type=noise.prediction_type, beta_schedule=noise.beta_schedule, **settings), schedule
+    )
+    theirs.set_timesteps(steps)
+    if spacing == "karras" or sampler in IN_SIGMA:  # the timesteps have tests of their own
+        theirs.timesteps = plan.timesteps if sampler in IN_SIGMA else plan.timesteps.long()
+    assert theirs.timesteps.tolist() == plan.timesteps.tolist()
+    alpha_bar = alpha_bar_at(schedule, plan.timesteps.tolist())
+    sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
+    if sampler == "plms":
+        theirs.final_alpha_cumprod = torch.tensor(1.0, dtype=F64)
+    else:  # DEIS takes the logarithm of the last
+        theirs.sigmas = torch.cat([sigmas, torch.full((1,), 1e-12 if sampler == "deis" else 0.0, dtype=F64)])
+    noise_of = {"variance_noise"} if sampler == "dpmpp_2m_sde" else set()
+    scale = (1 + sigmas**2).sqrt() if sampler in IN_SIGMA else torch.ones_like(sigmas)
+    ours = walk(plan, seeded(0), lambda k, _x: seeded(k + 1))
+    x = scale[0] * seeded(0)
+    theirs.is_scale_input_called = True
+    for k, t in enumerate(theirs.timesteps):
+        extra = {name: seeded(10_000 + k).as_subclass(InFloat64) for name in noise_of}
+        stepped = theirs.step(seeded(k + 1).as_subclass(InFloat64), t, x.as_subclass(InFloat64), **extra)
+        x, last = stepped.prev_sample.as_subclass(Tensor), k + 1 == len(plan)
+        if sampler == "deis" and last and steps >= 15:
+            # diffusers integrates on to log 0 there, where the polynomial means nothing. Ours ends in x_0.
+            x = ours[k][1]
+        torch.testing.assert_close(ours[k][0], x / (1 if last else scale[k + 1]), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("steps", SOLVER_STEPS)
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_solver_equals_diffusers_step_by_step(sampler: str, spacing: str, clip: bool, steps: int) -> None:
+    if sampler == "plms":
+        if spacing not in ("leading", "trailing") or (spacing == "trailing" and 1000 % steps):
+            return  # diffusers goes to t - T // S, which is no timestep of its plan
+        if steps == 1 and spacing == "trailing":
+            return
+    if clip and sampler in (*IN_SIGMA, "plms"):
+        return  # diffusers' have no clip
+    assert_solver_equals_diffusers(sampler, NoiseConfig(clip_sample=clip), steps, spacing)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_solver_of_every_prediction_type_and_another_schedule_equals_diffusers(
+    sampler: str, prediction_type: str
+) -> None:
+    if sampler == "plms" and prediction_type != "epsilon":
+        return  # diffusers extrapolates the network's outputs, tminus always eps
+    if sampler in IN_SIGMA and prediction_type == "sample":
+        return  # not in diffusers
+    noise = NoiseConfig(prediction_type=prediction_type, clip_sample=False, beta_schedule="scaled_linear")
+    assert_solver_equals_diffusers(sampler, noise, 10, "leading")
+
+
+def test_deis_of_order_two_equals_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOLVERS, "deis", (DEISMultistepScheduler, {"solver_order": 2}))
+    monkeypatch.setattr("tminus.model.samplers.LINEAR_SOLVERS", {"deis": lambda levels: deis(levels, order=2)})
+    assert_solver_equals_diffusers("deis", NoiseConfig(), 10, "karras")
 
 
 def test_spacing_that_is_given_goes_before_the_checkpoints_own() -> None:
@@ -265,7 +375,7 @@ def test_ddim_is_equation_12_of_its_paper(steps: int, spacing: str, set_alpha_to
     noise = NoiseConfig(set_alpha_to_one=set_alpha_to_one, steps_offset=1)
     schedule = noise.schedule()
     plan = compile_plan(noise, schedule, "ddim", steps, eta=eta, spacing=spacing)
-    alpha_bar, t = schedule.alpha_bar, plan.timesteps.tolist()
+    alpha_bar, t = schedule.alpha_bar, plan.timesteps.long().tolist()
     x = seeded(0)
     ours = walk(plan, x, lambda k, _x: seeded(k + 1))
     for k in range(steps):
@@ -319,9 +429,9 @@ def test_dpm_solver_from_no_signal_at_all_is_the_limit_of_ever_less(prediction_t
     noise = NoiseConfig(rescale_betas_zero_snr=True, prediction_type=prediction_type)
     schedule = noise.schedule()
     plan = compile_plan(noise, schedule, "dpmpp_2m", 10, spacing=spacing)
-    assert schedule.alpha_bar[plan.timesteps[0]] == 0
+    assert schedule.alpha_bar[int(plan.timesteps[0])] == 0
     assert bool(torch.isfinite(plan.lines[:, [0, 1, 2, 3, 4, 5, 7]]).all())
-    then = schedule.alpha_bar[plan.timesteps[1]]
+    then = schedule.alpha_bar[int(plan.timesteps[1])]
     torch.testing.assert_close(plan.lines[0, 2:5], torch.stack([(1 - then).sqrt(), then.sqrt(), then * 0]))
     assert plan.lines[1, 4] == 0  # a step of infinite length teaches nothing of the next
     assert plan.lines[2, 4] < 0
@@ -339,8 +449,13 @@ def test_dpm_solver_from_no_signal_at_all_is_the_limit_of_ever_less(prediction_t
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_karras_from_no_signal_at_all_is_finite(sampler: str, steps: int) -> None:
     noise = NoiseConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    if sampler in NEED_SIGNAL:
+        with pytest.raises(ValueError, match=f"{sampler} cannot start from alpha_bar = 0"):
+            compile_plan(noise, noise.schedule(), sampler, min(steps, 10), spacing="karras")
+        return
     plan = compile_plan(noise, noise.schedule(), sampler, steps, spacing="karras")
-    assert noise.schedule().alpha_bar[plan.timesteps[0]] == 0
+    assert plan.matrices is None or bool(torch.isfinite(plan.matrices).all())
+    assert noise.schedule().alpha_bar[int(plan.timesteps[0])] == 0
     assert bool(torch.isfinite(plan.lines[:, [0, 1, 2, 3, 4, 5, 7]]).all())
 
 
@@ -351,7 +466,7 @@ def test_dpm_solver_follows_the_exact_flow_of_a_gaussian_to_second_order() -> No
 
     def error(sampler: str, steps: int) -> float:
         plan = compile_plan(noise, schedule, sampler, steps, spacing="linspace")
-        alpha_bar = schedule.alpha_bar[plan.timesteps]
+        alpha_bar = schedule.alpha_bar[plan.timesteps.long()]
         std = (alpha_bar * c**2 + 1 - alpha_bar).sqrt()
         best_eps = (1 - alpha_bar).sqrt() / std**2  # E[eps|x_t], over x_t
         states = walk(plan, std[0] * seeded(0), lambda k, x: x * best_eps[k])
@@ -397,15 +512,22 @@ ANY_SPACING = st.sampled_from(SPACINGS)
 def test_plan_has_a_line_a_step_all_finite_and_ends_without_noise(
     noise: NoiseConfig, sampler: str, steps: int, spacing: str, eta: float, clip: bool | None
 ) -> None:
+    steps = min(steps, SAMPLER_FACTS[sampler].max_steps(80))
     plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=eta, clip=clip, spacing=spacing)
-    assert len(plan) == steps
-    assert plan.lines.shape == (steps, 8)
+    passes = SAMPLER_FACTS[sampler].num_passes(steps)
+    assert len(plan) == passes
+    assert plan.lines.shape == (passes, 8)
+    if plan.matrices is not None:
+        R = plan.num_registers
+        assert plan.matrices.shape == (passes, 1 + R, 4 + R)
+        assert bool(torch.isfinite(plan.matrices).all())
+        assert torch.equal(plan.matrices[:, 0, :4], plan.lines[:, 2:6])
     assert plan.lines.dtype == F64
     assert bool(torch.isfinite(plan.lines[:, [0, 1, 2, 3, 4, 5, 7]]).all())
     assert plan.lines[-1, [5, 7]].tolist() == [0, 0]
     assert (plan.lines[:, 5] >= 0).all()
     assert plan.adds_noise == bool(plan.lines[:, 5].any())
-    assert plan.lines[:, 6].tolist() == [torch.inf if clip is False else 1.0] * steps
+    assert plan.lines[:, 6].tolist() == [torch.inf if clip is False else 1.0] * passes
 
 
 @given(CONFIGS, st.integers(1, 80), ANY_SPACING)
@@ -423,11 +545,12 @@ def test_perfect_network_ends_in_x_0_by_every_sampler(
     noise: NoiseConfig, sampler: str, steps: int, spacing: str, eta: float, seed: int
 ) -> None:
     schedule = noise.schedule()
+    steps = min(steps, SAMPLER_FACTS[sampler].max_steps(80))
     plan = compile_plan(noise, schedule, sampler, steps, eta=eta, spacing=spacing)
     x_0 = seeded(seed).clamp(-1, 1)
 
     def perfect(k: int, x: Tensor) -> Tensor:
-        alpha_bar = schedule.alpha_bar[plan.timesteps[k]]
+        alpha_bar = schedule.alpha_bar[int(plan.timesteps[k])]
         eps = (x - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
         v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
         return {"epsilon": eps, "sample": x_0, "v_prediction": v}[noise.prediction_type]
@@ -445,7 +568,7 @@ def test_step_of_a_perfect_network_keeps_the_marginals_of_the_forward_process(
     noise = dataclasses.replace(noise, variance_type="fixed_small")  # beta as variance is no posterior of this x_0
     schedule = noise.schedule()
     plan = compile_plan(noise, schedule, sampler, steps, eta=eta, spacing=spacing)
-    now, then = schedule.alpha_bar[plan.timesteps[:-1]], schedule.alpha_bar[plan.timesteps[1:]]
+    now, then = schedule.alpha_bar[plan.timesteps[:-1].long()], schedule.alpha_bar[plan.timesteps[1:].long()]
     a, b, s = plan.lines[:-1, 2], plan.lines[:-1, 3], plan.lines[:-1, 5]
     torch.testing.assert_close(a * now.sqrt() + b, then.sqrt(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(a**2 * (1 - now) + s**2, 1 - then, rtol=1e-9, atol=1e-12)
@@ -626,18 +749,24 @@ def test_a_plan_that_starts_later_is_the_end_of_the_whole_one_but_for_a_first_st
 ) -> None:
     noise = NoiseConfig()
     whole, tail = (compile_plan(noise, noise.schedule(), sampler, 10, start=k) for k in (0, start))
-    assert tail.timesteps.tolist() == whole.timesteps.tolist()[start:]
-    assert torch.equal(tail.known, whole.known[start:])
-    if sampler == "dpmpp_2m":
+    facts = SAMPLER_FACTS[sampler]
+    assert len(tail) == facts.num_passes(10 - start)
+    assert tail.timesteps[0] == whole.timesteps[facts.passes_per_step * start + (facts.passes_to_start if start else 0)]
+    assert tail.timesteps[-1] == whole.timesteps[-1]
+    assert torch.equal(tail.known[-1], whole.known[-1])
+    if sampler in ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "deis"):
         _, _, a, b, c, *_ = tail.lines[0]
-        abar, after = noise.schedule().alpha_bar[tail.timesteps[0]], tail.known[0, 0] ** 2
-        assert c == 0
+        abar, after = tail.alpha_bar[0], tail.known[0, 0] ** 2
+        assert (c, tail.num_registers) == (0, whole.num_registers)
+    if sampler == "dpmpp_2m":
         assert torch.isclose(a, ((1 - after) / (1 - abar)).sqrt())  # the first-order step is DDIM's
         assert torch.isclose(b, after.sqrt() - a * abar.sqrt())
         assert (tail.lines[1:-1, 4] != 0).all()
         assert torch.equal(tail.lines[1:], whole.lines[start + 1 :])
-    else:
+    elif sampler in ("ddpm", "ddim", "euler"):  # which look at no earlier step
         assert torch.equal(tail.lines, whole.lines[start:])
+    if tail.matrices is not None:  # what a register held before its first pass is never read
+        assert not tail.matrices[0, 0, 4:].any()
 
 
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
@@ -647,7 +776,7 @@ def test_the_known_levels_are_those_of_the_next_timesteps_and_nothing_at_the_end
 ) -> None:
     noise = NoiseConfig(set_alpha_to_one=set_alpha_to_one)
     plan = compile_plan(noise, noise.schedule(), sampler, 7)
-    alpha_bar = noise.schedule().alpha_bar[plan.timesteps[1:]]
+    alpha_bar = noise.schedule().alpha_bar[plan.timesteps[1:].long()]
     assert torch.equal(plan.known[:-1], torch.stack([alpha_bar.sqrt(), (1 - alpha_bar).sqrt()], 1))
     assert plan.known[-1].tolist() == [1, 0]
 

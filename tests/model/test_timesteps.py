@@ -4,13 +4,27 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.noise import NoiseConfig
-from tminus.model.samplers import SAMPLERS
-from tminus.model.timesteps import RHO, SIGMA_MAX, SIGMA_MIN, SPACINGS, make_timesteps
+from tminus.model.timesteps import (
+    RHO,
+    SIGMA_MAX,
+    SIGMA_MIN,
+    SPACINGS,
+    log_sigma_at,
+    make_timesteps,
+    timesteps_of_passes,
+)
 
 EVEN_SPACINGS = ("leading", "trailing", "linspace")  # in t; these need no noise schedule
 LINEAR = NoiseConfig().schedule().log_sigmas
@@ -23,17 +37,67 @@ SOME = (1, 2, 3, 7, 14, 15, 20, 48, 50, 100, 250, 333, 499, 500, 501, 667, 999)
 @pytest.mark.parametrize("spacing", EVEN_SPACINGS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_timesteps_equal_those_of_diffusers(sampler: str, spacing: str, num_timesteps: int, steps: range) -> None:
-    cls = DPMSolverMultistepScheduler if sampler == "dpmpp_2m" else DDPMScheduler
+    multistep = SAMPLER_FACTS[sampler].multistep
+    cls = DPMSolverMultistepScheduler if multistep else DDPMScheduler
     scheduler = cls(num_train_timesteps=num_timesteps, timestep_spacing=spacing)
     for count in steps:
+        if count > SAMPLER_FACTS[sampler].max_steps(num_timesteps):
+            continue
         scheduler.set_timesteps(count)
         theirs = scheduler.timesteps.tolist()
         if spacing == "trailing" and len(theirs) == count + 1:
             assert theirs.pop() == -1  # their arange goes one too far
         if len(set(theirs)) < count:
-            assert (sampler, count) == ("dpmpp_2m", num_timesteps)  # theirs repeat themselves; ours are the whole chain
+            assert (multistep, count) == (True, num_timesteps)  # theirs repeat themselves; ours are the whole chain
             theirs = list(range(num_timesteps - 1, -1, -1))
         assert make_timesteps(sampler, spacing, count, num_timesteps) == theirs
+
+
+PASSES = {
+    "plms": (PNDMScheduler, {"skip_prk_steps": True}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 50, 333])
+@pytest.mark.parametrize("spacing", EVEN_SPACINGS)
+@pytest.mark.parametrize("sampler", PASSES)
+def test_passes_that_revisit_a_timestep_or_lie_between_are_those_of_diffusers(
+    sampler: str, spacing: str, steps: int
+) -> None:
+    cls, settings = PASSES[sampler]
+    scheduler = cls(timestep_spacing=spacing, **settings)
+    scheduler.set_timesteps(steps)
+    ours = timesteps_of_passes(sampler, make_timesteps(sampler, spacing, steps, 1000, fractional=True))
+    assert len(ours) == SAMPLER_FACTS[sampler].num_passes(steps)
+    np.testing.assert_allclose(ours, scheduler.timesteps.numpy(), rtol=0, atol=1e-4)  # theirs are float32
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_sampler_takes_more_passes_than_there_are_timesteps(sampler: str) -> None:
+    facts = SAMPLER_FACTS[sampler]
+    for T in (1, 2, 3, 10, 999, 1000):
+        most = facts.max_steps(T)
+        assert facts.num_passes(most) <= T or most == 1
+        assert facts.num_passes(most + 1) > T
+        for steps in {1, 2, most}:
+            if steps <= most:
+                t = make_timesteps(sampler, "linspace", steps, T)
+                assert len(timesteps_of_passes(sampler, t)) == facts.num_passes(steps)
+        with pytest.raises(ValueError, match=rf"steps must be 1\.\.{most}( for {sampler})?, got {most + 1}"):
+            make_timesteps(sampler, "linspace", most + 1, T)
+
+
+@given(st.integers(1, 60))
+def test_exact_karras_has_the_noise_levels_of_the_ramp_between_whole_timesteps(steps: int) -> None:
+    t = make_timesteps("euler", "karras", steps, 1000, log_sigmas=LINEAR, fractional=True)
+    assert t[0] == 999
+    assert all(now > then for now, then in pairwise(t))
+    levels = [math.exp(log_sigma_at(each, LINEAR)) for each in t]
+    np.testing.assert_allclose(levels[1:], paper(steps, LINEAR)[1:], rtol=1e-9)
+    whole = make_timesteps("euler", "karras", steps, 1000, log_sigmas=LINEAR)
+    assert whole == make_timesteps("ddim", "karras", steps, 1000, log_sigmas=LINEAR)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20, 333])
@@ -99,7 +163,7 @@ CONFIGS = {
 }
 
 
-def karras(steps: int, log_sigmas: list[float]) -> list[int]:
+def karras(steps: int, log_sigmas: list[float]) -> list[float]:
     return make_timesteps("dpmpp_2m", "karras", steps, len(log_sigmas), log_sigmas=log_sigmas)
 
 

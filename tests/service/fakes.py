@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.service.errors import NotFinite
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Show
@@ -27,11 +28,12 @@ INFO = ModelInfo(
     beta_schedule="linear",
     prediction_type="epsilon",
     variance_type="fixed_small",
-    timestep_spacings={"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "karras"},
+    timestep_spacings={name: facts.spacing or "leading" for name, facts in SAMPLER_FACTS.items()},
     steps_offset=0,
     log_sigmas=tuple(np.linspace(-4.6, 5.1, 1000).tolist()),
+    fractional=True,
     clip=True,
-    samplers=("ddpm", "ddim", "dpmpp_2m"),
+    samplers=SAMPLERS,
     default_sampler="ddpm",
     recommended=None,
     conditional=True,
@@ -172,7 +174,9 @@ class FakeEngine:
         assert tuple(rows) == its_rows
         assert tuple(self.steps_done[row] for row in rows) == steps
         shape = (len(rows), self.info.channels, self.info.height_px, self.info.width_px)
-        return lambda: Snapshot(steps, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+        return lambda: Snapshot(
+            steps, *(np.zeros(each, np.float32) for each in (shape, shape, (len(rows), 0, *shape[1:])))
+        )
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
         self.on_noised()

@@ -22,15 +22,15 @@ from tminus.service.work import Work, timesteps_of, work_of
 def test_the_last_strength_of_the_steps_is_taken(steps: int, strength: float, taken: int) -> None:
     """0.29 * 100 is 28.999999999999996, which int() cuts to 28; diffusers then takes 28."""
     spec = make_spec(steps=steps, strength=strength)
-    assert (spec.num_steps, spec.start) == (taken, steps - taken)
+    assert (spec.num_passes, spec.start) == (taken, steps - taken)
     assert work_of(spec, INFO).places == taken
 
 
 @given(st.integers(1, 1000), st.floats(0, 1, exclude_min=True))
 def test_as_many_steps_as_diffusers_takes_or_the_one_that_rounding_took_from_it(steps: int, strength: float) -> None:
     spec = make_spec(steps=steps, strength=strength)
-    assert 1 <= spec.num_steps <= steps
-    assert spec.num_steps in {max(1, min(int(steps * strength), steps)), int(steps * strength + 1e-8)}
+    assert 1 <= spec.num_passes <= steps
+    assert spec.num_passes in {max(1, min(int(steps * strength), steps)), int(steps * strength + 1e-8)}
 
 
 def test_what_is_left_out_costs_nothing_guided_or_not() -> None:

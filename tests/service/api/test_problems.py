@@ -25,7 +25,7 @@ GUIDED = {"guidance": 2, "class_label": 1}
         ({"n": 0}, "n", 0),
         ({"n": 65}, "n", 65),
         ({"n": -1}, "n", -1),
-        ({"sampler": "euler"}, "sampler", "euler"),
+        ({"sampler": "rk45"}, "sampler", "rk45"),
         ({"class_label": "bird"}, "class_label", "bird"),
         ({"class_label": 3}, "class_label", 3),
         ({"class_label": [0, 1]}, "class_label", [0, 1]),

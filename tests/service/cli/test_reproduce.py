@@ -276,7 +276,7 @@ def test_a_file_that_is_not_there_or_too_large_ends_in_one_clear_line(
         ({"steps": 10**9}, "steps must be an integer in 1..50"),
         ({"steps": "x"}, "steps must be"),
         ({"seed": -1}, "seed must be"),
-        ({"sampler": "euler"}, "sampler must be"),
+        ({"sampler": "rk45"}, "sampler must be"),
         ({"class_labels": [77]}, "class_label must be"),
         ({"class_labels": [0] * 5000}, "class_label must be"),
         ({"guidance": 1e9}, "guidance must be"),

@@ -382,7 +382,7 @@ def test_infinity_that_the_clip_takes_away_breaks_nothing(tiny: Checkpoint) -> N
 
 def test_a_job_that_cannot_be_compiled_takes_no_slot(make_checkpoint: MakeCheckpoint) -> None:
     engine = make_engine(make_checkpoint(), max_rows=2, max_jobs=1)
-    for bad in (spec_of(sampler="euler"), spec_of(steps=51), spec_of(steps=0)):
+    for bad in (spec_of(sampler="rk45"), spec_of(steps=51), spec_of(steps=0)):
         with pytest.raises(ValueError, match="must be"):
             engine.add(bad)
     assert len(engine.add(spec_of(n=2))) == 2
@@ -575,7 +575,7 @@ def test_an_edit_is_the_same_alone_in_company_interrupted_and_by_index(tiny: Che
     others = [(spec, None) for spec in MIXED[:4]] + [edit(Inputs(picture(77), half_mask(77)), n=2, steps=9, seed=5)]
     together = in_company(make_engine(tiny), [job, *others], data.draw(st.integers(0, 99)))
     np.testing.assert_array_equal(together[0], images)
-    ticks = data.draw(st.integers(0, n * job[0].num_steps), "interrupted after")
+    ticks = data.draw(st.integers(0, n * job[0].num_passes), "interrupted after")
     np.testing.assert_array_equal(interrupted(tiny, job, ticks), images)
     k = data.draw(st.integers(0, n - 1), "k")
     one = replace(job[0], n=1, index=job[0].index + k, class_labels=(job[0].class_labels or ())[k : k + 1])

@@ -188,11 +188,11 @@ def test_inputs_of_another_shape_are_refused(
 def test_a_snapshot_of_another_shape_is_refused_and_takes_nothing(tiny: Checkpoint, shape: tuple[int, ...]) -> None:
     engine, zeros = make_engine(tiny, max_rows=2), np.zeros(shape, np.float32)
     with pytest.raises(ValueError, match="snapshot"):
-        engine.add(spec_of(n=2), Snapshot((1, 1), zeros, zeros))
+        engine.add(spec_of(n=2), Snapshot((1, 1), zeros, zeros, zeros[:, None][:, :0]))
     assert len(engine.add(spec_of(n=2))) == 2
 
 
 def test_a_snapshot_of_another_type_is_refused_by_the_name_of_that_type(tiny: Checkpoint) -> None:
     zeros = np.zeros((2, 1, 8, 8))
     with pytest.raises(ValueError, match="got float64"):
-        make_engine(tiny).add(spec_of(n=2), Snapshot((1, 1), zeros, zeros))  # type: ignore[arg-type]
+        make_engine(tiny).add(spec_of(n=2), Snapshot((1, 1), zeros, zeros, zeros[:, None][:, :0]))  # type: ignore[arg-type]

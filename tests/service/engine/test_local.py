@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.engines import CPU, MIXED, Counting, Floats, alone, independent, make_engine, spec_of
+from tminus.model.catalogue import SAMPLERS
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.pixels import to_uint8
 from tminus.model.rng import image_noise
-from tminus.model.samplers import SAMPLERS
 from tminus.model.timesteps import SPACINGS
 from tminus.service.engine.executors import EagerExecutor
 from tminus.service.engine.local import sample_locally

@@ -19,7 +19,12 @@ from tminus.service.metrics import Metrics
 from tminus.service.spec import Snapshot
 from tminus.service.worker.snapshot_pace import LEAST_S, SHARE
 
-SNAPSHOT = Snapshot((2,), np.zeros((1, 1, 4, 6), np.float32), np.ones((1, 1, 4, 6), np.float32))
+SNAPSHOT = Snapshot(
+    (2,),
+    np.zeros((1, 1, 4, 6), np.float32),
+    np.ones((1, 1, 4, 6), np.float32),
+    np.full((1, 2, 1, 4, 6), 2, np.float32),
+)
 BURNT_S = 0.05
 
 

@@ -46,7 +46,8 @@ def ended(record: JobRecord, outcome: Outcome = "done", at_us: int = 2, **fields
 
 def snapshot(n: int = 2, seed: int = 0) -> Snapshot:
     x, x0 = np.random.default_rng(seed).normal(size=(2, n, 1, 4, 6)).astype(np.float32)
-    return Snapshot(tuple(range(n)), x, x0)
+    registers = np.random.default_rng(seed + 1).normal(size=(n, 2, 1, 4, 6)).astype(np.float32)
+    return Snapshot(tuple(range(n)), x, x0, registers)
 
 
 def same(a: Snapshot | None, b: Snapshot) -> bool:
@@ -55,7 +56,7 @@ def same(a: Snapshot | None, b: Snapshot) -> bool:
         and a.steps == b.steps
         and all(
             one.dtype == other.dtype and one.tobytes() == other.tobytes()
-            for one, other in ((a.x, b.x), (a.x0_previous, b.x0_previous))
+            for one, other in ((a.x, b.x), (a.x0_previous, b.x0_previous), (a.registers, b.registers))
         )
     )
 

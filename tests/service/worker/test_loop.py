@@ -535,7 +535,7 @@ def test_a_snapshot_that_fails_costs_no_job(make_bench: MakeBench) -> None:
 def test_a_job_goes_on_from_its_snapshot(make_bench: MakeBench) -> None:
     bench = make_bench()
     zeros = np.zeros((2, 1, 4, 6), np.float32)
-    snapshot = Snapshot((7, 10), zeros, zeros)  # the second row has taken them all
+    snapshot = Snapshot((7, 10), zeros, zeros, zeros[:, None][:, :0])  # the second row has taken them all
     spec = make_spec(n=2, steps=10)
     job = bench.make_job("a", spec, durable=True, snapshot=snapshot)
     bench.loop.accept(job)

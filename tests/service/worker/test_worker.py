@@ -636,7 +636,7 @@ def test_a_job_goes_on_from_its_snapshot_and_is_counted_from_there(make_bench: M
     bench = make_bench().start(shut=True)
     bench.a_tick_is_known_to_take_a_second()
     zeros = np.zeros((2, 1, 4, 6), np.float32)
-    snapshot = Snapshot((7, 10), zeros, zeros)  # the second row has taken them all
+    snapshot = Snapshot((7, 10), zeros, zeros, zeros[:, None][:, :0])  # the second row has taken them all
     spec = make_spec(n=2, steps=10)
     ticket = bench.worker.resume("a", spec, 3.5, None, snapshot)
     assert ticket.outlook.eta_s <= 3

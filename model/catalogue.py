@@ -1,0 +1,98 @@
+"""The samplers by name: what each is for, how many passes it takes, which timesteps it visits. No torch.
+
+The service counts with these facts; model/solvers.py has the coefficients.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerFacts:
+    """One sampler."""
+
+    when: str  # to take it, for users
+    source: str
+    good_steps: int  # what the web page and the examples begin with
+    passes_per_step: int = 1
+    passes_to_start: int = 0  # beyond those, where there are two steps or more
+    multistep: bool = False  # of diffusers' multistep solvers, which share their timesteps
+    fractional: bool = False  # whether it visits timesteps between whole ones, where the network takes them
+    spacing: str | None = None  # its own, where the checkpoint's config is of another kind of sampler
+
+    def num_passes(self, steps: int) -> int:
+        """How often a row goes through the network, unguided. The last step of heun takes one pass."""
+        if steps < 2:
+            return steps
+        return self.passes_per_step * (steps - 1) + 1 + self.passes_to_start
+
+    def max_steps(self, num_timesteps: int) -> int:
+        """How many steps are at most T passes, for T timesteps."""
+        return max(1, (num_timesteps - 1 - self.passes_to_start) // self.passes_per_step + 1)
+
+
+SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
+    "ddpm": SamplerFacts(
+        "the reference: ancestral sampling, at its best with hundreds of steps", "Ho et al. 2020, algorithm 2", 100
+    ),
+    "ddim": SamplerFacts(
+        "no noise after x_T (eta 0), or any part of ddpm's (eta up to 1); 50 steps", "Song et al. 2021, eq. 12", 50
+    ),
+    "dpmpp_2m": SamplerFacts(
+        "good images in 20 steps, and sound at any number of them",
+        "Lu et al. 2022, DPM-Solver++ 2M",
+        20,
+        multistep=True,
+        spacing="karras",
+    ),
+    "dpmpp_3m": SamplerFacts(
+        "as dpmpp_2m, of third order: a little closer to the many-step image from 15 steps on, unguided",
+        "Lu et al. 2022, DPM-Solver++ 3M",
+        20,
+        multistep=True,
+        spacing="karras",
+    ),
+    "dpmpp_2m_sde": SamplerFacts(
+        "as dpmpp_2m with fresh noise at each step, which corrects early errors: 25 steps and more",
+        "Lu et al. 2022, SDE-DPM-Solver++ 2M",
+        30,
+        multistep=True,
+        spacing="karras",
+    ),
+    "unipc": SamplerFacts(
+        "the fewest steps: 8 to 12, by a corrector that takes no pass of its own",
+        "Zhao et al. 2023, UniPC, order 2, B(h) = e^h - 1",
+        10,
+        multistep=True,
+        spacing="karras",
+    ),
+    "deis": SamplerFacts(
+        "few steps by polynomials in log sigma: 8 to 15",
+        "Zhang & Chen 2023, DEIS",
+        12,
+        multistep=True,
+        spacing="karras",
+    ),
+    "plms": SamplerFacts(
+        "what Stable Diffusion began with: equal steps of t, 25 to 50, one pass more than steps",
+        "Liu et al. 2022, PNDM without its Runge-Kutta start",
+        25,
+        passes_to_start=1,
+    ),
+    "euler": SamplerFacts(
+        "ddim by another name, at exact noise levels between timesteps; 30 steps",
+        "Karras et al. 2022, first order",
+        30,
+        fractional=True,
+        spacing="karras",
+    ),
+    "heun": SamplerFacts(
+        "two passes a step: smooth and exact from 20 steps on; 10 steps cost what 19 of others do",
+        "Karras et al. 2022, algorithm 1",
+        15,
+        passes_per_step=2,
+        fractional=True,
+        spacing="karras",
+    ),
+}
+SAMPLERS = tuple(SAMPLER_FACTS)

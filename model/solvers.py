@@ -1,0 +1,302 @@
+"""The coefficients of each sampler: one small matrix a pass.
+
+(x', h1', h2', h3') = M (x, x0, x0_previous, z, h1, h2, h3), where x0 is what the network has just predicted,
+x0_previous what it predicted in the pass before, z fresh noise, and the registers h are whatever a solver keeps beside.
+A solver without registers has the first row of M alone: a, b, c, s.
+
+Everything is float64 [S], by pass. alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tminus.model.noise import posterior_between
+
+X, X0, X0_PREVIOUS, Z, H1, H2, H3 = range(7)  # columns of M; the registers are rows 1 to 3
+NUM_INPUTS, MAX_REGISTERS = 7, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """The noise levels that the steps go from, and to: each [S] float64, from noisy to clean."""
+
+    alpha_bar: Tensor
+    alpha_bar_next: Tensor
+
+    @property
+    def alpha(self) -> Tensor:
+        """sqrt(alpha_bar)."""
+        return self.alpha_bar.sqrt()
+
+    @property
+    def alpha_next(self) -> Tensor:
+        """Of the level that the step goes to."""
+        return self.alpha_bar_next.sqrt()
+
+    @property
+    def sigma(self) -> Tensor:
+        """sqrt(1 - alpha_bar)."""
+        return (1 - self.alpha_bar).sqrt()
+
+    @property
+    def sigma_next(self) -> Tensor:
+        """Of the level that the step goes to; 0 at the end."""
+        return (1 - self.alpha_bar_next).sqrt()
+
+    @property
+    def h(self) -> Tensor:
+        """The step in lambda; infinite where it begins without signal or ends without noise."""
+        return (self.alpha_next / self.sigma_next).log() - (self.alpha / self.sigma).log()
+
+    def before(self, values: Tensor, by: int = 1) -> Tensor:
+        """The values of the step before, or of the one `by` steps before; infinite where there was none."""
+        return torch.cat([torch.full((min(by, len(values)),), torch.inf, dtype=values.dtype), values[:-by]])
+
+
+def matrices(num_passes: int, registers: int = 0) -> Tensor:
+    """Zeros for M of each pass [S, 1 + registers, 4 + registers]."""
+    return torch.zeros(num_passes, 1 + registers, 4 + registers, dtype=torch.float64)
+
+
+def towards(levels: Levels) -> tuple[Tensor, Tensor]:
+    """x' = a x + b x0, the first order of every solver in x0: a = sigma'/sigma, b = alpha' (1 - e^-h).
+
+    It is DDIM's step (Song et al. 2021, eq. 12), in a form that allows alpha = 0, where h is infinite.
+    """
+    a = levels.sigma_next / levels.sigma
+    return a, levels.alpha_next - a * levels.alpha
+
+
+def ddpm(levels: Levels, variance_type: str) -> tuple[Tensor, Tensor]:
+    """Ancestral sampling (Ho et al. 2020, eq. 7 and algorithm 2): M, and r of the standard deviation s exp(r v).
+
+    The variance is the posterior's (fixed_small), beta (fixed_large), or learned between the two: learned_range, where
+    log variance = (1 + v)/2 log beta + (1 - v)/2 log beta~ (Nichol & Dhariwal 2021, eq. 15).
+    """
+    M = matrices(len(levels.alpha_bar))
+    M[:, 0, X0], M[:, 0, X], variance = posterior_between(levels.alpha_bar, levels.alpha_bar_next)
+    beta = 1 - levels.alpha_bar / levels.alpha_bar_next
+    r = torch.zeros_like(beta)
+    if variance_type == "fixed_small":
+        s = variance.sqrt()
+    elif variance_type == "fixed_large":
+        s = beta.sqrt()
+    else:
+        s = (beta * variance) ** 0.25
+        r = (beta.log() - variance.log()) / 4
+    s[-1] = r[-1] = 0
+    M[:, 0, Z] = s
+    return M, r
+
+
+def ddim(levels: Levels, eta: float = 0.0) -> Tensor:
+    """Song et al. 2021, eq. 12 and 16, with noise eta."""
+    alpha_bar, alpha_bar_next = levels.alpha_bar, levels.alpha_bar_next
+    M = matrices(len(alpha_bar))
+    s = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
+    s[-1] = 0
+    towards_x_t = (1 - alpha_bar_next - s**2).clamp(min=0).sqrt()  # times eps = (x - sqrt(abar) x0) / sqrt(1-abar)
+    a = towards_x_t / levels.sigma
+    M[:, 0, X], M[:, 0, X0], M[:, 0, Z] = a, alpha_bar_next.sqrt() - a * levels.alpha, s
+    return M
+
+
+def extrapolation(levels: Levels) -> Tensor:
+    """1 / (2 r), r = h_previous / h: how far x0 - x0_previous is carried on to the middle of the step.
+
+    0 in the first step, which has nothing to extrapolate from, in the last, where h is infinite, and after a step from
+    alpha_bar = 0, whose h is.
+    """
+    w = levels.h / (2 * levels.before(levels.h))
+    w[0] = w[-1] = 0
+    return w
+
+
+def dpmpp_2m(levels: Levels) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x' = (sigma'/sigma) x - alpha' (e^-h - 1) D.
+
+    D = x0 + (x0 - x0_previous) / (2 r) extrapolates to the middle of the step.
+    """
+    M = matrices(len(levels.alpha_bar))
+    (a, b), w = towards(levels), extrapolation(levels)
+    M[:, 0, X], M[:, 0, X0], M[:, 0, X0_PREVIOUS] = a, b * (1 + w), -b * w
+    return M
+
+
+def dpmpp_2m_sde(levels: Levels) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, eq. 19): as 2M, with fresh noise at each step."""
+    M = matrices(len(levels.alpha_bar))
+    w = extrapolation(levels)
+    decay = levels.alpha * levels.sigma_next / (levels.alpha_next * levels.sigma)  # e^-h
+    b = levels.alpha_next * (1 - decay**2)
+    M[:, 0, X] = levels.sigma_next / levels.sigma * decay
+    M[:, 0, X0], M[:, 0, X0_PREVIOUS] = b * (1 + w), -b * w
+    M[:, 0, Z] = levels.sigma_next * (1 - decay**2).sqrt()
+    return M
+
+
+def dpmpp_3m(levels: Levels) -> Tensor:
+    """DPM-Solver++(3M) (Lu et al. 2022, appendix B). h1 is the x0 of two passes ago.
+
+    As in diffusers the order grows by one a step at the beginning; the last step is of first order, and of fewer than
+    15 the one before it of second.
+    """
+    S = len(levels.alpha_bar)
+    M = F.pad(dpmpp_2m(levels), (0, 1, 0, 1))
+    M[:, 1, X0_PREVIOUS] = 1
+    third = slice(2, max(2, S - 1 if S >= 15 else S - 2))
+    h, h_1, h_2 = (each[third] for each in (levels.h, levels.before(levels.h), levels.before(levels.h, 2)))
+    b, alpha_next = towards(levels)[1][third], levels.alpha_next[third]
+    # x' = a x + b x0 + c_1 D_1 + c_2 D_2, of which the differences D are made of (x0 - x0_previous) h / h_1 and
+    # (x0_previous - h1) h / h_2.
+    c_1 = alpha_next - b / h
+    c_2 = alpha_next / 2 - c_1 / h
+    share, curve = h_1 / (h_1 + h_2), h / (h_1 + h_2)
+    near = (c_1 * (1 + share) + c_2 * curve) * h / h_1
+    far = -(c_1 * share + c_2 * curve) * h / h_2
+    M[third, 0, X0], M[third, 0, X0_PREVIOUS], M[third, 0, H1] = b + near, far - near, -far
+    return M
+
+
+def unipc(levels: Levels) -> Tensor:
+    """UniPC of order 2 with its corrector, B(h) = e^h - 1 (Zhao et al. 2023, algorithm 1 and 2), in x0.
+
+    The predictor is DPM-Solver++(2M)'s. The corrector takes the step to x once more, now that x0 at its end is known;
+    all it needs of earlier passes is kept in h1, so that the corrected x is h1 + correct x0.
+    """
+    S = len(levels.alpha_bar)
+    M, (a, b), w = matrices(S, registers=1), towards(levels), extrapolation(levels)
+    h, ratio = -levels.h, levels.h / levels.before(levels.h)
+    # The corrector of the step that begins here: x' = a x + b (x0 + g (x0 - x0_previous) + e (x0 at the end - x0)).
+    B_1 = (h.expm1() / h - 1) / h.expm1()
+    B_2 = 2 * ((h.expm1() / h - 1) / h - 1 / 2) / h.expm1()
+    share = (B_1 - B_2) / (1 + 1 / ratio)
+    g, e = share * ratio, B_1 - share
+    g[0], e[0] = 0, 1 / 2  # of first order, where there is no x0_previous
+    g[-1], e[-1] = 0, 0  # the last step is not corrected
+    correct = levels.before(b * e)
+    correct[0] = 0
+    M[:, 0, H1], M[:, 0, X0], M[:, 0, X0_PREVIOUS] = a, a * correct + b * (1 + w), -b * w
+    M[:, 1, H1], M[:, 1, X0], M[:, 1, X0_PREVIOUS] = a, a * correct + b * (1 + g - e), -b * g
+    M[0, :, X], M[0, :, H1] = a[0], 0  # nothing to correct yet
+    return M
+
+
+def deis(levels: Levels, order: int = 3) -> Tensor:
+    """DEIS (Zhang & Chen 2023, tAB-DEIS in log rho): rho = sigma / alpha, eps = (x - alpha x0) / sigma.
+
+    x'/alpha' = x/alpha + the integral over rho of the polynomial in log rho through the last eps, of which h1 and h2
+    hold the earlier ones. The order grows by one a step at the beginning, and falls at the end as that of dpmpp_3m.
+    """
+    S = len(levels.alpha_bar)
+    M = matrices(S, registers=order - 1)
+    M[:, 0, X], M[:, 0, X0] = towards(levels)
+    M[:, 1, X], M[:, 1, X0] = _eps(levels)
+    if order == 3:
+        M[:, 2, H1] = 1
+    rho = (levels.sigma / levels.alpha).tolist()
+    weights = []
+    for k in range(1, S - 1):
+        points = [each for each in rho[max(0, k + 1 - order) : k + 1][::-1] if each < math.inf]
+        if S < 15 and k == S - 2:
+            points = points[:2]
+        # With one point left, after a step from no signal, the first order is DDIM's step as it stands.
+        integrals = _integrals(points, rho[k + 1]) if len(points) > 1 else [rho[k + 1] - rho[k]]
+        weights.append(integrals + [0.0] * (order - len(integrals)))
+    if weights:
+        inner, alpha_next = slice(1, S - 1), levels.alpha_next[1:-1]
+        near, *far = alpha_next[None] * torch.tensor(weights, dtype=torch.float64).T
+        of_x, of_x0 = (each[inner] for each in _eps(levels))
+        M[inner, 0, X], M[inner, 0, X0] = alpha_next / levels.alpha[inner] + near * of_x, near * of_x0
+        M[inner, 0, H1:] = torch.stack(far, dim=1)
+    return M
+
+
+def _eps(levels: Levels) -> tuple[Tensor, Tensor]:
+    """eps = (x - alpha x0) / sigma: its coefficients of x and x0."""
+    return 1 / levels.sigma, -levels.alpha / levels.sigma
+
+
+def _integrals(rho: list[float], rho_next: float) -> list[float]:
+    """The integral from rho[0] to rho_next of each Lagrange polynomial in log rho over two or three points.
+
+    In u = log rho: of u^n e^u du, whose antiderivatives are e^u, (u - 1) e^u and (u^2 - 2 u + 2) e^u.
+    """
+    u, (start, end) = [math.log(each) for each in rho], (math.log(rho[0]), math.log(rho_next))
+    of_1 = rho_next - rho[0]
+    of_u = (end - 1) * rho_next - (start - 1) * rho[0]
+    of_u2 = (end * end - 2 * end + 2) * rho_next - (start * start - 2 * start + 2) * rho[0]
+    weights = []
+    for i, mine in enumerate(u):
+        others = u[:i] + u[i + 1 :]
+        if len(others) == 1:
+            weights.append((of_u - others[0] * of_1) / (mine - others[0]))
+        else:
+            one, two = others
+            weights.append((of_u2 - (one + two) * of_u + one * two * of_1) / ((mine - one) * (mine - two)))
+    return weights
+
+
+ADAMS_BASHFORTH = ((3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))  # by order
+
+
+def plms(levels: Levels) -> Tensor:
+    """PNDM without its Runge-Kutta start (Liu et al. 2022, eq. 9 and 12): Adams-Bashforth of order 4 in eps.
+
+    h1, h2, h3 hold the earlier eps. Its second pass repeats the first step with the mean of the eps at both ends.
+    """
+    steps = len(levels.alpha_bar)
+    gain = levels.alpha_next / levels.alpha  # x' = gain x + move eps
+    move = levels.sigma_next - gain * levels.sigma
+    of_x, of_x0 = _eps(levels)
+    M = matrices(steps + 1 if steps > 1 else 1, registers=3)
+    for row, start, weight in ((0, gain[0], move[0]), (1, 0.0, 1.0), (2, gain[0], move[0] / 2)):
+        M[0, row, X], M[0, row, X0] = start + weight * of_x[0], weight * of_x0[0]
+    if steps == 1:
+        return M
+    # The second pass: h2 has the first step with half of its eps, and the other half comes from here.
+    M[1, 0, X], M[1, 0, X0] = move[0] / 2 * of_x[1], move[0] / 2 * of_x0[1]
+    M[1, 0, H2] = M[1, 1, H1] = 1
+    # From here on pass k + 1 takes step k.
+    weights = torch.tensor([(*ADAMS_BASHFORTH[min(k, 3) - 1], 0, 0)[:4] for k in range(1, steps)], dtype=torch.float64)
+    near, *far = move[1:, None].mul(weights).T
+    M[2:, 0, X], M[2:, 0, X0] = gain[1:] + near * of_x[1:], near * of_x0[1:]
+    M[2:, 0, H1:] = torch.stack(far, dim=1)
+    M[2:, 1, X], M[2:, 1, X0] = of_x[1:], of_x0[1:]
+    M[2:, 2, H1] = M[2:, 3, H2] = 1
+    return M
+
+
+def heun(levels: Levels) -> Tensor:
+    """Heun's method (Karras et al. 2022, algorithm 1) in x / alpha and rho = sigma / alpha, two passes a step.
+
+    The first pass takes Euler's step, and keeps in h1 the same step with half of its slope; the second, at the end of
+    the step, adds the other half. The last step, to no noise, is Euler's.
+    """
+    steps = len(levels.alpha_bar)
+    M, (a, b) = matrices(2 * steps - 1, registers=1), towards(levels)
+    M[0::2, 0, X], M[0::2, 0, X0] = a, b
+    rho, alpha_next = (levels.sigma / levels.alpha), levels.alpha_next[:-1]
+    half = (rho[1:] - rho[:-1]) / 2  # times the slope (x / alpha - x0) / rho
+    M[0:-1:2, 1, X] = alpha_next / levels.alpha[:-1] * (1 + half / rho[:-1])
+    M[0:-1:2, 1, X0] = -alpha_next * half / rho[:-1]
+    M[1::2, 0, X], M[1::2, 0, X0], M[1::2, 0, H1] = half / rho[1:], -alpha_next * half / rho[1:], 1
+    return M
+
+
+LINEAR_SOLVERS: Mapping[str, Callable[[Levels], Tensor]] = {
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "unipc": unipc,
+    "deis": deis,
+    "plms": plms,
+    "euler": ddim,
+    "heun": heun,
+}
+NEED_SIGNAL = frozenset({"plms", "heun"})  # their first step is not defined at alpha_bar = 0

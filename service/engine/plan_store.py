@@ -1,0 +1,92 @@
+"""The plans of all jobs on the device, line after line, and the registers of the rows whose sampler keeps some."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tminus.model.samplers import NUM_COEFFICIENTS, Plan, combine
+from tminus.model.solvers import MAX_REGISTERS, NUM_INPUTS
+
+FIRST_LINES = 1024  # that there is room for at first; it doubles as jobs come
+
+
+class PlanStore:
+    """Owns the lines of all plans. A job's plan takes as many as it has passes, and leaves them when it ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.timesteps = torch.zeros(FIRST_LINES, device=device)
+        self.lines = torch.zeros(FIRST_LINES, NUM_COEFFICIENTS, device=device)
+        self.known = torch.zeros(FIRST_LINES, 2, device=device)  # Plan.known
+        self.matrices: Tensor | None = None  # [lines, 4, 7], made when the first plan with registers comes
+        self._free = [(0, FIRST_LINES)]  # stretches (start, length) without a plan, ascending, none beside another
+
+    def put(self, plan: Plan) -> int:
+        """Store a plan; returns its first line."""
+        start = self._take(len(plan))
+        at = slice(start, start + len(plan))
+        self.timesteps[at] = plan.timesteps.to(torch.float32)
+        self.lines[at] = plan.lines.to(torch.float32)
+        self.known[at] = plan.known.to(torch.float32)
+        if plan.matrices is not None:
+            if self.matrices is None:
+                self.matrices = torch.zeros(len(self.lines), 1 + MAX_REGISTERS, NUM_INPUTS, device=self._device)
+            self.matrices[at] = 0
+            rows, columns = plan.matrices.shape[1:]
+            self.matrices[at, :rows, :columns] = plan.matrices.to(device=self._device, dtype=torch.float32)
+        return start
+
+    def free(self, start: int, length: int) -> None:
+        """Give the lines of a plan back."""
+        stretches: list[tuple[int, int]] = []
+        for begin, size in sorted([*self._free, (start, length)]):
+            if stretches and sum(stretches[-1]) == begin:
+                stretches[-1] = (stretches[-1][0], stretches[-1][1] + size)
+            else:
+                stretches.append((begin, size))
+        self._free = stretches
+
+    def _take(self, length: int) -> int:
+        """Take the first stretch that is long enough; where there is none the store grows."""
+        for k, (start, size) in enumerate(self._free):
+            if size >= length:
+                self._free[k : k + 1] = [(start + length, size - length)] if size > length else []
+                return start
+        had = len(self.lines)
+        more = max(had, length)
+        for name in ("timesteps", "lines", "known", "matrices"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])]))
+        self.free(had, more)
+        return self._take(length)
+
+
+class Registers:
+    """Owns what solvers keep beside x and x0, a slot a row. Made when the first such row comes: others pay nothing."""
+
+    def __init__(self, max_rows: int, shape: Sequence[int], device: torch.device) -> None:
+        """shape [C, H, W] of one row."""
+        self._values = torch.zeros(max_rows, 0, *shape, device=device)
+
+    def put(self, rows: Tensor, values: Tensor) -> None:
+        """Set the registers of one job's rows: values [n, R, C, H, W]."""
+        missing = values.shape[1] - self._values.shape[1]
+        if missing > 0:
+            old = self._values
+            self._values = torch.cat([old, old.new_zeros(len(old), missing, *old.shape[2:])], dim=1)
+        self._values[rows] = 0  # of a row before: 0 times infinity is not 0
+        self._values[rows, : values.shape[1]] = values
+
+    def read(self, rows: Tensor, count: int) -> Tensor:
+        """The first registers of rows [n, count, C, H, W]."""
+        return self._values[rows, :count]
+
+    def combine(self, rows: Tensor, matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
+        """The next x of rows [B], and their registers, kept: matrices [B, 4, 7], state x, x0, x0_previous, z."""
+        held = self._values[rows]
+        count = held.shape[1]
+        new = combine(matrices[:, : 1 + count, : len(state) + count], [*state, *held.unbind(1)])
+        self._values[rows] = new[:, 1:]
+        return new[:, 0]
