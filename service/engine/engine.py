@@ -104,32 +104,18 @@ class Engine:
         else:
             x = initial_latents(spec, plan, inputs, self._shape, self._device)
             x0, registers = torch.zeros_like(x), x.new_zeros(spec.n, plan.num_registers, *self._shape)
-        indices = range(spec.index, spec.index + spec.n)
-        index = torch.tensor(indices, device=self._device)
-        seed_words = torch.tensor(split_seed(spec.seed), device=self._device)
-        labels = [self._null_class if label is None else label for label in spec.class_labels or ()]
-        label = torch.tensor(labels or [0], device=self._device)
-
         assert len(self._free_rows) >= spec.n
         assert len(self._plan_of) < self._max_jobs
-        if spec.mask_sha256 is not None and self._known is None:
-            self._known = KnownPixels(len(self._masked), self._shape, self._device)
         if plan.num_registers and self._registers is None:
             self._registers = Registers(len(self._masked), self._shape, self._device)
+        if spec.mask_sha256 is not None and self._known is None:
+            self._known = KnownPixels(len(self._masked), self._shape, self._device)
         rows, start = tuple(reversed(self._free_rows[-spec.n :])), self._plans.put(plan)
-        at = torch.tensor(rows, device=self._device)
-        if inputs is not None and inputs.mask is not None and self._known is not None:
-            self._known.put(at, inputs.image, inputs.mask)
-        if plan.num_registers and self._registers is not None:
-            self._registers.put(at, registers)
-        self._x[at] = x
-        self._x0[at] = x0
-        self._seed_words[at] = seed_words
-        self._index[at] = index
-        self._label[at] = label
-        self._guidance[at] = spec.guidance
-        self._first_line[at] = start - spec.start
-        self._finite[at] = True
+        try:
+            self._fill(rows, spec, start, (x, x0, registers), inputs)
+        except BaseException:
+            self._plans.free(start, len(plan))
+            raise
         self._adds_noise[list(rows)] = plan.adds_noise
         self._masked[list(rows)] = spec.mask_sha256 is not None
         self._num_registers[list(rows)] = plan.num_registers
@@ -137,6 +123,25 @@ class Engine:
         del self._free_rows[-spec.n :]
         self._plan_of[rows[0]] = (start, len(plan))
         return rows
+
+    def _fill(
+        self, rows: Sequence[int], spec: SampleSpec, start: int, state: Sequence[Tensor], inputs: Inputs | None
+    ) -> None:
+        """Write one job's rows into their slots: the state is x, x0 and registers; its plan begins at line `start`."""
+        labels = [self._null_class if label is None else label for label in spec.class_labels or ()]
+        at, (x, x0, registers) = torch.tensor(rows, device=self._device), state
+        if inputs is not None and inputs.mask is not None and self._known is not None:
+            self._known.put(at, inputs.image, inputs.mask)
+        if registers.shape[1] and self._registers is not None:
+            self._registers.put(at, registers)
+        self._x[at] = x
+        self._x0[at] = x0
+        self._seed_words[at] = torch.tensor(split_seed(spec.seed), device=self._device)
+        self._index[at] = torch.tensor(range(spec.index, spec.index + spec.n), device=self._device)
+        self._label[at] = torch.tensor(labels or [0], device=self._device)
+        self._guidance[at] = spec.guidance
+        self._first_line[at] = start - spec.start
+        self._finite[at] = True
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:

@@ -25,7 +25,14 @@ class PlanStore:
     def put(self, plan: Plan) -> int:
         """Store a plan; returns its first line."""
         start = self._take(len(plan))
-        at = slice(start, start + len(plan))
+        try:
+            self._write(plan, slice(start, start + len(plan)))
+        except BaseException:
+            self.free(start, len(plan))
+            raise
+        return start
+
+    def _write(self, plan: Plan, at: slice) -> None:
         self.timesteps[at] = plan.timesteps.to(torch.float32)
         self.lines[at] = plan.lines.to(torch.float32)
         self.known[at] = plan.known.to(torch.float32)
@@ -35,7 +42,6 @@ class PlanStore:
             self.matrices[at] = 0
             rows, columns = plan.matrices.shape[1:]
             self.matrices[at, :rows, :columns] = plan.matrices.to(device=self._device, dtype=torch.float32)
-        return start
 
     def free(self, start: int, length: int) -> None:
         """Give the lines of a plan back."""

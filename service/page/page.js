@@ -8,8 +8,7 @@ import { setUpNoise } from "./noise.js";
 import { drawSchedule } from "./schedule.js";
 import { say } from "./standing.js";
 
-// What makes good images with a sampler; and the guidance, where the checkpoint recommends nothing.
-const STEPS = { ddpm: 100, ddim: 50, dpmpp_2m: 20 };
+// The guidance, where the checkpoint recommends nothing.
 const GUIDANCE = 2;
 
 const form = element("form");
@@ -55,8 +54,7 @@ async function findAgain() {
 function fillForm() {
   const sampler = model.recommended?.sampler ?? model.default_sampler;
   fill(form.elements.sampler, model.samplers.map((name) => [name, name]), sampler);
-  form.elements.steps.max = model.num_timesteps;
-  form.elements.steps.value = suitableSteps(sampler);
+  suitSteps();
   form.elements.guidance.value = model.recommended?.guidance ?? GUIDANCE;
   form.elements.n.max = model.limits.max_n;
   if (model.conditional) {
@@ -92,12 +90,15 @@ function suitGuidance() {
 }
 
 function suitSteps() {
-  if (!stepsChosen) form.elements.steps.value = suitableSteps(form.elements.sampler.value);
+  const sampler = form.elements.sampler.value;
+  form.elements.steps.max = model.sampler_details[sampler].max_steps;
+  element("when").textContent = model.sampler_details[sampler].when;
+  if (!stepsChosen) form.elements.steps.value = suitableSteps(sampler);
 }
 
 function suitableSteps(sampler) {
   const { recommended } = model;
-  return Math.min(recommended?.sampler === sampler ? recommended.steps : STEPS[sampler], model.num_timesteps);
+  return recommended?.sampler === sampler ? recommended.steps : model.sampler_details[sampler].good_steps;
 }
 
 function parameters() {

@@ -8,6 +8,7 @@ import pytest
 
 from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO, make_spec, wait_until
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.recommended import Recommended
 from tminus.service.api.answers import JobAnswer
 from tminus.service.jobs.store import JobRecord
@@ -29,10 +30,20 @@ MODEL: dict[str, Any] = {
     "beta_schedule": "linear",
     "prediction_type": "epsilon",
     "variance_type": "fixed_small",
-    "timestep_spacings": {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "karras"},
+    "timestep_spacings": dict(INFO.timestep_spacings),
     "steps_offset": 0,
     "clip": True,
-    "samplers": ["ddpm", "ddim", "dpmpp_2m"],
+    "samplers": list(SAMPLERS),
+    "sampler_details": {
+        name: {
+            "when": facts.when,
+            "source": facts.source,
+            "good_steps": facts.good_steps,
+            "max_steps": {"heun": 500, "plms": 999}.get(name, 1000),
+            "passes_per_step": 2 if name == "heun" else 1,
+        }
+        for name, facts in SAMPLER_FACTS.items()
+    },
     "default_sampler": "ddpm",
     "recommended": None,
     "conditional": True,

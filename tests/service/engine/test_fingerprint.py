@@ -23,7 +23,9 @@ def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoi
     assert info == make_model_info(tiny, CPU, executor, exact=True)
     assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
     assert info.executor_details == "channels_last, passes of 1, 2"
-    assert info.timestep_spacings == {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "karras"}
+    own = {"ddpm", "ddim", "plms"}
+    assert info.timestep_spacings == {name: "leading" if name in own else "karras" for name in SAMPLERS}
+    assert info.fractional
     assert info.num_parameters == sum(parameter.numel() for parameter in tiny.net.parameters())
     assert (info.height_px, info.width_px, info.channels, info.num_timesteps) == (8, 8, 1, 50)
     assert (info.conditional, info.class_names, info.null_class) == (True, ("cat", "dog", "3d-print"), 3)
