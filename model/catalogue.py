@@ -6,6 +6,8 @@ The service counts with these facts; model/solvers.py has the coefficients.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+TABLE = "table"  # the spacing of a sampler whose timesteps are in a table of the checkpoint
+
 
 @dataclass(frozen=True, slots=True)
 class SamplerFacts:
@@ -94,5 +96,15 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         fractional=True,
         spacing="karras",
     ),
+    "tuned": SamplerFacts(
+        "the fewest passes: steps and coefficients fitted to this very checkpoint", "tminus tune", 8, spacing=TABLE
+    ),
+    "consistency": SamplerFacts(
+        "of a student: each step predicts the image and puts noise back",
+        "Song et al. 2023, algorithm 1",
+        2,
+        spacing=TABLE,
+    ),
 }
-SAMPLERS = tuple(SAMPLER_FACTS)
+TABLE_SAMPLERS = ("tuned", "consistency")  # of checkpoints that have tables for them, see tables.py
+SAMPLERS = tuple(name for name in SAMPLER_FACTS if name not in TABLE_SAMPLERS)  # of every checkpoint

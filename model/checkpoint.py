@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tminus.model.catalogue import SAMPLERS
+from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
 from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
+from tminus.model.samplers import Plan, compile_plan, table_plan
+from tminus.model.tables import FOLDER as TABLES
+from tminus.model.tables import Table, read_tables, steps_and_guidances
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32
@@ -58,6 +61,54 @@ class Checkpoint:
     approved: tuple[tuple[str, str], ...] = ()
     """(executor, precision) whose images `tminus evaluate --approve` found no worse, for these very weights."""
     recommended: Recommended | None = None
+    tables: tuple[Table, ...] = ()
+    refused_tables: tuple[str, ...] = ()
+    """A line for each file of samplers/ that is not used: its name and why."""
+    student: Mapping[str, Any] | None = None
+    """Of a network made for a few steps by its own tables alone: its teacher, and the guidance folded in."""
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """What it may be sampled with: all that need no table, and those it has tables for; of a student only these."""
+        own = tuple(dict.fromkeys(table.sampler for table in self.tables))
+        return own if self.student is not None else SAMPLERS + own
+
+    @property
+    def fractional(self) -> bool:
+        """Whether the network takes timesteps between whole ones."""
+        return self.net.time_proj is None
+
+    def plan(
+        self,
+        sampler: str,
+        steps: int,
+        *,
+        guidance: float = 1.0,
+        eta: float = 0.0,
+        clip: bool | None = None,
+        spacing: str | None = None,
+        start: int = 0,
+    ) -> Plan:
+        """Compile a sampler, of any kind (see `compile_plan`). Raises ValueError, also where there is no such table."""
+        schedule = self.noise.schedule()
+        if sampler not in TABLE_SAMPLERS:
+            return compile_plan(
+                self.noise,
+                schedule,
+                sampler,
+                steps,
+                eta=eta,
+                clip=clip,
+                spacing=spacing,
+                start=start,
+                fractional=self.fractional,
+            )
+        own = [table for table in self.tables if table.sampler == sampler]
+        for table in own:
+            if (table.steps, table.guidance) == (steps, guidance):
+                return table_plan(self.noise, schedule, table, clip=clip, start=start)
+        there = steps_and_guidances(own) or "none"
+        raise ValueError(f"{sampler} has no table for {steps} steps at guidance {guidance:g}; there are: {there}")
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -81,7 +132,6 @@ def _load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {error}") from error
     meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
     labels = _labels(folder / TMINUS_FILE, meta, unet)
-    recommended = _recommended(folder / TMINUS_FILE, meta, noise, labels)
     state = load_state_dict(unet_folder)
     _check_shapes(unet_folder, state, unet)
     state = to_float32(unet_folder, state)
@@ -101,7 +151,27 @@ def _load(folder: Path) -> Checkpoint:
     name = str(meta.get("name") or folder.resolve().name)
     weights_hash = hash_weights(state)
     approved = _approved(folder / TMINUS_FILE, meta, weights_hash)
-    return Checkpoint(net, noise, labels, weights_hash, name, size_px, approved, recommended)
+    tables, refused = read_tables(
+        folder,
+        weights_hash,
+        noise.to_dict(),
+        num_timesteps=noise.num_train_timesteps,
+        null_class=labels.null_class is not None,
+        fractional=net.time_proj is None,
+    )
+    student = _student(folder / TMINUS_FILE, meta)
+    if student is not None and not tables:
+        why = f" ({'; '.join(refused)})" if refused else ""
+        raise CheckpointError(f"{folder}: a student without a table in {TABLES}/ to sample it by{why}")
+    recommended = _recommended(folder / TMINUS_FILE, meta, noise, labels)
+    return Checkpoint(net, noise, labels, weights_hash, name, size_px, approved, recommended, tables, refused, student)
+
+
+def _student(file: Path, meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    student = meta.get("student")
+    if student is not None and not isinstance(student, dict):
+        raise CheckpointError(f"{file}: student must be an object, got {student!r:.100}")
+    return student
 
 
 def _check_layout(folder: Path) -> str | None:
@@ -187,7 +257,7 @@ def _recommended(file: Path, meta: Mapping[str, Any], noise: NoiseConfig, labels
     try:
         return Recommended.from_json(
             meta["recommended"],
-            samplers=SAMPLERS,
+            samplers=(*SAMPLERS, *TABLE_SAMPLERS),
             num_timesteps=noise.num_train_timesteps,
             has_null_class=labels.null_class is not None,
         )

@@ -16,7 +16,20 @@ from torch import Tensor
 
 from tminus.model.catalogue import SAMPLERS
 from tminus.model.noise import NoiseConfig, NoiseSchedule
-from tminus.model.solvers import LINEAR_SOLVERS, NEED_SIGNAL, Levels, ddim, ddpm
+from tminus.model.solvers import (
+    H1,
+    LINEAR_SOLVERS,
+    NEED_SIGNAL,
+    X0,
+    X0_PREVIOUS,
+    Levels,
+    X,
+    Z,
+    ddim,
+    ddpm,
+    matrices,
+)
+from tminus.model.tables import Table
 from tminus.model.timesteps import log_sigma_at, make_timesteps, timesteps_of_passes
 
 NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r
@@ -107,6 +120,18 @@ def compile_plan(
     else:
         M = LINEAR_SOLVERS[sampler](levels)
     return make_plan(noise, schedule, timesteps_of_passes(sampler, of_steps), M, r=r, clip=clip)
+
+
+def table_plan(noise: NoiseConfig, schedule: NoiseSchedule, table: Table, *, clip: bool | None, start: int = 0) -> Plan:
+    """Make the plan of a table that was fitted to this checkpoint, without its first `start` steps."""
+    lines = torch.tensor(table.started(start), dtype=torch.float64)
+    a, b, c, d, s = lines.unbind(1)
+    registers = 1 if bool(d.any()) else 0
+    M = matrices(len(lines), registers)
+    M[:, 0, X], M[:, 0, X0], M[:, 0, X0_PREVIOUS], M[:, 0, Z] = a, b, c, s
+    if registers:
+        M[:, 0, H1], M[:, 1, X0_PREVIOUS] = d, 1
+    return make_plan(noise, schedule, table.timesteps[start:], M, clip=clip)
 
 
 def make_plan(

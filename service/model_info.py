@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tminus.model.recommended import Recommended
+from tminus.model.tables import Table
 from tminus.model.timesteps import log_sigma_at
 
 
@@ -28,6 +30,9 @@ class ModelInfo:
     fractional: bool  # whether the network takes timesteps between whole ones
     clip: bool
     samplers: tuple[str, ...]
+    tables: tuple[Table, ...]  # of the samplers that have some
+    refused_tables: tuple[str, ...]  # files that are not used, and why
+    student: Mapping[str, Any] | None  # of a network made for few steps: its teacher, and the guidance folded in
     default_sampler: str
     recommended: Recommended | None
     conditional: bool
@@ -40,6 +45,13 @@ class ModelInfo:
     precision: str
     executor_details: str
     exact: bool  # whether the same spec gives the same bytes whatever else runs
+
+    def table(self, table_hash: str) -> Table:
+        """The table with this hash. Raises ValueError where there is none, as after another `tminus tune`."""
+        for table in self.tables:
+            if table.hash == table_hash:
+                return table
+        raise ValueError(f"table must be that of one in the checkpoint's samplers/, got {table_hash}")
 
     def alpha_bar(self, t: float) -> float:
         """alpha_bar_t = 1 / (1 + sigma_t^2)."""

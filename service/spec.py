@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.catalogue import SAMPLER_FACTS, TABLE_SAMPLERS
+from tminus.model.tables import nearest
 from tminus.service.model_info import ModelInfo
 
 Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
 
 Floats = npt.NDArray[np.float32]
 
-EDIT_FIELDS = ("strength", "image_sha256", "mask_sha256")  # of a spec; a spec without an edit omits them
+OPTIONAL_FIELDS = ("strength", "image_sha256", "mask_sha256", "table")  # of a spec: it omits those that are None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class SampleSpec:
     strength: float | None = None  # how much of the plan is run, from the image on; None: all of it, from x_T
     image_sha256: str | None = None  # of its pixels, which travel beside it, see Inputs
     mask_sha256: str | None = None
+    table: str | None = None  # the hash of the checkpoint's table, for a sampler that has tables
 
     @property
     def start(self) -> int:
@@ -59,8 +61,8 @@ class SampleSpec:
         return self.start + self.num_passes
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields. EDIT_FIELDS that are None are left out: a plain spec reads as it always did."""
-        return {name: value for name, value in asdict(self).items() if name not in EDIT_FIELDS or value is not None}
+        """Its fields. OPTIONAL_FIELDS that are None are left out: a plain spec reads as it always did."""
+        return {name: value for name, value in asdict(self).items() if name not in OPTIONAL_FIELDS or value is not None}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "SampleSpec":
@@ -102,6 +104,11 @@ def trial_spec(
 ) -> SampleSpec:
     """A job that the model can do, for warming up, measuring and testing."""
     sampler = sampler or model.default_sampler
+    table = None
+    if sampler in TABLE_SAMPLERS:  # its steps, and where the guidance has no table, none
+        own = [each for each in model.tables if each.sampler == sampler]
+        table = nearest([each for each in own if (each.guidance == 1) == (guidance == 1)] or own, steps, guidance)
+        steps, guidance = table.steps, table.guidance
     return SampleSpec(
         n=n,
         steps=steps,
@@ -114,4 +121,5 @@ def trial_spec(
         guidance_interval=None,
         timestep_spacing=model.timestep_spacings[sampler],
         clip=model.clip,
+        table=table.hash if table is not None else None,
     )

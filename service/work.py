@@ -116,6 +116,8 @@ def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
 
 def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:
     """The timestep of each pass that a spec takes, falling."""
+    if spec.table is not None:
+        return model.table(spec.table).timesteps[spec.start :]
     timesteps = make_timesteps(
         spec.sampler,
         spec.timestep_spacing,

@@ -167,6 +167,16 @@ class SamplerAnswer(BaseModel):
         )
 
 
+class TableAnswer(BaseModel):
+    """A table of the checkpoint."""
+
+    sampler: str
+    steps: int
+    guidance: float
+    timesteps: list[float]
+    table: str = Field(description="its hash")
+
+
 class ModelAnswer(BaseModel):
     """What is loaded, and how it runs."""
 
@@ -185,6 +195,9 @@ class ModelAnswer(BaseModel):
     clip: bool = Field(description="whether x_0 is clipped, for requests that do not say")
     samplers: list[str]
     sampler_details: dict[str, SamplerAnswer] = Field(description="by sampler")
+    tables: list[TableAnswer] = Field(description="the steps and guidance that tuned, or a student, has tables for")
+    refused_tables: list[str] = Field(description="files of samplers/ that are not used, and why")
+    student: dict[str, Any] | None = Field(description="of a network made for few steps: its teacher and guidance")
     default_sampler: str
     recommended: RecommendedAnswer | None = Field(description="null where the checkpoint recommends nothing")
     conditional: bool
@@ -218,6 +231,18 @@ class ModelAnswer(BaseModel):
             clip=model.clip,
             samplers=list(model.samplers),
             sampler_details={name: SamplerAnswer.of(name, model.num_timesteps) for name in model.samplers},
+            tables=[
+                TableAnswer(
+                    sampler=table.sampler,
+                    steps=table.steps,
+                    guidance=table.guidance,
+                    timesteps=list(table.timesteps),
+                    table=table.hash,
+                )
+                for table in model.tables
+            ],
+            refused_tables=list(model.refused_tables),
+            student=dict(model.student) if model.student is not None else None,
             default_sampler=model.default_sampler,
             recommended=None if model.recommended is None else RecommendedAnswer.of(model.recommended),
             conditional=model.conditional,

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
+from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
 from tminus.model.recommended import MAX_GUIDANCE
+from tminus.model.tables import Table
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.classes import class_bound, class_numbers
 from tminus.service.api.fields import (
@@ -25,6 +26,7 @@ from tminus.service.api.fields import (
     RequestSchema,
     Whole,
 )
+from tminus.service.api.tables import choose_table
 from tminus.service.errors import BodyTooLarge, InvalidField
 from tminus.service.jobs.store import Place
 from tminus.service.jobs.views import STATES
@@ -60,6 +62,12 @@ class SampleRequest(RequestSchema):
     timestep_spacing: str | None = Field(
         None,
         description="leading, trailing, linspace or karras; default: the checkpoint's own, or karras for later solvers",
+    )
+    nearest: Bool | None = Field(
+        None, description="with a sampler of tables: take the nearest steps and guidance that there are; default: false"
+    )
+    table: str | None = Field(
+        None, pattern="^[0-9a-f]{16}$", description="hash that the checkpoint's table must have; default: any"
     )
     clip: Bool | None = Field(
         None, description="clip x_0 to the data range at each step; default: the checkpoint's own"
@@ -100,7 +108,9 @@ class SampleRequest(RequestSchema):
         sampler = model.default_sampler if self.sampler is None else self.sampler
         require(sampler in model.samplers, "sampler", sampler)
         most = SAMPLER_FACTS[sampler].max_steps(model.num_timesteps)
-        steps = most if self.steps is None else self.steps
+        table = self._table(model, sampler)
+        steps = table.steps if table is not None else most if self.steps is None else self.steps
+        guidance = table.guidance if table is not None else self.guidance
         eta = self.eta or 0.0
         seed = draw(SEED_BITS) if self.seed is None else self.seed
         require(1 <= self.n <= limits.max_n, "n", self.n)
@@ -112,9 +122,8 @@ class SampleRequest(RequestSchema):
             raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)
         require(0 <= seed <= MAX_SEED, "seed", seed)
         require(0 <= self.index <= MAX_INDEX + 1 - self.n, "index", self.index)
-        require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", self.guidance)
         spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
-        require(spacing in SPACINGS, "timestep_spacing", spacing)
+        require(spacing in SPACINGS or table is not None, "timestep_spacing", spacing)
         require(self.deadline_s is None or 0 < self.deadline_s <= MAX_DEADLINE_S, "deadline_s", self.deadline_s)
         self._check_edit(bounds, limits.max_image_bytes)
         labels = class_numbers(self.class_label, self.n, model)
@@ -128,11 +137,32 @@ class SampleRequest(RequestSchema):
             seed=seed,
             index=self.index,
             class_labels=labels,
-            guidance=self.guidance,
+            guidance=guidance,
             guidance_interval=self._guidance_interval(bounds["guidance_interval"], model.num_timesteps),
             timestep_spacing=spacing,
             clip=model.clip if self.clip is None else self.clip,
             strength=self.strength,
+            table=table.hash if table is not None else None,
+        )
+
+    def _table(self, model: ModelInfo, sampler: str) -> Table | None:
+        """The checkpoint's table for this request; None for a sampler that has none. Raises InvalidField."""
+        if not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise InvalidField.of("guidance", f"a number in 0..{MAX_GUIDANCE:g}", self.guidance)
+        if sampler not in TABLE_SAMPLERS:
+            for name in ("nearest", "table"):
+                if getattr(self, name) is not None:
+                    raise InvalidField.of(
+                        name, f"absent for sampler {sampler}, which has no tables", getattr(self, name)
+                    )
+            return None
+        if self.timestep_spacing is not None:
+            bound = f"absent for sampler {sampler}: its table has the timesteps"
+            raise InvalidField.of("timestep_spacing", bound, self.timestep_spacing)
+        if self.steps is not None and not 1 <= self.steps <= model.num_timesteps:
+            raise InvalidField.of("steps", f"an integer in 1..{model.num_timesteps}", self.steps)
+        return choose_table(
+            model, sampler, self.steps, self.guidance, take_nearest=bool(self.nearest), table_hash=self.table
         )
 
     def with_inputs(self, spec: SampleSpec, inputs: Inputs | None) -> SampleSpec:
@@ -269,6 +299,8 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
         "guidance_interval": f"two integers [lo, hi] with 0 <= lo <= hi <= {model.num_timesteps - 1}",
         "timestep_spacing": f"one of {', '.join(SPACINGS)}",
+        "nearest": "true or false",
+        "table": "16 hexadecimal digits, in small letters",
         "clip": "true or false",
         "deadline_s": f"a number of seconds above 0, at most {MAX_DEADLINE_S:g}",
         "strength": "a number above 0, at most 1",
@@ -292,7 +324,8 @@ def parameters_of(spec: SampleSpec) -> dict[str, Any]:
         "class_label": labels,
         "guidance": spec.guidance,
         "guidance_interval": list(spec.guidance_interval) if spec.guidance_interval is not None else None,
-        "timestep_spacing": spec.timestep_spacing,
+        "timestep_spacing": spec.timestep_spacing if spec.table is None else None,
+        "table": spec.table,
         "clip": spec.clip,
         "strength": spec.strength,
         "image_sha256": spec.image_sha256,

@@ -12,7 +12,7 @@ from torch import Tensor
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise, row_noise, split_seed
-from tminus.model.samplers import Plan, compile_plan, denoise, guide
+from tminus.model.samplers import Plan, compile_plan, denoise, guide, table_plan
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
@@ -77,6 +77,9 @@ class Engine:
 
     def _compile(self, spec: SampleSpec) -> Plan:
         """Compile a spec's sampler. Raises ValueError for what this model's schedule cannot do."""
+        if spec.table is not None:
+            table = self.info.table(spec.table)
+            return table_plan(self._noise, self._schedule, table, clip=spec.clip, start=spec.start)
         return compile_plan(
             self._noise,
             self._schedule,

@@ -9,7 +9,6 @@ from importlib.metadata import version
 import torch
 from PIL import features
 
-from tminus.model.catalogue import SAMPLERS
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.executors import Executor
 from tminus.service.model_info import ModelInfo
@@ -31,13 +30,16 @@ def make_model_info(
         beta_schedule=noise.beta_schedule if noise.trained_betas is None else "trained_betas",
         prediction_type=noise.prediction_type,
         variance_type=noise.variance_type,
-        timestep_spacings={sampler: noise.default_spacing(sampler) for sampler in SAMPLERS},
+        timestep_spacings={sampler: noise.default_spacing(sampler) for sampler in checkpoint.samplers},
         steps_offset=noise.steps_offset,
         log_sigmas=tuple(noise.schedule().log_sigmas),
-        fractional=net.time_proj is None,
+        fractional=checkpoint.fractional,
         clip=noise.clip_sample,
-        samplers=SAMPLERS,
-        default_sampler=noise.default_sampler,
+        samplers=checkpoint.samplers,
+        tables=checkpoint.tables,
+        refused_tables=checkpoint.refused_tables,
+        student=checkpoint.student,
+        default_sampler=noise.default_sampler if checkpoint.student is None else checkpoint.samplers[0],
         recommended=checkpoint.recommended,
         conditional=net.class_embedding is not None,
         class_names=labels.class_names,
@@ -68,6 +70,7 @@ def fingerprint(
     parts = {
         "noise": asdict(checkpoint.noise),
         "null_class": checkpoint.labels.null_class,
+        "tables": [table.hash for table in checkpoint.tables],
         "tminus": version("tminus"),
         "torch": torch.__version__,
         "png": (version("pillow"), features.version("zlib")),

@@ -1,0 +1,191 @@
+"""Tables of coefficients that belong to a checkpoint: those that `tminus tune` fitted, and those of a student.
+
+A table is a file of its own, samplers/NAME.json in the checkpoint's folder, for one sampler, number of steps and guidance.
+Plain numbers, no torch: the service counts with them, and the engine makes them a plan.
+
+    x' = a x + b x0 + c x0_previous + d (the x0 before that) + s z
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tminus.model.catalogue import TABLE_SAMPLERS
+from tminus.model.files import CheckpointError, read_json, write_json
+from tminus.model.recommended import MAX_GUIDANCE
+
+log = logging.getLogger(__name__)
+
+FOLDER = "samplers"
+FORMAT = 1
+MAX_TABLES = 256
+LINE = ("a", "b", "c", "d", "s")
+MAX_COEFFICIENT = 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A sampler fitted to one checkpoint: for each step a timestep, falling, and a, b, c, d, s."""
+
+    sampler: str
+    steps: int
+    guidance: float
+    timesteps: tuple[float, ...]
+    lines: tuple[tuple[float, ...], ...]
+    about: Mapping[str, Any] = field(default_factory=dict, compare=False)  # teacher, loss, figures: for people
+
+    @property
+    def hash(self) -> str:
+        """Of all that changes an image."""
+        parts = [self.sampler, self.steps, self.guidance, self.timesteps, self.lines]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @property
+    def file_name(self) -> str:
+        """Of its file, in `FOLDER`."""
+        guided = f"-guidance-{self.guidance:g}" if self.guidance != 1 else ""
+        return f"{self.sampler}-{self.steps}{guided}.json"
+
+    def started(self, start: int) -> tuple[tuple[float, ...], ...]:
+        """The lines without the first `start`. The x0 that the missing ones would have left count as the first x0."""
+        lines = [list(line) for line in self.lines[start:]]
+        if start and lines:
+            a, b, c, d, s = lines[0]
+            lines[0] = [a, b + c + d, 0.0, 0.0, s]
+            if len(lines) > 1:
+                a, b, c, d, s = lines[1]
+                lines[1] = [a, b, c + d, 0.0, s]
+        return tuple(tuple(line) for line in lines)
+
+
+def nearest(tables: Iterable[Table], steps: int, guidance: float) -> Table:
+    """The table of the nearest number of steps, by ratio, then of the nearest guidance; of equals the larger."""
+    return min(
+        tables,
+        key=lambda table: (
+            round(abs(math.log(table.steps / max(1, steps))), 9),
+            abs(table.guidance - guidance),
+            -table.steps,
+            -table.guidance,
+        ),
+    )
+
+
+def write_table(folder: Path, table: Table, weights_hash: str, noise: Mapping[str, Any]) -> Path:
+    """Write a table into a checkpoint's folder, whole or not at all; returns the file."""
+    (folder / FOLDER).mkdir(exist_ok=True)
+    file = folder / FOLDER / table.file_name
+    value = {
+        "format": FORMAT,
+        "sampler": table.sampler,
+        "steps": table.steps,
+        "guidance": table.guidance,
+        "weights_hash": weights_hash,
+        "noise": dict(noise),
+        "timesteps": list(table.timesteps),
+        "lines": [list(line) for line in table.lines],
+        "about": dict(table.about),
+    }
+    write_json(file, value)
+    return file
+
+
+def read_tables(
+    folder: Path, weights_hash: str, noise: Mapping[str, Any], *, num_timesteps: int, null_class: bool, fractional: bool
+) -> tuple[tuple[Table, ...], tuple[str, ...]]:
+    """Read a checkpoint's tables; returns them, and a line for each file that is refused, with its name and why.
+
+    A refused file takes nothing away from the rest: the server works without it.
+    """
+    tables: dict[tuple[str, int, float], Table] = {}
+    refused: list[str] = []
+    files = sorted((folder / FOLDER).glob("*.json"))
+    for file in files[:MAX_TABLES]:
+        try:
+            table = _read(file, weights_hash, noise, num_timesteps, null_class, fractional)
+            key = (table.sampler, table.steps, table.guidance)
+            if key in tables:
+                _require(False, file, "the only one of its sampler, steps and guidance", key)
+            tables[key] = table
+        except CheckpointError as error:
+            refused.append(f"{FOLDER}/{file.name}: {str(error).removeprefix(f'{file}: ')}")
+            log.warning("%s is not used: %s", file, refused[-1].split(": ", 1)[1])
+    if len(files) > MAX_TABLES:
+        refused.append(f"{FOLDER}: holds {len(files)} files, of which the first {MAX_TABLES} are read")
+        log.warning("%s", refused[-1])
+    return tuple(tables[key] for key in sorted(tables)), tuple(refused)
+
+
+def _require(ok: bool, file: Path, bound: str, got: object) -> None:
+    if not ok:
+        raise CheckpointError(f"{file}: must be {bound}, got {got!r:.100}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read(
+    file: Path, weights_hash: str, noise: Mapping[str, Any], num_timesteps: int, null_class: bool, fractional: bool
+) -> Table:
+    value = read_json(file)
+
+    def require(ok: bool, name: str, bound: str) -> None:
+        if not ok:
+            raise CheckpointError(f"{file}: {name} must be {bound}, got {value.get(name)!r:.100}")
+
+    version = value.get("format")
+    newer = isinstance(version, int) and version > FORMAT
+    require(version == FORMAT, "format", f"{FORMAT}{' (it is of a newer version of tminus)' if newer else ''}")
+    require(value.get("sampler") in TABLE_SAMPLERS, "sampler", f"one of {', '.join(TABLE_SAMPLERS)}")
+    require(value.get("weights_hash") == weights_hash, "weights_hash", f"{weights_hash}, of this checkpoint's weights")
+    require(value.get("noise") == dict(noise), "noise", "the checkpoint's own noise schedule")
+    steps, guidance = value.get("steps"), value.get("guidance")
+    require(type(steps) is int and 1 <= steps <= num_timesteps, "steps", f"an integer in 1..{num_timesteps}")
+    require(_number(guidance) and 0 <= guidance <= MAX_GUIDANCE, "guidance", f"a number in 0..{MAX_GUIDANCE:g}")
+    require(guidance == 1 or null_class, "guidance", "1 (off) for a checkpoint without a null class")
+    t, lines = value.get("timesteps"), value.get("lines")
+    kind = "numbers" if fractional else "whole numbers"
+    bound = f"{steps} falling {kind} in 0..{num_timesteps - 1}"
+    require(isinstance(t, list) and len(t) == steps and all(map(_number, t)), "timesteps", bound)
+    assert isinstance(t, list)
+    fits = t[-1] >= 0 and t[0] <= num_timesteps - 1 and all(now > then for now, then in pairwise(t))
+    require(fits and (fractional or all(each == int(each) for each in t)), "timesteps", bound)
+    bound = f"{steps} lists of {len(LINE)} numbers, none above {MAX_COEFFICIENT:g} in size"
+    require(isinstance(lines, list) and len(lines) == steps and all(map(_line, lines)), "lines", bound)
+    assert isinstance(lines, list)
+    require(lines[-1][4] == 0, "lines", "without noise in the last")
+    about = value.get("about")
+    return Table(
+        value["sampler"],
+        int(steps),  # type: ignore[arg-type]
+        float(guidance),  # type: ignore[arg-type]
+        tuple(map(float, t)),
+        tuple(tuple(map(float, line)) for line in lines),
+        about if isinstance(about, dict) else {},
+    )
+
+
+def _line(line: object) -> bool:
+    return (
+        isinstance(line, list)
+        and len(line) == len(LINE)
+        and all(_number(c) and abs(c) <= MAX_COEFFICIENT for c in line)
+    )
+
+
+def steps_and_guidances(tables: Sequence[Table]) -> str:
+    """List what there is, for a message: `5, 8 and 10 steps at guidance 1, 8 at 1.5`."""
+    by_guidance: dict[float, list[int]] = {}
+    for table in tables:
+        by_guidance.setdefault(table.guidance, []).append(table.steps)
+    return "; ".join(
+        f"{', '.join(map(str, sorted(steps)))} steps at guidance {guidance:g}"
+        for guidance, steps in sorted(by_guidance.items())
+    )
