@@ -1,7 +1,7 @@
 """Tables of coefficients that belong to a checkpoint: those that `tminus tune` fitted, and those of a student.
 
-A table is a file of its own, samplers/NAME.json in the checkpoint's folder, for one sampler, number of steps and guidance.
-Plain numbers, no torch: the service counts with them, and the engine makes them a plan.
+A table is a file, samplers/NAME.json in the checkpoint's folder, for one sampler, number of steps and guidance. Plain
+numbers, no torch: the service counts with them, and the engine makes them a plan.
 
     x' = a x + b x0 + c x0_previous + d (the x0 before that) + s z
 """
@@ -146,7 +146,8 @@ def _read(
     require(value.get("sampler") in TABLE_SAMPLERS, "sampler", f"one of {', '.join(TABLE_SAMPLERS)}")
     require(value.get("weights_hash") == weights_hash, "weights_hash", f"{weights_hash}, of this checkpoint's weights")
     require(value.get("noise") == dict(noise), "noise", "the checkpoint's own noise schedule")
-    steps, guidance = value.get("steps"), value.get("guidance")
+    steps: Any = value.get("steps")
+    guidance: Any = value.get("guidance")
     require(type(steps) is int and 1 <= steps <= num_timesteps, "steps", f"an integer in 1..{num_timesteps}")
     require(_number(guidance) and 0 <= guidance <= MAX_GUIDANCE, "guidance", f"a number in 0..{MAX_GUIDANCE:g}")
     require(guidance == 1 or null_class, "guidance", "1 (off) for a checkpoint without a null class")
@@ -164,8 +165,8 @@ def _read(
     about = value.get("about")
     return Table(
         value["sampler"],
-        int(steps),  # type: ignore[arg-type]
-        float(guidance),  # type: ignore[arg-type]
+        int(steps),
+        float(guidance),
         tuple(map(float, t)),
         tuple(tuple(map(float, line)) for line in lines),
         about if isinstance(about, dict) else {},
