@@ -10,6 +10,7 @@ from tminus.service.cli.reproduce import reproduce
 from tminus.service.cli.sample import sample
 from tminus.service.cli.serve import serve
 from tminus.service.cli.train import train
+from tminus.service.cli.tune import tune
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 120})
@@ -18,5 +19,5 @@ def main() -> None:
     """Serve, sample, train and evaluate denoising diffusion U-Nets."""
 
 
-for command in (serve, sample, reproduce, train, evaluate):
+for command in (serve, sample, reproduce, train, tune, evaluate):
     main.add_command(command)

@@ -1,14 +1,13 @@
-"""Fit a sampler of few steps to one checkpoint: its timesteps, and the coefficients of each step.
+"""Fit the coefficients of a sampler of few steps to one checkpoint, for given timesteps.
 
-The teacher is the checkpoint's own solution in many steps. From the same x_T, and through the same network, a table of few
-steps is to end in the same image. Given the timesteps, the coefficients of each step are a linear least-squares problem:
+The teacher is the checkpoint's own solution in many steps. From the same x_T, and through the same network, a table of
+few steps is to end in the same image. The coefficients of each step are a linear least-squares problem:
 
     minimise over a, b, c, d of  || a x + b x0 + c x0_previous + d x0_before - x* ||^2
 
 where x* is where the teacher is at the next timestep, and the rest is where the table itself has come to, so that each
-step makes up for the errors of those before it. The timesteps are searched for, one after the other, by the error of the
-images that this gives; the coefficients follow. (Linear solvers fitted to a network: Shaul et al. 2024, BNS; Frankel et
-al. 2025, S4S.) Rows that the fit has not seen decide which timesteps are better, and whether to go on.
+step makes up for the errors of those before it. (Linear solvers fitted to a network: Shaul et al. 2024, BNS; Frankel et
+al. 2025, S4S.) Rows that the fit has not seen tell how good a table is.
 """
 
 import math
@@ -21,20 +20,15 @@ from torch import Tensor
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.samplers import Forward, Plan, alpha_bar_at, guide, x0_coefficients
 from tminus.model.solvers import Levels, dpmpp_2m
-from tminus.model.timesteps import log_sigma_at, timestep_at
 
 RIDGE = 1e-4  # of the mean square of each input: holds coefficients back that the rows hardly tell
 
 
-class TuneError(Exception):
-    """Nothing can be fitted; the message names the option, its bound and its value."""
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What is sampled: x_T [N, C, H, W], and class_labels [N] or None."""
+    """What is sampled: noise, which is x_T [N, C, H, W], and class_labels [N] or None."""
 
-    x_T: Tensor
+    noise: Tensor
     class_labels: Tensor | None
 
 
@@ -86,7 +80,7 @@ class Fitter:
         self.noise, self.schedule = checkpoint.noise, checkpoint.noise.schedule()
         self.passes = 0  # of rows, for the record
         self._forward, self._rows, self._guidance, self._batch = forward, rows, guidance, batch_size
-        self._null_class, self._cut = checkpoint.labels.null_class, len(rows.x_T) - held_out
+        self._null_class, self._cut = checkpoint.labels.null_class, len(rows.noise) - held_out
         self._bound = self.noise.clip_sample_range if self.noise.clip_sample else math.inf
         self._solution: Solution | None = None
         # Where the table that was fitted last stood before each of its steps, for those that begin as it does.
@@ -114,7 +108,7 @@ class Fitter:
     @torch.inference_mode()
     def solve(self, timesteps: Sequence[float], on_step: Callable[[], None]) -> None:
         """Follow the teacher, DPM-Solver++(2M) at these timesteps."""
-        levels, x = self._levels(timesteps), self._rows.x_T
+        levels, x = self._levels(timesteps), self._rows.noise
         M, rho = dpmpp_2m(levels), (levels.sigma / levels.alpha).tolist()
         previous, scaled = torch.zeros_like(x), [(x / float(levels.alpha[0])).half()]
         for k, t in enumerate(timesteps):
@@ -128,7 +122,7 @@ class Fitter:
     @torch.inference_mode()
     def error(self, plan: Plan) -> float:
         """The mean square error of an untuned sampler's images on the held-out rows."""
-        x, x0 = self._rows.x_T, torch.zeros_like(self._rows.x_T)
+        x, x0 = self._rows.noise, torch.zeros_like(self._rows.noise)
         registers = [torch.zeros_like(x)] * plan.num_registers
         for k, t in enumerate(plan.timesteps.tolist()):
             previous, x0 = x0, self.predict(x, t, plan.alpha_bar[k])
@@ -141,7 +135,7 @@ class Fitter:
         """Fit the coefficients of these timesteps to the teacher's way."""
         assert self._solution is not None
         levels = self._levels(timesteps)
-        state = _Standing(self._rows.x_T, (), ())
+        state = _Standing(self._rows.noise, (), ())
         # A step's coefficients depend on its own timestep and the next, and on where the table stands.
         kept = 0
         while kept < min(len(self._begun), len(timesteps) - 1) and self._begun[kept][0] == timesteps[kept]:
@@ -201,56 +195,3 @@ def least_squares(inputs: Tensor, target: Tensor) -> Tensor:
     gram += torch.diag(RIDGE * gram.diagonal() / 100)
     solved: Tensor = torch.linalg.solve(gram, A @ y)
     return solved
-
-
-@dataclass(frozen=True, slots=True)
-class Search:
-    """How far a search has come: the best so far, the moves to try next, and their size."""
-
-    best: Fit
-    round: int = 0
-    move: float = 0.5  # how far a timestep is moved, as a share of the way to its neighbour, in log rho
-    evaluations: int = 0
-
-
-SMALLEST_MOVE = 0.06
-LONGEST_WAY = 2.0  # in log rho: that between the first timesteps may be longer
-WORTHWHILE = 0.01  # a round that betters the error by less than this share makes the moves smaller
-
-
-def search_timesteps(
-    fitter: Fitter,
-    search: Search,
-    settle: Callable[[Sequence[float]], tuple[float, ...]],
-    log_sigmas: Sequence[float],
-    on_round: Callable[[Search], None],
-) -> Search:
-    """Move the timesteps one by one, each way, while the error of the fitted table falls on held-out rows.
-
-    `settle` makes timesteps what the network takes. After each round `on_round` gets the state, from which the search
-    goes on. It ends when the moves are small.
-    """
-    while search.move >= SMALLEST_MOVE and len(search.best.timesteps) > 1:
-        begun, best, evaluations = search.best, search.best, search.evaluations
-        for k in range(1, len(best.timesteps)):
-            for sign in (1, -1):
-                timesteps = settle(moved(best.timesteps, k, sign * search.move, log_sigmas))
-                if timesteps == best.timesteps:
-                    continue
-                found, evaluations = fitter.fit(timesteps), evaluations + 1
-                if found.held_out < best.held_out and found.fitted < best.fitted:
-                    best = found
-                    break
-        smaller = best.held_out > begun.held_out * (1 - WORTHWHILE)
-        search = Search(best, search.round + 1, search.move / 2 if smaller else search.move, evaluations)
-        on_round(search)
-    return search
-
-
-def moved(timesteps: Sequence[float], k: int, share: float, log_sigmas: Sequence[float]) -> list[float]:
-    """Move timestep k by a share of the way to its neighbour in log rho: up to the noisier, down to the cleaner."""
-    levels = [log_sigma_at(t, log_sigmas) for t in timesteps]
-    cleanest = log_sigmas[0] if k + 1 == len(timesteps) else levels[k + 1]
-    way = levels[k - 1] - levels[k] if share > 0 else levels[k] - cleanest
-    level = levels[k] + share * min(way, LONGEST_WAY)
-    return [*timesteps[:k], timestep_at(level, log_sigmas), *timesteps[k + 1 :]]
