@@ -109,9 +109,8 @@ def tune(
         )
         log_sigmas = fitter.schedule.log_sigmas
         teacher = make_timesteps("dpmpp_2m", "karras", config.teacher_steps, len(log_sigmas), 0, log_sigmas)
-        say(
-            f"guidance {guidance:g}: the teacher's {config.teacher_steps} steps for {config.rows + config.held_out} images"
-        )
+        images = config.rows + config.held_out
+        say(f"guidance {guidance:g}: the teacher's {config.teacher_steps} steps for {images} images")
         fitter.solve(teacher, lambda: None)
         files += [_tune_one(folder, checkpoint, fitter, each, guidance, config, say) for each in wanted]
     return files
