@@ -20,7 +20,7 @@ class EvaluateOptions:
     batch_size: int = 100
     precision: str = "float32"  # float32, tf32 or bfloat16; the update is always float32
     bound_images: int = 200
-    bound_timesteps: int = 100  # with few, the first timesteps, where most of the bound lies, are rarely drawn
+    bound_timesteps: int = 100  # drawn for each image; the first ones, where most of the bound lies, are all drawn
     spacing: str | None = None  # of the timesteps; None is the checkpoint's own for this sampler
     guidance_interval: tuple[int, int] | None = None  # the timesteps lo <= t <= hi that are guided; None is all
     executor: str = "eager"  # the name of the executor that made the samples
