@@ -4,6 +4,7 @@ drawn.
 
 import importlib.util
 import io
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,10 +36,10 @@ def plot_distances(report: SweepReport) -> bytes | None:
         return None
     plt = _pyplot()
     panels = report.guidances
-    size = (PANEL_INCHES[0] * len(panels) + LEGEND_INCHES, PANEL_INCHES[1])
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    size = (PANEL_INCHES[0] + LEGEND_INCHES, PANEL_INCHES[1] * len(panels))
+    figure, axes = plt.subplots(len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
     names = list(dict.fromkeys(point.sampler for point in drawn))
-    for axis, guidance in zip(axes[0], panels, strict=True):
+    for axis, guidance in zip(axes[:, 0], panels, strict=True):
         for name in names:
             line = [point for point in drawn if (point.sampler, point.guidance) == (name, guidance)]
             _line(axis, name, sorted(line, key=lambda point: point.passes))
@@ -50,11 +51,11 @@ def plot_distances(report: SweepReport) -> bytes | None:
             axis.axhline(report.real_frechet.mean, color=GREY, linestyle=":", linewidth=1.2, label="real images")
         axis.set_title(f"guidance {guidance:g}" if len(panels) > 1 or guidance != 1 else "")
         axis.set_xlabel("passes of the network, an image")
+        axis.set_ylabel("classifier_frechet_distance")
         _log(axis, [point.passes for point in drawn])
         _plain(axis)
-    axes[0][0].set_ylabel("classifier_frechet_distance")
     handles: dict[str, Any] = {}
-    for axis in axes[0]:
+    for axis in axes[:, 0]:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = sorted(handles, key=lambda label: names.index(label) if label in names else len(names))
     figure.legend([handles[label] for label in order], order, loc="outside right upper", frameon=False)
@@ -101,8 +102,8 @@ def _log(axis: Any, passes: Sequence[int]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     ticks: list[int] = []
-    for count in sorted(set(passes)):
-        if not ticks or count >= NEXT_TICK * ticks[-1]:
+    for count, _ in Counter(sorted(passes)).most_common():  # those of most points first
+        if all(max(count, tick) >= NEXT_TICK * min(count, tick) for tick in ticks):
             ticks.append(count)
     axis.set_xscale("log")
     axis.set_yscale("log")

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import sys
 from xml.etree import ElementTree
@@ -63,6 +64,14 @@ def test_a_panel_a_guidance_scale() -> None:
     found = texts(plot_distances(report(*points)))
     assert {"guidance 1", "guidance 1.5"} <= {*found}
     assert found.count("ddim") == 1
+
+
+def test_passes_that_most_samplers_have_are_named_first() -> None:
+    points = [point(name, n, 20.0 / n) for name in ("ddim", "dpmpp_2m") for n in (4, 10, 100)]
+    heun = [dataclasses.replace(point("heun", n, 20.0 / n), passes=2 * n - 1) for n in (4, 5, 50, 100)]
+    found = texts(plot_distances(report(*heun, *points)))
+    assert {"4", "7", "10", "100", "199"} <= {*found}
+    assert not {"9", "99"} & {*found}, "no room beside 10 and 100"
 
 
 def test_there_is_no_plot_of_less_than_two_points() -> None:
