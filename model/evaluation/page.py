@@ -100,10 +100,11 @@ def _quality(report: SweepReport, plot: bytes | None) -> str:
         return _section("Figures", "\n<p></p>\n".join(table.to_html() for table in tables if table.rows) + text)
     picture = _svg_image(plot, "Fréchet distance over passes of the network, a line a sampler") if plot else ""
     by_seed = f"<details><summary>By seed</summary>{report.by_seed().to_html()}</details>"
+    count = len(report.seeds)
+    seeds = "one seed" if count == 1 else f"{count} seeds: means, in brackets the least and the greatest"
     explained = (
-        f"<p>Means of {len(report.seeds)} seed{'s' * (len(report.seeds) > 1)}, in brackets the least and the greatest, "
-        f"{report.options.num_samples} images a seed. A pass is one evaluation of the network for one image; a guided "
-        "one computes it with and without its class.</p>"
+        f"<p>{report.options.num_samples} images of {seeds}. A pass is one evaluation of the network for one image; a "
+        "guided one computes it with and without its class.</p>"
     )
     return _section("Quality over passes", picture + explained + report.by_point().to_html() + by_seed + text)
 

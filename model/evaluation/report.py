@@ -165,11 +165,11 @@ class EvaluationReport(Subject):
 
 
 def spread_text(figure: Spread | None, digits: int) -> str:
-    """A mean, with the least and the greatest value."""
+    """A mean, with the least and the greatest value where they differ."""
     if figure is None:
         return "-"
     mean, least, greatest = (f"{value:.{digits}f}" for value in figure)
-    return f"{mean} ({least}..{greatest})"
+    return mean if figure.minimum == figure.maximum else f"{mean} ({least}..{greatest})"
 
 
 def _share(value: float | None) -> str:

@@ -91,7 +91,7 @@ def test_the_page_opens_in_a_parser_and_has_every_section(report: SweepReport) -
             "Settings",
             "bright, dark, striped",
         ),
-        *("is not FID", "linear, T = 20", "epsilon", "bright, dark, striped", "seeds 5, 6"),
+        *("is not FID", "10 images of 2 seeds", "linear, T = 20", "epsilon", "bright, dark, striped", "seeds 5, 6"),
         *(report.weights_hash, COMMAND),
     ):
         assert text in opened.text
@@ -115,6 +115,12 @@ def test_each_way_of_sampling_has_its_row(report: SweepReport) -> None:
         for each in point.seeds:
             assert each.classifier_frechet_distance is not None
             assert f"<td>{each.classifier_frechet_distance.samples:.3f}</td>" in table
+
+
+def test_one_seed_has_no_spread(toy_classifier: Classifier) -> None:
+    report = measured(toy_classifier, seeds=(5,))
+    assert "10 images of one seed" in page(report).text
+    assert not any(".." in cell for row in report.by_point().rows for cell in row)
 
 
 def test_sheets_are_the_first_samples_of_the_first_seed(report: SweepReport) -> None:
