@@ -86,7 +86,7 @@ def _facts(report: SweepReport) -> Table:
         ("images", f"{height} x {width} pixels, {model.channels} channel{'s' * (model.channels > 1)}"),
         ("classes", classes),
         ("noise", f"{model.beta_schedule}, T = {model.num_timesteps}, variance {model.variance_type}"),
-        ("the network predicts", model.prediction_type),
+        ("prediction", model.prediction_type),
     )
     return Table(("fact", "value"), rows)
 
@@ -122,10 +122,14 @@ def _samples(report: SweepReport) -> str:
     parts = [f"<p>Seed {report.seeds[0]}; a column starts from the same noise everywhere.{order}</p>"]
     for name, points in groups.items():
         strips = "".join(
-            f"<span>{point.steps} steps</span>{_strip(point, report.model.size_px[0])}" for point in _few(points)
+            f"<span>{_effort(point)}</span>{_strip(point, report.model.size_px[0])}" for point in _few(points)
         )
         parts.append(f'<h3>{html.escape(name)}</h3>\n<div class="strips">{strips}</div>')
     return "\n".join(parts)
+
+
+def _effort(point: PointFigures) -> str:
+    return f"{point.steps} steps" + (f", {point.passes} passes" if point.passes != point.steps else "")
 
 
 def _few(points: Sequence[PointFigures]) -> list[PointFigures]:

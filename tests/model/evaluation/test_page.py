@@ -146,6 +146,12 @@ def test_plots_are_inlined_and_files_of_their_own(report: SweepReport) -> None:
         assert ElementTree.fromstring(plot).tag.endswith("svg")
 
 
+def test_sheets_tell_passes_where_they_are_not_the_steps(report: SweepReport) -> None:
+    twice = dataclasses.replace(report.points[0], passes=4)
+    assert "2 steps, 4 passes" in page(dataclasses.replace(report, points=(twice, *report.points[1:]))).text
+    assert "2 steps, " not in page(report).text
+
+
 def test_the_json_has_every_value_by_seed(report: SweepReport) -> None:
     values = json.loads(report_files(report, COMMAND)["figures.json"])
     assert values == json.loads(json.dumps(report.to_dict(), allow_nan=False))
