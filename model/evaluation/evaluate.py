@@ -29,6 +29,7 @@ def evaluate(
     *,
     device: torch.device,
     forward: Forward | None = None,
+    draw_threads: int | None = None,
     points: Sequence[Point] = (),
     references: Sequence[Point] = (),
     seeds: Sequence[int] = (),
@@ -41,6 +42,7 @@ def evaluate(
 
     `forward` is another way of running the checkpoint's network, to be judged by the samples it makes (see
     `draw_samples`); the bound stays that of the network itself. options.executor and options.precision should name it.
+    `draw_threads` are torch's while samples are drawn, where it wants the cores to itself.
 
     A figure that this checkpoint or this data does not allow is None in the report, with the reason in `left_out`. So
     is a point that cannot be made; where no point can, the first one's error is raised: ValueError for a sampler or
@@ -56,7 +58,13 @@ def evaluate(
         points, left_out = without_guidance(points)
         references, _ = without_guidance(references)
     measure = Measure(
-        checkpoint, judge, (real_train, real_test), device=device, forward=forward, kept=kept or Kept(None)
+        checkpoint,
+        judge,
+        (real_train, real_test),
+        device=device,
+        forward=forward,
+        draw_threads=draw_threads,
+        kept=kept or Kept(None),
     )
     every = tuple(dict.fromkeys((*points, *references)))
     found, errors = measure.points(every, seeds, options)

@@ -5,7 +5,8 @@ import dataclasses
 import logging
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -34,7 +35,10 @@ class _Drawn(NamedTuple):
 
 
 class Measure:
-    """Measures one checkpoint on one device; `forward` is another way of running its network (see `draw_samples`)."""
+    """Measures one checkpoint on one device; `forward` is another way of running its network (see `draw_samples`).
+
+    `draw_threads` are torch's while samples are drawn; None leaves them.
+    """
 
     def __init__(
         self,
@@ -44,11 +48,12 @@ class Measure:
         *,
         device: torch.device,
         forward: Forward | None,
+        draw_threads: int | None,
         kept: Kept,
     ) -> None:
         self._net = copy.deepcopy(checkpoint.net).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._checkpoint, self._judge, self._kept = checkpoint, judge, kept
-        self._device, self._forward = device, forward
+        self._device, self._forward, self._draw_threads = device, forward, draw_threads
         self._test = data[1]
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._key: dict[str, Any] = {
@@ -113,7 +118,8 @@ class Measure:
         except (TypeError, KeyError, ValueError):
             log.warning("%s: what was kept cannot be read, sampling again", label)
         started_s = time.perf_counter()
-        samples = draw_samples(self._net, self._checkpoint, options, device=self._device, forward=self._forward)
+        with _torch_threads(self._draw_threads):
+            samples = draw_samples(self._net, self._checkpoint, options, device=self._device, forward=self._forward)
         seconds = (time.perf_counter() - started_s) / len(samples)
         one = _Drawn(
             self._judge.figures(samples, options.seed, seconds), strip(samples[: strip_length(self._checkpoint)])
@@ -124,6 +130,16 @@ class Measure:
         distance = "" if frechet is None else f"Fréchet distance {frechet.samples:.3f}, "
         log.info("%s: %s%.3g s an image", label, distance, seconds)
         return one
+
+
+@contextmanager
+def _torch_threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _at(options: EvaluateOptions, point: Point, seed: int) -> EvaluateOptions:

@@ -194,7 +194,10 @@ def measure(
     wish = Wish(options["executor"], options["precision"], device.type == "cpu", options["batch_size"], threads)
     # Loaded apart from the one that is measured, since an executor may keep the network it is given.
     executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
-    torch.set_num_threads(threads)  # the executor may have taken torch's for itself, and judging needs them
+    # OpenVINO has threads of its own, and torch's beside them double the time of a pass on a busy machine. Judging
+    # needs torch's.
+    draw_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
     of_points = {"sampler", "steps", "guidance", "seed", "executor"}
     fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__ if name not in of_points}
     try:
@@ -204,6 +207,7 @@ def measure(
             EvaluateOptions(**fields, executor=executor.name),
             device=device,
             forward=executor,
+            draw_threads=draw_threads,
             points=ways.points,
             references=ways.references,
             seeds=options["seeds"],

@@ -4,8 +4,10 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.model.evaluation.toys import CPU, OPTIONS, toy_checkpoint, toy_images
@@ -13,6 +15,8 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.evaluation import measure, samples
 from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.evaluate import evaluate
+from tminus.model.evaluation.figures import SampleFigures
+from tminus.model.evaluation.judge import Judge
 from tminus.model.evaluation.kept import Kept
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.evaluation.points import Point
@@ -101,6 +105,30 @@ def test_passes_are_those_that_the_network_makes_for_an_image(sampler: str, toy_
     options = dataclasses.replace(PLAIN, sampler=sampler, steps=4, batch_size=10)
     report = evaluate(checkpoint, TRAIN, TEST, toy_classifier, options, device=CPU, forward=counted)
     assert [report.points[0].passes] == [len(calls)] == [report.single().passes]
+
+
+def test_samples_are_drawn_with_the_threads_that_were_asked_for_and_judged_with_all(
+    toy_classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, while_drawn, while_judged = toy_checkpoint(), set(), set()
+    judged = Judge.figures
+
+    def counted(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        while_drawn.add(torch.get_num_threads())
+        out: Tensor = checkpoint.net(x, t, class_labels)
+        return out
+
+    def figures(*arguments: Any) -> SampleFigures:
+        while_judged.add(torch.get_num_threads())
+        return judged(*arguments)
+
+    monkeypatch.setattr(Judge, "figures", figures)
+    for threads in (2, None):
+        evaluate(
+            checkpoint, TRAIN, TEST, toy_classifier, PLAIN, device=CPU, forward=counted, draw_threads=threads
+        )  # fmt: skip
+    assert (while_drawn, while_judged) == ({1, 2}, {1})
+    assert torch.get_num_threads() == 1
 
 
 def test_the_bound_is_measured_once_by_the_first_seed(run: Run, toy_classifier: Classifier) -> None:
