@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.evaluation.figures import Bound, PointFigures
 from tminus.model.evaluation.options import EvaluateError
 from tminus.model.evaluation.sweep_report import SweepReport
-from tminus.model.samplers import SAMPLERS
 
 MARKERS = "osD^v<>PX*"
 GREY = "#555555"
@@ -82,7 +82,7 @@ def plot_terms(bound: Bound) -> bytes:
 
 def _line(axis: Any, name: str, points: Sequence[PointFigures]) -> None:
     """A sampler's line: its colour and marker are its own, whichever others are drawn."""
-    number = SAMPLERS.index(name) if name in SAMPLERS else len(SAMPLERS)
+    number = [*SAMPLER_FACTS, name].index(name)
     spreads = [point.frechet for point in points if point.frechet is not None]
     means = [one.mean for one in spreads]
     bars = [[one.mean - one.minimum for one in spreads], [one.maximum - one.mean for one in spreads]]

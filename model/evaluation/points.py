@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.evaluation.figures import LeftOut
-from tminus.model.samplers import SAMPLERS
 
 ALL = "all"
 
@@ -24,16 +23,11 @@ class Point:
         return f"{self.sampler}, {self.steps} steps{guided}"
 
 
-def sampler_names(_checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The samplers that a checkpoint can be sampled by."""
-    return SAMPLERS
-
-
 def make_points(
     checkpoint: Checkpoint, samplers: Sequence[str], steps: Sequence[int], guidances: Sequence[float]
 ) -> tuple[Point, ...]:
     """Every combination, once; `all` stands for every sampler. Raises ValueError for a sampler that is none."""
-    known = sampler_names(checkpoint)
+    known = checkpoint.samplers
     for name in samplers:
         if name not in (*known, ALL):
             raise ValueError(f"sampler must be {ALL} or among {', '.join(known)}, got {name!r}")

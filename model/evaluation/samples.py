@@ -12,7 +12,7 @@ from tminus.model.evaluation.classes import sample_classes
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.pixels import to_uint8
 from tminus.model.rng import image_noise
-from tminus.model.samplers import Forward, Plan, compile_plan, sample
+from tminus.model.samplers import Forward, Plan, sample
 from tminus.model.unet import UNet2D
 
 MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # images of a strip, its width
@@ -20,9 +20,8 @@ MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # images of a strip, its width
 
 def compile_options(checkpoint: Checkpoint, options: EvaluateOptions) -> Plan:
     """Compile the sampler that the options name. Raises ValueError for one that is not possible."""
-    noise = checkpoint.noise
-    return compile_plan(
-        noise, noise.schedule(), options.sampler, options.steps, eta=options.eta, spacing=options.spacing
+    return checkpoint.plan(
+        options.sampler, options.steps, guidance=options.guidance, eta=options.eta, spacing=options.spacing
     )
 
 

@@ -57,11 +57,16 @@ class Refiner:
         images: Tensor,
         *,
         held_out: int,
+        bfloat16: bool = True,
     ) -> None:
-        """images [N, C, H, W]: the teacher's, of these rows, of which the last `held_out` only judge."""
+        """images [N, C, H, W]: the teacher's, of these rows, of which the last `held_out` only judge.
+
+        bfloat16: the network runs in it, which is enough for a gradient, and faster.
+        """
         noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
         self._net, self._timesteps, self._guidance = checkpoint.net, timesteps, guidance
         self._null_class = checkpoint.labels.null_class
+        self._bfloat16 = bfloat16
         self._images, self._rows, self._cut = images, rows, len(images) - held_out
         p, q = x0_coefficients(noise.prediction_type, alpha_bar_at(schedule, timesteps))
         self._pq = list(zip(p.tolist(), q.tolist(), strict=True))
@@ -140,7 +145,7 @@ class Refiner:
         return guide(out_u, out_c, self._guidance, x.shape[1])[:, : x.shape[1]]
 
     def _forward(self, x: Tensor, t: float, labels: Tensor | None) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._bfloat16):
             out: Tensor = self._net(x, torch.full((len(x),), t, device=x.device), labels)
         return out.float()
 

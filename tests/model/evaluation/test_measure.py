@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.model.evaluation.toys import CPU, OPTIONS, toy_checkpoint, toy_images
+from tminus.model import checkpoint as checkpoint_module
+from tminus.model.catalogue import SAMPLERS
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.evaluation import measure, samples
 from tminus.model.evaluation.classifier import Classifier
@@ -21,7 +23,7 @@ from tminus.model.evaluation.kept import Kept
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.evaluation.points import Point
 from tminus.model.evaluation.sweep_report import SweepReport
-from tminus.model.samplers import SAMPLERS, Plan, compile_plan
+from tminus.model.samplers import Plan, compile_plan
 
 pytestmark = pytest.mark.slow
 
@@ -270,7 +272,7 @@ def test_another_checkpoint_and_a_sampler_that_was_changed_are_measured_afresh(
         plan = compile_plan(*arguments, **others)  # type: ignore[arg-type]
         return dataclasses.replace(plan, lines=plan.lines * 1.0001)
 
-    monkeypatch.setattr(samples, "compile_plan", changed)
+    monkeypatch.setattr(checkpoint_module, "compile_plan", changed)
     run(POINTS[:1], (5,), folder=tmp_path)
     assert len(drawn) == 3
 

@@ -1,8 +1,8 @@
 import pytest
 
 from tests.model.evaluation.toys import toy_checkpoint
+from tminus.model.catalogue import SAMPLERS
 from tminus.model.evaluation.points import Point, make_points, without_guidance
-from tminus.model.samplers import SAMPLERS
 
 
 def test_every_combination_is_a_point_once() -> None:

@@ -104,7 +104,7 @@ def test_a_fit_that_begins_like_the_one_before_is_the_same_as_from_the_start(fol
 def test_the_search_only_ever_gets_nearer_and_ends(folder: Path) -> None:
     checkpoint = load_checkpoint(folder)
     fitter = fitter_of(checkpoint)
-    begun = Search(fitter.fit((49.0, 33.0, 17.0)))
+    begun = Search(fitter.fit((49.0, 46.0, 43.0)))
     rounds: list[Search] = []
     found = search_timesteps(fitter, begun, tuple, fitter.schedule.log_sigmas, rounds.append)
     errors = [begun.best.held_out, *(each.best.held_out for each in rounds)]
@@ -127,8 +127,7 @@ def test_the_gradient_of_the_distance_is_that_of_finite_differences(folder: Path
     checkpoint = load_checkpoint(folder)
     fitter = fitter_of(checkpoint)
     fit = fitter.fit((49.0, 25.0, 8.0))
-    refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4)
-    refiner._autocast = False  # type: ignore[attr-defined]
+    refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4, bfloat16=False)
     picked, C = torch.arange(6), torch.tensor([list(line[:4]) for line in fit.lines], requires_grad=True)
 
     def distance(C: Tensor) -> Tensor:
@@ -137,10 +136,10 @@ def test_the_gradient_of_the_distance_is_that_of_finite_differences(folder: Path
     (gradient,) = torch.autograd.grad(distance(C), C)
     for at in [(0, 0), (1, 1), (2, 1), (2, 2)]:
         step = torch.zeros_like(C)
-        step[at] = 1e-2
+        step[at] = 2e-3
         with torch.no_grad():
-            slope = (distance(C + step) - distance(C - step)) / 2e-2
-        assert gradient[at].item() == pytest.approx(slope.item(), rel=0.1, abs=2e-4)
+            slope = (distance(C + step) - distance(C - step)) / 4e-3
+        assert gradient[at].item() == pytest.approx(slope.item(), rel=0.1, abs=1e-4)
 
 
 def test_refining_keeps_the_best_that_unseen_rows_have_found(folder: Path) -> None:
