@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 NOISE = NoiseConfig(num_train_timesteps=50, beta_end=0.1)
-CONFIG = TuneConfig(rows=12, held_out=4, teacher_steps=25, batch_size=8, iterations=3)
+CONFIG = TuneConfig(rows=12, held_out=4, teacher="dpmpp_2m:25", batch_size=8, iterations=3)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 def fitter_of(checkpoint: Checkpoint, config: TuneConfig = CONFIG, guidance: float = 1.0) -> Fitter:
     rows = make_rows(checkpoint, config, guidance, CPU)
     fitter = Fitter(checkpoint, checkpoint.net, rows, guidance, held_out=config.held_out, batch_size=5)
-    fitter.solve([float(t) for t in range(49, -1, -2)], lambda: None)
+    fitter.solve(checkpoint.plan("dpmpp_2m", 25, spacing="trailing"))
     return fitter
 
 
@@ -202,18 +202,24 @@ def test_a_table_that_is_there_is_left_and_one_of_other_settings_is_made_anew(fo
     assert [(table.steps, table.guidance) for table in load_checkpoint(folder).tables] == [(2, 1.0), (3, 1.0), (3, 2.0)]
 
 
-BAD: dict[str, tuple[Callable[[Checkpoint], Checkpoint], tuple[int, ...], float, dict[str, int], str]] = {
+def same(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint
+
+
+BAD: dict[str, tuple[Callable[[Checkpoint], Checkpoint], tuple[int, ...], float, dict[str, Any], str]] = {
     "no classes": (
         lambda checkpoint: dataclasses.replace(checkpoint, labels=Labels(("a", "b", "c", "d"), None)),
         (3,), 2.0, {}, r"guidance must be 1 \(off\), since net has no null class, got 2",
     ),
-    "zero steps": (lambda checkpoint: checkpoint, (0,), 1.0, {}, r"steps must be in 1\.\.50, got 0"),
-    "more than T": (lambda checkpoint: checkpoint, (51,), 1.0, {}, r"steps must be in 1\.\.50, got 51"),
-    "as many as the teacher": (lambda checkpoint: checkpoint, (25,), 1.0, {}, "fewer than the teacher's 25, got 25"),
-    "guidance": (lambda checkpoint: checkpoint, (3,), 51.0, {}, r"guidance must be in 0\.\.50, got 51"),
-    "none": (lambda checkpoint: checkpoint, (), 1.0, {}, "steps must name at least one"),
-    "teacher": (lambda checkpoint: checkpoint, (3,), 1.0, {"teacher_steps": 51}, r"teacher_steps must be in 1\.\.50"),
-    "rows": (lambda checkpoint: checkpoint, (3,), 1.0, {"rows": 0}, "rows must be 1 or more, got 0"),
+    "zero steps": (same, (0,), 1.0, {}, r"steps must be in 1\.\.50, got 0"),
+    "more than T": (same, (51,), 1.0, {}, r"steps must be in 1\.\.50, got 51"),
+    "as many as the teacher": (same, (25,), 1.0, {}, "fewer than the teacher's 25, got 25"),
+    "guidance": (same, (3,), 51.0, {}, r"guidance must be in 0\.\.50, got 51"),
+    "none": (same, (), 1.0, {}, "steps must name at least one"),
+    "teacher": (same, (3,), 1.0, {"teacher": "dpmpp_2m:51"}, "teacher must be .*51.*steps must"),
+    "noisy teacher": (same, (3,), 1.0, {"teacher": "ddpm:40"}, "teacher must be SAMPLER:STEPS"),
+    "half a teacher": (same, (3,), 1.0, {"teacher": "ddim"}, "teacher must be SAMPLER:STEPS"),
+    "rows": (same, (3,), 1.0, {"rows": 0}, "rows must be 1 or more, got 0"),
     "a student": (
         lambda checkpoint: dataclasses.replace(checkpoint, student={}), (3,), 1.0, {}, "a student has its own tables",
     ),
@@ -226,7 +232,7 @@ def test_what_cannot_be_tuned_is_refused(
     change: Callable[[Checkpoint], Checkpoint],
     steps: tuple[int, ...],
     guidance: float,
-    settings: dict[str, int],
+    settings: dict[str, Any],
     message: str,
 ) -> None:
     with pytest.raises(TuneError, match=message):
