@@ -13,7 +13,7 @@ from tests.model.tuning.nets import CONFIG, CPU
 from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint
 from tminus.model.recommended import Recommended
 from tminus.model.tables import FOLDER
-from tminus.model.tuning.tune import STATE_FILE, TuneError, check, tune
+from tminus.model.tuning.tune import STATE_FILE, TuneConfig, TuneError, check, default_teacher, tune
 
 pytestmark = pytest.mark.slow
 
