@@ -1,22 +1,24 @@
 """`tminus tune`: its options, handed to model/tuning/."""
 
-from collections.abc import Callable
+import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from tminus.service.cli.options import FOLDER_TYPE
 from tminus.service.cli.output import fail, say, set_up_log
+from tminus.service.cli.several import several
 from tminus.service.engine.options import BUNDLED
 
-Number = TypeVar("Number", int, float)
+WHOLE = several(int, "an integer", lambda _: True)  # model/tuning/ knows the bounds
+NUMBERS = several(float, "a number", math.isfinite)
 
 
 @click.command()
 @click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="its folder gets the tables, in samplers/")
-@click.option("--steps", default="4,5,6,8,10,12,16", help="numbers of steps, a table each, joined by commas")
-@click.option("--guidance", default="1", help="guidance scales, tables each, joined by commas; 1 is off")
+@click.option("--steps", default="4,5,6,8,10,12,16", callback=WHOLE, help="numbers of steps, a table each, by commas")
+@click.option("--guidance", default="1", callback=NUMBERS, help="guidance scales, by commas; 1 is off")
 @click.option("--rows", default=192, help="images that the tables are fitted to")
 @click.option("--held-out", default=64, help="further images, that only judge")
 @click.option("--teacher", help="SAMPLER:STEPS whose images the tables are to give  [default: as recommended]")
@@ -26,7 +28,7 @@ Number = TypeVar("Number", int, float)
 @click.option("--executor", default="auto", help="what runs the network: auto, eager, compile or openvino")
 @click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16")
 @click.option("--device", default="auto")
-def tune(checkpoint: Path, steps: str, guidance: str, **options: Any) -> None:
+def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...], **options: Any) -> None:
     """Fit samplers of few steps to a checkpoint, for sampler=tuned. Ctrl-C stops; the same command goes on."""
     set_up_log("INFO", "%(message)s")
     import torch
@@ -41,27 +43,18 @@ def tune(checkpoint: Path, steps: str, guidance: str, **options: Any) -> None:
     from tminus.service.engine.devices import choose_device
 
     try:
-        counts, guidances = _numbers("--steps", steps, int), _numbers("--guidance", guidance, float)
         device, loaded = choose_device(options["device"]), load_checkpoint(checkpoint)
         options["teacher"] = options["teacher"] or default_teacher(loaded)
         config = TuneConfig(**{name: options[name] for name in TuneConfig.__dataclass_fields__})
-        check(loaded, counts, guidances, config)
+        check(loaded, steps, guidance, config)
         threads = torch.get_num_threads()
         wish = Wish(options["executor"], options["precision"], device.type == "cpu", config.batch_size, threads)
         loaded.net.to(device)
         # Loaded apart, since an executor may keep the network it is given.
         executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
-        files = run(checkpoint, loaded, executor, counts, guidances, config, device=device, say=say)
+        files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say)
     except (TuneError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail("stopped; the same command goes on after the last round")
     say(f"{checkpoint}: {len(files)} tables written. A server that is started now has them: sampler=tuned")
-
-
-def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        what = "integers" if kind is int else "numbers"
-        raise ValueError(f"{flag} must be {what} joined by commas, got {text!r}") from None

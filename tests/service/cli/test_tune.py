@@ -1,0 +1,58 @@
+"""The options of `tminus tune`: what is wrong is one line that names the option, its bound and its value."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.service.conftest import MakeCheckpoint
+from tminus.model.checkpoint import load_checkpoint, save_checkpoint
+from tminus.service.cli.main import main
+
+pytestmark = pytest.mark.slow
+QUICK = ["--rows", "8", "--held-out", "4", "--teacher", "dpmpp_2m:12", "--iterations", "1", "--executor", "eager"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> Path:
+    checkpoint = make_checkpoint()
+    net = checkpoint.net
+    save_checkpoint(tmp_path / "net", net.state_dict(), net.config, checkpoint.noise, checkpoint.labels, {})
+    return tmp_path / "net"
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["tune", *arguments])
+    return result.exit_code, result.output
+
+
+def test_tables_are_written_beside_the_weights_and_the_command_says_so(folder: Path) -> None:
+    code, said = run("--checkpoint", str(folder), "--steps", "2,3", "--guidance", "1,2", *QUICK)
+    assert code == 0, said
+    assert "4 tables written" in said
+    loaded = load_checkpoint(folder)
+    assert {(table.steps, table.guidance) for table in loaded.tables} == {(2, 1), (3, 1), (2, 2), (3, 2)}
+    value = json.loads((folder / "samplers" / "tuned-2.json").read_text())
+    assert value["about"]["teacher"] == "dpmpp_2m:12"
+    code, said = run("--checkpoint", str(folder), "--steps", "2,3", "--guidance", "1,2", *QUICK)
+    assert (code, said.count("tuned already")) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--steps", "0"], 1, "steps must be in 1..50, got 0"),
+        (["--steps", "51"], 1, "steps must be in 1..50, got 51"),
+        (["--steps", "two"], 2, "each must be an integer, got 'two'"),
+        (["--guidance", "nan"], 2, "each must be a number, got 'nan'"),
+        (["--guidance", "-1"], 1, "guidance must be in 0..50, got -1"),
+        (["--teacher", "ddpm:20"], 1, "teacher must be SAMPLER:STEPS"),
+        (["--rows", "0"], 1, "rows must be 1 or more, got 0"),
+        (["--checkpoint", "/nowhere"], 1, "/nowhere: no such folder"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_line(folder: Path, arguments: list[str], code: int, words: str) -> None:
+    got, said = run("--checkpoint", str(folder), *arguments)
+    assert (got, words in said) == (code, True), said
+    assert "Traceback" not in said
