@@ -693,7 +693,9 @@ def test_the_form_has_settings_of_its_own_where_nothing_is_recommended(open_page
     page = open_page()
 
     def answer(route: Any) -> None:
-        route.fulfill(json=route.fetch().json() | {"recommended": None, "num_timesteps": 60})
+        model = route.fetch().json() | {"recommended": None, "num_timesteps": 60}
+        model["sampler_details"]["ddpm"]["good_steps"] = 60
+        route.fulfill(json=model)
 
     page.tab.route(re.compile(r"/model$"), answer)
     page.tab.reload()
