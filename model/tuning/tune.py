@@ -24,7 +24,7 @@ from tminus.model.tuning.fit import Fit, Fitter, Rows
 from tminus.model.tuning.refine import Refinement, Refiner
 from tminus.model.tuning.search import Search, search_timesteps
 
-STATE_FILE = ".tune-state.json"
+STATE_FILE = ".tune-state"  # no .json, which would be a table
 SAMPLER = "tuned"
 TEACHER = "dpmpp_2m:20"
 TEACHERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "euler")  # no fresh noise, and each step a pass

@@ -45,7 +45,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(folder: Path
     with pytest.raises(KeyboardInterrupt):
         run(other, stop_at=stop_at)
     assert (other / FOLDER / STATE_FILE).is_file()
-    assert load_checkpoint(other).tables == (), "no half-finished table"
+    assert (load_checkpoint(other).tables, load_checkpoint(other).refused_tables) == ((), ()), "nothing half-finished"
     assert any("goes on after round" in line for line in run(other))
     assert table_of(other) == table_of(folder)
     assert not (other / FOLDER / STATE_FILE).exists()
