@@ -2,9 +2,12 @@
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bench.records import Arrival, Ask
+
+Way = tuple[str, int, float]  # sampler, steps, guidance
 
 STEP_SHARES = {20: 0.80, 50: 0.15, 1000: 0.05}
 
@@ -59,13 +62,20 @@ def with_hang_ups(arrivals: Sequence[Arrival], share: float, seconds_per_row_ste
     ]
 
 
-def of_all_kinds(count: int, samplers: Sequence[str], classes: int, steps: Sequence[int]) -> list[Ask]:
-    """Every sampler by step count, guided and not, classes and sizes, in a shuffled order; guidance needs classes."""
-    guidances = (1.0, 2.0) if classes else (1.0,)
-    kinds = itertools.cycle(itertools.product(samplers, steps, guidances, (1, 2, 3)))
+def all_ways(model: Mapping[str, Any], steps: Sequence[int]) -> list[Way]:
+    """Every sampler by step count, guided and not where there are classes; of tables, each."""
+    guidances = (1.0, 2.0) if model["null_class"] is not None else (1.0,)
+    of_tables = [(each["sampler"], each["steps"], each["guidance"]) for each in model["tables"]]
+    plain = [name for name in model["samplers"] if name not in {sampler for sampler, *_ in of_tables}]
+    return [*itertools.product(plain, steps, guidances), *of_tables]
+
+
+def of_all_kinds(count: int, ways: Sequence[Way], classes: int) -> list[Ask]:
+    """Every way of sampling, by classes and sizes, in a shuffled order."""
+    kinds = itertools.cycle(itertools.product(ways, (1, 2, 3)))
     asks = [
-        Ask(n, number_of_steps, sampler, guidance, number % classes if classes else None)
-        for number, (sampler, number_of_steps, guidance, n) in enumerate(itertools.islice(kinds, count))
+        Ask(n, steps, sampler, guidance, number % classes if classes else None)
+        for number, ((sampler, steps, guidance), n) in enumerate(itertools.islice(kinds, count))
     ]
     random.Random(5).shuffle(asks)
     return asks

@@ -187,7 +187,7 @@ class Conductor:
             with self._tminus() as server:
                 self._learn(server)
                 turn = self._turn(server, 1)
-                found.append(asyncio.run(turn.identity_asked(samplers, classes, loaded=loaded)))
+                found.append(asyncio.run(turn.identity_asked(self._model, classes, loaded=loaded)))
         under_load, alone = found
         pairs = same_places(under_load.answers, alone.answers)
         same = sum(one == other for one, other in pairs)

@@ -3,8 +3,9 @@
 import asyncio
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -48,7 +49,7 @@ class Lengths:
     hang_ups_s: float = 20.0
     first_steps: int = 100
     first_steps_s: float = 15.0
-    identical: int = 216
+    identical: int = 300
     eta_jobs: int = 32
     crowd: int = 1000
     crowd_s: float = 6.0
@@ -176,11 +177,11 @@ class Turn:
         for number in itertools.count():
             await drive(http, [Arrival(0.0, ask, number)], drain_s=self.lengths.drain_s)
 
-    async def identity_asked(self, samplers: Sequence[str], classes: int, *, loaded: bool) -> Loaded:
+    async def identity_asked(self, model: Mapping[str, Any], classes: int, *, loaded: bool) -> Loaded:
         """Requests of all kinds, all at once or one after the other."""
         lengths = self.lengths
         steps = tuple(min(steps, lengths.most_steps) for steps in (5, 10, 20, 40))
-        asks = arrivals.of_all_kinds(lengths.identical, samplers, classes, steps)
+        asks = arrivals.of_all_kinds(lengths.identical, arrivals.all_ways(model, steps), classes)
         comers = arrivals.at_once(asks)
         if loaded:
             return await self._open_loop("identity", comers)

@@ -221,14 +221,20 @@ def test_saturating_starts_full_and_goes_on_over_capacity() -> None:
 
 
 def test_all_kinds_have_every_sampler_guided_and_not_and_no_guidance_without_classes() -> None:
-    made = arrivals.of_all_kinds(216, ("ddpm", "ddim", "dpmpp_2m"), 10, (5, 10, 20, 40))
-    assert {(ask.sampler, ask.guidance != 1, ask.steps) for ask in made} == {
-        (sampler, guided, steps)
-        for sampler in ("ddpm", "ddim", "dpmpp_2m")
-        for guided in (True, False)
-        for steps in (5, 10, 20, 40)
+    model = {
+        "samplers": ["ddpm", "heun", "tuned"],
+        "null_class": 10,
+        "tables": [{"sampler": "tuned", "steps": 8, "guidance": 1.5}],
     }
-    assert all(ask.class_label is None and ask.guidance == 1 for ask in arrivals.of_all_kinds(20, ("ddpm",), 0, (5,)))
+    ways = arrivals.all_ways(model, (5, 10))
+    assert {*ways} == {(name, steps, g) for name in ("ddpm", "heun") for steps in (5, 10) for g in (1.0, 2.0)} | {
+        ("tuned", 8, 1.5)
+    }
+    made = arrivals.of_all_kinds(300, ways, 10)
+    assert {(ask.sampler, ask.steps, ask.guidance) for ask in made} == {*ways}
+    assert {ask.n for ask in made} == {1, 2, 3}
+    without = arrivals.of_all_kinds(20, arrivals.all_ways(model | {"null_class": None, "tables": []}, (5,)), 0)
+    assert all(ask.class_label is None and ask.guidance == 1 for ask in without)
 
 
 # --- client ---
