@@ -187,59 +187,31 @@ def unipc(levels: Levels) -> Tensor:
     return M
 
 
-def deis(levels: Levels, order: int = 3) -> Tensor:
-    """DEIS (Zhang & Chen 2023, tAB-DEIS in log rho): rho = sigma / alpha, eps = (x - alpha x0) / sigma.
+def deis(levels: Levels) -> Tensor:
+    """DEIS of order 2 (Zhang & Chen 2023, tAB-DEIS in log rho): rho = sigma / alpha, eps = (x - alpha x0) / sigma.
 
-    x'/alpha' = x/alpha + the integral over rho of the polynomial in log rho through the last eps, of which h1 and h2
-    hold the earlier ones. The order grows by one a step at the beginning, and falls at the end as that of dpmpp_3m.
+    x'/alpha' = x/alpha + the integral over rho of the line in log rho through the last two eps, of which h1 holds the
+    earlier one. The first step, the last, and one after a step from no signal are of first order.
     """
-    S = len(levels.alpha_bar)
-    M = matrices(S, registers=order - 1)
+    M, (of_x, of_x0) = matrices(len(levels.alpha_bar), registers=1), _eps(levels)
     M[:, 0, X], M[:, 0, X0] = towards(levels)
-    M[:, 1, X], M[:, 1, X0] = _eps(levels)
-    if order == 3:
-        M[:, 2, H1] = 1
-    rho = (levels.sigma / levels.alpha).tolist()
-    weights = []
-    for k in range(1, S - 1):
-        points = [each for each in rho[max(0, k + 1 - order) : k + 1][::-1] if each < math.inf]
-        if S < 15 and k == S - 2:
-            points = points[:2]
-        # With one point left, after a step from no signal, the first order is DDIM's step as it stands.
-        integrals = _integrals(points, rho[k + 1]) if len(points) > 1 else [rho[k + 1] - rho[k]]
-        weights.append(integrals + [0.0] * (order - len(integrals)))
-    if weights:
-        inner, alpha_next = slice(1, S - 1), levels.alpha_next[1:-1]
-        near, *far = alpha_next[None] * torch.tensor(weights, dtype=torch.float64).T
-        of_x, of_x0 = (each[inner] for each in _eps(levels))
-        M[inner, 0, X], M[inner, 0, X0] = alpha_next / levels.alpha[inner] + near * of_x, near * of_x0
-        M[inner, 0, H1:] = torch.stack(far, dim=1)
+    M[:, 1, X], M[:, 1, X0] = of_x, of_x0
+    rho, u = levels.sigma / levels.alpha, (levels.sigma / levels.alpha).log()
+    inner = slice(1 if rho[0] < math.inf else 2, -1)
+    rho_next, u_next = (each[inner.start + 1 :] for each in (rho, u))
+    rho, u, u_before = rho[inner], u[inner], levels.before(u)[inner]
+    # Of rho and of log rho, whose antiderivative is (log rho - 1) rho.
+    of_1, of_u = rho_next - rho, (u_next - 1) * rho_next - (u - 1) * rho
+    near, far = (of_u - u_before * of_1) / (u - u_before), (of_u - u * of_1) / (u_before - u)
+    alpha, alpha_next = levels.alpha[inner], levels.alpha_next[inner]
+    M[inner, 0, X] = alpha_next / alpha + alpha_next * near * of_x[inner]
+    M[inner, 0, X0], M[inner, 0, H1] = alpha_next * near * of_x0[inner], alpha_next * far
     return M
 
 
 def _eps(levels: Levels) -> tuple[Tensor, Tensor]:
     """eps = (x - alpha x0) / sigma: its coefficients of x and x0."""
     return 1 / levels.sigma, -levels.alpha / levels.sigma
-
-
-def _integrals(rho: list[float], rho_next: float) -> list[float]:
-    """The integral from rho[0] to rho_next of each Lagrange polynomial in log rho over two or three points.
-
-    In u = log rho: of u^n e^u du, whose antiderivatives are e^u, (u - 1) e^u and (u^2 - 2 u + 2) e^u.
-    """
-    u, (start, end) = [math.log(each) for each in rho], (math.log(rho[0]), math.log(rho_next))
-    of_1 = rho_next - rho[0]
-    of_u = (end - 1) * rho_next - (start - 1) * rho[0]
-    of_u2 = (end * end - 2 * end + 2) * rho_next - (start * start - 2 * start + 2) * rho[0]
-    weights = []
-    for i, mine in enumerate(u):
-        others = u[:i] + u[i + 1 :]
-        if len(others) == 1:
-            weights.append((of_u - others[0] * of_1) / (mine - others[0]))
-        else:
-            one, two = others
-            weights.append((of_u2 - (one + two) * of_u + one * two * of_1) / ((mine - one) * (mine - two)))
-    return weights
 
 
 ADAMS_BASHFORTH = ((3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))  # by order

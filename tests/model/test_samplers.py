@@ -33,7 +33,7 @@ from tminus.model.samplers import (
     sample,
     x0_coefficients,
 )
-from tminus.model.solvers import NEED_SIGNAL, deis
+from tminus.model.solvers import NEED_SIGNAL
 from tminus.model.timesteps import SIGMA_MIN, SPACINGS
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
@@ -245,7 +245,7 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmpp_3m": (DPMSolverMultistepScheduler, {"solver_order": 3}),
     "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
-    "deis": (DEISMultistepScheduler, {"solver_order": 3}),
+    "deis": (DEISMultistepScheduler, {"solver_order": 2}),
     "plms": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": True}),
     "euler": (EulerDiscreteScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
@@ -317,12 +317,6 @@ def test_solver_of_every_prediction_type_and_another_schedule_equals_diffusers(
         return  # not in diffusers
     noise = NoiseConfig(prediction_type=prediction_type, clip_sample=False, beta_schedule="scaled_linear")
     assert_solver_equals_diffusers(sampler, noise, 10, "leading")
-
-
-def test_deis_of_order_two_equals_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SOLVERS, "deis", (DEISMultistepScheduler, {"solver_order": 2}))
-    monkeypatch.setattr("tminus.model.samplers.LINEAR_SOLVERS", {"deis": lambda levels: deis(levels, order=2)})
-    assert_solver_equals_diffusers("deis", NoiseConfig(), 10, "karras")
 
 
 def test_spacing_that_is_given_goes_before_the_checkpoints_own() -> None:
