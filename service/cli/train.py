@@ -63,7 +63,8 @@ def train(**options: Any) -> None:
     from tminus.model.data import DataError
     from tminus.model.files import CheckpointError
     from tminus.model.noise import NoiseConfig
-    from tminus.model.train import TrainConfig, TrainError
+    from tminus.model.run import TrainError
+    from tminus.model.train import TrainConfig
     from tminus.model.train import train as run
     from tminus.service.engine.devices import choose_device
 
