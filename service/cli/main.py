@@ -5,6 +5,7 @@ The files of the subcommands import torch and what needs it in their functions, 
 
 import click
 
+from tminus.service.cli.distill import distill
 from tminus.service.cli.evaluate import evaluate
 from tminus.service.cli.reproduce import reproduce
 from tminus.service.cli.sample import sample
@@ -15,8 +16,8 @@ from tminus.service.cli.train import train
 @click.group(context_settings={"show_default": True, "max_content_width": 120})
 @click.version_option(package_name="tminus")
 def main() -> None:
-    """Serve, sample, train and evaluate denoising diffusion U-Nets."""
+    """Serve, sample, train, distill and evaluate denoising diffusion U-Nets."""
 
 
-for command in (serve, sample, reproduce, train, evaluate):
+for command in (serve, sample, reproduce, train, distill, evaluate):
     main.add_command(command)
