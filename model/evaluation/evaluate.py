@@ -30,7 +30,7 @@ from tminus.model.evaluation.report import (
 from tminus.model.loss import variational_bound
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise
-from tminus.model.samplers import Forward, compile_plan, sample
+from tminus.model.samplers import Forward, sample
 from tminus.model.unet import UNet2D
 
 
@@ -120,9 +120,11 @@ def draw_samples(
 
     forward=None runs the net itself in options.precision; any other is called as it is, with tensors on `device`.
     """
-    noise = checkpoint.noise
-    plan = compile_plan(
-        noise, noise.schedule(), options.sampler, options.steps, eta=options.eta, spacing=options.spacing
+    if options.sampler not in checkpoint.samplers:
+        names = ", ".join(checkpoint.samplers)
+        raise EvaluateError(f"{checkpoint.name}: sampler must be among {names}, got {options.sampler!r}")
+    plan = checkpoint.plan(
+        options.sampler, options.steps, guidance=options.guidance, eta=options.eta, spacing=options.spacing
     )
     shape = (net.config.in_channels, *checkpoint.size_px)
     classes = sample_classes(checkpoint, options.num_samples)
@@ -176,6 +178,8 @@ def _check_fit(checkpoint: Checkpoint, train: ImageSet, test: ImageSet, classifi
 
 def _bound(net: UNet2D, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:
     noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
+    if checkpoint.student is not None:
+        return LeftOut("bound", "a student predicts where trajectories end, not the mean of x_0, so it has none")
     if noise.variance_type == "learned_range":
         return LeftOut("bound", "it is measured for a fixed variance only, and this network learned its own")
     if noise.prediction_type == "epsilon" and schedule.alpha_bar[-1] <= 0:
