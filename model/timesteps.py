@@ -86,6 +86,15 @@ def log_sigma_at(t: float, log_sigmas: Sequence[float]) -> float:
     return log_sigmas[low] + (t - low) * (log_sigmas[low + 1] - log_sigmas[low])
 
 
+def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
+    """The timestep at a noise level, between whole ones by a line in log sigma; the nearest that is finite."""
+    high = min(max(1, bisect_left(log_sigmas, log_sigma)), len(log_sigmas) - 1)
+    low, above = log_sigmas[high - 1], log_sigmas[high]
+    if not math.isfinite(above):
+        return float(high - 1)
+    return min(float(high), max(high - 1.0, high - 1 + (log_sigma - low) / (above - low)))
+
+
 def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
     """Log sigma of each step (Karras et al. 2022, eq. 5).
 
@@ -120,9 +129,4 @@ def _nearest(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
 
 def _between(ramp: Sequence[float], log_sigmas: Sequence[float]) -> list[float]:
     """Timesteps at exactly these noise levels, but for the first, T - 1, between whole ones by a line in log sigma."""
-    t = [float(len(log_sigmas) - 1)]
-    for log_sigma in ramp[1:]:
-        high = min(max(1, bisect_left(log_sigmas, log_sigma)), len(log_sigmas) - 1)
-        low, above = log_sigmas[high - 1], log_sigmas[high]
-        t.append(high - 1 + (log_sigma - low) / (above - low) if math.isfinite(above) else high - 1)
-    return t
+    return [float(len(log_sigmas) - 1), *(timestep_at(log_sigma, log_sigmas) for log_sigma in ramp[1:])]

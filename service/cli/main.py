@@ -11,6 +11,7 @@ from tminus.service.cli.reproduce import reproduce
 from tminus.service.cli.sample import sample
 from tminus.service.cli.serve import serve
 from tminus.service.cli.train import train
+from tminus.service.cli.tune import tune
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 120})
@@ -19,5 +20,5 @@ def main() -> None:
     """Serve, sample, train, distill and evaluate denoising diffusion U-Nets."""
 
 
-for command in (serve, sample, reproduce, train, distill, evaluate):
+for command in (serve, sample, reproduce, train, tune, distill, evaluate):
     main.add_command(command)

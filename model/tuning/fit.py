@@ -1,0 +1,197 @@
+"""Fit the coefficients of a sampler of few steps to one checkpoint, for given timesteps.
+
+The teacher is the checkpoint's own solution in many steps. From the same x_T, and through the same network, a table of
+few steps is to end in the same image. The coefficients of each step are a linear least-squares problem:
+
+    minimise over a, b, c, d of  || a x + b x0 + c x0_previous + d x0_before - x* ||^2
+
+where x* is where the teacher is at the next timestep, and the rest is where the table itself has come to, so that each
+step makes up for the errors of those before it. (Linear solvers fitted to a network: Shaul et al. 2024, BNS; Frankel et
+al. 2025, S4S.) Rows that the fit has not seen tell how good a table is.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.samplers import Forward, Plan, alpha_bar_at, guide, x0_coefficients
+from tminus.model.solvers import Levels, dpmpp_2m
+
+RIDGE = 1e-4  # of the mean square of each input: holds coefficients back that the rows hardly tell
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is sampled: noise, which is x_T [N, C, H, W], and class_labels [N] or None."""
+
+    noise: Tensor
+    class_labels: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The teacher's way: rho = sigma / alpha [G], falling to 0, and x / alpha there [G, N, C, H, W], in float16."""
+
+    rho: Tensor
+    scaled: Tensor
+
+    @property
+    def images(self) -> Tensor:
+        """x_0 [N, C, H, W]."""
+        return self.scaled[-1].float()
+
+    def at(self, alpha_bar: Tensor) -> Tensor:
+        """x [N, C, H, W] at a noise level. Between two of the teacher's, x / alpha moves along a line in rho."""
+        rho = ((1 - alpha_bar) / alpha_bar).sqrt()
+        high = int((self.rho > rho).sum().clamp(1, len(self.rho) - 1))
+        share = float((self.rho[high - 1] - rho) / (self.rho[high - 1] - self.rho[high]))
+        scaled = self.scaled[high - 1].float().lerp(self.scaled[high].float(), min(1.0, max(0.0, share)))
+        return scaled * float(alpha_bar.sqrt())
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A table, and the mean square error of its images on rows that it was fitted to, and on others."""
+
+    timesteps: tuple[float, ...]
+    lines: tuple[tuple[float, ...], ...]
+    fitted: float
+    held_out: float
+
+
+class Fitter:
+    """Fits tables of one checkpoint, for one guidance, to its own solution. Not for two threads at once."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        forward: Forward,
+        rows: Rows,
+        guidance: float,
+        *,
+        held_out: int,
+        batch_size: int = 64,
+    ) -> None:
+        """The last `held_out` of the rows only judge."""
+        self.noise, self.schedule = checkpoint.noise, checkpoint.noise.schedule()
+        self.passes = 0  # of rows, for the record
+        self._forward, self._rows, self._guidance, self._batch = forward, rows, guidance, batch_size
+        self._null_class, self._cut = checkpoint.labels.null_class, len(rows.noise) - held_out
+        self._bound = self.noise.clip_sample_range if self.noise.clip_sample else math.inf
+        self._solution: Solution | None = None
+        # Where the table that was fitted last stood before each of its steps, for those that begin as it does.
+        self._begun: list[tuple[float, _Standing]] = []
+
+    def predict(self, x: Tensor, t: float, alpha_bar: Tensor) -> Tensor:
+        """x_0 as the network predicts it, guided and clipped: x [N, C, H, W] of the rows -> the same."""
+        p, q = (float(each) for each in x0_coefficients(self.noise.prediction_type, alpha_bar))
+        labels, parts = self._rows.class_labels, []
+        for start in range(0, len(x), self._batch):
+            part = x[start : start + self._batch]
+            ts = torch.full((len(part),), t, device=x.device)
+            mine = labels[start : start + self._batch] if labels is not None else None
+            if self._guidance == 1.0 or mine is None:
+                out = self._forward(part, ts, mine)
+            else:
+                null = torch.full_like(mine, self._null_class or 0)
+                both = self._forward(part.repeat(2, 1, 1, 1), ts.repeat(2), torch.cat([mine, null]))
+                out_c, out_u = both.chunk(2)
+                out = guide(out_u, out_c, self._guidance, x.shape[1])
+            parts.append((p * part + q * out[:, : x.shape[1]]).clamp(-self._bound, self._bound))
+        self.passes += len(x) * (1 if self._guidance == 1.0 else 2)
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def solve(self, timesteps: Sequence[float], on_step: Callable[[], None]) -> None:
+        """Follow the teacher, DPM-Solver++(2M) at these timesteps."""
+        levels, x = self._levels(timesteps), self._rows.noise
+        M, rho = dpmpp_2m(levels), (levels.sigma / levels.alpha).tolist()
+        previous, scaled = torch.zeros_like(x), [(x / float(levels.alpha[0])).half()]
+        for k, t in enumerate(timesteps):
+            x0 = self.predict(x, t, levels.alpha_bar[k])
+            a, b, c = M[k, 0, :3].tolist()
+            x, previous = a * x + b * x0 + c * previous, x0
+            scaled.append((x / float(levels.alpha_next[k])).half())
+            on_step()
+        self._solution = Solution(torch.tensor([*rho, 0.0], dtype=torch.float64), torch.stack(scaled))
+
+    @torch.inference_mode()
+    def error(self, plan: Plan) -> float:
+        """The mean square error of an untuned sampler's images on the held-out rows."""
+        x, x0 = self._rows.noise, torch.zeros_like(self._rows.noise)
+        registers = [torch.zeros_like(x)] * plan.num_registers
+        for k, t in enumerate(plan.timesteps.tolist()):
+            previous, x0 = x0, self.predict(x, t, plan.alpha_bar[k])
+            M = plan.lines[k, None, 2:6] if plan.matrices is None else plan.matrices[k]
+            x, *registers = _apply(M, (x, x0, previous, torch.zeros_like(x), *registers))
+        return self._errors(x)[1]
+
+    @torch.inference_mode()
+    def fit(self, timesteps: Sequence[float]) -> Fit:
+        """Fit the coefficients of these timesteps to the teacher's way."""
+        assert self._solution is not None
+        levels = self._levels(timesteps)
+        state = _Standing(self._rows.noise, (), ())
+        # A step's coefficients depend on its own timestep and the next, and on where the table stands.
+        kept = 0
+        while kept < min(len(self._begun), len(timesteps) - 1) and self._begun[kept][0] == timesteps[kept]:
+            kept += 1
+        if kept:
+            state = self._begun[kept - 1][1]
+        self._begun = self._begun[:kept]
+        for k in range(max(0, kept - 1), len(timesteps)):
+            if k >= kept:
+                self._begun.append((timesteps[k], state))
+            x0 = self.predict(state.x, timesteps[k], levels.alpha_bar[k])
+            inputs = torch.stack([state.x, x0, *state.history])
+            last = k + 1 == len(timesteps)
+            target = self._solution.images if last else self._solution.at(levels.alpha_bar_next[k])
+            coefficients = least_squares(inputs[:, : self._cut], target[: self._cut])
+            x = _apply(coefficients[None], inputs)[0]
+            line = (*coefficients.tolist(), *[0.0] * (4 - len(coefficients)), 0.0)
+            state = _Standing(x, (x0, *state.history)[:2], (*state.lines, line))
+        fitted, held_out = self._errors(state.x)
+        return Fit(tuple(timesteps), state.lines, fitted, held_out)
+
+    def _errors(self, x: Tensor) -> tuple[float, float]:
+        assert self._solution is not None
+        error = (x - self._solution.images).square().flatten(1).mean(1)
+        return float(error[: self._cut].mean()), float(error[self._cut :].mean())
+
+    def _levels(self, timesteps: Sequence[float]) -> Levels:
+        alpha_bar = alpha_bar_at(self.schedule, timesteps)
+        return Levels(alpha_bar, torch.cat([alpha_bar[1:], torch.ones(1, dtype=torch.float64)]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """Between two steps: x, the last one or two x0, newest first, and the lines that led here."""
+
+    x: Tensor
+    history: tuple[Tensor, ...]
+    lines: tuple[tuple[float, ...], ...]
+
+
+def _apply(M: Tensor, inputs: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """Each row of M [R, K] times the inputs, K of [N, C, H, W]."""
+    outputs = []
+    for row in M.tolist():
+        total = row[0] * inputs[0]
+        for coefficient, each in zip(row[1:], inputs[1:], strict=True):
+            if coefficient:
+                total = total + coefficient * each
+        outputs.append(total)
+    return outputs
+
+
+def least_squares(inputs: Tensor, target: Tensor) -> Tensor:
+    """The coefficients float64 [K] of inputs [K, N, C, H, W] that make their sum nearest to the target."""
+    A, y = inputs.flatten(1).double(), target.flatten().double()
+    gram = A @ A.T
+    gram += torch.diag(RIDGE * gram.diagonal() / 100)
+    solved: Tensor = torch.linalg.solve(gram, A @ y)
+    return solved

@@ -1,0 +1,64 @@
+"""`tminus tune`: its options, handed to model/tuning/."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from tminus.service.cli.options import FOLDER_TYPE
+from tminus.service.cli.output import fail, say, set_up_log
+from tminus.service.engine.options import BUNDLED
+
+Number = TypeVar("Number", int, float)
+
+
+@click.command()
+@click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="its folder gets the tables, in samplers/")
+@click.option("--steps", default="4,5,6,8,10,12,16", help="numbers of steps, a table each, joined by commas")
+@click.option("--guidance", default="1", help="guidance scales, tables each, joined by commas; 1 is off")
+@click.option("--rows", default=192, help="images that the tables are fitted to")
+@click.option("--held-out", default=64, help="further images, that only judge")
+@click.option("--teacher-steps", default=100, help="of the many-step solution that the tables are fitted to")
+@click.option("--seed", default=1_000_000, help="of the images' noise")
+@click.option("--batch-size", default=64, help="images that go through the network together")
+@click.option("--executor", default="auto", help="what runs the network: auto, eager, compile or openvino")
+@click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16")
+@click.option("--device", default="auto")
+def tune(checkpoint: Path, steps: str, guidance: str, **options: Any) -> None:
+    """Fit samplers of few steps to a checkpoint, for sampler=tuned. Ctrl-C stops; the same command goes on."""
+    set_up_log("INFO", "%(message)s")
+    import torch
+
+    from tminus.model.checkpoint import load_checkpoint
+    from tminus.model.files import CheckpointError
+    from tminus.model.tuning.tune import TuneConfig, TuneError, check
+    from tminus.model.tuning.tune import tune as run
+    from tminus.service.engine.autotune import choose_executor
+    from tminus.service.engine.autotune_cache import default_cache
+    from tminus.service.engine.candidates import Wish
+    from tminus.service.engine.devices import choose_device
+
+    try:
+        config = TuneConfig(**{name: options[name] for name in TuneConfig.__dataclass_fields__})
+        counts, guidances = _numbers("--steps", steps, int), _numbers("--guidance", guidance, float)
+        device, loaded = choose_device(options["device"]), load_checkpoint(checkpoint)
+        check(loaded, counts, guidances, config)
+        threads = torch.get_num_threads()
+        wish = Wish(options["executor"], options["precision"], device.type == "cpu", config.batch_size, threads)
+        # Loaded apart, since an executor may keep the network it is given.
+        executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
+        files = run(checkpoint, loaded, executor, counts, guidances, config, device=device, say=say)
+    except (TuneError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("stopped; the same command goes on after the last round")
+    say(f"{checkpoint}: {len(files)} tables written. A server that is started now has them: sampler=tuned")
+
+
+def _numbers(flag: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        what = "integers" if kind is int else "numbers"
+        raise ValueError(f"{flag} must be {what} joined by commas, got {text!r}") from None
