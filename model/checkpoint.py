@@ -291,10 +291,7 @@ def save_checkpoint(
     recommended: Recommended | None = None,
     student: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder that tminus and `DDPMPipeline.from_pretrained` both load. Each file appears whole or not.
-
-    A student is read again only with a table of these weights in the folder, see tables.py.
-    """
+    """Write a folder that tminus and `DDPMPipeline.from_pretrained` both load. Each file appears whole or not."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     scheduler_class = noise.to_dict()["_class_name"]
     pipeline_class = "DDIMPipeline" if scheduler_class == "DDIMScheduler" else "DDPMPipeline"

@@ -64,7 +64,7 @@ class DistillConfig(RunConfig):
     student_steps: tuple[int, ...] = (1, 2, 3, 4)  # the numbers of steps that it gets tables for
     teacher_sampler: str = "dpmpp_2m"
     teacher_steps: int = 20
-    trajectories: int = 512  # that the teacher solves at a time
+    trajectories: int = 128  # that the teacher solves at a time
     uses: int = 1  # of each point of them, at the mean
     stage_steps: int = 1500  # after which the target is half as far along the trajectory
     first_share: float = 0.2  # of a batch: pure noise, from which all images begin
@@ -231,12 +231,15 @@ def distill(
         return False
 
     # The timesteps for each number of steps, by trial on trajectories that were not trained on.
+    log.info("%s: choosing timesteps", folder)
     trial = new_round(TRIAL, TRIAL_ROWS, lambda: False)
     assert trial is not None
     student = averaged(unet, run.ema).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     features = image_features(teacher_net, labels.null_class)
     seed = step_seed(config.seed, TRIAL)
-    save(best_points(student, plan, trial.points, trial.labels, features, seed, max(config.student_steps)))
+    with autocast:
+        points = best_points(student, plan, trial.points, trial.labels, features, seed, max(config.student_steps))
+    save(points)
     return True
 
 

@@ -3,6 +3,7 @@
 The teacher's trajectories, the student's samplers as tables, and the choice of the timesteps in them.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,11 +17,14 @@ from tminus.model.samplers import Forward, Plan, alpha_bar_at, sample, table_pla
 from tminus.model.tables import Table
 from tminus.model.unet import UNet2D
 
+log = logging.getLogger(__name__)
+
 SAMPLER = "consistency"
 MAX_STEPS = 4  # that a student is made for
 Features = Callable[[Tensor, Tensor | None], Tensor]
 """Images [N, C, H, W] and their class labels [N] or None -> [N, D]."""
 
+ROWS_AT_ONCE = 64
 HUBER = 0.03  # c of the loss, in units of the model's range
 
 
@@ -126,8 +130,13 @@ def best_points(
 
     chosen = {1: [0]}
     for steps in range(2, max_steps + 1):
-        free = [k for k in range(1, len(plan)) if k not in chosen[steps - 1]]
-        chosen[steps] = min((sorted([*chosen[steps - 1], k]) for k in free), key=distance)
+        before = chosen[steps - 1]
+        tried = [sorted([*before, k]) for k in range(1, len(plan)) if k not in before]
+        distances = [distance(points) for points in tried]
+        best = min(range(len(tried)), key=lambda i: distances[i])
+        chosen[steps] = tried[best]
+        timesteps = ", ".join(f"{plan.timesteps[k]:g}" for k in tried[best])
+        log.info("%d steps at t = %s: %.4g from the teacher's images", steps, timesteps, distances[best])
     return chosen
 
 
@@ -136,22 +145,17 @@ def image_features(net: UNet2D, null_class: int | None) -> Features:
 
     At t = 0, and without a class where it can. So the judge of `evaluate` has no part in the choice.
     """
-    middle = net.mid_block if net.mid_block is not None else net.down_blocks[-1]
 
     @torch.no_grad()
     def features(x: Tensor, labels: Tensor | None) -> Tensor:
-        kept: list[Tensor] = []
-
-        def keep(_module: object, _inputs: object, out: Tensor | tuple[Tensor, object]) -> None:
-            kept.append(out if isinstance(out, Tensor) else out[0])
-
-        handle = middle.register_forward_hook(keep)
-        try:
-            no_class = None if labels is None or null_class is None else torch.full_like(labels, null_class)
-            net(x, torch.zeros(len(x), device=x.device), labels if no_class is None else no_class)
-        finally:
-            handle.remove()
-        return kept[0].float().mean((2, 3))
+        if labels is not None and null_class is not None:
+            labels = torch.full_like(labels, null_class)
+        read = []
+        for part in _parts(len(x)):
+            t = torch.zeros(len(x[part]), device=x.device)
+            h, _ = net.encode(x[part], net.embed(t, labels[part] if labels is not None else None))
+            read.append(h.float().mean((2, 3)))
+        return torch.cat(read)
 
     return features
 
@@ -159,7 +163,12 @@ def image_features(net: UNet2D, null_class: int | None) -> Features:
 @torch.no_grad()
 def _jump(student: Forward, plan: Plan, k: int, x: Tensor, labels: Tensor | None) -> Tensor:
     """x0 of rows that are all at point k, clipped as the plan says."""
-    at = torch.full((len(x),), k, device=x.device)
-    out = student(x, torch.full((len(x),), float(plan.timesteps[k]), device=x.device), labels)
+    t = torch.full((len(x),), float(plan.timesteps[k]), device=x.device)
+    out = torch.cat([student(x[p], t[p], labels[p] if labels is not None else None) for p in _parts(len(x))])
     clip = float(plan.lines[k, 6])
-    return predict_x0(plan, at, x, out).clamp(-clip, clip)
+    return predict_x0(plan, torch.full((len(x),), k, device=x.device), x, out).clamp(-clip, clip)
+
+
+def _parts(rows: int) -> list[slice]:
+    """What goes through a network at once, as in training."""
+    return [slice(start, start + ROWS_AT_ONCE) for start in range(0, rows, ROWS_AT_ONCE)]

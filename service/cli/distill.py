@@ -16,7 +16,7 @@ from tminus.service.cli.sheets import sheet_writer
 @click.option("--student-steps", default="1,2,3,4", help="numbers of sampling steps that the student is made for")
 @click.option("--teacher-sampler", default="dpmpp_2m", help="ddim, dpmpp_2m, dpmpp_3m, unipc or deis")
 @click.option("--teacher-steps", default=20, help="of its sampler")
-@click.option("--trajectories", default=512, help="that the teacher solves at a time")
+@click.option("--trajectories", default=128, help="that the teacher solves at a time")
 @click.option("--uses", default=1, help="of each point of a trajectory, at the mean")
 @click.option("--stage-steps", default=1500, help="optimiser steps until the target is half as far along a trajectory")
 @click.option("--first-share", default=0.2, help="of a batch at pure noise, from which all images begin")
