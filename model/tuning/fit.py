@@ -79,17 +79,23 @@ class Fitter:
         """The last `held_out` of the rows only judge."""
         self.noise, self.schedule = checkpoint.noise, checkpoint.noise.schedule()
         self.passes = 0  # of rows, for the record
-        self._forward, self._rows, self._guidance, self._batch = forward, rows, guidance, batch_size
+        self._forward, self.rows, self._guidance, self._batch = forward, rows, guidance, batch_size
         self._null_class, self._cut = checkpoint.labels.null_class, len(rows.noise) - held_out
         self._bound = self.noise.clip_sample_range if self.noise.clip_sample else math.inf
         self._solution: Solution | None = None
         # Where the table that was fitted last stood before each of its steps, for those that begin as it does.
         self._begun: list[tuple[float, _Standing]] = []
 
+    @property
+    def images(self) -> Tensor:
+        """The teacher's x_0 [N, C, H, W]."""
+        assert self._solution is not None
+        return self._solution.images.clone()
+
     def predict(self, x: Tensor, t: float, alpha_bar: Tensor) -> Tensor:
         """x_0 as the network predicts it, guided and clipped: x [N, C, H, W] of the rows -> the same."""
         p, q = (float(each) for each in x0_coefficients(self.noise.prediction_type, alpha_bar))
-        labels, parts = self._rows.class_labels, []
+        labels, parts = self.rows.class_labels, []
         for start in range(0, len(x), self._batch):
             part = x[start : start + self._batch]
             ts = torch.full((len(part),), t, device=x.device)
@@ -108,7 +114,7 @@ class Fitter:
     @torch.inference_mode()
     def solve(self, timesteps: Sequence[float], on_step: Callable[[], None]) -> None:
         """Follow the teacher, DPM-Solver++(2M) at these timesteps."""
-        levels, x = self._levels(timesteps), self._rows.noise
+        levels, x = self._levels(timesteps), self.rows.noise
         M, rho = dpmpp_2m(levels), (levels.sigma / levels.alpha).tolist()
         previous, scaled = torch.zeros_like(x), [(x / float(levels.alpha[0])).half()]
         for k, t in enumerate(timesteps):
@@ -122,7 +128,7 @@ class Fitter:
     @torch.inference_mode()
     def error(self, plan: Plan) -> float:
         """The mean square error of an untuned sampler's images on the held-out rows."""
-        x, x0 = self._rows.noise, torch.zeros_like(self._rows.noise)
+        x, x0 = self.rows.noise, torch.zeros_like(self.rows.noise)
         registers = [torch.zeros_like(x)] * plan.num_registers
         for k, t in enumerate(plan.timesteps.tolist()):
             previous, x0 = x0, self.predict(x, t, plan.alpha_bar[k])
@@ -135,7 +141,7 @@ class Fitter:
         """Fit the coefficients of these timesteps to the teacher's way."""
         assert self._solution is not None
         levels = self._levels(timesteps)
-        state = _Standing(self._rows.noise, (), ())
+        state = _Standing(self.rows.noise, (), ())
         # A step's coefficients depend on its own timestep and the next, and on where the table stands.
         kept = 0
         while kept < min(len(self._begun), len(timesteps) - 1) and self._begun[kept][0] == timesteps[kept]:

@@ -5,7 +5,6 @@ What a table is fitted to are a function of the settings, so a run that was kill
 
 import dataclasses
 import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import CheckpointError, read_json, write_json
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.rng import image_noise
-from tminus.model.samplers import Forward
+from tminus.model.samplers import Forward, table_plan
 from tminus.model.tables import FOLDER, Table, write_table
 from tminus.model.timesteps import make_timesteps
 from tminus.model.tuning.fit import Fit, Fitter, Rows
+from tminus.model.tuning.refine import Refinement, Refiner
 from tminus.model.tuning.search import Search, search_timesteps
-
-log = logging.getLogger(__name__)
 
 STATE_FILE = ".tune-state.json"
 SAMPLER = "tuned"
@@ -45,11 +43,14 @@ class TuneConfig:
     teacher_steps: int = 100
     seed: int = 1_000_000  # of their noise: other than what people sample and evaluate with
     batch_size: int = 64
+    iterations: int = 200  # of refining the coefficients, at most
 
     def __post_init__(self) -> None:
         for name in ("rows", "held_out", "teacher_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise TuneError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.iterations < 0:
+            raise TuneError(f"iterations must be 0 or more, got {self.iterations}")
 
 
 def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[float], config: TuneConfig) -> None:
@@ -109,9 +110,8 @@ def tune(
         )
         log_sigmas = fitter.schedule.log_sigmas
         teacher = make_timesteps("dpmpp_2m", "karras", config.teacher_steps, len(log_sigmas), 0, log_sigmas)
-        say(
-            f"guidance {guidance:g}: the teacher's {config.teacher_steps} steps for {config.rows + config.held_out} images"
-        )
+        images = config.rows + config.held_out
+        say(f"guidance {guidance:g}: the teacher's {config.teacher_steps} steps for {images} images")
         fitter.solve(teacher, lambda: None)
         files += [_tune_one(folder, checkpoint, fitter, each, guidance, config, say) for each in wanted]
     return files
@@ -136,48 +136,68 @@ def _tune_one(
     config: TuneConfig,
     say: Callable[[str], None],
 ) -> Path:
-    started, passes, log_sigmas = time.monotonic(), fitter.passes, fitter.schedule.log_sigmas
-    state, name = folder / FOLDER / STATE_FILE, f"{steps} steps at guidance {guidance:g}"
-    identity = _identity(checkpoint, steps, guidance, config)
+    started, name = time.monotonic(), f"{steps} steps at guidance {guidance:g}"
+    state = _State(folder / FOLDER / STATE_FILE, _identity(checkpoint, steps, guidance, config))
 
+    # The timesteps.
     def settle(timesteps: Sequence[float]) -> tuple[float, ...]:
-        if checkpoint.fractional:
-            return tuple(timesteps)
-        whole: list[float] = []
-        for k, t in enumerate(timesteps):  # falling, and room for those to come
-            whole.append(max(min(round(t), whole[-1] - 1) if whole else round(t), len(timesteps) - 1 - k))
-        return tuple(whole)
+        return tuple(timesteps) if checkpoint.fractional else _whole(timesteps)
 
     def on_round(search: Search) -> None:
-        (folder / FOLDER).mkdir(exist_ok=True)
-        known = {"timesteps": search.best.timesteps, "round": search.round, "move": search.move}
-        write_json(state, identity | known | {"evaluations": search.evaluations})
-        say(f"{name}: round {search.round}, error {search.best.held_out:.6f} (fitted {search.best.fitted:.6f})")
+        state.save(timesteps=search.best.timesteps, round=search.round, move=search.move, tried=search.evaluations)
+        error = f"error {search.best.held_out:.6f} (fitted {search.best.fitted:.6f})"
+        say(f"{name}: timesteps, round {search.round}, {error}")
 
-    begun = _begun(state, identity)
-    if begun is not None:
-        search = Search(fitter.fit(begun["timesteps"]), begun["round"], begun["move"], begun["evaluations"])
+    known = state.known
+    if known is not None:
+        fit = fitter.fit(tuple(known["timesteps"]))
+        search = Search(fit, known["round"], known["move"], known["tried"])
         say(f"{name}: goes on after round {search.round}")
     else:
         search = Search(_best_start(fitter, checkpoint, steps, settle))
-    search = search_timesteps(fitter, search, settle, log_sigmas, on_round)
-    rivals = {f"{sampler}, {spacing}": error for sampler, spacing, error in _rivals(fitter, checkpoint, steps)}
+    search = search_timesteps(fitter, search, settle, fitter.schedule.log_sigmas, on_round)
+
+    # The coefficients.
+    def on_check(refinement: Refinement) -> None:
+        on_round_state = {"timesteps": search.best.timesteps, "round": search.round, "move": search.move}
+        state.save(**on_round_state, tried=search.evaluations, refinement=dataclasses.asdict(refinement))
+        say(f"{name}: coefficients, iteration {refinement.iteration}, distance {refinement.distance:.6f}")
+
+    refiner = Refiner(checkpoint, search.best.timesteps, guidance, fitter.rows, fitter.images, held_out=config.held_out)
+    begun = known["refinement"] if known is not None and "refinement" in known else None
+    refinement = Refinement(**begun) if begun is not None else refiner.begin(search.best.lines)
+    before = refinement.distance
+    refinement = refiner.run(refinement, config.iterations, config.batch_size // 2 or 1, on_check)
+
+    # The file.
+    lines = tuple((*line, 0.0) for line in refinement.best)
+    table = Table(SAMPLER, steps, guidance, search.best.timesteps, lines)
+    plan = table_plan(checkpoint.noise, fitter.schedule, table, clip=None)
+    errors = {"tuned": fitter.error(plan), **_rivals(fitter, checkpoint, steps)}
     about = {
         "teacher": f"dpmpp_2m, {config.teacher_steps} steps, karras",
         "settings": dataclasses.asdict(config),
-        "error": {"held_out": search.best.held_out, "fitted": search.best.fitted},
-        "error_of": rivals,
-        "evaluations": search.evaluations,
-        "row_passes": fitter.passes - passes,
+        "held_out_error": errors,
+        "distance": {"fitted": before, "refined": refinement.distance},
+        "timesteps_tried": search.evaluations,
+        "iterations": refinement.iteration,
         "seconds": round(time.monotonic() - started),
     }
-    table = Table(SAMPLER, steps, guidance, search.best.timesteps, search.best.lines, about)
-    file = write_table(folder, table, checkpoint.weights_hash, checkpoint.noise.to_dict())
-    state.unlink(missing_ok=True)
-    best = min(rivals, key=lambda name: rivals[name]) if rivals else None
-    versus = f"; that of {best} is {rivals[best]:.6f}" if best is not None else ""
-    say(f"{name}: error {search.best.held_out:.6f}{versus}; {file}")
+    file = write_table(
+        folder, dataclasses.replace(table, about=about), checkpoint.weights_hash, checkpoint.noise.to_dict()
+    )
+    state.clear()
+    untuned = min((value, key) for key, value in errors.items() if key != "tuned")
+    say(f"{name}: error {errors['tuned']:.6f}; that of {untuned[1]} is {untuned[0]:.6f}; {file}")
     return file
+
+
+def _whole(timesteps: Sequence[float]) -> tuple[float, ...]:
+    """Round timesteps so that they fall, with room for those to come."""
+    whole: list[float] = []
+    for k, t in enumerate(timesteps):
+        whole.append(max(min(round(t), whole[-1] - 1) if whole else round(t), len(timesteps) - 1 - k))
+    return tuple(whole)
 
 
 def _best_start(
@@ -192,11 +212,10 @@ def _best_start(
     return min(starts, key=lambda fit: fit.held_out)
 
 
-def _rivals(fitter: Fitter, checkpoint: Checkpoint, steps: int) -> list[tuple[str, str, float]]:
-    return [
-        (sampler, spacing, fitter.error(checkpoint.plan(sampler, steps, spacing=spacing)))
-        for sampler, spacing in RIVALS
-    ]
+def _rivals(fitter: Fitter, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
+    """The held-out error of solvers with as many steps."""
+    plans = {f"{sampler}, {spacing}": checkpoint.plan(sampler, steps, spacing=spacing) for sampler, spacing in RIVALS}
+    return {name: fitter.error(plan) for name, plan in plans.items()}
 
 
 def _identity(checkpoint: Checkpoint, steps: int, guidance: float, config: TuneConfig) -> dict[str, Any]:
@@ -204,15 +223,30 @@ def _identity(checkpoint: Checkpoint, steps: int, guidance: float, config: TuneC
     return {"weights_hash": checkpoint.weights_hash, "steps": steps, "guidance": guidance, "settings": settings}
 
 
-def _begun(state: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What an interrupted run of this very table has left; None for nothing, or another's."""
-    try:
-        known = read_json(state)
-        same = all(known.get(key) == value for key, value in identity.items())
-        sound = {"timesteps", "round", "move", "evaluations"} <= known.keys()
-        return known | {"timesteps": tuple(known["timesteps"])} if same and sound else None
-    except (CheckpointError, TypeError):
-        return None
+class _State:
+    """What an interrupted run leaves of the table it was at."""
+
+    def __init__(self, file: Path, identity: dict[str, Any]) -> None:
+        self._file, self._identity = file, identity
+
+    @property
+    def known(self) -> dict[str, Any] | None:
+        """What was saved of this very table; None for nothing, or another's."""
+        try:
+            known = read_json(self._file)
+        except CheckpointError:
+            return None
+        same = all(known.get(key) == value for key, value in self._identity.items())
+        return known if same and {"timesteps", "round", "move", "tried"} <= known.keys() else None
+
+    def save(self, **values: Any) -> None:
+        """Save, whole or not at all."""
+        self._file.parent.mkdir(exist_ok=True)
+        write_json(self._file, self._identity | values)
+
+    def clear(self) -> None:
+        """Remove the file: the table is done."""
+        self._file.unlink(missing_ok=True)
 
 
 def _is_done(checkpoint: Checkpoint, steps: int, guidance: float, config: TuneConfig) -> bool:

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from tminus.service.api.advice import advice_headers
 from tminus.service.api.answers import JobAnswer, JobPage
 from tminus.service.api.caching import cache_headers, matches
+from tminus.service.api.job_listing import JobsRequest
 from tminus.service.api.negotiation import negotiate
 from tminus.service.api.openapi import (
     IDEMPOTENCY_KEY,
@@ -19,7 +20,7 @@ from tminus.service.api.openapi import (
     failures,
 )
 from tminus.service.api.request import accept_header, no_parameters, read_parameters, read_query
-from tminus.service.api.schemas import JobsRequest, SampleRequest
+from tminus.service.api.schemas import SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, understand
 from tminus.service.images.encoder import MEDIA_TYPES, etag

@@ -28,15 +28,12 @@ from tminus.service.api.fields import (
 )
 from tminus.service.api.tables import choose_table
 from tminus.service.errors import BodyTooLarge, InvalidField
-from tminus.service.jobs.store import Place
-from tminus.service.jobs.views import STATES
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import SHOWS, Show
 from tminus.service.spec import Inputs, SampleSpec
 
 MAX_INDEX = 2**32 - 1
 MAX_DEADLINE_S = 86_400.0
-MAX_PAGE = 200
 PICTURES = ("image", "mask")  # fields that may have megabytes of base64, or be files of a form
 SHA256 = "^[0-9a-f]{64}$"
 
@@ -247,43 +244,6 @@ class NoiseRequest(RequestSchema):
         if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
             raise InvalidField.of("seed", bounds["seed"], request.seed)
         return request
-
-
-class JobsRequest(RequestSchema):
-    """Which jobs are to be listed; in the query."""
-
-    state: str | None = Field(
-        None,
-        pattern=f"^({'|'.join(STATES)})(,({'|'.join(STATES)}))*$",
-        description=f"only jobs in these states, by commas: {', '.join(STATES)}",
-    )
-    limit: Int = Field(50, ge=1, le=MAX_PAGE, description="how many at most; default 50")
-    before: str | None = Field(
-        None, pattern="^[0-9]{1,18}-[0-9a-f]{32}$", description="`next` of an earlier answer: only jobs after those"
-    )
-
-    @classmethod
-    def parse(cls, parameters: Mapping[str, Any]) -> "JobsRequest":
-        """Check names, types and bounds. Raises InvalidField or UnknownField for the first thing wrong."""
-        bounds = {
-            "state": f"one or more of {', '.join(STATES)}, by commas",
-            "limit": f"an integer in 1..{MAX_PAGE}",
-            "before": "`next` of an earlier answer",
-        }
-        return cls.from_parameters(parameters, bounds.__getitem__)
-
-    @property
-    def states(self) -> tuple[str, ...]:
-        """Those asked for; all if none are."""
-        return STATES if self.state is None else tuple(self.state.split(","))
-
-    @property
-    def place(self) -> Place | None:
-        """Where the page begins, None for the newest job."""
-        if self.before is None:
-            return None
-        created_us, _, job_id = self.before.partition("-")
-        return int(created_us), job_id
 
 
 def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:

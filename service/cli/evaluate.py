@@ -1,20 +1,46 @@
-"""`tminus evaluate`: its options, handed to model/evaluation/, and the approval of a precision."""
+"""`tminus evaluate`: its options, handed to model/evaluation/, the report's folder, and the approval of a precision."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from tminus.model.recommended import MAX_GUIDANCE
 from tminus.service.cli.options import BACKGROUND, FOLDER_TYPE
-from tminus.service.cli.output import fail, say, set_up_log, write_file
+from tminus.service.cli.output import fail, make_folder, say, set_up_log, write_file
+from tminus.service.cli.several import command_line, several
 from tminus.service.cli.training_data import load_training_data
 from tminus.service.engine.options import BUNDLED
 
 if TYPE_CHECKING:
+    from tminus.model.checkpoint import Checkpoint
     from tminus.model.data import ImageSet
     from tminus.model.evaluation.classifier import Classifier
+    from tminus.model.evaluation.points import Point
     from tminus.model.evaluation.report import EvaluationReport
+    from tminus.model.evaluation.sweep_report import SweepReport
+
+
+NAMES = several(str, "a name", bool)
+STEPS = several(int, "a whole number, 1 or more", lambda steps: bool(steps >= 1))
+SCALES = several(float, f"a number, 0..{MAX_GUIDANCE:g}", lambda scale: bool(0 <= scale <= MAX_GUIDANCE))
+SEEDS = several(int, "a whole number, 0..2^64-1", lambda seed: bool(0 <= seed < 2**64))
+
+
+class Compared(NamedTuple):
+    """What samples are compared with."""
+
+    train: "ImageSet"
+    test: "ImageSet"
+    judge: "Classifier | None"
+
+
+class Ways(NamedTuple):
+    """How samples are made, and what they are drawn beside."""
+
+    points: "tuple[Point, ...]"
+    references: "tuple[Point, ...]"
 
 
 @click.command()
@@ -29,14 +55,19 @@ if TYPE_CHECKING:
     help="folder of the classifier that judges; trained there on --data if missing  [default: fashion-mnist-classifier "
     "beside the checkpoint; where --data is a folder, classifier in the checkpoint]",
 )
-@click.option("-n", "--num-samples", default=1000)
-@click.option("--sampler", default="ddim")
-@click.option("--steps", default=50)
+@click.option("-n", "--num-samples", default=1000, help="samples, of each sampler, number of steps, guidance and seed")
+@click.option(
+    "--sampler", callback=NAMES, metavar="LIST", default="ddim", help="one, or several separated by commas, or all"
+)
+@click.option("--steps", callback=STEPS, metavar="LIST", default="50", help="one number of steps, or several")
 @click.option("--eta", default=0.0)
-@click.option("--guidance", default=1.0)
+@click.option("--guidance", callback=SCALES, metavar="LIST", default="1", help="one scale, or several; 1 is off")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--spacing", help="of the timesteps: leading, trailing, linspace or karras  [default: as served]")
-@click.option("--seed", default=0)
+@click.option(
+    "--seed", "--seeds", "seeds", callback=SEEDS, metavar="LIST", default="0", help="one, or several for a spread"
+)
+@click.option("--reference", metavar="SAMPLER:STEPS", help="sample by this too, as what the others are compared with")
 @click.option("--batch-size", default=96, help="samples denoised together")
 @click.option(
     "--executor", default="auto", help="what runs the network for the samples: auto, eager, compile or openvino"
@@ -55,56 +86,105 @@ if TYPE_CHECKING:
 @click.option("--bound-images", default=200, help="held-out images for the variational bound")
 @click.option("--bound-timesteps", default=100, help="timesteps drawn for each of them")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="write the figures here as JSON too")
+@click.option(
+    "--report",
+    "report_folder",
+    type=FOLDER_TYPE,
+    help="write report.html into this folder, with plots and samples; what was measured is kept there, and the same "
+    "command goes on where it was stopped",
+)
 @click.option("--device", default="auto")
-def evaluate(checkpoint: Path, classifier: Path | None, json_file: Path | None, approve: bool, **options: Any) -> None:
-    """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card."""
+def evaluate(
+    checkpoint: Path,
+    classifier: Path | None,
+    json_file: Path | None,
+    report_folder: Path | None,
+    approve: bool,
+    **options: Any,
+) -> None:
+    """Measure a checkpoint: bound, class accuracy, Fréchet distance, memorisation. Prints tables for a model card.
+
+    With several samplers, steps or guidance scales every combination is measured, by every seed.
+    """
     set_up_log("INFO", "%(message)s")
 
     from tminus.model.checkpoint import load_checkpoint
     from tminus.model.data import DataError
-    from tminus.model.evaluation.classifier import ClassifierError, load_or_train_classifier
-    from tminus.model.evaluation.evaluate import EvaluateError
+    from tminus.model.evaluation.classifier import ClassifierError
+    from tminus.model.evaluation.options import EvaluateError
+    from tminus.model.evaluation.plots import check_installed
     from tminus.model.files import CheckpointError
-    from tminus.service.engine.devices import choose_device
 
-    data, precision = options["data"], options["precision"]
-    if approve and precision == "float32":
+    if approve and options["precision"] == "float32":
         fail("--approve: needs a --precision below float32 to approve")
     try:
-        device = choose_device(options["device"])
-        if data != "fashion-mnist" and options["test_data"] is None:
-            fail("--test-data: needed where --data is a folder, or nothing would be held out")
+        if report_folder is not None:
+            check_installed()
+            make_folder(f"--report {report_folder}", report_folder)
         loaded = load_checkpoint(checkpoint)
-        where = options["data_dir"], loaded.size_px[0], loaded.net.config.in_channels, options["background"]
-        train_split = load_training_data(data, "train", *where)
-        test_split = load_training_data(str(options["test_data"] or data), "test", *where)
-        judge = None
-        if train_split.labels is not None and test_split.labels is not None:
-            bundled = checkpoint.parent / "fashion-mnist-classifier" if test_split.name.startswith("fashion") else None
-            folder = classifier or bundled or checkpoint / "classifier"
-            judge = load_or_train_classifier(folder, train_split, test_split, device=device)
+        ways = choose_ways(loaded, options)
+        single = len(ways.points) == 1 and not ways.references
+        if approve and not (single and len(options["seeds"]) == 1):
+            fail("--approve: compares one sampler, number of steps, guidance and seed, and several were given")
+        compared = load_compared(checkpoint, loaded, classifier, options)
         reference = None
         if approve:
-            reference = measure(checkpoint, train_split, test_split, judge, options | {"precision": "float32"})
-        report = measure(checkpoint, train_split, test_split, judge, options)
+            reference = measure(checkpoint, compared, ways, options | {"precision": "float32"}, report_folder).single()
+        report = measure(checkpoint, compared, ways, options, report_folder)
         if reference is not None:
-            judge_precision(checkpoint, reference, report)
+            judge_precision(checkpoint, reference, report.single())
+        shown = report.single() if single else report
+        say(shown.to_markdown())
+        if json_file is not None:
+            write_file(f"--json {json_file}", json_file, (json.dumps(shown.to_dict(), indent=2) + "\n").encode())
+        if report_folder is not None:
+            write_report(report_folder, report, command_line(click.get_current_context()))
     except (DataError, CheckpointError, ClassifierError, EvaluateError, ValueError) as error:
         fail(str(error))
-    say(report.to_markdown())
-    if json_file is not None:
-        write_file(f"--json {json_file}", json_file, (json.dumps(report.to_dict(), indent=2) + "\n").encode())
+
+
+def choose_ways(loaded: "Checkpoint", options: dict[str, Any]) -> Ways:
+    """Every combination of samplers, steps and guidance. Raises ValueError for a sampler that is none."""
+    from tminus.model.evaluation.points import make_points
+
+    references: tuple[Point, ...] = ()
+    if (wanted := options["reference"]) is not None:
+        name, _, steps = wanted.partition(":")
+        if not steps.isdecimal() or int(steps) < 1:
+            fail(f"--reference: must be a sampler and a number of steps, as ddpm:1000, got {wanted!r:.100}")
+        references = make_points(loaded, [name], [int(steps)], options["guidance"])
+    return Ways(make_points(loaded, options["sampler"], options["steps"], options["guidance"]), references)
+
+
+def load_compared(checkpoint: Path, loaded: "Checkpoint", classifier: Path | None, options: dict[str, Any]) -> Compared:
+    """Load the two splits, and the classifier; it is trained where there is none, if the data has classes."""
+    from tminus.model.evaluation.classifier import load_or_train_classifier
+    from tminus.service.engine.devices import choose_device
+
+    data = options["data"]
+    if data != "fashion-mnist" and options["test_data"] is None:
+        fail("--test-data: needed where --data is a folder, or nothing would be held out")
+    device = choose_device(options["device"])
+    where = options["data_dir"], loaded.size_px[0], loaded.net.config.in_channels, options["background"]
+    train_split = load_training_data(data, "train", *where)
+    test_split = load_training_data(str(options["test_data"] or data), "test", *where)
+    if train_split.labels is None or test_split.labels is None:
+        return Compared(train_split, test_split, None)
+    bundled = checkpoint.parent / "fashion-mnist-classifier" if test_split.name.startswith("fashion") else None
+    folder = classifier or bundled or checkpoint / "classifier"
+    return Compared(train_split, test_split, load_or_train_classifier(folder, train_split, test_split, device=device))
 
 
 def measure(
-    checkpoint: Path, train: "ImageSet", test: "ImageSet", judge: "Classifier | None", options: dict[str, Any]
-) -> "EvaluationReport":
+    checkpoint: Path, compared: Compared, ways: Ways, options: dict[str, Any], report_folder: Path | None
+) -> "SweepReport":
     """Evaluate a checkpoint whose samples are made in options["precision"], by the executor that `serve` would take."""
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
     from tminus.model.evaluation.evaluate import evaluate as evaluate_checkpoint
-    from tminus.model.evaluation.report import EvaluateOptions
+    from tminus.model.evaluation.kept import Kept
+    from tminus.model.evaluation.options import EvaluateOptions
     from tminus.service.engine.autotune import choose_executor
     from tminus.service.engine.autotune_cache import default_cache
     from tminus.service.engine.candidates import Wish
@@ -114,11 +194,36 @@ def measure(
     wish = Wish(options["executor"], options["precision"], device.type == "cpu", options["batch_size"], threads)
     # Loaded apart from the one that is measured, since an executor may keep the network it is given.
     executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
-    torch.set_num_threads(threads)  # the executor may have taken torch's for itself, and judging needs them
-    fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__} | {"executor": executor.name}
-    return evaluate_checkpoint(
-        load_checkpoint(checkpoint), train, test, judge, EvaluateOptions(**fields), device=device, forward=executor
-    )
+    # OpenVINO has threads of its own, and torch's beside them double the time of a pass on a busy machine. Judging
+    # needs torch's.
+    draw_threads = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    of_points = {"sampler", "steps", "guidance", "seed", "executor"}
+    fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__ if name not in of_points}
+    try:
+        return evaluate_checkpoint(
+            load_checkpoint(checkpoint),
+            *compared,
+            EvaluateOptions(**fields, executor=executor.name),
+            device=device,
+            forward=executor,
+            draw_threads=draw_threads,
+            points=ways.points,
+            references=ways.references,
+            seeds=options["seeds"],
+            kept=Kept(report_folder / "kept" if report_folder is not None else None),
+        )
+    except OSError as error:
+        fail(f"--report {report_folder}: {error}")
+
+
+def write_report(folder: Path, report: "SweepReport", command: str) -> None:
+    """Write the files of a report, and say where it is."""
+    from tminus.model.evaluation.page import report_files
+
+    for name, content in report_files(report, command).items():
+        write_file(f"--report {folder}", folder / name, content)
+    say(f"{folder / 'report.html'}: written")
 
 
 def judge_precision(checkpoint: Path, reference: "EvaluationReport", report: "EvaluationReport") -> None:

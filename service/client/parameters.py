@@ -27,6 +27,8 @@ class Parameters(TypedDict, total=False):
     guidance: float
     guidance_interval: tuple[int, int]
     timestep_spacing: str
+    nearest: bool
+    table: str
     clip: bool
     deadline_s: float
     image: Picture

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tminus.model.loss import (
 )
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.rng import image_noise
+from tminus.model.samplers import Forward
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 
@@ -213,7 +215,7 @@ def test_bound_of_a_float32_net_is_near_that_of_the_same_net_in_float64(tiny_net
     torch.testing.assert_close(single.total, double.total, rtol=1e-4, atol=0)
 
 
-def perfect(schedule: NoiseSchedule, x_0: Tensor) -> object:
+def perfect(schedule: NoiseSchedule, x_0: Tensor) -> Forward:
     """An epsilon predictor that knows x_0."""
 
     def net(x_t: Tensor, t: Tensor, _labels: Tensor | None) -> Tensor:
@@ -225,7 +227,7 @@ def perfect(schedule: NoiseSchedule, x_0: Tensor) -> object:
 
 def test_bound_of_a_perfect_predictor_keeps_the_prior_and_decoder_only(tiny_net: UNet2D) -> None:
     schedule, x_0 = SHORT.schedule(), images()
-    best = variational_bound(perfect(schedule, x_0), SHORT, schedule, x_0)  # type: ignore[arg-type]
+    best = variational_bound(perfect(schedule, x_0), SHORT, schedule, x_0)
     assert best.L_steps.abs().max() < 1e-12
     random = variational_bound(tiny_net.double(), SHORT, schedule, x_0)
     assert (best.total < random.total).all()
@@ -235,7 +237,7 @@ def test_bound_of_a_perfect_predictor_keeps_the_prior_and_decoder_only(tiny_net:
 def test_fixed_large_pays_for_its_variance_even_where_the_prediction_is_perfect() -> None:
     noise = dataclasses.replace(SHORT, variance_type="fixed_large")
     schedule, x_0 = noise.schedule(), images()
-    bound = variational_bound(perfect(schedule, x_0), noise, schedule, x_0)  # type: ignore[arg-type]
+    bound = variational_bound(perfect(schedule, x_0), noise, schedule, x_0)
     ratio = (schedule.posterior()[2] / schedule.betas)[1:]
     expected = (0.5 * (ratio - 1 - ratio.log())).sum().item() / math.log(2)
     assert bound.L_steps.tolist() == pytest.approx([expected, expected], rel=1e-9)
@@ -267,8 +269,46 @@ def test_subset_estimate_passes_once_for_each_run_and_stays_inside_it() -> None:
 
     variational_bound(net, SHORT, SHORT.schedule(), images(64), timesteps=3)
     *picked, decoder = [set(t.tolist()) for t in seen]
-    assert picked == [{1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}]
+    assert picked == [{1}, {2, 3, 4}, {5, 6, 7, 8, 9, 10, 11}]
     assert decoder == {0}
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 3, 12, 1000])
+def test_runs_are_every_timestep_once_and_the_first_ones_are_the_shortest(num_timesteps: int) -> None:
+    noise = NoiseConfig(num_train_timesteps=num_timesteps)
+    for timesteps in {1, 2, 3, num_timesteps // 2, num_timesteps - 1} & {*range(1, num_timesteps)}:
+        runs = variational_bound(lambda x, t, c: x, noise, noise.schedule(), images(1, 2), timesteps=timesteps).runs
+        assert len(runs) == timesteps
+        assert [t for low, high in runs for t in range(low, high)] == [*range(1, num_timesteps)]
+        lengths = [high - low for low, high in runs]
+        assert all(length <= next_length + 1 for length, next_length in pairwise(lengths))
+
+
+def test_terms_that_were_drawn_add_up_to_the_bound(tiny_net: UNet2D) -> None:
+    net, schedule, x_0 = tiny_net.double(), SHORT.schedule(), images(3)
+    for timesteps in (1, 4, None):
+        bound = variational_bound(net, SHORT, schedule, x_0, timesteps=timesteps)
+        lengths = torch.tensor([high - low for low, high in bound.runs], dtype=F64)
+        assert bound.L_drawn.shape == (timesteps or 11, 3)
+        torch.testing.assert_close(lengths @ bound.L_drawn, bound.L_steps, rtol=1e-12, atol=0)
+        torch.testing.assert_close(bound.L_T + lengths @ bound.L_drawn + bound.L_0, bound.total, rtol=1e-12, atol=0)
+
+
+def test_each_term_is_that_of_its_timestep(tiny_net: UNet2D) -> None:
+    net, schedule, x_0 = tiny_net.double(), SHORT.schedule(), images()
+    bound = variational_bound(net, SHORT, schedule, x_0, seed=9)
+    assert bound.runs == tuple((t, t + 1) for t in range(1, 12))
+    # Of a predictor that is right but at one timestep, only the term of this timestep is not zero.
+    for wrong in (1, 6, 11):
+
+        def almost(x_t: Tensor, t: Tensor, labels: Tensor | None, wrong: int = wrong) -> Tensor:
+            out: Tensor = net(x_t, t, labels) if int(t[0]) == wrong else perfect(schedule, x_0)(x_t, t, labels)
+            return out
+
+        one = variational_bound(almost, SHORT, schedule, x_0, seed=9).L_drawn
+        torch.testing.assert_close(one[wrong - 1], bound.L_drawn[wrong - 1], rtol=1e-12, atol=0)
+        others = torch.cat([one[: wrong - 1], one[wrong:]])
+        assert others.abs().max() < 1e-12
 
 
 def test_all_timesteps_as_a_subset_are_the_full_sum(tiny_net: UNet2D) -> None:

@@ -17,6 +17,7 @@ from tests.service.fakes import INFO, LIMITS, FakeEngine, wait_until
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Checkpoint, Labels
 from tminus.model.noise import NoiseConfig
+from tminus.model.tables import Table
 from tminus.model.unet import UNet2D
 from tminus.model.weights import hash_weights
 from tminus.service.api.origin import Doors
@@ -28,6 +29,18 @@ from tminus.service.scheduling.scheduler import Policy, Sharing
 
 CONDITIONAL = replace(TINY, num_class_embeds=4)
 THREE_CLASSES = Labels(("cat", "dog", "3d-print"), null_class=3)
+
+# For T = 50: one that looks back twice, so that it needs a register, and a guided one that adds noise.
+TABLES_OF_50 = (
+    Table(
+        "tuned",
+        4,
+        1.0,
+        (49.0, 30.5, 12.25, 3.0),
+        ((0.9, 0.1, 0, 0, 0), (0.8, 0.3, -0.1, 0, 0), (0.4, 0.9, -0.3, 0.05, 0), (0.1, 1.3, -0.5, 0.1, 0)),
+    ),
+    Table("tuned", 3, 2.0, (49.0, 21.5, 4.0), ((0.7, 0.2, 0, 0, 0.3), (0.5, 0.6, -0.2, 0, 0.1), (0, 1.1, -0.1, 0, 0))),
+)
 
 
 class Around:
@@ -73,6 +86,7 @@ def make_checkpoint() -> MakeCheckpoint:
             weights_hash=hash_weights(net.state_dict()),
             name="tiny",
             size_px=config.size_px,
+            tables=TABLES_OF_50 if noise is None and classes else (),
         )
 
     return make

@@ -21,7 +21,9 @@ WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_i
 APP = {"app", "server", "settings", "starting"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
-PURE_MODEL = {f"tminus.model{name}" for name in ("", ".catalogue", ".pixels", ".recommended", ".timesteps")}
+PURE_MODEL = {
+    f"tminus.model{name}" for name in ("", ".catalogue", ".files", ".pixels", ".recommended", ".tables", ".timesteps")
+}
 MAY_RENDER_HTTP = {"tminus.service.api.problems"}
 
 

@@ -5,15 +5,15 @@ import re
 import pytest
 
 from tminus.model.evaluation.compare import compare_reports
-from tminus.model.evaluation.report import (
+from tminus.model.evaluation.figures import (
     ClassAccuracy,
     ClassifierFacts,
-    EvaluateOptions,
-    EvaluationReport,
     FrechetDistance,
     Memorisation,
     NearestSummary,
 )
+from tminus.model.evaluation.options import EvaluateOptions
+from tminus.model.evaluation.report import EvaluationReport
 
 NEAREST = NearestSummary(minimum=0.1, percentile_1=0.2, median=0.3, num_images=10)
 REFERENCE = EvaluationReport(

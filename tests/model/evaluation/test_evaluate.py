@@ -2,94 +2,36 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tminus.model.checkpoint import Checkpoint, Labels
-from tminus.model.data import FASHION_MNIST_DIR, ImageSet, load_fashion_mnist
+from tests.model.evaluation.toys import CPU, NAMES, OPTIONS, TRAINING, toy_checkpoint, toy_images
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.data import FASHION_MNIST_DIR, load_fashion_mnist
 from tminus.model.evaluation.classes import balanced_picks
 from tminus.model.evaluation.classifier import (
     Classifier,
     ClassifierConfig,
     ClassifierError,
-    ClassifierTraining,
     load_classifier,
     load_or_train_classifier,
     save_classifier,
     train_classifier,
 )
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
-from tminus.model.evaluation.evaluate import EvaluateError, draw_samples, evaluate
-from tminus.model.evaluation.report import EvaluateOptions, EvaluationReport
-from tminus.model.noise import NoiseConfig
+from tminus.model.evaluation.evaluate import evaluate
+from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
+from tminus.model.evaluation.report import EvaluationReport
+from tminus.model.evaluation.samples import draw_samples
 from tminus.model.samplers import Forward
 from tminus.model.student import consistency_table, student_noise
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
-from tminus.model.weights import hash_weights
 
 pytestmark = pytest.mark.slow
 
 STORED_CLASSIFIER = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-classifier"
-CPU = torch.device("cpu")
-NAMES = ("bright", "dark", "striped")
-TRAINING = ClassifierTraining(epochs=6, batch_size=16)
-OPTIONS = EvaluateOptions(
-    num_samples=10, steps=3, guidance=2.0, batch_size=4, seed=2**64 - 1, bound_images=4, bound_timesteps=2
-)
-
-
-def toy_images(num_images: int, seed: int, channels: int = 1, labelled: bool = True) -> ImageSet:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(num_images) % 3
-    images = torch.randint(0, 60, (num_images, channels, 8, 8), generator=generator)
-    images[labels == 0] += 150
-    images[labels == 2, :, ::2] += 180
-    name = f"toy {seed}"
-    if not labelled:
-        return ImageSet(images.to(torch.uint8), None, (), name)
-    return ImageSet(images.to(torch.uint8), labels, NAMES, name)
-
-
-def toy_checkpoint(
-    class_names: tuple[str, ...] = NAMES, null_class: int | None = 3, learned: bool = False
-) -> Checkpoint:
-    unet = UNetConfig(
-        sample_size=8,
-        in_channels=1,
-        out_channels=2 if learned else 1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=(len(class_names) + (null_class is not None)) or None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = UNet2D(unet).requires_grad_(False).eval()
-    labels = Labels(class_names, null_class)
-    noise = NoiseConfig(num_train_timesteps=20, variance_type="learned_range" if learned else "fixed_small")
-    return Checkpoint(net, noise, labels, hash_weights(net.state_dict()), "toy", (8, 8))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Nets this small gain nothing from a second thread, and wait minutes for one on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def toy_classifier() -> Classifier:
-    return train_classifier(toy_images(96, 0), toy_images(60, 1), TRAINING, device=CPU)
-
 
 # --- distances ---------------------------------------------------------------------------------------------------
 
@@ -252,7 +194,7 @@ def test_stored_classifier_reads_fashion_mnists_test_images() -> None:
 
 def report_on(checkpoint: Checkpoint, classifier: Classifier | None, labelled: bool = True) -> EvaluationReport:
     train, test = toy_images(96, 0, labelled=labelled), toy_images(60, 1, labelled=labelled)
-    return evaluate(checkpoint, train, test, classifier, OPTIONS, device=CPU)
+    return evaluate(checkpoint, train, test, classifier, OPTIONS, device=CPU).single()
 
 
 def numbers(value: object) -> list[float]:
@@ -328,26 +270,24 @@ def test_report_on_a_checkpoint_of_learned_variance_leaves_out_the_bound(
 ) -> None:
     options = dataclasses.replace(OPTIONS, sampler=sampler)
     checkpoint = toy_checkpoint(learned=True)
-    report = evaluate(checkpoint, toy_images(96, 0), toy_images(60, 1), toy_classifier, options, device=CPU)
+    report = evaluate(checkpoint, toy_images(96, 0), toy_images(60, 1), toy_classifier, options, device=CPU).single()
     assert report.bound is None
     assert report.class_accuracy is not None
     assert report.classifier_frechet_distance is not None
     assert [(item.what, "learned its own" in item.why) for item in report.left_out] == [("bound", True)]
 
 
-def test_student_is_measured_by_its_tables_alone_and_has_no_bound(toy_classifier: Classifier) -> None:
+def test_student_is_measured_by_its_tables_and_has_no_bound(toy_classifier: Classifier) -> None:
     teacher = toy_checkpoint()
     noise = student_noise(teacher.noise)
-    tables = (consistency_table(noise, [19, 9]),)
+    tables = (consistency_table(noise, [19.0, 9.0]),)
     student = dataclasses.replace(teacher, noise=noise, tables=tables, student={"teacher": "toy", "guidance": 1.5})
-    images = toy_images(40, 2), toy_images(40, 3)
     options = dataclasses.replace(OPTIONS, sampler="consistency", steps=2, guidance=1.0)
-    report = evaluate(student, *images, toy_classifier, options, device=CPU)
+    images = toy_images(40, 2), toy_images(40, 3)
+    report = evaluate(student, *images, toy_classifier, options, device=CPU).single()
     assert report.class_accuracy is not None
     assert report.classifier_frechet_distance is not None
     assert {item.what for item in report.left_out} == {"bound"}
-    with pytest.raises(EvaluateError, match="toy: sampler must be among consistency, got 'ddim'"):
-        evaluate(student, *images, toy_classifier, OPTIONS, device=CPU)
     with pytest.raises(ValueError, match="no table for 3 steps"):
         evaluate(student, *images, toy_classifier, dataclasses.replace(options, steps=3), device=CPU)
 
@@ -356,7 +296,7 @@ def test_another_way_of_running_the_network_is_judged_by_its_samples(toy_classif
     checkpoint, train, test = toy_checkpoint(), toy_images(96, 0), toy_images(60, 1)
 
     def report(options: EvaluateOptions, forward: Forward | None = None) -> EvaluationReport:
-        return evaluate(checkpoint, train, test, toy_classifier, options, device=CPU, forward=forward)
+        return evaluate(checkpoint, train, test, toy_classifier, options, device=CPU, forward=forward).single()
 
     def broken(x: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         assert not torch.is_autocast_enabled("cpu")
@@ -386,7 +326,7 @@ def test_spacing_and_guidance_interval_reach_the_samples_and_the_report(toy_clas
     draw_samples(checkpoint.net, checkpoint, options, device=CPU, forward=counted)
     assert seen == [(19, 4), (12, 8), (6, 4)]
     data = toy_images(96, 0), toy_images(60, 1)
-    markdown = evaluate(checkpoint, *data, toy_classifier, options, device=CPU).to_markdown()
+    markdown = evaluate(checkpoint, *data, toy_classifier, options, device=CPU).single().to_markdown()
     assert "guidance 2 at timesteps 10..15, trailing spacing" in markdown
 
 

@@ -6,6 +6,7 @@ import schemathesis
 # that is text in JSON.
 NOT_IN_A_SCHEMA = {
     "class_label", "deadline_s", "eta", "every", "fps", "guidance", "guidance_interval", "Idempotency-Key", "image",
+    "nearest", "table",
     "image_sha256", "index", "mask", "mask_sha256", "show", "strength", "t",
 }  # fmt: skip
 

@@ -43,7 +43,11 @@ MODEL: dict[str, Any] = {
             "passes_per_step": 2 if name == "heun" else 1,
         }
         for name, facts in SAMPLER_FACTS.items()
+        if name in SAMPLERS
     },
+    "tables": [],
+    "refused_tables": [],
+    "student": None,
     "default_sampler": "ddpm",
     "recommended": None,
     "conditional": True,

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tests.service.conftest import Around
+from tests.service.conftest import TABLES_OF_50, Around
 from tests.service.fakes import make_spec
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.rng import image_noise
@@ -61,6 +61,10 @@ MIXED = (
     spec_of(n=1, steps=15, seed=16, sampler="dpmpp_3m", guidance=3.0),
     spec_of(n=2, steps=9, seed=17, sampler="dpmpp_2m_sde", index=3),
     spec_of(n=1, steps=7, seed=18, sampler="euler", timestep_spacing="linspace"),
+    *(
+        spec_of(n=2, steps=table.steps, seed=19, sampler="tuned", guidance=table.guidance, table=table.hash)
+        for table in TABLES_OF_50
+    ),
 )
 
 

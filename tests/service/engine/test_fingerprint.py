@@ -24,12 +24,13 @@ def test_the_model_is_described_as_it_was_loaded(tiny: Checkpoint, make_checkpoi
     assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
     assert info.executor_details == "channels_last, passes of 1, 2"
     own = {"ddpm", "ddim", "plms"}
-    assert info.timestep_spacings == {name: "leading" if name in own else "karras" for name in SAMPLERS}
+    spacings = {name: "leading" if name in own else "karras" for name in SAMPLERS}
+    assert info.timestep_spacings == spacings | {"tuned": "table"}
     assert info.fractional
     assert info.num_parameters == sum(parameter.numel() for parameter in tiny.net.parameters())
     assert (info.height_px, info.width_px, info.channels, info.num_timesteps) == (8, 8, 1, 50)
     assert (info.conditional, info.class_names, info.null_class) == (True, ("cat", "dog", "3d-print"), 3)
-    assert (info.samplers, info.default_sampler) == (SAMPLERS, "ddpm")
+    assert (info.samplers, info.default_sampler) == ((*SAMPLERS, "tuned"), "ddpm")
     assert info.weights_hash == tiny.weights_hash
     assert len(info.log_sigmas) == 50
     assert info.log_sigmas == tuple(sorted(info.log_sigmas))

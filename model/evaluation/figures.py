@@ -1,0 +1,208 @@
+"""The figures of an evaluation, as frozen values: of a checkpoint, of the samples of one seed, of several seeds."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A figure, or a way of sampling, that this checkpoint or this data does not allow, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """The mean of L_t over held-out images and the timesteps first <= t <= last, counted from 0, in bits/dim."""
+
+    first: int
+    last: int
+    bits_per_dim: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The variational bound on held-out images, means in bits per dimension (Ho et al. 2020, eq. 5).
+
+    L_steps is the sum of the L_{t-1}, estimated from `timesteps_per_image` of them (0: T is 1 and there are none).
+    `terms` are those of L_steps: the means, each times its number of timesteps, add up to it.
+    """
+
+    L_T: float
+    L_steps: float
+    L_0: float
+    total: float
+    standard_error: float  # of the total, over images
+    num_images: int
+    timesteps_per_image: int
+    terms: tuple[Term, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Bound":
+        """Build it from `dataclasses.asdict`'s values. Raises TypeError or KeyError for others."""
+        return cls(**values | {"terms": tuple(Term(**term) for term in values["terms"])})
+
+    def reaches(self, share: float) -> int:
+        """The timestep up to which this share of L_0 + L_1 + … + L_{T-1} lies."""
+        reached, last = self.L_0, 0
+        for term in self.terms:
+            if reached >= share * (self.L_0 + self.L_steps):
+                break
+            reached += term.bits_per_dim * (term.last + 1 - term.first)
+            last = term.last
+        return last
+
+
+@dataclass(frozen=True, slots=True)
+class PerClass:
+    """One class: the share of its samples, and of its real test images, that the classifier reads as that class.
+
+    None where there are no such images.
+    """
+
+    name: str
+    samples: float | None
+    num_samples: int
+    real: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClassAccuracy:
+    """Share of samples, and of real images, that the classifier assigns to their own class."""
+
+    samples: float
+    real: float
+    num_real: int
+    per_class: tuple[PerClass, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FrechetDistance:
+    """Distance to the test split in the classifier's features; `real` is that of as many training images, a floor."""
+
+    samples: float
+    real: float
+    num_real: int
+    num_test: int
+
+
+@dataclass(frozen=True, slots=True)
+class NearestSummary:
+    """Distances to the nearest training image: root mean square per pixel, images in [-1, 1]."""
+
+    minimum: float
+    percentile_1: float
+    median: float
+    num_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memorisation:
+    """Distances of samples and of real test images to training images: copies would be nearer than test images are."""
+
+    samples: NearestSummary
+    real: NearestSummary
+    num_train: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierFacts:
+    """The classifier that judged."""
+
+    weights_hash: str
+    test_accuracy: float
+    feature_dim: int
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFigures:
+    """What was measured on the samples of one seed. A figure is None where checkpoint or data does not allow it."""
+
+    seed: int
+    class_accuracy: ClassAccuracy | None
+    classifier_frechet_distance: FrechetDistance | None
+    memorisation: Memorisation
+    seconds_per_image: float = dataclasses.field(compare=False)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SampleFigures":
+        """Build it from `dataclasses.asdict`'s values. Raises TypeError or KeyError for others."""
+        accuracy, frechet, near = (
+            values[name] for name in ("class_accuracy", "classifier_frechet_distance", "memorisation")
+        )
+        if accuracy is not None:
+            per_class = tuple(PerClass(**each) for each in accuracy["per_class"])
+            accuracy = ClassAccuracy(**accuracy | {"per_class": per_class})
+        memorisation = Memorisation(
+            NearestSummary(**near["samples"]), NearestSummary(**near["real"]), near["num_train"]
+        )
+        return cls(
+            values["seed"],
+            accuracy,
+            FrechetDistance(**frechet) if frechet is not None else None,
+            memorisation,
+            values["seconds_per_image"],
+        )
+
+
+class Spread(NamedTuple):
+    """A figure over seeds."""
+
+    mean: float
+    minimum: float
+    maximum: float
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """The spread of a figure over seeds; None where it is not known for each of them."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return Spread(sum(known) / len(known), min(known), max(known))
+
+
+@dataclass(frozen=True, slots=True)
+class PointFigures:
+    """One way of sampling: its figures by seed, and a sheet, the PNG of the first images of the first seed.
+
+    `passes` are those of the network for one image; a guided one takes two places in a batch.
+    """
+
+    sampler: str
+    steps: int
+    guidance: float
+    passes: int
+    seeds: tuple[SampleFigures, ...]
+    sheet: bytes = dataclasses.field(default=b"", repr=False)
+
+    @property
+    def frechet(self) -> Spread | None:
+        """The Fréchet distance of the samples."""
+        return spread([f.samples if (f := each.classifier_frechet_distance) else None for each in self.seeds])
+
+    @property
+    def real_frechet(self) -> Spread | None:
+        """The Fréchet distance of as many real images."""
+        return spread([f.real if (f := each.classifier_frechet_distance) else None for each in self.seeds])
+
+    @property
+    def accuracy(self) -> Spread | None:
+        """The class accuracy of the samples."""
+        return spread([a.samples if (a := each.class_accuracy) else None for each in self.seeds])
+
+    @property
+    def seconds_per_image(self) -> float:
+        """The mean over seeds."""
+        return sum(each.seconds_per_image for each in self.seeds) / len(self.seeds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the spreads, without the sheet."""
+        values = dataclasses.asdict(self)
+        del values["sheet"]
+        for name, figure in (("classifier_frechet_distance", self.frechet), ("class_accuracy", self.accuracy)):
+            values[name] = figure._asdict() if figure is not None else None
+        return values | {"seconds_per_image": self.seconds_per_image}

@@ -1,0 +1,155 @@
+"""The figures of samples, beside those of real images: class accuracy, a Fréchet distance, memorisation."""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.data import ImageSet
+from tminus.model.evaluation.classes import balanced_picks, class_map, sample_classes
+from tminus.model.evaluation.classifier import Classifier, Reading
+from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
+from tminus.model.evaluation.figures import (
+    ClassAccuracy,
+    ClassifierFacts,
+    FrechetDistance,
+    LeftOut,
+    Memorisation,
+    NearestSummary,
+    PerClass,
+    SampleFigures,
+)
+from tminus.model.evaluation.options import EvaluateError
+
+
+class _Real(NamedTuple):
+    """The same figures of as many real images, picked by the same seed."""
+
+    frechet: float | None
+    num_frechet: int
+    nearest: NearestSummary
+
+
+class Judge:
+    """Judges samples of one checkpoint. What it needs of real images is read when it is first needed, and once."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        real_train: ImageSet,
+        real_test: ImageSet,
+        classifier: Classifier | None,
+        device: torch.device,
+    ) -> None:
+        """Raise EvaluateError unless all of them fit together. classifier=None leaves out what needs one."""
+        _check_fit(checkpoint, real_train, real_test, classifier)
+        self._checkpoint, self._train, self._test, self._classifier = checkpoint, real_train, real_test, classifier
+        self._device = device
+        self._real: dict[tuple[int, int], _Real] = {}
+
+    @property
+    def facts(self) -> ClassifierFacts | None:
+        """The classifier that judges."""
+        if (classifier := self._classifier) is None:
+            return None
+        return ClassifierFacts(
+            weights_hash=classifier.weights_hash,
+            test_accuracy=classifier.test_accuracy,
+            feature_dim=classifier.config.feature_dim,
+            data=classifier.trained_on.get("data", "unknown"),
+        )
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """The figures that this checkpoint or this data does not allow."""
+        if self._classifier is None:
+            labelled = self._train.labels is not None and self._test.labels is not None
+            why = "no classifier was given" if labelled else "no classifier: the data has no classes to train one on"
+            return [LeftOut("class_accuracy", why), LeftOut("classifier_frechet_distance", why)]
+        if self._checkpoint.net.class_embedding is None:
+            return [LeftOut("class_accuracy", "the checkpoint is unconditional: no class was asked for")]
+        if class_map(self._checkpoint, self._classifier.class_names) is None:
+            return [LeftOut("class_accuracy", "the checkpoint's class names are not those of the data")]
+        return []
+
+    def figures(self, samples: Tensor, seed: int, seconds_per_image: float) -> SampleFigures:
+        """Judge samples 0..N-1 of a seed, uint8 [N, C, H, W] on the CPU."""
+        real = self._real_figures(len(samples), seed)
+        accuracy, frechet = None, None
+        if self._classifier is not None:
+            read = self._classifier.read(samples)
+            accuracy = self._class_accuracy(read)
+            distance = frechet_distance(fit_gaussian(read.features), self._test_gaussian)
+            assert real.frechet is not None
+            frechet = FrechetDistance(distance, real.frechet, real.num_frechet, len(self._test))
+        memorisation = Memorisation(self._nearest(samples), real.nearest, len(self._train))
+        return SampleFigures(seed, accuracy, frechet, memorisation, seconds_per_image)
+
+    def _real_figures(self, num_images: int, seed: int) -> _Real:
+        if (num_images, seed) not in self._real:
+            train_picked = self._train.images[balanced_picks(self._train, num_images, seed)]
+            test_picked = self._test.images[balanced_picks(self._test, num_images, seed)]
+            frechet = None
+            if self._classifier is not None:
+                features = self._classifier.read(train_picked).features
+                frechet = frechet_distance(fit_gaussian(features), self._test_gaussian)
+            self._real[num_images, seed] = _Real(frechet, len(train_picked), self._nearest(test_picked))
+        return self._real[num_images, seed]
+
+    @cached_property
+    def _read_test(self) -> Reading:
+        assert self._classifier is not None
+        return self._classifier.read(self._test.images)
+
+    @cached_property
+    def _test_gaussian(self) -> Gaussian:
+        return fit_gaussian(self._read_test.features)
+
+    @cached_property
+    def _train_images(self) -> Tensor:
+        return self._train.images.to(self._device)
+
+    def _class_accuracy(self, read: Reading) -> ClassAccuracy | None:
+        asked = sample_classes(self._checkpoint, len(read.labels))
+        assert self._classifier is not None
+        to_classifier = class_map(self._checkpoint, self._classifier.class_names)
+        if asked is None or to_classifier is None:
+            return None
+        assert self._test.labels is not None
+        right = read.labels == to_classifier[asked]
+        right_test = self._read_test.labels == self._test.labels
+        per_class = []
+        for k, name in enumerate(self._checkpoint.labels.class_names):
+            of_class, of_test = right[asked == k], right_test[self._test.labels == to_classifier[k]]
+            per_class.append(PerClass(name, _share(of_class), len(of_class), _share(of_test)))
+        num_real = len(self._test)
+        return ClassAccuracy(
+            float(right.double().mean()), float(right_test.double().mean()), num_real, tuple(per_class)
+        )
+
+    def _nearest(self, images: Tensor) -> NearestSummary:
+        rms = nearest_distances(images.to(self._device), self._train_images)
+        return NearestSummary(float(rms.min()), float(rms.quantile(0.01)), float(rms.median()), len(images))
+
+
+def _check_fit(checkpoint: Checkpoint, train: ImageSet, test: ImageSet, classifier: Classifier | None) -> None:
+    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+    for data in (train, test):
+        if tuple(data.images.shape[1:]) != shape:
+            got = tuple(data.images.shape[1:])
+            raise EvaluateError(f"{data.name}: images are {got}, but {checkpoint.name} makes {shape}")
+        if len(data) < 2:
+            raise EvaluateError(f"{data.name}: must hold two images or more, got {len(data)}")
+    if classifier is None:
+        return
+    reads = (classifier.config.channels, *classifier.config.size_px)
+    if reads != shape:
+        raise EvaluateError(f"the classifier reads images of {reads}, but {checkpoint.name} makes {shape}")
+    if test.labels is None or test.class_names != classifier.class_names:
+        raise EvaluateError(f"the classifier knows {classifier.class_names}, but {test.name} has {test.class_names}")
+
+
+def _share(right: Tensor) -> float | None:
+    return float(right.double().mean()) if len(right) else None

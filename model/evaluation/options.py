@@ -1,0 +1,40 @@
+"""How an evaluation is made, and the error of one that cannot be."""
+
+from dataclasses import dataclass
+
+from tminus.model.timesteps import SPACINGS
+
+
+class EvaluateError(Exception):
+    """Checkpoint, data and classifier do not fit together, or samples are not finite; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateOptions:
+    """How samples are made and how much is measured. Sample i is asked to be of class i % K."""
+
+    num_samples: int = 1000
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    guidance: float = 1.0
+    seed: int = 0
+    batch_size: int = 100
+    precision: str = "float32"  # float32, tf32 or bfloat16; the update is always float32
+    bound_images: int = 200
+    bound_timesteps: int = 100  # drawn for each image; the first ones, where most of the bound lies, are all drawn
+    spacing: str | None = None  # of the timesteps; None is the checkpoint's own for this sampler
+    guidance_interval: tuple[int, int] | None = None  # the timesteps lo <= t <= hi that are guided; None is all
+    executor: str = "eager"  # the name of the executor that made the samples
+
+    def __post_init__(self) -> None:
+        for field, least in (("num_samples", 2), ("batch_size", 1), ("bound_images", 1), ("bound_timesteps", 1)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field} must be {least} or more, got {getattr(self, field)}")
+        if self.precision not in ("float32", "tf32", "bfloat16"):
+            raise ValueError(f"precision must be float32, tf32 or bfloat16, got {self.precision!r}")
+        if self.spacing is not None and self.spacing not in SPACINGS:
+            raise ValueError(f"spacing must be among {', '.join(SPACINGS)} or None, got {self.spacing!r}")
+        low, high = self.guidance_interval or (0, 0)
+        if not 0 <= low <= high:
+            raise ValueError(f"guidance_interval must be lo, hi with 0 <= lo <= hi, got {self.guidance_interval}")

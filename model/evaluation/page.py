@@ -1,0 +1,172 @@
+"""The report as one HTML file that needs no other: plots and samples are inlined, so that it can be sent and archived.
+
+HTML rather than Markdown, since Markdown would be a folder of pictures that a mail or a browser does not show. (The
+tables of a model card are Markdown: the command prints them.)
+"""
+
+import html
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+
+from tminus.model.evaluation.figures import PointFigures
+from tminus.model.evaluation.plots import plot_distances, plot_terms
+from tminus.model.evaluation.report import NOT_FID
+from tminus.model.evaluation.sweep_report import SweepReport
+from tminus.model.evaluation.tables import Table
+
+MAX_STRIPS = 4  # step counts that are shown of each sampler
+SMALL_PX = 64  # images below it are shown twice as large
+HEAD = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+"""
+STYLE = """<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 64rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.2; }
+h2 { margin-top: 2.5rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top;
+  overflow-wrap: anywhere; }
+tbody th { font-weight: normal; }
+img { max-width: 100%; height: auto; }
+.strips { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .3rem 1rem; align-items: center; }
+.strips img { image-rendering: pixelated; }
+pre { background: #f4f4f4; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+section, details { overflow-x: auto; }
+</style>
+"""
+
+
+def report_files(report: SweepReport, command: str) -> dict[str, bytes]:
+    """The files of a report by name: report.html, its plots as files too, and the figures as JSON.
+
+    `command` is what makes the report again. The same report gives the same bytes. Raises EvaluateError without
+    matplotlib.
+    """
+    plots = {"distances.svg": plot_distances(report)}
+    if report.bound is not None:
+        plots["terms.svg"] = plot_terms(report.bound)
+    files = {name: plot for name, plot in plots.items() if plot is not None}
+    figures = json.dumps(report.to_dict(), indent=2) + "\n"
+    return {"report.html": render(report, command, files).encode(), "figures.json": figures.encode(), **files}
+
+
+def render(report: SweepReport, command: str, plots: Mapping[str, bytes]) -> str:
+    """Write the page."""
+    title = html.escape(f"Evaluation of {report.checkpoint}")
+    sections = [
+        _section("Model", _facts(report).to_html()),
+        _quality(report, plots.get("distances.svg")),
+        _section("Samples", _samples(report)),
+        _bound(report, plots.get("terms.svg")),
+    ]
+    if report.left_out:
+        items = "".join(f"<li>{html.escape(f'{item.what}: {item.why}')}</li>" for item in report.left_out)
+        sections.append(_section("Left out", f"<ul>{items}</ul>"))
+    again = f"<p>This command makes the report again:</p><pre>{html.escape(command)}</pre>"
+    sections.append(_section("Settings", _settings(report).to_html() + again))
+    return f"{HEAD}<title>{title}</title>\n{STYLE}<body>\n<h1>{title}</h1>\n{''.join(sections)}</body>\n</html>\n"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{title}</h2>\n{body}\n</section>\n" if body else ""
+
+
+def _facts(report: SweepReport) -> Table:
+    model = report.model
+    height, width = model.size_px
+    classes = f"{len(model.class_names)}: {', '.join(model.class_names)}" if model.class_names else "none"
+    rows = (
+        ("checkpoint", f"{report.checkpoint}, weights sha256 {report.weights_hash}"),
+        ("network", f"{model.parameters:,} parameters, widths {', '.join(map(str, model.widths))}"),
+        ("images", f"{height} x {width} pixels, {model.channels} channel{'s' * (model.channels > 1)}"),
+        ("classes", classes),
+        ("noise", f"{model.beta_schedule}, T = {model.num_timesteps}, variance {model.variance_type}"),
+        ("prediction", model.prediction_type),
+    )
+    return Table(("fact", "value"), rows)
+
+
+def _quality(report: SweepReport, plot: bytes | None) -> str:
+    """The figures of the samples: of one way of sampling all of them, of several those that compare them."""
+    text = f"<p>{html.escape(NOT_FID.replace('`', ''))}</p>" if report.real_frechet is not None else ""
+    if len(report.points) + len(report.references) == 1:
+        single = report.single()
+        tables = [single.figures(), single.by_class(), single.by_seed()]
+        return _section("Figures", "\n<p></p>\n".join(table.to_html() for table in tables if table.rows) + text)
+    picture = _svg_image(plot, "Fréchet distance over passes of the network, a line a sampler") if plot else ""
+    by_seed = f"<details><summary>By seed</summary>{report.by_seed().to_html()}</details>"
+    count = len(report.seeds)
+    seeds = "one seed" if count == 1 else f"{count} seeds: means, in brackets the least and the greatest"
+    explained = (
+        f"<p>{report.options.num_samples} images of {seeds}. A pass is one evaluation of the network for one image; a "
+        "guided one computes it with and without its class.</p>"
+    )
+    return _section("Quality over passes", picture + explained + report.by_point().to_html() + by_seed + text)
+
+
+def _samples(report: SweepReport) -> str:
+    """Strips of the first images of the first seed: those in one column start from the same noise, and compare."""
+    groups: dict[str, list[PointFigures]] = {}
+    for point in report.points:
+        guided = f", guidance {point.guidance:g}" if report.guidances != (1.0,) else ""
+        groups.setdefault(point.sampler + guided, []).append(point)
+    for point in report.references:
+        groups.setdefault(f"{point.sampler}, {point.steps} steps (reference)", []).append(point)
+    classes = ", ".join(report.model.class_names)
+    order = f" Classes in turn: {html.escape(classes)}." if classes else ""
+    parts = [f"<p>Seed {report.seeds[0]}; a column starts from the same noise everywhere.{order}</p>"]
+    for name, points in groups.items():
+        strips = "".join(
+            f"<span>{_effort(point)}</span>{_strip(point, report.model.size_px[0])}" for point in _few(points)
+        )
+        parts.append(f'<h3>{html.escape(name)}</h3>\n<div class="strips">{strips}</div>')
+    return "\n".join(parts)
+
+
+def _effort(point: PointFigures) -> str:
+    return f"{point.steps} steps" + (f", {point.passes} passes" if point.passes != point.steps else "")
+
+
+def _few(points: Sequence[PointFigures]) -> list[PointFigures]:
+    """At most MAX_STRIPS of them, from the fewest steps to the most."""
+    ordered = sorted(points, key=lambda point: point.steps)
+    if len(ordered) <= MAX_STRIPS:
+        return ordered
+    return [ordered[round(k * (len(ordered) - 1) / (MAX_STRIPS - 1))] for k in range(MAX_STRIPS)]
+
+
+def _bound(report: SweepReport, plot: bytes | None) -> str:
+    if (bound := report.bound) is None:
+        return ""
+    table = Table(("figure of the network", "on real images"), tuple(report.bound_rows())).to_html()
+    picture = _svg_image(plot, "L_t over t, in bits per dimension") if plot else ""
+    caption = (
+        f"<p>L_t is the step from t, L_0 the decoder's, on {bound.num_images} held-out images. A stair is the mean "
+        f"over its timesteps; over all timesteps, and with L_T, they add up to the bound. 90 % of it lies at t = 0 to "
+        f"{bound.reaches(0.9)}.</p>"
+    )
+    return _section("Variational bound", table + "\n" + picture + caption)
+
+
+def _settings(report: SweepReport) -> Table:
+    one = len(report.points) + len(report.references) == 1
+    return report.single().all_settings() if one else report.all_settings()
+
+
+def _strip(point: PointFigures, height_px: int) -> str:
+    zoom = 2 if height_px < SMALL_PX else 1
+    label = html.escape(f"samples of {point.sampler} in {point.steps} steps")
+    return f'<img height="{zoom * height_px}" alt="{label}" src="data:image/png;base64,{_base64(point.sheet)}">'
+
+
+def _svg_image(svg: bytes, label: str) -> str:
+    return f'<p><img alt="{html.escape(label)}" src="data:image/svg+xml;base64,{_base64(svg)}"></p>\n'
+
+
+def _base64(data: bytes) -> str:
+    return b64encode(data).decode()

@@ -1,0 +1,87 @@
+"""Samples as they are served: rounded to uint8, and sample i is image i of a request with this seed."""
+
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.evaluation.classes import sample_classes
+from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
+from tminus.model.pixels import to_uint8
+from tminus.model.rng import image_noise
+from tminus.model.samplers import Forward, Plan, sample
+from tminus.model.unet import UNet2D
+
+MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # images of a strip, its width
+
+
+def compile_options(checkpoint: Checkpoint, options: EvaluateOptions) -> Plan:
+    """Compile the sampler that the options name. Raises ValueError for one that is not possible."""
+    return checkpoint.plan(
+        options.sampler, options.steps, guidance=options.guidance, eta=options.eta, spacing=options.spacing
+    )
+
+
+def draw_samples(
+    net: UNet2D,
+    checkpoint: Checkpoint,
+    options: EvaluateOptions,
+    *,
+    device: torch.device,
+    forward: Forward | None = None,
+) -> Tensor:
+    """Sample images 0..num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU. `net` lies on `device`.
+
+    forward=None runs the net itself in options.precision; any other is called as it is, with tensors on `device`.
+    Raises EvaluateError for samples that are not finite.
+    """
+    plan = compile_options(checkpoint, options)
+    shape = (net.config.in_channels, *checkpoint.size_px)
+    classes = sample_classes(checkpoint, options.num_samples)
+    starts = range(0, options.num_samples, options.batch_size)
+    images = []
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=forward is None and options.precision == "bfloat16")
+    with tqdm(total=len(starts) * len(plan), unit="pass", desc="samples", disable=None) as progress, autocast:
+
+        def on_step(_: int) -> None:
+            progress.update()
+
+        for start in starts:
+            indices = range(start, min(start + options.batch_size, options.num_samples))
+
+            def z_of(k: int, indices: range = indices) -> Tensor:
+                return image_noise(options.seed, indices, k + 1, shape, device)
+
+            x_0 = sample(
+                forward or net,
+                plan,
+                image_noise(options.seed, indices, 0, shape, device),
+                z_of,
+                class_labels=classes[start : indices.stop].to(device) if classes is not None else None,
+                null_class=checkpoint.labels.null_class,
+                guidance=options.guidance,
+                guidance_interval=options.guidance_interval,
+                on_step=on_step,
+            )
+            if not bool(torch.isfinite(x_0).all()):
+                raise EvaluateError(f"{checkpoint.name}: samples {indices.start}..{indices.stop - 1} are not finite")
+            images.append(to_uint8(x_0).cpu())
+    return torch.cat(images)
+
+
+def strip_length(checkpoint: Checkpoint) -> int:
+    """How many images a strip shows: each class as often as the others where they fit, and no more than 1024 px."""
+    most = max(MIN_STRIP, min(MAX_STRIP, MAX_STRIP_PX // checkpoint.size_px[1]))
+    classes = max(1, checkpoint.labels.num_classes)
+    return most // classes * classes or most
+
+
+def strip(images: Tensor) -> bytes:
+    """Lay images uint8 [N, C, H, W] side by side: a PNG."""
+    row = torch.cat(list(images), dim=2).movedim(0, 2)  # [H, N W, C]
+    out = io.BytesIO()
+    Image.fromarray(row.squeeze(2).numpy() if row.shape[2] == 1 else row.contiguous().numpy()).save(out, "PNG")
+    return out.getvalue()

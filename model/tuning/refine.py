@@ -1,0 +1,185 @@
+"""Refine the coefficients of a table by the gradient of what its images lack.
+
+Least squares fits each step to where the teacher is next. What counts is where the last step ends, and that images look
+right, which the mean square error says little of: it prefers soft images to sharp ones that differ a little. So the
+distance here is that error plus a distance between features of the network itself, which reads both images, with the
+same noise of a small timestep on them, in all its blocks (as LPIPS does with another network: Zhang et al. 2018). The
+gradient goes through all passes; only the coefficients change.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.samplers import alpha_bar_at, guide, x0_coefficients
+from tminus.model.tuning.fit import Rows
+
+FEATURE_T = 0.02  # of T: the timestep at which the network reads the images
+FEATURE_WEIGHT = 0.05  # of the distance of features, beside the mean square error
+LEARNING_RATE = 4e-3
+DECAY_FROM = 0.5  # of the iterations on, the learning rate falls to zero
+BETAS = (0.9, 0.95)
+CHECK_EVERY = 25  # iterations
+PATIENCE = 3  # checks without anything better
+JUDGED_TOGETHER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """How far it has come: coefficients [S, 4], and the optimiser's two moments of them, as plain lists.
+
+    The best coefficients so far are those with the least distance on rows that only judge.
+    """
+
+    iteration: int
+    lines: list[list[float]]
+    moments: list[list[list[float]]]
+    best: list[list[float]]
+    distance: float
+    checks_since: int = 0  # how often it was judged since, and no better
+
+
+class Refiner:
+    """Runs the network with gradients, for one table's timesteps and guidance."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        timesteps: Sequence[float],
+        guidance: float,
+        rows: Rows,
+        images: Tensor,
+        *,
+        held_out: int,
+        bfloat16: bool = True,
+    ) -> None:
+        """images [N, C, H, W]: the teacher's, of these rows, of which the last `held_out` only judge.
+
+        bfloat16: the network runs in it, which is enough for a gradient, and faster.
+        """
+        noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
+        self._net, self._timesteps, self._guidance = checkpoint.net, timesteps, guidance
+        self._null_class = checkpoint.labels.null_class
+        self._bfloat16 = bfloat16
+        self._images, self._rows, self._cut = images, rows, len(images) - held_out
+        p, q = x0_coefficients(noise.prediction_type, alpha_bar_at(schedule, timesteps))
+        self._pq = list(zip(p.tolist(), q.tolist(), strict=True))
+        self._bound = noise.clip_sample_range if noise.clip_sample else float("inf")
+        self._feature_t = max(1, round(FEATURE_T * schedule.num_timesteps)) - 1
+        self._feature_alpha_bar = float(schedule.alpha_bar[self._feature_t])
+
+    def begin(self, lines: Sequence[Sequence[float]]) -> Refinement:
+        """Begin with lines of a, b, c, d and what may follow, which is left out."""
+        C = [list(line[:4]) for line in lines]
+        return Refinement(0, C, [[[0.0] * 4 for _ in C]] * 2, C, self.judge(C))
+
+    def run(
+        self, state: Refinement, iterations: int, batch_size: int, on_check: Callable[[Refinement], None]
+    ) -> Refinement:
+        """Go on to so many iterations, or until rows that only judge find nothing better any more."""
+        while state.iteration < iterations and state.checks_since < PATIENCE:
+            C = torch.tensor(state.lines, requires_grad=True)
+            generator = torch.Generator().manual_seed(state.iteration)
+            picked = torch.randperm(self._cut, generator=generator)[:batch_size]
+            loss = self.distance(self.images(C, picked), picked, generator)
+            (gradient,) = torch.autograd.grad(loss, C)
+            state = _adam(state, gradient, iterations)
+            if state.iteration % CHECK_EVERY == 0 or state.iteration == iterations:
+                distance = self.judge(state.lines)
+                if distance < state.distance:
+                    state = dataclasses.replace(state, best=state.lines, distance=distance, checks_since=0)
+                else:
+                    state = dataclasses.replace(state, checks_since=state.checks_since + 1)
+                on_check(state)
+        return state
+
+    @torch.no_grad()
+    def judge(self, lines: list[list[float]]) -> float:
+        """The distance on the rows that only judge, always with the same noise."""
+        generator, C = torch.Generator().manual_seed(0), torch.tensor(lines)
+        judged = range(self._cut, len(self._images), JUDGED_TOGETHER)
+        parts = [torch.arange(start, min(start + JUDGED_TOGETHER, len(self._images))) for start in judged]
+        distances = [self.distance(self.images(C, part), part, generator) * len(part) for part in parts]
+        return float(torch.stack(distances).sum() / (len(self._images) - self._cut))
+
+    def images(self, C: Tensor, picked: Tensor) -> Tensor:
+        """What a table with coefficients C [S, 4] makes of some rows, clipped to the range of images."""
+        x = self._rows.noise[picked]
+        labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
+        previous = before = torch.zeros_like(x)
+        for (a, b, c, d), t, (p, q) in zip(C, self._timesteps, self._pq, strict=True):
+            # Its activations are made again on the way back, so that one pass is held and not all of them.
+            out = recompute(self._predict, x, t, labels, use_reentrant=False)
+            x0 = (p * x + q * out).clamp(-self._bound, self._bound)
+            x, previous, before = a * x + b * x0 + c * previous + d * before, x0, previous
+        return x.clamp(-1, 1)
+
+    def distance(self, images: Tensor, picked: Tensor, generator: torch.Generator) -> Tensor:
+        """The mean square error to the teacher's images, and that of the network's features."""
+        wanted = self._images[picked]
+        eps = torch.randn(images.shape, generator=generator).to(images.device)
+        with torch.no_grad():
+            theirs = self._features(wanted, picked, eps)
+        pairs = zip(self._features(images, picked, eps), theirs, strict=True)
+        of_features = [(_unit(one) - _unit(other)).square().sum(1).mean() for one, other in pairs]
+        return (images - wanted).square().mean() + FEATURE_WEIGHT * torch.stack(of_features).mean()
+
+    def _features(self, images: Tensor, picked: Tensor, eps: Tensor) -> list[Tensor]:
+        signal, noise = self._feature_alpha_bar**0.5, (1 - self._feature_alpha_bar) ** 0.5
+        labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
+        with _outputs_of_blocks(self._net) as outputs:
+            self._forward(signal * images + noise * eps, float(self._feature_t), labels)
+        return [each.float() for each in outputs]
+
+    def _predict(self, x: Tensor, t: float, labels: Tensor | None) -> Tensor:
+        if self._guidance == 1.0 or labels is None:
+            return self._forward(x, t, labels)[:, : x.shape[1]]
+        both = torch.cat([labels, torch.full_like(labels, self._null_class or 0)])
+        out_c, out_u = self._forward(x.repeat(2, 1, 1, 1), t, both).chunk(2)
+        return guide(out_u, out_c, self._guidance, x.shape[1])[:, : x.shape[1]]
+
+    def _forward(self, x: Tensor, t: float, labels: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._bfloat16):
+            out: Tensor = self._net(x, torch.full((len(x),), t, device=x.device), labels)
+        return out.float()
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Features [B, C, H, W] of length 1 at each place."""
+    return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
+
+
+@contextmanager
+def _outputs_of_blocks(net: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what each block gives while the network runs."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, object]) -> None:
+        outputs.append(output if isinstance(output, Tensor) else output[0])
+
+    blocks = [*net.down_blocks, *([net.mid_block] if net.mid_block is not None else []), *net.up_blocks]  # type: ignore[misc]
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adam(state: Refinement, gradient: Tensor, iterations: int) -> Refinement:
+    """One step of Adam (Kingma & Ba 2015), in plain numbers, so that an interrupted run can keep them in a file."""
+    count = state.iteration + 1
+    rate = LEARNING_RATE * min(1.0, (iterations - state.iteration) / ((1 - DECAY_FROM) * iterations))
+    C, (first, second) = torch.tensor(state.lines), (torch.tensor(each) for each in state.moments)
+    gradient = gradient.cpu()
+    first = BETAS[0] * first + (1 - BETAS[0]) * gradient
+    second = BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
+    step = first / (1 - BETAS[0] ** count) / ((second / (1 - BETAS[1] ** count)).sqrt() + 1e-8)
+    moments = [first.tolist(), second.tolist()]
+    return dataclasses.replace(state, iteration=count, lines=(C - rate * step).tolist(), moments=moments)

@@ -1,0 +1,75 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.model.evaluation.toys import toy_images
+from tminus.model.evaluation.kept import Kept, data_hash, plan_hash
+from tminus.model.noise import NoiseConfig
+from tminus.model.samplers import compile_plan
+
+KEY = {"seed": 2**64 - 1, "interval": (1, 2), "guidance": 1.5, "none": None}
+
+
+def test_a_result_is_read_as_it_was_written_by_the_same_key_only(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "kept")
+    assert kept.read(KEY) is None
+    kept.write(KEY, {"figure": 0.1})
+    assert kept.read(dict(reversed(KEY.items()))) == {"figure": 0.1}
+    assert Kept(tmp_path / "kept").read(KEY) == {"figure": 0.1}
+    for change in ({"seed": 0}, {"interval": (1, 3)}, {"more": 1}):
+        assert kept.read(KEY | change) is None
+
+
+def test_a_file_of_another_key_is_not_read(tmp_path: Path) -> None:
+    kept = Kept(tmp_path)
+    kept.write(KEY, {"figure": 0.1})
+    (file,) = tmp_path.iterdir()
+    content = json.loads(file.read_text())
+    content["key"]["seed"] = 3
+    file.write_text(json.dumps(content))
+    assert kept.read(KEY) is None
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    kept = Kept(None)
+    kept.write(KEY, {"figure": 0.1})
+    assert kept.read(KEY) is None
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Kept(tmp_path / "file" / "kept")
+
+
+def test_a_plan_s_hash_is_that_of_all_that_it_holds() -> None:
+    noise = NoiseConfig(num_train_timesteps=20)
+    plan = compile_plan(noise, noise.schedule(), "ddim", 4)
+    assert plan_hash(plan) == plan_hash(compile_plan(noise, noise.schedule(), "ddim", 4))
+    for field in dataclasses.fields(plan):
+        value = getattr(plan, field.name)
+        if isinstance(value, torch.Tensor):
+            changed = value.clone()
+            changed.view(-1)[-1] += 1
+            assert plan_hash(dataclasses.replace(plan, **{field.name: changed})) != plan_hash(plan)
+    others = [("ddpm", 4, {}), ("ddim", 5, {}), ("ddim", 4, {"eta": 1.0}), ("ddim", 4, {"spacing": "trailing"})]
+    hashes = {plan_hash(compile_plan(noise, noise.schedule(), name, n, **more)) for name, n, more in others}  # type: ignore[arg-type]
+    assert len(hashes | {plan_hash(plan)}) == 5
+
+
+def test_a_data_set_s_hash_is_that_of_its_images_and_classes() -> None:
+    data = toy_images(9, 0)
+    assert data.labels is not None
+    assert data_hash(data) == data_hash(dataclasses.replace(data, name="another", images=data.images.clone()))
+    images = data.images.clone()
+    images[8, 0, 7, 7] ^= 1
+    for change in (
+        {"images": images},
+        {"labels": data.labels.roll(1)},
+        {"labels": None},
+        {"class_names": ("bright", "dark", "other")},
+    ):
+        assert data_hash(dataclasses.replace(data, **change)) != data_hash(data)  # type: ignore[arg-type]

@@ -1,0 +1,304 @@
+"""Several points and seeds: each is what it is alone, and what is kept is not measured again."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.evaluation.toys import CPU, OPTIONS, toy_checkpoint, toy_images
+from tminus.model import checkpoint as checkpoint_module
+from tminus.model.catalogue import SAMPLERS
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.evaluation import measure, samples
+from tminus.model.evaluation.classifier import Classifier
+from tminus.model.evaluation.evaluate import evaluate
+from tminus.model.evaluation.figures import SampleFigures
+from tminus.model.evaluation.judge import Judge
+from tminus.model.evaluation.kept import Kept
+from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
+from tminus.model.evaluation.points import Point
+from tminus.model.evaluation.sweep_report import SweepReport
+from tminus.model.samplers import Plan, compile_plan
+
+pytestmark = pytest.mark.slow
+
+TRAIN, TEST = toy_images(96, 0), toy_images(60, 1)
+PLAIN = dataclasses.replace(OPTIONS, guidance=1.0)
+POINTS = (Point("ddim", 2), Point("ddim", 4), Point("ddpm", 3))
+SEEDS = (5, 2**64 - 1)
+Run = Callable[..., SweepReport]
+
+
+@pytest.fixture
+def run(toy_classifier: Classifier) -> Run:
+    """Evaluate the toy checkpoint at POINTS by SEEDS, unless told otherwise."""
+
+    def evaluated(
+        points: Sequence[Point] = POINTS,
+        seeds: Sequence[int] = SEEDS,
+        *,
+        checkpoint: Checkpoint | None = None,
+        options: EvaluateOptions = PLAIN,
+        references: Sequence[Point] = (),
+        folder: Path | None = None,
+    ) -> SweepReport:
+        return evaluate(
+            checkpoint or toy_checkpoint(), TRAIN, TEST, toy_classifier, options, device=CPU,
+            points=points, seeds=seeds, references=references, kept=Kept(folder),
+        )  # fmt: skip
+
+    return evaluated
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Which samples were drawn: sampler, steps, seed."""
+    calls: list[tuple[str, int, int]] = []
+
+    def counted(net: object, checkpoint: Checkpoint, options: EvaluateOptions, **others: object) -> Tensor:
+        calls.append((options.sampler, options.steps, options.seed))
+        return samples.draw_samples(net, checkpoint, options, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measure, "draw_samples", counted)
+    return calls
+
+
+# --- several points and seeds ---
+
+
+def test_each_point_and_seed_has_the_figures_of_a_run_of_its_own(run: Run, toy_classifier: Classifier) -> None:
+    report = run()
+    assert [(point.sampler, point.steps) for point in report.points] == [("ddim", 2), ("ddim", 4), ("ddpm", 3)]
+    for point in report.points:
+        for each in point.seeds:
+            options = dataclasses.replace(PLAIN, sampler=point.sampler, steps=point.steps, seed=each.seed)
+            alone = evaluate(toy_checkpoint(), TRAIN, TEST, toy_classifier, options, device=CPU).single()
+            assert alone.classifier_frechet_distance == each.classifier_frechet_distance
+            assert alone.class_accuracy == each.class_accuracy
+            assert alone.memorisation == each.memorisation
+            assert alone.passes == point.passes
+    assert len({each.classifier_frechet_distance for point in report.points for each in point.seeds}) == 6
+
+
+def test_the_spread_over_seeds_is_that_of_the_single_values(run: Run) -> None:
+    (point,) = run(POINTS[:1], (1, 2, 3)).points
+    values = [each.classifier_frechet_distance.samples for each in point.seeds if each.classifier_frechet_distance]
+    assert point.frechet is not None
+    assert point.frechet.mean == pytest.approx(sum(values) / 3)
+    assert (point.frechet.minimum, point.frechet.maximum) == (min(values), max(values))
+    assert min(values) < max(values)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_passes_are_those_that_the_network_makes_for_an_image(sampler: str, toy_classifier: Classifier) -> None:
+    checkpoint = toy_checkpoint()
+    calls = []
+
+    def counted(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        calls.append(len(x))
+        out: Tensor = checkpoint.net(x, t, class_labels)
+        return out
+
+    options = dataclasses.replace(PLAIN, sampler=sampler, steps=4, batch_size=10)
+    report = evaluate(checkpoint, TRAIN, TEST, toy_classifier, options, device=CPU, forward=counted)
+    assert [report.points[0].passes] == [len(calls)] == [report.single().passes]
+
+
+def test_samples_are_drawn_with_the_threads_that_were_asked_for_and_judged_with_all(
+    toy_classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, while_drawn, while_judged = toy_checkpoint(), set(), set()
+    judged = Judge.figures
+
+    def counted(x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        while_drawn.add(torch.get_num_threads())
+        out: Tensor = checkpoint.net(x, t, class_labels)
+        return out
+
+    def figures(*arguments: Any) -> SampleFigures:
+        while_judged.add(torch.get_num_threads())
+        return judged(*arguments)
+
+    monkeypatch.setattr(Judge, "figures", figures)
+    for threads in (2, None):
+        evaluate(
+            checkpoint, TRAIN, TEST, toy_classifier, PLAIN, device=CPU, forward=counted, draw_threads=threads
+        )  # fmt: skip
+    assert (while_drawn, while_judged) == ({1, 2}, {1})
+    assert torch.get_num_threads() == 1
+
+
+def test_the_bound_is_measured_once_by_the_first_seed(run: Run, toy_classifier: Classifier) -> None:
+    report = run()
+    options = dataclasses.replace(PLAIN, seed=SEEDS[0])
+    assert report.bound == evaluate(toy_checkpoint(), TRAIN, TEST, toy_classifier, options, device=CPU).bound
+    assert report.options.seed == SEEDS[0]
+
+
+def test_references_are_apart_from_the_points(run: Run, drawn: list[object]) -> None:
+    report = run(POINTS[:1], (5,), references=(Point("ddpm", 20), POINTS[0]))
+    assert [(point.sampler, point.steps) for point in report.points] == [("ddim", 2)]
+    assert [(point.sampler, point.steps) for point in report.references] == [("ddpm", 20), ("ddim", 2)]
+    assert len(drawn) == 2, "a point that is a reference too is sampled once"
+
+
+def test_points_that_cannot_be_made_are_left_out_with_their_reason(run: Run) -> None:
+    report = run((Point("ddim", 21), *POINTS), references=(Point("ddpm", 1000),))
+    assert [(point.sampler, point.steps) for point in report.points] == [("ddim", 2), ("ddim", 4), ("ddpm", 3)]
+    assert report.references == ()
+    left_out = {item.what: item.why for item in report.left_out}
+    assert left_out == {
+        "ddim, 21 steps": "steps must be 1..20, got 21",
+        "ddpm, 1000 steps": "steps must be 1..20, got 1000",
+    }
+    assert "- Left out: ddim, 21 steps (steps must be 1..20, got 21)." in report.to_markdown()
+
+
+def test_samples_that_are_not_finite_leave_out_their_point_only(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(net: object, checkpoint: Checkpoint, options: EvaluateOptions, **others: object) -> Tensor:
+        if options.sampler == "ddpm" and options.seed == SEEDS[1]:
+            raise EvaluateError("toy: samples 0..3 are not finite")
+        return samples.draw_samples(net, checkpoint, options, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(measure, "draw_samples", draw)
+    report = run()
+    assert [point.sampler for point in report.points] == ["ddim", "ddim"]
+    assert [item.what for item in report.left_out] == ["ddpm, 3 steps"]
+    with pytest.raises(EvaluateError, match="not finite"):
+        run(POINTS[2:])
+
+
+def test_where_no_point_can_be_made_the_first_one_s_error_is_raised(run: Run) -> None:
+    with pytest.raises(ValueError, match=r"steps must be 1\.\.20, got 50"):
+        run((Point("ddim", 50), Point("ddpm", 60)))
+
+
+def test_guidance_without_a_null_class_is_left_out_and_its_points_are_made_once(run: Run, drawn: list[object]) -> None:
+    points = (Point("ddim", 2), Point("ddim", 2, 1.5), Point("ddpm", 2, 3.0))
+    report = run(points, (5,), checkpoint=toy_checkpoint(null_class=None))
+    assert [(point.sampler, point.guidance) for point in report.points] == [("ddim", 1.0), ("ddpm", 1.0)]
+    assert [item.what for item in report.left_out][:2] == ["guidance 1.5", "guidance 3"]
+    assert len(drawn) == 2
+
+
+# --- what is kept ---
+
+
+def test_what_is_kept_is_not_measured_again(
+    run: Run, drawn: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(folder=tmp_path)
+    assert len(drawn) == 6
+    assert first == run()
+    drawn.clear()
+    monkeypatch.setattr(measure, "measure_bound", None)
+    again = run(folder=tmp_path)
+    assert drawn == []
+    assert again == first
+    assert again.to_dict() == first.to_dict(), "seconds an image are kept too"
+    assert [point.sheet for point in again.points] == [point.sheet for point in first.points]
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(
+    run: Run, drawn: list[tuple[str, int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run()
+    made = [*drawn]
+    drawn.clear()
+    counted = measure.draw_samples
+
+    def killed(*arguments: object, **others: object) -> Tensor:
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return counted(*arguments, **others)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "draw_samples", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder=tmp_path)
+    assert drawn == made[:4]
+    assert run(folder=tmp_path) == whole
+    assert drawn == made
+
+
+def test_more_seeds_and_points_are_added_to_what_is_kept(
+    run: Run, drawn: list[tuple[str, int, int]], tmp_path: Path
+) -> None:
+    run(folder=tmp_path)
+    drawn.clear()
+    run((*POINTS, Point("dpmpp_2m", 2)), (*SEEDS, 6), folder=tmp_path)
+    new = {("dpmpp_2m", 2, seed) for seed in (*SEEDS, 6)} | {(p.sampler, p.steps, 6) for p in POINTS}
+    assert {*drawn} == new
+    assert len(drawn) == len(new)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_samples": 11},
+        {"precision": "bfloat16"},
+        {"executor": "another"},
+        {"spacing": "trailing"},
+        {"eta": 0.5},
+        {"guidance_interval": (0, 5)},
+    ],
+    ids=str,
+)
+def test_other_settings_are_measured_afresh(
+    run: Run, drawn: list[object], tmp_path: Path, change: dict[str, object]
+) -> None:
+    run(POINTS[:1], (5,), folder=tmp_path)
+    run(POINTS[:1], (5,), folder=tmp_path, options=dataclasses.replace(PLAIN, **change))  # type: ignore[arg-type]
+    assert len(drawn) == 2
+    run(POINTS[:1], (5,), folder=tmp_path, options=dataclasses.replace(PLAIN, batch_size=3))
+    assert len(drawn) == 2, "samples do not depend on how they are batched"
+
+
+def test_another_checkpoint_and_a_sampler_that_was_changed_are_measured_afresh(
+    run: Run, drawn: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(POINTS[:1], (5,), folder=tmp_path)
+    checkpoint = toy_checkpoint()
+    other = dataclasses.replace(checkpoint, weights_hash="another")
+    run(POINTS[:1], (5,), folder=tmp_path, checkpoint=other)
+    assert len(drawn) == 2
+
+    def changed(*arguments: object, **others: object) -> Plan:
+        plan = compile_plan(*arguments, **others)  # type: ignore[arg-type]
+        return dataclasses.replace(plan, lines=plan.lines * 1.0001)
+
+    monkeypatch.setattr(checkpoint_module, "compile_plan", changed)
+    run(POINTS[:1], (5,), folder=tmp_path)
+    assert len(drawn) == 3
+
+
+def test_other_images_under_the_same_name_are_measured_afresh(
+    toy_classifier: Classifier, drawn: list[object], tmp_path: Path
+) -> None:
+    other = dataclasses.replace(TEST, images=TEST.images.flip(0).clone(), labels=TEST.labels.flip(0))  # type: ignore[union-attr]
+    for test in (TEST, other, TEST):
+        evaluate(toy_checkpoint(), TRAIN, test, toy_classifier, PLAIN, device=CPU, kept=Kept(tmp_path))
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", "whole"])
+def test_what_is_damaged_is_measured_again(run: Run, drawn: list[object], tmp_path: Path, damage: str) -> None:
+    first = run(POINTS[:1], (5,), folder=tmp_path)
+    for file in tmp_path.iterdir():
+        content = json.loads(file.read_text())
+        content["result"] = {"other": 1}
+        file.write_text(json.dumps(content) if damage == "whole" else damage)
+    assert run(POINTS[:1], (5,), folder=tmp_path) == first
+    assert len(drawn) == 2
+    assert run(POINTS[:1], (5,), folder=tmp_path) == first
+    assert len(drawn) == 2, "and is kept again"
+
+
+def test_nothing_of_a_kept_result_is_left_half_written(run: Run, tmp_path: Path) -> None:
+    run(POINTS[:1], (5,), folder=tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json"}

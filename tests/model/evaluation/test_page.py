@@ -1,0 +1,211 @@
+"""The report's files: a page that opens in a parser and needs no other, in which no text is taken for HTML."""
+
+import dataclasses
+import io
+import json
+import re
+from base64 import b64decode
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.model.evaluation.toys import CPU, OPTIONS, toy_checkpoint, toy_images
+from tminus.model.evaluation.classifier import Classifier
+from tminus.model.evaluation.evaluate import evaluate
+from tminus.model.evaluation.page import MAX_STRIPS, report_files
+from tminus.model.evaluation.points import Point
+from tminus.model.evaluation.samples import draw_samples, strip_length
+from tminus.model.evaluation.sweep_report import SweepReport
+
+pytestmark = pytest.mark.slow
+
+TRAIN, TEST = toy_images(96, 0), toy_images(60, 1)
+POINTS = tuple(Point(name, steps) for name in ("ddim", "dpmpp_2m") for steps in (2, 3, 4, 5, 6, 7))
+HOSTILE = "<script>alert(1)</script>\"&'<img src=x>"
+COMMAND = "tminus evaluate --sampler ddim,dpmpp_2m --checkpoint 'a <b>'"
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """A page as its elements, which must be closed in order, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == ["html"] or self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def images(self) -> list[tuple[str, bytes]]:
+        """Media type and bytes of each picture."""
+        found = []
+        for tag, name, value in self.attributes:
+            if (tag, name) == ("img", "src"):
+                head, _, data = value.partition(";base64,")
+                found.append((head.removeprefix("data:"), b64decode(data, validate=True)))
+        return found
+
+
+def measured(classifier: Classifier, **changes: object) -> SweepReport:
+    options = dataclasses.replace(OPTIONS, guidance=1.0)
+    given = {"points": POINTS, "seeds": (5, 6), "references": (Point("ddpm", 20),)} | changes
+    return evaluate(toy_checkpoint(), TRAIN, TEST, classifier, options, device=CPU, **given)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def report(toy_classifier: Classifier) -> SweepReport:
+    return measured(toy_classifier)
+
+
+def page(report: SweepReport) -> Page:
+    return Page(report_files(report, COMMAND)["report.html"].decode())
+
+
+def test_the_page_opens_in_a_parser_and_has_every_section(report: SweepReport) -> None:
+    opened = page(report)
+    assert opened.tags.count("h2") == 5
+    for text in (
+        *(
+            "Evaluation of toy",
+            "Quality over passes",
+            "Samples",
+            "Variational bound",
+            "Settings",
+            "bright, dark, striped",
+        ),
+        *("is not FID", "10 images of 2 seeds", "linear, T = 20", "epsilon", "bright, dark, striped", "seeds 5, 6"),
+        *(report.weights_hash, COMMAND),
+    ):
+        assert text in opened.text
+
+
+def test_the_page_needs_nothing_from_elsewhere(report: SweepReport) -> None:
+    opened = page(report)
+    assert not {"script", "link", "iframe", "object"} & {*opened.tags}
+    for tag, name, value in opened.attributes:
+        assert name not in ("src", "href") or value.startswith("data:"), (tag, value)
+        assert not name.startswith("on")
+
+
+def test_each_way_of_sampling_has_its_row(report: SweepReport) -> None:
+    table = report_files(report, COMMAND)["report.html"].decode()
+    for point in (*report.points, *report.references):
+        assert point.frechet is not None
+        frechet = f"{point.frechet.mean:.2f} ({point.frechet.minimum:.2f}..{point.frechet.maximum:.2f})"
+        cells = f"<td>{point.steps}</td><td>{point.passes}</td><td>{frechet}</td>"
+        assert f'<tr><th scope="row">{point.sampler}</th>{cells}' in table
+        for each in point.seeds:
+            assert each.classifier_frechet_distance is not None
+            assert f"<td>{each.classifier_frechet_distance.samples:.3f}</td>" in table
+
+
+def test_one_seed_has_no_spread(toy_classifier: Classifier) -> None:
+    report = measured(toy_classifier, seeds=(5,))
+    assert "10 images of one seed" in page(report).text
+    assert not any(".." in cell for row in report.by_point().rows for cell in row)
+
+
+def test_sheets_are_the_first_samples_of_the_first_seed(report: SweepReport) -> None:
+    checkpoint = toy_checkpoint()
+    strips = [data for kind, data in page(report).images() if kind == "image/png"]
+    assert len(strips) == 2 * MAX_STRIPS + 1
+    shown = [(name, steps) for name in ("ddim", "dpmpp_2m") for steps in (2, 4, 5, 7)] + [("ddpm", 20)]
+    for (sampler, steps), data in zip(shown, strips, strict=True):
+        options = dataclasses.replace(OPTIONS, guidance=1.0, sampler=sampler, steps=steps, seed=5)
+        samples = draw_samples(checkpoint.net, checkpoint, options, device=CPU)
+        count = min(strip_length(checkpoint), len(samples))
+        expected = np.concatenate([image[0].numpy() for image in samples[:count]], axis=1)
+        with Image.open(io.BytesIO(data)) as opened:
+            np.testing.assert_array_equal(np.asarray(opened), expected)
+
+
+def test_plots_are_inlined_and_files_of_their_own(report: SweepReport) -> None:
+    files = report_files(report, COMMAND)
+    assert files.keys() == {"report.html", "figures.json", "distances.svg", "terms.svg"}
+    inlined = [data for kind, data in page(report).images() if kind == "image/svg+xml"]
+    assert inlined == [files["distances.svg"], files["terms.svg"]]
+    for plot in inlined:
+        assert ElementTree.fromstring(plot).tag.endswith("svg")
+
+
+def test_sheets_tell_passes_where_they_are_not_the_steps(report: SweepReport) -> None:
+    twice = dataclasses.replace(report.points[0], passes=4)
+    assert "2 steps, 4 passes" in page(dataclasses.replace(report, points=(twice, *report.points[1:]))).text
+    assert "2 steps, " not in page(report).text
+
+
+def test_the_json_has_every_value_by_seed(report: SweepReport) -> None:
+    values = json.loads(report_files(report, COMMAND)["figures.json"])
+    assert values == json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [(p["sampler"], p["steps"]) for p in values["points"]] == [(p.sampler, p.steps) for p in POINTS]
+    for point in (*values["points"], *values["references"]):
+        by_seed = [each["classifier_frechet_distance"]["samples"] for each in point["seeds"]]
+        assert [each["seed"] for each in point["seeds"]] == [5, 6]
+        assert point["classifier_frechet_distance"]["mean"] == pytest.approx(sum(by_seed) / 2)
+        assert point["classifier_frechet_distance"]["maximum"] == max(by_seed)
+    assert not {"sampler", "steps", "guidance", "seed"} & values["options"].keys()
+    assert len(values["bound"]["terms"]) == 2
+
+
+def test_the_same_figures_give_the_same_files(report: SweepReport) -> None:
+    assert report_files(report, COMMAND) == report_files(report, COMMAND)
+
+
+def test_no_text_is_taken_for_html(report: SweepReport) -> None:
+    model = dataclasses.replace(report.model, class_names=(HOSTILE, "b"))
+    hostile = dataclasses.replace(
+        report, checkpoint=HOSTILE, train_data=HOSTILE, test_data=HOSTILE, device=HOSTILE, model=model
+    )
+    text = report_files(hostile, HOSTILE)["report.html"].decode()
+    opened = Page(text)
+    assert "script" not in opened.tags
+    assert opened.tags == page(report).tags
+    assert opened.text.count(HOSTILE) >= 6
+    assert HOSTILE not in text
+
+
+def test_one_way_of_sampling_has_all_its_figures(toy_classifier: Classifier) -> None:
+    single = measured(toy_classifier, points=POINTS[:1], references=())
+    opened = page(single)
+    for text in ("class accuracy", "nearest training image, median", "striped", "mean (least..greatest)", "2 passes"):
+        assert text in opened.text
+    assert "distances.svg" not in report_files(single, COMMAND)
+
+
+def test_a_report_without_a_bound_or_a_classifier_has_neither_plot_and_says_why() -> None:
+    options = dataclasses.replace(OPTIONS, guidance=1.0)
+    train, test = (dataclasses.replace(data, labels=None, class_names=()) for data in (TRAIN, TEST))
+    checkpoint = toy_checkpoint(learned=True)
+    bare = evaluate(checkpoint, train, test, None, options, device=CPU, points=POINTS[:2])
+    files = report_files(bare, COMMAND)
+    assert files.keys() == {"report.html", "figures.json"}
+    opened = Page(files["report.html"].decode())
+    assert "Left out" in opened.text
+    assert "learned its own" in opened.text
+    assert "no classifier" in opened.text
+
+
+def test_guidance_has_a_column_where_it_is_not_off(toy_classifier: Classifier, report: SweepReport) -> None:
+    points = (Point("ddim", 2), Point("ddim", 2, 1.5))
+    guided = measured(toy_classifier, points=points, references=())
+    assert "guidance" in guided.by_point().head
+    assert "guidance" not in report.by_point().head
+    assert re.search(r"ddim, guidance 1\.5", page(guided).text)

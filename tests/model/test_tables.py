@@ -1,0 +1,222 @@
+"""Tables of a checkpoint: files that are right are read as they were written, all others refused by name."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tminus.model.noise import NoiseConfig
+from tminus.model.samplers import compile_plan, denoise, table_plan
+from tminus.model.tables import FOLDER, FORMAT, Table, nearest, read_tables, steps_and_guidances, write_table
+
+NOISE = NoiseConfig()
+HASH = "ab" * 32
+TABLE = Table(
+    "tuned",
+    3,
+    1.0,
+    (999.0, 500.5, 20.0),
+    ((0.9, 0.1, 0.0, 0.0, 0.0), (0.5, 0.7, -0.2, 0.0, 0.0), (0.1, 1.2, -0.4, 0.1, 0.0)),
+    {"teacher": "many steps"},
+)
+
+
+def read(
+    folder: Path, *, fractional: bool = True, null_class: bool = True, weights: str = HASH, noise: NoiseConfig = NOISE
+) -> tuple[tuple[Table, ...], tuple[str, ...]]:
+    return read_tables(
+        folder, weights, noise.to_dict(), num_timesteps=1000, null_class=null_class, fractional=fractional
+    )
+
+
+def write(folder: Path, table: Table = TABLE, **changed: Any) -> Path:
+    """Write a table's file, with other members than it should have."""
+    file = write_table(folder, table, HASH, NOISE.to_dict())
+    if changed:
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    return file
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    guided = Table("tuned", 3, 1.5, TABLE.timesteps, TABLE.lines)
+    student = Table("consistency", 1, 1.0, (999.0,), ((0.0, 1.0, 0.0, 0.0, 0.0),))
+    for table in (TABLE, guided, student):
+        write(tmp_path, table)
+    assert read(tmp_path) == ((student, TABLE, guided), ())
+    assert read(tmp_path)[0][1].about == TABLE.about
+    assert len({table.hash for table in (TABLE, guided, student)}) == 3
+    assert [file.name for file in sorted((tmp_path / FOLDER).iterdir())] == [
+        "consistency-1.json",
+        "tuned-3-guidance-1.5.json",
+        "tuned-3.json",
+    ]
+
+
+def test_a_folder_without_tables_has_none(tmp_path: Path) -> None:
+    assert read(tmp_path) == ((), ())
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "newer": ({"format": FORMAT + 1}, r"format must be 1 \(it is of a newer version of tminus\), got 2"),
+    "no format": ({"format": None}, "format must be 1, got None"),
+    "unknown sampler": ({"sampler": "ddpm"}, "sampler must be one of tuned, consistency, got 'ddpm'"),
+    "other weights": (
+        {"weights_hash": "cd" * 32},
+        "weights_hash must be abab.* weights, got 'cdcd",
+    ),
+    "other schedule": ({"noise": {}}, "noise must be the checkpoint's own noise schedule, got {}"),
+    "no steps": ({"steps": 0}, r"steps must be an integer in 1\.\.1000, got 0"),
+    "too many steps": ({"steps": 1001}, r"steps must be an integer in 1\.\.1000, got 1001"),
+    "steps that are none": ({"steps": True}, r"steps must be an integer in 1\.\.1000, got True"),
+    "guidance": ({"guidance": 51}, r"guidance must be a number in 0\.\.50, got 51"),
+    "NaN guidance": ({"guidance": math.nan}, r"guidance must be a number in 0\.\.50, got nan"),
+    "too few timesteps": ({"timesteps": [999, 5]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
+    "timesteps above T": ({"timesteps": [1000, 500, 5]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
+    "timesteps below 0": ({"timesteps": [999, 500, -1]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
+    "timesteps that rise": ({"timesteps": [999, 500, 600]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
+    "timesteps that stay": ({"timesteps": [999, 500, 500]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
+    "NaN timestep": ({"timesteps": [999, math.nan, 5]}, r"timesteps must be 3 falling numbers in 0\.\.999"),
+    "no lines": ({"lines": None}, "lines must be 3 lists of 5 numbers, none above 1000 in size, got None"),
+    "short line": ({"lines": [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0]]}, "lines must be 3 lists of 5 numbers"),
+    "NaN": ({"lines": [[1, 0, 0, 0, 0], [1, 0, math.nan, 0, 0], [1, 0, 0, 0, 0]]}, "lines must be 3 lists of 5"),
+    "infinite": ({"lines": [[1, 0, 0, 0, 0], [1, 0, math.inf, 0, 0], [1, 0, 0, 0, 0]]}, "lines must be 3 lists of 5"),
+    "huge": ({"lines": [[1, 0, 0, 0, 0], [1, 0, 1e9, 0, 0], [1, 0, 0, 0, 0]]}, "none above 1000 in size"),
+    "text": ({"lines": [[1, 0, 0, 0, 0], [1, 0, "1", 0, 0], [1, 0, 0, 0, 0]]}, "lines must be 3 lists of 5 numbers"),
+    "noise at the end": (
+        {"lines": [[1, 0, 0, 0, 0]] * 2 + [[0, 1, 0, 0, 1]]},
+        "lines must be without noise in the last",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_wrong_table_is_refused_by_name_and_the_others_are_read(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    other = Table("tuned", 1, 1.0, (999.0,), ((0.0, 1.0, 0.0, 0.0, 0.0),))
+    write(tmp_path, other)
+    write(tmp_path, **changed)
+    tables, refused = read(tmp_path)
+    assert tables == (other,)
+    assert len(refused) == 1
+    assert refused[0].startswith("samplers/tuned-3.json: ")
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(refused[0])
+
+
+@given(st.integers(0, 1))
+def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, which: int) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    file = write(folder)
+    whole = file.read_bytes()
+    for length in range(which, len(whole) - 2, 37):
+        file.write_bytes(whole[:length])
+        assert read(folder)[0] == ()
+        assert "not JSON" in read(folder)[1][0]
+
+
+def test_what_the_checkpoint_cannot_do_is_refused(tmp_path: Path) -> None:
+    guided = Table("tuned", 3, 1.5, TABLE.timesteps, TABLE.lines)
+    write(tmp_path, guided)
+    assert (
+        "guidance must be 1 (off) for a checkpoint without a null class, got 1.5"
+        in read(tmp_path, null_class=False)[1][0]
+    )
+    assert "3 falling whole numbers" in read(tmp_path, fractional=False)[1][0]
+    assert "of this checkpoint's weights" in read(tmp_path, weights="cd" * 32)[1][0]
+    assert "noise schedule" in read(tmp_path, noise=NoiseConfig(beta_end=0.03))[1][0]
+
+
+def test_two_files_of_the_same_table_are_one_too_many(tmp_path: Path) -> None:
+    file = write(tmp_path)
+    file.with_name("also.json").write_text(file.read_text())
+    tables, refused = read(tmp_path)
+    assert tables == (TABLE,)
+    assert "the only one of its sampler, steps and guidance" in refused[0]
+
+
+def test_nearest_is_by_ratio_of_steps_then_by_guidance() -> None:
+    tables = [Table("tuned", steps, guidance, (), ()) for steps in (4, 8, 16) for guidance in (1.5, 2.0)]
+    for steps, guidance, expected in [
+        (1, 1.4, (4, 1.5)), (5, 1.7, (4, 1.5)), (6, 1.8, (8, 2.0)), (11, 1.75, (8, 2.0)), (12, 9.0, (16, 2.0)),
+        (999, 1.5, (16, 1.5)),
+    ]:  # fmt: skip
+        found = nearest(tables, steps, guidance)
+        assert (found.steps, found.guidance) == expected
+
+
+def test_what_there_is_is_told_in_words() -> None:
+    tables = [Table("tuned", steps, guidance, (), ()) for steps, guidance in [(8, 1.0), (5, 1.0), (8, 1.5)]]
+    assert steps_and_guidances(tables) == "5, 8 steps at guidance 1; 8 steps at guidance 1.5"
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+def walk(plan: Any, x: torch.Tensor, x0_of: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    from tests.model.test_samplers import walk as walk_plan
+
+    return walk_plan(plan, x, lambda k, _x: x0_of(k))[-1][0]
+
+
+def test_the_plan_of_a_table_is_its_formula() -> None:
+    """x' = a x + b x0 + c x0_previous + d (the x0 before that), by hand in float64."""
+    noise = NoiseConfig(prediction_type="sample", clip_sample=False)
+    plan = table_plan(noise, noise.schedule(), TABLE, clip=None)
+    x0 = torch.randn(3, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_T = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = x_T
+    for k, (a, b, c, d, _) in enumerate(TABLE.lines):
+        x = a * x + b * x0[k] + (c * x0[k - 1] if k > 0 else 0) + (d * x0[k - 2] if k > 1 else 0)
+    torch.testing.assert_close(walk(plan, x_T, lambda k: x0[k]), x, rtol=1e-12, atol=1e-12)
+    assert plan.timesteps.tolist() == [999.0, 500.5, 20.0]
+    assert plan.num_registers == 1
+    assert not plan.adds_noise
+
+
+def test_a_table_that_looks_back_once_needs_no_register() -> None:
+    lines = tuple((a, b, c, 0.0, s) for a, b, c, _, s in TABLE.lines)
+    plan = table_plan(NOISE, NOISE.schedule(), Table("tuned", 3, 1.0, TABLE.timesteps, lines), clip=None)
+    assert plan.num_registers == 0
+
+
+def test_a_table_of_a_known_solver_is_that_solver() -> None:
+    known = compile_plan(NOISE, NOISE.schedule(), "dpmpp_2m", 7)
+    lines = tuple((a, b, c, 0.0, s) for a, b, c, s in known.lines[:, 2:6].tolist())
+    table = Table("tuned", 7, 1.0, tuple(known.timesteps.tolist()), lines)
+    plan = table_plan(NOISE, NOISE.schedule(), table, clip=None)
+    assert torch.equal(plan.lines, known.lines)
+    assert torch.equal(plan.known, known.known)
+
+
+def test_a_table_that_begins_later_takes_its_first_x0_for_the_missing_ones() -> None:
+    noise = NoiseConfig(prediction_type="sample", clip_sample=False)
+    x_0 = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for start in (0, 1, 2):
+        plan = table_plan(noise, noise.schedule(), TABLE, clip=None, start=start)
+        assert len(plan) == 3 - start
+        expected = x
+        for k, (a, b, c, d, _) in enumerate(TABLE.lines[start:]):
+            whole = b + (c if start or k > 0 else 0) + (d if start or k > 1 else 0)
+            expected = a * expected + whole * x_0  # every x0 is the same
+        torch.testing.assert_close(walk(plan, x, lambda _k: x_0), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_students_table_puts_noise_back() -> None:
+    """Song et al. 2023, algorithm 1: x' = sqrt(abar') x0 + sqrt(1 - abar') z."""
+    abar = NOISE.schedule().alpha_bar[400]
+    line = (0.0, float(abar.sqrt()), 0.0, 0.0, float((1 - abar).sqrt()))
+    table = Table("consistency", 2, 1.0, (999.0, 400.0), (line, (0.0, 1.0, 0.0, 0.0, 0.0)))
+    noise = NoiseConfig(prediction_type="sample")
+    plan = table_plan(noise, noise.schedule(), table, clip=None)
+    assert plan.adds_noise
+    x, out, z = torch.randn(3, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind(0)
+    got = denoise(x, out, torch.zeros_like(x), z, plan.lines[:1].expand(2, -1))
+    torch.testing.assert_close(got.x, abar.sqrt() * out.clamp(-1, 1) + (1 - abar).sqrt() * z)

@@ -1,0 +1,128 @@
+"""sampler=tuned: which table a request takes, and what is told where there is none."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
+from tests.service.fakes import INFO, LIMITS
+from tminus.model.catalogue import SAMPLERS, TABLE
+from tminus.model.recommended import Recommended
+from tminus.model.tables import Table
+from tminus.service.api.schemas import SampleRequest, parameters_of
+from tminus.service.api.tables import choose_table
+from tminus.service.errors import InvalidField
+from tminus.service.spec import SampleSpec
+from tminus.service.work import timesteps_of, work_of
+
+
+def table(steps: int, guidance: float = 1.0, sampler: str = "tuned") -> Table:
+    timesteps = tuple(999.0 - 100.5 * k for k in range(steps))
+    return Table(sampler, steps, guidance, timesteps, ((0.5, 0.5, 0.1, 0.0, 0.0),) * steps)
+
+
+TABLES = (table(5), table(8), table(5, 2.0), table(6, 1.5))
+TUNED = replace(
+    INFO,
+    samplers=(*SAMPLERS, "tuned"),
+    tables=TABLES,
+    timestep_spacings={**INFO.timestep_spacings, "tuned": TABLE},
+    refused_tables=("samplers/tuned-4.json: steps must be an integer in 1..1000, got 0",),
+)
+THERE = "5, 8 steps at guidance 1; 6 steps at guidance 1.5; 5 steps at guidance 2"
+NONE = f"one that tuned has a table for, or nearest=true: {THERE}"
+OWN = "absent for sampler tuned: its table has the timesteps"
+
+
+@pytest.fixture
+def tuned(make_site: MakeSite) -> Site:  # noqa: F811
+    return make_site(info=TUNED)
+
+
+def spec_of(**parameters: Any) -> SampleSpec:
+    return SampleRequest.parse({"sampler": "tuned", **parameters}, TUNED, LIMITS).to_spec(TUNED, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"steps": 8}, table(8)),
+        ({"steps": 5}, table(5)),
+        ({"steps": 5, "guidance": 2, "class_label": 0}, table(5, 2.0)),
+        ({"steps": 7, "nearest": True}, table(8)),
+        ({"steps": 1000, "nearest": "true"}, table(8)),
+        ({"steps": 8, "nearest": True, "guidance": 1.6, "class_label": 0}, table(6, 1.5)),
+        ({}, table(8)),
+        ({"steps": 8, "nearest": False}, table(8)),
+        ({"steps": 8, "table": table(8).hash}, table(8)),
+    ],
+)
+def test_a_request_takes_the_table_of_its_steps_and_guidance(parameters: dict[str, Any], expected: Table) -> None:
+    spec = spec_of(**parameters)
+    assert (spec.steps, spec.guidance, spec.table) == (expected.steps, expected.guidance, expected.hash)
+    assert list(timesteps_of(spec, TUNED)) == list(expected.timesteps)
+    assert work_of(spec, TUNED).places == expected.steps * (2 if expected.guidance != 1 else 1)
+    again = SampleRequest.parse(parameters_of(spec), TUNED, LIMITS).to_spec(TUNED, LIMITS)
+    assert again == spec, "the parameters that a job is listed with, and that a PNG has, make it again"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field", "bound"),
+    [
+        ({"steps": 7}, "steps", NONE),
+        ({"steps": 6}, "guidance", NONE),
+        ({"steps": 8, "guidance": 2, "class_label": 0}, "guidance", NONE),
+        ({"steps": 0}, "steps", "an integer in 1..1000"),
+        ({"steps": 1001, "nearest": True}, "steps", "an integer in 1..1000"),
+        ({"steps": 8, "guidance": 51}, "guidance", "a number in 0..50"),
+        ({"steps": 8, "timestep_spacing": "karras"}, "timestep_spacing", OWN),
+        ({"steps": 8, "table": "0" * 16}, "table", f"that of the table taken, {table(8).hash}"),
+        ({"steps": 8, "table": "x"}, "table", "16 hexadecimal digits, in small letters"),
+        ({"steps": 8, "eta": 0.5}, "eta", "absent for sampler tuned: only ddim has it"),
+        ({"sampler": "ddim", "nearest": True}, "nearest", "absent for sampler ddim, which has no tables"),
+        ({"sampler": "ddim", "table": "0" * 16}, "table", "absent for sampler ddim, which has no tables"),
+    ],
+)  # fmt: skip
+def test_what_there_is_no_table_for_is_refused_with_the_list(
+    parameters: dict[str, Any], field: str, bound: str
+) -> None:
+    with pytest.raises(InvalidField) as refused:
+        spec_of(**parameters)
+    assert (refused.value.field, refused.value.bound) == (field, bound)
+
+
+def test_guided_tables_are_not_taken_for_unguided_requests_nor_the_other_way() -> None:
+    only_guided = replace(TUNED, tables=(table(6, 1.5),))
+    with pytest.raises(
+        InvalidField, match=r"guidance must be one that tuned has a table for: 6 steps at guidance 1\.5"
+    ):
+        choose_table(only_guided, "tuned", 6, 1.0, take_nearest=True)
+
+
+def test_steps_that_are_left_out_are_those_recommended() -> None:
+    recommends = replace(TUNED, recommended=Recommended("tuned", 5))
+    assert choose_table(recommends, "tuned", None, 1.0).steps == 5
+
+
+def test_a_checkpoint_without_tables_has_no_such_sampler(site: Site) -> None:
+    refused = problem(site.post(json={"sampler": "tuned", "steps": 8}), 422, "invalid_field")
+    assert (refused["field"], refused["value"]) == ("sampler", "tuned")
+
+
+def test_tables_and_what_is_not_used_are_told(tuned: Site) -> None:
+    answer = tuned.client.get("/model").json()
+    assert answer["samplers"][-1] == "tuned"
+    assert answer["sampler_details"]["tuned"]["good_steps"] == 8
+    assert [(each["steps"], each["guidance"], each["table"]) for each in answer["tables"]] == [
+        (each.steps, each.guidance, each.hash) for each in TABLES
+    ]
+    assert answer["refused_tables"] == list(TUNED.refused_tables)
+
+
+def test_a_tuned_request_is_answered_over_http(tuned: Site) -> None:
+    answer = tuned.post(json={"sampler": "tuned", "steps": 8, "seed": 1}, headers={"Accept": "application/json"})
+    assert answer.status_code == 200
+    assert answer.json()["spec"]["table"] == table(8).hash
+    refused = problem(tuned.post(json={"sampler": "tuned", "steps": 7}), 422, "invalid_field")
+    assert THERE in refused["bound"]

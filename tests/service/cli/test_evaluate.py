@@ -1,0 +1,161 @@
+"""`tminus evaluate` over several samplers, steps and seeds, on a toy checkpoint and folders of pictures."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click.testing
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.model.evaluation.toys import toy_checkpoint
+from tminus.model.checkpoint import save_checkpoint
+from tminus.model.evaluation import measure
+from tminus.service.cli.main import main
+from tminus.service.engine import autotune
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The options that name a checkpoint and the images it is compared with."""
+    root = tmp_path_factory.mktemp("evaluate")
+    rng = np.random.default_rng(0)
+    for split in ("train", "held-out"):
+        for name, least in (("bright", 150), ("dark", 0), ("striped", 80)):
+            (root / split / name).mkdir(parents=True)
+            for k in range(8):
+                pixels = rng.integers(least, least + 60, (8, 8), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{k}.png")
+    toy = toy_checkpoint()
+    save_checkpoint(root / "toy", toy.net.state_dict(), toy.net.config, toy.noise, toy.labels, {})
+    return ["--checkpoint", str(root / "toy"), "--data", str(root / "train"), "--test-data", str(root / "held-out")]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    monkeypatch.setattr(autotune, "TRIAL_S", 0.001)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def evaluate(folders: list[str], *arguments: str | Path) -> click.testing.Result:
+    small = ["--num-samples", "6", "--bound-images", "4", "--bound-timesteps", "3", "--executor", "eager"]
+    command = ["evaluate", *folders, *small, "--device", "cpu", *map(str, arguments)]
+    return click.testing.CliRunner().invoke(main, command)
+
+
+def refusal(folders: list[str], *arguments: str | Path) -> str:
+    result = evaluate(folders, *arguments)
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit), "no traceback"
+    return result.stderr.splitlines()[-1]
+
+
+def test_a_sweep_prints_its_table_and_writes_a_report_that_names_its_command(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("--sampler", "ddim,dpmpp_2m", "--steps", "2,3,50", "--seeds", "0,1", "--reference", "ddpm:20")
+    given = (*asked, "--report", tmp_path / "a report", "--json", tmp_path / "figures.json")
+    result = evaluate(folders, *given)
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows = [line.split(" | ")[:3] for line in result.stdout.splitlines()]
+    for row in (["| ddim", "2", "2"], ["| ddim", "3", "3"], ["| dpmpp_2m", "3", "3"], ["| ddpm", "20", "20"]):
+        assert row in rows
+    assert "Left out: ddim, 50 steps (steps must be 1..20, got 50)." in result.stdout
+    assert str(tmp_path / "a report" / "report.html") in result.stdout
+    written = {path.name: path for path in (tmp_path / "a report").iterdir()}
+    assert written.keys() == {"report.html", "figures.json", "distances.svg", "terms.svg", "kept"}
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures == json.loads(written["figures.json"].read_text())
+    assert [len(point["seeds"]) for point in figures["points"]] == [2] * 4
+    page = written["report.html"].read_text()
+    command = next(line for line in page.splitlines() if "<pre>" in line).partition("<pre>")[2].partition("</pre>")[0]
+    words = shlex.split(command.replace("&#x27;", "'"))
+    assert words[:2] == ["tminus", "evaluate"]
+
+    monkeypatch.setattr(measure, "draw_samples", None)
+    again = click.testing.CliRunner().invoke(main, words[1:])
+    assert again.exit_code == 0, (again.output, again.exception)
+    assert again.stdout == result.stdout
+    assert written["report.html"].read_text() == page
+
+
+def test_one_way_of_sampling_keeps_its_report_and_gains_a_spread_over_seeds(folders: list[str], tmp_path: Path) -> None:
+    one = evaluate(folders, "--steps", "3", "--seed", "7", "--json", tmp_path / "one.json")
+    three = evaluate(folders, "--steps", "3", "--seeds", "7,8,9", "--json", tmp_path / "three.json")
+    assert one.exit_code == three.exit_code == 0, (one.output, three.output)
+    assert "mean (least..greatest)" not in one.stdout
+    assert "mean (least..greatest)" in three.stdout
+    for text in ("variational bound", "class accuracy", "nearest training image, median", "guidance 1"):
+        assert text in one.stdout
+        assert text in three.stdout
+    figures, over_seeds = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "three"))
+    assert figures["options"]["seed"] == 7
+    assert figures["seeds"] == []
+    by_seed = [each["classifier_frechet_distance"]["samples"] for each in over_seeds["seeds"]]
+    assert len({*by_seed}) == 3
+    assert figures["classifier_frechet_distance"] == over_seeds["classifier_frechet_distance"]
+    assert figures["classifier_frechet_distance"]["samples"] == by_seed[0]
+    assert figures["bound"] == over_seeds["bound"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--sampler", "ddim,dpm"), "sampler must be all or among ddpm, ddim, "),
+        (("--reference", "ddpm"), "--reference: must be a sampler and a number of steps, as ddpm:1000, got 'ddpm'"),
+        (("--reference", "ddpm:0"), "--reference: must be"),
+        (("--reference", "dpm:5"), "sampler must be"),
+        (("--steps", "50"), "steps must be 1..20, got 50"),
+        (("--approve",), "--approve: needs a --precision below float32"),
+        (("--approve", "--precision", "bfloat16", "--seeds", "0,1"), "--approve: compares one sampler"),
+        (("--approve", "--precision", "bfloat16", "--sampler", "all", "--steps", "3"), "--approve: compares one"),
+        (("--steps", "3", "--spacing", "lu"), "spacing must be among"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_clear_line(folders: list[str], arguments: tuple[str, ...], says: str) -> None:
+    assert says in refusal(folders, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "bound"),
+    [
+        ("--steps", "5,0", "a whole number, 1 or more, got '0'"),
+        ("--steps", "5,x", "a whole number, 1 or more, got 'x'"),
+        ("--guidance", "1,51", "a number, 0..50, got '51'"),
+        ("--guidance", "nan", "a number, 0..50, got 'nan'"),
+        ("--seeds", "-1", "a whole number, 0..2^64-1, got '-1'"),
+        ("--seeds", str(2**64), "a whole number, 0..2^64-1, got"),
+        ("--sampler", "", "a name, got ''"),
+    ],
+)
+def test_a_bad_value_of_a_list_is_named_with_its_bound(folders: list[str], option: str, text: str, bound: str) -> None:
+    result = evaluate(folders, option, text)
+    assert result.exit_code == 2
+    assert option in result.output
+    assert bound in result.output
+
+
+def test_a_report_without_matplotlib_names_the_extra_before_anything_is_measured(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'tminus[evaluate]'" in refusal(folders, "--report", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_report_s_folder_that_cannot_be_made_is_named(folders: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "--report" in refusal(folders, "--report", tmp_path / "file" / "report")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "kept").write_text("")
+    assert f"--report {tmp_path / 'report'}" in refusal(folders, "--steps", "2", "--report", tmp_path / "report")
