@@ -21,10 +21,10 @@ from typing import Any
 import httpx
 
 from bench import servers
+from tminus.model.catalogue import SAMPLERS
 
 READY_S = 120.0
 LONGEST_S = 5.0  # from the first request of a round to the kill
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
 
 
 class Server:

@@ -6,6 +6,7 @@
 A flat folder (config.json and weights in the root, as google/ddpm-*) is read too.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from tminus.model.tables import Table, read_tables, steps_and_guidances
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32
+
+log = logging.getLogger(__name__)
 
 TMINUS_FILE, INDEX_FILE = "tminus.json", "model_index.json"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -164,6 +167,11 @@ def _load(folder: Path) -> Checkpoint:
         why = f" ({'; '.join(refused)})" if refused else ""
         raise CheckpointError(f"{folder}: a student without a table in {TABLES}/ to sample it by{why}")
     recommended = _recommended(folder / TMINUS_FILE, meta, noise, labels)
+    if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
+        keys = {(table.sampler, table.steps, table.guidance) for table in tables}
+        if (recommended.sampler, recommended.steps, recommended.guidance) not in keys:
+            log.warning("%s recommends %s, for which it has no table", folder, recommended)
+            recommended = None
     return Checkpoint(net, noise, labels, weights_hash, name, size_px, approved, recommended, tables, refused, student)
 
 

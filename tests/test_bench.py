@@ -362,7 +362,7 @@ def test_what_both_checkouts_are_asked_is_the_same_each_time_and_uses_every_para
     asked = [same.request(k, INFO.class_names) for k in range(50)]
     assert asked == [same.request(k, INFO.class_names) for k in range(50)]
     bodies = [body for _, body in asked]
-    sample = {*SampleRequest.model_fields} - {"deadline_s", "image_sha256", "mask_sha256"}
+    sample = {*SampleRequest.model_fields} - {"deadline_s", "image_sha256", "mask_sha256", "nearest", "table"}
     assert sample | {"every", "show"} == {name for body in bodies for name in body}
     assert {accept for accept, _ in asked} == {"image/png", "application/zip", "application/json", "image/webp"}
     for body in bodies:

@@ -1,6 +1,6 @@
 """Fit the coefficients of a sampler of few steps to one checkpoint, for given timesteps.
 
-The teacher is the checkpoint's own solution in many steps. From the same x_T, and through the same network, a table of
+The teacher is the checkpoint itself, sampled in more steps. From the same x_T, and through the same network, a table of
 few steps is to end in the same image. The coefficients of each step are a linear least-squares problem:
 
     minimise over a, b, c, d of  || a x + b x0 + c x0_previous + d x0_before - x* ||^2
@@ -11,7 +11,7 @@ al. 2025, S4S.) Rows that the fit has not seen tell how good a table is.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.samplers import Forward, Plan, alpha_bar_at, guide, x0_coefficients
-from tminus.model.solvers import Levels, dpmpp_2m
+from tminus.model.solvers import Levels
 
 RIDGE = 1e-4  # of the mean square of each input: holds coefficients back that the rows hardly tell
 
@@ -112,29 +112,29 @@ class Fitter:
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def solve(self, timesteps: Sequence[float], on_step: Callable[[], None]) -> None:
-        """Follow the teacher, DPM-Solver++(2M) at these timesteps."""
-        levels, x = self._levels(timesteps), self.rows.noise
-        M, rho = dpmpp_2m(levels), (levels.sigma / levels.alpha).tolist()
-        previous, scaled = torch.zeros_like(x), [(x / float(levels.alpha[0])).half()]
-        for k, t in enumerate(timesteps):
-            x0 = self.predict(x, t, levels.alpha_bar[k])
-            a, b, c = M[k, 0, :3].tolist()
-            x, previous = a * x + b * x0 + c * previous, x0
-            scaled.append((x / float(levels.alpha_next[k])).half())
-            on_step()
+    def solve(self, plan: Plan) -> None:
+        """Follow the teacher."""
+        rho = ((1 - plan.alpha_bar) / plan.alpha_bar).sqrt().tolist()
+        alphas = [*plan.alpha_bar.sqrt().tolist(), 1.0]
+        scaled = [(x / alpha).half() for x, alpha in zip(self._walk(plan), alphas, strict=True)]
         self._solution = Solution(torch.tensor([*rho, 0.0], dtype=torch.float64), torch.stack(scaled))
 
     @torch.inference_mode()
     def error(self, plan: Plan) -> float:
-        """The mean square error of an untuned sampler's images on the held-out rows."""
+        """The mean square error of another sampler's images on the held-out rows."""
+        *_, x = self._walk(plan)
+        return self._errors(x)[1]
+
+    def _walk(self, plan: Plan) -> Iterator[Tensor]:
+        """Where the rows are before the first pass of a plan, and after each."""
         x, x0 = self.rows.noise, torch.zeros_like(self.rows.noise)
         registers = [torch.zeros_like(x)] * plan.num_registers
+        yield x
         for k, t in enumerate(plan.timesteps.tolist()):
             previous, x0 = x0, self.predict(x, t, plan.alpha_bar[k])
             M = plan.lines[k, None, 2:6] if plan.matrices is None else plan.matrices[k]
             x, *registers = _apply(M, (x, x0, previous, torch.zeros_like(x), *registers))
-        return self._errors(x)[1]
+            yield x
 
     @torch.inference_mode()
     def fit(self, timesteps: Sequence[float]) -> Fit:

@@ -33,9 +33,9 @@ def search_timesteps(
     `settle` makes timesteps what the network takes. After each round `on_round` gets the state, from which the search
     goes on. It ends when the moves are small.
     """
-    while search.move >= SMALLEST_MOVE and len(search.best.timesteps) > 1:
+    while search.move >= SMALLEST_MOVE:
         begun, best, evaluations = search.best, search.best, search.evaluations
-        for k in range(1, len(best.timesteps)):
+        for k in range(len(best.timesteps)):
             for sign in (1, -1):
                 timesteps = settle(moved(best.timesteps, k, sign * search.move, log_sigmas))
                 if timesteps == best.timesteps:
@@ -54,6 +54,7 @@ def moved(timesteps: Sequence[float], k: int, share: float, log_sigmas: Sequence
     """Move timestep k by a share of the way to its neighbour in log rho: up to the noisier, down to the cleaner."""
     levels = [log_sigma_at(t, log_sigmas) for t in timesteps]
     cleanest = log_sigmas[0] if k + 1 == len(timesteps) else levels[k + 1]
-    way = levels[k - 1] - levels[k] if share > 0 else levels[k] - cleanest
+    noisiest = log_sigmas[-1] if k == 0 else levels[k - 1]
+    way = noisiest - levels[k] if share > 0 else levels[k] - cleanest
     level = levels[k] + share * min(way, LONGEST_WAY)
     return [*timesteps[:k], timestep_at(level, log_sigmas), *timesteps[k + 1 :]]

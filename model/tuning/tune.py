@@ -17,7 +17,7 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import CheckpointError, read_json, write_json
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.rng import image_noise
-from tminus.model.samplers import Forward, table_plan
+from tminus.model.samplers import Forward, Plan, table_plan
 from tminus.model.tables import FOLDER, Table, write_table
 from tminus.model.timesteps import make_timesteps
 from tminus.model.tuning.fit import Fit, Fitter, Rows
@@ -26,6 +26,8 @@ from tminus.model.tuning.search import Search, search_timesteps
 
 STATE_FILE = ".tune-state.json"
 SAMPLER = "tuned"
+TEACHER = "dpmpp_2m:20"
+TEACHERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "euler")  # no fresh noise, and each step a pass
 STARTS = ("linspace", "trailing", "karras")  # spacings that the search may begin with
 RIVALS = (("dpmpp_2m", "linspace"), ("dpmpp_2m", "karras"), ("unipc", "linspace"), ("unipc", "karras"))
 
@@ -40,13 +42,13 @@ class TuneConfig:
 
     rows: int = 192  # images, of all classes alike
     held_out: int = 64  # further ones, that only judge
-    teacher_steps: int = 100
+    teacher: str = TEACHER  # sampler:steps
     seed: int = 1_000_000  # of their noise: other than what people sample and evaluate with
     batch_size: int = 64
     iterations: int = 200  # of refining the coefficients, at most
 
     def __post_init__(self) -> None:
-        for name in ("rows", "held_out", "teacher_steps", "batch_size"):
+        for name in ("rows", "held_out", "batch_size"):
             if getattr(self, name) < 1:
                 raise TuneError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.iterations < 0:
@@ -60,13 +62,12 @@ def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[floa
         raise TuneError(f"{checkpoint.name}: a student has its own tables, and no many-step solution to be tuned to")
     if not steps or not guidances:
         raise TuneError(f"{'steps' if not steps else 'guidance'} must name at least one")
+    teacher_steps = len(teacher_plan(checkpoint, config, 1.0))
     for count in steps:
         if not 1 <= count <= T:
             raise TuneError(f"steps must be in 1..{T}, got {count}")
-        if count >= config.teacher_steps:
-            raise TuneError(f"steps must be fewer than the teacher's {config.teacher_steps}, got {count}")
-    if config.teacher_steps > T:
-        raise TuneError(f"teacher_steps must be in 1..{T}, got {config.teacher_steps}")
+        if count >= teacher_steps:
+            raise TuneError(f"steps must be fewer than the teacher's {teacher_steps}, got {count}")
     for guidance in guidances:
         if not 0 <= guidance <= MAX_GUIDANCE:
             raise TuneError(f"guidance must be in 0..{MAX_GUIDANCE:g}, got {guidance:g}")
@@ -75,6 +76,24 @@ def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[floa
             raise TuneError(f"guidance must be 1 (off), since {checkpoint.name} has {what}, got {guidance:g}")
     if checkpoint.noise.schedule().alpha_bar[-1] <= 0:
         raise TuneError(f"{checkpoint.name}: its schedule ends without signal (alpha_bar = 0), where nothing is fitted")
+
+
+def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) -> Plan:
+    """The plan of the teacher. Raises TuneError for one that cannot be."""
+    sampler, _, steps = config.teacher.partition(":")
+    bound = f"SAMPLER:STEPS, the sampler one of {', '.join(TEACHERS)}"
+    if sampler not in TEACHERS or not steps.isdecimal():
+        raise TuneError(f"teacher must be {bound}, got {config.teacher!r}")
+    try:
+        return checkpoint.plan(sampler, int(steps), guidance=guidance)
+    except ValueError as error:
+        raise TuneError(f"teacher must be {bound}, got {config.teacher!r}: {error}") from None
+
+
+def default_teacher(checkpoint: Checkpoint) -> str:
+    """What the checkpoint recommends, where that can teach."""
+    own = checkpoint.recommended
+    return f"{own.sampler}:{own.steps}" if own is not None and own.sampler in TEACHERS else TEACHER
 
 
 def tune(
@@ -108,11 +127,9 @@ def tune(
             held_out=config.held_out,
             batch_size=config.batch_size,
         )
-        log_sigmas = fitter.schedule.log_sigmas
-        teacher = make_timesteps("dpmpp_2m", "karras", config.teacher_steps, len(log_sigmas), 0, log_sigmas)
         images = config.rows + config.held_out
-        say(f"guidance {guidance:g}: the teacher's {config.teacher_steps} steps for {images} images")
-        fitter.solve(teacher, lambda: None)
+        say(f"guidance {guidance:g}: the teacher, {config.teacher}, makes {images} images")
+        fitter.solve(teacher_plan(checkpoint, config, guidance))
         files += [_tune_one(folder, checkpoint, fitter, each, guidance, config, say) for each in wanted]
     return files
 
@@ -175,7 +192,7 @@ def _tune_one(
     plan = table_plan(checkpoint.noise, fitter.schedule, table, clip=None)
     errors = {"tuned": fitter.error(plan), **_rivals(fitter, checkpoint, steps)}
     about = {
-        "teacher": f"dpmpp_2m, {config.teacher_steps} steps, karras",
+        "teacher": config.teacher,
         "settings": dataclasses.asdict(config),
         "held_out_error": errors,
         "distance": {"fitted": before, "refined": refinement.distance},

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.recommended import Recommended
+from tminus.model.tables import nearest
 from tminus.service.api.schemas import parameters_of
 from tminus.service.jobs.store import now_us
 from tminus.service.jobs.views import STATES, JobView
@@ -154,14 +155,15 @@ class SamplerAnswer(BaseModel):
     passes_per_step: int = Field(description="through the network: what a step costs, twice that where it is guided")
 
     @classmethod
-    def of(cls, name: str, num_timesteps: int) -> "SamplerAnswer":
+    def of(cls, name: str, model: ModelInfo) -> "SamplerAnswer":
         """Say what it is."""
-        facts = SAMPLER_FACTS[name]
-        most = facts.max_steps(num_timesteps)
+        facts, own = SAMPLER_FACTS[name], [table for table in model.tables if table.sampler == name]
+        most = max((table.steps for table in own), default=facts.max_steps(model.num_timesteps))
+        good = nearest(own, facts.good_steps, 1.0).steps if own else facts.good_steps
         return cls(
             when=facts.when,
             source=facts.source,
-            good_steps=min(facts.good_steps, most),
+            good_steps=min(good, most),
             max_steps=most,
             passes_per_step=facts.passes_per_step,
         )
@@ -230,7 +232,7 @@ class ModelAnswer(BaseModel):
             steps_offset=model.steps_offset,
             clip=model.clip,
             samplers=list(model.samplers),
-            sampler_details={name: SamplerAnswer.of(name, model.num_timesteps) for name in model.samplers},
+            sampler_details={name: SamplerAnswer.of(name, model) for name in model.samplers},
             tables=[
                 TableAnswer(
                     sampler=table.sampler,

@@ -19,7 +19,7 @@ Number = TypeVar("Number", int, float)
 @click.option("--guidance", default="1", help="guidance scales, tables each, joined by commas; 1 is off")
 @click.option("--rows", default=192, help="images that the tables are fitted to")
 @click.option("--held-out", default=64, help="further images, that only judge")
-@click.option("--teacher-steps", default=100, help="of the many-step solution that the tables are fitted to")
+@click.option("--teacher", help="SAMPLER:STEPS whose images the tables are to give  [default: as recommended]")
 @click.option("--seed", default=1_000_000, help="of the images' noise")
 @click.option("--iterations", default=200, help="of refining the coefficients by their gradient, at most")
 @click.option("--batch-size", default=64, help="images that go through the network together")
@@ -33,7 +33,7 @@ def tune(checkpoint: Path, steps: str, guidance: str, **options: Any) -> None:
 
     from tminus.model.checkpoint import load_checkpoint
     from tminus.model.files import CheckpointError
-    from tminus.model.tuning.tune import TuneConfig, TuneError, check
+    from tminus.model.tuning.tune import TuneConfig, TuneError, check, default_teacher
     from tminus.model.tuning.tune import tune as run
     from tminus.service.engine.autotune import choose_executor
     from tminus.service.engine.autotune_cache import default_cache
@@ -41,12 +41,14 @@ def tune(checkpoint: Path, steps: str, guidance: str, **options: Any) -> None:
     from tminus.service.engine.devices import choose_device
 
     try:
-        config = TuneConfig(**{name: options[name] for name in TuneConfig.__dataclass_fields__})
         counts, guidances = _numbers("--steps", steps, int), _numbers("--guidance", guidance, float)
         device, loaded = choose_device(options["device"]), load_checkpoint(checkpoint)
+        options["teacher"] = options["teacher"] or default_teacher(loaded)
+        config = TuneConfig(**{name: options[name] for name in TuneConfig.__dataclass_fields__})
         check(loaded, counts, guidances, config)
         threads = torch.get_num_threads()
         wish = Wish(options["executor"], options["precision"], device.type == "cpu", config.batch_size, threads)
+        loaded.net.to(device)
         # Loaded apart, since an executor may keep the network it is given.
         executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
         files = run(checkpoint, loaded, executor, counts, guidances, config, device=device, say=say)

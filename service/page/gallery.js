@@ -69,6 +69,7 @@ function shortest(parameters, model) {
   if (spec.guidance === 1) delete spec.guidance;
   if (spec.clip === model.clip) delete spec.clip;
   if (spec.eta === 0) delete spec.eta;
+  delete spec.table; // the steps and the guidance name it
   if (spec.timestep_spacing === model.timestep_spacings[spec.sampler]) delete spec.timestep_spacing;
   return spec;
 }

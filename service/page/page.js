@@ -107,6 +107,7 @@ function parameters() {
   if (given.seed) spec.seed = given.seed.replace(/^0+(?=\d)/, "");
   if (given.class_label) spec.class_label = Number(given.class_label);
   if (given.guidance !== undefined && model.conditional) spec.guidance = Number(given.guidance);
+  if (model.tables.some((table) => table.sampler === spec.sampler)) spec.nearest = true; // there are tables for some steps
   return spec;
 }
 

@@ -260,3 +260,16 @@ def test_nothing_is_told_to_the_makers_of_openvino(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_timesteps_between_whole_ones_are_embedded_as_the_network_does_and_never_by_their_batch(
+    tiny: Checkpoint,
+) -> None:
+    graph = Graph(tiny.net, (1, 8, 8), 50)
+    t = torch.tensor([0.0, 7.0, 7.25, 48.9999, 30.5, 7.25])
+    embedded = graph.embed_time(t)
+    expected = tiny.net.embed_time(t)
+    torch.testing.assert_close(embedded[:, : graph.temb_dim], expected, rtol=1e-5, atol=1e-5)
+    for k in range(len(t)):
+        assert torch.equal(graph.embed_time(t[k : k + 1])[0], embedded[k])
+    assert torch.equal(embedded[1], graph.time_table[7])

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.service.fakes import make_spec
 from tminus.service.errors import StorageFailed
+from tminus.service.jobs import arrays
 from tminus.service.jobs.opening import open_store
 from tminus.service.jobs.sqlite_file import VERSION
 from tminus.service.jobs.sqlite_store import RECORD_BYTES, SWEEP_JOBS, WAL_BYTES, SqliteStore
@@ -151,6 +153,21 @@ def test_snapshots_are_of_one_build_and_of_jobs_that_have_not_ended(store: Sqlit
     store.finish(ended(job("b")), PIXELS)
     store.save({"b": second}, "build")
     assert store.snapshot("b", "build") is None, "one that comes late is let be"
+
+
+@pytest.mark.parametrize("made_as", [None, 1, arrays.SNAPSHOT_FORMAT + 1])
+def test_a_snapshot_of_another_version_is_recognised_and_the_job_begins_anew(
+    store: SqliteStore, made_as: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = snapshot()
+    parts = {"steps": np.array(taken.steps), "x": taken.x, "x0_previous": taken.x0_previous}  # as format 1 had them
+    if made_as is not None:
+        parts |= {"format": np.array([made_as]), "registers": taken.registers}
+    monkeypatch.setattr(arrays, "pack_snapshot", lambda _snapshot: safetensors.numpy.save(parts))
+    store.add(job("a"))
+    store.save({"a": taken}, "build")
+    assert store.snapshot("a", "build") is None
+    assert f"a snapshot of format {made_as or 1}, and this version reads format" in caplog.text
 
 
 def test_unfinished_jobs_come_in_order_of_arrival_whatever_the_clock_says(store: SqliteStore) -> None:

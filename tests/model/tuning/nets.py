@@ -1,0 +1,19 @@
+"""A tiny network, and a fitter of it."""
+
+import torch
+
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.noise import NoiseConfig
+from tminus.model.tuning.fit import Fitter
+from tminus.model.tuning.tune import TuneConfig, make_rows
+
+CPU = torch.device("cpu")
+NOISE = NoiseConfig(num_train_timesteps=50, beta_end=0.1)
+CONFIG = TuneConfig(rows=12, held_out=4, teacher="dpmpp_2m:25", batch_size=8, iterations=3)
+
+
+def fitter_of(checkpoint: Checkpoint, config: TuneConfig = CONFIG, guidance: float = 1.0) -> Fitter:
+    rows = make_rows(checkpoint, config, guidance, CPU)
+    fitter = Fitter(checkpoint, checkpoint.net, rows, guidance, held_out=config.held_out, batch_size=5)
+    fitter.solve(checkpoint.plan("dpmpp_2m", 25, spacing="trailing"))
+    return fitter

@@ -1,0 +1,112 @@
+"""An interrupted run ends as an undisturbed one; what cannot be tuned is refused."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model.tuning.nets import CONFIG, CPU
+from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint
+from tminus.model.recommended import Recommended
+from tminus.model.tables import FOLDER
+from tminus.model.tuning.tune import STATE_FILE, TuneConfig, TuneError, check, default_teacher, tune
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, *, steps: tuple[int, ...] = (3,), guidance: float = 1.0, stop_at: str | None = None) -> list[str]:
+    """Tune; stop_at kills the run when a line of its progress has these words."""
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if stop_at is not None and stop_at in line:
+            raise KeyboardInterrupt
+
+    checkpoint = load_checkpoint(folder)
+    tune(folder, checkpoint, checkpoint.net, steps, [guidance], CONFIG, device=CPU, say=say)
+    return said
+
+
+def table_of(folder: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((folder / FOLDER / "tuned-3.json").read_text())
+    return {key: value[key] for key in ("timesteps", "lines")}
+
+
+@pytest.mark.parametrize("stop_at", ["timesteps, round 1", "timesteps, round 3", "coefficients, iteration 3"])
+def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(folder: Path, tmp_path: Path, stop_at: str) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    run(folder)
+    with pytest.raises(KeyboardInterrupt):
+        run(other, stop_at=stop_at)
+    assert (other / FOLDER / STATE_FILE).is_file()
+    assert load_checkpoint(other).tables == (), "no half-finished table"
+    assert any("goes on after round" in line for line in run(other))
+    assert table_of(other) == table_of(folder)
+    assert not (other / FOLDER / STATE_FILE).exists()
+
+
+def test_a_table_that_is_there_is_left_and_one_of_other_settings_is_made_anew(folder: Path) -> None:
+    run(folder, steps=(2, 3))
+    loaded = load_checkpoint(folder)
+    assert [(table.steps, table.guidance) for table in loaded.tables] == [(2, 1.0), (3, 1.0)]
+    assert loaded.samplers[-1] == "tuned"
+    assert loaded.tables[0].about["held_out_error"].keys() > {"tuned"}
+    before = (folder / FOLDER / "tuned-3.json").stat().st_mtime_ns
+    assert run(folder, steps=(3,)) == ["3 steps at guidance 1: tuned already"]
+    assert (folder / FOLDER / "tuned-3.json").stat().st_mtime_ns == before
+    run(folder, steps=(3,), guidance=2.0)
+    assert [(table.steps, table.guidance) for table in load_checkpoint(folder).tables] == [(2, 1.0), (3, 1.0), (3, 2.0)]
+
+
+def same(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint
+
+
+BAD: dict[str, tuple[Callable[[Checkpoint], Checkpoint], tuple[int, ...], float, dict[str, Any], str]] = {
+    "no classes": (
+        lambda checkpoint: dataclasses.replace(checkpoint, labels=Labels(("a", "b", "c", "d"), None)),
+        (3,), 2.0, {}, r"guidance must be 1 \(off\), since net has no null class, got 2",
+    ),
+    "zero steps": (same, (0,), 1.0, {}, r"steps must be in 1\.\.50, got 0"),
+    "more than T": (same, (51,), 1.0, {}, r"steps must be in 1\.\.50, got 51"),
+    "as many as the teacher": (same, (25,), 1.0, {}, "fewer than the teacher's 25, got 25"),
+    "guidance": (same, (3,), 51.0, {}, r"guidance must be in 0\.\.50, got 51"),
+    "none": (same, (), 1.0, {}, "steps must name at least one"),
+    "teacher": (same, (3,), 1.0, {"teacher": "dpmpp_2m:51"}, "teacher must be .*51.*steps must"),
+    "noisy teacher": (same, (3,), 1.0, {"teacher": "ddpm:40"}, "teacher must be SAMPLER:STEPS"),
+    "half a teacher": (same, (3,), 1.0, {"teacher": "ddim"}, "teacher must be SAMPLER:STEPS"),
+    "rows": (same, (3,), 1.0, {"rows": 0}, "rows must be 1 or more, got 0"),
+    "a student": (
+        lambda checkpoint: dataclasses.replace(checkpoint, student={}), (3,), 1.0, {}, "a student has its own tables",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "steps", "guidance", "settings", "message"), BAD.values(), ids=BAD.keys())
+def test_what_cannot_be_tuned_is_refused(
+    folder: Path,
+    change: Callable[[Checkpoint], Checkpoint],
+    steps: tuple[int, ...],
+    guidance: float,
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(TuneError, match=message):
+        check(change(load_checkpoint(folder)), steps, [guidance], dataclasses.replace(CONFIG, **settings))
+
+
+def test_the_teacher_is_what_the_checkpoint_recommends_where_that_can_teach(folder: Path) -> None:
+    checkpoint = load_checkpoint(folder)
+    for recommended, expected in [
+        (None, TuneConfig.__dataclass_fields__["teacher"].default),
+        (Recommended("unipc", 12, 1.5), "unipc:12"),
+        (Recommended("ddpm", 100), "dpmpp_2m:20"),
+        (Recommended("tuned", 8), "dpmpp_2m:20"),
+    ]:
+        assert default_teacher(dataclasses.replace(checkpoint, recommended=recommended)) == expected

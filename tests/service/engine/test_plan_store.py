@@ -1,0 +1,92 @@
+"""Where plans lie on the device: no two share a line, freed lines are used again, and registers begin at zero."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tminus.model.catalogue import SAMPLERS
+from tminus.model.noise import NoiseConfig
+from tminus.model.samplers import Plan, combine, compile_plan
+from tminus.service.engine.plan_store import FIRST_LINES, PlanStore, Registers
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+NOISE = NoiseConfig()
+SCHEDULE = NOISE.schedule()
+
+
+def plan(sampler: str, steps: int) -> Plan:
+    return compile_plan(NOISE, SCHEDULE, sampler, steps, fractional=True)
+
+
+def assert_holds(store: PlanStore, start: int, one: Plan) -> None:
+    at = slice(start, start + len(one))
+    assert torch.equal(store.timesteps[at], one.timesteps.float())
+    assert torch.equal(store.lines[at], one.lines.float())
+    assert torch.equal(store.known[at], one.known.float())
+    if one.matrices is not None:
+        assert store.matrices is not None
+        R = one.num_registers
+        assert torch.equal(store.matrices[at, : 1 + R, : 4 + R], one.matrices.float())
+        assert not store.matrices[at, 1 + R :].any()
+        assert not store.matrices[at, :, 4 + R :].any()
+
+
+@given(st.lists(st.tuples(st.sampled_from(SAMPLERS), st.integers(1, 450), st.integers(0, 3)), max_size=14))
+def test_plans_that_come_and_go_keep_their_lines(asked: list[tuple[str, int, int]]) -> None:
+    store, held = PlanStore(CPU), list[tuple[int, Plan]]()
+    for sampler, steps, ended in asked:
+        one = plan(sampler, steps)
+        held.append((store.put(one), one))
+        for _ in range(min(ended, len(held) - 1)):
+            start, old = held.pop(0)
+            store.free(start, len(old))
+        for start, each in held:
+            assert_holds(store, start, each)
+    for start, each in held:
+        store.free(start, len(each))
+    assert store._free == [(0, len(store.lines))], "all is free, in one piece"
+
+
+def test_the_store_grows_only_where_plans_need_it_and_uses_freed_lines_again() -> None:
+    store = PlanStore(CPU)
+    start, one = store.put(plan("ddpm", 1000)), plan("ddpm", 1000)
+    assert len(store.lines) == FIRST_LINES
+    store.put(plan("unipc", 100))
+    assert len(store.lines) == 2 * FIRST_LINES
+    store.free(start, len(one))
+    assert store.put(plan("ddim", 900)) == start
+    assert len(store.lines) == 2 * FIRST_LINES
+
+
+def test_plans_without_registers_make_no_matrices() -> None:
+    store = PlanStore(CPU)
+    for sampler in ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "euler"):
+        store.put(plan(sampler, 10))
+    assert store.matrices is None
+
+
+def test_registers_are_those_of_their_row_and_hold_nothing_of_the_row_before() -> None:
+    """Infinity left in a slot would make NaN of the zeros of a matrix."""
+    registers = Registers(4, (1, 2, 2), CPU)
+    rows = torch.tensor([1, 3])
+    registers.put(rows, torch.full((2, 3, 1, 2, 2), torch.inf))
+    registers.put(rows, torch.ones(2, 1, 1, 2, 2))
+    assert registers.read(rows, 3).flatten(2).sum(2).tolist() == [[4.0, 0.0, 0.0]] * 2
+    matrices = torch.zeros(2, 4, 7)
+    matrices[:, 0, 4], matrices[:, 1, 0] = 2.0, 5.0  # x' = 2 h1, h1' = 5 x
+    x = torch.full((2, 1, 2, 2), 7.0)
+    new = registers.combine(rows, matrices, [x, x, x, x])
+    assert new.unique().tolist() == [2.0]
+    assert registers.read(rows, 1).unique().tolist() == [35.0]
+    assert registers.read(torch.tensor([0, 2]), 3).unique().tolist() == [0.0]
+
+
+def test_combining_is_the_product_of_matrix_and_state() -> None:
+    generator = torch.Generator().manual_seed(0)
+    M = torch.randn(5, 3, 6, generator=generator, dtype=torch.float64)
+    state = torch.randn(6, 5, 1, 4, 4, generator=generator, dtype=torch.float64)
+    expected = torch.einsum("bij,jbchw->bichw", M, state)
+    torch.testing.assert_close(combine(M, state.unbind(0)), expected)
