@@ -297,6 +297,7 @@ def save_checkpoint(
     labels: Labels,
     provenance: Mapping[str, Any],
     recommended: Recommended | None = None,
+    student: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that tminus and `DDPMPipeline.from_pretrained` both load. Each file appears whole or not."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
@@ -316,6 +317,8 @@ def save_checkpoint(
     }
     if recommended is not None:
         meta["recommended"] = asdict(recommended)
+    if student is not None:
+        meta["student"] = dict(student)
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "unet" / "config.json", unet.to_dict())

@@ -212,16 +212,21 @@ class UNet2D(nn.Module):
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
         """Everything after the embedding: x [B, C, H, W], act_temb [B, temb] -> [B, out_channels, H, W]."""
+        h, skips = self.encode(x, act_temb)
+        for block in self.up_blocks:
+            h = block(h, skips, act_temb)
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
+        return out
+
+    def encode(self, x: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The way down and the middle: x [B, C, H, W], act_temb [B, temb] -> h [B, widths[-1], h, w], and the skips."""
         if self.config.center_input_sample:
             x = 2 * x - 1
-        h = self.conv_in(x)
+        h: Tensor = self.conv_in(x)
         skips = [h]
         for block in self.down_blocks:
             h, block_skips = block(h, act_temb)
             skips += block_skips
         if self.mid_block is not None:
             h = self.mid_block(h, act_temb)
-        for block in self.up_blocks:
-            h = block(h, skips, act_temb)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(h)))
-        return out
+        return h, skips

@@ -20,6 +20,8 @@ def measure_bound(net: UNet2D, checkpoint: Checkpoint, test: ImageSet, options: 
     `net` lies on the device that measures. LeftOut where the bound is not defined, with the reason.
     """
     noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
+    if checkpoint.student is not None:
+        return LeftOut("bound", "a student predicts where trajectories end, not the mean of x_0, so it has none")
     if noise.variance_type == "learned_range":
         return LeftOut("bound", "it is measured for a fixed variance only, and this network learned its own")
     if noise.prediction_type == "epsilon" and schedule.alpha_bar[-1] <= 0:

@@ -31,3 +31,11 @@ def local_model_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(LOCAL_MODEL):
         command = option(command)
     return command
+
+
+def integers(flag: str, text: str) -> tuple[int, ...]:
+    """Read integers joined by commas. Raises ValueError, which names the flag."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(f"{flag} must be integers joined by commas, got {text!r}") from None

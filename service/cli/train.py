@@ -1,26 +1,19 @@
-"""`tminus train`: its options, handed to model/train.py, and the sheets of samples that it draws on the way."""
+"""`tminus train`: its options, handed to model/train.py."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.service.cli.options import BACKGROUND, FOLDER_TYPE
+from tminus.service.cli.options import BACKGROUND, FOLDER_TYPE, integers
 from tminus.service.cli.output import fail, say, set_up_log
+from tminus.service.cli.sheets import sheet_writer
 from tminus.service.cli.training_data import load_training_data
 
 if TYPE_CHECKING:
-    import torch
-
     from tminus.model.data import ImageSet
-    from tminus.model.noise import NoiseConfig
-    from tminus.model.unet import UNet2D
     from tminus.model.unet_config import UNetConfig
 
 SHEET_STEPS = 50
-SHEET_ROWS_PER_CLASS = 2
-SHEET_IMAGES_WITHOUT_CLASSES = 16
 
 
 @click.command()
@@ -63,7 +56,9 @@ def train(**options: Any) -> None:
     from tminus.model.data import DataError
     from tminus.model.files import CheckpointError
     from tminus.model.noise import NoiseConfig
-    from tminus.model.train import TrainConfig, TrainError
+    from tminus.model.run import TrainError
+    from tminus.model.samplers import compile_plan
+    from tminus.model.train import TrainConfig
     from tminus.model.train import train as run
     from tminus.service.engine.devices import choose_device
 
@@ -79,6 +74,8 @@ def train(**options: Any) -> None:
             prediction_type=options["prediction"],
         )
         say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {len(data.class_names)} classes")
+        write = sheet_writer(options["out"], unet, device)
+        plan = compile_plan(noise, noise.schedule(), "ddim", min(SHEET_STEPS, noise.num_train_timesteps))
         done = run(
             options["out"],
             data,
@@ -87,7 +84,7 @@ def train(**options: Any) -> None:
             TrainConfig(**fields),
             device=device,
             init_from=options["init_from"],
-            on_sheet=_sheet_writer(options["out"], unet, noise, device),
+            on_sheet=lambda net, step: write(net, plan, step),
         )
     except (DataError, TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:
         fail(str(error))
@@ -97,7 +94,7 @@ def train(**options: Any) -> None:
 def _architecture(options: dict[str, Any], data: "ImageSet") -> "UNetConfig":
     from tminus.model.unet_config import UNetConfig
 
-    widths, attends = _integers("--widths", options["widths"]), _integers("--attention-at", options["attention_at"])
+    widths, attends = integers("--widths", options["widths"]), integers("--attention-at", options["attention_at"])
     channels, size_px = data.images.shape[1], data.images.shape[-1]
     at_level = [(size_px >> level) in attends for level in range(len(widths))]
     config = UNetConfig(
@@ -116,39 +113,3 @@ def _architecture(options: dict[str, Any], data: "ImageSet") -> "UNetConfig":
     if size_px % config.size_multiple:
         raise ValueError(f"the side of the images must divide by {config.size_multiple}, got {size_px}")
     return config
-
-
-def _integers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(f"{flag} must be integers joined by commas, got {text!r}") from None
-
-
-def _sheet_writer(
-    folder: Path, unet: "UNetConfig", noise: "NoiseConfig", device: "torch.device"
-) -> Callable[["UNet2D", int], None]:
-    """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared."""
-    import torch
-
-    from tminus.model.pixels import to_uint8
-    from tminus.model.rng import image_noise
-    from tminus.model.samplers import compile_plan
-    from tminus.model.samplers import sample as sample_rows
-    from tminus.service.images.encoder import contact_sheet, encode_png
-
-    plan = compile_plan(noise, noise.schedule(), "ddim", min(SHEET_STEPS, noise.num_train_timesteps))
-    num_classes = (unet.num_class_embeds or 1) - 1
-    n = num_classes * SHEET_ROWS_PER_CLASS or SHEET_IMAGES_WITHOUT_CLASSES
-    labels = torch.arange(n, device=device) % num_classes if num_classes else None
-    x_T = image_noise(0, range(n), 0, (unet.in_channels, *(unet.size_px or (0, 0))), device)
-
-    def write(net: "UNet2D", step: int) -> None:
-        zero = torch.zeros_like(x_T)
-        x = sample_rows(net, plan, x_T, lambda _k: zero, class_labels=labels)
-        pixels = to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        sheets = folder / "sheets"
-        sheets.mkdir(exist_ok=True)
-        (sheets / f"{step:07d}.png").write_bytes(encode_png(contact_sheet(pixels)))
-
-    return write

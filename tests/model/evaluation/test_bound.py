@@ -54,6 +54,7 @@ def test_a_term_is_the_mean_over_images_of_that_timestep_s_kl() -> None:
 def test_a_bound_that_is_not_defined_is_left_out_with_the_reason() -> None:
     for checkpoint, why in (
         (toy_checkpoint(learned=True), "learned its own"),
+        (dataclasses.replace(toy_checkpoint(), student={"guidance": 1.5}), "a student predicts where"),
         (toy_checkpoint(class_names=("a", "b", "c"), null_class=None), "needs a class"),
     ):
         left_out = measure_bound(checkpoint.net, checkpoint, TEST, OPTIONS)

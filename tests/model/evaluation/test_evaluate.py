@@ -27,6 +27,7 @@ from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.evaluation.report import EvaluationReport
 from tminus.model.evaluation.samples import draw_samples
 from tminus.model.samplers import Forward
+from tminus.model.student import consistency_table, student_noise
 
 pytestmark = pytest.mark.slow
 
@@ -274,6 +275,21 @@ def test_report_on_a_checkpoint_of_learned_variance_leaves_out_the_bound(
     assert report.class_accuracy is not None
     assert report.classifier_frechet_distance is not None
     assert [(item.what, "learned its own" in item.why) for item in report.left_out] == [("bound", True)]
+
+
+def test_student_is_measured_by_its_tables_and_has_no_bound(toy_classifier: Classifier) -> None:
+    teacher = toy_checkpoint()
+    noise = student_noise(teacher.noise)
+    tables = (consistency_table(noise, [19.0, 9.0]),)
+    student = dataclasses.replace(teacher, noise=noise, tables=tables, student={"teacher": "toy", "guidance": 1.5})
+    options = dataclasses.replace(OPTIONS, sampler="consistency", steps=2, guidance=1.0)
+    images = toy_images(40, 2), toy_images(40, 3)
+    report = evaluate(student, *images, toy_classifier, options, device=CPU).single()
+    assert report.class_accuracy is not None
+    assert report.classifier_frechet_distance is not None
+    assert {item.what for item in report.left_out} == {"bound"}
+    with pytest.raises(ValueError, match="no table for 3 steps"):
+        evaluate(student, *images, toy_classifier, dataclasses.replace(options, steps=3), device=CPU)
 
 
 def test_another_way_of_running_the_network_is_judged_by_its_samples(toy_classifier: Classifier) -> None:

@@ -33,6 +33,7 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise
+from tminus.model.student import consistency_table, student_noise
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
 from tminus.service.engine.local import sample_locally
@@ -88,6 +89,23 @@ def test_any_mix_of_samplers_on_an_exact_executor_has_the_bits_of_each_job_alone
     ):
         assert np.isfinite(own).all()
         assert mixed.tobytes() == own.tobytes(), spec
+
+
+def test_student_has_the_bits_of_each_job_alone_and_those_of_a_plain_loop(tiny: Checkpoint) -> None:
+    noise = student_noise(tiny.noise)
+    tables = {len(t): consistency_table(noise, t) for t in ([49.0], [49.0, 20.0], [49.0, 33.0, 20.0, 6.0])}
+    student = replace(tiny, noise=noise, tables=tuple(tables.values()), student={"guidance": 1.5})
+    executor = EagerExecutor(student.net, CPU, sizes=(1,))
+    specs = [
+        spec_of(sampler="consistency", steps=steps, table=tables[steps].hash, n=n, seed=seed, class_labels=(2,) * n)
+        for seed, (steps, n) in enumerate([(1, 2), (2, 3), (4, 1), (2, 1), (4, 2)])
+    ]
+    mixed = together(make_engine(student, executor=executor), specs, max_batch=3, seed=1, read=Engine.latents)
+    for spec, images in zip(specs, mixed, strict=True):
+        (own,) = together(make_engine(student, executor=executor), [spec], max_batch=16, read=Engine.latents)
+        assert images.tobytes() == own.tobytes()
+        expected = independent(student, spec).transpose(0, 3, 1, 2)
+        np.testing.assert_allclose(own, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_all_samplers_in_one_tick_have_the_bits_of_each_alone(tiny: Checkpoint) -> None:

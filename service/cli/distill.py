@@ -1,0 +1,58 @@
+"""`tminus distill`: its options, handed to model/distill.py."""
+
+from typing import Any
+
+import click
+
+from tminus.service.cli.options import FOLDER_TYPE, integers
+from tminus.service.cli.output import fail, say, set_up_log
+from tminus.service.cli.sheets import sheet_writer
+
+
+@click.command()
+@click.option("--checkpoint", type=FOLDER_TYPE, required=True, help="the teacher")
+@click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
+@click.option("--guidance", default=1.0, help="of the teacher, folded into the student; 1 is off")
+@click.option("--student-steps", default="1,2,3,4", help="numbers of sampling steps that the student is made for")
+@click.option("--teacher-sampler", default="dpmpp_2m", help="ddim, dpmpp_2m, dpmpp_3m, unipc or deis")
+@click.option("--teacher-steps", default=20, help="of its sampler")
+@click.option("--trajectories", default=128, help="that the teacher solves at a time")
+@click.option("--uses", default=1, help="of each point of a trajectory, at the mean")
+@click.option("--stage-steps", default=1500, help="optimiser steps until the target is half as far along a trajectory")
+@click.option("--first-share", default=0.2, help="of a batch at pure noise, from which all images begin")
+@click.option("--steps", default=10_000, help="optimiser steps in all")
+@click.option("--batch-size", default=64)
+@click.option("--learning-rate", default=5e-4)
+@click.option("--warmup-steps", default=100)
+@click.option("--decay-fraction", default=0.2, help="last part of the run, over which the rate falls to zero")
+@click.option("--ema-decay", default=0.999)
+@click.option("--class-dropout", default=0.1, help="how often a label becomes the null class, which is not guided")
+@click.option("--grad-clip", default=1.0)
+@click.option("--seed", default=0)
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
+@click.option("--compile", is_flag=True, help="torch.compile the networks")
+@click.option("--save-every", default=500, help="steps between saves")
+@click.option("--sheet-every", default=1000, help="steps between sample sheets")
+@click.option("--device", default="auto")
+def distill(**options: Any) -> None:
+    """Train a student of 1 to 4 steps from a checkpoint, or resume. Ctrl-C saves; the same command resumes exactly."""
+    set_up_log("INFO", "%(message)s")
+    import torch
+
+    from tminus.model.checkpoint import load_checkpoint
+    from tminus.model.distill import DistillConfig
+    from tminus.model.distill import distill as run
+    from tminus.model.files import CheckpointError
+    from tminus.model.run import TrainError
+    from tminus.service.engine.devices import choose_device
+
+    out, teacher = options["out"], options["checkpoint"]
+    try:
+        device = choose_device(options["device"])
+        options["student_steps"] = integers("--student-steps", options["student_steps"])
+        config = DistillConfig(**{name: options[name] for name in DistillConfig.__dataclass_fields__})
+        write = sheet_writer(out, load_checkpoint(teacher).net.config, device)
+        done = run(out, teacher, config, device=device, on_sheet=write)
+    except (TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:
+        fail(str(error))
+    say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")

@@ -1,0 +1,312 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.test_train import assert_same_run, interrupt_at, provenance_in, state_of, toy_images
+from tests.tiny import TINY, randomize
+from tminus.model import distill as distill_module
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.distill import DistillConfig, distill
+from tminus.model.noise import NoiseConfig
+from tminus.model.run import STATE_FILE, TrainError
+from tminus.model.samplers import Plan, sample
+from tminus.model.train import TrainConfig, train
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 3, "dropout": 0.1})
+NOISE = NoiseConfig(num_train_timesteps=50, beta_end=0.2)
+LABELS = Labels(("left", "right"), null_class=2)
+RUN = DistillConfig(
+    steps=8,
+    batch_size=4,
+    learning_rate=2e-3,
+    warmup_steps=3,
+    seed=5,
+    precision="fp32",
+    save_every=3,
+    guidance=2.0,
+    teacher_steps=5,
+    trajectories=6,
+    uses=1,
+    stage_steps=2,
+)  # a round is 7 steps, and the targets of its last steps are the student's own
+
+
+def write_teacher(folder: Path, unet: UNetConfig = CONDITIONAL, labels: Labels = LABELS, **noise: Any) -> Path:
+    net = UNet2D(unet)
+    randomize(net)
+    save_checkpoint(folder, net.state_dict(), unet, dataclasses.replace(NOISE, **noise), labels, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("teachers") / "teacher")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_trials() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill_module, "TRIAL_ROWS", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert run(folder, teacher)
+    return folder
+
+
+def run(folder: Path, teacher: Path, **changes: Any) -> bool:
+    return distill(folder, teacher, dataclasses.replace(RUN, **changes), device=CPU)
+
+
+def tables_in(folder: Path) -> list[Any]:
+    return [json.loads(file.read_text("utf-8")) for file in sorted((folder / "samplers").iterdir())]
+
+
+# --- what a run leaves behind -------------------------------------------------------------------------------------
+
+
+def test_student_is_a_checkpoint_that_says_what_it_is_made_for(straight: Path, teacher: Path) -> None:
+    student, state = load_checkpoint(straight), state_of(straight)
+    assert student.samplers == ("consistency",)
+    assert student.student is not None
+    assert student.student["guidance"] == 2.0
+    assert student.student["steps"] == [1, 2, 3, 4]
+    assert student.student["teacher"] == "teacher"
+    assert student.student["teacher_hash"] == load_checkpoint(teacher).weights_hash
+    assert student.recommended is not None
+    assert (student.recommended.sampler, student.recommended.steps) == ("consistency", 2)
+    assert student.refused_tables == ()
+    assert student.noise == dataclasses.replace(NOISE, prediction_type="v_prediction")
+    assert student.labels == LABELS
+    for key, value in student.net.state_dict().items():
+        assert torch.equal(value, state["ema"][key])
+    assert provenance_in(straight)["trained_by"] == "tminus distill"
+    for steps in (1, 2, 3, 4):
+        plan = student.plan("consistency", steps)
+        assert len(plan) == steps
+        x_T = torch.randn(2, 1, 8, 8)
+        images = sample(student.net, plan, x_T, lambda _k: torch.zeros(2, 1, 8, 8), class_labels=torch.tensor([0, 2]))
+        assert bool(torch.isfinite(images).all())
+
+
+def test_student_is_made_for_the_steps_asked_for_alone(tmp_path: Path, teacher: Path) -> None:
+    assert run(tmp_path / "run", teacher, steps=1, student_steps=(3, 1))
+    student = load_checkpoint(tmp_path / "run")
+    assert student.student is not None
+    assert student.student["steps"] == [1, 3]
+    assert student.recommended is not None
+    assert student.recommended.steps == 1
+    with pytest.raises(ValueError, match="no table for 2 steps at guidance 1; there are: 1, 3 steps"):
+        student.plan("consistency", 2)
+
+
+def test_run_that_is_not_done_can_be_sampled(tmp_path: Path, teacher: Path) -> None:
+    config = dataclasses.replace(RUN, sheet_every=1)
+    drawn: list[tuple[int, int]] = []
+
+    def on_sheet(net: UNet2D, plan: Plan, step: int) -> None:
+        assert not net.training
+        drawn.append((step, len(plan)))
+        interrupt_at(5)(net, step)
+
+    assert not distill(tmp_path / "run", teacher, config, device=CPU, on_sheet=on_sheet)
+    assert drawn == [(step, 4) for step in range(1, 6)]
+    assert len(load_checkpoint(tmp_path / "run").plan("consistency", 2)) == 2
+
+
+def test_unconditional_teacher_has_a_student(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", TINY, Labels())
+    assert run(tmp_path / "run", teacher, guidance=1.0, steps=2)
+    assert load_checkpoint(tmp_path / "run").net.class_embedding is None
+
+
+def test_teacher_without_a_null_class_has_a_student(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", CONDITIONAL, Labels(("left", "middle", "right")))
+    assert run(tmp_path / "run", teacher, guidance=1.0, steps=2)
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def test_run_is_a_function_of_its_config(straight: Path, tmp_path: Path, teacher: Path) -> None:
+    assert run(tmp_path / "again", teacher)
+    assert_same_run(straight, tmp_path / "again")
+    assert tables_in(straight) == tables_in(tmp_path / "again")
+    assert run(tmp_path / "other", teacher, seed=6)
+    assert load_checkpoint(tmp_path / "other").weights_hash != load_checkpoint(straight).weights_hash
+
+
+@pytest.mark.parametrize("step", [1, 6, 7])  # in the first round, before its end, at it
+def test_interrupted_and_resumed_run_is_the_run_never_interrupted(
+    straight: Path, tmp_path: Path, teacher: Path, step: int
+) -> None:
+    config = dataclasses.replace(RUN, sheet_every=1)
+    stop = interrupt_at(step)
+    folder = tmp_path / "run"
+    assert not distill(folder, teacher, config, device=CPU, on_sheet=lambda net, _plan, now: stop(net, now))
+    assert state_of(folder)["step"] == step
+    assert run(folder, teacher)
+    assert_same_run(straight, folder)
+    assert tables_in(straight) == tables_in(folder)
+
+
+def test_finished_run_started_again_does_nothing_more_and_may_get_other_steps(tmp_path: Path, teacher: Path) -> None:
+    assert run(tmp_path / "run", teacher, steps=2, student_steps=(1,))
+    weights = load_checkpoint(tmp_path / "run").weights_hash
+    assert run(tmp_path / "run", teacher, steps=2, student_steps=(1, 2))
+    assert load_checkpoint(tmp_path / "run").weights_hash == weights
+    assert len(load_checkpoint(tmp_path / "run").plan("consistency", 2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("guidance", 1.5), ("teacher_steps", 6), ("stage_steps", 3), ("uses", 2), ("trajectories", 5)]
+)
+def test_resuming_with_another_config_is_refused(tmp_path: Path, teacher: Path, field: str, value: Any) -> None:
+    run(tmp_path, teacher, steps=1)
+    with pytest.raises(TrainError, match=rf"begun with {field}={getattr(RUN, field)!r}, got {value!r}"):
+        run(tmp_path, teacher, **{field: value})
+
+
+def test_resuming_with_another_teacher_is_refused(tmp_path: Path, teacher: Path) -> None:
+    run(tmp_path / "run", teacher, steps=1)
+    other = UNet2D(CONDITIONAL)
+    randomize(other, seed=1)
+    save_checkpoint(tmp_path / "other", other.state_dict(), CONDITIONAL, NOISE, LABELS, {})
+    with pytest.raises(TrainError, match=r"begun with teacher='[0-9a-f]+', got"):
+        run(tmp_path / "run", tmp_path / "other")
+
+
+def test_runs_of_train_and_distill_do_not_go_on_with_each_other(tmp_path: Path, teacher: Path) -> None:
+    run(tmp_path / "student", teacher, steps=1)
+    config = TrainConfig(steps=1, batch_size=4, precision="fp32")
+    with pytest.raises(TrainError, match="holds a run of tminus distill, which tminus train cannot go on with"):
+        train(tmp_path / "student", toy_images(), CONDITIONAL, NOISE, config, device=CPU)
+    train(tmp_path / "trained", toy_images(), CONDITIONAL, NOISE, config, device=CPU)
+    with pytest.raises(TrainError, match="holds a run of tminus train, which tminus distill cannot go on with"):
+        run(tmp_path / "trained", teacher)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_student_is_neither_distilled_nor_trained_from(straight: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="is a student itself; distill its teacher"):
+        run(tmp_path / "run", straight)
+    config = TrainConfig(steps=1, batch_size=4, precision="fp32")
+    with pytest.raises(TrainError, match="is a student, made for few steps; begin from its teacher"):
+        train(tmp_path / "new", toy_images(), CONDITIONAL, NOISE, config, device=CPU, init_from=straight)
+
+
+def test_teacher_is_not_overwritten(teacher: Path) -> None:
+    with pytest.raises(TrainError, match="is the teacher's folder"):
+        run(teacher / ".." / teacher.name, teacher)
+    assert not (teacher / STATE_FILE).exists()
+
+
+def test_learned_variance_is_not_distilled(tmp_path: Path) -> None:
+    unet = dataclasses.replace(CONDITIONAL, out_channels=2)
+    teacher = write_teacher(tmp_path / "teacher", unet, variance_type="learned_range")
+    with pytest.raises(TrainError, match="has variance_type learned_range, and only fixed variances are distilled"):
+        run(tmp_path / "run", teacher)
+    assert not (tmp_path / "run").exists()
+
+
+def test_guidance_without_a_null_class_is_refused(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", TINY, Labels())
+    with pytest.raises(TrainError, match=r"guidance must be 1 \(off\) for a checkpoint without a null class, got 2"):
+        run(tmp_path / "run", teacher)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student_steps": (0,)}, r"student_steps must be different numbers in 1\.\.4, got \(0,\)"),
+        ({"student_steps": (1, 5)}, r"student_steps must be different numbers in 1\.\.4, got \(1, 5\)"),
+        ({"student_steps": (2, 2)}, "student_steps must be different numbers"),
+        ({"student_steps": ()}, r"student_steps must be different numbers in 1\.\.4, got \(\)"),
+        ({"teacher_steps": 3}, "teacher_steps must be 4 or more, the student's steps, got 3"),
+        ({"teacher_steps": 0}, "teacher_steps must be 1 or more, got 0"),
+        ({"guidance": -1.0}, r"guidance must be in 0\.\.50, got -1\.0"),
+        ({"guidance": float("nan")}, "guidance must be in"),
+        ({"first_share": 1.5}, r"first_share must be in 0\.\.1, got 1\.5"),
+        ({"trajectories": 0}, "trajectories must be 1 or more, got 0"),
+        ({"steps": 0}, "steps must be 1 or more, got 0"),
+    ],
+)
+def test_bad_settings_are_refused_by_name_value_and_bound(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(RUN, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_steps": 51}, r"teacher_steps must be 1\.\.50, got 51"),
+        ({"teacher_sampler": "ddpm"}, "teacher_sampler must be among ddim, .*, got 'ddpm'"),
+        ({"teacher_sampler": "heun"}, "teacher_sampler must be among"),
+    ],
+)
+def test_solver_that_the_teacher_does_not_have_is_refused(
+    tmp_path: Path, teacher: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainError, match=message):
+        run(tmp_path / "run", teacher, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+def test_target_comes_nearer_stage_by_stage() -> None:
+    config = dataclasses.replace(RUN, teacher_steps=20, stage_steps=100)
+    assert [config.look_ahead(step) for step in (0, 99, 100, 200, 300, 400, 10**6)] == [20, 20, 10, 5, 2, 1, 1]
+
+
+def losses_of(monkeypatch: pytest.MonkeyPatch, folder: Path, teacher: Path, **changes: Any) -> list[float]:
+    losses: list[float] = []
+    original = distill_module.pseudo_huber
+
+    def record(x0: Tensor, target: Tensor) -> Tensor:
+        loss = original(x0, target)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(distill_module, "pseudo_huber", record)
+    run(folder, teacher, **changes)
+    return losses
+
+
+def test_student_learns_where_trajectories_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path) -> None:
+    four = {"trajectories": 4, "uses": 1000, "stage_steps": 1000, "save_every": 1000}
+    losses = losses_of(monkeypatch, tmp_path, teacher, steps=80, batch_size=8, learning_rate=1e-2, **four)
+    first, last = sum(losses[:5]) / 5, sum(losses[-10:]) / 10
+    assert last < 0.7 * first
+
+
+def test_part_of_a_batch_is_pure_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path) -> None:
+    seen: list[Tensor] = []
+    predict_x0 = distill_module.predict_x0
+
+    def record(plan: Plan, k: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        seen.append(k.clone())
+        return predict_x0(plan, k, x, out)
+
+    monkeypatch.setattr(distill_module, "predict_x0", record)
+    run(tmp_path, teacher, steps=4, batch_size=500, stage_steps=1000, first_share=0.5)
+    counts = torch.cat(seen).bincount(minlength=5) / 2000
+    assert counts[0].item() == pytest.approx(0.6, abs=0.05)
+    assert counts[1:].tolist() == pytest.approx([0.1] * 4, abs=0.03)

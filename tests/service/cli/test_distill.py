@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import click.testing
+import pytest
+
+from tests.tiny import TINY, randomize
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet import UNet2D
+from tminus.service.cli.main import main
+
+RUN = ["--steps", "2", "--batch-size", "4", "--trajectories", "4", "--teacher-steps", "4", "--precision", "fp32"]
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    net = UNet2D(TINY)
+    randomize(net)
+    noise = NoiseConfig(num_train_timesteps=20, beta_end=0.3)
+    save_checkpoint(tmp_path / "teacher", net.state_dict(), TINY, noise, Labels(), {})
+    return tmp_path / "teacher"
+
+
+def distill(teacher: Path, out: Path, *arguments: str) -> click.testing.Result:
+    command = ["distill", "--checkpoint", str(teacher), "--out", str(out), *RUN, *arguments]
+    return click.testing.CliRunner().invoke(main, command)
+
+
+def test_student_with_a_sheet_is_what_the_command_leaves(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.model.distill.TRIAL_ROWS", 8)
+    result = distill(teacher, tmp_path / "student", "--student-steps", "1,2", "--sheet-every", "1")
+    assert result.exit_code == 0, result.output
+    assert result.output.endswith("student: done\n")
+    assert load_checkpoint(tmp_path / "student").samplers == ("consistency",)
+    assert sorted(file.name for file in (tmp_path / "student" / "sheets").iterdir()) == ["0000001.png", "0000002.png"]
+    sample = ["sample", "--checkpoint", str(tmp_path / "student"), "-n", "2", "--steps", "2", "--seed", "7"]
+    sample += ["--sampler", "consistency", "--executor", "eager", "--precision", "float32", "--device", "cpu"]
+    made = click.testing.CliRunner().invoke(main, [*sample, "--out", str(tmp_path / "two.png")])
+    assert made.exit_code == 0, made.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--guidance", "2"], "guidance must be 1 (off) for a checkpoint without a null class, got 2"),
+        (["--student-steps", "2,9"], "student_steps must be different numbers in 1..4, got (2, 9)"),
+        (["--student-steps", "two"], "--student-steps must be integers joined by commas, got 'two'"),
+        (["--teacher-steps", "21"], "teacher_steps must be 1..20, got 21"),
+        (
+            ["--teacher-sampler", "ddpm"],
+            "teacher_sampler must be among ddim, dpmpp_2m, dpmpp_3m, unipc, deis, got 'ddpm'",
+        ),
+    ],
+)
+def test_a_failure_is_one_clear_line(teacher: Path, tmp_path: Path, arguments: list[str], line: str) -> None:
+    result = distill(teacher, tmp_path / "student", *arguments)
+    assert result.exit_code == 1
+    assert result.output == f"tminus: {line}\n"
+    assert not (tmp_path / "student").exists()
+
+
+def test_student_is_no_teacher(teacher: Path, tmp_path: Path) -> None:
+    meta = json.loads((teacher / "tminus.json").read_text("utf-8"))
+    (teacher / "tminus.json").write_text(json.dumps(meta | {"student": {"steps": [2]}}), "utf-8")
+    result = distill(teacher, tmp_path / "student")
+    assert result.exit_code == 1
+    assert "a student without a table" in result.output
