@@ -23,32 +23,21 @@ from tminus.model.recommended import Recommended
 from tminus.model.samplers import Plan, compile_plan, table_plan
 from tminus.model.tables import FOLDER as TABLES
 from tminus.model.tables import Table, read_tables, steps_and_guidances
+from tminus.model.tminus_file import TMINUS_FILE, read_approved, read_labels, read_size, read_student, recommended_of
+from tminus.model.tminus_file import Labels as Labels
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32
 
 log = logging.getLogger(__name__)
 
-TMINUS_FILE, INDEX_FILE = "tminus.json", "model_index.json"
+INDEX_FILE = "model_index.json"
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 LAYOUTS = (
     "What is served is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
 )
 DIFFUSERS_VERSION = "0.30.0"  # what model_index.json declares: the layout has not changed since
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """The classes in tminus.json. null_class is the label that means 'no class' (the e_u of guidance)."""
-
-    class_names: tuple[str, ...] = ()
-    null_class: int | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes, without the null class."""
-        return len(self.class_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +123,7 @@ def _load(folder: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
-    labels = _labels(folder / TMINUS_FILE, meta, unet)
+    labels = read_labels(folder / TMINUS_FILE, meta, unet)
     state = load_state_dict(unet_folder)
     _check_shapes(unet_folder, state, unet)
     state = to_float32(unet_folder, state)
@@ -142,7 +131,7 @@ def _load(folder: Path) -> Checkpoint:
         net = UNet2D(unet)
     net.load_state_dict(state, assign=True)
     net.requires_grad_(False).eval()
-    size_px = unet.size_px or _size_from_meta(folder, meta)
+    size_px = unet.size_px or read_size(folder, meta)
     if any(side % unet.size_multiple for side in size_px):
         raise CheckpointError(f"{folder}: sample_size {size_px} must divide by {unet.size_multiple} for this U-Net")
     learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
@@ -153,7 +142,7 @@ def _load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {bound}, got {channels}")
     name = str(meta.get("name") or folder.resolve().name)
     weights_hash = hash_weights(state)
-    approved = _approved(folder / TMINUS_FILE, meta, weights_hash)
+    approved = read_approved(folder / TMINUS_FILE, meta, weights_hash)
     tables, refused = read_tables(
         folder,
         weights_hash,
@@ -162,24 +151,17 @@ def _load(folder: Path) -> Checkpoint:
         null_class=labels.null_class is not None,
         fractional=net.time_proj is None,
     )
-    student = _student(folder / TMINUS_FILE, meta)
+    student = read_student(folder / TMINUS_FILE, meta)
     if student is not None and not tables:
         why = f" ({'; '.join(refused)})" if refused else ""
         raise CheckpointError(f"{folder}: a student without a table in {TABLES}/ to sample it by{why}")
-    recommended = _recommended(folder / TMINUS_FILE, meta, noise, labels)
+    recommended = recommended_of(folder / TMINUS_FILE, meta, noise, labels)
     if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
         keys = {(table.sampler, table.steps, table.guidance) for table in tables}
         if (recommended.sampler, recommended.steps, recommended.guidance) not in keys:
             log.warning("%s recommends %s, for which it has no table", folder, recommended)
             recommended = None
     return Checkpoint(net, noise, labels, weights_hash, name, size_px, approved, recommended, tables, refused, student)
-
-
-def _student(file: Path, meta: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    student = meta.get("student")
-    if student is not None and not isinstance(student, dict):
-        raise CheckpointError(f"{file}: student must be an object, got {student!r:.100}")
-    return student
 
 
 def _check_layout(folder: Path) -> str | None:
@@ -231,59 +213,6 @@ def _check_shapes(unet_folder: Path, state: Mapping[str, Tensor], unet: UNetConf
 def _scheduler_file(folder: Path) -> Path:
     nested = folder / "scheduler" / "scheduler_config.json"
     return nested if nested.is_file() else folder / "scheduler_config.json"
-
-
-def _labels(file: Path, meta: Mapping[str, Any], unet: UNetConfig) -> Labels:
-    embeds = unet.num_class_embeds
-    if embeds is None:
-        return Labels()
-    names, null = meta.get("class_names"), meta.get("null_class")
-    if null is not None and not (isinstance(null, int) and 0 <= null < embeds):
-        raise CheckpointError(f"{file}: null_class must be 0..{embeds - 1}, got {null!r}")
-    if null is not None and null != embeds - 1:
-        raise CheckpointError(f"{file}: null_class must be the last label, {embeds - 1}, got {null}")
-    count = embeds - (null is not None)
-    if names is None:
-        names = [str(i) for i in range(count)]
-    if not isinstance(names, list) or len(names) != count or len({str(name).casefold() for name in names}) != count:
-        bound = f"{count} names that differ by more than case"
-        raise CheckpointError(f"{file}: class_names must be {bound}, got {names!r:.500}")
-    return Labels(tuple(map(str, names)), null)
-
-
-def _approved(file: Path, meta: Mapping[str, Any], weights_hash: str) -> tuple[tuple[str, str], ...]:
-    checks = meta.get("approved", [])
-    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks):
-        raise CheckpointError(f"{file}: approved must be a list of checks, got {checks!r:.200}")
-    fitting = [check for check in checks if check.get("weights_hash") == weights_hash]
-    return tuple((str(check.get("executor")), str(check.get("precision"))) for check in fitting)
-
-
-def _recommended(file: Path, meta: Mapping[str, Any], noise: NoiseConfig, labels: Labels) -> Recommended | None:
-    if meta.get("recommended") is None:
-        return None
-    try:
-        return Recommended.from_json(
-            meta["recommended"],
-            samplers=(*SAMPLERS, *TABLE_SAMPLERS),
-            num_timesteps=noise.num_train_timesteps,
-            has_null_class=labels.null_class is not None,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-
-
-def read_recommended(folder: Path, noise: NoiseConfig, labels: Labels) -> Recommended | None:
-    """Read only what a folder's tminus.json recommends; None without one. Raises CheckpointError."""
-    file = folder / TMINUS_FILE
-    return _recommended(file, read_json(file), noise, labels) if file.is_file() else None
-
-
-def _size_from_meta(folder: Path, meta: Mapping[str, Any]) -> tuple[int, int]:
-    size = meta.get("size_px")
-    if not isinstance(size, int) or size < 1:
-        raise CheckpointError(f"{folder}: config.json has no sample_size; give size_px in {TMINUS_FILE}")
-    return (size, size)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

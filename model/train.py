@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tminus.model.checkpoint import Labels, load_checkpoint, read_recommended, save_checkpoint
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.ema import Ema
 from tminus.model.loss import l_simple, training_target
@@ -32,6 +32,7 @@ from tminus.model.run import (
     interruptible,
     step_seed,
 )
+from tminus.model.tminus_file import read_recommended
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 
