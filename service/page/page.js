@@ -86,7 +86,14 @@ function fill(select, options, chosen) {
 }
 
 function suitGuidance() {
-  form.elements.guidance.disabled = element("guidance-field").hidden || form.elements.class_label.value === "";
+  const tables = tablesOf(form.elements.sampler.value);
+  const never = tables.length > 0 && tables.every((table) => table.guidance === 1); // such a sampler is not guided
+  const hidden = element("guidance-field").hidden;
+  form.elements.guidance.disabled = hidden || never || form.elements.class_label.value === "";
+}
+
+function tablesOf(sampler) {
+  return model.tables.filter((table) => table.sampler === sampler);
 }
 
 function suitSteps() {
@@ -94,6 +101,7 @@ function suitSteps() {
   form.elements.steps.max = model.sampler_details[sampler].max_steps;
   element("when").textContent = model.sampler_details[sampler].when;
   if (!stepsChosen) form.elements.steps.value = suitableSteps(sampler);
+  suitGuidance();
 }
 
 function suitableSteps(sampler) {
@@ -107,7 +115,7 @@ function parameters() {
   if (given.seed) spec.seed = given.seed.replace(/^0+(?=\d)/, "");
   if (given.class_label) spec.class_label = Number(given.class_label);
   if (given.guidance !== undefined && model.conditional) spec.guidance = Number(given.guidance);
-  if (model.tables.some((table) => table.sampler === spec.sampler)) spec.nearest = true; // there are tables for some steps
+  if (tablesOf(spec.sampler).length) spec.nearest = true; // there are tables for some steps
   return spec;
 }
 

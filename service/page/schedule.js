@@ -31,6 +31,14 @@ export function drawSchedule(schedule) {
   markTime(null);
 }
 
+// alpha_bar at t, between whole timesteps by a line in log sigma, as the server has it.
+function levelAt(t) {
+  const low = Math.floor(t);
+  if (low === t) return alphaBar[t];
+  const [cleaner, noisier] = [alphaBar[low], alphaBar[low + 1]].map((level) => Math.log(level / (1 - level)));
+  return 1 / (1 + Math.exp(-(cleaner + (t - low) * (noisier - cleaner))));
+}
+
 // Mark a timestep in the chart, or none.
 export function markTime(t) {
   const now = element("now");
@@ -40,7 +48,8 @@ export function markTime(t) {
   element("chart-now").textContent = "";
   if (t === null) return;
   for (const end of ["x1", "x2"]) now.setAttribute(end, x(t).toFixed(1));
-  const ratio = alphaBar[t] / (1 - alphaBar[t]);
+  const level = levelAt(t);
+  const ratio = level / (1 - level);
   element("chart-now").textContent =
-    `At t = ${t}: alpha_bar ${alphaBar[t].toPrecision(3)}, signal-to-noise ${ratio.toPrecision(3)}.`;
+    `At t = ${t}: alpha_bar ${level.toPrecision(3)}, signal-to-noise ${ratio.toPrecision(3)}.`;
 }
