@@ -30,7 +30,7 @@ from tminus.model.run import (
     interruptible,
     step_seed,
 )
-from tminus.model.samplers import Forward, Plan
+from tminus.model.samplers import Forward, Plan, solve
 from tminus.model.student import (
     MAX_STEPS,
     SAMPLER,
@@ -41,7 +41,6 @@ from tminus.model.student import (
     image_features,
     predict_x0,
     pseudo_huber,
-    solve,
     student_noise,
 )
 from tminus.model.tables import write_table

@@ -236,6 +236,17 @@ def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int 
     return torch.cat([guided, out_c[:, channels:]], dim=1)
 
 
+def guided(
+    net: Forward, x: Tensor, t: Tensor, class_labels: Tensor | None, null_class: int | None, guidance: float
+) -> Tensor:
+    """Run the network on rows of one guidance; guided ones go through it twice, in one pass."""
+    if guidance == 1.0 or class_labels is None or null_class is None:
+        return net(x, t, class_labels)
+    both = torch.cat([class_labels, torch.full_like(class_labels, null_class)])
+    out_c, out_u = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    return guide(out_u, out_c, guidance, x.shape[1])
+
+
 @torch.inference_mode()
 def sample(
     net: Forward,
@@ -261,12 +272,7 @@ def sample(
     for k, t in enumerate(plan.timesteps.tolist()):
         ts = torch.full((len(x),), t, device=x.device)
         inside = guidance_interval is None or guidance_interval[0] <= t <= guidance_interval[1]
-        if guidance == 1.0 or class_labels is None or null_class is None or not inside:
-            out = net(x, ts, class_labels)
-        else:
-            both = torch.cat([class_labels, torch.full_like(class_labels, null_class)])
-            out_c, out_u = net(torch.cat([x, x]), torch.cat([ts, ts]), both).chunk(2)
-            out = guide(out_u, out_c, guidance, x.shape[1])
+        out = guided(net, x, ts, class_labels, null_class, guidance if inside else 1.0)
         z, x0_previous = z_of(k), x0
         new, x0 = denoise(x, out, x0_previous, z, lines[k : k + 1].expand(len(x), -1))
         if matrices is not None:
@@ -276,3 +282,34 @@ def sample(
         if on_step is not None:
             on_step(k)
     return x
+
+
+def solve(
+    net: Forward,
+    plan: Plan,
+    x_T: Tensor,
+    class_labels: Tensor | None = None,
+    null_class: int | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """Run a plan from x_T [N, C, H, W] to x_0, and keep the way: [P + 1, N, C, H, W], x_0 the last.
+
+    The plan draws no noise, so that a point determines where it ends.
+    """
+    points: list[Tensor] = []
+
+    def seen(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        points.append(x[: len(x_T)])  # a guided row comes twice
+        return net(x, t, labels)
+
+    zero = torch.zeros_like(x_T)
+    x_0 = sample(
+        seen,
+        plan,
+        x_T,
+        lambda _k: zero,
+        class_labels=class_labels,
+        null_class=null_class,
+        guidance=guidance,
+    )
+    return torch.stack([*points, x_0])

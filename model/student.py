@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tminus.model.evaluation.distances import fit_gaussian, frechet_distance
 from tminus.model.noise import NoiseConfig
-from tminus.model.samplers import Forward, Plan, alpha_bar_at, sample, table_plan
+from tminus.model.samplers import Forward, Plan, alpha_bar_at, table_plan
 from tminus.model.tables import Table
 from tminus.model.unet import UNet2D
 
@@ -31,37 +31,6 @@ HUBER = 0.03  # c of the loss, in units of the model's range
 def student_noise(noise: NoiseConfig) -> NoiseConfig:
     """The noise of a teacher's student, which predicts v: an error of eps counts sigma_T times in x0, one of v once."""
     return replace(noise, prediction_type="v_prediction", default_sampler="ddpm")
-
-
-def solve(
-    teacher: Forward,
-    plan: Plan,
-    x_T: Tensor,
-    class_labels: Tensor | None = None,
-    null_class: int | None = None,
-    guidance: float = 1.0,
-) -> Tensor:
-    """Run the teacher from x_T [N, C, H, W] to x_0, and keep the way: [P + 1, N, C, H, W], x_0 the last.
-
-    The plan draws no noise, so that a point determines where it ends.
-    """
-    points: list[Tensor] = []
-
-    def seen(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        points.append(x[: len(x_T)])  # a guided row comes twice
-        return teacher(x, t, labels)
-
-    zero = torch.zeros_like(x_T)
-    x_0 = sample(
-        seen,
-        plan,
-        x_T,
-        lambda _k: zero,
-        class_labels=class_labels,
-        null_class=null_class,
-        guidance=guidance,
-    )
-    return torch.stack([*points, x_0])
 
 
 def predict_x0(plan: Plan, k: Tensor, x: Tensor, out: Tensor) -> Tensor:

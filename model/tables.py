@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,7 @@ class Table:
     @property
     def hash(self) -> str:
         """Of all that changes an image."""
-        parts = [self.sampler, self.steps, self.guidance, self.timesteps, self.lines]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return _hash_of(self)
 
     @property
     def file_name(self) -> str:
@@ -62,6 +62,12 @@ class Table:
                 a, b, c, d, s = lines[1]
                 lines[1] = [a, b, c + d, 0.0, s]
         return tuple(tuple(line) for line in lines)
+
+
+@cache  # a request looks its table up by it, several times
+def _hash_of(table: Table) -> str:
+    parts = [table.sampler, table.steps, table.guidance, table.timesteps, table.lines]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def nearest(tables: Iterable[Table], steps: int, guidance: float) -> Table:

@@ -11,17 +11,17 @@ al. 2025, S4S.) Rows that the fit has not seen tell how good a table is.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.samplers import Forward, Plan, alpha_bar_at, guide, x0_coefficients
+from tminus.model.samplers import Forward, Plan, alpha_bar_at, guided, solve, x0_coefficients
 from tminus.model.solvers import Levels
 
-RIDGE = 1e-4  # of the mean square of each input: holds coefficients back that the rows hardly tell
+RIDGE = 1e-6  # of the mean square of each input: holds coefficients back that the rows hardly tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,6 @@ class Fitter:
     ) -> None:
         """The last `held_out` of the rows only judge."""
         self.noise, self.schedule = checkpoint.noise, checkpoint.noise.schedule()
-        self.passes = 0  # of rows, for the record
         self._forward, self.rows, self._guidance, self._batch = forward, rows, guidance, batch_size
         self._null_class, self._cut = checkpoint.labels.null_class, len(rows.noise) - held_out
         self._bound = self.noise.clip_sample_range if self.noise.clip_sample else math.inf
@@ -92,24 +91,18 @@ class Fitter:
         assert self._solution is not None
         return self._solution.images.clone()
 
+    def _run(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        """The network, a batch at a time."""
+        parts = [slice(start, start + self._batch) for start in range(0, len(x), self._batch)]
+        labels = [class_labels[part] if class_labels is not None else None for part in parts]
+        return torch.cat([self._forward(x[part], t[part], mine) for part, mine in zip(parts, labels, strict=True)])
+
     def predict(self, x: Tensor, t: float, alpha_bar: Tensor) -> Tensor:
         """x_0 as the network predicts it, guided and clipped: x [N, C, H, W] of the rows -> the same."""
         p, q = (float(each) for each in x0_coefficients(self.noise.prediction_type, alpha_bar))
-        labels, parts = self.rows.class_labels, []
-        for start in range(0, len(x), self._batch):
-            part = x[start : start + self._batch]
-            ts = torch.full((len(part),), t, device=x.device)
-            mine = labels[start : start + self._batch] if labels is not None else None
-            if self._guidance == 1.0 or mine is None:
-                out = self._forward(part, ts, mine)
-            else:
-                null = torch.full_like(mine, self._null_class or 0)
-                both = self._forward(part.repeat(2, 1, 1, 1), ts.repeat(2), torch.cat([mine, null]))
-                out_c, out_u = both.chunk(2)
-                out = guide(out_u, out_c, self._guidance, x.shape[1])
-            parts.append((p * part + q * out[:, : x.shape[1]]).clamp(-self._bound, self._bound))
-        self.passes += len(x) * (1 if self._guidance == 1.0 else 2)
-        return torch.cat(parts)
+        ts = torch.full((len(x),), t, device=x.device)
+        out = guided(self._run, x, ts, self.rows.class_labels, self._null_class, self._guidance)
+        return (p * x + q * out[:, : x.shape[1]]).clamp(-self._bound, self._bound)
 
     @torch.inference_mode()
     def solve(self, plan: Plan) -> None:
@@ -122,19 +115,12 @@ class Fitter:
     @torch.inference_mode()
     def error(self, plan: Plan) -> float:
         """The mean square error of another sampler's images on the held-out rows."""
-        *_, x = self._walk(plan)
-        return self._errors(x)[1]
+        return self._errors(self._walk(plan)[-1])[1]
 
-    def _walk(self, plan: Plan) -> Iterator[Tensor]:
+    def _walk(self, plan: Plan) -> Tensor:
         """Where the rows are before the first pass of a plan, and after each."""
-        x, x0 = self.rows.noise, torch.zeros_like(self.rows.noise)
-        registers = [torch.zeros_like(x)] * plan.num_registers
-        yield x
-        for k, t in enumerate(plan.timesteps.tolist()):
-            previous, x0 = x0, self.predict(x, t, plan.alpha_bar[k])
-            M = plan.lines[k, None, 2:6] if plan.matrices is None else plan.matrices[k]
-            x, *registers = _apply(M, (x, x0, previous, torch.zeros_like(x), *registers))
-            yield x
+        rows = self.rows
+        return solve(self._run, plan, rows.noise, rows.class_labels, self._null_class, self._guidance)
 
     @torch.inference_mode()
     def fit(self, timesteps: Sequence[float]) -> Fit:
@@ -157,7 +143,7 @@ class Fitter:
             last = k + 1 == len(timesteps)
             target = self._solution.images if last else self._solution.at(levels.alpha_bar_next[k])
             coefficients = least_squares(inputs[:, : self._cut], target[: self._cut])
-            x = _apply(coefficients[None], inputs)[0]
+            x = torch.einsum("i,i...->...", coefficients.float(), inputs)
             line = (*coefficients.tolist(), *[0.0] * (4 - len(coefficients)), 0.0)
             state = _Standing(x, (x0, *state.history)[:2], (*state.lines, line))
         fitted, held_out = self._errors(state.x)
@@ -182,22 +168,10 @@ class _Standing:
     lines: tuple[tuple[float, ...], ...]
 
 
-def _apply(M: Tensor, inputs: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """Each row of M [R, K] times the inputs, K of [N, C, H, W]."""
-    outputs = []
-    for row in M.tolist():
-        total = row[0] * inputs[0]
-        for coefficient, each in zip(row[1:], inputs[1:], strict=True):
-            if coefficient:
-                total = total + coefficient * each
-        outputs.append(total)
-    return outputs
-
-
 def least_squares(inputs: Tensor, target: Tensor) -> Tensor:
     """The coefficients float64 [K] of inputs [K, N, C, H, W] that make their sum nearest to the target."""
     A, y = inputs.flatten(1).double(), target.flatten().double()
     gram = A @ A.T
-    gram += torch.diag(RIDGE * gram.diagonal() / 100)
+    gram += torch.diag(RIDGE * gram.diagonal())
     solved: Tensor = torch.linalg.solve(gram, A @ y)
     return solved

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.samplers import alpha_bar_at, guide, x0_coefficients
+from tminus.model.samplers import alpha_bar_at, guided, x0_coefficients
 from tminus.model.tuning.fit import Rows
 
 FEATURE_T = 0.02  # of T: the timestep at which the network reads the images
@@ -134,19 +134,16 @@ class Refiner:
         signal, noise = self._feature_alpha_bar**0.5, (1 - self._feature_alpha_bar) ** 0.5
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
         with _outputs_of_blocks(self._net) as outputs:
-            self._forward(signal * images + noise * eps, float(self._feature_t), labels)
+            self._forward(signal * images + noise * eps, torch.full_like(picked, self._feature_t), labels)
         return [each.float() for each in outputs]
 
     def _predict(self, x: Tensor, t: float, labels: Tensor | None) -> Tensor:
-        if self._guidance == 1.0 or labels is None:
-            return self._forward(x, t, labels)[:, : x.shape[1]]
-        both = torch.cat([labels, torch.full_like(labels, self._null_class or 0)])
-        out_c, out_u = self._forward(x.repeat(2, 1, 1, 1), t, both).chunk(2)
-        return guide(out_u, out_c, self._guidance, x.shape[1])[:, : x.shape[1]]
+        ts = torch.full((len(x),), t, device=x.device)
+        return guided(self._forward, x, ts, labels, self._null_class, self._guidance)[:, : x.shape[1]]
 
-    def _forward(self, x: Tensor, t: float, labels: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self._bfloat16):
-            out: Tensor = self._net(x, torch.full((len(x),), t, device=x.device), labels)
+            out: Tensor = self._net(x, t, labels)
         return out.float()
 
 

@@ -1,10 +1,9 @@
 """`tminus tune`: fit tables of few steps to a checkpoint, one after the other, each written as soon as it is done.
 
-What a table is fitted to are a function of the settings, so a run that was killed goes on where its last round ended.
+What a table is fitted to is a function of the settings, so a run that was killed goes on where its last round ended.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -270,6 +269,6 @@ def _is_done(checkpoint: Checkpoint, steps: int, guidance: float, config: TuneCo
     settings = dataclasses.asdict(config)
     return any(
         (table.sampler, table.steps, table.guidance) == (SAMPLER, steps, guidance)
-        and json.loads(json.dumps(table.about.get("settings"))) == settings
+        and table.about.get("settings") == settings
         for table in checkpoint.tables
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.tiny import TINY, randomize
 from tminus.model.noise import NoiseConfig, gather
-from tminus.model.samplers import Forward, compile_plan, denoise, sample, table_plan
+from tminus.model.samplers import Forward, compile_plan, denoise, sample, solve, table_plan
 from tminus.model.student import (
     best_points,
     consistency_plan,
@@ -16,7 +16,6 @@ from tminus.model.student import (
     image_features,
     predict_x0,
     pseudo_huber,
-    solve,
     student_noise,
 )
 from tminus.model.unet import UNet2D
