@@ -16,37 +16,13 @@ from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.files import OFF, given_fields
+from tminus.model.scheduler_kinds import KIND_OF_SAMPLER, WITHOUT_EFFECT, scheduler_kind
 
 log = logging.getLogger(__name__)
 
 MAX_TIMESTEPS = 100_000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-# The fields of DPMSolverMultistepScheduler that make it DPM-Solver++(2M) ending at sigma = 0; these are its defaults
-# too. (lower_order_final and euler_at_final then change nothing: the last step is of first order.)
-DPM_SOLVER_2M: Mapping[str, Any] = {
-    "solver_order": 2,
-    "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint",
-    "final_sigmas_type": "zero",
-    "lambda_min_clipped": -math.inf,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "use_flow_sigmas": False,
-    "use_dynamic_shifting": False,
-}
-DIFFUSERS_CLASSES = {"ddpm": "DDPMScheduler", "ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler"}
-SAMPLER_OF_CLASS = {name: sampler for sampler, name in DIFFUSERS_CLASSES.items()} | {
-    "DDPMParallelScheduler": "ddpm",
-    "DDIMParallelScheduler": "ddim",
-}
-# Fields that change no image here: of thresholding, which is refused where it is on; of another tensor library; and of
-# DPM-Solver++(2M) ending at sigma = 0, whose last step is of first order whatever they say.
-WITHOUT_EFFECT = {
-    *("dynamic_thresholding_ratio", "sample_max_value", "tensor_format"),
-    *("lower_order_final", "euler_at_final", "flow_shift", "time_shift_type"),
-}
+END_AT_FIRST = ("ddim", "plms")  # the samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -165,7 +141,7 @@ class NoiseConfig:
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
     default_sampler: str = "ddpm"
-    """For requests that name no sampler. From `_class_name`: DDIMScheduler is ddim, DPMSolver… is dpmpp_2m."""
+    """For requests that name no sampler: that of the scheduler's class, see scheduler_kinds.py."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, bound: str) -> None:
@@ -200,7 +176,7 @@ class NoiseConfig:
         require(self.variance_type in ("fixed_small", "fixed_large", "learned_range"), "variance_type", variances)
         among("prediction_type", "epsilon", "sample", "v_prediction")
         among("timestep_spacing", "leading", "trailing", "linspace")
-        among("default_sampler", "ddpm", "ddim", "dpmpp_2m")
+        among("default_sampler", *KIND_OF_SAMPLER)
         require(not self.thresholding, "thresholding", "false (dynamic thresholding is not supported)")
         require(self.clip_sample_range > 0, "clip_sample_range", "positive")
         require(0 <= self.steps_offset < steps, "steps_offset", f"0..{steps - 1}")
@@ -218,59 +194,53 @@ class NoiseConfig:
 
         class_name: of model_index.json, which diffusers believes more than the config's own.
 
-        A DPMSolverMultistepScheduler must describe the same solver as dpmpp_2m. Its config has no clip_sample; without
-        one x_0 is clipped, as for DDPM: near t = T an error in eps is a hundred times larger in x_0, and without the
-        clip DPM-Solver++ gives white and black squares on pixel models. (`"clip_sample": false` turns it off.)
+        The classes of most solvers have no clip_sample. Without one x_0 is clipped, as for DDPM: near t = T an error in
+        eps is a hundred times larger in x_0, and without the clip DPM-Solver++ gives white and black squares on pixel
+        models. (`"clip_sample": false` turns it off.)
         """
         name = class_name or config.get("_class_name", "DDPMScheduler")
-        sampler = SAMPLER_OF_CLASS.get(name) if isinstance(name, str) else None
-        if sampler is None:
-            raise ValueError(
-                f"scheduler config: {name!r:.100} is not served; those that are: {', '.join(SAMPLER_OF_CLASS)}. If the "
-                "network was trained with the same betas, the config of one of these can take its place"
-            )
         given = given_fields(config)
+        kind = scheduler_kind(name, given)
         if "predict_epsilon" in given:  # of 2022, before prediction_type
             given.setdefault("prediction_type", "epsilon" if given.pop("predict_epsilon") else "sample")
-        values: dict[str, Any] = {"default_sampler": sampler}
-        if sampler == "dpmpp_2m":
-            given = {"timestep_spacing": "linspace"} | given | _dpm_solver_values(given)
-            if given.get("variance_type", "") is None:
-                del given["variance_type"]
+        if given.get("variance_type", "") is None:  # of a solver: the network's variance is not learned
+            del given["variance_type"]
+        if kind.clips_by_threshold and given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
+            # A dynamic threshold that is at most 1 is the clip to [-1, 1], which such a class cannot express otherwise.
+            given |= {"thresholding": False, "clip_sample": True, "clip_sample_range": 1.0}
         known = {field.name for field in dataclasses.fields(cls)} - {"default_sampler"}
+        values = {key: value for key, value in kind.defaults.items() if key in known}
         for key, value in given.items():
             if key in known:
                 values[key] = tuple(value) if isinstance(value, list) else value
-            elif value in OFF or key in WITHOUT_EFFECT or (sampler == "dpmpp_2m" and key in DPM_SOLVER_2M):
+            elif value in OFF or key in WITHOUT_EFFECT or key in kind.must:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
                 raise ValueError(f"scheduler config: {key}={value!r:.100} is not something {name} is known to have")
-        return cls(**values)
+        return cls(**values, default_sampler=kind.sampler)
 
     def to_dict(self) -> dict[str, Any]:
         """The scheduler_config.json of diffusers' scheduler for the default sampler."""
         fields = dataclasses.asdict(self)
-        sampler = fields.pop("default_sampler")
-        if sampler != "ddim":
+        kind = KIND_OF_SAMPLER[fields.pop("default_sampler")]
+        if kind.sampler not in END_AT_FIRST:
             fields.pop("set_alpha_to_one")
-        if sampler != "ddpm" and self.variance_type != "learned_range":
+        if kind.sampler != "ddpm" and self.variance_type != "learned_range":
             fields.pop("variance_type")  # only DDPM's fixed variances differ
-        if sampler == "dpmpp_2m":
-            fields |= {key: value for key, value in DPM_SOLVER_2M.items() if key != "lambda_min_clipped"}  # no JSON
-            if self.clip_sample and self.clip_sample_range == 1.0:  # in that class's terms: see _dpm_solver_values
-                del fields["clip_sample"], fields["clip_sample_range"]
-                fields |= {"thresholding": True, "sample_max_value": 1.0}
-        return {"_class_name": DIFFUSERS_CLASSES[sampler], **fields}
+        fields |= {key: value for key, value in kind.must.items() if key != "lambda_min_clipped"}  # no JSON
+        if kind.clips_by_threshold and self.clip_sample and self.clip_sample_range == 1.0:  # in that class's terms
+            del fields["clip_sample"], fields["clip_sample_range"]
+            fields |= {"thresholding": True, "sample_max_value": 1.0}
+        return {"_class_name": kind.class_name, **fields}
 
     def default_spacing(self, sampler: str) -> str:
         """The spacing of requests that name none: the config's own, if the config is for this kind of sampler.
 
         A DDPM or DDIM config does not cover the later solvers, which then take the spacing that suits them best.
         """
-        facts = SAMPLER_FACTS[sampler]
-        if facts.spacing is None or (facts.multistep and SAMPLER_FACTS[self.default_sampler].multistep):
-            return self.timestep_spacing
-        return facts.spacing
+        facts, own = SAMPLER_FACTS[sampler], SAMPLER_FACTS[self.default_sampler]
+        alike = (facts.multistep and own.multistep) or (facts.fractional and own.fractional)
+        return self.timestep_spacing if facts.spacing is None or alike else facts.spacing
 
     def schedule(self) -> NoiseSchedule:
         """Make the tables."""
@@ -279,15 +249,3 @@ class NoiseConfig:
         else:
             betas = make_betas(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end)
         return NoiseSchedule(rescale_zero_snr(betas) if self.rescale_betas_zero_snr else betas)
-
-
-def _dpm_solver_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the fields of a DPMSolverMultistepScheduler. Raises ValueError for another solver than dpmpp_2m."""
-    for field, wanted in DPM_SOLVER_2M.items():
-        got = given.get(field)
-        if got is not None and got != wanted:
-            raise ValueError(f"scheduler config: {field} must be {wanted!r} for dpmpp_2m, got {got!r}")
-    if given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
-        # A dynamic threshold that is at most 1 is the clip to [-1, 1], which this class cannot express otherwise.
-        return {"thresholding": False, "clip_sample": True, "clip_sample_range": 1.0}
-    return {}

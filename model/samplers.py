@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLERS
-from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.noise import END_AT_FIRST, NoiseConfig, NoiseSchedule
 from tminus.model.solvers import (
     H1,
     LINEAR_SOLVERS,
@@ -108,7 +108,7 @@ def compile_plan(
     assert len(of_steps) > 0
     one = torch.ones(1, dtype=torch.float64)
     alpha_bar = alpha_bar_at(schedule, of_steps)
-    last = schedule.alpha_bar[:1] if sampler == "ddim" and not noise.set_alpha_to_one else one
+    last = schedule.alpha_bar[:1] if sampler in END_AT_FIRST and not noise.set_alpha_to_one else one
     levels = Levels(alpha_bar, torch.cat([alpha_bar[1:], last]))
     if sampler in NEED_SIGNAL and alpha_bar[0] <= 0:
         raise ValueError(f"{sampler} cannot start from alpha_bar = 0: its first step is not defined there")

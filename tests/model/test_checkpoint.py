@@ -650,9 +650,9 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "another solver": (
         lambda f: (
             model_index(scheduler=["diffusers", "DPMSolverMultistepScheduler"])(f),
-            scheduler_config(solver_order=3)(f),
+            scheduler_config(solver_order=1)(f),
         ),
-        "solver_order must be 2 for dpmpp_2m, got 3",
+        "solver_order must be 2 for dpmpp_2m, got 1",
     ),
     "betas": (scheduler_config(trained_betas=[2.0] * 20), r"trained_betas must be numbers in \(0, 1\]"),
     "betas of text": (scheduler_config(trained_betas=["a"] * 20), "scheduler config"),

@@ -7,19 +7,30 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tminus.model.catalogue import SAMPLERS
 from tminus.model.noise import (
     BETA_SCHEDULES,
-    DPM_SOLVER_2M,
     NoiseConfig,
     NoiseSchedule,
     make_betas,
     posterior_between,
     rescale_zero_snr,
 )
+from tminus.model.samplers import compile_plan
+from tminus.model.scheduler_kinds import KIND_OF_SAMPLER
 
 F64 = torch.float64
 
@@ -235,6 +246,9 @@ ROUND_TRIPS = {
         default_sampler="dpmpp_2m", timestep_spacing="trailing", variance_type="learned_range", clip_sample=False
     ),
     "dpm solver of another range": NoiseConfig(default_sampler="dpmpp_2m", clip_sample_range=2.0),
+    **{sampler: NoiseConfig(default_sampler=sampler, timestep_spacing="trailing") for sampler in SAMPLERS},
+    "plms that ends at the first level": NoiseConfig(default_sampler="plms", set_alpha_to_one=False),
+    "heun without a clip": NoiseConfig(default_sampler="heun", clip_sample=False, beta_schedule="scaled_linear"),
 }
 
 
@@ -246,33 +260,71 @@ def test_config_survives_a_round_trip(config: NoiseConfig) -> None:
 @pytest.mark.parametrize("config", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
 def test_diffusers_makes_the_same_tables_of_our_config(config: NoiseConfig) -> None:
     values = config.to_dict()
-    classes = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
-    cls = {cls.__name__: cls for cls in classes}[values["_class_name"]]
+    cls = {cls.__name__: cls for cls in CLASSES}[values["_class_name"]]
     theirs = cls.from_config({key: list(v) if isinstance(v, tuple) else v for key, v in values.items()})
     torch.testing.assert_close(config.schedule().alpha_bar, theirs.alphas_cumprod.double(), rtol=0, atol=3e-6)
     for field in ("prediction_type", "timestep_spacing", "steps_offset"):
         assert theirs.config[field] == getattr(config, field)
-    if cls is not DPMSolverMultistepScheduler:
+    if cls in (DDPMScheduler, DDIMScheduler, HeunDiscreteScheduler):
         assert theirs.config["clip_sample"] == config.clip_sample
         assert theirs.config["clip_sample_range"] == config.clip_sample_range
-    elif config.clip_sample_range == 1.0:
+    elif cls in (DPMSolverMultistepScheduler, UniPCMultistepScheduler, DEISMultistepScheduler) and (
+        config.clip_sample_range == 1.0
+    ):
         assert theirs.config["thresholding"] == config.clip_sample
         assert theirs.config["sample_max_value"] == 1.0
 
 
-DEFAULTS = {
-    DDPMScheduler: NoiseConfig(),
-    DDIMScheduler: NoiseConfig(default_sampler="ddim"),
-    DPMSolverMultistepScheduler: NoiseConfig(default_sampler="dpmpp_2m", timestep_spacing="linspace"),
-}
+def of_solver(sampler: str, **fields: Any) -> NoiseConfig:
+    return NoiseConfig(default_sampler=sampler, **{"timestep_spacing": "linspace", **fields})
 
 
-@pytest.mark.parametrize(("cls", "expected"), DEFAULTS.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_config_diffusers_writes_by_default_is_read_as_the_defaults(
-    cls: Any, expected: NoiseConfig, tmp_path: Path
+DEFAULTS: list[tuple[Any, dict[str, Any], NoiseConfig]] = [
+    (DDPMScheduler, {}, NoiseConfig()),
+    (DDIMScheduler, {}, NoiseConfig(default_sampler="ddim")),
+    (DPMSolverMultistepScheduler, {}, of_solver("dpmpp_2m")),
+    (DPMSolverMultistepScheduler, {"solver_order": 3}, of_solver("dpmpp_3m")),
+    (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, of_solver("dpmpp_2m_sde")),
+    (UniPCMultistepScheduler, {}, of_solver("unipc")),
+    (DEISMultistepScheduler, {}, of_solver("deis")),
+    (
+        PNDMScheduler,
+        {"skip_prk_steps": True},
+        of_solver("plms", timestep_spacing="leading", set_alpha_to_one=False),
+    ),
+    (EulerDiscreteScheduler, {}, of_solver("euler")),
+    (HeunDiscreteScheduler, {}, of_solver("heun", beta_start=0.00085, beta_end=0.012, clip_sample=False)),
+]
+CLASSES = {cls for cls, _, _ in DEFAULTS}
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "expected"), DEFAULTS, ids=[noise.default_sampler for *_, noise in DEFAULTS]
+)
+def test_config_diffusers_writes_by_default_is_read_as_the_defaults_of_its_sampler(
+    cls: Any, settings: dict[str, Any], expected: NoiseConfig, tmp_path: Path
 ) -> None:
-    cls().save_pretrained(tmp_path)
-    assert NoiseConfig.from_dict(json.loads((tmp_path / "scheduler_config.json").read_text())) == expected
+    cls(**settings).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert NoiseConfig.from_dict(written) == expected
+    # A field that is left out has the default of its class.
+    left_out = {"_class_name": cls.__name__, **settings}
+    assert NoiseConfig.from_dict(left_out) == expected
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize(
+    ("cls", "settings", "expected"), DEFAULTS, ids=[noise.default_sampler for *_, noise in DEFAULTS]
+)
+def test_a_request_without_settings_visits_the_timesteps_of_the_checkpoints_own_scheduler(
+    cls: Any, settings: dict[str, Any], expected: NoiseConfig, spacing: str
+) -> None:
+    theirs = cls(**settings, timestep_spacing=spacing, steps_offset=1)
+    noise = NoiseConfig.from_dict({"_class_name": cls.__name__, **theirs.config})
+    sampler = expected.default_sampler
+    plan = compile_plan(noise, noise.schedule(), sampler, 20, fractional=True)
+    theirs.set_timesteps(20)
+    torch.testing.assert_close(plan.timesteps, theirs.timesteps.double(), rtol=0, atol=1e-4)
 
 
 DPM_SOLVER = {"_class_name": "DPMSolverMultistepScheduler"}
@@ -295,7 +347,12 @@ def test_dpm_solver_config_clips_unless_it_says_otherwise(config: dict[str, Any]
 
 
 def test_dpm_solver_config_that_spells_its_defaults_out_is_read() -> None:
-    spelt = {**DPM_SOLVER_2M, "lower_order_final": True, "euler_at_final": False, "variance_type": None}
+    spelt = {
+        **KIND_OF_SAMPLER["dpmpp_2m"].must,
+        "lower_order_final": True,
+        "euler_at_final": False,
+        "variance_type": None,
+    }
     noise = NoiseConfig.from_dict(DPM_SOLVER | spelt | {"timestep_spacing": "leading", "use_lu_lambdas": None})
     assert noise == NoiseConfig(default_sampler="dpmpp_2m", timestep_spacing="leading")
 
@@ -303,9 +360,8 @@ def test_dpm_solver_config_that_spells_its_defaults_out_is_read() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("solver_order", 3),
         ("solver_order", 1),
-        ("algorithm_type", "sde-dpmsolver++"),
+        ("algorithm_type", "dpmsolver"),
         ("solver_type", "heun"),
         ("final_sigmas_type", "sigma_min"),
         ("use_karras_sigmas", True),
@@ -321,6 +377,36 @@ def test_config_of_another_dpm_solver_is_refused_by_field_and_value(field: str, 
     assert reverted.default_sampler == "dpmpp_2m"
 
 
+@pytest.mark.parametrize(
+    ("sampler", "changes"),
+    [
+        ("dpmpp_3m", {"solver_order": 3, "lower_order_final": False}),
+        ("dpmpp_2m_sde", {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
+        ("unipc", {"predict_x0": False}),
+        ("unipc", {"disable_corrector": [0]}),
+        ("unipc", {"solver_type": "bh1"}),
+        ("deis", {"solver_order": 3}),
+        ("plms", {"skip_prk_steps": False}),
+        ("plms", {}),  # whose class begins with Runge-Kutta steps
+        ("euler", {"final_sigmas_type": "sigma_min"}),
+        ("euler", {"timestep_type": "continuous"}),
+        ("heun", {"use_beta_sigmas": True}),
+    ],
+)
+def test_config_of_a_solver_that_is_none_of_ours_is_refused_by_field_and_value(
+    sampler: str, changes: dict[str, Any]
+) -> None:
+    config = {"_class_name": KIND_OF_SAMPLER[sampler].class_name, **changes}
+    with pytest.raises(ValueError, match=rf"scheduler config: \w+ must be .* for {sampler}, got"):
+        NoiseConfig.from_dict(config)
+
+
+@pytest.mark.parametrize(("field", "value"), [("sigma_min", 0.1), ("shift_terminal", 0.2), ("solver_p", "x")])
+def test_field_of_a_solver_that_is_not_known_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field}=.* is not something UniPCMultistepScheduler is known to have"):
+        NoiseConfig.from_dict({"_class_name": "UniPCMultistepScheduler", field: value})
+
+
 def test_dynamic_threshold_that_is_more_than_a_clip_is_refused_of_every_class() -> None:
     for config in (DPM_SOLVER | {"thresholding": True, "sample_max_value": 1.5}, {"thresholding": True}):
         with pytest.raises(ValueError, match="thresholding must be false"):
@@ -331,7 +417,11 @@ def test_spacing_is_the_config_s_own_for_the_sampler_it_was_written_for() -> Non
     trailing = NoiseConfig(timestep_spacing="trailing")
     assert [trailing.default_spacing(s) for s in ("ddpm", "ddim", "dpmpp_2m")] == ["trailing", "trailing", "karras"]
     solver = NoiseConfig(timestep_spacing="trailing", default_sampler="dpmpp_2m")
-    assert [solver.default_spacing(s) for s in ("ddpm", "ddim", "dpmpp_2m")] == ["trailing"] * 3
+    assert [solver.default_spacing(s) for s in ("ddpm", "ddim", "dpmpp_2m", "unipc")] == ["trailing"] * 4
+    assert [solver.default_spacing(s) for s in ("euler", "heun")] == ["karras"] * 2
+    sigmas = NoiseConfig(timestep_spacing="trailing", default_sampler="euler")
+    assert [sigmas.default_spacing(s) for s in ("ddpm", "euler", "heun")] == ["trailing"] * 3
+    assert [sigmas.default_spacing(s) for s in ("dpmpp_2m", "unipc")] == ["karras"] * 2
 
 
 def test_keys_in_use_default_values_revert_to_the_defaults() -> None:
@@ -352,8 +442,8 @@ def test_a_field_that_would_change_images_is_refused_and_one_that_is_off_is_logg
 @pytest.mark.parametrize(
     "name",
     [
-        *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
-        *("DEISMultistepScheduler", "LMSDiscreteScheduler", "ScoreSdeVeScheduler", "CMStochasticIterativeScheduler"),
+        *("EulerAncestralDiscreteScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler"),
+        *("LMSDiscreteScheduler", "ScoreSdeVeScheduler", "CMStochasticIterativeScheduler"),
         *("DDIMInverseScheduler", "", 5),
     ],
 )

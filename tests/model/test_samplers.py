@@ -273,7 +273,7 @@ def assert_solver_equals_diffusers(sampler: str, noise: NoiseConfig, steps: int,
     alpha_bar = alpha_bar_at(schedule, plan.timesteps.tolist())
     sigmas = ((1 - alpha_bar) / alpha_bar).sqrt()
     if sampler == "plms":
-        theirs.final_alpha_cumprod = torch.tensor(1.0, dtype=F64)
+        theirs.final_alpha_cumprod = torch.tensor(1.0, dtype=F64) if noise.set_alpha_to_one else schedule.alpha_bar[0]
     else:  # DEIS takes the logarithm of the last
         theirs.sigmas = torch.cat([sigmas, torch.full((1,), 1e-12 if sampler == "deis" else 0.0, dtype=F64)])
     noise_of = {"variance_noise"} if sampler == "dpmpp_2m_sde" else set()
@@ -317,6 +317,12 @@ def test_solver_of_every_prediction_type_and_another_schedule_equals_diffusers(
         return  # not in diffusers
     noise = NoiseConfig(prediction_type=prediction_type, clip_sample=False, beta_schedule="scaled_linear")
     assert_solver_equals_diffusers(sampler, noise, 10, "leading")
+
+
+@pytest.mark.parametrize("steps", [1, 20, 50])
+def test_plms_of_a_config_that_ends_at_the_first_level_equals_diffusers(steps: int) -> None:
+    noise = NoiseConfig(clip_sample=False, set_alpha_to_one=False)
+    assert_solver_equals_diffusers("plms", noise, steps, "leading")
 
 
 def test_spacing_that_is_given_goes_before_the_checkpoints_own() -> None:
