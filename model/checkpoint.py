@@ -26,7 +26,7 @@ from tminus.model.tables import Table, read_tables, steps_and_guidances
 from tminus.model.tminus_file import TMINUS_FILE, read_approved, read_labels, read_size, read_student, recommended_of
 from tminus.model.tminus_file import Labels as Labels
 from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
+from tminus.model.unet_config import CLASS_NAME, UNetConfig
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _load(folder: Path) -> Checkpoint:
     meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
     labels = read_labels(folder / TMINUS_FILE, meta, unet)
     state = load_state_dict(unet_folder)
-    _check_shapes(unet_folder, state, unet)
+    check_shapes(unet_folder, state, unet)
     state = to_float32(unet_folder, state)
     with torch.device("meta"):
         net = UNet2D(unet)
@@ -134,12 +134,7 @@ def _load(folder: Path) -> Checkpoint:
     size_px = unet.size_px or read_size(folder, meta)
     if any(side % unet.size_multiple for side in size_px):
         raise CheckpointError(f"{folder}: sample_size {size_px} must divide by {unet.size_multiple} for this U-Net")
-    learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
-    if unet.in_channels not in (1, 3) or unet.out_channels != unet.in_channels * (2 if learned else 1):
-        channels = f"{unet.in_channels} -> {unet.out_channels}"
-        out = "twice as many out" if learned else "as many out"
-        bound = f"only 1 or 3 channels in and {out} can be served with variance_type {noise.variance_type}"
-        raise CheckpointError(f"{folder}: {bound}, got {channels}")
+    check_channels(folder, unet, noise)
     name = str(meta.get("name") or folder.resolve().name)
     weights_hash = hash_weights(state)
     approved = read_approved(folder / TMINUS_FILE, meta, weights_hash)
@@ -167,7 +162,8 @@ def _load(folder: Path) -> Checkpoint:
 def _check_layout(folder: Path) -> str | None:
     """Say what a path holds that cannot be loaded; returns the scheduler's class, where model_index.json names one."""
     if folder.is_file():
-        raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}")
+        other = "; tminus convert makes one of a file of some other projects"
+        raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}{other}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     names = sorted(file.name for file in folder.iterdir())
@@ -192,7 +188,18 @@ def _check_layout(folder: Path) -> str | None:
     return str(entry[1])
 
 
-def _check_shapes(unet_folder: Path, state: Mapping[str, Tensor], unet: UNetConfig) -> None:
+def check_channels(folder: Path, unet: UNetConfig, noise: NoiseConfig) -> None:
+    """Raise CheckpointError for channels that cannot be served."""
+    learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
+    if unet.in_channels not in (1, 3) or unet.out_channels != unet.in_channels * (2 if learned else 1):
+        channels = f"{unet.in_channels} -> {unet.out_channels}"
+        out = "twice as many out" if learned else "as many out"
+        bound = f"only 1 or 3 channels in and {out} can be served with variance_type {noise.variance_type}"
+        raise CheckpointError(f"{folder}: {bound}, got {channels}")
+
+
+def check_shapes(unet_folder: Path, state: Mapping[str, Tensor], unet: UNetConfig) -> None:
+    """Raise CheckpointError for weights that are not those of this U-Net, by the first name or shape that differs."""
     # On the meta device nothing is allocated, so a config that asks for a huge net is refused before it costs memory.
     try:
         with torch.device("meta"):
@@ -236,7 +243,7 @@ def save_checkpoint(
         "_class_name": pipeline_class,
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler_class],
-        "unet": ["diffusers", "UNet2DModel"],
+        "unet": ["diffusers" if unet.class_name == CLASS_NAME else "tminus", unet.class_name],
     }
     meta = {
         "name": folder.resolve().name,

@@ -1,5 +1,6 @@
 """The U-Net that predicts eps, with diffusers' `UNet2DModel` module names. Its configuration is in unet_config.py."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class _BlockArgs:
     act: str
     dropout: float
     scale_shift: bool
-    head_dim: int | None
+    head_width: Callable[[int], int]
 
     def resnet(self, in_channels: int, out_channels: int, **kwargs: Any) -> ResnetBlock:
         return ResnetBlock(
@@ -45,7 +46,7 @@ class _BlockArgs:
         )
 
     def attention(self, channels: int) -> Attention:
-        return Attention(channels, self.head_dim or channels, groups=self.groups, eps=self.eps)
+        return Attention(channels, self.head_width(channels), groups=self.groups, eps=self.eps)
 
 
 class DownBlock(nn.Module):
@@ -88,8 +89,9 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(args.resnet(channels, channels, output_scale_factor=scale) for _ in range(2))
         self.attentions: nn.ModuleList | None = None
         if config.add_attention:
-            head_dim = args.head_dim or channels
-            attention = Attention(channels, head_dim, groups=groups, eps=args.eps, output_scale_factor=scale)
+            attention = Attention(
+                channels, args.head_width(channels), groups=groups, eps=args.eps, output_scale_factor=scale
+            )
             self.attentions = nn.ModuleList([attention])
 
     def forward(self, h: Tensor, act_temb: Tensor) -> Tensor:
@@ -144,6 +146,16 @@ def _embedding(count: int, width: int) -> nn.Embedding:
     return embedding
 
 
+def sines_and_cosines(config: UNetConfig, t: Tensor) -> Tensor:
+    """What a network without a learned embedding sees of timesteps: t [B] -> [B, time_width]."""
+    return sinusoidal_embedding(
+        t * config.timestep_scale,
+        config.time_width,
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        freq_shift=config.freq_shift,
+    )
+
+
 class UNet2D(nn.Module):
     """eps_theta(x_t, t, class): x [B, C, H, W], t [B], class_labels [B] (or None) -> [B, out_channels, H, W]."""
 
@@ -159,14 +171,14 @@ class UNet2D(nn.Module):
             act=config.act_fn,
             dropout=config.dropout,
             scale_shift=config.resnet_time_scale_shift == "scale_shift",
-            head_dim=config.attention_head_dim,
+            head_width=config.head_width,
         )
         self.act = ACTIVATIONS[config.act_fn]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_proj: nn.Embedding | None = None
         if config.time_embedding_type == "learned":
-            self.time_proj = _embedding(config.num_train_timesteps or 0, widths[0])
-        self.time_embedding = TimestepEmbedding(widths[0], temb_dim)
+            self.time_proj = _embedding(config.num_train_timesteps or 0, config.time_width)
+        self.time_embedding = TimestepEmbedding(config.time_width, temb_dim)
         self.class_embedding: nn.Embedding | None = None
         if config.num_class_embeds is not None:
             self.class_embedding = _embedding(config.num_class_embeds, temb_dim)
@@ -200,13 +212,7 @@ class UNet2D(nn.Module):
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Embed the timestep alone, before class and activation: t [B] -> [B, temb]."""
-        config = self.config
-        if self.time_proj is not None:
-            embedding = self.time_proj(t.long())
-        else:
-            embedding = sinusoidal_embedding(
-                t, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
-            )
+        embedding = self.time_proj(t.long()) if self.time_proj is not None else sines_and_cosines(self.config, t)
         out: Tensor = self.time_embedding(embedding.to(self.conv_in.weight.dtype))
         return out
 

@@ -13,6 +13,7 @@ from tminus.model.layers import ACTIVATIONS
 log = logging.getLogger(__name__)
 
 CLASS_NAME = "UNet2DModel"
+OWN_CLASS_NAME = "TminusUNet2DModel"  # of networks with OWN_FIELDS, which diffusers would run wrongly
 MAX_LAYERS, MAX_BLOCKS = 64, 16  # far above any known net, far below one that takes minutes to build
 MAX_NUMBER = 2**31 - 1  # of anything: what a 32-bit integer holds
 # Fields of training that change nothing of the network: those of the EMA in diffusers' training scripts.
@@ -20,12 +21,14 @@ OF_TRAINING = frozenset(
     ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
 )
 DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+# Fields that are not of UNet2DModel, and the values by which a network is one.
+OWN_FIELDS: Mapping[str, Any] = {"num_heads": None, "time_proj_dim": None, "timestep_scale": 1.0}
 UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
 
 
 @dataclass(frozen=True, slots=True)
 class UNetConfig:
-    """The fields and defaults of diffusers' `UNet2DModel` that DDPM-family checkpoints use.
+    """The fields and defaults of diffusers' `UNet2DModel` that DDPM-family checkpoints use, and OWN_FIELDS.
 
     Raises ValueError, naming the field and its value, for a network that cannot be built.
     """
@@ -58,6 +61,12 @@ class UNetConfig:
     class_embed_type: str | None = None
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
+    num_heads: int | None = None
+    """Of every attention, whatever its width; goes before attention_head_dim."""
+    time_proj_dim: int | None = None
+    """The width of the timestep's sines and cosines, where it is not the first of block_out_channels."""
+    timestep_scale: float = 1.0
+    """What timesteps are multiplied by: 1000 / T for networks trained with OpenAI's rescale_timesteps."""
 
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, bound: str) -> None:
@@ -72,9 +81,11 @@ class UNetConfig:
 
         for field in ("in_channels", "out_channels", "layers_per_block", "norm_num_groups"):
             require(positive(getattr(self, field)), field, "a positive integer")
-        for field in ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
+        optional = ("time_embedding_dim", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds")
+        for field in (*optional, "num_heads", "time_proj_dim"):
             value = getattr(self, field)
             require(value is None or positive(value), field, "a positive integer or null")
+        require(number(self.timestep_scale) and self.timestep_scale > 0, "timestep_scale", "a positive number")
         widths, groups = self.block_out_channels, self.norm_num_groups
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
         require(len(widths) <= MAX_BLOCKS, "block_out_channels", f"at most {MAX_BLOCKS} widths")
@@ -100,19 +111,37 @@ class UNetConfig:
         narrowest = min(self._attending_widths, default=None)
         if self.attention_head_dim is not None and narrowest is not None:
             require(self.attention_head_dim <= narrowest, "attention_head_dim", f"at most {narrowest}")
+        if self.num_heads is not None:
+            divisor = f"a divisor of each width with attention, {self._attending_widths}"
+            require(all(width % self.num_heads == 0 for width in self._attending_widths), "num_heads", divisor)
         if self.attn_norm_num_groups is not None:
             require(widths[-1] % self.attn_norm_num_groups == 0, "attn_norm_num_groups", f"a divisor of {widths[-1]}")
         require(number(self.dropout) and 0 <= self.dropout < 1, "dropout", "a number in [0, 1)")
         require(number(self.norm_eps) and self.norm_eps > 0, "norm_eps", "a positive number")
         scale = self.mid_block_scale_factor
         require(number(scale) and scale > 0, "mid_block_scale_factor", "a positive number")
-        half = widths[0] // 2
+        half = self.time_width // 2
         require(number(self.freq_shift) and self.freq_shift < half, "freq_shift", f"a number below {half}")
 
     @property
     def size_px(self) -> tuple[int, int] | None:
         """(height, width), or None where the config does not say."""
         return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
+
+    @property
+    def time_width(self) -> int:
+        """The width of the timestep's sines and cosines."""
+        return self.time_proj_dim or self.block_out_channels[0]
+
+    @property
+    def class_name(self) -> str:
+        """UNet2DModel for a network that diffusers can run too."""
+        own = any(getattr(self, field) != usual for field, usual in OWN_FIELDS.items())
+        return OWN_CLASS_NAME if own else CLASS_NAME
+
+    def head_width(self, channels: int) -> int:
+        """The width of a head of an attention over so many channels."""
+        return channels // self.num_heads if self.num_heads is not None else self.attention_head_dim or channels
 
     @property
     def _attending_widths(self) -> list[int]:
@@ -133,9 +162,10 @@ class UNetConfig:
         Raises ValueError for another network than UNet2DModel, and for a field that is not known and not off.
         """
         class_name = config.get("_class_name", CLASS_NAME)
-        if class_name != CLASS_NAME:
+        if class_name not in (CLASS_NAME, OWN_CLASS_NAME):
             raise ValueError(f"unet config: _class_name must be {CLASS_NAME}, got {class_name!r:.100}")
         known = {field.name for field in dataclasses.fields(cls)}
+        known -= OWN_FIELDS.keys() if class_name == CLASS_NAME else set()
         values: dict[str, Any] = {}
         for key, value in given_fields(config).items():
             if key not in known:
@@ -152,5 +182,8 @@ class UNetConfig:
             raise ValueError(f"unet config: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json of diffusers' UNet2DModel."""
-        return {"_class_name": CLASS_NAME, **dataclasses.asdict(self)}
+        """The config.json of diffusers' UNet2DModel, or of a network that is not one."""
+        fields = dataclasses.asdict(self)
+        if self.class_name == CLASS_NAME:
+            fields = {name: value for name, value in fields.items() if name not in OWN_FIELDS}
+        return {"_class_name": self.class_name, **fields}

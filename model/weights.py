@@ -13,6 +13,7 @@ from torch import Tensor
 from tminus.model.files import CheckpointError, first_line, read_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
+LFS_POINTER = b"version https://git-lfs"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -23,19 +24,32 @@ def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for file in _weight_files(unet_folder):
+        if not file.is_file():
+            raise CheckpointError(f"{file}: the weight map names this file, and it is not there")
         state.update(_read_tensors(file))
+    _check_tensors(unet_folder, state)
+    return rename_attention(state)
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """Read the state dict of one file, with the names it has. Raises CheckpointError as `load_state_dict` does."""
+    state = _read_tensors(file)
+    _check_tensors(file, state)
+    return state
+
+
+def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
     if not state:
-        raise CheckpointError(f"{unet_folder}: the weights hold no tensors")
+        raise CheckpointError(f"{where}: the weights hold no tensors")
     for key, value in state.items():
         if value.dtype not in DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise CheckpointError(f"{unet_folder}: {key} must be of {names}, got {value.dtype}")
+            raise CheckpointError(f"{where}: {key} must be of {names}, got {value.dtype}")
         if value.layout != torch.strided or value.device.type != "cpu":
             kind = value.layout if value.layout != torch.strided else value.device
-            raise CheckpointError(f"{unet_folder}: {key} must hold plain values, got {kind}")
+            raise CheckpointError(f"{where}: {key} must hold plain values, got {kind}")
         if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise CheckpointError(f"{unet_folder}: {key} must hold each of its values, got fewer than {value.numel()}")
-    return rename_attention(state)
+            raise CheckpointError(f"{where}: {key} must hold each of its values, got fewer than {value.numel()}")
 
 
 def to_float32(unet_folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,10 +108,11 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: the weight map names this file, and it is not there")
-    with file.open("rb"):  # raises a clear OSError for a file that may not be read, which neither reader below does
-        pass
+    with file.open("rb") as opened:  # raises a clear OSError for a file that may not be read, as neither reader below
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(
+                f"{file}: a pointer of Git LFS and not the weights; run git lfs pull where it is from"
+            )
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -107,5 +122,6 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError
         raise CheckpointError(f"{file}: truncated or not a weights file ({first_line(error)})") from error
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise CheckpointError(f"{file}: must hold a state dict of tensors")
+        held = f"a dict of {', '.join(map(str, loaded))}" if isinstance(loaded, dict) else type(loaded).__name__
+        raise CheckpointError(f"{file}: must hold a state dict of tensors, got {held:.200}")
     return {str(key): value for key, value in loaded.items()}

@@ -5,8 +5,10 @@ The files of the subcommands import torch and what needs it in their functions, 
 
 import click
 
+from tminus.service.cli.convert import convert
 from tminus.service.cli.distill import distill
 from tminus.service.cli.evaluate import evaluate
+from tminus.service.cli.inspect import inspect
 from tminus.service.cli.reproduce import reproduce
 from tminus.service.cli.sample import sample
 from tminus.service.cli.serve import serve
@@ -17,8 +19,8 @@ from tminus.service.cli.tune import tune
 @click.group(context_settings={"show_default": True, "max_content_width": 120})
 @click.version_option(package_name="tminus")
 def main() -> None:
-    """Serve, sample, train, distill and evaluate denoising diffusion U-Nets."""
+    """Serve, sample, train, distill, evaluate and convert denoising diffusion U-Nets."""
 
 
-for command in (serve, sample, reproduce, train, tune, distill, evaluate):
+for command in (serve, sample, reproduce, train, tune, distill, evaluate, inspect, convert):
     main.add_command(command)

@@ -21,7 +21,7 @@ def make_model_info(
     net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
     return ModelInfo(
         name=checkpoint.name,
-        architecture="UNet2DModel",
+        architecture=net.config.class_name,
         num_parameters=sum(p.numel() for p in net.parameters()),
         height_px=checkpoint.size_px[0],
         width_px=checkpoint.size_px[1],

@@ -19,8 +19,7 @@ def pass_bytes(config: UNetConfig, size_px: tuple[int, int]) -> int:
         pixels = height * width >> 2 * level
         total += 4 * channels * pixels * (config.layers_per_block + MAPS_PER_LAYER)
         if any(name.startswith("Attn") for name in blocks):
-            heads = channels // config.attention_head_dim if config.attention_head_dim else 1
-            total += 4 * heads * pixels**2
+            total += 4 * (channels // config.head_width(channels)) * pixels**2
     return total
 
 

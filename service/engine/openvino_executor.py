@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from cachetools import LRUCache
 from torch import Tensor, nn
 
-from tminus.model.layers import sinusoidal_embedding
-from tminus.model.unet import UNet2D
+from tminus.model.unet import UNet2D, sines_and_cosines
 from tminus.service.engine.executors import split_wide
 
 # openvino reports over the network that it was imported and what it converts, unless this package is missing.
@@ -92,14 +91,7 @@ class Graph:
 
     def _between(self, t: float) -> Tensor:
         if t not in self._embed_between:
-            config = self._config
-            embedding = sinusoidal_embedding(
-                torch.tensor([t]),
-                config.block_out_channels[0],
-                flip_sin_to_cos=config.flip_sin_to_cos,
-                freq_shift=config.freq_shift,
-            )
-            temb = self._time_mlp(embedding)[0]
+            temb = self._time_mlp(sines_and_cosines(self._config, torch.tensor([t])))[0]
             self._embed_between[t] = F.pad(temb, (0, self.time_table.shape[1] - self.temb_dim))
         return self._embed_between[t]
 

@@ -52,6 +52,11 @@ BAD: list[tuple[str, Any]] = [
     ("resnet_time_scale_shift", "spatial"),
     ("class_embed_type", "timestep"),
     ("num_class_embeds", -1),
+    ("num_heads", 0),
+    ("num_heads", 5),
+    ("time_proj_dim", 0),
+    ("timestep_scale", 0),
+    ("timestep_scale", float("inf")),
     ("sample_size", 0),
     ("sample_size", (32, 0)),
     ("sample_size", (32,)),
@@ -63,7 +68,7 @@ BAD: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("field", "value"), BAD)
 def test_bad_config_value_is_refused_by_field_and_value(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"unet config: .*{field}") as refusal:
-        UNetConfig.from_dict({**SMALL, field: value})
+        UNetConfig.from_dict({**SMALL, "_class_name": "TminusUNet2DModel", field: value})
     assert repr(value) in str(refusal.value)
 
 
@@ -120,6 +125,22 @@ def test_defaults_are_those_of_diffusers() -> None:
         theirs = dict(UNet2DModel().config)
     theirs.pop("_use_default_values", None)
     assert {key: theirs[key] for key in ours if key in theirs} == {k: v for k, v in ours.items() if k != "_class_name"}
+
+
+@pytest.mark.parametrize(
+    ("own", "usual"), [({"num_heads": 4}, None), ({"time_proj_dim": 24}, None), ({"timestep_scale": 0.25}, 1.0)]
+)
+def test_config_with_a_field_of_our_own_is_not_named_as_diffusers(own: dict[str, Any], usual: Any) -> None:
+    field = next(iter(own))
+    config = UNetConfig(**SMALL, **own)
+    written = config.to_dict()
+    assert written["_class_name"] == "TminusUNet2DModel"
+    assert UNetConfig.from_dict(written) == config
+    with pytest.raises(ValueError, match=f"{field}=.* is not something UNet2DModel is known to have"):
+        UNetConfig.from_dict({**written, "_class_name": "UNet2DModel"})
+    plain = UNetConfig(**SMALL, **{field: usual}).to_dict()
+    assert plain["_class_name"] == "UNet2DModel"
+    assert field not in plain
 
 
 def test_size_multiple_is_two_to_the_number_of_halvings() -> None:

@@ -262,13 +262,15 @@ def test_nothing_is_told_to_the_makers_of_openvino(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("own", [{}, {"timestep_scale": 20.0, "time_proj_dim": 12}], ids=["plain", "own fields"])
 def test_timesteps_between_whole_ones_are_embedded_as_the_network_does_and_never_by_their_batch(
-    tiny: Checkpoint,
+    make_checkpoint: MakeCheckpoint, own: dict[str, float]
 ) -> None:
-    graph = Graph(tiny.net, (1, 8, 8), 50)
+    net = make_checkpoint(**own).net
+    graph = Graph(net, (1, 8, 8), 50)
     t = torch.tensor([0.0, 7.0, 7.25, 48.9999, 30.5, 7.25])
     embedded = graph.embed_time(t)
-    expected = tiny.net.embed_time(t)
+    expected = net.embed_time(t)
     torch.testing.assert_close(embedded[:, : graph.temb_dim], expected, rtol=1e-5, atol=1e-5)
     for k in range(len(t)):
         assert torch.equal(graph.embed_time(t[k : k + 1])[0], embedded[k])

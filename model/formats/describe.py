@@ -1,0 +1,108 @@
+"""Say what a checkpoint is, in lines for people: a folder that tminus loads, or a file of another project."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.model.formats.given import Given, MissingFacts, flag
+from tminus.model.formats.read import read_foreign
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet_config import CLASS_NAME, UNetConfig
+
+# In place of facts that were not given, so that the rest can be told. None of them changes what is told.
+ASSUMED = Given(
+    image_size=1 << 8,
+    timesteps=1000,
+    beta_schedule="linear",
+    variance="fixed_small",
+    prediction="epsilon",
+    heads=1,
+    attention_order="legacy",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What was found. checkpoint: of a folder; a file is described without being run."""
+
+    lines: tuple[tuple[str, str], ...]
+    checkpoint: Checkpoint | None = None
+
+
+def describe(path: Path, given: Given) -> Description:
+    """Describe a folder or a file. Raises CheckpointError, and ValueError for facts that its format does not have."""
+    if path.is_file():
+        return _of_file(path, given)
+    given.check("a checkpoint folder", ())
+    checkpoint = load_checkpoint(path)
+    unet, noise, labels = checkpoint.net.config, checkpoint.noise, checkpoint.labels
+    lines = [("format", "a folder of diffusers" + ("" if unet.class_name == CLASS_NAME else ", for tminus alone"))]
+    lines += network_lines(unet, sum(value.numel() for value in checkpoint.net.parameters()))
+    lines.append(("images", images(unet, checkpoint.size_px)))
+    if labels.num_classes:
+        null = "no null class, so no guidance" if labels.null_class is None else f"null class {labels.null_class}"
+        lines.append(("classes", f"{labels.num_classes} ({', '.join(labels.class_names)[:100]}); {null}"))
+    lines += noise_lines(noise)
+    lines.append(("samplers", ", ".join(checkpoint.samplers)))
+    if checkpoint.recommended is not None:
+        own = checkpoint.recommended
+        lines.append(("recommended", f"{own.sampler} in {own.steps} steps, guidance {own.guidance:g}"))
+    lines += [("refused table", refused) for refused in checkpoint.refused_tables]
+    return Description(tuple(lines), checkpoint)
+
+
+def _of_file(file: Path, given: Given) -> Description:
+    missing: tuple[str, ...] = ()
+    try:
+        converted = read_foreign(file, given)
+    except MissingFacts as error:
+        missing = error.names
+        assumed = {name: getattr(ASSUMED, name) for name in missing}
+        converted = read_foreign(file, dataclasses.replace(given, **assumed))
+    lines = [("format", converted.format)]
+    lines += network_lines(converted.unet, sum(value.numel() for value in converted.state.values()), missing)
+    size = converted.unet.size_px if "image_size" not in missing else None
+    lines.append(("images", images(converted.unet, size)))
+    if converted.unet.num_class_embeds is not None:
+        lines.append(("classes", str(converted.unet.num_class_embeds)))
+    if missing:
+        lines += [("missing", line) for line in MissingFacts("", missing).asked]
+        lines.append(("then", f"tminus convert {file} FOLDER {' '.join(f'{flag(name)} …' for name in missing)}"))
+    else:
+        lines += noise_lines(converted.noise)
+        lines.append(("then", f"tminus convert {file} FOLDER, with the same flags"))
+    return Description(tuple(lines))
+
+
+def images(unet: UNetConfig, size_px: tuple[int, int] | None) -> str:
+    """The size and channels of images."""
+    channels = "one channel" if unet.in_channels == 1 else f"{unet.in_channels} channels"
+    return f"{size_px[0]}x{size_px[1]}, {channels}" if size_px is not None else channels
+
+
+def network_lines(unet: UNetConfig, parameters: int, missing: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """The architecture, but for what is missing."""
+    attends = [name.startswith("Attn") for name in unet.down_block_types]
+    levels = [f"{width}{'*' if attend else ''}" for width, attend in zip(unet.block_out_channels, attends, strict=True)]
+    marked = " (* with attention)" if any(attends) else ""
+    layers = f"{unet.layers_per_block} layer{'s' if unet.layers_per_block > 1 else ''} a level"
+    name = "U-Net" if "heads" in missing else unet.class_name
+    yield "network", f"{name}: widths {', '.join(levels)}{marked}; {layers}"
+    heads = "one head"
+    if unet.num_heads or unet.attention_head_dim:
+        heads = f"{unet.num_heads} heads" if unet.num_heads else f"heads of {unet.attention_head_dim} channels"
+    timestep = "scales and shifts" if unet.resnet_time_scale_shift == "scale_shift" else "is added"
+    resample = "resnets" if unet.downsample_type == "resnet" else "convolutions"
+    yield "details", f"the timestep {timestep}, resampled by {resample}{'' if 'heads' in missing else f', {heads}'}"
+    yield "parameters", f"{parameters / 1e6:.2f} M"
+
+
+def noise_lines(noise: NoiseConfig) -> Iterator[tuple[str, str]]:
+    """The noise schedule and what the network predicts."""
+    ends = "" if noise.beta_schedule == "squaredcos_cap_v2" else f" {noise.beta_start:g} to {noise.beta_end:g}"
+    betas = f"{noise.beta_schedule}{ends}" if noise.trained_betas is None else "betas of its own"
+    yield "noise", f"T = {noise.num_train_timesteps}, {betas}"
+    clip = f"x_0 is clipped to ±{noise.clip_sample_range:g}" if noise.clip_sample else "x_0 is not clipped"
+    yield "predicts", f"{noise.prediction_type}; variance {noise.variance_type}; {clip}"

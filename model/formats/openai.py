@@ -1,0 +1,224 @@
+"""U-Nets of OpenAI's improved-diffusion and guided-diffusion (Nichol & Dhariwal 2021, Dhariwal & Nichol 2021).
+
+A file holds a state dict and nothing else, as `ema_0.9999_250000.pt`. Its blocks are numbered through all levels; those
+of the way up that end in an upsampler end a level, which tells how many blocks a level has.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tminus.model.files import CheckpointError
+from tminus.model.formats.converted import Converted
+from tminus.model.formats.given import Given
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet_config import UNetConfig
+
+FORMAT = "OpenAI's guided-diffusion or improved-diffusion"
+GROUPS = 32
+HO_TIMESTEPS = 1000  # for which the linear schedule's 1e-4 and 0.02 were made; for others they are scaled
+DEPTH = {"input_blocks": 3, "middle_block": 2, "output_blocks": 3}  # parts of a key that name the module
+TOP = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+Modules = dict[str, dict[str, Tensor]]  # by place of the module, then by what is inside it
+
+
+class _Levels(NamedTuple):
+    """What the numbers of the blocks tell."""
+
+    number: int
+    layers: int  # resnets of a level on the way down; on the way up there is one more
+
+
+def recognises(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is of this format."""
+    return "time_embed.0.weight" in state and "input_blocks.0.0.weight" in state
+
+
+def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
+    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and ValueError."""
+    _refuse_others(state)
+    modules = _modules(state)
+    levels = _levels(modules)
+    firsts = [f"input_blocks.{1 + level * (levels.layers + 1)}" for level in range(levels.number)]
+    widths = tuple(len(modules[f"{first}.0"]["in_layers.2.weight"]) for first in firsts)
+    attends = [f"{first}.1" in modules for first in firsts]
+    attending = [width for width, attends in zip(widths, attends, strict=True) if attends] + [widths[-1]]
+    out_channels, in_channels = len(state["out.2.weight"]), state["input_blocks.0.0.weight"].shape[1]
+    learned = out_channels == 2 * in_channels
+    heads = _heads(given, attending)
+
+    needed = ["image_size", "timesteps", "beta_schedule", "prediction"]
+    needed += [] if learned else ["variance"]
+    needed += ["head_width" if given.head_width is not None else "heads"]
+    needed += [] if heads and max(heads.values()) == 1 else ["attention_order"]  # one head is in order either way
+    needed += [] if given.timesteps in (None, HO_TIMESTEPS) else ["rescale_timesteps"]
+    given.check(f"a file of {FORMAT}", needed, taken=("attention_order", "rescale_timesteps"))
+    assert given.timesteps is not None
+
+    scale, linear = HO_TIMESTEPS / given.timesteps, given.beta_schedule == "linear"
+    by_resnet = "in_layers.0.weight" in modules.get(f"input_blocks.{levels.layers + 1}.0", {})
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if by_resnet else ("DownBlock2D", "UpBlock2D")
+    head_widths = {width // heads[width] for width in attending}
+    temb_width, proj_width = state["time_embed.0.weight"].shape
+    unet = UNetConfig(
+        sample_size=given.image_size,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        time_embedding_dim=temb_width,
+        time_proj_dim=proj_width if proj_width != widths[0] else None,
+        timestep_scale=scale if given.rescale_timesteps == "yes" else 1.0,
+        down_block_types=tuple("AttnDownBlock2D" if attend else plain[0] for attend in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)),
+        block_out_channels=widths,
+        layers_per_block=levels.layers,
+        downsample_type="resnet" if by_resnet else "conv",
+        upsample_type="resnet" if by_resnet else "conv",
+        attention_head_dim=head_widths.pop() if len(head_widths) == 1 else None,
+        num_heads=given.heads if head_widths else None,  # where no one width of a head says it
+        norm_num_groups=GROUPS,
+        attn_norm_num_groups=GROUPS,
+        resnet_time_scale_shift="scale_shift" if _shifts(modules[f"{firsts[0]}.0"]) else "default",
+        num_class_embeds=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
+    )
+    noise = NoiseConfig(
+        num_train_timesteps=given.timesteps,
+        beta_schedule=str(given.beta_schedule),
+        beta_start=1e-4 * (scale if linear else 1),
+        beta_end=0.02 * (scale if linear else 1),
+        prediction_type=str(given.prediction),
+        variance_type="learned_range" if learned else str(given.variance),
+    )
+    return Converted(FORMAT, unet, _renamed(state, modules, levels, heads, given.attention_order), noise)
+
+
+def _refuse_others(state: Mapping[str, Tensor]) -> None:
+    if any(".transformer_blocks." in key for key in state):
+        raise CheckpointError("a network with cross-attention, as of text-to-image models, which is not served")
+    if "out.2.weight" not in state or not any(key.startswith("output_blocks.") for key in state):
+        raise CheckpointError(
+            "a classifier of guided-diffusion, which denoises nothing; its diffusion model is another"
+        )
+    if state["input_blocks.0.0.weight"].ndim != 4:
+        raise CheckpointError(f"a network of {FORMAT} that is not for images: its convolutions are not 2D")
+
+
+def _modules(state: Mapping[str, Tensor]) -> Modules:
+    modules: Modules = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if depth := DEPTH.get(parts[0]):
+            modules.setdefault(".".join(parts[:depth]), {})[".".join(parts[depth:])] = value
+    return modules
+
+
+def _levels(modules: Modules) -> _Levels:
+    """Count the levels and their blocks. Raises CheckpointError where these do not repeat."""
+    numbers = {part: {int(path.split(".")[1]) for path in modules if path.startswith(part)} for part in DEPTH}
+    outputs = numbers["output_blocks"]
+    ends = [block for block in sorted(outputs) if _upsampler(modules, block)]
+    per_level = ends[0] + 1 if ends else len(outputs)
+    count = len(outputs) // per_level
+    every = set(range(count * per_level))
+    wanted = list(range(per_level - 1, (count - 1) * per_level, per_level))
+    if per_level < 2 or ends != wanted or outputs != every or numbers["input_blocks"] != every:
+        raise CheckpointError(f"a network of {FORMAT} whose levels do not repeat, as without conv_resample: not served")
+    return _Levels(count, per_level - 1)
+
+
+def _upsampler(modules: Modules, block: int) -> str | None:
+    """Which module of a block of the way up is its upsampler: a convolution, or a resnet that is not its first."""
+    for number in (1, 2):
+        path = f"output_blocks.{block}.{number}"
+        if modules.get(path, {}).keys() & {"conv.weight", "in_layers.0.weight"}:
+            return path
+    return None
+
+
+def _shifts(resnet: Mapping[str, Tensor]) -> bool:
+    """Whether the timestep scales and shifts: there are two numbers for each channel then."""
+    return len(resnet["emb_layers.1.weight"]) == 2 * len(resnet["in_layers.2.weight"])
+
+
+def _heads(given: Given, attending: list[int]) -> dict[int, int]:
+    """The number of heads by width; empty where a person has not said. Raises ValueError."""
+    heads = {}
+    for width in attending if given.heads is not None or given.head_width is not None else ():
+        heads[width] = given.heads or width // (given.head_width or 1)
+        if width % (given.head_width or heads[width]) or not heads[width]:
+            name, value = ("--heads", given.heads) if given.heads else ("--head-width", given.head_width)
+            raise ValueError(f"{name} must divide the {width} channels of attention, got {value}")
+    return heads
+
+
+def _places(modules: Modules, levels: _Levels) -> Iterator[tuple[str, str]]:
+    """Each module's place here and in a UNet2DModel."""
+    per_level = levels.layers + 1
+    yield "input_blocks.0.0", "conv_in"
+    for level in range(levels.number):
+        for layer in range(per_level):
+            down, up = f"input_blocks.{1 + level * per_level + layer}", f"output_blocks.{level * per_level + layer}"
+            if layer < levels.layers:
+                yield f"{down}.0", f"down_blocks.{level}.resnets.{layer}"
+                yield f"{down}.1", f"down_blocks.{level}.attentions.{layer}"
+            else:
+                yield f"{down}.0", f"down_blocks.{level}.downsamplers.0"
+            yield f"{up}.0", f"up_blocks.{level}.resnets.{layer}"
+            if "qkv.weight" in modules.get(f"{up}.1", {}):
+                yield f"{up}.1", f"up_blocks.{level}.attentions.{layer}"
+            if upsampler := _upsampler(modules, level * per_level + layer):
+                yield upsampler, f"up_blocks.{level}.upsamplers.0"
+    for number, place in enumerate(("resnets.0", "attentions.0", "resnets.1")):
+        yield f"middle_block.{number}", f"mid_block.{place}"
+
+
+def _renamed(
+    state: Mapping[str, Tensor], modules: Modules, levels: _Levels, heads: Mapping[int, int], order: str | None
+) -> dict[str, Tensor]:
+    """The state dict in our names, with q, k and v apart. Raises CheckpointError for what has no name."""
+    renamed = {}
+    left = dict(state)
+    for top, place in TOP.items():
+        for leaf in ("weight", "bias"):
+            if f"{top}.{leaf}" in left:
+                renamed[f"{place}.{leaf}"] = left.pop(f"{top}.{leaf}")
+    for path, place in _places(modules, levels):
+        for inside, value in modules.get(path, {}).items():
+            name, _, leaf = inside.rpartition(".")
+            if name == "qkv":
+                for which, part in zip("qkv", _apart(value, heads, order), strict=True):
+                    renamed[f"{place}.to_{which}.{leaf}"] = part
+            elif name == "proj_out":
+                renamed[f"{place}.to_out.0.{leaf}"] = value.reshape(value.shape[:2])
+            elif name in ("norm", "op", "conv", "", *RESNET):
+                ours = {"norm": "group_norm", "op": "conv"}.get(name, RESNET.get(name, name))
+                renamed[".".join(filter(None, (place, ours, leaf)))] = value
+            else:
+                continue
+            del left[f"{path}.{inside}"]
+    if left:
+        raise CheckpointError(f"a network of {FORMAT} with {min(left)}, which is not known (and {len(left) - 1} more)")
+    return renamed
+
+
+def _apart(qkv: Tensor, heads: Mapping[int, int], order: str | None) -> list[Tensor]:
+    """q, k and v of a 1x1 convolution [3 C, C, 1] or its bias [3 C], each [C, C] or [C] with its heads in order."""
+    width = len(qkv) // 3
+    rest = qkv.shape[1:2]  # a bias has none
+    if order == "legacy":  # [heads, 3, width of a head]
+        return list(qkv.reshape(heads[width], 3, -1, *rest).transpose(0, 1).reshape(3, width, *rest))
+    return list(qkv.reshape(3, width, *rest))

@@ -1,0 +1,179 @@
+"""Against tests/model/formats/guided.py, which is written from the papers and knows nothing of model/."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.model.formats.conftest import close_to_scale, randomised, save
+from tests.model.formats.guided import Guided
+from tminus.model.checkpoint import load_checkpoint
+from tminus.model.files import CheckpointError
+from tminus.model.formats.given import Given, MissingFacts
+from tminus.model.formats.read import convert_file, read_foreign
+
+HO = {"image_size": 16, "timesteps": 1000, "beta_schedule": "linear", "prediction": "epsilon"}
+FIXED = HO | {"variance": "fixed_large"}
+# What the published checkpoints are made of, in small: the network, and what is given of it.
+NETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "improved, cifar10": (
+        {"mult": (1, 2, 3), "attends": (1, 2), "heads": 4, "blocks": 3},
+        FIXED | {"heads": 4, "attention_order": "legacy"},
+    ),
+    "improved, learned sigma and scale-shift": (
+        {"mult": (1, 2), "heads": 4, "shift": True, "out_channels": 6},
+        HO | {"heads": 4, "attention_order": "legacy", "beta_schedule": "squaredcos_cap_v2"},
+    ),
+    "guided, imagenet64": (
+        {
+            **{"mult": (1, 2, 3), "attends": (1, 2), "head_width": 32, "order": "new", "shift": True},
+            **{"updown": True, "classes": 7, "out_channels": 6, "blocks": 3},
+        },
+        HO | {"head_width": 32, "attention_order": "new", "beta_schedule": "squaredcos_cap_v2"},
+    ),
+    "guided, lsun": (
+        {"mult": (1, 1, 2), "attends": (1, 2), "head_width": 16, "shift": True, "updown": True, "out_channels": 6},
+        HO | {"head_width": 16, "attention_order": "legacy"},
+    ),
+    "guided, imagenet512": (
+        {"model_channels": 64, "mult": (0.5, 1, 1), "attends": (2,), "heads": 4, "shift": True, "updown": True},
+        FIXED | {"heads": 4, "attention_order": "legacy"},
+    ),
+    "one head": ({"heads": 1, "attends": ()}, FIXED | {"heads": 1}),
+    "one level": (
+        {"mult": (1,), "attends": (0,), "heads": 2},
+        FIXED | {"heads": 2, "attention_order": "legacy"},
+    ),
+    "heads of one width at every level": (
+        {"mult": (1, 1), "attends": (0, 1), "heads": 2, "order": "new"},
+        FIXED | {"heads": 2, "attention_order": "new"},
+    ),
+    "grey": (
+        {"channels": 1, "out_channels": 1, "heads": 2, "blocks": 1, "order": "new"},
+        FIXED | {"heads": 2, "attention_order": "new"},
+    ),
+}
+
+
+def net_of(**settings: Any) -> Guided:
+    net = randomised(Guided(**settings))
+    assert isinstance(net, Guided)
+    return net
+
+
+@pytest.mark.parametrize(("settings", "facts"), NETS.values(), ids=NETS.keys())
+def test_converted_network_equals_the_oracle(
+    settings: dict[str, Any], facts: dict[str, Any], batch: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = net_of(**settings)
+    convert_file(save(theirs, tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
+    ours = load_checkpoint(tmp_path / "out")
+    x, t = batch["x"][:, : settings.get("channels", 3)], batch["t"]
+    labels = torch.tensor([0, 6, 3, 2]) if "classes" in settings else None
+    with torch.no_grad():
+        close_to_scale(ours.net(x, t, labels), theirs(x, t, labels))
+    assert ours.size_px == (16, 16)
+    assert ours.labels.num_classes == settings.get("classes", 0)
+    assert ours.noise.variance_type == ("learned_range" if settings.get("out_channels") == 6 else "fixed_large")
+
+
+def test_network_that_diffusers_has_is_written_for_it_and_loads_there(batch: dict[str, Any], tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    settings, facts = NETS["guided, imagenet64"]
+    theirs = net_of(**settings)
+    convert_file(save(theirs, tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
+    model = UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
+    labels = torch.tensor([0, 6, 3, 2])
+    with torch.no_grad():
+        close_to_scale(model(batch["x"], batch["t"], labels).sample, theirs(batch["x"], batch["t"], labels))
+
+
+def test_network_that_diffusers_has_not_is_not_named_as_if_it_had(tmp_path: Path) -> None:
+    settings, facts = NETS["improved, cifar10"]  # four heads at two widths
+    convert_file(save(net_of(**settings), tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
+    assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["_class_name"] == "TminusUNet2DModel"
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text())["unet"] == ["tminus", "TminusUNet2DModel"]
+
+
+@pytest.mark.parametrize("rescale", ["yes", "no"])
+def test_long_chain_is_given_the_timesteps_it_was_trained_with(
+    rescale: str, batch: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = net_of(heads=4)
+    facts = FIXED | {"heads": 4, "attention_order": "legacy", "timesteps": 4000, "rescale_timesteps": rescale}
+    ours = read_foreign(save(theirs, tmp_path / "ema.pt"), Given(**facts))
+    convert_file(tmp_path / "ema.pt", tmp_path / "out", Given(**facts))
+    net, t = load_checkpoint(tmp_path / "out").net, torch.tensor([0, 5, 2000, 3999])
+    with torch.no_grad():
+        close_to_scale(net(batch["x"], t), theirs(batch["x"], t * 0.25 if rescale == "yes" else t))
+    # The linear betas are scaled with T, so that the last level stays the same.
+    assert (ours.noise.beta_start, ours.noise.beta_end) == (2.5e-5, 0.005)
+
+
+def test_all_that_the_file_does_not_say_is_asked_for_at_once(tmp_path: Path) -> None:
+    file = save(net_of(heads=4), tmp_path / "ema.pt")
+    with pytest.raises(MissingFacts) as missing:
+        read_foreign(file, Given())
+    assert missing.value.names == (
+        *("image_size", "timesteps", "beta_schedule", "prediction", "variance", "heads", "attention_order"),
+    )
+    assert "--attention-order (legacy (heads before q, k, v) or new)" in str(missing.value)
+    with pytest.raises(MissingFacts, match="--rescale-timesteps"):
+        read_foreign(file, Given(**FIXED | {"heads": 4, "attention_order": "new", "timesteps": 4000}))
+    with pytest.raises(MissingFacts) as missing:
+        read_foreign(save(net_of(heads=1, out_channels=6), tmp_path / "learned.pt"), Given(heads=1))
+    assert missing.value.names == ("image_size", "timesteps", "beta_schedule", "prediction")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"heads": 5, "attention_order": "new"}, "--heads must divide the 64 channels of attention, got 5"),
+        ({"head_width": 48, "attention_order": "new"}, "--head-width must divide the 64 channels of attention, got 48"),
+        (
+            {"head_width": 128, "attention_order": "new"},
+            "--head-width must divide the 64 channels of attention, got 128",
+        ),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(facts: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = save(net_of(heads=4), tmp_path / "ema.pt")
+    with pytest.raises(ValueError, match=message):
+        read_foreign(file, Given(**FIXED | facts))
+
+
+def test_variance_that_the_network_learned_is_not_taken_from_a_flag(tmp_path: Path) -> None:
+    file = save(net_of(heads=1, out_channels=6), tmp_path / "ema.pt")
+    with pytest.raises(ValueError, match="--variance says nothing about a file of OpenAI's"):
+        read_foreign(file, Given(**FIXED, heads=1))
+
+
+def test_file_of_another_network_is_refused_by_what_it_is(tmp_path: Path) -> None:
+    state = net_of(heads=4).state_dict()
+    given = Given(**FIXED, heads=4, attention_order="legacy")
+
+    def refusal(changed: dict[str, Any]) -> str:
+        torch.save(changed, tmp_path / "other.pt")
+        with pytest.raises(CheckpointError) as caught:
+            read_foreign(tmp_path / "other.pt", given)
+        return str(caught.value)
+
+    classifier = {key: value for key, value in state.items() if not key.startswith("output_blocks")}
+    assert "a classifier of guided-diffusion" in refusal(classifier)
+    assert "cross-attention" in refusal({**state, "input_blocks.1.1.transformer_blocks.0.norm.weight": torch.ones(2)})
+    assert "tail.weight, which is not known (and 0 more)" in refusal({**state, "tail.weight": torch.ones(2)})
+    pooled = {
+        key: value for key, value in state.items() if not key.startswith(("output_blocks.2.2", "input_blocks.3."))
+    }
+    assert "levels do not repeat, as without conv_resample" in refusal(pooled)
+    without_norm = {key: value for key, value in state.items() if key != "out.0.weight"}
+    assert "lacks conv_norm_out.weight" in refusal(without_norm)
+    without_shape = {key: value for key, value in state.items() if key != "input_blocks.1.0.in_layers.2.weight"}
+    assert "looks like OpenAI's" in refusal(without_shape)
+    cut = {**state, "out.2.bias": torch.ones(2)}
+    assert "wrong shape of conv_out.bias" in refusal(cut)
+    superres = {**state, "input_blocks.0.0.weight": torch.ones(32, 6, 3, 3)}
+    assert "only 1 or 3 channels in" in refusal(superres)

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import click.testing
+import pytest
+from PIL import Image
+
+from tests.model.formats.conftest import randomised, save
+from tests.model.formats.guided import Guided
+from tests.model.formats.ho import Ho
+from tminus.service.cli.main import main
+
+HO = ["--image-size", "16", "--timesteps", "20", "--beta-schedule", "linear", "--prediction", "epsilon"]
+
+
+def run(*arguments: object) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_converted_file_is_sampled_like_any_checkpoint(tmp_path: Path) -> None:
+    file = save(randomised(Ho()), tmp_path / "model.ckpt")
+    result = run("convert", file, tmp_path / "out", *HO, "--variance", "fixed_small")
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines() == [
+        f"{tmp_path / 'out'}: written from a file of the PyTorch port of Ho et al.'s DDPM",
+        f"Try: tminus serve --checkpoint {tmp_path / 'out'}",
+    ]
+    made = run(
+        *("sample", "--checkpoint", tmp_path / "out", "--steps", 5, "--seed", 7, "--out", tmp_path / "one.png"),
+        *("--executor", "eager", "--precision", "float32", "--device", "cpu"),
+    )
+    assert made.exit_code == 0, made.output
+    with Image.open(tmp_path / "one.png") as image:
+        assert (image.size, image.mode) == ((16, 16), "RGB")
+
+
+def test_network_that_diffusers_has_not_is_told(tmp_path: Path) -> None:
+    file = save(randomised(Guided(mult=(1, 2), attends=(0, 1), heads=4)), tmp_path / "ema.pt")
+    own = [
+        "--variance",
+        "fixed_large",
+        "--heads",
+        4,
+        "--attention-order",
+        "legacy",
+        "--timesteps",
+        200,
+        "--rescale-timesteps",
+        "no",
+    ]
+    result = run("convert", file, tmp_path / "out", *HO, *own)
+    assert result.exit_code == 0, result.output
+    assert "diffusers has no such network: the folder is for tminus alone" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "does not say all that is needed; give --image-size (the side of the images in pixels); --timesteps"),
+        ([*HO, "--variance", "learned"], "--variance must be fixed_small or fixed_large, got 'learned'"),
+        ([*HO, "--variance", "fixed_small", "--heads", "2"], "--heads says nothing about a file of the PyTorch port"),
+    ],
+)
+def test_failure_is_one_clear_line_and_leaves_no_folder(arguments: list[str], line: str, tmp_path: Path) -> None:
+    file = save(randomised(Ho()), tmp_path / "model.ckpt")
+    result = run("convert", file, tmp_path / "out", *arguments)
+    assert result.exit_code == 1
+    assert line in result.output
+    assert result.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
