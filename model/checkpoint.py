@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
+from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
+from tminus.model.networks.registry import build, read_net_config
 from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
 from tminus.model.samplers import Plan, compile_plan, table_plan
@@ -25,8 +27,7 @@ from tminus.model.tables import FOLDER as TABLES
 from tminus.model.tables import Table, read_tables, steps_and_guidances
 from tminus.model.tminus_file import TMINUS_FILE, read_approved, read_labels, read_size, read_student, recommended_of
 from tminus.model.tminus_file import Labels as Labels
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import CLASS_NAME, UNetConfig
+from tminus.model.unet_config import CLASS_NAME
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ DIFFUSERS_VERSION = "0.30.0"  # what model_index.json declares: the layout has n
 class Checkpoint:
     """A loaded model: the network in float32 on the CPU in eval mode, and all else that sampling needs."""
 
-    net: UNet2D
+    net: Denoiser
     noise: NoiseConfig
     labels: Labels
     weights_hash: str
@@ -68,7 +69,7 @@ class Checkpoint:
     @property
     def fractional(self) -> bool:
         """Whether the network takes timesteps between whole ones."""
-        return self.net.time_proj is None
+        return self.net.fractional
 
     def plan(
         self,
@@ -118,7 +119,7 @@ def _load(folder: Path) -> Checkpoint:
     scheduler_class = _check_layout(folder)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     try:
-        unet = UNetConfig.from_dict(read_json(unet_folder / "config.json"))
+        unet = read_net_config(read_json(unet_folder / "config.json"))
         noise = NoiseConfig.from_dict(read_json(_scheduler_file(folder)), scheduler_class)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
@@ -128,12 +129,12 @@ def _load(folder: Path) -> Checkpoint:
     check_shapes(unet_folder, state, unet)
     state = to_float32(unet_folder, state)
     with torch.device("meta"):
-        net = UNet2D(unet)
+        net = build(unet)
     net.load_state_dict(state, assign=True)
     net.requires_grad_(False).eval()
     size_px = unet.size_px or read_size(folder, meta)
     if any(side % unet.size_multiple for side in size_px):
-        raise CheckpointError(f"{folder}: sample_size {size_px} must divide by {unet.size_multiple} for this U-Net")
+        raise CheckpointError(f"{folder}: sample_size {size_px} must divide by {unet.size_multiple} for this network")
     check_channels(folder, unet, noise)
     name = str(meta.get("name") or folder.resolve().name)
     weights_hash = hash_weights(state)
@@ -144,7 +145,7 @@ def _load(folder: Path) -> Checkpoint:
         noise.to_dict(),
         num_timesteps=noise.num_train_timesteps,
         null_class=labels.null_class is not None,
-        fractional=net.time_proj is None,
+        fractional=net.fractional,
     )
     student = read_student(folder / TMINUS_FILE, meta)
     if student is not None and not tables:
@@ -188,7 +189,7 @@ def _check_layout(folder: Path) -> str | None:
     return str(entry[1])
 
 
-def check_channels(folder: Path, unet: UNetConfig, noise: NoiseConfig) -> None:
+def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig) -> None:
     """Raise CheckpointError for channels that cannot be served."""
     learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
     if unet.in_channels not in (1, 3) or unet.out_channels != unet.in_channels * (2 if learned else 1):
@@ -198,17 +199,17 @@ def check_channels(folder: Path, unet: UNetConfig, noise: NoiseConfig) -> None:
         raise CheckpointError(f"{folder}: {bound}, got {channels}")
 
 
-def check_shapes(unet_folder: Path, state: Mapping[str, Tensor], unet: UNetConfig) -> None:
-    """Raise CheckpointError for weights that are not those of this U-Net, by the first name or shape that differs."""
+def check_shapes(unet_folder: Path, state: Mapping[str, Tensor], unet: NetConfig) -> None:
+    """Raise CheckpointError for weights that are not those of this network, by the first name or shape that differs."""
     # On the meta device nothing is allocated, so a config that asks for a huge net is refused before it costs memory.
     try:
         with torch.device("meta"):
-            expected = {key: tuple(value.shape) for key, value in UNet2D(unet).state_dict().items()}
+            expected = {key: tuple(value.shape) for key, value in build(unet).state_dict().items()}
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{unet_folder / 'config.json'}: {first_line(error)}") from error
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the config's U-Net has not"
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the config's network has not"
         more = len(missing) + len(extra) - 1
         raise CheckpointError(f"{unet_folder}: the weights do not fit config.json: {what} (and {more} more)")
     for key, shape in expected.items():
@@ -228,7 +229,7 @@ def _scheduler_file(folder: Path) -> Path:
 def save_checkpoint(
     folder: Path,
     state: Mapping[str, Tensor],
-    unet: UNetConfig,
+    unet: NetConfig,
     noise: NoiseConfig,
     labels: Labels,
     provenance: Mapping[str, Any],

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
+from tminus.model.networks.registry import build
 from tminus.model.recommended import MAX_GUIDANCE, Recommended
 from tminus.model.run import (
     STATE_FILE,
@@ -44,7 +46,6 @@ from tminus.model.student import (
     student_noise,
 )
 from tminus.model.tables import write_table
-from tminus.model.unet import UNet2D
 from tminus.model.weights import hash_weights
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def distill(
     config: DistillConfig,
     *,
     device: torch.device,
-    on_sheet: Callable[[UNet2D, Plan, int], None] | None = None,
+    on_sheet: Callable[[Denoiser, Plan, int], None] | None = None,
 ) -> bool:
     """Train a student in `folder`, resuming from its state if there is one. True when done, False if interrupted.
 
@@ -119,7 +120,7 @@ def distill(
 
     # The state begins with the teacher's weights, though v is to come out of them instead of eps.
     torch.manual_seed(step_seed(config.seed, -1))
-    net = UNet2D(unet)
+    net = build(unet)
     net.load_state_dict(teacher.net.state_dict())
     net = net.to(device)
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.ema import Ema
 from tminus.model.files import write_atomically
-from tminus.model.unet import UNet2D
-from tminus.model.unet_config import UNetConfig
+from tminus.model.networks.registry import build
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class RunConfig:
 class RunState:
     """What changes as a run goes on: weights, their average, the optimiser's moments, the step."""
 
-    net: UNet2D
+    net: Denoiser
     ema: Ema
     optimizer: torch.optim.Optimizer
     origin: str | None = None  # the checkpoint it began from
@@ -189,7 +189,7 @@ def step_seed(seed: int, step: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
-def faster_precision(net: UNet2D, batch_shape: tuple[int, ...], device: torch.device) -> str:
+def faster_precision(net: Denoiser, batch_shape: tuple[int, ...], device: torch.device) -> str:
     """Time forward and backward in fp32 and in bf16 autocast, and name the faster. Leaves the weights as they were."""
     x, t = torch.randn(batch_shape, device=device), torch.zeros(batch_shape[0], dtype=torch.long, device=device)
     x = x.to(memory_format=torch.channels_last)
@@ -210,10 +210,10 @@ def faster_precision(net: UNet2D, batch_shape: tuple[int, ...], device: torch.de
     return min(seconds, key=lambda name: seconds[name])
 
 
-def averaged(unet: UNetConfig, ema: Ema) -> UNet2D:
+def averaged(unet: NetConfig, ema: Ema) -> Denoiser:
     """The network with the averaged weights, which it shares, in eval mode."""
     with torch.device("meta"):
-        net = UNet2D(unet)
+        net = build(unet)
     net.load_state_dict(ema.shadow, assign=True)
     return net.requires_grad_(False).eval()
 

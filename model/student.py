@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.distances import fit_gaussian, frechet_distance
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import Forward, Plan, alpha_bar_at, table_plan
 from tminus.model.tables import Table
-from tminus.model.unet import UNet2D
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def best_points(
     return chosen
 
 
-def image_features(net: UNet2D, null_class: int | None) -> Features:
+def image_features(net: Denoiser, null_class: int | None) -> Features:
     """What a network sees in images: the channels of its middle, averaged over the image, [N, C, H, W] -> [N, D].
 
     At t = 0, and without a class where it can. So the judge of `evaluate` has no part in the choice.

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
+from tminus.model.denoiser import NetConfig
 from tminus.model.files import CheckpointError, read_json
 from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
-from tminus.model.unet_config import UNetConfig
 
 TMINUS_FILE = "tminus.json"
 
@@ -27,7 +27,7 @@ class Labels:
         return len(self.class_names)
 
 
-def read_labels(file: Path, meta: Mapping[str, Any], unet: UNetConfig) -> Labels:
+def read_labels(file: Path, meta: Mapping[str, Any], unet: NetConfig) -> Labels:
     """Read the classes; without names they are numbered. Raises CheckpointError."""
     embeds = unet.num_class_embeds
     if embeds is None:

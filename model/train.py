@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.data import ImageSet
+from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
 from tminus.model.loss import l_simple, training_target
 from tminus.model.noise import NoiseConfig, NoiseSchedule
@@ -55,7 +56,7 @@ def train(
     *,
     device: torch.device,
     init_from: Path | None = None,
-    on_sheet: Callable[[UNet2D, int], None] | None = None,
+    on_sheet: Callable[[Denoiser, int], None] | None = None,
 ) -> bool:
     """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
 
@@ -75,6 +76,8 @@ def train(
         begin_with = load_checkpoint(init_from)
         if begin_with.student is not None:
             raise TrainError(f"{init_from}: is a student, made for few steps; begin from its teacher")
+        if not isinstance(begin_with.net, UNet2D):
+            raise TrainError(f"{init_from}: of class {begin_with.net.config.class_name}; only a UNet2DModel is trained")
         net.load_state_dict(begin_with.net.state_dict())
         if begin_with.recommended is not None and begin_with.recommended.steps <= noise.num_train_timesteps:
             recommended = begin_with.recommended

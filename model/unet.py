@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tminus.model.denoiser import Denoiser
 from tminus.model.layers import (
     ACTIVATIONS,
     Attention,
@@ -146,18 +148,24 @@ def _embedding(count: int, width: int) -> nn.Embedding:
     return embedding
 
 
-def sines_and_cosines(config: UNetConfig, t: Tensor) -> Tensor:
-    """What a network without a learned embedding sees of timesteps: t [B] -> [B, time_width]."""
-    return sinusoidal_embedding(
-        t * config.timestep_scale,
-        config.time_width,
-        flip_sin_to_cos=config.flip_sin_to_cos,
-        freq_shift=config.freq_shift,
-    )
+def _embed_time(config: UNetConfig, table: nn.Embedding | None, mlp: TimestepEmbedding, t: Tensor) -> Tensor:
+    if table is not None:
+        embedding = table(t.long())
+    else:
+        embedding = sinusoidal_embedding(
+            t * config.timestep_scale,
+            config.time_width,
+            flip_sin_to_cos=config.flip_sin_to_cos,
+            freq_shift=config.freq_shift,
+        )
+    out: Tensor = mlp(embedding.to(mlp.linear_1.weight.dtype))
+    return out
 
 
-class UNet2D(nn.Module):
-    """eps_theta(x_t, t, class): x [B, C, H, W], t [B], class_labels [B] (or None) -> [B, out_channels, H, W]."""
+class UNet2D(Denoiser):
+    """The U-Net of Ho et al. 2020 and its descendants, as diffusers' `UNet2DModel`."""
+
+    config: UNetConfig
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -197,27 +205,17 @@ class UNet2D(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return self.denoise(x, self.embed(t, class_labels))
+    @property
+    def fractional(self) -> bool:
+        """See Denoiser: not with a learned embedding, which has whole timesteps only."""
+        return self.time_proj is None
 
-    def embed(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Embed timestep and class, with the activation that resnets expect: t [B], class_labels [B] -> [B, temb]."""
-        temb = self.embed_time(t)
-        if (self.class_embedding is None) != (class_labels is None):
-            wanted = "needs" if self.class_embedding is not None else "takes no"
-            raise ValueError(f"this U-Net {wanted} class labels (num_class_embeds={self.config.num_class_embeds})")
-        if self.class_embedding is not None:
-            temb = temb + self.class_embedding(class_labels)
-        return self.act(temb)
-
-    def embed_time(self, t: Tensor) -> Tensor:
-        """Embed the timestep alone, before class and activation: t [B] -> [B, temb]."""
-        embedding = self.time_proj(t.long()) if self.time_proj is not None else sines_and_cosines(self.config, t)
-        out: Tensor = self.time_embedding(embedding.to(self.conv_in.weight.dtype))
-        return out
+    def time_embedder(self) -> Callable[[Tensor], Tensor]:
+        """See Denoiser."""
+        return partial(_embed_time, self.config, self.time_proj, self.time_embedding)
 
     def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
-        """Everything after the embedding: x [B, C, H, W], act_temb [B, temb] -> [B, out_channels, H, W]."""
+        """See Denoiser."""
         h, skips = self.encode(x, act_temb)
         for block in self.up_blocks:
             h = block(h, skips, act_temb)
@@ -225,7 +223,7 @@ class UNet2D(nn.Module):
         return out
 
     def encode(self, x: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The way down and the middle: x [B, C, H, W], act_temb [B, temb] -> h [B, widths[-1], h, w], and the skips."""
+        """See Denoiser."""
         if self.config.center_input_sample:
             x = 2 * x - 1
         h: Tensor = self.conv_in(x)
@@ -236,3 +234,8 @@ class UNet2D(nn.Module):
         if self.mid_block is not None:
             h = self.mid_block(h, act_temb)
         return h, skips
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """See Denoiser."""
+        return [*self.down_blocks, *([self.mid_block] if self.mid_block is not None else []), *self.up_blocks]

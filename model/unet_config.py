@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 CLASS_NAME = "UNet2DModel"
 OWN_CLASS_NAME = "TminusUNet2DModel"  # of networks with OWN_FIELDS, which diffusers would run wrongly
 MAX_LAYERS, MAX_BLOCKS = 64, 16  # far above any known net, far below one that takes minutes to build
+MAPS_PER_LAYER = 3  # of a layer's width that are alive at once: its input, its output, and one between
 MAX_NUMBER = 2**31 - 1  # of anything: what a 32-bit integer holds
 # Fields of training that change nothing of the network: those of the EMA in diffusers' training scripts.
 OF_TRAINING = frozenset(
@@ -127,6 +128,23 @@ class UNetConfig:
     def size_px(self) -> tuple[int, int] | None:
         """(height, width), or None where the config does not say."""
         return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See NetConfig."""
+        return self.block_out_channels
+
+    def pass_bytes(self, size_px: tuple[int, int]) -> int:
+        """Roughly what one row takes in a forward pass: feature maps, those kept for the way up, attention."""
+        height, width = size_px
+        total = 0
+        names = list(zip(self.down_block_types, self.up_block_types[::-1], strict=True))
+        for level, (channels, blocks) in enumerate(zip(self.block_out_channels, names, strict=True)):
+            pixels = height * width >> 2 * level
+            total += 4 * channels * pixels * (self.layers_per_block + MAPS_PER_LAYER)
+            if any(name.startswith("Attn") for name in blocks):
+                total += 4 * (channels // self.head_width(channels)) * pixels**2
+        return total
 
     @property
     def time_width(self) -> int:

@@ -3,8 +3,9 @@
 import hashlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -31,9 +32,12 @@ def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
     return rename_attention(state)
 
 
-def read_file(file: Path) -> dict[str, Tensor]:
-    """Read the state dict of one file, with the names it has. Raises CheckpointError as `load_state_dict` does."""
-    state = _read_tensors(file)
+def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]) -> dict[str, Tensor]:
+    """Read the state dict of one file, with the names it has. Raises CheckpointError as `load_state_dict` does.
+
+    part_of: finds the weights in a file that holds more than these; None where it is no such file.
+    """
+    state = _read_tensors(file, part_of)
     _check_tensors(file, state)
     return state
 
@@ -107,7 +111,9 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(
+    file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] = lambda _: None
+) -> dict[str, Tensor]:
     with file.open("rb") as opened:  # raises a clear OSError for a file that may not be read, as neither reader below
         if opened.read(len(LFS_POINTER)) == LFS_POINTER:
             raise CheckpointError(
@@ -121,6 +127,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
     except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError
         raise CheckpointError(f"{file}: truncated or not a weights file ({first_line(error)})") from error
+    if isinstance(loaded, dict) and (part := part_of(loaded)) is not None:
+        loaded = dict(part)
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         held = f"a dict of {', '.join(map(str, loaded))}" if isinstance(loaded, dict) else type(loaded).__name__
         raise CheckpointError(f"{file}: must hold a state dict of tensors, got {held:.200}")

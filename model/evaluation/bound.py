@@ -6,15 +6,15 @@ from tqdm import tqdm
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.data import ImageSet
+from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.classes import balanced_picks, image_classes
 from tminus.model.evaluation.figures import Bound, LeftOut, Term
 from tminus.model.evaluation.options import EvaluateOptions
 from tminus.model.loss import variational_bound
 from tminus.model.pixels import to_model_range
-from tminus.model.unet import UNet2D
 
 
-def measure_bound(net: UNet2D, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:
+def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:
     """Measure the bound on options.bound_images of the test split, each with timesteps and noise of its own.
 
     `net` lies on the device that measures. LeftOut where the bound is not defined, with the reason.
@@ -33,7 +33,7 @@ def measure_bound(net: UNet2D, checkpoint: Checkpoint, test: ImageSet, options: 
     timesteps = min(options.bound_timesteps, schedule.num_timesteps - 1)
     picked = balanced_picks(test, options.bound_images, options.seed)
     starts = range(0, len(picked), options.batch_size)
-    device = net.conv_in.weight.device
+    device = next(net.parameters()).device
     parts = []
     with tqdm(total=len(starts) * (timesteps + 1), unit="pass", desc="bound", disable=None) as progress:
 

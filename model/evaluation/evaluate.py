@@ -103,5 +103,5 @@ def _facts(checkpoint: Checkpoint) -> ModelFacts:
         beta_schedule=noise.beta_schedule,
         prediction_type=noise.prediction_type,
         variance_type=noise.variance_type,
-        widths=tuple(config.block_out_channels),
+        widths=config.widths,
     )

@@ -8,12 +8,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.classes import sample_classes
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.pixels import to_uint8
 from tminus.model.rng import image_noise
 from tminus.model.samplers import Forward, Plan, sample
-from tminus.model.unet import UNet2D
 
 MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # images of a strip, its width
 
@@ -26,7 +26,7 @@ def compile_options(checkpoint: Checkpoint, options: EvaluateOptions) -> Plan:
 
 
 def draw_samples(
-    net: UNet2D,
+    net: Denoiser,
     checkpoint: Checkpoint,
     options: EvaluateOptions,
     *,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from tminus.model.files import CheckpointError
-from tminus.model.formats.converted import Converted
+from tminus.model.formats.converted import Converted, numbered
 from tminus.model.formats.given import Given
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet_config import UNetConfig
@@ -76,7 +76,8 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
         prediction_type=str(given.prediction),
         variance_type=str(given.variance),
     )
-    return Converted(FORMAT, unet, {_name(key, levels): _linear(key, value) for key, value in state.items()}, noise)
+    renamed = {_name(key, levels): _linear(key, value) for key, value in state.items()}
+    return Converted(FORMAT, unet, renamed, noise, numbered(None))
 
 
 def _name(key: str, levels: int) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.model.denoiser import NetConfig
 from tminus.model.formats.given import Given, MissingFacts, flag
 from tminus.model.formats.read import read_foreign
 from tminus.model.noise import NoiseConfig
@@ -65,8 +66,10 @@ def _of_file(file: Path, given: Given) -> Description:
     lines += network_lines(converted.unet, sum(value.numel() for value in converted.state.values()), missing)
     size = converted.unet.size_px if "image_size" not in missing else None
     lines.append(("images", images(converted.unet, size)))
-    if converted.unet.num_class_embeds is not None:
-        lines.append(("classes", str(converted.unet.num_class_embeds)))
+    if converted.labels.num_classes:
+        null = "no null class" if converted.labels.null_class is None else "and a null class"
+        lines.append(("classes", f"{converted.labels.num_classes}, {null}"))
+    lines += [("taken", note) for note in converted.notes]
     if missing:
         lines += [("missing", line) for line in MissingFacts("", missing).asked]
         lines.append(("then", f"tminus convert {file} FOLDER {' '.join(f'{flag(name)} …' for name in missing)}"))
@@ -76,14 +79,22 @@ def _of_file(file: Path, given: Given) -> Description:
     return Description(tuple(lines))
 
 
-def images(unet: UNetConfig, size_px: tuple[int, int] | None) -> str:
+def images(unet: NetConfig, size_px: tuple[int, int] | None) -> str:
     """The size and channels of images."""
     channels = "one channel" if unet.in_channels == 1 else f"{unet.in_channels} channels"
     return f"{size_px[0]}x{size_px[1]}, {channels}" if size_px is not None else channels
 
 
-def network_lines(unet: UNetConfig, parameters: int, missing: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+def network_lines(unet: NetConfig, parameters: int, missing: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """The architecture, but for what is missing."""
+    if isinstance(unet, UNetConfig):
+        yield from _details(unet, missing)
+    else:
+        yield "network", f"{unet.class_name}: widths {', '.join(map(str, unet.widths))}"
+    yield "parameters", f"{parameters / 1e6:.2f} M"
+
+
+def _details(unet: UNetConfig, missing: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     attends = [name.startswith("Attn") for name in unet.down_block_types]
     levels = [f"{width}{'*' if attend else ''}" for width, attend in zip(unet.block_out_channels, attends, strict=True)]
     marked = " (* with attention)" if any(attends) else ""
@@ -96,7 +107,6 @@ def network_lines(unet: UNetConfig, parameters: int, missing: tuple[str, ...] = 
     timestep = "scales and shifts" if unet.resnet_time_scale_shift == "scale_shift" else "is added"
     resample = "resnets" if unet.downsample_type == "resnet" else "convolutions"
     yield "details", f"the timestep {timestep}, resampled by {resample}{'' if 'heads' in missing else f', {heads}'}"
-    yield "parameters", f"{parameters / 1e6:.2f} M"
 
 
 def noise_lines(noise: NoiseConfig) -> Iterator[tuple[str, str]]:

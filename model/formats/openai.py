@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tminus.model.files import CheckpointError
-from tminus.model.formats.converted import Converted
+from tminus.model.formats.converted import Converted, numbered
 from tminus.model.formats.given import Given
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet_config import UNetConfig
@@ -103,7 +103,8 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
         prediction_type=str(given.prediction),
         variance_type="learned_range" if learned else str(given.variance),
     )
-    return Converted(FORMAT, unet, _renamed(state, modules, levels, heads, given.attention_order), noise)
+    renamed = _renamed(state, modules, levels, heads, given.attention_order)
+    return Converted(FORMAT, unet, renamed, noise, numbered(unet.num_class_embeds))
 
 
 def _refuse_others(state: Mapping[str, Tensor]) -> None:

@@ -3,19 +3,19 @@
 import shutil
 from pathlib import Path
 
-from tminus.model.checkpoint import Labels, check_channels, check_shapes, load_checkpoint, save_checkpoint
+from tminus.model.checkpoint import check_channels, check_shapes, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats import ddpm, openai
+from tminus.model.formats import ddpm, dome272, lucidrains, openai
 from tminus.model.formats.converted import Converted
 from tminus.model.formats.given import Given
 from tminus.model.weights import hash_weights, read_file, to_float32
 
-FORMATS = (openai, ddpm)
+FORMATS = (openai, ddpm, dome272, lucidrains)
 
 
 def read_foreign(file: Path, given: Given) -> Converted:
     """Read a checkpoint that is one file. Raises CheckpointError, MissingFacts, and ValueError for what was given."""
-    state = read_file(file)
+    state = read_file(file, part_of=lucidrains.weights_of)
     if all(key.startswith("module.") for key in state):  # as DistributedDataParallel writes it
         state = {key.removeprefix("module."): value for key, value in state.items()}
     found = next((each for each in FORMATS if each.recognises(state)), None)
@@ -37,11 +37,9 @@ def convert_file(file: Path, folder: Path, given: Given) -> Converted:
         raise CheckpointError(f"{folder}: exists already; name a new folder")
     converted = read_foreign(file, given)
     state = to_float32(file, converted.state)
-    classes = converted.unet.num_class_embeds
-    labels = Labels(tuple(map(str, range(classes)))) if classes is not None else Labels()
     origin = {"converted_from": file.name, "format": converted.format, "weights_hash": hash_weights(state)}
     try:
-        save_checkpoint(folder, state, converted.unet, converted.noise, labels, origin)
+        save_checkpoint(folder, state, converted.unet, converted.noise, converted.labels, origin)
         load_checkpoint(folder)  # whatever cannot be served is told now
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.denoiser import Denoiser
 from tminus.model.samplers import alpha_bar_at, guided, x0_coefficients
 from tminus.model.tuning.fit import Rows
 
@@ -153,15 +154,14 @@ def _unit(features: Tensor) -> Tensor:
 
 
 @contextmanager
-def _outputs_of_blocks(net: nn.Module) -> Iterator[list[Tensor]]:
+def _outputs_of_blocks(net: Denoiser) -> Iterator[list[Tensor]]:
     """Collect what each block gives while the network runs."""
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, object]) -> None:
         outputs.append(output if isinstance(output, Tensor) else output[0])
 
-    blocks = [*net.down_blocks, *([net.mid_block] if net.mid_block is not None else []), *net.up_blocks]  # type: ignore[misc]
-    handles = [block.register_forward_hook(keep) for block in blocks]
+    handles = [block.register_forward_hook(keep) for block in net.blocks]
     try:
         yield outputs
     finally:

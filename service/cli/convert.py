@@ -25,6 +25,8 @@ def convert(source: Path, folder: Path, **options: Any) -> None:
     except (CheckpointError, ValueError, OSError) as error:
         fail(str(error))
     say(f"{folder}: written from a file of {converted.format}")
+    for note in converted.notes:
+        say(f"taken: {note}")
     if converted.unet.class_name != CLASS_NAME:
         say("diffusers has no such network: the folder is for tminus alone")
     say(f"Try: tminus serve --checkpoint {folder}")

@@ -37,11 +37,11 @@ def _costs(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
     """Memory and time of one image, by running the network as it is, on the CPU in float32."""
     import torch
 
-    from tminus.service.engine.memory import available_bytes, pass_bytes
+    from tminus.service.engine.memory import available_bytes
 
     net, device = checkpoint.net, torch.device("cpu")
     weights = sum(4 * value.numel() for value in net.parameters())
-    row = pass_bytes(net.config, checkpoint.size_px)
+    row = net.config.pass_bytes(checkpoint.size_px)
     lines = [("memory", f"{weights / MIB:.0f} MiB of weights, about {row / MIB:.0f} MiB for a row in a forward pass")]
     free = available_bytes(device)
     if free is not None and row > free:

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from tminus.model.denoiser import Denoiser, NetConfig
     from tminus.model.samplers import Plan
-    from tminus.model.unet import UNet2D
-    from tminus.model.unet_config import UNetConfig
 
 ROWS_PER_CLASS = 2
 IMAGES_WITHOUT_CLASSES = 16
 
 
-def sheet_writer(folder: Path, unet: "UNetConfig", device: "torch.device") -> Callable[["UNet2D", "Plan", int], None]:
+def sheet_writer(folder: Path, unet: "NetConfig", device: "torch.device") -> Callable[["Denoiser", "Plan", int], None]:
     """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared."""
     import torch
 
@@ -29,7 +28,7 @@ def sheet_writer(folder: Path, unet: "UNetConfig", device: "torch.device") -> Ca
     labels = torch.arange(n, device=device) % num_classes if num_classes else None
     shape = (unet.in_channels, *(unet.size_px or (0, 0)))
 
-    def write(net: "UNet2D", plan: "Plan", step: int) -> None:
+    def write(net: "Denoiser", plan: "Plan", step: int) -> None:
         x_T = image_noise(0, range(n), 0, shape, device)
         x = sample(net, plan, x_T, lambda k: image_noise(0, range(n), k + 1, shape, device), class_labels=labels)
         pixels = to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -281,7 +281,7 @@ def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
     if precision == "float32":
         return AGREE_ROWS
     height, width = checkpoint.size_px
-    values = height * width * checkpoint.net.config.block_out_channels[0]
+    values = height * width * checkpoint.net.config.widths[0]
     return min(max(AGREE_ROWS, -(-AGREE_VALUES // values)), MAX_AGREE_ROWS)
 
 

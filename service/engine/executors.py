@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tminus.model.unet import UNet2D
+from tminus.model.denoiser import Denoiser
 
 PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, multiplies float32 with 10 bits of mantissa
 Passes = list[tuple[int, int, int]]  # (start, end, size) each
@@ -76,7 +76,7 @@ class EagerExecutor:
 
     def __init__(
         self,
-        net: UNet2D,
+        net: Denoiser,
         device: torch.device,
         *,
         precision: str = "float32",
@@ -84,7 +84,7 @@ class EagerExecutor:
         sizes: Sequence[int] | None = None,
     ) -> None:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._net: UNet2D = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
+        self._net: Denoiser = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
         self._device, self._sizes, self.precision = device, sizes, precision
         allow_tf32(precision == "tf32")
         layout = "channels_last" if channels_last else "contiguous"
@@ -121,7 +121,7 @@ class CompiledExecutor:
 
     def __init__(
         self,
-        net: UNet2D,
+        net: Denoiser,
         device: torch.device,
         shape: Sequence[int],
         *,
@@ -130,7 +130,7 @@ class CompiledExecutor:
     ) -> None:
         """Compile, which takes a minute. shape [C, H, W] of one row; sizes of a pass, ascending, at most MAX_GRAPHS."""
         assert 1 <= len(sizes) <= MAX_GRAPHS
-        self._net: UNet2D = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._net: Denoiser = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         allow_tf32(precision == "tf32")
         torch._dynamo.reset()  # its limit on shapes counts those of earlier executors too
         # fullgraph: without it torch may run parts eagerly and not say so.

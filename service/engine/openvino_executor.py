@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from cachetools import LRUCache
 from torch import Tensor, nn
 
-from tminus.model.unet import UNet2D, sines_and_cosines
+from tminus.model.denoiser import Denoiser
 from tminus.service.engine.executors import split_wide
 
 # openvino reports over the network that it was imported and what it converts, unless this package is missing.
@@ -58,7 +58,7 @@ def precisions() -> tuple[str, ...]:
 class Graph:
     """A U-Net converted once for any number of executors: the graph, and the embedding as tables in float32."""
 
-    def __init__(self, net: UNet2D, shape: Sequence[int], num_timesteps: int) -> None:
+    def __init__(self, net: Denoiser, shape: Sequence[int], num_timesteps: int) -> None:
         """shape [C, H, W] of one row."""
         with torch.inference_mode():
             # Made in one call, so that a timestep's bits never depend on a batch; in float32, as bfloat16 has no 999.
@@ -70,7 +70,7 @@ class Graph:
             self.time_table = F.pad(time_table, (0, spare))
             self.class_table = F.pad(weight, (0, spare)) if weight is not None else None  # [classes, temb]
         self._embed_between = LRUCache[float, Tensor](MAX_TIMES_BETWEEN)
-        self._time_mlp, self._config = net.time_embedding, net.config
+        self._embed_one = net.time_embedder()
         self.core = openvino.Core()
         self.act = net.act
         self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
@@ -91,7 +91,7 @@ class Graph:
 
     def _between(self, t: float) -> Tensor:
         if t not in self._embed_between:
-            temb = self._time_mlp(sines_and_cosines(self._config, torch.tensor([t])))[0]
+            temb = self._embed_one(torch.tensor([t]))[0]
             self._embed_between[t] = F.pad(temb, (0, self.time_table.shape[1] - self.temb_dim))
         return self._embed_between[t]
 
@@ -240,9 +240,9 @@ class _Pass:
 
 
 class _Body(nn.Module):
-    """UNet2D.denoise as a module, which is what can be converted."""
+    """Denoiser.denoise as a module, which is what can be converted."""
 
-    def __init__(self, net: UNet2D) -> None:
+    def __init__(self, net: Denoiser) -> None:
         super().__init__()
         self.net = net
 

@@ -38,7 +38,7 @@ def test_file_is_told_without_what_is_missing_and_with_the_flags_for_it(tmp_path
     assert ("network", "U-Net: widths 32, 64*, 96* (* with attention); 2 layers a level") in lines
     assert ("details", "the timestep is added, resampled by convolutions") in lines
     assert ("images", "32x32, 3 channels") in lines
-    assert ("classes", "7") in lines
+    assert ("classes", "7, no null class") in lines
     missing = [text.split()[0] for name, text in lines if name == "missing"]
     assert missing == [
         *("--timesteps", "--beta-schedule", "--prediction", "--variance", "--heads", "--attention-order"),

@@ -293,7 +293,7 @@ def test_a_model_of_which_no_row_fits_the_memory_is_refused_before_it_takes_any(
     options: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1000)
-    with pytest.raises(ValueError, match=r"sample_size 8x8 of this U-Net takes about .* GiB for one image"):
+    with pytest.raises(ValueError, match=r"sample_size 8x8 of this network takes about .* GiB for one image"):
         loading.read_checkpoint(options)
 
 
@@ -301,10 +301,10 @@ def test_what_a_pass_takes_grows_with_the_pixels_and_with_their_square_where_the
     make_checkpoint: MakeCheckpoint,
 ) -> None:
     config = make_checkpoint().net.config
-    small, large = memory.pass_bytes(config, (8, 8)), memory.pass_bytes(config, (16, 16))
+    small, large = config.pass_bytes((8, 8)), config.pass_bytes((16, 16))
     assert 4 * small <= large <= 16 * small
     huge = replace(config, sample_size=4096)
-    assert memory.pass_bytes(huge, (4096, 4096)) > 2**40
+    assert huge.pass_bytes((4096, 4096)) > 2**40
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

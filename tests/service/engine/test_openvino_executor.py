@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from tests.service.engine.exact import (
     rows_of,
 )
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.networks.dome272 import Dome272Config
+from tminus.model.networks.lucidrains import LucidrainsConfig
+from tminus.model.networks.registry import build
 from tminus.service.engine.autotune import agree_rows, example_inputs
 from tminus.service.engine.executors import EagerExecutor
 from tminus.service.engine.openvino_executor import Graph, OpenVINOExecutor
@@ -260,6 +264,37 @@ def test_nothing_is_told_to_the_makers_of_openvino(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    "config",
+    [
+        Dome272Config(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=3),
+        LucidrainsConfig(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            dim=8,
+            init_dim=8,
+            level_widths=(8, 16),
+            attn_heads=(2, 2),
+            attn_dim_head=(4, 4),
+            full_attn=(False, True),
+        ),
+    ],
+    ids=lambda config: config.class_name,
+)
+def test_networks_of_other_projects_give_torch_s_outputs_at_each_size(
+    make_checkpoint: MakeCheckpoint, config: Dome272Config | LucidrainsConfig
+) -> None:
+    torch.manual_seed(0)
+    net = build(config).requires_grad_(False).eval()
+    checkpoint = replace(make_checkpoint(), net=net, weights_hash=config.class_name)
+    x, t, labels = example_inputs(checkpoint, CPU, 5)
+    out = openvino(checkpoint, (1, 2), streams=1)(x, t, labels)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(out, checkpoint.net(x, t, labels), **close)
 
 
 @pytest.mark.parametrize("own", [{}, {"timestep_scale": 20.0, "time_proj_dim": 12}], ids=["plain", "own fields"])

@@ -1,0 +1,53 @@
+"""Files of dome272/Diffusion-Models-pytorch: a bare state dict, `ckpt.pt` or `ema_ckpt.pt`."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tminus.model.formats.converted import Converted, numbered
+from tminus.model.formats.given import Given
+from tminus.model.networks.dome272 import Dome272Config
+from tminus.model.noise import NoiseConfig
+
+FORMAT = "dome272/Diffusion-Models-pytorch"
+
+
+def recognises(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is of this format."""
+    return "inc.double_conv.0.weight" in state and "sa1.mha.in_proj_weight" in state
+
+
+def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
+    """Read a state dict. Raises MissingFacts, and ValueError.
+
+    Its loop samples with the variance beta and does not clip x_0. Without a label the network adds nothing to the
+    timestep: a null class whose embedding is zero.
+    """
+    given.check(f"a file of {FORMAT}", ("image_size", "timesteps", "beta_schedule"))
+    assert given.image_size is not None
+    assert given.timesteps is not None
+    state = dict(state)
+    classes = None
+    if "label_emb.weight" in state:
+        known = state.pop("label_emb.weight")
+        state["class_embedding.weight"] = torch.cat([known, torch.zeros_like(known[:1])])
+        classes = len(known) + 1
+    config = Dome272Config(
+        sample_size=given.image_size,
+        in_channels=state["inc.double_conv.0.weight"].shape[1],
+        out_channels=len(state["outc.weight"]),
+        num_class_embeds=classes,
+        time_dim=state["down1.emb_layer.1.weight"].shape[1],
+        middle=tuple(
+            len(state[f"bot{k}.double_conv.3.weight"]) for k in (1, 2, 3) if f"bot{k}.double_conv.3.weight" in state
+        ),
+    )
+    noise = NoiseConfig(
+        num_train_timesteps=given.timesteps,
+        beta_schedule=str(given.beta_schedule),
+        variance_type="fixed_large",
+        clip_sample=False,
+    )
+    note = "x_0 is not clipped, as in its own loop; solvers of few steps may need clip=true"
+    return Converted(FORMAT, config, state, noise, numbered(classes, null_class=classes is not None), (note,))

@@ -1,0 +1,65 @@
+"""What the configurations of other projects' networks have in common."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from tminus.model.files import given_fields
+
+MAX_NUMBER = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherConfig:
+    """Images, channels and classes of a network. Raises ValueError, naming the field and its value."""
+
+    class_name: ClassVar[str] = ""
+
+    sample_size: int
+    in_channels: int = 3
+    out_channels: int = 3
+    num_class_embeds: int | None = None
+    """The null class among them, which is the last."""
+
+    def require(self, ok: bool, field: str, bound: str) -> None:
+        """Raise ValueError unless it is ok."""
+        if not ok:
+            raise ValueError(f"{self.class_name} config: {field} must be {bound}, got {getattr(self, field)!r:.100}")
+
+    def require_numbers(self, *fields: str) -> None:
+        """Each of these fields must be a positive integer, or a tuple of such."""
+        for field in fields:
+            value = getattr(self, field)
+            many = value if isinstance(value, tuple) else (value,)
+            ok = all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MAX_NUMBER for v in many)
+            self.require(ok and len(many) > 0, field, "a positive integer, or several where it is a list")
+
+    def __post_init__(self) -> None:
+        self.require_numbers("sample_size", "in_channels", "out_channels")
+        if self.num_class_embeds is not None:
+            self.require_numbers("num_class_embeds")
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """See NetConfig."""
+        return self.sample_size, self.sample_size
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json. Raises ValueError for a field that is not known, and one that is missing."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in given_fields(config).items()}
+        if unknown := values.keys() - known:
+            name = min(unknown)
+            raise ValueError(
+                f"{cls.class_name} config: {name}={values[name]!r:.100} is not something it is known to have"
+            )
+        try:
+            return cls(**values)  # type: ignore[arg-type]
+        except TypeError as error:  # one is missing, or of a type that no check expects
+            raise ValueError(f"{cls.class_name} config: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """See NetConfig."""
+        return {"_class_name": self.class_name, **dataclasses.asdict(self)}

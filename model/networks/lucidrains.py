@@ -1,0 +1,226 @@
+"""The Unet of lucidrains/denoising-diffusion-pytorch: RMS norms, linear attention, some learned keys and values."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tminus.model.denoiser import Denoiser
+from tminus.model.layers import sinusoidal_embedding
+from tminus.model.networks.config import OtherConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LucidrainsConfig(OtherConfig):
+    """Its arguments, each that is of a level spelt out for all levels."""
+
+    class_name: ClassVar[str] = "LucidrainsUnet"
+
+    dim: int
+    init_dim: int
+    level_widths: tuple[int, ...]
+    attn_heads: tuple[int, ...]
+    attn_dim_head: tuple[int, ...]
+    full_attn: tuple[bool, ...]
+    """Whether the attention of a level is full, not linear in the number of pixels."""
+    num_mem_kv: int = 4
+
+    def __post_init__(self) -> None:
+        OtherConfig.__post_init__(self)
+        self.require_numbers("dim", "init_dim", "level_widths", "attn_heads", "attn_dim_head", "num_mem_kv")
+        self.require(self.num_class_embeds is None, "num_class_embeds", "null: it knows no classes")
+        self.require(self.dim >= 4 and self.dim % 2 == 0, "dim", "even and 4 or more")
+        for field in ("level_widths", "attn_heads", "attn_dim_head", "full_attn"):
+            value = getattr(self, field)
+            levels = isinstance(self.level_widths, tuple) and isinstance(value, tuple)
+            self.require(levels and len(value) == len(self.level_widths) <= 16, field, "a list with one for each level")
+        self.require(
+            all(isinstance(full, bool) for full in self.full_attn), "full_attn", "true or false for each level"
+        )
+
+    @property
+    def size_multiple(self) -> int:
+        """See NetConfig."""
+        return 1 << (len(self.level_widths) - 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """See NetConfig."""
+        return self.level_widths
+
+    def pass_bytes(self, size_px: tuple[int, int]) -> int:
+        """See NetConfig."""
+        total = 0
+        for level, (width, full, heads) in enumerate(
+            zip(self.level_widths, self.full_attn, self.attn_heads, strict=True)
+        ):
+            pixels = size_px[0] * size_px[1] >> 2 * level
+            total += 4 * 6 * width * pixels + (4 * heads * pixels**2 if full else 0)
+        return total
+
+
+class _RMSNorm(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = math.sqrt(channels)
+        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * self.g * self.scale
+
+
+class _Block(nn.Module):
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm = _RMSNorm(cout)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        h: Tensor = self.norm(self.proj(x))
+        return F.silu(h if scale is None or shift is None else h * (scale + 1) + shift)
+
+
+class _Resnet(nn.Module):
+    def __init__(self, cin: int, cout: int, temb: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(temb, 2 * cout))
+        self.block1, self.block2 = _Block(cin, cout), _Block(cout, cout)
+        self.res_conv = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
+        scale, shift = self.mlp[1](act_temb)[:, :, None, None].chunk(2, dim=1)  # SiLU came before
+        out: Tensor = self.block2(self.block1(x, scale, shift)) + self.res_conv(x)
+        return out
+
+
+class _LinearAttention(nn.Module):
+    """Attention by a softmax over the channels of q and one over the pixels of k (Shen et al. 2021)."""
+
+    def __init__(self, channels: int, heads: int, width: int, mem: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, width**-0.5
+        self.norm = _RMSNorm(channels)
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, width, mem))
+        self.to_qkv = nn.Conv2d(channels, 3 * heads * width, 1, bias=False)
+        self.to_out = nn.Sequential(nn.Conv2d(heads * width, channels, 1), _RMSNorm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # below x.shape and not len(x), which tracing fixes
+        q, k, v = (each.reshape(x.shape[0], self.heads, -1, each.shape[2]) for each in qkv)  # [B, heads, width, HW]
+        mem_k, mem_v = (each.expand(x.shape[0], -1, -1, -1) for each in self.mem_kv.unbind(0))
+        k, v = torch.cat([mem_k, k], dim=3), torch.cat([mem_v, v], dim=3)
+        context = k.softmax(dim=3) @ v.transpose(2, 3)  # [B, heads, width of k, width of v]
+        out = context.transpose(2, 3) @ (q.softmax(dim=2) * self.scale)
+        of_pixels: Tensor = self.to_out(out.reshape(x.shape[0], -1, *x.shape[2:]))
+        return of_pixels
+
+
+class _Attention(nn.Module):
+    def __init__(self, channels: int, heads: int, width: int, mem: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = _RMSNorm(channels)
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, mem, width))
+        self.to_qkv = nn.Conv2d(channels, 3 * heads * width, 1, bias=False)
+        self.to_out = nn.Conv2d(heads * width, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm(x)).flatten(2).chunk(3, dim=1)
+        q, k, v = (
+            each.reshape(x.shape[0], self.heads, -1, each.shape[2]).transpose(2, 3) for each in qkv
+        )  # [B, heads, HW, width]
+        mem_k, mem_v = (each.expand(x.shape[0], -1, -1, -1) for each in self.mem_kv.unbind(0))
+        out = F.scaled_dot_product_attention(q, torch.cat([mem_k, k], dim=2), torch.cat([mem_v, v], dim=2))
+        of_pixels: Tensor = self.to_out(out.transpose(2, 3).reshape(x.shape[0], -1, *x.shape[2:]))
+        return of_pixels
+
+
+class LucidrainsUnet(Denoiser):
+    """The network, with the parameter names of its files."""
+
+    config: LucidrainsConfig
+
+    def __init__(self, config: LucidrainsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.act = F.silu
+        self.class_embedding: nn.Embedding | None = None
+        temb, mem, start = 4 * config.dim, config.num_mem_kv, config.init_dim
+        self.init_conv = nn.Conv2d(config.in_channels, start, 7, padding=3)
+        self.time_mlp = nn.Sequential(
+            nn.Identity(), nn.Linear(config.dim, temb), nn.GELU(), nn.Linear(temb, temb)
+        )  # of which the first has no parameters
+
+        def attention(level: int, channels: int) -> nn.Module:
+            kind = _Attention if config.full_attn[level] else _LinearAttention
+            return kind(channels, config.attn_heads[level], config.attn_dim_head[level], mem)
+
+        pairs = list(zip((start, *config.level_widths), config.level_widths, strict=False))
+        last = len(pairs) - 1
+        self.downs = nn.ModuleList()
+        for level, (cin, cout) in enumerate(pairs):
+            halve = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * cin, cout, 1))
+            down = halve if level < last else nn.Conv2d(cin, cout, 3, padding=1)
+            resnets = (_Resnet(cin, cin, temb), _Resnet(cin, cin, temb))
+            self.downs.append(nn.ModuleList([*resnets, attention(level, cin), down]))
+        middle = config.level_widths[-1]
+        self.mid_block1 = _Resnet(middle, middle, temb)
+        self.mid_attn = _Attention(middle, config.attn_heads[-1], config.attn_dim_head[-1], mem)
+        self.mid_block2 = _Resnet(middle, middle, temb)
+        self.ups = nn.ModuleList()
+        for level, (cin, cout) in reversed(list(enumerate(pairs))):
+            conv = nn.Conv2d(cout, cin, 3, padding=1)
+            up = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), conv) if level else conv
+            resnets = (_Resnet(cout + cin, cout, temb), _Resnet(cout + cin, cout, temb))
+            self.ups.append(nn.ModuleList([*resnets, attention(level, cout), up]))
+        self.final_res_block = _Resnet(2 * start, start, temb)
+        self.final_conv = nn.Conv2d(start, config.out_channels, 1)
+
+    def time_embedder(self) -> Callable[[Tensor], Tensor]:
+        """See Denoiser."""
+        return partial(_embed_time, self.config.dim, self.time_mlp)
+
+    def encode(self, x: Tensor, act_temb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """See Denoiser."""
+        h: Tensor = self.init_conv(x)
+        skips = [h]
+        for level in self.downs:
+            block1, block2, attn, down = level.children()
+            h = block1(h, act_temb)
+            skips.append(h)
+            h = block2(h, act_temb)
+            h = attn(h) + h
+            skips.append(h)
+            h = down(h)
+        h = self.mid_block1(h, act_temb)
+        h = self.mid_attn(h) + h
+        return self.mid_block2(h, act_temb), skips
+
+    def denoise(self, x: Tensor, act_temb: Tensor) -> Tensor:
+        """See Denoiser."""
+        h, skips = self.encode(x, act_temb)
+        for level in self.ups:
+            block1, block2, attn, up = level.children()
+            h = block1(torch.cat([h, skips.pop()], dim=1), act_temb)
+            h = block2(torch.cat([h, skips.pop()], dim=1), act_temb)
+            h = attn(h) + h
+            h = up(h)
+        out: Tensor = self.final_conv(self.final_res_block(torch.cat([h, skips.pop()], dim=1), act_temb))
+        return out
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """See Denoiser."""
+        return [*(down[1] for down in self.downs), self.mid_block2, *(up[1] for up in self.ups)]  # type: ignore[index]
+
+
+def _embed_time(dim: int, mlp: nn.Sequential, t: Tensor) -> Tensor:
+    """t [B] -> [B, 4 dim]: sines, then cosines, and the two layers."""
+    embedding = sinusoidal_embedding(t, dim, flip_sin_to_cos=False, freq_shift=1)
+    out: Tensor = mlp(embedding.to(next(mlp.parameters()).dtype))
+    return out

@@ -1,0 +1,124 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import TINY
+from tminus.model.denoiser import Denoiser
+from tminus.model.networks.dome272 import Dome272Config, Dome272UNet
+from tminus.model.networks.lucidrains import LucidrainsConfig, LucidrainsUnet
+from tminus.model.networks.registry import OTHERS, build, read_net_config
+from tminus.model.unet import UNet2D
+
+DOME = Dome272Config(sample_size=16, num_class_embeds=4)
+LUCIDRAINS = LucidrainsConfig(
+    sample_size=16,
+    in_channels=1,
+    out_channels=1,
+    dim=8,
+    init_dim=8,
+    level_widths=(8, 16),
+    attn_heads=(2, 2),
+    attn_dim_head=(4, 4),
+    full_attn=(False, True),
+)
+CONFIGS: dict[str, Any] = {"unet": TINY, "dome272": DOME, "lucidrains": LUCIDRAINS}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def net(request: pytest.FixtureRequest) -> Denoiser:
+    torch.manual_seed(0)
+    return build(CONFIGS[request.param]).eval()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_config_survives_a_round_trip(config: Any) -> None:
+    assert read_net_config(config.to_dict()) == config
+    assert config.size_px is not None
+    assert config.pass_bytes((16, 16)) > 0
+
+
+def test_class_name_says_which_network() -> None:
+    assert type(build(TINY)) is UNet2D
+    assert type(build(DOME)) is Dome272UNet
+    assert type(build(LUCIDRAINS)) is LucidrainsUnet
+    assert set(OTHERS) == {"Dome272UNet", "LucidrainsUnet"}
+    with pytest.raises(ValueError, match="_class_name must be UNet2DModel, got 'UNet2DConditionModel'"):
+        read_net_config({"_class_name": "UNet2DConditionModel"})
+
+
+def inputs(net: Denoiser) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, net.config.in_channels, 16, 16, generator=generator)
+    return x, torch.tensor([0.0, 7.5, 40.0]), torch.tensor([0, 1, 2]) if net.class_embedding is not None else None
+
+
+@torch.no_grad()
+def test_forward_pass_is_the_embedding_and_the_rest(net: Denoiser) -> None:
+    x, t, labels = inputs(net)
+    whole = net(x, t, labels)
+    assert whole.shape == (3, net.config.out_channels, 16, 16)
+    torch.testing.assert_close(net.denoise(x, net.embed(t, labels)), whole)
+    torch.testing.assert_close(net.time_embedder()(t), net.embed_time(t), rtol=0, atol=0)
+    h, skips = net.encode(x, net.embed(t, labels))
+    assert h.ndim == 4
+    assert len(skips) > 0
+    assert net.config.widths[-1] == h.shape[1]
+    assert len(net.blocks) > 0
+
+
+@torch.no_grad()
+def test_rows_do_not_touch_each_other(net: Denoiser) -> None:
+    x, t, labels = inputs(net)
+    whole = net(x, t, labels)
+    for k in range(3):
+        alone = net(x[k : k + 1], t[k : k + 1], labels[k : k + 1] if labels is not None else None)
+        torch.testing.assert_close(alone, whole[k : k + 1], rtol=1e-4, atol=1e-4)
+
+
+def test_class_labels_are_asked_for_and_refused(net: Denoiser) -> None:
+    x, t, labels = inputs(net)
+    wrong = torch.zeros(3, dtype=torch.long) if labels is None else None
+    with pytest.raises(ValueError, match=r"this network (needs|takes no) class labels"):
+        net(x, t, wrong)
+
+
+BAD: list[tuple[Any, dict[str, Any], str]] = [
+    (DOME, {"sample_size": 0}, "sample_size must be a positive integer"),
+    (DOME, {"sample_size": "16"}, "sample_size must be a positive integer"),
+    (DOME, {"middle": [512]}, "middle must be at most three widths, the last 256"),
+    (DOME, {"middle": []}, "middle must be a positive integer"),
+    (DOME, {"time_dim": 255}, "time_dim must be even"),
+    (DOME, {"num_class_embeds": -1}, "num_class_embeds must be"),
+    (DOME, {"extra": 1}, "extra=1 is not something it is known to have"),
+    (LUCIDRAINS, {"dim": 2}, "dim must be even and 4 or more"),
+    (LUCIDRAINS, {"attn_heads": [2]}, "attn_heads must be a list with one for each level"),
+    (LUCIDRAINS, {"full_attn": [1, 2]}, "full_attn must be true or false for each level"),
+    (LUCIDRAINS, {"level_widths": 8}, "must be a list with one for each level"),
+    (LUCIDRAINS, {"num_class_embeds": 3}, "num_class_embeds must be null"),
+]
+
+
+@pytest.mark.parametrize(("config", "change", "message"), BAD, ids=[str(change) for _, change, _ in BAD])
+def test_bad_config_is_refused_by_field(config: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"{config.class_name} config: .*{message}"):
+        read_net_config({**config.to_dict(), **change})
+
+
+def test_config_that_lacks_a_field_is_refused_by_its_name() -> None:
+    config = LUCIDRAINS.to_dict()
+    del config["dim"]
+    with pytest.raises(ValueError, match=r"LucidrainsUnet config: .*dim"):
+        read_net_config(config)
+
+
+def test_checkpoint_of_another_network_loads_and_samples(tmp_path: Path) -> None:
+    from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+    from tminus.model.noise import NoiseConfig
+
+    labels = Labels(("a", "b", "c"), 3)
+    save_checkpoint(tmp_path / "out", build(DOME).state_dict(), DOME, NoiseConfig(), labels, {})
+    loaded = load_checkpoint(tmp_path / "out")
+    assert (loaded.net.config, loaded.labels) == (DOME, labels)
+    assert loaded.fractional
