@@ -25,7 +25,15 @@ from tminus.model.recommended import Recommended
 from tminus.model.samplers import Plan, compile_plan, table_plan
 from tminus.model.tables import FOLDER as TABLES
 from tminus.model.tables import Table, read_tables, steps_and_guidances
-from tminus.model.tminus_file import TMINUS_FILE, read_approved, read_labels, read_size, read_student, recommended_of
+from tminus.model.tminus_file import (
+    TMINUS_FILE,
+    null_last,
+    read_approved,
+    read_labels,
+    read_size,
+    read_student,
+    recommended_of,
+)
 from tminus.model.tminus_file import Labels as Labels
 from tminus.model.unet_config import CLASS_NAME
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32
@@ -130,7 +138,7 @@ def _load(folder: Path) -> Checkpoint:
     state = to_float32(unet_folder, state)
     with torch.device("meta"):
         net = build(unet)
-    net.load_state_dict(state, assign=True)
+    net.load_state_dict(null_last(state, meta), assign=True)
     net.requires_grad_(False).eval()
     size_px = unet.size_px or read_size(folder, meta)
     if any(side % unet.size_multiple for side in size_px):

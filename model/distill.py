@@ -19,6 +19,7 @@ from torch import Tensor
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
+from tminus.model.guidance import Forward
 from tminus.model.networks.registry import build
 from tminus.model.recommended import MAX_GUIDANCE, Recommended
 from tminus.model.run import (
@@ -32,7 +33,7 @@ from tminus.model.run import (
     interruptible,
     step_seed,
 )
-from tminus.model.samplers import Forward, Plan, solve
+from tminus.model.samplers import Plan, solve
 from tminus.model.student import (
     MAX_STEPS,
     SAMPLER,

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 from tminus.model.rng import philox, row_noise, split_seed
-from tminus.model.samplers import Forward, x0_coefficients
+from tminus.model.samplers import x0_coefficients
 
 HALF_BIN = 1 / 255  # pixel values lie 2/255 apart on [-1, 1]
 EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin reaches to infinity

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLERS
+from tminus.model.guidance import Forward, guided
 from tminus.model.noise import END_AT_FIRST, NoiseConfig, NoiseSchedule
 from tminus.model.solvers import (
     H1,
@@ -33,9 +34,6 @@ from tminus.model.tables import Table
 from tminus.model.timesteps import log_sigma_at, make_timesteps, timesteps_of_passes
 
 NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r
-
-Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A U-Net, however it is run: x [B, C, H, W], t [B], class_labels [B] or None -> out [B, C or 2C, H, W]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,28 +223,6 @@ def combine(matrices: Tensor, state: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int | None = None) -> Tensor:
-    """Classifier-free guidance, out_u + g (out_c - out_u); g = 1 + w of Ho & Salimans 2022, eq. 6.
-
-    Only the first `channels` are guided (None: all); the rest, the v of a learned variance, is taken from out_c.
-    """
-    if channels is None or channels == out_c.shape[1]:
-        return out_u + guidance * (out_c - out_u)
-    guided = guide(out_u[:, :channels], out_c[:, :channels], guidance)
-    return torch.cat([guided, out_c[:, channels:]], dim=1)
-
-
-def guided(
-    net: Forward, x: Tensor, t: Tensor, class_labels: Tensor | None, null_class: int | None, guidance: float
-) -> Tensor:
-    """Run the network on rows of one guidance; guided ones go through it twice, in one pass."""
-    if guidance == 1.0 or class_labels is None or null_class is None:
-        return net(x, t, class_labels)
-    both = torch.cat([class_labels, torch.full_like(class_labels, null_class)])
-    out_c, out_u = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
-    return guide(out_u, out_c, guidance, x.shape[1])
-
-
 @torch.inference_mode()
 def sample(
     net: Forward,
@@ -258,13 +234,15 @@ def sample(
     null_class: int | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[int, int] | None = None,
+    guidance_rescale: float = 0.0,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Run a plan on one batch whose rows share each step: x_T [B, C, H, W] -> x_0. z_of(k) gives the noise of step k.
 
     For training sheets and evaluation; the server's engine has a loop of its own.
 
-    Guidance is on at the timesteps lo <= t <= hi of its interval (Kynkäänniemi et al. 2024); None is all of them.
+    Guidance is on at the timesteps lo <= t <= hi of its interval (Kynkäänniemi et al. 2024); None is all of them. It
+    may be rescaled, see `rescale`.
     """
     x, x0, registers = x_T, torch.zeros_like(x_T), [torch.zeros_like(x_T)] * plan.num_registers
     lines = plan.lines.to(device=x.device, dtype=x.dtype)
@@ -272,7 +250,7 @@ def sample(
     for k, t in enumerate(plan.timesteps.tolist()):
         ts = torch.full((len(x),), t, device=x.device)
         inside = guidance_interval is None or guidance_interval[0] <= t <= guidance_interval[1]
-        out = guided(net, x, ts, class_labels, null_class, guidance if inside else 1.0)
+        out = guided(net, x, ts, class_labels, null_class, guidance if inside else 1.0, guidance_rescale)
         z, x0_previous = z_of(k), x0
         new, x0 = denoise(x, out, x0_previous, z, lines[k : k + 1].expand(len(x), -1))
         if matrices is not None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.distances import fit_gaussian, frechet_distance
+from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig
-from tminus.model.samplers import Forward, Plan, alpha_bar_at, table_plan
+from tminus.model.samplers import Plan, alpha_bar_at, table_plan
 from tminus.model.tables import Table
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
 from tminus.model.denoiser import NetConfig
 from tminus.model.files import CheckpointError, read_json
@@ -12,6 +15,7 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
 
 TMINUS_FILE = "tminus.json"
+CLASS_TABLE = "class_embedding.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,22 +32,31 @@ class Labels:
 
 
 def read_labels(file: Path, meta: Mapping[str, Any], unet: NetConfig) -> Labels:
-    """Read the classes; without names they are numbered. Raises CheckpointError."""
+    """Read the classes; without names they are numbered. The null class comes last, see `null_last`.
+
+    Raises CheckpointError.
+    """
     embeds = unet.num_class_embeds
     if embeds is None:
         return Labels()
     names, null = meta.get("class_names"), meta.get("null_class")
-    if null is not None and not (isinstance(null, int) and 0 <= null < embeds):
+    if null is not None and not (type(null) is int and 0 <= null < embeds):
         raise CheckpointError(f"{file}: null_class must be 0..{embeds - 1}, got {null!r}")
-    if null is not None and null != embeds - 1:
-        raise CheckpointError(f"{file}: null_class must be the last label, {embeds - 1}, got {null}")
     count = embeds - (null is not None)
     if names is None:
         names = [str(i) for i in range(count)]
     if not isinstance(names, list) or len(names) != count or len({str(name).casefold() for name in names}) != count:
         bound = f"{count} names that differ by more than case"
         raise CheckpointError(f"{file}: class_names must be {bound}, got {names!r:.500}")
-    return Labels(tuple(map(str, names)), null)
+    return Labels(tuple(map(str, names)), embeds - 1 if null is not None else None)
+
+
+def null_last(state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights with the null class, whichever label it was trained as, as the last; the others keep their order."""
+    null, table = meta.get("null_class"), state.get(CLASS_TABLE)
+    if null is None or table is None:
+        return dict(state)
+    return {**state, CLASS_TABLE: torch.cat([table[:null], table[null + 1 :], table[null : null + 1]])}
 
 
 def read_approved(file: Path, meta: Mapping[str, Any], weights_hash: str) -> tuple[tuple[str, str], ...]:

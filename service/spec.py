@@ -16,7 +16,13 @@ Images = npt.NDArray[np.uint8]  # [n, height, width, channels]
 
 Floats = npt.NDArray[np.float32]
 
-OPTIONAL_FIELDS = ("strength", "image_sha256", "mask_sha256", "table")  # of a spec: it omits those that are None
+OPTIONAL_FIELDS = (
+    "strength",
+    "image_sha256",
+    "mask_sha256",
+    "table",
+    "guidance_rescale",
+)  # of a spec: it omits those that are None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +44,7 @@ class SampleSpec:
     image_sha256: str | None = None  # of its pixels, which travel beside it, see Inputs
     mask_sha256: str | None = None
     table: str | None = None  # the hash of the checkpoint's table, for a sampler that has tables
+    guidance_rescale: float | None = None  # how far guidance is brought back to the spread of the conditional output
 
     @property
     def start(self) -> int:

@@ -36,6 +36,7 @@ COMPANIONS: dict[str, dict[str, Any]] = {
     "eta": {"sampler": "ddim"},
     "guidance": {"class_label": "cat"},
     "guidance_interval": {"class_label": "cat", "guidance": 2},
+    "guidance_rescale": {"class_label": "cat", "guidance": 2},
 }
 
 

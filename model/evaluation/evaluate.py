@@ -17,7 +17,7 @@ from tminus.model.evaluation.measure import Measure
 from tminus.model.evaluation.options import EvaluateOptions
 from tminus.model.evaluation.points import Point, without_guidance
 from tminus.model.evaluation.sweep_report import ModelFacts, SweepReport
-from tminus.model.samplers import Forward
+from tminus.model.guidance import Forward
 
 
 def evaluate(

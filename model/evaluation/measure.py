@@ -21,11 +21,12 @@ from tminus.model.evaluation.kept import Kept, data_hash, plan_hash
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.evaluation.points import Point
 from tminus.model.evaluation.samples import compile_options, draw_samples, strip, strip_length
-from tminus.model.samplers import Forward, Plan
+from tminus.model.guidance import Forward
+from tminus.model.samplers import Plan
 
 log = logging.getLogger(__name__)
 
-OF_SAMPLES = ("seed", "num_samples", "guidance", "guidance_interval", "precision", "executor")
+OF_SAMPLES = ("seed", "num_samples", "guidance", "guidance_interval", "guidance_rescale", "precision", "executor")
 OF_BOUND = ("seed", "bound_images", "bound_timesteps")
 
 

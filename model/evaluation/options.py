@@ -25,6 +25,7 @@ class EvaluateOptions:
     bound_timesteps: int = 100  # drawn for each image; the first ones, where most of the bound lies, are all drawn
     spacing: str | None = None  # of the timesteps; None is the checkpoint's own for this sampler
     guidance_interval: tuple[int, int] | None = None  # the timesteps lo <= t <= hi that are guided; None is all
+    guidance_rescale: float = 0.0  # how far guidance is brought back to the spread of the conditional output
     executor: str = "eager"  # the name of the executor that made the samples
 
     def __post_init__(self) -> None:
@@ -35,6 +36,8 @@ class EvaluateOptions:
             raise ValueError(f"precision must be float32, tf32 or bfloat16, got {self.precision!r}")
         if self.spacing is not None and self.spacing not in SPACINGS:
             raise ValueError(f"spacing must be among {', '.join(SPACINGS)} or None, got {self.spacing!r}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must be in 0..1, got {self.guidance_rescale:g}")
         low, high = self.guidance_interval or (0, 0)
         if not 0 <= low <= high:
             raise ValueError(f"guidance_interval must be lo, hi with 0 <= lo <= hi, got {self.guidance_interval}")

@@ -156,6 +156,8 @@ class EvaluationReport(Subject):
         sampler = f"{options.sampler}, {options.steps} steps, eta {options.eta:g}, guidance {options.guidance:g}"
         if options.guidance_interval is not None:
             sampler += " at timesteps {}..{}".format(*options.guidance_interval)
+        if options.guidance_rescale:
+            sampler += f", rescaled by {options.guidance_rescale:g}"
         if options.spacing is not None:
             sampler += f", {options.spacing} spacing"
         seeds = [each.seed for each in self.seeds] or [options.seed]

@@ -11,9 +11,10 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.classes import sample_classes
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
+from tminus.model.guidance import Forward
 from tminus.model.pixels import to_uint8
 from tminus.model.rng import image_noise
-from tminus.model.samplers import Forward, Plan, sample
+from tminus.model.samplers import Plan, sample
 
 MAX_STRIP, MAX_STRIP_PX, MIN_STRIP = 16, 1024, 4  # images of a strip, its width
 
@@ -64,6 +65,7 @@ def draw_samples(
                 null_class=checkpoint.labels.null_class,
                 guidance=options.guidance,
                 guidance_interval=options.guidance_interval,
+                guidance_rescale=options.guidance_rescale,
                 on_step=on_step,
             )
             if not bool(torch.isfinite(x_0).all()):

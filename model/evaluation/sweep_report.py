@@ -122,6 +122,8 @@ class SweepReport(Subject):
         sampler = f"{', '.join(dict.fromkeys(point.sampler for point in self.points))}; eta {options.eta:g}"
         if options.guidance_interval is not None:
             sampler += ", guided at timesteps {}..{}".format(*options.guidance_interval)
+        if options.guidance_rescale:
+            sampler += f", guidance rescaled by {options.guidance_rescale:g}"
         if options.spacing is not None:
             sampler += f", {options.spacing} spacing"
         return self.settings(sampler, self.seeds, self.points[0].seeds[0])

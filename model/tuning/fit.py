@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.samplers import Forward, Plan, alpha_bar_at, guided, solve, x0_coefficients
+from tminus.model.guidance import Forward, guided
+from tminus.model.samplers import Plan, alpha_bar_at, solve, x0_coefficients
 from tminus.model.solvers import Levels
 
 RIDGE = 1e-6  # of the mean square of each input: holds coefficients back that the rows hardly tell

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.denoiser import Denoiser
-from tminus.model.samplers import alpha_bar_at, guided, x0_coefficients
+from tminus.model.guidance import guided
+from tminus.model.samplers import alpha_bar_at, x0_coefficients
 from tminus.model.tuning.fit import Rows
 
 FEATURE_T = 0.02  # of T: the timestep at which the network reads the images

@@ -14,9 +14,10 @@ import torch
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import CheckpointError, read_json, write_json
+from tminus.model.guidance import Forward
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.rng import image_noise
-from tminus.model.samplers import Forward, Plan, table_plan
+from tminus.model.samplers import Plan, table_plan
 from tminus.model.tables import FOLDER, Table, write_table
 from tminus.model.timesteps import make_timesteps
 from tminus.model.tuning.fit import Fit, Fitter, Rows

@@ -172,6 +172,7 @@ class Contract:
                 "integer": {"minimum": 0, "maximum": last},
                 "array": {"minItems": 2, "maxItems": 2},
             },
+            "guidance_rescale": {"number": {"minimum": 0, "maximum": 1}},
             "timestep_spacing": {"string": _ref("TimestepSpacing")},
             "deadline_s": {"number": above_0 | {"maximum": MAX_DEADLINE_S}},
             "strength": {"number": above_0 | {"maximum": 1}},

@@ -56,6 +56,9 @@ class SampleRequest(RequestSchema):
     guidance_interval: Annotated[list[Int], Field(fail_fast=True)] | None = Field(
         None, description="the two timesteps, lowest and highest, between which guidance is on; default: all"
     )
+    guidance_rescale: Float | None = Field(
+        None, description="how far guidance is brought back to the spread of the conditional output, 0..1; default 0"
+    )
     timestep_spacing: str | None = Field(
         None,
         description="leading, trailing, linspace or karras; default: the checkpoint's own, or karras for later solvers",
@@ -136,6 +139,7 @@ class SampleRequest(RequestSchema):
             class_labels=labels,
             guidance=guidance,
             guidance_interval=self._guidance_interval(bounds["guidance_interval"], model.num_timesteps),
+            guidance_rescale=self._guidance_rescale(bounds["guidance_rescale"]),
             timestep_spacing=spacing,
             clip=model.clip if self.clip is None else self.clip,
             strength=self.strength,
@@ -200,6 +204,14 @@ class SampleRequest(RequestSchema):
             raise InvalidField.of("guidance_interval", bound, given)
         return given[0], given[1]
 
+    def _guidance_rescale(self, bound: str) -> float | None:
+        given = self.guidance_rescale
+        if given is not None and self.guidance == 1.0:
+            raise InvalidField.of("guidance_rescale", "absent where guidance is 1 (off)", given)
+        if given is not None and not 0 <= given <= 1:
+            raise InvalidField.of("guidance_rescale", bound, given)
+        return given
+
     def _check_guidance(self, model: ModelInfo, labels: tuple[int | None, ...] | None) -> None:
         if labels is None or model.null_class is None:
             what = "has no classes" if labels is None else "has no null class"
@@ -258,6 +270,7 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "class_label": class_bound(model),
         "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
         "guidance_interval": f"two integers [lo, hi] with 0 <= lo <= hi <= {model.num_timesteps - 1}",
+        "guidance_rescale": "a number in 0..1",
         "timestep_spacing": f"one of {', '.join(SPACINGS)}",
         "nearest": "true or false",
         "table": "16 hexadecimal digits, in small letters",
@@ -284,6 +297,7 @@ def parameters_of(spec: SampleSpec) -> dict[str, Any]:
         "class_label": labels,
         "guidance": spec.guidance,
         "guidance_interval": list(spec.guidance_interval) if spec.guidance_interval is not None else None,
+        "guidance_rescale": spec.guidance_rescale,
         "timestep_spacing": spec.timestep_spacing if spec.table is None else None,
         "table": spec.table,
         "clip": spec.clip,

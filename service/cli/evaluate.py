@@ -63,6 +63,7 @@ class Ways(NamedTuple):
 @click.option("--eta", default=0.0)
 @click.option("--guidance", callback=SCALES, metavar="LIST", default="1", help="one scale, or several; 1 is off")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
+@click.option("--guidance-rescale", default=0.0, help="0..1: back to the spread of the conditional output")
 @click.option("--spacing", help="of the timesteps: leading, trailing, linspace or karras  [default: as served]")
 @click.option(
     "--seed", "--seeds", "seeds", callback=SEEDS, metavar="LIST", default="0", help="one, or several for a spread"

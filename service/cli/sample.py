@@ -31,6 +31,7 @@ from tminus.service.cli.watch import follow, write_animation
 @click.option("--guidance", metavar="FLOAT", help="classifier-free guidance scale; 1 is off")
 @click.option("--clip/--no-clip", default=None, help="clip x_0  [default: the checkpoint's]")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
+@click.option("--guidance-rescale", metavar="FLOAT", help="0..1: back to the spread of the conditional output")
 @click.option("--timestep-spacing", help="leading, trailing, linspace or karras")
 @click.option("--nearest", is_flag=True, default=None, help="of the sampler's tables, take the nearest")
 @click.option("--image", type=FILE_TYPE, help="image to start from (--strength) or to edit (--mask)")

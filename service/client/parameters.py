@@ -26,6 +26,7 @@ class Parameters(TypedDict, total=False):
     class_label: int | str | Sequence[int | str | None] | None
     guidance: float
     guidance_interval: tuple[int, int]
+    guidance_rescale: float
     timestep_spacing: str
     nearest: bool
     table: str

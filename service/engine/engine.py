@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.guidance import guide, rescale
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise, row_noise, split_seed
-from tminus.model.samplers import Plan, compile_plan, denoise, guide, table_plan
+from tminus.model.samplers import Plan, compile_plan, denoise, table_plan
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
@@ -61,10 +62,12 @@ class Engine:
         self._index = zeros(max_rows)
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
+        self._rescale = zeros(max_rows, dtype=torch.float32)
         self._first_line = zeros(max_rows)  # where pass 0 of the row's plan would be; those an edit skips have no line
         self._added_at = np.zeros(max_rows, np.int64)  # on the host: how many ticks had been launched before the row
         self._adds_noise = np.zeros(max_rows, bool)  # on the host: whether the row's sampler draws z at all
         self._masked = np.zeros(max_rows, bool)  # on the host: whether the row keeps pixels
+        self._rescales = np.zeros(max_rows, bool)  # on the host: whether the row's guidance is rescaled
         self._known: KnownPixels | None = None  # made when the first such row comes
         self._num_registers = np.zeros(max_rows, np.int64)  # on the host: how many the row's sampler keeps
         self._registers: Registers | None = None  # made when the first such row comes
@@ -121,6 +124,7 @@ class Engine:
             raise
         self._adds_noise[list(rows)] = plan.adds_noise
         self._masked[list(rows)] = spec.mask_sha256 is not None
+        self._rescales[list(rows)] = bool(spec.guidance_rescale)
         self._num_registers[list(rows)] = plan.num_registers
         self._added_at[list(rows)] = self._ticks.num_launched if self._ticks is not None else 0
         del self._free_rows[-spec.n :]
@@ -143,6 +147,7 @@ class Engine:
         self._index[at] = torch.tensor(range(spec.index, spec.index + spec.n), device=self._device)
         self._label[at] = torch.tensor(labels or [0], device=self._device)
         self._guidance[at] = spec.guidance
+        self._rescale[at] = spec.guidance_rescale or 0.0
         self._first_line[at] = start - spec.start
         self._finite[at] = True
 
@@ -154,9 +159,12 @@ class Engine:
         noisy = np.flatnonzero(self._adds_noise[slots])
         masked = np.flatnonzero(self._masked[slots]) if self._known is not None else NONE
         keeping = np.flatnonzero(self._num_registers[slots]) if self._registers is not None else NONE
-        parts = (batch.rows, batch.steps, batch.guided, noisy.tolist(), masked.tolist(), keeping.tolist())
+        rescaled = np.flatnonzero(self._rescales[slots[list(batch.guided)]]) if num_guided else NONE
+        chosen = [each.tolist() for each in (noisy, masked, keeping, rescaled)]
+        parts = (batch.rows, batch.steps, batch.guided, *chosen)
         packed = send(torch.tensor([number for part in parts for number in part]), self._device)
-        rows, steps, guided, noisy_at, masked_at, keeping_at = torch.split(packed, [len(part) for part in parts])
+        lengths = [len(part) for part in parts]
+        rows, steps, guided, noisy_at, masked_at, keeping_at, rescaled_at = torch.split(packed, lengths)
 
         at = self._first_line[rows] + steps
         x, t, labels = self._x[rows], self._plans.timesteps[at], None
@@ -186,8 +194,13 @@ class Engine:
         out = output()
         if num_guided:
             out, out_u = out[:num_rows], out[num_rows:]
-            strength = self._guidance[rows[guided]].reshape(-1, 1, 1, 1)
-            out = out.index_copy(0, guided, guide(out_u, out[guided], strength, self._shape[0]))
+            strength, out_c = self._guidance[rows[guided]].reshape(-1, 1, 1, 1), out[guided]
+            out_g = guide(out_u, out_c, strength, self._shape[0])
+            if len(rescaled):
+                share = self._rescale[rows[guided[rescaled_at]]].reshape(-1, 1, 1, 1)
+                again = rescale(out_g[rescaled_at], out_c[rescaled_at], share, self._shape[0])
+                out_g = out_g.index_copy(0, rescaled_at, again)
+            out = out.index_copy(0, guided, out_g)
         new, x0 = denoise(x, out, x0_previous, z, lines)
         if self._registers is not None and self._plans.matrices is not None and len(keeping):
             state = [each[keeping_at] for each in (x, x0, x0_previous, z)]

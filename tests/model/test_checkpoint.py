@@ -668,11 +668,24 @@ def test_broken_checkpoint_is_refused_in_one_line(folder: Path, damage: Callable
     assert str(refusal.value).startswith(str(folder))
 
 
+@pytest.mark.parametrize("null", [0, 1, 3])
+def test_null_class_is_made_the_last_label_and_the_others_keep_their_order(conditional: Path, null: int) -> None:
+    before = load_checkpoint(conditional)
+    edit_json(conditional / "tminus.json", null_class=null, class_names=["a", "b", "c"])
+    after = load_checkpoint(conditional)
+    assert after.labels == Labels(("a", "b", "c"), 3)
+    assert after.weights_hash == before.weights_hash
+    x, t = torch.randn(4, 1, 8, 8), torch.zeros(4)
+    old = torch.tensor([label for label in range(4) if label != null] + [null])
+    with torch.no_grad():
+        assert torch.equal(after.net(x, t, torch.arange(4)), before.net(x, t, old))
+
+
 LABEL_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "null_class out of range": ({"null_class": 4}, r"null_class must be 0\.\.3, got 4"),
     "null_class negative": ({"null_class": -1}, r"null_class must be 0\.\.3, got -1"),
     "null_class of text": ({"null_class": "3"}, r"null_class must be 0\.\.3, got '3'"),
-    "null_class not the last": ({"null_class": 0}, "null_class must be the last label, 3, got 0"),
+    "null_class of true": ({"null_class": True}, r"null_class must be 0\.\.3, got True"),
     "too few names": ({"class_names": ["a", "b"]}, "class_names must be 3 names that differ by more than case"),
     "the same name twice": (
         {"class_names": ["a", "b", "a"]},

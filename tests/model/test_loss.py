@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from tests.tiny import TINY, randomize
+from tminus.model.guidance import Forward
 from tminus.model.loss import (
     discretized_log_likelihood,
     gaussian_kl,
@@ -20,7 +21,6 @@ from tminus.model.loss import (
 )
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.rng import image_noise
-from tminus.model.samplers import Forward
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 

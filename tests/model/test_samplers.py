@@ -28,7 +28,6 @@ from tminus.model.samplers import (
     combine,
     compile_plan,
     denoise,
-    guide,
     keep_known,
     sample,
     x0_coefficients,
@@ -636,19 +635,6 @@ def test_rows_with_mixed_lines_equal_each_row_alone(variance_type: str) -> None:
         alone = denoise(x[row], out[row], x0_previous[row], z[row], mixed[row])
         assert torch.equal(together.x[row], alone.x)
         assert torch.equal(together.x0[row], alone.x0)
-
-
-def test_guidance_goes_from_unconditional_through_conditional_and_beyond() -> None:
-    out_u, out_c = torch.tensor([1.0]), torch.tensor([3.0])
-    assert [guide(out_u, out_c, g).item() for g in (0.0, 1.0, 4.0)] == [1.0, 3.0, 9.0]
-
-
-def test_guidance_leaves_the_learned_variance_as_the_condition_has_it() -> None:
-    out_u, out_c = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0)).unbind(0)
-    out = guide(out_u, out_c, 3.0, 2)
-    assert torch.equal(out[:, :2], guide(out_u[:, :2], out_c[:, :2], 3.0))
-    assert torch.equal(out[:, 2:], out_c[:, 2:])
-    assert torch.equal(guide(out_u, out_c, 3.0, 4), guide(out_u, out_c, 3.0))
 
 
 # --- the plain loop -----------------------------------------------------------------------------------------------

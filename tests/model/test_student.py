@@ -6,8 +6,9 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from tests.tiny import TINY, randomize
+from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig, gather
-from tminus.model.samplers import Forward, compile_plan, denoise, sample, solve, table_plan
+from tminus.model.samplers import compile_plan, denoise, sample, solve, table_plan
 from tminus.model.student import (
     best_points,
     consistency_plan,

@@ -26,7 +26,7 @@ from tminus.model.evaluation.evaluate import evaluate
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.evaluation.report import EvaluationReport
 from tminus.model.evaluation.samples import draw_samples
-from tminus.model.samplers import Forward
+from tminus.model.guidance import Forward
 from tminus.model.student import consistency_table, student_noise
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,8 @@ from tests.model.formats.dome import Dome
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.formats.given import Given, MissingFacts
 from tminus.model.formats.read import convert_file, read_foreign
-from tminus.model.samplers import denoise, guide
+from tminus.model.guidance import guide
+from tminus.model.samplers import denoise
 
 GIVEN = Given(image_size=16, timesteps=1000, beta_schedule="linear")
 

@@ -50,7 +50,11 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
         assert properties["image"]["format"] == properties["mask"]["format"] == "binary"
 
 
-COMPANIONS: dict[str, dict[str, Any]] = {"eta": {"sampler": "ddim"}, "guidance": {"class_label": "cat"}}
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "eta": {"sampler": "ddim"},
+    "guidance": {"class_label": "cat"},
+    "guidance_rescale": {"class_label": "cat", "guidance": 2},
+}
 
 
 def test_the_bounds_in_openapi_are_those_that_hold(site: Site) -> None:
@@ -72,7 +76,7 @@ def test_the_bounds_in_openapi_are_those_that_hold(site: Site) -> None:
             assert answer.status_code == status, (name, value, answer.text)
             if status == 202:
                 site.client.post(f"{answer.headers['location']}/cancel")
-    assert bounded == {"n", "steps", "eta", "seed", "index", "guidance"}
+    assert bounded == {"n", "steps", "eta", "seed", "index", "guidance", "guidance_rescale"}
 
 
 def test_every_refusal_is_described_as_a_problem_document(site: Site) -> None:

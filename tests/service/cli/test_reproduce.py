@@ -59,7 +59,10 @@ def drawn(run: Run, tmp_path: Path) -> Path:
     """An image that `tminus sample` made."""
     out = tmp_path / "drawn.png"
     what = ("-n", 1, "--steps", 6, "--sampler", "dpmpp_2m", "--seed", 2**64 - 1, "--class-label", "dog")
-    how = ("--guidance", 2.5, "--guidance-interval", 5, 40, "--timestep-spacing", "trailing", "--index", 7, "--no-clip")
+    how = (
+        *("--guidance", 2.5, "--guidance-interval", 5, 40, "--guidance-rescale", 0.7),
+        *("--timestep-spacing", "trailing", "--index", 7, "--no-clip"),
+    )
     result = run("sample", *map(str, (*what, *how)), "--out", out)
     assert result.exit_code == 0, result.output
     return out

@@ -54,6 +54,7 @@ MIXED = (
     spec_of(n=1, steps=20, seed=9, sampler="dpmpp_2m", guidance=2.0, guidance_interval=(10, 30)),
     spec_of(n=2, steps=25, seed=10, guidance=4.0, guidance_interval=(0, 20), timestep_spacing="trailing"),
     spec_of(n=1, steps=9, seed=11, sampler="ddim", timestep_spacing="linspace", guidance=2.0, guidance_interval=(1, 2)),
+    spec_of(n=2, steps=9, seed=21, guidance=2.5, guidance_rescale=0.7, class_labels=(1, 2)),
     spec_of(n=2, steps=8, seed=12, sampler="unipc", class_labels=(None, 1), guidance=1.5),
     spec_of(n=1, steps=6, seed=13, sampler="heun", guidance=2.0, guidance_interval=(0, 20)),
     spec_of(n=2, steps=11, seed=14, sampler="plms", clip=False),
@@ -124,6 +125,7 @@ def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
         null_class=checkpoint.labels.null_class,
         guidance=spec.guidance,
         guidance_interval=spec.guidance_interval,
+        guidance_rescale=spec.guidance_rescale or 0.0,
     )
     return x.permute(0, 2, 3, 1).numpy()
 

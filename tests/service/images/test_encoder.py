@@ -206,6 +206,7 @@ def test_the_media_types_are_those_of_the_contract_and_png_comes_first() -> None
         steps=st.integers(1, 1000),
         sampler=st.sampled_from(["ddpm", "ddim", "dpmpp_2m"]),
         guidance_interval=st.none() | st.tuples(st.integers(0, 999), st.integers(0, 999)),
+        guidance_rescale=st.none() | st.floats(0, 1),
         timestep_spacing=st.sampled_from(SPACINGS),
         eta=st.floats(0, 1),
         seed=st.integers(0, 2**64 - 1),

@@ -1,0 +1,69 @@
+"""Classifier-free guidance (Ho & Salimans 2022): two outputs of a network, with and without the class, become one."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Forward = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""A U-Net, however it is run: x [B, C, H, W], t [B], class_labels [B] or None -> out [B, C or 2C, H, W]."""
+
+
+def guide(out_u: Tensor, out_c: Tensor, guidance: Tensor | float, channels: int | None = None) -> Tensor:
+    """Classifier-free guidance, out_u + g (out_c - out_u); g = 1 + w of Ho & Salimans 2022, eq. 6.
+
+    Only the first `channels` are guided (None: all); the rest, the v of a learned variance, is taken from out_c.
+    """
+    if channels is None or channels == out_c.shape[1]:
+        return out_u + guidance * (out_c - out_u)
+    guided = guide(out_u[:, :channels], out_c[:, :channels], guidance)
+    return torch.cat([guided, out_c[:, channels:]], dim=1)
+
+
+def rescale(guided: Tensor, out_c: Tensor, share: Tensor | float, channels: int | None = None) -> Tensor:
+    """Bring guided outputs back towards the spread of the conditional ones (Lin et al. 2024, eq. 15 and 16).
+
+    out (share std(out_c) / std(out) + 1 - share), each standard deviation over a row's first `channels`; all tensors
+    [B, C, H, W], share a number or [B, 1, 1, 1]. A row's bits depend on nothing beside it.
+    """
+    ratio = (_variance(out_c[:, :channels]) / _variance(guided[:, :channels]).clamp(min=1e-20)).sqrt()
+    factor = share * ratio.reshape(-1, 1, 1, 1) + (1 - share)
+    if channels is None or channels == guided.shape[1]:
+        return guided * factor
+    return torch.cat([guided[:, :channels] * factor, guided[:, channels:]], dim=1)
+
+
+def _variance(x: Tensor) -> Tensor:
+    """Over all but the first dimension, [B, ...] -> [B], summed by halves: torch's own sums differ with the batch."""
+    flat = x.flatten(1)
+    mean = _sum(flat) / flat.shape[1]
+    return _sum((flat - mean[:, None]).square()) / flat.shape[1]
+
+
+def _sum(x: Tensor) -> Tensor:
+    """The sum of each row, [B, N] -> [B]."""
+    while x.shape[1] > 1:
+        if x.shape[1] % 2:
+            x = F.pad(x, (0, 1))
+        half = x.shape[1] // 2
+        x = x[:, :half] + x[:, half:]
+    return x[:, 0]
+
+
+def guided(
+    net: Forward,
+    x: Tensor,
+    t: Tensor,
+    class_labels: Tensor | None,
+    null_class: int | None,
+    guidance: float,
+    guidance_rescale: float = 0.0,
+) -> Tensor:
+    """Run the network on rows of one guidance; guided ones go through it twice, in one pass."""
+    if guidance == 1.0 or class_labels is None or null_class is None:
+        return net(x, t, class_labels)
+    both = torch.cat([class_labels, torch.full_like(class_labels, null_class)])
+    out_c, out_u = net(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    out = guide(out_u, out_c, guidance, x.shape[1])
+    return rescale(out, out_c, guidance_rescale, x.shape[1]) if guidance_rescale else out
