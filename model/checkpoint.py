@@ -128,7 +128,7 @@ def _load(folder: Path) -> Checkpoint:
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     try:
         unet = read_net_config(read_json(unet_folder / "config.json"))
-        noise = NoiseConfig.from_dict(read_json(_scheduler_file(folder)), scheduler_class)
+        noise = NoiseConfig.from_dict(read_json(find_scheduler(folder)), scheduler_class)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
@@ -185,9 +185,10 @@ def _check_layout(folder: Path) -> str | None:
         raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served; those that are: {kinds}")
     if not (folder / "unet").is_dir() and "config.json" not in names:
         raise CheckpointError(f"{folder}: holds {', '.join(names)[:200]}. {LAYOUTS}")
-    if not _scheduler_file(folder).is_file():
+    if not find_scheduler(folder).is_file():
         raise CheckpointError(
-            f"{folder}: a U-Net without a scheduler_config.json, which says how its noise was made. {LAYOUTS}"
+            f"{folder}: a U-Net without a scheduler_config.json, which says how its noise was made. {LAYOUTS}; tminus "
+            "convert writes one by flags"
         )
     entry = index.get("scheduler")
     if entry is None:
@@ -226,7 +227,8 @@ def check_shapes(unet_folder: Path, state: Mapping[str, Tensor], unet: NetConfig
             raise CheckpointError(f"{unet_folder}: wrong shape of {key}: config.json asks for {shape}, got {got}")
 
 
-def _scheduler_file(folder: Path) -> Path:
+def find_scheduler(folder: Path) -> Path:
+    """Where a folder's scheduler_config.json is, or would be."""
     nested = folder / "scheduler" / "scheduler_config.json"
     return nested if nested.is_file() else folder / "scheduler_config.json"
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tminus.model.catalogue import PLAIN_SOLVERS
 from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
@@ -53,8 +54,6 @@ log = logging.getLogger(__name__)
 
 TRIAL = -2  # the round whose trajectories choose the timesteps; others count down from -3
 TRIAL_ROWS = 512
-# Solvers without noise whose every pass sees x where the trajectory is: heun's second does not, plms begins with two.
-ONE_PASS_SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +252,8 @@ def _solver(folder: Path, teacher: Checkpoint, config: DistillConfig) -> Plan:
     if config.guidance != 1 and teacher.labels.null_class is None:
         raise TrainError(f"guidance must be 1 (off) for a checkpoint without a null class, got {config.guidance:g}")
     sampler, steps = config.teacher_sampler, config.teacher_steps
-    if sampler not in ONE_PASS_SOLVERS:
-        raise TrainError(f"teacher_sampler must be among {', '.join(ONE_PASS_SOLVERS)}, got {sampler!r}")
+    if sampler not in PLAIN_SOLVERS:
+        raise TrainError(f"teacher_sampler must be among {', '.join(PLAIN_SOLVERS)}, got {sampler!r}")
     limit = teacher.noise.num_train_timesteps
     if steps > limit:
         raise TrainError(f"teacher_steps must be 1..{limit}, got {steps}")

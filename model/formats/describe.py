@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.denoiser import NetConfig
+from tminus.model.formats.bare import is_bare
 from tminus.model.formats.given import Given, MissingFacts, flag
 from tminus.model.formats.read import read_foreign
 from tminus.model.noise import NoiseConfig
@@ -34,8 +35,8 @@ class Description:
 
 def describe(path: Path, given: Given) -> Description:
     """Describe a folder or a file. Raises CheckpointError, and ValueError for facts that its format does not have."""
-    if path.is_file():
-        return _of_file(path, given)
+    if path.is_file() or is_bare(path):
+        return _of_foreign(path, given)
     given.check("a checkpoint folder", ())
     checkpoint = load_checkpoint(path)
     unet, noise, labels = checkpoint.net.config, checkpoint.noise, checkpoint.labels
@@ -54,7 +55,7 @@ def describe(path: Path, given: Given) -> Description:
     return Description(tuple(lines), checkpoint)
 
 
-def _of_file(file: Path, given: Given) -> Description:
+def _of_foreign(file: Path, given: Given) -> Description:
     missing: tuple[str, ...] = ()
     try:
         converted = read_foreign(file, given)

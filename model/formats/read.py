@@ -1,11 +1,11 @@
-"""Read a file of another project: find its format, and bring it into ours."""
+"""Read a checkpoint that is not served as it is: find its format, and bring it into ours."""
 
 import shutil
 from pathlib import Path
 
 from tminus.model.checkpoint import check_channels, check_shapes, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats import ddpm, dome272, lucidrains, openai
+from tminus.model.formats import bare, ddpm, dome272, lucidrains, openai
 from tminus.model.formats.converted import Converted
 from tminus.model.formats.given import Given
 from tminus.model.weights import hash_weights, read_file, to_float32
@@ -13,8 +13,20 @@ from tminus.model.weights import hash_weights, read_file, to_float32
 FORMATS = (openai, ddpm, dome272, lucidrains)
 
 
-def read_foreign(file: Path, given: Given) -> Converted:
-    """Read a checkpoint that is one file. Raises CheckpointError, MissingFacts, and ValueError for what was given."""
+def read_foreign(path: Path, given: Given) -> Converted:
+    """Read a checkpoint that is one file, or a folder without a scheduler.
+
+    Raises CheckpointError, MissingFacts, and ValueError for what was given.
+    """
+    if path.is_dir() and not bare.is_bare(path):
+        raise CheckpointError(f"{path}: a folder that tminus reads as it is, if at all: tminus inspect {path}")
+    converted = bare.read(path, given) if path.is_dir() else _read_file(path, given)
+    check_shapes(path, converted.state, converted.unet)
+    check_channels(path, converted.unet, converted.noise)
+    return converted
+
+
+def _read_file(file: Path, given: Given) -> Converted:
     state = read_file(file, part_of=lucidrains.weights_of)
     if all(key.startswith("module.") for key in state):  # as DistributedDataParallel writes it
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -26,18 +38,16 @@ def read_foreign(file: Path, given: Given) -> Converted:
         converted: Converted = found.convert(state, given)
     except (KeyError, IndexError) as error:  # the rest of the file is not as its format has it
         raise CheckpointError(f"{file}: looks like {found.FORMAT}, but {error} is not there") from error
-    check_shapes(file, converted.state, converted.unet)
-    check_channels(file, converted.unet, converted.noise)
     return converted
 
 
-def convert_file(file: Path, folder: Path, given: Given) -> Converted:
-    """Write a foreign file as a checkpoint folder, which must be new or empty. Raises as `read_foreign` does."""
+def convert(source: Path, folder: Path, given: Given) -> Converted:
+    """Write a foreign checkpoint as a folder of ours, which must be new or empty. Raises as `read_foreign` does."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists already; name a new folder")
-    converted = read_foreign(file, given)
-    state = to_float32(file, converted.state)
-    origin = {"converted_from": file.name, "format": converted.format, "weights_hash": hash_weights(state)}
+    converted = read_foreign(source, given)
+    state = to_float32(source, converted.state)
+    origin = {"converted_from": source.resolve().name, "format": converted.format, "weights_hash": hash_weights(state)}
     try:
         save_checkpoint(folder, state, converted.unet, converted.noise, converted.labels, origin)
         load_checkpoint(folder)  # whatever cannot be served is told now

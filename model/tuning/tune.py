@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tminus.model.catalogue import PLAIN_SOLVERS
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.files import CheckpointError, read_json, write_json
 from tminus.model.guidance import Forward
@@ -27,7 +28,6 @@ from tminus.model.tuning.search import Search, search_timesteps
 STATE_FILE = ".tune-state"  # no .json, which would be a table
 SAMPLER = "tuned"
 TEACHER = "dpmpp_2m:20"
-TEACHERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "deis", "euler")  # no fresh noise, and each step a pass
 STARTS = ("linspace", "trailing", "karras")  # spacings that the search may begin with
 RIVALS = (("dpmpp_2m", "linspace"), ("dpmpp_2m", "karras"), ("unipc", "linspace"), ("unipc", "karras"))
 
@@ -81,8 +81,8 @@ def check(checkpoint: Checkpoint, steps: Sequence[int], guidances: Sequence[floa
 def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) -> Plan:
     """The plan of the teacher. Raises TuneError for one that cannot be."""
     sampler, _, steps = config.teacher.partition(":")
-    bound = f"SAMPLER:STEPS, the sampler one of {', '.join(TEACHERS)}"
-    if sampler not in TEACHERS or not steps.isdecimal():
+    bound = f"SAMPLER:STEPS, the sampler one of {', '.join(PLAIN_SOLVERS)}"
+    if sampler not in PLAIN_SOLVERS or not steps.isdecimal():
         raise TuneError(f"teacher must be {bound}, got {config.teacher!r}")
     try:
         return checkpoint.plan(sampler, int(steps), guidance=guidance)
@@ -93,7 +93,7 @@ def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) ->
 def default_teacher(checkpoint: Checkpoint) -> str:
     """What the checkpoint recommends, where that can teach."""
     own = checkpoint.recommended
-    return f"{own.sampler}:{own.steps}" if own is not None and own.sampler in TEACHERS else TEACHER
+    return f"{own.sampler}:{own.steps}" if own is not None and own.sampler in PLAIN_SOLVERS else TEACHER
 
 
 def tune(

@@ -11,20 +11,23 @@ from tminus.service.cli.output import fail, say
 
 
 @click.command()
-@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("folder", type=FOLDER_TYPE)
 @fact_options
 def convert(source: Path, folder: Path, **options: Any) -> None:
-    """Write SOURCE, a checkpoint of another project, as the checkpoint FOLDER. docs/formats.md has the formats."""
+    """Write SOURCE, a checkpoint of another project or a U-Net without a scheduler, as the checkpoint FOLDER.
+
+    docs/formats.md has the formats.
+    """
     from tminus.model.files import CheckpointError
-    from tminus.model.formats.read import convert_file
+    from tminus.model.formats.read import convert as run
     from tminus.model.unet_config import CLASS_NAME
 
     try:
-        converted = convert_file(source, folder, given_facts(options))
+        converted = run(source, folder, given_facts(options))
     except (CheckpointError, ValueError, OSError) as error:
         fail(str(error))
-    say(f"{folder}: written from a file of {converted.format}")
+    say(f"{folder}: written from {converted.format}")
     for note in converted.notes:
         say(f"taken: {note}")
     if converted.unet.class_name != CLASS_NAME:

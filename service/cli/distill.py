@@ -14,7 +14,7 @@ from tminus.service.cli.sheets import sheet_writer
 @click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
 @click.option("--guidance", default=1.0, help="of the teacher, folded into the student; 1 is off")
 @click.option("--student-steps", default="1,2,3,4", help="numbers of sampling steps that the student is made for")
-@click.option("--teacher-sampler", default="dpmpp_2m", help="ddim, dpmpp_2m, dpmpp_3m, unipc or deis")
+@click.option("--teacher-sampler", default="dpmpp_2m", help="ddim, dpmpp_2m, dpmpp_3m, unipc, deis or euler")
 @click.option("--teacher-steps", default=20, help="of its sampler")
 @click.option("--trajectories", default=128, help="that the teacher solves at a time")
 @click.option("--uses", default=1, help="of each point of a trajectory, at the mean")

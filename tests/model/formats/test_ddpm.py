@@ -11,7 +11,7 @@ from tests.model.formats.ho import Ho
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.model.formats.given import Given, MissingFacts
-from tminus.model.formats.read import convert_file, read_foreign
+from tminus.model.formats.read import convert, read_foreign
 
 CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
 
@@ -32,7 +32,7 @@ def test_converted_network_equals_the_oracle_here_and_in_diffusers(
     from diffusers import DDPMPipeline
 
     theirs = randomised(Ho(**settings))
-    convert_file(save(theirs, tmp_path / "model-790000.ckpt"), tmp_path / "out", CIFAR)
+    convert(save(theirs, tmp_path / "model-790000.ckpt"), tmp_path / "out", CIFAR)
     ours, pipeline = load_checkpoint(tmp_path / "out"), DDPMPipeline.from_pretrained(tmp_path / "out")
     x, t = batch["x"][:, : settings.get("channels", 3)], batch["t"]
     with torch.no_grad():

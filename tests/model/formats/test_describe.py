@@ -9,7 +9,7 @@ from tests.model.formats.ho import Ho
 from tminus.model.files import CheckpointError
 from tminus.model.formats.describe import describe
 from tminus.model.formats.given import Given
-from tminus.model.formats.read import convert_file
+from tminus.model.formats.read import convert
 from tminus.service.engine.options import BUNDLED
 
 CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
@@ -60,7 +60,7 @@ def test_file_of_which_all_is_known_is_told_whole(tmp_path: Path) -> None:
 def test_converted_folder_of_a_network_of_our_own_says_so(tmp_path: Path) -> None:
     file = save(randomised(Guided(mult=(1, 2), attends=(0, 1), heads=4, shift=True, updown=True)), tmp_path / "ema.pt")
     facts = {"image_size": 16, "timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "prediction": "epsilon"}
-    convert_file(file, tmp_path / "out", Given(**facts, variance="fixed_small", heads=4, attention_order="legacy"))  # type: ignore[arg-type]
+    convert(file, tmp_path / "out", Given(**facts, variance="fixed_small", heads=4, attention_order="legacy"))  # type: ignore[arg-type]
     lines = dict(describe(tmp_path / "out", Given()).lines)
     assert lines["format"] == "a folder of diffusers, for tminus alone"
     assert lines["details"] == "the timestep scales and shifts, resampled by resnets, 4 heads"

@@ -10,7 +10,7 @@ from tests.model.formats.conftest import close_to_scale, randomised, save
 from tests.model.formats.dome import Dome
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.formats.given import Given, MissingFacts
-from tminus.model.formats.read import convert_file, read_foreign
+from tminus.model.formats.read import convert, read_foreign
 from tminus.model.guidance import guide
 from tminus.model.samplers import denoise
 
@@ -24,7 +24,7 @@ GIVEN = Given(image_size=16, timesteps=1000, beta_schedule="linear")
 )
 def test_converted_network_equals_the_oracle(settings: dict[str, Any], batch: dict[str, Any], tmp_path: Path) -> None:
     theirs = randomised(Dome(**settings))
-    convert_file(save(theirs, tmp_path / "ema_ckpt.pt"), tmp_path / "out", GIVEN)
+    convert(save(theirs, tmp_path / "ema_ckpt.pt"), tmp_path / "out", GIVEN)
     ours = load_checkpoint(tmp_path / "out")
     x, t = batch["x"][:, : settings.get("channels", 3)], batch["t"]
     labels = torch.tensor([0, 4, 1, 2]) if "classes" in settings else None
@@ -34,7 +34,7 @@ def test_converted_network_equals_the_oracle(settings: dict[str, Any], batch: di
 
 def test_no_label_is_a_null_class_and_guidance_is_its_lerp(batch: dict[str, Any], tmp_path: Path) -> None:
     theirs = randomised(Dome(classes=5))
-    convert_file(save(theirs, tmp_path / "ckpt.pt"), tmp_path / "out", GIVEN)
+    convert(save(theirs, tmp_path / "ckpt.pt"), tmp_path / "out", GIVEN)
     ours = load_checkpoint(tmp_path / "out")
     assert ours.labels.class_names == ("0", "1", "2", "3", "4")
     assert ours.labels.null_class == 5
@@ -48,7 +48,7 @@ def test_no_label_is_a_null_class_and_guidance_is_its_lerp(batch: dict[str, Any]
 def test_a_step_of_the_chain_is_its_own_with_the_variance_beta_and_no_clip(tmp_path: Path) -> None:
     """x_{t-1} = (x_t - (1 - alpha) / sqrt(1 - alpha_hat) eps) / sqrt(alpha) + sqrt(beta) z."""
     converted = read_foreign(save(randomised(Dome()), tmp_path / "ckpt.pt"), GIVEN)
-    convert_file(tmp_path / "ckpt.pt", tmp_path / "out", GIVEN)
+    convert(tmp_path / "ckpt.pt", tmp_path / "out", GIVEN)
     plan = load_checkpoint(tmp_path / "out").plan("ddpm", 1000)
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     alpha, alpha_hat = 1 - beta, (1 - beta).cumprod(0)

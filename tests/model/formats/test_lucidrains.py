@@ -13,7 +13,7 @@ from tests.model.formats.conftest import close_to_scale, randomised
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.model.formats.given import Given, MissingFacts
-from tminus.model.formats.read import convert_file, read_foreign
+from tminus.model.formats.read import convert, read_foreign
 
 with warnings.catch_warnings(action="ignore"):
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
@@ -42,7 +42,7 @@ def saved(diffusion: Any, file: Path) -> Path:
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS.keys())
 def test_converted_network_equals_the_package(net: dict[str, Any], batch: dict[str, Any], tmp_path: Path) -> None:
     theirs = diffusion_of(net)
-    convert_file(saved(theirs, tmp_path / "diffusion.pt"), tmp_path / "out", SIZE)
+    convert(saved(theirs, tmp_path / "diffusion.pt"), tmp_path / "out", SIZE)
     ours = load_checkpoint(tmp_path / "out")
     x, t = batch["x"][:, : net.get("channels", 3)], torch.tensor([0, 3, 50, 99])
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_schedule_and_objective_are_read_from_its_tables(
 
 def test_ancestral_sampling_through_the_converted_network_is_the_package_s_own(tmp_path: Path) -> None:
     theirs = diffusion_of(NETS["one level"], timesteps=20, objective="pred_v", beta_schedule="cosine")
-    convert_file(saved(theirs, tmp_path / "diffusion.pt"), tmp_path / "out", SIZE)
+    convert(saved(theirs, tmp_path / "diffusion.pt"), tmp_path / "out", SIZE)
     ours = load_checkpoint(tmp_path / "out")
     plan = ours.plan("ddpm", 20)
     lines = plan.lines.float()
@@ -115,7 +115,7 @@ def test_average_of_a_trainer_s_file_is_what_is_converted(
     trainer_file: tuple[Path, Any], batch: dict[str, Any], tmp_path: Path
 ) -> None:
     file, trainer = trainer_file
-    convert_file(file, tmp_path / "out", SIZE)
+    convert(file, tmp_path / "out", SIZE)
     ours = load_checkpoint(tmp_path / "out").net
     t = torch.tensor([0, 3, 50, 99])
     with torch.no_grad():

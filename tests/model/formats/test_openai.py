@@ -12,7 +12,7 @@ from tests.model.formats.guided import Guided
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.model.formats.given import Given, MissingFacts
-from tminus.model.formats.read import convert_file, read_foreign
+from tminus.model.formats.read import convert, read_foreign
 
 HO = {"image_size": 16, "timesteps": 1000, "beta_schedule": "linear", "prediction": "epsilon"}
 FIXED = HO | {"variance": "fixed_large"}
@@ -68,7 +68,7 @@ def test_converted_network_equals_the_oracle(
     settings: dict[str, Any], facts: dict[str, Any], batch: dict[str, Any], tmp_path: Path
 ) -> None:
     theirs = net_of(**settings)
-    convert_file(save(theirs, tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
+    convert(save(theirs, tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
     ours = load_checkpoint(tmp_path / "out")
     x, t = batch["x"][:, : settings.get("channels", 3)], batch["t"]
     labels = torch.tensor([0, 6, 3, 2]) if "classes" in settings else None
@@ -84,7 +84,7 @@ def test_network_that_diffusers_has_is_written_for_it_and_loads_there(batch: dic
 
     settings, facts = NETS["guided, imagenet64"]
     theirs = net_of(**settings)
-    convert_file(save(theirs, tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
+    convert(save(theirs, tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
     model = UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
     labels = torch.tensor([0, 6, 3, 2])
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_network_that_diffusers_has_is_written_for_it_and_loads_there(batch: dic
 
 def test_network_that_diffusers_has_not_is_not_named_as_if_it_had(tmp_path: Path) -> None:
     settings, facts = NETS["improved, cifar10"]  # four heads at two widths
-    convert_file(save(net_of(**settings), tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
+    convert(save(net_of(**settings), tmp_path / "ema.pt"), tmp_path / "out", Given(**facts))
     assert json.loads((tmp_path / "out" / "unet" / "config.json").read_text())["_class_name"] == "TminusUNet2DModel"
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["unet"] == ["tminus", "TminusUNet2DModel"]
 
@@ -105,7 +105,7 @@ def test_long_chain_is_given_the_timesteps_it_was_trained_with(
     theirs = net_of(heads=4)
     facts = FIXED | {"heads": 4, "attention_order": "legacy", "timesteps": 4000, "rescale_timesteps": rescale}
     ours = read_foreign(save(theirs, tmp_path / "ema.pt"), Given(**facts))
-    convert_file(tmp_path / "ema.pt", tmp_path / "out", Given(**facts))
+    convert(tmp_path / "ema.pt", tmp_path / "out", Given(**facts))
     net, t = load_checkpoint(tmp_path / "out").net, torch.tensor([0, 5, 2000, 3999])
     with torch.no_grad():
         close_to_scale(net(batch["x"], t), theirs(batch["x"], t * 0.25 if rescale == "yes" else t))

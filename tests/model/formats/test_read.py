@@ -10,7 +10,7 @@ from tests.model.formats.ho import Ho
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.model.formats.given import Given
-from tminus.model.formats.read import convert_file, read_foreign
+from tminus.model.formats.read import convert, read_foreign
 
 CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
 
@@ -33,14 +33,14 @@ def test_the_same_weights_are_read_from_each_kind_of_file(state: dict[str, Any],
     save_file(state, tmp_path / "safe.safetensors")
     hashes = set()
     for file in ("plain.ckpt", "parallel.pt", "safe.safetensors"):
-        convert_file(tmp_path / file, tmp_path / f"{file}-out", CIFAR)
+        convert(tmp_path / file, tmp_path / f"{file}-out", CIFAR)
         hashes.add(load_checkpoint(tmp_path / f"{file}-out").weights_hash)
     assert len(hashes) == 1
 
 
 def test_weights_of_half_precision_are_read_in_float32(state: dict[str, Any], tmp_path: Path) -> None:
     torch.save({key: value.half() for key, value in state.items()}, tmp_path / "half.pt")
-    convert_file(tmp_path / "half.pt", tmp_path / "out", CIFAR)
+    convert(tmp_path / "half.pt", tmp_path / "out", CIFAR)
     weights = load_checkpoint(tmp_path / "out").net.state_dict()
     assert {value.dtype for value in weights.values()} == {torch.float32}
     torch.testing.assert_close(weights["conv_in.weight"], state["conv_in.weight"].half().float())
@@ -77,7 +77,7 @@ def test_file_that_is_no_checkpoint_is_told_in_one_line(state: dict[str, Any], t
 def test_weights_that_are_not_finite_leave_no_folder(state: dict[str, Any], tmp_path: Path) -> None:
     torch.save({**state, "conv_in.bias": torch.full((32,), torch.nan)}, tmp_path / "nan.pt")
     with pytest.raises(CheckpointError, match=r"conv_in\.bias holds NaN"):
-        convert_file(tmp_path / "nan.pt", tmp_path / "out", CIFAR)
+        convert(tmp_path / "nan.pt", tmp_path / "out", CIFAR)
     assert not (tmp_path / "out").exists()
 
 
@@ -85,7 +85,7 @@ def test_size_that_the_network_cannot_halve_leaves_no_folder(state: dict[str, An
     torch.save(state, tmp_path / "plain.pt")
     odd = Given(image_size=15, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
     with pytest.raises(CheckpointError, match="must divide by 2"):
-        convert_file(tmp_path / "plain.pt", tmp_path / "out", odd)
+        convert(tmp_path / "plain.pt", tmp_path / "out", odd)
     assert not (tmp_path / "out").exists()
 
 
@@ -94,5 +94,5 @@ def test_folder_that_holds_something_is_left_as_it_is(state: dict[str, Any], tmp
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note").write_text("mine")
     with pytest.raises(CheckpointError, match="exists already"):
-        convert_file(tmp_path / "plain.pt", tmp_path / "out", CIFAR)
+        convert(tmp_path / "plain.pt", tmp_path / "out", CIFAR)
     assert (tmp_path / "out" / "note").read_text() == "mine"

@@ -21,7 +21,7 @@ def test_converted_file_is_sampled_like_any_checkpoint(tmp_path: Path) -> None:
     result = run("convert", file, tmp_path / "out", *HO, "--variance", "fixed_small")
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
-        f"{tmp_path / 'out'}: written from a file of the PyTorch port of Ho et al.'s DDPM",
+        f"{tmp_path / 'out'}: written from the PyTorch port of Ho et al.'s DDPM",
         f"Try: tminus serve --checkpoint {tmp_path / 'out'}",
     ]
     made = run(

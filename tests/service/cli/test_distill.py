@@ -51,7 +51,7 @@ def test_student_with_a_sheet_is_what_the_command_leaves(
         (["--teacher-steps", "21"], "teacher_steps must be 1..20, got 21"),
         (
             ["--teacher-sampler", "ddpm"],
-            "teacher_sampler must be among ddim, dpmpp_2m, dpmpp_3m, unipc, deis, got 'ddpm'",
+            "teacher_sampler must be among ddim, dpmpp_2m, dpmpp_3m, unipc, deis, euler, got 'ddpm'",
         ),
     ],
 )

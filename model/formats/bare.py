@@ -1,0 +1,49 @@
+"""A U-Net of diffusers without a scheduler: `UNet2DModel.save_pretrained`, or a repository of which only unet/ came."""
+
+import dataclasses
+from pathlib import Path
+
+from tminus.model.checkpoint import find_scheduler
+from tminus.model.files import CheckpointError, read_json
+from tminus.model.formats.converted import Converted, numbered
+from tminus.model.formats.given import Given
+from tminus.model.networks.registry import read_net_config
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet_config import UNetConfig
+from tminus.model.weights import load_state_dict
+
+FORMAT = "diffusers' UNet2DModel without a scheduler"
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether a folder holds a network, and nothing that says how its noise was made."""
+    return (_network(folder) / "config.json").is_file() and not find_scheduler(folder).is_file()
+
+
+def read(folder: Path, given: Given) -> Converted:
+    """Read such a folder. Raises CheckpointError, MissingFacts, and ValueError."""
+    try:
+        config = read_net_config(read_json(_network(folder) / "config.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if not isinstance(config, UNetConfig):
+        raise CheckpointError(f"{folder}: a {config.class_name} without its scheduler; convert its file again")
+    learned = config.out_channels == 2 * config.in_channels
+    needed = ["timesteps", "beta_schedule", "prediction"]
+    needed += ["image_size"] if config.size_px is None else []
+    needed += [] if learned else ["variance"]
+    given.check(f"a folder of {FORMAT}", needed)
+    assert given.timesteps is not None
+    if config.size_px is None:
+        config = dataclasses.replace(config, sample_size=given.image_size)
+    noise = NoiseConfig(
+        num_train_timesteps=given.timesteps,
+        beta_schedule=str(given.beta_schedule),
+        prediction_type=str(given.prediction),
+        variance_type="learned_range" if learned else str(given.variance),
+    )
+    return Converted(FORMAT, config, load_state_dict(_network(folder)), noise, numbered(config.num_class_embeds))
+
+
+def _network(folder: Path) -> Path:
+    return folder / "unet" if (folder / "unet").is_dir() else folder
