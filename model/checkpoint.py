@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
+from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
 from tminus.model.networks.registry import build, read_net_config
@@ -41,7 +42,8 @@ from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "model_index.json"
-PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
+PIPELINE_OF = {"DDIMScheduler": "DDIMPipeline", "CMStochasticIterativeScheduler": "ConsistencyModelPipeline"}
 LAYOUTS = (
     "What is served is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
@@ -156,6 +158,9 @@ def _load(folder: Path) -> Checkpoint:
         fractional=net.fractional,
     )
     student = read_student(folder / TMINUS_FILE, meta)
+    if noise.is_consistency:
+        tables = consistency_tables(noise)
+        student = {"kind": "consistency model", "guidance": 1.0, "steps": [table.steps for table in tables]}
     if student is not None and not tables:
         why = f" ({'; '.join(refused)})" if refused else ""
         raise CheckpointError(f"{folder}: a student without a table in {TABLES}/ to sample it by{why}")
@@ -249,9 +254,8 @@ def save_checkpoint(
     """Write a folder that tminus and `DDPMPipeline.from_pretrained` both load. Each file appears whole or not."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     scheduler_class = noise.to_dict()["_class_name"]
-    pipeline_class = "DDIMPipeline" if scheduler_class == "DDIMScheduler" else "DDPMPipeline"
     index = {
-        "_class_name": pipeline_class,
+        "_class_name": PIPELINE_OF.get(scheduler_class, "DDPMPipeline"),
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler_class],
         "unet": ["diffusers" if unet.class_name == CLASS_NAME else "tminus", unet.class_name],

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 MAX_TIMESTEPS = 100_000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+SIGMA_FIELDS = ("sigma_min", "sigma_max", "sigma_data", "rho")  # of consistency models
 END_AT_FIRST = ("ddim", "plms")  # the samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1
 
 
@@ -53,6 +54,12 @@ def rescale_zero_snr(betas: Tensor) -> Tensor:
     alpha_bar = root**2
     alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
     return 1 - alphas
+
+
+def karras_sigmas(num_timesteps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """sigma_t [T] in float64, ascending (Karras et al. 2022, eq. 5)."""
+    ramp = torch.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), num_timesteps, dtype=torch.float64)
+    return ramp**rho
 
 
 class NoiseSchedule:
@@ -140,6 +147,11 @@ class NoiseConfig:
     steps_offset: int = 0
     set_alpha_to_one: bool = True
     rescale_betas_zero_snr: bool = False
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    rho: float = 7.0
+    """These four are of consistency models, whose noise levels are no betas but a ramp of sigmas."""
     default_sampler: str = "ddpm"
     """For requests that name no sampler: that of the scheduler's class, see scheduler_kinds.py."""
 
@@ -160,7 +172,7 @@ class NoiseConfig:
 
         for field in ("clip_sample", "thresholding", "set_alpha_to_one", "rescale_betas_zero_snr"):
             require(isinstance(getattr(self, field), bool), field, "true or false")
-        for field in ("beta_start", "beta_end", "clip_sample_range"):
+        for field in ("beta_start", "beta_end", "clip_sample_range", "sigma_min", "sigma_max", "sigma_data", "rho"):
             require(number(getattr(self, field)), field, "a number")
         for field in ("num_train_timesteps", "steps_offset"):
             value = getattr(self, field)
@@ -174,9 +186,15 @@ class NoiseConfig:
         # `learned` is the logarithm of the variance in OpenAI's code and the variance itself in diffusers'.
         variances = "among fixed_small, fixed_large, learned_range (what `learned` holds differs between libraries)"
         require(self.variance_type in ("fixed_small", "fixed_large", "learned_range"), "variance_type", variances)
-        among("prediction_type", "epsilon", "sample", "v_prediction")
+        among("prediction_type", "epsilon", "sample", "v_prediction", "consistency")
         among("timestep_spacing", "leading", "trailing", "linspace")
         among("default_sampler", *KIND_OF_SAMPLER)
+        ramp = (self.default_sampler == "consistency") == self.is_consistency
+        require(ramp, "prediction_type", "consistency for a consistency model, and for no other")
+        require(steps >= 2 or not self.is_consistency, "num_train_timesteps", "2 or more for a consistency model")
+        require(0 < self.sigma_min < self.sigma_max, "sigma_min", f"above 0 and below sigma_max {self.sigma_max}")
+        require(self.sigma_data > 0, "sigma_data", "positive")
+        require(self.rho > 0, "rho", "positive")
         require(not self.thresholding, "thresholding", "false (dynamic thresholding is not supported)")
         require(self.clip_sample_range > 0, "clip_sample_range", "positive")
         require(0 <= self.steps_offset < steps, "steps_offset", f"0..{steps - 1}")
@@ -187,6 +205,11 @@ class NoiseConfig:
             require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
             require(all(0 < beta <= 1 for beta in self.trained_betas), "trained_betas", "numbers in (0, 1]")
             require(all(beta < 1 for beta in self.trained_betas[:-1]), "trained_betas", "below 1, but for the last")
+
+    @property
+    def is_consistency(self) -> bool:
+        """Whether it is of a consistency model (Song et al. 2023)."""
+        return self.prediction_type == "consistency"
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], class_name: str | None = None) -> "NoiseConfig":
@@ -209,8 +232,10 @@ class NoiseConfig:
             # A dynamic threshold that is at most 1 is the clip to [-1, 1], which such a class cannot express otherwise.
             given |= {"thresholding": False, "clip_sample": True, "clip_sample_range": 1.0}
         known = {field.name for field in dataclasses.fields(cls)} - {"default_sampler"}
+        known -= set() if kind.sampler == "consistency" else set(SIGMA_FIELDS)
         values = {key: value for key, value in kind.defaults.items() if key in known}
         for key, value in given.items():
+            key = kind.other_names.get(key, key)
             if key in known:
                 values[key] = tuple(value) if isinstance(value, list) else value
             elif value in OFF or key in WITHOUT_EFFECT or key in kind.must:
@@ -223,6 +248,11 @@ class NoiseConfig:
         """The scheduler_config.json of diffusers' scheduler for the default sampler."""
         fields = dataclasses.asdict(self)
         kind = KIND_OF_SAMPLER[fields.pop("default_sampler")]
+        if kind.sampler == "consistency":
+            own = ("num_train_timesteps", *SIGMA_FIELDS)
+            others = {theirs: fields[ours] for theirs, ours in kind.other_names.items()}
+            return {"_class_name": kind.class_name, **{name: fields[name] for name in own}, **others, **kind.must}
+        fields = {name: value for name, value in fields.items() if name not in SIGMA_FIELDS}
         if kind.sampler not in END_AT_FIRST:
             fields.pop("set_alpha_to_one")
         if kind.sampler != "ddpm" and self.variance_type != "learned_range":
@@ -244,7 +274,11 @@ class NoiseConfig:
 
     def schedule(self) -> NoiseSchedule:
         """Make the tables."""
-        if self.trained_betas is not None:
+        if self.is_consistency:
+            sigmas = karras_sigmas(self.num_train_timesteps, self.sigma_min, self.sigma_max, self.rho)
+            alpha_bar = 1 / (1 + sigmas**2)
+            betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        elif self.trained_betas is not None:
             betas = torch.tensor(self.trained_betas, dtype=torch.float64)
         else:
             betas = make_betas(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end)

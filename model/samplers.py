@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLERS
+from tminus.model.consistency import consistency_coefficients, consistency_inputs
 from tminus.model.guidance import Forward, guided
 from tminus.model.noise import END_AT_FIRST, NoiseConfig, NoiseSchedule
 from tminus.model.solvers import (
@@ -42,13 +43,15 @@ class Plan:
 
     timesteps float64 [P], from noisy to clean, fractional where the sampler visits such; lines float64 [P, 8];
     alpha_bar float64 [P], at the timesteps. matrices float64 [P, 1 + R, 4 + R]: M of a sampler with R registers, whose
-    first row begins with the line's a, b, c, s; None for R = 0.
+    first row begins with the line's a, b, c, s; None for R = 0. inputs float64 [P, 2]: what x is multiplied by on its
+    way into the network, and the timestep that the network is given; None for 1 and `timesteps`.
     """
 
     timesteps: Tensor
     lines: Tensor
     alpha_bar: Tensor
     matrices: Tensor | None = None
+    inputs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -143,12 +146,18 @@ def make_plan(
 ) -> Plan:
     """Make the plan of these timesteps [P] and matrices [P, 1 + R, 4 + R]."""
     alpha_bar = alpha_bar_at(schedule, timesteps)
-    p, q = x0_coefficients(noise.prediction_type, alpha_bar)
+    inputs = None
+    if noise.is_consistency:
+        p, q = consistency_coefficients(noise, alpha_bar)
+        inputs = consistency_inputs(noise, alpha_bar)
+    else:
+        p, q = x0_coefficients(noise.prediction_type, alpha_bar)
     clips = noise.clip_sample if clip is None else clip
     bound = torch.full_like(p, noise.clip_sample_range if clips else torch.inf)
     r = torch.zeros_like(p) if r is None else r.expand(len(p))
     lines = torch.stack([p, q, *M[:, 0, :4].unbind(1), bound, r], dim=1)
-    return Plan(torch.tensor(timesteps, dtype=torch.float64), lines, alpha_bar, M if M.shape[1] > 1 else None)
+    more = M if M.shape[1] > 1 else None
+    return Plan(torch.tensor(timesteps, dtype=torch.float64), lines, alpha_bar, more, inputs)
 
 
 def alpha_bar_at(schedule: NoiseSchedule, timesteps: Sequence[float]) -> Tensor:
@@ -248,9 +257,12 @@ def sample(
     lines = plan.lines.to(device=x.device, dtype=x.dtype)
     matrices = plan.matrices.to(device=x.device, dtype=x.dtype) if plan.matrices is not None else None
     for k, t in enumerate(plan.timesteps.tolist()):
-        ts = torch.full((len(x),), t, device=x.device)
+        seen, ts = x, torch.full((len(x),), t, device=x.device)
+        if plan.inputs is not None:
+            scale, time = plan.inputs[k].tolist()
+            seen, ts = scale * x, torch.full_like(ts, time)
         inside = guidance_interval is None or guidance_interval[0] <= t <= guidance_interval[1]
-        out = guided(net, x, ts, class_labels, null_class, guidance if inside else 1.0, guidance_rescale)
+        out = guided(net, seen, ts, class_labels, null_class, guidance if inside else 1.0, guidance_rescale)
         z, x0_previous = z_of(k), x0
         new, x0 = denoise(x, out, x0_previous, z, lines[k : k + 1].expand(len(x), -1))
         if matrices is not None:

@@ -31,6 +31,8 @@ class SchedulerKind:
     """Fields by which the class may be another sampler, with the values of this one."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What the class takes for fields that are left out, where that is not in `must`, nor DDPMScheduler's default."""
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    """Its names of fields that DDPMScheduler has under another name."""
     clips_by_threshold: bool = False
     """Whether it has no clip_sample, but dynamic thresholding, which with sample_max_value 1 is the same clip."""
 
@@ -89,6 +91,13 @@ KINDS = (
         "heun",
         _NO_RAMP,
         {"beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False, **_LINSPACE},
+    ),
+    SchedulerKind(
+        "CMStochasticIterativeScheduler",
+        "consistency",
+        {"s_noise": 1.0},
+        {"num_train_timesteps": 40, "prediction_type": "consistency"},
+        {"clip_denoised": "clip_sample"},
     ),
 )
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}

@@ -33,7 +33,7 @@ from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.standings import Standings
 from tminus.service.jobs.store import JobStore
 from tminus.service.metrics import Metrics
-from tminus.service.model_info import Limits
+from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
 from tminus.service.worker.recording import RecordingRoom
@@ -49,6 +49,7 @@ class Application:
     app: FastAPI
     worker: Worker
     streams: Streams
+    model: ModelInfo
 
 
 def create_app(
@@ -107,7 +108,7 @@ def create_app(
         )
     app.add_middleware(Gate, doors=doors, refused=services.metrics.rejected)
     app.add_middleware(RequestContext, observe=services.metrics.requested)
-    return Application(app, services.worker, services.streams)
+    return Application(app, services.worker, services.streams, engine.info)
 
 
 def _services(

@@ -20,6 +20,7 @@ import uvicorn
 from tminus.service.api.http_protocol import http_protocol
 from tminus.service.api.websocket_protocol import stream_protocol
 from tminus.service.app import Application
+from tminus.service.model_info import ModelInfo
 from tminus.service.starting import Starting
 
 log = logging.getLogger(__name__)
@@ -104,8 +105,7 @@ def serve(
     """
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    hint = f"Try: curl -X POST '{url}/sample?n=8&steps=20&sampler=dpmpp_2m' -o out.png"
-    starting = Starting(build, lambda: setattr(server, "should_exit", True), hint)
+    starting = Starting(build, lambda: setattr(server, "should_exit", True), lambda model: first_request(url, model))
     config = uvicorn.Config(
         starting,
         # One pair, whatever is installed. A small request takes 0.18 ms with it, 0.10 ms with httptools and uvloop; but
@@ -144,3 +144,11 @@ def serve(
         sys.stderr.flush()
         os._exit(0 if worker is None else 1)
     return not worker.crashed
+
+
+def first_request(url: str, model: ModelInfo) -> str:
+    """A first command, with settings that this model takes."""
+    sampler, steps = "dpmpp_2m", min(20, model.num_timesteps)
+    if sampler not in model.samplers:  # of a student, which has its own alone
+        sampler, steps = model.samplers[0], model.tables[0].steps
+    return f"Try: curl -X POST '{url}/sample?n=8&steps={steps}&sampler={sampler}' -o out.png"

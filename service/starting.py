@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket
 from tminus.service.api.problems import render
 from tminus.service.app import Application
 from tminus.service.errors import NotReady
+from tminus.service.model_info import ModelInfo
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +36,16 @@ PAGE = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http
 class Starting:
     """Builds the application in a thread, and passes requests on to it from then on."""
 
-    def __init__(self, build: Callable[[], Application], on_end: Callable[[], None], hint: str = "") -> None:
+    def __init__(
+        self,
+        build: Callable[[], Application],
+        on_end: Callable[[], None],
+        hint: Callable[[ModelInfo], str] = lambda _: "",
+    ) -> None:
         """Build in the lifespan.
 
-        build: takes long, and may raise; on_end: is called, in any thread, when it raised or the worker ended; hint: is
-        logged when requests are answered.
+        build: takes long, and may raise; on_end: is called, in any thread, when it raised or the worker ended; hint: of
+        the model, is logged when requests are answered.
         """
         self._build, self._on_end, self._hint = build, on_end, hint
         self.application: Application | None = None
@@ -84,7 +90,7 @@ class Starting:
         while not application.worker.ready and application.worker.alive:  # noqa: ASYNC110  it is another thread's
             await asyncio.sleep(LOOK_S)
         if application.worker.ready:
-            log.info("ready. %s", self._hint)
+            log.info("ready. %s", self._hint(self.application.model))
 
     def _watch(self, application: Application) -> None:
         application.worker.join()

@@ -112,6 +112,10 @@ def _details(unet: UNetConfig, missing: tuple[str, ...]) -> Iterator[tuple[str, 
 
 def noise_lines(noise: NoiseConfig) -> Iterator[tuple[str, str]]:
     """The noise schedule and what the network predicts."""
+    if noise.is_consistency:
+        yield "noise", f"{noise.num_train_timesteps} levels, sigma {noise.sigma_min:g} to {noise.sigma_max:g}"
+        yield "predicts", f"where trajectories end (a consistency model); sigma_data {noise.sigma_data:g}"
+        return
     ends = "" if noise.beta_schedule == "squaredcos_cap_v2" else f" {noise.beta_start:g} to {noise.beta_end:g}"
     betas = f"{noise.beta_schedule}{ends}" if noise.trained_betas is None else "betas of its own"
     yield "noise", f"T = {noise.num_train_timesteps}, {betas}"

@@ -12,7 +12,7 @@ FLAGS = {
     "timesteps": "T of the training",
     "beta_schedule": "linear, scaled_linear, squaredcos_cap_v2 (OpenAI's cosine) or sigmoid",
     "variance": "fixed_small or fixed_large",
-    "prediction": "epsilon, sample (x_0) or v_prediction",
+    "prediction": "epsilon, sample (x_0), v_prediction, or consistency for OpenAI's consistency_models",
     "heads": "attention heads of each layer; or --head-width",
     "head_width": "channels of an attention head; or --heads",
     "attention_order": "legacy (heads before q, k, v) or new",
@@ -21,7 +21,7 @@ FLAGS = {
 CHOICES = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
     "variance": ("fixed_small", "fixed_large"),
-    "prediction": ("epsilon", "sample", "v_prediction"),
+    "prediction": ("epsilon", "sample", "v_prediction", "consistency"),
     "attention_order": ("legacy", "new"),
     "rescale_timesteps": ("yes", "no"),
 }

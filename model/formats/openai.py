@@ -62,15 +62,15 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
     learned = out_channels == 2 * in_channels
     heads = _heads(given, attending)
 
-    needed = ["image_size", "timesteps", "beta_schedule", "prediction"]
-    needed += [] if learned else ["variance"]
+    consistency = given.prediction == "consistency"  # of consistency_models, whose noise levels are no betas
+    needed = ["image_size", "timesteps", *([] if consistency else ["beta_schedule"]), "prediction"]
+    needed += [] if learned or consistency else ["variance"]
     needed += ["head_width" if given.head_width is not None else "heads"]
     needed += [] if heads and max(heads.values()) == 1 else ["attention_order"]  # one head is in order either way
-    needed += [] if given.timesteps in (None, HO_TIMESTEPS) else ["rescale_timesteps"]
+    needed += [] if consistency or given.timesteps in (None, HO_TIMESTEPS) else ["rescale_timesteps"]
     given.check(f"a file of {FORMAT}", needed, taken=("attention_order", "rescale_timesteps"))
     assert given.timesteps is not None
 
-    scale, linear = HO_TIMESTEPS / given.timesteps, given.beta_schedule == "linear"
     by_resnet = "in_layers.0.weight" in modules.get(f"input_blocks.{levels.layers + 1}.0", {})
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if by_resnet else ("DownBlock2D", "UpBlock2D")
     head_widths = {width // heads[width] for width in attending}
@@ -81,7 +81,7 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
         out_channels=out_channels,
         time_embedding_dim=temb_width,
         time_proj_dim=proj_width if proj_width != widths[0] else None,
-        timestep_scale=scale if given.rescale_timesteps == "yes" else 1.0,
+        timestep_scale=HO_TIMESTEPS / given.timesteps if given.rescale_timesteps == "yes" else 1.0,
         down_block_types=tuple("AttnDownBlock2D" if attend else plain[0] for attend in attends),
         up_block_types=tuple("AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)),
         block_out_channels=widths,
@@ -95,16 +95,24 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
         resnet_time_scale_shift="scale_shift" if _shifts(modules[f"{firsts[0]}.0"]) else "default",
         num_class_embeds=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
     )
-    noise = NoiseConfig(
+    noise = _noise(given, learned)
+    renamed = _renamed(state, modules, levels, heads, given.attention_order)
+    return Converted(FORMAT, unet, renamed, noise, numbered(unet.num_class_embeds))
+
+
+def _noise(given: Given, learned: bool) -> NoiseConfig:
+    assert given.timesteps is not None
+    if given.prediction == "consistency":
+        return NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
+    scale = HO_TIMESTEPS / given.timesteps if given.beta_schedule == "linear" else 1
+    return NoiseConfig(
         num_train_timesteps=given.timesteps,
         beta_schedule=str(given.beta_schedule),
-        beta_start=1e-4 * (scale if linear else 1),
-        beta_end=0.02 * (scale if linear else 1),
+        beta_start=1e-4 * scale,
+        beta_end=0.02 * scale,
         prediction_type=str(given.prediction),
         variance_type="learned_range" if learned else str(given.variance),
     )
-    renamed = _renamed(state, modules, levels, heads, given.attention_order)
-    return Converted(FORMAT, unet, renamed, noise, numbered(unet.num_class_embeds))
 
 
 def _refuse_others(state: Mapping[str, Tensor]) -> None:

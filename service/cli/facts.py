@@ -13,7 +13,7 @@ HELP = (
     ("--timesteps", int, "T of the training"),
     ("--beta-schedule", str, "linear, scaled_linear, squaredcos_cap_v2 (OpenAI's cosine) or sigmoid"),
     ("--variance", str, "of ancestral sampling: fixed_small or fixed_large"),
-    ("--prediction", str, "epsilon, sample (x_0) or v_prediction"),
+    ("--prediction", str, "epsilon, sample (x_0), v_prediction, or consistency for OpenAI's consistency_models"),
     ("--heads", int, "attention heads of each layer"),
     ("--head-width", int, "channels of an attention head, in place of --heads"),
     ("--attention-order", str, "legacy (heads before q, k, v) or new"),

@@ -58,5 +58,7 @@ def _costs(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
     a_pass = min(seconds[1:])
     own = checkpoint.recommended
     sampler, steps = (own.sampler, own.steps) if own is not None else ("dpmpp_2m", 20)
+    if sampler not in checkpoint.samplers:  # of a student, which has its own alone
+        sampler, steps = checkpoint.samplers[0], checkpoint.tables[0].steps
     an_image = f"{a_pass * steps:.2g} s an image of {steps} steps of {sampler}, unguided"
     return [*lines, ("time", f"{1e3 * a_pass:.3g} ms a pass of one row, {an_image} (PyTorch, float32, this CPU)")]

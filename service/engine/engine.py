@@ -168,16 +168,17 @@ class Engine:
 
         at = self._first_line[rows] + steps
         x, t, labels = self._x[rows], self._plans.timesteps[at], None
+        seen = x if self._plans.scales is None else self._plans.scales[at].reshape(-1, 1, 1, 1) * x
         if self.info.conditional:
             labels = self._label[rows]
         if num_guided:
             assert labels is not None
             null = torch.full_like(guided, self._null_class or 0)
             output = self._forward.start(
-                torch.cat([x, x[guided]]), torch.cat([t, t[guided]]), torch.cat([labels, null])
+                torch.cat([seen, seen[guided]]), torch.cat([t, t[guided]]), torch.cat([labels, null])
             )
         else:
-            output = self._forward.start(x, t, labels)
+            output = self._forward.start(seen, t, labels)
 
         # Made while the network runs: all that does not need its output.
         z = torch.zeros_like(x)

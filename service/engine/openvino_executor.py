@@ -83,7 +83,7 @@ class Graph:
     @torch.inference_mode()
     def embed_time(self, t: Tensor) -> Tensor:
         """Embed timesteps [B] as rows of `time_table`; those between whole ones each by itself, for the same reason."""
-        whole = t.long()
+        whole = t.long().clamp(0, len(self.time_table) - 1)
         temb = self.time_table[whole]
         for place in (whole != t).nonzero().flatten().tolist():
             temb[place] = self._between(float(t[place]))

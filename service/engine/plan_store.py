@@ -16,7 +16,8 @@ class PlanStore:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.timesteps = torch.zeros(FIRST_LINES, device=device)
+        self.timesteps = torch.zeros(FIRST_LINES, device=device)  # that the network is given
+        self.scales: Tensor | None = None  # what x is multiplied by on its way in, made when the first such plan comes
         self.lines = torch.zeros(FIRST_LINES, NUM_COEFFICIENTS, device=device)
         self.known = torch.zeros(FIRST_LINES, 2, device=device)  # Plan.known
         self.matrices: Tensor | None = None  # [lines, 4, 7], made when the first plan with registers comes
@@ -33,7 +34,11 @@ class PlanStore:
         return start
 
     def _write(self, plan: Plan, at: slice) -> None:
-        self.timesteps[at] = plan.timesteps.to(torch.float32)
+        self.timesteps[at] = (plan.timesteps if plan.inputs is None else plan.inputs[:, 1]).to(torch.float32)
+        if plan.inputs is not None and self.scales is None:
+            self.scales = torch.ones(len(self.lines), device=self._device)
+        if self.scales is not None:
+            self.scales[at] = 1 if plan.inputs is None else plan.inputs[:, 0].to(self.scales)
         self.lines[at] = plan.lines.to(torch.float32)
         self.known[at] = plan.known.to(torch.float32)
         if plan.matrices is not None:
@@ -61,7 +66,7 @@ class PlanStore:
                 return start
         had = len(self.lines)
         more = max(had, length)
-        for name in ("timesteps", "lines", "known", "matrices"):
+        for name in ("timesteps", "scales", "lines", "known", "matrices"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, torch.cat([tensor, tensor.new_zeros(more, *tensor.shape[1:])]))

@@ -443,7 +443,7 @@ def test_a_field_that_would_change_images_is_refused_and_one_that_is_off_is_logg
     "name",
     [
         *("EulerAncestralDiscreteScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler"),
-        *("LMSDiscreteScheduler", "ScoreSdeVeScheduler", "CMStochasticIterativeScheduler"),
+        *("LMSDiscreteScheduler", "ScoreSdeVeScheduler", "SASolverScheduler"),
         *("DDIMInverseScheduler", "", 5),
     ],
 )

@@ -6,15 +6,17 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import uvicorn
 from fastapi import FastAPI, Response
 
-from tests.service.fakes import PATIENCE_S, wait_until
+from tests.service.fakes import INFO, PATIENCE_S, wait_until
+from tminus.model.tables import Table
 from tminus.service.api.stream_limits import Streams
 from tminus.service.app import Application
-from tminus.service.server import Server, bind
+from tminus.service.server import Server, bind, first_request
 from tminus.service.starting import Starting
 
 CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/server.py extends: "
@@ -55,7 +57,7 @@ class Running:
         self.listener = bind("127.0.0.1", 0)
         self.listener.listen()
         self.worker, self.streams = FakeWorker(), Streams(8, 8)
-        application = Application(make_app(), self.worker, self.streams)  # type: ignore[arg-type]
+        application = Application(make_app(), self.worker, self.streams, INFO)  # type: ignore[arg-type]
         self.starting = Starting(lambda: application, lambda: setattr(self.server, "should_exit", True))
         self.server = Server(uvicorn.Config(self.starting, log_config=None), self.starting, grace_s)
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
@@ -91,7 +93,7 @@ def test_uvicorn_has_each_method_that_is_extended(name: str) -> None:
 
 
 def test_uvicorn_has_handle_exit_called_on_a_signal() -> None:
-    starting = Starting(lambda: Application(make_app(), FakeWorker(), Streams(1, 1)), lambda: None)  # type: ignore[arg-type]
+    starting = Starting(lambda: Application(make_app(), FakeWorker(), Streams(1, 1), INFO), lambda: None)  # type: ignore[arg-type]
     server = Server(uvicorn.Config(starting), starting, 3600)
     with server.capture_signals():
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -145,3 +147,11 @@ def test_a_server_waits_for_streams_that_have_a_job_and_answers_meanwhile(runnin
         running.server.servers[0].get_loop().call_soon_threadsafe(job.pop_all().close)
     running.thread.join(PATIENCE_S)
     assert not running.thread.is_alive()
+
+
+def test_the_first_command_that_is_shown_has_settings_that_the_model_takes() -> None:
+    assert "steps=20&sampler=dpmpp_2m'" in first_request("http://here", INFO)
+    assert "steps=7&sampler=dpmpp_2m'" in first_request("http://here", replace(INFO, num_timesteps=7))
+    table = Table("consistency", 2, 1.0, (49.0, 20.0), ((0, 1, 0, 0, 0.1), (0, 1, 0, 0, 0)))
+    student = replace(INFO, samplers=("consistency",), tables=(table,), student={"guidance": 1.0})
+    assert "steps=2&sampler=consistency'" in first_request("http://here", student)

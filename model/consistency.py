@@ -1,0 +1,56 @@
+"""Consistency models as they were trained (Song et al. 2023): noise levels sigma, and a network that scales its input.
+
+Their x has variance 1 + sigma^2; ours is sqrt(alpha_bar) times that, with alpha_bar = 1 / (1 + sigma^2). (Students of
+`tminus distill` are consistency models too, but of the ordinary kind of network: see student.py.)
+"""
+
+import torch
+from torch import Tensor
+
+from tminus.model.noise import NoiseConfig
+from tminus.model.tables import Table
+
+MAX_STEPS = 8
+TIME_SCALE = 250.0  # the network is given 250 log sigma
+
+
+def consistency_coefficients(noise: NoiseConfig, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """p and q of x0 = p x_t + q out: c_skip and c_out of Song et al. 2023, appendix C, where x is ours.
+
+    At sigma_min the network does not count: p is 1 / sqrt(alpha_bar), q is 0.
+    """
+    sigma, data = _sigma(alpha_bar), noise.sigma_data
+    beyond = sigma - noise.sigma_min
+    c_skip = data**2 / (beyond**2 + data**2)
+    c_out = beyond * data / (sigma**2 + data**2).sqrt()
+    return c_skip / alpha_bar.sqrt(), c_out
+
+
+def consistency_inputs(noise: NoiseConfig, alpha_bar: Tensor) -> Tensor:
+    """What the network is given, [P, 2]: c_in = 1 / sqrt(sigma^2 + sigma_data^2) of their x, and 250 log sigma."""
+    sigma = _sigma(alpha_bar)
+    c_in = 1 / (sigma**2 + noise.sigma_data**2).sqrt() / alpha_bar.sqrt()
+    return torch.stack([c_in, TIME_SCALE * sigma.log()], dim=1)
+
+
+def consistency_tables(noise: NoiseConfig) -> tuple[Table, ...]:
+    """The sampler in 1, 2, ... steps (Song et al. 2023, algorithm 1), at diffusers' timesteps.
+
+    x' = x0 + sqrt(sigma'^2 - sigma_min^2) z in their x, and x0 at the last.
+    """
+    alpha_bar = noise.schedule().alpha_bar
+    last = noise.num_train_timesteps - 1
+    tables = []
+    for steps in range(1, min(MAX_STEPS, noise.num_train_timesteps) + 1):
+        t = [last - k * (noise.num_train_timesteps // steps) for k in range(steps)]
+        reached = alpha_bar[t[1:]]
+        added = (_sigma(reached) ** 2 - noise.sigma_min**2).clamp(min=0).sqrt()
+        signal = reached.sqrt()
+        lines = [(0.0, b, 0.0, 0.0, s) for b, s in zip(signal.tolist(), (signal * added).tolist(), strict=True)]
+        lines.append((0.0, 1.0, 0.0, 0.0, 0.0))
+        tables.append(Table("consistency", steps, 1.0, tuple(map(float, t)), tuple(lines)))
+    return tuple(tables)
+
+
+def _sigma(alpha_bar: Tensor) -> Tensor:
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
