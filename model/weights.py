@@ -3,7 +3,7 @@
 import hashlib
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tminus.model.files import CheckpointError, first_line, read_json
+from tminus.model.free_memory import GIB, free_memory_bytes
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
 LFS_POINTER = b"version https://git-lfs"
@@ -24,9 +25,12 @@ def load_state_dict(unet_folder: Path) -> dict[str, Tensor]:
     Raises CheckpointError for missing, truncated or unsafe files, and for tensors whose values are not in the file.
     """
     state: dict[str, Tensor] = {}
-    for file in _weight_files(unet_folder):
+    files = _weight_files(unet_folder)
+    for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file}: the weight map names this file, and it is not there")
+    _check_memory(unet_folder, files)
+    for file in files:
         state.update(_read_tensors(file))
     _check_tensors(unet_folder, state)
     return rename_attention(state)
@@ -37,9 +41,17 @@ def read_file(file: Path, part_of: Callable[[Mapping[str, Any]], Mapping[str, An
 
     part_of: finds the weights in a file that holds more than these; None where it is no such file.
     """
+    _check_memory(file, [file])
     state = _read_tensors(file, part_of)
     _check_tensors(file, state)
     return state
+
+
+def _check_memory(where: Path, files: Iterable[Path]) -> None:
+    """Raise CheckpointError for weights that are larger than memory, before any is read."""
+    size, free = sum(file.stat().st_size for file in files), free_memory_bytes()
+    if free is not None and size > free:
+        raise CheckpointError(f"{where}: {size / GIB:.1f} GiB of weights, and {free / GIB:.1f} GiB of memory are free")
 
 
 def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:

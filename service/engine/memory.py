@@ -1,23 +1,14 @@
 """Whether one row of a model fits the memory there is, told before anything of its size is made."""
 
-from pathlib import Path
-
 import torch
 
 from tminus.model.denoiser import NetConfig
-
-GIB = 2**30
+from tminus.model.free_memory import GIB, free_memory_bytes
 
 
 def available_bytes(device: torch.device) -> int | None:
     """Memory that is free; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
 
 
 def check_memory(config: NetConfig, size_px: tuple[int, int], device: torch.device) -> None:

@@ -681,6 +681,15 @@ def test_null_class_is_made_the_last_label_and_the_others_keep_their_order(condi
         assert torch.equal(after.net(x, t, torch.arange(4)), before.net(x, t, old))
 
 
+def test_weights_larger_than_memory_are_refused_before_they_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.model.weights.free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("tminus.model.weights._read_tensors", lambda _file: pytest.fail("it was read"))
+    with pytest.raises(CheckpointError, match=r"unet: 0\.0 GiB of weights, and 0\.0 GiB of memory are free"):
+        load_checkpoint(folder)
+
+
 LABEL_REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "null_class out of range": ({"null_class": 4}, r"null_class must be 0\.\.3, got 4"),
     "null_class negative": ({"null_class": -1}, r"null_class must be 0\.\.3, got -1"),
