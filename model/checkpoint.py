@@ -42,8 +42,12 @@ from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "model_index.json"
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline")
-PIPELINE_OF = {"DDIMScheduler": "DDIMPipeline", "CMStochasticIterativeScheduler": "ConsistencyModelPipeline"}
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline")
+PIPELINE_OF = {
+    "DDIMScheduler": "DDIMPipeline",
+    "PNDMScheduler": "PNDMPipeline",
+    "CMStochasticIterativeScheduler": "ConsistencyModelPipeline",
+}
 LAYOUTS = (
     "What is served is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
     f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
@@ -137,10 +141,10 @@ def _load(folder: Path) -> Checkpoint:
     labels = read_labels(folder / TMINUS_FILE, meta, unet)
     state = load_state_dict(unet_folder)
     check_shapes(unet_folder, state, unet)
-    state = to_float32(unet_folder, state)
+    state = null_last(to_float32(unet_folder, state), meta)
     with torch.device("meta"):
         net = build(unet)
-    net.load_state_dict(null_last(state, meta), assign=True)
+    net.load_state_dict(state, assign=True)
     net.requires_grad_(False).eval()
     size_px = unet.size_px or read_size(folder, meta)
     if any(side % unet.size_multiple for side in size_px):
@@ -183,11 +187,7 @@ def _check_layout(folder: Path) -> str | None:
     names = sorted(file.name for file in folder.iterdir())
     if not names:
         raise CheckpointError(f"{folder}: the folder is empty")
-    index = read_json(folder / INDEX_FILE) if INDEX_FILE in names else {}
-    pipeline = index.get("_class_name", PIPELINES[0])
-    if pipeline not in PIPELINES:
-        kinds = ", ".join(PIPELINES)
-        raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served; those that are: {kinds}")
+    index = check_pipeline(folder)
     if not (folder / "unet").is_dir() and "config.json" not in names:
         raise CheckpointError(f"{folder}: holds {', '.join(names)[:200]}. {LAYOUTS}")
     if not find_scheduler(folder).is_file():
@@ -203,6 +203,16 @@ def _check_layout(folder: Path) -> str | None:
     return str(entry[1])
 
 
+def check_pipeline(folder: Path) -> dict[str, Any]:
+    """Read a folder's model_index.json, empty where there is none. Raises CheckpointError for other pipelines."""
+    index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
+    pipeline = index.get("_class_name", PIPELINES[0])
+    if pipeline not in PIPELINES:
+        kinds = ", ".join(PIPELINES)
+        raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served; those that are: {kinds}")
+    return index
+
+
 def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig) -> None:
     """Raise CheckpointError for channels that cannot be served."""
     learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
@@ -213,23 +223,23 @@ def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig) -> None:
         raise CheckpointError(f"{folder}: {bound}, got {channels}")
 
 
-def check_shapes(unet_folder: Path, state: Mapping[str, Tensor], unet: NetConfig) -> None:
+def check_shapes(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks: str = "config.json") -> None:
     """Raise CheckpointError for weights that are not those of this network, by the first name or shape that differs."""
     # On the meta device nothing is allocated, so a config that asks for a huge net is refused before it costs memory.
     try:
         with torch.device("meta"):
             expected = {key: tuple(value.shape) for key, value in build(unet).state_dict().items()}
     except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{unet_folder / 'config.json'}: {first_line(error)}") from error
+        raise CheckpointError(f"{where}: {asks}: {first_line(error)}") from error
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the config's network has not"
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which that has not"
         more = len(missing) + len(extra) - 1
-        raise CheckpointError(f"{unet_folder}: the weights do not fit config.json: {what} (and {more} more)")
+        raise CheckpointError(f"{where}: the weights do not fit {asks}: {what} (and {more} more)")
     for key, shape in expected.items():
         if tuple(state[key].shape) != shape:
             got = tuple(state[key].shape)
-            raise CheckpointError(f"{unet_folder}: wrong shape of {key}: config.json asks for {shape}, got {got}")
+            raise CheckpointError(f"{where}: wrong shape of {key}: {asks} asks for {shape}, got {got}")
 
 
 def find_scheduler(folder: Path) -> Path:
@@ -251,7 +261,7 @@ def save_checkpoint(
     recommended: Recommended | None = None,
     student: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder that tminus and `DDPMPipeline.from_pretrained` both load. Each file appears whole or not."""
+    """Write a folder that tminus loads, and diffusers too if it has such a network. Each file appears whole or not."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     scheduler_class = noise.to_dict()["_class_name"]
     index = {

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 8 * 2**20
-OFF: tuple[object, ...] = (None, False)  # values by which a field of a newer version says that it is not used
 
 
 class CheckpointError(Exception):
@@ -40,6 +39,11 @@ def given_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(defaulted, list) or not all(isinstance(name, str) for name in defaulted):
         raise ValueError(f"_use_default_values must be a list of names, got {defaulted!r:.100}")
     return {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
+
+
+def is_off(value: object) -> bool:
+    """Whether this is how a field of a newer version says that it is not used; 0 is not."""
+    return value is None or value is False
 
 
 def first_line(error: BaseException) -> str:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS
-from tminus.model.files import OFF, given_fields
-from tminus.model.scheduler_kinds import KIND_OF_SAMPLER, WITHOUT_EFFECT, scheduler_kind
+from tminus.model.files import given_fields, is_off
+from tminus.model.scheduler_kinds import KIND_OF_SAMPLER, scheduler_kind
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +198,8 @@ class NoiseConfig:
         require(not self.thresholding, "thresholding", "false (dynamic thresholding is not supported)")
         require(self.clip_sample_range > 0, "clip_sample_range", "positive")
         require(0 <= self.steps_offset < steps, "steps_offset", f"0..{steps - 1}")
-        require(0 < self.beta_start <= self.beta_end < 1, "beta_start", f"above 0, at most beta_end {self.beta_end}")
+        require(0 < self.beta_start <= self.beta_end, "beta_start", f"above 0, at most beta_end {self.beta_end}")
+        require(self.beta_end < 1, "beta_end", "below 1")
         if self.rescale_betas_zero_snr:
             require(self.prediction_type != "epsilon", "prediction_type", "sample or v_prediction with zero-SNR betas")
         if self.trained_betas is not None:
@@ -238,7 +239,7 @@ class NoiseConfig:
             key = kind.other_names.get(key, key)
             if key in known:
                 values[key] = tuple(value) if isinstance(value, list) else value
-            elif value in OFF or key in WITHOUT_EFFECT or key in kind.must:
+            elif is_off(value) or key in kind.without_effect or key in kind.must:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
                 raise ValueError(f"scheduler config: {key}={value!r:.100} is not something {name} is known to have")
@@ -247,6 +248,8 @@ class NoiseConfig:
     def to_dict(self) -> dict[str, Any]:
         """The scheduler_config.json of diffusers' scheduler for the default sampler."""
         fields = dataclasses.asdict(self)
+        if self.trained_betas is not None:
+            fields["trained_betas"] = list(self.trained_betas)  # as JSON has it
         kind = KIND_OF_SAMPLER[fields.pop("default_sampler")]
         if kind.sampler == "consistency":
             own = ("num_train_timesteps", *SIGMA_FIELDS)

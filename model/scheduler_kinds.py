@@ -21,6 +21,13 @@ _DPM_SOLVER = {
 }
 
 
+# Of thresholding, which is refused where it is on, and of another tensor library.
+OF_THRESHOLDING = frozenset({"dynamic_thresholding_ratio", "sample_max_value", "tensor_format"})
+OF_FLOWS = OF_THRESHOLDING | {"flow_shift", "time_shift_type"}
+# Of a solver whose last step, to no noise, is of first order whatever it says.
+OF_LAST_STEP = OF_FLOWS | {"lower_order_final", "euler_at_final"}
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerKind:
     """One class of diffusers, with the fields that make it one of our samplers."""
@@ -33,6 +40,8 @@ class SchedulerKind:
     """What the class takes for fields that are left out, where that is not in `must`, nor DDPMScheduler's default."""
     other_names: Mapping[str, str] = field(default_factory=dict)
     """Its names of fields that DDPMScheduler has under another name."""
+    without_effect: frozenset[str] = OF_THRESHOLDING
+    """Its fields that change no image here."""
     clips_by_threshold: bool = False
     """Whether it has no clip_sample, but dynamic thresholding, which with sample_max_value 1 is the same clip."""
 
@@ -40,12 +49,20 @@ class SchedulerKind:
 KINDS = (
     SchedulerKind("DDPMScheduler", "ddpm"),
     SchedulerKind("DDIMScheduler", "ddim"),
-    SchedulerKind("DPMSolverMultistepScheduler", "dpmpp_2m", _DPM_SOLVER, _LINSPACE, clips_by_threshold=True),
+    SchedulerKind(
+        "DPMSolverMultistepScheduler",
+        "dpmpp_2m",
+        _DPM_SOLVER,
+        _LINSPACE,
+        without_effect=OF_LAST_STEP,
+        clips_by_threshold=True,
+    ),
     SchedulerKind(
         "DPMSolverMultistepScheduler",
         "dpmpp_3m",
         {**_DPM_SOLVER, "solver_order": 3, "lower_order_final": True},
         {"solver_order": 2, **_LINSPACE},
+        without_effect=OF_LAST_STEP,
         clips_by_threshold=True,
     ),
     SchedulerKind(
@@ -53,6 +70,7 @@ KINDS = (
         "dpmpp_2m_sde",
         {**_DPM_SOLVER, "algorithm_type": "sde-dpmsolver++"},
         {"algorithm_type": "dpmsolver++", **_LINSPACE},
+        without_effect=OF_LAST_STEP,
         clips_by_threshold=True,
     ),
     SchedulerKind(
@@ -63,18 +81,28 @@ KINDS = (
             "solver_type": "bh2",
             "predict_x0": True,
             "disable_corrector": [],
+            "lower_order_final": True,
             "final_sigmas_type": "zero",
             **_NO_RAMP,
             **_NO_FLOW,
         },
         _LINSPACE,
+        without_effect=OF_FLOWS,
         clips_by_threshold=True,
     ),
     SchedulerKind(
         "DEISMultistepScheduler",
         "deis",
-        {"solver_order": 2, "solver_type": "logrho", "algorithm_type": "deis", **_NO_RAMP, **_NO_FLOW},
+        {
+            "solver_order": 2,
+            "solver_type": "logrho",
+            "algorithm_type": "deis",
+            "lower_order_final": True,
+            **_NO_RAMP,
+            **_NO_FLOW,
+        },
         _LINSPACE,
+        without_effect=OF_FLOWS,
         clips_by_threshold=True,
     ),
     SchedulerKind(
@@ -103,12 +131,6 @@ KINDS = (
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
 KIND_OF_SAMPLER = {kind.sampler: kind for kind in KINDS}
 CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_AS]))
-# Fields that change no image here: of thresholding, which is refused where it is on; of another tensor library; and of
-# solvers that end at sigma = 0, whose last step is of first order whatever they say.
-WITHOUT_EFFECT = {
-    *("dynamic_thresholding_ratio", "sample_max_value", "tensor_format"),
-    *("lower_order_final", "euler_at_final", "flow_shift", "time_shift_type"),
-}
 
 
 def scheduler_kind(class_name: object, given: Mapping[str, Any]) -> SchedulerKind:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tminus.model.files import OFF, given_fields
+from tminus.model.files import given_fields, is_off
 from tminus.model.layers import ACTIVATIONS
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class UNetConfig:
         values: dict[str, Any] = {}
         for key, value in given_fields(config).items():
             if key not in known:
-                if value not in OFF and key not in OF_TRAINING:
+                if not is_off(value) and key not in OF_TRAINING:
                     raise ValueError(f"unet config: {key}={value!r:.100} is not something UNet2DModel is known to have")
                 log.info("unet config: %s=%r changes nothing", key, value)
                 continue

@@ -3,12 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from tminus.model.checkpoint import find_scheduler
+from tminus.model.checkpoint import check_pipeline, find_scheduler
 from tminus.model.files import CheckpointError, read_json
 from tminus.model.formats.converted import Converted, numbered
 from tminus.model.formats.given import Given
 from tminus.model.networks.registry import read_net_config
-from tminus.model.noise import NoiseConfig
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import load_state_dict
 
@@ -21,7 +20,8 @@ def is_bare(folder: Path) -> bool:
 
 
 def read(folder: Path, given: Given) -> Converted:
-    """Read such a folder. Raises CheckpointError, MissingFacts, and ValueError."""
+    """Read such a folder. Raises CheckpointError, MissingFacts, and FactsError."""
+    check_pipeline(folder)
     try:
         config = read_net_config(read_json(_network(folder) / "config.json"))
     except ValueError as error:
@@ -29,20 +29,12 @@ def read(folder: Path, given: Given) -> Converted:
     if not isinstance(config, UNetConfig):
         raise CheckpointError(f"{folder}: a {config.class_name} without its scheduler; convert its file again")
     learned = config.out_channels == 2 * config.in_channels
-    needed = ["timesteps", "beta_schedule", "prediction"]
-    needed += ["image_size"] if config.size_px is None else []
-    needed += [] if learned else ["variance"]
-    given.check(f"a folder of {FORMAT}", needed)
-    assert given.timesteps is not None
+    needed = given.needed_for_noise(learned=learned) + (["image_size"] if config.size_px is None else [])
+    given.check(f"a folder of {FORMAT}", needed, given.taken_for_noise())
     if config.size_px is None:
         config = dataclasses.replace(config, sample_size=given.image_size)
-    noise = NoiseConfig(
-        num_train_timesteps=given.timesteps,
-        beta_schedule=str(given.beta_schedule),
-        prediction_type=str(given.prediction),
-        variance_type="learned_range" if learned else str(given.variance),
-    )
-    return Converted(FORMAT, config, load_state_dict(_network(folder)), noise, numbered(config.num_class_embeds))
+    noise, labels = given.noise(learned=learned), numbered(config.num_class_embeds)
+    return Converted(FORMAT, config, load_state_dict(_network(folder)), noise, labels, given.noise_notes(noise))
 
 
 def _network(folder: Path) -> Path:

@@ -11,7 +11,6 @@ from torch import Tensor
 from tminus.model.files import CheckpointError
 from tminus.model.formats.converted import Converted, numbered
 from tminus.model.formats.given import Given
-from tminus.model.noise import NoiseConfig
 from tminus.model.unet_config import UNetConfig
 
 FORMAT = "the PyTorch port of Ho et al.'s DDPM"
@@ -41,11 +40,9 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
-    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and ValueError."""
-    needed = ("image_size", "timesteps", "beta_schedule", "prediction", "variance")
-    given.check(f"a file of {FORMAT}", needed)
-    assert given.timesteps is not None
-    levels = 1 + max(int(key.split(".")[1]) for key in state if re.match(r"down\.\d+\.", key))
+    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and FactsError."""
+    given.check(f"a file of {FORMAT}", ["image_size", *given.needed_for_noise()], given.taken_for_noise())
+    levels = len({key.split(".")[1] for key in state if key.startswith("down.")})
     for level in range(levels - 1):
         if f"down.{level}.downsample.conv.weight" not in state or f"up.{level + 1}.upsample.conv.weight" not in state:
             raise CheckpointError(f"a network of {FORMAT} without resamp_with_conv, which is not served")
@@ -65,19 +62,14 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
         down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
         up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
         block_out_channels=widths,
-        layers_per_block=1 + max(int(key.split(".")[3]) for key in state if key.startswith("down.0.block.")),
+        layers_per_block=len({key.split(".")[3] for key in state if key.startswith("down.0.block.")}),
         downsample_padding=0,
         attention_head_dim=None,  # one head
         norm_eps=1e-6,
     )
-    noise = NoiseConfig(
-        num_train_timesteps=given.timesteps,
-        beta_schedule=str(given.beta_schedule),
-        prediction_type=str(given.prediction),
-        variance_type=str(given.variance),
-    )
+    noise = given.noise()
     renamed = {_name(key, levels): _linear(key, value) for key, value in state.items()}
-    return Converted(FORMAT, unet, renamed, noise, numbered(None))
+    return Converted(FORMAT, unet, renamed, noise, numbered(None), given.noise_notes(noise))
 
 
 def _name(key: str, levels: int) -> str:

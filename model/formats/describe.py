@@ -5,15 +5,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.model.denoiser import NetConfig
+from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.checkpoint import load_checkpoint
+from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.formats.bare import is_bare
-from tminus.model.formats.given import Given, MissingFacts, flag
+from tminus.model.formats.facts import flag
+from tminus.model.formats.given import Given, MissingFacts
 from tminus.model.formats.read import read_foreign
+from tminus.model.networks.registry import build
 from tminus.model.noise import NoiseConfig
+from tminus.model.recommended import Recommended
 from tminus.model.unet_config import CLASS_NAME, UNetConfig
+from tminus.model.weights import to_float32
 
-# In place of facts that were not given, so that the rest can be told. None of them changes what is told.
+# In place of facts that were not given, so that the rest can be told. What depends on one of them is left out.
 ASSUMED = Given(
     image_size=1 << 8,
     timesteps=1000,
@@ -22,15 +27,18 @@ ASSUMED = Given(
     prediction="epsilon",
     heads=1,
     attention_order="legacy",
+    rescale_timesteps="no",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What was found. checkpoint: of a folder; a file is described without being run."""
+    """What was found, and the network with the settings that it is sampled with; None where something is missing."""
 
     lines: tuple[tuple[str, str], ...]
-    checkpoint: Checkpoint | None = None
+    net: Denoiser | None = None
+    settings: Recommended | None = None
+    size_px: tuple[int, int] = (0, 0)
 
 
 def describe(path: Path, given: Given) -> Description:
@@ -48,11 +56,19 @@ def describe(path: Path, given: Given) -> Description:
         lines.append(("classes", f"{labels.num_classes} ({', '.join(labels.class_names)[:100]}); {null}"))
     lines += noise_lines(noise)
     lines.append(("samplers", ", ".join(checkpoint.samplers)))
+    own = _settings(noise) if checkpoint.student is None else Recommended("consistency", checkpoint.tables[0].steps)
+    lines.append(("default", f"{own.sampler}, for requests that name no sampler"))
     if checkpoint.recommended is not None:
         own = checkpoint.recommended
         lines.append(("recommended", f"{own.sampler} in {own.steps} steps, guidance {own.guidance:g}"))
     lines += [("refused table", refused) for refused in checkpoint.refused_tables]
-    return Description(tuple(lines), checkpoint)
+    return Description(tuple(lines), checkpoint.net, own, checkpoint.size_px)
+
+
+def _settings(noise: NoiseConfig) -> Recommended:
+    """The default sampler, in a good number of steps."""
+    facts = SAMPLER_FACTS[noise.default_sampler]
+    return Recommended(noise.default_sampler, min(facts.good_steps, facts.max_steps(noise.num_train_timesteps)))
 
 
 def _of_foreign(file: Path, given: Given) -> Description:
@@ -74,10 +90,13 @@ def _of_foreign(file: Path, given: Given) -> Description:
     if missing:
         lines += [("missing", line) for line in MissingFacts("", missing).asked]
         lines.append(("then", f"tminus convert {file} FOLDER {' '.join(f'{flag(name)} …' for name in missing)}"))
-    else:
-        lines += noise_lines(converted.noise)
-        lines.append(("then", f"tminus convert {file} FOLDER, with the same flags"))
-    return Description(tuple(lines))
+        return Description(tuple(lines))
+    lines += noise_lines(converted.noise)
+    lines.append(("then", f"tminus convert {file} FOLDER, with the same flags"))
+    net = build(converted.unet)
+    net.load_state_dict(to_float32(file, converted.state))
+    assert size is not None
+    return Description(tuple(lines), net.requires_grad_(False).eval(), _settings(converted.noise), size)
 
 
 def images(unet: NetConfig, size_px: tuple[int, int] | None) -> str:
@@ -100,7 +119,8 @@ def _details(unet: UNetConfig, missing: tuple[str, ...]) -> Iterator[tuple[str, 
     levels = [f"{width}{'*' if attend else ''}" for width, attend in zip(unet.block_out_channels, attends, strict=True)]
     marked = " (* with attention)" if any(attends) else ""
     layers = f"{unet.layers_per_block} layer{'s' if unet.layers_per_block > 1 else ''} a level"
-    name = "U-Net" if "heads" in missing else unet.class_name
+    told = not {"heads", "rescale_timesteps"} & set(missing)
+    name = unet.class_name if told else "U-Net"
     yield "network", f"{name}: widths {', '.join(levels)}{marked}; {layers}"
     heads = "one head"
     if unet.num_heads or unet.attention_head_dim:

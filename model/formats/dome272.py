@@ -8,7 +8,6 @@ from torch import Tensor
 from tminus.model.formats.converted import Converted, numbered
 from tminus.model.formats.given import Given
 from tminus.model.networks.dome272 import Dome272Config
-from tminus.model.noise import NoiseConfig
 
 FORMAT = "dome272/Diffusion-Models-pytorch"
 
@@ -19,14 +18,14 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
-    """Read a state dict. Raises MissingFacts, and ValueError.
+    """Read a state dict. Raises MissingFacts, and FactsError.
 
     Its loop samples with the variance beta and does not clip x_0. Without a label the network adds nothing to the
     timestep: a null class whose embedding is zero.
     """
-    given.check(f"a file of {FORMAT}", ("image_size", "timesteps", "beta_schedule"))
+    of_noise = [name for name in given.needed_for_noise() if name not in ("prediction", "variance")]
+    given.check(f"a file of {FORMAT}", ["image_size", *of_noise], given.taken_for_noise())
     assert given.image_size is not None
-    assert given.timesteps is not None
     state = dict(state)
     classes = None
     if "label_emb.weight" in state:
@@ -43,11 +42,13 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
             len(state[f"bot{k}.double_conv.3.weight"]) for k in (1, 2, 3) if f"bot{k}.double_conv.3.weight" in state
         ),
     )
-    noise = NoiseConfig(
-        num_train_timesteps=given.timesteps,
-        beta_schedule=str(given.beta_schedule),
-        variance_type="fixed_large",
-        clip_sample=False,
-    )
+    noise = given.noise(clip=False)  # of eps, with the variance beta
     note = "x_0 is not clipped, as in its own loop; solvers of few steps may need clip=true"
-    return Converted(FORMAT, config, state, noise, numbered(classes, null_class=classes is not None), (note,))
+    return Converted(
+        FORMAT,
+        config,
+        state,
+        noise,
+        numbered(classes, null_class=classes is not None),
+        (*given.noise_notes(noise), note),
+    )

@@ -1,58 +1,44 @@
-"""What a file does not say and a person has to: the facts that `tminus convert` takes as flags."""
+"""What a file does not say and a person has given, held against what its format needs."""
 
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tminus.model.files import CheckpointError
-from tminus.model.noise import MAX_TIMESTEPS
+from tminus.model.formats.facts import FACTS, flag
+from tminus.model.noise import NoiseConfig
 
-FLAGS = {
-    "image_size": "the side of the images in pixels",
-    "timesteps": "T of the training",
-    "beta_schedule": "linear, scaled_linear, squaredcos_cap_v2 (OpenAI's cosine) or sigmoid",
-    "variance": "fixed_small or fixed_large",
-    "prediction": "epsilon, sample (x_0), v_prediction, or consistency for OpenAI's consistency_models",
-    "heads": "attention heads of each layer; or --head-width",
-    "head_width": "channels of an attention head; or --heads",
-    "attention_order": "legacy (heads before q, k, v) or new",
-    "rescale_timesteps": "yes or no: whether the network was given t * 1000 / T",
-}
-CHOICES = {
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
-    "variance": ("fixed_small", "fixed_large"),
-    "prediction": ("epsilon", "sample", "v_prediction", "consistency"),
-    "attention_order": ("legacy", "new"),
-    "rescale_timesteps": ("yes", "no"),
-}
-LARGEST = {"image_size": 4096, "timesteps": MAX_TIMESTEPS, "heads": 1024, "head_width": 4096}
-
-
-def flag(name: str) -> str:
-    """The flag of a fact."""
-    return f"--{name.replace('_', '-')}"
+HO_TIMESTEPS = 1000  # for which the linear schedule's betas were made; some projects scale them for other T
+HO_BETAS = (1e-4, 0.02)
+CLIPS = "x_0 is clipped to [-1, 1]"
 
 
 class MissingFacts(CheckpointError):
     """A file is recognised, but does not say all that is needed. `names`: of the facts to be given."""
 
     def __init__(self, what: str, names: Iterable[str]) -> None:
-        self.names = tuple(names)
+        self.what, self.names = what, tuple(names)
         super().__init__(f"{what} does not say all that is needed; give {'; '.join(self.asked)}")
 
     @property
     def asked(self) -> tuple[str, ...]:
         """The flags, each with what it says."""
-        return tuple(f"{flag(name)} ({FLAGS[name]})" for name in self.names)
+        return tuple(f"{flag(name)} ({FACTS[name].text})" for name in self.names)
+
+
+class FactsError(ValueError):
+    """A fact that was given is out of bounds, or says nothing about this format; the message names its flag."""
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Facts that a person gave, None where not. Raises ValueError for a value out of bounds, by its flag."""
+    """Facts that a person gave, None where not: those of FACTS. Raises FactsError for a value out of bounds."""
 
     image_size: int | None = None
     timesteps: int | None = None
     beta_schedule: str | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
     variance: str | None = None
     prediction: str | None = None
     heads: int | None = None
@@ -61,22 +47,57 @@ class Given:
     rescale_timesteps: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in (None, *choices):
-                raise ValueError(f"{flag(name)} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
-        for name, largest in LARGEST.items():
+        for name, fact in FACTS.items():
             value = getattr(self, name)
-            if value is not None and not 1 <= value <= largest:
-                raise ValueError(f"{flag(name)} must be 1..{largest}, got {value}")
+            if value is None:
+                continue
+            if fact.choices and value not in fact.choices:
+                raise FactsError(f"{flag(name)} must be {' or '.join(fact.choices)}, got {value!r}")
+            if fact.largest is not None and not (1 if fact.whole else 0) <= value <= fact.largest:
+                least = "1" if fact.whole else "0"
+                raise FactsError(f"{flag(name)} must be {least}..{fact.largest:g}, got {value}")
         if self.heads is not None and self.head_width is not None:
-            raise ValueError(f"--heads or --head-width, not both: got {self.heads} and {self.head_width}")
+            raise FactsError(f"--heads or --head-width, not both: got {self.heads} and {self.head_width}")
 
     def check(self, what: str, needed: Iterable[str], taken: Iterable[str] = ()) -> None:
-        """Raise MissingFacts for needed ones that were not given, ValueError for others that this format has not."""
+        """Raise MissingFacts for needed ones that were not given, FactsError for others that this format has not."""
         needed = tuple(needed)
         known = {*needed, *taken}
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
         if others := [name for name in given if name not in known]:
-            raise ValueError(f"{flag(others[0])} says nothing about {what}, which has it in the file or not at all")
+            raise FactsError(f"{flag(others[0])} says nothing about {what}, which has it in the file or not at all")
         if missing := [name for name in needed if name not in given]:
             raise MissingFacts(what, missing)
+
+    def needed_for_noise(self, *, learned: bool = False) -> list[str]:
+        """What is needed for the noise of a network whose file says nothing of it."""
+        needed = ["timesteps", "beta_schedule"]
+        if self.beta_schedule in ("scaled_linear", "sigmoid"):  # whose ends differ from project to project
+            needed += ["beta_start", "beta_end"]
+        return [*needed, "prediction", *([] if learned else ["variance"])]
+
+    def taken_for_noise(self) -> list[str]:
+        """What else may be given for it."""
+        return ["beta_start", "beta_end"] if self.beta_schedule == "linear" else []
+
+    def noise(self, *, learned: bool = False, scaled: bool = False, clip: bool = True) -> NoiseConfig:
+        """The noise, once nothing is missing. scaled: the linear schedule's betas are, by 1000 / T."""
+        assert self.timesteps is not None
+        if self.prediction == "consistency":
+            raise FactsError("--prediction consistency is for networks of OpenAI's consistency_models")
+        scale = HO_TIMESTEPS / self.timesteps if scaled and self.beta_schedule == "linear" else 1
+        return NoiseConfig(
+            num_train_timesteps=self.timesteps,
+            beta_schedule=str(self.beta_schedule),
+            beta_start=(self.beta_start or HO_BETAS[0]) * scale,
+            beta_end=(self.beta_end or HO_BETAS[1]) * scale,
+            prediction_type=self.prediction or "epsilon",
+            variance_type="learned_range" if learned else self.variance or "fixed_large",
+            clip_sample=clip,
+        )
+
+    def noise_notes(self, noise: NoiseConfig) -> tuple[str, ...]:
+        """What was taken without being asked, for people to check."""
+        betas = f"betas from {noise.beta_start:g} to {noise.beta_end:g}"
+        usual = self.beta_schedule == "linear" and (self.beta_start is None or self.beta_end is None)
+        return (*((betas,) if usual else ()), *((CLIPS,) if noise.clip_sample else ()))

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from tminus.model.files import CheckpointError
 from tminus.model.formats.converted import Converted, numbered
-from tminus.model.formats.given import Given
+from tminus.model.formats.given import CLIPS, HO_BETAS, HO_TIMESTEPS, FactsError, Given
 from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.model.noise import NoiseConfig, make_betas
 
 FORMAT = "lucidrains/denoising-diffusion-pytorch"
 NET = "model."  # before the names of the network, in the state dict of the diffusion
 EMA = "ema_model."  # before those of the diffusion, in the Trainer's average
-HO_TIMESTEPS = 1000
 OF_FLOAT32 = 1e-5  # relative: its tables are kept in float32
 NOTE = "the timestep's sines and cosines have theta 10000, and images were scaled to [-1, 1], as by default"
 
@@ -34,15 +33,17 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
-    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and ValueError."""
+    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and FactsError."""
     net = {key.removeprefix(NET): value for key, value in state.items() if key.startswith(NET)}
     _refuse_others(net)
     prediction = _prediction(state)
     needed = ["image_size"] + (["prediction"] if prediction is None else [])
     given.check(f"a file of {FORMAT}", needed)
     assert given.image_size is not None
+    if given.prediction == "consistency":
+        raise FactsError("--prediction consistency is for networks of OpenAI's consistency_models")
     channels, out = net["init_conv.weight"].shape[1], len(net["final_conv.weight"])
-    levels = 1 + max(int(key.split(".")[1]) for key in net if key.startswith("downs."))
+    levels = len({key.split(".")[1] for key in net if key.startswith("downs.")})
     linear = [f"downs.{level}.2.to_out.0.weight" in net for level in range(levels)]
     mem = [net[f"downs.{level}.2.mem_kv"].shape for level in range(levels)]  # of linear attention [2, heads, d, n]
     config = LucidrainsConfig(
@@ -63,7 +64,7 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
         prediction_type=str(prediction or given.prediction),
         variance_type="learned_range" if out == 2 * channels else "fixed_small",
     )
-    return Converted(FORMAT, config, net, noise, numbered(None), (NOTE,))
+    return Converted(FORMAT, config, net, noise, numbered(None), (NOTE, CLIPS))
 
 
 def _refuse_others(net: Mapping[str, Tensor]) -> None:
@@ -88,7 +89,7 @@ def _schedule(betas: Tensor) -> dict[str, Any]:
     """The name of a schedule where it has one; else its betas, which are kept in float32."""
     betas, scale = betas.double(), HO_TIMESTEPS / len(betas)
     named: tuple[dict[str, Any], ...] = (
-        {"beta_schedule": "linear", "beta_start": 1e-4 * scale, "beta_end": 0.02 * scale},
+        {"beta_schedule": "linear", "beta_start": HO_BETAS[0] * scale, "beta_end": HO_BETAS[1] * scale},
         {"beta_schedule": "squaredcos_cap_v2"},
     )
     for fields in named:

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from tminus.model.files import CheckpointError
 from tminus.model.formats.converted import Converted, numbered
-from tminus.model.formats.given import Given
+from tminus.model.formats.given import CLIPS, HO_TIMESTEPS, FactsError, Given
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet_config import UNetConfig
 
 FORMAT = "OpenAI's guided-diffusion or improved-diffusion"
 GROUPS = 32
-HO_TIMESTEPS = 1000  # for which the linear schedule's 1e-4 and 0.02 were made; for others they are scaled
 DEPTH = {"input_blocks": 3, "middle_block": 2, "output_blocks": 3}  # parts of a key that name the module
 TOP = {
     "time_embed.0": "time_embedding.linear_1",
@@ -50,7 +49,7 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
-    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and ValueError."""
+    """Read a state dict. Raises CheckpointError for a network of another kind, MissingFacts, and FactsError."""
     _refuse_others(state)
     modules = _modules(state)
     levels = _levels(modules)
@@ -63,17 +62,18 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
     heads = _heads(given, attending)
 
     consistency = given.prediction == "consistency"  # of consistency_models, whose noise levels are no betas
-    needed = ["image_size", "timesteps", *([] if consistency else ["beta_schedule"]), "prediction"]
-    needed += [] if learned or consistency else ["variance"]
+    needed = ["image_size", *(("timesteps", "prediction") if consistency else given.needed_for_noise(learned=learned))]
     needed += ["head_width" if given.head_width is not None else "heads"]
     needed += [] if heads and max(heads.values()) == 1 else ["attention_order"]  # one head is in order either way
-    needed += [] if consistency or given.timesteps in (None, HO_TIMESTEPS) else ["rescale_timesteps"]
-    given.check(f"a file of {FORMAT}", needed, taken=("attention_order", "rescale_timesteps"))
+    needed += [] if consistency or given.timesteps == HO_TIMESTEPS else ["rescale_timesteps"]
+    taken = ["attention_order"] if consistency else ["attention_order", "rescale_timesteps", *given.taken_for_noise()]
+    given.check(f"a file of {FORMAT}", needed, taken)
     assert given.timesteps is not None
 
     by_resnet = "in_layers.0.weight" in modules.get(f"input_blocks.{levels.layers + 1}.0", {})
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if by_resnet else ("DownBlock2D", "UpBlock2D")
     head_widths = {width // heads[width] for width in attending}
+    of_one_width = len(head_widths) == 1
     temb_width, proj_width = state["time_embed.0.weight"].shape
     unet = UNetConfig(
         sample_size=given.image_size,
@@ -88,37 +88,30 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
         layers_per_block=levels.layers,
         downsample_type="resnet" if by_resnet else "conv",
         upsample_type="resnet" if by_resnet else "conv",
-        attention_head_dim=head_widths.pop() if len(head_widths) == 1 else None,
-        num_heads=given.heads if head_widths else None,  # where no one width of a head says it
+        attention_head_dim=head_widths.pop() if of_one_width else None,  # None is one head
+        num_heads=None if of_one_width or given.heads == 1 else given.heads,
         norm_num_groups=GROUPS,
         attn_norm_num_groups=GROUPS,
         resnet_time_scale_shift="scale_shift" if _shifts(modules[f"{firsts[0]}.0"]) else "default",
         num_class_embeds=len(state["label_emb.weight"]) if "label_emb.weight" in state else None,
     )
-    noise = _noise(given, learned)
+    notes: tuple[str, ...]
+    if consistency:
+        noise = NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
+        notes = (f"sigma from {noise.sigma_min:g} to {noise.sigma_max:g}, sigma_data {noise.sigma_data:g}", CLIPS)
+    else:
+        noise = given.noise(learned=learned, scaled=True)
+        notes = given.noise_notes(noise)
+    if given.heads is not None and given.heads > 1:
+        notes = (*notes, "as many attention heads on the way up (no num_heads_upsample)")
     renamed = _renamed(state, modules, levels, heads, given.attention_order)
-    return Converted(FORMAT, unet, renamed, noise, numbered(unet.num_class_embeds))
-
-
-def _noise(given: Given, learned: bool) -> NoiseConfig:
-    assert given.timesteps is not None
-    if given.prediction == "consistency":
-        return NoiseConfig(given.timesteps, prediction_type="consistency", default_sampler="consistency")
-    scale = HO_TIMESTEPS / given.timesteps if given.beta_schedule == "linear" else 1
-    return NoiseConfig(
-        num_train_timesteps=given.timesteps,
-        beta_schedule=str(given.beta_schedule),
-        beta_start=1e-4 * scale,
-        beta_end=0.02 * scale,
-        prediction_type=str(given.prediction),
-        variance_type="learned_range" if learned else str(given.variance),
-    )
+    return Converted(FORMAT, unet, renamed, noise, numbered(unet.num_class_embeds), notes)
 
 
 def _refuse_others(state: Mapping[str, Tensor]) -> None:
     if any(".transformer_blocks." in key for key in state):
         raise CheckpointError("a network with cross-attention, as of text-to-image models, which is not served")
-    if "out.2.weight" not in state or not any(key.startswith("output_blocks.") for key in state):
+    if not any(key.startswith("output_blocks.") for key in state):
         raise CheckpointError(
             "a classifier of guided-diffusion, which denoises nothing; its diffusion model is another"
         )
@@ -137,12 +130,12 @@ def _modules(state: Mapping[str, Tensor]) -> Modules:
 
 def _levels(modules: Modules) -> _Levels:
     """Count the levels and their blocks. Raises CheckpointError where these do not repeat."""
-    numbers = {part: {int(path.split(".")[1]) for path in modules if path.startswith(part)} for part in DEPTH}
+    numbers = {part: {path.split(".")[1] for path in modules if path.startswith(part)} for part in DEPTH}
     outputs = numbers["output_blocks"]
-    ends = [block for block in sorted(outputs) if _upsampler(modules, block)]
+    ends = [block for block in range(len(outputs)) if _upsampler(modules, block)]
     per_level = ends[0] + 1 if ends else len(outputs)
     count = len(outputs) // per_level
-    every = set(range(count * per_level))
+    every = set(map(str, range(count * per_level)))
     wanted = list(range(per_level - 1, (count - 1) * per_level, per_level))
     if per_level < 2 or ends != wanted or outputs != every or numbers["input_blocks"] != every:
         raise CheckpointError(f"a network of {FORMAT} whose levels do not repeat, as without conv_resample: not served")
@@ -164,13 +157,13 @@ def _shifts(resnet: Mapping[str, Tensor]) -> bool:
 
 
 def _heads(given: Given, attending: list[int]) -> dict[int, int]:
-    """The number of heads by width; empty where a person has not said. Raises ValueError."""
+    """The number of heads by width; empty where a person has not said. Raises FactsError."""
     heads = {}
     for width in attending if given.heads is not None or given.head_width is not None else ():
         heads[width] = given.heads or width // (given.head_width or 1)
         if width % (given.head_width or heads[width]) or not heads[width]:
             name, value = ("--heads", given.heads) if given.heads else ("--head-width", given.head_width)
-            raise ValueError(f"{name} must divide the {width} channels of attention, got {value}")
+            raise FactsError(f"{name} must divide the {width} channels of attention, got {value}")
     return heads
 
 

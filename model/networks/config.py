@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from tminus.model.files import given_fields
 
 MAX_NUMBER = 2**31 - 1
+MAX_LIST = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +29,16 @@ class OtherConfig:
             raise ValueError(f"{self.class_name} config: {field} must be {bound}, got {getattr(self, field)!r:.100}")
 
     def require_numbers(self, *fields: str) -> None:
-        """Each of these fields must be a positive integer, or a tuple of such."""
+        """Each of these fields must be a positive integer."""
+        for field in fields:
+            self.require(_is_positive(getattr(self, field)), field, "a positive integer")
+
+    def require_lists(self, *fields: str) -> None:
+        """Each of these fields must be a list of positive integers."""
         for field in fields:
             value = getattr(self, field)
-            many = value if isinstance(value, tuple) else (value,)
-            ok = all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v <= MAX_NUMBER for v in many)
-            self.require(ok and len(many) > 0, field, "a positive integer, or several where it is a list")
+            ok = isinstance(value, tuple) and 1 <= len(value) <= MAX_LIST and all(map(_is_positive, value))
+            self.require(ok, field, f"a list of 1 to {MAX_LIST} positive integers")
 
     def __post_init__(self) -> None:
         self.require_numbers("sample_size", "in_channels", "out_channels")
@@ -63,3 +68,7 @@ class OtherConfig:
     def to_dict(self) -> dict[str, Any]:
         """See NetConfig."""
         return {"_class_name": self.class_name, **dataclasses.asdict(self)}
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MAX_NUMBER

@@ -28,9 +28,10 @@ class Dome272Config(OtherConfig):
 
     def __post_init__(self) -> None:
         OtherConfig.__post_init__(self)
-        self.require_numbers("time_dim", "middle")
+        self.require_numbers("time_dim")
+        self.require_lists("middle")
         self.require(self.time_dim % 2 == 0, "time_dim", "even")
-        fits = isinstance(self.middle, tuple) and len(self.middle) <= 3 and self.middle[-1] == WIDTHS[-1]
+        fits = len(self.middle) <= 3 and self.middle[-1] == WIDTHS[-1]
         self.require(fits, "middle", f"at most three widths, the last {WIDTHS[-1]}")
 
     @property

@@ -32,13 +32,14 @@ class LucidrainsConfig(OtherConfig):
 
     def __post_init__(self) -> None:
         OtherConfig.__post_init__(self)
-        self.require_numbers("dim", "init_dim", "level_widths", "attn_heads", "attn_dim_head", "num_mem_kv")
+        self.require_numbers("dim", "init_dim", "num_mem_kv")
+        self.require_lists("level_widths", "attn_heads", "attn_dim_head")
         self.require(self.num_class_embeds is None, "num_class_embeds", "null: it knows no classes")
         self.require(self.dim >= 4 and self.dim % 2 == 0, "dim", "even and 4 or more")
         for field in ("level_widths", "attn_heads", "attn_dim_head", "full_attn"):
             value = getattr(self, field)
-            levels = isinstance(self.level_widths, tuple) and isinstance(value, tuple)
-            self.require(levels and len(value) == len(self.level_widths) <= 16, field, "a list with one for each level")
+            fits = isinstance(value, tuple) and len(value) == len(self.level_widths)
+            self.require(fits, field, "a list with one for each level")
         self.require(
             all(isinstance(full, bool) for full in self.full_attn), "full_attn", "true or false for each level"
         )

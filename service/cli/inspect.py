@@ -10,7 +10,7 @@ from tminus.service.cli.facts import fact_options, given_facts
 from tminus.service.cli.output import fail, say
 
 if TYPE_CHECKING:
-    from tminus.model.checkpoint import Checkpoint
+    from tminus.model.formats.describe import Description
 
 MIB = 2**20
 TIMED_PASSES = 3
@@ -26,28 +26,29 @@ def inspect(path: Path, **options: Any) -> None:
 
     try:
         found = describe(path, given_facts(options))
-        lines = [*found.lines, *(_costs(found.checkpoint) if found.checkpoint is not None else ())]
+        lines = [*found.lines, *_costs(found)]
     except (CheckpointError, ValueError, OSError) as error:
         fail(str(error))
     for name, text in lines:
         say(f"{name:>14}  {text}")
 
 
-def _costs(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
-    """Memory and time of one image, by running the network as it is, on the CPU in float32."""
+def _costs(found: "Description") -> list[tuple[str, str]]:
+    """Memory and time of one image, by running the network as it is, on the CPU in float32; nothing without one."""
     import torch
 
+    from tminus.model.catalogue import SAMPLER_FACTS
     from tminus.service.engine.memory import available_bytes
 
-    net, device = checkpoint.net, torch.device("cpu")
+    net, own = found.net, found.settings
+    if net is None or own is None:
+        return []
     weights = sum(4 * value.numel() for value in net.parameters())
-    row = net.config.pass_bytes(checkpoint.size_px)
+    row, free = net.config.pass_bytes(found.size_px), available_bytes(torch.device("cpu"))
     lines = [("memory", f"{weights / MIB:.0f} MiB of weights, about {row / MIB:.0f} MiB for a row in a forward pass")]
-    free = available_bytes(device)
     if free is not None and row > free:
         return [*lines, ("time", f"not measured: {free / MIB:.0f} MiB are free")]
-    x = torch.zeros(1, net.config.in_channels, *checkpoint.size_px)
-    t = torch.zeros(1)
+    x, t = torch.zeros(1, net.config.in_channels, *found.size_px), torch.zeros(1)
     labels = torch.zeros(1, dtype=torch.long) if net.class_embedding is not None else None
     seconds = []
     with torch.inference_mode():
@@ -56,9 +57,7 @@ def _costs(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
             net(x, t, labels)
             seconds.append(time.perf_counter() - started)
     a_pass = min(seconds[1:])
-    own = checkpoint.recommended
-    sampler, steps = (own.sampler, own.steps) if own is not None else ("dpmpp_2m", 20)
-    if sampler not in checkpoint.samplers:  # of a student, which has its own alone
-        sampler, steps = checkpoint.samplers[0], checkpoint.tables[0].steps
-    an_image = f"{a_pass * steps:.2g} s an image of {steps} steps of {sampler}, unguided"
-    return [*lines, ("time", f"{1e3 * a_pass:.3g} ms a pass of one row, {an_image} (PyTorch, float32, this CPU)")]
+    passes = SAMPLER_FACTS[own.sampler].num_passes(own.steps) * (2 if own.guidance != 1 else 1)
+    an_image = f"{a_pass * passes:.2g} s an image of {own.steps} steps of {own.sampler}, guidance {own.guidance:g}"
+    here = f"PyTorch, float32, this CPU; {passes} passes"
+    return [*lines, ("time", f"{1e3 * a_pass:.3g} ms a pass of one row, {an_image} ({here})")]

@@ -386,6 +386,8 @@ def test_config_of_another_dpm_solver_is_refused_by_field_and_value(field: str, 
         ("unipc", {"disable_corrector": [0]}),
         ("unipc", {"solver_type": "bh1"}),
         ("deis", {"solver_order": 3}),
+        ("deis", {"lower_order_final": False}),
+        ("unipc", {"lower_order_final": False}),
         ("plms", {"skip_prk_steps": False}),
         ("plms", {}),  # whose class begins with Runge-Kutta steps
         ("euler", {"final_sigmas_type": "sigma_min"}),
@@ -436,6 +438,9 @@ def test_a_field_that_would_change_images_is_refused_and_one_that_is_off_is_logg
         NoiseConfig.from_dict({"solver_order": 2})
     with caplog.at_level(logging.INFO):
         assert NoiseConfig.from_dict({"use_sde": False, "sample_max_value": 1.0}) == NoiseConfig()
+    for config in ({"use_sde": 0}, {"flow_shift": 7.0}, {"euler_at_final": True}):
+        with pytest.raises(ValueError, match="is not something DDPMScheduler is known to have"):
+            NoiseConfig.from_dict(config)
     assert "use_sde=False changes nothing" in caplog.text
 
 

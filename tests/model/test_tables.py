@@ -220,3 +220,13 @@ def test_a_students_table_puts_noise_back() -> None:
     x, out, z = torch.randn(3, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind(0)
     got = denoise(x, out, torch.zeros_like(x), z, plan.lines[:1].expand(2, -1))
     torch.testing.assert_close(got.x, abar.sqrt() * out.clamp(-1, 1) + (1 - abar).sqrt() * z)
+
+
+def test_table_of_a_schedule_with_its_own_betas_is_read(tmp_path: Path) -> None:
+    noise = NoiseConfig(num_train_timesteps=1000, trained_betas=tuple(0.001 + k * 1e-5 for k in range(1000)))
+    table = Table("tuned", 1, 1.0, (999.0,), ((0.0, 1.0, 0.0, 0.0, 0.0),))
+    write_table(tmp_path, table, HASH, noise.to_dict())
+    tables, refused = read_tables(
+        tmp_path, HASH, noise.to_dict(), num_timesteps=1000, null_class=False, fractional=True
+    )
+    assert (tables, refused) == ((table,), ())

@@ -45,7 +45,7 @@ def test_what_is_missing_is_asked_for_and_told(theirs: UNet2DModel, tmp_path: Pa
     theirs.save_pretrained(tmp_path)
     with pytest.raises(MissingFacts) as missing:
         read_foreign(tmp_path, Given())
-    assert missing.value.names == ("timesteps", "beta_schedule", "prediction", "image_size", "variance")
+    assert missing.value.names == ("timesteps", "beta_schedule", "prediction", "variance", "image_size")
     lines = describe(tmp_path, Given(image_size=8)).lines
     assert [text.split()[0] for name, text in lines if name == "missing"] == [
         *("--timesteps", "--beta-schedule", "--prediction", "--variance"),
@@ -64,4 +64,11 @@ def test_network_that_is_not_served_is_refused_by_name(theirs: UNet2DModel, tmp_
     theirs.register_to_config(class_embed_type="timestep")
     theirs.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="class_embed_type must be null"):
+        read_foreign(tmp_path, FIXED)
+
+
+def test_network_of_another_pipeline_is_refused_by_that(theirs: UNet2DModel, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path / "unet")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
+    with pytest.raises(CheckpointError, match="'LDMPipeline' is not served"):
         read_foreign(tmp_path, FIXED)

@@ -65,5 +65,5 @@ def test_file_of_another_network_is_refused_by_what_it_is(tmp_path: Path) -> Non
     wide = {key.replace("nin_shortcut", "conv_shortcut"): value for key, value in state.items()}
     assert "conv_shortcut (3x3)" in refusal(wide)
     assert "ch_mult that does not begin with 1" in refusal({**state, "conv_in.weight": torch.ones(64, 3, 3, 3)})
-    assert "which the config's network has not" in refusal({**state, "extra.weight": torch.ones(2)})
+    assert "which that has not" in refusal({**state, "extra.weight": torch.ones(2)})
     assert "looks like the PyTorch port" in refusal({k: v for k, v in state.items() if k != "conv_out.weight"})

@@ -10,6 +10,7 @@ from tminus.model.files import CheckpointError
 from tminus.model.formats.describe import describe
 from tminus.model.formats.given import Given
 from tminus.model.formats.read import convert
+from tminus.model.recommended import Recommended
 from tminus.service.engine.options import BUNDLED
 
 CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
@@ -27,7 +28,10 @@ def test_folder_is_told_with_all_that_is_known() -> None:
     assert lines["classes"].endswith("; null class 10")
     assert lines["noise"] == "T = 1000, linear 0.0001 to 0.02"
     assert lines["predicts"] == "epsilon; variance fixed_small; x_0 is clipped to ±1"
-    assert found.checkpoint is not None
+    assert found.net is not None
+    assert found.settings is not None
+    assert f"{found.settings.sampler} in {found.settings.steps} steps" in lines["recommended"]
+    assert lines["default"] == "ddpm, for requests that name no sampler"
     with pytest.raises(ValueError, match="--heads says nothing about a checkpoint folder"):
         describe(BUNDLED, Given(heads=2))
 
@@ -42,6 +46,7 @@ def test_file_is_told_without_what_is_missing_and_with_the_flags_for_it(tmp_path
     missing = [text.split()[0] for name, text in lines if name == "missing"]
     assert missing == [
         *("--timesteps", "--beta-schedule", "--prediction", "--variance", "--heads", "--attention-order"),
+        "--rescale-timesteps",
     ]
     assert lines[-1][1].startswith(f"tminus convert {file} FOLDER --timesteps … ")
     assert not [text for name, text in lines if name in ("noise", "predicts")]
@@ -49,7 +54,11 @@ def test_file_is_told_without_what_is_missing_and_with_the_flags_for_it(tmp_path
 
 def test_file_of_which_all_is_known_is_told_whole(tmp_path: Path) -> None:
     file = save(randomised(Ho()), tmp_path / "model.ckpt")
-    lines = dict(describe(file, CIFAR).lines)
+    found = describe(file, CIFAR)
+    lines = dict(found.lines)
+    assert found.net is not None
+    assert found.size_px == (16, 16)
+    assert found.settings == Recommended("ddpm", 100)
     assert lines["network"] == "UNet2DModel: widths 32, 64* (* with attention); 2 layers a level"
     assert lines["details"].endswith("convolutions, one head")
     assert lines["predicts"] == "epsilon; variance fixed_large; x_0 is clipped to ±1"
@@ -73,3 +82,10 @@ def test_what_is_no_checkpoint_is_refused_as_everywhere(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="of no format that is known"):
         describe(tmp_path / "a.pt", Given())
+
+
+def test_long_chain_is_told_what_it_lacks_too(tmp_path: Path) -> None:
+    file = save(randomised(Guided(heads=4)), tmp_path / "ema.pt")
+    lines = describe(file, Given(timesteps=4000, heads=4)).lines
+    assert ("missing", "--rescale-timesteps (yes or no: whether the network was given t * 1000 / T)") in lines
+    assert ("network", "U-Net: widths 32, 64* (* with attention); 2 layers a level") in lines

@@ -58,7 +58,7 @@ def test_a_step_of_the_chain_is_its_own_with_the_variance_beta_and_no_clip(tmp_p
         mean = (x - (1 - alpha[t]) / (1 - alpha_hat[t]).sqrt() * eps) / alpha[t].sqrt()
         ours = denoise(x, eps, torch.zeros_like(x), z, plan.lines[k : k + 1].expand(2, -1)).x
         torch.testing.assert_close(ours, mean + beta[t].sqrt() * z, rtol=1e-9, atol=1e-9)
-    assert "x_0 is not clipped" in converted.notes[0]
+    assert "x_0 is not clipped" in converted.notes[1]
 
 
 def test_what_the_file_does_not_say_is_asked_for(tmp_path: Path) -> None:

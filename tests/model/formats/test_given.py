@@ -2,7 +2,9 @@ from typing import Any
 
 import pytest
 
-from tminus.model.formats.given import CHOICES, FLAGS, LARGEST, Given
+from tminus.model.formats.facts import FACTS
+from tminus.model.formats.given import Given
+from tminus.model.noise import BETA_SCHEDULES, MAX_TIMESTEPS
 
 
 @pytest.mark.parametrize(
@@ -13,6 +15,7 @@ from tminus.model.formats.given import CHOICES, FLAGS, LARGEST, Given
         ({"rescale_timesteps": "true"}, "--rescale-timesteps must be yes or no, got 'true'"),
         ({"image_size": 0}, r"--image-size must be 1\.\.4096, got 0"),
         ({"timesteps": 10**9}, r"--timesteps must be 1\.\.100000, got 1000000000"),
+        ({"beta_start": -0.1}, r"--beta-start must be 0\.\.1, got -0.1"),
         ({"heads": 4, "head_width": 64}, "--heads or --head-width, not both: got 4 and 64"),
     ],
 )
@@ -22,4 +25,22 @@ def test_value_out_of_bounds_is_refused_by_its_flag(facts: dict[str, Any], messa
 
 
 def test_each_fact_has_words_and_bounds() -> None:
-    assert set(FLAGS) == set(Given.__dataclass_fields__) == set(CHOICES) | set(LARGEST)
+    assert list(FACTS) == list(Given.__dataclass_fields__)
+    assert all(fact.text and (fact.choices or fact.largest) for fact in FACTS.values())
+    assert FACTS["beta_schedule"].choices == BETA_SCHEDULES
+    assert FACTS["timesteps"].largest == MAX_TIMESTEPS
+
+
+def test_ends_of_a_schedule_are_asked_for_where_projects_differ_and_told_where_they_are_taken() -> None:
+    facts = {"timesteps": 1000, "prediction": "epsilon", "variance": "fixed_small"}
+    for schedule in ("scaled_linear", "sigmoid"):
+        assert {"beta_start", "beta_end"} <= set(Given(beta_schedule=schedule).needed_for_noise())
+    own = Given(**facts, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)  # type: ignore[arg-type]
+    assert (own.noise().beta_start, own.noise().beta_end) == (0.00085, 0.012)
+    assert own.noise_notes(own.noise()) == ("x_0 is clipped to [-1, 1]",)
+    usual = Given(**facts, beta_schedule="linear")  # type: ignore[arg-type]
+    assert usual.noise_notes(usual.noise()) == ("betas from 0.0001 to 0.02", "x_0 is clipped to [-1, 1]")
+    assert (
+        usual.noise(scaled=True).beta_end,
+        Given(timesteps=4000, beta_schedule="linear").noise(scaled=True).beta_end,
+    ) == (0.02, 0.005)

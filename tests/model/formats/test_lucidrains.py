@@ -143,6 +143,7 @@ def test_what_the_file_cannot_say_is_told_as_taken(tmp_path: Path) -> None:
     notes = read_foreign(saved(diffusion_of(NETS["one level"]), tmp_path / "diffusion.pt"), SIZE).notes
     assert notes == (
         "the timestep's sines and cosines have theta 10000, and images were scaled to [-1, 1], as by default",
+        "x_0 is clipped to [-1, 1]",
     )
 
 
@@ -160,4 +161,4 @@ def test_network_of_another_kind_is_refused_by_what_it_is(tmp_path: Path) -> Non
     early = {key: value for key, value in state.items() if not key.endswith("mem_kv")}
     assert "without mem_kv" in refusal(early)
     assert "looks like lucidrains" in refusal({k: v for k, v in state.items() if not k.endswith("downs.0.3.weight")})
-    assert "which the config's network has not" in refusal({**state, "model.extra": torch.ones(1)})
+    assert "which that has not" in refusal({**state, "model.extra": torch.ones(1)})

@@ -42,6 +42,7 @@ NETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         FIXED | {"heads": 4, "attention_order": "legacy"},
     ),
     "one head": ({"heads": 1, "attends": ()}, FIXED | {"heads": 1}),
+    "one head at two widths": ({"mult": (1, 2), "heads": 1, "attends": (0, 1)}, FIXED | {"heads": 1}),
     "one level": (
         {"mult": (1,), "attends": (0,), "heads": 2},
         FIXED | {"heads": 2, "attention_order": "legacy"},
@@ -119,13 +120,19 @@ def test_all_that_the_file_does_not_say_is_asked_for_at_once(tmp_path: Path) -> 
         read_foreign(file, Given())
     assert missing.value.names == (
         *("image_size", "timesteps", "beta_schedule", "prediction", "variance", "heads", "attention_order"),
+        "rescale_timesteps",
     )
     assert "--attention-order (legacy (heads before q, k, v) or new)" in str(missing.value)
     with pytest.raises(MissingFacts, match="--rescale-timesteps"):
         read_foreign(file, Given(**FIXED | {"heads": 4, "attention_order": "new", "timesteps": 4000}))
     with pytest.raises(MissingFacts) as missing:
         read_foreign(save(net_of(heads=1, out_channels=6), tmp_path / "learned.pt"), Given(heads=1))
-    assert missing.value.names == ("image_size", "timesteps", "beta_schedule", "prediction")
+    assert missing.value.names == ("image_size", "timesteps", "beta_schedule", "prediction", "rescale_timesteps")
+    with pytest.raises(MissingFacts) as missing:
+        read_foreign(tmp_path / "learned.pt", Given(heads=1, prediction="consistency"))
+    assert missing.value.names == ("image_size", "timesteps")
+    with pytest.raises(ValueError, match="--rescale-timesteps says nothing about"):
+        read_foreign(tmp_path / "learned.pt", Given(heads=1, prediction="consistency", rescale_timesteps="yes"))
 
 
 @pytest.mark.parametrize(
@@ -177,3 +184,19 @@ def test_file_of_another_network_is_refused_by_what_it_is(tmp_path: Path) -> Non
     assert "wrong shape of conv_out.bias" in refusal(cut)
     superres = {**state, "input_blocks.0.0.weight": torch.ones(32, 6, 3, 3)}
     assert "only 1 or 3 channels in" in refusal(superres)
+
+
+def test_one_head_at_two_widths_is_a_network_of_diffusers(tmp_path: Path) -> None:
+    settings, facts = NETS["one head at two widths"]
+    converted = read_foreign(save(net_of(**settings), tmp_path / "ema.pt"), Given(**facts))
+    assert converted.unet.class_name == "UNet2DModel"
+
+
+def test_what_is_taken_without_being_asked_is_told(tmp_path: Path) -> None:
+    file = save(net_of(heads=4), tmp_path / "ema.pt")
+    notes = read_foreign(file, Given(**FIXED, heads=4, attention_order="legacy")).notes
+    assert notes == (
+        "betas from 0.0001 to 0.02",
+        "x_0 is clipped to [-1, 1]",
+        "as many attention heads on the way up (no num_heads_upsample)",
+    )

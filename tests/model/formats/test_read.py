@@ -1,3 +1,5 @@
+import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -6,11 +8,16 @@ import torch
 from safetensors.torch import save_file
 
 from tests.model.formats.conftest import randomised
+from tests.model.formats.dome import Dome
+from tests.model.formats.guided import Guided
 from tests.model.formats.ho import Ho
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.given import Given
+from tminus.model.formats.given import FactsError, Given
 from tminus.model.formats.read import convert, read_foreign
+
+with warnings.catch_warnings(action="ignore"):
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
 CIFAR = Given(image_size=16, timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
 
@@ -96,3 +103,66 @@ def test_folder_that_holds_something_is_left_as_it_is(state: dict[str, Any], tmp
     with pytest.raises(CheckpointError, match="exists already"):
         convert(tmp_path / "plain.pt", tmp_path / "out", CIFAR)
     assert (tmp_path / "out" / "note").read_text() == "mine"
+
+
+FILES: dict[str, Any] = {
+    "openai": lambda: Guided(heads=1, blocks=1).state_dict(),
+    "ddpm": lambda: Ho(blocks=1).state_dict(),
+    "dome272": lambda: Dome(classes=3).state_dict(),
+    "lucidrains": lambda: GaussianDiffusion(Unet(dim=8, dim_mults=(1, 2)), image_size=16, timesteps=10).state_dict(),
+}
+NOISE = {"timesteps": 1000, "beta_schedule": "linear", "prediction": "epsilon", "variance": "fixed_small"}
+ALL: dict[str, Any] = {
+    "openai": {
+        "heads": 1,
+        "timesteps": 1000,
+        "beta_schedule": "linear",
+        "prediction": "epsilon",
+        "variance": "fixed_small",
+    },
+    "ddpm": {"timesteps": 1000, "beta_schedule": "linear", "prediction": "epsilon", "variance": "fixed_small"},
+    "dome272": {"timesteps": 1000, "beta_schedule": "linear"},
+    "lucidrains": {},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_damage_to_a_file_is_one_clear_line_that_names_it(name: str, tmp_path: Path) -> None:
+    whole, rng, file = FILES[name](), random.Random(0), tmp_path / "damaged.pt"
+    given = Given(image_size=16, **ALL[name])
+    keys = sorted(whole)
+
+    def damaged() -> dict[str, Any]:
+        state, key = dict(whole), rng.choice(keys)
+        value = state.pop(key)
+        kind = rng.choice(["gone", "number", "flat", "deeper", "longer", "other name", "huge number", "no number"])
+        if kind in ("number", "flat", "deeper", "longer"):
+            state[key] = {
+                "number": torch.ones(()),
+                "flat": value.flatten(),
+                "deeper": value[None, None],
+                "longer": torch.cat([value, value]) if value.ndim else value,
+            }[kind]
+        elif kind != "gone":
+            parts = key.split(".")
+            at = rng.randrange(len(parts))
+            parts[at] = {"other name": "x", "huge number": "99999999999", "no number": "1x"}[kind]
+            state[".".join(parts)] = value
+        return state
+
+    for _ in range(60):
+        torch.save(damaged(), file)
+        try:
+            read_foreign(file, given)  # some damage leaves a network that could be
+        except FactsError as error:  # what is damaged may have said something that was given too
+            assert str(error).startswith("--")
+        except CheckpointError as error:
+            assert str(error).startswith(f"{file}: ")
+            assert "\n" not in str(error)
+
+
+def test_schedule_that_runs_out_of_signal_is_told_by_the_end_that_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "ema.pt"
+    torch.save(Guided(heads=1, blocks=1).state_dict(), file)
+    with pytest.raises(CheckpointError, match="beta_end must be below 1, got 1"):
+        read_foreign(file, Given(image_size=16, **ALL["openai"] | {"timesteps": 20, "rescale_timesteps": "no"}))

@@ -22,6 +22,8 @@ def test_converted_file_is_sampled_like_any_checkpoint(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.splitlines() == [
         f"{tmp_path / 'out'}: written from the PyTorch port of Ho et al.'s DDPM",
+        "taken: betas from 0.0001 to 0.02",
+        "taken: x_0 is clipped to [-1, 1]",
         f"Try: tminus serve --checkpoint {tmp_path / 'out'}",
     ]
     made = run(

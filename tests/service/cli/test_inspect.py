@@ -5,6 +5,11 @@ import pytest
 
 from tests.model.formats.conftest import randomised, save
 from tests.model.formats.ho import Ho
+from tests.tiny import TINY
+from tminus.model.formats.describe import Description
+from tminus.model.networks.registry import build
+from tminus.model.recommended import Recommended
+from tminus.service.cli.inspect import _costs
 from tminus.service.cli.main import main
 from tminus.service.engine.options import BUNDLED
 
@@ -20,7 +25,14 @@ def test_folder_is_told_with_what_it_costs_here() -> None:
     assert lines["parameters"] == "2.59 M"
     assert lines["memory"].startswith("10 MiB of weights, about ")
     assert " ms a pass of one row, " in lines["time"]
-    assert f"of {lines['recommended'].split()[2]} steps of {lines['recommended'].split()[0]}, unguided" in lines["time"]
+    assert f"of {lines['recommended'].split()[2]} steps of {lines['recommended'].split()[0]}, guidance" in lines["time"]
+
+
+def test_passes_and_not_steps_are_counted() -> None:
+    settings = Recommended("heun", 20, 2.0)
+    description = Description((), build(TINY).eval(), settings, (8, 8))
+    assert "78 passes" in dict(_costs(description))["time"]
+    assert not _costs(Description(()))
 
 
 def test_time_is_not_measured_where_no_row_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +44,7 @@ def test_file_is_told_with_what_is_missing(tmp_path: Path) -> None:
     file = save(randomised(Ho()), tmp_path / "model.ckpt")
     result = inspect(file)
     assert result.exit_code == 0, result.output
-    assert "missing  --variance (fixed_small or fixed_large)" in result.output
+    assert "missing  --variance (fixed_small or fixed_large, of ancestral sampling)" in result.output
     assert " a pass of one row" not in result.output
 
 

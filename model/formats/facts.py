@@ -1,0 +1,47 @@
+"""The facts about a checkpoint that its file may not say, as flags of `tminus convert`. No torch: --help reads them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One flag: its type and bounds, and what it says, for people."""
+
+    text: str
+    choices: tuple[str, ...] = ()
+    largest: float | None = None  # of a number, whose least is 1, or above 0 if it is no whole one
+    whole: bool = True
+
+    @property
+    def type(self) -> type:
+        """Of the flag's value."""
+        if self.choices:
+            return str
+        return int if self.whole else float
+
+
+FACTS: Mapping[str, Fact] = {
+    "image_size": Fact("the side of the images in pixels", largest=4096),
+    "timesteps": Fact("T of the training", largest=100_000),
+    "beta_schedule": Fact(
+        "linear, scaled_linear, squaredcos_cap_v2 (OpenAI's cosine) or sigmoid",
+        ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"),
+    ),
+    "beta_start": Fact("the first beta; 0.0001 for linear", largest=1, whole=False),
+    "beta_end": Fact("the last beta; 0.02 for linear", largest=1, whole=False),
+    "variance": Fact("fixed_small or fixed_large, of ancestral sampling", ("fixed_small", "fixed_large")),
+    "prediction": Fact(
+        "epsilon, sample (x_0), v_prediction, or consistency for OpenAI's consistency_models",
+        ("epsilon", "sample", "v_prediction", "consistency"),
+    ),
+    "heads": Fact("attention heads of each layer; or --head-width", largest=1024),
+    "head_width": Fact("channels of an attention head; or --heads", largest=4096),
+    "attention_order": Fact("legacy (heads before q, k, v) or new", ("legacy", "new")),
+    "rescale_timesteps": Fact("yes or no: whether the network was given t * 1000 / T", ("yes", "no")),
+}
+
+
+def flag(name: str) -> str:
+    """The flag of a fact."""
+    return f"--{name.replace('_', '-')}"
