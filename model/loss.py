@@ -16,6 +16,7 @@ from tminus.model.samplers import x0_coefficients
 HALF_BIN = 1 / 255  # pixel values lie 2/255 apart on [-1, 1]
 EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin reaches to infinity
 MIN_PROBABILITY = 1e-12
+MAX_WEIGHT = 200.0
 _PICK = 1  # philox's last counter word where timesteps are drawn; row_noise has 0 there, so the two never coincide
 
 
@@ -33,6 +34,22 @@ def training_target(schedule: NoiseSchedule, prediction_type: str, x_0: Tensor, 
 def l_simple(out: Tensor, target: Tensor) -> Tensor:
     """L_simple, the unweighted squared error of the prediction (Ho et al. 2020, eq. 14), in float32."""
     return F.mse_loss(out.to(torch.float32), target)
+
+
+def velocity_weights(schedule: NoiseSchedule, prediction_type: str) -> Tensor:
+    """Weights by which an error of the prediction counts as one of v does, float64 [T], at most MAX_WEIGHT.
+
+    (Salimans & Ho 2022, sec. 4: SNR + 1 weighting.) An error of eps is 1 / alpha_bar times as large in v: near t = T,
+    where L_simple has next to nothing to gain, that is where brightness and shape are decided.
+    """
+    alpha_bar = schedule.alpha_bar
+    of_error = {"epsilon": alpha_bar, "sample": 1 - alpha_bar, "v_prediction": torch.ones_like(alpha_bar)}
+    return (1 / of_error[prediction_type]).clamp(max=MAX_WEIGHT)
+
+
+def l_weighted(out: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """The squared error of the prediction, each row by its weight: out, target [B, C, H, W], weights [B]."""
+    return (weights * (out.to(torch.float32) - target).square().flatten(1).mean(1)).mean()
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,10 +130,11 @@ class RunState:
             if config.precision == "auto":
                 config = config.with_precision(was["precision"])
             now = {**dataclasses.asdict(config), **identity}
+            usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that it did not have
             for field in sorted(now.keys() - FREE_TO_CHANGE):
-                if was.get(field) != now[field]:
+                if was.get(field, usual.get(field)) != now[field]:
                     raise TrainError(
-                        f"{folder}: this run was begun with {field}={was.get(field)!r}, got {now[field]!r}"
+                        f"{folder}: this run was begun with {field}={was.get(field, usual.get(field))!r}, got {now[field]!r}"
                     )
             self.net.load_state_dict(state["net"])
             self.ema.load(state["ema"])

@@ -19,7 +19,7 @@ from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
-from tminus.model.loss import l_simple, training_target
+from tminus.model.loss import l_simple, l_weighted, training_target, velocity_weights
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
 from tminus.model.run import (
@@ -45,6 +45,11 @@ class TrainConfig(RunConfig):
     """The settings of a run of `train`."""
 
     flip: bool = False
+    weighting: str = "simple"  # L_simple, or velocity: errors count as those of v do, see loss.velocity_weights
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        self.require(self.weighting in ("simple", "velocity"), "weighting", "simple or velocity")
 
 
 def train(
@@ -89,6 +94,10 @@ def train(
     if begun:
         config = run.resume(folder, "train", config, identity)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+
+    weights = None
+    if config.weighting == "velocity":
+        weights = velocity_weights(noise.schedule(), noise.prediction_type).to(device, torch.float32)
 
     # The data, and the null class that replaces dropped labels.
     schedule = NoiseSchedule(noise.schedule().betas.to(device))  # on the device, so that no step waits for the host
@@ -136,7 +145,8 @@ def train(
             # One descent step on L_simple.
             with autocast:
                 out = forward(schedule.q_sample(x_0, t, eps), t, classes)
-            loss = l_simple(out, training_target(schedule, noise.prediction_type, x_0, t, eps))
+            target = training_target(schedule, noise.prediction_type, x_0, t, eps)
+            loss = l_simple(out, target) if weights is None else l_weighted(out, target, weights[t])
             grad_norm = run.descend(loss, config)
 
             # Progress, saves and sheets.

@@ -31,6 +31,11 @@ SHEET_STEPS = 50
 @click.option("--decay-fraction", default=0.2, help="last part of the run, over which the rate falls to zero")
 @click.option("--ema-decay", default=0.999)
 @click.option("--class-dropout", default=0.1, help="how often a label becomes the null class, for guidance")
+@click.option(
+    "--weighting",
+    default="simple",
+    help="of the loss over t: simple, or velocity, where errors near t = T count more (for a network of eps)",
+)
 @click.option("--flip", is_flag=True, help="mirror half of the images")
 @click.option("--grad-clip", default=1.0)
 @click.option("--seed", default=0)
