@@ -132,10 +132,9 @@ class RunState:
             now = {**dataclasses.asdict(config), **identity}
             usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that it did not have
             for field in sorted(now.keys() - FREE_TO_CHANGE):
-                if was.get(field, usual.get(field)) != now[field]:
-                    raise TrainError(
-                        f"{folder}: this run was begun with {field}={was.get(field, usual.get(field))!r}, got {now[field]!r}"
-                    )
+                begun = was.get(field, usual.get(field))
+                if begun != now[field]:
+                    raise TrainError(f"{folder}: this run was begun with {field}={begun!r}, got {now[field]!r}")
             self.net.load_state_dict(state["net"])
             self.ema.load(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])

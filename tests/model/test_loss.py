@@ -11,15 +11,18 @@ from torch.distributions import Normal, kl_divergence
 from tests.tiny import TINY, randomize
 from tminus.model.guidance import Forward
 from tminus.model.loss import (
+    MAX_WEIGHT,
     discretized_log_likelihood,
     gaussian_kl,
     l_simple,
+    l_weighted,
     model_variance,
     prior_kl,
     training_target,
     variational_bound,
+    velocity_weights,
 )
-from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.noise import NoiseConfig, NoiseSchedule, gather
 from tminus.model.rng import image_noise
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
@@ -43,6 +46,33 @@ def test_l_simple_is_the_mean_squared_error() -> None:
     out, target = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
     expected = np.mean((out.numpy().astype(np.float64) - target.numpy().astype(np.float64)) ** 2)
     assert l_simple(out, target).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_weighted_error_of_any_prediction_is_that_of_v(prediction_type: str) -> None:
+    schedule = NoiseConfig().schedule()
+    x_0, eps, wrong = torch.randn(3, 64, 1, 4, 4, dtype=torch.float64)
+    t = torch.arange(200, 584, 6)  # where no weight is at its bound
+    x_t = schedule.q_sample(x_0, t, eps)
+    signal, noise = (gather(table.sqrt(), t, x_0) for table in (schedule.alpha_bar, 1 - schedule.alpha_bar))
+    guess = x_0 + wrong
+    out = {
+        "epsilon": (x_t - signal * guess) / noise,
+        "sample": guess,
+        "v_prediction": (signal * x_t - guess) / noise,
+    }[prediction_type]
+    target = training_target(schedule, prediction_type, x_0, t, eps)
+    weights = velocity_weights(schedule, prediction_type)
+    v_error = ((signal * x_t - guess) / noise - schedule.velocity(x_0, t, eps)).square().mean()
+    assert weights[t].max() < MAX_WEIGHT
+    assert l_weighted(out.float(), target.float(), weights[t].float()).item() == pytest.approx(v_error.item(), rel=1e-4)
+
+
+def test_weights_are_bounded_and_grow_towards_noise_for_a_network_of_eps() -> None:
+    weights = velocity_weights(NoiseConfig().schedule(), "epsilon")
+    assert weights[0].item() == pytest.approx(1, rel=1e-3)
+    assert weights[-1].item() == MAX_WEIGHT
+    assert (weights.diff() >= 0).all()
 
 
 def test_l_simple_of_a_bfloat16_output_is_taken_in_float32() -> None:

@@ -225,7 +225,15 @@ def test_finished_run_goes_on_when_given_more_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("seed", 6), ("batch_size", 2), ("ema_decay", 0.5), ("class_dropout", 0.2), ("flip", False)]
+    ("field", "value"),
+    [
+        ("seed", 6),
+        ("batch_size", 2),
+        ("ema_decay", 0.5),
+        ("class_dropout", 0.2),
+        ("flip", False),
+        ("weighting", "velocity"),
+    ],
 )
 def test_resuming_with_another_config_is_refused(tmp_path: Path, field: str, value: Any) -> None:
     run(tmp_path, dataclasses.replace(RUN, steps=2))
@@ -233,6 +241,25 @@ def test_resuming_with_another_config_is_refused(tmp_path: Path, field: str, val
     with pytest.raises(TrainError, match=rf"begun with {field}={getattr(RUN, field)!r}, got {value!r}"):
         run(tmp_path, dataclasses.replace(RUN, **{field: value}))
     assert (tmp_path / STATE_FILE).read_bytes() == before
+
+
+def test_run_of_a_version_without_a_setting_goes_on_with_its_default(straight: Path, tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=2))
+    state = state_of(tmp_path)
+    del state["config"]["weighting"]
+    torch.save(state, tmp_path / STATE_FILE)
+    with pytest.raises(TrainError, match="begun with weighting='simple', got 'velocity'"):
+        run(tmp_path, dataclasses.replace(RUN, weighting="velocity"))
+    assert run(tmp_path)
+    assert_same_run(straight, tmp_path)
+
+
+def test_run_may_weigh_errors_as_those_of_v(straight: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, dataclasses.replace(RUN, weighting="velocity"))
+    state, plain = state_of(tmp_path), state_of(straight)
+    assert any(not torch.equal(state["net"][key], plain["net"][key]) for key in plain["net"])
+    with pytest.raises(ValueError, match="weighting must be simple or velocity, got 'snr'"):
+        dataclasses.replace(RUN, weighting="snr")
 
 
 def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
