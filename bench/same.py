@@ -80,6 +80,8 @@ def request(k: int, class_names: tuple[str, ...] | list[str]) -> tuple[str, dict
             body["guidance"] = draw.choice((0, 1.5, 2, 4))
             if draw.random() < 0.5:
                 body["guidance_interval"] = sorted(draw.sample(range(1000), 2))
+            if draw.random() < 0.3:
+                body["guidance_rescale"] = 0.7
     if accept == "image/webp":
         body |= {"every": draw.choice((1, 2, 5)), "show": draw.choice(("x_t", "x_0"))}
     if k % 5 == 0:

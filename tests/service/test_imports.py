@@ -22,7 +22,8 @@ APP = {"app", "server", "settings", "starting"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {
-    f"tminus.model{name}" for name in ("", ".catalogue", ".files", ".pixels", ".recommended", ".tables", ".timesteps")
+    *(f"tminus.model{name}" for name in ("", ".catalogue", ".files", ".pixels", ".recommended", ".tables")),
+    *("tminus.model.timesteps", "tminus.model.formats", "tminus.model.formats.facts"),
 }
 MAY_RENDER_HTTP = {"tminus.service.api.problems"}
 
