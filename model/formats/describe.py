@@ -86,12 +86,12 @@ def _of_foreign(file: Path, given: Given) -> Description:
     if converted.labels.num_classes:
         null = "no null class" if converted.labels.null_class is None else "and a null class"
         lines.append(("classes", f"{converted.labels.num_classes}, {null}"))
-    lines += [("taken", note) for note in converted.notes]
     if missing:
         lines += [("missing", line) for line in MissingFacts("", missing).asked]
         lines.append(("then", f"tminus convert {file} FOLDER {' '.join(f'{flag(name)} …' for name in missing)}"))
         return Description(tuple(lines))
     lines += noise_lines(converted.noise)
+    lines += [("taken", note) for note in converted.notes]
     lines.append(("then", f"tminus convert {file} FOLDER, with the same flags"))
     net = build(converted.unet)
     net.load_state_dict(to_float32(file, converted.state))

@@ -49,7 +49,7 @@ def test_file_is_told_without_what_is_missing_and_with_the_flags_for_it(tmp_path
         "--rescale-timesteps",
     ]
     assert lines[-1][1].startswith(f"tminus convert {file} FOLDER --timesteps … ")
-    assert not [text for name, text in lines if name in ("noise", "predicts")]
+    assert not [text for name, text in lines if name in ("noise", "predicts", "taken")]
 
 
 def test_file_of_which_all_is_known_is_told_whole(tmp_path: Path) -> None:
@@ -63,6 +63,7 @@ def test_file_of_which_all_is_known_is_told_whole(tmp_path: Path) -> None:
     assert lines["details"].endswith("convolutions, one head")
     assert lines["predicts"] == "epsilon; variance fixed_large; x_0 is clipped to ±1"
     assert lines["then"] == f"tminus convert {file} FOLDER, with the same flags"
+    assert lines["taken"] == "x_0 is clipped to [-1, 1]"
     assert "missing" not in lines
 
 
