@@ -72,7 +72,7 @@ class Checkpoint:
     refused_tables: tuple[str, ...] = ()
     """A line for each file of samplers/ that is not used: its name and why."""
     student: Mapping[str, Any] | None = None
-    """Of a network made for a few steps by its own tables alone: its teacher, and the guidance folded in."""
+    """Of a network made for a few steps by its own tables alone: what it is, and the guidance folded in."""
 
     @property
     def samplers(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The weights of a U-Net folder: found, read and hashed. Whole or in shards; nothing is unpickled beyond tensors."""
+"""Weights found, read and hashed: of a U-Net folder, whole or in shards, or of one file. Only tensors are unpickled."""
 
 import hashlib
 import pickle

@@ -1,7 +1,8 @@
-"""The tiny U-Net that the tests share."""
+"""The tiny networks that the tests share."""
 
 import torch
 
+from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.model.unet_config import UNetConfig
 
 TINY = UNetConfig(
@@ -13,6 +14,18 @@ TINY = UNetConfig(
     block_out_channels=(8, 16),
     layers_per_block=1,
     norm_num_groups=4,
+)
+
+LUCIDRAINS = LucidrainsConfig(
+    sample_size=8,
+    in_channels=1,
+    out_channels=1,
+    dim=8,
+    init_dim=8,
+    level_widths=(8, 16),
+    attn_heads=(2, 2),
+    attn_dim_head=(4, 4),
+    full_attn=(False, True),
 )
 
 

@@ -78,7 +78,7 @@ class Given:
 
     def taken_for_noise(self) -> list[str]:
         """What else may be given for it."""
-        return ["beta_start", "beta_end"] if self.beta_schedule == "linear" else []
+        return [] if self.beta_schedule == "squaredcos_cap_v2" else ["beta_start", "beta_end"]
 
     def noise(self, *, learned: bool = False, scaled: bool = False, clip: bool = True) -> NoiseConfig:
         """The noise, once nothing is missing. scaled: the linear schedule's betas are, by 1000 / T."""
@@ -89,8 +89,8 @@ class Given:
         return NoiseConfig(
             num_train_timesteps=self.timesteps,
             beta_schedule=str(self.beta_schedule),
-            beta_start=(self.beta_start or HO_BETAS[0]) * scale,
-            beta_end=(self.beta_end or HO_BETAS[1]) * scale,
+            beta_start=(HO_BETAS[0] if self.beta_start is None else self.beta_start) * scale,
+            beta_end=(HO_BETAS[1] if self.beta_end is None else self.beta_end) * scale,
             prediction_type=self.prediction or "epsilon",
             variance_type="learned_range" if learned else self.variance or "fixed_large",
             clip_sample=clip,

@@ -56,7 +56,7 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
     firsts = [f"input_blocks.{1 + level * (levels.layers + 1)}" for level in range(levels.number)]
     widths = tuple(len(modules[f"{first}.0"]["in_layers.2.weight"]) for first in firsts)
     attends = [f"{first}.1" in modules for first in firsts]
-    attending = [width for width, attends in zip(widths, attends, strict=True) if attends] + [widths[-1]]
+    attending = [width for width, attend in zip(widths, attends, strict=True) if attend] + [widths[-1]]  # and the mid
     out_channels, in_channels = len(state["out.2.weight"]), state["input_blocks.0.0.weight"].shape[1]
     learned = out_channels == 2 * in_channels
     heads = _heads(given, attending)

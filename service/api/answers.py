@@ -199,7 +199,9 @@ class ModelAnswer(BaseModel):
     sampler_details: dict[str, SamplerAnswer] = Field(description="by sampler")
     tables: list[TableAnswer] = Field(description="the steps and guidance that tuned, or a student, has tables for")
     refused_tables: list[str] = Field(description="files of samplers/ that are not used, and why")
-    student: dict[str, Any] | None = Field(description="of a network made for few steps: its teacher and guidance")
+    student: dict[str, Any] | None = Field(
+        description="of a network made for few steps: what it is, and the guidance folded in"
+    )
     default_sampler: str
     recommended: RecommendedAnswer | None = Field(description="null where the checkpoint recommends nothing")
     conditional: bool

@@ -88,3 +88,6 @@ def test_deis_ends_at_no_noise_where_diffusers_ends_at_the_first_level() -> None
     scheduler = DEISMultistepScheduler()
     scheduler.set_timesteps(STEPS)
     assert scheduler.sigmas[-1] > 0.009
+    plan = load_checkpoint(BUNDLED).plan("deis", STEPS)
+    assert plan.matrices is not None
+    assert plan.matrices[-1, 0].tolist() == [0, 1, 0, 0, 0], "x' = x0"

@@ -85,6 +85,18 @@ def test_what_is_no_checkpoint_is_refused_as_everywhere(tmp_path: Path) -> None:
         describe(tmp_path / "a.pt", Given())
 
 
+def test_schedule_whose_ends_are_missing_is_told_by_them(tmp_path: Path) -> None:
+    file = save(randomised(Ho()), tmp_path / "model.ckpt")
+    told = [
+        text.split()[0]
+        for name, text in describe(file, Given(beta_schedule="scaled_linear")).lines
+        if name == "missing"
+    ]
+    assert told == ["--image-size", "--timesteps", "--beta-start", "--beta-end", "--prediction", "--variance"]
+    told = [text.split()[0] for name, text in describe(file, Given(beta_start=0.001)).lines if name == "missing"]
+    assert "--beta-schedule" in told
+
+
 def test_long_chain_is_told_what_it_lacks_too(tmp_path: Path) -> None:
     file = save(randomised(Guided(heads=4)), tmp_path / "ema.pt")
     lines = describe(file, Given(timesteps=4000, heads=4)).lines

@@ -31,6 +31,15 @@ def test_each_fact_has_words_and_bounds() -> None:
     assert FACTS["timesteps"].largest == MAX_TIMESTEPS
 
 
+def test_end_of_a_schedule_that_was_given_is_never_left_out() -> None:
+    facts = {"timesteps": 10, "beta_schedule": "linear", "prediction": "epsilon", "variance": "fixed_small"}
+    with pytest.raises(ValueError, match="beta_start must be above 0"):
+        Given(**facts, beta_start=0.0).noise()  # type: ignore[arg-type]
+    cosine = Given(beta_schedule="squaredcos_cap_v2", beta_end=0.1)
+    with pytest.raises(ValueError, match="--beta-end says nothing about a file"):
+        cosine.check("a file", ["beta_schedule"], cosine.taken_for_noise())
+
+
 def test_ends_of_a_schedule_are_asked_for_where_projects_differ_and_told_where_they_are_taken() -> None:
     facts = {"timesteps": 1000, "prediction": "epsilon", "variance": "fixed_small"}
     for schedule in ("scaled_linear", "sigmoid"):

@@ -4,25 +4,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import TINY
+from tests.tiny import LUCIDRAINS, TINY
 from tminus.model.denoiser import Denoiser
 from tminus.model.networks.dome272 import Dome272Config, Dome272UNet
-from tminus.model.networks.lucidrains import LucidrainsConfig, LucidrainsUnet
+from tminus.model.networks.lucidrains import LucidrainsUnet
 from tminus.model.networks.registry import OTHERS, build, read_net_config
 from tminus.model.unet import UNet2D
 
 DOME = Dome272Config(sample_size=16, num_class_embeds=4)
-LUCIDRAINS = LucidrainsConfig(
-    sample_size=16,
-    in_channels=1,
-    out_channels=1,
-    dim=8,
-    init_dim=8,
-    level_widths=(8, 16),
-    attn_heads=(2, 2),
-    attn_dim_head=(4, 4),
-    full_attn=(False, True),
-)
 CONFIGS: dict[str, Any] = {"unet": TINY, "dome272": DOME, "lucidrains": LUCIDRAINS}
 
 

@@ -20,6 +20,7 @@ from tests.service.engine.exact import (
     needs_openvino,
     rows_of,
 )
+from tests.tiny import LUCIDRAINS
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.networks.dome272 import Dome272Config
 from tminus.model.networks.lucidrains import LucidrainsConfig
@@ -271,17 +272,7 @@ def test_nothing_is_told_to_the_makers_of_openvino(tmp_path: Path) -> None:
     "config",
     [
         Dome272Config(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=3),
-        LucidrainsConfig(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            dim=8,
-            init_dim=8,
-            level_widths=(8, 16),
-            attn_heads=(2, 2),
-            attn_dim_head=(4, 4),
-            full_attn=(False, True),
-        ),
+        LUCIDRAINS,
     ],
     ids=lambda config: config.class_name,
 )
