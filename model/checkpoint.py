@@ -37,7 +37,7 @@ from tminus.model.tminus_file import (
 )
 from tminus.model.tminus_file import Labels as Labels
 from tminus.model.unet_config import CLASS_NAME
-from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, to_float32
+from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, misfit, to_float32
 
 log = logging.getLogger(__name__)
 
@@ -228,18 +228,11 @@ def check_shapes(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks
     # On the meta device nothing is allocated, so a config that asks for a huge net is refused before it costs memory.
     try:
         with torch.device("meta"):
-            expected = {key: tuple(value.shape) for key, value in build(unet).state_dict().items()}
+            net = build(unet)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{where}: {asks}: {first_line(error)}") from error
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which that has not"
-        more = len(missing) + len(extra) - 1
-        raise CheckpointError(f"{where}: the weights do not fit {asks}: {what} (and {more} more)")
-    for key, shape in expected.items():
-        if tuple(state[key].shape) != shape:
-            got = tuple(state[key].shape)
-            raise CheckpointError(f"{where}: wrong shape of {key}: {asks} asks for {shape}, got {got}")
+    if wrong := misfit(state, net, asks):
+        raise CheckpointError(f"{where}: {wrong}")
 
 
 def find_scheduler(folder: Path) -> Path:

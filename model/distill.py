@@ -60,6 +60,7 @@ TRIAL_ROWS = 512
 class DistillConfig(RunConfig):
     """The settings of a run of `distill`."""
 
+    class_dropout: float = 0.1  # how often the null class replaces a label; it is not guided
     guidance: float = 1.0  # the teacher's, which the student has in its weights
     student_steps: tuple[int, ...] = (1, 2, 3, 4)  # the numbers of steps that it gets tables for
     teacher_sampler: str = "dpmpp_2m"
@@ -71,10 +72,11 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
+        for field in ("class_dropout", "first_share"):
+            self.require_share(field)
         self.require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", f"in 0..{MAX_GUIDANCE:g}")
         for field in ("teacher_steps", "trajectories", "uses", "stage_steps"):
             self.require(getattr(self, field) >= 1, field, "1 or more")
-        self.require(0 <= self.first_share <= 1, "first_share", "in 0..1")
         steps = self.student_steps
         bound = f"different numbers in 1..{MAX_STEPS}"
         self.require(

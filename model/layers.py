@@ -45,19 +45,20 @@ class ResnetBlock(nn.Module):
     x [B, in, H, W], act_temb [B, temb] (already through the activation) -> [B, out, H', W'];
     H' is H, 2H with up=True (nearest) or H/2 with down=True (average pool).
     scale_shift=True lets the timestep scale and shift the second norm (Dhariwal & Nichol 2021, AdaGN).
+    temb_dim=None makes a block without timesteps, as autoencoders have.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        temb_dim: int,
+        temb_dim: int | None,
         *,
         groups: int,
         eps: float,
         act: str,
-        dropout: float,
-        scale_shift: bool,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
         output_scale_factor: float = 1.0,
         up: bool = False,
         down: bool = False,
@@ -70,7 +71,9 @@ class ResnetBlock(nn.Module):
         self.up, self.down = up, down
         self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(temb_dim, 2 * out_channels if scale_shift else out_channels)
+        self.time_emb_proj: nn.Linear | None = None
+        if temb_dim is not None:
+            self.time_emb_proj = nn.Linear(temb_dim, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -81,14 +84,17 @@ class ResnetBlock(nn.Module):
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         return F.avg_pool2d(x, 2) if self.down else x
 
-    def forward(self, x: Tensor, act_temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, act_temb: Tensor | None = None) -> Tensor:
         h = self.conv1(self._resample(self.act(self.norm1(x))))
-        temb = self.time_emb_proj(act_temb)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = temb.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+        if self.time_emb_proj is None:
+            h = self.norm2(h)
         else:
-            h = self.norm2(h + temb)
+            temb = self.time_emb_proj(act_temb)[:, :, None, None]
+            if self.scale_shift:
+                scale, shift = temb.chunk(2, dim=1)
+                h = self.norm2(h) * (1 + scale) + shift
+            else:
+                h = self.norm2(h + temb)
         h = self.conv2(self.dropout(self.act(h)))
         x = self._resample(x)
         if self.conv_shortcut is not None:

@@ -1,6 +1,6 @@
 """A run: a folder with a checkpoint of the EMA weights and the state from which training goes on, to the bit.
 
-What `train` and `distill` share: the settings of a loop, its state on the disk, its signals and its progress.
+What `train`, `train-autoencoder` and `distill` share: the settings of a loop, its state on the disk, its signals and its progress.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from tminus.model.denoiser import Denoiser, NetConfig
@@ -48,7 +48,6 @@ class RunConfig:
     warmup_steps: int = 500
     decay_fraction: float = 0.2  # the last part of the run, over which the rate falls linearly to zero
     ema_decay: float = 0.999
-    class_dropout: float = 0.1  # how often the null class replaces a label (Ho & Salimans 2022, algorithm 1)
     grad_clip: float = 1.0
     seed: int = 0
     precision: str = "auto"  # fp32, bf16 (autocast), or auto: whichever measures faster
@@ -61,13 +60,17 @@ class RunConfig:
         if not ok:
             raise ValueError(f"{field} must be {bound}, got {getattr(self, field)!r}")
 
+    def require_share(self, field: str) -> None:
+        """Raise ValueError, as `require` does, unless the field is a share of one."""
+        self.require(0 <= getattr(self, field) <= 1, field, "in 0..1")
+
     def __post_init__(self) -> None:
         for field in ("steps", "batch_size", "save_every", "sheet_every"):
             self.require(getattr(self, field) >= 1, field, "1 or more")
         self.require(0 <= self.learning_rate < math.inf, "learning_rate", "0 or more")
         self.require(self.grad_clip > 0, "grad_clip", "above 0")
-        for field in ("class_dropout", "decay_fraction", "ema_decay"):
-            self.require(0 <= getattr(self, field) <= 1, field, "in 0..1")
+        for field in ("decay_fraction", "ema_decay"):
+            self.require_share(field)
         self.require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
         self.require(self.precision in ("auto", "fp32", "bf16"), "precision", "auto, fp32 or bf16")
 
@@ -86,7 +89,7 @@ class RunConfig:
 class RunState:
     """What changes as a run goes on: weights, their average, the optimiser's moments, the step."""
 
-    net: Denoiser
+    net: nn.Module
     ema: Ema
     optimizer: torch.optim.Optimizer
     origin: str | None = None  # the checkpoint it began from
@@ -190,17 +193,25 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def faster_precision(net: Denoiser, batch_shape: tuple[int, ...], device: torch.device) -> str:
-    """Time forward and backward in fp32 and in bf16 autocast, and name the faster. Leaves the weights as they were."""
+    """Time forward and backward of a denoiser in fp32 and in bf16 autocast, and name the faster."""
     x, t = torch.randn(batch_shape, device=device), torch.zeros(batch_shape[0], dtype=torch.long, device=device)
     x = x.to(memory_format=torch.channels_last)
     classes = t if net.class_embedding is not None else None
+    return faster_of(net, lambda: net(x, t, classes), device)
+
+
+def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.device) -> str:
+    """Time a forward pass and its backward in fp32 and in bf16 autocast, and name the faster.
+
+    Leaves the weights as they were.
+    """
     seconds = {}
     for precision in ("fp32", "bf16"):
         timings = []
         for _ in range(TIMED_PASSES):
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                out = net(x, t, classes)
+                out = forward()
             out.float().square().mean().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -44,11 +44,13 @@ log = logging.getLogger(__name__)
 class TrainConfig(RunConfig):
     """The settings of a run of `train`."""
 
+    class_dropout: float = 0.1  # how often the null class replaces a label (Ho & Salimans 2022, algorithm 1)
     flip: bool = False
     weighting: str = "simple"  # L_simple, or velocity: errors count as those of v do, see loss.velocity_weights
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
+        self.require_share("class_dropout")
         self.require(self.weighting in ("simple", "velocity"), "weighting", "simple or velocity")
 
 

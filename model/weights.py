@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tminus.model.files import CheckpointError, first_line, read_json
 from tminus.model.free_memory import GIB, free_memory_bytes
@@ -66,6 +66,20 @@ def _check_tensors(where: Path, state: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{where}: {key} must hold plain values, got {kind}")
         if value.untyped_storage().nbytes() < value.numel() * value.element_size():
             raise CheckpointError(f"{where}: {key} must hold each of its values, got fewer than {value.numel()}")
+
+
+def misfit(state: Mapping[str, Tensor], net: nn.Module, asks: str = "config.json") -> str | None:
+    """Why weights are not those of this network, by the first name or shape that differs; None where they fit."""
+    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which that has not"
+        more = len(missing) + len(extra) - 1
+        return f"the weights do not fit {asks}: {what} (and {more} more)"
+    for key, shape in expected.items():
+        if tuple(state[key].shape) != shape:
+            return f"wrong shape of {key}: {asks} asks for {shape}, got {tuple(state[key].shape)}"
+    return None
 
 
 def to_float32(unet_folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

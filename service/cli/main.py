@@ -13,6 +13,7 @@ from tminus.service.cli.reproduce import reproduce
 from tminus.service.cli.sample import sample
 from tminus.service.cli.serve import serve
 from tminus.service.cli.train import train
+from tminus.service.cli.train_autoencoder import train_autoencoder
 from tminus.service.cli.tune import tune
 
 
@@ -22,5 +23,5 @@ def main() -> None:
     """Serve, sample, train, distill, evaluate and convert denoising diffusion U-Nets."""
 
 
-for command in (serve, sample, reproduce, train, tune, distill, evaluate, inspect, convert):
+for command in (serve, sample, reproduce, train, train_autoencoder, tune, distill, evaluate, inspect, convert):
     main.add_command(command)

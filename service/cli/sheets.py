@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from tminus.model.data import ImageSet
     from tminus.model.denoiser import Denoiser, NetConfig
+    from tminus.model.latent.autoencoder import Autoencoder
     from tminus.model.samplers import Plan
 
 ROWS_PER_CLASS = 2
 IMAGES_WITHOUT_CLASSES = 16
+RECONSTRUCTIONS = 8  # a row of the sheet
 
 
 def sheet_writer(folder: Path, unet: "NetConfig", device: "torch.device") -> Callable[["Denoiser", "Plan", int], None]:
     """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared."""
     import torch
 
-    from tminus.model.pixels import to_uint8
     from tminus.model.rng import image_noise
     from tminus.model.samplers import sample
-    from tminus.service.images.encoder import contact_sheet, encode_png
 
     num_classes = (unet.num_class_embeds or 1) - 1
     n = num_classes * ROWS_PER_CLASS or IMAGES_WITHOUT_CLASSES
@@ -31,9 +32,34 @@ def sheet_writer(folder: Path, unet: "NetConfig", device: "torch.device") -> Cal
     def write(net: "Denoiser", plan: "Plan", step: int) -> None:
         x_T = image_noise(0, range(n), 0, shape, device)
         x = sample(net, plan, x_T, lambda k: image_noise(0, range(n), k + 1, shape, device), class_labels=labels)
-        pixels = to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        sheets = folder / "sheets"
-        sheets.mkdir(exist_ok=True)
-        (sheets / f"{step:07d}.png").write_bytes(encode_png(contact_sheet(pixels)))
+        _write(folder, step, x)
 
     return write
+
+
+def reconstruction_writer(
+    folder: Path, data: "ImageSet", device: "torch.device"
+) -> Callable[["Autoencoder", int], None]:
+    """Make the function that draws the first images of the data, and below each what an autoencoder makes of it."""
+    import torch
+
+    from tminus.model.pixels import to_model_range
+
+    images = to_model_range(data.images[:: max(1, len(data) // RECONSTRUCTIONS)][:RECONSTRUCTIONS]).to(device)
+
+    def write(autoencoder: "Autoencoder", step: int) -> None:
+        with torch.no_grad():
+            _write(folder, step, torch.cat([images, autoencoder.decode(autoencoder.encode(images))]))
+
+    return write
+
+
+def _write(folder: Path, step: int, x: "torch.Tensor") -> None:
+    """Write images [n, C, H, W] in [-1, 1] as the sheet of a step."""
+    from tminus.model.pixels import to_uint8
+    from tminus.service.images.encoder import contact_sheet, encode_png
+
+    pixels = to_uint8(x).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    sheets = folder / "sheets"
+    sheets.mkdir(exist_ok=True)
+    (sheets / f"{step:07d}.png").write_bytes(encode_png(contact_sheet(pixels)))

@@ -1,0 +1,76 @@
+"""Autoencoders against diffusers': the same weights, the same latents, the same images."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor
+
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.config import AutoencoderConfig
+
+KINDS = {
+    "kl": lambda: AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 16, 24),
+        layers_per_block=2,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.7,
+        shift_factor=0.2,
+    ),
+    "kl without the small convolutions": lambda: AutoencoderKL(
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        in_channels=1,
+        out_channels=1,
+    ),
+    "vq": lambda: VQModel(
+        down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 16),
+        norm_num_groups=8,
+        latent_channels=3,
+        num_vq_embeddings=64,
+        vq_embed_dim=2,
+        scaling_factor=1.3,
+        act_fn="silu",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encodes_and_decodes_as_diffusers_does(kind: str) -> None:
+    torch.manual_seed(1)
+    theirs = KINDS[kind]().eval()
+    for parameter in theirs.parameters():  # codes lie near zero at first, and all convolutions alike
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    config = AutoencoderConfig.from_dict(dict(theirs.config) | {"_class_name": type(theirs).__name__})
+    ours = Autoencoder(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.rand(3, config.in_channels, 32, 32) * 2 - 1
+    with torch.no_grad():
+        encoded = theirs.encode(images)
+        z = encoded.latents if kind == "vq" else encoded.latent_dist.mean
+        shift = config.shift_factor
+        latents = (z - shift) * config.scaling_factor
+        decoded = theirs.decode(latents / config.scaling_factor + shift).sample
+        assert ours.encode(images).shape == (3, config.channels, 32 // config.factor, 32 // config.factor)
+        assert off(ours.encode(images), latents) < 1e-5
+        assert off(ours.decode(latents), decoded) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_that_is_written_is_read_by_diffusers(kind: str) -> None:
+    theirs = KINDS[kind]()
+    config = AutoencoderConfig.from_dict(dict(theirs.config) | {"_class_name": type(theirs).__name__})
+    again = type(theirs).from_config(config.to_dict())
+    assert AutoencoderConfig.from_dict(dict(again.config) | {"_class_name": type(theirs).__name__}) == config
+
+
+def off(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a share of the scale."""
+    return float((got - wanted).abs().max() / wanted.abs().max())
