@@ -1,6 +1,7 @@
 """Read and write checkpoint folders, in diffusers' layout. The weights are read in weights.py.
 
     model_index.json, unet/{config.json, diffusion_pytorch_model.safetensors}, scheduler/scheduler_config.json
+    vqvae/         of a latent model, the autoencoder
     tminus.json    what diffusers has no place for: class names, the null class, recommended settings, provenance
 
 A flat folder (config.json and weights in the root, as google/ddpm-*) is read too.
@@ -20,6 +21,8 @@ from tminus.model.catalogue import SAMPLERS, TABLE_SAMPLERS
 from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.folder import FOLDERS, find_autoencoder, load_autoencoder, save_autoencoder, with_autoencoder
 from tminus.model.networks.registry import build, read_net_config
 from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
@@ -42,7 +45,9 @@ from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, mi
 log = logging.getLogger(__name__)
 
 INDEX_FILE = "model_index.json"
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline")
+LATENT_FOLDER = FOLDERS[0]
+LATENT_PIPELINE = "LDMPipeline"
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline", LATENT_PIPELINE)
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
@@ -65,6 +70,7 @@ class Checkpoint:
     weights_hash: str
     name: str
     size_px: tuple[int, int]
+    """(height, width) of the images."""
     approved: tuple[tuple[str, str], ...] = ()
     """(executor, precision) whose images `tminus evaluate --approve` found no worse, for these very weights."""
     recommended: Recommended | None = None
@@ -73,6 +79,21 @@ class Checkpoint:
     """A line for each file of samplers/ that is not used: its name and why."""
     student: Mapping[str, Any] | None = None
     """Of a network made for a few steps by its own tables alone: what it is, and the guidance folded in."""
+    autoencoder: Autoencoder | None = None
+    """Of a latent model: what turns images into the latents that the network sees, and back."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of an image."""
+        net, autoencoder = self.net.config, self.autoencoder
+        return (net.in_channels if autoencoder is None else autoencoder.config.in_channels, *self.size_px)
+
+    @property
+    def row_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of what the network sees: an image, or its latents."""
+        factor = self.autoencoder.config.factor if self.autoencoder is not None else 1
+        height, width = self.size_px
+        return self.net.config.in_channels, height // factor, width // factor
 
     @property
     def samplers(self) -> tuple[str, ...]:
@@ -132,9 +153,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def _load(folder: Path) -> Checkpoint:
     scheduler_class = _check_layout(folder)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    autoencoder_folder = find_autoencoder(folder)
     try:
         unet = read_net_config(read_json(unet_folder / "config.json"))
-        noise = NoiseConfig.from_dict(read_json(find_scheduler(folder)), scheduler_class)
+        scheduler = read_json(find_scheduler(folder))
+        if autoencoder_folder is not None:  # latents have no bounds: they are clipped only where that is said
+            scheduler.setdefault("clip_sample", False)
+        noise = NoiseConfig.from_dict(scheduler, scheduler_class)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
@@ -149,9 +174,13 @@ def _load(folder: Path) -> Checkpoint:
     size_px = unet.size_px or read_size(folder, meta)
     if any(side % unet.size_multiple for side in size_px):
         raise CheckpointError(f"{folder}: sample_size {size_px} must divide by {unet.size_multiple} for this network")
-    check_channels(folder, unet, noise)
+    autoencoder = None
+    if autoencoder_folder is not None:
+        autoencoder = load_autoencoder(autoencoder_folder)
+        size_px = (size_px[0] * autoencoder.config.factor, size_px[1] * autoencoder.config.factor)
+    weights_hash = with_autoencoder(hash_weights(state), autoencoder)
+    check_channels(folder, unet, noise, autoencoder.config.channels if autoencoder is not None else None)
     name = str(meta.get("name") or folder.resolve().name)
-    weights_hash = hash_weights(state)
     approved = read_approved(folder / TMINUS_FILE, meta, weights_hash)
     tables, refused = read_tables(
         folder,
@@ -174,7 +203,20 @@ def _load(folder: Path) -> Checkpoint:
         if (recommended.sampler, recommended.steps, recommended.guidance) not in keys:
             log.warning("%s recommends %s, for which it has no table", folder, recommended)
             recommended = None
-    return Checkpoint(net, noise, labels, weights_hash, name, size_px, approved, recommended, tables, refused, student)
+    return Checkpoint(
+        net,
+        noise,
+        labels,
+        weights_hash,
+        name,
+        size_px,
+        approved,
+        recommended,
+        tables,
+        refused,
+        student,
+        autoencoder,
+    )
 
 
 def _check_layout(folder: Path) -> str | None:
@@ -210,16 +252,20 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
     if pipeline not in PIPELINES:
         kinds = ", ".join(PIPELINES)
         raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served; those that are: {kinds}")
+    if pipeline == LATENT_PIPELINE and find_autoencoder(folder) is None:
+        raise CheckpointError(f"{folder}: {INDEX_FILE}: an {pipeline} without its autoencoder, the folder vqvae/")
     return index
 
 
-def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig) -> None:
-    """Raise CheckpointError for channels that cannot be served."""
+def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: int | None = None) -> None:
+    """Raise CheckpointError for channels that cannot be served. latent: the channels of an autoencoder's latents."""
     learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
-    if unet.in_channels not in (1, 3) or unet.out_channels != unet.in_channels * (2 if learned else 1):
+    possible = (1, 3) if latent is None else (latent,)
+    if unet.in_channels not in possible or unet.out_channels != unet.in_channels * (2 if learned else 1):
         channels = f"{unet.in_channels} -> {unet.out_channels}"
         out = "twice as many out" if learned else "as many out"
-        bound = f"only 1 or 3 channels in and {out} can be served with variance_type {noise.variance_type}"
+        channels_in = " or ".join(map(str, possible)) + ("" if latent is None else ", the autoencoder's,")
+        bound = f"only {channels_in} channels in and {out} can be served with variance_type {noise.variance_type}"
         raise CheckpointError(f"{folder}: {bound}, got {channels}")
 
 
@@ -253,6 +299,7 @@ def save_checkpoint(
     provenance: Mapping[str, Any],
     recommended: Recommended | None = None,
     student: Mapping[str, Any] | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> None:
     """Write a folder that tminus loads, and diffusers too if it has such a network. Each file appears whole or not."""
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
@@ -263,6 +310,9 @@ def save_checkpoint(
         "scheduler": ["diffusers", scheduler_class],
         "unet": ["diffusers" if unet.class_name == CLASS_NAME else "tminus", unet.class_name],
     }
+    if autoencoder is not None:
+        index |= {"_class_name": LATENT_PIPELINE, LATENT_FOLDER: ["diffusers", autoencoder.config.kind]}
+        save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
     meta = {
         "name": folder.resolve().name,
         "class_names": list(labels.class_names),

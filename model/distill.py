@@ -21,6 +21,7 @@ from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
 from tminus.model.guidance import Forward
+from tminus.model.latent.folder import with_autoencoder
 from tminus.model.networks.registry import build
 from tminus.model.recommended import MAX_GUIDANCE, Recommended
 from tminus.model.run import (
@@ -139,7 +140,7 @@ def distill(
     plan = consistency_plan(noise, timesteps)
     bound = float(plan.lines[0, 6])
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
-        shape = (config.batch_size, unet.in_channels, *teacher.size_px)
+        shape = (config.batch_size, *teacher.row_shape)
         config = config.with_precision(faster_precision(net, shape, device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     teacher_net = teacher.net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -149,7 +150,7 @@ def distill(
 
     def new_round(number: int, rows: int, stop: Callable[[], bool]) -> Round | None:
         generator = torch.Generator().manual_seed(step_seed(config.seed, number))
-        x_T = torch.randn(rows, unet.in_channels, *teacher.size_px, generator=generator).to(device)
+        x_T = torch.randn(rows, *teacher.row_shape, generator=generator).to(device)
         classes = None
         if unet.num_class_embeds is not None:
             classes = torch.arange(rows) % labels.num_classes
@@ -185,10 +186,13 @@ def distill(
             "config": dataclasses.asdict(config),
         }
         recommended = Recommended(SAMPLER, 2 if 2 in config.student_steps else min(config.student_steps))
-        save_checkpoint(folder, run.ema.shadow, unet, noise, labels, provenance, recommended, student)
+        save_checkpoint(
+            folder, run.ema.shadow, unet, noise, labels, provenance, recommended, student, teacher.autoencoder
+        )
+        weights_hash = with_autoencoder(hash_weights(run.ema.shadow), teacher.autoencoder)
         for steps in config.student_steps:
             table = consistency_table(noise, [timesteps[k] for k in points[steps]], student)
-            write_table(folder, table, hash_weights(run.ema.shadow), noise.to_dict())
+            write_table(folder, table, weights_hash, noise.to_dict())
         run.save(folder, "distill", config, identity)
 
     evenly = {steps: even_points(len(solver), steps) for steps in config.student_steps}

@@ -1,6 +1,6 @@
 """A run: a folder with a checkpoint of the EMA weights and the state from which training goes on, to the bit.
 
-What `train`, `train-autoencoder` and `distill` share: the settings of a loop, its state on the disk, its signals and its progress.
+What all commands that train share: the settings of a loop, its state on the disk, its signals and its progress.
 """
 
 import dataclasses
@@ -212,7 +212,7 @@ def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.devic
             started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 out = forward()
-            out.float().square().mean().backward()
+            out.float().square().mean().backward()  # type: ignore[no-untyped-call]
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             timings.append(time.perf_counter() - started)

@@ -19,6 +19,8 @@ from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.encode import latents_of
 from tminus.model.loss import l_simple, l_weighted, training_target, velocity_weights
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
@@ -36,6 +38,7 @@ from tminus.model.run import (
 from tminus.model.tminus_file import read_recommended
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
+from tminus.model.weights import hash_weights
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +66,19 @@ def train(
     *,
     device: torch.device,
     init_from: Path | None = None,
+    autoencoder: Autoencoder | None = None,
     on_sheet: Callable[[Denoiser, int], None] | None = None,
 ) -> bool:
     """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
 
-    `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state. SIGINT or SIGTERM
-    finishes the step, saves and returns. Raises TrainError, CheckpointError.
+    `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state. `autoencoder` makes the
+    run one of a latent model (Rombach et al. 2022): x_0 are the latents of the images. SIGINT or SIGTERM finishes the
+    step, saves and returns. Raises TrainError, CheckpointError.
     """
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
+    if autoencoder is not None and config.flip:
+        raise TrainError("flip mirrors pixels, and a latent model is trained on latents")
 
     # The state: weights, their average, the optimiser's moments, the step.
     torch.manual_seed(step_seed(config.seed, -1))
@@ -93,6 +100,8 @@ def train(
     identity: dict[str, Any] = {f"unet {key}": value for key, value in unet.to_dict().items()}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
     identity |= {"data": f"{data.name}, {len(data)} images"}
+    if autoencoder is not None:
+        identity |= {"autoencoder": hash_weights(autoencoder.state_dict())}
     if begun:
         config = run.resume(folder, "train", config, identity)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -101,14 +110,15 @@ def train(
     if config.weighting == "velocity":
         weights = velocity_weights(noise.schedule(), noise.prediction_type).to(device, torch.float32)
 
-    # The data, and the null class that replaces dropped labels.
+    # The data, x_0 as uint8 pixels or as latents, and the null class that replaces dropped labels.
     schedule = NoiseSchedule(noise.schedule().betas.to(device))  # on the device, so that no step waits for the host
-    images, labels = data.images.to(device), data.labels.to(device) if data.labels is not None else None
+    origins = data.images.to(device) if autoencoder is None else latents_of(autoencoder, data.images, device)
+    labels = data.labels.to(device) if data.labels is not None else None
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
     labels_meta = Labels(data.class_names, null_class)
     if begun:
         recommended = read_recommended(folder, noise, labels_meta)
-    batch_shape = (config.batch_size, *images.shape[1:])
+    batch_shape = (config.batch_size, *origins.shape[1:])
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
         config = config.with_precision(faster_precision(net, batch_shape, device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -124,7 +134,9 @@ def train(
             "images_seen": run.step * config.batch_size,
             "config": dataclasses.asdict(config),
         }
-        save_checkpoint(folder, run.ema.shadow, unet, noise, labels_meta, provenance, recommended)
+        save_checkpoint(
+            folder, run.ema.shadow, unet, noise, labels_meta, provenance, recommended, autoencoder=autoencoder
+        )
         run.save(folder, "train", config, identity)
 
     with Progress(config, run.step) as progress, interruptible() as interrupted:
@@ -134,7 +146,8 @@ def train(
             # Algorithm 1: x_0 from the data, t uniform, eps normal, all a function of (seed, step).
             torch.manual_seed(step_seed(config.seed, run.step))
             picked = batch_indices(len(data), config.batch_size, config.seed, run.step).to(device)
-            x_0 = to_model_range(images[picked]).to(memory_format=torch.channels_last)
+            x_0 = origins[picked] if autoencoder is not None else to_model_range(origins[picked])
+            x_0 = x_0.to(memory_format=torch.channels_last)
             if config.flip:
                 x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5, x_0.flip(3), x_0)
             t = torch.randint(schedule.num_timesteps, (len(x_0),), device=device)

@@ -74,6 +74,12 @@ class Metrics:
         self._encode = histogram(
             "encode_duration_seconds", "Pixels to bytes, off the worker's thread", ENCODE_BUCKETS, "kind"
         )
+        self._coding = histogram(
+            "autoencoder_duration_seconds",
+            "One image through the autoencoder of a latent model, beside the ticks",
+            ENCODE_BUCKETS,
+            "direction",
+        )
         self._frames_sent = counter("frames_sent_total", "Previews sent, of one step each")
         self._frames_dropped = counter("frames_dropped_total", "Previews that a newer one overtook: a slow reader")
         Info("tminus_model", "The model that is loaded", registry=registry).info(
@@ -169,6 +175,10 @@ class Metrics:
     def encoded(self, kind: str, seconds: float) -> None:
         """Record that images were encoded."""
         self._encode.labels(kind).observe(seconds)
+
+    def coded(self, direction: str, seconds: float) -> None:
+        """Record that an image was encoded to latents (encode) or made of them (decode)."""
+        self._coding.labels(direction).observe(seconds)
 
     def requested(self, route: str, status: int, seconds: float) -> None:
         """Record that a request was answered."""

@@ -11,6 +11,17 @@ from tminus.model.timesteps import log_sigma_at
 
 
 @dataclass(frozen=True, slots=True)
+class LatentInfo:
+    """What the network of a latent model sees in place of pixels, and what makes pixels of it."""
+
+    autoencoder: str  # its class
+    channels: int
+    height: int
+    width: int
+    scaling_factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What is loaded, as the API needs it."""
 
@@ -20,6 +31,7 @@ class ModelInfo:
     height_px: int
     width_px: int
     channels: int
+    latent: "LatentInfo | None"  # of a latent model; None where the network sees pixels
     num_timesteps: int
     beta_schedule: str
     prediction_type: str

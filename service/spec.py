@@ -84,6 +84,7 @@ class Inputs:
 
     image: Images  # [height, width, channels], for all rows of the job
     mask: npt.NDArray[np.bool_] | None = None  # [height, width]: true is made new, false is kept
+    latents: Floats | None = None  # the image as a latent model sees it, [c, h, w]; not kept with a durable job
 
     @property
     def image_sha256(self) -> str:

@@ -18,19 +18,25 @@ class Work:
     steps: int  # passes of the plan: the rows take those from `start` on
     guided: range
     start: int = 0
+    decode: float = 0.0  # what it costs to decode a row's latents beside the ticks, as admission counts it
 
     def places_per_row(self, step: int) -> int:
         """How many places a row takes at a step."""
         return 2 if step in self.guided else 1
 
     def places_left(self, step: int) -> int:
-        """How many places one row takes from this step to its end."""
+        """How many places one row takes from this step to its last one."""
         return self.steps - step + max(0, self.guided.stop - max(step, self.guided.start))
 
     @property
     def places(self) -> int:
-        """The whole job's cost."""
+        """What all its rows take in ticks."""
         return self.rows * self.places_left(self.start)
+
+    @property
+    def cost(self) -> float:
+        """The whole job's cost: its places, and decoding."""
+        return self.places + self.rows * self.decode
 
 
 class JobRows(NamedTuple):
@@ -68,6 +74,7 @@ class JobResult:
     queue_s: float
     first_step_s: float  # from acceptance to the end of the first step
     denoise_s: float
+    decode_s: float = 0.0  # of a latent model, from the last step until its images were decoded
 
 
 @dataclass(frozen=True, slots=True)

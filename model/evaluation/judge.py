@@ -135,7 +135,7 @@ class Judge:
 
 
 def _check_fit(checkpoint: Checkpoint, train: ImageSet, test: ImageSet, classifier: Classifier | None) -> None:
-    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+    shape = checkpoint.image_shape
     for data in (train, test):
         if tuple(data.images.shape[1:]) != shape:
             got = tuple(data.images.shape[1:])

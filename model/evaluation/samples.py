@@ -40,10 +40,11 @@ def draw_samples(
     Raises EvaluateError for samples that are not finite.
     """
     plan = compile_options(checkpoint, options)
-    shape = (net.config.in_channels, *checkpoint.size_px)
+    shape = checkpoint.row_shape
     classes = sample_classes(checkpoint, options.num_samples)
     starts = range(0, options.num_samples, options.batch_size)
     images = []
+    decoder = checkpoint.autoencoder.to(device) if checkpoint.autoencoder is not None else None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=forward is None and options.precision == "bfloat16")
     with tqdm(total=len(starts) * len(plan), unit="pass", desc="samples", disable=None) as progress, autocast:
 
@@ -70,6 +71,9 @@ def draw_samples(
             )
             if not bool(torch.isfinite(x_0).all()):
                 raise EvaluateError(f"{checkpoint.name}: samples {indices.start}..{indices.stop - 1} are not finite")
+            if decoder is not None:
+                with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                    x_0 = decoder.decode(x_0.float())
             images.append(to_uint8(x_0).cpu())
     return torch.cat(images)
 

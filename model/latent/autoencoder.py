@@ -70,8 +70,8 @@ class Quantizer(nn.Module):
 
     def __init__(self, num_codes: int, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Module()
-        self.embedding.weight = nn.Parameter(torch.empty(num_codes, width).uniform_(-1 / num_codes, 1 / num_codes))
+        codes = torch.empty(num_codes, width).uniform_(-1 / num_codes, 1 / num_codes)
+        self.embedding: nn.Embedding = nn.Embedding.from_pretrained(codes, freeze=False)  # type: ignore[no-untyped-call]
 
     @property
     def codes(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Read and write the folder of an autoencoder, in diffusers' layout: config.json and its weights."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +16,13 @@ from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, mi
 FOLDERS = ("vqvae", "vae")  # in a checkpoint: LDMPipeline's name for it, whatever its class, and that of others
 
 
-def load_autoencoder(folder: Path) -> tuple[Autoencoder, str]:
-    """Load an autoencoder in float32 on the CPU, in eval mode, and the hash of its weights. Raises CheckpointError."""
+def find_autoencoder(folder: Path) -> Path | None:
+    """Where a checkpoint's autoencoder is; None where it has none, as a pixel model."""
+    return next((folder / name for name in FOLDERS if (folder / name).is_dir()), None)
+
+
+def load_autoencoder(folder: Path) -> Autoencoder:
+    """Load an autoencoder in float32 on the CPU, in eval mode. Raises CheckpointError."""
     try:
         config = AutoencoderConfig.from_dict(read_json(folder / "config.json"))
         with torch.device("meta"):
@@ -28,7 +34,14 @@ def load_autoencoder(folder: Path) -> tuple[Autoencoder, str]:
         raise CheckpointError(f"{folder}: {wrong}")
     state = to_float32(folder, state)
     autoencoder.load_state_dict(state, assign=True)
-    return autoencoder.requires_grad_(False).eval(), hash_weights(state)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def with_autoencoder(weights_hash: str, autoencoder: Autoencoder | None) -> str:
+    """The hash of all weights of a checkpoint: a network's, and those of its autoencoder where it has one."""
+    if autoencoder is None:
+        return weights_hash
+    return hashlib.sha256(f"{weights_hash} {hash_weights(autoencoder.state_dict())}".encode()).hexdigest()
 
 
 def save_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:

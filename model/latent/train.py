@@ -144,5 +144,5 @@ def _begin_codes(net: Autoencoder, x: Tensor) -> None:
     z = net.moments(x)[0].movedim(1, -1).flatten(0, -2)
     count = len(net.quantize.codes)
     if len(z) < count:
-        raise TrainError(f"a batch has {len(z)} latents, fewer than the {count} codes; take a larger batch or fewer codes")
+        raise TrainError(f"a batch has {len(z)} latents for {count} codes; take a larger batch or fewer codes")
     net.quantize.codes.copy_(z[torch.randperm(len(z), device=z.device)[:count]])

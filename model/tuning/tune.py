@@ -140,7 +140,7 @@ def make_rows(checkpoint: Checkpoint, config: TuneConfig, guidance: float, devic
     if checkpoint.net.class_embedding is not None:
         kinds = checkpoint.labels.num_classes + (1 if guidance == 1 and null_class is not None else 0)
         labels = torch.arange(count, device=device) % kinds  # the null class is the last label
-    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+    shape = checkpoint.row_shape
     return Rows(image_noise(config.seed, range(count), 0, shape, device), labels)
 
 

@@ -1,5 +1,6 @@
 """The JSON documents that clients get, as pydantic models, apart from the values inside: those may be renamed."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ from tminus.model.tables import nearest
 from tminus.service.api.schemas import parameters_of
 from tminus.service.jobs.store import now_us
 from tminus.service.jobs.views import STATES, JobView
-from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 
 
 class JobAnswer(BaseModel):
@@ -179,6 +180,21 @@ class TableAnswer(BaseModel):
     table: str = Field(description="its hash")
 
 
+class LatentAnswer(BaseModel):
+    """What the network of a latent model sees in place of pixels."""
+
+    autoencoder: str = Field(description="its class")
+    channels: int
+    height: int
+    width: int
+    scaling_factor: float
+
+    @classmethod
+    def of(cls, latent: LatentInfo) -> "LatentAnswer":
+        """Say what it is."""
+        return cls(**asdict(latent))
+
+
 class ModelAnswer(BaseModel):
     """What is loaded, and how it runs."""
 
@@ -188,6 +204,7 @@ class ModelAnswer(BaseModel):
     height_px: int
     width_px: int
     channels: int
+    latent: LatentAnswer | None = Field(description="null where the network sees pixels")
     num_timesteps: int = Field(description="T")
     beta_schedule: str
     prediction_type: str
@@ -226,6 +243,7 @@ class ModelAnswer(BaseModel):
             height_px=model.height_px,
             width_px=model.width_px,
             channels=model.channels,
+            latent=None if model.latent is None else LatentAnswer.of(model.latent),
             num_timesteps=model.num_timesteps,
             beta_schedule=model.beta_schedule,
             prediction_type=model.prediction_type,

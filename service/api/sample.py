@@ -197,7 +197,11 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
         "X-Queue-Position": str(ticket.outlook.position),
         "X-ETA-Seconds": f"{ticket.outlook.eta_s:.3f}",
         "Server-Timing": _server_timing(
-            queue=result.queue_s, first_step=result.first_step_s, denoise=result.denoise_s, encode=encode_s
+            queue=result.queue_s,
+            first_step=result.first_step_s,
+            denoise=result.denoise_s,
+            **({"decode": result.decode_s} if services.model.latent is not None else {}),
+            encode=encode_s,
         ),
     }
     return Response(content, headers=headers, media_type=made.media_type)

@@ -129,6 +129,8 @@ class SampleRequest(RequestSchema):
         labels = class_numbers(self.class_label, self.n, model)
         if self.guidance != 1.0:
             self._check_guidance(model, labels)
+        if self.clip and model.latent is not None and not model.clip:
+            raise InvalidField.of("clip", "absent or false: latents have no range to clip to", self.clip)
         return SampleSpec(
             n=self.n,
             steps=steps,

@@ -51,7 +51,8 @@ def distill(**options: Any) -> None:
         device = choose_device(options["device"])
         options["student_steps"] = integers("--student-steps", options["student_steps"])
         config = DistillConfig(**{name: options[name] for name in DistillConfig.__dataclass_fields__})
-        write = sheet_writer(out, load_checkpoint(teacher).net.config, device)
+        loaded = load_checkpoint(teacher)
+        write = sheet_writer(out, loaded.net.config, device, loaded.autoencoder)
         done = run(out, teacher, config, device=device, on_sheet=write)
     except (TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:
         fail(str(error))

@@ -166,7 +166,7 @@ def load_compared(checkpoint: Path, loaded: "Checkpoint", classifier: Path | Non
     if data != "fashion-mnist" and options["test_data"] is None:
         fail("--test-data: needed where --data is a folder, or nothing would be held out")
     device = choose_device(options["device"])
-    where = options["data_dir"], loaded.size_px[0], loaded.net.config.in_channels, options["background"]
+    where = options["data_dir"], loaded.size_px[0], loaded.image_shape[0], options["background"]
     train_split = load_training_data(data, "train", *where)
     test_split = load_training_data(str(options["test_data"] or data), "test", *where)
     if train_split.labels is None or test_split.labels is None:

@@ -93,7 +93,9 @@ def serve(**flags: Any) -> None:
             raise
         log_model(loaded.engine.info)
         limits, sharing = settings.limits(loaded), settings.sharing(loaded)
-        return create_app(loaded.engine, limits, loaded.tick_times, sharing, store, settings.doors())
+        return create_app(
+            loaded.engine, limits, loaded.tick_times, sharing, store, settings.doors(), decode_s=loaded.decode_s
+        )
 
     try:
         stopped_well = run_server(

@@ -17,8 +17,13 @@ IMAGES_WITHOUT_CLASSES = 16
 RECONSTRUCTIONS = 8  # a row of the sheet
 
 
-def sheet_writer(folder: Path, unet: "NetConfig", device: "torch.device") -> Callable[["Denoiser", "Plan", int], None]:
-    """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared."""
+def sheet_writer(
+    folder: Path, unet: "NetConfig", device: "torch.device", autoencoder: "Autoencoder | None" = None
+) -> Callable[["Denoiser", "Plan", int], None]:
+    """Make the function that draws a sheet of samples, always from the same noise, so that sheets can be compared.
+
+    autoencoder: of a latent model, makes images of the samples.
+    """
     import torch
 
     from tminus.model.rng import image_noise
@@ -32,7 +37,8 @@ def sheet_writer(folder: Path, unet: "NetConfig", device: "torch.device") -> Cal
     def write(net: "Denoiser", plan: "Plan", step: int) -> None:
         x_T = image_noise(0, range(n), 0, shape, device)
         x = sample(net, plan, x_T, lambda k: image_noise(0, range(n), k + 1, shape, device), class_labels=labels)
-        _write(folder, step, x)
+        with torch.no_grad():
+            _write(folder, step, x if autoencoder is None else autoencoder.decode(x))
 
     return write
 

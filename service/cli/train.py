@@ -11,6 +11,7 @@ from tminus.service.cli.training_data import load_training_data
 
 if TYPE_CHECKING:
     from tminus.model.data import ImageSet
+    from tminus.model.latent.config import AutoencoderConfig
     from tminus.model.unet_config import UNetConfig
 
 SHEET_STEPS = 50
@@ -23,6 +24,7 @@ SHEET_STEPS = 50
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
 @BACKGROUND
 @click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
+@click.option("--latent", type=FOLDER_TYPE, help="train on the latents of this autoencoder, see train-autoencoder")
 @click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
 @click.option("--steps", default=15_000, help="optimiser steps in all")
 @click.option("--batch-size", default=64)
@@ -60,6 +62,7 @@ def train(**options: Any) -> None:
 
     from tminus.model.data import DataError
     from tminus.model.files import CheckpointError
+    from tminus.model.latent.folder import load_autoencoder
     from tminus.model.noise import NoiseConfig
     from tminus.model.run import TrainError
     from tminus.model.samplers import compile_plan
@@ -72,14 +75,16 @@ def train(**options: Any) -> None:
         device = choose_device(options["device"])
         like = options["size_px"], int(options["channels"]), options["background"]
         data = load_training_data(options["data"], "train", options["data_dir"], *like)
-        unet = _architecture(options, data)
+        autoencoder = load_autoencoder(options["latent"]) if options["latent"] is not None else None
+        unet = _architecture(options, data, autoencoder.config if autoencoder is not None else None)
         noise = NoiseConfig(
             num_train_timesteps=options["timesteps"],
             beta_schedule=options["beta_schedule"],
             prediction_type=options["prediction"],
+            clip_sample=autoencoder is None,  # latents have no bounds
         )
         say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {len(data.class_names)} classes")
-        write = sheet_writer(options["out"], unet, device)
+        write = sheet_writer(options["out"], unet, device, autoencoder)
         plan = compile_plan(noise, noise.schedule(), "ddim", min(SHEET_STEPS, noise.num_train_timesteps))
         done = run(
             options["out"],
@@ -89,6 +94,7 @@ def train(**options: Any) -> None:
             TrainConfig(**fields),
             device=device,
             init_from=options["init_from"],
+            autoencoder=autoencoder,
             on_sheet=lambda net, step: write(net, plan, step),
         )
     except (DataError, TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:
@@ -96,11 +102,16 @@ def train(**options: Any) -> None:
     say(f"{options['out']}: {'done' if done else 'interrupted and saved; the same command goes on'}")
 
 
-def _architecture(options: dict[str, Any], data: "ImageSet") -> "UNetConfig":
+def _architecture(options: dict[str, Any], data: "ImageSet", latent: "AutoencoderConfig | None") -> "UNetConfig":
     from tminus.model.unet_config import UNetConfig
 
     widths, attends = integers("--widths", options["widths"]), integers("--attention-at", options["attention_at"])
     channels, size_px = data.images.shape[1], data.images.shape[-1]
+    if latent is not None:
+        if latent.in_channels != channels or size_px % latent.factor:
+            kind = f"{latent.in_channels} channels and sides that divide by {latent.factor}"
+            raise ValueError(f"the autoencoder takes images of {kind}, got {tuple(data.images.shape[1:])}")
+        channels, size_px = latent.channels, size_px // latent.factor
     at_level = [(size_px >> level) in attends for level in range(len(widths))]
     config = UNetConfig(
         sample_size=size_px,
@@ -116,5 +127,6 @@ def _architecture(options: dict[str, Any], data: "ImageSet") -> "UNetConfig":
         num_class_embeds=len(data.class_names) + 1 if data.class_names else None,
     )
     if size_px % config.size_multiple:
-        raise ValueError(f"the side of the images must divide by {config.size_multiple}, got {size_px}")
+        what = "images" if latent is None else "latents"
+        raise ValueError(f"the side of the {what} must divide by {config.size_multiple}, got {size_px}")
     return config

@@ -65,7 +65,7 @@ class Builder:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, threads: int) -> None:
         self.checkpoint, self.device, self._threads = checkpoint, device, threads
-        self._shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+        self._shape = checkpoint.row_shape
         self._graph: openvino_executor.Graph | None = None
         self._compiled: openvino_executor.Compiled = {}  # what was tried need not be compiled again
         self._spreads: list[float] = []  # of each thing that was timed, the median time by the least
@@ -280,7 +280,7 @@ def agree_rows(checkpoint: Checkpoint, precision: str) -> int:
     """
     if precision == "float32":
         return AGREE_ROWS
-    height, width = checkpoint.size_px
+    _, height, width = checkpoint.row_shape
     values = height * width * checkpoint.net.config.widths[0]
     return min(max(AGREE_ROWS, -(-AGREE_VALUES // values)), MAX_AGREE_ROWS)
 
@@ -289,7 +289,7 @@ def example_inputs(checkpoint: Checkpoint, device: torch.device, rows: int) -> t
     """Make the same rows each time, at mixed timesteps and classes: x [B, C, H, W], t [B], class_labels [B] or None."""
     generator = torch.Generator().manual_seed(0)
     config = checkpoint.net.config
-    x = torch.randn(rows, config.in_channels, *checkpoint.size_px, generator=generator)
+    x = torch.randn(rows, *checkpoint.row_shape, generator=generator)
     t = torch.randint(checkpoint.noise.num_train_timesteps, (rows,), generator=generator).float()
     labels = None
     if config.num_class_embeds is not None:

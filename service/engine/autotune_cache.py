@@ -47,7 +47,7 @@ class ChoiceCache:
                 "torch": torch.__version__,
                 "openvino": openvino_executor.version(),
                 "unet": checkpoint.net.config.to_dict(),
-                "size_px": checkpoint.size_px,
+                "size_px": checkpoint.row_shape[1:],
                 "wish": wish,
                 "candidates": candidates,
             }

@@ -1,5 +1,7 @@
 """Which device the model runs on, and how many rows it holds there unless the settings say so."""
 
+import math
+
 import torch
 
 from tminus.model.checkpoint import Checkpoint
@@ -25,5 +27,5 @@ def choose_device(name: str) -> torch.device:
 
 def default_max_rows(checkpoint: Checkpoint) -> int:
     """How many rows' state (x and x0, float32) fits the latent budget."""
-    row_bytes = 2 * 4 * checkpoint.net.config.in_channels * checkpoint.size_px[0] * checkpoint.size_px[1]
+    row_bytes = 2 * 4 * math.prod(checkpoint.row_shape)
     return max(4, min(MAX_DEFAULT_ROWS, LATENT_BUDGET_BYTES // row_bytes))

@@ -11,11 +11,17 @@ from PIL import features
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.executors import Executor
-from tminus.service.model_info import ModelInfo
+from tminus.service.model_info import LatentInfo, ModelInfo
 
 
 def make_model_info(
-    checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    executor: Executor,
+    *,
+    exact: bool,
+    bits: str | None = None,
+    autoencoder_bits: str | None = None,
 ) -> ModelInfo:
     """Gather the facts about a model that users are shown, with the fingerprint of this build."""
     net, noise, labels = checkpoint.net, checkpoint.noise, checkpoint.labels
@@ -25,7 +31,8 @@ def make_model_info(
         num_parameters=sum(p.numel() for p in net.parameters()),
         height_px=checkpoint.size_px[0],
         width_px=checkpoint.size_px[1],
-        channels=net.config.in_channels,
+        channels=checkpoint.image_shape[0],
+        latent=_latent_info(checkpoint),
         num_timesteps=noise.num_train_timesteps,
         beta_schedule=noise.beta_schedule if noise.trained_betas is None else "trained_betas",
         prediction_type=noise.prediction_type,
@@ -45,7 +52,9 @@ def make_model_info(
         class_names=labels.class_names,
         null_class=labels.null_class,
         weights_hash=checkpoint.weights_hash,
-        fingerprint=fingerprint(checkpoint, device, executor, exact=exact, bits=bits),
+        fingerprint=fingerprint(
+            checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=autoencoder_bits
+        ),
         device=_device_name(device),
         executor=executor.name,
         precision=executor.precision,
@@ -54,18 +63,31 @@ def make_model_info(
     )
 
 
+def _latent_info(checkpoint: Checkpoint) -> LatentInfo | None:
+    if (autoencoder := checkpoint.autoencoder) is None:
+        return None
+    return LatentInfo(autoencoder.config.kind, *checkpoint.row_shape, autoencoder.config.scaling_factor)
+
+
 def _device_name(device: torch.device) -> str:
     """Name the device for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
 def fingerprint(
-    checkpoint: Checkpoint, device: torch.device, executor: Executor, *, exact: bool, bits: str | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    executor: Executor,
+    *,
+    exact: bool,
+    bits: str | None = None,
+    autoencoder_bits: str | None = None,
 ) -> str:
     """Hash what can change a bit beside spec and weights: the noise schedule, versions, device, how passes are run.
 
     bits is a hash of an exact executor's outputs on fixed rows. Where it is given it stands for how passes are run: a
-    start that picks other pass sizes but computes the same bits keeps its fingerprint.
+    start that picks other pass sizes but computes the same bits keeps its fingerprint. autoencoder_bits is such a hash
+    of what a latent model's autoencoder makes of fixed values.
     """
     parts = {
         "noise": asdict(checkpoint.noise),
@@ -81,4 +103,6 @@ def fingerprint(
         "passes": bits if exact and bits is not None else f"{executor.details}, {torch.get_num_threads()} threads",
         "exact": exact,
     }
+    if autoencoder_bits is not None:
+        parts["autoencoder"] = autoencoder_bits
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,36 +9,36 @@ from torch import Tensor
 from tminus.model.pixels import to_model_range
 from tminus.model.rng import image_noise
 from tminus.model.samplers import Plan
-from tminus.service.engine.transfer import to_device
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
 
 
 def check_inputs(inputs: Inputs | None, spec: SampleSpec, shape: Sequence[int]) -> None:
-    """Raise ValueError unless image and mask are those that the spec names, in the size of shape [C, H, W]."""
+    """Raise ValueError unless image and mask are those that the spec names, in the size of shape [H, W, C]."""
     hashes = (inputs.image_sha256, inputs.mask_sha256) if inputs is not None else (None, None)
     if hashes != (spec.image_sha256, spec.mask_sha256):
         raise ValueError("the image and mask are not those of the spec")
-    channels, height, width = shape
-    if inputs is not None and inputs.image.shape != (height, width, channels):
-        raise ValueError(f"an image must be {(height, width, channels)}, got {inputs.image.shape}")
-    if inputs is not None and inputs.mask is not None and inputs.mask.shape != (height, width):
-        raise ValueError(f"a mask must be {(height, width)}, got {inputs.mask.shape}")
+    if inputs is not None and inputs.image.shape != tuple(shape):
+        raise ValueError(f"an image must be {tuple(shape)}, got {inputs.image.shape}")
+    if inputs is not None and inputs.mask is not None and inputs.mask.shape != tuple(shape[:2]):
+        raise ValueError(f"a mask must be {tuple(shape[:2])}, got {inputs.mask.shape}")
 
 
 def initial_latents(
     spec: SampleSpec,
     plan: Plan,
-    inputs: Inputs | None,
+    origin: Tensor | None,
     shape: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """Make the first x [n, *shape]: x_T, or with strength x_t of the image, with x_T as eps (Meng et al. 2022)."""
+    """Make the first x [n, *shape]: x_T, or with strength x_t of the image, with x_T as eps (Meng et al. 2022).
+
+    origin: the image as the network sees it [*shape], where it is one of pixels uint8.
+    """
     eps = image_noise(spec.seed, range(spec.index, spec.index + spec.n), 0, shape, device)
     if spec.strength is None:
         return eps
-    assert inputs is not None
-    x_0 = to_model_range(to_device(inputs.image, device).permute(2, 0, 1)[None])
-    return plan.q_sample(x_0, eps)
+    assert origin is not None
+    return plan.q_sample((to_model_range(origin) if origin.dtype == torch.uint8 else origin)[None], eps)
 
 
 def latents_of(

@@ -192,15 +192,35 @@ class OpenVINOExecutor:
 
 def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int) -> "deque[_Pass]":
     """Passes of one size, one for each stream; the streams share the threads."""
-    config = {
+    model = graph.core.compile_model(graph.of_size(size), "CPU", _config(precision, streams, threads))
+    return deque(_Pass(model.create_infer_request()) for _ in range(streams))
+
+
+def one_thread(module: nn.Module, shape: Sequence[int]) -> Callable[[Floats], Floats]:
+    """Compile a module of one input of this shape and one output for one thread, in float32. Not for two at once."""
+    with warnings.catch_warnings(action="ignore"):  # as for a Graph
+        model = openvino.convert_model(
+            module.eval(), example_input=torch.zeros(*shape), input=[openvino.PartialShape(list(shape))]
+        )
+    _norm_by_group(model)
+    request = openvino.Core().compile_model(model, "CPU", _config("float32", 1, 1)).create_infer_request()
+
+    def run(x: Floats) -> Floats:
+        request.infer([x])
+        out: Floats = request.get_output_tensor(0).data.copy()
+        return out
+
+    return run
+
+
+def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:
+    return {
         "INFERENCE_PRECISION_HINT": PRECISION_HINTS[precision],
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
         # The web server and the encoders share these cores; a pinned stream would wait behind them.
         "ENABLE_CPU_PINNING": False,
     }
-    model = graph.core.compile_model(graph.of_size(size), "CPU", config)
-    return deque(_Pass(model.create_infer_request()) for _ in range(streams))
 
 
 def _norm_by_group(model: Any) -> None:

@@ -32,6 +32,9 @@ class RowEngine(Protocol):
     def images(self, rows: Sequence[int]) -> Callable[[], Images]:
         """Read finished rows; the function returned may wait, and raises NotFinite."""
 
+    def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
+        """Prepare inputs for `add`; the function returned, called in another thread, may take long."""
+
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
         """Read running rows as pictures; the function returned may wait."""
 

@@ -42,6 +42,7 @@ class Admission:
         # once that has taken a job up; requests are admitted in other threads, and a job counts from then on.
         self._jobs: dict[str, Pending] = {}
         self._tick_times = TickTimes()  # until ticks are measured nothing is refused for time
+        self._decode_places = 0.0  # what it costs to decode an image of a latent model, in places of a full tick
         # Held while a request is being admitted, one at a time; guards what follows. Taken before _lock.
         self._admitting = threading.Lock()
         self._line = Line()
@@ -66,7 +67,8 @@ class Admission:
         """
         if work.rows > self._limits.max_rows:
             raise InvalidField.of("n", f"at most {self._limits.max_rows}", work.rows)
-        job = Pending(job_id, work, work.places)
+        work = replace(work, decode=self._decode_places)
+        job = Pending(job_id, work, work.cost)
         with self._admitting:
             server = self._now()
             if deadline_s is not None:
@@ -75,7 +77,7 @@ class Admission:
             outlook = self._forecast([*server.jobs, job], server.tick_times, until=job_id)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
                 raise _unmeetable(deadline_s, outlook.eta_s)
-            self._arrivals.add(work.places, now_s)
+            self._arrivals.add(work.cost, now_s)
             self._take(job)
             return self._foresee(outlook, job, now_s, server.tick_times)
 
@@ -84,7 +86,8 @@ class Admission:
 
         Raises Overloaded while there are no slots for it; its Retry-After is no forecast.
         """
-        job = Pending(job_id, work, places_left)
+        work = replace(work, decode=self._decode_places)
+        job = Pending(job_id, work, places_left + work.rows * work.decode)
         with self._admitting:
             slots = replace(self._limits, max_backlog_s=math.inf)
             server = self._now()
@@ -127,11 +130,16 @@ class Admission:
 
     # --- from the worker's thread ---
 
-    def calibrate(self, points: Sequence[tuple[int, float]]) -> None:
-        """Set how long ticks take from the warm-up's measurement: (places, seconds), places ascending."""
+    def calibrate(self, points: Sequence[tuple[int, float]], decode_s: float = 0.0) -> None:
+        """Set how long ticks take from the warm-up's measurement: (places, seconds), places ascending.
+
+        decode_s: how long one image takes to decode, for a latent model.
+        """
         times = TickTimes(tuple(points))
+        place_s = times.seconds_per_place(self._limits.max_batch)
         with self._lock:
             self._tick_times = times
+            self._decode_places = decode_s / place_s if place_s else 0.0
 
     def stepped(self, places_by_job: Mapping[str, int], places: int, seconds: float) -> None:
         """Take a tick's work off the ledger, and learn how fast the machine is now."""

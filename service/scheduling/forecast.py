@@ -44,9 +44,14 @@ class _Flow:
 def _stretches(work: Work, left: float) -> list[tuple[float, int]]:
     """The stretches that one row has left, as (steps, places a step), the last one first."""
     guided = work.guided
-    if not guided:
-        return [(left, 1)]
     stretches: list[tuple[float, int]] = []
+    if work.decode:  # at the end, beside the ticks of others; it takes as long as so many places
+        stretches.append((min(left, work.decode), 1))
+        left -= work.decode
+        if left <= 0:
+            return stretches
+    if not guided:
+        return [*stretches, (left, 1)]
     for steps, places in ((work.steps - guided.stop, 1), (len(guided), 2), (guided.start, 1)):
         if steps and left > 0:
             stretches.append((min(steps, left / places), places))

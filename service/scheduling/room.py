@@ -40,7 +40,7 @@ def find_excess(load: Load, work: Work, limits: Limits, tick_times: TickTimes) -
     """The first limit that one more job would pass. An empty server has room for any."""
     if not load.jobs:
         return None
-    backlog_s = (load.places + work.places) * tick_times.seconds_per_place(limits.max_batch)
+    backlog_s = (load.places + work.cost) * tick_times.seconds_per_place(limits.max_batch)
     for name, value, limit in (
         ("backlog_s", backlog_s, limits.max_backlog_s),
         ("jobs", load.jobs + 1, limits.max_jobs),
@@ -71,7 +71,7 @@ class Drain:
             return room_s
         before_s, before = self._points[at - 1]
         per_place_s = self._tick_times.seconds_per_place(self._limits.max_batch)
-        enough = self._limits.max_backlog_s / per_place_s - work.places if per_place_s else math.inf
+        enough = self._limits.max_backlog_s / per_place_s - work.cost if per_place_s else math.inf
         # Between two points the places go down evenly, and jobs and rows are those of the first.
         if enough <= load.places or not self._fits(replace(before, places=0.0), work):
             return room_s
@@ -80,7 +80,7 @@ class Drain:
     def share_s(self, excess: Excess, work: Work) -> float:
         """How long it takes to make room for one more such job, by the limit that it would pass."""
         if excess.field == "backlog_s":
-            return MARGIN * work.places * self._tick_times.seconds_per_place(self._limits.max_batch)
+            return MARGIN * work.cost * self._tick_times.seconds_per_place(self._limits.max_batch)
         starts_s, load = self._points[0]
         share = 1 / max(1, load.jobs) if excess.field == "jobs" else work.rows / max(1, load.rows)
         return share * (self._points[-1][0] - starts_s)

@@ -5,11 +5,13 @@ the engine steps it, and the jobs that are done are delivered.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, NotFinite, ServiceError
@@ -18,8 +20,9 @@ from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.deadlines import Deadlines
 from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.spec import Images, trial_spec
+from tminus.service.spec import Images, Inputs, trial_spec
 from tminus.service.work import Batch, JobResult
+from tminus.service.worker.coding import Coding, Done
 from tminus.service.worker.running_job import RunningJob
 from tminus.service.worker.snapshot_pace import Keeper
 
@@ -42,16 +45,21 @@ class Loop:
         keeper: Keeper | None,
         clock: Callable[[], float],
         on_end: Callable[[str], None],
+        post: Callable[[Callable[[], None]], None],
     ) -> None:
         """Take what belongs to the worker's thread.
 
         keeper: takes the snapshots of durable jobs. on_end: is called with the id of each job that ends, before its
-        future has the result.
+        future has the result. post: has something done in the worker's thread, between two ticks.
         """
         self._engine, self._scheduler, self._admission, self._metrics = engine, scheduler, admission, metrics
         self._keeper, self._clock, self._on_end = keeper, clock, on_end
         # The jobs whose rows the engine holds, in order of arrival. This loop is their owner.
         self._jobs: dict[str, RunningJob] = {}
+        # Of a latent model, the jobs whose picture is being encoded or whose images are decoded. They have no rows.
+        self._coded_jobs: dict[str, RunningJob] = {}
+        self._coding = Coding(metrics.coded) if engine.info.latent is not None else None
+        self._post = post
         self._deadlines = Deadlines()
         # Those of the last tick, or the one accepted last; after a crash, the possible causes.
         self.current_jobs: frozenset[str] = frozenset()
@@ -59,9 +67,14 @@ class Loop:
         self.tick_began_s: float | None = None  # while a tick runs
 
     @property
-    def has_work(self) -> bool:
+    def has_ticks(self) -> bool:
         """Whether there is a next tick."""
         return self._scheduler.has_work
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a job has not ended."""
+        return self.has_ticks or bool(self._coded_jobs)
 
     def note_idle(self) -> None:
         """Note that there is nothing to step."""
@@ -80,12 +93,27 @@ class Loop:
     # --- between ticks ---
 
     def accept(self, job: RunningJob) -> None:
-        """Give a job to the engine and the scheduler; its rows step from the next tick on."""
+        """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
         self.current_jobs = frozenset({job.id})
         answered = job.future.done() and not job.future.cancelled()  # while the worker hung
         if answered or not job.future.set_running_or_notify_cancel():  # from here on only the loop ends it
             self._leave(job)
             return
+        if job.deadline_s is not None:
+            self._deadlines.add(job.submitted_s + job.deadline_s, job.id, self._ids)
+        if self._coding is None or job.inputs is None:
+            self._begin(job)
+            return
+        self._coded_jobs[job.id] = job
+        encode = self._engine.encoder(job.inputs)
+        self._coding.put(job.id, "encode", [encode], self._then(job, partial(self._encoded, job)))
+
+    def _encoded(self, job: RunningJob, inputs: Sequence[Inputs]) -> None:
+        (job.inputs,) = inputs
+        self._begin(job)
+
+    def _begin(self, job: RunningJob) -> None:
+        """Give a job to the engine and the scheduler."""
         refuse = partial(self._refuse, job)
         with errors_to(refuse, "this job could not be started", "job %s could not be added", job.id):
             try:
@@ -97,8 +125,6 @@ class Loop:
         self._jobs[job.id] = job
         self._scheduler.add(job.id, job.rows, job.work, job.snapshot.steps if job.snapshot is not None else None)
         job.snapshot = job.inputs = None
-        if job.deadline_s is not None:
-            self._deadlines.add(job.submitted_s + job.deadline_s, job.id, self._jobs)
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec)
 
     def _refuse(self, job: RunningJob, error: ServiceError) -> None:
@@ -112,22 +138,26 @@ class Loop:
 
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more viewer. Nothing happens if it is not here (any more)."""
-        if (job := self._jobs.get(job_id)) is not None:
+        if (job := self._find(job_id)) is not None:
             job.watches.append(watch)
 
     def unwatch(self, job_id: str, watch: Watch) -> None:
         """Stop showing a job to a viewer."""
-        if (job := self._jobs.get(job_id)) is not None:
+        if (job := self._find(job_id)) is not None:
             job.unwatch(watch)
 
     def give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
         """End a job with an error and free its rows. Nothing happens if it is not here (any more)."""
-        job = self._jobs.get(job_id)
+        job = self._find(job_id)
         if job is None:
             return
         saved = job.spec.n * job.spec.end - job.steps_taken
-        self._scheduler.cancel(job_id)
-        self._engine.remove(job.rows)
+        if job_id in self._coded_jobs:
+            assert self._coding is not None
+            self._coding.drop(job_id)
+        else:
+            self._scheduler.cancel(job_id)
+            self._engine.remove(job.rows)
         self._leave(job)
         if reason == SUSPENDED:
             log.info("job %s of request %s is suspended", job_id, job.request_id)
@@ -147,19 +177,22 @@ class Loop:
 
     def give_up_all(self, error: ServiceError) -> None:
         """End every job that is left."""
-        for job_id in list(self._jobs):
+        for job_id in [*self._jobs, *self._coded_jobs]:
             self.give_up(job_id, error, error.code)
+        if self._coding is not None:
+            self._coding.close()
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, which is not to be trusted after a crash."""
         self._jobs.clear()
+        self._coded_jobs.clear()
 
     # --- a tick ---
 
     def end_overdue(self) -> None:
         """Give up the jobs whose deadline has passed."""
         for job_id in self._deadlines.passed(self._clock()):
-            if (job := self._jobs.get(job_id)) is not None:
+            if (job := self._find(job_id)) is not None:
                 assert job.deadline_s is not None
                 self.give_up(job_id, DeadlinePassed.of(job.deadline_s), "deadline")
 
@@ -243,28 +276,72 @@ class Loop:
         self._keeper.keep(snapshots, began_s, self._clock() - began_s)
 
     def _deliver(self, job: RunningJob) -> None:
-        """End a job with its images."""
-        assert job.started_s is not None
-        read: Callable[[], Images] | None = None
+        """Free a job's rows, and end it with its images; those of a latent model are decoded first."""
+        reads: list[Callable[[], Images]] = []
         with self._giving_up([job], "its images could not be read", "job %s could not be read", job.id):
-            read = self._engine.images(job.rows)
-        if read is None:
+            if self._coding is None:
+                reads = [self._engine.images(job.rows)]
+            else:  # one by one, so that a shorter job may come between them
+                reads = [self._engine.images((row,)) for row in job.rows]
+        if not reads:
             return
         self._engine.remove(job.rows)
-        self._leave(job)
         now_s = self._clock()
+        if self._coding is None:
+            self._finish(job, reads[0], now_s)
+            return
+        self._coded_jobs[job.id] = self._jobs.pop(job.id)
+        self._coding.put(job.id, "decode", reads, self._then(job, partial(self._decoded, job, now_s)))
+
+    def _decoded(self, job: RunningJob, denoised_s: float, images: Sequence[Images]) -> None:
+        all_images: Images = np.concatenate(images)
+        self._finish(job, lambda: all_images, denoised_s)
+
+    def _finish(self, job: RunningJob, read: Callable[[], Images], denoised_s: float) -> None:
+        assert job.started_s is not None
+        self._leave(job)
         self._metrics.job_done(job.spec.n)
-        queue_s, denoise_s = job.started_s - job.submitted_s, now_s - job.started_s
+        queue_s, denoise_s = job.started_s - job.submitted_s, denoised_s - job.started_s
+        decode_s = self._clock() - denoised_s
         log.info(
             "job %s of request %s done: queued %.3f s, denoised %.3f s", job.id, job.request_id, queue_s, denoise_s
         )
-        job.finish(JobResult(read, queue_s, job.first_step_s, denoise_s))
+        job.finish(JobResult(read, queue_s, job.first_step_s, denoise_s, decode_s))
+
+    def _then(self, job: RunningJob, go_on: Callable[[Sequence[Any]], None]) -> Done:
+        """What Coding calls when a job's tasks are done: go on with it in the worker's thread, or give it up."""
+
+        def done(results: Sequence[Any], error: Exception | None) -> None:
+            self._post(partial(take, results, error))
+
+        def take(results: Sequence[Any], error: Exception | None) -> None:
+            if job.id not in self._coded_jobs:  # it was given up meanwhile
+                return
+            if error is None:
+                del self._coded_jobs[job.id]
+                go_on(results)
+            elif isinstance(error, ServiceError):
+                self.give_up(job.id, error, error.code)
+            else:
+                log.error("job %s could not be encoded or decoded", job.id, exc_info=error)
+                failed = EngineFailed(f"its images could not be encoded or decoded: {type(error).__name__}")
+                self.give_up(job.id, failed, failed.code)
+
+        return done
 
     # --- for all of these ---
+
+    @property
+    def _ids(self) -> Collection[str]:
+        return {*self._jobs, *self._coded_jobs} if self._coded_jobs else self._jobs
+
+    def _find(self, job_id: str) -> RunningJob | None:
+        return self._jobs.get(job_id) or self._coded_jobs.get(job_id)
 
     def _leave(self, job: RunningJob) -> None:
         """Remove a job from this loop, the worker and admission."""
         self._jobs.pop(job.id, None)
+        self._coded_jobs.pop(job.id, None)
         self._on_end(job.id)
         self._admission.leave(job.id)
 

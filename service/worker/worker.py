@@ -53,7 +53,16 @@ class Worker:
         # Every job that was accepted and has not ended, for all threads: changed and read under the gate. The loop owns
         # the jobs of which the engine holds rows; here are also those whose command is still in the queue.
         self._jobs: dict[str, RunningJob] = {}
-        self._loop = Loop(engine, scheduler, admission, metrics, keeper=keeper, clock=clock, on_end=self._remove)
+        self._loop = Loop(
+            engine,
+            scheduler,
+            admission,
+            metrics,
+            keeper=keeper,
+            clock=clock,
+            on_end=self._remove,
+            post=self._commands.put,
+        )
         self._crashed = False
         self._jobs_of_the_crash = frozenset[str]()
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
@@ -276,7 +285,7 @@ class Worker:
 
     def _take_commands(self, wait: bool = True) -> None:
         """Do what other threads asked for. With nothing to step, sleep until a command comes."""
-        if wait and not self._loop.has_work:
+        if wait and not self._loop.has_ticks:
             self._loop.note_idle()
             self._commands.get()()
         while True:

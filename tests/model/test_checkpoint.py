@@ -548,7 +548,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (shutil.rmtree(f), f.mkdir(), (f / "model.onnx").touch()),
         r"holds model\.onnx\. .* folder of diffusers",
     ),
-    "latent diffusion": (model_index(_class_name="LDMPipeline"), "model_index.json: 'LDMPipeline' is not served"),
+    "latent diffusion without its autoencoder": (
+        model_index(_class_name="LDMPipeline"),
+        "model_index.json: an LDMPipeline without its autoencoder, the folder vqvae/",
+    ),
     "Stable Diffusion": (
         lambda f: (model_index(_class_name="StableDiffusionPipeline")(f), unet_config(cross_attention_dim=768)(f)),
         "model_index.json: 'StableDiffusionPipeline' is not served; those that are: DDPMPipeline, DDIMPipeline",

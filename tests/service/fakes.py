@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,6 +25,7 @@ INFO = ModelInfo(
     height_px=4,
     width_px=6,
     channels=1,
+    latent=None,
     num_timesteps=1000,
     beta_schedule="linear",
     prediction_type="epsilon",
@@ -116,6 +118,8 @@ class FakeEngine:
         self.on_preview: Callable[[Sequence[int]], None] = lambda rows: None
         self.on_snapshot: Callable[[Sequence[int]], None] = lambda rows: None
         self.on_noised: Callable[[], None] = lambda: None
+        self.on_decode: Callable[[SampleSpec], None] = lambda spec: None  # of each image, of a latent model
+        self.on_encode: Callable[[Inputs], None] = lambda inputs: None
         self.on_remove: Callable[[Sequence[int]], None] = lambda rows: None
         self._free = list(range(slots))
 
@@ -149,17 +153,27 @@ class FakeEngine:
 
     def images(self, rows: Sequence[int]) -> Callable[[], Images]:
         self.on_images(rows)
-        spec, its_rows = self.jobs[rows[0]]
-        assert tuple(rows) == its_rows
+        spec, its_rows = next(job for job in self.jobs.values() if rows[0] in job[1])
+        assert self.info.latent is not None or tuple(rows) == its_rows
         assert {self.steps_done[row] for row in rows} == {spec.steps}, "images before the last step"
-        pixels, finite = fake_pixels(spec, spec.steps, self.info), not self.nan & set(rows)
+        pixels = fake_pixels(spec, spec.steps, self.info)[[its_rows.index(row) for row in rows]]
+        finite, decode = not self.nan & set(rows), self.on_decode
 
         def read() -> Images:
             if not finite:
                 raise NotFinite
+            if self.info.latent is not None:
+                decode(spec)
             return pixels
 
         return read
+
+    def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
+        def encode() -> Inputs:
+            self.on_encode(inputs)
+            return replace(inputs, latents=np.zeros((1, 1, 1), np.float32))
+
+        return encode
 
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
         self.on_preview(rows)

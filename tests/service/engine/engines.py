@@ -109,7 +109,7 @@ def together(
 
 def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
     """The images by model.samplers.sample, which moves one batch in step."""
-    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+    shape = checkpoint.row_shape
     plan = make_engine(checkpoint)._compile(spec)
     indices = range(spec.index, spec.index + spec.n)
     labels = None

@@ -239,7 +239,7 @@ def test_cuda_graphs_give_what_the_network_gives(
     checkpoint, device = on_gpu(**fields), torch.device("cuda")
     inputs = example_inputs(checkpoint, CPU, 21)
     expected = bare(checkpoint, inputs)
-    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+    shape = checkpoint.row_shape
     executor = CompiledExecutor(checkpoint.net, device, shape, sizes=sizes)
     on_device = example_inputs(checkpoint, device, 21)
     for rows in (range(21), range(3), range(5, 6), range(8)):

@@ -145,7 +145,7 @@ def diffusers_images(
     net.load_state_dict(checkpoint.net.state_dict())
     scheduler = getattr(diffusers, scheduler_name).from_config(checkpoint.noise.to_dict())
     scheduler.set_timesteps(spec.steps)
-    shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+    shape = checkpoint.row_shape
     indices = range(spec.index, spec.index + spec.n)
     draws = [image_noise(spec.seed, indices, draw, shape, CPU) for draw in range(spec.steps + 1)]
     null = checkpoint.labels.null_class

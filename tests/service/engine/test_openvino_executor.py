@@ -39,7 +39,7 @@ def openvino(
 ) -> OpenVINOExecutor:
     key = (checkpoint.weights_hash, checkpoint.size_px, checkpoint.noise.num_train_timesteps)
     if key not in GRAPHS:
-        shape = (checkpoint.net.config.in_channels, *checkpoint.size_px)
+        shape = checkpoint.row_shape
         GRAPHS[key] = Graph(checkpoint.net, shape, checkpoint.noise.num_train_timesteps)
     return OpenVINOExecutor(GRAPHS[key], precision=precision, sizes=sizes, streams=streams, wide=wide)
 

@@ -1,5 +1,6 @@
 """The loop without its thread: the test accepts jobs, lets ticks happen, and looks."""
 
+import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -7,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.service.fakes import INFO, LIMITS, FakeEngine, FakeKeeper, fake_pixels, make_spec
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, FakeKeeper, Gate, fake_pixels, make_spec
 from tminus.service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, JobCancelled, NotFinite
 from tminus.service.metrics import Metrics
-from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.spec import Images, SampleSpec, Snapshot
+from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, work_of
 from tminus.service.worker.loop import SUSPENDED, Loop
 from tminus.service.worker.recording import Recording
@@ -32,6 +33,7 @@ class Bench:
         self.accepted: list[str] = []
         self.ended: list[str] = []
         self.engine.on_step = self.tick_takes_a_second
+        self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what the worker would do next
         self.loop = Loop(
             self.engine,
             Scheduler(sharing),
@@ -40,6 +42,7 @@ class Bench:
             keeper=self.keeper,
             clock=lambda: self.now_s,
             on_end=self.ended.append,
+            post=self.posted.put,
         )
 
     def tick_takes_a_second(self, _batch: Batch) -> None:
@@ -66,6 +69,10 @@ class Bench:
         for _ in range(times):
             self.loop.end_overdue()
             self.loop.tick()
+
+    def next_posted(self) -> None:
+        """Do what the coding thread asked for, as the worker would between two ticks."""
+        self.posted.get(timeout=PATIENCE_S)()
 
     def finish(self) -> None:
         while self.loop.has_work:
@@ -651,3 +658,142 @@ def test_a_recording_that_fails_costs_its_own_job_only(make_bench: MakeBench) ->
     assert isinstance(error, EngineFailed)
     assert error.detail == "its frames could not be read: RuntimeError"
     images(other)
+
+
+# --- latent models: encoded before, decoded after ---
+
+LATENT = replace(INFO, latent=LatentInfo("AutoencoderKL", 4, 2, 3, 0.18))
+
+
+def picture() -> Inputs:
+    return Inputs(np.zeros((4, 6, 1), np.uint8))
+
+
+def test_images_are_decoded_one_by_one_while_others_step(make_bench: MakeBench) -> None:
+    bench, decoded = make_bench(info=LATENT), list[int]()
+    bench.engine.on_decode = lambda spec: decoded.append(spec.seed)
+    a, b = bench.accept("a", n=3, steps=1, seed=1), bench.accept("b", n=1, steps=3, seed=2)
+    bench.tick()
+    assert not a.done()
+    assert [spec.seed for spec, _ in bench.engine.jobs.values()] == [2], "the slots of the first are free"
+    bench.tick()
+    bench.next_posted()
+    assert decoded == [1, 1, 1]
+    assert bench.metric("autoencoder_duration_seconds_count", direction="decode") == 3
+    np.testing.assert_array_equal(images(a), fake_pixels(make_spec(n=3, steps=1, seed=1), 1, LATENT))
+    assert a.result(0).decode_s == 1.0, "the tick that ran meanwhile"
+    assert (bench.ended, b.done()) == (["a"], False)
+
+
+def test_while_images_are_decoded_there_is_work_but_no_tick(make_bench: MakeBench) -> None:
+    bench = make_bench(info=LATENT)
+    future = bench.accept("a", steps=1)
+    bench.tick()
+    assert (bench.loop.has_ticks, bench.loop.has_work) == (False, True)
+    bench.next_posted()
+    assert (bench.loop.has_ticks, bench.loop.has_work, future.done()) == (False, False, True)
+
+
+def test_a_job_given_up_while_it_is_decoded_is_answered_once(make_bench: MakeBench) -> None:
+    bench, gate = make_bench(info=LATENT), Gate()
+    gate.shut()
+    bench.engine.on_decode = lambda spec: gate.enter()
+    a, b = bench.accept("a", steps=1, n=2), bench.accept("b", steps=1)
+    bench.tick()
+    bench.loop.give_up("a", JobCancelled("cancelled: a test"), "cancelled")
+    assert isinstance(failure(a), JobCancelled)
+    gate.open()
+    bench.next_posted()
+    assert b.result(0)
+    assert bench.posted.empty()
+
+
+def test_an_image_decoded_for_a_job_that_was_given_up_is_dropped(make_bench: MakeBench) -> None:
+    bench = make_bench(info=LATENT)
+    future = bench.accept("a", steps=1)
+    bench.tick()
+    arrived = bench.posted.get(timeout=PATIENCE_S)
+    bench.loop.give_up("a", JobCancelled("cancelled: a test"), "cancelled")
+    arrived()
+    assert isinstance(failure(future), JobCancelled)
+
+
+def test_a_deadline_passes_while_images_are_decoded(make_bench: MakeBench) -> None:
+    bench, gate = make_bench(info=LATENT), Gate()
+    gate.shut()
+    bench.engine.on_decode = lambda spec: gate.enter()
+    future = bench.accept("a", steps=1, deadline_s=5.0)
+    bench.tick()
+    bench.now_s += 10
+    bench.loop.end_overdue()
+    gate.open()
+    assert isinstance(failure(future), DeadlinePassed)
+
+
+@pytest.mark.parametrize(("raised", "told"), [(NotFinite(), NotFinite), (RuntimeError("secret"), EngineFailed)])
+def test_what_fails_to_decode_fails_alone(make_bench: MakeBench, raised: Exception, told: type[Exception]) -> None:
+    bench = make_bench(info=LATENT)
+
+    def decode(spec: SampleSpec) -> None:
+        if spec.seed == 1:
+            raise raised
+
+    bench.engine.on_decode = decode
+    bad, good = bench.accept("bad", steps=1, seed=1), bench.accept("good", steps=1, seed=2)
+    bench.tick()
+    bench.next_posted()
+    bench.next_posted()
+    assert isinstance(error := failure(bad), told)
+    assert "secret" not in str(error)
+    assert good.result(0)
+
+
+def accept_picture(bench: Bench, **kwargs: object) -> "Future[JobResult]":
+    inputs = picture()
+    spec = make_spec(steps=2, strength=1.0, image_sha256=inputs.image_sha256)
+    return bench.accept_spec("a", spec, inputs=inputs, **kwargs)
+
+
+def test_a_picture_is_encoded_before_its_job_begins(make_bench: MakeBench) -> None:
+    bench = make_bench(info=LATENT)
+    future = accept_picture(bench)
+    assert bench.engine.inputs == []
+    bench.next_posted()
+    (given,) = bench.engine.inputs
+    assert given is not None
+    assert given.latents is not None
+    assert bench.metric("autoencoder_duration_seconds_count", direction="encode") == 1
+    bench.tick(2)
+    bench.next_posted()
+    assert future.done()
+
+
+def test_a_job_whose_picture_cannot_be_encoded_never_begins(make_bench: MakeBench) -> None:
+    bench = make_bench(info=LATENT)
+
+    def fail(_: Inputs) -> None:
+        raise RuntimeError("secret")
+
+    bench.engine.on_encode = fail
+    future = accept_picture(bench)
+    bench.next_posted()
+    assert isinstance(failure(future), EngineFailed)
+    assert bench.engine.inputs == []
+
+
+def test_a_viewer_may_come_while_the_picture_is_encoded(make_bench: MakeBench) -> None:
+    bench, frames = make_bench(info=LATENT), list[Frame]()
+    accept_picture(bench)
+    bench.loop.watch("a", Watch(Pace(every=1), ("x_t",), frames.append))
+    bench.next_posted()
+    bench.tick()
+    assert [frame.step for frame in frames] == [1]
+
+
+def test_a_durable_job_that_is_being_decoded_is_finished_rather_than_suspended(make_bench: MakeBench) -> None:
+    bench = make_bench(info=LATENT)
+    future = bench.accept_spec("a", make_spec(steps=1), durable=True)
+    bench.tick()
+    bench.loop.suspend_durable()
+    bench.next_posted()
+    assert future.result(0)

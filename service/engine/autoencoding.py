@@ -1,0 +1,116 @@
+"""Latents to pixels and back, off the tick. Any thread may ask; one image at a time is made, each in a pass of its own.
+
+A pass of one image has one fixed shape, so its bits do not depend on what else is decoded.
+"""
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tminus.model.checkpoint import Checkpoint
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.preview import colours_of, fit_colours
+from tminus.model.pixels import to_model_range, to_uint8
+from tminus.service.engine import openvino_executor
+from tminus.service.engine.transfer import to_device
+from tminus.service.spec import Floats, Images
+
+TIMED = 3  # images that are decoded to know how long one takes; the fastest counts
+Pass = Callable[[Floats], Floats]
+
+
+class Autoencoding:
+    """Owns an autoencoder on its device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Of a latent model."""
+        autoencoder = checkpoint.autoencoder
+        assert autoencoder is not None
+        self.factor = autoencoder.config.factor
+        self._turn = threading.Lock()  # one image at a time: what runs beside the ticks is bounded
+        self._device = device
+        self._colours = fit_colours(autoencoder).to(device)
+        decode, encode = _Decode(autoencoder), _Encode(autoencoder)
+        if device.type == "cpu" and openvino_executor.available():
+            # In one thread, so that the ticks keep the other cores.
+            self.how = f"openvino {openvino_executor.version()}"
+            self._decode: Pass = openvino_executor.one_thread(decode, (1, *checkpoint.row_shape))
+            self._encode: Pass = openvino_executor.one_thread(encode, (1, *checkpoint.image_shape))
+        else:
+            self.how = "eager"
+            autoencoder.to(device)
+            self._decode, self._encode = self._eager(decode), self._eager(encode)
+        self._shape = checkpoint.row_shape
+
+    def decode(self, latents: Floats) -> Images:
+        """Pixels uint8 [n, H, W, C] of latents [n, c, h, w]."""
+        return np.stack([self._decode_one(latents[k : k + 1]) for k in range(len(latents))])
+
+    def encode(self, image: Images) -> Floats:
+        """The latents [c, h, w] of an image [H, W, C]."""
+        x = to_model_range(torch.tensor(image).permute(2, 0, 1)[None]).contiguous()
+        with self._turn:
+            latents: Floats = self._encode(x.numpy())[0]
+            return latents
+
+    def preview(self, latents: Tensor) -> Tensor:
+        """Rough pictures of latents [n, c, h, w] on the device, in [-1, 1]: [n, C, H, W]."""
+        return colours_of(latents, self._colours, self.factor)
+
+    def seconds_per_image(self) -> float:
+        """How long one image takes to decode, with nothing beside it."""
+        latents = np.zeros((1, *self._shape), np.float32)
+        self.decode(latents)
+        seconds = []
+        for _ in range(TIMED):
+            began_s = time.perf_counter()
+            self.decode(latents)
+            seconds.append(time.perf_counter() - began_s)
+        return min(seconds)
+
+    def bits(self) -> str:
+        """A hash of what is encoded and decoded of fixed values: what the fingerprint says of this build's bits."""
+        latents = torch.randn(1, *self._shape, generator=torch.Generator().manual_seed(0)).numpy()
+        with self._turn:
+            decoded = self._decode(latents)
+            encoded = self._encode(decoded.clip(-1, 1))
+        return hashlib.sha256(decoded.tobytes() + encoded.tobytes()).hexdigest()
+
+    def _decode_one(self, latents: Floats) -> Images:
+        with self._turn:
+            x = self._decode(np.ascontiguousarray(latents))
+        return to_uint8(torch.from_numpy(x))[0].permute(1, 2, 0).contiguous().numpy()
+
+    def _eager(self, module: nn.Module) -> Pass:
+        """Run a module with torch; on a GPU in a stream of its own, beside the ticks."""
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+        def run(x: Floats) -> Floats:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                out: Floats = module(to_device(x, self._device)).cpu().numpy()
+                return out
+
+        return run
+
+
+class _Decode(nn.Module):
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.autoencoder.decode(latents)
+
+
+class _Encode(nn.Module):
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.autoencoder.encode(images)

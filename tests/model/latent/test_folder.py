@@ -1,0 +1,152 @@
+"""Latent checkpoints: read as diffusers wrote them, written as it reads them, and refused where they are damaged."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, LDMPipeline, VQModel
+
+from tests.model.latent.folders import make_autoencoder, save_latent_pipeline
+from tminus.model.checkpoint import load_checkpoint, save_checkpoint
+from tminus.model.files import CheckpointError
+from tminus.model.latent.folder import load_autoencoder, save_autoencoder
+from tminus.model.weights import hash_weights
+
+Damage = Callable[[Path], object]
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_a_pipeline_of_diffusers_is_read_whole(tmp_path: Path, kind: str) -> None:
+    pipeline = save_latent_pipeline(tmp_path, kind, scaling_factor=0.5)
+    found = load_checkpoint(tmp_path)
+    assert (found.image_shape, found.row_shape, found.size_px) == ((3, 16, 16), (3, 8, 8), (16, 16))
+    assert found.autoencoder is not None
+    assert found.autoencoder.config.scaling_factor == 0.5
+    assert not found.noise.clip_sample
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(found.net(x, t), pipeline.unet(x, t).sample, rtol=1e-5, atol=1e-5)
+        theirs = pipeline.vqvae.decode(x / 0.5).sample
+        torch.testing.assert_close(found.autoencoder.decode(x), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_written_diffusers_reads(tmp_path: Path) -> None:
+    save_latent_pipeline(tmp_path / "theirs", "kl")
+    found = load_checkpoint(tmp_path / "theirs")
+    save_checkpoint(
+        tmp_path / "ours",
+        found.net.state_dict(),
+        found.net.config,
+        found.noise,
+        found.labels,
+        {},
+        autoencoder=found.autoencoder,
+    )
+    again = load_checkpoint(tmp_path / "ours")
+    assert again.weights_hash == found.weights_hash
+    theirs = LDMPipeline.from_pretrained(tmp_path / "ours")
+    assert type(theirs.vqvae) is AutoencoderKL
+    z = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        wanted = theirs.vqvae.decode(z / theirs.vqvae.config.scaling_factor).sample
+        torch.testing.assert_close(found.autoencoder.decode(z), wanted, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+
+
+def test_an_autoencoder_alone_is_a_folder_of_diffusers(tmp_path: Path) -> None:
+    make_autoencoder("vq").save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
+    autoencoder = load_autoencoder(tmp_path / "theirs")
+    save_autoencoder(tmp_path / "ours", autoencoder.config, autoencoder.state_dict())
+    assert hash_weights(load_autoencoder(tmp_path / "ours").state_dict()) == hash_weights(autoencoder.state_dict())
+    assert VQModel.from_pretrained(tmp_path / "ours").config.num_vq_embeddings == autoencoder.config.num_vq_embeddings
+
+
+def test_the_weights_of_the_autoencoder_count(tmp_path: Path) -> None:
+    hashes = []
+    for kind, scale in (("vq", 1.0), ("vq", 2.0), ("kl", 1.0)):
+        save_latent_pipeline(tmp_path / f"{kind}{scale}", kind, scaling_factor=scale)
+        hashes.append(load_checkpoint(tmp_path / f"{kind}{scale}").weights_hash)
+    assert hashes[0] != hashes[2]
+
+
+def test_latents_are_clipped_only_where_the_scheduler_says_so(tmp_path: Path) -> None:
+    save_latent_pipeline(tmp_path, scheduler=DDPMScheduler(clip_sample=True, clip_sample_range=3.0))
+    assert load_checkpoint(tmp_path).noise.clip_sample
+    edit(tmp_path / "scheduler/scheduler_config.json", clip_sample=None)
+    assert not load_checkpoint(tmp_path).noise.clip_sample
+
+
+def test_a_vqmodel_without_a_scaling_factor_is_not_scaled(tmp_path: Path) -> None:
+    save_latent_pipeline(tmp_path, "vq")
+    edit(tmp_path / "vqvae/config.json", scaling_factor=None)
+    found = load_checkpoint(tmp_path).autoencoder
+    assert found is not None
+    assert found.config.scaling_factor == 1.0
+
+
+def test_attention_names_of_old_are_read(tmp_path: Path) -> None:
+    autoencoder = make_autoencoder("kl")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for name, value in autoencoder.state_dict().items():
+        for new, before in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        state[name] = value
+    assert any("attentions.0.query" in name for name in state)
+    autoencoder.save_pretrained(tmp_path, safe_serialization=False)  # type: ignore[operator]
+    torch.save(state, tmp_path / "diffusion_pytorch_model.bin")
+    images = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        wanted = autoencoder.encode(images).latent_dist.mean * autoencoder.config.scaling_factor  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(load_autoencoder(tmp_path).encode(images), wanted, rtol=1e-5, atol=1e-5)
+
+
+def edit(file: Path, **fields: object) -> None:
+    """Set fields of a JSON file; None takes one out."""
+    values = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def config(**fields: object) -> Damage:
+    return lambda folder: edit(folder / "vqvae/config.json", **fields)
+
+
+WEIGHTS = "vqvae/diffusion_pytorch_model.safetensors"
+DAMAGED: dict[str, tuple[Damage, str]] = {
+    "no autoencoder": (lambda f: shutil.rmtree(f / "vqvae"), "LDMPipeline without its autoencoder"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "vqvae: no diffusion_pytorch_model"),
+    "no config": (lambda f: (f / "vqvae/config.json").unlink(), "vqvae/config.json: missing"),
+    "half the weights": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:2000]),
+        "truncated or not a weights file",
+    ),
+    "another network": (config(_class_name="AutoencoderTiny"), "_class_name must be VQModel or AutoencoderKL"),
+    "other widths": (config(block_out_channels=[8, 32]), "wrong shape of"),
+    "widths that are none": (config(block_out_channels="8"), "block_out_channels must be"),
+    "groups that do not divide": (config(norm_num_groups=3), r"multiples of norm_num_groups \(3\)"),
+    "blocks of another kind": (config(down_block_types=["DownBlock2D"] * 2), "down_block_types must be among"),
+    "channels that are no image": (config(in_channels=2, out_channels=2), "in_channels must be 1 or 3"),
+    "spatial norms": (config(norm_type="spatial"), "norm_type='spatial' is not served"),
+    "means of latents": (config(latents_mean=[0.1]), "latents_mean=.* is not served"),
+    "a field nobody knows": (config(wavelets=True), "wavelets=True is not served"),
+    "a scale of zero": (config(scaling_factor=0), "scaling_factor must be"),
+    "a scale that is text": (config(scaling_factor="1"), "scaling_factor must be"),
+    "codes of text": (config(num_vq_embeddings="64"), "num_vq_embeddings must be"),
+    "a U-Net of other channels": (
+        lambda f: edit(f / "vqvae/config.json", vq_embed_dim=5),
+        "wrong shape of|only 5 channels in",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_one_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    save_latent_pipeline(tmp_path)
+    act, says = DAMAGED[damage]
+    act(tmp_path)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        load_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)

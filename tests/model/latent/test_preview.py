@@ -1,0 +1,42 @@
+"""Previews of latents: a linear map whose colours are near the true ones."""
+
+import torch
+
+from tests.model.latent.folders import make_autoencoder
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.config import AutoencoderConfig
+from tminus.model.latent.preview import colours_of, fit_colours
+
+
+def autoencoder() -> Autoencoder:
+    theirs = make_autoencoder("kl")
+    made = Autoencoder(AutoencoderConfig.from_dict(dict(theirs.config) | {"_class_name": "AutoencoderKL"}))  # type: ignore[call-overload]
+    made.load_state_dict(theirs.state_dict())
+    return made.eval()
+
+
+def test_the_map_is_found_again_where_the_encoder_is_linear() -> None:
+    """With an encoder that takes means of pixels times a matrix, the map is the inverse."""
+    made, matrix = autoencoder(), torch.tensor([[2.0, 0, 0], [0, 0.5, 0.5], [1, 0, -1]])
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("ij,bjhw->bihw", matrix, torch.nn.functional.avg_pool2d(images, 2)) + 0.25
+
+    made.encode = encode  # type: ignore[method-assign]
+    images = torch.rand(1, 3, 1, 1).expand(1, 3, 16, 16).contiguous() * 2 - 1
+    torch.testing.assert_close(colours_of(encode(images), fit_colours(made), 2), images, atol=2e-3, rtol=0)
+
+
+def test_the_map_is_the_same_each_time_and_each_latent_is_a_square() -> None:
+    fitted = fit_colours(autoencoder())
+    torch.testing.assert_close(fit_colours(autoencoder()), fitted, rtol=0, atol=0)
+    assert fitted.shape == (3, 4)
+    pictures = colours_of(torch.randn(2, 3, 8, 8), fitted, 2)
+    assert pictures.shape == (2, 3, 16, 16)
+    assert (pictures[:, :, 0::2, 0::2] == pictures[:, :, 1::2, 1::2]).all()
+
+
+def test_latents_that_say_nothing_of_colours_leave_the_mean() -> None:
+    made = autoencoder()
+    made.encode = lambda images: images.new_zeros(len(images), 3, images.shape[2] // 2, images.shape[3] // 2)  # type: ignore[method-assign]
+    assert fit_colours(made).isfinite().all()

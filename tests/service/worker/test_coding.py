@@ -1,0 +1,114 @@
+"""The thread that encodes and decodes: fewest left first, one thing at a time, errors that end one job."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from tests.service.fakes import PATIENCE_S, Gate, wait_until
+from tminus.service.worker.coding import Coding
+
+
+class Bench:
+    """A coding thread whose tasks wait at a gate and note that they were done."""
+
+    def __init__(self) -> None:
+        self.gate, self.done = Gate(), queue.SimpleQueue[tuple[str, list[Any], Exception | None]]()
+        self.order: list[str] = []
+        self.seconds: list[tuple[str, float]] = []
+        self.coding = Coding(lambda kind, seconds: self.seconds.append((kind, seconds)))
+
+    def put(self, name: str, count: int, fails: Exception | None = None) -> None:
+        def task(number: int) -> Callable[[], str]:
+            def act() -> str:
+                self.order.append(name)
+                self.gate.enter()
+                if fails is not None:
+                    raise fails
+                return f"{name}{number}"
+
+            return act
+
+        def done(results: Sequence[Any], error: Exception | None) -> None:
+            self.done.put((name, list(results), error))
+
+        self.coding.put(name, "decode", [task(k) for k in range(count)], done)
+
+    def next_done(self) -> tuple[str, list[Any], Exception | None]:
+        return self.done.get(timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.gate.open()
+    made.coding.close()
+
+
+def test_a_job_gets_its_results_in_order(bench: Bench) -> None:
+    bench.put("a", 3)
+    assert bench.next_done() == ("a", ["a0", "a1", "a2"], None)
+    assert [kind for kind, _ in bench.seconds] == ["decode"] * 3
+
+
+def test_a_short_job_does_not_wait_for_a_long_one(bench: Bench) -> None:
+    bench.gate.shut()
+    bench.put("long", 5)
+    wait_until(lambda: bench.order == ["long"])
+    bench.put("short", 2)
+    bench.gate.open()
+    assert [bench.next_done()[0] for _ in range(2)] == ["short", "long"]
+    assert bench.order == ["long", "short", "short", "long", "long", "long", "long"]
+
+
+def test_those_with_as_many_left_are_done_as_they_came(bench: Bench) -> None:
+    bench.gate.shut()
+    bench.put("first", 1)
+    wait_until(lambda: bench.order == ["first"])
+    for name in ("second", "third", "fourth"):
+        bench.put(name, 2)
+    assert bench.coding.waiting == 6
+    bench.gate.open()
+    assert [bench.next_done()[0] for _ in range(4)] == ["first", "second", "third", "fourth"]
+
+
+def test_an_error_ends_its_job_alone(bench: Bench) -> None:
+    error = ValueError("broken")
+    bench.gate.shut()
+    bench.put("bad", 3, fails=error)
+    bench.put("good", 1)
+    bench.gate.open()
+    assert sorted([bench.next_done(), bench.next_done()]) == [("bad", [], error), ("good", ["good0"], None)]
+    assert bench.order.count("bad") == 1
+
+
+def test_a_job_that_is_dropped_is_not_done(bench: Bench) -> None:
+    bench.gate.shut()
+    bench.put("dropped", 3)
+    wait_until(lambda: bench.order == ["dropped"])
+    bench.coding.drop("dropped")
+    bench.coding.drop("nobody")
+    bench.put("kept", 1)
+    bench.gate.open()
+    assert bench.next_done()[0] == "kept"
+    assert bench.order == ["dropped", "kept"]
+    assert bench.done.empty()
+
+
+def test_a_thread_is_there_only_once_it_is_needed_and_ends(bench: Bench) -> None:
+    def threads() -> int:
+        return sum(thread.name == "tminus-coding" for thread in threading.enumerate())
+
+    before = threads()
+    Coding(lambda *_: None).close()
+    assert threads() == before
+    bench.put("a", 1)
+    bench.next_done()
+    assert threads() == before + 1
+    bench.coding.close()
+    wait_until(lambda: threads() == before)
+    bench.put("late", 1)
+    assert threads() == before
