@@ -20,6 +20,8 @@ def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options
     `net` lies on the device that measures. LeftOut where the bound is not defined, with the reason.
     """
     noise, schedule = checkpoint.noise, checkpoint.noise.schedule()
+    if checkpoint.autoencoder is not None:
+        return LeftOut("bound", "it is one of pixels, and this network's are latents")
     if checkpoint.student is not None:
         return LeftOut("bound", "a student predicts where trajectories end, not the mean of x_0, so it has none")
     if noise.variance_type == "learned_range":

@@ -84,6 +84,7 @@ def evaluate(
         options=dataclasses.replace(options, sampler=first.sampler, steps=first.steps, guidance=first.guidance),
         classifier=judge.facts,
         bound=None if isinstance(bound, LeftOut) else bound,
+        reconstruction=judge.reconstruction(options.num_samples, options.seed),
         left_out=(*left_out, *judge.left_out),
         model=_facts(checkpoint),
         seeds=tuple(seeds),
@@ -93,11 +94,12 @@ def evaluate(
 
 
 def _facts(checkpoint: Checkpoint) -> ModelFacts:
-    noise, config = checkpoint.noise, checkpoint.net.config
+    noise, config, latent = checkpoint.noise, checkpoint.net.config, checkpoint.autoencoder
     return ModelFacts(
         parameters=sum(parameter.numel() for parameter in checkpoint.net.parameters()),
         size_px=checkpoint.size_px,
-        channels=config.in_channels,
+        channels=checkpoint.image_shape[0],
+        latents=None if latent is None else f"{latent.config.kind}: {'x'.join(map(str, checkpoint.row_shape))}",
         class_names=checkpoint.labels.class_names,
         num_timesteps=noise.num_train_timesteps,
         beta_schedule=noise.beta_schedule,

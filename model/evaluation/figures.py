@@ -57,6 +57,16 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """What the autoencoder of a latent model loses of real images: no sample can be better than that."""
+
+    rms: float  # of pixels in [-1, 1], of held-out images
+    psnr_db: float
+    frechet: float | None  # of training images decoded again, beside `FrechetDistance.real` of the images themselves
+    num_images: int
+
+
+@dataclass(frozen=True, slots=True)
 class PerClass:
     """One class: the share of its samples, and of its real test images, that the classifier reads as that class.
 

@@ -1,5 +1,6 @@
 """The figures of samples, beside those of real images: class accuracy, a Fréchet distance, memorisation."""
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,9 +20,14 @@ from tminus.model.evaluation.figures import (
     Memorisation,
     NearestSummary,
     PerClass,
+    Reconstruction,
     SampleFigures,
 )
 from tminus.model.evaluation.options import EvaluateError
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.pixels import to_model_range, to_uint8
+
+RECONSTRUCTED = 64  # images at a time
 
 
 class _Real(NamedTuple):
@@ -87,6 +93,19 @@ class Judge:
         memorisation = Memorisation(self._nearest(samples), real.nearest, len(self._train))
         return SampleFigures(seed, accuracy, frechet, memorisation, seconds_per_image)
 
+    def reconstruction(self, num_images: int, seed: int) -> Reconstruction | None:
+        """How near images come to themselves through the autoencoder; None for a pixel model."""
+        if (autoencoder := self._checkpoint.autoencoder) is None:
+            return None
+        test, train = (split.images[balanced_picks(split, num_images, seed)] for split in (self._test, self._train))
+        square = (to_model_range(test) - to_model_range(_decoded_again(autoencoder, test, self._device))).square()
+        frechet = None
+        if self._classifier is not None:
+            features = self._classifier.read(_decoded_again(autoencoder, train, self._device)).features
+            frechet = frechet_distance(fit_gaussian(features), self._test_gaussian)
+        mean = float(square.double().mean())
+        return Reconstruction(mean**0.5, 10 * math.log10(4 / max(mean, 1e-12)), frechet, len(test))
+
     def _real_figures(self, num_images: int, seed: int) -> _Real:
         if (num_images, seed) not in self._real:
             train_picked = self._train.images[balanced_picks(self._train, num_images, seed)]
@@ -132,6 +151,14 @@ class Judge:
     def _nearest(self, images: Tensor) -> NearestSummary:
         rms = nearest_distances(images.to(self._device), self._train_images)
         return NearestSummary(float(rms.min()), float(rms.quantile(0.01)), float(rms.median()), len(images))
+
+
+@torch.no_grad()
+def _decoded_again(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
+    """Images uint8 [N, C, H, W], encoded and decoded, as they would be served."""
+    autoencoder = autoencoder.to(device)
+    parts = (to_model_range(part.to(device)) for part in torch.split(images, RECONSTRUCTED))
+    return torch.cat([to_uint8(autoencoder.decode(autoencoder.encode(part))).cpu() for part in parts])
 
 
 def _check_fit(checkpoint: Checkpoint, train: ImageSet, test: ImageSet, classifier: Classifier | None) -> None:

@@ -84,6 +84,7 @@ def _facts(report: SweepReport) -> Table:
         ("checkpoint", f"{report.checkpoint}, weights sha256 {report.weights_hash}"),
         ("network", f"{model.parameters:,} parameters, widths {', '.join(map(str, model.widths))}"),
         ("images", f"{height} x {width} pixels, {model.channels} channel{'s' * (model.channels > 1)}"),
+        *([("latents", model.latents)] if model.latents is not None else []),
         ("classes", classes),
         ("noise", f"{model.beta_schedule}, T = {model.num_timesteps}, variance {model.variance_type}"),
         ("prediction", model.prediction_type),

@@ -12,6 +12,7 @@ from tminus.model.evaluation.figures import (
     FrechetDistance,
     LeftOut,
     Memorisation,
+    Reconstruction,
     SampleFigures,
     Spread,
     spread,
@@ -39,6 +40,7 @@ class Subject:
     options: EvaluateOptions
     classifier: ClassifierFacts | None
     bound: Bound | None
+    reconstruction: Reconstruction | None
     left_out: tuple[LeftOut, ...]
 
     def left_out_lines(self) -> list[str]:
@@ -52,6 +54,16 @@ class Subject:
         rows = [("variational bound (bits/dim)", f"{bound.total:.4f} ± {bound.standard_error:.4f}")]
         for what, value in (("L_T", bound.L_T), ("sum of L_{t-1}", bound.L_steps), ("L_0", bound.L_0)):
             rows.append((f"of it {what}", f"{value:.4f}"))
+        return rows
+
+    def reconstruction_rows(self) -> list[tuple[str, str]]:
+        """What the autoencoder of a latent model loses; measured on real images too."""
+        if (lost := self.reconstruction) is None:
+            return []
+        what = "real images through the autoencoder"
+        rows = [(f"{what}, RMS error", f"{lost.rms:.4f}"), (f"{what}, PSNR (dB)", f"{lost.psnr_db:.1f}")]
+        if lost.frechet is not None:
+            rows.append((f"{what}, classifier_frechet_distance", f"{lost.frechet:.3f}"))
         return rows
 
     def settings(self, sampler: str, seeds: Sequence[int], of: SampleFigures, speed: str = "") -> Table:
@@ -115,7 +127,7 @@ class EvaluationReport(Subject):
 
     def figures(self) -> Table:
         """The figures of the samples beside those of real images."""
-        rows = [(what, "", value) for what, value in self.bound_rows()]
+        rows = [(what, "", value) for what, value in (*self.bound_rows(), *self.reconstruction_rows())]
         if (accuracy := self.class_accuracy) is not None:
             rows.append(("class accuracy", f"{accuracy.samples:.3f}", f"{accuracy.real:.3f}"))
         if (frechet := self.classifier_frechet_distance) is not None:

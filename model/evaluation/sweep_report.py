@@ -18,6 +18,7 @@ class ModelFacts:
     parameters: int
     size_px: tuple[int, int]
     channels: int
+    latents: str | None  # of a latent model: what makes them, and their shape
     class_names: tuple[str, ...]
     num_timesteps: int
     beta_schedule: str

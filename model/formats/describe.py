@@ -40,7 +40,8 @@ class Description:
     lines: tuple[tuple[str, str], ...]
     net: Denoiser | None = None
     settings: Recommended | None = None
-    size_px: tuple[int, int] = (0, 0)
+    size: tuple[int, int] = (0, 0)
+    """Height and width of what the network sees."""
 
 
 def describe(path: Path, given: Given) -> Description:
@@ -52,7 +53,11 @@ def describe(path: Path, given: Given) -> Description:
     unet, noise, labels = checkpoint.net.config, checkpoint.noise, checkpoint.labels
     lines = [("format", "a folder of diffusers" + ("" if unet.class_name == CLASS_NAME else ", for tminus alone"))]
     lines += network_lines(unet, sum(value.numel() for value in checkpoint.net.parameters()))
-    lines.append(("images", images(unet, checkpoint.size_px)))
+    lines.append(("images", images(checkpoint.image_shape[0], checkpoint.size_px)))
+    if (autoencoder := checkpoint.autoencoder) is not None:
+        size = "x".join(map(str, checkpoint.row_shape))
+        parameters = sum(value.numel() for value in autoencoder.parameters())
+        lines.append(("latents", f"{size}, by {autoencoder.config.kind} of {parameters / 1e6:.2f} M parameters"))
     if labels.num_classes:
         null = "no null class, so no guidance" if labels.null_class is None else f"null class {labels.null_class}"
         lines.append(("classes", f"{labels.num_classes} ({', '.join(labels.class_names)[:100]}); {null}"))
@@ -64,7 +69,7 @@ def describe(path: Path, given: Given) -> Description:
         own = checkpoint.recommended
         lines.append(("recommended", f"{own.sampler} in {own.steps} steps, guidance {own.guidance:g}"))
     lines += [("refused table", refused) for refused in checkpoint.refused_tables]
-    return Description(tuple(lines), checkpoint.net, own, checkpoint.size_px)
+    return Description(tuple(lines), checkpoint.net, own, checkpoint.row_shape[1:])
 
 
 def _settings(noise: NoiseConfig) -> Recommended:
@@ -84,7 +89,7 @@ def _of_foreign(file: Path, given: Given) -> Description:
     lines = [("format", converted.format)]
     lines += network_lines(converted.unet, sum(value.numel() for value in converted.state.values()), missing)
     size = converted.unet.size_px if "image_size" not in missing else None
-    lines.append(("images", images(converted.unet, size)))
+    lines.append(("images", images(converted.unet.in_channels, size)))
     if converted.labels.num_classes:
         null = "no null class" if converted.labels.null_class is None else "and a null class"
         lines.append(("classes", f"{converted.labels.num_classes}, {null}"))
@@ -101,9 +106,9 @@ def _of_foreign(file: Path, given: Given) -> Description:
     return Description(tuple(lines), net.requires_grad_(False).eval(), _settings(converted.noise), size)
 
 
-def images(unet: NetConfig, size_px: tuple[int, int] | None) -> str:
-    """The size and channels of images."""
-    channels = "one channel" if unet.in_channels == 1 else f"{unet.in_channels} channels"
+def images(count: int, size_px: tuple[int, int] | None) -> str:
+    """The size of images, and how many channels."""
+    channels = "one channel" if count == 1 else f"{count} channels"
     return f"{size_px[0]}x{size_px[1]}, {channels}" if size_px is not None else channels
 
 

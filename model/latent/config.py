@@ -35,7 +35,7 @@ class AutoencoderConfig:
     layers_per_block: int = 1
     act_fn: str = "silu"
     latent_channels: int = 4
-    sample_size: int | tuple[int, int] | None = None
+    sample_size: int | tuple[int, int] = 32
     norm_num_groups: int = 32
     scaling_factor: float = USUAL_SCALE
     """Latents are multiplied by it before the network of eps sees them: 1 / their standard deviation."""
@@ -117,7 +117,7 @@ class AutoencoderConfig:
             raise ValueError(f"autoencoder config: _class_name must be {VQ} or {KL}, got {kind!r:.100}")
         known = {field.name for field in dataclasses.fields(cls)} - {"kind"}
         known -= {"num_vq_embeddings", "vq_embed_dim"} if kind == KL else _OF_KL
-        values: dict[str, Any] = {"latent_channels": 4 if kind == KL else 3, "sample_size": 32}
+        values: dict[str, Any] = {"latent_channels": 4 if kind == KL else 3}
         values["scaling_factor"] = USUAL_SCALE if kind == KL else 1.0
         for key, value in given_fields(config).items():
             if key == "shift_factor" and is_off(value):

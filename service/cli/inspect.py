@@ -44,11 +44,11 @@ def _costs(found: "Description") -> list[tuple[str, str]]:
     if net is None or own is None:
         return []
     weights = sum(4 * value.numel() for value in net.parameters())
-    row, free = net.config.pass_bytes(found.size_px), available_bytes(torch.device("cpu"))
+    row, free = net.config.pass_bytes(found.size), available_bytes(torch.device("cpu"))
     lines = [("memory", f"{weights / MIB:.0f} MiB of weights, about {row / MIB:.0f} MiB for a row in a forward pass")]
     if free is not None and row > free:
         return [*lines, ("time", f"not measured: {free / MIB:.0f} MiB are free")]
-    x, t = torch.zeros(1, net.config.in_channels, *found.size_px), torch.zeros(1)
+    x, t = torch.zeros(1, net.config.in_channels, *found.size), torch.zeros(1)
     labels = torch.zeros(1, dtype=torch.long) if net.class_embedding is not None else None
     seconds = []
     with torch.inference_mode():

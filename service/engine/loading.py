@@ -75,7 +75,9 @@ def _read_checkpoint(options: LoadOptions) -> Checkpoint:
             f"one GPU is served, the first that is visible: CUDA_VISIBLE_DEVICES={device.index}, not {device}"
         )
     checkpoint = load_checkpoint(options.checkpoint)
-    check_memory(checkpoint.net.config, checkpoint.size_px, device)
+    check_memory(checkpoint.net.config, checkpoint.row_shape[1:], device)
+    if checkpoint.autoencoder is not None:
+        check_memory(checkpoint.autoencoder.config, checkpoint.size_px, device, "autoencoder")
     return checkpoint
 
 

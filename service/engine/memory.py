@@ -1,8 +1,9 @@
 """Whether one row of a model fits the memory there is, told before anything of its size is made."""
 
+from typing import Protocol
+
 import torch
 
-from tminus.model.denoiser import NetConfig
 from tminus.model.free_memory import GIB, free_memory_bytes
 
 
@@ -11,11 +12,18 @@ def available_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
 
 
-def check_memory(config: NetConfig, size_px: tuple[int, int], device: torch.device) -> None:
+class NeedsMemory(Protocol):
+    """The configuration of a network that can tell what a pass takes."""
+
+    def pass_bytes(self, size_px: tuple[int, int]) -> int:
+        """Roughly what one image of (height, width) takes."""
+
+
+def check_memory(config: NeedsMemory, size_px: tuple[int, int], device: torch.device, what: str = "network") -> None:
     """Raise ValueError for a model of which not even one row fits."""
     needed, free = config.pass_bytes(size_px), available_bytes(device)
     if free is not None and needed > free:
         raise ValueError(
-            f"sample_size {size_px[0]}x{size_px[1]} of this network takes about {needed / GIB:.1f} GiB for one image, "
+            f"sample_size {size_px[0]}x{size_px[1]} of this {what} takes about {needed / GIB:.1f} GiB for one image, "
             f"and {free / GIB:.1f} GiB are free on {device}"
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, LDMPipeline
 from torch import Tensor
 
 from tests.tiny import TINY
@@ -19,6 +20,8 @@ from tminus.model import train as train_module
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.files import CheckpointError
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.config import AutoencoderConfig
 from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
 from tminus.model.run import STATE_FILE, TrainError, faster_precision, step_seed
@@ -540,3 +543,64 @@ def test_timing_the_precisions_leaves_the_weights_and_gradients_alone() -> None:
     for key, value in net.state_dict().items():
         assert torch.equal(value, before[key])
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+# --- on latents ---
+
+
+def latent_run(folder: Path, config: TrainConfig = RUN) -> Autoencoder:
+    torch.manual_seed(2)
+    autoencoder = Autoencoder(
+        AutoencoderConfig(
+            in_channels=1,
+            out_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 4),
+            norm_num_groups=2,
+            latent_channels=3,
+            scaling_factor=1.5,
+        )
+    ).requires_grad_(False)
+    unet = dataclasses.replace(CONDITIONAL, sample_size=4, in_channels=3, out_channels=3)
+    noise = dataclasses.replace(NOISE, clip_sample=False)
+    train(folder, toy_images(), unet, noise, config, device=CPU, autoencoder=autoencoder)
+    return autoencoder
+
+
+def test_a_run_on_latents_is_a_latent_checkpoint(tmp_path: Path) -> None:
+    autoencoder = latent_run(tmp_path, dataclasses.replace(RUN, flip=False))
+    found = load_checkpoint(tmp_path)
+    assert (found.row_shape, found.image_shape) == ((3, 4, 4), (1, 8, 8))
+    assert found.autoencoder is not None
+    assert_same_bits(dict(found.autoencoder.state_dict()), dict(autoencoder.state_dict()))
+    assert type(LDMPipeline.from_pretrained(tmp_path).vqvae) is AutoencoderKL
+
+
+def test_x_0_are_the_scaled_latents_of_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    real = train_module.training_target
+
+    def target(schedule: Any, kind: str, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        seen.append(x_0)
+        return real(schedule, kind, x_0, t, eps)
+
+    monkeypatch.setattr(train_module, "training_target", target)
+    one_step = dataclasses.replace(RUN, flip=False, steps=1)
+    autoencoder = latent_run(tmp_path, one_step)
+    images = toy_images().images[batch_indices(11, 4, RUN.seed, 0)]
+    torch.testing.assert_close(seen[0], autoencoder.encode(images.float() / 127.5 - 1), rtol=1e-4, atol=1e-5)
+
+
+def test_another_autoencoder_and_mirrored_latents_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="flip mirrors pixels"):
+        latent_run(tmp_path)
+    plain = dataclasses.replace(RUN, flip=False)
+    latent_run(tmp_path, plain)
+    unet = dataclasses.replace(CONDITIONAL, sample_size=4, in_channels=3, out_channels=3)
+    other = load_checkpoint(tmp_path).autoencoder
+    assert other is not None
+    other.decoder.conv_out.bias.data += 1
+    noise = dataclasses.replace(NOISE, clip_sample=False)
+    with pytest.raises(TrainError, match="begun with autoencoder="):
+        train(tmp_path, toy_images(), unet, noise, plain, device=CPU, autoencoder=other)

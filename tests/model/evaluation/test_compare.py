@@ -26,6 +26,7 @@ REFERENCE = EvaluationReport(
     options=EvaluateOptions(),
     classifier=ClassifierFacts(weights_hash="def", test_accuracy=0.9, feature_dim=8, data="train"),
     bound=None,
+    reconstruction=None,
     class_accuracy=ClassAccuracy(samples=0.8, real=0.9, num_real=10, per_class=()),
     classifier_frechet_distance=FrechetDistance(samples=10.0, real=1.0, num_real=10, num_test=10),
     memorisation=Memorisation(samples=NEAREST, real=NEAREST, num_train=10),

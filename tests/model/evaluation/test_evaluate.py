@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.model.evaluation.toys import CPU, NAMES, OPTIONS, TRAINING, toy_checkpoint, toy_images
-from tminus.model.checkpoint import Checkpoint
-from tminus.model.data import FASHION_MNIST_DIR, load_fashion_mnist
+from tests.model.latent.folders import save_latent_pipeline
+from tminus.model.checkpoint import Checkpoint, load_checkpoint
+from tminus.model.data import FASHION_MNIST_DIR, ImageSet, load_fashion_mnist
 from tminus.model.evaluation.classes import balanced_picks
 from tminus.model.evaluation.classifier import (
     Classifier,
@@ -397,3 +398,38 @@ def test_balanced_picks_take_classes_in_turn_and_no_image_twice() -> None:
 def test_options_out_of_bounds_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(OPTIONS, **{field: value})
+
+
+# --- latent models ---
+
+
+def test_a_latent_model_is_judged_by_its_decoded_images(tmp_path: Path) -> None:
+    save_latent_pipeline(tmp_path, "kl", classes=4, in_channels=1, out_channels=1)
+    edit_json(tmp_path / "tminus.json", class_names=list(NAMES), null_class=3)
+    checkpoint = load_checkpoint(tmp_path)
+    train, test = (big(toy_images(n, n)) for n in (24, 18))
+    classifier = train_classifier(train, test, TRAINING, device=CPU)
+    options = dataclasses.replace(OPTIONS, guidance=1.0, precision="float32")
+    report = evaluate(checkpoint, train, test, classifier, options, device=CPU).single()
+    assert report.bound is None
+    assert "it is one of pixels" in " ".join(report.left_out_lines())
+    lost = report.reconstruction
+    assert lost is not None
+    assert checkpoint.autoencoder is not None
+    picked = test.images[balanced_picks(test, options.num_samples, options.seed)]
+    with torch.no_grad():
+        x = picked.float() / 127.5 - 1
+        again = ((checkpoint.autoencoder.decode(checkpoint.autoencoder.encode(x)).clamp(-1, 1) + 1) * 127.5).round()
+    assert lost.rms == pytest.approx(float((again / 127.5 - 1 - x).square().mean().sqrt()), rel=1e-3)
+    assert lost.psnr_db == pytest.approx(20 * np.log10(2 / lost.rms), rel=1e-6)
+    assert lost.frechet is not None
+    assert "real images through the autoencoder, RMS error" in report.to_markdown()
+
+
+def big(data: ImageSet) -> ImageSet:
+    """Of 16x16 pixels."""
+    return dataclasses.replace(data, images=data.images.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def edit_json(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | fields))

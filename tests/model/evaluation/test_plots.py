@@ -28,11 +28,11 @@ def point(sampler: str, steps: int, *distances: float | None, guidance: float = 
 
 
 def report(*points: PointFigures, references: tuple[PointFigures, ...] = ()) -> SweepReport:
-    model = ModelFacts(1, (8, 8), 1, (), 20, "linear", "epsilon", "fixed_small", (8,))
+    model = ModelFacts(1, (8, 8), 1, None, (), 20, "linear", "epsilon", "fixed_small", (8,))
     return SweepReport(
         checkpoint="toy", weights_hash="abc", train_data="a", test_data="b", device="cpu", torch_version="2",
-        options=EvaluateOptions(), classifier=None, bound=None, left_out=(), model=model, seeds=(0, 1),
-        points=points, references=references,
+        options=EvaluateOptions(), classifier=None, bound=None, reconstruction=None, left_out=(), model=model,
+        seeds=(0, 1), points=points, references=references,
     )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def test_file_of_which_all_is_known_is_told_whole(tmp_path: Path) -> None:
     found = describe(file, CIFAR)
     lines = dict(found.lines)
     assert found.net is not None
-    assert found.size_px == (16, 16)
+    assert found.size == (16, 16)
     assert found.settings == Recommended("ddpm", 100)
     assert lines["network"] == "UNet2DModel: widths 32, 64* (* with attention); 2 layers a level"
     assert lines["details"].endswith("convolutions, one head")

@@ -262,3 +262,39 @@ def test_a_deadline_that_the_load_prevents_is_refused_with_the_earliest_that_can
 def test_an_infinite_deadline_is_accepted() -> None:
     admission = make_admission()
     admission.enter("a", plain(8, 80), now_s=0.0, deadline_s=math.inf)
+
+
+# --- latent models: images are decoded after their steps ---
+
+
+def test_decoding_counts_as_work_and_as_time() -> None:
+    admission = make_admission()
+    admission.calibrate(RATE, 5 * SECONDS_PER_PLACE)  # an image takes as long as five places of a full tick
+    outlook = admission.enter("a", plain(4, 10), now_s=0.0)
+    assert admission.backlog_s == (40 + 20) * SECONDS_PER_PLACE
+    without = make_admission().enter("a", plain(4, 10), now_s=0.0)
+    assert outlook.eta_s > without.eta_s
+    admission.stepped({"a": 40}, 8, 1 / 8)
+    assert admission.backlog_s == 20 * SECONDS_PER_PLACE, "its images are still to be decoded"
+    assert 0 < admission.outlooks(1.0)["a"].eta_s < outlook.eta_s
+    admission.leave("a")
+    assert admission.backlog_s == 0
+
+
+def test_a_job_that_comes_back_has_its_images_to_decode_too() -> None:
+    admission = make_admission()
+    admission.calibrate(RATE, 5 * SECONDS_PER_PLACE)
+    admission.readmit("a", plain(2, 10), places_left=6)
+    assert admission.backlog_s == (6 + 10) * SECONDS_PER_PLACE
+
+
+def test_decoding_may_be_what_makes_a_job_too_much() -> None:
+    limits = {"max_backlog_s": 50 * SECONDS_PER_PLACE}
+    for decode_s, fits in ((0.0, True), (2 * SECONDS_PER_PLACE, False)):
+        admission = make_admission(**limits)
+        admission.calibrate(RATE, decode_s)
+        admission.enter("a", plain(4, 5), now_s=0.0)
+        if fits:
+            admission.enter("b", plain(5, 5), now_s=0.0)
+        else:
+            refusal(admission, plain(5, 5))

@@ -250,3 +250,16 @@ def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(monkeypa
         forecast(pendings(*[plain(1 + i % 5, 1 + 37 * i % 200) for i in range(jobs)]), SRPT, TickTimes(POINTS))
     assert counts[1] <= 12 * counts[0]
     assert counts[1] <= 3 * 1000
+
+
+def test_decoding_comes_last_and_takes_as_long_as_so_many_places() -> None:
+    ticks = TickTimes(((1, 1.0), (8, 1.0)))
+    sharing = Sharing.of(8)
+
+    def eta_s(work: Work) -> float:
+        return forecast([Pending("a", work, work.cost)], sharing, ticks)["a"].eta_s
+
+    assert eta_s(Work(1, 10, range(0), decode=4)) == eta_s(Work(1, 14, range(0)))
+    assert eta_s(Work(2, 10, range(10), decode=3)) == pytest.approx(eta_s(Work(2, 10, range(10))) + 3)
+    left = Pending("a", Work(2, 10, range(10), decode=3), 2.0)
+    assert forecast([left], sharing, ticks)["a"].eta_s == pytest.approx(1.0), "of two images one place each is left"
