@@ -23,6 +23,7 @@ from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.folder import FOLDERS, find_autoencoder, load_autoencoder, save_autoencoder, with_autoencoder
+from tminus.model.layout import INDEX_FILE, LATENT_PIPELINE, check_layout, find_scheduler
 from tminus.model.networks.registry import build, read_net_config
 from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
@@ -44,19 +45,12 @@ from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, mi
 
 log = logging.getLogger(__name__)
 
-INDEX_FILE = "model_index.json"
 LATENT_FOLDER = FOLDERS[0]
-LATENT_PIPELINE = "LDMPipeline"
-PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ConsistencyModelPipeline", LATENT_PIPELINE)
 PIPELINE_OF = {
     "DDIMScheduler": "DDIMPipeline",
     "PNDMScheduler": "PNDMPipeline",
     "CMStochasticIterativeScheduler": "ConsistencyModelPipeline",
 }
-LAYOUTS = (
-    "What is served is a folder of diffusers: with unet/ and scheduler/, or flat with config.json, "
-    f"scheduler_config.json and {WEIGHTS_NAME}.safetensors"
-)
 DIFFUSERS_VERSION = "0.30.0"  # what model_index.json declares: the layout has not changed since
 
 
@@ -151,7 +145,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _load(folder: Path) -> Checkpoint:
-    scheduler_class = _check_layout(folder)
+    scheduler_class = check_layout(folder)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     autoencoder_folder = find_autoencoder(folder)
     try:
@@ -219,44 +213,6 @@ def _load(folder: Path) -> Checkpoint:
     )
 
 
-def _check_layout(folder: Path) -> str | None:
-    """Say what a path holds that cannot be loaded; returns the scheduler's class, where model_index.json names one."""
-    if folder.is_file():
-        other = "; tminus convert makes one of a file of some other projects"
-        raise CheckpointError(f"{folder}: a file ({folder.suffix or 'no suffix'}). {LAYOUTS}{other}")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    names = sorted(file.name for file in folder.iterdir())
-    if not names:
-        raise CheckpointError(f"{folder}: the folder is empty")
-    index = check_pipeline(folder)
-    if not (folder / "unet").is_dir() and "config.json" not in names:
-        raise CheckpointError(f"{folder}: holds {', '.join(names)[:200]}. {LAYOUTS}")
-    if not find_scheduler(folder).is_file():
-        raise CheckpointError(
-            f"{folder}: a U-Net without a scheduler_config.json, which says how its noise was made. {LAYOUTS}; tminus "
-            "convert writes one by flags"
-        )
-    entry = index.get("scheduler")
-    if entry is None:
-        return None
-    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
-        raise CheckpointError(f"{folder}: {INDEX_FILE}: scheduler must be [library, class], got {entry!r:.100}")
-    return str(entry[1])
-
-
-def check_pipeline(folder: Path) -> dict[str, Any]:
-    """Read a folder's model_index.json, empty where there is none. Raises CheckpointError for other pipelines."""
-    index = read_json(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else {}
-    pipeline = index.get("_class_name", PIPELINES[0])
-    if pipeline not in PIPELINES:
-        kinds = ", ".join(PIPELINES)
-        raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served; those that are: {kinds}")
-    if pipeline == LATENT_PIPELINE and find_autoencoder(folder) is None:
-        raise CheckpointError(f"{folder}: {INDEX_FILE}: an {pipeline} without its autoencoder, the folder vqvae/")
-    return index
-
-
 def check_channels(folder: Path, unet: NetConfig, noise: NoiseConfig, latent: int | None = None) -> None:
     """Raise CheckpointError for channels that cannot be served. latent: the channels of an autoencoder's latents."""
     learned = noise.variance_type == "learned_range"  # the second half of its channels is v, see samplers.py
@@ -279,12 +235,6 @@ def check_shapes(where: Path, state: Mapping[str, Tensor], unet: NetConfig, asks
         raise CheckpointError(f"{where}: {asks}: {first_line(error)}") from error
     if wrong := misfit(state, net, asks):
         raise CheckpointError(f"{where}: {wrong}")
-
-
-def find_scheduler(folder: Path) -> Path:
-    """Where a folder's scheduler_config.json is, or would be."""
-    nested = folder / "scheduler" / "scheduler_config.json"
-    return nested if nested.is_file() else folder / "scheduler_config.json"
 
 
 # --- writing -----------------------------------------------------------------------------------------------------

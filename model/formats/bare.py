@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from tminus.model.checkpoint import check_pipeline, find_scheduler
 from tminus.model.files import CheckpointError, read_json
 from tminus.model.formats.converted import Converted, numbered
 from tminus.model.formats.given import Given
+from tminus.model.layout import check_pipeline, find_scheduler
 from tminus.model.networks.registry import read_net_config
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import load_state_dict

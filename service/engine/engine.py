@@ -4,7 +4,6 @@ Specs and row ids come in, numpy arrays go out, no tensor leaves. Which rows ste
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,17 +11,15 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guide, rescale
-from tminus.model.pixels import to_model_range, to_uint8
-from tminus.model.rng import image_noise, row_noise, split_seed
+from tminus.model.rng import row_noise, split_seed
 from tminus.model.samplers import Plan, compile_plan, denoise, table_plan
-from tminus.service.engine.autoencoding import Autoencoding
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
 from tminus.service.engine.known_values import KnownValues
+from tminus.service.engine.pictures import pictures_of
 from tminus.service.engine.plan_store import PlanStore, Registers
 from tminus.service.engine.transfer import LaunchedTicks, copy_out, index_of, send, to_device
-from tminus.service.errors import NotFinite
 from tminus.service.preview import Show
 from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch
@@ -46,10 +43,9 @@ class Engine:
         bits: str | None = None,
     ) -> None:
         """Make room for so many rows and jobs. bits: a hash of the executor's outputs, see `fingerprint`."""
-        self._autoencoding = Autoencoding(checkpoint, device) if checkpoint.autoencoder is not None else None
-        autoencoder_bits = self._autoencoding.bits() if self._autoencoding is not None else None
+        self._pictures = pictures_of(checkpoint, device)
         self.info = make_model_info(
-            checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=autoencoder_bits
+            checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=self._pictures.bits
         )
         self._device, self._max_jobs = device, max_jobs
         self._forward = executor
@@ -80,7 +76,7 @@ class Engine:
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._plans = PlanStore(device)
         self._plan_of: dict[int, tuple[int, int]] = {}  # first row of a job -> its plan's first line and length
-        self._pictures: dict[int, Inputs] = {}  # of a latent model's masked rows: what their known pixels are
+        self._inputs: dict[int, Inputs] = {}  # of masked rows: what they keep
         # On a GPU the host runs one tick ahead, and reads whether rows are finite once their tick has ended.
         self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
@@ -112,7 +108,7 @@ class Engine:
         # Slots are taken last, so that a job that is refused takes none.
         plan = self._compile(spec)
         check_inputs(inputs, spec, (self.info.height_px, self.info.width_px, self.info.channels))
-        origin = self._origin(inputs)
+        origin = self._pictures.x_0(inputs) if inputs is not None else None
         if snapshot is not None:
             x, x0, registers = latents_of(snapshot, spec.n, plan.num_registers, self._shape, self._device)
         else:
@@ -123,12 +119,13 @@ class Engine:
         if plan.num_registers and self._registers is None:
             self._registers = Registers(len(self._masked), self._shape, self._device)
         if spec.mask_sha256 is not None and self._known is None:
-            self._known = KnownValues(len(self._masked), self._shape, self._device, latent=self.info.latent is not None)
+            self._known = KnownValues(len(self._masked), self._shape, self._device, self.info.latent is not None)
         rows, start = tuple(reversed(self._free_rows[-spec.n :])), self._plans.put(plan)
         try:
             self._fill(rows, spec, start, (x, x0, registers))
-            if inputs is not None and inputs.mask is not None:
-                self._keep_known(rows, inputs, origin)
+            if inputs is not None and inputs.mask is not None and origin is not None and self._known is not None:
+                self._known.put(index_of(rows, self._device), origin, to_device(inputs.mask, self._device))
+                self._inputs |= dict.fromkeys(rows, inputs)
         except BaseException:
             self._plans.free(start, len(plan))
             raise
@@ -140,28 +137,6 @@ class Engine:
         del self._free_rows[-spec.n :]
         self._plan_of[rows[0]] = (start, len(plan))
         return rows
-
-    def _origin(self, inputs: Inputs | None) -> Tensor | None:
-        """The x_0 [C, H, W] of a picture, uint8 where it is one of pixels; what was encoded already is not again."""
-        if inputs is None:
-            return None
-        if self._autoencoding is None:
-            return to_device(inputs.image, self._device).permute(2, 0, 1)
-        latents = inputs.latents if inputs.latents is not None else self._autoencoding.encode(inputs.image)
-        return to_device(latents, self._device)
-
-    def _keep_known(self, rows: Sequence[int], inputs: Inputs, origin: Tensor | None) -> None:
-        """Note what masked rows keep."""
-        assert inputs.mask is not None
-        assert origin is not None
-        assert self._known is not None
-        mask = to_device(inputs.mask, self._device)
-        if self._autoencoding is not None:
-            # A latent is made new if any of its pixels is.
-            factor = self._autoencoding.factor
-            mask = mask.reshape(self._shape[1], factor, self._shape[2], factor).any(3).any(1)
-            self._pictures |= dict.fromkeys(rows, inputs)
-        self._known.put(torch.tensor(rows, device=self._device), origin, mask)
 
     def _fill(self, rows: Sequence[int], spec: SampleSpec, start: int, state: Sequence[Tensor]) -> None:
         """Write one job's rows into their slots: the state is x, x0 and registers; its plan begins at line `start`."""
@@ -267,37 +242,19 @@ class Engine:
         The rows may be removed at once. Call the function in another thread: on a GPU it waits for the copy, and for a
         latent model it runs the decoder.
         """
-        x, autoencoding = self._x[index_of(rows, self._device)], self._autoencoding
-        read = copy_out(self._device, _pixels(x) if autoencoding is None else x, x.isfinite().all())
-        pictures = [self._pictures.get(row) for row in rows]
-
-        def images() -> Images:
-            values, finite = read()
-            if not finite:
-                raise NotFinite
-            if autoencoding is None:
-                return values.numpy()
-            decoded = autoencoding.decode(values.numpy())
-            for image, picture in zip(decoded, pictures, strict=True):
-                if picture is not None and picture.mask is not None:  # as of a pixel model, they are kept bit for bit
-                    image[~picture.mask] = picture.image[~picture.mask]
-            return decoded
-
-        return images
+        x = self._x[index_of(rows, self._device)]
+        return self._pictures.read(x, [self._inputs.get(row) for row in rows])
 
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
         """What a job of a latent model needs before it is added: the function returned gives inputs with their latents.
 
         Call it in another thread: it runs the encoder. For a pixel model there is nothing to do.
         """
-        autoencoding = self._autoencoding
-        if autoencoding is None:
-            return lambda: inputs
-        return lambda: replace(inputs, latents=autoencoding.encode(inputs.image))
+        return self._pictures.encoder(inputs)
 
     def decode_seconds(self) -> float:
         """How long it takes to make pixels of one row, beside the ticks; 0 for a pixel model."""
-        return self._autoencoding.seconds_per_image() if self._autoencoding is not None else 0.0
+        return self._pictures.seconds_per_image()
 
     @torch.inference_mode()
     def preview(self, rows: Sequence[int], show: Sequence[Show]) -> Callable[[], Mapping[Show, Images]]:
@@ -307,10 +264,7 @@ class Engine:
         `images`, call the function returned in another thread.
         """
         at, source = index_of(rows, self._device), {"x_t": self._x, "x_0": self._x0}
-        values = [source[name][at] for name in show]
-        if self._autoencoding is not None:
-            values = [self._autoencoding.preview(each) for each in values]
-        read = copy_out(self._device, *map(_pixels, values))
+        read = copy_out(self._device, *(self._pictures.shown(source[name][at]) for name in show))
         return lambda: {name: pixels.numpy() for name, pixels in zip(show, read(), strict=True)}
 
     @torch.inference_mode()
@@ -332,19 +286,7 @@ class Engine:
 
         As with `images`, call the function returned in another thread: for a latent model it does all the work.
         """
-        if (autoencoding := self._autoencoding) is not None:
-            return lambda: autoencoding.decode(self._noised_latents([*map(autoencoding.encode, images)], t, seed))
-        x_0 = send(torch.from_numpy(images).permute(0, 3, 1, 2), self._device)
-        eps = image_noise(seed, range(len(images)), 0, self._shape, self._device)
-        x_t = self._schedule.q_sample(to_model_range(x_0), torch.tensor([t]), eps)
-        read = copy_out(self._device, _pixels(x_t))
-        return lambda: read()[0].numpy()
-
-    def _noised_latents(self, x_0: Sequence[Floats], t: int, seed: int) -> Floats:
-        """x_t [n, c, h, w] of latents [c, h, w]. On the host: it is made in any thread, whatever the device does."""
-        eps = image_noise(seed, range(len(x_0)), 0, self._shape, torch.device("cpu"))
-        x_t: Floats = self._schedule.q_sample(torch.from_numpy(np.stack(x_0)), torch.tensor([t]), eps).numpy()
-        return x_t
+        return self._pictures.noised(images, t, seed)
 
     def latents(self, rows: Sequence[int]) -> Floats:
         """Read the x_t of rows, float32 [n, C, H, W]. Waits for the device."""
@@ -355,13 +297,9 @@ class Engine:
         """Free the slots of one job, as `add` returned them."""
         self._plans.free(*self._plan_of.pop(rows[0]))
         self._free_rows.extend(reversed(rows))
-        for row in rows if self._pictures else ():
-            self._pictures.pop(row, None)
+        for row in rows if self._inputs else ():
+            self._inputs.pop(row, None)
 
     def memory_bytes(self) -> int | None:
         """Memory that tensors take on the GPU; None on a CPU, where it is the process's own."""
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else None
-
-
-def _pixels(x: Tensor) -> Tensor:
-    return to_uint8(x).permute(0, 2, 3, 1).contiguous()

@@ -5,11 +5,11 @@ the engine steps it, and the jobs that are done are delivered.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,7 +22,8 @@ from tminus.service.scheduling.deadlines import Deadlines
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.spec import Images, Inputs, trial_spec
 from tminus.service.work import Batch, JobResult
-from tminus.service.worker.coding import Coding, Done
+from tminus.service.worker.coded_jobs import CodedJobs
+from tminus.service.worker.errors_to import errors_to
 from tminus.service.worker.running_job import RunningJob
 from tminus.service.worker.snapshot_pace import Keeper
 
@@ -56,10 +57,8 @@ class Loop:
         self._keeper, self._clock, self._on_end = keeper, clock, on_end
         # The jobs whose rows the engine holds, in order of arrival. This loop is their owner.
         self._jobs: dict[str, RunningJob] = {}
-        # Of a latent model, the jobs whose picture is being encoded or whose images are decoded. They have no rows.
-        self._coded_jobs: dict[str, RunningJob] = {}
-        self._coding = Coding(metrics.coded) if engine.info.latent is not None else None
-        self._post = post
+        # Of a latent model, those whose picture is being encoded or whose images are being decoded.
+        self._coded = CodedJobs(metrics.coded, post, lambda job, error: self._end(job, error, error.code))
         self._deadlines = Deadlines()
         # Those of the last tick, or the one accepted last; after a crash, the possible causes.
         self.current_jobs: frozenset[str] = frozenset()
@@ -74,7 +73,7 @@ class Loop:
     @property
     def has_work(self) -> bool:
         """Whether a job has not ended."""
-        return self.has_ticks or bool(self._coded_jobs)
+        return self.has_ticks or bool(self._coded)
 
     def note_idle(self) -> None:
         """Note that there is nothing to step."""
@@ -101,12 +100,10 @@ class Loop:
             return
         if job.deadline_s is not None:
             self._deadlines.add(job.submitted_s + job.deadline_s, job.id, self._ids)
-        if self._coding is None or job.inputs is None:
+        if self._engine.info.latent and job.inputs is not None:
+            self._coded.put(job, "encode", [self._engine.encoder(job.inputs)], self._encoded)
+        else:
             self._begin(job)
-            return
-        self._coded_jobs[job.id] = job
-        encode = self._engine.encoder(job.inputs)
-        self._coding.put(job.id, "encode", [encode], self._then(job, partial(self._encoded, job)))
 
     def _encoded(self, job: RunningJob, inputs: Sequence[Inputs]) -> None:
         (job.inputs,) = inputs
@@ -148,22 +145,24 @@ class Loop:
 
     def give_up(self, job_id: str, error: ServiceError, reason: str) -> None:
         """End a job with an error and free its rows. Nothing happens if it is not here (any more)."""
-        job = self._find(job_id)
-        if job is None:
-            return
-        saved = job.spec.n * job.spec.end - job.steps_taken
-        if job_id in self._coded_jobs:
-            assert self._coding is not None
-            self._coding.drop(job_id)
-        else:
+        job = self._jobs.get(job_id)
+        if job is not None:
             self._scheduler.cancel(job_id)
             self._engine.remove(job.rows)
+        else:
+            job = self._coded.drop(job_id)
+        if job is not None:
+            self._end(job, error, reason)
+
+    def _end(self, job: RunningJob, error: ServiceError, reason: str) -> None:
+        """End a job that has no rows with an error."""
+        saved = job.spec.n * job.spec.end - job.steps_taken
         self._leave(job)
         if reason == SUSPENDED:
-            log.info("job %s of request %s is suspended", job_id, job.request_id)
+            log.info("job %s of request %s is suspended", job.id, job.request_id)
         else:
             self._metrics.job_given_up(reason, saved)
-            log.info("job %s of request %s given up (%s), %d row-steps saved", job_id, job.request_id, reason, saved)
+            log.info("job %s of request %s given up (%s), %d row-steps saved", job.id, job.request_id, reason, saved)
         job.fail(error)
 
     # --- the end ---
@@ -177,15 +176,14 @@ class Loop:
 
     def give_up_all(self, error: ServiceError) -> None:
         """End every job that is left."""
-        for job_id in [*self._jobs, *self._coded_jobs]:
+        for job_id in list(self._ids):
             self.give_up(job_id, error, error.code)
-        if self._coding is not None:
-            self._coding.close()
+        self._coded.close()
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, which is not to be trusted after a crash."""
         self._jobs.clear()
-        self._coded_jobs.clear()
+        self._coded.close()
 
     # --- a tick ---
 
@@ -279,21 +277,20 @@ class Loop:
         """Free a job's rows, and end it with its images; those of a latent model are decoded first."""
         reads: list[Callable[[], Images]] = []
         with self._giving_up([job], "its images could not be read", "job %s could not be read", job.id):
-            if self._coding is None:
-                reads = [self._engine.images(job.rows)]
-            else:  # one by one, so that a shorter job may come between them
-                reads = [self._engine.images((row,)) for row in job.rows]
+            # Of a latent model one by one, so that a shorter job may come between them.
+            parts = [(row,) for row in job.rows] if self._engine.info.latent else [job.rows]
+            reads = [self._engine.images(rows) for rows in parts]
         if not reads:
             return
         self._engine.remove(job.rows)
         now_s = self._clock()
-        if self._coding is None:
+        if not self._engine.info.latent:
             self._finish(job, reads[0], now_s)
             return
-        self._coded_jobs[job.id] = self._jobs.pop(job.id)
-        self._coding.put(job.id, "decode", reads, self._then(job, partial(self._decoded, job, now_s)))
+        del self._jobs[job.id]
+        self._coded.put(job, "decode", reads, partial(self._decoded, now_s))
 
-    def _decoded(self, job: RunningJob, denoised_s: float, images: Sequence[Images]) -> None:
+    def _decoded(self, denoised_s: float, job: RunningJob, images: Sequence[Images]) -> None:
         all_images: Images = np.concatenate(images)
         self._finish(job, lambda: all_images, denoised_s)
 
@@ -302,46 +299,22 @@ class Loop:
         self._leave(job)
         self._metrics.job_done(job.spec.n)
         queue_s, denoise_s = job.started_s - job.submitted_s, denoised_s - job.started_s
-        decode_s = self._clock() - denoised_s
-        log.info(
-            "job %s of request %s done: queued %.3f s, denoised %.3f s", job.id, job.request_id, queue_s, denoise_s
-        )
-        job.finish(JobResult(read, queue_s, job.first_step_s, denoise_s, decode_s))
-
-    def _then(self, job: RunningJob, go_on: Callable[[Sequence[Any]], None]) -> Done:
-        """What Coding calls when a job's tasks are done: go on with it in the worker's thread, or give it up."""
-
-        def done(results: Sequence[Any], error: Exception | None) -> None:
-            self._post(partial(take, results, error))
-
-        def take(results: Sequence[Any], error: Exception | None) -> None:
-            if job.id not in self._coded_jobs:  # it was given up meanwhile
-                return
-            if error is None:
-                del self._coded_jobs[job.id]
-                go_on(results)
-            elif isinstance(error, ServiceError):
-                self.give_up(job.id, error, error.code)
-            else:
-                log.error("job %s could not be encoded or decoded", job.id, exc_info=error)
-                failed = EngineFailed(f"its images could not be encoded or decoded: {type(error).__name__}")
-                self.give_up(job.id, failed, failed.code)
-
-        return done
+        what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
+        log.info(what, job.id, job.request_id, queue_s, denoise_s)
+        job.finish(JobResult(read, queue_s, job.first_step_s, denoise_s, self._clock() - denoised_s))
 
     # --- for all of these ---
 
     @property
     def _ids(self) -> Collection[str]:
-        return {*self._jobs, *self._coded_jobs} if self._coded_jobs else self._jobs
+        return {*self._jobs, *self._coded.ids} if self._coded else self._jobs
 
     def _find(self, job_id: str) -> RunningJob | None:
-        return self._jobs.get(job_id) or self._coded_jobs.get(job_id)
+        return self._jobs.get(job_id) or self._coded.get(job_id)
 
     def _leave(self, job: RunningJob) -> None:
         """Remove a job from this loop, the worker and admission."""
         self._jobs.pop(job.id, None)
-        self._coded_jobs.pop(job.id, None)
         self._on_end(job.id)
         self._admission.leave(job.id)
 
@@ -355,16 +328,3 @@ class Loop:
                 self.give_up(job.id, error, error.code)
 
         return errors_to(fail, detail, log_line, *args)
-
-
-@contextmanager
-def errors_to(fail: Callable[[EngineFailed], object], detail: str, log_line: str, *args: object) -> Iterator[None]:
-    """Log an exception and pass it to fail as EngineFailed; clients see its type, not its text.
-
-    It fails the jobs involved, not the server.
-    """
-    try:
-        yield
-    except Exception as error:
-        log.exception(log_line, *args)
-        fail(EngineFailed(f"{detail}: {type(error).__name__}"))

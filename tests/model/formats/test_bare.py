@@ -69,6 +69,6 @@ def test_network_that_is_not_served_is_refused_by_name(theirs: UNet2DModel, tmp_
 
 def test_network_of_another_pipeline_is_refused_by_that(theirs: UNet2DModel, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "unet")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "LDMPipeline"}')
-    with pytest.raises(CheckpointError, match="'LDMPipeline' is not served"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "LDMTextToImagePipeline"}')
+    with pytest.raises(CheckpointError, match="'LDMTextToImagePipeline' is not served"):
         read_foreign(tmp_path, FIXED)

@@ -147,7 +147,7 @@ def test_a_latent_is_made_new_if_any_of_its_pixels_is(latent: Checkpoint) -> Non
     assert new.sum() == 2
     assert bool(new[:, 0, 1, 2].all())
     engine.remove(rows)
-    assert engine._pictures == {}
+    assert engine._inputs == {}
 
 
 def test_previews_have_the_size_of_images(latent: Checkpoint) -> None:

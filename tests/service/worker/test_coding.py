@@ -1,7 +1,6 @@
 """The thread that encodes and decodes: fewest left first, one thing at a time, errors that end one job."""
 
 import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -99,16 +98,13 @@ def test_a_job_that_is_dropped_is_not_done(bench: Bench) -> None:
 
 
 def test_a_thread_is_there_only_once_it_is_needed_and_ends(bench: Bench) -> None:
-    def threads() -> int:
-        return sum(thread.name == "tminus-coding" for thread in threading.enumerate())
-
-    before = threads()
-    Coding(lambda *_: None).close()
-    assert threads() == before
+    assert bench.coding._thread is None
     bench.put("a", 1)
     bench.next_done()
-    assert threads() == before + 1
+    thread = bench.coding._thread
+    assert thread is not None
     bench.coding.close()
-    wait_until(lambda: threads() == before)
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
     bench.put("late", 1)
-    assert threads() == before
+    assert bench.order == ["a"]

@@ -1,0 +1,78 @@
+"""Jobs of a latent model while a picture is encoded or images are decoded: they have no rows, and are not done yet.
+
+The worker's thread owns which jobs these are; a thread of its own, coding.py, does the work.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+from tminus.service.errors import EngineFailed, ServiceError
+from tminus.service.worker.coding import Coding, Task
+from tminus.service.worker.running_job import RunningJob
+
+log = logging.getLogger(__name__)
+
+GoOn = Callable[[RunningJob, Sequence[Any]], None]
+
+
+class CodedJobs:
+    """Owns the jobs that are with the coding thread. Only the worker's thread may call."""
+
+    def __init__(
+        self,
+        observe: Callable[[str, float], None],
+        post: Callable[[Callable[[], None]], None],
+        fail: Callable[[RunningJob, ServiceError], None],
+    ) -> None:
+        """post: has something done in the worker's thread, between two ticks. observe: as Coding has it.
+
+        fail: ends a job of which something could not be encoded or decoded.
+        """
+        self._jobs: dict[str, RunningJob] = {}
+        self._coding, self._post, self._fail = Coding(observe), post, fail
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    @property
+    def ids(self) -> Collection[str]:
+        """The ids of the jobs."""
+        return self._jobs.keys()
+
+    def get(self, job_id: str) -> RunningJob | None:
+        """A job; None if it is not here (any more)."""
+        return self._jobs.get(job_id)
+
+    def put(self, job: RunningJob, kind: str, tasks: Sequence[Task], go_on: GoOn) -> None:
+        """Do a job's tasks; `go_on` is called with the results in the worker's thread, when the job has left.
+
+        It is not called for a job that is dropped meanwhile, or that fails.
+        """
+
+        def take(results: Sequence[Any], error: Exception | None) -> None:
+            if self._jobs.get(job.id) is not job:
+                return
+            del self._jobs[job.id]
+            if error is None:
+                go_on(job, results)
+            elif isinstance(error, ServiceError):
+                self._fail(job, error)
+            else:
+                log.error("an image of job %s could not be encoded or decoded", job.id, exc_info=error)
+                detail = f"its images could not be encoded or decoded: {type(error).__name__}"
+                self._fail(job, EngineFailed(detail))
+
+        self._jobs[job.id] = job
+        self._coding.put(job.id, kind, tasks, lambda results, error: self._post(partial(take, results, error)))
+
+    def drop(self, job_id: str) -> RunningJob | None:
+        """Forget a job, and return it; None if it is not here (any more)."""
+        self._coding.drop(job_id)
+        return self._jobs.pop(job_id, None)
+
+    def close(self) -> None:
+        """Forget all jobs, and end the thread after the task that runs."""
+        self._jobs.clear()
+        self._coding.close()

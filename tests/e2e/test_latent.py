@@ -1,0 +1,124 @@
+"""A latent model from pictures to images: trained, served, previewed, edited, killed and resumed."""
+
+import concurrent.futures
+import io
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import RunningServer, run_cli, start_server, stop_server
+from tests.e2e.test_edits import encode, pixels
+from tests.e2e.test_train import ONE_THREAD, save_pictures
+from tests.model.latent.folders import save_latent_pipeline
+
+TRAIN = ("--size", "16", "--batch-size", "8", "--warmup-steps", "2", "--precision", "fp32", "--steps", "6")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As diffusers writes it, of random weights; with classes."""
+    folder = tmp_path_factory.mktemp("latent") / "pipeline"
+    save_latent_pipeline(folder, "kl", classes=4, scaling_factor=0.7)
+    (folder / "tminus.json").write_text(json.dumps({"class_names": ["a", "b", "c"], "null_class": 3}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[RunningServer]:
+    running = start_server(checkpoint, TMINUS_RESULT_CACHE_MB="0")
+    yield running
+    stop_server(running)
+
+
+def test_an_autoencoder_and_a_latent_model_are_trained_sampled_and_evaluated(tmp_path: Path) -> None:
+    data = save_pictures(tmp_path / "data", 0)
+    trained = run_cli(
+        "train-autoencoder", "--data", str(data), "--out", str(tmp_path / "autoencoder"), *TRAIN,
+        "--widths", "8,16", "--groups", "4", "--sheet-every", "6", **ONE_THREAD,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert (tmp_path / "autoencoder/sheets/0000006.png").is_file()
+    run = tmp_path / "run"
+    trained = run_cli(
+        "train", "--data", str(data), "--latent", str(tmp_path / "autoencoder"), "--out", str(run), *TRAIN,
+        "--widths", "8,16", "--attention-at", "4", "--groups", "4", "--head-dim", "8", "--timesteps", "50",
+        "--sheet-every", "6", **ONE_THREAD,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert pixels((run / "sheets/0000006.png").read_bytes()).shape == (32, 32, 3), "four images of 16 x 16 pixels"
+
+    told = run_cli("inspect", str(run))
+    assert "4x8x8, by AutoencoderKL" in told.stdout, told.stderr
+    drawn = run_cli("sample", "--checkpoint", str(run), "-n", "2", "--steps", "5", "--out", str(tmp_path / "a.png"))
+    assert drawn.returncode == 0, drawn.stderr
+    assert pixels((tmp_path / "a.png").read_bytes()).shape == (16, 32, 3)
+    judged = run_cli(
+        "evaluate", "--checkpoint", str(run), "--data", str(data), "--test-data", str(save_pictures(tmp_path / "t", 1)),
+        "--steps", "2", "--num-samples", "4", "--batch-size", "4", **ONE_THREAD,
+    )  # fmt: skip
+    assert judged.returncode == 0, judged.stderr
+    assert "real images through the autoencoder, PSNR (dB)" in judged.stdout
+
+
+def test_what_is_served_is_told(server: RunningServer) -> None:
+    told = httpx.get(f"{server.url}/model").json()
+    assert told["latent"] == {
+        "autoencoder": "AutoencoderKL", "channels": 3, "height": 8, "width": 8, "scaling_factor": 0.7,
+    }  # fmt: skip
+    assert (told["height_px"], told["width_px"], told["channels"], told["clip"]) == (16, 16, 3, False)
+
+
+def test_images_alone_and_under_load_are_the_same_bytes(server: RunningServer) -> None:
+    asked = [{"n": 1 + k % 3, "steps": 5 + k, "seed": k, "class_label": "abc"[k % 3]} for k in range(9)]
+    alone = [server.post(params=params).content for params in asked]
+    with server.client() as client, concurrent.futures.ThreadPoolExecutor(9) as pool:
+        together = list(pool.map(lambda params: client.post("/sample", params=params), asked))
+    assert [answer.content for answer in together] == alone
+    assert all("decode;dur=" in answer.headers["Server-Timing"] for answer in together)
+    assert server.metric("tminus_autoencoder_duration_seconds_count") >= 2 * sum(p["n"] for p in asked)  # type: ignore[misc]
+
+
+def test_previews_are_near_the_image_and_as_large(server: RunningServer) -> None:
+    answer = server.post(params={"steps": 10, "seed": 3, "every": 1, "show": "x_0"}, headers={"Accept": "image/webp"})
+    with Image.open(io.BytesIO(answer.content)) as animation:
+        assert (animation.n_frames, animation.size) == (10, (16, 16))  # type: ignore[attr-defined]
+
+
+def test_an_image_is_varied_and_the_known_part_of_it_kept(server: RunningServer) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:7] = 255
+    fields = {"steps": 6, "seed": 4}
+    files = {"image": encode(picture)}
+    varied = httpx.post(f"{server.url}/sample", files=files, data=fields | {"strength": 0.5}, timeout=60)
+    assert varied.status_code == 200, varied.text
+    painted = httpx.post(f"{server.url}/sample", files=files | {"mask": encode(mask)}, data=fields, timeout=60)
+    np.testing.assert_array_equal(pixels(painted.content)[7:], picture[7:])
+    noisy = httpx.post(f"{server.url}/noise", params={"t": 500, "seed": 1}, files=files, timeout=60)
+    assert pixels(noisy.content).shape == (16, 16, 3)
+
+
+def test_latents_have_no_range_to_clip_to(server: RunningServer) -> None:
+    answer = server.post(params={"clip": True, "steps": 2})
+    assert answer.status_code == 422
+    assert answer.json()["field"] == "clip"
+
+
+def test_a_durable_job_survives_a_kill(checkpoint: Path, tmp_path: Path) -> None:
+    env = {"TMINUS_STATE_DIR": str(tmp_path), "TMINUS_RESULT_CACHE_MB": "0"}
+    server, asked = start_server(checkpoint, **env), {"n": 2, "steps": 900, "seed": 8, "class_label": "a"}
+    alone = server.post(json=asked).content
+    job = httpx.post(f"{server.url}/jobs", json=asked).json()["id"]
+    server.wait_until(lambda: httpx.get(f"{server.url}/jobs/{job}").json()["step"] > 20)
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait(30)
+    server = start_server(checkpoint, **env)
+    server.wait_until(lambda: httpx.get(f"{server.url}/jobs/{job}").json()["state"] not in ("waiting", "running"))
+    assert httpx.get(f"{server.url}/jobs/{job}/image").content == alone
+    stop_server(server)
