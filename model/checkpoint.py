@@ -262,7 +262,8 @@ def save_checkpoint(
     }
     if autoencoder is not None:
         index |= {"_class_name": LATENT_PIPELINE, LATENT_FOLDER: ["diffusers", autoencoder.config.kind]}
-        save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
+        if not (folder / LATENT_FOLDER / "config.json").is_file():  # it does not change while the network is trained
+            save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
     meta = {
         "name": folder.resolve().name,
         "class_names": list(labels.class_names),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tminus.model.files import CheckpointError, read_json
+from tminus.model.latent.config import KL, VQ
 from tminus.model.latent.folder import find_autoencoder
 from tminus.model.weights import WEIGHTS_NAME
 
@@ -27,6 +28,11 @@ def check_layout(folder: Path) -> str | None:
     if not names:
         raise CheckpointError(f"{folder}: the folder is empty")
     index = check_pipeline(folder)
+    if "config.json" in names and read_json(folder / "config.json").get("_class_name") in (VQ, KL):
+        raise CheckpointError(
+            f"{folder}: an autoencoder, which makes no images by itself; tminus train --latent trains a network on its "
+            "latents"
+        )
     if not (folder / "unet").is_dir() and "config.json" not in names:
         raise CheckpointError(f"{folder}: holds {', '.join(names)[:200]}. {LAYOUTS}")
     if not find_scheduler(folder).is_file():

@@ -21,6 +21,7 @@ from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.encode import latents_of
+from tminus.model.latent.folder import hash_autoencoder
 from tminus.model.loss import l_simple, l_weighted, training_target, velocity_weights
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
@@ -38,7 +39,6 @@ from tminus.model.run import (
 from tminus.model.tminus_file import read_recommended
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
-from tminus.model.weights import hash_weights
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def train(
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
     identity |= {"data": f"{data.name}, {len(data)} images"}
     if autoencoder is not None:
-        identity |= {"autoencoder": hash_weights(autoencoder.state_dict())}
+        identity |= {"autoencoder": hash_autoencoder(autoencoder)}
     if begun:
         config = run.resume(folder, "train", config, identity)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]

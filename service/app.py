@@ -60,20 +60,20 @@ def create_app(
     store: JobStore,
     doors: Doors | None = None,
     *,
-    decode_s: float = 0.0,
+    coding_s: tuple[float, float] = (0.0, 0.0),
 ) -> Application:
     """Build the application around an engine. The worker runs for as long as the app's lifespan.
 
     tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places; store
-    keeps the durable jobs, and is closed with the app; doors say who may ask; decode_s is how long an image of a latent
-    model takes to decode.
+    keeps the durable jobs, and is closed with the app; doors say who may ask; coding_s is how long an image of a latent
+    model takes to decode, and to encode.
     """
     doors = doors or Doors()
     services, lifespan = _services(
         engine=engine,
         limits=limits,
         tick_times=tick_times,
-        decode_s=decode_s,
+        coding_s=coding_s,
         sharing=sharing,
         store=store,
         doors=doors,
@@ -120,7 +120,7 @@ def _services(
     engine: RowEngine,
     limits: Limits,
     tick_times: Sequence[tuple[int, float]],
-    decode_s: float,
+    coding_s: tuple[float, float],
     sharing: Sharing,
     store: JobStore,
     doors: Doors,
@@ -129,7 +129,7 @@ def _services(
     model = engine.info
     metrics = Metrics(model)
     admission = Admission(limits, sharing)
-    admission.calibrate(tick_times, decode_s)
+    admission.calibrate(tick_times, *coding_s)
     async_store = AsyncStore(store)
     keeper = SnapshotKeeper(async_store, model.fingerprint, metrics)
     worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=keeper)

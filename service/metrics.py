@@ -26,6 +26,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series fo
 TICK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 4, 6, 10, 15, 20, 30, 60, 120, 300, 600)
 ENCODE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+AUTOENCODER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BATCH_BUCKETS = tuple(float(2**i) for i in range(11))
 
 
@@ -77,7 +78,7 @@ class Metrics:
         self._coding = histogram(
             "autoencoder_duration_seconds",
             "One image through the autoencoder of a latent model, beside the ticks",
-            ENCODE_BUCKETS,
+            AUTOENCODER_BUCKETS,
             "direction",
         )
         self._frames_sent = counter("frames_sent_total", "Previews sent, of one step each")

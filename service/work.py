@@ -18,7 +18,7 @@ class Work:
     steps: int  # passes of the plan: the rows take those from `start` on
     guided: range
     start: int = 0
-    decode: float = 0.0  # what it costs to decode a row's latents beside the ticks, as admission counts it
+    beside_s: float = 0.0  # of a latent model, what all its pictures take beside the ticks, as admission counts it
 
     def places_per_row(self, step: int) -> int:
         """How many places a row takes at a step."""
@@ -32,11 +32,6 @@ class Work:
     def places(self) -> int:
         """What all its rows take in ticks."""
         return self.rows * self.places_left(self.start)
-
-    @property
-    def cost(self) -> float:
-        """The whole job's cost: its places, and decoding."""
-        return self.places + self.rows * self.decode
 
 
 class JobRows(NamedTuple):

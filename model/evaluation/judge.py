@@ -25,9 +25,8 @@ from tminus.model.evaluation.figures import (
 )
 from tminus.model.evaluation.options import EvaluateError
 from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.encode import images_of, latents_of
 from tminus.model.pixels import to_model_range, to_uint8
-
-RECONSTRUCTED = 64  # images at a time
 
 
 class _Real(NamedTuple):
@@ -153,12 +152,9 @@ class Judge:
         return NearestSummary(float(rms.min()), float(rms.quantile(0.01)), float(rms.median()), len(images))
 
 
-@torch.no_grad()
 def _decoded_again(autoencoder: Autoencoder, images: Tensor, device: torch.device) -> Tensor:
     """Images uint8 [N, C, H, W], encoded and decoded, as they would be served."""
-    autoencoder = autoencoder.to(device)
-    parts = (to_model_range(part.to(device)) for part in torch.split(images, RECONSTRUCTED))
-    return torch.cat([to_uint8(autoencoder.decode(autoencoder.encode(part))).cpu() for part in parts])
+    return to_uint8(images_of(autoencoder, latents_of(autoencoder, images, device))).cpu()
 
 
 def _check_fit(checkpoint: Checkpoint, train: ImageSet, test: ImageSet, classifier: Classifier | None) -> None:

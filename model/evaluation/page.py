@@ -63,6 +63,7 @@ def render(report: SweepReport, command: str, plots: Mapping[str, bytes]) -> str
         _quality(report, plots.get("distances.svg")),
         _section("Samples", _samples(report)),
         _bound(report, plots.get("terms.svg")),
+        _autoencoder(report),
     ]
     if report.left_out:
         items = "".join(f"<li>{html.escape(f'{item.what}: {item.why}')}</li>" for item in report.left_out)
@@ -152,6 +153,11 @@ def _bound(report: SweepReport, plot: bytes | None) -> str:
         f"{bound.reaches(0.9)}.</p>"
     )
     return _section("Variational bound", table + "\n" + picture + caption)
+
+
+def _autoencoder(report: SweepReport) -> str:
+    rows = tuple(report.reconstruction_rows())
+    return _section("Autoencoder", Table(("figure", "real images"), rows).to_html() if rows else "")
 
 
 def _settings(report: SweepReport) -> Table:

@@ -12,6 +12,7 @@ from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.classes import sample_classes
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.guidance import Forward
+from tminus.model.latent.encode import images_of
 from tminus.model.pixels import to_uint8
 from tminus.model.rng import image_noise
 from tminus.model.samplers import Plan, sample
@@ -44,7 +45,6 @@ def draw_samples(
     classes = sample_classes(checkpoint, options.num_samples)
     starts = range(0, options.num_samples, options.batch_size)
     images = []
-    decoder = checkpoint.autoencoder.to(device) if checkpoint.autoencoder is not None else None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=forward is None and options.precision == "bfloat16")
     with tqdm(total=len(starts) * len(plan), unit="pass", desc="samples", disable=None) as progress, autocast:
 
@@ -71,9 +71,9 @@ def draw_samples(
             )
             if not bool(torch.isfinite(x_0).all()):
                 raise EvaluateError(f"{checkpoint.name}: samples {indices.start}..{indices.stop - 1} are not finite")
-            if decoder is not None:
-                with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                    x_0 = decoder.decode(x_0.float())
+            if checkpoint.autoencoder is not None:
+                with torch.autocast(device.type, enabled=False):
+                    x_0 = images_of(checkpoint.autoencoder, x_0.float())
             images.append(to_uint8(x_0).cpu())
     return torch.cat(images)
 

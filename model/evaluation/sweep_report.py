@@ -69,7 +69,7 @@ class SweepReport(Subject):
         values = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self) if "point" not in field.name
         }
-        for name in ("options", "classifier", "bound", "model"):
+        for name in ("options", "classifier", "bound", "reconstruction", "model"):
             values[name] = dataclasses.asdict(values[name]) if values[name] is not None else None
         values["options"] = {key: value for key, value in values["options"].items() if key not in OF_ONE_POINT}
         values["left_out"] = [dataclasses.asdict(item) for item in self.left_out]
@@ -82,7 +82,7 @@ class SweepReport(Subject):
         blocks = [self.by_point().to_markdown()]
         if self.real_frechet is not None:
             blocks.append(NOT_FID)
-        if rows := self.bound_rows():
+        if rows := [*self.bound_rows(), *self.reconstruction_rows()]:
             blocks.append(Table(("figure of the network", "real images"), tuple(rows)).to_markdown())
         if self.left_out:
             blocks.append("\n".join(f"- {line}" for line in self.left_out_lines()))

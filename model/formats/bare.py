@@ -6,6 +6,7 @@ from pathlib import Path
 from tminus.model.files import CheckpointError, read_json
 from tminus.model.formats.converted import Converted, numbered
 from tminus.model.formats.given import Given
+from tminus.model.latent.folder import find_autoencoder
 from tminus.model.layout import check_pipeline, find_scheduler
 from tminus.model.networks.registry import read_net_config
 from tminus.model.unet_config import UNetConfig
@@ -22,6 +23,8 @@ def is_bare(folder: Path) -> bool:
 def read(folder: Path, given: Given) -> Converted:
     """Read such a folder. Raises CheckpointError, MissingFacts, and FactsError."""
     check_pipeline(folder)
+    if find_autoencoder(folder) is not None:
+        raise CheckpointError(f"{folder}: a latent model without its scheduler, which is served only with it")
     try:
         config = read_net_config(read_json(_network(folder) / "config.json"))
     except ValueError as error:

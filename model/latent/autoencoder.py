@@ -82,7 +82,9 @@ class Quantizer(nn.Module):
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest codes of z [B, width, h, w], and their numbers [B, h, w]."""
         flat = z.movedim(1, -1)
-        nearest = torch.cdist(flat.flatten(0, -2), self.codes).argmin(dim=1)
+        # |z - e|^2 less |z|^2, which is the same for all codes.
+        distance = self.codes.square().sum(1) - 2 * flat.flatten(0, -2) @ self.codes.T
+        nearest = distance.argmin(dim=1)
         return self.codes[nearest].reshape(flat.shape).movedim(-1, 1), nearest.reshape(flat.shape[:-1])
 
 

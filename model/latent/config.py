@@ -1,7 +1,6 @@
 """The configuration of an autoencoder: the fields of diffusers' `VQModel` and `AutoencoderKL`, and their bounds."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ USUAL_SCALE = 0.18215  # of diffusers' AutoencoderKL: 1 / the deviation of Stabl
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 MAX_LAYERS, MAX_BLOCKS, MAX_CHANNELS = 64, 16, 2**31 - 1
+LARGEST = 1e30  # of a number that is not counted
 MAPS_PER_LAYER = 3  # of a layer's width that are alive at once
 # Fields that change nothing of what is served: how others save memory, and a look-up that decoding never makes.
 OF_OTHERS = frozenset(("force_upcast", "lookup_from_codebook"))
@@ -63,6 +63,10 @@ class AutoencoderConfig:
         require(self.in_channels == self.out_channels, "out_channels", f"in_channels ({self.in_channels})")
         require(self.in_channels in (1, 3), "in_channels", "1 or 3, as images are PNGs")
         widths, groups = self.block_out_channels, self.norm_num_groups
+        for field in ("block_out_channels", "down_block_types", "up_block_types"):
+            require(isinstance(getattr(self, field), tuple), field, "a list")
+        sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,)
+        require(all(map(positive, sizes)), "sample_size", "a positive integer or two")
         require(self.layers_per_block <= MAX_LAYERS, "layers_per_block", f"at most {MAX_LAYERS}")
         require(1 <= len(widths) <= MAX_BLOCKS, "block_out_channels", f"1..{MAX_BLOCKS} widths")
         require(all(map(positive, widths)), "block_out_channels", "a list of positive integers")
@@ -73,7 +77,7 @@ class AutoencoderConfig:
         require(self.act_fn in ACTIVATIONS, "act_fn", f"among {', '.join(ACTIVATIONS)}")
         for field in ("scaling_factor", "shift_factor"):
             value = getattr(self, field)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
             require(number and (value > 0 or field == "shift_factor"), field, "a finite number, a scale above 0")
         for field in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
             require(isinstance(getattr(self, field), bool), field, "true or false")
@@ -103,6 +107,8 @@ class AutoencoderConfig:
             total += 4 * channels * pixels * MAPS_PER_LAYER
             if name.startswith("Attn") or (level == last and self.mid_block_add_attention):
                 total += 4 * pixels**2
+        if self.kind == VQ:  # from each latent to each code
+            total += 4 * (height * width >> 2 * last) * self.num_vq_embeddings
         return total
 
     @classmethod

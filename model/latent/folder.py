@@ -1,6 +1,7 @@
 """Read and write the folder of an autoencoder, in diffusers' layout: config.json and its weights."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,13 +42,19 @@ def with_autoencoder(weights_hash: str, autoencoder: Autoencoder | None) -> str:
     """The hash of all weights of a checkpoint: a network's, and those of its autoencoder where it has one."""
     if autoencoder is None:
         return weights_hash
-    return hashlib.sha256(f"{weights_hash} {hash_weights(autoencoder.state_dict())}".encode()).hexdigest()
+    return hashlib.sha256(f"{weights_hash} {hash_autoencoder(autoencoder)}".encode()).hexdigest()
+
+
+def hash_autoencoder(autoencoder: Autoencoder) -> str:
+    """Hash its weights and its config, of which the scale of the latents is as much a part of it."""
+    parts = hash_weights(autoencoder.state_dict()), json.dumps(autoencoder.config.to_dict(), sort_keys=True)
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def save_autoencoder(folder: Path, config: AutoencoderConfig, state: Mapping[str, Tensor]) -> None:
     """Write a folder that tminus and diffusers load. Each file appears whole or not."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
-    write_json(folder / "config.json", config.to_dict())
     weights = folder / f"{WEIGHTS_NAME}.safetensors"
     write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_json(folder / "config.json", config.to_dict())  # last: where it is, the folder is whole

@@ -20,6 +20,7 @@ from tminus.model.ema import Ema
 from tminus.model.files import write_json
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.config import AutoencoderConfig
+from tminus.model.latent.encode import latents_of
 from tminus.model.latent.folder import save_autoencoder
 from tminus.model.pixels import to_model_range
 from tminus.model.run import STATE_FILE, Progress, RunConfig, RunState, TrainError, faster_of, interruptible, step_seed
@@ -75,7 +76,10 @@ def train_autoencoder(
 
     def save() -> None:
         averaged = averaged_autoencoder(model, run.ema)
-        scale = 1 / float(averaged.moments(to_model_range(images[:SCALE_IMAGES]))[0].std())
+        spread = float(latents_of(averaged, images[:SCALE_IMAGES], device).std()) / model.scaling_factor
+        if not spread > 0:
+            raise TrainError(f"step {run.step}: all latents are alike; the last save is intact")
+        scale = 1 / spread
         save_autoencoder(folder, dataclasses.replace(model, scaling_factor=scale), run.ema.shadow)
         provenance = {
             "trained_by": "tminus train-autoencoder",

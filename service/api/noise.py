@@ -76,10 +76,13 @@ async def _noised(services: Services, image: Images, t: int, seed: int) -> Calla
 
     Another thread that runs torch would slow every tick, and a second Philox, in numpy, would have to be kept equal
     to the bit. One image at a time is with the worker, so that a tick of the running jobs does not wait for many: one
-    of 32x32 pixels takes 0.15 ms, of 256x256 in colour 7 ms.
+    of 32x32 pixels takes 0.15 ms, of 256x256 in colour 7 ms. For a latent model the thread of the autoencoder does it.
     """
     async with services.noise_turn:
         read = await asyncio.wrap_future(services.worker.run(lambda engine: engine.noised(image[None], t, seed)))
+        if services.model.latent is not None:
+            noised = await asyncio.wrap_future(services.worker.run_beside("noise", read))
+            return lambda: noised[0]
     return lambda: read()[0]
 
 

@@ -94,7 +94,7 @@ def serve(**flags: Any) -> None:
         log_model(loaded.engine.info)
         limits, sharing = settings.limits(loaded), settings.sharing(loaded)
         return create_app(
-            loaded.engine, limits, loaded.tick_times, sharing, store, settings.doors(), decode_s=loaded.decode_s
+            loaded.engine, limits, loaded.tick_times, sharing, store, settings.doors(), coding_s=loaded.coding_s
         )
 
     try:

@@ -26,6 +26,7 @@ def sheet_writer(
     """
     import torch
 
+    from tminus.model.latent.encode import images_of
     from tminus.model.rng import image_noise
     from tminus.model.samplers import sample
 
@@ -37,8 +38,7 @@ def sheet_writer(
     def write(net: "Denoiser", plan: "Plan", step: int) -> None:
         x_T = image_noise(0, range(n), 0, shape, device)
         x = sample(net, plan, x_T, lambda k: image_noise(0, range(n), k + 1, shape, device), class_labels=labels)
-        with torch.no_grad():
-            _write(folder, step, x if autoencoder is None else autoencoder.decode(x))
+        _write(folder, step, x if autoencoder is None else images_of(autoencoder, x))
 
     return write
 
@@ -49,13 +49,14 @@ def reconstruction_writer(
     """Make the function that draws the first images of the data, and below each what an autoencoder makes of it."""
     import torch
 
+    from tminus.model.latent.encode import images_of, latents_of
     from tminus.model.pixels import to_model_range
 
-    images = to_model_range(data.images[:: max(1, len(data) // RECONSTRUCTIONS)][:RECONSTRUCTIONS]).to(device)
+    images = data.images[:: max(1, len(data) // RECONSTRUCTIONS)][:RECONSTRUCTIONS]
 
     def write(autoencoder: "Autoencoder", step: int) -> None:
-        with torch.no_grad():
-            _write(folder, step, torch.cat([images, autoencoder.decode(autoencoder.encode(images))]))
+        again = images_of(autoencoder, latents_of(autoencoder, images, device))
+        _write(folder, step, torch.cat([to_model_range(images.to(device)), again]))
 
     return write
 

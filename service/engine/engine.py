@@ -76,7 +76,7 @@ class Engine:
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._plans = PlanStore(device)
         self._plan_of: dict[int, tuple[int, int]] = {}  # first row of a job -> its plan's first line and length
-        self._inputs: dict[int, Inputs] = {}  # of masked rows: what they keep
+        self._inputs: dict[int, Inputs] = {}  # of masked rows of a latent model: what they keep
         # On a GPU the host runs one tick ahead, and reads whether rows are finite once their tick has ended.
         self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
@@ -108,7 +108,9 @@ class Engine:
         # Slots are taken last, so that a job that is refused takes none.
         plan = self._compile(spec)
         check_inputs(inputs, spec, (self.info.height_px, self.info.width_px, self.info.channels))
-        origin = self._pictures.x_0(inputs) if inputs is not None else None
+        origin = None
+        if inputs is not None and (snapshot is None or inputs.mask is not None):
+            origin = self._pictures.x_0(inputs)
         if snapshot is not None:
             x, x0, registers = latents_of(snapshot, spec.n, plan.num_registers, self._shape, self._device)
         else:
@@ -125,7 +127,8 @@ class Engine:
             self._fill(rows, spec, start, (x, x0, registers))
             if inputs is not None and inputs.mask is not None and origin is not None and self._known is not None:
                 self._known.put(index_of(rows, self._device), origin, to_device(inputs.mask, self._device))
-                self._inputs |= dict.fromkeys(rows, inputs)
+                if self.info.latent is not None:  # known pixels of a pixel model come out as they went in
+                    self._inputs |= dict.fromkeys(rows, inputs)
         except BaseException:
             self._plans.free(start, len(plan))
             raise
@@ -252,8 +255,8 @@ class Engine:
         """
         return self._pictures.encoder(inputs)
 
-    def decode_seconds(self) -> float:
-        """How long it takes to make pixels of one row, beside the ticks; 0 for a pixel model."""
+    def coding_seconds(self) -> tuple[float, float]:
+        """How long it takes to decode an image and to encode one, beside the ticks; 0 for a pixel model."""
         return self._pictures.seconds_per_image()
 
     @torch.inference_mode()

@@ -44,7 +44,7 @@ class Loaded:
     max_batch: int
     short_batch: int
     tick_times: tuple[tuple[int, float], ...]
-    decode_s: float = 0.0  # of an image, for a latent model
+    coding_s: tuple[float, float] = (0.0, 0.0)  # to decode an image and to encode one, for a latent model
 
 
 def load_engine(options: LoadOptions) -> Loaded:
@@ -135,10 +135,10 @@ def prepare_engine(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         "executor %s %s (%s), at most %d places a tick, %d where a short job shares it with much longer ones",
         executor.name, executor.precision, executor.details, max_batch, short_batch,
     )  # fmt: skip
-    decode_s = engine.decode_seconds()
-    if decode_s:
-        log.info("decoding an image takes %.2f ms beside the ticks", 1e3 * decode_s)
-    return Loaded(engine, max_rows, max_batch, short_batch, tick_times, decode_s)
+    coding_s = engine.coding_seconds()
+    if engine.info.latent is not None:
+        log.info("beside the ticks an image is decoded in %.2f ms, encoded in %.2f ms", *(1e3 * s for s in coding_s))
+    return Loaded(engine, max_rows, max_batch, short_batch, tick_times, coding_s)
 
 
 def _probe_rows(checkpoint: Checkpoint, precision: str) -> int:

@@ -42,8 +42,8 @@ class Pictures(Protocol):
     def encoder(self, inputs: Inputs) -> Callable[[], Inputs]:
         """The inputs with what `x_0` needs."""
 
-    def seconds_per_image(self) -> float:
-        """How long it takes to make an image of a finished row, beside the ticks."""
+    def seconds_per_image(self) -> tuple[float, float]:
+        """How long it takes to make an image of a finished row, and to encode one, beside the ticks."""
 
 
 def pictures_of(checkpoint: Checkpoint, device: torch.device) -> Pictures:
@@ -91,9 +91,9 @@ class PixelPictures:
         """See Pictures. Pixels need nothing."""
         return lambda: inputs
 
-    def seconds_per_image(self) -> float:
+    def seconds_per_image(self) -> tuple[float, float]:
         """See Pictures: no time."""
-        return 0.0
+        return 0.0, 0.0
 
 
 class LatentPictures:
@@ -140,7 +140,7 @@ class LatentPictures:
 
         return make
 
-    def seconds_per_image(self) -> float:
+    def seconds_per_image(self) -> tuple[float, float]:
         """See Pictures."""
         return self._autoencoding.seconds_per_image()
 

@@ -42,7 +42,7 @@ class Admission:
         # once that has taken a job up; requests are admitted in other threads, and a job counts from then on.
         self._jobs: dict[str, Pending] = {}
         self._tick_times = TickTimes()  # until ticks are measured nothing is refused for time
-        self._decode_places = 0.0  # what it costs to decode an image of a latent model, in places of a full tick
+        self._decode_s = self._encode_s = 0.0  # of an image of a latent model
         # Held while a request is being admitted, one at a time; guards what follows. Taken before _lock.
         self._admitting = threading.Lock()
         self._line = Line()
@@ -59,16 +59,19 @@ class Admission:
         *,
         now_s: float,
         deadline_s: float | None = None,
+        has_picture: bool = False,
     ) -> Outlook:
         """Accept a job and count it, or raise Overloaded, DeadlineUnmeetable or InvalidField.
+
+        has_picture: it starts from one.
 
         An idle server takes any job within the bounds. Overloaded tells when there should be room, each client another
         time; none is kept for it.
         """
         if work.rows > self._limits.max_rows:
             raise InvalidField.of("n", f"at most {self._limits.max_rows}", work.rows)
-        work = replace(work, decode=self._decode_places)
-        job = Pending(job_id, work, work.cost)
+        work = self._with_beside(work, has_picture=has_picture)
+        job = Pending(job_id, work, work.places, work.beside_s)
         with self._admitting:
             server = self._now()
             if deadline_s is not None:
@@ -77,7 +80,7 @@ class Admission:
             outlook = self._forecast([*server.jobs, job], server.tick_times, until=job_id)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
                 raise _unmeetable(deadline_s, outlook.eta_s)
-            self._arrivals.add(work.cost, now_s)
+            self._arrivals.add(work.places, now_s)
             self._take(job)
             return self._foresee(outlook, job, now_s, server.tick_times)
 
@@ -86,8 +89,8 @@ class Admission:
 
         Raises Overloaded while there are no slots for it; its Retry-After is no forecast.
         """
-        work = replace(work, decode=self._decode_places)
-        job = Pending(job_id, work, places_left + work.rows * work.decode)
+        work = self._with_beside(work, has_picture=False)
+        job = Pending(job_id, work, places_left, work.beside_s)
         with self._admitting:
             slots = replace(self._limits, max_backlog_s=math.inf)
             server = self._now()
@@ -109,7 +112,8 @@ class Admission:
     def backlog_s(self) -> float:
         """Predicted seconds of accepted work that is not done, at the rate of full ticks."""
         server = self._now()
-        return server.load.places * server.tick_times.seconds_per_place(self._limits.max_batch)
+        per_place_s = server.tick_times.seconds_per_place(self._limits.max_batch)
+        return server.load.places * per_place_s + server.load.beside_s
 
     @property
     def tick_time_ratio(self) -> float:
@@ -130,16 +134,15 @@ class Admission:
 
     # --- from the worker's thread ---
 
-    def calibrate(self, points: Sequence[tuple[int, float]], decode_s: float = 0.0) -> None:
+    def calibrate(self, points: Sequence[tuple[int, float]], decode_s: float = 0.0, encode_s: float = 0.0) -> None:
         """Set how long ticks take from the warm-up's measurement: (places, seconds), places ascending.
 
-        decode_s: how long one image takes to decode, for a latent model.
+        decode_s and encode_s: how long one image of a latent model takes.
         """
         times = TickTimes(tuple(points))
-        place_s = times.seconds_per_place(self._limits.max_batch)
         with self._lock:
             self._tick_times = times
-            self._decode_places = decode_s / place_s if place_s else 0.0
+            self._decode_s, self._encode_s = decode_s, encode_s
 
     def stepped(self, places_by_job: Mapping[str, int], places: int, seconds: float) -> None:
         """Take a tick's work off the ledger, and learn how fast the machine is now."""
@@ -147,9 +150,15 @@ class Admission:
             for job_id, count in places_by_job.items():
                 job = self._jobs.get(job_id)
                 if job is not None:
-                    self._jobs[job_id] = Pending(job_id, job.work, max(0, job.places_left - count))
+                    self._jobs[job_id] = replace(job, places_left=max(0, job.places_left - count))
             if places > 0:
                 self._tick_times = self._tick_times.observe(places, seconds)
+
+    def decoded(self, job_id: str) -> None:
+        """Take one image of a latent model off the ledger."""
+        with self._lock:
+            if (job := self._jobs.get(job_id)) is not None:
+                self._jobs[job_id] = replace(job, beside_s=max(0.0, job.beside_s - self._decode_s))
 
     def leave(self, job_id: str) -> None:
         """Take a job off that is done or given up, with all it had left. Nothing happens if it is not here."""
@@ -170,6 +179,9 @@ class Admission:
             self._drain, self._drain_made_s = Drain(fluid, now_s, self._limits, server.tick_times), now_s
         due_s = self._line.next_s(max(now_s, self._drain.room_s(job.work)), self._drain.share_s(excess, job.work))
         raise _overloaded(excess, max(1, math.ceil(due_s - now_s - ROUNDING)))
+
+    def _with_beside(self, work: Work, *, has_picture: bool) -> Work:
+        return replace(work, beside_s=work.rows * self._decode_s + (self._encode_s if has_picture else 0.0))
 
     def _take(self, job: Pending) -> None:
         with self._lock:
@@ -202,7 +214,8 @@ class Admission:
 
     def _now(self) -> _Moment:
         jobs, tick_times = self._read()
-        load = Load(len(jobs), sum(job.work.rows for job in jobs), sum(job.places_left for job in jobs))
+        rows, places = sum(job.work.rows for job in jobs), sum(job.places_left for job in jobs)
+        load = Load(len(jobs), rows, places, sum(job.beside_s for job in jobs))
         return _Moment(jobs, load, tick_times)
 
     def _fluid(self, jobs: Sequence[Pending], times: TickTimes) -> Fluid:

@@ -8,7 +8,7 @@ import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from tminus.service.scheduling.scheduler import Sharing
@@ -26,16 +26,17 @@ class Pending:
     job_id: str
     work: Work
     places_left: float  # of all its rows
+    beside_s: float = 0.0  # of a latent model, what is left to encode and decode, in seconds
 
 
 class _Flow:
     """A job in the model, as stretches of steps that cost the same; the current stretch is kept apart."""
 
-    __slots__ = ("arrival", "id", "left", "places", "rows", "steps", "stretches", "waits", "whole")
+    __slots__ = ("arrival", "beside_s", "id", "left", "places", "rows", "steps", "stretches", "waits", "whole")
 
     def __init__(self, job: Pending, arrival: int) -> None:
         self.id, self.arrival, self.rows = job.job_id, arrival, job.work.rows
-        self.whole, self.left = job.work.places, job.places_left
+        self.whole, self.left, self.beside_s = job.work.places, job.places_left, job.beside_s
         self.waits = True  # never had a place yet
         self.stretches = _stretches(job.work, job.places_left / job.work.rows)
         self.steps, self.places = self.stretches.pop()  # in this stretch: the steps each row has left, the cost of one
@@ -45,13 +46,8 @@ def _stretches(work: Work, left: float) -> list[tuple[float, int]]:
     """The stretches that one row has left, as (steps, places a step), the last one first."""
     guided = work.guided
     stretches: list[tuple[float, int]] = []
-    if work.decode:  # at the end, beside the ticks of others; it takes as long as so many places
-        stretches.append((min(left, work.decode), 1))
-        left -= work.decode
-        if left <= 0:
-            return stretches
     if not guided:
-        return [*stretches, (left, 1)]
+        return [(left, 1)]
     for steps, places in ((work.steps - guided.stop, 1), (len(guided), 2), (guided.start, 1)):
         if steps and left > 0:
             stretches.append((min(steps, left / places), places))
@@ -84,6 +80,7 @@ class Fluid:
         self.tick_end_s = 0.0  # the end of the tick that now_s lies in: the worker sees then what happened in it
         self.rows = 0
         self.places_left = 0.0
+        self.beside_s = 0.0  # of the jobs whose ticks are not over
         for job in jobs:
             self._count_in(job)
         self._waiting = sorted(self._jobs.values(), key=self._rank)
@@ -134,6 +131,7 @@ class Fluid:
         self._arrivals += 1
         self.rows += flow.rows
         self.places_left += flow.left
+        self.beside_s += flow.beside_s
         self._stale = True
         return flow
 
@@ -152,6 +150,7 @@ class Fluid:
                 del self._jobs[job.arrival]
                 self._active.remove(job)
                 self.rows -= job.rows
+                self.beside_s -= job.beside_s
         if self._shortest_first and self._short:
             self._stale = True  # a job may have overtaken another
         if not self._jobs:
@@ -251,4 +250,14 @@ def forecast(
         for job_id in ended:
             position = 0 if job_id in running else bisect_left(ended_ranks, ranks[job_id])
             outlooks[job_id] = Outlook(position, fluid.tick_end_s)
+    return _with_beside(outlooks, jobs)
+
+
+def _with_beside(outlooks: dict[str, Outlook], jobs: Sequence[Pending]) -> dict[str, Outlook]:
+    """Add what comes beside the ticks: one job at a time, as their ticks end."""
+    beside_s = {job.job_id: job.beside_s for job in jobs if job.beside_s}
+    free_s = 0.0
+    for job_id in sorted(beside_s.keys() & outlooks.keys(), key=lambda each: outlooks[each].eta_s):
+        free_s = max(free_s, outlooks[job_id].eta_s) + beside_s[job_id]
+        outlooks[job_id] = replace(outlooks[job_id], eta_s=free_s)
     return outlooks

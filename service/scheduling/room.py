@@ -25,6 +25,7 @@ class Load:
     jobs: int = 0
     rows: int = 0
     places: float = 0.0
+    beside_s: float = 0.0  # of a latent model, see `Work.beside_s`
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ def find_excess(load: Load, work: Work, limits: Limits, tick_times: TickTimes) -
     """The first limit that one more job would pass. An empty server has room for any."""
     if not load.jobs:
         return None
-    backlog_s = (load.places + work.cost) * tick_times.seconds_per_place(limits.max_batch)
+    backlog_s = (load.places + work.places) * tick_times.seconds_per_place(limits.max_batch)
+    backlog_s += load.beside_s + work.beside_s
     for name, value, limit in (
         ("backlog_s", backlog_s, limits.max_backlog_s),
         ("jobs", load.jobs + 1, limits.max_jobs),
@@ -58,10 +60,10 @@ class Drain:
         self._limits, self._tick_times = limits, tick_times
         # A job waits for the tick that runs to end before it begins, and another until it is seen to be done.
         starts_s = now_s + 2 * tick_times.seconds(limits.max_batch)
-        self._points = [(starts_s, Load(fluid.jobs, fluid.rows, fluid.places_left))]
+        self._points = [(starts_s, _load(fluid))]
         while fluid.jobs:
             fluid.step()
-            self._points.append((starts_s + fluid.tick_end_s, Load(fluid.jobs, fluid.rows, fluid.places_left)))
+            self._points.append((starts_s + fluid.tick_end_s, _load(fluid)))
 
     def room_s(self, work: Work) -> float:
         """The first time when no limit is passed by one more job."""
@@ -71,7 +73,8 @@ class Drain:
             return room_s
         before_s, before = self._points[at - 1]
         per_place_s = self._tick_times.seconds_per_place(self._limits.max_batch)
-        enough = self._limits.max_backlog_s / per_place_s - work.cost if per_place_s else math.inf
+        most_s = self._limits.max_backlog_s - work.beside_s - before.beside_s
+        enough = most_s / per_place_s - work.places if per_place_s else math.inf
         # Between two points the places go down evenly, and jobs and rows are those of the first.
         if enough <= load.places or not self._fits(replace(before, places=0.0), work):
             return room_s
@@ -80,13 +83,18 @@ class Drain:
     def share_s(self, excess: Excess, work: Work) -> float:
         """How long it takes to make room for one more such job, by the limit that it would pass."""
         if excess.field == "backlog_s":
-            return MARGIN * work.cost * self._tick_times.seconds_per_place(self._limits.max_batch)
+            per_place_s = self._tick_times.seconds_per_place(self._limits.max_batch)
+            return MARGIN * (work.places * per_place_s + work.beside_s)
         starts_s, load = self._points[0]
         share = 1 / max(1, load.jobs) if excess.field == "jobs" else work.rows / max(1, load.rows)
         return share * (self._points[-1][0] - starts_s)
 
     def _fits(self, load: Load, work: Work) -> bool:
         return find_excess(load, work, self._limits, self._tick_times) is None
+
+
+def _load(fluid: Fluid) -> Load:
+    return Load(fluid.jobs, fluid.rows, fluid.places_left, fluid.beside_s)
 
 
 class Line:

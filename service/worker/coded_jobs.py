@@ -5,8 +5,9 @@ The worker's thread owns which jobs these are; a thread of its own, coding.py, d
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from tminus.service.errors import EngineFailed, ServiceError
 from tminus.service.worker.coding import Coding, Task
@@ -14,6 +15,7 @@ from tminus.service.worker.running_job import RunningJob
 
 log = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 GoOn = Callable[[RunningJob, Sequence[Any]], None]
 
 
@@ -25,13 +27,15 @@ class CodedJobs:
         observe: Callable[[str, float], None],
         post: Callable[[Callable[[], None]], None],
         fail: Callable[[RunningJob, ServiceError], None],
+        one_done: Callable[[RunningJob], None],
     ) -> None:
         """post: has something done in the worker's thread, between two ticks. observe: as Coding has it.
 
-        fail: ends a job of which something could not be encoded or decoded.
+        fail: ends a job of which something could not be encoded or decoded. one_done: is told of every image of a job
+        but the last.
         """
         self._jobs: dict[str, RunningJob] = {}
-        self._coding, self._post, self._fail = Coding(observe), post, fail
+        self._coding, self._post, self._fail, self._one_done = Coding(observe), post, fail, one_done
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -40,6 +44,10 @@ class CodedJobs:
     def ids(self) -> Collection[str]:
         """The ids of the jobs."""
         return self._jobs.keys()
+
+    def durable(self) -> list[RunningJob]:
+        """Those that are durable: the next start goes on with them."""
+        return [job for job in self._jobs.values() if job.durable]
 
     def get(self, job_id: str) -> RunningJob | None:
         """A job; None if it is not here (any more)."""
@@ -64,15 +72,39 @@ class CodedJobs:
                 detail = f"its images could not be encoded or decoded: {type(error).__name__}"
                 self._fail(job, EngineFailed(detail))
 
+        def each() -> None:
+            self._post(partial(self._one_done, job))
+
         self._jobs[job.id] = job
-        self._coding.put(job.id, kind, tasks, lambda results, error: self._post(partial(take, results, error)))
+        self._coding.put(job.id, kind, tasks, lambda results, error: self._post(partial(take, results, error)), each)
+
+    def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
+        """Do something that is no job's; any thread may ask."""
+        future: Future[Result] = Future()
+
+        def done(results: Sequence[Any], error: Exception | None) -> None:
+            if error is None:
+                future.set_result(results[0])
+            elif isinstance(error, ServiceError):
+                future.set_exception(error)
+            else:
+                log.error("an image could not be encoded or decoded", exc_info=error)
+                future.set_exception(EngineFailed(f"the image could not be made: {type(error).__name__}"))
+
+        self._coding.put(f"{kind} {id(future)}", kind, [task], done)
+        return future
+
+    @property
+    def task_began_s(self) -> float | None:
+        """When the task that runs began, by `time.perf_counter`; None where none does."""
+        return self._coding.task_began_s
 
     def drop(self, job_id: str) -> RunningJob | None:
         """Forget a job, and return it; None if it is not here (any more)."""
         self._coding.drop(job_id)
         return self._jobs.pop(job_id, None)
 
-    def close(self) -> None:
-        """Forget all jobs, and end the thread after the task that runs."""
+    def close(self) -> bool:
+        """Forget all jobs, and end the thread after the task that runs; False if it hangs."""
         self._jobs.clear()
-        self._coding.close()
+        return self._coding.close()

@@ -1,9 +1,8 @@
 """Pictures to latents and latents to pixels for jobs of a latent model: a thread of its own, beside the ticks.
 
-It does one thing at a time, for the job that has the fewest left, so that a short job never waits for a long one.
+It does one thing at a time, mostly for the job that has the fewest left, so that short jobs do not wait for long ones.
 """
 
-import logging
 import threading
 import time
 from collections import deque
@@ -11,18 +10,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-log = logging.getLogger(__name__)
+from tminus.service.errors import Draining
 
 Task = Callable[[], Any]
 Done = Callable[[Sequence[Any], Exception | None], None]
+OLDEST_EVERY = 4  # so many tasks, one is of the job that came first, so that it always moves
+JOIN_S = 10.0  # for the task that runs to end, when the thread is closed
 
 
 @dataclass(slots=True)
 class _Job:
-    arrival: int
     kind: str
     tasks: deque[Task]
     done: Done
+    each: Callable[[], object]
     results: list[Any] = field(default_factory=list)
 
 
@@ -33,50 +34,59 @@ class Coding:
         """observe: is told the kind of each task that was done, and how long it took."""
         self._observe = observe
         self._changed = threading.Condition()
-        self._jobs: dict[str, _Job] = {}
-        self._arrivals = 0
+        self._jobs: dict[str, _Job] = {}  # in order of arrival
+        self._tasks_begun = 0
         self._closed = False
         self._thread: threading.Thread | None = None
+        self.task_began_s: float | None = None  # while a task runs
 
-    def put(self, job_id: str, kind: str, tasks: Sequence[Task], done: Done) -> None:
-        """Do a job's tasks; `done` is called in the coding thread, with their results, or with what one raised."""
+    def put(
+        self, job_id: str, kind: str, tasks: Sequence[Task], done: Done, each: Callable[[], object] = lambda: None
+    ) -> None:
+        """Do a job's tasks; `done` is called in the coding thread, with their results, or with what one raised.
+
+        each: is called there after every task but the last.
+        """
         with self._changed:
-            self._jobs[job_id] = _Job(self._arrivals, kind, deque(tasks), done)
-            self._arrivals += 1
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="tminus-coding", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+            if not self._closed:
+                self._jobs[job_id] = _Job(kind, deque(tasks), done, each)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="tminus-coding", daemon=True)
+                    self._thread.start()
+                self._changed.notify()
+                return
+        done([], Draining())
 
     def drop(self, job_id: str) -> None:
         """Forget a job; its `done` is not called, unless it is being called now."""
         with self._changed:
             self._jobs.pop(job_id, None)
 
-    @property
-    def waiting(self) -> int:
-        """How many tasks are to be done."""
-        with self._changed:
-            return sum(len(job.tasks) for job in self._jobs.values())
-
-    def close(self) -> None:
-        """Do no more than the task that runs."""
+    def close(self) -> bool:
+        """End the thread after the task that runs; the jobs that are left are done with Draining. False if it hangs."""
         with self._changed:
             self._closed = True
-            self._jobs.clear()
+            left, self._jobs = list(self._jobs.values()), {}
             self._changed.notify()
+        for job in left:
+            job.done([], Draining())
+        if self._thread is not None:
+            self._thread.join(JOIN_S)
+        return self._thread is None or not self._thread.is_alive()
 
     def _run(self) -> None:
         while (picked := self._next()) is not None:
             job_id, job, task = picked
-            began_s = time.perf_counter()
+            self.task_began_s = began_s = time.perf_counter()
             error: Exception | None = None
             try:
                 job.results.append(task())
             except Exception as raised:  # it ends the job, not the thread
                 error = raised
+            self.task_began_s = None
             self._observe(job.kind, time.perf_counter() - began_s)
             if error is None and job.tasks:
+                job.each()
                 continue
             with self._changed:
                 wanted = self._jobs.get(job_id) is job
@@ -92,5 +102,8 @@ class Coding:
                 self._changed.wait()
             if self._closed:
                 return None
-            job_id = min(self._jobs, key=lambda each: (len(self._jobs[each].tasks), self._jobs[each].arrival))
+            job_id = next(iter(self._jobs))  # the oldest
+            if self._tasks_begun % OLDEST_EVERY:
+                job_id = min(self._jobs, key=lambda each: len(self._jobs[each].tasks))
+            self._tasks_begun += 1
             return job_id, self._jobs[job_id], self._jobs[job_id].tasks.popleft()

@@ -1,4 +1,4 @@
-"""What the worker does with accepted jobs: ticks, snapshots, deadlines, deliveries. No thread, no queue, no lock.
+"""What the worker does with accepted jobs: ticks, snapshots, deadlines, deliveries. No queue, no lock.
 
 A plain object: the worker calls it in its thread, a test in its own. Decide, then act: the scheduler chooses a batch,
 the engine steps it, and the jobs that are done are delivered.
@@ -58,11 +58,12 @@ class Loop:
         # The jobs whose rows the engine holds, in order of arrival. This loop is their owner.
         self._jobs: dict[str, RunningJob] = {}
         # Of a latent model, those whose picture is being encoded or whose images are being decoded.
-        self._coded = CodedJobs(metrics.coded, post, lambda job, error: self._end(job, error, error.code))
+        self.coded = CodedJobs(metrics.coded, post, self._fail, lambda job: admission.decoded(job.id))
+        self.coding_hangs = False  # when it was closed
         self._deadlines = Deadlines()
         # Those of the last tick, or the one accepted last; after a crash, the possible causes.
         self.current_jobs: frozenset[str] = frozenset()
-        self.rows_active = 0  # rows in the last tick, 0 when idle
+        self.rows_active = 0  # rows in the last tick
         self.tick_began_s: float | None = None  # while a tick runs
 
     @property
@@ -73,11 +74,7 @@ class Loop:
     @property
     def has_work(self) -> bool:
         """Whether a job has not ended."""
-        return self.has_ticks or bool(self._coded)
-
-    def note_idle(self) -> None:
-        """Note that there is nothing to step."""
-        self.rows_active = 0
+        return self.has_ticks or bool(self.coded)
 
     def warm_up(self) -> None:
         """Run one job of one step, so that the first request finds warm code."""
@@ -100,8 +97,12 @@ class Loop:
             return
         if job.deadline_s is not None:
             self._deadlines.add(job.submitted_s + job.deadline_s, job.id, self._ids)
-        if self._engine.info.latent and job.inputs is not None:
-            self._coded.put(job, "encode", [self._engine.encoder(job.inputs)], self._encoded)
+        if (
+            self._engine.info.latent
+            and job.inputs is not None
+            and (job.snapshot is None or job.inputs.mask is not None)
+        ):
+            self.coded.put(job, "encode", [self._engine.encoder(job.inputs)], self._encoded)
         else:
             self._begin(job)
 
@@ -150,9 +151,12 @@ class Loop:
             self._scheduler.cancel(job_id)
             self._engine.remove(job.rows)
         else:
-            job = self._coded.drop(job_id)
+            job = self.coded.drop(job_id)
         if job is not None:
             self._end(job, error, reason)
+
+    def _fail(self, job: RunningJob, error: ServiceError) -> None:
+        self._end(job, error, error.code)
 
     def _end(self, job: RunningJob, error: ServiceError, reason: str) -> None:
         """End a job that has no rows with an error."""
@@ -171,19 +175,19 @@ class Loop:
         """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
         durable = [job for job in self._jobs.values() if job.durable]
         self._keep_snapshots(durable)
-        for job in durable:
+        for job in (*durable, *self.coded.durable()):
             self.give_up(job.id, Draining(), SUSPENDED)
 
     def give_up_all(self, error: ServiceError) -> None:
         """End every job that is left."""
         for job_id in list(self._ids):
             self.give_up(job_id, error, error.code)
-        self._coded.close()
+        self.coding_hangs = not self.coded.close()
 
     def abandon(self) -> None:
         """Drop every job without a call of the engine, which is not to be trusted after a crash."""
         self._jobs.clear()
-        self._coded.close()
+        self.coding_hangs = not self.coded.close()
 
     # --- a tick ---
 
@@ -210,7 +214,8 @@ class Loop:
         self._count(batch, jobs, now_s - started_s)
         advance = self._scheduler.advance(batch)
         for job_id in advance.started:
-            self._note_start(self._jobs[job_id], started_s, now_s)
+            queue_s, first_step_s = self._jobs[job_id].start(started_s, now_s)
+            self._metrics.job_started(queue_s=queue_s, first_step_s=first_step_s)
         for job in jobs if broken else ():
             if not broken.isdisjoint(job.rows):
                 self.give_up(job.id, NotFinite(), NotFinite.code)
@@ -242,10 +247,6 @@ class Loop:
             job.steps_taken += count
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + count
         self._metrics.ticked(seconds, batch.places, row_steps)
-
-    def _note_start(self, job: RunningJob, started_s: float, now_s: float) -> None:
-        job.started_s, job.first_step_s = started_s, now_s - job.submitted_s
-        self._metrics.job_started(queue_s=started_s - job.submitted_s, first_step_s=job.first_step_s)
 
     def _show(self, batch: Batch, now_s: float) -> None:
         """Give the viewers and the recordings of a tick's jobs their frames."""
@@ -284,11 +285,10 @@ class Loop:
             return
         self._engine.remove(job.rows)
         now_s = self._clock()
-        if not self._engine.info.latent:
+        if self._engine.info.latent is None:
             self._finish(job, reads[0], now_s)
-            return
-        del self._jobs[job.id]
-        self._coded.put(job, "decode", reads, partial(self._decoded, now_s))
+        else:
+            self.coded.put(self._jobs.pop(job.id), "decode", reads, partial(self._decoded, now_s))
 
     def _decoded(self, denoised_s: float, job: RunningJob, images: Sequence[Images]) -> None:
         all_images: Images = np.concatenate(images)
@@ -307,10 +307,10 @@ class Loop:
 
     @property
     def _ids(self) -> Collection[str]:
-        return {*self._jobs, *self._coded.ids} if self._coded else self._jobs
+        return {*self._jobs, *self.coded.ids} if self.coded else self._jobs
 
     def _find(self, job_id: str) -> RunningJob | None:
-        return self._jobs.get(job_id) or self._coded.get(job_id)
+        return self._jobs.get(job_id) or self.coded.get(job_id)
 
     def _leave(self, job: RunningJob) -> None:
         """Remove a job from this loop, the worker and admission."""

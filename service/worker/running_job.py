@@ -56,6 +56,16 @@ class RunningJob:
         with suppress(InvalidStateError):
             self.future.set_result(result)
 
+    def start(self, started_s: float, now_s: float) -> tuple[float, float]:
+        """Note its first step; returns how long it waited for it, and until it was over."""
+        self.started_s, self.first_step_s = started_s, now_s - self.submitted_s
+        return started_s - self.submitted_s, self.first_step_s
+
+    @property
+    def needs_picture(self) -> bool:
+        """Whether the engine will look at its inputs: a job that goes on from a snapshot only has those of a mask."""
+        return self.inputs is not None and (self.snapshot is None or self.inputs.mask is not None)
+
     @property
     def first_steps(self) -> Sequence[int]:
         """The first step of each row. Valid only until the engine has taken the snapshot."""

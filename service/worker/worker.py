@@ -102,7 +102,7 @@ class Worker:
     @property
     def rows_active(self) -> int:
         """Rows in the last tick, 0 when idle."""
-        return self._loop.rows_active
+        return self._loop.rows_active if self._loop.has_ticks else 0
 
     def submit(
         self,
@@ -124,7 +124,9 @@ class Worker:
         self._check_open()
         work, now_s = work_of(spec, self._model), self._clock()
         # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for every job that ends.
-        outlook = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s)
+        outlook = self._admission.enter(
+            job_id, work, now_s=now_s, deadline_s=deadline_s, has_picture=inputs is not None
+        )
         job = RunningJob(
             job_id,
             spec,
@@ -170,6 +172,11 @@ class Worker:
             self._check_open()
             self._commands.put(lambda: self._act(act, future))
         return future
+
+    def run_beside(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
+        """Do something of a latent model's autoencoder, in the thread that does it for jobs."""
+        self._check_open()
+        return self._loop.coded.run(kind, task)
 
     def _check_open(self) -> None:
         if self._crashed:
@@ -240,17 +247,19 @@ class Worker:
 
     @property
     def hangs(self) -> bool:
-        """Whether it was closed and its thread still runs."""
-        return self._closed.is_set() and self._thread.is_alive()
+        """Whether it was closed and its thread, or that of the autoencoder, still runs."""
+        return self._closed.is_set() and (self._thread.is_alive() or self._loop.coding_hangs)
 
     @property
     def stalled_s(self) -> float:
-        """For how long a tick has run that is far over its time; 0.0 where none is."""
+        """For how long a tick, or one image of an autoencoder, has run that is far over its time; 0.0 where none is."""
         began_s = self._loop.tick_began_s
-        if began_s is None:
-            return 0.0
-        took_s = self._clock() - began_s
-        return took_s if took_s > max(STALL_S, STALL_TICKS * self._admission.longest_tick_s) else 0.0
+        took_s = 0.0 if began_s is None else self._clock() - began_s
+        if took_s <= max(STALL_S, STALL_TICKS * self._admission.longest_tick_s):
+            took_s = 0.0
+        coding_began_s = self._loop.coded.task_began_s
+        coding_s = 0.0 if coding_began_s is None else time.perf_counter() - coding_began_s
+        return max(took_s, coding_s if coding_s > STALL_S else 0.0)
 
     # --- in the worker's thread ---
 
@@ -286,7 +295,6 @@ class Worker:
     def _take_commands(self, wait: bool = True) -> None:
         """Do what other threads asked for. With nothing to step, sleep until a command comes."""
         if wait and not self._loop.has_ticks:
-            self._loop.note_idle()
             self._commands.get()()
         while True:
             try:

@@ -25,6 +25,7 @@ from tminus.model.evaluation.classifier import (
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
 from tminus.model.evaluation.evaluate import evaluate
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
+from tminus.model.evaluation.page import render
 from tminus.model.evaluation.report import EvaluationReport
 from tminus.model.evaluation.samples import draw_samples
 from tminus.model.guidance import Forward
@@ -410,7 +411,11 @@ def test_a_latent_model_is_judged_by_its_decoded_images(tmp_path: Path) -> None:
     train, test = (big(toy_images(n, n)) for n in (24, 18))
     classifier = train_classifier(train, test, TRAINING, device=CPU)
     options = dataclasses.replace(OPTIONS, guidance=1.0, precision="float32")
-    report = evaluate(checkpoint, train, test, classifier, options, device=CPU).single()
+    sweep = evaluate(checkpoint, train, test, classifier, options, device=CPU)
+    assert "through the autoencoder, PSNR" in sweep.to_markdown()
+    assert json.loads(json.dumps(sweep.to_dict()))["reconstruction"]["num_images"] == 10
+    assert "through the autoencoder, PSNR" in render(sweep, "a command", {})
+    report = sweep.single()
     assert report.bound is None
     assert "it is one of pixels" in " ".join(report.left_out_lines())
     lost = report.reconstruction

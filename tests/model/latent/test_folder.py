@@ -12,6 +12,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, LDMPipeline, VQModel
 from tests.model.latent.folders import make_autoencoder, save_latent_pipeline
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
+from tminus.model.formats.given import Given
+from tminus.model.formats.read import read_foreign
 from tminus.model.latent.folder import load_autoencoder, save_autoencoder
 from tminus.model.weights import hash_weights
 
@@ -63,12 +65,12 @@ def test_an_autoencoder_alone_is_a_folder_of_diffusers(tmp_path: Path) -> None:
     assert VQModel.from_pretrained(tmp_path / "ours").config.num_vq_embeddings == autoencoder.config.num_vq_embeddings
 
 
-def test_the_weights_of_the_autoencoder_count(tmp_path: Path) -> None:
+def test_the_weights_and_the_scale_of_the_autoencoder_count(tmp_path: Path) -> None:
     hashes = []
     for kind, scale in (("vq", 1.0), ("vq", 2.0), ("kl", 1.0)):
         save_latent_pipeline(tmp_path / f"{kind}{scale}", kind, scaling_factor=scale)
         hashes.append(load_checkpoint(tmp_path / f"{kind}{scale}").weights_hash)
-    assert hashes[0] != hashes[2]
+    assert len(set(hashes)) == 3
 
 
 def test_latents_are_clipped_only_where_the_scheduler_says_so(tmp_path: Path) -> None:
@@ -124,7 +126,11 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     ),
     "another network": (config(_class_name="AutoencoderTiny"), "_class_name must be VQModel or AutoencoderKL"),
     "other widths": (config(block_out_channels=[8, 32]), "wrong shape of"),
-    "widths that are none": (config(block_out_channels="8"), "block_out_channels must be"),
+    "widths that are none": (config(block_out_channels="8"), "block_out_channels must be a list"),
+    "one width": (config(block_out_channels=16), "block_out_channels must be a list"),
+    "one name of a block": (config(up_block_types=3), "up_block_types must be a list"),
+    "a size that is text": (config(sample_size="x"), "sample_size must be"),
+    "a scale of 400 digits": (config(scaling_factor=10**400), "scaling_factor must be"),
     "groups that do not divide": (config(norm_num_groups=3), r"multiples of norm_num_groups \(3\)"),
     "blocks of another kind": (config(down_block_types=["DownBlock2D"] * 2), "down_block_types must be among"),
     "channels that are no image": (config(in_channels=2, out_channels=2), "in_channels must be 1 or 3"),
@@ -150,3 +156,17 @@ def test_a_damaged_one_is_refused_in_one_line(tmp_path: Path, damage: str) -> No
         load_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_an_autoencoder_alone_is_told_what_it_is(tmp_path: Path) -> None:
+    make_autoencoder("kl").save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match="an autoencoder, which makes no images by itself; tminus train --latent"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_latent_model_without_its_scheduler_is_not_made_one_of_pixels(tmp_path: Path) -> None:
+    save_latent_pipeline(tmp_path)
+    shutil.rmtree(tmp_path / "scheduler")
+    given = Given(timesteps=1000, beta_schedule="linear", prediction="epsilon", variance="fixed_small")
+    with pytest.raises(CheckpointError, match="a latent model without its scheduler"):
+        read_foreign(tmp_path, given)

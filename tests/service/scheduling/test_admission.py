@@ -269,23 +269,27 @@ def test_an_infinite_deadline_is_accepted() -> None:
 
 def test_decoding_counts_as_work_and_as_time() -> None:
     admission = make_admission()
-    admission.calibrate(RATE, 5 * SECONDS_PER_PLACE)  # an image takes as long as five places of a full tick
+    admission.calibrate(RATE, 0.5, 0.25)
     outlook = admission.enter("a", plain(4, 10), now_s=0.0)
-    assert admission.backlog_s == (40 + 20) * SECONDS_PER_PLACE
-    without = make_admission().enter("a", plain(4, 10), now_s=0.0)
-    assert outlook.eta_s > without.eta_s
+    assert admission.backlog_s == 40 * SECONDS_PER_PLACE + 2.0
+    assert outlook.eta_s == make_admission().enter("a", plain(4, 10), now_s=0.0).eta_s + 2.0
     admission.stepped({"a": 40}, 8, 1 / 8)
-    assert admission.backlog_s == 20 * SECONDS_PER_PLACE, "its images are still to be decoded"
-    assert 0 < admission.outlooks(1.0)["a"].eta_s < outlook.eta_s
+    assert admission.outlooks(1.0)["a"].eta_s == 2.0, "its images are still to be decoded"
+    admission.decoded("a")
+    admission.decoded("nobody")
+    assert admission.backlog_s == 1.5
+    assert admission.outlooks(1.0)["a"].eta_s == 1.5
     admission.leave("a")
     assert admission.backlog_s == 0
 
 
-def test_a_job_that_comes_back_has_its_images_to_decode_too() -> None:
+def test_a_picture_to_begin_with_is_encoded_and_a_job_that_comes_back_has_done_that() -> None:
     admission = make_admission()
-    admission.calibrate(RATE, 5 * SECONDS_PER_PLACE)
-    admission.readmit("a", plain(2, 10), places_left=6)
-    assert admission.backlog_s == (6 + 10) * SECONDS_PER_PLACE
+    admission.calibrate(RATE, 0.5, 0.25)
+    admission.enter("a", plain(2, 10), now_s=0.0, has_picture=True)
+    assert admission.backlog_s == 20 * SECONDS_PER_PLACE + 1.25
+    admission.readmit("b", plain(2, 10), places_left=6)
+    assert admission.backlog_s == 26 * SECONDS_PER_PLACE + 2.25
 
 
 def test_decoding_may_be_what_makes_a_job_too_much() -> None:
@@ -298,3 +302,11 @@ def test_decoding_may_be_what_makes_a_job_too_much() -> None:
             admission.enter("b", plain(5, 5), now_s=0.0)
         else:
             refusal(admission, plain(5, 5))
+
+
+def test_a_deadline_too_short_for_decoding_is_refused() -> None:
+    admission = make_admission()
+    admission.calibrate(RATE, 0.5)
+    with pytest.raises(InvalidField, match="deadline_s"):
+        admission.enter("a", plain(4, 10), now_s=0.0, deadline_s=2.5)
+    admission.enter("a", plain(4, 10), now_s=0.0, deadline_s=5.0)

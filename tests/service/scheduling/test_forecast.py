@@ -252,14 +252,10 @@ def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(monkeypa
     assert counts[1] <= 3 * 1000
 
 
-def test_decoding_comes_last_and_takes_as_long_as_so_many_places() -> None:
-    ticks = TickTimes(((1, 1.0), (8, 1.0)))
-    sharing = Sharing.of(8)
-
-    def eta_s(work: Work) -> float:
-        return forecast([Pending("a", work, work.cost)], sharing, ticks)["a"].eta_s
-
-    assert eta_s(Work(1, 10, range(0), decode=4)) == eta_s(Work(1, 14, range(0)))
-    assert eta_s(Work(2, 10, range(10), decode=3)) == pytest.approx(eta_s(Work(2, 10, range(10))) + 3)
-    left = Pending("a", Work(2, 10, range(10), decode=3), 2.0)
-    assert forecast([left], sharing, ticks)["a"].eta_s == pytest.approx(1.0), "of two images one place each is left"
+def test_what_comes_beside_the_ticks_is_done_one_job_at_a_time_as_their_ticks_end() -> None:
+    ticks, sharing = TickTimes(((1, 1.0), (8, 1.0))), Sharing.of(8)
+    jobs = [Pending("a", plain(1, 10), 10, beside_s=4.0), Pending("b", plain(1, 12), 12, beside_s=3.0)]
+    found = forecast(
+        [*jobs, Pending("c", plain(1, 20), 20), Pending("d", plain(1, 5), 0, beside_s=2.0)], sharing, ticks
+    )
+    assert {name: outlook.eta_s for name, outlook in found.items()} == {"d": 2.0, "a": 14.0, "b": 17.0, "c": 20.0}

@@ -677,7 +677,8 @@ def test_images_are_decoded_one_by_one_while_others_step(make_bench: MakeBench) 
     assert not a.done()
     assert [spec.seed for spec, _ in bench.engine.jobs.values()] == [2], "the slots of the first are free"
     bench.tick()
-    bench.next_posted()
+    for _ in range(3):
+        bench.next_posted()
     assert decoded == [1, 1, 1]
     assert bench.metric("autoencoder_duration_seconds_count", direction="decode") == 3
     np.testing.assert_array_equal(images(a), fake_pixels(make_spec(n=3, steps=1, seed=1), 1, LATENT))
@@ -703,8 +704,8 @@ def test_a_job_given_up_while_it_is_decoded_is_answered_once(make_bench: MakeBen
     bench.loop.give_up("a", JobCancelled("cancelled: a test"), "cancelled")
     assert isinstance(failure(a), JobCancelled)
     gate.open()
-    bench.next_posted()
-    assert b.result(0)
+    while not b.done():
+        bench.next_posted()
     assert bench.posted.empty()
 
 
@@ -790,10 +791,50 @@ def test_a_viewer_may_come_while_the_picture_is_encoded(make_bench: MakeBench) -
     assert [frame.step for frame in frames] == [1]
 
 
-def test_a_durable_job_that_is_being_decoded_is_finished_rather_than_suspended(make_bench: MakeBench) -> None:
-    bench = make_bench(info=LATENT)
+def test_a_durable_job_that_is_being_decoded_is_suspended_like_any_other(make_bench: MakeBench) -> None:
+    bench, gate = make_bench(info=LATENT), Gate()
+    gate.shut()
+    bench.engine.on_decode = lambda spec: gate.enter()
     future = bench.accept_spec("a", make_spec(steps=1), durable=True)
     bench.tick()
     bench.loop.suspend_durable()
+    gate.open()
+    assert isinstance(failure(future), Draining)
+    assert not bench.loop.has_work
+
+
+def test_images_that_are_decoded_leave_the_ledger_one_by_one(make_bench: MakeBench) -> None:
+    bench = make_bench(info=LATENT)
+    bench.admission.calibrate([(1, 1.0), (8, 1.0)], 0.5)
+    future = bench.accept("a", n=3, steps=1)
+    bench.tick()
+    assert bench.admission.backlog_s == 1.5
     bench.next_posted()
-    assert future.result(0)
+    assert bench.admission.backlog_s == 1.0
+    bench.next_posted()
+    assert (bench.admission.backlog_s, future.done()) == (0.5, False)
+    bench.next_posted()
+    assert future.done()
+
+
+def test_a_job_that_goes_on_from_a_snapshot_is_encoded_only_for_its_mask(make_bench: MakeBench) -> None:
+    bench, inputs = make_bench(info=LATENT), picture()
+    shape = (1, 1, 4, 6)
+    snapshot = Snapshot((1,), *(np.zeros(each, np.float32) for each in (shape, shape, (1, 0, 1, 4, 6))))
+    spec = make_spec(steps=2, strength=1.0, image_sha256=inputs.image_sha256)
+    bench.accept_spec("a", spec, inputs=inputs, snapshot=snapshot)
+    assert bench.engine.inputs == [inputs], "as it came"
+
+
+def test_what_is_no_jobs_is_done_beside_too(make_bench: MakeBench) -> None:
+    bench = make_bench(info=LATENT)
+    assert bench.loop.coded.run("noise", lambda: 7).result(PATIENCE_S) == 7
+
+    def fail() -> None:
+        raise RuntimeError("secret")
+
+    error = bench.loop.coded.run("noise", fail).exception(PATIENCE_S)
+    assert isinstance(error, EngineFailed)
+    assert "secret" not in str(error)
+    bench.loop.give_up_all(Draining())
+    assert isinstance(bench.loop.coded.run("noise", lambda: 7).exception(PATIENCE_S), Draining)
