@@ -35,8 +35,8 @@ class Sampled:
     """The images of a job: `data` is one sheet, a zip or a JSON document, as `media_type` says.
 
     The same parameters with this `seed` make the same bytes, as long as `fingerprint` is the same. `job_id` is None for
-    an answer from the server's cache. `timings_s` has `queue`, `first_step`, `denoise` and `encode` in seconds; it is
-    empty for an answer from the cache and for the image of a durable job.
+    an answer from the server's cache. `timings_s` has `queue`, `first_step`, `denoise`, of a latent model `decode`, and
+    `encode` in seconds; it is empty for an answer from the cache and for the image of a durable job.
     """
 
     data: bytes

@@ -56,6 +56,7 @@ def moved() -> dict[str, Metric]:
     metrics.rejected("overloaded")
     metrics.answered_without_work("cache_hit")
     metrics.encoded("png", 1.0)
+    metrics.coded("decode", 1.0)
     metrics.requested("/sample", 200, 1.0)
     return exposed(metrics.render().decode())
 

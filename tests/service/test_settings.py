@@ -182,8 +182,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             sharing: Sharing,
             store: str,
             doors: Doors,
+            *,
+            coding_s: tuple[float, float],
         ) -> str:
-            assert store == "the store"
+            assert (store, coding_s) == ("the store", (0.0, 0.0))
             served.update(limits=limits, sharing=sharing, policy=sharing.policy)
             served.update(tick_times=tick_times, allowed_origins=doors.origins, allowed_hosts=doors.hosts)
             return "the app"

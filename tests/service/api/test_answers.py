@@ -13,6 +13,7 @@ from tminus.model.recommended import Recommended
 from tminus.service.api.answers import JobAnswer
 from tminus.service.jobs.store import JobRecord
 from tminus.service.jobs.views import JobView
+from tminus.service.model_info import LatentInfo
 
 JOB = [
     "id", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s", "age_s", "created",
@@ -26,6 +27,7 @@ MODEL: dict[str, Any] = {
     "height_px": 4,
     "width_px": 6,
     "channels": 1,
+    "latent": None,
     "num_timesteps": 1000,
     "beta_schedule": "linear",
     "prediction_type": "epsilon",
@@ -79,7 +81,9 @@ SCHEDULE = ["alpha_bar", "beta"]
 STATUS = ["status"]
 COMPONENTS = {
     "JobAnswer": JOB, "JobPage": PAGE, "ModelAnswer": [*MODEL], "LimitsAnswer": [*MODEL["limits"]],
-    "RecommendedAnswer": ["sampler", "steps", "guidance"], "ScheduleAnswer": SCHEDULE, "StatusAnswer": STATUS,
+    "RecommendedAnswer": ["sampler", "steps", "guidance"],
+    "LatentAnswer": ["autoencoder", "channels", "height", "width", "scaling_factor"],
+    "ScheduleAnswer": SCHEDULE, "StatusAnswer": STATUS,
 }  # fmt: skip
 TYPES: dict[str, Any] = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
 
@@ -138,6 +142,12 @@ def test_the_model_is_told_with_its_limits_and_fits_its_schema(site: Site) -> No
     document = Described(site).answer("GET", "/model")
     assert document == MODEL
     assert (list(document), list(document["limits"])) == (list(MODEL), list(MODEL["limits"])), "in this order"
+
+
+def test_a_latent_model_fits_its_schema_too(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, latent=LatentInfo("VQModel", 3, 2, 3, 1.0)))
+    told = {"autoencoder": "VQModel", "channels": 3, "height": 2, "width": 3, "scaling_factor": 1.0}
+    assert Described(site).answer("GET", "/model")["latent"] == told
 
 
 def test_a_model_without_classes_fits_its_schema_too(make_site: MakeSite) -> None:

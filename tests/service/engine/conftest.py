@@ -8,14 +8,13 @@ import torch
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.engines import OnGpu
 from tminus.model.checkpoint import Checkpoint
-from tminus.service.engine import autotune
-from tminus.service.engine import engine as engine_module
+from tminus.service.engine import autotune, pictures
 
 
 @pytest.fixture
 def floats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Engine.images return x itself instead of rounding it to bytes."""
-    monkeypatch.setattr(engine_module, "to_uint8", lambda x: x)
+    monkeypatch.setattr(pictures, "to_uint8", lambda x: x)
 
 
 @pytest.fixture
