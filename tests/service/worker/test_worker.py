@@ -21,11 +21,11 @@ from tminus.service.errors import (
     Stalled,
 )
 from tminus.service.metrics import Metrics
-from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 from tminus.service.preview import Pace, Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.spec import Snapshot
+from tminus.service.spec import SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, JobStatus, Outlook, Ticket, Work
 from tminus.service.worker.worker import STALL_S, Worker
 
@@ -795,3 +795,17 @@ def test_an_exit_in_the_worker_s_thread_is_a_crash(make_bench: MakeBench, error:
     running = bench.submit("running", steps=1)
     wait_until(lambda: bench.worker.crashed)
     assert running.done()
+
+
+def test_a_deadline_passes_while_images_are_decoded_and_nothing_else_runs(make_bench: MakeBench) -> None:
+    """The worker sleeps while there is no tick; each image that is decoded wakes it."""
+    bench = make_bench(info=replace(INFO, latent=LatentInfo("VQModel", 1, 2, 3, 1.0))).start()
+
+    def decode(_: SampleSpec) -> None:
+        bench.now_s += 3
+
+    bench.engine.on_decode = decode
+    future = bench.submit("a", n=4, steps=1, deadline_s=5.0)
+    assert isinstance(failure(future), DeadlinePassed)
+    bench.worker.drain()
+    bench.worker.join()
