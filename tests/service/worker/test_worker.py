@@ -800,12 +800,13 @@ def test_an_exit_in_the_worker_s_thread_is_a_crash(make_bench: MakeBench, error:
 def test_a_deadline_passes_while_images_are_decoded_and_nothing_else_runs(make_bench: MakeBench) -> None:
     """The worker sleeps while there is no tick; each image that is decoded wakes it."""
     bench = make_bench(info=replace(INFO, latent=LatentInfo("VQModel", 1, 2, 3, 1.0))).start()
+    futures: list[Future[JobResult]] = []
 
     def decode(_: SampleSpec) -> None:
+        if bench.now_s > 5:  # the image before has passed the deadline
+            wait_until(lambda: bool(futures) and futures[0].done())
         bench.now_s += 3
 
     bench.engine.on_decode = decode
-    future = bench.submit("a", n=4, steps=1, deadline_s=5.0)
-    assert isinstance(failure(future), DeadlinePassed)
-    bench.worker.drain()
-    bench.worker.join()
+    futures.append(bench.submit("a", n=4, steps=1, deadline_s=5.0))
+    assert isinstance(failure(futures[0]), DeadlinePassed)
