@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tminus.model.latent.autoencoder import Autoencoder
 
-IMAGES, CELLS, LATENTS = 32, 4, 8  # images of CELLS x CELLS colours that run into each other, LATENTS latents a side
+IMAGES, CELLS, LATENTS = 32, 4, 8  # images of each kind, of CELLS x CELLS patches, LATENTS latents a side
+TINT = 0.25  # of greys, at most
 RIDGE = 1e-3  # keeps the fit finite where a channel of the latents says nothing about colours
 
 
@@ -14,16 +15,24 @@ RIDGE = 1e-3  # keeps the fit finite where a channel of the latents says nothing
 def fit_colours(autoencoder: Autoencoder) -> Tensor:
     """Fit the mean colour of a latent's square of pixels to the latent: [C, c + 1], the last column the constant.
 
-    No data is needed: the images are smooth patches of random colours, always the same ones.
+    No data is needed: the images are patches of random colours, of greys with a tint, and of black and white, always
+    the same ones. On avatars-64 the mean error of a colour is then 0.150 of a range of 2, as with the best linear map
+    of its own images; colours alone give 0.19, and smooth ones 0.22.
     """
     config, generator = autoencoder.config, torch.Generator().manual_seed(0)
-    patches = torch.rand(IMAGES, config.in_channels, CELLS, CELLS, generator=generator) * 2 - 1
-    images = F.interpolate(patches, size=LATENTS * config.factor, mode="bilinear")
+
+    def draw(channels: int, side: int = CELLS) -> Tensor:
+        return torch.rand(IMAGES, channels, side, side, generator=generator) * 2 - 1
+
+    colours, greys, tints = draw(config.in_channels), draw(1), TINT * draw(config.in_channels, 1)
+    black_and_white = draw(1).sign().expand_as(colours)
+    patches = torch.cat([colours, (greys + tints).clamp(-1, 1), black_and_white])
+    images = F.interpolate(patches, size=LATENTS * config.factor, mode="nearest")
     latents = autoencoder.encode(images).movedim(1, -1).flatten(0, -2).double()  # [N, c]
-    colours = F.avg_pool2d(images, config.factor).movedim(1, -1).flatten(0, -2).double()  # [N, C]
+    wanted = F.avg_pool2d(images, config.factor).movedim(1, -1).flatten(0, -2).double()  # [N, C]
     known = F.pad(latents, (0, 1), value=1.0)
     square = known.T @ known + RIDGE * torch.eye(known.shape[1], dtype=torch.float64)
-    fitted: Tensor = torch.linalg.solve(square, known.T @ colours).T.float()
+    fitted: Tensor = torch.linalg.solve(square, known.T @ wanted).T.float()
     return fitted
 
 
