@@ -87,7 +87,8 @@ def test_images_alone_and_under_load_are_the_same_bytes(server: RunningServer) -
 def test_previews_are_near_the_image_and_as_large(server: RunningServer) -> None:
     answer = server.post(params={"steps": 10, "seed": 3, "every": 1, "show": "x_0"}, headers={"Accept": "image/webp"})
     with Image.open(io.BytesIO(answer.content)) as animation:
-        assert (animation.n_frames, animation.size) == (10, (16, 16))  # type: ignore[attr-defined]
+        assert animation.size == (16, 16)
+        assert 2 < animation.n_frames <= 10, "WebP has no frame for one like that before"  # type: ignore[attr-defined]
 
 
 def test_an_image_is_varied_and_the_known_part_of_it_kept(server: RunningServer) -> None:
