@@ -836,5 +836,11 @@ def test_what_is_no_jobs_is_done_beside_too(make_bench: MakeBench) -> None:
     error = bench.loop.coded.run("noise", fail).exception(PATIENCE_S)
     assert isinstance(error, EngineFailed)
     assert "secret" not in str(error)
+    gate = Gate()
+    gate.shut()
+    left = bench.loop.coded.run("noise", gate.enter)
+    assert not left.cancel(), "its client may go away, and the thread goes on"
+    gate.open()
+    assert bench.loop.coded.run("noise", lambda: 8).result(PATIENCE_S) == 8
     bench.loop.give_up_all(Draining())
     assert isinstance(bench.loop.coded.run("noise", lambda: 7).exception(PATIENCE_S), Draining)
