@@ -81,7 +81,7 @@ class CodedJobs:
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Do something that is no job's; any thread may ask."""
         future: Future[Result] = Future()
-        future.set_running_or_notify_cancel()  # whoever waits may go away: the result is then dropped, and raises nothing
+        future.set_running_or_notify_cancel()  # or setting the result raises once whoever waits is gone
 
         def done(results: Sequence[Any], error: Exception | None) -> None:
             if error is None:
