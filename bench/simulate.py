@@ -18,6 +18,7 @@ from tminus.service.errors import Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Policy, Scheduler, Sharing
+from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, Work
 
@@ -62,8 +63,8 @@ def serve(
     if reserved is not None:
         sharing = replace(sharing, reserved=reserved)
     scheduler, times = Scheduler(sharing), TickTimes(points)
-    admission = Admission(limits, sharing)
-    admission.calibrate(points)
+    admission = Admission(limits)
+    admission.put(0, Speed(sharing, times, limits.max_rows))
     place_s = times.seconds_per_place(limits.max_batch)
     coming = [(at_s, number, 1) for number, (at_s, _) in enumerate(requests)]
     heapq.heapify(coming)
@@ -72,7 +73,8 @@ def serve(
     while coming or running is not None:
         if running is not None and (not coming or running[1] <= coming[0][0]):
             batch, now_s = running
-            admission.stepped({job.job_id: job.places for job in batch.jobs}, batch.places, times.seconds(batch.places))
+            places = {job.job_id: job.places for job in batch.jobs}
+            admission.stepped(0, places, batch.places, times.seconds(batch.places))
             outcome.done.append((now_s, batch.places * place_s))
             for job_id in scheduler.advance(batch).finished:
                 admission.leave(job_id)

@@ -1,45 +1,39 @@
-"""Puts the parts together: engine, scheduler, admission, worker, encoder, routes. Nothing is global."""
+"""Puts the parts together: routes, middleware, and the parts that all models share. Nothing is global."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 
 from tminus.service.api import openapi, problems
-from tminus.service.api.caching import ResultCache
+from tminus.service.api.admin import Admin, admin_routes
 from tminus.service.api.docs import docs_routes
 from tminus.service.api.events import event_routes
 from tminus.service.api.jobs import job_routes
 from tminus.service.api.middleware import BodyLimit, RequestContext
+from tminus.service.api.models import Models
 from tminus.service.api.multipart import FORM_BYTES
 from tminus.service.api.noise import noise_routes
+from tminus.service.api.openapi import Contract
 from tminus.service.api.origin import EXPOSED_HEADERS, Doors, Gate
 from tminus.service.api.page import page_routes
 from tminus.service.api.sample import sample_routes
 from tminus.service.api.services import Services
 from tminus.service.api.stream import stream_routes
 from tminus.service.api.stream_limits import Streams
-from tminus.service.api.system import system_routes
-from tminus.service.engine.protocol import RowEngine
-from tminus.service.images.decoder import Decoder
-from tminus.service.images.encoder import Encoder
-from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.jobs import Jobs
-from tminus.service.jobs.lifecycle import Lifecycle
-from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
-from tminus.service.jobs.standings import Standings
+from tminus.service.api.system import model_routes, system_routes
 from tminus.service.jobs.store import JobStore
-from tminus.service.metrics import Metrics
+from tminus.service.library import Library
+from tminus.service.model_changes import ModelChanges, Prepare, prepare_nothing
 from tminus.service.model_info import Limits, ModelInfo
-from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
-from tminus.service.worker.recording import RecordingRoom
+from tminus.service.parts import Parts, Prepared
 from tminus.service.worker.worker import Worker
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+VERSION = "0.1.0"
+OF_A_MODEL = "/models/{model}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,55 +43,65 @@ class Application:
     app: FastAPI
     worker: Worker
     streams: Streams
-    model: ModelInfo
+    model: ModelInfo  # the default one, when it started
+    is_loading: Callable[[], bool] = field(default=lambda: False)  # whether a thread measures a model
 
 
 def create_app(
-    engine: RowEngine,
+    first: Sequence[Prepared],
     limits: Limits,
-    tick_times: Sequence[tuple[int, float]],
-    sharing: Sharing,
-    store: JobStore,
+    open_store: Callable[[str], JobStore],
     doors: Doors | None = None,
     *,
-    coding_s: tuple[float, float] = (0.0, 0.0),
+    library: Library | None = None,
+    prepare: Prepare = prepare_nothing,
+    admin_key: str | None = None,
 ) -> Application:
-    """Build the application around an engine. The worker runs for as long as the app's lifespan.
+    """Build the application around the models that it begins with, the default one first.
 
-    tick_times are the measured (places, seconds) of a tick; sharing says how the scheduler gives out its places; store
-    keeps the durable jobs, and is closed with the app; doors say who may ask; coding_s is how long an image of a latent
-    model takes to decode, and to encode.
+    limits: of the whole server. open_store: opens the store of the durable jobs of weights, by their hash; it is closed
+    with the app. doors: who may ask. library: what can be loaded, by `prepare`. admin_key: lets its owner load and
+    unload models; None: nobody may. The worker runs for as long as the app's lifespan.
     """
     doors = doors or Doors()
-    services, lifespan = _services(
-        engine=engine,
-        limits=limits,
-        tick_times=tick_times,
-        coding_s=coding_s,
-        sharing=sharing,
-        store=store,
-        doors=doors,
-    )
-    model = engine.info
+    parts = Parts(list(first), limits, open_store, doors)
+    models, metrics = parts.models, parts.metrics
+    changes = ModelChanges(parts, library or Library(), prepare)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await parts.start()
+        yield
+        await parts.close()
+
+    model = models.default.model
     app = FastAPI(
-        title="tminus",
-        summary="Samples from a trained denoising diffusion U-Net.",
-        description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
-        version="0.1.0",
         lifespan=lifespan,
         openapi_url=None,  # docs_routes has it, and the page made of it
         redirect_slashes=False,  # a redirect would name whatever host the request named
     )
-    app.include_router(sample_routes(services))
-    app.include_router(noise_routes(services))
-    app.include_router(stream_routes(services))
-    app.include_router(job_routes(services))
-    app.include_router(event_routes(services))
-    app.include_router(page_routes())
-    app.include_router(docs_routes(app))
-    app.include_router(system_routes(services))
-    problems.install(app, services.metrics)
-    openapi.install(app, openapi.Contract(model, limits))
+    documents: dict[tuple[int, str], dict[str, Any]] = {}
+
+    def general() -> list[APIRouter]:
+        admin = Admin(admin_key)
+        return [admin_routes(models, changes, admin), system_routes(parts.worker, parts.jobs, metrics)]
+
+    def document(request: Request) -> dict[str, Any]:
+        """The OpenAPI document of a request's model, with its bounds; the default one's has the server's calls too."""
+        services = models.of(request)
+        prefix = f"/models/{services.model.name}" if "model" in request.path_params else ""
+        key = services.number, prefix
+        if key not in documents:
+            documents.clear()  # of models that may be gone
+            documents[key] = _document(models, services, [] if prefix else general(), prefix)
+        return documents[key]
+
+    contract = Contract(model, limits)
+    for router in (*_of_a_model(models, contract), *general(), page_routes(), docs_routes(document)):
+        app.include_router(router)
+    for router in (*_of_a_model(models, contract), page_routes(), docs_routes(document)):
+        app.include_router(router, prefix=OF_A_MODEL)
+    problems.install(app, metrics)
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
     # For the images in it; the rest of a body is held to max_body_bytes in api/request.py.
     larger |= dict.fromkeys(("/sample", "/jobs"), limits.max_edit_bytes)
@@ -110,69 +114,33 @@ def create_app(
             allow_headers=["*"],
             expose_headers=list(EXPOSED_HEADERS),
         )
-    app.add_middleware(Gate, doors=doors, refused=services.metrics.rejected)
-    app.add_middleware(RequestContext, observe=services.metrics.requested)
-    return Application(app, services.worker, services.streams, engine.info)
+    app.add_middleware(Gate, doors=doors, refused=metrics.rejected)
+    app.add_middleware(RequestContext, observe=metrics.requested)
+    return Application(app, parts.worker, parts.streams, model, lambda: changes.is_loading)
 
 
-def _services(
-    *,
-    engine: RowEngine,
-    limits: Limits,
-    tick_times: Sequence[tuple[int, float]],
-    coding_s: tuple[float, float],
-    sharing: Sharing,
-    store: JobStore,
-    doors: Doors,
-) -> tuple[Services, Lifespan]:
-    """Build the parts, and what starts and stops those of them that run."""
-    model = engine.info
-    metrics = Metrics(model)
-    admission = Admission(limits, sharing)
-    admission.calibrate(tick_times, *coding_s)
-    async_store = AsyncStore(store)
-    keeper = SnapshotKeeper(async_store, model.fingerprint, metrics)
-    worker = Worker(engine, Scheduler(sharing), admission, metrics, keeper=keeper)
-    standings = Standings(worker)
-    lifecycle = Lifecycle(async_store, worker, model.fingerprint, limits, metrics)
-    decoder, encoder = Decoder(model), Encoder(model, metrics.encoded)
-    streams = Streams(limits.max_streams, limits.max_streams_per_address)
-    metrics.watch(
-        tasks=lambda: len(asyncio.all_tasks()),  # /metrics is answered in the event loop
-        rows_active=lambda: worker.rows_active,
-        rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
-        backlog_s=lambda: admission.backlog_s,
-        device_memory_bytes=engine.memory_bytes,
-        store_up=lambda: async_store.failure is None,
-        streams_open=lambda: streams.open,
-        stalled_s=lambda: worker.stalled_s,
-        tick_time_ratio=lambda: admission.tick_time_ratio,
+def _of_a_model(models: Models, contract: Contract) -> list[APIRouter]:
+    """The routes of the default model, and below a prefix of the model that the path names."""
+    return [
+        sample_routes(models, contract),
+        noise_routes(models, contract),
+        stream_routes(models),
+        job_routes(models, contract),
+        event_routes(models, contract),
+        model_routes(models),
+    ]
+
+
+def _document(models: Models, services: Services, general: Sequence[APIRouter], prefix: str) -> dict[str, Any]:
+    """Describe the routes with the bounds of a model; an app that is never run has them."""
+    model, contract = services.model, Contract(services.model, services.limits)
+    described = FastAPI(
+        title="tminus",
+        summary="Samples from a trained denoising diffusion U-Net.",
+        description=f"Serving {model.name}: {model.height_px}x{model.width_px}, T={model.num_timesteps}.",
+        version=VERSION,
+        servers=[{"url": prefix}] if prefix else None,
     )
-
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
-        await lifecycle.start()
-        yield
-        worker.close()
-        keeper.close()
-        await lifecycle.close()
-        decoder.close()
-        encoder.close()
-
-    services = Services(
-        model=model,
-        limits=limits,
-        doors=doors,
-        metrics=metrics,
-        worker=worker,
-        jobs=Jobs(async_store, worker, standings, lifecycle),
-        standings=standings,
-        decoder=decoder,
-        encoder=encoder,
-        cache=ResultCache(limits.result_cache_bytes),
-        streams=streams,
-        recordings=RecordingRoom(),
-        noise_turn=asyncio.Lock(),
-    )
-    return services, lifespan
+    for router in (*_of_a_model(models, contract), *general):
+        described.include_router(router)
+    return openapi.document(described, contract)

@@ -5,7 +5,7 @@ One file, though long: clients see these as one list, and so may a reader.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 
@@ -262,6 +262,61 @@ class Draining(ServiceError):
     def __init__(self) -> None:
         super().__init__("the server is shutting down; ask another one, or again when it is back")
         self.headers["Retry-After"] = "5"
+
+
+class ModelNotFound(ServiceError):
+    """No model of this name is loaded."""
+
+    status, code, title = 404, "model_not_found", "There is no such model"
+
+    @classmethod
+    def of(cls, name: str, known: Iterable[str]) -> "ModelNotFound":
+        """Name those that there are."""
+        bound = f"one of {', '.join(sorted(known))}"
+        return cls(f"no model {short(name)!r} is loaded; {bound}", field="model", value=name, bound=bound)
+
+
+class ModelUnloaded(ServiceError):
+    """The model was unloaded while the request came in, or its job was still running."""
+
+    status, code, title = 503, "model_unloaded", "The model was unloaded"
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(
+            f"the model {name + ' ' if name else ''}was unloaded just now; GET /models lists those that are"
+        )
+        self.headers["Retry-After"] = "1"
+
+
+class ModelBusy(ServiceError):
+    """Another model is being loaded, or this one cannot be in this state: it is loaded already, or is the default."""
+
+    status, code, title = 409, "model_busy", "The model cannot be changed now"
+
+
+class CheckpointRefused(ServiceError):
+    """The checkpoint of a model cannot be loaded. What was loaded before goes on as it was."""
+
+    status, code, title = 422, "checkpoint_refused", "The checkpoint cannot be loaded"
+
+
+class AdminOff(ServiceError):
+    """The server was started without an admin key, so that nothing can be loaded or unloaded."""
+
+    status, code, title = 403, "admin_off", "No admin key is set"
+
+    def __init__(self) -> None:
+        super().__init__("models can be changed only where the server was started with an admin key: TMINUS_ADMIN_KEY")
+
+
+class Unauthorized(ServiceError):
+    """The request needs the admin key."""
+
+    status, code, title = 401, "unauthorized", "The admin key is missing or wrong"
+
+    def __init__(self) -> None:
+        super().__init__("send the admin key: Authorization: Bearer KEY")
+        self.headers["WWW-Authenticate"] = 'Bearer realm="tminus"'
 
 
 class EngineFailed(ServiceError):

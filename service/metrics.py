@@ -5,6 +5,7 @@ Each app has a registry of its own; there are no globals.
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from prometheus_client import (
     CollectorRegistry,
@@ -33,7 +34,7 @@ BATCH_BUCKETS = tuple(float(2**i) for i in range(11))
 class Metrics:
     """Owns the registry. Methods are named for what happened, and may be called from any thread."""
 
-    def __init__(self, info: ModelInfo) -> None:
+    def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -45,9 +46,9 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"tminus_{name}", text, labels, registry=registry)
 
-        self._step = histogram("step_duration_seconds", "One tick: forward pass and update", TICK_BUCKETS)
-        self._batch = histogram("batch_rows", "Places in a tick; a guided row takes two", BATCH_BUCKETS)
-        self._row_steps = counter("row_steps_total", "Steps taken, of one row each", "sampler")
+        self._step = histogram("step_duration_seconds", "One tick: forward pass and update", TICK_BUCKETS, "model")
+        self._batch = histogram("batch_rows", "Places in a tick; a guided row takes two", BATCH_BUCKETS, "model")
+        self._row_steps = counter("row_steps_total", "Steps taken, of one row each", "model", "sampler")
         self._request = histogram(
             "request_duration_seconds",
             "From the request's head to the response's end",
@@ -59,7 +60,7 @@ class Metrics:
         self._first_step = histogram(
             "time_to_first_step_seconds", "From acceptance to the end of the first step", REQUEST_BUCKETS
         )
-        self._images = counter("images_total", "Images finished")
+        self._images = counter("images_total", "Images finished", "model")
         self._rejected = counter("rejected_total", "Requests refused, by problem code", "reason")
         self._cancelled = counter("cancelled_total", "Accepted jobs that were not finished", "reason")
         self._saved = counter("row_steps_saved_total", "Steps not taken because their job was given up")
@@ -83,9 +84,14 @@ class Metrics:
         )
         self._frames_sent = counter("frames_sent_total", "Previews sent, of one step each")
         self._frames_dropped = counter("frames_dropped_total", "Previews that a newer one overtook: a slow reader")
-        Info("tminus_model", "The model that is loaded", registry=registry).info(
+        self._model = Info("tminus_model", "A model that is loaded", ["name"], registry=registry)
+        self._loads = counter("model_loads_total", "Models loaded while the server ran: done or refused", "outcome")
+
+    def model_loaded(self, info: ModelInfo) -> None:
+        """Describe a model that is served from now on, in place of another of its name."""
+        self.model_gone(info.name)
+        self._model.labels(info.name).info(
             {
-                "name": info.name,
                 "weights": info.weights_hash[:16],
                 "parameters": str(info.num_parameters),
                 "fingerprint": info.fingerprint,
@@ -94,6 +100,15 @@ class Metrics:
                 "precision": info.precision,
             }
         )
+
+    def model_gone(self, name: str) -> None:
+        """Describe a model no more."""
+        with suppress(KeyError):
+            self._model.remove(name)
+
+    def loaded_while_running(self, outcome: str) -> None:
+        """Record the outcome of loading a model while the server runs: done or refused."""
+        self._loads.labels(outcome).inc()
 
     def watch(
         self,
@@ -123,21 +138,21 @@ class Metrics:
         for name, (text, read) in gauges.items():
             Gauge(f"tminus_{name}", text, registry=self.registry).set_function(read)
 
-    def ticked(self, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
-        """Record a tick; row_steps: how many steps of one row it took, by sampler."""
-        self._step.observe(seconds)
-        self._batch.observe(places)
+    def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
+        """Record a tick of a model; row_steps: how many steps of one row it took, by sampler."""
+        self._step.labels(model).observe(seconds)
+        self._batch.labels(model).observe(places)
         for sampler, count in row_steps.items():
-            self._row_steps.labels(sampler).inc(count)
+            self._row_steps.labels(model, sampler).inc(count)
 
     def job_started(self, *, queue_s: float, first_step_s: float) -> None:
         """Record that a job has taken its first step."""
         self._queue.observe(queue_s)
         self._first_step.observe(first_step_s)
 
-    def job_done(self, images: int) -> None:
-        """Record that a job has all its images."""
-        self._images.inc(images)
+    def job_done(self, model: str, images: int) -> None:
+        """Record that a job of a model has all its images."""
+        self._images.labels(model).inc(images)
 
     def job_given_up(self, reason: str, row_steps_saved: int) -> None:
         """Record that an accepted job ended without images."""

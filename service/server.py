@@ -138,11 +138,12 @@ def serve(
     if starting.failure is not None:
         raise starting.failure
     worker = starting.application.worker if starting.application is not None else None
-    if worker is None or worker.hangs:
+    loading = starting.application is not None and starting.application.is_loading()
+    if worker is None or worker.hangs or loading:
         # A thread that measures, or a step that hangs, cannot be ended from outside, and the interpreter would wait.
         logging.shutdown()
         sys.stderr.flush()
-        os._exit(0 if worker is None else 1)
+        os._exit(1 if worker is not None and (worker.hangs or worker.crashed) else 0)
     return not worker.crashed
 
 

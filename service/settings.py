@@ -4,16 +4,20 @@ Built once, in the entry point. The parts get values, never Settings. docs/setti
 """
 
 import re
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from tminus.service.api.origin import Doors
 from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.library import NAME, Library
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
 
 if TYPE_CHECKING:
     from tminus.service.engine.loading import Loaded
@@ -27,7 +31,18 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TMINUS_", frozen=True, extra="ignore")
 
-    checkpoint: Path = Field(BUNDLED, description="checkpoint folder to serve")
+    checkpoint: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="checkpoint folder to serve, by its own name or as NAME=FOLDER; may be given several times, in the "
+        "variable by commas; the first is the default model; default: the one that comes with tminus",
+    )
+    models: Path | None = Field(None, description="folder whose folders are models, all of which are served")
+    admin_key: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="key of at least 16 characters that allows loading and unloading models over HTTP; without it "
+        "nobody may; better given as the variable, since others may see flags",
+    )
     device: str = Field(
         "auto", description="auto, cpu or cuda; auto takes a GPU if there is one; choose which by CUDA_VISIBLE_DEVICES"
     )
@@ -120,6 +135,11 @@ class Settings(BaseSettings):
     )
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
 
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _by_commas(cls, value: object) -> object:
+        return tuple(each for each in value.split(",") if each) if isinstance(value, str) else value
+
     @field_validator("allowed_hosts")
     @classmethod
     def _are_hosts(cls, value: str) -> str:
@@ -134,10 +154,28 @@ class Settings(BaseSettings):
             raise ValueError("must be origins such as https://studio.example, by commas, or *")
         return value
 
-    def load_options(self) -> LoadOptions:
-        """Options for loading the model."""
+    def checkpoints(self) -> list[tuple[str | None, Path]]:
+        """The folders that are served, in order, with the names that were given to them.
+
+        Raises ValueError for a folder of models without any, and for two models of one name.
+        """
+        found: list[tuple[str | None, Path]] = []
+        for each in self.checkpoint:
+            name, equals, folder = each.partition("=")
+            found.append((name, Path(folder)) if equals and NAME.fullmatch(name) else (None, Path(each)))
+        if self.models is not None:
+            if not (inside := Library(folder=self.models).folders()):
+                raise ValueError(f"--models (TMINUS_MODELS): {self.models} has no folders")
+            found += inside.items()
+        for name, number in Counter(name for name, _ in found if name is not None).items():
+            if number > 1:
+                raise ValueError(f"two models are named {name}; give one another name: --checkpoint NAME=FOLDER")
+        return found or [(None, BUNDLED)]
+
+    def load_options(self, checkpoint: Path) -> LoadOptions:
+        """Options for loading a model."""
         return LoadOptions(
-            checkpoint=self.checkpoint,
+            checkpoint=checkpoint,
             device=self.device,
             executor=self.executor,
             precision=self.precision,
@@ -167,9 +205,12 @@ class Settings(BaseSettings):
             keep_jobs_bytes=self.keep_jobs_mb * 2**20,
         )
 
-    def sharing(self, loaded: "Loaded") -> Sharing:
-        """How the scheduler gives out the places of a tick."""
-        return Sharing.of(loaded.max_batch, policy=self.policy, short_batch=loaded.short_batch)
+    def speed(self, loaded: "Loaded", max_rows: int) -> Speed:
+        """How fast a model is, and how the scheduler gives out the places of its ticks."""
+        times = TickTimes(loaded.tick_times)
+        place_s = times.seconds_per_place(loaded.max_batch)
+        sharing = Sharing.of(loaded.max_batch, self.policy, loaded.short_batch, place_s)
+        return Speed(sharing, times, max_rows, *loaded.coding_s)
 
     def doors(self) -> Doors:
         """Who may ask: allowed_hosts with the name to listen on, and allowed_origins, in lower case as browsers do."""

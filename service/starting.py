@@ -9,7 +9,7 @@ import html
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -19,6 +19,7 @@ from tminus.service.api.problems import render
 from tminus.service.app import Application
 from tminus.service.errors import NotReady
 from tminus.service.model_info import ModelInfo
+from tminus.service.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Starting:
 
     async def _launch(self) -> None:
         try:
-            application = await _in_thread(self._build)
+            application = await in_daemon_thread(self._build, "tminus-load")
             await self._stack.enter_async_context(application.app.router.lifespan_context(application.app))
         except Exception as error:
             self.failure = error
@@ -95,32 +96,6 @@ class Starting:
     def _watch(self, application: Application) -> None:
         application.worker.join()
         self._on_end()
-
-
-async def _in_thread(build: Callable[[], Application]) -> Application:
-    """Run a function in a thread that the end of the process does not wait for."""
-    loop = asyncio.get_running_loop()
-    built: asyncio.Future[Application] = loop.create_future()
-
-    def settle(outcome: Application | Exception) -> None:
-        if built.done():  # it was cancelled, as the server stops
-            return
-        if isinstance(outcome, Exception):
-            built.set_exception(outcome)
-        else:
-            built.set_result(outcome)
-
-    def run() -> None:
-        outcome: Application | Exception
-        try:
-            outcome = build()
-        except Exception as error:
-            outcome = error
-        with suppress(RuntimeError):  # the loop may have ended meanwhile
-            loop.call_soon_threadsafe(settle, outcome)
-
-    threading.Thread(target=run, name="tminus-load", daemon=True).start()
-    return await built
 
 
 async def _early(scope: Scope, receive: Receive, send: Send) -> None:

@@ -19,6 +19,7 @@ class Work:
     guided: range
     start: int = 0
     beside_s: float = 0.0  # of a latent model, what all its pictures take beside the ticks, as admission counts it
+    model: int = 0  # the number of the model whose places they are
 
     def places_per_row(self, step: int) -> int:
         """How many places a row takes at a step."""
@@ -101,19 +102,21 @@ class JobStatus:
     durable: bool
     age_s: float
     created_us: int  # when it was accepted, Unix time
+    model: int  # its number
+    model_name: str
 
 
-def work_of(spec: SampleSpec, model: ModelInfo) -> Work:
-    """Count the work of a spec."""
+def work_of(spec: SampleSpec, model: ModelInfo, number: int = 0) -> Work:
+    """Count the work of a spec. number: of the model in this process."""
     start, end = spec.start, spec.end
     if spec.guidance == 1.0:
-        return Work(spec.n, end, range(0), start)
+        return Work(spec.n, end, range(0), start, model=number)
     if spec.guidance_interval is None:
-        return Work(spec.n, end, range(start, end), start)
+        return Work(spec.n, end, range(start, end), start, model=number)
     low, high = spec.guidance_interval
     timesteps = timesteps_of(spec, model)
     guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # contiguous, since t falls
-    return Work(spec.n, end, range(guided[0], guided[-1] + 1) if guided else range(0), start)
+    return Work(spec.n, end, range(guided[0], guided[-1] + 1) if guided else range(0), start, model=number)
 
 
 def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:

@@ -19,6 +19,7 @@ class JobAnswer(BaseModel):
     """A job, as all of /jobs tells of it. What is not known, or has not happened yet, is null."""
 
     id: str
+    model: str = Field(description="its name")
     state: str = Field(json_schema_extra={"enum": list(STATES)})
     durable: bool = Field(description="whether it is finished whatever happens to client and server")
     step: int | None = Field(description="how many steps its images have taken, on average")
@@ -41,6 +42,7 @@ class JobAnswer(BaseModel):
         record = view.record
         return cls(
             id=record.id,
+            model=view.model_name,
             state=view.state,
             durable=view.durable,
             step=view.step,

@@ -1,9 +1,11 @@
 """GET /docs and /openapi.json: the API for people, by Swagger UI, and for programs. Nothing comes from elsewhere."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 
@@ -16,8 +18,8 @@ DOCS_HEADERS = HEADERS | {
 }
 
 
-def docs_routes(app: FastAPI) -> APIRouter:
-    """Make the routes that show an app's operations."""
+def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
+    """Make the routes that show what can be asked for. document: makes the OpenAPI document for a request."""
     router = APIRouter(include_in_schema=False)
     pages, swagger_ui = StaticFiles(directory=FOLDER), StaticFiles(directory=_swagger_ui_folder())
 
@@ -30,8 +32,8 @@ def docs_routes(app: FastAPI) -> APIRouter:
         return _with_headers(await swagger_ui.get_response(name, request.scope))
 
     @router.api_route("/openapi.json", methods=["GET", "HEAD"])
-    async def get_openapi() -> JSONResponse:
-        return JSONResponse(app.openapi())
+    async def get_openapi(request: Request) -> JSONResponse:
+        return JSONResponse(document(request))
 
     return router
 

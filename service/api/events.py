@@ -17,6 +17,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Message, Receive, Scope, Send
 
 from tminus.service.api.answers import JobAnswer
+from tminus.service.api.models import Models
 from tminus.service.api.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.previews import PreviewRequest
 from tminus.service.api.progress import Countdown
@@ -24,7 +25,7 @@ from tminus.service.api.request import read_query
 from tminus.service.api.services import Services
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.store import OUTCOMES
-from tminus.service.jobs.views import JobView, ended_view
+from tminus.service.jobs.views import JobView, live_view
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.spec import SampleSpec
 from tminus.service.work import timesteps_of
@@ -40,10 +41,10 @@ LAST = "end"  # the id of the last event of all
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-def event_routes(services: Services) -> APIRouter:
+def event_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the route."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
-    query = Contract(services.model, services.limits).query(PreviewRequest)
+    query = contract.query(PreviewRequest)
 
     @router.get(
         "/{job_id}/events",
@@ -57,13 +58,14 @@ def event_routes(services: Services) -> APIRouter:
         openapi_extra={"parameters": [*query, LAST_EVENT_ID]},
     )
     async def get_events(request: Request, job_id: str) -> Response:
-        return await events(services, request, job_id)
+        return await events(models, request, job_id)
 
     return router
 
 
-async def events(services: Services, request: Request, job_id: str) -> Response:
+async def events(models: Models, request: Request, job_id: str) -> Response:
     """Follow a job until it has ended."""
+    services = models.default  # of which only what all models share is used
     preview = PreviewRequest.parse(read_query(request))
     shows = preview.shows if "show" in preview.model_fields_set else ()  # without it no pictures
     last_id = request.headers.get("last-event-id", "")
@@ -81,7 +83,7 @@ async def events(services: Services, request: Request, job_id: str) -> Response:
         if live is None:
             return EventSourceResponse(_only_the_end(await services.jobs.find_durable(job_id)), headers=HEADERS)
         stack.callback(services.jobs.unwatch, live, watch)
-        viewer = _Viewer(services, live, preview, mailbox, view.eta_s)
+        viewer = _Viewer(models.numbered(live.model), live, preview, mailbox, view.eta_s)
         return _Events(viewer.events(view), stack.pop_all().close)
 
 
@@ -147,7 +149,7 @@ class _Viewer:
             for event in await self._show(frame):
                 yield event
         if self._live.record.outcome is not None:  # otherwise the next start of the server goes on with it
-            yield _end(ended_view(self._live.record))
+            yield _end(live_view(self._live, None))
 
     async def _show(self, frame: Frame) -> list[bytes]:
         """The events of a frame: its pictures, or where the job stands if none were asked for."""

@@ -8,6 +8,7 @@ from tminus.service.api.advice import advice_headers
 from tminus.service.api.answers import JobAnswer, JobPage
 from tminus.service.api.caching import cache_headers, matches
 from tminus.service.api.job_listing import JobsRequest
+from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
 from tminus.service.api.openapi import (
     IDEMPOTENCY_KEY,
@@ -26,24 +27,20 @@ from tminus.service.api.submission import accept, understand
 from tminus.service.images.encoder import MEDIA_TYPES, etag
 
 
-def job_routes(services: Services) -> APIRouter:
-    """Make the routes."""
+def job_routes(models: Models, contract: Contract) -> APIRouter:
+    """Make the routes. Those of one job take the id of any job, whichever model it is of."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
     bare = [Depends(no_parameters)]
-    contract = Contract(services.model, services.limits)
     of_job = failures(404, 422, 500, 507)
 
-    @router.post(
+    router.post(
         "",
         summary="Submit a durable job",
         status_code=202,
         response_model=JobAnswer,
         responses=failures(*OF_BODY, 500, 503, 507),
         openapi_extra={"requestBody": JOB_BODY, "parameters": [*contract.query(SampleRequest), IDEMPOTENCY_KEY]},
-    )
-    async def post_job(request: Request) -> Response:
-        parameters = await read_parameters(request, services.limits)
-        return await accept(services, request, await understand(services, parameters))
+    )(models.handler(post_job))
 
     @router.get(
         "",
@@ -52,11 +49,12 @@ def job_routes(services: Services) -> APIRouter:
         openapi_extra={"parameters": contract.query(JobsRequest)},
     )
     async def list_jobs(request: Request) -> JobPage:
-        return await page(services, JobsRequest.parse(read_query(request)))
+        named = models.of(request).model.name if "model" in request.path_params else None
+        return await page(models.default, JobsRequest.parse(read_query(request)), named)
 
     @router.get("/{job_id}", summary="Get one job", dependencies=bare, responses=of_job)
     async def get_job(job_id: str) -> JobAnswer:
-        return JobAnswer.of(await services.jobs.find(job_id))
+        return JobAnswer.of(await models.default.jobs.find(job_id))
 
     @router.get(
         "/{job_id}/image",
@@ -67,7 +65,7 @@ def job_routes(services: Services) -> APIRouter:
         openapi_extra={"parameters": [IF_NONE_MATCH]},
     )
     async def get_image(request: Request, job_id: str) -> Response:
-        return await image(services, request, job_id)
+        return await image(models, request, job_id)
 
     @router.post(
         "/{job_id}/cancel",
@@ -76,7 +74,7 @@ def job_routes(services: Services) -> APIRouter:
         responses=of_job,
     )
     async def cancel_job(job_id: str) -> JobAnswer:
-        return JobAnswer.of(await services.jobs.cancel(job_id))
+        return JobAnswer.of(await models.default.jobs.cancel(job_id))
 
     @router.delete(
         "/{job_id}",
@@ -87,14 +85,20 @@ def job_routes(services: Services) -> APIRouter:
         responses=of_job,
     )
     async def delete_job(job_id: str) -> None:
-        await services.jobs.delete(job_id)
+        await models.default.jobs.delete(job_id)
 
     return router
 
 
-async def page(services: Services, asked: JobsRequest) -> JobPage:
-    """One page of the jobs in some states."""
-    views = await services.jobs.page(asked.place, asked.states, asked.limit + 1)
+async def post_job(services: Services, request: Request) -> Response:
+    """Accept a durable job."""
+    parameters = await read_parameters(request, services.limits)
+    return await accept(services, request, await understand(services, parameters))
+
+
+async def page(services: Services, asked: JobsRequest, model_name: str | None) -> JobPage:
+    """One page of the jobs in some states, of one model or of all."""
+    views = await services.jobs.page(asked.place, asked.states, asked.limit + 1, model_name)
     jobs = [JobAnswer.of(view) for view in views[: asked.limit]]
     if len(views) <= asked.limit:
         return JobPage(jobs=jobs, next=None)
@@ -102,10 +106,11 @@ async def page(services: Services, asked: JobsRequest) -> JobPage:
     return JobPage(jobs=jobs, next=f"{created_us}-{job_id}")
 
 
-async def image(services: Services, request: Request, job_id: str) -> Response:
+async def image(models: Models, request: Request, job_id: str) -> Response:
     """What a job has made, in the media type that the client likes best."""
     media_type = negotiate(accept_header(request), MEDIA_TYPES)
-    record, images = await services.jobs.images(job_id)
+    view, images = await models.default.jobs.images(job_id)
+    record, services = view.record, models.numbered(view.model)
     made_by = replace(services.model, fingerprint=record.fingerprint or "")
     tag = etag(media_type, record.spec, made_by)
     headers = {

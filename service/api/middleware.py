@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 LEAST_RATE = 8192  # bytes of a body a second
 WINDOW_S = 10.0
+OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 TARGET_CHARACTERS = 200  # of a path and query in the log
 
@@ -101,6 +102,7 @@ class BodyLimit:
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_by_path: Mapping[str, int]) -> None:
+        """max_bytes_by_path: of a path, and of the same one below /models/NAME."""
         self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
         self._budget = ByteBudget(max(MAX_HELD_BYTES, max_bytes, *max_bytes_by_path.values()))
 
@@ -109,7 +111,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         received = 0
-        max_bytes = self._max_bytes_by_path.get(scope["path"], self._max_bytes)
+        max_bytes = self._max_bytes_by_path.get(OF_A_MODEL.sub("", scope["path"]), self._max_bytes)
         pace = _Pace()
 
         def check(size_bytes: int) -> None:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from tminus.service.api.caching import cache_headers, matches
 from tminus.service.api.fields import SEED_BITS
+from tminus.service.api.models import Models
 from tminus.service.api.multipart import read_upload
 from tminus.service.api.negotiation import negotiate
 from tminus.service.api.openapi import IF_NONE_MATCH, NOISE_BODY, NOT_MODIFIED, OF_BODY, Contract, answer, failures
@@ -28,21 +29,19 @@ from tminus.service.images.encoder import PNG
 from tminus.service.spec import Images
 
 
-def noise_routes(services: Services) -> APIRouter:
+def noise_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the route."""
     router = APIRouter(tags=["noise"])
-    query = Contract(services.model, services.limits).query(NoiseRequest)
-
-    @router.post(
+    router.post(
         "/noise",
         summary="An image at step t of the forward process",
         response_class=Response,
         responses={200: answer("x_t", PNG), 304: NOT_MODIFIED, **failures(406, *OF_BODY, 500, 503)},
-        openapi_extra={"parameters": [*query, IF_NONE_MATCH], "requestBody": NOISE_BODY},
-    )
-    async def noise(request: Request) -> Response:
-        return await add_noise(services, request)
-
+        openapi_extra={
+            "parameters": [*contract.query(NoiseRequest), IF_NONE_MATCH],
+            "requestBody": NOISE_BODY,
+        },
+    )(models.handler(add_noise))
     return router
 
 
@@ -54,7 +53,7 @@ async def add_noise(services: Services, request: Request) -> Response:
     query = read_query(request)
     upload = await unless_gone(read_upload(request, services.limits.max_image_bytes))
     asked = NoiseRequest.parse(merge(query, from_items(upload.fields, "the form")), model)
-    image = await while_connected(request, services.decoder.decode(upload.data))
+    image = await while_connected(request, services.decoder.decode(upload.data, model))
     seed = secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed
     alpha_bar = model.alpha_bar(asked.t)
     recipe: dict[str, object] = {
@@ -79,7 +78,8 @@ async def _noised(services: Services, image: Images, t: int, seed: int) -> Calla
     of 32x32 pixels takes 0.15 ms, of 256x256 in colour 7 ms. For a latent model the thread of the autoencoder does it.
     """
     async with services.noise_turn:
-        read = await asyncio.wrap_future(services.worker.run(lambda engine: engine.noised(image[None], t, seed)))
+        noising = services.worker.run(lambda engine: engine.noised(image[None], t, seed), model=services.number)
+        read = await asyncio.wrap_future(noising)
         if services.model.latent is not None:
             noised = await asyncio.wrap_future(services.worker.run_beside("noise", read))
             return lambda: noised[0]

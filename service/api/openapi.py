@@ -36,9 +36,11 @@ AS_TEXT: Mapping[str, Described] = {
 }
 FAILURES = {
     400: "The body cannot be parsed",
-    404: "There is no such job",
+    401: "The admin key is missing or wrong",
+    403: "No admin key is set, so that nothing can be changed",
+    404: "There is no such job or model",
     406: "Accept allows no media type that there is",
-    409: "The job is not done yet; Retry-After says when to look again",
+    409: "The job is not done yet, or the model cannot be changed now; Retry-After says when to look again",
     410: "The job was cancelled or failed, and has no images",
     413: "The body is too large",
     415: "The body is compressed, or of no type that is taken",
@@ -204,14 +206,8 @@ def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) 
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
 
-def install(app: FastAPI, contract: Contract) -> None:
-    """Add the components to the document of an app, which is made when it is first asked for."""
-    make = app.openapi
-
-    def with_components() -> Described:
-        if app.openapi_schema is None:
-            make()["components"]["schemas"] |= contract.components()
-        assert app.openapi_schema is not None
-        return app.openapi_schema
-
-    app.openapi = with_components  # type: ignore[method-assign]
+def document(app: FastAPI, contract: Contract) -> Described:
+    """Make the document of an app whose routes refer to the contract's components."""
+    made = app.openapi()
+    made["components"]["schemas"] |= contract.components()
+    return made

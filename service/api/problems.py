@@ -14,7 +14,6 @@ from tminus.service.request_id import REQUEST_ID
 log = logging.getLogger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
-HEAD_TOO = ("/healthz", "/readyz", "/metrics")  # which OpenAPI need not know
 
 
 def render(error: ServiceError) -> Response:
@@ -38,9 +37,10 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         code = HTTPStatus(error.status_code).name.lower()
         headers = dict(error.headers or {})
         path = getattr(request.scope.get("route"), "path", request.url.path)
-        if methods := app.openapi()["paths"].get(path):  # the framework knows one route's methods only
-            head = ["HEAD"] if path in HEAD_TOO else []
-            headers["Allow"] = ", ".join(sorted([*map(str.upper, methods), *head]))
+        routes = [route for route in app.routes if getattr(route, "path", None) == path]
+        methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
+        if methods:  # the framework tells those of one route only
+            headers["Allow"] = ", ".join(sorted(methods))
         problem = {
             "type": f"urn:tminus:problem:{code}",
             "title": HTTPStatus(error.status_code).phrase,

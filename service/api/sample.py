@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from tminus.service.api.advice import advice_headers
 from tminus.service.api.caching import cache_headers, matches
+from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
 from tminus.service.api.openapi import (
     ACCEPTED,
@@ -42,14 +43,10 @@ WITH_EVERY = ", or image/webp together with the parameter `every`"
 MAX_ANIMATION_BYTES = 16 * 2**20  # of pixels, all frames of one job
 
 
-def sample_routes(services: Services) -> APIRouter:
+def sample_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the routes."""
     router = APIRouter(tags=["sample"])
-
-    async def sample(request: Request) -> Response:
-        return await answer(services, request)
-
-    query = Contract(services.model, services.limits).query(SampleRequest, AnimationRequest)
+    sample, query = models.handler(answer), contract.query(SampleRequest, AnimationRequest)
     responses: dict[int | str, Described] = {
         200: IMAGES_OR_ANIMATION,
         304: NOT_MODIFIED,
@@ -86,9 +83,9 @@ class Still:
         """All but the spec that its bytes depend on."""
         return self.media_type
 
-    async def encode(self, encoder: Encoder, result: JobResult) -> bytes:
+    async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
         """Make the body. Raises NotFinite."""
-        return await encoder.encode(self.media_type, self.spec, result.read)
+        return await encoder.encode(self.media_type, self.spec, result.read, made_by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +114,7 @@ class Animation:
         """All but the spec that its bytes depend on."""
         return f"{WEBP}; every={self.asked.every}; show={self.asked.show}; {WEBP_VERSION}"
 
-    async def encode(self, encoder: Encoder, result: JobResult) -> bytes:
+    async def encode(self, encoder: Encoder, result: JobResult, _made_by: ModelInfo) -> bytes:
         """Make the body. Raises NotFinite."""
         return await encoder.encode_animation(self.recording.frames, result)
 
@@ -185,10 +182,12 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
     """Run the job and encode what comes of it."""
     job_id, loop, made = uuid.uuid4().hex, asyncio.get_running_loop(), job.answer
     with services.recordings.taken(made.held_bytes):
-        ticket = services.worker.submit(job_id, made.spec, job.deadline_s, inputs=job.inputs, recording=made.recording)
+        ticket = services.worker.submit(
+            job_id, made.spec, job.deadline_s, model=services.number, inputs=job.inputs, recording=made.recording
+        )
         result = await _finished_or_gone(request, services.worker, job_id, result_of(ticket, job.deadline_s))
         started_s = loop.time()
-        content = await made.encode(services.encoder, result)
+        content = await made.encode(services.encoder, result, services.model)
         encode_s = loop.time() - started_s
     if job.etag is not None:
         services.cache.put(job.etag, content)

@@ -1,4 +1,4 @@
-"""The parts of the server that requests are answered with, as one value."""
+"""The parts of the server that a request is answered with, as one value."""
 
 import asyncio
 from dataclasses import dataclass
@@ -18,10 +18,11 @@ from tminus.service.worker.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """Built once, by create_app; every handler takes it."""
+    """A model and what all models share. One is built for each model that is loaded; every handler takes one."""
 
+    number: int  # of the model in this process; it is never given again
     model: ModelInfo
-    limits: Limits
+    limits: Limits  # of its requests
     doors: Doors
     metrics: Metrics
     worker: Worker

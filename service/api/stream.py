@@ -15,6 +15,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from tminus.service.api.advice import warning_of
 from tminus.service.api.middleware import address_of, new_request_id, target_of
+from tminus.service.api.models import Models
 from tminus.service.api.previews import StreamRequest
 from tminus.service.api.problems import render
 from tminus.service.api.progress import Countdown, result_of
@@ -38,27 +39,28 @@ SEND_S = 60.0  # for a message to leave: a client that reads nothing is disconne
 NORMAL = 1000
 
 
-def stream_routes(services: Services) -> APIRouter:
+def stream_routes(models: Models) -> APIRouter:
     """Make the route."""
     router = APIRouter(tags=["sample"])
 
     @router.websocket("/sample/stream")
     async def stream(ws: WebSocket) -> None:
         log.info("request %s of %s: WebSocket %s", new_request_id(ws.scope), address_of(ws.scope), target_of(ws.scope))
-        began_s, status = time.perf_counter(), 101
+        began_s, status, services = time.perf_counter(), 101, models.default
         try:
             services.doors.check(ws.scope)
             await no_parameters(ws)
+            services = models.of(ws)
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
-                await _Stream(services, ws).serve()
+                await _Stream(models, services, ws).serve()
         except ServiceError as refusal:  # before it was accepted
             services.metrics.rejected(refusal.code)
             status = refusal.status
             log.info("request %s: %d %s", REQUEST_ID.get(), refusal.status, refusal.code)
             await ws.send_denial_response(render(refusal))
         finally:
-            services.metrics.requested("/sample/stream", status, time.perf_counter() - began_s)
+            services.metrics.requested(ws.scope["route"].path, status, time.perf_counter() - began_s)
 
     return router
 
@@ -74,10 +76,10 @@ class _Asked:
 
 
 class _Stream:
-    """One connection. Jobs run over it one after the other."""
+    """One connection. Jobs run over it one after the other, each on what its model's name stands for then."""
 
-    def __init__(self, services: Services, ws: WebSocket) -> None:
-        self._services, self._ws = services, ws
+    def __init__(self, models: Models, services: Services, ws: WebSocket) -> None:
+        self._models, self._services, self._ws = models, services, ws
 
     async def serve(self) -> None:
         """Run jobs until the client has no more, goes away or does something wrong. Raises nothing."""
@@ -86,7 +88,7 @@ class _Stream:
                 patience_s, keep_open = FIRST_MESSAGE_S, True
                 while keep_open:
                     message = await self._next_spec(patience_s)
-                    with self._services.streams.busy():
+                    with self._services.streams.busy(), self._models.used(self._ws) as self._services:
                         asked = await self._understand(message)
                         del message  # it may have megabytes, and the job an hour
                         await self._job(asked)
@@ -146,7 +148,9 @@ class _Stream:
         job_id = uuid.uuid4().hex
         mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
         watch = Watch(asked.preview.pace, asked.preview.shows, mailbox.put)
-        ticket = self._services.worker.submit(job_id, asked.spec, asked.deadline_s, watch, inputs=asked.inputs)
+        ticket = self._services.worker.submit(
+            job_id, asked.spec, asked.deadline_s, watch, model=self._services.number, inputs=asked.inputs
+        )
         done = result_of(ticket, asked.deadline_s)
         tasks = [listening := asyncio.ensure_future(self._listen())]
         try:
@@ -214,7 +218,9 @@ class _Stream:
 
     async def _deliver(self, asked: _Asked, result: JobResult, dropped: int) -> None:
         """Send the end: what it took, and the picture or pictures."""
-        pictures = await self._services.encoder.encode_pictures(asked.preview.layout, asked.spec, result)
+        pictures = await self._services.encoder.encode_pictures(
+            asked.preview.layout, asked.spec, result, self._services.model
+        )
         times = {"queue_s": result.queue_s, "first_step_s": result.first_step_s, "denoise_s": result.denoise_s}
         await self._send(
             {"type": "done", "media_type": PNG, "images": len(pictures), "frames_dropped": dropped}

@@ -28,7 +28,7 @@ async def to_job(
     request: whose client may go away meanwhile; its images are then not decoded any more.
     """
     spec = asked.to_spec(services.model, services.limits)
-    decoding = services.decoder.inputs(asked.image, asked.mask)
+    decoding = services.decoder.inputs(asked.image, asked.mask, services.model)
     inputs = await (decoding if request is None or asked.image is None else while_connected(request, decoding))
     return asked.with_inputs(spec, inputs), inputs
 
@@ -38,7 +38,7 @@ async def accept(services: Services, request: Request, asked: SampleRequest) -> 
     size_bytes = len(asked.image or b"") + len(asked.mask or b"")
     key = await off_loop(size_bytes, idempotency_key, request, asked)
     spec, inputs = await to_job(services, asked, request)
-    view, again = await services.jobs.create(spec, asked.deadline_s, key, inputs)
+    view, again = await services.jobs.create(spec, asked.deadline_s, key, inputs, model=services.number)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,

@@ -1,37 +1,46 @@
-"""GET /model, /healthz, /readyz and /metrics: what is loaded, and how it is doing."""
+"""GET /model, and of the whole server /healthz, /readyz and /metrics: what is loaded, and how it is doing."""
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from tminus.service.api import problems
 from tminus.service.api.answers import ModelAnswer, ScheduleAnswer, StatusAnswer
+from tminus.service.api.models import Models
 from tminus.service.api.openapi import failures
 from tminus.service.api.request import no_parameters
-from tminus.service.api.services import Services
 from tminus.service.errors import Draining, EngineFailed, NotReady, Stalled
 from tminus.service.jobs.jobs import Jobs
+from tminus.service.metrics import Metrics
 from tminus.service.worker.worker import CRASHED, Worker
 
+BARE = [Depends(no_parameters)]
 
-def system_routes(services: Services) -> APIRouter:
-    """Make the routes."""
+
+def model_routes(models: Models) -> APIRouter:
+    """Make the routes of one model."""
     router = APIRouter(tags=["system"])
 
-    bare = [Depends(no_parameters)]
-
-    @router.get("/model", summary="What is loaded, and the limits", dependencies=bare, responses=failures(422))
-    async def get_model() -> ModelAnswer:
+    @router.get("/model", summary="What is loaded, and the limits", dependencies=BARE, responses=failures(422))
+    async def get_model(request: Request) -> ModelAnswer:
+        services = models.of(request)
         return ModelAnswer.of(services.model, services.limits)
 
     @router.get(
         "/model/schedule",
         summary="The noise schedule: alpha_bar_t and beta_t of t = 0..T-1",
-        dependencies=bare,
+        dependencies=BARE,
         responses=failures(422),
     )
-    async def get_schedule() -> ScheduleAnswer:
-        return ScheduleAnswer.of(services.model)
+    async def get_schedule(request: Request) -> ScheduleAnswer:
+        return ScheduleAnswer.of(models.of(request).model)
+
+    return router
+
+
+def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics) -> APIRouter:
+    """Make the routes of the whole server."""
+    router = APIRouter(tags=["system"])
 
     @router.head("/healthz", include_in_schema=False, response_model=None)
     @router.get(
@@ -41,7 +50,7 @@ def system_routes(services: Services) -> APIRouter:
         responses=failures(500, 503),
     )
     async def healthz() -> StatusAnswer | Response:
-        return _alive(services.worker)
+        return _alive(worker)
 
     @router.head("/readyz", include_in_schema=False, response_model=None)
     @router.get(
@@ -51,12 +60,12 @@ def system_routes(services: Services) -> APIRouter:
         responses=failures(500, 503, 507),
     )
     async def readyz() -> StatusAnswer | Response:
-        return _ready(services.worker, services.jobs)
+        return _ready(worker, jobs)
 
     @router.head("/metrics", include_in_schema=False, response_model=None)
     @router.get("/metrics", summary="Prometheus", response_class=PlainTextResponse)
     async def get_metrics() -> Response:
-        return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

@@ -4,26 +4,32 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from tminus.service.cli.loading import read
 from tminus.service.cli.output import fail, set_up_log
+from tminus.service.engine.options import LoadOptions
+from tminus.service.library import Library, name_of
 from tminus.service.model_info import max_edit_bytes
 from tminus.service.settings import Settings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from tminus.model.checkpoint import Checkpoint
     from tminus.service.app import Application
+    from tminus.service.jobs.store import JobStore
     from tminus.service.model_info import ModelInfo
+    from tminus.service.parts import Prepared
 
 log = logging.getLogger(__name__)
-TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}
+TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", SecretStr: "TEXT"}
 
 
 def settings_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -32,15 +38,20 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
         flag = f"--{name.replace('_', '-')}"
         if field.annotation == bool | None:
             flag += f"/--no-{name.replace('_', '-')}"
-        default = f"[default: {field.default}]" if field.default is not None else ""
+        default = f"[default: {field.default}]" if field.default not in (None, ()) else ""
         text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
-        option = click.option(flag, name, default=None, help=text, show_default=False, metavar=values_of(field))
+        several = field.default == ()
+        option = click.option(
+            flag, name, default=None, help=text, show_default=False, metavar=values_of(field), multiple=several
+        )
         command = option(command)
     return command
 
 
 def values_of(field: "FieldInfo") -> str | None:
     """What a flag takes, as --help shows it: the choices, or the type and its bounds. Settings checks the value."""
+    if get_origin(field.annotation) is tuple:
+        return "[NAME=]PATH"
     bound = {name: value for each in field.metadata for name in ("ge", "gt", "le", "pattern")
              if (value := getattr(each, name, None)) is not None}  # fmt: skip
     if get_origin(field.annotation) is Literal:
@@ -60,15 +71,14 @@ def values_of(field: "FieldInfo") -> str | None:
 @click.command()
 @settings_options
 def serve(**flags: Any) -> None:
-    """Load a checkpoint and serve it over HTTP."""
+    """Load one or more checkpoints and serve them over HTTP."""
     settings = read_settings(flags)
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: sys.exit(0))
     set_up_log(settings.log_level.upper(), "%(asctime)s %(levelname)s %(name)s %(message)s")
-    log.debug("loading %s", settings.checkpoint)
 
     from tminus.service.app import create_app
-    from tminus.service.engine.loading import prepare_engine
+    from tminus.service.engine.loading import read_checkpoint
     from tminus.service.jobs.opening import open_store
     from tminus.service.server import bind
     from tminus.service.server import serve as run_server
@@ -77,24 +87,41 @@ def serve(**flags: Any) -> None:
         listener = bind(settings.host, settings.port)
     except (OSError, UnicodeError) as error:
         fail(f"cannot listen on {settings.host}:{settings.port}: {error}")
-    options = settings.load_options()
-    checkpoint = read(options)
+    models = read_models(settings)
+    stores: dict[str, JobStore] = {}
     try:
-        store = open_store(settings.state_dir, checkpoint.weights_hash)
+        for _, checkpoint, _ in models:
+            stores[checkpoint.weights_hash] = open_store(settings.state_dir, checkpoint.weights_hash)
     except ValueError as error:
         fail(f"--state-dir (TMINUS_STATE_DIR): {error}")
 
+    def take_store(weights_hash: str) -> "JobStore":
+        """One that is open already, once; else it is opened."""
+        return stores.pop(weights_hash, None) or open_store(settings.state_dir, weights_hash)
+
+    def prepare(name: str, folder: Path) -> "Prepared":
+        options = settings.load_options(folder)
+        return prepare_model(settings, name, read_checkpoint(options), options)
+
     def build() -> "Application":
-        """Measure, and put the parts together. The app closes the store."""
+        """Measure, and put the parts together. The app closes the stores."""
         try:
-            loaded = prepare_engine(checkpoint, options)
+            first = [
+                prepare_model(settings, name, checkpoint, settings.load_options(folder))
+                for name, checkpoint, folder in models
+            ]
         except Exception:
-            store.close()
+            for store in stores.values():
+                store.close()
             raise
-        log_model(loaded.engine.info)
-        limits, sharing = settings.limits(loaded), settings.sharing(loaded)
         return create_app(
-            loaded.engine, limits, loaded.tick_times, sharing, store, settings.doors(), coding_s=loaded.coding_s
+            first,
+            first[0].limits,
+            take_store,
+            settings.doors(),
+            library=Library({name: folder for name, _, folder in models}, settings.models),
+            prepare=prepare,
+            admin_key=None if settings.admin_key is None else settings.admin_key.get_secret_value(),
         )
 
     try:
@@ -113,14 +140,47 @@ def serve(**flags: Any) -> None:
         fail("the worker crashed; the log says why")
 
 
+def read_models(settings: Settings) -> "list[tuple[str, Checkpoint, Path]]":
+    """Read all checkpoints, with their names. What is wrong with one ends in one line."""
+    try:
+        folders = settings.checkpoints()
+    except ValueError as error:
+        fail(str(error))
+    models: dict[str, tuple[str, Checkpoint, Path]] = {}
+    for given, folder in folders:
+        log.debug("loading %s", folder)
+        checkpoint = read(settings.load_options(folder))
+        name = given or name_of(checkpoint.name)
+        for other, known, _ in models.values():
+            if other == name:
+                fail(f"two models are named {name}; give one another name: --checkpoint NAME={folder}")
+            if known.weights_hash == checkpoint.weights_hash:
+                fail(f"{name} has the weights of {other}; serve one of them")
+        models[name] = name, checkpoint, folder
+    return list(models.values())
+
+
+def prepare_model(settings: Settings, name: str, checkpoint: "Checkpoint", options: LoadOptions) -> "Prepared":
+    """Measure a model, and give it its name."""
+    from tminus.service.engine.loading import prepare_engine
+    from tminus.service.parts import Prepared
+
+    loaded = prepare_engine(checkpoint, options)
+    loaded.engine.info = replace(loaded.engine.info, name=name)
+    log_model(loaded.engine.info)
+    limits = settings.limits(loaded)
+    return Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows))
+
+
 def read_settings(flags: dict[str, Any]) -> Settings:
     """Build the settings; for a bad value one line that names its flag, its variable and the value."""
     try:
-        return Settings(**{name: value for name, value in flags.items() if value is not None})
+        return Settings(**{name: value for name, value in flags.items() if value not in (None, ())})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        fail(f"--{name.replace('_', '-')} (TMINUS_{name.upper()}): {first['msg']}, got {first['input']!r}")
+        got = "" if name == "admin_key" else f", got {first['input']!r}"  # which is a secret
+        fail(f"--{name.replace('_', '-')} (TMINUS_{name.upper()}): {first['msg']}{got}")
 
 
 def log_model(info: "ModelInfo") -> None:

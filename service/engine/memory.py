@@ -1,5 +1,8 @@
-"""Whether one row of a model fits the memory there is, told before anything of its size is made."""
+"""Whether one row of a model fits the memory there is, told before anything of its size is made; and giving it back."""
 
+import ctypes
+import gc
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -27,3 +30,12 @@ def check_memory(config: NeedsMemory, size_px: tuple[int, int], device: torch.de
             f"sample_size {size_px[0]}x{size_px[1]} of this {what} takes about {needed / GIB:.1f} GiB for one image, "
             f"and {free / GIB:.1f} GiB are free on {device}"
         )
+
+
+def release_memory() -> None:
+    """Give back to the system what a model took that nobody has any more. Takes some 0.1 s."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # only glibc keeps freed memory, and has a call for that
+        ctypes.CDLL(None).malloc_trim(0)

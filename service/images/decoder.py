@@ -31,24 +31,23 @@ WHITE = 128  # a mask's pixels of this grey and above are regenerated
 class Decoder:
     """Owns the decoding thread. There is one, so that only one decoded image is in memory however many uploads come."""
 
-    def __init__(self, model: ModelInfo) -> None:
-        self._model = model
+    def __init__(self) -> None:
         # Bytes waiting for the thread. Needed for WebSocket messages, which nothing else counts once received.
         self._budget = ByteBudget()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-decode")
         self._ahead = 0  # the work of those that wait or are being decoded, in pixels
         self._rate = FIRST_RATE
 
-    async def decode(self, data: bytes, field: str = "image") -> Images:
+    async def decode(self, data: bytes, model: ModelInfo, field: str = "image") -> Images:
         """Run `decode_image` off the event loop. Raises InvalidImage, TooManyBytes, TooManyImages."""
-        return await self._run([(field, data)], lambda: decode_image(data, self._model, field))
+        return await self._run([(field, data)], lambda: decode_image(data, model, field))
 
-    async def inputs(self, image: bytes | None, mask: bytes | None) -> Inputs | None:
+    async def inputs(self, image: bytes | None, mask: bytes | None, model: ModelInfo) -> Inputs | None:
         """Run `decode_inputs` off the event loop; None if there is no image. Raises as `decode`."""
         if image is None:
             return None
         given = [("image", image)] + ([("mask", mask)] if mask is not None else [])
-        return await self._run(given, lambda: decode_inputs(image, mask, self._model))
+        return await self._run(given, lambda: decode_inputs(image, mask, model))
 
     async def _run(self, given: Sequence[tuple[str, bytes]], decode: Callable[[], Result]) -> Result:
         """Wait for the thread. A caller that is cancelled meanwhile takes none of its time."""

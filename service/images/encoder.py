@@ -40,20 +40,18 @@ Picture = tuple[Show, int | None, bytes]  # what it shows, which image (None: a 
 class Encoder:
     """Owns the encoding threads. Its methods run in the event loop and wait for one of them."""
 
-    def __init__(self, model: ModelInfo, observe: Callable[[str, float], None]) -> None:
-        self._model, self._observe = model, observe
+    def __init__(self, observe: Callable[[str, float], None]) -> None:
+        self._observe = observe
         self._pool = ThreadPoolExecutor(RESULT_THREADS, thread_name_prefix="tminus-encode")
         self._animations = ThreadPoolExecutor(1, thread_name_prefix="tminus-animate")  # one may take seconds
         self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that results wait for no preview
         # The latest encoded frames, since many viewers may watch one job. Used in the frames' thread only.
         self._recent: LRUCache[tuple[Frame, str, str], list[Picture]] = LRUCache(RECENT_BYTES, getsizeof=_cached_bytes)
 
-    async def encode(
-        self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo | None = None
-    ) -> bytes:
-        """Make the body of a response. `made_by` is the model at that time if it differs. Raises NotFinite."""
+    async def encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo) -> bytes:
+        """Make the body of a response. Raises NotFinite."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._encode, media_type, spec, read, made_by or self._model
+            self._pool, self._encode, media_type, spec, read, made_by
         )
 
     async def encode_animation(self, frames: Callable[[], list[Images]], result: JobResult) -> bytes:
@@ -68,9 +66,13 @@ class Encoder:
             self._frames, self._encode_frame, frame, frame_format, layout
         )
 
-    async def encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
+    async def encode_pictures(
+        self, layout: str, spec: SampleSpec, result: JobResult, made_by: ModelInfo
+    ) -> list[bytes]:
         """Make a finished job's PNGs: one sheet of all images, or one PNG for each. Raises NotFinite."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode_pictures, layout, spec, result)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._encode_pictures, layout, spec, result, made_by
+        )
 
     async def encode_picture(self, read: Callable[[], Images], text: dict[str, object]) -> bytes:
         """Make a PNG of the pixels [H, W, C] that `read` returns; it may wait for a GPU."""
@@ -98,13 +100,10 @@ class Encoder:
         self._observe("animation", time.perf_counter() - started)
         return body
 
-    def _encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult) -> list[bytes]:
+    def _encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult, model: ModelInfo) -> list[bytes]:
         images = result.read()
         started = time.perf_counter()
-        if layout == "sheet":
-            pngs = [encode_result(PNG, spec, images, self._model)]
-        else:
-            pngs = encode_each(spec, images, self._model)
+        pngs = [encode_result(PNG, spec, images, model)] if layout == "sheet" else encode_each(spec, images, model)
         self._observe("png", time.perf_counter() - started)
         return pngs
 

@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Collection
 
 from tminus.service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, StorageFailed, short
-from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
@@ -24,36 +23,55 @@ CANCEL_S = 10.0  # for a tick to end, and the store to keep that
 
 
 class Jobs:
-    """Answers from the worker for jobs that run, and from the store for those that ended. It has no state of its own.
+    """Answers from the worker for jobs that run, and from the stores for those that ended.
 
-    In the event loop's thread only.
+    Owns which models' jobs there are: those of the models that are loaded, and of earlier ones whose jobs are kept. In
+    the event loop's thread only.
     """
 
-    def __init__(self, store: AsyncStore, worker: Worker, standings: Standings, lifecycle: Lifecycle) -> None:
-        self._store, self._worker, self._standings, self._lifecycle = store, worker, standings, lifecycle
+    def __init__(self, worker: Worker, standings: Standings) -> None:
+        self._worker, self._standings = worker, standings
+        self._lifecycles: dict[int, Lifecycle] = {}  # by the model's number
+
+    def put(self, lifecycle: Lifecycle) -> None:
+        """Take on the jobs of one more model."""
+        self._lifecycles[lifecycle.model] = lifecycle
+
+    def remove(self, model: int) -> None:
+        """Forget the jobs of a model."""
+        del self._lifecycles[model]
 
     @property
     def store_failure(self) -> StorageFailed | None:
-        """Why nothing can be written to the store at the moment."""
-        return self._store.failure
+        """Why nothing can be written to a store at the moment."""
+        return next((each.store.failure for each in self._lifecycles.values() if each.store.failure is not None), None)
 
     async def create(
-        self, spec: SampleSpec, deadline_s: float | None, key: Key | None, inputs: Inputs | None = None
+        self,
+        spec: SampleSpec,
+        deadline_s: float | None,
+        key: Key | None,
+        inputs: Inputs | None = None,
+        *,
+        model: int = 0,
     ) -> tuple[JobView, bool]:
-        """Accept a durable job. Returns the job, and whether the key was used before; if so, it is the earlier job.
+        """Accept a durable job of a model.
+
+        Returns the job, and whether the key was used before; if so, it is the earlier job.
 
         Raises KeyReused, StorageFailed, and what Worker.submit does.
         """
         if key is not None and (found := await self._find_by_key(key)) is not None:
             return found, True
-        self._lifecycle.check_store()
+        lifecycle = self._lifecycles[model]
+        lifecycle.check_store()
         created_us = now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
         record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us)
-        ticket = self._worker.submit(record.id, spec, deadline_s, inputs=inputs, durable=True)
+        ticket = self._worker.submit(record.id, spec, deadline_s, model=model, inputs=inputs, durable=True)
         kept = False
         try:
-            kept = await self._store.add(record, key, inputs)
+            kept = await lifecycle.store.add(record, key, inputs)
         finally:
             if not kept:
                 self._worker.cancel(record.id, "not_kept")
@@ -63,34 +81,46 @@ class Jobs:
             if found is None:
                 raise StorageFailed("the job of this Idempotency-Key was deleted just now")
             return found, True
-        self._lifecycle.accept(record, ticket)
-        return JobView(record, "waiting", True, 0, ticket.outlook.position, ticket.outlook.eta_s), False
+        lifecycle.accept(record, ticket)
+        outlook = ticket.outlook
+        view = JobView(record, model, lifecycle.model_name, "waiting", True, 0, outlook.position, outlook.eta_s)
+        return view, False
 
     async def _find_by_key(self, key: Key) -> JobView | None:
         """Find the job that was asked for with a key. Raises KeyReused if it was another request."""
-        found = await self._store.find(key)
-        if found is None:
-            return None
-        record, same = found
-        if not same:
-            raise KeyReused(
-                f"the Idempotency-Key {key.name!r} came with another request before",
-                field="Idempotency-Key", value=key.name, bound="a new key for a new request",
-            )  # fmt: skip
-        live = self._lifecycle.find(record.id)
-        return live_view(live, await self._standings.of(record.id)) if live is not None else ended_view(record)
+        for lifecycle in self._by_store():
+            if (found := await lifecycle.store.find(key)) is None:
+                continue
+            record, same = found
+            if not same:
+                raise KeyReused(
+                    f"the Idempotency-Key {key.name!r} came with another request before",
+                    field="Idempotency-Key", value=key.name, bound="a new key for a new request",
+                )  # fmt: skip
+            if (live := self._live(record.id)) is not None:
+                return live_view(live, await self._standings.of(record.id))
+            return ended_view(record, lifecycle.model, lifecycle.model_name)
+        return None
+
+    def _live(self, job_id: str) -> Live | None:
+        """A durable job that has not ended."""
+        return next((live for each in self._lifecycles.values() if (live := each.find(job_id)) is not None), None)
+
+    def _by_store(self) -> list[Lifecycle]:
+        """One for each store, the latest: after a reload of the same weights two have the same one."""
+        return list({id(each.store): each for each in self._lifecycles.values()}.values())
 
     async def find(self, job_id: str) -> JobView:
         """Look up one job, durable or not. Raises JobNotFound."""
-        live, status = self._lifecycle.find(job_id), await self._standings.of(job_id)
+        live, status = self._live(job_id), await self._standings.of(job_id)
         if live is not None:
             return live_view(live, status)
         if status is not None:
             return passing_view(status)
-        record = await self._store.get(job_id)
-        if record is None:
-            raise _not_found(job_id)
-        return ended_view(record)
+        for lifecycle in self._by_store():
+            if (record := await lifecycle.store.get(job_id)) is not None:
+                return ended_view(record, lifecycle.model, lifecycle.model_name)
+        raise _not_found(job_id)
 
     async def find_durable(self, job_id: str) -> JobView:
         """Look up one durable job. Raises JobNotFound."""
@@ -99,22 +129,29 @@ class Jobs:
             raise _not_found(job_id)
         return view
 
-    async def page(self, before: Place | None, states: Collection[str], limit: int) -> list[JobView]:
-        """List jobs in these states, the newest first, from the first that is older than `before`."""
+    async def page(
+        self, before: Place | None, states: Collection[str], limit: int, model_name: str | None = None
+    ) -> list[JobView]:
+        """List jobs in these states, the newest first, from the first that is older than `before`.
+
+        model_name: only those of models of this name.
+        """
+        lifecycles = [each for each in self._by_store() if model_name in (None, each.model_name)]
         found: dict[str, JobView] = {}
         if "waiting" in states or "running" in states:
             statuses = {status.id: status for status in await self._standings.all()}
-            views = [live_view(live, statuses.pop(live.record.id, None)) for live in self._lifecycle.all()]
+            lives = [live for each in self._lifecycles.values() for live in each.all()]
+            views = [live_view(live, statuses.pop(live.record.id, None)) for live in lives]
             views += map(passing_view, statuses.values())
             found = {view.record.id: view for view in views if before is None or view.record.place < before}
         outcomes: list[Outcome] = [outcome for outcome in OUTCOMES if outcome in states]
-        if outcomes:
-            for record in await self._store.finished(before, outcomes, limit):
-                found[record.id] = ended_view(record)
-        views = [view for view in found.values() if view.state in states]
+        for lifecycle in lifecycles if outcomes else ():
+            for record in await lifecycle.store.finished(before, outcomes, limit):
+                found[record.id] = ended_view(record, lifecycle.model, lifecycle.model_name)
+        views = [view for view in found.values() if view.state in states and model_name in (None, view.model_name)]
         return sorted(views, key=lambda view: view.record.place, reverse=True)[:limit]
 
-    async def images(self, job_id: str) -> tuple[JobRecord, Images]:
+    async def images(self, job_id: str) -> tuple[JobView, Images]:
         """Read what a job has made. Raises JobNotFound, JobNotDone or NoImages."""
         view = await self.find_durable(job_id)
         if view.state in ("waiting", "running"):
@@ -123,40 +160,44 @@ class Jobs:
             raise NoImages(
                 f"this job was {view.state}" if view.state == "cancelled" else "this job failed", view.record.problem
             )
-        images = await self._store.images(job_id)
+        lifecycle = self._lifecycles.get(view.model)
+        images = await lifecycle.store.images(job_id) if lifecycle is not None else None
         if images is None:  # deleted since it was looked up
             raise _not_found(job_id)
-        return view.record, images
+        return view, images
 
     async def cancel(self, job_id: str) -> JobView:
         """Give a durable job up, if it has not ended; what has ended stays as it is.
 
         Raises JobNotFound, and StorageFailed where its end cannot be kept: it may go on at the next start.
         """
-        live = self._lifecycle.find(job_id)
+        live = self._live(job_id)
         if live is None:
             return await self.find_durable(job_id)
-        self._lifecycle.cancel(live)
+        self._lifecycles[live.model].cancel(live)
         try:
             async with asyncio.timeout(CANCEL_S):
                 await live.ended.wait()
         except TimeoutError:
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
-        return ended_view(live.record)
+        return ended_view(live.record, live.model, live.model_name)
 
     async def delete(self, job_id: str) -> None:
         """Cancel a job that has not ended, delete one that has. Raises JobNotFound."""
-        if self._lifecycle.find(job_id) is None:
-            if not self._worker.cancel(job_id, "deleted") and not await self._store.delete(job_id):
-                raise _not_found(job_id)
-            return
+        if self._live(job_id) is None:
+            if self._worker.cancel(job_id, "deleted"):
+                return
+            for lifecycle in self._by_store():
+                if await lifecycle.store.delete(job_id):
+                    return
+            raise _not_found(job_id)
         view = await self.cancel(job_id)
         if view.state != "cancelled":  # it was done before the worker was told
-            await self._store.delete(job_id)
+            await self._lifecycles[view.model].store.delete(job_id)
 
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> Live | None:
         """Show a job to a viewer, and close the mailbox when it ends; None if it has ended, or does not exist."""
-        live = self._lifecycle.find(job_id)
+        live = self._live(job_id)
         if live is not None:
             live.viewers.append((watch, mailbox))
             if live.submitted:

@@ -1,4 +1,4 @@
-"""Run each durable job from acceptance, or from an earlier process, to its end. Clients' commands are in jobs.py.
+"""Run each durable job of a model from acceptance, or from an earlier process, to its end. Commands are in jobs.py.
 
 One task for each job waits for the worker's result and keeps how the job ended, whatever happens to the client.
 """
@@ -23,7 +23,7 @@ from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.store import JobRecord, Outcome, now_us
 from tminus.service.metrics import Metrics
-from tminus.service.model_info import Limits
+from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Images
 from tminus.service.work import Ticket
 from tminus.service.worker.worker import Worker
@@ -36,10 +36,14 @@ ROOM_S = 0.2  # until a worker that warms up, or has no slots, is asked again
 
 
 class Lifecycle:
-    """Owns the durable jobs that have not ended, and their tasks. In the event loop's thread only."""
+    """Owns the durable jobs of one model that have not ended, and their tasks. In the event loop's thread only."""
 
-    def __init__(self, store: AsyncStore, worker: Worker, fingerprint: str, limits: Limits, metrics: Metrics) -> None:
-        self._store, self._worker, self._fingerprint = store, worker, fingerprint
+    def __init__(
+        self, store: AsyncStore, worker: Worker, model: int, info: ModelInfo, limits: Limits, metrics: Metrics
+    ) -> None:
+        """model: its number. store: of the jobs of its weights."""
+        self.store, self.model, self.model_name = store, model, info.name
+        self._worker, self._fingerprint = worker, info.fingerprint
         self._limits, self._metrics = limits, metrics
         self._live: dict[str, Live] = {}  # changed here only
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
@@ -47,20 +51,26 @@ class Lifecycle:
         # Those that the worker worked on when it crashed run one at a time: if it crashes again, that one caused it.
         self._quarantine = asyncio.Lock()
         self._closing = asyncio.Event()
+        self._idle = asyncio.Event()  # while there is no job
+        self._idle.set()
         self._store_fails = False  # the last attempt to keep an end failed
 
-    async def start(self) -> None:
-        """Take on what an earlier process accepted and did not finish; later, if the store cannot be opened yet."""
-        try:
-            await self._take_on()
-        except StorageFailed:
-            self._spawn(self._take_on_later())
+    async def start(self, *, take_on: bool = True) -> None:
+        """Take on what an earlier process accepted and did not finish; later, if the store cannot be opened yet.
+
+        take_on: False where the jobs of this store that have not ended are another Lifecycle's.
+        """
+        if take_on:
+            try:
+                await self._take_on()
+            except StorageFailed:
+                self._spawn(self._take_on_later())
         self._spawn(self._sweep_now_and_then())
 
     async def _take_on(self) -> None:
-        found = [record for record in await self._store.unfinished() if record.id not in self._live]
+        found = [record for record in await self.store.unfinished() if record.id not in self._live]
         for record in found:
-            self._live[record.id] = live = Live(record)
+            live = self._add(Live(record, self.model, self.model_name))
             self._spawn(self._run_alone(live) if record.crashes else self._run(live, None))
         if found:
             log.info("%d durable jobs of an earlier start go on", len(found))
@@ -78,12 +88,22 @@ class Lifecycle:
             return
 
     async def close(self) -> None:
-        """Keep how jobs ended, as far as the store can, and close it. Call it when the worker has ended."""
+        """Keep how jobs ended, as far as the store can. Call it when the worker has ended, or there are no jobs."""
         self._closing.set()
-        try:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-        finally:
-            self._store.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def idle(self) -> None:
+        """Wait until there is no job that has not ended, or that this process cannot end."""
+        await self._idle.wait()
+
+    def _add(self, live: Live) -> Live:
+        self._live[live.record.id] = live
+        self._idle.clear()
+        return live
+
+    def _look_idle(self) -> None:
+        if all(live.parked for live in self._live.values()):
+            self._idle.set()
 
     # --- for the commands of clients ---
 
@@ -104,7 +124,7 @@ class Lifecycle:
 
     def accept(self, record: JobRecord, ticket: Ticket) -> None:
         """Take on a job that the store keeps and the worker has."""
-        self._live[record.id] = live = Live(record, submitted=True)
+        live = self._add(Live(record, self.model, self.model_name, submitted=True))
         self._spawn(self._run(live, ticket))
 
     def cancel(self, live: Live) -> None:
@@ -124,6 +144,8 @@ class Lifecycle:
                     log.warning(
                         "job %s waits for a start with more --max-rows than %d", live.record.id, live.record.spec.n
                     )
+                    live.parked = True
+                    self._look_idle()
                     return
                 async with self._resuming:
                     ticket = await self._resume(live)
@@ -150,8 +172,8 @@ class Lifecycle:
     async def _resume(self, live: Live) -> Ticket:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
         record = live.record
-        snapshot = await self._store.snapshot(record.id, self._fingerprint)
-        inputs = await self._store.inputs(record.id) if record.spec.image_sha256 else None
+        snapshot = await self.store.snapshot(record.id, self._fingerprint)
+        inputs = await self.store.inputs(record.id) if record.spec.image_sha256 else None
         while True:
             if live.ending is not None:
                 raise JobCancelled("it was deleted")
@@ -161,7 +183,7 @@ class Lifecycle:
                     "deadline_s passed while the server was down", field="deadline_s", value=deadline_s
                 )
             try:
-                ticket = self._worker.resume(record.id, record.spec, deadline_s, inputs, snapshot)
+                ticket = self._worker.resume(record.id, record.spec, deadline_s, inputs, snapshot, model=self.model)
             except (NotReady, Overloaded):
                 await self._pause(ROOM_S)
             else:
@@ -193,7 +215,7 @@ class Lifecycle:
         if any(live.record.crashes for live in self._live.values() if live.record.id in crashed):
             return False
         with suppress(StorageFailed):
-            await self._store.crashed(record.id)
+            await self.store.crashed(record.id)
         return False
 
     async def _end(self, live: Live, record: JobRecord, images: Images | None = None) -> None:
@@ -203,7 +225,7 @@ class Lifecycle:
         live.ending = record
         while True:
             try:
-                await self._store.finish(record, images)
+                await self.store.finish(record, images)
                 self._store_fails = False
                 break
             except Exception as error:
@@ -216,6 +238,7 @@ class Lifecycle:
                     return
         live.record = record
         del self._live[record.id]
+        self._look_idle()
         self._metrics.durable_job_ended(record.outcome or "")
         live.release_viewers()
         live.ended.set()
@@ -241,8 +264,8 @@ class Lifecycle:
         keep_us, keep_bytes = round(self._limits.keep_jobs_s * 1e6), self._limits.keep_jobs_bytes
         while not self._closing.is_set():
             try:
-                await self._store.check()
-                while await self._store.sweep(now_us() - keep_us, keep_bytes):
+                await self.store.check()
+                while await self.store.sweep(now_us() - keep_us, keep_bytes):
                     if self._closing.is_set():
                         return
             except StorageFailed:

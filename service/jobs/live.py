@@ -13,7 +13,10 @@ class Live:
     """A durable job that has not ended. Only Lifecycle changes its record and its state."""
 
     record: JobRecord
+    model: int  # the number of its model, on whose weights it ends
+    model_name: str
     submitted: bool = False  # the worker has it
+    parked: bool = False  # this process has no room for it; another start may have
     ending: JobRecord | None = None  # how it ended, while that is being kept
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     viewers: list[tuple[Watch, Mailbox]] = field(default_factory=list)

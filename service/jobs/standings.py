@@ -24,18 +24,18 @@ class Standings:
 
     async def of(self, job_id: str) -> JobStatus | None:
         """Where one job stands; None if the worker does not have it (any more)."""
-        if self._worker.quick_status(job_id, self._forecast) is None:  # needs no forecast
+        if self._worker.jobs.quick_status(job_id, self._forecast) is None:  # needs no forecast
             return None
-        return self._worker.quick_status(job_id, await self._recent_forecast())
+        return self._worker.jobs.quick_status(job_id, await self._recent_forecast())
 
     async def all(self) -> list[JobStatus]:
         """Where every job stands, in order of arrival."""
-        return self._worker.quick_statuses(await self._recent_forecast())
+        return self._worker.jobs.quick_statuses(await self._recent_forecast())
 
     async def _recent_forecast(self) -> Mapping[str, JobStatus]:
         loop = asyncio.get_running_loop()
         async with self._forecasting:
             if loop.time() - self._forecast_s > FORECAST_S:
-                statuses = await loop.run_in_executor(None, self._worker.statuses)
+                statuses = await loop.run_in_executor(None, self._worker.jobs.statuses)
                 self._forecast, self._forecast_s = {status.id: status for status in statuses}, loop.time()
         return self._forecast

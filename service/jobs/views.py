@@ -14,6 +14,8 @@ class JobView:
     """A job as clients are told of it. One that is not durable has none after its end."""
 
     record: JobRecord
+    model: int  # the number of its model
+    model_name: str
     state: str  # one of STATES
     durable: bool
     step: int | None  # how many steps its rows have taken on average, where that is known
@@ -21,25 +23,35 @@ class JobView:
     eta_s: float | None = None
 
 
-def ended_view(record: JobRecord) -> JobView:
-    """View a durable job by its record alone."""
+def ended_view(record: JobRecord, model: int, model_name: str) -> JobView:
+    """View a durable job of a model by its record alone."""
     # A job without an outcome that is not live is being accepted at this moment.
     step = record.spec.num_passes if record.outcome == "done" else None if record.outcome else 0
-    return JobView(record, record.outcome or "waiting", True, step)
+    return JobView(record, model, model_name, record.outcome or "waiting", True, step)
 
 
 def live_view(live: Live, status: JobStatus | None) -> JobView:
     """View a durable job that was live when the worker was asked for its status."""
-    if live.record.outcome is not None:  # it has ended since
-        return ended_view(live.record)
+    record, model = live.record, (live.model, live.model_name)
+    if record.outcome is not None:  # it has ended since
+        return ended_view(record, *model)
     if status is not None:
-        return JobView(live.record, status.state, True, status.step, status.position, status.eta_s)
+        return JobView(record, *model, status.state, True, status.step, status.position, status.eta_s)
     if live.submitted:  # it has ended in the worker, and that is being kept
-        return JobView(live.record, "running", True, live.record.spec.num_passes, 0, 0.0)
-    return JobView(live.record, "waiting", True, 0)
+        return JobView(record, *model, "running", True, record.spec.num_passes, 0, 0.0)
+    return JobView(record, *model, "waiting", True, 0)
 
 
 def passing_view(status: JobStatus) -> JobView:
     """View a job that only the worker knows."""
     record = JobRecord(status.id, status.spec, status.created_us)
-    return JobView(record, status.state, status.durable, status.step, status.position, status.eta_s)
+    return JobView(
+        record,
+        status.model,
+        status.model_name,
+        status.state,
+        status.durable,
+        status.step,
+        status.position,
+        status.eta_s,
+    )

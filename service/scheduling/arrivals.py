@@ -16,20 +16,20 @@ MOST_SHARE = 0.9  # beyond it, nothing can be foreseen
 
 
 class Arrivals:
-    """Owns the sizes of the jobs that were accepted in the last minute."""
+    """Owns the sizes of the jobs that were accepted in the last minute, in seconds of full ticks."""
 
     def __init__(self) -> None:
         self._current, self._sizes = 0, list[float]()  # of the window that runs: its number, and the sizes in it
         # Of each window that is over: its number, the sizes in order, and the sum of the first so many of them.
         self._over: deque[tuple[int, list[float], list[float]]] = deque(maxlen=WINDOWS)
 
-    def add(self, places: float, now_s: float) -> None:
-        """Note a job of so many places."""
+    def add(self, work_s: float, now_s: float) -> None:
+        """Note a job of so much work."""
         self._go_on_to(now_s)
-        self._sizes.append(places)
+        self._sizes.append(work_s)
 
-    def stretch(self, places: float, now_s: float, seconds_per_place: float, least_share: float) -> float:
-        """How many times as long a job with so many places left takes, as shorter ones come.
+    def stretch(self, left_s: float, now_s: float, least_share: float) -> float:
+        """How many times as long a job with so much work left takes, as shorter ones come.
 
         least_share: of the machine, that it gets in any case. The window that is not over yet does not count.
         """
@@ -37,8 +37,8 @@ class Arrivals:
         shorter = [0.0] * WINDOWS
         for number, sizes, sums in self._over:
             if number >= self._current - WINDOWS:
-                shorter[number - self._current] = sums[bisect_left(sizes, places)]
-        share = median(shorter) * seconds_per_place / WINDOW_S
+                shorter[number - self._current] = sums[bisect_left(sizes, left_s)]
+        share = median(shorter) / WINDOW_S
         return 1 / max(1 - min(share, MOST_SHARE), least_share)
 
     def _go_on_to(self, now_s: float) -> None:

@@ -1,255 +1,129 @@
 """Predicts when each job will end and how many go before it. Pure: no torch, no asyncio, no clock, no lock.
 
-A fluid model of the scheduler: between two events (a job ends, its guidance goes on or off, it overtakes another) every
-job has the same number of rows in each tick, so the model takes all the ticks between two events in one step.
+Each model has a fluid model of its own (fluid.py), whose time is that of the model's own ticks. Here they share the
+time as the models do (turns.py).
 """
 
 import math
 from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from operator import attrgetter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from tminus.service.scheduling.scheduler import Sharing
-from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.work import Outlook, Work
-
-LOOK_PAST = 8  # how many guided jobs the model looks past for one that fits a last single place
-ROUNDING = 1e-7  # of a step and of a second: sums of parts are not exact
+from tminus.service.scheduling.fluid import Fluid, Pending
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.turns import shares
+from tminus.service.work import Outlook
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A job as the forecast needs it. Its rows are taken to be level, as the scheduler keeps them."""
+class Fluids:
+    """The jobs of all models, if no other job comes. Owns its state: a time from 0 s on, and the jobs of that time."""
 
-    job_id: str
-    work: Work
-    places_left: float  # of all its rows
-    beside_s: float = 0.0  # of a latent model, what is left to encode and decode, in seconds
-
-
-class _Flow:
-    """A job in the model, as stretches of steps that cost the same; the current stretch is kept apart."""
-
-    __slots__ = ("arrival", "beside_s", "id", "left", "places", "rows", "steps", "stretches", "waits", "whole")
-
-    def __init__(self, job: Pending, arrival: int) -> None:
-        self.id, self.arrival, self.rows = job.job_id, arrival, job.work.rows
-        self.whole, self.left, self.beside_s = job.work.places, job.places_left, job.beside_s
-        self.waits = True  # never had a place yet
-        self.stretches = _stretches(job.work, job.places_left / job.work.rows)
-        self.steps, self.places = self.stretches.pop()  # in this stretch: the steps each row has left, the cost of one
-
-
-def _stretches(work: Work, left: float) -> list[tuple[float, int]]:
-    """The stretches that one row has left, as (steps, places a step), the last one first."""
-    guided = work.guided
-    stretches: list[tuple[float, int]] = []
-    if not guided:
-        return [(left, 1)]
-    for steps, places in ((work.steps - guided.stop, 1), (len(guided), 2), (guided.start, 1)):
-        if steps and left > 0:
-            stretches.append((min(steps, left / places), places))
-            left -= steps * places
-    return stretches
-
-
-_SHORTEST_FIRST: Callable[[_Flow], tuple[float, int]] = attrgetter("left", "arrival")
-_IN_ORDER: Callable[[_Flow], tuple[float, int]] = attrgetter("arrival", "arrival")
-
-
-class Fluid:
-    """The model. Owns its state: a time from 0 s on, and the jobs of that time."""
-
-    def __init__(self, jobs: Iterable[Pending], sharing: Sharing, tick_times: TickTimes) -> None:
-        """jobs: in order of arrival."""
-        self._sharing, self._shortest_first = sharing, sharing.policy == "srpt"
-        self._rank = _SHORTEST_FIRST if self._shortest_first else _IN_ORDER
-        self._tick_times, self._tick_cache = tick_times, dict[int, float]()
-        self._jobs: OrderedDict[int, _Flow] = OrderedDict()  # by arrival, in its order
-        self._arrivals = 0
-        self._waiting: list[_Flow] = []  # those that never had a place, the next one first
-        self._active: list[_Flow] = []  # the others
-        self._grants: list[tuple[_Flow, int]] = []  # how many rows each job has in a tick until the next event, by rank
-        self._stale = True  # whether the grants must be found again
-        self._short: list[int] = []  # positions of the grants that have fewer rows than the job
-        self._used = 0  # places of a tick
-        self._ticks = 0.0
+    def __init__(self, jobs: Sequence[Pending], speeds: Mapping[int, Speed]) -> None:
+        """jobs: in order of arrival, each of one of the models in speeds."""
+        self._speeds = speeds
+        by_model: dict[int, list[tuple[int, Pending]]] = {}
+        for arrival, job in enumerate(jobs):
+            by_model.setdefault(job.work.model, []).append((arrival, job))
+        self._fluids = {
+            model: Fluid([job for _, job in own], speed.sharing, speed.tick_times, [arrival for arrival, _ in own])
+            for model, own in by_model.items()
+            for speed in (speeds[model],)
+        }
         self.now_s = 0.0
         self.tick_end_s = 0.0  # the end of the tick that now_s lies in: the worker sees then what happened in it
-        self.rows = 0
-        self.places_left = 0.0
-        self.beside_s = 0.0  # of the jobs whose ticks are not over
-        for job in jobs:
-            self._count_in(job)
-        self._waiting = sorted(self._jobs.values(), key=self._rank)
 
     @property
     def jobs(self) -> int:
         """How many jobs there are now."""
-        return len(self._jobs)
+        return sum(fluid.jobs for fluid in self._fluids.values())
 
-    def add(self, job: Pending) -> None:
-        """Add a job that comes now."""
-        flow = self._count_in(job)
-        if flow is not None:
-            insort(self._waiting, flow, key=self._rank)
+    @property
+    def rows(self) -> Mapping[int, int]:
+        """How many rows each model has."""
+        return {model: fluid.rows for model, fluid in self._fluids.items()}
+
+    @property
+    def ticks_s(self) -> float:
+        """How long what is left takes in full ticks."""
+        return sum(fluid.places_left * self._speeds[model].place_s for model, fluid in self._fluids.items())
+
+    @property
+    def beside_s(self) -> float:
+        """And beside the ticks."""
+        return sum(fluid.beside_s for fluid in self._fluids.values())
 
     def running(self) -> frozenset[str]:
         """The jobs all of whose rows step now."""
-        self._share_out()
-        return frozenset(job.id for job, rows in self._grants if rows == job.rows)
+        busy = self._busy()
+        turns = _shares(busy) if len(busy) > 1 else busy
+        return frozenset[str]().union(*(busy[model].running() for model in turns))
 
-    def step(self, until_s: float = math.inf, until_places: float = -math.inf) -> list[str]:
-        """Go on to the next event, but no further than a time or places left; returns the jobs that ended."""
-        if not self._jobs:
-            self.now_s = self.tick_end_s = until_s if self.now_s < until_s < math.inf else self.now_s
-            return []
-        until_s = max(until_s, self.now_s)
-        self._share_out()
-        tick_s = self._tick_seconds(self._used)
-        ticks = min(self._ticks_to_event(), max(0.0, (self.places_left - until_places) / self._used))
-        if tick_s:
-            ticks = min(ticks, (until_s - self.now_s) / tick_s)
-        self._ticks += ticks
-        self.now_s = until_s if (until_s - self.now_s) <= ticks * tick_s else self.now_s + ticks * tick_s
-        self.tick_end_s = self.now_s + (math.ceil(self._ticks - ROUNDING) - self._ticks) * tick_s
-        self.places_left -= ticks * self._used
-        return self._move(ticks)
+    def step(self) -> list[str]:
+        """Go on to the next event; returns the jobs that ended."""
+        busy = self._busy()
+        if len(busy) > 1:
+            return self._step_in_turns([(busy[model], share) for model, share in _shares(busy).items()])
+        for fluid in busy.values():
+            offset_s = self.now_s - fluid.now_s
+            ended = fluid.step()
+            self.now_s, self.tick_end_s = offset_s + fluid.now_s, offset_s + fluid.tick_end_s
+            return ended
+        return []
 
-    def run_to(self, time_s: float) -> None:
-        """Go on to a time."""
-        while self.now_s < time_s - ROUNDING:
-            self.step(until_s=time_s)
-
-    def _count_in(self, job: Pending) -> _Flow | None:
-        """Count a job, unless it has nothing left."""
-        if job.places_left <= 0:
-            return None
-        flow = self._jobs[self._arrivals] = _Flow(job, self._arrivals)
-        self._arrivals += 1
-        self.rows += flow.rows
-        self.places_left += flow.left
-        self.beside_s += flow.beside_s
-        self._stale = True
-        return flow
-
-    def _move(self, ticks: float) -> list[str]:
+    def _step_in_turns(self, parts: Sequence[tuple[Fluid, float]]) -> list[str]:
+        """Go on to the next event of one or two models that have these shares of the time."""
+        seconds = min(fluid.event_s / share for fluid, share in parts)
+        if len(parts) == 2:
+            seconds = min(seconds, _overtaken_s(*parts))
+        self.now_s += seconds
+        self.tick_end_s = self.now_s
         ended = []
-        for job, rows in self._grants:
-            job.left -= ticks * rows * job.places
-            job.steps -= ticks * rows / job.rows
-            if job.steps > ROUNDING:
-                continue
-            self._stale = True
-            if job.stretches:
-                job.steps, job.places = job.stretches.pop()
-            else:
-                ended.append(job.id)
-                del self._jobs[job.arrival]
-                self._active.remove(job)
-                self.rows -= job.rows
-                self.beside_s -= job.beside_s
-        if self._shortest_first and self._short:
-            self._stale = True  # a job may have overtaken another
-        if not self._jobs:
-            self.places_left = 0.0
+        for fluid, share in parts:
+            if own := fluid.step(until_s=fluid.now_s + share * seconds):
+                ended += own
+                self.tick_end_s = max(self.tick_end_s, self.now_s + fluid.tick_end_s - fluid.now_s)
         return ended
 
-    def _share_out(self) -> None:
-        """Share out the places of a tick as the scheduler does: the reserve to the oldest job, then to all in turn."""
-        if not self._stale:
-            return
-        self._stale, self._grants = False, []
-        if not self._jobs:
-            return
-        much_longer = self._sharing.much_longer([job.whole for job in self._jobs.values()])
-        oldest = next(iter(self._jobs.values()))
-        reserve = self._reserve_for(oldest)
-        free = self._sharing.max_batch - reserve
-        looked_past = 0
-        for job in self._in_turn() if free else ():
-            mine, reserve = (reserve, 0) if job is oldest else (0, reserve)
-            held_back = job.whole >= much_longer
-            rows = min(job.rows, (mine + self._sharing.room(free, held_back=held_back)) // job.places)
-            free += mine - rows * job.places
-            if rows:
-                self._grants.append((job, rows))
-            elif not held_back:
-                looked_past += 1
-            if free == 0 or looked_past == LOOK_PAST:
-                break
-        if reserve:
-            self._grants.append((oldest, reserve // oldest.places))
-        self._short = [at for at, (job, rows) in enumerate(self._grants) if rows < job.rows]
-        self._used = self._sharing.max_batch - free
-
-    def _reserve_for(self, oldest: _Flow) -> int:
-        """How many of the reserved places the oldest job can use."""
-        if self._sharing.reserved and oldest.waits:
-            del self._waiting[bisect_left(self._waiting, self._rank(oldest), key=self._rank)]
-            self._activate(oldest, 0)
-        return min(oldest.rows, self._sharing.reserved // oldest.places) * oldest.places
-
-    def _in_turn(self) -> Iterator[_Flow]:
-        """The jobs by rank. A job that is reached becomes active."""
-        active, waiting, rank = self._active, self._waiting, self._rank
-        active.sort(key=rank)
-        at = 0
-        while waiting:
-            turn = bisect_left(active, rank(waiting[0]), at, key=rank)
-            yield from active[at:turn]
-            self._activate(waiting.pop(0), turn)
-            yield active[turn]
-            at = turn + 1
-        yield from active[at:]
-
-    def _activate(self, job: _Flow, at: int) -> None:
-        job.waits = False
-        self._active.insert(at, job)
-
-    def _ticks_to_event(self) -> float:
-        """Ticks until a job ends or its cost changes, or until a job that is short of places overtakes another."""
-        grants = self._grants
-        ticks = min([job.steps * job.rows / rows for job, rows in grants])
-        if not self._shortest_first:
-            return ticks
-        for at in self._short:
-            job, rows = grants[at]
-            speed = rows * job.places
-            for other, other_rows in grants[:at]:
-                faster = speed - other_rows * other.places
-                if faster > 0 and other.left <= job.left:
-                    ticks = min(ticks, max(1.0, (job.left - other.left) / faster))
-        return ticks
-
-    def _tick_seconds(self, places: int) -> float:
-        if places not in self._tick_cache:
-            self._tick_cache[places] = self._tick_times.seconds(places)
-        return self._tick_cache[places]
+    def _busy(self) -> dict[int, Fluid]:
+        return {model: fluid for model, fluid in self._fluids.items() if fluid.jobs}
 
 
-def forecast(
-    jobs: Sequence[Pending], sharing: Sharing, tick_times: TickTimes, until: str | None = None
-) -> dict[str, Outlook]:
+def _shares(busy: Mapping[int, Fluid]) -> Mapping[int, float]:
+    return shares(
+        {model: fluid.next_rank for model, fluid in busy.items()},
+        {model: fluid.oldest for model, fluid in busy.items()},
+        reserve=any(fluid.reserves for fluid in busy.values()),
+    )
+
+
+def _overtaken_s(first: tuple[Fluid, float], oldest: tuple[Fluid, float]) -> float:
+    """How long it is until the next job of the oldest job's model has less left than that of the first model."""
+    (fluid, share), (other, other_share) = first, oldest
+    faster = other.next_pace * other_share - fluid.next_pace * share
+    if not faster > 0:
+        return math.inf
+    return max(fluid.longest_tick_s, (other.next_rank[0] - fluid.next_rank[0]) / faster)
+
+
+def forecast(jobs: Sequence[Pending], speeds: Mapping[int, Speed], until: str | None = None) -> dict[str, Outlook]:
     """Predict each job's outlook, by its id, if no other job comes.
 
     jobs: in order of arrival. until: a job; only it and those that end before it are predicted.
     """
-    fluid = Fluid(jobs, sharing, tick_times)
+    fluids = Fluids(jobs, speeds)
     outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # they wait for delivery only
-    in_turn = sorted(jobs, key=attrgetter("places_left")) if sharing.policy == "srpt" else jobs
+    srpt = any(speed.sharing.policy == "srpt" for speed in speeds.values())
+    in_turn = sorted(jobs, key=lambda job: job.places_left * speeds[job.work.model].sharing.place_s) if srpt else jobs
     ranks = {job.job_id: rank for rank, job in enumerate(in_turn)}
-    running = fluid.running()
+    running = fluids.running()
     ended_ranks: list[int] = []
-    while fluid.jobs and until not in outlooks:
-        ended = fluid.step()
+    while fluids.jobs and until not in outlooks:
+        ended = fluids.step()
         for job_id in ended:
             insort(ended_ranks, ranks[job_id])
         for job_id in ended:
             position = 0 if job_id in running else bisect_left(ended_ranks, ranks[job_id])
-            outlooks[job_id] = Outlook(position, fluid.tick_end_s)
+            outlooks[job_id] = Outlook(position, fluids.tick_end_s)
     return _with_beside(outlooks, jobs)
 
 

@@ -8,8 +8,9 @@ is never starved. A row that is not picked just waits: preemption costs nothing.
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Literal
 
 from tminus.service.work import Batch, JobRows, Work
@@ -28,14 +29,17 @@ class Sharing:
     short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
     reserved: int  # places kept for the oldest job
     policy: Policy
+    place_s: float = 1.0  # what a place of a full tick takes, by which jobs of several models are compared
 
     @classmethod
-    def of(cls, max_batch: int, policy: Policy = "srpt", short_batch: int | None = None) -> "Sharing":
+    def of(
+        cls, max_batch: int, policy: Policy = "srpt", short_batch: int | None = None, place_s: float = 1.0
+    ) -> "Sharing":
         """Reserve a share for the oldest job, at least two places: with one, a guided job could never use it."""
         assert max_batch >= 2
         assert policy in ("srpt", "fcfs")
         reserved = max(2, int(max_batch * RESERVED_SHARE)) if policy == "srpt" else 0
-        return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy)
+        return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy, place_s)
 
     def much_longer(self, works: Collection[int]) -> float:
         """The total work, in places, from which a job is much longer than the shortest. works: the total of every job.
@@ -147,7 +151,8 @@ class Scheduler:
     However many jobs wait, a tick looks at those in its batch and two more, or at no more than it has places.
     """
 
-    def __init__(self, sharing: Sharing) -> None:
+    def __init__(self, sharing: Sharing, arrivals: Iterator[int] | None = None) -> None:
+        """arrivals: numbers the jobs in order of arrival, over all the schedulers that have the same one."""
         self._sharing = sharing
         # In order of arrival. Not a dict: finding the first entry of one walks over all that were deleted before it.
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
@@ -156,7 +161,7 @@ class Scheduler:
         # Sorted, the next job last: the jobs that go next change all the time, and changing a list's end is cheap.
         self._queue: list[tuple[int, int, str]] = []
         self._singles: list[tuple[int, int, str]] = []  # the jobs in the queue with a row that fits a single place
-        self._arrivals = 0
+        self._arrivals = count() if arrivals is None else arrivals
 
     def add(self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None) -> None:
         """Take on a job of these rows; they may step from the next tick on.
@@ -167,8 +172,7 @@ class Scheduler:
         assert job_id not in self._jobs
         assert len(rows) == len(steps) == work.rows > 0
         assert min(steps) < work.steps
-        job = _Job(job_id, self._arrivals, work, tuple(rows), places_left=sum(map(work.places_left, steps)))
-        self._arrivals += 1
+        job = _Job(job_id, next(self._arrivals), work, tuple(rows), places_left=sum(map(work.places_left, steps)))
         for index, step in enumerate(steps):
             job.put(step, index)
         self._jobs[job_id] = job
@@ -238,6 +242,22 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether there is a next batch."""
         return bool(self._jobs)
+
+    @property
+    def next_rank(self) -> tuple[float, int]:
+        """Of the job that goes next: the seconds of work it has left (0 in order of arrival), and its number."""
+        places, arrival, _ = self._queue[-1]
+        return -places * self._sharing.place_s, -arrival
+
+    @property
+    def oldest(self) -> int:
+        """The number of the oldest job."""
+        return next(iter(self._jobs.values())).arrival
+
+    @property
+    def reserves(self) -> bool:
+        """Whether places are kept for the oldest job."""
+        return self._sharing.reserved > 0
 
     def _key(self, job: _Job) -> tuple[int, int, str]:
         return (-job.places_left if self._sharing.policy == "srpt" else 0, -job.arrival, job.id)

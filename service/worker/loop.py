@@ -14,18 +14,25 @@ from typing import TypeVar
 import numpy as np
 
 from tminus.service.engine.protocol import RowEngine
-from tminus.service.errors import DeadlinePassed, Draining, EngineFailed, InvalidField, NotFinite, ServiceError
+from tminus.service.errors import (
+    DeadlinePassed,
+    Draining,
+    EngineFailed,
+    InvalidField,
+    ModelUnloaded,
+    NotFinite,
+    ServiceError,
+)
 from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.deadlines import Deadlines
-from tminus.service.scheduling.scheduler import Scheduler
-from tminus.service.spec import Images, Inputs, trial_spec
+from tminus.service.spec import Images, Inputs
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.coded_jobs import CodedJobs
 from tminus.service.worker.errors_to import errors_to
+from tminus.service.worker.loaded_models import LoadedModel, LoadedModels
 from tminus.service.worker.running_job import RunningJob
-from tminus.service.worker.snapshot_pace import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -38,24 +45,21 @@ class Loop:
 
     def __init__(
         self,
-        engine: RowEngine,
-        scheduler: Scheduler,
         admission: Admission,
         metrics: Metrics,
         *,
-        keeper: Keeper | None,
         clock: Callable[[], float],
         on_end: Callable[[str], None],
         post: Callable[[Callable[[], None]], None],
     ) -> None:
         """Take what belongs to the worker's thread.
 
-        keeper: takes the snapshots of durable jobs. on_end: is called with the id of each job that ends, before its
-        future has the result. post: has something done in the worker's thread, between two ticks.
+        on_end: is called with the id of each job that ends, before its future has the result. post: has something done
+        in the worker's thread, between two ticks.
         """
-        self._engine, self._scheduler, self._admission, self._metrics = engine, scheduler, admission, metrics
-        self._keeper, self._clock, self._on_end = keeper, clock, on_end
-        # The jobs whose rows the engine holds, in order of arrival. This loop is their owner.
+        self.models = LoadedModels(clock)
+        self._admission, self._metrics, self._clock, self._on_end = admission, metrics, clock, on_end
+        # The jobs whose rows an engine holds, in order of arrival. This loop is their owner.
         self._jobs: dict[str, RunningJob] = {}
         # Of a latent model, those whose picture is being encoded or whose images are being decoded.
         self.coded = CodedJobs(metrics.coded, post, self._fail, lambda job: admission.decoded(job.id))
@@ -69,22 +73,12 @@ class Loop:
     @property
     def has_ticks(self) -> bool:
         """Whether there is a next tick."""
-        return self._scheduler.has_work
+        return self.models.has_ticks
 
     @property
     def has_work(self) -> bool:
         """Whether a job has not ended."""
         return self.has_ticks or bool(self.coded)
-
-    def warm_up(self) -> None:
-        """Run one job of one step, so that the first request finds warm code."""
-        rows = self._engine.add(trial_spec(self._engine.info, n=1, steps=1))
-        started_s = self._clock()
-        self._engine.step(Batch(rows, (0,), ()))
-        self._engine.wait()
-        self._engine.images(rows)
-        self._engine.remove(rows)
-        log.info("ready: a tick of one row takes %.1f ms", 1e3 * (self._clock() - started_s))
 
     # --- between ticks ---
 
@@ -97,12 +91,8 @@ class Loop:
             return
         if job.deadline_s is not None:
             self._deadlines.add(job.submitted_s + job.deadline_s, job.id, self._ids)
-        if (
-            self._engine.info.latent
-            and job.inputs is not None
-            and (job.snapshot is None or job.inputs.mask is not None)
-        ):
-            self.coded.put(job, "encode", [self._engine.encoder(job.inputs)], self._encoded)
+        if job.model.info.latent and job.inputs is not None and job.needs_picture:
+            self.coded.put(job, "encode", [job.model.engine.encoder(job.inputs)], self._encoded)
         else:
             self._begin(job)
 
@@ -111,17 +101,18 @@ class Loop:
         self._begin(job)
 
     def _begin(self, job: RunningJob) -> None:
-        """Give a job to the engine and the scheduler."""
+        """Give a job to its model's engine and scheduler."""
         refuse = partial(self._refuse, job)
         with errors_to(refuse, "this job could not be started", "job %s could not be added", job.id):
             try:
-                job.rows = self._engine.add(job.spec, job.snapshot, job.inputs)
+                job.rows = job.model.engine.add(job.spec, job.snapshot, job.inputs)
             except ValueError as error:
                 refuse(InvalidField(str(error), field="sampler", value=job.spec.sampler))
         if not job.rows:
             return
         self._jobs[job.id] = job
-        self._scheduler.add(job.id, job.rows, job.work, job.snapshot.steps if job.snapshot is not None else None)
+        steps = job.snapshot.steps if job.snapshot is not None else None
+        job.model.scheduler.add(job.id, job.rows, job.work, steps)
         job.snapshot = job.inputs = None
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec)
 
@@ -129,10 +120,10 @@ class Loop:
         self._leave(job)
         job.fail(error)
 
-    def run(self, act: Callable[[RowEngine], Result], future: "Future[Result]") -> None:
-        """Do something short with the engine; the future, which is running, gets the result."""
+    def run(self, act: Callable[[], Result], future: "Future[Result]") -> None:
+        """Do something short with an engine; the future, which is running, gets the result."""
         with errors_to(future.set_exception, "the engine could not do it", "what was asked of the engine failed"):
-            future.set_result(act(self._engine))
+            future.set_result(act())
 
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more viewer. Nothing happens if it is not here (any more)."""
@@ -148,8 +139,8 @@ class Loop:
         """End a job with an error and free its rows. Nothing happens if it is not here (any more)."""
         job = self._jobs.get(job_id)
         if job is not None:
-            self._scheduler.cancel(job_id)
-            self._engine.remove(job.rows)
+            job.model.scheduler.cancel(job_id)
+            job.model.engine.remove(job.rows)
         else:
             job = self.coded.drop(job_id)
         if job is not None:
@@ -169,13 +160,19 @@ class Loop:
             log.info("job %s of request %s given up (%s), %d row-steps saved", job.id, job.request_id, reason, saved)
         job.fail(error)
 
+    def unload(self, number: int) -> None:
+        """Forget a model, and give up the jobs that it still has."""
+        for job in [job for job in map(self._find, self._ids) if job is not None and job.model.number == number]:
+            self.give_up(job.id, ModelUnloaded(job.model.info.name), ModelUnloaded.code)
+        self.models.remove(number)
+
     # --- the end ---
 
     def suspend_durable(self) -> None:
         """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
-        durable = [job for job in self._jobs.values() if job.durable]
-        self._keep_snapshots(durable)
-        for job in (*durable, *self.coded.durable()):
+        for model in self.models:
+            self._keep_snapshots(model)
+        for job in [job for job in (*self._jobs.values(), *self.coded.durable()) if job.durable]:
             self.give_up(job.id, Draining(), SUSPENDED)
 
     def give_up_all(self, error: ServiceError) -> None:
@@ -200,19 +197,20 @@ class Loop:
 
     def tick(self) -> None:
         """Step the next batch, if there is one, and do what follows from it."""
-        batch = self._scheduler.next_batch()
-        if batch is None:
+        model = self.models.next()
+        batch = model.scheduler.next_batch() if model is not None else None
+        if model is None or batch is None:
             return
         started_s = self._clock()
         self.rows_active = len(batch.rows)
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
         self.current_jobs = frozenset(job.id for job in jobs)
-        broken = self._step(batch, jobs)
+        broken = self._step(model.engine, batch, jobs)
         if broken is None:
             return
         now_s = self._clock()
-        self._count(batch, jobs, now_s - started_s)
-        advance = self._scheduler.advance(batch)
+        self._count(model, batch, jobs, now_s - started_s)
+        advance = model.scheduler.advance(batch)
         for job_id in advance.started:
             queue_s, first_step_s = self._jobs[job_id].start(started_s, now_s)
             self._metrics.job_started(queue_s=queue_s, first_step_s=first_step_s)
@@ -223,30 +221,32 @@ class Loop:
             if job_id in self._jobs:
                 self._deliver(self._jobs[job_id])
         self._show(batch, now_s)
-        if self._keeper is not None and self._keeper.due(now_s):
-            self._keep_snapshots([job for job in self._jobs.values() if job.durable])
+        if model.keeper is not None and model.keeper.due(now_s):
+            self._keep_snapshots(model)
 
-    def _step(self, batch: Batch, jobs: Sequence[RunningJob]) -> frozenset[int] | None:
+    def _step(self, engine: RowEngine, batch: Batch, jobs: Sequence[RunningJob]) -> frozenset[int] | None:
         """Step a batch; returns the rows that are not finite, or None if it failed and its jobs are given up."""
         with self._giving_up(jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows)):
             self.tick_began_s = self._clock()
             try:
-                self._engine.step(batch)
-                self._engine.wait()
-                return frozenset(self._engine.broken(batch.rows))
+                engine.step(batch)
+                engine.wait()
+                return frozenset(engine.broken(batch.rows))
             finally:
                 self.tick_began_s = None
         return None
 
-    def _count(self, batch: Batch, jobs: Sequence[RunningJob], seconds: float) -> None:
+    def _count(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob], seconds: float) -> None:
         """Take a tick's work off the ledger of admission, and count its steps."""
-        self._admission.stepped({picked.job_id: picked.places for picked in batch.jobs}, batch.places, seconds)
+        self.models.stepped(model, seconds)
+        places = {picked.job_id: picked.places for picked in batch.jobs}
+        self._admission.stepped(model.number, places, batch.places, seconds)
         row_steps: dict[str, int] = {}
         for job, picked in zip(jobs, batch.jobs, strict=True):
             count = len(picked.steps)
             job.steps_taken += count
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + count
-        self._metrics.ticked(seconds, batch.places, row_steps)
+        self._metrics.ticked(model.info.name, seconds, batch.places, row_steps)
 
     def _show(self, batch: Batch, now_s: float) -> None:
         """Give the viewers and the recordings of a tick's jobs their frames."""
@@ -254,38 +254,39 @@ class Loop:
             job = self._jobs.get(picked.job_id)
             if job is None:
                 continue
-            job.show(self._engine, now_s)
+            job.show(now_s)
             if job.recording is not None:
                 with self._giving_up([job], "its frames could not be read", "job %s could not be recorded", job.id):
-                    job.record(self._engine, picked)
+                    job.record(picked)
 
-    def _keep_snapshots(self, jobs: Sequence[RunningJob]) -> None:
-        """Hand the keeper snapshots of those of the jobs that have stepped since their last one."""
-        moved = [job for job in jobs if job.steps_taken > job.steps_kept]
-        if self._keeper is None or not moved:
+    def _keep_snapshots(self, model: LoadedModel) -> None:
+        """Hand a model's keeper snapshots of its durable jobs that have stepped since their last one."""
+        durable = [job for job in self._jobs.values() if job.durable and job.model is model]
+        moved = [job for job in durable if job.steps_taken > job.steps_kept]
+        if model.keeper is None or not moved:
             return
         began_s = self._clock()
         try:
-            snapshots = {job.id: self._engine.snapshot(job.rows, self._scheduler.steps(job.id)) for job in moved}
+            snapshots = {job.id: model.engine.snapshot(job.rows, model.scheduler.steps(job.id)) for job in moved}
         except Exception:  # a snapshot is not worth the jobs
             log.exception("no snapshot could be taken")
             return
         for job in moved:
             job.steps_kept = job.steps_taken
-        self._keeper.keep(snapshots, began_s, self._clock() - began_s)
+        model.keeper.keep(snapshots, began_s, self._clock() - began_s)
 
     def _deliver(self, job: RunningJob) -> None:
         """Free a job's rows, and end it with its images; those of a latent model are decoded first."""
         reads: list[Callable[[], Images]] = []
         with self._giving_up([job], "its images could not be read", "job %s could not be read", job.id):
             # Of a latent model one by one, so that a shorter job may come between them.
-            parts = [(row,) for row in job.rows] if self._engine.info.latent else [job.rows]
-            reads = [self._engine.images(rows) for rows in parts]
+            parts = [(row,) for row in job.rows] if job.model.info.latent else [job.rows]
+            reads = [job.model.engine.images(rows) for rows in parts]
         if not reads:
             return
-        self._engine.remove(job.rows)
+        job.model.engine.remove(job.rows)
         now_s = self._clock()
-        if self._engine.info.latent is None:
+        if job.model.info.latent is None:
             self._finish(job, reads[0], now_s)
         else:
             self.coded.put(self._jobs.pop(job.id), "decode", reads, partial(self._decoded, now_s))
@@ -297,7 +298,7 @@ class Loop:
     def _finish(self, job: RunningJob, read: Callable[[], Images], denoised_s: float) -> None:
         assert job.started_s is not None
         self._leave(job)
-        self._metrics.job_done(job.spec.n)
+        self._metrics.job_done(job.model.info.name, job.spec.n)
         queue_s, denoise_s = job.started_s - job.submitted_s, denoised_s - job.started_s
         what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
         log.info(what, job.id, job.request_id, queue_s, denoise_s)

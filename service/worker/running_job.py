@@ -7,11 +7,11 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from tminus.service.engine.protocol import RowEngine
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
 from tminus.service.work import JobResult, JobRows, JobStatus, Outlook, Work
+from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.recording import Recording
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ class RunningJob:
     """One job. Only the worker's thread changes it once it is queued; any thread may ask for its status."""
 
     id: str
+    model: LoadedModel
     spec: SampleSpec
     work: Work
     submitted_s: float
@@ -91,6 +92,8 @@ class RunningJob:
             durable=self.durable,
             age_s=now_s - self.submitted_s,
             created_us=self.created_us,
+            model=self.model.number,
+            model_name=self.model.info.name,
         )
 
     def quick_status(self, forecast: Mapping[str, JobStatus], now_s: float) -> JobStatus:
@@ -102,7 +105,7 @@ class RunningJob:
         assert self.outlook is not None
         return self._status(self.outlook.position, max(0.0, self.outlook.eta_s - (now_s - self.submitted_s)), now_s)
 
-    def show(self, engine: RowEngine, now_s: float) -> None:
+    def show(self, now_s: float) -> None:
         """Give its viewers a frame where one is due. Viewers of the same images share it."""
         frames: dict[tuple[Show, ...], Frame] = {}
         for watch in self.watches:
@@ -110,12 +113,12 @@ class RunningJob:
                 continue
             try:
                 if watch.show not in frames:
-                    frames[watch.show] = Frame(self.step, engine.preview(self.rows, watch.show))
+                    frames[watch.show] = Frame(self.step, self.model.engine.preview(self.rows, watch.show))
                 watch.put(frames[watch.show])
             except Exception:  # a frame is not worth the job
                 log.exception("job %s could not be shown", self.id)
 
-    def record(self, engine: RowEngine, stepped: JobRows) -> None:
+    def record(self, stepped: JobRows) -> None:
         """Pass the recording the rows that have just reached a step it records."""
         if self.recording is None:
             return
@@ -123,7 +126,7 @@ class RunningJob:
         taken = [(step + 1 - start, index) for step, index in stepped.steps if due(step + 1 - start)]
         if taken:
             rows = [self.rows[index] for _, index in taken]
-            self.recording.put(taken, engine.preview(rows, (self.recording.show,)))
+            self.recording.put(taken, self.model.engine.preview(rows, (self.recording.show,)))
 
     def unwatch(self, watch: Watch) -> None:
         """Stop showing it to a viewer."""

@@ -8,22 +8,22 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
 from tminus.service.engine.protocol import RowEngine
-from tminus.service.errors import Draining, EngineFailed, JobCancelled, NotReady, ServiceError, Stalled
+from tminus.service.errors import Draining, EngineFailed, JobCancelled, ModelUnloaded, NotReady, ServiceError, Stalled
 from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
-from tminus.service.work import JobStatus, Outlook, Ticket, work_of
+from tminus.service.work import Outlook, Ticket, work_of
+from tminus.service.worker.accepted_jobs import AcceptedJobs
+from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.loop import Loop
 from tminus.service.worker.recording import Recording
 from tminus.service.worker.running_job import RunningJob
-from tminus.service.worker.snapshot_pace import Keeper
 
 log = logging.getLogger(__name__)
 
@@ -38,31 +38,19 @@ class Worker:
 
     def __init__(
         self,
-        engine: RowEngine,
-        scheduler: Scheduler,
+        models: Sequence[LoadedModel],
         admission: Admission,
         metrics: Metrics,
         *,
-        keeper: Keeper | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Take what it works with. keeper: takes the snapshots of durable jobs."""
-        self._model, self._admission, self._clock = engine.info, admission, clock
+        """Take what it works with. models: those that it begins with; admission knows their speeds."""
+        self._models = {model.number: model for model in models}  # changed and read under the gate
+        self._admission, self._clock = admission, clock
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # a job is either queued before the thread ends, or refused
-        # Every job that was accepted and has not ended, for all threads: changed and read under the gate. The loop owns
-        # the jobs of which the engine holds rows; here are also those whose command is still in the queue.
-        self._jobs: dict[str, RunningJob] = {}
-        self._loop = Loop(
-            engine,
-            scheduler,
-            admission,
-            metrics,
-            keeper=keeper,
-            clock=clock,
-            on_end=self._remove,
-            post=self._commands.put,
-        )
+        self.jobs = AcceptedJobs(admission, clock)
+        self._gate = self.jobs.gate  # a job is either queued before the thread ends, or refused
+        self._loop = Loop(admission, metrics, clock=clock, on_end=self.jobs.remove, post=self._commands.put)
         self._crashed = False
         self._jobs_of_the_crash = frozenset[str]()
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
@@ -111,24 +99,28 @@ class Worker:
         deadline_s: float | None = None,
         watch: Watch | None = None,
         *,
+        model: int = 0,
         inputs: Inputs | None = None,
         durable: bool = False,
         recording: Recording | None = None,
     ) -> Ticket:
-        """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, Overloaded, …
+        """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, ModelUnloaded, Overloaded, …
 
         deadline_s: counts from now; one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
         watch: is given frames of the job. inputs: the pixels whose hashes are in the spec. durable: whether snapshots
-        are kept of the job. recording: is given the rows at the steps that it wants.
+        are kept of the job. recording: is given the rows at the steps that it wants. model: its number; that of the
+        first model of a process is 0.
         """
         self._check_open()
-        work, now_s = work_of(spec, self._model), self._clock()
+        loaded = self._model(model)
+        work, now_s = work_of(spec, loaded.info, model), self._clock()
         # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for every job that ends.
         outlook = self._admission.enter(
             job_id, work, now_s=now_s, deadline_s=deadline_s, has_picture=inputs is not None
         )
         job = RunningJob(
             job_id,
+            loaded,
             spec,
             work,
             now_s,
@@ -141,15 +133,25 @@ class Worker:
         return self._let_in(job, outlook)
 
     def resume(
-        self, job_id: str, spec: SampleSpec, deadline_s: float | None, inputs: Inputs | None, snapshot: Snapshot | None
+        self,
+        job_id: str,
+        spec: SampleSpec,
+        deadline_s: float | None,
+        inputs: Inputs | None,
+        snapshot: Snapshot | None,
+        *,
+        model: int = 0,
     ) -> Ticket:
         """Take on a durable job that an earlier process accepted, where its snapshot left it.
 
         Raises NotReady, Draining, and Overloaded while there are no slots; nothing else refuses it.
         """
         self._check_open()
-        work = work_of(spec, self._model)
-        job = RunningJob(job_id, spec, work, self._clock(), deadline_s, durable=True, inputs=inputs, snapshot=snapshot)
+        loaded = self._model(model)
+        work = work_of(spec, loaded.info, model)
+        job = RunningJob(
+            job_id, loaded, spec, work, self._clock(), deadline_s, durable=True, inputs=inputs, snapshot=snapshot
+        )
         outlook = self._admission.readmit(job_id, work, places_left=sum(map(work.places_left, job.first_steps)))
         return self._let_in(job, outlook)
 
@@ -158,15 +160,45 @@ class Worker:
         with self._gate:
             try:
                 self._check_open()
+                if job.model.number not in self._models:
+                    raise ModelUnloaded(job.model.info.name)
             except ServiceError:
                 self._admission.leave(job.id)
                 raise
-            self._jobs[job.id] = job
+            self.jobs.add(job)
             self._commands.put(lambda: self._accept(job))
         return Ticket(job.future, outlook)
 
-    def run(self, act: Callable[[RowEngine], Result]) -> "Future[Result]":
-        """Do something short with the engine between two ticks. Raises NotReady, Draining, …"""
+    def run(self, act: Callable[[RowEngine], Result], *, model: int = 0) -> "Future[Result]":
+        """Do something short with an engine between two ticks. Raises NotReady, Draining, ModelUnloaded, …"""
+        engine = self._model(model).engine
+        return self._post(lambda: act(engine))
+
+    def load(self, model: LoadedModel) -> "Future[None]":
+        """Take on one more model, between two ticks; admission knows its speed. Raises NotReady, Draining, …"""
+
+        def put() -> None:
+            self._loop.models.put(model)
+            with self._gate:
+                self._models[model.number] = model
+
+        return self._post(put)
+
+    def unload(self, number: int) -> "Future[None]":
+        """Forget a model; jobs that it still has are given up. Raises Draining, ModelUnloaded, …"""
+        self._model(number)
+        with self._gate:
+            del self._models[number]
+        return self._post(lambda: self._loop.unload(number))
+
+    def _model(self, number: int) -> LoadedModel:
+        with self._gate:
+            if (model := self._models.get(number)) is None:
+                raise ModelUnloaded
+            return model
+
+    def _post(self, act: Callable[[], Result]) -> "Future[Result]":
+        """Have something done in the worker's thread between two ticks."""
         future: Future[Result] = Future()
         with self._gate:
             self._check_open()
@@ -188,25 +220,6 @@ class Worker:
         if stalled_s := self.stalled_s:
             raise Stalled(stalled_s)
 
-    def statuses(self) -> list[JobStatus]:
-        """Every job that is waiting or running, in order of arrival, with its position and when it should be done."""
-        outlooks = self._admission.outlooks(self._clock())
-        with self._gate:
-            jobs, now_s = list(self._jobs.values()), self._clock()
-        return [job.status(outlooks[job.id], now_s) for job in jobs if job.id in outlooks]
-
-    def quick_statuses(self, forecast: Mapping[str, JobStatus]) -> list[JobStatus]:
-        """Like `statuses`, with position and ETA from an earlier forecast, or from acceptance for newer jobs."""
-        with self._gate:
-            jobs, now_s = list(self._jobs.values()), self._clock()
-        return [job.quick_status(forecast, now_s) for job in jobs]
-
-    def quick_status(self, job_id: str, forecast: Mapping[str, JobStatus]) -> JobStatus | None:
-        """One of them; None if it is not here (any more)."""
-        with self._gate:
-            job = self._jobs.get(job_id)
-        return job.quick_status(forecast, self._clock()) if job is not None else None
-
     def watch(self, job_id: str, watch: Watch) -> None:
         """Show a job to one more viewer. Nothing happens if it is not here (any more)."""
         self._commands.put(lambda: self._loop.watch(job_id, watch))
@@ -217,8 +230,7 @@ class Worker:
 
     def cancel(self, job_id: str, reason: str) -> bool:
         """Free a job's rows before the next tick; False if there is no such job (any more)."""
-        with self._gate:
-            known = job_id in self._jobs
+        known = job_id in self.jobs
         self._commands.put(lambda: self._loop.give_up(job_id, JobCancelled(f"cancelled: {reason}"), reason))
         return known
 
@@ -266,7 +278,8 @@ class Worker:
     def _run(self) -> None:
         loop = self._loop
         try:
-            loop.warm_up()
+            for model in list(self._models.values()):
+                loop.models.put(model)
             self._ready.set()
             while not self._closed.is_set() and not (self._draining.is_set() and not loop.has_work):
                 self._take_commands()
@@ -307,7 +320,7 @@ class Worker:
         if not self._crashed:  # or else the job has its answer
             self._loop.accept(job)
 
-    def _act(self, act: Callable[[RowEngine], Result], future: "Future[Result]") -> None:
+    def _act(self, act: Callable[[], Result], future: "Future[Result]") -> None:
         if not future.set_running_or_notify_cancel():
             return
         if self._crashed:
@@ -315,13 +328,7 @@ class Worker:
             return
         self._loop.run(act, future)
 
-    def _remove(self, job_id: str) -> None:
-        with self._gate:
-            self._jobs.pop(job_id, None)  # it is not here if its client was answered while the worker hung
-
     def _answer_all(self, failure: ServiceError) -> None:
         """End every job for its clients, without a call of the engine."""
-        with self._gate:
-            jobs, self._jobs = self._jobs, {}
-        for job in jobs.values():
+        for job in self.jobs.remove_all():
             job.fail(failure)

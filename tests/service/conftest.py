@@ -23,9 +23,13 @@ from tminus.model.weights import hash_weights
 from tminus.service.api.origin import Doors
 from tminus.service.app import create_app
 from tminus.service.engine.executors import Executor
+from tminus.service.engine.protocol import RowEngine
 from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.parts import Prepared
 from tminus.service.scheduling.scheduler import Policy, Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
 
 CONDITIONAL = replace(TINY, num_class_embeds=4)
 THREE_CLASSES = Labels(("cat", "dog", "3d-print"), null_class=3)
@@ -98,6 +102,17 @@ def tiny(make_checkpoint: MakeCheckpoint) -> Checkpoint:
     return make_checkpoint()
 
 
+def prepare(
+    engine: RowEngine, limits: Limits, tick_times: Sequence[tuple[int, float]], policy: Policy = "srpt"
+) -> Prepared:
+    """A model as the app takes it."""
+    times = TickTimes(tuple(tick_times))
+    short_batch, place_s = max(2, limits.max_batch // 2), times.seconds_per_place(limits.max_batch)
+    return Prepared(
+        engine, limits, Speed(Sharing.of(limits.max_batch, policy, short_batch, place_s), times, limits.max_rows)
+    )
+
+
 TEST_HOSTS = frozenset({"testserver"})  # as WebSockets of Starlette's client call it
 
 
@@ -114,9 +129,8 @@ class Site:
         state_file: Path | None = None,
     ) -> None:
         self.engine = FakeEngine(info)
-        sharing = Sharing.of(limits.max_batch, policy=policy, short_batch=max(2, limits.max_batch // 2))
-        store = SqliteStore(state_file)
-        application = create_app(self.engine, limits, tick_times, sharing, store, doors or Doors(TEST_HOSTS))
+        prepared = prepare(self.engine, limits, tick_times, policy)
+        application = create_app([prepared], limits, lambda _: SqliteStore(state_file), doors or Doors(TEST_HOSTS))
         self.app, self.worker, self.streams = application.app, application.worker, application.streams
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)
 

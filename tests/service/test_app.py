@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
-from tests.service.conftest import MakeSite, pixels
-from tests.service.fakes import LIMITS, make_spec, wait_until
+from tests.service.conftest import MakeSite, pixels, prepare
+from tests.service.fakes import INFO, LIMITS, make_spec, wait_until
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.app import create_app
 from tminus.service.engine.engine import Engine
@@ -18,7 +18,6 @@ from tminus.service.engine.executors import EagerExecutor
 from tminus.service.engine.local import sample_locally
 from tminus.service.images.encoder import contact_sheet
 from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.scheduling.scheduler import Sharing
 from tminus.service.spec import SampleSpec
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
@@ -32,10 +31,9 @@ def test_the_real_engine_serves_what_it_samples_without_a_server(tiny: Checkpoin
     spec = make_spec(n=3, steps=8, seed=3, guidance=2.0, class_labels=(0, 1, 2))
     expected = sample_locally(make_engine(), spec, 8, lambda rows: None)
     limits = replace(LIMITS, max_rows=16, max_jobs=4)
-    sharing, store = Sharing.of(limits.max_batch), SqliteStore(None)
-    with TestClient(
-        create_app(make_engine(), limits, ((1, 0.001),), sharing, store).app, base_url="http://localhost"
-    ) as client:
+    prepared = prepare(make_engine(), limits, ((1, 0.001),))
+    app = create_app([prepared], limits, lambda _: SqliteStore(None)).app
+    with TestClient(app, base_url="http://localhost") as client:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         body = {"n": 3, "steps": 8, "seed": 3, "guidance": 2, "class_label": ["cat", 1, "2"]}
         response = client.post("/sample", json=body)
@@ -55,5 +53,6 @@ def test_the_real_engine_serves_what_it_samples_without_a_server(tiny: Checkpoin
 def test_two_apps_in_one_process_share_nothing(make_site: MakeSite) -> None:
     one, other = make_site(), make_site()
     one.post(json=QUICK)
-    assert one.metrics()["tminus_images_total"] == 1
-    assert other.metrics()["tminus_images_total"] == 0
+    images = f'tminus_images_total{json.dumps({"model": INFO.name})}'
+    assert one.metrics()[images] == 1
+    assert images not in other.metrics()

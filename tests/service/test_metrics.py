@@ -32,7 +32,9 @@ def exposed(text: str) -> dict[str, Metric]:
 @pytest.fixture(scope="module")
 def moved() -> dict[str, Metric]:
     """Each metric after something has happened to it, so that its labels can be seen."""
-    metrics = Metrics(INFO)
+    metrics = Metrics()
+    metrics.model_loaded(INFO)
+    metrics.loaded_while_running("done")
     metrics.watch(
         tasks=lambda: 1,
         rows_active=lambda: 1,
@@ -44,9 +46,9 @@ def moved() -> dict[str, Metric]:
         stalled_s=lambda: 1.0,
         tick_time_ratio=lambda: 1.0,
     )
-    metrics.ticked(1.0, 1, {"ddpm": 1})
+    metrics.ticked("fake", 1.0, 1, {"ddpm": 1})
     metrics.job_started(queue_s=1.0, first_step_s=1.0)
-    metrics.job_done(1)
+    metrics.job_done("fake", 1)
     metrics.job_given_up("deadline", 1)
     metrics.snapshotted(1)
     metrics.jobs_resumed(1)

@@ -14,13 +14,17 @@ from tminus.service.api.origin import Doors
 from tminus.service.cli import main as cli
 from tminus.service.engine.loading import Loaded
 from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.library import Library
+from tminus.service.model_changes import Prepare
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.parts import Prepared
 from tminus.service.settings import Settings
 
 # Each field with a text that is not its default, and what the text means.
 GIVEN: dict[str, tuple[str, Any]] = {
     "checkpoint": ("some/folder", Path("some/folder")),
+    "models": ("some/models", Path("some/models")),
+    "admin_key": ("sixteen or more characters", "sixteen or more characters"),
     "device": ("cuda:1", "cuda:1"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
@@ -54,6 +58,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
 # Good values, for those that no number is one for.
 OTHER = {
     "checkpoint": "other",
+    "models": "elsewhere",
+    "admin_key": "another key of many characters",
     "device": "cpu",
     "host": "::1",
     "executor": "eager",
@@ -164,10 +170,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
         def read(options: LoadOptions) -> SimpleNamespace:
             served.update({name: getattr(options, name) for name in LoadOptions.__slots__})
-            return SimpleNamespace(weights_hash=INFO.weights_hash)
+            name = options.checkpoint.name
+            return SimpleNamespace(weights_hash=INFO.weights_hash if name != "extra" else "cd" * 32, name=name)
 
         def prepare_engine(checkpoint: SimpleNamespace, options: LoadOptions) -> Loaded:
-            assert checkpoint.weights_hash == INFO.weights_hash
             places = options.max_batch or 16, options.short_batch or 8
             return Loaded(FakeEngine(), options.max_rows or 100, *places, TICK_TIMES)  # type: ignore[arg-type]
 
@@ -176,22 +182,24 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             return "the listener"
 
         def create_app(
-            engine: FakeEngine,
+            first: list[Prepared],
             limits: Limits,
-            tick_times: tuple[tuple[int, float], ...],
-            sharing: Sharing,
-            store: str,
+            take_store: Callable[[str], str],
             doors: Doors,
             *,
-            coding_s: tuple[float, float],
+            library: Library,
+            prepare: Prepare,
+            admin_key: str | None,
         ) -> str:
-            assert (store, coding_s) == ("the store", (0.0, 0.0))
+            assert [take_store(each.engine.info.weights_hash) for each in first] == ["the store"] * len(first)
+            sharing = first[0].speed.sharing
             served.update(limits=limits, sharing=sharing, policy=sharing.policy)
-            served.update(tick_times=tick_times, allowed_origins=doors.origins, allowed_hosts=doors.hosts)
+            served.update(tick_times=first[0].speed.tick_times.points, admin_key=admin_key, models=library.folder)
+            served.update(allowed_origins=doors.origins, allowed_hosts=doors.hosts)
+            served.update(names=[each.engine.info.name for each in first], library=library)
             return "the app"
 
         def open_store(state_dir: str, weights_hash: str) -> str:
-            assert weights_hash == INFO.weights_hash
             served.update(state_dir=state_dir)
             return "the store"
 

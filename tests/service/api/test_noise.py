@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from tests.service.api.asgi import call, scope_of
 from tests.service.api.pictures import CAT, PICTURE, encode, noise
-from tests.service.conftest import MakeSite, Site, pixels, problem
+from tests.service.conftest import MakeSite, Site, pixels, prepare, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.rng import image_noise
@@ -29,7 +29,6 @@ from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
 from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.scheduler import Sharing
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +120,8 @@ def test_a_colour_model_gives_colour(make_site: MakeSite) -> None:
 @pytest.fixture(scope="module")
 def real(tiny: Checkpoint) -> Iterator[TestClient]:
     engine = Engine(tiny, EagerExecutor(tiny.net, torch.device("cpu")), torch.device("cpu"), max_rows=8, max_jobs=4)
-    made = create_app(engine, replace(LIMITS, max_rows=8), ((1, 1e-6), (8, 1e-6)), Sharing.of(8), SqliteStore(None))
+    limits = replace(LIMITS, max_rows=8)
+    made = create_app([prepare(engine, limits, ((1, 1e-6), (8, 1e-6)))], limits, lambda _: SqliteStore(None))
     with TestClient(made.app, base_url="http://localhost") as client:
         wait_until(lambda: made.worker.ready)
         yield client

@@ -342,10 +342,10 @@ def test_one_image_is_decoded_at_a_time_and_off_the_event_loop(monkeypatch: pyte
         return decode_image(data, model, field)
 
     monkeypatch.setattr(decoder_module, "decode_image", slow)
-    decoder, picture = Decoder(COLOUR), noise(8, 12, 3)
+    decoder, picture = Decoder(), noise(8, 12, 3)
 
     async def all_at_once() -> list[Images]:
-        return await asyncio.gather(*[decoder.decode(encode(Image.fromarray(picture))) for _ in range(20)])
+        return await asyncio.gather(*[decoder.decode(encode(Image.fromarray(picture)), COLOUR) for _ in range(20)])
 
     for out in asyncio.run(all_at_once()):
         np.testing.assert_array_equal(out, picture)
@@ -375,7 +375,7 @@ class Blocked:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go, self.decoded = threading.Event(), list[bytes]()
-        self.decoder = Decoder(COLOUR)
+        self.decoder = Decoder()
         self.png_bytes = encode(Image.fromarray(noise(8, 12, 3)))
 
         def slow(data: bytes, model: Any, field: str) -> Images:
@@ -390,14 +390,14 @@ def test_images_whose_clients_have_gone_take_no_time_of_the_thread(monkeypatch: 
     blocked = Blocked(monkeypatch)
 
     async def leave() -> None:
-        first = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes))
+        first = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR))
         await asyncio.sleep(0.05)  # until it is being decoded
-        others = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes)) for _ in range(60)]
+        others = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR)) for _ in range(60)]
         await asyncio.sleep(0)
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        last = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes))
+        last = asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR))
         await asyncio.sleep(0)
         blocked.go.set()
         await asyncio.gather(first, last)
@@ -412,14 +412,14 @@ def test_an_image_that_would_wait_too_long_is_refused_with_a_time(monkeypatch: p
     blocked = Blocked(monkeypatch)
 
     async def crowd() -> None:
-        waiting = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes)) for _ in range(21)]
+        waiting = [asyncio.ensure_future(blocked.decoder.decode(blocked.png_bytes, COLOUR)) for _ in range(21)]
         await asyncio.sleep(0)
         with pytest.raises(TooManyImages) as caught:
-            await blocked.decoder.decode(blocked.png_bytes)
+            await blocked.decoder.decode(blocked.png_bytes, COLOUR)
         assert int(caught.value.headers["Retry-After"]) == 11
         blocked.go.set()
         await asyncio.gather(*waiting)
-        await blocked.decoder.decode(blocked.png_bytes)
+        await blocked.decoder.decode(blocked.png_bytes, COLOUR)
 
     asyncio.run(crowd())
     blocked.decoder.close()
@@ -431,15 +431,15 @@ def test_the_bytes_that_wait_for_the_thread_are_bounded(monkeypatch: pytest.Monk
     monkeypatch.setattr(decoder, "_budget", ByteBudget(len(png_bytes)))
 
     async def one_too_many() -> None:
-        waiting = asyncio.ensure_future(decoder.decode(png_bytes))
+        waiting = asyncio.ensure_future(decoder.decode(png_bytes, COLOUR))
         await asyncio.sleep(0)
-        for more in (decoder.decode(b"x"), decoder.inputs(b"x", None), decoder.inputs(b"", b"x")):
+        for more in (decoder.decode(b"x", COLOUR), decoder.inputs(b"x", None, COLOUR), decoder.inputs(b"", b"x", COLOUR)):
             with pytest.raises(TooManyBytes):
                 await more
-        assert await decoder.inputs(None, b"x") is None, "no image: nothing waits"
+        assert await decoder.inputs(None, b"x", COLOUR) is None, "no image: nothing waits"
         blocked.go.set()
         await waiting
-        await decoder.decode(png_bytes)
+        await decoder.decode(png_bytes, COLOUR)
 
     asyncio.run(one_too_many())
     decoder.close()

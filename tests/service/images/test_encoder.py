@@ -243,10 +243,10 @@ def test_encoding_runs_off_the_event_loop_and_is_observed_by_kind() -> None:
         seen.append((kind, seconds, threading.current_thread().name))
 
     async def encode_all() -> list[bytes]:
-        encoder = Encoder(INFO, observe)
+        encoder = Encoder(observe)
         result = JobResult(read, 0.0, 0.0, 0.0)
         try:
-            return [await encoder.encode(media_type, spec, result.read) for media_type in MEDIA_TYPES]
+            return [await encoder.encode(media_type, spec, result.read, INFO) for media_type in MEDIA_TYPES]
         finally:
             encoder.close()
 
@@ -265,9 +265,9 @@ def test_an_image_that_is_not_finite_raises_and_is_not_encoded() -> None:
         raise NotFinite
 
     async def encode_one() -> bytes:
-        encoder = Encoder(INFO, lambda kind, seconds: seen.append(kind))
+        encoder = Encoder(lambda kind, seconds: seen.append(kind))
         try:
-            return await encoder.encode(PNG, make_spec(), read)
+            return await encoder.encode(PNG, make_spec(), read, INFO)
         finally:
             encoder.close()
 

@@ -233,7 +233,7 @@ def test_of_the_jobs_of_a_crash_the_one_that_crashes_it_again_fails_and_the_othe
 
         site.engine.on_remove = on_remove
 
-    wait_until(lambda: len(site.worker.statuses()) == 4)
+    wait_until(lambda: len(site.worker.jobs.statuses()) == 4)
     for _ in range(2):
         crash_with_poison(site)
         site.engine.gate.open()

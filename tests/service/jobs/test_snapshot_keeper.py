@@ -38,7 +38,7 @@ class Kept:
     """A store on a file with one job in it, and its keeper."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.metrics = file, Metrics(INFO)
+        self.file, self.metrics = file, Metrics()
         self.store = AsyncStore(SqliteStore(file))
         self.keeper = SnapshotKeeper(self.store, "build", self.metrics)
         asyncio.run(self.store.add(JobRecord("a", make_spec(), 1), None, None))

@@ -13,7 +13,11 @@ from tminus.service.jobs.standings import Standings
 from tminus.service.metrics import Metrics
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Batch, JobStatus, Outlook, Ticket
+from tminus.service.worker.accepted_jobs import AcceptedJobs
+from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.worker import Worker
 
 T = TypeVar("T")
@@ -25,10 +29,12 @@ class Bench:
     def __init__(self) -> None:
         self.engine, self.now_s, self.forecasts = FakeEngine(INFO), 0.0, 0
         sharing = Sharing.of(2)
-        admission = Admission(replace(LIMITS, max_batch=2), sharing)
-        admission.calibrate([(1, 1.0), (2, 1.0)])
+        admission = Admission(LIMITS)
+        admission.put(0, Speed(sharing, TickTimes(((1, 1.0), (2, 1.0))), LIMITS.max_rows))
         self.engine.on_step = self._tick_takes_a_second
-        self.worker = Worker(self.engine, Scheduler(sharing), admission, Metrics(INFO), clock=lambda: self.now_s)
+        self.worker = Worker(
+            [LoadedModel(0, self.engine, Scheduler(sharing))], admission, Metrics(), clock=lambda: self.now_s
+        )
         self.standings = Standings(self.worker)
         self.loop = asyncio.new_event_loop()
 
@@ -63,13 +69,13 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """One forecast has to do, unless the test says otherwise."""
     monkeypatch.setattr(standings_module, "FORECAST_S", 1e9)
     made = Bench()
-    forecast = Worker.statuses
+    forecast = AcceptedJobs.statuses
 
-    def counted(worker: Worker) -> list[JobStatus]:
+    def counted(jobs: AcceptedJobs) -> list[JobStatus]:
         made.forecasts += 1
-        return forecast(worker)
+        return forecast(jobs)
 
-    monkeypatch.setattr(Worker, "statuses", counted)
+    monkeypatch.setattr(AcceptedJobs, "statuses", counted)
     made.start()
     yield made
     made.engine.gate.open()

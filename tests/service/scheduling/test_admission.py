@@ -9,6 +9,8 @@ from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Policy, Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Outlook, Work
 
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=256, max_jobs=16, max_backlog_s=1e9, max_body_bytes=4096)
@@ -16,10 +18,17 @@ RATE = ((8, 1 / 8),)  # 64 full places a second; exact in binary, so that no tes
 SECONDS_PER_PLACE = 1 / 64
 
 
-def make_admission(points: Sequence[tuple[int, float]] = RATE, policy: Policy = "srpt", **limits: float) -> Admission:
+def make_admission(
+    points: Sequence[tuple[int, float]] = RATE,
+    policy: Policy = "srpt",
+    decode_s: float = 0.0,
+    encode_s: float = 0.0,
+    **limits: float,
+) -> Admission:
     held = replace(LIMITS, **limits)  # type: ignore[arg-type]
-    admission = Admission(held, Sharing.of(held.max_batch, policy=policy, short_batch=4))
-    admission.calibrate(points)
+    admission = Admission(held)
+    sharing = Sharing.of(held.max_batch, policy=policy, short_batch=4)
+    admission.put(0, Speed(sharing, TickTimes(tuple(points)), held.max_rows, decode_s, encode_s))
     return admission
 
 
@@ -48,7 +57,7 @@ def test_the_backlog_is_the_accepted_work_at_the_rate_of_full_ticks() -> None:
     admission.enter("b", plain(3, 8), now_s=0.0)
     assert admission.backlog_s == (80 + 24) * SECONDS_PER_PLACE
     assert (admission.rows, len(admission.outlooks(0.0))) == (7, 2)
-    admission.stepped({"a": 6, "b": 2}, 8, 1 / 8)
+    admission.stepped(0, {"a": 6, "b": 2}, 8, 1 / 8)
     assert admission.backlog_s == 96 * SECONDS_PER_PLACE
 
 
@@ -62,7 +71,7 @@ def test_a_job_that_leaves_takes_all_it_had_left_with_it() -> None:
     admission = make_admission()
     admission.enter("a", plain(4, 10), now_s=0.0)
     admission.enter("b", plain(1, 10), now_s=0.0)
-    admission.stepped({"a": 4}, 4, 1 / 8)
+    admission.stepped(0, {"a": 4}, 4, 1 / 8)
     admission.leave("a")
     assert (admission.backlog_s, admission.rows, len(admission.outlooks(0.0))) == (10 * SECONDS_PER_PLACE, 1, 1)
     admission.leave("b")
@@ -73,9 +82,9 @@ def test_unknown_jobs_that_step_or_leave_change_nothing() -> None:
     admission = make_admission()
     admission.enter("a", plain(1, 2), now_s=0.0)
     admission.leave("nobody")
-    admission.stepped({"nobody": 5, "a": 1}, 6, 1 / 8)
+    admission.stepped(0, {"nobody": 5, "a": 1}, 6, 1 / 8)
     assert admission.backlog_s == SECONDS_PER_PLACE
-    admission.stepped({"a": 5}, 5, 1 / 8)
+    admission.stepped(0, {"a": 5}, 5, 1 / 8)
     assert admission.backlog_s == 0, "no job has less than nothing left"
 
 
@@ -92,10 +101,10 @@ def test_the_rate_follows_the_ticks_slowly() -> None:
     admission = make_admission()
     admission.enter("a", plain(64, 1000), now_s=0.0)
     before_s = admission.backlog_s
-    admission.stepped({}, 8, 2 / 8)
+    admission.stepped(0, {}, 8, 2 / 8)
     assert 1.0 < admission.backlog_s / before_s < 1.05
     for _ in range(500):
-        admission.stepped({}, 3, 2 / 8)
+        admission.stepped(0, {}, 3, 2 / 8)
     assert admission.backlog_s / before_s == pytest.approx(2.0, rel=1e-2)
 
 
@@ -108,7 +117,7 @@ def test_threads_may_enter_step_and_leave_at_once() -> None:
             name = f"{thread}-{i}"
             admission.enter(name, plain(2, 5), now_s=0.0)
             for _ in range(3):
-                admission.stepped({name: 3}, 3, 1 / 8)
+                admission.stepped(0, {name: 3}, 3, 1 / 8)
             assert name in admission.outlooks(0.0)
             admission.leave(name)
         done.append(thread)
@@ -131,7 +140,7 @@ def test_one_thread_may_admit_jobs_while_another_steps_and_removes_them() -> Non
         at = 0
         while not all_in.is_set() or at < len(entered):
             if at < len(entered):
-                admission.stepped({entered[at]: 7}, 7, 1 / 8)
+                admission.stepped(0, {entered[at]: 7}, 7, 1 / 8)
                 admission.leave(entered[at])
                 at += 1
 
@@ -154,7 +163,7 @@ def test_an_accepted_job_is_told_its_position_and_when_it_will_end() -> None:
     assert admission.enter("b", plain(8, 80), now_s=0.0).position == 1
     assert admission.outlooks(0.0) == {"a": Outlook(0, 5.0), "b": Outlook(1, pytest.approx(15.0))}
     for _ in range(8):
-        admission.stepped({"a": 8}, 8, 1 / 8)
+        admission.stepped(0, {"a": 8}, 8, 1 / 8)
     assert admission.outlooks(0.0)["a"].eta_s == pytest.approx(4.0)
 
 
@@ -221,7 +230,7 @@ def test_more_rows_than_the_server_can_hold_are_a_bad_request() -> None:
 
 
 def test_before_calibration_nothing_is_refused_for_time_and_every_wait_is_a_second() -> None:
-    admission = Admission(replace(LIMITS, max_backlog_s=0.001, max_jobs=3), Sharing.of(8))
+    admission = make_admission((), max_backlog_s=0.001, max_jobs=3)
     for i in range(3):
         assert admission.enter(f"job{i}", plain(64, 1000), now_s=0.0, deadline_s=1.0).eta_s == 0
     assert admission.backlog_s == 0
@@ -268,12 +277,11 @@ def test_an_infinite_deadline_is_accepted() -> None:
 
 
 def test_decoding_counts_as_work_and_as_time() -> None:
-    admission = make_admission()
-    admission.calibrate(RATE, 0.5, 0.25)
+    admission = make_admission(decode_s=0.5, encode_s=0.25)
     outlook = admission.enter("a", plain(4, 10), now_s=0.0)
     assert admission.backlog_s == 40 * SECONDS_PER_PLACE + 2.0
     assert outlook.eta_s == make_admission().enter("a", plain(4, 10), now_s=0.0).eta_s + 2.0
-    admission.stepped({"a": 40}, 8, 1 / 8)
+    admission.stepped(0, {"a": 40}, 8, 1 / 8)
     assert admission.outlooks(1.0)["a"].eta_s == 2.0, "its images are still to be decoded"
     admission.decoded("a")
     admission.decoded("nobody")
@@ -284,8 +292,7 @@ def test_decoding_counts_as_work_and_as_time() -> None:
 
 
 def test_a_picture_to_begin_with_is_encoded_and_a_job_that_comes_back_has_done_that() -> None:
-    admission = make_admission()
-    admission.calibrate(RATE, 0.5, 0.25)
+    admission = make_admission(decode_s=0.5, encode_s=0.25)
     admission.enter("a", plain(2, 10), now_s=0.0, has_picture=True)
     assert admission.backlog_s == 20 * SECONDS_PER_PLACE + 1.25
     admission.readmit("b", plain(2, 10), places_left=6)
@@ -295,8 +302,7 @@ def test_a_picture_to_begin_with_is_encoded_and_a_job_that_comes_back_has_done_t
 def test_decoding_may_be_what_makes_a_job_too_much() -> None:
     limits = {"max_backlog_s": 50 * SECONDS_PER_PLACE}
     for decode_s, fits in ((0.0, True), (2 * SECONDS_PER_PLACE, False)):
-        admission = make_admission(**limits)
-        admission.calibrate(RATE, decode_s)
+        admission = make_admission(decode_s=decode_s, **limits)
         admission.enter("a", plain(4, 5), now_s=0.0)
         if fits:
             admission.enter("b", plain(5, 5), now_s=0.0)
@@ -305,8 +311,7 @@ def test_decoding_may_be_what_makes_a_job_too_much() -> None:
 
 
 def test_a_deadline_too_short_for_decoding_is_refused() -> None:
-    admission = make_admission()
-    admission.calibrate(RATE, 0.5)
+    admission = make_admission(decode_s=0.5)
     with pytest.raises(InvalidField, match="deadline_s"):
         admission.enter("a", plain(4, 10), now_s=0.0, deadline_s=2.5)
     admission.enter("a", plain(4, 10), now_s=0.0, deadline_s=5.0)

@@ -8,37 +8,37 @@ from bench.simulate import LIMITS, mixed, serve
 from tminus.service.scheduling.arrivals import WINDOW_S, WINDOWS, Arrivals
 
 
-def come(arrivals: Arrivals, places: float, windows: int) -> None:
+def come(arrivals: Arrivals, work_s: float, windows: int) -> None:
     """One job a second."""
     for second in range(int(windows * WINDOW_S)):
-        arrivals.add(places, float(second))
+        arrivals.add(work_s, float(second))
 
 
 def test_shorter_work_that_takes_half_of_the_machine_doubles_the_time() -> None:
     arrivals = Arrivals()
-    come(arrivals, 50, WINDOWS)
+    come(arrivals, 0.5, WINDOWS)
     now_s = WINDOWS * WINDOW_S
-    assert arrivals.stretch(51, now_s, 0.01, 0.1) == pytest.approx(2.0)
-    assert arrivals.stretch(50, now_s, 0.01, 0.1) == 1.0, "what is as long comes after"
+    assert arrivals.stretch(0.51, now_s, 0.1) == pytest.approx(2.0)
+    assert arrivals.stretch(0.5, now_s, 0.1) == 1.0, "what is as long comes after"
 
 
 def test_a_job_has_its_share_in_any_case() -> None:
     arrivals = Arrivals()
-    come(arrivals, 1000, WINDOWS)
-    assert arrivals.stretch(2000, WINDOWS * WINDOW_S, 0.01, 0.25) == 4.0
+    come(arrivals, 10, WINDOWS)
+    assert arrivals.stretch(20, WINDOWS * WINDOW_S, 0.25) == 4.0
 
 
 def test_a_burst_is_not_taken_to_go_on() -> None:
     arrivals = Arrivals()
     for _ in range(1000):
-        arrivals.add(50, 25.0)
-    assert arrivals.stretch(100, 35.0, 0.01, 0.1) == 1.0
+        arrivals.add(0.5, 25.0)
+    assert arrivals.stretch(1, 35.0, 0.1) == 1.0
 
 
 def test_what_came_long_ago_is_forgotten() -> None:
     arrivals = Arrivals()
-    come(arrivals, 50, WINDOWS)
-    assert arrivals.stretch(100, 2 * WINDOWS * WINDOW_S, 0.01, 0.1) == 1.0
+    come(arrivals, 0.5, WINDOWS)
+    assert arrivals.stretch(1, 2 * WINDOWS * WINDOW_S, 0.1) == 1.0
 
 
 @pytest.mark.slow

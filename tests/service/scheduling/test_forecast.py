@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tminus.service.scheduling.forecast import Fluid, Pending, forecast
+from tminus.service.scheduling import forecast as forecasts
+from tminus.service.scheduling.fluid import Fluid, Pending
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Outlook, Work
 
@@ -28,6 +30,13 @@ def guided(rows: int, steps: int) -> Work:
 
 def pendings(*works: Work) -> list[Pending]:
     return [Pending(f"job{i}", work, work.places) for i, work in enumerate(works)]
+
+
+def forecast(
+    jobs: list[Pending], sharing: Sharing, times: TickTimes, until: str | None = None
+) -> dict[str, Outlook]:
+    """Of one model."""
+    return forecasts.forecast(jobs, {0: Speed(sharing, times, 1000)}, until)
 
 
 def srpt(*works: Work, sharing: Sharing = SRPT) -> dict[str, Outlook]:
@@ -135,18 +144,6 @@ def test_the_forecast_follows_the_scheduler_through_short_ticks(jobs: list[tuple
         assert outlooks[job_id].eta_s == pytest.approx(end_s, rel=0.05, abs=2 * times.seconds(16)), job_id
 
 
-def test_the_model_stops_at_a_time_and_at_places_left() -> None:
-    fluid = Fluid(pendings(plain(8, 10)), SRPT, SAME)
-    assert fluid.step(until_s=2.5) == []
-    assert (fluid.now_s, fluid.places_left, fluid.tick_end_s) == (2.5, 60.0, 3.0)
-    assert fluid.step(until_places=20) == []
-    assert (fluid.now_s, fluid.places_left) == (7.5, 20.0)
-    assert fluid.step() == ["job0"]
-    assert (fluid.jobs, fluid.rows, fluid.places_left, fluid.now_s) == (0, 0, 0, 10.0)
-    assert fluid.step(until_s=25.0) == []
-    assert fluid.now_s == 25.0
-
-
 # --- for every load: against the scheduler itself, tick by tick ---
 
 
@@ -240,9 +237,9 @@ def test_the_cost_of_a_forecast_grows_no_faster_than_the_number_of_jobs(monkeypa
     counts = []
     step = Fluid.step
 
-    def counted(self: Fluid, until_s: float = math.inf, until_places: float = -math.inf) -> list[str]:
+    def counted(self: Fluid, until_s: float = math.inf) -> list[str]:
         counts[-1] += 1
-        return step(self, until_s, until_places)
+        return step(self, until_s)
 
     monkeypatch.setattr(Fluid, "step", counted)
     for jobs in (100, 1000):

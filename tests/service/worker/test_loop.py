@@ -15,8 +15,11 @@ from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, work_of
+from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.loop import SUSPENDED, Loop
 from tminus.service.worker.recording import Recording
 from tminus.service.worker.running_job import RunningJob
@@ -28,22 +31,28 @@ class Bench:
     def __init__(self, info: ModelInfo = INFO, limits: Limits = LIMITS) -> None:
         self.engine, self.keeper = FakeEngine(info), FakeKeeper()
         sharing = Sharing.of(limits.max_batch)
-        self.admission, self.metrics = Admission(limits, sharing), Metrics(info)
+        self.limits, self.admission, self.metrics = limits, Admission(limits), Metrics()
+        self.measured([])
         self.now_s = 0.0
         self.accepted: list[str] = []
         self.ended: list[str] = []
         self.engine.on_step = self.tick_takes_a_second
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what the worker would do next
         self.loop = Loop(
-            self.engine,
-            Scheduler(sharing),
-            self.admission,
-            self.metrics,
-            keeper=self.keeper,
-            clock=lambda: self.now_s,
-            on_end=self.ended.append,
-            post=self.posted.put,
+            self.admission, self.metrics, clock=lambda: self.now_s, on_end=self.ended.append, post=self.posted.put
         )
+        self.model = LoadedModel(0, self.engine, Scheduler(sharing), self.keeper)
+        self.loop.models.put(self.model)
+        self.now_s = 0.0
+        self.engine.batches.clear()
+        self.engine.inputs.clear()
+        while not self.engine.begun.empty():
+            self.engine.begun.get()
+
+    def measured(self, points: Sequence[tuple[int, float]], decode_s: float = 0.0) -> None:
+        """Tell admission how long ticks take. Without points it refuses nothing for its time."""
+        sharing = Sharing.of(self.limits.max_batch)
+        self.admission.put(0, Speed(sharing, TickTimes(tuple(points)), self.limits.max_rows, decode_s))
 
     def tick_takes_a_second(self, _batch: Batch) -> None:
         self.now_s += 1
@@ -53,7 +62,7 @@ class Bench:
         work = work_of(spec, self.engine.info)
         self.admission.enter(name, work, now_s=self.now_s)
         self.accepted.append(name)
-        return RunningJob(name, spec, work, self.now_s, deadline_s, **kwargs)  # type: ignore[arg-type]
+        return RunningJob(name, self.model, spec, work, self.now_s, deadline_s, **kwargs)  # type: ignore[arg-type]
 
     def accept_spec(
         self, name: str, spec: SampleSpec, deadline_s: float | None = None, **kwargs: object
@@ -79,6 +88,8 @@ class Bench:
             self.tick()
 
     def metric(self, name: str, **labels: str) -> float:
+        if name.startswith(("row_steps_total", "images_total", "batch_rows", "step_duration")):
+            labels["model"] = INFO.name
         value = self.metrics.registry.get_sample_value(f"tminus_{name}", labels)
         return 0.0 if value is None else value
 
@@ -112,29 +123,6 @@ def failure(future: "Future[JobResult]") -> BaseException:
 
 def images(future: "Future[JobResult]") -> Images:
     return future.result(timeout=0).read()
-
-
-# --- the warm-up ---
-
-
-@pytest.mark.parametrize(
-    ("info", "labels"),
-    [
-        (INFO, (0,)),
-        (replace(INFO, num_timesteps=1), (0,)),
-        (replace(INFO, conditional=False, class_names=(), null_class=None), None),
-    ],
-)
-def test_the_warm_up_runs_a_tick_and_frees_its_slot(
-    make_bench: MakeBench, info: ModelInfo, labels: tuple[int, ...] | None
-) -> None:
-    bench = make_bench(info=info)
-    added: list[SampleSpec] = []
-    bench.engine.on_add = added.append
-    bench.loop.warm_up()
-    assert [(batch.places, batch.steps) for batch in bench.engine.batches] == [(1, (0,))]
-    assert [(spec.n, spec.class_labels, spec.sampler) for spec in added] == [(1, labels, "ddpm")]
-    assert bench.engine.jobs == {}
 
 
 # --- work ---
@@ -335,10 +323,10 @@ def test_images_that_cannot_be_read_fail_their_own_job_only(make_bench: MakeBenc
 def test_an_error_in_what_is_asked_of_the_engine_is_told_by_its_type(make_bench: MakeBench) -> None:
     bench = make_bench()
     good: Future[int] = Future()
-    bench.loop.run(lambda engine: engine.info.height_px, good)
+    bench.loop.run(lambda: bench.engine.info.height_px, good)
     assert good.result(timeout=0) == INFO.height_px
     bad: Future[float] = Future()
-    bench.loop.run(lambda engine: 1 / 0, bad)
+    bench.loop.run(lambda: 1 / 0, bad)
     error = bad.exception(timeout=0)
     assert isinstance(error, EngineFailed)
     assert error.detail == "the engine could not do it: ZeroDivisionError"
@@ -488,7 +476,7 @@ def test_ticks_jobs_and_images_are_counted(make_bench: MakeBench) -> None:
 
 def test_the_backlog_shrinks_with_each_tick(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2))
-    bench.admission.calibrate([(1, 1.0), (2, 1.0)])
+    bench.measured([(1, 1.0), (2, 1.0)])
     future = bench.accept("a", n=2, steps=3)
     seen = []
     for _ in range(3):
@@ -805,7 +793,7 @@ def test_a_durable_job_that_is_being_decoded_is_suspended_like_any_other(make_be
 
 def test_images_that_are_decoded_leave_the_ledger_one_by_one(make_bench: MakeBench) -> None:
     bench = make_bench(info=LATENT)
-    bench.admission.calibrate([(1, 1.0), (8, 1.0)], 0.5)
+    bench.measured([(1, 1.0), (8, 1.0)], 0.5)
     future = bench.accept("a", n=3, steps=1)
     bench.tick()
     assert bench.admission.backlog_s == 1.5

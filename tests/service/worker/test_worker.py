@@ -25,8 +25,11 @@ from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 from tminus.service.preview import Pace, Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.spec import SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, JobStatus, Outlook, Ticket, Work
+from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.worker import STALL_S, Worker
 
 
@@ -36,12 +39,13 @@ class Bench:
     def __init__(self, info: ModelInfo = INFO, limits: Limits = LIMITS, keeper: FakeKeeper | None = None) -> None:
         self.engine, self.limits = FakeEngine(info), limits
         sharing = Sharing.of(limits.max_batch)
-        self.admission, self.metrics = Admission(limits, sharing), Metrics(info)
+        self.admission, self.metrics = Admission(limits), Metrics()
+        self.measured([])
         self.now_s = 0.0
         self.on_clock: Callable[[], None] = lambda: None
         self.engine.on_step = self.tick_takes_a_second
-        scheduler = Scheduler(sharing)
-        self.worker = Worker(self.engine, scheduler, self.admission, self.metrics, keeper=keeper, clock=self.clock)
+        self.model = LoadedModel(0, self.engine, Scheduler(sharing), keeper)
+        self.worker = Worker([self.model], self.admission, self.metrics, clock=self.clock)
 
     def clock(self) -> float:
         self.on_clock()
@@ -66,14 +70,20 @@ class Bench:
     def submit(self, name: str, *, deadline_s: float | None = None, **fields: object) -> "Future[JobResult]":
         return self.ticket(name, deadline_s=deadline_s, **fields).future
 
+    def measured(self, points: Sequence[tuple[int, float]]) -> None:
+        """Tell admission how long ticks take. Without points it refuses nothing for its time."""
+        sharing = Sharing.of(self.limits.max_batch)
+        self.admission.put(0, Speed(sharing, TickTimes(tuple(points)), self.limits.max_rows))
+
     def a_tick_is_known_to_take_a_second(self) -> None:
-        """Tell admission, which would refuse nothing for its time otherwise."""
-        self.admission.calibrate([(1, 1.0), (self.limits.max_batch, 1.0)])
+        self.measured([(1, 1.0), (self.limits.max_batch, 1.0)])
 
     def status(self) -> dict[str, JobStatus]:
-        return {status.id: status for status in self.worker.statuses()}
+        return {status.id: status for status in self.worker.jobs.statuses()}
 
     def metric(self, name: str, **labels: str) -> float:
+        if name.startswith(("row_steps_total", "images_total", "batch_rows", "step_duration")):
+            labels["model"] = INFO.name
         value = self.metrics.registry.get_sample_value(f"tminus_{name}", labels)
         return 0.0 if value is None else value
 
@@ -82,7 +92,7 @@ class Bench:
         if self.worker.crashed:
             return  # everybody was answered; engine and ledger are given up as they are
         assert self.engine.jobs == {}
-        assert self.worker.statuses() == []
+        assert self.worker.jobs.statuses() == []
         assert (self.admission.backlog_s, self.admission.rows, len(self.admission.outlooks(0.0))) == (0, 0, 0)
         one = Work(1, 1, range(0))
         for i in range(self.limits.max_jobs):
@@ -315,7 +325,7 @@ def test_jobs_still_in_the_queue_when_the_worker_dies_are_answered(make_bench: M
     bench.worker.join()
     assert isinstance(failure(queued[0]), EngineFailed)
     assert isinstance(failure(queued[2]), EngineFailed)
-    assert bench.worker.statuses() == []
+    assert bench.worker.jobs.statuses() == []
 
 
 # --- what others ask of the engine ---
@@ -386,14 +396,14 @@ def test_a_deadline_that_load_forbids_is_refused_at_once_and_holds_nothing(make_
 def test_statuses_say_of_each_job_whether_it_waits_or_runs_and_how_far_it_is(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
     bench.a_tick_is_known_to_take_a_second()
-    assert bench.worker.statuses() == []
+    assert bench.worker.jobs.statuses() == []
     first = bench.ticket("first", seed=7, n=2, steps=4, sampler="ddim")
     bench.engine.next_begun()
     second = bench.ticket("second", seed=8, n=2, steps=10)
     assert first.outlook == Outlook(0, 4.0)
     assert second.outlook == Outlook(1, 14.0)
-    assert [status.id for status in bench.worker.statuses()] == ["first", "second"]
-    assert {status.state for status in bench.worker.statuses()} == {"waiting"}, "no step is over"
+    assert [status.id for status in bench.worker.jobs.statuses()] == ["first", "second"]
+    assert {status.state for status in bench.worker.jobs.statuses()} == {"waiting"}, "no step is over"
     bench.engine.gate.let()
     bench.engine.next_begun()
     status = bench.status()
@@ -413,13 +423,13 @@ def test_statuses_say_of_each_job_whether_it_waits_or_runs_and_how_far_it_is(mak
     assert status["second"].eta_s == 9.0
     bench.engine.gate.open()
     images(second.future)
-    assert bench.worker.statuses() == []
+    assert bench.worker.jobs.statuses() == []
 
 
 def test_the_status_of_one_job_is_that_in_the_list_until_it_ends(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
     bench.a_tick_is_known_to_take_a_second()
-    assert bench.worker.quick_status("first", {}) is None
+    assert bench.worker.jobs.quick_status("first", {}) is None
     first = bench.submit("first", seed=7, n=2, steps=4)
     second = bench.submit("second", seed=8, n=2, steps=10)
     bench.engine.next_begun()
@@ -427,37 +437,37 @@ def test_the_status_of_one_job_is_that_in_the_list_until_it_ends(make_bench: Mak
     bench.engine.next_begun()
     statuses = bench.status()
     assert statuses.keys() == {"first", "second"}
-    assert {name: bench.worker.quick_status(name, statuses) for name in statuses} == statuses
-    assert bench.worker.quick_status("third", statuses) is None
+    assert {name: bench.worker.jobs.quick_status(name, statuses) for name in statuses} == statuses
+    assert bench.worker.jobs.quick_status("third", statuses) is None
     bench.worker.cancel("second", "deleted")
     bench.engine.gate.let()
     assert isinstance(failure(second), JobCancelled)
-    assert bench.worker.quick_status("second", statuses) is None
-    assert bench.worker.quick_status("first", statuses) is not None
+    assert bench.worker.jobs.quick_status("second", statuses) is None
+    assert bench.worker.jobs.quick_status("first", statuses) is not None
     bench.engine.gate.open()
     images(first)
-    assert bench.worker.quick_status("first", statuses) is None
+    assert bench.worker.jobs.quick_status("first", statuses) is None
 
 
 def test_a_quick_status_has_the_facts_of_now_and_the_forecast(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2)).start(shut=True)
     bench.a_tick_is_known_to_take_a_second()
-    assert bench.worker.quick_status("first", {}) is None
+    assert bench.worker.jobs.quick_status("first", {}) is None
     first = bench.submit("first", n=2, steps=4)
     bench.engine.next_begun()
     second = bench.submit("second", n=2, steps=10)
     forecast = {"second": replace(bench.status()["second"], position=7, eta_s=70.0)}
-    assert bench.worker.quick_statuses({}) == bench.worker.statuses()
+    assert bench.worker.jobs.quick_statuses({}) == bench.worker.jobs.statuses()
     bench.engine.gate.let()
     bench.engine.next_begun()
-    one, two = bench.worker.quick_statuses(forecast)
+    one, two = bench.worker.jobs.quick_statuses(forecast)
     assert one == bench.status()["first"], "the forecast when it was accepted, counted down"
     assert two == replace(bench.status()["second"], position=7, eta_s=69.0), "what the forecast says, counted down"
-    assert [bench.worker.quick_status(name, forecast) for name in ("first", "second")] == [one, two]
+    assert [bench.worker.jobs.quick_status(name, forecast) for name in ("first", "second")] == [one, two]
     bench.engine.gate.open()
     images(first)
     images(second)
-    assert bench.worker.quick_statuses(forecast) == []
+    assert bench.worker.jobs.quick_statuses(forecast) == []
 
 
 def test_statuses_may_be_asked_from_any_thread_at_any_time(make_bench: MakeBench) -> None:
@@ -467,7 +477,7 @@ def test_statuses_may_be_asked_from_any_thread_at_any_time(make_bench: MakeBench
     def ask() -> None:
         while not stop.is_set():
             try:
-                for status in bench.worker.statuses():
+                for status in bench.worker.jobs.statuses():
                     assert 0 <= status.step <= status.spec.steps
                     assert status.position >= 0
                     assert status.age_s >= 0
@@ -759,7 +769,7 @@ def test_a_step_that_hangs_makes_the_server_not_ready_and_is_told_to_newcomers(m
 
 def test_a_tick_is_given_twenty_times_what_it_should_take(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
-    bench.admission.calibrate([(1, 10.0), (bench.limits.max_batch, 10.0)])
+    bench.measured([(1, 10.0), (bench.limits.max_batch, 10.0)])
     running = bench.submit("running", steps=1)
     bench.engine.next_begun()
     bench.now_s += 199

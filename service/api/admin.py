@@ -1,0 +1,131 @@
+"""GET /models, and load, reload and unload: which models are served, and how that is changed while the server runs."""
+
+import hmac
+from collections.abc import Awaitable, Mapping
+from typing import Protocol
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field
+
+from tminus.service.api.answers import ModelAnswer
+from tminus.service.api.models import Models
+from tminus.service.api.openapi import failures
+from tminus.service.api.request import no_parameters
+from tminus.service.api.services import Services
+from tminus.service.errors import AdminOff, Unauthorized
+
+BARE = [Depends(no_parameters)]
+
+
+class Changes(Protocol):
+    """What can be done with models while the server runs. Raises ModelBusy, ModelNotFound, CheckpointRefused, …"""
+
+    @property
+    def unloaded(self) -> Mapping[str, str]:
+        """The models that can be loaded and are not, and what is going on with each."""
+
+    def load(self, name: str) -> Awaitable[Services]:
+        """Serve a model that is not loaded."""
+
+    def reload(self, name: str) -> Awaitable[Services]:
+        """Read the folder of a model again, and serve what is there now."""
+
+    def unload(self, name: str) -> Awaitable[None]:
+        """Serve a model no more, and free its memory when its jobs have ended."""
+
+
+class ModelSummary(BaseModel):
+    """One model, in the list of all."""
+
+    name: str
+    default: bool = Field(description="whether requests that name no model are of this one")
+    state: str = Field(json_schema_extra={"enum": ["loaded", "loading", "unloaded"]})
+    url: str | None = Field(description="where its page and its whole API are; null where it is not loaded")
+    model: ModelAnswer | None = Field(description="as GET /model tells of it; null where it is not loaded")
+
+
+class ModelList(BaseModel):
+    """All models of this server."""
+
+    models: list[ModelSummary]
+
+
+class Admin:
+    """Checks the admin key, in the same time whatever is wrong with the one that came."""
+
+    def __init__(self, key: str | None) -> None:
+        """key: None refuses all."""
+        self._key = key
+
+    def check(self, request: Request) -> None:
+        """Raise AdminOff or Unauthorized."""
+        if self._key is None:
+            raise AdminOff
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode(), self._key.encode())
+        if scheme.lower() != "bearer" or not same:
+            raise Unauthorized
+
+
+def admin_routes(models: Models, changes: Changes, admin: Admin) -> APIRouter:
+    """Make the routes."""
+    router = APIRouter(prefix="/models", tags=["models"])
+    refusals = failures(401, 403, 404, 409, 422, 500, 503)
+
+    def summary(request: Request, services: Services) -> ModelSummary:
+        name = services.model.name
+        url = f"{request.scope.get('root_path', '')}/models/{name}/"
+        answer = ModelAnswer.of(services.model, services.limits)
+        return ModelSummary(name=name, default=services is models.default, state="loaded", url=url, model=answer)
+
+    @router.get("", summary="The models that there are", dependencies=BARE, responses=failures(422))
+    async def get_models(request: Request) -> ModelList:
+        loaded = [summary(request, services) for services in models]
+        others = [
+            ModelSummary(name=name, default=False, state=state, url=None, model=None)
+            for name, state in changes.unloaded.items()
+        ]
+        return ModelList(models=loaded + others)
+
+    @router.get(
+        "/{model}",
+        summary="One model, as GET /model tells of the default one",
+        dependencies=BARE,
+        responses=failures(404, 422),
+    )
+    async def get_one(model: str) -> ModelAnswer:
+        services = models.named(model)
+        return ModelAnswer.of(services.model, services.limits)
+
+    @router.post(
+        "/{model}/load",
+        summary="Load a model; answered when it is served",
+        dependencies=BARE,
+        responses=refusals,
+    )
+    async def load(request: Request, model: str) -> ModelSummary:
+        admin.check(request)
+        return summary(request, await changes.load(model))
+
+    @router.post(
+        "/{model}/reload",
+        summary="Read a model's folder again; answered when the new one is served",
+        dependencies=BARE,
+        responses=refusals,
+    )
+    async def reload(request: Request, model: str) -> ModelSummary:
+        admin.check(request)
+        return summary(request, await changes.reload(model))
+
+    @router.post(
+        "/{model}/unload",
+        summary="Unload a model; jobs that it has are finished first",
+        status_code=204,
+        dependencies=BARE,
+        responses=refusals,
+    )
+    async def unload(request: Request, model: str) -> None:
+        admin.check(request)
+        await changes.unload(model)
+
+    return router

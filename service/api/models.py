@@ -1,0 +1,86 @@
+"""Which models are served, by name. A request without a name is of the default one."""
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+from fastapi import Request, Response
+from starlette.requests import HTTPConnection
+
+from tminus.service.api.services import Services
+from tminus.service.errors import ModelNotFound
+
+Handler = Callable[[Services, Request], Awaitable[Response]]
+
+
+class Models:
+    """Owns the names, and who uses which model now. In the event loop's thread only."""
+
+    def __init__(self) -> None:
+        self._served: dict[str, Services] = {}  # by name; the first is the default
+        # By number, also those that were replaced or unloaded, for as long as their jobs are kept.
+        self._by_number: dict[int, Services] = {}
+        self._users: Counter[int] = Counter()
+
+    @property
+    def default(self) -> Services:
+        """The model of a request that names none."""
+        return next(iter(self._served.values()))
+
+    def __iter__(self) -> Iterator[Services]:
+        return iter(self._served.values())
+
+    def named(self, name: str) -> Services:
+        """A model. Raises ModelNotFound."""
+        if (services := self._served.get(name)) is None:
+            raise ModelNotFound.of(name, self._served)
+        return services
+
+    def numbered(self, number: int) -> Services:
+        """A model that is loaded, or of which there still are jobs."""
+        return self._by_number[number]
+
+    def of(self, request: HTTPConnection) -> Services:
+        """The model that a request is for. Raises ModelNotFound."""
+        name = request.path_params.get("model")
+        return self.default if name is None else self.named(name)
+
+    @contextmanager
+    def used(self, request: HTTPConnection) -> Iterator[Services]:
+        """The model that a request is for; it is not unloaded meanwhile. Raises ModelNotFound."""
+        services = self.of(request)
+        self._users[services.number] += 1
+        try:
+            yield services
+        finally:
+            self._users[services.number] -= 1
+
+    def handler(self, handle: Handler) -> Callable[[Request], Awaitable[Response]]:
+        """Make a handler of a route from one that takes the services too."""
+
+        async def with_services(request: Request) -> Response:
+            with self.used(request) as services:
+                return await handle(services, request)
+
+        with_services.__name__ = handle.__name__
+        return with_services
+
+    # --- when models change ---
+
+    def put(self, services: Services) -> None:
+        """Serve a model, in place of another of its name."""
+        self._served[services.model.name] = services
+        self._by_number[services.number] = services
+
+    def remove(self, name: str) -> None:
+        """Serve a model no more. It must not be the default one."""
+        assert self._served[name] is not self.default
+        del self._served[name]
+
+    def is_used(self, number: int) -> bool:
+        """Whether a request of a model is being answered."""
+        return self._users[number] > 0
+
+    def forget(self, number: int) -> None:
+        """Forget a model that is not served and has no jobs any more."""
+        del self._by_number[number], self._users[number]

@@ -1,0 +1,31 @@
+"""The models that may be loaded while the server runs, by name. No request names a path."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a model: it stands in addresses, and names a folder
+UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def name_of(text: str) -> str:
+    """Make a name that may stand in addresses of what a checkpoint calls itself."""
+    return UNNAMEABLE.sub("-", text).strip("-._")[:64] or "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """Where they are."""
+
+    named: Mapping[str, Path] = field(default_factory=dict)
+    folder: Path | None = None  # each of its folders is a model of that name
+
+    def folders(self) -> dict[str, Path]:
+        """The folder of each model, as they are now."""
+        found = dict(self.named)
+        if self.folder is not None and self.folder.is_dir():
+            for path in sorted(self.folder.iterdir()):
+                if NAME.fullmatch(path.name) and path.is_dir():
+                    found.setdefault(path.name, path)
+        return found

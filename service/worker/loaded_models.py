@@ -1,0 +1,74 @@
+"""The models that the worker's thread steps, each with its engine and its scheduler, and whose tick is next."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tminus.service.engine.protocol import RowEngine
+from tminus.service.model_info import ModelInfo
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.scheduling.turns import Turns
+from tminus.service.spec import trial_spec
+from tminus.service.work import Batch
+from tminus.service.worker.snapshot_pace import Keeper
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """One model. Its number names it in this process, and is never given again."""
+
+    number: int
+    engine: RowEngine
+    scheduler: Scheduler
+    keeper: Keeper | None = None  # takes the snapshots of its durable jobs
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is loaded."""
+        return self.engine.info
+
+
+class LoadedModels:
+    """Owns which models there are. Only the worker's thread may call."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._models: dict[int, LoadedModel] = {}
+        self._turns = Turns()
+
+    def __iter__(self) -> Iterator[LoadedModel]:
+        return iter(self._models.values())
+
+    @property
+    def has_ticks(self) -> bool:
+        """Whether there is a next tick."""
+        return self._turns.has_work
+
+    def put(self, model: LoadedModel) -> None:
+        """Take on a model, after one job of one step, so that its first request finds warm code."""
+        engine = model.engine
+        rows = engine.add(trial_spec(model.info, n=1, steps=1))
+        started_s = self._clock()
+        engine.step(Batch(rows, (0,), ()))
+        engine.wait()
+        engine.images(rows)
+        engine.remove(rows)
+        log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - started_s))
+        self._models[model.number] = model
+        self._turns.put(model.number, model.scheduler)
+
+    def next(self) -> LoadedModel | None:
+        """The model of the next tick."""
+        number = self._turns.next()
+        return None if number is None else self._models[number]
+
+    def stepped(self, model: LoadedModel, seconds: float) -> None:
+        """Note how long the tick took that a model has had."""
+        self._turns.stepped(model.number, seconds)
+
+    def remove(self, number: int) -> None:
+        """Forget a model that has no jobs any more."""
+        self._turns.remove(number)
+        del self._models[number]

@@ -1,0 +1,189 @@
+"""Whose tick is next, and that the forecast knows it: against the schedulers themselves, tick by tick."""
+
+from collections import Counter
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tminus.service.scheduling.fluid import Pending
+from tminus.service.scheduling.forecast import forecast
+from tminus.service.scheduling.scheduler import RESERVED_SHARE, Policy, Scheduler, Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.scheduling.turns import Turns
+from tminus.service.work import Outlook, Work
+
+FAST, SLOW = 0, 1  # a model of which a tick takes 10 ms, and one of which it takes 100 ms
+TICK_S = {FAST: 0.01, SLOW: 0.1}
+
+
+def speed_of(model: int, policy: Policy = "srpt", max_batch: int = 8) -> Speed:
+    times = TickTimes(((1, TICK_S[model] / 2), (max_batch, TICK_S[model])))
+    sharing = Sharing.of(max_batch, policy, place_s=times.seconds_per_place(max_batch))
+    return Speed(sharing, times, 1000)
+
+
+def work(model: int, rows: int, steps: int) -> Work:
+    return Work(rows, steps, range(0), model=model)
+
+
+class Machine:
+    """The models' schedulers, with a clock of predicted ticks."""
+
+    def __init__(self, policy: Policy = "srpt") -> None:
+        self.speeds = {model: speed_of(model, policy) for model in (FAST, SLOW)}
+        arrivals = count()
+        self.schedulers = {model: Scheduler(speed.sharing, arrivals) for model, speed in self.speeds.items()}
+        self.turns = Turns()
+        for model, scheduler in self.schedulers.items():
+            self.turns.put(model, scheduler)
+        self.now_s = 0.0
+        self.time_s: Counter[int] = Counter()  # by model
+        self.left: dict[str, int] = {}
+        self.pending: list[Pending] = []
+        self.ends: dict[str, float] = {}
+
+    def add(self, name: str, job: Work) -> None:
+        self.schedulers[job.model].add(name, range(job.rows), job)
+        self.left[name] = job.places
+        self.pending.append(Pending(name, job, job.places))
+
+    def tick(self) -> int | None:
+        model = self.turns.next()
+        if model is None:
+            return None
+        batch = self.schedulers[model].next_batch()
+        assert batch is not None
+        seconds = self.speeds[model].tick_times.seconds(batch.places)
+        self.now_s += seconds
+        self.time_s[model] += seconds  # type: ignore[assignment]
+        for picked in batch.jobs:
+            self.left[picked.job_id] -= picked.places
+        self.ends |= dict.fromkeys(self.schedulers[model].advance(batch).finished, self.now_s)
+        self.turns.stepped(model, seconds)
+        return model
+
+    def run(self) -> None:
+        while self.tick() is not None:
+            pass
+
+    def forecast(self) -> dict[str, Outlook]:
+        jobs = [Pending(job.job_id, job.work, self.left[job.job_id]) for job in self.pending if self.left[job.job_id]]
+        return forecast(jobs, self.speeds)
+
+
+def test_with_nothing_to_do_nobody_has_the_next_tick() -> None:
+    machine = Machine()
+    assert machine.turns.next() is None
+    assert not machine.turns.has_work
+
+
+def test_the_shortest_job_in_seconds_goes_first_whichever_model_it_is_of() -> None:
+    machine = Machine()
+    machine.add("slow", work(SLOW, 1, 10))  # 10 places of 12.5 ms
+    machine.add("fast", work(FAST, 8, 10))  # 80 places of 1.25 ms: more places, and less time
+    assert machine.tick() == FAST
+    machine.run()
+    assert machine.ends["fast"] < machine.ends["slow"]
+
+
+def test_in_order_of_arrival_the_first_job_goes_first() -> None:
+    machine = Machine("fcfs")
+    machine.add("slow", work(SLOW, 8, 10))
+    machine.add("fast", work(FAST, 1, 1))
+    machine.run()
+    assert machine.ends["slow"] == pytest.approx(1.0)
+    assert machine.ends["fast"] == pytest.approx(1.005)
+
+
+@pytest.mark.parametrize(("oldest", "others"), [(SLOW, FAST), (FAST, SLOW)])
+def test_the_model_of_the_oldest_job_has_a_quarter_of_the_time_while_shorter_ones_come(oldest: int, others: int) -> None:
+    machine = Machine()
+    machine.add("oldest", work(oldest, 8, 100_000))
+    for number in range(100):
+        machine.add(f"short{number}", work(others, 4, 20))
+        while machine.schedulers[others].has_work:
+            machine.tick()
+    share = machine.time_s[oldest] / machine.now_s
+    assert share == pytest.approx(RESERVED_SHARE, abs=0.02)
+
+
+def test_a_job_that_comes_to_a_busy_machine_waits_for_one_tick_of_the_other_model_at_first() -> None:
+    machine = Machine()
+    machine.add("long", work(SLOW, 8, 1000))
+    for _ in range(10):
+        machine.tick()
+    began_s = machine.now_s
+    machine.add("short", work(FAST, 1, 10))
+    while "short" not in machine.ends:
+        machine.tick()
+    alone_s = 10 * machine.speeds[FAST].tick_times.seconds(1)
+    assert machine.ends["short"] - began_s <= alone_s + TICK_S[SLOW] + 1e-9
+
+
+def test_a_model_may_come_and_go() -> None:
+    machine = Machine()
+    machine.add("a", work(FAST, 1, 2))
+    machine.run()
+    machine.turns.remove(FAST)
+    assert machine.turns.next() is None
+    with pytest.raises(AssertionError):
+        machine.turns.put(SLOW, Scheduler(machine.speeds[SLOW].sharing))
+    machine.turns.put(FAST, machine.schedulers[FAST])
+    machine.add("b", work(FAST, 1, 2))
+    with pytest.raises(AssertionError):
+        machine.turns.remove(FAST)
+    assert machine.tick() == FAST
+
+
+# --- the forecast ---
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> list[Work]:
+    def one() -> Work:
+        model, steps = draw(st.sampled_from([FAST, SLOW])), draw(st.sampled_from([5, 20, 50]) | st.integers(1, 100))
+        start = draw(st.integers(0, steps - 1))
+        guided = draw(st.sampled_from([range(0), range(0), range(steps), range(start, steps)]))
+        return Work(draw(st.sampled_from([1, 1, 2, 4]) | st.integers(1, 16)), steps, guided, model=model)
+
+    return [one() for _ in range(draw(st.integers(2, 10)))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["srpt", "fcfs"])
+def test_the_forecast_over_models_is_good_to_five_percent_or_a_few_ticks(policy: Policy) -> None:
+    wrong: list[bool] = []
+
+    @settings(deadline=None, max_examples=150, derandomize=True, database=None)
+    @given(mixtures(), st.sampled_from([0, 0, 5, 50]))
+    def compare(works: list[Work], ticks: int) -> None:
+        machine = Machine(policy)
+        for number, each in enumerate(works):
+            machine.add(f"job{number}", each)
+        for _ in range(ticks):
+            machine.tick()
+        outlooks, began_s = machine.forecast(), machine.now_s
+        machine.run()
+        assert outlooks.keys() == {name for name, end_s in machine.ends.items() if end_s > began_s}
+        for name, outlook in outlooks.items():
+            took_s = machine.ends[name] - began_s
+            wrong.append(abs(outlook.eta_s - took_s) > max(0.05 * took_s, 3 * TICK_S[SLOW]) * (1 + 1e-9))
+            assert 0 <= outlook.position < len(works)
+        last_s = machine.now_s - began_s
+        assert max((each.eta_s for each in outlooks.values()), default=0.0) == pytest.approx(last_s, rel=0.1, abs=0.4)
+
+    compare()
+    assert len(wrong) > 300
+    assert sum(wrong) <= 0.03 * len(wrong)
+
+
+def test_a_short_job_is_told_that_it_overtakes_a_long_one_of_another_model() -> None:
+    machine = Machine()
+    machine.add("long", work(SLOW, 8, 1000))
+    machine.add("short", work(FAST, 8, 100))
+    outlooks = machine.forecast()
+    assert outlooks["short"].eta_s == pytest.approx(1.0 / (1 - RESERVED_SHARE), rel=0.02)
+    assert outlooks["long"].eta_s == pytest.approx(101.0, rel=0.01)
