@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from tminus.service.api import openapi, problems
 from tminus.service.api.admin import Admin, admin_routes
@@ -97,11 +98,15 @@ def create_app(
         return documents[key]
 
     contract = Contract(model, limits)
-    for router in (*_of_a_model(models, contract), *general(), page_routes(), docs_routes(document)):
-        app.include_router(router)
-    for router in (*_of_a_model(models, contract), page_routes(), docs_routes(document)):
-        app.include_router(router, prefix=OF_A_MODEL)
-    problems.install(app, metrics)
+    of_a_model = [*_of_a_model(models, contract), page_routes(), docs_routes(document)]
+    allowed: dict[str, set[str]] = {}
+    for prefix, routers in (("", [*of_a_model, *general()]), (OF_A_MODEL, of_a_model)):
+        for router in routers:
+            app.include_router(router, prefix=prefix)
+            for route in router.routes:
+                if isinstance(route, Route) and route.methods:
+                    allowed.setdefault(prefix + route.path, set()).update(route.methods)
+    problems.install(app, metrics, allowed)
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
     # For the images in it; the rest of a body is held to max_body_bytes in api/request.py.
     larger |= dict.fromkeys(("/sample", "/jobs"), limits.max_edit_bytes)

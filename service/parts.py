@@ -1,6 +1,7 @@
 """What all models of a server share, and how a model joins it and leaves it. In the event loop's thread only."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from tminus.service.api.models import Models
 from tminus.service.api.origin import Doors
 from tminus.service.api.services import Services
 from tminus.service.api.stream_limits import Streams
-from tminus.service.engine.memory import release_memory
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import ServiceError, StorageFailed
 from tminus.service.images.decoder import Decoder
@@ -44,6 +44,7 @@ class Prepared:
     engine: RowEngine
     limits: Limits  # of its requests
     speed: Speed
+    release: Callable[[], object] = gc.collect  # called when nobody has the engine any more
 
 
 @dataclass(slots=True)
@@ -54,6 +55,7 @@ class _Part:
     engine: RowEngine | None  # None once it has left
     lifecycle: Lifecycle
     keeper: SnapshotKeeper
+    release: Callable[[], object]
 
 
 class Parts:
@@ -69,6 +71,7 @@ class Parts:
         self._stores: dict[str, AsyncStore] = {}  # by the hash of the weights
         self._parts: dict[int, _Part] = {}
         self._leaving: set[asyncio.Task[None]] = set()
+        self._noise_turn = asyncio.Lock()
         self.admission = Admission(limits)
         self.cache = ResultCache(limits.result_cache_bytes)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
@@ -169,10 +172,10 @@ class Parts:
             cache=self.cache,
             streams=self.streams,
             recordings=self.recordings,
-            noise_turn=asyncio.Lock(),
+            noise_turn=self._noise_turn,
         )
         assert isinstance(model.keeper, SnapshotKeeper)
-        part = self._parts[model.number] = _Part(services, model.engine, lifecycle, model.keeper)
+        part = self._parts[model.number] = _Part(services, model.engine, lifecycle, model.keeper, prepared.release)
         self.jobs.put(lifecycle)
         self.metrics.model_loaded(info)
         self.models.put(services)
@@ -204,7 +207,7 @@ class Parts:
         if all(services.model.name != info.name for services in self.models):
             self.metrics.model_gone(info.name)
         await asyncio.to_thread(part.keeper.close)
-        await asyncio.to_thread(release_memory)
+        await asyncio.to_thread(part.release)
         log.info("%s, fingerprint %s, is unloaded", info.name, info.fingerprint)
         # Clients may still ask for what it has made.
         while not self._shares_store(part) and await self._keeps_jobs(part):  # noqa: ASYNC110

@@ -2,9 +2,10 @@
 
 import hmac
 from collections.abc import Awaitable, Mapping
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
 from tminus.service.api.answers import ModelAnswer
@@ -15,6 +16,7 @@ from tminus.service.api.services import Services
 from tminus.service.errors import AdminOff, Unauthorized
 
 BARE = [Depends(no_parameters)]
+BEARER = HTTPBearer(auto_error=False, description="the admin key")
 
 
 class Changes(Protocol):
@@ -57,13 +59,11 @@ class Admin:
         """key: None refuses all."""
         self._key = key
 
-    def check(self, request: Request) -> None:
+    def check(self, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
         """Raise AdminOff or Unauthorized."""
         if self._key is None:
             raise AdminOff
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(), self._key.encode())
-        if scheme.lower() != "bearer" or not same:
+        if sent is None or not hmac.compare_digest(sent.credentials.encode(), self._key.encode()):
             raise Unauthorized
 
 
@@ -71,6 +71,7 @@ def admin_routes(models: Models, changes: Changes, admin: Admin) -> APIRouter:
     """Make the routes."""
     router = APIRouter(prefix="/models", tags=["models"])
     refusals = failures(401, 403, 404, 409, 422, 500, 503)
+    admins = [Depends(admin.check), *BARE]
 
     def summary(request: Request, services: Services) -> ModelSummary:
         name = services.model.name
@@ -100,32 +101,29 @@ def admin_routes(models: Models, changes: Changes, admin: Admin) -> APIRouter:
     @router.post(
         "/{model}/load",
         summary="Load a model; answered when it is served",
-        dependencies=BARE,
+        dependencies=admins,
         responses=refusals,
     )
     async def load(request: Request, model: str) -> ModelSummary:
-        admin.check(request)
         return summary(request, await changes.load(model))
 
     @router.post(
         "/{model}/reload",
         summary="Read a model's folder again; answered when the new one is served",
-        dependencies=BARE,
+        dependencies=admins,
         responses=refusals,
     )
     async def reload(request: Request, model: str) -> ModelSummary:
-        admin.check(request)
         return summary(request, await changes.reload(model))
 
     @router.post(
         "/{model}/unload",
         summary="Unload a model; jobs that it has are finished first",
         status_code=204,
-        dependencies=BARE,
+        dependencies=admins,
         responses=refusals,
     )
-    async def unload(request: Request, model: str) -> None:
-        admin.check(request)
+    async def unload(model: str) -> None:
         await changes.unload(model)
 
     return router

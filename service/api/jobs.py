@@ -40,7 +40,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         response_model=JobAnswer,
         responses=failures(*OF_BODY, 500, 503, 507),
         openapi_extra={"requestBody": JOB_BODY, "parameters": [*contract.query(SampleRequest), IDEMPOTENCY_KEY]},
-    )(models.handler(post_job))
+    )(models.handler(post_job, "post_job"))
 
     @router.get(
         "",

@@ -47,6 +47,13 @@ def target_of(scope: Scope) -> str:
     return text if len(text) <= TARGET_CHARACTERS else f"{text[:TARGET_CHARACTERS]}…"
 
 
+def route_of(scope: Scope) -> str:
+    """The pattern of the path; a route that is there below /models/NAME too does not know of that itself."""
+    route = str(getattr(scope.get("route"), "path", "unmatched"))
+    below = "model" in scope.get("path_params", {}) and "{model}" not in route
+    return f"/models/{{model}}{route}" if below else route
+
+
 class RequestContext:
     """Gives each request an id (the client's X-Request-ID if that is well-formed) and times it by route and status."""
 
@@ -80,7 +87,7 @@ class RequestContext:
             answer = render(ServiceError("something went wrong on the server; its log has the details"))
             await answer(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = route_of(scope)
             status = 499 if status is None else status  # nothing sent: the client went away
             seconds = time.perf_counter() - started
             self._observe(route, status, seconds)

@@ -55,14 +55,14 @@ class Models:
         finally:
             self._users[services.number] -= 1
 
-    def handler(self, handle: Handler) -> Callable[[Request], Awaitable[Response]]:
-        """Make a handler of a route from one that takes the services too."""
+    def handler(self, handle: Handler, name: str) -> Callable[[Request], Awaitable[Response]]:
+        """Make a handler of a route from one that takes the services too. name: of the operation in OpenAPI."""
 
         async def with_services(request: Request) -> Response:
             with self.used(request) as services:
                 return await handle(services, request)
 
-        with_services.__name__ = handle.__name__
+        with_services.__name__ = name
         return with_services
 
     # --- when models change ---

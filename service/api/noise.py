@@ -41,7 +41,7 @@ def noise_routes(models: Models, contract: Contract) -> APIRouter:
             "parameters": [*contract.query(NoiseRequest), IF_NONE_MATCH],
             "requestBody": NOISE_BODY,
         },
-    )(models.handler(add_noise))
+    )(models.handler(add_noise, "noise"))
     return router
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Collection, Mapping
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
@@ -22,8 +23,8 @@ def render(error: ServiceError) -> Response:
     return Response(body, error.status, error.headers, media_type=PROBLEM_JSON)
 
 
-def install(app: FastAPI, metrics: Metrics) -> None:
-    """Add the handlers to an app."""
+def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str]]) -> None:
+    """Add the handlers to an app. allowed: the methods of each route, by its path."""
 
     async def on_service_error(_request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
@@ -37,9 +38,7 @@ def install(app: FastAPI, metrics: Metrics) -> None:
         code = HTTPStatus(error.status_code).name.lower()
         headers = dict(error.headers or {})
         path = getattr(request.scope.get("route"), "path", request.url.path)
-        routes = [route for route in app.routes if getattr(route, "path", None) == path]
-        methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
-        if methods:  # the framework tells those of one route only
+        if methods := allowed.get(path):  # the framework knows one route's methods only
             headers["Allow"] = ", ".join(sorted(methods))
         problem = {
             "type": f"urn:tminus:problem:{code}",

@@ -46,7 +46,7 @@ MAX_ANIMATION_BYTES = 16 * 2**20  # of pixels, all frames of one job
 def sample_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the routes."""
     router = APIRouter(tags=["sample"])
-    sample, query = models.handler(answer), contract.query(SampleRequest, AnimationRequest)
+    sample, query = models.handler(answer, "sample"), contract.query(SampleRequest, AnimationRequest)
     responses: dict[int | str, Described] = {
         200: IMAGES_OR_ANIMATION,
         304: NOT_MODIFIED,

@@ -14,7 +14,7 @@ from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from tminus.service.api.advice import warning_of
-from tminus.service.api.middleware import address_of, new_request_id, target_of
+from tminus.service.api.middleware import address_of, new_request_id, route_of, target_of
 from tminus.service.api.models import Models
 from tminus.service.api.previews import StreamRequest
 from tminus.service.api.problems import render
@@ -60,7 +60,7 @@ def stream_routes(models: Models) -> APIRouter:
             log.info("request %s: %d %s", REQUEST_ID.get(), refusal.status, refusal.code)
             await ws.send_denial_response(render(refusal))
         finally:
-            services.metrics.requested(ws.scope["route"].path, status, time.perf_counter() - began_s)
+            services.metrics.requested(route_of(ws.scope), status, time.perf_counter() - began_s)
 
     return router
 

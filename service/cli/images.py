@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 MAX_LOCAL_IMAGE_BYTES = 2**30
 
 
+def check_model(url: str | None, model: str | None) -> None:
+    """Fail where --model names a model of no server."""
+    if model is not None and url is None:
+        fail("--model needs --url: a server that has it")
+
+
 def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:
     """Read the files of the parameters image and mask, as base64; one clear line and exit code 1 where that fails."""
     parameters = {}
@@ -83,12 +89,12 @@ def make_images(model: LocalModel, parameters: dict[str, Any], *, sheet: bool) -
         return {name: archive.read(name) for name in archive.namelist()}, spec.seed
 
 
-def sample_from(url: str, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
+def sample_from(url: str, model: str | None, parameters: dict[str, Any], media_type: "MediaType") -> "Sampled":
     """Ask a server; one clear line and exit code 1 where it does not answer with images."""
     from tminus.service.client import ClientError
 
     try:
-        with client_of(url) as tminus:
+        with client_of(url, model) as tminus:
             return tminus.sample(accept=media_type, **parameters)
     except (ClientError, ValueError, RecursionError) as error:  # the last two: parameters that JSON cannot hold
         fail(f"{url}: {error}")
@@ -107,11 +113,11 @@ def files_of(url: str, sampled: "Sampled", n: int) -> dict[str, bytes]:
     return files
 
 
-def client_of(url: str) -> "Client":
-    """A client of the server that --url names; one clear line and exit code 1 where it names none."""
+def client_of(url: str, model: str | None = None) -> "Client":
+    """A client of what --url and --model name; one clear line and exit code 1 where they name nothing."""
     from tminus.service.client import Client
 
     try:
-        return Client(url)
+        return Client(url, model=model)
     except ValueError as error:
         fail(str(error))

@@ -15,6 +15,7 @@ BACKGROUND = click.option(
 )
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
+    click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),
     click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED),
     click.option(
         "--device",

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.images import LocalModel, make_images, read_pictures, sample_from
+from tminus.service.cli.images import LocalModel, check_model, make_images, read_pictures, sample_from
 from tminus.service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
 from tminus.service.cli.output import check_png, fail, say, write_file
 
@@ -37,6 +37,7 @@ def reproduce(
     image: Path | None,
     mask: Path | None,
     url: str | None,
+    model: str | None,
     checkpoint: Path,
     device: str,
     executor: str,
@@ -44,6 +45,7 @@ def reproduce(
     out: Path | None,
 ) -> None:
     """Make PNG again from what it says, and compare. Exit code 0: the same bytes; 1: not the same."""
+    check_model(url, model)
     if out is not None:
         check_png(f"--out {out}", out)
     try:
@@ -56,7 +58,7 @@ def reproduce(
     check_pictures(png, recipe, image, mask)
     parameters = recipe.parameters | read_pictures(image, mask)  # their hashes are compared where the image is made
     if url is not None:
-        again = sample_from(url, parameters, "image/png").data
+        again = sample_from(url, model, parameters, "image/png").data
     else:
         again = make_images(LocalModel(checkpoint, device, executor, precision), parameters, sheet=True)[0]["sheet"]
     if out is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from tminus.model.catalogue import SAMPLERS
-from tminus.service.cli.images import LocalModel, files_of, make_images, read_pictures, sample_from
+from tminus.service.cli.images import LocalModel, check_model, files_of, make_images, read_pictures, sample_from
 from tminus.service.cli.options import FILE_TYPE, MAX_LOCAL_N, local_model_options
 from tminus.service.cli.output import check_png, fail, make_folder, say, write_file
 from tminus.service.cli.watch import follow, write_animation
@@ -46,6 +46,7 @@ from tminus.service.cli.watch import follow, write_animation
 )
 def sample(
     url: str | None,
+    model: str | None,
     checkpoint: Path,
     device: str,
     executor: str,
@@ -59,6 +60,7 @@ def sample(
     **given: Any,
 ) -> None:
     """Sample images to PNG files, offline or from a server."""
+    check_model(url, model)
     parameters = request_parameters(given) | read_pictures(image, mask)
     if watch is not None and url is None:
         fail("--watch needs --url: a server to look at")
@@ -70,11 +72,11 @@ def sample(
     if url is None:
         files, seed = make_images(LocalModel(checkpoint, device, executor, precision), parameters, sheet=sheet)
     elif watch is None:
-        sampled = sample_from(url, parameters, "image/png" if sheet else "application/zip")
+        sampled = sample_from(url, model, parameters, "image/png" if sheet else "application/zip")
         files = {"sheet": sampled.data} if sheet else files_of(url, sampled, given["n"])
         seed = sampled.seed
     else:
-        files, seed, frames = follow(url, parameters, sheet, watch, every, show or "x_t")
+        files, seed, frames = follow(url, model, parameters, sheet, watch, every, show or "x_t")
     for name, data in files.items():
         write_file(f"--out {out}", out if sheet else out / name, data)
     written = f"{len(files)} PNG file{'s' * (len(files) > 1)}"

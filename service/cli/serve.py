@@ -163,13 +163,14 @@ def read_models(settings: Settings) -> "list[tuple[str, Checkpoint, Path]]":
 def prepare_model(settings: Settings, name: str, checkpoint: "Checkpoint", options: LoadOptions) -> "Prepared":
     """Measure a model, and give it its name."""
     from tminus.service.engine.loading import prepare_engine
+    from tminus.service.engine.memory import release_memory
     from tminus.service.parts import Prepared
 
     loaded = prepare_engine(checkpoint, options)
     loaded.engine.info = replace(loaded.engine.info, name=name)
     log_model(loaded.engine.info)
     limits = settings.limits(loaded)
-    return Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows))
+    return Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows), release_memory)
 
 
 def read_settings(flags: dict[str, Any]) -> Settings:

@@ -20,7 +20,13 @@ MAX_PIXELS = 2**26  # of all frames of a job
 
 
 def follow(
-    url: str, parameters: dict[str, Any], sheet: bool, animation: Path, every: int | None, show: str
+    url: str,
+    model: str | None,
+    parameters: dict[str, Any],
+    sheet: bool,
+    animation: Path,
+    every: int | None,
+    show: str,
 ) -> tuple[dict[str, bytes], int, list["Image"]]:
     """Run a job on a server with a progress bar; returns its PNG files by name, the seed and the animation's frames."""
     from tminus.service.client import ClientError
@@ -31,7 +37,7 @@ def follow(
     layout = "sheet" if sheet else "images"
     try:
         with (
-            client_of(url) as tminus,
+            client_of(url, model) as tminus,
             tminus.watch(**parameters, every=every, show=show, layout=layout) as messages,
         ):
             seed, shown, finals = _read(messages)

@@ -15,6 +15,7 @@ from tminus.service.client._sync.job import Job
 from tminus.service.client._sync.watching import Watching
 from tminus.service.client.errors import ClientError, Problem, UnexpectedAnswer, Unreachable
 from tminus.service.client.messages import Accepted, Cancelled, Done, Ended, Frame, Progress, Waiting
+from tminus.service.client.models import ModelState
 from tminus.service.client.results import JobState, Noised, Sampled
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Frame",
     "Job",
     "JobState",
+    "ModelState",
     "Noised",
     "Problem",
     "Progress",

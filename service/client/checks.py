@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ MOST = 2**64 - 1  # a seed; nothing that is counted is larger
 LONGEST_S = 1e12
 MAX_VALUES = 2**20  # in a JSON document: each takes some 50 bytes of memory, and may be sent in two
 MAX_TOKEN = 200
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SIGNATURES = {
     "image/png": b"\x89PNG\r\n\x1a\n",
     "image/jpeg": b"\xff\xd8\xff",
@@ -58,6 +60,14 @@ def token(value: object) -> str:
     found = text(value)
     if not (found.isascii() and found.isprintable() and 0 < len(found) <= MAX_TOKEN):
         raise ValueError(f"no token: {found!r:.40}")
+    return found
+
+
+def model_name(value: object) -> str:
+    """A name of a model, which may be a part of an address."""
+    found = text(value)
+    if not MODEL_NAME.fullmatch(found):
+        raise ValueError(f"model must be 1..64 of A-Z a-z 0-9 . _ -, a letter or digit first, got {found!r:.100}")
     return found
 
 

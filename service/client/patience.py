@@ -16,20 +16,23 @@ WORTH_WAITING = (429, 503)
 class Patience:
     """The patience of one call: told each failure, it says how long to wait, or raises.
 
-    patience_s: how long in all, from the first failure on; every call is safe to repeat, so that this holds for broken
-    connections too. durable: what is asked for outlasts the server's process, so that a restart is waited for; known:
-    the server is known to exist, so that a first failure to connect may be a restart.
+    patience_s: how long in all, from the first failure on; this holds for broken connections too, since a call is safe
+    to repeat. once: not this one, so that what the server may have got is not sent again. durable: what is asked for
+    outlasts the server's process, so that a restart is waited for; known: the server is known to exist, so that a first
+    failure to connect may be a restart.
     """
 
     def __init__(
         self,
         patience_s: float,
         *,
+        once: bool = False,
         durable: bool = False,
         known: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._patience_s, self._durable, self._known, self._clock = patience_s, durable, known, clock
+        self._patience_s, self._once, self._durable, self._known = patience_s, once, durable, known
+        self._clock = clock
         self.first_s = FIRST_S
         self.renew()
 
@@ -44,7 +47,7 @@ class Patience:
         self._began = now_s if self._began is None else self._began
         if isinstance(error, Problem) and error.status in WORTH_WAITING and error.retry_after_s is not None:
             wait_s = error.retry_after_s  # the server tells each client another time
-        elif isinstance(error, Unreachable):
+        elif isinstance(error, Unreachable) and not (self._once and error.reached):
             self._known |= error.reached
             wait_s = self._next_s * random.uniform(0.75, 1)  # noqa: S311  so that clients do not return all at once
             self._next_s = min(2 * self._next_s, LONGEST_S)

@@ -123,6 +123,7 @@ class JobState:
     """A job as GET /jobs/{id} describes it; docs/jobs.md explains the members. `problem` is why it failed."""
 
     id: str
+    model: str  # its name
     state: State
     durable: bool
     step: int | None  # null where it ended early
@@ -146,6 +147,7 @@ class JobState:
             members = checks.mapping(document)
             return cls(
                 id=checks.token(members["id"]),
+                model=checks.model_name(members["model"]),
                 state=STATES[checks.text(members["state"])],
                 durable=checks.yes_or_no(members["durable"]),
                 step=checks.optional(checks.whole, members["step"]),

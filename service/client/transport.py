@@ -1,8 +1,12 @@
-"""Addresses, time limits, and what the errors of httpx and websockets mean. No I/O."""
+"""Addresses, the admin key, time limits, and what the errors of httpx and websockets mean. No I/O."""
+
+import re
+from collections.abc import Iterator
 
 import httpx
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from tminus.service.client import checks
 from tminus.service.client.errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreachable, error_of
 
 UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and what is packed is hard to bound
@@ -10,6 +14,7 @@ OUR_COMPLAINTS = (1002, 1007, 1009)  # closes by us: against the protocol, no UT
 CONNECT_S = 10.0
 CLOSE_S = 1.0  # for the end of a WebSocket that is left: the server knows at once, and what it sends is not read
 QUIET_S = 60.0
+ADMIN_KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what a header can hold
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
@@ -27,6 +32,28 @@ def http_address(url: str) -> str:
 def ws_address(url: str) -> str:
     """Turn the address into that for WebSockets."""
     return url.replace("http", "ws", 1)
+
+
+def model_address(address: str, model: str | None) -> str:
+    """Make the address of one model; None: of the default one, which is that of the server. Raises ValueError."""
+    return address if model is None else f"{address}/models/{checks.model_name(model)}"
+
+
+class AdminKey(httpx.Auth):
+    """Sends the admin key, in place of any other Authorization. No error and no log shows it.
+
+    Raises ValueError for a key that no header can hold.
+    """
+
+    def __init__(self, key: str) -> None:
+        if not ADMIN_KEY.fullmatch(key):
+            raise ValueError("the admin key must be printable ASCII, without spaces or line ends around it")
+        self._key = key
+
+    def auth_flow(self, request: httpx.Request) -> Iterator[httpx.Request]:  # type: ignore[override]
+        """Add it to a request."""
+        request.headers["Authorization"] = f"Bearer {self._key}"
+        yield request
 
 
 def timeouts(quiet_s: float | None = QUIET_S) -> httpx.Timeout:

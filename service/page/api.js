@@ -3,6 +3,10 @@
 const LONGEST_WORD = 70; // that is shown whole: a hash is
 
 export const base = new URL(".", document.baseURI);
+// The page of a model is at models/NAME/ below the server's root; that at the root is the default model's.
+const [, rootPath, name] = /^(.*\/)models\/([^/]+)\/$/.exec(base.pathname) ?? [null, base.pathname];
+export const root = new URL(rootPath, base);
+export const nameInAddress = name;
 export const element = (id) => document.getElementById(id);
 
 // A seed has 64 bits, of which JavaScript's numbers keep 53: seeds are strings here.
@@ -22,6 +26,7 @@ export class Refusal extends Error {
   constructor(status, problem) {
     super(shorten(problem.detail ?? `the server answered ${status}`));
     this.status = status;
+    this.code = problem.code;
     this.field = problem.field;
   }
 }

@@ -1,8 +1,8 @@
 // Submits a job. Its key is kept until there is an answer: a repeated submit, even after a reload, gets that job.
 
 import { ask, parse, Refusal } from "./api.js";
+import { keep, recall } from "./kept.js";
 
-const ASKED = "tminus-asked";
 const WAITS_MS = [500, 1000, 3000]; // between tries
 const LEAVING_MS = 5000; // that a reload may take to replace the page
 
@@ -11,39 +11,40 @@ const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 // A reload begins before the page ends. An address that is set in between is not that of the page that comes.
 let leaving = false;
 addEventListener("beforeunload", () => (leaving = true));
+addEventListener("pageshow", () => (leaving = false)); // the browser may have kept the page, and shows it again
 
 // What has no answer yet: {key, body}, with underWay while it is being asked, and cancelled if its job is not wanted
 // any more. The session keeps it, so that the next load of the page knows.
-const remembered = () => JSON.parse(sessionStorage.getItem(ASKED));
-const remember = (asked) => sessionStorage.setItem(ASKED, JSON.stringify(asked));
+const remembered = (model) => recall(model, "asked");
+const remember = (model, asked) => keep(model, "asked", asked);
 
 // The body of what is being asked, or was when the page was left; undefined if there is nothing.
-export function underWay() {
-  const asked = remembered();
+export function underWay(model) {
+  const asked = remembered(model);
   return asked?.underWay ? asked.body : undefined;
 }
 
-export function cancelUnderWay() {
-  remember({ ...remembered(), cancelled: true });
+export function cancelUnderWay(model) {
+  remember(model, { ...remembered(model), cancelled: true });
 }
 
 // Ask for a job: {job, cancelled}. Raises what `ask` does; tryingAgain is called before each further try.
-export async function create(body, tryingAgain) {
-  const before = remembered();
+export async function create(model, body, tryingAgain) {
+  const before = remembered(model);
   const { key, ...rest } = before?.body === body ? before : { key: newKey(), body };
-  remember({ key, ...rest, underWay: true });
+  remember(model, { key, ...rest, underWay: true });
   try {
     const job = parse(await insist(key, body, tryingAgain));
     if (leaving) await sleep(LEAVING_MS); // the page that comes asks again; this goes on only if none comes
     leaving = false;
-    const cancelled = remembered()?.cancelled;
+    const cancelled = remembered(model)?.cancelled;
     history.replaceState(null, "", `#job=${job.id}`);
-    sessionStorage.removeItem(ASKED);
+    remember(model, null);
     return { job, cancelled };
   } catch (error) {
     // A 5xx may be a proxy's, about an answer that it has lost.
-    if (error instanceof Refusal && error.status < 500) sessionStorage.removeItem(ASKED);
-    else remember({ key, body });
+    if (error instanceof Refusal && error.status < 500) remember(model, null);
+    else remember(model, { key, body });
     throw error;
   }
 }

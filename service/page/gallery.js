@@ -1,20 +1,21 @@
 // The results of this session, each with the calls that make it again. The session remembers their jobs.
 
 import { ask, base, element, getJson, isGone, reason, toJson } from "./api.js";
+import { keep, recall } from "./kept.js";
 
 const REMEMBERED = 30;
 
-const remembered = () => JSON.parse(sessionStorage.getItem("tminus-results") ?? "[]");
+const remembered = (model) => recall(model, "results") ?? [];
 
 // Show what this session had before it was loaded again; what the server has forgotten is gone.
 export async function restore(model) {
   const problems = [];
-  for (const id of remembered()) {
+  for (const id of remembered(model)) {
     try {
       const job = await getJson(`jobs/${id}`);
       addResult(job, await (await ask(`jobs/${id}/image`)).blob(), model);
     } catch (error) {
-      if (isGone(error)) forget(id);
+      if (isGone(error)) forget(id, model);
       else problems.push(reason(error));
     }
   }
@@ -52,12 +53,12 @@ export function addResult(job, images, model) {
   ].join("\n");
   element("no-results").hidden = true;
   element("gallery").prepend(entry);
-  forget(job.id);
-  sessionStorage.setItem("tminus-results", JSON.stringify([...remembered(), job.id].slice(-REMEMBERED)));
+  forget(job.id, model);
+  keep(model, "results", [...remembered(model), job.id].slice(-REMEMBERED));
 }
 
-function forget(id) {
-  sessionStorage.setItem("tminus-results", JSON.stringify(remembered().filter((each) => each !== id)));
+function forget(id, model) {
+  keep(model, "results", remembered(model).filter((each) => each !== id));
 }
 
 // The parameters without those that the server would fill in alike.

@@ -1,9 +1,10 @@
-// The page at /: the form, and what becomes of it. The parts are in the other files.
+// The page of a model: the form, and what becomes of it. The parts are in the other files.
 
-import { element, getJson, parse, Refusal, toJson } from "./api.js";
+import { element, getJson, nameInAddress, parse, Refusal, toJson } from "./api.js";
 import { cancelUnderWay, create, underWay } from "./asking.js";
 import { addResult, restore } from "./gallery.js";
 import { cancel, clear, follow, jobInAddress } from "./job.js";
+import { openPageOf, showMenu } from "./models.js";
 import { setUpNoise } from "./noise.js";
 import { drawSchedule } from "./schedule.js";
 import { say } from "./standing.js";
@@ -26,7 +27,7 @@ async function start() {
     `${model.name}: ${model.width_px}×${model.height_px}, T=${model.num_timesteps}, on ${model.device}`;
   await restore(model);
   busy(false);
-  const body = underWay(); // the page was loaded again before there was an answer
+  const body = underWay(model); // the page was loaded again before there was an answer
   if (body) {
     fillFrom(parse(body));
     await run(body);
@@ -38,11 +39,14 @@ async function start() {
 // Whose address names a job, as after a reload, shows it.
 async function findAgain() {
   const id = jobInAddress();
-  if (!model || !id || underWay()) return; // the answer will change the address
+  if (!model || !id || underWay(model)) return; // the answer will change the address
   try {
     const job = await getJson(`jobs/${id}`);
     if (id !== jobInAddress()) return;
-    if (job.durable) {
+    if (job.model !== model.name) {
+      if (await openPageOf(job.model, location.hash)) return;
+      complain(`The job in the address of this page is of the model ${job.model}, which is not loaded.`);
+    } else if (job.durable) {
       fillFrom(job.parameters);
       show(job);
     } else complain("The job in the address of this page cannot be followed: it is not durable, and ends with its request.");
@@ -127,14 +131,15 @@ async function run(body) {
   const [above, below] = [form, element("watch")].map((part) => part.getBoundingClientRect());
   if (below.top >= above.bottom) element("watch").scrollIntoView({ block: "nearest" }); // else it is beside the form
   try {
-    const { job, cancelled } = await create(body, () => say("There is no answer. Trying again…"));
+    const { job, cancelled } = await create(model, body, () => say("There is no answer. Trying again…"));
     show(job);
     if (cancelled) cancel();
   } catch (error) {
     busy(false);
     if (error instanceof Refusal) {
       say("Not begun.");
-      complain(`${error.message}.`, error.field);
+      if (isUnloaded(error)) tellUnloaded();
+      else complain(`${error.message}.`, error.field);
     } else {
       say("Nothing is known of the job.");
       complain("There is no connection: no answer came. Sample, with the same parameters, asks for the same job again.");
@@ -143,12 +148,12 @@ async function run(body) {
 }
 
 function giveUp() {
-  if (!underWay()) {
+  if (!underWay(model)) {
     cancel();
     return;
   }
   say("Cancelling…");
-  cancelUnderWay();
+  cancelUnderWay(model);
 }
 
 function show(job) {
@@ -181,6 +186,13 @@ function complain(text, field) {
   }
 }
 
+const isUnloaded = (error) => error.code === "model_not_found";
+
+function tellUnloaded() {
+  complain(`The model ${nameInAddress} is not loaded. The menu at the top has those that are.`);
+  showMenu();
+}
+
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (model && !running) run(toJson(parameters()));
@@ -190,4 +202,10 @@ element("cancel").addEventListener("click", () => {
 });
 addEventListener("hashchange", findAgain);
 
-start().catch((error) => complain(`This page could not be set up: ${error.message}. Reload it when the server is ready.`));
+showMenu();
+start().catch((error) => {
+  if (isUnloaded(error)) {
+    element("model").textContent = `${nameInAddress}: not loaded`;
+    tellUnloaded();
+  } else complain(`This page could not be set up: ${error.message}. Reload it when the server is ready.`);
+});

@@ -71,14 +71,9 @@ class Loop:
         self.tick_began_s: float | None = None  # while a tick runs
 
     @property
-    def has_ticks(self) -> bool:
-        """Whether there is a next tick."""
-        return self.models.has_ticks
-
-    @property
     def has_work(self) -> bool:
         """Whether a job has not ended."""
-        return self.has_ticks or bool(self.coded)
+        return self.models.has_ticks or bool(self.coded)
 
     # --- between ticks ---
 

@@ -90,7 +90,7 @@ class Worker:
     @property
     def rows_active(self) -> int:
         """Rows in the last tick, 0 when idle."""
-        return self._loop.rows_active if self._loop.has_ticks else 0
+        return self._loop.rows_active if self._loop.models.has_ticks else 0
 
     def submit(
         self,
@@ -119,17 +119,9 @@ class Worker:
             job_id, work, now_s=now_s, deadline_s=deadline_s, has_picture=inputs is not None
         )
         job = RunningJob(
-            job_id,
-            loaded,
-            spec,
-            work,
-            now_s,
-            deadline_s,
-            durable=durable,
-            inputs=inputs,
-            recording=recording,
-            watches=[] if watch is None else [watch],
-        )
+            job_id, loaded, spec, work, now_s, deadline_s,
+            durable=durable, inputs=inputs, recording=recording, watches=[] if watch is None else [watch],
+        )  # fmt: skip
         return self._let_in(job, outlook)
 
     def resume(
@@ -186,9 +178,9 @@ class Worker:
 
     def unload(self, number: int) -> "Future[None]":
         """Forget a model; jobs that it still has are given up. Raises Draining, ModelUnloaded, …"""
-        self._model(number)
         with self._gate:
-            del self._models[number]
+            if self._models.pop(number, None) is None:
+                raise ModelUnloaded
         return self._post(lambda: self._loop.unload(number))
 
     def _model(self, number: int) -> LoadedModel:
@@ -278,8 +270,7 @@ class Worker:
     def _run(self) -> None:
         loop = self._loop
         try:
-            for model in list(self._models.values()):
-                loop.models.put(model)
+            loop.models.put_all(self._models.values())
             self._ready.set()
             while not self._closed.is_set() and not (self._draining.is_set() and not loop.has_work):
                 self._take_commands()
@@ -307,7 +298,7 @@ class Worker:
 
     def _take_commands(self, wait: bool = True) -> None:
         """Do what other threads asked for. With nothing to step, sleep until a command comes."""
-        if wait and not self._loop.has_ticks:
+        if wait and not self._loop.models.has_ticks:
             self._commands.get()()
         while True:
             try:

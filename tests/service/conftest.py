@@ -127,10 +127,13 @@ class Site:
         policy: Policy = "srpt",
         doors: Doors | None = None,
         state_file: Path | None = None,
+        **more: Any,
     ) -> None:
+        """more: for create_app, and `others`, models beside the first."""
         self.engine = FakeEngine(info)
         prepared = prepare(self.engine, limits, tick_times, policy)
-        application = create_app([prepared], limits, lambda _: SqliteStore(state_file), doors or Doors(TEST_HOSTS))
+        first = [prepared, *more.pop("others", ())]
+        application = create_app(first, limits, lambda _: SqliteStore(state_file), doors or Doors(TEST_HOSTS), **more)
         self.app, self.worker, self.streams = application.app, application.worker, application.streams
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)
 
@@ -167,9 +170,11 @@ def make_site() -> Iterator[MakeSite]:
         gate_shut: bool = False,
         tick_times: Sequence[tuple[int, float]] = INSTANT,
         state_file: Path | None = None,
+        app: dict[str, Any] | None = None,
         **limits: object,
     ) -> Site:
-        site = Site(info, replace(LIMITS, **limits), tick_times, state_file=state_file)  # type: ignore[arg-type]
+        held = replace(LIMITS, **limits)  # type: ignore[arg-type]
+        site = Site(info, held, tick_times, state_file=state_file, **(app or {}))
         if gate_shut:
             site.engine.gate.shut()
         site.client.__enter__()

@@ -53,6 +53,6 @@ def test_the_real_engine_serves_what_it_samples_without_a_server(tiny: Checkpoin
 def test_two_apps_in_one_process_share_nothing(make_site: MakeSite) -> None:
     one, other = make_site(), make_site()
     one.post(json=QUICK)
-    images = f'tminus_images_total{json.dumps({"model": INFO.name})}'
+    images = f"tminus_images_total{json.dumps({'model': INFO.name})}"
     assert one.metrics()[images] == 1
     assert images not in other.metrics()

@@ -2,7 +2,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import click.testing
 import pytest
@@ -18,6 +18,7 @@ from tminus.service.library import Library
 from tminus.service.model_changes import Prepare
 from tminus.service.model_info import Limits
 from tminus.service.parts import Prepared
+from tminus.service.scheduling.scheduler import Sharing
 from tminus.service.settings import Settings
 
 # Each field with a text that is not its default, and what the text means.
@@ -76,6 +77,7 @@ OTHER = {
 TICK_TIMES = ((1, 0.5), (16, 2.0))
 
 BAD = [
+    ("admin_key", "too short"),
     ("port", "-1"),
     ("port", "65536"),
     ("port", "http"),
@@ -144,6 +146,13 @@ def given(name: str, text: str) -> list[str]:
     return [flag(name), text]
 
 
+def plain(name: str, made: Any) -> Any:
+    """A setting as it was given."""
+    if name == "checkpoint":
+        return Path(*made)
+    return made.get_secret_value() if name == "admin_key" else made
+
+
 def variable(name: str) -> str:
     return f"TMINUS_{name.upper()}"
 
@@ -176,6 +185,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         def prepare_engine(checkpoint: SimpleNamespace, options: LoadOptions) -> Loaded:
             places = options.max_batch or 16, options.short_batch or 8
             return Loaded(FakeEngine(), options.max_rows or 100, *places, TICK_TIMES)  # type: ignore[arg-type]
+
+        def folders(library: Library) -> dict[str, Path]:
+            return dict(library.named) | ({"extra": library.folder / "extra"} if library.folder is not None else {})
 
         def bind(host: str, port: int) -> str:
             served.update(host=host, port=port)
@@ -212,6 +224,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr("tminus.service.engine.loading.read_checkpoint", read)
         monkeypatch.setattr("tminus.service.engine.loading.prepare_engine", prepare_engine)
         monkeypatch.setattr("tminus.service.app.create_app", create_app)
+        monkeypatch.setattr(Library, "folders", folders)
         monkeypatch.setattr("tminus.service.jobs.opening.open_store", open_store)
         monkeypatch.setattr("tminus.service.server.bind", bind)
         monkeypatch.setattr("tminus.service.server.serve", run_server)
@@ -250,8 +263,9 @@ def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch, name: str) -
     text, value = GIVEN[name]
     monkeypatch.setenv(variable(name), text)
     settings = Settings()
-    assert getattr(settings, name) == value
-    assert settings.model_dump() == {**Settings.model_construct().model_dump(), name: value}, "and no other"
+    made = getattr(settings, name)
+    assert plain(name, made) == value
+    assert settings.model_dump() == {**Settings.model_construct().model_dump(), name: made}, "and no other"
 
 
 @pytest.mark.parametrize("name", GIVEN)
@@ -308,7 +322,7 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     )
     assert served["grace_s"] == 30
     assert served["state_dir"] == ""
-    assert served["sharing"] == Sharing.of(16, short_batch=8)
+    assert served["sharing"] == Sharing.of(16, short_batch=8, place_s=2.0 / 16)
     assert {name: served[name] for name in ("device", "executor", "precision")} == dict.fromkeys(
         ("device", "executor", "precision"), "auto"
     )
@@ -346,7 +360,7 @@ def test_a_bad_value_exits_non_zero_with_a_line_that_names_its_flag(serve: Serve
         assert len(result.stderr.strip().splitlines()) == 1
         assert flag(name) in result.stderr
         assert variable(name) in result.stderr
-        assert text in result.stderr
+        assert (text in result.stderr) == (name != "admin_key"), "it is a secret"
         assert "Traceback" not in result.stderr
 
 
@@ -370,7 +384,7 @@ def test_help_shows_each_flag_with_its_variable_and_default() -> None:
     for name, field in Settings.model_fields.items():
         assert flag(name) in text
         assert f"[env: {variable(name)}]" in text
-        assert field.default is None or f"[default: {field.default}]" in text
+        assert field.default in (None, ()) or f"[default: {field.default}]" in text
 
 
 def test_a_missing_checkpoint_exits_non_zero_with_its_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -405,6 +419,8 @@ def values_of(field: FieldInfo) -> str:
     """The cell that says what a setting may be."""
     if field.annotation == bool | None:
         return "yes or no"
+    if get_origin(field.annotation) is tuple:
+        return "`[NAME=]PATH`"
     bounds = {key: value for each in field.metadata for key, value in vars_of(each).items() if value is not None}
     choice = bounds.get("pattern", "").strip("^()$").split("|") if "pattern" in bounds else get_args(field.annotation)
     if choice and all(isinstance(value, str) for value in choice):
@@ -432,7 +448,7 @@ def test_the_settings_page_says_what_a_setting_is_called_may_be_and_is_by_defaul
     assert named == f"`{variable(name)}`"
     assert values == values_of(field)
     if name == "checkpoint":
-        assert default == f"the bundled `{field.default.name}`"
+        assert default == f"the bundled `{BUNDLED.name}`"
     elif field.default is None:
         assert default, "in words, for what the machine decides"
         assert "`" not in default or name == "cache_dir"

@@ -8,14 +8,16 @@ from typing import Any, Self, Unpack
 
 import httpx
 
+from tminus.service.client import checks
 from tminus.service.client._sync.connection import Connection
 from tminus.service.client._sync.job import Job
 from tminus.service.client._sync.watching import Watching
 from tminus.service.client.bounds import IMAGE_BYTES, Asked
+from tminus.service.client.models import ModelState, models_of
 from tminus.service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of
 from tminus.service.client.patience import Patience
 from tminus.service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
-from tminus.service.client.transport import timeouts
+from tminus.service.client.transport import AdminKey, timeouts
 
 PAGE = 200  # jobs a request, the most that the server lists at once
 
@@ -23,23 +25,25 @@ PAGE = 200  # jobs a request, the most that the server lists at once
 class Client:
     """A client of one tminus server. Threads may share it.
 
-    url: `http://host:port`, with a path where a proxy puts the server under one. patience_s: how long in all a call may
-    wait where the server answers 429 or 503 with a Retry-After, or cannot be reached; 0 raises such an error at once.
-    headers: sent with every request and WebSocket, for a proxy that asks for them. transport: in place of httpx's own.
+    url: `http://host:port`, with a path where a proxy puts the server under one. model: the name of the model that
+    calls are of, where the server has several; None: its default one. patience_s: how long in all a call may wait where
+    the server answers 429 or 503 with a Retry-After, or cannot be reached; 0 raises such an error at once. headers:
+    sent with every request and WebSocket, for a proxy that asks for them. transport: in place of httpx's own.
 
     Calls raise Problem where the server refuses or fails, Unreachable, and UnexpectedAnswer. Raises ValueError for a
-    url that is not one.
+    url or a model that is not one.
     """
 
     def __init__(
         self,
         url: str,
         *,
+        model: str | None = None,
         patience_s: float = 0,
         headers: Mapping[str, str] | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._connection = Connection(url, patience_s, headers, transport)
+        self._connection = Connection(url, model, patience_s, headers, transport)
 
     def __enter__(self) -> Self:
         return self
@@ -84,11 +88,14 @@ class Client:
         return Job(self._connection, state.id, state)
 
     def job(self, job_id: str) -> Job:
-        """A job by its id. Sends nothing yet."""
+        """A job by its id, whichever model it is of. Sends nothing yet."""
         return Job(self._connection, job_id)
 
     def jobs(self, *, state: str | Sequence[str] | None = None) -> Iterator[JobState]:
-        """Iterate over all jobs, or those in one state or several, the newest first."""
+        """Iterate over all jobs, or those in one state or several, the newest first.
+
+        Of a client with a model, those of this model; else those of all.
+        """
         params: dict[str, Any] = {"limit": PAGE}
         if state is not None:
             params["state"] = state if isinstance(state, str) else ",".join(state)
@@ -113,3 +120,31 @@ class Client:
     def model(self) -> dict[str, Any]:
         """What is loaded, and the limits, as GET /model says."""
         return object_of(self._connection.request("GET", "/model"))
+
+    # --- the models of the server, whichever this client is of ---
+
+    def models(self) -> list[ModelState]:
+        """All models: those that are loaded, and those that can be."""
+        return models_of(self._connection.request("GET", f"{self._connection.server}/models"))
+
+    def load_model(self, name: str, admin_key: str) -> ModelState:
+        """Load a model that is not loaded. Returns when it is served, which may take minutes.
+
+        The key goes to this server only, as the Authorization of this request. Raises Problem: unauthorized, admin_off,
+        model_not_found, model_busy, checkpoint_refused; ValueError for a name or a key that is not one.
+        """
+        return ModelState.of(object_of(self._change(name, "load", admin_key)))
+
+    def reload_model(self, name: str, admin_key: str) -> ModelState:
+        """Read a loaded model's folder again. Returns when what is there now is served; in all else as load_model."""
+        return ModelState.of(object_of(self._change(name, "reload", admin_key)))
+
+    def unload_model(self, name: str, admin_key: str) -> None:
+        """Unload a model; the server still finishes the jobs that it has. Raises as load_model does."""
+        self._change(name, "unload", admin_key)
+
+    def _change(self, name: str, change: str, admin_key: str) -> httpx.Response:
+        url = f"{self._connection.server}/models/{checks.model_name(name)}/{change}"
+        # A second load would be refused, though the first may have done it.
+        patience = Patience(self._connection.patience_s, once=True)
+        return self._connection.request("POST", url, patience, auth=AdminKey(admin_key), timeout=timeouts(None))

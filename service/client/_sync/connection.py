@@ -22,6 +22,7 @@ from tminus.service.client.transport import (
     closed,
     http_address,
     lost,
+    model_address,
     refused,
     timeouts,
     too_large,
@@ -34,18 +35,20 @@ MESSAGES_AHEAD = 2  # that have come over a WebSocket and were not asked for yet
 class Connection:
     """Connects to one server, and turns the errors of httpx and websockets into ClientErrors.
 
-    Raises ValueError for a url that is not one. `patience_s` is that of the client.
+    Paths are below the address of `model`, None: below that of the server. Raises ValueError for a url or a model that
+    is not one. `patience_s` is that of the client.
     """
 
     def __init__(
         self,
         url: str,
+        model: str | None,
         patience_s: float,
         headers: Mapping[str, str] | None,
         transport: httpx.BaseTransport | None,
     ) -> None:
-        address = http_address(url)
-        self.patience_s = patience_s
+        self.server, self.patience_s = http_address(url), patience_s
+        address = model_address(self.server, model)
         self._ws_address, self._headers = ws_address(address), dict(headers or {})
         self._http = httpx.Client(
             base_url=address,
@@ -68,7 +71,7 @@ class Connection:
     ) -> httpx.Response:
         """Send a request until the response is 2xx; `options` are those of httpx. Raises ClientError.
 
-        max_bytes: of its content; no more is read.
+        path: or a whole URL. max_bytes: of its content; no more is read.
         """
         patience = patience or Patience(self.patience_s)
         while True:

@@ -16,7 +16,7 @@ from tminus.service.jobs.views import JobView
 from tminus.service.model_info import LatentInfo
 
 JOB = [
-    "id", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s", "age_s", "created",
+    "id", "model", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s", "age_s", "created",
     "finished", "fingerprint", "parameters", "problem",
 ]  # fmt: skip
 PAGE = ["jobs", "next"]
@@ -221,7 +221,8 @@ def test_pages_name_the_next_one(site: Site) -> None:
 
 @pytest.mark.parametrize("eta_s", [None, 0.0, 1.23456])
 def test_times_of_a_job_have_milliseconds(eta_s: float | None) -> None:
-    view = JobView(JobRecord("a" * 32, make_spec(), 1_000_000, finished_us=2_500_999), "running", True, 1, 0, eta_s)
+    record = JobRecord("a" * 32, make_spec(), 1_000_000, finished_us=2_500_999)
+    view = JobView(record, 0, "fake", "running", True, 1, 0, eta_s)
     answer = JobAnswer.of(view)
     assert answer.eta_s == (None if eta_s is None else round(eta_s, 3))
     assert (answer.created, answer.finished) == ("1970-01-01T00:00:01.000Z", "1970-01-01T00:00:02.500Z")

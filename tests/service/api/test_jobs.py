@@ -14,7 +14,7 @@ from tests.service.conftest import MakeSite, Restarts, Site, pixels, problem
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.service.jobs.standings import FORECAST_S
 from tminus.service.work import JobStatus
-from tminus.service.worker.worker import Worker
+from tminus.service.worker.accepted_jobs import AcceptedJobs
 
 SECOND = 1.0
 EVERY_TICK_A_SECOND = (
@@ -75,7 +75,7 @@ def test_waiting_and_running_jobs_are_listed_with_position_and_time(asked: Asked
     asked.site.engine.gate.let()
     asked.site.engine.next_begun()
     one, two = asked.jobs()
-    members = {"id", "state", "durable", "position", "eta_s", "n", "steps", "step", "sampler", "seed", "age_s"}
+    members = {"id", "model", "state", "durable", "position", "eta_s", "n", "steps", "step", "sampler", "seed", "age_s"}
     members |= {"created", "finished", "fingerprint", "parameters", "problem"}
     assert one.keys() == two.keys() == members
     assert not one["durable"]
@@ -125,13 +125,13 @@ def test_however_often_jobs_are_looked_up_one_forecast_a_second_is_made(
 ) -> None:
     running = asked.post(steps=3, seed=1)
     asked.site.engine.next_begun()
-    forecast, forecasts, began_s = Worker.statuses, [], time.monotonic()
+    forecast, forecasts, began_s = AcceptedJobs.statuses, [], time.monotonic()
 
-    def counted(worker: Worker) -> list[JobStatus]:
+    def counted(jobs: AcceptedJobs) -> list[JobStatus]:
         forecasts.append(time.monotonic())
-        return forecast(worker)
+        return forecast(jobs)
 
-    monkeypatch.setattr(Worker, "statuses", counted)
+    monkeypatch.setattr(AcceptedJobs, "statuses", counted)
     (job,) = asked.wait_for(1)
     for _ in range(20):
         one = asked.site.client.get(f"/jobs/{job['id']}").json()

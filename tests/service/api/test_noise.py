@@ -355,7 +355,7 @@ def test_the_bodies_held_at_once_are_bounded_in_total(make_site: MakeSite, monke
     tag = post(site, t=5, seed=1).headers["etag"]
     worker, asked = site.worker, []
     run = worker.run
-    monkeypatch.setattr(worker, "run", lambda act: asked.append(act) or run(act))
+    monkeypatch.setattr(worker, "run", lambda act, model: asked.append(act) or run(act, model=model))
     site.engine.gate.shut()
     large = CAT.ljust(100_000, b"\0")
     with ThreadPoolExecutor(2) as pool:
@@ -380,9 +380,9 @@ def test_the_bodies_held_at_once_are_bounded_in_total(make_site: MakeSite, monke
 def test_images_are_noised_between_ticks_and_one_at_a_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, asked = site.worker, []
 
-    def run(act: Any, really: Any = worker.run) -> Any:
+    def run(act: Any, really: Any = worker.run, **model: int) -> Any:
         assert all(future.done() for future in asked)
-        asked.append(really(act))
+        asked.append(really(act, **model))
         return asked[-1]
 
     monkeypatch.setattr(worker, "run", run)

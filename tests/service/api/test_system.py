@@ -135,10 +135,10 @@ def test_metrics_count_what_happened(site: Site) -> None:
     site.post(json={"stepz": 0})
     site.client.get("/nowhere")
     metrics = site.metrics()
-    assert metrics["tminus_images_total"] == 4
-    assert metrics['tminus_row_steps_total{"sampler": "ddpm"}'] == 6
-    assert metrics['tminus_row_steps_total{"sampler": "ddim"}'] == 2
-    assert metrics["tminus_batch_rows_sum"] == 6 + 4
+    assert metrics['tminus_images_total{"model": "fake"}'] == 4
+    assert metrics['tminus_row_steps_total{"model": "fake", "sampler": "ddpm"}'] == 6
+    assert metrics['tminus_row_steps_total{"model": "fake", "sampler": "ddim"}'] == 2
+    assert metrics['tminus_batch_rows_sum{"model": "fake"}'] == 6 + 4
     assert metrics['tminus_rejected_total{"reason": "invalid_field"}'] == 1
     assert metrics['tminus_rejected_total{"reason": "unknown_field"}'] == 1
     assert metrics['tminus_encode_duration_seconds_count{"kind": "png"}'] == 1

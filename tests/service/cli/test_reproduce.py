@@ -312,7 +312,9 @@ OURS = {"X-Seed": "1", "X-Fingerprint": "0123456789abcdef", "Content-Type": "ima
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, answer: Callable[[httpx.Request], httpx.Response]) -> None:
     """Let a function answer in place of the server."""
-    monkeypatch.setattr(images, "client_of", lambda url: Client(url, transport=httpx.MockTransport(answer)))
+    monkeypatch.setattr(
+        images, "client_of", lambda url, model=None: Client(url, model=model, transport=httpx.MockTransport(answer))
+    )
 
 
 @pytest.mark.usefixtures("no_model")

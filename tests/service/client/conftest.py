@@ -6,18 +6,25 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 
-from tests.service.conftest import INSTANT, Site
-from tests.service.fakes import INFO, LIMITS, PATIENCE_S
+from tests.service.conftest import INSTANT, Site, prepare
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine
+from tminus.model.files import CheckpointError
 from tminus.service.api.websocket_protocol import stream_protocol
 from tminus.service.client import AsyncClient, AsyncJob, AsyncWatching, Client
+from tminus.service.library import Library
+from tminus.service.parts import Prepared
 from tminus.service.server import bind
 
 SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
+ADMIN_KEY = "a key of the tests"
+COLOUR = replace(INFO, name="colour", channels=3, weights_hash="cd" * 32, fingerprint="fedcba9876543210")
+SPARE = replace(COLOUR, name="spare", weights_hash="ef" * 32)
 MakeServed = Callable[..., "Served"]
 Connect = Callable[..., Any]
 
@@ -26,7 +33,12 @@ def job_members(**members: Any) -> dict[str, Any]:
     """A job's document as the server sends it, of a job that runs unless told otherwise."""
     empty = dict.fromkeys(("problem", "fingerprint", "finished", "position", "eta_s"))
     job = {"id": "x", "state": "running", "durable": True, "step": 0, "steps": 1, "n": 1, "seed": 0, "age_s": 0}
-    return empty | job | {"parameters": {}, "created": "2026-01-01T00:00:00.000Z", "sampler": "ddpm"} | members
+    return (
+        empty
+        | job
+        | {"model": "fake", "parameters": {}, "created": "2026-01-01T00:00:00.000Z", "sampler": "ddpm"}
+        | members
+    )
 
 
 class Served(Site):
@@ -71,6 +83,25 @@ def make_served() -> Iterator[MakeServed]:
 @pytest.fixture
 def served(make_served: MakeServed) -> Served:
     return make_served()
+
+
+@pytest.fixture
+def several() -> Iterator[Served]:
+    """A server of `fake`, its default model, and `colour`; it may load `spare`, and `broken`, which it refuses."""
+
+    def load(name: str, folder: Path) -> Prepared:
+        if name == "broken":
+            raise CheckpointError(f"{folder}: no checkpoint")
+        return prepare(FakeEngine({"colour": COLOUR, "spare": SPARE}[name]), LIMITS, INSTANT)
+
+    more: dict[str, Any] = {
+        "others": [load("colour", Path())],
+        "library": Library({name: Path(name) for name in ("fake", "colour", "spare", "broken")}),
+        "prepare": load,
+        "admin_key": ADMIN_KEY,
+    }
+    with Served(INFO, replace(LIMITS, max_streams=8, max_streams_per_address=8), INSTANT, **more).running() as served:
+        yield served
 
 
 class InLoop:

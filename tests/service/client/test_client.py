@@ -1,14 +1,15 @@
 """Calls with one answer, and the list of jobs, sync and async."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.service.client.breaking import Breaking
-from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
+from tests.service.client.conftest import ADMIN_KEY, COLOUR, SPARE, SPEC, Connect, MakeServed, Served
 from tests.service.conftest import pixels
 from tests.service.fakes import INFO, PATIENCE_S, fake_pixels, make_spec
-from tminus.service.client import Problem
+from tminus.service.client import Done, Ended, ModelState, Problem, Unreachable
 from tminus.service.client._async import client as async_client
 from tminus.service.client._sync import client as sync_client
 
@@ -91,3 +92,91 @@ def test_an_answer_that_is_lost_makes_no_second_job(served: Served, connect: Con
     with pytest.raises(Problem) as caught:
         tminus.submit(steps=2, idempotency_key="mine")
     assert caught.value.code == "idempotency_key_reused"
+
+
+# --- several models ---
+
+
+def test_all_calls_of_a_client_with_a_model_are_of_this_model(several: Served, connect: Connect) -> None:
+    tminus, default = connect(several.url, model="colour"), connect(several.url)
+    assert tminus.model()["name"] == "colour"
+    assert default.model()["name"] == "fake"
+    sampled = tminus.sample(**SPEC)
+    assert pixels(sampled.data).shape == (4, 12, 3)
+    assert sampled.fingerprint == COLOUR.fingerprint
+    done = list(tminus.watch(**SPEC))[-1]
+    assert isinstance(done, Done)
+    assert done.images == (sampled.data,)
+    assert tminus.noise(sampled.data, t=3).fingerprint == COLOUR.fingerprint
+    with pytest.raises(Problem) as caught:
+        connect(several.url, model="nobody").sample()
+    assert (caught.value.code, caught.value.value) == ("model_not_found", "nobody")
+
+
+def test_a_job_says_which_model_it_is_of_and_every_client_finds_it(several: Served, connect: Connect) -> None:
+    tminus, default = connect(several.url, model="colour"), connect(several.url)
+    job, other = tminus.submit(**SPEC), default.submit(**SPEC)
+    assert (job.wait(PATIENCE_S).model, other.wait(PATIENCE_S).model) == ("colour", "fake")
+    *_, ended = job.events()
+    assert isinstance(ended, Ended)
+    assert ended.job.model == "colour"
+    assert [state.id for state in tminus.jobs()] == [job.id]
+    assert [state.id for state in default.jobs()] == [other.id, job.id]
+    assert default.job(job.id).image().data == job.image().data == tminus.sample(**SPEC).data
+    assert tminus.job(other.id).state().model == "fake"
+    default.job(job.id).delete()
+    assert list(tminus.jobs()) == []
+
+
+def test_the_models_are_listed_by_a_client_of_any(several: Served, connect: Connect) -> None:
+    fake, colour, broken, spare = connect(several.url).models()
+    assert (fake.name, fake.default, fake.state, fake.info["class_names"]) == (
+        "fake", True, "loaded", ["cat", "dog", "3d-print"]
+    )  # fmt: skip
+    assert (colour.name, colour.default, colour.state, colour.info["channels"]) == ("colour", False, "loaded", 3)
+    assert [broken, spare] == [ModelState(name, False, "unloaded", None) for name in ("broken", "spare")]
+    assert connect(several.url, model="colour").models() == [fake, colour, broken, spare]
+
+
+def test_a_model_is_loaded_reloaded_and_unloaded(several: Served, connect: Connect) -> None:
+    tminus, spare = connect(several.url, model="colour"), connect(several.url, model="spare")
+    loaded = tminus.load_model("spare", ADMIN_KEY)
+    assert (loaded.name, loaded.state, loaded.default) == ("spare", "loaded", False)
+    assert loaded.info == spare.model()
+    assert spare.sample(**SPEC).fingerprint == SPARE.fingerprint
+    assert tminus.reload_model("spare", ADMIN_KEY) == loaded
+    assert tminus.unload_model("spare", ADMIN_KEY) is None
+    with pytest.raises(Problem, match="no model 'spare'"):
+        spare.sample(**SPEC)
+    assert "spare" not in [model.name for model in tminus.models() if model.state == "loaded"]
+
+
+def test_a_change_that_is_refused_says_why(several: Served, served: Served, connect: Connect) -> None:
+    tminus, closed = connect(several.url), connect(served.url)
+    refusals: list[tuple[Callable[[], object], int, str]] = [
+        (lambda: tminus.load_model("spare", "another key, wrong"), 401, "unauthorized"),
+        (lambda: closed.load_model("fake", ADMIN_KEY), 403, "admin_off"),
+        (lambda: tminus.load_model("nobody", ADMIN_KEY), 404, "model_not_found"),
+        (lambda: tminus.reload_model("spare", ADMIN_KEY), 404, "model_not_found"),
+        (lambda: tminus.unload_model("spare", ADMIN_KEY), 404, "model_not_found"),
+        (lambda: tminus.load_model("colour", ADMIN_KEY), 409, "model_busy"),
+        (lambda: tminus.unload_model("fake", ADMIN_KEY), 409, "model_busy"),
+        (lambda: tminus.load_model("broken", ADMIN_KEY), 422, "checkpoint_refused"),
+    ]
+    for call, status, code in refusals:
+        with pytest.raises(Problem) as caught:
+            call()
+        assert (caught.value.status, caught.value.code) == (status, code)
+    for name, key in (("a/b", ADMIN_KEY), ("", ADMIN_KEY), (None, ADMIN_KEY), ("spare", "key\n")):
+        with pytest.raises(ValueError, match=r"model must be|no text|the admin key must be"):
+            tminus.load_model(name, key)
+
+
+def test_a_change_whose_answer_is_lost_is_not_asked_for_twice(several: Served, connect: Connect) -> None:
+    transport = Breaking(0)
+    tminus = connect(several.url, transport=transport, patience_s=PATIENCE_S)
+    with pytest.raises(Unreachable) as caught:
+        tminus.load_model("spare", ADMIN_KEY)
+    assert caught.value.reached
+    assert len(transport.requests) == 1
+    assert "spare" in [model.name for model in tminus.models() if model.state == "loaded"], "it was done all the same"

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.service.client.breaking import Breaking
-from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
+from tests.service.client.conftest import ADMIN_KEY, SPEC, Connect, MakeServed, Served
 from tests.service.client.hostile import IMAGE_HEAD, PNG, answering, endless
 from tests.service.fakes import PATIENCE_S
 from tminus.service.client import Done, Problem, UnexpectedAnswer, Unreachable
@@ -26,6 +26,50 @@ def test_custom_headers_are_sent_with_every_request_and_websocket(served: Served
     with pytest.raises(Problem) as caught:
         list(foreign.watch(**SPEC))
     assert (caught.value.status, caught.value.code) == (403, "foreign_origin")
+
+
+def test_the_admin_key_goes_with_a_change_of_models_only_and_in_place_of_other_credentials(
+    several: Served, connect: Connect
+) -> None:
+    for url in (several.url, several.url.replace("http://", "http://user:password@")):
+        transport = Breaking()
+        tminus = connect(url, model="colour", headers={"Authorization": "Bearer x"}, transport=transport)
+        tminus.reload_model("colour", ADMIN_KEY)
+        tminus.models()
+        tminus.model()
+        change, *others = transport.requests
+        assert change.url.path == "/models/colour/reload"
+        assert change.headers["authorization"] == f"Bearer {ADMIN_KEY}"
+        assert all(ADMIN_KEY not in str(request.headers) for request in others)
+
+
+def test_the_admin_key_is_sent_to_no_other_host_and_is_in_no_log(
+    several: Served, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.host)
+        return httpx.Response(307, headers={"Location": several.url})
+
+    asked = list[str]()
+    caplog.set_level("DEBUG")
+    with pytest.raises(UnexpectedAnswer, match="307"):
+        connect("http://server", transport=httpx.MockTransport(answer)).load_model("spare", ADMIN_KEY)
+    assert asked == ["server"]
+    connect(several.url).load_model("spare", ADMIN_KEY)
+    with pytest.raises(Unreachable) as caught:
+        connect("http://127.0.0.1:1").load_model("spare", ADMIN_KEY)
+    assert caplog.records
+    assert ADMIN_KEY not in caplog.text + repr(caught.value)
+
+
+def test_a_change_of_models_is_waited_for_however_long_it_takes(connect: Connect) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        waited.append(request.extensions["timeout"])
+        return httpx.Response(204)
+
+    waited = list[dict[str, float | None]]()
+    connect("http://server", transport=httpx.MockTransport(answer)).unload_model("x", ADMIN_KEY)
+    assert (waited[0]["read"], waited[0]["connect"]) == (None, 10)
 
 
 def test_a_refused_call_is_tried_again_while_patience_lasts(make_served: MakeServed, connect: Connect) -> None:
@@ -76,6 +120,11 @@ def test_an_invalid_address_is_refused_at_once(url: str, connect: Connect) -> No
         connect(url)
 
 
+def test_a_name_of_no_model_is_refused_at_once(connect: Connect) -> None:
+    with pytest.raises(ValueError, match=r"model must be 1\.\.64 of A-Z a-z 0-9 \. _ -, .*, got '\.\./x'"):
+        connect("http://server", model="../x")
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
@@ -96,6 +145,9 @@ def test_an_answer_from_another_server_is_unexpected(answer: dict[str, Any], say
         tminus.job("x").state,
         tminus.job("x").image,
         lambda: tminus.noise(b"", 1),
+        tminus.models,
+        lambda: tminus.load_model("x", ADMIN_KEY),
+        lambda: tminus.reload_model("x", ADMIN_KEY),
     ]
     for call in listed:
         with pytest.raises(UnexpectedAnswer, match=says):
@@ -140,7 +192,8 @@ def test_no_more_is_read_than_can_answer_the_request(
 def test_a_document_is_bounded_in_length_and_depth(connect: Connect) -> None:
     for pieces in (lambda: endless(b"{"), lambda: [b"[" * 10**6], lambda: [b'{"a":' * 10**5], lambda: [b"[1]"]):
         with answering("Content-Type: application/json\r\n", pieces) as hostile:
-            for call in (connect(hostile.url).model, connect(hostile.url).job("x").state):
+            tminus = connect(hostile.url)
+            for call in (tminus.model, tminus.models, tminus.job("x").state):
                 with pytest.raises(UnexpectedAnswer, match="200"):
                     call()
 

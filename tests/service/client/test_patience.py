@@ -42,6 +42,14 @@ def test_other_errors_are_not_waited_for(error: ClientError) -> None:
         Patience(1000).pause_s(error)
 
 
+def test_what_the_server_may_have_got_is_not_sent_again_where_it_may_go_there_once() -> None:
+    patience = Patience(1000, once=True)
+    assert patience.pause_s(NOBODY) > 0
+    assert patience.pause_s(REFUSED) == 7
+    with pytest.raises(Unreachable):
+        patience.pause_s(CUT)
+
+
 def test_tries_to_connect_become_rarer() -> None:
     clock = Clock()
     patience = Patience(30, clock=clock)

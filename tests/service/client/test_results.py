@@ -145,6 +145,8 @@ def test_a_noise_level_that_is_none_is_unexpected(alpha_bar: str) -> None:
         {"id": "\ud800"},
         {"id": "x" * 1000},
         {"id": None},
+        {"model": None},
+        {"model": "../x"},
         {"state": "asleep"},
         {"state": []},
         {"step": -1},

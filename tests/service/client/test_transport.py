@@ -1,13 +1,29 @@
 import httpx
 import pytest
 
-from tminus.service.client.transport import http_address, lost, ws_address
+from tminus.service.client.transport import AdminKey, http_address, lost, model_address, ws_address
 
 
 def test_an_address_may_have_a_path_behind_a_proxy() -> None:
     assert http_address("https://host:1/tminus/") == "https://host:1/tminus"
     assert ws_address("https://host:1/tminus") == "wss://host:1/tminus"
     assert ws_address("http://http") == "ws://http"
+    assert model_address("https://host:1/tminus", None) == "https://host:1/tminus"
+    assert model_address("https://host:1/tminus", "v1.5_b-2") == "https://host:1/tminus/models/v1.5_b-2"
+
+
+@pytest.mark.parametrize("name", ["", "..", ".", "-x", "_x", "a/b", "a b", "a?b", "a\n", "x" * 65, "é", 5])
+def test_a_name_that_is_none_is_put_into_no_address(name: str) -> None:
+    with pytest.raises(ValueError, match=r"model must be 1..64 of A-Z a-z 0-9 . _ -|no text"):
+        model_address("http://host", name)
+
+
+@pytest.mark.parametrize("key", ["", "secret\n", " secret", "secret ", "se\x00cret", "sécret", "se\r\nX-A: cret"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(ValueError, match="the admin key must be printable ASCII") as caught:
+        AdminKey(key)
+    assert "cret" not in str(caught.value)
+    assert "cret" not in repr(AdminKey("secret"))
 
 
 @pytest.mark.parametrize(

@@ -433,7 +433,11 @@ def test_the_bytes_that_wait_for_the_thread_are_bounded(monkeypatch: pytest.Monk
     async def one_too_many() -> None:
         waiting = asyncio.ensure_future(decoder.decode(png_bytes, COLOUR))
         await asyncio.sleep(0)
-        for more in (decoder.decode(b"x", COLOUR), decoder.inputs(b"x", None, COLOUR), decoder.inputs(b"", b"x", COLOUR)):
+        for more in (
+            decoder.decode(b"x", COLOUR),
+            decoder.inputs(b"x", None, COLOUR),
+            decoder.inputs(b"", b"x", COLOUR),
+        ):
             with pytest.raises(TooManyBytes):
                 await more
         assert await decoder.inputs(None, b"x", COLOUR) is None, "no image: nothing waits"

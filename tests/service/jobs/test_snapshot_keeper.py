@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
+from tests.service.fakes import PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Coroutine, Iterator
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest

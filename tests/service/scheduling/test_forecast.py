@@ -32,9 +32,7 @@ def pendings(*works: Work) -> list[Pending]:
     return [Pending(f"job{i}", work, work.places) for i, work in enumerate(works)]
 
 
-def forecast(
-    jobs: list[Pending], sharing: Sharing, times: TickTimes, until: str | None = None
-) -> dict[str, Outlook]:
+def forecast(jobs: list[Pending], sharing: Sharing, times: TickTimes, until: str | None = None) -> dict[str, Outlook]:
     """Of one model."""
     return forecasts.forecast(jobs, {0: Speed(sharing, times, 1000)}, until)
 

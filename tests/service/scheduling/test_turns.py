@@ -99,7 +99,9 @@ def test_in_order_of_arrival_the_first_job_goes_first() -> None:
 
 
 @pytest.mark.parametrize(("oldest", "others"), [(SLOW, FAST), (FAST, SLOW)])
-def test_the_model_of_the_oldest_job_has_a_quarter_of_the_time_while_shorter_ones_come(oldest: int, others: int) -> None:
+def test_the_model_of_the_oldest_job_has_a_quarter_of_the_time_while_shorter_ones_come(
+    oldest: int, others: int
+) -> None:
     machine = Machine()
     machine.add("oldest", work(oldest, 8, 100_000))
     for number in range(100):

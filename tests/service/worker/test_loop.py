@@ -678,9 +678,9 @@ def test_while_images_are_decoded_there_is_work_but_no_tick(make_bench: MakeBenc
     bench = make_bench(info=LATENT)
     future = bench.accept("a", steps=1)
     bench.tick()
-    assert (bench.loop.has_ticks, bench.loop.has_work) == (False, True)
+    assert (bench.loop.models.has_ticks, bench.loop.has_work) == (False, True)
     bench.next_posted()
-    assert (bench.loop.has_ticks, bench.loop.has_work, future.done()) == (False, False, True)
+    assert (bench.loop.models.has_ticks, bench.loop.has_work, future.done()) == (False, False, True)
 
 
 def test_a_job_given_up_while_it_is_decoded_is_answered_once(make_bench: MakeBench) -> None:

@@ -1,0 +1,76 @@
+"""`tminus models`: the models of a server as a table; load, reload and unload one of them."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from tminus.service.cli.images import client_of
+from tminus.service.cli.output import fail, say
+
+if TYPE_CHECKING:
+    from tminus.service.client import Client, ModelState
+
+ADMIN_KEY = "TMINUS_ADMIN_KEY"
+HEAD = ("NAME", "STATE", "IMAGES", "CLASSES", "DEVICE", "FINGERPRINT")
+COLOURS = {1: "grey", 3: "colour"}  # by channels
+
+
+@click.command()
+@click.argument("change", type=click.Choice(["load", "reload", "unload"]), required=False)
+@click.argument("name", required=False)
+@click.option("--url", default="http://localhost:8000", help="the server")
+def models(change: str | None, name: str | None, url: str) -> None:
+    """List the models of a server; or load, reload or unload the model NAME.
+
+    These three need the server's admin key, in the variable TMINUS_ADMIN_KEY. Loading a model may take a minute.
+    """
+    from tminus.service.client import ClientError
+
+    if change is not None and name is None:
+        raise click.UsageError(f"{change} needs the NAME of a model")
+    try:
+        with client_of(url) as tminus:
+            if change is None or name is None:
+                say(table(tminus.models()))
+            else:
+                change_model(tminus, change, name)
+                say(f"{name}: {change}ed")
+    except ClientError as error:
+        fail(f"{url}: {error}")
+    except ValueError as error:  # a name that is none, or a key
+        fail(str(error))
+
+
+def change_model(tminus: "Client", change: str, name: str) -> None:
+    """Load, reload or unload a model. Raises ClientError; ValueError for a name or a key that is not one."""
+    key = os.environ.get(ADMIN_KEY)
+    if not key:
+        fail(f"{change} needs the server's admin key, in the variable {ADMIN_KEY}")
+    call = {"load": tminus.load_model, "reload": tminus.reload_model, "unload": tminus.unload_model}[change]
+    call(name, key)
+
+
+def table(models: "Sequence[ModelState]") -> str:
+    """Lay models out as the lines of a table. Raises ClientError."""
+    rows = [HEAD, *map(_cells, models)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, each, widths)).rstrip() for each in rows)
+
+
+def _cells(model: "ModelState") -> tuple[str, ...]:
+    """One row. Raises ClientError where the description is not that of a model."""
+    from tminus.service.client import ClientError, checks
+
+    state, info = model.state + ", default" * model.default, model.info
+    if info is None:
+        return (model.name, state, *[""] * (len(HEAD) - 2))
+    try:
+        width_px, height_px, channels = (checks.whole(info[each]) for each in ("width_px", "height_px", "channels"))
+        classes = len(checks.items(info["class_names"]))
+        device, fingerprint = checks.token(info["device"]), checks.token(info["fingerprint"])
+    except (KeyError, ValueError) as error:
+        raise ClientError(f"the description of {model.name} is not that of a model ({error})") from None
+    images = f"{width_px}x{height_px}, {COLOURS.get(channels, f'{channels} channels')}"
+    return (model.name, state, images, str(classes), device, fingerprint)

@@ -1,0 +1,72 @@
+"""GET /models, and who may load and unload. What becomes of a change is in tests/service/test_model_changes.py."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.service.conftest import MakeSite, Site, problem
+from tests.service.several import ADMIN, COLOUR, KEY, Several, make_several
+
+CHANGES = [f"/models/{name}/{what}" for name in ("fake", "third", "nobody") for what in ("load", "reload", "unload")]
+
+
+@pytest.fixture
+def several(make_site: MakeSite) -> Several:
+    return make_several(make_site)
+
+
+def test_all_models_are_listed_with_what_they_are(several: Several) -> None:
+    fake, colour, third = several.get("/models").json()["models"]
+    assert (fake["name"], fake["default"], fake["state"], fake["url"]) == ("fake", True, "loaded", "/models/fake/")
+    assert (colour["name"], colour["default"], colour["url"]) == ("colour", False, "/models/colour/")
+    assert third == {"name": "third", "default": False, "state": "unloaded", "url": None, "model": None}
+    assert fake["model"] == several.get("/model").json() == several.get("/models/fake").json()
+    assert colour["model"] == several.get("/models/colour").json() == several.get("/models/colour/model").json()
+    assert several.get(colour["url"]).status_code == 200
+
+
+def test_a_server_of_one_model_lists_that(site: Site) -> None:
+    (only,) = site.client.get("/models").json()["models"]
+    assert (only["name"], only["default"]) == ("fake", True)
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_without_an_admin_key_nobody_may_change_anything(site: Site, path: str) -> None:
+    for headers in ({}, ADMIN, {"Authorization": "Bearer "}, {"Authorization": "Bearer None"}):
+        problem(site.client.post(path, headers=headers), 403, "admin_off")
+
+
+@pytest.mark.parametrize("path", CHANGES)
+@pytest.mark.parametrize(
+    "sent", [None, "", "Bearer", "Bearer ", f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", f"Basic {KEY}", KEY, "Bearer \xff"]
+)
+def test_with_one_it_has_to_be_sent(several: Several, path: str, sent: str | None) -> None:
+    headers = {} if sent is None else {"Authorization": sent.encode("latin-1")}
+    response = several.post(path, headers=headers)
+    problem(response, 401, "unauthorized")
+    assert response.headers["www-authenticate"].startswith("Bearer")
+    assert KEY not in response.text
+    assert several.shelf.engines == []
+
+
+def test_the_key_is_not_told(several: Several) -> None:
+    for path in ("/models", "/model", "/openapi.json", "/metrics"):
+        assert KEY not in several.get(path).text
+
+
+def test_a_model_is_loaded_listed_and_unloaded(several: Several) -> None:
+    several.shelf.found["third"] = replace(COLOUR, weights_hash="ef" * 32)
+    loaded = several.change("third", "load")
+    assert loaded.status_code == 200
+    assert (loaded.json()["name"], loaded.json()["state"]) == ("third", "loaded")
+    assert several.states() == {"fake": "loaded", "colour": "loaded", "third": "loaded"}
+    assert several.post("/models/third/sample", json={"steps": 1}).status_code == 200
+    unloaded = several.change("third", "unload")
+    assert (unloaded.status_code, unloaded.content) == (204, b"")
+    problem(several.post("/models/third/sample", json={"steps": 1}), 404, "model_not_found")
+
+
+def test_a_query_is_refused(several: Several) -> None:
+    assert problem(several.get("/models?x=1"), 422, "unknown_field")["field"] == "x"
+    response = several.post("/models/third/load?checkpoint=/etc", headers=ADMIN)
+    assert problem(response, 422, "unknown_field")["field"] == "checkpoint", "no request names a path"

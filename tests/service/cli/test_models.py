@@ -1,0 +1,144 @@
+"""`tminus models`, and --model of the commands that ask a server."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import numpy as np
+import pytest
+
+from tests.service.cli.test_sample import PNG
+from tests.service.client.conftest import ADMIN_KEY, Served, several  # noqa: F401
+from tests.service.client.hostile import IMAGE_HEAD, answering
+from tests.service.conftest import pixels
+from tests.service.fakes import INFO, make_spec
+from tminus.service.cli.main import main
+from tminus.service.images.encoder import encode_png, recipe
+
+LOADED = {"width_px": 32, "height_px": 16, "channels": 3, "class_names": ["a"], "device": "cpu", "fingerprint": "f"}
+MODEL = {"name": "x", "default": False, "state": "loaded", "model": LOADED}
+
+
+def run(*arguments: str | Path, key: str | None = ADMIN_KEY) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(main, [*map(str, arguments)], env={"TMINUS_ADMIN_KEY": key})
+
+
+def refusal(*arguments: str | Path, key: str | None = ADMIN_KEY) -> str:
+    """The one clear line that it ends in."""
+    result = run(*arguments, key=key)
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit), "no traceback"
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("tminus: ")
+    assert line.isprintable()
+    assert ADMIN_KEY not in result.output
+    return line
+
+
+def rows(url: str) -> list[list[str]]:
+    """The cells of the table, each row of one model."""
+    result = run("models", "--url", url, key=None)
+    assert result.exit_code == 0, result.output
+    head, *lines = result.stdout.splitlines()
+    starts = [head.index(word) for word in head.split()]
+    assert head.split() == ["NAME", "STATE", "IMAGES", "CLASSES", "DEVICE", "FINGERPRINT"]
+    cuts = [slice(*each) for each in zip(starts, [*starts[1:], None], strict=True)]
+    return [[line[cut].strip() for cut in cuts] for line in lines]
+
+
+# --- models ---
+
+
+def test_the_models_of_a_server_are_a_table(several: Served) -> None:  # noqa: F811
+    assert rows(several.url) == [
+        ["fake", "loaded, default", "6x4, grey", "3", "a fake", "0123456789abcdef"],
+        ["colour", "loaded", "6x4, colour", "3", "a fake", "fedcba9876543210"],
+        ["broken", "unloaded", "", "", "", ""],
+        ["spare", "unloaded", "", "", "", ""],
+    ]
+
+
+def test_a_model_is_loaded_reloaded_and_unloaded(several: Served) -> None:  # noqa: F811
+    for change in ("load", "reload"):
+        result = run("models", change, "spare", "--url", several.url)
+        assert (result.exit_code, result.output) == (0, f"spare: {change}ed\n")
+        assert ["spare", "loaded"] in [row[:2] for row in rows(several.url)]
+    assert run("models", "unload", "spare", "--url", several.url).output == "spare: unloaded\n"
+    assert ["spare", "loaded"] not in [row[:2] for row in rows(several.url)]
+
+
+def test_what_is_wrong_with_a_change_is_one_clear_line(several: Served) -> None:  # noqa: F811
+    where = ("--url", several.url)
+    for key in (None, ""):
+        line = refusal("models", "load", "spare", *where, key=key)
+        assert line == "tminus: load needs the server's admin key, in the variable TMINUS_ADMIN_KEY"
+    assert "401" in refusal("models", "load", "spare", *where, key="another key, wrong")
+    assert "printable ASCII" in refusal("models", "load", "spare", *where, key=f"{ADMIN_KEY}\n")
+    assert "model must be 1..64" in refusal("models", "load", "a/b", *where)
+    assert "409 colour is loaded already" in refusal("models", "load", "colour", *where)
+    assert "422 broken cannot be loaded" in refusal("models", "load", "broken", *where)
+    assert "url must be http://" in refusal("models", "--url", "localhost:8000")
+    assert refusal("models", "--url", "http://127.0.0.1:1").startswith("tminus: http://127.0.0.1:1: ")
+
+
+@pytest.mark.parametrize("arguments", [("load",), ("colour",), ("load", "a", "b"), ("load", "x", "--admin-key", "x")])
+def test_what_is_no_change_of_a_model_is_exit_code_2(arguments: tuple[str, ...]) -> None:
+    assert run("models", *arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ({"models": [MODEL | {"name": "\x1b[2J"}]}, "model must be 1..64"),
+        ({"models": [MODEL] * 2}, "a name comes twice"),
+        ({"models": [MODEL | {"state": "asleep"}]}, "asleep"),
+        ({"models": [MODEL | {"model": {}}]}, "the description of x is not that of a model ('width_px')"),
+        ({"models": [MODEL | {"model": LOADED | {"device": "\x1b[2J"}}]}, "no token"),
+        ({"models": [MODEL | {"model": LOADED | {"width_px": [[]]}}]}, "no whole number"),
+        ({"models": [MODEL | {"model": LOADED | {"class_names": "x" * 100_000}}]}, "no array"),
+        ([], "no object"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_list_that_no_tminus_server_gives_is_one_clear_line(document: Any, says: str) -> None:
+    with answering("Content-Type: application/json\r\n", lambda: [json.dumps(document).encode()]) as server:
+        assert says in refusal("models", "--url", server.url)
+
+
+def test_other_numbers_of_channels_are_told_as_they_are() -> None:
+    document = {"models": [MODEL | {"model": LOADED | {"channels": 4}}]}
+    with answering("Content-Type: application/json\r\n", lambda: [json.dumps(document).encode()]) as server:
+        assert rows(server.url) == [["x", "loaded", "32x16, 4 channels", "1", "cpu", "f"]]
+
+
+# --- --model ---
+
+
+def test_images_are_sampled_from_the_model_that_is_named(several: Served, tmp_path: Path) -> None:  # noqa: F811
+    where = ("--url", several.url, "--model", "colour", "--steps", "4")
+    assert run("sample", *where, "--out", tmp_path / "a.png").exit_code == 0
+    assert pixels((tmp_path / "a.png").read_bytes()).shape == (4, 6, 3)
+    watched = run("sample", *where, "--watch", tmp_path / "way.webp", "--out", tmp_path / "b.png")
+    assert watched.exit_code == 0, watched.output
+    assert pixels((tmp_path / "b.png").read_bytes()).shape == (4, 6, 3)
+    assert run("sample", "--url", several.url, "--steps", "4", "--out", tmp_path / "c.png").exit_code == 0
+    assert pixels((tmp_path / "c.png").read_bytes()).shape == (4, 6)
+    assert run("reproduce", tmp_path / "a.png", *where[:4]).exit_code == 0
+    assert "another size" in refusal("reproduce", tmp_path / "a.png", *where[:2])
+
+
+def test_a_model_that_cannot_be_asked_is_one_clear_line(several: Served, tmp_path: Path) -> None:  # noqa: F811
+    image = tmp_path / "kept.png"
+    image.write_bytes(encode_png(np.zeros((8, 8, 1), np.uint8), recipe(make_spec(), INFO)))
+    for command in (("sample", "--out", tmp_path / "a.png"), ("reproduce", image)):
+        assert "--model needs --url: a server that has it" in refusal(*command, "--model", "colour")
+        where = ("--url", several.url, "--model")
+        assert "404 no model 'nobody'" in refusal(*command, *where, "nobody")
+        assert "model must be 1..64" in refusal(*command, *where, "../x")
+
+
+def test_a_server_is_asked_under_the_path_of_the_model(tmp_path: Path) -> None:
+    with answering(IMAGE_HEAD, lambda: [PNG]) as server:
+        sampled = run("sample", "--url", f"{server.url}/behind/", "--model", "x", "--out", tmp_path / "a.png")
+    assert sampled.exit_code == 0, sampled.output
