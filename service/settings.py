@@ -140,6 +140,13 @@ class Settings(BaseSettings):
     def _by_commas(cls, value: object) -> object:
         return tuple(each for each in value.split(",") if each) if isinstance(value, str) else value
 
+    @field_validator("admin_key")
+    @classmethod
+    def _can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
+            raise ValueError("must be ASCII without spaces, since it is sent in a header")
+        return value
+
     @field_validator("allowed_hosts")
     @classmethod
     def _are_hosts(cls, value: str) -> str:

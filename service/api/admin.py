@@ -41,7 +41,7 @@ class ModelSummary(BaseModel):
 
     name: str
     default: bool = Field(description="whether requests that name no model are of this one")
-    state: str = Field(json_schema_extra={"enum": ["loaded", "loading", "unloaded"]})
+    state: str = Field(json_schema_extra={"enum": ["loaded", "loading", "unloading", "unloaded"]})
     url: str | None = Field(description="where its page and its whole API are; null where it is not loaded")
     model: ModelAnswer | None = Field(description="as GET /model tells of it; null where it is not loaded")
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tminus.service.api.origin import PROBES
+from tminus.service.api.origin import OF_A_MODEL, PROBES
 from tminus.service.api.problems import render
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
 from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 LEAST_RATE = 8192  # bytes of a body a second
 WINDOW_S = 10.0
-OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 TARGET_CHARACTERS = 200  # of a path and query in the log
 

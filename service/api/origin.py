@@ -5,6 +5,7 @@ is known by headers that only the browser writes: Origin, Sec-Fetch-Site, and a 
 no browser sends neither Origin nor Sec-Fetch-Site.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -19,6 +20,7 @@ from tminus.service.errors import ForeignHost, ForeignOrigin, ServiceError, shor
 PROBES = ("/healthz", "/readyz", "/metrics")  # asked by whatever name the network has for this machine
 READING = ("GET", "HEAD", "OPTIONS")
 ANY = "*"
+OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # what stands before a path of one model
 # Of answers, that pages of other origins may read.
 EXPOSED_HEADERS = (
     *("ETag", "Location", "Retry-After", "Server-Timing", "Cache-Status", "Idempotent-Replayed", "Preference-Applied"),
@@ -97,7 +99,7 @@ class Gate:
 
 def _costs(scope: Scope) -> bool:
     """Whether a request starts work, changes something, or tells of somebody's jobs."""
-    path: str = scope["path"]
+    path = OF_A_MODEL.sub("", scope["path"])
     if scope["type"] == "websocket" or scope["method"] not in READING:
         return True
     return scope["method"] != "OPTIONS" and (path == "/sample" or path.startswith("/jobs"))

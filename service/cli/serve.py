@@ -14,7 +14,6 @@ from pydantic import SecretStr, ValidationError
 
 from tminus.service.cli.loading import read
 from tminus.service.cli.output import fail, set_up_log
-from tminus.service.engine.options import LoadOptions
 from tminus.service.library import Library, name_of
 from tminus.service.model_info import max_edit_bytes
 from tminus.service.settings import Settings
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from tminus.service.app import Application
     from tminus.service.jobs.store import JobStore
     from tminus.service.model_info import ModelInfo
-    from tminus.service.parts import Prepared
 
 log = logging.getLogger(__name__)
 TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", SecretStr: "TEXT"}
@@ -77,9 +75,12 @@ def serve(**flags: Any) -> None:
     signal.signal(signal.SIGTERM, lambda _signum, _frame: sys.exit(0))
     set_up_log(settings.log_level.upper(), "%(asctime)s %(levelname)s %(name)s %(message)s")
 
+    from tminus.model.checkpoint import Checkpoint
     from tminus.service.app import create_app
-    from tminus.service.engine.loading import read_checkpoint
+    from tminus.service.engine.loading import Measured, prepare_engine, read_checkpoint
+    from tminus.service.engine.memory import release_memory
     from tminus.service.jobs.opening import open_store
+    from tminus.service.parts import Prepared
     from tminus.service.server import bind
     from tminus.service.server import serve as run_server
 
@@ -99,17 +100,21 @@ def serve(**flags: Any) -> None:
         """One that is open already, once; else it is opened."""
         return stores.pop(weights_hash, None) or open_store(settings.state_dir, weights_hash)
 
-    def prepare(name: str, folder: Path) -> "Prepared":
-        options = settings.load_options(folder)
-        return prepare_model(settings, name, read_checkpoint(options), options)
+    measured: dict[str, Measured | None] = {}  # by the model's name
+
+    def measure(name: str, checkpoint: Checkpoint, folder: Path) -> "Prepared":
+        """Measure a model, and give it its name."""
+        loaded = prepare_engine(checkpoint, settings.load_options(folder), measured.get(name))
+        measured[name] = loaded.measured
+        loaded.engine.info = replace(loaded.engine.info, name=name)
+        log_model(loaded.engine.info)
+        limits = settings.limits(loaded)
+        return Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows), release_memory)
 
     def build() -> "Application":
         """Measure, and put the parts together. The app closes the stores."""
         try:
-            first = [
-                prepare_model(settings, name, checkpoint, settings.load_options(folder))
-                for name, checkpoint, folder in models
-            ]
+            first = [measure(*model) for model in models]
         except Exception:
             for store in stores.values():
                 store.close()
@@ -120,7 +125,7 @@ def serve(**flags: Any) -> None:
             take_store,
             settings.doors(),
             library=Library({name: folder for name, _, folder in models}, settings.models),
-            prepare=prepare,
+            prepare=lambda name, folder: measure(name, read_checkpoint(settings.load_options(folder)), folder),
             admin_key=None if settings.admin_key is None else settings.admin_key.get_secret_value(),
         )
 
@@ -158,19 +163,6 @@ def read_models(settings: Settings) -> "list[tuple[str, Checkpoint, Path]]":
                 fail(f"{name} has the weights of {other}; serve one of them")
         models[name] = name, checkpoint, folder
     return list(models.values())
-
-
-def prepare_model(settings: Settings, name: str, checkpoint: "Checkpoint", options: LoadOptions) -> "Prepared":
-    """Measure a model, and give it its name."""
-    from tminus.service.engine.loading import prepare_engine
-    from tminus.service.engine.memory import release_memory
-    from tminus.service.parts import Prepared
-
-    loaded = prepare_engine(checkpoint, options)
-    loaded.engine.info = replace(loaded.engine.info, name=name)
-    log_model(loaded.engine.info)
-    limits = settings.limits(loaded)
-    return Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows), release_memory)
 
 
 def read_settings(flags: dict[str, Any]) -> Settings:

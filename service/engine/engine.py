@@ -48,6 +48,7 @@ class Engine:
             checkpoint, device, executor, exact=exact, bits=bits, autoencoder_bits=self._pictures.bits
         )
         self._device, self._max_jobs = device, max_jobs
+        self._torch_threads = torch.get_num_threads()  # as the executor has set it
         self._forward = executor
         self._noise = checkpoint.noise
         self._schedule = checkpoint.noise.schedule()
@@ -160,6 +161,8 @@ class Engine:
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:
         """Run one tick. The batch reaches the device in one transfer; nothing here loops over rows or waits."""
+        if torch.get_num_threads() != self._torch_threads:  # another model's ticks want another number
+            torch.set_num_threads(self._torch_threads)
         num_rows, num_guided = len(batch.rows), len(batch.guided)
         slots = np.array(batch.rows)
         noisy = np.flatnonzero(self._adds_noise[slots])

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,9 +30,21 @@ LARGEST_BATCH = {"cpu": 16, "cuda": 256}
 PLACES_PER_THREAD = 4  # on a CPU of many cores, each of which runs a pass of its own
 MIN_BATCH = 4  # two guided rows: one of the oldest job and one of the shortest
 SHORT_SHARE = 0.85  # of the best throughput, for a tick that short and much longer jobs share
+CORES = torch.get_num_threads()  # before any executor was built, which sets this
 PROBE_ROWS = 2  # that the fingerprint hashes, unless a small network needs more, see _probe_rows
 MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 112 more once a sampler with registers has come
+FEW_JOBS = 3  # on which bits are tested where the same network runs in the same way already
 SPARE_ROWS, SPARE_JOBS = 64, 16  # the least that the self-test and the measurement need
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was found out about running a network here: it holds for other weights too."""
+
+    way: Mapping[str, Any]  # the network, and how it is run
+    max_batch: int
+    short_batch: int
+    tick_times: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +57,7 @@ class Loaded:
     short_batch: int
     tick_times: tuple[tuple[int, float], ...]
     coding_s: tuple[float, float] = (0.0, 0.0)  # to decode an image and to encode one, for a latent model
+    measured: Measured | None = None
 
 
 def load_engine(options: LoadOptions) -> Loaded:
@@ -81,8 +94,12 @@ def _read_checkpoint(options: LoadOptions) -> Checkpoint:
     return checkpoint
 
 
-def prepare_engine(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
-    """The second half: choose, test and measure. Call it in a thread that ends, see `_in_thread`."""
+def prepare_engine(checkpoint: Checkpoint, options: LoadOptions, known: Measured | None = None) -> Loaded:
+    """The second half: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
+
+    known: of a model that is running; if this is the same network, run in the same way, it is not measured again, and
+    its bits are tested on fewer jobs. So loading takes little from that model's ticks.
+    """
     device = choose_device(options.device)
     max_rows = options.max_rows or default_max_rows(checkpoint)
     plan_lines = options.max_jobs * checkpoint.noise.num_train_timesteps
@@ -91,7 +108,7 @@ def prepare_engine(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
             f"max_jobs must be at most {MAX_PLAN_LINES // checkpoint.noise.num_train_timesteps} with "
             f"T={checkpoint.noise.num_train_timesteps}, got {options.max_jobs}: each job's plan is held"
         )
-    threads = options.threads or torch.get_num_threads()
+    threads = options.threads or CORES
     largest = options.max_batch or LARGEST_BATCH[device.type]
     if device.type == "cpu" and options.max_batch is None:
         largest = max(largest, PLACES_PER_THREAD * threads)
@@ -111,24 +128,20 @@ def prepare_engine(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
         exact=exact,
         bits=bits,
     )
-    if exact and not same_alone_and_together(engine, largest):
+    how = {"executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest}
+    network = {"unet": checkpoint.net.config.to_dict(), "shape": checkpoint.row_shape, "device": str(device)}
+    way = how | network | {"details": executor.details}
+    again = known if known is not None and known.way == way else None
+    if exact and not same_alone_and_together(engine, largest, most=None if again is None else FEW_JOBS):
         raise ValueError(
             f"executor {executor.name} {executor.precision} ({executor.details}) does not give the same bits alone and "
             "among others here; --no-exact serves without that promise"
         )
-    how = {"executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest}
-    kept = ChoiceCache(cache, checkpoint, device, how, ())
-    sizes = _kept_sizes(kept, largest)
-    # Where the sizes are known one round is enough: admission corrects the times by what ticks really take.
-    tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
-    if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
-        # A tick that was slow, by chance or not, has ended the round before the size that will be used.
-        tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
-    if sizes is None:
-        sizes = _batch_sizes(tick_times)
-        kept.write(sizes)
-    max_batch = options.max_batch or sizes["max_batch"]
-    short_batch = min(options.short_batch or sizes["short_batch"], max_batch)
+    if again is None:
+        again = _measure(engine, way, largest, ChoiceCache(cache, checkpoint, device, how, ()))
+    tick_times = again.tick_times
+    max_batch = options.max_batch or again.max_batch
+    short_batch = min(options.short_batch or again.short_batch, max_batch)
     for places, seconds in tick_times:
         log.info("a tick of %d places takes %.2f ms", places, 1e3 * seconds)
     log.info(
@@ -138,7 +151,21 @@ def prepare_engine(checkpoint: Checkpoint, options: LoadOptions) -> Loaded:
     coding_s = engine.coding_seconds()
     if engine.info.latent is not None:
         log.info("beside the ticks an image is decoded in %.2f ms, encoded in %.2f ms", *(1e3 * s for s in coding_s))
-    return Loaded(engine, max_rows, max_batch, short_batch, tick_times, coding_s)
+    return Loaded(engine, max_rows, max_batch, short_batch, tick_times, coding_s, again)
+
+
+def _measure(engine: Engine, way: Mapping[str, Any], largest: int, kept: ChoiceCache) -> Measured:
+    """How long ticks take, and what batch sizes follow from that; those of an earlier start are kept."""
+    sizes = _kept_sizes(kept, largest)
+    # Where the sizes are known one round is enough: admission corrects the times by what ticks really take.
+    tick_times = measure_ticks(engine, largest, rounds=ROUNDS if sizes is None else 1)
+    if sizes is not None and tick_times[-1][0] < min(sizes["max_batch"], largest):
+        # A tick that was slow, by chance or not, has ended the round before the size that will be used.
+        tick_times = measure_ticks(engine, largest, rounds=ROUNDS)
+    if sizes is None:
+        sizes = _batch_sizes(tick_times)
+        kept.write(sizes)
+    return Measured(way, sizes["max_batch"], sizes["short_batch"], tick_times)
 
 
 def _probe_rows(checkpoint: Checkpoint, precision: str) -> int:

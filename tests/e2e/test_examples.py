@@ -1,5 +1,6 @@
-"""docs/clients.md, word for word: the same five tasks by bash, by two Pythons, and in a real browser."""
+"""docs/clients.md, word for word: the same six tasks by bash, by two Pythons, and in a real browser."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,14 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.e2e.conftest import ROOT, RunningServer, start_server, stop_server
+from tests.tiny import randomize
+from tminus.model.checkpoint import load_checkpoint, save_checkpoint
+from tminus.model.unet import UNet2D
 
-SAMPLE, WATCH, JOB, NOISE, REFUSAL = range(5)
+SAMPLE, WATCH, JOB, NOISE, REFUSAL, MODELS = range(6)
 CURL, CLIENT, HTTPX, BROWSER = range(4)
 SNEAKERS = {"n": 4, "steps": 20, "sampler": "dpmpp_2m", "class_label": "sneaker", "guidance": 1.5, "seed": 7}
 BAG = {"steps": 200, "class_label": "bag", "guidance": 1.5, "seed": 7}
@@ -34,9 +40,20 @@ EXAMPLES = examples()
 
 
 @pytest.fixture(scope="module")
-def server(small: Path) -> Iterator[RunningServer]:
-    """A server that soon has too much to do, and keeps nothing that it made."""
-    running = start_server(small, "--max-backlog-s", "0.5", "--result-cache-mb", "0")
+def colour(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint like the small one, in colour."""
+    like, folder = load_checkpoint(small), tmp_path_factory.mktemp("made") / "colour"
+    net = UNet2D(replace(like.net.config, in_channels=3, out_channels=3))
+    randomize(net)
+    save_checkpoint(folder, net.state_dict(), net.config, like.noise, like.labels, {}, like.recommended)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(small: Path, colour: Path) -> Iterator[RunningServer]:
+    """A server of two models that soon has too much to do, and keeps nothing that it made."""
+    more = ("--checkpoint", f"colour={colour}")
+    running = start_server(small, *more, "--max-backlog-s", "0.5", "--result-cache-mb", "0")
     yield running
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log
@@ -103,7 +120,7 @@ def much_to_do(server: RunningServer) -> Iterator[None]:
 def test_each_task_is_there_in_each_language() -> None:
     languages = [[kind for kind, _ in blocks] for blocks in EXAMPLES]
     four = ["sh", "python", "python", "js"]
-    assert languages == [four, [*four, "js"], four, four, four]
+    assert languages == [four, [*four, "js"], four, four, four, four]
     for blocks in EXAMPLES:
         assert "tminus.service.client" in blocks[CLIENT][1]
         assert "service" not in blocks[HTTPX][1]
@@ -186,3 +203,16 @@ def test_a_refusal_is_waited_for_in_the_browser(server: RunningServer, tab: Any)
     with much_to_do(server):
         in_browser(tab, REFUSAL)
     assert picture(tab) == server.post(json={"n": 8, "steps": 30, "seed": 7}).content
+
+
+def test_one_of_several_models_is_asked_in_every_language(server: RunningServer, tmp_path: Path, tab: Any) -> None:
+    expected = httpx.post(f"{server.url}/models/colour/sample", json={"n": 4, "steps": 20, "seed": 7}, timeout=60)
+    for language in (CURL, CLIENT, HTTPX):
+        said = run(server, tmp_path, MODELS, language)
+        assert (tmp_path / "colour.png").read_bytes() == expected.content
+        (tmp_path / "colour.png").unlink()
+        assert language == CURL or said.splitlines() == ["small loaded", "colour loaded"]
+    assert json.loads((tmp_path / "models.json").read_text())["models"][1]["name"] == "colour"
+    assert in_browser(tab, MODELS) == ["small loaded", "colour loaded"]
+    until(tab, lambda: tab.evaluate(f"() => {PICTURE}.naturalWidth") == 64)
+    assert picture(tab) == expected.content

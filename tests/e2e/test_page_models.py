@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
-from tests.e2e.test_page import DONE, LONG, POSTED, QUICK, Page
+from tests.e2e.test_page import DONE, LONG, POSTED, QUICK, Page, job_ids
 from tests.tiny import randomize
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 from tminus.model.tminus_file import Labels
@@ -58,7 +58,7 @@ def open_page(browser: Any, two: RunningServer) -> Iterator[Callable[..., Page]]
 
 
 def menu(page: Page) -> Any:
-    return page.tab.get_by_label("Model", exact=True)
+    return page.tab.get_by_role("combobox", name="Model", exact=True)
 
 
 def choose(page: Page, name: str) -> None:
@@ -134,17 +134,16 @@ def test_a_model_keeps_its_results_and_its_job_to_itself(open_page: Callable[...
 def test_what_was_asked_of_one_model_is_not_asked_of_another(
     open_page: Callable[..., Page], two: RunningServer
 ) -> None:
-    page, held = open_page(), []
-    page.tab.route(re.compile(POSTED), lambda route: held.append(route.request.url))  # and no answer
-    page.sample(**QUICK)
-    page.go_on_until(lambda: bool(held))
+    page, before = open_page(), job_ids(two)
+    page.tab.route(re.compile(POSTED), lambda route: route.fetch() and None)  # and no answer
+    page.sample(**QUICK | {"seed": ""})
+    page.go_on_until(lambda: job_ids(two) != before)
     page.tab.unroute(re.compile(POSTED))
     choose(page, "colour")
     page.wait_until("Nothing has been asked for yet.")
     choose(page, "small")
     page.wait_until(DONE)
-    job = httpx.get(f"{two.url}/jobs/{page.tab.url.rpartition('=')[2]}").json()
-    assert job["model"] == "small"
+    assert {page.tab.url.rpartition("=")[2]} == job_ids(two) - before, "the same job, and no other"
 
 
 def test_a_job_of_another_model_is_shown_on_its_page(open_page: Callable[..., Page], two: RunningServer) -> None:
@@ -173,12 +172,13 @@ def test_a_model_that_is_unloaded_is_said_to_be(open_page: Callable[..., Page], 
         expect(page.tab.locator("#error")).to_have_text(said)
         expect(page.tab.locator("#model")).to_have_text("colour: not loaded")
         expect(menu(page)).to_have_value("colour")
-        choose(page, "small")
+        menu(page).select_option("small")
+        expect(page.tab.locator("#model")).to_contain_text("small: ")
+        expect(page.tab.locator("#models-field")).to_be_hidden()
         page.tab.goto(f"{two.url}/#job={job}")
         expect(page.tab.locator("#error")).to_contain_text("is of the model colour, which is not loaded.")
         page.sample(**QUICK)
         page.wait_until(DONE)
-        expect(page.tab.locator("#models-field")).to_be_hidden()
         page.tab.goto(f"{two.url}/models/colour/")
         expect(menu(page).locator("option")).to_have_text(["colour (not loaded)", "small"])
     finally:

@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import ROOT, RunningServer
+from tests.e2e.conftest import BUNDLED, ROOT, RunningServer
 from tests.test_docs import shell_commands
 
 TMINUS = f"{sys.executable} -m tminus"
@@ -78,8 +79,16 @@ def test_the_requests_of_the_api_page_are_answered(bundled_server: RunningServer
     assert size(folder / "third.png") == (32, 32)
 
 
-def test_the_commands_of_the_command_line_page_make_their_files(bundled_server: RunningServer, folder: Path) -> None:
-    run(bundled_server, folder, "docs/command-line.md", ".venv/bin/tminus sample")
+def test_the_commands_of_the_command_line_page_do_what_it_says(
+    own_server: Callable[..., RunningServer], small: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMINUS_ADMIN_KEY", "0123456789abcdef")
+    server = own_server("--checkpoint", f"colour={small}", checkpoint=BUNDLED)
+    run(server, folder, "docs/command-line.md", ".venv/bin/tminus sample")
+    listed, *changed = run(server, folder, "docs/command-line.md", ".venv/bin/tminus models")
+    assert [line.split()[0] for line in listed.splitlines()] == ["NAME", "fashion-mnist-32", "colour"]
+    assert changed == ["colour: unloaded\n", "colour: loaded\n", "colour: reloaded\n"]
+    assert size(folder / "colour.png") == (64, 64), "four images"
     assert size(folder / "bags.png") == (160, 64), "ten images"
     assert size(folder / "sneaker.png") == (32, 32)
     assert len(list((folder / "images").glob("*.png"))) == 10

@@ -11,7 +11,7 @@ from tminus.service.library import Library
 from tminus.service.model_info import ModelInfo
 from tminus.service.parts import Prepared
 
-KEY = "the admin key of the tests"
+KEY = "the-admin-key-of-the-tests"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 COLOUR = replace(
     INFO,

@@ -25,7 +25,7 @@ from tminus.service.settings import Settings
 GIVEN: dict[str, tuple[str, Any]] = {
     "checkpoint": ("some/folder", Path("some/folder")),
     "models": ("some/models", Path("some/models")),
-    "admin_key": ("sixteen or more characters", "sixteen or more characters"),
+    "admin_key": ("sixteen-or-more-characters", "sixteen-or-more-characters"),
     "device": ("cuda:1", "cuda:1"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
@@ -60,7 +60,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
 OTHER = {
     "checkpoint": "other",
     "models": "elsewhere",
-    "admin_key": "another key of many characters",
+    "admin_key": "another-key-of-many-characters",
     "device": "cpu",
     "host": "::1",
     "executor": "eager",
@@ -77,7 +77,9 @@ OTHER = {
 TICK_TIMES = ((1, 0.5), (16, 2.0))
 
 BAD = [
-    ("admin_key", "too short"),
+    ("admin_key", "too-short"),
+    ("admin_key", "sixteen or more characters"),
+    ("admin_key", "sechzehn-oder-mehr-ä"),
     ("port", "-1"),
     ("port", "65536"),
     ("port", "http"),
@@ -182,7 +184,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             name = options.checkpoint.name
             return SimpleNamespace(weights_hash=INFO.weights_hash if name != "extra" else "cd" * 32, name=name)
 
-        def prepare_engine(checkpoint: SimpleNamespace, options: LoadOptions) -> Loaded:
+        def prepare_engine(checkpoint: SimpleNamespace, options: LoadOptions, known: None) -> Loaded:
             places = options.max_batch or 16, options.short_batch or 8
             return Loaded(FakeEngine(), options.max_rows or 100, *places, TICK_TIMES)  # type: ignore[arg-type]
 

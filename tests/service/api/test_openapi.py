@@ -181,7 +181,7 @@ FUZZ_SETTINGS = """
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "3xx", 404, 406, 409, 410, 422, 429]
 """
-ADMIN_KEY = "the key of the tests"
+ADMIN_KEY = "the-key-of-the-tests"
 # DELETE of a job that has not ended cancels it, and it can still be looked at.
 FUZZ = ["--checks", "all", "--exclude-checks", "use_after_free"]
 FUZZ += ["--header", f"Authorization: Bearer {ADMIN_KEY}"]

@@ -40,6 +40,9 @@ def test_a_page_of_another_site_starts_changes_and_sees_nothing(site: Site, head
         "delete": site.client.delete(f"/jobs/{job}", headers=headers),
         "jobs": site.client.get("/jobs", headers=headers),
         "noise": site.client.post("/noise?t=5", content=b"x", headers=headers),
+        "image of a model": site.client.get("/models/fake/sample?n=4", headers=headers),
+        "jobs of a model": site.client.get("/models/fake/jobs", headers=headers),
+        "reload": site.client.post("/models/fake/reload", headers=headers),
     }
     assert {name: (answer.status_code, code(answer)) for name, answer in asked.items()} == dict.fromkeys(
         asked, (403, "foreign_origin")

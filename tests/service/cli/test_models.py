@@ -8,9 +8,8 @@ import click.testing
 import numpy as np
 import pytest
 
-from tests.service.cli.test_sample import PNG
 from tests.service.client.conftest import ADMIN_KEY, Served, several  # noqa: F401
-from tests.service.client.hostile import IMAGE_HEAD, answering
+from tests.service.client.hostile import answering
 from tests.service.conftest import pixels
 from tests.service.fakes import INFO, make_spec
 from tminus.service.cli.main import main
@@ -136,9 +135,3 @@ def test_a_model_that_cannot_be_asked_is_one_clear_line(several: Served, tmp_pat
         where = ("--url", several.url, "--model")
         assert "404 no model 'nobody'" in refusal(*command, *where, "nobody")
         assert "model must be 1..64" in refusal(*command, *where, "../x")
-
-
-def test_a_server_is_asked_under_the_path_of_the_model(tmp_path: Path) -> None:
-    with answering(IMAGE_HEAD, lambda: [PNG]) as server:
-        sampled = run("sample", "--url", f"{server.url}/behind/", "--model", "x", "--out", tmp_path / "a.png")
-    assert sampled.exit_code == 0, sampled.output
