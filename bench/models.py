@@ -173,9 +173,7 @@ async def reload(http: httpx.AsyncClient, pid: int, models: Path, ticks: Path, r
     )
     for failure in clients.failed[:3]:
         print(failure)
-    print(
-        f"median of {len(apart)} ticks otherwise, {len(during)} during reloads; {statistics.fmean(took):.1f} s a reload"
-    )
+    print(f"{len(apart)} ticks otherwise, {len(during)} during reloads")
 
 
 def replace_weights(folder: Path) -> None:

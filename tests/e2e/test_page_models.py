@@ -20,7 +20,7 @@ from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 from tminus.model.tminus_file import Labels
 from tminus.model.unet import UNet2D
 
-KEY = "a key for these tests"
+KEY = "a-key-for-these-tests"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 
 
