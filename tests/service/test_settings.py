@@ -406,6 +406,53 @@ def test_a_bad_device_exits_non_zero_with_its_name(monkeypatch: pytest.MonkeyPat
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+# --- several models ---
+
+
+def test_several_checkpoints_are_models_with_their_names_the_first_the_default(serve: Serve) -> None:
+    flags = ["--checkpoint", "first=some/folder", "--checkpoint", "a=b/extra"]
+    for arguments, variables in ((flags, {}), ([], {"TMINUS_CHECKPOINT": "first=some/folder,a=b/extra"})):
+        result, served = serve(*arguments, **variables)
+        assert result.exit_code == 0, result.output
+        assert served["names"] == ["first", "a"]
+        assert served["library"].named == {"first": Path("some/folder"), "a": Path("b/extra")}
+
+
+def test_without_a_name_a_model_is_called_what_its_checkpoint_is_called(serve: Serve) -> None:
+    _, served = serve("--checkpoint", "some/My model (2)", "--checkpoint", "/data/a=b/extra")
+    assert served["names"] == ["My-model-2", "extra"], "what has a slash before the = has no name"
+
+
+def test_a_folder_of_models_comes_after_the_checkpoints_that_are_named(serve: Serve) -> None:
+    _, served = serve("--models", "some/models", "--checkpoint", "first=some/folder")
+    assert served["names"] == ["first", "extra"]
+    assert served["library"].folder == Path("some/models")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--checkpoint", "a=x/one", "--checkpoint", "a=x/extra"], "two models are named a"),
+        (["--checkpoint", "x/extra", "--checkpoint", "extra=x/one"], "two models are named extra"),
+        (["--checkpoint", "extra=x/one", "--models", "m"], "two models are named extra"),
+        (["--checkpoint", "a=x/one", "--checkpoint", "b=x/two"], "b has the weights of a"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_are_refused(serve: Serve, flags: list[str], says: str) -> None:
+    result, served = serve(*flags)
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert "ran" not in served
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_of_models_without_any_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no folders"):
+        Settings(models=tmp_path).checkpoints()
+    with pytest.raises(ValueError, match="has no folders"):
+        Settings(models=tmp_path / "gone").checkpoints()
+
+
 # --- docs/settings.md ---
 
 

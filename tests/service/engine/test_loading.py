@@ -17,8 +17,10 @@ from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.service.engine import autotune, loading, memory
 from tminus.service.engine.autotune import AGREE_ROWS, agree_rows
+from tminus.service.engine.candidates import Wish
+from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
-from tminus.service.engine.loading import MIN_BATCH, load_engine
+from tminus.service.engine.loading import MIN_BATCH, load_engine, read_checkpoint
 from tminus.service.engine.local import sample_locally
 from tminus.service.engine.options import LoadOptions
 from tminus.service.images.encoder import PNG, etag
@@ -333,3 +335,64 @@ def test_the_thread_that_asks_for_a_checkpoint_runs_no_torch(
     loading.read_checkpoint(options)
     assert threads[0] is not threading.current_thread()
     assert not threads[0].is_alive()
+
+
+def test_other_weights_of_a_network_that_is_known_are_not_measured(
+    options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_engine(options)
+    other = make_checkpoint(seed=5)
+    save_checkpoint(tmp_path / "other", other.net.state_dict(), other.net.config, other.noise, other.labels, {})
+    monkeypatch.setattr(loading, "measure_ticks", lambda *args, **kwargs: pytest.fail("it is known"))
+    tested: list[int | None] = []
+
+    def test(*_: object, most: int | None) -> bool:
+        tested.append(most)
+        return True
+
+    monkeypatch.setattr(loading, "same_alone_and_together", test)
+    options = replace(options, checkpoint=tmp_path / "other")
+    again = loading.prepare_engine(read_checkpoint(options), options, first.measured)
+    assert again.engine.info.weights_hash != first.engine.info.weights_hash
+    assert again.tick_times == first.tick_times
+    assert (again.max_batch, again.short_batch) == (first.max_batch, first.short_batch)
+    assert tested == [loading.FEW_JOBS]
+
+
+def test_another_network_or_way_is_measured(
+    options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_engine(options)
+    measured: list[int] = []
+    measure_ticks = loading.measure_ticks
+
+    def counted(engine: Engine, max_batch: int, rounds: int) -> tuple[tuple[int, float], ...]:
+        measured.append(max_batch)
+        return measure_ticks(engine, max_batch, rounds=rounds)
+
+    monkeypatch.setattr(loading, "measure_ticks", counted)
+    larger = make_checkpoint(sample_size=16)
+    save_checkpoint(tmp_path / "larger", larger.net.state_dict(), larger.net.config, larger.noise, larger.labels, {})
+    loading.prepare_engine(read_checkpoint(replace(options, checkpoint=tmp_path / "larger")), options, first.measured)
+    assert measured == [4]
+    loading.prepare_engine(read_checkpoint(options), replace(options, max_batch=8), first.measured)
+    assert measured == [4, 8]
+
+
+def test_a_model_that_is_loaded_after_another_has_all_cores_too(
+    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Building an executor sets torch's number of threads, which the next load must not take for the machine's."""
+    monkeypatch.setattr(loading, "CORES", 3)
+    wished: list[int] = []
+    choose = loading.choose_executor
+
+    def chosen(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor:
+        wished.append(wish.threads)
+        return choose(checkpoint, device, replace(wish, threads=1), cache)
+
+    monkeypatch.setattr(loading, "choose_executor", chosen)
+    for _ in range(2):
+        torch.set_num_threads(1)
+        load_engine(replace(options, threads=None))
+    assert wished == [3, 3]
