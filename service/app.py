@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -45,7 +45,6 @@ class Application:
     worker: Worker
     streams: Streams
     model: ModelInfo  # the default one, when it started
-    is_loading: Callable[[], bool] = field(default=lambda: False)  # whether a thread measures a model
 
 
 def create_app(
@@ -81,7 +80,7 @@ def create_app(
         openapi_url=None,  # docs_routes has it, and the page made of it
         redirect_slashes=False,  # a redirect would name whatever host the request named
     )
-    documents: dict[tuple[int, str], dict[str, Any]] = {}
+    documents: dict[tuple[int, str], dict[str, Any]] = {}  # a tenth of a second each
 
     def general() -> list[APIRouter]:
         admin = Admin(admin_key)
@@ -93,7 +92,9 @@ def create_app(
         prefix = f"/models/{services.model.name}" if "model" in request.path_params else ""
         key = services.number, prefix
         if key not in documents:
-            documents.clear()  # of models that may be gone
+            served = {each.number for each in models}
+            for old in [each for each in documents if each[0] not in served]:
+                del documents[old]
             documents[key] = _document(models, services, [] if prefix else general(), prefix)
         return documents[key]
 
@@ -121,7 +122,7 @@ def create_app(
         )
     app.add_middleware(Gate, doors=doors, refused=metrics.rejected)
     app.add_middleware(RequestContext, observe=metrics.requested)
-    return Application(app, parts.worker, parts.streams, model, lambda: changes.is_loading)
+    return Application(app, parts.worker, parts.streams, model)
 
 
 def _of_a_model(models: Models, contract: Contract) -> list[APIRouter]:

@@ -1,9 +1,12 @@
 """The models that may be loaded while the server runs, by name. No request names a path."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # of a model: it stands in addresses, and names a folder
 UNNAMEABLE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -24,8 +27,12 @@ class Library:
     def folders(self) -> dict[str, Path]:
         """The folder of each model, as they are now."""
         found = dict(self.named)
-        if self.folder is not None and self.folder.is_dir():
-            for path in sorted(self.folder.iterdir()):
-                if NAME.fullmatch(path.name) and path.is_dir():
-                    found.setdefault(path.name, path)
+        try:
+            paths = sorted(self.folder.iterdir()) if self.folder is not None else []
+        except OSError as error:
+            log.warning("the folder of models cannot be read: %s", error)
+            return found
+        for path in paths:
+            if path.is_dir() and NAME.fullmatch(path.name):
+                found.setdefault(path.name, path)
         return found

@@ -13,7 +13,7 @@ from tminus.service.api.origin import Doors
 from tminus.service.api.services import Services
 from tminus.service.api.stream_limits import Streams
 from tminus.service.engine.protocol import RowEngine
-from tminus.service.errors import ServiceError, StorageFailed
+from tminus.service.errors import Draining, EngineFailed, ServiceError, StorageFailed
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.async_store import AsyncStore
@@ -22,6 +22,7 @@ from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.standings import Standings
 from tminus.service.jobs.store import OUTCOMES, JobStore
+from tminus.service.jobs.stores import Stores
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.05  # how often it is looked whether a model is still used
 KEPT_S = 10.0  # and whether jobs of a model that left are still kept
+RETRY_S = 1.0  # until a worker that hangs is asked again
+MOST_KEPT = 8  # models that have left whose jobs can still be asked for; those of earlier ones stay on the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,8 @@ class Parts:
     ) -> None:
         """first: the models that it begins with, the default one first. open_store: for the hash of weights."""
         self.metrics, self.models, self.doors = Metrics(), Models(), doors
-        self._limits, self._open_store = limits, open_store
         self._numbers, self._arrivals = count(), count()
-        self._stores: dict[str, AsyncStore] = {}  # by the hash of the weights
+        self._stores = Stores(open_store)
         self._parts: dict[int, _Part] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._noise_turn = asyncio.Lock()
@@ -76,12 +78,13 @@ class Parts:
         self.cache = ResultCache(limits.result_cache_bytes)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
         self.decoder, self.encoder, self.recordings = Decoder(), Encoder(self.metrics.encoded), RecordingRoom()
-        loaded = [self._loaded(prepared) for prepared in first]
+        stores = [self._stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
+        loaded = [self._loaded(prepared, store) for prepared, store in zip(first, stores, strict=True)]
         self.worker = Worker(loaded, self.admission, self.metrics)
         self.standings = Standings(self.worker)
         self.jobs = Jobs(self.worker, self.standings)
-        for model, prepared in zip(loaded, first, strict=True):
-            self._serve(model, prepared)
+        for model, prepared, store in zip(loaded, first, stores, strict=True):
+            self._serve(model, prepared, store)
         self._watch()
 
     # --- the server ---
@@ -101,8 +104,7 @@ class Parts:
         for part in self._parts.values():
             part.keeper.close()
         await asyncio.gather(*(part.lifecycle.close() for part in self._parts.values()))
-        for store in self._stores.values():
-            store.close()
+        self._stores.close()
         self.decoder.close()
         self.encoder.close()
 
@@ -114,7 +116,7 @@ class Parts:
             rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
             backlog_s=lambda: admission.backlog_s,
             device_memory_bytes=lambda: max((engine.memory_bytes() or 0 for engine in self._engines()), default=0),
-            store_up=lambda: all(store.failure is None for store in self._stores.values()),
+            store_up=lambda: self.jobs.store_failure is None,
             streams_open=lambda: self.streams.open,
             stalled_s=lambda: worker.stalled_s,
             tick_time_ratio=lambda: admission.tick_time_ratio,
@@ -123,41 +125,36 @@ class Parts:
     # --- models that come ---
 
     async def join(self, prepared: Prepared) -> Services:
-        """Serve one more model, in place of another of its name. Raises Draining, and what its first tick raises."""
+        """Serve one more model, in place of another of its name.
+
+        Raises Draining and the like, what its first tick raises, and StorageFailed where its store cannot be opened.
+        """
         weights_hash = prepared.engine.info.weights_hash
-        others_jobs = weights_hash in self._stores
-        if not others_jobs:
-            store = await asyncio.to_thread(self._open_store, weights_hash)
-            self._stores[weights_hash] = AsyncStore(store)
-        model = self._loaded(prepared)
+        try:
+            store, shared = await self._stores.take(weights_hash)
+        except ValueError as error:
+            raise StorageFailed(f"the store of the model's durable jobs cannot be opened: {error}") from None
+        model = self._loaded(prepared, store)
         try:
             await asyncio.wrap_future(self.worker.load(model))
         except BaseException:
             self.admission.remove(model.number)
-            self._release_store(weights_hash)
+            await self._stores.release(weights_hash)
             raise
-        part = self._serve(model, prepared)
+        part = self._serve(model, prepared, store)
         # Where the same weights are loaded again, their jobs that have not ended stay with the engine they began on.
-        await part.lifecycle.start(take_on=not others_jobs)
+        await part.lifecycle.start(take_on=not shared)
         return part.services
 
-    def _loaded(self, prepared: Prepared) -> LoadedModel:
-        number, info = next(self._numbers), prepared.engine.info
+    def _loaded(self, prepared: Prepared, store: AsyncStore) -> LoadedModel:
+        number = next(self._numbers)
         self.admission.put(number, prepared.speed)
-        keeper = SnapshotKeeper(self._store(info.weights_hash), info.fingerprint, self.metrics)
-        scheduler = Scheduler(prepared.speed.sharing, self._arrivals)
-        return LoadedModel(number, prepared.engine, scheduler, keeper)
+        keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
+        return LoadedModel(number, prepared.engine, Scheduler(prepared.speed.sharing, self._arrivals), keeper)
 
-    def _store(self, weights_hash: str) -> AsyncStore:
-        if weights_hash not in self._stores:
-            self._stores[weights_hash] = AsyncStore(self._open_store(weights_hash))
-        return self._stores[weights_hash]
-
-    def _serve(self, model: LoadedModel, prepared: Prepared) -> _Part:
+    def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _Part:
         info = model.info
-        lifecycle = Lifecycle(
-            self._store(info.weights_hash), self.worker, model.number, info, prepared.limits, self.metrics
-        )
+        lifecycle = Lifecycle(store, self.worker, model.number, info, prepared.limits, self.metrics)
         services = Services(
             number=model.number,
             model=info,
@@ -185,7 +182,9 @@ class Parts:
 
     def leave(self, services: Services) -> None:
         """Free a model that is served no more, when its jobs have ended."""
-        task = asyncio.get_running_loop().create_task(self._leave(self._parts[services.number]))
+        part = self._parts[services.number]
+        part.lifecycle.retired = True
+        task = asyncio.get_running_loop().create_task(self._leave(part))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
 
@@ -194,14 +193,26 @@ class Parts:
         return any(part.services.model.name == name and part.engine is not None for part in self._unserved())
 
     async def _leave(self, part: _Part) -> None:
-        number, info = part.services.number, part.services.model
         try:
-            while self.models.is_used(number):  # noqa: ASYNC110  requests come and go in many places
-                await asyncio.sleep(LOOK_S)
-            await part.lifecycle.idle()
-            await asyncio.wrap_future(self.worker.unload(number))
-        except ServiceError:  # the server ends
-            return
+            if await self._free(part):
+                await self._forget(part)
+        except Exception:
+            log.exception("%s could not be unloaded", part.services.model.name)
+
+    async def _free(self, part: _Part) -> bool:
+        """Wait for the end of a model's jobs, and free its memory; False if the server ends before."""
+        number, info = part.services.number, part.services.model
+        while self.models.is_used(number):  # noqa: ASYNC110  requests come and go in many places
+            await asyncio.sleep(LOOK_S)
+        await part.lifecycle.idle()
+        while True:
+            try:
+                await asyncio.wrap_future(self.worker.unload(number))
+                break
+            except (Draining, EngineFailed):
+                return False
+            except ServiceError:  # a tick hangs: if it ends after all, the model goes
+                await asyncio.sleep(RETRY_S)
         self.admission.remove(number)
         part.engine = None
         if all(services.model.name != info.name for services in self.models):
@@ -209,14 +220,20 @@ class Parts:
         await asyncio.to_thread(part.keeper.close)
         await asyncio.to_thread(part.release)
         log.info("%s, fingerprint %s, is unloaded", info.name, info.fingerprint)
-        # Clients may still ask for what it has made.
-        while not self._shares_store(part) and await self._keeps_jobs(part):  # noqa: ASYNC110
+        return True
+
+    async def _forget(self, part: _Part) -> None:
+        """Forget a model that is freed, once clients can ask for nothing that it has made."""
+        number, weights_hash = part.services.number, part.services.model.weights_hash
+        while (  # noqa: ASYNC110
+            not self._stores.is_shared(weights_hash) and await self._keeps_jobs(part) and not self._too_old(part)
+        ):
             await asyncio.sleep(KEPT_S)
         self.jobs.remove(number)
         self.models.forget(number)
         del self._parts[number]
         await part.lifecycle.close()
-        self._release_store(info.weights_hash)
+        await self._stores.release(weights_hash)
 
     def _engines(self) -> list[RowEngine]:
         return [part.engine for part in self._parts.values() if part.engine is not None]
@@ -225,8 +242,10 @@ class Parts:
         served = {services.number for services in self.models}
         return [part for number, part in self._parts.items() if number not in served]
 
-    def _shares_store(self, part: _Part) -> bool:
-        return any(other.lifecycle.store is part.lifecycle.store for other in self._parts.values() if other is not part)
+    def _too_old(self, part: _Part) -> bool:
+        """Whether so many later models were replaced that this one's store is not to be kept open."""
+        freed = [each for each in self._unserved() if each.engine is None]
+        return len(freed) > MOST_KEPT and part is freed[0]
 
     @staticmethod
     async def _keeps_jobs(part: _Part) -> bool:
@@ -234,8 +253,3 @@ class Parts:
             return bool(await part.lifecycle.store.finished(None, OUTCOMES, 1) or part.lifecycle.all())
         except StorageFailed:
             return True
-
-    def _release_store(self, weights_hash: str) -> None:
-        """Close the store of weights that no model has any more."""
-        if all(part.services.model.weights_hash != weights_hash for part in self._parts.values()):
-            self._stores.pop(weights_hash).close()

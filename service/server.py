@@ -22,6 +22,7 @@ from tminus.service.api.websocket_protocol import stream_protocol
 from tminus.service.app import Application
 from tminus.service.model_info import ModelInfo
 from tminus.service.starting import Starting
+from tminus.service.threads import LOADING
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def serve(
     if starting.failure is not None:
         raise starting.failure
     worker = starting.application.worker if starting.application is not None else None
-    loading = starting.application is not None and starting.application.is_loading()
+    loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
     if worker is None or worker.hangs or loading:
         # A thread that measures, or a step that hangs, cannot be ended from outside, and the interpreter would wait.
         logging.shutdown()

@@ -169,10 +169,13 @@ class Settings(BaseSettings):
         found: list[tuple[str | None, Path]] = []
         for each in self.checkpoint:
             name, equals, folder = each.partition("=")
-            found.append((name, Path(folder)) if equals and NAME.fullmatch(name) else (None, Path(each)))
+            is_named = equals and NAME.fullmatch(name) and not Path(each).exists()
+            found.append((name, Path(folder)) if is_named else (None, Path(each)))
         if self.models is not None:
             if not (inside := Library(folder=self.models).folders()):
-                raise ValueError(f"--models (TMINUS_MODELS): {self.models} has no folders")
+                raise ValueError(
+                    f"--models (TMINUS_MODELS): {self.models} has no folders whose names can be those of models"
+                )
             found += inside.items()
         for name, number in Counter(name for name, _ in found if name is not None).items():
             if number > 1:

@@ -7,6 +7,7 @@ A first start measures for seconds or minutes. The socket listens meanwhile, `/h
 import asyncio
 import html
 import logging
+import re
 import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -19,12 +20,13 @@ from tminus.service.api.problems import render
 from tminus.service.app import Application
 from tminus.service.errors import NotReady
 from tminus.service.model_info import ModelInfo
-from tminus.service.threads import in_daemon_thread
+from tminus.service.threads import LOADING, in_daemon_thread
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.05  # how often the worker is asked whether its warm-up is over
 REFRESH_S = 2
+A_PAGE = re.compile(r"/(models/[^/]+/)?")
 DETAIL = (
     "the model is being measured, to find the fastest way of running it on this machine; a first start takes up to a "
     "minute, later ones seconds"
@@ -80,7 +82,7 @@ class Starting:
 
     async def _launch(self) -> None:
         try:
-            application = await in_daemon_thread(self._build, "tminus-load")
+            application = await in_daemon_thread(self._build, LOADING)
             await self._stack.enter_async_context(application.app.router.lifespan_context(application.app))
         except Exception as error:
             self.failure = error
@@ -106,6 +108,6 @@ async def _early(scope: Scope, receive: Receive, send: Send) -> None:
     answer: Response = render(NotReady(DETAIL))
     if scope["path"] == "/healthz":
         answer = JSONResponse({"status": "alive"})
-    elif scope["path"] == "/":
+    elif A_PAGE.fullmatch(scope["path"]):
         answer = HTMLResponse(PAGE, 503, headers={"Retry-After": str(REFRESH_S)})
     await answer(scope, receive, send)

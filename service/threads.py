@@ -7,10 +7,11 @@ from contextlib import suppress
 from typing import TypeVar
 
 Result = TypeVar("Result")
+LOADING = "tminus-load"  # the name of threads that measure models
 
 
 async def in_daemon_thread(act: Callable[[], Result], name: str) -> Result:
-    """Wait for a function that takes long. Raises what it raises."""
+    """Wait for a function that takes long. Raises what it raises. If the waiting is cancelled, the function goes on."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
 

@@ -18,7 +18,7 @@ from tminus.model.checkpoint import load_checkpoint
 from tminus.service.api.page import FOLDER
 from tminus.service.settings import Settings
 assert Path(tminus.__file__).parents[1] == Path.cwd(), tminus.__file__
-checkpoint = Settings().checkpoint
+((_, checkpoint),) = Settings().checkpoints()
 assert checkpoint.is_relative_to(Path.cwd()), checkpoint
 print(load_checkpoint(checkpoint).name, (FOLDER / "index.html").is_file())
 """

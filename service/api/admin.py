@@ -22,8 +22,7 @@ BEARER = HTTPBearer(auto_error=False, description="the admin key")
 class Changes(Protocol):
     """What can be done with models while the server runs. Raises ModelBusy, ModelNotFound, CheckpointRefused, …"""
 
-    @property
-    def unloaded(self) -> Mapping[str, str]:
+    def unloaded(self) -> Awaitable[Mapping[str, str]]:
         """The models that can be loaded and are not, and what is going on with each."""
 
     def load(self, name: str) -> Awaitable[Services]:
@@ -84,7 +83,7 @@ def admin_routes(models: Models, changes: Changes, admin: Admin) -> APIRouter:
         loaded = [summary(request, services) for services in models]
         others = [
             ModelSummary(name=name, default=False, state=state, url=None, model=None)
-            for name, state in changes.unloaded.items()
+            for name, state in (await changes.unloaded()).items()
         ]
         return ModelList(models=loaded + others)
 

@@ -89,10 +89,11 @@ def serve(**flags: Any) -> None:
     except (OSError, UnicodeError) as error:
         fail(f"cannot listen on {settings.host}:{settings.port}: {error}")
     models = read_models(settings)
+    folders = {name: folder for name, _, folder in models}
     stores: dict[str, JobStore] = {}
     try:
-        for _, checkpoint, _ in models:
-            stores[checkpoint.weights_hash] = open_store(settings.state_dir, checkpoint.weights_hash)
+        for weights_hash in [checkpoint.weights_hash for _, checkpoint, _ in models]:
+            stores[weights_hash] = open_store(settings.state_dir, weights_hash)
     except ValueError as error:
         fail(f"--state-dir (TMINUS_STATE_DIR): {error}")
 
@@ -104,7 +105,11 @@ def serve(**flags: Any) -> None:
 
     def measure(name: str, checkpoint: Checkpoint, folder: Path) -> "Prepared":
         """Measure a model, and give it its name."""
-        loaded = prepare_engine(checkpoint, settings.load_options(folder), measured.get(name))
+        try:
+            loaded = prepare_engine(checkpoint, settings.load_options(folder), measured.get(name))
+        except Exception:
+            release_memory()
+            raise
         measured[name] = loaded.measured
         loaded.engine.info = replace(loaded.engine.info, name=name)
         log_model(loaded.engine.info)
@@ -114,7 +119,9 @@ def serve(**flags: Any) -> None:
     def build() -> "Application":
         """Measure, and put the parts together. The app closes the stores."""
         try:
-            first = [measure(*model) for model in models]
+            first = []
+            while models:  # which must not keep what is unloaded later
+                first.append(measure(*models.pop(0)))
         except Exception:
             for store in stores.values():
                 store.close()
@@ -124,7 +131,7 @@ def serve(**flags: Any) -> None:
             first[0].limits,
             take_store,
             settings.doors(),
-            library=Library({name: folder for name, _, folder in models}, settings.models),
+            library=Library(folders, settings.models),
             prepare=lambda name, folder: measure(name, read_checkpoint(settings.load_options(folder)), folder),
             admin_key=None if settings.admin_key is None else settings.admin_key.get_secret_value(),
         )

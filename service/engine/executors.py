@@ -188,7 +188,8 @@ class CompiledExecutor:
                 self._run(*self._inputs[size])
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another model's ticks may go on in another thread, which the default mode forbids much.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = self._run(*self._inputs[size])
         return graph, out
 

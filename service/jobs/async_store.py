@@ -26,7 +26,10 @@ class AsyncStore:
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Wait for a call, though not for a disk that does not answer. Raises StorageFailed."""
-        call = asyncio.wrap_future(self._pool.submit(function, *args, **kwargs))
+        try:
+            call = asyncio.wrap_future(self._pool.submit(function, *args, **kwargs))
+        except RuntimeError as error:  # a request was looking through the stores as this one was closed
+            raise StorageFailed("the job store is closed") from error
         try:
             async with asyncio.timeout(CALL_S):
                 return await asyncio.shield(call)

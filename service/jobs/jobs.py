@@ -4,9 +4,11 @@ A durable job, once accepted, is finished whatever happens to the client or to t
 """
 
 import asyncio
+import logging
 import math
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from tminus.service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, StorageFailed, short
 from tminus.service.jobs.lifecycle import Lifecycle
@@ -18,6 +20,8 @@ from tminus.service.preview import Watch
 from tminus.service.spec import Images, Inputs, SampleSpec
 from tminus.service.worker.mailbox import Mailbox
 from tminus.service.worker.worker import Worker
+
+log = logging.getLogger(__name__)
 
 CANCEL_S = 10.0  # for a tick to end, and the store to keep that
 
@@ -32,6 +36,7 @@ class Jobs:
     def __init__(self, worker: Worker, standings: Standings) -> None:
         self._worker, self._standings = worker, standings
         self._lifecycles: dict[int, Lifecycle] = {}  # by the model's number
+        self._keyed = asyncio.Lock()  # held while a job with a key is looked for and added
 
     def put(self, lifecycle: Lifecycle) -> None:
         """Take on the jobs of one more model."""
@@ -43,8 +48,9 @@ class Jobs:
 
     @property
     def store_failure(self) -> StorageFailed | None:
-        """Why nothing can be written to a store at the moment."""
-        return next((each.store.failure for each in self._lifecycles.values() if each.store.failure is not None), None)
+        """Why nothing can be written to a store of a model that is served at the moment."""
+        served = (each.store.failure for each in self._lifecycles.values() if not each.retired)
+        return next((failure for failure in served if failure is not None), None)
 
     async def create(
         self,
@@ -61,9 +67,18 @@ class Jobs:
 
         Raises KeyReused, StorageFailed, and what Worker.submit does.
         """
-        if key is not None and (found := await self._find_by_key(key)) is not None:
-            return found, True
         lifecycle = self._lifecycles[model]
+        if key is None:
+            return await self._create(lifecycle, spec, deadline_s, None, inputs)
+        async with self._keyed:  # stores of other weights do not know of each other's keys
+            if (found := await self._find_by_key(key, lifecycle.model_name)) is not None:
+                return found, True
+            return await self._create(lifecycle, spec, deadline_s, key, inputs)
+
+    async def _create(
+        self, lifecycle: Lifecycle, spec: SampleSpec, deadline_s: float | None, key: Key | None, inputs: Inputs | None
+    ) -> tuple[JobView, bool]:
+        model = lifecycle.model
         lifecycle.check_store()
         created_us = now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
@@ -77,7 +92,7 @@ class Jobs:
                 self._worker.cancel(record.id, "not_kept")
         if not kept:  # another request had the same key at the same time
             assert key is not None
-            found = await self._find_by_key(key)
+            found = await self._find_by_key(key, lifecycle.model_name)
             if found is None:
                 raise StorageFailed("the job of this Idempotency-Key was deleted just now")
             return found, True
@@ -86,13 +101,16 @@ class Jobs:
         view = JobView(record, model, lifecycle.model_name, "waiting", True, 0, outlook.position, outlook.eta_s)
         return view, False
 
-    async def _find_by_key(self, key: Key) -> JobView | None:
-        """Find the job that was asked for with a key. Raises KeyReused if it was another request."""
+    async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
+        """Find the job that was asked for with a key. Raises KeyReused if it was another request, or model."""
         for lifecycle in self._by_store():
-            if (found := await lifecycle.store.find(key)) is None:
+            found = None
+            with _unless_retired(lifecycle):
+                found = await lifecycle.store.find(key)
+            if found is None:
                 continue
             record, same = found
-            if not same:
+            if not same or lifecycle.model_name != model_name:
                 raise KeyReused(
                     f"the Idempotency-Key {key.name!r} came with another request before",
                     field="Idempotency-Key", value=key.name, bound="a new key for a new request",
@@ -118,7 +136,10 @@ class Jobs:
         if status is not None:
             return passing_view(status)
         for lifecycle in self._by_store():
-            if (record := await lifecycle.store.get(job_id)) is not None:
+            record = None
+            with _unless_retired(lifecycle):
+                record = await lifecycle.store.get(job_id)
+            if record is not None:
                 return ended_view(record, lifecycle.model, lifecycle.model_name)
         raise _not_found(job_id)
 
@@ -146,8 +167,9 @@ class Jobs:
             found = {view.record.id: view for view in views if before is None or view.record.place < before}
         outcomes: list[Outcome] = [outcome for outcome in OUTCOMES if outcome in states]
         for lifecycle in lifecycles if outcomes else ():
-            for record in await lifecycle.store.finished(before, outcomes, limit):
-                found[record.id] = ended_view(record, lifecycle.model, lifecycle.model_name)
+            with _unless_retired(lifecycle):
+                for record in await lifecycle.store.finished(before, outcomes, limit):
+                    found[record.id] = ended_view(record, lifecycle.model, lifecycle.model_name)
         views = [view for view in found.values() if view.state in states and model_name in (None, view.model_name)]
         return sorted(views, key=lambda view: view.record.place, reverse=True)[:limit]
 
@@ -188,8 +210,9 @@ class Jobs:
             if self._worker.cancel(job_id, "deleted"):
                 return
             for lifecycle in self._by_store():
-                if await lifecycle.store.delete(job_id):
-                    return
+                with _unless_retired(lifecycle):
+                    if await lifecycle.store.delete(job_id):
+                        return
             raise _not_found(job_id)
         view = await self.cancel(job_id)
         if view.state != "cancelled":  # it was done before the worker was told
@@ -208,6 +231,17 @@ class Jobs:
         """Show a job to a viewer no more."""
         live.viewers = [(each, mailbox) for each, mailbox in live.viewers if each is not watch]
         self._worker.unwatch(live.record.id, watch)
+
+
+@contextmanager
+def _unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
+    """Go on without a store that fails, if its model is served no more: others are not to suffer from it."""
+    try:
+        yield
+    except StorageFailed as error:
+        if not lifecycle.retired:
+            raise
+        log.warning("the jobs of earlier weights of %s cannot be read: %s", lifecycle.model_name, error.detail)
 
 
 def _not_found(job_id: str) -> JobNotFound:

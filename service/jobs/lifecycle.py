@@ -14,6 +14,7 @@ from tminus.service.errors import (
     Draining,
     EngineFailed,
     JobCancelled,
+    ModelUnloaded,
     NotReady,
     Overloaded,
     ServiceError,
@@ -43,7 +44,9 @@ class Lifecycle:
     ) -> None:
         """model: its number. store: of the jobs of its weights."""
         self.store, self.model, self.model_name = store, model, info.name
-        self._worker, self._fingerprint = worker, info.fingerprint
+        self._worker, self._fingerprint, self._weights = worker, info.fingerprint, info.weights_hash[:16]
+        self.retired = False  # whether its model is served no more
+        self._takes_on = False  # while jobs of an earlier process may still be found
         self._limits, self._metrics = limits, metrics
         self._live: dict[str, Live] = {}  # changed here only
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
@@ -64,6 +67,8 @@ class Lifecycle:
             try:
                 await self._take_on()
             except StorageFailed:
+                self._takes_on = True
+                self._idle.clear()
                 self._spawn(self._take_on_later())
         self._spawn(self._sweep_now_and_then())
 
@@ -85,6 +90,8 @@ class Lifecycle:
                 continue
             except Draining:
                 pass
+            self._takes_on = False
+            self._look_idle()
             return
 
     async def close(self) -> None:
@@ -102,7 +109,7 @@ class Lifecycle:
         return live
 
     def _look_idle(self) -> None:
-        if all(live.parked for live in self._live.values()):
+        if not self._takes_on and all(live.parked for live in self._live.values()):
             self._idle.set()
 
     # --- for the commands of clients ---
@@ -154,8 +161,8 @@ class Lifecycle:
             await self._end(live, _ending(live.record, "done", fingerprint=self._fingerprint), images)
         except JobCancelled:
             await self._end(live, _ending(live.record, "cancelled"))
-        except Draining:
-            log.info("job %s waits for the next start", live.record.id)
+        except (Draining, ModelUnloaded):
+            log.info("job %s waits for the next start with the weights %s", live.record.id, self._weights)
             live.release_viewers()
         except ServiceError as error:
             await self._fail(live, error)

@@ -111,7 +111,7 @@ class Worker:
         are kept of the job. recording: is given the rows at the steps that it wants. model: its number; that of the
         first model of a process is 0.
         """
-        self._check_open()
+        self.check_open()
         loaded = self._model(model)
         work, now_s = work_of(spec, loaded.info, model), self._clock()
         # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for every job that ends.
@@ -138,7 +138,7 @@ class Worker:
 
         Raises NotReady, Draining, and Overloaded while there are no slots; nothing else refuses it.
         """
-        self._check_open()
+        self.check_open()
         loaded = self._model(model)
         work = work_of(spec, loaded.info, model)
         job = RunningJob(
@@ -151,7 +151,7 @@ class Worker:
         job.outlook = outlook
         with self._gate:
             try:
-                self._check_open()
+                self.check_open()
                 if job.model.number not in self._models:
                     raise ModelUnloaded(job.model.info.name)
             except ServiceError:
@@ -177,11 +177,14 @@ class Worker:
         return self._post(put)
 
     def unload(self, number: int) -> "Future[None]":
-        """Forget a model; jobs that it still has are given up. Raises Draining, ModelUnloaded, …"""
-        with self._gate:
-            if self._models.pop(number, None) is None:
-                raise ModelUnloaded
-        return self._post(lambda: self._loop.unload(number))
+        """Forget a model, between two ticks; jobs that it still has are given up. Raises NotReady, Draining, …"""
+
+        def remove() -> None:
+            with self._gate:
+                self._models.pop(number, None)
+            self._loop.unload(number)
+
+        return self._post(remove)
 
     def _model(self, number: int) -> LoadedModel:
         with self._gate:
@@ -193,16 +196,17 @@ class Worker:
         """Have something done in the worker's thread between two ticks."""
         future: Future[Result] = Future()
         with self._gate:
-            self._check_open()
+            self.check_open()
             self._commands.put(lambda: self._act(act, future))
         return future
 
     def run_beside(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Do something of a latent model's autoencoder, in the thread that does it for jobs."""
-        self._check_open()
+        self.check_open()
         return self._loop.coded.run(kind, task)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise what a job would be refused with now: NotReady, Draining, Stalled or EngineFailed."""
         if self._crashed:
             raise EngineFailed(CRASHED)
         if self._draining.is_set() or self._closed.is_set():
@@ -270,7 +274,7 @@ class Worker:
     def _run(self) -> None:
         loop = self._loop
         try:
-            loop.models.put_all(self._models.values())
+            loop.models.put_all(tuple(self._models.values()))
             self._ready.set()
             while not self._closed.is_set() and not (self._draining.is_set() and not loop.has_work):
                 self._take_commands()

@@ -154,7 +154,7 @@ def own_models(
     """A server of a model of its own and of a folder of models, and that folder. Each test leaves rgb as it was."""
     folder = tmp_path_factory.mktemp("library")
     shutil.copytree(colour, folder / "rgb")
-    server = start_server(small, "--models", str(folder), TMINUS_ADMIN_KEY=KEY)
+    server = start_server(small, "--models", str(folder), "--result-cache-mb", "0", TMINUS_ADMIN_KEY=KEY)
     yield server, folder
     assert stop_server(server) == 0, server.log
     assert "Traceback" not in server.log, server.log
@@ -216,3 +216,19 @@ def test_a_folder_that_is_broken_is_refused_and_what_was_served_is_served_on(
     shutil.copytree(colour, folder / "rgb")
     assert change(server, "rgb", "reload").status_code == 200
     assert sampled(server, "/models/rgb").content == before
+
+
+def test_a_server_that_is_stopped_while_it_loads_ends_well(small: Path, colour: Path, tmp_path: Path) -> None:
+    shutil.copytree(colour, tmp_path / "models" / "rgb")
+    flags = ("--models", str(tmp_path / "models"))
+    server = start_server(small, *flags, TMINUS_ADMIN_KEY=KEY, XDG_CACHE_HOME=str(tmp_path / "measured anew"))
+    shutil.copytree(small, tmp_path / "models" / "new")
+    new_weights(tmp_path / "models" / "new", 0.3)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(change, server, "new", "load")
+        server.wait_until(lambda: states(server).get("new") == "loading")
+        code = stop_server(server)
+        answer = loading.result()
+    assert code == 0, server.log
+    assert answer.status_code in (200, 503), answer.text  # it may have been quick
+    assert "Traceback" not in server.log, server.log

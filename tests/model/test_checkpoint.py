@@ -766,3 +766,18 @@ def test_state_dict_of_a_folder_is_read_without_its_config(folder: Path) -> None
     (folder / "unet" / "config.json").unlink()
     state = load_state_dict(folder / "unet")
     assert hash_weights(state) == hash_weights(random_net().state_dict())
+
+
+@pytest.mark.parametrize("how", ["overwritten", "shortened"])
+def test_what_is_loaded_does_not_change_with_its_file(folder: Path, how: str) -> None:
+    """A file that is mapped would: whoever wrote over a checkpoint would change what is served, or end the server."""
+    net = load_checkpoint(folder).net
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        if how == "shortened":
+            opened.truncate(64)
+        else:
+            opened.write(bytes(size))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())

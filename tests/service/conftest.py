@@ -126,14 +126,18 @@ class Site:
         tick_times: Sequence[tuple[int, float]],
         policy: Policy = "srpt",
         doors: Doors | None = None,
-        state_file: Path | None = None,
+        state_file: Path | dict[str, Path] | None = None,
         **more: Any,
     ) -> None:
         """more: for create_app, and `others`, models beside the first."""
         self.engine = FakeEngine(info)
         prepared = prepare(self.engine, limits, tick_times, policy)
         first = [prepared, *more.pop("others", ())]
-        application = create_app(first, limits, lambda _: SqliteStore(state_file), doors or Doors(TEST_HOSTS), **more)
+
+        def open_store(weights_hash: str) -> SqliteStore:
+            return SqliteStore(state_file.get(weights_hash) if isinstance(state_file, dict) else state_file)
+
+        application = create_app(first, limits, open_store, doors or Doors(TEST_HOSTS), **more)
         self.app, self.worker, self.streams = application.app, application.worker, application.streams
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)
 
@@ -169,7 +173,7 @@ def make_site() -> Iterator[MakeSite]:
         info: ModelInfo = INFO,
         gate_shut: bool = False,
         tick_times: Sequence[tuple[int, float]] = INSTANT,
-        state_file: Path | None = None,
+        state_file: Path | dict[str, Path] | None = None,
         app: dict[str, Any] | None = None,
         **limits: object,
     ) -> Site:

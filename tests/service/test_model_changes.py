@@ -3,7 +3,9 @@
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,12 @@ from tests.service.conftest import MakeSite, pixels, problem
 from tests.service.fakes import INFO, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
 from tests.service.several import COLOUR, QUICK, Several, make_several, version_of
 from tminus.model.files import CheckpointError
-from tminus.service.errors import Draining
+from tminus.service.errors import Draining, Stalled, StorageFailed
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.jobs import Jobs
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord
+from tminus.service.worker.worker import Worker
 
 THIRD = replace(COLOUR, weights_hash="ef" * 32)
 
@@ -264,3 +271,136 @@ def test_a_job_is_given_up_neither_by_a_reload_nor_twice(several: Several) -> No
     wait_until(lambda: several.get(f"/jobs/{job}").json()["state"] == "done")
     assert several.get(f"/jobs/{job}").json()["fingerprint"] == INFO.fingerprint
     assert fingerprint(several, "") == several.shelf.engines[1].info.fingerprint
+
+
+# --- when more goes wrong ---
+
+
+def test_jobs_that_could_not_be_found_at_the_start_end_on_their_weights_after_a_reload(
+    make_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store fails at the start, then a reload comes, then the store is there again."""
+    file = tmp_path / "jobs.sqlite3"
+    with closing(SqliteStore(file)) as store:
+        store.add(JobRecord("a" * 32, make_spec(n=2, steps=3), 1_000_000))
+    unfinished, fails = SqliteStore.unfinished, True
+
+    def sometimes(self: SqliteStore) -> list[JobRecord]:
+        if fails and self._file is not None and hasattr(self, "_identity"):
+            raise StorageFailed("the disk is away")
+        return unfinished(self)
+
+    monkeypatch.setattr(SqliteStore, "unfinished", sometimes)
+    monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
+    several = make_several(make_site, state_file={INFO.weights_hash: file})
+    several.shelf.found = {"fake": version_of(INFO, 1)}
+    assert several.change("fake", "reload").status_code == 200
+    assert several.post("/sample", json=QUICK).status_code == 200
+    fails = False
+    wait_until(lambda: several.get(f"/jobs/{'a' * 32}").json().get("state") == "done")
+    assert several.get(f"/jobs/{'a' * 32}").json()["fingerprint"] == INFO.fingerprint
+
+
+def test_an_unload_while_a_tick_hangs_is_done_when_it_ends(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    unload, hangs = Worker.unload, [Stalled(100), Stalled(101)]
+
+    def hanging(self: Worker, number: int) -> Any:
+        if hangs:
+            raise hangs.pop()
+        return unload(self, number)
+
+    monkeypatch.setattr(Worker, "unload", hanging)
+    monkeypatch.setattr("tminus.service.parts.RETRY_S", 0.05)
+    several.change("colour", "unload")
+    wait_until(lambda: several.states()["colour"] == "unloaded")
+    assert hangs == []
+
+
+def test_what_is_loaded_again_while_it_leaves_keeps_its_jobs(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that leaves must not close the store of the one that comes."""
+    monkeypatch.setattr("tminus.service.parts.LOOK_S", 0.3)
+    several.shelf.found["colour"] = COLOUR
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            several.colour.gate.shut()
+            running = pool.submit(several.post, "/models/colour/sample", json=QUICK | {"seed": 77})
+            several.colour.next_begun()
+            several.change("colour", "unload")
+            several.colour.gate.open()
+            assert several.change("colour", "load").status_code == 200
+            assert running.result(PATIENCE_S).status_code == 200
+        wait_until(lambda: several.site.metrics()["tminus_rows_active"] == 0)
+        job = several.post("/models/colour/jobs", json=QUICK).json()["id"]
+        wait_until(lambda job=job: several.get(f"/jobs/{job}").json()["state"] == "done")  # type: ignore[misc]
+        several.colour = several.shelf.engines[-1]
+        while not several.colour.begun.empty():
+            several.colour.begun.get()
+
+
+def test_before_the_warm_up_nothing_is_unloaded(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    several.site.worker._ready.clear()
+    problem(several.change("colour", "unload"), 503, "not_ready")
+    problem(several.change("third", "load"), 503, "not_ready")
+    several.site.worker._ready.set()
+    assert several.states()["colour"] == "loaded"
+    assert several.site.worker.alive
+
+
+def test_an_error_of_torch_while_loading_is_a_refusal_with_its_reason(several: Several) -> None:
+    several.shelf.found["third"] = RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB\nmore")
+    document = problem(several.change("third", "load"), 422, "checkpoint_refused")
+    assert document["detail"] == "third cannot be loaded: CUDA out of memory. Tried to allocate 9.00 GiB"
+    assert several.site.metrics()['tminus_model_loads_total{"outcome": "refused"}'] == 1
+
+
+def test_a_client_that_goes_away_does_not_stop_a_load(several: Several) -> None:
+    several.shelf.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(several.change, "third", "load")
+        wait_until(lambda: several.states()["third"] == "loading")
+        several.shelf.gate.set()
+        loading.result(PATIENCE_S)
+    assert several.states()["third"] == "loaded"
+
+
+def test_no_more_than_some_stores_of_earlier_weights_are_kept_open(
+    several: Several, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.service.parts.MOST_KEPT", 2)
+    monkeypatch.setattr("tminus.service.parts.KEPT_S", 0.05)
+    ids = []
+    for version in range(3, 9):
+        ids.append(several.post("/models/colour/jobs", json=QUICK).json()["id"])
+        wait_until(lambda: several.get(f"/jobs/{ids[-1]}").json()["state"] == "done")
+        several.shelf.found["colour"] = version_of(COLOUR, version)
+        assert several.change("colour", "reload").status_code == 200
+    wait_until(lambda: len(several.get("/jobs").json()["jobs"]) == 2)
+    assert [job["id"] for job in several.get("/jobs").json()["jobs"]] == ids[:-3:-1]
+
+
+def test_a_store_of_earlier_weights_that_fails_harms_no_other(
+    several: Several, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = several.post("/models/colour/jobs", json=QUICK).json()["id"]
+    wait_until(lambda: several.get(f"/jobs/{job}").json()["state"] == "done")
+    several.change("colour", "reload")
+
+    def fail(self: AsyncStore, *_: object) -> None:
+        if self is old:
+            raise StorageFailed("the file is gone")
+
+    jobs = next(each for each in gc.get_objects() if isinstance(each, Jobs) and each._worker is several.site.worker)
+    old = next(each.store for each in jobs._lifecycles.values() if each.retired)
+    old.failure = StorageFailed("the file is gone")
+    for name in ("get", "find", "finished"):
+        really = getattr(AsyncStore, name)
+
+        async def failing(self: AsyncStore, *args: Any, really: Any = really) -> Any:
+            fail(self)
+            return await really(self, *args)
+
+        monkeypatch.setattr(AsyncStore, name, failing)
+    assert several.get("/readyz").status_code == 200
+    assert several.get("/jobs").status_code == 200
+    problem(several.get(f"/jobs/{'b' * 32}"), 404, "job_not_found")
+    assert several.post("/jobs", json=QUICK, headers={"Idempotency-Key": "x"}).status_code == 202

@@ -51,6 +51,7 @@ def test_a_start_listens_at_once_and_says_what_it_does(slow: Slow) -> None:
         page = client.get("/")
         assert page.status_code == 503
         assert "being measured" in page.text
+        assert client.get("/models/any/").text == page.text
         assert 'http-equiv="refresh"' in page.text
         with pytest.raises(WebSocketDenialResponse) as caught, client.websocket_connect("/sample/stream"):
             pass

@@ -1,6 +1,7 @@
 """Each model has the whole API below /models/NAME."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -150,9 +151,17 @@ def test_an_idempotency_key_is_one_for_all_models(several: Several) -> None:
     again = several.post("/models/colour/jobs", json=QUICK, headers=headers)
     assert again.json()["id"] == first.json()["id"]
     assert again.headers["idempotent-replayed"] == "true"
-    problem(
-        several.post("/models/colour/jobs", json=QUICK | {"seed": 6}, headers=headers), 422, "idempotency_key_reused"
-    )
+    for path, body in (("/models/colour/jobs", QUICK | {"seed": 6}), ("/models/fake/jobs", QUICK), ("/jobs", QUICK)):
+        problem(several.post(path, json=body, headers=headers), 422, "idempotency_key_reused")
+
+
+def test_of_two_requests_with_one_key_at_once_one_is_accepted(several: Several) -> None:
+    for number in range(10):
+        headers = {"Idempotency-Key": f"key {number}"}
+        with ThreadPoolExecutor(2) as pool:
+            paths = ("/models/colour/jobs", "/models/fake/jobs")
+            answers = [pool.submit(several.post, path, json=QUICK, headers=headers) for path in paths]
+            assert sorted(each.result().status_code for each in answers) == [202, 422]
 
 
 def test_pages_and_their_files_are_there_below_each_name(several: Several) -> None:
