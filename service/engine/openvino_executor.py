@@ -76,8 +76,7 @@ class Graph:
         self.shape, self.out_shape = tuple(shape), (net.config.out_channels, *shape[1:])
         example = (torch.zeros(1, *shape), torch.zeros(1, self.temb_dim))
         inputs = [openvino.PartialShape([-1, *shape]), openvino.PartialShape([-1, self.temb_dim])]
-        with warnings.catch_warnings(action="ignore"):  # the tracer warns of shapes that are fixed here
-            self.model = openvino.convert_model(_Body(net).eval(), example_input=example, input=inputs)
+        self.model = _convert(_Body(net).eval(), example, inputs)
         _norm_by_group(self.model)
 
     @torch.inference_mode()
@@ -198,10 +197,7 @@ def _compile(graph: Graph, precision: str, size: int, streams: int, threads: int
 
 def one_thread(module: nn.Module, shape: Sequence[int]) -> Callable[[Floats], Floats]:
     """Compile a module of one input of this shape and one output for one thread, in float32. Not for two at once."""
-    with warnings.catch_warnings(action="ignore"):  # as for a Graph
-        model = openvino.convert_model(
-            module.eval(), example_input=torch.zeros(*shape), input=[openvino.PartialShape(list(shape))]
-        )
+    model = _convert(module.eval(), torch.zeros(*shape), [openvino.PartialShape(list(shape))])
     _norm_by_group(model)
     request = openvino.Core().compile_model(model, "CPU", _config("float32", 1, 1)).create_infer_request()
 
@@ -211,6 +207,17 @@ def one_thread(module: nn.Module, shape: Sequence[int]) -> Callable[[Floats], Fl
         return out
 
     return run
+
+
+def _convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
+    """Convert a module. torch would keep what was traced, weights and all, for as long as the process lives."""
+    with warnings.catch_warnings(action="ignore"):  # the tracer warns of shapes that are fixed here
+        model = openvino.convert_model(module, example_input=example, input=list(inputs))
+    with contextlib.suppress(AttributeError):  # names of torch's own
+        torch._C._jit_clear_class_registry()
+        torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
+        torch.jit._state._clear_class_state()
+    return model
 
 
 def _config(precision: str, streams: int, threads: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """OpenVINO gives what the network gives, exactly, and reports to nobody."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.service.conftest import MakeCheckpoint
 from tests.service.engine.exact import (
@@ -27,7 +29,8 @@ from tminus.model.networks.lucidrains import LucidrainsConfig
 from tminus.model.networks.registry import build
 from tminus.service.engine.autotune import agree_rows, example_inputs
 from tminus.service.engine.executors import EagerExecutor
-from tminus.service.engine.openvino_executor import Graph, OpenVINOExecutor
+from tminus.service.engine.memory import release_memory
+from tminus.service.engine.openvino_executor import Graph, OpenVINOExecutor, _convert
 
 pytestmark = pytest.mark.slow
 
@@ -301,3 +304,22 @@ def test_timesteps_between_whole_ones_are_embedded_as_the_network_does_and_never
     for k in range(len(t)):
         assert torch.equal(graph.embed_time(t[k : k + 1])[0], embedded[k])
     assert torch.equal(embedded[1], graph.time_table[7])
+
+
+@needs_openvino
+def test_a_network_that_was_converted_is_not_kept() -> None:
+    """torch keeps what it has traced, unless it is told not to: a server that reloads would grow each time."""
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def convert() -> None:
+        net = nn.Linear(2048, 1024)  # 8 MiB
+        _convert(net, torch.zeros(1, 2048), [pytest.importorskip("openvino").PartialShape([1, 2048])])
+        release_memory()
+
+    convert()
+    before = resident_bytes()
+    for _ in range(10):
+        convert()
+    assert resident_bytes() - before < 5 * 8 * 2**20
