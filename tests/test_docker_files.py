@@ -19,7 +19,8 @@ def test_every_tminus_variable_is_a_setting() -> None:
 
 
 def test_the_image_serves_the_bundled_checkpoint_and_no_other_goes_to_the_builder() -> None:
-    default = f"checkpoints/{Settings.model_fields['checkpoint'].default.name}"
+    ((_, bundled),) = Settings().checkpoints()
+    default = f"checkpoints/{bundled.name}"
     assert "TMINUS_CHECKPOINT" not in DOCKERFILE, "it comes with the package"
     rules = (ROOT / ".dockerignore").read_text().split()
     assert [rule for rule in rules if rule.startswith("!checkpoints")] == [f"!{default}"]
