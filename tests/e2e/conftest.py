@@ -25,6 +25,7 @@ from tests.e2e import forked
 from tests.e2e.forked import Forked
 from tests.tiny import randomize
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
+from tminus.model.tminus_file import Labels
 from tminus.model.unet import UNet2D
 from tminus.service.client import Client
 
@@ -98,6 +99,18 @@ def small(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     save_checkpoint(made, net.state_dict(), config, like.noise, like.labels, {}, like.recommended)
     with contextlib.suppress(OSError):  # another process was first, and it is the same
         made.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def colour(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of another size, in colour, with other classes."""
+    like = load_checkpoint(small)
+    config = replace(like.net.config, sample_size=16, in_channels=3, out_channels=3, num_class_embeds=4)
+    net, labels = UNet2D(config), Labels(("red", "green", "blue"), null_class=3)
+    randomize(net)
+    folder = tmp_path_factory.mktemp("made") / "rgb"
+    save_checkpoint(folder, net.state_dict(), config, like.noise, labels, {}, like.recommended)
     return folder
 
 

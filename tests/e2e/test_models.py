@@ -4,7 +4,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
-from tests.tiny import randomize
-from tminus.model.checkpoint import load_checkpoint, save_checkpoint
-from tminus.model.tminus_file import Labels
-from tminus.model.unet import UNet2D
 
 KEY = "the-key-of-these-tests"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
@@ -25,18 +20,6 @@ QUICK: dict[str, Any] = {"n": 2, "steps": 5, "seed": 7, "class_label": 1, "sampl
 LONG: dict[str, Any] = {"n": 4, "steps": 400, "seed": 9, "class_label": 0, "sampler": "ddpm"}
 
 StartServer = Callable[..., RunningServer]
-
-
-@pytest.fixture(scope="module")
-def colour(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of another size, in colour, with other classes."""
-    like = load_checkpoint(small)
-    config = replace(like.net.config, sample_size=16, in_channels=3, out_channels=3, num_class_embeds=4)
-    net, labels = UNet2D(config), Labels(("red", "green", "blue"), null_class=3)
-    randomize(net)
-    folder = tmp_path_factory.mktemp("made") / "rgb"
-    save_checkpoint(folder, net.state_dict(), config, like.noise, labels, {}, like.recommended)
-    return folder
 
 
 @pytest.fixture(scope="module")

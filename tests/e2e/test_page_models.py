@@ -3,7 +3,6 @@
 import io
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,15 @@ from playwright.sync_api import expect
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
 from tests.e2e.test_page import DONE, LONG, POSTED, QUICK, Page, job_ids
-from tests.tiny import randomize
-from tminus.model.checkpoint import load_checkpoint, save_checkpoint
-from tminus.model.tminus_file import Labels
-from tminus.model.unet import UNet2D
 
 KEY = "a-key-for-these-tests"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
-def two(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def two(small: Path, colour: Path) -> Iterator[RunningServer]:
     """A server of `small`, the default, and of `colour`, which has another size and other classes."""
-    like = load_checkpoint(small)
-    config = replace(like.net.config, sample_size=16, in_channels=3, out_channels=3, num_class_embeds=4)
-    net, labels = UNet2D(config), Labels(("red", "green", "blue"), null_class=3)
-    randomize(net)
-    folder = tmp_path_factory.mktemp("made") / "rgb"
-    save_checkpoint(folder, net.state_dict(), config, like.noise, labels, {}, like.recommended)
-    running = start_server(small, "--checkpoint", f"colour={folder}", TMINUS_ADMIN_KEY=KEY)
+    running = start_server(small, "--checkpoint", f"colour={colour}", TMINUS_ADMIN_KEY=KEY)
     yield running
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log
