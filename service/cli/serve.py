@@ -103,10 +103,10 @@ def serve(**flags: Any) -> None:
 
     measured: dict[str, Measured | None] = {}  # by the model's name
 
-    def measure(name: str, checkpoint: Checkpoint, folder: Path) -> "Prepared":
+    def measure(name: str, checkpoint: Checkpoint, folder: Path, *, busy: bool = False) -> "Prepared":
         """Measure a model, and give it its name."""
         try:
-            loaded = prepare_engine(checkpoint, settings.load_options(folder), measured.get(name))
+            loaded = prepare_engine(checkpoint, settings.load_options(folder), measured.get(name), busy=busy)
         except Exception:
             release_memory()
             raise
@@ -115,6 +115,9 @@ def serve(**flags: Any) -> None:
         log_model(loaded.engine.info)
         limits = settings.limits(loaded)
         return Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows), release_memory)
+
+    def read_and_measure(name: str, folder: Path) -> "Prepared":
+        return measure(name, read_checkpoint(settings.load_options(folder)), folder, busy=True)
 
     def build() -> "Application":
         """Measure, and put the parts together. The app closes the stores."""
@@ -132,7 +135,7 @@ def serve(**flags: Any) -> None:
             take_store,
             settings.doors(),
             library=Library(folders, settings.models),
-            prepare=lambda name, folder: measure(name, read_checkpoint(settings.load_options(folder)), folder),
+            prepare=read_and_measure,
             admin_key=None if settings.admin_key is None else settings.admin_key.get_secret_value(),
         )
 

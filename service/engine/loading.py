@@ -88,17 +88,21 @@ def _read_checkpoint(options: LoadOptions) -> Checkpoint:
             f"one GPU is served, the first that is visible: CUDA_VISIBLE_DEVICES={device.index}, not {device}"
         )
     checkpoint = load_checkpoint(options.checkpoint)
-    check_memory(checkpoint.net.config, checkpoint.row_shape[1:], device)
+    weights = sum(4 * parameter.numel() for parameter in checkpoint.net.parameters()) if device.type == "cuda" else 0
+    check_memory(checkpoint.net.config, checkpoint.row_shape[1:], device, weights_bytes=weights)
     if checkpoint.autoencoder is not None:
         check_memory(checkpoint.autoencoder.config, checkpoint.size_px, device, "autoencoder")
     return checkpoint
 
 
-def prepare_engine(checkpoint: Checkpoint, options: LoadOptions, known: Measured | None = None) -> Loaded:
+def prepare_engine(
+    checkpoint: Checkpoint, options: LoadOptions, known: Measured | None = None, *, busy: bool = False
+) -> Loaded:
     """The second half: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
 
-    known: of a model that is running; if this is the same network, run in the same way, it is not measured again, and
-    its bits are tested on fewer jobs. So loading takes little from that model's ticks.
+    busy: whether other models are being served, so that batch sizes found now are not kept for later starts. known: of a
+    model that is running; if this is the same network, run in the same way, it is not measured again, and its bits are
+    tested on fewer jobs. So loading takes little from that model's ticks.
     """
     device = choose_device(options.device)
     max_rows = options.max_rows or default_max_rows(checkpoint)
@@ -138,7 +142,7 @@ def prepare_engine(checkpoint: Checkpoint, options: LoadOptions, known: Measured
             "among others here; --no-exact serves without that promise"
         )
     if again is None:
-        again = _measure(engine, way, largest, ChoiceCache(cache, checkpoint, device, how, ()))
+        again = _measure(engine, way, largest, ChoiceCache(None if busy else cache, checkpoint, device, how, ()))
     tick_times = again.tick_times
     max_batch = options.max_batch or again.max_batch
     short_batch = min(options.short_batch or again.short_batch, max_batch)

@@ -22,9 +22,11 @@ class NeedsMemory(Protocol):
         """Roughly what one image of (height, width) takes."""
 
 
-def check_memory(config: NeedsMemory, size_px: tuple[int, int], device: torch.device, what: str = "network") -> None:
-    """Raise ValueError for a model of which not even one row fits."""
-    needed, free = config.pass_bytes(size_px), available_bytes(device)
+def check_memory(
+    config: NeedsMemory, size_px: tuple[int, int], device: torch.device, what: str = "network", weights_bytes: int = 0
+) -> None:
+    """Raise ValueError for a model of which not even one row fits. weights_bytes: of weights that are not there yet."""
+    needed, free = config.pass_bytes(size_px) + weights_bytes, available_bytes(device)
     if free is not None and needed > free:
         raise ValueError(
             f"sample_size {size_px[0]}x{size_px[1]} of this {what} takes about {needed / GIB:.1f} GiB for one image, "

@@ -1,7 +1,8 @@
+import gc
+import weakref
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args, get_origin
 
 import click.testing
@@ -165,6 +166,12 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable(name), raising=False)
 
 
+@dataclass(eq=False)
+class FakeCheckpoint:
+    weights_hash: str
+    name: str
+
+
 class Served(dict[str, Any]):
     """What `serve` handed to the parts it starts, instead of starting them."""
 
@@ -179,12 +186,17 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     def run(*arguments: str, **variables: str) -> tuple[click.testing.Result, Served]:
         served = Served()
 
-        def read(options: LoadOptions) -> SimpleNamespace:
+        read_once: list[weakref.ref[FakeCheckpoint]] = []
+
+        def read(options: LoadOptions) -> FakeCheckpoint:
             served.update({name: getattr(options, name) for name in LoadOptions.__slots__})
             name = options.checkpoint.name
-            return SimpleNamespace(weights_hash=INFO.weights_hash if name != "extra" else "cd" * 32, name=name)
+            checkpoint = FakeCheckpoint(INFO.weights_hash if name != "extra" else "cd" * 32, name)
+            read_once.append(weakref.ref(checkpoint))
+            return checkpoint
 
-        def prepare_engine(checkpoint: SimpleNamespace, options: LoadOptions, known: None) -> Loaded:
+        def prepare_engine(checkpoint: FakeCheckpoint, options: LoadOptions, known: None, *, busy: bool) -> Loaded:
+            assert not busy
             places = options.max_batch or 16, options.short_batch or 8
             return Loaded(FakeEngine(), options.max_rows or 100, *places, TICK_TIMES)  # type: ignore[arg-type]
 
@@ -205,6 +217,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             prepare: Prepare,
             admin_key: str | None,
         ) -> str:
+            if len(first) > 1:
+                gc.collect()
+                assert {each() for each in read_once} == {None}, "an unloaded model's weights would stay for ever"
             assert [take_store(each.engine.info.weights_hash) for each in first] == ["the store"] * len(first)
             sharing = first[0].speed.sharing
             served.update(limits=limits, sharing=sharing, policy=sharing.policy)
