@@ -24,8 +24,11 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.spec import Images, Inputs, trial_spec
 from tminus.service.work import Batch, JobResult
+from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.worker import Worker
 
 JOBS, ROWS = 12, 4
@@ -69,8 +72,8 @@ class Bench:
         self._engine = loaded.engine
         limits = Limits(ROWS, loaded.max_batch, JOBS * ROWS, JOBS, 1e9, 4096)
         sharing = Sharing.of(loaded.max_batch, short_batch=loaded.short_batch)
-        admission = Admission(limits, sharing)
-        admission.calibrate(loaded.tick_times, *loaded.coding_s)
+        admission = Admission(limits)
+        admission.put(0, Speed(sharing, TickTimes(loaded.tick_times), limits.max_rows, *loaded.coding_s))
         self._spec = trial_spec(loaded.engine.info, ROWS, steps, sampler=sampler, guidance=guidance)
         self._ticks: list[tuple[float, int]] = []  # seconds, rows
         self._decodes = True
@@ -78,7 +81,7 @@ class Bench:
         loaded.engine._pictures.read = self._read_or_skip  # type: ignore[method-assign]
         self._step = loaded.engine.step
         loaded.engine.step = self._timed  # type: ignore[method-assign]
-        self.worker = Worker(loaded.engine, Scheduler(sharing), admission, Metrics(loaded.engine.info))
+        self.worker = Worker([LoadedModel(0, loaded.engine, Scheduler(sharing))], admission, Metrics())
         self.worker.start()
         while not self.worker.ready:
             time.sleep(0.01)

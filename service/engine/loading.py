@@ -100,7 +100,7 @@ def prepare_engine(
 ) -> Loaded:
     """The second half: choose, test and measure. Call it in a thread that ends, see `_in_thread`.
 
-    busy: whether other models are being served, so that batch sizes found now are not kept for later starts. known: of a
+    busy: whether other models are being served: then the batch sizes found are not kept for later starts. known: of a
     model that is running; if this is the same network, run in the same way, it is not measured again, and its bits are
     tested on fewer jobs. So loading takes little from that model's ticks.
     """
