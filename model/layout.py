@@ -1,5 +1,6 @@
 """Which files a checkpoint folder has to hold, before any of them is read in earnest."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ def check_layout(folder: Path) -> str | None:
     if not names:
         raise CheckpointError(f"{folder}: the folder is empty")
     index = check_pipeline(folder)
-    if "config.json" in names and read_json(folder / "config.json").get("_class_name") in (VQ, KL):
+    class_name = read_json(folder / "config.json").get("_class_name") if "config.json" in names else None
+    if "Transformer" in str(class_name):
+        raise CheckpointError(
+            f"{folder}: config.json: {class_name!r:.100} is a transformer, and U-Nets are what is run here"
+        )
+    if class_name in (VQ, KL):
         raise CheckpointError(
             f"{folder}: an autoencoder, which makes no images by itself; tminus train --latent trains a network on its "
             "latents"
@@ -54,10 +60,20 @@ def check_pipeline(folder: Path) -> dict[str, Any]:
     pipeline = index.get("_class_name", PIPELINES[0])
     if pipeline not in PIPELINES:
         kinds = ", ".join(PIPELINES)
-        raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served; those that are: {kinds}")
+        why = _why_not(index)
+        raise CheckpointError(f"{folder}: {INDEX_FILE}: {pipeline!r:.100} is not served{why}; those that are: {kinds}")
     if pipeline == LATENT_PIPELINE and find_autoencoder(folder) is None:
         raise CheckpointError(f"{folder}: {INDEX_FILE}: an {pipeline} without its autoencoder, the folder vqvae/")
     return index
+
+
+def _why_not(index: Mapping[str, Any]) -> str:
+    """Why a pipeline with these parts cannot be served, where that can be said."""
+    if any(str(part).startswith(("text_encoder", "tokenizer", "prior")) for part in index):
+        return ": it makes images of text, and a class is all that is taken here"
+    if "transformer" in index:
+        return ": its denoiser is a transformer, and U-Nets are what is run here"
+    return ""
 
 
 def find_scheduler(folder: Path) -> Path:

@@ -553,8 +553,27 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         "model_index.json: an LDMPipeline without its autoencoder, the folder vqvae/",
     ),
     "Stable Diffusion": (
-        lambda f: (model_index(_class_name="StableDiffusionPipeline")(f), unet_config(cross_attention_dim=768)(f)),
-        "model_index.json: 'StableDiffusionPipeline' is not served; those that are: DDPMPipeline, DDIMPipeline",
+        lambda f: (
+            model_index(_class_name="StableDiffusionPipeline", text_encoder=["transformers", "CLIPTextModel"])(f),
+            unet_config(cross_attention_dim=768)(f),
+        ),
+        "'StableDiffusionPipeline' is not served: it makes images of text, .*; those that are: DDPMPipeline, DDIMPipe",
+    ),
+    "a pipeline of another kind": (
+        model_index(_class_name="AudioDiffusionPipeline"),
+        "model_index.json: 'AudioDiffusionPipeline' is not served; those that are: DDPMPipeline, DDIMPipeline",
+    ),
+    "a pipeline with a transformer": (
+        model_index(_class_name="DiTPipeline", transformer=["diffusers", "DiTTransformer2DModel"]),
+        "'DiTPipeline' is not served: its denoiser is a transformer, .*; those that are: DDPMPipeline, DDIMPipeline",
+    ),
+    "a transformer": (
+        lambda f: (
+            shutil.rmtree(f),
+            f.mkdir(),
+            (f / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}'),
+        ),
+        "config.json: 'DiTTransformer2DModel' is a transformer, and U-Nets are what is run here",
     ),
     "a pipeline of numbers": (model_index(_class_name=[1]), r"\[1\] is not served"),
     "a scheduler of numbers": (model_index(scheduler=[1, 2]), r"scheduler must be \[library, class\], got \[1, 2\]"),
