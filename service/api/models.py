@@ -8,7 +8,7 @@ from fastapi import Request, Response
 from starlette.requests import HTTPConnection
 
 from tminus.service.api.services import Services
-from tminus.service.errors import ModelNotFound
+from tminus.service.errors import ModelNotFound, ModelUnloaded
 
 Handler = Callable[[Services, Request], Awaitable[Response]]
 
@@ -37,8 +37,10 @@ class Models:
         return services
 
     def numbered(self, number: int) -> Services:
-        """A model that is loaded, or of which there still are jobs."""
-        return self._by_number[number]
+        """A model that is loaded, or of which there still are jobs. Raises ModelUnloaded where it was just forgotten."""
+        if (services := self._by_number.get(number)) is None:
+            raise ModelUnloaded
+        return services
 
     def of(self, request: HTTPConnection) -> Services:
         """The model that a request is for. Raises ModelNotFound."""
