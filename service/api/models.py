@@ -37,7 +37,7 @@ class Models:
         return services
 
     def numbered(self, number: int) -> Services:
-        """A model that is loaded, or of which there still are jobs. Raises ModelUnloaded where it was just forgotten."""
+        """A model that is loaded, or of which there still are jobs. Raises ModelUnloaded for one forgotten since."""
         if (services := self._by_number.get(number)) is None:
             raise ModelUnloaded
         return services
