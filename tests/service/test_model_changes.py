@@ -321,6 +321,8 @@ def test_what_is_loaded_again_while_it_leaves_keeps_its_jobs(several: Several, m
     monkeypatch.setattr("tminus.service.parts.LOOK_S", 0.3)
     several.shelf.found["colour"] = COLOUR
     for _ in range(3):
+        while not several.colour.begun.empty():  # the warm-up
+            several.colour.begun.get()
         with ThreadPoolExecutor(1) as pool:
             several.colour.gate.shut()
             running = pool.submit(several.post, "/models/colour/sample", json=QUICK | {"seed": 77})
@@ -333,8 +335,6 @@ def test_what_is_loaded_again_while_it_leaves_keeps_its_jobs(several: Several, m
         job = several.post("/models/colour/jobs", json=QUICK).json()["id"]
         wait_until(lambda job=job: several.get(f"/jobs/{job}").json()["state"] == "done")  # type: ignore[misc]
         several.colour = several.shelf.engines[-1]
-        while not several.colour.begun.empty():
-            several.colour.begun.get()
 
 
 def test_before_the_warm_up_nothing_is_unloaded(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
