@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,10 @@ def answering(head: str, pieces: Callable[[], Iterable[bytes]], status: str = "2
                 for piece in pieces():
                     self.request.sendall(piece)
                     hostile.sent += len(piece)
+                self.request.shutdown(socket.SHUT_WR)
+                self.request.settimeout(PATIENCE_S)
+                while self.request.recv(2**16):  # closed with a body unread, the kernel resets the connection
+                    pass
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
