@@ -9,8 +9,10 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
+from tminus.service.access.access import Access
 from tminus.service.api import openapi, problems
-from tminus.service.api.admin import Admin, admin_routes
+from tminus.service.api.admin import admin_routes
+from tminus.service.api.authentication import Authentication, authentication_routes, is_open
 from tminus.service.api.docs import docs_routes
 from tminus.service.api.events import event_routes
 from tminus.service.api.jobs import job_routes
@@ -28,6 +30,7 @@ from tminus.service.api.stream_limits import Streams
 from tminus.service.api.system import model_routes, system_routes
 from tminus.service.jobs.store import JobStore
 from tminus.service.library import Library
+from tminus.service.metrics import Metrics
 from tminus.service.model_changes import ModelChanges, Prepare, prepare_nothing
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.parts import Parts, Prepared
@@ -44,6 +47,7 @@ class Application:
     app: FastAPI
     worker: Worker
     streams: Streams
+    metrics: Metrics
     model: ModelInfo  # the default one, when it started
 
 
@@ -55,16 +59,20 @@ def create_app(
     *,
     library: Library | None = None,
     prepare: Prepare = prepare_nothing,
-    admin_key: str | None = None,
+    access: Access | None = None,
+    with_metrics: bool = True,
+    with_docs: bool = True,
 ) -> Application:
     """Build the application around the models that it begins with, the default one first.
 
     limits: of the whole server. open_store: opens the store of the durable jobs of weights, by their hash; it is closed
-    with the app. doors: who may ask. library: what can be loaded, by `prepare`. admin_key: lets its owner load and
-    unload models; None: nobody may. The worker runs for as long as the app's lifespan.
+    with the app. doors: by what names, and for which pages. library: what can be loaded, by `prepare`. access: who may
+    ask; None: anybody, and nobody may load or unload models. with_metrics, with_docs: whether /metrics, and /docs with
+    /openapi.json, are answered. The worker runs for as long as the app's lifespan.
     """
     doors = doors or Doors()
-    parts = Parts(list(first), limits, open_store, doors)
+    access = access or Access()
+    parts = Parts(list(first), limits, open_store, doors, access)
     models, metrics = parts.models, parts.metrics
     changes = ModelChanges(parts, library or Library(), prepare)
 
@@ -83,8 +91,11 @@ def create_app(
     documents: dict[tuple[int, str], dict[str, Any]] = {}  # a tenth of a second each
 
     def general() -> list[APIRouter]:
-        admin = Admin(admin_key)
-        return [admin_routes(models, changes, admin), system_routes(parts.worker, parts.jobs, metrics)]
+        return [
+            admin_routes(models, changes, access),
+            authentication_routes(access, limits.max_body_bytes),
+            system_routes(parts.worker, parts.jobs, metrics if with_metrics else None),
+        ]
 
     def document(request: Request) -> dict[str, Any]:
         """The OpenAPI document of a request's model, with its bounds; the default one's has the server's calls too."""
@@ -99,7 +110,7 @@ def create_app(
         return documents[key]
 
     contract = Contract(model, limits)
-    of_a_model = [*_of_a_model(models, contract), page_routes(), docs_routes(document)]
+    of_a_model = [*_of_a_model(models, contract), page_routes(), *([docs_routes(document)] if with_docs else [])]
     allowed: dict[str, set[str]] = {}
     for prefix, routers in (("", [*of_a_model, *general()]), (OF_A_MODEL, of_a_model)):
         for router in routers:
@@ -112,6 +123,7 @@ def create_app(
     # For the images in it; the rest of a body is held to max_body_bytes in api/request.py.
     larger |= dict.fromkeys(("/sample", "/jobs"), limits.max_edit_bytes)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
+    app.add_middleware(Authentication, access=access, refused=metrics.rejected)
     if doors.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -122,7 +134,7 @@ def create_app(
         )
     app.add_middleware(Gate, doors=doors, refused=metrics.rejected)
     app.add_middleware(RequestContext, observe=metrics.requested)
-    return Application(app, parts.worker, parts.streams, model)
+    return Application(app, parts.worker, parts.streams, metrics, model)
 
 
 def _of_a_model(models: Models, contract: Contract) -> list[APIRouter]:
@@ -149,4 +161,4 @@ def _document(models: Models, services: Services, general: Sequence[APIRouter], 
     )
     for router in (*_of_a_model(models, contract), *general):
         described.include_router(router)
-    return openapi.document(described, contract)
+    return openapi.document(described, contract, is_open)

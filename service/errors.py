@@ -301,22 +301,41 @@ class CheckpointRefused(ServiceError):
 
 
 class AdminOff(ServiceError):
-    """The server was started without an admin key, so that nothing can be loaded or unloaded."""
+    """The server has no key of the role admin, so that nothing can be loaded or unloaded."""
 
     status, code, title = 403, "admin_off", "No admin key is set"
 
     def __init__(self) -> None:
-        super().__init__("models can be changed only where the server was started with an admin key: TMINUS_ADMIN_KEY")
+        super().__init__("this needs a key of the role admin, and the server has none: see --keys-file and --keys")
 
 
 class Unauthorized(ServiceError):
-    """The request needs the admin key."""
+    """The request needs a key, or the one that came is not known."""
 
-    status, code, title = 401, "unauthorized", "The admin key is missing or wrong"
+    status, code, title = 401, "unauthorized", "The key is missing or wrong"
 
-    def __init__(self) -> None:
-        super().__init__("send the admin key: Authorization: Bearer KEY")
+    def __init__(self, reason: str = "this server asks for a key") -> None:
+        super().__init__(f"{reason}; send one: Authorization: Bearer KEY")
         self.headers["WWW-Authenticate"] = 'Bearer realm="tminus"'
+
+
+class Forbidden(ServiceError):
+    """The key is known, and its role is not enough."""
+
+    status, code, title = 403, "forbidden", "The key may not do this"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"this needs a key of the role admin, and {name} has the role sample")
+
+
+class QuotaExceeded(ServiceError):
+    """The key has used what it may use for now: row-steps of this minute, jobs that have not ended, connections."""
+
+    status, code, title = 429, "quota_exceeded", "The quota of this key is used up"
+
+    def __init__(self, field: str, bound: str, value: int, retry_after_s: int) -> None:
+        super().__init__(f"{field} of this key must be {bound}, got {value}", field=field, value=value, bound=bound)
+        self.headers["Retry-After"] = str(max(1, retry_after_s))
 
 
 class EngineFailed(ServiceError):

@@ -62,6 +62,7 @@ class Metrics:
         )
         self._images = counter("images_total", "Images finished", "model")
         self._rejected = counter("rejected_total", "Requests refused, by problem code", "reason")
+        self._charged = counter("key_row_steps_total", "Row-steps of accepted jobs, by the name of a key", "key")
         self._cancelled = counter("cancelled_total", "Accepted jobs that were not finished", "reason")
         self._saved = counter("row_steps_saved_total", "Steps not taken because their job was given up")
         self._unworked = counter("answered_without_work_total", "Repeats answered by 304 or from the cache", "how")
@@ -118,6 +119,7 @@ class Metrics:
         rows_waiting: Callable[[], int],
         backlog_s: Callable[[], float],
         device_memory_bytes: Callable[[], int | None],
+        keys_up: Callable[[], bool],
         store_up: Callable[[], bool],
         streams_open: Callable[[], int],
         stalled_s: Callable[[], float],
@@ -129,6 +131,7 @@ class Metrics:
             "rows_active": ("Rows in the last tick", rows_active),
             "rows_waiting": ("Rows accepted that were not in the last tick", rows_waiting),
             "backlog_seconds": ("Predicted seconds of accepted work", backlog_s),
+            "keys_up": ("1 while the keys in force are what their file says, else 0", keys_up),
             "store_up": ("1 while the store of durable jobs can be written to, else 0", store_up),
             "streams_open": ("WebSockets and event streams that are open", streams_open),
             "tick_time_ratio": ("How much longer ticks take now than was measured at the start", tick_time_ratio),
@@ -183,6 +186,10 @@ class Metrics:
     def rejected(self, reason: str) -> None:
         """Record that a request was refused with this problem code."""
         self._rejected.labels(reason).inc()
+
+    def charged(self, key: str, row_steps: int) -> None:
+        """Record that a job of so many row-steps was accepted from a key; an empty name is whoever has none."""
+        self._charged.labels(key).inc(row_steps)
 
     def answered_without_work(self, how: str) -> None:
         """Record that a repeated request needed no step; `how` is not_modified or cache_hit."""

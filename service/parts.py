@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
+from tminus.service.access.access import Access
 from tminus.service.api.caching import ResultCache
 from tminus.service.api.models import Models
 from tminus.service.api.origin import Doors
@@ -65,14 +66,20 @@ class Parts:
     """Owns the parts, and the models that are loaded or whose jobs are still kept."""
 
     def __init__(
-        self, first: list[Prepared], limits: Limits, open_store: Callable[[str], JobStore], doors: Doors
+        self,
+        first: list[Prepared],
+        limits: Limits,
+        open_store: Callable[[str], JobStore],
+        doors: Doors,
+        access: Access,
     ) -> None:
         """first: the models that it begins with, the default one first. open_store: for the hash of weights."""
-        self.metrics, self.models, self.doors = Metrics(), Models(), doors
+        self.metrics, self.models, self.doors, self.access = Metrics(), Models(), doors, access
         self._numbers, self._arrivals = count(), count()
         self._stores = Stores(open_store)
         self._parts: dict[int, _Part] = {}
         self._leaving: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
         self._noise_turn = asyncio.Lock()
         self.admission = Admission(limits)
         self.cache = ResultCache(limits.result_cache_bytes)
@@ -91,6 +98,7 @@ class Parts:
 
     async def start(self) -> None:
         """Start what runs."""
+        self._loop = asyncio.get_running_loop()
         self.worker.start()
         for part in self._parts.values():
             await part.lifecycle.start()
@@ -111,11 +119,12 @@ class Parts:
     def _watch(self) -> None:
         worker, admission = self.worker, self.admission
         self.metrics.watch(
-            tasks=lambda: len(asyncio.all_tasks()),  # /metrics is answered in the event loop
+            tasks=lambda: len(asyncio.all_tasks(self._loop)) if self._loop is not None else 0,
             rows_active=lambda: worker.rows_active,
             rows_waiting=lambda: max(0, admission.rows - worker.rows_active),
             backlog_s=lambda: admission.backlog_s,
             device_memory_bytes=lambda: max((engine.memory_bytes() or 0 for engine in self._engines()), default=0),
+            keys_up=lambda: self.access.keys_up,
             store_up=lambda: self.jobs.store_failure is None,
             streams_open=lambda: self.streams.open,
             stalled_s=lambda: worker.stalled_s,
@@ -160,6 +169,7 @@ class Parts:
             model=info,
             limits=prepared.limits,
             doors=self.doors,
+            access=self.access,
             metrics=self.metrics,
             worker=self.worker,
             jobs=self.jobs,
@@ -236,7 +246,7 @@ class Parts:
         await self._stores.release(weights_hash)
 
     def _engines(self) -> list[RowEngine]:
-        return [part.engine for part in self._parts.values() if part.engine is not None]
+        return [part.engine for part in list(self._parts.values()) if part.engine is not None]
 
     def _unserved(self) -> list[_Part]:
         served = {services.number for services in self.models}

@@ -5,12 +5,15 @@ Built once, in the entry point. The parts get values, never Settings. docs/setti
 
 import re
 from collections import Counter
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from tminus.service.access.access import Access
+from tminus.service.access.keyring import KeyRing
 from tminus.service.api.origin import Doors
 from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.library import NAME, Library
@@ -37,11 +40,15 @@ class Settings(BaseSettings):
         "variable by commas; the first is the default model; default: the one that comes with tminus",
     )
     models: Path | None = Field(None, description="folder whose folders are models, all of which are served")
-    admin_key: SecretStr | None = Field(
+    keys_file: Path | None = Field(
         None,
-        min_length=16,
-        description="key of at least 16 characters that allows loading and unloading models over HTTP; without it "
-        "nobody may; better given as the variable, since others may see flags",
+        description="file of API keys, as `tminus key` writes them; what is changed in it holds within a second",
+    )
+    keys: SecretStr | None = Field(
+        None, description="the same lines as a text, meant for the variable; they hold until the server ends"
+    )
+    open: bool = Field(
+        False, description="whoever has no key may sample; needed to listen to other machines without any keys"
     )
     device: str = Field(
         "auto", description="auto, cpu or cuda; auto takes a GPU if there is one; choose which by CUDA_VISIBLE_DEVICES"
@@ -130,6 +137,11 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes in a request's body")
     max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="bytes in an uploaded image")
+    metrics: bool = Field(True, description="answer /metrics")
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="answer /metrics on this port instead, of the same host, and there to anybody"
+    )
+    docs: bool = Field(True, description="answer /docs and /openapi.json")
     grace_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
     )
@@ -139,13 +151,6 @@ class Settings(BaseSettings):
     @classmethod
     def _by_commas(cls, value: object) -> object:
         return tuple(each for each in value.split(",") if each) if isinstance(value, str) else value
-
-    @field_validator("admin_key")
-    @classmethod
-    def _can_be_sent(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value.get_secret_value()):
-            raise ValueError("must be ASCII without spaces, since it is sent in a header")
-        return value
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -221,6 +226,25 @@ class Settings(BaseSettings):
         place_s = times.seconds_per_place(loaded.max_batch)
         sharing = Sharing.of(loaded.max_batch, self.policy, loaded.short_batch, place_s)
         return Speed(sharing, times, max_rows, *loaded.coding_s)
+
+    def access(self, address: str) -> Access:
+        """Who may ask a server that listens on this address.
+
+        Raises ValueError for keys with a mistake, and for other machines' requests without keys.
+        """
+        if self.keys_file is None and self.keys is None and not self.open and not ip_address(address).is_loopback:
+            raise ValueError(
+                f"--host (TMINUS_HOST): {self.host} can be reached from other machines, and there are no keys: give "
+                "some by --keys-file (see `tminus key --help`), or let anybody in by --open"
+            )
+        if self.keys_file is not None and self.keys is not None:
+            raise ValueError("--keys (TMINUS_KEYS) and --keys-file (TMINUS_KEYS_FILE) exclude each other")
+        name = "--keys (TMINUS_KEYS)" if self.keys is not None else "--keys-file (TMINUS_KEYS_FILE)"
+        try:
+            ring = KeyRing(None if self.keys is None else self.keys.get_secret_value(), self.keys_file)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return Access(ring, is_open=self.open or not ring.keys)
 
     def doors(self) -> Doors:
         """Who may ask: allowed_hosts with the name to listen on, and allowed_origins, in lower case as browsers do."""

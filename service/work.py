@@ -100,6 +100,7 @@ class JobStatus:
     step: int  # steps that its rows have taken, on average, out of spec.num_passes
     spec: SampleSpec
     durable: bool
+    owner: str  # the name of the key that it came with
     age_s: float
     created_us: int  # when it was accepted, Unix time
     model: int  # its number

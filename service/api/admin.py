@@ -1,22 +1,20 @@
 """GET /models, and load, reload and unload: which models are served, and how that is changed while the server runs."""
 
-import hmac
 from collections.abc import Awaitable, Mapping
-from typing import Annotated, Protocol
+from typing import Protocol
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel, Field
 
+from tminus.service.access.access import Access
 from tminus.service.api.answers import ModelAnswer
+from tminus.service.api.authentication import caller_of
 from tminus.service.api.models import Models
 from tminus.service.api.openapi import failures
 from tminus.service.api.request import no_parameters
 from tminus.service.api.services import Services
-from tminus.service.errors import AdminOff, Unauthorized
 
 BARE = [Depends(no_parameters)]
-BEARER = HTTPBearer(auto_error=False, description="the admin key")
 
 
 class Changes(Protocol):
@@ -51,26 +49,15 @@ class ModelList(BaseModel):
     models: list[ModelSummary]
 
 
-class Admin:
-    """Checks the admin key, in the same time whatever is wrong with the one that came."""
-
-    def __init__(self, key: str | None) -> None:
-        """key: None refuses all."""
-        self._key = key
-
-    def check(self, sent: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]) -> None:
-        """Raise AdminOff or Unauthorized."""
-        if self._key is None:
-            raise AdminOff
-        if sent is None or not hmac.compare_digest(sent.credentials.encode(), self._key.encode()):
-            raise Unauthorized
-
-
-def admin_routes(models: Models, changes: Changes, admin: Admin) -> APIRouter:
+def admin_routes(models: Models, changes: Changes, access: Access) -> APIRouter:
     """Make the routes."""
     router = APIRouter(prefix="/models", tags=["models"])
     refusals = failures(401, 403, 404, 409, 422, 500, 503)
-    admins = [Depends(admin.check), *BARE]
+
+    async def only_admins(request: Request) -> None:
+        access.check_admin(caller_of(request))
+
+    admins = [Depends(only_admins), *BARE]
 
     def summary(request: Request, services: Services) -> ModelSummary:
         name = services.model.name

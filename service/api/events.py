@@ -17,6 +17,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Message, Receive, Scope, Send
 
 from tminus.service.api.answers import JobAnswer
+from tminus.service.api.authentication import caller_of
 from tminus.service.api.models import Models
 from tminus.service.api.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.previews import PreviewRequest
@@ -69,7 +70,8 @@ async def events(models: Models, request: Request, job_id: str) -> Response:
     preview = PreviewRequest.parse(read_query(request))
     shows = preview.shows if "show" in preview.model_fields_set else ()  # without it no pictures
     last_id = request.headers.get("last-event-id", "")
-    view = await services.jobs.find_durable(job_id)
+    sees = caller_of(request).sees
+    view = await services.jobs.find_durable(job_id, sees)
     if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
         return Response(status_code=204)
     with ExitStack() as stack:
@@ -81,7 +83,7 @@ async def events(models: Models, request: Request, job_id: str) -> Response:
         watch = Watch(preview.pace, shows, mailbox.put, seen)
         live = services.jobs.watch(job_id, watch, mailbox)
         if live is None:
-            return EventSourceResponse(_only_the_end(await services.jobs.find_durable(job_id)), headers=HEADERS)
+            return EventSourceResponse(_only_the_end(await services.jobs.find_durable(job_id, sees)), headers=HEADERS)
         stack.callback(services.jobs.unwatch, live, watch)
         viewer = _Viewer(models.numbered(live.model), live, preview, mailbox, view.eta_s)
         return _Events(viewer.events(view), stack.pop_all().close)

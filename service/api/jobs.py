@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from tminus.service.api.advice import advice_headers
 from tminus.service.api.answers import JobAnswer, JobPage
+from tminus.service.api.authentication import caller_of
 from tminus.service.api.caching import cache_headers, matches
 from tminus.service.api.job_listing import JobsRequest
 from tminus.service.api.models import Models
@@ -50,11 +51,11 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
     )
     async def list_jobs(request: Request) -> JobPage:
         named = models.of(request).model.name if "model" in request.path_params else None
-        return await page(models.default, JobsRequest.parse(read_query(request)), named)
+        return await page(models.default, JobsRequest.parse(read_query(request)), caller_of(request).sees, named)
 
     @router.get("/{job_id}", summary="Get one job", dependencies=bare, responses=of_job)
-    async def get_job(job_id: str) -> JobAnswer:
-        return JobAnswer.of(await models.default.jobs.find(job_id))
+    async def get_job(request: Request, job_id: str) -> JobAnswer:
+        return JobAnswer.of(await models.default.jobs.find(job_id, caller_of(request).sees))
 
     @router.get(
         "/{job_id}/image",
@@ -73,8 +74,8 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         dependencies=bare,
         responses=of_job,
     )
-    async def cancel_job(job_id: str) -> JobAnswer:
-        return JobAnswer.of(await models.default.jobs.cancel(job_id))
+    async def cancel_job(request: Request, job_id: str) -> JobAnswer:
+        return JobAnswer.of(await models.default.jobs.cancel(job_id, caller_of(request).sees))
 
     @router.delete(
         "/{job_id}",
@@ -84,8 +85,8 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         dependencies=bare,
         responses=of_job,
     )
-    async def delete_job(job_id: str) -> None:
-        await models.default.jobs.delete(job_id)
+    async def delete_job(request: Request, job_id: str) -> None:
+        await models.default.jobs.delete(job_id, caller_of(request).sees)
 
     return router
 
@@ -96,9 +97,9 @@ async def post_job(services: Services, request: Request) -> Response:
     return await accept(services, request, await understand(services, parameters))
 
 
-async def page(services: Services, asked: JobsRequest, model_name: str | None) -> JobPage:
-    """One page of the jobs in some states, of one model or of all."""
-    views = await services.jobs.page(asked.place, asked.states, asked.limit + 1, model_name)
+async def page(services: Services, asked: JobsRequest, sees: str | None, model_name: str | None) -> JobPage:
+    """One page of the jobs in some states, of one owner and model or of all."""
+    views = await services.jobs.page(asked.place, asked.states, asked.limit + 1, sees, model_name)
     jobs = [JobAnswer.of(view) for view in views[: asked.limit]]
     if len(views) <= asked.limit:
         return JobPage(jobs=jobs, next=None)
@@ -109,7 +110,7 @@ async def page(services: Services, asked: JobsRequest, model_name: str | None) -
 async def image(models: Models, request: Request, job_id: str) -> Response:
     """What a job has made, in the media type that the client likes best."""
     media_type = negotiate(accept_header(request), MEDIA_TYPES)
-    view, images = await models.default.jobs.images(job_id)
+    view, images = await models.default.jobs.images(job_id, caller_of(request).sees)
     record, services = view.record, models.numbered(view.model)
     made_by = replace(services.model, fingerprint=record.fingerprint or "")
     tag = etag(media_type, record.spec, made_by)

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tminus.service.access.access import Caller
 from tminus.service.api.origin import OF_A_MODEL, PROBES
 from tminus.service.api.problems import render
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
@@ -33,9 +34,11 @@ def new_request_id(scope: Scope) -> str:
     return request_id
 
 
-def address_of(scope: Scope) -> str:
-    """The client's address, for the log."""
-    return str(scope["client"][0]) if scope.get("client") else "-"
+def sender_of(scope: Scope) -> str:
+    """The client's address, and the name of its key where it has one, for the log."""
+    address = str(scope["client"][0]) if scope.get("client") else "-"
+    caller: Caller | None = scope.get("state", {}).get("caller")
+    return f"{address} ({caller.name})" if caller is not None and caller.name else address
 
 
 def target_of(scope: Scope) -> str:
@@ -93,7 +96,7 @@ class RequestContext:
             log.log(
                 logging.DEBUG if route in PROBES else logging.INFO,
                 "request %s of %s: %s %s %d in %.3f s",
-                request_id, address_of(scope), scope["method"], target_of(scope), status, seconds,
+                request_id, sender_of(scope), scope["method"], target_of(scope), status, seconds,
             )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """What the OpenAPI document says of calls whose handlers read parameters and bodies themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,11 @@ AS_TEXT: Mapping[str, Described] = {
 }
 FAILURES = {
     400: "The body cannot be parsed",
-    401: "The admin key is missing or wrong",
-    403: "No admin key is set, so that nothing can be changed",
+    401: "The key is missing or wrong",
+    403: "The key has not the role admin, or the server has no such key",
     404: "There is no such job or model",
     406: "Accept allows no media type that there is",
+    408: "The body came too slowly",
     409: "The job is not done yet, or the model cannot be changed now; Retry-After says when to look again",
     410: "The job was cancelled or failed, and has no images",
     413: "The body is too large",
@@ -50,6 +51,10 @@ FAILURES = {
     503: "The server is starting or shutting down",
     504: "deadline_s passed before the job was done",
     507: "The job store failed",
+}
+SCHEMES: Described = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "a key of this server"},
+    "cookie": {"type": "apiKey", "in": "cookie", "name": "tminus_key", "description": "that POST /login sets"},
 }
 OF_BODY, OF_WORK = (400, 413, 415, 422, 429), (500, 503, 504)
 
@@ -88,6 +93,19 @@ NOISE_BODY: Described = {
     "content": {
         **{kind: {"schema": FILE} for kind in ("image/png", "image/jpeg", "image/webp", BYTES)},
         FORM: {"schema": _ref("NoiseForm")},
+    },
+}
+LOGIN_BODY: Described = {
+    "required": True,
+    "content": {
+        JSON: {
+            "schema": {
+                "type": "object",
+                "properties": {"key": {"type": "string", "maxLength": 512}},
+                "required": ["key"],
+                "additionalProperties": False,
+            }
+        }
     },
 }
 IF_NONE_MATCH = _header("If-None-Match", {"type": "string"}, "ETags of answers that the client has")
@@ -206,8 +224,21 @@ def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) 
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
 
-def document(app: FastAPI, contract: Contract) -> Described:
-    """Make the document of an app whose routes refer to the contract's components."""
+def document(app: FastAPI, contract: Contract, is_public: Callable[[str], bool]) -> Described:
+    """Make the document of an app whose routes refer to the contract's components.
+
+    is_public: whether a path is answered to anybody; others may be refused for want of a key, or by its quota.
+    """
     made = app.openapi()
     made["components"]["schemas"] |= contract.components()
+    made["components"]["securitySchemes"] = SCHEMES
+    made["security"] = [{}, *({name: []} for name in SCHEMES)]  # where the server is open, no key is needed
+    for path, operations in made["paths"].items():
+        for operation in operations.values():
+            if not is_public(path):
+                operation["responses"] |= {
+                    str(status): described
+                    for status, described in failures(401, 429).items()
+                    if str(status) not in operation["responses"]
+                }
     return made

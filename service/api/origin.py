@@ -23,6 +23,7 @@ ANY = "*"
 OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # what stands before a path of one model
 # Of answers, that pages of other origins may read.
 EXPOSED_HEADERS = (
+    *("RateLimit", "RateLimit-Policy"),
     *("ETag", "Location", "Retry-After", "Server-Timing", "Cache-Status", "Idempotent-Replayed", "Preference-Applied"),
     *(
         "X-Request-ID",

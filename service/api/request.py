@@ -53,7 +53,8 @@ async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
     for name in query.keys() & PICTURES:
         bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
         raise InvalidField.of(name, bound, query[name])
-    return merge(query, await unless_gone((_read_form if is_form(request) else _read_json)(request, limits)))
+    reading = _read_form(request, limits) if is_form(request) else read_json(request, limits.max_body_bytes)
+    return merge(query, await unless_gone(reading))
 
 
 def read_query(request: Request) -> dict[str, Any]:
@@ -95,15 +96,15 @@ async def _read_form(request: Request, limits: Limits) -> dict[str, Any]:
     return {**from_items(form.fields, "the form"), **form.files}
 
 
-async def _read_json(request: Request, limits: Limits) -> dict[str, Any]:
-    """Read a JSON body. It may be large because of its pictures only; otherwise it is not read to its end."""
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON body. It may be larger because of its pictures only; otherwise it is not read to its end."""
     body, costly_bytes = bytearray(), 0
     async for chunk in request.stream():
         body += chunk
         costly_bytes += len(chunk.translate(None, BASE64))
-        if costly_bytes > limits.max_body_bytes:
-            raise BodyTooLarge(costly_bytes, limits.max_body_bytes)
-    return await off_loop(len(body), from_body, bytes(body), limits.max_body_bytes)
+        if costly_bytes > max_bytes:
+            raise BodyTooLarge(costly_bytes, max_bytes)
+    return await off_loop(len(body), from_body, bytes(body), max_bytes)
 
 
 def from_items(items: Iterable[tuple[str, str]], where: str = "the query") -> dict[str, Any]:
@@ -192,10 +193,10 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def idempotency_key(request: Request, asked: SampleRequest) -> Key | None:
+def idempotency_key(request: Request, asked: SampleRequest, owner: str) -> Key | None:
     """Read the Idempotency-Key, and hash what it came with; a structured-field string may be quoted or not.
 
-    None for a request without one. Raises InvalidField.
+    Each owner has keys of its own. None for a request without one. Raises InvalidField.
     """
     header = request.headers.get("idempotency-key")
     if header is None:
@@ -206,7 +207,7 @@ def idempotency_key(request: Request, asked: SampleRequest) -> Key | None:
     # Defaults are left out, so that a key outlives a version that knows more parameters.
     given = asked.model_dump(exclude=EDIT_PARAMETERS, exclude_defaults=True)
     document = json.dumps(given | _edit_of(asked), sort_keys=True)
-    return Key(name, hashlib.sha256(document.encode()).hexdigest())
+    return Key(name, hashlib.sha256(document.encode()).hexdigest(), owner)
 
 
 def _edit_of(asked: SampleRequest) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 from fastapi import APIRouter, Request, Response
 
 from tminus.service.api.advice import advice_headers
+from tminus.service.api.authentication import caller_of
 from tminus.service.api.caching import cache_headers, matches
 from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
@@ -28,7 +29,7 @@ from tminus.service.api.progress import result_of
 from tminus.service.api.request import accept_header, prefers_async, read_parameters, while_connected
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
 from tminus.service.api.services import Services
-from tminus.service.api.submission import accept, to_job, understand
+from tminus.service.api.submission import accept, charged, to_job, understand
 from tminus.service.errors import InvalidField
 from tminus.service.images.animation import WEBP_VERSION
 from tminus.service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
@@ -182,9 +183,12 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
     """Run the job and encode what comes of it."""
     job_id, loop, made = uuid.uuid4().hex, asyncio.get_running_loop(), job.answer
     with services.recordings.taken(made.held_bytes):
-        ticket = services.worker.submit(
-            job_id, made.spec, job.deadline_s, model=services.number, inputs=job.inputs, recording=made.recording
-        )
+        caller = caller_of(request)
+        with charged(services, caller, made.spec):
+            ticket = services.worker.submit(
+                job_id, made.spec, job.deadline_s,
+                model=services.number, inputs=job.inputs, owner=caller.name, recording=made.recording,
+            )  # fmt: skip
         result = await _finished_or_gone(request, services.worker, job_id, result_of(ticket, job.deadline_s))
         started_s = loop.time()
         content = await made.encode(services.encoder, result, services.model)

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 
+from tminus.service.access.access import Access
 from tminus.service.api.caching import ResultCache
 from tminus.service.api.origin import Doors
 from tminus.service.api.stream_limits import Streams
@@ -24,6 +25,7 @@ class Services:
     model: ModelInfo
     limits: Limits  # of its requests
     doors: Doors
+    access: Access
     metrics: Metrics
     worker: Worker
     jobs: Jobs

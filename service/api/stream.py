@@ -13,15 +13,17 @@ from typing import Any
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
+from tminus.service.access.access import Caller
 from tminus.service.api.advice import warning_of
-from tminus.service.api.middleware import address_of, new_request_id, route_of, target_of
+from tminus.service.api.authentication import check_header, identify
+from tminus.service.api.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models
 from tminus.service.api.previews import StreamRequest
 from tminus.service.api.problems import render
 from tminus.service.api.progress import Countdown, result_of
 from tminus.service.api.request import from_body, no_parameters, off_loop
 from tminus.service.api.services import Services
-from tminus.service.api.submission import to_job, understand
+from tminus.service.api.submission import charged, to_job, understand
 from tminus.service.errors import BodyTooLarge, JobCancelled, MalformedMessage, ServiceError, Silence
 from tminus.service.images.encoder import PNG
 from tminus.service.model_info import ModelInfo
@@ -45,12 +47,13 @@ def stream_routes(models: Models) -> APIRouter:
 
     @router.websocket("/sample/stream")
     async def stream(ws: WebSocket) -> None:
-        log.info("request %s of %s: WebSocket %s", new_request_id(ws.scope), address_of(ws.scope), target_of(ws.scope))
+        log.info("request %s of %s: WebSocket %s", new_request_id(ws.scope), sender_of(ws.scope), target_of(ws.scope))
         began_s, status, services = time.perf_counter(), 101, models.default
         try:
             services.doors.check(ws.scope)
             await no_parameters(ws)
             services = models.of(ws)
+            check_header(services.access, ws.scope)
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
                 await _Stream(models, services, ws).serve()
@@ -80,6 +83,7 @@ class _Stream:
 
     def __init__(self, models: Models, services: Services, ws: WebSocket) -> None:
         self._models, self._services, self._ws = models, services, ws
+        self._secret: str | None = None  # that came in a message, as pages have to send it
 
     async def serve(self) -> None:
         """Run jobs until the client has no more, goes away or does something wrong. Raises nothing."""
@@ -88,10 +92,15 @@ class _Stream:
                 patience_s, keep_open = FIRST_MESSAGE_S, True
                 while keep_open:
                     message = await self._next_spec(patience_s)
-                    with self._services.streams.busy(), self._models.used(self._ws) as self._services:
+                    caller = self._caller()
+                    with (
+                        caller.connected(),
+                        self._services.streams.busy(),
+                        self._models.used(self._ws) as self._services,
+                    ):
                         asked = await self._understand(message)
                         del message  # it may have megabytes, and the job an hour
-                        await self._job(asked)
+                        await self._job(asked, caller)
                     keep_open = asked.preview.keep_open
                     patience_s = NEXT_MESSAGE_S
                 await self._close(NORMAL)
@@ -99,6 +108,13 @@ class _Stream:
                 raise
             except Exception as error:
                 await self._end(error)
+
+    def _caller(self) -> Caller:
+        """Whoever asks, by what its key says now. Raises Unauthorized."""
+        access = self._services.access
+        if self._secret is None or not access.has_keys:
+            return identify(access, self._ws.scope)
+        return access.with_secret(self._secret)
 
     async def _end(self, error: Exception) -> None:
         """Say what went wrong, and close."""
@@ -112,11 +128,12 @@ class _Stream:
             await self._close(error.ws_close, error.code)
 
     async def _next_spec(self, patience_s: float) -> dict[str, Any]:
-        """Wait for the parameters of a job. A cancel that came after a job's end is ignored."""
+        """Wait for the parameters of a job. A cancel that came after a job's end is ignored, and a key is kept."""
         try:
             async with asyncio.timeout(patience_s):
-                while (message := await self._receive()).get("type") == "cancel":
-                    pass
+                while (message := await self._receive()).get("type") in ("cancel", "key"):
+                    if message["type"] == "key":
+                        self._secret = _key_of(message)
         except TimeoutError:
             raise Silence(f"no job was asked for in {patience_s:g} s") from None
         return message
@@ -143,14 +160,16 @@ class _Stream:
         spec, inputs = await to_job(self._services, asked)
         return _Asked(preview, spec, inputs, asked.deadline_s)
 
-    async def _job(self, asked: _Asked) -> None:
+    async def _job(self, asked: _Asked, caller: Caller) -> None:
         """Run one job, and send what comes of it."""
         job_id = uuid.uuid4().hex
         mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
         watch = Watch(asked.preview.pace, asked.preview.shows, mailbox.put)
-        ticket = self._services.worker.submit(
-            job_id, asked.spec, asked.deadline_s, watch, model=self._services.number, inputs=asked.inputs
-        )
+        with charged(self._services, caller, asked.spec):
+            ticket = self._services.worker.submit(
+                job_id, asked.spec, asked.deadline_s, watch,
+                model=self._services.number, inputs=asked.inputs, owner=caller.name,
+            )  # fmt: skip
         done = result_of(ticket, asked.deadline_s)
         tasks = [listening := asyncio.ensure_future(self._listen())]
         try:
@@ -247,6 +266,13 @@ def _gone() -> Iterator[None]:
         yield
     except RuntimeError:
         raise WebSocketDisconnect(1006) from None
+
+
+def _key_of(message: dict[str, Any]) -> str:
+    secret = message.get("key")
+    if message.keys() != {"type", "key"} or not isinstance(secret, str):
+        raise MalformedMessage("a message of type key has a key, which is a text, and nothing else")
+    return secret
 
 
 def _accepted_message(job_id: str, spec: SampleSpec, ticket: Ticket, model: ModelInfo) -> dict[str, Any]:

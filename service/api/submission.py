@@ -1,17 +1,21 @@
 """From checked parameters to a job: its spec and inputs, and for a durable job its acceptance."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from tminus.service.access.access import Caller
 from tminus.service.api.advice import advice_headers
 from tminus.service.api.answers import JobAnswer
+from tminus.service.api.authentication import caller_of
 from tminus.service.api.request import idempotency_key, off_loop, while_connected
 from tminus.service.api.schemas import PICTURES, SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.work import work_of
 
 
 async def understand(services: Services, parameters: Mapping[str, Any]) -> SampleRequest:
@@ -33,12 +37,28 @@ async def to_job(
     return asked.with_inputs(spec, inputs), inputs
 
 
+@contextmanager
+def charged(services: Services, caller: Caller, spec: SampleSpec) -> Iterator[None]:
+    """Charge a caller for a job, unless the block raises. Raises QuotaExceeded.
+
+    What a job costs is what it takes in passes of one row: a guided step counts twice, and skipped ones not at all.
+    """
+    row_steps = work_of(spec, services.model).places
+    with caller.charged(row_steps, services.worker.jobs.number_of(caller.name)):
+        yield
+    services.metrics.charged(caller.name, row_steps)
+
+
 async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
     size_bytes = len(asked.image or b"") + len(asked.mask or b"")
-    key = await off_loop(size_bytes, idempotency_key, request, asked)
+    key = await off_loop(size_bytes, idempotency_key, request, asked, caller_of(request).name)
     spec, inputs = await to_job(services, asked, request)
-    view, again = await services.jobs.create(spec, asked.deadline_s, key, inputs, model=services.number)
+    caller = caller_of(request)
+    view, again = await services.jobs.create(
+        spec, asked.deadline_s, key, inputs,
+        model=services.number, owner=caller.name, charged=lambda: charged(services, caller, spec),
+    )  # fmt: skip
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,

@@ -38,8 +38,8 @@ def model_routes(models: Models) -> APIRouter:
     return router
 
 
-def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics) -> APIRouter:
-    """Make the routes of the whole server."""
+def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRouter:
+    """Make the routes of the whole server. metrics: None leaves /metrics out."""
     router = APIRouter(tags=["system"])
 
     @router.head("/healthz", include_in_schema=False, response_model=None)
@@ -62,10 +62,12 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics) -> APIRouter:
     async def readyz() -> StatusAnswer | Response:
         return _ready(worker, jobs)
 
-    @router.head("/metrics", include_in_schema=False, response_model=None)
-    @router.get("/metrics", summary="Prometheus", response_class=PlainTextResponse)
-    async def get_metrics() -> Response:
-        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    if metrics is not None:
+
+        @router.head("/metrics", include_in_schema=False, response_model=None)
+        @router.get("/metrics", summary="Prometheus", response_class=PlainTextResponse)
+        async def get_metrics() -> Response:
+            return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tminus.service.client.results import MediaType
     from tminus.service.engine.loading import Loaded
 
+KEY = "TMINUS_KEY"  # the variable that has the key of the server
 MAX_LOCAL_IMAGE_BYTES = 2**30
 
 
@@ -114,10 +116,10 @@ def files_of(url: str, sampled: "Sampled", n: int) -> dict[str, bytes]:
 
 
 def client_of(url: str, model: str | None = None) -> "Client":
-    """A client of what --url and --model name; one clear line and exit code 1 where they name nothing."""
+    """A client of what --url and --model name, with the key in TMINUS_KEY; one clear line where they name nothing."""
     from tminus.service.client import Client
 
     try:
-        return Client(url, model=model)
+        return Client(url, model=model, key=os.environ.get(KEY) or None)
     except ValueError as error:
         fail(str(error))

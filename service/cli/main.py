@@ -9,6 +9,7 @@ from tminus.service.cli.convert import convert
 from tminus.service.cli.distill import distill
 from tminus.service.cli.evaluate import evaluate
 from tminus.service.cli.inspect import inspect
+from tminus.service.cli.key import key
 from tminus.service.cli.models import models
 from tminus.service.cli.reproduce import reproduce
 from tminus.service.cli.sample import sample
@@ -24,5 +25,9 @@ def main() -> None:
     """Serve, sample, train, distill, evaluate and convert denoising diffusion U-Nets."""
 
 
-for command in (serve, sample, reproduce, models, train, train_autoencoder, tune, distill, evaluate, inspect, convert):
+COMMANDS = (
+    *(serve, key, models, sample, reproduce),
+    *(train, train_autoencoder, tune, distill, evaluate, inspect, convert),
+)
+for command in COMMANDS:
     main.add_command(command)

@@ -1,6 +1,5 @@
 """`tminus models`: the models of a server as a table; load, reload and unload one of them."""
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,6 @@ from tminus.service.cli.output import fail, say
 if TYPE_CHECKING:
     from tminus.service.client import Client, ModelState
 
-ADMIN_KEY = "TMINUS_ADMIN_KEY"
 HEAD = ("NAME", "STATE", "IMAGES", "CLASSES", "DEVICE", "FINGERPRINT")
 COLOURS = {1: "grey", 3: "colour"}  # by channels
 
@@ -24,7 +22,7 @@ COLOURS = {1: "grey", 3: "colour"}  # by channels
 def models(change: str | None, name: str | None, url: str) -> None:
     """List the models of a server; or load, reload or unload the model NAME.
 
-    These three need the server's admin key, in the variable TMINUS_ADMIN_KEY. Loading a model may take a minute.
+    These three need a key of the role admin, in the variable TMINUS_KEY. Loading a model may take a minute.
     """
     from tminus.service.client import ClientError
 
@@ -44,12 +42,9 @@ def models(change: str | None, name: str | None, url: str) -> None:
 
 
 def change_model(tminus: "Client", change: str, name: str) -> None:
-    """Load, reload or unload a model. Raises ClientError; ValueError for a name or a key that is not one."""
-    key = os.environ.get(ADMIN_KEY)
-    if not key:
-        fail(f"{change} needs the server's admin key, in the variable {ADMIN_KEY}")
+    """Load, reload or unload a model. Raises ClientError; ValueError for a name that is not one."""
     call = {"load": tminus.load_model, "reload": tminus.reload_model, "unload": tminus.unload_model}[change]
-    call(name, key)
+    call(name)
 
 
 def table(models: "Sequence[ModelState]") -> str:

@@ -19,6 +19,7 @@ from tminus.service.model_info import max_edit_bytes
 from tminus.service.settings import Settings
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
     from pydantic.fields import FieldInfo
 
     from tminus.model.checkpoint import Checkpoint
@@ -34,9 +35,9 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each field of Settings; without the flag, its variable or default holds."""
     for name, field in reversed(Settings.model_fields.items()):
         flag = f"--{name.replace('_', '-')}"
-        if field.annotation == bool | None:
+        if field.annotation in (bool, bool | None):
             flag += f"/--no-{name.replace('_', '-')}"
-        default = f"[default: {field.default}]" if field.default not in (None, ()) else ""
+        default = f"[default: {shown(field.default)}]" if field.default not in (None, ()) else ""
         text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
         several = field.default == ()
         option = click.option(
@@ -44,6 +45,11 @@ def settings_options(command: Callable[..., None]) -> Callable[..., None]:
         )
         command = option(command)
     return command
+
+
+def shown(default: object) -> object:
+    """How help and docs write a default."""
+    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
 
 
 def values_of(field: "FieldInfo") -> str | None:
@@ -88,6 +94,10 @@ def serve(**flags: Any) -> None:
         listener = bind(settings.host, settings.port)
     except (OSError, UnicodeError) as error:
         fail(f"cannot listen on {settings.host}:{settings.port}: {error}")
+    try:
+        access = settings.access(listener.getsockname()[0])
+    except ValueError as error:
+        fail(str(error))
     models = read_models(settings)
     folders = {name: folder for name, _, folder in models}
     stores: dict[str, JobStore] = {}
@@ -129,15 +139,20 @@ def serve(**flags: Any) -> None:
             for store in stores.values():
                 store.close()
             raise
-        return create_app(
+        application = create_app(
             first,
             first[0].limits,
             take_store,
             settings.doors(),
             library=Library(folders, settings.models),
             prepare=read_and_measure,
-            admin_key=None if settings.admin_key is None else settings.admin_key.get_secret_value(),
+            access=access,
+            with_metrics=settings.metrics and settings.metrics_port is None,
+            with_docs=settings.docs,
         )
+        if settings.metrics and settings.metrics_port is not None:
+            serve_metrics(settings.metrics_port, listener.getsockname()[0], application.metrics.registry)
+        return application
 
     try:
         stopped_well = run_server(
@@ -182,8 +197,19 @@ def read_settings(flags: dict[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        got = "" if name == "admin_key" else f", got {first['input']!r}"  # which is a secret
+        got = "" if name == "keys" else f", got {first['input']!r}"  # which is a secret
         fail(f"--{name.replace('_', '-')} (TMINUS_{name.upper()}): {first['msg']}{got}")
+
+
+def serve_metrics(port: int, address: str, registry: "CollectorRegistry") -> None:
+    """Answer /metrics on a port of its own, in a thread. Raises ValueError where it is not free."""
+    from prometheus_client import start_http_server
+
+    try:
+        start_http_server(port, address, registry)
+    except OSError as error:
+        raise ValueError(f"--metrics-port (TMINUS_METRICS_PORT): cannot listen on {address}:{port}: {error}") from None
+    log.info("metrics are on http://%s:%d/metrics", f"[{address}]" if ":" in address else address, port)
 
 
 def log_model(info: "ModelInfo") -> None:

@@ -1,7 +1,7 @@
-"""Addresses, the admin key, time limits, and what the errors of httpx and websockets mean. No I/O."""
+"""Addresses, keys, time limits, and what the errors of httpx and websockets mean. No I/O."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import httpx
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -14,7 +14,7 @@ OUR_COMPLAINTS = (1002, 1007, 1009)  # closes by us: against the protocol, no UT
 CONNECT_S = 10.0
 CLOSE_S = 1.0  # for the end of a WebSocket that is left: the server knows at once, and what it sends is not read
 QUIET_S = 60.0
-ADMIN_KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what a header can hold
+KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what a header can hold
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
@@ -39,21 +39,36 @@ def model_address(address: str, model: str | None) -> str:
     return address if model is None else f"{address}/models/{checks.model_name(model)}"
 
 
-class AdminKey(httpx.Auth):
-    """Sends the admin key, in place of any other Authorization. No error and no log shows it.
+def authorization(key: str) -> dict[str, str]:
+    """Make the header that sends a key. Raises ValueError, which does not show it, for one that no header can hold."""
+    if not KEY.fullmatch(key):
+        raise ValueError("a key must be printable ASCII, without spaces or line ends around it")
+    return {"Authorization": f"Bearer {key}"}
 
-    Raises ValueError for a key that no header can hold.
-    """
+
+class KeyAuth(httpx.Auth):
+    """Sends a key with one request, in place of any other Authorization. Raises ValueError as `authorization` does."""
 
     def __init__(self, key: str) -> None:
-        if not ADMIN_KEY.fullmatch(key):
-            raise ValueError("the admin key must be printable ASCII, without spaces or line ends around it")
-        self._key = key
+        self._header = authorization(key)
 
     def auth_flow(self, request: httpx.Request) -> Iterator[httpx.Request]:  # type: ignore[override]
         """Add it to a request."""
-        request.headers["Authorization"] = f"Bearer {self._key}"
+        request.headers.update(self._header)
         yield request
+
+
+def with_key(url: str, headers: Mapping[str, str] | None, key: str | None) -> Mapping[str, str] | None:
+    """Add a key to the headers that go with everything, in place of another Authorization.
+
+    Raises ValueError for a key that no header can hold, and where the url has credentials, which take the same header.
+    """
+    if key is None:
+        return headers
+    if httpx.URL(http_address(url)).userinfo:
+        raise ValueError("give a key, or a user in the url, but not both: they are sent in the same header")
+    others = {name: value for name, value in (headers or {}).items() if name.lower() != "authorization"}
+    return others | authorization(key)
 
 
 def timeouts(quiet_s: float | None = QUIET_S) -> httpx.Timeout:

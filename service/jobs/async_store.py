@@ -72,9 +72,11 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.unfinished)
 
-    async def finished(self, before: Place | None, outcomes: Collection[Outcome], limit: int) -> list[JobRecord]:
+    async def finished(
+        self, before: Place | None, outcomes: Collection[Outcome], limit: int, owner: str | None = None
+    ) -> list[JobRecord]:
         """See JobStore."""
-        return await self._call(self._store.finished, before, outcomes, limit)
+        return await self._call(self._store.finished, before, outcomes, limit, owner)
 
     async def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
         """See JobStore."""

@@ -7,8 +7,8 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from tminus.service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, StorageFailed, short
 from tminus.service.jobs.lifecycle import Lifecycle
@@ -49,7 +49,7 @@ class Jobs:
     @property
     def store_failure(self) -> StorageFailed | None:
         """Why nothing can be written to a store of a model that is served at the moment."""
-        served = (each.store.failure for each in self._lifecycles.values() if not each.retired)
+        served = (each.store.failure for each in list(self._lifecycles.values()) if not each.retired)
         return next((failure for failure in served if failure is not None), None)
 
     async def create(
@@ -60,30 +60,45 @@ class Jobs:
         inputs: Inputs | None = None,
         *,
         model: int = 0,
+        owner: str = "",
+        charged: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> tuple[JobView, bool]:
         """Accept a durable job of a model.
 
-        Returns the job, and whether the key was used before; if so, it is the earlier job.
+        owner: the name of the API key that it came with. charged: is entered if a new job is made, not for a repeat,
+        and left by an exception if it is not accepted. Returns the job, and whether the key was used before; if so,
+        it is the earlier job.
 
         Raises KeyReused, StorageFailed, and what Worker.submit does.
         """
         lifecycle = self._lifecycles[model]
+
+        async def new() -> tuple[JobView, bool]:
+            with charged():
+                return await self._create(lifecycle, spec, deadline_s, key, inputs, owner)
+
         if key is None:
-            return await self._create(lifecycle, spec, deadline_s, None, inputs)
+            return await new()
         async with self._keyed:  # stores of other weights do not know of each other's keys
             if (found := await self._find_by_key(key, lifecycle.model_name)) is not None:
                 return found, True
-            return await self._create(lifecycle, spec, deadline_s, key, inputs)
+            return await new()
 
     async def _create(
-        self, lifecycle: Lifecycle, spec: SampleSpec, deadline_s: float | None, key: Key | None, inputs: Inputs | None
+        self,
+        lifecycle: Lifecycle,
+        spec: SampleSpec,
+        deadline_s: float | None,
+        key: Key | None,
+        inputs: Inputs | None,
+        owner: str,
     ) -> tuple[JobView, bool]:
         model = lifecycle.model
         lifecycle.check_store()
         created_us = now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
-        record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us)
-        ticket = self._worker.submit(record.id, spec, deadline_s, model=model, inputs=inputs, durable=True)
+        record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us, owner=owner)
+        ticket = self._worker.submit(record.id, spec, deadline_s, model=model, inputs=inputs, owner=owner, durable=True)
         kept = False
         try:
             kept = await lifecycle.store.add(record, key, inputs)
@@ -120,16 +135,25 @@ class Jobs:
             return ended_view(record, lifecycle.model, lifecycle.model_name)
         return None
 
-    def _live(self, job_id: str) -> Live | None:
+    def _live(self, job_id: str, sees: str | None = None) -> Live | None:
         """A durable job that has not ended."""
-        return next((live for each in self._lifecycles.values() if (live := each.find(job_id)) is not None), None)
+        found = (live for each in self._lifecycles.values() if (live := each.find(job_id)) is not None)
+        return next((live for live in found if sees in (None, live.record.owner)), None)
 
     def _by_store(self) -> list[Lifecycle]:
         """One for each store, the latest: after a reload of the same weights two have the same one."""
         return list({id(each.store): each for each in self._lifecycles.values()}.values())
 
-    async def find(self, job_id: str) -> JobView:
+    # Below, `sees` is the owner whose jobs are looked at, or None for those of all: others' are not found.
+
+    async def find(self, job_id: str, sees: str | None) -> JobView:
         """Look up one job, durable or not. Raises JobNotFound."""
+        view = await self._find(job_id)
+        if view is None or sees not in (None, view.record.owner):
+            raise _not_found(job_id)
+        return view
+
+    async def _find(self, job_id: str) -> JobView | None:
         live, status = self._live(job_id), await self._standings.of(job_id)
         if live is not None:
             return live_view(live, status)
@@ -141,17 +165,22 @@ class Jobs:
                 record = await lifecycle.store.get(job_id)
             if record is not None:
                 return ended_view(record, lifecycle.model, lifecycle.model_name)
-        raise _not_found(job_id)
+        return None
 
-    async def find_durable(self, job_id: str) -> JobView:
+    async def find_durable(self, job_id: str, sees: str | None) -> JobView:
         """Look up one durable job. Raises JobNotFound."""
-        view = await self.find(job_id)
+        view = await self.find(job_id, sees)
         if not view.durable:
             raise _not_found(job_id)
         return view
 
     async def page(
-        self, before: Place | None, states: Collection[str], limit: int, model_name: str | None = None
+        self,
+        before: Place | None,
+        states: Collection[str],
+        limit: int,
+        sees: str | None,
+        model_name: str | None = None,
     ) -> list[JobView]:
         """List jobs in these states, the newest first, from the first that is older than `before`.
 
@@ -168,14 +197,18 @@ class Jobs:
         outcomes: list[Outcome] = [outcome for outcome in OUTCOMES if outcome in states]
         for lifecycle in lifecycles if outcomes else ():
             with _unless_retired(lifecycle):
-                for record in await lifecycle.store.finished(before, outcomes, limit):
+                for record in await lifecycle.store.finished(before, outcomes, limit, sees):
                     found[record.id] = ended_view(record, lifecycle.model, lifecycle.model_name)
-        views = [view for view in found.values() if view.state in states and model_name in (None, view.model_name)]
+        views = [
+            view
+            for view in found.values()
+            if view.state in states and model_name in (None, view.model_name) and sees in (None, view.record.owner)
+        ]
         return sorted(views, key=lambda view: view.record.place, reverse=True)[:limit]
 
-    async def images(self, job_id: str) -> tuple[JobView, Images]:
+    async def images(self, job_id: str, sees: str | None) -> tuple[JobView, Images]:
         """Read what a job has made. Raises JobNotFound, JobNotDone or NoImages."""
-        view = await self.find_durable(job_id)
+        view = await self.find_durable(job_id, sees)
         if view.state in ("waiting", "running"):
             raise JobNotDone(view.state, max(1, math.ceil(view.eta_s or 1)))
         if view.state != "done":
@@ -188,14 +221,14 @@ class Jobs:
             raise _not_found(job_id)
         return view, images
 
-    async def cancel(self, job_id: str) -> JobView:
+    async def cancel(self, job_id: str, sees: str | None) -> JobView:
         """Give a durable job up, if it has not ended; what has ended stays as it is.
 
         Raises JobNotFound, and StorageFailed where its end cannot be kept: it may go on at the next start.
         """
-        live = self._live(job_id)
+        live = self._live(job_id, sees)
         if live is None:
-            return await self.find_durable(job_id)
+            return await self.find_durable(job_id, sees)
         self._lifecycles[live.model].cancel(live)
         try:
             async with asyncio.timeout(CANCEL_S):
@@ -204,8 +237,10 @@ class Jobs:
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
         return ended_view(live.record, live.model, live.model_name)
 
-    async def delete(self, job_id: str) -> None:
+    async def delete(self, job_id: str, sees: str | None) -> None:
         """Cancel a job that has not ended, delete one that has. Raises JobNotFound."""
+        if sees is not None:
+            await self.find(job_id, sees)
         if self._live(job_id) is None:
             if self._worker.cancel(job_id, "deleted"):
                 return
@@ -214,7 +249,7 @@ class Jobs:
                     if await lifecycle.store.delete(job_id):
                         return
             raise _not_found(job_id)
-        view = await self.cancel(job_id)
+        view = await self.cancel(job_id, sees)
         if view.state != "cancelled":  # it was done before the worker was told
             await self._lifecycles[view.model].store.delete(job_id)
 

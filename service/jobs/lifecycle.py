@@ -190,7 +190,9 @@ class Lifecycle:
                     "deadline_s passed while the server was down", field="deadline_s", value=deadline_s
                 )
             try:
-                ticket = self._worker.resume(record.id, record.spec, deadline_s, inputs, snapshot, model=self.model)
+                ticket = self._worker.resume(
+                    record.id, record.spec, deadline_s, inputs, snapshot, model=self.model, owner=record.owner
+                )
             except (NotReady, Overloaded):
                 await self._pause(ROOM_S)
             else:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sqlite3
 import time
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from tminus.service.jobs.wal import find_damage
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of sqlite_tables.py
+VERSION = 2  # of sqlite_tables.py
+# From each earlier version to the next.
+UPGRADES: Mapping[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE jobs ADD COLUMN owner TEXT DEFAULT '' NOT NULL",
+        "CREATE INDEX jobs_by_owner ON jobs (owner, outcome, created_us, id)",
+    )
+}
 APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header, by which file(1) and this module know our files
 IN_MEMORY = ":memory:"
 BUSY_S = 2.0  # to wait for the lock of another process; that of a killed server is gone at once
@@ -58,14 +66,25 @@ def prepare(file: Path) -> None:
 
 
 def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
-    """Tell whether the file has no tables yet. Raises ValueError for tables of another version."""
+    """Tell whether the file has no tables yet. Raises ValueError for tables of a version that is not known."""
     # Not in a transaction: BEGIN IMMEDIATE writes a new file's header, after which auto_vacuum cannot be set.
     version, schema_version = (
         connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "schema_version")
     )
-    if version != VERSION and (version or schema_version):
+    if version not in (VERSION, *UPGRADES) and (version or schema_version):
         raise ValueError(_of_another_version(file, version))
     return not version
+
+
+def upgrade(file: Path | None, connection: sqlite3.Connection) -> None:
+    """Bring the tables of an earlier version to this one, in one transaction."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == VERSION:  # as a new file's is
+        return
+    statements = [statement for earlier in range(version, VERSION) for statement in UPGRADES[earlier]]
+    for statement in ("BEGIN IMMEDIATE", *statements, f"PRAGMA user_version = {VERSION}", "COMMIT"):
+        connection.execute(statement)
+    log.info("%s was of version %d and is of version %d now", file, version, VERSION)
 
 
 class DiskFull(ValueError):

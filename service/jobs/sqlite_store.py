@@ -15,7 +15,7 @@ from sqlalchemy.pool import StaticPool
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import arrays
-from tminus.service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, VERSION, cannot_be_used, is_new, prepare
+from tminus.service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, VERSION, cannot_be_used, is_new, prepare, upgrade
 from tminus.service.jobs.sqlite_tables import images_of, inputs_of, jobs, metadata, snapshots
 from tminus.service.jobs.store import JobRecord, Key, Outcome, Place, now_us
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
@@ -59,6 +59,7 @@ class SqliteStore:
                     self._pragma(f"application_id = {APPLICATION_ID}")
                     self._pragma(f"user_version = {VERSION}")
                     metadata.create_all(self._connection)
+            upgrade(file, self._driver)
             self.unfinished()  # what the server reads first: if this fails it must not start
             made = os.stat(file) if file is not None else None
             self._identity = (made.st_dev, made.st_ino) if made is not None else None
@@ -91,10 +92,10 @@ class SqliteStore:
         values = asdict(job) | {"spec": _json(job.spec.to_json()), "problem": _json(job.problem)}
         values["bytes"] = RECORD_BYTES + len(data or b"")
         if key is not None:
-            values |= {"key": key.name, "request_hash": key.request_hash}
+            values |= {"key": key.kept_as, "request_hash": key.request_hash}
         self._check_there()
         with self._transaction() as run:
-            if key is not None and run(sa.select(jobs.c.id).where(jobs.c.key == key.name)).first():
+            if key is not None and run(sa.select(jobs.c.id).where(jobs.c.key == key.kept_as)).first():
                 return False
             run(sa.insert(jobs).values(**values))
             if data is not None:
@@ -104,7 +105,7 @@ class SqliteStore:
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """See JobStore."""
         with self._transaction() as run:
-            row = run(sa.select(jobs).where(jobs.c.key == key.name)).one_or_none()
+            row = run(sa.select(jobs).where(jobs.c.key == key.kept_as)).one_or_none()
         return (_record(row), row.request_hash == key.request_hash) if row is not None else None
 
     def get(self, job_id: str) -> JobRecord | None:
@@ -128,9 +129,12 @@ class SqliteStore:
                     self._finish(row.id, ending)
         return records
 
-    def finished(self, before: Place | None, outcomes: Collection[Outcome], limit: int) -> list[JobRecord]:
+    def finished(
+        self, before: Place | None, outcomes: Collection[Outcome], limit: int, owner: str | None = None
+    ) -> list[JobRecord]:
         """See JobStore."""
-        query = sa.select(*RECORD_COLUMNS).where(jobs.c.outcome.in_(outcomes))
+        of_owner = [jobs.c.owner == owner] if owner is not None else []
+        query = sa.select(*RECORD_COLUMNS).where(jobs.c.outcome.in_(outcomes), *of_owner)
         query = query.order_by(jobs.c.created_us.desc(), jobs.c.id.desc())
         records: list[JobRecord] = []
         while (missing := limit - len(records)) > 0:

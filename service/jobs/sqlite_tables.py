@@ -15,11 +15,13 @@ jobs = sa.Table(
     sa.Column("finished_us", sa.BigInteger),
     sa.Column("fingerprint", sa.Text),
     sa.Column("problem", sa.Text),
+    sa.Column("owner", sa.Text, nullable=False, server_default=""),
     sa.Column("crashes", sa.Integer, nullable=False),
     sa.Column("bytes", sa.BigInteger, nullable=False),
     sa.Column("key", sa.Text, unique=True),
     sa.Column("request_hash", sa.Text),
     sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
+    sa.Index("jobs_by_owner", "owner", "outcome", "created_us", "id"),
     sa.Index("jobs_by_end", "finished_us", "arrival", "bytes"),
     sqlite_autoincrement=True,
 )

@@ -24,6 +24,7 @@ class JobRecord:
     finished_us: int | None = None
     fingerprint: str | None = None  # of the build that made the images
     problem: Mapping[str, Any] | None = None  # why it failed
+    owner: str = ""  # the name of the key that it came with
     crashes: int = 0  # of the worker while it worked on this job
 
     @property
@@ -38,6 +39,12 @@ class Key:
 
     name: str
     request_hash: str
+    owner: str = ""  # whose it is: each has keys of its own
+
+    @property
+    def kept_as(self) -> str:
+        """Under which name it is kept. No client can send the character that parts the two."""
+        return f"{self.owner}\x1f{self.name}" if self.owner else self.name
 
 
 def now_us() -> int:
@@ -63,8 +70,12 @@ class JobStore(Protocol):
     def unfinished(self) -> list[JobRecord]:
         """List the jobs that have not ended, in order of arrival. One whose record is damaged is ended as failed."""
 
-    def finished(self, before: Place | None, outcomes: Collection[Outcome], limit: int) -> list[JobRecord]:
+    def finished(
+        self, before: Place | None, outcomes: Collection[Outcome], limit: int, owner: str | None = None
+    ) -> list[JobRecord]:
         """List jobs that have ended, the newest first, from the first that is older than `before`.
+
+        owner: only those of this one.
 
         Those whose record is damaged are left out.
         """

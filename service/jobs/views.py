@@ -44,7 +44,7 @@ def live_view(live: Live, status: JobStatus | None) -> JobView:
 
 def passing_view(status: JobStatus) -> JobView:
     """View a job that only the worker knows."""
-    record = JobRecord(status.id, status.spec, status.created_us)
+    record = JobRecord(status.id, status.spec, status.created_us, owner=status.owner)
     return JobView(
         record,
         status.model,

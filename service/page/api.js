@@ -1,5 +1,7 @@
 // What the page asks the server, and how it says that something went wrong.
 
+import { signIn } from "./key.js";
+
 const LONGEST_WORD = 70; // that is shown whole: a hash is
 
 export const base = new URL(".", document.baseURI);
@@ -37,9 +39,14 @@ export const isGone = (error) => error instanceof Refusal && [404, 410].includes
 // fetch, and a body that breaks off, raise TypeError, with words that differ from browser to browser.
 export const reason = (error) => (error instanceof TypeError ? "there is no connection" : error.message);
 
-// Raises Refusal for what the server says no to, and TypeError where there is no server.
+// Raises Refusal for what the server says no to, and TypeError where there is no server. A server that wants a key gets
+// one from the user first.
 export async function ask(path, options) {
-  const response = await fetch(new URL(path, base), options);
+  let response = await fetch(new URL(path, base), options);
+  while (response.status === 401) {
+    await signIn(new URL("login", root));
+    response = await fetch(new URL(path, base), options);
+  }
   if (!response.ok) throw new Refusal(response.status, await response.json().catch(() => ({})));
   return response;
 }

@@ -1,9 +1,10 @@
 // The page of a model: the form, and what becomes of it. The parts are in the other files.
 
-import { element, getJson, nameInAddress, parse, Refusal, toJson } from "./api.js";
+import { element, getJson, nameInAddress, parse, Refusal, root, toJson } from "./api.js";
 import { cancelUnderWay, create, underWay } from "./asking.js";
 import { addResult, restore } from "./gallery.js";
 import { cancel, clear, follow, jobInAddress } from "./job.js";
+import { showWho } from "./key.js";
 import { openPageOf, showMenu } from "./models.js";
 import { setUpNoise } from "./noise.js";
 import { drawSchedule } from "./schedule.js";
@@ -25,6 +26,7 @@ async function start() {
   setUpNoise(model);
   element("model").textContent =
     `${model.name}: ${model.width_px}×${model.height_px}, T=${model.num_timesteps}, on ${model.device}`;
+  showWho(await getJson(new URL("key", root)), new URL("logout", root));
   await restore(model);
   busy(false);
   const body = underWay(model); // the page was loaded again before there was an answer

@@ -1,6 +1,7 @@
 """The jobs that were accepted and have not ended, as every thread may see them."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 from tminus.service.scheduling.admission import Admission
@@ -18,21 +19,30 @@ class AcceptedJobs:
         self.gate = threading.Lock()
         self._admission, self._clock = admission, clock
         self._jobs: dict[str, RunningJob] = {}
+        self._owners: Counter[str] = Counter()  # of those, by the name of their key
 
     def add(self, job: RunningJob) -> None:
         """Note a job. Call it with the gate held."""
         self._jobs[job.id] = job
+        self._owners[job.owner] += 1
 
     def remove(self, job_id: str) -> None:
         """Forget a job. It is not here if its client was answered while the worker hung."""
         with self.gate:
-            self._jobs.pop(job_id, None)
+            if (job := self._jobs.pop(job_id, None)) is not None:
+                self._owners[job.owner] -= 1
 
     def remove_all(self) -> list[RunningJob]:
         """Forget all jobs, and return them."""
         with self.gate:
             jobs, self._jobs = self._jobs, {}
+            self._owners.clear()
         return list(jobs.values())
+
+    def number_of(self, owner: str) -> int:
+        """How many of them came with a key of this name."""
+        with self.gate:
+            return self._owners[owner]
 
     def __contains__(self, job_id: str) -> bool:
         with self.gate:

@@ -30,6 +30,7 @@ class RunningJob:
     created_us: int = field(default_factory=lambda: time.time_ns() // 1000)  # submitted_s is of another clock
     outlook: Outlook | None = None  # what was forecast when it was accepted
     future: "Future[JobResult]" = field(default_factory=Future)
+    owner: str = ""  # the name of the key that it came with
     durable: bool = False  # snapshots are kept of it
     inputs: Inputs | None = None  # None once the engine has them
     snapshot: Snapshot | None = None  # where it goes on from; None once the engine has it
@@ -90,6 +91,7 @@ class RunningJob:
             step=self.step,
             spec=self.spec,
             durable=self.durable,
+            owner=self.owner,
             age_s=now_s - self.submitted_s,
             created_us=self.created_us,
             model=self.model.number,

@@ -101,26 +101,25 @@ class Worker:
         *,
         model: int = 0,
         inputs: Inputs | None = None,
+        owner: str = "",
         durable: bool = False,
         recording: Recording | None = None,
     ) -> Ticket:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, ModelUnloaded, Overloaded, …
 
         deadline_s: counts from now; one that cannot be met is refused, one that passes ends the job in DeadlinePassed.
-        watch: is given frames of the job. inputs: the pixels whose hashes are in the spec. durable: whether snapshots
-        are kept of the job. recording: is given the rows at the steps that it wants. model: its number; that of the
-        first model of a process is 0.
+        watch: is given frames. model: its number; 0 is the first. inputs: the pixels whose hashes are in the spec.
+        owner: the name of its key. durable: whether snapshots are kept. recording: is given the rows that it wants.
         """
         self.check_open()
         loaded = self._model(model)
         work, now_s = work_of(spec, loaded.info, model), self._clock()
         # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for every job that ends.
-        outlook = self._admission.enter(
-            job_id, work, now_s=now_s, deadline_s=deadline_s, has_picture=inputs is not None
-        )
+        has_picture = inputs is not None
+        outlook = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s, has_picture=has_picture)
         job = RunningJob(
             job_id, loaded, spec, work, now_s, deadline_s,
-            durable=durable, inputs=inputs, recording=recording, watches=[] if watch is None else [watch],
+            owner=owner, durable=durable, inputs=inputs, recording=recording, watches=[watch] if watch else [],
         )  # fmt: skip
         return self._let_in(job, outlook)
 
@@ -133,6 +132,7 @@ class Worker:
         snapshot: Snapshot | None,
         *,
         model: int = 0,
+        owner: str = "",
     ) -> Ticket:
         """Take on a durable job that an earlier process accepted, where its snapshot left it.
 
@@ -142,8 +142,9 @@ class Worker:
         loaded = self._model(model)
         work = work_of(spec, loaded.info, model)
         job = RunningJob(
-            job_id, loaded, spec, work, self._clock(), deadline_s, durable=True, inputs=inputs, snapshot=snapshot
-        )
+            job_id, loaded, spec, work, self._clock(), deadline_s,
+            owner=owner, durable=True, inputs=inputs, snapshot=snapshot,
+        )  # fmt: skip
         outlook = self._admission.readmit(job_id, work, places_left=sum(map(work.places_left, job.first_steps)))
         return self._let_in(job, outlook)
 

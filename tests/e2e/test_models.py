@@ -12,8 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
+from tests.service.keys import key_line
 
 KEY = "the-key-of-these-tests"
+KEYS = {"TMINUS_KEYS": key_line("ops", KEY, "admin"), "TMINUS_OPEN": "yes"}
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 QUICK: dict[str, Any] = {"n": 2, "steps": 5, "seed": 7, "class_label": 1, "sampler": "ddim"}
@@ -24,7 +26,7 @@ StartServer = Callable[..., RunningServer]
 
 @pytest.fixture(scope="module")
 def two(small: Path, colour: Path) -> Iterator[RunningServer]:
-    running = start_server(small, "--checkpoint", f"colour={colour}", "--result-cache-mb", "0", TMINUS_ADMIN_KEY=KEY)
+    running = start_server(small, "--checkpoint", f"colour={colour}", "--result-cache-mb", "0", **KEYS)
     yield running
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log
@@ -94,7 +96,7 @@ def test_a_reload_under_load_fails_nobody(small: Path, colour: Path, tmp_path: P
     folder = tmp_path / "grey"
     shutil.copytree(small, folder)
     flags = ("--checkpoint", f"rgb={colour}", "--state-dir", str(tmp_path / "state"))
-    server = start_server(folder, *flags, TMINUS_ADMIN_KEY=KEY)
+    server = start_server(folder, *flags, **KEYS)
     name = httpx.get(f"{server.url}/models").json()["models"][0]["name"]
     first = sampled(server, "").headers["x-fingerprint"]
     durable = httpx.post(f"{server.url}/jobs", json=LONG | {"steps": 1000, "n": 8}).json()["id"]
@@ -137,7 +139,7 @@ def own_models(
     """A server of a model of its own and of a folder of models, and that folder. Each test leaves rgb as it was."""
     folder = tmp_path_factory.mktemp("library")
     shutil.copytree(colour, folder / "rgb")
-    server = start_server(small, "--models", str(folder), "--result-cache-mb", "0", TMINUS_ADMIN_KEY=KEY)
+    server = start_server(small, "--models", str(folder), "--result-cache-mb", "0", **KEYS)
     yield server, folder
     assert stop_server(server) == 0, server.log
     assert "Traceback" not in server.log, server.log
@@ -204,7 +206,7 @@ def test_a_folder_that_is_broken_is_refused_and_what_was_served_is_served_on(
 def test_a_server_that_is_stopped_while_it_loads_ends_well(small: Path, colour: Path, tmp_path: Path) -> None:
     shutil.copytree(colour, tmp_path / "models" / "rgb")
     flags = ("--models", str(tmp_path / "models"))
-    server = start_server(small, *flags, TMINUS_ADMIN_KEY=KEY, XDG_CACHE_HOME=str(tmp_path / "measured anew"))
+    server = start_server(small, *flags, **KEYS, XDG_CACHE_HOME=str(tmp_path / "measured anew"))
     shutil.copytree(small, tmp_path / "models" / "new")
     new_weights(tmp_path / "models" / "new", 0.3)
     with ThreadPoolExecutor(1) as pool:

@@ -14,15 +14,17 @@ from playwright.sync_api import expect
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
 from tests.e2e.test_page import DONE, LONG, POSTED, QUICK, Page, job_ids
+from tests.service.keys import key_line
 
 KEY = "a-key-for-these-tests"
+KEYS = {"TMINUS_KEYS": key_line("ops", KEY, "admin"), "TMINUS_OPEN": "yes"}
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 
 
 @pytest.fixture(scope="module")
 def two(small: Path, colour: Path) -> Iterator[RunningServer]:
     """A server of `small`, the default, and of `colour`, which has another size and other classes."""
-    running = start_server(small, "--checkpoint", f"colour={colour}", TMINUS_ADMIN_KEY=KEY)
+    running = start_server(small, "--checkpoint", f"colour={colour}", **KEYS)
     yield running
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log

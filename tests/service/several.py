@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.service.conftest import INSTANT, MakeSite, Site, prepare
 from tests.service.fakes import INFO, LIMITS, FakeEngine
+from tests.service.keys import access_of, key_line
 from tminus.service.library import Library
 from tminus.service.model_info import ModelInfo
 from tminus.service.parts import Prepared
@@ -75,5 +76,6 @@ def make_several(make_site: MakeSite, **kwargs: Any) -> Several:
     colour, shelf = FakeEngine(COLOUR), Shelf()
     shelf.gate.set()
     library = Library({name: Path(name) for name in ("fake", "colour", "third")})
-    app = {"others": [prepare(colour, LIMITS, INSTANT)], "library": library, "prepare": shelf.prepare}
-    return Several(make_site(app=app | {"admin_key": KEY}, **kwargs), colour, shelf)
+    access = access_of(key_line("ops", KEY, "admin"), is_open=True)
+    app = {"access": access, "others": [prepare(colour, LIMITS, INSTANT)], "library": library, "prepare": shelf.prepare}
+    return Several(make_site(app=app, **kwargs), colour, shelf)

@@ -17,7 +17,7 @@ from tminus.service.client.models import ModelState, models_of
 from tminus.service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of
 from tminus.service.client.patience import Patience
 from tminus.service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
-from tminus.service.client.transport import AdminKey, timeouts
+from tminus.service.client.transport import KeyAuth, timeouts, with_key
 
 PAGE = 200  # jobs a request, the most that the server lists at once
 
@@ -27,11 +27,12 @@ class Client:
 
     url: `http://host:port`, with a path where a proxy puts the server under one. model: the name of the model that
     calls are of, where the server has several; None: its default one. patience_s: how long in all a call may wait where
-    the server answers 429 or 503 with a Retry-After, or cannot be reached; 0 raises such an error at once. headers:
-    sent with every request and WebSocket, for a proxy that asks for them. transport: in place of httpx's own.
+    the server answers 429 or 503 with a Retry-After, or cannot be reached; 0 raises such an error at once. key: of the
+    server, sent with every request and WebSocket; no error shows it. headers: sent with them too, for a proxy that asks
+    for them. transport: in place of httpx's own.
 
     Calls raise Problem where the server refuses or fails, Unreachable, and UnexpectedAnswer. Raises ValueError for a
-    url or a model that is not one.
+    url, a model or a key that is not one.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class Client:
         *,
         model: str | None = None,
         patience_s: float = 0,
+        key: str | None = None,
         headers: Mapping[str, str] | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._connection = Connection(url, model, patience_s, headers, transport)
+        self._connection = Connection(url, model, patience_s, with_key(url, headers, key), transport)
 
     def __enter__(self) -> Self:
         return self
@@ -127,24 +129,26 @@ class Client:
         """All models: those that are loaded, and those that can be."""
         return models_of(self._connection.request("GET", f"{self._connection.server}/models"))
 
-    def load_model(self, name: str, admin_key: str) -> ModelState:
+    def load_model(self, name: str, admin_key: str | None = None) -> ModelState:
         """Load a model that is not loaded. Returns when it is served, which may take minutes.
 
-        The key goes to this server only, as the Authorization of this request. Raises Problem: unauthorized, admin_off,
-        model_not_found, model_busy, checkpoint_refused; ValueError for a name or a key that is not one.
+        admin_key: a key of the role admin, for this request alone, in place of the client's own. Raises Problem:
+        unauthorized, forbidden, admin_off, model_not_found, model_busy, checkpoint_refused; ValueError for a name or a
+        key that is not one.
         """
         return ModelState.of(object_of(self._change(name, "load", admin_key)))
 
-    def reload_model(self, name: str, admin_key: str) -> ModelState:
+    def reload_model(self, name: str, admin_key: str | None = None) -> ModelState:
         """Read a loaded model's folder again. Returns when what is there now is served; in all else as load_model."""
         return ModelState.of(object_of(self._change(name, "reload", admin_key)))
 
-    def unload_model(self, name: str, admin_key: str) -> None:
+    def unload_model(self, name: str, admin_key: str | None = None) -> None:
         """Unload a model; the server still finishes the jobs that it has. Raises as load_model does."""
         self._change(name, "unload", admin_key)
 
-    def _change(self, name: str, change: str, admin_key: str) -> httpx.Response:
+    def _change(self, name: str, change: str, admin_key: str | None) -> httpx.Response:
         url = f"{self._connection.server}/models/{checks.model_name(name)}/{change}"
         # A second load would be refused, though the first may have done it.
         patience = Patience(self._connection.patience_s, once=True)
-        return self._connection.request("POST", url, patience, auth=AdminKey(admin_key), timeout=timeouts(None))
+        auth: dict[str, Any] = {} if admin_key is None else {"auth": KeyAuth(admin_key)}
+        return self._connection.request("POST", url, patience, timeout=timeouts(None), **auth)

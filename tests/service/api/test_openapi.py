@@ -19,6 +19,7 @@ from tests.service.api import fuzz_checks
 from tests.service.client.conftest import Served
 from tests.service.conftest import INSTANT, Site, pixels
 from tests.service.fakes import INFO, LIMITS
+from tests.service.keys import access_of, bearer, key_line
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
 from tminus.service.images.encoder import JSON
@@ -194,9 +195,11 @@ def test_a_fuzzer_finds_no_answer_that_openapi_does_not_allow(tmp_path: Path) ->
     environment = os.environ | {"SCHEMATHESIS_HOOKS": fuzz_checks.__name__, "PYTHONPATH": str(ROOT)}
     command = [str(Path(sys.executable).with_name("st")), "--config-file", "fuzz.toml", "run", *FUZZ]
     limits = replace(LIMITS, max_jobs=1000, max_body_bytes=2**20)
-    with Served(INFO, limits, INSTANT, admin_key=ADMIN_KEY).running() as served:
+    with Served(INFO, limits, INSTANT, access=access_of(key_line("ops", ADMIN_KEY, "admin"))).running() as served:
         command.append(f"{served.url}/openapi.json")
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
-        operations = sum(map(len, httpx.get(f"{served.url}/openapi.json").json()["paths"].values()))
+        operations = sum(
+            map(len, httpx.get(f"{served.url}/openapi.json", headers=bearer(ADMIN_KEY)).json()["paths"].values())
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{operations} selected / {operations} total" in done.stdout

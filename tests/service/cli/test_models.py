@@ -20,7 +20,7 @@ MODEL = {"name": "x", "default": False, "state": "loaded", "model": LOADED}
 
 
 def run(*arguments: str | Path, key: str | None = ADMIN_KEY) -> click.testing.Result:
-    return click.testing.CliRunner().invoke(main, [*map(str, arguments)], env={"TMINUS_ADMIN_KEY": key})
+    return click.testing.CliRunner().invoke(main, [*map(str, arguments)], env={"TMINUS_KEY": key})
 
 
 def refusal(*arguments: str | Path, key: str | None = ADMIN_KEY) -> str:

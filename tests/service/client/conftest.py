@@ -14,6 +14,7 @@ import uvicorn
 
 from tests.service.conftest import INSTANT, Site, prepare
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine
+from tests.service.keys import access_of, key_line
 from tminus.model.files import CheckpointError
 from tminus.service.api.websocket_protocol import stream_protocol
 from tminus.service.client import AsyncClient, AsyncJob, AsyncWatching, Client
@@ -22,7 +23,7 @@ from tminus.service.parts import Prepared
 from tminus.service.server import bind
 
 SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
-ADMIN_KEY = "a key of the tests"
+ADMIN_KEY = "a-key-of-the-tests"
 COLOUR = replace(INFO, name="colour", channels=3, weights_hash="cd" * 32, fingerprint="fedcba9876543210")
 SPARE = replace(COLOUR, name="spare", weights_hash="ef" * 32)
 MakeServed = Callable[..., "Served"]
@@ -98,7 +99,7 @@ def several() -> Iterator[Served]:
         "others": [load("colour", Path())],
         "library": Library({name: Path(name) for name in ("fake", "colour", "spare", "broken")}),
         "prepare": load,
-        "admin_key": ADMIN_KEY,
+        "access": access_of(key_line("ops", ADMIN_KEY, "admin"), is_open=True),
     }
     with Served(INFO, replace(LIMITS, max_streams=8, max_streams_per_address=8), INSTANT, **more).running() as served:
         yield served

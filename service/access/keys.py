@@ -1,0 +1,125 @@
+"""API keys as they are kept: one line each, with the hash of a secret that only its owner has.
+
+    NAME ROLE sha256:HEX [row-steps-per-minute=N] [jobs=N] [connections=N]
+
+A secret has 256 random bits. So nobody finds it by trying, and its SHA-256 gives nothing away; a salt and a slow hash
+are for passwords that people choose.
+"""
+
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tminus.service.errors import short
+
+Role = Literal["sample", "admin"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+HASH = re.compile(r"sha256:([0-9a-f]{64})")
+MOST_KEYS, MOST_BYTES = 1000, 2**20  # every request compares its secret with all of them
+MOST = 10**12  # of a limit
+PREFIX = "tm_"  # what a secret begins with, so that scanners for leaked secrets can know one
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What one name may use; None is no limit."""
+
+    row_steps_per_minute: int | None = None  # a guided step counts twice
+    jobs: int | None = None  # accepted and not ended
+    connections: int | None = None  # requests being answered at once; a stream counts while it has a job
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One line. Several may have a name: so a secret is replaced without a gap."""
+
+    name: str
+    role: Role
+    digest: bytes  # SHA-256 of the secret
+    limits: KeyLimits = KeyLimits()
+
+
+def new_secret() -> str:
+    """Make a secret that nobody can guess."""
+    return PREFIX + secrets.token_urlsafe(32)
+
+
+def digest_of(secret: str) -> bytes:
+    """Hash a secret as it is kept. Any text can be hashed, also one that is no secret of ours."""
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def to_line(key: Key) -> str:
+    """Write a key as its line."""
+    limits = [
+        f"{field.replace('_', '-')}={value}"
+        for field in KeyLimits.__dataclass_fields__
+        if (value := getattr(key.limits, field)) is not None
+    ]
+    return " ".join((key.name, key.role, f"sha256:{key.digest.hex()}", *limits))
+
+
+def parse_keys(text: str) -> tuple[Key, ...]:
+    """Read lines; those that are empty or begin with # say nothing.
+
+    Raises ValueError, which names the line and never repeats what may be a secret.
+    """
+    if len(text.encode("utf-8", "replace")) > MOST_BYTES:
+        raise ValueError(f"keys may take at most {MOST_BYTES} bytes")
+    keys: list[Key] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if words := line.partition("#")[0].split():
+            try:
+                keys.append(_parse(words))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    _check_together(keys)
+    return tuple(keys)
+
+
+def _parse(words: list[str]) -> Key:
+    if len(words) < 3:
+        raise ValueError(f"a key is NAME ROLE sha256:HEX and its limits, got {len(words)} words")
+    name, role, digest, *limits = words
+    if not NAME.fullmatch(name):
+        raise ValueError("a name has 1 to 64 letters, digits, dots, dashes and underscores")
+    known = next((each for each in ROLES if each == role), None)
+    if known is None:
+        raise ValueError(f"the role of {name} must be {' or '.join(ROLES)}, got {short(role, 20)!r}")
+    if (hashed := HASH.fullmatch(digest)) is None:
+        raise ValueError(f"the hash of {name} must be sha256: and 64 hexadecimal digits; `tminus key` makes one")
+    return Key(name, known, bytes.fromhex(hashed[1]), _parse_limits(name, limits))
+
+
+def _parse_limits(name: str, words: list[str]) -> KeyLimits:
+    limits: dict[str, int] = {}
+    names = {field.replace("_", "-"): field for field in KeyLimits.__dataclass_fields__}
+    for word in words:
+        limit, equals, value = word.partition("=")
+        if not equals or limit not in names:
+            raise ValueError(f"{name} has no limit {short(limit, 40)!r}; known: {', '.join(names)}, each with =N")
+        if names[limit] in limits:
+            raise ValueError(f"{limit} of {name} is given twice")
+        if not (value.isascii() and value.isdecimal() and len(value) <= 13 and 1 <= int(value) <= MOST):
+            raise ValueError(f"{limit} of {name} must be an integer in 1..{MOST}, got {short(value, 40)!r}")
+        limits[names[limit]] = int(value)
+    return KeyLimits(**limits)
+
+
+def _check_together(keys: list[Key]) -> None:
+    if not keys:
+        raise ValueError("there is no key in it")
+    if len(keys) > MOST_KEYS:
+        raise ValueError(f"at most {MOST_KEYS} keys, got {len(keys)}")
+    first: dict[str, Key] = {}
+    names: dict[bytes, str] = {}
+    for key in keys:
+        before = first.setdefault(key.name, key)
+        if (before.role, before.limits) != (key.role, key.limits):
+            raise ValueError(f"two lines of {key.name} differ in role or limits")
+        if names.setdefault(key.digest, key.name) != key.name:
+            raise ValueError(f"{key.name} has the secret of {names[key.digest]}")

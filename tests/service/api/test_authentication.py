@@ -1,0 +1,441 @@
+"""Keys over HTTP and WebSockets: who is let in, sees which jobs, and is refused for its quota."""
+
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import WebSocketDenialResponse, WebSocketTestSession
+
+from tests.service.api.test_stream import Client
+from tests.service.conftest import MakeSite, Site, problem
+from tests.service.durable import wait_for
+from tests.service.fakes import wait_until
+from tests.service.keys import access_of, bearer, key_line
+from tminus.service.access.access import Access
+from tminus.service.access.keyring import LOOK_S, KeyRing
+from tminus.service.api import stream as routes_stream
+from tminus.service.api.authentication import COOKIE, is_open
+
+ANN, BEN, OPS = "tm_ann", "tm_ben", "tm_ops"
+LINES = key_line("ann", ANN), key_line("ben", BEN), key_line("ops", OPS, "admin")
+SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5, "class_label": "cat"}
+NO_JOB = "0" * 32
+
+
+@pytest.fixture
+def keyed(make_site: MakeSite) -> Site:
+    return make_site(app={"access": access_of(*LINES)})
+
+
+def limited(make_site: MakeSite, **limits: int) -> Site:
+    return make_site(app={"access": access_of(key_line("ann", ANN, **limits), *LINES[1:])})
+
+
+def as_(secret: str) -> dict[str, Any]:
+    return {"headers": bearer(secret)}
+
+
+def submit(site: Site, secret: str, **more: Any) -> str:
+    response = site.client.post("/jobs", json=SPEC | more, headers=bearer(secret))
+    assert response.status_code == 202, response.text
+    return str(response.json()["id"])
+
+
+def listed(site: Site, secret: str) -> set[str]:
+    return {job["id"] for job in site.client.get("/jobs", headers=bearer(secret)).json()["jobs"]}
+
+
+# --- who is let in ---
+
+
+def paths_of(site: Site) -> list[tuple[str, str]]:
+    described = site.client.get("/openapi.json", **as_(OPS)).json()["paths"]
+    found = [(method.upper(), path) for path, methods in described.items() for method in methods]
+    found += [("GET", path) for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json", "/models/fake/sample")]
+    return [(method, path.format(job_id=NO_JOB, model="fake")) for method, path in found]
+
+
+def test_every_path_asks_for_a_key_but_those_of_probes_and_of_the_page(keyed: Site) -> None:
+    before = list(keyed.engine.batches)
+    paths = paths_of(keyed)
+    assert len(paths) > 25
+    asked = {path for _, path in paths if not is_open(path)}
+    assert {"/sample", "/jobs", "/model", "/noise", "/metrics", "/key", "/docs", "/openapi.json"} <= asked
+    for method, path in paths:
+        for sent in ({}, bearer("tm_wrong"), {"Authorization": "Basic YW5uOnRtX2Fubg=="}, {"Cookie": f"{COOKIE}=x"}):
+            response = keyed.client.request(method, path, headers=sent)
+            if is_open(path):
+                assert response.status_code != 401 or path == "/login"
+            else:
+                problem(response, 401, "unauthorized")
+                assert response.headers["www-authenticate"].startswith("Bearer")
+                assert "tm_" not in response.text
+    assert keyed.engine.batches == before
+
+
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/", "/page/page.js", "/models/fake/", "/models/fake/page/page.css"]
+)
+def test_probes_and_the_files_of_the_page_are_for_anybody(keyed: Site, path: str) -> None:
+    assert keyed.client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/page/..%2fsample", "/page/..%2f..%2fjobs", "/PAGE/x", "//page/x", "/sample/", "/x"])
+def test_no_detour_leads_past_the_keys(keyed: Site, path: str) -> None:
+    before = list(keyed.engine.batches)
+    assert keyed.client.get(path).status_code in (401, 404)
+    assert keyed.client.post(path, json=SPEC).status_code in (401, 404, 405)
+    assert keyed.engine.batches == before
+
+
+def test_a_key_lets_its_owner_in(keyed: Site) -> None:
+    for secret in (ANN, OPS):
+        assert keyed.post(json=SPEC, headers=bearer(secret)).status_code == 200
+    assert keyed.post(json=SPEC, headers={"Authorization": f"bearer  {ANN} "}).status_code == 200
+    assert keyed.client.get("/metrics", **as_(ANN)).status_code == 200
+
+
+def test_a_body_is_not_read_before_the_key_is_known(keyed: Site) -> None:
+    response = keyed.client.post("/sample", content=b"x" * 2**24)
+    problem(response, 401, "unauthorized")
+
+
+def test_a_refusal_is_counted_and_no_log_shows_a_key(keyed: Site, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "tminus"):
+        keyed.post(json=SPEC, headers=bearer("tm_wrong"))
+        keyed.post(json=SPEC, headers=bearer(ANN))
+        keyed.client.post("/login", json={"key": "tm_wrong"})
+        keyed.client.post("/login", json={"kee": ANN})
+        keyed.client.post("/login", json={"key": [ANN]})
+        keyed.client.post("/login", json={"key": ANN})
+    assert "tm_" not in caplog.text
+    assert "of testclient (ann): POST /sample 200" in caplog.text
+    samples = {
+        line.split()[0]: float(line.split()[1])
+        for line in keyed.client.get("/metrics", **as_(OPS)).text.splitlines()
+        if line.startswith(("tminus_rejected", "tminus_key"))
+    }
+    assert samples['tminus_rejected_total{reason="unauthorized"}'] == 2
+    assert samples['tminus_key_row_steps_total{key="ann"}'] == 8
+    assert samples["tminus_keys_up"] == 1
+
+
+def test_where_there_are_no_keys_credentials_are_for_somebody_else(site: Site) -> None:
+    assert site.post(json=SPEC, headers=bearer("of-a-proxy")).status_code == 200
+    assert site.client.get("/key", headers=bearer("of-a-proxy")).json()["name"] is None
+
+
+def test_an_open_server_takes_keys_too_and_refuses_wrong_ones(make_site: MakeSite) -> None:
+    site = make_site(app={"access": access_of(*LINES, is_open=True)})
+    assert site.post(json=SPEC).status_code == 200
+    assert site.client.get("/key", **as_(ANN)).json()["name"] == "ann"
+    problem(site.post(json=SPEC, headers=bearer("tm_wrong")), 401, "unauthorized")
+
+
+def test_keys_of_a_file_change_while_the_server_runs(make_site: MakeSite, tmp_path: Path) -> None:
+    file, now = tmp_path / "keys", [0.0]
+    file.write_text(LINES[0])
+    site = make_site(app={"access": Access(KeyRing(file=file, clock=lambda: now[0]), is_open=False)})
+    assert site.post(json=SPEC, headers=bearer(ANN)).status_code == 200
+    with stream(site, **bearer(ANN)) as client:
+        client.send(**SPEC, keep_open=True)
+        finish(client)
+        file.write_text(LINES[1])
+        now[0] += 2 * LOOK_S
+        client.send(**SPEC)
+        client.refused("unauthorized", 1008)
+    problem(site.post(json=SPEC, headers=bearer(ANN)), 401, "unauthorized")
+    assert site.post(json=SPEC, headers=bearer(BEN)).status_code == 200
+    file.write_text("a mistake")
+    now[0] += 2 * LOOK_S
+    assert site.post(json=SPEC, headers=bearer(BEN)).status_code == 200
+    assert "tminus_keys_up 0.0" in site.client.get("/metrics", **as_(BEN)).text
+
+
+def test_roles(keyed: Site) -> None:
+    path = "/models/fake/reload"
+    assert problem(keyed.client.post(path, **as_(ANN)), 403, "forbidden")["detail"].endswith("ann has the role sample")
+    assert keyed.client.post(path, **as_(OPS)).status_code not in (401, 403)
+
+
+# --- the page's cookie ---
+
+
+def test_a_login_is_kept_in_a_cookie_until_the_logout(keyed: Site) -> None:
+    client = keyed.client
+    response = client.post("/login", json={"key": ANN})
+    assert response.json() == client.get("/key").json() | {"name": "ann"}
+    cookie = response.headers["set-cookie"]
+    assert all(each in cookie.lower() for each in ("httponly", "samesite=strict", "path=/", "max-age="))
+    assert "secure" not in cookie.lower(), "over http a browser would not send it back"
+    assert response.headers["cache-control"] == "no-store"
+    job_id = submit(keyed, ANN)
+    wait_for(keyed, job_id)
+    assert client.get(f"/jobs/{job_id}/image").status_code == 200
+    assert client.get("/key", **as_(BEN)).json()["name"] == "ben", "a header comes before a cookie"
+    with stream(keyed, Cookie=f"a=b; {COOKIE}={ANN}") as ws:
+        ws.send(**SPEC)
+        finish(ws)
+    assert client.post("/logout").status_code == 204
+    problem(client.get("/key"), 401, "unauthorized")
+
+
+def test_over_https_the_cookie_never_goes_over_http(keyed: Site) -> None:
+    response = keyed.client.post("https://localhost/login", json={"key": ANN})
+    assert "secure" in response.headers["set-cookie"].lower()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"key": "tm_wrong"}, 401, "unauthorized"),
+        ({"key": ""}, 401, "unauthorized"),
+        ({"key": "\ud800"}, 422, "invalid_field"),
+        ({}, 422, "invalid_field"),
+        ({"key": 5}, 422, "invalid_field"),
+        ({"key": "x" * 513}, 422, "invalid_field"),
+        ({"key": ANN, "name": "ann"}, 422, "unknown_field"),
+        ([ANN], 400, "malformed_body"),
+    ],
+)
+def test_a_bad_login_is_refused(keyed: Site, body: Any, status: int, code: str) -> None:
+    response = keyed.client.post("/login", content=json.dumps(body))
+    problem(response, status, code)
+    assert "set-cookie" not in response.headers
+    assert "tm_" not in response.json()["detail"]
+
+
+def test_a_key_in_the_query_is_refused(keyed: Site) -> None:
+    problem(keyed.client.post(f"/login?key={ANN}"), 422, "unknown_field")
+
+
+def test_a_page_of_another_site_logs_nobody_in(keyed: Site) -> None:
+    headers = {"Origin": "https://evil.example"}
+    problem(keyed.client.post("/login", json={"key": ANN}, headers=headers), 403, "foreign_origin")
+
+
+# --- streams ---
+
+
+@contextmanager
+def stream(site: Site, **headers: str) -> Iterator[Client]:
+    with site.client.websocket_connect("/sample/stream", headers=headers) as ws:
+        assert isinstance(ws, WebSocketTestSession)
+        yield Client(ws)
+
+
+def finish(client: Client) -> None:
+    client.get("accepted")
+    while (message := client.ws.receive_json())["type"] == "frame":
+        client.picture()
+    assert message["type"] == "done"
+    for _ in range(message["images"]):
+        client.picture()
+
+
+def test_a_stream_takes_the_key_in_its_head(keyed: Site) -> None:
+    with stream(keyed, **bearer(ANN)) as client:
+        client.send(**SPEC)
+        finish(client)
+    with pytest.raises(WebSocketDenialResponse) as caught, stream(keyed, **bearer("tm_wrong")):
+        pass
+    assert (caught.value.status_code, caught.value.json()["code"]) == (401, "unauthorized")
+
+
+def test_or_in_its_first_message_as_pages_have_to_send_it(keyed: Site) -> None:
+    with stream(keyed) as client:
+        client.send(type="key", key=ANN)
+        client.send(**SPEC, keep_open=True)
+        finish(client)
+        client.send(**SPEC)
+        finish(client)
+    assert listed(keyed, ANN) == set()
+
+
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [
+        ({"type": "key", "key": "tm_wrong"}, "unauthorized"),
+        ({"type": "key", "key": 5}, "malformed_message"),
+        ({"type": "key"}, "malformed_message"),
+        ({"type": "key", "key": ANN, "n": 1}, "malformed_message"),
+        (None, "unauthorized"),
+    ],
+)
+def test_without_a_good_one_it_is_closed(keyed: Site, first: dict[str, Any] | None, code: str) -> None:
+    before = list(keyed.engine.batches)
+    with stream(keyed) as client:
+        if first is not None:
+            client.send(**first)
+        if code == "unauthorized":
+            client.send(**SPEC)
+        client.refused(code, 1008)
+    assert keyed.engine.batches == before
+
+
+def test_who_never_says_who_it_is_is_not_waited_for(keyed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes_stream, "FIRST_MESSAGE_S", 0.05)
+    with stream(keyed) as client:
+        assert client.get("error")["code"] == "silence"
+
+
+# --- whose jobs ---
+
+
+def test_each_sees_its_own_jobs_and_an_admin_all(keyed: Site) -> None:
+    of_ann, of_ben = submit(keyed, ANN), submit(keyed, BEN)
+    for job_id, secret in ((of_ann, ANN), (of_ben, BEN)):
+        wait_until(lambda j=job_id, s=secret: keyed.client.get(f"/jobs/{j}", **as_(s)).json()["state"] == "done")
+    assert (listed(keyed, ANN), listed(keyed, BEN), listed(keyed, OPS)) == ({of_ann}, {of_ben}, {of_ann, of_ben})
+    for method, path in (
+        ("GET", f"/jobs/{of_ann}"),
+        ("GET", f"/jobs/{of_ann}/image"),
+        ("GET", f"/jobs/{of_ann}/events"),
+        ("POST", f"/jobs/{of_ann}/cancel"),
+        ("DELETE", f"/jobs/{of_ann}"),
+    ):
+        theirs = keyed.client.request(method, path, **as_(BEN))
+        nobodys = keyed.client.request(method, path.replace(of_ann, NO_JOB), **as_(BEN))
+        problem(theirs, 404, "job_not_found")
+        assert theirs.text.replace(of_ann, NO_JOB) == nobodys.text, "as if there were none"
+    assert keyed.client.get(f"/jobs/{of_ann}/image", **as_(OPS)).status_code == 200
+    assert keyed.client.delete(f"/jobs/{of_ann}", **as_(OPS)).status_code == 204
+    assert listed(keyed, ANN) == set()
+
+
+def test_so_it_is_while_they_run(make_site: MakeSite) -> None:
+    site = make_site(app={"access": access_of(*LINES)})
+    site.engine.gate.shut()
+    of_ann = submit(site, ANN)
+    site.engine.next_begun()
+    with stream(site, **bearer(BEN)) as client:
+        client.send(**SPEC)
+        passing = client.get("accepted")["id"]
+        assert (listed(site, ANN), listed(site, BEN), listed(site, OPS)) == ({of_ann}, {passing}, {of_ann, passing})
+        for path in (f"/jobs/{of_ann}", f"/jobs/{passing}"):
+            theirs = ANN if passing in path else BEN
+            problem(site.client.get(path, **as_(theirs)), 404, "job_not_found")
+            problem(site.client.delete(path, **as_(theirs)), 404, "job_not_found")
+        assert site.client.get(f"/jobs/{passing}", **as_(BEN)).json()["state"] in ("waiting", "running")
+        assert site.client.delete(f"/jobs/{passing}", **as_(BEN)).status_code == 204
+        site.engine.gate.open()
+        client.get("cancelled")
+    wait_until(lambda: site.client.get(f"/jobs/{of_ann}", **as_(ANN)).json()["state"] == "done")
+
+
+def test_an_owner_outlives_a_restart(make_site: MakeSite, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"state_file": tmp_path / "jobs.sqlite", "app": {"access": access_of(*LINES)}}
+    site = make_site(**options)
+    done = submit(site, ANN)
+    wait_until(lambda: site.client.get(f"/jobs/{done}", **as_(ANN)).json()["state"] == "done")
+    site.engine.gate.shut()
+    open_job = submit(site, ANN, steps=6)
+    site.engine.next_begun()
+    site.worker.drain()
+    site.engine.gate.open()
+    site.worker.join()
+    site.client.__exit__(None, None, None)
+    again = make_site(**options)
+    site.client.__enter__ = again.client.__enter__  # type: ignore[method-assign]
+    wait_until(lambda: again.client.get(f"/jobs/{open_job}", **as_(ANN)).json()["state"] == "done")
+    assert listed(again, ANN) == {done, open_job}
+    assert listed(again, BEN) == set()
+
+
+def test_an_idempotency_key_is_its_owners(keyed: Site) -> None:
+    def post(secret: str, **more: Any) -> Any:
+        headers = bearer(secret) | {"Idempotency-Key": "k"}
+        return keyed.client.post("/jobs", json=SPEC | more, headers=headers)
+
+    of_ann, of_ben = post(ANN).json()["id"], post(BEN, seed=6).json()["id"]
+    assert of_ann != of_ben
+    again = post(ANN)
+    assert (again.json()["id"], again.headers["idempotent-replayed"]) == (of_ann, "true")
+    conflict = problem(post(BEN), 422, "idempotency_key_reused")
+    assert conflict["value"] == "k"
+
+
+# --- quotas ---
+
+
+def test_row_steps_of_a_minute_are_limited_and_what_is_left_is_told(make_site: MakeSite) -> None:
+    site = limited(make_site, row_steps_per_minute=20)
+    first = site.post(json=SPEC, headers=bearer(ANN))
+    assert first.headers["ratelimit-policy"] == '"row-steps";q=20;w=60'
+    assert first.headers["ratelimit"].startswith('"row-steps";r=12;t=')
+    assert site.post(json=SPEC, headers=bearer(ANN)).status_code == 200
+    refused = site.post(json=SPEC, headers=bearer(ANN))
+    document = problem(refused, 429, "quota_exceeded")
+    assert (document["field"], document["value"]) == ("row_steps", 8)
+    assert 10 <= int(refused.headers["retry-after"]) <= 12, "4 of 8 are missing, one comes every 3 s"
+    assert refused.headers["ratelimit"].startswith('"row-steps";r=4;t=')
+    assert "ratelimit" not in site.post(json=SPEC, headers=bearer(BEN)).headers
+    who = site.client.get("/key", **as_(ANN)).json()
+    assert who == {
+        "name": "ann",
+        "role": "sample",
+        "row_steps_per_minute": 20,
+        "row_steps_left": 4,
+        "jobs": None,
+        "connections": None,
+    }
+
+
+def test_a_guided_step_counts_twice_and_a_known_answer_nothing(make_site: MakeSite) -> None:
+    access = access_of(key_line("ann", ANN, row_steps_per_minute=100))
+    site = make_site(app={"access": access}, result_cache_bytes=2**20)
+    left = []
+    for more in ({}, {"guidance": 2}, {"guidance": 2}, {"n": 1, "seed": 6}):
+        assert site.post(json=SPEC | more, headers=bearer(ANN)).status_code == 200
+        left.append(site.client.get("/key", **as_(ANN)).json()["row_steps_left"])
+    assert left == [92, 76, 76, 72]
+
+
+def test_what_is_refused_for_another_reason_costs_nothing(make_site: MakeSite) -> None:
+    site = make_site(app={"access": access_of(key_line("ann", ANN, row_steps_per_minute=100))}, max_jobs=1)
+    site.engine.gate.shut()
+    submit(site, ANN)
+    site.engine.next_begun()
+    for _ in range(3):
+        problem(site.post(json=SPEC, headers=bearer(ANN)), 429, "overloaded")
+        problem(site.client.post("/jobs", json=SPEC, **as_(ANN)), 429, "overloaded")
+    assert site.client.get("/key", **as_(ANN)).json()["row_steps_left"] == 92
+    site.engine.gate.open()
+
+
+def test_jobs_that_have_not_ended_are_limited_and_a_repeat_is_none(make_site: MakeSite) -> None:
+    site = limited(make_site, jobs=1)
+    site.engine.gate.shut()
+    headers = bearer(ANN) | {"Idempotency-Key": "k"}
+    first = site.client.post("/jobs", json=SPEC, headers=headers)
+    site.engine.next_begun()
+    document = problem(site.client.post("/jobs", json=SPEC, **as_(ANN)), 429, "quota_exceeded")
+    assert document["field"] == "jobs"
+    assert site.client.post("/jobs", json=SPEC, headers=headers).json()["id"] == first.json()["id"]
+    with stream(site, **bearer(ANN)) as client:
+        client.send(**SPEC)
+        client.refused("quota_exceeded", 1013)
+    other = submit(site, BEN)
+    site.engine.gate.open()
+    for job_id, secret in ((first.json()["id"], ANN), (other, BEN)):
+        wait_until(lambda j=job_id, s=secret: site.client.get(f"/jobs/{j}", **as_(s)).json()["state"] == "done")
+    assert site.client.post("/jobs", json=SPEC, **as_(ANN)).status_code == 202
+
+
+def test_connections_are_limited(make_site: MakeSite) -> None:
+    site = limited(make_site, connections=1)
+    site.engine.gate.shut()
+    with suppress(CancelledError), stream(site, **bearer(ANN)) as client:
+        client.send(**SPEC)
+        client.get("accepted")
+        response = site.client.get("/model", **as_(ANN))
+        assert problem(response, 429, "quota_exceeded")["field"] == "connections"
+        assert site.client.get("/model", **as_(BEN)).status_code == 200
+        assert site.client.get("/healthz").status_code == 200
+        site.engine.gate.open()
+    wait_until(lambda: site.client.get("/model", **as_(ANN)).status_code == 200)

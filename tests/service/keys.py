@@ -1,0 +1,18 @@
+"""API keys for tests."""
+
+from tminus.service.access.access import Access
+from tminus.service.access.keyring import KeyRing
+from tminus.service.access.keys import Key, KeyLimits, Role, digest_of, to_line
+
+
+def key_line(name: str, secret: str, role: Role = "sample", **limits: int) -> str:
+    """A line of a file of keys."""
+    return to_line(Key(name, role, digest_of(secret), KeyLimits(**limits)))
+
+
+def access_of(*lines: str, is_open: bool = False) -> Access:
+    return Access(KeyRing("\n".join(lines)), is_open=is_open)
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
