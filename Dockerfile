@@ -1,5 +1,5 @@
 # tminus as a container. docker/README.md has the details.
-#   docker build -t tminus . && docker run --rm --init --stop-timeout 40 -p 8000:8000 tminus
+#   docker build -t tminus . && docker run --rm --init --stop-timeout 40 -e TMINUS_OPEN=yes -p 127.0.0.1:8000:8000 tminus
 
 # Wheels that pip finds in addition to the index. Empty, unless `--build-context wheels=FOLDER` replaces this stage.
 FROM scratch AS wheels

@@ -41,6 +41,7 @@ def moved() -> dict[str, Metric]:
         rows_waiting=lambda: 1,
         backlog_s=lambda: 1.0,
         device_memory_bytes=lambda: 1,
+        keys_up=lambda: True,
         store_up=lambda: True,
         streams_open=lambda: 1,
         stalled_s=lambda: 1.0,
@@ -56,6 +57,7 @@ def moved() -> dict[str, Metric]:
     metrics.frame_sent()
     metrics.frame_dropped()
     metrics.rejected("overloaded")
+    metrics.charged("studio", 1)
     metrics.answered_without_work("cache_hit")
     metrics.encoded("png", 1.0)
     metrics.coded("decode", 1.0)

@@ -1,18 +1,24 @@
 import gc
+import socket
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_origin
 
 import click.testing
 import pytest
-from pydantic import ValidationError
+from prometheus_client import CollectorRegistry
+from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from tests.service.fakes import INFO, FakeEngine
+from tests.service.keys import key_line
+from tminus.service.access.access import Access
 from tminus.service.api.origin import Doors
 from tminus.service.cli import main as cli
+from tminus.service.cli.serve import serve_metrics, shown
 from tminus.service.engine.loading import Loaded
 from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.library import Library
@@ -22,11 +28,19 @@ from tminus.service.parts import Prepared
 from tminus.service.scheduling.scheduler import Sharing
 from tminus.service.settings import Settings
 
+TWO_SIDED = ("exact", "open", "metrics", "docs")
+KEYS_FILE = Path(__file__).with_name("keys_of_the_tests.txt")
+LINE = key_line("studio", "the-secret")
+LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8000))
+APP = SimpleNamespace(metrics=SimpleNamespace(registry="the registry"))
+
 # Each field with a text that is not its default, and what the text means.
 GIVEN: dict[str, tuple[str, Any]] = {
     "checkpoint": ("some/folder", Path("some/folder")),
     "models": ("some/models", Path("some/models")),
-    "admin_key": ("sixteen-or-more-characters", "sixteen-or-more-characters"),
+    "keys_file": (str(KEYS_FILE), KEYS_FILE),
+    "keys": (LINE, LINE),
+    "open": ("true", True),
     "device": ("cuda:1", "cuda:1"),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("0", 0),
@@ -53,6 +67,9 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "keep_jobs_mb": ("5", 5),
     "max_body_bytes": ("2048", 2048),
     "max_image_bytes": ("4096", 4096),
+    "metrics": ("false", False),
+    "metrics_port": ("9100", 9100),
+    "docs": ("false", False),
     "grace_s": ("0.25", 0.25),
     "log_level": ("debug", "debug"),
 }
@@ -61,7 +78,11 @@ GIVEN: dict[str, tuple[str, Any]] = {
 OTHER = {
     "checkpoint": "other",
     "models": "elsewhere",
-    "admin_key": "another-key-of-many-characters",
+    "keys_file": "elsewhere",
+    "keys": key_line("other", "another-secret"),
+    "open": "false",
+    "metrics": "true",
+    "docs": "true",
     "device": "cpu",
     "host": "::1",
     "executor": "eager",
@@ -78,9 +99,14 @@ OTHER = {
 TICK_TIMES = ((1, 0.5), (16, 2.0))
 
 BAD = [
-    ("admin_key", "too-short"),
-    ("admin_key", "sixteen or more characters"),
-    ("admin_key", "sechzehn-oder-mehr-ä"),
+    ("keys", "a secret by mistake"),
+    ("keys", "# none"),
+    ("keys_file", "no/such/file"),
+    ("open", "perhaps"),
+    ("metrics", "9100"),
+    ("metrics_port", "0"),
+    ("metrics_port", "65536"),
+    ("docs", "perhaps"),
     ("port", "-1"),
     ("port", "65536"),
     ("port", "http"),
@@ -144,8 +170,8 @@ def flag(name: str) -> str:
 
 def given(name: str, text: str) -> list[str]:
     """The arguments that give a setting."""
-    if name == "exact":
-        return ["--exact" if text == "true" else "--no-exact"]
+    if name in TWO_SIDED:
+        return [flag(name) if text == "true" else flag(f"no_{name}")]
     return [flag(name), text]
 
 
@@ -153,7 +179,7 @@ def plain(name: str, made: Any) -> Any:
     """A setting as it was given."""
     if name == "checkpoint":
         return Path(*made)
-    return made.get_secret_value() if name == "admin_key" else made
+    return made.get_secret_value() if name == "keys" else made
 
 
 def variable(name: str) -> str:
@@ -203,9 +229,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         def folders(library: Library) -> dict[str, Path]:
             return dict(library.named) | ({"extra": library.folder / "extra"} if library.folder is not None else {})
 
-        def bind(host: str, port: int) -> str:
+        def bind(host: str, port: int) -> SimpleNamespace:
             served.update(host=host, port=port)
-            return "the listener"
+            return LISTENER
 
         def create_app(
             first: list[Prepared],
@@ -215,25 +241,30 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             *,
             library: Library,
             prepare: Prepare,
-            admin_key: str | None,
-        ) -> str:
+            access: Access,
+            with_metrics: bool,
+            with_docs: bool,
+        ) -> SimpleNamespace:
             if len(first) > 1:
                 gc.collect()
                 assert {each() for each in read_once} == {None}, "an unloaded model's weights would stay for ever"
             assert [take_store(each.engine.info.weights_hash) for each in first] == ["the store"] * len(first)
             sharing = first[0].speed.sharing
             served.update(limits=limits, sharing=sharing, policy=sharing.policy)
-            served.update(tick_times=first[0].speed.tick_times.points, admin_key=admin_key, models=library.folder)
+            served.update(tick_times=first[0].speed.tick_times.points, models=library.folder)
+            served.update(access=access, metrics=with_metrics, docs=with_docs)
             served.update(allowed_origins=doors.origins, allowed_hosts=doors.hosts)
             served.update(names=[each.engine.info.name for each in first], library=library)
-            return "the app"
+            return APP
 
         def open_store(state_dir: str, weights_hash: str) -> str:
             served.update(state_dir=state_dir)
             return "the store"
 
-        def run_server(build: Callable[[], str], listener: str, *, max_message_bytes: int, **values: object) -> bool:
-            assert (build(), listener) == ("the app", "the listener")
+        def run_server(
+            build: Callable[[], object], listener: object, *, max_message_bytes: int, **values: object
+        ) -> bool:
+            assert (build(), listener) == (APP, LISTENER)
             assert max_message_bytes == served["limits"].max_edit_bytes
             served.update(values, ran=True)
             return True
@@ -245,6 +276,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr("tminus.service.jobs.opening.open_store", open_store)
         monkeypatch.setattr("tminus.service.server.bind", bind)
         monkeypatch.setattr("tminus.service.server.serve", run_server)
+        monkeypatch.setattr(
+            "tminus.service.cli.serve.serve_metrics",
+            lambda port, address, registry: served.update(metrics_port=port, registry=(address, registry)),
+        )
         result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)
         return result, served
 
@@ -253,6 +288,11 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
 def arrived(served: Served, name: str) -> Any:
     """Where a setting must have come to."""
+    if name in ("keys", "keys_file"):
+        assert served["access"].with_secret("the-secret").name == "studio"
+        return GIVEN[name][1]
+    if name == "open":
+        return served["access"].is_open
     if name in {field.name for field in fields(Limits)}:
         return getattr(served["limits"], name)
     if name == "allowed_origins":
@@ -368,16 +408,16 @@ def test_no_request_is_larger_than_the_rows_held(serve: Serve) -> None:
 @pytest.mark.parametrize(("name", "text"), BAD)
 def test_a_bad_value_exits_non_zero_with_a_line_that_names_its_flag(serve: Serve, name: str, text: str) -> None:
     ways: list[tuple[list[str], dict[str, str]]] = [([], {variable(name): text})]
-    if name != "exact":  # whose flag takes no value
+    if name not in TWO_SIDED:  # whose flags take no value
         ways.append(([f"{flag(name)}={text}"], {}))
     for arguments, variables in ways:
         result, served = serve(*arguments, **variables)
         assert result.exit_code not in (0, None)
-        assert not served, "nothing was started"
+        assert "ran" not in served, "nothing was started"
         assert len(result.stderr.strip().splitlines()) == 1
         assert flag(name) in result.stderr
         assert variable(name) in result.stderr
-        assert (text in result.stderr) == (name != "admin_key"), "it is a secret"
+        assert (text in result.stderr) == (name != "keys"), "it is a secret"
         assert "Traceback" not in result.stderr
 
 
@@ -401,11 +441,11 @@ def test_help_shows_each_flag_with_its_variable_and_default() -> None:
     for name, field in Settings.model_fields.items():
         assert flag(name) in text
         assert f"[env: {variable(name)}]" in text
-        assert field.default in (None, ()) or f"[default: {field.default}]" in text
+        assert field.default in (None, ()) or f"[default: {shown(field.default)}]" in text
 
 
 def test_a_missing_checkpoint_exits_non_zero_with_its_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: None)
+    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: LISTENER)
     folder = tmp_path / "nowhere"
     result = click.testing.CliRunner().invoke(cli.main, ["serve", "--port", "0", "--checkpoint", str(folder)])
     assert result.exit_code == 1
@@ -414,11 +454,55 @@ def test_a_missing_checkpoint_exits_non_zero_with_its_path(monkeypatch: pytest.M
 
 
 def test_a_bad_device_exits_non_zero_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: None)
+    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: LISTENER)
     result = click.testing.CliRunner().invoke(cli.main, ["serve", "--port", "0", "--device", "toaster"])
     assert result.exit_code == 1
     assert "'toaster'" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+# --- who may ask ---
+
+
+def test_other_machines_are_let_in_with_keys_or_by_a_flag_only() -> None:
+    for address in ("0.0.0.0", "::", "192.0.2.1", "fe80::1"):
+        with pytest.raises(ValueError, match=r"--host .* --keys-file .* --open"):
+            Settings(host=address).access(address)
+        assert Settings(host=address, open=True).access(address).is_open
+        assert not Settings(host=address, keys=SecretStr(LINE)).access(address).is_open
+    for address in ("127.0.0.1", "127.1.2.3", "::1"):
+        assert Settings(host=address).access(address).is_open
+
+
+def test_keys_come_from_one_place() -> None:
+    with pytest.raises(ValueError, match="exclude each other"):
+        Settings(keys=SecretStr(LINE), keys_file=KEYS_FILE).access("::1")
+
+
+def test_a_server_that_other_machines_reach_does_not_start_without_keys(serve: Serve) -> None:
+    listener = SimpleNamespace(getsockname=lambda: ("192.0.2.1", 8000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "LISTENER", listener)
+        result, served = serve("--host", "studio.example")
+    assert result.exit_code == 1
+    assert "ran" not in served
+    assert result.stderr.startswith("tminus: --host (TMINUS_HOST): studio.example can be reached from other machines")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_metrics_on_a_port_of_their_own_are_not_on_the_other(serve: Serve) -> None:
+    _, served = serve("--metrics-port", "9100")
+    assert (served["metrics"], served["registry"]) == (False, ("127.0.0.1", "the registry"))
+    _, served = serve("--metrics-port", "9100", "--no-metrics")
+    assert (served["metrics"], served.get("registry")) == (False, None)
+
+
+def test_a_port_for_metrics_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"--metrics-port .*127\.0\.0\.1:{port}"):
+            serve_metrics(port, "127.0.0.1", CollectorRegistry())
 
 
 # --- several models ---
@@ -481,7 +565,7 @@ def documented() -> dict[str, list[str]]:
 
 def values_of(field: FieldInfo) -> str:
     """The cell that says what a setting may be."""
-    if field.annotation == bool | None:
+    if field.annotation in (bool, bool | None):
         return "yes or no"
     if get_origin(field.annotation) is tuple:
         return "`[NAME=]PATH`"
@@ -507,7 +591,7 @@ def test_the_settings_page_has_every_setting_and_no_other() -> None:
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_the_settings_page_says_what_a_setting_is_called_may_be_and_is_by_default(name: str) -> None:
     field = Settings.model_fields[name]
-    sides = f"`{flag(name)}`, `--no-{name}`" if field.annotation == bool | None else f"`{flag(name)}`"
+    sides = f"`{flag(name)}`, `--no-{name}`" if name in TWO_SIDED else f"`{flag(name)}`"
     _, named, values, default, what = documented()[sides]
     assert named == f"`{variable(name)}`"
     assert values == values_of(field)
@@ -517,5 +601,5 @@ def test_the_settings_page_says_what_a_setting_is_called_may_be_and_is_by_defaul
         assert default, "in words, for what the machine decides"
         assert "`" not in default or name == "cache_dir"
     else:
-        assert default == (f"`{field.default}`" if field.default != "" else "empty")
+        assert default == (f"`{shown(field.default)}`" if field.default != "" else "empty")
     assert what.endswith(".")

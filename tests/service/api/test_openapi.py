@@ -181,6 +181,10 @@ def test_a_generated_client_knows_the_samplers_the_problems_and_every_call(site:
 FUZZ_SETTINGS = """
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "3xx", 404, 406, 409, 410, 422, 429]
+
+[[operations]]
+include-name = "POST /login"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 401]
 """
 ADMIN_KEY = "the-key-of-the-tests"
 # DELETE of a job that has not ended cancels it, and it can still be looked at.

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import click.testing
 import pytest
@@ -17,12 +18,13 @@ from tminus.service.cli.main import main
 from tminus.service.jobs.sqlite_store import SqliteStore
 
 BUNDLED = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-32"
+LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 0))
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def _no_socket_and_signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: "the listener")
+    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: LISTENER)
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

@@ -33,7 +33,7 @@ def test_the_admin_key_goes_with_a_change_of_models_only_and_in_place_of_other_c
 ) -> None:
     for url in (several.url, several.url.replace("http://", "http://user:password@")):
         transport = Breaking()
-        tminus = connect(url, model="colour", headers={"Authorization": "Bearer x"}, transport=transport)
+        tminus = connect(url, model="colour", headers={"Authorization": "Basic x"}, transport=transport)
         tminus.reload_model("colour", ADMIN_KEY)
         tminus.models()
         tminus.model()

@@ -1,7 +1,7 @@
 import httpx
 import pytest
 
-from tminus.service.client.transport import AdminKey, http_address, lost, model_address, ws_address
+from tminus.service.client.transport import KeyAuth, http_address, lost, model_address, ws_address
 
 
 def test_an_address_may_have_a_path_behind_a_proxy() -> None:
@@ -20,10 +20,10 @@ def test_a_name_that_is_none_is_put_into_no_address(name: str) -> None:
 
 @pytest.mark.parametrize("key", ["", "secret\n", " secret", "secret ", "se\x00cret", "sécret", "se\r\nX-A: cret"])
 def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str) -> None:
-    with pytest.raises(ValueError, match="the admin key must be printable ASCII") as caught:
-        AdminKey(key)
+    with pytest.raises(ValueError, match="a key must be printable ASCII") as caught:
+        KeyAuth(key)
     assert "cret" not in str(caught.value)
-    assert "cret" not in repr(AdminKey("secret"))
+    assert "cret" not in repr(KeyAuth("secret"))
 
 
 @pytest.mark.parametrize(

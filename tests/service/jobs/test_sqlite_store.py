@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.service.fakes import make_spec
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs import arrays
+from tminus.service.jobs import arrays, sqlite_file
 from tminus.service.jobs.opening import open_store
 from tminus.service.jobs.sqlite_file import VERSION
 from tminus.service.jobs.sqlite_store import RECORD_BYTES, SWEEP_JOBS, WAL_BYTES, SqliteStore
@@ -735,3 +735,62 @@ def test_a_folder_where_nothing_can_be_removed_is_no_reason_by_itself(
     open_file().close()
     monkeypatch.setattr(Path, "unlink", refuse)
     assert open_file().unfinished() == []
+
+
+# --- upgrades ---
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """A file that version 1 made: a job that is done, one that is not, and a snapshot of it."""
+    file = tmp_path / "earlier.sqlite"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript((Path(__file__).parent / "version_1.sql").read_text())
+    return file
+
+
+def test_a_file_of_an_earlier_version_is_brought_to_this_one(earlier: Path) -> None:
+    done, left = "a" * 32, "b" * 32
+    for _ in range(2):  # and stays so
+        store = SqliteStore(earlier)
+        record = store.get(done)
+        assert record == ended(job(done), fingerprint="f")
+        assert record.owner == ""
+        assert np.array_equal(store.images(done), PIXELS)  # type: ignore[arg-type]
+        assert store.find(Key("k", "h")) == (record, True)
+        assert store.unfinished() == [job(left, SPECS[1], 2)]
+        assert same(store.snapshot(left, "build"), snapshot(3))
+        store.close()
+    store = SqliteStore(earlier)
+    store.add(replace(job("c" * 32), owner="studio"))
+    store.finish(ended(replace(job("c" * 32), owner="studio")))
+    assert [record.id for record in store.finished(None, OUTCOMES, 9, "studio")] == ["c" * 32]
+    assert [record.id for record in store.finished(None, OUTCOMES, 9, "")] == [done]
+    store.close()
+
+
+def test_it_then_has_the_tables_of_a_new_file(earlier: Path, tmp_path: Path) -> None:
+    found = []
+    for file in (earlier, tmp_path / "new.sqlite"):
+        SqliteStore(file).close()
+        with closing(sqlite3.connect(file)) as connection:
+            tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            columns = {table: connection.execute(f"PRAGMA table_info({table})").fetchall() for table in tables}
+            indices = connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'").fetchall()
+            version = connection.execute("PRAGMA user_version").fetchone()
+        # By name: what was added later stands last.
+        found.append(({table: sorted(row[1:] for row in rows) for table, rows in columns.items()}, {*indices}, version))
+    assert found[0] == found[1]
+
+
+def test_an_upgrade_that_is_cut_off_has_not_happened(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statements = (*sqlite_file.UPGRADES[1], "SELECT no_such_function()")
+    monkeypatch.setattr(sqlite_file, "UPGRADES", {1: statements})
+    with pytest.raises(ValueError, match="no such function"):
+        SqliteStore(earlier)
+    monkeypatch.undo()
+    with closing(sqlite3.connect(earlier)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    store = SqliteStore(earlier)
+    assert len(store.unfinished()) == 1
+    store.close()
