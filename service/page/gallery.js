@@ -1,9 +1,16 @@
 // The results of this session, each with the calls that make it again. The session remembers their jobs.
 
 import { ask, base, element, getJson, isGone, reason, toJson } from "./api.js";
+import { signedIn } from "./key.js";
 import { keep, recall } from "./kept.js";
 
 const REMEMBERED = 30;
+// How the calls that are shown send a key, which is in the variable TMINUS_KEY.
+const KEY_IN_CALLS = [
+  ' -H "Authorization: Bearer $TMINUS_KEY"',
+  ", headers={'Authorization': 'Bearer ' + os.environ['TMINUS_KEY']}",
+  ["import os"],
+];
 
 const remembered = (model) => recall(model, "results") ?? [];
 
@@ -42,13 +49,16 @@ export function addResult(job, images, model) {
   part(".png").href = picture;
   part(".png").download = `tminus-${spec.seed}.png`;
   part(".zip").addEventListener("click", (event) => downloadZip(job.id, spec.seed, event.target, part(".complaint")));
-  part(".curl").textContent = `curl --fail-with-body -sS '${url}' -d '${body.replaceAll("'", "'\\''")}' -o out.png`;
+  const [keyOption, keyHeader, importOs] = signedIn ? KEY_IN_CALLS : ["", "", []];
+  part(".curl").textContent =
+    `curl --fail-with-body -sS${keyOption} '${url}' -d '${body.replaceAll("'", "'\\''")}' -o out.png`;
   part(".python").textContent = [
+    ...importOs,
     "import pathlib",
     "import httpx",
     "",
     `spec = ${body.replaceAll("true", "True").replaceAll("false", "False").replaceAll("null", "None")}`,
-    `response = httpx.post("${url}", json=spec, timeout=None)`,
+    `response = httpx.post("${url}", json=spec, timeout=None${keyHeader})`,
     'pathlib.Path("out.png").write_bytes(response.raise_for_status().content)',
   ].join("\n");
   element("no-results").hidden = true;

@@ -2,6 +2,7 @@
 
 const element = (id) => document.getElementById(id);
 const [dialog, form, field] = ["key-dialog", "key-form", "key"].map(element);
+export let signedIn = false;
 let pending = null; // several requests are refused at the same time; one dialog serves them all
 
 // Ask for a key until the server knows it. login: where the server takes it.
@@ -36,7 +37,8 @@ async function send(login, key) {
 
 // Say who is signed in, if anybody is, and let them leave. who: what GET /key says.
 export function showWho(who, logout) {
-  element("who").hidden = who.name === null;
+  signedIn = who.name !== null;
+  element("who").hidden = !signedIn;
   element("who-name").textContent = who.name ?? "";
   element("sign-out").onclick = async () => {
     await fetch(logout, { method: "POST" });

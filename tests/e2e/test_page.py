@@ -33,8 +33,8 @@ expect.set_options(timeout=PATIENCE_MS / 3)
 class Page:
     """A tab with the page in it; what it complains about on the console is kept."""
 
-    def __init__(self, browser: Any, url: str, into: Any = None, **context: Any) -> None:
-        """into: a browser's context for the tab; else one of its own."""
+    def __init__(self, browser: Any, url: str, into: Any = None, key: str | None = None, **context: Any) -> None:
+        """into: a browser's context for the tab; else one of its own. key: to sign in with."""
         self.context = into or browser.new_context(accept_downloads=True, **context)
         self.tab = self.context.new_page()
         self.tab.set_default_timeout(PATIENCE_MS)
@@ -46,13 +46,19 @@ class Page:
         self.tab.on("request", lambda request: self.requests.append(request.url))
         self.tab.on("websocket", lambda socket: self.requests.append(socket.url))
         self.tab.goto(url)
+        if key is not None:
+            self.sign_in(key)
         expect(self.tab.locator("#model")).to_contain_text(
             re.compile(r"\b(small|fashion-mnist-32)\b"), timeout=PATIENCE_MS
         )
 
+    def sign_in(self, key: str) -> None:
+        self.tab.get_by_label("Key", exact=True).fill(key)
+        self.tab.get_by_role("button", name="Sign in").click()
+
     def _hear(self, message: Any) -> None:
         """A refusal that the page shows to its user is an error to the browser, and to nobody else."""
-        shown = rf"responded with a status of (404|410|422|429|503)|{self.lost}"
+        shown = rf"responded with a status of (401|404|410|422|429|503)|{self.lost}"
         if message.type == "error" and not re.search(shown, message.text):
             self.complaints.append(message.text)
 

@@ -1,0 +1,101 @@
+"""The page of a server that asks for a key, in a real browser."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
+
+from tests.e2e.conftest import RunningServer, start_server, stop_server
+from tests.e2e.test_page import DONE, Page
+from tests.service.keys import key_line
+
+ANN, BEN = "tm_ann", "tm_ben"
+
+
+@pytest.fixture(scope="module")
+def keyed(small: Path) -> Iterator[RunningServer]:
+    lines = (key_line("ann", ANN, row_steps_per_minute=10**6), key_line("ben", BEN))
+    running = start_server(small, TMINUS_KEYS="\n".join(lines))
+    yield running
+    assert stop_server(running) == 0, running.log
+    assert "Traceback" not in running.log, running.log
+    assert "tm_" not in running.log, "a secret"
+
+
+@pytest.fixture
+def open_page(browser: Any, keyed: RunningServer) -> Iterator[Callable[..., Page]]:
+    pages: list[Page] = []
+
+    def make(key: str = ANN) -> Page:
+        pages.append(Page(browser, keyed.url, key=key))
+        return pages[-1]
+
+    yield make
+    for page in pages:
+        page.context.close()
+        assert page.complaints == []
+
+
+def test_the_page_asks_for_a_key_and_then_works_as_any(open_page: Callable[..., Page], tmp_path: Path) -> None:
+    page = open_page()
+    expect(page.tab.locator("#who")).to_contain_text("Signed in as ann")
+    page.sample(steps=4, n=2, seed=7, guidance=1)
+    page.wait_until(DONE)
+    final = page.picture("#gallery img")
+    (cookie,) = page.context.cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+    assert page.tab.evaluate("document.cookie") == "", "no script can read it"
+    environment = os.environ | {"TMINUS_KEY": ANN}
+    for command in (
+        ["bash", "-c", page.tab.locator("#gallery .curl").text_content()],
+        [sys.executable, "-c", page.tab.locator("#gallery .python").text_content()],
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=60, env=environment)
+        assert (tmp_path / "out.png").read_bytes() == final, shlex.join(command)
+        (tmp_path / "out.png").unlink()
+    page.tab.reload()
+    expect(page.tab.locator("#gallery li")).to_have_count(1)
+    expect(page.tab.locator("#key-dialog")).to_be_hidden()
+
+
+def test_a_wrong_key_is_told_and_asked_for_again(browser: Any, keyed: RunningServer) -> None:
+    tab = browser.new_context().new_page()
+    tab.goto(keyed.url)
+    dialog = tab.get_by_role("dialog", name="This server asks for a key")
+    expect(dialog).to_be_visible()
+    expect(tab.get_by_label("Key", exact=True)).to_be_focused()
+    tab.keyboard.type("tm_wrong")
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_role("alert").filter(has_text="This key is not known here.")).to_be_visible()
+    expect(tab.get_by_label("Key", exact=True)).to_be_focused()
+    tab.keyboard.press("Escape")
+    expect(dialog).to_be_visible()
+    found = Axe().run(tab)
+    assert found.violations_count == 0, found.generate_report()
+    tab.keyboard.press("Control+A")
+    tab.keyboard.type(ANN)
+    tab.keyboard.press("Enter")
+    expect(dialog).to_be_hidden()
+    expect(tab.locator("#model")).to_contain_text("small")
+    assert tab.get_by_label("Key", exact=True).input_value() == ""
+    tab.context.close()
+
+
+def test_who_signs_out_leaves_nothing_for_the_next(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.sample(steps=4)
+    page.wait_until(DONE)
+    page.tab.get_by_role("button", name="Sign out").click()
+    expect(page.tab.get_by_role("dialog")).to_be_visible()
+    assert page.context.cookies() == []
+    expect(page.tab.locator("#gallery li")).to_have_count(0)
+    page.sign_in(BEN)
+    expect(page.tab.locator("#who")).to_contain_text("Signed in as ben")
+    expect(page.tab.locator("#gallery li")).to_have_count(0)
