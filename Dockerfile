@@ -33,7 +33,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,tar
     pip --python /opt/tminus/bin/python install --find-links /wheels --no-deps --root /code . \
     && chmod -R u=rwX,go=rX /code/opt/tminus/lib/python3.11/site-packages/tminus
 
-FROM python:3.11-slim
+FROM python:3.11-slim AS base
 LABEL org.opencontainers.image.title="tminus" \
       org.opencontainers.image.description="A server for trained denoising diffusion U-Nets" \
       org.opencontainers.image.licenses="Apache-2.0"
@@ -58,3 +58,16 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --start-interval=2s 
     CMD ["python", "-c", "import http.client, os, sys; probe = http.client.HTTPConnection('127.0.0.1', int(os.environ['TMINUS_PORT']), timeout=4); probe.request('GET', '/readyz'); sys.exit(probe.getresponse().status != 200)"]
 ENTRYPOINT ["tminus"]
 CMD ["serve"]
+
+# PyPI's torch brings the CUDA libraries as wheels, so a CUDA base image would only bring them twice. torch.compile calls a
+# C compiler for the launchers of its kernels.
+FROM base AS cuda
+USER 0:0
+# Debian keeps no earlier versions that could be named.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
+
+FROM base AS cpu

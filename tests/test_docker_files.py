@@ -1,6 +1,8 @@
 """What the container files say of the server, held against the server's own settings."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from tminus.service.server import ANSWER_S
@@ -9,11 +11,12 @@ from tminus.service.settings import Settings
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = (ROOT / "docker" / "compose.yaml").read_text()
+OVERRIDES = "".join((ROOT / "docker" / f"{name}.yaml").read_text() for name in ("gpu", "keys"))
 
 
 def test_every_tminus_variable_is_a_setting() -> None:
     known = {f"TMINUS_{name.upper()}" for name in Settings.model_fields}
-    used = set(re.findall(r"TMINUS_[A-Z_]+", DOCKERFILE + COMPOSE))
+    used = set(re.findall(r"TMINUS_[A-Z_]+", DOCKERFILE + COMPOSE + OVERRIDES))
     assert used
     assert used <= known
 
@@ -40,12 +43,28 @@ def test_compose_waits_longer_than_a_drain_takes() -> None:
 
 
 def test_the_image_runs_as_a_numbered_user_that_is_not_root() -> None:
-    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    final = DOCKERFILE.partition(" AS base\n")[2].partition("\nFROM ")[0]
     user, _group = re.search(r"^USER (\d+):(\d+)$", final, re.MULTILINE).groups()  # type: ignore[union-attr]
     assert int(user) > 0
+    users = re.findall(r"^USER (\d+)", DOCKERFILE, re.MULTILINE)
+    assert users == [user, "0", user], "and back after what needs root"
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([program, ROOT / "Dockerfile"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_build_without_a_target_is_that_for_the_cpu() -> None:
+    assert re.findall(r"^FROM .* AS (\w+)$", DOCKERFILE, re.MULTILINE)[-2:] == ["cuda", "cpu"]
+
+
+def test_the_trial_of_the_image_is_a_script_that_bash_reads() -> None:
+    subprocess.run(["bash", "-n", ROOT / "docker" / "smoke"], check=True, timeout=10)
 
 
 def test_the_server_gets_the_signals_itself() -> None:
-    final = DOCKERFILE.rpartition("\nFROM ")[2]
+    final = DOCKERFILE.partition(" AS base\n")[2].partition("\nFROM ")[0]
     assert re.search(r'^ENTRYPOINT \["tminus"\]$', final, re.MULTILINE)
     assert re.search(r'^CMD \["serve"\]$', final, re.MULTILINE)
