@@ -5,8 +5,11 @@ One file, though long: clients see these as one list, and so may a reader.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
+
+SECRET = re.compile(r"\btm_[\w-]+")  # as `tminus key` makes them
 
 
 class ServiceError(Exception):
@@ -38,7 +41,7 @@ class ServiceError(Exception):
             "title": self.title,
             "status": self.status,
             "code": self.code,
-            "detail": self.detail,
+            "detail": masked(self.detail),
         }
         if self.field is not None:
             members |= {"field": short(self.field), "value": short(self.value)}
@@ -303,7 +306,7 @@ class CheckpointRefused(ServiceError):
 class AdminOff(ServiceError):
     """The server has no key of the role admin, so that nothing can be loaded or unloaded."""
 
-    status, code, title = 403, "admin_off", "No admin key is set"
+    status, code, title = 403, "admin_off", "No key has the role admin"
 
     def __init__(self) -> None:
         super().__init__("this needs a key of the role admin, and the server has none: see --keys-file and --keys")
@@ -428,12 +431,17 @@ def short(value: object, limit: int = 200) -> object:
         return value
     try:
         text = value if isinstance(value, str) else _json_start(value, limit)
-        if isinstance(value, (list, tuple, dict)) and len(text.encode()) <= limit:
+        if isinstance(value, (list, tuple, dict)) and len(text.encode()) <= limit and not SECRET.search(text):
             return value
     except (RecursionError, ValueError):
         text = f"a {type(value).__name__} that cannot be shown"
     text = text[: limit + 1].encode("utf-8", "replace").decode()  # JSON may escape half a surrogate pair
-    return text if len(text) <= limit else text[:limit] + "…"
+    return masked(text if len(text) <= limit else text[:limit] + "…")
+
+
+def masked(text: str) -> str:
+    """A text without the secrets of API keys that clients may have put anywhere."""
+    return SECRET.sub("tm_…", text)
 
 
 _SHOWN = json.JSONEncoder(allow_nan=False, default=str, ensure_ascii=False)

@@ -16,6 +16,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from tminus.service.api.page import HEADERS
 from tminus.service.api.problems import render
 from tminus.service.app import Application
 from tminus.service.errors import NotReady
@@ -109,5 +110,5 @@ async def _early(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"] == "/healthz":
         answer = JSONResponse({"status": "alive"})
     elif A_PAGE.fullmatch(scope["path"]):
-        answer = HTMLResponse(PAGE, 503, headers={"Retry-After": str(REFRESH_S)})
+        answer = HTMLResponse(PAGE, 503, headers=HEADERS | {"Retry-After": str(REFRESH_S)})
     await answer(scope, receive, send)

@@ -38,7 +38,8 @@ class KeyRing:
 
     @property
     def up(self) -> bool:
-        """False since the file was found unreadable or with a mistake, and what it said before holds."""
+        """False while the file cannot be read, or has a mistake, and what it said before holds. Any thread may ask."""
+        self._look()
         return self._up
 
     def find(self, secret: str) -> Key | None:
@@ -54,7 +55,8 @@ class KeyRing:
             return
         self._looked_s = self._clock()
         try:
-            if _state(self._file) == self._seen:
+            changed = _state(self._file) != self._seen
+            if not changed and self._up:
                 return
             self._read(self._file)
         except ValueError as error:

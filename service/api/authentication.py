@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tminus.service.access.access import Access, Caller
@@ -23,7 +23,7 @@ from tminus.service.api.openapi import LOGIN_BODY, failures
 from tminus.service.api.origin import OF_A_MODEL
 from tminus.service.api.problems import render
 from tminus.service.api.request import check_encoding, no_parameters, read_json, unless_gone
-from tminus.service.errors import InvalidField, ServiceError, Unauthorized
+from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
 
 COOKIE = "tminus_key"
 COOKIE_S = 30 * 86_400
@@ -51,10 +51,15 @@ def identify(access: Access, scope: Scope) -> Caller:
     return access.without_secret()
 
 
-def check_header(access: Access, scope: Scope) -> None:
-    """Raise Unauthorized for a wrong key in the head of a WebSocket. Without one a first message may have it."""
+def has_key(access: Access, scope: Scope) -> bool:
+    """Whether the head of a WebSocket says who asks, or nobody has to. Raises Unauthorized for a wrong key in it."""
     if access.has_keys and (secret := _bearer(Headers(scope=scope))) is not None:
         access.with_secret(secret)
+    try:
+        identify(access, scope)
+    except Unauthorized:
+        return False
+    return True
 
 
 def is_open(path: str) -> bool:
@@ -79,8 +84,9 @@ class Authentication:
         try:
             caller = identify(self._access, scope)
             scope.setdefault("state", {})["caller"] = caller
+            send = _with_allowance(caller, send)
             with caller.connected():
-                await self._app(scope, receive, _with_allowance(caller, send))
+                await self._app(scope, receive, send)
         except ServiceError as refusal:  # not of a route: those are answered within
             self._refused(refusal.code)
             await render(refusal)(scope, receive, send)
@@ -117,11 +123,8 @@ class LoginRequest(RequestSchema):
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any]) -> "LoginRequest":
-        """Check names and types. Raises InvalidField or UnknownField, neither of which repeats a key."""
-        try:
-            return cls.from_parameters(parameters, lambda _name: "a text of at most 512 characters")
-        except InvalidField as error:
-            raise InvalidField(f"{error.field} must be {error.bound}", field=error.field, bound=error.bound) from None
+        """Check names and types. Raises InvalidField or UnknownField."""
+        return cls.from_parameters(parameters, lambda _name: "a text of at most 512 characters")
 
 
 def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
@@ -136,14 +139,21 @@ def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
     @router.post(
         "/login",
         summary="Keep a key in a cookie, for a page",
-        dependencies=bare,
         response_model=WhoAnswer,
         responses=failures(400, 401, 408, 413, 415, 422, 429),
         openapi_extra={"requestBody": LOGIN_BODY},
     )
     async def login(request: Request) -> Response:
         check_encoding(request)
-        asked = LoginRequest.parse(await unless_gone(read_json(request, max_body_bytes)))
+        try:
+            await no_parameters(request)
+            asked = LoginRequest.parse(await unless_gone(read_json(request, max_body_bytes)))
+        except (
+            ConflictingField,
+            InvalidField,
+            UnknownField,
+        ) as error:  # its value may be a key
+            raise type(error)(f"{error.field} is not as it must be", field=error.field, bound=error.bound) from None
         who = WhoAnswer.of(access.with_secret(asked.key))
         response = JSONResponse(who.model_dump(), headers=NO_STORE)
         secure = request.url.scheme == "https"
@@ -166,12 +176,7 @@ def _bearer(headers: Headers) -> str | None:
 
 
 def _cookie(headers: Headers) -> str:
-    for each in headers.getlist("cookie"):
-        for pair in each.split(";"):
-            name, _, value = pair.strip().partition("=")
-            if name == COOKIE:
-                return value.strip('"')
-    return ""
+    return cookie_parser("; ".join(headers.getlist("cookie"))).get(COOKIE, "")
 
 
 def _with_allowance(caller: Caller, send: Send) -> Send:

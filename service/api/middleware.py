@@ -15,7 +15,7 @@ from tminus.service.access.access import Caller
 from tminus.service.api.origin import OF_A_MODEL, PROBES
 from tminus.service.api.problems import render
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
-from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody
+from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody, masked
 from tminus.service.request_id import REQUEST_ID
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,13 @@ def sender_of(scope: Scope) -> str:
 
 
 def target_of(scope: Scope) -> str:
-    """The path and query as they came, cut, for the log: what is not printable ASCII stays percent-encoded."""
+    """The path and query as they came, cut, for the log: what is not printable ASCII stays percent-encoded.
+
+    Secrets of API keys have no place in a query, but may be put there.
+    """
     query = b"?" + scope["query_string"] if scope.get("query_string") else b""
     target = (scope.get("raw_path") or quote(scope["path"]).encode()) + query
-    text = target.decode("ascii", "backslashreplace")
+    text = masked(target.decode("ascii", "backslashreplace"))
     return text if len(text) <= TARGET_CHARACTERS else f"{text[:TARGET_CHARACTERS]}…"
 
 

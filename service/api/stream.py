@@ -14,8 +14,7 @@ from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from tminus.service.access.access import Caller
-from tminus.service.api.advice import warning_of
-from tminus.service.api.authentication import check_header, identify
+from tminus.service.api.authentication import has_key, identify
 from tminus.service.api.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models
 from tminus.service.api.previews import StreamRequest
@@ -23,11 +22,19 @@ from tminus.service.api.problems import render
 from tminus.service.api.progress import Countdown, result_of
 from tminus.service.api.request import from_body, no_parameters, off_loop
 from tminus.service.api.services import Services
+from tminus.service.api.stream_messages import accepted_message, error_message, frame_message, key_of
 from tminus.service.api.submission import charged, to_job, understand
-from tminus.service.errors import BodyTooLarge, JobCancelled, MalformedMessage, ServiceError, Silence
+from tminus.service.errors import (
+    BodyTooLarge,
+    JobCancelled,
+    MalformedMessage,
+    ServiceError,
+    Silence,
+    Unauthorized,
+    short,
+)
 from tminus.service.images.encoder import PNG
-from tminus.service.model_info import ModelInfo
-from tminus.service.preview import Frame, Watch
+from tminus.service.preview import Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import JobResult, Ticket, timesteps_of
@@ -37,6 +44,7 @@ log = logging.getLogger(__name__)
 
 FIRST_MESSAGE_S = 10.0  # from connecting to the spec
 NEXT_MESSAGE_S = 60.0  # between two jobs
+KEY_BYTES = 1024  # of a message with a key
 SEND_S = 60.0  # for a message to leave: a client that reads nothing is disconnected
 NORMAL = 1000
 
@@ -52,11 +60,11 @@ def stream_routes(models: Models) -> APIRouter:
         try:
             services.doors.check(ws.scope)
             await no_parameters(ws)
-            services = models.of(ws)
-            check_header(services.access, ws.scope)
+            known = has_key(services.access, ws.scope)
+            services = models.of(ws) if known else services  # whoever has yet to say who it is learns no names
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
-                await _Stream(models, services, ws).serve()
+                await _Stream(models, services, ws, known=known).serve()
         except ServiceError as refusal:  # before it was accepted
             services.metrics.rejected(refusal.code)
             status = refusal.status
@@ -81,14 +89,17 @@ class _Asked:
 class _Stream:
     """One connection. Jobs run over it one after the other, each on what its model's name stands for then."""
 
-    def __init__(self, models: Models, services: Services, ws: WebSocket) -> None:
-        self._models, self._services, self._ws = models, services, ws
+    def __init__(self, models: Models, services: Services, ws: WebSocket, *, known: bool) -> None:
+        """known: whether the handshake says who asks; else a first message has to."""
+        self._models, self._services, self._ws, self._known = models, services, ws, known
         self._secret: str | None = None  # that came in a message, as pages have to send it
 
     async def serve(self) -> None:
         """Run jobs until the client has no more, goes away or does something wrong. Raises nothing."""
         with contextlib.suppress(WebSocketDisconnect, TimeoutError):  # it is gone, or reads nothing
             try:
+                if not self._known:
+                    await self._introduce()
                 patience_s, keep_open = FIRST_MESSAGE_S, True
                 while keep_open:
                     message = await self._next_spec(patience_s)
@@ -109,6 +120,19 @@ class _Stream:
             except Exception as error:
                 await self._end(error)
 
+    async def _introduce(self) -> None:
+        """Take the key in the first message, and nothing else. Raises Unauthorized."""
+        try:
+            async with asyncio.timeout(FIRST_MESSAGE_S):
+                text = await self._receive_text()
+        except TimeoutError:
+            raise Silence(f"no key came in {FIRST_MESSAGE_S:g} s") from None
+        message = await self._parse(text) if len(text) <= KEY_BYTES else {}
+        if message.get("type") != "key":
+            raise Unauthorized('the first message must be {"type": "key", "key": "…"}')
+        self._secret = key_of(message)
+        self._caller()
+
     def _caller(self) -> Caller:
         """Whoever asks, by what its key says now. Raises Unauthorized."""
         access = self._services.access
@@ -123,8 +147,9 @@ class _Stream:
             error = ServiceError("something went wrong on the server; its log has the details")
         elif error.refusal:
             self._services.metrics.rejected(error.code)
+            log.info("request %s: %d %s: %s", REQUEST_ID.get(), error.status, error.code, ascii(short(error.detail)))
         with self._services.streams.busy():
-            await self._send(_error_message(error))
+            await self._send(error_message(error))
             await self._close(error.ws_close, error.code)
 
     async def _next_spec(self, patience_s: float) -> dict[str, Any]:
@@ -133,12 +158,15 @@ class _Stream:
             async with asyncio.timeout(patience_s):
                 while (message := await self._receive()).get("type") in ("cancel", "key"):
                     if message["type"] == "key":
-                        self._secret = _key_of(message)
+                        self._secret = key_of(message)
         except TimeoutError:
             raise Silence(f"no job was asked for in {patience_s:g} s") from None
         return message
 
     async def _receive(self) -> dict[str, Any]:
+        return await self._parse(await self._receive_text())
+
+    async def _receive_text(self) -> str:
         message = await self._ws.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message["code"], message.get("reason"))
@@ -146,6 +174,9 @@ class _Stream:
         if text is None or not text.strip():
             what = "an empty" if text is not None else "a binary"
             raise MalformedMessage(f"a JSON object in a text message is expected, got {what} one")
+        return str(text)
+
+    async def _parse(self, text: str) -> dict[str, Any]:
         try:
             return await off_loop(len(text), from_body, text.encode(), self._services.limits.max_body_bytes)
         except BodyTooLarge:
@@ -170,10 +201,12 @@ class _Stream:
                 job_id, asked.spec, asked.deadline_s, watch,
                 model=self._services.number, inputs=asked.inputs, owner=caller.name,
             )  # fmt: skip
+        if caller.name:
+            log.info("request %s: job %s is of %s", REQUEST_ID.get(), job_id, caller.name)
         done = result_of(ticket, asked.deadline_s)
         tasks = [listening := asyncio.ensure_future(self._listen())]
         try:
-            await self._send(_accepted_message(job_id, asked.spec, ticket, self._services.model))
+            await self._send(accepted_message(job_id, asked.spec, ticket, self._services.model))
             tasks.append(showing := asyncio.ensure_future(self._show(mailbox, asked, job_id, ticket)))
             any_of: set[asyncio.Future[Any]] = {done, listening, showing}
             await asyncio.wait(any_of, return_when=asyncio.FIRST_COMPLETED)
@@ -230,7 +263,7 @@ class _Stream:
             left_s = await countdown.left_s()
             async with asyncio.timeout(SEND_S):
                 for show, image, picture in pictures:
-                    message = _frame_message(frame, spec, timesteps[frame.step], show, left_s)
+                    message = frame_message(frame, spec, timesteps[frame.step], show, left_s)
                     await self._send(message if image is None else message | {"image": spec.index + image})
                     await self._send(picture)
             self._services.metrics.frame_sent()
@@ -266,40 +299,3 @@ def _gone() -> Iterator[None]:
         yield
     except RuntimeError:
         raise WebSocketDisconnect(1006) from None
-
-
-def _key_of(message: dict[str, Any]) -> str:
-    secret = message.get("key")
-    if message.keys() != {"type", "key"} or not isinstance(secret, str):
-        raise MalformedMessage("a message of type key has a key, which is a text, and nothing else")
-    return secret
-
-
-def _accepted_message(job_id: str, spec: SampleSpec, ticket: Ticket, model: ModelInfo) -> dict[str, Any]:
-    return {
-        "type": "accepted",
-        "id": job_id,
-        "seed": spec.seed,
-        "eta_s": round(ticket.outlook.eta_s, 3),
-        "position": ticket.outlook.position,
-        "fingerprint": model.fingerprint,
-    } | ({"warning": warning} if (warning := warning_of(spec, model)) is not None else {})
-
-
-def _frame_message(frame: Frame, spec: SampleSpec, t: float, show: str, eta_s: float) -> dict[str, Any]:
-    return {
-        "type": "frame",
-        "step": frame.step,
-        "steps": spec.num_passes,
-        "t": round(t, 3),
-        "show": show,
-        "eta_s": round(eta_s, 3),
-    }
-
-
-def _error_message(error: ServiceError) -> dict[str, Any]:
-    """The problem's members, but for its type, which a message has of its own."""
-    message = error.problem() | {"type": "error"}
-    if "Retry-After" in error.headers:
-        message["retry_after_s"] = int(error.headers["Retry-After"])
-    return message

@@ -44,17 +44,17 @@ def charged(services: Services, caller: Caller, spec: SampleSpec) -> Iterator[No
     What a job costs is what it takes in passes of one row: a guided step counts twice, and skipped ones not at all.
     """
     row_steps = work_of(spec, services.model).places
-    with caller.charged(row_steps, services.worker.jobs.number_of(caller.name)):
+    jobs = services.jobs.number_of(caller.name) if caller.limits.jobs is not None else 0
+    with caller.charged(row_steps, jobs):
         yield
     services.metrics.charged(caller.name, row_steps)
 
 
 async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
     """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
-    size_bytes = len(asked.image or b"") + len(asked.mask or b"")
-    key = await off_loop(size_bytes, idempotency_key, request, asked, caller_of(request).name)
+    caller, size_bytes = caller_of(request), len(asked.image or b"") + len(asked.mask or b"")
+    key = await off_loop(size_bytes, idempotency_key, request, asked, caller.name)
     spec, inputs = await to_job(services, asked, request)
-    caller = caller_of(request)
     view, again = await services.jobs.create(
         spec, asked.deadline_s, key, inputs,
         model=services.number, owner=caller.name, charged=lambda: charged(services, caller, spec),

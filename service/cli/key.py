@@ -1,6 +1,8 @@
 """`tminus key`: make an API key. Its secret is shown once; a server keeps its hash."""
 
+import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ LIMIT = click.IntRange(1, MOST)
 
 @click.command()
 @click.argument("name")
-@click.option("--role", type=click.Choice(ROLES), default="sample", help="admin may also load and unload models")
+@click.option("--role", type=click.Choice(ROLES), show_default="sample", help="admin may also load and unload models")
 @click.option("--row-steps-per-minute", type=LIMIT, show_default="no limit", help="a guided step counts twice")
 @click.option("--jobs", type=LIMIT, show_default="no limit", help="that wait or run at once")
 @click.option("--connections", type=LIMIT, show_default="no limit", help="requests that are answered at once")
@@ -23,17 +25,19 @@ def key(name: str, role: Any, file: Path | None, **limits: int | None) -> None:
     """Make an API key for NAME, and print its secret.
 
     With --file its line is added to that file, which a server reads again by itself; without, it is printed below the
-    secret. Run it again for the same NAME to replace a key: both are valid until the old line is deleted.
+    secret. Run it again for the same NAME to replace a key: role and limits are then those of the earlier line, and
+    both are valid until you delete that.
     """
     if not NAME.fullmatch(name):
         fail(f"NAME must be 1 to 64 letters, digits, dots, dashes and underscores, got {name!r}")
     secret = new_secret()
-    line = to_line(Key(name, role, digest_of(secret), KeyLimits(**limits)))
+    made = Key(name, role or "sample", digest_of(secret), KeyLimits(**limits))
     if file is None:
-        say(f"{secret}\n{line}")
+        say(f"{secret}\n{to_line(made)}")
         return
+    is_bare = role is None and made.limits == KeyLimits()
     try:
-        add_line(file, line)
+        add(file.resolve(), made, like_the_earlier=is_bare)
     except ValueError as error:
         fail(f"{file}: {error}")
     except OSError as error:
@@ -41,21 +45,39 @@ def key(name: str, role: Any, file: Path | None, **limits: int | None) -> None:
     say(secret)
 
 
-def add_line(file: Path, line: str) -> None:
-    """Add a line to a file of keys, in one step, so that a server never reads half of it.
+def add(file: Path, key: Key, *, like_the_earlier: bool) -> None:
+    """Add a key to a file, in one step, so that a server never reads half of it. Others that do so wait.
 
-    Raises ValueError for what would be no file of keys, and OSError.
+    like_the_earlier: its role and limits are those of the name's earlier line, if there is one. Raises ValueError for
+    what would be no file of keys, and OSError.
     """
-    before = file.read_text("utf-8") if file.exists() else ""
-    after = f"{before}\n" if before and not before.endswith("\n") else before
-    after += f"{line}\n"
-    parse_keys(after)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        before = file.read_text("utf-8") if file.exists() else ""
+        if like_the_earlier and before.strip():
+            earlier = next((each for each in parse_keys(before) if each.name == key.name), key)
+            key = Key(key.name, earlier.role, key.digest, earlier.limits)
+        after = f"{before}\n" if before and not before.endswith("\n") else before
+        after += f"{to_line(key)}\n"
+        parse_keys(after)
+        _replace(file, after)
+    finally:
+        os.close(folder)
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file anew, with the owner and the rights that it had; a new one is for its owner alone."""
+    had = file.stat() if file.exists() else None
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        mode = file.stat().st_mode & 0o777 if file.exists() else 0o600
-        with os.fdopen(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "w", encoding="utf-8") as opened:
-            opened.write(after)
+        with os.fdopen(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as opened:
+            opened.write(text)
             opened.flush()
+            if had is not None:
+                os.fchmod(opened.fileno(), had.st_mode & 0o777)
+                with suppress(PermissionError):  # who may not give files away owns it now
+                    os.fchown(opened.fileno(), had.st_uid, had.st_gid)
             os.fsync(opened.fileno())
         beside.replace(file)
     finally:

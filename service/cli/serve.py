@@ -19,7 +19,8 @@ from tminus.service.model_info import max_edit_bytes
 from tminus.service.settings import Settings
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
+    import socket
+
     from pydantic.fields import FieldInfo
 
     from tminus.model.checkpoint import Checkpoint
@@ -86,14 +87,14 @@ def serve(**flags: Any) -> None:
     from tminus.service.engine.loading import Measured, prepare_engine, read_checkpoint
     from tminus.service.engine.memory import release_memory
     from tminus.service.jobs.opening import open_store
+    from tminus.service.metrics_server import serve_metrics
     from tminus.service.parts import Prepared
-    from tminus.service.server import bind
     from tminus.service.server import serve as run_server
 
-    try:  # what can be found out at once is, before anything is measured
-        listener = bind(settings.host, settings.port)
-    except (OSError, UnicodeError) as error:
-        fail(f"cannot listen on {settings.host}:{settings.port}: {error}")
+    # What can be found out at once is, before anything is measured.
+    listener, for_metrics = listen(settings.host, settings.port), None
+    if settings.metrics and settings.metrics_port is not None:
+        for_metrics = listen(settings.metrics_host or settings.host, settings.metrics_port)
     try:
         access = settings.access(listener.getsockname()[0])
     except ValueError as error:
@@ -147,11 +148,11 @@ def serve(**flags: Any) -> None:
             library=Library(folders, settings.models),
             prepare=read_and_measure,
             access=access,
-            with_metrics=settings.metrics and settings.metrics_port is None,
+            with_metrics=settings.metrics and for_metrics is None,
             with_docs=settings.docs,
         )
-        if settings.metrics and settings.metrics_port is not None:
-            serve_metrics(settings.metrics_port, listener.getsockname()[0], application.metrics.registry)
+        if for_metrics is not None:
+            serve_metrics(for_metrics, application.metrics)
         return application
 
     try:
@@ -168,6 +169,16 @@ def serve(**flags: Any) -> None:
         fail(str(error))
     if not stopped_well:
         fail("the worker crashed; the log says why")
+
+
+def listen(host: str, port: int) -> "socket.socket":
+    """Reserve an address; where that fails one clear line."""
+    from tminus.service.server import bind
+
+    try:
+        return bind(host, port)
+    except (OSError, UnicodeError) as error:
+        fail(f"cannot listen on {host}:{port}: {error}")
 
 
 def read_models(settings: Settings) -> "list[tuple[str, Checkpoint, Path]]":
@@ -199,17 +210,6 @@ def read_settings(flags: dict[str, Any]) -> Settings:
         name = str(first["loc"][0])
         got = "" if name == "keys" else f", got {first['input']!r}"  # which is a secret
         fail(f"--{name.replace('_', '-')} (TMINUS_{name.upper()}): {first['msg']}{got}")
-
-
-def serve_metrics(port: int, address: str, registry: "CollectorRegistry") -> None:
-    """Answer /metrics on a port of its own, in a thread. Raises ValueError where it is not free."""
-    from prometheus_client import start_http_server
-
-    try:
-        start_http_server(port, address, registry)
-    except OSError as error:
-        raise ValueError(f"--metrics-port (TMINUS_METRICS_PORT): cannot listen on {address}:{port}: {error}") from None
-    log.info("metrics are on http://%s:%d/metrics", f"[{address}]" if ":" in address else address, port)
 
 
 def log_model(info: "ModelInfo") -> None:

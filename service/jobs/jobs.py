@@ -46,6 +46,11 @@ class Jobs:
         """Forget the jobs of a model."""
         del self._lifecycles[model]
 
+    def number_of(self, owner: str) -> int:
+        """How many jobs of an owner have not ended, with those of an earlier process that the worker has not yet."""
+        lives = (live for each in self._lifecycles.values() for live in each.all() if not live.submitted)
+        return self._worker.jobs.number_of(owner) + sum(live.record.owner == owner for live in lives)
+
     @property
     def store_failure(self) -> StorageFailed | None:
         """Why nothing can be written to a store of a model that is served at the moment."""

@@ -18,8 +18,8 @@ export function signIn(login) {
     dialog.showModal();
   }).then(() => {
     field.value = "";
-    dialog.close();
     pending = null;
+    dialog.close();
   }));
 }
 
@@ -41,9 +41,12 @@ export function showWho(who, logout) {
   element("who").hidden = !signedIn;
   element("who-name").textContent = who.name ?? "";
   element("sign-out").onclick = async () => {
-    await fetch(logout, { method: "POST" });
-    location.reload();
+    const response = await fetch(logout, { method: "POST" }).catch(() => null);
+    if (!response?.ok) return alert("There was no answer: you are still signed in.");
+    sessionStorage.clear(); // what is kept there is of who leaves
+    location.replace(location.pathname);
   };
 }
 
-dialog.addEventListener("cancel", (event) => event.preventDefault()); // behind it there is nothing to use yet
+// Behind it there is nothing to use yet. A browser closes it by a second Escape whatever is said to the first.
+dialog.addEventListener("close", () => pending && dialog.showModal());

@@ -18,7 +18,7 @@ MODEL = sorted((ROOT / "model").glob("**/*.py"))
 # stand at the top of service/, the words that everybody uses and the app that puts the parts together.
 LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "access", "api", "app", "cli")
 WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_id", "spec", "work"}
-APP = {"app", "library", "model_changes", "parts", "server", "settings", "starting", "threads"}
+APP = {"app", "library", "metrics_server", "model_changes", "parts", "server", "settings", "starting", "threads"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {

@@ -16,6 +16,7 @@ from tests.service.fakes import INFO, PATIENCE_S, wait_until
 from tminus.model.tables import Table
 from tminus.service.api.stream_limits import Streams
 from tminus.service.app import Application
+from tminus.service.metrics import Metrics
 from tminus.service.server import Server, bind, first_request
 from tminus.service.starting import Starting
 
@@ -57,7 +58,7 @@ class Running:
         self.listener = bind("127.0.0.1", 0)
         self.listener.listen()
         self.worker, self.streams = FakeWorker(), Streams(8, 8)
-        application = Application(make_app(), self.worker, self.streams, INFO)  # type: ignore[arg-type]
+        application = Application(make_app(), self.worker, self.streams, Metrics(), INFO)  # type: ignore[arg-type]
         self.starting = Starting(lambda: application, lambda: setattr(self.server, "should_exit", True))
         self.server = Server(uvicorn.Config(self.starting, log_config=None), self.starting, grace_s)
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
@@ -93,7 +94,7 @@ def test_uvicorn_has_each_method_that_is_extended(name: str) -> None:
 
 
 def test_uvicorn_has_handle_exit_called_on_a_signal() -> None:
-    starting = Starting(lambda: Application(make_app(), FakeWorker(), Streams(1, 1), INFO), lambda: None)  # type: ignore[arg-type]
+    starting = Starting(lambda: Application(make_app(), FakeWorker(), Streams(1, 1), Metrics(), INFO), lambda: None)  # type: ignore[arg-type]
     server = Server(uvicorn.Config(starting), starting, 3600)
     with server.capture_signals():
         for signum in (signal.SIGTERM, signal.SIGINT):

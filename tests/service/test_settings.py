@@ -1,5 +1,4 @@
 import gc
-import socket
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,7 +8,6 @@ from typing import Any, get_args, get_origin
 
 import click.testing
 import pytest
-from prometheus_client import CollectorRegistry
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -18,7 +16,7 @@ from tests.service.keys import key_line
 from tminus.service.access.access import Access
 from tminus.service.api.origin import Doors
 from tminus.service.cli import main as cli
-from tminus.service.cli.serve import serve_metrics, shown
+from tminus.service.cli.serve import shown
 from tminus.service.engine.loading import Loaded
 from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.library import Library
@@ -32,7 +30,8 @@ TWO_SIDED = ("exact", "open", "metrics", "docs")
 KEYS_FILE = Path(__file__).with_name("keys_of_the_tests.txt")
 LINE = key_line("studio", "the-secret")
 LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8000))
-APP = SimpleNamespace(metrics=SimpleNamespace(registry="the registry"))
+METRICS_LISTENER = SimpleNamespace()
+APP = SimpleNamespace(metrics="what is counted")
 
 # Each field with a text that is not its default, and what the text means.
 GIVEN: dict[str, tuple[str, Any]] = {
@@ -69,6 +68,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_image_bytes": ("4096", 4096),
     "metrics": ("false", False),
     "metrics_port": ("9100", 9100),
+    "metrics_host": ("::1", "::1"),
     "docs": ("false", False),
     "grace_s": ("0.25", 0.25),
     "log_level": ("debug", "debug"),
@@ -82,6 +82,7 @@ OTHER = {
     "keys": key_line("other", "another-secret"),
     "open": "false",
     "metrics": "true",
+    "metrics_host": "127.0.0.2",
     "docs": "true",
     "device": "cpu",
     "host": "::1",
@@ -230,6 +231,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             return dict(library.named) | ({"extra": library.folder / "extra"} if library.folder is not None else {})
 
         def bind(host: str, port: int) -> SimpleNamespace:
+            if "host" in served:  # the first is that of the server
+                served.update(metrics_host=host, metrics_port=port)
+                return METRICS_LISTENER
             served.update(host=host, port=port)
             return LISTENER
 
@@ -277,8 +281,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr("tminus.service.server.bind", bind)
         monkeypatch.setattr("tminus.service.server.serve", run_server)
         monkeypatch.setattr(
-            "tminus.service.cli.serve.serve_metrics",
-            lambda port, address, registry: served.update(metrics_port=port, registry=(address, registry)),
+            "tminus.service.metrics_server.serve_metrics",
+            lambda listener, metrics: served.update(for_metrics=listener, counted=metrics),
         )
         result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)
         return result, served
@@ -291,6 +295,8 @@ def arrived(served: Served, name: str) -> Any:
     if name in ("keys", "keys_file"):
         assert served["access"].with_secret("the-secret").name == "studio"
         return GIVEN[name][1]
+    if name == "metrics_host":  # which is for that port alone
+        return served.get(name, GIVEN[name][1])
     if name == "open":
         return served["access"].is_open
     if name in {field.name for field in fields(Limits)}:
@@ -491,18 +497,13 @@ def test_a_server_that_other_machines_reach_does_not_start_without_keys(serve: S
 
 
 def test_metrics_on_a_port_of_their_own_are_not_on_the_other(serve: Serve) -> None:
-    _, served = serve("--metrics-port", "9100")
-    assert (served["metrics"], served["registry"]) == (False, ("127.0.0.1", "the registry"))
+    _, served = serve("--metrics-port", "9100", "--metrics-host", "::1")
+    assert (served["metrics"], served["metrics_host"], served["metrics_port"]) == (False, "::1", 9100)
+    assert (served["for_metrics"], served["counted"]) == (METRICS_LISTENER, APP.metrics)
+    _, served = serve("--metrics-port", "9100", "--host", "127.0.0.2")
+    assert served["metrics_host"] == "127.0.0.2"
     _, served = serve("--metrics-port", "9100", "--no-metrics")
-    assert (served["metrics"], served.get("registry")) == (False, None)
-
-
-def test_a_port_for_metrics_that_is_taken_is_named() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"--metrics-port .*127\.0\.0\.1:{port}"):
-            serve_metrics(port, "127.0.0.1", CollectorRegistry())
+    assert (served["metrics"], served.get("for_metrics")) == (False, None)
 
 
 # --- several models ---

@@ -10,6 +10,7 @@ from starlette.testclient import WebSocketDenialResponse
 from tests.service.conftest import INSTANT, Site
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
 from tminus.service.app import Application
+from tminus.service.metrics import Metrics
 from tminus.service.starting import Starting
 
 
@@ -26,7 +27,7 @@ class Slow:
         assert self.go.wait(PATIENCE_S)
         if self.error is not None:
             raise self.error
-        return Application(self.site.app, self.site.worker, self.site.streams, INFO)
+        return Application(self.site.app, self.site.worker, self.site.streams, Metrics(), INFO)
 
 
 @pytest.fixture
@@ -51,6 +52,8 @@ def test_a_start_listens_at_once_and_says_what_it_does(slow: Slow) -> None:
         page = client.get("/")
         assert page.status_code == 503
         assert "being measured" in page.text
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert page.headers["x-content-type-options"] == "nosniff"
         assert client.get("/models/any/").text == page.text
         assert 'http-equiv="refresh"' in page.text
         with pytest.raises(WebSocketDenialResponse) as caught, client.websocket_connect("/sample/stream"):

@@ -82,6 +82,20 @@ def test_a_file_with_a_mistake_changes_nothing(
     assert ring.up
 
 
+def test_a_file_that_is_back_as_it_was_is_well_again(
+    file: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    ring, away = KeyRing(file=file, clock=clock), file.with_name("away")
+    file.rename(away)
+    clock.now_s += 2 * LOOK_S
+    assert not ring.up, "though nobody has asked for a key"
+    away.rename(file)
+    clock.now_s += 2 * LOOK_S
+    with caplog.at_level(logging.INFO):
+        assert ring.up
+    assert "has 2 keys now" in caplog.text
+
+
 def test_it_is_looked_at_once_a_second_at_most(file: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     ring, looks = KeyRing(file=file, clock=clock), []
     stat = os.stat

@@ -110,18 +110,34 @@ def test_a_refusal_is_counted_and_no_log_shows_a_key(keyed: Site, caplog: pytest
         keyed.post(json=SPEC, headers=bearer("tm_wrong"))
         keyed.post(json=SPEC, headers=bearer(ANN))
         keyed.client.post("/login", json={"key": "tm_wrong"})
-        keyed.client.post("/login", json={"kee": ANN})
-        keyed.client.post("/login", json={"key": [ANN]})
+        answers = [
+            keyed.client.post("/login", json={"kee": ANN}),
+            keyed.client.post("/login", json={"kee": "a secret of somebody's own"}),
+            keyed.client.post("/login", json={"key": [ANN]}),
+            keyed.client.post("/login", content=f'{{"key": "{ANN}", "key": "{ANN}"}}'),
+            keyed.client.post(f"/login?key={ANN}", json={"key": ANN}),
+            keyed.client.get(f"/sample?key={ANN}", headers=bearer(ANN)),
+            keyed.client.get(f"/sample?steps={ANN}", headers=bearer(ANN)),
+            keyed.client.post("/sample", json={"key": {"a": [ANN]}}, headers=bearer(ANN)),
+        ]
+        with stream(keyed, **bearer(ANN)) as client:
+            client.send(**SPEC)
+            finish(client)
         keyed.client.post("/login", json={"key": ANN})
-    assert "tm_" not in caplog.text
+    for answer in answers:
+        assert answer.status_code in (400, 422)
+        assert "tm_ann" not in answer.text
+        assert "of somebody's own" not in answer.text
+    assert "tm_" not in caplog.text.replace("tm_…", "").replace("tm_\\u2026", "")
     assert "of testclient (ann): POST /sample 200" in caplog.text
+    assert "is of ann" in caplog.text, "over a WebSocket too"
     samples = {
         line.split()[0]: float(line.split()[1])
         for line in keyed.client.get("/metrics", **as_(OPS)).text.splitlines()
         if line.startswith(("tminus_rejected", "tminus_key"))
     }
     assert samples['tminus_rejected_total{reason="unauthorized"}'] == 2
-    assert samples['tminus_key_row_steps_total{key="ann"}'] == 8
+    assert samples['tminus_key_row_steps_total{key="ann"}'] == 16
     assert samples["tminus_keys_up"] == 1
 
 
@@ -264,18 +280,30 @@ def test_or_in_its_first_message_as_pages_have_to_send_it(keyed: Site) -> None:
         ({"type": "key", "key": 5}, "malformed_message"),
         ({"type": "key"}, "malformed_message"),
         ({"type": "key", "key": ANN, "n": 1}, "malformed_message"),
-        (None, "unauthorized"),
+        ({"type": "key", "key": ANN + 1024 * "x"}, "unauthorized"),
+        ({"type": "cancel"}, "unauthorized"),
+        (SPEC, "unauthorized"),
     ],
 )
-def test_without_a_good_one_it_is_closed(keyed: Site, first: dict[str, Any] | None, code: str) -> None:
+def test_without_a_good_one_it_is_closed(keyed: Site, first: dict[str, Any], code: str) -> None:
     before = list(keyed.engine.batches)
     with stream(keyed) as client:
-        if first is not None:
-            client.send(**first)
-        if code == "unauthorized":
-            client.send(**SPEC)
+        client.send(**first)
         client.refused(code, 1008)
     assert keyed.engine.batches == before
+
+
+def test_who_has_not_said_who_it_is_learns_of_no_model(keyed: Site) -> None:
+    with keyed.client.websocket_connect("/models/nope/sample/stream") as ws:
+        ws.send_json({"type": "key", "key": "tm_wrong"})
+        assert ws.receive_json()["code"] == "unauthorized"
+    with keyed.client.websocket_connect("/models/nope/sample/stream") as ws:
+        ws.send_json({"type": "key", "key": ANN})
+        ws.send_json(SPEC)
+        assert ws.receive_json()["code"] == "model_not_found"
+    with pytest.raises(WebSocketDenialResponse) as caught:
+        keyed.client.websocket_connect("/models/nope/sample/stream", headers=bearer(ANN)).__enter__()
+    assert caught.value.json()["code"] == "model_not_found"
 
 
 def test_who_never_says_who_it_is_is_not_waited_for(keyed: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +373,41 @@ def test_an_owner_outlives_a_restart(make_site: MakeSite, tmp_path: Path) -> Non
     wait_until(lambda: again.client.get(f"/jobs/{open_job}", **as_(ANN)).json()["state"] == "done")
     assert listed(again, ANN) == {done, open_job}
     assert listed(again, BEN) == set()
+
+
+def test_jobs_that_wait_since_an_earlier_start_have_their_owner_and_count(make_site: MakeSite, tmp_path: Path) -> None:
+    access = {"access": access_of(key_line("ann", ANN, jobs=2), *LINES[1:])}
+    site = make_site(state_file=tmp_path / "jobs.sqlite", app=access)
+    site.engine.gate.shut()
+    large, small = submit(site, ANN, n=4), submit(site, ANN, n=1)
+    site.engine.next_begun()
+    site.worker.drain()
+    site.engine.gate.open()
+    site.worker.join()
+    site.client.__exit__(None, None, None)
+    again = make_site(state_file=tmp_path / "jobs.sqlite", app=access, max_rows=2, gate_shut=True)
+    site.client.__enter__ = again.client.__enter__  # type: ignore[method-assign]
+    again.engine.gate.let()  # the warm-up
+    again.wait_until_ready()
+    # The small one goes on; the large one waits for a start with more room.
+    wait_until(lambda: again.worker.jobs.number_of("ann") == 1)
+    assert listed(again, ANN) == {large, small}
+    assert listed(again, BEN) == set()
+    refused = again.client.post("/jobs", json=SPEC | {"n": 1}, **as_(ANN))
+    assert problem(refused, 429, "quota_exceeded")["field"] == "jobs"
+    problem(again.client.get(f"/jobs/{small}", **as_(BEN)), 404, "job_not_found")
+    again.engine.gate.open()
+    wait_until(lambda: again.client.get(f"/jobs/{small}", **as_(ANN)).json()["state"] == "done")
+
+
+def test_a_page_of_jobs_is_full_of_ones_own(keyed: Site) -> None:
+    mine = submit(keyed, ANN)
+    wait_until(lambda: keyed.client.get(f"/jobs/{mine}", **as_(ANN)).json()["state"] == "done")
+    for seed in range(4):
+        other = submit(keyed, BEN, seed=seed)
+        wait_until(lambda j=other: keyed.client.get(f"/jobs/{j}", **as_(BEN)).json()["state"] == "done")
+    page = keyed.client.get("/jobs?limit=2", **as_(ANN)).json()
+    assert ([job["id"] for job in page["jobs"]], page["next"]) == ([mine], None)
 
 
 def test_an_idempotency_key_is_its_owners(keyed: Site) -> None:
@@ -428,14 +491,33 @@ def test_jobs_that_have_not_ended_are_limited_and_a_repeat_is_none(make_site: Ma
 
 
 def test_connections_are_limited(make_site: MakeSite) -> None:
-    site = limited(make_site, connections=1)
+    site = limited(make_site, connections=1, row_steps_per_minute=1000)
     site.engine.gate.shut()
     with suppress(CancelledError), stream(site, **bearer(ANN)) as client:
         client.send(**SPEC)
         client.get("accepted")
         response = site.client.get("/model", **as_(ANN))
         assert problem(response, 429, "quota_exceeded")["field"] == "connections"
+        assert response.headers["ratelimit-policy"] == '"row-steps";q=1000;w=60'
         assert site.client.get("/model", **as_(BEN)).status_code == 200
         assert site.client.get("/healthz").status_code == 200
         site.engine.gate.open()
     wait_until(lambda: site.client.get("/model", **as_(ANN)).status_code == 200)
+
+
+# --- what need not be answered ---
+
+
+def test_metrics_and_docs_can_be_left_out(make_site: MakeSite) -> None:
+    whole, bare = make_site(), make_site(app={"with_metrics": False, "with_docs": False})
+    for path in ("/metrics", "/docs", "/openapi.json", "/models/fake/docs"):
+        assert whole.client.get(path).status_code == 200
+        assert bare.client.get(path).status_code == 404
+    assert bare.client.get("/model").status_code == 200
+
+
+def test_a_secret_that_an_operator_chose_is_kept_in_the_cookie_as_it_is(make_site: MakeSite) -> None:
+    secret = 'a;b,"c" \\d ä'
+    site = make_site(app={"access": access_of(key_line("ann", secret))})
+    assert site.client.post("/login", json={"key": secret}).status_code == 200
+    assert site.client.get("/key").json()["name"] == "ann"

@@ -1,6 +1,8 @@
 """`tminus key`: what it prints is what a server takes."""
 
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import click.testing
@@ -40,6 +42,34 @@ def test_the_line_is_added_to_a_file_that_others_cannot_read(tmp_path: Path) -> 
     file.chmod(0o640)
     run("c", "--file", file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o640, "as its owner wants it"
+
+
+def test_a_second_key_of_a_name_is_like_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    run("a", "--role", "admin", "--jobs", "3", "--file", file)
+    second = run("a", "--file", file).stdout.strip()
+    found = KeyRing(file=file).find(second)
+    assert found is not None
+    assert (found.role, found.limits.jobs) == ("admin", 3)
+
+
+def test_two_at_the_same_time_both_add_theirs(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    command = [sys.executable, "-m", "tminus", "key", "--file", file]
+    running = [subprocess.Popen([*command, f"k{i}"], stdout=subprocess.PIPE, text=True) for i in range(6)]
+    secrets = [process.communicate(timeout=60)[0].strip() for process in running]
+    ring = KeyRing(file=file)
+    assert [key.name for secret in secrets if (key := ring.find(secret))] == [f"k{i}" for i in range(6)]
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    file, link = tmp_path / "real" / "keys", tmp_path / "keys"
+    run("a", "--file", file)
+    link.symlink_to(file)
+    run("b", "--file", link)
+    assert link.is_symlink()
+    assert [key.name for key in KeyRing(file=file).keys] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""A server behind a real nginx with TLS, by the configuration in docker/nginx."""
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from websockets.sync.client import connect
+
+from tests.e2e.conftest import RunningServer, start_server, stop_server
+from tests.service.fakes import wait_until
+from tests.service.keys import bearer, key_line
+from tests.test_monitoring import free_port
+
+TEMPLATE = Path(__file__).parents[2] / "docker" / "nginx" / "tminus.conf.template"
+NAME, KEY = "diffusion.example", "tm_of_the_proxys_test"
+SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
+
+
+@dataclass
+class Proxied:
+    server: RunningServer
+    port: int
+    certificate: Path
+
+    def client(self, **headers: str) -> httpx.Client:
+        """A client that knows the name by another address, as one with DNS would."""
+        context = ssl.create_default_context(cafile=str(self.certificate))
+        context.check_hostname = False
+        return httpx.Client(
+            base_url=f"https://127.0.0.1:{self.port}", verify=context, headers={"Host": NAME} | headers, timeout=60
+        )
+
+
+@pytest.fixture(scope="module")
+def proxied(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
+    folder, port = tmp_path_factory.mktemp("nginx"), free_port()
+    certificate, key = folder / "fullchain.pem", folder / "privkey.pem"
+    request = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    request += ["-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}", "-keyout", str(key)]
+    subprocess.run([*request, "-out", str(certificate)], check=True, capture_output=True, timeout=60)
+    server = start_server(
+        small, "--allowed-hosts", NAME, TMINUS_KEYS=key_line("studio", KEY), FORWARDED_ALLOW_IPS="127.0.0.1"
+    )
+    text = TEMPLATE.read_text().replace("${NAME}", NAME).replace("8443", f"127.0.0.1:{port}")
+    text = text.replace("/certificates", str(folder)).replace("http://tminus:8000", server.url)
+    whole = f"pid {folder}/pid; daemon off; worker_processes 1;\nevents {{}}\nhttp {{ access_log off;\n"
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    whole += "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
+    (folder / "nginx.conf").write_text(f"{whole}{text}}}\n")
+    environment = os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    process = subprocess.Popen(
+        ["nginx", "-c", str(folder / "nginx.conf"), "-e", str(folder / "errors")], env=environment
+    )
+    found = Proxied(server, port, certificate)
+
+    def listens() -> bool:
+        assert process.poll() is None, (folder / "errors").read_text()
+        try:
+            return found.client().get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_until(listens)
+    yield found
+    process.terminate()
+    process.wait(20)
+    assert stop_server(server) == 0, server.log
+
+
+def test_a_sample_is_the_same_with_and_without_it(proxied: Proxied) -> None:
+    with proxied.client(**bearer(KEY)) as client:
+        through = client.post("/sample", json=SPEC)
+    assert through.status_code == 200
+    assert through.headers["strict-transport-security"]
+    assert through.content == httpx.post(f"{proxied.server.url}/sample", json=SPEC, headers=bearer(KEY)).content
+
+
+def test_a_stranger_and_another_name_are_refused(proxied: Proxied) -> None:
+    with proxied.client() as client:
+        assert client.get("/model").status_code == 401
+        assert client.get("/model", headers={"Host": "evil.example"}).json()["code"] == "foreign_host"
+
+
+def test_a_body_that_is_too_large_is_told_by_the_server(proxied: Proxied) -> None:
+    with proxied.client(**bearer(KEY)) as client:
+        assert client.post("/jobs", content=b'{"x": "' + b"!" * 2**22).json()["code"] == "body_too_large"
+
+
+def test_frames_come_through_a_websocket_one_by_one(proxied: Proxied) -> None:
+    context = ssl.create_default_context(cafile=str(proxied.certificate))
+    # The name is that of the certificate, and the address that of this test's proxy.
+    sock = socket.create_connection(("127.0.0.1", proxied.port))
+    url = f"wss://{NAME}/sample/stream"
+    with connect(url, sock=sock, ssl=context, server_hostname=NAME, additional_headers=bearer(KEY)) as ws:
+        ws.send(json.dumps(SPEC | {"every": 1}))
+        kinds = [json.loads(text)["type"] for text in ws if isinstance(text, str)]
+    ws.socket.close()  # which the library leaves to the garbage collector
+    assert (kinds[0], *{*kinds[1:-1]}, kinds[-1]) == ("accepted", "frame", "done")
+
+
+def test_events_leave_before_the_job_ends(proxied: Proxied) -> None:
+    with proxied.client(**bearer(KEY)) as client:
+        job = client.post("/jobs", json={"steps": 1000, "n": 8}).json()
+        with client.stream("GET", f"/jobs/{job['id']}/events", params={"every": 1}) as events:
+            lines = events.iter_lines()
+            assert any(line.startswith("event: ") for line in lines)
+            assert client.get(f"/jobs/{job['id']}").json()["state"] in ("waiting", "running")
+        client.delete(f"/jobs/{job['id']}")
+
+
+def test_a_login_over_tls_gives_a_cookie_that_never_goes_without(proxied: Proxied) -> None:
+    with proxied.client() as client:
+        response = client.post("/login", json={"key": KEY})
+        assert "secure" in response.headers["set-cookie"].lower()
+        own = {"Origin": f"https://{NAME}", "Sec-Fetch-Site": "same-origin"}
+        assert client.post("/login", json={"key": KEY}, headers=own).status_code == 200
+        assert client.post("/login", json={"key": KEY}, headers={"Origin": "https://evil.example"}).status_code == 403
