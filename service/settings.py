@@ -148,6 +148,7 @@ class Settings(BaseSettings):
     grace_s: float = Field(
         30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
     )
+    log_format: Literal["text", "json"] = Field("text", description="text, or json: one object a line")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
 
     @field_validator("checkpoint", mode="before")

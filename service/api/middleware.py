@@ -59,6 +59,19 @@ def route_of(scope: Scope) -> str:
     return f"/models/{{model}}{route}" if below else route
 
 
+def _fields(scope: Scope, status: int, seconds: float) -> dict[str, object]:
+    """What a log of JSON has of a request."""
+    caller: Caller | None = scope.get("state", {}).get("caller")
+    return {
+        "client": scope["client"][0] if scope.get("client") else None,
+        "key": caller.name if caller is not None and caller.name else None,
+        "method": scope["method"],
+        "target": target_of(scope),
+        "status": status,
+        "seconds": round(seconds, 4),
+    }
+
+
 class RequestContext:
     """Gives each request an id (the client's X-Request-ID if that is well-formed) and times it by route and status."""
 
@@ -100,6 +113,7 @@ class RequestContext:
                 logging.DEBUG if route in PROBES else logging.INFO,
                 "request %s of %s: %s %s %d in %.3f s",
                 request_id, sender_of(scope), scope["method"], target_of(scope), status, seconds,
+                extra=_fields(scope, status, seconds),
             )  # fmt: skip
 
 

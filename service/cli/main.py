@@ -5,6 +5,7 @@ The files of the subcommands import torch and what needs it in their functions, 
 
 import click
 
+from tminus.service.cli.config import config
 from tminus.service.cli.convert import convert
 from tminus.service.cli.distill import distill
 from tminus.service.cli.evaluate import evaluate
@@ -26,7 +27,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(serve, key, models, sample, reproduce),
+    *(serve, config, key, models, sample, reproduce),
     *(train, train_autoencoder, tune, distill, evaluate, inspect, convert),
 )
 for command in COMMANDS:

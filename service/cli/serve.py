@@ -3,84 +3,38 @@
 import logging
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
 import click
-from pydantic import SecretStr, ValidationError
 
+from tminus.service.cli.configuration import read_settings, settings_options
 from tminus.service.cli.loading import read
 from tminus.service.cli.output import fail, set_up_log
 from tminus.service.library import Library, name_of
 from tminus.service.model_info import max_edit_bytes
-from tminus.service.settings import Settings
 
 if TYPE_CHECKING:
     import socket
-
-    from pydantic.fields import FieldInfo
 
     from tminus.model.checkpoint import Checkpoint
     from tminus.service.app import Application
     from tminus.service.jobs.store import JobStore
     from tminus.service.model_info import ModelInfo
+    from tminus.service.settings import Settings
 
 log = logging.getLogger(__name__)
-TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", SecretStr: "TEXT"}
-
-
-def settings_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of Settings; without the flag, its variable or default holds."""
-    for name, field in reversed(Settings.model_fields.items()):
-        flag = f"--{name.replace('_', '-')}"
-        if field.annotation in (bool, bool | None):
-            flag += f"/--no-{name.replace('_', '-')}"
-        default = f"[default: {shown(field.default)}]" if field.default not in (None, ()) else ""
-        text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
-        several = field.default == ()
-        option = click.option(
-            flag, name, default=None, help=text, show_default=False, metavar=values_of(field), multiple=several
-        )
-        command = option(command)
-    return command
-
-
-def shown(default: object) -> object:
-    """How help and docs write a default."""
-    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
-
-
-def values_of(field: "FieldInfo") -> str | None:
-    """What a flag takes, as --help shows it: the choices, or the type and its bounds. Settings checks the value."""
-    if get_origin(field.annotation) is tuple:
-        return "[NAME=]PATH"
-    bound = {name: value for each in field.metadata for name in ("ge", "gt", "le", "pattern")
-             if (value := getattr(each, name, None)) is not None}  # fmt: skip
-    if get_origin(field.annotation) is Literal:
-        return "|".join(get_args(field.annotation))
-    if "pattern" in bound:
-        return str(bound["pattern"].strip("^()$"))
-    (kind,) = {*(get_args(field.annotation) or (field.annotation,))} - {NoneType}
-    if kind is bool:
-        return None
-    if "gt" in bound:
-        return f"{TYPES[kind]} above {bound['gt']}"
-    if "ge" in bound:
-        return f"{TYPES[kind]} {bound['ge']}..{bound.get('le', '')}"
-    return TYPES[kind]
 
 
 @click.command()
 @settings_options
-def serve(**flags: Any) -> None:
+def serve(config: Path | None, **flags: Any) -> None:
     """Load one or more checkpoints and serve them over HTTP."""
-    settings = read_settings(flags)
+    settings = read_settings(config, flags)
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: sys.exit(0))
-    set_up_log(settings.log_level.upper(), "%(asctime)s %(levelname)s %(name)s %(message)s")
+    set_up_log(settings.log_level.upper(), "%(asctime)s %(levelname)s %(name)s %(message)s", settings.log_format)
 
     from tminus.model.checkpoint import Checkpoint
     from tminus.service.app import create_app
@@ -98,6 +52,7 @@ def serve(**flags: Any) -> None:
     try:
         access = settings.access(listener.getsockname()[0])
     except ValueError as error:
+        listener.close()
         fail(str(error))
     models = read_models(settings)
     folders = {name: folder for name, _, folder in models}
@@ -181,7 +136,7 @@ def listen(host: str, port: int) -> "socket.socket":
         fail(f"cannot listen on {host}:{port}: {error}")
 
 
-def read_models(settings: Settings) -> "list[tuple[str, Checkpoint, Path]]":
+def read_models(settings: "Settings") -> "list[tuple[str, Checkpoint, Path]]":
     """Read all checkpoints, with their names. What is wrong with one ends in one line."""
     try:
         folders = settings.checkpoints()
@@ -199,17 +154,6 @@ def read_models(settings: Settings) -> "list[tuple[str, Checkpoint, Path]]":
                 fail(f"{name} has the weights of {other}; serve one of them")
         models[name] = name, checkpoint, folder
     return list(models.values())
-
-
-def read_settings(flags: dict[str, Any]) -> Settings:
-    """Build the settings; for a bad value one line that names its flag, its variable and the value."""
-    try:
-        return Settings(**{name: value for name, value in flags.items() if value not in (None, ())})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = str(first["loc"][0])
-        got = "" if name == "keys" else f", got {first['input']!r}"  # which is a secret
-        fail(f"--{name.replace('_', '-')} (TMINUS_{name.upper()}): {first['msg']}{got}")
 
 
 def log_model(info: "ModelInfo") -> None:

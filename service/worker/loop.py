@@ -109,7 +109,7 @@ class Loop:
         steps = job.snapshot.steps if job.snapshot is not None else None
         job.model.scheduler.add(job.id, job.rows, job.work, steps)
         job.snapshot = job.inputs = None
-        log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec)
+        log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
     def _refuse(self, job: RunningJob, error: ServiceError) -> None:
         self._leave(job)
@@ -149,10 +149,11 @@ class Loop:
         saved = job.spec.n * job.spec.end - job.steps_taken
         self._leave(job)
         if reason == SUSPENDED:
-            log.info("job %s of request %s is suspended", job.id, job.request_id)
+            log.info("job %s of request %s is suspended", job.id, job.request_id, extra=job.log_fields)
         else:
             self._metrics.job_given_up(reason, saved)
-            log.info("job %s of request %s given up (%s), %d row-steps saved", job.id, job.request_id, reason, saved)
+            what = "job %s of request %s given up (%s), %d row-steps saved"
+            log.info(what, job.id, job.request_id, reason, saved, extra=job.log_fields)
         job.fail(error)
 
     def unload(self, number: int) -> None:
@@ -296,7 +297,7 @@ class Loop:
         self._metrics.job_done(job.model.info.name, job.spec.n)
         queue_s, denoise_s = job.started_s - job.submitted_s, denoised_s - job.started_s
         what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
-        log.info(what, job.id, job.request_id, queue_s, denoise_s)
+        log.info(what, job.id, job.request_id, queue_s, denoise_s, extra=job.log_fields)
         job.finish(JobResult(read, queue_s, job.first_step_s, denoise_s, self._clock() - denoised_s))
 
     # --- for all of these ---

@@ -64,6 +64,11 @@ class RunningJob:
         return started_s - self.submitted_s, self.first_step_s
 
     @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log of JSON has of it."""
+        return {"job_id": self.id, "request_id": self.request_id, "key": self.owner}
+
+    @property
     def needs_picture(self) -> bool:
         """Whether the engine will look at its inputs: a job that goes on from a snapshot only has those of a mask."""
         return self.inputs is not None and (self.snapshot is None or self.inputs.mask is not None)
@@ -118,7 +123,7 @@ class RunningJob:
                     frames[watch.show] = Frame(self.step, self.model.engine.preview(self.rows, watch.show))
                 watch.put(frames[watch.show])
             except Exception:  # a frame is not worth the job
-                log.exception("job %s could not be shown", self.id)
+                log.exception("job %s could not be shown", self.id, extra=self.log_fields)
 
     def record(self, stepped: JobRows) -> None:
         """Pass the recording the rows that have just reached a step it records."""

@@ -16,7 +16,7 @@ from tests.service.keys import key_line
 from tminus.service.access.access import Access
 from tminus.service.api.origin import Doors
 from tminus.service.cli import main as cli
-from tminus.service.cli.serve import shown
+from tminus.service.cli.configuration import shown
 from tminus.service.engine.loading import Loaded
 from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.library import Library
@@ -29,7 +29,7 @@ from tminus.service.settings import Settings
 TWO_SIDED = ("exact", "open", "metrics", "docs")
 KEYS_FILE = Path(__file__).with_name("keys_of_the_tests.txt")
 LINE = key_line("studio", "the-secret")
-LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8000))
+LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8000), close=lambda: None)
 METRICS_LISTENER = SimpleNamespace()
 APP = SimpleNamespace(metrics="what is counted")
 
@@ -71,6 +71,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "metrics_host": ("::1", "::1"),
     "docs": ("false", False),
     "grace_s": ("0.25", 0.25),
+    "log_format": ("json", "json"),
     "log_level": ("debug", "debug"),
 }
 
@@ -94,6 +95,7 @@ OTHER = {
     "allowed_hosts": "*",
     "allowed_origins": "*",
     "state_dir": "elsewhere",
+    "log_format": "text",
     "log_level": "error",
 }
 
@@ -280,6 +282,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr("tminus.service.jobs.opening.open_store", open_store)
         monkeypatch.setattr("tminus.service.server.bind", bind)
         monkeypatch.setattr("tminus.service.server.serve", run_server)
+        monkeypatch.setattr(
+            "tminus.service.cli.serve.set_up_log", lambda _level, _form, kind: served.update(log_format=kind)
+        )
         monkeypatch.setattr(
             "tminus.service.metrics_server.serve_metrics",
             lambda listener, metrics: served.update(for_metrics=listener, counted=metrics),
@@ -486,7 +491,7 @@ def test_keys_come_from_one_place() -> None:
 
 
 def test_a_server_that_other_machines_reach_does_not_start_without_keys(serve: Serve) -> None:
-    listener = SimpleNamespace(getsockname=lambda: ("192.0.2.1", 8000))
+    listener = SimpleNamespace(getsockname=lambda: ("192.0.2.1", 8000), close=lambda: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "LISTENER", listener)
         result, served = serve("--host", "studio.example")

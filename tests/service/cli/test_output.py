@@ -1,10 +1,14 @@
+import io
+import json
 import logging
+from datetime import datetime, timedelta
 
 import click.testing
 import pytest
 
 from tminus.service.cli.main import main
-from tminus.service.cli.output import MAX_LINE, fail, printable, say
+from tminus.service.cli.output import MAX_LINE, fail, printable, say, set_up_log
+from tminus.service.request_id import REQUEST_ID
 
 
 def test_what_could_drive_a_terminal_is_escaped_and_text_of_any_script_is_kept() -> None:
@@ -30,3 +34,31 @@ def test_the_log_is_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     (handler,) = root.handlers
     record = logging.LogRecord("x", logging.INFO, "", 0, "serving %s\nand", ("\x1b[2J",), None)
     assert handler.format(record) == "serving \\x1b[2J\nand"
+
+
+def test_a_log_of_json_has_an_object_a_line_with_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    root, text = logging.getLogger(), io.StringIO()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr("sys.stderr", text)
+    set_up_log("INFO", "%(message)s", "json")
+    log = logging.getLogger("tminus.x")
+    log.info("a\n%s", "b\x1b[2J", extra={"job_id": "j", "status": 200, "unknown": 1})
+    token = REQUEST_ID.set("r")
+    try:
+        raise RuntimeError("oh")
+    except RuntimeError:
+        log.exception("it failed")
+    finally:
+        REQUEST_ID.reset(token)
+    first, second = map(json.loads, text.getvalue().splitlines())
+    assert first == first | {
+        "level": "info",
+        "logger": "tminus.x",
+        "message": "a\nb\x1b[2J",
+        "job_id": "j",
+        "status": 200,
+    }
+    assert first.keys() == {"time", "level", "logger", "message", "job_id", "status"}
+    assert datetime.fromisoformat(first["time"]).utcoffset() == timedelta(0)
+    assert (second["request_id"], second["level"]) == ("r", "error")
+    assert "RuntimeError: oh" in second["traceback"]

@@ -1,0 +1,123 @@
+"""`tminus config`, and --config of `tminus serve`: settings from a file."""
+
+import tomllib
+from pathlib import Path
+
+import click.testing
+import pytest
+
+from tests.service.keys import key_line
+from tminus.service.cli.configuration import read_settings
+from tminus.service.cli.main import main
+from tminus.service.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("config", *Settings.model_fields):
+        monkeypatch.delenv(f"TMINUS_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "tminus.toml"
+
+
+def run(*arguments: str | Path, **variables: str) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(main, ["config", *map(str, arguments)], env=variables)
+
+
+def lines(*arguments: str | Path, **variables: str) -> list[str]:
+    result = run(*arguments, **variables)
+    assert result.exit_code == 0, result.output
+    return result.stdout.splitlines()
+
+
+def test_a_flag_wins_over_a_variable_over_the_file_over_the_default(file: Path) -> None:
+    file.write_text('port = 1\nmax-n = 2\nmax_jobs = 3\nhost = "::1"\n')
+    found = lines("--config", file, "--port", "11", "--changed", TMINUS_PORT="12", TMINUS_MAX_N="13")
+    assert found == [
+        'host = "::1"  # file ' + str(file),
+        "port = 11  # flag --port",
+        "max_n = 13  # variable TMINUS_MAX_N",
+        "max_jobs = 3  # file " + str(file),
+    ]
+    assert "max_batch" in "".join(lines("--config", file))
+    assert lines("--changed", TMINUS_CONFIG=str(file))[0].startswith('host = "::1"')
+    assert lines("--changed") == []
+
+
+def test_every_setting_is_printed_with_its_source() -> None:
+    found = lines()
+    assert len(found) == len(Settings.model_fields)
+    assert all(line.endswith("  # default") for line in found)
+
+
+def test_what_is_printed_is_a_file_of_the_same_settings(file: Path) -> None:
+    flags = (
+        "--checkpoint",
+        "a=x/y",
+        "--checkpoint",
+        'z"z',
+        "--no-exact",
+        "--open",
+        "--grace-s",
+        "1.5",
+        "--state-dir",
+        "Ünï",
+    )
+    file.write_text("\n".join(lines(*flags)))
+    assert tomllib.loads(file.read_text())["checkpoint"] == ["a=x/y", 'z"z']
+    read = read_settings(file, {})
+    assert (read.checkpoint, read.exact, read.open, read.grace_s) == (("a=x/y", 'z"z'), False, True, 1.5)
+    assert [line.partition("  # ")[0] for line in lines("--config", file)] == [
+        line.partition("  # ")[0] for line in lines(*flags)
+    ]
+
+
+def test_a_secret_is_not_printed() -> None:
+    keys = key_line("a", "secret")
+    (line,) = lines("--changed", TMINUS_KEYS=keys)
+    assert line == "# keys is secret: give it by TMINUS_KEYS  # variable TMINUS_KEYS"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("port = 'x'", "--port (TMINUS_PORT) in"),
+        ("port = 70000", "70000"),
+        ("porto = 1", "'porto', and there is no such setting"),
+        ("max-n = 1\nmax_n = 2", "twice"),
+        ("port = ", "is not TOML"),
+        ("port = 1\nport = 2", "is not TOML"),
+        ("[server]\nport = 1", "'server', and there is no such setting"),
+        ("exact = 'perhaps'", "--exact (TMINUS_EXACT)"),
+        (b"\xff", "is not TOML"),
+        (b"#" * (2**20 + 1), "more than 1048576 bytes"),
+        (None, "No such file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["config", "serve"])
+def test_what_is_wrong_with_a_file_is_one_line(command: str, file: Path, text: str | bytes | None, said: str) -> None:
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    arguments = [
+        command,
+        "--config",
+        str(file),
+        *(["--port", "0"] if command == "serve" and "port" not in str(text) else []),
+    ]
+    result = click.testing.CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("tminus: ")
+    assert said in line
+    assert str(file) in line
+
+
+def test_a_secret_with_a_mistake_in_a_file_is_not_repeated(file: Path) -> None:
+    file.write_text("keys = 'tm_secret'\nport = 0")
+    result = click.testing.CliRunner().invoke(main, ["serve", "--config", str(file)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("tminus: --keys (TMINUS_KEYS): line 1")
+    assert "tm_secret" not in result.output
