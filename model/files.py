@@ -6,11 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+MAX_MESSAGE = 1000  # characters
 MAX_JSON_BYTES = 8 * 2**20
 
 
 class CheckpointError(Exception):
-    """A checkpoint folder cannot be served; the message names the file and what is wrong with it."""
+    """A checkpoint folder cannot be served; the message names the file and what is wrong with it.
+
+    A message may quote what is in a file, which may be megabytes: it is cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…")
 
 
 def read_json(file: Path) -> dict[str, Any]:

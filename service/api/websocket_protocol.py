@@ -10,7 +10,9 @@ import sys
 from asyncio import BaseTransport
 from typing import Any, ClassVar
 
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
 from tminus.service.errors import TooManyBytes
@@ -49,7 +51,13 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             super().data_received(data)
 
     def send_receive_event_to_app(self) -> None:
-        """Pass a message on; one that is not UTF-8 closes the connection with 1007, and no traceback."""
+        """Pass a message on; one that is not UTF-8 closes the connection with 1007, and no traceback.
+
+        What comes after the server has closed is dropped: nobody is there to read it.
+        """
+        if self.conn.state is not State.OPEN:
+            self.frames = []
+            return
         if self.curr_msg_data_type == "text" and not all(map(bytes.isascii, self.frames)):
             try:
                 b"".join(self.frames).decode()
@@ -70,6 +78,17 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         """Release what the connection held."""
         self._received.release()
         super().connection_lost(exc)
+
+    async def send(self, message: Any) -> None:
+        """Send what the app says. Raises ClientDisconnected, which ends the app quietly, where nobody is to be let in.
+
+        After an answer in place of a handshake nothing is missing, though uvicorn would log an error.
+        """
+        if message["type"] == "websocket.accept" and self.transport.is_closing():
+            raise ClientDisconnected
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True
 
     async def run_asgi(self) -> None:
         """Run the app, then see that the connection ends: a closed transport waits for its reader without limit."""

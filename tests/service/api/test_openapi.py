@@ -1,25 +1,20 @@
 """GET /openapi.json, the page made of it, and what programs make of it: a client and a fuzzer."""
 
 import importlib
-import os
 import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import httpx
 import pytest
 from fastapi.openapi.models import OpenAPI
 
-from tests.service.api import fuzz_checks
-from tests.service.client.conftest import Served
-from tests.service.conftest import INSTANT, Site, pixels
-from tests.service.fakes import INFO, LIMITS
-from tests.service.keys import access_of, bearer, key_line
+from tests.service.conftest import Site, pixels
+from tests.service.fakes import INFO
+from tests.trials import openapi
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
 from tminus.service.images.encoder import JSON
@@ -177,33 +172,10 @@ def test_a_generated_client_knows_the_samplers_the_problems_and_every_call(site:
 
 # --- a client that tries everything it allows, and what it does not ---
 
-# A schema cannot say which parameters go together, so a valid request may be refused: see fuzz_checks.py.
-FUZZ_SETTINGS = """
-[checks.positive_data_acceptance]
-expected-statuses = ["2xx", "3xx", 404, 406, 409, 410, 422, 429]
-
-[[operations]]
-include-name = "POST /login"
-checks.positive_data_acceptance.expected-statuses = ["2xx", 401]
-"""
-ADMIN_KEY = "the-key-of-the-tests"
-# DELETE of a job that has not ended cancels it, and it can still be looked at.
-FUZZ = ["--checks", "all", "--exclude-checks", "use_after_free"]
-FUZZ += ["--header", f"Authorization: Bearer {ADMIN_KEY}"]
-FUZZ += ["--max-examples", "12", "--seed", "1", "--no-color", "--suppress-health-check", "all"]
-
 
 @pytest.mark.slow
-def test_a_fuzzer_finds_no_answer_that_openapi_does_not_allow(tmp_path: Path) -> None:
-    (tmp_path / "fuzz.toml").write_text(FUZZ_SETTINGS)
-    environment = os.environ | {"SCHEMATHESIS_HOOKS": fuzz_checks.__name__, "PYTHONPATH": str(ROOT)}
-    command = [str(Path(sys.executable).with_name("st")), "--config-file", "fuzz.toml", "run", *FUZZ]
-    limits = replace(LIMITS, max_jobs=1000, max_body_bytes=2**20)
-    with Served(INFO, limits, INSTANT, access=access_of(key_line("ops", ADMIN_KEY, "admin"))).running() as served:
-        command.append(f"{served.url}/openapi.json")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
-        operations = sum(
-            map(len, httpx.get(f"{served.url}/openapi.json", headers=bearer(ADMIN_KEY)).json()["paths"].values())
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{operations} selected / {operations} total" in done.stdout
+def test_a_fuzzer_finds_no_answer_that_openapi_does_not_allow() -> None:
+    found = openapi.trial(12)
+    assert found.passed, found.output
+    assert f"{found.operations} selected / {found.operations} total" in found.output
+    assert found.cases > 500

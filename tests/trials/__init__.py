@@ -1,0 +1,8 @@
+"""Trials in earnest, larger than the suite has time for. docs/reliability.md has their figures.
+
+    .venv/bin/python -m tests.trials.checkpoints --folders 1000
+    .venv/bin/python -m tests.trials.websockets --dialogues 5000
+    .venv/bin/python -m tests.trials.openapi --cases 10000
+
+Each prints what it counted, and exits with 1 if something was not as it must be. tests/test_trials.py runs them small.
+"""
