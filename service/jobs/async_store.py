@@ -98,9 +98,9 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.images, job_id)
 
-    async def delete(self, job_id: str) -> bool:
+    async def delete(self, job_id: str, owner: str | None = None) -> bool:
         """See JobStore."""
-        return await self._write(self._store.delete, job_id)
+        return await self._write(self._store.delete, job_id, owner)
 
     async def sweep(self, before_us: int, max_bytes: int) -> bool:
         """See JobStore."""

@@ -244,14 +244,14 @@ class Jobs:
 
     async def delete(self, job_id: str, sees: str | None) -> None:
         """Cancel a job that has not ended, delete one that has. Raises JobNotFound."""
-        if sees is not None:
-            await self.find(job_id, sees)
         if self._live(job_id) is None:
-            if self._worker.cancel(job_id, "deleted"):
+            status = await self._standings.of(job_id)
+            seen = status is not None and sees in (None, status.owner)
+            if seen and self._worker.cancel(job_id, "deleted"):
                 return
             for lifecycle in self._by_store():
                 with _unless_retired(lifecycle):
-                    if await lifecycle.store.delete(job_id):
+                    if await lifecycle.store.delete(job_id, sees):
                         return
             raise _not_found(job_id)
         view = await self.cancel(job_id, sees)

@@ -202,10 +202,11 @@ class SqliteStore:
         with _reading(f"the images of job {job_id}"):
             return arrays.unpack_images(data) if data is not None else None
 
-    def delete(self, job_id: str) -> bool:
+    def delete(self, job_id: str, owner: str | None = None) -> bool:
         """See JobStore."""
+        mine = [jobs.c.id == job_id, *([jobs.c.owner == owner] if owner is not None else [])]
         with self._transaction() as run:
-            return self._delete(run, [job_id]) > 0
+            return self._delete(run, run(sa.select(jobs.c.id).where(*mine)).scalars().all()) > 0
 
     def sweep(self, before_us: int, max_bytes: int) -> bool:
         """See JobStore."""
@@ -256,8 +257,7 @@ class SqliteStore:
     def _delete(self, run: Callable[..., Any], job_ids: Sequence[str]) -> int:
         for table in (snapshots, inputs_of, images_of):
             run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
-        count: int = run(sa.delete(jobs).where(jobs.c.id.in_(job_ids))).rowcount
-        return count
+        return int(run(sa.delete(jobs).where(jobs.c.id.in_(job_ids))).rowcount)
 
     def check(self, *, write: bool) -> None:
         """See JobStore."""

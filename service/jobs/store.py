@@ -98,8 +98,8 @@ class JobStore(Protocol):
     def images(self, job_id: str) -> Images | None:
         """Read the images of a job that is done."""
 
-    def delete(self, job_id: str) -> bool:
-        """Delete a job with all that belongs to it; False if there is none."""
+    def delete(self, job_id: str, owner: str | None = None) -> bool:
+        """Delete a job with all that belongs to it, whatever can be read of it; False if there is none of the owner."""
 
     def sweep(self, before_us: int, max_bytes: int) -> bool:
         """Delete jobs that ended before a time, and then the oldest that ended until those left take at most max_bytes.

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.conftest import BUNDLED, ROOT, RunningServer
+from tests.service.keys import key_line
 from tests.test_docs import shell_commands
 
 TMINUS = f"{sys.executable} -m tminus"
@@ -82,7 +83,9 @@ def test_the_requests_of_the_api_page_are_answered(bundled_server: RunningServer
 def test_the_commands_of_the_command_line_page_do_what_it_says(
     own_server: Callable[..., RunningServer], small: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TMINUS_ADMIN_KEY", "0123456789abcdef")
+    monkeypatch.setenv("TMINUS_KEYS", key_line("ops", "tm_of_the_page", "admin"))
+    monkeypatch.setenv("TMINUS_OPEN", "yes")
+    monkeypatch.setenv("TMINUS_KEY", "tm_of_the_page")
     server = own_server("--checkpoint", f"colour={small}", checkpoint=BUNDLED)
     run(server, folder, "docs/command-line.md", ".venv/bin/tminus sample")
     listed, *changed = run(server, folder, "docs/command-line.md", ".venv/bin/tminus models")
