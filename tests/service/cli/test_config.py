@@ -1,6 +1,8 @@
 """`tminus config`, and --config of `tminus serve`: settings from a file."""
 
+import signal
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import click.testing
@@ -13,9 +15,12 @@ from tminus.service.settings import Settings
 
 
 @pytest.fixture(autouse=True)
-def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_variables_and_signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
     for name in ("config", *Settings.model_fields):
         monkeypatch.delenv(f"TMINUS_{name.upper()}", raising=False)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
