@@ -15,7 +15,7 @@ LOOK_S = 1.0  # how often it is looked whether the file has changed
 
 
 class KeyRing:
-    """Owns the keys. In the event loop's thread, but for `up`. Raises ValueError for a file that is bad at the start."""
+    """Owns the keys, in the event loop's thread; any may ask `up`. Raises ValueError for a bad file at the start."""
 
     def __init__(
         self, text: str | None = None, file: Path | None = None, *, clock: Callable[[], float] = time.monotonic
