@@ -27,6 +27,7 @@ from tminus.service.jobs.stores import Stores
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.owners import Served
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.speed import Speed
 from tminus.service.worker.loaded_models import LoadedModel
@@ -75,13 +76,13 @@ class Parts:
     ) -> None:
         """first: the models that it begins with, the default one first. open_store: for the hash of weights."""
         self.metrics, self.models, self.doors, self.access = Metrics(), Models(), doors, access
-        self._numbers, self._arrivals = count(), count()
+        self._numbers, self._arrivals, self._served = count(), count(), Served()
         self._stores = Stores(open_store)
         self._parts: dict[int, _Part] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
         self._noise_turn = asyncio.Lock()
-        self.admission = Admission(limits)
+        self.admission = Admission(limits, shared=access.has_keys)
         self.cache = ResultCache(limits.result_cache_bytes)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
         self.decoder, self.encoder, self.recordings = Decoder(), Encoder(self.metrics.encoded), RecordingRoom()
@@ -159,7 +160,8 @@ class Parts:
         number = next(self._numbers)
         self.admission.put(number, prepared.speed)
         keeper = SnapshotKeeper(store, prepared.engine.info.fingerprint, self.metrics)
-        return LoadedModel(number, prepared.engine, Scheduler(prepared.speed.sharing, self._arrivals), keeper)
+        scheduler = Scheduler(prepared.speed.sharing, self._arrivals, self._served)
+        return LoadedModel(number, prepared.engine, scheduler, keeper)
 
     def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _Part:
         info = model.info

@@ -18,7 +18,7 @@ from tminus.service.api.origin import Doors
 from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.library import NAME, Library
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
 

@@ -5,17 +5,18 @@ Any thread may ask; the worker's takes work off. Time is an argument: seconds of
 
 import math
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.arrivals import Arrivals
-from tminus.service.scheduling.fluid import Pending
+from tminus.service.scheduling.flows import Pending
 from tminus.service.scheduling.forecast import forecast
+from tminus.service.scheduling.owners import Served
 from tminus.service.scheduling.room import Drain, Excess, Line, Load, find_excess
-from tminus.service.scheduling.scheduler import RESERVED_SHARE
+from tminus.service.scheduling.sharing import RESERVED_SHARE
 from tminus.service.scheduling.speed import Speed
 from tminus.service.work import Outlook, Work
 
@@ -30,6 +31,7 @@ class _Moment:
     jobs: Sequence[Pending]
     load: Load
     speeds: Mapping[int, Speed]
+    had_s: Mapping[str, float]  # what each owner has had that has jobs
 
 
 class Admission:
@@ -38,19 +40,20 @@ class Admission:
     The jobs are of all models, and so are the limits of jobs and backlog; each model has slots for rows of its own.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        """limits: of which max_jobs and max_backlog_s hold here."""
-        self._limits = limits
+    def __init__(self, limits: Limits, *, shared: bool = False) -> None:
+        """limits: of which max_jobs and max_backlog_s hold here. shared: several owners may come."""
+        self._limits, self._shared = limits, shared
         # Guards the ledger and the speeds. The worker must not wait for a forecast, so none is made under this lock.
         self._lock = threading.Lock()
         # The ledger, in order of arrival. The schedulers count the same work, but only in the worker's thread, and only
         # once that has taken a job up; requests are admitted in other threads, and a job counts from then on.
         self._jobs: dict[str, Pending] = {}
         self._speeds: dict[int, Speed] = {}  # by model
+        self._served = Served()  # as the schedulers have it, but from when a job is accepted
         # Held while a request is being admitted, one at a time; guards what follows. Taken before _lock.
         self._admitting = threading.Lock()
-        self._line = Line()
-        self._arrivals = Arrivals()
+        self._lines: defaultdict[str, Line] = defaultdict(Line)  # by owner, and so are the arrivals
+        self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)
         self._drain: Drain | None = None  # None: a job came in since it was made
         self._drain_made_s = 0.0
 
@@ -60,6 +63,7 @@ class Admission:
         self,
         job_id: str,
         work: Work,
+        owner: str = "",
         *,
         now_s: float,
         deadline_s: float | None = None,
@@ -67,7 +71,7 @@ class Admission:
     ) -> Outlook:
         """Accept a job and count it, or raise Overloaded, DeadlineUnmeetable or InvalidField.
 
-        has_picture: it starts from one.
+        has_picture: it starts from one. owner: whose job it is.
 
         An idle server takes any job within the bounds. Overloaded tells when there should be room, each client another
         time; none is kept for it.
@@ -78,18 +82,19 @@ class Admission:
             if work.rows > speed.max_rows:
                 raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)
             work = speed.with_beside(work, has_picture=has_picture)
-            job = Pending(job_id, work, work.places, work.beside_s)
+            job = Pending(job_id, work, work.places, work.beside_s, owner)
             if deadline_s is not None:
                 _check_alone(job, deadline_s, server)
             self._check_room(job, now_s, server)
-            outlook = forecast([*server.jobs, job], server.speeds, until=job_id)[job_id]
+            had_s = {**server.had_s, owner: self._had_on_joining_s(owner)}
+            outlook = forecast([*server.jobs, job], server.speeds, job_id, had_s)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
                 raise _unmeetable(deadline_s, outlook.eta_s)
-            self._arrivals.add(work.places * speed.place_s, now_s)
+            self._arrivals[owner].add(work.places * speed.place_s, now_s)
             self._take(job)
             return self._foresee(outlook, job, now_s, speed)
 
-    def readmit(self, job_id: str, work: Work, *, places_left: int) -> Outlook:
+    def readmit(self, job_id: str, work: Work, owner: str = "", *, places_left: int) -> Outlook:
         """Count a job that an earlier process accepted: neither backlog nor deadline refuses it any more.
 
         Raises Overloaded while there are no slots for it; its Retry-After is no forecast.
@@ -102,14 +107,14 @@ class Admission:
             excess = find_excess(server.load, work, slots, speed)
             if excess is not None:
                 raise _overloaded(excess, 1)
-            self._take(Pending(job_id, work, places_left, work.beside_s))
-        jobs, speeds = self._read()
-        return forecast(jobs, speeds, until=job_id)[job_id]
+            self._take(Pending(job_id, work, places_left, work.beside_s, owner))
+        jobs, speeds, had_s = self._read()
+        return forecast(jobs, speeds, job_id, had_s)[job_id]
 
     def outlooks(self, now_s: float) -> dict[str, Outlook]:
         """Predict the end of every job, by its id."""
-        jobs, speeds = self._read()
-        outlooks = forecast(jobs, speeds)
+        jobs, speeds, had_s = self._read()
+        outlooks = forecast(jobs, speeds, had_s=had_s)
         with self._admitting:
             return {job.job_id: self._foresee(outlooks[job.job_id], job, now_s, speeds[job.work.model]) for job in jobs}
 
@@ -154,10 +159,13 @@ class Admission:
     def stepped(self, model: int, places_by_job: Mapping[str, int], places: int, seconds: float) -> None:
         """Take a tick's work off the ledger, and learn how fast the machine is now."""
         with self._lock:
+            taken_s: Counter[str] = Counter()
             for job_id, count in places_by_job.items():
                 job = self._jobs.get(job_id)
                 if job is not None:
                     self._jobs[job_id] = replace(job, places_left=max(0, job.places_left - count))
+                    taken_s[job.owner] += count * self._speeds[model].sharing.place_s  # type: ignore[assignment]
+            self._served.stepped(taken_s)
             if places > 0:
                 speed = self._speeds[model]
                 self._speeds[model] = replace(speed, tick_times=speed.tick_times.observe(places, seconds))
@@ -172,29 +180,36 @@ class Admission:
     def leave(self, job_id: str) -> None:
         """Take a job off that is done or given up, with all it had left. Nothing happens if it is not here."""
         with self._lock:
-            self._jobs.pop(job_id, None)
+            if (job := self._jobs.pop(job_id, None)) is not None:
+                self._served.leave(job.owner)
 
     # --- the limits ---
 
     def _check_room(self, job: Pending, now_s: float, server: _Moment) -> None:
         """Refuse a job that would pass a limit."""
-        if not server.jobs:
-            self._line.end()
-        speed = server.speeds[job.work.model]
-        excess = find_excess(server.load, job.work, self._limits, speed)
+        if not server.jobs:  # whoever was told a time may be gone, and the next need not come after them
+            self._lines.clear()
+        speed, owner = server.speeds[job.work.model], job.owner if self._shared else None
+        excess = find_excess(server.load, job.work, self._limits, speed, owner)
         if excess is None:
             return
         if self._drain is None or now_s > self._drain_made_s + RENEW_S:
-            self._drain, self._drain_made_s = Drain(server.jobs, now_s, self._limits, server.speeds), now_s
-        room_s = max(now_s, self._drain.room_s(job.work, speed))
-        due_s = self._line.next_s(room_s, self._drain.share_s(excess, job.work, speed))
+            had_s = server.had_s if self._shared else None
+            self._drain, self._drain_made_s = Drain(server.jobs, now_s, self._limits, server.speeds, had_s), now_s
+        room_s = max(now_s, self._drain.room_s(job.work, speed, owner))
+        due_s = self._lines[job.owner].next_s(room_s, self._drain.share_s(excess, job.work, speed))
         raise _overloaded(excess, max(1, math.ceil(due_s - now_s - ROUNDING)))
 
     def _take(self, job: Pending) -> None:
         with self._lock:
             assert job.job_id not in self._jobs
             self._jobs[job.job_id] = job
+            self._served.join(job.owner)
         self._drain = None
+
+    def _had_on_joining_s(self, owner: str) -> float:
+        with self._lock:
+            return self._served.on_joining(owner)
 
     # --- the forecast ---
 
@@ -202,23 +217,30 @@ class Admission:
         """Count on as much work as has come lately, where it overtakes a job."""
         if speed.sharing.policy != "srpt" or not speed.tick_times.points:
             return outlook
-        stretch = self._arrivals.stretch(job.places_left * speed.place_s, now_s, RESERVED_SHARE)
+        stretch = self._arrivals[job.owner].stretch(job.places_left * speed.place_s, now_s, RESERVED_SHARE)
         return replace(outlook, eta_s=stretch * outlook.eta_s)
 
-    def _read(self) -> tuple[tuple[Pending, ...], Mapping[int, Speed]]:
+    def _read(self) -> tuple[tuple[Pending, ...], Mapping[int, Speed], Mapping[str, float]]:
         with self._lock:
-            return tuple(self._jobs.values()), dict(self._speeds)
+            return tuple(self._jobs.values()), dict(self._speeds), self._served.of_all()
 
     def _now(self) -> _Moment:
-        jobs, speeds = self._read()
-        rows: Counter[int] = Counter()
-        ticks_s = 0.0
-        for job in jobs:
-            rows[job.work.model] += job.work.rows
-        # By model, so that the sums are of whole numbers of places.
-        for model, speed in speeds.items():
-            ticks_s += sum(job.places_left for job in jobs if job.work.model == model) * speed.place_s
-        return _Moment(jobs, Load(len(jobs), rows, ticks_s, sum(job.beside_s for job in jobs)), speeds)
+        jobs, speeds, had_s = self._read()
+        by_owner: defaultdict[str, list[Pending]] = defaultdict(list)
+        for job in jobs if self._shared else ():
+            by_owner[job.owner].append(job)
+        of_owners = {owner: _load(own, speeds) for owner, own in by_owner.items()}
+        return _Moment(jobs, replace(_load(jobs, speeds), of_owners=of_owners), speeds, had_s)
+
+
+def _load(jobs: Sequence[Pending], speeds: Mapping[int, Speed]) -> Load:
+    rows: Counter[int] = Counter()
+    places: Counter[int] = Counter()  # by model, so that the sums are of whole numbers of places
+    for job in jobs:
+        rows[job.work.model] += job.work.rows
+        places[job.work.model] += job.places_left  # type: ignore[assignment]
+    ticks_s = sum(count * speeds[model].place_s for model, count in places.items())
+    return Load(len(jobs), rows, ticks_s, sum(job.beside_s for job in jobs))
 
 
 def _check_alone(job: Pending, deadline_s: float, server: _Moment) -> None:
@@ -239,10 +261,11 @@ def _unmeetable(deadline_s: float, eta_s: float) -> DeadlineUnmeetable:
 
 
 def _overloaded(excess: Excess, wait_s: int) -> Overloaded:
+    whose, limit = ("of this key ", "limit of a key now") if excess.of_owner else ("", "limit")
     if excess.field == "backlog_s":
-        detail = f"{excess.value:.1f} s of work would be waiting; the limit is {excess.limit:g} s"
+        detail = f"{excess.value:.1f} s of work {whose}would be waiting; the {limit} is {excess.limit:g} s"
     else:
-        detail = f"{excess.value} {excess.field} would be held at once; the limit is {excess.limit}"
+        detail = f"{excess.value} {excess.field} {whose}would be held at once; the {limit} is {excess.limit:g}"
     return Overloaded(
         f"{detail}. Try again in {wait_s} s",
         retry_after_s=wait_s,

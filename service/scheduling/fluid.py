@@ -1,108 +1,80 @@
 """A fluid model of one model's scheduler. Pure: no torch, no asyncio, no clock, no lock.
 
-Between two events (a job ends, its guidance goes on or off, it overtakes another) every job has the same number of rows
-in each tick, so the fluid model takes all the ticks between two events in one step.
+Between two events (a job ends, its guidance goes on or off, it overtakes another, an owner has caught up with another)
+every job has the same number of rows in each tick, so the fluid model takes all the ticks between two events in one
+step.
 """
 
 import math
-from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import count
-from operator import attrgetter
+from collections.abc import Iterable, Mapping
+from itertools import count, pairwise
 
-from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.scheduling.flows import Flow, OwnerFlows, Pending
+from tminus.service.scheduling.owners import BURST_S, fill, levels
+from tminus.service.scheduling.scheduler import Rank
+from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.work import Work
 
-LOOK_PAST = 8  # how many guided jobs the model looks past for one that fits a last single place
 ROUNDING = 1e-7  # of a step and of a second: sums of parts are not exact
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A job as the forecast needs it. Its rows are taken to be level, as the scheduler keeps them."""
-
-    job_id: str
-    work: Work
-    places_left: float  # of all its rows
-    beside_s: float = 0.0  # of a latent model, what is left to encode and decode, in seconds
-
-
-class _Flow:
-    """A job in the model, as stretches of steps that cost the same; the current stretch is kept apart."""
-
-    __slots__ = ("arrival", "beside_s", "id", "left", "places", "rows", "steps", "stretches", "waits", "whole")
-
-    def __init__(self, job: Pending, arrival: int) -> None:
-        self.id, self.arrival, self.rows = job.job_id, arrival, job.work.rows
-        self.whole, self.left, self.beside_s = job.work.places, job.places_left, job.beside_s
-        self.waits = True  # never had a place yet
-        self.stretches = _stretches(job.work, job.places_left / job.work.rows)
-        self.steps, self.places = self.stretches.pop()  # in this stretch: the steps each row has left, the cost of one
-
-
-def _stretches(work: Work, left: float) -> list[tuple[float, int]]:
-    """The stretches that one row has left, as (steps, places a step), the last one first."""
-    guided = work.guided
-    stretches: list[tuple[float, int]] = []
-    if not guided:
-        return [(left, 1)]
-    for steps, places in ((work.steps - guided.stop, 1), (len(guided), 2), (guided.start, 1)):
-        if steps and left > 0:
-            stretches.append((min(steps, left / places), places))
-            left -= steps * places
-    return stretches
-
-
-_SHORTEST_FIRST: Callable[[_Flow], tuple[float, int]] = attrgetter("left", "arrival")
-_IN_ORDER: Callable[[_Flow], tuple[float, int]] = attrgetter("arrival", "arrival")
 
 
 class Fluid:
     """The fluid model. Owns its state: a time from 0 s on, and the jobs of that time."""
 
     def __init__(
-        self, jobs: Iterable[Pending], sharing: Sharing, tick_times: TickTimes, arrivals: Iterable[int] | None = None
+        self,
+        jobs: Iterable[Pending],
+        sharing: Sharing,
+        tick_times: TickTimes,
+        arrivals: Iterable[int] | None = None,
+        had_s: dict[str, float] | None = None,
     ) -> None:
-        """jobs: in order of arrival. arrivals: their numbers among the jobs of all models."""
+        """jobs: in order of arrival. arrivals: their numbers among the jobs of all models.
+
+        had_s: what each owner has had; it is kept up to date here, and by the fluid models of other models that have
+        the same one.
+        """
         self._sharing, self._shortest_first = sharing, sharing.policy == "srpt"
-        self._rank = _SHORTEST_FIRST if self._shortest_first else _IN_ORDER
         self._tick_times, self._tick_cache = tick_times, dict[int, float]()
-        self._jobs: OrderedDict[int, _Flow] = OrderedDict()  # by arrival, in its order
-        self._waiting: list[_Flow] = []  # those that never had a place, the next one first
-        self._active: list[_Flow] = []  # the others
-        self._grants: list[tuple[_Flow, int]] = []  # how many rows each job has in a tick until the next event, by rank
+        self._owners: dict[str, OwnerFlows] = {}  # those that have jobs
+        self._had_s = dict[str, float]() if had_s is None else had_s
+        self._grants: list[tuple[Flow, float]] = []  # how many rows each job has in a tick until the next event
         self._stale = True  # whether the grants must be found again
         self._short: list[int] = []  # positions of the grants that have fewer rows than the job
-        self._used = 0  # places of a tick
+        self._used = 0.0  # places of a tick
         self._ticks = 0.0
         self.now_s = 0.0
         self.tick_end_s = 0.0  # the end of the tick that now_s lies in: the worker sees then what happened in it
+        self.jobs = 0  # now
         self.rows = 0
         self.places_left = 0.0
         self.beside_s = 0.0  # of the jobs whose ticks are not over
+        by_owner: dict[str, list[Flow]] = {}
         for arrival, job in zip(count() if arrivals is None else arrivals, jobs, strict=False):
             if job.places_left > 0:
-                self._count_in(job, arrival)
-        self._waiting = sorted(self._jobs.values(), key=self._rank)
+                by_owner.setdefault(job.owner, []).append(self._count_in(job, arrival))
+        for owner, flows in by_owner.items():
+            self._owners[owner] = OwnerFlows(sharing)
+            self._owners[owner].put_all(flows)
+            self._had_s.setdefault(owner, 0.0)
 
     @property
-    def jobs(self) -> int:
-        """How many jobs there are now."""
-        return len(self._jobs)
+    def owners(self) -> Mapping[str, OwnerFlows]:
+        """The jobs by owner."""
+        return self._owners
 
     @property
     def oldest(self) -> int:
-        """The number of the oldest job."""
-        return next(iter(self._jobs))
+        """The number of the oldest job of the owner whose turn it is."""
+        return self._owners[self._first_owner].oldest.arrival
 
     @property
-    def next_rank(self) -> tuple[float, int]:
+    def next_rank(self) -> Rank:
         """As of the scheduler, of the job that goes next."""
-        first = min((*self._active, *self._waiting[:1]), key=self._rank)
-        return (first.left * self._sharing.place_s if self._shortest_first else 0.0), first.arrival
+        owner = self._first_owner
+        first = self._owners[owner].next
+        left_s = first.left * self._sharing.place_s if self._shortest_first else 0.0
+        return self._had_s[owner], left_s, first.arrival
 
     @property
     def reserves(self) -> bool:
@@ -113,7 +85,7 @@ class Fluid:
     def next_pace(self) -> float:
         """How many seconds of work are done a second of the job that goes next."""
         self._share_out()
-        arrival, tick_s = self.next_rank[1], self._tick_seconds(self._used)
+        arrival, tick_s = self.next_rank[2], self._tick_seconds(self._used)
         places = sum(rows * job.places for job, rows in self._grants if job.arrival == arrival)
         return places * self._sharing.place_s / tick_s if tick_s else math.inf
 
@@ -135,7 +107,7 @@ class Fluid:
 
     def step(self, until_s: float = math.inf) -> list[str]:
         """Go on to the next event, but no further than a time; returns the jobs that ended."""
-        if not self._jobs:
+        if not self.jobs:
             self.now_s = self.tick_end_s = until_s if self.now_s < until_s < math.inf else self.now_s
             return []
         until_s = max(until_s, self.now_s)
@@ -150,14 +122,24 @@ class Fluid:
         self.places_left -= ticks * self._used
         return self._move(ticks)
 
-    def _count_in(self, job: Pending, arrival: int) -> None:
-        flow = self._jobs[arrival] = _Flow(job, arrival)
+    def _count_in(self, job: Pending, arrival: int) -> Flow:
+        flow = Flow(job, arrival)
+        self.jobs += 1
         self.rows += flow.rows
         self.places_left += flow.left
         self.beside_s += flow.beside_s
+        return flow
 
     def _move(self, ticks: float) -> list[str]:
         ended = []
+        for owner, places in self._pace().items():
+            self._had_s[owner] += ticks * places * self._sharing.place_s
+            self._owners[owner].places_left -= ticks * places
+        if len(self._owners) > 1:
+            self._stale = True  # of several owners, what each has had counts
+            least_s = max(self._had_s[owner] for owner in self._owners) - BURST_S
+            for owner in self._owners:
+                self._had_s[owner] = max(self._had_s[owner], least_s)
         for job, rows in self._grants:
             job.left -= ticks * rows * job.places
             job.steps -= ticks * rows / job.rows
@@ -168,84 +150,111 @@ class Fluid:
                 job.steps, job.places = job.stretches.pop()
             else:
                 ended.append(job.id)
-                del self._jobs[job.arrival]
-                self._active.remove(job)
-                self.rows -= job.rows
-                self.beside_s -= job.beside_s
+                self._end(job)
         if self._shortest_first and self._short:
             self._stale = True  # a job may have overtaken another
-        if not self._jobs:
+        if not self.jobs:
             self.places_left = 0.0
         return ended
 
+    def _end(self, job: Flow) -> None:
+        self._owners[job.owner].end(job)
+        if not self._owners[job.owner]:
+            del self._owners[job.owner]
+        self.jobs -= 1
+        self.rows -= job.rows
+        self.beside_s -= job.beside_s
+
+    @property
+    def _first_owner(self) -> str:
+        if len(self._owners) == 1:
+            return next(iter(self._owners))
+        return min(self._owners, key=lambda owner: (self._had_s[owner], self._owners[owner].oldest.arrival))
+
+    def _pace(self) -> dict[str, float]:
+        """How many places of a tick each owner has."""
+        places = dict.fromkeys(self._owners, 0.0)
+        for job, rows in self._grants:
+            places[job.owner] += rows * job.places
+        return places
+
+    def _levels(self) -> list[list[str]]:
+        had_s = {owner: self._had_s[owner] for owner in self._owners}
+        return levels(had_s, self._sharing.tick_s)
+
     def _share_out(self) -> None:
-        """Share out the places of a tick as the scheduler does: the reserve to the oldest job, then to all in turn."""
+        """Share out the places of a tick as the scheduler does."""
         if not self._stale:
             return
-        self._stale, self._grants = False, []
-        if not self._jobs:
+        self._stale, self._grants, self._used = False, [], 0.0
+        if not self.jobs:
             return
-        much_longer = self._sharing.much_longer([job.whole for job in self._jobs.values()])
-        oldest = next(iter(self._jobs.values()))
-        reserve = self._reserve_for(oldest)
-        free = self._sharing.max_batch - reserve
-        looked_past = 0
-        for job in self._in_turn() if free else ():
-            mine, reserve = (reserve, 0) if job is oldest else (0, reserve)
-            held_back = job.whole >= much_longer
-            rows = min(job.rows, (mine + self._sharing.room(free, held_back=held_back)) // job.places)
-            free += mine - rows * job.places
-            if rows:
-                self._grants.append((job, rows))
-            elif not held_back:
-                looked_past += 1
-            if free == 0 or looked_past == LOOK_PAST:
-                break
-        if reserve:
-            self._grants.append((oldest, reserve // oldest.places))
+        sharing = self._sharing
+        if len(self._owners) == 1:
+            (flows,) = self._owners.values()
+            self._grant(flows, sharing.max_batch, flows.much_longer)
+        else:
+            self._share_out_to_owners()
         self._short = [at for at, (job, rows) in enumerate(self._grants) if rows < job.rows]
-        self._used = self._sharing.max_batch - free
 
-    def _reserve_for(self, oldest: _Flow) -> int:
-        """How many of the reserved places the oldest job can use."""
-        if self._sharing.reserved and oldest.waits:
-            del self._waiting[bisect_left(self._waiting, self._rank(oldest), key=self._rank)]
-            self._activate(oldest, 0)
-        return min(oldest.rows, self._sharing.reserved // oldest.places) * oldest.places
+    def _share_out_to_owners(self) -> None:
+        sharing, groups = self._sharing, self._levels()
+        first = self._owners[groups[0][0]]
+        others_wait = False
+        if len(groups) > 1 and len(groups[0]) == 1:
+            first_s, second_s = (self._had_s[group[0]] for group in groups[:2])
+            others_wait = sharing.others_wait(second_s - first_s, len(first))
+        longer = first.much_longer if others_wait else math.inf
+        for group in groups:
+            free = sharing.max_batch - self._used
+            if others_wait and group is not groups[0]:
+                free = sharing.room(free, held_back=True)
+            wants = {owner: self._owners[owner].places_now for owner in group}
+            for owner, places in fill(free, wants).items():
+                self._grant(self._owners[owner], places, longer)
 
-    def _in_turn(self) -> Iterator[_Flow]:
-        """The jobs by rank. A job that is reached becomes active."""
-        active, waiting, rank = self._active, self._waiting, self._rank
-        active.sort(key=rank)
-        at = 0
-        while waiting:
-            turn = bisect_left(active, rank(waiting[0]), at, key=rank)
-            yield from active[at:turn]
-            self._activate(waiting.pop(0), turn)
-            yield active[turn]
-            at = turn + 1
-        yield from active[at:]
-
-    def _activate(self, job: _Flow, at: int) -> None:
-        job.waits = False
-        self._active.insert(at, job)
+    def _grant(self, flows: OwnerFlows, places: float, longer: float) -> None:
+        for job, rows in flows.share_out(places, self._sharing.max_batch - self._used, longer):
+            self._grants.append((job, rows))
+        self._used = sum(rows * job.places for job, rows in self._grants)
 
     def _ticks_to_event(self) -> float:
-        """Ticks until a job ends or its cost changes, or until a job that is short of places overtakes another."""
+        """Ticks until a job ends or its cost changes, until one that is short of places overtakes another, …"""
         grants = self._grants
         ticks = min([job.steps * job.rows / rows for job, rows in grants])
+        if len(self._owners) > 1:
+            ticks = min(ticks, self._ticks_to_catch_up())
         if not self._shortest_first:
             return ticks
         for at in self._short:
             job, rows = grants[at]
             speed = rows * job.places
             for other, other_rows in grants[:at]:
+                if other.owner != job.owner:
+                    continue
                 faster = speed - other_rows * other.places
                 if faster > 0 and other.left <= job.left:
                     ticks = min(ticks, max(1.0, (job.left - other.left) / faster))
         return ticks
 
-    def _tick_seconds(self, places: int) -> float:
-        if places not in self._tick_cache:
-            self._tick_cache[places] = self._tick_times.seconds(places)
-        return self._tick_cache[places]
+    def _ticks_to_catch_up(self) -> float:
+        """Ticks until an owner is level with the next one, or until the first begins or ceases to lead."""
+        pace, ticks, sharing, groups = self._pace(), math.inf, self._sharing, self._levels()
+        for lower, upper in pairwise(groups):
+            for owner in lower:
+                faster = (pace[owner] - pace[upper[0]]) * sharing.place_s
+                if faster > 0:
+                    ahead_s = self._had_s[upper[0]] - self._had_s[owner] - sharing.tick_s / 2
+                    ticks = min(ticks, max(1.0, ahead_s / faster))
+        first, second, *_ = sorted(self._owners, key=lambda owner: (self._had_s[owner], pace[owner]))
+        beyond_s = self._had_s[second] - self._had_s[first] - sharing.lead_s
+        slower = (pace[second] - pace[first]) * sharing.place_s
+        if beyond_s * slower < 0:
+            ticks = min(ticks, max(1.0, -beyond_s / slower + ROUNDING))
+        return ticks
+
+    def _tick_seconds(self, places: float) -> float:
+        count = math.ceil(places - ROUNDING)
+        if count not in self._tick_cache:
+            self._tick_cache[count] = self._tick_times.seconds(count)
+        return self._tick_cache[count]

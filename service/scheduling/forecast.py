@@ -9,23 +9,30 @@ from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from tminus.service.scheduling.fluid import Fluid, Pending
+from tminus.service.scheduling.flows import OwnerFlows, Pending
+from tminus.service.scheduling.fluid import Fluid
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.turns import shares
 from tminus.service.work import Outlook
+
+ALIKE = 0.02  # of what a job has left: owners on several models are taken to be level within so much
 
 
 class Fluids:
     """The jobs of all models, if no other job comes. Owns its state: a time from 0 s on, and the jobs of that time."""
 
-    def __init__(self, jobs: Sequence[Pending], speeds: Mapping[int, Speed]) -> None:
-        """jobs: in order of arrival, each of one of the models in speeds."""
-        self._speeds = speeds
+    def __init__(
+        self, jobs: Sequence[Pending], speeds: Mapping[int, Speed], had_s: Mapping[str, float] | None = None
+    ) -> None:
+        """jobs: in order of arrival, each of one of the models in speeds. had_s: what each owner has had."""
+        self._speeds, owners_had_s = speeds, dict(had_s or {})
         by_model: dict[int, list[tuple[int, Pending]]] = {}
         for arrival, job in enumerate(jobs):
             by_model.setdefault(job.work.model, []).append((arrival, job))
         self._fluids = {
-            model: Fluid([job for _, job in own], speed.sharing, speed.tick_times, [arrival for arrival, _ in own])
+            model: Fluid(
+                [job for _, job in own], speed.sharing, speed.tick_times, [arrival for arrival, _ in own], owners_had_s
+            )
             for model, own in by_model.items()
             for speed in (speeds[model],)
         }
@@ -45,7 +52,20 @@ class Fluids:
     @property
     def ticks_s(self) -> float:
         """How long what is left takes in full ticks."""
-        return sum(fluid.places_left * self._speeds[model].place_s for model, fluid in self._fluids.items())
+        return sum(fluid.places_left * self.place_s(model) for model, fluid in self._fluids.items())
+
+    @property
+    def owners(self) -> Mapping[str, Sequence[tuple[int, OwnerFlows]]]:
+        """The jobs of each owner, by model."""
+        found: dict[str, list[tuple[int, OwnerFlows]]] = {}
+        for model, fluid in self._fluids.items():
+            for owner, own in fluid.owners.items():
+                found.setdefault(owner, []).append((model, own))
+        return found
+
+    def place_s(self, model: int) -> float:
+        """How long a place of a model takes in a full tick."""
+        return self._speeds[model].place_s
 
     @property
     def beside_s(self) -> float:
@@ -75,6 +95,9 @@ class Fluids:
         seconds = min(fluid.event_s / share for fluid, share in parts)
         if len(parts) == 2:
             seconds = min(seconds, _overtaken_s(*parts))
+        elif (ahead_s := self._ahead_s()) > 0:
+            fluid, _ = parts[0]
+            seconds = min(seconds, max(fluid.longest_tick_s, ALIKE * fluid.next_rank[1], ahead_s))
         self.now_s += seconds
         self.tick_end_s = self.now_s
         ended = []
@@ -83,6 +106,11 @@ class Fluids:
                 ended += own
                 self.tick_end_s = max(self.tick_end_s, self.now_s + fluid.tick_end_s - fluid.now_s)
         return ended
+
+    def _ahead_s(self) -> float:
+        """How much more the owner whose turn it is on another model has had, at the least; 0 where it is the same."""
+        had_s = sorted(fluid.next_rank[0] for fluid in self._busy().values())
+        return had_s[1] - had_s[0]
 
     def _busy(self) -> dict[int, Fluid]:
         return {model: fluid for model, fluid in self._fluids.items() if fluid.jobs}
@@ -102,15 +130,21 @@ def _overtaken_s(first: tuple[Fluid, float], oldest: tuple[Fluid, float]) -> flo
     faster = other.next_pace * other_share - fluid.next_pace * share
     if not faster > 0:
         return math.inf
-    return max(fluid.longest_tick_s, (other.next_rank[0] - fluid.next_rank[0]) / faster)
+    return max(fluid.longest_tick_s, (other.next_rank[1] - fluid.next_rank[1]) / faster)
 
 
-def forecast(jobs: Sequence[Pending], speeds: Mapping[int, Speed], until: str | None = None) -> dict[str, Outlook]:
+def forecast(
+    jobs: Sequence[Pending],
+    speeds: Mapping[int, Speed],
+    until: str | None = None,
+    had_s: Mapping[str, float] | None = None,
+) -> dict[str, Outlook]:
     """Predict each job's outlook, by its id, if no other job comes.
 
-    jobs: in order of arrival. until: a job; only it and those that end before it are predicted.
+    jobs: in order of arrival. until: a job; only it and those that end before it are predicted. had_s: what each owner
+    has had, as `Served` tells it.
     """
-    fluids = Fluids(jobs, speeds)
+    fluids = Fluids(jobs, speeds, had_s)
     outlooks = {job.job_id: Outlook(0, 0.0) for job in jobs if job.places_left <= 0}  # they wait for delivery only
     srpt = any(speed.sharing.policy == "srpt" for speed in speeds.values())
     in_turn = sorted(jobs, key=lambda job: job.places_left * speeds[job.work.model].sharing.place_s) if srpt else jobs

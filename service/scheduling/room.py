@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tminus.service.model_info import Limits
-from tminus.service.scheduling.fluid import Pending
+from tminus.service.scheduling.flows import Pending
 from tminus.service.scheduling.forecast import Fluids
 from tminus.service.scheduling.speed import Speed
 from tminus.service.work import Work
 
+SHARE = 0.75  # of what the other owners leave, that one owner may hold
+PARTS = 1000  # of the time between two events, to which a forecast of room is exact
 MARGIN = 1.05  # on forecast times, as the forecast is good to 5 %
 SPREAD_S = 300.0  # the line of those who were told a time is at most so long; who comes later gets a time within it
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, spread evenly however many are taken
@@ -22,12 +24,22 @@ ROUNDING = 1e-6  # of seconds and of limits
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the limits count."""
+    """What the limits count, of all jobs or of those of one owner."""
 
     jobs: int = 0
     rows: Mapping[int, int] = field(default_factory=dict)  # by model, each of which has slots of its own
     ticks_s: float = 0.0  # what is left in full ticks
     beside_s: float = 0.0  # of latent models, see `Work.beside_s`
+    of_owners: Mapping[str, "Load"] = field(default_factory=dict)  # of it, by owner, where several share the server
+
+    def values(self, work: Work, speed: Speed) -> dict[str, float]:
+        """What each limit counts, with one more job."""
+        work_s = work.places * speed.place_s + work.beside_s
+        return {
+            "backlog_s": self.ticks_s + self.beside_s + work_s,
+            "jobs": self.jobs + 1,
+            "rows": self.rows.get(work.model, 0) + work.rows,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,52 +49,68 @@ class Excess:
     field: str
     value: float
     limit: float
+    of_owner: bool = False  # the limit is of what one owner may hold, not of all
 
 
-def find_excess(load: Load, work: Work, limits: Limits, speed: Speed) -> Excess | None:
+def find_excess(load: Load, work: Work, limits: Limits, speed: Speed, owner: str | None = None) -> Excess | None:
     """The first limit that one more job would pass. An empty server has room for any.
 
-    speed: of the job's model.
+    speed: of the job's model. owner: whose job it is, where several share the server: one that has jobs may hold no
+    more than SHARE of what the others leave, so that there is always room for another owner's first job (the dynamic
+    threshold of Choudhury and Hahne 1998).
     """
     if not load.jobs:
         return None
-    backlog_s = load.ticks_s + work.places * speed.place_s + load.beside_s + work.beside_s
-    for name, value, limit in (
-        ("backlog_s", backlog_s, limits.max_backlog_s),
-        ("jobs", load.jobs + 1, limits.max_jobs),
-        ("rows", load.rows.get(work.model, 0) + work.rows, speed.max_rows),
-    ):
+    bounds = {"backlog_s": limits.max_backlog_s, "jobs": limits.max_jobs, "rows": speed.max_rows}
+    values = load.values(work, speed)
+    for name, value in values.items():
+        if value > bounds[name] * (1 + ROUNDING):
+            return Excess(name, value, bounds[name])
+    own = load.of_owners.get(owner) if owner is not None else None
+    for name, value in own.values(work, speed).items() if own is not None and own.jobs else ():
+        limit = SHARE * (bounds[name] - (values[name] - value))
         if value > limit * (1 + ROUNDING):
-            return Excess(name, value, limit)
+            return Excess(name, value, limit, of_owner=True)
     return None
 
 
 class Drain:
     """How the accepted work goes down if nobody else comes: what is left whenever a job ends or the pace changes."""
 
-    def __init__(self, jobs: Sequence[Pending], now_s: float, limits: Limits, speeds: Mapping[int, Speed]) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Pending],
+        now_s: float,
+        limits: Limits,
+        speeds: Mapping[int, Speed],
+        had_s: Mapping[str, float] | None = None,
+    ) -> None:
+        """had_s: what each owner has had, see `forecast`; None where there is one only."""
         self._limits = limits
         slower = {model: speed.slower(MARGIN) for model, speed in speeds.items()}
-        fluids = Fluids(jobs, slower)
+        fluids = Fluids(jobs, slower, had_s)
         # A job waits for the tick that runs to end before it begins, and another until it is seen to be done.
         starts_s = now_s + 2 * max(speed.longest_tick_s for speed in speeds.values())
-        self._points = [(starts_s, _load(fluids))]
+        shared = had_s is not None
+        self._points = [(starts_s, _load(fluids, shared=shared))]
         while fluids.jobs:
             fluids.step()
-            self._points.append((starts_s + fluids.tick_end_s, _load(fluids)))
+            self._points.append((starts_s + fluids.tick_end_s, _load(fluids, shared=shared)))
 
-    def room_s(self, work: Work, speed: Speed) -> float:
+    def room_s(self, work: Work, speed: Speed, owner: str | None = None) -> float:
         """The first time when no limit is passed by one more job."""
-        at = bisect_left(self._points, True, key=lambda point: self._fits(point[1], work, speed))
+
+        def fits(load: Load) -> bool:
+            return find_excess(load, work, self._limits, speed, owner) is None
+
+        at = bisect_left(self._points, True, key=lambda point: fits(point[1]))
         room_s, load = self._points[at]
         if at == 0:
             return room_s
         before_s, before = self._points[at - 1]
-        enough_s = self._limits.max_backlog_s - work.beside_s - before.beside_s - work.places * speed.place_s
         # Between two points the work goes down evenly, and jobs and rows are those of the first.
-        if enough_s <= load.ticks_s or not self._fits(replace(before, ticks_s=0.0), work, speed):
-            return room_s
-        return before_s + (before.ticks_s - enough_s) / (before.ticks_s - load.ticks_s) * (room_s - before_s)
+        part = bisect_left(range(PARTS), True, key=lambda part: fits(_between(before, load, part / PARTS)))
+        return before_s + part / PARTS * (room_s - before_s)
 
     def share_s(self, excess: Excess, work: Work, speed: Speed) -> float:
         """How long it takes to make room for one more such job, by the limit that it would pass."""
@@ -93,12 +121,36 @@ class Drain:
         share = 1 / max(1, load.jobs) if excess.field == "jobs" else work.rows / max(1, rows)
         return share * (self._points[-1][0] - starts_s)
 
-    def _fits(self, load: Load, work: Work, speed: Speed) -> bool:
-        return find_excess(load, work, self._limits, speed) is None
+
+def _load(fluids: Fluids, *, shared: bool) -> Load:
+    owners = fluids.owners if shared else {}
+    return Load(
+        fluids.jobs,
+        fluids.rows,
+        fluids.ticks_s / MARGIN,
+        fluids.beside_s,
+        {
+            owner: Load(
+                sum(len(own) for _, own in parts),
+                {model: own.rows for model, own in parts},
+                sum(own.places_left * fluids.place_s(model) for model, own in parts) / MARGIN,
+                sum(own.beside_s for _, own in parts),
+            )
+            for owner, parts in owners.items()
+        },
+    )
 
 
-def _load(fluids: Fluids) -> Load:
-    return Load(fluids.jobs, fluids.rows, fluids.ticks_s / MARGIN, fluids.beside_s)
+def _between(before: Load, after: Load, part: float) -> Load:
+    """What is left when a part of the time between two points has passed."""
+    none = Load()
+    return replace(
+        before,
+        ticks_s=before.ticks_s + part * (after.ticks_s - before.ticks_s),
+        of_owners={
+            owner: _between(load, after.of_owners.get(owner, none), part) for owner, load in before.of_owners.items()
+        },
+    )
 
 
 class Line:
@@ -116,7 +168,3 @@ class Line:
             return room_s + self._beyond * GOLDEN % 1 * SPREAD_S
         self._end_s = due_s + share_s
         return due_s
-
-    def end(self) -> None:
-        """The server is idle: whoever was told a time may be gone, and the next need not come after them."""
-        self._end_s = -math.inf

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Work
 

@@ -1,24 +1,27 @@
 """Which model has the next tick. Pure: no torch, no asyncio, no clock.
 
 A tick is of one model. The policy is that of the rows of one model, in seconds: the job with the shortest remaining
-work goes first, whichever model it is of, and a share of the time is kept for the model of the oldest job.
+work goes first, whichever model it is of, and a share of the time is kept for the model of the oldest job. Before that,
+the owner goes first that has had least.
 """
 
 from collections.abc import Mapping
 from typing import TypeVar
 
-from tminus.service.scheduling.scheduler import RESERVED_SHARE, Scheduler
+from tminus.service.scheduling.scheduler import Rank, Scheduler
+from tminus.service.scheduling.sharing import RESERVED_SHARE
 
-Rank = tuple[float, int]  # the seconds of work that a job has left, then its number in order of arrival
 Key = TypeVar("Key")
 
 
 def shares(ranks: Mapping[Key, Rank], oldest: Mapping[Key, int], *, reserve: bool = True) -> dict[Key, float]:
     """What share of the time each model has now; models that have none are left out.
 
-    ranks: of each model that has work, that of its next job. oldest: the number of its oldest job.
+    ranks: of each model that has work, that of its next job. oldest: the number of the oldest job of the same owner.
     """
-    first, oldest_model = min(ranks, key=lambda each: ranks[each]), min(oldest, key=lambda each: oldest[each])
+    first = min(ranks, key=lambda each: ranks[each])
+    same_owner = [model for model in ranks if ranks[model][0] == ranks[first][0]]
+    oldest_model = min(same_owner, key=lambda each: oldest[each])
     if first == oldest_model or not reserve:
         return {first: 1.0}
     return {first: 1 - RESERVED_SHARE, oldest_model: RESERVED_SHARE}

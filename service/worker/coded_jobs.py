@@ -76,7 +76,11 @@ class CodedJobs:
             self._post(partial(self._one_done, job))
 
         self._jobs[job.id] = job
-        self._coding.put(job.id, kind, tasks, lambda results, error: self._post(partial(take, results, error)), each)
+
+        def done(results: Sequence[Any], error: Exception | None) -> None:
+            self._post(partial(take, results, error))
+
+        self._coding.put(job.id, kind, tasks, done, each, job.owner)
 
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Do something that is no job's; any thread may ask."""

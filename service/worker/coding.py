@@ -1,6 +1,7 @@
 """Pictures to latents and latents to pixels for jobs of a latent model: a thread of its own, beside the ticks.
 
-It does one thing at a time, mostly for the job that has the fewest left, so that short jobs do not wait for long ones.
+It does one thing at a time, for the owner that has had least; of its jobs mostly for the one that has the fewest left,
+so that short jobs do not wait for long ones.
 """
 
 import threading
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tminus.service.errors import Draining
+from tminus.service.scheduling.owners import Served
 
 Task = Callable[[], Any]
 Done = Callable[[Sequence[Any], Exception | None], None]
@@ -20,6 +22,7 @@ JOIN_S = 10.0  # for the task that runs to end, when the thread is closed
 
 @dataclass(slots=True)
 class _Job:
+    owner: str
     kind: str
     tasks: deque[Task]
     done: Done
@@ -35,21 +38,29 @@ class Coding:
         self._observe = observe
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}  # in order of arrival
+        self._served = Served()
         self._tasks_begun = 0
         self._closed = False
         self._thread: threading.Thread | None = None
         self.task_began_s: float | None = None  # while a task runs
 
     def put(
-        self, job_id: str, kind: str, tasks: Sequence[Task], done: Done, each: Callable[[], object] = lambda: None
+        self,
+        job_id: str,
+        kind: str,
+        tasks: Sequence[Task],
+        done: Done,
+        each: Callable[[], object] = lambda: None,
+        owner: str = "",
     ) -> None:
         """Do a job's tasks; `done` is called in the coding thread, with their results, or with what one raised.
 
-        each: is called there after every task but the last.
+        each: is called there after every task but the last. owner: whose job it is.
         """
         with self._changed:
             if not self._closed:
-                self._jobs[job_id] = _Job(kind, deque(tasks), done, each)
+                self._jobs[job_id] = _Job(owner, kind, deque(tasks), done, each)
+                self._served.join(owner)
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="tminus-coding", daemon=True)
                     self._thread.start()
@@ -60,7 +71,7 @@ class Coding:
     def drop(self, job_id: str) -> None:
         """Forget a job; its `done` is not called, unless it is being called now."""
         with self._changed:
-            self._jobs.pop(job_id, None)
+            self._forget(job_id)
 
     def close(self) -> bool:
         """End the thread after the task that runs; the jobs that are left are done with Draining. False if it hangs."""
@@ -84,14 +95,17 @@ class Coding:
             except Exception as raised:  # it ends the job, not the thread
                 error = raised
             self.task_began_s = None
-            self._observe(job.kind, time.perf_counter() - began_s)
+            took_s = time.perf_counter() - began_s
+            self._observe(job.kind, took_s)
+            with self._changed:
+                self._served.stepped({job.owner: took_s})
             if error is None and job.tasks:
                 job.each()
                 continue
             with self._changed:
                 wanted = self._jobs.get(job_id) is job
                 if wanted:
-                    del self._jobs[job_id]
+                    self._forget(job_id)
             if wanted:
                 job.done(job.results, error)
 
@@ -102,8 +116,14 @@ class Coding:
                 self._changed.wait()
             if self._closed:
                 return None
-            job_id = next(iter(self._jobs))  # the oldest
+            owner = min(self._jobs.values(), key=lambda job: self._served.had_s(job.owner)).owner
+            jobs = {job_id: job for job_id, job in self._jobs.items() if job.owner == owner}
+            job_id = next(iter(jobs))  # the oldest
             if self._tasks_begun % OLDEST_EVERY:
-                job_id = min(self._jobs, key=lambda each: len(self._jobs[each].tasks))
+                job_id = min(jobs, key=lambda each: len(jobs[each].tasks))
             self._tasks_begun += 1
-            return job_id, self._jobs[job_id], self._jobs[job_id].tasks.popleft()
+            return job_id, jobs[job_id], jobs[job_id].tasks.popleft()
+
+    def _forget(self, job_id: str) -> None:
+        if (job := self._jobs.pop(job_id, None)) is not None:
+            self._served.leave(job.owner)

@@ -107,7 +107,7 @@ class Loop:
             return
         self._jobs[job.id] = job
         steps = job.snapshot.steps if job.snapshot is not None else None
-        job.model.scheduler.add(job.id, job.rows, job.work, steps)
+        job.model.scheduler.add(job.id, job.rows, job.work, steps, job.owner)
         job.snapshot = job.inputs = None
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 

@@ -115,8 +115,8 @@ class Worker:
         loaded = self._model(model)
         work, now_s = work_of(spec, loaded.info, model), self._clock()
         # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for every job that ends.
-        has_picture = inputs is not None
-        outlook = self._admission.enter(job_id, work, now_s=now_s, deadline_s=deadline_s, has_picture=has_picture)
+        pictured = inputs is not None
+        outlook = self._admission.enter(job_id, work, owner, now_s=now_s, deadline_s=deadline_s, has_picture=pictured)
         job = RunningJob(
             job_id, loaded, spec, work, now_s, deadline_s,
             owner=owner, durable=durable, inputs=inputs, recording=recording, watches=[watch] if watch else [],
@@ -145,7 +145,7 @@ class Worker:
             job_id, loaded, spec, work, self._clock(), deadline_s,
             owner=owner, durable=True, inputs=inputs, snapshot=snapshot,
         )  # fmt: skip
-        outlook = self._admission.readmit(job_id, work, places_left=sum(map(work.places_left, job.first_steps)))
+        outlook = self._admission.readmit(job_id, work, owner, places_left=sum(map(work.places_left, job.first_steps)))
         return self._let_in(job, outlook)
 
     def _let_in(self, job: RunningJob, outlook: Outlook) -> Ticket:

@@ -27,7 +27,7 @@ from tminus.service.engine.protocol import RowEngine
 from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.parts import Prepared
-from tminus.service.scheduling.scheduler import Policy, Sharing
+from tminus.service.scheduling.sharing import Policy, Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
 

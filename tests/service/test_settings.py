@@ -23,7 +23,7 @@ from tminus.service.library import Library
 from tminus.service.model_changes import Prepare
 from tminus.service.model_info import Limits
 from tminus.service.parts import Prepared
-from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.scheduling.sharing import Sharing
 from tminus.service.settings import Settings
 
 TWO_SIDED = ("exact", "open", "metrics", "docs")

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from tests.service.fakes import INFO, make_spec
 from tminus.model.timesteps import make_timesteps
-from tminus.service.scheduling.fluid import Pending
+from tminus.service.scheduling.flows import Pending
 from tminus.service.scheduling.forecast import forecast
-from tminus.service.scheduling.scheduler import Sharing
+from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Work, timesteps_of, work_of

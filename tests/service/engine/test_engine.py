@@ -39,7 +39,8 @@ from tminus.service.engine.executors import EagerExecutor
 from tminus.service.engine.local import sample_locally
 from tminus.service.engine.plan_store import FIRST_LINES
 from tminus.service.errors import NotFinite
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.scheduling.sharing import Sharing
 from tminus.service.spec import Images, Inputs, SampleSpec
 from tminus.service.work import Batch, work_of
 

@@ -1,6 +1,7 @@
 from tests.service.fakes import INFO, FakeEngine, make_spec
 from tminus.service.jobs.views import passing_view
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.scheduling.sharing import Sharing
 from tminus.service.work import Outlook, work_of
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.running_job import RunningJob

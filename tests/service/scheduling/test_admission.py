@@ -8,7 +8,7 @@ import pytest
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.scheduler import Policy, Sharing
+from tminus.service.scheduling.sharing import Policy, Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Outlook, Work
@@ -23,12 +23,14 @@ def make_admission(
     policy: Policy = "srpt",
     decode_s: float = 0.0,
     encode_s: float = 0.0,
+    shared: bool = False,
     **limits: float,
 ) -> Admission:
     held = replace(LIMITS, **limits)  # type: ignore[arg-type]
-    admission = Admission(held)
-    sharing = Sharing.of(held.max_batch, policy=policy, short_batch=4)
-    admission.put(0, Speed(sharing, TickTimes(tuple(points)), held.max_rows, decode_s, encode_s))
+    admission = Admission(held, shared=shared)
+    times = TickTimes(tuple(points))
+    sharing = Sharing.of(held.max_batch, policy, short_batch=4, place_s=times.seconds_per_place(held.max_batch))
+    admission.put(0, Speed(sharing, times, held.max_rows, decode_s, encode_s))
     return admission
 
 

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tminus.service.scheduling import forecast as forecasts
-from tminus.service.scheduling.fluid import Fluid, Pending
-from tminus.service.scheduling.scheduler import Scheduler, Sharing
+from tminus.service.scheduling.flows import Pending
+from tminus.service.scheduling.fluid import Fluid
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Outlook, Work

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tminus.service.scheduling import scheduler as scheduler_module
-from tminus.service.scheduling.scheduler import MUCH_LONGER, Policy, Scheduler, Sharing
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.scheduling.sharing import MUCH_LONGER, Policy, Sharing
 from tminus.service.work import Batch, JobRows, Work
 
 
@@ -650,7 +651,9 @@ def test_what_much_longer_jobs_add_beyond_the_reserve_stays_within_a_short_tick(
                 beyond = places[name] - (reserve if name == oldest else 0)
                 end = short_end(sharing, so_far)
                 so_far += beyond
-                assert name not in held_back or beyond == 0 or so_far <= end
+                # One more may come last, into the single place that no guided row before it fits.
+                last = batch.places == sharing.max_batch == short_end(sharing, batch.places - 1)
+                assert name not in held_back or beyond == 0 or so_far - last <= end
 
     Simulation(load, sharing).run(Short())
 

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tminus.service.scheduling.fluid import Pending
+from tminus.service.scheduling.flows import Pending
 from tminus.service.scheduling.forecast import forecast
-from tminus.service.scheduling.scheduler import RESERVED_SHARE, Policy, Scheduler, Sharing
+from tminus.service.scheduling.owners import Served
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.scheduling.sharing import RESERVED_SHARE, Policy, Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.scheduling.turns import Turns
@@ -34,8 +36,8 @@ class Machine:
 
     def __init__(self, policy: Policy = "srpt") -> None:
         self.speeds = {model: speed_of(model, policy) for model in (FAST, SLOW)}
-        arrivals = count()
-        self.schedulers = {model: Scheduler(speed.sharing, arrivals) for model, speed in self.speeds.items()}
+        arrivals, served = count(), Served()
+        self.schedulers = {model: Scheduler(speed.sharing, arrivals, served) for model, speed in self.speeds.items()}
         self.turns = Turns()
         for model, scheduler in self.schedulers.items():
             self.turns.put(model, scheduler)
