@@ -228,7 +228,7 @@ class Settings(BaseSettings):
         """How fast a model is, and how the scheduler gives out the places of its ticks."""
         times = TickTimes(loaded.tick_times)
         place_s = times.seconds_per_place(loaded.max_batch)
-        sharing = Sharing.of(loaded.max_batch, self.policy, loaded.short_batch, place_s)
+        sharing = Sharing.of(loaded.max_batch, self.policy, loaded.short_batch, place_s, times)
         return Speed(sharing, times, max_rows, *loaded.coding_s)
 
     def access(self, address: str) -> Access:

@@ -159,16 +159,18 @@ class Admission:
     def stepped(self, model: int, places_by_job: Mapping[str, int], places: int, seconds: float) -> None:
         """Take a tick's work off the ledger, and learn how fast the machine is now."""
         with self._lock:
-            taken_s: Counter[str] = Counter()
             for job_id, count in places_by_job.items():
                 job = self._jobs.get(job_id)
                 if job is not None:
                     self._jobs[job_id] = replace(job, places_left=max(0, job.places_left - count))
-                    taken_s[job.owner] += count * self._speeds[model].sharing.place_s  # type: ignore[assignment]
-            self._served.stepped(taken_s)
             if places > 0:
                 speed = self._speeds[model]
                 self._speeds[model] = replace(speed, tick_times=speed.tick_times.observe(places, seconds))
+
+    def served(self, taken_s: Mapping[str, float]) -> None:
+        """Note what owners have had by a tick, as the scheduler counts it."""
+        with self._lock:
+            self._served.stepped(taken_s)
 
     def decoded(self, job_id: str) -> None:
         """Take one image of a latent model off the ledger."""

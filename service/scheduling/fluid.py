@@ -42,6 +42,7 @@ class Fluid:
         self._stale = True  # whether the grants must be found again
         self._short: list[int] = []  # positions of the grants that have fewer rows than the job
         self._used = 0.0  # places of a tick
+        self._leader: str | None = None  # the owner that goes before all others until the next event
         self._ticks = 0.0
         self.now_s = 0.0
         self.tick_end_s = 0.0  # the end of the tick that now_s lies in: the worker sees then what happened in it
@@ -132,9 +133,10 @@ class Fluid:
 
     def _move(self, ticks: float) -> list[str]:
         ended = []
-        for owner, places in self._pace().items():
-            self._had_s[owner] += ticks * places * self._sharing.place_s
+        for owner, places in self._places().items():
             self._owners[owner].places_left -= ticks * places
+        for owner, seconds in self._pace().items():
+            self._had_s[owner] += ticks * seconds
         if len(self._owners) > 1:
             self._stale = True  # of several owners, what each has had counts
             least_s = max(self._had_s[owner] for owner in self._owners) - BURST_S
@@ -171,12 +173,16 @@ class Fluid:
             return next(iter(self._owners))
         return min(self._owners, key=lambda owner: (self._had_s[owner], self._owners[owner].oldest.arrival))
 
-    def _pace(self) -> dict[str, float]:
+    def _places(self) -> dict[str, float]:
         """How many places of a tick each owner has."""
         places = dict.fromkeys(self._owners, 0.0)
         for job, rows in self._grants:
             places[job.owner] += rows * job.places
         return places
+
+    def _pace(self) -> dict[str, float]:
+        """By how much what each owner has had grows in a tick."""
+        return self._sharing.seconds(self._places(), self._leader)
 
     def _levels(self) -> list[list[str]]:
         had_s = {owner: self._had_s[owner] for owner in self._owners}
@@ -186,7 +192,7 @@ class Fluid:
         """Share out the places of a tick as the scheduler does."""
         if not self._stale:
             return
-        self._stale, self._grants, self._used = False, [], 0.0
+        self._stale, self._grants, self._used, self._leader = False, [], 0.0, None
         if not self.jobs:
             return
         sharing = self._sharing
@@ -199,19 +205,20 @@ class Fluid:
 
     def _share_out_to_owners(self) -> None:
         sharing, groups = self._sharing, self._levels()
-        first = self._owners[groups[0][0]]
-        others_wait = False
         if len(groups) > 1 and len(groups[0]) == 1:
             first_s, second_s = (self._had_s[group[0]] for group in groups[:2])
-            others_wait = sharing.others_wait(second_s - first_s, len(first))
-        longer = first.much_longer if others_wait else math.inf
+            self._leader = groups[0][0] if sharing.leads(second_s - first_s) else None
+        free: float = sharing.max_batch
         for group in groups:
-            free = sharing.max_batch - self._used
-            if others_wait and group is not groups[0]:
-                free = sharing.room(free, held_back=True)
             wants = {owner: self._owners[owner].places_now for owner in group}
+            before = self._used
             for owner, places in fill(free, wants).items():
-                self._grant(self._owners[owner], places, longer)
+                self._grant(
+                    self._owners[owner], places, math.inf if self._leader != owner else self._owners[owner].much_longer
+                )
+            free -= self._used - before
+            if group[0] == self._leader:
+                free = min(free, sharing.beside(self._used))
 
     def _grant(self, flows: OwnerFlows, places: float, longer: float) -> None:
         for job, rows in flows.share_out(places, self._sharing.max_batch - self._used, longer):
@@ -242,13 +249,13 @@ class Fluid:
         pace, ticks, sharing, groups = self._pace(), math.inf, self._sharing, self._levels()
         for lower, upper in pairwise(groups):
             for owner in lower:
-                faster = (pace[owner] - pace[upper[0]]) * sharing.place_s
+                faster = pace[owner] - pace[upper[0]]
                 if faster > 0:
                     ahead_s = self._had_s[upper[0]] - self._had_s[owner] - sharing.tick_s / 2
                     ticks = min(ticks, max(1.0, ahead_s / faster))
         first, second, *_ = sorted(self._owners, key=lambda owner: (self._had_s[owner], pace[owner]))
         beyond_s = self._had_s[second] - self._had_s[first] - sharing.lead_s
-        slower = (pace[second] - pace[first]) * sharing.place_s
+        slower = pace[second] - pace[first]
         if beyond_s * slower < 0:
             ticks = min(ticks, max(1.0, -beyond_s / slower + ROUNDING))
         return ticks

@@ -9,7 +9,7 @@ first (owners.py).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -70,10 +70,11 @@ class _Pick:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What a tick changed: jobs that took their first step in it, and jobs that are done."""
+    """What a tick changed: jobs that took their first step in it, and jobs that are done; what it counts by owner."""
 
     started: tuple[str, ...]
     finished: tuple[str, ...]
+    taken_s: Mapping[str, float]
 
 
 class Scheduler:
@@ -132,21 +133,26 @@ class Scheduler:
 
     def _share_out(self, pick: "_Pick") -> None:
         """Give each of several owners its places."""
-        first, *others = self._in_turn()
-        had_s = {owner: self._served.had_s(owner) for owner in (first, *others)}
-        queues, sharing = self._owners, self._sharing
-        ahead_s = had_s[others[0]] - had_s[first]
-        others_wait = sharing.others_wait(ahead_s, len(queues[first]))
-        longer = queues[first].much_longer if others_wait else math.inf
-        wants = {owner: queues[owner].places_now for owner in had_s}
-        allotted = allot(pick.free, sharing.place_s, wants, had_s)
-        for again in (False, True):  # of two single places that are left a guided row could use neither
-            for owner in had_s:
-                places = pick.free if again else allotted[owner]
-                if others_wait and owner != first:
-                    places = min(places, int(sharing.room(pick.free, held_back=True)))
-                if places:
-                    self._take(pick, queues[owner], places, longer)
+        wants = {owner: self._owners[owner].places_now for owner in self._in_turn()}
+        leader = self._leader()
+        if leader is not None:
+            queue = self._owners[leader]
+            self._take(pick, queue, pick.free, queue.much_longer)
+            pick.free = min(pick.free, self._sharing.beside(self._sharing.max_batch - pick.free))
+            del wants[leader]
+        had_s = {owner: self._served.had_s(owner) for owner in wants}
+        for owner, places in allot(pick.free, self._sharing.place_s, wants, had_s).items():
+            self._take(pick, self._owners[owner], places, math.inf)
+        for owner in wants:  # of two single places a guided row could use neither
+            if pick.free:
+                self._take(pick, self._owners[owner], pick.free, math.inf)
+
+    def _leader(self) -> str | None:
+        """The owner that goes before all others in this tick; None where they take turns, or there is one."""
+        if len(self._owners) == 1:
+            return None
+        first, second, *_ = self._in_turn()
+        return first if self._sharing.leads(self._served.had_s(second) - self._served.had_s(first)) else None
 
     def _in_turn(self) -> list[str]:
         return sorted(self._owners, key=lambda owner: (self._served.had_s(owner), self._owners[owner].oldest.arrival))
@@ -174,13 +180,14 @@ class Scheduler:
         assert sum(len(picked.steps) for picked in batch.jobs) == len(batch.rows), "it is not of next_batch"
         started: list[str] = []
         finished: list[str] = []
-        taken_s: dict[str, float] = {}
+        leader = self._leader()
+        places: dict[str, int] = {}
         for picked in batch.jobs:
             job = self._jobs[picked.job_id]
             queue = self._owners[job.owner]
             queue.take_out(job)
             job.step(picked)
-            taken_s[job.owner] = taken_s.get(job.owner, 0.0) + picked.places * self._sharing.place_s
+            places[job.owner] = places.get(job.owner, 0) + picked.places
             if not job.started:
                 job.started = True
                 started.append(job.id)
@@ -188,11 +195,12 @@ class Scheduler:
                 queue.put_back(job)
             else:
                 finished.append(job.id)
+        taken_s = self._sharing.seconds(places, leader)
         self._served.stepped(taken_s)
         self._ticks += 1
         for job_id in finished:
             self._forget(self._jobs[job_id])
-        return Advance(tuple(started), tuple(finished))
+        return Advance(tuple(started), tuple(finished), taken_s)
 
     def _forget(self, job: QueuedJob) -> None:
         """Forget a job that was taken out of its owner's queue."""

@@ -1,14 +1,18 @@
 """How the places of a tick are shared out. Frozen values; pure."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from tminus.service.scheduling.tick_times import TickTimes
 
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
 
 RESERVED_SHARE = 0.25  # of the places, for the oldest job
+UNKNOWN = TickTimes()
 LEAD_TICKS = 2.0  # an owner that is more full ticks behind the next one goes before it
+LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
 MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
 
 
@@ -17,20 +21,26 @@ class Sharing:
     """How the places of a tick are shared out. The oldest job gets its reserve first, whatever short_batch is."""
 
     max_batch: int  # places in a tick, at least 2, as a guided row takes two
-    short_batch: int  # in a tick with a short job, those that are held back fill up only to a multiple of this
+    short_batch: int  # in a tick with a short job, much longer jobs fill up only to a multiple of this
     reserved: int  # places kept for the oldest job
     policy: Policy
     place_s: float = 1.0  # what a place of a full tick takes, by which jobs of several models are compared
+    times: TickTimes = UNKNOWN  # as they were measured at the start
 
     @classmethod
     def of(
-        cls, max_batch: int, policy: Policy = "srpt", short_batch: int | None = None, place_s: float = 1.0
+        cls,
+        max_batch: int,
+        policy: Policy = "srpt",
+        short_batch: int | None = None,
+        place_s: float = 1.0,
+        times: TickTimes = UNKNOWN,
     ) -> "Sharing":
         """Reserve a share for the oldest job, at least two places: with one, a guided job could never use it."""
         assert max_batch >= 2
         assert policy in ("srpt", "fcfs")
         reserved = max(2, int(max_batch * RESERVED_SHARE)) if policy == "srpt" else 0
-        return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy, place_s)
+        return cls(max_batch, min(short_batch or max_batch, max_batch), reserved, policy, place_s, times)
 
     def much_longer(self, works: Collection[int]) -> float:
         """The total work, in places, from which a job is much longer than the shortest. works: the total of every job.
@@ -38,26 +48,38 @@ class Sharing:
         Infinite where there are more jobs than places: then all of them wait for throughput, which full ticks give.
         The total work of a job never changes, so the answer changes only when a job comes or goes.
         """
-        if self.policy == "fcfs" or not self.has_short_ticks or len(works) > self.max_batch:
+        if self.policy == "fcfs" or self.short_batch == self.max_batch or len(works) > self.max_batch:
             return math.inf
         return MUCH_LONGER * min(works, default=0)
 
-    @property
-    def has_short_ticks(self) -> bool:
-        """Whether a tick of fewer places ends much sooner."""
-        return self.short_batch < self.max_batch
+    def leads(self, ahead_s: float) -> bool:
+        """Whether the owner that has had least goes before the next one, which has had so much more.
 
-    def others_wait(self, ahead_s: float, jobs: int) -> bool:
-        """Whether the first owner's jobs have short ticks, in which other owners' jobs are held back.
-
-        ahead_s: how much more the next owner has had.
+        Its ticks are then not to become much longer by others' rows.
         """
-        return self.has_short_ticks and jobs <= self.max_batch and ahead_s > self.lead_s
+        return ahead_s > self.lead_s
 
     @property
     def lead_s(self) -> float:
         """By how much owners who take turns are never apart."""
         return LEAD_TICKS * self.tick_s
+
+    def beside(self, places: float) -> int:
+        """How many places others may have in a tick of the owner that leads, which has so many."""
+        most_s = LONGER * self.times.seconds(math.ceil(places))
+        total = math.ceil(places)
+        while total < self.max_batch and self.times.seconds(total + 1) <= most_s:
+            total += 1
+        return max(0, total - math.ceil(places))
+
+    def seconds(self, places: Mapping[str, float], leader: str | None) -> dict[str, float]:
+        """What each owner takes by its places in a tick; the one that leads also what others could not have."""
+        taken_s = {owner: count * self.place_s for owner, count in places.items()}
+        if leader in taken_s:
+            others_s = sum(taken_s.values()) - taken_s[leader]
+            tick_s = self.times.seconds(math.ceil(sum(places.values())))
+            taken_s[leader] = max(taken_s[leader], tick_s - others_s)
+        return taken_s
 
     @property
     def tick_s(self) -> float:

@@ -1,6 +1,8 @@
 """Whose tick is next, and that the forecast knows it: against the schedulers themselves, tick by tick."""
 
+import random
 from collections import Counter
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -36,8 +38,10 @@ class Machine:
 
     def __init__(self, policy: Policy = "srpt") -> None:
         self.speeds = {model: speed_of(model, policy) for model in (FAST, SLOW)}
-        arrivals, served = count(), Served()
-        self.schedulers = {model: Scheduler(speed.sharing, arrivals, served) for model, speed in self.speeds.items()}
+        arrivals, self.served = count(), Served()
+        self.schedulers = {
+            model: Scheduler(speed.sharing, arrivals, self.served) for model, speed in self.speeds.items()
+        }
         self.turns = Turns()
         for model, scheduler in self.schedulers.items():
             self.turns.put(model, scheduler)
@@ -47,10 +51,10 @@ class Machine:
         self.pending: list[Pending] = []
         self.ends: dict[str, float] = {}
 
-    def add(self, name: str, job: Work) -> None:
-        self.schedulers[job.model].add(name, range(job.rows), job)
+    def add(self, name: str, job: Work, owner: str = "") -> None:
+        self.schedulers[job.model].add(name, range(job.rows), job, owner=owner)
         self.left[name] = job.places
-        self.pending.append(Pending(name, job, job.places))
+        self.pending.append(Pending(name, job, job.places, owner=owner))
 
     def tick(self) -> int | None:
         model = self.turns.next()
@@ -72,8 +76,8 @@ class Machine:
             pass
 
     def forecast(self) -> dict[str, Outlook]:
-        jobs = [Pending(job.job_id, job.work, self.left[job.job_id]) for job in self.pending if self.left[job.job_id]]
-        return forecast(jobs, self.speeds)
+        jobs = [replace(job, places_left=self.left[job.job_id]) for job in self.pending if self.left[job.job_id]]
+        return forecast(jobs, self.speeds, had_s=self.served.of_all())
 
 
 def test_with_nothing_to_do_nobody_has_the_next_tick() -> None:
@@ -182,6 +186,37 @@ def test_the_forecast_over_models_is_good_to_five_percent_or_a_few_ticks(policy:
     compare()
     assert len(wrong) > 300
     assert sum(wrong) <= 0.03 * len(wrong)
+
+
+def test_two_owners_of_two_models_have_half_of_the_time_each() -> None:
+    machine = Machine()
+    machine.add("fast", work(FAST, 8, 100_000), owner="a")
+    machine.add("slow", work(SLOW, 8, 10_000), owner="b")
+    for _ in range(1000):
+        machine.tick()
+    assert machine.time_s[SLOW] / machine.now_s == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_forecast_over_models_and_owners_is_good_to_fifteen_percent_for_nearly_all_jobs() -> None:
+    wrong: list[bool] = []
+
+    @settings(deadline=None, max_examples=100, derandomize=True, database=None)
+    @given(mixtures(), st.randoms(use_true_random=False))
+    def compare(works: list[Work], rng: random.Random) -> None:
+        machine = Machine()
+        for number, each in enumerate(works):
+            machine.add(f"job{number}", each, owner=rng.choice("ab"))
+        outlooks = machine.forecast()
+        machine.run()
+        for name, outlook in outlooks.items():
+            wrong.append(abs(outlook.eta_s - machine.ends[name]) > max(0.15 * machine.ends[name], 5 * TICK_S[SLOW]))
+        last_s = max(machine.ends.values())
+        assert max(each.eta_s for each in outlooks.values()) == pytest.approx(last_s, rel=0.15, abs=0.5)
+
+    compare()
+    assert len(wrong) > 300
+    assert sum(wrong) <= 0.1 * len(wrong)
 
 
 def test_a_short_job_is_told_that_it_overtakes_a_long_one_of_another_model() -> None:
