@@ -1,5 +1,6 @@
 """Puts the parts together: routes, middleware, and the parts that all models share. Nothing is global."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tminus.service.api.noise import noise_routes
 from tminus.service.api.openapi import Contract
 from tminus.service.api.origin import EXPOSED_HEADERS, Doors, Gate
 from tminus.service.api.page import page_routes
+from tminus.service.api.request_spans import RequestSpans
 from tminus.service.api.sample import sample_routes
 from tminus.service.api.services import Services
 from tminus.service.api.stream import stream_routes
@@ -34,6 +36,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.model_changes import ModelChanges, Prepare, prepare_nothing
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.parts import Parts, Prepared
+from tminus.service.tracing import TRACER, Tracer
 from tminus.service.worker.worker import Worker
 
 VERSION = "0.1.0"
@@ -62,13 +65,15 @@ def create_app(
     access: Access | None = None,
     with_metrics: bool = True,
     with_docs: bool = True,
+    tracer: Tracer | None = None,
 ) -> Application:
     """Build the application around the models that it begins with, the default one first.
 
     limits: of the whole server. open_store: opens the store of the durable jobs of weights, by their hash; it is closed
     with the app. doors: by what names, and for which pages. library: what can be loaded, by `prepare`. access: who may
     ask; None: anybody, and nobody may load or unload models. with_metrics, with_docs: whether /metrics, and /docs with
-    /openapi.json, are answered. The worker runs for as long as the app's lifespan.
+    /openapi.json, are answered. tracer: for spans; it is closed with the app. The worker runs for as long as the app's
+    lifespan.
     """
     doors = doors or Doors()
     access = access or Access()
@@ -78,9 +83,12 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        TRACER.set(tracer)  # for the tasks that go on with durable jobs
         await parts.start()
         yield
         await parts.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     model = models.default.model
     app = FastAPI(
@@ -134,6 +142,8 @@ def create_app(
         )
     app.add_middleware(Gate, doors=doors, refused=metrics.rejected)
     app.add_middleware(RequestContext, observe=metrics.requested)
+    if tracer is not None:
+        app.add_middleware(RequestSpans, tracer=tracer)
     return Application(app, parts.worker, parts.streams, metrics, model)
 
 

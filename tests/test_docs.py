@@ -32,6 +32,9 @@ MAX_README_WORDS = 500  # two minutes of reading
 OUTSIDE = {"tminus.json", "scheduler_config.json", "model_index.json", "model/", "service/", "tests/"}
 NOT_IN_OPENAPI = {"WS /sample/stream", "GET /", "GET /docs", "GET /openapi.json"}
 
+# Spans by name, and what they say, where that is written down.
+SPANS = (re.compile(r"""(?:traced|begin|add_child)\("([a-z ]+)\""""), re.compile(r"\"(tminus\.[a-z_.]+)\""))
+
 # What a parameter must come with to be accepted.
 COMPANIONS: dict[str, dict[str, Any]] = {
     "eta": {"sampler": "ddim"},
@@ -303,3 +306,17 @@ def test_every_sampler_is_in_its_table_of_the_docs_with_the_words_of_the_catalog
     page = (ROOT / "docs" / "samplers.md").read_text("utf-8")
     rows = list(tables(page, "sampler", "when to take it", "source"))
     assert rows == [[f"`{name}`", facts.when, facts.source] for name, facts in SAMPLER_FACTS.items()]
+
+
+# --- traces ---
+
+
+def test_the_table_of_spans_has_every_span_and_what_each_may_say_and_nothing_else() -> None:
+    code = "".join(file.read_text("utf-8") for file in (ROOT / "service").glob("**/*.py"))
+    names, attributes = ({*each.findall(code)} for each in SPANS)
+    assert {"job", "queue", "denoise", "decode", "encode", "store add"} <= names
+    text = (ROOT / "docs" / "operations.md").read_text("utf-8").partition("## Traces")[2]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    requests = {"POST /sample", "GET /model"}
+    assert {name for row in rows for name in re.findall(r"`([^`]+)`", row[1])} - requests == names
+    assert {name for row in rows for name in re.findall(r"`(tminus\.[a-z_.]+)`", row[4])} == attributes

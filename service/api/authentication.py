@@ -24,6 +24,7 @@ from tminus.service.api.origin import OF_A_MODEL
 from tminus.service.api.problems import render
 from tminus.service.api.request import check_encoding, no_parameters, read_json, unless_gone
 from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
+from tminus.service.tracing import PROBLEM, note
 
 COOKIE = "tminus_key"
 COOKIE_S = 30 * 86_400
@@ -89,6 +90,7 @@ class Authentication:
                 await self._app(scope, receive, send)
         except ServiceError as refusal:  # not of a route: those are answered within
             self._refused(refusal.code)
+            note({PROBLEM: refusal.code})
             await render(refusal)(scope, receive, send)
 
 

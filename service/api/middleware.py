@@ -46,8 +46,19 @@ def target_of(scope: Scope) -> str:
 
     Secrets of API keys have no place in a query, but may be put there.
     """
-    query = b"?" + scope["query_string"] if scope.get("query_string") else b""
-    target = (scope.get("raw_path") or quote(scope["path"]).encode()) + query
+    return _shown(_raw_path(scope) + (b"?" + scope["query_string"] if scope.get("query_string") else b""))
+
+
+def path_of(scope: Scope) -> str:
+    """As `target_of`, without the query."""
+    return _shown(_raw_path(scope))
+
+
+def _raw_path(scope: Scope) -> bytes:
+    return scope.get("raw_path") or quote(scope["path"]).encode()
+
+
+def _shown(target: bytes) -> str:
     text = masked(target.decode("ascii", "backslashreplace"))
     return text if len(text) <= TARGET_CHARACTERS else f"{text[:TARGET_CHARACTERS]}…"
 

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from tminus.service.errors import ServiceError, short
 from tminus.service.metrics import Metrics
 from tminus.service.request_id import REQUEST_ID
+from tminus.service.tracing import PROBLEM, note
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str
 
     async def on_service_error(_request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
+        note({PROBLEM: error.code})
         if error.refusal:
             metrics.rejected(error.code)
         log.info("request %s: %d %s: %s", REQUEST_ID.get(), error.status, error.code, ascii(short(error.detail)))

@@ -37,6 +37,7 @@ from tminus.service.images.encoder import PNG
 from tminus.service.preview import Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.tracing import PROBLEM, note
 from tminus.service.work import JobResult, Ticket, timesteps_of
 from tminus.service.worker.mailbox import Mailbox
 
@@ -67,6 +68,7 @@ def stream_routes(models: Models) -> APIRouter:
                 await _Stream(models, services, ws, known=known).serve()
         except ServiceError as refusal:  # before it was accepted
             services.metrics.rejected(refusal.code)
+            note({PROBLEM: refusal.code})
             status = refusal.status
             log.info("request %s: %d %s", REQUEST_ID.get(), refusal.status, refusal.code)
             await ws.send_denial_response(render(refusal))
@@ -148,6 +150,7 @@ class _Stream:
         elif error.refusal:
             self._services.metrics.rejected(error.code)
             log.info("request %s: %d %s: %s", REQUEST_ID.get(), error.status, error.code, ascii(short(error.detail)))
+        note({PROBLEM: error.code})
         with self._services.streams.busy():
             await self._send(error_message(error))
             await self._close(error.ws_close, error.code)

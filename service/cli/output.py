@@ -13,9 +13,11 @@ from typing import NoReturn
 import click
 
 from tminus.service.request_id import REQUEST_ID
+from tminus.service.tracing import TRACER
 
 # What a line of the log may have beside its message: of a request, of a job.
 FIELDS = ("request_id", "client", "key", "method", "target", "status", "seconds", "job_id", "code")
+TRACE_FIELDS = ("trace_id", "span_id")
 MAX_LINE = 2000  # characters; a server may send megabytes
 NO_PICTURES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".zip", ".tar", ".gz"})
 
@@ -57,7 +59,9 @@ class _Json(logging.Formatter):
         }
         if (request_id := REQUEST_ID.get()) != "-":
             line["request_id"] = request_id
-        line |= {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+        if (tracer := TRACER.get()) is not None:
+            line |= tracer.ids
+        line |= {name: getattr(record, name) for name in (*FIELDS, *TRACE_FIELDS) if hasattr(record, name)}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

@@ -12,6 +12,7 @@ import click
 from tminus.service.cli.configuration import read_settings, settings_options
 from tminus.service.cli.loading import read
 from tminus.service.cli.output import fail, set_up_log
+from tminus.service.cli.traces import start_traces
 from tminus.service.library import Library, name_of
 from tminus.service.model_info import max_edit_bytes
 
@@ -35,6 +36,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action.
     signal.signal(signal.SIGTERM, lambda _signum, _frame: sys.exit(0))
     set_up_log(settings.log_level.upper(), "%(asctime)s %(levelname)s %(name)s %(message)s", settings.log_format)
+    tracer = start_traces(settings.traces)
 
     from tminus.model.checkpoint import Checkpoint
     from tminus.service.app import create_app
@@ -105,6 +107,7 @@ def serve(config: Path | None, **flags: Any) -> None:
             access=access,
             with_metrics=settings.metrics and for_metrics is None,
             with_docs=settings.docs,
+            tracer=tracer,
         )
         if for_metrics is not None:
             serve_metrics(for_metrics, application.metrics)

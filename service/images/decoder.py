@@ -17,6 +17,7 @@ from tminus.service.errors import InvalidImage, TooManyImages
 from tminus.service.images.image_header import ImageHeader, read_header
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Images, Inputs
+from tminus.service.tracing import traced
 
 MAX_PIXELS = 4096 * 4096
 MAX_WORK = 16 * MAX_PIXELS  # pixels times scans: cameras and the web write at most a dozen scans
@@ -59,7 +60,8 @@ class Decoder:
                 raise TooManyImages(wait_s, MAX_WAIT_S)
             self._ahead += work
             try:
-                result, seconds = await asyncio.get_running_loop().run_in_executor(self._pool, _timed, decode)
+                with traced("read upload", {"tminus.bytes": sum(len(data) for _, data in given)}):
+                    result, seconds = await asyncio.get_running_loop().run_in_executor(self._pool, _timed, decode)
             finally:
                 self._ahead -= work
         if work >= MAX_PIXELS // 100:  # less says little

@@ -22,6 +22,7 @@ from tminus.service.images.animation import encode_animation
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show
 from tminus.service.spec import Images, SampleSpec
+from tminus.service.tracing import traced
 from tminus.service.work import JobResult
 
 PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "image/webp"
@@ -50,15 +51,17 @@ class Encoder:
 
     async def encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo) -> bytes:
         """Make the body of a response. Raises NotFinite."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._encode, media_type, spec, read, made_by
-        )
+        with traced("encode", {"tminus.media_type": media_type, "tminus.images": spec.n}):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._pool, self._encode, media_type, spec, read, made_by
+            )
 
     async def encode_animation(self, frames: Callable[[], list[Images]], result: JobResult) -> bytes:
         """Make an animated WebP of a recording and its result; contact sheets if n > 1. Raises NotFinite."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._animations, self._encode_animation, frames, result
-        )
+        with traced("encode", {"tminus.media_type": WEBP}):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._animations, self._encode_animation, frames, result
+            )
 
     async def encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[Picture]:
         """Make the pictures of a preview."""
@@ -70,13 +73,15 @@ class Encoder:
         self, layout: str, spec: SampleSpec, result: JobResult, made_by: ModelInfo
     ) -> list[bytes]:
         """Make a finished job's PNGs: one sheet of all images, or one PNG for each. Raises NotFinite."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._encode_pictures, layout, spec, result, made_by
-        )
+        with traced("encode", {"tminus.media_type": PNG, "tminus.images": spec.n}):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._pool, self._encode_pictures, layout, spec, result, made_by
+            )
 
     async def encode_picture(self, read: Callable[[], Images], text: dict[str, object]) -> bytes:
         """Make a PNG of the pixels [H, W, C] that `read` returns; it may wait for a GPU."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: encode_png(read(), text))
+        with traced("encode", {"tminus.media_type": PNG, "tminus.images": 1}):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: encode_png(read(), text))
 
     def close(self) -> None:
         """Wait for running encodings, and end the threads."""

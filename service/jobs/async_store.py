@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Place
 from tminus.service.spec import Images, Inputs, Snapshot
+from tminus.service.tracing import traced
 
 CALL_S = 30.0  # a call that takes longer is not waited for
 P = ParamSpec("P")
@@ -54,7 +55,8 @@ class AsyncStore:
     async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None) -> bool:
         """See JobStore. A job whose client is told that it was not kept is not kept later either."""
         try:
-            return await self._write(self._store.add, job, key, inputs)
+            with traced("store add", {"tminus.job.id": job.id}):
+                return await self._write(self._store.add, job, key, inputs)
         except StorageFailed as error:
             if isinstance(error.__cause__, TimeoutError):
                 self._pool.submit(self._store.delete, job.id)  # comes right after, in the store's only thread
@@ -92,15 +94,18 @@ class AsyncStore:
 
     async def finish(self, job: JobRecord, images: Images | None) -> None:
         """See JobStore."""
-        await self._write(self._store.finish, job, images)
+        with traced("store finish", {"tminus.job.id": job.id, "tminus.outcome": job.outcome or ""}):
+            await self._write(self._store.finish, job, images)
 
     async def images(self, job_id: str) -> Images | None:
         """See JobStore."""
-        return await self._call(self._store.images, job_id)
+        with traced("store images", {"tminus.job.id": job_id}):
+            return await self._call(self._store.images, job_id)
 
     async def delete(self, job_id: str, owner: str | None = None) -> bool:
         """See JobStore."""
-        return await self._write(self._store.delete, job_id, owner)
+        with traced("store delete", {}):
+            return await self._write(self._store.delete, job_id, owner)
 
     async def sweep(self, before_us: int, max_bytes: int) -> bool:
         """See JobStore."""

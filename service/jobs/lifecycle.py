@@ -26,6 +26,7 @@ from tminus.service.jobs.store import JobRecord, Outcome, now_us
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Images
+from tminus.service.tracing import traced
 from tminus.service.work import Ticket
 from tminus.service.worker.worker import Worker
 
@@ -76,7 +77,8 @@ class Lifecycle:
         found = [record for record in await self.store.unfinished() if record.id not in self._live]
         for record in found:
             live = self._add(Live(record, self.model, self.model_name))
-            self._spawn(self._run_alone(live) if record.crashes else self._run(live, None))
+            with traced("resume", {"tminus.job.id": record.id}):  # what is done for it is a part of that
+                self._spawn(self._run_alone(live) if record.crashes else self._run(live, None))
         if found:
             log.info("%d durable jobs of an earlier start go on", len(found))
             self._metrics.jobs_resumed(len(found))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tminus.service.errors import EngineFailed, ServiceError
 from tminus.service.worker.coding import Coding, Task
+from tminus.service.worker.job_span import begin_coding
 from tminus.service.worker.running_job import RunningJob
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class CodedJobs:
             self._post(partial(self._one_done, job))
 
         self._jobs[job.id] = job
+        begin_coding(job, kind)
 
         def done(results: Sequence[Any], error: Exception | None) -> None:
             self._post(partial(take, results, error))

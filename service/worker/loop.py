@@ -241,7 +241,7 @@ class Loop:
         row_steps: dict[str, int] = {}
         for job, picked in zip(jobs, batch.jobs, strict=True):
             count = len(picked.steps)
-            job.steps_taken += count
+            job.stepped(count, seconds, batch.places)
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + count
         self._metrics.ticked(model.info.name, seconds, batch.places, row_steps)
 

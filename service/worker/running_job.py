@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
+from tminus.service.tracing import Span
 from tminus.service.work import JobResult, JobRows, JobStatus, Outlook, Work
+from tminus.service.worker.job_span import Ticks, begin_span, end_done, end_failed
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.recording import Recording
 
@@ -44,29 +46,42 @@ class RunningJob:
     # worker's thread, and a status is asked for in other threads.
     steps_taken: int = field(init=False)
     steps_kept: int = field(init=False)  # what steps_taken was at the last snapshot
+    ticks: Ticks = field(default_factory=Ticks)
+    span: Span | None = field(init=False)  # None while traces are off
+    denoised_ns: int | None = None  # of a latent model with a span: when its decoding began, Unix time
 
     def __post_init__(self) -> None:
         self.steps_taken = self.steps_kept = sum(self.first_steps)
+        self.span = begin_span(self)
 
     def fail(self, error: Exception) -> None:
         """End it with an error, unless its client was answered while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
+            end_failed(self, error)
 
     def finish(self, result: JobResult) -> None:
         """End it with its images, unless its client was answered while the worker hung."""
         with suppress(InvalidStateError):
             self.future.set_result(result)
+            end_done(self, result)
 
     def start(self, started_s: float, now_s: float) -> tuple[float, float]:
         """Note its first step; returns how long it waited for it, and until it was over."""
         self.started_s, self.first_step_s = started_s, now_s - self.submitted_s
         return started_s - self.submitted_s, self.first_step_s
 
+    def stepped(self, steps: int, seconds: float, places: int) -> None:
+        """Count the steps that its rows took in a tick of so many places."""
+        self.steps_taken += steps
+        if self.span is not None:
+            self.ticks.add(seconds, places)
+
     @property
     def log_fields(self) -> dict[str, str]:
         """What a log of JSON has of it."""
-        return {"job_id": self.id, "request_id": self.request_id, "key": self.owner}
+        fields = {"job_id": self.id, "request_id": self.request_id, "key": self.owner}
+        return fields if self.span is None else {**fields, **self.span.ids}
 
     @property
     def needs_picture(self) -> bool:

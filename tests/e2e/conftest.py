@@ -130,7 +130,7 @@ def start_server(checkpoint: Path, *flags: str, **env: str) -> RunningServer:
     def read() -> None:
         for line in process.output:
             server.lines.append(line)
-            if match := re.search(r"listening on (http://\S+)", line):
+            if match := re.search(r"listening on (http://[^\s\"]+)", line):
                 server.url = match[1]
                 listening.set()
         process.output.close()

@@ -26,7 +26,7 @@ from tminus.service.parts import Prepared
 from tminus.service.scheduling.sharing import Sharing
 from tminus.service.settings import Settings
 
-TWO_SIDED = ("exact", "open", "metrics", "docs")
+TWO_SIDED = ("exact", "open", "metrics", "docs", "traces")
 KEYS_FILE = Path(__file__).with_name("keys_of_the_tests.txt")
 LINE = key_line("studio", "the-secret")
 LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8000), close=lambda: None)
@@ -70,6 +70,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "metrics_port": ("9100", 9100),
     "metrics_host": ("::1", "::1"),
     "docs": ("false", False),
+    "traces": ("true", True),
     "grace_s": ("0.25", 0.25),
     "log_format": ("json", "json"),
     "log_level": ("debug", "debug"),
@@ -85,6 +86,7 @@ OTHER = {
     "metrics": "true",
     "metrics_host": "127.0.0.2",
     "docs": "true",
+    "traces": "false",
     "device": "cpu",
     "host": "::1",
     "executor": "eager",
@@ -110,6 +112,7 @@ BAD = [
     ("metrics_port", "0"),
     ("metrics_port", "65536"),
     ("docs", "perhaps"),
+    ("traces", "perhaps"),
     ("port", "-1"),
     ("port", "65536"),
     ("port", "http"),
@@ -250,6 +253,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             access: Access,
             with_metrics: bool,
             with_docs: bool,
+            tracer: object,
         ) -> SimpleNamespace:
             if len(first) > 1:
                 gc.collect()
@@ -258,7 +262,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             sharing = first[0].speed.sharing
             served.update(limits=limits, sharing=sharing, policy=sharing.policy)
             served.update(tick_times=first[0].speed.tick_times.points, models=library.folder)
-            served.update(access=access, metrics=with_metrics, docs=with_docs)
+            served.update(access=access, metrics=with_metrics, docs=with_docs, tracer=tracer)
             served.update(allowed_origins=doors.origins, allowed_hosts=doors.hosts)
             served.update(names=[each.engine.info.name for each in first], library=library)
             return APP
@@ -284,6 +288,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr("tminus.service.server.serve", run_server)
         monkeypatch.setattr(
             "tminus.service.cli.serve.set_up_log", lambda _level, _form, kind: served.update(log_format=kind)
+        )
+        monkeypatch.setattr(
+            "tminus.service.cli.serve.start_traces", lambda wanted: served.update(traces=wanted) or "what makes spans"
         )
         monkeypatch.setattr(
             "tminus.service.metrics_server.serve_metrics",
@@ -396,6 +403,7 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     )
     by_measuring = "exact", "threads", "max_batch", "short_batch", "max_rows", "cache_dir"
     assert {name: served[name] for name in by_measuring} == dict.fromkeys(by_measuring), "left to the machine"
+    assert (served["traces"], served["tracer"]) == (None, "what makes spans")
     assert served["tick_times"] == TICK_TIMES, "what was measured is what admission counts with"
 
 
