@@ -397,7 +397,9 @@ def test_without_flags_and_variables_the_defaults_hold(serve: Serve) -> None:
     )
     assert served["grace_s"] == 30
     assert served["state_dir"] == ""
-    assert served["sharing"] == Sharing.of(16, short_batch=8, place_s=2.0 / 16)
+    sharing = served["sharing"]
+    assert sharing == Sharing.of(16, short_batch=8, place_s=2.0 / 16, times=sharing.times)
+    assert sharing.times.seconds(16) == 2.0
     assert {name: served[name] for name in ("device", "executor", "precision")} == dict.fromkeys(
         ("device", "executor", "precision"), "auto"
     )
