@@ -1,37 +1,61 @@
 # tminus as a container. docker/README.md has the details.
-#   docker build -t tminus . && docker run --rm --init --stop-timeout 40 -e TMINUS_OPEN=yes -p 127.0.0.1:8000:8000 tminus
+#   docker build -t tminus --build-arg TORCH_INDEX=… .
+#   docker run --rm --init --stop-timeout 40 -e TMINUS_OPEN=yes -p 127.0.0.1:8000:8000 tminus
 
 # Wheels that pip finds in addition to the index. Empty, unless `--build-context wheels=FOLDER` replaces this stage.
 FROM scratch AS wheels
 
-# Only the list of dependencies leaves this stage, so that no other change in pyproject.toml reinstalls torch.
-FROM python:3.11-slim AS requirements
-WORKDIR /src
-COPY pyproject.toml ./
-RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-        print(*project['dependencies'], *project['optional-dependencies']['openvino'], sep='\n')" \
-        > all.txt \
-    && grep -w '^torch' all.txt > torch.txt
-
+# All but torch. pip takes no file but those whose hashes are in the lock, and no source, which would have to be built by
+# packages that no lock names.
 FROM python:3.11-slim AS dependencies
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
-# The index for torch only. The torch on PyPI for x86_64 has gigabytes of CUDA; an empty value selects it.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
 RUN python -m venv --without-pip /opt/tminus
-COPY --from=requirements /src/torch.txt /src/all.txt ./
+COPY docker/locks/requirements.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
-    pip --python /opt/tminus/bin/python install --find-links /wheels \
-        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --requirement torch.txt \
-    && pip --python /opt/tminus/bin/python install --find-links /wheels --requirement all.txt
+    pip --python /opt/tminus/bin/python install --require-hashes --only-binary :all: --find-links /wheels \
+        --requirement requirements.txt
 
-# --root installs the code apart from its dependencies, so that it is a small layer of its own in the image.
+# --root installs apart from what is there already, as a layer of its own in the image.
+FROM dependencies AS torch-cpu
+# PyPI has no build of torch for CPUs on Linux: the index that has, and for a wheel that is not in the lock, its hash.
+ARG TORCH_INDEX=
+ARG TORCH_SHA256=
+COPY docker/locks/torch-cpu.txt torch.txt
+RUN if [ -z "$TORCH_INDEX$TORCH_SHA256" ]; then \
+        echo "TORCH_INDEX is missing: the index with PyTorch's wheels for CPUs. docker/README.md, Build, says which." >&2; \
+        exit 1; \
+    fi \
+    && if [ -n "$TORCH_SHA256" ]; then sed -i "s/sha256:.*[0-9a-f]/sha256:$TORCH_SHA256/" torch.txt; fi
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
+    pip --python /opt/tminus/bin/python install --require-hashes --only-binary :all: --find-links /wheels \
+        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --no-deps --root /torch --requirement torch.txt
+
+FROM dependencies AS torch-cuda
+# Empty: PyPI, whose build is for GPUs.
+ARG TORCH_INDEX=
+COPY docker/locks/torch-cuda.txt torch.txt
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
+    pip --python /opt/tminus/bin/python install --require-hashes --only-binary :all: --find-links /wheels \
+        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --no-deps --root /torch --requirement torch.txt
+
+# Built by the setuptools of the lock.
 FROM dependencies AS code
 COPY . ./
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
-    pip --python /opt/tminus/bin/python install --find-links /wheels --no-deps --root /code . \
+RUN pip --python /opt/tminus/bin/python install --no-cache-dir --no-index --no-build-isolation --no-deps \
+        --root /code . \
     && chmod -R u=rwX,go=rX /code/opt/tminus/lib/python3.11/site-packages/tminus
+
+# What lists the packages of an image: mounted when that is made, and not in it.
+FROM dependencies AS sbom
+COPY docker/locks/sbom.txt ./
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,target=/wheels \
+    python -m venv --without-pip /opt/sbom \
+    && pip --python /opt/sbom/bin/python install --require-hashes --only-binary :all: --find-links /wheels \
+        --requirement sbom.txt
+COPY pyproject.toml /opt/sbom/
+COPY docker/sbom /opt/sbom/docker/
 
 FROM python:3.11-slim AS base
 LABEL org.opencontainers.image.title="tminus" \
@@ -50,7 +74,6 @@ ENV PATH="/opt/tminus/bin:$PATH" \
     TMINUS_HOST=0.0.0.0 \
     TMINUS_PORT=8000 \
     TMINUS_STATE_DIR=/state
-USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 # http.client, because urllib would use a proxy from the environment.
@@ -59,15 +82,22 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --start-interval=2s 
 ENTRYPOINT ["tminus"]
 CMD ["serve"]
 
-# PyPI's torch brings the CUDA libraries as wheels, so a CUDA base image would only bring them twice. torch.compile calls a
-# C compiler for the launchers of its kernels.
 FROM base AS cuda
-USER 0:0
-# Debian keeps no earlier versions that could be named.
+# torch.compile calls a C compiler for the launchers of its kernels. Debian keeps no earlier versions that could be named.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
+# PyPI's torch brings the CUDA libraries as wheels, so a CUDA base image would only bring them twice.
+COPY --link --from=torch-cuda /torch/opt/tminus /opt/tminus
+RUN --mount=type=bind,from=sbom,source=/opt/sbom,target=/opt/sbom \
+    pip --python /opt/tminus/bin/python check \
+    && PATH="/opt/sbom/bin:$PATH" /opt/sbom/docker/sbom /opt/tminus/bin/python /usr/share/sbom/tminus.cdx.json
 USER 10001:10001
 
 FROM base AS cpu
+COPY --link --from=torch-cpu /torch/opt/tminus /opt/tminus
+RUN --mount=type=bind,from=sbom,source=/opt/sbom,target=/opt/sbom \
+    pip --python /opt/tminus/bin/python check \
+    && PATH="/opt/sbom/bin:$PATH" /opt/sbom/docker/sbom /opt/tminus/bin/python /usr/share/sbom/tminus.cdx.json
+USER 10001:10001

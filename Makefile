@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
 
-.PHONY: serve test test-fast coverage lint format client train evaluate bench clean
+.PHONY: serve test test-fast coverage lint audit lock sbom format client train evaluate bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
@@ -28,6 +28,19 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run docker/lock docker/sbom docker/smoke
+
+# Known vulnerabilities of what the image is built with. Where the database cannot be reached it says so, and goes on.
+audit: $(VENV)/.installed-test
+	$(BIN)/python docker/audit.py
+
+# The newest releases that pyproject.toml allows. TORCH_INDEX=… renews torch's build for CPUs too.
+lock: $(VENV)/.installed-test
+	docker/lock
+
+# Of what is installed in .venv. The image's own is made with it and is in it.
+sbom: $(VENV)/.installed-test
+	PATH="$(BIN):$$PATH" docker/sbom $(BIN)/python build/tminus.cdx.json
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix

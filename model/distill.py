@@ -25,7 +25,6 @@ from tminus.model.latent.folder import with_autoencoder
 from tminus.model.networks.registry import build
 from tminus.model.recommended import MAX_GUIDANCE, Recommended
 from tminus.model.run import (
-    STATE_FILE,
     Progress,
     RunConfig,
     RunState,
@@ -35,6 +34,7 @@ from tminus.model.run import (
     interruptible,
     step_seed,
 )
+from tminus.model.run_file import begun_in
 from tminus.model.samplers import Plan, solve
 from tminus.model.student import (
     MAX_STEPS,
@@ -131,7 +131,7 @@ def distill(
     run = RunState(net, Ema(net, config.ema_decay), optimizer, str(teacher_folder))
     identity: dict[str, Any] = {"teacher": teacher.weights_hash}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
-    if (folder / STATE_FILE).is_file():
+    if begun_in(folder):
         config = run.resume(folder, "distill", config, identity)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 

@@ -4,6 +4,7 @@ What all commands that train share: the settings of a loop, its state on the dis
 """
 
 import dataclasses
+import json
 import logging
 import math
 import signal
@@ -21,12 +22,11 @@ from tqdm import tqdm
 
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.ema import Ema
-from tminus.model.files import write_atomically
 from tminus.model.networks.registry import build
+from tminus.model.run_file import FORMER_FILE, STATE_FILE, read_state, write_state
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "training-state.pt"
 LOSS_SMOOTHING = 0.99
 FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
 TIMED_PASSES = 3  # of each precision; the fastest counts
@@ -119,20 +119,19 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "config": dataclasses.asdict(config),
         }
-        write_atomically(folder / STATE_FILE, lambda path: torch.save(state, path))
+        write_state(folder, state)
 
     def resume(self, folder: Path, command: str, config: Config, identity: Mapping[str, Any]) -> Config:
         """Load what was saved; returns the config with the precision that the run chose. Raises TrainError."""
-        file = folder / STATE_FILE
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            state = read_state(folder)
             began = state.get("command", "train")  # the first state files did not tell
             if began != command:
                 raise TrainError(f"{folder}: holds a run of tminus {began}, which tminus {command} cannot go on with")
             was = {**state["config"], **state["identity"]}
             if config.precision == "auto":
                 config = config.with_precision(was["precision"])
-            now = {**dataclasses.asdict(config), **identity}
+            now = json.loads(json.dumps({**dataclasses.asdict(config), **identity}))  # tuples are lists in the file
             usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that it did not have
             for field in sorted(now.keys() - FREE_TO_CHANGE):
                 begun = was.get(field, usual.get(field))
@@ -145,6 +144,7 @@ class RunState:
         except TrainError:
             raise
         except Exception as error:
+            file = folder / (STATE_FILE if (folder / STATE_FILE).is_file() else FORMER_FILE)
             raise TrainError(f"{file}: cannot resume from it ({error}); remove it or choose another folder") from error
         return config
 

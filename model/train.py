@@ -26,7 +26,6 @@ from tminus.model.loss import l_simple, l_weighted, training_target, velocity_we
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
 from tminus.model.run import (
-    STATE_FILE,
     Progress,
     RunConfig,
     RunState,
@@ -36,6 +35,7 @@ from tminus.model.run import (
     interruptible,
     step_seed,
 )
+from tminus.model.run_file import begun_in
 from tminus.model.tminus_file import read_recommended
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
@@ -84,7 +84,7 @@ def train(
     torch.manual_seed(step_seed(config.seed, -1))
     net = UNet2D(unet).to(device)
     folder.mkdir(parents=True, exist_ok=True)
-    begun = (folder / STATE_FILE).is_file()
+    begun = begun_in(folder)
     recommended = None  # settings for sampling: the run keeps its own, or those of its origin
     if init_from is not None and not begun:
         begin_with = load_checkpoint(init_from)

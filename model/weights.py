@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -187,7 +187,7 @@ def _read_tensors(
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise CheckpointError(f"{file}: refused, it is not plain tensors (a pickle with code is never run)") from error
     except Exception as error:  # a damaged .bin fails in many ways: KeyError, IndexError, struct.error, AssertionError
         raise CheckpointError(f"{file}: truncated or not a weights file ({first_line(error)})") from error

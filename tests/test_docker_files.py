@@ -42,12 +42,10 @@ def test_compose_waits_longer_than_a_drain_takes() -> None:
     assert stop_s >= grace_s + ANSWER_S
 
 
-def test_the_image_runs_as_a_numbered_user_that_is_not_root() -> None:
-    final = DOCKERFILE.partition(" AS base\n")[2].partition("\nFROM ")[0]
-    user, _group = re.search(r"^USER (\d+):(\d+)$", final, re.MULTILINE).groups()  # type: ignore[union-attr]
-    assert int(user) > 0
-    users = re.findall(r"^USER (\d+)", DOCKERFILE, re.MULTILINE)
-    assert users == [user, "0", user], "and back after what needs root"
+def test_each_image_runs_as_a_numbered_user_that_is_not_root() -> None:
+    for target in ("cpu", "cuda"):
+        final = DOCKERFILE.partition(f"FROM base AS {target}\n")[2].partition("\nFROM ")[0]
+        assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", final.strip().splitlines()[-1]), "after all that needs root"
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
@@ -58,10 +56,6 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
 
 def test_a_build_without_a_target_is_that_for_the_cpu() -> None:
     assert re.findall(r"^FROM .* AS (\w+)$", DOCKERFILE, re.MULTILINE)[-2:] == ["cuda", "cpu"]
-
-
-def test_the_trial_of_the_image_is_a_script_that_bash_reads() -> None:
-    subprocess.run(["bash", "-n", ROOT / "docker" / "smoke"], check=True, timeout=10)
 
 
 def test_the_server_gets_the_signals_itself() -> None:

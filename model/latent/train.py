@@ -23,7 +23,8 @@ from tminus.model.latent.config import AutoencoderConfig
 from tminus.model.latent.encode import latents_of
 from tminus.model.latent.folder import save_autoencoder
 from tminus.model.pixels import to_model_range
-from tminus.model.run import STATE_FILE, Progress, RunConfig, RunState, TrainError, faster_of, interruptible, step_seed
+from tminus.model.run import Progress, RunConfig, RunState, TrainError, faster_of, interruptible, step_seed
+from tminus.model.run_file import begun_in
 from tminus.model.tminus_file import TMINUS_FILE
 from tminus.model.train import batch_indices
 
@@ -63,7 +64,7 @@ def train_autoencoder(
     run = RunState(net, Ema(net, config.ema_decay), optimizer)
     identity: dict[str, Any] = {f"autoencoder {key}": value for key, value in model.to_dict().items()}
     identity |= {"data": f"{data.name}, {len(data)} images"}
-    if (folder / STATE_FILE).is_file():
+    if begun_in(folder):
         config = run.resume(folder, "train-autoencoder", config, identity)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     images = data.images.to(device)

@@ -13,7 +13,8 @@ from tminus.model import distill as distill_module
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.distill import DistillConfig, distill
 from tminus.model.noise import NoiseConfig
-from tminus.model.run import STATE_FILE, TrainError
+from tminus.model.run import TrainError
+from tminus.model.run_file import STATE_FILE
 from tminus.model.samplers import Plan, sample
 from tminus.model.train import TrainConfig, train
 from tminus.model.unet import UNet2D

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, LDMPipeline
 from torch import Tensor
 
 from tests.tiny import TINY
+from tminus.model import run_file
 from tminus.model import train as train_module
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.data import ImageSet
@@ -24,7 +25,8 @@ from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.config import AutoencoderConfig
 from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
-from tminus.model.run import STATE_FILE, TrainError, faster_precision, step_seed
+from tminus.model.run import TrainError, faster_precision, step_seed
+from tminus.model.run_file import FORMER_FILE, STATE_FILE, read_state, write_state
 from tminus.model.train import TrainConfig, batch_indices, train
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
@@ -61,8 +63,8 @@ def provenance_in(folder: Path) -> dict[str, Any]:
 
 
 def state_of(folder: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True)
-    return state
+    assert (folder / STATE_FILE).is_file()
+    return read_state(folder)
 
 
 def assert_same_bits(one: Any, other: Any, path: str = "") -> None:
@@ -250,11 +252,29 @@ def test_run_of_a_version_without_a_setting_goes_on_with_its_default(straight: P
     run(tmp_path, dataclasses.replace(RUN, steps=2))
     state = state_of(tmp_path)
     del state["config"]["weighting"]
-    torch.save(state, tmp_path / STATE_FILE)
+    write_state(tmp_path, state)
     with pytest.raises(TrainError, match="begun with weighting='simple', got 'velocity'"):
         run(tmp_path, dataclasses.replace(RUN, weighting="velocity"))
     assert run(tmp_path)
     assert_same_run(straight, tmp_path)
+
+
+def test_run_that_an_earlier_version_saved_goes_on_to_the_bit_and_is_no_pickle_any_more(
+    straight: Path, tmp_path: Path
+) -> None:
+    run(tmp_path, dataclasses.replace(RUN, steps=2))
+    torch.save(state_of(tmp_path), tmp_path / FORMER_FILE)
+    (tmp_path / STATE_FILE).unlink()
+    assert run(tmp_path)
+    assert_same_run(straight, tmp_path)
+    assert not (tmp_path / FORMER_FILE).exists()
+
+
+def test_moments_keep_the_order_of_their_weights_in_memory(straight: Path) -> None:
+    moments = state_of(straight)["optimizer"]["state"].values()
+    kernels = [each["exp_avg"] for each in moments if each["exp_avg"].dim() == 4 and each["exp_avg"].shape[2] > 1]
+    assert kernels
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in kernels)
 
 
 def test_run_may_weigh_errors_as_those_of_v(straight: Path, tmp_path: Path) -> None:
@@ -308,7 +328,7 @@ def test_state_that_is_damaged_is_refused_and_left_alone(tmp_path: Path) -> None
     run(tmp_path, dataclasses.replace(RUN, steps=1))
     file = tmp_path / STATE_FILE
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(TrainError, match=r"training-state\.pt: cannot resume from it"):
+    with pytest.raises(TrainError, match=r"training-state\.safetensors: cannot resume from it"):
         run(tmp_path)
     assert file.stat().st_size == 1000
 
@@ -344,11 +364,11 @@ def test_save_that_fails_leaves_the_last_one_whole(tmp_path: Path, monkeypatch: 
     run(tmp_path, dataclasses.replace(RUN, steps=2))
     before = (tmp_path / STATE_FILE).read_bytes()
 
-    def full_disk(_state: object, path: Path) -> None:
+    def full_disk(_tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"part")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(train_module.torch, "save", full_disk)
+    monkeypatch.setattr(run_file, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         run(tmp_path)
     assert (tmp_path / STATE_FILE).read_bytes() == before

@@ -1,0 +1,339 @@
+"""No pickle on disk or wire: no module of ours writes or runs one, and one that is put where we read runs nothing."""
+
+import ast
+import io
+import pickle
+import shutil
+import sqlite3
+import zlib
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.service.fakes import INFO, make_spec
+from tests.tiny import TINY, randomize
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.data import DataError, load_image_folder, read_idx
+from tminus.model.evaluation.classifier import ClassifierError, load_classifier
+from tminus.model.evaluation.kept import Kept
+from tminus.model.files import CheckpointError
+from tminus.model.formats.given import Given
+from tminus.model.formats.read import read_foreign
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.config import AutoencoderConfig
+from tminus.model.latent.folder import load_autoencoder, save_autoencoder
+from tminus.model.noise import NoiseConfig
+from tminus.model.run_file import FORMER_FILE, STATE_FILE, begun_in, read_state
+from tminus.model.tables import read_tables
+from tminus.model.tuning.tune import _State
+from tminus.model.unet import UNet2D
+from tminus.service.access.keyring import KeyRing
+from tminus.service.cli.configuration import read_file
+from tminus.service.engine.autotune_cache import ChoiceCache
+from tminus.service.errors import ServiceError, StorageFailed
+from tminus.service.images.decoder import decode_inputs
+from tminus.service.jobs.arrays import UNREADABLE, unpack_images, unpack_inputs, unpack_snapshot
+from tminus.service.jobs.opening import open_store
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord
+from tminus.service.spec import Snapshot
+
+ROOT = Path(__file__).parents[1]
+OURS = sorted(file for part in ("model", "service") for file in (ROOT / part).glob("**/*.py"))
+OURS += [*(ROOT / "tminus").glob("*.py"), *(ROOT / "bench").glob("**/*.py")]
+# What runs code that it reads, or writes what others would have to run.
+MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "joblib", "dill", "cloudpickle", "multiprocessing"}
+CALLS = {"torch.save", "torch.jit.load", "torch.package", "np.save", "np.savez", "yaml.load", "copyreg"}
+CALLS |= {"PickleType", "ProcessPoolExecutor", "read_pickle", "to_pickle"}
+FIRST = NoiseConfig(num_train_timesteps=20, beta_end=0.3)
+GIVEN = Given(image_size=8, timesteps=20, beta_schedule="linear", prediction="epsilon", variance="fixed_large")
+KL = AutoencoderConfig(
+    kind="AutoencoderKL",
+    down_block_types=("DownEncoderBlock2D",),
+    up_block_types=("UpDecoderBlock2D",),
+    block_out_channels=(8,),
+    norm_num_groups=4,
+)
+
+
+def offences(source: str) -> list[str]:
+    """What a module does with pickles, by line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import():
+                names = [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
+            case ast.ImportFrom(module="pickle", names=[ast.alias(name="UnpicklingError")]):
+                names = []  # what torch raises for a pickle that it refuses
+            case ast.ImportFrom():
+                names = [node.module or ""] if (node.module or "").split(".")[0] in MODULES else []
+                names += [alias.name for alias in node.names if alias.name in CALLS]
+            case ast.Attribute() | ast.Name():
+                name = ast.unparse(node)
+                names = [name] if {name, name.rpartition(".")[2]} & CALLS else []
+            case ast.Call(func=ast.Attribute(attr="load", value=ast.Name(id="torch"))):
+                safe = any(each.arg == "weights_only" and ast.unparse(each.value) == "True" for each in node.keywords)
+                names = [] if safe else ["torch.load"]
+            case ast.Call(func=ast.Attribute(attr="load", value=ast.Name(id="np" | "numpy"))):
+                names = ["np.load"]
+            case ast.keyword(arg="allow_pickle"):
+                names = ["allow_pickle"]
+            case _:
+                names = []
+        found += [f"{getattr(node, 'lineno', 0)}: {name}" for name in names]
+    return found
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_no_module_of_ours_writes_or_runs_pickles(file: Path) -> None:
+    assert offences(file.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import os, marshal",
+        "from joblib import load",
+        "from pickle import UnpicklingError, loads",
+        "def f():\n    from multiprocessing import Pool",
+        "import torch\ntorch.load(f)",
+        "import torch\ntorch.load(f, weights_only=False)",
+        "import torch\ntorch.save(x, f)",
+        "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "import sqlalchemy as sa\nsa.Column('a', sa.PickleType)",
+        "from concurrent.futures import ProcessPoolExecutor",
+    ],
+)
+def test_each_way_to_do_so_is_seen(source: str) -> None:
+    assert offences(source)
+
+
+# --- a pickle with code in it, in each place that is read ---
+
+
+class Exploit:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.proof,)
+
+
+def by_torch(value: object, *, old: bool) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=not old)
+    return file.getvalue()
+
+
+def by_numpy(value: object) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([value], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+FORMS: dict[str, Callable[[object], bytes]] = {
+    "pickle": lambda value: pickle.dumps(value, protocol=2),
+    "torch.save": partial(by_torch, old=False),
+    "torch.save, old format": partial(by_torch, old=True),
+    "np.save": by_numpy,
+    "pickle, compressed": lambda value: zlib.compress(pickle.dumps(value)),
+}
+
+
+def refused(error: type[BaseException] | tuple[type[BaseException], ...], read: Callable[[], object]) -> None:
+    with pytest.raises(error):
+        read()
+
+
+def of_the_unet(suffix: str, folder: Path, data: bytes) -> None:
+    net = UNet2D(TINY)
+    randomize(net)
+    save_checkpoint(folder, net.state_dict(), TINY, FIRST, Labels(), {})
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.with_suffix(suffix).write_bytes(data)
+    refused(CheckpointError, lambda: load_checkpoint(folder))
+
+
+def of_a_document(name: str, folder: Path, data: bytes) -> None:
+    net = UNet2D(TINY)
+    randomize(net)
+    save_checkpoint(folder, net.state_dict(), TINY, FIRST, Labels(), {})
+    assert (folder / name).is_file()
+    (folder / name).write_bytes(data)
+    refused(CheckpointError, lambda: load_checkpoint(folder))
+
+
+def of_the_autoencoder(suffix: str, folder: Path, data: bytes) -> None:
+    save_autoencoder(folder, KL, Autoencoder(KL).state_dict())
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.with_suffix(suffix).write_bytes(data)
+    refused(CheckpointError, lambda: load_autoencoder(folder))
+
+
+def of_the_classifier(folder: Path, data: bytes) -> None:
+    shutil.copytree(ROOT / "checkpoints" / "fashion-mnist-classifier", folder, dirs_exist_ok=True)
+    load_classifier(folder, device=torch.device("cpu"))
+    (folder / "classifier.safetensors").write_bytes(data)
+    refused(ClassifierError, lambda: load_classifier(folder, device=torch.device("cpu")))
+
+
+def of_a_run(name: str, folder: Path, data: bytes) -> None:
+    (folder / name).write_bytes(data)
+    assert begun_in(folder)
+    refused(Exception, lambda: read_state(folder))
+
+
+def of_another_project(suffix: str, folder: Path, data: bytes) -> None:
+    (folder / f"file{suffix}").write_bytes(data)
+    refused(CheckpointError, lambda: read_foreign(folder / f"file{suffix}", GIVEN))
+
+
+def of_a_table(folder: Path, data: bytes) -> None:
+    (folder / "samplers").mkdir()
+    (folder / "samplers" / "tuned-5.json").write_bytes(data)
+    tables, lines = read_tables(folder, "", {}, num_timesteps=20, null_class=False, fractional=False)
+    assert (len(tables), len(lines)) == (0, 1)
+
+
+def of_a_table_that_is_being_tuned(folder: Path, data: bytes) -> None:
+    (folder / "state").write_bytes(data)
+    assert _State(folder / "state", {}).known is None
+
+
+def of_an_evaluation(folder: Path, data: bytes) -> None:
+    kept = Kept(folder)
+    kept.write({"a": 1}, {"b": 2})
+    (file,) = folder.glob("*.json")
+    file.write_bytes(data)
+    assert kept.read({"a": 1}) is None
+
+
+def of_what_was_measured(folder: Path, data: bytes) -> None:
+    cache = ChoiceCache.__new__(ChoiceCache)  # its name is a hash of a checkpoint and the machine
+    cache.file = folder / "choice.json"
+    cache.file.write_bytes(data)
+    assert cache.read() is None
+
+
+def of_the_job_store(folder: Path, data: bytes) -> None:
+    open_store(str(folder), "0" * 64).close()
+    (file,) = folder.glob("*.sqlite3")
+    file.write_bytes(data)
+    refused(ValueError, lambda: open_store(str(folder), "0" * 64))
+
+
+def of_a_column(table: str, column: str, folder: Path, data: bytes) -> None:
+    """Of a job that is kept with all that can be kept of one."""
+    file = folder / "jobs.sqlite3"
+    x = np.zeros((1, 1, 4, 6), np.float32)
+    pixels = np.zeros((1, 4, 6, 1), np.uint8)
+    with closing(SqliteStore(file)) as store:
+        store.add(JobRecord("a", make_spec(), 1))
+        store.save({"a": Snapshot((0,), x, x, x[:, None])}, "build")
+        store.add(JobRecord("b", make_spec(), 2))
+        store.finish(JobRecord("b", make_spec(), 2, outcome="done", finished_us=3), pixels)
+    with closing(sqlite3.connect(file)) as connection:
+        assert connection.execute(f"UPDATE {table} SET {column} = ?", (data,)).rowcount
+        connection.commit()
+    with closing(SqliteStore(file)) as store:
+        match table:
+            case "snapshots":
+                assert store.snapshot("a", "build") is None
+            case "images":
+                refused(StorageFailed, lambda: store.images("b"))
+            case _:
+                refused(StorageFailed, lambda: store.get("a"))
+
+
+def of_arrays(unpack: Callable[[bytes], object], _folder: Path, data: bytes) -> None:
+    refused(UNREADABLE, lambda: unpack(data))
+
+
+def of_an_upload(field: str, _folder: Path, data: bytes) -> None:
+    picture = (ROOT / "docs" / "images" / "upper-half.png").read_bytes()
+    image, mask = (data, None) if field == "image" else (picture, data)
+    refused(ServiceError, lambda: decode_inputs(image, mask, INFO))
+
+
+def of_the_keys(folder: Path, data: bytes) -> None:
+    (folder / "keys").write_bytes(data)
+    refused(ValueError, lambda: KeyRing("", folder / "keys"))
+
+
+def of_the_settings(folder: Path, data: bytes) -> None:
+    (folder / "tminus.toml").write_bytes(data)
+    refused(SystemExit, lambda: read_file(folder / "tminus.toml"))
+
+
+def of_training_images(folder: Path, data: bytes) -> None:
+    (folder / "a.png").write_bytes(data)
+    refused(DataError, lambda: load_image_folder(folder, 8, 1))
+    refused(DataError, lambda: read_idx(folder / "a.png"))
+
+
+PLACES: dict[str, Callable[[Path, bytes], None]] = {
+    "a checkpoint's weights": partial(of_the_unet, ".safetensors"),
+    "a checkpoint's weights as .bin": partial(of_the_unet, ".bin"),
+    "unet/config.json": partial(of_a_document, "unet/config.json"),
+    "scheduler_config.json": partial(of_a_document, "scheduler/scheduler_config.json"),
+    "tminus.json": partial(of_a_document, "tminus.json"),
+    "an autoencoder's weights": partial(of_the_autoencoder, ".safetensors"),
+    "an autoencoder's weights as .bin": partial(of_the_autoencoder, ".bin"),
+    "the classifier": of_the_classifier,
+    "a run of training": partial(of_a_run, STATE_FILE),
+    "a run of training, as earlier versions kept it": partial(of_a_run, FORMER_FILE),
+    "a file to convert, .pt": partial(of_another_project, ".pt"),
+    "a file to convert, .ckpt": partial(of_another_project, ".ckpt"),
+    "a file to convert, .safetensors": partial(of_another_project, ".safetensors"),
+    "a table": of_a_table,
+    "a table that is being tuned": of_a_table_that_is_being_tuned,
+    "figures of an evaluation": of_an_evaluation,
+    "what was measured": of_what_was_measured,
+    "the file of jobs": of_the_job_store,
+    "a job's spec": partial(of_a_column, "jobs", "spec"),
+    "a job's snapshot in the file": partial(of_a_column, "snapshots", "data"),
+    "a job's images in the file": partial(of_a_column, "images", "data"),
+    "a snapshot": partial(of_arrays, unpack_snapshot),
+    "inputs": partial(of_arrays, unpack_inputs),
+    "images": partial(of_arrays, unpack_images),
+    "an uploaded image": partial(of_an_upload, "image"),
+    "an uploaded mask": partial(of_an_upload, "mask"),
+    "the file of keys": of_the_keys,
+    "the file of settings": of_the_settings,
+    "training images": of_training_images,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_pickle_with_code_runs_nothing(place: str, form: str, tmp_path: Path) -> None:
+    proof, folder = tmp_path / "the code ran", tmp_path / "place"
+    folder.mkdir()
+    PLACES[place](folder, FORMS[form]({"conv_in.bias": Exploit(proof)}))
+    assert not proof.exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_exploit_is_a_real_one(tmp_path: Path) -> None:
+    readers: dict[str, Callable[[bytes], object]] = {
+        "pickle": pickle.loads,
+        "torch.save": lambda data: torch.load(io.BytesIO(data), weights_only=False),
+        "torch.save, old format": lambda data: torch.load(io.BytesIO(data), weights_only=False),
+        "np.save": lambda data: np.load(io.BytesIO(data), allow_pickle=True),
+        "pickle, compressed": lambda data: pickle.loads(zlib.decompress(data)),
+    }
+    assert readers.keys() == FORMS.keys()
+    for form, read in readers.items():
+        proof = tmp_path / form
+        read(FORMS[form]({"conv_in.bias": Exploit(proof)}))
+        assert proof.exists(), form
