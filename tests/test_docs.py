@@ -3,13 +3,15 @@
 import base64
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
+from tests import options_page
 from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
 from tests.service.fakes import INFO
 from tminus.__main__ import main
@@ -22,6 +24,7 @@ from tminus.service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+INDEX = ROOT / "docs" / "README.md"
 PAGES = [
     README, ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", ROOT / "docker" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "checkpoints").glob("*/README.md")),
@@ -31,6 +34,7 @@ MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 MAX_README_WORDS = 500  # two minutes of reading
 OUTSIDE = {"tminus.json", "scheduler_config.json", "model_index.json", "model/", "service/", "tests/"}
 NOT_IN_OPENAPI = {"WS /sample/stream", "GET /", "GET /docs", "GET /openapi.json"}
+FILES_OF_PAGES = {"GET /page/{name}", "GET /docs/{name}"}
 
 # Spans by name, and what they say, where that is written down.
 SPANS = (re.compile(r"""(?:traced|begin|add_child)\("([a-z ]+)\""""), re.compile(r"\"(tminus\.[a-z_.]+)\""))
@@ -101,9 +105,10 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
             assert anchor in anchors(linked), target
 
 
-def test_every_page_of_docs_is_linked_in_the_readme() -> None:
-    linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)\)", README.read_text("utf-8")))
-    assert linked == {page_name(page) for page in PAGES if page.parent == ROOT / "docs"}
+def test_every_page_of_docs_is_in_its_index_to_which_the_readme_leads() -> None:
+    linked = set(re.findall(r"\]\((\w[\w-]*\.md)[)#]", INDEX.read_text("utf-8")))
+    assert linked == {page.name for page in INDEX.parent.glob("*.md")} - {INDEX.name}
+    assert f"]({page_name(INDEX)}#" in README.read_text("utf-8")
 
 
 def test_the_readme_is_read_in_two_minutes() -> None:
@@ -156,6 +161,15 @@ def test_every_file_that_architecture_names_exists_and_a_request_goes_through_tw
     assert all((ROOT / "service" / named(file)[0]).is_file() for file in walk)
 
 
+def test_the_options_of_every_command_are_those_of_the_docs() -> None:
+    assert options_page.documented() == options_page.section(), "python -m tests.options_page writes it anew"
+
+
+def test_every_command_is_in_its_table() -> None:
+    rows = tables(options_page.PAGE.read_text("utf-8"), "command", "what it does", "more")
+    assert {named(row[0])[0] for row in rows} == {f"tminus {name}" for name in main.commands}
+
+
 # --- docs/api.md ---
 
 CALLS = [named(call)[0] for call, _ in tables(API, "call", "what it does")]
@@ -174,6 +188,26 @@ def test_every_call_is_documented_and_every_documented_call_exists(site: Site) -
     documented = {re.sub(r"\{id\}", "{job_id}", call) for call in CALLS}
     assert len(CALLS) == len(documented)
     assert documented == served | NOT_IN_OPENAPI
+
+
+def routes_of(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[str]:
+    """The calls that an app's table of routes answers, as docs/api.md writes them."""
+    for route in routes:
+        if isinstance(route, WebSocketRoute):
+            yield f"WS {prefix}{route.path}"
+        elif isinstance(route, Route):
+            yield from (f"{method} {prefix}{route.path}" for method in (route.methods or set()) - {"HEAD"})
+        else:  # a router that FastAPI has included
+            included: Any = route
+            yield from routes_of(included.original_router.routes, prefix + included.include_context.prefix)
+
+
+def test_every_route_of_the_app_is_documented(site: Site) -> None:
+    calls = [call.replace("{id}", "{job_id}") for call in CALLS]
+    # "Below /models/NAME each has all of the calls above", and a page of this API.
+    of_a_model = [*calls[: calls.index("GET /models")], "GET /docs", "GET /openapi.json", *FILES_OF_PAGES]
+    below = {call.replace(" ", " /models/{model}", 1) for call in of_a_model}
+    assert set(routes_of(site.app.routes)) == {*calls, *FILES_OF_PAGES} | below
 
 
 def test_the_calls_outside_openapi_exist(site: Site) -> None:

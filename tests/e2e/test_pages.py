@@ -1,7 +1,9 @@
-"""The commands of README.md and of three pages of docs/, as printed, against a server on the bundled checkpoint."""
+"""The commands of README.md and of pages of docs/, as printed, against servers that mostly serve the bundled model."""
 
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +12,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import BUNDLED, ROOT, RunningServer
+from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, stop_server
 from tests.service.keys import key_line
 from tests.test_docs import shell_commands
 
-TMINUS = f"{sys.executable} -m tminus"
+HOME = "~/.local/state/tminus"
+RUN = {"python": sys.executable, "tminus": f"{sys.executable} -m tminus"}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +36,27 @@ def run(server: RunningServer, folder: Path, page: str, beginning: str) -> list[
         if not command.startswith(beginning):
             continue
         # A thousand steps take too long here, and are steps like any other.
-        command = command.replace("steps=1000", "steps=50").replace("http://localhost:8000", server.url)
-        command = command.replace("localhost:8000", server.url).replace(".venv/bin/tminus", TMINUS)
-        command = re.sub(r"^curl ", "curl -sS --fail-with-body ", command)
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            ["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-        printed.append(done.stdout)
+        printed.append(shell(command.replace("steps=1000", "steps=50"), folder, server.url))
     assert printed
     return printed
+
+
+def shell(command: str, folder: Path, url: str = "") -> str:
+    """Run a command, or a block of them, against the server at this URL; what it printed."""
+    command = re.sub(r"(http://)?localhost:8000", url, command)
+    command = re.sub(r"(?<!/)\.venv/bin/(python|tminus)", lambda found: RUN[found[1]], command)
+    command = re.sub(r"^curl ", "curl -sS --fail-with-body ", command, flags=re.MULTILINE)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-euc", command], cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def blocks(page: str) -> list[str]:
+    """The shell blocks of a page."""
+    return re.findall(r"^```sh\n(.*?)^```$", (ROOT / page).read_text("utf-8"), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +111,63 @@ def test_the_commands_of_the_command_line_page_do_what_it_says(
     assert size(folder / "varied.png") == (32, 32)
     with Image.open(folder / "way.webp") as way:
         assert way.n_frames > 50  # type: ignore[attr-defined]
+
+
+def kill(server: RunningServer) -> None:
+    server.process.send_signal(signal.SIGKILL)
+    server.process.wait(30)
+
+
+def wait_for_job(server: RunningServer, job_id: str) -> bytes:
+    """The images of a durable job, when it is done."""
+    with server.client() as client:
+        server.wait_until(lambda: client.get(f"/jobs/{job_id}").json()["state"] == "done")
+        return client.get(f"/jobs/{job_id}/image").content
+
+
+def test_the_tutorial_goes_through_in_order(
+    own_server: Callable[..., RunningServer], folder: Path, tmp_path: Path
+) -> None:
+    _, train, serve, sample, watch, again, job, fetch = blocks("docs/tutorial.md")
+    # Beside other tests two threads of torch wait for each other most of the time.
+    shell("export OMP_NUM_THREADS=1; " + re.sub(r"--(steps|save-every|sheet-every) \d+", r"--\1 2", train), folder)
+    assert size(folder / "runs" / "first" / "sheets" / "0000002.png") == (160, 128), "twenty images"
+    checkpoint = folder / serve.split()[-1]
+    first = own_server(checkpoint=checkpoint, TMINUS_STATE_DIR=str(tmp_path))
+    shell(sample, folder, first.url)
+    assert size(folder / "sneakers.png") == (64, 64), "four images"
+    shell(watch, folder, first.url)
+    assert "same" in shell(again, folder, first.url)
+    shell(job.replace('"steps": 1000', '"steps": 200'), folder, first.url)
+    assert stop_server(first) == 0
+    second = own_server(checkpoint=checkpoint, TMINUS_STATE_DIR=str(tmp_path))
+    second.wait_until(lambda: "goes on from step" in second.log)
+    wait_for_job(second, json.loads((folder / "job.json").read_text())["id"])
+    shell(fetch, folder, second.url)
+    assert size(folder / "eight.png") == (128, 64), "eight images"
+
+
+def test_a_backup_of_a_running_server_is_restored_and_its_job_ends_in_the_same_bytes(
+    own_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    page = (ROOT / "docs" / "operations.md").read_text("utf-8")
+    section = page.partition("\n## Back up\n")[2].partition("\n## ")[0]
+    copy, restore = re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    state = tmp_path / "state"
+    server = own_server(TMINUS_STATE_DIR=str(state))
+    spec = {"n": 16, "steps": 1000, "seed": 7}
+    with server.client() as client:
+        job_id = client.post("/jobs", json=spec).json()["id"]
+        server.wait_until(lambda: server.metric("tminus_snapshots_total") > 0)
+        (file,) = state.glob("*.sqlite3")
+        backup = ["sqlite3", file, ".backup copy"]
+        refused = subprocess.run(backup, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "database is locked" in refused.stderr
+        shell(copy.replace("$(pgrep -f 'tminus serve')", str(server.process.pid)).replace(HOME, str(state)), tmp_path)
+        assert client.get(f"/jobs/{job_id}").json()["state"] == "running", "it goes on"
+    expected = wait_for_job(server, job_id)
+    kill(server)
+    shell(restore.replace(HOME, str(state)), tmp_path)
+    restored = own_server(TMINUS_STATE_DIR=str(state))
+    restored.wait_until(lambda: f"job {job_id} goes on from step" in restored.log)
+    assert wait_for_job(restored, job_id) == expected
