@@ -27,6 +27,7 @@ BIN = Path(sys.executable).parent
 NEEDED = [
     *PROJECT["dependencies"],
     *PROJECT["optional-dependencies"]["openvino"],
+    *PROJECT["optional-dependencies"]["otel"],
     *PYPROJECT["build-system"]["requires"],
 ]
 
