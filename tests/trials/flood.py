@@ -62,7 +62,8 @@ class Trial:
     @property
     def wrong(self) -> list[str]:
         wrong = [f"p99 is {self.ratio:.2f} times what it is alone"] if self.ratio > REACH else []
-        wrong += ["the quiet key was refused"] if {*self.alone.quiet, *self.beside.quiet} != {200} else []
+        refused = (self.alone.quiet + self.beside.quiet).keys() - {200}
+        wrong += [f"the quiet key got {sorted(refused)}"] if refused else []
         wrong += [f"the flood got {sorted(self.beside.flood)}"] if not {*self.beside.flood} <= {200, 429} else []
         return wrong + ([] if self.beside.flood[429] else ["the flood was no flood"])
 
