@@ -133,7 +133,7 @@ def create_app(
             expose_headers=list(EXPOSED_HEADERS),
         )
     app.add_middleware(Gate, doors=doors, refused=metrics.rejected)
-    app.add_middleware(RequestContext, observe=metrics.requested)
+    app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: parts.worker.draining)
     return Application(app, parts.worker, parts.streams, metrics, model)
 
 
