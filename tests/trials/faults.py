@@ -110,6 +110,12 @@ def end(server: RunningServer) -> None:
         stop_server(server)
 
 
+def beside(server: Restarting) -> bool:
+    """Whether a job is there that is not durable."""
+    jobs = server.get("/jobs", params={"state": "waiting,running", "limit": 200}).json()["jobs"]
+    return not all(job["durable"] for job in jobs)
+
+
 # --- signals ---
 
 
@@ -126,9 +132,7 @@ def terminate(bench: Bench) -> str:
     server = bench.serve()
     bench.post(server, 4)
     running = bench.ask(server.server, {"n": 2, "steps": 100, "seed": 1})
-    server.server.wait_until(
-        lambda: len(server.get("/jobs?state=waiting,running").json()["jobs"]) > 4 or running.done()
-    )
+    server.server.wait_until(lambda: running.done() or beside(server))
     server.server.process.terminate()
     code = server.server.process.wait(60)
     must(
@@ -275,9 +279,7 @@ def worker(bench: Bench) -> str:
     server = bench.serve(fault="worker")
     bench.post(server, 4)
     running = bench.ask(server.server, {"n": 2, "steps": 400})
-    server.server.wait_until(
-        lambda: len(server.get("/jobs?state=waiting,running").json()["jobs"]) > 4 or running.done()
-    )
+    server.server.wait_until(lambda: running.done() or beside(server))
     bench.trigger.touch()
     code = server.server.process.wait(60)
     must(code == 1, f"exit code {code}")
