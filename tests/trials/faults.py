@@ -222,9 +222,9 @@ def clock(bench: Bench) -> str:
         server.start()
         bench._stack.callback(server.kill)
         created = list[str]()
-        for offset_s in (0, HOUR_S, 0, -HOUR_S, 0):
+        for offset_s in (HOUR_S, -HOUR_S, 0):
             # Long enough to be running when the clock is set, and with deadlines that an hour would pass.
-            ids = [submit(http, bench, {"n": 4, "steps": 400, "seed": seed, "deadline_s": 3000}) for seed in range(2)]
+            ids = [submit(http, bench, {"n": 4, "steps": 250, "seed": seed, "deadline_s": 3000}) for seed in range(2)]
             running = bench._pool.submit(http.post, "/sample", json={"n": 4, "steps": 100, "deadline_s": 3000})
             while not any(http.get(f"/jobs/{job_id}").json()["step"] for job_id in ids):
                 time.sleep(0.02)
@@ -317,6 +317,14 @@ def memory_of_a_job(bench: Bench) -> str:
     return f"that job is answered 500 engine_failed, the next one 200; {bench.settle(server)}"
 
 
+def status_of(answer: "Future[httpx.Response]") -> str:
+    """The status as a text; a connection that ended without an answer has none."""
+    try:
+        return str(answer.result().status_code)
+    except httpx.RemoteProtocolError:
+        return "none, the connection ended"
+
+
 def memory_limit(bench: Bench) -> str:
     """A real limit on the address space of the process, for a while: the allocator itself refuses."""
     server = bench.serve("--max-n", "1024", "--max-body-bytes", "200000000")
@@ -325,11 +333,11 @@ def memory_limit(bench: Bench) -> str:
     used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.prlimit(pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
     statuses = [bench.ask(server.server, {"n": n, "steps": 2, "seed": n}) for n in (1024, 1, 512, 1, 1024)]
-    codes = sorted({each.result().status_code for each in statuses})
+    codes = sorted({status_of(each) for each in statuses})
     resource.prlimit(pid, resource.RLIMIT_AS, before)
     must(server.server.process.poll() is None, "the process has ended")
     must(server.server.post(json={"n": 1024, "steps": 2}).status_code == 200, "with memory again it does not serve")
-    seen = ", ".join(map(str, codes))
+    seen = ", ".join(codes)
     return f"answers meanwhile: {seen}; with memory again 200; {bench.settle(server, 'engine_failed', 'internal')}"
 
 
@@ -380,7 +388,7 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], str], str]] = {
         "exit code 0; what runs is answered; after a restart all jobs are done",
     ),
     "disk": (f"the disk is full ({DISK})", disk, "new jobs 507, sampling goes on; with room again all jobs are done"),
-    "clock": ("the clock jumps an hour on, back, and back again", clock, "no job, deadline or ended job is touched"),
+    "clock": ("the clock jumps an hour on, two back, and one on", clock, "no job, deadline or ended job is touched"),
     "worker": (
         "an error in the worker",
         worker,
@@ -393,7 +401,11 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], str], str]] = {
         memory_of_a_job,
         "that job is answered 500; all others are done",
     ),
-    "memory-limit": ("the process gets no more memory", memory_limit, "it lives, and serves when it gets some again"),
+    "memory-limit": (
+        "the process gets no more memory",
+        memory_limit,
+        "it lives, what ends meanwhile is done or says why not, and with memory again it serves",
+    ),
     "nan-weights": ("a weight is NaN", nan_weights, "the start is refused in one line"),
     "nan-step": (
         "a network overflows for one class",

@@ -153,8 +153,11 @@ async def flood(http: httpx.AsyncClient, per_s: float, seconds: float, *, return
             if answer.status != 429 or answer.wait_s < 1:
                 found.other.append(f"{answer.status}, Retry-After {answer.wait_s}: {answer.body[:200]!r}")
                 return
-            value_s = float(json.loads(answer.body)["value"])
-            refusal = Refusal(sent_s, clock(), answer.wait_s, value_s)
+            problem = json.loads(answer.body)
+            if problem["field"] != "backlog_s":
+                found.other.append(f"refused for {problem['field']}")
+                return
+            refusal = Refusal(sent_s, clock(), answer.wait_s, float(problem["value"]))
             found.refusals.append(refusal)
             if not returning or refusal.at_s + refusal.wait_s >= ends_s:
                 return
