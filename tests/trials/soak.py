@@ -293,7 +293,7 @@ async def trial(url: str, minutes: float, load: float, seed: int, peak_s: float 
         async def watch() -> None:
             while True:
                 memory.append((time.perf_counter() - began_s, (await read(http))["process_resident_memory_bytes"]))
-                await asyncio.sleep(READ_S)
+                await asyncio.sleep(min(READ_S, part_s / 5))
 
         watching = asyncio.create_task(watch())
         await drive(mix, part_of(load * clients_per_s, part_s, seed), part_s)
