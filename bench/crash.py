@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,19 @@ LONGEST_S = 5.0  # from the first request of a round to the kill
 class Server:
     """A process that is killed and started again on one state folder and port."""
 
-    def __init__(self, checkpoint: Path, state: Path) -> None:
+    def __init__(
+        self, checkpoint: Path, state: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None
+    ) -> None:
         self.port = servers.free_port()
         self.url = f"http://{servers.HOST}:{self.port}"
         self._command = [sys.executable, "-m", "tminus", "serve", "--checkpoint", str(checkpoint.resolve())]
-        self._command += ["--port", str(self.port), "--state-dir", str(state), "--log-level", "warning"]
+        self._command += ["--port", str(self.port), "--state-dir", str(state), "--log-level", "warning", *flags]
+        self._environment = servers.environment() | dict(env or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start, and wait until it is ready."""
-        self._process = subprocess.Popen(self._command, cwd=servers.ROOT, env=servers.environment())
+        self._process = subprocess.Popen(self._command, cwd=servers.ROOT, env=self._environment)
         deadline = time.monotonic() + READY_S
         while True:
             try:
@@ -56,6 +60,12 @@ class Server:
         assert self._process is not None
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+
+    def terminate(self) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(READY_S)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 
@@ -23,6 +24,7 @@ from bench import machine, servers
 SPEC = {"n": 8, "steps": 20, "sampler": "ddim"}
 PLACES = SPEC["n"] * SPEC["steps"]  # type: ignore[operator]
 BACKLOG_S = 5.0
+FLAGS = ("--max-backlog-s", str(BACKLOG_S), "--max-jobs", "1024", "--result-cache-mb", "0")
 WARM_UP_S = 3.0
 CLIENTS = 16  # that keep every place filled
 LOADS = (1.5, 5.0)
@@ -36,8 +38,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--herd", type=int, default=300)
     args = parser.parse_args()
-    flags = ("--max-backlog-s", str(BACKLOG_S), "--max-jobs", "1024", "--result-cache-mb", "0")
-    tminus = servers.contenders(machine.cores(), flags)["tminus"]
+    tminus = servers.contenders(machine.cores(), FLAGS)["tminus"]
     with servers.running(tminus, args.checkpoint, None) as server:
         os.nice(10)  # the clients are not the server's cost, and share its cores here only
         sys.exit(asyncio.run(measure(server.url, args.seconds, args.herd)))
@@ -71,8 +72,16 @@ async def measure(url: str, seconds: float, herd: int) -> int:
     return int(not all(reached))
 
 
-async def ask(http: httpx.AsyncClient) -> tuple[int, int]:
-    """One request on a connection of its own: its status, and the Retry-After of a refusal.
+class Answer(NamedTuple):
+    """What one request got."""
+
+    status: int
+    wait_s: int  # the Retry-After of a refusal; 0 where there is none
+    body: bytes
+
+
+async def ask(http: httpx.AsyncClient) -> Answer:
+    """One request on a connection of its own.
 
     Without httpx, whose own work would take from the server's cores what the figure is about.
     """
@@ -81,10 +90,11 @@ async def ask(http: httpx.AsyncClient) -> tuple[int, int]:
         target = f"/sample?seed={random.getrandbits(32)}&" + "&".join(f"{name}={value}" for name, value in SPEC.items())
         writer.write(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii").lower()
-        await reader.read()
+        body = await reader.read()
     finally:
         writer.close()
-    return int(head.split()[1]), int(head.partition("\nretry-after: ")[2].split()[0] if "retry-after" in head else 0)
+    wait_s = int(head.partition("\nretry-after: ")[2].split()[0] if "\nretry-after: " in head else 0)
+    return Answer(int(head.split()[1]), wait_s, body)
 
 
 async def row_steps(http: httpx.AsyncClient) -> float:
@@ -111,8 +121,8 @@ async def saturate(http: httpx.AsyncClient, seconds: float) -> float:
 
     async def keep_asking() -> None:
         while True:
-            status, _ = await ask(http)
-            assert status == 200, status
+            answer = await ask(http)
+            assert answer.status == 200, answer
 
     clients = [asyncio.create_task(keep_asking()) for _ in range(CLIENTS)]
     peak = await rate(http, seconds)
@@ -126,7 +136,7 @@ async def saturate(http: httpx.AsyncClient, seconds: float) -> float:
 async def flood(http: httpx.AsyncClient, per_s: float, seconds: float) -> tuple[float, float]:
     """Strangers at random moments, each of whom asks once; row-steps a second, and the share that was refused."""
     rng = random.Random(1)
-    asked: list[asyncio.Task[tuple[int, int]]] = []
+    asked: list[asyncio.Task[Answer]] = []
 
     async def arrive() -> None:
         due_s = time.perf_counter()
@@ -138,7 +148,7 @@ async def flood(http: httpx.AsyncClient, per_s: float, seconds: float) -> tuple[
     arriving = asyncio.create_task(arrive())
     reached = await rate(http, seconds)
     arriving.cancel()
-    statuses = [status for status, _ in await asyncio.gather(*asked)]
+    statuses = [answer.status for answer in await asyncio.gather(*asked)]
     assert set(statuses) <= {200, 429}, sorted(set(statuses))
     await backlog_below(http, 0.0)
     return reached, statuses.count(429) / len(statuses)
@@ -150,12 +160,12 @@ async def stampede(http: httpx.AsyncClient, herd: int) -> tuple[float, list[int]
     async def persist() -> int:
         tries = 1
         while True:
-            status, wait_s = await ask(http)
-            if status != 429:
+            answer = await ask(http)
+            if answer.status != 429:
                 break
-            await asyncio.sleep(wait_s)
+            await asyncio.sleep(answer.wait_s)
             tries += 1
-        assert status == 200, status
+        assert answer.status == 200, answer
         return tries
 
     began = time.perf_counter()
@@ -170,9 +180,9 @@ async def newcomer(http: httpx.AsyncClient) -> tuple[int, float]:
     began = time.perf_counter()
     await backlog_below(http, 0.9 * BACKLOG_S)
     waited_s = time.perf_counter() - began
-    status, _ = await ask(http)
+    answer = await ask(http)
     await asyncio.gather(*crowd)
-    return status, waited_s
+    return answer.status, waited_s
 
 
 async def backlog_below(http: httpx.AsyncClient, seconds: float) -> None:

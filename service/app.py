@@ -141,7 +141,7 @@ def create_app(
             expose_headers=list(EXPOSED_HEADERS),
         )
     app.add_middleware(Gate, doors=doors, refused=metrics.rejected)
-    app.add_middleware(RequestContext, observe=metrics.requested)
+    app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: parts.worker.draining)
     if tracer is not None:
         app.add_middleware(RequestSpans, tracer=tracer)
     return Application(app, parts.worker, parts.streams, metrics, model)

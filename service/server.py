@@ -5,6 +5,7 @@ extended. They are not documented: pyproject.toml bounds uvicorn's version, and 
 is missing if they change.
 """
 
+import asyncio
 import logging
 import os
 import resource
@@ -12,10 +13,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tminus.service.api.http_protocol import http_protocol
 from tminus.service.api.websocket_protocol import stream_protocol
@@ -31,6 +34,8 @@ SPARE_FILES = 256  # beside the connections: for libraries, logs, the encoders
 PING_S = 20.0  # many proxies close a WebSocket that is silent for longer
 PONG_S = 40.0  # for the answer, which comes after whatever a slow reader has not read yet
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
+KEPT_S = 1.0  # after that, for connections that are kept: a request that is on its way is answered with a refusal
+LOOK_S = 0.02
 
 
 class Server(uvicorn.Server):
@@ -43,12 +48,25 @@ class Server(uvicorn.Server):
         self._give_up.daemon = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the jobs of WebSockets, then stop as uvicorn does, which waits only for the answers to requests."""
+        """Wait for the jobs of WebSockets, then stop as uvicorn does, which waits only for the answers to requests.
+
+        Before it stops to listen, whoever keeps a connection has a moment for one more request, which is refused.
+        """
         self._give_up.cancel()
         application = self._starting.application
         if application is not None and not self.force_exit:
             await application.streams.quiet(ANSWER_S)
+            if application.worker.draining and not application.worker.crashed:
+                await self._end_kept_connections()
         await super().shutdown(sockets)
+
+    async def _end_kept_connections(self) -> None:
+        """Answer on kept connections, each of which ends with its answer; those that stay silent end later."""
+        until_s, connections = time.monotonic() + KEPT_S, self.server_state.connections
+        while (  # noqa: ASYNC110  uvicorn tells nobody when one ends
+            time.monotonic() < until_s and any(isinstance(each, H11Protocol) for each in connections)
+        ):
+            await asyncio.sleep(LOOK_S)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more work and start the grace period; a second signal ends it, so that what runs is given up."""

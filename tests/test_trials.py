@@ -1,11 +1,29 @@
 """The trials of tests/trials, small: each must pass, and must notice what it is there to notice."""
 
+import asyncio
+import os
 import random
 from pathlib import Path
 
 import pytest
 
-from tests.trials import checkpoints, websockets
+from tests.e2e.conftest import _cache_of_our_own, shared_folder, small, start_server, stop_server  # noqa: F401
+from tests.trials import checkpoints, connections, faults, overload, rolling, soak, websockets
+from tests.trials.claims import Claim, least, most, none, report
+from tests.trials.overload import Look, Refusal
+
+QUICK_START = (
+    "--executor",
+    "eager",
+    "--threads",
+    "1",
+    "--max-batch",
+    "16",
+    "--short-batch",
+    "8",
+    "--result-cache-mb",
+    "0",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +73,141 @@ def test_no_hostile_dialogue_leaves_anything_behind() -> None:
     assert counts["dialogues"] == 150
     assert counts["HTTP 101"] > 75
     assert counts.keys() >= {"malformed_message", "unauthorized", "malformed_request"}
+
+
+# --- the table ---
+
+
+def test_a_claim_that_does_not_hold_is_shown_and_ends_in_1(capsys: pytest.CaptureFixture[str]) -> None:
+    good = [none("errors", 0, 10), most("latency", 1.0, 1.1), least("goodput", 0.96, 0.95)]
+    assert report(good) == 0
+    for bad in (none("errors", 1), most("latency", 1.2, 1.1), least("goodput", 0.94, 0.95)):
+        capsys.readouterr()
+        assert report([*good, bad]) == 1
+        assert "NO |" in capsys.readouterr().out
+
+
+def missed(claims: list[Claim], *but: str) -> list[Claim]:
+    """Those that do not hold, without those that hold a machine to a time."""
+    return [claim for claim in claims if not claim.holds and not any(word in claim.what for word in but)]
+
+
+# --- soak ---
+
+
+@pytest.mark.slow
+def test_a_mix_of_all_clients_gets_what_it_should(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(soak, "WARM_UP_S", 0.5)
+    monkeypatch.setattr(soak, "CLIENTS", 8)
+    server = start_server(small, *QUICK_START, "--max-streams-per-address", "4096")
+    try:
+        claims = asyncio.run(soak.trial(server.url, minutes=0.15, load=0.3, seed=1, peak_s=2))
+    finally:
+        assert stop_server(server) == 0, server.log
+    assert missed(claims, "peak", "latency", "memory") == []
+    assert "Traceback" not in server.log
+
+
+def test_every_part_of_a_soak_is_the_same_load() -> None:
+    part = soak.part_of(20, 60, seed=3)
+    assert part == soak.part_of(20, 60, seed=3)
+    assert len(part) == 1200
+    assert {kind for _, kind, _ in part} == soak.KINDS.keys()
+    assert sum(share for share, _ in soak.KINDS.values()) == pytest.approx(1)
+
+
+# --- overload ---
+
+
+def look(at_s: float, backlog_s: float = overload.BACKLOG_S) -> Look:
+    return Look(at_s, backlog_s, 100 * at_s)  # a hundred row-steps a second
+
+
+def test_there_is_room_when_what_is_over_the_limit_and_those_told_before_are_done() -> None:
+    looks = [look(float(second)) for second in range(11)]
+    refusals = [
+        Refusal(1.0, 1.0, 2, overload.BACKLOG_S + 0.5),
+        Refusal(1.5, 1.5, 3, overload.BACKLOG_S + 0.5),  # after the first one
+        Refusal(3.5, 3.5, 1, overload.BACKLOG_S + 0.5),  # the first one's time has come
+        Refusal(9.5, 9.5, 3, overload.BACKLOG_S + 2.0),  # until after the last look
+    ]
+    assert overload.right_waits(refusals, looks, job_s=1.0) == pytest.approx([0.5, 1.5, 1.5, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("told_s", "right_s", "wrong"),
+    [
+        (1, 0.1, False),
+        (2, 0.1, True),
+        (4, 2.0, False),
+        (5, 2.0, True),
+        (2, 3.0, False),
+        (2, 3.1, True),
+        (300, 400, False),
+    ],
+)
+def test_a_time_is_right_within_the_factor_and_a_second(told_s: int, right_s: float, wrong: bool) -> None:
+    assert overload.is_wrong(Refusal(0, 0, told_s, 6.0), right_s) == wrong
+
+
+def test_a_refusal_while_there_is_room_is_noticed() -> None:
+    over = overload.BACKLOG_S + 0.3
+    full, half = [look(0.9), look(1.1)], [look(0.9, 2.0), look(1.1, 2.0)]
+    fair = Refusal(1.0, 1.0, 1, over)
+    assert overload.under_the_limit([fair], full, job_s=0.4) == []
+    assert overload.under_the_limit([fair], half, job_s=0.4) == [fair]
+    assert len(overload.under_the_limit([Refusal(1.0, 1.0, 1, 3.0)], full, job_s=0.4)) == 1
+
+
+@pytest.mark.slow
+def test_a_short_flood_is_refused_as_it_should(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr("bench.overload.WARM_UP_S", 0.5)
+    server = start_server(small, *QUICK_START, *overload.FLAGS)
+    try:
+        claims = asyncio.run(overload.trial(server.url, seconds=4, load=3, seed=1, peak_s=2))
+    finally:
+        assert stop_server(server) == 0, server.log
+    assert missed(claims, "Retry-After not within", "goodput", "until") == []
+
+
+# --- connections ---
+
+
+def shorten() -> None:
+    """In the server's process: what is waited for ten seconds is waited for one."""
+    from tminus.service.api import http_protocol, middleware, stream
+
+    http_protocol.HEAD_S = middleware.WINDOW_S = stream.FIRST_MESSAGE_S = 1.0
+
+
+@pytest.mark.slow
+def test_connections_that_are_held_keep_nobody_out(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(connections, "PER_ADDRESS", 20)
+    flags = ("--max-connections-per-address", "64", *connections.flags_for(200))
+    server = start_server(small, *QUICK_START, *flags, prepare=shorten)
+    try:
+        claims = asyncio.run(connections.trial(server.url, 200, 3, slow=20))
+    finally:
+        assert stop_server(server) == 0, server.log
+    assert missed(claims, "median", "open at once") == []
+
+
+# --- faults ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clock", "disk", "worker", "step", "memory-job", "memory-limit"])  # others: tests/e2e
+def test_a_fault_has_the_outcome_that_is_stated(small: Path, name: str) -> None:  # noqa: F811
+    if name == "clock" and faults.FAKETIME is None:
+        pytest.skip("needs libfaketime, and it is not installed")
+    if name == "disk" and os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small file system")
+    assert missed(faults.trial(small, [name], QUICK_START)) == []
+
+
+# --- restarts ---
+
+
+@pytest.mark.slow
+def test_no_request_fails_while_two_instances_are_restarted_in_turn(small: Path) -> None:  # noqa: F811
+    assert missed(rolling.trial(small, rounds=1, flags=QUICK_START)) == []

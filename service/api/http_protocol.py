@@ -16,6 +16,7 @@ from tminus.service.api.problems import render
 from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders
 
 HEAD_S = 10.0  # from the connection, or the first byte of a further request, to the end of the head
+MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete
 # What the WebSocket library accepts in a handshake; it answers nothing to more.
 MAX_LINE_BYTES, MAX_HEADERS = 8192, 128
 BODIES = (b"content-length", b"transfer-encoding")  # a handshake has none
@@ -54,12 +55,20 @@ class HttpProtocol(H11Protocol):
 
         To read on is the only way to notice that the client goes away. So a further request that comes before the
         answer is dropped, and the connection closes after the answer, which tells the client to ask again.
+
+        h11 bounds a head that is not complete, and would take one of any size that comes in one piece. So it is given
+        no more of a head than the bound at a time.
         """
-        if self.transport.is_closing():
-            return
-        if self._is_answering():
-            self.cycle.keep_alive = False
-            return
+        while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
+            if self._is_answering():
+                self.cycle.keep_alive = False
+                return
+            is_head = self.conn.their_state is h11.IDLE
+            size = max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])) if is_head else len(data)
+            self._take(data[:size])
+            data = data[size:]
+
+    def _take(self, data: bytes) -> None:
         super().data_received(data)
         if self._is_answering() and self.conn.trailing_data[0]:
             self.cycle.keep_alive = False

@@ -84,10 +84,19 @@ def _fields(scope: Scope, status: int, seconds: float) -> dict[str, object]:
 
 
 class RequestContext:
-    """Gives each request an id (the client's X-Request-ID if that is well-formed) and times it by route and status."""
+    """Gives each request an id (the client's X-Request-ID if that is well-formed) and times it by route and status.
 
-    def __init__(self, app: ASGIApp, observe: Callable[[str, int, float], None]) -> None:
-        self._app, self._observe = app, observe
+    While the server drains, each answer ends its connection: else the end of the server could meet the next request on
+    its way.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        observe: Callable[[str, int, float], None],
+        draining: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._app, self._observe, self._draining = app, observe, draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,6 +114,8 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"  # no browser takes a client's text or pixels for a page
+                if self._draining():
+                    headers["Connection"] = "close"
             await send(message)
 
         try:

@@ -119,11 +119,11 @@ def run_cli(*arguments: str, timeout_s: float = 120, **env: str) -> subprocess.C
         return forked.run(arguments, os.environ | env, Path(folder), timeout_s)
 
 
-def start_server(checkpoint: Path, *flags: str, **env: str) -> RunningServer:
-    """Start a server and wait until it is ready; its log is kept."""
+def start_server(checkpoint: Path, *flags: str, prepare: Callable[[], None] | None = None, **env: str) -> RunningServer:
+    """Start a server and wait until it is ready; its log is kept. prepare: is called in its process before that."""
     defaults = {"TMINUS_STATE_DIR": ":memory:"}  # several servers at a time, and nothing left behind
     arguments = ["serve", "--checkpoint", str(checkpoint), "--port", "0", "--device", "cpu", *flags]
-    process = Forked(arguments, os.environ | defaults | env)
+    process = Forked(arguments, os.environ | defaults | env, prepare)
     server = RunningServer(process)
     listening = threading.Event()
 

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
@@ -30,11 +30,16 @@ _context.set_forkserver_preload(list(PRELOADED))
 
 
 class Forked:
-    """A process as subprocess.Popen shows it; `output` is what it prints, on both channels."""
+    """A process as subprocess.Popen shows it; `output` is what it prints, on both channels.
 
-    def __init__(self, arguments: Sequence[str], env: Mapping[str, str]) -> None:
+    prepare: is called in it before the command runs.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], env: Mapping[str, str], prepare: Callable[[], None] | None = None
+    ) -> None:
         reader, writer = _context.Pipe(duplex=False)
-        self._process = _context.Process(target=_run, args=(tuple(arguments), dict(env), writer))
+        self._process = _context.Process(target=_run, args=(tuple(arguments), dict(env), writer, prepare))
         self._process.start()
         writer.close()
         self.output: TextIO = os.fdopen(os.dup(reader.fileno()), "r", encoding="utf-8")
@@ -85,8 +90,12 @@ def _run_into(arguments: Sequence[str], env: Mapping[str, str], files: Sequence[
         _become(arguments, env, out.fileno(), err.fileno())
 
 
-def _run(arguments: Sequence[str], env: Mapping[str, str], output: Connection) -> None:
+def _run(
+    arguments: Sequence[str], env: Mapping[str, str], output: Connection, prepare: Callable[[], None] | None
+) -> None:
     with output:
+        if prepare is not None:
+            prepare()
         _become(arguments, env, output.fileno(), output.fileno())
 
 

@@ -1,7 +1,6 @@
 """A server behind a real nginx with TLS, by the configuration in docker/nginx."""
 
 import json
-import os
 import socket
 import ssl
 import subprocess
@@ -15,11 +14,12 @@ import pytest
 from websockets.sync.client import connect
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
+from tests.e2e.nginx import CONFIGURATIONS, nginx
 from tests.service.fakes import wait_until
 from tests.service.keys import bearer, key_line
 from tests.test_monitoring import free_port
 
-TEMPLATE = Path(__file__).parents[2] / "docker" / "nginx" / "tminus.conf.template"
+TEMPLATE = CONFIGURATIONS / "tminus.conf.template"
 NAME, KEY = "diffusion.example", "tm_of_the_proxys_test"
 SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
 
@@ -62,28 +62,20 @@ def proxied(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     )
     text = TEMPLATE.read_text().replace("${NAME}", NAME).replace("8443", f"127.0.0.1:{port}")
     text = text.replace("/certificates", str(folder)).replace("http://tminus:8000", server.url)
-    whole = f"pid {folder}/pid; daemon off; worker_processes 1;\nevents {{}}\nhttp {{ access_log off;\n"
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    whole += "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
-    (folder / "nginx.conf").write_text(f"{whole}{text}}}\n")
-    environment = os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin"}
-    process = subprocess.Popen(
-        ["nginx", "-c", str(folder / "nginx.conf"), "-e", str(folder / "errors")], env=environment
-    )
     found = Proxied(server, port, certificate)
 
-    def listens() -> bool:
-        assert process.poll() is None, (folder / "errors").read_text()
-        try:
-            with found.client() as client:
-                return client.get("/readyz").status_code == 200
-        except httpx.TransportError:
-            return False
+    with nginx(folder, text) as process:
 
-    wait_until(listens)
-    yield found
-    process.terminate()
-    process.wait(20)
+        def listens() -> bool:
+            assert process.poll() is None, (folder / "errors").read_text()
+            try:
+                with found.client() as client:
+                    return client.get("/readyz").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_until(listens)
+        yield found
     assert stop_server(server) == 0, server.log
 
 

@@ -20,6 +20,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.server import Server, bind, first_request
 from tminus.service.starting import Starting
 
+ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/server.py extends: "
 EXTENDED = sorted(name for name, member in vars(Server).items() if inspect.isfunction(member) and name[0] != "_")
 
@@ -60,7 +61,7 @@ class Running:
         self.worker, self.streams = FakeWorker(), Streams(8, 8)
         application = Application(make_app(), self.worker, self.streams, Metrics(), INFO)  # type: ignore[arg-type]
         self.starting = Starting(lambda: application, lambda: setattr(self.server, "should_exit", True))
-        self.server = Server(uvicorn.Config(self.starting, log_config=None), self.starting, grace_s)
+        self.server = Server(uvicorn.Config(self.starting, http="h11", log_config=None), self.starting, grace_s)
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self.thread.start()
         wait_until(lambda: not self.starting.measuring)
@@ -83,6 +84,15 @@ def running() -> Iterator[Running]:
     server = Running(grace_s=3600)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def kept(running: Running) -> Iterator[socket.socket]:
+    """A connection that has had an answer and is kept."""
+    with socket.create_connection(running.listener.getsockname(), PATIENCE_S) as client:
+        client.sendall(ASK)
+        assert client.recv(100).startswith(b"HTTP/1.1 204")
+        yield client
 
 
 @pytest.mark.parametrize("name", EXTENDED)
@@ -156,3 +166,27 @@ def test_the_first_command_that_is_shown_has_settings_that_the_model_takes() -> 
     table = Table("consistency", 2, 1.0, (49.0, 20.0), ((0, 1, 0, 0, 0.1), (0, 1, 0, 0, 0)))
     student = replace(INFO, samplers=("consistency",), tables=(table,), student={"guidance": 1.0})
     assert "steps=2&sampler=consistency'" in first_request("http://here", student)
+
+
+def test_a_request_on_a_kept_connection_that_comes_just_after_the_end_of_the_work_is_answered(
+    running: Running, kept: socket.socket
+) -> None:
+    running.server.handle_exit(signal.SIGTERM, None)
+    running.worker.ended.set()
+    wait_until(lambda: running.server.should_exit)
+    running.thread.join(0.3)  # uvicorn looks at should_exit every 0.1 s
+    kept.sendall(ASK)
+    assert kept.recv(100).startswith(b"HTTP/1.1 204"), f"{CHANGED}it is not H11Protocol that kept connections are of"
+    running.thread.join(PATIENCE_S)
+    assert not running.thread.is_alive()
+
+
+def test_a_kept_connection_on_which_nothing_comes_holds_the_end_up_for_a_moment_only(
+    running: Running, kept: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.service.server.KEPT_S", 0.05)
+    running.server.handle_exit(signal.SIGTERM, None)
+    running.worker.ended.set()
+    running.thread.join(PATIENCE_S)
+    assert not running.thread.is_alive()
+    assert kept.recv(100) == b""

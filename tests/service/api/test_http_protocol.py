@@ -163,7 +163,14 @@ def test_a_head_that_comes_byte_by_byte_is_too_slow(running: Running, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "head", [b"GET /" + b"x" * 100_000, GET[:-2] + b"X: " + b"y" * 200_000_000], ids=["target", "200 MB"]
+    "head",
+    [
+        b"GET /" + b"x" * 100_000,
+        GET[:-2] + b"X: " + b"y" * 200_000_000,
+        b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        GET[:-2] + b"".join(b"X-%d: y\r\n" % number for number in range(3000)) + b"\r\n",
+    ],
+    ids=["target", "200 MB", "complete, in one piece", "many headers, in one piece"],
 )
 def test_a_head_is_bounded(running: Running, head: bytes) -> None:
     with running.connect() as client:
@@ -173,6 +180,13 @@ def test_a_head_is_bounded(running: Running, head: bytes) -> None:
         except OSError:  # it was closed while we were still sending
             return
     assert problem(answer) == (400, "malformed_request")
+
+
+def test_a_head_at_the_bound_is_read_and_so_is_a_large_body_that_comes_with_it(running: Running) -> None:
+    head = HEAD + b"Connection: close\r\nContent-Length: 100000\r\nX: "
+    head += b"y" * (http_protocol.MAX_HEAD_BYTES - len(head) - 4) + b"\r\n\r\n"
+    assert len(head) == http_protocol.MAX_HEAD_BYTES
+    assert running.ask(head + b"x" * 100_000).endswith(b"x" * 100_000)
 
 
 def test_a_body_that_stalls_or_crawls_is_given_up(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

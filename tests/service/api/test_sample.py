@@ -203,9 +203,11 @@ def test_a_draining_server_refuses_new_work_and_answers_the_old(site: Site) -> N
         for response in (site.post(json=QUICK), site.client.get("/readyz")):
             problem(response, 503, "draining")
             assert int(response.headers["retry-after"]) >= 1
+            assert response.headers["connection"] == "close"
         assert site.client.get("/healthz").status_code == 200
         site.engine.gate.open()
-        assert running.result(PATIENCE_S).status_code == 200
+        answer = running.result(PATIENCE_S)
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
 
 
 def test_work_given_up_at_the_end_of_the_grace_period_is_told_so(site: Site) -> None:

@@ -245,6 +245,13 @@ def test_a_job_that_fails_says_why(make_site: MakeSite) -> None:
         client.refused("not_finite", 1011)
 
 
+def test_a_draining_server_refuses_the_handshake_so_that_a_proxy_can_ask_another(site: Site) -> None:
+    site.worker.drain()
+    with pytest.raises(WebSocketDenialResponse) as refused, connect(site):
+        pass
+    assert (refused.value.status_code, refused.value.json()["code"]) == (503, "draining")
+
+
 # --- a viewer's trouble is its own ---
 
 

@@ -1,0 +1,260 @@
+"""Clients that hold connections and do little with them: do others get their answers, and how much later?
+
+    .venv/bin/python -m tests.trials.connections [--sockets 10000]
+
+One after the other on one server, each for some seconds, while somebody else asks POST /sample again and again:
+
+- slow heads and slow bodies, a byte at a time;
+- heads that are too large, as fast as they are refused;
+- 10,000 idle sockets: connections that say nothing, each opened anew when the server has closed it;
+- 10,000 connections from one address that may have 1,024;
+- idle WebSockets: handshakes without a spec, each opened anew likewise.
+
+The clients come from many addresses of the loopback network, as a port is for one connection from one address.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import re
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import httpx
+
+from bench import servers
+from bench.churn import HANDSHAKE
+from tests.trials.claims import Claim, least, most, none, report
+
+SECONDS = 20.0
+PER_ADDRESS = 500
+SLOW, OVERSIZED = 200, 20  # clients of these kinds
+BYTE_S = 0.5  # from one byte to the next
+PACE_S = 0.05  # from an answer to the plain client's next request
+FACTOR, MARGIN_S = 2.0, 0.05  # what a plain request may take, over what it took before
+SPEC = "n=1&steps=10"
+FILES = 256  # beside the connections
+HEADS = (
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%d: x\r\n" % number for number in range(20_000)) + b"\r\n",
+    b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+)
+Holder = Callable[[str, int, Counter[str]], Awaitable[None]]
+
+
+def source(number: int) -> str:
+    """An address of the loopback network, PER_ADDRESS connections each."""
+    return f"127.0.{1 + number // PER_ADDRESS}.1"
+
+
+async def connection(url: str, address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, port = url.removeprefix("http://").split(":")
+    return await asyncio.open_connection(host, int(port), local_addr=(address, 0), limit=2**17)
+
+
+# --- clients who hold a connection; each goes on until it is cancelled ---
+
+
+async def slow_head(url: str, number: int, seen: Counter[str]) -> None:
+    await _slow(url, number, seen, b"GET /model HTTP/1.1\r\nHost: localhost\r\nX-Slow: " + b"x" * 1000)
+
+
+async def slow_body(url: str, number: int, seen: Counter[str]) -> None:
+    await _slow(
+        url, number, seen, b" " * 5000, b"POST /sample HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n"
+    )
+
+
+async def _slow(url: str, number: int, seen: Counter[str], data: bytes, first: bytes = b"") -> None:
+    """A byte at a time, until the server answers or closes."""
+    reader, writer = await connection(url, source(number))
+    try:
+        writer.write(first)
+        answer = asyncio.create_task(reader.read(1000))
+        for byte in data:
+            writer.write(bytes([byte]))
+            done, _ = await asyncio.wait({answer}, timeout=BYTE_S)
+            if done:
+                break
+        await answer_of(await answer, seen)
+    finally:
+        writer.transport.abort()
+
+
+async def oversized(url: str, number: int, seen: Counter[str]) -> None:
+    reader, writer = await connection(url, source(number))
+    try:
+        writer.write(HEADS[number % len(HEADS)])
+        await answer_of(await reader.read(1000), seen)
+    finally:
+        writer.transport.abort()
+
+
+async def idle(url: str, number: int, seen: Counter[str]) -> None:
+    await _idle(url, source(number), b"", seen)
+
+
+async def idle_of_one(url: str, number: int, seen: Counter[str]) -> None:
+    await _idle(url, "127.0.200.1", b"", seen)
+
+
+async def idle_stream(url: str, number: int, seen: Counter[str]) -> None:
+    await _idle(url, source(number), HANDSHAKE.format(host="localhost").encode(), seen)
+
+
+async def _idle(url: str, address: str, first: bytes, seen: Counter[str]) -> None:
+    """Say no more, and wait for the end."""
+    reader, writer = await connection(url, address)
+    try:
+        writer.write(first)
+        seen["open"] += 1
+        seen["most open"] = max(seen["most open"], seen["open"])
+        data = await reader.read(1000)
+        await answer_of(data, seen)
+        await reader.read()
+        if b" 503 " in data:  # what is idle does not come again at once
+            await asyncio.sleep(1)
+    finally:
+        seen["open"] -= 1
+        writer.transport.abort()
+
+
+async def answer_of(data: bytes, seen: Counter[str]) -> None:
+    found = re.match(rb"HTTP/1.1 (\d+)", data)
+    seen[found[1].decode() if found else "closed"] += 1
+
+
+# --- the trial ---
+
+
+async def plain(url: str, draw: random.Random) -> float:
+    """One request as anybody sends it, on a connection of its own: seconds. Raises if it fails."""
+    began_s = time.perf_counter()
+    async with asyncio.timeout(60):
+        reader, writer = await connection(url, "127.0.0.1")
+        try:
+            target = f"/sample?{SPEC}&seed={draw.getrandbits(32)}"
+            writer.write(f"POST {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            answer = await reader.read(2**16)
+            while more := await reader.read(2**16):
+                answer += more
+        finally:
+            writer.close()
+    if not answer.startswith(b"HTTP/1.1 200"):
+        raise ConnectionError(answer[:200])
+    return time.perf_counter() - began_s
+
+
+@asynccontextmanager
+async def held(hold: Holder, url: str, count: int, seen: Counter[str]) -> AsyncIterator[None]:
+    """So many clients, each of whom comes again when its connection has ended; they come over two seconds."""
+
+    async def again(number: int) -> None:
+        await asyncio.sleep(random.Random(number).uniform(0, 2))
+        while True:
+            try:
+                await hold(url, number, seen)
+            except OSError as error:
+                seen[type(error).__name__] += 1
+                await asyncio.sleep(1)
+
+    tasks = [asyncio.create_task(again(number)) for number in range(count)]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def waits(url: str, seconds: float, draw: random.Random) -> tuple[list[float], list[str]]:
+    """What a plain client waits for each of its requests, and what failed."""
+    until_s, found, failed = time.perf_counter() + seconds, list[float](), list[str]()
+    while time.perf_counter() < until_s:
+        try:
+            found.append(await plain(url, draw))
+        except (OSError, TimeoutError) as error:
+            failed.append(repr(error))
+        await asyncio.sleep(PACE_S)
+    return found, failed
+
+
+async def trial(url: str, sockets: int, seconds: float, slow: int = SLOW) -> list[Claim]:
+    """All kinds; what was found. slow: how many clients of the slow kinds."""
+    claims, draw = list[Claim](), random.Random(0)
+    kinds: tuple[tuple[str, Holder, int, str], ...] = (
+        (f"{slow} slow heads", slow_head, slow, "408"),
+        (f"{slow} slow bodies", slow_body, slow, "408"),
+        (f"{OVERSIZED} at once with heads that are too large", oversized, OVERSIZED, "400"),
+        (f"{sockets:,} idle sockets", idle, sockets, "closed"),
+        (f"{sockets:,} connections from one address", idle_of_one, sockets, "503"),
+        (f"{sockets // 10:,} idle WebSockets", idle_stream, sockets // 10, "101"),
+    )
+    for what, hold, count, expected in kinds:
+        before, failed_before = await waits(url, seconds / 2, draw)
+        seen: Counter[str] = Counter()
+        async with held(hold, url, count, seen):
+            during, failed = await waits(url, seconds, draw)
+        was_s, is_s = statistics.median(before), statistics.median(during)
+        print(f"{what}: {dict(seen.most_common())}; a plain request {was_s:.3f} s before, {is_s:.3f} s during it, "
+              f"{max(during):.3f} s at most", *(failed_before + failed)[:5])  # fmt: skip
+        claims += [
+            none(f"{what}: plain requests that failed", len(failed_before + failed), len(before + during)),
+            most(f"{what}: the median of a plain request", is_s, FACTOR * was_s + MARGIN_S, " s"),
+            least(f"{what}: answered or closed as it must be ({expected})", seen[expected], 1, form=",d"),
+        ]
+        if hold is oversized:
+            answers = sum(count for status, count in seen.items() if status.isdecimal())
+            claims.append(none(f"{what}: answered otherwise", answers - seen["400"]))
+        if hold in (idle, idle_stream):
+            claims.append(least(f"{what}: open at once", seen["most open"], 0.99 * count, form=",.0f"))
+        await gone(url)
+    return claims
+
+
+async def gone(url: str) -> None:
+    """Wait until the server has noticed that all have left."""
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+        for _ in range(300):
+            with suppress(httpx.HTTPError):
+                sums = servers.sum_metrics((await http.get("/metrics", headers={"Accept": "*/*"})).text)
+                if sums["process_open_fds"] < FILES:
+                    return
+            await asyncio.sleep(0.1)
+    raise AssertionError("the server still holds the connections of clients that are gone")
+
+
+def allow_files(count: int) -> None:
+    """For this process and those that it starts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, max(hard, count)))
+
+
+def flags_for(sockets: int) -> tuple[str, ...]:
+    """Twice the sockets in all, half of which may be streams; from one address what is the default."""
+    return ("--max-connections", str(2 * sockets + 64), "--max-streams-per-address", str(PER_ADDRESS + 64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
+    parser.add_argument("--sockets", type=int, default=10_000)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each kind")
+    asked = parser.parse_args()
+    allow_files(2 * asked.sockets + 2 * FILES)
+    tminus = servers.contenders(1, flags_for(asked.sockets))["tminus"]
+    with servers.running(tminus, asked.checkpoint, None) as server:
+        os.nice(10)  # the clients are not the server's cost, and share its cores here only
+        sys.exit(report(asyncio.run(trial(server.url, asked.sockets, asked.seconds))))
+
+
+if __name__ == "__main__":
+    main()

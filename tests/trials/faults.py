@@ -1,0 +1,444 @@
+"""What breaks under a server, one fault after the other: what comes of it, and is anything lost that was accepted?
+
+    .venv/bin/python -m tests.trials.faults [--only kill,clock]
+
+Each fault has an outcome that is stated here, and is brought about on a real process: signals, a file system of 8 MiB
+that is full, a clock that is set an hour on and an hour back (libfaketime, for the server's process alone), a limit
+on its memory, weights that are NaN or overflow, and errors of the calls that would raise them (injected.py). Accepted
+means that POST /jobs answered 202. Not lost means that in the end, over restarts, each such job is done, in the bytes
+of an undisturbed run, or has failed with a reason that the outcome names.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from bench import servers
+from bench.crash import Server, all_jobs
+from tests.e2e.conftest import RunningServer, run_cli, start_server, stop_server
+from tests.e2e.restarting import Restarting, make_specs
+from tests.trials.claims import Claim, report
+from tests.trials.injected import Fault, inject
+from tminus.model.checkpoint import load_checkpoint, save_checkpoint
+
+FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+FLAGS = ("--max-backlog-s", "100000")  # what is accepted here is what is asked
+DISK = "8m"
+HOUR_S = 3600
+FULL = 507
+PATIENCE_S = 120.0
+Start = Callable[..., RunningServer]
+
+
+class Wrong(AssertionError):
+    """An outcome is not as stated."""
+
+
+def must(holds: bool, what: str) -> None:
+    if not holds:
+        raise Wrong(what)
+
+
+class Bench:
+    """One fault's server, which can be started again, and what was accepted on it."""
+
+    def __init__(self, checkpoint: Path, flags: Sequence[str], folder: Path, stack: ExitStack) -> None:
+        self.checkpoint, self.folder, self.flags, self._stack = checkpoint, folder, (*FLAGS, *flags), stack
+        self.trigger = folder / "trigger"
+        self.accepted: dict[str, dict[str, Any]] = {}  # by id
+        self._pool = stack.enter_context(ThreadPoolExecutor(8))
+
+    def serve(self, *flags: str, fault: Fault | None = None, state: Path | None = None) -> Restarting:
+        prepare = None if fault is None else partial(inject, fault, self.trigger)
+
+        def start(*more: str, **env: str) -> RunningServer:
+            server = start_server(self.checkpoint, *self.flags, *flags, *more, prepare=prepare, **env)
+            self._stack.callback(end, server)
+            return server
+
+        return Restarting(start, state or self.folder / "state")
+
+    def post(self, server: Restarting, count: int) -> None:
+        """Durable jobs of some seconds, and wait until one of them runs."""
+        offset = len(self.accepted)
+        for spec in make_specs(offset + count)[offset:]:
+            self.accepted[server.post(spec, f"key {spec['seed']}")] = spec
+        server.server.wait_until(lambda: server.server.metric("tminus_rows_active") > 0)
+
+    def ask(self, server: RunningServer, spec: dict[str, Any]) -> "Future[httpx.Response]":
+        """POST /sample, in a thread."""
+        return self._pool.submit(httpx.post, f"{server.url}/sample", json=spec, timeout=PATIENCE_S)
+
+    def settle(self, server: Restarting, *reasons: str) -> str:
+        """Wait for the end of all that was accepted; says how they ended. Failing is allowed for these reasons only."""
+        done, failed = 0, list[str]()
+        for job_id, spec in self.accepted.items():
+            job = server.wait_for(job_id)
+            if job["state"] == "failed" and job["problem"]["code"] in reasons:
+                failed.append(job["problem"]["code"])
+                continue
+            must(job["state"] == "done", f"job {job_id} is {job['state']}: {job.get('problem')}")
+            image = server.get(f"/jobs/{job_id}/image")
+            undisturbed = server.server.post(json=spec)
+            must(image.status_code == undisturbed.status_code == 200, f"{image.status_code}, {undisturbed.status_code}")
+            must(image.content == undisturbed.content, f"job {job_id} has other bytes than an undisturbed run")
+            done += 1
+        listed = server.get("/jobs", params={"limit": 200}).json()["jobs"]
+        must({job["id"] for job in listed} >= self.accepted.keys(), "a job is not listed")
+        return f"{done} of {len(self.accepted)} jobs done, in the same bytes" + (
+            f"; {len(failed)} failed: {', '.join(sorted(set(failed)))}" if failed else ""
+        )
+
+
+def end(server: RunningServer) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        stop_server(server)
+
+
+def beside(server: Restarting) -> bool:
+    """Whether a job is there that is not durable."""
+    jobs = server.get("/jobs", params={"state": "waiting,running", "limit": 200}).json()["jobs"]
+    return not all(job["durable"] for job in jobs)
+
+
+# --- signals ---
+
+
+def kill(bench: Bench) -> str:
+    server = bench.serve()
+    bench.post(server, 4)
+    server.server.wait_until(lambda: server.server.metric("tminus_snapshots_total") >= 1)
+    server.kill()
+    server.start()
+    return bench.settle(server)
+
+
+def terminate(bench: Bench) -> str:
+    server = bench.serve()
+    bench.post(server, 4)
+    running = bench.ask(server.server, {"n": 2, "steps": 100, "seed": 1})
+    server.server.wait_until(lambda: running.done() or beside(server))
+    server.server.process.terminate()
+    code = server.server.process.wait(60)
+    must(
+        running.result().status_code == 200,
+        f"what ran without being durable was answered {running.result().status_code}",
+    )
+    must(code == 0, f"exit code {code}")
+    server.start()
+    return f"exit code 0, the running request answered 200; after a restart {bench.settle(server)}"
+
+
+# --- the disk ---
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of DISK; needs root."""
+    place = folder / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def disk(bench: Bench) -> str:
+    if os.geteuid() != 0:
+        raise Wrong("not tried: to mount a small file system needs root")
+    with small_disk(bench.folder) as place:
+        server = bench.serve(state=place / "state")
+        bench.post(server, 4)
+        filler = place / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        statuses = set[int]()
+        server.server.wait_until(lambda: statuses.add(refused(server)) or FULL in statuses)  # type: ignore[func-returns-value]
+        must(statuses <= {202, FULL}, f"POST /jobs was answered {sorted(statuses)}")
+        must(server.server.post(json={"steps": 3}).status_code == 200, "POST /sample is not answered")
+        server.server.wait_until(lambda: server.get("/readyz").status_code == FULL)
+        server.server.wait_until(
+            lambda: server.server.metric("tminus_rows_active") == 0
+        )  # they have ended, all but on disk
+        states = {server.get(f"/jobs/{job_id}").json()["state"] for job_id in bench.accepted}
+        must("failed" not in states, "a job failed because the disk was full")
+        filler.unlink()
+        server.server.wait_until(lambda: server.get("/readyz").status_code == 200)
+        seen = f"507 for new jobs and /readyz, 200 for POST /sample; with room again {bench.settle(server)}"
+        stop_server(server.server)  # before its file system goes
+    return seen
+
+
+def refused(server: Restarting) -> int:
+    """A further job; its status. One that is accepted counts no less than the others, but is not needed."""
+    answer = httpx.post(f"{server.server.url}/jobs", json={"n": 4, "steps": 1}, timeout=PATIENCE_S)
+    return answer.status_code
+
+
+# --- the clock ---
+
+
+class Clock:
+    """The wall clock of one process: real time and an offset, which a file tells."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "faketime"
+        self.set(0)
+
+    def set(self, offset_s: int) -> None:
+        new = self._file.with_suffix(".new")
+        new.write_text(f"{offset_s:+d}")
+        new.rename(self._file)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        options = {"NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1", "TIMESTAMP_FILE": str(self._file)}
+        return {"LD_PRELOAD": str(FAKETIME)} | {f"FAKETIME_{name}": value for name, value in options.items()}
+
+
+def clock(bench: Bench) -> str:
+    if FAKETIME is None:
+        raise Wrong("not tried: it needs libfaketime (apt install libfaketime)")
+    of_it = Clock(bench.folder)
+    server = Server(bench.checkpoint, bench.folder / "state", bench.flags, of_it.environment)
+    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
+        server.start()
+        bench._stack.callback(server.kill)
+        created = list[str]()
+        for offset_s in (HOUR_S, -HOUR_S, 0):
+            # Long enough to be running when the clock is set, and with deadlines that an hour would pass.
+            ids = [submit(http, bench, {"n": 4, "steps": 250, "seed": seed, "deadline_s": 3000}) for seed in range(2)]
+            running = bench._pool.submit(http.post, "/sample", json={"n": 4, "steps": 100, "deadline_s": 3000})
+            while not any(http.get(f"/jobs/{job_id}").json()["step"] for job_id in ids):
+                time.sleep(0.02)
+            of_it.set(offset_s)
+            created.append(http.post("/jobs", json={"steps": 1}).json()["created"])
+            answer = running.result()
+            must(answer.status_code == 200, f"POST /sample was answered {answer.status_code} {answer.text[:200]}")
+            for job_id in ids:
+                job = wait(http, job_id)
+                must(
+                    job["state"] == "done",
+                    f"with the clock at {offset_s:+d} s a job {job['state']}: {job.get('problem')}",
+                )
+                must(job["age_s"] >= 0, f"age {job['age_s']}")
+            refused = http.post("/sample", json={"n": 64, "steps": 1000, "deadline_s": 0.5})
+            must(refused.status_code in (422, 429), f"a deadline that cannot be met was answered {refused.status_code}")
+        must(len({stamp[:13] for stamp in created}) >= 3, f"the clock was not set: {created}")  # to the hour
+        before = {job["id"] for job in all_jobs(server)}
+        must(server.terminate() == 0, "it did not end with 0")
+        of_it.set(HOUR_S)
+        server.start()
+        after = {job["id"] for job in all_jobs(server)}
+        must(after == before, f"{len(before - after)} of {len(before)} ended jobs are gone")
+        metrics = http.get("/metrics").text
+        late = re.search(r'tminus_cancelled_total\{reason="deadline"\} (\S+)', metrics)
+        must(late is None or float(late[1]) == 0, "a deadline passed")
+    return f"{len(bench.accepted)} jobs done, all {len(before)} kept, no deadline passed"
+
+
+def submit(http: httpx.Client, bench: Bench, spec: dict[str, Any]) -> str:
+    answer = http.post("/jobs", json=spec)
+    must(answer.status_code == 202, f"POST /jobs was answered {answer.status_code} {answer.text[:200]}")
+    job_id = str(answer.json()["id"])
+    bench.accepted[job_id] = spec
+    return job_id
+
+
+def wait(http: httpx.Client, job_id: str) -> dict[str, Any]:
+    until_s = time.monotonic() + PATIENCE_S
+    while True:
+        job: dict[str, Any] = http.get(f"/jobs/{job_id}").json()
+        if job["state"] not in ("waiting", "running"):
+            return job
+        must(time.monotonic() < until_s, f"job {job_id} does not end")
+        time.sleep(0.05)
+
+
+# --- errors of calls ---
+
+
+def worker(bench: Bench) -> str:
+    server = bench.serve(fault="worker")
+    bench.post(server, 4)
+    running = bench.ask(server.server, {"n": 2, "steps": 400})
+    server.server.wait_until(lambda: running.done() or beside(server))
+    bench.trigger.touch()
+    code = server.server.process.wait(60)
+    must(code == 1, f"exit code {code}")
+    status = running.result().status_code
+    must(status in (200, 500), f"what ran was answered {status}")
+    server.start()
+    return f"exit code 1, the running request answered {status}; after a restart {bench.settle(server)}"
+
+
+def step(bench: Bench, fault: Fault = "step") -> str:
+    server = bench.serve(fault=fault)
+    bench.post(server, 4)
+    bench.trigger.touch()
+    server.server.wait_until(lambda: not bench.trigger.exists())
+    bench.post(server, 2)
+    must(httpx.get(f"{server.server.url}/readyz").status_code == 200, "it is not ready")
+    must(server.server.post(json={"steps": 3}).status_code == 200, "POST /sample is not answered")
+    return f"the server goes on; {bench.settle(server, 'engine_failed')}"
+
+
+def memory_of_a_step(bench: Bench) -> str:
+    return step(bench, "memory of a step")
+
+
+def memory_of_a_job(bench: Bench) -> str:
+    server = bench.serve(fault="memory of a job")
+    bench.post(server, 3)
+    bench.trigger.touch()
+    answer = server.server.post(json={"n": 2, "steps": 3})
+    must(
+        (answer.status_code, answer.json()["code"]) == (500, "engine_failed"),
+        f"{answer.status_code} {answer.text[:200]}",
+    )
+    must(server.server.post(json={"n": 2, "steps": 3}).status_code == 200, "the next job is not answered")
+    return f"that job is answered 500 engine_failed, the next one 200; {bench.settle(server)}"
+
+
+def status_of(answer: "Future[httpx.Response]") -> str:
+    """The status as a text; a connection that ended without an answer has none."""
+    try:
+        return str(answer.result().status_code)
+    except httpx.RemoteProtocolError:
+        return "none, the connection ended"
+
+
+def memory_limit(bench: Bench) -> str:
+    """A real limit on the address space of the process, for a while: the allocator itself refuses."""
+    server = bench.serve("--max-n", "1024", "--max-body-bytes", "200000000")
+    bench.post(server, 3)
+    pid = server.server.process.pid
+    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    before = resource.prlimit(pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+    statuses = [bench.ask(server.server, {"n": n, "steps": 2, "seed": n}) for n in (1024, 1, 512, 1, 1024)]
+    codes = sorted({status_of(each) for each in statuses})
+    resource.prlimit(pid, resource.RLIMIT_AS, before)
+    must(server.server.process.poll() is None, "the process has ended")
+    must(server.server.post(json={"n": 1024, "steps": 2}).status_code == 200, "with memory again it does not serve")
+    seen = ", ".join(codes)
+    return f"answers meanwhile: {seen}; with memory again 200; {bench.settle(server, 'engine_failed', 'internal')}"
+
+
+# --- NaN ---
+
+
+def with_state(bench: Bench, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """The checkpoint with other weights."""
+    found = load_checkpoint(bench.checkpoint)
+    state = {name: value.clone() for name, value in found.net.state_dict().items()}
+    change(state)
+    folder = bench.folder / "changed"
+    save_checkpoint(folder, state, found.net.config, found.noise, found.labels, {})  # type: ignore[arg-type]
+    return folder
+
+
+def nan_weights(bench: Bench) -> str:
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        next(iter(state.values())).view(-1)[0] = float("nan")
+
+    result = run_cli("serve", "--checkpoint", str(with_state(bench, spoil)), "--port", "0")
+    lines = result.stderr.splitlines()
+    must(result.returncode == 1 and len(lines) == 1, f"exit code {result.returncode}: {result.stderr[-300:]}")
+    return "exit code 1 and one line"
+
+
+def nan_in_a_step(bench: Bench) -> str:
+    def overflow(state: dict[str, torch.Tensor]) -> None:
+        state["class_embedding.weight"][7] = 3e38  # finite, as a checkpoint must be, until something is added to it
+
+    bench.checkpoint = with_state(bench, overflow)
+    server = bench.serve()
+    bench.post(server, 9)  # of all classes, of which number 7 overflows
+    answer = server.server.post(json={"steps": 5, "class_label": 7})
+    must(
+        (answer.status_code, answer.json()["code"]) == (500, "not_finite"), f"{answer.status_code} {answer.text[:200]}"
+    )
+    seen = bench.settle(server, "not_finite")
+    must("8 of 9" in seen, seen)
+    return f"500 not_finite for what overflows; {seen}"
+
+
+FAULTS: dict[str, tuple[str, Callable[[Bench], str], str]] = {
+    "kill": ("kill -9 in the middle of jobs", kill, "after a restart all jobs are done"),
+    "terminate": (
+        "SIGTERM in the middle of jobs",
+        terminate,
+        "exit code 0; what runs is answered; after a restart all jobs are done",
+    ),
+    "disk": (f"the disk is full ({DISK})", disk, "new jobs 507, sampling goes on; with room again all jobs are done"),
+    "clock": ("the clock jumps an hour on, two back, and one on", clock, "no job, deadline or ended job is touched"),
+    "worker": (
+        "an error in the worker",
+        worker,
+        "exit code 1; what runs is answered; after a restart all jobs are done",
+    ),
+    "step": ("an error in a step", step, "the jobs of that step fail as engine_failed; all others are done"),
+    "memory-step": ("the device has no memory for a step", memory_of_a_step, "the same"),
+    "memory-job": (
+        "the device has no memory for a job",
+        memory_of_a_job,
+        "that job is answered 500; all others are done",
+    ),
+    "memory-limit": (
+        "the process gets no more memory",
+        memory_limit,
+        "it lives, what ends meanwhile is done or says why not, and with memory again it serves",
+    ),
+    "nan-weights": ("a weight is NaN", nan_weights, "the start is refused in one line"),
+    "nan-step": (
+        "a network overflows for one class",
+        nan_in_a_step,
+        "its jobs fail as not_finite; all others are done",
+    ),
+}
+
+
+def trial(checkpoint: Path, names: Sequence[str], flags: Sequence[str] = ()) -> list[Claim]:
+    """Bring the faults about; what was seen."""
+    claims = []
+    for name in names:
+        what, bring_about, outcome = FAULTS[name]
+        began_s = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            try:
+                seen, holds = bring_about(Bench(checkpoint, flags, Path(folder), stack)), True
+            except (AssertionError, httpx.HTTPError, subprocess.SubprocessError) as error:
+                seen, holds = str(error).partition("\n")[0][:300], False
+        print(f"{name}, {time.monotonic() - began_s:.0f} s: {seen}", file=sys.stderr, flush=True)
+        claims.append(Claim(what, seen, outcome, holds))
+    return claims
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
+    parser.add_argument("--only", help=f"some of {', '.join(FAULTS)}, by commas")
+    asked = parser.parse_args()
+    names = asked.only.split(",") if asked.only else list(FAULTS)
+    sys.exit(report(trial(asked.checkpoint, names)))
+
+
+if __name__ == "__main__":
+    main()
