@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from cachetools import LRUCache
+from cachetools import TTLCache
 from PIL import Image, PngImagePlugin
 
 from tminus.service.images.animation import encode_animation
@@ -29,7 +29,7 @@ PNG, ZIP, JSON, WEBP = "image/png", "application/zip", "application/json", "imag
 MEDIA_TYPES = (PNG, ZIP, JSON)  # the first is the default
 PNG_TEXT_KEY = "tminus"
 RESULT_THREADS = 2
-RECENT_BYTES = 32 * 2**20
+RECENT_BYTES, RECENT_S = 32 * 2**20, 5.0
 FRAME_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 1},
     "webp": {"lossless": True, "quality": 0, "method": 0},
@@ -46,8 +46,11 @@ class Encoder:
         self._pool = ThreadPoolExecutor(RESULT_THREADS, thread_name_prefix="tminus-encode")
         self._animations = ThreadPoolExecutor(1, thread_name_prefix="tminus-animate")  # one may take seconds
         self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that results wait for no preview
-        # The latest encoded frames, since many viewers may watch one job. Used in the frames' thread only.
-        self._recent: LRUCache[tuple[Frame, str, str], list[Picture]] = LRUCache(RECENT_BYTES, getsizeof=_cached_bytes)
+        # The latest encoded frames, since many viewers may watch one job; nobody asks for an old one. Used in the
+        # frames' thread only.
+        self._recent: TTLCache[tuple[Frame, str, str], list[Picture]] = TTLCache(
+            RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes
+        )
 
     async def encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo) -> bytes:
         """Make the body of a response. Raises NotFinite."""

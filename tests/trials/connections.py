@@ -32,10 +32,11 @@ import httpx
 from bench import servers
 from bench.churn import HANDSHAKE
 from tests.trials.claims import Claim, least, most, none, report
+from tminus.service.api.http_protocol import HEAD_S
 
 SECONDS = 20.0
 PER_ADDRESS = 500
-SLOW, OVERSIZED = 200, 20  # clients of these kinds
+SLOW, OVERSIZED = 200, 10  # clients of these kinds
 BYTE_S = 0.5  # from one byte to the next
 PACE_S = 0.05  # from an answer to the plain client's next request
 FACTOR, MARGIN_S = 2.0, 0.05  # what a plain request may take, over what it took before
@@ -119,8 +120,8 @@ async def _idle(url: str, address: str, first: bytes, seen: Counter[str]) -> Non
         data = await reader.read(1000)
         await answer_of(data, seen)
         await reader.read()
-        if b" 503 " in data:  # what is idle does not come again at once
-            await asyncio.sleep(1)
+        if b" 503 " in data:  # who is refused comes again as often as who is let in
+            await asyncio.sleep(HEAD_S)
     finally:
         seen["open"] -= 1
         writer.transport.abort()
@@ -239,8 +240,8 @@ def allow_files(count: int) -> None:
 
 
 def flags_for(sockets: int) -> tuple[str, ...]:
-    """Twice the sockets in all, half of which may be streams; from one address what is the default."""
-    return ("--max-connections", str(2 * sockets + 64), "--max-streams-per-address", str(PER_ADDRESS + 64))
+    """Half as many again in all, half of which may be streams; from one address what is the default."""
+    return ("--max-connections", str(sockets + sockets // 2 + 64), "--max-streams-per-address", str(PER_ADDRESS + 64))
 
 
 def main() -> None:
@@ -249,7 +250,7 @@ def main() -> None:
     parser.add_argument("--sockets", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each kind")
     asked = parser.parse_args()
-    allow_files(2 * asked.sockets + 2 * FILES)
+    allow_files(asked.sockets + asked.sockets // 2 + 2 * FILES)
     tminus = servers.contenders(1, flags_for(asked.sockets))["tminus"]
     with servers.running(tminus, asked.checkpoint, None) as server:
         os.nice(10)  # the clients are not the server's cost, and share its cores here only

@@ -5,7 +5,9 @@ import json
 import math
 import re
 import threading
+import weakref
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -34,6 +36,7 @@ from tminus.service.images.encoder import (
     sheet_columns,
 )
 from tminus.service.model_info import ModelInfo
+from tminus.service.preview import Frame, Show
 from tminus.service.spec import Images, SampleSpec
 from tminus.service.work import JobResult
 
@@ -336,3 +339,33 @@ def test_the_recipe_of_an_edit_has_its_hashes() -> None:
     assert (fields["strength"], fields["image_sha256"]) == (0.5, "a" * 64)
     assert "mask_sha256" not in fields
     assert etag(PNG, spec, INFO) != etag(PNG, replace(spec, image_sha256="b" * 64), INFO)
+
+
+def test_an_encoded_frame_is_kept_for_other_viewers_for_a_moment_and_then_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads: list[int] = []
+
+    class Read:
+        def __call__(self) -> Mapping[Show, Images]:
+            reads.append(1)
+            return {"x_t": noise(1)}
+
+    def make() -> tuple[Encoder, Frame, "weakref.ref[Read]"]:
+        read = Read()
+        return Encoder(lambda *_: None), Frame(1, read), weakref.ref(read)
+
+    async def twice(encoder: Encoder, frame: Frame) -> bool:
+        return await encoder.encode_frame(frame, "png", "sheet") == await encoder.encode_frame(frame, "png", "sheet")
+
+    encoder, frame, _ = make()
+    assert asyncio.run(twice(encoder, frame))
+    encoder.close()
+    assert len(reads) == 1
+    monkeypatch.setattr("tminus.service.images.encoder.RECENT_S", 0.0)
+    encoder, frame, old = make()
+    asyncio.run(twice(encoder, frame))
+    del frame
+    asyncio.run(twice(encoder, Frame(2, Read())))
+    encoder.close()
+    assert old() is None
