@@ -82,7 +82,7 @@ class Parts:
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts
         self._noise_turn = asyncio.Lock()
-        self.admission = Admission(limits, shared=access.has_keys)
+        self.admission = Admission(limits, self._served, shared=access.has_keys)
         self.cache = ResultCache(limits.result_cache_bytes)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
         self.decoder, self.encoder, self.recordings = Decoder(), Encoder(self.metrics.encoded), RecordingRoom()

@@ -40,22 +40,24 @@ class Admission:
     The jobs are of all models, and so are the limits of jobs and backlog; each model has slots for rows of its own.
     """
 
-    def __init__(self, limits: Limits, *, shared: bool = False) -> None:
-        """limits: of which max_jobs and max_backlog_s hold here. shared: several owners may come."""
-        self._limits, self._shared = limits, shared
+    def __init__(self, limits: Limits, served: Served | None = None, *, shared: bool = False) -> None:
+        """limits: of which max_jobs and max_backlog_s hold here. served: that of the schedulers.
+
+        shared: several owners may come.
+        """
+        self._limits, self._served, self._shared = limits, served or Served(), shared
         # Guards the ledger and the speeds. The worker must not wait for a forecast, so none is made under this lock.
         self._lock = threading.Lock()
         # The ledger, in order of arrival. The schedulers count the same work, but only in the worker's thread, and only
         # once that has taken a job up; requests are admitted in other threads, and a job counts from then on.
         self._jobs: dict[str, Pending] = {}
         self._speeds: dict[int, Speed] = {}  # by model
-        self._served = Served()  # as the schedulers have it, but from when a job is accepted
         # Held while a request is being admitted, one at a time; guards what follows. Taken before _lock.
         self._admitting = threading.Lock()
-        self._lines: defaultdict[str, Line] = defaultdict(Line)  # by owner, and so are the arrivals
+        # By owner; None is of all.
+        self._lines: defaultdict[str | None, Line] = defaultdict(Line)
         self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)
-        self._drain: Drain | None = None  # None: a job came in since it was made
-        self._drain_made_s = 0.0
+        self._drains: dict[str | None, tuple[Drain, float]] = {}  # with when each was made; none since a job came in
 
     # --- from any thread ---
 
@@ -77,7 +79,7 @@ class Admission:
         time; none is kept for it.
         """
         with self._admitting:
-            server = self._now()
+            server = self._now(owner)
             speed = server.speeds[work.model]
             if work.rows > speed.max_rows:
                 raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)
@@ -86,11 +88,11 @@ class Admission:
             if deadline_s is not None:
                 _check_alone(job, deadline_s, server)
             self._check_room(job, now_s, server)
-            had_s = {**server.had_s, owner: self._had_on_joining_s(owner)}
-            outlook = forecast([*server.jobs, job], server.speeds, job_id, had_s)[job_id]
+            outlook = forecast([*server.jobs, job], server.speeds, job_id, server.had_s)[job_id]
             if deadline_s is not None and outlook.eta_s > deadline_s:
                 raise _unmeetable(deadline_s, outlook.eta_s)
             self._arrivals[owner].add(work.places * speed.place_s, now_s)
+            self._forget_gone(now_s)
             self._take(job)
             return self._foresee(outlook, job, now_s, speed)
 
@@ -108,13 +110,13 @@ class Admission:
             if excess is not None:
                 raise _overloaded(excess, 1)
             self._take(Pending(job_id, work, places_left, work.beside_s, owner))
-        jobs, speeds, had_s = self._read()
-        return forecast(jobs, speeds, job_id, had_s)[job_id]
+        jobs, speeds = self._read()
+        return forecast(jobs, speeds, job_id, self._had_s(jobs))[job_id]
 
     def outlooks(self, now_s: float) -> dict[str, Outlook]:
         """Predict the end of every job, by its id."""
-        jobs, speeds, had_s = self._read()
-        outlooks = forecast(jobs, speeds, had_s=had_s)
+        jobs, speeds = self._read()
+        outlooks = forecast(jobs, speeds, had_s=self._had_s(jobs))
         with self._admitting:
             return {job.job_id: self._foresee(outlooks[job.job_id], job, now_s, speeds[job.work.model]) for job in jobs}
 
@@ -167,11 +169,6 @@ class Admission:
                 speed = self._speeds[model]
                 self._speeds[model] = replace(speed, tick_times=speed.tick_times.observe(places, seconds))
 
-    def served(self, taken_s: Mapping[str, float]) -> None:
-        """Note what owners have had by a tick, as the scheduler counts it."""
-        with self._lock:
-            self._served.stepped(taken_s)
-
     def decoded(self, job_id: str) -> None:
         """Take one image of a latent model off the ledger."""
         with self._lock:
@@ -182,8 +179,7 @@ class Admission:
     def leave(self, job_id: str) -> None:
         """Take a job off that is done or given up, with all it had left. Nothing happens if it is not here."""
         with self._lock:
-            if (job := self._jobs.pop(job_id, None)) is not None:
-                self._served.leave(job.owner)
+            self._jobs.pop(job_id, None)
 
     # --- the limits ---
 
@@ -191,27 +187,33 @@ class Admission:
         """Refuse a job that would pass a limit."""
         if not server.jobs:  # whoever was told a time may be gone, and the next need not come after them
             self._lines.clear()
-        speed, owner = server.speeds[job.work.model], job.owner if self._shared else None
-        excess = find_excess(server.load, job.work, self._limits, speed, owner)
+        speed = server.speeds[job.work.model]
+        excess = find_excess(server.load, job.work, self._limits, speed)
         if excess is None:
             return
-        if self._drain is None or now_s > self._drain_made_s + RENEW_S:
-            had_s = server.had_s if self._shared else None
-            self._drain, self._drain_made_s = Drain(server.jobs, now_s, self._limits, server.speeds, had_s), now_s
-        room_s = max(now_s, self._drain.room_s(job.work, speed, owner))
-        due_s = self._lines[job.owner].next_s(room_s, self._drain.share_s(excess, job.work, speed))
+        owner = job.owner if self._shared else None
+        drain, made_s = self._drains.get(owner, (None, 0.0))
+        if drain is None or now_s > made_s + RENEW_S:
+            drain = Drain(server.jobs, now_s, self._limits, server.speeds, server.had_s, owner)
+            self._drains[owner] = drain, now_s
+        room_s = max(now_s, drain.room_s(job.work, speed))
+        line = self._lines[job.owner if excess.of_owner else None]
+        due_s = line.next_s(room_s, drain.share_s(excess, job.work, speed))
         raise _overloaded(excess, max(1, math.ceil(due_s - now_s - ROUNDING)))
 
     def _take(self, job: Pending) -> None:
         with self._lock:
             assert job.job_id not in self._jobs
             self._jobs[job.job_id] = job
-            self._served.join(job.owner)
-        self._drain = None
+        self._drains.clear()
 
-    def _had_on_joining_s(self, owner: str) -> float:
-        with self._lock:
-            return self._served.on_joining(owner)
+    def _forget_gone(self, now_s: float) -> None:
+        """Forget what is kept of owners that are gone, once these are most."""
+        owners = {job.owner for job in self._read()[0]}
+        if len(self._lines) + len(self._arrivals) > 4 * len(owners) + 16:
+            self._lines = defaultdict(Line, {key: line for key, line in self._lines.items() if key in {None, *owners}})
+            kept = {key: own for key, own in self._arrivals.items() if key in owners or not own.are_over(now_s)}
+            self._arrivals = defaultdict(Arrivals, kept)
 
     # --- the forecast ---
 
@@ -222,17 +224,18 @@ class Admission:
         stretch = self._arrivals[job.owner].stretch(job.places_left * speed.place_s, now_s, RESERVED_SHARE)
         return replace(outlook, eta_s=stretch * outlook.eta_s)
 
-    def _read(self) -> tuple[tuple[Pending, ...], Mapping[int, Speed], Mapping[str, float]]:
+    def _read(self) -> tuple[tuple[Pending, ...], Mapping[int, Speed]]:
         with self._lock:
-            return tuple(self._jobs.values()), dict(self._speeds), self._served.of_all()
+            return tuple(self._jobs.values()), dict(self._speeds)
 
-    def _now(self) -> _Moment:
-        jobs, speeds, had_s = self._read()
-        by_owner: defaultdict[str, list[Pending]] = defaultdict(list)
-        for job in jobs if self._shared else ():
-            by_owner[job.owner].append(job)
-        of_owners = {owner: _load(own, speeds) for owner, own in by_owner.items()}
-        return _Moment(jobs, replace(_load(jobs, speeds), of_owners=of_owners), speeds, had_s)
+    def _had_s(self, jobs: Sequence[Pending], *owners: str) -> Mapping[str, float]:
+        return self._served.of({*(job.owner for job in jobs), *owners})
+
+    def _now(self, owner: str = "") -> _Moment:
+        """owner: who asks."""
+        jobs, speeds = self._read()
+        own = _load([job for job in jobs if job.owner == owner], speeds) if self._shared else None
+        return _Moment(jobs, replace(_load(jobs, speeds), own=own), speeds, self._had_s(jobs, owner))
 
 
 def _load(jobs: Sequence[Pending], speeds: Mapping[int, Speed]) -> Load:

@@ -28,6 +28,11 @@ class Arrivals:
         self._go_on_to(now_s)
         self._sizes.append(work_s)
 
+    def are_over(self, now_s: float) -> bool:
+        """Whether none of them counts any more."""
+        self._go_on_to(now_s)
+        return not self._sizes and all(number < self._current - WINDOWS for number, *_ in self._over)
+
     def stretch(self, left_s: float, now_s: float, least_share: float) -> float:
         """How many times as long a job with so much work left takes, as shorter ones come.
 

@@ -116,6 +116,8 @@ class OwnerFlows:
         longer: the total work from which a job is held back. As the scheduler does: the reserve to the oldest job, then
         to all in turn. A part of a place is one that the owner has in some ticks only.
         """
+        if places <= LEAST:
+            return
         sharing, oldest = self._sharing, self.oldest
         reserve = self._reserve_for(oldest, places)
         left = places - reserve
@@ -134,7 +136,7 @@ class OwnerFlows:
                 looked_past += 1
             if left <= LEAST or looked_past == LOOK_PAST:
                 break
-        if reserve:
+        if reserve > LEAST:
             yield oldest, reserve / oldest.places
 
     def _reserve_for(self, oldest: Flow, places: float) -> float:

@@ -7,9 +7,10 @@ step.
 
 import math
 from collections.abc import Iterable, Mapping
+from heapq import nsmallest
 from itertools import count, pairwise
 
-from tminus.service.scheduling.flows import Flow, OwnerFlows, Pending
+from tminus.service.scheduling.flows import LEAST, Flow, OwnerFlows, Pending
 from tminus.service.scheduling.owners import BURST_S, fill, levels
 from tminus.service.scheduling.scheduler import Rank
 from tminus.service.scheduling.sharing import Sharing
@@ -43,6 +44,8 @@ class Fluid:
         self._short: list[int] = []  # positions of the grants that have fewer rows than the job
         self._used = 0.0  # places of a tick
         self._leader: str | None = None  # the owner that goes before all others until the next event
+        self._places: dict[str, float] = {}  # of a tick that each owner has
+        self._first_grant: dict[str, int] = {}  # where its grants begin, one after the other
         self._ticks = 0.0
         self.now_s = 0.0
         self.tick_end_s = 0.0  # the end of the tick that now_s lies in: the worker sees then what happened in it
@@ -67,12 +70,12 @@ class Fluid:
     @property
     def oldest(self) -> int:
         """The number of the oldest job of the owner whose turn it is."""
-        return self._owners[self._first_owner].oldest.arrival
+        return self._owners[self.first_owner].oldest.arrival
 
     @property
     def next_rank(self) -> Rank:
         """As of the scheduler, of the job that goes next."""
-        owner = self._first_owner
+        owner = self.first_owner
         first = self._owners[owner].next
         left_s = first.left * self._sharing.place_s if self._shortest_first else 0.0
         return self._had_s[owner], left_s, first.arrival
@@ -115,6 +118,7 @@ class Fluid:
         self._share_out()
         tick_s = self._tick_seconds(self._used)
         ticks = self._ticks_to_event()
+        assert ticks > 0
         if tick_s:
             ticks = min(ticks, (until_s - self.now_s) / tick_s)
         self._ticks += ticks
@@ -133,15 +137,12 @@ class Fluid:
 
     def _move(self, ticks: float) -> list[str]:
         ended = []
-        for owner, places in self._places().items():
-            self._owners[owner].places_left -= ticks * places
-        for owner, seconds in self._pace().items():
-            self._had_s[owner] += ticks * seconds
         if len(self._owners) > 1:
             self._stale = True  # of several owners, what each has had counts
-            least_s = max(self._had_s[owner] for owner in self._owners) - BURST_S
-            for owner in self._owners:
-                self._had_s[owner] = max(self._had_s[owner], least_s)
+        if len(self._had_s) > 1:
+            self._let_owners_have(ticks)
+        for owner, places in self._places.items():
+            self._owners[owner].places_left -= ticks * places
         for job, rows in self._grants:
             job.left -= ticks * rows * job.places
             job.steps -= ticks * rows / job.rows
@@ -159,6 +160,15 @@ class Fluid:
             self.places_left = 0.0
         return ended
 
+    def _let_owners_have(self, ticks: float) -> None:
+        had_s = self._had_s
+        for owner, seconds in self._sharing.seconds(self._places, self._leader).items():
+            had_s[owner] += ticks * seconds
+        least_s = max(map(had_s.__getitem__, self._owners)) - BURST_S
+        for owner in self._owners:
+            if had_s[owner] < least_s:
+                had_s[owner] = least_s
+
     def _end(self, job: Flow) -> None:
         self._owners[job.owner].end(job)
         if not self._owners[job.owner]:
@@ -168,37 +178,26 @@ class Fluid:
         self.beside_s -= job.beside_s
 
     @property
-    def _first_owner(self) -> str:
+    def first_owner(self) -> str:
+        """The owner that has had least."""
         if len(self._owners) == 1:
             return next(iter(self._owners))
         return min(self._owners, key=lambda owner: (self._had_s[owner], self._owners[owner].oldest.arrival))
 
-    def _places(self) -> dict[str, float]:
-        """How many places of a tick each owner has."""
-        places = dict.fromkeys(self._owners, 0.0)
-        for job, rows in self._grants:
-            places[job.owner] += rows * job.places
-        return places
-
-    def _pace(self) -> dict[str, float]:
-        """By how much what each owner has had grows in a tick."""
-        return self._sharing.seconds(self._places(), self._leader)
-
     def _levels(self) -> list[list[str]]:
-        had_s = {owner: self._had_s[owner] for owner in self._owners}
-        return levels(had_s, self._sharing.tick_s)
+        return levels({owner: self._had_s[owner] for owner in self._owners}, self._sharing.tick_s)
 
     def _share_out(self) -> None:
         """Share out the places of a tick as the scheduler does."""
         if not self._stale:
             return
         self._stale, self._grants, self._used, self._leader = False, [], 0.0, None
+        self._places, self._first_grant = {}, {}
         if not self.jobs:
             return
-        sharing = self._sharing
         if len(self._owners) == 1:
-            (flows,) = self._owners.values()
-            self._grant(flows, sharing.max_batch, flows.much_longer)
+            ((owner, flows),) = self._owners.items()
+            self._grant(owner, self._sharing.max_batch, flows.much_longer)
         else:
             self._share_out_to_owners()
         self._short = [at for at, (job, rows) in enumerate(self._grants) if rows < job.rows]
@@ -213,17 +212,21 @@ class Fluid:
             wants = {owner: self._owners[owner].places_now for owner in group}
             before = self._used
             for owner, places in fill(free, wants).items():
-                self._grant(
-                    self._owners[owner], places, math.inf if self._leader != owner else self._owners[owner].much_longer
-                )
-            free -= self._used - before
+                self._grant(owner, places, self._owners[owner].much_longer if owner == self._leader else math.inf)
+            free = max(0.0, free - (self._used - before))
             if group[0] == self._leader:
                 free = min(free, sharing.beside(self._used))
+            if free <= LEAST:
+                break
 
-    def _grant(self, flows: OwnerFlows, places: float, longer: float) -> None:
-        for job, rows in flows.share_out(places, self._sharing.max_batch - self._used, longer):
-            self._grants.append((job, rows))
-        self._used = sum(rows * job.places for job, rows in self._grants)
+    def _grant(self, owner: str, places: float, longer: float) -> None:
+        begin, before = len(self._grants), self._used
+        free = self._sharing.max_batch - self._used
+        self._grants += self._owners[owner].share_out(places, free, longer)
+        if len(self._grants) > begin:
+            self._first_grant[owner] = begin
+            self._used += sum(rows * job.places for job, rows in self._grants[begin:])
+            self._places[owner] = self._used - before
 
     def _ticks_to_event(self) -> float:
         """Ticks until a job ends or its cost changes, until one that is short of places overtakes another, …"""
@@ -236,9 +239,7 @@ class Fluid:
         for at in self._short:
             job, rows = grants[at]
             speed = rows * job.places
-            for other, other_rows in grants[:at]:
-                if other.owner != job.owner:
-                    continue
+            for other, other_rows in grants[self._first_grant[job.owner] : at]:
                 faster = speed - other_rows * other.places
                 if faster > 0 and other.left <= job.left:
                     ticks = min(ticks, max(1.0, (job.left - other.left) / faster))
@@ -246,14 +247,15 @@ class Fluid:
 
     def _ticks_to_catch_up(self) -> float:
         """Ticks until an owner is level with the next one, or until the first begins or ceases to lead."""
-        pace, ticks, sharing, groups = self._pace(), math.inf, self._sharing, self._levels()
+        sharing, groups, ticks = self._sharing, self._levels(), math.inf
+        pace = dict.fromkeys(self._owners, 0.0) | sharing.seconds(self._places, self._leader)
         for lower, upper in pairwise(groups):
             for owner in lower:
                 faster = pace[owner] - pace[upper[0]]
                 if faster > 0:
                     ahead_s = self._had_s[upper[0]] - self._had_s[owner] - sharing.tick_s / 2
                     ticks = min(ticks, max(1.0, ahead_s / faster))
-        first, second, *_ = sorted(self._owners, key=lambda owner: (self._had_s[owner], pace[owner]))
+        first, second = nsmallest(2, self._owners, key=lambda owner: (self._had_s[owner], pace[owner]))
         beyond_s = self._had_s[second] - self._had_s[first] - sharing.lead_s
         slower = pace[second] - pace[first]
         if beyond_s * slower < 0:

@@ -6,6 +6,7 @@ time as the models do (turns.py).
 
 import math
 from bisect import bisect_left, insort
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -54,14 +55,9 @@ class Fluids:
         """How long what is left takes in full ticks."""
         return sum(fluid.places_left * self.place_s(model) for model, fluid in self._fluids.items())
 
-    @property
-    def owners(self) -> Mapping[str, Sequence[tuple[int, OwnerFlows]]]:
-        """The jobs of each owner, by model."""
-        found: dict[str, list[tuple[int, OwnerFlows]]] = {}
-        for model, fluid in self._fluids.items():
-            for owner, own in fluid.owners.items():
-                found.setdefault(owner, []).append((model, own))
-        return found
+    def jobs_of(self, owner: str) -> list[tuple[int, OwnerFlows]]:
+        """The jobs of an owner, by model."""
+        return [(model, fluid.owners[owner]) for model, fluid in self._fluids.items() if owner in fluid.owners]
 
     def place_s(self, model: int) -> float:
         """How long a place of a model takes in a full tick."""
@@ -120,6 +116,7 @@ def _shares(busy: Mapping[int, Fluid]) -> Mapping[int, float]:
     return shares(
         {model: fluid.next_rank for model, fluid in busy.items()},
         {model: fluid.oldest for model, fluid in busy.items()},
+        {model: [fluid.first_owner, *fluid.owners] for model, fluid in busy.items()},
         reserve=any(fluid.reserves for fluid in busy.values()),
     )
 
@@ -162,10 +159,22 @@ def forecast(
 
 
 def _with_beside(outlooks: dict[str, Outlook], jobs: Sequence[Pending]) -> dict[str, Outlook]:
-    """Add what comes beside the ticks: one job at a time, as their ticks end."""
-    beside_s = {job.job_id: job.beside_s for job in jobs if job.beside_s}
+    """Add what comes beside the ticks: one job at a time, as their ticks end, of the owner that has had least of it."""
+    beside = [job for job in jobs if job.beside_s and job.job_id in outlooks]
+    coming = deque(sorted(beside, key=lambda job: outlooks[job.job_id].eta_s))
+    waiting: defaultdict[str, deque[Pending]] = defaultdict(deque)
+    had_s: Counter[str] = Counter()
     free_s = 0.0
-    for job_id in sorted(beside_s.keys() & outlooks.keys(), key=lambda each: outlooks[each].eta_s):
-        free_s = max(free_s, outlooks[job_id].eta_s) + beside_s[job_id]
-        outlooks[job_id] = replace(outlooks[job_id], eta_s=free_s)
+    while coming or waiting:
+        if not waiting:
+            free_s = max(free_s, outlooks[coming[0].job_id].eta_s)
+        while coming and outlooks[coming[0].job_id].eta_s <= free_s:
+            waiting[coming[0].owner].append(coming.popleft())
+        owner = min(waiting, key=had_s.__getitem__)
+        job = waiting[owner].popleft()
+        if not waiting[owner]:
+            del waiting[owner]
+        free_s += job.beside_s
+        had_s[owner] += job.beside_s  # type: ignore[assignment]
+        outlooks[job.job_id] = replace(outlooks[job.job_id], eta_s=free_s)
     return outlooks

@@ -61,6 +61,7 @@ class OwnerQueue:
         self._queue: list[tuple[int, int, str]] = []
         self._singles: list[tuple[int, int, str]] = []  # the jobs in the queue with a row that fits a single place
         self.places_now = 0  # what a step of all rows takes
+        self.ticks = 0  # in which it had places
 
     def __bool__(self) -> bool:
         return bool(self._jobs)

@@ -1,64 +1,78 @@
 """Fair shares where jobs of several owners wait: whoever has had less goes first. Pure: no torch, no clock.
 
-An owner is the name of an API key, or nobody's. What its rows take is counted in seconds of full ticks, and a place
-goes to the owner that has had least, so that all who ask for more than they get have the same (the max-min fair shares
-of fair queueing: Demers, Keshav and Shenker 1989). Who asked for little of late is behind the others by up to BURST_S,
-and goes before them until it has caught up.
+An owner is the name of an API key, or nobody's. What it has had is counted in seconds of the machine, and a place goes
+to the owner that has had least, so that all who ask for more than they get have the same (the max-min fair shares of
+fair queueing: Demers, Keshav and Shenker 1989). Who asked for little of late is behind the others by up to BURST_S, and
+goes before them until it has caught up.
 """
 
 import heapq
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 
 BURST_S = 10.0  # how far an owner may be behind the one that has had most
 
 
 class Served:
-    """Owns how much each owner has had, of those that have jobs. All schedulers of a server have the same one."""
+    """Owns how much each owner has had, of those that have jobs. All schedulers of a server have the same one.
+
+    The worker's thread changes it; any thread may read.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._had_s: dict[str, float] = {}  # of those who left, too, until all have left
         self._jobs: dict[str, int] = {}
 
     def join(self, owner: str) -> None:
         """Note that an owner has one more job."""
-        if owner not in self._jobs:
-            had_s = self.on_joining(owner)
-            if not self._jobs:
-                self._had_s.clear()
-            self._had_s[owner], self._jobs[owner] = had_s, 0
-        self._jobs[owner] += 1
-
-    def on_joining(self, owner: str) -> float:
-        """What an owner will have had, once it has one more job."""
-        if owner in self._jobs:
-            return self._had_s[owner]
-        if not self._jobs:
-            return 0.0
-        most_s = max(map(self.had_s, self._jobs))
-        return min(max(self.had_s(owner), most_s - BURST_S), most_s + BURST_S)
+        with self._lock:
+            if owner not in self._jobs:
+                had_s = self._on_joining(owner)
+                if not self._jobs:
+                    self._had_s.clear()
+                self._had_s[owner], self._jobs[owner] = had_s, 0
+            self._jobs[owner] += 1
 
     def leave(self, owner: str) -> None:
         """Note that a job of an owner has ended."""
-        self._jobs[owner] -= 1
-        if not self._jobs[owner]:
-            del self._jobs[owner]
+        with self._lock:
+            self._jobs[owner] -= 1
+            if not self._jobs[owner]:
+                del self._jobs[owner]
 
     def stepped(self, seconds: Mapping[str, float]) -> None:
         """Note what the rows of each owner in a tick have taken."""
-        for owner, taken_s in seconds.items():
-            self._had_s[owner] = self.had_s(owner) + taken_s
-        if len(self._jobs) > 1:
-            least_s = max(map(self.had_s, self._jobs)) - BURST_S
-            for owner in self._jobs:
-                self._had_s[owner] = max(self._had_s[owner], least_s)
+        with self._lock:
+            for owner, taken_s in seconds.items():
+                self._had_s[owner] = self._had_s.get(owner, 0.0) + taken_s
+            if len(self._jobs) > 1:
+                least_s = max(map(self._had_s.__getitem__, self._jobs)) - BURST_S
+                for owner in self._jobs:
+                    if self._had_s[owner] < least_s:
+                        self._had_s[owner] = least_s
 
     def had_s(self, owner: str) -> float:
         """How much an owner has had, from a moment on that is the same for all who have jobs."""
         return self._had_s.get(owner, 0.0)
 
-    def of_all(self) -> dict[str, float]:
-        """What each has had that has jobs."""
-        return {owner: self._had_s[owner] for owner in self._jobs}
+    def of(self, owners: Iterable[str]) -> dict[str, float]:
+        """What each has had, or will have had once it has a job."""
+        with self._lock:
+            return {owner: self._on_joining(owner) for owner in owners}
+
+    @property
+    def one_alone(self) -> bool:
+        """Whether all jobs are of one owner."""
+        return len(self._jobs) == 1
+
+    def _on_joining(self, owner: str) -> float:
+        if owner in self._jobs:
+            return self._had_s[owner]
+        if not self._jobs:
+            return 0.0
+        most_s = max(map(self._had_s.__getitem__, self._jobs))
+        return min(max(self._had_s.get(owner, 0.0), most_s - BURST_S), most_s + BURST_S)
 
 
 def allot(places: int, place_s: float, wants: Mapping[str, int], had_s: Mapping[str, float]) -> dict[str, int]:
@@ -82,7 +96,7 @@ def allot(places: int, place_s: float, wants: Mapping[str, int], had_s: Mapping[
 def levels(had_s: Mapping[str, float], tick_s: float) -> list[list[str]]:
     """Group the owners by what they have had, the least first; those within a tick of each other share a group."""
     groups: list[list[str]] = []
-    for owner in sorted(had_s, key=lambda each: had_s[each]):
+    for owner in sorted(had_s, key=had_s.__getitem__):
         if groups and had_s[owner] - had_s[groups[-1][0]] <= tick_s:
             groups[-1].append(owner)
         else:
@@ -93,7 +107,7 @@ def levels(had_s: Mapping[str, float], tick_s: float) -> list[list[str]]:
 def fill(places: float, wants: Mapping[str, float]) -> dict[str, float]:
     """Share places out evenly, but to none more than it can use."""
     shares: dict[str, float] = {}
-    for number, owner in enumerate(sorted(wants, key=lambda each: wants[each])):
+    for number, owner in enumerate(sorted(wants, key=wants.__getitem__)):
         shares[owner] = min(wants[owner], places / (len(wants) - number))
         places -= shares[owner]
     return shares

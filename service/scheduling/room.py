@@ -30,7 +30,7 @@ class Load:
     rows: Mapping[int, int] = field(default_factory=dict)  # by model, each of which has slots of its own
     ticks_s: float = 0.0  # what is left in full ticks
     beside_s: float = 0.0  # of latent models, see `Work.beside_s`
-    of_owners: Mapping[str, "Load"] = field(default_factory=dict)  # of it, by owner, where several share the server
+    own: "Load | None" = None  # of it, what the owner has that asks, where several share the server
 
     def values(self, work: Work, speed: Speed) -> dict[str, float]:
         """What each limit counts, with one more job."""
@@ -52,25 +52,26 @@ class Excess:
     of_owner: bool = False  # the limit is of what one owner may hold, not of all
 
 
-def find_excess(load: Load, work: Work, limits: Limits, speed: Speed, owner: str | None = None) -> Excess | None:
+def find_excess(load: Load, work: Work, limits: Limits, speed: Speed) -> Excess | None:
     """The first limit that one more job would pass. An empty server has room for any.
 
-    speed: of the job's model. owner: whose job it is, where several share the server: one that has jobs may hold no
-    more than SHARE of what the others leave, so that there is always room for another owner's first job (the dynamic
-    threshold of Choudhury and Hahne 1998).
+    speed: of the job's model. Where several owners share the server, one that has jobs may hold no more than SHARE of
+    what the others leave, so that there is always some room for others (the dynamic threshold of Choudhury and Hahne
+    1998).
     """
     if not load.jobs:
         return None
     bounds = {"backlog_s": limits.max_backlog_s, "jobs": limits.max_jobs, "rows": speed.max_rows}
     values = load.values(work, speed)
+    if load.own is not None and load.own.jobs:
+        for name, value in load.own.values(work, speed).items():
+            limit = SHARE * (bounds[name] - (values[name] - value))
+            limit = limit if name == "backlog_s" else math.floor(limit + ROUNDING)
+            if value > limit * (1 + ROUNDING):
+                return Excess(name, value, limit, of_owner=True)
     for name, value in values.items():
         if value > bounds[name] * (1 + ROUNDING):
             return Excess(name, value, bounds[name])
-    own = load.of_owners.get(owner) if owner is not None else None
-    for name, value in own.values(work, speed).items() if own is not None and own.jobs else ():
-        limit = SHARE * (bounds[name] - (values[name] - value))
-        if value > limit * (1 + ROUNDING):
-            return Excess(name, value, limit, of_owner=True)
     return None
 
 
@@ -84,24 +85,24 @@ class Drain:
         limits: Limits,
         speeds: Mapping[int, Speed],
         had_s: Mapping[str, float] | None = None,
+        owner: str | None = None,
     ) -> None:
-        """had_s: what each owner has had, see `forecast`; None where there is one only."""
+        """had_s: what each owner has had, see `forecast`. owner: who asks, where several share the server."""
         self._limits = limits
         slower = {model: speed.slower(MARGIN) for model, speed in speeds.items()}
         fluids = Fluids(jobs, slower, had_s)
         # A job waits for the tick that runs to end before it begins, and another until it is seen to be done.
         starts_s = now_s + 2 * max(speed.longest_tick_s for speed in speeds.values())
-        shared = had_s is not None
-        self._points = [(starts_s, _load(fluids, shared=shared))]
+        self._points = [(starts_s, _load(fluids, owner))]
         while fluids.jobs:
             fluids.step()
-            self._points.append((starts_s + fluids.tick_end_s, _load(fluids, shared=shared)))
+            self._points.append((starts_s + fluids.tick_end_s, _load(fluids, owner)))
 
-    def room_s(self, work: Work, speed: Speed, owner: str | None = None) -> float:
+    def room_s(self, work: Work, speed: Speed) -> float:
         """The first time when no limit is passed by one more job."""
 
         def fits(load: Load) -> bool:
-            return find_excess(load, work, self._limits, speed, owner) is None
+            return find_excess(load, work, self._limits, speed) is None
 
         at = bisect_left(self._points, True, key=lambda point: fits(point[1]))
         room_s, load = self._points[at]
@@ -122,35 +123,23 @@ class Drain:
         return share * (self._points[-1][0] - starts_s)
 
 
-def _load(fluids: Fluids, *, shared: bool) -> Load:
-    owners = fluids.owners if shared else {}
-    return Load(
-        fluids.jobs,
-        fluids.rows,
-        fluids.ticks_s / MARGIN,
-        fluids.beside_s,
-        {
-            owner: Load(
-                sum(len(own) for _, own in parts),
-                {model: own.rows for model, own in parts},
-                sum(own.places_left * fluids.place_s(model) for model, own in parts) / MARGIN,
-                sum(own.beside_s for _, own in parts),
-            )
-            for owner, parts in owners.items()
-        },
-    )
+def _load(fluids: Fluids, owner: str | None) -> Load:
+    own = None
+    if owner is not None:
+        parts = fluids.jobs_of(owner)
+        own = Load(
+            sum(len(flows) for _, flows in parts),
+            {model: flows.rows for model, flows in parts},
+            sum(flows.places_left * fluids.place_s(model) for model, flows in parts) / MARGIN,
+            sum(flows.beside_s for _, flows in parts),
+        )
+    return Load(fluids.jobs, fluids.rows, fluids.ticks_s / MARGIN, fluids.beside_s, own)
 
 
 def _between(before: Load, after: Load, part: float) -> Load:
     """What is left when a part of the time between two points has passed."""
-    none = Load()
-    return replace(
-        before,
-        ticks_s=before.ticks_s + part * (after.ticks_s - before.ticks_s),
-        of_owners={
-            owner: _between(load, after.of_owners.get(owner, none), part) for owner, load in before.of_owners.items()
-        },
-    )
+    own = None if before.own is None else _between(before.own, after.own or Load(), part)
+    return replace(before, ticks_s=before.ticks_s + part * (after.ticks_s - before.ticks_s), own=own)
 
 
 class Line:

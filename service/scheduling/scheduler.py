@@ -9,7 +9,7 @@ first (owners.py).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -70,18 +70,17 @@ class _Pick:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What a tick changed: jobs that took their first step in it, and jobs that are done; what it counts by owner."""
+    """What a tick changed: jobs that took their first step in it, and jobs that are done."""
 
     started: tuple[str, ...]
     finished: tuple[str, ...]
-    taken_s: Mapping[str, float]
 
 
 class Scheduler:
     """Owns which rows exist and which step each is at. It never sees a latent.
 
-    However many jobs wait, a tick looks at those in its batch and two more of each owner, or at no more than it has
-    places.
+    However many jobs of an owner wait, a tick looks at those in its batch and two more, or at no more than it has
+    places. Where there are several owners it looks at each of these.
     """
 
     def __init__(self, sharing: Sharing, arrivals: Iterator[int] | None = None, served: Served | None = None) -> None:
@@ -91,7 +90,7 @@ class Scheduler:
         self._owners: dict[str, OwnerQueue] = {}  # those that have jobs
         self._arrivals = count() if arrivals is None else arrivals
         self._served = Served() if served is None else served
-        self._ticks = 0
+        self._leader: str | None = None  # the owner that goes before all others in the tick that was chosen last
 
     def add(
         self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None, owner: str = ""
@@ -123,7 +122,7 @@ class Scheduler:
         """Choose the rows of the next tick, or None when there is nothing to do."""
         if not self._jobs:
             return None
-        pick = _Pick(self._sharing.max_batch)
+        pick, self._leader = _Pick(self._sharing.max_batch), None
         if len(self._owners) == 1:  # nearly always
             (queue,) = self._owners.values()
             self._take(pick, queue, pick.free, queue.much_longer)
@@ -133,26 +132,23 @@ class Scheduler:
 
     def _share_out(self, pick: "_Pick") -> None:
         """Give each of several owners its places."""
-        wants = {owner: self._owners[owner].places_now for owner in self._in_turn()}
-        leader = self._leader()
-        if leader is not None:
-            queue = self._owners[leader]
+        owners, sharing = self._in_turn(), self._sharing
+        had_s = {owner: self._served.had_s(owner) for owner in owners}
+        wants = {owner: self._owners[owner].places_now for owner in owners}
+        if sharing.leads(had_s[owners[1]] - had_s[owners[0]]):
+            self._leader = owners[0]
+            queue = self._owners[self._leader]
             self._take(pick, queue, pick.free, queue.much_longer)
-            pick.free = min(pick.free, self._sharing.beside(self._sharing.max_batch - pick.free))
-            del wants[leader]
-        had_s = {owner: self._served.had_s(owner) for owner in wants}
-        for owner, places in allot(pick.free, self._sharing.place_s, wants, had_s).items():
-            self._take(pick, self._owners[owner], places, math.inf)
+            pick.free = min(pick.free, sharing.beside(sharing.max_batch - pick.free))
+            del wants[self._leader]
+        allotted = allot(pick.free, sharing.place_s, wants, had_s)
+        for owner, places in allotted.items():
+            if places:
+                self._take(pick, self._owners[owner], places, math.inf)
         for owner in wants:  # of two single places a guided row could use neither
-            if pick.free:
-                self._take(pick, self._owners[owner], pick.free, math.inf)
-
-    def _leader(self) -> str | None:
-        """The owner that goes before all others in this tick; None where they take turns, or there is one."""
-        if len(self._owners) == 1:
-            return None
-        first, second, *_ = self._in_turn()
-        return first if self._sharing.leads(self._served.had_s(second) - self._served.had_s(first)) else None
+            if not pick.free:
+                break
+            self._take(pick, self._owners[owner], pick.free, math.inf)
 
     def _in_turn(self) -> list[str]:
         return sorted(self._owners, key=lambda owner: (self._served.had_s(owner), self._owners[owner].oldest.arrival))
@@ -160,7 +156,7 @@ class Scheduler:
     def _take(self, pick: "_Pick", queue: OwnerQueue, places: int, much_longer: float) -> None:
         """Put an owner's rows into the batch, in no more than so many places of it."""
         end = pick.free - places  # how many are to stay free
-        pick.take(queue.oldest, self._sharing.reserve(places, 1 if queue.oldest.singles else 2, self._ticks))
+        pick.take(queue.oldest, self._sharing.reserve(places, 1 if queue.oldest.singles else 2, queue.ticks))
 
         def room(job: QueuedJob) -> int:
             held_back = job.work.places >= much_longer
@@ -180,7 +176,6 @@ class Scheduler:
         assert sum(len(picked.steps) for picked in batch.jobs) == len(batch.rows), "it is not of next_batch"
         started: list[str] = []
         finished: list[str] = []
-        leader = self._leader()
         places: dict[str, int] = {}
         for picked in batch.jobs:
             job = self._jobs[picked.job_id]
@@ -195,12 +190,12 @@ class Scheduler:
                 queue.put_back(job)
             else:
                 finished.append(job.id)
-        taken_s = self._sharing.seconds(places, leader)
-        self._served.stepped(taken_s)
-        self._ticks += 1
+        for owner in places:
+            self._owners[owner].ticks += 1
+        self._served.stepped(self._sharing.seconds(places, self._leader, alone=self._served.one_alone))
         for job_id in finished:
             self._forget(self._jobs[job_id])
-        return Advance(tuple(started), tuple(finished), taken_s)
+        return Advance(tuple(started), tuple(finished))
 
     def _forget(self, job: QueuedJob) -> None:
         """Forget a job that was taken out of its owner's queue."""
@@ -226,7 +221,7 @@ class Scheduler:
     @property
     def next_rank(self) -> Rank:
         """Of the job that goes next; in order of arrival what is left counts as nothing."""
-        owner = self._first_owner
+        owner = self.owners[0]
         job = self._owners[owner].next
         left_s = job.places_left * self._sharing.place_s if self._sharing.policy == "srpt" else 0.0
         return self._served.had_s(owner), left_s, job.arrival
@@ -234,7 +229,7 @@ class Scheduler:
     @property
     def oldest(self) -> int:
         """The number of the oldest job of that owner."""
-        return self._owners[self._first_owner].oldest.arrival
+        return self._owners[self.owners[0]].oldest.arrival
 
     @property
     def reserves(self) -> bool:
@@ -242,7 +237,10 @@ class Scheduler:
         return self._sharing.reserved > 0
 
     @property
-    def _first_owner(self) -> str:
-        if len(self._owners) == 1:
-            return next(iter(self._owners))
-        return self._in_turn()[0]
+    def owners(self) -> list[str]:
+        """Those that have jobs here, the one that has had least first."""
+        return list(self._owners) if len(self._owners) == 1 else self._in_turn()
+
+    def has_jobs_of(self, owner: str) -> bool:
+        """Whether an owner has a job here."""
+        return owner in self._owners

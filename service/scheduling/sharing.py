@@ -3,17 +3,22 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
+from tminus.service.scheduling.owners import BURST_S
 from tminus.service.scheduling.tick_times import TickTimes
 
 Policy = Literal["srpt", "fcfs"]  # shortest remaining work first with a reserve for the oldest; order of arrival
 
 RESERVED_SHARE = 0.25  # of the places, for the oldest job
 UNKNOWN = TickTimes()
-LEAD_TICKS = 2.0  # an owner that is more full ticks behind the next one goes before it
+LEAD_TICKS, MOST_LEAD_S = 2.0, BURST_S / 2  # an owner that is more full ticks behind the next one leads, or so long
 LONGER = 1.25  # how much longer a tick of the owner that leads may become by other owners' rows
 MUCH_LONGER = 8  # a job is much longer than another if its total work is so many times as much
+
+
+ROUNDING = 1e-7  # of a place: sums of parts are not exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +67,29 @@ class Sharing:
     @property
     def lead_s(self) -> float:
         """By how much owners who take turns are never apart."""
-        return LEAD_TICKS * self.tick_s
+        return min(LEAD_TICKS * self.tick_s, MOST_LEAD_S)
 
     def beside(self, places: float) -> int:
         """How many places others may have in a tick of the owner that leads, which has so many."""
-        most_s = LONGER * self.times.seconds(math.ceil(places))
-        total = math.ceil(places)
-        while total < self.max_batch and self.times.seconds(total + 1) <= most_s:
-            total += 1
-        return max(0, total - math.ceil(places))
+        return _beside(self.times, self.max_batch, math.ceil(places))
 
-    def seconds(self, places: Mapping[str, float], leader: str | None) -> dict[str, float]:
-        """What each owner takes by its places in a tick; the one that leads also what others could not have."""
-        taken_s = {owner: count * self.place_s for owner, count in places.items()}
-        if leader in taken_s:
-            others_s = sum(taken_s.values()) - taken_s[leader]
-            tick_s = self.times.seconds(math.ceil(sum(places.values())))
-            taken_s[leader] = max(taken_s[leader], tick_s - others_s)
-        return taken_s
+    def seconds(
+        self, places: Mapping[str, float], leader: str | None = None, *, alone: bool = False
+    ) -> dict[str, float]:
+        """What each owner pays for its places in a tick, in seconds of the machine.
+
+        The one that leads pays for what others could not have, too. alone: nobody else has a job, so that only what
+        is more than half of the machine counts against it when somebody comes.
+        """
+        total = sum(places.values())
+        tick_s = self.times.seconds(math.ceil(total - ROUNDING)) or total * self.place_s
+        if alone:
+            return {owner: max(0.0, count * self.place_s - tick_s / 2) for owner, count in places.items()}
+        if leader is not None and leader in places:
+            taken_s = {owner: count * self.place_s for owner, count in places.items()}
+            taken_s[leader] += max(0.0, tick_s - sum(taken_s.values()))
+            return taken_s
+        return {owner: count / total * tick_s for owner, count in places.items()} if total else {}
 
     @property
     def tick_s(self) -> float:
@@ -105,3 +115,11 @@ class Sharing:
             return free
         used = self.max_batch - free
         return min(max(1, math.ceil(used / self.short_batch)) * self.short_batch, self.max_batch) - used
+
+
+@lru_cache(maxsize=4096)
+def _beside(times: TickTimes, max_batch: int, places: int) -> int:
+    most_s, total = LONGER * times.seconds(places), places
+    while total < max_batch and times.seconds(total + 1) <= most_s:
+        total += 1
+    return max(0, total - places)

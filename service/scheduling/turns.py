@@ -5,36 +5,49 @@ work goes first, whichever model it is of, and a share of the time is kept for t
 the owner goes first that has had least.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from tminus.service.scheduling.scheduler import Rank, Scheduler
 from tminus.service.scheduling.sharing import RESERVED_SHARE
 
 Key = TypeVar("Key")
+LEVEL_S = 0.5  # owners of several models that have had as much, but for so much, are taken to be level
 
 
-def shares(ranks: Mapping[Key, Rank], oldest: Mapping[Key, int], *, reserve: bool = True) -> dict[Key, float]:
+def shares(
+    ranks: Mapping[Key, Rank],
+    oldest: Mapping[Key, int],
+    owners: Mapping[Key, Collection[str]],
+    *,
+    reserve: bool = True,
+) -> dict[Key, float]:
     """What share of the time each model has now; models that have none are left out.
 
-    ranks: of each model that has work, that of its next job. oldest: the number of the oldest job of the same owner.
+    ranks: of each model that has work, that of its next job. oldest: the number of the oldest job of the owner whose
+    job that is. owners: all who have jobs of it, that one first.
     """
-    first = min(ranks, key=lambda each: ranks[each])
-    same_owner = [model for model in ranks if ranks[model][0] == ranks[first][0]]
-    oldest_model = min(same_owner, key=lambda each: oldest[each])
+    first = min(ranks, key=ranks.__getitem__)
+    # Not those of an owner that has had more, or has no job of the first model: its turn is yet to come.
+    level = [
+        model
+        for model in ranks
+        if next(iter(owners[model])) in owners[first] and ranks[model][0] <= ranks[first][0] + LEVEL_S
+    ]
+    oldest_model = min(level, key=oldest.__getitem__)
     if first == oldest_model or not reserve:
         return {first: 1.0}
     return {first: 1 - RESERVED_SHARE, oldest_model: RESERVED_SHARE}
 
 
 class Turns:
-    """Owns how much time the model of the oldest job is owed. Each model's rows are in a scheduler of its own."""
+    """Owns how much time the model of each owner's oldest job is owed. Each model has a scheduler of its own."""
 
     def __init__(self) -> None:
         self._schedulers: dict[int, Scheduler] = {}
         self._tick_s: dict[int, float] = {}  # how long the last tick of each model took
-        self._oldest: int | None = None  # the model that is owed
-        self._owed_s = 0.0
+        self._owed_s: dict[tuple[str, int], float] = {}  # by owner, and model of its oldest job
+        self._owed: tuple[str, int] | None = None  # which of these the tick that was chosen last counts for
 
     def put(self, model: int, scheduler: Scheduler) -> None:
         """Take on a model."""
@@ -46,6 +59,7 @@ class Turns:
         assert not self._schedulers[model].has_work
         del self._schedulers[model]
         self._tick_s.pop(model, None)
+        self._forget_settled()
 
     @property
     def has_work(self) -> bool:
@@ -55,26 +69,38 @@ class Turns:
     def next(self) -> int | None:
         """The model of the next tick; None when there is nothing to do."""
         busy = {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
+        self._owed = None
         if len(busy) < 2:  # nearly always
-            self._oldest, self._owed_s = None, 0.0
+            self._owed_s.clear()
             return next(iter(busy), None)
-        ranks = {model: scheduler.next_rank for model, scheduler in busy.items()}
+        owners = {model: scheduler.owners for model, scheduler in busy.items()}
         first, *others = shares(
-            ranks,
+            {model: scheduler.next_rank for model, scheduler in busy.items()},
             {model: scheduler.oldest for model, scheduler in busy.items()},
+            owners,
             reserve=any(scheduler.reserves for scheduler in busy.values()),
         )
-        oldest = others[0] if others else None
-        if oldest != self._oldest:
-            self._oldest, self._owed_s = oldest, 0.0
-        if oldest is None or self._owed_s <= 0 or self._owed_s < self._tick_s.get(oldest, 0.0):
+        if not others:
             return first
-        return oldest
+        (oldest,) = others
+        self._owed = owners[oldest][0], oldest
+        owed_s = self._owed_s.setdefault(self._owed, 0.0)
+        return first if owed_s <= 0 or owed_s < self._tick_s.get(oldest, 0.0) else oldest
 
     def stepped(self, model: int, seconds: float) -> None:
         """Note how long the tick took that a model has had."""
         self._tick_s[model] = seconds
-        if model == self._oldest:
-            self._owed_s = max(0.0, self._owed_s - seconds)
-        elif self._oldest is not None:
-            self._owed_s += seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
+        if self._owed is None:
+            return
+        owed_s = self._owed_s.get(self._owed, 0.0)
+        if model == self._owed[1]:
+            self._owed_s[self._owed] = max(0.0, owed_s - seconds)
+        else:
+            self._owed_s[self._owed] = owed_s + seconds * RESERVED_SHARE / (1 - RESERVED_SHARE)
+        self._forget_settled()
+
+    def _forget_settled(self) -> None:
+        """Forget what was owed to owners that have no job there any more."""
+        for owner, model in list(self._owed_s):
+            if model not in self._schedulers or not self._schedulers[model].has_jobs_of(owner):
+                del self._owed_s[owner, model]

@@ -6,7 +6,7 @@ so that short jobs do not wait for long ones.
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +39,7 @@ class Coding:
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}  # in order of arrival
         self._served = Served()
-        self._tasks_begun = 0
+        self._tasks_begun: Counter[str] = Counter()  # by owner
         self._closed = False
         self._thread: threading.Thread | None = None
         self.task_began_s: float | None = None  # while a task runs
@@ -119,11 +119,13 @@ class Coding:
             owner = min(self._jobs.values(), key=lambda job: self._served.had_s(job.owner)).owner
             jobs = {job_id: job for job_id, job in self._jobs.items() if job.owner == owner}
             job_id = next(iter(jobs))  # the oldest
-            if self._tasks_begun % OLDEST_EVERY:
+            if self._tasks_begun[owner] % OLDEST_EVERY:
                 job_id = min(jobs, key=lambda each: len(jobs[each].tasks))
-            self._tasks_begun += 1
+            self._tasks_begun[owner] += 1
             return job_id, jobs[job_id], jobs[job_id].tasks.popleft()
 
     def _forget(self, job_id: str) -> None:
         if (job := self._jobs.pop(job_id, None)) is not None:
             self._served.leave(job.owner)
+            if not self._jobs:
+                self._tasks_begun.clear()

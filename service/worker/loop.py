@@ -207,7 +207,6 @@ class Loop:
         now_s = self._clock()
         self._count(model, batch, jobs, now_s - started_s)
         advance = model.scheduler.advance(batch)
-        self._admission.served(advance.taken_s)
         for job_id in advance.started:
             queue_s, first_step_s = self._jobs[job_id].start(started_s, now_s)
             self._metrics.job_started(queue_s=queue_s, first_step_s=first_step_s)

@@ -8,6 +8,7 @@ import pytest
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.owners import Served
 from tminus.service.scheduling.sharing import Policy, Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
@@ -23,11 +24,12 @@ def make_admission(
     policy: Policy = "srpt",
     decode_s: float = 0.0,
     encode_s: float = 0.0,
+    served: Served | None = None,
     shared: bool = False,
     **limits: float,
 ) -> Admission:
     held = replace(LIMITS, **limits)  # type: ignore[arg-type]
-    admission = Admission(held, shared=shared)
+    admission = Admission(held, served, shared=shared)
     times = TickTimes(tuple(points))
     sharing = Sharing.of(held.max_batch, policy, short_batch=4, place_s=times.seconds_per_place(held.max_batch))
     admission.put(0, Speed(sharing, times, held.max_rows, decode_s, encode_s))

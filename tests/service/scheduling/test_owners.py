@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.service.scheduling.test_admission import RATE, make_admission, plain, wait_of
 from tminus.service.errors import Overloaded
 from tminus.service.scheduling.admission import Admission
-from tminus.service.scheduling.flows import Pending
-from tminus.service.scheduling.forecast import forecast
+from tminus.service.scheduling.flows import OwnerFlows, Pending
+from tminus.service.scheduling.forecast import Fluids, forecast
 from tminus.service.scheduling.owners import BURST_S, Served, allot, fill, levels
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.sharing import Policy, Sharing
@@ -22,10 +22,14 @@ from tminus.service.work import Batch, Work
 # --- what each has had ---
 
 
+def all_of(served: Served) -> dict[str, float]:
+    return served.of(served._jobs)
+
+
 def test_who_comes_first_begins_with_nothing() -> None:
     served = Served()
     served.join("a")
-    assert served.of_all() == {"a": 0.0}
+    assert all_of(served) == {"a": 0.0}
 
 
 def test_who_comes_later_is_behind_by_no_more_than_a_burst() -> None:
@@ -33,7 +37,7 @@ def test_who_comes_later_is_behind_by_no_more_than_a_burst() -> None:
     served.join("flood")
     served.stepped({"flood": 100.0})
     served.join("b")
-    assert served.of_all() == {"flood": 100.0, "b": 100.0 - BURST_S}
+    assert all_of(served) == {"flood": 100.0, "b": 100.0 - BURST_S}
 
 
 def test_who_returns_soon_is_where_it_was() -> None:
@@ -73,7 +77,7 @@ def test_when_all_have_left_nothing_is_kept_of_them() -> None:
     served.stepped({"a": 7.0})
     served.leave("a")
     served.join("b")
-    assert (served.of_all(), served.had_s("a")) == ({"b": 0.0}, 0.0)
+    assert (all_of(served), served.had_s("a")) == ({"b": 0.0}, 0.0)
 
 
 @given(st.integers(0, 64), st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(0, 40), st.floats(0, 9))))
@@ -153,7 +157,7 @@ class Machine:
 
     def forecast(self) -> dict[str, float]:
         jobs = [Pending(job, self.works[job], left, owner=job[0]) for job, left in self.left.items() if left]
-        found = forecast(jobs, {0: Speed(self.sharing, TIMES, 1000)}, had_s=self.served.of_all())
+        found = forecast(jobs, {0: Speed(self.sharing, TIMES, 1000)}, had_s=all_of(self.served))
         return {job_id: outlook.eta_s for job_id, outlook in found.items()}
 
 
@@ -232,6 +236,38 @@ def test_the_oldest_job_of_each_owner_moves_on_under_its_own_short_jobs(times: T
     assert before - machine.left[oldest] >= 50
 
 
+def test_who_took_less_than_half_while_alone_does_not_wait_for_a_flood_that_comes() -> None:
+    machine = Machine(sharing_of(8))
+    machine.add("v0", plain(1, 100_000))
+    while machine.now_s < 6 * BURST_S:
+        machine.tick()
+    for number in range(20):
+        machine.add(f"f{number}", plain(8, 1000))
+    before = machine.left["v0"]
+    for _ in range(100):
+        machine.tick()
+    assert before - machine.left["v0"] >= 90
+
+
+def test_of_many_owners_each_ones_oldest_job_moves_on() -> None:
+    machine, owners = Machine(sharing_of(8)), "abcdefghijklmnop"
+    for owner in owners:
+        machine.add(f"{owner}0", plain(1, 10_000))
+    for number in range(1, 1200):
+        for owner in owners:
+            if not any(left for job, left in machine.left.items() if job[0] == owner and job[1:] != "0"):
+                machine.left = {job: left for job, left in machine.left.items() if left}
+                machine.add(f"{owner}{number}", plain(1, 2))
+        machine.tick()
+    assert min(10_000 - machine.left[f"{owner}0"] for owner in owners) >= 75, "a quarter of half a place of 1,200 ticks"
+
+
+def test_on_a_slow_machine_too_somebody_leads() -> None:
+    slow = TickTimes(((1, 3.0), (8, 6.0)))
+    sharing = sharing_of(8, times=slow)
+    assert sharing.leads(BURST_S)
+
+
 def test_who_leads_pays_for_the_places_that_others_could_not_have() -> None:
     machine = flooded()
     machine.add("v0", plain(1, 100_000))
@@ -262,12 +298,11 @@ def test_all_work_is_done_and_who_has_had_more_does_not_go_before_one_who_could_
     for job_id, work in machine.works.items():
         wanted[job_id[0]] += work.places
     while True:
-        had_s = machine.served.of_all()
+        had_s = all_of(machine.served)
         can_use = {owner: machine.scheduler._owners[owner].places_now for owner in had_s}
-        leader = machine.scheduler._leader() if had_s else None
         if (places := machine.tick()) is None:
             break
-        for other in had_s if leader is None else ():
+        for other in had_s if machine.scheduler._leader is None else ():
             if places.get(other, 0) + 1 < can_use[other]:  # a guided row may have to wait for a second place
                 for owner in places:
                     before_last_s = had_s[owner] + (places[owner] - 2) * machine.sharing.place_s
@@ -289,7 +324,7 @@ def loads(seed: int) -> Machine:
     owners = "abcde"[: rng.choice([2, 2, 3, 5])]
     for number in range(rng.randint(2, 14)):
         machine.add(f"{rng.choice(owners)}{number}", plain(rng.choice([1, 1, 2, 4, 8]), rng.choice([20, 50, 100, 400])))
-    for owner in machine.served.of_all():
+    for owner in all_of(machine.served):
         machine.served._had_s[owner] = rng.choice([0, 0, 0.5, 3.0])
     for _ in range(rng.choice([0, 5, 40])):
         machine.tick()
@@ -312,6 +347,37 @@ def test_the_forecast_is_good_to_ten_percent_or_five_ticks_for_nearly_all_jobs_o
         assert max(told.values(), default=0.0) == pytest.approx(last_s, rel=0.15, abs=3 * tick_s)
     assert len(errors) > 500
     assert sum(errors) <= 0.05 * len(errors)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.randoms(use_true_random=False), st.integers(2, 24), st.sampled_from([2, 5, 6, 7, 8, 12, 16, 64]))
+def test_however_many_owners_there_are_a_forecast_goes_on_to_its_end(
+    rng: random.Random, owners: int, max_batch: int
+) -> None:
+    names = "abcdefghijklmnopqrstuvwxyz"[:owners]
+    jobs = []
+    for number in range(2 * owners):
+        work = Work(rng.choice([1, 1, 2, 8]), steps := rng.choice([5, 20, 50]), rng.choice([range(0), range(steps)]))
+        jobs.append(Pending(f"{names[number % owners]}{number}", work, work.places, owner=names[number % owners]))
+    had_s = {owner: rng.choice([0.0, 1.0, 3.0]) + rng.random() * rng.choice([0, 0.01, 1]) for owner in names}
+    sharing = sharing_of(max_batch, rng.choice(["srpt", "fcfs"]), times=rng.choice([TIMES, FLAT]))
+    fluids = Fluids(jobs, {0: Speed(sharing, sharing.times, 1000)}, had_s)
+    before_s, events = 0.0, 0
+    while fluids.jobs:
+        fluids.step()
+        assert fluids.now_s >= before_s
+        before_s, events = fluids.now_s, events + 1
+        assert events < 40 * len(jobs)
+
+
+def test_a_forecast_of_many_owners_looks_at_few_of_them_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    share_out = OwnerFlows.share_out
+    monkeypatch.setattr(OwnerFlows, "share_out", lambda *args: asked.append(1) or share_out(*args))  # type: ignore[func-returns-value]
+    jobs = [Pending(f"j{number}", plain(1, 20), 20, owner=f"o{number}") for number in range(300)]
+    sharing = sharing_of(8)
+    forecast(jobs, {0: Speed(sharing, TIMES, 1000)}, had_s={f"o{number}": float(number) for number in range(300)})
+    assert len(asked) < 300 * 40
 
 
 def test_the_forecast_of_who_comes_into_a_flood_does_not_wait_for_it() -> None:
@@ -363,6 +429,26 @@ def test_the_refusal_says_that_the_limit_is_of_the_key_and_when_there_is_room_fo
     assert 10 <= wait_of(caught.value) <= 12
 
 
+def test_of_many_keys_that_find_no_room_at_all_each_is_told_another_time() -> None:
+    admission = shared(max_backlog_s=80.0)
+    for owner, works in (("flood", 6), ("b", 1), ("c", 1)):
+        assert enter(admission, owner, works) == works
+    waits = []
+    for number in range(10):
+        with pytest.raises(Overloaded) as caught:
+            admission.enter(f"new{number}", WORK, f"new{number}", now_s=0.0)
+        waits.append(wait_of(caught.value))
+    assert waits == sorted(set(waits))
+
+
+def test_what_is_kept_of_keys_that_are_gone_is_forgotten() -> None:
+    admission = shared(max_jobs=10_000)
+    for number in range(300):
+        admission.enter("job", plain(1, 1), f"key{number}", now_s=200.0 * number)
+        admission.leave("job")
+    assert len(admission._arrivals) < 30
+
+
 def test_a_key_that_was_refused_does_not_wait_in_the_line_of_another() -> None:
     admission = shared(max_backlog_s=80.0)
     enter(admission, "flood", 6)
@@ -376,13 +462,15 @@ def test_a_key_that_was_refused_does_not_wait_in_the_line_of_another() -> None:
 
 
 def test_who_comes_into_a_flood_is_told_a_time_of_its_own_and_meets_its_deadline() -> None:
-    admission = shared(max_backlog_s=1e6)
+    served = Served()
+    served.join("flood")
+    admission = make_admission(RATE, served=served, shared=True, max_backlog_s=1e6)
     admission.enter("f0", plain(64, 1000), "flood", now_s=0.0)
     for number in range(1, 8):
         admission.enter(f"f{number}", plain(8, 1000), "flood", now_s=0.0)
     for _ in range(200):
         admission.stepped(0, {"f0": 8}, 8, 1 / 8)
-        admission.served({"flood": 1 / 8})
+    served.stepped({"flood": 25.0})
     outlook = admission.enter("v0", plain(8, 80), "v", now_s=25.0, deadline_s=11.0)
     assert outlook.eta_s == pytest.approx(10.0, rel=0.1)
 

