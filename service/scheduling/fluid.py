@@ -16,6 +16,7 @@ from tminus.service.scheduling.scheduler import Rank
 from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.tick_times import TickTimes
 
+LEVEL_S = 0.005
 ROUNDING = 1e-7  # of a step and of a second: sums of parts are not exact
 
 
@@ -60,7 +61,9 @@ class Fluid:
         for owner, flows in by_owner.items():
             self._owners[owner] = OwnerFlows(sharing)
             self._owners[owner].put_all(flows)
-            self._had_s.setdefault(owner, 0.0)
+            had = self._had_s.setdefault(owner, 0.0)
+            # The more owners there are, the more of them are taken to be level, or a forecast has no end.
+            self._had_s[owner] = round(had / (level_s := LEVEL_S * len(by_owner))) * level_s
 
     @property
     def owners(self) -> Mapping[str, OwnerFlows]:
