@@ -178,10 +178,8 @@ def main() -> None:
         ]
         goodput = f"{found.goodput / found.peak:.2f}"
         print(f"| {n} images of {steps} steps | {' | '.join(cells)} | **{found.ratio:.2f}** | {goodput} |")
-        requests = len(found.beside.latencies_s)
-        print(
-            f"  {requests} requests beside {sum(found.beside.flood.values())} of the flood: {dict(found.beside.flood)}"
-        )
+        requests, flood = len(found.beside.latencies_s), dict(found.beside.flood)
+        print(f"  {found.peak:.0f} row-steps/s at the peak; {requests} requests beside the flood of {flood}")
         print(*found.wrong, sep="\n", end="\n" if found.wrong else "")
         failed |= bool(found.wrong)
     sys.exit(failed)
