@@ -66,9 +66,6 @@ class OwnerQueue:
     def __bool__(self) -> bool:
         return bool(self._jobs)
 
-    def __len__(self) -> int:
-        return len(self._jobs)
-
     def add(self, job: QueuedJob) -> None:
         """Take on a job, with rows that have steps left."""
         self._jobs[job.id] = job

@@ -188,22 +188,14 @@ def test_the_forecast_over_models_is_good_to_five_percent_or_a_few_ticks(policy:
     assert sum(wrong) <= 0.03 * len(wrong)
 
 
-def test_two_owners_of_two_models_have_half_of_the_time_each() -> None:
+@pytest.mark.parametrize("rows", [8, 1])
+def test_two_owners_of_two_models_have_half_of_the_time_each_however_few_rows_one_has(rows: int) -> None:
     machine = Machine()
-    machine.add("fast", work(FAST, 8, 100_000), owner="a")
+    machine.add("fast", work(FAST, rows, 100_000), owner="a")
     machine.add("slow", work(SLOW, 8, 10_000), owner="b")
-    for _ in range(1000):
-        machine.tick()
-    assert machine.time_s[SLOW] / machine.now_s == pytest.approx(0.5, abs=0.02)
-
-
-def test_who_has_one_row_on_a_model_pays_for_whole_ticks_of_it() -> None:
-    machine = Machine()
-    machine.add("one", work(FAST, 1, 100_000), owner="a")
-    machine.add("full", work(SLOW, 8, 10_000), owner="b")
     for _ in range(2000):
         machine.tick()
-    assert machine.time_s[SLOW] / machine.now_s == pytest.approx(0.5, abs=0.05)
+    assert machine.time_s[SLOW] / machine.now_s == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("others", [1, 2, 3])
@@ -237,7 +229,7 @@ def test_the_forecast_over_models_and_owners_is_good_to_fifteen_percent_for_near
 
     compare()
     assert len(wrong) > 300
-    assert sum(wrong) <= 0.15 * len(wrong)
+    assert sum(wrong) <= 0.1 * len(wrong)
 
 
 def test_a_short_job_is_told_that_it_overtakes_a_long_one_of_another_model() -> None:
