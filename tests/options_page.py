@@ -47,6 +47,7 @@ def row(option: click.Option, context: click.Context) -> str:
     """One option as a line of the table."""
     record = option.get_help_record(context)
     assert record is not None, f"{option.name} is hidden"
+    assert option.help, f"{context.info_name} {option.opts[0]} has no help"
     said = " ".join(record[1].replace(str(BUNDLED), f"the bundled {BUNDLED.name}").split())
     text, _, default = re.sub(r"\[(required|\S+<=x\S*|x>=\S+)\]|; \S+<=x\S*(?=\])", "", said).partition("[default: ")
     default = "required" if option.required else default.strip("()] ")

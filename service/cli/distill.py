@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import FOLDER_TYPE, integers
+from tminus.service.cli.options import DEVICE, FOLDER_TYPE, integers
 from tminus.service.cli.output import fail, say, set_up_log
 from tminus.service.cli.sheets import sheet_writer
 
@@ -21,19 +21,19 @@ from tminus.service.cli.sheets import sheet_writer
 @click.option("--stage-steps", default=1500, help="optimiser steps until the target is half as far along a trajectory")
 @click.option("--first-share", default=0.2, help="of a batch at pure noise, from which all images begin")
 @click.option("--steps", default=10_000, help="optimiser steps in all")
-@click.option("--batch-size", default=64)
-@click.option("--learning-rate", default=5e-4)
-@click.option("--warmup-steps", default=100)
+@click.option("--batch-size", default=64, help="images of an optimiser step")
+@click.option("--learning-rate", default=5e-4, help="of Adam, at its highest")
+@click.option("--warmup-steps", default=100, help="over which the rate rises from zero")
 @click.option("--decay-fraction", default=0.2, help="last part of the run, over which the rate falls to zero")
-@click.option("--ema-decay", default=0.999)
+@click.option("--ema-decay", default=0.999, help="of the average of the weights, which is what is kept")
 @click.option("--class-dropout", default=0.1, help="how often a label becomes the null class, which is not guided")
-@click.option("--grad-clip", default=1.0)
-@click.option("--seed", default=0)
+@click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
+@click.option("--seed", default=0, help="of the order of the images, and of noise")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
 @click.option("--compile", is_flag=True, help="torch.compile the networks")
 @click.option("--save-every", default=500, help="steps between saves")
 @click.option("--sheet-every", default=1000, help="steps between sample sheets")
-@click.option("--device", default="auto")
+@DEVICE
 def distill(**options: Any) -> None:
     """Train a student of 1 to 4 steps from a checkpoint, or resume. Ctrl-C saves; the same command resumes exactly."""
     set_up_log("INFO", "%(message)s")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from tminus.model.recommended import MAX_GUIDANCE
-from tminus.service.cli.options import BACKGROUND, FOLDER_TYPE
+from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE
 from tminus.service.cli.output import fail, make_folder, say, set_up_log, write_file
 from tminus.service.cli.several import command_line, several
 from tminus.service.cli.training_data import load_training_data
@@ -44,7 +44,7 @@ class Ways(NamedTuple):
 
 
 @click.command()
-@click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED)
+@click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint")
 @click.option("--data", default="fashion-mnist", help="fashion-mnist, or the folder of images it was trained on")
 @click.option("--test-data", type=FOLDER_TYPE, help="folder of held-out images, where --data is a folder")
 @click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
@@ -60,7 +60,7 @@ class Ways(NamedTuple):
     "--sampler", callback=NAMES, metavar="LIST", default="ddim", help="one, or several separated by commas, or all"
 )
 @click.option("--steps", callback=STEPS, metavar="LIST", default="50", help="one number of steps, or several")
-@click.option("--eta", default=0.0)
+@click.option("--eta", default=0.0, help="fresh noise of ddim: 0 for none, 1 for that of ddpm")
 @click.option("--guidance", callback=SCALES, metavar="LIST", default="1", help="one scale, or several; 1 is off")
 @click.option("--guidance-interval", type=int, nargs=2, help="lowest and highest timestep that is guided")
 @click.option("--guidance-rescale", default=0.0, help="0..1: back to the spread of the conditional output")
@@ -94,7 +94,7 @@ class Ways(NamedTuple):
     help="write report.html into this folder, with plots and samples; what was measured is kept there, and the same "
     "command goes on where it was stopped",
 )
-@click.option("--device", default="auto")
+@DEVICE
 def evaluate(
     checkpoint: Path,
     classifier: Path | None,

@@ -13,10 +13,11 @@ FOLDER_TYPE = click.Path(file_okay=False, path_type=Path)
 BACKGROUND = click.option(
     "--background", default="black", help="colour that transparent pixels of a folder's images are laid over"
 )
+DEVICE = click.option("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one")
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
     click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),
-    click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED),
+    click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint"),
     click.option(
         "--device",
         default="auto",

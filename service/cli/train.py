@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.service.cli.options import BACKGROUND, FOLDER_TYPE, integers
+from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, integers
 from tminus.service.cli.output import fail, say, set_up_log
 from tminus.service.cli.sheets import sheet_writer
 from tminus.service.cli.training_data import load_training_data
@@ -27,11 +27,11 @@ SHEET_STEPS = 50
 @click.option("--latent", type=FOLDER_TYPE, help="train on the latents of this autoencoder, see train-autoencoder")
 @click.option("--init-from", type=FOLDER_TYPE, help="begin from the weights of this checkpoint")
 @click.option("--steps", default=15_000, help="optimiser steps in all")
-@click.option("--batch-size", default=64)
-@click.option("--learning-rate", default=1e-3)
-@click.option("--warmup-steps", default=500)
+@click.option("--batch-size", default=64, help="images of an optimiser step")
+@click.option("--learning-rate", default=1e-3, help="of Adam, at its highest")
+@click.option("--warmup-steps", default=500, help="over which the rate rises from zero")
 @click.option("--decay-fraction", default=0.2, help="last part of the run, over which the rate falls to zero")
-@click.option("--ema-decay", default=0.999)
+@click.option("--ema-decay", default=0.999, help="of the average of the weights, which is what is kept")
 @click.option("--class-dropout", default=0.1, help="how often a label becomes the null class, for guidance")
 @click.option(
     "--weighting",
@@ -39,8 +39,8 @@ SHEET_STEPS = 50
     help="of the loss over t: simple, or velocity, where errors near t = T count more (for a network of eps)",
 )
 @click.option("--flip", is_flag=True, help="mirror half of the images")
-@click.option("--grad-clip", default=1.0)
-@click.option("--seed", default=0)
+@click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
+@click.option("--seed", default=0, help="of first weights, order of the images and noise")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
 @click.option("--compile", is_flag=True, help="torch.compile the network")
 @click.option("--save-every", default=500, help="steps between saves")
@@ -50,11 +50,11 @@ SHEET_STEPS = 50
 @click.option("--attention-at", default="16", help="resolutions that attend, in pixels, e.g. 16,8; the mid block does")
 @click.option("--head-dim", default=32, help="width of an attention head")
 @click.option("--groups", default=8, help="of the group norms")
-@click.option("--dropout", default=0.0)
+@click.option("--dropout", default=0.0, help="probability, inside the residual blocks")
 @click.option("--beta-schedule", default="linear", help="linear, scaled_linear, squaredcos_cap_v2 or sigmoid")
 @click.option("--timesteps", default=1000, help="T")
 @click.option("--prediction", default="epsilon", help="epsilon, sample or v_prediction")
-@click.option("--device", default="auto")
+@DEVICE
 def train(**options: Any) -> None:
     """Train a U-Net, or resume a run. Ctrl-C saves; the same command resumes exactly."""
     set_up_log("INFO", "%(message)s")

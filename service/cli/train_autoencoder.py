@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import BACKGROUND, FOLDER_TYPE, integers
+from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, integers
 from tminus.service.cli.output import fail, say, set_up_log
 from tminus.service.cli.sheets import reconstruction_writer
 from tminus.service.cli.training_data import load_training_data
@@ -18,25 +18,25 @@ from tminus.service.cli.training_data import load_training_data
 @BACKGROUND
 @click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
 @click.option("--kind", type=click.Choice(["kl", "vq"]), default="kl", help="AutoencoderKL or VQModel")
-@click.option("--latent-channels", default=4)
+@click.option("--latent-channels", default=4, help="of a latent")
 @click.option("--widths", default="16,32,64", help="block_out_channels; each but the last halves the sides")
 @click.option("--layers", default=1, help="layers per block")
 @click.option("--groups", default=8, help="of the group norms")
 @click.option("--codes", default=1024, help="of a VQModel's codebook")
 @click.option("--kl-weight", default=1e-3, help="of the divergence from N(0, I) of an AutoencoderKL's latents")
 @click.option("--steps", default=10_000, help="optimiser steps in all")
-@click.option("--batch-size", default=32)
-@click.option("--learning-rate", default=1e-3)
-@click.option("--warmup-steps", default=200)
+@click.option("--batch-size", default=32, help="images of an optimiser step")
+@click.option("--learning-rate", default=1e-3, help="of Adam, at its highest")
+@click.option("--warmup-steps", default=200, help="over which the rate rises from zero")
 @click.option("--decay-fraction", default=0.5, help="last part of the run, over which the rate falls to zero")
-@click.option("--ema-decay", default=0.999)
-@click.option("--grad-clip", default=1.0)
-@click.option("--seed", default=0)
+@click.option("--ema-decay", default=0.999, help="of the average of the weights, which is what is kept")
+@click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
+@click.option("--seed", default=0, help="of first weights, order of the images and noise")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
 @click.option("--compile", is_flag=True, help="torch.compile the autoencoder")
 @click.option("--save-every", default=500, help="steps between saves")
 @click.option("--sheet-every", default=1000, help="steps between sheets of images and what is decoded of them")
-@click.option("--device", default="auto")
+@DEVICE
 def train_autoencoder(**options: Any) -> None:
     """Train an autoencoder for latent diffusion, or resume. Ctrl-C saves; the same command resumes exactly."""
     set_up_log("INFO", "%(message)s")

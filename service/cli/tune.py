@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import FOLDER_TYPE
+from tminus.service.cli.options import DEVICE, FOLDER_TYPE
 from tminus.service.cli.output import fail, say, set_up_log
 from tminus.service.cli.several import several
 from tminus.service.engine.options import BUNDLED
@@ -27,7 +27,7 @@ NUMBERS = several(float, "a number", math.isfinite)
 @click.option("--batch-size", default=64, help="images that go through the network together")
 @click.option("--executor", default="auto", help="what runs the network: auto, eager, compile or openvino")
 @click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16")
-@click.option("--device", default="auto")
+@DEVICE
 def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...], **options: Any) -> None:
     """Fit samplers of few steps to a checkpoint, for sampler=tuned. Ctrl-C stops; the same command goes on."""
     set_up_log("INFO", "%(message)s")

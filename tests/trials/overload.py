@@ -205,6 +205,16 @@ async def probe(http: httpx.AsyncClient, looks: list[Look]) -> None:
         await asyncio.sleep(PROBE_S)
 
 
+async def watched_peak(http: httpx.AsyncClient, seconds: float) -> float:
+    """The peak beside the same probe as the floods, which is not a part of the load and takes from the same cores."""
+    probing = asyncio.create_task(probe(http, []))
+    try:
+        return await saturate(http, seconds)
+    finally:
+        probing.cancel()
+        await asyncio.gather(probing, return_exceptions=True)
+
+
 def judge(found: Flood, peak: float, who: str) -> list[Claim]:
     """The claims of one flood; peak: row-steps a second before and after it."""
     refusals = sorted(found.refusals, key=lambda refusal: refusal.at_s)
@@ -236,10 +246,10 @@ async def trial(url: str, seconds: float, load: float, seed: int, peak_s: float 
     """Both floods; what was found."""
     claims: list[Claim] = []
     async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as http:
-        peak = await saturate(http, peak_s)
+        peak = await watched_peak(http, peak_s)
         for returning, who in ((False, "none returns"), (True, "all return")):
             found = await flood(http, load * peak / PLACES, seconds, returning=returning, seed=seed)
-            after = await saturate(http, peak_s)  # the machine may be faster or slower by now
+            after = await watched_peak(http, peak_s)  # the machine may be faster or slower by now
             claims += judge(found, (peak + after) / 2, who)
             peak = after
         assert await metric(http, "tminus_rows_active") == 0
