@@ -118,7 +118,8 @@ def create_app(
         return documents[key]
 
     contract = Contract(model, limits)
-    of_a_model = [*_of_a_model(models, contract), page_routes(), *([docs_routes(document)] if with_docs else [])]
+    absent = [name for name, served in (("docs", with_docs), ("metrics", with_metrics)) if not served]
+    of_a_model = [*_of_a_model(models, contract), page_routes(absent), *([docs_routes(document)] if with_docs else [])]
     allowed: dict[str, set[str]] = {}
     for prefix, routers in (("", [*of_a_model, *general()]), (OF_A_MODEL, of_a_model)):
         for router in routers:

@@ -1,8 +1,10 @@
 """GET /: the web page, and the files it needs. All of it is served from here; nothing comes from elsewhere."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
 
 FOLDER = Path(__file__).parents[1] / "page"
@@ -16,13 +18,18 @@ HEADERS = {
 }
 
 
-def page_routes() -> APIRouter:
-    """Make the routes."""
+def page_routes(without: Collection[str] = ()) -> APIRouter:
+    """Make the routes. without: links of the page that lead nowhere here, as docs and metrics may."""
     router = APIRouter(include_in_schema=False)
     files = StaticFiles(directory=FOLDER)  # answers 304 to clients that have a file already
+    page = (FOLDER / "index.html").read_text("utf-8")
+    for link in without:
+        page = page.replace(f'<a id="{link}"', f'<a id="{link}" hidden')
 
     @router.api_route("/", methods=["GET", "HEAD"])
     async def get_page(request: Request) -> Response:
+        if without:
+            return _with_headers(HTMLResponse(page))
         return _with_headers(await files.get_response("index.html", request.scope))
 
     @router.get("/page/{name}")

@@ -21,6 +21,17 @@ def test_the_page_and_its_files_are_served(site: Site) -> None:
         assert site.client.get(f"/page/{name}", headers={"If-None-Match": file.headers["etag"]}).status_code == 304
 
 
+@pytest.mark.parametrize("absent", ["docs", "metrics"])
+def test_a_link_to_what_is_not_served_is_not_shown(make_site: MakeSite, absent: str) -> None:
+    site = make_site(app={f"with_{absent}": False})
+    assert site.client.get(f"/{absent}").status_code == 404
+    page = site.client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    links = {name: f'<a id="{name}" hidden' in page.text for name in ("docs", "metrics")}
+    assert links == {name: name == absent for name in links}
+
+
 def test_head_of_the_page_is_get_without_a_body(site: Site) -> None:
     got, head = site.client.get("/"), site.client.head("/")
     assert (head.status_code, head.content) == (200, b"")
