@@ -73,7 +73,11 @@ class Metrics:
         self._resumed = counter(
             "jobs_resumed_total", "Durable jobs that an earlier start accepted and this one went on with"
         )
-        self._durable = counter("durable_jobs_total", "Durable jobs that ended: done, failed or cancelled", "outcome")
+        self._durable = counter(
+            "durable_jobs_total",
+            "Durable jobs that ended: done, failed, cancelled, or lost",
+            "outcome",
+        )
         self._encode = histogram(
             "encode_duration_seconds", "Pixels to bytes, off the worker's thread", ENCODE_BUCKETS, "kind"
         )

@@ -165,7 +165,7 @@ class Parts:
 
     def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _Part:
         info = model.info
-        lifecycle = Lifecycle(store, self.worker, model.number, info, prepared.limits, self.metrics)
+        lifecycle = Lifecycle(store, self.worker, self.admission, model.number, info, prepared.limits, self.metrics)
         services = Services(
             number=model.number,
             model=info,
@@ -262,6 +262,6 @@ class Parts:
     @staticmethod
     async def _keeps_jobs(part: _Part) -> bool:
         try:
-            return bool(await part.lifecycle.store.finished(None, OUTCOMES, 1) or part.lifecycle.all())
+            return bool(await part.lifecycle.store.page(None, OUTCOMES, 1) or part.lifecycle.all())
         except StorageFailed:
             return True

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tminus.service.engine.loading import Loaded
 
 HOST = re.compile(r"[a-z0-9_.-]+", re.IGNORECASE)
+NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
 ORIGIN = re.compile(r"https?://[^\s,/]+", re.IGNORECASE)
 
 
@@ -129,6 +130,17 @@ class Settings(BaseSettings):
     state_dir: str = Field(
         "", description="folder of the durable jobs; :memory: loses them at a restart; default: ~/.local/state/tminus"
     )
+    job_store: SecretStr | None = Field(
+        None,
+        description="postgresql://user:password@host/database for durable jobs that several servers share; "
+        "default: a file in --state-dir, for this server alone",
+    )
+    job_namespace: str = Field(
+        "tminus", description="schema of that database: servers of one namespace share their jobs"
+    )
+    job_lease_s: float = Field(
+        15.0, ge=1, le=600, description="seconds after which another server takes over the jobs of one that is gone"
+    )
     keep_jobs_s: float = Field(
         86_400, gt=0, allow_inf_nan=False, description="seconds that a durable job is kept after it ended"
     )
@@ -160,6 +172,13 @@ class Settings(BaseSettings):
     @classmethod
     def _by_commas(cls, value: object) -> object:
         return tuple(each for each in value.split(",") if each) if isinstance(value, str) else value
+
+    @field_validator("job_namespace")
+    @classmethod
+    def _is_schema(cls, value: str) -> str:
+        if not NAMESPACE.fullmatch(value):
+            raise ValueError("must be up to 48 of a-z, 0-9 and _, and begin with no digit")
+        return value
 
     @field_validator("allowed_hosts")
     @classmethod

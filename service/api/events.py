@@ -24,6 +24,7 @@ from tminus.service.api.previews import PreviewRequest
 from tminus.service.api.progress import Countdown
 from tminus.service.api.request import read_query
 from tminus.service.api.services import Services
+from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.store import OUTCOMES
 from tminus.service.jobs.views import JobView, live_view
@@ -83,7 +84,8 @@ async def events(models: Models, request: Request, job_id: str) -> Response:
         watch = Watch(preview.pace, shows, mailbox.put, seen)
         live = services.jobs.watch(job_id, watch, mailbox)
         if live is None:
-            return EventSourceResponse(_only_the_end(await services.jobs.find_durable(job_id, sees)), headers=HEADERS)
+            view = await services.jobs.find_durable(job_id, sees)
+            return _Events(_from_the_store(services, view, sees), stack.pop_all().close)
         stack.callback(services.jobs.unwatch, live, watch)
         viewer = _Viewer(models.numbered(live.model), live, preview, mailbox, view.eta_s)
         return _Events(viewer.events(view), stack.pop_all().close)
@@ -196,7 +198,25 @@ def _picture_members(
     return members | {"data": base64.b64encode(picture).decode("ascii")}
 
 
-async def _only_the_end(view: JobView) -> AsyncIterator[bytes]:
+async def _from_the_store(services: Services, view: JobView, sees: str | None) -> AsyncIterator[bytes]:
+    """The end of a job, once it has ended. Until then another replica has it, or nobody: what of it is here is told."""
+    jobs, job_id, told, quiet_s = services.jobs, view.record.id, "", 0.0
+    while view.record.outcome is None:
+        if view.state != told:
+            told = view.state
+            yield _event("waiting", _standing(None, None)) if told == "waiting" else KEEPALIVE_COMMENT
+        await asyncio.sleep(POLL_S)
+        if services.worker.draining or jobs.is_here(job_id):  # the client comes back, and sees its frames
+            return
+        if (quiet_s := quiet_s + POLL_S) >= QUIET_S:
+            quiet_s = 0.0
+            yield KEEPALIVE_COMMENT
+        try:
+            view = await jobs.find_durable(job_id, sees)
+        except JobNotFound:  # it was deleted: so the client is told when it comes back
+            return
+        except StorageFailed:
+            continue
     yield _end(view)
 
 

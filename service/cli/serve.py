@@ -3,7 +3,9 @@
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,6 @@ def serve(config: Path | None, **flags: Any) -> None:
     from tminus.service.app import create_app
     from tminus.service.engine.loading import Measured, prepare_engine, read_checkpoint
     from tminus.service.engine.memory import release_memory
-    from tminus.service.jobs.opening import open_store
     from tminus.service.metrics_server import serve_metrics
     from tminus.service.parts import Prepared
     from tminus.service.server import serve as run_server
@@ -58,16 +59,17 @@ def serve(config: Path | None, **flags: Any) -> None:
         fail(str(error))
     models = read_models(settings)
     folders = {name: folder for name, _, folder in models}
+    open_store = opener_of_stores(settings)
     stores: dict[str, JobStore] = {}
     try:
         for weights_hash in [checkpoint.weights_hash for _, checkpoint, _ in models]:
-            stores[weights_hash] = open_store(settings.state_dir, weights_hash)
+            stores[weights_hash] = open_store(weights_hash)
     except ValueError as error:
         fail(f"--state-dir (TMINUS_STATE_DIR): {error}")
 
     def take_store(weights_hash: str) -> "JobStore":
         """One that is open already, once; else it is opened."""
-        return stores.pop(weights_hash, None) or open_store(settings.state_dir, weights_hash)
+        return stores.pop(weights_hash, None) or open_store(weights_hash)
 
     measured: dict[str, Measured | None] = {}  # by the model's name
 
@@ -127,6 +129,22 @@ def serve(config: Path | None, **flags: Any) -> None:
         fail(str(error))
     if not stopped_well:
         fail("the worker crashed; the log says why")
+
+
+def opener_of_stores(settings: "Settings") -> Callable[[str], "JobStore"]:
+    """What opens the store of some weights' durable jobs. A database that cannot be used ends in one line."""
+    from tminus.service.jobs.opening import open_store
+
+    if settings.job_store is None:
+        return partial(open_store, settings.state_dir)
+    try:
+        from tminus.service.jobs.postgres import open_postgres
+    except ModuleNotFoundError as error:
+        fail(f"--job-store (TMINUS_JOB_STORE) needs the extra postgres: {error}; pip install 'tminus[postgres]'")
+    try:
+        return open_postgres(settings.job_store.get_secret_value(), settings.job_namespace, settings.job_lease_s)
+    except ValueError as error:
+        fail(f"--job-store (TMINUS_JOB_STORE): {error}")
 
 
 def listen(host: str, port: int) -> "socket.socket":

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Place
+from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Pace, Place
+from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.spec import Images, Inputs, Snapshot
 from tminus.service.tracing import traced
 
@@ -23,6 +24,8 @@ class AsyncStore:
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-store")
 
+        self.shared, self.lease_s = store.shared, store.lease_s
+        self.now_us = store.now_us  # needs no disk
         self.failure: StorageFailed | None = None  # why the last attempt to write failed; None after one that did not
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -52,11 +55,11 @@ class AsyncStore:
         """See JobStore. Writes only while the last attempt to write has failed."""
         await self._write(self._store.check, write=self.failure is not None)
 
-    async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None) -> bool:
+    async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None, *, held: bool = True) -> bool:
         """See JobStore. A job whose client is told that it was not kept is not kept later either."""
         try:
             with traced("store add", {"tminus.job.id": job.id}):
-                return await self._write(self._store.add, job, key, inputs)
+                return await self._write(self._store.add, job, key, inputs, held=held)
         except StorageFailed as error:
             if isinstance(error.__cause__, TimeoutError):
                 self._pool.submit(self._store.delete, job.id)  # comes right after, in the store's only thread
@@ -70,15 +73,31 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.get, job_id)
 
-    async def unfinished(self) -> list[JobRecord]:
+    async def claim(self, fingerprint: str, places: float) -> list[JobRecord]:
         """See JobStore."""
-        return await self._call(self._store.unfinished)
+        return await self._call(self._store.claim, fingerprint, places)
 
-    async def finished(
-        self, before: Place | None, outcomes: Collection[Outcome], limit: int, owner: str | None = None
+    async def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
+        """See JobStore."""
+        return await self._write(self._store.renew, fingerprint, pace)
+
+    async def load(self) -> ClusterLoad:
+        """See JobStore."""
+        return await self._call(self._store.load)
+
+    async def release(self, job_id: str) -> None:
+        """See JobStore."""
+        await self._write(self._store.release, job_id)
+
+    async def cancel(self, job_id: str) -> bool:
+        """See JobStore."""
+        return await self._write(self._store.cancel, job_id)
+
+    async def page(
+        self, before: Place | None, outcomes: Collection[Outcome | None], limit: int, owner: str | None = None
     ) -> list[JobRecord]:
         """See JobStore."""
-        return await self._call(self._store.finished, before, outcomes, limit, owner)
+        return await self._call(self._store.page, before, outcomes, limit, owner)
 
     async def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
         """See JobStore."""

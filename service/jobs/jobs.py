@@ -9,13 +9,14 @@ import math
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 from tminus.service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, StorageFailed, short
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
-from tminus.service.jobs.store import OUTCOMES, JobRecord, Key, Outcome, Place, now_us
-from tminus.service.jobs.views import JobView, ended_view, live_view, passing_view
+from tminus.service.jobs.store import OUTCOMES, JobRecord, Key, Outcome, Place
+from tminus.service.jobs.views import JobView, kept_view, live_view, passing_view
 from tminus.service.preview import Watch
 from tminus.service.spec import Images, Inputs, SampleSpec
 from tminus.service.worker.mailbox import Mailbox
@@ -98,11 +99,22 @@ class Jobs:
         inputs: Inputs | None,
         owner: str,
     ) -> tuple[JobView, bool]:
+        async def found() -> tuple[JobView, bool]:  # another request had the same key at the same time
+            assert key is not None
+            earlier = await self._find_by_key(key, lifecycle.model_name)
+            if earlier is None:
+                raise StorageFailed("the job of this Idempotency-Key was deleted just now")
+            return earlier, True
+
         model = lifecycle.model
         lifecycle.check_store()
-        created_us = now_us()
+        created_us = lifecycle.store.now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
         record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us, owner=owner)
+        view = partial(JobView, record, model, lifecycle.model_name, "waiting", True, 0)
+        if lifecycle.leases is not None and not lifecycle.leases.takes_next:
+            outlook = await lifecycle.leases.leave_to_any(record, key, inputs, deadline_s)
+            return (view(outlook.position, outlook.eta_s), False) if outlook is not None else await found()
         ticket = self._worker.submit(record.id, spec, deadline_s, model=model, inputs=inputs, owner=owner, durable=True)
         kept = False
         try:
@@ -110,16 +122,10 @@ class Jobs:
         finally:
             if not kept:
                 self._worker.cancel(record.id, "not_kept")
-        if not kept:  # another request had the same key at the same time
-            assert key is not None
-            found = await self._find_by_key(key, lifecycle.model_name)
-            if found is None:
-                raise StorageFailed("the job of this Idempotency-Key was deleted just now")
-            return found, True
+        if not kept:
+            return await found()
         lifecycle.accept(record, ticket)
-        outlook = ticket.outlook
-        view = JobView(record, model, lifecycle.model_name, "waiting", True, 0, outlook.position, outlook.eta_s)
-        return view, False
+        return view(ticket.outlook.position, ticket.outlook.eta_s), False
 
     async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
         """Find the job that was asked for with a key. Raises KeyReused if it was another request, or model."""
@@ -137,7 +143,7 @@ class Jobs:
                 )  # fmt: skip
             if (live := self._live(record.id)) is not None:
                 return live_view(live, await self._standings.of(record.id))
-            return ended_view(record, lifecycle.model, lifecycle.model_name)
+            return kept_view(record, lifecycle.model, lifecycle.model_name)
         return None
 
     def _live(self, job_id: str, sees: str | None = None) -> Live | None:
@@ -169,7 +175,7 @@ class Jobs:
             with _unless_retired(lifecycle):
                 record = await lifecycle.store.get(job_id)
             if record is not None:
-                return ended_view(record, lifecycle.model, lifecycle.model_name)
+                return kept_view(record, lifecycle.model, lifecycle.model_name)
         return None
 
     async def find_durable(self, job_id: str, sees: str | None) -> JobView:
@@ -199,11 +205,14 @@ class Jobs:
             views = [live_view(live, statuses.pop(live.record.id, None)) for live in lives]
             views += map(passing_view, statuses.values())
             found = {view.record.id: view for view in views if before is None or view.record.place < before}
-        outcomes: list[Outcome] = [outcome for outcome in OUTCOMES if outcome in states]
-        for lifecycle in lifecycles if outcomes else ():
+        ended: list[Outcome | None] = [outcome for outcome in OUTCOMES if outcome in states]
+        for lifecycle in lifecycles:
+            elsewhere = [None] if lifecycle.store.shared and {"waiting", "running"} & set(states) else []
             with _unless_retired(lifecycle):
-                for record in await lifecycle.store.finished(before, outcomes, limit, sees):
-                    found[record.id] = ended_view(record, lifecycle.model, lifecycle.model_name)
+                if outcomes := ended + elsewhere:
+                    for record in await lifecycle.store.page(before, outcomes, limit, sees):
+                        if record.id not in found or record.outcome is not None:  # here more is known of it
+                            found[record.id] = kept_view(record, lifecycle.model, lifecycle.model_name)
         views = [
             view
             for view in found.values()
@@ -233,14 +242,22 @@ class Jobs:
         """
         live = self._live(job_id, sees)
         if live is None:
-            return await self.find_durable(job_id, sees)
+            view = await self.find_durable(job_id, sees)
+            if view.record.outcome is None and await self._cancel_elsewhere(view):
+                view = await self.find_durable(job_id, sees)
+            return view
         self._lifecycles[live.model].cancel(live)
         try:
             async with asyncio.timeout(CANCEL_S):
                 await live.ended.wait()
         except TimeoutError:
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
-        return ended_view(live.record, live.model, live.model_name)
+        return kept_view(live.record, live.model, live.model_name) if not live.lost else await self.find(job_id, sees)
+
+    async def _cancel_elsewhere(self, view: JobView) -> bool:
+        """End a job that another replica holds, or nobody: its holder learns it when it renews the lease."""
+        store = self._lifecycles[view.model].store
+        return store.shared and await store.cancel(view.record.id)
 
     async def delete(self, job_id: str, sees: str | None) -> None:
         """Cancel a job that has not ended, delete one that has. Raises JobNotFound."""
@@ -248,6 +265,10 @@ class Jobs:
             status = await self._standings.of(job_id)
             seen = status is not None and sees in (None, status.owner)
             if seen and self._worker.cancel(job_id, "deleted"):
+                return
+            found = await self._find(job_id)
+            is_open = found is not None and sees in (None, found.record.owner) and found.record.outcome is None
+            if found is not None and is_open and await self._cancel_elsewhere(found):
                 return
             for lifecycle in self._by_store():
                 with _unless_retired(lifecycle):
@@ -257,6 +278,10 @@ class Jobs:
         view = await self.cancel(job_id, sees)
         if view.state != "cancelled":  # it was done before the worker was told
             await self._lifecycles[view.model].store.delete(job_id)
+
+    def is_here(self, job_id: str) -> bool:
+        """Whether a durable job has not ended, and is held by this process."""
+        return self._live(job_id) is not None
 
     def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> Live | None:
         """Show a job to a viewer, and close the mailbox when it ends; None if it has ended, or does not exist."""

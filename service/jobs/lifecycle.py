@@ -1,11 +1,11 @@
-"""Run each durable job of a model from acceptance, or from an earlier process, to its end. Commands are in jobs.py.
+"""Run each durable job of a model from acceptance, or from when it was claimed, to its end. Commands are in jobs.py.
 
 One task for each job waits for the worker's result and keeps how the job ended, whatever happens to the client.
 """
 
 import asyncio
 import logging
-from collections.abc import Coroutine, ValuesView
+from collections.abc import Coroutine, Sequence, ValuesView
 from contextlib import suppress
 from dataclasses import replace
 
@@ -21,10 +21,13 @@ from tminus.service.errors import (
     StorageFailed,
 )
 from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.leases import Leases
 from tminus.service.jobs.live import Live
-from tminus.service.jobs.store import JobRecord, Outcome, now_us
+from tminus.service.jobs.store import JobRecord, LeaseLost, Outcome
+from tminus.service.jobs.sweeping import sweep_until_closed
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Images
 from tminus.service.tracing import traced
 from tminus.service.work import Ticket
@@ -32,7 +35,6 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-SWEEP_S = 10.0
 RETRY_S = 5.0  # until a store that failed is tried again
 ROOM_S = 0.2  # until a worker that warms up, or has no slots, is asked again
 
@@ -41,7 +43,14 @@ class Lifecycle:
     """Owns the durable jobs of one model that have not ended, and their tasks. In the event loop's thread only."""
 
     def __init__(
-        self, store: AsyncStore, worker: Worker, model: int, info: ModelInfo, limits: Limits, metrics: Metrics
+        self,
+        store: AsyncStore,
+        worker: Worker,
+        admission: Admission,
+        model: int,
+        info: ModelInfo,
+        limits: Limits,
+        metrics: Metrics,
     ) -> None:
         """model: its number. store: of the jobs of its weights."""
         self.store, self.model, self.model_name = store, model, info.name
@@ -49,6 +58,7 @@ class Lifecycle:
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
         self._limits, self._metrics = limits, metrics
+        self.leases = Leases(store, worker, admission, model, info, self) if store.shared else None
         self._live: dict[str, Live] = {}  # changed here only
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
@@ -64,30 +74,61 @@ class Lifecycle:
 
         take_on: False where the jobs of this store that have not ended are another Lifecycle's.
         """
-        if take_on:
+        if self.leases is not None:
+            with suppress(StorageFailed):
+                await self.leases.renew()  # first, so that others know that it lives
+            self._spawn(self.leases.renew_until_closed())
+            self._spawn(self.leases.claim_until_closed())
+        elif take_on:
             try:
-                await self._take_on()
+                self.take_on(await self.store.claim(self._fingerprint, 0.0))
             except StorageFailed:
                 self._takes_on = True
                 self._idle.clear()
                 self._spawn(self._take_on_later())
-        self._spawn(self._sweep_now_and_then())
+        self._spawn(sweep_until_closed(self.store, self._limits, self.pause))
 
-    async def _take_on(self) -> None:
-        found = [record for record in await self.store.unfinished() if record.id not in self._live]
+    def take_on(self, records: Sequence[JobRecord]) -> None:
+        """Work on jobs that are held now, from their last snapshots on."""
+        found = [record for record in records if record.id not in self._live]
         for record in found:
             live = self._add(Live(record, self.model, self.model_name))
             with traced("resume", {"tminus.job.id": record.id}):  # what is done for it is a part of that
                 self._spawn(self._run_alone(live) if record.crashes else self._run(live, None))
         if found:
-            log.info("%d durable jobs of an earlier start go on", len(found))
+            log.info("%d durable jobs that nobody works on are taken on", len(found))
             self._metrics.jobs_resumed(len(found))
+
+    def lose(self, live: Live) -> None:
+        """Stop working on a job that is another's now, or was ended elsewhere."""
+        if live.lost:
+            return
+        log.warning("job %s is not held any more: nothing is made of it here", live.record.id)
+        self._drop(live)
+        if live.submitted:
+            self._worker.cancel(live.record.id, "lost")
+        self._metrics.durable_job_ended("lost")
+
+    async def _release(self, live: Live) -> None:
+        """Leave a job that this process does not end to others, or to a later start."""
+        live.release_viewers()
+        if self.store.shared:
+            with suppress(StorageFailed):  # then its lease ends
+                await self.store.release(live.record.id)
+            self._drop(live)
+
+    def _drop(self, live: Live) -> None:
+        live.lost = True
+        self._live.pop(live.record.id, None)
+        self._look_idle()
+        live.release_viewers()
+        live.ended.set()
 
     async def _take_on_later(self) -> None:
         while True:
             try:
-                await self._pause(RETRY_S)
-                await self._take_on()
+                await self.pause(RETRY_S)
+                self.take_on(await self.store.claim(self._fingerprint, 0.0))
             except StorageFailed:
                 continue
             except Draining:
@@ -141,7 +182,7 @@ class Lifecycle:
         if live.submitted:
             self._worker.cancel(live.record.id, "deleted")
         elif live.ending is None:
-            self._spawn(self._end(live, _ending(live.record, "cancelled")))
+            self._spawn(self._end(live, self._ending(live.record, "cancelled")))
 
     # --- one job ---
 
@@ -160,12 +201,13 @@ class Lifecycle:
                     ticket = await self._resume(live)
             result = await asyncio.wrap_future(ticket.future)
             images = await asyncio.to_thread(result.read)  # waits for a GPU, so not in the store's thread
-            await self._end(live, _ending(live.record, "done", fingerprint=self._fingerprint), images)
+            await self._end(live, self._ending(live.record, "done", fingerprint=self._fingerprint), images)
         except JobCancelled:
-            await self._end(live, _ending(live.record, "cancelled"))
+            if not live.lost:
+                await self._end(live, self._ending(live.record, "cancelled"))
         except (Draining, ModelUnloaded):
-            log.info("job %s waits for the next start with the weights %s", live.record.id, self._weights)
-            live.release_viewers()
+            log.info("job %s waits for a start with the weights %s", live.record.id, self._weights)
+            await self._release(live)
         except ServiceError as error:
             await self._fail(live, error)
         except Exception:
@@ -184,9 +226,9 @@ class Lifecycle:
         snapshot = await self.store.snapshot(record.id, self._fingerprint)
         inputs = await self.store.inputs(record.id) if record.spec.image_sha256 else None
         while True:
-            if live.ending is not None:
+            if live.ending is not None or live.lost:
                 raise JobCancelled("it was deleted")
-            deadline_s = None if record.deadline_us is None else (record.deadline_us - now_us()) / 1e6
+            deadline_s = None if record.deadline_us is None else (record.deadline_us - self.store.now_us()) / 1e6
             if deadline_s is not None and deadline_s <= 0:
                 raise DeadlinePassed(
                     "deadline_s passed while the server was down", field="deadline_s", value=deadline_s
@@ -196,7 +238,7 @@ class Lifecycle:
                     record.id, record.spec, deadline_s, inputs, snapshot, model=self.model, owner=record.owner
                 )
             except (NotReady, Overloaded):
-                await self._pause(ROOM_S)
+                await self.pause(ROOM_S)
             else:
                 break
         step = min(snapshot.steps) if snapshot is not None else record.spec.start
@@ -214,7 +256,7 @@ class Lifecycle:
         if isinstance(error, EngineFailed) and self._worker.crashed and not await self._causes_crashes(live.record):
             live.release_viewers()
             return
-        await self._end(live, _ending(live.record, "failed", problem=error.problem()))
+        await self._end(live, self._ending(live.record, "failed", problem=error.problem()))
 
     async def _causes_crashes(self, record: JobRecord) -> bool:
         """Count a crash if the worker was running this job, unless it was running a suspect, which then caused it."""
@@ -239,12 +281,15 @@ class Lifecycle:
                 await self.store.finish(record, images)
                 self._store_fails = False
                 break
+            except LeaseLost:
+                self.lose(live)
+                return
             except Exception as error:
                 self._store_fails = True
                 if not isinstance(error, StorageFailed):  # which the store has logged
                     log.exception("the end of job %s could not be kept", record.id)
                 try:
-                    await self._pause(RETRY_S)
+                    await self.pause(RETRY_S)
                 except Draining:
                     return
         live.record = record
@@ -261,7 +306,7 @@ class Lifecycle:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _pause(self, seconds: float) -> None:
+    async def pause(self, seconds: float) -> None:
         """Sleep. Raises Draining when the process ends."""
         try:
             async with asyncio.timeout(seconds):
@@ -270,22 +315,5 @@ class Lifecycle:
             return
         raise Draining
 
-    async def _sweep_now_and_then(self) -> None:
-        """Delete jobs that ended long ago, until the process ends."""
-        keep_us, keep_bytes = round(self._limits.keep_jobs_s * 1e6), self._limits.keep_jobs_bytes
-        while not self._closing.is_set():
-            try:
-                await self.store.check()
-                while await self.store.sweep(now_us() - keep_us, keep_bytes):
-                    if self._closing.is_set():
-                        return
-            except StorageFailed:
-                pass
-            try:
-                await self._pause(SWEEP_S)
-            except Draining:
-                return
-
-
-def _ending(record: JobRecord, outcome: Outcome, **fields: object) -> JobRecord:
-    return replace(record, outcome=outcome, finished_us=now_us(), **fields)  # type: ignore[arg-type]
+    def _ending(self, record: JobRecord, outcome: Outcome, **fields: object) -> JobRecord:
+        return replace(record, outcome=outcome, finished_us=self.store.now_us(), **fields)  # type: ignore[arg-type]

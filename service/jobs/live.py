@@ -10,7 +10,7 @@ from tminus.service.worker.mailbox import Mailbox
 
 @dataclass(slots=True, eq=False)
 class Live:
-    """A durable job that has not ended. Only Lifecycle changes its record and its state."""
+    """A durable job that has not ended, and that is held here. Only Lifecycle changes its record and its state."""
 
     record: JobRecord
     model: int  # the number of its model, on whose weights it ends
@@ -18,6 +18,7 @@ class Live:
     submitted: bool = False  # the worker has it
     parked: bool = False  # this process has no room for it; another start may have
     ending: JobRecord | None = None  # how it ended, while that is being kept
+    lost: bool = False  # another replica has it now, or it was cancelled or deleted at another one
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     viewers: list[tuple[Watch, Mailbox]] = field(default_factory=list)
 

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
 Outcome = Literal["done", "failed", "cancelled"]
@@ -26,6 +27,7 @@ class JobRecord:
     problem: Mapping[str, Any] | None = None  # why it failed
     owner: str = ""  # the name of the key that it came with
     crashes: int = 0  # of the worker while it worked on this job
+    held: bool = field(default=False, compare=False)  # by a replica that lives, when it was read; if replicas share it
 
     @property
     def place(self) -> Place:
@@ -52,14 +54,38 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What the replicas that share a store tell each other of themselves."""
+
+    places_per_s: float
+    backlog_s: float  # of all that it has to do, durable or not
+
+
+class LeaseLost(Exception):
+    """Another replica works on this job, or has ended it, or it is gone: what was made of it here is nothing."""
+
+
 class JobStore(Protocol):
     """Keeps jobs. Each call is one transaction, durable when it returns; calls come from one thread at a time.
 
     A call that cannot be done, or that meets kept data that cannot be read, raises StorageFailed and changes nothing.
+
+    A store is one replica's hand on the jobs: it holds those that it has added or claimed until they end, or until
+    they are another's because it has not renewed its lease in time. It alone may write their snapshots and their end.
     """
 
-    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> bool:
-        """Keep a new job. False if another has the key, which `find` finds; then nothing is kept."""
+    lease_s: float  # how long a job is held without a renewal
+    shared: bool  # whether other replicas may have the same jobs; else what is claimed once is held until the end
+
+    def now_us(self) -> int:
+        """The Unix time by the store's clock, in microseconds: one for all replicas."""
+
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
+        """Keep a new job, and hold it, or leave it to whoever claims it.
+
+        False if another has the key, which `find` finds; then nothing is kept.
+        """
 
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """Find the job that was added with this key, and say whether the request was the same."""
@@ -67,21 +93,37 @@ class JobStore(Protocol):
     def get(self, job_id: str) -> JobRecord | None:
         """Look up one job."""
 
-    def unfinished(self) -> list[JobRecord]:
-        """List the jobs that have not ended, in order of arrival. One whose record is damaged is ended as failed."""
+    def claim(self, fingerprint: str, places: float) -> list[JobRecord]:
+        """Hold jobs that have not ended and that nobody holds, in order of arrival.
 
-    def finished(
-        self, before: Place | None, outcomes: Collection[Outcome], limit: int, owner: str | None = None
+        As many as make up so many places, at least one; one that was begun by another build is left to a replica of
+        that build while one lives. One whose record is damaged is ended as failed.
+        """
+
+    def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
+        """Hold what is held for one more lease, and return which jobs that are. Others learn the pace by it."""
+
+    def load(self) -> ClusterLoad:
+        """What all replicas have to do."""
+
+    def release(self, job_id: str) -> None:
+        """Leave a job to whoever claims it; until then its snapshot can still be kept."""
+
+    def cancel(self, job_id: str) -> bool:
+        """End a job as cancelled, whoever holds it; False if it has ended. Its holder learns it when it renews."""
+
+    def page(
+        self, before: Place | None, outcomes: Collection[Outcome | None], limit: int, owner: str | None = None
     ) -> list[JobRecord]:
-        """List jobs that have ended, the newest first, from the first that is older than `before`.
+        """List jobs of these outcomes, the newest first, from the first that is older than `before`.
 
-        owner: only those of this one.
+        outcomes: None is of those that have not ended. owner: only those of this one.
 
         Those whose record is damaged are left out.
         """
 
     def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
-        """Replace the jobs' snapshots by these. Those of jobs that have ended, or do not exist, are ignored."""
+        """Replace the jobs' snapshots by these. Those of jobs that have ended, or are not held, are ignored."""
 
     def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
         """Read a job's last snapshot, if it was taken by the same build and can be read."""
@@ -93,7 +135,7 @@ class JobStore(Protocol):
         """Count a crash of the worker on a job."""
 
     def finish(self, job: JobRecord, images: Images | None = None) -> None:
-        """Keep how a job ended, and its images, in place of its snapshot and inputs."""
+        """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost."""
 
     def images(self, job_id: str) -> Images | None:
         """Read the images of a job that is done."""
@@ -112,4 +154,4 @@ class JobStore(Protocol):
         """See whether jobs can be kept, if need be by writing something small. Raises StorageFailed."""
 
     def close(self) -> None:
-        """Close the store; no call may follow."""
+        """Hold nothing any more, and close the store; no call may follow."""

@@ -23,18 +23,19 @@ class JobView:
     eta_s: float | None = None
 
 
-def ended_view(record: JobRecord, model: int, model_name: str) -> JobView:
+def kept_view(record: JobRecord, model: int, model_name: str) -> JobView:
     """View a durable job of a model by its record alone."""
-    # A job without an outcome that is not live is being accepted at this moment.
-    step = record.spec.num_passes if record.outcome == "done" else None if record.outcome else 0
-    return JobView(record, model, model_name, record.outcome or "waiting", True, step)
+    # A job without an outcome that is not live here is another replica's, waits for one, or is being accepted now.
+    step = record.spec.num_passes if record.outcome == "done" else None if record.outcome or record.held else 0
+    state = record.outcome or ("running" if record.held else "waiting")
+    return JobView(record, model, model_name, state, True, step)
 
 
 def live_view(live: Live, status: JobStatus | None) -> JobView:
     """View a durable job that was live when the worker was asked for its status."""
     record, model = live.record, (live.model, live.model_name)
     if record.outcome is not None:  # it has ended since
-        return ended_view(record, *model)
+        return kept_view(record, *model)
     if status is not None:
         return JobView(record, *model, status.state, True, status.step, status.position, status.eta_s)
     if live.submitted:  # it has ended in the worker, and that is being kept

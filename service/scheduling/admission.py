@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.arrivals import Arrivals
+from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.flows import Pending
 from tminus.service.scheduling.forecast import forecast
 from tminus.service.scheduling.owners import Served
@@ -96,6 +97,34 @@ class Admission:
             self._take(job)
             return self._foresee(outlook, job, now_s, speed)
 
+    def leave_to_any(
+        self,
+        work: Work,
+        load: ClusterLoad,
+        *,
+        now_s: float,
+        deadline_s: float | None = None,
+        has_picture: bool = False,
+    ) -> Outlook:
+        """Whether a job can be left to whichever replica has room first. Nothing is counted here. Raises as `enter`."""
+        with self._admitting:
+            server = self._now()
+            speed = server.speeds[work.model]
+            if work.rows > speed.max_rows:
+                raise InvalidField.of("n", f"at most {speed.max_rows}", work.rows)
+            work = speed.with_beside(work, has_picture=has_picture)
+            job = Pending("", work, work.places, work.beside_s)
+            if deadline_s is not None:
+                _check_alone(job, deadline_s, server)
+            if (excess := load.excess(work, self._limits)) is not None:
+                room_s = now_s + load.room_in_s(excess)
+                due_s = self._lines[None].next_s(room_s, work.places / (load.places_per_s or math.inf))
+                raise _overloaded(excess, max(1, math.ceil(due_s - now_s - ROUNDING)))
+            eta_s = load.backlog_s + forecast([job], server.speeds)[""].eta_s
+            if deadline_s is not None and eta_s > deadline_s:
+                raise _unmeetable(deadline_s, eta_s)
+            return Outlook(load.jobs, eta_s)
+
     def readmit(self, job_id: str, work: Work, owner: str = "", *, places_left: int) -> Outlook:
         """Count a job that an earlier process accepted: neither backlog nor deadline refuses it any more.
 
@@ -125,6 +154,12 @@ class Admission:
         """Predicted seconds of accepted work that is not done, at the rate of full ticks."""
         load = self._now().load
         return load.ticks_s + load.beside_s
+
+    def places_per_s(self, model: int) -> float:
+        """How many places of a model full ticks take in a second."""
+        with self._lock:
+            place_s = self._speeds[model].place_s
+        return 1 / place_s if place_s else math.inf
 
     @property
     def tick_time_ratio(self) -> float:

@@ -28,6 +28,7 @@ NEEDED = [
     *PROJECT["dependencies"],
     *PROJECT["optional-dependencies"]["openvino"],
     *PROJECT["optional-dependencies"]["otel"],
+    *PROJECT["optional-dependencies"]["postgres"],
     *PYPROJECT["build-system"]["requires"],
 ]
 

@@ -25,6 +25,7 @@ from tminus.service.app import create_app
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobStore
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.parts import Prepared
 from tminus.service.scheduling.sharing import Policy, Sharing
@@ -126,7 +127,7 @@ class Site:
         tick_times: Sequence[tuple[int, float]],
         policy: Policy = "srpt",
         doors: Doors | None = None,
-        state_file: Path | dict[str, Path] | None = None,
+        state_file: Path | dict[str, Path] | Callable[[str], JobStore] | None = None,
         **more: Any,
     ) -> None:
         """more: for create_app, and `others`, models beside the first."""
@@ -134,7 +135,9 @@ class Site:
         prepared = prepare(self.engine, limits, tick_times, policy)
         first = [prepared, *more.pop("others", ())]
 
-        def open_store(weights_hash: str) -> SqliteStore:
+        def open_store(weights_hash: str) -> JobStore:
+            if callable(state_file):
+                return state_file(weights_hash)
             return SqliteStore(state_file.get(weights_hash) if isinstance(state_file, dict) else state_file)
 
         application = create_app(first, limits, open_store, doors or Doors(TEST_HOSTS), **more)
@@ -174,7 +177,7 @@ def make_site() -> Iterator[MakeSite]:
         info: ModelInfo = INFO,
         gate_shut: bool = False,
         tick_times: Sequence[tuple[int, float]] = INSTANT,
-        state_file: Path | dict[str, Path] | None = None,
+        state_file: Path | dict[str, Path] | Callable[[str], JobStore] | None = None,
         app: dict[str, Any] | None = None,
         **limits: object,
     ) -> Site:

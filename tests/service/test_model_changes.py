@@ -283,14 +283,14 @@ def test_jobs_that_could_not_be_found_at_the_start_end_on_their_weights_after_a_
     file = tmp_path / "jobs.sqlite3"
     with closing(SqliteStore(file)) as store:
         store.add(JobRecord("a" * 32, make_spec(n=2, steps=3), 1_000_000))
-    unfinished, fails = SqliteStore.unfinished, True
+    claim, fails = SqliteStore.claim, True
 
-    def sometimes(self: SqliteStore) -> list[JobRecord]:
+    def sometimes(self: SqliteStore, *args: object) -> list[JobRecord]:
         if fails and self._file is not None and hasattr(self, "_identity"):
             raise StorageFailed("the disk is away")
-        return unfinished(self)
+        return claim(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(SqliteStore, "unfinished", sometimes)
+    monkeypatch.setattr(SqliteStore, "claim", sometimes)
     monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
     several = make_several(make_site, state_file={INFO.weights_hash: file})
     several.shelf.found = {"fake": version_of(INFO, 1)}
@@ -392,7 +392,7 @@ def test_a_store_of_earlier_weights_that_fails_harms_no_other(
     jobs = next(each for each in gc.get_objects() if isinstance(each, Jobs) and each._worker is several.site.worker)
     old = next(each.store for each in jobs._lifecycles.values() if each.retired)
     old.failure = StorageFailed("the file is gone")
-    for name in ("get", "find", "finished"):
+    for name in ("get", "find", "page"):
         really = getattr(AsyncStore, name)
 
         async def failing(self: AsyncStore, *args: Any, really: Any = really) -> Any:

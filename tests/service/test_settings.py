@@ -19,6 +19,7 @@ from tminus.service.cli import main as cli
 from tminus.service.cli.configuration import shown
 from tminus.service.engine.loading import Loaded
 from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.jobs.postgres import open_postgres as really_open_postgres
 from tminus.service.library import Library
 from tminus.service.model_changes import Prepare
 from tminus.service.model_info import Limits
@@ -27,6 +28,7 @@ from tminus.service.scheduling.sharing import Sharing
 from tminus.service.settings import Settings
 
 TWO_SIDED = ("exact", "open", "metrics", "docs", "traces")
+DATABASE = "postgresql://tminus:a-secret@host/jobs"
 KEYS_FILE = Path(__file__).with_name("keys_of_the_tests.txt")
 LINE = key_line("studio", "the-secret")
 LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8000), close=lambda: None)
@@ -62,6 +64,9 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "max_backlog_s": ("1.5", 1.5),
     "result_cache_mb": ("5", 5),
     "state_dir": ("some/state", "some/state"),
+    "job_store": (DATABASE, DATABASE),
+    "job_namespace": ("studio", "studio"),
+    "job_lease_s": ("2.5", 2.5),
     "keep_jobs_s": ("1.5", 1.5),
     "keep_jobs_mb": ("5", 5),
     "max_body_bytes": ("2048", 2048),
@@ -97,16 +102,27 @@ OTHER = {
     "allowed_hosts": "*",
     "allowed_origins": "*",
     "state_dir": "elsewhere",
+    "job_store": "postgresql://elsewhere/jobs",
+    "job_namespace": "elsewhere",
     "log_format": "text",
     "log_level": "error",
 }
 
+SECRETS = ("keys", "job_store")
 TICK_TIMES = ((1, 0.5), (16, 2.0))
 
 BAD = [
     ("keys", "a secret by mistake"),
     ("keys", "# none"),
     ("keys_file", "no/such/file"),
+    ("job_store", "mysql://host/jobs"),
+    ("job_store", "no-url-and-a-secret"),
+    ("job_namespace", "Studio"),
+    ("job_namespace", "a-b"),
+    ("job_namespace", ""),
+    ("job_namespace", "a" * 49),
+    ("job_lease_s", "0.9"),
+    ("job_lease_s", "601"),
     ("open", "perhaps"),
     ("metrics", "9100"),
     ("metrics_port", "0"),
@@ -178,14 +194,15 @@ def given(name: str, text: str) -> list[str]:
     """The arguments that give a setting."""
     if name in TWO_SIDED:
         return [flag(name) if text == "true" else flag(f"no_{name}")]
-    return [flag(name), text]
+    more = [flag("job_store"), DATABASE] if name in ("job_namespace", "job_lease_s") else []
+    return [flag(name), text, *more]
 
 
 def plain(name: str, made: Any) -> Any:
     """A setting as it was given."""
     if name == "checkpoint":
         return Path(*made)
-    return made.get_secret_value() if name == "keys" else made
+    return made.get_secret_value() if name in SECRETS else made
 
 
 def variable(name: str) -> str:
@@ -271,6 +288,12 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(state_dir=state_dir)
             return "the store"
 
+        def open_postgres(url: str, namespace: str, lease_s: float) -> Callable[[str], str]:
+            if not url.startswith("postgresql://"):
+                return really_open_postgres(url, namespace, lease_s)  # type: ignore[return-value]
+            served.update(job_store=url, job_namespace=namespace, job_lease_s=lease_s)
+            return lambda weights_hash: "the store"
+
         def run_server(
             build: Callable[[], object], listener: object, *, max_message_bytes: int, **values: object
         ) -> bool:
@@ -284,6 +307,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr("tminus.service.app.create_app", create_app)
         monkeypatch.setattr(Library, "folders", folders)
         monkeypatch.setattr("tminus.service.jobs.opening.open_store", open_store)
+        monkeypatch.setattr("tminus.service.jobs.postgres.open_postgres", open_postgres)
         monkeypatch.setattr("tminus.service.server.bind", bind)
         monkeypatch.setattr("tminus.service.server.serve", run_server)
         monkeypatch.setattr(
@@ -307,7 +331,7 @@ def arrived(served: Served, name: str) -> Any:
     if name in ("keys", "keys_file"):
         assert served["access"].with_secret("the-secret").name == "studio"
         return GIVEN[name][1]
-    if name == "metrics_host":  # which is for that port alone
+    if name in ("metrics_host", "job_namespace", "job_lease_s"):  # which are for what another setting asks for
         return served.get(name, GIVEN[name][1])
     if name == "open":
         return served["access"].is_open
@@ -438,7 +462,7 @@ def test_a_bad_value_exits_non_zero_with_a_line_that_names_its_flag(serve: Serve
         assert len(result.stderr.strip().splitlines()) == 1
         assert flag(name) in result.stderr
         assert variable(name) in result.stderr
-        assert (text in result.stderr) == (name != "keys"), "it is a secret"
+        assert (text in result.stderr) == (name not in SECRETS), "it is a secret"
         assert "Traceback" not in result.stderr
 
 

@@ -23,11 +23,11 @@ class Disk(SqliteStore):
         self.thaw, self.full = threading.Event(), False
         self.thaw.set()
 
-    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None) -> bool:
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
         assert self.thaw.wait(PATIENCE_S)
         if self.full:
             raise StorageFailed("the disk is full")
-        return super().add(job, key, inputs)
+        return super().add(job, key, inputs, held=held)
 
     def check(self, *, write: bool) -> None:
         if write and self.full:
@@ -52,7 +52,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(disk: Disk, monkeypatch: 
     async def ask() -> None:
         store = AsyncStore(disk)
         disk.thaw.clear()
-        for call in (store.add(job("a"), None, None), store.get("a"), store.unfinished()):
+        for call in (store.add(job("a"), None, None), store.get("a"), store.claim("build", 1.0)):
             with pytest.raises(StorageFailed, match=r"has not answered for 0\.05 s"):
                 await call
         assert store.failure is not None

@@ -18,7 +18,7 @@ from tminus.service.jobs.store import JobRecord, now_us
 
 
 def test_a_store_that_fails_refuses_new_jobs_and_nothing_else(held: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def add(*_: object) -> None:
+    def add(*_: object, **__: object) -> None:
         raise StorageFailed("the job store cannot do it: database or disk is full")
 
     monkeypatch.setattr(SqliteStore, "add", add)
@@ -270,7 +270,7 @@ def test_a_worker_that_crashes_again_with_a_job_fails_it(restarts: Restarts) -> 
 
 
 def test_jobs_are_deleted_when_their_time_is_over(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "SWEEP_S", 0.01)
+    monkeypatch.setattr("tminus.service.jobs.sweeping.SWEEP_S", 0.01)
     site = make_site(keep_jobs_s=0.05)
     job_id = post(site).json()["id"]
     wait_until(lambda: site.client.get(f"/jobs/{job_id}").status_code == 404)

@@ -49,7 +49,7 @@ def opens_when_there_is_room(folder: Path, make_full: Callable[[], Callable[[], 
         store.add(JobRecord("a", make_spec(), 2))
     make_room()
     assert store.add(JobRecord("a", make_spec(), 2))
-    assert [record.id for record in store.unfinished()] == ["old", "a"][not had_jobs :]
+    assert [record.id for record in store.claim()] == ["old", "a"][not had_jobs :]
     store.close()
 
 

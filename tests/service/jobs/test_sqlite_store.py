@@ -1,4 +1,4 @@
-"""The store of durable jobs, on real files."""
+"""The store of durable jobs in a file: what is not of every store, as test_stores.py has it."""
 
 import errno
 import json
@@ -13,54 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from tests.service.fakes import make_spec
+from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs import arrays, sqlite_file
+from tminus.service.jobs import sqlite_file
 from tminus.service.jobs.opening import open_store
+from tminus.service.jobs.sql_store import SWEEP_JOBS
 from tminus.service.jobs.sqlite_file import VERSION
-from tminus.service.jobs.sqlite_store import RECORD_BYTES, SWEEP_JOBS, WAL_BYTES, SqliteStore
-from tminus.service.jobs.store import OUTCOMES, JobRecord, Key, Outcome
-from tminus.service.spec import Inputs, SampleSpec, Snapshot
+from tminus.service.jobs.sqlite_store import WAL_BYTES, SqliteStore
+from tminus.service.jobs.store import OUTCOMES, Key
 
 pytestmark = pytest.mark.slow
-
-PIXELS = np.arange(2 * 4 * 6, dtype=np.uint8).reshape(2, 4, 6, 1)
-SPECS = [
-    make_spec(),
-    make_spec(
-        n=3, class_labels=(0, None, 2), guidance=2.5, guidance_interval=(10, 900), seed=2**64 - 1, index=2**32 - 3
-    ),
-    make_spec(class_labels=None, sampler="ddim", eta=0.1 + 0.2, clip=False),
-]
-
-
-def job(name: str, spec: SampleSpec = SPECS[0], created_us: int = 1) -> JobRecord:
-    return JobRecord(name, spec, created_us)
-
-
-def ended(record: JobRecord, outcome: Outcome = "done", at_us: int = 2, **fields: object) -> JobRecord:
-    return replace(record, outcome=outcome, finished_us=at_us, **fields)  # type: ignore[arg-type]
-
-
-def snapshot(n: int = 2, seed: int = 0) -> Snapshot:
-    x, x0 = np.random.default_rng(seed).normal(size=(2, n, 1, 4, 6)).astype(np.float32)
-    registers = np.random.default_rng(seed + 1).normal(size=(n, 2, 1, 4, 6)).astype(np.float32)
-    return Snapshot(tuple(range(n)), x, x0, registers)
-
-
-def same(a: Snapshot | None, b: Snapshot) -> bool:
-    return (
-        a is not None
-        and a.steps == b.steps
-        and all(
-            one.dtype == other.dtype and one.tobytes() == other.tobytes()
-            for one, other in ((a.x, b.x), (a.x0_previous, b.x0_previous), (a.registers, b.registers))
-        )
-    )
 
 
 def sweep(store: SqliteStore, before_us: int, max_bytes: int) -> int:
@@ -106,147 +69,7 @@ def store(open_file: Callable[[], SqliteStore]) -> SqliteStore:
     return open_file()
 
 
-# --- what is kept ---
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_a_job_comes_back_as_it_was(open_file: Callable[[], SqliteStore], spec: SampleSpec) -> None:
-    store, record = open_file(), replace(job("a", spec, 123_456_789_012_345), deadline_us=2**60)
-    assert store.add(record)
-    assert (store.get("a"), store.unfinished(), store.get("b")) == (record, [record], None)
-    store.close()
-    assert open_file().get("a") == record, "another process reads the same"
-
-
-def test_the_end_of_a_job_is_kept_with_its_images_and_takes_its_snapshot_away(store: SqliteStore) -> None:
-    record = job("a")
-    store.add(record)
-    store.save({"a": snapshot()}, "build")
-    done = ended(record, fingerprint="build")
-    store.finish(done, PIXELS)
-    assert store.get("a") == done
-    images = store.images("a")
-    assert images is not None
-    np.testing.assert_array_equal(images, PIXELS)
-    assert store.snapshot("a", "build") is None
-    assert store.unfinished() == []
-
-
-def test_a_failed_job_keeps_why(store: SqliteStore) -> None:
-    store.add(job("a"))
-    failed = ended(job("a"), "failed", problem={"code": "not_finite", "status": 500})
-    store.finish(failed)
-    assert store.get("a") == failed
-    assert store.images("a") is None
-
-
-def test_snapshots_are_of_one_build_and_of_jobs_that_have_not_ended(store: SqliteStore) -> None:
-    for name in "ab":
-        store.add(job(name))
-    first, second = snapshot(seed=1), snapshot(seed=2)
-    store.save({"a": first, "b": first, "never was": first}, "build")
-    store.save({"a": second}, "build")
-    assert same(store.snapshot("a", "build"), second), "the newer in place of the older"
-    assert same(store.snapshot("b", "build"), first)
-    assert store.snapshot("a", "another build") is None
-    assert store.snapshot("never was", "build") is None
-    store.finish(ended(job("b")), PIXELS)
-    store.save({"b": second}, "build")
-    assert store.snapshot("b", "build") is None, "one that comes late is let be"
-
-
-@pytest.mark.parametrize("made_as", [None, 1, arrays.SNAPSHOT_FORMAT + 1])
-def test_a_snapshot_of_another_version_is_recognised_and_the_job_begins_anew(
-    store: SqliteStore, made_as: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    taken = snapshot()
-    parts = {"steps": np.array(taken.steps), "x": taken.x, "x0_previous": taken.x0_previous}  # as format 1 had them
-    if made_as is not None:
-        parts |= {"format": np.array([made_as]), "registers": taken.registers}
-    monkeypatch.setattr(arrays, "pack_snapshot", lambda _snapshot: safetensors.numpy.save(parts))
-    store.add(job("a"))
-    store.save({"a": taken}, "build")
-    assert store.snapshot("a", "build") is None
-    assert f"a snapshot of format {made_as or 1}, and this version reads format" in caplog.text
-
-
-def test_unfinished_jobs_come_in_order_of_arrival_whatever_the_clock_says(store: SqliteStore) -> None:
-    for name, created_us in (("late", 9), ("early", 1), ("middle", 5)):
-        store.add(job(name, created_us=created_us))
-    assert [record.id for record in store.unfinished()] == ["late", "early", "middle"]
-
-
-def test_crashes_are_counted(store: SqliteStore) -> None:
-    for name in "ab":
-        store.add(job(name))
-    store.crashed("a")
-    store.crashed("a")
-    assert [record.crashes for record in store.unfinished()] == [2, 0]
-
-
-# --- keys ---
-
-
-def test_a_key_finds_its_job_and_lets_no_other_in(store: SqliteStore) -> None:
-    key = Key("mine", "request 1")
-    assert store.find(key) is None
-    store.add(job("a"), key)
-    assert not store.add(job("b"), key)
-    assert not store.add(job("b"), Key("mine", "request 2"))
-    assert store.get("b") is None
-    assert store.find(key) == (job("a"), True)
-    assert store.find(Key("mine", "request 2")) == (job("a"), False)
-    store.delete("a")
-    assert store.add(job("b"), key), "a key lives as long as its job"
-
-
-def test_jobs_without_a_key_are_all_different(store: SqliteStore) -> None:
-    assert all(store.add(job(name)) for name in "abc")
-
-
-# --- pages ---
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(OUTCOMES)), max_size=12), st.integers(1, 5), st.data())
-def test_pages_are_the_ended_jobs_newest_first(
-    jobs: list[tuple[int, Outcome]], limit: int, data: st.DataObject
-) -> None:
-    records = [ended(job(f"{k:02d}", created_us=us), outcome) for k, (us, outcome) in enumerate(jobs)]
-    order = data.draw(st.permutations(records))
-    outcomes = data.draw(st.sets(st.sampled_from(OUTCOMES), min_size=1))
-    found: list[JobRecord] = []
-    with closing(SqliteStore(None)) as store:
-        for record in order:
-            store.add(replace(record, outcome=None, finished_us=None))
-            store.finish(record)
-        while page := store.finished(found[-1].place if found else None, outcomes, limit):
-            assert len(page) <= limit
-            found += page
-    assert found == sorted((r for r in records if r.outcome in outcomes), key=lambda r: r.place, reverse=True)
-
-
 # --- what goes ---
-
-
-def test_jobs_are_forgotten_when_they_are_old_and_when_they_are_too_much(store: SqliteStore) -> None:
-    for k in range(6):
-        store.add(job(f"j{k}"))
-        store.finish(ended(job(f"j{k}"), at_us=100 + k), PIXELS)
-    store.add(job("running"))
-
-    def left() -> list[str]:
-        return sorted(record.id for record in store.finished(None, OUTCOMES, 99))
-
-    assert sweep(store, 102, 10**9) == 2
-    assert left() == ["j2", "j3", "j4", "j5"]
-    assert store.images("j1") is None
-    assert sweep(store, 0, 2 * (RECORD_BYTES + 200)) == 2, "the oldest go"
-    assert left() == ["j4", "j5"]
-    assert sweep(store, 0, 1) == 1
-    assert left() == ["j5"], "the newest stays, whatever it takes"
-    assert sweep(store, 0, 1) == 0
-    assert [record.id for record in store.unfinished()] == ["running"]
 
 
 def test_a_great_many_go_a_few_at_a_time(store: SqliteStore) -> None:
@@ -287,7 +110,7 @@ def test_the_disk_gets_the_room_back_when_jobs_go(store: SqliteStore, file: Path
     while store.sweep(11, 10**9):
         calls += 1
     assert calls > 3, "a slice in each"
-    assert [record.id for record in store.finished(None, OUTCOMES, 99)] == ["j11"]
+    assert [record.id for record in store.page(None, OUTCOMES, 99)] == ["j11"]
     assert on_the_disk(file) < full / 12 + WAL_BYTES + 2**21, "while it is open"
     store.close()
     assert on_the_disk(file) < full / 12 + 2**21
@@ -310,7 +133,7 @@ def test_what_is_in_the_wal_is_in_the_file_soon_after_the_last_write(store: Sqli
     copy = file.with_name("copy.sqlite3")
     copy.write_bytes(file.read_bytes())
     alone = SqliteStore(copy)
-    assert [record.id for record in alone.unfinished()] == ["a"]
+    assert [record.id for record in alone.claim()] == ["a"]
     alone.close()
 
 
@@ -330,15 +153,6 @@ def test_a_file_that_was_deleted_is_noticed_and_takes_no_more_jobs(
         store.add(job("b"))
 
 
-def test_a_job_is_deleted_with_all_it_has(store: SqliteStore) -> None:
-    store.add(job("a"))
-    store.save({"a": snapshot()}, "build")
-    assert store.delete("a")
-    assert not store.delete("a")
-    assert store.add(job("a")), "its name is free"
-    assert store.snapshot("a", "build") is None
-
-
 # --- faults ---
 
 
@@ -352,7 +166,7 @@ def test_a_full_disk_refuses_and_keeps_what_was_accepted(file: Path, open_file: 
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
     with pytest.raises(StorageFailed, match="full"):
         store.finish(ended(job("a")), noise)
-    assert store.unfinished() == [job("a")], "all of it, or nothing"
+    assert store.claim() == [job("a")], "all of it, or nothing"
     with pytest.raises(StorageFailed, match="full"):
         [store.add(job(f"more {k}")) for k in range(1000)]
     store._connection.exec_driver_sql("PRAGMA max_page_count = 1000000")
@@ -389,7 +203,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     result = subprocess.run([sys.executable, "-c", script], check=False)
     assert result.returncode == -9
-    assert [record.id for record in open_file().unfinished()] == [f"j{k}" for k in range(20)]
+    assert [record.id for record in open_file().claim()] == [f"j{k}" for k in range(20)]
 
 
 def header(file: Path, at: int, value: int) -> None:
@@ -523,7 +337,7 @@ def test_what_a_killed_server_left_beside_a_file_that_is_refused_stays_too(
 
 def test_what_a_killed_server_left_is_taken_up(file: Path, open_file: Callable[[], SqliteStore]) -> None:
     killed(file)
-    assert len(open_file().unfinished()) == 450
+    assert len(open_file().claim()) == 450
     assert not Path(f"{file}-shm").exists()
 
 
@@ -601,39 +415,7 @@ def test_each_checkpoint_has_jobs_of_its_own_in_a_folder_for_nobody_else(tmp_pat
         store.close()
 
 
-# --- what an edit starts from ---
-
-
-@pytest.mark.parametrize("mask", [None, PIXELS[1, :, :, 0] > 20], ids=["whole", "masked"])
-def test_the_inputs_of_an_edit_are_kept_until_it_ends(file: Path, mask: np.ndarray | None) -> None:
-    inputs = Inputs(PIXELS[0], mask)
-    spec = replace(SPECS[0], strength=0.5, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
-    store = SqliteStore(file)
-    store.add(job("a", spec), Key("k", "h"), inputs)
-    store.add(job("b"))
-    store.close()
-    store = SqliteStore(file)
-    (found, _) = store.unfinished()
-    assert found.spec == spec
-    kept = store.inputs("a")
-    assert kept is not None
-    assert (kept.image_sha256, kept.mask_sha256) == (inputs.image_sha256, inputs.mask_sha256)
-    assert kept.image.dtype == np.uint8
-    assert mask is None or (kept.mask is not None and kept.mask.dtype == bool)
-    assert store.inputs("b") is None
-    store.finish(ended(found), PIXELS)
-    assert store.inputs("a") is None
-    store.close()
-
-
-def test_a_key_that_is_taken_keeps_no_inputs_and_a_job_that_goes_takes_its_own(file: Path) -> None:
-    store, inputs = SqliteStore(file), Inputs(PIXELS[0])
-    store.add(job("a"), Key("k", "h"), inputs)
-    assert not store.add(job("b"), Key("k", "h"), inputs)
-    assert store.inputs("b") is None
-    assert store.delete("a")
-    assert store.inputs("a") is None
-    store.close()
+# --- what is written ---
 
 
 def test_a_plain_spec_is_kept_as_it_always_was(file: Path) -> None:
@@ -647,20 +429,17 @@ def test_a_plain_spec_is_kept_as_it_always_was(file: Path) -> None:
 
 # --- what cannot be read ---
 
-DAMAGED = ['{"n":1}', '{"n":', "[]", "null", b"\xff\xfe"]
 
-
-@pytest.mark.parametrize("spec", DAMAGED)
-def test_an_unfinished_job_that_cannot_be_read_is_ended_and_the_others_go_on(
-    file: Path, spec: object, caplog: pytest.LogCaptureFixture
+def test_an_unfinished_job_whose_text_is_not_utf_8_is_ended_and_the_others_go_on(
+    file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = SqliteStore(file)
     for name in "abc":
         store.add(job(name))
     store.close()
-    in_the_file(file, "UPDATE jobs SET spec = CAST(? AS TEXT) WHERE id = 'b'", spec)
+    in_the_file(file, "UPDATE jobs SET spec = CAST(? AS TEXT) WHERE id = 'b'", b"\xff\xfe")
     store = SqliteStore(file)
-    assert [record.id for record in store.unfinished()] == ["a", "c"]
+    assert [record.id for record in store.claim()] == ["a", "c"]
     assert "the record of job b cannot be read" in caplog.text
     ending = store._driver.execute("SELECT outcome, finished_us > 0, problem FROM jobs WHERE id = 'b'").fetchone()
     assert ending[:2] == ("failed", 1)
@@ -681,46 +460,7 @@ def test_one_that_cannot_even_be_ended_is_passed_over(file: Path, monkeypatch: p
     in_the_file(file, "UPDATE jobs SET spec = '{}' WHERE id = 'a'")
     monkeypatch.setattr(SqliteStore, "_finish", refuse)
     store = SqliteStore(file)
-    assert store.unfinished() == [job("b")]
-    store.close()
-
-
-@pytest.mark.parametrize("column", ["spec", "problem"])
-def test_an_ended_job_that_cannot_be_read_is_left_out_and_said_when_it_is_asked_for(file: Path, column: str) -> None:
-    store = SqliteStore(file)
-    for k in range(5):
-        store.add(job(f"j{k}", created_us=k), Key(f"k{k}", "h"))
-        store.finish(ended(job(f"j{k}", created_us=k)), PIXELS)
-    store.close()
-    in_the_file(file, f"UPDATE jobs SET {column} = '{{' WHERE id = 'j3'")
-    store = SqliteStore(file)
-    assert [record.id for record in store.finished(None, OUTCOMES, 3)] == ["j4", "j2", "j1"], (
-        "a page is as full as ever"
-    )
-    assert [record.id for record in store.finished((1, "j1"), OUTCOMES, 3)] == ["j0"]
-    for ask in (lambda: store.get("j3"), lambda: store.find(Key("k3", "h"))):
-        with pytest.raises(StorageFailed, match="the record of job j3 cannot be read"):
-            ask()
-    store.close()
-
-
-@pytest.mark.parametrize("data", [b"", b"\xa5" * 5000, b"x\x9c" + bytes(100)], ids=["empty", "noise", "zlib"])
-def test_arrays_that_cannot_be_read(file: Path, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    store = SqliteStore(file)
-    store.add(job("a"), inputs=Inputs(PIXELS[0]))
-    store.save({"a": snapshot()}, "build")
-    store.add(job("b"))
-    store.finish(ended(job("b")), PIXELS)
-    store.close()
-    for table in ("snapshots", "inputs", "images"):
-        in_the_file(file, f"UPDATE {table} SET data = ?", data)
-    store = SqliteStore(file)
-    assert store.snapshot("a", "build") is None
-    assert "the snapshot of job a, which begins anew, cannot be read" in caplog.text
-    with pytest.raises(StorageFailed, match="the inputs of job a cannot be read"):
-        store.inputs("a")
-    with pytest.raises(StorageFailed, match="the images of job b cannot be read"):
-        store.images("b")
+    assert store.claim() == [job("b")]
     store.close()
 
 
@@ -734,7 +474,7 @@ def test_a_folder_where_nothing_can_be_removed_is_no_reason_by_itself(
 
     open_file().close()
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert open_file().unfinished() == []
+    assert open_file().claim() == []
 
 
 # --- upgrades ---
@@ -758,14 +498,14 @@ def test_a_file_of_an_earlier_version_is_brought_to_this_one(earlier: Path) -> N
         assert record.owner == ""
         assert np.array_equal(store.images(done), PIXELS)  # type: ignore[arg-type]
         assert store.find(Key("k", "h")) == (record, True)
-        assert store.unfinished() == [job(left, SPECS[1], 2)]
+        assert store.claim() == [job(left, SPECS[1], 2)]
         assert same(store.snapshot(left, "build"), snapshot(3))
         store.close()
     store = SqliteStore(earlier)
     store.add(replace(job("c" * 32), owner="studio"))
     store.finish(ended(replace(job("c" * 32), owner="studio")))
-    assert [record.id for record in store.finished(None, OUTCOMES, 9, "studio")] == ["c" * 32]
-    assert [record.id for record in store.finished(None, OUTCOMES, 9, "")] == [done]
+    assert [record.id for record in store.page(None, OUTCOMES, 9, "studio")] == ["c" * 32]
+    assert [record.id for record in store.page(None, OUTCOMES, 9, "")] == [done]
     store.close()
 
 
@@ -792,5 +532,5 @@ def test_an_upgrade_that_is_cut_off_has_not_happened(earlier: Path, monkeypatch:
     with closing(sqlite3.connect(earlier)) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (1,)
     store = SqliteStore(earlier)
-    assert len(store.unfinished()) == 1
+    assert len(store.claim()) == 1
     store.close()

@@ -53,7 +53,7 @@ def flip(wal: Path, at: int) -> None:
 def test_a_sound_log_has_no_damage_and_gives_all_jobs(file: Path) -> None:
     assert find_damage(wal_of(file)) is None
     store = SqliteStore(file)
-    assert [record.id for record in store.unfinished()] == NAMES
+    assert [record.id for record in store.claim()] == NAMES
     store.close()
 
 
@@ -73,7 +73,7 @@ def test_one_damaged_byte_is_told_with_the_jobs_in_doubt_and_what_to_do(file: Pa
     assert NAMES[-1] in damage.job_ids
     subprocess.run(f"truncate {str(caught.value).rpartition('truncate ')[2]}", shell=True, check=True)
     store = SqliteStore(file)
-    left = {record.id for record in store.unfinished()}
+    left = {record.id for record in store.claim()}
     assert NAMES[-1] not in left
     assert left | set(damage.job_ids) == set(NAMES), "each is there or in doubt"
     store.close()
@@ -89,7 +89,7 @@ def test_a_torn_last_transaction_is_no_damage(file: Path) -> None:
     flip(wal, len(data) - 100)
     assert find_damage(wal) is None
     store = SqliteStore(file)
-    assert [record.id for record in store.unfinished()] == NAMES[:-1]
+    assert [record.id for record in store.claim()] == NAMES[:-1]
     store.close()
 
 

@@ -8,6 +8,7 @@ import pytest
 from tminus.service.errors import DeadlineUnmeetable, InvalidField, Overloaded
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.owners import Served
 from tminus.service.scheduling.sharing import Policy, Sharing
 from tminus.service.scheduling.speed import Speed
@@ -319,3 +320,35 @@ def test_a_deadline_too_short_for_decoding_is_refused() -> None:
     with pytest.raises(InvalidField, match="deadline_s"):
         admission.enter("a", plain(4, 10), now_s=0.0, deadline_s=2.5)
     admission.enter("a", plain(4, 10), now_s=0.0, deadline_s=5.0)
+
+
+# --- jobs that any replica may do ---
+
+
+def test_a_job_that_is_left_to_others_is_not_counted_here_and_is_told_when_it_will_be_done() -> None:
+    admission = make_admission()
+    outlook = admission.leave_to_any(plain(8, 8), ClusterLoad(2, 128.0, 3.0, 5, 256.0), now_s=0.0)
+    assert outlook == Outlook(5, 3.0 + 256 / 128 + 8 * 8 * SECONDS_PER_PLACE)
+    assert (admission.backlog_s, admission.rows) == (0.0, 0)
+
+
+def test_a_job_for_which_no_replica_has_room_is_refused_and_each_is_told_another_time() -> None:
+    admission = make_admission(max_backlog_s=10.0)
+    load = ClusterLoad(2, 128.0, 4.0, 5, 6.0 * 128)
+    waits = []
+    for _ in range(3):
+        with pytest.raises(Overloaded) as caught:
+            admission.leave_to_any(plain(8, 32), load, now_s=0.0)
+        waits.append(wait_of(caught.value))
+    assert waits == [2, 4, 6], "one takes the two 2 s"
+
+
+def test_a_deadline_that_the_replicas_cannot_meet_is_refused() -> None:
+    admission, load = make_admission(), ClusterLoad(2, 128.0, 3.0, 0, 0.0)
+    admission.leave_to_any(plain(8, 8), load, now_s=0.0, deadline_s=4.0)
+    with pytest.raises(DeadlineUnmeetable, match=r"would be done in 4\.0 s"):
+        admission.leave_to_any(plain(8, 8), load, now_s=0.0, deadline_s=3.9)
+    with pytest.raises(InvalidField):
+        admission.leave_to_any(plain(8, 8), load, now_s=0.0, deadline_s=0.5)
+    with pytest.raises(InvalidField):
+        admission.leave_to_any(plain(257, 1), load, now_s=0.0)

@@ -1,0 +1,117 @@
+"""Where replicas share a store: which of them works on what.
+
+A replica claims jobs that nobody holds, as long as it has little to do itself, renews the leases of those it holds, and
+notices those that it lost. A new job that would wait here is left in the store, to whoever has room first.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from tminus.service.errors import Draining, StorageFailed
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.live import Live
+from tminus.service.jobs.store import JobRecord, Key, Pace
+from tminus.service.model_info import ModelInfo
+from tminus.service.scheduling.admission import Admission
+from tminus.service.spec import Inputs
+from tminus.service.work import Outlook, work_of
+from tminus.service.worker.worker import Worker
+
+AHEAD_S = 8.0  # of work: a replica that has as much leaves the rest to others
+CLAIM_S = 1.0  # how often it looks for jobs that nobody holds
+RENEWALS = 3  # in the time of a lease
+
+
+class Holder(Protocol):
+    """Who works on the jobs: Lifecycle."""
+
+    retired: bool  # whether it takes on no more
+
+    def all(self) -> Iterable[Live]:
+        """Every job that is held."""
+
+    def take_on(self, records: Sequence[JobRecord]) -> None:
+        """Work on jobs that are held now."""
+
+    def lose(self, live: Live) -> None:
+        """Stop working on a job."""
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep. Raises Draining when the process ends."""
+
+
+class Leases:
+    """What one model holds of a shared store. In the event loop's thread only.
+
+    While the database is away, what is held is worked on: nobody else can claim it either. When it is there again, the
+    next renewal says what is still held.
+    """
+
+    def __init__(
+        self, store: AsyncStore, worker: Worker, admission: Admission, model: int, info: ModelInfo, holder: Holder
+    ) -> None:
+        """model: its number."""
+        self._store, self._worker, self._admission, self._holder = store, worker, admission, holder
+        self._model, self._info = model, info
+        self._others_wait = False  # the last claim may have left jobs that waited longer than a new one
+
+    async def renew(self) -> None:
+        """Hold what is held for one more lease, and stop what is not held any more. Raises StorageFailed."""
+        had = list(self._holder.all())
+        held = await self._store.renew(self._info.fingerprint, self._pace())
+        for live in had:
+            if live.record.id not in held and live.ending is None:
+                self._holder.lose(live)
+
+    async def renew_until_closed(self) -> None:
+        """Renew in time, as long as the process lives."""
+        while True:
+            try:
+                await self._holder.pause(self._store.lease_s / RENEWALS)
+                await self.renew()
+            except StorageFailed:
+                continue
+            except Draining:
+                return
+
+    async def claim_until_closed(self) -> None:
+        """Take on what nobody holds, until the process ends or the model is served no more."""
+        while not self._holder.retired:
+            if self._worker.ready and (places := self._room_places()) > 0:
+                with suppress(StorageFailed):
+                    claimed = await self._store.claim(self._info.fingerprint, places)
+                    self._others_wait = bool(claimed)
+                    self._holder.take_on(claimed)
+            try:
+                await self._holder.pause(CLAIM_S)
+            except Draining:
+                return
+
+    # --- new jobs ---
+
+    @property
+    def takes_next(self) -> bool:
+        """Whether a new job is worked on here; else it is left to whichever replica has room first."""
+        return self._room_places() > 0 and not self._others_wait
+
+    async def leave_to_any(
+        self, record: JobRecord, key: Key | None, inputs: Inputs | None, deadline_s: float | None
+    ) -> Outlook | None:
+        """Keep a job that any replica may claim. None if another has the key. Raises what Admission.enter does."""
+        self._worker.check_open()
+        work, load = work_of(record.spec, self._info, self._model), await self._store.load()
+        outlook = self._admission.leave_to_any(
+            work, load, now_s=time.perf_counter(), deadline_s=deadline_s, has_picture=inputs is not None
+        )
+        return outlook if await self._store.add(record, key, inputs, held=False) else None
+
+    def _pace(self) -> Pace:
+        """How fast this replica is, and how much it has to do."""
+        return Pace(self._admission.places_per_s(self._model), self._admission.backlog_s)
+
+    def _room_places(self) -> float:
+        """How many places it takes until there is work for AHEAD_S."""
+        pace = self._pace()
+        return (AHEAD_S - pace.backlog_s) * pace.places_per_s if pace.backlog_s < AHEAD_S else 0.0

@@ -1,0 +1,231 @@
+"""Durable jobs in PostgreSQL, shared by any number of replicas: leases by the database's clock, and fencing tokens.
+
+Whoever claims a job gets its next fence, a number that only grows. A replica that lost its lease, asleep or cut off,
+writes with the old fence, and so writes nothing (Kleppmann 2016, "How to do distributed locking").
+"""
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.postgres_tables import make_postgres_tables
+from tminus.service.jobs.sql_store import Conditions, Run, SqlStore
+from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
+from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.spec import Inputs
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 15.0
+CLAIM_JOBS = 32  # the most that one claim looks at
+STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
+CONNECT_S = 5
+GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten
+
+
+def connect(url: str, namespace: str) -> sa.Engine:
+    """An engine for a database, and no connection yet. Raises ValueError for what is no URL of PostgreSQL."""
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise ValueError("it is no URL, as postgresql://user@host/database is") from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError(f"it must begin with postgresql://, not with {parsed.drivername}://")
+    arguments = {
+        "connect_timeout": CONNECT_S,
+        "application_name": f"tminus {namespace}",
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": round(1000 * STATEMENT_S),
+        "options": f"-c statement_timeout={round(1000 * STATEMENT_S)} -c lock_timeout={round(1000 * STATEMENT_S)}",
+        "prepare_threshold": None,  # a proxy that pools by transaction gives each one another connection
+    }
+    return sa.create_engine(
+        parsed.set(drivername="postgresql+psycopg"), connect_args=arguments, pool_size=2, max_overflow=0, pool_timeout=5
+    )
+
+
+class PostgresStore(SqlStore):
+    """The jobs of one set of weights, as one replica has them. Owns its engine."""
+
+    shared = True
+
+    def __init__(
+        self, engine: sa.Engine, namespace: str, weights_hash: str, replica: str, lease_s: float = LEASE_S
+    ) -> None:
+        """engine: of a database whose tables are of this version, see postgres_schema. replica: its name, its own."""
+        self._replicas, tables = make_postgres_tables(namespace)
+        super().__init__(tables, {"weights": weights_hash[:16]})
+        self._engine, self._weights, self._replica, self.lease_s = engine, weights_hash[:16], replica, lease_s
+        self._lease = timedelta(seconds=lease_s)
+        held = tables.jobs.c.lease_until >= sa.func.clock_timestamp()
+        self._record_columns.append(sa.func.coalesce(held, sa.false()).label("held"))
+        self._fences: dict[str, int] = {}  # of the jobs that are held
+        self._unsure: set[str] = set()  # jobs that may or may not have been added: they are to be deleted
+        self._ahead_us = 0  # the database's clock, over this machine's
+
+    # --- JobStore ---
+
+    def now_us(self) -> int:
+        """See JobStore. As far as the clocks were apart at the last renewal."""
+        return now_us() + self._ahead_us
+
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
+        """See JobStore."""
+        try:
+            return super().add(job, key, inputs, held=held)
+        except StorageFailed:
+            self._unsure.add(job.id)  # the connection may have broken after the commit
+            raise
+
+    def claim(self, fingerprint: str, places: float) -> list[JobRecord]:
+        """See JobStore."""
+        jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
+        now = sa.func.clock_timestamp()
+        others = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
+        others = others.where(
+            snapshots.c.job_id == jobs.c.id, snapshots.c.fingerprint != fingerprint,
+            replicas.c.weights == self._weights, replicas.c.lease_until > now,
+        )  # fmt: skip
+        free = sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now)
+        query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
+        query = query.where(jobs.c.outcome.is_(None), free, ~others.exists(), *self._here())
+        query = query.order_by(jobs.c.arrival).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
+        with self._transaction() as run:
+            chosen, left = [], places
+            for row in run(query).all():
+                if left <= 0:
+                    break
+                chosen.append(row)
+                left -= row.places
+            if chosen:
+                held = {"replica": self._replica, "fence": jobs.c.fence + 1, "lease_until": now + self._lease}
+                run(sa.update(jobs).where(jobs.c.id.in_([row.id for row in chosen])).values(**held))
+        self._fences |= {row.id: row.fence + 1 for row in chosen}
+        return self._records_or_end(chosen)
+
+    def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
+        """See JobStore."""
+        jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
+        told_others = {"lease_until": now + self._lease, **asdict(pace)}
+        alive = insert(replicas).values(id=self._replica, weights=self._weights, fingerprint=fingerprint, **told_others)
+        alive = alive.on_conflict_do_update(index_elements=["id", "weights", "fingerprint"], set_=told_others)
+        mine = [jobs.c.replica == self._replica, jobs.c.outcome.is_(None), *self._here()]
+        longer = sa.update(jobs).where(*mine).values(lease_until=now + self._lease).returning(jobs.c.id, jobs.c.fence)
+        asked_us = now_us()
+        with self._transaction() as run:
+            if self._unsure:
+                self._delete(run, tuple(self._unsure))
+            told = run(alive.returning(sa.func.extract("epoch", now))).scalar_one()
+            held = {row.id: row.fence for row in run(longer).all()}
+        self._ahead_us = round(float(told) * 1e6) - (asked_us + now_us()) // 2
+        self._unsure.clear()
+        self._fences = {job_id: fence for job_id, fence in self._fences.items() if held.get(job_id) == fence}
+        return frozenset(self._fences)
+
+    def load(self) -> ClusterLoad:
+        """See JobStore. A replica with two builds of the same weights, during a reload, counts once."""
+        jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
+        most = [sa.func.max(column).label(column.name) for column in (replicas.c.places_per_s, replicas.c.backlog_s)]
+        alive = [replicas.c.lease_until > now, *self._its_weights()]
+        living = sa.select(replicas.c.id, *most).where(*alive).group_by(replicas.c.id).subquery()
+        those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), sa.func.avg(living.c.backlog_s))
+        free = sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now)
+        waiting = sa.select(sa.func.count(), sa.func.sum(jobs.c.places))
+        with self._transaction() as run:
+            count, pace, held_s = run(those).one()
+            jobs_free, places = run(waiting.where(jobs.c.outcome.is_(None), free, *self._here())).one()
+        return ClusterLoad(count, float(pace or 0), float(held_s or 0), jobs_free, float(places or 0))
+
+    def release(self, job_id: str) -> None:
+        """See JobStore."""
+        free = sa.update(self._tables.jobs).where(*self._held([job_id])).values(replica=None, lease_until=None)
+        with self._transaction() as run:
+            run(free)
+
+    def cancel(self, job_id: str) -> bool:
+        """See JobStore."""
+        tables = self._tables
+        jobs = tables.jobs
+        ending = {"outcome": "cancelled", "finished_us": self.now_us()}
+        with self._transaction() as run:
+            mine = [jobs.c.id == job_id, jobs.c.outcome.is_(None), *self._here()]
+            if not run(sa.update(jobs).where(*mine).values(**ending)).rowcount:
+                return False
+            for table in (tables.snapshots, tables.inputs):
+                run(sa.delete(table).where(table.c.job_id == job_id))
+        self._let_go(job_id)
+        return True
+
+    def sweep(self, before_us: int, max_bytes: int) -> bool:
+        """See JobStore. One replica at a time; the others have nothing to do."""
+        with self._transaction() as run:
+            key = sa.func.hashtext(f"tminus sweep {self._tables.metadata.schema} {self._weights}")
+            if not run(sa.select(sa.func.pg_try_advisory_xact_lock(key))).scalar_one():
+                return False
+            gone = self._replicas.c.lease_until < sa.func.clock_timestamp() - GONE
+            run(sa.delete(self._replicas).where(gone, *self._its_weights()))
+            return self._sweep(run, before_us, max_bytes) > 0
+
+    def check(self, *, write: bool) -> None:
+        """See JobStore."""
+        with self._transaction() as run:
+            if write:  # no row, and yet what a database that may only be read refuses
+                run(sa.update(self._replicas).where(sa.false()).values(fingerprint=""))
+            else:
+                run(sa.select(1))
+
+    def close(self) -> None:
+        """See JobStore. What is held is free at once; if the database is not there, when the lease ends."""
+        jobs = self._tables.jobs
+        try:
+            with suppress(StorageFailed), self._transaction() as run:
+                mine = [jobs.c.replica == self._replica, jobs.c.outcome.is_(None), *self._here()]
+                run(sa.update(jobs).where(*mine).values(replica=None, lease_until=None))
+                run(sa.delete(self._replicas).where(self._replicas.c.id == self._replica, *self._its_weights()))
+        finally:
+            self._engine.dispose()
+
+    # --- what SqlStore asks ---
+
+    def _its_weights(self) -> Conditions:
+        return [self._replicas.c.weights == self._weights]
+
+    def _here(self) -> Conditions:
+        return [self._tables.jobs.c.weights == self._weights]
+
+    def _held(self, job_ids: Collection[str]) -> Conditions:
+        jobs = self._tables.jobs
+        fences = [(job_id, self._fences[job_id]) for job_id in job_ids if job_id in self._fences]
+        return [sa.tuple_(jobs.c.id, jobs.c.fence).in_(fences), jobs.c.outcome.is_(None)]
+
+    def _let_go(self, job_id: str) -> None:
+        self._fences.pop(job_id, None)
+
+    def _added(self, job: JobRecord, held: bool) -> dict[str, Any]:
+        places = job.spec.n * job.spec.num_passes * (2 if job.spec.guidance != 1 else 1)
+        if not held:
+            return {"fence": 0, "places": places}
+        self._fences[job.id] = 1
+        until = sa.func.clock_timestamp() + self._lease
+        return {"replica": self._replica, "fence": 1, "lease_until": until, "places": places}
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Run]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection.execute
+        except sa.exc.DBAPIError as error:
+            reason = " ".join(str(error.orig).split())
+            log.error("the job store: %s", reason)
+            raise StorageFailed(f"the job store cannot do it: {reason}") from None
+        except sa.exc.TimeoutError:
+            raise StorageFailed("the job store has no connection free") from None

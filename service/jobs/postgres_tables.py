@@ -1,0 +1,28 @@
+"""The tables in PostgreSQL, for the statements; migrations/versions makes them."""
+
+import sqlalchemy as sa
+
+from tminus.service.jobs.tables import Tables, make_tables
+
+
+def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
+    """The replicas that live, and the tables that both stores have."""
+    tables = make_tables(
+        schema,
+        sa.Column("weights", sa.Text, nullable=False),  # the hash of them, as far as it is in a file's name
+        sa.Column("places", sa.BigInteger, nullable=False),  # in forward passes, what it takes in all
+        sa.Column("replica", sa.Text),  # who holds it, or held it last
+        sa.Column("fence", sa.BigInteger, nullable=False),  # how often it was held
+        sa.Column("lease_until", sa.DateTime(timezone=True)),  # by the database's clock; null: nobody holds it
+    )
+    replicas = sa.Table(
+        "replicas",
+        tables.metadata,
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("weights", sa.Text, primary_key=True),
+        sa.Column("fingerprint", sa.Text, primary_key=True),
+        sa.Column("lease_until", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("places_per_s", sa.Float, nullable=False),
+        sa.Column("backlog_s", sa.Float, nullable=False),
+    )
+    return replicas, tables

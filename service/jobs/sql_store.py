@@ -1,0 +1,258 @@
+"""What both stores have in common: the statements, in SQLAlchemy's own words, and how records become rows."""
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs import arrays
+from tminus.service.jobs.store import JobRecord, Key, LeaseLost, Outcome, Place
+from tminus.service.jobs.tables import Tables
+from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
+
+log = logging.getLogger(__name__)
+
+RECORD_BYTES = 1024  # roughly what a job takes without its images
+# The most that one sweep does: other calls wait some 30 ms for it, 0.2 s or more where a slow disk must catch up.
+SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
+
+Run = Callable[..., Any]  # runs a statement in a transaction
+Conditions = Sequence[sa.ColumnElement[bool]]
+
+
+class SqlStore:
+    """A JobStore but for its connection, its transactions, and who may write. Subclasses say that."""
+
+    def __init__(self, tables: Tables, more_values: Mapping[str, Any] | None = None) -> None:
+        """more_values: of columns that JobRecord does not have, for a new job."""
+        self._tables = tables
+        self._more_values = dict(more_values or {})
+        jobs = tables.jobs
+        fields = JobRecord.__dataclass_fields__
+        self._record_columns: list[sa.ColumnElement[Any]] = [column for column in jobs.c if column.name in fields]
+
+    # --- what a subclass says ---
+
+    def _transaction(self) -> AbstractContextManager[Run]:
+        """Run statements in one transaction. Raises StorageFailed when one of them fails, which undoes all."""
+        raise NotImplementedError
+
+    def now_us(self) -> int:
+        """See JobStore."""
+        raise NotImplementedError
+
+    def _here(self) -> Conditions:
+        """Which jobs of the table are of this store."""
+        return ()
+
+    def _held(self, job_ids: Collection[str]) -> Conditions:
+        """Which of these jobs this store may write, where others could have taken them over."""
+        return [self._tables.jobs.c.id.in_(job_ids)]
+
+    def _let_go(self, job_id: str) -> None:
+        """A job has ended, or was lost: it is not held any more."""
+
+    def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
+        """A job is about to be added: values of columns that say who holds it."""
+        return {}
+
+    # --- JobStore ---
+
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        data = arrays.pack_inputs(inputs) if inputs is not None else None
+        values = {name: value for name, value in asdict(job).items() if name in jobs.c}
+        values |= {"spec": _json(job.spec.to_json()), "problem": _json(job.problem)}
+        values |= {"bytes": RECORD_BYTES + len(data or b"")} | self._more_values | self._added(job, held)
+        if key is not None:
+            values |= {"key": key.kept_as, "request_hash": key.request_hash}
+        try:
+            with self._transaction() as run:
+                if key is not None and run(self._of_key(key, jobs.c.id)).first():
+                    self._let_go(job.id)
+                    return False
+                run(sa.insert(jobs).values(**values))
+                if data is not None:
+                    run(sa.insert(self._tables.inputs).values(job_id=job.id, data=data))
+        except StorageFailed:
+            self._let_go(job.id)
+            raise
+        return True
+
+    def find(self, key: Key) -> tuple[JobRecord, bool] | None:
+        """See JobStore."""
+        with self._transaction() as run:
+            row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
+        return (self._record(row), row.request_hash == key.request_hash) if row is not None else None
+
+    def _of_key(self, key: Key, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
+        return sa.select(*columns).where(self._tables.jobs.c.key == key.kept_as, *self._here())
+
+    def get(self, job_id: str) -> JobRecord | None:
+        """See JobStore."""
+        query = sa.select(*self._record_columns).where(self._tables.jobs.c.id == job_id, *self._here())
+        with self._transaction() as run:
+            row = run(query).one_or_none()
+        return self._record(row) if row is not None else None
+
+    def page(
+        self, before: Place | None, outcomes: Collection[Outcome | None], limit: int, owner: str | None = None
+    ) -> list[JobRecord]:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        of_owner = [jobs.c.owner == owner] if owner is not None else []
+        chosen: sa.ColumnElement[bool] = jobs.c.outcome.in_([each for each in outcomes if each is not None])
+        if None in outcomes:
+            chosen = sa.or_(chosen, jobs.c.outcome.is_(None))
+        query = sa.select(*self._record_columns).where(chosen, *of_owner, *self._here())
+        query = query.order_by(jobs.c.created_us.desc(), jobs.c.id.desc())
+        records: list[JobRecord] = []
+        while (missing := limit - len(records)) > 0:
+            older = query if before is None else query.where(sa.tuple_(jobs.c.created_us, jobs.c.id) < before)
+            with self._transaction() as run:
+                rows = run(older.limit(missing)).all()
+            for row in rows:
+                with suppress(StorageFailed):
+                    records.append(self._record(row))
+            if len(rows) < missing:
+                break
+            before = rows[-1].created_us, rows[-1].id
+        return records
+
+    def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
+        """See JobStore."""
+        jobs, table = self._tables.jobs, self._tables.snapshots
+        packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
+        with self._transaction() as run:
+            # SQLite takes 32,766 variables in a statement; --max-jobs is at most 10,000.
+            held = sa.select(jobs.c.id).where(*self._held(packed), jobs.c.outcome.is_(None))
+            live = run(held.with_for_update()).scalars().all()
+            run(sa.delete(table).where(table.c.job_id.in_(live)))
+            if live:
+                rows = [{"job_id": each, "fingerprint": fingerprint, "data": packed[each]} for each in live]
+                run(sa.insert(table), rows)
+
+    def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
+        """See JobStore."""
+        table = self._tables.snapshots
+        query = sa.select(table.c.data).where(table.c.job_id == job_id, table.c.fingerprint == fingerprint)
+        with self._transaction() as run:
+            data = run(query).scalar_one_or_none()
+        with suppress(StorageFailed), reading(f"the snapshot of job {job_id}, which begins anew,"):
+            return arrays.unpack_snapshot(data) if data is not None else None
+        return None
+
+    def inputs(self, job_id: str) -> Inputs | None:
+        """See JobStore."""
+        data = self._data(self._tables.inputs, job_id)
+        with reading(f"the inputs of job {job_id}"):
+            return arrays.unpack_inputs(data) if data is not None else None
+
+    def images(self, job_id: str) -> Images | None:
+        """See JobStore."""
+        data = self._data(self._tables.images, job_id)
+        with reading(f"the images of job {job_id}"):
+            return arrays.unpack_images(data) if data is not None else None
+
+    def _data(self, table: sa.Table, job_id: str) -> bytes | None:
+        with self._transaction() as run:
+            data: bytes | None = run(sa.select(table.c.data).where(table.c.job_id == job_id)).scalar_one_or_none()
+        return data
+
+    def crashed(self, job_id: str) -> None:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        with self._transaction() as run:
+            run(sa.update(jobs).where(*self._held([job_id])).values(crashes=jobs.c.crashes + 1))
+
+    def finish(self, job: JobRecord, images: Images | None = None) -> None:
+        """See JobStore."""
+        ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
+        self._finish(job.id, ending, arrays.pack_images(images) if images is not None else None)
+
+    def _finish(self, job_id: str, ending: dict[str, Any], images: bytes | None = None) -> None:
+        tables = self._tables
+        ending |= {"problem": _json(ending["problem"]), "bytes": RECORD_BYTES + len(images or b"")}
+        with self._transaction() as run:
+            if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
+                self._let_go(job_id)
+                raise LeaseLost(job_id)
+            run(sa.delete(tables.snapshots).where(tables.snapshots.c.job_id == job_id))
+            run(sa.delete(tables.inputs).where(tables.inputs.c.job_id == job_id))
+            if images is not None:
+                run(sa.insert(tables.images).values(job_id=job_id, data=images))
+        self._let_go(job_id)
+
+    def delete(self, job_id: str, owner: str | None = None) -> bool:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        mine = [jobs.c.id == job_id, *([jobs.c.owner == owner] if owner is not None else []), *self._here()]
+        with self._transaction() as run:
+            deleted = self._delete(run, run(sa.select(jobs.c.id).where(*mine)).scalars().all()) > 0
+        self._let_go(job_id)
+        return deleted
+
+    def _sweep(self, run: Run, before_us: int, max_bytes: int) -> int:
+        """One part of a sweep; how many jobs were deleted."""
+        jobs = self._tables.jobs
+        ended = [jobs.c.finished_us.is_not(None), *self._here()]
+        oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes).where(*ended)
+        oldest = oldest.order_by(jobs.c.finished_us, jobs.c.arrival).limit(SWEEP_JOBS)
+        chosen: list[str] = []
+        total = left = int(run(sa.select(sa.func.coalesce(sa.func.sum(jobs.c.bytes), 0)).where(*ended)).scalar_one())
+        for row in run(oldest).all():
+            too_much = left > max_bytes and left > row.bytes
+            if not (row.finished_us < before_us or too_much) or total - left >= SWEEP_BYTES:
+                break
+            chosen.append(row.id)
+            left -= row.bytes
+        if chosen:
+            self._delete(run, chosen)
+            log.info("%d jobs that had ended were deleted", len(chosen))
+        return len(chosen)
+
+    def _delete(self, run: Run, job_ids: Sequence[str]) -> int:
+        tables = self._tables
+        for table in (tables.snapshots, tables.inputs, tables.images):
+            run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
+        return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
+
+    def _records_or_end(self, rows: Sequence[Any]) -> list[JobRecord]:
+        """The records of rows. One that is damaged is ended as failed, and left out."""
+        records = []
+        for row in rows:
+            try:
+                records.append(self._record(row))
+            except StorageFailed as error:
+                ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
+                with suppress(StorageFailed):  # the next one who takes it on tries again
+                    self._finish(row.id, ending)
+        return records
+
+    def _record(self, row: Any) -> JobRecord:
+        """Make a record of a row. Raises StorageFailed where that is damaged."""
+        fields = {column.name: getattr(row, column.name) for column in self._record_columns}
+        with reading(f"the record of job {row.id}"):
+            fields["spec"] = SampleSpec.from_json(json.loads(row.spec))
+            fields["problem"] = json.loads(row.problem) if row.problem is not None else None
+            return JobRecord(**fields)
+
+
+def _json(value: Mapping[str, Any] | None) -> str | None:
+    return json.dumps(value) if value is not None else None
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise StorageFailed for data that cannot be decoded: a database itself does not notice a flipped byte."""
+    try:
+        yield
+    except arrays.UNREADABLE as error:
+        log.error("%s cannot be read: %r", what, error)
+        raise StorageFailed(f"{what} cannot be read") from None

@@ -1,0 +1,62 @@
+"""The tables of a job store, as SQLAlchemy knows them.
+
+SQLite's are made from these; a change of them needs another VERSION, in sqlite_file.py. PostgreSQL's are made by the
+migrations in migrations/versions, and have columns and a table more: who works on a job, and which replicas live.
+"""
+
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Jobs, and what belongs to them: rows of the other tables have a job's id."""
+
+    metadata: sa.MetaData
+    jobs: sa.Table
+    snapshots: sa.Table
+    images: sa.Table
+    inputs: sa.Table
+
+
+def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tables:
+    """The tables of a store. more: what its jobs have beside the common columns."""
+    metadata = sa.MetaData(schema=schema)
+    jobs = sa.Table(
+        "jobs",
+        metadata,
+        sa.Column("arrival", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+        sa.Column("id", sa.Text, nullable=False, unique=True),
+        sa.Column("spec", sa.Text, nullable=False),
+        sa.Column("created_us", sa.BigInteger, nullable=False),
+        sa.Column("deadline_us", sa.BigInteger),
+        sa.Column("outcome", sa.Text),
+        sa.Column("finished_us", sa.BigInteger),
+        sa.Column("fingerprint", sa.Text),
+        sa.Column("problem", sa.Text),
+        sa.Column("owner", sa.Text, nullable=False, server_default=""),
+        sa.Column("crashes", sa.Integer, nullable=False),
+        sa.Column("bytes", sa.BigInteger, nullable=False),
+        sa.Column("key", sa.Text),
+        sa.Column("request_hash", sa.Text),
+        *more,
+        sqlite_autoincrement=True,
+    )
+    snapshots = sa.Table(
+        "snapshots",
+        metadata,
+        sa.Column("job_id", sa.Text, primary_key=True),
+        sa.Column("fingerprint", sa.Text, nullable=False),
+        sa.Column("data", sa.LargeBinary, nullable=False),
+    )
+    images, inputs = (
+        sa.Table(
+            name,
+            metadata,
+            sa.Column("job_id", sa.Text, primary_key=True),
+            sa.Column("data", sa.LargeBinary, nullable=False),
+        )
+        for name in ("images", "inputs")
+    )
+    return Tables(metadata, jobs, snapshots, images, inputs)

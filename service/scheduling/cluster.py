@@ -1,0 +1,40 @@
+"""Whether replicas that share their durable jobs have room for one more, which any of them may run. Pure."""
+
+from dataclasses import dataclass
+
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.room import ROUNDING, Excess
+from tminus.service.work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterLoad:
+    """What the replicas of one model have to do, as they told their store at their last renewals."""
+
+    replicas: int = 0  # that live
+    places_per_s: float = 0.0  # of all of them
+    held_s: float = 0.0  # seconds of work that each holds, on average
+    jobs: int = 0  # that nobody holds
+    places: float = 0.0  # of those jobs
+
+    @property
+    def backlog_s(self) -> float:
+        """How long all of it takes, if it is shared evenly."""
+        return self.held_s + (self.places / self.places_per_s if self.places_per_s else 0.0)
+
+    def excess(self, work: Work, limits: Limits) -> Excess | None:
+        """The first limit that one more job would pass: those of one server, for each replica that lives."""
+        if not self.jobs and not self.held_s:
+            return None
+        own_s = work.places / self.places_per_s if self.places_per_s else 0.0
+        if (backlog_s := self.backlog_s + own_s) > limits.max_backlog_s * (1 + ROUNDING):
+            return Excess("backlog_s", backlog_s, limits.max_backlog_s)
+        if self.jobs + 1 > (most := limits.max_jobs * max(1, self.replicas)):
+            return Excess("jobs", self.jobs + 1, most)
+        return None
+
+    def room_in_s(self, excess: Excess) -> float:
+        """Until there is room, if nobody else comes."""
+        if excess.field == "backlog_s":
+            return excess.value - excess.limit
+        return self.backlog_s / (self.jobs + 1)

@@ -1,0 +1,283 @@
+"""Replicas on one PostgreSQL: apps on fake engines, and what their clients see at each of them."""
+
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tests.postgres import Postgres
+from tests.service.conftest import INSTANT, Site, problem
+from tests.service.durable import SPEC, events, post, state, wait_for
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
+from tests.service.jobs.conftest import DatabaseShelf
+from tminus.service.jobs import leases, lifecycle
+from tminus.service.jobs.postgres_store import PostgresStore
+from tminus.service.jobs.store import Pace
+from tminus.service.model_info import ModelInfo
+from tminus.service.scheduling.tick_times import TickTimes
+
+pytestmark = pytest.mark.slow
+
+LEASE_S = 1.5
+
+
+@pytest.fixture
+def shared(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> DatabaseShelf:
+    """A database on which leases end soon, and are looked for often."""
+    monkeypatch.setattr(leases, "CLAIM_S", 0.05)
+    monkeypatch.setattr(lifecycle, "RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.api.events.POLL_S", 0.05)
+    return DatabaseShelf(postgres.url(), LEASE_S)
+
+
+class Replicas:
+    """Those that run; the last are shut down at the end."""
+
+    def __init__(self, shared: DatabaseShelf) -> None:
+        self._shared, self._running = shared, list[Site]()
+
+    def start(
+        self,
+        *,
+        shut: bool = False,
+        tick_times: tuple[tuple[int, float], ...] = INSTANT,
+        info: ModelInfo = INFO,
+        **limits: object,
+    ) -> Site:
+        """One more, that is ready."""
+        site = Site(info, replace(LIMITS, **limits), tick_times, state_file=self._shared.opener())
+        site.client.__enter__()
+        site.wait_until_ready()
+        if shut:
+            site.engine.gate.shut()
+        self._running.append(site)
+        return site
+
+    def stop(self, site: Site) -> None:
+        """As SIGTERM does."""
+        site.worker.drain()
+        site.engine.gate.open()
+        site.client.__exit__(None, None, None)
+        self._running.remove(site)
+
+    def stop_all(self) -> None:
+        for site in list(self._running):
+            self.stop(site)
+
+
+@pytest.fixture
+def replicas(shared: DatabaseShelf) -> Iterator[Replicas]:
+    made = Replicas(shared)
+    yield made
+    made.stop_all()
+
+
+@pytest.fixture
+def pair(replicas: Replicas) -> tuple[Site, Site]:
+    """Two whose ticks wait for the test."""
+    return replicas.start(shut=True), replicas.start(shut=True)
+
+
+def test_a_job_is_seen_at_every_replica_and_ends_the_same_at_each(pair: tuple[Site, Site]) -> None:
+    one, other = pair
+    job_id = post(one, **{"Idempotency-Key": "k"}).json()["id"]
+    assert state(other, job_id) == "running"
+    assert [job["id"] for job in other.client.get("/jobs?state=running").json()["jobs"]] == [job_id]
+    assert [job["id"] for job in one.client.get("/jobs").json()["jobs"]] == [job_id]
+    assert other.client.get(f"/jobs/{job_id}/image").status_code == 409
+    again = post(other, **{"Idempotency-Key": "k"})
+    assert again.json()["id"] == job_id, "a retry at another replica is the same job"
+    one.engine.gate.open()
+    wait_for(one, job_id)
+    assert wait_for(other, job_id)["step"] == SPEC["steps"]
+    image, there = (site.client.get(f"/jobs/{job_id}/image") for site in pair)
+    assert (image.content, image.headers["etag"]) == (there.content, there.headers["etag"])
+    assert [job["id"] for job in other.client.get("/jobs").json()["jobs"]] == [job_id]
+    assert other.client.delete(f"/jobs/{job_id}").status_code == 204
+    assert one.client.get(f"/jobs/{job_id}").status_code == 404
+
+
+@pytest.mark.parametrize("how", ["cancel", "delete"])
+def test_a_job_is_cancelled_at_another_replica(pair: tuple[Site, Site], how: str) -> None:
+    holder, asked = pair
+    job_id = post(holder).json()["id"]
+    if how == "cancel":
+        assert asked.client.post(f"/jobs/{job_id}/cancel").json()["state"] == "cancelled"
+    else:
+        assert asked.client.delete(f"/jobs/{job_id}").status_code == 204
+    assert state(asked, job_id) == "cancelled"
+    wait_until(lambda: holder.metrics().get('tminus_durable_jobs_total{"outcome": "lost"}') == 1)
+    holder.engine.gate.open()  # only now can its worker do anything
+    wait_until(lambda: holder.engine.jobs == {})
+    assert state(holder, job_id) == "cancelled"
+    assert asked.client.delete(f"/jobs/{job_id}").status_code == 204, "what has ended is deleted"
+    assert holder.client.get(f"/jobs/{job_id}").status_code == 404
+
+
+def test_events_at_another_replica_come_to_the_same_end(pair: tuple[Site, Site]) -> None:
+    holder, asked = pair
+    job_id = post(holder).json()["id"]
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(asked.client.get, f"/jobs/{job_id}/events")
+        wait_until(lambda: asked.streams._open.total() == 1)
+        holder.engine.gate.open()
+        found = events(reading.result(PATIENCE_S).text)
+    assert found[-1][0] == "done"
+    assert found[-1][2] == "end"
+    wait_until(lambda: asked.streams._open.total() == 0)
+
+
+def test_events_of_a_job_that_is_deleted_elsewhere_end(pair: tuple[Site, Site]) -> None:
+    holder, asked = pair
+    job_id = post(holder).json()["id"]
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(asked.client.get, f"/jobs/{job_id}/events")
+        wait_until(lambda: asked.streams._open.total() == 1)
+        for _ in range(2):  # it is cancelled, then deleted
+            assert asked.client.delete(f"/jobs/{job_id}").status_code == 204
+        found = events(reading.result(PATIENCE_S).text)
+    assert [name for name, _, _ in found] in ([], ["cancelled"]), "it may have seen the one or the other"
+
+
+def test_who_is_asleep_past_its_lease_loses_its_jobs_and_the_other_ends_them(
+    pair: tuple[Site, Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SIGSTOP and SIGCONT: no renewal for longer than a lease, and then it goes on where it was."""
+    asleep, awake = pair
+    renew, slept = PostgresStore.renew, []
+
+    def sleepy(store: PostgresStore, fingerprint: str, pace: Pace) -> frozenset[str]:
+        if store._replica == sleeper and len(slept) < 1:
+            return frozenset(store._fences)
+        return renew(store, fingerprint, pace)
+
+    lives = asleep.worker.jobs
+    sleeper = _replica_of(asleep)
+    monkeypatch.setattr(PostgresStore, "renew", sleepy)
+    job_id = post(asleep).json()["id"]
+    asleep.engine.gate.let(2)
+    awake.engine.gate.open()
+    done = wait_for(awake, job_id)
+    assert done["step"] == SPEC["steps"]
+    image = awake.client.get(f"/jobs/{job_id}/image").content
+    assert image == awake.post(json=SPEC).content
+    slept.append(True)
+    asleep.engine.gate.open()  # it ends the job too, and what it made is nothing
+    wait_until(lambda: asleep.engine.jobs == {})
+    assert len(list(lives.statuses())) == 0
+    wait_until(lambda: asleep.metrics().get('tminus_durable_jobs_total{"outcome": "lost"}') == 1)
+    assert asleep.client.get(f"/jobs/{job_id}/image").content == image
+    assert awake.metrics()['tminus_durable_jobs_total{"outcome": "done"}'] == 1
+
+
+def _replica_of(site: Site) -> str:
+    found = (each for each in gc.get_objects() if isinstance(each, lifecycle.Lifecycle))
+    store = next(each.store for each in found if each._worker is site.worker)
+    return str(store._store._replica)  # type: ignore[attr-defined]
+
+
+def test_a_replica_that_is_told_to_end_leaves_its_jobs_where_they_were(replicas: Replicas) -> None:
+    one, other = replicas.start(shut=True), replicas.start(shut=True)
+    job_id = post(one).json()["id"]
+    one.engine.gate.let(3)
+    for _ in range(3):
+        one.engine.next_begun()
+    replicas.stop(one)
+    other.engine.gate.open()
+    wait_for(other, job_id)
+    assert min(min(batch.steps) for batch in other.engine.batches[1:]) > 0, "it did not begin anew"
+
+
+def test_a_replica_that_drains_leaves_its_jobs_to_others_before_it_has_ended(replicas: Replicas) -> None:
+    """What is not durable may take the rest of the grace period."""
+    one, other = replicas.start(shut=True), replicas.start()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(one.client.post, "/sample?steps=500")
+        wait_until(lambda: one.worker.jobs.number_of("") == 1)
+        job_id = post(one).json()["id"]
+        one.worker.drain()
+        one.engine.gate.let(2)
+        wait_for(other, job_id)
+        assert not asked.done()
+        one.engine.gate.open()
+        assert asked.result(PATIENCE_S).status_code == 200
+
+
+def test_a_replica_takes_no_more_than_some_seconds_of_work(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = 2 * SPEC["n"] * SPEC["steps"]  # of one such job, which is guided
+
+    def room_places(held: leases.Leases) -> float:
+        return max(0.0, (3 - len(held._admission._jobs)) * places)
+
+    monkeypatch.setattr(leases.Leases, "_room_places", room_places)
+    first = replicas.start(shut=True)
+    ids = [post(first, SPEC | {"seed": seed}).json()["id"] for seed in range(9)]
+    replicas.stop(first)
+    one = replicas.start(shut=True)
+    wait_until(lambda: one.worker.jobs.number_of("") == 3)
+    other = replicas.start()
+    for job_id in ids[3:]:
+        wait_for(other, job_id)
+    assert {state(other, job_id) for job_id in ids[:3]} == {"running"}
+    one.engine.gate.open()
+    for job_id in ids:
+        wait_for(one, job_id)
+
+
+SLOW = ((1, 0.01), (8, 0.08))  # 100 places a second, as admission believes
+
+
+@pytest.fixture
+def believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replicas go on believing in the times that they began with: their ticks take none."""
+    monkeypatch.setattr(TickTimes, "observe", lambda self, *_: self)
+
+
+@pytest.mark.usefixtures("believed")
+def test_a_job_that_would_wait_here_is_done_by_one_who_has_room(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "AHEAD_S", 0.1)
+    full = replicas.start(shut=True, tick_times=SLOW)
+    first = post(full).json()
+    second = post(full, SPEC | {"seed": 6}).json()
+    assert (second["state"], second["eta_s"] > 0) == ("waiting", True)
+    other = replicas.start(tick_times=SLOW)
+    wait_for(other, second["id"])
+    assert state(full, first["id"]) == "waiting"
+    assert wait_for(full, second["id"])["step"] == SPEC["steps"]
+
+
+@pytest.mark.usefixtures("believed")
+def test_a_job_is_refused_when_there_is_too_much_for_all(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "AHEAD_S", 0.1)
+    one = replicas.start(shut=True, tick_times=SLOW, max_backlog_s=2.0)
+    spec = SPEC | {"n": 1, "guidance": 1, "steps": 100}  # a second
+    accepted = [post(one, spec | {"seed": 1}).json()["id"]]
+    accepted.append(post(one, spec | {"seed": 2}).json()["id"])
+    found = problem(one.client.post("/jobs", json=spec | {"seed": 3, "deadline_s": 1.5}), 429, "deadline_unmeetable")
+    assert found["field"] == "deadline_s"
+    while (answer := one.client.post("/jobs", json=spec | {"seed": 3})).status_code == 202:
+        accepted.append(answer.json()["id"])
+        assert len(accepted) < 9
+    found = problem(answer, 429, "overloaded")
+    assert found["field"] == "backlog_s"
+    assert 1 <= int(answer.headers["retry-after"]) <= 3
+    one.engine.gate.open()
+    for job_id in accepted:
+        wait_for(one, job_id)
+
+
+def test_another_build_begins_what_it_takes_over_anew(replicas: Replicas) -> None:
+    one = replicas.start(shut=True)
+    job_id = post(one).json()["id"]
+    one.engine.gate.let(3)
+    for _ in range(3):
+        one.engine.next_begun()
+    replicas.stop(one)
+    other = replicas.start(info=replace(INFO, fingerprint="another build"))
+    wait_for(other, job_id)
+    assert other.client.get(f"/jobs/{job_id}/image").headers["x-fingerprint"] == "another build"
+    assert min(min(batch.steps) for batch in other.engine.batches[1:]) == 0

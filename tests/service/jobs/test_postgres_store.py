@@ -1,0 +1,348 @@
+"""What replicas that share a PostgreSQL do beside what every store does: leases, fences, and a database that goes."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import sqlalchemy as sa
+
+from tests import postgres as postgres_server
+from tests.service.fakes import wait_until
+from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
+from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.postgres import open_postgres
+from tminus.service.jobs.postgres_store import PostgresStore
+from tminus.service.jobs.store import Key, LeaseLost, Pace
+from tminus.service.scheduling.cluster import ClusterLoad
+
+pytestmark = pytest.mark.slow
+
+LEASE_S = 1.0
+MANY = 1e9
+PACE = Pace(places_per_s=100.0, backlog_s=2.0)
+
+
+@pytest.fixture
+def soon(database: DatabaseShelf) -> DatabaseShelf:
+    """Its leases end soon."""
+    database.lease_s = LEASE_S
+    return database
+
+
+def expire(shelf: DatabaseShelf) -> None:
+    """Let every lease end, as time does."""
+    shelf.change("UPDATE jobs SET lease_until = now() - interval '1 second' WHERE lease_until IS NOT NULL")
+
+
+# --- leases ---
+
+
+def test_what_one_holds_no_other_claims_until_its_lease_ends(soon: DatabaseShelf) -> None:
+    one, other = soon.open(), soon.open()
+    one.add(job("a"))
+    assert other.claim("build", MANY) == []
+    for _ in range(4):
+        time.sleep(LEASE_S / 2)
+        assert one.renew("build", PACE) == {"a"}
+        assert other.claim("build", MANY) == []
+    wait_until(lambda: other.claim("build", MANY) == [job("a")])
+    assert one.renew("build", PACE) == frozenset()
+    assert other.renew("build", PACE) == {"a"}
+
+
+def test_a_lease_that_ended_and_that_nobody_took_is_held_on(soon: DatabaseShelf) -> None:
+    one = soon.open()
+    one.add(job("a"))
+    expire(soon)
+    assert one.renew("build", PACE) == {"a"}
+    assert soon.open().claim("build", MANY) == []
+
+
+def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
+    """As one that was asleep past its lease: its fence is an old one."""
+    asleep, awake = database.open(), database.open()
+    asleep.add(job("a"))
+    expire(database)
+    assert awake.claim("build", MANY) == [job("a")]
+    awake.save({"a": snapshot(seed=1)}, "build")
+    asleep.save({"a": snapshot(seed=2)}, "build")
+    asleep.crashed("a")
+    assert same(awake.snapshot("a", "build"), snapshot(seed=1))
+    with pytest.raises(LeaseLost):
+        asleep.finish(ended(job("a"), "failed"))
+    record = awake.get("a")
+    assert record is not None
+    assert (record.outcome, record.crashes) == (None, 0)
+    awake.finish(ended(job("a")), PIXELS)
+    assert awake.images("a") is not None
+
+
+def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: DatabaseShelf) -> None:
+    one, other = database.open(), database.open()
+    one.add(job("a"))
+    expire(database)
+    assert other.claim("build", MANY)
+    expire(database)
+    assert one.claim("build", MANY)
+    with pytest.raises(LeaseLost):
+        other.finish(ended(job("a")))
+    one.finish(ended(job("a")), PIXELS)
+    assert database.read("SELECT fence FROM jobs") == [(3,)]
+
+
+def test_a_job_is_finished_once(database: DatabaseShelf) -> None:
+    one = database.open()
+    one.add(job("a"))
+    one.finish(ended(job("a")), PIXELS)
+    with pytest.raises(LeaseLost):
+        one.finish(ended(job("a"), "failed"))
+
+
+def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> None:
+    first = database.open()
+    names = [f"j{k:02d}" for k in range(40)]
+    for name in names:
+        first.add(job(name))
+    first.close()
+    stores = [database.open() for _ in range(6)]
+
+    def take(store: PostgresStore) -> list[str]:
+        found = []
+        while records := store.claim("build", 3 * SPECS[0].num_passes):
+            assert len(records) <= 3
+            found += [record.id for record in records]
+        return found
+
+    with ThreadPoolExecutor(len(stores)) as pool:
+        taken = list(pool.map(take, stores))
+    assert sorted(name for each in taken for name in each) == names
+
+
+def test_no_more_is_claimed_than_there_is_room_for_but_one_job_always(database: DatabaseShelf) -> None:
+    first = database.open()
+    for name in "abc":
+        first.add(job(name, SPECS[1]))  # three guided rows
+    first.close()
+    store = database.open()
+    assert len(store.claim("build", 1.0)) == 1, "a job may be larger than all the room"
+    assert len(store.claim("build", 2 * 3 * 2 * SPECS[1].num_passes)) == 2
+
+
+def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf) -> None:
+    one, other = database.open(), database.open()
+    one.add(job("a"))
+    one.renew("build", PACE)
+    one.close()
+    assert other.claim("build", MANY) == [job("a")]
+    assert database.read("SELECT count(*) FROM replicas") == [(0,)]
+
+
+def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapshot(database: DatabaseShelf) -> None:
+    one, other = database.open(), database.open()
+    for name in "ab":
+        one.add(job(name))
+    one.release("a")
+    one.save({"a": snapshot(seed=1)}, "build")  # which was on its way
+    assert [record.id for record in other.claim("build", MANY)] == ["a"]
+    assert same(other.snapshot("a", "build"), snapshot(seed=1))
+    one.save({"a": snapshot(seed=2)}, "build")
+    assert same(other.snapshot("a", "build"), snapshot(seed=1))
+    assert one.renew("build", PACE) == {"b"}
+
+
+# --- what all have to do ---
+
+
+def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(soon: DatabaseShelf) -> None:
+    one, other = soon.open(), soon.open()
+    assert one.load() == ClusterLoad()
+    one.renew("build", Pace(100.0, 4.0))
+    other.renew("build", Pace(300.0, 8.0))
+    other.renew("another build", Pace(200.0, 8.0))
+    one.add(job("held"))
+    for name in ("a", "b"):
+        assert one.add(job(name, SPECS[1]), held=False)
+    places = 2 * 3 * 2 * SPECS[1].num_passes
+    assert other.load() == ClusterLoad(2, 400.0, 6.0, 2, places)
+    assert [record.id for record in other.claim("build", 1.0)] == ["a"]
+    assert one.load() == ClusterLoad(2, 400.0, 6.0, 1, places / 2)
+    time.sleep(LEASE_S)
+    assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
+
+
+# --- builds ---
+
+
+def test_a_job_that_was_begun_is_left_to_its_build_while_one_of_it_lives(soon: DatabaseShelf) -> None:
+    begun, same_build, another = soon.open(), soon.open(), soon.open()
+    begun.add(job("a"))
+    begun.add(job("not begun"))
+    begun.save({"a": snapshot()}, "build")
+    same_build.renew("build", PACE)
+    another.renew("another build", PACE)
+    expire(soon)
+    assert [record.id for record in another.claim("another build", MANY)] == ["not begun"]
+    assert [record.id for record in same_build.claim("build", MANY)] == ["a"]
+    expire(soon)
+    same_build.close()
+    time.sleep(LEASE_S)
+    assert [record.id for record in another.claim("another build", MANY)] == ["a", "not begun"], "it starts over"
+
+
+def test_weights_and_namespaces_do_not_see_each_other(
+    database: DatabaseShelf, postgres: postgres_server.Postgres
+) -> None:
+    one, other = database.open(), database.open("cd" * 32)
+    neighbour = DatabaseShelf(postgres.url())
+    third = neighbour.open()
+    key = Key("k", "h")
+    assert all(store.add(job(f"j{k}"), key) for k, store in enumerate((one, other, third)))
+    one.close()
+    assert other.get("j0") is None
+    assert other.claim("build", MANY) == []
+    assert not other.delete("j0")
+    assert third.get("j0") is None
+    assert [record.id for record in third.page(None, [None], 9)] == ["j2"]
+    third.close()
+
+
+# --- cancelled elsewhere ---
+
+
+def test_a_job_that_is_cancelled_at_another_replica_is_lost_to_its_holder(database: DatabaseShelf) -> None:
+    holder, asked = database.open(), database.open()
+    for name in "ab":
+        holder.add(job(name))
+    holder.save({"a": snapshot()}, "build")
+    record = asked.get("a")
+    assert record is not None
+    assert record.held
+    assert asked.cancel("a")
+    assert not asked.cancel("a")
+    assert not asked.cancel("never was")
+    assert holder.renew("build", PACE) == {"b"}
+    with pytest.raises(LeaseLost):
+        holder.finish(ended(job("a")), PIXELS)
+    record = holder.get("a")
+    assert record is not None
+    assert (record.outcome, record.held) == ("cancelled", False) or record.outcome == "cancelled"
+    assert holder.snapshot("a", "build") is None
+
+
+# --- clocks ---
+
+
+def test_the_time_is_the_databases(database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = database.open()
+    true_us = store.now_us()
+    monkeypatch.setattr("tminus.service.jobs.postgres_store.now_us", lambda: true_us + 3_600_000_000)
+    store.renew("build", PACE)
+    assert abs(store.now_us() - true_us) < 10_000_000
+
+
+# --- a database that goes ---
+
+
+def test_a_database_that_restarts_is_there_again_without_a_new_store() -> None:
+    with postgres_server.running() as server:
+        store = open_postgres(server.url(), "tminus", 15.0)(WEIGHTS)
+        assert store.add(job("a"))
+        for signal in ("INT", "KILL"):
+            server.stop(signal)
+            for call in (lambda: store.get("a"), lambda: store.renew("build", PACE), lambda: store.check(write=True)):
+                with pytest.raises(StorageFailed, match="the job store cannot do it"):
+                    call()
+            server.start()
+            assert store.get("a") == job("a")
+            assert store.renew("build", PACE) == {"a"}, "nobody could take it meanwhile"
+        store.finish(ended(job("a")), PIXELS)
+        server.stop()
+        store.close()
+
+
+def test_a_job_whose_commit_nobody_saw_goes_with_the_next_renewal(
+    database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks after the commit, and before the answer to it."""
+    store = database.open()
+    commit = sa.engine.default.DefaultDialect.do_commit
+
+    def commit_and_break(dialect: object, connection: object) -> None:
+        commit(dialect, connection)  # type: ignore[arg-type]
+        connection.driver_connection.close()  # type: ignore[attr-defined]
+        raise sa.exc.OperationalError("COMMIT", {}, Exception("the connection is gone"))
+
+    monkeypatch.setattr(type(store._engine.dialect), "do_commit", commit_and_break)
+    with pytest.raises(StorageFailed):
+        store.add(job("a"))
+    monkeypatch.undo()
+    assert database.read("SELECT count(*) FROM jobs") == [(1,)]
+    assert store.renew("build", PACE) == frozenset()
+    assert database.read("SELECT count(*) FROM jobs") == [(0,)]
+
+
+def test_a_database_that_may_only_be_read_is_told(database: DatabaseShelf) -> None:
+    store = database.open()
+    with store._engine.begin() as connection:
+        connection.execute(sa.text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
+    store.check(write=False)
+    for call in (lambda: store.check(write=True), lambda: store.add(job("a"))):
+        with pytest.raises(StorageFailed, match="read-only transaction"):
+            call()
+
+
+# --- what cannot be opened ---
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("nonsense", "it is no URL"),
+        ("mysql://127.0.0.1/x", "must begin with postgresql://"),
+        ("postgresql://tminus@127.0.0.1:1/postgres", "Connection refused"),
+        ("postgresql://tminus:s3cret@no-such-host.invalid/postgres", "resolve host"),
+        ("{url}/no_such_database", 'database "no_such_database" does not exist'),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_told_in_one_line(
+    postgres: postgres_server.Postgres, url: str, why: str
+) -> None:
+    with pytest.raises(ValueError, match=why) as told:
+        open_postgres(url.format(url=postgres.url().rpartition("/")[0]), "tminus", 15.0)
+    assert "\n" not in str(told.value)
+    assert "s3cret" not in str(told.value)
+
+
+def test_tables_of_a_newer_version_are_left_as_they_are(database: DatabaseShelf) -> None:
+    database.open().add(job("a"))
+    database.change("UPDATE alembic_version SET version_num = '99'")
+    with pytest.raises(ValueError, match="of version 99, and this tminus knows version 1; nothing was changed"):
+        database.opener()
+    database.change("UPDATE alembic_version SET version_num = '1'")
+    assert database.open().get("a") == job("a")
+
+
+def test_many_can_start_at_once_on_a_new_database(postgres: postgres_server.Postgres) -> None:
+    shelf = DatabaseShelf(postgres.url())
+    with ThreadPoolExecutor(6) as pool:
+        stores = list(pool.map(lambda _: shelf.open(), range(6)))
+    assert stores[0].add(job("a"))
+    assert all(store.get("a") == job("a") for store in stores)
+    for store in stores:
+        store.close()
+
+
+def test_the_migrations_make_the_tables_that_the_statements_know(database: DatabaseShelf) -> None:
+    from tminus.service.jobs.postgres_tables import make_postgres_tables
+
+    database.open()
+    _, tables = make_postgres_tables(database.namespace)
+    for table in tables.metadata.tables.values():
+        found = dict(
+            database.read(
+                "SELECT column_name, is_nullable FROM information_schema.columns "
+                f"WHERE table_schema = '{database.namespace}' AND table_name = '{table.name}'"
+            )
+        )
+        assert found == {column.name: "YES" if column.nullable else "NO" for column in table.columns}

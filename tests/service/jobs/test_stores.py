@@ -1,0 +1,308 @@
+"""What every store of durable jobs does: the same tests on a SQLite file, and on a real PostgreSQL."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.service.jobs.conftest import Shelf
+from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs import arrays
+from tminus.service.jobs.sql_store import RECORD_BYTES, SqlStore
+from tminus.service.jobs.store import OUTCOMES, JobRecord, Key, LeaseLost, Outcome
+from tminus.service.spec import Inputs, SampleSpec
+
+pytestmark = pytest.mark.slow
+
+MANY = 1e9  # places
+
+
+@pytest.fixture
+def store(shelf: Shelf) -> SqlStore:
+    return shelf.open()
+
+
+def claimed(shelf: Shelf, store: SqlStore) -> list[JobRecord]:
+    """What the next process takes on when this one has ended."""
+    store.close()
+    return shelf.open().claim("build", MANY)
+
+
+# --- what is kept ---
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_job_comes_back_as_it_was(shelf: Shelf, store: SqlStore, spec: SampleSpec) -> None:
+    record = replace(job("a", spec, 123_456_789_012_345), deadline_us=2**60, owner="studio")
+    assert store.add(record)
+    assert (store.get("a"), store.get("b")) == (record, None)
+    assert claimed(shelf, store) == [record]
+
+
+def test_the_end_of_a_job_is_kept_with_its_images_and_takes_its_snapshot_away(shelf: Shelf, store: SqlStore) -> None:
+    store.add(job("a"))
+    store.save({"a": snapshot()}, "build")
+    done = ended(job("a"), fingerprint="build")
+    store.finish(done, PIXELS)
+    assert store.get("a") == done
+    images = store.images("a")
+    assert images is not None
+    np.testing.assert_array_equal(images, PIXELS)
+    assert store.snapshot("a", "build") is None
+    assert claimed(shelf, store) == []
+
+
+def test_a_failed_job_keeps_why(store: SqlStore) -> None:
+    store.add(job("a"))
+    failed = ended(job("a"), "failed", problem={"code": "not_finite", "status": 500})
+    store.finish(failed)
+    assert store.get("a") == failed
+    assert store.images("a") is None
+
+
+def test_the_end_of_a_job_that_is_gone_is_refused_and_keeps_nothing(shelf: Shelf, store: SqlStore) -> None:
+    store.add(job("a"))
+    assert store.delete("a")
+    with pytest.raises(LeaseLost):
+        store.finish(ended(job("a")), PIXELS)
+    assert store.images("a") is None
+
+
+def test_snapshots_are_of_one_build_and_of_jobs_that_have_not_ended(store: SqlStore) -> None:
+    for name in "ab":
+        store.add(job(name))
+    first, second = snapshot(seed=1), snapshot(seed=2)
+    store.save({"a": first, "b": first, "never was": first}, "build")
+    store.save({"a": second}, "build")
+    assert same(store.snapshot("a", "build"), second), "the newer in place of the older"
+    assert same(store.snapshot("b", "build"), first)
+    assert store.snapshot("a", "another build") is None
+    assert store.snapshot("never was", "build") is None
+    store.finish(ended(job("b")), PIXELS)
+    store.save({"b": second}, "build")
+    assert store.snapshot("b", "build") is None, "one that comes late is let be"
+    store.save({}, "build")
+
+
+@pytest.mark.parametrize("made_as", [None, 1, arrays.SNAPSHOT_FORMAT + 1])
+def test_a_snapshot_of_another_version_is_recognised_and_the_job_begins_anew(
+    store: SqlStore, made_as: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = snapshot()
+    parts = {"steps": np.array(taken.steps), "x": taken.x, "x0_previous": taken.x0_previous}  # as format 1 had them
+    if made_as is not None:
+        parts |= {"format": np.array([made_as]), "registers": taken.registers}
+    monkeypatch.setattr(arrays, "pack_snapshot", lambda _snapshot: safetensors.numpy.save(parts))
+    store.add(job("a"))
+    store.save({"a": taken}, "build")
+    assert store.snapshot("a", "build") is None
+    assert f"a snapshot of format {made_as or 1}, and this version reads format" in caplog.text
+
+
+def test_jobs_are_claimed_in_order_of_arrival_whatever_the_clock_says(shelf: Shelf, store: SqlStore) -> None:
+    for name, created_us in (("late", 9), ("early", 1), ("middle", 5)):
+        store.add(job(name, created_us=created_us))
+    assert [record.id for record in claimed(shelf, store)] == ["late", "early", "middle"]
+
+
+def test_crashes_are_counted(shelf: Shelf, store: SqlStore) -> None:
+    for name in "ab":
+        store.add(job(name))
+    store.crashed("a")
+    store.crashed("a")
+    assert [record.crashes for record in claimed(shelf, store)] == [2, 0]
+
+
+@pytest.mark.parametrize("mask", [None, PIXELS[1, :, :, 0] > 20], ids=["whole", "masked"])
+def test_the_inputs_of_an_edit_are_kept_until_it_ends(shelf: Shelf, store: SqlStore, mask: np.ndarray | None) -> None:
+    inputs = Inputs(PIXELS[0], mask)
+    spec = replace(SPECS[0], strength=0.5, image_sha256=inputs.image_sha256, mask_sha256=inputs.mask_sha256)
+    store.add(job("a", spec), Key("k", "h"), inputs)
+    store.add(job("b"))
+    store.close()
+    store = shelf.open()
+    found, _ = store.claim("build", MANY)
+    assert found.spec == spec
+    kept = store.inputs("a")
+    assert kept is not None
+    assert (kept.image_sha256, kept.mask_sha256) == (inputs.image_sha256, inputs.mask_sha256)
+    assert kept.image.dtype == np.uint8
+    assert mask is None or (kept.mask is not None and kept.mask.dtype == bool)
+    assert store.inputs("b") is None
+    store.finish(ended(found), PIXELS)
+    assert store.inputs("a") is None
+
+
+# --- keys ---
+
+
+def test_a_key_finds_its_job_and_lets_no_other_in(store: SqlStore) -> None:
+    key = Key("mine", "request 1")
+    assert store.find(key) is None
+    store.add(job("a"), key)
+    assert not store.add(job("b"), key)
+    assert not store.add(job("b"), Key("mine", "request 2"))
+    assert store.get("b") is None
+    assert store.find(key) == (job("a"), True)
+    assert store.find(Key("mine", "request 2")) == (job("a"), False)
+    assert store.add(job("c"), Key("mine", "request 1", "studio")), "another owner's"
+    store.delete("a")
+    assert store.add(job("b"), key), "a key lives as long as its job"
+
+
+def test_jobs_without_a_key_are_all_different(store: SqlStore) -> None:
+    assert all(store.add(job(name)) for name in "abc")
+
+
+def test_a_key_that_is_taken_keeps_no_inputs_and_a_job_that_goes_takes_its_own(store: SqlStore) -> None:
+    inputs = Inputs(PIXELS[0])
+    store.add(job("a"), Key("k", "h"), inputs)
+    assert not store.add(job("b"), Key("k", "h"), inputs)
+    assert store.inputs("b") is None
+    assert store.delete("a")
+    assert store.inputs("a") is None
+
+
+# --- pages ---
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from((*OUTCOMES, None))), max_size=12),
+    st.integers(1, 5),
+    st.data(),
+)
+def test_pages_are_the_jobs_newest_first(
+    store: SqlStore, jobs: list[tuple[int, Outcome | None]], limit: int, data: st.DataObject
+) -> None:
+    records = [
+        ended(job(f"{k:02d}", created_us=us), outcome) if outcome is not None else job(f"{k:02d}", created_us=us)
+        for k, (us, outcome) in enumerate(jobs)
+    ]
+    order = data.draw(st.permutations(records))
+    outcomes = data.draw(st.sets(st.sampled_from((*OUTCOMES, None)), min_size=1))
+    found: list[JobRecord] = []
+    try:
+        for record in order:
+            store.add(replace(record, outcome=None, finished_us=None))
+            if record.outcome is not None:
+                store.finish(record)
+        while page := store.page(found[-1].place if found else None, outcomes, limit):
+            assert len(page) <= limit
+            found += page
+    finally:
+        for record in records:
+            store.delete(record.id)
+    assert found == sorted((r for r in records if r.outcome in outcomes), key=lambda r: r.place, reverse=True)
+
+
+# --- what goes ---
+
+
+def test_jobs_are_forgotten_when_they_are_old_and_when_they_are_too_much(shelf: Shelf, store: SqlStore) -> None:
+    for k in range(6):
+        store.add(job(f"j{k}"))
+        store.finish(ended(job(f"j{k}"), at_us=100 + k), PIXELS)
+    store.add(job("running"))
+
+    def left() -> list[str]:
+        return sorted(record.id for record in store.page(None, OUTCOMES, 99))
+
+    def sweep(before_us: int, max_bytes: int) -> int:
+        before = len(left())
+        while store.sweep(before_us, max_bytes):
+            pass
+        return before - len(left())
+
+    assert sweep(102, 10**9) == 2
+    assert left() == ["j2", "j3", "j4", "j5"]
+    assert store.images("j1") is None
+    assert sweep(0, 2 * (RECORD_BYTES + 200)) == 2, "the oldest go"
+    assert left() == ["j4", "j5"]
+    assert sweep(0, 1) == 1
+    assert left() == ["j5"], "the newest stays, whatever it takes"
+    assert sweep(0, 1) == 0
+    assert [record.id for record in claimed(shelf, store)] == ["running"]
+
+
+def test_a_job_is_deleted_with_all_it_has_and_by_its_owner_only(store: SqlStore) -> None:
+    store.add(replace(job("a"), owner="studio"))
+    store.save({"a": snapshot()}, "build")
+    assert not store.delete("a", "")
+    assert store.delete("a", "studio")
+    assert not store.delete("a")
+    assert store.add(job("a")), "its name is free"
+    assert store.snapshot("a", "build") is None
+
+
+# --- what cannot be read ---
+
+DAMAGED = ['{"n":1}', '{"n":', "[]", "null"]
+
+
+@pytest.mark.parametrize("spec", DAMAGED)
+def test_an_unfinished_job_that_cannot_be_read_is_ended_and_the_others_go_on(
+    shelf: Shelf, store: SqlStore, spec: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in "abc":
+        store.add(job(name))
+    store.close()
+    assert shelf.change("UPDATE jobs SET spec = :spec WHERE id = 'b'", spec=spec) == 1
+    store = shelf.open()
+    assert [record.id for record in store.claim("build", MANY)] == ["a", "c"]
+    assert "the record of job b cannot be read" in caplog.text
+    store.close()
+    ((outcome, finished_us, problem),) = shelf.read("SELECT outcome, finished_us, problem FROM jobs WHERE id = 'b'")
+    assert outcome == "failed"
+    assert finished_us
+    told = json.loads(str(problem))
+    assert (told["code"], told["detail"]) == ("storage_failed", "the record of job b cannot be read")
+    assert shelf.open().delete("b")
+
+
+@pytest.mark.parametrize("column", ["spec", "problem"])
+def test_an_ended_job_that_cannot_be_read_is_left_out_and_said_when_it_is_asked_for(
+    shelf: Shelf, store: SqlStore, column: str
+) -> None:
+    for k in range(5):
+        store.add(job(f"j{k}", created_us=k), Key(f"k{k}", "h"))
+        store.finish(ended(job(f"j{k}", created_us=k)), PIXELS)
+    store.close()
+    assert shelf.change(f"UPDATE jobs SET {column} = '{{' WHERE id = 'j3'") == 1
+    store = shelf.open()
+    assert [record.id for record in store.page(None, OUTCOMES, 3)] == ["j4", "j2", "j1"], "a page is as full as ever"
+    assert [record.id for record in store.page((1, "j1"), OUTCOMES, 3)] == ["j0"]
+    for ask in (lambda: store.get("j3"), lambda: store.find(Key("k3", "h"))):
+        with pytest.raises(StorageFailed, match="the record of job j3 cannot be read"):
+            ask()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xa5" * 5000, b"x\x9c" + bytes(100)], ids=["empty", "noise", "zlib"])
+def test_arrays_that_cannot_be_read(
+    shelf: Shelf, store: SqlStore, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.add(job("a"), inputs=Inputs(PIXELS[0]))
+    store.save({"a": snapshot()}, "build")
+    store.add(job("b"))
+    store.finish(ended(job("b")), PIXELS)
+    store.close()
+    for table in ("snapshots", "inputs", "images"):
+        assert shelf.change(f"UPDATE {table} SET data = :data", data=data) == 1
+    store = shelf.open()
+    assert store.snapshot("a", "build") is None
+    assert "the snapshot of job a, which begins anew, cannot be read" in caplog.text
+    with pytest.raises(StorageFailed, match="the inputs of job a cannot be read"):
+        store.inputs("a")
+    with pytest.raises(StorageFailed, match="the images of job b cannot be read"):
+        store.images("b")
+
+
+def test_it_can_be_looked_at_and_written_to(store: SqlStore) -> None:
+    store.check(write=False)
+    store.check(write=True)
+    assert abs(store.now_us() - 1_700_000_000_000_000) < 10**16

@@ -1,0 +1,64 @@
+"""Room among replicas, in plain numbers."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.service.fakes import LIMITS
+from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.room import Excess
+from tminus.service.work import Work
+
+BOUNDS = replace(LIMITS, max_backlog_s=10.0, max_jobs=4)
+
+
+def work(places: int) -> Work:
+    return Work(1, places, range(0))
+
+
+def test_the_backlog_is_what_each_holds_and_an_even_share_of_what_nobody_does() -> None:
+    assert ClusterLoad().backlog_s == 0.0
+    assert ClusterLoad(2, 400.0, 6.0, 1, 800.0).backlog_s == 6.0 + 800 / 400
+
+
+@pytest.mark.parametrize(
+    ("load", "places", "excess"),
+    [
+        (ClusterLoad(2, 400.0, 6.0, 1, 800.0), 800, None),  # 10 s, just within
+        (ClusterLoad(2, 400.0, 6.0, 1, 800.0), 804, Excess("backlog_s", 10.01, 10.0)),
+        (ClusterLoad(2, 400.0, 6.0, 7, 40.0), 4, None),
+        (ClusterLoad(2, 400.0, 6.0, 8, 40.0), 4, Excess("jobs", 9, 8)),
+        (ClusterLoad(2, 400.0, 0.0, 0, 0.0), 10**9, None),  # where nothing waits any job is taken
+        (ClusterLoad(0, 0.0, 0.0, 3, 900.0), 100, None),  # nobody has told its pace yet
+        (ClusterLoad(0, 0.0, 0.0, 4, 900.0), 100, Excess("jobs", 5, 4)),
+    ],
+)
+def test_a_job_has_room_while_no_limit_is_passed(load: ClusterLoad, places: int, excess: Excess | None) -> None:
+    found = load.excess(work(places), BOUNDS)
+    if excess is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert (found.field, found.limit) == (excess.field, excess.limit)
+        assert found.value == pytest.approx(excess.value)
+
+
+@given(
+    st.builds(
+        ClusterLoad, st.integers(1, 99), st.floats(1, 1e5), st.floats(0, 20), st.integers(0, 999), st.floats(0, 1e6)
+    ),
+    st.integers(1, 10**6),
+)
+def test_after_the_time_that_is_told_there_is_room(load: ClusterLoad, places: int) -> None:
+    excess = load.excess(work(places), BOUNDS)
+    if excess is None:
+        return
+    seconds = load.room_in_s(excess)
+    assert 0 < seconds < math.inf
+    if excess.field == "backlog_s":
+        done = seconds * load.places_per_s
+        left_s = max(0.0, load.backlog_s - seconds)
+        assert left_s + places / load.places_per_s <= 10.0 * (1 + 1e-6) or done >= load.places + load.held_s
