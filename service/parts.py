@@ -9,6 +9,7 @@ from itertools import count
 
 from tminus.service.access.access import Access
 from tminus.service.api.caching import ResultCache
+from tminus.service.api.elsewhere import Elsewhere
 from tminus.service.api.models import Models
 from tminus.service.api.origin import Doors
 from tminus.service.api.services import Services
@@ -85,6 +86,7 @@ class Parts:
         self.admission = Admission(limits, self._served, shared=access.has_keys)
         self.cache = ResultCache(limits.result_cache_bytes)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
+        self.elsewhere = Elsewhere()
         self.decoder, self.encoder, self.recordings = Decoder(), Encoder(self.metrics.encoded), RecordingRoom()
         stores = [self._stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._loaded(prepared, store) for prepared, store in zip(first, stores, strict=True)]
@@ -114,6 +116,7 @@ class Parts:
             part.keeper.close()
         await asyncio.gather(*(part.lifecycle.close() for part in self._parts.values()))
         self._stores.close()
+        await self.elsewhere.close()
         self.decoder.close()
         self.encoder.close()
 
@@ -180,6 +183,7 @@ class Parts:
             encoder=self.encoder,
             cache=self.cache,
             streams=self.streams,
+            elsewhere=self.elsewhere,
             recordings=self.recordings,
             noise_turn=self._noise_turn,
         )

@@ -141,6 +141,11 @@ class Settings(BaseSettings):
     job_lease_s: float = Field(
         15.0, ge=1, le=600, description="seconds after which another server takes over the jobs of one that is gone"
     )
+    job_address: str | None = Field(
+        None,
+        description="URL by which the other servers reach this one, to pass on its events and frames; default: by the "
+        "address that this machine has towards the database",
+    )
     keep_jobs_s: float = Field(
         86_400, gt=0, allow_inf_nan=False, description="seconds that a durable job is kept after it ended"
     )
@@ -178,6 +183,13 @@ class Settings(BaseSettings):
     def _is_schema(cls, value: str) -> str:
         if not NAMESPACE.fullmatch(value):
             raise ValueError("must be up to 48 of a-z, 0-9 and _, and begin with no digit")
+        return value
+
+    @field_validator("job_address")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None and not ORIGIN.fullmatch(value):
+            raise ValueError("must be a URL without a path, such as http://10.0.0.5:8000")
         return value
 
     @field_validator("allowed_hosts")

@@ -18,6 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tminus.service.api.answers import JobAnswer
 from tminus.service.api.authentication import caller_of
+from tminus.service.api.elsewhere import came_from_a_replica
 from tminus.service.api.models import Models
 from tminus.service.api.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.previews import PreviewRequest
@@ -85,7 +86,7 @@ async def events(models: Models, request: Request, job_id: str) -> Response:
         live = services.jobs.watch(job_id, watch, mailbox)
         if live is None:
             view = await services.jobs.find_durable(job_id, sees)
-            return _Events(_from_the_store(services, view, sees), stack.pop_all().close)
+            return _Events(_from_the_store(services, request, view, sees, last_id), stack.pop_all().close)
         stack.callback(services.jobs.unwatch, live, watch)
         viewer = _Viewer(models.numbered(live.model), live, preview, mailbox, view.eta_s)
         return _Events(viewer.events(view), stack.pop_all().close)
@@ -198,10 +199,22 @@ def _picture_members(
     return members | {"data": base64.b64encode(picture).decode("ascii")}
 
 
-async def _from_the_store(services: Services, view: JobView, sees: str | None) -> AsyncIterator[bytes]:
-    """The end of a job, once it has ended. Until then another replica has it, or nobody: what of it is here is told."""
+async def _from_the_store(
+    services: Services, request: Request, view: JobView, sees: str | None, last_id: str
+) -> AsyncIterator[bytes]:
+    """A job that another replica holds, or nobody: what its holder sends, else its state as the store has it.
+
+    Where the holder is gone, its events go on with the next one.
+    """
     jobs, job_id, told, quiet_s = services.jobs, view.record.id, "", 0.0
     while view.record.outcome is None:
+        address = None if came_from_a_replica(request) else await jobs.held_at(view)
+        if address is not None:
+            async for events, last_id in services.elsewhere.events(address, request, job_id, last_id):
+                told, quiet_s = "", 0.0
+                yield events
+            if last_id == LAST:
+                return
         if view.state != told:
             told = view.state
             yield _event("waiting", _standing(None, None)) if told == "waiting" else KEEPALIVE_COMMENT

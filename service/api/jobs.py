@@ -8,6 +8,7 @@ from tminus.service.api.advice import advice_headers
 from tminus.service.api.answers import JobAnswer, JobPage
 from tminus.service.api.authentication import caller_of
 from tminus.service.api.caching import cache_headers, matches
+from tminus.service.api.elsewhere import came_from_a_replica
 from tminus.service.api.job_listing import JobsRequest
 from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
@@ -55,7 +56,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
     @router.get("/{job_id}", summary="Get one job", dependencies=bare, responses=of_job)
     async def get_job(request: Request, job_id: str) -> JobAnswer:
-        return JobAnswer.of(await models.default.jobs.find(job_id, caller_of(request).sees))
+        return await job(models.default, request, job_id)
 
     @router.get(
         "/{job_id}/image",
@@ -95,6 +96,15 @@ async def post_job(services: Services, request: Request) -> Response:
     """Accept a durable job."""
     parameters = await read_parameters(request, services.limits)
     return await accept(services, request, await understand(services, parameters))
+
+
+async def job(services: Services, request: Request, job_id: str) -> JobAnswer:
+    """Where one job stands, as the replica knows it that works on it."""
+    view = await services.jobs.find(job_id, caller_of(request).sees)
+    if not came_from_a_replica(request) and (address := await services.jobs.held_at(view)) is not None:
+        if (answer := await services.elsewhere.job(address, request, job_id)) is not None:
+            return answer
+    return JobAnswer.of(view)
 
 
 async def page(services: Services, asked: JobsRequest, sees: str | None, model_name: str | None) -> JobPage:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tminus.service.access.access import Access
 from tminus.service.api.caching import ResultCache
+from tminus.service.api.elsewhere import Elsewhere
 from tminus.service.api.origin import Doors
 from tminus.service.api.stream_limits import Streams
 from tminus.service.images.decoder import Decoder
@@ -34,5 +35,6 @@ class Services:
     encoder: Encoder
     cache: ResultCache
     streams: Streams
+    elsewhere: Elsewhere  # other servers with the same jobs
     recordings: RecordingRoom
     noise_turn: asyncio.Lock  # the worker gets one image of POST /noise at a time

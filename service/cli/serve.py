@@ -59,7 +59,7 @@ def serve(config: Path | None, **flags: Any) -> None:
         fail(str(error))
     models = read_models(settings)
     folders = {name: folder for name, _, folder in models}
-    open_store = opener_of_stores(settings)
+    open_store = opener_of_stores(settings, listener)
     stores: dict[str, JobStore] = {}
     try:
         for weights_hash in [checkpoint.weights_hash for _, checkpoint, _ in models]:
@@ -131,18 +131,20 @@ def serve(config: Path | None, **flags: Any) -> None:
         fail("the worker crashed; the log says why")
 
 
-def opener_of_stores(settings: "Settings") -> Callable[[str], "JobStore"]:
+def opener_of_stores(settings: "Settings", listener: "socket.socket") -> Callable[[str], "JobStore"]:
     """What opens the store of some weights' durable jobs. A database that cannot be used ends in one line."""
     from tminus.service.jobs.opening import open_store
 
     if settings.job_store is None:
         return partial(open_store, settings.state_dir)
     try:
-        from tminus.service.jobs.postgres import open_postgres
+        from tminus.service.jobs.postgres import open_postgres, own_address
     except ModuleNotFoundError as error:
         fail(f"--job-store (TMINUS_JOB_STORE) needs the extra postgres: {error}; pip install 'tminus[postgres]'")
     try:
-        return open_postgres(settings.job_store.get_secret_value(), settings.job_namespace, settings.job_lease_s)
+        url = settings.job_store.get_secret_value()
+        address = settings.job_address or own_address(url, *listener.getsockname()[:2])
+        return open_postgres(url, settings.job_namespace, settings.job_lease_s, address)
     except ValueError as error:
         fail(f"--job-store (TMINUS_JOB_STORE): {error}")
 

@@ -77,6 +77,10 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.claim, fingerprint, places)
 
+    async def holder(self, job_id: str) -> str | None:
+        """See JobStore."""
+        return await self._call(self._store.holder, job_id)
+
     async def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
         """See JobStore."""
         return await self._write(self._store.renew, fingerprint, pace)

@@ -279,6 +279,15 @@ class Jobs:
         if view.state != "cancelled":  # it was done before the worker was told
             await self._lifecycles[view.model].store.delete(job_id)
 
+    async def held_at(self, view: JobView) -> str | None:
+        """The address of the other replica that works on a job, if there is one that can be asked."""
+        if not view.record.held or self.is_here(view.record.id):
+            return None
+        try:
+            return await self._lifecycles[view.model].store.holder(view.record.id)
+        except StorageFailed:
+            return None
+
     def is_here(self, job_id: str) -> bool:
         """Whether a durable job has not ended, and is held by this process."""
         return self._live(job_id) is not None

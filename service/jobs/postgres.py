@@ -1,13 +1,19 @@
 """Opens the job store in PostgreSQL, for one replica."""
 
+import socket
 import uuid
 from collections.abc import Callable
+from ipaddress import ip_address
+
+import sqlalchemy as sa
 
 from tminus.service.jobs.postgres_schema import prepare_schema
 from tminus.service.jobs.postgres_store import PostgresStore, connect
 
 
-def open_postgres(url: str, namespace: str, lease_s: float) -> Callable[[str], PostgresStore]:
+def open_postgres(
+    url: str, namespace: str, lease_s: float, address: str | None = None
+) -> Callable[[str], PostgresStore]:
     """Bring the database to this version, and return what opens the store of some weights, by their hash.
 
     Raises ValueError for a database that cannot be reached or used, without the password of the URL.
@@ -20,6 +26,26 @@ def open_postgres(url: str, namespace: str, lease_s: float) -> Callable[[str], P
     replica = uuid.uuid4().hex
 
     def open_store(weights_hash: str) -> PostgresStore:
-        return PostgresStore(connect(url, namespace), namespace, weights_hash, replica, lease_s)
+        return PostgresStore(connect(url, namespace), namespace, weights_hash, replica, lease_s, address)
 
     return open_store
+
+
+def own_address(url: str, host: str, port: int) -> str | None:
+    """The URL by which other replicas reach a server that listens here; None where that cannot be found out.
+
+    One that listens on every address is reached by the one that its packets to the database have.
+    """
+    try:
+        if ip_address(host).is_unspecified:
+            host = _towards(sa.make_url(url).host or "localhost")
+    except (OSError, ValueError, sa.exc.ArgumentError):
+        return None
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _towards(host: str) -> str:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # sends nothing
+        return str(probe.getsockname()[0])

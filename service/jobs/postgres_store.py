@@ -23,7 +23,6 @@ from tminus.service.spec import Inputs
 
 log = logging.getLogger(__name__)
 
-LEASE_S = 15.0
 CLAIM_JOBS = 32  # the most that one claim looks at
 STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
 CONNECT_S = 5
@@ -59,9 +58,19 @@ class PostgresStore(SqlStore):
     shared = True
 
     def __init__(
-        self, engine: sa.Engine, namespace: str, weights_hash: str, replica: str, lease_s: float = LEASE_S
+        self,
+        engine: sa.Engine,
+        namespace: str,
+        weights_hash: str,
+        replica: str,
+        lease_s: float,
+        address: str | None = None,
     ) -> None:
-        """engine: of a database whose tables are of this version, see postgres_schema. replica: its name, its own."""
+        """engine: of a database whose tables are of this version, see postgres_schema. replica: its name, its own.
+
+        address: the URL by which other replicas reach this one.
+        """
+        self._address = address
         self._replicas, tables = make_postgres_tables(namespace)
         super().__init__(tables, {"weights": weights_hash[:16]})
         self._engine, self._weights, self._replica, self.lease_s = engine, weights_hash[:16], replica, lease_s
@@ -112,10 +121,19 @@ class PostgresStore(SqlStore):
         self._fences |= {row.id: row.fence + 1 for row in chosen}
         return self._records_or_end(chosen)
 
+    def holder(self, job_id: str) -> str | None:
+        """See JobStore."""
+        jobs, replicas = self._tables.jobs, self._replicas
+        query = sa.select(replicas.c.address).join(jobs, jobs.c.replica == replicas.c.id)
+        query = query.where(jobs.c.id == job_id, jobs.c.lease_until > sa.func.clock_timestamp(), *self._its_weights())
+        with self._transaction() as run:
+            address: str | None = run(query.limit(1)).scalar_one_or_none()
+        return address
+
     def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
         """See JobStore."""
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
-        told_others = {"lease_until": now + self._lease, **asdict(pace)}
+        told_others = {"address": self._address, "lease_until": now + self._lease, **asdict(pace)}
         alive = insert(replicas).values(id=self._replica, weights=self._weights, fingerprint=fingerprint, **told_others)
         alive = alive.on_conflict_do_update(index_elements=["id", "weights", "fingerprint"], set_=told_others)
         mine = [jobs.c.replica == self._replica, jobs.c.outcome.is_(None), *self._here()]

@@ -22,6 +22,7 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         sa.Column("weights", sa.Text, primary_key=True),
         sa.Column("fingerprint", sa.Text, primary_key=True),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("address", sa.Text),
         sa.Column("places_per_s", sa.Float, nullable=False),
         sa.Column("backlog_s", sa.Float, nullable=False),
     )

@@ -111,6 +111,10 @@ class SqliteStore(SqlStore):
             rows = run(query).all()
         return self._records_or_end(rows)
 
+    def holder(self, _job_id: str) -> str | None:
+        """See JobStore."""
+        return None
+
     def renew(self, _fingerprint: str, _pace: Pace) -> frozenset[str]:
         """See JobStore."""
         raise NotImplementedError("a file has no leases")

@@ -100,6 +100,9 @@ class JobStore(Protocol):
         that build while one lives. One whose record is damaged is ended as failed.
         """
 
+    def holder(self, job_id: str) -> str | None:
+        """The address of the replica that holds a job, if it lives and has one."""
+
     def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
         """Hold what is held for one more lease, and return which jobs that are. Others learn the pace by it."""
 

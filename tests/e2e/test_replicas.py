@@ -1,18 +1,122 @@
-"""Real servers on a real PostgreSQL: a small form of tests/trials/replicas.py, each fault once."""
+"""Real servers on a real PostgreSQL."""
 
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from tests import postgres
+from tests.e2e.conftest import RunningServer
+from tests.service.durable import events
+from tests.service.keys import key_line
 from tests.trials import replicas
 
 pytestmark = pytest.mark.slow
+
+LONG = {"n": 16, "steps": 1000, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[postgres.Postgres]:
+    with postgres.running() as server:
+        yield server
+
+
+Start = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def start(database: postgres.Postgres, own_server: Start, request: pytest.FixtureRequest) -> Start:
+    """Starts replicas of one namespace."""
+
+    def make(**env: str) -> RunningServer:
+        shared = {
+            "TMINUS_JOB_STORE": database.url(),
+            "TMINUS_JOB_NAMESPACE": f"test_{abs(hash(request.node.name)) % 10**8}",
+            "TMINUS_JOB_LEASE_S": "1",
+        }
+        return own_server(**shared | env)
+
+    return make
+
+
+def post(server: RunningServer, spec: dict[str, Any], **headers: str) -> str:
+    answer = httpx.post(f"{server.url}/jobs", json=spec, headers=headers, timeout=60)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["id"])
+
+
+def follow(server: RunningServer, job_id: str, query: str, found: list[str], **headers: str) -> None:
+    """Read events to the end, as an EventSource does: it comes back where a stream breaks off."""
+    last: str | None = None
+    while last != "end":
+        told = headers | ({"Last-Event-ID": last} if last is not None else {})
+        with httpx.stream("GET", f"{server.url}/jobs/{job_id}/events?{query}", headers=told, timeout=60) as answer:
+            assert answer.status_code == 200, answer.read()
+            for line in answer.iter_lines():
+                found.append(line)
+                if line.startswith("id: "):
+                    last = line.removeprefix("id: ")
 
 
 def test_whatever_happens_to_a_server_or_the_database_each_job_ends_once_in_the_same_bytes(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A small form of tests/trials/replicas.py, each fault once."""
     monkeypatch.setattr(replicas, "LEASE_S", 2.0)
     claims = replicas.trial(small, dict.fromkeys(replicas.FAULTS, 1), jobs=6, count=2)
     for claim in claims[:4]:  # the last is a time
         assert claim.holds, claim
+
+
+def test_step_frames_and_end_of_a_job_are_passed_on_by_every_other_replica(start: Start) -> None:
+    holder, asked = start(), start()
+    job_id = post(holder, LONG)
+    asked.wait_until(lambda: (httpx.get(f"{asked.url}/jobs/{job_id}").json()["step"] or 0) > 0)
+    assert httpx.get(f"{asked.url}/jobs/{job_id}").json()["eta_s"] > 0
+    lines: list[str] = []
+    follow(asked, job_id, "every=100&show=x_t", lines)
+    found = events("\n".join(lines))
+    frames = [data for name, data, _ in found if name == "frame"]
+    assert [data["step"] for data in frames] == sorted({data["step"] for data in frames})
+    assert len(frames) > 2
+    assert all(data["data"] for data in frames)
+    assert found[-1][0] == "done"
+    images = {httpx.get(f"{server.url}/jobs/{job_id}/image").content for server in (holder, asked)}
+    assert len(images) == 1
+
+
+def test_a_viewer_at_another_replica_sees_the_job_to_its_end_though_its_holder_dies(start: Start) -> None:
+    holder, asked, third = start(), start(), start()
+    job_id = post(holder, LONG)
+    lines: list[str] = []
+    reading = threading.Thread(target=follow, args=(asked, job_id, "every=20&show=x_t", lines))
+    reading.start()
+    asked.wait_until(lambda: sum(line.startswith("event: frame") for line in lines) > 2)
+    holder.process.send_signal(signal.SIGKILL)
+    seen = len(lines)
+    reading.join(60)
+    assert not reading.is_alive()
+    found = events("\n".join(lines))
+    assert found[-1][0] == "done"
+    assert any(name == "frame" for name, _, _ in events("\n".join(lines[seen:]))), "frames of the next holder"
+    undisturbed = httpx.post(f"{third.url}/sample", json=LONG, timeout=120).content
+    assert httpx.get(f"{third.url}/jobs/{job_id}/image").content == undisturbed
+
+
+def test_what_is_passed_on_is_the_callers_own(start: Start) -> None:
+    keys = "\n".join(key_line(name, f"the-secret-of-{name}") for name in ("studio", "lab"))
+    holder, asked = (start(TMINUS_KEYS=keys) for _ in range(2))
+    studio, lab = ({"Authorization": f"Bearer the-secret-of-{name}"} for name in ("studio", "lab"))
+    job_id = post(holder, LONG, **studio)
+    url = f"{asked.url}/jobs/{job_id}"
+    asked.wait_until(lambda: (httpx.get(url, headers=studio).json()["step"] or 0) > 0)
+    assert httpx.get(url, headers=lab).status_code == 404
+    assert httpx.get(f"{url}/events", headers=lab).status_code == 404
+    assert httpx.get(url).status_code == 401
+    assert json.loads(httpx.get(f"{asked.url}/jobs", headers=lab).content)["jobs"] == []

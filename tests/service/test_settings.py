@@ -67,6 +67,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "job_store": (DATABASE, DATABASE),
     "job_namespace": ("studio", "studio"),
     "job_lease_s": ("2.5", 2.5),
+    "job_address": ("http://10.0.0.5:8000", "http://10.0.0.5:8000"),
     "keep_jobs_s": ("1.5", 1.5),
     "keep_jobs_mb": ("5", 5),
     "max_body_bytes": ("2048", 2048),
@@ -104,6 +105,7 @@ OTHER = {
     "state_dir": "elsewhere",
     "job_store": "postgresql://elsewhere/jobs",
     "job_namespace": "elsewhere",
+    "job_address": "http://10.0.0.6",
     "log_format": "text",
     "log_level": "error",
 }
@@ -121,6 +123,8 @@ BAD = [
     ("job_namespace", "a-b"),
     ("job_namespace", ""),
     ("job_namespace", "a" * 49),
+    ("job_address", "10.0.0.5:8000"),
+    ("job_address", "http://10.0.0.5/path"),
     ("job_lease_s", "0.9"),
     ("job_lease_s", "601"),
     ("open", "perhaps"),
@@ -194,7 +198,7 @@ def given(name: str, text: str) -> list[str]:
     """The arguments that give a setting."""
     if name in TWO_SIDED:
         return [flag(name) if text == "true" else flag(f"no_{name}")]
-    more = [flag("job_store"), DATABASE] if name in ("job_namespace", "job_lease_s") else []
+    more = [flag("job_store"), DATABASE] if name in ("job_namespace", "job_lease_s", "job_address") else []
     return [flag(name), text, *more]
 
 
@@ -288,10 +292,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(state_dir=state_dir)
             return "the store"
 
-        def open_postgres(url: str, namespace: str, lease_s: float) -> Callable[[str], str]:
+        def open_postgres(url: str, namespace: str, lease_s: float, address: str | None) -> Callable[[str], str]:
             if not url.startswith("postgresql://"):
                 return really_open_postgres(url, namespace, lease_s)  # type: ignore[return-value]
-            served.update(job_store=url, job_namespace=namespace, job_lease_s=lease_s)
+            served.update(job_store=url, job_namespace=namespace, job_lease_s=lease_s, job_address=address)
             return lambda weights_hash: "the store"
 
         def run_server(
@@ -331,7 +335,7 @@ def arrived(served: Served, name: str) -> Any:
     if name in ("keys", "keys_file"):
         assert served["access"].with_secret("the-secret").name == "studio"
         return GIVEN[name][1]
-    if name in ("metrics_host", "job_namespace", "job_lease_s"):  # which are for what another setting asks for
+    if name in ("metrics_host", "job_namespace", "job_lease_s", "job_address"):  # which are for what another setting asks for
         return served.get(name, GIVEN[name][1])
     if name == "open":
         return served["access"].is_open

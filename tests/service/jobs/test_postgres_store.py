@@ -11,7 +11,7 @@ from tests.service.fakes import wait_until
 from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.postgres import open_postgres
+from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.store import Key, LeaseLost, Pace
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -346,3 +346,33 @@ def test_the_migrations_make_the_tables_that_the_statements_know(database: Datab
             )
         )
         assert found == {column.name: "YES" if column.nullable else "NO" for column in table.columns}
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("10.1.2.3", "http://10.1.2.3:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+    ],
+)
+def test_a_replica_is_reached_by_the_address_it_listens_on_or_has_towards_the_database(
+    host: str, address: str
+) -> None:
+    assert own_address("postgresql://tminus@127.0.0.1/jobs", host, 8000) == address
+
+
+def test_who_cannot_find_its_address_has_none() -> None:
+    assert own_address("postgresql://tminus@no-such-host.invalid/jobs", "0.0.0.0", 8000) is None
+
+
+def test_the_holder_is_found_by_its_address_while_it_lives(soon: DatabaseShelf) -> None:
+    holder, asked = soon.open(), soon.open()
+    holder._address = "http://10.0.0.5:8000"
+    holder.add(job("a"))
+    assert asked.holder("a") is None, "it has not told it"
+    holder.renew("build", PACE)
+    assert asked.holder("a") == "http://10.0.0.5:8000"
+    assert asked.holder("never was") is None
+    expire(soon)
+    assert asked.holder("a") is None

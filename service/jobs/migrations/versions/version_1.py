@@ -66,6 +66,7 @@ def upgrade() -> None:
         sa.Column("weights", sa.Text, primary_key=True),
         sa.Column("fingerprint", sa.Text, primary_key=True),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("address", sa.Text),
         sa.Column("places_per_s", sa.Float, nullable=False),
         sa.Column("backlog_s", sa.Float, nullable=False),
         schema=schema,

@@ -1,0 +1,80 @@
+"""Ask the replica that works on a job: where it stands, and for its events and frames.
+
+By the client's own credentials, so that no replica may do more than its clients. One hop at most: a request that comes
+from a replica is answered by what is known here.
+"""
+
+import logging
+import re
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import httpx
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from tminus.service.api.answers import JobAnswer
+
+log = logging.getLogger(__name__)
+
+FORWARDED = "x-tminus-forwarded"
+PASSED = ("authorization", "cookie", "traceparent", "x-request-id")
+CONNECT_S, ANSWER_S = 1.0, 2.0  # then what is known here is told
+SILENT_S = 40.0  # between two events: comments come more often
+EVENT_ID = re.compile(rb"^id: ?(\S+)$", re.MULTILINE)
+
+
+class Elsewhere:
+    """Owns the connections to other replicas, which are made when they are needed."""
+
+    def __init__(self) -> None:
+        self._http: httpx.AsyncClient | None = None
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._http is not None:
+            await self._http.aclose()
+
+    async def job(self, address: str, request: Request, job_id: str) -> JobAnswer | None:
+        """Where a job stands; None if the replica at this address does not say."""
+        try:
+            answer = await self._client().get(f"{address}/jobs/{job_id}", headers=_headers(request), timeout=ANSWER_S)
+            return JobAnswer.model_validate_json(answer.content) if answer.status_code == 200 else None
+        except (httpx.HTTPError, ValidationError) as error:
+            log.warning("%s does not tell where job %s stands: %r", address, job_id, error)
+            return None
+
+    async def events(self, address: str, request: Request, job_id: str, last_id: str) -> AsyncIterator[tuple[bytes, str]]:
+        """The bytes of a job's events, with the id of the last one so far; they end where the replica ends them."""
+        url = f"{address}/jobs/{job_id}/events"
+        headers = _headers(request) | ({"last-event-id": last_id} if last_id else {})
+        timeout = httpx.Timeout(SILENT_S, connect=CONNECT_S)
+        rest = b""
+        with suppress(httpx.HTTPError):
+            asked = self._client().stream("GET", url, params=request.query_params, headers=headers, timeout=timeout)
+            async with asked as answer:
+                if answer.status_code != 200:
+                    return
+                async for part in answer.aiter_raw():
+                    whole, separator, rest = (rest + part).rpartition(b"\n\n")  # no half event is passed on
+                    if found := EVENT_ID.findall(whole):
+                        last_id = found[-1].decode()
+                    if separator:
+                        yield whole + separator, last_id
+
+    def _client(self) -> httpx.AsyncClient:
+        if self._http is None:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
+            self._http = httpx.AsyncClient(trust_env=False, limits=limits)
+        return self._http
+
+
+def came_from_a_replica(request: Request) -> bool:
+    """Whether it has made its hop."""
+    return FORWARDED in request.headers
+
+
+def _headers(request: Request) -> dict[str, str]:
+    passed = {name: request.headers[name] for name in PASSED if name in request.headers}
+    client = {"x-forwarded-for": request.client.host} if request.client is not None else {}
+    return passed | client | {FORWARDED: "1", "accept-encoding": "identity"}
