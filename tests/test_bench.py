@@ -15,7 +15,7 @@ import torch
 from fastapi import FastAPI, Response
 from PIL import Image, ImageChops
 
-from bench import arrivals, bare, client, figures, report, same
+from bench import arrivals, bare, client, cluster, figures, report, same
 from bench.__main__ import parse_args
 from bench.conductor import same_places
 from bench.loads import QUICK, Lengths
@@ -440,3 +440,21 @@ def test_a_quick_run_from_start_to_end(folder: Path, tmp_path: Path) -> None:
     assert [a.outcome for a in burst.answers] == ["ok"] * QUICK.burst
     assert burst.took_row_steps == figures.received(burst.answers)
     assert all(a.first_step_s is not None for a in burst.answers)
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_replicas_in_the_simulation_end_every_job_that_they_accept_and_die_in_vain(replicas: int) -> None:
+    requests = list(cluster.mixed(1.2, replicas, 60.0))
+    deaths = [(10.0, 0), (12.0, replicas - 1), (50.0, 0)]
+    outcome = cluster.Cluster(replicas).run(requests, deaths)
+    assert len(outcome.jobs) + len(outcome.refused) == len(requests)
+    assert all(job.ended_s is not None and min(job.steps) == job.work.steps for job in outcome.jobs)
+    assert any(job.moves for job in outcome.jobs)
+    assert max(outcome.taken_s) <= cluster.LEASE_S
+    per_job = (outcome.statements - outcome.renewals) / len(outcome.jobs)
+    assert cluster.ADD + cluster.FINISH <= per_job < 20
+
+
+def test_short_jobs_do_not_wait_longer_among_many_replicas() -> None:
+    waits = [max(cluster.Cluster(n).run(list(cluster.mixed(0.8, n, 60.0))).waits(20)) for n in (1, 4)]
+    assert waits[1] < 2 * waits[0]

@@ -44,7 +44,9 @@ class Elsewhere:
             log.warning("%s does not tell where job %s stands: %r", address, job_id, error)
             return None
 
-    async def events(self, address: str, request: Request, job_id: str, last_id: str) -> AsyncIterator[tuple[bytes, str]]:
+    async def events(
+        self, address: str, request: Request, job_id: str, last_id: str
+    ) -> AsyncIterator[tuple[bytes, str]]:
         """The bytes of a job's events, with the id of the last one so far; they end where the replica ends them."""
         url = f"{address}/jobs/{job_id}/events"
         headers = _headers(request) | ({"last-event-id": last_id} if last_id else {})

@@ -210,8 +210,8 @@ async def _from_the_store(
     while view.record.outcome is None:
         address = None if came_from_a_replica(request) else await jobs.held_at(view)
         if address is not None:
-            async for events, last_id in services.elsewhere.events(address, request, job_id, last_id):
-                told, quiet_s = "", 0.0
+            async for events, newest_id in services.elsewhere.events(address, request, job_id, last_id):
+                last_id, told, quiet_s = newest_id, "", 0.0
                 yield events
             if last_id == LAST:
                 return

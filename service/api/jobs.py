@@ -101,10 +101,9 @@ async def post_job(services: Services, request: Request) -> Response:
 async def job(services: Services, request: Request, job_id: str) -> JobAnswer:
     """Where one job stands, as the replica knows it that works on it."""
     view = await services.jobs.find(job_id, caller_of(request).sees)
-    if not came_from_a_replica(request) and (address := await services.jobs.held_at(view)) is not None:
-        if (answer := await services.elsewhere.job(address, request, job_id)) is not None:
-            return answer
-    return JobAnswer.of(view)
+    address = None if came_from_a_replica(request) else await services.jobs.held_at(view)
+    answer = await services.elsewhere.job(address, request, job_id) if address is not None else None
+    return answer or JobAnswer.of(view)
 
 
 async def page(services: Services, asked: JobsRequest, sees: str | None, model_name: str | None) -> JobPage:

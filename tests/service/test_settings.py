@@ -335,7 +335,7 @@ def arrived(served: Served, name: str) -> Any:
     if name in ("keys", "keys_file"):
         assert served["access"].with_secret("the-secret").name == "studio"
         return GIVEN[name][1]
-    if name in ("metrics_host", "job_namespace", "job_lease_s", "job_address"):  # which are for what another setting asks for
+    if name in ("metrics_host", "job_namespace", "job_lease_s", "job_address"):  # of no use without another
         return served.get(name, GIVEN[name][1])
     if name == "open":
         return served["access"].is_open

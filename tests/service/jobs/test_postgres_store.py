@@ -356,9 +356,7 @@ def test_the_migrations_make_the_tables_that_the_statements_know(database: Datab
         ("::1", "http://[::1]:8000"),
     ],
 )
-def test_a_replica_is_reached_by_the_address_it_listens_on_or_has_towards_the_database(
-    host: str, address: str
-) -> None:
+def test_a_replica_is_reached_by_the_address_it_listens_on_or_has_towards_the_database(host: str, address: str) -> None:
     assert own_address("postgresql://tminus@127.0.0.1/jobs", host, 8000) == address
 
 

@@ -1,0 +1,310 @@
+"""Replicas on one job store under a virtual clock: the scheduler and admission themselves, no network, no database.
+
+    python -m bench.cluster [--replicas 1,3,10,100,1000] [--seconds 600] [--load 0.8] [--deaths 0.5]
+
+Durable jobs come at random moments to any replica that lives. As in service/jobs/leases.py, a replica works on a new
+job if it has little to do, and else leaves it in the table; it claims what nobody holds every second, and renews its
+leases three times in their time. One that dies leaves its jobs until their lease ends, and comes back empty. Prints how
+long jobs wait, how many are refused, and how many statements the database gets.
+"""
+
+import argparse
+import heapq
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from statistics import median, quantiles
+
+from tminus.service.errors import Overloaded
+from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
+from tminus.service.jobs.postgres_store import CLAIM_JOBS
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.scheduler import Scheduler
+from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import Batch, Work
+
+TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
+LIMITS = Limits(max_n=64, max_batch=8, max_rows=4096, max_jobs=1024, max_backlog_s=60.0, max_body_bytes=4096)
+MIX = {20: 80, 50: 15, 1000: 5}  # steps, and how many of a hundred jobs have them
+ROWS = 2
+LEASE_S = 15.0
+BACK_S = 30.0  # until one that died is there again
+# Statements of PostgresStore for one job: to find its key and add it, to claim it and read its snapshot where it was
+# left to others, to keep its end. BEGIN and COMMIT are not counted.
+ADD, LOAD, RESUME, FINISH, RENEW = 2, 2, 1, 4, 2
+
+
+@dataclass(slots=True)
+class Job:
+    """One durable job, wherever it is."""
+
+    id: str
+    work: Work
+    came_s: float
+    steps: list[int]  # the next of each row
+    ended_s: float | None = None
+    moves: int = 0  # from one replica to another
+
+
+@dataclass
+class Outcome:
+    """What became of it all."""
+
+    jobs: list[Job] = field(default_factory=list)  # that were accepted
+    refused: list[int] = field(default_factory=list)  # what each was told to wait, in seconds
+    statements: int = 0
+    renewals: int = 0  # of them
+    taken_s: list[float] = field(default_factory=list)  # from a death until a job of it was claimed
+
+    def waits(self, steps: int | None = None) -> list[float]:
+        """How long jobs took, of these steps or of all."""
+        those = (job for job in self.jobs if job.ended_s is not None and steps in (None, job.work.steps))
+        return [job.ended_s - job.came_s for job in those]  # type: ignore[operator]
+
+
+class Replica:
+    """A server: its own scheduler, ledger and clock of ticks."""
+
+    def __init__(self, limits: Limits, points: Sequence[tuple[int, float]]) -> None:
+        self._limits, self._times = limits, TickTimes(tuple(points))
+        self.jobs: dict[str, Job] = {}
+        self.lives, self.others_wait = True, False
+        self.running: Batch | None = None
+        self._rows = count()
+        self.restart()
+
+    def restart(self) -> None:
+        """As a new process."""
+        place_s = self._times.seconds_per_place(self._limits.max_batch)
+        sharing = Sharing.of(self._limits.max_batch, "srpt", self._limits.max_batch // 2, place_s, self._times)
+        self.scheduler, self.admission = Scheduler(sharing), Admission(self._limits)
+        self.admission.put(0, Speed(sharing, self._times, self._limits.max_rows))
+        self.jobs, self.running, self.lives, self.others_wait = {}, None, True, False
+
+    @property
+    def room_places(self) -> float:
+        backlog_s = self.admission.backlog_s
+        return max(0.0, AHEAD_S - backlog_s) * self.admission.places_per_s(0)
+
+    def hold(self, job: Job) -> None:
+        """Work on a job that it has admitted."""
+        self.jobs[job.id] = job
+        rows = [next(self._rows) for _ in range(job.work.rows)]
+        self.scheduler.add(job.id, rows, job.work, job.steps)
+
+    def begin(self) -> float | None:
+        """Begin a tick; how long it takes, or None if there is nothing to do."""
+        self.running = self.scheduler.next_batch()
+        return None if self.running is None else self._times.seconds(self.running.places)
+
+    def end(self) -> list[Job]:
+        """End the tick; the jobs that ended with it."""
+        batch = self.running
+        assert batch is not None
+        self.admission.stepped(0, {job.job_id: job.places for job in batch.jobs}, batch.places, 0.0)
+        for rows in batch.jobs:
+            for step, index in rows.steps:
+                self.jobs[rows.job_id].steps[index] = step + 1
+        finished = list(self.scheduler.advance(batch).finished)
+        for job_id in finished:
+            self.admission.leave(job_id)
+        return [self.jobs.pop(job_id) for job_id in finished]
+
+
+class Cluster:
+    """The replicas, and the table as they see it."""
+
+    def __init__(
+        self, replicas: int, limits: Limits = LIMITS, points: Sequence[tuple[int, float]] = TICKS, seed: int = 0
+    ) -> None:
+        self.replicas = [Replica(limits, points) for _ in range(replicas)]
+        self.outcome = Outcome()
+        self._free: list[tuple[int, Job]] = []  # jobs that nobody holds, a heap by arrival
+        self._free_places = 0
+        self._paces: dict[int, tuple[float, float]] = {}  # what each replica told at its last renewal
+        self._arrivals = count()
+        self._order: dict[str, int] = {}
+        self._draw = random.Random(seed)
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._numbers = count()
+
+    def run(self, requests: Sequence[tuple[float, Work]], deaths: Sequence[tuple[float, int]] = ()) -> Outcome:
+        """Run requests at their times to the end of all work; deaths: when, and of which replica."""
+        for number, replica in enumerate(self.replicas):
+            first_s = self._draw.uniform(0, CLAIM_S)
+            self._at(0.0, lambda now_s, number=number: self._renew(number, now_s))  # type: ignore[misc]
+            self._at(first_s, lambda now_s, replica=replica: self._claim(replica, now_s))  # type: ignore[misc]
+        for at_s, work in requests:
+            self._at(at_s, lambda now_s, work=work: self._arrive(work, now_s))  # type: ignore[misc]
+        for at_s, number in deaths:
+            self._at(at_s, lambda now_s, number=number: self._die(number, now_s))  # type: ignore[misc]
+        last_s = requests[-1][0]
+        while self._events:
+            now_s, _, act = heapq.heappop(self._events)
+            if now_s > last_s and all(job.ended_s is not None for job in self.outcome.jobs):
+                break
+            act(now_s)
+        return self.outcome
+
+    def _at(self, at_s: float, act: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (at_s, next(self._numbers), act))
+
+    # --- jobs ---
+
+    def _arrive(self, work: Work, now_s: float) -> None:
+        living = [replica for replica in self.replicas if replica.lives]
+        if not living:
+            self.outcome.refused.append(0)
+            return
+        replica = self._draw.choice(living)
+        job = Job(f"job {next(self._arrivals)}", work, now_s, [work.start] * work.rows)
+        here = replica.room_places > 0 and not replica.others_wait
+        try:
+            if here:
+                replica.admission.enter(job.id, work, now_s=now_s)
+            else:
+                self.outcome.statements += LOAD
+                replica.admission.leave_to_any(work, self._load(), now_s=now_s)
+        except Overloaded as error:
+            self.outcome.refused.append(int(error.headers["Retry-After"]))
+            return
+        self._order[job.id] = len(self.outcome.jobs)
+        self.outcome.jobs.append(job)
+        self.outcome.statements += ADD + FINISH
+        if here:
+            replica.hold(job)
+            self._step(replica, now_s)
+        else:
+            self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        heapq.heappush(self._free, (self._order[job.id], job))
+        self._free_places += job.work.places
+
+    def _load(self) -> ClusterLoad:
+        paces = self._paces.values()
+        held_s = sum(backlog_s for _, backlog_s in paces) / len(paces) if paces else 0.0
+        return ClusterLoad(len(paces), sum(pace for pace, _ in paces), held_s, len(self._free), self._free_places)
+
+    def _step(self, replica: Replica, now_s: float) -> None:
+        if replica.running is None and (seconds := replica.begin()) is not None:
+            batch = replica.running
+            self._at(now_s + seconds, lambda at_s: self._stepped(replica, batch, at_s))
+
+    def _stepped(self, replica: Replica, batch: Batch | None, now_s: float) -> None:
+        if replica.running is not batch:  # it died
+            return
+        for job in replica.end():
+            job.ended_s = now_s
+        replica.running = None
+        self._step(replica, now_s)
+
+    # --- leases ---
+
+    def _claim(self, replica: Replica, now_s: float) -> None:
+        self._at(now_s + CLAIM_S, lambda at_s: self._claim(replica, at_s))
+        if not replica.lives or (left := replica.room_places) <= 0:
+            return
+        self.outcome.statements += 1
+        claimed = []
+        while self._free and left > 0 and len(claimed) < CLAIM_JOBS:
+            _, job = heapq.heappop(self._free)
+            self._free_places -= job.work.places
+            left -= job.work.places
+            claimed.append(job)
+        replica.others_wait = bool(claimed)
+        if claimed:
+            self.outcome.statements += 1 + RESUME * len(claimed)
+        for job in claimed:
+            places_left = sum(map(job.work.places_left, job.steps))
+            replica.admission.readmit(job.id, job.work, places_left=places_left)
+            replica.hold(job)
+        self._step(replica, now_s)
+
+    def _renew(self, number: int, now_s: float) -> None:
+        replica = self.replicas[number]
+        self._at(now_s + LEASE_S / RENEWALS, lambda at_s: self._renew(number, at_s))
+        if replica.lives:
+            self._paces[number] = replica.admission.places_per_s(0), replica.admission.backlog_s
+            self.outcome.statements += RENEW
+            self.outcome.renewals += RENEW
+
+    def _die(self, number: int, now_s: float) -> None:
+        replica = self.replicas[number]
+        if not replica.lives:
+            return
+        jobs, replica.lives, replica.running = list(replica.jobs.values()), False, None
+        replica.jobs = {}
+        until_s = now_s + LEASE_S * self._draw.uniform(1 - 1 / RENEWALS, 1)  # since its last renewal
+
+        def expire(at_s: float) -> None:
+            self._paces.pop(number, None)
+            for job in jobs:
+                job.moves += 1
+                self._leave(job)
+                self.outcome.taken_s.append(at_s - now_s)
+
+        self._at(until_s, expire)
+        self._at(now_s + BACK_S, lambda _at_s: replica.restart())
+
+
+# --- traffic ---
+
+
+def mixed(load: float, replicas: int, seconds: float, seed: int = 0) -> Iterator[tuple[float, Work]]:
+    """Jobs of the mix at random moments, that together take a share of all replicas."""
+    draw, time_s = random.Random(seed), 0.0
+    mean_places = ROWS * sum(steps * share for steps, share in MIX.items()) / sum(MIX.values())
+    per_s = load * replicas / (mean_places * TickTimes(TICKS).seconds_per_place(LIMITS.max_batch))
+    while (time_s := time_s + draw.expovariate(per_s)) < seconds:
+        steps = draw.choices([*MIX], [*MIX.values()])[0]
+        yield time_s, Work(ROWS, steps, range(0))
+
+
+def at_random(replicas: int, seconds: float, per_hour: float, seed: int = 0) -> Iterator[tuple[float, int]]:
+    """Deaths at random moments, so many an hour for each replica."""
+    draw, time_s = random.Random(f"deaths {seed}"), 0.0
+    while per_hour and (time_s := time_s + draw.expovariate(per_hour * replicas / 3600)) < seconds:
+        yield time_s, draw.randrange(replicas)
+
+
+def main() -> None:
+    """Simulate and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cluster", description=__doc__.partition("\n")[0])
+    parser.add_argument("--replicas", default="1,3,10,100")
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--load", default="0.8,1.5")
+    parser.add_argument("--deaths", type=float, default=2.0, help="of each replica, an hour")
+    args = parser.parse_args()
+    columns = ("replicas", "load", "jobs", "refused", "20 steps: median, 99 %", "1000 steps: median, 99 %", "moved")
+    print("| " + " | ".join(columns) + " | statements a job |")
+    print("|---" * (len(columns) + 1) + "|")
+    for load in map(float, args.load.split(",")):
+        for replicas in map(int, args.replicas.split(",")):
+            requests = list(mixed(load, replicas, args.seconds))
+            deaths = list(at_random(replicas, args.seconds, args.deaths)) if replicas > 1 else []
+            outcome = Cluster(replicas).run(requests, deaths)
+            short, long = (_spread(outcome.waits(steps)) for steps in (20, 1000))
+            moved = sum(job.moves > 0 for job in outcome.jobs)
+            refused = len(outcome.refused) / len(requests)
+            own = (outcome.statements - outcome.renewals) / max(1, len(outcome.jobs))
+            print(
+                f"| {replicas} | {load:g} | {len(outcome.jobs):,} | {refused:.1%} | {short} | {long} | {moved:,} "
+                f"| {own:.1f} and {outcome.renewals / args.seconds / replicas:.2f} a second and replica |",
+                flush=True,
+            )
+
+
+def _spread(seconds: list[float]) -> str:
+    if len(seconds) < 2:
+        return "none"
+    return f"{median(seconds):.2f} s, {quantiles(seconds, n=100, method='inclusive')[98]:.1f} s"
+
+
+if __name__ == "__main__":
+    main()
