@@ -91,6 +91,9 @@ class PostgresStore(SqlStore):
         """See JobStore."""
         try:
             return super().add(job, key, inputs, held=held)
+        except _Taken:  # by another replica, since this one looked
+            self._let_go(job.id)
+            return False
         except StorageFailed:
             self._unsure.add(job.id)  # the connection may have broken after the commit
             raise
@@ -241,9 +244,15 @@ class PostgresStore(SqlStore):
         try:
             with self._engine.begin() as connection:
                 yield connection.execute
+        except sa.exc.IntegrityError as error:
+            raise _Taken from error
         except sa.exc.DBAPIError as error:
             reason = " ".join(str(error.orig).split())
             log.error("the job store: %s", reason)
             raise StorageFailed(f"the job store cannot do it: {reason}") from None
         except sa.exc.TimeoutError:
             raise StorageFailed("the job store has no connection free") from None
+
+
+class _Taken(Exception):
+    """A row with this key is there already."""

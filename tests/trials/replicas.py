@@ -238,18 +238,21 @@ def trial(checkpoint: Path, times: dict[str, int], jobs: int, seed: int = 0, cou
     rounds = [name for name, often in times.items() for _ in range(often)]
     draw.shuffle(rounds)
     with running(checkpoint, count) as cluster:
-        for number, name in enumerate(rounds, 1):
-            settle(cluster)
-            cluster.fill(draw, jobs)
-            FAULTS[name](cluster, draw)
-            print(f"{number} of {len(rounds)}, {name}: {len(cluster.ids)} jobs accepted", flush=True)
+        done = 0
+        with contextlib.suppress(KeyboardInterrupt):  # then what was done so far is judged
+            for name in rounds:
+                settle(cluster)
+                cluster.fill(draw, jobs)
+                FAULTS[name](cluster, draw)
+                done += 1
+                print(f"{done} of {len(rounds)}, {name}: {len(cluster.ids)} jobs accepted", flush=True)
         settle(cluster)
         cluster.post(draw, cluster.servers)
         until_s = time.monotonic() + PATIENCE_S
         while cluster.open_ids(cluster.servers[0]):
             assert time.monotonic() < until_s, "jobs do not end"
             time.sleep(0.2)
-        return judge(cluster, len(rounds))
+        return judge(cluster, done)
 
 
 def settle(cluster: Cluster) -> None:

@@ -15,6 +15,7 @@ from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.store import Key, LeaseLost, Pace
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.spec import Inputs
 
 pytestmark = pytest.mark.slow
 
@@ -169,6 +170,21 @@ def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(soon: Databas
     assert one.load() == ClusterLoad(2, 400.0, 6.0, 1, places / 2)
     time.sleep(LEASE_S)
     assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
+
+
+def test_of_many_who_add_with_one_key_at_once_one_is_kept(database: DatabaseShelf) -> None:
+    stores = [database.open() for _ in range(6)]
+    for number in range(20):
+        key = Key(f"key {number}", "h")
+
+        def add(numbered: tuple[int, PostgresStore], key: Key = key) -> bool:
+            return numbered[1].add(job(f"{key.name} {numbered[0]}"), key, Inputs(PIXELS[0]))
+
+        with ThreadPoolExecutor(len(stores)) as pool:
+            assert sorted(pool.map(add, enumerate(stores))) == [False] * 5 + [True]
+        assert len({store.find(key)[0].id for store in stores}) == 1  # type: ignore[index]
+    assert database.read("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM inputs)") == [(20, 20)]
+    assert sum(len(store.renew("build", PACE)) for store in stores) == 20
 
 
 # --- builds ---
