@@ -224,8 +224,12 @@ class Overloaded(ServiceError):
 
     status, code, title = 429, "overloaded", "Too much work is waiting"
 
-    def __init__(self, detail: str, *, retry_after_s: int, field: str, value: object, bound: str):
+    def __init__(
+        self, detail: str, *, retry_after_s: int, field: str, value: object, bound: str, of_owner: bool = False
+    ):
+        """of_owner: the limit is of what one key may hold."""
         super().__init__(detail, field=field, value=value, bound=bound)
+        self.of_owner = of_owner
         self.headers["Retry-After"] = str(retry_after_s)
 
 
@@ -375,6 +379,11 @@ class StorageFailed(ServiceError):
     """A durable job cannot be written or read: the disk is full, read-only or broken. Accepted jobs stay accepted."""
 
     status, code, title = 507, "storage_failed", "The job store failed"
+
+    def __init__(self, detail: str, *, damaged: bool = False) -> None:
+        """damaged: what is kept cannot be read, however often it is tried."""
+        super().__init__(detail)
+        self.damaged = damaged
 
 
 class KeyReused(ServiceError):

@@ -221,6 +221,8 @@ class Parts:
         while self.models.is_used(number):  # noqa: ASYNC110  requests come and go in many places
             await asyncio.sleep(LOOK_S)
         await part.lifecycle.idle()
+        if part.lifecycle.leases is not None:
+            part.lifecycle.leases.end()
         while True:
             try:
                 await asyncio.wrap_future(self.worker.unload(number))

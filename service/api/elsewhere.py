@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import httpx
-from pydantic import ValidationError
 from starlette.requests import Request
 
 from tminus.service.api.answers import JobAnswer
@@ -18,7 +17,8 @@ from tminus.service.api.answers import JobAnswer
 log = logging.getLogger(__name__)
 
 FORWARDED = "x-tminus-forwarded"
-PASSED = ("authorization", "cookie", "traceparent", "x-request-id")
+PASSED = (b"authorization", b"cookie", b"traceparent", b"x-request-id")
+FAILURES = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)  # whatever the address and the answer are
 CONNECT_S, ANSWER_S = 1.0, 2.0  # then what is known here is told
 SILENT_S = 40.0  # between two events: comments come more often
 EVENT_ID = re.compile(rb"^id: ?(\S+)$", re.MULTILINE)
@@ -40,7 +40,7 @@ class Elsewhere:
         try:
             answer = await self._client().get(f"{address}/jobs/{job_id}", headers=_headers(request), timeout=ANSWER_S)
             return JobAnswer.model_validate_json(answer.content) if answer.status_code == 200 else None
-        except (httpx.HTTPError, ValidationError) as error:
+        except FAILURES as error:  # among them pydantic's ValueError
             log.warning("%s does not tell where job %s stands: %r", address, job_id, error)
             return None
 
@@ -49,11 +49,14 @@ class Elsewhere:
     ) -> AsyncIterator[tuple[bytes, str]]:
         """The bytes of a job's events, with the id of the last one so far; they end where the replica ends them."""
         url = f"{address}/jobs/{job_id}/events"
-        headers = _headers(request) | ({"last-event-id": last_id} if last_id else {})
+        headers = _headers(request)
+        if last_id:
+            headers.append((b"last-event-id", last_id.encode("latin-1", "ignore")))
         timeout = httpx.Timeout(SILENT_S, connect=CONNECT_S)
         rest = b""
-        with suppress(httpx.HTTPError):
-            asked = self._client().stream("GET", url, params=request.query_params, headers=headers, timeout=timeout)
+        with suppress(*FAILURES):
+            query = str(request.query_params)
+            asked = self._client().stream("GET", f"{url}?{query}", headers=headers, timeout=timeout)
             async with asked as answer:
                 if answer.status_code != 200:
                     return
@@ -66,6 +69,7 @@ class Elsewhere:
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:
+            logging.getLogger("httpx").setLevel(logging.WARNING)  # or it logs each request that is passed on
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
             self._http = httpx.AsyncClient(trust_env=False, limits=limits)
         return self._http
@@ -76,7 +80,9 @@ def came_from_a_replica(request: Request) -> bool:
     return FORWARDED in request.headers
 
 
-def _headers(request: Request) -> dict[str, str]:
-    passed = {name: request.headers[name] for name in PASSED if name in request.headers}
-    client = {"x-forwarded-for": request.client.host} if request.client is not None else {}
-    return passed | client | {FORWARDED: "1", "accept-encoding": "identity"}
+def _headers(request: Request) -> list[tuple[bytes, bytes]]:
+    """Raw, since a browser's cookies may be of any bytes."""
+    passed = [(name, value) for name, value in request.headers.raw if name in PASSED]
+    if request.client is not None:
+        passed.append((b"x-forwarded-for", request.client.host.encode("latin-1", "ignore")))
+    return [*passed, (FORWARDED.encode(), b"1"), (b"accept-encoding", b"identity")]

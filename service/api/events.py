@@ -213,6 +213,8 @@ async def _from_the_store(
             async for events, newest_id in services.elsewhere.events(address, request, job_id, last_id):
                 last_id, told, quiet_s = newest_id, "", 0.0
                 yield events
+                if services.worker.draining:  # the client comes back, to another replica
+                    return
             if last_id == LAST:
                 return
         if view.state != told:

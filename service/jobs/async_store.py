@@ -25,6 +25,9 @@ class AsyncStore:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-store")
 
         self.shared, self.lease_s = store.shared, store.lease_s
+        self.turn = asyncio.Lock()  # of who claims, or renews: what was claimed is known before the next renewal
+        self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
+        self._adding: set[str] = set()
         self.now_us = store.now_us  # needs no disk
         self.failure: StorageFailed | None = None  # why the last attempt to write failed; None after one that did not
 
@@ -57,13 +60,17 @@ class AsyncStore:
 
     async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None, *, held: bool = True) -> bool:
         """See JobStore. A job whose client is told that it was not kept is not kept later either."""
+        self._adding.add(job.id)
         try:
             with traced("store add", {"tminus.job.id": job.id}):
                 return await self._write(self._store.add, job, key, inputs, held=held)
         except StorageFailed as error:
-            if isinstance(error.__cause__, TimeoutError):
+            # One with a key is found by the client's next try.
+            if isinstance(error.__cause__, TimeoutError) and not (self.shared and key is not None):
                 self._pool.submit(self._store.delete, job.id)  # comes right after, in the store's only thread
             raise
+        finally:
+            self._adding.discard(job.id)
 
     async def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """See JobStore."""
@@ -73,17 +80,18 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.get, job_id)
 
-    async def claim(self, fingerprint: str, places: float) -> list[JobRecord]:
+    async def claim(self, fingerprint: str, places: float, rows: int) -> list[JobRecord]:
         """See JobStore."""
-        return await self._call(self._store.claim, fingerprint, places)
+        return await self._call(self._store.claim, fingerprint, places, rows)
 
     async def holder(self, job_id: str) -> str | None:
         """See JobStore."""
         return await self._call(self._store.holder, job_id)
 
     async def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
-        """See JobStore."""
-        return await self._write(self._store.renew, fingerprint, pace)
+        """See JobStore. Known are the jobs of all `holders`, and those that are being added."""
+        known = self._adding.union(*(ids() for ids in self.holders))
+        return await self._write(self._store.renew, fingerprint, pace, known)
 
     async def load(self) -> ClusterLoad:
         """See JobStore."""
@@ -98,10 +106,16 @@ class AsyncStore:
         return await self._write(self._store.cancel, job_id)
 
     async def page(
-        self, before: Place | None, outcomes: Collection[Outcome | None], limit: int, owner: str | None = None
+        self,
+        before: Place | None,
+        outcomes: Collection[Outcome | None],
+        limit: int,
+        owner: str | None = None,
+        *,
+        held: bool | None = None,
     ) -> list[JobRecord]:
         """See JobStore."""
-        return await self._call(self._store.page, before, outcomes, limit, owner)
+        return await self._call(self._store.page, before, outcomes, limit, owner, held=held)
 
     async def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
         """See JobStore."""

@@ -7,15 +7,16 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
-from tminus.service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, StorageFailed, short
+from tminus.service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, Overloaded, StorageFailed, short
+from tminus.service.jobs.kept_views import kept_views, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
-from tminus.service.jobs.store import OUTCOMES, JobRecord, Key, Outcome, Place
+from tminus.service.jobs.store import JobRecord, Key, Place
 from tminus.service.jobs.views import JobView, kept_view, live_view, passing_view
 from tminus.service.preview import Watch
 from tminus.service.spec import Images, Inputs, SampleSpec
@@ -112,10 +113,19 @@ class Jobs:
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
         record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us, owner=owner)
         view = partial(JobView, record, model, lifecycle.model_name, "waiting", True, 0)
-        if lifecycle.leases is not None and not lifecycle.leases.takes_next:
-            outlook = await lifecycle.leases.leave_to_any(record, key, inputs, deadline_s)
+        ticket, leases = None, lifecycle.leases
+        if leases is None or leases.takes_next:
+            try:
+                ticket = self._worker.submit(
+                    record.id, spec, deadline_s, model=model, inputs=inputs, owner=owner, durable=True
+                )
+            except Overloaded as error:
+                if leases is None or error.of_owner:
+                    raise
+        if ticket is None:
+            assert leases is not None
+            outlook = await leases.leave_to_any(record, key, inputs, deadline_s)
             return (view(outlook.position, outlook.eta_s), False) if outlook is not None else await found()
-        ticket = self._worker.submit(record.id, spec, deadline_s, model=model, inputs=inputs, owner=owner, durable=True)
         kept = False
         try:
             kept = await lifecycle.store.add(record, key, inputs)
@@ -131,7 +141,7 @@ class Jobs:
         """Find the job that was asked for with a key. Raises KeyReused if it was another request, or model."""
         for lifecycle in self._by_store():
             found = None
-            with _unless_retired(lifecycle):
+            with unless_retired(lifecycle):
                 found = await lifecycle.store.find(key)
             if found is None:
                 continue
@@ -151,8 +161,13 @@ class Jobs:
         found = (live for each in self._lifecycles.values() if (live := each.find(job_id)) is not None)
         return next((live for live in found if sees in (None, live.record.owner)), None)
 
-    def _by_store(self) -> list[Lifecycle]:
-        """One for each store, the latest: after a reload of the same weights two have the same one."""
+    def _by_store(self, job_id: str = "") -> list[Lifecycle]:
+        """One for each store, the latest: after a reload of the same weights two have the same one.
+
+        job_id: of the job that is looked for; none where it is of characters that no database takes.
+        """
+        if "\x00" in job_id:
+            return []
         return list({id(each.store): each for each in self._lifecycles.values()}.values())
 
     # Below, `sees` is the owner whose jobs are looked at, or None for those of all: others' are not found.
@@ -170,9 +185,9 @@ class Jobs:
             return live_view(live, status)
         if status is not None:
             return passing_view(status)
-        for lifecycle in self._by_store():
+        for lifecycle in self._by_store(job_id):
             record = None
-            with _unless_retired(lifecycle):
+            with unless_retired(lifecycle):
                 record = await lifecycle.store.get(job_id)
             if record is not None:
                 return kept_view(record, lifecycle.model, lifecycle.model_name)
@@ -205,14 +220,11 @@ class Jobs:
             views = [live_view(live, statuses.pop(live.record.id, None)) for live in lives]
             views += map(passing_view, statuses.values())
             found = {view.record.id: view for view in views if before is None or view.record.place < before}
-        ended: list[Outcome | None] = [outcome for outcome in OUTCOMES if outcome in states]
         for lifecycle in lifecycles:
-            elsewhere = [None] if lifecycle.store.shared and {"waiting", "running"} & set(states) else []
-            with _unless_retired(lifecycle):
-                if outcomes := ended + elsewhere:
-                    for record in await lifecycle.store.page(before, outcomes, limit, sees):
-                        if record.id not in found or record.outcome is not None:  # here more is known of it
-                            found[record.id] = kept_view(record, lifecycle.model, lifecycle.model_name)
+            with unless_retired(lifecycle):
+                for view in await kept_views(lifecycle, before, states, limit, sees):
+                    if view.record.id not in found or view.record.outcome is not None:  # here more is known of it
+                        found[view.record.id] = view
         views = [
             view
             for view in found.values()
@@ -242,17 +254,22 @@ class Jobs:
         """
         live = self._live(job_id, sees)
         if live is None:
-            view = await self.find_durable(job_id, sees)
-            if view.record.outcome is None and await self._cancel_elsewhere(view):
-                view = await self.find_durable(job_id, sees)
-            return view
+            return await self._cancel_anywhere(job_id, sees)
         self._lifecycles[live.model].cancel(live)
         try:
             async with asyncio.timeout(CANCEL_S):
                 await live.ended.wait()
         except TimeoutError:
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
-        return kept_view(live.record, live.model, live.model_name) if not live.lost else await self.find(job_id, sees)
+        if live.lost:  # another replica has it by now
+            return await self._cancel_anywhere(job_id, sees)
+        return kept_view(live.record, live.model, live.model_name)
+
+    async def _cancel_anywhere(self, job_id: str, sees: str | None) -> JobView:
+        view = await self.find_durable(job_id, sees)
+        if view.record.outcome is None and await self._cancel_elsewhere(view):
+            view = await self.find_durable(job_id, sees)
+        return view
 
     async def _cancel_elsewhere(self, view: JobView) -> bool:
         """End a job that another replica holds, or nobody: its holder learns it when it renews the lease."""
@@ -270,8 +287,8 @@ class Jobs:
             is_open = found is not None and sees in (None, found.record.owner) and found.record.outcome is None
             if found is not None and is_open and await self._cancel_elsewhere(found):
                 return
-            for lifecycle in self._by_store():
-                with _unless_retired(lifecycle):
+            for lifecycle in self._by_store(job_id):
+                with unless_retired(lifecycle):
                     if await lifecycle.store.delete(job_id, sees):
                         return
             raise _not_found(job_id)
@@ -305,17 +322,6 @@ class Jobs:
         """Show a job to a viewer no more."""
         live.viewers = [(each, mailbox) for each, mailbox in live.viewers if each is not watch]
         self._worker.unwatch(live.record.id, watch)
-
-
-@contextmanager
-def _unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
-    """Go on without a store that fails, if its model is served no more: others are not to suffer from it."""
-    try:
-        yield
-    except StorageFailed as error:
-        if not lifecycle.retired:
-            raise
-        log.warning("the jobs of earlier weights of %s cannot be read: %s", lifecycle.model_name, error.detail)
 
 
 def _not_found(job_id: str) -> JobNotFound:

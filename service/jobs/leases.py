@@ -4,9 +4,9 @@ A replica claims jobs that nobody holds, as long as it has little to do itself, 
 notices those that it lost. A new job that would wait here is left in the store, to whoever has room first.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import Protocol
 
 from tminus.service.errors import Draining, StorageFailed
@@ -18,6 +18,8 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs
 from tminus.service.work import Outlook, work_of
 from tminus.service.worker.worker import Worker
+
+log = logging.getLogger(__name__)
 
 AHEAD_S = 8.0  # of work: a replica that has as much leaves the rest to others
 CLAIM_S = 1.0  # how often it looks for jobs that nobody holds
@@ -50,44 +52,88 @@ class Leases:
     """
 
     def __init__(
-        self, store: AsyncStore, worker: Worker, admission: Admission, model: int, info: ModelInfo, holder: Holder
+        self,
+        store: AsyncStore,
+        worker: Worker,
+        admission: Admission,
+        model: int,
+        info: ModelInfo,
+        max_rows: int,
+        holder: Holder,
     ) -> None:
-        """model: its number."""
+        """model: its number. max_rows: of a job that it can do."""
         self._store, self._worker, self._admission, self._holder = store, worker, admission, holder
         self._model, self._info = model, info
+        self._max_rows, self._ended = max_rows, False
+        store.holders.append(self._ids)
         self._others_wait = False  # the last claim may have left jobs that waited longer than a new one
 
     async def renew(self) -> None:
         """Hold what is held for one more lease, and stop what is not held any more. Raises StorageFailed."""
-        had = list(self._holder.all())
-        held = await self._store.renew(self._info.fingerprint, self._pace())
+        async with self._store.turn:
+            had = list(self._holder.all())
+            held = await self._store.renew(self._info.fingerprint, self._pace())
         for live in had:
             if live.record.id not in held and live.ending is None:
                 self._holder.lose(live)
 
     async def renew_until_closed(self) -> None:
-        """Renew in time, as long as the process lives."""
-        while True:
+        """Renew in time, as long as the process lives or the model is loaded."""
+        while not self._ended:
             try:
                 await self._holder.pause(self._store.lease_s / RENEWALS)
-                await self.renew()
+                if not self._ended:
+                    await self.renew()
             except StorageFailed:
                 continue
             except Draining:
                 return
+            except Exception:  # a replica that does not renew works for nothing
+                log.exception("the leases of jobs could not be renewed")
 
     async def claim_until_closed(self) -> None:
-        """Take on what nobody holds, until the process ends or the model is served no more."""
-        while not self._holder.retired:
-            if self._worker.ready and (places := self._room_places()) > 0:
-                with suppress(StorageFailed):
-                    claimed = await self._store.claim(self._info.fingerprint, places)
-                    self._others_wait = bool(claimed)
-                    self._holder.take_on(claimed)
+        """Take on what nobody holds, until the process ends or the model is to be unloaded."""
+        while not self._ended:
+            try:
+                await self._claim()
+            except StorageFailed:
+                pass
+            except Exception:
+                log.exception("jobs could not be claimed")
             try:
                 await self._holder.pause(CLAIM_S)
             except Draining:
                 return
+
+    async def _claim(self) -> None:
+        waits = any(not live.submitted and not live.parked for live in self._holder.all())  # for slots
+        if waits or not self._worker.ready or (self._holder.retired and self._others_serve):
+            return
+        if (places := self._room_places()) > 0:
+            async with self._store.turn:
+                claimed = await self._store.claim(self._info.fingerprint, places, self._max_rows)
+                self._others_wait = bool(claimed)
+                self._holder.take_on(claimed)
+
+    @property
+    def _others_serve(self) -> bool:
+        """Whether these weights are loaded a second time, as after a reload of the same ones."""
+        return len(self._store.holders) > 1
+
+    async def last_is_claimed(self) -> bool:
+        """Whether no job of these weights is left that this replica, which serves them no more, should take on."""
+        try:
+            return self._others_serve or (await self._store.load()).jobs == 0
+        except StorageFailed:
+            return False
+
+    def end(self) -> None:
+        """Claim and renew no more: the model is unloaded."""
+        self._ended = True
+        self._store.holders.remove(self._ids)
+
+    def _ids(self) -> list[str]:
+        return [live.record.id for live in self._holder.all()]
 
     # --- new jobs ---
 

@@ -23,6 +23,7 @@ from tminus.service.errors import (
 from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.leases import Leases
 from tminus.service.jobs.live import Live
+from tminus.service.jobs.resuming import kept_of
 from tminus.service.jobs.store import JobRecord, LeaseLost, Outcome
 from tminus.service.jobs.sweeping import sweep_until_closed
 from tminus.service.metrics import Metrics
@@ -58,7 +59,7 @@ class Lifecycle:
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
         self._limits, self._metrics = limits, metrics
-        self.leases = Leases(store, worker, admission, model, info, self) if store.shared else None
+        self.leases = Leases(store, worker, admission, model, info, limits.max_rows, self) if store.shared else None
         self._live: dict[str, Live] = {}  # changed here only
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
@@ -81,7 +82,7 @@ class Lifecycle:
             self._spawn(self.leases.claim_until_closed())
         elif take_on:
             try:
-                self.take_on(await self.store.claim(self._fingerprint, 0.0))
+                self.take_on(await self.store.claim(self._fingerprint, 0.0, self._limits.max_rows))
             except StorageFailed:
                 self._takes_on = True
                 self._idle.clear()
@@ -128,7 +129,7 @@ class Lifecycle:
         while True:
             try:
                 await self.pause(RETRY_S)
-                self.take_on(await self.store.claim(self._fingerprint, 0.0))
+                self.take_on(await self.store.claim(self._fingerprint, 0.0, self._limits.max_rows))
             except StorageFailed:
                 continue
             except Draining:
@@ -144,7 +145,12 @@ class Lifecycle:
 
     async def idle(self) -> None:
         """Wait until there is no job that has not ended, or that this process cannot end."""
-        await self._idle.wait()
+        with suppress(Draining):
+            while True:
+                await self._idle.wait()
+                if self.leases is None or await self.leases.last_is_claimed():
+                    return
+                await self.pause(ROOM_S)
 
     def _add(self, live: Live) -> Live:
         self._live[live.record.id] = live
@@ -223,8 +229,9 @@ class Lifecycle:
     async def _resume(self, live: Live) -> Ticket:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
         record = live.record
-        snapshot = await self.store.snapshot(record.id, self._fingerprint)
-        inputs = await self.store.inputs(record.id) if record.spec.image_sha256 else None
+        snapshot, inputs = await kept_of(self.store, record, self._fingerprint, self.pause)
+        while record.id in self._worker.jobs:  # it was lost here, and the worker has not given it up yet
+            await self.pause(ROOM_S)
         while True:
             if live.ending is not None or live.lost:
                 raise JobCancelled("it was deleted")

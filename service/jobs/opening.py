@@ -9,7 +9,7 @@ from typing import Any, cast
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.sqlite_file import IN_MEMORY, DiskFull
 from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobStore
+from tminus.service.jobs.store import JobStore, now_us
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,15 @@ def open_store(state_dir: str, weights_hash: str) -> JobStore:
 class LateStore:
     """A JobStore whose file cannot be opened, as its disk is full. Each call tries again, and raises StorageFailed."""
 
+    shared, lease_s = SqliteStore.shared, SqliteStore.lease_s
+
     def __init__(self, open_file: Callable[[], JobStore]) -> None:
         self._open_file = open_file
         self._store: JobStore | None = None
+
+    def now_us(self) -> int:
+        """See JobStore."""
+        return now_us()
 
     def close(self) -> None:
         """See JobStore."""

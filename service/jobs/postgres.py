@@ -34,12 +34,16 @@ def open_postgres(
 def own_address(url: str, host: str, port: int) -> str | None:
     """The URL by which other replicas reach a server that listens here; None where that cannot be found out.
 
-    One that listens on every address is reached by the one that its packets to the database have.
+    One that listens on every address is reached by the one that its packets to the database have; one that listens on
+    this machine only, by replicas beside it, if the database is there too.
     """
     try:
+        towards = _towards(sa.make_url(url).host or "localhost")
         if ip_address(host).is_unspecified:
-            host = _towards(sa.make_url(url).host or "localhost")
+            host = towards
     except (OSError, ValueError, sa.exc.ArgumentError):
+        return None
+    if ip_address(host).is_loopback and not ip_address(towards).is_loopback:
         return None
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

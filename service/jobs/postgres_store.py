@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.postgres_tables import make_postgres_tables
@@ -48,8 +48,9 @@ def connect(url: str, namespace: str) -> sa.Engine:
         "prepare_threshold": None,  # a proxy that pools by transaction gives each one another connection
     }
     return sa.create_engine(
-        parsed.set(drivername="postgresql+psycopg"), connect_args=arguments, pool_size=2, max_overflow=0, pool_timeout=5
-    )
+        parsed.set(drivername="postgresql+psycopg"), connect_args=arguments,
+        pool_size=2, max_overflow=0, pool_timeout=5, pool_pre_ping=True,
+    )  # fmt: skip
 
 
 class PostgresStore(SqlStore):
@@ -95,10 +96,11 @@ class PostgresStore(SqlStore):
             self._let_go(job.id)
             return False
         except StorageFailed:
-            self._unsure.add(job.id)  # the connection may have broken after the commit
+            if key is None:  # else the client's next try finds it
+                self._unsure.add(job.id)  # the connection may have broken after the commit
             raise
 
-    def claim(self, fingerprint: str, places: float) -> list[JobRecord]:
+    def claim(self, fingerprint: str, places: float, rows: int) -> list[JobRecord]:
         """See JobStore."""
         jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
         now = sa.func.clock_timestamp()
@@ -107,9 +109,13 @@ class PostgresStore(SqlStore):
             snapshots.c.job_id == jobs.c.id, snapshots.c.fingerprint != fingerprint,
             replicas.c.weights == self._weights, replicas.c.lease_until > now,
         )  # fmt: skip
-        free = sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now)
+        # What this one held itself, and did not renew in time, the next renewal takes back or leaves to others.
+        gone = sa.and_(jobs.c.lease_until < now, jobs.c.replica.is_distinct_from(self._replica))
+        free = sa.or_(jobs.c.lease_until.is_(None), gone)
         query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
-        query = query.where(jobs.c.outcome.is_(None), free, ~others.exists(), *self._here())
+        query = query.where(
+            jobs.c.outcome.is_(None), free, jobs.c.rows <= rows, ~others.exists(), *self._here()
+        )  # fmt: skip
         query = query.order_by(jobs.c.arrival).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
         with self._transaction() as run:
             chosen, left = [], places
@@ -133,20 +139,25 @@ class PostgresStore(SqlStore):
             address: str | None = run(query.limit(1)).scalar_one_or_none()
         return address
 
-    def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
+    def renew(self, fingerprint: str, pace: Pace, known: Collection[str]) -> frozenset[str]:
         """See JobStore."""
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
         told_others = {"address": self._address, "lease_until": now + self._lease, **asdict(pace)}
         alive = insert(replicas).values(id=self._replica, weights=self._weights, fingerprint=fingerprint, **told_others)
         alive = alive.on_conflict_do_update(index_elements=["id", "weights", "fingerprint"], set_=told_others)
         mine = [jobs.c.replica == self._replica, jobs.c.outcome.is_(None), *self._here()]
-        longer = sa.update(jobs).where(*mine).values(lease_until=now + self._lease).returning(jobs.c.id, jobs.c.fence)
+        worked_on = jobs.c.id == sa.any_(_texts(known))
+        longer = sa.update(jobs).where(*mine, worked_on).values(lease_until=now + self._lease)
+        others = sa.update(jobs).where(*mine, ~worked_on).values(replica=None, lease_until=None)
+        # Nobody was told of these, and nobody else has begun one.
+        unsure = [jobs.c.id == sa.any_(_texts(self._unsure)), jobs.c.fence <= 1, jobs.c.outcome.is_(None)]
         asked_us = now_us()
         with self._transaction() as run:
             if self._unsure:
-                self._delete(run, tuple(self._unsure))
+                self._delete(run, run(sa.select(jobs.c.id).where(*unsure)).scalars().all())
             told = run(alive.returning(sa.func.extract("epoch", now))).scalar_one()
-            held = {row.id: row.fence for row in run(longer).all()}
+            held = {row.id: row.fence for row in run(longer.returning(jobs.c.id, jobs.c.fence)).all()}
+            run(others)
         self._ahead_us = round(float(told) * 1e6) - (asked_us + now_us()) // 2
         self._unsure.clear()
         self._fences = {job_id: fence for job_id, fence in self._fences.items() if held.get(job_id) == fence}
@@ -193,7 +204,7 @@ class PostgresStore(SqlStore):
             if not run(sa.select(sa.func.pg_try_advisory_xact_lock(key))).scalar_one():
                 return False
             gone = self._replicas.c.lease_until < sa.func.clock_timestamp() - GONE
-            run(sa.delete(self._replicas).where(gone, *self._its_weights()))
+            run(sa.delete(self._replicas).where(gone))
             return self._sweep(run, before_us, max_bytes) > 0
 
     def check(self, *, write: bool) -> None:
@@ -228,16 +239,20 @@ class PostgresStore(SqlStore):
         fences = [(job_id, self._fences[job_id]) for job_id in job_ids if job_id in self._fences]
         return [sa.tuple_(jobs.c.id, jobs.c.fence).in_(fences), jobs.c.outcome.is_(None)]
 
+    def _if_held(self, held: bool | None) -> Conditions:
+        living = sa.func.coalesce(self._tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
+        return () if held is None else [living if held else ~living]
+
     def _let_go(self, job_id: str) -> None:
         self._fences.pop(job_id, None)
 
     def _added(self, job: JobRecord, held: bool) -> dict[str, Any]:
         places = job.spec.n * job.spec.num_passes * (2 if job.spec.guidance != 1 else 1)
         if not held:
-            return {"fence": 0, "places": places}
+            return {"fence": 0, "places": places, "rows": job.spec.n}
         self._fences[job.id] = 1
         until = sa.func.clock_timestamp() + self._lease
-        return {"replica": self._replica, "fence": 1, "lease_until": until, "places": places}
+        return {"replica": self._replica, "fence": 1, "lease_until": until, "places": places, "rows": job.spec.n}
 
     @contextmanager
     def _transaction(self) -> Iterator[Run]:
@@ -252,6 +267,11 @@ class PostgresStore(SqlStore):
             raise StorageFailed(f"the job store cannot do it: {reason}") from None
         except sa.exc.TimeoutError:
             raise StorageFailed("the job store has no connection free") from None
+
+
+def _texts(texts: Collection[str]) -> sa.ColumnElement[Any]:
+    """An array, which may have more members than a statement may have parameters."""
+    return sa.literal(list(texts), ARRAY(sa.Text))
 
 
 class _Taken(Exception):

@@ -11,6 +11,7 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         schema,
         sa.Column("weights", sa.Text, nullable=False),  # the hash of them, as far as it is in a file's name
         sa.Column("places", sa.BigInteger, nullable=False),  # in forward passes, what it takes in all
+        sa.Column("rows", sa.Integer, nullable=False),
         sa.Column("replica", sa.Text),  # who holds it, or held it last
         sa.Column("fence", sa.BigInteger, nullable=False),  # how often it was held
         sa.Column("lease_until", sa.DateTime(timezone=True)),  # by the database's clock; null: nobody holds it

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 RECORD_BYTES = 1024  # roughly what a job takes without its images
 # The most that one sweep does: other calls wait some 30 ms for it, 0.2 s or more where a slow disk must catch up.
 SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
+SIGNED = ("outcome", "finished_us", "fingerprint")  # by which an end is known again, to the microsecond
+
 
 Run = Callable[..., Any]  # runs a statement in a transaction
 Conditions = Sequence[sa.ColumnElement[bool]]
@@ -53,6 +55,10 @@ class SqlStore:
     def _held(self, job_ids: Collection[str]) -> Conditions:
         """Which of these jobs this store may write, where others could have taken them over."""
         return [self._tables.jobs.c.id.in_(job_ids)]
+
+    def _if_held(self, _held: bool | None) -> Conditions:
+        """Which jobs a replica that lives holds, or none does; None: all."""
+        return ()
 
     def _let_go(self, job_id: str) -> None:
         """A job has ended, or was lost: it is not held any more."""
@@ -102,14 +108,20 @@ class SqlStore:
         return self._record(row) if row is not None else None
 
     def page(
-        self, before: Place | None, outcomes: Collection[Outcome | None], limit: int, owner: str | None = None
+        self,
+        before: Place | None,
+        outcomes: Collection[Outcome | None],
+        limit: int,
+        owner: str | None = None,
+        *,
+        held: bool | None = None,
     ) -> list[JobRecord]:
         """See JobStore."""
         jobs = self._tables.jobs
         of_owner = [jobs.c.owner == owner] if owner is not None else []
         chosen: sa.ColumnElement[bool] = jobs.c.outcome.in_([each for each in outcomes if each is not None])
         if None in outcomes:
-            chosen = sa.or_(chosen, jobs.c.outcome.is_(None))
+            chosen = sa.or_(chosen, sa.and_(jobs.c.outcome.is_(None), *self._if_held(held)))
         query = sa.select(*self._record_columns).where(chosen, *of_owner, *self._here())
         query = query.order_by(jobs.c.created_us.desc(), jobs.c.id.desc())
         records: list[JobRecord] = []
@@ -182,6 +194,9 @@ class SqlStore:
         with self._transaction() as run:
             if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
                 self._let_go(job_id)
+                kept = [tables.jobs.c.id == job_id, *(tables.jobs.c[name] == ending[name] for name in SIGNED)]
+                if run(sa.select(tables.jobs.c.id).where(*kept)).first():  # it was, and the answer was lost
+                    return
                 raise LeaseLost(job_id)
             run(sa.delete(tables.snapshots).where(tables.snapshots.c.job_id == job_id))
             run(sa.delete(tables.inputs).where(tables.inputs.c.job_id == job_id))
@@ -231,7 +246,7 @@ class SqlStore:
                 records.append(self._record(row))
             except StorageFailed as error:
                 ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
-                with suppress(StorageFailed):  # the next one who takes it on tries again
+                with suppress(StorageFailed, LeaseLost):  # the next one who takes it on tries again
                     self._finish(row.id, ending)
         return records
 
@@ -255,4 +270,4 @@ def reading(what: str) -> Iterator[None]:
         yield
     except arrays.UNREADABLE as error:
         log.error("%s cannot be read: %r", what, error)
-        raise StorageFailed(f"{what} cannot be read") from None
+        raise StorageFailed(f"{what} cannot be read", damaged=True) from None

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class SqliteStore(SqlStore):
         self._check_there()
         return super().add(job, key, inputs, held=held)
 
-    def claim(self, _fingerprint: str = "", _places: float = 0.0) -> list[JobRecord]:
+    def claim(self, _fingerprint: str = "", _places: float = 0.0, _rows: int = 0) -> list[JobRecord]:
         """See JobStore. There is no other replica, so these are all that have not ended."""
         jobs = self._tables.jobs
         query = sa.select(*self._record_columns).where(jobs.c.outcome.is_(None)).order_by(jobs.c.arrival)
@@ -115,7 +115,7 @@ class SqliteStore(SqlStore):
         """See JobStore."""
         return None
 
-    def renew(self, _fingerprint: str, _pace: Pace) -> frozenset[str]:
+    def renew(self, _fingerprint: str, _pace: Pace, _known: Collection[str]) -> frozenset[str]:
         """See JobStore."""
         raise NotImplementedError("a file has no leases")
 

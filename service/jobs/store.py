@@ -93,18 +93,22 @@ class JobStore(Protocol):
     def get(self, job_id: str) -> JobRecord | None:
         """Look up one job."""
 
-    def claim(self, fingerprint: str, places: float) -> list[JobRecord]:
+    def claim(self, fingerprint: str, places: float, rows: int) -> list[JobRecord]:
         """Hold jobs that have not ended and that nobody holds, in order of arrival.
 
-        As many as make up so many places, at least one; one that was begun by another build is left to a replica of
-        that build while one lives. One whose record is damaged is ended as failed.
+        As many as make up so many places, at least one, and none of more than so many rows. One that was begun by
+        another build is left to a replica of that build while one lives. One whose record is damaged is ended as
+        failed.
         """
 
     def holder(self, job_id: str) -> str | None:
         """The address of the replica that holds a job, if it lives and has one."""
 
-    def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
-        """Hold what is held for one more lease, and return which jobs that are. Others learn the pace by it."""
+    def renew(self, fingerprint: str, pace: Pace, known: Collection[str]) -> frozenset[str]:
+        """Hold what is held for one more lease, and return which jobs that are. Others learn the pace by it.
+
+        known: the jobs that are worked on; what is held beside them, since an answer was lost, is left to others.
+        """
 
     def load(self) -> ClusterLoad:
         """What all replicas have to do."""
@@ -116,11 +120,18 @@ class JobStore(Protocol):
         """End a job as cancelled, whoever holds it; False if it has ended. Its holder learns it when it renews."""
 
     def page(
-        self, before: Place | None, outcomes: Collection[Outcome | None], limit: int, owner: str | None = None
+        self,
+        before: Place | None,
+        outcomes: Collection[Outcome | None],
+        limit: int,
+        owner: str | None = None,
+        *,
+        held: bool | None = None,
     ) -> list[JobRecord]:
         """List jobs of these outcomes, the newest first, from the first that is older than `before`.
 
-        outcomes: None is of those that have not ended. owner: only those of this one.
+        outcomes: None is of those that have not ended. owner: only those of this one. held: of those that have not
+        ended, only those that a replica holds, or that none does.
 
         Those whose record is damaged are left out.
         """

@@ -312,4 +312,5 @@ def _overloaded(excess: Excess, wait_s: int) -> Overloaded:
         field=excess.field,
         value=round(excess.value, 1),
         bound=f"at most {excess.limit:g}",
+        of_owner=excess.of_owner,
     )

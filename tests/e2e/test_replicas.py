@@ -51,11 +51,11 @@ def post(server: RunningServer, spec: dict[str, Any], **headers: str) -> str:
     return str(answer.json()["id"])
 
 
-def follow(server: RunningServer, job_id: str, query: str, found: list[str], **headers: str) -> None:
+def follow(server: RunningServer, job_id: str, query: str, found: list[str], cookie: bytes = b"") -> None:
     """Read events to the end, as an EventSource does: it comes back where a stream breaks off."""
     last: str | None = None
     while last != "end":
-        told = headers | ({"Last-Event-ID": last} if last is not None else {})
+        told = [(b"cookie", cookie), *([(b"last-event-id", last.encode())] if last is not None else [])]
         with httpx.stream("GET", f"{server.url}/jobs/{job_id}/events?{query}", headers=told, timeout=60) as answer:
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
@@ -80,11 +80,13 @@ def test_step_frames_and_end_of_a_job_are_passed_on_by_every_other_replica(start
     asked.wait_until(lambda: (httpx.get(f"{asked.url}/jobs/{job_id}").json()["step"] or 0) > 0)
     assert httpx.get(f"{asked.url}/jobs/{job_id}").json()["eta_s"] > 0
     lines: list[str] = []
-    follow(asked, job_id, "every=100&show=x_t", lines)
+    follow(asked, job_id, "every=100&show=x_t&show=x_0", lines, b"name=\xc3\xa9")
     found = events("\n".join(lines))
     frames = [data for name, data, _ in found if name == "frame"]
-    assert [data["step"] for data in frames] == sorted({data["step"] for data in frames})
-    assert len(frames) > 2
+    steps = [data["step"] for data in frames if data["show"] == "x_t"]
+    assert steps == sorted(set(steps))
+    assert len(steps) > 2
+    assert {data["show"] for data in frames} == {"x_t", "x_0"}
     assert all(data["data"] for data in frames)
     assert found[-1][0] == "done"
     images = {httpx.get(f"{server.url}/jobs/{job_id}/image").content for server in (holder, asked)}

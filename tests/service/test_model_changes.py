@@ -395,9 +395,9 @@ def test_a_store_of_earlier_weights_that_fails_harms_no_other(
     for name in ("get", "find", "page"):
         really = getattr(AsyncStore, name)
 
-        async def failing(self: AsyncStore, *args: Any, really: Any = really) -> Any:
+        async def failing(self: AsyncStore, *args: Any, really: Any = really, **more: Any) -> Any:
             fail(self)
-            return await really(self, *args)
+            return await really(self, *args, **more)
 
         monkeypatch.setattr(AsyncStore, name, failing)
     assert several.get("/readyz").status_code == 200

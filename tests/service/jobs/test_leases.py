@@ -1,7 +1,7 @@
 """Replicas on one PostgreSQL: apps on fake engines, and what their clients see at each of them."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,6 +12,7 @@ from tests.service.conftest import INSTANT, Site, problem
 from tests.service.durable import SPEC, events, post, state, wait_for
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
 from tests.service.jobs.conftest import DatabaseShelf
+from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.store import Pace
@@ -28,6 +29,7 @@ def shared(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> DatabaseShelf
     """A database on which leases end soon, and are looked for often."""
     monkeypatch.setattr(leases, "CLAIM_S", 0.05)
     monkeypatch.setattr(lifecycle, "RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.resuming.RETRY_S", 0.05)
     monkeypatch.setattr("tminus.service.api.events.POLL_S", 0.05)
     return DatabaseShelf(postgres.url(), LEASE_S)
 
@@ -148,10 +150,10 @@ def test_who_is_asleep_past_its_lease_loses_its_jobs_and_the_other_ends_them(
     asleep, awake = pair
     renew, slept = PostgresStore.renew, []
 
-    def sleepy(store: PostgresStore, fingerprint: str, pace: Pace) -> frozenset[str]:
+    def sleepy(store: PostgresStore, fingerprint: str, pace: Pace, known: Collection[str]) -> frozenset[str]:
         if store._replica == sleeper and len(slept) < 1:
             return frozenset(store._fences)
-        return renew(store, fingerprint, pace)
+        return renew(store, fingerprint, pace, known)
 
     lives = asleep.worker.jobs
     sleeper = _replica_of(asleep)
@@ -203,6 +205,32 @@ def test_a_replica_that_drains_leaves_its_jobs_to_others_before_it_has_ended(rep
         assert not asked.done()
         one.engine.gate.open()
         assert asked.result(PATIENCE_S).status_code == 200
+
+
+def test_a_job_goes_on_though_the_database_is_away_when_it_is_taken_on(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replicas.start(shut=True)
+    job_id = post(one).json()["id"]
+    snapshot, failures = PostgresStore.snapshot, []
+
+    def sometimes(store: PostgresStore, name: str, fingerprint: str) -> object:
+        if len(failures) < 3:
+            failures.append(name)
+            raise StorageFailed("server closed the connection unexpectedly")
+        return snapshot(store, name, fingerprint)
+
+    monkeypatch.setattr(PostgresStore, "snapshot", sometimes)
+    replicas.stop(one)
+    other = replicas.start()
+    wait_for(other, job_id)
+    assert failures == [job_id] * 3
+
+
+def test_an_id_that_no_database_takes_is_of_no_job(replicas: Replicas) -> None:
+    site = replicas.start()
+    problem(site.client.get("/jobs/%00"), 404, "job_not_found")
+    problem(site.client.delete("/jobs/%00"), 404, "job_not_found")
 
 
 def test_a_replica_takes_no_more_than_some_seconds_of_work(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:

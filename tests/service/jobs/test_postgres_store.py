@@ -21,7 +21,13 @@ pytestmark = pytest.mark.slow
 
 LEASE_S = 1.0
 MANY = 1e9
+ROWS = 64
 PACE = Pace(places_per_s=100.0, backlog_s=2.0)
+
+
+def renew(store: PostgresStore, fingerprint: str, pace: Pace) -> frozenset[str]:
+    """Of all that it holds."""
+    return store.renew(fingerprint, pace, tuple(store._fences))
 
 
 @pytest.fixture
@@ -42,22 +48,22 @@ def expire(shelf: DatabaseShelf) -> None:
 def test_what_one_holds_no_other_claims_until_its_lease_ends(soon: DatabaseShelf) -> None:
     one, other = soon.open(), soon.open()
     one.add(job("a"))
-    assert other.claim("build", MANY) == []
+    assert other.claim("build", MANY, ROWS) == []
     for _ in range(4):
         time.sleep(LEASE_S / 2)
-        assert one.renew("build", PACE) == {"a"}
-        assert other.claim("build", MANY) == []
-    wait_until(lambda: other.claim("build", MANY) == [job("a")])
-    assert one.renew("build", PACE) == frozenset()
-    assert other.renew("build", PACE) == {"a"}
+        assert renew(one, "build", PACE) == {"a"}
+        assert other.claim("build", MANY, ROWS) == []
+    wait_until(lambda: other.claim("build", MANY, ROWS) == [job("a")])
+    assert renew(one, "build", PACE) == frozenset()
+    assert renew(other, "build", PACE) == {"a"}
 
 
 def test_a_lease_that_ended_and_that_nobody_took_is_held_on(soon: DatabaseShelf) -> None:
     one = soon.open()
     one.add(job("a"))
     expire(soon)
-    assert one.renew("build", PACE) == {"a"}
-    assert soon.open().claim("build", MANY) == []
+    assert renew(one, "build", PACE) == {"a"}
+    assert soon.open().claim("build", MANY, ROWS) == []
 
 
 def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
@@ -65,7 +71,7 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     asleep, awake = database.open(), database.open()
     asleep.add(job("a"))
     expire(database)
-    assert awake.claim("build", MANY) == [job("a")]
+    assert awake.claim("build", MANY, ROWS) == [job("a")]
     awake.save({"a": snapshot(seed=1)}, "build")
     asleep.save({"a": snapshot(seed=2)}, "build")
     asleep.crashed("a")
@@ -83,9 +89,9 @@ def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: Dat
     one, other = database.open(), database.open()
     one.add(job("a"))
     expire(database)
-    assert other.claim("build", MANY)
+    assert other.claim("build", MANY, ROWS)
     expire(database)
-    assert one.claim("build", MANY)
+    assert one.claim("build", MANY, ROWS)
     with pytest.raises(LeaseLost):
         other.finish(ended(job("a")))
     one.finish(ended(job("a")), PIXELS)
@@ -110,7 +116,7 @@ def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> No
 
     def take(store: PostgresStore) -> list[str]:
         found = []
-        while records := store.claim("build", 3 * SPECS[0].num_passes):
+        while records := store.claim("build", 3 * SPECS[0].num_passes, ROWS):
             assert len(records) <= 3
             found += [record.id for record in records]
         return found
@@ -126,16 +132,16 @@ def test_no_more_is_claimed_than_there_is_room_for_but_one_job_always(database: 
         first.add(job(name, SPECS[1]))  # three guided rows
     first.close()
     store = database.open()
-    assert len(store.claim("build", 1.0)) == 1, "a job may be larger than all the room"
-    assert len(store.claim("build", 2 * 3 * 2 * SPECS[1].num_passes)) == 2
+    assert len(store.claim("build", 1.0, ROWS)) == 1, "a job may be larger than all the room"
+    assert len(store.claim("build", 2 * 3 * 2 * SPECS[1].num_passes, ROWS)) == 2
 
 
 def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf) -> None:
     one, other = database.open(), database.open()
     one.add(job("a"))
-    one.renew("build", PACE)
+    renew(one, "build", PACE)
     one.close()
-    assert other.claim("build", MANY) == [job("a")]
+    assert other.claim("build", MANY, ROWS) == [job("a")]
     assert database.read("SELECT count(*) FROM replicas") == [(0,)]
 
 
@@ -145,11 +151,49 @@ def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapsh
         one.add(job(name))
     one.release("a")
     one.save({"a": snapshot(seed=1)}, "build")  # which was on its way
-    assert [record.id for record in other.claim("build", MANY)] == ["a"]
+    assert [record.id for record in other.claim("build", MANY, ROWS)] == ["a"]
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
     one.save({"a": snapshot(seed=2)}, "build")
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
-    assert one.renew("build", PACE) == {"b"}
+    assert renew(one, "build", PACE) == {"b"}
+
+
+def test_a_claim_whose_answer_was_lost_is_left_to_others(database: DatabaseShelf) -> None:
+    first, one, other = database.open(), database.open(), database.open()
+    for name in ("known", "lost"):
+        first.add(job(name))
+    first.close()
+    assert len(one.claim("build", MANY, ROWS)) == 2
+    assert one.renew("build", PACE, ["known"]) == {"known"}
+    assert [record.id for record in other.claim("build", MANY, ROWS)] == ["lost"]
+    assert one.renew("build", PACE, ["known"]) == {"known"}
+
+
+def test_a_job_is_left_to_who_has_room_for_its_rows(database: DatabaseShelf) -> None:
+    first, small, large = database.open(), database.open(), database.open()
+    first.add(job("large", SPECS[1]))
+    first.add(job("small"))
+    first.close()
+    assert [record.id for record in small.claim("build", MANY, 2)] == ["small"]
+    assert [record.id for record in large.claim("build", MANY, 3)] == ["large"]
+
+
+def test_a_page_of_those_that_wait_or_of_those_that_run_is_full(database: DatabaseShelf) -> None:
+    store = database.open()
+    for number in range(9):
+        store.add(job(f"j{number}", created_us=number), held=number % 3 == 0)
+    assert [record.id for record in store.page(None, [None], 3, held=True)] == ["j6", "j3", "j0"]
+    assert [record.id for record in store.page(None, [None], 3, held=False)] == ["j8", "j7", "j5"]
+    assert len(store.page(None, [None], 99)) == 9
+
+
+def test_an_end_whose_answer_was_lost_is_kept_once(database: DatabaseShelf) -> None:
+    store = database.open()
+    store.add(job("a"))
+    store.finish(ended(job("a"), fingerprint="build"), PIXELS)
+    store.finish(ended(job("a"), fingerprint="build"), PIXELS)  # as the one who tries again does
+    with pytest.raises(LeaseLost):
+        store.finish(ended(job("a"), at_us=3, fingerprint="build"), PIXELS)
 
 
 # --- what all have to do ---
@@ -158,15 +202,15 @@ def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapsh
 def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(soon: DatabaseShelf) -> None:
     one, other = soon.open(), soon.open()
     assert one.load() == ClusterLoad()
-    one.renew("build", Pace(100.0, 4.0))
-    other.renew("build", Pace(300.0, 8.0))
-    other.renew("another build", Pace(200.0, 8.0))
+    renew(one, "build", Pace(100.0, 4.0))
+    renew(other, "build", Pace(300.0, 8.0))
+    renew(other, "another build", Pace(200.0, 8.0))
     one.add(job("held"))
     for name in ("a", "b"):
         assert one.add(job(name, SPECS[1]), held=False)
     places = 2 * 3 * 2 * SPECS[1].num_passes
     assert other.load() == ClusterLoad(2, 400.0, 6.0, 2, places)
-    assert [record.id for record in other.claim("build", 1.0)] == ["a"]
+    assert [record.id for record in other.claim("build", 1.0, ROWS)] == ["a"]
     assert one.load() == ClusterLoad(2, 400.0, 6.0, 1, places / 2)
     time.sleep(LEASE_S)
     assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
@@ -184,7 +228,7 @@ def test_of_many_who_add_with_one_key_at_once_one_is_kept(database: DatabaseShel
             assert sorted(pool.map(add, enumerate(stores))) == [False] * 5 + [True]
         assert len({store.find(key)[0].id for store in stores}) == 1  # type: ignore[index]
     assert database.read("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM inputs)") == [(20, 20)]
-    assert sum(len(store.renew("build", PACE)) for store in stores) == 20
+    assert sum(len(renew(store, "build", PACE)) for store in stores) == 20
 
 
 # --- builds ---
@@ -195,15 +239,16 @@ def test_a_job_that_was_begun_is_left_to_its_build_while_one_of_it_lives(soon: D
     begun.add(job("a"))
     begun.add(job("not begun"))
     begun.save({"a": snapshot()}, "build")
-    same_build.renew("build", PACE)
-    another.renew("another build", PACE)
+    renew(same_build, "build", PACE)
+    renew(another, "another build", PACE)
     expire(soon)
-    assert [record.id for record in another.claim("another build", MANY)] == ["not begun"]
-    assert [record.id for record in same_build.claim("build", MANY)] == ["a"]
+    assert [record.id for record in another.claim("another build", MANY, ROWS)] == ["not begun"]
+    assert [record.id for record in same_build.claim("build", MANY, ROWS)] == ["a"]
     expire(soon)
     same_build.close()
     time.sleep(LEASE_S)
-    assert [record.id for record in another.claim("another build", MANY)] == ["a", "not begun"], "it starts over"
+    assert [record.id for record in another.claim("another build", MANY, ROWS)] == ["a"], "it starts over"
+    assert renew(another, "another build", PACE) == {"a", "not begun"}
 
 
 def test_weights_and_namespaces_do_not_see_each_other(
@@ -216,7 +261,7 @@ def test_weights_and_namespaces_do_not_see_each_other(
     assert all(store.add(job(f"j{k}"), key) for k, store in enumerate((one, other, third)))
     one.close()
     assert other.get("j0") is None
-    assert other.claim("build", MANY) == []
+    assert other.claim("build", MANY, ROWS) == []
     assert not other.delete("j0")
     assert third.get("j0") is None
     assert [record.id for record in third.page(None, [None], 9)] == ["j2"]
@@ -237,7 +282,7 @@ def test_a_job_that_is_cancelled_at_another_replica_is_lost_to_its_holder(databa
     assert asked.cancel("a")
     assert not asked.cancel("a")
     assert not asked.cancel("never was")
-    assert holder.renew("build", PACE) == {"b"}
+    assert renew(holder, "build", PACE) == {"b"}
     with pytest.raises(LeaseLost):
         holder.finish(ended(job("a")), PIXELS)
     record = holder.get("a")
@@ -253,7 +298,7 @@ def test_the_time_is_the_databases(database: DatabaseShelf, monkeypatch: pytest.
     store = database.open()
     true_us = store.now_us()
     monkeypatch.setattr("tminus.service.jobs.postgres_store.now_us", lambda: true_us + 3_600_000_000)
-    store.renew("build", PACE)
+    renew(store, "build", PACE)
     assert abs(store.now_us() - true_us) < 10_000_000
 
 
@@ -266,19 +311,20 @@ def test_a_database_that_restarts_is_there_again_without_a_new_store() -> None:
         assert store.add(job("a"))
         for signal in ("INT", "KILL"):
             server.stop(signal)
-            for call in (lambda: store.get("a"), lambda: store.renew("build", PACE), lambda: store.check(write=True)):
+            for call in (lambda: store.get("a"), lambda: renew(store, "build", PACE), lambda: store.check(write=True)):
                 with pytest.raises(StorageFailed, match="the job store cannot do it"):
                     call()
             server.start()
             assert store.get("a") == job("a")
-            assert store.renew("build", PACE) == {"a"}, "nobody could take it meanwhile"
+            assert renew(store, "build", PACE) == {"a"}, "nobody could take it meanwhile"
         store.finish(ended(job("a")), PIXELS)
         server.stop()
         store.close()
 
 
-def test_a_job_whose_commit_nobody_saw_goes_with_the_next_renewal(
-    database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("key", [None, Key("k", "h")], ids=["no key", "a key"])
+def test_a_job_whose_commit_nobody_saw_goes_with_the_next_renewal_or_is_found_by_its_key(
+    database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch, key: Key | None
 ) -> None:
     """The connection breaks after the commit, and before the answer to it."""
     store = database.open()
@@ -291,11 +337,16 @@ def test_a_job_whose_commit_nobody_saw_goes_with_the_next_renewal(
 
     monkeypatch.setattr(type(store._engine.dialect), "do_commit", commit_and_break)
     with pytest.raises(StorageFailed):
-        store.add(job("a"))
+        store.add(job("a"), key)
     monkeypatch.undo()
     assert database.read("SELECT count(*) FROM jobs") == [(1,)]
-    assert store.renew("build", PACE) == frozenset()
-    assert database.read("SELECT count(*) FROM jobs") == [(0,)]
+    assert renew(store, "build", PACE) == frozenset()
+    if key is None:
+        assert database.read("SELECT count(*) FROM jobs") == [(0,)]
+        return
+    other = database.open()
+    assert other.find(key) == (job("a"), True)
+    assert other.claim("build", MANY, ROWS) == [job("a")], "and it is done"
 
 
 def test_a_database_that_may_only_be_read_is_told(database: DatabaseShelf) -> None:
@@ -385,7 +436,7 @@ def test_the_holder_is_found_by_its_address_while_it_lives(soon: DatabaseShelf) 
     holder._address = "http://10.0.0.5:8000"
     holder.add(job("a"))
     assert asked.holder("a") is None, "it has not told it"
-    holder.renew("build", PACE)
+    renew(holder, "build", PACE)
     assert asked.holder("a") == "http://10.0.0.5:8000"
     assert asked.holder("never was") is None
     expire(soon)

@@ -17,6 +17,7 @@ def upgrade() -> None:
         sa.Column("weights", sa.Text, nullable=False),
         sa.Column("spec", sa.Text, nullable=False),
         sa.Column("places", sa.BigInteger, nullable=False),
+        sa.Column("rows", sa.Integer, nullable=False),
         sa.Column("created_us", sa.BigInteger, nullable=False),
         sa.Column("deadline_us", sa.BigInteger),
         sa.Column("outcome", sa.Text),

@@ -1,0 +1,38 @@
+"""One page of the jobs of a store, as views."""
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.lifecycle import Lifecycle
+from tminus.service.jobs.store import OUTCOMES, Outcome, Place
+from tminus.service.jobs.views import JobView, kept_view
+
+log = logging.getLogger(__name__)
+
+
+async def kept_views(
+    lifecycle: Lifecycle, before: Place | None, states: Collection[str], limit: int, owner: str | None
+) -> list[JobView]:
+    """Those that have ended, and in a shared store those that have not, wherever they are. Raises StorageFailed."""
+    outcomes: list[Outcome | None] = [outcome for outcome in OUTCOMES if outcome in states]
+    is_open = {"waiting", "running"} & set(states) if lifecycle.store.shared else set[str]()
+    if is_open:
+        outcomes.append(None)
+    if not outcomes:
+        return []
+    held = None if len(is_open) != 1 else "running" in is_open
+    records = await lifecycle.store.page(before, outcomes, limit, owner, held=held)
+    return [kept_view(record, lifecycle.model, lifecycle.model_name) for record in records]
+
+
+@contextmanager
+def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
+    """Go on without a store that fails, if its model is served no more: others are not to suffer from it."""
+    try:
+        yield
+    except StorageFailed as error:
+        if not lifecycle.retired:
+            raise
+        log.warning("the jobs of earlier weights of %s cannot be read: %s", lifecycle.model_name, error.detail)
