@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from tminus.service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, Overloaded, StorageFailed, short
-from tminus.service.jobs.kept_views import kept_views, unless_retired
+from tminus.service.jobs.kept import cancelled_elsewhere, kept_views, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
@@ -283,13 +283,9 @@ class Jobs:
             seen = status is not None and sees in (None, status.owner)
             if seen and self._worker.cancel(job_id, "deleted"):
                 return
-            found = await self._find(job_id)
-            is_open = found is not None and sees in (None, found.record.owner) and found.record.outcome is None
-            if found is not None and is_open and await self._cancel_elsewhere(found):
-                return
             for lifecycle in self._by_store(job_id):
                 with unless_retired(lifecycle):
-                    if await lifecycle.store.delete(job_id, sees):
+                    if await cancelled_elsewhere(lifecycle, job_id, sees) or await lifecycle.store.delete(job_id, sees):
                         return
             raise _not_found(job_id)
         view = await self.cancel(job_id, sees)

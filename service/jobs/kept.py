@@ -1,4 +1,4 @@
-"""One page of the jobs of a store, as views."""
+"""What clients' commands ask of one store: a page of its jobs, and the end of one that another replica has."""
 
 import logging
 from collections.abc import Collection, Iterator
@@ -36,3 +36,17 @@ def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
         if not lifecycle.retired:
             raise
         log.warning("the jobs of earlier weights of %s cannot be read: %s", lifecycle.model_name, error.detail)
+
+
+async def cancelled_elsewhere(lifecycle: Lifecycle, job_id: str, sees: str | None) -> bool:
+    """End a job of a shared store that has not ended; False if there is none, or what is kept of it is damaged."""
+    if not lifecycle.store.shared:
+        return False
+    try:
+        record = await lifecycle.store.get(job_id)
+    except StorageFailed as error:
+        if error.damaged:
+            return False
+        raise
+    is_open = record is not None and record.outcome is None and sees in (None, record.owner)
+    return is_open and await lifecycle.store.cancel(job_id)
