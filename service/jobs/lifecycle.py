@@ -21,7 +21,7 @@ from tminus.service.errors import (
     StorageFailed,
 )
 from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.leases import Leases
+from tminus.service.jobs.leases import CLAIM_S, Leases
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.resuming import kept_of
 from tminus.service.jobs.store import JobRecord, LeaseLost, Outcome
@@ -150,7 +150,7 @@ class Lifecycle:
                 await self._idle.wait()
                 if self.leases is None or await self.leases.last_is_claimed():
                     return
-                await self.pause(ROOM_S)
+                await self.pause(CLAIM_S)
 
     def _add(self, live: Live) -> Live:
         self._live[live.record.id] = live

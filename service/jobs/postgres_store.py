@@ -76,8 +76,8 @@ class PostgresStore(SqlStore):
         super().__init__(tables, {"weights": weights_hash[:16]})
         self._engine, self._weights, self._replica, self.lease_s = engine, weights_hash[:16], replica, lease_s
         self._lease = timedelta(seconds=lease_s)
-        held = tables.jobs.c.lease_until >= sa.func.clock_timestamp()
-        self._record_columns.append(sa.func.coalesce(held, sa.false()).label("held"))
+        self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
+        self._record_columns.append(self._living.label("held"))
         self._fences: dict[str, int] = {}  # of the jobs that are held
         self._unsure: set[str] = set()  # jobs that may or may not have been added: they are to be deleted
         self._ahead_us = 0  # the database's clock, over this machine's
@@ -110,11 +110,10 @@ class PostgresStore(SqlStore):
             replicas.c.weights == self._weights, replicas.c.lease_until > now,
         )  # fmt: skip
         # What this one held itself, and did not renew in time, the next renewal takes back or leaves to others.
-        gone = sa.and_(jobs.c.lease_until < now, jobs.c.replica.is_distinct_from(self._replica))
-        free = sa.or_(jobs.c.lease_until.is_(None), gone)
+        free = [~self._living, jobs.c.replica.is_distinct_from(self._replica)]
         query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
         query = query.where(
-            jobs.c.outcome.is_(None), free, jobs.c.rows <= rows, ~others.exists(), *self._here()
+            jobs.c.outcome.is_(None), *free, jobs.c.rows <= rows, ~others.exists(), *self._here()
         )  # fmt: skip
         query = query.order_by(jobs.c.arrival).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
         with self._transaction() as run:
@@ -134,7 +133,7 @@ class PostgresStore(SqlStore):
         """See JobStore."""
         jobs, replicas = self._tables.jobs, self._replicas
         query = sa.select(replicas.c.address).join(jobs, jobs.c.replica == replicas.c.id)
-        query = query.where(jobs.c.id == job_id, jobs.c.lease_until > sa.func.clock_timestamp(), *self._its_weights())
+        query = query.where(jobs.c.id == job_id, self._living, *self._its_weights())
         with self._transaction() as run:
             address: str | None = run(query.limit(1)).scalar_one_or_none()
         return address
@@ -145,11 +144,11 @@ class PostgresStore(SqlStore):
         told_others = {"address": self._address, "lease_until": now + self._lease, **asdict(pace)}
         alive = insert(replicas).values(id=self._replica, weights=self._weights, fingerprint=fingerprint, **told_others)
         alive = alive.on_conflict_do_update(index_elements=["id", "weights", "fingerprint"], set_=told_others)
-        mine = [jobs.c.replica == self._replica, jobs.c.outcome.is_(None), *self._here()]
+        mine = self._mine()
         worked_on = jobs.c.id == sa.any_(_texts(known))
         longer = sa.update(jobs).where(*mine, worked_on).values(lease_until=now + self._lease)
         others = sa.update(jobs).where(*mine, ~worked_on).values(replica=None, lease_until=None)
-        # Nobody was told of these, and nobody else has begun one.
+        # Their clients were told that they were not kept, and have no key to find them by.
         unsure = [jobs.c.id == sa.any_(_texts(self._unsure)), jobs.c.fence <= 1, jobs.c.outcome.is_(None)]
         asked_us = now_us()
         with self._transaction() as run:
@@ -170,11 +169,10 @@ class PostgresStore(SqlStore):
         alive = [replicas.c.lease_until > now, *self._its_weights()]
         living = sa.select(replicas.c.id, *most).where(*alive).group_by(replicas.c.id).subquery()
         those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), sa.func.avg(living.c.backlog_s))
-        free = sa.or_(jobs.c.lease_until.is_(None), jobs.c.lease_until < now)
         waiting = sa.select(sa.func.count(), sa.func.sum(jobs.c.places))
         with self._transaction() as run:
             count, pace, held_s = run(those).one()
-            jobs_free, places = run(waiting.where(jobs.c.outcome.is_(None), free, *self._here())).one()
+            jobs_free, places = run(waiting.where(jobs.c.outcome.is_(None), ~self._living, *self._here())).one()
         return ClusterLoad(count, float(pace or 0), float(held_s or 0), jobs_free, float(places or 0))
 
     def release(self, job_id: str) -> None:
@@ -220,13 +218,16 @@ class PostgresStore(SqlStore):
         jobs = self._tables.jobs
         try:
             with suppress(StorageFailed), self._transaction() as run:
-                mine = [jobs.c.replica == self._replica, jobs.c.outcome.is_(None), *self._here()]
-                run(sa.update(jobs).where(*mine).values(replica=None, lease_until=None))
+                run(sa.update(jobs).where(*self._mine()).values(replica=None, lease_until=None))
                 run(sa.delete(self._replicas).where(self._replicas.c.id == self._replica, *self._its_weights()))
         finally:
             self._engine.dispose()
 
     # --- what SqlStore asks ---
+
+    def _mine(self) -> Conditions:
+        jobs = self._tables.jobs
+        return [jobs.c.replica == self._replica, jobs.c.outcome.is_(None), *self._here()]
 
     def _its_weights(self) -> Conditions:
         return [self._replicas.c.weights == self._weights]
@@ -240,8 +241,7 @@ class PostgresStore(SqlStore):
         return [sa.tuple_(jobs.c.id, jobs.c.fence).in_(fences), jobs.c.outcome.is_(None)]
 
     def _if_held(self, held: bool | None) -> Conditions:
-        living = sa.func.coalesce(self._tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
-        return () if held is None else [living if held else ~living]
+        return () if held is None else [self._living if held else ~self._living]
 
     def _let_go(self, job_id: str) -> None:
         self._fences.pop(job_id, None)
