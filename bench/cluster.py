@@ -3,9 +3,10 @@
     python -m bench.cluster [--replicas 1,3,10,100,1000] [--seconds 600] [--load 0.8] [--deaths 0.5]
 
 Durable jobs come at random moments to any replica that lives. As in service/jobs/leases.py, a replica works on a new
-job if it has little to do, and else leaves it in the table; it claims what nobody holds every second, and renews its
-leases three times in their time. One that dies leaves its jobs until their lease ends, and comes back empty. Prints how
-long jobs wait, how many are refused, and how many statements the database gets.
+job if it has little to do, and else leaves it in the table; every second it claims new jobs that nobody holds, and those
+of a replica that is gone however much it has to do; it renews its leases three times in their time. One that dies
+leaves its jobs until their lease ends, and comes back empty. Prints how long jobs wait, how many are refused, and how
+many statements the database gets.
 """
 
 import argparse
@@ -36,7 +37,7 @@ LEASE_S = 15.0
 BACK_S = 30.0  # until one that died is there again
 # Statements of PostgresStore for one job: to find its key and add it, to claim it and read its snapshot where it was
 # left to others, to keep its end. BEGIN and COMMIT are not counted.
-ADD, LOAD, RESUME, FINISH, RENEW = 2, 2, 1, 4, 2
+ADD, LOAD, RESUME, FINISH, RENEW, CLAIM = 2, 2, 1, 4, 3, 2
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class Job:
     came_s: float
     steps: list[int]  # the next of each row
     ended_s: float | None = None
+    died_s: float | None = None  # when the last replica that worked on it died
     moves: int = 0  # from one replica to another
 
 
@@ -57,8 +59,8 @@ class Outcome:
 
     jobs: list[Job] = field(default_factory=list)  # that were accepted
     refused: list[int] = field(default_factory=list)  # what each was told to wait, in seconds
-    statements: int = 0
-    renewals: int = 0  # of them
+    statements: int = 0  # for jobs
+    renewals: int = 0  # statements of renewals, and of looks for jobs that nobody holds
     taken_s: list[float] = field(default_factory=list)  # from a death until a job of it was claimed
 
     def waits(self, steps: int | None = None) -> list[float]:
@@ -124,7 +126,8 @@ class Cluster:
     ) -> None:
         self.replicas = [Replica(limits, points) for _ in range(replicas)]
         self.outcome = Outcome()
-        self._free: list[tuple[int, Job]] = []  # jobs that nobody holds, a heap by arrival
+        self._free: list[tuple[int, Job]] = []  # new jobs that nobody holds, a heap by arrival
+        self._begun: list[tuple[int, Job]] = []  # those of replicas that are gone
         self._free_places = 0
         self._paces: dict[int, tuple[float, float]] = {}  # what each replica told at its last renewal
         self._arrivals = count()
@@ -180,16 +183,17 @@ class Cluster:
             replica.hold(job)
             self._step(replica, now_s)
         else:
-            self._leave(job)
+            self._leave(job, self._free)
 
-    def _leave(self, job: Job) -> None:
-        heapq.heappush(self._free, (self._order[job.id], job))
+    def _leave(self, job: Job, among: list[tuple[int, Job]]) -> None:
+        heapq.heappush(among, (self._order[job.id], job))
         self._free_places += job.work.places
 
     def _load(self) -> ClusterLoad:
         paces = self._paces.values()
         held_s = sum(backlog_s for _, backlog_s in paces) / len(paces) if paces else 0.0
-        return ClusterLoad(len(paces), sum(pace for pace, _ in paces), held_s, len(self._free), self._free_places)
+        waiting = len(self._free) + len(self._begun)
+        return ClusterLoad(len(paces), sum(pace for pace, _ in paces), held_s, waiting, self._free_places)
 
     def _step(self, replica: Replica, now_s: float) -> None:
         if replica.running is None and (seconds := replica.begin()) is not None:
@@ -208,15 +212,16 @@ class Cluster:
 
     def _claim(self, replica: Replica, now_s: float) -> None:
         self._at(now_s + CLAIM_S, lambda at_s: self._claim(replica, at_s))
-        if not replica.lives or (left := replica.room_places) <= 0:
+        if not replica.lives:
             return
-        self.outcome.statements += 1
-        claimed = []
-        while self._free and left > 0 and len(claimed) < CLAIM_JOBS:
-            _, job = heapq.heappop(self._free)
-            self._free_places -= job.work.places
-            left -= job.work.places
-            claimed.append(job)
+        room_places = replica.room_places
+        claimed = self._take(self._begun, AHEAD_S * replica.admission.places_per_s(0))
+        for job in claimed:
+            assert job.died_s is not None
+            self.outcome.taken_s.append(now_s - job.died_s)
+        room_places -= sum(job.work.places for job in claimed)
+        claimed += self._take(self._free, room_places)
+        self.outcome.renewals += CLAIM
         replica.others_wait = bool(claimed)
         if claimed:
             self.outcome.statements += 1 + RESUME * len(claimed)
@@ -226,12 +231,20 @@ class Cluster:
             replica.hold(job)
         self._step(replica, now_s)
 
+    def _take(self, among: list[tuple[int, Job]], places: float) -> list[Job]:
+        taken: list[Job] = []
+        while among and places > 0 and len(taken) < CLAIM_JOBS:
+            _, job = heapq.heappop(among)
+            self._free_places -= job.work.places
+            places -= job.work.places
+            taken.append(job)
+        return taken
+
     def _renew(self, number: int, now_s: float) -> None:
         replica = self.replicas[number]
         self._at(now_s + LEASE_S / RENEWALS, lambda at_s: self._renew(number, at_s))
         if replica.lives:
             self._paces[number] = replica.admission.places_per_s(0), replica.admission.backlog_s
-            self.outcome.statements += RENEW
             self.outcome.renewals += RENEW
 
     def _die(self, number: int, now_s: float) -> None:
@@ -242,12 +255,11 @@ class Cluster:
         replica.jobs = {}
         until_s = now_s + LEASE_S * self._draw.uniform(1 - 1 / RENEWALS, 1)  # since its last renewal
 
-        def expire(at_s: float) -> None:
+        def expire(_at_s: float) -> None:
             self._paces.pop(number, None)
             for job in jobs:
-                job.moves += 1
-                self._leave(job)
-                self.outcome.taken_s.append(at_s - now_s)
+                job.moves, job.died_s = job.moves + 1, now_s
+                self._leave(job, self._begun)
 
         self._at(until_s, expire)
         self._at(now_s + BACK_S, lambda _at_s: replica.restart())
@@ -292,7 +304,7 @@ def main() -> None:
             short, long = (_spread(outcome.waits(steps)) for steps in (20, 1000))
             moved = sum(job.moves > 0 for job in outcome.jobs)
             refused = len(outcome.refused) / len(requests)
-            own = (outcome.statements - outcome.renewals) / max(1, len(outcome.jobs))
+            own = outcome.statements / max(1, len(outcome.jobs))
             print(
                 f"| {replicas} | {load:g} | {len(outcome.jobs):,} | {refused:.1%} | {short} | {long} | {moved:,} "
                 f"| {own:.1f} and {outcome.renewals / args.seconds / replicas:.2f} a second and replica |",

@@ -227,10 +227,21 @@ class Overloaded(ServiceError):
     def __init__(
         self, detail: str, *, retry_after_s: int, field: str, value: object, bound: str, of_owner: bool = False
     ):
-        """of_owner: the limit is of what one key may hold."""
-        super().__init__(detail, field=field, value=value, bound=bound)
-        self.of_owner = of_owner
+        """detail: without the time. of_owner: the limit is of what one key may hold."""
+        super().__init__(f"{detail}. Try again in {retry_after_s} s", field=field, value=value, bound=bound)
+        self.of_owner, self.retry_after_s, self._reason = of_owner, retry_after_s, detail
         self.headers["Retry-After"] = str(retry_after_s)
+
+    def sooner(self, retry_after_s: int) -> "Overloaded":
+        """The same refusal, where there is room earlier."""
+        if retry_after_s >= self.retry_after_s:
+            return self
+        assert self.field is not None
+        assert self.bound is not None
+        return Overloaded(
+            self._reason, retry_after_s=retry_after_s, field=self.field, value=self.value, bound=self.bound,
+            of_owner=self.of_owner,
+        )  # fmt: skip
 
 
 class DeadlineUnmeetable(ServiceError):

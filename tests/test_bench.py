@@ -450,8 +450,10 @@ def test_replicas_in_the_simulation_end_every_job_that_they_accept_and_die_in_va
     assert len(outcome.jobs) + len(outcome.refused) == len(requests)
     assert all(job.ended_s is not None and min(job.steps) == job.work.steps for job in outcome.jobs)
     assert any(job.moves for job in outcome.jobs)
-    assert max(outcome.taken_s) <= cluster.LEASE_S
-    per_job = (outcome.statements - outcome.renewals) / len(outcome.jobs)
+    free_s = cluster.LEASE_S if replicas > 1 else cluster.BACK_S  # alone it takes them on again itself
+    assert min(outcome.taken_s) <= free_s + cluster.CLAIM_S
+    assert max(outcome.taken_s) <= free_s + 4 * cluster.CLAIM_S, "some seconds of work in each second"
+    per_job = outcome.statements / len(outcome.jobs)
     assert cluster.ADD + cluster.FINISH <= per_job < 20
 
 

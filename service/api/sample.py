@@ -29,7 +29,7 @@ from tminus.service.api.progress import result_of
 from tminus.service.api.request import accept_header, prefers_async, read_parameters, while_connected
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
 from tminus.service.api.services import Services
-from tminus.service.api.submission import accept, charged, to_job, understand
+from tminus.service.api.submission import accept, submit, to_job, understand
 from tminus.service.errors import InvalidField
 from tminus.service.images.animation import WEBP_VERSION
 from tminus.service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
@@ -184,11 +184,9 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
     job_id, loop, made = uuid.uuid4().hex, asyncio.get_running_loop(), job.answer
     with services.recordings.taken(made.held_bytes):
         caller = caller_of(request)
-        with charged(services, caller, made.spec):
-            ticket = services.worker.submit(
-                job_id, made.spec, job.deadline_s,
-                model=services.number, inputs=job.inputs, owner=caller.name, recording=made.recording,
-            )  # fmt: skip
+        ticket = await submit(
+            services, caller, job_id, made.spec, job.deadline_s, inputs=job.inputs, recording=made.recording
+        )
         result = await _finished_or_gone(request, services.worker, job_id, result_of(ticket, job.deadline_s))
         started_s = loop.time()
         content = await made.encode(services.encoder, result, services.model)

@@ -23,7 +23,7 @@ from tminus.service.api.progress import Countdown, result_of
 from tminus.service.api.request import from_body, no_parameters, off_loop
 from tminus.service.api.services import Services
 from tminus.service.api.stream_messages import accepted_message, error_message, frame_message, key_of
-from tminus.service.api.submission import charged, to_job, understand
+from tminus.service.api.submission import submit, to_job, understand
 from tminus.service.errors import (
     BodyTooLarge,
     Draining,
@@ -202,11 +202,9 @@ class _Stream:
         job_id = uuid.uuid4().hex
         mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
         watch = Watch(asked.preview.pace, asked.preview.shows, mailbox.put)
-        with charged(self._services, caller, asked.spec):
-            ticket = self._services.worker.submit(
-                job_id, asked.spec, asked.deadline_s, watch,
-                model=self._services.number, inputs=asked.inputs, owner=caller.name,
-            )  # fmt: skip
+        ticket = await submit(
+            self._services, caller, job_id, asked.spec, asked.deadline_s, watch=watch, inputs=asked.inputs
+        )
         if caller.name:
             log.info("request %s: job %s is of %s", REQUEST_ID.get(), job_id, caller.name)
         done = result_of(ticket, asked.deadline_s)

@@ -14,8 +14,9 @@ from tminus.service.api.authentication import caller_of
 from tminus.service.api.request import idempotency_key, off_loop, while_connected
 from tminus.service.api.schemas import PICTURES, SampleRequest
 from tminus.service.api.services import Services
+from tminus.service.errors import Overloaded
 from tminus.service.spec import Inputs, SampleSpec
-from tminus.service.work import work_of
+from tminus.service.work import Ticket, work_of
 
 
 async def understand(services: Services, parameters: Mapping[str, Any]) -> SampleRequest:
@@ -48,6 +49,21 @@ def charged(services: Services, caller: Caller, spec: SampleSpec) -> Iterator[No
     with caller.charged(row_steps, jobs):
         yield
     services.metrics.charged(caller.name, row_steps)
+
+
+async def submit(
+    services: Services, caller: Caller, job_id: str, spec: SampleSpec, deadline_s: float | None, **given: Any
+) -> Ticket:
+    """Charge a caller for a job that is not durable, and let it in.
+
+    given: see Worker.submit. Raises what `charged` and Worker.submit do; Overloaded says when the first of the servers
+    that share their durable jobs has room.
+    """
+    try:
+        with charged(services, caller, spec):
+            return services.worker.submit(job_id, spec, deadline_s, model=services.number, owner=caller.name, **given)
+    except Overloaded as error:
+        raise await services.jobs.soonest(error, services.number, spec) from None
 
 
 async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:

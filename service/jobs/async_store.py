@@ -80,9 +80,9 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.get, job_id)
 
-    async def claim(self, fingerprint: str, places: float, rows: int) -> list[JobRecord]:
+    async def claim(self, fingerprint: str, places: float, begun_places: float, rows: int) -> list[JobRecord]:
         """See JobStore."""
-        return await self._call(self._store.claim, fingerprint, places, rows)
+        return await self._call(self._store.claim, fingerprint, places, begun_places, rows)
 
     async def holder(self, job_id: str) -> str | None:
         """See JobStore."""

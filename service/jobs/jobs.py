@@ -91,6 +91,11 @@ class Jobs:
                 return found, True
             return await new()
 
+    async def soonest(self, error: Overloaded, model: int, spec: SampleSpec) -> Overloaded:
+        """The refusal of a job that is not durable, with the least Retry-After of all servers that share its store."""
+        leases = self._lifecycles[model].leases
+        return error if leases is None else await leases.soonest(error, spec)
+
     async def _create(
         self,
         lifecycle: Lifecycle,

@@ -1,27 +1,32 @@
 """Where replicas share a store: which of them works on what.
 
-A replica claims jobs that nobody holds, as long as it has little to do itself, renews the leases of those it holds, and
-notices those that it lost. A new job that would wait here is left in the store, to whoever has room first.
+A replica claims new jobs that nobody holds as long as it has little to do itself, and at any time those of a replica
+that is gone. It renews the leases of those it holds, and notices those that it lost. A new job that would wait here is
+left in the store, to whoever has room first.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
-from tminus.service.errors import Draining, StorageFailed
+from tminus.service.errors import Draining, Overloaded, StorageFailed
 from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.store import JobRecord, Key, Pace
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.admission import Admission
-from tminus.service.spec import Inputs
+from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Outlook, work_of
 from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-AHEAD_S = 8.0  # of work: a replica that has as much leaves the rest to others
+AHEAD_S = 8.0  # of work: a replica that has as much leaves new jobs to others
+LOAD_S = 1.0  # how old a look at the others may be
 CLAIM_S = 1.0  # how often it looks for jobs that nobody holds
 RENEWALS = 3  # in the time of a lease
 
@@ -66,6 +71,7 @@ class Leases:
         self._model, self._info = model, info
         self._max_rows, self._ended = max_rows, False
         store.holders.append(self._ids)
+        self._load, self._asked_s = ClusterLoad(), -math.inf  # the last look at the others, and when that was
         self._others_wait = False  # the last claim may have left jobs that waited longer than a new one
 
     async def renew(self) -> None:
@@ -109,11 +115,11 @@ class Leases:
         waits = any(not live.submitted and not live.parked for live in self._holder.all())  # for slots
         if waits or not self._worker.ready or (self._holder.retired and self._others_serve):
             return
-        if (places := self._room_places()) > 0:
-            async with self._store.turn:
-                claimed = await self._store.claim(self._info.fingerprint, places, self._max_rows)
-                self._others_wait = bool(claimed)
-                self._holder.take_on(claimed)
+        begun_places = AHEAD_S * self._admission.places_per_s(self._model)
+        async with self._store.turn:
+            claimed = await self._store.claim(self._info.fingerprint, self._room_places(), begun_places, self._max_rows)
+            self._others_wait = bool(claimed)
+            self._holder.take_on(claimed)
 
     @property
     def _others_serve(self) -> bool:
@@ -152,6 +158,18 @@ class Leases:
             work, load, now_s=time.perf_counter(), deadline_s=deadline_s, has_picture=inputs is not None
         )
         return outlook if await self._store.add(record, key, inputs, held=False) else None
+
+    async def soonest(self, error: Overloaded, spec: SampleSpec) -> Overloaded:
+        """The refusal of a job that stays where it came in, with the least Retry-After of all replicas."""
+        if error.field != "backlog_s" or error.of_owner:
+            return error
+        now_s = time.perf_counter()
+        if now_s > self._asked_s + LOAD_S:  # not for each of a flood
+            self._asked_s = now_s
+            with suppress(StorageFailed):
+                self._load = await self._store.load()
+        wait_s = self._admission.wait_elsewhere_s(work_of(spec, self._info, self._model), self._load, now_s)
+        return error if math.isinf(wait_s) else error.sooner(max(1, math.ceil(wait_s)))
 
     def _pace(self) -> Pace:
         """How fast this replica is, and how much it has to do."""

@@ -5,7 +5,8 @@ writes with the old fence, and so writes nothing (Kleppmann 2016, "How to do dis
 """
 
 import logging
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -100,34 +101,41 @@ class PostgresStore(SqlStore):
                 self._unsure.add(job.id)  # the connection may have broken after the commit
             raise
 
-    def claim(self, fingerprint: str, places: float, rows: int) -> list[JobRecord]:
+    def claim(self, fingerprint: str, places: float, begun_places: float, rows: int) -> list[JobRecord]:
         """See JobStore."""
-        jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
-        now = sa.func.clock_timestamp()
-        others = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
-        others = others.where(
-            snapshots.c.job_id == jobs.c.id, snapshots.c.fingerprint != fingerprint,
-            replicas.c.weights == self._weights, replicas.c.lease_until > now,
-        )  # fmt: skip
-        # What this one held itself, and did not renew in time, the next renewal takes back or leaves to others.
-        free = [~self._living, jobs.c.replica.is_distinct_from(self._replica)]
-        query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
-        query = query.where(
-            jobs.c.outcome.is_(None), *free, jobs.c.rows <= rows, ~others.exists(), *self._here()
-        )  # fmt: skip
-        query = query.order_by(jobs.c.arrival).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
+        jobs = self._tables.jobs
+        held = {
+            "replica": self._replica,
+            "fence": jobs.c.fence + 1,
+            "lease_until": sa.func.clock_timestamp() + self._lease,
+        }
         with self._transaction() as run:
-            chosen, left = [], places
-            for row in run(query).all():
-                if left <= 0:
-                    break
-                chosen.append(row)
-                left -= row.places
+            chosen = _first(run(self._free(fingerprint, rows, begun=True)).all(), begun_places)
+            places -= sum(row.places for row in chosen)
+            if places > 0:
+                chosen += _first(run(self._free(fingerprint, rows, begun=False)).all(), places)
             if chosen:
-                held = {"replica": self._replica, "fence": jobs.c.fence + 1, "lease_until": now + self._lease}
                 run(sa.update(jobs).where(jobs.c.id.in_([row.id for row in chosen])).values(**held))
         self._fences |= {row.id: row.fence + 1 for row in chosen}
         return self._records_or_end(chosen)
+
+    def _free(self, fingerprint: str, rows: int, *, begun: bool) -> sa.Select[Any]:
+        """Lock the first jobs that this replica may claim."""
+        jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
+        query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
+        query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, *self._here())
+        if begun:
+            others = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
+            others = others.where(
+                snapshots.c.job_id == jobs.c.id, snapshots.c.fingerprint != fingerprint,
+                replicas.c.weights == self._weights, replicas.c.lease_until > sa.func.clock_timestamp(),
+            )  # fmt: skip
+            # What this one held itself, and did not renew in time, the next renewal takes back or leaves to others.
+            not_mine = jobs.c.replica.is_distinct_from(self._replica)
+            query = query.where(jobs.c.fence > 0, ~self._living, not_mine, ~others.exists())
+        else:
+            query = query.where(jobs.c.fence == 0)
+        return query.order_by(jobs.c.arrival).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
 
     def holder(self, job_id: str) -> str | None:
         """See JobStore."""
@@ -165,15 +173,22 @@ class PostgresStore(SqlStore):
     def load(self) -> ClusterLoad:
         """See JobStore. A replica with two builds of the same weights, during a reload, counts once."""
         jobs, replicas, now = self._tables.jobs, self._replicas, sa.func.clock_timestamp()
-        most = [sa.func.max(column).label(column.name) for column in (replicas.c.places_per_s, replicas.c.backlog_s)]
+        columns = (replicas.c.places_per_s, replicas.c.backlog_s, replicas.c.lease_until)
+        most = [sa.func.max(column).label(column.name) for column in columns]
         alive = [replicas.c.lease_until > now, *self._its_weights()]
         living = sa.select(replicas.c.id, *most).where(*alive).group_by(replicas.c.id).subquery()
-        those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), sa.func.avg(living.c.backlog_s))
+        told_s = sa.func.extract(
+            "epoch", now - (living.c.lease_until - self._lease)
+        )  # how long ago it told its backlog
+        least = sa.func.min(sa.func.greatest(0, living.c.backlog_s - told_s)).filter(living.c.id != self._replica)
+        held = sa.func.avg(living.c.backlog_s)
+        those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), held, least)
         waiting = sa.select(sa.func.count(), sa.func.sum(jobs.c.places))
         with self._transaction() as run:
-            count, pace, held_s = run(those).one()
+            count, pace, held_s, least_s = run(those).one()
             jobs_free, places = run(waiting.where(jobs.c.outcome.is_(None), ~self._living, *self._here())).one()
-        return ClusterLoad(count, float(pace or 0), float(held_s or 0), jobs_free, float(places or 0))
+        least_s = math.inf if least_s is None else float(least_s)
+        return ClusterLoad(count, float(pace or 0), float(held_s or 0), jobs_free, float(places or 0), least_s)
 
     def release(self, job_id: str) -> None:
         """See JobStore."""
@@ -267,6 +282,17 @@ class PostgresStore(SqlStore):
             raise StorageFailed(f"the job store cannot do it: {reason}") from None
         except sa.exc.TimeoutError:
             raise StorageFailed("the job store has no connection free") from None
+
+
+def _first(rows: Sequence[Any], places: float) -> list[Any]:
+    """The first, until they make up so many places: at least one, if there is any and places are asked for."""
+    chosen: list[Any] = []
+    for row in rows:
+        if places <= 0:
+            break
+        chosen.append(row)
+        places -= row.places
+    return chosen
 
 
 def _texts(texts: Collection[str]) -> sa.ColumnElement[Any]:

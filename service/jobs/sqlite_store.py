@@ -103,7 +103,9 @@ class SqliteStore(SqlStore):
         self._check_there()
         return super().add(job, key, inputs, held=held)
 
-    def claim(self, _fingerprint: str = "", _places: float = 0.0, _rows: int = 0) -> list[JobRecord]:
+    def claim(
+        self, _fingerprint: str = "", _places: float = 0.0, _begun_places: float = 0.0, _rows: int = 0
+    ) -> list[JobRecord]:
         """See JobStore. There is no other replica, so these are all that have not ended."""
         jobs = self._tables.jobs
         query = sa.select(*self._record_columns).where(jobs.c.outcome.is_(None)).order_by(jobs.c.arrival)

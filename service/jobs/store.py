@@ -93,12 +93,12 @@ class JobStore(Protocol):
     def get(self, job_id: str) -> JobRecord | None:
         """Look up one job."""
 
-    def claim(self, fingerprint: str, places: float, rows: int) -> list[JobRecord]:
-        """Hold jobs that have not ended and that nobody holds, in order of arrival.
+    def claim(self, fingerprint: str, places: float, begun_places: float, rows: int) -> list[JobRecord]:
+        """Hold jobs that have not ended and that nobody holds, in order of arrival; none of more than so many rows.
 
-        As many as make up so many places, at least one, and none of more than so many rows. One that was begun by
-        another build is left to a replica of that build while one lives. One whose record is damaged is ended as
-        failed.
+        First those that were held before, until they make up begun_places: their clients wait for the next step. Then
+        new ones, until all make up places. One that was begun by another build is left to a replica of that build while
+        one lives. One whose record is damaged is ended as failed.
         """
 
     def holder(self, job_id: str) -> str | None:

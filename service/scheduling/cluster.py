@@ -1,5 +1,6 @@
 """Whether replicas that share their durable jobs have room for one more, which any of them may run. Pure."""
 
+import math
 from dataclasses import dataclass
 
 from tminus.service.model_info import Limits
@@ -16,6 +17,7 @@ class ClusterLoad:
     held_s: float = 0.0  # seconds of work that each holds, on average
     jobs: int = 0  # that nobody holds
     places: float = 0.0  # of those jobs
+    least_s: float = math.inf  # seconds of work of that one, of the others, which has the least by now
 
     @property
     def backlog_s(self) -> float:
@@ -32,6 +34,11 @@ class ClusterLoad:
         if self.jobs + 1 > (most := limits.max_jobs * max(1, self.replicas)):
             return Excess("jobs", self.jobs + 1, most)
         return None
+
+    def room_elsewhere_in_s(self, work: Work, limits: Limits) -> float:
+        """Until another replica has room for a job that was refused here; infinite if there is no other."""
+        own_s = work.places * self.replicas / self.places_per_s if self.places_per_s else 0.0
+        return max(0.0, min(self.least_s, self.least_s + own_s - limits.max_backlog_s))  # with no work it takes any job
 
     def room_in_s(self, excess: Excess) -> float:
         """Until there is room, if nobody else comes."""

@@ -240,11 +240,9 @@ def test_a_replica_takes_no_more_than_some_seconds_of_work(replicas: Replicas, m
         return max(0.0, (3 - len(held._admission._jobs)) * places)
 
     monkeypatch.setattr(leases.Leases, "_room_places", room_places)
-    first = replicas.start(shut=True)
-    ids = [post(first, SPEC | {"seed": seed}).json()["id"] for seed in range(9)]
-    replicas.stop(first)
     one = replicas.start(shut=True)
-    wait_until(lambda: one.worker.jobs.number_of("") == 3)
+    ids = [post(one, SPEC | {"seed": seed}).json()["id"] for seed in range(9)]
+    assert one.worker.jobs.number_of("") == 3
     other = replicas.start()
     for job_id in ids[3:]:
         wait_for(other, job_id)
@@ -252,6 +250,24 @@ def test_a_replica_takes_no_more_than_some_seconds_of_work(replicas: Replicas, m
     one.engine.gate.open()
     for job_id in ids:
         wait_for(one, job_id)
+
+
+def test_a_replica_without_room_takes_over_what_another_had_begun(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clients wait for the next step."""
+    one, busy = replicas.start(shut=True), replicas.start(shut=True)
+    begun = post(one).json()["id"]
+    room = [0.0]
+    monkeypatch.setattr(leases.Leases, "_room_places", lambda held: room[0])
+    left = post(one).json()["id"]
+    replicas.stop(one)
+    wait_until(lambda: begun in busy.worker.jobs)
+    assert left not in busy.worker.jobs
+    room[0] = 1.0
+    busy.engine.gate.open()
+    for job_id in (begun, left):
+        wait_for(busy, job_id)
 
 
 SLOW = ((1, 0.01), (8, 0.08))  # 100 places a second, as admission believes
@@ -296,6 +312,31 @@ def test_a_job_is_refused_when_there_is_too_much_for_all(replicas: Replicas, mon
     one.engine.gate.open()
     for job_id in accepted:
         wait_for(one, job_id)
+
+
+@pytest.mark.usefixtures("believed")
+def test_what_stays_where_it_came_in_is_refused_with_the_least_wait_of_all(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LOAD_S", 0.0)
+    full = replicas.start(shut=True, tick_times=SLOW, max_backlog_s=20.0)
+    spec = SPEC | {"n": 1, "guidance": 1, "steps": 1000}  # ten seconds
+
+    def wait_s() -> int:
+        answer = full.post(json=spec | {"seed": 3})
+        detail = problem(answer, 429, "overloaded")["detail"]
+        assert detail.endswith(f". Try again in {answer.headers['retry-after']} s")
+        return int(answer.headers["retry-after"])
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(full.post, json=spec | {"seed": seed}) for seed in (1, 2)]
+        wait_until(lambda: full.worker.jobs.number_of("") == 2)
+        alone_s = wait_s()
+        other = replicas.start(shut=True, tick_times=SLOW)
+        assert wait_s() < alone_s, "the other has nothing to do"
+        full.engine.gate.open()
+        other.engine.gate.open()
+        assert {answer.result(PATIENCE_S).status_code for answer in asked} == {200}
 
 
 def test_another_build_begins_what_it_takes_over_anew(replicas: Replicas) -> None:

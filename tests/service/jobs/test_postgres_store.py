@@ -1,7 +1,9 @@
 """What replicas that share a PostgreSQL do beside what every store does: leases, fences, and a database that goes."""
 
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -48,12 +50,12 @@ def expire(shelf: DatabaseShelf) -> None:
 def test_what_one_holds_no_other_claims_until_its_lease_ends(soon: DatabaseShelf) -> None:
     one, other = soon.open(), soon.open()
     one.add(job("a"))
-    assert other.claim("build", MANY, ROWS) == []
+    assert other.claim("build", MANY, MANY, ROWS) == []
     for _ in range(4):
         time.sleep(LEASE_S / 2)
         assert renew(one, "build", PACE) == {"a"}
-        assert other.claim("build", MANY, ROWS) == []
-    wait_until(lambda: other.claim("build", MANY, ROWS) == [job("a")])
+        assert other.claim("build", MANY, MANY, ROWS) == []
+    wait_until(lambda: other.claim("build", MANY, MANY, ROWS) == [job("a")])
     assert renew(one, "build", PACE) == frozenset()
     assert renew(other, "build", PACE) == {"a"}
 
@@ -63,7 +65,7 @@ def test_a_lease_that_ended_and_that_nobody_took_is_held_on(soon: DatabaseShelf)
     one.add(job("a"))
     expire(soon)
     assert renew(one, "build", PACE) == {"a"}
-    assert soon.open().claim("build", MANY, ROWS) == []
+    assert soon.open().claim("build", MANY, MANY, ROWS) == []
 
 
 def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
@@ -71,7 +73,7 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     asleep, awake = database.open(), database.open()
     asleep.add(job("a"))
     expire(database)
-    assert awake.claim("build", MANY, ROWS) == [job("a")]
+    assert awake.claim("build", MANY, MANY, ROWS) == [job("a")]
     awake.save({"a": snapshot(seed=1)}, "build")
     asleep.save({"a": snapshot(seed=2)}, "build")
     asleep.crashed("a")
@@ -89,9 +91,9 @@ def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: Dat
     one, other = database.open(), database.open()
     one.add(job("a"))
     expire(database)
-    assert other.claim("build", MANY, ROWS)
+    assert other.claim("build", MANY, MANY, ROWS)
     expire(database)
-    assert one.claim("build", MANY, ROWS)
+    assert one.claim("build", MANY, MANY, ROWS)
     with pytest.raises(LeaseLost):
         other.finish(ended(job("a")))
     one.finish(ended(job("a")), PIXELS)
@@ -116,7 +118,7 @@ def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> No
 
     def take(store: PostgresStore) -> list[str]:
         found = []
-        while records := store.claim("build", 3 * SPECS[0].num_passes, ROWS):
+        while records := store.claim("build", 0.0, 3 * SPECS[0].num_passes, ROWS):
             assert len(records) <= 3
             found += [record.id for record in records]
         return found
@@ -126,14 +128,30 @@ def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> No
     assert sorted(name for each in taken for name in each) == names
 
 
-def test_no_more_is_claimed_than_there_is_room_for_but_one_job_always(database: DatabaseShelf) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_no_more_is_claimed_than_there_is_room_for_but_one_job_always(database: DatabaseShelf, begun: bool) -> None:
     first = database.open()
     for name in "abc":
-        first.add(job(name, SPECS[1]))  # three guided rows
+        first.add(job(name, SPECS[1]), held=begun)  # three guided rows
     first.close()
     store = database.open()
-    assert len(store.claim("build", 1.0, ROWS)) == 1, "a job may be larger than all the room"
-    assert len(store.claim("build", 2 * 3 * 2 * SPECS[1].num_passes, ROWS)) == 2
+
+    def claimed(places: float) -> int:
+        return len(store.claim("build", *((0.0, places) if begun else (places, 0.0)), ROWS))
+
+    assert claimed(0.0) == 0
+    assert claimed(1.0) == 1, "a job may be larger than all the room"
+    assert claimed(2 * 3 * 2 * SPECS[1].num_passes) == 2
+
+
+def test_what_was_begun_comes_first_and_takes_the_room_of_new_jobs(database: DatabaseShelf) -> None:
+    first, store = database.open(), database.open()
+    for name, held in (("new", False), ("begun", True), ("begun later", True)):
+        first.add(job(name), held=held)
+    first.close()
+    of_one = SPECS[0].num_passes
+    assert [record.id for record in store.claim("build", 2.0 * of_one, MANY, ROWS)] == ["begun", "begun later"]
+    assert [record.id for record in store.claim("build", 1.0, MANY, ROWS)] == ["new"]
 
 
 def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf) -> None:
@@ -141,7 +159,7 @@ def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf
     one.add(job("a"))
     renew(one, "build", PACE)
     one.close()
-    assert other.claim("build", MANY, ROWS) == [job("a")]
+    assert other.claim("build", MANY, MANY, ROWS) == [job("a")]
     assert database.read("SELECT count(*) FROM replicas") == [(0,)]
 
 
@@ -151,7 +169,7 @@ def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapsh
         one.add(job(name))
     one.release("a")
     one.save({"a": snapshot(seed=1)}, "build")  # which was on its way
-    assert [record.id for record in other.claim("build", MANY, ROWS)] == ["a"]
+    assert [record.id for record in other.claim("build", MANY, MANY, ROWS)] == ["a"]
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
     one.save({"a": snapshot(seed=2)}, "build")
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
@@ -163,9 +181,9 @@ def test_a_claim_whose_answer_was_lost_is_left_to_others(database: DatabaseShelf
     for name in ("known", "lost"):
         first.add(job(name))
     first.close()
-    assert len(one.claim("build", MANY, ROWS)) == 2
+    assert len(one.claim("build", MANY, MANY, ROWS)) == 2
     assert one.renew("build", PACE, ["known"]) == {"known"}
-    assert [record.id for record in other.claim("build", MANY, ROWS)] == ["lost"]
+    assert [record.id for record in other.claim("build", MANY, MANY, ROWS)] == ["lost"]
     assert one.renew("build", PACE, ["known"]) == {"known"}
 
 
@@ -174,8 +192,8 @@ def test_a_job_is_left_to_who_has_room_for_its_rows(database: DatabaseShelf) -> 
     first.add(job("large", SPECS[1]))
     first.add(job("small"))
     first.close()
-    assert [record.id for record in small.claim("build", MANY, 2)] == ["small"]
-    assert [record.id for record in large.claim("build", MANY, 3)] == ["large"]
+    assert [record.id for record in small.claim("build", MANY, MANY, 2)] == ["small"]
+    assert [record.id for record in large.claim("build", MANY, MANY, 3)] == ["large"]
 
 
 def test_a_page_of_those_that_wait_or_of_those_that_run_is_full(database: DatabaseShelf) -> None:
@@ -199,6 +217,10 @@ def test_an_end_whose_answer_was_lost_is_kept_once(database: DatabaseShelf) -> N
 # --- what all have to do ---
 
 
+def _but_least(load: ClusterLoad) -> ClusterLoad:
+    return replace(load, least_s=math.inf)
+
+
 def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(soon: DatabaseShelf) -> None:
     one, other = soon.open(), soon.open()
     assert one.load() == ClusterLoad()
@@ -209,9 +231,10 @@ def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(soon: Databas
     for name in ("a", "b"):
         assert one.add(job(name, SPECS[1]), held=False)
     places = 2 * 3 * 2 * SPECS[1].num_passes
-    assert other.load() == ClusterLoad(2, 400.0, 6.0, 2, places)
-    assert [record.id for record in other.claim("build", 1.0, ROWS)] == ["a"]
-    assert one.load() == ClusterLoad(2, 400.0, 6.0, 1, places / 2)
+    assert _but_least(other.load()) == ClusterLoad(2, 400.0, 6.0, 2, places)
+    assert [store.load().least_s for store in (one, other)] == pytest.approx([8.0, 4.0], abs=LEASE_S), "of the others"
+    assert [record.id for record in other.claim("build", 1.0, MANY, ROWS)] == ["a"]
+    assert _but_least(one.load()) == ClusterLoad(2, 400.0, 6.0, 1, places / 2)
     time.sleep(LEASE_S)
     assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
 
@@ -242,12 +265,12 @@ def test_a_job_that_was_begun_is_left_to_its_build_while_one_of_it_lives(soon: D
     renew(same_build, "build", PACE)
     renew(another, "another build", PACE)
     expire(soon)
-    assert [record.id for record in another.claim("another build", MANY, ROWS)] == ["not begun"]
-    assert [record.id for record in same_build.claim("build", MANY, ROWS)] == ["a"]
+    assert [record.id for record in another.claim("another build", MANY, MANY, ROWS)] == ["not begun"]
+    assert [record.id for record in same_build.claim("build", MANY, MANY, ROWS)] == ["a"]
     expire(soon)
     same_build.close()
     time.sleep(LEASE_S)
-    assert [record.id for record in another.claim("another build", MANY, ROWS)] == ["a"], "it starts over"
+    assert [record.id for record in another.claim("another build", MANY, MANY, ROWS)] == ["a"], "it starts over"
     assert renew(another, "another build", PACE) == {"a", "not begun"}
 
 
@@ -261,7 +284,7 @@ def test_weights_and_namespaces_do_not_see_each_other(
     assert all(store.add(job(f"j{k}"), key) for k, store in enumerate((one, other, third)))
     one.close()
     assert other.get("j0") is None
-    assert other.claim("build", MANY, ROWS) == []
+    assert other.claim("build", MANY, MANY, ROWS) == []
     assert not other.delete("j0")
     assert third.get("j0") is None
     assert [record.id for record in third.page(None, [None], 9)] == ["j2"]
@@ -346,7 +369,7 @@ def test_a_job_whose_commit_nobody_saw_goes_with_the_next_renewal_or_is_found_by
         return
     other = database.open()
     assert other.find(key) == (job("a"), True)
-    assert other.claim("build", MANY, ROWS) == [job("a")], "and it is done"
+    assert other.claim("build", MANY, MANY, ROWS) == [job("a")], "and it is done"
 
 
 def test_a_database_that_may_only_be_read_is_told(database: DatabaseShelf) -> None:

@@ -46,6 +46,21 @@ def test_a_job_has_room_while_no_limit_is_passed(load: ClusterLoad, places: int,
         assert found.value == pytest.approx(excess.value)
 
 
+@pytest.mark.parametrize(
+    ("least_s", "seconds"),
+    [
+        (0.0, 0.0),  # with nothing to do it takes any job
+        (5.0, 0.0),
+        (9.0, 1.0),  # then it has 8 s left, and this job takes 2 s of one of two
+        (30.0, 22.0),
+        (math.inf, math.inf),  # there is no other
+    ],
+)
+def test_another_replica_has_room_when_it_has_done_enough_of_its_own(least_s: float, seconds: float) -> None:
+    load = ClusterLoad(2, 400.0, 6.0, 0, 0.0, least_s)
+    assert load.room_elsewhere_in_s(work(400), BOUNDS) == seconds
+
+
 @given(st.integers(1, 99), st.floats(1, 1e5), st.floats(0, 20), st.integers(1, 999), st.integers(1, 1000), st.data())
 def test_after_the_time_that_is_told_there_is_room(
     replicas: int, places_per_s: float, held_s: float, jobs: int, each: int, data: st.DataObject

@@ -36,7 +36,7 @@ def test_recordings_over_the_room_are_refused_with_what_is_free_and_leave_no_tra
     with room.taken(100):
         pass
     error = caught.value
-    assert error.detail == "101 bytes of frames would be held at once; the limit is 100"
+    assert error.detail == "101 bytes of frames would be held at once; the limit is 100. Try again in 1 s"
     assert (error.status, error.code, error.field, error.value) == (429, "overloaded", "every", 41)
     assert error.bound == "frames of at most 40 bytes at this load"
     assert error.headers["Retry-After"] == "1"

@@ -37,10 +37,10 @@ def upgrade() -> None:
         # Leases change every few seconds. With room in its page a row's new version needs no entry in the indices.
         postgresql_with={"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.02"},
     )
-    unfinished = sa.text("outcome IS NULL")
     for name, columns, where in (
-        ("jobs_by_arrival", ["weights", "arrival"], unfinished),
-        ("jobs_by_replica", ["replica"], unfinished),
+        ("jobs_new", ["weights", "arrival"], sa.text("outcome IS NULL AND fence = 0")),
+        ("jobs_begun", ["weights", "arrival"], sa.text("outcome IS NULL AND fence > 0")),
+        ("jobs_by_replica", ["replica"], sa.text("outcome IS NULL")),
         ("jobs_by_outcome", ["weights", "outcome", "created_us", "id"], None),
         ("jobs_by_owner", ["weights", "owner", "outcome", "created_us", "id"], None),
         ("jobs_by_end", ["weights", "finished_us", "arrival", "bytes"], sa.text("outcome IS NOT NULL")),
