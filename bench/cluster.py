@@ -3,10 +3,10 @@
     python -m bench.cluster [--replicas 1,3,10,100,1000] [--seconds 600] [--load 0.8] [--deaths 0.5]
 
 Durable jobs come at random moments to any replica that lives. As in service/jobs/leases.py, a replica works on a new
-job if it has little to do, and else leaves it in the table; every second it claims new jobs that nobody holds, and those
-of a replica that is gone however much it has to do; it renews its leases three times in their time. One that dies
-leaves its jobs until their lease ends, and comes back empty. Prints how long jobs wait, how many are refused, and how
-many statements the database gets.
+job if it has little to do, and else leaves it in the table; every second it claims new jobs that nobody holds, and
+those of a replica that is gone however much it has to do. It renews its leases three times in their time. One that
+dies leaves its jobs until their lease ends, and comes back empty. Prints how long jobs wait, how many are refused,
+and how many statements the database gets.
 """
 
 import argparse
