@@ -10,7 +10,6 @@ from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.recommended import Recommended
 from tminus.model.tables import nearest
 from tminus.service.api.schemas import parameters_of
-from tminus.service.jobs.store import now_us
 from tminus.service.jobs.views import STATES, JobView
 from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 
@@ -52,7 +51,7 @@ class JobAnswer(BaseModel):
             seed=record.spec.seed,
             position=view.position,
             eta_s=None if view.eta_s is None else round(view.eta_s, 3),
-            age_s=round(max(0, now_us() - record.created_us) / 1e6, 3),
+            age_s=round(record.age_s, 3),
             created=_iso(record.created_us),
             finished=None if record.finished_us is None else _iso(record.finished_us),
             fingerprint=record.fingerprint,

@@ -16,7 +16,7 @@ from tminus.service.jobs.kept import cancelled_elsewhere, kept_views, unless_ret
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
-from tminus.service.jobs.store import JobRecord, Key, Place
+from tminus.service.jobs.store import JobRecord, Key, Place, now_us
 from tminus.service.jobs.views import JobView, kept_view, live_view, passing_view
 from tminus.service.preview import Watch
 from tminus.service.spec import Images, Inputs, SampleSpec
@@ -116,7 +116,7 @@ class Jobs:
         lifecycle.check_store()
         created_us = lifecycle.store.now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
-        record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us, owner=owner)
+        record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us, owner=owner, ahead_us=created_us - now_us())
         view = partial(JobView, record, model, lifecycle.model_name, "waiting", True, 0)
         ticket, leases = None, lifecycle.leases
         if leases is None or leases.takes_next:

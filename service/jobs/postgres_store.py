@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.postgres_tables import make_postgres_tables
+from tminus.service.jobs.postgres_tables import FORMAT, make_postgres_tables
 from tminus.service.jobs.sql_store import Conditions, Run, SqlStore
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -123,7 +123,7 @@ class PostgresStore(SqlStore):
         """Lock the first jobs that this replica may claim."""
         jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
         query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
-        query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, *self._here())
+        query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, jobs.c.format <= FORMAT, *self._here())
         if begun:
             others = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
             others = others.where(
@@ -255,6 +255,9 @@ class PostgresStore(SqlStore):
         fences = [(job_id, self._fences[job_id]) for job_id in job_ids if job_id in self._fences]
         return [sa.tuple_(jobs.c.id, jobs.c.fence).in_(fences), jobs.c.outcome.is_(None)]
 
+    def _record(self, row: Any) -> JobRecord:
+        return replace(super()._record(row), ahead_us=self._ahead_us)
+
     def _if_held(self, held: bool | None) -> Conditions:
         return () if held is None else [self._living if held else ~self._living]
 
@@ -263,11 +266,11 @@ class PostgresStore(SqlStore):
 
     def _added(self, job: JobRecord, held: bool) -> dict[str, Any]:
         places = job.spec.n * job.spec.num_passes * (2 if job.spec.guidance != 1 else 1)
+        asks = {"format": FORMAT, "places": places, "rows": job.spec.n}
         if not held:
-            return {"fence": 0, "places": places, "rows": job.spec.n}
+            return asks | {"fence": 0}
         self._fences[job.id] = 1
-        until = sa.func.clock_timestamp() + self._lease
-        return {"replica": self._replica, "fence": 1, "lease_until": until, "places": places, "rows": job.spec.n}
+        return asks | {"fence": 1, "replica": self._replica, "lease_until": sa.func.clock_timestamp() + self._lease}
 
     @contextmanager
     def _transaction(self) -> Iterator[Run]:

@@ -4,12 +4,17 @@ import sqlalchemy as sa
 
 from tminus.service.jobs.tables import Tables, make_tables
 
+# Of what a job asks for: its fields and their values. A version that knows one more has the next number, so that none
+# before it takes on what it does not know.
+FORMAT = 1
+
 
 def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
     """The replicas that live, and the tables that both stores have."""
     tables = make_tables(
         schema,
         sa.Column("weights", sa.Text, nullable=False),  # the hash of them, as far as it is in a file's name
+        sa.Column("format", sa.Integer, nullable=False),  # that who works on it must know
         sa.Column("places", sa.BigInteger, nullable=False),  # in forward passes, what it takes in all
         sa.Column("rows", sa.Integer, nullable=False),
         sa.Column("replica", sa.Text),  # who holds it, or held it last

@@ -28,11 +28,17 @@ class JobRecord:
     owner: str = ""  # the name of the key that it came with
     crashes: int = 0  # of the worker while it worked on this job
     held: bool = field(default=False, compare=False)  # by a replica that lives, when it was read; if replicas share it
+    ahead_us: int = field(default=0, compare=False)  # the clock of its times, over this machine's
 
     @property
     def place(self) -> Place:
         """Its place in the order of creation."""
         return self.created_us, self.id
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was accepted."""
+        return max(0, now_us() + self.ahead_us - self.created_us) / 1e6
 
 
 @dataclass(frozen=True, slots=True)

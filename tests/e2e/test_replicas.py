@@ -3,18 +3,21 @@
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from bench.crash import Server
 from tests import postgres
 from tests.e2e.conftest import RunningServer
 from tests.service.durable import events
 from tests.service.keys import key_line
-from tests.trials import replicas
+from tests.trials import faults, replicas
 
 pytestmark = pytest.mark.slow
 
@@ -31,22 +34,28 @@ Start = Callable[..., RunningServer]
 
 
 @pytest.fixture
-def start(database: postgres.Postgres, own_server: Start, request: pytest.FixtureRequest) -> Start:
-    """Starts replicas of one namespace."""
-
-    def make(**env: str) -> RunningServer:
-        shared = {
-            "TMINUS_JOB_STORE": database.url(),
-            "TMINUS_JOB_NAMESPACE": f"test_{abs(hash(request.node.name)) % 10**8}",
-            "TMINUS_JOB_LEASE_S": "1",
-        }
-        return own_server(**shared | env)
-
-    return make
+def namespace(request: pytest.FixtureRequest) -> str:
+    return f"test_{abs(hash(request.node.name)) % 10**8}"
 
 
-def post(server: RunningServer, spec: dict[str, Any], **headers: str) -> str:
-    answer = httpx.post(f"{server.url}/jobs", json=spec, headers=headers, timeout=60)
+@pytest.fixture
+def shared(database: postgres.Postgres, namespace: str) -> dict[str, str]:
+    """The settings of replicas of one namespace."""
+    return {
+        "TMINUS_JOB_STORE": database.url(),
+        "TMINUS_JOB_NAMESPACE": namespace,
+        "TMINUS_JOB_LEASE_S": "1",
+    }
+
+
+@pytest.fixture
+def start(shared: dict[str, str], own_server: Start) -> Start:
+    """Starts replicas."""
+    return lambda **env: own_server(**shared | env)
+
+
+def post(url: str, spec: dict[str, Any], **headers: str) -> str:
+    answer = httpx.post(f"{url}/jobs", json=spec, headers=headers, timeout=60)
     assert answer.status_code == 202, answer.text
     return str(answer.json()["id"])
 
@@ -76,7 +85,7 @@ def test_whatever_happens_to_a_server_or_the_database_each_job_ends_once_in_the_
 
 def test_step_frames_and_end_of_a_job_are_passed_on_by_every_other_replica(start: Start) -> None:
     holder, asked = start(), start()
-    job_id = post(holder, LONG)
+    job_id = post(holder.url, LONG)
     asked.wait_until(lambda: (httpx.get(f"{asked.url}/jobs/{job_id}").json()["step"] or 0) > 0)
     assert httpx.get(f"{asked.url}/jobs/{job_id}").json()["eta_s"] > 0
     lines: list[str] = []
@@ -95,7 +104,7 @@ def test_step_frames_and_end_of_a_job_are_passed_on_by_every_other_replica(start
 
 def test_a_viewer_at_another_replica_sees_the_job_to_its_end_though_its_holder_dies(start: Start) -> None:
     holder, asked, third = start(), start(), start()
-    job_id = post(holder, LONG)
+    job_id = post(holder.url, LONG)
     lines: list[str] = []
     reading = threading.Thread(target=follow, args=(asked, job_id, "every=20&show=x_t", lines))
     reading.start()
@@ -115,10 +124,74 @@ def test_what_is_passed_on_is_the_callers_own(start: Start) -> None:
     keys = "\n".join(key_line(name, f"the-secret-of-{name}") for name in ("studio", "lab"))
     holder, asked = (start(TMINUS_KEYS=keys) for _ in range(2))
     studio, lab = ({"Authorization": f"Bearer the-secret-of-{name}"} for name in ("studio", "lab"))
-    job_id = post(holder, LONG, **studio)
+    job_id = post(holder.url, LONG, **studio)
     url = f"{asked.url}/jobs/{job_id}"
     asked.wait_until(lambda: (httpx.get(url, headers=studio).json()["step"] or 0) > 0)
     assert httpx.get(url, headers=lab).status_code == 404
     assert httpx.get(f"{url}/events", headers=lab).status_code == 404
     assert httpx.get(url).status_code == 401
     assert json.loads(httpx.get(f"{asked.url}/jobs", headers=lab).content)["jobs"] == []
+
+
+def test_a_server_whose_clock_is_an_hour_ahead_shares_jobs_with_others_as_any(
+    start: Start, shared: dict[str, str], small: Path, tmp_path: Path
+) -> None:
+    """Leases, ages and deadlines are by the database's clock."""
+    if faults.FAKETIME is None:
+        pytest.skip("needs libfaketime, and it is not installed")
+    clock = faults.Clock(tmp_path)
+    clock.set(faults.HOUR_S)
+    ahead, other = Server(small, tmp_path / "state", (), shared | clock.environment), start()
+    ahead.start()
+
+    def job(url: str, job_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{url}/jobs/{job_id}").json()
+        return found
+
+    try:
+        with httpx.Client(base_url=ahead.url) as http:
+            assert faults.date_of(http) - time.time() > faults.HOUR_S - 60, "its clock is not ahead"
+        for holder, asked in ((ahead.url, other.url), (other.url, ahead.url)):
+            job_id = post(holder, LONG | {"deadline_s": 1000})
+            other.wait_until(lambda url=asked, job_id=job_id: (job(url, job_id)["step"] or 0) > 0)  # type: ignore[misc]
+            time.sleep(1.5)  # longer than a lease
+            for told in (job(ahead.url, job_id), job(other.url, job_id)):
+                assert told["state"] == "running", "its holder works on it still"
+                assert 0 <= told["age_s"] < 60
+                assert abs(datetime.fromisoformat(told["created"]).timestamp() - time.time()) < 60
+            assert httpx.post(f"{asked}/jobs/{job_id}/cancel").json()["state"] == "cancelled"
+        job_id = post(ahead.url, LONG | {"deadline_s": 1000})
+    finally:
+        ahead.kill()
+    other.wait_until(lambda: (job(other.url, job_id)["step"] or 0) > 0)
+    assert job(other.url, job_id)["state"] == "running", "its deadline is not over"
+
+
+def test_a_full_database_refuses_new_jobs_and_loses_none(
+    start: Start, database: postgres.Postgres, namespace: str
+) -> None:
+    """Its error is raised by triggers: PostgreSQL tells of a full disk with the same code and words."""
+    servers = start(), start()
+    tables = [f"{namespace}.{name}" for name in ("jobs", "snapshots", "images")]
+    job_ids = [post(server.url, {"n": 2, "steps": 200, "seed": 3}) for server in servers]
+    database.sql(
+        "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN RAISE 'could not extend file: No space left on device' USING ERRCODE = 'disk_full'; END$$; "
+        + "".join(f"CREATE TRIGGER full_disk BEFORE INSERT ON {t} EXECUTE FUNCTION full_disk();" for t in tables)
+    )
+    for server in servers:
+        answer = httpx.post(f"{server.url}/jobs", json={"steps": 3})
+        assert (answer.status_code, answer.json()["code"]) == (507, "storage_failed")
+        assert "No space left" in answer.json()["detail"]
+        assert httpx.post(f"{server.url}/sample?steps=3").status_code == 200
+    for server in servers:
+        server.wait_until(lambda server=server: server.metric("tminus_rows_active") == 0)  # type: ignore[misc]
+    states = {httpx.get(f"{servers[0].url}/jobs/{job_id}").json()["state"] for job_id in job_ids}
+    assert states == {"running"}, "until its end is kept nobody is told of it"
+    database.sql("".join(f"DROP TRIGGER full_disk ON {t};" for t in tables) + "DROP FUNCTION full_disk")
+    for job_id in job_ids:
+        path = f"{servers[0].url}/jobs/{job_id}"
+        servers[0].wait_until(lambda path=path: httpx.get(path).json()["state"] == "done")  # type: ignore[misc]
+    assert len({httpx.get(f"{servers[1].url}/jobs/{job_id}/image").content for job_id in job_ids}) == 1
+    for server in servers:
+        server.wait_until(lambda server=server: httpx.get(f"{server.url}/readyz").status_code == 200)  # type: ignore[misc]

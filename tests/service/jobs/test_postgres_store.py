@@ -12,12 +12,15 @@ from tests import postgres as postgres_server
 from tests.service.fakes import wait_until
 from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
+from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import StorageFailed
+from tminus.service.jobs import postgres_store
 from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_store import PostgresStore
+from tminus.service.jobs.postgres_tables import FORMAT
 from tminus.service.jobs.store import Key, LeaseLost, Pace
 from tminus.service.scheduling.cluster import ClusterLoad
-from tminus.service.spec import Inputs
+from tminus.service.spec import Inputs, SampleSpec
 
 pytestmark = pytest.mark.slow
 
@@ -314,6 +317,33 @@ def test_a_job_that_is_cancelled_at_another_replica_is_lost_to_its_holder(databa
     assert holder.snapshot("a", "build") is None
 
 
+# --- servers of other versions ---
+
+
+def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
+    database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = database.open(), database.open()
+    with monkeypatch.context() as newer:
+        newer.setattr(postgres_store, "FORMAT", FORMAT + 1)
+        for name, held in (("begun", True), ("new", False)):
+            new.add(job(name), held=held)
+        new.close()
+    old.add(job("old"), held=False)
+    assert [record.id for record in old.claim("build", MANY, MANY, ROWS)] == ["old"]
+    monkeypatch.setattr(postgres_store, "FORMAT", FORMAT + 1)
+    assert [record.id for record in database.open().claim("build", MANY, MANY, ROWS)] == ["begun", "new"]
+
+
+def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:
+    """If this fails, FORMAT must be raised: servers of the version before would end jobs as failed."""
+    fields = "n steps sampler eta seed index class_labels guidance guidance_interval timestep_spacing clip strength"
+    fields += " image_sha256 mask_sha256 table guidance_rescale"
+    samplers = "ddpm ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc deis plms euler heun tuned consistency"
+    assert (FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (1, sorted(fields.split()))
+    assert (FORMAT, sorted(SAMPLER_FACTS)) == (1, sorted(samplers.split()))
+
+
 # --- clocks ---
 
 
@@ -323,6 +353,11 @@ def test_the_time_is_the_databases(database: DatabaseShelf, monkeypatch: pytest.
     monkeypatch.setattr("tminus.service.jobs.postgres_store.now_us", lambda: true_us + 3_600_000_000)
     renew(store, "build", PACE)
     assert abs(store.now_us() - true_us) < 10_000_000
+    store.add(replace(job("a"), created_us=true_us))
+    monkeypatch.setattr("tminus.service.jobs.store.now_us", lambda: true_us + 3_600_000_000)
+    kept = store.get("a")
+    assert kept is not None
+    assert kept.age_s < 10
 
 
 # --- a database that goes ---

@@ -16,6 +16,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Text, nullable=False, unique=True),
         sa.Column("weights", sa.Text, nullable=False),
         sa.Column("spec", sa.Text, nullable=False),
+        sa.Column("format", sa.Integer, nullable=False),
         sa.Column("places", sa.BigInteger, nullable=False),
         sa.Column("rows", sa.Integer, nullable=False),
         sa.Column("created_us", sa.BigInteger, nullable=False),
