@@ -1,6 +1,7 @@
 """Real servers on a real PostgreSQL."""
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 from bench.crash import Server
 from tests import postgres
 from tests.e2e.conftest import RunningServer
+from tests.e2e.test_models import KEYS, change, new_weights
 from tests.service.durable import events
 from tests.service.keys import key_line
 from tests.trials import faults, replicas
@@ -51,7 +53,7 @@ def shared(database: postgres.Postgres, namespace: str) -> dict[str, str]:
 @pytest.fixture
 def start(shared: dict[str, str], own_server: Start) -> Start:
     """Starts replicas."""
-    return lambda **env: own_server(**shared | env)
+    return lambda **own: own_server(**shared | own)
 
 
 def post(url: str, spec: dict[str, Any], **headers: str) -> str:
@@ -195,3 +197,25 @@ def test_a_full_database_refuses_new_jobs_and_loses_none(
     assert len({httpx.get(f"{servers[1].url}/jobs/{job_id}/image").content for job_id in job_ids}) == 1
     for server in servers:
         server.wait_until(lambda server=server: httpx.get(f"{server.url}/readyz").status_code == 200)  # type: ignore[misc]
+
+
+def test_a_job_that_waits_in_the_table_for_weights_that_are_replaced_is_done_by_them(
+    start: Start, small: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(small, folder)
+    server = start(checkpoint=folder, **KEYS)
+    name, first = (httpx.get(f"{server.url}/model").json()[field] for field in ("name", "fingerprint"))
+    job_ids = [post(server.url, LONG)]
+    while httpx.get(f"{server.url}/jobs/{job_ids[-1]}").json()["position"] is not None:  # it is in the worker
+        job_ids.append(post(server.url, LONG | {"seed": len(job_ids)}))
+        assert len(job_ids) < 100
+    new_weights(folder, 0.01)
+    assert change(server, name, "reload").status_code == 200
+    server.wait_until(lambda: httpx.get(f"{server.url}/model").json()["fingerprint"] != first)
+    for job_id in job_ids[:-1]:
+        assert httpx.post(f"{server.url}/jobs/{job_id}/cancel").status_code == 200
+    path = f"{server.url}/jobs/{job_ids[-1]}"
+    server.wait_until(lambda: httpx.get(path).json()["state"] == "done")
+    assert httpx.get(path).json()["fingerprint"] == first
+    assert httpx.get(f"{path}/image").status_code == 200
