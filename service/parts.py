@@ -21,6 +21,7 @@ from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.lifecycle import Lifecycle
+from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.standings import Standings
 from tminus.service.jobs.store import OUTCOMES, JobStore
@@ -93,6 +94,7 @@ class Parts:
         self.worker = Worker(loaded, self.admission, self.metrics)
         self.standings = Standings(self.worker)
         self.jobs = Jobs(self.worker, self.standings)
+        self.new_jobs = NewJobs(self.worker, self.jobs)
         for model, prepared, store in zip(loaded, first, stores, strict=True):
             self._serve(model, prepared, store)
         self._watch()
@@ -178,6 +180,7 @@ class Parts:
             metrics=self.metrics,
             worker=self.worker,
             jobs=self.jobs,
+            new_jobs=self.new_jobs,
             standings=self.standings,
             decoder=self.decoder,
             encoder=self.encoder,

@@ -11,6 +11,7 @@ from tminus.service.api.stream_limits import Streams
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.jobs import Jobs
+from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.standings import Standings
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
@@ -30,6 +31,7 @@ class Services:
     metrics: Metrics
     worker: Worker
     jobs: Jobs
+    new_jobs: NewJobs
     standings: Standings
     decoder: Decoder
     encoder: Encoder

@@ -1,7 +1,7 @@
 """From checked parameters to a job: its spec and inputs, and for a durable job its acceptance."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import Request, Response
@@ -38,14 +38,16 @@ async def to_job(
     return asked.with_inputs(spec, inputs), inputs
 
 
-@contextmanager
-def charged(services: Services, caller: Caller, spec: SampleSpec) -> Iterator[None]:
+@asynccontextmanager
+async def charged(services: Services, caller: Caller, spec: SampleSpec) -> AsyncIterator[None]:
     """Charge a caller for a job, unless the block raises. Raises QuotaExceeded.
 
     What a job costs is what it takes in passes of one row: a guided step counts twice, and skipped ones not at all.
     """
-    row_steps = work_of(spec, services.model).places
-    jobs = services.jobs.number_of(caller.name) if caller.limits.jobs is not None else 0
+    row_steps, jobs = work_of(spec, services.model).places, 0
+    if caller.limits.jobs is not None:
+        elsewhere = await services.new_jobs.number_everywhere(caller.name)
+        jobs = max(elsewhere, services.new_jobs.number_of(caller.name))  # which may have grown meanwhile
     with caller.charged(row_steps, jobs):
         yield
     services.metrics.charged(caller.name, row_steps)
@@ -60,10 +62,10 @@ async def submit(
     that share their durable jobs has room.
     """
     try:
-        with charged(services, caller, spec):
+        async with charged(services, caller, spec):
             return services.worker.submit(job_id, spec, deadline_s, model=services.number, owner=caller.name, **given)
     except Overloaded as error:
-        raise await services.jobs.soonest(error, services.number, spec) from None
+        raise await services.new_jobs.soonest(error, services.number, spec) from None
 
 
 async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
@@ -71,7 +73,7 @@ async def accept(services: Services, request: Request, asked: SampleRequest) -> 
     caller, size_bytes = caller_of(request), len(asked.image or b"") + len(asked.mask or b"")
     key = await off_loop(size_bytes, idempotency_key, request, asked, caller.name)
     spec, inputs = await to_job(services, asked, request)
-    view, again = await services.jobs.create(
+    view, again = await services.new_jobs.create(
         spec, asked.deadline_s, key, inputs,
         model=services.number, owner=caller.name, charged=lambda: charged(services, caller, spec),
     )  # fmt: skip

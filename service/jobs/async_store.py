@@ -76,6 +76,10 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.find, key)
 
+    async def number_of(self, owner: str) -> int:
+        """See JobStore."""
+        return await self._call(self._store.number_of, owner)
+
     async def get(self, job_id: str) -> JobRecord | None:
         """See JobStore."""
         return await self._call(self._store.get, job_id)

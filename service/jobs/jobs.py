@@ -1,4 +1,4 @@
-"""What clients ask for: to create durable jobs, to look for jobs, to cancel, delete and follow them.
+"""What clients ask for: to look for jobs, to cancel, delete and follow them. New ones are accepted in new_jobs.py.
 
 A durable job, once accepted, is finished whatever happens to the client or to this process: see lifecycle.py.
 """
@@ -6,20 +6,17 @@ A durable job, once accepted, is finished whatever happens to the client or to t
 import asyncio
 import logging
 import math
-import uuid
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Collection
 
-from tminus.service.errors import JobNotDone, JobNotFound, KeyReused, NoImages, Overloaded, StorageFailed, short
+from tminus.service.errors import JobNotDone, JobNotFound, NoImages, StorageFailed, short
 from tminus.service.jobs.kept import cancelled_elsewhere, kept_views, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
-from tminus.service.jobs.store import JobRecord, Key, Place, now_us
+from tminus.service.jobs.store import JobRecord, Place
 from tminus.service.jobs.views import JobView, kept_view, live_view, passing_view
 from tminus.service.preview import Watch
-from tminus.service.spec import Images, Inputs, SampleSpec
+from tminus.service.spec import Images
 from tminus.service.worker.mailbox import Mailbox
 from tminus.service.worker.worker import Worker
 
@@ -38,20 +35,22 @@ class Jobs:
     def __init__(self, worker: Worker, standings: Standings) -> None:
         self._worker, self._standings = worker, standings
         self._lifecycles: dict[int, Lifecycle] = {}  # by the model's number
-        self._keyed = asyncio.Lock()  # held while a job with a key is looked for and added
 
     def put(self, lifecycle: Lifecycle) -> None:
         """Take on the jobs of one more model."""
         self._lifecycles[lifecycle.model] = lifecycle
 
+    def of_model(self, model: int) -> Lifecycle:
+        """Those of a model."""
+        return self._lifecycles[model]
+
+    def all_live(self) -> list[Live]:
+        """Every durable job that has not ended, of those that are held here."""
+        return [live for each in self._lifecycles.values() for live in each.all()]
+
     def remove(self, model: int) -> None:
         """Forget the jobs of a model."""
         del self._lifecycles[model]
-
-    def number_of(self, owner: str) -> int:
-        """How many jobs of an owner have not ended, with those of an earlier process that the worker has not yet."""
-        lives = (live for each in self._lifecycles.values() for live in each.all() if not live.submitted)
-        return self._worker.jobs.number_of(owner) + sum(live.record.owner == owner for live in lives)
 
     @property
     def store_failure(self) -> StorageFailed | None:
@@ -59,114 +58,12 @@ class Jobs:
         served = (each.store.failure for each in list(self._lifecycles.values()) if not each.retired)
         return next((failure for failure in served if failure is not None), None)
 
-    async def create(
-        self,
-        spec: SampleSpec,
-        deadline_s: float | None,
-        key: Key | None,
-        inputs: Inputs | None = None,
-        *,
-        model: int = 0,
-        owner: str = "",
-        charged: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> tuple[JobView, bool]:
-        """Accept a durable job of a model.
-
-        owner: the name of the API key that it came with. charged: is entered if a new job is made, not for a repeat,
-        and left by an exception if it is not accepted. Returns the job, and whether the key was used before; if so,
-        it is the earlier job.
-
-        Raises KeyReused, StorageFailed, and what Worker.submit does.
-        """
-        lifecycle = self._lifecycles[model]
-
-        async def new() -> tuple[JobView, bool]:
-            with charged():
-                return await self._create(lifecycle, spec, deadline_s, key, inputs, owner)
-
-        if key is None:
-            return await new()
-        async with self._keyed:  # stores of other weights do not know of each other's keys
-            if (found := await self._find_by_key(key, lifecycle.model_name)) is not None:
-                return found, True
-            return await new()
-
-    async def soonest(self, error: Overloaded, model: int, spec: SampleSpec) -> Overloaded:
-        """The refusal of a job that is not durable, with the least Retry-After of all servers that share its store."""
-        leases = self._lifecycles[model].leases
-        return error if leases is None else await leases.soonest(error, spec)
-
-    async def _create(
-        self,
-        lifecycle: Lifecycle,
-        spec: SampleSpec,
-        deadline_s: float | None,
-        key: Key | None,
-        inputs: Inputs | None,
-        owner: str,
-    ) -> tuple[JobView, bool]:
-        async def found() -> tuple[JobView, bool]:  # another request had the same key at the same time
-            assert key is not None
-            earlier = await self._find_by_key(key, lifecycle.model_name)
-            if earlier is None:
-                raise StorageFailed("the job of this Idempotency-Key was deleted just now")
-            return earlier, True
-
-        model = lifecycle.model
-        lifecycle.check_store()
-        created_us = lifecycle.store.now_us()
-        deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
-        record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us, owner=owner, ahead_us=created_us - now_us())
-        view = partial(JobView, record, model, lifecycle.model_name, "waiting", True, 0)
-        ticket, leases = None, lifecycle.leases
-        if leases is None or leases.takes_next:
-            try:
-                ticket = self._worker.submit(
-                    record.id, spec, deadline_s, model=model, inputs=inputs, owner=owner, durable=True
-                )
-            except Overloaded as error:
-                if leases is None or error.of_owner:
-                    raise
-        if ticket is None:
-            assert leases is not None
-            outlook = await leases.leave_to_any(record, key, inputs, deadline_s)
-            return (view(outlook.position, outlook.eta_s), False) if outlook is not None else await found()
-        kept = False
-        try:
-            kept = await lifecycle.store.add(record, key, inputs)
-        finally:
-            if not kept:
-                self._worker.cancel(record.id, "not_kept")
-        if not kept:
-            return await found()
-        lifecycle.accept(record, ticket)
-        return view(ticket.outlook.position, ticket.outlook.eta_s), False
-
-    async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
-        """Find the job that was asked for with a key. Raises KeyReused if it was another request, or model."""
-        for lifecycle in self._by_store():
-            found = None
-            with unless_retired(lifecycle):
-                found = await lifecycle.store.find(key)
-            if found is None:
-                continue
-            record, same = found
-            if not same or lifecycle.model_name != model_name:
-                raise KeyReused(
-                    f"the Idempotency-Key {key.name!r} came with another request before",
-                    field="Idempotency-Key", value=key.name, bound="a new key for a new request",
-                )  # fmt: skip
-            if (live := self._live(record.id)) is not None:
-                return live_view(live, await self._standings.of(record.id))
-            return kept_view(record, lifecycle.model, lifecycle.model_name)
-        return None
-
     def _live(self, job_id: str, sees: str | None = None) -> Live | None:
         """A durable job that has not ended."""
         found = (live for each in self._lifecycles.values() if (live := each.find(job_id)) is not None)
         return next((live for live in found if sees in (None, live.record.owner)), None)
 
-    def _by_store(self, job_id: str = "") -> list[Lifecycle]:
+    def by_store(self, job_id: str = "") -> list[Lifecycle]:
         """One for each store, the latest: after a reload of the same weights two have the same one.
 
         job_id: of the job that is looked for; none where it is of characters that no database takes.
@@ -176,6 +73,12 @@ class Jobs:
         return list({id(each.store): each for each in self._lifecycles.values()}.values())
 
     # Below, `sees` is the owner whose jobs are looked at, or None for those of all: others' are not found.
+
+    async def view(self, record: JobRecord, lifecycle: Lifecycle) -> JobView:
+        """View a durable job that was just read from its store."""
+        if (live := self._live(record.id)) is not None:
+            return live_view(live, await self._standings.of(record.id))
+        return kept_view(record, lifecycle.model, lifecycle.model_name)
 
     async def find(self, job_id: str, sees: str | None) -> JobView:
         """Look up one job, durable or not. Raises JobNotFound."""
@@ -190,7 +93,7 @@ class Jobs:
             return live_view(live, status)
         if status is not None:
             return passing_view(status)
-        for lifecycle in self._by_store(job_id):
+        for lifecycle in self.by_store(job_id):
             record = None
             with unless_retired(lifecycle):
                 record = await lifecycle.store.get(job_id)
@@ -217,7 +120,7 @@ class Jobs:
 
         model_name: only those of models of this name.
         """
-        lifecycles = [each for each in self._by_store() if model_name in (None, each.model_name)]
+        lifecycles = [each for each in self.by_store() if model_name in (None, each.model_name)]
         found: dict[str, JobView] = {}
         if "waiting" in states or "running" in states:
             statuses = {status.id: status for status in await self._standings.all()}
@@ -288,7 +191,7 @@ class Jobs:
             seen = status is not None and sees in (None, status.owner)
             if seen and self._worker.cancel(job_id, "deleted"):
                 return
-            for lifecycle in self._by_store(job_id):
+            for lifecycle in self.by_store(job_id):
                 with unless_retired(lifecycle):
                     if await cancelled_elsewhere(lifecycle, job_id, sees) or await lifecycle.store.delete(job_id, sees):
                         return

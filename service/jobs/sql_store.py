@@ -100,6 +100,13 @@ class SqlStore:
     def _of_key(self, key: Key, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         return sa.select(*columns).where(self._tables.jobs.c.key == key.kept_as, *self._here())
 
+    def number_of(self, owner: str) -> int:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        query = sa.select(sa.func.count()).where(jobs.c.owner == owner, jobs.c.outcome.is_(None), *self._here())
+        with self._transaction() as run:
+            return int(run(query).scalar_one())
+
     def get(self, job_id: str) -> JobRecord | None:
         """See JobStore."""
         query = sa.select(*self._record_columns).where(self._tables.jobs.c.id == job_id, *self._here())

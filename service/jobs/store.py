@@ -96,6 +96,9 @@ class JobStore(Protocol):
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """Find the job that was added with this key, and say whether the request was the same."""
 
+    def number_of(self, owner: str) -> int:
+        """How many jobs of an owner have not ended."""
+
     def get(self, job_id: str) -> JobRecord | None:
         """Look up one job."""
 

@@ -12,6 +12,8 @@ from tests.service.conftest import INSTANT, Site, problem
 from tests.service.durable import SPEC, events, post, state, wait_for
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
 from tests.service.jobs.conftest import DatabaseShelf
+from tests.service.keys import access_of, bearer, key_line
+from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.postgres_store import PostgresStore
@@ -46,10 +48,12 @@ class Replicas:
         shut: bool = False,
         tick_times: tuple[tuple[int, float], ...] = INSTANT,
         info: ModelInfo = INFO,
+        access: Access | None = None,
         **limits: object,
     ) -> Site:
         """One more, that is ready."""
-        site = Site(info, replace(LIMITS, **limits), tick_times, state_file=self._shared.opener())
+        limits_ = replace(LIMITS, **limits)  # type: ignore[arg-type]
+        site = Site(info, limits_, tick_times, state_file=self._shared.opener(), access=access)
         site.client.__enter__()
         site.wait_until_ready()
         if shut:
@@ -292,6 +296,22 @@ def test_a_job_that_would_wait_here_is_done_by_one_who_has_room(
     wait_for(other, second["id"])
     assert state(full, first["id"]) == "waiting"
     assert wait_for(full, second["id"])["step"] == SPEC["steps"]
+
+
+@pytest.mark.usefixtures("believed")
+def test_a_keys_jobs_are_counted_wherever_they_are(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "AHEAD_S", 0.1)
+    lines = key_line("ann", "the-secret-of-ann", jobs=3), key_line("ben", "the-secret-of-ben", jobs=3)
+    ann, ben = bearer("the-secret-of-ann"), bearer("the-secret-of-ben")
+    one, other = (replicas.start(shut=True, tick_times=SLOW, access=access_of(*lines)) for _ in range(2))
+    for site in (one, other, one):  # the last is left in the table
+        assert post(site, **ann).status_code == 202
+    for site in (one, other):
+        assert problem(site.client.post("/jobs", json=SPEC, headers=ann), 429, "quota_exceeded")["field"] == "jobs"
+        assert problem(site.post(json=SPEC, headers=ann), 429, "quota_exceeded")["field"] == "jobs"
+    assert post(one, **ben).status_code == 202
+    for site in (one, other):
+        site.engine.gate.open()
 
 
 @pytest.mark.usefixtures("believed")
