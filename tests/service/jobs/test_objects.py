@@ -147,7 +147,7 @@ def test_wrong_credentials_and_a_lack_of_rights_are_refused_in_a_line(
         open_objects(f"s3://{BUCKET}", "")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", other["AccessKeyId"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", other["SecretAccessKey"])
-    with pytest.raises(ValueError, match="the object store cannot delete: .*AccessDenied"):
+    with pytest.raises(ValueError, match=r"the object store cannot delete: .*AccessDenied"):
         open_objects(f"s3://{BUCKET}", "")
 
 
