@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from obstore.store import BackoffConfig, ClientConfig, RetryConfig
 
 CALL_S = 60.0  # a call that takes longer is given up, with the wait for its turn
+BYTES_PER_S = 1e6  # what a line must do: for the bytes of an object a call has this much longer
 START_S = 15.0  # the same at the start
-CONNECT_S, REQUEST_S = 5.0, 50.0  # one request
+CONNECT_S = 5.0
 RETRIES, RETRY_S = 3, 20.0  # after which time no request is tried again
 AT_ONCE = 4  # uploads, and downloads: each is in memory as a whole
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*)/?")
@@ -49,7 +50,7 @@ class S3Objects:
         client: ClientConfig = {
             "allow_http": _endpoint().startswith("http://"),
             "connect_timeout": timedelta(seconds=CONNECT_S),
-            "timeout": timedelta(seconds=REQUEST_S),
+            "timeout": timedelta(days=1),  # see _asking, which knows how much there is to send
         }
         backoff: BackoffConfig = {
             "init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=2), "base": 2,
@@ -66,13 +67,13 @@ class S3Objects:
 
     async def put(self, key: str, data: bytes) -> None:
         """See Objects."""
-        async with _asking("write"), self._puts:
+        async with _asking("write", len(data)), self._puts:
             # In one request: what is left of several, if they break off, stays in the bucket unseen.
             await obstore.put_async(self._store, key, data, use_multipart=False)
 
     async def get(self, key: str, size: int) -> bytes | None:
         """See Objects."""
-        async with _asking("read"), self._gets:
+        async with _asking("read", size), self._gets:
             try:
                 found = await obstore.get_async(self._store, key)
             except FileNotFoundError as error:  # of the bucket, too
@@ -134,13 +135,14 @@ def _endpoint() -> str:
 
 
 @asynccontextmanager
-async def _asking(verb: str) -> AsyncIterator[None]:
-    """Give up in time, and raise StorageFailed for whatever goes wrong."""
+async def _asking(verb: str, size: int = 0) -> AsyncIterator[None]:
+    """Give up in time, and raise StorageFailed for whatever goes wrong. size: in bytes, of what is sent."""
+    limit_s = CALL_S + size / BYTES_PER_S
     try:
-        async with asyncio.timeout(CALL_S):
+        async with asyncio.timeout(limit_s):
             yield
     except Exception as error:
-        reason = f"it has not answered for {CALL_S:g} s" if isinstance(error, TimeoutError) else _reason(error)
+        reason = f"it has not answered for {limit_s:.1f} s" if isinstance(error, TimeoutError) else _reason(error)
         raise StorageFailed(f"the object store cannot {verb}: {reason}") from None
 
 

@@ -22,6 +22,7 @@ from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.sql_store import reading
 from tminus.service.jobs.store import JobRecord, JobStore, LeaseLost, ObjectGone, StoredObject
 from tminus.service.spec import Images
+from tminus.service.tracing import traced
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class ResultStore(AsyncStore):
         await self._write(self._store.note_object, job_id, key)
         data, sha256 = await asyncio.to_thread(_packed, images)
         try:
-            await _logged(self._objects.put(key, data))
+            with traced("store upload", {"tminus.job.id": job_id}):
+                await _logged(self._objects.put(key, data))
         except StorageFailed as error:
             self._objects_failure = error
             raise
@@ -130,7 +132,8 @@ class ResultStore(AsyncStore):
         found = await self._found(job_id)
         if not isinstance(found, StoredObject):
             return found
-        data = await _logged(self._objects.get(found.key, found.bytes))
+        with traced("store download", {"tminus.job.id": job_id}):
+            data = await _logged(self._objects.get(found.key, found.bytes))
         if data is None and await self._found(job_id) != found:  # it was deleted meanwhile
             return None
         with reading(f"the images of job {job_id}"):

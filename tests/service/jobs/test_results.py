@@ -489,7 +489,7 @@ def test_a_server_whose_object_store_goes_keeps_all_ends_when_it_is_back(
         for name, value in s3.env.items():
             monkeypatch.setenv(name, value)
         bucket = Bucket(s3)
-        results = Results(bucket.objects(), 0)
+        results = Results(bucket.objects(), 30)  # of two images, not of one
         site = make_site(state_file=lambda _: SqliteStore(None), app={"results": results})
         first = post(site).json()["id"]
         wait_for(site, first)
@@ -497,9 +497,13 @@ def test_a_server_whose_object_store_goes_keeps_all_ends_when_it_is_back(
         assert len(bucket.keys()) == 1
         s3.stop()
         problem(site.client.get(f"/jobs/{first}/image"), 507, "storage_failed")
-        second = post(site).json()["id"]
+        site.engine.gate.shut()
+        second, small = post(site).json()["id"], post(site, SPEC | {"n": 1}).json()["id"]
+        site.engine.gate.open()
         wait_until(lambda: site.client.get("/readyz").status_code == 507)
-        problem(site.client.post("/jobs", json=SPEC), 507, "storage_failed")
+        wait_for(site, small)
+        for _ in range(5):
+            problem(site.client.post("/jobs", json=SPEC), 507, "storage_failed")
         assert site.client.get(f"/jobs/{second}").json()["state"] == "running"
         s3.start()
         wait_for(site, second)
