@@ -30,6 +30,7 @@ from tminus.service.api.services import Services
 from tminus.service.api.stream import stream_routes
 from tminus.service.api.stream_limits import Streams
 from tminus.service.api.system import model_routes, system_routes
+from tminus.service.jobs.results import Results
 from tminus.service.jobs.store import JobStore
 from tminus.service.library import Library
 from tminus.service.metrics import Metrics
@@ -63,6 +64,7 @@ def create_app(
     library: Library | None = None,
     prepare: Prepare = prepare_nothing,
     access: Access | None = None,
+    results: Results | None = None,
     with_metrics: bool = True,
     with_docs: bool = True,
     tracer: Tracer | None = None,
@@ -71,13 +73,14 @@ def create_app(
 
     limits: of the whole server. open_store: opens the store of the durable jobs of weights, by their hash; it is closed
     with the app. doors: by what names, and for which pages. library: what can be loaded, by `prepare`. access: who may
-    ask; None: anybody, and nobody may load or unload models. with_metrics, with_docs: whether /metrics, and /docs with
+    ask; None: anybody, and nobody may load or unload models. results: where large ones of durable jobs go, if not into
+    their store. with_metrics, with_docs: whether /metrics, and /docs with
     /openapi.json, are answered. tracer: for spans; it is closed with the app. The worker runs for as long as the app's
     lifespan.
     """
     doors = doors or Doors()
     access = access or Access()
-    parts = Parts(list(first), limits, open_store, doors, access)
+    parts = Parts(list(first), limits, open_store, doors, access, results)
     models, metrics = parts.models, parts.metrics
     changes = ModelChanges(parts, library or Library(), prepare)
 

@@ -22,6 +22,7 @@ from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.new_jobs import NewJobs
+from tminus.service.jobs.results import Results
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.standings import Standings
 from tminus.service.jobs.store import OUTCOMES, JobStore
@@ -75,11 +76,15 @@ class Parts:
         open_store: Callable[[str], JobStore],
         doors: Doors,
         access: Access,
+        results: Results | None = None,
     ) -> None:
-        """first: the models that it begins with, the default one first. open_store: for the hash of weights."""
+        """first: the models that it begins with, the default one first. open_store: for the hash of weights.
+
+        results: where large ones of durable jobs go, if not into their store.
+        """
         self.metrics, self.models, self.doors, self.access = Metrics(), Models(), doors, access
         self._numbers, self._arrivals, self._served = count(), count(), Served()
-        self._stores = Stores(open_store)
+        self._stores = Stores(open_store, results)
         self._parts: dict[int, _Part] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None  # None until it starts

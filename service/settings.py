@@ -146,11 +146,22 @@ class Settings(BaseSettings):
         description="URL by which the other servers reach this one, to pass on its events and frames; default: by the "
         "address that this machine has towards the database",
     )
+    job_results: str | None = Field(
+        None,
+        description="s3://bucket/prefix for the results of durable jobs that are large, which needs the extra s3; AWS_ "
+        "variables say the endpoint and the credentials; default: all results are kept where the jobs are",
+    )
+    job_results_above_kb: int = Field(
+        256, ge=0, le=1_048_576, description="KiB of pixels up to which a result is small, and stays where the jobs are"
+    )
     keep_jobs_s: float = Field(
         86_400, gt=0, allow_inf_nan=False, description="seconds that a durable job is kept after it ended"
     )
     keep_jobs_mb: int = Field(
-        1024, ge=1, le=1_048_576, description="MiB of disk that ended jobs may take; beyond it the oldest are deleted"
+        1024,
+        ge=1,
+        le=1_048_576,
+        description="MiB that ended jobs may take, with their objects; beyond it the oldest are deleted",
     )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes in a request's body")
     max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="bytes in an uploaded image")

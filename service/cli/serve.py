@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from tminus.model.checkpoint import Checkpoint
     from tminus.service.app import Application
+    from tminus.service.jobs.results import Results
     from tminus.service.jobs.store import JobStore
     from tminus.service.model_info import ModelInfo
     from tminus.service.settings import Settings
@@ -59,7 +60,7 @@ def serve(config: Path | None, **flags: Any) -> None:
         fail(str(error))
     models = read_models(settings)
     folders = {name: folder for name, _, folder in models}
-    open_store = opener_of_stores(settings, listener)
+    open_store, results = opener_of_stores(settings, listener), open_results(settings)
     stores: dict[str, JobStore] = {}
     try:
         for weights_hash in [checkpoint.weights_hash for _, checkpoint, _ in models]:
@@ -107,6 +108,7 @@ def serve(config: Path | None, **flags: Any) -> None:
             library=Library(folders, settings.models),
             prepare=read_and_measure,
             access=access,
+            results=results,
             with_metrics=settings.metrics and for_metrics is None,
             with_docs=settings.docs,
             tracer=tracer,
@@ -147,6 +149,23 @@ def opener_of_stores(settings: "Settings", listener: "socket.socket") -> Callabl
         return open_postgres(url, settings.job_namespace, settings.job_lease_s, address)
     except ValueError as error:
         fail(f"--job-store (TMINUS_JOB_STORE): {error}")
+
+
+def open_results(settings: "Settings") -> "Results | None":
+    """Where large results go, if not into the store. An object store that cannot be used ends in one line."""
+    if settings.job_results is None:
+        return None
+    try:
+        from tminus.service.jobs.objects import open_objects
+    except ModuleNotFoundError as error:
+        fail(f"--job-results (TMINUS_JOB_RESULTS) needs the extra s3: {error}; pip install 'tminus[s3]'")
+    from tminus.service.jobs.results import Results
+
+    try:
+        objects = open_objects(settings.job_results, settings.job_namespace)
+    except ValueError as error:
+        fail(f"--job-results (TMINUS_JOB_RESULTS): {error}")
+    return Results(objects, settings.job_results_above_kb * 1024)
 
 
 def listen(host: str, port: int) -> "socket.socket":

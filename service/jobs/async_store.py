@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Pace, Place
+from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Pace, Place, StoredObject
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.spec import Images, Inputs, Snapshot
 from tminus.service.tracing import traced
@@ -29,7 +29,12 @@ class AsyncStore:
         self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
         self._adding: set[str] = set()
         self.now_us = store.now_us  # needs no disk
-        self.failure: StorageFailed | None = None  # why the last attempt to write failed; None after one that did not
+        self._failure: StorageFailed | None = None
+
+    @property
+    def failure(self) -> StorageFailed | None:
+        """Why the last attempt to write failed; None after one that did not."""
+        return self._failure
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Wait for a call, though not for a disk that does not answer. Raises StorageFailed."""
@@ -49,14 +54,14 @@ class AsyncStore:
         try:
             result = await self._call(function, *args, **kwargs)
         except StorageFailed as error:
-            self.failure = error
+            self._failure = error
             raise
-        self.failure = None
+        self._failure = None
         return result
 
     async def check(self) -> None:
         """See JobStore. Writes only while the last attempt to write has failed."""
-        await self._write(self._store.check, write=self.failure is not None)
+        await self._write(self._store.check, write=self._failure is not None)
 
     async def add(self, job: JobRecord, key: Key | None, inputs: Inputs | None, *, held: bool = True) -> bool:
         """See JobStore. A job whose client is told that it was not kept is not kept later either."""
@@ -133,13 +138,19 @@ class AsyncStore:
         """See JobStore."""
         await self._write(self._store.crashed, job_id)
 
-    async def finish(self, job: JobRecord, images: Images | None) -> None:
+    async def finish(self, job: JobRecord, images: Images | StoredObject | None) -> None:
         """See JobStore."""
         with traced("store finish", {"tminus.job.id": job.id, "tminus.outcome": job.outcome or ""}):
             await self._write(self._store.finish, job, images)
 
     async def images(self, job_id: str) -> Images | None:
         """See JobStore."""
+        found = await self._found(job_id)
+        if isinstance(found, StoredObject):
+            raise StorageFailed("the images of this job are in an object store, which this server was not told of")
+        return found
+
+    async def _found(self, job_id: str) -> Images | StoredObject | None:
         with traced("store images", {"tminus.job.id": job_id}):
             return await self._call(self._store.images, job_id)
 
@@ -167,7 +178,7 @@ class AsyncStore:
             except Exception as raised:
                 error = raised
             if error is None or isinstance(error, StorageFailed):
-                self.failure = error
+                self._failure = error
             saved(error, time.thread_time() - started_s)
 
         self._pool.submit(save)

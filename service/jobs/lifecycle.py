@@ -173,7 +173,8 @@ class Lifecycle:
 
     def check_store(self) -> None:
         """Raise StorageFailed while outcomes cannot be written: no new job is accepted."""
-        if self._store_fails and any(live.ending for live in self._live.values()):
+        fails = self._store_fails or self.store.failure is not None  # of two stores one may still take small results
+        if fails and any(live.ending for live in self._live.values()):
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
             )

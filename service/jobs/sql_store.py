@@ -11,7 +11,8 @@ import sqlalchemy as sa
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import arrays
-from tminus.service.jobs.store import JobRecord, Key, LeaseLost, Outcome, Place
+from tminus.service.jobs.object_rows import ObjectRows
+from tminus.service.jobs.store import JobRecord, Key, LeaseLost, Outcome, Place, StoredObject
 from tminus.service.jobs.tables import Tables
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
@@ -32,7 +33,7 @@ class SqlStore:
 
     def __init__(self, tables: Tables, more_values: Mapping[str, Any] | None = None) -> None:
         """more_values: of columns that JobRecord does not have, for a new job."""
-        self._tables = tables
+        self._tables, self._objects = tables, ObjectRows(tables.objects)
         self._more_values = dict(more_values or {})
         jobs = tables.jobs
         fields = JobRecord.__dataclass_fields__
@@ -173,11 +174,13 @@ class SqlStore:
         with reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None
 
-    def images(self, job_id: str) -> Images | None:
+    def images(self, job_id: str) -> Images | StoredObject | None:
         """See JobStore."""
-        data = self._data(self._tables.images, job_id)
+        if (data := self._data(self._tables.images, job_id)) is None:
+            with self._transaction() as run:
+                return self._objects.of(run, job_id)
         with reading(f"the images of job {job_id}"):
-            return arrays.unpack_images(data) if data is not None else None
+            return arrays.unpack_images(data)
 
     def _data(self, table: sa.Table, job_id: str) -> bytes | None:
         with self._transaction() as run:
@@ -190,14 +193,18 @@ class SqlStore:
         with self._transaction() as run:
             run(sa.update(jobs).where(*self._held([job_id])).values(crashes=jobs.c.crashes + 1))
 
-    def finish(self, job: JobRecord, images: Images | None = None) -> None:
+    def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
         """See JobStore."""
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
-        self._finish(job.id, ending, arrays.pack_images(images) if images is not None else None)
+        if images is not None and not isinstance(images, StoredObject):
+            self._finish(job.id, ending, arrays.pack_images(images))
+        else:
+            self._finish(job.id, ending, images)
 
-    def _finish(self, job_id: str, ending: dict[str, Any], images: bytes | None = None) -> None:
+    def _finish(self, job_id: str, ending: dict[str, Any], images: bytes | StoredObject | None = None) -> None:
         tables = self._tables
-        ending |= {"problem": _json(ending["problem"]), "bytes": RECORD_BYTES + len(images or b"")}
+        size = images.bytes if isinstance(images, StoredObject) else len(images or b"")
+        ending |= {"problem": _json(ending["problem"]), "bytes": RECORD_BYTES + size}
         with self._transaction() as run:
             if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
                 self._let_go(job_id)
@@ -207,7 +214,9 @@ class SqlStore:
                 raise LeaseLost(job_id)
             run(sa.delete(tables.snapshots).where(tables.snapshots.c.job_id == job_id))
             run(sa.delete(tables.inputs).where(tables.inputs.c.job_id == job_id))
-            if images is not None:
+            if isinstance(images, StoredObject):
+                self._objects.keep(run, images)
+            elif images is not None:
                 run(sa.insert(tables.images).values(job_id=job_id, data=images))
         self._let_go(job_id)
 
@@ -219,6 +228,30 @@ class SqlStore:
             deleted = self._delete(run, run(sa.select(jobs.c.id).where(*mine)).scalars().all()) > 0
         self._let_go(job_id)
         return deleted
+
+    def note_object(self, job_id: str, key: str) -> None:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        held = sa.select(jobs.c.id).where(*self._held([job_id]), jobs.c.outcome.is_(None))
+        with self._transaction() as run:
+            if not run(held).first():
+                raise LeaseLost(job_id)
+            self._objects.note(run, job_id, key, self.now_us())
+
+    def give_up_object(self, key: str) -> None:
+        """See JobStore."""
+        with self._transaction() as run:
+            self._objects.give_up(run, key)
+
+    def take_unneeded_objects(self) -> list[str]:
+        """See JobStore."""
+        with self._transaction() as run:
+            return self._objects.take_unneeded(run, self.now_us())
+
+    def forget_objects(self, keys: Sequence[str]) -> None:
+        """See JobStore."""
+        with self._transaction() as run:
+            self._objects.forget(run, keys)
 
     def _sweep(self, run: Run, before_us: int, max_bytes: int) -> int:
         """One part of a sweep; how many jobs were deleted."""
@@ -243,6 +276,7 @@ class SqlStore:
         tables = self._tables
         for table in (tables.snapshots, tables.inputs, tables.images):
             run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
+        self._objects.let_go_of(run, job_ids)
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
 
     def _records_or_end(self, rows: Sequence[Any]) -> list[JobRecord]:

@@ -15,13 +15,19 @@ from tminus.service.jobs.wal import find_damage
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of sqlite_tables.py
+VERSION = 3  # of tables.py
 # From each earlier version to the next.
 UPGRADES: Mapping[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE jobs ADD COLUMN owner TEXT DEFAULT '' NOT NULL",
         "CREATE INDEX jobs_by_owner ON jobs (owner, outcome, created_us, id)",
-    )
+    ),
+    2: (
+        "CREATE TABLE objects (key TEXT NOT NULL, job_id TEXT NOT NULL, state TEXT NOT NULL, since_us BIGINT NOT NULL, "
+        "bytes BIGINT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY (key))",
+        "CREATE INDEX objects_by_job ON objects (job_id)",
+        "CREATE INDEX objects_by_state ON objects (state, since_us)",
+    ),
 }
 APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header, by which file(1) and this module know our files
 IN_MEMORY = ":memory:"

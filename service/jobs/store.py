@@ -1,7 +1,7 @@
 """What a store of durable jobs must do, and what it is given. No SQL here."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -66,6 +66,19 @@ class Pace:
 
     places_per_s: float
     backlog_s: float  # of all that it has to do, durable or not
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """The images of a job as an object in an object store, and what tells whether it is still that one."""
+
+    key: str
+    bytes: int
+    sha256: str
+
+
+class ObjectGone(Exception):
+    """An object was given up before the end of its job was kept with it: it has to be written again."""
 
 
 class LeaseLost(Exception):
@@ -157,14 +170,35 @@ class JobStore(Protocol):
     def crashed(self, job_id: str) -> None:
         """Count a crash of the worker on a job."""
 
-    def finish(self, job: JobRecord, images: Images | None = None) -> None:
-        """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost."""
+    def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
+        """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost.
 
-    def images(self, job_id: str) -> Images | None:
-        """Read the images of a job that is done."""
+        images: an object was noted before it was written. Raises ObjectGone, and keeps nothing, if it was given up.
+        """
+
+    def images(self, job_id: str) -> Images | StoredObject | None:
+        """Read the images of a job that is done, or say which object they are."""
 
     def delete(self, job_id: str, owner: str | None = None) -> bool:
         """Delete a job with all that belongs to it, whatever can be read of it; False if there is none of the owner."""
+
+    def note_object(self, job_id: str, key: str) -> None:
+        """Note that an object is about to be written for a job that is held. Raises LeaseLost.
+
+        From then on it is known: if no job comes to refer to it within an hour, nobody needs it.
+        """
+
+    def give_up_object(self, key: str) -> None:
+        """Note that no job will refer to an object."""
+
+    def take_unneeded_objects(self) -> list[str]:
+        """The keys of some objects that no job refers to, to be deleted now. Others are told the same after a minute.
+
+        From then on no job can come to refer to them.
+        """
+
+    def forget_objects(self, keys: Sequence[str]) -> None:
+        """Know no more of objects that were deleted."""
 
     def sweep(self, before_us: int, max_bytes: int) -> bool:
         """Delete jobs that ended before a time, and then the oldest that ended until those left take at most max_bytes.

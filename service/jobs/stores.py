@@ -5,15 +5,16 @@ from collections import Counter
 from collections.abc import Callable
 
 from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.results import Results, ResultStore
 from tminus.service.jobs.store import JobStore
 
 
 class Stores:
     """Owns the stores. Models of the same weights share one, as after a reload of the same weights."""
 
-    def __init__(self, open_store: Callable[[str], JobStore]) -> None:
-        """open_store: opens one, by the hash of the weights."""
-        self._open = open_store
+    def __init__(self, open_store: Callable[[str], JobStore], results: Results | None = None) -> None:
+        """open_store: opens one, by the hash of the weights. results: where large ones go, if not there."""
+        self._open, self._results = open_store, results
         self._stores: dict[str, AsyncStore] = {}
         self._users: Counter[str] = Counter()
         self._turn = asyncio.Lock()  # a file is not opened before it has been closed
@@ -22,16 +23,19 @@ class Stores:
         """As `take`, of a model that the server begins with: it blocks."""
         self._users[weights_hash] += 1
         if weights_hash not in self._stores:
-            self._stores[weights_hash] = AsyncStore(self._open(weights_hash))
+            self._stores[weights_hash] = self._made(weights_hash, self._open(weights_hash))
         return self._stores[weights_hash]
 
     async def take(self, weights_hash: str) -> tuple[AsyncStore, bool]:
         """The store of weights, to be given back by `release`, and whether others use it too. Raises ValueError."""
         async with self._turn:
             if weights_hash not in self._stores:
-                self._stores[weights_hash] = AsyncStore(await asyncio.to_thread(self._open, weights_hash))
+                self._stores[weights_hash] = self._made(weights_hash, await asyncio.to_thread(self._open, weights_hash))
             self._users[weights_hash] += 1
             return self._stores[weights_hash], self._users[weights_hash] > 1
+
+    def _made(self, weights_hash: str, store: JobStore) -> AsyncStore:
+        return AsyncStore(store) if self._results is None else ResultStore(store, self._results, weights_hash[:16])
 
     def is_shared(self, weights_hash: str) -> bool:
         """Whether several models use the store of these weights."""

@@ -18,6 +18,7 @@ class Tables:
     snapshots: sa.Table
     images: sa.Table
     inputs: sa.Table
+    objects: sa.Table  # every object of ours, whether or not a job refers to it
 
 
 def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tables:
@@ -59,4 +60,16 @@ def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tab
         )
         for name in ("images", "inputs")
     )
-    return Tables(metadata, jobs, snapshots, images, inputs)
+    objects = sa.Table(
+        "objects",
+        metadata,
+        sa.Column("key", sa.Text, primary_key=True),
+        sa.Column("job_id", sa.Text, nullable=False),
+        sa.Column("state", sa.Text, nullable=False),
+        sa.Column("since_us", sa.BigInteger, nullable=False),
+        sa.Column("bytes", sa.BigInteger, nullable=False),
+        sa.Column("sha256", sa.Text, nullable=False),
+        sa.Index("objects_by_job", "job_id"),
+        sa.Index("objects_by_state", "state", "since_us"),
+    )
+    return Tables(metadata, jobs, snapshots, images, inputs, objects)

@@ -29,6 +29,7 @@ NEEDED = [
     *PROJECT["optional-dependencies"]["openvino"],
     *PROJECT["optional-dependencies"]["otel"],
     *PROJECT["optional-dependencies"]["postgres"],
+    *PROJECT["optional-dependencies"]["s3"],
     *PYPROJECT["build-system"]["requires"],
 ]
 

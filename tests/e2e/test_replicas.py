@@ -15,7 +15,8 @@ import pytest
 
 from bench.crash import Server
 from tests import postgres
-from tests.e2e.conftest import RunningServer
+from tests import s3 as s3_server
+from tests.e2e.conftest import RunningServer, run_cli
 from tests.e2e.test_models import KEYS, change, new_weights
 from tests.service.durable import events
 from tests.service.keys import key_line
@@ -29,6 +30,12 @@ LONG = {"n": 16, "steps": 1000, "seed": 3}
 @pytest.fixture(scope="module")
 def database() -> Iterator[postgres.Postgres]:
     with postgres.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[s3_server.S3]:
+    with s3_server.running() as server:
         yield server
 
 
@@ -219,3 +226,39 @@ def test_a_job_that_waits_in_the_table_for_weights_that_are_replaced_is_done_by_
     server.wait_until(lambda: httpx.get(path).json()["state"] == "done")
     assert httpx.get(path).json()["fingerprint"] == first
     assert httpx.get(f"{path}/image").status_code == 200
+
+
+def test_a_result_that_is_an_object_is_read_at_another_replica_and_goes_with_its_job(
+    start: Start, s3: s3_server.S3
+) -> None:
+    results = s3.env | {"TMINUS_JOB_RESULTS": f"s3://{s3_server.BUCKET}/jobs", "TMINUS_JOB_RESULTS_ABOVE_KB": "0"}
+    maker, asked, bare = start(**results), start(**results), start()
+    spec = {"n": 2, "steps": 20, "seed": 3}
+    job_id = post(maker.url, spec)
+    url = f"{asked.url}/jobs/{job_id}"
+    asked.wait_until(lambda: httpx.get(url).json()["state"] == "done")
+    (key,) = s3.keys("jobs")
+    assert f"/{job_id}/" in key
+    image = httpx.get(f"{url}/image")
+    assert image.headers["content-type"] == "image/png"
+    assert image.content == asked.post(json=spec).content, "the bytes of an undisturbed request"
+    answer = httpx.get(f"{bare.url}/jobs/{job_id}/image")
+    assert answer.status_code == 507
+    assert "which this server was not told of" in answer.json()["detail"]
+    assert httpx.delete(url).status_code == 204
+    asked.wait_until(lambda: s3.keys("jobs") == [])
+    assert s3.env["AWS_SECRET_ACCESS_KEY"] not in maker.log + asked.log
+
+
+def test_a_server_whose_object_store_cannot_be_used_ends_with_one_line(s3: s3_server.S3, small: Path) -> None:
+    done = run_cli("serve", "--checkpoint", str(small), "--port", "0", "--job-results", "s3://no-such-bucket", **s3.env)
+    assert done.returncode == 1
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .endswith(
+            "--job-results (TMINUS_JOB_RESULTS): the object store cannot write: "
+            "NoSuchBucket: The specified bucket does not exist"
+        )
+    )
+    assert s3.env["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr

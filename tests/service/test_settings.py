@@ -1,4 +1,5 @@
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -19,7 +20,9 @@ from tminus.service.cli import main as cli
 from tminus.service.cli.configuration import shown
 from tminus.service.engine.loading import Loaded
 from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.jobs.objects import open_objects as really_open_objects
 from tminus.service.jobs.postgres import open_postgres as really_open_postgres
+from tminus.service.jobs.results import Results
 from tminus.service.library import Library
 from tminus.service.model_changes import Prepare
 from tminus.service.model_info import Limits
@@ -68,6 +71,8 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "job_namespace": ("studio", "studio"),
     "job_lease_s": ("2.5", 2.5),
     "job_address": ("http://10.0.0.5:8000", "http://10.0.0.5:8000"),
+    "job_results": ("s3://bucket/jobs", "s3://bucket/jobs"),
+    "job_results_above_kb": ("5", 5),
     "keep_jobs_s": ("1.5", 1.5),
     "keep_jobs_mb": ("5", 5),
     "max_body_bytes": ("2048", 2048),
@@ -106,11 +111,13 @@ OTHER = {
     "job_store": "postgresql://elsewhere/jobs",
     "job_namespace": "elsewhere",
     "job_address": "http://10.0.0.6",
+    "job_results": "s3://elsewhere",
     "log_format": "text",
     "log_level": "error",
 }
 
 SECRETS = ("keys", "job_store")
+OF_RESULTS = ("job_results", "job_results_above_kb")
 TICK_TIMES = ((1, 0.5), (16, 2.0))
 
 BAD = [
@@ -125,6 +132,11 @@ BAD = [
     ("job_namespace", "a" * 49),
     ("job_address", "10.0.0.5:8000"),
     ("job_address", "http://10.0.0.5/path"),
+    ("job_results", "gs://bucket"),
+    ("job_results", "bucket"),
+    ("job_results", "s3://bucket/../other"),
+    ("job_results_above_kb", "-1"),
+    ("job_results_above_kb", "1048577"),
     ("job_lease_s", "0.9"),
     ("job_lease_s", "601"),
     ("open", "perhaps"),
@@ -199,6 +211,7 @@ def given(name: str, text: str) -> list[str]:
     if name in TWO_SIDED:
         return [flag(name) if text == "true" else flag(f"no_{name}")]
     more = [flag("job_store"), DATABASE] if name in ("job_namespace", "job_lease_s", "job_address") else []
+    more += [flag("job_results"), "s3://bucket/jobs"] if name == "job_results_above_kb" else []
     return [flag(name), text, *more]
 
 
@@ -272,6 +285,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             library: Library,
             prepare: Prepare,
             access: Access,
+            results: Results | None,
             with_metrics: bool,
             with_docs: bool,
             tracer: object,
@@ -283,6 +297,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             sharing = first[0].speed.sharing
             served.update(limits=limits, sharing=sharing, policy=sharing.policy)
             served.update(tick_times=first[0].speed.tick_times.points, models=library.folder)
+            if results is not None:
+                served.update(job_results=results.objects, job_results_above_kb=results.above_bytes // 1024)
             served.update(access=access, metrics=with_metrics, docs=with_docs, tracer=tracer)
             served.update(allowed_origins=doors.origins, allowed_hosts=doors.hosts)
             served.update(names=[each.engine.info.name for each in first], library=library)
@@ -298,6 +314,11 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(job_store=url, job_namespace=namespace, job_lease_s=lease_s, job_address=address)
             return lambda weights_hash: "the store"
 
+        def open_objects(url: str, folder: str) -> str:
+            if not re.match("s3://[a-z]+(/[a-z]+)?$", url):
+                return really_open_objects(url, folder)  # type: ignore[return-value]
+            return url
+
         def run_server(
             build: Callable[[], object], listener: object, *, max_message_bytes: int, **values: object
         ) -> bool:
@@ -312,6 +333,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr(Library, "folders", folders)
         monkeypatch.setattr("tminus.service.jobs.opening.open_store", open_store)
         monkeypatch.setattr("tminus.service.jobs.postgres.open_postgres", open_postgres)
+        monkeypatch.setattr("tminus.service.jobs.objects.open_objects", open_objects)
         monkeypatch.setattr("tminus.service.server.bind", bind)
         monkeypatch.setattr("tminus.service.server.serve", run_server)
         monkeypatch.setattr(
@@ -335,7 +357,13 @@ def arrived(served: Served, name: str) -> Any:
     if name in ("keys", "keys_file"):
         assert served["access"].with_secret("the-secret").name == "studio"
         return GIVEN[name][1]
-    if name in ("metrics_host", "job_namespace", "job_lease_s", "job_address"):  # of no use without another
+    if name in (
+        "metrics_host",
+        "job_namespace",
+        "job_lease_s",
+        "job_address",
+        *OF_RESULTS,
+    ):  # of no use without another
         return served.get(name, GIVEN[name][1])
     if name == "open":
         return served["access"].is_open

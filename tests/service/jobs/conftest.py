@@ -1,16 +1,23 @@
+import asyncio
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import pytest
 import sqlalchemy as sa
 
 from tests import postgres as postgres_server
+from tests import s3 as s3_server
 from tests.postgres import Postgres
+from tests.s3 import BUCKET, S3
+from tminus.service.jobs.objects import S3Objects
 from tminus.service.jobs.postgres import open_postgres
+from tminus.service.jobs.results import Results, ResultStore
 from tminus.service.jobs.sql_store import SqlStore
 from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord
+from tminus.service.spec import Images
 
 WEIGHTS = "ab" * 32
 
@@ -20,6 +27,43 @@ def postgres() -> Iterator[Postgres]:
     """One for each worker; what a test keeps, it keeps in a namespace of its own."""
     with postgres_server.running() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """One for each worker; what a test keeps, it keeps below a prefix of its own."""
+    with s3_server.running() as server:
+        yield server
+
+
+class Bucket:
+    """What is below one prefix, in an object store to which the AWS_ variables lead."""
+
+    def __init__(self, s3: S3) -> None:
+        self.s3, self.prefix = s3, uuid.uuid4().hex
+        self.url = f"s3://{BUCKET}/{self.prefix}"
+
+    def objects(self) -> S3Objects:
+        return S3Objects(self.url, "")
+
+    def keys(self) -> list[str]:
+        return self.s3.keys(self.prefix)
+
+    def get(self, key: str) -> bytes:
+        return self.s3.get(f"{self.prefix}/{key}")
+
+    def put(self, key: str, data: bytes) -> None:
+        self.s3.put(f"{self.prefix}/{key}", data)
+
+    def delete(self, key: str) -> None:
+        self.s3.delete(f"{self.prefix}/{key}")
+
+
+@pytest.fixture
+def bucket(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    return Bucket(s3)
 
 
 class Shelf(Protocol):
@@ -33,6 +77,9 @@ class Shelf(Protocol):
 
     def read(self, query: str) -> list[tuple[object, ...]]:
         """Read what is kept behind the stores' back."""
+
+    def damage(self, what: str, data: bytes) -> int:
+        """Put other bytes in the place of all snapshots, inputs or images; how many there were."""
 
 
 class FileShelf:
@@ -50,6 +97,9 @@ class FileShelf:
 
     def read(self, query: str) -> list[tuple[object, ...]]:
         return _rows(sa.create_engine(f"sqlite:///{self._file}"), query)
+
+    def damage(self, what: str, data: bytes) -> int:
+        return self.change(f"UPDATE {what} SET data = :data", data=data)
 
 
 class DatabaseShelf:
@@ -72,9 +122,60 @@ class DatabaseShelf:
     def read(self, query: str) -> list[tuple[object, ...]]:
         return _rows(self._engine(), query)
 
+    def damage(self, what: str, data: bytes) -> int:
+        return self.change(f"UPDATE {what} SET data = :data", data=data)
+
     def _engine(self) -> sa.Engine:
         url = sa.make_url(self.url).set(drivername="postgresql+psycopg")
         return sa.create_engine(url, connect_args={"options": f"-c search_path={self.namespace}"})
+
+
+class ObjectShelf:
+    """One of the others, with all images in an object store."""
+
+    def __init__(self, shelf: "FileShelf | DatabaseShelf", bucket: Bucket) -> None:
+        self._shelf, self._bucket = shelf, bucket
+        self.opened: list[SqlStore] = []
+        self.change, self.read = shelf.change, shelf.read
+
+    def open(self) -> SqlStore:
+        store = cast(SqlStore, WithObjects(self._shelf.open(), Results(self._bucket.objects(), 0)))
+        self.opened.append(store)
+        return store
+
+    def damage(self, what: str, data: bytes) -> int:
+        if what != "images":
+            return self._shelf.damage(what, data)
+        found = self._bucket.keys()
+        for key in found:
+            self._bucket.put(key, data)
+        return len(found)
+
+
+class WithObjects:
+    """A ResultStore that is called as the store below it is."""
+
+    def __init__(self, store: SqlStore, results: Results) -> None:
+        self._below, self._results, self._runner = store, ResultStore(store, results, "folder"), asyncio.Runner()
+        self._is_closed = False
+
+    def finish(self, job: JobRecord, images: Images | None = None) -> None:
+        self._runner.run(self._results.finish(job, images))
+
+    def images(self, job_id: str) -> Images | None:
+        return self._runner.run(self._results.images(job_id))
+
+    def sweep(self, before_us: int, max_bytes: int) -> bool:
+        return self._runner.run(self._results.sweep(before_us, max_bytes))
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._results.close()
+            self._runner.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._below, name)
 
 
 def _on(engine: sa.Engine, statement: str, values: dict[str, object]) -> int:
@@ -102,13 +203,23 @@ def database(postgres: Postgres) -> Iterator[DatabaseShelf]:
         store.close()
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def shelf(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shelf]:
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[FileShelf]:
+    """A file of SQLite's."""
+    shelf = FileShelf(tmp_path / "jobs.sqlite3")
+    yield shelf
+    for store in shelf.opened:
+        store.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres", "sqlite and objects", "postgres and objects"])
+def shelf(request: pytest.FixtureRequest) -> Iterator[Shelf]:
     """Of each kind."""
-    if request.param == "postgres":
-        yield request.getfixturevalue("database")
+    made = request.getfixturevalue("database" if request.param.startswith("postgres") else "file")
+    if "objects" not in request.param:
+        yield made
         return
-    made = FileShelf(tmp_path / "jobs.sqlite3")
-    yield made
-    for store in made.opened:
+    with_objects = ObjectShelf(made, request.getfixturevalue("bucket"))
+    yield with_objects
+    for store in with_objects.opened:
         store.close()

@@ -525,7 +525,7 @@ def test_it_then_has_the_tables_of_a_new_file(earlier: Path, tmp_path: Path) -> 
 
 def test_an_upgrade_that_is_cut_off_has_not_happened(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     statements = (*sqlite_file.UPGRADES[1], "SELECT no_such_function()")
-    monkeypatch.setattr(sqlite_file, "UPGRADES", {1: statements})
+    monkeypatch.setattr(sqlite_file, "UPGRADES", {**sqlite_file.UPGRADES, 1: statements})
     with pytest.raises(ValueError, match="no such function"):
         SqliteStore(earlier)
     monkeypatch.undo()

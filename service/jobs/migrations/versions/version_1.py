@@ -63,6 +63,18 @@ def upgrade() -> None:
             schema=schema,
         )
     op.create_table(
+        "objects",
+        sa.Column("key", sa.Text, primary_key=True),
+        sa.Column("job_id", sa.Text, nullable=False),
+        sa.Column("state", sa.Text, nullable=False),
+        sa.Column("since_us", sa.BigInteger, nullable=False),
+        sa.Column("bytes", sa.BigInteger, nullable=False),
+        sa.Column("sha256", sa.Text, nullable=False),
+        schema=schema,
+    )
+    op.create_index("objects_by_job", "objects", ["job_id"], schema=schema)
+    op.create_index("objects_by_state", "objects", ["state", "since_us"], schema=schema)
+    op.create_table(
         "replicas",
         sa.Column("id", sa.Text, primary_key=True),
         sa.Column("weights", sa.Text, primary_key=True),

@@ -1,0 +1,512 @@
+"""Large results as objects: a process that dies, and an object store or a database that is away, at each point."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from tests import s3 as s3_server
+from tests.service.conftest import MakeSite, problem
+from tests.service.durable import SPEC, post, wait_for
+from tests.service.fakes import PATIENCE_S, wait_until
+from tests.service.jobs.conftest import Bucket, DatabaseShelf
+from tests.service.jobs.kept import PIXELS, ended, job
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs import object_rows
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.objects import S3Objects
+from tminus.service.jobs.results import Results, ResultStore
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import LeaseLost, Pace
+
+pytestmark = pytest.mark.slow
+
+MANY, ROWS = 1e9, 64
+Q = TypeVar("Q")
+
+
+class Breakable(S3Objects):
+    """A real object store, of which the answer may be lost, before or after it has done what was asked."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        super().__init__(bucket.url, "")
+        self.before: set[str] = set()
+        self.after: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.written: list[str] = []
+
+    async def put(self, key: str, data: bytes) -> None:
+        await asyncio.to_thread(self.gate.wait, PATIENCE_S)
+        self._fail("put", self.before)
+        await super().put(key, data)
+        self.written.append(key)
+        self._fail("put", self.after)
+
+    async def get(self, key: str, size: int) -> bytes | None:
+        self._fail("get", self.before)
+        return await super().get(key, size)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        self._fail("delete", self.before)
+        await super().delete(keys)
+        self._fail("delete", self.after)
+
+    @staticmethod
+    def _fail(what: str, when: Collection[str]) -> None:
+        if what in when:
+            raise StorageFailed(f"no {what}")
+
+
+class Replica:
+    """One that shares the database, and the bucket."""
+
+    def __init__(self, database: DatabaseShelf, bucket: Bucket, above_bytes: int = 0) -> None:
+        self.below, self.objects = database.open(), Breakable(bucket)
+        self.store = ResultStore(self.below, Results(self.objects, above_bytes), "folder")
+
+    def run(self, *calls: Coroutine[Any, Any, Q]) -> list[Q]:
+        async def all_of_them() -> list[Q]:
+            return list(await asyncio.gather(*calls))
+
+        return asyncio.run(all_of_them())
+
+    def finish(self, at_us: int = 2) -> None:
+        self.run(self.store.finish(ended(job("a"), at_us=at_us), PIXELS))
+
+    def images(self) -> Any:
+        return self.run(self.store.images("a"))[0]
+
+    def sweep(self, before_us: int = 0) -> None:
+        while self.run(self.store.sweep(before_us, 10**12))[0]:
+            pass
+
+
+MakeReplica = Callable[..., Replica]
+
+
+@pytest.fixture
+def replica(database: DatabaseShelf, bucket: Bucket) -> Iterator[MakeReplica]:
+    made: list[Replica] = []
+
+    def make(above_bytes: int = 0) -> Replica:
+        made.append(Replica(database, bucket, above_bytes))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.objects.gate.set()
+        each.store.close()
+
+
+def expire(database: DatabaseShelf) -> None:
+    """Let every lease end, as time does."""
+    database.change("UPDATE jobs SET lease_until = now() - interval '1 second' WHERE lease_until IS NOT NULL")
+
+
+def an_hour_later(database: DatabaseShelf) -> None:
+    database.change(f"UPDATE objects SET since_us = since_us - {object_rows.ORPHAN_US + 10**6}")
+
+
+def states(database: DatabaseShelf) -> list[object]:
+    return [state for (state,) in database.read("SELECT state FROM objects ORDER BY since_us")]
+
+
+# --- what is kept where ---
+
+
+def test_small_results_stay_in_the_database_and_large_ones_become_objects(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket
+) -> None:
+    one = replica(above_bytes=PIXELS.nbytes)
+    large = np.concatenate([PIXELS, PIXELS])
+    for name, images in (("a", PIXELS), ("b", large)):
+        one.below.add(job(name))
+        one.run(one.store.finish(ended(job(name)), images))
+        np.testing.assert_array_equal(one.run(one.store.images(name))[0], images)
+    assert database.read("SELECT job_id FROM images") == [("a",)]
+    ((key, job_id, size),) = database.read("SELECT key, job_id, bytes FROM objects")
+    assert bucket.keys() == [key]
+    assert str(key).startswith("folder/b/")
+    assert job_id == "b"
+    assert len(bucket.get(str(key))) == size
+    assert b"pickle" not in bucket.get(str(key))
+    assert database.read("SELECT count(*) FROM jobs WHERE bytes > 1024") == [(2,)], "the sweep counts it"
+    one.sweep(before_us=10**18)
+    assert (bucket.keys(), states(database)) == ([], [])
+
+
+def test_a_server_without_an_object_store_says_so(replica: MakeReplica, database: DatabaseShelf) -> None:
+    one = replica()
+    one.below.add(job("a"))
+    one.finish()
+
+    async def ask() -> None:
+        store = AsyncStore(database.open())
+        try:
+            with pytest.raises(StorageFailed, match="in an object store, which this server was not told of"):
+                await store.images("a")
+        finally:
+            store.close()
+
+    asyncio.run(ask())
+
+
+def test_a_result_is_read_by_every_replica_and_two_never_write_one_object(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket
+) -> None:
+    """One sleeps past its lease in the middle of its upload, and another ends the job meanwhile."""
+    asleep, awake = replica(), replica()
+    asleep.below.add(job("a"))
+    asleep.objects.gate.clear()
+    finishing = threading.Thread(target=lambda: lost.append(refused(asleep)))
+    lost: list[bool] = []
+    finishing.start()
+    wait_until(lambda: states(database) == ["pending"])
+    expire(database)
+    assert awake.below.claim("build", MANY, ROWS) == [job("a")]
+    awake.finish(at_us=3)
+    asleep.objects.gate.set()
+    finishing.join(PATIENCE_S)
+    assert lost == [True]
+    assert len(bucket.keys()) == 2
+    awake.sweep()
+    assert bucket.keys() == awake.objects.written
+    for each in (asleep, awake):
+        np.testing.assert_array_equal(each.images(), PIXELS)
+
+
+def refused(one: Replica) -> bool:
+    try:
+        one.finish()
+    except LeaseLost:
+        return True
+    return False
+
+
+def test_while_an_upload_hangs_leases_are_renewed(replica: MakeReplica) -> None:
+    one = replica()
+    one.below.add(job("a"))
+
+    async def both() -> frozenset[str]:
+        one.store.holders.append(lambda: ["a"])
+        one.objects.gate.clear()
+        finishing = asyncio.create_task(one.store.finish(ended(job("a")), PIXELS))
+        held = frozenset[str]()
+        for _ in range(3):
+            held = await asyncio.wait_for(one.store.renew("build", Pace(1.0, 1.0)), PATIENCE_S)
+        assert not finishing.done()
+        one.objects.gate.set()
+        await finishing
+        return held
+
+    assert asyncio.run(both()) == {"a"}
+
+
+# --- who dies, and when ---
+
+
+class Died(Exception):
+    """The process is gone: nothing that comes after this is done by it."""
+
+
+def dies_before(one: Replica, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is about to call the database."""
+
+    def die(*_: object, **__: object) -> None:
+        raise Died
+
+    monkeypatch.setattr(one.below, name, die)
+
+
+def dies_after(one: Replica, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the database has done what it was told."""
+    really = getattr(one.below, name)
+
+    def die(*arguments: object) -> None:
+        really(*arguments)
+        raise Died
+
+    monkeypatch.setattr(one.below, name, die)
+
+
+@pytest.mark.parametrize("last", ["note_object", "put", "finish"])
+def test_one_that_dies_as_it_keeps_a_result_leaves_a_job_that_goes_on_or_one_that_is_done(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """last: what it does last."""
+    dying, other = replica(), replica()
+    dying.below.add(job("a"))
+    if last == "put":
+        dies_before(dying, "finish", monkeypatch)
+    else:
+        dies_after(dying, last, monkeypatch)
+    with pytest.raises(Died):
+        dying.finish()
+    expire(database)
+    found = other.below.claim("build", MANY, ROWS)
+    assert found == ([] if last == "finish" else [job("a")])
+    if found:
+        other.finish()
+    other.sweep()
+    np.testing.assert_array_equal(other.images(), PIXELS)
+    an_hour_later(database)
+    other.sweep()
+    assert states(database) == ["kept"]
+    assert bucket.keys() == [key for (key,) in database.read("SELECT key FROM objects")]
+    np.testing.assert_array_equal(other.images(), PIXELS)
+
+
+@pytest.mark.parametrize("last", ["delete", "take_unneeded_objects", "the object", "forget_objects"])
+def test_one_that_dies_as_it_deletes_a_job_leaves_an_object_that_others_delete(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying, other = replica(), replica()
+    dying.below.add(job("a"))
+    dying.finish()
+    if last == "the object":
+        dies_before(dying, "forget_objects", monkeypatch)
+    else:
+        dies_after(dying, last, monkeypatch)
+
+    def delete() -> None:
+        dying.run(dying.store.delete("a"))
+        dying.sweep()
+
+    with pytest.raises(Died):
+        delete()
+    assert other.images() is None
+    monkeypatch.setattr(object_rows, "AGAIN_US", 0)  # a minute goes by
+    other.sweep()
+    assert (bucket.keys(), states(database)) == ([], [])
+
+
+def test_one_that_dies_between_two_tries_leaves_an_orphan_that_is_collected_once_nobody_waits_for_it(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket
+) -> None:
+    dying, other = replica(), replica()
+    dying.below.add(job("a"))
+    dying.objects.after = {"put"}  # it is written, and the answer is lost
+    with pytest.raises(StorageFailed):
+        dying.finish()
+    assert dying.below.delete("a")
+    other.sweep()
+    assert len(bucket.keys()) == 1, "who noted it may still come"
+    an_hour_later(database)
+    other.sweep()
+    assert (bucket.keys(), states(database)) == ([], [])
+
+
+# --- what is away, and comes back ---
+
+
+def test_tries_while_the_database_is_away_write_one_object(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replica()
+    one.below.add(job("a"))
+
+    def away(*_: object) -> None:
+        raise StorageFailed("the database is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.below, "finish", away)
+        for _ in range(3):
+            with pytest.raises(StorageFailed):
+                one.finish()
+    one.finish()
+    assert bucket.keys() == one.objects.written
+    assert states(database) == ["kept"]
+
+
+@pytest.mark.parametrize("lost", ["before", "after"])
+def test_tries_while_the_object_store_is_away_note_one_object(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket, lost: str
+) -> None:
+    one = replica()
+    one.below.add(job("a"))
+    setattr(one.objects, lost, {"put"})
+    for _ in range(3):
+        with pytest.raises(StorageFailed):
+            one.finish()
+    assert states(database) == ["pending"]
+    setattr(one.objects, lost, set())
+    one.finish()
+    assert states(database) == ["kept"]
+    assert len(bucket.keys()) == 1
+
+
+def test_an_object_that_was_given_up_before_the_end_was_kept_is_written_again(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database was away for over an hour, for this replica only."""
+    one, other = replica(), replica()
+    one.below.add(job("a"))
+
+    def away(*_: object) -> None:
+        raise StorageFailed("the database is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.below, "finish", away)
+        with pytest.raises(StorageFailed):
+            one.finish()
+    an_hour_later(database)
+    other.sweep()
+    assert bucket.keys() == []
+    one.finish()
+    assert bucket.keys() == one.objects.written[1:]
+    np.testing.assert_array_equal(other.images(), PIXELS)
+
+
+def test_an_end_whose_answer_was_lost_is_kept_once(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replica()
+    one.below.add(job("a"))
+    with monkeypatch.context() as patch:
+        dies_after(one, "finish", patch)
+        with pytest.raises(Died):
+            one.finish()
+    one.finish()
+    assert states(database) == ["kept"]
+    assert bucket.keys() == one.objects.written
+
+
+def test_a_job_is_deleted_though_the_object_store_is_away_and_its_object_later(
+    replica: MakeReplica, database: DatabaseShelf, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replica()
+    one.below.add(job("a"))
+    one.finish()
+    one.objects.before = {"delete"}
+    assert one.run(one.store.delete("a")) == [True]
+    one.sweep()
+    assert len(bucket.keys()) == 1
+    one.objects.before = set()
+    one.sweep()
+    assert len(bucket.keys()) == 1, "who took it has a minute"
+    monkeypatch.setattr(object_rows, "AGAIN_US", 0)
+    one.sweep()
+    assert (bucket.keys(), states(database)) == ([], [])
+
+
+def test_two_that_collect_at_once_take_different_objects(replica: MakeReplica, database: DatabaseShelf) -> None:
+    one, other = replica(), replica()
+    for number in range(object_rows.MOST_KEYS + 20):
+        one.below.add(job(f"j{number}"))
+        one.below.note_object(f"j{number}", f"key {number}")
+    assert one.below.take_unneeded_objects() == [], "they may be on their way"
+    an_hour_later(database)
+    first, second = one.below.take_unneeded_objects(), other.below.take_unneeded_objects()
+    assert (len(first), len(second)) == (object_rows.MOST_KEYS, 20)
+    assert len({*first, *second}) == len(first) + len(second)
+
+
+def test_whether_objects_can_be_written_is_known_from_the_last_attempt(replica: MakeReplica) -> None:
+    one = replica()
+    one.below.add(job("a"))
+    one.objects.before = {"put"}
+    with pytest.raises(StorageFailed):
+        one.finish()
+    one.run(one.store.check())
+    assert one.store.failure is not None
+    one.below.add(job("b"))
+    one.run(one.store.finish(ended(job("b")), None))
+    assert one.store.failure is not None, "the database says nothing of it"
+    one.objects.before = set()
+    one.run(one.store.check())
+    assert one.store.failure is None
+
+
+# --- what cannot be read ---
+
+
+@pytest.mark.parametrize("data", [b"", b"\xa5" * 100, None], ids=["empty", "longer", "missing"])
+def test_an_object_that_is_damaged_exchanged_or_missing_is_said_and_not_served(
+    replica: MakeReplica, bucket: Bucket, data: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = replica()
+    one.below.add(job("a"))
+    one.finish()
+    (key,) = bucket.keys()
+    bucket.delete(key) if data is None else bucket.put(key, data)
+    with pytest.raises(StorageFailed, match="the images of job a cannot be read") as caught:
+        one.images()
+    assert caught.value.damaged
+    assert f"the object {key} is" in caplog.text
+
+
+def test_the_object_of_another_job_is_not_served(replica: MakeReplica, bucket: Bucket) -> None:
+    """Of the same size: only the checksum tells."""
+    one = replica()
+    for name, images in (("a", PIXELS), ("b", PIXELS[::-1])):
+        one.below.add(job(name))
+        one.run(one.store.finish(ended(job(name)), images))
+    key_of_a, key_of_b = one.objects.written
+    assert len(bucket.get(key_of_a)) == len(bucket.get(key_of_b))
+    bucket.put(key_of_a, bucket.get(key_of_b))
+    with pytest.raises(StorageFailed, match="cannot be read"):
+        one.images()
+
+
+def test_an_object_store_that_is_away_is_no_damage(replica: MakeReplica) -> None:
+    one = replica()
+    one.below.add(job("a"))
+    one.finish()
+    one.objects.before = {"get"}
+    with pytest.raises(StorageFailed) as caught:
+        one.images()
+    assert not caught.value.damaged
+
+
+def test_a_job_that_is_deleted_while_its_images_are_read_is_not_there(replica: MakeReplica, bucket: Bucket) -> None:
+    one, other = replica(), replica()
+    one.below.add(job("a"))
+    one.finish()
+    get = one.objects.get
+
+    async def deleted_before(key: str, size: int) -> bytes | None:
+        await other.store.delete("a")
+        await other.store.sweep(0, 10**12)
+        return await get(key, size)
+
+    one.objects.get = deleted_before  # type: ignore[method-assign]
+    assert one.images() is None
+
+
+# --- a server ---
+
+
+def test_a_server_whose_object_store_goes_keeps_all_ends_when_it_is_back(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.objects.RETRIES", 0)
+    with s3_server.running() as s3:
+        for name, value in s3.env.items():
+            monkeypatch.setenv(name, value)
+        bucket = Bucket(s3)
+        results = Results(bucket.objects(), 30)  # of two images, not of one
+        site = make_site(state_file=lambda _: SqliteStore(None), app={"results": results})
+        first = post(site).json()["id"]
+        wait_for(site, first)
+        image = site.client.get(f"/jobs/{first}/image").content
+        assert len(bucket.keys()) == 1
+        s3.stop()
+        problem(site.client.get(f"/jobs/{first}/image"), 507, "storage_failed")
+        site.engine.gate.shut()
+        second, small = post(site).json()["id"], post(site, SPEC | {"n": 1}).json()["id"]
+        site.engine.gate.open()
+        wait_until(lambda: site.client.get("/readyz").status_code == 507)
+        wait_for(site, small)
+        for _ in range(5):
+            problem(site.client.post("/jobs", json=SPEC), 507, "storage_failed")
+        assert site.client.get(f"/jobs/{second}").json()["state"] == "running"
+        s3.start()
+        wait_for(site, second)
+        assert site.client.get(f"/jobs/{second}/image").content == image
+        assert site.client.get("/readyz").status_code == 200
+        assert site.client.delete(f"/jobs/{second}").status_code == 204
