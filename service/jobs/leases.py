@@ -15,6 +15,7 @@ from tminus.service.jobs.live import Live
 from tminus.service.jobs.store import JobRecord, Key, Pace
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.admission import Admission
+from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.spec import Inputs
 from tminus.service.work import Outlook, work_of
 from tminus.service.worker.worker import Worker
@@ -66,6 +67,7 @@ class Leases:
         self._model, self._info = model, info
         self._max_rows, self._ended = max_rows, False
         store.holders.append(self._ids)
+        self.load: ClusterLoad | None = None  # of the last renewal; None while the database is away
         self._others_wait = False  # the last claim may have left jobs that waited longer than a new one
 
     async def renew(self) -> None:
@@ -76,6 +78,8 @@ class Leases:
         for live in had:
             if live.record.id not in held and live.ending is None:
                 self._holder.lose(live)
+        load = await self._store.load()
+        self.load = None if self._ended else load
 
     async def renew_until_closed(self) -> None:
         """Renew in time, as long as the process lives or the model is loaded."""
@@ -85,7 +89,7 @@ class Leases:
                 if not self._ended:
                     await self.renew()
             except StorageFailed:
-                continue
+                self.load = None
             except Draining:
                 return
             except Exception:  # a replica that does not renew works for nothing
@@ -129,7 +133,7 @@ class Leases:
 
     def end(self) -> None:
         """Claim and renew no more: the model is unloaded."""
-        self._ended = True
+        self._ended, self.load = True, None
         self._store.holders.remove(self._ids)
 
     def _ids(self) -> list[str]:
