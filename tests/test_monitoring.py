@@ -46,7 +46,8 @@ def free_port() -> int:
 
 
 def test_prometheus_takes_its_configuration_and_the_alerts() -> None:
-    run("promtool", "check", "config", PROMETHEUS / "prometheus.yml")
+    for name in ("prometheus", "replicas"):
+        run("promtool", "check", "config", PROMETHEUS / f"{name}.yml")
     run("promtool", "test", "rules", PROMETHEUS / "alerts_test.yml")
 
 
