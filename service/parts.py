@@ -137,7 +137,7 @@ class Parts:
         )
 
     def _waiting_in_store(self) -> tuple[int, float] | None:
-        """Of all weights that are served; those that are loaded twice, as after a reload of the same ones, count once."""
+        """Of all weights that are served. What is loaded twice, as after a reload of the same weights, counts once."""
         loads = {
             part.services.model.weights_hash: part.lifecycle.leases.load
             for part in list(self._parts.values())
