@@ -14,7 +14,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, repeat
 from statistics import median, quantiles
 
 from tminus.service.errors import Overloaded
@@ -37,7 +37,7 @@ LEASE_S = 15.0
 BACK_S = 30.0  # until one that died is there again
 # Statements of PostgresStore for one job: to find its key and add it, to claim it and read its snapshot where it was
 # left to others, to keep its end. BEGIN and COMMIT are not counted.
-ADD, LOAD, RESUME, FINISH, RENEW, CLAIM = 2, 2, 1, 4, 3, 2
+ADD, LOAD, RESUME, FINISH, RENEW, CLAIM = 2, 2, 1, 4, 5, 2
 
 
 @dataclass(slots=True)
@@ -136,14 +136,22 @@ class Cluster:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._numbers = count()
 
-    def run(self, requests: Sequence[tuple[float, Work]], deaths: Sequence[tuple[float, int]] = ()) -> Outcome:
-        """Run requests at their times to the end of all work; deaths: when, and of which replica."""
+    def run(
+        self,
+        requests: Sequence[tuple[float, Work]],
+        deaths: Sequence[tuple[float, int]] = (),
+        to: Sequence[int] | None = None,
+    ) -> Outcome:
+        """Run requests at their times to the end of all work.
+
+        deaths: when, and of which replica. to: which replica gets each request; else any that lives does.
+        """
         for number, replica in enumerate(self.replicas):
             first_s = self._draw.uniform(0, CLAIM_S)
             self._at(0.0, lambda now_s, number=number: self._renew(number, now_s))  # type: ignore[misc]
             self._at(first_s, lambda now_s, replica=replica: self._claim(replica, now_s))  # type: ignore[misc]
-        for at_s, work in requests:
-            self._at(at_s, lambda now_s, work=work: self._arrive(work, now_s))  # type: ignore[misc]
+        for (at_s, work), number in zip(requests, to or repeat(None), strict=to is not None):
+            self._at(at_s, lambda now_s, work=work, number=number: self._arrive(work, now_s, number))  # type: ignore[misc]
         for at_s, number in deaths:
             self._at(at_s, lambda now_s, number=number: self._die(number, now_s))  # type: ignore[misc]
         last_s = requests[-1][0]
@@ -159,12 +167,12 @@ class Cluster:
 
     # --- jobs ---
 
-    def _arrive(self, work: Work, now_s: float) -> None:
+    def _arrive(self, work: Work, now_s: float, number: int | None) -> None:
         living = [replica for replica in self.replicas if replica.lives]
         if not living:
             self.outcome.refused.append(0)
             return
-        replica = self._draw.choice(living)
+        replica = self._draw.choice(living) if number is None else self.replicas[number]
         job = Job(f"job {next(self._arrivals)}", work, now_s, [work.start] * work.rows)
         here = replica.room_places > 0 and not replica.others_wait
         try:
@@ -268,11 +276,13 @@ class Cluster:
 # --- traffic ---
 
 
-def mixed(load: float, replicas: int, seconds: float, seed: int = 0) -> Iterator[tuple[float, Work]]:
+def mixed(
+    load: float, replicas: int, seconds: float, seed: int = 0, points: Sequence[tuple[int, float]] = TICKS
+) -> Iterator[tuple[float, Work]]:
     """Jobs of the mix at random moments, that together take a share of all replicas."""
     draw, time_s = random.Random(seed), 0.0
     mean_places = ROWS * sum(steps * share for steps, share in MIX.items()) / sum(MIX.values())
-    per_s = load * replicas / (mean_places * TickTimes(TICKS).seconds_per_place(LIMITS.max_batch))
+    per_s = load * replicas / (mean_places * TickTimes(tuple(points)).seconds_per_place(LIMITS.max_batch))
     while (time_s := time_s + draw.expovariate(per_s)) < seconds:
         steps = draw.choices([*MIX], [*MIX.values()])[0]
         yield time_s, Work(ROWS, steps, range(0))

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,26 @@ class Server:
     """A process that is killed and started again on one state folder and port."""
 
     def __init__(
-        self, checkpoint: Path, state: Path, flags: Sequence[str] = (), env: Mapping[str, str] | None = None
+        self,
+        checkpoint: Path,
+        state: Path,
+        flags: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
     ) -> None:
+        """log: a file for what it logs; else it goes where ours goes."""
         self.port = servers.free_port()
         self.url = f"http://{servers.HOST}:{self.port}"
         self._command = [sys.executable, "-m", "tminus", "serve", "--checkpoint", str(checkpoint.resolve())]
         self._command += ["--port", str(self.port), "--state-dir", str(state), "--log-level", "warning", *flags]
         self._environment = servers.environment() | dict(env or {})
+        self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start, and wait until it is ready."""
-        self._process = subprocess.Popen(self._command, cwd=servers.ROOT, env=self._environment)
+        with self._log.open("ab") if self._log is not None else nullcontext() as log:
+            self._process = subprocess.Popen(self._command, cwd=servers.ROOT, env=self._environment, stderr=log)
         deadline = time.monotonic() + READY_S
         while True:
             try:

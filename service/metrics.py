@@ -4,7 +4,7 @@ Each app has a registry of its own; there are no globals.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 from prometheus_client import (
@@ -19,6 +19,8 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from tminus.service.model_info import ModelInfo
 
@@ -128,8 +130,13 @@ class Metrics:
         streams_open: Callable[[], int],
         stalled_s: Callable[[], float],
         tick_time_ratio: Callable[[], float],
+        waiting_in_store: Callable[[], tuple[int, float] | None],
     ) -> None:
-        """Add the gauges whose values are read when /metrics is."""
+        """Add the gauges whose values are read when /metrics is.
+
+        waiting_in_store: the jobs of a shared store that nobody holds, and the seconds that one server would take for
+        them; None without such a store, or while it does not answer.
+        """
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "tasks": ("Tasks of the event loop", tasks),
             "rows_active": ("Rows in the last tick", rows_active),
@@ -144,6 +151,7 @@ class Metrics:
         }
         for name, (text, read) in gauges.items():
             Gauge(f"tminus_{name}", text, registry=self.registry).set_function(read)
+        self.registry.register(_WaitingInStore(waiting_in_store))
 
     def ticked(self, model: str, seconds: float, places: int, row_steps: Mapping[str, int]) -> None:
         """Record a tick of a model; row_steps: how many steps of one row it took, by sampler."""
@@ -214,3 +222,17 @@ class Metrics:
     def render(self) -> bytes:
         """Write all metrics in the Prometheus text format."""
         return generate_latest(self.registry)
+
+
+class _WaitingInStore(Collector):
+    """Two gauges that have no series while nothing is known: 0 would say that nothing waits."""
+
+    def __init__(self, read: Callable[[], tuple[int, float] | None]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Read the values once for both."""
+        known = self._read() or (None, None)
+        texts = ("Jobs of a shared store that no server holds", "Predicted seconds of those jobs on one server")
+        for name, text, value in zip(("jobs_waiting", "backlog_seconds"), texts, known, strict=True):
+            yield GaugeMetricFamily(f"tminus_store_{name}", text, value)

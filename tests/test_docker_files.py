@@ -1,9 +1,15 @@
 """What the container files say of the server, held against the server's own settings."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tminus.service.server import ANSWER_S
 from tminus.service.settings import Settings
@@ -11,7 +17,8 @@ from tminus.service.settings import Settings
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPOSE = (ROOT / "docker" / "compose.yaml").read_text()
-OVERRIDES = "".join((ROOT / "docker" / f"{name}.yaml").read_text() for name in ("gpu", "keys"))
+OVERRIDES = "".join((ROOT / "docker" / f"{name}.yaml").read_text() for name in ("gpu", "keys", "replicas"))
+PASSWORD = "of all kinds: $@/%'"
 
 
 def test_every_tminus_variable_is_a_setting() -> None:
@@ -62,3 +69,79 @@ def test_the_server_gets_the_signals_itself() -> None:
     final = DOCKERFILE.partition(" AS base\n")[2].partition("\nFROM ")[0]
     assert re.search(r'^ENTRYPOINT \["tminus"\]$', final, re.MULTILINE)
     assert re.search(r'^CMD \["serve"\]$', final, re.MULTILINE)
+
+
+# --- several servers, as compose itself reads the files ---
+
+
+def composed(*names: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """What compose would run."""
+    program = shutil.which("docker-compose")
+    assert program is not None, "the tests need apt-get install docker-compose"
+    files = [part for name in ("compose", *names) for part in ("--file", ROOT / "docker" / f"{name}.yaml")]
+    command = [program, *files, "config", "--format", "json"]
+    bare = {name: value for name, value in os.environ.items() if name not in ("POSTGRES_PASSWORD", "PORT", "KEYS")}
+    return subprocess.run(command, env=bare | env, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    done = composed("replicas", POSTGRES_PASSWORD=PASSWORD)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)["services"]
+    return found
+
+
+def test_two_servers_on_one_database_have_one_port_between_them(services: dict[str, Any]) -> None:
+    servers, proxy = services["tminus"], services["proxy"]
+    assert servers["deploy"]["replicas"] == 2
+    assert "ports" not in servers
+    assert "ports" not in services["postgres"]
+    (port,) = proxy["ports"]
+    assert (port["host_ip"], port["published"]) == ("127.0.0.1", "8000")
+    text = (ROOT / "docker" / "nginx" / "replicas.conf").read_text()
+    assert f"listen {port['target']};" in text
+    (of_servers,) = re.findall(r"TMINUS_PORT=(\d+)", DOCKERFILE)
+    assert f"set $servers tminus:{of_servers};" in text
+    (mounted,) = proxy["volumes"]
+    assert (mounted["source"], mounted["read_only"]) == (str(ROOT / "docker" / "nginx" / "replicas.conf"), True)
+
+
+def test_each_waits_until_what_it_needs_is_healthy(services: dict[str, Any]) -> None:
+    for name, needs in (("proxy", "tminus"), ("tminus", "postgres")):
+        assert services[name]["depends_on"][needs]["condition"] == "service_healthy"
+    assert "healthcheck" in services["postgres"]
+    assert "HEALTHCHECK" in DOCKERFILE
+
+
+def test_the_database_asks_for_the_password_that_the_servers_have_whatever_is_in_it(services: dict[str, Any]) -> None:
+    servers, database = services["tminus"]["environment"], services["postgres"]["environment"]
+    escaped = PASSWORD.replace("$", "$$")  # as compose prints it
+    assert servers["PGPASSWORD"] == database["POSTGRES_PASSWORD"] == escaped
+    assert servers["TMINUS_JOB_STORE"] == f"postgresql://{database['POSTGRES_USER']}@postgres/tminus"
+    refused = composed("replicas")
+    assert refused.returncode != 0
+    assert "POSTGRES_PASSWORD" in refused.stderr
+
+
+def test_what_is_added_may_do_as_little_as_the_rest(services: dict[str, Any]) -> None:
+    for name in ("proxy", "postgres"):
+        assert services[name]["cap_drop"] == ["ALL"]
+        assert services[name]["security_opt"] == ["no-new-privileges:true"]
+        assert services[name]["read_only"]
+        assert re.fullmatch(r"[\w/-]+:\d[\w.-]*", services[name]["image"]), "its version is named"
+
+
+def test_prometheus_asks_each_server_by_the_name_of_its_container(services: dict[str, Any]) -> None:
+    assert "--config.file=/etc/prometheus/replicas.yml" in services["prometheus"]["command"]
+    count, port = services["tminus"]["deploy"]["replicas"], services["tminus"]["environment"]["TMINUS_METRICS_PORT"]
+    text = (ROOT / "docker" / "prometheus" / "replicas.yml").read_text()
+    assert re.findall(r'"([^"]+)"', text) == [f"tminus-tminus-{number}:{port}" for number in range(1, count + 1)]
+
+
+def test_several_servers_can_have_keys_too(tmp_path: Path) -> None:
+    done = composed("keys", "replicas", POSTGRES_PASSWORD=PASSWORD, KEYS=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    environment = json.loads(done.stdout)["services"]["tminus"]["environment"]
+    assert environment["TMINUS_OPEN"] == "no"
+    assert environment["TMINUS_JOB_STORE"]

@@ -147,7 +147,7 @@ def test_every_option_named_in_the_text_exists(page: Path) -> None:
     options = [option for command in main.commands.values() for option in command.params]
     known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
     used = {code.split()[0] for code in named(prose(page)) if code.startswith("--")}
-    of_docker = {"--stop-timeout", "--init", "--cpus"} if page.parent.name == "docker" else set()
+    of_docker = {"--stop-timeout", "--init", "--cpus", "--scale", "--target"} if page.parent.name == "docker" else set()
     assert used <= known | of_docker | {"--help"}
 
 

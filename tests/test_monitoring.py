@@ -27,8 +27,14 @@ ALERTS = [
     rule for group in yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"] for rule in group["rules"]
 ]
 PANELS = {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in DASHBOARD["panels"]}
-# Nothing of it happens here: no GPU, no error, and no reader is slow.
-EMPTY_HERE = ("tminus_device_memory_bytes", 'status=~"5.."', "tminus_cancelled_total", "tminus_snapshots_total")
+# Nothing of it happens here: no GPU, no shared store, no error, and no reader is slow.
+EMPTY_HERE = (
+    "tminus_device_memory_bytes",
+    "tminus_store_backlog_seconds",
+    'status=~"5.."',
+    "tminus_cancelled_total",
+    "tminus_snapshots_total",
+)
 KEY = "a-key"
 
 
@@ -46,7 +52,8 @@ def free_port() -> int:
 
 
 def test_prometheus_takes_its_configuration_and_the_alerts() -> None:
-    run("promtool", "check", "config", PROMETHEUS / "prometheus.yml")
+    for name in ("prometheus", "replicas"):
+        run("promtool", "check", "config", PROMETHEUS / f"{name}.yml")
     run("promtool", "test", "rules", PROMETHEUS / "alerts_test.yml")
 
 

@@ -71,7 +71,8 @@ class Leases:
         self._model, self._info = model, info
         self._max_rows, self._ended = max_rows, False
         store.holders.append(self._ids)
-        self._load, self._asked_s = ClusterLoad(), -math.inf  # the last look at the others, and when that was
+        self.load: ClusterLoad | None = None  # when it was last asked for; None while the database is away
+        self._asked_s = -math.inf  # when that was
         self._others_wait = False  # the last claim may have left jobs that waited longer than a new one
 
     async def renew(self) -> None:
@@ -82,6 +83,7 @@ class Leases:
         for live in had:
             if live.record.id not in held and live.ending is None:
                 self._holder.lose(live)
+        await self._look()
 
     async def renew_until_closed(self) -> None:
         """Renew in time, as long as the process lives or the model is loaded."""
@@ -91,11 +93,17 @@ class Leases:
                 if not self._ended:
                     await self.renew()
             except StorageFailed:
-                continue
+                self.load = None
             except Draining:
                 return
             except Exception:  # a replica that does not renew works for nothing
                 log.exception("the leases of jobs could not be renewed")
+
+    async def _look(self) -> None:
+        """See what all replicas have to do. Raises StorageFailed."""
+        self._asked_s = time.perf_counter()
+        load = await self._store.load()
+        self.load = None if self._ended else load
 
     async def claim_until_closed(self) -> None:
         """Take on what nobody holds, until the process ends or the model is to be unloaded."""
@@ -135,7 +143,7 @@ class Leases:
 
     def end(self) -> None:
         """Claim and renew no more: the model is unloaded."""
-        self._ended = True
+        self._ended, self.load = True, None
         self._store.holders.remove(self._ids)
 
     def _ids(self) -> list[str]:
@@ -165,10 +173,11 @@ class Leases:
             return error
         now_s = time.perf_counter()
         if now_s > self._asked_s + LOAD_S:  # not for each of a flood
-            self._asked_s = now_s
             with suppress(StorageFailed):
-                self._load = await self._store.load()
-        wait_s = self._admission.wait_elsewhere_s(work_of(spec, self._info, self._model), self._load, now_s)
+                await self._look()
+        if self.load is None:
+            return error
+        wait_s = self._admission.wait_elsewhere_s(work_of(spec, self._info, self._model), self.load, now_s)
         return error if math.isinf(wait_s) else error.sooner(max(1, math.ceil(wait_s)))
 
     def _pace(self) -> Pace:

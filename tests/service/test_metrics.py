@@ -46,6 +46,7 @@ def moved() -> dict[str, Metric]:
         streams_open=lambda: 1,
         stalled_s=lambda: 1.0,
         tick_time_ratio=lambda: 1.0,
+        waiting_in_store=lambda: (1, 1.0),
     )
     metrics.ticked("fake", 1.0, 1, {"ddpm": 1})
     metrics.job_started(queue_s=1.0, first_step_s=1.0)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.postgres import Postgres
-from tests.service.conftest import INSTANT, Site, problem
+from tests.service.conftest import INSTANT, MakeSite, Site, problem
 from tests.service.durable import SPEC, events, post, state, wait_for
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
 from tests.service.jobs.conftest import DatabaseShelf
@@ -19,6 +19,7 @@ from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.store import Pace
 from tminus.service.model_info import ModelInfo
+from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.tick_times import TickTimes
 
 pytestmark = pytest.mark.slow
@@ -312,6 +313,41 @@ def test_a_keys_jobs_are_counted_wherever_they_are(replicas: Replicas, monkeypat
     assert post(one, **ben).status_code == 202
     for site in (one, other):
         site.engine.gate.open()
+
+
+@pytest.mark.usefixtures("believed")
+def test_metrics_tell_what_waits_in_the_store_at_each_replica_unless_it_does_not_answer(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "AHEAD_S", 0.1)
+    pair = [replicas.start(shut=True, tick_times=SLOW) for _ in range(2)]
+    spec = SPEC | {"n": 1, "guidance": 1, "steps": 100}  # a second
+    for site in pair:
+        post(site, spec)
+    for seed in range(3):
+        post(pair[0], spec | {"seed": seed})
+    waiting = ("tminus_store_jobs_waiting", "tminus_store_backlog_seconds")
+
+    def told(site: Site) -> list[float | None]:
+        metrics = site.metrics()
+        return [metrics.get(name) for name in waiting]
+
+    for site in pair:
+        wait_until(lambda site=site: told(site) == [3, pytest.approx(3.0)])  # type: ignore[misc]
+
+    def away(store: PostgresStore) -> ClusterLoad:
+        raise StorageFailed("server closed the connection unexpectedly")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PostgresStore, "load", away)
+        wait_until(lambda: told(pair[0]) == [None, None])
+    for site in pair:
+        site.engine.gate.open()
+    wait_until(lambda: told(pair[0]) == [0, 0.0])
+
+
+def test_metrics_tell_of_no_shared_store_where_there_is_none(make_site: MakeSite) -> None:
+    assert "tminus_store_jobs_waiting" not in make_site().metrics()
 
 
 @pytest.mark.usefixtures("believed")
