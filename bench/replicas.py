@@ -1,0 +1,211 @@
+"""Several servers on one PostgreSQL: whether waits are as simulated, what the store costs, how late frames are elsewhere.
+
+    python -m bench.replicas [--only predicted,store,frames] [--seconds 120] [--load 0.6] [--rounds 5]
+
+Predicted: durable jobs come at random moments to 1, 2 and 3 servers of one thread each, and the same jobs at the same
+moments to the simulation (bench/cluster.py), which is told how long ticks took. The network is a small one of random
+weights, so that some hundred jobs end in a minute. Store: row-steps per second with durable jobs in PostgreSQL, over
+those with SQLite, in turns. Frames: when two viewers of one job get each frame, one where it runs and one elsewhere.
+PostgreSQL is Debian's, started for the run; each server has a cache of measurements of its own.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+import torch
+
+from bench import cluster, servers
+from bench.crash import Server
+from bench.durable import window
+from bench.figures import quantile
+from bench.streams import show
+from tests import postgres
+from tminus.model.checkpoint import save_checkpoint
+from tminus.model.noise import NoiseConfig
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
+from tminus.service.work import Work
+
+PARTS = ("predicted", "store", "frames")
+NETWORK = UNetConfig(
+    sample_size=32, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
+    down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=8,
+)  # fmt: skip
+TICK = re.compile(r"a tick of (\d+) places takes ([\d.]+) ms")
+ONE_THREAD = ("--threads", "1", "--max-batch", "8", "--short-batch", "4", "--log-level", "info")
+LONG = {"n": 4, "steps": 1000, "seed": 1}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--replicas", default="1,2,3")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of arrivals, for each number of servers")
+    parser.add_argument("--load", type=float, default=0.6, help="of the cores that the servers have")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--window", type=float, default=10.0, help="seconds")
+    parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
+    args = parser.parse_args()
+    chosen = args.only.split(",")
+    with tempfile.TemporaryDirectory() as folder, postgres.running() as database:
+        place = Path(folder)
+        if "predicted" in chosen:
+            print("| servers | ticks / measured | jobs | refused | median wait: real, simulated, ratio | 99 % |")
+            print("|---" * 6 + "|")
+            for count in map(int, args.replicas.split(",")):
+                predicted(place / f"{count}", database.url(), count, args.seconds, args.load)
+        if "store" in chosen:
+            asyncio.run(store(database.url(), args.checkpoint, args.rounds, args.window))
+        if "frames" in chosen:
+            asyncio.run(frames(place / "frames", database.url(), args.checkpoint))
+
+
+# --- waits, real and simulated ---
+
+
+@contextmanager
+def started(checkpoint: Path, place: Path, database: str, count: int, *flags: str) -> Iterator[list[Server]]:
+    """So many servers of one namespace, started one after the other: each measures its ticks on an idle machine."""
+    shared = {"TMINUS_JOB_STORE": database, "TMINUS_JOB_NAMESPACE": f"replicas_{place.name}"}
+    with ExitStack() as stack:
+        running = []
+        for number in range(count):
+            env = shared | {"XDG_CACHE_HOME": str(place / f"cache {number}")}
+            server = Server(checkpoint, place / f"state {number}", flags, env, place / f"log {number}")
+            stack.callback(server.kill)
+            server.start()
+            running.append(server)
+        yield running
+
+
+def predicted(place: Path, database: str, count: int, seconds: float, load: float) -> None:
+    """One line of the table: so many servers under one hail of jobs, and the simulation under the same."""
+    checkpoint = place / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_checkpoint(checkpoint, UNet2D(NETWORK).state_dict(), NETWORK, NoiseConfig(), None, {})
+    with started(checkpoint, place, database, count, *ONE_THREAD) as running:
+        points = tick_times(place / "log 0")
+        share = load * min(1.0, (os.cpu_count() or 1) / count)
+        requests = list(cluster.mixed(share, count, seconds, points=points))
+        draw = random.Random(count)
+        to = [draw.randrange(count) for _ in requests]
+        waits, refused = asyncio.run(real(running, requests, to))
+        slower = statistics.mean(metric_now(server, "tminus_tick_time_ratio") for server in running)
+    points = [(places, slower * tick_s) for places, tick_s in points]
+    outcome = cluster.Cluster(count, points=points).run(requests, to=to)
+    halves, hundredths = ((quantile(waits, q), quantile(outcome.waits(), q)) for q in (0.5, 0.99))
+    print(
+        f"| {count} | {slower:.2f} | {len(waits)} | {refused}, {len(outcome.refused)} "
+        f"| {halves[0]:.2f} s, {halves[1]:.2f} s, **{halves[1] / halves[0]:.2f}** "
+        f"| {hundredths[0]:.2f} s, {hundredths[1]:.2f} s, **{hundredths[1] / hundredths[0]:.2f}** |",
+        flush=True,
+    )
+
+
+def tick_times(log: Path) -> list[tuple[int, float]]:
+    """How long ticks take by their places, as a server measured it."""
+    found = {int(places): float(ms) / 1000 for places, ms in TICK.findall(log.read_text())}
+    assert found, f"no tick times in {log}"
+    return sorted(found.items())
+
+
+async def real(
+    running: Sequence[Server], requests: Sequence[tuple[float, Work]], to: Sequence[int]
+) -> tuple[list[float], int]:
+    """Post jobs at their times, each to its server; how long each took by the store's times, and how many were refused."""
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
+        began_s = time.perf_counter()
+
+        async def post(number: int) -> str | None:
+            at_s, work = requests[number]
+            await asyncio.sleep(began_s + at_s - time.perf_counter())
+            body = {"n": work.rows, "steps": work.steps, "seed": number}
+            answer = await http.post(f"{running[to[number]].url}/jobs", json=body)
+            if answer.status_code == 429:
+                return None
+            return str(answer.raise_for_status().json()["id"])
+
+        ids = await asyncio.gather(*map(post, range(len(requests))))
+        waits = []
+        for job_id in ids:
+            while job_id is not None:
+                job = (await http.get(f"{running[0].url}/jobs/{job_id}")).raise_for_status().json()
+                if job["finished"] is not None:
+                    assert job["state"] == "done", job
+                    created, finished = (datetime.fromisoformat(job[name]) for name in ("created", "finished"))
+                    waits.append((finished - created).total_seconds())
+                    break
+                await asyncio.sleep(0.2)
+    return waits, ids.count(None)
+
+
+def metric_now(server: Server, name: str) -> float:
+    """One metric of a server, the sum over its labels."""
+    return servers.sum_metrics(httpx.get(f"{server.url}/metrics", trust_env=False).text)[name]
+
+
+# --- what the store costs ---
+
+
+async def store(database: str, checkpoint: Path, rounds: int, window_s: float) -> None:
+    """Windows of durable jobs in turns: SQLite, PostgreSQL, SQLite, …; the other server has nothing to do."""
+    shared = ("--job-store", database, "--job-namespace", "store")
+    kinds = [servers.contenders(1, flags)["tminus"] for flags in ((), shared)]
+    rates: list[list[float]] = [[], []]
+    with ExitStack() as stack:
+        running = [stack.enter_context(servers.running(kind, checkpoint, None)) for kind in kinds]
+        clients = [httpx.AsyncClient(base_url=server.url, timeout=None, trust_env=False) for server in running]
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", flush=True)
+            for rate, server, http in zip(rates, running, clients, strict=True):
+                rate.append((await window(server, http, window_s, is_durable=True))[0])
+    print("| what | | range |\n|---|---|---|")
+    show("row-steps/s, PostgreSQL / SQLite", [there / here for here, there in zip(*rates, strict=True)])
+    show("row-steps/s, PostgreSQL", rates[1])
+
+
+# --- frames elsewhere ---
+
+
+async def frames(place: Path, database: str, checkpoint: Path) -> None:
+    """Two viewers of one job that runs on the first of two servers: one there, and one at the other."""
+    with started(checkpoint, place, database, 2) as running:
+        async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
+            job_id = (await http.post(f"{running[0].url}/jobs", json=LONG)).raise_for_status().json()["id"]
+            here, there = await asyncio.gather(*(view(http, server.url, job_id) for server in running))
+    both = sorted(here.keys() & there.keys())
+    delays = [1000 * (there[step] - here[step]) for step in both]
+    print("| frames seen at both | ms later elsewhere: median | 99 % | most |\n|---|---|---|---|")
+    print(f"| {len(both)} | **{quantile(delays, 0.5):.1f}** | **{quantile(delays, 0.99):.1f}** | {max(delays):.1f} |")
+
+
+async def view(http: httpx.AsyncClient, url: str, job_id: str) -> dict[int, float]:
+    """When each frame of a job came, by its step."""
+    seen: dict[int, float] = {}
+    async with http.stream("GET", f"{url}/jobs/{job_id}/events?every=5&show=x_t") as answer:
+        async for line in answer.aiter_lines():
+            if (
+                line.startswith("data: ")
+                and "step" in (data := json.loads(line.removeprefix("data: ")))
+                and "show" in data
+            ):
+                seen[data["step"]] = time.perf_counter()
+    return seen
+
+
+if __name__ == "__main__":
+    main()
