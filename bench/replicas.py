@@ -1,4 +1,4 @@
-"""Several servers on one PostgreSQL: whether waits are as simulated, what the store costs, how late frames are elsewhere.
+"""Several servers on one PostgreSQL: are waits as simulated, what does the store cost, how late are frames elsewhere?
 
     python -m bench.replicas [--only predicted,store,frames] [--seconds 120] [--load 0.6] [--rounds 5]
 
@@ -126,7 +126,7 @@ def tick_times(log: Path) -> list[tuple[int, float]]:
 async def real(
     running: Sequence[Server], requests: Sequence[tuple[float, Work]], to: Sequence[int]
 ) -> tuple[list[float], int]:
-    """Post jobs at their times, each to its server; how long each took by the store's times, and how many were refused."""
+    """Post jobs at their times, each to its server; how long each took, and how many were refused."""
     async with httpx.AsyncClient(trust_env=False, timeout=60) as http:
         began_s = time.perf_counter()
 

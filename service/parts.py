@@ -136,7 +136,7 @@ class Parts:
             backlog_s=lambda: admission.backlog_s,
             device_memory_bytes=lambda: max((engine.memory_bytes() or 0 for engine in self._engines()), default=0),
             keys_up=lambda: self.access.keys_up,
-            store_up=lambda: self.jobs.store_failure is None,
+            store_up=lambda: self.jobs.store_failure() is None,
             streams_open=lambda: self.streams.open,
             stalled_s=lambda: worker.stalled_s,
             tick_time_ratio=lambda: admission.tick_time_ratio,

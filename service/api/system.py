@@ -92,6 +92,7 @@ def _ready(worker: Worker, jobs: Jobs) -> StatusAnswer | Response:
         return problems.render(Draining())
     if not worker.ready:
         return problems.render(NotReady())
-    if jobs.store_failure is not None:
-        return problems.render(jobs.store_failure)
+    # A shared store fails all servers alike: if each were taken out, nobody would answer what needs no store.
+    if (failure := jobs.store_failure(of_shared=False)) is not None:
+        return problems.render(failure)
     return StatusAnswer(status="ready")

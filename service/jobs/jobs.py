@@ -52,10 +52,13 @@ class Jobs:
         """Forget the jobs of a model."""
         del self._lifecycles[model]
 
-    @property
-    def store_failure(self) -> StorageFailed | None:
-        """Why nothing can be written to a store of a model that is served at the moment."""
-        served = (each.store.failure for each in list(self._lifecycles.values()) if not each.retired)
+    def store_failure(self, *, of_shared: bool = True) -> StorageFailed | None:
+        """Why nothing can be written at the moment to a store of a model that is served.
+
+        of_shared: also to one that other servers share.
+        """
+        stores = [each.store for each in list(self._lifecycles.values()) if not each.retired]
+        served = (store.failure for store in stores if of_shared or not store.shared)
         return next((failure for failure in served if failure is not None), None)
 
     def _live(self, job_id: str, sees: str | None = None) -> Live | None:
