@@ -32,7 +32,7 @@ from bench.durable import window
 from bench.figures import quantile
 from bench.streams import show
 from tests import postgres
-from tminus.model.checkpoint import save_checkpoint
+from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
@@ -85,8 +85,8 @@ def started(checkpoint: Path, place: Path, database: str, count: int, *flags: st
         for number in range(count):
             env = shared | {"XDG_CACHE_HOME": str(place / f"cache {number}")}
             server = Server(checkpoint, place / f"state {number}", flags, env, place / f"log {number}")
-            stack.callback(server.kill)
             server.start()
+            stack.callback(server.kill)
             running.append(server)
         yield running
 
@@ -96,7 +96,7 @@ def predicted(place: Path, database: str, count: int, seconds: float, load: floa
     checkpoint = place / "checkpoint"
     checkpoint.mkdir(parents=True)
     torch.manual_seed(0)
-    save_checkpoint(checkpoint, UNet2D(NETWORK).state_dict(), NETWORK, NoiseConfig(), None, {})
+    save_checkpoint(checkpoint, UNet2D(NETWORK).state_dict(), NETWORK, NoiseConfig(), Labels((), None), {})
     with started(checkpoint, place, database, count, *ONE_THREAD) as running:
         points = tick_times(place / "log 0")
         share = load * min(1.0, (os.cpu_count() or 1) / count)
