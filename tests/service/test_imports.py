@@ -19,8 +19,20 @@ MODEL = sorted((ROOT / "model").glob("**/*.py"))
 # stand at the top of service/, the words that everybody uses and the app that puts the parts together.
 LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "access", "api", "app", "cli")
 WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_id", "spec", "tracing", "work"}
-APP = {"app", "library", "metrics_server", "model_changes", "parts", "server", "settings", "starting", "threads"}
-APP |= {"telemetry"}
+APP = {
+    "app",
+    "building",
+    "library",
+    "logs",
+    "metrics_server",
+    "model_changes",
+    "parts",
+    "server",
+    "settings",
+    "starting",
+    "threads",
+}
+APP |= {"telemetry", "traces"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {
