@@ -120,6 +120,14 @@ class Parts:
         self.decoder.close()
         self.encoder.close()
 
+    async def waiting_s(self) -> float:
+        """Predicted seconds of the durable jobs that no replica holds, on one; 0.0 where no store is shared.
+
+        Raises StorageFailed.
+        """
+        stores = {part.lifecycle.store for part in self._parts.values() if part.lifecycle.leases is not None}
+        return sum([(await store.load()).waiting_s for store in stores])
+
     def _watch(self) -> None:
         worker, admission = self.worker, self.admission
         self.metrics.watch(

@@ -22,6 +22,11 @@ class ClusterLoad:
         """How long all of it takes, if it is shared evenly."""
         return self.held_s + (self.places / self.places_per_s if self.places_per_s else 0.0)
 
+    @property
+    def waiting_s(self) -> float:
+        """How long the jobs that nobody holds take on one of them."""
+        return self.places * self.replicas / self.places_per_s if self.places_per_s else 0.0
+
     def excess(self, work: Work, limits: Limits) -> Excess | None:
         """The first limit that one more job would pass: those of one server, for each replica that lives."""
         if not self.jobs and not self.held_s:
