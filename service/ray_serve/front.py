@@ -85,7 +85,7 @@ def _asked_here(scope: Scope) -> bool:
     """Whether the proxy was asked by a loopback address of its machine."""
     try:
         return ip_address(scope["server"][0]).is_loopback
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         return False
 
 

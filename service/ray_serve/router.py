@@ -22,6 +22,16 @@ class BacklogRouter(RequestRouter):
         super().on_send_request(replica_id)
         self._balance.sent(replica_id.unique_id, time.monotonic())
 
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Know which request it was."""
+        super().on_request_routed(pending_request, replica_id, result)
+        self._balance.accepted(replica_id.unique_id, pending_request.metadata.internal_request_id)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Count it no longer."""
+        super().on_request_completed(replica_id, internal_request_id)
+        self._balance.answered(replica_id.unique_id, internal_request_id)
+
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],

@@ -17,7 +17,7 @@ CLIENT = [file for file in SERVICE if ROOT / "service" / "client" in file.parent
 MODEL = sorted((ROOT / "model").glob("**/*.py"))
 # From the bottom up: a layer imports from those before it and from itself. A folder is a layer; so are the files that
 # stand at the top of service/, the words that everybody uses and the app that puts the parts together.
-LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "access", "api", "app", "cli")
+LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "access", "api", "app", "ray_serve", "cli")
 WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_id", "spec", "tracing", "work"}
 APP = {
     "app",
