@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -85,9 +86,11 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
         ray_serve.start(http_options={"host": host, "port": port})
         ray_serve.run(app(settings), name=NAME)
     except RuntimeError as error:
+        application = ray_serve.status().applications.get(NAME)
+        said = "".join(each.message for each in application.deployments.values()) if application is not None else ""
         with suppress(Exception):
             ray_serve.delete(NAME)
-        fail(f"the replicas cannot start: {_last_line(str(error))}")
+        fail(f"the replicas cannot start: {last_line(said) or error}")
     stopped = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: stopped.set())
@@ -102,6 +105,7 @@ def _run(settings: RaySettings, host: str, port: int) -> None:
     ray_serve.delete(NAME)
 
 
-def _last_line(text: str) -> str:
-    """What a traceback ends in."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+def last_line(text: str) -> str:
+    """What a traceback ends in, without the kind of the error; empty where there is nothing."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return re.sub(r"^[\w.]*(Error|Exception): ", "", lines[-1]) if lines else ""

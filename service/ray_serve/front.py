@@ -6,13 +6,9 @@ from ipaddress import ip_address
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tminus.service.api.problems import render
-from tminus.service.errors import Draining, Unauthorized
+from tminus.service.errors import Draining, NotOpen
 
 REQUEST_ID = b"x-request-id"
-CLOSED = (
-    "other machines reach Ray's proxy by this address, and the server has no keys: give some by keys_file, or let "
-    "anybody in by open"
-)
 
 
 class Front:
@@ -76,9 +72,9 @@ async def _live(receive: Receive, send: Send) -> None:
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": Unauthorized().ws_close})
+        await send({"type": "websocket.close", "code": NotOpen().ws_close})
     else:
-        await render(Unauthorized(CLOSED))(scope, receive, send)
+        await render(NotOpen())(scope, receive, send)
 
 
 def _asked_here(scope: Scope) -> bool:

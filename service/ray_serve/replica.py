@@ -44,6 +44,7 @@ class Replica:
         self._settings = settings
         self._name = serve.get_replica_context().replica_id.unique_id
         self._stack = AsyncExitStack()
+        self._following: asyncio.Task[None] | None = None  # None until it has started
         self._ending: asyncio.Task[None] | None = None
         self._is_listed = False  # among those that requests are sent to
         self._waiting_s = 0.0  # of jobs that no replica holds, as far as is known
@@ -157,6 +158,8 @@ class Replica:
 
     async def __del__(self) -> None:
         """End. Serve awaits it when no request is left, or when it was patient for long enough."""
+        if self._following is None:
+            return
         self._following.cancel()
         await (self._ending or self._end_work())
         await self._peers.stop()

@@ -9,6 +9,7 @@ import click.testing
 import pytest
 
 from tminus.service.cli.main import main
+from tminus.service.cli.ray_serve import last_line
 from tminus.service.ray_serve.settings import RaySettings
 
 
@@ -67,6 +68,13 @@ def test_a_cluster_that_is_not_there_ends_in_a_line(monkeypatch: pytest.MonkeyPa
     line = refusal("--ray-address", "10.0.0.5:6379")
     assert "--ray-address" in line
     assert "nobody answers" in line
+
+
+def test_a_traceback_is_told_by_its_last_line() -> None:
+    text = "It failed 3 times. Error:\n  File x\nValueError: --job-store (TMINUS_JOB_STORE): nobody answers\n\n"
+    assert last_line(text) == "--job-store (TMINUS_JOB_STORE): nobody answers"
+    assert last_line("torch.OutOfMemoryError: no room") == "no room"
+    assert last_line("") == ""
 
 
 def test_help_needs_no_ray_and_names_what_is_of_ray() -> None:

@@ -55,8 +55,8 @@ def test_whoever_asks_by_loopback_is_let_through(address: str) -> None:
 @pytest.mark.parametrize("server", [["10.0.0.5", 8000], ["::", 8000], ["somewhere", 8000], [None, None], None, []])
 def test_without_keys_nobody_is_who_asks_by_another_address(server: object) -> None:
     status, _, body = ask(Front(APP, anybody=False), server)
-    assert status == 401
-    assert b"keys_file" in body
+    assert status == 403
+    assert b"not_open" in body
     assert ask(Front(APP, anybody=True), server)[0] == 200
 
 
