@@ -21,7 +21,8 @@ from tminus.service.ray_serve.settings import RaySettings
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0  # how often it is looked whether the replicas are still there
-USAGE = "RAY_USAGE_STATS_ENABLED"  # whether Ray tells its makers how it is used
+# Ray tells its makers nothing of how it is used, and leaves out no line of a replica that is like one of another.
+QUIET_AND_WHOLE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 
@@ -42,7 +43,8 @@ def serve(config: Path | None, **flags: Any) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):  # until something runs that has to end well
         signal.signal(signum, lambda _signum, _frame: sys.exit(0))
     set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
-    os.environ.setdefault(USAGE, "0")
+    for name, value in QUIET_AND_WHOLE.items():  # read as Ray is imported
+        os.environ.setdefault(name, value)
     try:
         import ray as library
         from ray.util import list_named_actors

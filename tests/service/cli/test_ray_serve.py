@@ -9,7 +9,7 @@ import click.testing
 import pytest
 
 from tminus.service.cli.main import main
-from tminus.service.cli.ray_serve import last_line
+from tminus.service.cli.ray_serve import QUIET_AND_WHOLE, last_line
 from tminus.service.ray_serve.settings import RaySettings
 
 
@@ -17,7 +17,8 @@ from tminus.service.ray_serve.settings import RaySettings
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in (*RaySettings.model_fields, "config"):
         monkeypatch.delenv(f"TMINUS_{name.upper()}", raising=False)
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in QUIET_AND_WHOLE.items():
+        monkeypatch.setenv(name, value)
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     yield
     for signum, handler in before.items():
