@@ -53,6 +53,7 @@ class Application:
     streams: Streams
     metrics: Metrics
     model: ModelInfo  # the default one, when it started
+    parts: Parts
 
 
 def create_app(
@@ -148,7 +149,7 @@ def create_app(
     app.add_middleware(RequestContext, observe=metrics.requested, draining=lambda: parts.worker.draining)
     if tracer is not None:
         app.add_middleware(RequestSpans, tracer=tracer)
-    return Application(app, parts.worker, parts.streams, metrics, model)
+    return Application(app, parts.worker, parts.streams, metrics, model, parts)
 
 
 def _of_a_model(models: Models, contract: Contract) -> list[APIRouter]:

@@ -337,6 +337,18 @@ class Unauthorized(ServiceError):
         self.headers["WWW-Authenticate"] = 'Bearer realm="tminus"'
 
 
+class NotOpen(ServiceError):
+    """Other machines reach the server, and it has no keys; on Ray, whose proxies listen where Ray's settings say."""
+
+    status, code, title = 403, "not_open", "The server has no keys"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "other machines reach this address of Ray's proxy, so the server needs keys: give it some by keys_file, or "
+            "let anybody in by open"
+        )
+
+
 class Forbidden(ServiceError):
     """The key is known, and its role is not enough."""
 

@@ -140,18 +140,22 @@ class Parts:
             streams_open=lambda: self.streams.open,
             stalled_s=lambda: worker.stalled_s,
             tick_time_ratio=lambda: admission.tick_time_ratio,
-            waiting_in_store=self._waiting_in_store,
+            waiting_in_store=self.waiting_in_store,
         )
 
-    def _waiting_in_store(self) -> tuple[int, float] | None:
-        """Of all weights that are served. What is loaded twice, as after a reload of the same weights, counts once."""
+    def waiting_in_store(self) -> tuple[int, float] | None:
+        """The jobs of a shared store that nobody holds, and the seconds that one server takes for them.
+
+        As of the last renewal; None without such a store, or while it does not answer. Of all weights that are served.
+        What is loaded twice, as after a reload of the same weights, counts once.
+        """
         loads = {
             part.services.model.weights_hash: part.lifecycle.leases.load
             for part in list(self._parts.values())
             if part.lifecycle.leases is not None
         }
         known = [load for load in loads.values() if load is not None]
-        return (sum(load.jobs for load in known), sum(load.unheld_s for load in known)) if known else None
+        return (sum(load.jobs for load in known), sum(load.waiting_s for load in known)) if known else None
 
     # --- models that come ---
 

@@ -14,7 +14,6 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from tests import options_page
 from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
 from tests.service.fakes import INFO
-from tminus.__main__ import main
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
@@ -137,14 +136,15 @@ def test_every_tminus_command_and_its_options_exist(page: Path) -> None:
         words = command.split()
         if words[0] not in ("tminus", ".venv/bin/tminus"):
             continue
-        options = main.commands[words[1]].params
+        name = next(known for known in (" ".join(words[1:3]), words[1]) if known in options_page.COMMANDS)
+        options = options_page.COMMANDS[name].params
         known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
         assert {word for word in words[2:] if word.startswith("-")} <= known, command
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "benchmarks.md"], ids=page_name)
 def test_every_option_named_in_the_text_exists(page: Path) -> None:
-    options = [option for command in main.commands.values() for option in command.params]
+    options = [option for command in options_page.COMMANDS.values() for option in command.params]
     known = {flag for option in options for flag in (*option.opts, *option.secondary_opts)}
     used = {code.split()[0] for code in named(prose(page)) if code.startswith("--")}
     of_docker = {"--stop-timeout", "--init", "--cpus", "--scale", "--target"} if page.parent.name == "docker" else set()
@@ -167,7 +167,7 @@ def test_the_options_of_every_command_are_those_of_the_docs() -> None:
 
 def test_every_command_is_in_its_table() -> None:
     rows = tables(options_page.PAGE.read_text("utf-8"), "command", "what it does", "more")
-    assert {named(row[0])[0] for row in rows} == {f"tminus {name}" for name in main.commands}
+    assert {named(row[0])[0] for row in rows} == {f"tminus {name}" for name in options_page.COMMANDS}
 
 
 # --- docs/api.md ---

@@ -7,7 +7,7 @@ missing if the class changes.
 
 from asyncio import BaseTransport, TimerHandle, Transport
 from collections import Counter
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -34,7 +34,7 @@ class HttpProtocol(H11Protocol):
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Count the connection, or refuse it; wait for a head."""
-        assert isinstance(transport, Transport)
+        transport = cast(Transport, transport)  # that of uvloop, in which Ray runs us, has no such base
         super().connection_made(transport)
         address = self.client[0] if self.client else ""
         if self.open_by_address[address] >= self.max_per_address:

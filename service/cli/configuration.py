@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 from pydantic import SecretStr, ValidationError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TYPES = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", SecretStr: "TEXT"}
 FILE = "TMINUS_CONFIG"  # the variable that names the file
 MOST_BYTES = 2**20  # of a file
+Command = Callable[..., None]
+Kind = TypeVar("Kind", bound=Settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +32,31 @@ class Source:
     name: str  # the flag, the variable, the file's path; empty for a default
 
 
-def settings_options(command: Callable[..., None]) -> Callable[..., None]:
+def settings_options(command: Command) -> Command:
     """Give a command one option for each field of Settings, and one for a file of them."""
-    for name, field in reversed(Settings.model_fields.items()):
-        flag = f"--{name.replace('_', '-')}"
-        if field.annotation in (bool, bool | None):
-            flag += f"/--no-{name.replace('_', '-')}"
-        default = f"[default: {shown(field.default)}]" if field.default not in (None, ()) else ""
-        text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
-        several = field.default == ()
-        option = click.option(
-            flag, name, default=None, help=text, show_default=False, metavar=values_of(field), multiple=several
-        )
-        command = option(command)
-    text = "file of settings, in TOML; a flag or a variable wins over what it says"
-    config = click.option("--config", type=click.Path(path_type=Path), envvar=FILE, help=f"{text} [env: {FILE}]")
-    return config(command)
+    return options_of(Settings)(command)
+
+
+def options_of(kind: type[Settings]) -> Callable[[Command], Command]:
+    """Give a command one option for each setting of a kind, and one for a file of them."""
+
+    def decorate(command: Command) -> Command:
+        for name, field in reversed(kind.model_fields.items()):
+            flag = f"--{name.replace('_', '-')}"
+            if field.annotation in (bool, bool | None):
+                flag += f"/--no-{name.replace('_', '-')}"
+            default = f"[default: {shown(field.default)}]" if field.default not in (None, ()) else ""
+            text = f"{field.description} {default} [env: TMINUS_{name.upper()}]"
+            several = field.default == ()
+            option = click.option(
+                flag, name, default=None, help=text, show_default=False, metavar=values_of(field), multiple=several
+            )
+            command = option(command)
+        text = "file of settings, in TOML; a flag or a variable wins over what it says"
+        config = click.option("--config", type=click.Path(path_type=Path), envvar=FILE, help=f"{text} [env: {FILE}]")
+        return config(command)
+
+    return decorate
 
 
 def shown(default: object) -> object:
@@ -80,12 +91,17 @@ def read_settings(config: Path | None, flags: Mapping[str, Any]) -> Settings:
 
 def with_sources(config: Path | None, flags: Mapping[str, Any]) -> tuple[Settings, dict[str, Source]]:
     """Build the settings, and say where each comes from. What is wrong ends in one line."""
+    return settings_of(Settings, config, flags)
+
+
+def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any]) -> tuple[Kind, dict[str, Source]]:
+    """As `with_sources`, for settings of a kind."""
     given = {name: value for name, value in flags.items() if value not in (None, ())}
-    in_file = read_file(config) if config is not None else {}
-    sources = {name: _source(name, given, in_file, config) for name in Settings.model_fields}
+    in_file = read_file(config, kind) if config is not None else {}
+    sources = {name: _source(name, given, in_file, config) for name in kind.model_fields}
     from_file = {name: value for name, value in in_file.items() if sources[name].kind == "file"}
     try:
-        return Settings(**given, **from_file), sources
+        return kind(**given, **from_file), sources
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
@@ -107,7 +123,7 @@ def variable(name: str) -> str:
     return f"TMINUS_{name.upper()}"
 
 
-def read_file(file: Path) -> dict[str, Any]:
+def read_file(file: Path, kind: type[Settings] = Settings) -> dict[str, Any]:
     """Read settings from a TOML file, named as flags are, with - or _. What is wrong ends in one line."""
     try:
         with file.open("rb") as opened:
@@ -122,7 +138,7 @@ def read_file(file: Path) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for given, value in document.items():
         name = given.replace("-", "_")
-        if name not in Settings.model_fields:
+        if name not in kind.model_fields:
             fail(f"--config ({FILE}): {file} has {given!r}, and there is no such setting")
         if name in values:
             fail(f"--config ({FILE}): {file} has {given!r} twice")

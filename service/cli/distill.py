@@ -5,8 +5,9 @@ from typing import Any
 import click
 
 from tminus.service.cli.options import DEVICE, FOLDER_TYPE, integers
-from tminus.service.cli.output import fail, say, set_up_log
+from tminus.service.cli.output import fail, say
 from tminus.service.cli.sheets import sheet_writer
+from tminus.service.logs import set_up_log
 
 
 @click.command()

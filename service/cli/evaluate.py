@@ -8,10 +8,11 @@ import click
 
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE
-from tminus.service.cli.output import fail, make_folder, say, set_up_log, write_file
+from tminus.service.cli.output import fail, make_folder, say, write_file
 from tminus.service.cli.several import command_line, several
 from tminus.service.cli.training_data import load_training_data
 from tminus.service.engine.options import BUNDLED
+from tminus.service.logs import set_up_log
 
 if TYPE_CHECKING:
     from tminus.model.checkpoint import Checkpoint

@@ -12,6 +12,7 @@ from tminus.service.cli.evaluate import evaluate
 from tminus.service.cli.inspect import inspect
 from tminus.service.cli.key import key
 from tminus.service.cli.models import models
+from tminus.service.cli.ray_serve import ray
 from tminus.service.cli.reproduce import reproduce
 from tminus.service.cli.sample import sample
 from tminus.service.cli.serve import serve
@@ -27,7 +28,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(serve, config, key, models, sample, reproduce),
+    *(serve, ray, config, key, models, sample, reproduce),
     *(train, train_autoencoder, tune, distill, evaluate, inspect, convert),
 )
 for command in COMMANDS:

@@ -5,9 +5,10 @@ from typing import Any
 import click
 
 from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, integers
-from tminus.service.cli.output import fail, say, set_up_log
+from tminus.service.cli.output import fail, say
 from tminus.service.cli.sheets import reconstruction_writer
 from tminus.service.cli.training_data import load_training_data
+from tminus.service.logs import set_up_log
 
 
 @click.command(name="train-autoencoder")

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,15 @@ class Loaded:
     tick_times: tuple[tuple[int, float], ...]
     coding_s: tuple[float, float] = (0.0, 0.0)  # to decode an image and to encode one, for a latent model
     measured: Measured | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadModel:
+    """A checkpoint that was read, and the name that its model has here."""
+
+    name: str
+    folder: Path
+    checkpoint: Checkpoint
 
 
 def load_engine(options: LoadOptions) -> Loaded:

@@ -25,8 +25,8 @@ class ClusterLoad:
         return self.held_s + (self.places / self.places_per_s if self.places_per_s else 0.0)
 
     @property
-    def unheld_s(self) -> float:
-        """How long one replica, of the mean pace, would take for what nobody holds; 0 while no pace is known."""
+    def waiting_s(self) -> float:
+        """How long the jobs that nobody holds take on one of them."""
         return self.places * self.replicas / self.places_per_s if self.places_per_s else 0.0
 
     def excess(self, work: Work, limits: Limits) -> Excess | None:

@@ -44,6 +44,10 @@ class AcceptedJobs:
         with self.gate:
             return self._owners[owner]
 
+    def __len__(self) -> int:
+        with self.gate:
+            return len(self._jobs)
+
     def __contains__(self, job_id: str) -> bool:
         with self.gate:
             return job_id in self._jobs

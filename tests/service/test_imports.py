@@ -17,10 +17,22 @@ CLIENT = [file for file in SERVICE if ROOT / "service" / "client" in file.parent
 MODEL = sorted((ROOT / "model").glob("**/*.py"))
 # From the bottom up: a layer imports from those before it and from itself. A folder is a layer; so are the files that
 # stand at the top of service/, the words that everybody uses and the app that puts the parts together.
-LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "access", "api", "app", "cli")
+LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "access", "api", "app", "ray_serve", "cli")
 WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_id", "spec", "tracing", "work"}
-APP = {"app", "library", "metrics_server", "model_changes", "parts", "server", "settings", "starting", "threads"}
-APP |= {"telemetry"}
+APP = {
+    "app",
+    "building",
+    "library",
+    "logs",
+    "metrics_server",
+    "model_changes",
+    "parts",
+    "server",
+    "settings",
+    "starting",
+    "threads",
+}
+APP |= {"telemetry", "traces"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {

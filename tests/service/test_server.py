@@ -59,7 +59,7 @@ class Running:
         self.listener = bind("127.0.0.1", 0)
         self.listener.listen()
         self.worker, self.streams = FakeWorker(), Streams(8, 8)
-        application = Application(make_app(), self.worker, self.streams, Metrics(), INFO)  # type: ignore[arg-type]
+        application = Application(make_app(), self.worker, self.streams, Metrics(), INFO, None)  # type: ignore[arg-type]
         self.starting = Starting(lambda: application, lambda: setattr(self.server, "should_exit", True))
         self.server = Server(uvicorn.Config(self.starting, http="h11", log_config=None), self.starting, grace_s)
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
@@ -104,7 +104,9 @@ def test_uvicorn_has_each_method_that_is_extended(name: str) -> None:
 
 
 def test_uvicorn_has_handle_exit_called_on_a_signal() -> None:
-    starting = Starting(lambda: Application(make_app(), FakeWorker(), Streams(1, 1), Metrics(), INFO), lambda: None)  # type: ignore[arg-type]
+    starting = Starting(
+        lambda: Application(make_app(), FakeWorker(), Streams(1, 1), Metrics(), INFO, None), lambda: None
+    )  # type: ignore[arg-type]
     server = Server(uvicorn.Config(starting), starting, 3600)
     with server.capture_signals():
         for signum in (signal.SIGTERM, signal.SIGINT):

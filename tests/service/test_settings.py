@@ -329,9 +329,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
 
         monkeypatch.setattr("tminus.service.engine.loading.read_checkpoint", read)
         monkeypatch.setattr("tminus.service.engine.loading.prepare_engine", prepare_engine)
-        monkeypatch.setattr("tminus.service.app.create_app", create_app)
+        monkeypatch.setattr("tminus.service.building.create_app", create_app)
         monkeypatch.setattr(Library, "folders", folders)
-        monkeypatch.setattr("tminus.service.jobs.opening.open_store", open_store)
+        monkeypatch.setattr("tminus.service.building.open_store", open_store)
         monkeypatch.setattr("tminus.service.jobs.postgres.open_postgres", open_postgres)
         monkeypatch.setattr("tminus.service.jobs.objects.open_objects", open_objects)
         monkeypatch.setattr("tminus.service.server.bind", bind)

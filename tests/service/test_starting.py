@@ -27,7 +27,7 @@ class Slow:
         assert self.go.wait(PATIENCE_S)
         if self.error is not None:
             raise self.error
-        return Application(self.site.app, self.site.worker, self.site.streams, Metrics(), INFO)
+        return Application(self.site.app, self.site.worker, self.site.streams, Metrics(), INFO, None)
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import click.testing
 import pytest
 
 from tminus.service.cli.main import main
-from tminus.service.cli.output import MAX_LINE, fail, printable, say, set_up_log
+from tminus.service.cli.output import fail, say
+from tminus.service.logs import MAX_LINE, printable, set_up_log
 from tminus.service.request_id import REQUEST_ID
 
 

@@ -18,7 +18,7 @@ from tminus.service.cli.main import main
 from tminus.service.jobs.sqlite_store import SqliteStore
 
 BUNDLED = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-32"
-LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 0))
+LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 0), close=lambda: None)
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 

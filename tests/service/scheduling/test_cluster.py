@@ -24,9 +24,9 @@ def test_the_backlog_is_what_each_holds_and_an_even_share_of_what_nobody_does() 
     assert ClusterLoad(2, 400.0, 6.0, 1, 800.0).backlog_s == 6.0 + 800 / 400
 
 
-def test_what_nobody_holds_is_told_in_seconds_of_one_replica() -> None:
-    assert ClusterLoad(2, 400.0, 6.0, 1, 800.0).unheld_s == 800 / 200
-    assert ClusterLoad(0, 0.0, 0.0, 1, 800.0).unheld_s == 0.0
+def test_what_nobody_holds_takes_one_replica_as_many_times_longer_as_there_are() -> None:
+    assert ClusterLoad(2, 400.0, 6.0, 1, 800.0).waiting_s == 800 / 200
+    assert ClusterLoad(0, 0.0, 0.0, 3, 900.0).waiting_s == 0.0  # nobody has told its pace yet
 
 
 @pytest.mark.parametrize(

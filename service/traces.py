@@ -1,11 +1,9 @@
-"""Whether `tminus serve` sends traces: by its setting, else by the variables that OpenTelemetry reads."""
+"""Whether a server sends traces: by its setting, else by the variables that OpenTelemetry reads."""
 
 import logging
 import os
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
-
-from tminus.service.cli.output import fail
 
 if TYPE_CHECKING:
     from tminus.service.tracing import Tracer
@@ -21,7 +19,7 @@ USUAL = "http://localhost:4318"
 
 
 def start_traces(wanted: bool | None) -> "Tracer | None":
-    """Begin to send traces, if they are wanted. What is wrong ends in one line.
+    """Begin to send traces, if they are wanted. Raises ValueError for what is wrong with the variables.
 
     wanted: None: where an endpoint is set. Variables that switch OpenTelemetry off hold in any case.
     """
@@ -67,4 +65,4 @@ def _first(names: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _refuse(because: str, why: str) -> NoReturn:
-    fail(f"{because} asks for traces: {why}; --no-traces (TMINUS_TRACES=no) serves without")
+    raise ValueError(f"{because} asks for traces: {why}; --no-traces (TMINUS_TRACES=no) serves without")

@@ -1,0 +1,164 @@
+"""From settings to an application: read the checkpoints, open the stores, measure, put the parts together.
+
+torch is imported when the functions run.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tminus.model.files import CheckpointError
+from tminus.service.access.access import Access
+from tminus.service.app import Application, create_app
+from tminus.service.jobs.opening import open_store
+from tminus.service.jobs.results import Results
+from tminus.service.jobs.store import JobStore
+from tminus.service.library import Library, name_of
+from tminus.service.model_info import ModelInfo
+from tminus.service.parts import Prepared
+from tminus.service.settings import Settings
+from tminus.service.tracing import Tracer
+
+if TYPE_CHECKING:
+    from tminus.service.engine.loading import Measured, ReadModel
+
+log = logging.getLogger(__name__)
+
+
+def prepare(
+    settings: Settings, address: tuple[str, int], access: Access, tracer: Tracer | None, *, with_metrics: bool
+) -> Callable[[], Application]:
+    """Read the checkpoints and open the stores; return what measures, and puts the parts together.
+
+    address: where the server listens. access: who may ask. with_metrics: whether /metrics is answered. Raises
+    ValueError for what cannot be used; so may what is returned. The app closes the stores.
+    """
+    models = read_models(settings)
+    folders = {model.name: model.folder for model in models}
+    open_one, results = opener_of_stores(settings, address), open_results(settings)
+    stores: dict[str, JobStore] = {}
+    try:
+        for weights_hash in [model.checkpoint.weights_hash for model in models]:
+            stores[weights_hash] = open_one(weights_hash)
+    except ValueError as error:
+        raise ValueError(f"--state-dir (TMINUS_STATE_DIR): {error}") from None
+
+    def take_store(weights_hash: str) -> JobStore:
+        """One that is open already, once; else it is opened."""
+        return stores.pop(weights_hash, None) or open_one(weights_hash)
+
+    measured: dict[str, Measured | None] = {}  # by the model's name
+
+    def measure(model: "ReadModel", *, busy: bool = False) -> Prepared:
+        """Measure a model, and give it its name."""
+        from tminus.service.engine.loading import prepare_engine
+        from tminus.service.engine.memory import release_memory
+
+        try:
+            options = settings.load_options(model.folder)
+            loaded = prepare_engine(model.checkpoint, options, measured.get(model.name), busy=busy)
+        except Exception:
+            release_memory()
+            raise
+        measured[model.name] = loaded.measured
+        loaded.engine.info = replace(loaded.engine.info, name=model.name)
+        log_model(loaded.engine.info)
+        limits = settings.limits(loaded)
+        return Prepared(loaded.engine, limits, settings.speed(loaded, limits.max_rows), release_memory)
+
+    def read_and_measure(name: str, folder: Path) -> Prepared:
+        from tminus.service.engine.loading import ReadModel, read_checkpoint
+
+        return measure(ReadModel(name, folder, read_checkpoint(settings.load_options(folder))), busy=True)
+
+    def build() -> Application:
+        try:
+            first = []
+            while models:  # which must not keep what is unloaded later
+                first.append(measure(models.pop(0)))
+        except Exception:
+            for store in stores.values():
+                store.close()
+            raise
+        return create_app(
+            first,
+            first[0].limits,
+            take_store,
+            settings.doors(),
+            library=Library(folders, settings.models),
+            prepare=read_and_measure,
+            access=access,
+            results=results,
+            with_metrics=with_metrics,
+            with_docs=settings.docs,
+            tracer=tracer,
+        )
+
+    return build
+
+
+def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[str], JobStore]:
+    """What opens the store of some weights' durable jobs. Raises ValueError for a database that cannot be used."""
+    if settings.job_store is None:
+        return partial(open_store, settings.state_dir)
+    try:
+        from tminus.service.jobs.postgres import open_postgres, own_address
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--job-store (TMINUS_JOB_STORE) needs the extra postgres: {error}; pip install 'tminus[postgres]'"
+        ) from None
+    try:
+        url = settings.job_store.get_secret_value()
+        reached_by = settings.job_address or own_address(url, *address)
+        return open_postgres(url, settings.job_namespace, settings.job_lease_s, reached_by)
+    except ValueError as error:
+        raise ValueError(f"--job-store (TMINUS_JOB_STORE): {error}") from None
+
+
+def open_results(settings: Settings) -> Results | None:
+    """Where large results go, if not into the store. Raises ValueError for an object store that cannot be used."""
+    if settings.job_results is None:
+        return None
+    try:
+        from tminus.service.jobs.objects import open_objects
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--job-results (TMINUS_JOB_RESULTS) needs the extra s3: {error}; pip install 'tminus[s3]'"
+        ) from None
+    try:
+        objects = open_objects(settings.job_results, settings.job_namespace)
+    except ValueError as error:
+        raise ValueError(f"--job-results (TMINUS_JOB_RESULTS): {error}") from None
+    return Results(objects, settings.job_results_above_kb * 1024)
+
+
+def read_models(settings: Settings) -> "list[ReadModel]":
+    """Read all checkpoints, with their names. Raises ValueError for what is wrong with one."""
+    from tminus.service.engine.loading import ReadModel, read_checkpoint
+
+    models: dict[str, ReadModel] = {}
+    for given, folder in settings.checkpoints():
+        log.debug("loading %s", folder)
+        try:
+            checkpoint = read_checkpoint(settings.load_options(folder))
+        except CheckpointError as error:
+            raise ValueError(str(error)) from None
+        name = given or name_of(checkpoint.name)
+        for other in models.values():
+            if other.name == name:
+                raise ValueError(f"two models are named {name}; give one another name: --checkpoint NAME={folder}")
+            if other.checkpoint.weights_hash == checkpoint.weights_hash:
+                raise ValueError(f"{name} has the weights of {other.name}; serve one of them")
+        models[name] = ReadModel(name, folder, checkpoint)
+    return list(models.values())
+
+
+def log_model(info: ModelInfo) -> None:
+    """Log what is served."""
+    log.info(
+        "serving %s (%.2f M parameters, %dx%d) on %s, fingerprint %s",
+        info.name, info.num_parameters / 1e6, info.height_px, info.width_px, info.device, info.fingerprint,
+    )  # fmt: skip

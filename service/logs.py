@@ -1,0 +1,55 @@
+"""The log of a process: lines of text whose control characters are escaped, or one JSON object a line, to stderr."""
+
+import json
+import logging
+from datetime import UTC, datetime
+
+from tminus.service.request_id import REQUEST_ID
+from tminus.service.tracing import TRACER
+
+# What a line of the log may have beside its message: of a request, of a job.
+FIELDS = ("request_id", "client", "key", "method", "target", "status", "seconds", "job_id", "code")
+TRACE_FIELDS = ("trace_id", "span_id")
+MAX_LINE = 2000  # characters; a server may send megabytes
+SERVER_FORM = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def printable(text: str) -> str:
+    """Escape line ends and whatever else is no visible character, and shorten what is too long for a line."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: MAX_LINE + 1])
+    return shown if len(shown) <= MAX_LINE else shown[:MAX_LINE] + "…"
+
+
+class _Printable(logging.Formatter):
+    """Formats the lines of a log, which may quote a server or a file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+class _Json(logging.Formatter):
+    """Formats a line as one JSON object. Line ends and the like are escaped, as JSON has them anyway."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, object] = {
+            "time": at.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (request_id := REQUEST_ID.get()) != "-":
+            line["request_id"] = request_id
+        if (tracer := TRACER.get()) is not None:
+            line |= tracer.ids
+        line |= {name: getattr(record, name) for name in (*FIELDS, *TRACE_FIELDS) if hasattr(record, name)}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def set_up_log(level: str, form: str, log_format: str = "text") -> None:
+    """Log to stderr, as text of this form or as JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Json() if log_format == "json" else _Printable(form))
+    logging.basicConfig(level=level, handlers=[handler])

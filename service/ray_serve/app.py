@@ -1,0 +1,75 @@
+"""The application of Ray Serve: `tminus.service.ray_serve.app:app`, for `tminus ray serve` and Serve config files."""
+
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.deployment import Application
+
+from tminus.service.ray_serve.policy import BacklogPolicy
+from tminus.service.ray_serve.replica import LEAVE_S, Replica, ending_s
+from tminus.service.ray_serve.router import BacklogRouter
+from tminus.service.ray_serve.scaling import cores_each
+from tminus.service.ray_serve.settings import RaySettings
+
+NAME = "tminus"
+TOLD_EVERY_S = 0.5  # how often replicas tell how much they have to do
+ON_ITS_WAY_S = 0.25  # from a replica by way of Serve's controller to the proxies
+TRIES = 3  # of a replica's start
+
+
+def app(args: RaySettings) -> Application:
+    """Describe the replicas, on the cluster that this process is connected to."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    settings = placed(args, [node["Resources"] for node in nodes if node["Alive"]])
+    deployment: Any = serve.deployment(serve.ingress()(Replica), name=NAME, **options(settings))
+    bound: Application = deployment.bind(settings)
+    return bound
+
+
+def placed(settings: RaySettings, nodes: list[dict[str, float]]) -> RaySettings:
+    """Decide what a replica has of a cluster with these resources, and run it on that.
+
+    A replica without a GPU of its own is one of the CPU, with a thread a core.
+    """
+    gpus = settings.replica_gpus
+    if gpus is None:
+        gpus = 1.0 if settings.device != "cpu" and any(node.get("GPU", 0) for node in nodes) else 0.0
+    cpus = settings.replica_cpus
+    if cpus is None:
+        cpus = 1.0 if gpus else float(cores_each([node.get("CPU", 0) for node in nodes], settings.most_replicas))
+    chosen: dict[str, Any] = {"replica_gpus": gpus, "replica_cpus": cpus}
+    if not gpus:
+        chosen |= {"device": "cpu", "threads": settings.threads or max(1, int(cpus))}
+    return settings.model_copy(update=chosen)
+
+
+def options(settings: RaySettings) -> dict[str, Any]:
+    """What Serve is told of the replicas."""
+    least, most = settings.min_replicas, settings.most_replicas
+    policy: dict[str, Any] = {
+        "policy_function": BacklogPolicy,
+        "policy_kwargs": {"target_backlog_s": settings.target_backlog_s},
+    }
+    routing: dict[str, Any] = {
+        "request_router_class": BacklogRouter,
+        "request_router_kwargs": {"told_after_s": TOLD_EVERY_S + ON_ITS_WAY_S},
+        "request_routing_stats_period_s": TOLD_EVERY_S,
+    }
+    autoscaling = AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+        policy=AutoscalingPolicy(**policy),  # type: ignore[no-untyped-call]
+    )
+    return {
+        **({"num_replicas": least} if least == most else {"autoscaling_config": autoscaling}),
+        "ray_actor_options": {"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
+        "max_ongoing_requests": settings.max_connections,
+        "request_router_config": RequestRouterConfig(**routing),
+        "graceful_shutdown_wait_loop_s": LEAVE_S,
+        "graceful_shutdown_timeout_s": ending_s(settings.grace_s),
+        "max_constructor_retry_count": TRIES,
+    }

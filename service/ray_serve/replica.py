@@ -1,0 +1,169 @@
+"""One server as a replica of Ray Serve: how it starts, what it tells Ray, and how it ends."""
+
+import asyncio
+import logging
+import sys
+import time
+from contextlib import AsyncExitStack
+
+from ray import serve
+from starlette.types import ASGIApp
+
+from tminus.service.access.access import Access
+from tminus.service.app import Application
+from tminus.service.building import prepare
+from tminus.service.logs import SERVER_FORM, set_up_log
+from tminus.service.model_info import max_edit_bytes
+from tminus.service.ray_serve.balance import Standing
+from tminus.service.ray_serve.front import Front
+from tminus.service.ray_serve.peers import PeerServer
+from tminus.service.ray_serve.policy import BACKLOG_S, WAITING_S
+from tminus.service.ray_serve.settings import RaySettings
+from tminus.service.server import ANSWER_S, SWITCH_S, allow_files, bind, config_of
+from tminus.service.threads import LOADING, in_daemon_thread
+from tminus.service.traces import start_traces
+from tminus.service.worker.worker import CLOSE_S, CRASHED
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.05
+LEAVE_S = 2.0  # until every proxy has learned that this replica ends
+
+
+def ending_s(grace_s: float) -> float:
+    """How long a replica may take to end."""
+    return LEAVE_S + grace_s + ANSWER_S + CLOSE_S + LEAVE_S
+
+
+class Replica:
+    """Owns the application and its own port. Serve calls it in one event loop."""
+
+    def __init__(self, settings: RaySettings) -> None:
+        self._settings = settings
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._stack = AsyncExitStack()
+        self._following: asyncio.Task[None] | None = None  # None until it has started
+        self._ending: asyncio.Task[None] | None = None
+        self._is_listed = False  # among those that requests are sent to
+        self._waiting_s = 0.0  # of jobs that no replica holds, as far as is known
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Load and measure; return, when jobs are accepted, what is given requests. Raises ValueError and the like."""
+        settings, self._loop = self._settings, asyncio.get_running_loop()
+        set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
+        sys.setswitchinterval(SWITCH_S)
+        allow_files(settings.max_connections)
+        listener = bind(settings.host, 0)
+        self._stack.callback(listener.close)
+        try:
+            address = listener.getsockname()[:2]
+            access = settings.access(address[0])
+            self._application = await in_daemon_thread(lambda: _build(settings, address, access), LOADING)
+            app, worker = self._application.app, self._application.worker
+            await self._stack.enter_async_context(app.router.lifespan_context(app))
+            while not worker.ready and worker.alive:  # noqa: ASYNC110  it is another thread's
+                await asyncio.sleep(LOOK_S)
+            if worker.crashed:
+                raise RuntimeError(CRASHED)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        config = config_of(
+            app,
+            log_level=settings.log_level,
+            max_connections=settings.max_connections,
+            max_connections_per_address=settings.max_connections_per_address,
+            max_message_bytes=max_edit_bytes(settings.max_body_bytes, settings.max_image_bytes),
+            lifespan=False,
+        )
+        self._peers = PeerServer(config, listener)
+        self._peers.start()
+        self._front = Front(app, anybody=access.has_keys or settings.open)
+        log.info("ready; the own port of this replica is http://%s:%d", *address)
+        self._following = self._loop.create_task(self._follow())
+        return self._front
+
+    # --- what Serve asks ---
+
+    async def check_health(self) -> None:
+        """Raise what makes Serve start another replica in place of this one."""
+        worker = self._application.worker
+        if worker.crashed:
+            raise RuntimeError(CRASHED)
+        if stalled_s := worker.stalled_s:
+            raise RuntimeError(f"a step has been running for {stalled_s:.0f} s")
+        if worker.draining and self._is_listed:
+            raise RuntimeError("this replica takes no more work, though requests are still sent to it")
+
+    async def record_routing_stats(self) -> dict[str, float]:
+        """What BacklogRouter chooses by."""
+        return Standing(self._backlog_s, len(self._application.worker.jobs)).told()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What BacklogPolicy counts."""
+        if (known := self._application.parts.waiting_in_store()) is not None:
+            self._waiting_s = known[1]
+        return {BACKLOG_S: self._backlog_s, WAITING_S: self._waiting_s}
+
+    @property
+    def _backlog_s(self) -> float:
+        return self._application.parts.admission.backlog_s
+
+    # --- its end ---
+
+    async def is_there(self) -> None:
+        """Answer."""
+
+    async def _follow(self) -> None:
+        """Have a router of this deployment in this process too: it is told which replicas there are, and tells us.
+
+        Serve calls nothing of a replica that is to end before its last request has ended, and a WebSocket may not.
+        """
+        context = serve.get_replica_context()
+        self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
+        try:
+            await self._handle.is_there.remote()  # the first call makes the router
+        except Exception:
+            log.exception("this replica will learn late that it is to end")
+
+    def replicas_changed(self, names: set[str]) -> None:
+        """Learn which replicas requests are sent to. Any thread may call."""
+        self._loop.call_soon_threadsafe(self._see, names)
+
+    def _see(self, names: set[str]) -> None:
+        was_listed, self._is_listed = self._is_listed, self._name in names
+        if was_listed and not self._is_listed and self._ending is None:
+            self._ending = self._loop.create_task(self._leave())
+
+    async def _leave(self) -> None:
+        await asyncio.sleep(LEAVE_S)
+        if self._is_listed:  # after all, as when Serve's controller has started again
+            self._ending = None
+        else:
+            await self._end_work()
+
+    async def _end_work(self) -> None:
+        """Take no more work, leave durable jobs to others, and finish the rest within the grace period."""
+        worker, until_s = self._application.worker, time.monotonic() + self._settings.grace_s
+        if not worker.draining:
+            log.info("this replica takes no more work, and ends when what runs is done")
+            worker.drain()
+        while worker.alive and time.monotonic() < until_s:  # noqa: ASYNC110  it is another thread's
+            await asyncio.sleep(LOOK_S)
+        await asyncio.to_thread(worker.close)
+        await self._application.streams.quiet(ANSWER_S)
+        self._front.end_streams()
+
+    async def __del__(self) -> None:
+        """End. Serve awaits it when no request is left, or when it was patient for long enough."""
+        if self._following is None:
+            return
+        self._following.cancel()
+        await (self._ending or self._end_work())
+        await self._peers.stop()
+        await self._stack.aclose()
+
+
+def _build(settings: RaySettings, address: tuple[str, int], access: Access) -> Application:
+    tracer = start_traces(settings.traces)
+    return prepare(settings, address, access, tracer, with_metrics=settings.metrics)()

@@ -1,0 +1,88 @@
+"""The settings of `tminus ray serve`: those of `tminus serve`, and how many replicas Ray should keep."""
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from tminus.service.settings import Settings
+
+ONE_EACH = "is not for Ray: each replica has one of its own, which its log tells"
+
+
+class RaySettings(Settings):
+    """Also the arguments of an application in a Serve config file."""
+
+    ray_address: str | None = Field(
+        None,
+        description="address of a Ray cluster that runs; default: that in RAY_ADDRESS, or one that runs on this "
+        "machine; without any one is started, which ends with the command",
+    )
+    min_replicas: int = Field(1, ge=1, le=1000, description="replicas that always run")
+    max_replicas: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        validate_default=True,
+        description="replicas that run when there is much to do; default: --min-replicas; more than one needs "
+        "--job-store",
+    )
+    target_backlog_s: float = Field(
+        10.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds of predicted work for each replica; beyond it one more runs",
+    )
+    upscale_delay_s: float = Field(
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds for which more replicas must be wanted before one is added",
+    )
+    downscale_delay_s: float = Field(
+        300.0, ge=0, allow_inf_nan=False, description="seconds for which fewer must be wanted before one is drained"
+    )
+    replica_gpus: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="GPUs of a replica; 0.5 lets two share one; default: 1 if the cluster has GPUs and --device is not "
+        "cpu, else 0",
+    )
+    replica_cpus: float | None = Field(
+        None,
+        gt=0,
+        le=1024,
+        description="cores of a replica, which is also its --threads; default: on a GPU 1, else the most with which "
+        "--max-replicas fit on the cluster as it is",
+    )
+
+    @field_validator("metrics_port")
+    @classmethod
+    def _has_no_port(cls, value: int | None) -> int | None:
+        if value is not None:
+            raise ValueError(f"{ONE_EACH}, and answers /metrics there")
+        return value
+
+    @field_validator("job_address")
+    @classmethod
+    def _has_no_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError(ONE_EACH)
+        return value
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _is_possible(cls, value: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get("min_replicas", 1)
+        most = least if value is None else value
+        if most < least:
+            raise ValueError(f"must be at least --min-replicas, which is {least}")
+        if most > 1 and "job_store" in info.data and info.data["job_store"] is None:
+            raise ValueError(
+                f"{most} replicas need --job-store (TMINUS_JOB_STORE), a PostgreSQL, as a durable job must be known at "
+                "each of them"
+            )
+        return value
+
+    @property
+    def most_replicas(self) -> int:
+        """How many may run at once."""
+        return self.max_replicas or self.min_replicas
