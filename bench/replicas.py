@@ -3,7 +3,8 @@
     python -m bench.replicas [--only predicted,store,frames] [--seconds 120] [--load 0.6] [--rounds 5]
 
 Predicted: durable jobs come at random moments to 1, 2 and 3 servers of one thread each, and the same jobs at the same
-moments to the simulation (bench/cluster.py), which is told how long ticks took. The network is a small one of random
+moments to the simulation (bench/cluster.py), which is told how long ticks take, as jobs alone on an idle server show,
+times how much longer they took among the others. The network is a small one of random
 weights, so that some hundred jobs end in a minute. Store: row-steps per second with durable jobs in PostgreSQL, over
 those with SQLite, in turns. Frames: when two viewers of one job get each frame, one where it runs and one elsewhere.
 PostgreSQL is Debian's, started for the run; each server has a cache of measurements of its own.
@@ -14,7 +15,6 @@ import asyncio
 import json
 import os
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -40,11 +40,11 @@ from tminus.service.work import Work
 
 PARTS = ("predicted", "store", "frames")
 NETWORK = UNetConfig(
-    sample_size=32, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
+    sample_size=16, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
     down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=8,
 )  # fmt: skip
-TICK = re.compile(r"a tick of (\d+) places takes ([\d.]+) ms")
-ONE_THREAD = ("--threads", "1", "--max-batch", "8", "--short-batch", "4", "--log-level", "info")
+PLACES, LENGTHS = (1, 2, 4, 8), (20, 320)  # rows and steps of the jobs that show how long ticks take
+ONE_THREAD = ("--threads", "1", "--max-batch", "8", "--short-batch", "4")
 LONG = {"n": 4, "steps": 1000, "seed": 1}
 
 
@@ -80,6 +80,7 @@ def main() -> None:
 def started(checkpoint: Path, place: Path, database: str, count: int, *flags: str) -> Iterator[list[Server]]:
     """So many servers of one namespace, started one after the other: each measures its ticks on an idle machine."""
     shared = {"TMINUS_JOB_STORE": database, "TMINUS_JOB_NAMESPACE": f"replicas_{place.name}"}
+    place.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         running = []
         for number in range(count):
@@ -98,16 +99,19 @@ def predicted(place: Path, database: str, count: int, seconds: float, load: floa
     torch.manual_seed(0)
     save_checkpoint(checkpoint, UNet2D(NETWORK).state_dict(), NETWORK, NoiseConfig(), Labels((), None), {})
     with started(checkpoint, place, database, count, *ONE_THREAD) as running:
-        points = tick_times(place / "log 0")
+        points, beside_s = asyncio.run(tick_times(running[0]))
+        before = [metric_now(server, "tminus_tick_time_ratio") for server in running]
         share = load * min(1.0, (os.cpu_count() or 1) / count)
         requests = list(cluster.mixed(share, count, seconds, points=points))
         draw = random.Random(count)
         to = [draw.randrange(count) for _ in requests]
         waits, refused = asyncio.run(real(running, requests, to))
-        slower = statistics.mean(metric_now(server, "tminus_tick_time_ratio") for server in running)
+        after = [metric_now(server, "tminus_tick_time_ratio") for server in running]
+    slower = statistics.mean(then / now for then, now in zip(after, before, strict=True))
     points = [(places, slower * tick_s) for places, tick_s in points]
     outcome = cluster.Cluster(count, points=points).run(requests, to=to)
-    halves, hundredths = ((quantile(waits, q), quantile(outcome.waits(), q)) for q in (0.5, 0.99))
+    told = [wait_s + beside_s for wait_s in outcome.waits()]
+    halves, hundredths = ((quantile(waits, q), quantile(told, q)) for q in (0.5, 0.99))
     print(
         f"| {count} | {slower:.2f} | {len(waits)} | {refused}, {len(outcome.refused)} "
         f"| {halves[0]:.2f} s, {halves[1]:.2f} s, **{halves[1] / halves[0]:.2f}** "
@@ -116,11 +120,18 @@ def predicted(place: Path, database: str, count: int, seconds: float, load: floa
     )
 
 
-def tick_times(log: Path) -> list[tuple[int, float]]:
-    """How long ticks take by their places, as a server measured it."""
-    found = {int(places): float(ms) / 1000 for places, ms in TICK.findall(log.read_text())}
-    assert found, f"no tick times in {log}"
-    return sorted(found.items())
+async def tick_times(server: Server) -> tuple[list[tuple[int, float]], float]:
+    """How long ticks take by their places, with what comes between two; and what a job takes beside its ticks."""
+    points, beside_s = [], []
+    for rows in PLACES:
+        short_s, long_s = [
+            min([(await real([server], [(0.0, Work(rows, steps, range(0)))], [0]))[0][0] for _ in range(3)])
+            for steps in LENGTHS
+        ]
+        tick_s = (long_s - short_s) / (LENGTHS[1] - LENGTHS[0])
+        points.append((rows, tick_s))
+        beside_s.append(max(0.0, short_s - LENGTHS[0] * tick_s))
+    return points, statistics.mean(beside_s)
 
 
 async def real(
