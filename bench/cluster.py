@@ -1,6 +1,6 @@
 """Replicas on one job store under a virtual clock: the scheduler and admission themselves, no network, no database.
 
-    python -m bench.cluster [--replicas 1,3,10,100,1000] [--seconds 600] [--load 0.8] [--deaths 0.5]
+    python -m bench.cluster [--replicas 1,3,10,100] [--seconds 300] [--load 0.8,1.5] [--traffic FILE] [--plot FILE]
 
 Durable jobs come at random moments to any replica that lives. As in service/jobs/leases.py, a replica works on a new
 job if it has little to do, and else leaves it in the table; every second it claims new jobs that nobody holds, and
@@ -12,11 +12,14 @@ and how many statements the database gets.
 import argparse
 import heapq
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, repeat
+from pathlib import Path
 from statistics import median, quantiles
 
+from bench import traffic
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
 from tminus.service.jobs.postgres_store import CLAIM_JOBS
@@ -31,8 +34,6 @@ from tminus.service.work import Batch, Work
 
 TICKS = ((1, 0.003), (2, 0.005), (4, 0.01), (8, 0.02))  # (places, seconds), as on two cores
 LIMITS = Limits(max_n=64, max_batch=8, max_rows=4096, max_jobs=1024, max_backlog_s=60.0, max_body_bytes=4096)
-MIX = {20: 80, 50: 15, 1000: 5}  # steps, and how many of a hundred jobs have them
-ROWS = 2
 LEASE_S = 15.0
 BACK_S = 30.0  # until one that died is there again
 # Statements of PostgresStore for one job: to find its key and add it, to claim it and read its snapshot where it was
@@ -61,6 +62,7 @@ class Outcome:
     refused: list[int] = field(default_factory=list)  # what each was told to wait, in seconds
     statements: int = 0  # for jobs
     renewals: int = 0  # statements of renewals, and of looks for jobs that nobody holds
+    ticks: Counter[int] = field(default_factory=Counter)  # how many had so many places
     taken_s: list[float] = field(default_factory=list)  # from a death until a job of it was claimed
 
     def waits(self, steps: int | None = None) -> list[float]:
@@ -206,6 +208,7 @@ class Cluster:
     def _step(self, replica: Replica, now_s: float) -> None:
         if replica.running is None and (seconds := replica.begin()) is not None:
             batch = replica.running
+            self.outcome.ticks[batch.places if batch is not None else 0] += 1
             self._at(now_s + seconds, lambda at_s: self._stepped(replica, batch, at_s))
 
     def _stepped(self, replica: Replica, batch: Batch | None, now_s: float) -> None:
@@ -273,26 +276,41 @@ class Cluster:
         self._at(now_s + BACK_S, lambda _at_s: replica.restart())
 
 
-# --- traffic ---
+# --- what is asked for ---
 
 
-def mixed(
-    load: float, replicas: int, seconds: float, seed: int = 0, points: Sequence[tuple[int, float]] = TICKS
-) -> Iterator[tuple[float, Work]]:
-    """Jobs of the mix at random moments, that together take a share of all replicas."""
-    draw, time_s = random.Random(seed), 0.0
-    mean_places = ROWS * sum(steps * share for steps, share in MIX.items()) / sum(MIX.values())
-    per_s = load * replicas / (mean_places * TickTimes(tuple(points)).seconds_per_place(LIMITS.max_batch))
-    while (time_s := time_s + draw.expovariate(per_s)) < seconds:
-        steps = draw.choices([*MIX], [*MIX.values()])[0]
-        yield time_s, Work(ROWS, steps, range(0))
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What came of one simulation."""
+
+    replicas: int
+    per_s: float
+    load: float
+    refused: float
+    outcome: Outcome
+    seconds: float
+
+    @property
+    def statements(self) -> tuple[float, float]:
+        """For a job, and in a second for a replica."""
+        return (
+            self.outcome.statements / max(1, len(self.outcome.jobs)),
+            self.outcome.renewals / self.seconds / self.replicas,
+        )
 
 
-def at_random(replicas: int, seconds: float, per_hour: float, seed: int = 0) -> Iterator[tuple[float, int]]:
-    """Deaths at random moments, so many an hour for each replica."""
-    draw, time_s = random.Random(f"deaths {seed}"), 0.0
-    while per_hour and (time_s := time_s + draw.expovariate(per_hour * replicas / 3600)) < seconds:
-        yield time_s, draw.randrange(replicas)
+def capacity_per_s(points: Sequence[tuple[int, float]] = TICKS) -> float:
+    """How many jobs of the mix one replica does in a second at most."""
+    return 1 / (traffic.MEAN_PLACES * TickTimes(tuple(points)).seconds_per_place(LIMITS.max_batch))
+
+
+def simulate(replicas: int, requests: traffic.Requests, seconds: float, deaths_per_hour: float) -> Line:
+    """One line of the table."""
+    deaths = list(traffic.deaths(replicas, seconds, deaths_per_hour)) if replicas > 1 else []
+    outcome = Cluster(replicas).run(requests, deaths)
+    places = sum(work.places for _, work in requests)
+    load = places / traffic.MEAN_PLACES / seconds / replicas / capacity_per_s()
+    return Line(replicas, len(requests) / seconds, load, len(outcome.refused) / len(requests), outcome, seconds)
 
 
 def main() -> None:
@@ -300,26 +318,58 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cluster", description=__doc__.partition("\n")[0])
     parser.add_argument("--replicas", default="1,3,10,100")
     parser.add_argument("--seconds", type=float, default=300.0)
-    parser.add_argument("--load", default="0.8,1.5")
+    parser.add_argument("--load", default="0.8,1.5", help="of what all replicas can do")
+    parser.add_argument("--per-s", type=float, help="requests a second, instead of --load")
+    parser.add_argument("--traffic", type=Path, help="a file that bench/traffic.py wrote, instead of --load")
     parser.add_argument("--deaths", type=float, default=2.0, help="of each replica, an hour")
+    parser.add_argument("--plot", type=Path, help="also draw the waits and the refusals")
     args = parser.parse_args()
     columns = ("replicas", "load", "jobs", "refused", "20 steps: median, 99 %", "1000 steps: median, 99 %", "moved")
-    print("| " + " | ".join(columns) + " | statements a job |")
-    print("|---" * (len(columns) + 1) + "|")
-    for load in map(float, args.load.split(",")):
+    print("| " + " | ".join(columns) + " | statements a job | and a second, of a replica |")
+    print("|---" * (len(columns) + 2) + "|")
+    recorded = traffic.read(args.traffic) if args.traffic is not None else None
+    lines = []
+    for load in [None] if recorded or args.per_s else map(float, args.load.split(",")):
         for replicas in map(int, args.replicas.split(",")):
-            requests = list(mixed(load, replicas, args.seconds))
-            deaths = list(at_random(replicas, args.seconds, args.deaths)) if replicas > 1 else []
-            outcome = Cluster(replicas).run(requests, deaths)
-            short, long = (_spread(outcome.waits(steps)) for steps in (20, 1000))
-            moved = sum(job.moves > 0 for job in outcome.jobs)
-            refused = len(outcome.refused) / len(requests)
-            own = outcome.statements / max(1, len(outcome.jobs))
+            per_s = args.per_s if load is None else load * replicas * capacity_per_s()
+            requests = recorded or list(traffic.at_rate(per_s, args.seconds))
+            seconds = max(args.seconds, requests[-1][0]) if recorded is None else requests[-1][0]
+            line = simulate(replicas, requests, seconds, args.deaths)
+            lines.append(line)
+            short, long = (_spread(line.outcome.waits(steps)) for steps in (20, 1000))
+            moved = sum(job.moves > 0 for job in line.outcome.jobs)
+            for_job, a_second = line.statements
             print(
-                f"| {replicas} | {load:g} | {len(outcome.jobs):,} | {refused:.1%} | {short} | {long} | {moved:,} "
-                f"| {own:.1f} and {outcome.renewals / args.seconds / replicas:.2f} a second and replica |",
+                f"| {replicas} | {line.load:.2f} | {len(line.outcome.jobs):,} | {line.refused:.1%} | {short} | {long} "
+                f"| {moved:,} | {for_job:.1f} | {a_second:.2f} |",
                 flush=True,
             )
+    if args.plot is not None:
+        plot(lines, args.plot)
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Waits over the number of replicas, and refusals over the load."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {"svg.hashsalt": "tminus", "svg.fonttype": "none", "font.size": 9}
+    import matplotlib.pyplot as plt
+
+    figure, (waits, refusals) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for load in sorted({round(line.load, 1) for line in lines}):
+        of_load = [line for line in lines if round(line.load, 1) == load]
+        counts = [line.replicas for line in of_load]
+        waits.plot(counts, [median(line.outcome.waits(20)) for line in of_load], "o-", label=f"load {load:g}")
+        refusals.plot(counts, [100 * line.refused for line in of_load], "o-", label=f"load {load:g}")
+    waits.set(title="Jobs of 20 steps: median wait", ylabel="seconds", yscale="log")
+    refusals.set(title="Refused", ylabel="% of the jobs")
+    for axes in (waits, refusals):
+        axes.set(xlabel="replicas", xscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _spread(seconds: list[float]) -> str:

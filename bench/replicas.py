@@ -4,7 +4,7 @@
 
 Predicted: durable jobs come at random moments to 1, 2 and 3 servers of one thread each, and the same jobs at the same
 moments to the simulation (bench/cluster.py), which is told how long ticks take, as jobs alone on an idle server show,
-times how much longer they took among the others. The network is a small one of random
+times how much longer all of the run took together. The network is a small one of random
 weights, so that some hundred jobs end in a minute. Store: row-steps per second with durable jobs in PostgreSQL, over
 those with SQLite, in turns. Frames: when two viewers of one job get each frame, one where it runs and one elsewhere.
 PostgreSQL is Debian's, started for the run; each server has a cache of measurements of its own.
@@ -20,13 +20,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import httpx
 import torch
 
-from bench import cluster, servers
+from bench import cluster, servers, traffic
 from bench.crash import Server
 from bench.durable import window
 from bench.figures import quantile
@@ -36,6 +37,7 @@ from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
+from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Work
 
 PARTS = ("predicted", "store", "frames")
@@ -43,6 +45,7 @@ NETWORK = UNetConfig(
     sample_size=16, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
     down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=8,
 )  # fmt: skip
+TICKS = "tminus_step_duration_seconds_sum"
 PLACES, LENGTHS = (1, 2, 4, 8), (20, 320)  # rows and steps of the jobs that show how long ticks take
 ONE_THREAD = ("--threads", "1", "--max-batch", "8", "--short-batch", "4")
 LONG = {"n": 4, "steps": 1000, "seed": 1}
@@ -99,17 +102,23 @@ def predicted(place: Path, database: str, count: int, seconds: float, load: floa
     torch.manual_seed(0)
     save_checkpoint(checkpoint, UNet2D(NETWORK).state_dict(), NETWORK, NoiseConfig(), Labels((), None), {})
     with started(checkpoint, place, database, count, *ONE_THREAD) as running:
-        points, beside_s = asyncio.run(tick_times(running[0]))
-        before = [metric_now(server, "tminus_tick_time_ratio") for server in running]
+        alone = [alone_of(running[0], rows) for rows in PLACES]
         share = load * min(1.0, (os.cpu_count() or 1) / count)
-        requests = list(cluster.mixed(share, count, seconds, points=points))
+        points = [(rows, each.elapsed_s) for rows, each in zip(PLACES, alone, strict=True)]
+        requests = list(traffic.at_rate(share * count * cluster.capacity_per_s(points), seconds))
         draw = random.Random(count)
         to = [draw.randrange(count) for _ in requests]
+        before_s = sum(metric_now(server, TICKS) for server in running)
         waits, refused = asyncio.run(real(running, requests, to))
-        after = [metric_now(server, "tminus_tick_time_ratio") for server in running]
-    slower = statistics.mean(then / now for then, now in zip(after, before, strict=True))
-    points = [(places, slower * tick_s) for places, tick_s in points]
-    outcome = cluster.Cluster(count, points=points).run(requests, to=to)
+        ticks_s = sum(metric_now(server, TICKS) for server in running) - before_s
+    # Ticks took longer than alone, as the servers share cores and memory. By how much, their sum says.
+    slower = 1.0
+    for _ in range(3):  # slower ticks are fuller ones
+        times = TickTimes(tuple((rows, each.tick_s) for rows, each in zip(PLACES, alone, strict=True)))
+        scaled = [(rows, slower * elapsed_s) for rows, elapsed_s in points]
+        outcome = cluster.Cluster(count, points=scaled).run(requests, to=to)
+        slower = ticks_s / sum(number * times.seconds(places) for places, number in outcome.ticks.items())
+    beside_s = statistics.mean(each.beside_s for each in alone)
     told = [wait_s + beside_s for wait_s in outcome.waits()]
     halves, hundredths = ((quantile(waits, q), quantile(told, q)) for q in (0.5, 0.99))
     print(
@@ -120,18 +129,26 @@ def predicted(place: Path, database: str, count: int, seconds: float, load: floa
     )
 
 
-async def tick_times(server: Server) -> tuple[list[tuple[int, float]], float]:
-    """How long ticks take by their places, with what comes between two; and what a job takes beside its ticks."""
-    points, beside_s = [], []
-    for rows in PLACES:
-        short_s, long_s = [
-            min([(await real([server], [(0.0, Work(rows, steps, range(0)))], [0]))[0][0] for _ in range(3)])
-            for steps in LENGTHS
-        ]
-        tick_s = (long_s - short_s) / (LENGTHS[1] - LENGTHS[0])
-        points.append((rows, tick_s))
-        beside_s.append(max(0.0, short_s - LENGTHS[0] * tick_s))
-    return points, statistics.mean(beside_s)
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """How long a job of so many rows takes on an idle server."""
+
+    tick_s: float  # as the server counts it
+    elapsed_s: float  # with what comes between two ticks
+    beside_s: float  # the job, beside its ticks
+
+
+def alone_of(server: Server, rows: int) -> Alone:
+    """Run jobs of so many rows, short and long ones, one after the other."""
+    tick_s, took_s = [], []
+    for steps in LENGTHS:
+        before = metric_now(server, TICKS), metric_now(server, TICKS.replace("_sum", "_count"))
+        one = [(0.0, Work(rows, steps, range(0)))]
+        took_s.append(min(asyncio.run(real([server], one, [0]))[0][0] for _ in range(3)))
+        ticks = metric_now(server, TICKS.replace("_sum", "_count")) - before[1]
+        tick_s.append((metric_now(server, TICKS) - before[0]) / ticks)
+    elapsed_s = (took_s[1] - took_s[0]) / (LENGTHS[1] - LENGTHS[0])
+    return Alone(tick_s[1], elapsed_s, max(0.0, took_s[0] - LENGTHS[0] * elapsed_s))
 
 
 async def real(
@@ -166,7 +183,7 @@ async def real(
 
 def metric_now(server: Server, name: str) -> float:
     """One metric of a server, the sum over its labels."""
-    return servers.sum_metrics(httpx.get(f"{server.url}/metrics", trust_env=False).text)[name]
+    return servers.sum_metrics(httpx.get(f"{server.url}/metrics", trust_env=False).text).get(name, 0.0)
 
 
 # --- what the store costs ---

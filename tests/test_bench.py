@@ -15,7 +15,7 @@ import torch
 from fastapi import FastAPI, Response
 from PIL import Image, ImageChops
 
-from bench import arrivals, bare, client, cluster, figures, report, same
+from bench import arrivals, bare, client, cluster, figures, report, same, servers, traffic
 from bench.__main__ import parse_args
 from bench.conductor import same_places
 from bench.loads import QUICK, Lengths
@@ -444,7 +444,7 @@ def test_a_quick_run_from_start_to_end(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_replicas_in_the_simulation_end_every_job_that_they_accept_and_die_in_vain(replicas: int) -> None:
-    requests = list(cluster.mixed(1.2, replicas, 60.0))
+    requests = list(traffic.at_rate(1.2 * replicas * cluster.capacity_per_s(), 60.0))
     deaths = [(10.0, 0), (12.0, replicas - 1), (50.0, 0)]
     outcome = cluster.Cluster(replicas).run(requests, deaths)
     assert len(outcome.jobs) + len(outcome.refused) == len(requests)
@@ -458,5 +458,29 @@ def test_replicas_in_the_simulation_end_every_job_that_they_accept_and_die_in_va
 
 
 def test_short_jobs_do_not_wait_longer_among_many_replicas() -> None:
-    waits = [max(cluster.Cluster(n).run(list(cluster.mixed(0.8, n, 60.0))).waits(20)) for n in (1, 4)]
+    waits = []
+    for replicas in (1, 4):
+        requests = list(traffic.at_rate(0.8 * replicas * cluster.capacity_per_s(), 60.0))
+        waits.append(max(cluster.simulate(replicas, requests, 60.0, 0.0).outcome.waits(20)))
     assert waits[1] < 2 * waits[0]
+
+
+def test_recorded_traffic_is_what_came_to_a_server(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asks = [
+        {"n": 1, "steps": 3},
+        {"n": 2, "steps": 4, "class_label": "a", "guidance": 2},
+        {"n": 3, "steps": 5, "sampler": "heun"},
+    ]
+    with servers.running(contenders(1)["tminus"], folder, None) as server:
+        for ask in asks:
+            httpx.post(f"{server.url}/jobs", json=ask).raise_for_status()
+            time.sleep(0.3)
+        rows = list(traffic.record(server.url))
+    assert [float(rows[k + 1][0]) - float(rows[k][0]) >= 0.3 for k in range(2)] == [True, True]
+    file = tmp_path / "traffic.csv"
+    file.write_text("\n".join(",".join(row) for row in [traffic.COLUMNS, *rows]))
+    assert [work.places for _, work in traffic.read(file)] == [3, 3 * 9, 2 * 4 * 2]
+    outcome = cluster.Cluster(1).run(traffic.read(file))
+    assert len(outcome.waits()) == 3
