@@ -44,7 +44,10 @@ def prepare(
         for weights_hash in [model.checkpoint.weights_hash for model in models]:
             stores[weights_hash] = open_one(weights_hash)
     except ValueError as error:
-        raise ValueError(f"--state-dir (TMINUS_STATE_DIR): {error}") from None
+        for store in stores.values():
+            store.close()
+        setting = "--state-dir (TMINUS_STATE_DIR)" if settings.job_store is None else "--job-store (TMINUS_JOB_STORE)"
+        raise ValueError(f"{setting}: {error}") from None
 
     def take_store(weights_hash: str) -> JobStore:
         """One that is open already, once; else it is opened."""

@@ -409,6 +409,16 @@ class StorageFailed(ServiceError):
         self.damaged = damaged
 
 
+class NewerJob(StorageFailed):
+    """A durable job asks for what this version does not know: a server of a newer one has accepted it."""
+
+    status, code, title = 503, "newer_job", "The job is a newer server's"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.headers["Retry-After"] = "5"
+
+
 class KeyReused(ServiceError):
     """The Idempotency-Key was used for another request before."""
 

@@ -45,9 +45,10 @@ async def charged(services: Services, caller: Caller, spec: SampleSpec) -> Async
     What a job costs is what it takes in passes of one row: a guided step counts twice, and skipped ones not at all.
     """
     row_steps, jobs = work_of(spec, services.model).places, 0
-    if caller.limits.jobs is not None:
-        elsewhere = await services.new_jobs.number_everywhere(caller.name)
-        jobs = max(elsewhere, services.new_jobs.number_of(caller.name))  # which may have grown meanwhile
+    if (most := caller.limits.jobs) is not None:
+        new_jobs = services.new_jobs
+        elsewhere = await new_jobs.number_elsewhere(caller.name) if new_jobs.number_here(caller.name) < most else 0
+        jobs = new_jobs.number_here(caller.name) + elsewhere
     with caller.charged(row_steps, jobs):
         yield
     services.metrics.charged(caller.name, row_steps)

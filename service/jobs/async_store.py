@@ -13,6 +13,7 @@ from tminus.service.spec import Images, Inputs, Snapshot
 from tminus.service.tracing import traced
 
 CALL_S = 30.0  # a call that takes longer is not waited for
+QUICK_S = 1.0  # the same, of one without which a request can be answered
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -81,9 +82,15 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.find, key)
 
-    async def number_of(self, owner: str) -> int:
-        """See JobStore."""
-        return await self._call(self._store.number_of, owner)
+    async def number_of(self, owner: str, but: Collection[str]) -> int:
+        """See JobStore. Is given up soon, and not made if its turn has not come by then."""
+        try:
+            async with asyncio.timeout(QUICK_S):
+                return await asyncio.wrap_future(self._pool.submit(self._store.number_of, owner, but))
+        except TimeoutError:
+            raise StorageFailed(f"the job store has not answered for {QUICK_S:g} s") from None
+        except RuntimeError as error:
+            raise StorageFailed("the job store is closed") from error
 
     async def get(self, job_id: str) -> JobRecord | None:
         """See JobStore."""

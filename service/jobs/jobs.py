@@ -171,6 +171,12 @@ class Jobs:
             async with asyncio.timeout(CANCEL_S):
                 await live.ended.wait()
         except TimeoutError:
+            if live.ending is not None and live.ending.outcome != "cancelled":  # its result takes long to be kept
+                lifecycle = self._lifecycles[live.model]
+                if lifecycle.store.shared and await lifecycle.store.cancel(job_id):
+                    lifecycle.lose(live)
+                    return await self.find_durable(job_id, sees)
+                raise StorageFailed("the job has ended, and its result cannot be stored at the moment") from None
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
         if live.lost:  # another replica has it by now
             return await self._cancel_anywhere(job_id, sees)

@@ -5,6 +5,7 @@ that is gone. It renews the leases of those it holds, and notices those that it 
 left in the store, to whoever has room first.
 """
 
+import asyncio
 import logging
 import math
 import time
@@ -16,9 +17,10 @@ from tminus.service.errors import Draining, Overloaded, StorageFailed
 from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.store import JobRecord, Key, Pace
-from tminus.service.model_info import ModelInfo
+from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.room import Line
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Outlook, work_of
 from tminus.service.worker.worker import Worker
@@ -26,7 +28,8 @@ from tminus.service.worker.worker import Worker
 log = logging.getLogger(__name__)
 
 AHEAD_S = 8.0  # of work: a replica that has as much leaves new jobs to others
-LOAD_S = 1.0  # how old a look at the others may be
+LOAD_S, LOOK_S = 1.0, 1.0  # how old a look at the others may be, and how long one may take
+LIMITS = ("backlog_s", "jobs", "rows")  # of one server, which another may not have reached
 CLAIM_S = 1.0  # how often it looks for jobs that nobody holds
 RENEWALS = 3  # in the time of a lease
 
@@ -35,6 +38,10 @@ class Holder(Protocol):
     """Who works on the jobs: Lifecycle."""
 
     retired: bool  # whether it takes on no more
+
+    @property
+    def cannot_keep(self) -> bool:
+        """Whether jobs have ended whose ends cannot be kept."""
 
     def all(self) -> Iterable[Live]:
         """Every job that is held."""
@@ -63,16 +70,17 @@ class Leases:
         admission: Admission,
         model: int,
         info: ModelInfo,
-        max_rows: int,
+        limits: Limits,
         holder: Holder,
     ) -> None:
-        """model: its number. max_rows: of a job that it can do."""
+        """model: its number."""
         self._store, self._worker, self._admission, self._holder = store, worker, admission, holder
         self._model, self._info = model, info
-        self._max_rows, self._ended = max_rows, False
+        self._max_rows, self._max_backlog_s, self._ended = limits.max_rows, limits.max_backlog_s, False
         store.holders.append(self._ids)
         self.load: ClusterLoad | None = None  # when it was last asked for; None while the database is away
         self._asked_s = -math.inf  # when that was
+        self._line = Line()  # of those who were told since then when another replica has room
         self._others_wait = False  # the last claim may have left jobs that waited longer than a new one
 
     async def renew(self) -> None:
@@ -86,22 +94,20 @@ class Leases:
         await self._look()
 
     async def renew_until_closed(self) -> None:
-        """Renew in time, as long as the process lives or the model is loaded."""
+        """Renew in time until the model is unloaded, or this is cancelled."""
         while not self._ended:
             try:
-                await self._holder.pause(self._store.lease_s / RENEWALS)
+                await asyncio.sleep(self._store.lease_s / RENEWALS)
                 if not self._ended:
                     await self.renew()
             except StorageFailed:
                 self.load = None
-            except Draining:
-                return
             except Exception:  # a replica that does not renew works for nothing
                 log.exception("the leases of jobs could not be renewed")
 
     async def _look(self) -> None:
         """See what all replicas have to do. Raises StorageFailed."""
-        self._asked_s = time.perf_counter()
+        self._asked_s, self._line = time.perf_counter(), Line()
         load = await self._store.load()
         self.load = None if self._ended else load
 
@@ -122,6 +128,8 @@ class Leases:
     async def _claim(self) -> None:
         waits = any(not live.submitted and not live.parked for live in self._holder.all())  # for slots
         if waits or not self._worker.ready or (self._holder.retired and self._others_serve):
+            return
+        if self._holder.cannot_keep:  # others may: it would take job after job, and end none
             return
         begun_places = AHEAD_S * self._admission.places_per_s(self._model)
         async with self._store.turn:
@@ -169,16 +177,21 @@ class Leases:
 
     async def soonest(self, error: Overloaded, spec: SampleSpec) -> Overloaded:
         """The refusal of a job that stays where it came in, with the least Retry-After of all replicas."""
-        if error.field != "backlog_s" or error.of_owner:
+        if error.of_owner or error.field not in LIMITS:
             return error
         now_s = time.perf_counter()
         if now_s > self._asked_s + LOAD_S:  # not for each of a flood
-            with suppress(StorageFailed):
-                await self._look()
-        if self.load is None:
+            with suppress(StorageFailed, TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._look()
+        if (load := self.load) is None:
             return error
-        wait_s = self._admission.wait_elsewhere_s(work_of(spec, self._info, self._model), self.load, now_s)
-        return error if math.isinf(wait_s) else error.sooner(max(1, math.ceil(wait_s)))
+        work = work_of(spec, self._info, self._model)
+        in_s = load.room_elsewhere_in_s(work, self._max_backlog_s if error.field == "backlog_s" else 0.0)
+        if in_s >= error.retry_after_s:
+            return error
+        due_s = self._line.next_s(now_s + in_s, work.places / (load.places_per_s or math.inf))
+        return error.sooner(max(1, math.ceil(due_s - now_s)))
 
     def _pace(self) -> Pace:
         """How fast this replica is, and how much it has to do."""

@@ -36,8 +36,7 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 5.0  # until a store that failed is tried again
-ROOM_S = 0.2  # until a worker that warms up, or has no slots, is asked again
+RETRY_S, ROOM_S = 5.0, 0.2  # until a store that failed, or a worker without slots, is asked again
 
 
 class Lifecycle:
@@ -59,9 +58,10 @@ class Lifecycle:
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
         self._limits, self._metrics = limits, metrics
-        self.leases = Leases(store, worker, admission, model, info, limits.max_rows, self) if store.shared else None
+        self.leases = Leases(store, worker, admission, model, info, limits, self) if store.shared else None
         self._live: dict[str, Live] = {}  # changed here only
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
+        self._renewing, self._sweeping = set[asyncio.Task[None]](), set[asyncio.Task[None]]()
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
         # Those that the worker worked on when it crashed run one at a time: if it crashes again, that one caused it.
         self._quarantine = asyncio.Lock()
@@ -78,7 +78,7 @@ class Lifecycle:
         if self.leases is not None:
             with suppress(StorageFailed):
                 await self.leases.renew()  # first, so that others know that it lives
-            self._spawn(self.leases.renew_until_closed())
+            self._renewing.add(asyncio.create_task(self.leases.renew_until_closed()))
             self._spawn(self.leases.claim_until_closed())
         elif take_on:
             try:
@@ -87,7 +87,7 @@ class Lifecycle:
                 self._takes_on = True
                 self._idle.clear()
                 self._spawn(self._take_on_later())
-        self._spawn(sweep_until_closed(self.store, self._limits, self.pause))
+        self._sweeping.add(self._spawn(sweep_until_closed(self.store, self._limits, self.pause)))
 
     def take_on(self, records: Sequence[JobRecord]) -> None:
         """Work on jobs that are held now, from their last snapshots on."""
@@ -141,7 +141,12 @@ class Lifecycle:
     async def close(self) -> None:
         """Keep how jobs ended, as far as the store can. Call it when the worker has ended, or there are no jobs."""
         self._closing.set()
+        for task in self._sweeping:  # which may wait for an object store that does not answer
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for task in self._renewing:  # until now: a result may take longer to write than a lease lasts
+            task.cancel()
+        await asyncio.gather(*self._renewing, return_exceptions=True)
 
     async def idle(self) -> None:
         """Wait until there is no job that has not ended, or that this process cannot end."""
@@ -171,13 +176,11 @@ class Lifecycle:
         """Every durable job that has not ended."""
         return self._live.values()
 
-    def check_store(self) -> None:
-        """Raise StorageFailed while outcomes cannot be written: no new job is accepted."""
-        fails = self._store_fails or self.store.failure is not None  # of two stores one may still take small results
-        if fails and any(live.ending for live in self._live.values()):
-            raise StorageFailed(
-                "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
-            )
+    @property
+    def cannot_keep(self) -> bool:
+        """Whether jobs have ended whose ends cannot be kept."""
+        fails = self._store_fails or self.store.failure  # of two stores one may still take small results
+        return bool(fails) and any(live.ending for live in self._live.values())
 
     def accept(self, record: JobRecord, ticket: Ticket) -> None:
         """Take on a job that the store keeps and the worker has."""
@@ -309,10 +312,10 @@ class Lifecycle:
 
     # --- the process ---
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        self._tasks.add(task := asyncio.create_task(work))
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def pause(self, seconds: float) -> None:
         """Sleep. Raises Draining when the process ends."""

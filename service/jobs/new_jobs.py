@@ -6,8 +6,8 @@ A job, once accepted, is finished whatever happens to the client or to this proc
 import asyncio
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from dataclasses import replace
 
 from tminus.service.errors import KeyReused, Overloaded, StorageFailed
 from tminus.service.jobs.jobs import Jobs
@@ -16,6 +16,7 @@ from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store import JobRecord, Key, now_us
 from tminus.service.jobs.views import JobView
 from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.work import Outlook
 from tminus.service.worker.worker import Worker
 
 
@@ -24,22 +25,26 @@ class NewJobs:
 
     def __init__(self, worker: Worker, jobs: Jobs) -> None:
         self._worker, self._jobs = worker, jobs
+        self._entering: dict[str, str] = {}  # jobs that are being accepted, with whose they are
         self._keyed = asyncio.Lock()  # held while a job with a key is looked for and added
 
-    def number_of(self, owner: str) -> int:
-        """How many jobs of an owner have not ended here, with those that the worker has not yet."""
-        lives = (live for live in self._jobs.all_live() if not live.submitted)
-        return self._worker.jobs.number_of(owner) + sum(live.record.owner == owner for live in lives)
+    def number_here(self, owner: str) -> int:
+        """How many jobs of an owner have not ended that this process knows."""
+        return self._worker.jobs.number_of(owner, durable=False) + len(self._known(owner))
 
-    async def number_everywhere(self, owner: str) -> int:
-        """As `number_of`, with the durable ones of all servers that share a store, and those that nobody holds."""
-        here = self._worker.jobs.number_of(owner)
-        passing = here - sum(live.submitted and live.record.owner == owner for live in self._jobs.all_live())
-        try:
-            kept = [await each.store.number_of(owner) for each in self._jobs.by_store() if each.store.shared]
-        except StorageFailed:
-            kept = []
-        return max(self.number_of(owner), passing + sum(kept))
+    async def number_elsewhere(self, owner: str) -> int:
+        """How many durable jobs of an owner are held by other servers, or by nobody; 0 while their store is away."""
+        known, count = self._known(owner), 0
+        for store in [each.store for each in self._jobs.by_store()]:
+            if store.shared and store.failure is None:
+                with suppress(StorageFailed):
+                    count += await store.number_of(owner, known)
+        return count
+
+    def _known(self, owner: str) -> set[str]:
+        """Its durable jobs that have not ended: those that are held here, and those that are being accepted."""
+        held = {live.record.id for live in self._jobs.all_live() if live.record.owner == owner}
+        return held | {job_id for job_id, whose in self._entering.items() if whose == owner}
 
     async def create(
         self,
@@ -87,32 +92,49 @@ class NewJobs:
         inputs: Inputs | None,
         owner: str,
     ) -> tuple[JobView, bool]:
-        async def found() -> tuple[JobView, bool]:  # another request had the same key at the same time
-            assert key is not None
-            earlier = await self._find_by_key(key, lifecycle.model_name)
-            if earlier is None:
-                raise StorageFailed("the job of this Idempotency-Key was deleted just now")
-            return earlier, True
-
-        model = lifecycle.model
-        lifecycle.check_store()
+        if lifecycle.cannot_keep:
+            raise StorageFailed(
+                "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
+            )
         created_us = lifecycle.store.now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
         record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us, owner=owner, ahead_us=created_us - now_us())
-        view = partial(JobView, record, model, lifecycle.model_name, "waiting", True, 0)
+        self._entering[record.id] = owner  # before anybody else can count
+        try:
+            outlook = await self._let_in(lifecycle, record, deadline_s, key, inputs)
+        finally:
+            del self._entering[record.id]
+        if outlook is not None:
+            view = JobView(record, lifecycle.model, lifecycle.model_name, "waiting", True, 0)
+            return replace(view, position=outlook.position, eta_s=outlook.eta_s), False
+        assert key is not None  # another request had it at the same time
+        earlier = await self._find_by_key(key, lifecycle.model_name)
+        if earlier is None:
+            raise StorageFailed("the job of this Idempotency-Key was deleted just now")
+        return earlier, True
+
+    async def _let_in(
+        self,
+        lifecycle: Lifecycle,
+        record: JobRecord,
+        deadline_s: float | None,
+        key: Key | None,
+        inputs: Inputs | None,
+    ) -> Outlook | None:
+        """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
         if leases is None or leases.takes_next:
             try:
                 ticket = self._worker.submit(
-                    record.id, spec, deadline_s, model=model, inputs=inputs, owner=owner, durable=True
-                )
+                    record.id, record.spec, deadline_s,
+                    model=lifecycle.model, inputs=inputs, owner=record.owner, durable=True,
+                )  # fmt: skip
             except Overloaded as error:
                 if leases is None or error.of_owner:
                     raise
         if ticket is None:
             assert leases is not None
-            outlook = await leases.leave_to_any(record, key, inputs, deadline_s)
-            return (view(outlook.position, outlook.eta_s), False) if outlook is not None else await found()
+            return await leases.leave_to_any(record, key, inputs, deadline_s)
         kept = False
         try:
             kept = await lifecycle.store.add(record, key, inputs)
@@ -120,9 +142,9 @@ class NewJobs:
             if not kept:
                 self._worker.cancel(record.id, "not_kept")
         if not kept:
-            return await found()
+            return None
         lifecycle.accept(record, ticket)
-        return view(ticket.outlook.position, ticket.outlook.eta_s), False
+        return ticket.outlook
 
     async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
         """Find the job that was asked for with a key. Raises KeyReused if it was another request, or model."""

@@ -27,9 +27,12 @@ class ObjectRows:
         self._table = table
 
     def note(self, run: Run, job_id: str, key: str, at_us: int) -> None:
-        """An object is about to be written for a job; to note it twice changes nothing."""
+        """An object is about to be written for a job, now or once more. Raises ObjectGone where it was given up."""
         table = self._table
-        if run(sa.select(table.c.key).where(table.c.key == key)).first() is None:
+        again = sa.update(table).where(table.c.key == key, table.c.state == PENDING).values(since_us=at_us)
+        if run(again).rowcount == 0:
+            if run(sa.select(table.c.key).where(table.c.key == key)).first() is not None:
+                raise ObjectGone(key)
             run(sa.insert(table).values(key=key, job_id=job_id, state=PENDING, since_us=at_us, bytes=0, sha256=""))
 
     def keep(self, run: Run, stored: StoredObject) -> None:

@@ -29,7 +29,7 @@ BYTES_PER_S = 1e6  # what a line must do: for the bytes of an object a call has 
 START_S = 15.0  # the same at the start
 CONNECT_S = 5.0
 RETRIES, RETRY_S = 3, 20.0  # after which time no request is tried again
-AT_ONCE = 4  # uploads, and downloads: each is in memory as a whole
+AT_ONCE = 4  # downloads: each is in memory as a whole
 URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*)/?")
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")  # the first that is set is taken
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
@@ -63,11 +63,12 @@ class S3Objects:
             self._store = S3Store(bucket, prefix=where, client_options=client, retry_config=retries)
         except BaseError as error:
             raise ValueError(_reason(error)) from None
-        self._puts, self._gets = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(AT_ONCE)
+        self._gets = asyncio.Semaphore(AT_ONCE)
+        self._check_key = f"check-{uuid.uuid4().hex}"  # one, in case that it cannot be deleted
 
     async def put(self, key: str, data: bytes) -> None:
         """See Objects."""
-        async with _asking("write", len(data)), self._puts:
+        async with _asking("write", len(data)):
             # In one request: what is left of several, if they break off, stays in the bucket unseen.
             await obstore.put_async(self._store, key, data, use_multipart=False)
 
@@ -89,7 +90,7 @@ class S3Objects:
 
     async def check(self) -> None:
         """See Objects."""
-        key, data = f"check-{uuid.uuid4().hex}", b"tminus"
+        key, data = self._check_key, b"tminus"
         await self.put(key, data)
         if await self.get(key, len(data)) != data:
             raise StorageFailed("the object store does not keep what is written")

@@ -7,6 +7,7 @@ from ipaddress import ip_address
 
 import sqlalchemy as sa
 
+from tminus.service.errors import StorageFailed
 from tminus.service.jobs.postgres_schema import prepare_schema
 from tminus.service.jobs.postgres_store import PostgresStore, connect
 
@@ -26,7 +27,13 @@ def open_postgres(
     replica = uuid.uuid4().hex
 
     def open_store(weights_hash: str) -> PostgresStore:
-        return PostgresStore(connect(url, namespace), namespace, weights_hash, replica, lease_s, address)
+        store = PostgresStore(connect(url, namespace), namespace, weights_hash, replica, lease_s, address)
+        try:
+            store.read_clock()
+        except StorageFailed as error:
+            store.close()
+            raise ValueError(error.detail) from None
+        return store
 
     return open_store
 

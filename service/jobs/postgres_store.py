@@ -6,6 +6,7 @@ writes with the old fence, and so writes nothing (Kleppmann 2016, "How to do dis
 
 import logging
 import math
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 
-from tminus.service.errors import StorageFailed
+from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.postgres_tables import FORMAT, make_postgres_tables
 from tminus.service.jobs.sql_store import Conditions, Run, SqlStore
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 CLAIM_JOBS = 32  # the most that one claim looks at
 STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
 CONNECT_S = 5
+_EPOCH = sa.func.extract("epoch", sa.func.clock_timestamp())
 GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten
 
 
@@ -78,16 +80,25 @@ class PostgresStore(SqlStore):
         self._engine, self._weights, self._replica, self.lease_s = engine, weights_hash[:16], replica, lease_s
         self._lease = timedelta(seconds=lease_s)
         self._living = sa.func.coalesce(tables.jobs.c.lease_until >= sa.func.clock_timestamp(), sa.false())
-        self._record_columns.append(self._living.label("held"))
+        self._record_columns += [self._living.label("held"), tables.jobs.c.format]
         self._fences: dict[str, int] = {}  # of the jobs that are held
         self._unsure: set[str] = set()  # jobs that may or may not have been added: they are to be deleted
-        self._ahead_us = 0  # the database's clock, over this machine's
+        self._ahead_us = now_us() - _steady_us()  # the database's clock, over one that nobody sets
+
+    def read_clock(self) -> None:
+        """Know the database's time, as after each renewal. Raises StorageFailed."""
+        asked_us = _steady_us()
+        with self._transaction() as run:
+            self._know_time(run(sa.select(_EPOCH)).scalar_one(), asked_us)
+
+    def _know_time(self, told: Any, asked_us: int) -> None:
+        self._ahead_us = round(float(told) * 1e6) - (asked_us + _steady_us()) // 2
 
     # --- JobStore ---
 
     def now_us(self) -> int:
         """See JobStore. As far as the clocks were apart at the last renewal."""
-        return now_us() + self._ahead_us
+        return _steady_us() + self._ahead_us
 
     def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
         """See JobStore."""
@@ -158,14 +169,14 @@ class PostgresStore(SqlStore):
         others = sa.update(jobs).where(*mine, ~worked_on).values(replica=None, lease_until=None)
         # Their clients were told that they were not kept, and have no key to find them by.
         unsure = [jobs.c.id == sa.any_(_texts(self._unsure)), jobs.c.fence <= 1, jobs.c.outcome.is_(None)]
-        asked_us = now_us()
+        asked_us = _steady_us()
         with self._transaction() as run:
             if self._unsure:
                 self._delete(run, run(sa.select(jobs.c.id).where(*unsure)).scalars().all())
-            told = run(alive.returning(sa.func.extract("epoch", now))).scalar_one()
+            told = run(alive.returning(_EPOCH)).scalar_one()
             held = {row.id: row.fence for row in run(longer.returning(jobs.c.id, jobs.c.fence)).all()}
             run(others)
-        self._ahead_us = round(float(told) * 1e6) - (asked_us + now_us()) // 2
+        self._know_time(told, asked_us)
         self._unsure.clear()
         self._fences = {job_id: fence for job_id, fence in self._fences.items() if held.get(job_id) == fence}
         return frozenset(self._fences)
@@ -177,16 +188,16 @@ class PostgresStore(SqlStore):
         most = [sa.func.max(column).label(column.name) for column in columns]
         alive = [replicas.c.lease_until > now, *self._its_weights()]
         living = sa.select(replicas.c.id, *most).where(*alive).group_by(replicas.c.id).subquery()
-        told_s = sa.func.extract(
-            "epoch", now - (living.c.lease_until - self._lease)
-        )  # how long ago it told its backlog
+        # How long ago it told its backlog.
+        told_s = sa.func.extract("epoch", now + self._lease - living.c.lease_until)
         least = sa.func.min(sa.func.greatest(0, living.c.backlog_s - told_s)).filter(living.c.id != self._replica)
         held = sa.func.avg(living.c.backlog_s)
         those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), held, least)
         waiting = sa.select(sa.func.count(), sa.func.sum(jobs.c.places))
+        waiting = waiting.where(jobs.c.outcome.is_(None), ~self._living, jobs.c.format <= FORMAT, *self._here())
         with self._transaction() as run:
             count, pace, held_s, least_s = run(those).one()
-            jobs_free, places = run(waiting.where(jobs.c.outcome.is_(None), ~self._living, *self._here())).one()
+            jobs_free, places = run(waiting).one()
         least_s = math.inf if least_s is None else float(least_s)
         return ClusterLoad(count, float(pace or 0), float(held_s or 0), jobs_free, float(places or 0), least_s)
 
@@ -256,7 +267,9 @@ class PostgresStore(SqlStore):
         return [sa.tuple_(jobs.c.id, jobs.c.fence).in_(fences), jobs.c.outcome.is_(None)]
 
     def _record(self, row: Any) -> JobRecord:
-        return replace(super()._record(row), ahead_us=self._ahead_us)
+        if row.format > FORMAT:
+            raise NewerJob(f"job {row.id} was accepted by a newer server, and only such ones know what it asks for")
+        return replace(super()._record(row), ahead_us=self.now_us() - now_us())
 
     def _if_held(self, held: bool | None) -> Conditions:
         return () if held is None else [self._living if held else ~self._living]
@@ -296,6 +309,10 @@ def _first(rows: Sequence[Any], places: float) -> list[Any]:
         chosen.append(row)
         places -= row.places
     return chosen
+
+
+def _steady_us() -> int:
+    return time.monotonic_ns() // 1000
 
 
 def _texts(texts: Collection[str]) -> sa.ColumnElement[Any]:

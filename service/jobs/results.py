@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+AT_ONCE = 4  # results that are written at a time
+
 
 class Objects(Protocol):
     """Where objects are kept. Each call is bounded in time, and raises StorageFailed where it cannot be done."""
@@ -69,6 +71,7 @@ class ResultStore(AsyncStore):
         super().__init__(store)
         self._objects, self._above_bytes, self._folder = results.objects, results.above_bytes, folder
         self._uploads: dict[str, _Upload] = {}  # by the job
+        self._turns = asyncio.Semaphore(AT_ONCE)  # a result is packed, and so in memory twice, while it has one
         self._objects_failure: StorageFailed | None = None  # why the last attempt to write an object failed
 
     @property
@@ -95,11 +98,11 @@ class ResultStore(AsyncStore):
         upload = self._uploads.setdefault(job.id, _Upload(f"{self._folder}/{job.id}/{uuid.uuid4().hex}"))
         try:
             while True:
-                upload.stored = upload.stored or await self._uploaded(job.id, upload.key, images)
                 try:
+                    upload.stored = upload.stored or await self._uploaded(job.id, upload.key, images)
                     await super().finish(job, upload.stored)
                     break
-                except ObjectGone:  # the database was away for so long that nobody waited for us
+                except ObjectGone:  # a store was away for so long that nobody waited for us
                     log.warning("the images of job %s were given up before its end was kept: once more", job.id)
                     upload.key, upload.stored = f"{self._folder}/{job.id}/{uuid.uuid4().hex}", None
         except LeaseLost:
@@ -111,10 +114,11 @@ class ResultStore(AsyncStore):
     async def _uploaded(self, job_id: str, key: str, images: Images) -> StoredObject:
         """Write an object under a key that no other replica has, so that none is ever written over."""
         await self._write(self._store.note_object, job_id, key)
-        data, sha256 = await asyncio.to_thread(_packed, images)
         try:
-            with traced("store upload", {"tminus.job.id": job_id}):
-                await _logged(self._objects.put(key, data))
+            async with self._turns:
+                data, sha256 = await asyncio.to_thread(_packed, images)
+                with traced("store upload", {"tminus.job.id": job_id}):
+                    await _logged(self._objects.put(key, data))
         except StorageFailed as error:
             self._objects_failure = error
             raise

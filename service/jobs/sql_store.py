@@ -101,12 +101,12 @@ class SqlStore:
     def _of_key(self, key: Key, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         return sa.select(*columns).where(self._tables.jobs.c.key == key.kept_as, *self._here())
 
-    def number_of(self, owner: str) -> int:
+    def number_of(self, owner: str, but: Collection[str]) -> int:
         """See JobStore."""
         jobs = self._tables.jobs
-        query = sa.select(sa.func.count()).where(jobs.c.owner == owner, jobs.c.outcome.is_(None), *self._here())
+        query = sa.select(jobs.c.id).where(jobs.c.owner == owner, jobs.c.outcome.is_(None), *self._here())
         with self._transaction() as run:
-            return int(run(query).scalar_one())
+            return len({*run(query).scalars()} - {*but})
 
     def get(self, job_id: str) -> JobRecord | None:
         """See JobStore."""
@@ -293,7 +293,7 @@ class SqlStore:
 
     def _record(self, row: Any) -> JobRecord:
         """Make a record of a row. Raises StorageFailed where that is damaged."""
-        fields = {column.name: getattr(row, column.name) for column in self._record_columns}
+        fields = {name: getattr(row, name) for name in JobRecord.__dataclass_fields__ if hasattr(row, name)}
         with reading(f"the record of job {row.id}"):
             fields["spec"] = SampleSpec.from_json(json.loads(row.spec))
             fields["problem"] = json.loads(row.problem) if row.problem is not None else None

@@ -109,8 +109,8 @@ class JobStore(Protocol):
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """Find the job that was added with this key, and say whether the request was the same."""
 
-    def number_of(self, owner: str) -> int:
-        """How many jobs of an owner have not ended."""
+    def number_of(self, owner: str, but: Collection[str]) -> int:
+        """How many jobs of an owner have not ended, beside these."""
 
     def get(self, job_id: str) -> JobRecord | None:
         """Look up one job."""
@@ -183,7 +183,7 @@ class JobStore(Protocol):
         """Delete a job with all that belongs to it, whatever can be read of it; False if there is none of the owner."""
 
     def note_object(self, job_id: str, key: str) -> None:
-        """Note that an object is about to be written for a job that is held. Raises LeaseLost.
+        """Note that an object is about to be written for a job that is held. Raises LeaseLost and ObjectGone.
 
         From then on it is known: if no job comes to refer to it within an hour, nobody needs it.
         """

@@ -57,7 +57,6 @@ class Admission:
         self._admitting = threading.Lock()
         # By owner; None is of all.
         self._lines: defaultdict[str | None, Line] = defaultdict(Line)
-        self._line_elsewhere = Line()  # of those who were told when other replicas have room
         self._arrivals: defaultdict[str, Arrivals] = defaultdict(Arrivals)
         self._drains: dict[str | None, tuple[Drain, float]] = {}  # with when each was made; none since a job came in
 
@@ -125,15 +124,6 @@ class Admission:
             if deadline_s is not None and eta_s > deadline_s:
                 raise _unmeetable(deadline_s, eta_s)
             return Outlook(load.jobs, eta_s)
-
-    def wait_elsewhere_s(self, work: Work, load: ClusterLoad, now_s: float) -> float:
-        """When a client that was refused here should try whichever replica has room first; each another time."""
-        with self._admitting:
-            in_s = load.room_elsewhere_in_s(work, self._limits)
-            if math.isinf(in_s):
-                return in_s
-            share_s = work.places / (load.places_per_s or math.inf)
-            return self._line_elsewhere.next_s(now_s + in_s, share_s) - now_s
 
     def readmit(self, job_id: str, work: Work, owner: str = "", *, places_left: int) -> Outlook:
         """Count a job that an earlier process accepted: neither backlog nor deadline refuses it any more.

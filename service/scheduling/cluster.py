@@ -40,10 +40,13 @@ class ClusterLoad:
             return Excess("jobs", self.jobs + 1, most)
         return None
 
-    def room_elsewhere_in_s(self, work: Work, limits: Limits) -> float:
-        """Until another replica has room for a job that was refused here; infinite if there is no other."""
+    def room_elsewhere_in_s(self, work: Work, max_backlog_s: float) -> float:
+        """Until another replica has room for a job that was refused here; infinite if there is no other.
+
+        max_backlog_s: 0 where another limit was reached, of which nothing is known but that an idle one has room.
+        """
         own_s = work.places * self.replicas / self.places_per_s if self.places_per_s else 0.0
-        return max(0.0, min(self.least_s, self.least_s + own_s - limits.max_backlog_s))  # with no work it takes any job
+        return max(0.0, min(self.least_s, self.least_s + own_s - max_backlog_s))  # with no work it takes any job
 
     def room_in_s(self, excess: Excess) -> float:
         """Until there is room, if nobody else comes."""

@@ -19,18 +19,18 @@ class AcceptedJobs:
         self.gate = threading.Lock()
         self._admission, self._clock = admission, clock
         self._jobs: dict[str, RunningJob] = {}
-        self._owners: Counter[str] = Counter()  # of those, by the name of their key
+        self._owners: Counter[tuple[str, bool]] = Counter()  # of those: the name of their key, and if they are durable
 
     def add(self, job: RunningJob) -> None:
         """Note a job. Call it with the gate held."""
         self._jobs[job.id] = job
-        self._owners[job.owner] += 1
+        self._owners[job.owner, job.durable] += 1
 
     def remove(self, job_id: str) -> None:
         """Forget a job. It is not here if its client was answered while the worker hung."""
         with self.gate:
             if (job := self._jobs.pop(job_id, None)) is not None:
-                self._owners[job.owner] -= 1
+                self._owners[job.owner, job.durable] -= 1
 
     def remove_all(self) -> list[RunningJob]:
         """Forget all jobs, and return them."""
@@ -39,10 +39,10 @@ class AcceptedJobs:
             self._owners.clear()
         return list(jobs.values())
 
-    def number_of(self, owner: str) -> int:
-        """How many of them came with a key of this name."""
+    def number_of(self, owner: str, *, durable: bool | None = None) -> int:
+        """How many of them came with a key of this name. durable: only those that are, or that are not."""
         with self.gate:
-            return self._owners[owner]
+            return sum(self._owners[owner, each] for each in (True, False) if durable in (None, each))
 
     def __len__(self) -> int:
         with self.gate:

@@ -1,9 +1,14 @@
 """Replicas on one PostgreSQL: apps on fake engines, and what their clients see at each of them."""
 
+import asyncio
 import gc
+import threading
+import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -16,6 +21,7 @@ from tests.service.keys import access_of, bearer, key_line
 from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
+from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.store import Pace
 from tminus.service.model_info import ModelInfo
@@ -313,6 +319,92 @@ def test_a_keys_jobs_are_counted_wherever_they_are(replicas: Replicas, monkeypat
     assert post(one, **ben).status_code == 202
     for site in (one, other):
         site.engine.gate.open()
+
+
+@pytest.mark.usefixtures("believed")
+def test_a_keys_jobs_are_counted_once_however_many_come_at_a_time(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "AHEAD_S", 0.1)  # most are left in the table
+    lines = key_line("ann", "the-secret-of-ann", jobs=4), key_line("ben", "the-secret-of-ben", jobs=12)
+    site = replicas.start(shut=True, tick_times=SLOW, access=access_of(*lines))
+    for name, accepted in (("ann", 4), ("ben", 12)):
+        with ThreadPoolExecutor(12) as pool:
+            send = partial(site.client.post, "/jobs", json=SPEC, headers=bearer(f"the-secret-of-{name}"))
+            statuses = [asked.result().status_code for asked in [pool.submit(send) for _ in range(12)]]
+        assert statuses.count(202) == accepted
+        assert statuses.count(429) == 12 - accepted
+    site.engine.gate.open()
+
+
+def test_what_is_not_durable_is_answered_though_the_database_hangs(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.service.jobs.async_store.QUICK_S", 0.1)
+    site = replicas.start(access=access_of(key_line("ann", "the-secret-of-ann", jobs=4)))
+    hangs = threading.Event()
+    monkeypatch.setattr(PostgresStore, "number_of", lambda *_: hangs.wait(PATIENCE_S))
+    try:
+        answers = [site.post(json=SPEC | {"seed": seed}, headers=bearer("the-secret-of-ann")) for seed in range(2)]
+        assert [answer.status_code for answer in answers] == [200, 200]
+    finally:
+        hangs.set()
+
+
+def test_who_cannot_keep_what_it_made_claims_nothing(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = replicas.start(shut=True)
+    cannot = property(lambda held: held._worker is broken.worker)
+    monkeypatch.setattr(lifecycle.Lifecycle, "cannot_keep", cannot)
+    other = replicas.start(shut=True)
+    job_id = post(other).json()["id"]
+    replicas.stop(other)
+    time.sleep(10 * leases.CLAIM_S)
+    assert job_id not in broken.worker.jobs
+    healthy = replicas.start()
+    wait_for(healthy, job_id)
+
+
+@pytest.fixture
+def slow_finish(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Results are kept when it is set."""
+    finish, may = AsyncStore.finish, threading.Event()
+
+    async def finish_later(store: AsyncStore, *args: Any) -> None:
+        await asyncio.to_thread(may.wait, PATIENCE_S)
+        await finish(store, *args)
+
+    monkeypatch.setattr(AsyncStore, "finish", finish_later)
+    yield may
+    may.set()
+
+
+def test_a_result_that_is_kept_while_its_server_ends_is_not_made_again(
+    replicas: Replicas, slow_finish: threading.Event
+) -> None:
+    one, other = replicas.start(), replicas.start()
+    job_id = post(one).json()["id"]
+    wait_until(lambda: job_id not in one.worker.jobs)
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(replicas.stop, one)
+        time.sleep(2 * LEASE_S)
+        assert state(other, job_id) == "running"
+        slow_finish.set()
+        stopping.result(PATIENCE_S)
+    wait_for(other, job_id)
+    assert other.metrics().get("tminus_jobs_resumed_total", 0) == 0
+
+
+def test_a_job_whose_result_takes_long_to_be_kept_can_be_cancelled(
+    replicas: Replicas, slow_finish: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.service.jobs.jobs.CANCEL_S", 0.1)
+    site = replicas.start()
+    job_id = post(site).json()["id"]
+    wait_until(lambda: job_id not in site.worker.jobs)
+    assert site.client.post(f"/jobs/{job_id}/cancel").json()["state"] == "cancelled"
+    slow_finish.set()
+    wait_until(lambda: site.metrics().get('tminus_durable_jobs_total{"outcome": "lost"}') == 1)
+    assert state(site, job_id) == "cancelled"
 
 
 @pytest.mark.usefixtures("believed")

@@ -13,7 +13,7 @@ from tests.service.fakes import wait_until
 from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.model.catalogue import SAMPLER_FACTS
-from tminus.service.errors import StorageFailed
+from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs import postgres_store
 from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_store import PostgresStore
@@ -327,9 +327,14 @@ def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
     with monkeypatch.context() as newer:
         newer.setattr(postgres_store, "FORMAT", FORMAT + 1)
         for name, held in (("begun", True), ("new", False)):
-            new.add(job(name), held=held)
+            new.add(job(name), Key(name, "hash"), held=held)
         new.close()
     old.add(job("old"), held=False)
+    for read in (old.get, lambda name: old.find(Key(name, "hash"))):
+        with pytest.raises(NewerJob, match="a newer server"):
+            read("begun")
+    assert [record.id for record in old.page(None, [None], 10)] == ["old"]
+    assert old.load().jobs == 1
     assert [record.id for record in old.claim("build", MANY, MANY, ROWS)] == ["old"]
     monkeypatch.setattr(postgres_store, "FORMAT", FORMAT + 1)
     assert [record.id for record in database.open().claim("build", MANY, MANY, ROWS)] == ["begun", "new"]
@@ -347,17 +352,22 @@ def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:
 # --- clocks ---
 
 
-def test_the_time_is_the_databases(database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_is_the_databases_however_this_machines_clock_is_set(
+    database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_us, hour_us = time.time_ns() // 1000, 3_600_000_000
+    for module in ("store", "postgres_store"):
+        monkeypatch.setattr(f"tminus.service.jobs.{module}.now_us", lambda: true_us + hour_us)
     store = database.open()
-    true_us = store.now_us()
-    monkeypatch.setattr("tminus.service.jobs.postgres_store.now_us", lambda: true_us + 3_600_000_000)
-    renew(store, "build", PACE)
     assert abs(store.now_us() - true_us) < 10_000_000
     store.add(replace(job("a"), created_us=true_us))
-    monkeypatch.setattr("tminus.service.jobs.store.now_us", lambda: true_us + 3_600_000_000)
     kept = store.get("a")
     assert kept is not None
     assert kept.age_s < 10
+    monkeypatch.setattr("tminus.service.jobs.postgres_store.now_us", lambda: true_us - hour_us)
+    assert abs(store.now_us() - true_us) < 10_000_000, "also between two renewals"
+    renew(store, "build", PACE)
+    assert abs(store.now_us() - true_us) < 10_000_000
 
 
 # --- a database that goes ---

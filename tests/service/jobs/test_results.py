@@ -20,7 +20,7 @@ from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.objects import S3Objects
 from tminus.service.jobs.results import Results, ResultStore
 from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import LeaseLost, Pace
+from tminus.service.jobs.store import LeaseLost, ObjectGone, Pace
 
 pytestmark = pytest.mark.slow
 
@@ -437,6 +437,16 @@ def test_an_object_that_is_damaged_exchanged_or_missing_is_said_and_not_served(
         one.images()
     assert caught.value.damaged
     assert f"the object {key} is" in caplog.text
+
+
+def test_an_object_that_was_given_up_is_not_noted_again(database: DatabaseShelf) -> None:
+    store = database.open()
+    store.add(job("a"))
+    for _ in range(2):
+        store.note_object("a", "key")
+    store.give_up_object("key")
+    with pytest.raises(ObjectGone):
+        store.note_object("a", "key")
 
 
 def test_the_object_of_another_job_is_not_served(replica: MakeReplica, bucket: Bucket) -> None:

@@ -343,13 +343,6 @@ def test_a_job_for_which_no_replica_has_room_is_refused_and_each_is_told_another
     assert waits == [2, 4, 6], "one takes the two 2 s"
 
 
-def test_those_who_are_told_when_another_replica_has_room_are_told_other_times() -> None:
-    admission, load = make_admission(max_backlog_s=10.0), ClusterLoad(2, 128.0, 4.0, 0, 0.0, 9.0)
-    waits = [admission.wait_elsewhere_s(plain(8, 32), load, now_s=100.0) for _ in range(3)]
-    assert waits == [3.0, 5.0, 7.0], "it has 6 s left then; one takes the two 2 s"
-    assert make_admission().wait_elsewhere_s(plain(8, 32), ClusterLoad(1, 64.0, 4.0), now_s=100.0) == math.inf
-
-
 def test_a_deadline_that_the_replicas_cannot_meet_is_refused() -> None:
     admission, load = make_admission(), ClusterLoad(2, 128.0, 3.0, 0, 0.0)
     admission.leave_to_any(plain(8, 8), load, now_s=0.0, deadline_s=4.0)

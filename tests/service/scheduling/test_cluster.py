@@ -63,7 +63,8 @@ def test_a_job_has_room_while_no_limit_is_passed(load: ClusterLoad, places: int,
 )
 def test_another_replica_has_room_when_it_has_done_enough_of_its_own(least_s: float, seconds: float) -> None:
     load = ClusterLoad(2, 400.0, 6.0, 0, 0.0, least_s)
-    assert load.room_elsewhere_in_s(work(400), BOUNDS) == seconds
+    assert load.room_elsewhere_in_s(work(400), BOUNDS.max_backlog_s) == seconds
+    assert load.room_elsewhere_in_s(work(400), 0.0) == least_s
 
 
 @given(st.integers(1, 99), st.floats(1, 1e5), st.floats(0, 20), st.integers(1, 999), st.integers(1, 1000), st.data())
