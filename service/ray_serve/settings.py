@@ -43,8 +43,8 @@ class RaySettings(Settings):
         None,
         ge=0,
         le=1,
-        description="GPUs of a replica; 0.5 lets two share one; default: 1 if the cluster has GPUs and --device is not "
-        "cpu, else 0",
+        description="GPUs of a replica; 0.5 lets two share one; default: 1 with --device cuda, which waits for a node "
+        "that has one, and with auto if the cluster has GPUs, else 0",
     )
     replica_cpus: float | None = Field(
         None,
@@ -66,6 +66,14 @@ class RaySettings(Settings):
     def _has_no_address(cls, value: str | None) -> str | None:
         if value is not None:
             raise ValueError(ONE_EACH)
+        return value
+
+    @field_validator("replica_gpus")
+    @classmethod
+    def _has_one_for_cuda(cls, value: float | None, info: ValidationInfo) -> float | None:
+        device = info.data.get("device", "")
+        if value == 0 and device.startswith("cuda"):
+            raise ValueError(f"must be above 0 with --device {device}, got {value:g}")
         return value
 
     @field_validator("max_replicas")

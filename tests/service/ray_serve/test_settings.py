@@ -48,6 +48,7 @@ def test_as_many_as_at_least_run_unless_more_may() -> None:
         ({"target_backlog_s": "inf"}, "target_backlog_s", "finite"),
         ({"upscale_delay_s": -1}, "upscale_delay_s", "greater than or equal to 0"),
         ({"downscale_delay_s": "nan"}, "downscale_delay_s", "finite"),
+        ({"device": "cuda", "replica_gpus": 0}, "replica_gpus", "above 0 with --device cuda, got 0"),
         ({"replica_gpus": 2}, "replica_gpus", "less than or equal to 1"),
         ({"replica_cpus": 0}, "replica_cpus", "greater than 0"),
     ],
