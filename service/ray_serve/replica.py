@@ -18,10 +18,10 @@ from tminus.service.logs import SERVER_FORM, set_up_log
 from tminus.service.model_info import max_edit_bytes
 from tminus.service.ray_serve.balance import Standing
 from tminus.service.ray_serve.front import Front
-from tminus.service.ray_serve.peers import PeerServer
+from tminus.service.ray_serve.peers import PeerServer, listen
 from tminus.service.ray_serve.policy import BACKLOG_S, WAITING_S
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.server import ANSWER_S, SWITCH_S, allow_files, bind, config_of
+from tminus.service.server import ANSWER_S, SWITCH_S, allow_files, config_of
 from tminus.service.threads import LOADING, in_daemon_thread
 from tminus.service.traces import start_traces
 from tminus.service.worker.worker import CLOSE_S, CRASHED
@@ -56,7 +56,7 @@ class Replica:
         set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
         sys.setswitchinterval(SWITCH_S)
         allow_files(settings.max_connections)
-        listener = bind(settings.host, 0)
+        listener = listen(settings.host, settings.own_ports)
         self._stack.callback(listener.close)
         try:
             address = listener.getsockname()[:2]
