@@ -31,14 +31,18 @@ async def watched(monkeypatch: pytest.MonkeyPatch, *, crashed: bool) -> list[str
 
     monkeypatch.setattr(module.os, "_exit", lambda code: happened.append(f"exit {code}"))
     monkeypatch.setattr(module, "FAILED_S", 0.0)
-    one: Any = object.__new__(Replica)
-    one._loop, one._stack = asyncio.get_running_loop(), AsyncExitStack()
-    one._stack.callback(lambda: happened.append("stores closed"))
-    one._application = SimpleNamespace(worker=Worker(crashed=crashed))
-    one._front = SimpleNamespace(end_streams=lambda: happened.append("streams ended"))
-    one._peers = SimpleNamespace(stop=stop)
-    one._following = None
-    thread = threading.Thread(target=one._watch)
+    stack = AsyncExitStack()
+    stack.callback(lambda: happened.append("stores closed"))
+    # No Replica: Serve awaits the end of one, and nothing here does.
+    one: Any = SimpleNamespace(
+        _loop=asyncio.get_running_loop(),
+        _stack=stack,
+        _application=SimpleNamespace(worker=Worker(crashed=crashed)),
+        _front=SimpleNamespace(end_streams=lambda: happened.append("streams ended")),
+        _peers=SimpleNamespace(stop=stop),
+    )
+    one._end_crashed = lambda: Replica._end_crashed(one)
+    thread = threading.Thread(target=Replica._watch, args=(one,))
     thread.start()
     await asyncio.to_thread(thread.join)
     return happened
