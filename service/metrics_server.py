@@ -1,29 +1,45 @@
-"""/metrics on a port of its own: in a thread, by uvicorn, with the bounds of any connection here."""
+"""/metrics and /healthz on a port of their own: in a thread, by uvicorn, with the bounds of any connection here.
+
+Clients do not come here, so that a supervisor gets an answer also when they hold all connections of the server.
+"""
 
 import socket
 import threading
+from collections.abc import Callable
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tminus.service.api.answers import StatusAnswer
 from tminus.service.api.http_protocol import http_protocol
-from tminus.service.metrics import Metrics
+from tminus.service.api.problems import render
+from tminus.service.api.system import alive
+from tminus.service.app import Application
+from tminus.service.errors import NotReady
+from tminus.service.starting import DETAIL
 
-MOST = 16  # connections at once: a Prometheus has one, and a person now and then another
+MOST = 16  # connections at once: a Prometheus and a supervisor have one each, and a person now and then another
 
 
-def serve_metrics(listener: socket.socket, metrics: Metrics) -> None:
-    """Answer until the process ends."""
+def serve_metrics(listener: socket.socket, application: Callable[[], Application | None]) -> None:
+    """Answer until the process ends. application: None until it is there, while the model is measured."""
 
     async def get_metrics(_request: Request) -> Response:
-        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        if (there := application()) is None:
+            return render(NotReady(DETAIL))
+        return Response(there.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    async def healthz(_request: Request) -> Response:
+        there = application()
+        answer = StatusAnswer(status="alive") if there is None else alive(there.worker)
+        return JSONResponse(answer.model_dump()) if isinstance(answer, StatusAnswer) else answer
 
     config = uvicorn.Config(
-        Starlette(routes=[Route("/metrics", get_metrics)]),
+        Starlette(routes=[Route("/metrics", get_metrics), Route("/healthz", healthz)]),
         http=http_protocol(MOST),
         ws="none",
         loop="asyncio",

@@ -124,6 +124,13 @@ def test_the_database_asks_for_the_password_that_the_servers_have_whatever_is_in
     assert "POSTGRES_PASSWORD" in refused.stderr
 
 
+def test_the_proxy_lives_as_long_as_the_servers_may_take_to_answer(services: dict[str, Any], tmp_path: Path) -> None:
+    done = composed("proxy", NAME="diffusion.example", CERTIFICATES=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for found in (services, json.loads(done.stdout)["services"]):
+        assert found["proxy"]["stop_grace_period"] == found["tminus"]["stop_grace_period"]
+
+
 def test_what_is_added_may_do_as_little_as_the_rest(services: dict[str, Any]) -> None:
     for name in ("proxy", "postgres"):
         assert services[name]["cap_drop"] == ["ALL"]

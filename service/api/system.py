@@ -50,7 +50,7 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
         responses=failures(500, 503),
     )
     async def healthz() -> StatusAnswer | Response:
-        return _alive(worker)
+        return alive(worker)
 
     @router.head("/readyz", include_in_schema=False, response_model=None)
     @router.get(
@@ -75,7 +75,8 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
 # Problems are rendered here, not raised: a probe that is told to wait is not a rejected request.
 
 
-def _alive(worker: Worker) -> StatusAnswer | Response:
+def alive(worker: Worker) -> StatusAnswer | Response:
+    """What /healthz answers. Any thread may ask."""
     if worker.crashed:
         return problems.render(EngineFailed(CRASHED))
     if stalled_s := worker.stalled_s:

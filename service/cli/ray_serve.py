@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from tminus.service.ray_serve.settings import RaySettings
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0  # how often it is looked whether the replicas are still there
-# Ray tells its makers nothing of how it is used, and leaves out no line of a replica that is like one of another.
+GONE_S = 0.2  # the same while they end
+SLACK_S = 15.0  # for Serve to see that they have ended, and to kill those that have not
+# No usage statistics, and no deduplication of log lines.
 QUIET_AND_WHOLE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
@@ -40,8 +43,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     the replicas drain, and a cluster that it has started ends.
     """
     settings, _ = settings_of(RaySettings, config, flags)
-    for signum in (signal.SIGTERM, signal.SIGINT):  # until something runs that has to end well
-        signal.signal(signum, lambda _signum, _frame: sys.exit(0))
+    _exit_on_signals()
     set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
     for name, value in QUIET_AND_WHOLE.items():  # read as Ray is imported
         os.environ.setdefault(name, value)
@@ -55,6 +57,7 @@ def serve(config: Path | None, **flags: Any) -> None:
         library.init(address=settings.ray_address, include_dashboard=False)
     except (OSError, ValueError, RuntimeError) as error:
         fail(f"no Ray cluster can be joined or started (--ray-address, TMINUS_RAY_ADDRESS): {error}")
+    _exit_on_signals()  # again: Ray has set a handler of its own
     try:
         port = settings.port
         if all(actor["name"] != CONTROLLER for actor in list_named_actors(all_namespaces=True)):
@@ -78,33 +81,67 @@ def _check(settings: RaySettings) -> str:
     return host
 
 
+def _exit_on_signals() -> None:
+    """Let a signal raise SystemExit, until there are replicas that have to drain."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda _signum, _frame: sys.exit(0))
+
+
 def _run(settings: RaySettings, host: str, port: int) -> None:
     """Start the replicas, wait for a signal, and let them drain."""
     from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client
 
     from tminus.service.ray_serve.app import NAME, app
+    from tminus.service.ray_serve.replica import ending_s
 
+    stopped, deployed = threading.Event(), False
     try:
         ray_serve.start(http_options={"host": host, "port": port})
-        ray_serve.run(app(settings), name=NAME)
-    except RuntimeError as error:
-        application = ray_serve.status().applications.get(NAME)
-        said = "".join(each.message for each in application.deployments.values()) if application is not None else ""
-        with suppress(Exception):
-            ray_serve.delete(NAME)
-        fail(f"the replicas cannot start: {last_line(said) or error}")
-    stopped = threading.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda _signum, _frame: stopped.set())
+        application, deployed = app(settings), True
+        ray_serve.run(application, name=NAME)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda _signum, _frame: stopped.set())
+    except BaseException as error:  # also SystemExit: Serve would go on to start them
+        said = ""
+        if deployed:  # else one of that name is another's
+            with suppress(Exception):
+                deployments = ray_serve.status().applications[NAME].deployments
+                said = "".join(each.message for each in deployments.values())
+            with suppress(Exception):
+                _end(NAME, within_s=0)
+        if isinstance(error, RuntimeError):
+            fail(f"the replicas cannot start: {last_line(said) or error}")
+        raise
+    client: Any = _get_global_client()
     log.info(
-        "listening on http://%s:%d, with %d to %d replicas",
-        f"[{host}]" if ":" in host else host, port, settings.min_replicas, settings.most_replicas,
+        "listening on %s, with %d to %d replicas",
+        client.root_url or "no HTTP port of Serve's",  # another than ours where Serve ran already
+        settings.min_replicas, settings.most_replicas,
     )  # fmt: skip
     while not stopped.wait(LOOK_S):
         if NAME not in ray_serve.status().applications:
             fail("the application is on the Ray cluster no more")
     log.info("the replicas drain")
-    ray_serve.delete(NAME)
+    within_s = ending_s(settings.grace_s) + SLACK_S
+    if not _end(NAME, within_s):
+        fail(f"the replicas have not ended within {within_s:.0f} s")
+
+
+def _end(name: str, within_s: float) -> bool:
+    """Have Serve end an application; whether it is gone within so many seconds.
+
+    Serve's own waiting ends in an error after 60 s, however long the grace period is.
+    """
+    from ray import serve as ray_serve
+
+    until_s = time.monotonic() + within_s
+    ray_serve.delete(name, _blocking=False)
+    while name in ray_serve.status().applications:  # asked once at least: then Serve has got the call before it
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(GONE_S)
+    return True
 
 
 def last_line(text: str) -> str:

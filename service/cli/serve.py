@@ -51,13 +51,15 @@ def serve(config: Path | None, **flags: Any) -> None:
         listener.close()
         fail(str(error))
 
+    built: list[Application] = []  # empty while the model is measured
+
     def build() -> "Application":
         """Measure, and put the parts together."""
-        application = prepared()
-        if for_metrics is not None:
-            serve_metrics(for_metrics, application.metrics)
-        return application
+        built.append(prepared())
+        return built[0]
 
+    if for_metrics is not None:
+        serve_metrics(for_metrics, lambda: built[0] if built else None)
     try:
         stopped_well = run_server(
             build,

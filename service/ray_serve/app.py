@@ -35,7 +35,9 @@ def placed(settings: RaySettings, nodes: list[dict[str, float]]) -> RaySettings:
     """
     gpus = settings.replica_gpus
     if gpus is None:
-        gpus = 1.0 if settings.device != "cpu" and any(node.get("GPU", 0) for node in nodes) else 0.0
+        # With cuda Ray waits for a node that has one, as it does for any resource.
+        there = settings.device.startswith("cuda") or any(node.get("GPU", 0) for node in nodes)
+        gpus = 1.0 if settings.device != "cpu" and there else 0.0
     cpus = settings.replica_cpus
     if cpus is None:
         cpus = 1.0 if gpus else float(cores_each([node.get("CPU", 0) for node in nodes], settings.most_replicas))

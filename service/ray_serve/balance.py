@@ -13,15 +13,16 @@ class Standing:
 
     backlog_s: float = 0.0  # predicted, of all its jobs
     jobs: int = 0
+    ready: bool = True  # takes more of them
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> "Standing":
-        """Read what came from a replica; one that has told nothing yet has nothing to do."""
-        return cls(float(told.get("backlog_s", 0.0)), int(told.get("jobs", 0)))
+        """Read what came from a replica; one that has told nothing yet is ready, and has nothing to do."""
+        return cls(float(told.get("backlog_s", 0.0)), int(told.get("jobs", 0)), bool(told.get("ready", True)))
 
     def told(self) -> dict[str, float]:
         """What `of` reads."""
-        return {"backlog_s": self.backlog_s, "jobs": self.jobs}
+        return {"backlog_s": self.backlog_s, "jobs": self.jobs, "ready": self.ready}
 
 
 @dataclass(slots=True)
@@ -63,7 +64,10 @@ class Balance:
         self._sent[replica] = [each for each in self._sent[replica] if each.request != request]
 
     def order(self, replicas: Mapping[str, Standing], now_s: float) -> list[str]:
-        """The replicas, the best one first; of equal ones that which was sent something longest ago."""
+        """The replicas, the best one first; of equal ones that which was sent something longest ago.
+
+        Those that would refuse a job come last.
+        """
         for gone in (self._sent.keys() | self._last_s.keys()) - replicas.keys():
             self._sent.pop(gone, None)
             self._last_s.pop(gone, None)
@@ -72,7 +76,10 @@ class Balance:
         expected_s = {
             replica: each.backlog_s + mean_s * self._open(replica, now_s) for replica, each in replicas.items()
         }
-        return sorted(replicas, key=lambda replica: (expected_s[replica], self._last_s[replica], replica))
+        return sorted(
+            replicas,
+            key=lambda replica: (not replicas[replica].ready, expected_s[replica], self._last_s[replica], replica),
+        )
 
     def _open(self, replica: str, now_s: float) -> int:
         lately = [each for each in self._sent[replica] if each.at_s > now_s - self._told_after_s]

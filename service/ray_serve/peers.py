@@ -1,11 +1,44 @@
 """The port of a replica's own, where the other replicas and a Prometheus ask this one."""
 
 import asyncio
+import errno
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
+
+from tminus.service.server import bind
+
+BACKLOG = 2048  # connections that wait, as of uvicorn
+
+
+def listen(host: str, ports: Sequence[int]) -> socket.socket:
+    """Listen on the first of these ports that is free. Raises OSError, or ValueError where none is.
+
+    At once, since an address that somebody has reserved, and does not listen on, can be reserved again.
+    """
+    for port in ports:
+        listener = _listen(host, port)
+        if listener is not None:
+            return listener
+    raise ValueError(f"--replica-ports (TMINUS_REPLICA_PORTS): none of {ports[0]}..{ports[-1]} is free on {host}")
+
+
+def _listen(host: str, port: int) -> socket.socket | None:
+    """What listens there; None where something else does."""
+    try:
+        listener = bind(host, port)
+        try:
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise
+    return listener
 
 
 class PeerServer(uvicorn.Server):

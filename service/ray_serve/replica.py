@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import os
 import sys
+import threading
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 from ray import serve
 from starlette.types import ASGIApp
@@ -16,10 +18,10 @@ from tminus.service.logs import SERVER_FORM, set_up_log
 from tminus.service.model_info import max_edit_bytes
 from tminus.service.ray_serve.balance import Standing
 from tminus.service.ray_serve.front import Front
-from tminus.service.ray_serve.peers import PeerServer
+from tminus.service.ray_serve.peers import PeerServer, listen
 from tminus.service.ray_serve.policy import BACKLOG_S, WAITING_S
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.server import ANSWER_S, SWITCH_S, allow_files, bind, config_of
+from tminus.service.server import ANSWER_S, SWITCH_S, allow_files, config_of
 from tminus.service.threads import LOADING, in_daemon_thread
 from tminus.service.traces import start_traces
 from tminus.service.worker.worker import CLOSE_S, CRASHED
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.05
 LEAVE_S = 2.0  # until every proxy has learned that this replica ends
+FAILED_S = 0.5  # after a crash, for the answers that say so to leave
 
 
 def ending_s(grace_s: float) -> float:
@@ -53,7 +56,7 @@ class Replica:
         set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
         sys.setswitchinterval(SWITCH_S)
         allow_files(settings.max_connections)
-        listener = bind(settings.host, 0)
+        listener = listen(settings.host, settings.own_ports)
         self._stack.callback(listener.close)
         try:
             address = listener.getsockname()[:2]
@@ -79,6 +82,7 @@ class Replica:
         self._peers = PeerServer(config, listener)
         self._peers.start()
         self._front = Front(app, anybody=access.has_keys or settings.open)
+        threading.Thread(target=self._watch, name="tminus-watch", daemon=True).start()
         log.info("ready; the own port of this replica is http://%s:%d", *address)
         self._following = self._loop.create_task(self._follow())
         return self._front
@@ -97,7 +101,8 @@ class Replica:
 
     async def record_routing_stats(self) -> dict[str, float]:
         """What BacklogRouter chooses by."""
-        return Standing(self._backlog_s, len(self._application.worker.jobs)).told()
+        worker = self._application.worker
+        return Standing(self._backlog_s, len(worker.jobs), worker.ready).told()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What BacklogPolicy counts."""
@@ -110,6 +115,30 @@ class Replica:
         return self._application.parts.admission.backlog_s
 
     # --- its end ---
+
+    def _watch(self) -> None:
+        """End the process if the worker crashes: Serve routes to no actor that is dead, and starts another.
+
+        While the process lived, it would be sent requests until Serve has asked for its health three times, and would
+        renew the leases of its jobs.
+        """
+        worker = self._application.worker
+        worker.join()
+        if not worker.crashed:
+            return
+        ending = asyncio.run_coroutine_threadsafe(self._end_crashed(), self._loop)
+        with suppress(Exception):
+            ending.result(ANSWER_S + CLOSE_S)
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(1)
+
+    async def _end_crashed(self) -> None:
+        """Answer what was asked, and close the stores, in which the jobs of the crash are noted."""
+        await asyncio.sleep(FAILED_S)
+        self._front.end_streams()
+        await self._peers.stop()
+        await self._stack.aclose()
 
     async def is_there(self) -> None:
         """Answer."""

@@ -43,7 +43,10 @@ class BacklogRouter(RequestRouter):
         return [[replicas[name]] for name in self._balance.order(told, time.monotonic())]
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Route to these from now on. In a replica's own process also tell it: Serve has no word for that it ends."""
+        """Route to these from now on. In a replica's own process also tell it.
+
+        Serve does not notify a replica that it is being removed.
+        """
         super().update_replicas(replicas)
         try:
             served = serve.get_replica_context().servable_object

@@ -1,9 +1,13 @@
 """The settings of `tminus ray serve`: those of `tminus serve`, and how many replicas Ray should keep."""
 
+import re
+from collections.abc import Sequence
+
 from pydantic import Field, ValidationInfo, field_validator
 
 from tminus.service.settings import Settings
 
+MOST_PORT = 65_535
 ONE_EACH = "is not for Ray: each replica has one of its own, which its log tells"
 
 
@@ -43,8 +47,8 @@ class RaySettings(Settings):
         None,
         ge=0,
         le=1,
-        description="GPUs of a replica; 0.5 lets two share one; default: 1 if the cluster has GPUs and --device is not "
-        "cpu, else 0",
+        description="GPUs of a replica; 0.5 lets two share one; default: 1 with --device cuda, which waits for a node "
+        "that has one, and with auto if the cluster has GPUs, else 0",
     )
     replica_cpus: float | None = Field(
         None,
@@ -52,6 +56,12 @@ class RaySettings(Settings):
         le=1024,
         description="cores of a replica, which is also its --threads; default: on a GPU 1, else the most with which "
         "--max-replicas fit on the cluster as it is",
+    )
+
+    replica_ports: str | None = Field(
+        None,
+        description="where each replica listens for the others and for Prometheus: the first free port of its node "
+        "from FROM-TO, as 9200-9215; as many as replicas may run there, with those that drain; default: any free port",
     )
 
     @field_validator("metrics_port")
@@ -68,6 +78,24 @@ class RaySettings(Settings):
             raise ValueError(ONE_EACH)
         return value
 
+    @field_validator("replica_ports")
+    @classmethod
+    def _are_ports(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", value, re.ASCII)
+        if found is None or not 1 <= int(found[1]) <= int(found[2]) <= MOST_PORT:
+            raise ValueError(f"must be FROM-TO, two ports of 1..{MOST_PORT}, the first at most the second")
+        return value
+
+    @field_validator("replica_gpus")
+    @classmethod
+    def _has_one_for_cuda(cls, value: float | None, info: ValidationInfo) -> float | None:
+        device = info.data.get("device", "")
+        if value == 0 and device.startswith("cuda"):
+            raise ValueError(f"must be above 0 with --device {device}")
+        return value
+
     @field_validator("max_replicas")
     @classmethod
     def _is_possible(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -81,6 +109,14 @@ class RaySettings(Settings):
                 "each of them"
             )
         return value
+
+    @property
+    def own_ports(self) -> Sequence[int]:
+        """From which a replica takes its own port: 0 is any."""
+        if self.replica_ports is None:
+            return (0,)
+        first, last = map(int, self.replica_ports.split("-"))
+        return range(first, last + 1)
 
     @property
     def most_replicas(self) -> int:

@@ -234,15 +234,18 @@ def test_each_file_system_that_is_written_to_is_a_volume_and_each_volume_is_boun
     assert ("TMINUS_CHECKPOINT" in found) == ("/checkpoint" in mounted)
 
 
-def test_probes_ask_routes_of_the_app_at_its_port(objects: Objects, make_site: MakeSite) -> None:  # noqa: F811
+def test_probes_ask_routes_that_are_there(objects: Objects, make_site: MakeSite) -> None:  # noqa: F811
     found = container(objects)
     ports = {each["name"]: each["containerPort"] for each in found["ports"]}
     settings = environment(objects)
     assert ports == {"http": int(settings["TMINUS_PORT"]), "metrics": int(settings["TMINUS_METRICS_PORT"])}
+    most = Settings.model_fields["max_connections"].default
+    assert int(settings["TMINUS_MAX_CONNECTIONS_PER_ADDRESS"]) == most, "an ingress controller is one address"
     site = make_site()
     probes = {name: found[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
+    # That a pod is alive is asked where no client takes the connections (test_metrics_server.py).
+    assert [probe["httpGet"]["port"] for probe in probes.values()] == ["metrics", "metrics", "http"]
     for probe in probes.values():
-        assert probe["httpGet"]["port"] == "http"
         assert probe["timeoutSeconds"] < probe["periodSeconds"] * probe["failureThreshold"]
         assert site.client.get(probe["httpGet"]["path"], headers={"Host": "10.1.2.3:8000"}).status_code == 200
     assert [probe["httpGet"]["path"] for probe in probes.values()] == ["/healthz", "/healthz", "/readyz"]
@@ -306,6 +309,8 @@ def test_a_name_of_the_ingress_is_one_of_the_servers(rendered: dict[str, Objects
     allowed = environment(rendered["example"])["TMINUS_ALLOWED_HOSTS"].split(",")
     (rule,), (tls,) = ingress["rules"], ingress["tls"]
     assert rule["host"] in allowed
+    of_base = environment(rendered["base"])["TMINUS_ALLOWED_HOSTS"].split(",")
+    assert {*allowed} == {rule["host"], *of_base}, "those of the Service stay"
     assert tls["hosts"] == [rule["host"]]
     (path,) = rule["http"]["paths"]
     assert ("Service", path["backend"]["service"]["name"]) in rendered["example"]

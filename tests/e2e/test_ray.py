@@ -100,6 +100,13 @@ def served(replica: str, what: str = "/sample") -> int:
     return sum(int(float(count)) for count in re.findall(pattern, text, re.MULTILINE))
 
 
+def reached(on_ray: OnRay, replica: str) -> bool:
+    """Whether a small request through Ray comes to this replica."""
+    before = served(replica)
+    assert on_ray.sample(0).status_code == 200
+    return served(replica) == before + 1
+
+
 def test_replicas_on_ray(on_ray: OnRay, own_server: Callable[..., RunningServer]) -> None:
     """In one test, since what it waits for takes most of its time."""
     plain = own_server("--threads", "1", "--result-cache-mb", "0")
@@ -131,7 +138,8 @@ def test_replicas_on_ray(on_ray: OnRay, own_server: Callable[..., RunningServer]
         busy = thread.submit(
             lambda: httpx.post(f"{second}/sample", json={"n": 8, "steps": 1000, "seed": 1}, timeout=PATIENCE_S)
         )
-        time.sleep(1.5)  # until it has told
+        # Idle replicas take turns: two in a row at the first, and the second has told that it is busy.
+        on_ray.wait_until(lambda: all(reached(on_ray, first) for _ in range(2)))
         before = served(first)
         for seed in range(5):
             assert on_ray.sample(seed).status_code == 200

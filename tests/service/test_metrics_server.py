@@ -1,8 +1,10 @@
-"""/metrics on a port of its own, over real sockets, while a server runs."""
+"""/metrics and /healthz on a port of their own, over real sockets, while a server runs."""
 
 import socket
 import threading
 from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -14,10 +16,18 @@ from tminus.service.metrics_server import MOST, serve_metrics
 from tminus.service.server import bind
 
 
-def start(metrics: Metrics) -> str:
+class FakeWorker:
+    """What a supervisor wants to know of one."""
+
+    crashed, stalled_s = False, 0.0
+
+
+def start(metrics: Metrics | None, worker: Any = None) -> str:
+    """metrics: None while the model is measured."""
+    application: Any = None if metrics is None else SimpleNamespace(metrics=metrics, worker=worker)
     listener = bind("127.0.0.1", 0)
     listener.listen()
-    serve_metrics(listener, metrics)
+    serve_metrics(listener, lambda: application)
     return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
@@ -30,7 +40,33 @@ def test_what_happens_in_the_server_is_told_there(served: Served) -> None:  # no
     assert "tminus_tasks 0.0" not in text
 
 
-@pytest.mark.parametrize("path", ["/", "/model", "/metrics/x", "/healthz"])
+def test_a_supervisor_is_answered_there_as_at_the_server(served: Served) -> None:  # noqa: F811
+    url = start(served.metrics_kept, served.worker)
+    for _ in range(2):
+        there, here = (httpx.get(f"{each}/healthz") for each in (url, served.url))
+        assert (there.status_code, there.json()) == (here.status_code, here.json()) == (200, {"status": "alive"})
+        served.worker.drain()
+    assert httpx.head(f"{url}/healthz").status_code == 200
+
+
+def test_a_worker_that_hangs_or_has_crashed_is_told_of() -> None:
+    worker = FakeWorker()
+    url = start(Metrics(), worker)
+    assert httpx.get(f"{url}/healthz").status_code == 200
+    worker.stalled_s = 90.0
+    assert (httpx.get(f"{url}/healthz").status_code, httpx.get(f"{url}/metrics").status_code) == (503, 200)
+    worker.crashed = True
+    assert httpx.get(f"{url}/healthz").status_code == 500
+
+
+def test_while_the_model_is_measured_it_is_alive_and_has_no_metrics() -> None:
+    url = start(None)
+    assert httpx.get(f"{url}/healthz").json() == {"status": "alive"}
+    answer = httpx.get(f"{url}/metrics")
+    assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+
+
+@pytest.mark.parametrize("path", ["/", "/model", "/metrics/x", "/readyz"])
 def test_nothing_else_is(path: str) -> None:
     assert httpx.get(f"{start(Metrics())}{path}").status_code == 404
 

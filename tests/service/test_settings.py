@@ -344,7 +344,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         )
         monkeypatch.setattr(
             "tminus.service.metrics_server.serve_metrics",
-            lambda listener, metrics: served.update(for_metrics=listener, counted=metrics),
+            lambda listener, application: served.update(for_metrics=listener, counted=application),
         )
         result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)
         return result, served
@@ -570,7 +570,7 @@ def test_a_server_that_other_machines_reach_does_not_start_without_keys(serve: S
 def test_metrics_on_a_port_of_their_own_are_not_on_the_other(serve: Serve) -> None:
     _, served = serve("--metrics-port", "9100", "--metrics-host", "::1")
     assert (served["metrics"], served["metrics_host"], served["metrics_port"]) == (False, "::1", 9100)
-    assert (served["for_metrics"], served["counted"]) == (METRICS_LISTENER, APP.metrics)
+    assert (served["for_metrics"], served["counted"]()) == (METRICS_LISTENER, APP)
     _, served = serve("--metrics-port", "9100", "--host", "127.0.0.2")
     assert served["metrics_host"] == "127.0.0.2"
     _, served = serve("--metrics-port", "9100", "--no-metrics")

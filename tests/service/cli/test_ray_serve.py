@@ -1,15 +1,20 @@
-"""`tminus ray serve` before it starts anything: what is wrong ends in one line."""
+"""`tminus ray serve` without a cluster: what is wrong ends in one line, and what was started is ended."""
 
 import builtins
+import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import click.testing
 import pytest
 
+from tminus.service.cli import ray_serve
 from tminus.service.cli.main import main
 from tminus.service.cli.ray_serve import QUIET_AND_WHOLE, last_line
+from tminus.service.ray_serve.replica import ending_s
 from tminus.service.ray_serve.settings import RaySettings
 
 
@@ -83,3 +88,123 @@ def test_help_needs_no_ray_and_names_what_is_of_ray() -> None:
     assert result.exit_code == 0
     assert "--max-replicas" in result.output
     assert "--max-batch" in result.output
+
+
+class FakeServe:
+    """Serve, whose applications take `takes_s` of a clock of its own to end."""
+
+    root_url = "http://10.0.0.5:8123"
+
+    def __init__(self, takes_s: float) -> None:
+        self.now_s, self._takes_s = 0.0, takes_s
+        self._gone_s: float | None = None
+        self.running = False
+        self.deleted: list[tuple[str, bool]] = []
+
+    def run(self, _app: object, name: str) -> None:
+        assert name == "tminus"
+        self.running = True
+
+    def delete(self, name: str, _blocking: bool = True) -> None:
+        self.deleted.append((name, _blocking))
+        self._gone_s = self.now_s + self._takes_s
+
+    def status(self) -> SimpleNamespace:
+        there = self.running and (self._gone_s is None or self.now_s < self._gone_s)
+        return SimpleNamespace(applications={"tminus": SimpleNamespace(deployments={})} if there else {})
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@pytest.fixture
+def fake_serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], FakeServe]:
+    def make(takes_s: float) -> FakeServe:
+        fake = FakeServe(takes_s)
+
+        def init(**_given: Any) -> None:
+            signal.signal(signal.SIGTERM, lambda signum, _frame: sys.exit(signum))  # as Ray does
+
+        monkeypatch.setattr("ray.init", init)
+        monkeypatch.setattr("ray.shutdown", lambda: None)
+        monkeypatch.setattr("ray.util.list_named_actors", lambda **_given: [{"name": ray_serve.CONTROLLER}])
+        monkeypatch.setattr("ray.serve.start", lambda **_given: None)
+        monkeypatch.setattr("ray.serve.context._get_global_client", lambda: fake)
+        monkeypatch.setattr("tminus.service.ray_serve.app.app", lambda _settings: None)
+        for name in ("run", "delete", "status"):
+            monkeypatch.setattr(f"ray.serve.{name}", getattr(fake, name))
+        monkeypatch.setattr(ray_serve, "time", SimpleNamespace(monotonic=lambda: fake.now_s, sleep=fake.sleep))
+        monkeypatch.setattr(ray_serve, "LOOK_S", 0.01)
+        return fake
+
+    return make
+
+
+def stop_once_it_runs(fake: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGTERM when the command looks whether the application is there."""
+
+    def status() -> SimpleNamespace:
+        if not fake.deleted:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fake.status()
+
+    monkeypatch.setattr("ray.serve.status", status)
+
+
+def test_a_drain_may_take_longer_than_serve_itself_waits(
+    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = fake_serve(100.0)
+    stop_once_it_runs(fake, monkeypatch)
+    result = click.testing.CliRunner().invoke(main, ["ray", "serve", "--grace-s", "120"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert fake.deleted == [("tminus", False)]
+    assert fake.now_s >= 100
+
+
+def test_replicas_that_do_not_end_are_told_of(
+    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = fake_serve(1e9)
+    stop_once_it_runs(fake, monkeypatch)
+    assert "have not ended within" in refusal("--grace-s", "5")
+    assert fake.now_s >= ending_s(5)
+
+
+def test_a_signal_while_the_replicas_start_ends_them(
+    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = fake_serve(5.0)
+
+    def run(_app: object, name: str) -> None:
+        fake.run(_app, name)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("ray.serve.run", run)
+    result = click.testing.CliRunner().invoke(main, ["ray", "serve"])
+    assert result.exit_code == 0, "to stop when asked is no failure"
+    assert fake.deleted == [("tminus", False)]
+
+
+def test_replicas_that_cannot_start_are_ended(
+    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = fake_serve(5.0)
+
+    def run(_app: object, name: str) -> None:
+        fake.run(_app, name)
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("ray.serve.run", run)
+    assert "the replicas cannot start: no room" in refusal()
+    assert fake.deleted == [("tminus", False)]
+
+
+def test_the_address_is_serves_own(
+    fake_serve: Callable[[float], FakeServe], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop_once_it_runs(fake_serve(1.0), monkeypatch)
+    monkeypatch.setattr(ray_serve, "set_up_log", lambda *_given: None)
+    caplog.set_level("INFO", "tminus")
+    assert click.testing.CliRunner().invoke(main, ["ray", "serve", "--port", "8000"]).exit_code == 0
+    assert "listening on http://10.0.0.5:8123, with 1 to 1 replicas" in caplog.text

@@ -29,6 +29,12 @@ def test_a_replica_without_a_gpu_does_not_take_one_that_ray_gave_to_others() -> 
     assert placed(RaySettings(replica_gpus=0, threads=3), CPUS).threads == 3
 
 
+def test_a_replica_that_needs_a_gpu_waits_for_one() -> None:
+    settings = placed(RaySettings(device="cuda"), CPUS)
+    assert (settings.replica_gpus, settings.device) == (1.0, "cuda")
+    assert options(settings)["ray_actor_options"]["num_gpus"] == 1.0
+
+
 def test_replicas_are_added_and_drained_within_their_bounds() -> None:
     settings = RaySettings(min_replicas=2, max_replicas=5, job_store=STORE, upscale_delay_s=3, target_backlog_s=7)
     scaling = options(settings)["autoscaling_config"]

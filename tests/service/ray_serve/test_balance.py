@@ -49,6 +49,11 @@ def test_what_is_answered_counts_no_longer() -> None:
     assert balance.order(told, 0.1)[0] == "busy"
 
 
+def test_one_that_takes_no_work_comes_last() -> None:
+    told = {"crashed": Standing(0.0, 0, ready=False), "busy": Standing(60.0, 9), "idle": Standing()}
+    assert Balance(0.75).order(told, now_s=0.0) == ["idle", "busy", "crashed"]
+
+
 def test_replicas_that_are_gone_are_forgotten() -> None:
     balance = Balance(0.75)
     balance.sent("a", 1.0)
@@ -58,5 +63,6 @@ def test_replicas_that_are_gone_are_forgotten() -> None:
 
 
 def test_a_standing_is_read_as_it_was_told_and_one_that_has_told_nothing_is_idle() -> None:
-    assert Standing.of(Standing(2.5, 3).told()) == Standing(2.5, 3)
+    for standing in (Standing(2.5, 3), Standing(2.5, 3, ready=False)):
+        assert Standing.of(standing.told()) == standing
     assert Standing.of({}) == Standing()

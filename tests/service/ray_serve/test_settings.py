@@ -29,6 +29,11 @@ def test_what_a_config_file_gives_is_added_to_what_the_variables_say(monkeypatch
     assert "a-secret" not in repr(settings)
 
 
+def test_a_replica_has_any_port_or_one_of_those_that_are_named() -> None:
+    assert RaySettings().own_ports == (0,)
+    assert RaySettings(replica_ports="9200-9202").own_ports == range(9200, 9203)
+
+
 def test_as_many_as_at_least_run_unless_more_may() -> None:
     assert RaySettings().most_replicas == 1
     assert RaySettings(min_replicas=3, job_store=STORE).most_replicas == 3
@@ -48,6 +53,11 @@ def test_as_many_as_at_least_run_unless_more_may() -> None:
         ({"target_backlog_s": "inf"}, "target_backlog_s", "finite"),
         ({"upscale_delay_s": -1}, "upscale_delay_s", "greater than or equal to 0"),
         ({"downscale_delay_s": "nan"}, "downscale_delay_s", "finite"),
+        ({"device": "cuda", "replica_gpus": 0}, "replica_gpus", "above 0 with --device cuda"),
+        *(
+            ({"replica_ports": ports}, "replica_ports", "two ports of 1..65535, the first at most the second")
+            for ports in ("9200", "0-5", "9300-9200", "9200-65536", "9200-9300-9400", "-", "")
+        ),
         ({"replica_gpus": 2}, "replica_gpus", "less than or equal to 1"),
         ({"replica_cpus": 0}, "replica_cpus", "greater than 0"),
     ],
