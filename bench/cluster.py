@@ -12,7 +12,6 @@ and how many statements the database gets.
 import argparse
 import heapq
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, repeat
@@ -62,7 +61,7 @@ class Outcome:
     refused: list[int] = field(default_factory=list)  # what each was told to wait, in seconds
     statements: int = 0  # for jobs
     renewals: int = 0  # statements of renewals, and of looks for jobs that nobody holds
-    ticks: Counter[int] = field(default_factory=Counter)  # how many had so many places
+    ticks_s: float = 0.0  # of all replicas
     taken_s: list[float] = field(default_factory=list)  # from a death until a job of it was claimed
 
     def waits(self, steps: int | None = None) -> list[float]:
@@ -124,8 +123,15 @@ class Cluster:
     """The replicas, and the table as they see it."""
 
     def __init__(
-        self, replicas: int, limits: Limits = LIMITS, points: Sequence[tuple[int, float]] = TICKS, seed: int = 0
+        self,
+        replicas: int,
+        limits: Limits = LIMITS,
+        points: Sequence[tuple[int, float]] = TICKS,
+        seed: int = 0,
+        cores: int | None = None,
     ) -> None:
+        """cores: that the replicas share, one each while they step; None: each has its own."""
+        self._cores = cores or replicas
         self.replicas = [Replica(limits, points) for _ in range(replicas)]
         self.outcome = Outcome()
         self._free: list[tuple[int, Job]] = []  # new jobs that nobody holds, a heap by arrival
@@ -208,7 +214,11 @@ class Cluster:
     def _step(self, replica: Replica, now_s: float) -> None:
         if replica.running is None and (seconds := replica.begin()) is not None:
             batch = replica.running
-            self.outcome.ticks[batch.places if batch is not None else 0] += 1
+            stepping = (
+                sum(each.running is not None for each in self.replicas) if self._cores < len(self.replicas) else 1
+            )
+            seconds *= max(1.0, stepping / self._cores)
+            self.outcome.ticks_s += seconds
             self._at(now_s + seconds, lambda at_s: self._stepped(replica, batch, at_s))
 
     def _stepped(self, replica: Replica, batch: Batch | None, now_s: float) -> None:

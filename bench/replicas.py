@@ -1,6 +1,6 @@
 """Several servers on one PostgreSQL: are waits as simulated, what does the store cost, how late are frames elsewhere?
 
-    python -m bench.replicas [--only predicted,store,frames] [--seconds 120] [--load 0.6] [--rounds 5]
+    python -m bench.replicas [--only predicted,store,frames] [--seconds 300] [--load 0.6] [--rounds 5]
 
 Predicted: durable jobs come at random moments to 1, 2 and 3 servers of one thread each, and the same jobs at the same
 moments to the simulation (bench/cluster.py), which is told how long ticks take, as jobs alone on an idle server show,
@@ -37,12 +37,11 @@ from tminus.model.checkpoint import Labels, save_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
-from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.work import Work
 
 PARTS = ("predicted", "store", "frames")
 NETWORK = UNetConfig(
-    sample_size=16, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
+    sample_size=32, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
     down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=8,
 )  # fmt: skip
 TICKS = "tminus_step_duration_seconds_sum"
@@ -56,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--replicas", default="1,2,3")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of arrivals, for each number of servers")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of arrivals, for each number of servers")
     parser.add_argument("--load", type=float, default=0.6, help="of the cores that the servers have")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--window", type=float, default=10.0, help="seconds")
@@ -112,12 +111,11 @@ def predicted(place: Path, database: str, count: int, seconds: float, load: floa
         waits, refused = asyncio.run(real(running, requests, to))
         ticks_s = sum(metric_now(server, TICKS) for server in running) - before_s
     # Ticks took longer than alone, as the servers share cores and memory. By how much, their sum says.
-    slower = 1.0
+    slower, between = 1.0, statistics.mean(each.elapsed_s / each.tick_s for each in alone)
     for _ in range(3):  # slower ticks are fuller ones
-        times = TickTimes(tuple((rows, each.tick_s) for rows, each in zip(PLACES, alone, strict=True)))
         scaled = [(rows, slower * elapsed_s) for rows, elapsed_s in points]
-        outcome = cluster.Cluster(count, points=scaled).run(requests, to=to)
-        slower = ticks_s / sum(number * times.seconds(places) for places, number in outcome.ticks.items())
+        outcome = cluster.Cluster(count, points=scaled, cores=os.cpu_count()).run(requests, to=to)
+        slower *= between * ticks_s / outcome.ticks_s
     beside_s = statistics.mean(each.beside_s for each in alone)
     told = [wait_s + beside_s for wait_s in outcome.waits()]
     halves, hundredths = ((quantile(waits, q), quantile(told, q)) for q in (0.5, 0.99))
