@@ -294,8 +294,7 @@ class Line:
     """What came of one simulation."""
 
     replicas: int
-    per_s: float
-    load: float
+    load: float  # that was asked for, or else that came
     refused: float
     outcome: Outcome
     seconds: float
@@ -314,13 +313,16 @@ def capacity_per_s(points: Sequence[tuple[int, float]] = TICKS) -> float:
     return 1 / (traffic.MEAN_PLACES * TickTimes(tuple(points)).seconds_per_place(LIMITS.max_batch))
 
 
-def simulate(replicas: int, requests: traffic.Requests, seconds: float, deaths_per_hour: float) -> Line:
+def simulate(
+    replicas: int, requests: traffic.Requests, seconds: float, deaths_per_hour: float, load: float | None = None
+) -> Line:
     """One line of the table."""
     deaths = list(traffic.deaths(replicas, seconds, deaths_per_hour)) if replicas > 1 else []
     outcome = Cluster(replicas).run(requests, deaths)
-    places = sum(work.places for _, work in requests)
-    load = places / traffic.MEAN_PLACES / seconds / replicas / capacity_per_s()
-    return Line(replicas, len(requests) / seconds, load, len(outcome.refused) / len(requests), outcome, seconds)
+    if load is None:
+        places = sum(work.places for _, work in requests)
+        load = places / traffic.MEAN_PLACES / seconds / replicas / capacity_per_s()
+    return Line(replicas, load, len(outcome.refused) / len(requests), outcome, seconds)
 
 
 def main() -> None:
@@ -344,7 +346,7 @@ def main() -> None:
             per_s = args.per_s if load is None else load * replicas * capacity_per_s()
             requests = recorded or list(traffic.at_rate(per_s, args.seconds))
             seconds = max(args.seconds, requests[-1][0]) if recorded is None else requests[-1][0]
-            line = simulate(replicas, requests, seconds, args.deaths)
+            line = simulate(replicas, requests, seconds, args.deaths, load)
             lines.append(line)
             short, long = (_spread(line.outcome.waits(steps)) for steps in (20, 1000))
             moved = sum(job.moves > 0 for job in line.outcome.jobs)
@@ -367,8 +369,8 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (waits, refusals) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for load in sorted({round(line.load, 1) for line in lines}):
-        of_load = [line for line in lines if round(line.load, 1) == load]
+    for load in sorted({line.load for line in lines}):
+        of_load = [line for line in lines if line.load == load]
         counts = [line.replicas for line in of_load]
         waits.plot(counts, [median(line.outcome.waits(20)) for line in of_load], "o-", label=f"load {load:g}")
         refusals.plot(counts, [100 * line.refused for line in of_load], "o-", label=f"load {load:g}")

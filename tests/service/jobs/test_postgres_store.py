@@ -2,12 +2,14 @@
 
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
 
+from bench import cluster
 from tests import postgres as postgres_server
 from tests.service.fakes import wait_until
 from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
@@ -509,3 +511,29 @@ def test_the_holder_is_found_by_its_address_while_it_lives(soon: DatabaseShelf) 
     assert asked.holder("never was") is None
     expire(soon)
     assert asked.holder("a") is None
+
+
+# --- what it costs ---
+
+
+def test_the_statements_of_a_job_are_those_that_the_simulation_counts(soon: DatabaseShelf) -> None:
+    one, other = soon.open(), soon.open()
+    made: list[str] = []
+    for store in (one, other):
+        sa.event.listen(store._engine, "before_cursor_execute", lambda *args: made.append(args[2]))
+
+    def statements(call: Callable[[], object]) -> int:
+        made.clear()
+        call()
+        return len(made)
+
+    assert statements(lambda: one.add(job("a"), Key("a", "hash"))) == cluster.ADD
+    assert statements(one.load) == cluster.LOAD
+    assert statements(lambda: one.add(job("b"), Key("b", "hash"), held=False)) == cluster.ADD
+    assert statements(lambda: renew(one, "build", PACE)) + cluster.LOAD == cluster.RENEW
+    assert statements(lambda: other.claim("build", 1.0, MANY, ROWS)) == cluster.CLAIM + 1
+    assert statements(lambda: other.claim("build", 1.0, MANY, ROWS)) == cluster.CLAIM
+    assert statements(lambda: other.snapshot("b", "build")) == cluster.RESUME
+    assert statements(lambda: other.finish(ended(job("b")), PIXELS)) == cluster.FINISH
+    assert statements(lambda: one.save({"a": snapshot()}, "build")) == 3
+    assert statements(lambda: one.number_of("", [])) == 1
