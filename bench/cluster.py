@@ -62,6 +62,7 @@ class Outcome:
     statements: int = 0  # for jobs
     renewals: int = 0  # statements of renewals, and of looks for jobs that nobody holds
     ticks_s: float = 0.0  # of all replicas
+    until_s: float = 0.0  # when the last job ended
     taken_s: list[float] = field(default_factory=list)  # from a death until a job of it was claimed
 
     def waits(self, steps: int | None = None) -> list[float]:
@@ -168,6 +169,7 @@ class Cluster:
             if now_s > last_s and all(job.ended_s is not None for job in self.outcome.jobs):
                 break
             act(now_s)
+            self.outcome.until_s = now_s
         return self.outcome
 
     def _at(self, at_s: float, act: Callable[[float], None]) -> None:
@@ -297,14 +299,13 @@ class Line:
     load: float  # that was asked for, or else that came
     refused: float
     outcome: Outcome
-    seconds: float
 
     @property
     def statements(self) -> tuple[float, float]:
         """For a job, and in a second for a replica."""
         return (
             self.outcome.statements / max(1, len(self.outcome.jobs)),
-            self.outcome.renewals / self.seconds / self.replicas,
+            self.outcome.renewals / self.outcome.until_s / self.replicas,
         )
 
 
@@ -322,7 +323,7 @@ def simulate(
     if load is None:
         places = sum(work.places for _, work in requests)
         load = places / traffic.MEAN_PLACES / seconds / replicas / capacity_per_s()
-    return Line(replicas, load, len(outcome.refused) / len(requests), outcome, seconds)
+    return Line(replicas, load, len(outcome.refused) / len(requests), outcome)
 
 
 def main() -> None:
