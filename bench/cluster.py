@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, repeat
 from pathlib import Path
-from statistics import median, quantiles
 
 from bench import traffic
+from bench.figures import quantile
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
 from tminus.service.jobs.postgres_store import CLAIM_JOBS
@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--per-s", type=float, help="requests a second, instead of --load")
     parser.add_argument("--traffic", type=Path, help="a file that bench/traffic.py wrote, instead of --load")
     parser.add_argument("--deaths", type=float, default=2.0, help="of each replica, an hour")
-    parser.add_argument("--plot", type=Path, help="also draw the waits and the refusals")
+    parser.add_argument("--plot", type=Path, help="also draw the waits")
     args = parser.parse_args()
     columns = ("replicas", "load", "jobs", "refused", "20 steps: median, 99 %", "1000 steps: median, 99 %", "moved")
     print("| " + " | ".join(columns) + " | statements a job | and a second, of a replica |")
@@ -362,23 +362,26 @@ def main() -> None:
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """Waits over the number of replicas, and refusals over the load."""
+    """How long short and long jobs take, over the number of replicas: the median, and dashed the 99th percentile."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams |= {"svg.hashsalt": "tminus", "svg.fonttype": "none", "font.size": 9}
     import matplotlib.pyplot as plt
 
-    figure, (waits, refusals) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for load in sorted({line.load for line in lines}):
-        of_load = [line for line in lines if line.load == load]
-        counts = [line.replicas for line in of_load]
-        waits.plot(counts, [median(line.outcome.waits(20)) for line in of_load], "o-", label=f"load {load:g}")
-        refusals.plot(counts, [100 * line.refused for line in of_load], "o-", label=f"load {load:g}")
-    waits.set(title="Jobs of 20 steps: median wait", ylabel="seconds", yscale="log")
-    refusals.set(title="Refused", ylabel="% of the jobs")
-    for axes in (waits, refusals):
-        axes.set(xlabel="replicas", xscale="log")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    counts = sorted({line.replicas for line in lines})
+    for axes, steps in zip(panels, (20, 1000), strict=True):
+        for number, load in enumerate(sorted({line.load for line in lines})):
+            found = {line.replicas: line.outcome.waits(steps) for line in lines if line.load == load}
+            known = [(counts.index(each), waits) for each, waits in found.items() if len(waits) > 1]
+            for q, style in ((0.5, "o-"), (0.99, "o--")):
+                values = [quantile(waits, q) for _, waits in known]
+                label = f"load {load:g}" if q == 0.5 else None
+                axes.plot([at for at, _ in known], values, style, color=f"C{number}", label=label, markersize=4)
+        axes.set(title=f"Jobs of {steps} steps: median, and 99 % dashed", xlabel="servers", ylabel="seconds")
+        axes.set_xticks(range(len(counts)), [str(each) for each in counts])
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -386,9 +389,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
 
 def _spread(seconds: list[float]) -> str:
-    if len(seconds) < 2:
-        return "none"
-    return f"{median(seconds):.2f} s, {quantiles(seconds, n=100, method='inclusive')[98]:.1f} s"
+    return f"{quantile(seconds, 0.5):.2f} s, {quantile(seconds, 0.99):.1f} s" if len(seconds) > 1 else "none"
 
 
 if __name__ == "__main__":

@@ -465,10 +465,8 @@ def test_short_jobs_do_not_wait_longer_among_many_replicas() -> None:
     assert waits[1] < 2 * waits[0]
 
 
-def test_recorded_traffic_is_what_came_to_a_server(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asks = [
+def test_recorded_traffic_is_what_came_to_a_server(folder: Path, tmp_path: Path) -> None:
+    asks: list[dict[str, object]] = [
         {"n": 1, "steps": 3},
         {"n": 2, "steps": 4, "class_label": "a", "guidance": 2},
         {"n": 3, "steps": 5, "sampler": "heun"},
@@ -481,6 +479,6 @@ def test_recorded_traffic_is_what_came_to_a_server(
     assert [float(rows[k + 1][0]) - float(rows[k][0]) >= 0.3 for k in range(2)] == [True, True]
     file = tmp_path / "traffic.csv"
     file.write_text("\n".join(",".join(row) for row in [traffic.COLUMNS, *rows]))
-    assert [work.places for _, work in traffic.read(file)] == [3, 3 * 9, 2 * 4 * 2]
+    assert [work.places for _, work in traffic.read(file)] == [3, 2 * 4 * 2, 3 * 9]
     outcome = cluster.Cluster(1).run(traffic.read(file))
     assert len(outcome.waits()) == 3

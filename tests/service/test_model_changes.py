@@ -391,7 +391,7 @@ def test_a_store_of_earlier_weights_that_fails_harms_no_other(
 
     jobs = next(each for each in gc.get_objects() if isinstance(each, Jobs) and each._worker is several.site.worker)
     old = next(each.store for each in jobs._lifecycles.values() if each.retired)
-    old.failure = StorageFailed("the file is gone")
+    old._failure = StorageFailed("the file is gone")
     for name in ("get", "find", "page"):
         really = getattr(AsyncStore, name)
 
