@@ -175,7 +175,8 @@ class Jobs:
                 lifecycle = self._lifecycles[live.model]
                 if lifecycle.store.shared and await lifecycle.store.cancel(job_id):
                     lifecycle.lose(live)
-                    return await self.find_durable(job_id, sees)
+                if (view := await self.find_durable(job_id, sees)).record.outcome is not None:
+                    return view
                 raise StorageFailed("the job has ended, and its result cannot be stored at the moment") from None
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
         if live.lost:  # another replica has it by now
