@@ -3,28 +3,29 @@
     python -m bench.cluster [--replicas 1,3,10,100] [--seconds 300] [--load 0.8,1.5] [--traffic FILE] [--plot FILE]
 
 Durable jobs come at random moments to any replica that lives. As in service/jobs/leases.py, a replica works on a new
-job if it has little to do, and else leaves it in the table; every second it claims new jobs that nobody holds, and
-those of a replica that is gone however much it has to do. It renews its leases three times in their time. One that
+job if little goes before it there, and else leaves it in the table; every second it claims new jobs that nobody holds,
+and those of a replica that is gone however much it has to do. It renews its leases three times in their time. One that
 dies leaves its jobs until their lease ends, and comes back empty. Prints how long jobs wait, how many are refused,
 and how many statements the database gets.
 """
 
 import argparse
 import heapq
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, repeat
 from pathlib import Path
 
-from bench import traffic
-from bench.figures import quantile
+from bench import cluster_report, traffic
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
 from tminus.service.jobs.postgres_store import CLAIM_JOBS
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.intake import Intake
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.speed import Speed
@@ -77,8 +78,9 @@ class Replica:
     def __init__(self, limits: Limits, points: Sequence[tuple[int, float]]) -> None:
         self._limits, self._times = limits, TickTimes(tuple(points))
         self.jobs: dict[str, Job] = {}
-        self.lives, self.others_wait = True, False
+        self.lives, self.least_waiting = True, math.inf
         self.running: Batch | None = None
+        self.tick_s = 0.0  # of what runs
         self._rows = count()
         self.restart()
 
@@ -88,12 +90,11 @@ class Replica:
         sharing = Sharing.of(self._limits.max_batch, "srpt", self._limits.max_batch // 2, place_s, self._times)
         self.scheduler, self.admission = Scheduler(sharing), Admission(self._limits)
         self.admission.put(0, Speed(sharing, self._times, self._limits.max_rows))
-        self.jobs, self.running, self.lives, self.others_wait = {}, None, True, False
+        self.jobs, self.running, self.lives, self.least_waiting = {}, None, True, math.inf
 
-    @property
-    def room_places(self) -> float:
-        backlog_s = self.admission.backlog_s
-        return max(0.0, AHEAD_S - backlog_s) * self.admission.places_per_s(0)
+    def takes(self, places: int) -> bool:
+        """Whether it works on a new job, which came to it."""
+        return places < self.least_waiting and self.admission.intake(0, AHEAD_S).has_room(places)
 
     def hold(self, job: Job) -> None:
         """Work on a job that it has admitted."""
@@ -110,7 +111,7 @@ class Replica:
         """End the tick; the jobs that ended with it."""
         batch = self.running
         assert batch is not None
-        self.admission.stepped(0, {job.job_id: job.places for job in batch.jobs}, batch.places, 0.0)
+        self.admission.stepped(0, {job.job_id: job.places for job in batch.jobs}, batch.places, self.tick_s)
         for rows in batch.jobs:
             for step, index in rows.steps:
                 self.jobs[rows.job_id].steps[index] = step + 1
@@ -118,6 +119,58 @@ class Replica:
         for job_id in finished:
             self.admission.leave(job_id)
         return [self.jobs.pop(job_id) for job_id in finished]
+
+
+class Waiting:
+    """Jobs in the table that nobody holds."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[int, Job] = {}  # by the number of their arrival
+        self._by_length: list[tuple[int, int]] = []  # heaps, also of those that are claimed since
+        self._by_arrival: list[int] = []
+        self.places = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, order: int, job: Job) -> None:
+        self._jobs[order] = job
+        heapq.heappush(self._by_length, (job.work.places, order))
+        heapq.heappush(self._by_arrival, order)
+        self.places += job.work.places
+
+    def offer(self, intake: Intake) -> list[Job]:
+        """What is taken, the shortest first, and then the oldest; as in PostgresStore.claim."""
+        shortest: list[tuple[int, int]] = []
+        while self._by_length and len(shortest) < CLAIM_JOBS:
+            if (each := heapq.heappop(self._by_length))[1] in self._jobs:
+                shortest.append(each)
+        taken = [order for places, order in shortest if intake.offer(places)]
+        for each in shortest:
+            heapq.heappush(self._by_length, each)
+        if intake.refused < math.inf:
+            oldest = self._oldest()
+            if oldest not in taken and intake.offer_oldest(self._jobs[oldest].work.places, oldest):
+                taken.append(oldest)
+        return [self._remove(order) for order in taken]
+
+    def take_oldest(self, places: float) -> list[Job]:
+        """Those that came first, until they make up so many places."""
+        taken: list[Job] = []
+        while self._jobs and places > 0 and len(taken) < CLAIM_JOBS:
+            taken.append(self._remove(self._oldest()))
+            places -= taken[-1].work.places
+        return taken
+
+    def _oldest(self) -> int:
+        while self._by_arrival[0] not in self._jobs:
+            heapq.heappop(self._by_arrival)
+        return self._by_arrival[0]
+
+    def _remove(self, order: int) -> Job:
+        job = self._jobs.pop(order)
+        self.places -= job.work.places
+        return job
 
 
 class Cluster:
@@ -135,9 +188,8 @@ class Cluster:
         self._cores = cores or replicas
         self.replicas = [Replica(limits, points) for _ in range(replicas)]
         self.outcome = Outcome()
-        self._free: list[tuple[int, Job]] = []  # new jobs that nobody holds, a heap by arrival
-        self._begun: list[tuple[int, Job]] = []  # those of replicas that are gone
-        self._free_places = 0
+        self._free = Waiting()  # new jobs that nobody holds
+        self._begun = Waiting()  # those of replicas that are gone
         self._paces: dict[int, tuple[float, float]] = {}  # what each replica told at its last renewal
         self._arrivals = count()
         self._order: dict[str, int] = {}
@@ -184,16 +236,19 @@ class Cluster:
             return
         replica = self._draw.choice(living) if number is None else self.replicas[number]
         job = Job(f"job {next(self._arrivals)}", work, now_s, [work.start] * work.rows)
-        here = replica.room_places > 0 and not replica.others_wait
-        try:
-            if here:
+        here = replica.takes(work.places)
+        if here:
+            try:
                 replica.admission.enter(job.id, work, now_s=now_s)
-            else:
-                self.outcome.statements += LOAD
+            except Overloaded:
+                here = False
+        if not here:
+            self.outcome.statements += LOAD
+            try:
                 replica.admission.leave_to_any(work, self._load(), now_s=now_s)
-        except Overloaded as error:
-            self.outcome.refused.append(int(error.headers["Retry-After"]))
-            return
+            except Overloaded as error:
+                self.outcome.refused.append(int(error.headers["Retry-After"]))
+                return
         self._order[job.id] = len(self.outcome.jobs)
         self.outcome.jobs.append(job)
         self.outcome.statements += ADD + FINISH
@@ -201,25 +256,20 @@ class Cluster:
             replica.hold(job)
             self._step(replica, now_s)
         else:
-            self._leave(job, self._free)
-
-    def _leave(self, job: Job, among: list[tuple[int, Job]]) -> None:
-        heapq.heappush(among, (self._order[job.id], job))
-        self._free_places += job.work.places
+            self._free.add(self._order[job.id], job)
 
     def _load(self) -> ClusterLoad:
         paces = self._paces.values()
         held_s = sum(backlog_s for _, backlog_s in paces) / len(paces) if paces else 0.0
-        waiting = len(self._free) + len(self._begun)
-        return ClusterLoad(len(paces), sum(pace for pace, _ in paces), held_s, waiting, self._free_places)
+        jobs, places = len(self._free) + len(self._begun), self._free.places + self._begun.places
+        return ClusterLoad(len(paces), sum(pace for pace, _ in paces), held_s, jobs, places)
 
     def _step(self, replica: Replica, now_s: float) -> None:
         if replica.running is None and (seconds := replica.begin()) is not None:
             batch = replica.running
-            stepping = (
-                sum(each.running is not None for each in self.replicas) if self._cores < len(self.replicas) else 1
-            )
-            seconds *= max(1.0, stepping / self._cores)
+            if self._cores < len(self.replicas):
+                seconds *= max(1.0, sum(each.running is not None for each in self.replicas) / self._cores)
+            replica.tick_s = seconds
             self.outcome.ticks_s += seconds
             self._at(now_s + seconds, lambda at_s: self._stepped(replica, batch, at_s))
 
@@ -237,15 +287,16 @@ class Cluster:
         self._at(now_s + CLAIM_S, lambda at_s: self._claim(replica, at_s))
         if not replica.lives:
             return
-        room_places = replica.room_places
-        claimed = self._take(self._begun, AHEAD_S * replica.admission.places_per_s(0))
+        oldest = min((self._order[job_id] for job_id in replica.jobs), default=None)
+        intake = replica.admission.intake(0, AHEAD_S, oldest)  # the number of an arrival is as good as its time
+        claimed = self._begun.take_oldest(AHEAD_S * replica.admission.places_per_s(0))
         for job in claimed:
             assert job.died_s is not None
             self.outcome.taken_s.append(now_s - job.died_s)
-        room_places -= sum(job.work.places for job in claimed)
-        claimed += self._take(self._free, room_places)
-        self.outcome.renewals += CLAIM
-        replica.others_wait = bool(claimed)
+            intake.add(job.work.places)
+        claimed += self._free.offer(intake)
+        self.outcome.renewals += CLAIM + (intake.refused < math.inf)
+        replica.least_waiting = intake.refused
         if claimed:
             self.outcome.statements += 1 + RESUME * len(claimed)
         for job in claimed:
@@ -253,15 +304,6 @@ class Cluster:
             replica.admission.readmit(job.id, job.work, places_left=places_left)
             replica.hold(job)
         self._step(replica, now_s)
-
-    def _take(self, among: list[tuple[int, Job]], places: float) -> list[Job]:
-        taken: list[Job] = []
-        while among and places > 0 and len(taken) < CLAIM_JOBS:
-            _, job = heapq.heappop(among)
-            self._free_places -= job.work.places
-            places -= job.work.places
-            taken.append(job)
-        return taken
 
     def _renew(self, number: int, now_s: float) -> None:
         replica = self.replicas[number]
@@ -282,31 +324,13 @@ class Cluster:
             self._paces.pop(number, None)
             for job in jobs:
                 job.moves, job.died_s = job.moves + 1, now_s
-                self._leave(job, self._begun)
+                self._begun.add(self._order[job.id], job)
 
         self._at(until_s, expire)
         self._at(now_s + BACK_S, lambda _at_s: replica.restart())
 
 
 # --- what is asked for ---
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """What came of one simulation."""
-
-    replicas: int
-    load: float  # that was asked for, or else that came
-    refused: float
-    outcome: Outcome
-
-    @property
-    def statements(self) -> tuple[float, float]:
-        """For a job, and in a second for a replica."""
-        return (
-            self.outcome.statements / max(1, len(self.outcome.jobs)),
-            self.outcome.renewals / self.outcome.until_s / self.replicas,
-        )
 
 
 def capacity_per_s(points: Sequence[tuple[int, float]] = TICKS) -> float:
@@ -316,14 +340,14 @@ def capacity_per_s(points: Sequence[tuple[int, float]] = TICKS) -> float:
 
 def simulate(
     replicas: int, requests: traffic.Requests, seconds: float, deaths_per_hour: float, load: float | None = None
-) -> Line:
+) -> cluster_report.Line:
     """One line of the table."""
     deaths = list(traffic.deaths(replicas, seconds, deaths_per_hour)) if replicas > 1 else []
     outcome = Cluster(replicas).run(requests, deaths)
     if load is None:
         places = sum(work.places for _, work in requests)
         load = places / traffic.MEAN_PLACES / seconds / replicas / capacity_per_s()
-    return Line(replicas, load, len(outcome.refused) / len(requests), outcome)
+    return cluster_report.Line(replicas, load, len(outcome.refused) / len(requests), outcome)
 
 
 def main() -> None:
@@ -337,9 +361,8 @@ def main() -> None:
     parser.add_argument("--deaths", type=float, default=2.0, help="of each replica, an hour")
     parser.add_argument("--plot", type=Path, help="also draw the waits")
     args = parser.parse_args()
-    columns = ("replicas", "load", "jobs", "refused", "20 steps: median, 99 %", "1000 steps: median, 99 %", "moved")
-    print("| " + " | ".join(columns) + " | statements a job | and a second, of a replica |")
-    print("|---" * (len(columns) + 2) + "|")
+    print("| " + " | ".join(cluster_report.COLUMNS) + " |")
+    print("|---" * len(cluster_report.COLUMNS) + "|")
     recorded = traffic.read(args.traffic) if args.traffic is not None else None
     lines = []
     for load in [None] if recorded or args.per_s else map(float, args.load.split(",")):
@@ -349,47 +372,9 @@ def main() -> None:
             seconds = max(args.seconds, requests[-1][0]) if recorded is None else requests[-1][0]
             line = simulate(replicas, requests, seconds, args.deaths, load)
             lines.append(line)
-            short, long = (_spread(line.outcome.waits(steps)) for steps in (20, 1000))
-            moved = sum(job.moves > 0 for job in line.outcome.jobs)
-            for_job, a_second = line.statements
-            print(
-                f"| {replicas} | {line.load:.2f} | {len(line.outcome.jobs):,} | {line.refused:.1%} | {short} | {long} "
-                f"| {moved:,} | {for_job:.1f} | {a_second:.2f} |",
-                flush=True,
-            )
+            print(line.row(), flush=True)
     if args.plot is not None:
-        plot(lines, args.plot)
-
-
-def plot(lines: Sequence[Line], path: Path) -> None:
-    """How long short and long jobs take, over the number of replicas: the median, and dashed the 99th percentile."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "tminus", "svg.fonttype": "none", "font.size": 9}
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    counts = sorted({line.replicas for line in lines})
-    for axes, steps in zip(panels, (20, 1000), strict=True):
-        for number, load in enumerate(sorted({line.load for line in lines})):
-            found = {line.replicas: line.outcome.waits(steps) for line in lines if line.load == load}
-            known = [(counts.index(each), waits) for each, waits in found.items() if len(waits) > 1]
-            for q, style in ((0.5, "o-"), (0.99, "o--")):
-                values = [quantile(waits, q) for _, waits in known]
-                label = f"load {load:g}" if q == 0.5 else None
-                axes.plot([at for at, _ in known], values, style, color=f"C{number}", label=label, markersize=4)
-        axes.set(title=f"Jobs of {steps} steps: median, and 99 % dashed", xlabel="servers", ylabel="seconds")
-        axes.set_xticks(range(len(counts)), [str(each) for each in counts])
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def _spread(seconds: list[float]) -> str:
-    return f"{quantile(seconds, 0.5):.2f} s, {quantile(seconds, 0.99):.1f} s" if len(seconds) > 1 else "none"
+        cluster_report.plot(lines, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The job store for asyncio: each call runs in the store's own thread, so that the event loop waits for no disk."""
 
 import asyncio
+import math
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,7 @@ from typing import ParamSpec, TypeVar
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Pace, Place, StoredObject
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Images, Inputs, Snapshot
 from tminus.service.tracing import traced
 
@@ -96,9 +99,13 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.get, job_id)
 
-    async def claim(self, fingerprint: str, places: float, begun_places: float, rows: int) -> list[JobRecord]:
+    async def claim(self, fingerprint: str, intake: Intake, begun_places: float, rows: int) -> list[JobRecord]:
         """See JobStore."""
-        return await self._call(self._store.claim, fingerprint, places, begun_places, rows)
+        return await self._call(self._store.claim, fingerprint, intake, begun_places, rows)
+
+    async def claim_all(self) -> list[JobRecord]:
+        """Hold every job that has not ended, of a store that no other process shares."""
+        return await self._call(self._store.claim, "", Intake(math.inf), math.inf, sys.maxsize)
 
     async def holder(self, job_id: str) -> str | None:
         """See JobStore."""

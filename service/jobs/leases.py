@@ -1,8 +1,8 @@
 """Where replicas share a store: which of them works on what.
 
-A replica claims new jobs that nobody holds as long as it has little to do itself, and at any time those of a replica
-that is gone. It renews the leases of those it holds, and notices those that it lost. A new job that would wait here is
-left in the store, to whoever has room first.
+A replica claims new jobs that nobody holds and that would not wait for long behind shorter ones here, and at any time
+those of a replica that is gone. It renews the leases of those it holds, and notices those that it lost. A new job that
+would wait here is left in the store, to whoever has room first.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-AHEAD_S = 8.0  # of work: a replica that has as much leaves new jobs to others
+AHEAD_S = 8.0  # of work: a replica leaves a job to others before which it has as much to do
 LOAD_S, LOOK_S = 1.0, 1.0  # how old a look at the others may be, and how long one may take
 LIMITS = ("backlog_s", "jobs", "rows")  # of one server, which another may not have reached
 CLAIM_S = 1.0  # how often it looks for jobs that nobody holds
@@ -81,7 +81,9 @@ class Leases:
         self.load: ClusterLoad | None = None  # when it was last asked for; None while the database is away
         self._asked_s = -math.inf  # when that was
         self._line = Line()  # of those who were told since then when another replica has room
-        self._others_wait = False  # the last claim may have left jobs that waited longer than a new one
+        self._least_waiting = (
+            math.inf
+        )  # the places of the shortest job that the last claim left: it goes before such ones
 
     async def renew(self) -> None:
         """Hold what is held for one more lease, and stop what is not held any more. Raises StorageFailed."""
@@ -133,8 +135,10 @@ class Leases:
             return
         begun_places = AHEAD_S * self._admission.places_per_s(self._model)
         async with self._store.turn:
-            claimed = await self._store.claim(self._info.fingerprint, self._room_places(), begun_places, self._max_rows)
-            self._others_wait = bool(claimed)
+            oldest_us = min((live.record.created_us for live in self._holder.all()), default=None)
+            intake = self._admission.intake(self._model, AHEAD_S, oldest_us)
+            claimed = await self._store.claim(self._info.fingerprint, intake, begun_places, self._max_rows)
+            self._least_waiting = intake.refused
             self._holder.take_on(claimed)
 
     @property
@@ -159,10 +163,10 @@ class Leases:
 
     # --- new jobs ---
 
-    @property
-    def takes_next(self) -> bool:
+    def takes(self, spec: SampleSpec) -> bool:
         """Whether a new job is worked on here; else it is left to whichever replica has room first."""
-        return self._room_places() > 0 and not self._others_wait
+        places = work_of(spec, self._info, self._model).places
+        return places < self._least_waiting and self._admission.intake(self._model, AHEAD_S).has_room(places)
 
     async def leave_to_any(
         self, record: JobRecord, key: Key | None, inputs: Inputs | None, deadline_s: float | None
@@ -196,8 +200,3 @@ class Leases:
     def _pace(self) -> Pace:
         """How fast this replica is, and how much it has to do."""
         return Pace(self._admission.places_per_s(self._model), self._admission.backlog_s)
-
-    def _room_places(self) -> float:
-        """How many places it takes until there is work for AHEAD_S."""
-        pace = self._pace()
-        return (AHEAD_S - pace.backlog_s) * pace.places_per_s if pace.backlog_s < AHEAD_S else 0.0

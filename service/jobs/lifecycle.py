@@ -82,7 +82,7 @@ class Lifecycle:
             self._spawn(self.leases.claim_until_closed())
         elif take_on:
             try:
-                self.take_on(await self.store.claim(self._fingerprint, 0.0, 0.0, self._limits.max_rows))
+                self.take_on(await self.store.claim_all())
             except StorageFailed:
                 self._takes_on = True
                 self._idle.clear()
@@ -129,7 +129,7 @@ class Lifecycle:
         while True:
             try:
                 await self.pause(RETRY_S)
-                self.take_on(await self.store.claim(self._fingerprint, 0.0, 0.0, self._limits.max_rows))
+                self.take_on(await self.store.claim_all())
             except StorageFailed:
                 continue
             except Draining:

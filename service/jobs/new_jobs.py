@@ -123,7 +123,7 @@ class NewJobs:
     ) -> Outlook | None:
         """Work on a new job, or leave it to others, and keep it; None if its key has a job by now."""
         ticket, leases = None, lifecycle.leases
-        if leases is None or leases.takes_next:
+        if leases is None or leases.takes(record.spec):
             try:
                 ticket = self._worker.submit(
                     record.id, record.spec, deadline_s,

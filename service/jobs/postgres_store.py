@@ -21,6 +21,7 @@ from tminus.service.jobs.postgres_tables import FORMAT, make_postgres_tables
 from tminus.service.jobs.sql_store import Conditions, Run, SqlStore
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class PostgresStore(SqlStore):
                 self._unsure.add(job.id)  # the connection may have broken after the commit
             raise
 
-    def claim(self, fingerprint: str, places: float, begun_places: float, rows: int) -> list[JobRecord]:
+    def claim(self, fingerprint: str, intake: Intake, begun_places: float, rows: int) -> list[JobRecord]:
         """See JobStore."""
         jobs = self._tables.jobs
         held = {
@@ -120,18 +121,23 @@ class PostgresStore(SqlStore):
             "fence": jobs.c.fence + 1,
             "lease_until": sa.func.clock_timestamp() + self._lease,
         }
+        arrival, length = jobs.c.arrival, jobs.c.places
         with self._transaction() as run:
-            chosen = _first(run(self._free(fingerprint, rows, begun=True)).all(), begun_places)
-            places -= sum(row.places for row in chosen)
-            if places > 0:
-                chosen += _first(run(self._free(fingerprint, rows, begun=False)).all(), places)
+            chosen = _first(run(self._free(fingerprint, rows, arrival, begun=True)).all(), begun_places)
+            for row in chosen:
+                intake.add(row.places)
+            chosen += [row for row in run(self._free(fingerprint, rows, length, arrival)) if intake.offer(row.places)]
+            if intake.refused < math.inf:
+                oldest = run(self._free(fingerprint, rows, arrival)).all()[0]
+                if oldest not in chosen and intake.offer_oldest(oldest.places, oldest.created_us):
+                    chosen.append(oldest)
             if chosen:
                 run(sa.update(jobs).where(jobs.c.id.in_([row.id for row in chosen])).values(**held))
         self._fences |= {row.id: row.fence + 1 for row in chosen}
         return self._records_or_end(chosen)
 
-    def _free(self, fingerprint: str, rows: int, *, begun: bool) -> sa.Select[Any]:
-        """Lock the first jobs that this replica may claim."""
+    def _free(self, fingerprint: str, rows: int, *order: Any, begun: bool = False) -> sa.Select[Any]:
+        """Lock the first jobs, in some order, that this replica may claim."""
         jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
         query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
         query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, jobs.c.format <= FORMAT, *self._here())
@@ -146,7 +152,7 @@ class PostgresStore(SqlStore):
             query = query.where(jobs.c.fence > 0, ~self._living, not_mine, ~others.exists())
         else:
             query = query.where(jobs.c.fence == 0)
-        return query.order_by(jobs.c.arrival).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
+        return query.order_by(*order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
 
     def holder(self, job_id: str) -> str | None:
         """See JobStore."""

@@ -18,6 +18,7 @@ from tminus.service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, VERSION, can
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
 from tminus.service.jobs.tables import make_tables
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class SqliteStore(SqlStore):
         return super().add(job, key, inputs, held=held)
 
     def claim(
-        self, _fingerprint: str = "", _places: float = 0.0, _begun_places: float = 0.0, _rows: int = 0
+        self, _fingerprint: str = "", _intake: Intake | None = None, _begun_places: float = 0.0, _rows: int = 0
     ) -> list[JobRecord]:
         """See JobStore. There is no other replica, so these are all that have not ended."""
         jobs = self._tables.jobs

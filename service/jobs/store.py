@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
 Outcome = Literal["done", "failed", "cancelled"]
@@ -115,12 +116,13 @@ class JobStore(Protocol):
     def get(self, job_id: str) -> JobRecord | None:
         """Look up one job."""
 
-    def claim(self, fingerprint: str, places: float, begun_places: float, rows: int) -> list[JobRecord]:
-        """Hold jobs that have not ended and that nobody holds, in order of arrival; none of more than so many rows.
+    def claim(self, fingerprint: str, intake: Intake, begun_places: float, rows: int) -> list[JobRecord]:
+        """Hold jobs that have not ended and that nobody holds; none of more than so many rows.
 
-        First those that were held before, until they make up begun_places: their clients wait for the next step. Then
-        new ones, until all make up places. One that was begun by another build is left to a replica of that build while
-        one lives. One whose record is damaged is ended as failed.
+        First those that were held before, in order of arrival, until they make up begun_places: their clients wait for
+        the next step. Then the new ones that the intake takes, the shortest first; and where it does not take all, the
+        oldest if it takes that. One that was begun by another build is left to a replica of that build while one
+        lives. One whose record is damaged is ended as failed.
         """
 
     def holder(self, job_id: str) -> str | None:

@@ -15,6 +15,7 @@ from tminus.service.scheduling.arrivals import Arrivals
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.flows import Pending
 from tminus.service.scheduling.forecast import forecast
+from tminus.service.scheduling.intake import Intake
 from tminus.service.scheduling.owners import Served
 from tminus.service.scheduling.room import Drain, Excess, Line, Load, find_excess
 from tminus.service.scheduling.sharing import RESERVED_SHARE
@@ -160,6 +161,18 @@ class Admission:
         with self._lock:
             place_s = self._speeds[model].place_s
         return 1 / place_s if place_s else math.inf
+
+    def intake(self, model: int, ahead_s: float, oldest_us: int | None = None) -> Intake:
+        """What jobs of a model can be taken on, so that at most so much work goes before each of them.
+
+        oldest_us: when the first of those came that are here.
+        """
+        jobs, speeds = self._read()
+        place_s, policy = speeds[model].place_s, speeds[model].sharing.policy
+        if not place_s:
+            return Intake(math.inf, oldest_us=oldest_us)
+        held = [(job.places_left * speeds[job.work.model].place_s + job.beside_s) / place_s for job in jobs]
+        return Intake(ahead_s / place_s, held, shortest_first=policy == "srpt", oldest_us=oldest_us)
 
     @property
     def tick_time_ratio(self) -> float:

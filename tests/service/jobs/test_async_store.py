@@ -12,6 +12,7 @@ from tminus.service.jobs import async_store
 from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.jobs.store import JobRecord, Key
+from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
 
 
@@ -52,7 +53,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(disk: Disk, monkeypatch: 
     async def ask() -> None:
         store = AsyncStore(disk)
         disk.thaw.clear()
-        for call in (store.add(job("a"), None, None), store.get("a"), store.claim("build", 1.0, 1.0, 64)):
+        for call in (store.add(job("a"), None, None), store.get("a"), store.claim("build", Intake(1.0), 1.0, 64)):
             with pytest.raises(StorageFailed, match=r"has not answered for 0\.05 s"):
                 await call
         assert store.failure is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -23,9 +24,11 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.postgres_store import PostgresStore
-from tminus.service.jobs.store import Pace
+from tminus.service.jobs.store import JobRecord, Pace
 from tminus.service.model_info import ModelInfo
+from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.intake import Intake
 from tminus.service.scheduling.tick_times import TickTimes
 
 pytestmark = pytest.mark.slow
@@ -247,10 +250,10 @@ def test_an_id_that_no_database_takes_is_of_no_job(replicas: Replicas) -> None:
 def test_a_replica_takes_no_more_than_some_seconds_of_work(replicas: Replicas, monkeypatch: pytest.MonkeyPatch) -> None:
     places = 2 * SPEC["n"] * SPEC["steps"]  # of one such job, which is guided
 
-    def room_places(held: leases.Leases) -> float:
-        return max(0.0, (3 - len(held._admission._jobs)) * places)
+    def intake(held: Admission, _model: int, _ahead_s: float, _oldest_us: int | None = None) -> Intake:
+        return Intake(3 * places, [places] * len(held._jobs), oldest_us=0)
 
-    monkeypatch.setattr(leases.Leases, "_room_places", room_places)
+    monkeypatch.setattr(Admission, "intake", intake)
     one = replicas.start(shut=True)
     ids = [post(one, SPEC | {"seed": seed}).json()["id"] for seed in range(9)]
     assert one.worker.jobs.number_of("") == 3
@@ -270,7 +273,7 @@ def test_a_replica_without_room_takes_over_what_another_had_begun(
     one, busy = replicas.start(shut=True), replicas.start(shut=True)
     begun = post(one).json()["id"]
     room = [0.0]
-    monkeypatch.setattr(leases.Leases, "_room_places", lambda held: room[0])
+    monkeypatch.setattr(Admission, "intake", lambda *_: Intake(room[0], [0.0], oldest_us=0))
     left = post(one).json()["id"]
     replicas.stop(one)
     wait_until(lambda: begun in busy.worker.jobs)
@@ -303,6 +306,45 @@ def test_a_job_that_would_wait_here_is_done_by_one_who_has_room(
     wait_for(other, second["id"])
     assert state(full, first["id"]) == "waiting"
     assert wait_for(full, second["id"])["step"] == SPEC["steps"]
+
+
+@pytest.mark.usefixtures("believed")
+def test_a_short_job_does_not_wait_for_the_long_ones_of_the_replica_it_came_to(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "AHEAD_S", 0.1)
+    full = replicas.start(shut=True, tick_times=SLOW)
+    long, left = (post(full, SPEC | {"steps": 8, "seed": seed}).json()["id"] for seed in range(2))
+    short = post(full, SPEC | {"n": 1, "steps": 2}).json()["id"]
+    assert [job_id in full.worker.jobs for job_id in (long, left, short)] == [True, False, True]
+    full.engine.gate.open()
+    for job_id in (long, left, short):
+        wait_for(full, job_id)
+
+
+@pytest.mark.usefixtures("believed")
+def test_a_job_goes_after_those_of_its_length_that_wait_in_the_table(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "AHEAD_S", 0.1)
+    claim, looks = PostgresStore.claim, list[float]()
+
+    def told(store: PostgresStore, fingerprint: str, intake: Intake, *rest: Any) -> list[JobRecord]:
+        looks.append(math.inf)
+        claimed = claim(store, fingerprint, intake, *rest)
+        looks[-1] = intake.refused
+        return claimed
+
+    monkeypatch.setattr(PostgresStore, "claim", told)
+    full = replicas.start(shut=True, tick_times=SLOW)
+    ids = [post(full, SPEC | {"seed": seed}).json()["id"] for seed in range(2)]
+    wait_until(lambda: sum(refused < math.inf for refused in looks) > 1)
+    monkeypatch.setattr(leases, "AHEAD_S", 100.0)  # as if the first had ended just now
+    later = post(full, SPEC | {"seed": 2}).json()["id"]
+    assert later not in full.worker.jobs
+    full.engine.gate.open()
+    for job_id in (*ids, later):
+        wait_for(full, job_id)
 
 
 @pytest.mark.usefixtures("believed")

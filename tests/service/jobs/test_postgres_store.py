@@ -22,6 +22,7 @@ from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.postgres_tables import FORMAT
 from tminus.service.jobs.store import Key, LeaseLost, Pace
 from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs, SampleSpec
 
 pytestmark = pytest.mark.slow
@@ -55,12 +56,12 @@ def expire(shelf: DatabaseShelf) -> None:
 def test_what_one_holds_no_other_claims_until_its_lease_ends(soon: DatabaseShelf) -> None:
     one, other = soon.open(), soon.open()
     one.add(job("a"))
-    assert other.claim("build", MANY, MANY, ROWS) == []
+    assert other.claim("build", Intake(MANY), MANY, ROWS) == []
     for _ in range(4):
         time.sleep(LEASE_S / 2)
         assert renew(one, "build", PACE) == {"a"}
-        assert other.claim("build", MANY, MANY, ROWS) == []
-    wait_until(lambda: other.claim("build", MANY, MANY, ROWS) == [job("a")])
+        assert other.claim("build", Intake(MANY), MANY, ROWS) == []
+    wait_until(lambda: other.claim("build", Intake(MANY), MANY, ROWS) == [job("a")])
     assert renew(one, "build", PACE) == frozenset()
     assert renew(other, "build", PACE) == {"a"}
 
@@ -70,7 +71,7 @@ def test_a_lease_that_ended_and_that_nobody_took_is_held_on(soon: DatabaseShelf)
     one.add(job("a"))
     expire(soon)
     assert renew(one, "build", PACE) == {"a"}
-    assert soon.open().claim("build", MANY, MANY, ROWS) == []
+    assert soon.open().claim("build", Intake(MANY), MANY, ROWS) == []
 
 
 def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
@@ -78,7 +79,7 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     asleep, awake = database.open(), database.open()
     asleep.add(job("a"))
     expire(database)
-    assert awake.claim("build", MANY, MANY, ROWS) == [job("a")]
+    assert awake.claim("build", Intake(MANY), MANY, ROWS) == [job("a")]
     awake.save({"a": snapshot(seed=1)}, "build")
     asleep.save({"a": snapshot(seed=2)}, "build")
     asleep.crashed("a")
@@ -96,9 +97,9 @@ def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: Dat
     one, other = database.open(), database.open()
     one.add(job("a"))
     expire(database)
-    assert other.claim("build", MANY, MANY, ROWS)
+    assert other.claim("build", Intake(MANY), MANY, ROWS)
     expire(database)
-    assert one.claim("build", MANY, MANY, ROWS)
+    assert one.claim("build", Intake(MANY), MANY, ROWS)
     with pytest.raises(LeaseLost):
         other.finish(ended(job("a")))
     one.finish(ended(job("a")), PIXELS)
@@ -123,7 +124,7 @@ def test_many_who_claim_at_once_get_each_job_once(database: DatabaseShelf) -> No
 
     def take(store: PostgresStore) -> list[str]:
         found = []
-        while records := store.claim("build", 0.0, 3 * SPECS[0].num_passes, ROWS):
+        while records := store.claim("build", Intake(0.0), 3 * SPECS[0].num_passes, ROWS):
             assert len(records) <= 3
             found += [record.id for record in records]
         return found
@@ -142,7 +143,9 @@ def test_no_more_is_claimed_than_there_is_room_for_but_one_job_always(database: 
     store = database.open()
 
     def claimed(places: float) -> int:
-        return len(store.claim("build", *((0.0, places) if begun else (places, 0.0)), ROWS))
+        return len(
+            store.claim("build", Intake(0.0 if begun else places, [0.0], oldest_us=0), places if begun else 0.0, ROWS)
+        )
 
     assert claimed(0.0) == 0
     assert claimed(1.0) == 1, "a job may be larger than all the room"
@@ -155,8 +158,27 @@ def test_what_was_begun_comes_first_and_takes_the_room_of_new_jobs(database: Dat
         first.add(job(name), held=held)
     first.close()
     of_one = SPECS[0].num_passes
-    assert [record.id for record in store.claim("build", 2.0 * of_one, MANY, ROWS)] == ["begun", "begun later"]
-    assert [record.id for record in store.claim("build", 1.0, MANY, ROWS)] == ["new"]
+    assert [record.id for record in store.claim("build", Intake(2.0 * of_one), MANY, ROWS)] == ["begun", "begun later"]
+    assert [record.id for record in store.claim("build", Intake(1.0), MANY, ROWS)] == ["new"]
+
+
+def test_the_shortest_of_the_new_jobs_are_claimed_and_the_oldest_by_who_has_none_that_is_older(
+    database: DatabaseShelf,
+) -> None:
+    first, store = database.open(), database.open()
+    for name, n in (("long", 3), ("short", 1), ("middle", 2), ("short later", 1)):
+        first.add(job(name, replace(SPECS[0], n=n)), held=False)
+    first.close()
+    length = float(SPECS[0].num_passes)
+    busy = Intake(length, [length], oldest_us=0)
+    assert store.claim("build", busy, MANY, ROWS) == []
+    assert busy.refused == length
+    with_longer = Intake(length, [9 * length], oldest_us=0)
+    assert [record.id for record in store.claim("build", with_longer, MANY, ROWS)] == ["short"]
+    assert with_longer.refused == length
+    newer = Intake(length, [length], oldest_us=2**60)
+    assert [record.id for record in store.claim("build", newer, MANY, ROWS)] == ["long"]
+    assert [record.id for record in store.claim("build", Intake(MANY), MANY, ROWS)] == ["short later", "middle"]
 
 
 def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf) -> None:
@@ -164,7 +186,7 @@ def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf
     one.add(job("a"))
     renew(one, "build", PACE)
     one.close()
-    assert other.claim("build", MANY, MANY, ROWS) == [job("a")]
+    assert other.claim("build", Intake(MANY), MANY, ROWS) == [job("a")]
     assert database.read("SELECT count(*) FROM replicas") == [(0,)]
 
 
@@ -174,7 +196,7 @@ def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapsh
         one.add(job(name))
     one.release("a")
     one.save({"a": snapshot(seed=1)}, "build")  # which was on its way
-    assert [record.id for record in other.claim("build", MANY, MANY, ROWS)] == ["a"]
+    assert [record.id for record in other.claim("build", Intake(MANY), MANY, ROWS)] == ["a"]
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
     one.save({"a": snapshot(seed=2)}, "build")
     assert same(other.snapshot("a", "build"), snapshot(seed=1))
@@ -186,9 +208,9 @@ def test_a_claim_whose_answer_was_lost_is_left_to_others(database: DatabaseShelf
     for name in ("known", "lost"):
         first.add(job(name))
     first.close()
-    assert len(one.claim("build", MANY, MANY, ROWS)) == 2
+    assert len(one.claim("build", Intake(MANY), MANY, ROWS)) == 2
     assert one.renew("build", PACE, ["known"]) == {"known"}
-    assert [record.id for record in other.claim("build", MANY, MANY, ROWS)] == ["lost"]
+    assert [record.id for record in other.claim("build", Intake(MANY), MANY, ROWS)] == ["lost"]
     assert one.renew("build", PACE, ["known"]) == {"known"}
 
 
@@ -197,8 +219,8 @@ def test_a_job_is_left_to_who_has_room_for_its_rows(database: DatabaseShelf) -> 
     first.add(job("large", SPECS[1]))
     first.add(job("small"))
     first.close()
-    assert [record.id for record in small.claim("build", MANY, MANY, 2)] == ["small"]
-    assert [record.id for record in large.claim("build", MANY, MANY, 3)] == ["large"]
+    assert [record.id for record in small.claim("build", Intake(MANY), MANY, 2)] == ["small"]
+    assert [record.id for record in large.claim("build", Intake(MANY), MANY, 3)] == ["large"]
 
 
 def test_a_page_of_those_that_wait_or_of_those_that_run_is_full(database: DatabaseShelf) -> None:
@@ -238,7 +260,7 @@ def test_the_load_is_that_of_all_who_live_and_of_what_nobody_holds(soon: Databas
     places = 2 * 3 * 2 * SPECS[1].num_passes
     assert _but_least(other.load()) == ClusterLoad(2, 400.0, 6.0, 2, places)
     assert [store.load().least_s for store in (one, other)] == pytest.approx([8.0, 4.0], abs=LEASE_S), "of the others"
-    assert [record.id for record in other.claim("build", 1.0, MANY, ROWS)] == ["a"]
+    assert [record.id for record in other.claim("build", Intake(1.0), MANY, ROWS)] == ["a"]
     assert _but_least(one.load()) == ClusterLoad(2, 400.0, 6.0, 1, places / 2)
     time.sleep(LEASE_S)
     assert one.load() == ClusterLoad(0, 0.0, 0.0, 3, places + SPECS[0].num_passes), "all are gone"
@@ -270,12 +292,12 @@ def test_a_job_that_was_begun_is_left_to_its_build_while_one_of_it_lives(soon: D
     renew(same_build, "build", PACE)
     renew(another, "another build", PACE)
     expire(soon)
-    assert [record.id for record in another.claim("another build", MANY, MANY, ROWS)] == ["not begun"]
-    assert [record.id for record in same_build.claim("build", MANY, MANY, ROWS)] == ["a"]
+    assert [record.id for record in another.claim("another build", Intake(MANY), MANY, ROWS)] == ["not begun"]
+    assert [record.id for record in same_build.claim("build", Intake(MANY), MANY, ROWS)] == ["a"]
     expire(soon)
     same_build.close()
     time.sleep(LEASE_S)
-    assert [record.id for record in another.claim("another build", MANY, MANY, ROWS)] == ["a"], "it starts over"
+    assert [record.id for record in another.claim("another build", Intake(MANY), MANY, ROWS)] == ["a"], "it starts over"
     assert renew(another, "another build", PACE) == {"a", "not begun"}
 
 
@@ -289,7 +311,7 @@ def test_weights_and_namespaces_do_not_see_each_other(
     assert all(store.add(job(f"j{k}"), key) for k, store in enumerate((one, other, third)))
     one.close()
     assert other.get("j0") is None
-    assert other.claim("build", MANY, MANY, ROWS) == []
+    assert other.claim("build", Intake(MANY), MANY, ROWS) == []
     assert not other.delete("j0")
     assert third.get("j0") is None
     assert [record.id for record in third.page(None, [None], 9)] == ["j2"]
@@ -337,9 +359,9 @@ def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
             read("begun")
     assert [record.id for record in old.page(None, [None], 10)] == ["old"]
     assert old.load().jobs == 1
-    assert [record.id for record in old.claim("build", MANY, MANY, ROWS)] == ["old"]
+    assert [record.id for record in old.claim("build", Intake(MANY), MANY, ROWS)] == ["old"]
     monkeypatch.setattr(postgres_store, "FORMAT", FORMAT + 1)
-    assert [record.id for record in database.open().claim("build", MANY, MANY, ROWS)] == ["begun", "new"]
+    assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, ROWS)] == ["begun", "new"]
 
 
 def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:
@@ -416,7 +438,7 @@ def test_a_job_whose_commit_nobody_saw_goes_with_the_next_renewal_or_is_found_by
         return
     other = database.open()
     assert other.find(key) == (job("a"), True)
-    assert other.claim("build", MANY, MANY, ROWS) == [job("a")], "and it is done"
+    assert other.claim("build", Intake(MANY), MANY, ROWS) == [job("a")], "and it is done"
 
 
 def test_a_database_that_may_only_be_read_is_told(database: DatabaseShelf) -> None:
@@ -531,8 +553,8 @@ def test_the_statements_of_a_job_are_those_that_the_simulation_counts(soon: Data
     assert statements(one.load) == cluster.LOAD
     assert statements(lambda: one.add(job("b"), Key("b", "hash"), held=False)) == cluster.ADD
     assert statements(lambda: renew(one, "build", PACE)) + cluster.LOAD == cluster.RENEW
-    assert statements(lambda: other.claim("build", 1.0, MANY, ROWS)) == cluster.CLAIM + 1
-    assert statements(lambda: other.claim("build", 1.0, MANY, ROWS)) == cluster.CLAIM
+    assert statements(lambda: other.claim("build", Intake(1.0), MANY, ROWS)) == cluster.CLAIM + 1
+    assert statements(lambda: other.claim("build", Intake(1.0), MANY, ROWS)) == cluster.CLAIM
     assert statements(lambda: other.snapshot("b", "build")) == cluster.RESUME
     assert statements(lambda: other.finish(ended(job("b")), PIXELS)) == cluster.FINISH
     assert statements(lambda: one.save({"a": snapshot()}, "build")) == 3

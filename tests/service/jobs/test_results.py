@@ -21,6 +21,7 @@ from tminus.service.jobs.objects import S3Objects
 from tminus.service.jobs.results import Results, ResultStore
 from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.jobs.store import LeaseLost, ObjectGone, Pace
+from tminus.service.scheduling.intake import Intake
 
 pytestmark = pytest.mark.slow
 
@@ -167,7 +168,7 @@ def test_a_result_is_read_by_every_replica_and_two_never_write_one_object(
     finishing.start()
     wait_until(lambda: states(database) == ["pending"])
     expire(database)
-    assert awake.below.claim("build", MANY, MANY, ROWS) == [job("a")]
+    assert awake.below.claim("build", Intake(MANY), MANY, ROWS) == [job("a")]
     awake.finish(at_us=3)
     asleep.objects.gate.set()
     finishing.join(PATIENCE_S)
@@ -247,7 +248,7 @@ def test_one_that_dies_as_it_keeps_a_result_leaves_a_job_that_goes_on_or_one_tha
     with pytest.raises(Died):
         dying.finish()
     expire(database)
-    found = other.below.claim("build", MANY, MANY, ROWS)
+    found = other.below.claim("build", Intake(MANY), MANY, ROWS)
     assert found == ([] if last == "finish" else [job("a")])
     if found:
         other.finish()

@@ -15,6 +15,7 @@ from tminus.service.errors import StorageFailed
 from tminus.service.jobs import arrays
 from tminus.service.jobs.sql_store import RECORD_BYTES, SqlStore
 from tminus.service.jobs.store import OUTCOMES, JobRecord, Key, LeaseLost, Outcome
+from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs, SampleSpec
 
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ def store(shelf: Shelf) -> SqlStore:
 def claimed(shelf: Shelf, store: SqlStore) -> list[JobRecord]:
     """What the next process takes on when this one has ended."""
     store.close()
-    return shelf.open().claim("build", MANY, MANY, 64)
+    return shelf.open().claim("build", Intake(MANY), MANY, 64)
 
 
 # --- what is kept ---
@@ -126,7 +127,7 @@ def test_the_inputs_of_an_edit_are_kept_until_it_ends(shelf: Shelf, store: SqlSt
     store.add(job("b"))
     store.close()
     store = shelf.open()
-    found, _ = store.claim("build", MANY, MANY, 64)
+    found, _ = store.claim("build", Intake(MANY), MANY, 64)
     assert found.spec == spec
     kept = store.inputs("a")
     assert kept is not None
@@ -254,7 +255,7 @@ def test_an_unfinished_job_that_cannot_be_read_is_ended_and_the_others_go_on(
     store.close()
     assert shelf.change("UPDATE jobs SET spec = :spec WHERE id = 'b'", spec=spec) == 1
     store = shelf.open()
-    assert [record.id for record in store.claim("build", MANY, MANY, 64)] == ["a", "c"]
+    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64)] == ["a", "c"]
     assert "the record of job b cannot be read" in caplog.text
     store.close()
     ((outcome, finished_us, problem),) = shelf.read("SELECT outcome, finished_us, problem FROM jobs WHERE id = 'b'")

@@ -352,3 +352,24 @@ def test_a_deadline_that_the_replicas_cannot_meet_is_refused() -> None:
         admission.leave_to_any(plain(8, 8), load, now_s=0.0, deadline_s=0.5)
     with pytest.raises(InvalidField):
         admission.leave_to_any(plain(257, 1), load, now_s=0.0)
+
+
+@pytest.mark.parametrize(("policy", "has_room"), [("srpt", [True, True, False]), ("fcfs", [False, False, False])])
+def test_a_job_is_taken_on_where_little_goes_before_it_by_the_policy(policy: Policy, has_room: list[bool]) -> None:
+    admission = make_admission(policy=policy)
+    admission.enter("long", plain(1, 640), now_s=0.0)  # 10 s
+    admission.enter("short", plain(1, 64), now_s=0.0)
+    admission.stepped(0, {"long": 320}, 0, 0.0)  # 5 s are left
+    intake = admission.intake(0, 6.0)
+    assert [intake.has_room(places) for places in (1, 319, 320)] == has_room
+    assert admission.intake(0, 6.1).has_room(320)
+
+
+def test_work_of_other_models_goes_before_a_job_by_the_seconds_it_takes() -> None:
+    admission = make_admission()
+    slower = TickTimes(((8, 1.0),))  # 8 times as slow
+    admission.put(1, Speed(Sharing.of(8, "srpt", 4, slower.seconds_per_place(8)), slower, 256))
+    admission.enter("other", Work(1, 8, range(0), model=1), now_s=0.0)  # a second, 64 places of the first model
+    assert admission.intake(0, 1.0).has_room(63)
+    assert not admission.intake(0, 1.0).has_room(64)
+    assert make_admission(points=()).intake(0, 1.0).has_room(1), "before ticks are measured"
