@@ -188,6 +188,7 @@ class Cluster:
         self._cores = cores or replicas
         self.replicas = [Replica(limits, points) for _ in range(replicas)]
         self.outcome = Outcome()
+        self._open = 0  # jobs that have not ended
         self._free = Waiting()  # new jobs that nobody holds
         self._begun = Waiting()  # those of replicas that are gone
         self._paces: dict[int, tuple[float, float]] = {}  # what each replica told at its last renewal
@@ -218,7 +219,7 @@ class Cluster:
         last_s = requests[-1][0]
         while self._events:
             now_s, _, act = heapq.heappop(self._events)
-            if now_s > last_s and all(job.ended_s is not None for job in self.outcome.jobs):
+            if now_s > last_s and not self._open:
                 break
             act(now_s)
             self.outcome.until_s = now_s
@@ -251,6 +252,7 @@ class Cluster:
                 return
         self._order[job.id] = len(self.outcome.jobs)
         self.outcome.jobs.append(job)
+        self._open += 1
         self.outcome.statements += ADD + FINISH
         if here:
             replica.hold(job)
@@ -278,6 +280,7 @@ class Cluster:
             return
         for job in replica.end():
             job.ended_s = now_s
+            self._open -= 1
         replica.running = None
         self._step(replica, now_s)
 
