@@ -36,7 +36,7 @@ const refusal = async (members) => {
 };
 said.refusals = [await refusal({ prompt: "a red shoe" }), await refusal({ ...sneaker, model: "gpt-image-1" })];
 
-const stopped = await client.images.generate({ prompt: "bag", steps: 1000, sampler: "ddpm", n: 8, stream: true, partial_images: 3 });
+const stopped = await client.images.generate({ prompt: "bag", steps: 1000, sampler: "ddpm", n: 2, stream: true, partial_images: 3 });
 for await (const event of stopped) {
     said.stopped = event.type;
     break;

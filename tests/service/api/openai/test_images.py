@@ -5,7 +5,7 @@ import io
 import json
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,16 @@ CLEAR = encode(np.dstack([noise(4, 6, 3, seed=2), np.where(MASK_PIXELS, 0, 255).
 
 def image(entry: dict[str, Any]) -> bytes:
     return base64.b64decode(entry["b64_json"])
+
+
+def step_until(site: Site, answered: "Future[Any]") -> None:
+    """Let tick after tick happen until a request is answered."""
+
+    def stepped() -> bool:
+        site.engine.gate.let()
+        return answered.done()
+
+    wait_until(stepped)
 
 
 def same_pngs(site: Site, **parameters: Any) -> list[bytes]:
@@ -238,10 +248,8 @@ def test_a_key_pays_for_it_and_is_refused_when_its_quota_is_used_up(make_site: M
 
 def test_a_deadline_that_passes_is_504(held: Site) -> None:
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(generate, held, **CAT, deadline_s=0.05)
-        held.engine.next_begun()
-        time.sleep(0.06)
-        held.engine.gate.open()
+        asked = pool.submit(generate, held, **CAT | {"steps": 1000}, deadline_s=0.05)
+        step_until(held, asked)
         error_of(asked.result(PATIENCE_S), 504, "deadline_passed")
 
 
@@ -293,15 +301,13 @@ def test_a_job_that_fails_is_told_as_its_error(site: Site) -> None:
 
 
 def test_a_job_that_is_cancelled_meanwhile_has_no_images(held: Site) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(generate, held, **CAT, response_format="url")
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(generate, held, **CAT | {"steps": 1000}, response_format="url")
         held.engine.next_begun()
         (job,) = held.client.get("/jobs").json()["jobs"]
-        with ThreadPoolExecutor(1) as other:
-            cancelled = other.submit(held.client.post, f"/jobs/{job['id']}/cancel")
-            wait_until(lambda: held.worker.jobs != {job["id"]})
-            held.engine.gate.open()
-            assert cancelled.result(PATIENCE_S).status_code == 200
+        cancelled = pool.submit(held.client.post, f"/jobs/{job['id']}/cancel")
+        step_until(held, cancelled)
+        assert cancelled.result(PATIENCE_S).status_code == 200
         error_of(asked.result(PATIENCE_S), 499, "cancelled")
 
 

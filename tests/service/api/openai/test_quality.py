@@ -1,15 +1,20 @@
 """What quality means."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.service.conftest import TABLES_OF_50
 from tests.service.fakes import INFO
+from tminus.model.checkpoint import load_checkpoint
 from tminus.model.recommended import Recommended
 from tminus.model.tables import Table
 from tminus.service.api.openai.quality import Quality, settings_of
 from tminus.service.model_info import ModelInfo
+
+ROOT = Path(__file__).parents[4]
 
 
 def tuned(steps: int, guidance: float = 1.0, sampler: str = "tuned") -> Table:
@@ -81,3 +86,13 @@ def test_steps_stay_below_the_most_that_there_are() -> None:
 def test_what_is_wrong_is_left_to_be_refused() -> None:
     assert settings_of("low", {"sampler": ["x"]}, ADVISED, has_class=True) == {}
     assert settings_of("low", {"sampler": "tuned"}, ADVISED, has_class=True) == {}
+
+
+def test_the_table_of_the_page_is_that_of_the_bundled_checkpoint() -> None:
+    page = (ROOT / "docs" / "openai.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`\w+`.*?) \|.*\| `(\w+)`, (\d+) steps, guidance (\S+) \|$", page, re.MULTILINE)
+    found = {re.findall(r"`(\w+)`", names)[0]: (sampler, int(steps), float(g)) for names, sampler, steps, g in rows}
+    bundled = load_checkpoint(ROOT / "checkpoints" / "fashion-mnist-32")
+    samplers = (*INFO.samplers, "tuned")
+    model = replace(INFO, recommended=bundled.recommended, tables=bundled.tables, samplers=samplers)
+    assert found == {quality: settings(model, quality) for quality in QUALITIES}
