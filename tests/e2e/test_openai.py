@@ -43,6 +43,11 @@ def encode(picture: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def grey(png: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("L"))
+
+
 def alone(server: RunningServer, **parameters: Any) -> bytes:
     answer = server.post(json=SAME | parameters)
     assert answer.status_code == 200, answer.text
@@ -105,6 +110,18 @@ def test_a_stream_as_in_the_librarys_readme(server: RunningServer, client: OpenA
             assert event.usage.input_tokens_details.text_tokens == 0
     assert seen == [(k, (32, 32), "32x32", "opaque") for k in range(3)]
     assert final == alone(server)
+
+
+def test_what_is_shown_on_the_way_is_the_estimate_of_x_0(server: RunningServer, client: OpenAI) -> None:
+    members: dict[str, Any] = {"seed": 7, "steps": 8}
+    stream = client.images.generate(prompt="sneaker", stream=True, partial_images=3, extra_body=members)
+    shown = [grey(png_of(event.b64_json)) for event in stream]
+    animated = server.post(json=SAME | members | {"every": 2, "show": "x_0"}, headers={"Accept": "image/webp"})
+    with Image.open(io.BytesIO(animated.content)) as image:
+        for number, expected in enumerate(shown):
+            image.seek(number)
+            np.testing.assert_array_equal(np.asarray(image.convert("L")), expected)
+        assert image.n_frames == 4  # type: ignore[attr-defined]
 
 
 def test_the_async_client_asks_for_several_at_once(server: RunningServer) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.service.api.asgi import call, scope_of
 from tests.service.api.openai.asking import CAT, SAME, SIZE, edit, error_of, generate
 from tests.service.api.pictures import INPUTS, MASK, MASK_PIXELS, PICTURE, encode, got, noise, same
-from tests.service.conftest import MakeSite, Site, pixels, problem
+from tests.service.conftest import MakeSite, Site, pixels
 from tests.service.durable import wait_for
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
 from tests.service.keys import access_of, bearer, key_line
@@ -311,6 +311,20 @@ def test_a_job_that_is_cancelled_meanwhile_has_no_images(held: Site) -> None:
         error_of(asked.result(PATIENCE_S), 499, "cancelled")
 
 
+def test_a_server_that_drains_sends_whoever_waits_for_a_durable_job_elsewhere(
+    held: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.service.jobs.jobs.LOOK_S", 0.01)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(generate, held, **CAT | {"steps": 1000}, response_format="url")
+        held.engine.next_begun()
+        held.worker.drain()
+        refused = asked.result(PATIENCE_S)
+    assert error_of(refused, 503, "draining")["type"] == "server_error"
+    assert refused.headers["retry-after"] == "5"
+    held.engine.gate.open()
+
+
 # --- edits ---
 
 
@@ -414,11 +428,3 @@ def make_named(site: Site) -> dict[str, Any]:
     """The document of one model by its name."""
     document: dict[str, Any] = site.client.get("/models/fake/openapi.json").json()
     return document
-
-
-def test_one_image_of_a_job_is_had_by_its_index_in_any_form(site: Site) -> None:
-    (url, _) = (entry["url"] for entry in generate(site, **CAT, n=2, response_format="url").json()["data"])
-    path = url.removeprefix("http://localhost").partition("?")[0]
-    problem(site.client.get(f"{path}?index=2"), 422, "invalid_field")
-    one = site.client.get(f"{path}?index=1", headers={"Accept": "application/json"}).json()["images"]
-    assert [each["index"] for each in one] == [1]
