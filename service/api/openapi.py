@@ -156,17 +156,21 @@ class Contract:
         }
 
     def _body(self, description: str, *schemas: type[RequestSchema]) -> Described:
-        fields = [self.fields(schema, as_text=False) for schema in schemas]
-        return described_object(description, {name: field for each in fields for name, field in each.items()})
+        fields = [self.fields(schema) for schema in schemas]
+        return closed_object(description, {name: field for each in fields for name, field in each.items()})
 
     def _form(self, description: str, files: tuple[str, ...], *schemas: type[RequestSchema]) -> Described:
         fields = [self.fields(schema, as_text=True) for schema in schemas]
         properties = {name: field for each in fields for name, field in each.items()}
         described = {name: {"description": properties.get(name, {}).get("description", "the image")} for name in files}
-        return described_object(description, properties | {name: FILE | described[name] for name in files})
+        return closed_object(description, properties | {name: FILE | described[name] for name in files})
 
     def fields(
-        self, schema: type[RequestSchema], *, as_text: bool, bounds: Mapping[str, dict[str, Described]] | None = None
+        self,
+        schema: type[RequestSchema],
+        *,
+        as_text: bool = False,
+        bounds: Mapping[str, dict[str, Described]] | None = None,
     ) -> dict[str, Described]:
         """Describe the fields of a schema, as text (of a query or a form) or as JSON.
 
@@ -209,8 +213,8 @@ class Contract:
         }
 
 
-def described_object(description: str, properties: dict[str, Described]) -> Described:
-    """Describe an object that has no other members."""
+def closed_object(description: str, properties: dict[str, Described]) -> Described:
+    """Describe a JSON object that has these members and no others."""
     return {"type": "object", "description": description, "properties": properties, "additionalProperties": False}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from tminus.service.api.openai.errors import as_openai
 from tminus.service.errors import ServiceError, short
@@ -17,22 +18,28 @@ from tminus.service.tracing import PROBLEM, note
 
 log = logging.getLogger(__name__)
 
-PROBLEM_JSON = "application/problem+json"
+PROBLEM_JSON, JSON = "application/problem+json", "application/json"
+Form = Callable[[Mapping[str, Any]], tuple[int, Mapping[str, Any]]]
 # Of APIs that others have defined, by the first part of their paths: what they make of a problem, with its status.
-FORMS: Mapping[str, Callable[[Mapping[str, Any]], tuple[int, dict[str, Any]]]] = {"v1": as_openai}
+FORMS: Mapping[str, Form] = {"v1": as_openai}
 
 
-def render(error: ServiceError, path: str = "") -> Response:
-    """The response for an error of ours. path: of the request, which may have a form of its own."""
-    return respond(error.problem(), error.headers, path)
+def render(error: ServiceError, scope: Scope | None = None) -> Response:
+    """The response for an error of ours. scope: of the request, whose API may have a form of its own."""
+    return respond(error.problem(), error.headers, scope)
 
 
-def respond(problem: Mapping[str, Any], headers: Mapping[str, str], path: str) -> Response:
-    """The response for a problem document, in the form that clients of a path know."""
+def respond(problem: Mapping[str, Any], headers: Mapping[str, str], scope: Scope | None) -> Response:
+    """The response for a problem document, in the form that the clients of a request's API read."""
     status, body, media_type = problem["status"], problem, PROBLEM_JSON
-    if (form := FORMS.get(path.lstrip("/").partition("/")[0])) is not None:
-        (status, body), media_type = form(problem), "application/json"
-    return Response(json.dumps(body, ensure_ascii=False), status, headers, media_type=media_type)
+    if scope is not None and (form := form_of(scope["path"])) is not None:
+        (status, body), media_type = form(problem), JSON
+    return Response(json.dumps(body, ensure_ascii=False), status, dict(headers), media_type=media_type)
+
+
+def form_of(path: str) -> Form | None:
+    """How the errors of a request are written; None: as problem documents."""
+    return FORMS.get(path.removeprefix("/").partition("/")[0])
 
 
 def noted(error: ServiceError, metrics: Metrics) -> None:
@@ -49,7 +56,7 @@ def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str
     async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
         noted(error, metrics)
-        return render(error, request.scope["path"])
+        return render(error, request.scope)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -65,7 +72,7 @@ def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str
             "code": code,
             "detail": str(error.detail),
         }
-        return respond(problem, headers, request.scope["path"])
+        return respond(problem, headers, request.scope)
 
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_exception)

@@ -195,6 +195,17 @@ def test_a_client_that_leaves_a_stream_frees_its_rows(client: OpenAI, server: Ru
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
 
 
+def test_an_error_in_mid_stream_is_raised(client: OpenAI, server: RunningServer) -> None:
+    slow: dict[str, Any] = {"steps": 1000, "sampler": "ddpm"}
+    with client.images.generate(prompt="bag", stream=True, partial_images=3, extra_body=slow) as stream:
+        assert next(iter(stream)).type == "image_generation.partial_image"
+        with server.client() as http:
+            assert http.delete(f"/jobs/{stream.response.headers['x-job-id']}").status_code == 204
+        with pytest.raises(openai.APIError, match="deleted") as caught:
+            list(stream)
+    assert caught.value.code == "cancelled"
+
+
 def test_a_key_is_asked_for_and_its_quota_waited_for(own_server: Any, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text(key_line("ann", "tm_ann", row_steps_per_minute=600) + "\n")

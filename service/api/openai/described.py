@@ -5,7 +5,7 @@ from pydantic.json_schema import models_json_schema
 from tminus.service.api.multipart import FORM
 from tminus.service.api.openai.answers import CompletedImage, ErrorAnswer, ImagesAnswer, PartialImage
 from tminus.service.api.openai.schemas import EXTENSIONS, MAX_N, OF_EDITS, EditsRequest, ImagesRequest
-from tminus.service.api.openapi import FAILURES, FILE, IDEMPOTENCY_KEY, Contract, Described, described_object, ref
+from tminus.service.api.openapi import FAILURES, FILE, IDEMPOTENCY_KEY, Contract, Described, closed_object, ref
 from tminus.service.api.schemas import PICTURES, SampleRequest
 from tminus.service.images.encoder import JSON
 
@@ -48,9 +48,9 @@ def components(contract: Contract) -> dict[str, Described]:
     files = {name: FILE | {"description": described} for name, described in FILES.items()}
     return {
         **answers["$defs"],
-        "ImageGenerationRequest": described_object("What to sample, in OpenAI's members.", members)
+        "ImageGenerationRequest": closed_object("What to sample, in OpenAI's members.", members)
         | {"required": ["prompt"]},
-        "ImageEditForm": described_object("What to edit, in OpenAI's members.", fields | files)
+        "ImageEditForm": closed_object("What to edit, in OpenAI's members.", fields | files)
         | {"required": ["prompt", "image"]},
     }
 

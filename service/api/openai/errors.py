@@ -7,7 +7,7 @@ STATUS = {422: 400, 409: 503}  # OpenAI knows no 422, and its libraries take any
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
-def as_openai(problem: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+def as_openai(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
     """Turn a problem document into a status and a body of OpenAI's."""
     status: int = STATUS.get(problem["status"], problem["status"])
     error = {

@@ -183,7 +183,7 @@ async def _with_urls(services: Services, request: Request, members: ImagesReques
     ended = await while_connected(request, services.jobs.ended(view.record.id, caller_of(request).sees))
     record, model = ended.record, services.model
     if record.problem is not None:
-        return respond(record.problem, {}, request.scope["path"])
+        return respond(record.problem, {}, request.scope)
     if record.outcome != "done":
         raise JobCancelled("the job was cancelled")
     base, fingerprint = str(request.base_url).rstrip("/"), record.fingerprint or ""

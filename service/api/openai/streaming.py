@@ -84,9 +84,14 @@ async def _events(
                 continue
             if frame is None:
                 break
-            for event in await _partial(services, wanted, frame, shown):
-                yield event
+            try:
+                events = await _partial(services, wanted, frame, shown)
+            except Exception:  # a lost frame does not end the job
+                log.exception("a frame of job %s could not be encoded", wanted.job_id)
+                continue
             shown += 1
+            for event in events:
+                yield event
         for event in await _completed(services, wanted, await done):
             yield event
     except ServiceError as error:

@@ -85,6 +85,19 @@ def test_no_image_on_the_way_is_lost_where_the_job_is_faster_than_its_stream(
     assert len(events(generate(site, **STREAM | {"steps": 8}, partial_images=3).text)) == 4
 
 
+def test_a_frame_that_is_lost_does_not_end_the_stream(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_frame, failures = Encoder.encode_frame, iter([True])
+
+    async def fail_once(self: Encoder, *given: Any) -> Any:
+        if next(failures, False):
+            raise RuntimeError("secret")
+        return await encode_frame(self, *given)
+
+    monkeypatch.setattr(Encoder, "encode_frame", fail_once)
+    found = events(generate(site, **STREAM | {"steps": 8}, partial_images=3).text)
+    assert [data.get("partial_image_index") for _, data, _ in found] == [0, 1, None]
+
+
 def test_comments_keep_a_stream_alive_while_the_job_waits(held: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "QUIET_S", 0.01)
     with ThreadPoolExecutor(1) as pool:
