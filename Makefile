@@ -68,6 +68,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet --editable '.[test]'
 	$(BIN)/pip install --quiet --no-deps 'adaptive-terrain-diffusion==0.4.2' # its weights, not onnxruntime-gpu
+	if command -v npm >/dev/null; then npm install --silent --no-save --prefix $(VENV) 'openai@>=6'; fi # for tests/e2e/node
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-bench: pyproject.toml | $(BIN)/pip

@@ -21,6 +21,9 @@ from tminus.service.api.middleware import BodyLimit, RequestContext
 from tminus.service.api.models import Models
 from tminus.service.api.multipart import FORM_BYTES
 from tminus.service.api.noise import noise_routes
+from tminus.service.api.openai import described as openai
+from tminus.service.api.openai.images import image_routes
+from tminus.service.api.openai.model_list import model_list_routes
 from tminus.service.api.openapi import Contract
 from tminus.service.api.origin import EXPOSED_HEADERS, Doors, Gate
 from tminus.service.api.page import page_routes
@@ -106,6 +109,8 @@ def create_app(
         return [
             admin_routes(models, changes, access),
             authentication_routes(access, limits.max_body_bytes),
+            image_routes(models),
+            model_list_routes(models),
             system_routes(parts.worker, parts.jobs, metrics if with_metrics else None),
         ]
 
@@ -134,7 +139,7 @@ def create_app(
     problems.install(app, metrics, allowed)
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
     # For the images in it; the rest of a body is held to max_body_bytes in api/request.py.
-    larger |= dict.fromkeys(("/sample", "/jobs"), limits.max_edit_bytes)
+    larger |= dict.fromkeys(("/sample", "/jobs", "/v1/images/edits"), limits.max_edit_bytes)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
     app.add_middleware(Authentication, access=access, refused=metrics.rejected)
     if doors.origins:
@@ -176,4 +181,4 @@ def _document(models: Models, services: Services, general: Sequence[APIRouter], 
     )
     for router in (*_of_a_model(models, contract), *general):
         described.include_router(router)
-    return openapi.document(described, contract, is_open)
+    return openapi.document(described, contract, is_open, openai.components(contract) if general else {})

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -208,6 +209,7 @@ class Parts:
             streams=self.streams,
             elsewhere=self.elsewhere,
             recordings=self.recordings,
+            loaded_s=int(time.time()),
             noise_turn=self._noise_turn,
         )
         assert isinstance(model.keeper, SnapshotKeeper)

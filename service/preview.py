@@ -20,13 +20,14 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a frame is due: every so many steps or so many times a second. Exactly one of the two is set."""
+    """How often a frame is due: every so many steps, so many times a second, or at these steps. One of them is set."""
 
     every: int | None = None
     fps: float | None = None
+    steps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        assert (self.every is None) != (self.fps is None)
+        assert [self.every, self.fps, self.steps].count(None) == 2
 
 
 class Watch:
@@ -43,9 +44,11 @@ class Watch:
 
     def due(self, step: int, now_s: float) -> bool:
         """Whether to show a job that has taken so many steps. If so, it counts as shown."""
-        every, fps = self._pace.every, self._pace.fps
+        every, fps, steps = self._pace.every, self._pace.fps, self._pace.steps
         if every is not None:
             due = step // every > self._step // every
+        elif steps is not None:
+            due = any(self._step < each <= step for each in steps)
         else:
             assert fps is not None
             due = step > self._step and now_s >= self._next_s

@@ -106,7 +106,7 @@ async def _early(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await WebSocket(scope, receive, send).send_denial_response(render(NotReady(DETAIL)))
         return
-    answer: Response = render(NotReady(DETAIL))
+    answer: Response = render(NotReady(DETAIL), scope)
     if scope["path"] == "/healthz":
         answer = JSONResponse({"status": "alive"})
     elif A_PAGE.fullmatch(scope["path"]):

@@ -91,7 +91,7 @@ class Authentication:
         except ServiceError as refusal:  # not of a route: those are answered within
             self._refused(refusal.code)
             note({PROBLEM: refusal.code})
-            await render(refusal)(scope, receive, send)
+            await render(refusal, scope)(scope, receive, send)
 
 
 class WhoAnswer(BaseModel):

@@ -33,10 +33,11 @@ def class_numbers(
 
 def class_bound(model: ModelInfo) -> str:
     """What class_label must be, in words."""
-    return f"a class, or a list of n of them: {_known(model.class_names)}"
+    return f"a class, or a list of n of them: {known_classes(model.class_names)}"
 
 
-def _known(names: tuple[str, ...]) -> str:
+def known_classes(names: tuple[str, ...]) -> str:
+    """The classes that there are, in words: all by number, and by name unless they are many."""
     if not names:
         return "none, as this model has no classes"
     shown = ", ".join(names) if len(names) <= MAX_NAMES_SHOWN else "a name that GET /model lists"

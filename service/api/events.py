@@ -8,17 +8,17 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
-from starlette.types import Message, Receive, Scope, Send
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from tminus.service.api.answers import JobAnswer
 from tminus.service.api.authentication import caller_of
 from tminus.service.api.elsewhere import came_from_a_replica
+from tminus.service.api.event_stream import QUIET_S, EventStream
 from tminus.service.api.models import Models
 from tminus.service.api.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.previews import PreviewRequest
@@ -37,11 +37,8 @@ from tminus.service.worker.mailbox import Mailbox
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often a job without frames is looked at
-SEND_S = 40.0  # for an event to leave: a client that reads nothing is disconnected
-QUIET_S = 15.0  # until a comment is sent, so that no proxy takes the connection for dead
 RECONNECT_MS = 2000
 LAST = "end"  # the id of the last event of all
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 def event_routes(models: Models, contract: Contract) -> APIRouter:
@@ -86,30 +83,10 @@ async def events(models: Models, request: Request, job_id: str) -> Response:
         live = services.jobs.watch(job_id, watch, mailbox)
         if live is None:
             view = await services.jobs.find_durable(job_id, sees)
-            return _Events(_from_the_store(services, request, view, sees, last_id), stack.pop_all().close)
+            return EventStream(_from_the_store(services, request, view, sees, last_id), stack.pop_all().close)
         stack.callback(services.jobs.unwatch, live, watch)
         viewer = _Viewer(models.numbered(live.model), live, preview, mailbox, view.eta_s)
-        return _Events(viewer.events(view), stack.pop_all().close)
-
-
-class _Events(EventSourceResponse):
-    """A stream that calls `close` when it ends, however it ends."""
-
-    def __init__(self, content: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(content, headers=HEADERS)
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(SEND_S):
-                await send(message)
-
-        try:
-            await super().__call__(scope, receive, send_in_time)
-        except TimeoutError:
-            log.info("a client that follows a job reads nothing, and is disconnected")
-        finally:
-            self._close()
+        return EventStream(viewer.events(view), stack.pop_all().close)
 
 
 class _Viewer:

@@ -1,4 +1,4 @@
-"""The parameters of GET /jobs, as a pydantic model."""
+"""The parameters of GET /jobs and GET /jobs/{id}/image, as pydantic models."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from tminus.service.api.fields import Int, RequestSchema
+from tminus.service.api.schemas import MAX_INDEX
 from tminus.service.jobs.store import Place
 from tminus.service.jobs.views import STATES
 
@@ -47,3 +48,14 @@ class JobsRequest(RequestSchema):
             return None
         created_us, _, job_id = self.before.partition("-")
         return int(created_us), job_id
+
+
+class JobImageRequest(RequestSchema):
+    """Which image of a durable job is wanted; in the query."""
+
+    index: Int | None = Field(None, description="index of one image, which alone is answered; default: all of them")
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any]) -> "JobImageRequest":
+        """Check names and types. Raises InvalidField or UnknownField."""
+        return cls.from_parameters(parameters, lambda _name: f"an integer in 0..{MAX_INDEX}")

@@ -9,7 +9,7 @@ from tminus.service.api.answers import JobAnswer, JobPage
 from tminus.service.api.authentication import caller_of
 from tminus.service.api.caching import cache_headers, matches
 from tminus.service.api.elsewhere import came_from_a_replica
-from tminus.service.api.job_listing import JobsRequest
+from tminus.service.api.job_listing import JobImageRequest, JobsRequest
 from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
 from tminus.service.api.openapi import (
@@ -26,7 +26,8 @@ from tminus.service.api.request import accept_header, no_parameters, read_parame
 from tminus.service.api.schemas import SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, understand
-from tminus.service.images.encoder import MEDIA_TYPES, etag
+from tminus.service.errors import InvalidField
+from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
 
 
 def job_routes(models: Models, contract: Contract) -> APIRouter:
@@ -60,11 +61,10 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
     @router.get(
         "/{job_id}/image",
-        summary="Get the images of a durable job that is done",
-        dependencies=bare,
+        summary="Get the images of a durable job that is done, or one of them",
         response_class=Response,
         responses={200: IMAGES, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 500, 507)},
-        openapi_extra={"parameters": [IF_NONE_MATCH]},
+        openapi_extra={"parameters": [*contract.query(JobImageRequest), IF_NONE_MATCH]},
     )
     async def get_image(request: Request, job_id: str) -> Response:
         return await image(models, request, job_id)
@@ -118,19 +118,25 @@ async def page(services: Services, asked: JobsRequest, sees: str | None, model_n
 
 async def image(models: Models, request: Request, job_id: str) -> Response:
     """What a job has made, in the media type that the client likes best."""
-    media_type = negotiate(accept_header(request), MEDIA_TYPES)
+    media_type, asked = negotiate(accept_header(request), MEDIA_TYPES), JobImageRequest.parse(read_query(request))
     view, images = await models.default.jobs.images(job_id, caller_of(request).sees)
     record, services = view.record, models.numbered(view.model)
-    made_by = replace(services.model, fingerprint=record.fingerprint or "")
-    tag = etag(media_type, record.spec, made_by)
+    made_by, spec = replace(services.model, fingerprint=record.fingerprint or ""), record.spec
+    if asked.index is not None:
+        k = asked.index - spec.index
+        if not 0 <= k < spec.n:
+            bound = f"that of an image of this job, {spec.index}..{spec.index + spec.n - 1}"
+            raise InvalidField.of("index", bound, asked.index)
+        spec, images = one_image(spec, k), images[k : k + 1]
+    tag = etag(media_type, spec, made_by)
     headers = {
         "X-Job-ID": job_id,
-        "X-Seed": str(record.spec.seed),
+        "X-Seed": str(spec.seed),
         "X-Fingerprint": made_by.fingerprint,
         "Vary": "Accept",
     }
-    headers |= cache_headers(tag) | advice_headers(record.spec, services.model)
+    headers |= cache_headers(tag) | advice_headers(spec, services.model)
     if matches(request.headers.getlist("if-none-match"), request.method, tag):
         return Response(status_code=304, headers=headers)
-    content = await services.encoder.encode(media_type, record.spec, lambda: images, made_by)
+    content = await services.encoder.encode(media_type, spec, lambda: images, made_by)
     return Response(content, headers=headers, media_type=media_type)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from fastapi import Request, Response
 from starlette.requests import HTTPConnection
@@ -47,10 +47,13 @@ class Models:
         name = request.path_params.get("model")
         return self.default if name is None else self.named(name)
 
-    @contextmanager
-    def used(self, request: HTTPConnection) -> Iterator[Services]:
+    def used(self, request: HTTPConnection) -> AbstractContextManager[Services]:
         """The model that a request is for; it is not unloaded meanwhile. Raises ModelNotFound."""
-        services = self.of(request)
+        return self.using(self.of(request))
+
+    @contextmanager
+    def using(self, services: Services) -> Iterator[Services]:
+        """Note that a model that is served is used; it is not unloaded meanwhile."""
         self._users[services.number] += 1
         try:
             yield services

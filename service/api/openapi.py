@@ -59,19 +59,20 @@ SCHEMES: Described = {
 OF_BODY, OF_WORK = (400, 413, 415, 422, 429), (500, 503, 504)
 
 
-def _ref(component: str) -> Described:
+def ref(component: str) -> Described:
+    """Refer to a component."""
     return {"$ref": f"#/components/schemas/{component}"}
 
 
 def failures(*statuses: int) -> dict[int | str, Described]:
     """Describe the problem documents of a call, by status."""
-    content = {PROBLEM_JSON: {"schema": _ref("Problem")}}
+    content = {PROBLEM_JSON: {"schema": ref("Problem")}}
     return {status: {"description": FAILURES[status], "content": content} for status in statuses}
 
 
 def answer(description: str, *media_types: str) -> Described:
     """Describe an answer that comes in one of these media types."""
-    schemas = {JSON: _ref("SampleAnswer")}
+    schemas = {JSON: ref("SampleAnswer")}
     return {"description": description, "content": {kind: {"schema": schemas.get(kind, FILE)} for kind in media_types}}
 
 
@@ -84,15 +85,15 @@ IMAGES_OR_ANIMATION = answer("The images", *MEDIA_TYPES, WEBP)
 NOT_MODIFIED: Described = {"description": "The client has it: If-None-Match names this answer's ETag"}
 ACCEPTED: Described = {
     "description": "With Prefer: respond-async: a durable job; Location says where",
-    "content": {JSON: {"schema": _ref("JobAnswer")}},
+    "content": {JSON: {"schema": ref("JobAnswer")}},
 }
-SAMPLE_BODY: Described = {"content": {JSON: {"schema": _ref("SampleRequest")}, FORM: {"schema": _ref("SampleForm")}}}
-JOB_BODY: Described = {"content": {JSON: {"schema": _ref("JobRequest")}, FORM: {"schema": _ref("JobForm")}}}
+SAMPLE_BODY: Described = {"content": {JSON: {"schema": ref("SampleRequest")}, FORM: {"schema": ref("SampleForm")}}}
+JOB_BODY: Described = {"content": {JSON: {"schema": ref("JobRequest")}, FORM: {"schema": ref("JobForm")}}}
 NOISE_BODY: Described = {
     "required": True,
     "content": {
         **{kind: {"schema": FILE} for kind in ("image/png", "image/jpeg", "image/webp", BYTES)},
-        FORM: {"schema": _ref("NoiseForm")},
+        FORM: {"schema": ref("NoiseForm")},
     },
 }
 LOGIN_BODY: Described = {
@@ -132,7 +133,7 @@ class Contract:
         return [
             {"name": name, "in": "query", "schema": field, "description": field.pop("description")}
             for schema in schemas
-            for name, field in self._fields(schema, as_text=True).items()
+            for name, field in self.fields(schema, as_text=True).items()
             if name not in PICTURES
         ]
 
@@ -155,18 +156,27 @@ class Contract:
         }
 
     def _body(self, description: str, *schemas: type[RequestSchema]) -> Described:
-        fields = [self._fields(schema, as_text=False) for schema in schemas]
-        return _object(description, {name: field for each in fields for name, field in each.items()})
+        fields = [self.fields(schema) for schema in schemas]
+        return closed_object(description, {name: field for each in fields for name, field in each.items()})
 
     def _form(self, description: str, files: tuple[str, ...], *schemas: type[RequestSchema]) -> Described:
-        fields = [self._fields(schema, as_text=True) for schema in schemas]
+        fields = [self.fields(schema, as_text=True) for schema in schemas]
         properties = {name: field for each in fields for name, field in each.items()}
         described = {name: {"description": properties.get(name, {}).get("description", "the image")} for name in files}
-        return _object(description, properties | {name: FILE | described[name] for name in files})
+        return closed_object(description, properties | {name: FILE | described[name] for name in files})
 
-    def _fields(self, schema: type[RequestSchema], *, as_text: bool) -> dict[str, Described]:
-        """Describe the fields of a schema, as text (of a query or a form) or as JSON."""
-        bounds, fields = self._bounds(), {}
+    def fields(
+        self,
+        schema: type[RequestSchema],
+        *,
+        as_text: bool = False,
+        bounds: Mapping[str, dict[str, Described]] | None = None,
+    ) -> dict[str, Described]:
+        """Describe the fields of a schema, as text (of a query or a form) or as JSON.
+
+        bounds: what narrows its fields where that is not as for POST /sample.
+        """
+        bounds, fields = {**self._bounds(), **(bounds or {})}, {}
         for name, field in schema.model_json_schema()["properties"].items():
             # Without its default, which a generated client would send, in the query beside the body.
             fields[name] = _field(field, bounds.get(name, {}), as_text=as_text) | {"description": field["description"]}
@@ -179,7 +189,7 @@ class Contract:
         return {
             "n": {"integer": {"minimum": 1, "maximum": self.limits.max_n}},
             "steps": {"integer": {"minimum": 1, "maximum": self.model.num_timesteps}},
-            "sampler": {"string": _ref("Sampler")},
+            "sampler": {"string": ref("Sampler")},
             "eta": {"number": {"minimum": 0, "maximum": 1}},
             "seed": {"integer": {"minimum": 0, "maximum": MAX_SEED}},
             "index": {"integer": {"minimum": 0, "maximum": MAX_INDEX}},
@@ -193,7 +203,7 @@ class Contract:
                 "array": {"minItems": 2, "maxItems": 2},
             },
             "guidance_rescale": {"number": {"minimum": 0, "maximum": 1}},
-            "timestep_spacing": {"string": _ref("TimestepSpacing")},
+            "timestep_spacing": {"string": ref("TimestepSpacing")},
             "deadline_s": {"number": above_0 | {"maximum": MAX_DEADLINE_S}},
             "strength": {"number": above_0 | {"maximum": 1}},
             "t": {"integer": {"minimum": 0, "maximum": last}},
@@ -203,7 +213,8 @@ class Contract:
         }
 
 
-def _object(description: str, properties: dict[str, Described]) -> Described:
+def closed_object(description: str, properties: dict[str, Described]) -> Described:
+    """Describe a JSON object that has these members and no others."""
     return {"type": "object", "description": description, "properties": properties, "additionalProperties": False}
 
 
@@ -224,13 +235,15 @@ def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) 
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
 
-def document(app: FastAPI, contract: Contract, is_public: Callable[[str], bool]) -> Described:
-    """Make the document of an app whose routes refer to the contract's components.
+def document(
+    app: FastAPI, contract: Contract, is_public: Callable[[str], bool], more: Mapping[str, Described]
+) -> Described:
+    """Make the document of an app whose routes refer to the contract's components, and to more.
 
     is_public: whether a path is answered to anybody; others may be refused for want of a key, or by its quota.
     """
     made = app.openapi()
-    made["components"]["schemas"] |= contract.components()
+    made["components"]["schemas"] |= {**contract.components(), **more}
     made["components"]["securitySchemes"] = SCHEMES
     made["security"] = [{}, *({name: []} for name in SCHEMES)]  # where the server is open, no key is needed
     for path, operations in made["paths"].items():

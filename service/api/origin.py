@@ -93,7 +93,7 @@ class Gate:
                 self._doors.check(scope)
             except ServiceError as refusal:
                 self._refused(refusal.code)
-                await render(refusal)(scope, receive, send)
+                await render(refusal, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -1,13 +1,16 @@
-"""Every error as application/problem+json: the service's own, and the framework's."""
+"""Every error as application/problem+json: the service's own, and the framework's. Some paths have another form."""
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
+from tminus.service.api.openai.errors import as_openai
 from tminus.service.errors import ServiceError, short
 from tminus.service.metrics import Metrics
 from tminus.service.request_id import REQUEST_ID
@@ -15,25 +18,45 @@ from tminus.service.tracing import PROBLEM, note
 
 log = logging.getLogger(__name__)
 
-PROBLEM_JSON = "application/problem+json"
+PROBLEM_JSON, JSON = "application/problem+json", "application/json"
+Form = Callable[[Mapping[str, Any]], tuple[int, Mapping[str, Any]]]
+# Of APIs that others have defined, by the first part of their paths: what they make of a problem, with its status.
+FORMS: Mapping[str, Form] = {"v1": as_openai}
 
 
-def render(error: ServiceError) -> Response:
-    """The response for an error of ours."""
-    body = json.dumps(error.problem(), ensure_ascii=False)
-    return Response(body, error.status, error.headers, media_type=PROBLEM_JSON)
+def render(error: ServiceError, scope: Scope | None = None) -> Response:
+    """The response for an error of ours. scope: of the request, whose API may have a form of its own."""
+    return respond(error.problem(), error.headers, scope)
+
+
+def respond(problem: Mapping[str, Any], headers: Mapping[str, str], scope: Scope | None) -> Response:
+    """The response for a problem document, in the form that the clients of a request's API read."""
+    status, body, media_type = problem["status"], problem, PROBLEM_JSON
+    if scope is not None and (form := form_of(scope["path"])) is not None:
+        (status, body), media_type = form(problem), JSON
+    return Response(json.dumps(body, ensure_ascii=False), status, dict(headers), media_type=media_type)
+
+
+def form_of(path: str) -> Form | None:
+    """How the errors of a request are written; None: as problem documents."""
+    return FORMS.get(path.removeprefix("/").partition("/")[0])
+
+
+def noted(error: ServiceError, metrics: Metrics) -> None:
+    """Note in trace, metrics and log that a request ends by an error."""
+    note({PROBLEM: error.code})
+    if error.refusal:
+        metrics.rejected(error.code)
+    log.info("request %s: %d %s: %s", REQUEST_ID.get(), error.status, error.code, ascii(short(error.detail)))
 
 
 def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str]]) -> None:
     """Add the handlers to an app. allowed: the methods of each route, by its path."""
 
-    async def on_service_error(_request: Request, error: Exception) -> Response:
+    async def on_service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
-        note({PROBLEM: error.code})
-        if error.refusal:
-            metrics.rejected(error.code)
-        log.info("request %s: %d %s: %s", REQUEST_ID.get(), error.status, error.code, ascii(short(error.detail)))
-        return render(error)
+        noted(error, metrics)
+        return render(error, request.scope)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -49,7 +72,7 @@ def install(app: FastAPI, metrics: Metrics, allowed: Mapping[str, Collection[str
             "code": code,
             "detail": str(error.detail),
         }
-        return Response(json.dumps(problem), error.status_code, headers, media_type=PROBLEM_JSON)
+        return respond(problem, headers, request.scope)
 
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(HTTPException, on_http_exception)

@@ -1,10 +1,15 @@
-"""One job as its client waits for it, in the event loop: its result, and how long it has left."""
+"""One job as its client waits for it, in the event loop: its result, how long it has left, what it took."""
 
 import asyncio
 
+from fastapi import Request
+
+from tminus.service.api.request import while_connected
 from tminus.service.errors import DeadlinePassed
 from tminus.service.jobs.standings import Standings
+from tminus.service.model_info import ModelInfo
 from tminus.service.work import JobResult, Ticket
+from tminus.service.worker.worker import Worker
 
 LATE_S = 2.0  # after a deadline, for the worker to say that it has passed
 RECOUNT_S = 5.0  # until a job's forecast is asked for again
@@ -36,6 +41,24 @@ def result_of(ticket: Ticket, deadline_s: float | None) -> "asyncio.Future[JobRe
     result = asyncio.ensure_future(_result(ticket, deadline_s))
     result.add_done_callback(_retrieve)
     return result
+
+
+async def finished_or_gone(
+    request: Request, worker: Worker, job_id: str, done: "asyncio.Future[JobResult]"
+) -> JobResult:
+    """Wait for a job; a client that goes away frees its rows at the next tick."""
+    try:
+        return await while_connected(request, asyncio.shield(done))
+    finally:
+        if not done.done():
+            worker.cancel(job_id, "client_gone")
+
+
+def server_timing(result: JobResult, encode_s: float, model: ModelInfo) -> str:
+    """Make the header Server-Timing: what a job's time was spent on, in milliseconds."""
+    seconds = {"queue": result.queue_s, "first_step": result.first_step_s, "denoise": result.denoise_s}
+    seconds |= {"decode": result.decode_s} if model.latent is not None else {}
+    return ", ".join(f"{name};dur={1000 * value:.1f}" for name, value in (seconds | {"encode": encode_s}).items())
 
 
 async def _result(ticket: Ticket, deadline_s: float | None) -> JobResult:

@@ -25,8 +25,8 @@ from tminus.service.api.openapi import (
     Described,
     failures,
 )
-from tminus.service.api.progress import result_of
-from tminus.service.api.request import accept_header, prefers_async, read_parameters, while_connected
+from tminus.service.api.progress import finished_or_gone, result_of, server_timing
+from tminus.service.api.request import accept_header, prefers_async, read_parameters
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, submit, to_job, understand
@@ -37,7 +37,6 @@ from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import JobResult
 from tminus.service.worker.recording import Recording, frame_count
-from tminus.service.worker.worker import Worker
 
 ANY_TYPE = (*MEDIA_TYPES, WEBP)
 WITH_EVERY = ", or image/webp together with the parameter `every`"
@@ -187,7 +186,7 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
         ticket = await submit(
             services, caller, job_id, made.spec, job.deadline_s, inputs=job.inputs, recording=made.recording
         )
-        result = await _finished_or_gone(request, services.worker, job_id, result_of(ticket, job.deadline_s))
+        result = await finished_or_gone(request, services.worker, job_id, result_of(ticket, job.deadline_s))
         started_s = loop.time()
         content = await made.encode(services.encoder, result, services.model)
         encode_s = loop.time() - started_s
@@ -197,27 +196,6 @@ async def _make(services: Services, request: Request, job: _Job) -> Response:
         "X-Job-ID": job_id,
         "X-Queue-Position": str(ticket.outlook.position),
         "X-ETA-Seconds": f"{ticket.outlook.eta_s:.3f}",
-        "Server-Timing": _server_timing(
-            queue=result.queue_s,
-            first_step=result.first_step_s,
-            denoise=result.denoise_s,
-            **({"decode": result.decode_s} if services.model.latent is not None else {}),
-            encode=encode_s,
-        ),
+        "Server-Timing": server_timing(result, encode_s, services.model),
     }
     return Response(content, headers=headers, media_type=made.media_type)
-
-
-async def _finished_or_gone(
-    request: Request, worker: Worker, job_id: str, done: "asyncio.Future[JobResult]"
-) -> JobResult:
-    """Wait for a job; a client that goes away frees its rows at the next tick."""
-    try:
-        return await while_connected(request, asyncio.shield(done))
-    finally:
-        if not done.done():
-            worker.cancel(job_id, "client_gone")
-
-
-def _server_timing(**seconds: float) -> str:
-    return ", ".join(f"{name};dur={1000 * value:.1f}" for name, value in seconds.items())

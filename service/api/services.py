@@ -39,4 +39,5 @@ class Services:
     streams: Streams
     elsewhere: Elsewhere  # other servers with the same jobs
     recordings: RecordingRoom
+    loaded_s: int  # when the model was loaded, Unix time
     noise_turn: asyncio.Lock  # the worker gets one image of POST /noise at a time

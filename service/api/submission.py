@@ -15,6 +15,7 @@ from tminus.service.api.request import idempotency_key, off_loop, while_connecte
 from tminus.service.api.schemas import PICTURES, SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.errors import Overloaded
+from tminus.service.jobs.views import JobView
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Ticket, work_of
 
@@ -26,14 +27,15 @@ async def understand(services: Services, parameters: Mapping[str, Any]) -> Sampl
 
 
 async def to_job(
-    services: Services, asked: SampleRequest, request: Request | None = None
+    services: Services, asked: SampleRequest, request: Request | None = None, *, transparent: bool = False
 ) -> tuple[SampleSpec, Inputs | None]:
     """Check the parameters, then decode the images. Raises what SampleRequest.to_spec and Decoder.inputs do.
 
-    request: whose client may go away meanwhile; its images are then not decoded any more.
+    request: whose client may go away meanwhile; its images are then not decoded any more. transparent: see
+    decode_inputs.
     """
     spec = asked.to_spec(services.model, services.limits)
-    decoding = services.decoder.inputs(asked.image, asked.mask, services.model)
+    decoding = services.decoder.inputs(asked.image, asked.mask, services.model, transparent=transparent)
     inputs = await (decoding if request is None or asked.image is None else while_connected(request, decoding))
     return asked.with_inputs(spec, inputs), inputs
 
@@ -69,15 +71,25 @@ async def submit(
         raise await services.new_jobs.soonest(error, services.number, spec) from None
 
 
-async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
-    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
+async def create(
+    services: Services, request: Request, asked: SampleRequest, *, transparent: bool = False
+) -> tuple[JobView, bool]:
+    """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key.
+
+    transparent: see decode_inputs. Raises what `to_job` and NewJobs.create do.
+    """
     caller, size_bytes = caller_of(request), len(asked.image or b"") + len(asked.mask or b"")
     key = await off_loop(size_bytes, idempotency_key, request, asked, caller.name)
-    spec, inputs = await to_job(services, asked, request)
-    view, again = await services.new_jobs.create(
+    spec, inputs = await to_job(services, asked, request, transparent=transparent)
+    return await services.new_jobs.create(
         spec, asked.deadline_s, key, inputs,
         model=services.number, owner=caller.name, charged=lambda: charged(services, caller, spec),
     )  # fmt: skip
+
+
+async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
+    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
+    view, again = await create(services, request, asked)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,

@@ -43,12 +43,14 @@ class Decoder:
         """Run `decode_image` off the event loop. Raises InvalidImage, TooManyBytes, TooManyImages."""
         return await self._run([(field, data)], lambda: decode_image(data, model, field))
 
-    async def inputs(self, image: bytes | None, mask: bytes | None, model: ModelInfo) -> Inputs | None:
+    async def inputs(
+        self, image: bytes | None, mask: bytes | None, model: ModelInfo, *, transparent: bool = False
+    ) -> Inputs | None:
         """Run `decode_inputs` off the event loop; None if there is no image. Raises as `decode`."""
         if image is None:
             return None
         given = [("image", image)] + ([("mask", mask)] if mask is not None else [])
-        return await self._run(given, lambda: decode_inputs(image, mask, model))
+        return await self._run(given, lambda: decode_inputs(image, mask, model, transparent=transparent))
 
     async def _run(self, given: Sequence[tuple[str, bytes]], decode: Callable[[], Result]) -> Result:
         """Wait for the thread. A caller that is cancelled meanwhile takes none of its time."""
@@ -91,9 +93,28 @@ def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArr
     return fit_picture(_load(data, field), size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
 
 
-def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo) -> Inputs:
-    """Decode the image of an edit and its mask, if any. Raises InvalidImage."""
-    return Inputs(decode_image(image, model), decode_mask(mask, model) if mask is not None else None)
+def decode_transparent(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
+    """Decode a mask of OpenAI's kind: as `decode_mask`, true where it is transparent, whatever its colours.
+
+    Raises InvalidImage, also for a mask without a transparent pixel: nothing would be made new.
+    """
+    mask = _load(data, field)
+    has_alpha = mask.has_transparency_data and not mask.mode.startswith("I")  # Pillow has no way from 16 bits to RGBA
+    alpha = np.asarray(mask.convert("RGBA").getchannel("A")) if has_alpha else None
+    if alpha is None or alpha.all():
+        raise InvalidImage.of(field, "transparent where the image is to be made new", "one without a transparent pixel")
+    white = Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))
+    size = model.width_px, model.height_px
+    return fit_picture(white, size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
+
+
+def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo, *, transparent: bool = False) -> Inputs:
+    """Decode the image of an edit and its mask, if any. Raises InvalidImage.
+
+    transparent: whether the mask says by transparency what is made new, and not by white.
+    """
+    read = decode_transparent if transparent else decode_mask
+    return Inputs(decode_image(image, model), read(mask, model) if mask is not None else None)
 
 
 def _timed(decode: Callable[[], Result]) -> tuple[Result, float]:

@@ -81,6 +81,13 @@ class Encoder:
                 self._pool, self._encode_pictures, layout, spec, result, made_by
             )
 
+    async def encode_lossy(self, picture_format: str, quality: int, result: JobResult, n: int) -> list[bytes]:
+        """Make a jpeg or webp of each image of a finished job, of quality 0..100. Raises NotFinite."""
+        with traced("encode", {"tminus.media_type": f"image/{picture_format}", "tminus.images": n}):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._pool, self._encode_lossy, picture_format, quality, result
+            )
+
     async def encode_picture(self, read: Callable[[], Images], text: dict[str, object]) -> bytes:
         """Make a PNG of the pixels [H, W, C] that `read` returns; it may wait for a GPU."""
         with traced("encode", {"tminus.media_type": PNG, "tminus.images": 1}):
@@ -114,6 +121,13 @@ class Encoder:
         pngs = [encode_result(PNG, spec, images, model)] if layout == "sheet" else encode_each(spec, images, model)
         self._observe("png", time.perf_counter() - started)
         return pngs
+
+    def _encode_lossy(self, picture_format: str, quality: int, result: JobResult) -> list[bytes]:
+        images = result.read()
+        started = time.perf_counter()
+        pictures = [encode_lossy(image, picture_format, quality) for image in images]
+        self._observe(picture_format, time.perf_counter() - started)
+        return pictures
 
     def _encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[Picture]:
         key = frame, frame_format, layout
@@ -199,6 +213,13 @@ def encode_frame(pixels: Images, frame_format: str) -> bytes:
     """Encode a preview [H, W, C] as png, webp (both lossless) or jpeg, fast rather than small."""
     out = io.BytesIO()
     _to_pillow(pixels).save(out, frame_format, **FRAME_OPTIONS[frame_format])
+    return out.getvalue()
+
+
+def encode_lossy(pixels: Images, picture_format: str, quality: int) -> bytes:
+    """Encode [H, W, C] as jpeg or webp of quality 0..100."""
+    out = io.BytesIO()
+    _to_pillow(pixels).save(out, picture_format, quality=quality)
     return out.getvalue()
 
 

@@ -7,8 +7,9 @@ import asyncio
 import logging
 import math
 from collections.abc import Collection
+from contextlib import suppress
 
-from tminus.service.errors import JobNotDone, JobNotFound, NoImages, StorageFailed, short
+from tminus.service.errors import Draining, JobNotDone, JobNotFound, NoImages, StorageFailed, short
 from tminus.service.jobs.kept import cancelled_elsewhere, kept_views, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
@@ -22,6 +23,7 @@ from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 1.0  # how often a job is looked for that another server may hold
 CANCEL_S = 10.0  # for a tick to end, and the store to keep that
 
 
@@ -109,6 +111,17 @@ class Jobs:
         view = await self.find(job_id, sees)
         if not view.durable:
             raise _not_found(job_id)
+        return view
+
+    async def ended(self, job_id: str, sees: str | None) -> JobView:
+        """Wait until a durable job has ended. Raises JobNotFound, and Draining where this server ends first."""
+        while (view := await self.find_durable(job_id, sees)).record.outcome is None:
+            if self._worker.draining:
+                raise Draining
+            live = self._live(job_id)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await (live.ended if live is not None else asyncio.Event()).wait()
         return view
 
     async def page(

@@ -74,7 +74,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": NotOpen().ws_close})
     else:
-        await render(NotOpen())(scope, receive, send)
+        await render(NotOpen(), scope)(scope, receive, send)
 
 
 def _asked_here(scope: Scope) -> bool:

@@ -53,14 +53,14 @@ def frame_count(every: int, steps: int) -> int:
 
 
 class RecordingRoom:
-    """Bounds the memory of all recordings that are being made. In the event loop's thread."""
+    """Bounds the memory of all frames that are kept for answers being made. In the event loop's thread."""
 
     def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
         self._budget = ByteBudget(max_bytes)
 
     @contextmanager
-    def taken(self, size_bytes: int) -> Iterator[None]:
-        """Hold room for a recording of this size. Raises Overloaded."""
+    def taken(self, size_bytes: int, field: str = "every") -> Iterator[None]:
+        """Hold room for a recording of this size. Raises Overloaded. field: what asked for it."""
         free_bytes = self._budget.limit_bytes - self._budget.held_bytes
         with self._budget.hold() as room:
             try:
@@ -70,7 +70,7 @@ class RecordingRoom:
                     f"{self._budget.held_bytes} bytes of frames would be held at once; "
                     f"the limit is {self._budget.limit_bytes}",
                     retry_after_s=1,
-                    field="every",
+                    field=field,
                     value=size_bytes,
                     bound=f"frames of at most {free_bytes} bytes at this load",
                 ) from None

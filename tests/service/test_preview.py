@@ -43,7 +43,15 @@ def test_missed_frames_are_not_caught_up_on() -> None:
     assert [watch.due(step, 5.0 + 0.001 * step) for step in range(2, 60)].count(True) == 1
 
 
+def test_frames_at_given_steps_are_due_once_each_and_together_where_they_were_jumped_over() -> None:
+    at = Pace(steps=(3, 5, 9))
+    assert shown(Watch(at, ("x_0",), [].append), 20) == [3, 5, 9]
+    watch = Watch(at, ("x_0",), [].append)
+    assert [watch.due(step, 0.0) for step in (2, 6, 7, 12)] == [False, True, False, True]
+    assert shown(Watch(Pace(steps=()), ("x_0",), [].append), 20) == []
+
+
 def test_a_pace_is_by_steps_or_by_time() -> None:
-    for pace in ({}, {"every": 1, "fps": 1.0}):
+    for pace in ({}, {"every": 1, "fps": 1.0}, {"every": 1, "steps": (1,)}):
         with pytest.raises(AssertionError):
             Pace(**pace)

@@ -87,3 +87,12 @@ def test_a_worker_that_ends_by_itself_ends_the_server(slow: Slow) -> None:
         wait_until(lambda: client.get("/readyz").status_code == 200)
         slow.site.worker.drain()
         assert slow.ended.wait(PATIENCE_S)
+
+
+def test_clients_of_other_apis_are_told_in_their_form(slow: Slow) -> None:
+    with open_client(slow) as client:
+        refused = client.post("/v1/images/generations", json={"prompt": ""})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
+        assert int(refused.headers["Retry-After"]) >= 1
+        slow.go.set()
+        wait_until(lambda: client.get("/readyz").status_code == 200)

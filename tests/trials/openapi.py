@@ -29,6 +29,10 @@ SETTINGS = """
 expected-statuses = ["2xx", "3xx", 404, 406, 409, 410, 422, 429]
 
 [[operations]]
+include-name-regex = "POST /v1/images/.*"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 400, 404, 429]
+
+[[operations]]
 include-name = "POST /login"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 401]
 """

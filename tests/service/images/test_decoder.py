@@ -17,7 +17,7 @@ from tests.service.fakes import INFO
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import InvalidImage, TooManyBytes, TooManyImages
 from tminus.service.images import decoder as decoder_module
-from tminus.service.images.decoder import MAX_PIXELS, Decoder, decode_image
+from tminus.service.images.decoder import MAX_PIXELS, Decoder, decode_image, decode_inputs, decode_transparent
 from tminus.service.spec import Images
 
 pytestmark = pytest.mark.slow
@@ -447,3 +447,59 @@ def test_the_bytes_that_wait_for_the_thread_are_bounded(monkeypatch: pytest.Monk
 
     asyncio.run(one_too_many())
     decoder.close()
+
+
+# --- masks that are transparent where the image is made new ---
+
+LEFT = np.arange(12)[None].repeat(8, axis=0) < 5
+
+
+def with_alpha(alpha: np.ndarray, mode: str = "RGBA") -> Image.Image:
+    image = Image.fromarray(noise(8, 12, 3)).convert(mode)
+    image.putalpha(Image.fromarray(alpha.astype(np.uint8)))
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_what_is_wholly_transparent_is_made_new_whatever_its_colour(mode: str, kind: str) -> None:
+    data = encode(with_alpha(np.where(LEFT, 0, 255), mode), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    np.testing.assert_array_equal(decode_transparent(data, COLOUR), LEFT)
+    inputs = decode_inputs(encode(Image.fromarray(noise(8, 12, 3))), data, COLOUR, transparent=True)
+    assert inputs.mask is not None
+    np.testing.assert_array_equal(inputs.mask, LEFT)
+
+
+def test_what_is_partly_transparent_is_kept() -> None:
+    half = np.where(LEFT, 0, 1)
+    np.testing.assert_array_equal(decode_transparent(encode(with_alpha(half)), COLOUR), LEFT)
+
+
+def test_a_palette_and_a_colour_may_be_transparent() -> None:
+    palette = Image.fromarray(np.where(LEFT, 3, 7).astype(np.uint8)).convert("P")
+    np.testing.assert_array_equal(decode_transparent(encode(palette, transparency=3), GREY), LEFT)
+    grey = Image.fromarray(np.where(LEFT, 3, 7).astype(np.uint8))
+    np.testing.assert_array_equal(decode_transparent(encode(grey, transparency=3), GREY), LEFT)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        with_alpha(np.full((8, 12), 255)),
+        with_alpha(np.full((8, 12), 1)),
+        Image.fromarray(noise(8, 12)),
+        Image.fromarray(noise(8, 12, 3)),
+        Image.fromarray(noise(8, 12).astype(np.uint16) * 257),
+    ],
+    ids=["opaque", "nearly transparent", "grey", "colours", "16 bits"],
+)
+def test_a_mask_without_a_transparent_pixel_is_refused(mask: Image.Image) -> None:
+    with pytest.raises(InvalidImage, match="mask must be transparent where the image is to be made new") as caught:
+        decode_transparent(encode(mask), COLOUR)
+    assert caught.value.field == "mask"
+
+
+def test_16_bits_with_a_transparent_grey_are_refused_and_no_error_of_ours() -> None:
+    rows = b"".join(b"\0" + b"\x12\x34" * 12 for _ in range(8))
+    with pytest.raises(InvalidImage):
+        decode_transparent(png(12, 8, 16, 0, rows, (b"tRNS", b"\x12\x34")), COLOUR)

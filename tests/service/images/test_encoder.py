@@ -28,6 +28,7 @@ from tminus.service.images.encoder import (
     ZIP,
     Encoder,
     contact_sheet,
+    encode_lossy,
     encode_png,
     encode_result,
     etag,
@@ -97,6 +98,20 @@ def test_text_in_any_language_survives_the_png() -> None:
 
 
 # --- the sheet ---
+
+
+@pytest.mark.parametrize(("kind", "pillows"), [("jpeg", "JPEG"), ("webp", "WEBP")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_lossy_picture_is_near_the_pixels_and_smaller_where_its_quality_is_less(
+    kind: str, pillows: str, channels: int
+) -> None:
+    ramp = np.linspace(0, 255, 64 * 48).reshape(48, 64, 1).repeat(channels, axis=2).astype(np.uint8)
+    sizes = [len(encode_lossy(ramp, kind, quality)) for quality in (100, 50, 0)]
+    assert sizes == sorted(sizes, reverse=True)
+    with Image.open(io.BytesIO(encode_lossy(ramp, kind, 100))) as image:
+        assert (image.format, image.size) == (pillows, (64, 48))
+        shown = np.asarray(image.convert("L"), np.int16)
+    assert np.abs(shown - ramp[:, :, 0]).max() <= 4
 
 
 @pytest.mark.parametrize("n", range(1, 65))

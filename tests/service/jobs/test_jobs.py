@@ -41,6 +41,22 @@ def test_a_job_is_accepted_at_once_and_ends_in_the_bytes_of_sample(held: Site) -
     assert again == held.client.get(f"/jobs/{job['id']}/image").content, "its parameters make it again"
 
 
+def test_one_image_of_a_job_is_had_alone_by_its_index(site: Site) -> None:
+    job_id = post(site, SPEC | {"n": 3, "index": 7}).json()["id"]
+    wait_for(site, job_id)
+    path = f"/jobs/{job_id}/image"
+    for accept in ("image/png", "application/zip", "application/json"):
+        headers = {"Accept": accept}
+        image, alone = site.client.get(f"{path}?index=8", headers=headers), SPEC | {"n": 1, "index": 8}
+        made = site.post(json=alone, headers=headers)
+        assert (image.content, image.headers["etag"]) == (made.content, made.headers["etag"])
+    for index in ("6", "10", "-1", "x", "1.5"):
+        refused = problem(site.client.get(path, params={"index": index}), 422, "invalid_field")
+        assert refused["field"] == "index"
+    assert "7..9" in problem(site.client.get(f"{path}?index=0"), 422, "invalid_field")["bound"]
+    problem(site.client.get(f"{path}?number=8"), 422, "unknown_field")
+
+
 def test_sample_with_respond_async_is_a_durable_job(site: Site) -> None:
     response = site.post(json=SPEC, headers={"Prefer": "wait=5, respond-async; x=1"})
     assert response.status_code == 202

@@ -194,6 +194,24 @@ def _replica_of(site: Site) -> str:
     return str(store._store._replica)  # type: ignore[attr-defined]
 
 
+def test_a_job_is_waited_for_at_another_replica(pair: tuple[Site, Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tminus.service.jobs.jobs.LOOK_S", 0.05)
+    one, other = pair
+    asked = {"prompt": "cat", "steps": 3, "seed": 5, "response_format": "url"}
+
+    def ask(site: Site) -> Any:
+        return site.client.post("/v1/images/generations", json=asked, headers={"Idempotency-Key": "k"})
+
+    with ThreadPoolExecutor(2) as pool:
+        here = pool.submit(ask, one)
+        one.engine.next_begun()
+        there = pool.submit(ask, other)
+        one.engine.gate.open()
+        urls = [answer.result(PATIENCE_S).json()["data"][0]["url"] for answer in (here, there)]
+    assert urls[0] == urls[1]
+    assert other.client.get(urls[1]).content == one.client.get(urls[0]).content
+
+
 def test_a_replica_that_is_told_to_end_leaves_its_jobs_where_they_were(replicas: Replicas) -> None:
     one, other = replicas.start(shut=True), replicas.start(shut=True)
     job_id = post(one).json()["id"]

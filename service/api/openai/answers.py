@@ -1,0 +1,135 @@
+"""The documents of /v1 as pydantic models, in OpenAI's form. What is more than that is of tminus, as told in each."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from tminus.service.spec import SampleSpec
+
+OURS = "of tminus: "
+
+
+class ErrorMembers(BaseModel):
+    """What is wrong."""
+
+    message: str = Field(description="for people")
+    type: str = Field(description="the kind of error, by its status")
+    param: str | None = Field(description="the member that has to be changed")
+    code: str = Field(description="stable: what programs go by, see docs/errors.md")
+
+
+class ErrorAnswer(BaseModel):
+    """An error, in OpenAI's form."""
+
+    error: ErrorMembers
+
+
+class ModelEntry(BaseModel):
+    """A model that is served."""
+
+    id: str = Field(description="its name")
+    object: Literal["model"] = "model"
+    created: int = Field(description="when it was loaded, Unix time in seconds")
+    owned_by: Literal["tminus"] = "tminus"
+
+
+class ModelEntries(BaseModel):
+    """The models that are served, the default one first."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
+class TokenDetails(BaseModel):
+    """There are no tokens here."""
+
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Zeros, which typed clients want to see: there are no tokens here."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    total_tokens: int = 0
+    input_tokens_details: TokenDetails = TokenDetails()
+
+
+class Recipe(BaseModel):
+    """What an image was made with."""
+
+    revised_prompt: str = Field(description="the class that was used, by its name; empty for none")
+    seed: int = Field(description=OURS + "with the index, which noise it was made of")
+    index: int = Field(description=OURS + "of the image; POST /sample makes it alone with this index and n=1")
+    steps: int = Field(description=OURS + "denoising steps")
+    sampler: str = Field(description=OURS + "the sampler")
+    guidance: float = Field(description=OURS + "the guidance scale; 1 is off")
+    guidance_interval: list[int] | None = Field(description=OURS + "the timesteps at which it is on; null: all")
+    class_label: int | None = Field(description=OURS + "the class, by its number")
+    fingerprint: str = Field(description=OURS + "of the build that made it")
+    job_id: str = Field(description=OURS + "the id of the job that made it")
+
+
+class ImageEntry(Recipe):
+    """One image: `b64_json` or `url`."""
+
+    b64_json: str | None = Field(None, json_schema_extra={"format": "byte"})
+    url: str | None = Field(None, description="where the image is, for as long as the job is kept; it may want a key")
+
+
+class ImagesAnswer(BaseModel):
+    """The images."""
+
+    created: int = Field(description="Unix time in seconds")
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    quality: str
+    size: str
+    usage: Usage = Usage()
+    data: list[ImageEntry]
+
+
+class PartialImage(BaseModel):
+    """An event: the estimate of x_0 of one image on its way."""
+
+    type: str
+    b64_json: str
+    partial_image_index: int = Field(description="from 0")
+    created_at: int
+    size: str
+    quality: str
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    image_index: int = Field(description=OURS + "which of the n images, from 0")
+
+
+class CompletedImage(Recipe):
+    """An event: one image, done."""
+
+    type: str
+    b64_json: str
+    created_at: int
+    size: str
+    quality: str
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    usage: Usage = Usage()
+    image_index: int = Field(description=OURS + "which of the n images, from 0")
+
+
+def recipe_of(spec: SampleSpec, k: int, class_names: tuple[str, ...], fingerprint: str, job_id: str) -> dict[str, Any]:
+    """Make the members of a Recipe for image k of a job."""
+    label = spec.class_labels[k] if spec.class_labels is not None else None
+    return {
+        "revised_prompt": "" if label is None else class_names[label],
+        "seed": spec.seed,
+        "index": spec.index + k,
+        "steps": spec.steps,
+        "sampler": spec.sampler,
+        "guidance": spec.guidance,
+        "guidance_interval": None if spec.guidance_interval is None else list(spec.guidance_interval),
+        "class_label": label,
+        "fingerprint": fingerprint,
+        "job_id": job_id,
+    }

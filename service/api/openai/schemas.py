@@ -1,0 +1,122 @@
+"""The members of requests below /v1/images, as pydantic models, and the parameters of POST /sample that they mean."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field
+
+from tminus.service.api.fields import Bool, Int, RequestSchema
+from tminus.service.api.openai.quality import Quality, settings_of
+from tminus.service.api.prompts import class_of_prompt
+from tminus.service.errors import InvalidField, UnknownField, short
+from tminus.service.model_info import Limits, ModelInfo
+
+MAX_N = 10  # as OpenAI has it, and no more than --max-n
+MAX_PARTIAL_IMAGES = 3
+# Of POST /sample, beside what OpenAI's members stand for; `extra_body` of its libraries sends them.
+EXTENSIONS = (
+    *("seed", "index", "steps", "sampler", "eta", "guidance", "guidance_interval", "guidance_rescale"),
+    *("timestep_spacing", "nearest", "table", "clip", "deadline_s"),
+)
+OF_EDITS = (*EXTENSIONS, "strength")
+NO_EFFECT = "accepted, without effect"
+_BOUNDS = {
+    "prompt": "a text, the name of a class or empty",
+    "model": "the name of a model that GET /v1/models lists",
+    "size": "a text",
+    "quality": "one of auto, low, medium, high",
+    "response_format": "b64_json or url",
+    "output_format": "one of png, jpeg, webp",
+    "output_compression": "an integer in 0..100",
+    "background": "auto or opaque: no pixel of these images is transparent",
+    "stream": "true or false",
+    "partial_images": f"an integer in 0..{MAX_PARTIAL_IMAGES}",
+}
+
+
+class ImagesRequest(RequestSchema):
+    """What OpenAI's clients send to have images made."""
+
+    prompt: str = Field(
+        description="a class by name or number, in any case; empty: no class. Nothing else is understood"
+    )
+    model: str | None = Field(None, description="the name of a model that is served; default: the server's default one")
+    n: Int = Field(1, description=f"how many images, 1..{MAX_N}; default 1")
+    size: str = Field("auto", description="auto, or the model's own size, such as 32x32")
+    quality: Literal["auto", "low", "medium", "high"] = Field(
+        "auto", description="how many steps: medium, the default, is what the checkpoint recommends"
+    )
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="b64_json (default), or url: the images of a durable job"
+    )
+    output_format: Literal["png", "jpeg", "webp"] = Field("png", description="png (default), jpeg or webp")
+    output_compression: Int | None = Field(
+        None, ge=0, le=100, description="the quality of jpeg and webp, 0..100; default 100"
+    )
+    background: Literal["auto", "opaque"] = Field("auto", description="auto or opaque, which are the same here")
+    stream: Bool = Field(False, description="answer by server-sent events")
+    partial_images: Int = Field(
+        0, ge=0, le=MAX_PARTIAL_IMAGES, description="with stream: how often the estimate of x_0 is shown on the way"
+    )
+    user: str | None = Field(None, description=NO_EFFECT)
+    style: str | None = Field(None, description=NO_EFFECT)
+    moderation: str | None = Field(None, description=NO_EFFECT)
+
+    @classmethod
+    def take_from(cls, members: Mapping[str, Any], extensions: tuple[str, ...]) -> tuple[Self, dict[str, Any]]:
+        """Check names and types, and return the extensions apart, not checked. A member that is null is left out.
+
+        Raises InvalidField and UnknownField.
+        """
+        own, rest = cls.divide({name: value for name, value in members.items() if value is not None})
+        for name, value in rest.items():
+            if name not in extensions:
+                names = ", ".join((*cls.model_fields, *extensions))
+                detail = f"there is no parameter {short(name)!r}; known: {names}"
+                raise UnknownField(detail, field=name, value=value, bound=f"one of {names}")
+        if "prompt" not in own:
+            raise InvalidField.of("prompt", "given; empty for no class", None)
+        return cls.from_parameters(own, lambda name: _BOUNDS.get(name, "a text")), rest
+
+    @property
+    def budget(self) -> Quality:
+        """The quality that is meant."""
+        return "medium" if self.quality == "auto" else self.quality
+
+    def parameters(self, extensions: Mapping[str, Any], model: ModelInfo, limits: Limits) -> dict[str, Any]:
+        """Check the members against the model, and make the parameters of POST /sample. Raises InvalidField."""
+        most, size = min(MAX_N, limits.max_n), size_of(model)
+        lossless, streamed = self.output_format == "png", self.stream
+        for name, ok, bound in (
+            ("n", 1 <= self.n <= most, f"an integer in 1..{most}"),
+            ("size", self.size in ("auto", size), f"auto or {size}, the size of this model's images"),
+            (
+                "output_compression",
+                not lossless or self.output_compression in (None, 100),
+                "absent or 100 for png, which loses nothing",
+            ),
+            ("partial_images", streamed or not self.partial_images, "absent or 0 without stream"),
+            ("response_format", not (streamed and self.as_url), "b64_json with stream: events have the images in them"),
+            ("output_format", lossless or not self.as_url, "png with response_format url: a job gives its images so"),
+        ):
+            if not ok:
+                raise InvalidField.of(name, bound, getattr(self, name))
+        label = class_of_prompt(self.prompt, model)
+        filled = settings_of(self.budget, extensions, model, has_class=label is not None)
+        return {"n": self.n} | ({} if label is None else {"class_label": label}) | filled | dict(extensions)
+
+    @property
+    def as_url(self) -> bool:
+        """Whether an address of each image is wanted, in place of the image."""
+        return self.response_format == "url"
+
+
+class EditsRequest(ImagesRequest):
+    """What OpenAI's clients send, beside image and mask, to have an image edited."""
+
+    input_fidelity: str | None = Field(None, description=NO_EFFECT)
+
+
+def size_of(model: ModelInfo) -> str:
+    """The size of a model's images, as OpenAI writes it."""
+    return f"{model.width_px}x{model.height_px}"

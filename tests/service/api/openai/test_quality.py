@@ -1,0 +1,98 @@
+"""What quality means."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.service.conftest import TABLES_OF_50
+from tests.service.fakes import INFO
+from tminus.model.checkpoint import load_checkpoint
+from tminus.model.recommended import Recommended
+from tminus.model.tables import Table
+from tminus.service.api.openai.quality import Quality, settings_of
+from tminus.service.model_info import ModelInfo
+
+ROOT = Path(__file__).parents[4]
+
+
+def tuned(steps: int, guidance: float = 1.0, sampler: str = "tuned") -> Table:
+    return replace(TABLES_OF_50[0], sampler=sampler, steps=steps, guidance=guidance)
+
+
+BARE = INFO
+ADVISED = replace(INFO, recommended=Recommended("ddim", 20, 1.5))
+TUNED = replace(ADVISED, samplers=(*INFO.samplers, "tuned"), tables=(tuned(5), tuned(8)))
+STUDENT = replace(
+    INFO,
+    samplers=("consistency",),
+    default_sampler="consistency",
+    tables=tuple(tuned(steps, sampler="consistency") for steps in (1, 2, 4)),
+    recommended=Recommended("consistency", 2),
+)
+QUALITIES: tuple[Quality, ...] = ("low", "medium", "high")
+
+
+def settings(model: ModelInfo, quality: Quality, *, has_class: bool = True, **given: object) -> tuple[object, ...]:
+    made = settings_of(quality, given, model, has_class=has_class) | given
+    return made["sampler"], made.get("steps"), made.get("guidance")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (BARE, [("dpmpp_2m", 10, 1), ("dpmpp_2m", 20, 1), ("dpmpp_2m", 40, 1)]),
+        (ADVISED, [("ddim", 10, 1.5), ("ddim", 20, 1.5), ("ddim", 40, 1.5)]),
+        (TUNED, [("tuned", 8, 1), ("ddim", 20, 1.5), ("ddim", 40, 1.5)]),
+        (STUDENT, [("consistency", 1, 1), ("consistency", 2, 1), ("consistency", 4, 1)]),
+    ],
+    ids=["nothing recommended", "recommended", "with tables", "a student"],
+)
+def test_low_is_half_or_a_table_and_high_is_double(model: ModelInfo, expected: list[tuple[object, ...]]) -> None:
+    assert [settings(model, quality) for quality in QUALITIES] == expected
+
+
+def test_a_table_with_the_recommended_guidance_goes_before_one_without() -> None:
+    both = replace(TUNED, tables=(tuned(8), tuned(5, 1.5)))
+    assert settings(both, "low") == ("tuned", 5, 1.5)
+    assert settings(both, "low", has_class=False) == ("tuned", 8, 1)
+
+
+def test_without_a_class_or_a_null_class_there_is_no_guidance() -> None:
+    assert settings(ADVISED, "medium", has_class=False) == ("ddim", 20, 1)
+    assert settings(replace(ADVISED, null_class=None), "medium") == ("ddim", 20, 1)
+
+
+@pytest.mark.parametrize("given", [{"steps": 7}, {"guidance": 3}, {"guidance_interval": [1, 2]}, {"sampler": "ddim"}])
+def test_whoever_names_settings_gets_the_recommended_sampler_with_them(given: dict[str, object]) -> None:
+    made = settings(TUNED, "low", **given)
+    assert made == ("ddim", given.get("steps", 10), given.get("guidance", 1.5))
+
+
+def test_another_sampler_has_its_own_number_of_steps() -> None:
+    assert settings(ADVISED, "medium", sampler="ddpm") == ("ddpm", 100, 1.5)
+    assert settings(ADVISED, "high", sampler="heun") == ("heun", 50, 1.5)
+    assert settings(TUNED, "high", sampler="tuned") == ("tuned", 8, 1)
+    assert settings(TUNED, "medium", sampler="tuned", steps=5) == ("tuned", 5, None)
+
+
+def test_steps_stay_below_the_most_that_there_are() -> None:
+    short = replace(INFO, num_timesteps=30)
+    assert settings(short, "high") == ("dpmpp_2m", 30, 1)
+    assert settings(short, "high", sampler="heun")[1] == 15
+
+
+def test_what_is_wrong_is_left_to_be_refused() -> None:
+    assert settings_of("low", {"sampler": ["x"]}, ADVISED, has_class=True) == {}
+    assert settings_of("low", {"sampler": "tuned"}, ADVISED, has_class=True) == {}
+
+
+def test_the_table_of_the_page_is_that_of_the_bundled_checkpoint() -> None:
+    page = (ROOT / "docs" / "openai.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`\w+`.*?) \|.*\| `(\w+)`, (\d+) steps, guidance (\S+) \|$", page, re.MULTILINE)
+    found = {re.findall(r"`(\w+)`", names)[0]: (sampler, int(steps), float(g)) for names, sampler, steps, g in rows}
+    bundled = load_checkpoint(ROOT / "checkpoints" / "fashion-mnist-32")
+    samplers = (*INFO.samplers, "tuned")
+    model = replace(INFO, recommended=bundled.recommended, tables=bundled.tables, samplers=samplers)
+    assert found == {quality: settings(model, quality) for quality in QUALITIES}
