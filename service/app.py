@@ -35,6 +35,7 @@ from tminus.service.api.stream_limits import Streams
 from tminus.service.api.system import model_routes, system_routes
 from tminus.service.jobs.results import Results
 from tminus.service.jobs.store import JobStore
+from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.library import Library
 from tminus.service.metrics import Metrics
 from tminus.service.model_changes import ModelChanges, Prepare, prepare_nothing
@@ -69,6 +70,7 @@ def create_app(
     prepare: Prepare = prepare_nothing,
     access: Access | None = None,
     results: Results | None = None,
+    webhooks: Rules | None = None,
     with_metrics: bool = True,
     with_docs: bool = True,
     tracer: Tracer | None = None,
@@ -78,13 +80,13 @@ def create_app(
     limits: of the whole server. open_store: opens the store of the durable jobs of weights, by their hash; it is closed
     with the app. doors: by what names, and for which pages. library: what can be loaded, by `prepare`. access: who may
     ask; None: anybody, and nobody may load or unload models. results: where large ones of durable jobs go, if not into
-    their store. with_metrics, with_docs: whether /metrics, and /docs with
+    their store. webhooks: how they are sent, if they are. with_metrics, with_docs: whether /metrics, and /docs with
     /openapi.json, are answered. tracer: for spans; it is closed with the app. The worker runs for as long as the app's
     lifespan.
     """
     doors = doors or Doors()
     access = access or Access()
-    parts = Parts(list(first), limits, open_store, doors, access, results)
+    parts = Parts(list(first), limits, open_store, doors, access, results, webhooks)
     models, metrics = parts.models, parts.metrics
     changes = ModelChanges(parts, library or Library(), prepare)
 
@@ -146,7 +148,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=sorted(doors.origins),
-            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_methods=["GET", "HEAD", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=list(EXPOSED_HEADERS),
         )

@@ -16,6 +16,8 @@ from tminus.service.app import Application, create_app
 from tminus.service.jobs.opening import open_store
 from tminus.service.jobs.results import Results
 from tminus.service.jobs.store import JobStore
+from tminus.service.jobs.webhooks.deliverer import Rules
+from tminus.service.jobs.webhooks.signing import read_secrets, read_secrets_of
 from tminus.service.library import Library, name_of
 from tminus.service.model_info import ModelInfo
 from tminus.service.parts import Prepared
@@ -39,6 +41,7 @@ def prepare(
     models = read_models(settings)
     folders = {model.name: model.folder for model in models}
     open_one, results = opener_of_stores(settings, address), open_results(settings)
+    webhooks = webhook_rules(settings)
     stores: dict[str, JobStore] = {}
     try:
         for weights_hash in [model.checkpoint.weights_hash for model in models]:
@@ -95,6 +98,7 @@ def prepare(
             prepare=read_and_measure,
             access=access,
             results=results,
+            webhooks=webhooks,
             with_metrics=with_metrics,
             with_docs=settings.docs,
             tracer=tracer,
@@ -136,6 +140,30 @@ def open_results(settings: Settings) -> Results | None:
     except ValueError as error:
         raise ValueError(f"--job-results (TMINUS_JOB_RESULTS): {error}") from None
     return Results(objects, settings.job_results_above_kb * 1024)
+
+
+def webhook_rules(settings: Settings) -> Rules | None:
+    """How webhooks are sent; None without a secret that signs them. Raises ValueError for one that is none."""
+    given = settings.webhook_secret
+    if given is not None and settings.webhook_secret_file is not None:
+        raise ValueError(
+            "--webhook-secret (TMINUS_WEBHOOK_SECRET) and --webhook-secret-file (TMINUS_WEBHOOK_SECRET_FILE) exclude "
+            "each other"
+        )
+    try:
+        if given is not None:
+            secrets = read_secrets(given.get_secret_value())
+        elif settings.webhook_secret_file is not None:
+            secrets = read_secrets_of(settings.webhook_secret_file)
+        else:
+            return None
+    except ValueError as error:
+        name = "--webhook-secret-file" if given is None else "--webhook-secret"
+        raise ValueError(f"{name} (TMINUS_{name[2:].replace('-', '_').upper()}): {error}") from None
+    try:
+        return Rules.of(secrets, settings.webhook_allow, settings.webhook_retry_s)
+    except OSError as error:
+        raise ValueError(f"SSL_CERT_FILE: the certificates for webhooks cannot be read: {error}") from None
 
 
 def read_models(settings: Settings) -> "list[ReadModel]":

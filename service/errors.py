@@ -425,6 +425,17 @@ class KeyReused(ServiceError):
     status, code, title = 422, "idempotency_key_reused", "This Idempotency-Key was used for another request"
 
 
+class JobExists(ServiceError):
+    """PUT /jobs/{id} with an id that is another request's already."""
+
+    status, code, title = 409, "job_exists", "This id is another job's"
+
+    def __init__(self, chosen: str) -> None:
+        bound = "a new UUID for a new request"
+        detail = f"the job {short(chosen)} was asked for with other parameters before"
+        super().__init__(detail, field="job_id", value=chosen, bound=bound)
+
+
 class JobNotDone(ServiceError):
     """The job still waits or runs, so it has no images yet; Retry-After says when it should be done."""
 

@@ -30,6 +30,7 @@ TICK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5,
 REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 4, 6, 10, 15, 20, 30, 60, 120, 300, 600)
 ENCODE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 AUTOENCODER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+WEBHOOK_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BATCH_BUCKETS = tuple(float(2**i) for i in range(11))
 
 
@@ -92,6 +93,12 @@ class Metrics:
         self._frames_sent = counter("frames_sent_total", "Previews sent, of one step each")
         self._frames_dropped = counter("frames_dropped_total", "Previews that a newer one overtook: a slow reader")
         self._model = Info("tminus_model", "A model that is loaded", ["name"], registry=registry)
+        self._webhooks = counter(
+            "webhooks_total", "Events that webhooks were to be told of: delivered, or given up", "outcome"
+        )
+        self._webhook_attempt = histogram(
+            "webhook_duration_seconds", "One attempt to tell a webhook: delivered or failed", WEBHOOK_BUCKETS, "outcome"
+        )
         self._loads = counter("model_loads_total", "Models loaded while the server ran: done or refused", "outcome")
 
     def model_loaded(self, info: ModelInfo) -> None:
@@ -186,6 +193,14 @@ class Metrics:
     def durable_job_ended(self, outcome: str) -> None:
         """Record that a durable job ended, and its outcome is in the store."""
         self._durable.labels(outcome).inc()
+
+    def webhook_attempted(self, outcome: str, seconds: float) -> None:
+        """Record an attempt to tell a webhook of an event: delivered or failed."""
+        self._webhook_attempt.labels(outcome).observe(seconds)
+
+    def webhook_ended(self, outcome: str) -> None:
+        """Record that a webhook was told of an event, delivered, or that this was given up, given_up."""
+        self._webhooks.labels(outcome).inc()
 
     def frame_sent(self) -> None:
         """Record that a frame was sent to a viewer."""

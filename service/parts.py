@@ -6,9 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 from tminus.service.access.access import Access
+from tminus.service.api.answers import document
 from tminus.service.api.caching import ResultCache
 from tminus.service.api.elsewhere import Elsewhere
 from tminus.service.api.models import Models
@@ -28,6 +30,7 @@ from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
 from tminus.service.jobs.standings import Standings
 from tminus.service.jobs.store import OUTCOMES, JobStore
 from tminus.service.jobs.stores import Stores
+from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
@@ -78,11 +81,13 @@ class Parts:
         doors: Doors,
         access: Access,
         results: Results | None = None,
+        webhooks: Rules | None = None,
     ) -> None:
         """first: the models that it begins with, the default one first. open_store: for the hash of weights.
 
-        results: where large ones of durable jobs go, if not into their store.
+        results: where large ones of durable jobs go, if not into their store. webhooks: how they are sent, if they are.
         """
+        self._webhooks = webhooks
         self.metrics, self.models, self.doors, self.access = Metrics(), Models(), doors, access
         self._numbers, self._arrivals, self._served = count(), count(), Served()
         self._stores = Stores(open_store, results)
@@ -191,7 +196,10 @@ class Parts:
 
     def _serve(self, model: LoadedModel, prepared: Prepared, store: AsyncStore) -> _Part:
         info = model.info
-        lifecycle = Lifecycle(store, self.worker, self.admission, model.number, info, prepared.limits, self.metrics)
+        lifecycle = Lifecycle(
+            store, self.worker, self.admission, model.number, info, prepared.limits, self.metrics,
+            self._deliver if self._webhooks is not None else None,
+        )  # fmt: skip
         services = Services(
             number=model.number,
             model=info,
@@ -209,6 +217,7 @@ class Parts:
             streams=self.streams,
             elsewhere=self.elsewhere,
             recordings=self.recordings,
+            webhooks=self._webhooks.allowed if self._webhooks is not None else None,
             loaded_s=int(time.time()),
             noise_turn=self._noise_turn,
         )
@@ -218,6 +227,11 @@ class Parts:
         self.metrics.model_loaded(info)
         self.models.put(services)
         return part
+
+    async def _deliver(self, lifecycle: Lifecycle) -> None:
+        assert self._webhooks is not None
+        view = partial(self.jobs.to_deliver, lifecycle)
+        await Deliverer(lifecycle.store, self._webhooks, view, document, self.metrics).run(lifecycle.pause)
 
     # --- models that go ---
 

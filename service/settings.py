@@ -16,6 +16,7 @@ from tminus.service.access.access import Access
 from tminus.service.access.keyring import KeyRing
 from tminus.service.api.origin import Doors
 from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.library import NAME, Library
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.sharing import Sharing
@@ -163,6 +164,23 @@ class Settings(BaseSettings):
         le=1_048_576,
         description="MiB that ended jobs may take, with their objects; beyond it the oldest are deleted",
     )
+    webhook_secret: SecretStr | None = Field(
+        None,
+        description="secret that signs webhooks, whsec_ and base64 of 24 to 64 bytes, meant for the variable; without "
+        "any no webhooks are sent",
+    )
+    webhook_secret_file: Path | None = Field(
+        None,
+        description="file of such secrets, one a line, which all sign: the newest, and those it takes the place of",
+    )
+    webhook_allow: str = Field(
+        "",
+        description="names, addresses and networks, joined by commas, of receivers of webhooks that need not be "
+        "public, and may speak plain HTTP",
+    )
+    webhook_retry_s: float = Field(
+        86_400, ge=0, le=604_800, description="seconds for which it is tried again to deliver a webhook"
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes in a request's body")
     max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="bytes in an uploaded image")
     metrics: bool = Field(True, description="answer /metrics")
@@ -201,6 +219,12 @@ class Settings(BaseSettings):
     def _is_address(cls, value: str | None) -> str | None:
         if value is not None and not ORIGIN.fullmatch(value):
             raise ValueError("must be a URL without a path, such as http://10.0.0.5:8000")
+        return value
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _are_receivers(cls, value: str) -> str:
+        Allowed.parse(value)
         return value
 
     @field_validator("allowed_hosts")

@@ -17,7 +17,9 @@ from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
+from tminus.service.api.webhook_request import WebhookRequest
 from tminus.service.images.encoder import MEDIA_TYPES, WEBP
+from tminus.service.jobs.webhooks.webhook import EVENTS
 from tminus.service.server import first_request
 from tminus.service.settings import Settings
 
@@ -174,7 +176,7 @@ def test_every_command_is_in_its_table() -> None:
 
 CALLS = [named(call)[0] for call, _ in tables(API, "call", "what it does")]
 PARAMETERS = {named(row[0])[0]: row[1:] for row in tables(API, "parameter", "values", "default", "meaning")}
-OF_ANIMATIONS = AnimationRequest.model_fields.keys()
+OF_ANIMATIONS, OF_WEBHOOKS = AnimationRequest.model_fields.keys(), WebhookRequest.model_fields.keys()
 
 
 @pytest.fixture
@@ -221,7 +223,7 @@ def test_the_calls_outside_openapi_exist(site: Site) -> None:
 
 
 def test_every_parameter_is_documented() -> None:
-    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | OF_ANIMATIONS
+    assert PARAMETERS.keys() == SampleRequest.model_fields.keys() | OF_ANIMATIONS | OF_WEBHOOKS
 
 
 def accepted(site: Site, **parameters: Any) -> dict[str, Any]:
@@ -316,6 +318,12 @@ def test_the_parameters_of_an_animation_are_those_of_the_docs(site: Site) -> Non
         assert answer.status_code == 200
         assert answer.headers["content-type"] == WEBP
     problem(site.post(json={"steps": 2, "every": 0}, headers=as_webp), 422, "invalid_field")
+
+
+def test_the_events_of_a_webhook_are_those_of_the_docs() -> None:
+    assert named(PARAMETERS["webhook_events_filter"][0]) == list(EVENTS)
+    page = (ROOT / "docs" / "webhooks.md").read_text("utf-8")
+    assert [named(row[0])[0] for row in tables(page, "event", "when")] == list(EVENTS)
 
 
 def test_the_media_types_are_those_of_the_docs(site: Site) -> None:

@@ -4,18 +4,21 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.recommended import Recommended
 from tminus.model.tables import nearest
 from tminus.service.api.schemas import parameters_of
+from tminus.service.api.webhook_answer import WebhookAnswer
 from tminus.service.jobs.views import STATES, JobView
 from tminus.service.model_info import LatentInfo, Limits, ModelInfo
 
 
 class JobAnswer(BaseModel):
     """A job, as all of /jobs tells of it. What is not known, or has not happened yet, is null."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
     id: str
     model: str = Field(description="its name")
@@ -34,6 +37,7 @@ class JobAnswer(BaseModel):
     fingerprint: str | None = Field(description="of the build that made its images")
     parameters: dict[str, Any] = Field(description="those of POST /sample that make the same images again")
     problem: dict[str, Any] | None = Field(description="why it failed: the members of a problem document")
+    webhook: WebhookAnswer | None = Field(default=None, description="who is told of it")  # another server may know none
 
     @classmethod
     def of(cls, view: JobView) -> "JobAnswer":
@@ -57,7 +61,13 @@ class JobAnswer(BaseModel):
             fingerprint=record.fingerprint,
             parameters=parameters_of(record.spec),
             problem=None if record.problem is None else dict(record.problem),
+            webhook=None if record.webhook is None else WebhookAnswer.of(record.webhook, view.deliveries),
         )
+
+
+def document(view: JobView) -> dict[str, Any]:
+    """A job as a webhook is told of it, and as GET /jobs/{id} tells of it."""
+    return JobAnswer.of(view).model_dump()
 
 
 class JobPage(BaseModel):

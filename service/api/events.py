@@ -19,6 +19,7 @@ from tminus.service.api.answers import JobAnswer
 from tminus.service.api.authentication import caller_of
 from tminus.service.api.elsewhere import came_from_a_replica
 from tminus.service.api.event_stream import QUIET_S, EventStream
+from tminus.service.api.job_in_path import JobId
 from tminus.service.api.models import Models
 from tminus.service.api.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.previews import PreviewRequest
@@ -57,7 +58,7 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         },
         openapi_extra={"parameters": [*query, LAST_EVENT_ID]},
     )
-    async def get_events(request: Request, job_id: str) -> Response:
+    async def get_events(request: Request, job_id: JobId) -> Response:
         return await events(models, request, job_id)
 
     return router
@@ -131,7 +132,8 @@ class _Viewer:
             for event in await self._show(frame):
                 yield event
         if self._live.record.outcome is not None:  # otherwise the next start of the server goes on with it
-            yield _end(live_view(self._live, None))
+            (view,) = await self._services.jobs.with_deliveries([live_view(self._live, None)])
+            yield _end(view)
 
     async def _show(self, frame: Frame) -> list[bytes]:
         """The events of a frame: its pictures, or where the job stands if none were asked for."""

@@ -9,10 +9,14 @@ from tminus.service.api.answers import JobAnswer, JobPage
 from tminus.service.api.authentication import caller_of
 from tminus.service.api.caching import cache_headers, matches
 from tminus.service.api.elsewhere import came_from_a_replica
+from tminus.service.api.job_ids import check_chosen
+from tminus.service.api.job_in_path import JobId
 from tminus.service.api.job_listing import JobImageRequest, JobsRequest
 from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
 from tminus.service.api.openapi import (
+    ALREADY_HERE,
+    CHOSEN_ID,
     IDEMPOTENCY_KEY,
     IF_NONE_MATCH,
     IMAGES,
@@ -26,6 +30,7 @@ from tminus.service.api.request import accept_header, no_parameters, read_parame
 from tminus.service.api.schemas import SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, understand
+from tminus.service.api.webhook_request import WebhookRequest
 from tminus.service.errors import InvalidField
 from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
 
@@ -42,7 +47,10 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         status_code=202,
         response_model=JobAnswer,
         responses=failures(*OF_BODY, 500, 503, 507),
-        openapi_extra={"requestBody": JOB_BODY, "parameters": [*contract.query(SampleRequest), IDEMPOTENCY_KEY]},
+        openapi_extra={
+            "requestBody": JOB_BODY,
+            "parameters": [*contract.query(SampleRequest, WebhookRequest), IDEMPOTENCY_KEY],
+        },
     )(models.handler(post_job, "post_job"))
 
     @router.get(
@@ -55,8 +63,20 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         named = models.of(request).model.name if "model" in request.path_params else None
         return await page(models.default, JobsRequest.parse(read_query(request)), caller_of(request).sees, named)
 
+    router.put(
+        "/{job_id}",
+        summary="Submit a durable job under an id of the client's own",
+        status_code=202,
+        response_model=JobAnswer,
+        responses={200: ALREADY_HERE, **failures(*OF_BODY, 409, 500, 503, 507)},
+        openapi_extra={
+            "requestBody": JOB_BODY,
+            "parameters": [CHOSEN_ID, *contract.query(SampleRequest, WebhookRequest)],
+        },
+    )(models.handler(put_job, "put_job"))
+
     @router.get("/{job_id}", summary="Get one job", dependencies=bare, responses=of_job)
-    async def get_job(request: Request, job_id: str) -> JobAnswer:
+    async def get_job(request: Request, job_id: JobId) -> JobAnswer:
         return await job(models.default, request, job_id)
 
     @router.get(
@@ -66,7 +86,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         responses={200: IMAGES, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 500, 507)},
         openapi_extra={"parameters": [*contract.query(JobImageRequest), IF_NONE_MATCH]},
     )
-    async def get_image(request: Request, job_id: str) -> Response:
+    async def get_image(request: Request, job_id: JobId) -> Response:
         return await image(models, request, job_id)
 
     @router.post(
@@ -75,7 +95,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         dependencies=bare,
         responses=of_job,
     )
-    async def cancel_job(request: Request, job_id: str) -> JobAnswer:
+    async def cancel_job(request: Request, job_id: JobId) -> JobAnswer:
         return JobAnswer.of(await models.default.jobs.cancel(job_id, caller_of(request).sees))
 
     @router.delete(
@@ -86,7 +106,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         dependencies=bare,
         responses=of_job,
     )
-    async def delete_job(request: Request, job_id: str) -> None:
+    async def delete_job(request: Request, job_id: JobId) -> None:
         await models.default.jobs.delete(job_id, caller_of(request).sees)
 
     return router
@@ -94,8 +114,20 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
 
 async def post_job(services: Services, request: Request) -> Response:
     """Accept a durable job."""
+    return await _accept(services, request)
+
+
+async def put_job(services: Services, request: Request) -> Response:
+    """Accept a durable job under the UUID in the path, or say how the one stands that has it."""
+    chosen = request.path_params["job_id"]
+    check_chosen(chosen)
+    return await _accept(services, request, chosen)
+
+
+async def _accept(services: Services, request: Request, chosen: str | None = None) -> Response:
     parameters = await read_parameters(request, services.limits)
-    return await accept(services, request, await understand(services, parameters))
+    webhook, rest = WebhookRequest.take_from(parameters, services.webhooks)
+    return await accept(services, request, await understand(services, rest), webhook, chosen)
 
 
 async def job(services: Services, request: Request, job_id: str) -> JobAnswer:

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 LEAST_RATE = 8192  # bytes of a body a second
 WINDOW_S = 10.0
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+WEBHOOK = re.compile(r"\bwebhook=[^&]*")
 TARGET_CHARACTERS = 200  # of a path and query in the log
 
 
@@ -44,7 +45,7 @@ def sender_of(scope: Scope) -> str:
 def target_of(scope: Scope) -> str:
     """The path and query as they came, cut, for the log: what is not printable ASCII stays percent-encoded.
 
-    Secrets of API keys have no place in a query, but may be put there.
+    Secrets of API keys and URLs of webhooks have no place in a query, but may be put there.
     """
     return _shown(_raw_path(scope) + (b"?" + scope["query_string"] if scope.get("query_string") else b""))
 
@@ -59,7 +60,7 @@ def _raw_path(scope: Scope) -> bytes:
 
 
 def _shown(target: bytes) -> str:
-    text = masked(target.decode("ascii", "backslashreplace"))
+    text = WEBHOOK.sub("webhook=…", masked(target.decode("ascii", "backslashreplace")))
     return text if len(text) <= TARGET_CHARACTERS else f"{text[:TARGET_CHARACTERS]}…"
 
 
@@ -159,7 +160,10 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         received = 0
-        max_bytes = self._max_bytes_by_path.get(OF_A_MODEL.sub("", scope["path"]), self._max_bytes)
+        path = OF_A_MODEL.sub("", scope["path"])
+        if scope["method"] == "PUT":  # the path of one job, to which as much comes as to that of all
+            path = path.rpartition("/")[0]
+        max_bytes = self._max_bytes_by_path.get(path, self._max_bytes)
         pace = _Pace()
 
         def check(size_bytes: int) -> None:

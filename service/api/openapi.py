@@ -11,6 +11,7 @@ from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.answers import Problem, SampleAnswer
 from tminus.service.api.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
+from tminus.service.api.job_ids import CHOSEN
 from tminus.service.api.multipart import BYTES, FORM
 from tminus.service.api.previews import MAX_FPS
 from tminus.service.api.problems import PROBLEM_JSON
@@ -22,7 +23,10 @@ from tminus.service.api.schemas import (
     NoiseRequest,
     SampleRequest,
 )
+from tminus.service.api.webhook_request import WebhookRequest
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP
+from tminus.service.jobs.webhooks.receivers import MAX_URL
+from tminus.service.jobs.webhooks.webhook import EVENTS
 from tminus.service.model_info import Limits, ModelInfo
 
 Described = dict[str, Any]  # a part of an OpenAPI document
@@ -41,7 +45,8 @@ FAILURES = {
     404: "There is no such job or model",
     406: "Accept allows no media type that there is",
     408: "The body came too slowly",
-    409: "The job is not done yet, or the model cannot be changed now; Retry-After says when to look again",
+    409: "The job is not done yet, and Retry-After says when to look again; or the id is another job's; or the model "
+    "cannot be changed now",
     410: "The job was cancelled or failed, and has no images",
     413: "The body is too large",
     415: "The body is compressed, or of no type that is taken",
@@ -87,6 +92,17 @@ ACCEPTED: Described = {
     "description": "With Prefer: respond-async: a durable job; Location says where",
     "content": {JSON: {"schema": ref("JobAnswer")}},
 }
+ALREADY_HERE: Described = {
+    "description": "The job that this request has made before, as it stands",
+    "content": {JSON: {"schema": ref("JobAnswer")}},
+}
+CHOSEN_ID: Described = {
+    "name": "job_id",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string", "format": "uuid", "pattern": f"^{CHOSEN.pattern}$"},
+    "description": "a UUID; the same one with the same parameters is the same job",
+}
 SAMPLE_BODY: Described = {"content": {JSON: {"schema": ref("SampleRequest")}, FORM: {"schema": ref("SampleForm")}}}
 JOB_BODY: Described = {"content": {JSON: {"schema": ref("JobRequest")}, FORM: {"schema": ref("JobForm")}}}
 NOISE_BODY: Described = {
@@ -118,6 +134,24 @@ IDEMPOTENCY_KEY = _header(
     {"type": "string", "minLength": 1, "maxLength": 257},  # two may be quotes around it
     "makes a retry safe: the same key and parameters are the same job",
 )
+WEBHOOKS: Described = {
+    "job": {
+        "post": {
+            "summary": "What a job's webhook is sent, signed as Standard Webhooks has it",
+            "parameters": [
+                _header("webhook-id", {"type": "string"}, "the event and a UUID; the same in each attempt"),
+                _header("webhook-timestamp", {"type": "string"}, "of this attempt: Unix time in seconds"),
+                _header("webhook-signature", {"type": "string"}, "v1, and base64 of an HMAC-SHA256; or several"),
+            ],
+            "requestBody": {"required": True, "content": {JSON: {"schema": ref("JobAnswer")}}},
+            "responses": {
+                "2XX": {"description": "It is delivered"},
+                "410": {"description": "It is given up"},
+                "default": {"description": "It is sent again later"},
+            },
+        }
+    }
+}
 LAST_EVENT_ID = _header("Last-Event-ID", {"type": "string"}, "what was received last; only what is newer is sent")
 
 
@@ -129,17 +163,17 @@ class Contract:
     limits: Limits
 
     def query(self, *schemas: type[RequestSchema]) -> list[Described]:
-        """Describe the parameters that these schemas have in a query; pictures do not fit there."""
+        """Describe the parameters that these schemas have in a query; pictures and secrets have no place there."""
         return [
             {"name": name, "in": "query", "schema": field, "description": field.pop("description")}
             for schema in schemas
             for name, field in self.fields(schema, as_text=True).items()
-            if name not in PICTURES
+            if name not in (*PICTURES, "webhook")
         ]
 
     def components(self) -> dict[str, Described]:
         """Make the components that the rest refers to."""
-        animated = (SampleRequest, AnimationRequest)
+        animated = (SampleRequest, AnimationRequest, WebhookRequest)
         _, answers = models_json_schema(
             [(Problem, "serialization"), (SampleAnswer, "serialization")], ref_template="#/components/schemas/{model}"
         )
@@ -148,9 +182,9 @@ class Contract:
             "Sampler": {"type": "string", "enum": list(self.model.samplers)},
             "TimestepSpacing": {"type": "string", "enum": list(SPACINGS)},
             "SampleRequest": self._body("What to sample.", *animated),
-            "JobRequest": self._body("What a durable job is to sample.", SampleRequest),
+            "JobRequest": self._body("What a durable job is to sample.", SampleRequest, WebhookRequest),
             "SampleForm": self._form("The same, with images as files.", PICTURES, *animated),
-            "JobForm": self._form("The same, with images as files.", PICTURES, SampleRequest),
+            "JobForm": self._form("The same, with images as files.", PICTURES, SampleRequest, WebhookRequest),
             "NoiseForm": self._form("An image, and how much noise.", ("image",), NoiseRequest)
             | {"required": ["image"]},
         }
@@ -207,6 +241,11 @@ class Contract:
             "deadline_s": {"number": above_0 | {"maximum": MAX_DEADLINE_S}},
             "strength": {"number": above_0 | {"maximum": 1}},
             "t": {"integer": {"minimum": 0, "maximum": last}},
+            "webhook": {"string": {"format": "uri", "maxLength": MAX_URL}},
+            "webhook_events_filter": {
+                "string": {"enum": list(EVENTS)},
+                "array": {"minItems": 1, "maxItems": len(EVENTS), "uniqueItems": True},
+            },
             "every": {"integer": {"minimum": 1}},
             "fps": {"number": above_0 | {"maximum": MAX_FPS}},
             "show": {"array": {"minItems": 1, "maxItems": 2, "uniqueItems": True}},
@@ -245,6 +284,7 @@ def document(
     made = app.openapi()
     made["components"]["schemas"] |= {**contract.components(), **more}
     made["components"]["securitySchemes"] = SCHEMES
+    made["webhooks"] = WEBHOOKS
     made["security"] = [{}, *({name: []} for name in SCHEMES)]  # where the server is open, no key is needed
     for path, operations in made["paths"].items():
         for operation in operations.values():

@@ -15,6 +15,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from tminus.service.api.fields import NUMBER
+from tminus.service.api.job_ids import own_id
 from tminus.service.api.multipart import is_form, read_form
 from tminus.service.api.schemas import PICTURES, SampleRequest
 from tminus.service.errors import (
@@ -28,6 +29,7 @@ from tminus.service.errors import (
     short,
 )
 from tminus.service.jobs.store import Key
+from tminus.service.jobs.webhooks.webhook import Webhook, origin_of
 from tminus.service.model_info import Limits
 
 Body = TypeVar("Body")
@@ -38,7 +40,7 @@ MARKS = b"[{:"  # of lists, objects and members. Python looks at each of them ag
 SMALL_BYTES = 64 * 1024  # parsed in the event loop within a millisecond or two; what is larger, in a thread
 KEY = re.compile(r"[\x20-\x7e]{1,255}")
 EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
-LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show"})
+LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show", "webhook_events_filter"})
 # What is left of a body without these, such as brackets and quotes, is what takes a JSON parser time.
 BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 
@@ -53,6 +55,8 @@ async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
     for name in query.keys() & PICTURES:
         bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
         raise InvalidField.of(name, bound, query[name])
+    if "webhook" in query:  # whose secrets logs and histories would have
+        raise InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query["webhook"])))
     reading = _read_form(request, limits) if is_form(request) else read_json(request, limits.max_body_bytes)
     return merge(query, await unless_gone(reading))
 
@@ -193,21 +197,33 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def idempotency_key(request: Request, asked: SampleRequest, owner: str) -> Key | None:
+def idempotency_key(
+    request: Request, asked: SampleRequest, owner: str, webhook: Webhook | None = None, chosen: str | None = None
+) -> Key | None:
     """Read the Idempotency-Key, and hash what it came with; a structured-field string may be quoted or not.
 
-    Each owner has keys of its own. None for a request without one. Raises InvalidField.
+    Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. None for a request without either.
+    Raises InvalidField.
     """
     header = request.headers.get("idempotency-key")
+    if chosen is not None:
+        if header is not None:
+            raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
+        return Key(chosen, _hash_of(asked, webhook), owner, own_id(chosen, owner))
     if header is None:
         return None
     name = header.strip().removeprefix('"').removesuffix('"').strip()
     if not KEY.fullmatch(name):
         raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)
-    # Defaults are left out, so that a key outlives a version that knows more parameters.
-    given = asked.model_dump(exclude=EDIT_PARAMETERS, exclude_defaults=True)
-    document = json.dumps(given | _edit_of(asked), sort_keys=True)
-    return Key(name, hashlib.sha256(document.encode()).hexdigest(), owner)
+    return Key(name, _hash_of(asked, webhook), owner)
+
+
+def _hash_of(asked: SampleRequest, webhook: Webhook | None) -> str:
+    """Hash what is asked for. Defaults are left out, so that it outlives a version that knows more parameters."""
+    given = asked.model_dump(exclude=EDIT_PARAMETERS, exclude_defaults=True) | _edit_of(asked)
+    if webhook is not None:
+        given["webhook"] = webhook.to_json()
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 
 def _edit_of(asked: SampleRequest) -> dict[str, object]:

@@ -30,9 +30,12 @@ from tminus.service.api.request import accept_header, prefers_async, read_parame
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, submit, to_job, understand
+from tminus.service.api.webhook_request import NOT_DURABLE, WebhookRequest
 from tminus.service.errors import InvalidField
 from tminus.service.images.animation import WEBP_VERSION
 from tminus.service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
+from tminus.service.jobs.webhooks.receivers import refused
+from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import JobResult
@@ -134,11 +137,14 @@ async def answer(services: Services, request: Request) -> Response:
     accepted = accept_header(request)
     negotiate(accepted, ANY_TYPE)  # before the body is read
     animation, rest = AnimationRequest.take_from(await read_parameters(request, services.limits))
+    webhook, rest = WebhookRequest.take_from(rest, services.webhooks)
     offered, hint = (MEDIA_TYPES, WITH_EVERY) if animation is None else ((WEBP,), "")
     media_type = negotiate(accepted, offered, hint)
     asked = await understand(services, rest)
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
-        return await _accept(services, request, asked, animation)
+        return await _accept(services, request, asked, animation, webhook)
+    if webhook is not None:
+        raise refused(NOT_DURABLE, webhook.url)
     spec, inputs = await to_job(services, asked, request)
     deadline_s, has_seed = asked.deadline_s, asked.seed is not None
     del rest, asked  # they hold the uploads as they came, and the job may take long
@@ -150,11 +156,15 @@ async def answer(services: Services, request: Request) -> Response:
 
 
 async def _accept(
-    services: Services, request: Request, asked: SampleRequest, animation: AnimationRequest | None
+    services: Services,
+    request: Request,
+    asked: SampleRequest,
+    animation: AnimationRequest | None,
+    webhook: Webhook | None,
 ) -> Response:
     if animation is not None:
         raise InvalidField.of("every", "absent with Prefer: respond-async: a job keeps no frames", animation.every)
-    response = await accept(services, request, asked)
+    response = await accept(services, request, asked, webhook)
     response.headers["Preference-Applied"] = "respond-async"
     return response
 

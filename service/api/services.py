@@ -13,6 +13,7 @@ from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.standings import Standings
+from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.worker.recording import RecordingRoom
@@ -39,5 +40,6 @@ class Services:
     streams: Streams
     elsewhere: Elsewhere  # other servers with the same jobs
     recordings: RecordingRoom
+    webhooks: Allowed | None  # who may be told of jobs beside public receivers; None: nobody
     loaded_s: int  # when the model was loaded, Unix time
     noise_turn: asyncio.Lock  # the worker gets one image of POST /noise at a time

@@ -16,6 +16,7 @@ from tminus.service.api.schemas import PICTURES, SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.views import JobView
+from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Ticket, work_of
 
@@ -72,24 +73,40 @@ async def submit(
 
 
 async def create(
-    services: Services, request: Request, asked: SampleRequest, *, transparent: bool = False
+    services: Services,
+    request: Request,
+    asked: SampleRequest,
+    *,
+    transparent: bool = False,
+    webhook: Webhook | None = None,
+    chosen: str | None = None,
 ) -> tuple[JobView, bool]:
-    """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key.
+    """Make a durable job; returns it, and whether it is an earlier one with the same Idempotency-Key or chosen UUID.
 
-    transparent: see decode_inputs. Raises what `to_job` and NewJobs.create do.
+    transparent: see decode_inputs. webhook: who is told of it. chosen: the UUID that the client has chosen. Raises what
+    `to_job` and NewJobs.create do.
     """
     caller, size_bytes = caller_of(request), len(asked.image or b"") + len(asked.mask or b"")
-    key = await off_loop(size_bytes, idempotency_key, request, asked, caller.name)
+    key = await off_loop(size_bytes, idempotency_key, request, asked, caller.name, webhook, chosen)
     spec, inputs = await to_job(services, asked, request, transparent=transparent)
     return await services.new_jobs.create(
         spec, asked.deadline_s, key, inputs,
-        model=services.number, owner=caller.name, charged=lambda: charged(services, caller, spec),
+        model=services.number, owner=caller.name, webhook=webhook, charged=lambda: charged(services, caller, spec),
     )  # fmt: skip
 
 
-async def accept(services: Services, request: Request, asked: SampleRequest) -> Response:
-    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before."""
-    view, again = await create(services, request, asked)
+async def accept(
+    services: Services,
+    request: Request,
+    asked: SampleRequest,
+    webhook: Webhook | None = None,
+    chosen: str | None = None,
+) -> Response:
+    """Accept a durable job: 202 and where it is, and the same again for a key that was used for it before.
+
+    webhook, chosen: see `create`. A job of a chosen UUID that is here already is answered 200.
+    """
+    view, again = await create(services, request, asked, webhook=webhook, chosen=chosen)
     headers = {
         "Location": f"{request.scope.get('root_path', '')}/jobs/{view.record.id}",
         "X-Job-ID": view.record.id,
@@ -99,4 +116,5 @@ async def accept(services: Services, request: Request, asked: SampleRequest) -> 
     headers |= advice_headers(view.record.spec, services.model)
     if again:
         headers["Idempotent-Replayed"] = "true"
-    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=202, headers=headers)
+    status = 200 if again and chosen is not None else 202
+    return JSONResponse(JobAnswer.of(view).model_dump(), status_code=status, headers=headers)

@@ -105,7 +105,9 @@ def settings_of(kind: type[Kind], config: Path | None, flags: Mapping[str, Any])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
-        got = "" if name in ("keys", "job_store") else f", got {first['input']!r}"  # which is a secret
+        got = (
+            "" if name in ("keys", "job_store", "webhook_secret") else f", got {first['input']!r}"
+        )  # which is a secret
         where = f" in {config}" if sources[name].kind == "file" else ""
         fail(f"--{name.replace('_', '-')} ({variable(name)}){where}: {first['msg']}{got}")
 

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Pace, Place, StoredObject
+from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Images, Inputs, Snapshot
@@ -31,6 +32,7 @@ class AsyncStore:
         self.shared, self.lease_s = store.shared, store.lease_s
         self.turn = asyncio.Lock()  # of who claims, or renews: what was claimed is known before the next renewal
         self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
+        self.owes = asyncio.Event()  # set where a webhook may be to be told something
         self._adding: set[str] = set()
         self.now_us = store.now_us  # needs no disk
         self._failure: StorageFailed | None = None
@@ -126,7 +128,9 @@ class AsyncStore:
 
     async def cancel(self, job_id: str) -> bool:
         """See JobStore."""
-        return await self._write(self._store.cancel, job_id)
+        cancelled = await self._write(self._store.cancel, job_id)
+        self.owes.set()
+        return cancelled
 
     async def page(
         self,
@@ -156,6 +160,29 @@ class AsyncStore:
         """See JobStore."""
         with traced("store finish", {"tminus.job.id": job.id, "tminus.outcome": job.outcome or ""}):
             await self._write(self._store.finish, job, images)
+        if job.webhook is not None:
+            self.owes.set()
+
+    async def started(self, job: JobRecord) -> None:
+        """See JobStore."""
+        await self._write(self._store.started, job)
+        self.owes.set()
+
+    async def claim_deliveries(self, busy: Collection[str], most: int, each: int, held_s: float) -> list[Delivery]:
+        """See JobStore."""
+        return await self._call(self._store.claim_deliveries, busy, most, each, held_s)
+
+    async def settle(self, delivery: Delivery, again_in_s: float = 0.0) -> bool:
+        """See JobStore."""
+        return await self._write(self._store.settle, delivery, again_in_s)
+
+    async def number_owed(self, receiver: str, most: int) -> int:
+        """See JobStore."""
+        return await self._call(self._store.number_owed, receiver, most)
+
+    async def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
+        """See JobStore."""
+        return await self._call(self._store.deliveries, job_ids)
 
     async def images(self, job_id: str) -> Images | None:
         """See JobStore."""

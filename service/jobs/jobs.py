@@ -6,8 +6,9 @@ A durable job, once accepted, is finished whatever happens to the client or to t
 import asyncio
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from tminus.service.errors import Draining, JobNotDone, JobNotFound, NoImages, StorageFailed, short
 from tminus.service.jobs.kept import cancelled_elsewhere, kept_views, unless_retired
@@ -16,6 +17,7 @@ from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
 from tminus.service.jobs.store import JobRecord, Place
 from tminus.service.jobs.views import JobView, kept_view, live_view, passing_view
+from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.preview import Watch
 from tminus.service.spec import Images
 from tminus.service.worker.mailbox import Mailbox
@@ -81,15 +83,40 @@ class Jobs:
 
     async def view(self, record: JobRecord, lifecycle: Lifecycle) -> JobView:
         """View a durable job that was just read from its store."""
+        view = kept_view(record, lifecycle.model, lifecycle.model_name)
         if (live := self._live(record.id)) is not None:
-            return live_view(live, await self._standings.of(record.id))
-        return kept_view(record, lifecycle.model, lifecycle.model_name)
+            view = live_view(live, await self._standings.of(record.id))
+        (told,) = await self.with_deliveries([view])
+        return told
 
     async def find(self, job_id: str, sees: str | None) -> JobView:
         """Look up one job, durable or not. Raises JobNotFound."""
         view = await self._find(job_id)
         if view is None or sees not in (None, view.record.owner):
             raise _not_found(job_id)
+        (told,) = await self.with_deliveries([view])
+        return told
+
+    async def with_deliveries(self, views: Sequence[JobView]) -> list[JobView]:
+        """Say what became of the jobs' webhooks, as far as the stores can say it now."""
+        known: dict[str, tuple[Delivery, ...]] = {}
+        for model in {view.model for view in views if view.record.webhook is not None}:
+            asked = [view.record.id for view in views if view.record.webhook is not None and view.model == model]
+            if (lifecycle := self._lifecycles.get(model)) is not None:
+                with suppress(StorageFailed):
+                    found = await lifecycle.store.deliveries(asked)
+                    known |= {job_id: tuple(each) for job_id, each in found.items()}
+        return [replace(view, deliveries=known.get(view.record.id, ())) if known else view for view in views]
+
+    async def to_deliver(self, lifecycle: Lifecycle, job_id: str) -> JobView:
+        """A job as its webhook is told of it. Raises JobNotFound, and StorageFailed."""
+        record = await lifecycle.store.get(job_id)
+        if record is None:
+            raise _not_found(job_id)
+        if record.outcome is None:
+            return await self.find(job_id, None)
+        # Not by `find`, to which a job that has ended just now may still be one that runs.
+        (view,) = await self.with_deliveries([kept_view(record, lifecycle.model, lifecycle.model_name)])
         return view
 
     async def _find(self, job_id: str) -> JobView | None:
@@ -154,7 +181,7 @@ class Jobs:
             for view in found.values()
             if view.state in states and model_name in (None, view.model_name) and sees in (None, view.record.owner)
         ]
-        return sorted(views, key=lambda view: view.record.place, reverse=True)[:limit]
+        return await self.with_deliveries(sorted(views, key=lambda view: view.record.place, reverse=True)[:limit])
 
     async def images(self, job_id: str, sees: str | None) -> tuple[JobView, Images]:
         """Read what a job has made. Raises JobNotFound, JobNotDone or NoImages."""
@@ -194,7 +221,8 @@ class Jobs:
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
         if live.lost:  # another replica has it by now
             return await self._cancel_anywhere(job_id, sees)
-        return kept_view(live.record, live.model, live.model_name)
+        (view,) = await self.with_deliveries([kept_view(live.record, live.model, live.model_name)])
+        return view
 
     async def _cancel_anywhere(self, job_id: str, sees: str | None) -> JobView:
         view = await self.find_durable(job_id, sees)

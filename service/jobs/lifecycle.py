@@ -5,7 +5,7 @@ One task for each job waits for the worker's result and keeps how the job ended,
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence, ValuesView
+from collections.abc import Callable, Coroutine, Sequence, ValuesView
 from contextlib import suppress
 from dataclasses import replace
 
@@ -21,11 +21,13 @@ from tminus.service.errors import (
     StorageFailed,
 )
 from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.crashes import causes_crashes
 from tminus.service.jobs.leases import CLAIM_S, Leases
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.resuming import kept_of
 from tminus.service.jobs.store import JobRecord, LeaseLost, Outcome
 from tminus.service.jobs.sweeping import sweep_until_closed
+from tminus.service.jobs.webhooks.start_notice import notice_start
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
@@ -51,17 +53,18 @@ class Lifecycle:
         info: ModelInfo,
         limits: Limits,
         metrics: Metrics,
+        deliver: "Callable[[Lifecycle], Coroutine[None, None, None]] | None" = None,
     ) -> None:
-        """model: its number. store: of the jobs of its weights."""
+        """model: its number. store: of the jobs of its weights. deliver: sends what their webhooks are to be told."""
         self.store, self.model, self.model_name = store, model, info.name
         self._worker, self._fingerprint, self._weights = worker, info.fingerprint, info.weights_hash[:16]
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
-        self._limits, self._metrics = limits, metrics
+        self._limits, self._metrics, self._deliver = limits, metrics, deliver
         self.leases = Leases(store, worker, admission, model, info, limits, self) if store.shared else None
         self._live: dict[str, Live] = {}  # changed here only
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
-        self._renewing, self._sweeping = set[asyncio.Task[None]](), set[asyncio.Task[None]]()
+        self._renewing, self._beside = set[asyncio.Task[None]](), set[asyncio.Task[None]]()
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
         # Those that the worker worked on when it crashed run one at a time: if it crashes again, that one caused it.
         self._quarantine = asyncio.Lock()
@@ -87,7 +90,9 @@ class Lifecycle:
                 self._takes_on = True
                 self._idle.clear()
                 self._spawn(self._take_on_later())
-        self._sweeping.add(self._spawn(sweep_until_closed(self.store, self._limits, self.pause)))
+        self._beside.add(self._spawn(sweep_until_closed(self.store, self._limits, self.pause)))
+        if self._deliver is not None:
+            self._beside.add(self._spawn(self._deliver(self)))
 
     def take_on(self, records: Sequence[JobRecord]) -> None:
         """Work on jobs that are held now, from their last snapshots on."""
@@ -141,7 +146,7 @@ class Lifecycle:
     async def close(self) -> None:
         """Keep how jobs ended, as far as the store can. Call it when the worker has ended, or there are no jobs."""
         self._closing.set()
-        for task in self._sweeping:  # which may wait for an object store that does not answer
+        for task in self._beside:  # which may wait for an object store or a receiver that does not answer
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for task in self._renewing:  # until now: a result may take longer to write than a lease lasts
@@ -160,6 +165,7 @@ class Lifecycle:
     def _add(self, live: Live) -> Live:
         self._live[live.record.id] = live
         self._idle.clear()
+        notice_start(live, self._worker, self.store, self._spawn)
         return live
 
     def _look_idle(self) -> None:
@@ -264,23 +270,12 @@ class Lifecycle:
 
         After a crash of the worker leave it for the next start, unless this job causes the crashes.
         """
-        if isinstance(error, EngineFailed) and self._worker.crashed and not await self._causes_crashes(live.record):
-            live.release_viewers()
-            return
+        if isinstance(error, EngineFailed) and self._worker.crashed:
+            records = [each.record for each in self._live.values()]
+            if not await causes_crashes(self.store, live.record, self._worker.jobs_of_the_crash, records):
+                live.release_viewers()
+                return
         await self._end(live, self._ending(live.record, "failed", problem=error.problem()))
-
-    async def _causes_crashes(self, record: JobRecord) -> bool:
-        """Count a crash if the worker was running this job, unless it was running a suspect, which then caused it."""
-        crashed = self._worker.jobs_of_the_crash
-        if record.id not in crashed:
-            return False
-        if record.crashes:
-            return True
-        if any(live.record.crashes for live in self._live.values() if live.record.id in crashed):
-            return False
-        with suppress(StorageFailed):
-            await self.store.crashed(record.id)
-        return False
 
     async def _end(self, live: Live, record: JobRecord, images: Images | None = None) -> None:
         """Keep how a job ended. Until the store can, clients are not told that it has; a restart would run it again."""

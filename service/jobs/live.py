@@ -2,10 +2,17 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from tminus.service.jobs.store import JobRecord
 from tminus.service.preview import Watch
-from tminus.service.worker.mailbox import Mailbox
+
+
+class Viewer(Protocol):
+    """Who follows a job, as a Mailbox does."""
+
+    def close(self) -> None:
+        """No more frames will come."""
 
 
 @dataclass(slots=True, eq=False)
@@ -20,9 +27,9 @@ class Live:
     ending: JobRecord | None = None  # how it ended, while that is being kept
     lost: bool = False  # another replica has it now, or it was cancelled or deleted at another one
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    viewers: list[tuple[Watch, Mailbox]] = field(default_factory=list)
+    viewers: list[tuple[Watch, Viewer]] = field(default_factory=list)
 
     def release_viewers(self) -> None:
-        """Close the viewers' mailboxes: no more frames will come."""
-        for _, mailbox in self.viewers:
-            mailbox.close()
+        """Tell all viewers that no more frames will come."""
+        for _, viewer in self.viewers:
+            viewer.close()

@@ -9,15 +9,21 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
 
-from tminus.service.errors import KeyReused, Overloaded, StorageFailed
+from tminus.service.errors import JobExists, KeyReused, Overloaded, StorageFailed
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.kept import unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store import JobRecord, Key, now_us
 from tminus.service.jobs.views import JobView
+from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Outlook
 from tminus.service.worker.worker import Worker
+
+LOOK_S = 0.05  # how often it is looked whether the worker has given up a job
+# Events that one receiver may be owed, with those of jobs that run: a look for what is due goes through those of one
+# that is dead. And when to look again.
+MOST_OWED, OWED_S = 10_000, 60
 
 
 class NewJobs:
@@ -55,6 +61,7 @@ class NewJobs:
         *,
         model: int = 0,
         owner: str = "",
+        webhook: Webhook | None = None,
         charged: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> tuple[JobView, bool]:
         """Accept a durable job of a model.
@@ -63,13 +70,15 @@ class NewJobs:
         and left by an exception if it is not accepted. Returns the job, and whether the key was used before; if so,
         it is the earlier job.
 
-        Raises KeyReused, StorageFailed, and what Worker.submit does.
+        webhook: who is told of it.
+
+        Raises KeyReused or JobExists, StorageFailed, and what Worker.submit does.
         """
         lifecycle = self._jobs.of_model(model)
 
         async def new() -> tuple[JobView, bool]:
             async with charged():
-                return await self._create(lifecycle, spec, deadline_s, key, inputs, owner)
+                return await self._create(lifecycle, spec, deadline_s, key, inputs, owner, webhook)
 
         if key is None:
             return await new()
@@ -91,14 +100,24 @@ class NewJobs:
         key: Key | None,
         inputs: Inputs | None,
         owner: str,
+        webhook: Webhook | None,
     ) -> tuple[JobView, bool]:
         if lifecycle.cannot_keep:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
             )
+        if webhook is not None and await lifecycle.store.number_owed(webhook.receiver, MOST_OWED) >= MOST_OWED:
+            raise Overloaded(
+                f"{MOST_OWED} events wait for the receiver {webhook.receiver} to take them",
+                retry_after_s=OWED_S, field="webhook", value=webhook.receiver, bound="a receiver that answers",
+            )  # fmt: skip
         created_us = lifecycle.store.now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
-        record = JobRecord(uuid.uuid4().hex, spec, created_us, deadline_us, owner=owner, ahead_us=created_us - now_us())
+        job_id = key.job_id if key is not None and key.job_id is not None else uuid.uuid4().hex
+        ahead_us = created_us - now_us()
+        record = JobRecord(job_id, spec, created_us, deadline_us, owner=owner, webhook=webhook, ahead_us=ahead_us)
+        while job_id in self._worker.jobs:  # noqa: ASYNC110  one of this id was deleted, and is being given up
+            await asyncio.sleep(LOOK_S)
         self._entering[record.id] = owner  # before anybody else can count
         try:
             outlook = await self._let_in(lifecycle, record, deadline_s, key, inputs)
@@ -109,6 +128,8 @@ class NewJobs:
             return replace(view, position=outlook.position, eta_s=outlook.eta_s), False
         assert key is not None  # another request had it at the same time
         earlier = await self._find_by_key(key, lifecycle.model_name)
+        if earlier is None and key.job_id is not None:
+            raise JobExists(key.name)  # for another model, which is not served here
         if earlier is None:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
         return earlier, True
@@ -147,7 +168,7 @@ class NewJobs:
         return ticket.outlook
 
     async def _find_by_key(self, key: Key, model_name: str) -> JobView | None:
-        """Find the job that was asked for with a key. Raises KeyReused if it was another request, or model."""
+        """Find the job that was asked for with a key. Raises KeyReused, JobExists if by another request, or model."""
         for lifecycle in self._jobs.by_store():
             found = None
             with unless_retired(lifecycle):
@@ -156,6 +177,8 @@ class NewJobs:
                 continue
             record, same = found
             if not same or lifecycle.model_name != model_name:
+                if key.job_id is not None:
+                    raise JobExists(key.name)
                 raise KeyReused(
                     f"the Idempotency-Key {key.name!r} came with another request before",
                     field="Idempotency-Key", value=key.name, bound="a new key for a new request",

@@ -8,8 +8,9 @@ from ipaddress import ip_address
 import sqlalchemy as sa
 
 from tminus.service.errors import StorageFailed
+from tminus.service.jobs.postgres_engine import connect
 from tminus.service.jobs.postgres_schema import prepare_schema
-from tminus.service.jobs.postgres_store import PostgresStore, connect
+from tminus.service.jobs.postgres_store import PostgresStore
 
 
 def open_postgres(

@@ -17,9 +17,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from tminus.service.errors import NewerJob, StorageFailed
-from tminus.service.jobs.postgres_tables import FORMAT, make_postgres_tables
-from tminus.service.jobs.sql_store import Conditions, Run, SqlStore
+from tminus.service.jobs.postgres_tables import FORMAT, format_of, make_postgres_tables
+from tminus.service.jobs.sql_store import SqlStore, webhook_of
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
+from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
@@ -27,34 +28,9 @@ from tminus.service.spec import Inputs
 log = logging.getLogger(__name__)
 
 CLAIM_JOBS = 32  # the most that one claim looks at
-STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
-CONNECT_S = 5
+_NOW_US = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()) * 1_000_000, sa.BigInteger)
 _EPOCH = sa.func.extract("epoch", sa.func.clock_timestamp())
 GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten
-
-
-def connect(url: str, namespace: str) -> sa.Engine:
-    """An engine for a database, and no connection yet. Raises ValueError for what is no URL of PostgreSQL."""
-    try:
-        parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
-        raise ValueError("it is no URL, as postgresql://user@host/database is") from None
-    if parsed.get_backend_name() not in ("postgresql", "postgres"):
-        raise ValueError(f"it must begin with postgresql://, not with {parsed.drivername}://")
-    arguments = {
-        "connect_timeout": CONNECT_S,
-        "application_name": f"tminus {namespace}",
-        "keepalives_idle": 5,
-        "keepalives_interval": 2,
-        "keepalives_count": 3,
-        "tcp_user_timeout": round(1000 * STATEMENT_S),
-        "options": f"-c statement_timeout={round(1000 * STATEMENT_S)} -c lock_timeout={round(1000 * STATEMENT_S)}",
-        "prepare_threshold": None,  # a proxy that pools by transaction gives each one another connection
-    }
-    return sa.create_engine(
-        parsed.set(drivername="postgresql+psycopg"), connect_args=arguments,
-        pool_size=2, max_overflow=0, pool_timeout=5, pool_pre_ping=True,
-    )  # fmt: skip
 
 
 class PostgresStore(SqlStore):
@@ -85,6 +61,9 @@ class PostgresStore(SqlStore):
         self._fences: dict[str, int] = {}  # of the jobs that are held
         self._unsure: set[str] = set()  # jobs that may or may not have been added: they are to be deleted
         self._ahead_us = now_us() - _steady_us()  # the database's clock, over one that nobody sets
+
+    def _now(self) -> sa.ColumnElement[int]:
+        return _NOW_US
 
     def read_clock(self) -> None:
         """Know the database's time, as after each renewal. Raises StorageFailed."""
@@ -215,13 +194,13 @@ class PostgresStore(SqlStore):
 
     def cancel(self, job_id: str) -> bool:
         """See JobStore."""
-        tables = self._tables
-        jobs = tables.jobs
-        ending = {"outcome": "cancelled", "finished_us": self.now_us()}
+        tables, jobs = self._tables, self._tables.jobs
+        mine = [jobs.c.id == job_id, jobs.c.outcome.is_(None), *self._here()]
+        ended = sa.update(jobs).where(*mine).values(outcome="cancelled", finished_us=self.now_us())
         with self._transaction() as run:
-            mine = [jobs.c.id == job_id, jobs.c.outcome.is_(None), *self._here()]
-            if not run(sa.update(jobs).where(*mine).values(**ending)).rowcount:
+            if (row := run(ended.returning(jobs.c.webhook)).one_or_none()) is None:
                 return False
+            self._deliveries.owe(run, job_id, webhook_of(row, damaged=True), ["completed"])
             for table in (tables.snapshots, tables.inputs):
                 run(sa.delete(table).where(table.c.job_id == job_id))
         self._let_go(job_id)
@@ -285,7 +264,7 @@ class PostgresStore(SqlStore):
 
     def _added(self, job: JobRecord, held: bool) -> dict[str, Any]:
         places = job.spec.n * job.spec.num_passes * (2 if job.spec.guidance != 1 else 1)
-        asks = {"format": FORMAT, "places": places, "rows": job.spec.n}
+        asks = {"format": format_of(job), "places": places, "rows": job.spec.n}
         if not held:
             return asks | {"fence": 0}
         self._fences[job.id] = 1

@@ -2,11 +2,17 @@
 
 import sqlalchemy as sa
 
+from tminus.service.jobs.store import JobRecord
 from tminus.service.jobs.tables import Tables, make_tables
 
 # Of what a job asks for: its fields and their values. A version that knows one more has the next number, so that none
 # before it takes on what it does not know.
-FORMAT = 1
+FORMAT = 2
+
+
+def format_of(job: JobRecord) -> int:
+    """The least version that can do a job: one before the second knows no webhooks, and would owe them nothing."""
+    return 1 if job.webhook is None else 2
 
 
 def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:

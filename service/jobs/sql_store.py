@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,9 @@ from tminus.service.jobs import arrays
 from tminus.service.jobs.object_rows import ObjectRows
 from tminus.service.jobs.store import JobRecord, Key, LeaseLost, Outcome, Place, StoredObject
 from tminus.service.jobs.tables import Tables
+from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run
+from tminus.service.jobs.webhooks.rows import DeliveryRows
+from tminus.service.jobs.webhooks.webhook import Event, Webhook
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
@@ -21,41 +24,35 @@ log = logging.getLogger(__name__)
 RECORD_BYTES = 1024  # roughly what a job takes without its images
 # The most that one sweep does: other calls wait some 30 ms for it, 0.2 s or more where a slow disk must catch up.
 SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
+EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
+    "done": ("start", "output", "completed"),  # it has begun, even if that was not noted
+    "failed": ("completed",),
+    "cancelled": ("completed",),
+}
 SIGNED = ("outcome", "finished_us", "fingerprint")  # by which an end is known again, to the microsecond
 
 
-Run = Callable[..., Any]  # runs a statement in a transaction
-Conditions = Sequence[sa.ColumnElement[bool]]
-
-
-class SqlStore:
+class SqlStore(DeliveryStore):
     """A JobStore but for its connection, its transactions, and who may write. Subclasses say that."""
 
     def __init__(self, tables: Tables, more_values: Mapping[str, Any] | None = None) -> None:
         """more_values: of columns that JobRecord does not have, for a new job."""
         self._tables, self._objects = tables, ObjectRows(tables.objects)
         self._more_values = dict(more_values or {})
-        jobs = tables.jobs
+        self._jobs = jobs = tables.jobs
+        self._deliveries = DeliveryRows(tables.deliveries, jobs, self._now)
         fields = JobRecord.__dataclass_fields__
         self._record_columns: list[sa.ColumnElement[Any]] = [column for column in jobs.c if column.name in fields]
 
     # --- what a subclass says ---
 
-    def _transaction(self) -> AbstractContextManager[Run]:
-        """Run statements in one transaction. Raises StorageFailed when one of them fails, which undoes all."""
-        raise NotImplementedError
-
     def now_us(self) -> int:
         """See JobStore."""
         raise NotImplementedError
 
-    def _here(self) -> Conditions:
-        """Which jobs of the table are of this store."""
-        return ()
-
-    def _held(self, job_ids: Collection[str]) -> Conditions:
-        """Which of these jobs this store may write, where others could have taken them over."""
-        return [self._tables.jobs.c.id.in_(job_ids)]
+    def _now(self) -> sa.ColumnElement[int]:
+        """The same in a statement, by the database's own clock where several look at it."""
+        return sa.literal(self.now_us(), sa.BigInteger)
 
     def _if_held(self, _held: bool | None) -> Conditions:
         """Which jobs a replica that lives holds, or none does; None: all."""
@@ -76,6 +73,7 @@ class SqlStore:
         data = arrays.pack_inputs(inputs) if inputs is not None else None
         values = {name: value for name, value in asdict(job).items() if name in jobs.c}
         values |= {"spec": _json(job.spec.to_json()), "problem": _json(job.problem)}
+        values |= {"webhook": _json(job.webhook.to_json() if job.webhook is not None else None)}
         values |= {"bytes": RECORD_BYTES + len(data or b"")} | self._more_values | self._added(job, held)
         if key is not None:
             values |= {"key": key.kept_as, "request_hash": key.request_hash}
@@ -197,11 +195,13 @@ class SqlStore:
         """See JobStore."""
         ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
         if images is not None and not isinstance(images, StoredObject):
-            self._finish(job.id, ending, arrays.pack_images(images))
+            self._finish(job.id, ending, job.webhook, arrays.pack_images(images))
         else:
-            self._finish(job.id, ending, images)
+            self._finish(job.id, ending, job.webhook, images)
 
-    def _finish(self, job_id: str, ending: dict[str, Any], images: bytes | StoredObject | None = None) -> None:
+    def _finish(
+        self, job_id: str, ending: dict[str, Any], webhook: Webhook | None, images: bytes | StoredObject | None = None
+    ) -> None:
         tables = self._tables
         size = images.bytes if isinstance(images, StoredObject) else len(images or b"")
         ending |= {"problem": _json(ending["problem"]), "bytes": RECORD_BYTES + size}
@@ -212,6 +212,7 @@ class SqlStore:
                 if run(sa.select(tables.jobs.c.id).where(*kept)).first():  # it was, and the answer was lost
                     return
                 raise LeaseLost(job_id)
+            self._deliveries.owe(run, job_id, webhook, EVENTS_OF_END[ending["outcome"]])
             run(sa.delete(tables.snapshots).where(tables.snapshots.c.job_id == job_id))
             run(sa.delete(tables.inputs).where(tables.inputs.c.job_id == job_id))
             if isinstance(images, StoredObject):
@@ -257,16 +258,18 @@ class SqlStore:
         """One part of a sweep; how many jobs were deleted."""
         jobs = self._tables.jobs
         ended = [jobs.c.finished_us.is_not(None), *self._here()]
-        oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes).where(*ended)
+        owed = self._deliveries.is_owed()
+        oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes, owed.label("owed")).where(*ended)
         oldest = oldest.order_by(jobs.c.finished_us, jobs.c.arrival).limit(SWEEP_JOBS)
         chosen: list[str] = []
         total = left = int(run(sa.select(sa.func.coalesce(sa.func.sum(jobs.c.bytes), 0)).where(*ended)).scalar_one())
-        for row in run(oldest).all():
+        for row in run(oldest if total > max_bytes else oldest.where(~owed)).all():
             too_much = left > max_bytes and left > row.bytes
             if not (row.finished_us < before_us or too_much) or total - left >= SWEEP_BYTES:
                 break
-            chosen.append(row.id)
-            left -= row.bytes
+            if too_much or not row.owed:
+                chosen.append(row.id)
+                left -= row.bytes
         if chosen:
             self._delete(run, chosen)
             log.info("%d jobs that had ended were deleted", len(chosen))
@@ -276,6 +279,7 @@ class SqlStore:
         tables = self._tables
         for table in (tables.snapshots, tables.inputs, tables.images):
             run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
+        self._deliveries.delete(run, job_ids)
         self._objects.let_go_of(run, job_ids)
         return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
 
@@ -288,7 +292,7 @@ class SqlStore:
             except StorageFailed as error:
                 ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
                 with suppress(StorageFailed, LeaseLost):  # the next one who takes it on tries again
-                    self._finish(row.id, ending)
+                    self._finish(row.id, ending, webhook_of(row, damaged=True))
         return records
 
     def _record(self, row: Any) -> JobRecord:
@@ -297,7 +301,18 @@ class SqlStore:
         with reading(f"the record of job {row.id}"):
             fields["spec"] = SampleSpec.from_json(json.loads(row.spec))
             fields["problem"] = json.loads(row.problem) if row.problem is not None else None
+            fields["webhook"] = webhook_of(row)
             return JobRecord(**fields)
+
+
+def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
+    """That of a row. damaged: None for one that cannot be read."""
+    try:
+        return Webhook.from_json(json.loads(row.webhook)) if row.webhook is not None else None
+    except arrays.UNREADABLE:
+        if damaged:
+            return None
+        raise
 
 
 def _json(value: Mapping[str, Any] | None) -> str | None:

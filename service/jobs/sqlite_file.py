@@ -15,7 +15,7 @@ from tminus.service.jobs.wal import find_damage
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of tables.py
+VERSION = 4  # of tables.py
 # From each earlier version to the next.
 UPGRADES: Mapping[int, tuple[str, ...]] = {
     1: (
@@ -27,6 +27,14 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
         "bytes BIGINT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY (key))",
         "CREATE INDEX objects_by_job ON objects (job_id)",
         "CREATE INDEX objects_by_state ON objects (state, since_us)",
+    ),
+    3: (
+        "ALTER TABLE jobs ADD COLUMN webhook TEXT",
+        "CREATE TABLE deliveries (id TEXT NOT NULL, job_id TEXT NOT NULL, event TEXT NOT NULL, receiver TEXT NOT NULL, "
+        "state TEXT NOT NULL, attempts INTEGER NOT NULL, since_us BIGINT NOT NULL, due_us BIGINT NOT NULL, "
+        "held_until_us BIGINT, error TEXT, PRIMARY KEY (id), UNIQUE (job_id, event))",
+        "CREATE INDEX deliveries_by_due ON deliveries (state, due_us)",
+        "CREATE INDEX deliveries_by_receiver ON deliveries (state, receiver)",
     ),
 }
 APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header, by which file(1) and this module know our files

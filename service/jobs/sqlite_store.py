@@ -13,10 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy.pool import StaticPool
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.sql_store import Run, SqlStore
+from tminus.service.jobs.sql_store import SqlStore
 from tminus.service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, VERSION, cannot_be_used, is_new, prepare, upgrade
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
 from tminus.service.jobs.tables import make_tables
+from tminus.service.jobs.webhooks.delivery_store import Run
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
@@ -70,6 +71,8 @@ class SqliteStore(SqlStore):
                     self._tables.metadata.create_all(self._connection)
             upgrade(file, self._driver)
             self.claim()  # what the server reads first: if this fails it must not start
+            with self._transaction() as run:
+                self._deliveries.let_go_all(run)
             made = os.stat(file) if file is not None else None
             self._identity = (made.st_dev, made.st_ino) if made is not None else None
         except sa.exc.DBAPIError as error:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from tminus.service.jobs.webhooks.webhook import Delivery, Webhook
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
@@ -28,6 +29,7 @@ class JobRecord:
     problem: Mapping[str, Any] | None = None  # why it failed
     owner: str = ""  # the name of the key that it came with
     crashes: int = 0  # of the worker while it worked on this job
+    webhook: Webhook | None = None  # who is told of its events
     held: bool = field(default=False, compare=False)  # by a replica that lives, when it was read; if replicas share it
     ahead_us: int = field(default=0, compare=False)  # the clock of its times, over this machine's
 
@@ -44,16 +46,18 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What makes a retry safe: the client's Idempotency-Key, and a hash of the request it came with."""
+    """What makes a retry safe: the client's Idempotency-Key, or the UUID it chose, and a hash of the request."""
 
     name: str
     request_hash: str
     owner: str = ""  # whose it is: each has keys of its own
+    job_id: str | None = None  # of a UUID that was chosen: the id of its job
 
     @property
     def kept_as(self) -> str:
-        """Under which name it is kept. No client can send the character that parts the two."""
-        return f"{self.owner}\x1f{self.name}" if self.owner else self.name
+        """Under which name it is kept. No client can send the characters that part its parts."""
+        name = self.name if self.job_id is None else f"\x1e{self.name}"
+        return f"{self.owner}\x1f{name}" if self.owner else name
 
 
 def now_us() -> int:
@@ -175,6 +179,8 @@ class JobStore(Protocol):
     def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
         """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost.
 
+        What its webhook is to be told is owed from the same moment on.
+
         images: an object was noted before it was written. Raises ObjectGone, and keeps nothing, if it was given up.
         """
 
@@ -205,9 +211,31 @@ class JobStore(Protocol):
     def sweep(self, before_us: int, max_bytes: int) -> bool:
         """Delete jobs that ended before a time, and then the oldest that ended until those left take at most max_bytes.
 
-        The newest stays, whatever its size. The room of deleted jobs is given back to the disk.
+        The newest stays, whatever its size. One of which deliveries are pending is not too old, but may be too much.
+        The room of deleted jobs is given back to the disk.
         One call does a part of this, so that other calls need not wait long; returns whether to call again.
         """
+
+    def started(self, job: JobRecord) -> None:
+        """Owe it to a job's webhook that the job has begun, if it is held and has not ended, and that is wanted."""
+
+    def claim_deliveries(self, busy: Collection[str], most: int, each: int, held_s: float) -> list[Delivery]:
+        """Hold deliveries that are due, for so long, and count an attempt of each; nobody else has them meanwhile.
+
+        most: in all. each: of one receiver. busy: receivers of which none is wanted now.
+        """
+
+    def settle(self, delivery: Delivery, again_in_s: float = 0.0) -> bool:
+        """Keep how an attempt of a delivery that is held ended; False if it is another's by now, or its job is gone.
+
+        again_in_s: until the next one, if it is still pending.
+        """
+
+    def number_owed(self, receiver: str, most: int) -> int:
+        """How many deliveries to a receiver are pending, counted up to this number."""
+
+    def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
+        """All that was owed of jobs so far, by job."""
 
     def check(self, *, write: bool) -> None:
         """See whether jobs can be kept, if need be by writing something small. Raises StorageFailed."""

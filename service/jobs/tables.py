@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from tminus.service.jobs.webhooks.rows import make_deliveries
+
 
 @dataclass(frozen=True, slots=True)
 class Tables:
@@ -19,6 +21,7 @@ class Tables:
     images: sa.Table
     inputs: sa.Table
     objects: sa.Table  # every object of ours, whether or not a job refers to it
+    deliveries: sa.Table  # what webhooks are told
 
 
 def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tables:
@@ -41,6 +44,7 @@ def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tab
         sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.Column("key", sa.Text),
         sa.Column("request_hash", sa.Text),
+        sa.Column("webhook", sa.Text),
         *more,
         sqlite_autoincrement=True,
     )
@@ -72,4 +76,4 @@ def make_tables(schema: str | None = None, *more: "sa.schema.SchemaItem") -> Tab
         sa.Index("objects_by_job", "job_id"),
         sa.Index("objects_by_state", "state", "since_us"),
     )
-    return Tables(metadata, jobs, snapshots, images, inputs, objects)
+    return Tables(metadata, jobs, snapshots, images, inputs, objects, make_deliveries(metadata))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.store import OUTCOMES, JobRecord
+from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.work import JobStatus
 
 STATES = ("waiting", "running", *OUTCOMES)
@@ -21,6 +22,7 @@ class JobView:
     step: int | None  # how many steps its rows have taken on average, where that is known
     position: int | None = None  # jobs that go before it, where that is known
     eta_s: float | None = None
+    deliveries: tuple[Delivery, ...] = ()  # to its webhook, if it has one and they are known
 
 
 def kept_view(record: JobRecord, model: int, model_name: str) -> JobView:

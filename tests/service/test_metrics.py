@@ -55,6 +55,8 @@ def moved() -> dict[str, Metric]:
     metrics.snapshotted(1)
     metrics.jobs_resumed(1)
     metrics.durable_job_ended("done")
+    metrics.webhook_attempted("delivered", 1.0)
+    metrics.webhook_ended("delivered")
     metrics.frame_sent()
     metrics.frame_dropped()
     metrics.rejected("overloaded")

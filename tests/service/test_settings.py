@@ -1,6 +1,7 @@
 import gc
 import re
 import weakref
+from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
+from tests.receivers import SECRET
 from tests.service.fakes import INFO, FakeEngine
 from tests.service.keys import key_line
 from tminus.service.access.access import Access
@@ -23,6 +25,8 @@ from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.jobs.objects import open_objects as really_open_objects
 from tminus.service.jobs.postgres import open_postgres as really_open_postgres
 from tminus.service.jobs.results import Results
+from tminus.service.jobs.webhooks.deliverer import Rules
+from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.library import Library
 from tminus.service.model_changes import Prepare
 from tminus.service.model_info import Limits
@@ -32,6 +36,7 @@ from tminus.service.settings import Settings
 
 TWO_SIDED = ("exact", "open", "metrics", "docs", "traces")
 DATABASE = "postgresql://tminus:a-secret@host/jobs"
+WEBHOOK_SECRETS = Path(__file__).with_name("webhook_secrets_of_the_tests.txt")
 KEYS_FILE = Path(__file__).with_name("keys_of_the_tests.txt")
 LINE = key_line("studio", "the-secret")
 LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 8000), close=lambda: None)
@@ -75,6 +80,10 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "job_results_above_kb": ("5", 5),
     "keep_jobs_s": ("1.5", 1.5),
     "keep_jobs_mb": ("5", 5),
+    "webhook_secret": (SECRET, SECRET),
+    "webhook_secret_file": (str(WEBHOOK_SECRETS), WEBHOOK_SECRETS),
+    "webhook_allow": ("hooks.internal,10.0.0.0/8", "hooks.internal,10.0.0.0/8"),
+    "webhook_retry_s": ("5", 5.0),
     "max_body_bytes": ("2048", 2048),
     "max_image_bytes": ("4096", 4096),
     "metrics": ("false", False),
@@ -112,11 +121,14 @@ OTHER = {
     "job_namespace": "elsewhere",
     "job_address": "http://10.0.0.6",
     "job_results": "s3://elsewhere",
+    "webhook_secret": "whsec_" + "A" * 32,
+    "webhook_secret_file": "elsewhere",
+    "webhook_allow": "elsewhere",
     "log_format": "text",
     "log_level": "error",
 }
 
-SECRETS = ("keys", "job_store")
+SECRETS = ("keys", "job_store", "webhook_secret")
 OF_RESULTS = ("job_results", "job_results_above_kb")
 TICK_TIMES = ((1, 0.5), (16, 2.0))
 
@@ -137,6 +149,14 @@ BAD = [
     ("job_results", "s3://bucket/../other"),
     ("job_results_above_kb", "-1"),
     ("job_results_above_kb", "1048577"),
+    ("webhook_secret", "a secret by mistake"),
+    ("webhook_secret", "whsec_short"),
+    ("webhook_secret_file", "no/such/file"),
+    ("webhook_allow", "http://hooks.internal"),
+    ("webhook_allow", "10.0.0.0/33"),
+    ("webhook_retry_s", "-1"),
+    ("webhook_retry_s", "604801"),
+    ("webhook_retry_s", "nan"),
     ("job_lease_s", "0.9"),
     ("job_lease_s", "601"),
     ("open", "perhaps"),
@@ -211,6 +231,7 @@ def given(name: str, text: str) -> list[str]:
     if name in TWO_SIDED:
         return [flag(name) if text == "true" else flag(f"no_{name}")]
     more = [flag("job_store"), DATABASE] if name in ("job_namespace", "job_lease_s", "job_address") else []
+    more += [flag("webhook_secret"), SECRET] if name in ("webhook_allow", "webhook_retry_s") else []
     more += [flag("job_results"), "s3://bucket/jobs"] if name == "job_results_above_kb" else []
     return [flag(name), text, *more]
 
@@ -286,6 +307,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             prepare: Prepare,
             access: Access,
             results: Results | None,
+            webhooks: Rules | None,
             with_metrics: bool,
             with_docs: bool,
             tracer: object,
@@ -299,6 +321,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(tick_times=first[0].speed.tick_times.points, models=library.folder)
             if results is not None:
                 served.update(job_results=results.objects, job_results_above_kb=results.above_bytes // 1024)
+            if webhooks is not None:
+                served.update(webhooks=webhooks, webhook_retry_s=webhooks.retry_s)
             served.update(access=access, metrics=with_metrics, docs=with_docs, tracer=tracer)
             served.update(allowed_origins=doors.origins, allowed_hosts=doors.hosts)
             served.update(names=[each.engine.info.name for each in first], library=library)
@@ -357,11 +381,18 @@ def arrived(served: Served, name: str) -> Any:
     if name in ("keys", "keys_file"):
         assert served["access"].with_secret("the-secret").name == "studio"
         return GIVEN[name][1]
+    if name in ("webhook_secret", "webhook_secret_file"):
+        assert served["webhooks"].sender._secrets == (b64decode(SECRET.removeprefix("whsec_")),)
+        return GIVEN[name][1]
+    if name == "webhook_allow":
+        assert "webhooks" not in served or served["webhooks"].allowed == Allowed.parse(GIVEN[name][0])
+        return GIVEN[name][1]
     if name in (
         "metrics_host",
         "job_namespace",
         "job_lease_s",
         "job_address",
+        "webhook_retry_s",
         *OF_RESULTS,
     ):  # of no use without another
         return served.get(name, GIVEN[name][1])
@@ -575,6 +606,25 @@ def test_metrics_on_a_port_of_their_own_are_not_on_the_other(serve: Serve) -> No
     assert served["metrics_host"] == "127.0.0.2"
     _, served = serve("--metrics-port", "9100", "--no-metrics")
     assert (served["metrics"], served.get("for_metrics")) == (False, None)
+
+
+# --- webhooks ---
+
+
+def test_secrets_of_webhooks_come_from_one_place_and_without_any_none_are_sent(serve: Serve) -> None:
+    result, served = serve("--webhook-secret", SECRET, "--webhook-secret-file", str(WEBHOOK_SECRETS))
+    assert result.exit_code == 1
+    assert "exclude each other" in result.stderr
+    _, served = serve("--webhook-allow", "hooks.internal")
+    assert served["ran"]
+    assert "webhooks" not in served
+
+
+def test_certificates_that_cannot_be_read_are_told_at_the_start(serve: Serve) -> None:
+    result, _ = serve("--webhook-secret", SECRET, SSL_CERT_FILE="no/such/file")
+    assert result.exit_code == 1
+    assert "SSL_CERT_FILE" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 # --- several models ---

@@ -17,7 +17,7 @@ from tminus.service.model_info import LatentInfo
 
 JOB = [
     "id", "model", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s", "age_s", "created",
-    "finished", "fingerprint", "parameters", "problem",
+    "finished", "fingerprint", "parameters", "problem", "webhook",
 ]  # fmt: skip
 PAGE = ["jobs", "next"]
 MODEL: dict[str, Any] = {

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from tests.service.fakes import INFO
 from tests.trials import openapi
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
+from tminus.service.api.webhook_request import WebhookRequest
 from tminus.service.images.encoder import JSON
 
 ROOT = Path(__file__).parents[3]
@@ -38,8 +40,13 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
         content = operation["responses"]["200"]["content"]
         assert {"image/png", "application/zip", "application/json"} <= content.keys()
     assert "requestBody" not in document["paths"]["/sample"]["get"]
-    for path, more in (("/sample", AnimationRequest.model_fields.keys()), ("/jobs", set())):
-        content = document["paths"][path]["post"]["requestBody"]["content"]
+    of_webhooks = WebhookRequest.model_fields.keys()
+    for path, method, more in (
+        ("/sample", "post", of_webhooks | AnimationRequest.model_fields.keys()),
+        ("/jobs", "post", of_webhooks),
+        ("/jobs/{job_id}", "put", of_webhooks),
+    ):
+        content = document["paths"][path][method]["requestBody"]["content"]
         for kind in ("application/json", "multipart/form-data"):
             component = content[kind]["schema"]["$ref"].rpartition("/")[2]
             properties = document["components"]["schemas"][component]["properties"]
@@ -93,6 +100,7 @@ def test_every_refusal_is_described_as_a_problem_document_or_in_openais_form(sit
     assert "202" not in statuses["get", "/sample"]
     assert {"204", "404"} <= statuses["delete", "/jobs/{job_id}"]
     assert "200" not in statuses["delete", "/jobs/{job_id}"]
+    assert {"200", "202", "409", "422", "507"} <= statuses["put", "/jobs/{job_id}"]
     assert {"404", "406", "409", "410"} <= statuses["get", "/jobs/{job_id}/image"]
 
 
@@ -115,6 +123,12 @@ def test_every_reference_in_openapi_leads_somewhere_and_operations_have_ids_of_t
             target = target[part]
     ids = [operation["operationId"] for path in document["paths"].values() for operation in path.values()]
     assert len(set(ids)) == len(ids)
+
+
+def test_what_a_webhook_is_sent_is_described(site: Site) -> None:
+    sent = site.client.get("/openapi.json").json()["webhooks"]["job"]["post"]
+    assert [header["name"] for header in sent["parameters"]] == ["webhook-id", "webhook-timestamp", "webhook-signature"]
+    assert sent["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/JobAnswer")
 
 
 # --- a client that is generated from it ---
@@ -166,6 +180,13 @@ def test_a_generated_client_knows_the_samplers_the_problems_and_every_call(site:
     submit = importlib.import_module("generated.api.jobs.post_job_jobs_post")
     job = submit.sync(client=client, body=models.JobRequest(steps=2))
     assert isinstance(job, models.JobAnswer)
+    put = importlib.import_module("generated.api.jobs.put_job_jobs_job_id_put")
+    chosen = uuid.uuid4()
+    made, again = (put.sync(chosen, client=client, body=models.JobRequest(steps=2)) for _ in range(2))
+    assert isinstance(made, models.JobAnswer)
+    assert made.id == again.id
+    conflict = put.sync(chosen, client=client, body=models.JobRequest(steps=3))
+    assert conflict.code == "job_exists"
     find = importlib.import_module("generated.api.jobs.get_job_jobs_job_id_get")
     assert find.sync(job.id, client=client).seed == job.seed
     assert find.sync("x", client=client).code == "job_not_found"

@@ -84,7 +84,7 @@ def test_a_wrong_path_is_a_problem_too(site: Site, method: str, path: str) -> No
     [
         ("DELETE", "/sample", "GET, POST"),
         ("PUT", "/jobs", "GET, POST"),
-        ("POST", "/jobs/y", "DELETE, GET"),
+        ("POST", "/jobs/y", "DELETE, GET, PUT"),
         ("GET", "/jobs/y/cancel", "POST"),
         ("POST", "/model", "GET"),
         ("POST", "/metrics", "GET, HEAD"),

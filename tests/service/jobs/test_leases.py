@@ -115,6 +115,30 @@ def test_a_job_is_seen_at_every_replica_and_ends_the_same_at_each(pair: tuple[Si
     assert one.client.get(f"/jobs/{job_id}").status_code == 404
 
 
+def test_a_chosen_id_is_one_job_at_all_replicas_whoever_gets_it_first(pair: tuple[Site, Site]) -> None:
+    chosen, (one, other) = "6f9619ff-8b86-4011-b42d-00c04fc964ff", pair
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda site: site.client.put(f"/jobs/{chosen}", json=SPEC), [one, other] * 4))
+    assert {answer.status_code for answer in answers} == {200, 202}
+    assert [answer.status_code for answer in answers].count(202) == 1
+    (job_id,) = {answer.json()["id"] for answer in answers}
+    for site in pair:
+        problem(site.client.put(f"/jobs/{chosen}", json={"steps": 9}), 409, "job_exists")
+        assert site.client.get(f"/jobs/{chosen}").json()["id"] == job_id
+    one.engine.gate.open()
+    other.engine.gate.open()
+    wait_for(other, chosen)
+    assert one.client.delete(f"/jobs/{chosen}").status_code == 204
+    assert other.client.put(f"/jobs/{chosen}", json=SPEC | {"steps": 9}).status_code == 202
+
+
+def test_a_chosen_id_of_weights_that_are_not_here_is_a_conflict(replicas: Replicas) -> None:
+    chosen = "6f9619ff-8b86-4011-b42d-00c04fc964ff"
+    one, other = replicas.start(), replicas.start(info=replace(INFO, weights_hash="cd" * 32))
+    assert one.client.put(f"/jobs/{chosen}", json=SPEC).status_code == 202
+    problem(other.client.put(f"/jobs/{chosen}", json=SPEC), 409, "job_exists")
+
+
 @pytest.mark.parametrize("how", ["cancel", "delete"])
 def test_a_job_is_cancelled_at_another_replica(pair: tuple[Site, Site], how: str) -> None:
     holder, asked = pair

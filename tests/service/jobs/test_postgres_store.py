@@ -21,6 +21,7 @@ from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.postgres_tables import FORMAT
 from tminus.service.jobs.store import Key, LeaseLost, Pace
+from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs, SampleSpec
@@ -349,7 +350,7 @@ def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
 ) -> None:
     old, new = database.open(), database.open()
     with monkeypatch.context() as newer:
-        newer.setattr(postgres_store, "FORMAT", FORMAT + 1)
+        newer.setattr(postgres_store, "format_of", lambda _job: FORMAT + 1)
         for name, held in (("begun", True), ("new", False)):
             new.add(job(name), Key(name, "hash"), held=held)
         new.close()
@@ -369,8 +370,8 @@ def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:
     fields = "n steps sampler eta seed index class_labels guidance guidance_interval timestep_spacing clip strength"
     fields += " image_sha256 mask_sha256 table guidance_rescale"
     samplers = "ddpm ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc deis plms euler heun tuned consistency"
-    assert (FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (1, sorted(fields.split()))
-    assert (FORMAT, sorted(SAMPLER_FACTS)) == (1, sorted(samplers.split()))
+    assert (FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (2, sorted(fields.split()))
+    assert (FORMAT, sorted(SAMPLER_FACTS)) == (2, sorted(samplers.split()))
 
 
 # --- clocks ---
@@ -476,10 +477,28 @@ def test_a_database_that_cannot_be_used_is_told_in_one_line(
 def test_tables_of_a_newer_version_are_left_as_they_are(database: DatabaseShelf) -> None:
     database.open().add(job("a"))
     database.change("UPDATE alembic_version SET version_num = '99'")
-    with pytest.raises(ValueError, match="of version 99, and this tminus knows version 1; nothing was changed"):
+    with pytest.raises(ValueError, match="of version 99, and this tminus knows version 2; nothing was changed"):
         database.opener()
-    database.change("UPDATE alembic_version SET version_num = '1'")
+    database.change("UPDATE alembic_version SET version_num = '2'")
     assert database.open().get("a") == job("a")
+
+
+def test_tables_of_version_1_are_brought_to_this_one_with_their_jobs(database: DatabaseShelf) -> None:
+    database.open().add(job("a"), Key("k", "hash"))
+    for statement in (  # what version 2 has added
+        "DROP TABLE deliveries",
+        "ALTER TABLE jobs DROP COLUMN webhook",
+        "UPDATE alembic_version SET version_num = '1'",
+    ):
+        database.change(statement)
+    told = replace(job("b"), webhook=Webhook("https://hooks.example/x"))
+    for _ in range(2):  # and stays so
+        store = database.open()
+        assert store.find(Key("k", "hash")) == (job("a"), True)
+    assert store.add(told)
+    store.finish(ended(told), PIXELS)
+    assert len(store.deliveries("ab")["b"]) == 3
+    assert database.read("SELECT version_num FROM alembic_version") == [("2",)]
 
 
 def test_many_can_start_at_once_on_a_new_database(postgres: postgres_server.Postgres) -> None:

@@ -1,0 +1,30 @@
+"""Connections to PostgreSQL, bounded in time."""
+
+import sqlalchemy as sa
+
+STATEMENT_S = 10.0  # a statement that takes longer is given up, so that a lease can be renewed in time
+CONNECT_S = 5
+
+
+def connect(url: str, namespace: str) -> sa.Engine:
+    """An engine for a database, and no connection yet. Raises ValueError for what is no URL of PostgreSQL."""
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise ValueError("it is no URL, as postgresql://user@host/database is") from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError(f"it must begin with postgresql://, not with {parsed.drivername}://")
+    arguments = {
+        "connect_timeout": CONNECT_S,
+        "application_name": f"tminus {namespace}",
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": round(1000 * STATEMENT_S),
+        "options": f"-c statement_timeout={round(1000 * STATEMENT_S)} -c lock_timeout={round(1000 * STATEMENT_S)}",
+        "prepare_threshold": None,  # a proxy that pools by transaction gives each one another connection
+    }
+    return sa.create_engine(
+        parsed.set(drivername="postgresql+psycopg"), connect_args=arguments,
+        pool_size=2, max_overflow=0, pool_timeout=5, pool_pre_ping=True,
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""Sends what is owed to webhooks, again and again with growing waits, until it is delivered or given up.
+
+What is owed is in the store, and is claimed for each attempt: of servers that share a store one has it at a time, and
+where that one dies another has it when the claim ends. So each event is told at least once, under one id.
+"""
+
+import asyncio
+import heapq
+import json
+import logging
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx
+
+from tminus.service.errors import Draining, InvalidField, ServiceError, StorageFailed
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.views import JobView
+from tminus.service.jobs.webhooks.receivers import Allowed
+from tminus.service.jobs.webhooks.sender import ATTEMPT_S, NotDelivered, Sender
+from tminus.service.jobs.webhooks.webhook import Delivery
+from tminus.service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+AT_ONCE, AT_ONCE_EACH = 32, 4  # attempts of one model's jobs, and those to one receiver
+HELD_S = ATTEMPT_S + 5.0  # a claim
+LOOK_S = 5.0  # how often it is looked for what other servers left, or an earlier start
+FIRST_WAIT_S, MOST_WAIT_S, GROWTH = 5.0, 3600.0, 4.0
+JITTER = 0.25  # of a wait, either way, so that what failed together does not come back together
+MOST_ATTEMPTS = 200
+NOT_THERE_S = 5.0  # until it is tried again where this server could not even read the job
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Who may be told, and how long it is tried."""
+
+    sender: Sender
+    allowed: Allowed
+    retry_s: float  # from the event to the last attempt
+
+    @classmethod
+    def of(cls, secrets: tuple[bytes, ...], allow: str, retry_s: float) -> "Rules":
+        """Trust certificates as httpx does: those of SSL_CERT_FILE, else of the package certifi. Raises OSError."""
+        allowed = Allowed.parse(allow)
+        return cls(Sender(secrets, allowed, httpx.create_ssl_context()), allowed, retry_s)
+
+
+def wait_s(attempts: int, draw: Callable[[], float] = random.random) -> float:
+    """How long to wait after so many attempts that failed."""
+    longest = min(MOST_WAIT_S, FIRST_WAIT_S * GROWTH ** min(attempts - 1, 20))
+    return longest * (1 - JITTER + 2 * JITTER * draw())
+
+
+class Deliverer:
+    """Delivers what one store owes. In the event loop's thread only."""
+
+    def __init__(
+        self,
+        store: AsyncStore,
+        rules: Rules,
+        view: Callable[[str], Awaitable[JobView]],
+        document: Callable[[JobView], Mapping[str, Any]],
+        metrics: Metrics,
+    ) -> None:
+        """view: of a job by its id; raises ServiceError. document: what clients are told of it, which is the body."""
+        self._store, self._rules, self._view, self._document = store, rules, view, document
+        self._metrics = metrics
+        self._attempts: set[asyncio.Task[None]] = set()
+        self._busy: Counter[str] = Counter()  # receivers that are being sent to
+        self._due_s: list[float] = []  # a heap: when this server's next attempts are due, by the loop's clock
+
+    async def run(self, pause: Callable[[float], Awaitable[None]]) -> None:
+        """Deliver until this is cancelled, or the process ends. pause: sleeps; raises Draining then."""
+        try:
+            while True:
+                try:
+                    self._store.owes.clear()
+                    await self._look()
+                except StorageFailed:  # which the store has logged
+                    await pause(LOOK_S)
+                    continue
+                except Exception:
+                    log.exception("webhooks could not be looked for")
+                await self._wait(pause)
+        except Draining:
+            pass
+        finally:
+            for attempt in self._attempts:  # its claim ends by itself, and then another has it
+                attempt.cancel()
+            await asyncio.gather(*self._attempts, return_exceptions=True)
+
+    async def _look(self) -> None:
+        """Begin what is due, as far as there is room."""
+        room = AT_ONCE - len(self._attempts)
+        if room <= 0:
+            return
+        now_s = asyncio.get_running_loop().time()
+        while self._due_s and self._due_s[0] <= now_s:
+            heapq.heappop(self._due_s)
+        for delivery in await self._store.claim_deliveries([*self._busy], room, AT_ONCE_EACH, HELD_S):
+            self._busy[delivery.receiver] += 1
+            attempt = asyncio.create_task(self._attempt(delivery))
+            self._attempts.add(attempt)
+            attempt.add_done_callback(self._attempts.discard)
+
+    async def _wait(self, pause: Callable[[float], Awaitable[None]]) -> None:
+        """Wait until something may be due: an event, an attempt that has ended, a time that has come."""
+        until_due_s = self._due_s[0] - asyncio.get_running_loop().time() if self._due_s else LOOK_S
+        waits = {
+            asyncio.ensure_future(self._store.owes.wait()),
+            asyncio.ensure_future(pause(max(0.0, min(LOOK_S, until_due_s)))),
+        }
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                each.result()
+        finally:
+            for each in waits:
+                each.cancel()
+
+    async def _attempt(self, delivery: Delivery) -> None:
+        try:
+            ended, again_in_s = await self._ended(delivery)
+            if not await self._store.settle(ended, again_in_s):
+                log.warning("webhook %s of job %s is another's by now, or gone", delivery.id, delivery.job_id)
+            elif ended.state != "pending":
+                self._metrics.webhook_ended(ended.state)
+        except StorageFailed:  # its claim ends, and then it is sent once more
+            pass
+        finally:
+            self._busy[delivery.receiver] -= 1
+            self._busy += Counter()  # forgets those that are at 0
+            self._store.owes.set()
+
+    async def _ended(self, delivery: Delivery) -> tuple[Delivery, float]:
+        """Attempt a delivery; how it stands then, and when the next attempt is due."""
+        began_s = time.perf_counter()
+        try:
+            view = await self._view(delivery.job_id)
+            assert view.record.webhook is not None
+            body = json.dumps(self._document(view)).encode()
+            await self._rules.sender.send(view.record.webhook.url, delivery.id, body)
+        except NotDelivered as error:
+            return self._failed(delivery, error.reason, time.perf_counter() - began_s, is_final=error.is_final)
+        except InvalidField:  # --webhook-allow has changed since
+            return self._failed(delivery, "this receiver is not allowed any more", 0.0)
+        except StorageFailed as error:
+            if not error.damaged:
+                return delivery, NOT_THERE_S
+            return self._failed(delivery, "the job cannot be read", 0.0, is_final=True)
+        except ServiceError as error:
+            return self._failed(delivery, error.title, 0.0, is_final=True)
+        except Exception:
+            log.exception("webhook %s of job %s could not be sent", delivery.id, delivery.job_id)
+            return self._failed(delivery, "something went wrong on the server; its log has the details", 0.0)
+        took_s = time.perf_counter() - began_s
+        self._metrics.webhook_attempted("delivered", took_s)
+        log.info(
+            "webhook %s of job %s: delivered to %s in %.3f s, attempt %d",
+            delivery.id, delivery.job_id, delivery.receiver, took_s, delivery.attempts,
+        )  # fmt: skip
+        return replace(delivery, state="delivered", error=None), 0.0
+
+    def _failed(
+        self, delivery: Delivery, reason: str, took_s: float, *, is_final: bool = False
+    ) -> tuple[Delivery, float]:
+        self._metrics.webhook_attempted("failed", took_s)
+        again_in_s, age_s = wait_s(delivery.attempts), (self._store.now_us() - delivery.since_us) / 1e6
+        if is_final or delivery.attempts >= MOST_ATTEMPTS or age_s + again_in_s > self._rules.retry_s:
+            log.warning(
+                "webhook %s of job %s: given up after %d attempts to reach %s: %s",
+                delivery.id, delivery.job_id, delivery.attempts, delivery.receiver, reason,
+            )  # fmt: skip
+            return replace(delivery, state="given_up", error=reason), 0.0
+        log.info(
+            "webhook %s of job %s: attempt %d to reach %s failed, the next in %.0f s: %s",
+            delivery.id, delivery.job_id, delivery.attempts, delivery.receiver, again_in_s, reason,
+        )  # fmt: skip
+        heapq.heappush(self._due_s, asyncio.get_running_loop().time() + again_in_s)
+        return replace(delivery, error=reason), again_in_s

@@ -1,0 +1,60 @@
+"""What both stores do about deliveries; the rest of a store is in sql_store.py."""
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import sqlalchemy as sa
+
+from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.webhooks.rows import DeliveryRows
+from tminus.service.jobs.webhooks.webhook import Delivery
+
+Run = Callable[..., Any]  # runs a statement in a transaction
+Conditions = Sequence[sa.ColumnElement[bool]]
+
+
+class DeliveryStore:
+    """The calls of a JobStore that are about deliveries. Subclasses say what a transaction is, and whose jobs are."""
+
+    _deliveries: DeliveryRows
+    _jobs: sa.Table
+
+    def _transaction(self) -> AbstractContextManager[Run]:
+        """Run statements in one transaction. Raises StorageFailed when one of them fails, which undoes all."""
+        raise NotImplementedError
+
+    def _here(self) -> Conditions:
+        """Which jobs of the table are of this store."""
+        return ()
+
+    def _held(self, job_ids: Collection[str]) -> Conditions:
+        """Which of these jobs this store may write, where others could have taken them over."""
+        return [self._jobs.c.id.in_(job_ids)]
+
+    def started(self, job: JobRecord) -> None:
+        """See JobStore."""
+        held = sa.select(self._jobs.c.id).where(*self._held([job.id]), self._jobs.c.outcome.is_(None))
+        with self._transaction() as run:
+            if run(held.with_for_update()).first():
+                self._deliveries.owe(run, job.id, job.webhook, ["start"])
+
+    def claim_deliveries(self, busy: Collection[str], most: int, each: int, held_s: float) -> list[Delivery]:
+        """See JobStore."""
+        with self._transaction() as run:
+            return self._deliveries.claim(run, self._here(), busy, most, each, held_s)
+
+    def settle(self, delivery: Delivery, again_in_s: float = 0.0) -> bool:
+        """See JobStore."""
+        with self._transaction() as run:
+            return self._deliveries.settle(run, delivery, again_in_s)
+
+    def number_owed(self, receiver: str, most: int) -> int:
+        """See JobStore."""
+        with self._transaction() as run:
+            return self._deliveries.number_of(run, receiver, most)
+
+    def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
+        """See JobStore."""
+        with self._transaction() as run:
+            return self._deliveries.of(run, job_ids)

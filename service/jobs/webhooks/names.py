@@ -1,0 +1,57 @@
+"""Names to addresses, for webhooks. A name server that does not answer holds nobody but who waits for that name."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+LookUp = Callable[[str], Awaitable[list[str]]]
+MOST_LOOKUPS = 32  # threads that wait for name servers
+
+
+class Names:
+    """Looks names up in threads of its own. In the event loop's thread only.
+
+    Not by the loop's own getaddrinfo: that shares its threads with all that the server does beside the loop, and these
+    wait at the end of the process too.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[str, asyncio.Future[list[str]]] = {}  # names that are being looked up, once each
+
+    async def look_up(self, name: str) -> list[str]:
+        """The addresses of a name, as the system finds them. Raises OSError."""
+        if name not in self._asked:
+            if len(self._asked) >= MOST_LOOKUPS:
+                raise OSError("too many names wait for a name server")
+            self._begin(name)
+        return await asyncio.shield(self._asked[name])
+
+    def _begin(self, name: str) -> None:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[str]] = loop.create_future()
+        self._asked[name] = answer
+
+        def end(addresses: list[str], error: OSError | None) -> None:
+            del self._asked[name]
+            if error is None:
+                answer.set_result(addresses)
+            else:
+                answer.set_exception(error)
+                answer.exception()  # nobody may be left who waits
+
+        def run() -> None:
+            addresses: list[str] = []
+            failure: OSError | None = None
+            try:
+                found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+                addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+            except OSError as error:
+                failure = error
+            except UnicodeError:  # the codec for names of other languages
+                failure = OSError("it is no name")
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(end, addresses, failure)
+
+        threading.Thread(target=run, name="tminus-webhook-name", daemon=True).start()

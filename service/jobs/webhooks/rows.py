@@ -1,0 +1,123 @@
+"""The table of deliveries: what is owed of jobs' webhooks, from the transaction in which an event happens until it is
+delivered or given up. Each call runs in a transaction of the caller's.
+"""
+
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
+
+Run = Callable[..., Any]
+
+
+def make_deliveries(metadata: sa.MetaData) -> sa.Table:
+    """The table. A row is made when its event has happened."""
+    return sa.Table(
+        "deliveries",
+        metadata,
+        sa.Column("id", sa.Text, primary_key=True),  # webhook-id
+        sa.Column("job_id", sa.Text, nullable=False),
+        sa.Column("event", sa.Text, nullable=False),
+        sa.Column("receiver", sa.Text, nullable=False),
+        sa.Column("state", sa.Text, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),  # also the fence of who attempts it
+        sa.Column("since_us", sa.BigInteger, nullable=False),
+        sa.Column("due_us", sa.BigInteger, nullable=False),
+        sa.Column("held_until_us", sa.BigInteger),  # null: nobody attempts it now
+        sa.Column("error", sa.Text),
+        sa.UniqueConstraint("job_id", "event"),
+        sa.Index("deliveries_by_due", "state", "due_us"),
+        sa.Index("deliveries_by_receiver", "state", "receiver"),
+    )
+
+
+class DeliveryRows:
+    """What is done with the table. `now` is the store's clock, as an expression of the database."""
+
+    def __init__(self, table: sa.Table, jobs: sa.Table, now: Callable[[], sa.ColumnElement[int]]) -> None:
+        self._table, self._jobs, self._now = table, jobs, now
+
+    def owe(self, run: Run, job_id: str, webhook: Webhook | None, events: Collection[Event]) -> None:
+        """These events have happened; those that are wanted, and not noted yet, are owed."""
+        table = self._table
+        if webhook is None or not (wanted := [event for event in events if event in webhook.events]):
+            return
+        noted = {*run(sa.select(table.c.event).where(table.c.job_id == job_id)).scalars()}
+        for number, event in enumerate(wanted):
+            if event not in noted:
+                told = {"id": f"{event}_{uuid.uuid4().hex}", "job_id": job_id, "event": event}
+                to_whom = {"receiver": webhook.receiver, "state": "pending", "attempts": 0}
+                run(sa.insert(table).values(**told, **to_whom, since_us=self._now(), due_us=self._now() + number))
+
+    def claim(
+        self,
+        run: Run,
+        here: Sequence[sa.ColumnElement[bool]],
+        busy: Collection[str],
+        most: int,
+        each: int,
+        held_s: float,
+    ) -> list[Delivery]:
+        """Hold some of those that are due, for so long; of each receiver at most so many, and none of busy ones."""
+        table, now = self._table, self._now()
+        due = [
+            table.c.state == "pending",
+            table.c.due_us <= now,
+            sa.or_(table.c.held_until_us.is_(None), table.c.held_until_us < now),
+        ]
+        number = sa.func.row_number().over(partition_by=table.c.receiver, order_by=(table.c.due_us, table.c.id))
+        ranked = sa.select(table.c.id, number.label("number")).join(self._jobs, self._jobs.c.id == table.c.job_id)
+        ranked_due = ranked.where(*due, *here, table.c.receiver.not_in([*busy])).subquery()
+        query = (
+            sa.select(table).join(ranked_due, ranked_due.c.id == table.c.id).where(ranked_due.c.number <= each, *due)
+        )
+        query = query.order_by(table.c.due_us).limit(most).with_for_update(skip_locked=True, of=table)
+        rows = run(query).all()
+        if rows:
+            holding = {"attempts": table.c.attempts + 1, "held_until_us": now + round(held_s * 1e6)}
+            run(sa.update(table).where(table.c.id.in_([row.id for row in rows])).values(**holding))
+        return [_delivery(row, row.attempts + 1) for row in rows]
+
+    def settle(self, run: Run, delivery: Delivery, again_in_s: float) -> bool:
+        """Keep how an attempt ended; False if it is another's by now, or gone."""
+        table = self._table
+        held = [table.c.id == delivery.id, table.c.attempts == delivery.attempts, table.c.state == "pending"]
+        due_us = self._now() + round(again_in_s * 1e6)
+        ending = {"state": delivery.state, "error": delivery.error, "due_us": due_us, "held_until_us": None}
+        return int(run(sa.update(table).where(*held).values(**ending)).rowcount) > 0
+
+    def of(self, run: Run, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
+        """Those of jobs, in the order of their events."""
+        table, found = self._table, dict[str, list[Delivery]]()
+        for row in run(sa.select(table).where(table.c.job_id.in_([*job_ids]))).all():
+            found.setdefault(row.job_id, []).append(_delivery(row, row.attempts))
+        return {job_id: sorted(each, key=lambda one: EVENTS.index(one.event)) for job_id, each in found.items()}
+
+    def number_of(self, run: Run, receiver: str, most: int) -> int:
+        """How many are pending of a receiver, counted up to a number."""
+        table = self._table
+        pending = sa.select(table.c.id).where(table.c.state == "pending", table.c.receiver == receiver).limit(most)
+        return int(run(sa.select(sa.func.count()).select_from(pending.subquery())).scalar_one())
+
+    def delete(self, run: Run, job_ids: Sequence[str]) -> None:
+        """Jobs are deleted: nothing is owed of them any more."""
+        run(sa.delete(self._table).where(self._table.c.job_id.in_(job_ids)))
+
+    def let_go_all(self, run: Run) -> None:
+        """Nobody attempts any, as there was one process and it has ended."""
+        held = self._table.c.held_until_us.is_not(None)
+        run(sa.update(self._table).where(held).values(held_until_us=None))
+
+    def is_owed(self) -> sa.ColumnElement[bool]:
+        """Whether something of a job is still to be delivered."""
+        table, jobs = self._table, self._jobs
+        pending = sa.select(table.c.id).where(table.c.job_id == jobs.c.id, table.c.state == "pending")
+        return sa.and_(jobs.c.webhook.is_not(None), pending.exists())
+
+
+def _delivery(row: Any, attempts: int) -> Delivery:
+    fields: Mapping[str, Any] = {name: getattr(row, name) for name in Delivery.__dataclass_fields__}
+    return Delivery(**{**fields, "attempts": attempts})

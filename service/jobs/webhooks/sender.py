@@ -1,0 +1,132 @@
+"""One attempt to deliver: a POST to an address that was checked as it was connected to, bounded in time and bytes.
+
+No redirect is followed, no proxy of the environment is used, no connection is kept, and nothing of an answer but its
+status goes any further: what a receiver says is not to be read through this server.
+"""
+
+import asyncio
+import ssl
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import httpcore
+
+from tminus.service.jobs.webhooks.names import LookUp, Names
+from tminus.service.jobs.webhooks.receivers import Allowed, Receiver, permitted
+from tminus.service.jobs.webhooks.signing import signed_headers
+
+ATTEMPT_S = 10.0  # for all of it: name, connection, TLS, request and answer
+CONNECT_S = 4.0  # to one address
+MOST_ADDRESSES = 4  # of a name that are tried
+MOST_ANSWER_BYTES = 16 * 1024  # that are read, so that a receiver can say what it likes before the connection closes
+GONE = 410  # by which a receiver says that it wants no more of them (Standard Webhooks)
+
+
+class NotDelivered(Exception):
+    """Why an attempt failed, in words that its client may read: nothing of the answer, no address."""
+
+    def __init__(self, reason: str, *, is_final: bool = False) -> None:
+        """is_final: the receiver wants no further attempt."""
+        super().__init__(reason)
+        self.reason, self.is_final = reason, is_final
+
+
+class Sender:
+    """Makes a connection for each attempt. In the event loop's thread only."""
+
+    def __init__(
+        self, secrets: tuple[bytes, ...], allowed: Allowed, tls: ssl.SSLContext, look_up: LookUp | None = None
+    ) -> None:
+        """tls: whose certificates are trusted. look_up: in place of the system's own."""
+        self._secrets, self._allowed, self._tls = secrets, allowed, tls
+        self._look_up = look_up or Names().look_up
+
+    async def send(self, url: str, delivery_id: str, body: bytes) -> None:
+        """Deliver a body. Raises NotDelivered, and InvalidField for a URL that is not allowed any more."""
+        receiver = Receiver.parse(url, self._allowed)
+        headers = {
+            "host": receiver.host_header,
+            "content-type": "application/json",
+            "user-agent": "tminus",
+            "accept-encoding": "identity",
+        } | signed_headers(self._secrets, delivery_id, int(time.time()), body)
+        backend = _CheckedBackend(receiver, self._allowed, self._look_up)
+        try:
+            async with (
+                asyncio.timeout(ATTEMPT_S),
+                httpcore.AsyncConnectionPool(self._tls, max_connections=1, network_backend=backend) as pool,
+            ):
+                _check(await _post(pool, receiver, headers, body))
+        except TimeoutError:
+            raise NotDelivered(f"no answer within {ATTEMPT_S:g} s") from None
+        except httpcore.ConnectError as error:
+            raise NotDelivered(_why(error)) from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+            raise NotDelivered(f"the connection broke, or the answer is no HTTP ({type(error).__name__})") from None
+
+
+async def _post(pool: httpcore.AsyncConnectionPool, receiver: Receiver, headers: dict[str, str], body: bytes) -> int:
+    url = httpcore.URL(
+        scheme=receiver.scheme.encode(),
+        host=receiver.host.encode(),
+        port=receiver.port,
+        target=receiver.target.encode(),
+    )
+    async with pool.stream("POST", url, headers=list(headers.items()), content=body) as answer:
+        read = 0
+        async for chunk in answer.aiter_stream():
+            read += len(chunk)
+            if read > MOST_ANSWER_BYTES:
+                break
+        return answer.status
+
+
+def _check(status: int) -> None:
+    """Raise NotDelivered for an answer that is not a success."""
+    if 300 <= status < 400:
+        raise NotDelivered(f"the receiver answered {status}, a redirect, and none is followed")
+    if not 200 <= status < 300:
+        raise NotDelivered(f"the receiver answered {status}", is_final=status == GONE)
+
+
+def _why(error: BaseException) -> str:
+    """Why there is no connection: what TLS says of a certificate is for its client to mend."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the receiver's certificate is not valid: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS failed: {cause.reason or 'it was cut off'}"
+        cause = cause.__cause__ or cause.__context__
+    return str(error) or "no connection could be made"
+
+
+class _CheckedBackend(httpcore.AsyncNetworkBackend):
+    """Connects to addresses that may be connected to, whatever a name server says from one moment to the next."""
+
+    def __init__(self, receiver: Receiver, allowed: Allowed, look_up: LookUp) -> None:
+        self._receiver, self._allowed, self._look_up = receiver, allowed, look_up
+        self._backend = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109, ARG002  httpcore's own signature; ATTEMPT_S bounds all
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Resolve the name, and connect to one of its addresses by number. Raises ConnectError."""
+        try:
+            addresses = await self._look_up(host)
+        except OSError as error:
+            raise httpcore.ConnectError(f"the name cannot be resolved: {error.strerror or error}") from None
+        if not (chosen := permitted(self._receiver, addresses, self._allowed)):
+            raise httpcore.ConnectError("its name leads to no public address; others are for --webhook-allow to list")
+        for address in chosen[:MOST_ADDRESSES]:
+            try:
+                return await self._backend.connect_tcp(address, port, CONNECT_S, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue
+        raise httpcore.ConnectError("no connection could be made")

@@ -1,0 +1,312 @@
+"""Webhooks as clients name them, through the app, with a real receiver."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.receivers import receiver, status
+from tests.service.api.pictures import CAT
+from tests.service.conftest import MakeSite, Site, problem
+from tests.service.durable import SPEC, post, wait_for
+from tests.service.fakes import wait_until
+from tests.service.keys import access_of, bearer, key_line
+from tests.service.webhooks import make_telling, rules
+from tminus.service.jobs import new_jobs
+from tminus.service.jobs.webhooks import deliverer
+
+TOKEN = "?token=s3cret"
+EVERY = ["start", "output", "completed"]
+PUBLIC: dict[str, Any] = {"webhook": "https://hooks.example/x"}
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deliverer, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(deliverer, "LOOK_S", 0.05)
+
+
+@pytest.fixture
+def site(make_site: MakeSite) -> Site:
+    return make_telling(make_site)
+
+
+def webhook_of(site: Site, job_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = site.client.get(f"/jobs/{job_id}").json()["webhook"]
+    return found
+
+
+def settled(site: Site, job_id: str, count: int) -> list[dict[str, Any]]:
+    """The deliveries, once there are so many and none is pending."""
+
+    def all_settled() -> bool:
+        found = webhook_of(site, job_id)["deliveries"]
+        return len(found) == count and all(each["state"] != "pending" for each in found)
+
+    wait_until(all_settled)
+    found: list[dict[str, Any]] = webhook_of(site, job_id)["deliveries"]
+    return found
+
+
+def test_start_output_and_completed_are_told_with_the_jobs_document(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.engine.gate.shut()
+    with receiver() as there, caplog.at_level("DEBUG"):
+        accepted = post(site, {**SPEC, "webhook": f"{there.url}/hook{TOKEN}"})
+        job_id = accepted.json()["id"]
+        assert accepted.json()["webhook"] == {"receiver": there.url, "events": EVERY, "deliveries": []}
+        site.engine.next_begun()
+        assert there.told == []
+        site.engine.gate.let(2)  # the watch may come to the worker while the first runs
+        (start,) = there.wait_for(1)
+        assert (start.event, start.document["state"], start.document["id"]) == ("start", "running", job_id)
+        site.engine.gate.open()
+        told = there.wait_for(3)
+        assert sorted(each.event for each in told) == sorted(EVERY)
+        found = settled(site, job_id, 3)
+        assert [(each["event"], each["state"], each["attempts"], each["error"]) for each in found] == [
+            (event, "delivered", 1, None) for event in EVERY
+        ]
+        assert {each["id"] for each in found} == {*there.ids()}
+        done = site.client.get(f"/jobs/{job_id}").json()
+        for each in told[1:]:
+            assert each.path == f"/hook{TOKEN}"
+            assert each.document | {"age_s": 0, "webhook": 0} == done | {"age_s": 0, "webhook": 0}
+        assert there.refused == []
+    (listed,) = site.client.get("/jobs").json()["jobs"]
+    assert listed["webhook"]["deliveries"] == found
+    assert "s3cret" not in site.client.get("/jobs").text + caplog.text
+    metrics = site.metrics()
+    assert metrics['tminus_webhooks_total{"outcome": "delivered"}'] == 3
+
+
+@pytest.mark.parametrize(("asked", "events"), [(["completed"], ["completed"]), ("output", ["output"])])
+def test_only_the_events_that_are_asked_for_are_told(site: Site, asked: object, events: list[str]) -> None:
+    with receiver() as there:
+        job_id = post(site, {**SPEC, "webhook": there.url, "webhook_events_filter": asked}).json()["id"]
+        assert [each["event"] for each in settled(site, job_id, 1)] == events
+        assert there.events() == events
+
+
+def test_a_job_that_fails_or_is_cancelled_is_told_to_have_ended(site: Site) -> None:
+    site.engine.gate.shut()
+    with receiver() as there:
+        failing = post(site, {**SPEC, "webhook": there.url}).json()["id"]
+        batch = site.engine.next_begun()
+        site.engine.gate.let(2)
+        there.wait_for(1)
+        site.engine.nan.add(batch.rows[0])
+        site.engine.gate.open()
+        assert [each["event"] for each in settled(site, failing, 2)] == ["start", "completed"]
+        site.engine.gate.shut()
+        cancelled = post(site, {**SPEC, "webhook": there.url}).json()["id"]
+        site.engine.next_begun()
+        site.engine.gate.open()
+        answer = site.client.post(f"/jobs/{cancelled}/cancel").json()
+        settled(site, cancelled, len(webhook_of(site, cancelled)["deliveries"]))
+        ends = {each.document["id"]: each.document for each in there.told if each.event == "completed"}
+    assert ends[failing]["problem"]["code"] == "not_finite"
+    assert ends[failing]["state"] == "failed"
+    assert ends[cancelled]["state"] == answer["state"]
+
+
+def test_a_form_and_sample_with_respond_async_name_one_too(site: Site) -> None:
+    with receiver() as there:
+        fields = {
+            "strength": "0.6",
+            "steps": "5",
+            "webhook": there.url,
+            "webhook_events_filter": ["output", "completed"],
+        }
+        answer = site.client.post("/jobs", files={"image": ("a.png", CAT)}, data=fields)
+        assert answer.status_code == 202, answer.text
+        settled(site, answer.json()["id"], 2)
+        answer = site.post(json={**SPEC, "webhook": there.url}, headers={"Prefer": "respond-async"})
+        assert answer.status_code == 202, answer.text
+        settled(site, answer.json()["id"], 3)
+        assert len(there.told) == 5
+
+
+def test_500_and_then_200_is_told_under_one_id(site: Site) -> None:
+    with receiver(status(500), status(302, Location="/elsewhere"), status(200)) as there:
+        body = {**SPEC, "webhook": there.url, "webhook_events_filter": ["completed"]}
+        job_id = post(site, body).json()["id"]
+        (delivery,) = settled(site, job_id, 1)
+        assert (delivery["state"], delivery["attempts"], delivery["error"]) == ("delivered", 3, None)
+        assert there.ids() == [delivery["id"]] * 3
+
+
+def test_why_an_attempt_failed_is_in_the_document_while_it_waits_for_the_next(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliverer, "FIRST_WAIT_S", 3600.0)
+    with receiver(status(503)) as there:
+        body = {**SPEC, "webhook": there.url, "webhook_events_filter": ["completed"]}
+        job_id = post(site, body).json()["id"]
+        wait_until(
+            lambda: [each["error"] for each in webhook_of(site, job_id)["deliveries"]] == ["the receiver answered 503"]
+        )
+    (delivery,) = webhook_of(site, job_id)["deliveries"]
+    assert (delivery["state"], delivery["attempts"]) == ("pending", 1)
+    assert site.client.delete(f"/jobs/{job_id}").status_code == 204, "what is deleted owes nothing"
+    wait_for(site, post(site).json()["id"])
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "bound"),
+    [
+        ({"webhook": "https://10.0.0.1/x"}, "webhook", "public host"),
+        ({"webhook": "https://169.254.169.254/latest"}, "webhook", "public host"),
+        ({"webhook": "http://hooks.example/x"}, "webhook", "https"),
+        ({"webhook": "https://hooks.example/" + "x" * 1024}, "webhook", "at most 1024 characters"),
+        ({"webhook": "not a URL"}, "webhook", "absolute https URL"),
+        ({"webhook": ""}, "webhook", "absolute https URL"),
+        ({"webhook": ["https://hooks.example/s3cret"]}, "webhook", "a text"),
+        ({"webhook": 5}, "webhook", "a text"),
+        ({"webhook_events_filter": ["completed"]}, "webhook", "given where"),
+        (PUBLIC | {"webhook_events_filter": ["logs"]}, "webhook_events_filter", "start, output, completed"),
+        (PUBLIC | {"webhook_events_filter": []}, "webhook_events_filter", "start, output, completed"),
+        (PUBLIC | {"webhook_events_filter": ["start"] * 2}, "webhook_events_filter", "at most once"),
+        (PUBLIC | {"webhook_events_filter": [["start"]]}, "webhook_events_filter", "a list"),
+        (PUBLIC | {"webhook_events_filter": ["start"] * 99}, "webhook_events_filter", "a list"),
+    ],
+)
+def test_a_webhook_that_cannot_be_told_is_refused_by_name(
+    site: Site, body: dict[str, Any], field: str, bound: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG"):
+        document = problem(site.client.post("/jobs", json=SPEC | body), 422, "invalid_field")
+    assert document["field"] == field
+    assert bound in document["bound"]
+    assert "s3cret" not in caplog.text
+    assert "xxxx" not in caplog.text
+    assert site.client.get("/jobs").json()["jobs"] == []
+
+
+def test_in_the_query_it_is_refused_and_the_log_has_no_more_of_it(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"):
+        answer = site.client.post("/jobs", params={"steps": 2, "webhook": "https://hooks.example/s3cret"})
+    assert "in the body" in problem(answer, 422, "invalid_field")["bound"]
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("tminus")]
+    assert any("webhook=…" in line for line in ours)
+    assert not [line for line in ours if "s3cret" in line]
+
+
+def test_without_a_durable_job_there_is_none(site: Site) -> None:
+    document = problem(site.post(json=SPEC | {"webhook": "https://hooks.example/x"}), 422, "invalid_field")
+    assert (document["field"], document["bound"]) == (
+        "webhook",
+        "absent without Prefer: respond-async: only a durable job has one",
+    )
+    assert document["value"] == "https://hooks.example"
+    problem(site.client.get("/sample?steps=2&webhook=https://hooks.example/x"), 422, "invalid_field")
+
+
+def test_a_server_without_a_secret_sends_none(make_site: MakeSite) -> None:
+    site = make_site()
+    document = problem(
+        site.client.post("/jobs", json=SPEC | {"webhook": "https://hooks.example/x"}), 422, "invalid_field"
+    )
+    assert "--webhook-secret" in document["bound"]
+
+
+def test_a_receiver_that_takes_nothing_is_named_by_no_more_jobs(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deliverer, "FIRST_WAIT_S", 3600.0)
+    monkeypatch.setattr(new_jobs, "MOST_OWED", 2)
+    with receiver(status(503)) as there, receiver() as other:
+        body = SPEC | {"webhook": f"{there.url}/x{TOKEN}", "webhook_events_filter": ["completed"]}
+        for _ in range(2):
+            wait_for(site, post(site, body).json()["id"])
+        refused = site.client.post("/jobs", json=body)
+        document = problem(refused, 429, "overloaded")
+        assert (document["field"], document["value"]) == ("webhook", there.url)
+        assert refused.headers["retry-after"] == "60"
+        settled(site, post(site, SPEC | {"webhook": other.url}).json()["id"], 3)
+
+
+def test_a_key_covers_the_webhook(site: Site) -> None:
+    with receiver() as there:
+        body = SPEC | {"webhook": there.url}
+        first = post(site, body, **{"Idempotency-Key": "k"}).json()["id"]
+        again = post(site, body, **{"Idempotency-Key": "k"})
+        assert again.json()["id"] == first
+        assert again.headers["idempotent-replayed"] == "true"
+        for other in (SPEC, body | {"webhook": f"{there.url}/x"}, body | {"webhook_events_filter": ["output"]}):
+            answer = site.client.post("/jobs", json=other, headers={"Idempotency-Key": "k"})
+            problem(answer, 422, "idempotency_key_reused")
+        settled(site, first, 3)
+        assert len(there.told) == 3
+
+
+def test_of_whom_a_job_tells_only_its_owner_and_admins_hear(make_site: MakeSite) -> None:
+    lines = [
+        key_line("studio", "one-secret"),
+        key_line("other", "other-secret"),
+        key_line("ops", "admin-secret", "admin"),
+    ]
+    site = make_telling(make_site, app={"access": access_of(*lines)})
+    with receiver() as there:
+        answer = site.client.post(
+            "/jobs", json=SPEC | {"webhook": f"{there.url}/x{TOKEN}"}, headers=bearer("one-secret")
+        )
+        job_id = answer.json()["id"]
+        there.wait_for(3)
+        problem(site.client.get(f"/jobs/{job_id}", headers=bearer("other-secret")), 404, "job_not_found")
+        for secret in ("one-secret", "admin-secret"):
+            seen = site.client.get(f"/jobs/{job_id}", headers=bearer(secret))
+            assert seen.json()["webhook"]["receiver"] == there.url
+            assert "s3cret" not in seen.text
+
+
+def test_the_end_of_the_events_has_the_webhook_too(site: Site) -> None:
+    with receiver() as there:
+        site.engine.gate.shut()
+        job_id = post(site, SPEC | {"webhook": there.url}).json()["id"]
+        site.engine.gate.open()
+        text = site.client.get(f"/jobs/{job_id}/events").text
+    assert '"event": "completed"' in text
+
+
+# --- restarts ---
+
+
+@pytest.fixture
+def telling(restarts: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Site]:
+    """Starts sites on one file, each of which sends webhooks."""
+    from tests.service import conftest
+
+    create = conftest.create_app
+    monkeypatch.setattr(conftest, "create_app", lambda *args, **kwargs: create(*args, webhooks=rules(), **kwargs))
+    start: Callable[[], Site] = restarts.start
+    return start
+
+
+def test_what_is_owed_is_told_by_the_next_start(telling: Callable[[], Site], restarts: Any) -> None:
+    with receiver(status(500)) as there:
+        site = telling()
+        body = SPEC | {"webhook": there.url, "webhook_events_filter": ["completed"]}
+        job_id = post(site, body).json()["id"]
+        wait_until(lambda: len(there.told) >= 1)
+        restarts.stop()
+        there.answers[:] = [status(200)]
+        site = telling()
+        (delivery,) = settled(site, job_id, 1)
+        assert delivery["state"] == "delivered"
+        assert set(there.ids()) == {delivery["id"]}
+
+
+def test_a_job_that_goes_on_after_a_restart_starts_once(telling: Callable[..., Site], restarts: Any) -> None:
+    with receiver() as there:
+        site = telling(shut=True)
+        job_id = post(site, SPEC | {"webhook": there.url}).json()["id"]
+        site.engine.next_begun()
+        site.engine.gate.let(2)
+        there.wait_for(1)
+        restarts.stop()
+        site = telling()
+        settled(site, job_id, 3)
+        assert sorted(there.events()) == sorted(EVERY)

@@ -1,0 +1,255 @@
+"""Attempts, waits and giving up, on a real store; what a receiver answers is the test's, and waits are short."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.service.fakes import INFO, PATIENCE_S
+from tests.service.jobs.kept import PIXELS, ended, job
+from tminus.service.errors import JobNotFound, StorageFailed
+from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.views import JobView, kept_view
+from tminus.service.jobs.webhooks import deliverer as module
+from tminus.service.jobs.webhooks.deliverer import AT_ONCE_EACH, Deliverer, Rules, wait_s
+from tminus.service.jobs.webhooks.receivers import Allowed
+from tminus.service.jobs.webhooks.sender import NotDelivered
+from tminus.service.jobs.webhooks.webhook import Delivery, Webhook
+from tminus.service.metrics import Metrics
+
+Send = Callable[[str, str, bytes], Awaitable[None]]
+
+
+def told(name: str, url: str = "https://hooks.example/x") -> JobRecord:
+    return replace(job(name), webhook=Webhook(url, ("completed",)))
+
+
+class Running:
+    """A deliverer on a store in memory, with a sender of the test's."""
+
+    def __init__(self, send: Send, retry_s: float = 3600.0) -> None:
+        self.kept = SqliteStore(None)
+        self.store = AsyncStore(self.kept)
+        self.metrics = Metrics()
+        self.gone: set[str] = set()
+        sender: Any = type("FakeSender", (), {"send": staticmethod(send)})
+        rules = Rules(sender, Allowed(), retry_s)
+        self.deliverer = Deliverer(self.store, rules, self.view, lambda view: {"id": view.record.id}, self.metrics)
+
+    async def view(self, job_id: str) -> JobView:
+        record = await self.store.get(job_id)
+        if record is None or job_id in self.gone:
+            raise JobNotFound("no such job")
+        return kept_view(record, 0, INFO.name)
+
+    async def end(self, *records: JobRecord) -> None:
+        for record in records:
+            await self.store.add(record, None, None)
+            await self.store.finish(ended(record), PIXELS)
+
+    async def deliveries(self, names: Sequence[str]) -> list[Delivery]:
+        found = await self.store.deliveries(names)
+        return [found[name][0] for name in names if name in found]
+
+    async def until(self, names: Sequence[str], *states: str) -> list[Delivery]:
+        """Run until all are in these states."""
+        running = asyncio.create_task(self.deliverer.run(asyncio.sleep))
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not all(  # noqa: ASYNC110  the store tells nobody
+                    each.state in states for each in await self.deliveries(names)
+                ):
+                    await asyncio.sleep(0.01)
+                return await self.deliveries(names)
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+            self.store.close()
+
+    def counted(self, name: str) -> dict[str, float]:
+        samples = [sample for family in self.metrics.registry.collect() for sample in family.samples]
+        return {each.labels["outcome"]: each.value for each in samples if each.name == f"tminus_{name}"}
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(module, "LOOK_S", 0.02)
+    return
+
+
+def test_waits_grow_to_a_bound_and_are_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FIRST_WAIT_S", 5.0)
+    assert [wait_s(attempts, lambda: 0.5) for attempts in range(1, 8)] == [5, 20, 80, 320, 1280, 3600, 3600]
+    assert wait_s(10**6, lambda: 0.5) == 3600
+    assert (wait_s(1, lambda: 0.0), wait_s(1, lambda: 1.0)) == (3.75, 6.25)
+    assert len({wait_s(3) for _ in range(20)}) > 1
+
+
+def test_500_twice_and_then_200_is_delivered_under_one_id_with_the_reason_in_between(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sent: list[tuple[str, str, bytes]] = []
+
+    async def send(*request: Any) -> None:
+        sent.append(request)
+        if len(sent) < 3:
+            raise NotDelivered("the receiver answered 500")
+
+    async def run() -> Running:
+        running = Running(send)
+        await running.end(told("a", "https://hooks.example/x?token=s3cret"))
+        (delivery,) = await running.until("a", "delivered", "given_up")
+        assert (delivery.state, delivery.attempts, delivery.error) == ("delivered", 3, None)
+        return running
+
+    with caplog.at_level("INFO"):
+        running = asyncio.run(run())
+    assert len({delivery_id for _, delivery_id, _ in sent}) == 1
+    assert [body for *_, body in sent] == [b'{"id": "a"}'] * 3
+    assert running.counted("webhook_duration_seconds_count") == {"delivered": 1, "failed": 2}
+    assert running.counted("webhooks_total") == {"delivered": 1}
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("failed, the next in" in line for line in lines) == 2
+    assert sum("delivered to https://hooks.example in" in line for line in lines) == 1
+    assert "s3cret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "attempts"),
+    [
+        (NotDelivered("the receiver answered 410", is_final=True), "the receiver answered 410", 1),
+        (NotDelivered("the receiver answered 503"), "the receiver answered 503", None),
+        (RuntimeError("a mistake of ours"), "something went wrong on the server; its log has the details", None),
+    ],
+    ids=["gone", "time is up", "a mistake"],
+)
+def test_it_is_given_up_when_the_receiver_wants_no_more_or_its_time_has_passed(
+    failure: Exception, error: str, attempts: int | None
+) -> None:
+    async def send(*_: Any) -> None:
+        raise failure
+
+    async def run() -> None:
+        running = Running(send, retry_s=0.2)
+        await running.end(told("a"))
+        (delivery,) = await running.until("a", "given_up")
+        assert delivery.error == error
+        assert delivery.attempts == attempts if attempts is not None else delivery.attempts > 1
+        assert running.counted("webhooks_total") == {"given_up": 1}
+
+    asyncio.run(run())
+
+
+def test_attempts_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def send(*_: Any) -> None:
+        raise NotDelivered("no")
+
+    async def run() -> None:
+        monkeypatch.setattr(module, "MOST_ATTEMPTS", 3)
+        running = Running(send)
+        await running.end(told("a"))
+        (delivery,) = await running.until("a", "given_up")
+        assert delivery.attempts == 3
+
+    asyncio.run(run())
+
+
+def test_a_receiver_that_never_answers_holds_no_other_and_has_few_attempts_at_a_time() -> None:
+    open_now, most_open = Counter[str](), Counter[str]()
+
+    async def send(url: str, *_: Any) -> None:
+        open_now[url] += 1
+        most_open[url] = max(most_open[url], open_now[url])
+        try:
+            if "slow" in url:
+                await asyncio.sleep(3600)
+            await asyncio.sleep(0)
+        finally:
+            open_now[url] -= 1
+
+    async def run() -> None:
+        running = Running(send)
+        slow = [told(f"s{k}", "https://slow.example/") for k in range(40)]
+        quick = [told(f"q{k}", f"https://quick{k % 3}.example/") for k in range(40)]
+        await running.end(*slow, *quick)
+        await running.until([record.id for record in quick], "delivered")
+
+    asyncio.run(run())
+    assert most_open["https://slow.example/"] == AT_ONCE_EACH
+    assert max(most_open.values()) <= AT_ONCE_EACH
+
+
+def test_of_a_job_that_is_gone_or_cannot_be_read_nothing_is_sent() -> None:
+    async def send(*_: Any) -> None:
+        pytest.fail("there is nothing to send")
+
+    async def run() -> None:
+        running = Running(send)
+        await running.end(told("gone"), told("damaged"))
+        running.gone = {"gone"}
+        get = running.kept.get
+
+        def damaged(job_id: str) -> JobRecord | None:
+            if job_id == "damaged":
+                raise StorageFailed("it cannot be read", damaged=True)
+            return get(job_id)
+
+        running.kept.get = damaged  # type: ignore[method-assign]
+        gone, unreadable = await running.until(["gone", "damaged"], "given_up")
+        assert (gone.error, unreadable.error) == ("There is no such job", "the job cannot be read")
+
+    asyncio.run(run())
+
+
+def test_a_store_that_is_away_for_a_while_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    async def send(*request: Any) -> None:
+        sent.append(request)
+
+    async def run() -> None:
+        running = Running(send)
+        await running.end(told("a"))
+        claim, failures = running.kept.claim_deliveries, [1, 2, 3]
+
+        def away(*args: Any) -> list[Delivery]:
+            if failures:
+                failures.pop()
+                raise StorageFailed("the database is away")
+            return claim(*args)
+
+        running.kept.claim_deliveries = away  # type: ignore[method-assign]
+        await running.until("a", "delivered")
+
+    asyncio.run(run())
+    assert len(sent) == 1
+
+
+def test_when_the_server_ends_attempts_end_and_what_was_not_delivered_is_still_owed() -> None:
+    async def send(*_: Any) -> None:
+        await asyncio.sleep(3600)
+
+    async def run() -> None:
+        running = Running(send)
+        await running.end(told("a"))
+        deliverer = asyncio.create_task(running.deliverer.run(asyncio.sleep))
+        async with asyncio.timeout(PATIENCE_S):
+            while not running.deliverer._attempts:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        deliverer.cancel()
+        with suppress(asyncio.CancelledError):
+            await deliverer
+        assert running.deliverer._attempts == set()
+        (delivery,) = await running.deliveries("a")
+        assert (delivery.state, delivery.attempts) == ("pending", 1)
+        running.store.close()
+
+    asyncio.run(run())

@@ -1,0 +1,282 @@
+"""What is owed to webhooks, on a SQLite file and a real PostgreSQL: the same tests on each."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tests.service.jobs.conftest import DatabaseShelf, FileShelf, Shelf
+from tests.service.jobs.kept import PIXELS, ended, job
+from tminus.service.jobs.sql_store import SqlStore
+from tminus.service.jobs.store import OUTCOMES, JobRecord
+from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
+from tminus.service.scheduling.intake import Intake
+
+pytestmark = pytest.mark.slow
+
+URL = "https://hooks.example/path?token=s3cret"
+MANY = 1e9
+HELD_S = 60.0
+
+
+@pytest.fixture(params=["file", "database"])
+def shelf(request: pytest.FixtureRequest) -> Shelf:
+    made: Shelf = request.getfixturevalue(request.param)
+    return made
+
+
+@pytest.fixture
+def store(shelf: Shelf) -> SqlStore:
+    return shelf.open()
+
+
+def told(name: str, *events: Event, url: str = URL) -> JobRecord:
+    """A job of which these events are told, or all."""
+    return replace(job(name), webhook=Webhook(url, events or EVENTS))
+
+
+def claim(store: SqlStore, *busy: str, most: int = 99, each: int = 99, held_s: float = HELD_S) -> list[Delivery]:
+    return store.claim_deliveries(busy, most, each, held_s)
+
+
+def states(store: SqlStore, name: str) -> dict[str, str]:
+    return {each.event: each.state for each in store.deliveries([name]).get(name, [])}
+
+
+def test_a_webhook_comes_back_as_it_was(shelf: Shelf, store: SqlStore) -> None:
+    records = [told("a"), told("b", "completed"), job("c")]
+    for record in records:
+        store.add(record)
+    store.close()
+    store = shelf.open()
+    assert [store.get(name) for name in "abc"] == records
+    assert [record.webhook for record in store.claim("build", Intake(MANY), MANY, 64)] == [
+        each.webhook for each in records
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "owed"),
+    [("done", ["start", "output", "completed"]), ("failed", ["completed"]), ("cancelled", ["completed"])],
+)
+def test_with_the_end_of_a_job_is_owed_what_has_happened(store: SqlStore, outcome: str, owed: list[str]) -> None:
+    store.add(told("a"))
+    assert states(store, "a") == {}
+    store.finish(ended(told("a"), outcome), PIXELS if outcome == "done" else None)  # type: ignore[arg-type]
+    assert states(store, "a") == dict.fromkeys(owed, "pending")
+    assert list(states(store, "a")) == owed, "in order"
+    assert sorted(each.event for each in claim(store)) == sorted(owed)
+
+
+def test_only_what_is_wanted_is_owed_and_nothing_without_a_webhook(store: SqlStore) -> None:
+    for record in (told("a", "output"), told("b", "start"), told("c", "completed"), job("d")):
+        store.add(record)
+        store.started(record)
+        store.finish(ended(record), PIXELS)
+    assert {name: list(states(store, name)) for name in "abcd"} == {
+        "a": ["output"], "b": ["start"], "c": ["completed"], "d": [],
+    }  # fmt: skip
+
+
+def test_a_start_is_owed_once_and_while_the_job_runs(store: SqlStore) -> None:
+    store.add(told("a"))
+    for _ in range(2):
+        store.started(told("a"))
+    (start,) = claim(store)
+    assert (start.event, start.attempts, start.receiver) == ("start", 1, "https://hooks.example")
+    assert start.id.startswith("start_")
+    store.settle(replace(start, state="delivered"))
+    store.finish(ended(told("a")), PIXELS)
+    assert states(store, "a") == {"start": "delivered", "output": "pending", "completed": "pending"}
+    store.add(told("b"))
+    store.finish(ended(told("b"), "cancelled"))
+    store.started(told("b"))
+    assert list(states(store, "b")) == ["completed"], "one that has ended does not start"
+
+
+def test_what_is_claimed_is_nobody_elses_until_it_is_settled(store: SqlStore) -> None:
+    store.add(told("a", "completed"))
+    store.finish(ended(told("a", "completed")))
+    (first,) = claim(store)
+    assert claim(store) == []
+    assert store.settle(replace(first, error="the receiver answered 500"), 0.0)
+    (second,) = claim(store)
+    assert (second.id, second.attempts, second.error) == (first.id, 2, "the receiver answered 500")
+    assert second.since_us == first.since_us
+    assert not store.settle(replace(first, state="delivered")), "that attempt is over"
+    assert store.settle(replace(second, state="delivered"))
+    assert not store.settle(replace(second, state="given_up")), "what is delivered stays so"
+    assert claim(store) == []
+    assert states(store, "a") == {"completed": "delivered"}
+
+
+def test_what_waits_is_not_due_before_its_time(store: SqlStore) -> None:
+    store.add(told("a", "completed"))
+    store.finish(ended(told("a", "completed")))
+    (first,) = claim(store)
+    assert store.settle(first, 3600.0)
+    assert claim(store) == []
+    assert states(store, "a") == {"completed": "pending"}
+
+
+def test_a_claim_ends_by_the_stores_clock(store: SqlStore) -> None:
+    store.add(told("a", "completed"))
+    store.finish(ended(told("a", "completed")))
+    (first,) = claim(store, held_s=0.0)
+    (second,) = claim(store)
+    assert (second.id, second.attempts) == (first.id, 2)
+    assert not store.settle(replace(first, state="delivered")), "who slept past its claim keeps nothing"
+
+
+def test_a_receiver_gets_no_more_than_its_share_of_a_claim_and_a_busy_one_nothing(store: SqlStore) -> None:
+    for k in range(5):
+        record = told(f"slow{k}", "completed", url="https://slow.example/x")
+        store.add(record)
+        store.finish(ended(record))
+    for k in range(3):
+        record = told(f"other{k}", "completed", url=f"https://other{k}.example/x")
+        store.add(record)
+        store.finish(ended(record))
+    found = claim(store, "https://other2.example", most=4, each=2)
+    assert [each.job_id for each in found] == ["slow0", "slow1", "other0", "other1"]
+    assert [each.job_id for each in claim(store, "https://slow.example")] == ["other2"]
+    assert len(claim(store, most=2)) == 2
+
+
+def test_what_a_receiver_is_owed_is_counted_up_to_a_number(store: SqlStore) -> None:
+    for k in range(3):
+        record = told(f"{k}", "completed")
+        store.add(record)
+        store.finish(ended(record))
+    receiver = "https://hooks.example"
+    assert [store.number_owed(receiver, most) for most in (1, 3, 9)] == [1, 3, 3]
+    assert store.number_owed("https://other.example", 9) == 0
+    (first, *_) = claim(store)
+    store.settle(replace(first, state="given_up"))
+    assert store.number_owed(receiver, 9) == 2
+
+
+def test_a_deleted_job_owes_nothing(store: SqlStore) -> None:
+    store.add(told("a"))
+    store.finish(ended(told("a")), PIXELS)
+    (held, *_) = claim(store, most=1)
+    assert store.delete("a")
+    assert store.deliveries(["a"]) == {}
+    assert claim(store) == []
+    assert not store.settle(replace(held, state="delivered"))
+
+
+def test_a_sweep_waits_for_what_is_owed_but_not_where_room_is_short(store: SqlStore) -> None:
+    for name in "abc":
+        store.add(told(name, "completed"))
+        store.finish(ended(told(name, "completed"), at_us=100), PIXELS)
+    store.add(job("plain"))
+    store.finish(ended(job("plain"), at_us=100), PIXELS)
+
+    def left() -> list[str]:
+        while store.sweep(200, 10**9):
+            pass
+        return sorted(record.id for record in store.page(None, OUTCOMES, 9))
+
+    assert left() == ["a", "b", "c"], "pending"
+    for each in claim(store):
+        if each.job_id != "c":
+            store.settle(replace(each, state="delivered" if each.job_id == "a" else "given_up"))
+    assert left() == ["c"]
+    store.add(job("newest"))
+    store.finish(ended(job("newest"), at_us=300), PIXELS)
+    while store.sweep(0, 1):
+        pass
+    assert [record.id for record in store.page(None, OUTCOMES, 9)] == ["newest"]
+
+
+def test_a_damaged_webhook_is_said_and_harms_no_other(shelf: Shelf, store: SqlStore) -> None:
+    for name in "ab":
+        store.add(told(name))
+    store.close()
+    assert shelf.change("UPDATE jobs SET webhook = '{' WHERE id = 'a'") == 1
+    store = shelf.open()
+    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64)] == ["b"]
+    assert states(store, "a") == {}
+
+
+def test_a_damaged_job_is_told_to_have_failed(shelf: Shelf, store: SqlStore) -> None:
+    store.add(told("a"))
+    store.close()
+    assert shelf.change("UPDATE jobs SET spec = '{' WHERE id = 'a'") == 1
+    store = shelf.open()
+    store.claim("build", Intake(MANY), MANY, 64)
+    assert states(store, "a") == {"completed": "pending"}
+
+
+# --- a file ---
+
+
+def test_what_a_killed_server_attempted_is_due_at_the_next_start(file: FileShelf) -> None:
+    store = file.open()
+    store.add(told("a", "completed"))
+    store.finish(ended(told("a", "completed")))
+    assert len(claim(store)) == 1
+    store.close()
+    (again,) = claim(file.open())
+    assert again.attempts == 2
+
+
+# --- a database ---
+
+
+def test_of_two_servers_one_attempts_a_delivery_and_the_other_takes_over(database: DatabaseShelf) -> None:
+    one, other = database.open(), database.open()
+    for k in range(40):
+        record = told(f"{k}", "completed")
+        one.add(record)
+        one.finish(ended(record))
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda store: [claim(store, most=3) for _ in range(10)], (one, other)))
+    ids = [each.id for found in both for some in found for each in some]
+    assert len(ids) == len(set(ids)) == 40
+    assert all(any(some for some in found) for found in both)
+    database.change("UPDATE deliveries SET held_until_us = 1")  # as when the time has passed
+    assert len(claim(other)) == 40
+
+
+def test_a_job_that_is_cancelled_elsewhere_is_told_to_have_ended(database: DatabaseShelf) -> None:
+    holder, other = database.open(), database.open()
+    holder.add(told("a"))
+    assert other.cancel("a")
+    assert states(holder, "a") == {"completed": "pending"}
+
+
+def test_only_the_holder_says_that_a_job_has_begun(database: DatabaseShelf) -> None:
+    holder, other = database.open(), database.open()
+    holder.add(told("a"))
+    other.started(told("a"))
+    assert states(holder, "a") == {}
+    holder.started(told("a"))
+    assert states(other, "a") == {"start": "pending"}
+
+
+def test_servers_of_other_weights_deliver_nothing_of_these(database: DatabaseShelf) -> None:
+    store, other = database.open(), database.open("cd" * 32)
+    store.add(told("a", "completed"))
+    store.finish(ended(told("a", "completed")))
+    assert claim(other) == []
+    assert len(claim(store)) == 1
+
+
+def test_a_server_of_the_version_before_leaves_jobs_with_webhooks_and_does_the_others(
+    database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = database.open()
+    new.add(told("told"), held=False)
+    new.add(job("plain"), held=False)
+    monkeypatch.setattr("tminus.service.jobs.postgres_store.FORMAT", 1)
+    assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, 64)] == ["plain"]
+
+
+def test_what_such_a_server_deletes_owes_nothing(database: DatabaseShelf) -> None:
+    store = database.open()
+    store.add(told("a"))
+    store.finish(ended(told("a")))
+    assert database.change("DELETE FROM jobs WHERE id = 'a'") == 1
+    assert database.read("SELECT count(*) FROM deliveries") == [(0,)]

@@ -1,0 +1,202 @@
+"""One attempt, to real servers on this machine; names are resolved as a test likes."""
+
+import asyncio
+import http.server
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.receivers import SECRET, make_certificate, receiver, status
+from tminus.service.errors import InvalidField
+from tminus.service.jobs.webhooks import sender as module
+from tminus.service.jobs.webhooks.receivers import Allowed
+from tminus.service.jobs.webhooks.sender import MOST_ANSWER_BYTES, NotDelivered, Sender
+from tminus.service.jobs.webhooks.signing import read_secrets
+
+LOOPBACK = "127.0.0.1"
+
+
+def send(
+    url: str,
+    allow: str = LOOPBACK,
+    addresses: Callable[[str], list[str]] = lambda name: [name],
+    tls: ssl.SSLContext | None = None,
+) -> None:
+    """Send a body, with names resolved by the test."""
+
+    async def look_up(name: str) -> list[str]:
+        return addresses(name)
+
+    made = Sender(read_secrets(SECRET), Allowed.parse(allow), tls or ssl.create_default_context(), look_up)
+    asyncio.run(made.send(url, "completed_1", b'{"state": "done"}'))
+
+
+def failure(url: str, *args: object, **kwargs: object) -> str:
+    with pytest.raises(NotDelivered) as caught:
+        send(url, *args, **kwargs)  # type: ignore[arg-type]
+    return caught.value.reason
+
+
+def test_a_body_arrives_signed_at_the_path_and_query_of_the_url() -> None:
+    with receiver() as there:
+        send(f"{there.url}/hook/%20x?token=s3cret")
+    (told,) = there.told
+    assert told.path == "/hook/%20x?token=s3cret"
+    assert told.document == {"state": "done"}
+    assert told.headers["host"] == f"127.0.0.1:{there.port}"
+    assert told.headers["content-type"] == "application/json"
+    assert there.refused == []
+
+
+def test_a_proxy_of_the_environment_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiver() as proxy, receiver() as there:
+        for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        send(there.url)
+    assert len(there.told) == 1
+    assert proxy.told == []
+    assert proxy.refused == []
+
+
+def test_a_redirect_is_not_followed() -> None:
+    with receiver() as target, receiver(status(302, Location=f"{target.url}/x")) as there:
+        assert "302, a redirect" in failure(there.url)
+    assert target.told == []
+
+
+@pytest.mark.parametrize(("code", "is_final"), [(400, False), (404, False), (410, True), (429, False), (500, False)])
+def test_an_answer_that_is_no_success_is_a_failure_and_410_the_last(code: int, is_final: bool) -> None:
+    with receiver(status(code)) as there, pytest.raises(NotDelivered) as caught:
+        send(there.url)
+    assert caught.value.is_final == is_final
+    assert caught.value.reason == f"the receiver answered {code}"
+
+
+def test_an_endless_answer_is_read_no_further_than_its_bound() -> None:
+    sent = 0
+
+    def endless(request: http.server.BaseHTTPRequestHandler) -> None:
+        nonlocal sent
+        request.send_response(200)
+        request.end_headers()
+        while True:
+            sent += request.wfile.write(b"x" * 4096)
+
+    began_s = time.monotonic()
+    with receiver(endless) as there:
+        send(there.url)  # its status says that it is delivered
+    assert time.monotonic() - began_s < 5
+    assert sent < 64 * 2**20  # what kernels buffer, and no more
+    assert MOST_ANSWER_BYTES < 2**20
+
+
+def test_a_receiver_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ATTEMPT_S", 0.3)
+    over = threading.Event()
+    with receiver(lambda _request: over.wait(10) and None) as there:
+        assert failure(there.url) == "no answer within 0.3 s"
+        over.set()
+    with socket.create_server((LOOPBACK, 0)) as silent:  # it listens, and never answers
+        assert failure(f"http://127.0.0.1:{silent.getsockname()[1]}/") == "no answer within 0.3 s"
+
+
+def test_what_is_no_http_or_breaks_off_is_a_failure() -> None:
+    def garbage(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.wfile.write(b"\x00\x01 not HTTP\r\n\r\n")
+
+    def nothing(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.connection.shutdown(socket.SHUT_RDWR)
+
+    def long_head(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"x: " + b"y" * 2**20)
+
+    for answer in (garbage, nothing, long_head):
+        with receiver(answer) as there:
+            assert "the connection broke, or the answer is no HTTP" in failure(there.url)
+    with socket.create_server((LOOPBACK, 0)) as closed:
+        port = closed.getsockname()[1]
+    assert failure(f"http://127.0.0.1:{port}/") == "no connection could be made"
+
+
+# --- where names lead ---
+
+
+def test_a_name_that_leads_to_a_private_address_is_not_connected_to() -> None:
+    with receiver() as there:
+        for found in ([LOOPBACK], ["::ffff:127.0.0.1"], ["10.1.1.1", LOOPBACK], ["169.254.169.254"]):
+            reason = failure(f"https://hooks.example:{there.port}/", "", lambda _name, found=found: found)
+            assert "its name leads to no public address" in reason
+    assert there.told == there.refused == []
+
+
+def test_what_is_connected_to_is_what_was_checked_whatever_the_name_server_says_next() -> None:
+    """DNS rebinding: an answer that changes between the check and the connection."""
+    answers = [["1.1.1.1"], [LOOPBACK], [LOOPBACK]]
+    asked: list[str] = []
+
+    def rebinding(name: str) -> list[str]:
+        asked.append(name)
+        return answers.pop(0)
+
+    connected: list[str] = []
+
+    class Backend(module.httpcore.AnyIOBackend):
+        async def connect_tcp(self, host: str, *args: object, **kwargs: object) -> None:  # type: ignore[override]
+            connected.append(host)
+            raise module.httpcore.ConnectError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.httpcore, "AnyIOBackend", Backend)
+        assert failure("https://hooks.example/", "", rebinding) == "no connection could be made"
+        assert "no public address" in failure("https://hooks.example/", "", rebinding)
+    assert connected == ["1.1.1.1"], "by its number, and nothing for the second answer"
+    assert asked == ["hooks.example"] * 2
+
+
+def test_a_listed_name_may_lead_anywhere_and_is_asked_by_its_name() -> None:
+    with receiver() as there:
+        send(f"http://hooks.internal:{there.port}/", "hooks.internal", lambda _name: ["127.0.0.1"])
+    assert there.told[0].headers["host"] == f"hooks.internal:{there.port}"
+
+
+def test_the_next_address_is_tried_where_one_does_not_answer() -> None:
+    with receiver() as there:
+        send(f"http://hooks.internal:{there.port}/", "hooks.internal", lambda _name: ["127.9.9.9", LOOPBACK])
+    assert len(there.told) == 1
+
+
+def test_a_name_that_is_not_known_is_a_failure() -> None:
+    def unknown(_name: str) -> list[str]:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    assert "the name cannot be resolved: Name or service not known" in failure("https://hooks.example/", "", unknown)
+
+
+def test_a_url_that_is_not_allowed_any_more_is_refused_before_anything_is_sent() -> None:
+    with receiver() as there, pytest.raises(InvalidField):
+        send(there.url, "")
+    assert there.told == []
+
+
+# --- TLS ---
+
+
+def test_a_certificate_is_checked_by_the_name_in_the_url(tmp_path: Path) -> None:
+    certificate = make_certificate(tmp_path, "localhost")
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    with receiver(certificate=certificate) as there:
+        url = f"{there.url}/x"
+        send(url, "localhost", lambda _name: [LOOPBACK], trusting)
+        assert "certificate is not valid" in failure(url, "localhost", lambda _name: [LOOPBACK])
+        other = url.replace("localhost", "hooks.internal")
+        reason = failure(other, "hooks.internal", lambda _name: [LOOPBACK], trusting)
+        assert "certificate is not valid" in reason
+        assert "hooks.internal" in reason
+    assert len(there.told) == 1
+    with receiver() as plain:
+        assert "TLS failed" in failure(plain.url.replace("http", "https"))
