@@ -80,6 +80,12 @@ def text_of(parameters: Mapping[str, Any]) -> str:
     return json.dumps(body_of(parameters), allow_nan=False)
 
 
+def told(webhook: str | None, events: Sequence[str] | None) -> dict[str, Any]:
+    """The parameters of a webhook."""
+    given = {"webhook": webhook, "webhook_events_filter": None if events is None else list(events)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def bytes_of(image: bytes | Path) -> bytes:
     """The bytes of an image. Raises OSError where a file cannot be read."""
     return image.read_bytes() if isinstance(image, Path) else image

@@ -139,6 +139,7 @@ class JobState:
     fingerprint: str | None
     parameters: Mapping[str, Any]
     problem: Mapping[str, Any] | None
+    webhook: Mapping[str, Any] | None = None  # who is told of it, and how far that has come
 
     @classmethod
     def of(cls, document: Any) -> "JobState":
@@ -163,6 +164,7 @@ class JobState:
                 fingerprint=checks.optional(checks.token, members["fingerprint"]),
                 parameters=checks.mapping(members["parameters"]),
                 problem=checks.optional(checks.mapping, members["problem"]),
+                webhook=checks.optional(checks.mapping, members.get("webhook")),  # servers before know of none
             )
         except (KeyError, ValueError) as error:
             raise UnexpectedAnswer(OK, error) from None

@@ -14,7 +14,7 @@ from tminus.service.client._sync.job import Job
 from tminus.service.client._sync.watching import Watching
 from tminus.service.client.bounds import IMAGE_BYTES, Asked
 from tminus.service.client.models import ModelState, models_of
-from tminus.service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of
+from tminus.service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of, told
 from tminus.service.client.patience import Patience
 from tminus.service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
 from tminus.service.client.transport import KeyAuth, timeouts, with_key
@@ -75,17 +75,33 @@ class Client:
         """
         return Watching(self._connection, parameters)
 
-    def submit(self, *, idempotency_key: str | None = None, **parameters: Unpack[Parameters]) -> Job:
+    def submit(
+        self,
+        *,
+        idempotency_key: str | None = None,
+        chosen_id: str | None = None,
+        webhook: str | None = None,
+        webhook_events: Sequence[str] | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> Job:
         """Submit a durable job, which is finished whatever happens to client and server.
 
         A connection that breaks is retried for a minute: an Idempotency-Key, drawn if none is given, makes that safe.
         Give your own where your process may be started again: the same key and parameters are the same job.
+
+        chosen_id: a UUID, in place of a key, by which `job` finds the job too. webhook: a URL that is sent the job when
+        it starts, when its images are there (output), and when it has ended (completed); or webhook_events of these.
+
+        Raises ValueError for a chosen_id that is no UUID.
         """
-        key = uuid.uuid4().hex if idempotency_key is None else idempotency_key
-        headers = JSON_BODY | {"Idempotency-Key": key}
+        headers, method, path = dict(JSON_BODY), "POST", "/jobs"
+        if chosen_id is not None:
+            method, path = "PUT", f"/jobs/{uuid.UUID(chosen_id)}"
+        if chosen_id is None or idempotency_key is not None:
+            headers["Idempotency-Key"] = uuid.uuid4().hex if idempotency_key is None else idempotency_key
         patience = Patience(self._connection.patience_s, durable=True)
-        body = text_of(parameters)
-        response = self._connection.request("POST", "/jobs", patience, content=body, headers=headers)
+        body = text_of(parameters | told(webhook, webhook_events))
+        response = self._connection.request(method, path, patience, content=body, headers=headers)
         state = JobState.of(object_of(response))
         return Job(self._connection, state.id, state)
 

@@ -1,14 +1,17 @@
 """Calls with one answer, and the list of jobs, sync and async."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.receivers import receiver
 from tests.service.client.breaking import Breaking
 from tests.service.client.conftest import ADMIN_KEY, COLOUR, SPARE, SPEC, Connect, MakeServed, Served
-from tests.service.conftest import pixels
-from tests.service.fakes import INFO, PATIENCE_S, fake_pixels, make_spec
+from tests.service.conftest import INSTANT, pixels
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec
+from tests.service.webhooks import rules
 from tminus.service.client import Done, Ended, ModelState, Problem, Unreachable
 from tminus.service.client._async import client as async_client
 from tminus.service.client._sync import client as sync_client
@@ -180,3 +183,32 @@ def test_a_change_whose_answer_is_lost_is_not_asked_for_twice(several: Served, c
     assert caught.value.reached
     assert len(transport.requests) == 1
     assert "spare" in [model.name for model in tminus.models() if model.state == "loaded"], "it was done all the same"
+
+
+# --- an id of one's own, and webhooks ---
+
+
+def test_a_job_under_a_chosen_id_is_one_job_however_often_it_is_sent(served: Served, connect: Connect) -> None:
+    chosen, transport = "6f9619ff-8b86-4011-b42d-00c04fc964ff", Breaking(0, 0)
+    tminus = connect(served.url, transport=transport)
+    job = tminus.submit(chosen_id=chosen, steps=1)
+    assert [(each.method, each.url.path) for each in transport.requests] == [("PUT", f"/jobs/{chosen}")] * 3
+    assert tminus.submit(chosen_id=chosen.upper(), steps=1).id == job.id
+    assert tminus.job(chosen).wait(PATIENCE_S).id == job.id
+    with pytest.raises(Problem) as caught:
+        tminus.submit(chosen_id=chosen, steps=2)
+    assert (caught.value.status, caught.value.code) == (409, "job_exists")
+    with pytest.raises(ValueError, match="UUID"):
+        tminus.submit(chosen_id="my-job", steps=1)
+
+
+def test_a_webhook_is_named_and_its_state_is_read(connect: Connect) -> None:
+    limits = replace(LIMITS, max_streams=8, max_streams_per_address=8)
+    with receiver() as there, Served(INFO, limits, INSTANT, webhooks=rules()).running() as site:
+        tminus = connect(site.url)
+        job = tminus.submit(webhook=there.url, webhook_events=["completed"], **SPEC)
+        there.wait_for(1)
+        state = job.wait(PATIENCE_S)
+        assert state.webhook["receiver"] == there.url
+        assert [each["event"] for each in state.webhook["deliveries"]] == ["completed"]
+        assert tminus.submit(**SPEC).wait(PATIENCE_S).webhook is None
