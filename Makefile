@@ -61,19 +61,19 @@ bench: $(VENV)/.installed-bench
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable '.[openvino]'
+$(VENV)/.installed: pyproject.toml client/pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable '.[openvino]' --editable ./client
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable '.[test]'
+$(VENV)/.installed-test: pyproject.toml client/pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable '.[test]' --editable ./client
 	$(BIN)/pip install --quiet --no-deps 'adaptive-terrain-diffusion==0.4.2' # its weights, not onnxruntime-gpu
 	if command -v npm >/dev/null; then npm install --silent --no-save --prefix $(VENV) 'openai@>=6'; fi # for tests/e2e/node
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-bench: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet --editable '.[bench]'
+$(VENV)/.installed-bench: pyproject.toml client/pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet --editable '.[bench]' --editable ./client
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build client/build *.egg-info client/*.egg-info

@@ -1,15 +1,14 @@
-"""What is installed from a wheel: one name, and all that it needs to serve something."""
+"""What is installed from the wheels: each one name, and all that it needs."""
 
-import shutil
 import subprocess
 import sys
-import zipfile
+import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PARTS = ("tminus", "service", "model", "checkpoints", "pyproject.toml", "README.md", "LICENSE")
+from tests.wheel import ROOT, built, copied, unpacked
 
 PROGRAM = """
 from pathlib import Path
@@ -22,46 +21,67 @@ assert Path(tminus.__file__).parents[1] == Path.cwd(), tminus.__file__
 assert checkpoint.is_relative_to(Path.cwd()), checkpoint
 print(load_checkpoint(checkpoint).name, (FOLDER / "index.html").is_file())
 """
+BOTH = """
+import tminus.service.client, tminus_client
+print(tminus_client.Client.__module__, tminus.service.client.Client.__module__)
+"""
+
+
+WHEELS = {"tminus": ".", "tminus_client": "client"}
+
+
+class Installed(NamedTuple):
+    """Both wheels in one folder, and the files of each."""
+
+    site: Path
+    files: dict[str, list[str]]
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel brings. It is built from a copy, as building leaves files where it works."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for part in PARTS:
-        source = ROOT / part
-        if source.is_dir():
-            shutil.copytree(
-                source, folder / "source" / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        else:
-            shutil.copy(source, folder / "source" / part)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
-    done = subprocess.run([*build, str(folder / "source")], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr + done.stdout
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site")
-    return folder / "site"
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    folder = tmp_path_factory.mktemp("wheels")
+    source, site = copied(folder / "source"), folder / "site"
+    files = {name: unpacked(built(source / part, folder / name), site) for name, part in WHEELS.items()}
+    return Installed(site, files)
 
 
-def test_it_takes_one_name(installed: Path) -> None:
-    names = {path.name for path in installed.iterdir()}
-    assert {name for name in names if not name.endswith(".dist-info")} == {"tminus"}
-    assert (installed / "tminus" / "py.typed").is_file()
+@pytest.mark.parametrize("name", WHEELS)
+def test_each_takes_one_name(installed: Installed, name: str) -> None:
+    names = {file.partition("/")[0] for file in installed.files[name]}
+    assert {each for each in names if not each.endswith(".dist-info")} == {name}
+    assert f"{name}/py.typed" in installed.files[name]
 
 
-def test_every_module_is_in_it(installed: Path) -> None:
-    for part in ("service", "model"):
-        ours, theirs = (
-            {file.relative_to(folder) for file in folder.glob("**/*.py")}
-            for folder in (ROOT / part, installed / "tminus" / part)
-        )
-        assert theirs == ours
+@pytest.mark.parametrize(
+    ("part", "there"), [("service", "tminus/service"), ("model", "tminus/model"), ("service/client", "tminus_client")]
+)
+def test_every_module_is_in_it(installed: Installed, part: str, there: str) -> None:
+    ours, theirs = (
+        {file.relative_to(folder) for file in folder.glob("**/*.py")}
+        for folder in (ROOT / part, installed.site / there)
+    )
+    assert theirs == ours
 
 
-def test_it_has_something_to_serve(installed: Path) -> None:
+def test_it_has_something_to_serve(installed: Installed) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=installed, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", PROGRAM], cwd=installed.site, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout == "fashion-mnist-32 True\n", done.stderr
+
+
+def test_both_can_be_installed_together(installed: Installed) -> None:
+    assert not {*installed.files["tminus"]} & {*installed.files["tminus_client"]}
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH], cwd=installed.site, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "tminus_client._sync.client tminus.service.client._sync.client\n", done.stderr
+
+
+def test_both_are_of_one_version_and_need_the_same_of_what_both_need() -> None:
+    server, client = (
+        tomllib.loads((ROOT / part / "pyproject.toml").read_text("utf-8"))["project"] for part in WHEELS.values()
+    )
+    assert client["version"] == server["version"]
+    assert client["requires-python"] == server["requires-python"]
+    assert {*client["dependencies"], *client["optional-dependencies"]["watch"]} <= {*server["dependencies"]}

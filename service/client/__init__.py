@@ -1,22 +1,25 @@
-"""A client of a tminus server, sync and async. Needs httpx, websockets and nothing else of this project.
+"""A client of a tminus server, sync and async. Needs httpx, and `watch` websockets; nothing else of this project.
 
     with Client("http://localhost:8000") as tminus:
         Path("out.png").write_bytes(tminus.sample(n=4, steps=50, class_label="sneaker").data)
 
 All I/O is in _async/, which is written by hand, and in _sync/, which `make client` generates from it; the modules
 beside them are shared by both and do no I/O. docs/clients.md shows the usual tasks.
+
+It is imported as `tminus_client`, from the distribution tminus-client (the folder client/ of the repository), and as
+`tminus.service.client` within tminus. Imports inside it are relative, so that neither name needs the other.
 """
 
-from tminus.service.client._async.client import AsyncClient
-from tminus.service.client._async.job import AsyncJob
-from tminus.service.client._async.watching import AsyncWatching
-from tminus.service.client._sync.client import Client
-from tminus.service.client._sync.job import Job
-from tminus.service.client._sync.watching import Watching
-from tminus.service.client.errors import ClientError, Problem, UnexpectedAnswer, Unreachable
-from tminus.service.client.messages import Accepted, Cancelled, Done, Ended, Frame, Progress, Waiting
-from tminus.service.client.models import ModelState
-from tminus.service.client.results import JobState, Noised, Sampled
+from ._async.client import AsyncClient
+from ._async.job import AsyncJob
+from ._async.watching import AsyncWatching
+from ._sync.client import Client
+from ._sync.job import Job
+from ._sync.watching import Watching
+from .errors import ClientError, Problem, UnexpectedAnswer, Unreachable
+from .messages import Accepted, Cancelled, Done, Ended, Frame, Progress, Waiting
+from .models import ModelState
+from .results import JobState, Noised, Sampled
 
 __all__ = [
     "Accepted",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from tminus.service.client import checks
+from . import checks
 
 PROBLEM_JSON = "application/problem+json"
 SWITCHING_PROTOCOLS = 101

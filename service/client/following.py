@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from tminus.service.client import checks, messages
-from tminus.service.client.bounds import Asked
-from tminus.service.client.errors import UnexpectedAnswer
-from tminus.service.client.patience import Patience
-from tminus.service.client.reading import FrameOrder
-from tminus.service.client.sse import Decoder, ServerSentEvent
+from . import checks, messages
+from .bounds import Asked
+from .errors import UnexpectedAnswer
+from .patience import Patience
+from .reading import FrameOrder
+from .sse import Decoder, ServerSentEvent
 
 EVENTS_QUIET_S = 45.0  # the server sends a comment every 15 s
 OK, NO_CONTENT = 200, 204

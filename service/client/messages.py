@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tminus.service.client import checks
-from tminus.service.client.errors import SWITCHING_PROTOCOLS, UnexpectedAnswer, problem_of
-from tminus.service.client.results import JobState
-from tminus.service.client.sse import ServerSentEvent
+from . import checks
+from .errors import SWITCHING_PROTOCOLS, UnexpectedAnswer, problem_of
+from .results import JobState
+from .sse import ServerSentEvent
 
 CANCEL = '{"type": "cancel"}'  # to the server
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import httpx
 
-from tminus.service.client import checks
-from tminus.service.client.errors import UnexpectedAnswer
-from tminus.service.client.results import OK, object_of
+from . import checks
+from .errors import UnexpectedAnswer
+from .results import OK, object_of
 
 Loaded = Literal["loaded", "loading", "unloading", "unloaded"]
 STATES: dict[str, Loaded] = {

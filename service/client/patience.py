@@ -4,8 +4,8 @@ import random
 import time
 from collections.abc import Callable
 
-from tminus.service.client.errors import ClientError, Problem, Unreachable
-from tminus.service.client.results import JobState
+from .errors import ClientError, Problem, Unreachable
+from .results import JobState
 
 RESTART_S = 60.0  # a server that stopped answering may be starting again
 FIRST_S, LONGEST_S = 0.25, 4.0  # between two attempts to connect

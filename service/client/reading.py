@@ -3,10 +3,10 @@
 Without this a server could send frames without end, and whoever keeps them would run out of memory.
 """
 
-from tminus.service.client import checks
-from tminus.service.client.bounds import Asked
-from tminus.service.client.errors import SWITCHING_PROTOCOLS, UnexpectedAnswer
-from tminus.service.client.messages import Done, Frame, Message, Opening
+from . import checks
+from .bounds import Asked
+from .errors import SWITCHING_PROTOCOLS, UnexpectedAnswer
+from .messages import Done, Frame, Message, Opening
 
 
 class FrameOrder:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import httpx
 
-from tminus.service.client import checks
-from tminus.service.client.bounds import MAX_IMAGES
-from tminus.service.client.errors import UnexpectedAnswer
+from . import checks
+from .bounds import MAX_IMAGES
+from .errors import UnexpectedAnswer
 
 PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
 MediaType = Literal["image/png", "application/zip", "application/json", "image/webp"]

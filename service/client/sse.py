@@ -6,7 +6,7 @@ Written here since httpx-sse (0.4.3) reads from httpx itself, and keeps a byte o
 import re
 from dataclasses import dataclass
 
-from tminus.service.client.bounds import EVENT_BYTES
+from .bounds import EVENT_BYTES
 
 LINE_END = re.compile(rb"\r\n|\n|\r")
 BOM = b"\xef\xbb\xbf"

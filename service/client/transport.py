@@ -1,16 +1,14 @@
-"""Addresses, keys, time limits, and what the errors of httpx and websockets mean. No I/O."""
+"""Addresses, keys, time limits, and what the errors of httpx mean. No I/O."""
 
 import re
 from collections.abc import Iterator, Mapping
 
 import httpx
-from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tminus.service.client import checks
-from tminus.service.client.errors import SWITCHING_PROTOCOLS, ClientError, UnexpectedAnswer, Unreachable, error_of
+from . import checks
+from .errors import UnexpectedAnswer, Unreachable, error_of
 
 UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and what is packed is hard to bound
-OUR_COMPLAINTS = (1002, 1007, 1009)  # closes by us: against the protocol, no UTF-8, larger than asked for
 CONNECT_S = 10.0
 CLOSE_S = 1.0  # for the end of a WebSocket that is left: the server knows at once, and what it sends is not read
 QUIET_S = 60.0
@@ -98,19 +96,3 @@ def lost(error: Exception) -> Unreachable:
     """Make the error for a connection that could not be opened, or that broke."""
     reached = not isinstance(error, (*NOT_SENT, OSError)) or isinstance(error, ConnectionResetError)
     return Unreachable(str(error) or type(error).__name__, reached=reached)
-
-
-def closed(error: ConnectionClosed, max_bytes: int) -> ClientError:
-    """Make the error for a WebSocket that was closed before its end; max_bytes is the bound of a message."""
-    if error.sent is not None and error.sent.code in OUR_COMPLAINTS and not error.rcvd_then_sent:
-        if error.sent.code == 1009:
-            return too_large(SWITCHING_PROTOCOLS, max_bytes)
-        return UnexpectedAnswer(SWITCHING_PROTOCOLS)
-    return Unreachable(f"the server closed before the job was done ({error})", reached=True)
-
-
-def refused(error: InvalidStatus) -> ClientError:
-    """Make the error for a WebSocket that the server did not open."""
-    response = error.response
-    headers = {name.lower(): value for name, value in response.headers.raw_items()}
-    return error_of(response.status_code, headers, bytes(response.body or b""))

@@ -20,7 +20,6 @@ RULES = {
     r"a(?=close\b|iter_bytes\b)": "",
     r"asynccontextmanager\b": "contextmanager",
     r"Async(?=[A-Z])": "",
-    r"_async\b": "_sync",
     r"task\b": "thread",
     r"Tasks\b": "Threads",
 }

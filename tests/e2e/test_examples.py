@@ -66,7 +66,7 @@ def run(server: RunningServer, folder: Path, task: int, language: int) -> str:
         code = code.replace(f"{scheme}://localhost:8000", server.url.replace("http", scheme))
     code = code.replace("localhost:8000", server.url)
     command = ["bash", "-euo", "pipefail", "-c"] if kind == "sh" else [sys.executable, "-c"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "client")))}
     done = subprocess.run([*command, code], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
@@ -122,8 +122,8 @@ def test_each_task_is_there_in_each_language() -> None:
     four = ["sh", "python", "python", "js"]
     assert languages == [four, [*four, "js"], four, four, four, four]
     for blocks in EXAMPLES:
-        assert "tminus.service.client" in blocks[CLIENT][1]
-        assert "service" not in blocks[HTTPX][1]
+        assert "tminus_client" in blocks[CLIENT][1]
+        assert "tminus_client" not in blocks[HTTPX][1]
 
 
 @pytest.mark.parametrize("language", [CURL, CLIENT, HTTPX])

@@ -3,32 +3,27 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import websockets.asyncio.client
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
-from tminus.service.client.bounds import DOCUMENT_BYTES
-from tminus.service.client.errors import ClientError
-from tminus.service.client.patience import Patience
-from tminus.service.client.transport import (
-    CLOSE_S,
-    CONNECT_S,
+from ..bounds import DOCUMENT_BYTES
+from ..errors import ClientError
+from ..patience import Patience
+from ..transport import (
     UNCOMPRESSED,
     check,
     check_coding,
-    closed,
     http_address,
     lost,
     model_address,
-    refused,
     timeouts,
     too_large,
     ws_address,
 )
 
-MESSAGES_AHEAD = 2  # that have come over a WebSocket and were not asked for yet; each may be as long as they get
+if TYPE_CHECKING:
+    from websockets.asyncio.client import ClientConnection
 
 
 class AsyncConnection:
@@ -102,31 +97,18 @@ class AsyncConnection:
             raise lost(error) from None
 
     @asynccontextmanager
-    async def websocket(self, path: str, max_bytes: int) -> AsyncIterator[websockets.asyncio.client.ClientConnection]:
+    async def websocket(self, path: str, max_bytes: int) -> AsyncIterator["ClientConnection"]:
         """Open a WebSocket, with messages of at most max_bytes.
 
-        Raises ClientError, also where it is closed by the server while it is used.
+        Raises ClientError, also where it is closed by the server while it is used; ImportError without websockets.
         """
-        options: dict[str, Any] = {
-            "additional_headers": self._headers,
-            "open_timeout": CONNECT_S,
-            "close_timeout": CLOSE_S,
-            "compression": None,
-            "max_size": max_bytes,
-            "max_queue": MESSAGES_AHEAD,
-        }
         try:
-            async with websockets.asyncio.client.connect(self._ws_address + path, **options) as ws:
-                try:
-                    yield ws
-                finally:
-                    await ws.close()  # with 1000: leaving early is not the internal error that `with` would report
-        except ConnectionClosed as error:
-            raise closed(error, max_bytes) from None
-        except InvalidStatus as error:
-            raise refused(error) from None
-        except (OSError, WebSocketException) as error:
-            raise lost(error) from None
+            from .websocket import opened
+        except ModuleNotFoundError as error:
+            needed = f"watch needs {error.name}: pip install 'tminus-client[watch]'"
+            raise ImportError(needed, name=error.name) from None
+        async with opened(self._ws_address + path, self._headers, max_bytes) as ws:
+            yield ws
 
 
 async def _whole(response: httpx.Response, max_bytes: int) -> httpx.Response:

@@ -2,19 +2,18 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import websockets.asyncio.client
-from websockets.exceptions import ConnectionClosed
+from ..bounds import Asked
+from ..errors import ClientError
+from ..messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
+from ..parameters import text_of
+from ..patience import Patience
+from ..reading import Reading
+from .connection import AsyncConnection
 
-from tminus.service.client._async.connection import AsyncConnection
-from tminus.service.client.bounds import Asked
-from tminus.service.client.errors import ClientError
-from tminus.service.client.messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
-from tminus.service.client.parameters import text_of
-from tminus.service.client.patience import Patience
-from tminus.service.client.reading import Reading
+if TYPE_CHECKING:
+    from websockets.asyncio.client import ClientConnection
 
 
 class AsyncWatching:
@@ -22,7 +21,7 @@ class AsyncWatching:
 
     def __init__(self, connection: AsyncConnection, parameters: Mapping[str, Any]) -> None:
         self._connection, self._parameters = connection, parameters
-        self._ws: websockets.asyncio.client.ClientConnection | None = None
+        self._ws: ClientConnection | None = None
         self._begun = False
 
     async def __aiter__(self) -> AsyncIterator[Message]:
@@ -57,11 +56,12 @@ class AsyncWatching:
     async def cancel(self) -> None:
         """Cancel the job once there is one, from any task; the loop ends with Cancelled, or Done if it was done."""
         if self._ws is not None:
-            with suppress(ConnectionClosed):
-                await self._ws.send(CANCEL)
+            from .websocket import send_unless_closed
+
+            await send_unless_closed(self._ws, CANCEL)
 
 
-async def _receive(ws: websockets.asyncio.client.ClientConnection, reading: Reading) -> Message:
+async def _receive(ws: "ClientConnection", reading: Reading) -> Message:
     """Receive a message and the images that follow it."""
     opening = opening_of(await ws.recv())
     reading.begin(opening)

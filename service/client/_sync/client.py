@@ -8,16 +8,16 @@ from typing import Any, Self, Unpack
 
 import httpx
 
-from tminus.service.client import checks
-from tminus.service.client._sync.connection import Connection
-from tminus.service.client._sync.job import Job
-from tminus.service.client._sync.watching import Watching
-from tminus.service.client.bounds import IMAGE_BYTES, Asked
-from tminus.service.client.models import ModelState, models_of
-from tminus.service.client.parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of, told
-from tminus.service.client.patience import Patience
-from tminus.service.client.results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
-from tminus.service.client.transport import KeyAuth, timeouts, with_key
+from .. import checks
+from ..bounds import IMAGE_BYTES, Asked
+from ..models import ModelState, models_of
+from ..parameters import JSON_BODY, Parameters, Sampling, Shown, bytes_of, text_of, told
+from ..patience import Patience
+from ..results import PNG, JobState, MediaType, Noised, Sampled, object_of, page_of
+from ..transport import KeyAuth, timeouts, with_key
+from .connection import Connection
+from .job import Job
+from .watching import Watching
 
 PAGE = 200  # jobs a request, the most that the server lists at once
 

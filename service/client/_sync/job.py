@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Any, Unpack
 from urllib.parse import quote
 
-from tminus.service.client._sync.connection import Connection
-from tminus.service.client.bounds import MAX_IMAGES, Asked
-from tminus.service.client.errors import ClientError, Problem, Unreachable
-from tminus.service.client.following import EVENTS_QUIET_S, NO_CONTENT, Following
-from tminus.service.client.messages import Event
-from tminus.service.client.parameters import Preview
-from tminus.service.client.patience import SHORTEST_POLL_S, Patience, Polling
-from tminus.service.client.results import JobState, MediaType, Sampled, object_of
+from ..bounds import MAX_IMAGES, Asked
+from ..errors import ClientError, Problem, Unreachable
+from ..following import EVENTS_QUIET_S, NO_CONTENT, Following
+from ..messages import Event
+from ..parameters import Preview
+from ..patience import SHORTEST_POLL_S, Patience, Polling
+from ..results import JobState, MediaType, Sampled, object_of
+from .connection import Connection
 
 
 class Job:

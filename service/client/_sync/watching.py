@@ -3,19 +3,18 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import websockets.sync.client
-from websockets.exceptions import ConnectionClosed
+from ..bounds import Asked
+from ..errors import ClientError
+from ..messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
+from ..parameters import text_of
+from ..patience import Patience
+from ..reading import Reading
+from .connection import Connection
 
-from tminus.service.client._sync.connection import Connection
-from tminus.service.client.bounds import Asked
-from tminus.service.client.errors import ClientError
-from tminus.service.client.messages import CANCEL, Cancelled, Done, Message, message_of, opening_of
-from tminus.service.client.parameters import text_of
-from tminus.service.client.patience import Patience
-from tminus.service.client.reading import Reading
+if TYPE_CHECKING:
+    from websockets.sync.client import ClientConnection
 
 
 class Watching:
@@ -23,7 +22,7 @@ class Watching:
 
     def __init__(self, connection: Connection, parameters: Mapping[str, Any]) -> None:
         self._connection, self._parameters = connection, parameters
-        self._ws: websockets.sync.client.ClientConnection | None = None
+        self._ws: ClientConnection | None = None
         self._begun = False
 
     def __iter__(self) -> Iterator[Message]:
@@ -58,11 +57,12 @@ class Watching:
     def cancel(self) -> None:
         """Cancel the job once there is one, from any thread; the loop ends with Cancelled, or Done if it was done."""
         if self._ws is not None:
-            with suppress(ConnectionClosed):
-                self._ws.send(CANCEL)
+            from .websocket import send_unless_closed
+
+            send_unless_closed(self._ws, CANCEL)
 
 
-def _receive(ws: websockets.sync.client.ClientConnection, reading: Reading) -> Message:
+def _receive(ws: "ClientConnection", reading: Reading) -> Message:
     """Receive a message and the images that follow it."""
     opening = opening_of(ws.recv())
     reading.begin(opening)

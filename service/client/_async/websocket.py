@@ -1,0 +1,51 @@
+"""WebSockets to a server. Imported for `watch` alone: the rest does without websockets."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import websockets.asyncio.client
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+
+from ..closings import closed, refused
+from ..transport import CLOSE_S, CONNECT_S, lost
+
+MESSAGES_AHEAD = 2  # that have come over a WebSocket and were not asked for yet; each may be as long as they get
+
+
+@asynccontextmanager
+async def opened(
+    url: str,
+    headers: Mapping[str, str],
+    max_bytes: int,
+) -> AsyncIterator[websockets.asyncio.client.ClientConnection]:
+    """Open a WebSocket, with messages of at most max_bytes.
+
+    Raises ClientError, also where it is closed by the server while it is used.
+    """
+    options: dict[str, Any] = {
+        "additional_headers": headers,
+        "open_timeout": CONNECT_S,
+        "close_timeout": CLOSE_S,
+        "compression": None,
+        "max_size": max_bytes,
+        "max_queue": MESSAGES_AHEAD,
+    }
+    try:
+        async with websockets.asyncio.client.connect(url, **options) as ws:
+            try:
+                yield ws
+            finally:
+                await ws.close()  # with 1000: leaving early is not the internal error that `with` would report
+    except ConnectionClosed as error:
+        raise closed(error, max_bytes) from None
+    except InvalidStatus as error:
+        raise refused(error) from None
+    except (OSError, WebSocketException) as error:
+        raise lost(error) from None
+
+
+async def send_unless_closed(ws: websockets.asyncio.client.ClientConnection, text: str) -> None:
+    """Send a message; one that is not wanted any more is not missed."""
+    with suppress(ConnectionClosed):
+        await ws.send(text)
