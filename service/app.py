@@ -1,7 +1,7 @@
 """Puts the parts together: routes, middleware, and the parts that all models share. Nothing is global."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,9 @@ from tminus.service.api.admin import admin_routes
 from tminus.service.api.authentication import Authentication, authentication_routes, is_open
 from tminus.service.api.docs import docs_routes
 from tminus.service.api.events import event_routes
+from tminus.service.api.hugging_face import BARE_PATH, hugging_face_routes
 from tminus.service.api.jobs import job_routes
+from tminus.service.api.kserve.routes import kserve_routes
 from tminus.service.api.middleware import BodyLimit, RequestContext
 from tminus.service.api.models import Models
 from tminus.service.api.multipart import FORM_BYTES
@@ -107,13 +109,15 @@ def create_app(
     )
     documents: dict[tuple[int, str], dict[str, Any]] = {}  # a tenth of a second each
 
-    def general() -> list[APIRouter]:
+    def general(contract: Contract) -> list[APIRouter]:
         return [
             admin_routes(models, changes, access),
             authentication_routes(access, limits.max_body_bytes),
             image_routes(models),
             model_list_routes(models),
             system_routes(parts.worker, parts.jobs, metrics if with_metrics else None),
+            hugging_face_routes(models, contract, BARE_PATH),
+            kserve_routes(models, parts.worker, parts.jobs, VERSION),
         ]
 
     def document(request: Request) -> dict[str, Any]:
@@ -125,14 +129,14 @@ def create_app(
             served = {each.number for each in models}
             for old in [each for each in documents if each[0] not in served]:
                 del documents[old]
-            documents[key] = _document(models, services, [] if prefix else general(), prefix)
+            documents[key] = _document(models, services, None if prefix else general, prefix)
         return documents[key]
 
     contract = Contract(model, limits)
     absent = [name for name, served in (("docs", with_docs), ("metrics", with_metrics)) if not served]
-    of_a_model = [*_of_a_model(models, contract), page_routes(absent), *([docs_routes(document)] if with_docs else [])]
+    of_a_model = [*_of_a_model(models, contract, absent), *([docs_routes(document)] if with_docs else [])]
     allowed: dict[str, set[str]] = {}
-    for prefix, routers in (("", [*of_a_model, *general()]), (OF_A_MODEL, of_a_model)):
+    for prefix, routers in (("", [*of_a_model, *general(contract)]), (OF_A_MODEL, of_a_model)):
         for router in routers:
             app.include_router(router, prefix=prefix)
             for route in router.routes:
@@ -159,7 +163,7 @@ def create_app(
     return Application(app, parts.worker, parts.streams, metrics, model, parts)
 
 
-def _of_a_model(models: Models, contract: Contract) -> list[APIRouter]:
+def _of_a_model(models: Models, contract: Contract, absent: Collection[str] = ()) -> list[APIRouter]:
     """The routes of the default model, and below a prefix of the model that the path names."""
     return [
         sample_routes(models, contract),
@@ -168,10 +172,14 @@ def _of_a_model(models: Models, contract: Contract) -> list[APIRouter]:
         job_routes(models, contract),
         event_routes(models, contract),
         model_routes(models),
+        hugging_face_routes(models, contract),
+        page_routes(absent),
     ]
 
 
-def _document(models: Models, services: Services, general: Sequence[APIRouter], prefix: str) -> dict[str, Any]:
+def _document(
+    models: Models, services: Services, general: Callable[[Contract], Sequence[APIRouter]] | None, prefix: str
+) -> dict[str, Any]:
     """Describe the routes with the bounds of a model; an app that is never run has them."""
     model, contract = services.model, Contract(services.model, services.limits)
     described = FastAPI(
@@ -181,6 +189,6 @@ def _document(models: Models, services: Services, general: Sequence[APIRouter], 
         version=VERSION,
         servers=[{"url": prefix}] if prefix else None,
     )
-    for router in (*_of_a_model(models, contract), *general):
+    for router in (*_of_a_model(models, contract), *(general(contract) if general is not None else ())):
         described.include_router(router)
     return openapi.document(described, contract, is_open, openai.components(contract) if general else {})

@@ -66,6 +66,13 @@ class UnknownField(ServiceError):
 
     status, code, title = 422, "unknown_field", "There is no such parameter"
 
+    @classmethod
+    def of(cls, field: str, known: Iterable[str], value: object) -> "UnknownField":
+        """Build the usual detail: the name received, and those that there are."""
+        names = ", ".join(known) or "none"
+        detail = f"there is no parameter {short(field)!r}; known: {names}"
+        return cls(detail, field=field, value=value, bound=f"one of {names}")
+
 
 class ConflictingField(ServiceError):
     """A parameter is given twice: in query and body with different values, or repeated where it is no list."""

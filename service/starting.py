@@ -9,13 +9,14 @@ import html
 import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from tminus.service.api.origin import READING
 from tminus.service.api.page import HEADERS
 from tminus.service.api.problems import render
 from tminus.service.app import Application
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.05  # how often the worker is asked whether its warm-up is over
 REFRESH_S = 2
+ALIVE: Mapping[str, Mapping[str, object]] = {"/healthz": {"status": "alive"}, "/v2/health/live": {"live": True}}
 A_PAGE = re.compile(r"/(models/[^/]+/)?")
 DETAIL = (
     "the model is being measured, to find the fastest way of running it on this machine; a first start takes up to a "
@@ -107,8 +109,8 @@ async def _early(scope: Scope, receive: Receive, send: Send) -> None:
         await WebSocket(scope, receive, send).send_denial_response(render(NotReady(DETAIL)))
         return
     answer: Response = render(NotReady(DETAIL), scope)
-    if scope["path"] == "/healthz":
-        answer = JSONResponse({"status": "alive"})
-    elif A_PAGE.fullmatch(scope["path"]):
+    if scope["path"] in ALIVE:
+        answer = JSONResponse(ALIVE[scope["path"]])
+    elif scope["method"] in READING and A_PAGE.fullmatch(scope["path"]):
         answer = HTMLResponse(PAGE, 503, headers=HEADERS | {"Retry-After": str(REFRESH_S)})
     await answer(scope, receive, send)

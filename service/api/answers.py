@@ -109,6 +109,16 @@ class Problem(BaseModel):
     cause: dict[str, Any] | None = Field(default=None, description="the problem that a job failed with")
 
 
+class ErrorText(BaseModel):
+    """What is wrong, as the clients of Hugging Face and KServe read it."""
+
+    error: str = Field(description="for people")
+    code: str = Field(description="stable: what programs go by")
+    field: str | None = Field(default=None, description="what has to be changed")
+    value: Any = Field(default=None, description="what was received, shortened")
+    bound: str | None = Field(default=None, description="what it must be")
+
+
 class LimitsAnswer(BaseModel):
     """The bounds that requests are held to."""
 

@@ -20,7 +20,7 @@ from tminus.service.access.keys import ROLES
 from tminus.service.access.usage import WINDOW_S
 from tminus.service.api.fields import RequestSchema
 from tminus.service.api.openapi import LOGIN_BODY, failures
-from tminus.service.api.origin import OF_A_MODEL
+from tminus.service.api.origin import OF_A_MODEL, READING
 from tminus.service.api.problems import render
 from tminus.service.api.request import check_encoding, no_parameters, read_json, unless_gone
 from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
@@ -29,7 +29,8 @@ from tminus.service.tracing import PROBLEM, note
 COOKIE = "tminus_key"
 COOKIE_S = 30 * 86_400
 # Answered to anybody: whether the server is up, and the page's own files, which say nothing of what is served.
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/login", "/logout"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/login", "/logout"})
+PAGE = "/"  # which others POST prompts to
 OPEN_FOLDERS = ("/page/",)
 NO_STORE = {"Cache-Control": "no-store"}
 
@@ -63,10 +64,10 @@ def has_key(access: Access, scope: Scope) -> bool:
     return True
 
 
-def is_open(path: str) -> bool:
-    """Whether a path is answered to anybody."""
+def is_open(path: str, method: str) -> bool:
+    """Whether a path is answered to anybody who asks by this method."""
     path = OF_A_MODEL.sub("", path)
-    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or (path == PAGE and method in READING)
 
 
 class Authentication:
@@ -79,7 +80,7 @@ class Authentication:
         self._app, self._access, self._refused = app, access, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_open(scope["path"]):
+        if scope["type"] != "http" or is_open(scope["path"], scope["method"]):
             await self._app(scope, receive, send)
             return
         try:

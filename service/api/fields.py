@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, WithJsonSchema
 
-from tminus.service.errors import InvalidField, InvalidImage, UnknownField, short
+from tminus.service.errors import InvalidField, InvalidImage, UnknownField
 
 MAX_SEED = 2**64 - 1
 SEED_BOUND = f"an integer in 0..{MAX_SEED}"
@@ -99,9 +99,7 @@ class RequestSchema(BaseModel):
         known = cls.model_fields
         for name, value in parameters.items():
             if name not in known:
-                names = ", ".join(known) or "none"
-                detail = f"there is no parameter {short(name)!r}; known: {names}"
-                raise UnknownField(detail, field=name, value=value, bound=f"one of {names}")
+                raise UnknownField.of(name, known, value)
             if isinstance(value, list) and len(value) > max_items:
                 detail = f"{name} must be {bound_of(name)}, got a list of {len(value)}"
                 raise InvalidField(detail, field=name, value=value, bound=bound_of(name))

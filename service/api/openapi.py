@@ -9,12 +9,12 @@ from pydantic.json_schema import models_json_schema
 
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.timesteps import SPACINGS
-from tminus.service.api.answers import Problem, SampleAnswer
+from tminus.service.api.answers import ErrorText, Problem, SampleAnswer
 from tminus.service.api.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
 from tminus.service.api.job_ids import CHOSEN
 from tminus.service.api.multipart import BYTES, FORM
 from tminus.service.api.previews import MAX_FPS
-from tminus.service.api.problems import PROBLEM_JSON
+from tminus.service.api.problems import PROBLEM_JSON, as_error_text, form_of
 from tminus.service.api.schemas import (
     MAX_DEADLINE_S,
     MAX_INDEX,
@@ -79,6 +79,11 @@ def answer(description: str, *media_types: str) -> Described:
     """Describe an answer that comes in one of these media types."""
     schemas = {JSON: ref("SampleAnswer")}
     return {"description": description, "content": {kind: {"schema": schemas.get(kind, FILE)} for kind in media_types}}
+
+
+def path_parameter(name: str) -> Described:
+    """Describe a part of a path that the handler reads itself."""
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def _header(name: str, schema: Described, description: str) -> Described:
@@ -175,7 +180,8 @@ class Contract:
         """Make the components that the rest refers to."""
         animated = (SampleRequest, AnimationRequest, WebhookRequest)
         _, answers = models_json_schema(
-            [(Problem, "serialization"), (SampleAnswer, "serialization")], ref_template="#/components/schemas/{model}"
+            [(each, "serialization") for each in (Problem, ErrorText, SampleAnswer)],
+            ref_template="#/components/schemas/{model}",
         )
         return {
             **answers["$defs"],
@@ -274,12 +280,22 @@ def _field(field: Described, bounds: Mapping[str, Described], *, as_text: bool) 
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
 
+def _with_error_texts(responses: Mapping[str, Described]) -> dict[str, Described]:
+    """Describe failures with the status and the schema that clients of Hugging Face and KServe read."""
+    made = {status: described for status, described in responses.items() if int(status) < 400}
+    for status in responses.keys() - made.keys():
+        seen, _ = as_error_text({"status": int(status), "detail": "", "code": ""})
+        made[str(seen)] = {"description": FAILURES[seen], "content": {JSON: {"schema": ref("ErrorText")}}}
+    return made
+
+
 def document(
-    app: FastAPI, contract: Contract, is_public: Callable[[str], bool], more: Mapping[str, Described]
+    app: FastAPI, contract: Contract, is_public: Callable[[str, str], bool], more: Mapping[str, Described]
 ) -> Described:
     """Make the document of an app whose routes refer to the contract's components, and to more.
 
-    is_public: whether a path is answered to anybody; others may be refused for want of a key, or by its quota.
+    is_public: whether a path, and a method, is answered to anybody; others may be refused for want of a key, or by its
+    quota.
     """
     made = app.openapi()
     made["components"]["schemas"] |= {**contract.components(), **more}
@@ -287,11 +303,13 @@ def document(
     made["webhooks"] = WEBHOOKS
     made["security"] = [{}, *({name: []} for name in SCHEMES)]  # where the server is open, no key is needed
     for path, operations in made["paths"].items():
-        for operation in operations.values():
-            if not is_public(path):
+        for method, operation in operations.items():
+            if not is_public(path, method.upper()):
                 operation["responses"] |= {
                     str(status): described
                     for status, described in failures(401, 429).items()
                     if str(status) not in operation["responses"]
                 }
+            if form_of(method.upper(), path) is as_error_text:
+                operation["responses"] = _with_error_texts(operation["responses"])
     return made

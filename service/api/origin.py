@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tminus.service.api.problems import render
 from tminus.service.errors import ForeignHost, ForeignOrigin, ServiceError, short
 
-PROBES = ("/healthz", "/readyz", "/metrics")  # asked by whatever name the network has for this machine
+# Asked by whatever name the network has for this machine.
+PROBES = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
 READING = ("GET", "HEAD", "OPTIONS")
 ANY = "*"
 OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # what stands before a path of one model

@@ -20,19 +20,20 @@ HEADERS = {
 
 def page_routes(without: Collection[str] = ()) -> APIRouter:
     """Make the routes. without: links of the page that lead nowhere here, as docs and metrics may."""
-    router = APIRouter(include_in_schema=False)
+    router = APIRouter(tags=["page"])
     files = StaticFiles(directory=FOLDER)  # answers 304 to clients that have a file already
     page = (FOLDER / "index.html").read_text("utf-8")
     for link in without:
         page = page.replace(f'<a id="{link}"', f'<a id="{link}" hidden')
 
-    @router.api_route("/", methods=["GET", "HEAD"])
+    @router.head("/", include_in_schema=False)
+    @router.get("/", summary="The web page", response_class=HTMLResponse)
     async def get_page(request: Request) -> Response:
         if without:
             return _with_headers(HTMLResponse(page))
         return _with_headers(await files.get_response("index.html", request.scope))
 
-    @router.get("/page/{name}")
+    @router.get("/page/{name}", include_in_schema=False)
     async def get_file(request: Request, name: str) -> Response:
         return _with_headers(await files.get_response(name, request.scope))
 

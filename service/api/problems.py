@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -19,9 +20,22 @@ from tminus.service.tracing import PROBLEM, note
 log = logging.getLogger(__name__)
 
 PROBLEM_JSON, JSON = "application/problem+json", "application/json"
+HUGGING_FACE = re.compile(r"/|/models/[^/]+/?")  # a POST there: see hugging_face.py
 Form = Callable[[Mapping[str, Any]], tuple[int, Mapping[str, Any]]]
+
+
+def as_error_text(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+    """Write a problem as the clients of KServe and Hugging Face read it: a text named `error`, our code beside it.
+
+    Triton, whose protocol KServe's is, answers 400 to whatever is wrong with a request.
+    """
+    status = 400 if problem["status"] == 422 else problem["status"]
+    kept = {name: problem[name] for name in ("code", "field", "value", "bound") if name in problem}
+    return status, {"error": problem["detail"], **kept}
+
+
 # Of APIs that others have defined, by the first part of their paths: what they make of a problem, with its status.
-FORMS: Mapping[str, Form] = {"v1": as_openai}
+FORMS: Mapping[str, Form] = {"v1": as_openai, "v2": as_error_text}
 
 
 def render(error: ServiceError, scope: Scope | None = None) -> Response:
@@ -32,13 +46,15 @@ def render(error: ServiceError, scope: Scope | None = None) -> Response:
 def respond(problem: Mapping[str, Any], headers: Mapping[str, str], scope: Scope | None) -> Response:
     """The response for a problem document, in the form that the clients of a request's API read."""
     status, body, media_type = problem["status"], problem, PROBLEM_JSON
-    if scope is not None and (form := form_of(scope["path"])) is not None:
+    if scope is not None and (form := form_of(scope["method"], scope["path"])) is not None:
         (status, body), media_type = form(problem), JSON
     return Response(json.dumps(body, ensure_ascii=False), status, dict(headers), media_type=media_type)
 
 
-def form_of(path: str) -> Form | None:
+def form_of(method: str, path: str) -> Form | None:
     """How the errors of a request are written; None: as problem documents."""
+    if method == "POST" and HUGGING_FACE.fullmatch(path):
+        return as_error_text
     return FORMS.get(path.removeprefix("/").partition("/")[0])
 
 

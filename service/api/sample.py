@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from fastapi import APIRouter, Request, Response
 
@@ -72,6 +72,33 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
     return router
 
 
+class Answer(Protocol):
+    """What an answer is made of, once its job is done."""
+
+    @property
+    def spec(self) -> SampleSpec:
+        """Of its images."""
+
+    @property
+    def media_type(self) -> str:
+        """Of its body."""
+
+    @property
+    def kind(self) -> str:
+        """All but the spec that its bytes depend on."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of frames, until the job is done."""
+
+    @property
+    def recording(self) -> Recording | None:
+        """Where the worker puts frames on the way."""
+
+    async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
+        """Make the body. Raises NotFinite."""
+
+
 @dataclass(frozen=True, slots=True)
 class Still:
     """An answer with the finished images, as PNG, zip or JSON."""
@@ -123,13 +150,21 @@ class Animation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Job:
     """A job that is wanted, and the answer that is made of it."""
 
-    answer: Still | Animation
+    answer: Answer
     inputs: Inputs | None
     deadline_s: float | None
     etag: str | None  # None: the answer is not a function of the request
+
+    @classmethod
+    def of(
+        cls, made: Answer, model: ModelInfo, *, has_seed: bool, deadline_s: float | None, inputs: Inputs | None = None
+    ) -> "Job":
+        """Name the answer, if with the seed that was given it is always the same."""
+        named = has_seed and model.exact
+        return cls(made, inputs, deadline_s, etag(made.kind, made.spec, model) if named else None)
 
 
 async def answer(services: Services, request: Request) -> Response:
@@ -150,8 +185,12 @@ async def answer(services: Services, request: Request) -> Response:
     del rest, asked  # they hold the uploads as they came, and the job may take long
     request.state.release_body()
     made = Still(spec, media_type) if animation is None else Animation.of(spec, animation, services.model)
-    tag = etag(made.kind, spec, services.model) if has_seed and services.model.exact else None
-    job = _Job(made, inputs, deadline_s, tag)
+    job = Job.of(made, services.model, has_seed=has_seed, deadline_s=deadline_s, inputs=inputs)
+    return await respond(services, request, job)
+
+
+async def respond(services: Services, request: Request, job: Job) -> Response:
+    """Answer with what the client or the cache has, or else run the job. The body has been read."""
     return _known(services, request, job) or await _make(services, request, job)
 
 
@@ -169,12 +208,12 @@ async def _accept(
     return response
 
 
-def _headers(services: Services, job: _Job) -> dict[str, str]:
+def _headers(services: Services, job: Job) -> dict[str, str]:
     headers = {"X-Seed": str(job.answer.spec.seed), "X-Fingerprint": services.model.fingerprint, "Vary": "Accept"}
     return headers | cache_headers(job.etag) | advice_headers(job.answer.spec, services.model)
 
 
-def _known(services: Services, request: Request, job: _Job) -> Response | None:
+def _known(services: Services, request: Request, job: Job) -> Response | None:
     """The answer, if the client or the cache has it."""
     if job.etag is None:
         return None
@@ -188,7 +227,7 @@ def _known(services: Services, request: Request, job: _Job) -> Response | None:
     return None
 
 
-async def _make(services: Services, request: Request, job: _Job) -> Response:
+async def _make(services: Services, request: Request, job: Job) -> Response:
     """Run the job and encode what comes of it."""
     job_id, loop, made = uuid.uuid4().hex, asyncio.get_running_loop(), job.answer
     with services.recordings.taken(made.held_bytes):

@@ -9,7 +9,7 @@ from tminus.service.api.answers import ModelAnswer, ScheduleAnswer, StatusAnswer
 from tminus.service.api.models import Models
 from tminus.service.api.openapi import failures
 from tminus.service.api.request import no_parameters
-from tminus.service.errors import Draining, EngineFailed, NotReady, Stalled
+from tminus.service.errors import Draining, EngineFailed, NotReady, ServiceError, Stalled
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.metrics import Metrics
 from tminus.service.worker.worker import CRASHED, Worker
@@ -60,7 +60,8 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
         responses=failures(500, 503, 507),
     )
     async def readyz() -> StatusAnswer | Response:
-        return _ready(worker, jobs)
+        reason = unready(worker, jobs)
+        return StatusAnswer(status="ready") if reason is None else problems.render(reason)
 
     if metrics is not None:
 
@@ -77,23 +78,25 @@ def system_routes(worker: Worker, jobs: Jobs, metrics: Metrics | None) -> APIRou
 
 def alive(worker: Worker) -> StatusAnswer | Response:
     """What /healthz answers. Any thread may ask."""
-    if worker.crashed:
-        return problems.render(EngineFailed(CRASHED))
-    if stalled_s := worker.stalled_s:
-        return problems.render(Stalled(stalled_s))
-    return StatusAnswer(status="alive")
+    reason = dead(worker)
+    return StatusAnswer(status="alive") if reason is None else problems.render(reason)
 
 
-def _ready(worker: Worker, jobs: Jobs) -> StatusAnswer | Response:
+def dead(worker: Worker) -> ServiceError | None:
+    """Why only a restart helps; None where it goes on. Any thread may ask."""
     if worker.crashed:
-        return problems.render(EngineFailed(CRASHED))
-    if stalled_s := worker.stalled_s:
-        return problems.render(Stalled(stalled_s))
+        return EngineFailed(CRASHED)
+    stalled_s = worker.stalled_s
+    return Stalled(stalled_s) if stalled_s else None
+
+
+def unready(worker: Worker, jobs: Jobs) -> ServiceError | None:
+    """Why no work is taken now; None where it is."""
+    if (reason := dead(worker)) is not None:
+        return reason
     if worker.draining:
-        return problems.render(Draining())
+        return Draining()
     if not worker.ready:
-        return problems.render(NotReady())
+        return NotReady()
     # A shared store fails all servers alike: if each were taken out, nobody would answer what needs no store.
-    if (failure := jobs.store_failure(of_shared=False)) is not None:
-        return problems.render(failure)
-    return StatusAnswer(status="ready")
+    return jobs.store_failure(of_shared=False)

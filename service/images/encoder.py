@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,15 @@ class Encoder:
 
     async def encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], made_by: ModelInfo) -> bytes:
         """Make the body of a response. Raises NotFinite."""
-        with traced("encode", {"tminus.media_type": media_type, "tminus.images": spec.n}):
-            return await asyncio.get_running_loop().run_in_executor(
-                self._pool, self._encode, media_type, spec, read, made_by
-            )
+        make = partial(encode_result, media_type, spec, model=made_by)
+        return await self.encode_by(make, read, media_type, spec.n, media_type.rpartition("/")[2])
+
+    async def encode_by(
+        self, make: Callable[[Images], bytes], read: Callable[[], Images], media_type: str, n: int, kind: str
+    ) -> bytes:
+        """Make the body of a response of n images by a function. kind: in the metrics. Raises NotFinite."""
+        with traced("encode", {"tminus.media_type": media_type, "tminus.images": n}):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, make, read, kind)
 
     async def encode_animation(self, frames: Callable[[], list[Images]], result: JobResult) -> bytes:
         """Make an animated WebP of a recording and its result; contact sheets if n > 1. Raises NotFinite."""
@@ -101,11 +107,11 @@ class Encoder:
 
     # --- in the encoding threads ---
 
-    def _encode(self, media_type: str, spec: SampleSpec, read: Callable[[], Images], model: ModelInfo) -> bytes:
+    def _encode(self, make: Callable[[Images], bytes], read: Callable[[], Images], kind: str) -> bytes:
         images = read()
         started = time.perf_counter()
-        body = encode_result(media_type, spec, images, model)
-        self._observe(media_type.rpartition("/")[2], time.perf_counter() - started)
+        body = make(images)
+        self._observe(kind, time.perf_counter() - started)
         return body
 
     def _encode_animation(self, read: Callable[[], list[Images]], result: JobResult) -> bytes:

@@ -20,6 +20,7 @@ from tminus.service.access.access import Access
 from tminus.service.access.keyring import LOOK_S, KeyRing
 from tminus.service.api import stream as routes_stream
 from tminus.service.api.authentication import COOKIE, is_open
+from tminus.service.api.problems import form_of
 
 ANN, BEN, OPS = "tm_ann", "tm_ben", "tm_ops"
 LINES = key_line("ann", ANN), key_line("ben", BEN), key_line("ops", OPS, "admin")
@@ -57,23 +58,26 @@ def paths_of(site: Site) -> list[tuple[str, str]]:
     described = site.client.get("/openapi.json", **as_(OPS)).json()["paths"]
     found = [(method.upper(), path) for path, methods in described.items() for method in methods]
     found += [("GET", path) for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json", "/models/fake/sample")]
-    return [(method, path.format(job_id=NO_JOB, model="fake")) for method, path in found]
+    return [(method, path.format(job_id=NO_JOB, model="fake", version="0")) for method, path in found]
 
 
 def test_every_path_asks_for_a_key_but_those_of_probes_and_of_the_page(keyed: Site) -> None:
     before = list(keyed.engine.batches)
     paths = paths_of(keyed)
     assert len(paths) > 25
-    asked = {path for _, path in paths if not is_open(path)}
+    asked = {path for method, path in paths if not is_open(path, method)}
+    assert {("POST", "/"), ("POST", "/models/fake"), ("POST", "/v2/models/fake/infer"), ("GET", "/v2")} <= {*paths}
     assert {"/sample", "/jobs", "/model", "/noise", "/metrics", "/key", "/docs", "/openapi.json"} <= asked
     for method, path in paths:
         for sent in ({}, bearer("tm_wrong"), {"Authorization": "Basic YW5uOnRtX2Fubg=="}, {"Cookie": f"{COOKIE}=x"}):
             response = keyed.client.request(method, path, headers=sent)
-            if is_open(path):
+            if is_open(path, method):
                 assert response.status_code != 401 or path == "/login"
             else:
-                if path.startswith("/v1/"):
-                    assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
+                if form_of(method, path) is not None:
+                    document = response.json()
+                    code = document["code"] if "code" in document else document["error"]["code"]
+                    assert (response.status_code, code) == (401, "unauthorized")
                 else:
                     problem(response, 401, "unauthorized")
                 assert response.headers["www-authenticate"].startswith("Bearer")

@@ -17,6 +17,7 @@ from tests.service.conftest import Site, pixels
 from tests.service.fakes import INFO
 from tests.trials import openapi
 from tminus.model.timesteps import SPACINGS
+from tminus.service.api.problems import form_of
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
 from tminus.service.api.webhook_request import WebhookRequest
 from tminus.service.images.encoder import JSON
@@ -83,14 +84,16 @@ def test_the_bounds_in_openapi_are_those_that_hold(site: Site) -> None:
     assert bounded == {"n", "steps", "eta", "seed", "index", "guidance", "guidance_rescale"}
 
 
-def test_every_refusal_is_described_as_a_problem_document_or_in_openais_form(site: Site) -> None:
+def test_every_refusal_is_described_as_a_problem_document_or_in_the_form_of_its_api(site: Site) -> None:
     document = site.client.get("/openapi.json").json()
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
-                    media_type = JSON if path.startswith("/v1/") else "application/problem+json"
+                    of_others = form_of(method.upper(), path) is not None
+                    media_type = JSON if of_others else "application/problem+json"
                     assert response["content"].keys() == {media_type}, (path, method, status)
+                    assert not of_others or status != "422"
     statuses = {
         (method, path): set(operation["responses"])
         for path, methods in document["paths"].items()

@@ -89,7 +89,7 @@ def test_a_wrong_path_is_a_problem_too(site: Site, method: str, path: str) -> No
         ("POST", "/model", "GET"),
         ("POST", "/metrics", "GET, HEAD"),
         ("PUT", "/healthz", "GET, HEAD"),
-        ("DELETE", "/", "GET, HEAD"),
+        ("DELETE", "/", "GET, HEAD, POST"),
     ],
 )
 def test_a_wrong_method_is_a_problem_and_the_right_ones_are_told(

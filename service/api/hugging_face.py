@@ -1,0 +1,185 @@
+"""Hugging Face's inference API for the task text-to-image: POST to the address of the server, or to that of a model.
+
+Read from huggingface_hub (inference/_providers/hf_inference.py, and TextToImageParameters of its generated types): its
+InferenceClient posts to the very URL that it is given for a model, and takes the bytes of the answer for an image.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from tminus.model.scheduler_kinds import CLASS_NAMES, scheduler_kind
+from tminus.service.api.models import Models
+from tminus.service.api.negotiation import negotiate
+from tminus.service.api.openapi import (
+    IF_NONE_MATCH,
+    IMAGES,
+    NOT_MODIFIED,
+    OF_BODY,
+    OF_WORK,
+    Contract,
+    Described,
+    closed_object,
+    failures,
+    path_parameter,
+)
+from tminus.service.api.prompts import class_of_prompt
+from tminus.service.api.request import (
+    EDIT_PARAMETERS,
+    accept_header,
+    check_encoding,
+    no_parameters,
+    read_json,
+    unless_gone,
+)
+from tminus.service.api.sample import Job, Still, respond
+from tminus.service.api.schemas import SampleRequest
+from tminus.service.api.services import Services
+from tminus.service.api.submission import understand
+from tminus.service.errors import ConflictingField, InvalidField, UnknownField
+from tminus.service.images.encoder import JSON, MEDIA_TYPES
+from tminus.service.model_info import ModelInfo
+
+PATH = "/"  # of a model, and of the server, which stands for its default model
+BARE_PATH = "/models/{model}"  # the same without the slash
+# What their parameters are called here.
+NAMES = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "num_images_per_prompt": "n",
+    "scheduler": "sampler",
+}
+THEIR_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
+# Parameters of ours that may stand beside theirs: the class is the prompt, and an edit has no place in this API.
+OURS = tuple(name for name in SampleRequest.model_fields if name not in EDIT_PARAMETERS | {"class_label"})
+CHECKED = ("width", "height", "target_size", "negative_prompt")
+KNOWN = (*NAMES, *CHECKED, *OURS)
+
+
+def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) -> APIRouter:
+    """Make the route."""
+    router = APIRouter(tags=["hugging face"])
+    of_path = [path_parameter("model")] if path == BARE_PATH else []
+    router.post(
+        path,
+        summary="Images of a prompt, for Hugging Face's InferenceClient",
+        response_class=Response,
+        responses={
+            200: IMAGES,
+            304: NOT_MODIFIED,
+            **failures(406, *OF_BODY, *OF_WORK, *([404] if of_path else [])),
+        },
+        openapi_extra={
+            "parameters": [*of_path, IF_NONE_MATCH],
+            "requestBody": {"required": True, "content": {JSON: {"schema": _described(contract)}}},
+        },
+    )(models.handler(text_to_image, "text_to_image"))
+    return router
+
+
+async def text_to_image(services: Services, request: Request) -> Response:
+    """Answer with the images of a prompt, as POST /sample does."""
+    media_type = negotiate(accept_header(request), MEDIA_TYPES)
+    await no_parameters(request)
+    check_encoding(request)
+    body = await unless_gone(read_json(request, services.limits.max_body_bytes))
+    try:
+        asked = await understand(services, parameters_of(body, services.model))
+        spec = asked.to_spec(services.model, services.limits)
+    except InvalidField as error:
+        raise _in_their_words(error, body) from None
+    made = Still(spec, media_type)
+    job = Job.of(made, services.model, has_seed=asked.seed is not None, deadline_s=asked.deadline_s)
+    return await respond(services, request, job)
+
+
+def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
+    """Turn a body into the parameters of POST /sample. Raises InvalidField, UnknownField, ConflictingField."""
+    _check_names(body, ("inputs", "parameters"))
+    given, prompt = body.get("parameters", {}), body.get("inputs")
+    if not isinstance(given, dict):
+        raise InvalidField.of("parameters", "a JSON object", given)
+    if not isinstance(prompt, str):
+        raise InvalidField.of("inputs", "a text, the name of a class or empty", prompt)
+    _check_names(given, KNOWN)
+    parameters: dict[str, Any] = {}
+    for name, value in given.items():
+        ours = NAMES.get(name) or name
+        if ours in parameters:
+            raise ConflictingField(f"{name} is given as {ours} too", field=name, value=value)
+        if name == "scheduler":
+            parameters[ours] = _sampler(value, model)
+        elif name in CHECKED:
+            _check(name, value, model)
+        else:
+            parameters[ours] = value
+    label = class_of_prompt(prompt, model, "inputs")
+    return parameters if label is None else parameters | {"class_label": label}
+
+
+def _in_their_words(error: InvalidField, body: Mapping[str, Any]) -> InvalidField:
+    """Name the parameter as the request does."""
+    theirs = THEIR_NAMES.get(error.field or "")
+    if theirs is None or error.bound is None or theirs not in body["parameters"]:
+        return error
+    return InvalidField.of(theirs, error.bound, error.value)
+
+
+def _sampler(scheduler: object, model: ModelInfo) -> str:
+    """The sampler that a scheduler is: one of ours, or a class of diffusers as it is by default."""
+    known = _samplers(model)
+    if not isinstance(scheduler, str) or scheduler not in known:
+        raise InvalidField.of("scheduler", f"one of {', '.join(known)}", scheduler)
+    return known[scheduler]
+
+
+def _samplers(model: ModelInfo) -> dict[str, str]:
+    """The samplers by their names, and by those of diffusers' classes."""
+    known = {name: name for name in model.samplers}
+    for name in CLASS_NAMES:
+        try:
+            sampler = scheduler_kind(name, {}).sampler
+        except ValueError:  # what it is by default is not served
+            continue
+        if sampler in model.samplers:
+            known[name] = sampler
+    return known
+
+
+def _check(name: str, value: object, model: ModelInfo) -> None:
+    """Refuse what the model cannot do: it makes images of one size, and knows no class to avoid."""
+    size = {"width": model.width_px, "height": model.height_px}
+    if name == "negative_prompt":
+        if value != "":
+            raise InvalidField.of(name, "absent or empty: no class can be avoided", value)
+    elif name == "target_size":
+        if value != size:
+            raise InvalidField.of(name, f"the model's own size, {size}", value)
+    elif value != size[name] or isinstance(value, bool):  # to Python, True is 1
+        raise InvalidField.of(name, f"{size[name]}, as all images of this model are", value)
+
+
+def _check_names(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for name, value in given.items():
+        if name not in known:
+            raise UnknownField.of(name, known, value)
+
+
+def _described(contract: Contract) -> Described:
+    """Describe the body."""
+    model, fields = contract.model, contract.fields(SampleRequest)
+    size = {
+        name: {"type": "integer", "enum": [px]} for name, px in (("width", model.width_px), ("height", model.height_px))
+    }
+    parameters = {
+        **{theirs: fields[ours] for theirs, ours in NAMES.items()},
+        **size,
+        "target_size": closed_object("the model's own size", size) | {"required": list(size)},
+        "negative_prompt": {"type": "string", "maxLength": 0},
+        "scheduler": {"type": "string", "enum": list(_samplers(model))},
+        **{name: fields[name] for name in OURS},
+    }
+    prompt = {"type": "string", "description": "a class by name or number; empty: no class"}
+    inside = closed_object("Hugging Face's parameters, and those of POST /sample.", parameters)
+    return closed_object("A prompt.", {"inputs": prompt, "parameters": inside}) | {"required": ["inputs"]}

@@ -1,0 +1,180 @@
+"""Inference in KServe's protocol: a request's parameters of POST /sample, and an answer of tensors. Pure."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from tminus.service.api.kserve.tensors import (
+    CLASS_LABEL,
+    IMAGES,
+    NUMBERS,
+    SEED,
+    TAKEN,
+    check_names,
+    flag_of,
+    header_length,
+    object_of,
+    outputs_of,
+    read_inputs,
+)
+from tminus.service.api.prompts import class_of_prompt
+from tminus.service.api.request import EDIT_PARAMETERS, from_body
+from tminus.service.api.schemas import MAX_DEADLINE_S, SampleRequest
+from tminus.service.errors import ConflictingField, InvalidField, short
+from tminus.service.images.encoder import JSON, Encoder
+from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.spec import Images, SampleSpec
+from tminus.service.work import JobResult
+
+BINARY = "application/octet-stream"
+NO_CLASS = -1  # in class_label
+MAX_ID = 255
+# Of a request, beside its tensors: an edit has no place in this protocol.
+PARAMETERS = tuple(
+    name for name in SampleRequest.model_fields if name not in EDIT_PARAMETERS | {each.name for each in TAKEN}
+)
+TIMEOUT, BINARY_OUTPUT = "timeout", "binary_data_output"  # Triton's: microseconds; whether all outputs are bytes
+# Each number with its comma, in as many bytes, so that numpy writes a million of them: JSON may have blanks.
+AS_JSON = np.array([f"{value:3d}," for value in range(256)], "S4")
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """What a request asks for."""
+
+    parameters: dict[str, Any]  # those of POST /sample
+    id: str | None
+    outputs: Mapping[str, bool]  # by name: whether as bytes
+
+    @classmethod
+    def parse(cls, body: bytes, header: str | None, model: ModelInfo, limits: Limits) -> "InferRequest":
+        """Read a body. header: HEADER_LENGTH.
+
+        Raises InvalidField, UnknownField, ConflictingField, MalformedBody, BodyTooLarge.
+        """
+        length = header_length(header, len(body))
+        document, rest = from_body(body[:length], limits.max_body_bytes), memoryview(body)[length:]
+        check_names(document, ("id", "parameters", "inputs", "outputs"))
+        request_id = document.get("id")
+        if request_id is not None and not (isinstance(request_id, str) and len(request_id) <= MAX_ID):
+            raise InvalidField.of("id", f"a text of at most {MAX_ID} characters", request_id)
+        given = dict(object_of(document.get("parameters", {}), "parameters"))
+        check_names(given, (*PARAMETERS, TIMEOUT, BINARY_OUTPUT))
+        binary = flag_of(given.pop(BINARY_OUTPUT, False), BINARY_OUTPUT)
+        inputs = read_inputs(document.get("inputs"), rest, model, limits.max_n)
+        return cls(_parameters(given, inputs, model), request_id, _read_outputs(document.get("outputs"), binary, model))
+
+
+def _parameters(given: dict[str, Any], inputs: Mapping[str, list[Any]], model: ModelInfo) -> dict[str, Any]:
+    """Join what the request's parameters and its tensors say to the parameters of POST /sample."""
+    if (timeout := given.pop(TIMEOUT, None)) is not None:
+        if type(timeout) is not int or not 0 < timeout <= MAX_DEADLINE_S * 1e6:
+            raise InvalidField.of(TIMEOUT, f"an integer of microseconds, 1..{MAX_DEADLINE_S * 1e6:.0f}", timeout)
+        if "deadline_s" in given:
+            raise ConflictingField("timeout is given as deadline_s too", field=TIMEOUT, value=timeout)
+        given["deadline_s"] = timeout / 1e6
+    for name in given:
+        if isinstance(given[name], (list, dict)):
+            raise InvalidField.of(name, "a text, a number or a truth value", given[name])
+    for name, values in inputs.items():
+        if name == CLASS_LABEL:
+            given[name] = [_class(value, model) for value in values]
+            if given.setdefault("n", len(values)) != len(values):
+                detail = f"n is {short(given['n'])}, and class_label has {len(values)} values"
+                raise ConflictingField(detail, field="n", value=given["n"])
+        else:
+            given[name] = values if len(values) > 1 else values[0]
+    return given
+
+
+def _class(value: int | str, model: ModelInfo) -> int | None:
+    if isinstance(value, str):
+        return class_of_prompt(value, model, CLASS_LABEL)
+    return None if value == NO_CLASS else value
+
+
+def _read_outputs(given: object, binary: bool, model: ModelInfo) -> dict[str, bool]:
+    """The outputs that are wanted, and whether as bytes; all where none is named."""
+    known = [each.name for each in outputs_of(model)]
+    if given is None or given == []:
+        return dict.fromkeys(known, binary)
+    if not isinstance(given, list) or len(given) > len(known):
+        raise InvalidField.of("outputs", f"a list of at most {len(known)}: {', '.join(known)}", given)
+    found: dict[str, bool] = {}
+    for output in given:
+        members = object_of(output, "outputs")
+        check_names(members, ("name", "parameters"))
+        name = members.get("name")
+        if not isinstance(name, str) or name not in known:
+            raise InvalidField.of("outputs", f"named {', '.join(known)}", name)
+        if name in found:
+            raise ConflictingField(f"the output {name} is asked for twice", field="outputs", value=name)
+        parameters = object_of(members.get("parameters", {}), f"{name}.parameters")
+        check_names(parameters, ("binary_data",))
+        found[name] = flag_of(parameters.get("binary_data", binary), "binary_data")
+    return found
+
+
+def version_of(model: ModelInfo) -> str:
+    """The version of a model in this protocol: the first digits of the hash of its weights."""
+    return model.weights_hash[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """An answer with the pixels of the images, and their seed."""
+
+    spec: SampleSpec
+    model: ModelInfo
+    id: str | None
+    outputs: Mapping[str, bool]
+    held_bytes: ClassVar[int] = 0
+    recording: ClassVar[None] = None
+
+    @property
+    def media_type(self) -> str:
+        """As Triton has it."""
+        return BINARY if any(self.outputs.values()) else JSON
+
+    @property
+    def kind(self) -> str:
+        """All but the spec that its bytes depend on."""
+        return json.dumps(["tensors", self.model.name, self.id, list(self.outputs.items())])
+
+    @property
+    def binary_bytes(self) -> int:
+        """Of the tensors behind the JSON."""
+        sizes = {IMAGES: math.prod(self._shape), SEED: NUMBERS["UINT64"].itemsize}
+        return sum(sizes[name] for name, binary in self.outputs.items() if binary)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (self.spec.n, self.model.height_px, self.model.width_px, self.model.channels)
+
+    async def encode(self, encoder: Encoder, result: JobResult, _made_by: ModelInfo) -> bytes:
+        """Make the body. Raises NotFinite."""
+        return await encoder.encode_by(self.body, result.read, self.media_type, self.spec.n, "tensors")
+
+    def body(self, images: Images) -> bytes:
+        """Make the body of the pixels [n, H, W, C]."""
+        seed = np.array([self.spec.seed], NUMBERS["UINT64"])
+        outputs, behind = [], []
+        for name, binary in self.outputs.items():
+            datatype, values = ("UINT8", images) if name == IMAGES else ("UINT64", seed)
+            described: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(values.shape)}
+            if binary:
+                behind.append(values.tobytes())
+                described["parameters"] = {"binary_data_size": len(behind[-1])}
+                outputs.append(json.dumps(described).encode())
+            else:
+                data = AS_JSON[images].tobytes()[:-1] if name == IMAGES else str(self.spec.seed).encode()
+                outputs.append(b"".join([json.dumps(described).encode()[:-1], b', "data": [', data, b"]}"]))
+        document: dict[str, Any] = {"model_name": self.model.name, "model_version": version_of(self.model)}
+        document |= {} if self.id is None else {"id": self.id}
+        document |= {"parameters": {"fingerprint": self.model.fingerprint}}
+        head = json.dumps(document).encode()[:-1]
+        return b"".join([head, b', "outputs": [', b", ".join(outputs), b"]}", *behind])

@@ -1,0 +1,214 @@
+"""The calls of KServe's protocol: what there is, how it is doing, and inference."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, Field
+
+from tminus.service.api import problems
+from tminus.service.api.kserve.infer import BINARY, InferRequest, Tensors, version_of
+from tminus.service.api.kserve.tensors import HEADER_LENGTH, TAKEN, TensorInfo, inputs_of, outputs_of
+from tminus.service.api.models import Models
+from tminus.service.api.openapi import (
+    FILE,
+    IF_NONE_MATCH,
+    NOT_MODIFIED,
+    OF_BODY,
+    OF_WORK,
+    Described,
+    failures,
+    path_parameter,
+)
+from tminus.service.api.request import check_encoding, no_parameters, off_loop, unless_gone
+from tminus.service.api.sample import Job, respond
+from tminus.service.api.services import Services
+from tminus.service.api.submission import understand
+from tminus.service.api.system import dead, unready
+from tminus.service.errors import ModelNotFound
+from tminus.service.images.encoder import JSON
+from tminus.service.jobs.jobs import Jobs
+from tminus.service.worker.worker import Worker
+
+BARE = [Depends(no_parameters)]
+EXTENSIONS = ["binary_tensor_data"]
+MODEL, VERSION = "/v2/models/{model}", "/versions/{version}"
+
+
+class ServerMetadata(BaseModel):
+    """What this server is."""
+
+    name: str
+    version: str
+    extensions: list[str] = Field(description="of the protocol")
+
+
+class LiveAnswer(BaseModel):
+    """Whether the process answers and its worker runs."""
+
+    live: bool
+
+
+class ReadyAnswer(BaseModel):
+    """Whether work is taken."""
+
+    live: bool
+    ready: bool
+
+
+class ModelReady(BaseModel):
+    """Whether a model can be asked for images."""
+
+    name: str
+    ready: bool
+
+
+class TensorMetadata(BaseModel):
+    """A tensor that a model takes or gives."""
+
+    name: str
+    datatype: str
+    shape: list[int] = Field(description="-1: any length")
+
+    @classmethod
+    def of(cls, info: TensorInfo) -> "TensorMetadata":
+        """Say what a tensor is."""
+        return cls(name=info.name, datatype=info.datatypes[0], shape=list(info.shape))
+
+
+class ModelMetadata(BaseModel):
+    """What a model takes and gives. A request may leave out each input."""
+
+    name: str
+    versions: list[str] = Field(description="the one that is loaded: the first 16 digits of the hash of its weights")
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+def kserve_routes(models: Models, worker: Worker, jobs: Jobs, version: str) -> APIRouter:
+    """Make the routes. version: of the server."""
+    router = APIRouter(tags=["kserve"])
+
+    @router.get("/v2", summary="What this server is", dependencies=BARE, responses=failures(422))
+    async def get_server() -> ServerMetadata:
+        return ServerMetadata(name="tminus", version=version, extensions=EXTENSIONS)
+
+    @router.head("/v2/health/live", include_in_schema=False, response_model=None)
+    @router.get("/v2/health/live", summary="Liveness", response_model=LiveAnswer, responses=failures(500, 503))
+    async def get_live(request: Request) -> LiveAnswer | Response:
+        reason = dead(worker)
+        return LiveAnswer(live=True) if reason is None else problems.render(reason, request.scope)
+
+    @router.head("/v2/health/ready", include_in_schema=False, response_model=None)
+    @router.get("/v2/health/ready", summary="Readiness", response_model=ReadyAnswer, responses=failures(500, 503, 507))
+    async def get_ready(request: Request) -> ReadyAnswer | Response:
+        reason = unready(worker, jobs)
+        return ReadyAnswer(live=True, ready=True) if reason is None else problems.render(reason, request.scope)
+
+    async def get_metadata(request: Request) -> ModelMetadata:
+        model = _of_version(models.of(request), request).model
+        return ModelMetadata(
+            name=model.name,
+            versions=[version_of(model)],
+            platform="tminus_unet",
+            inputs=[TensorMetadata.of(each) for each in inputs_of(model)],
+            outputs=[TensorMetadata.of(each) for each in outputs_of(model)],
+        )
+
+    async def get_model_ready(request: Request) -> ModelReady | Response:
+        name, reason = _of_version(models.of(request), request).model.name, unready(worker, jobs)
+        return ModelReady(name=name, ready=True) if reason is None else problems.render(reason, request.scope)
+
+    for path in (MODEL, MODEL + VERSION):
+        in_path = {"parameters": [path_parameter(name) for name in ("model", "version") if f"{{{name}}}" in path]}
+        router.get(
+            path, summary="What a model takes and gives", dependencies=BARE, responses=failures(404, 422),
+            openapi_extra=in_path,
+        )(get_metadata)  # fmt: skip
+        router.get(
+            f"{path}/ready", summary="Whether a model can be asked", dependencies=BARE, response_model=ModelReady,
+            responses=failures(404, 422, 500, 503, 507), openapi_extra=in_path,
+        )(get_model_ready)  # fmt: skip
+        router.post(
+            f"{path}/infer", summary="Sample, as tensors", response_class=Response,
+            responses={200: ANSWER, 304: NOT_MODIFIED, **failures(404, *OF_BODY, *OF_WORK)},
+            openapi_extra={"parameters": [*in_path["parameters"], IF_NONE_MATCH], "requestBody": BODY},
+        )(models.handler(infer, "infer"))  # fmt: skip
+    return router
+
+
+async def infer(services: Services, request: Request) -> Response:
+    """Answer with images as tensors, of the same pixels as POST /sample makes."""
+    _of_version(services, request)
+    await no_parameters(request)
+    check_encoding(request)
+    body, model, limits = await unless_gone(request.body()), services.model, services.limits
+    asked = await off_loop(len(body), InferRequest.parse, body, request.headers.get(HEADER_LENGTH), model, limits)
+    sampling = await understand(services, asked.parameters)
+    made = Tensors(sampling.to_spec(model, limits), model, asked.id, asked.outputs)
+    job = Job.of(made, model, has_seed=sampling.seed is not None, deadline_s=sampling.deadline_s)
+    response = await respond(services, request, job)
+    if made.binary_bytes and response.status_code == 200:
+        response.headers[HEADER_LENGTH] = str(len(response.body) - made.binary_bytes)
+    return response
+
+
+def _of_version(services: Services, request: Request) -> Services:
+    """Raise ModelNotFound where the path names another version than the one that is loaded."""
+    wanted, there = request.path_params.get("version"), version_of(services.model)
+    if wanted not in (None, there):
+        detail = f"model {services.model.name} is loaded in version {there}, and in no other"
+        raise ModelNotFound(detail, field="version", value=wanted, bound=there)
+    return services
+
+
+_PARAMETERS: Described = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
+_REQUESTED: dict[str, Any] = {
+    "id": {"type": "string", "maxLength": 255},
+    "parameters": _PARAMETERS
+    | {"description": "those of POST /sample that are no tensors; timeout; binary_data_output"},
+    "inputs": {
+        "type": "array",
+        "maxItems": len(TAKEN),
+        "items": {
+            "type": "object",
+            "required": ["name", "shape", "datatype"],
+            "additionalProperties": False,
+            "properties": {
+                "name": {"type": "string", "enum": [each.name for each in TAKEN]},
+                "shape": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 1},
+                "datatype": {"type": "string", "enum": sorted({name for each in TAKEN for name in each.datatypes})},
+                "data": {"type": "array", "items": {"type": ["string", "number"]}},
+                "parameters": _PARAMETERS,
+            },
+        },
+    },
+    "outputs": {
+        "type": "array",
+        "maxItems": 2,
+        "items": {
+            "type": "object",
+            "required": ["name"],
+            "additionalProperties": False,
+            "properties": {"name": {"type": "string", "enum": ["images", "seed"]}, "parameters": _PARAMETERS},
+        },
+    },
+}
+BODY: Described = {
+    "required": True,
+    "content": {
+        JSON: {
+            "schema": {
+                "type": "object",
+                "description": f"With {HEADER_LENGTH}, bytes of tensors may follow.",
+                "required": ["inputs"],
+                "additionalProperties": False,
+                "properties": _REQUESTED,
+            }
+        }
+    },
+}
+ANSWER: Described = {
+    "description": "The images, and the seed",
+    "content": {JSON: {"schema": {"type": "object"}}, BINARY: {"schema": FILE}},
+}

@@ -1,0 +1,147 @@
+"""Triton's own client, whose protocol KServe's is, against the real server."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from tests.e2e.conftest import RunningServer
+
+NAMES = ["bag", "ankle boot", "T-shirt", ""]
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(server.url.removeprefix("http://"), network_timeout=60) as made:
+        yield made
+
+
+def tensor(name: str, values: np.ndarray, datatype: str, *, binary: bool = True) -> triton.InferInput:
+    made = triton.InferInput(name, list(values.shape), datatype)
+    made.set_data_from_numpy(values, binary_data=binary)
+    return made
+
+
+def inputs(*, binary: bool = True, seed: int = 7) -> list[triton.InferInput]:
+    labels = np.array(NAMES, np.object_)
+    return [
+        tensor("class_label", labels, "BYTES", binary=binary),
+        tensor("steps", np.array([20], np.int32), "INT32", binary=binary),
+        tensor("seed", np.array([seed], np.uint64), "UINT64", binary=binary),
+    ]
+
+
+def sampled(server: RunningServer, **spec: Any) -> np.ndarray:
+    """The pixels of POST /sample, one image each."""
+    answer = server.post(json={"steps": 20, "seed": 7} | spec, headers={"Accept": "application/json"}).json()
+
+    return np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(each["png"])))) for each in answer["images"]])
+
+
+@pytest.mark.parametrize("binary_out", [True, False])
+@pytest.mark.parametrize("binary_in", [True, False])
+def test_tensors_are_the_pixels_of_post_sample(
+    server: RunningServer, client: triton.InferenceServerClient, binary_in: bool, binary_out: bool
+) -> None:
+    outputs = [triton.InferRequestedOutput(name, binary_data=binary_out) for name in ("images", "seed")]
+    result = client.infer("small", inputs(binary=binary_in), outputs=outputs, request_id="42")
+    images = result.as_numpy("images")
+    assert (images.shape, images.dtype) == ((4, 32, 32, 1), np.uint8)
+    wanted = sampled(server, n=4, class_label=["bag", "ankle-boot", "t-shirt", None])
+    np.testing.assert_array_equal(images[..., 0], wanted)
+    assert result.as_numpy("seed").tolist() == [7]
+    assert result.get_response()["id"] == "42"
+
+
+def test_what_the_client_does_by_default_is_bytes_both_ways(
+    server: RunningServer, client: triton.InferenceServerClient
+) -> None:
+    more = [
+        tensor("class_label", np.array([8, 9]), "INT64"),
+        tensor("guidance", np.array([7.3], np.float32), "FP32"),
+        tensor("guidance_interval", np.array([100, 900], np.int32), "INT32"),
+    ]
+    result = client.infer("small", [*more, *inputs()[1:]], parameters={"sampler": "dpmpp_2m", "guidance_rescale": 0.5})
+    guided = {"guidance": 7.3, "guidance_interval": [100, 900], "guidance_rescale": 0.5, "sampler": "dpmpp_2m"}
+    wanted = sampled(server, n=2, class_label=[8, 9], **guided)
+    np.testing.assert_array_equal(result.as_numpy("images")[..., 0], wanted)
+
+
+def test_a_seed_of_64_bits_arrives_whole(client: triton.InferenceServerClient) -> None:
+    result = client.infer("small", inputs(seed=2**64 - 1))
+    assert result.as_numpy("seed").tolist() == [2**64 - 1]
+
+
+def test_the_client_finds_the_server_and_its_model(client: triton.InferenceServerClient) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("small")
+    assert not client.is_model_ready("nobody")
+    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    metadata = client.get_model_metadata("small")
+    (version,) = metadata["versions"]
+    assert client.is_model_ready("small", version)
+    assert client.infer("small", inputs(), version).as_numpy("images").shape == (4, 32, 32, 1)
+    assert {each["name"]: each["datatype"] for each in metadata["inputs"]} == {
+        "class_label": "INT64", "seed": "UINT64", "steps": "INT32", "guidance": "FP32", "guidance_interval": "INT32",
+    }  # fmt: skip
+    assert metadata["outputs"][0] == {"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 1]}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (tensor("class_label", np.array(["a boot"], np.object_), "BYTES"), "class_label must be a class of this model"),
+        (tensor("class_label", np.array([[8, 9]]), "INT64"), "class_label.shape must be"),
+        (tensor("class_label", np.zeros(1000, np.int64), "INT64"), "class_label.shape must be"),
+        (tensor("class_label", np.array([8], np.int32), "INT32"), "class_label.datatype must be INT64 or BYTES"),
+        (tensor("guidance", np.array([np.nan], np.float32), "FP32"), "guidance.data must be finite"),
+        (tensor("guidance", np.array([1.5]), "FP64"), "guidance.datatype must be FP32"),
+        (tensor("latents", np.zeros((1, 4), np.float32), "FP32"), "inputs must be tensors named"),
+    ],
+)
+def test_a_tensor_that_is_wrong_is_refused_in_words(
+    client: triton.InferenceServerClient, wrong: triton.InferInput, says: str
+) -> None:
+    with pytest.raises(InferenceServerException, match=r"\[400\]") as caught:
+        client.infer("small", [wrong])
+    assert says in caught.value.message()
+
+
+def test_a_body_that_lies_about_its_lengths_is_refused_and_the_connection_goes_on(server: RunningServer) -> None:
+    head = json.dumps(
+        {"inputs": [{"name": "steps", "shape": [1], "datatype": "INT32", "parameters": {"binary_data_size": 4}}]}
+    )
+    with server.client() as http:
+        for length, rest in (
+            (len(head) + 100, b""),
+            (len(head), b"abc"),
+            (len(head), b"abcde"),
+            (3, b"abcd"),
+            (-1, b""),
+        ):
+            answer = http.post(
+                "/v2/models/small/infer",
+                content=head.encode() + rest,
+                headers={"Inference-Header-Content-Length": str(length)},
+            )
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]
+        assert http.get("/v2/health/ready").json()["ready"]
+
+
+def test_a_client_that_leaves_frees_its_rows(server: RunningServer) -> None:
+    cancelled = server.metric("tminus_cancelled_total")
+    body = {"inputs": [], "parameters": {"n": 16}}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v2/models/small/infer", json=body, timeout=0.5)
+    server.wait_until(lambda: server.metric("tminus_cancelled_total") > cancelled)
+    server.wait_until(lambda: server.metric("tminus_rows_active") == 0)

@@ -1,0 +1,199 @@
+"""The calls below /v2, through the app."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.service.api.kserve.requests import SPEC, as_bytes, body, numbers, plain, tensor, texts
+from tests.service.conftest import MakeSite, Site, pixels
+from tests.service.fakes import INFO, LIMITS
+from tests.service.keys import access_of, bearer, key_line
+from tests.service.several import COLOUR, make_several
+from tminus.service.app import VERSION as OF_SERVER
+
+VERSION = INFO.weights_hash[:16]
+
+
+def infer(site: Site, *more: dict[str, Any], path: str = "/v2/models/fake/infer", **members: Any) -> Any:
+    return site.client.post(path, json={"inputs": plain(*more), **members})
+
+
+def images_of(response: Any) -> np.ndarray:
+    """The pixels of an answer in JSON."""
+    assert response.status_code == 200, response.text
+    (images,) = (each for each in response.json()["outputs"] if each["name"] == "images")
+    return np.array(images["data"], np.uint8).reshape(images["shape"])
+
+
+def refused(response: Any, status: int, code: str, field: str | None = None) -> str:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    document = response.json()
+    assert (document["code"], document.get("field")) == (code, field)
+    assert isinstance(document["error"], str)
+    return str(document["error"])
+
+
+def test_images_are_the_pixels_of_post_sample(site: Site) -> None:
+    answer = infer(site, tensor("class_label", "INT64", 1), tensor("guidance", "FP32", 2.5), id="a")
+    png = site.post(json=SPEC | {"class_label": 1, "guidance": 2.5})
+    np.testing.assert_array_equal(images_of(answer)[0, :, :, 0], pixels(png.content))
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-seed"] == "7"
+    assert "inference-header-content-length" not in answer.headers
+    document = answer.json()
+    assert (document["id"], document["model_name"], document["model_version"]) == ("a", "fake", VERSION)
+    assert document["outputs"][1] == {"name": "seed", "datatype": "UINT64", "shape": [1], "data": [7]}
+
+
+def test_bytes_are_taken_and_given(site: Site) -> None:
+    content, headers = body(
+        [
+            as_bytes("class_label", "BYTES", texts(b"cat", b"3D print"), [2]),
+            as_bytes("steps", "INT32", numbers("INT32", 4), [1]),
+            as_bytes("seed", "UINT64", numbers("UINT64", 7), [1]),
+        ],
+        parameters={"binary_data_output": True},
+    )
+    for _ in range(2):  # the second is from the cache where there is one, and is the same
+        answer = site.client.post("/v2/models/fake/infer", content=content, headers=headers)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "application/octet-stream"
+        head = int(answer.headers["inference-header-content-length"])
+        images, seed = json.loads(answer.content[:head])["outputs"]
+        size = images["parameters"]["binary_data_size"]
+        assert (images["shape"], size, seed["parameters"]) == ([2, 4, 6, 1], 48, {"binary_data_size": 8})
+        behind = answer.content[head:]
+        wanted = images_of(infer(site, tensor("class_label", "INT64", 0, 2)))
+        np.testing.assert_array_equal(np.frombuffer(behind[:48], np.uint8).reshape(2, 4, 6, 1), wanted)
+        assert int.from_bytes(behind[48:], "little") == 7
+
+
+def test_answers_are_kept_and_named_as_others_are(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=2**20)
+    content, headers = body([], parameters={"binary_data_output": True, "n": 2})
+    drawn = site.client.post("/v2/models/fake/infer", content=content, headers=headers)
+    assert "etag" not in drawn.headers
+    first, again = (infer(site, parameters={"binary_data_output": True}) for _ in range(2))
+    assert again.headers["cache-status"] == "tminus; hit"
+    assert first.content == again.content
+    length = "inference-header-content-length"
+    assert first.headers[length] == again.headers[length]
+    known = site.client.post(
+        "/v2/models/fake/infer",
+        json={"inputs": plain(), "parameters": {"binary_data_output": True}},
+        headers={"If-None-Match": first.headers["etag"]},
+    )
+    assert (known.status_code, known.content) == (304, b"")
+    assert length not in known.headers
+    assert infer(site).headers["etag"] != first.headers["etag"]
+
+
+def test_a_seed_is_drawn_and_told(site: Site) -> None:
+    answer = site.client.post("/v2/models/fake/infer", json={"inputs": [tensor("steps", "INT32", 4)]})
+    assert answer.json()["outputs"][1]["data"] == [int(answer.headers["x-seed"])]
+
+
+def test_the_server_and_its_models_say_what_they_are(site: Site) -> None:
+    server = site.client.get("/v2").json()
+    assert server == {"name": "tminus", "version": OF_SERVER, "extensions": ["binary_tensor_data"]}
+    for path in ("/v2/models/fake", f"/v2/models/fake/versions/{VERSION}"):
+        metadata = site.client.get(path).json()
+        assert (metadata["name"], metadata["versions"]) == ("fake", [VERSION])
+        assert metadata["inputs"][0] == {"name": "class_label", "datatype": "INT64", "shape": [-1]}
+        assert metadata["outputs"][0] == {"name": "images", "datatype": "UINT8", "shape": [-1, 4, 6, 1]}
+        assert site.client.get(f"{path}/ready").json() == {"name": "fake", "ready": True}
+        np.testing.assert_array_equal(images_of(infer(site, path=f"{path}/infer")), images_of(infer(site)))
+
+
+def test_another_version_is_not_there(site: Site) -> None:
+    for path in ("", "/ready"):
+        refused(site.client.get(f"/v2/models/fake/versions/1{path}"), 404, "model_not_found", "version")
+    text = refused(infer(site, path="/v2/models/fake/versions/1/infer"), 404, "model_not_found", "version")
+    assert VERSION in text
+
+
+def test_each_model_is_asked_by_its_name(make_site: MakeSite) -> None:
+    several = make_several(make_site)
+    answer = infer(several.site, tensor("class_label", "BYTES", "green"), path="/v2/models/colour/infer")
+    assert images_of(answer).shape == (1, COLOUR.height_px, COLOUR.width_px, 3)
+    assert several.site.client.get("/v2/models/colour").json()["versions"] == [COLOUR.weights_hash[:16]]
+    for method, path in (("GET", ""), ("GET", "/ready"), ("POST", "/infer")):
+        answer = several.site.client.request(method, f"/v2/models/nobody{path}", json={"inputs": []})
+        refused(answer, 404, "model_not_found", "model")
+
+
+def test_probes_say_how_the_server_does_without_a_key(make_site: MakeSite) -> None:
+    site = make_site(app={"access": access_of(key_line("ann", "tm_ann"))})
+    assert site.client.get("/v2/health/live").json() == {"live": True}
+    assert site.client.get("/v2/health/ready").json() == {"live": True, "ready": True}
+    assert site.client.head("/v2/health/ready").status_code == 200
+    for method, path in (("GET", "/v2"), ("GET", "/v2/models/fake"), ("POST", "/v2/models/fake/infer")):
+        refused(site.client.request(method, path), 401, "unauthorized")
+    assert site.client.get("/v2", headers=bearer("tm_ann")).status_code == 200
+    site.worker.drain()
+    refused(site.client.get("/v2/health/ready"), 503, "draining")
+    refused(site.client.get("/v2/models/fake/ready", headers=bearer("tm_ann")), 503, "draining")
+    assert site.client.get("/v2/health/live").json() == {"live": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "code", "field"),
+    [
+        (*body([], header=10**6), "invalid_field", "Inference-Header-Content-Length"),
+        (*body([], header=1), "malformed_body", None),
+        (*body([], behind=b"x"), "invalid_field", "Inference-Header-Content-Length"),
+        (*body([as_bytes("steps", "INT32", bytes(4), [1], size=400)]), "invalid_field", "steps.binary_data_size"),
+        (*body([as_bytes("guidance", "FP32", b"\0\0\xc0\x7f", [1])]), "invalid_field", "guidance.data"),
+        (b'{"inputs": []}' + bytes(100), {}, "malformed_body", None),
+        (b'{"inputs": [], "inputs": []}', {}, "conflicting_field", "inputs"),
+        (b'{"inputs": [], "parameters": {"n": 1000000000}}', {}, "invalid_field", "n"),
+        (b'{"inputs": [], "parameters": {"sampler": "best"}}', {}, "invalid_field", "sampler"),
+        (b'{"inputs": []}', {"Content-Encoding": "gzip"}, "unsupported_encoding", "Content-Encoding"),
+        (b"{}", {}, "invalid_field", "inputs"),
+    ],
+)
+def test_a_hostile_body_is_refused_in_the_form_of_the_protocol(
+    site: Site, content: bytes, headers: dict[str, str], code: str, field: str | None
+) -> None:
+    before = len(site.engine.batches)
+    answer = site.client.post("/v2/models/fake/infer", content=content, headers=headers)
+    refused(answer, 415 if code == "unsupported_encoding" else 400, code, field)
+    assert len(site.engine.batches) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        (tensor("class_label", "INT64", 3), "class_label"),
+        (tensor("class_label", "INT64", -2), "class_label"),
+        (tensor("guidance", "FP32", 51), "guidance"),
+        (tensor("guidance_interval", "INT32", 900, 5), "guidance_interval"),
+    ],
+)
+def test_values_are_held_to_the_bounds_of_post_sample(site: Site, more: dict[str, Any], field: str) -> None:
+    others = [] if more["name"] == "class_label" else [tensor("class_label", "INT64", 0)]
+    if more["name"] == "guidance_interval":
+        others.append(tensor("guidance", "FP32", 2))
+    refused(infer(site, more, *others), 400, "invalid_field", field)
+
+
+def test_a_body_that_is_too_large_is_refused(site: Site) -> None:
+    content = b'{"inputs": [' + b" " * LIMITS.max_body_bytes + b"]}"
+    refused(site.client.post("/v2/models/fake/infer", content=content), 413, "body_too_large", "body")
+
+
+def test_what_is_not_there_is_told_in_the_form_of_the_protocol(site: Site) -> None:
+    refused(site.client.get("/v2/models/fake/config"), 404, "not_found")
+    refused(site.client.delete("/v2"), 405, "method_not_allowed")
+    refused(site.client.get("/v2?x=1"), 400, "unknown_field", "x")
+    assert site.client.get("/v22").headers["content-type"] == "application/problem+json"
+
+
+def test_time_that_is_too_short_is_refused(site: Site) -> None:
+    site.engine.gate.shut()
+    answer = infer(site, parameters={"timeout": 1000})
+    site.engine.gate.open()
+    refused(answer, 504, "deadline_passed", "deadline_s")

@@ -1,0 +1,204 @@
+"""POST to the address of the server, or of a model: what Hugging Face's client sends there, and what comes of it."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.service.conftest import MakeSite, Site, pixels
+from tests.service.fakes import INFO
+from tests.service.keys import access_of, bearer, key_line
+from tests.service.several import Several, make_several
+
+SPEC = {"steps": 4, "seed": 7}
+
+
+def ask(site: Site, inputs: object = "dog", path: str = "/", **parameters: object) -> Any:
+    return site.client.post(path, json={"inputs": inputs, "parameters": SPEC | parameters})
+
+
+def refused(response: Any, status: int, code: str, field: str | None = None) -> str:
+    """Check an error in the form that huggingface_hub shows, and return its text."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    document = response.json()
+    assert document["code"] == code
+    assert document.get("field") == field
+    return str(document["error"])
+
+
+def test_a_prompt_is_sampled_to_the_bytes_of_post_sample(site: Site) -> None:
+    parameters = {"num_inference_steps": 4, "guidance_scale": 2.5, "seed": 7, "width": 6, "height": 4}
+    answer = site.client.post("/", json={"inputs": "dog", "parameters": parameters})
+    wanted = site.post(json={"steps": 4, "guidance": 2.5, "seed": 7, "class_label": "dog"})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.content == wanted.content
+    assert answer.headers["etag"] == wanted.headers["etag"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "label"),
+    [("dog", 1), ("DOG", 1), (" dog ", 1), ("1", 1), ("3d-print", 2), ("3D Print", 2), ("3d_print", 2), ("", None)],
+)
+def test_a_prompt_is_a_class_however_it_is_written(site: Site, prompt: str, label: int | None) -> None:
+    wanted = site.post(json=SPEC | ({} if label is None else {"class_label": label}))
+    assert ask(site, prompt).content == wanted.content
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a dog", "dogs", "dog, cat", "3", "-1", "1.0", "--", "3dprint", "puppy", "d" * 3000]
+)
+def test_a_prompt_that_is_no_class_is_refused_with_the_classes(site: Site, prompt: str) -> None:
+    text = refused(ask(site, prompt), 400, "invalid_field", "inputs")
+    assert "cat, dog, 3d-print" in text
+    assert len(text) < 1000
+
+
+@pytest.mark.parametrize("prompt", [None, 1, ["dog"], {"text": "dog"}])
+def test_a_prompt_is_a_text(site: Site, prompt: object) -> None:
+    refused(ask(site, prompt), 400, "invalid_field", "inputs")
+
+
+def test_a_model_without_classes_takes_the_empty_prompt_only(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
+    assert ask(site, "").content == site.post(json=SPEC).content
+    assert "no classes" in refused(ask(site, "dog"), 400, "invalid_field", "inputs")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"scheduler": "ddim"}, {"sampler": "ddim"}),
+        ({"scheduler": "DDIMScheduler"}, {"sampler": "ddim"}),
+        ({"scheduler": "DPMSolverMultistepScheduler"}, {"sampler": "dpmpp_2m"}),
+        ({"scheduler": "EulerDiscreteScheduler"}, {"sampler": "euler"}),
+        ({"num_images_per_prompt": 3}, {"n": 3}),
+        ({"target_size": {"width": 6, "height": 4}}, {}),
+        ({"negative_prompt": ""}, {}),
+        ({"sampler": "ddim", "eta": 0.5, "index": 3}, {"sampler": "ddim", "eta": 0.5, "index": 3}),
+        ({"guidance_scale": 2, "guidance_interval": [5, 900]}, {"guidance": 2, "guidance_interval": [5, 900]}),
+    ],
+)
+def test_a_parameter_with_an_honest_meaning_has_it(site: Site, given: dict[str, Any], meant: dict[str, Any]) -> None:
+    answer = ask(site, "dog", **given)
+    assert answer.status_code == 200, answer.text
+    assert answer.content == site.post(json=SPEC | {"class_label": "dog"} | meant).content
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "says"),
+    [
+        ({"negative_prompt": "cat"}, "negative_prompt", "no class can be avoided"),
+        ({"width": 512}, "width", "6, as all images"),
+        ({"height": True}, "height", "4, as all images"),
+        ({"height": "4"}, "height", "4, as all images"),
+        ({"target_size": {"width": 512, "height": 4}}, "target_size", "own size"),
+        ({"target_size": 512}, "target_size", "own size"),
+        ({"scheduler": "LMSDiscreteScheduler"}, "scheduler", "DDIMScheduler"),
+        ({"scheduler": "PNDMScheduler"}, "scheduler", "plms"),  # which begins with Runge-Kutta, by default
+        ({"scheduler": ["ddim"]}, "scheduler", "DDIMScheduler"),
+        ({"steps": 0}, "steps", "1..1000"),
+        ({"guidance_scale": 51}, "guidance_scale", "0..50"),
+        ({"guidance_scale": "much"}, "guidance_scale", "0..50"),
+        ({"seed": -1}, "seed", "0.."),
+        ({"num_images_per_prompt": 10**30}, "num_images_per_prompt", "1.."),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_the_name_it_was_given(
+    site: Site, given: dict[str, Any], field: str, says: str
+) -> None:
+    text = refused(ask(site, "dog", **given), 400, "invalid_field", field)
+    assert says in text
+    assert field in text
+
+
+def test_steps_out_of_bounds_are_named_as_the_client_named_them(site: Site) -> None:
+    body = {"inputs": "dog", "parameters": {"num_inference_steps": 1001}}
+    text = refused(site.client.post("/", json=body), 400, "invalid_field", "num_inference_steps")
+    assert text.startswith("num_inference_steps must be an integer in 1..1000, got 1001")
+
+
+@pytest.mark.parametrize("name", ["strength", "image", "mask", "class_label", "prompt", "every", "lora", "__class__"])
+def test_a_parameter_that_there_is_not_is_refused_by_name(site: Site, name: str) -> None:
+    refused(ask(site, "dog", **{name: 1}), 400, "unknown_field", name)
+    refused(site.client.post("/", json={"inputs": "dog", name: 1}), 400, "unknown_field", name)
+
+
+def test_a_parameter_by_two_names_is_refused(site: Site) -> None:
+    refused(ask(site, "dog", num_inference_steps=4), 400, "conflicting_field", "num_inference_steps")
+    refused(ask(site, "dog", scheduler="ddim", sampler="ddim"), 400, "conflicting_field", "sampler")
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "invalid_field"),
+        (b"{", "malformed_body"),
+        (b'["dog"]', "malformed_body"),
+        (b'{"inputs": "dog", "inputs": "cat"}', "conflicting_field"),
+        (b'{"inputs": "dog", "parameters": null}', "invalid_field"),
+        (b'{"inputs": "dog", "parameters": [1]}', "invalid_field"),
+        (b'{"inputs": "dog", "parameters": {"guidance_scale": NaN}}', "malformed_body"),
+        (b'{"inputs": "dog", "parameters": {"guidance_scale": 1e999}}', "invalid_field"),
+        (b'{"inputs": ' + b"[" * 2000 + b"]" * 2000 + b"}", "malformed_body"),
+    ],
+)
+def test_a_body_that_is_none_is_refused(site: Site, body: bytes, code: str) -> None:
+    answer = site.client.post("/", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["code"] == code
+
+
+def test_a_query_is_refused(site: Site) -> None:
+    refused(site.client.post("/?steps=4", json={"inputs": "dog"}), 400, "unknown_field", "steps")
+
+
+def test_accept_chooses_the_form_of_the_answer(site: Site) -> None:
+    body = {"inputs": "dog", "parameters": SPEC | {"n": 2}}
+    as_zip = site.client.post("/", json=body, headers={"Accept": "application/zip"})
+    wanted = site.post(json=SPEC | {"n": 2, "class_label": 1}, headers={"Accept": "application/zip"})
+    assert as_zip.content == wanted.content
+    refused(site.client.post("/", json=body, headers={"Accept": "video/mp4"}), 406, "not_acceptable", "Accept")
+
+
+def test_each_model_has_it_at_its_address_with_and_without_a_slash(make_site: MakeSite) -> None:
+    several: Several = make_several(make_site)
+    wanted = several.post("/models/colour/sample", json=SPEC | {"class_label": 0}).content
+    assert pixels(wanted).ndim == 3
+    for path in ("/models/colour", "/models/colour/"):
+        assert ask(several.site, "0", path).content == wanted
+    assert (
+        ask(several.site, "cat", "/models/fake").content
+        == several.post("/sample", json=SPEC | {"class_label": 0}).content
+    )
+    for path in ("/models/nobody", "/models/nobody/"):
+        refused(ask(several.site, "cat", path), 404, "model_not_found", "model")
+
+
+def test_the_page_is_still_there_and_both_methods_are_told_of(site: Site) -> None:
+    assert "<html" in site.client.get("/").text
+    answer = site.client.put("/")
+    assert answer.status_code == 405
+    assert {"GET", "HEAD", "POST"} <= set(answer.headers["allow"].split(", "))
+
+
+@pytest.mark.parametrize("path", ["/", "/models/fake", "/models/fake/"])
+def test_the_page_is_for_anybody_but_a_prompt_needs_a_key(make_site: MakeSite, path: str) -> None:
+    site = make_site(app={"access": access_of(key_line("ann", "tm_ann"))})
+    before = len(site.engine.batches)
+    refused(ask(site, "dog", path), 401, "unauthorized")
+    assert len(site.engine.batches) == before
+    body = {"inputs": "dog", "parameters": SPEC}
+    assert site.client.post(path, json=body, headers=bearer("tm_ann")).status_code == 200
+    assert site.client.get("/").status_code == 200
+
+
+def test_a_page_of_another_site_gets_no_image(site: Site) -> None:
+    answer = site.client.post("/", json={"inputs": "dog"}, headers={"Origin": "https://elsewhere.example"})
+    refused(answer, 403, "foreign_origin", "Origin")
+
+
+def test_a_body_that_is_too_large_is_refused(make_site: MakeSite) -> None:
+    site = make_site(max_body_bytes=1024)
+    refused(ask(site, "x" * 2000), 413, "body_too_large", "body")
