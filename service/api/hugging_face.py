@@ -89,6 +89,7 @@ async def text_to_image(services: Services, request: Request) -> Response:
         spec = asked.to_spec(services.model, services.limits)
     except InvalidField as error:
         raise _in_their_words(error, body) from None
+    request.state.release_body()
     made = Still(spec, media_type)
     job = Job.of(made, services.model, has_seed=asked.seed is not None, deadline_s=asked.deadline_s)
     return await respond(services, request, job)

@@ -49,6 +49,10 @@ def test_a_start_listens_at_once_and_says_what_it_does(slow: Slow) -> None:
         assert "measured" in ready.json()["detail"]
         assert int(ready.headers["Retry-After"]) >= 1
         assert client.post("/sample", json={}).json()["code"] == "not_ready"
+        assert client.get("/v2/health/live").json() == {"live": True}
+        for early in (client.get("/v2/health/ready"), client.post("/", json={}), client.post("/models/any/", json={})):
+            assert (early.status_code, early.json()["code"]) == (503, "not_ready")
+            assert early.json()["error"] == ready.json()["detail"]
         page = client.get("/")
         assert page.status_code == 503
         assert "being measured" in page.text

@@ -146,6 +146,8 @@ async def infer(services: Services, request: Request) -> Response:
     asked = await off_loop(len(body), InferRequest.parse, body, request.headers.get(HEADER_LENGTH), model, limits)
     sampling = await understand(services, asked.parameters)
     made = Tensors(sampling.to_spec(model, limits), model, asked.id, asked.outputs)
+    del body
+    request.state.release_body()
     job = Job.of(made, model, has_seed=sampling.seed is not None, deadline_s=sampling.deadline_s)
     response = await respond(services, request, job)
     if made.binary_bytes and response.status_code == 200:
