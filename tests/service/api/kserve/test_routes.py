@@ -192,8 +192,6 @@ def test_what_is_not_there_is_told_in_the_form_of_the_protocol(site: Site) -> No
     assert site.client.get("/v22").headers["content-type"] == "application/problem+json"
 
 
-def test_time_that_is_too_short_is_refused(site: Site) -> None:
-    site.engine.gate.shut()
-    answer = infer(site, parameters={"timeout": 1000})
-    site.engine.gate.open()
-    refused(answer, 504, "deadline_passed", "deadline_s")
+def test_time_that_is_too_short_is_refused(make_site: MakeSite) -> None:
+    site = make_site(tick_times=((1, 1.0), (LIMITS.max_batch, 1.0)))
+    refused(infer(site, parameters={"timeout": 1_000_000}), 400, "invalid_field", "deadline_s")
