@@ -60,25 +60,28 @@ class InferRequest:
         document, rest = from_body(body[:length], limits.max_body_bytes), memoryview(body)[length:]
         check_names(document, ("id", "parameters", "inputs", "outputs"))
         request_id = document.get("id")
-        if request_id is not None and not (isinstance(request_id, str) and len(request_id) <= MAX_ID):
+        if "id" in document and not (isinstance(request_id, str) and len(request_id) <= MAX_ID):
             raise InvalidField.of("id", f"a text of at most {MAX_ID} characters", request_id)
         given = dict(object_of(document.get("parameters", {}), "parameters"))
         check_names(given, (*PARAMETERS, TIMEOUT, BINARY_OUTPUT))
         binary = flag_of(given.pop(BINARY_OUTPUT, False), BINARY_OUTPUT)
         inputs = read_inputs(document.get("inputs"), rest, model, limits.max_n)
-        return cls(_parameters(given, inputs, model), request_id, _read_outputs(document.get("outputs"), binary, model))
+        return cls(
+            _parameters(given, inputs, model), request_id, _read_outputs(document.get("outputs", []), binary, model)
+        )
 
 
 def _parameters(given: dict[str, Any], inputs: Mapping[str, list[Any]], model: ModelInfo) -> dict[str, Any]:
     """Join what the request's parameters and its tensors say to the parameters of POST /sample."""
-    if (timeout := given.pop(TIMEOUT, None)) is not None:
+    if TIMEOUT in given:
+        timeout = given.pop(TIMEOUT)
         if type(timeout) is not int or not 0 < timeout <= MAX_DEADLINE_S * 1e6:
             raise InvalidField.of(TIMEOUT, f"an integer of microseconds, 1..{MAX_DEADLINE_S * 1e6:.0f}", timeout)
         if "deadline_s" in given:
             raise ConflictingField("timeout is given as deadline_s too", field=TIMEOUT, value=timeout)
         given["deadline_s"] = timeout / 1e6
     for name in given:
-        if isinstance(given[name], (list, dict)):
+        if not isinstance(given[name], (str, int, float)):
             raise InvalidField.of(name, "a text, a number or a truth value", given[name])
     for name, values in inputs.items():
         if name == CLASS_LABEL:
@@ -100,7 +103,7 @@ def _class(value: int | str, model: ModelInfo) -> int | None:
 def _read_outputs(given: object, binary: bool, model: ModelInfo) -> dict[str, bool]:
     """The outputs that are wanted, and whether as bytes; all where none is named."""
     known = [each.name for each in outputs_of(model)]
-    if given is None or given == []:
+    if given == []:
         return dict.fromkeys(known, binary)
     if not isinstance(given, list) or len(given) > len(known):
         raise InvalidField.of("outputs", f"a list of at most {len(known)}: {', '.join(known)}", given)

@@ -119,9 +119,9 @@ def _binary_size(members: Mapping[str, Any], name: str) -> int | None:
     """How many of the bytes behind the JSON are a tensor's; None: its values are in the JSON."""
     parameters = object_of(members.get("parameters", {}), f"{name}.parameters")
     check_names(parameters, ("binary_data_size",))
-    size = parameters.get("binary_data_size")
-    if size is None:
+    if "binary_data_size" not in parameters:
         return None
+    size = parameters["binary_data_size"]
     if "data" in members:
         raise ConflictingField(f"{name} has both data and binary_data_size", field=name, value=size)
     if type(size) is not int or size < 0:

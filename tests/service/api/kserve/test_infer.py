@@ -69,6 +69,11 @@ def test_outputs_are_all_or_those_that_are_named() -> None:
     ("members", "error", "field"),
     [
         ({"id": 42}, InvalidField, "id"),
+        ({"id": None}, InvalidField, "id"),
+        ({"outputs": None}, InvalidField, "outputs"),
+        ({"parameters": None}, InvalidField, "parameters"),
+        ({"parameters": {"sampler": None}}, InvalidField, "sampler"),
+        ({"parameters": {"timeout": None}}, InvalidField, "timeout"),
         ({"id": "x" * 256}, InvalidField, "id"),
         ({"parameters": []}, InvalidField, "parameters"),
         ({"parameters": {"sampler": ["ddim"]}}, InvalidField, "sampler"),

@@ -15,6 +15,7 @@ from tminus.service.api.kserve.tensors import header_length, inputs_of, outputs_
 from tminus.service.errors import ConflictingField, InvalidField, ServiceError, UnknownField
 
 MAX_N = 64
+NO_DATA = {"name": "steps", "datatype": "INT32", "shape": [1]}
 
 
 def read(*tensors: Any, rest: bytes = b"", model: Any = INFO) -> dict[str, list[Any]]:
@@ -134,6 +135,7 @@ def test_a_tensor_that_is_wrong_is_refused_by_name(given: Any, field: str) -> No
         (as_bytes("steps", "INT32", bytes(4), [1], size=2**62), "steps.binary_data_size"),
         (as_bytes("steps", "INT32", bytes(4), [1], size=-4), "steps.binary_data_size"),
         (as_bytes("steps", "INT32", bytes(4), [1], size="4"), "steps.binary_data_size"),
+        (({**NO_DATA, "parameters": {"binary_data_size": None}}, b""), "steps.binary_data_size"),
         (as_bytes("steps", "INT32", bytes(4), [1], size=True), "steps.binary_data_size"),
         (as_bytes("steps", "INT32", bytes(4), [1], size=4.0), "steps.binary_data_size"),
         (as_bytes("guidance", "FP32", struct.pack("<f", float("nan")), [1]), "guidance.data"),
