@@ -17,7 +17,7 @@ from tests.service.conftest import Site, pixels
 from tests.service.fakes import INFO
 from tests.trials import openapi
 from tminus.model.timesteps import SPACINGS
-from tminus.service.api.problems import form_of
+from tminus.service.api.problems import as_error_text, form_of
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
 from tminus.service.api.webhook_request import WebhookRequest
 from tminus.service.images.encoder import JSON
@@ -90,10 +90,10 @@ def test_every_refusal_is_described_as_a_problem_document_or_in_the_form_of_its_
         for method, operation in methods.items():
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
-                    of_others = form_of(method.upper(), path) is not None
-                    media_type = JSON if of_others else "application/problem+json"
+                    form = form_of(method.upper(), path)
+                    media_type = JSON if form is not None else "application/problem+json"
                     assert response["content"].keys() == {media_type}, (path, method, status)
-                    assert not of_others or status != "422"
+                    assert form is not as_error_text or status != "422"
     statuses = {
         (method, path): set(operation["responses"])
         for path, methods in document["paths"].items()
