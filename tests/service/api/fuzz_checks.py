@@ -9,6 +9,7 @@ NOT_IN_A_SCHEMA = {
     "guidance_rescale", "Idempotency-Key", "image", "nearest", "table",
     "image_sha256", "index", "mask", "mask_sha256", "show", "strength", "t", "webhook",
     "output_compression", "output_format", "partial_images", "prompt", "response_format", "size",  # of /v1
+    "inputs", "guidance_scale",  # of Hugging Face's
 }  # fmt: skip
 
 
@@ -16,10 +17,15 @@ NOT_IN_A_SCHEMA = {
 def a_valid_parameter_is_refused_only_by_what_no_schema_can_say(
     _context: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
 ) -> None:
+    if case.path.startswith("/v2/"):  # what a tensor holds is in no schema
+        return
     if response.status_code in (400, 422) and case.meta is not None and case.meta.generation.mode.is_positive:
         document, body = response.json(), case.body if isinstance(case.body, dict) else {}
-        error = document.get("error", document)  # below /v1, where a field is called param
-        field = error.get("param", error.get("field"))
+        if isinstance(body.get("parameters"), dict):  # of Hugging Face's
+            body = body["parameters"]
+        below_v1 = isinstance(document.get("error"), dict)
+        error = document["error"] if below_v1 else document
+        field = error["param" if below_v1 else "field"] if error["code"] == "invalid_field" else None
         if error["code"] == "invalid_field" and not isinstance(body.get(field), str):
             assert field in NOT_IN_A_SCHEMA, response.text
 
