@@ -51,7 +51,7 @@ def fit_picture(
     of another size is cropped about its centre to the shape, then resampled. Raises OSError and other errors of Pillow
     for a picture that cannot be decoded.
     """
-    opaque = _opaque(_upright(image), background)
+    opaque = _opaque(upright(image), background)
     opaque = opaque.convert("RGB") if opaque.mode == "CMYK" else opaque
     ready = opaque.convert("L" if channels == 1 else "RGB")
     if ready.size != size_px:
@@ -67,8 +67,8 @@ def colour(text: str) -> Colour:
         raise ValueError(f"background must be a colour such as white or #ff8000, got {text!r:.100}") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn the picture upright, as its EXIF orientation says."""
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a picture upright, as its EXIF orientation says. Broken EXIF data count as none."""
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
     except Exception:  # cameras write broken EXIF data; the picture itself is fine

@@ -44,13 +44,18 @@ def known_classes(names: tuple[str, ...]) -> str:
     return f"0..{len(names) - 1} or {shown}"
 
 
+def find_class(label: int | str, names: tuple[str, ...]) -> int | None:
+    """The class of this name, in whatever case, or else of this number; None if there is none."""
+    if isinstance(label, str) and (named := _numbers_by_name(names).get(label.casefold())) is not None:
+        return named
+    number = int(label) if isinstance(label, int) or (len(label) < 10 and DIGITS.fullmatch(label)) else -1
+    return number if 0 <= number < len(names) else None
+
+
 def _number(label: int | str | None, model: ModelInfo) -> int | None:
     if label is None:
         return None
-    if isinstance(label, str) and (named := _numbers_by_name(model.class_names).get(label.casefold())) is not None:
-        return named
-    number = int(label) if isinstance(label, int) or (len(label) < 10 and DIGITS.fullmatch(label)) else -1
-    if not 0 <= number < len(model.class_names):
+    if (number := find_class(label, model.class_names)) is None:
         raise InvalidField.of("class_label", class_bound(model), label)
     return number
 

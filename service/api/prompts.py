@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 
-from tminus.service.api.classes import known_classes
-from tminus.service.api.fields import DIGITS
+from tminus.service.api.classes import find_class, known_classes
 from tminus.service.errors import InvalidField
 from tminus.service.model_info import ModelInfo
 
@@ -19,16 +18,15 @@ def class_of_prompt(prompt: str, model: ModelInfo, field: str = "prompt") -> int
     A class is named by its name or number. Case does not matter, and hyphens, spaces and underscores are alike: people
     write `t-shirt` and `T shirt`. That is spelling: a class that is only similar is never taken. field: of the prompt.
     """
-    name, names = prompt.strip().casefold(), model.class_names
+    name, names = prompt.strip(), model.class_names
     if not name and (not model.conditional or model.null_class is not None):
         return None
     if not model.conditional:
         raise InvalidField.of(field, "empty: this model has no classes", prompt)
-    exact, alike = _numbers(names)
-    if (number := exact.get(name, alike.get(_spelled(name)))) is not None:
-        return number
-    number = int(name) if len(name) < 10 and DIGITS.fullmatch(name) else -1
-    if not 0 <= number < len(names):
+    number = find_class(name, names)
+    if number is None:
+        number = _numbers_by_spelling(names).get(_spelled(name))
+    if number is None:
         none = "" if model.null_class is None else ', or "" for none'
         raise InvalidField.of(field, f"a class of this model, {known_classes(names)}{none}", prompt)
     return number
@@ -39,8 +37,7 @@ def _spelled(name: str) -> str:
 
 
 @lru_cache(maxsize=4)  # a model may have a thousand classes
-def _numbers(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping[str, int]]:
-    """Each class by its name in lower case; and by its spelling, where no other class is spelled alike."""
+def _numbers_by_spelling(names: tuple[str, ...]) -> Mapping[str, int]:
+    """Each class by its spelling, where no other class is spelled alike."""
     times = Counter(map(_spelled, names))
-    alike = {_spelled(name): number for number, name in enumerate(names) if times[_spelled(name)] == 1}
-    return {name.casefold(): number for number, name in enumerate(names)}, alike
+    return {_spelled(name): number for number, name in enumerate(names) if times[_spelled(name)] == 1}

@@ -198,31 +198,39 @@ def _no_constant(name: str) -> None:
 
 
 def idempotency_key(
-    request: Request, asked: SampleRequest, owner: str, webhook: Webhook | None = None, chosen: str | None = None
+    request: Request,
+    asked: SampleRequest,
+    owner: str,
+    webhook: Webhook | None = None,
+    chosen: str | None = None,
+    *,
+    transparent: bool = False,
 ) -> Key | None:
     """Read the Idempotency-Key, and hash what it came with; a structured-field string may be quoted or not.
 
-    Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. None for a request without either.
-    Raises InvalidField.
+    Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. transparent: see decode_inputs.
+    None for a request without either. Raises InvalidField.
     """
     header = request.headers.get("idempotency-key")
     if chosen is not None:
         if header is not None:
             raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
-        return Key(chosen, _hash_of(asked, webhook), owner, own_id(chosen, owner))
+        return Key(chosen, _hash_of(asked, webhook, transparent=transparent), owner, own_id(chosen, owner))
     if header is None:
         return None
     name = header.strip().removeprefix('"').removesuffix('"').strip()
     if not KEY.fullmatch(name):
         raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)
-    return Key(name, _hash_of(asked, webhook), owner)
+    return Key(name, _hash_of(asked, webhook, transparent=transparent), owner)
 
 
-def _hash_of(asked: SampleRequest, webhook: Webhook | None) -> str:
+def _hash_of(asked: SampleRequest, webhook: Webhook | None, *, transparent: bool) -> str:
     """Hash what is asked for. Defaults are left out, so that it outlives a version that knows more parameters."""
     given = asked.model_dump(exclude=EDIT_PARAMETERS, exclude_defaults=True) | _edit_of(asked)
     if webhook is not None:
         given["webhook"] = webhook.to_json()
+    if transparent:  # the same mask then makes another image
+        given["transparent"] = True
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 

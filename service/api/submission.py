@@ -87,7 +87,9 @@ async def create(
     `to_job` and NewJobs.create do.
     """
     caller, size_bytes = caller_of(request), len(asked.image or b"") + len(asked.mask or b"")
-    key = await off_loop(size_bytes, idempotency_key, request, asked, caller.name, webhook, chosen)
+    key = await off_loop(
+        size_bytes, idempotency_key, request, asked, caller.name, webhook, chosen, transparent=transparent
+    )
     spec, inputs = await to_job(services, asked, request, transparent=transparent)
     return await services.new_jobs.create(
         spec, asked.deadline_s, key, inputs,

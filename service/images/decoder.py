@@ -5,13 +5,13 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tminus.model.pixels import fit_picture
+from tminus.model.pixels import fit_picture, upright
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import InvalidImage, TooManyImages
 from tminus.service.images.image_header import ImageHeader, read_header
@@ -26,6 +26,11 @@ FIRST_RATE = 20e6  # pixels a second, until it is known
 LEARNING_RATE = 0.2
 Result = TypeVar("Result")
 WANTED = "a PNG, JPEG or WebP image"
+# What a picture must be that says by transparency what is made new.
+TRANSPARENT = {
+    "mask": "transparent where the image is to be made new",
+    "image": "transparent where it is to be made new, or come with a mask or with strength",
+}
 WHITE = 128  # a mask's pixels of this grey and above are regenerated
 
 
@@ -93,16 +98,18 @@ def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArr
     return fit_picture(_load(data, field), size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
 
 
-def decode_transparent(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
+def decode_transparent(
+    data: bytes, model: ModelInfo, field: Literal["mask", "image"] = "mask"
+) -> npt.NDArray[np.bool_]:
     """Decode a mask of OpenAI's kind: as `decode_mask`, true where it is transparent, whatever its colours.
 
     Raises InvalidImage, also for a mask without a transparent pixel: nothing would be made new.
     """
-    mask = _load(data, field)
+    mask = upright(_load(data, field))
     has_alpha = mask.has_transparency_data and not mask.mode.startswith("I")  # Pillow has no way from 16 bits to RGBA
     alpha = np.asarray(mask.convert("RGBA").getchannel("A")) if has_alpha else None
     if alpha is None or alpha.all():
-        raise InvalidImage.of(field, "transparent where the image is to be made new", "one without a transparent pixel")
+        raise InvalidImage.of(field, TRANSPARENT[field], "one without a transparent pixel")
     white = Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))
     size = model.width_px, model.height_px
     return fit_picture(white, size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
@@ -111,10 +118,14 @@ def decode_transparent(data: bytes, model: ModelInfo, field: str = "mask") -> np
 def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo, *, transparent: bool = False) -> Inputs:
     """Decode the image of an edit and its mask, if any. Raises InvalidImage.
 
-    transparent: whether the mask says by transparency what is made new, and not by white.
+    transparent: whether the mask says by transparency what is made new, and not by white; it may be the image itself.
     """
-    read = decode_transparent if transparent else decode_mask
-    return Inputs(decode_image(image, model), read(mask, model) if mask is not None else None)
+    pixels = decode_image(image, model)
+    if mask is None:
+        return Inputs(pixels, None)
+    if not transparent:
+        return Inputs(pixels, decode_mask(mask, model))
+    return Inputs(pixels, decode_transparent(mask, model, "image" if mask == image else "mask"))
 
 
 def _timed(decode: Callable[[], Result]) -> tuple[Result, float]:

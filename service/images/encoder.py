@@ -49,7 +49,7 @@ class Encoder:
         self._frames = ThreadPoolExecutor(1, thread_name_prefix="tminus-frames")  # so that results wait for no preview
         # The latest encoded frames, since many viewers may watch one job; nobody asks for an old one. Used in the
         # frames' thread only.
-        self._recent: TTLCache[tuple[Frame, str, str], list[Picture]] = TTLCache(
+        self._recent: TTLCache[tuple[Frame, str, str, int | None], list[Picture]] = TTLCache(
             RECENT_BYTES, RECENT_S, getsizeof=_cached_bytes
         )
 
@@ -72,10 +72,12 @@ class Encoder:
                 self._animations, self._encode_animation, frames, result
             )
 
-    async def encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[Picture]:
-        """Make the pictures of a preview."""
+    async def encode_frame(
+        self, frame: Frame, frame_format: str, layout: str, quality: int | None = None
+    ) -> list[Picture]:
+        """Make the pictures of a preview. quality: of a jpeg or webp, 0..100; None: fast rather than small."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._frames, self._encode_frame, frame, frame_format, layout
+            self._frames, self._encode_frame, frame, frame_format, layout, quality
         )
 
     async def encode_pictures(
@@ -135,24 +137,29 @@ class Encoder:
         self._observe(picture_format, time.perf_counter() - started)
         return pictures
 
-    def _encode_frame(self, frame: Frame, frame_format: str, layout: str) -> list[Picture]:
-        key = frame, frame_format, layout
+    def _encode_frame(self, frame: Frame, frame_format: str, layout: str, quality: int | None) -> list[Picture]:
+        key = frame, frame_format, layout, quality
         pictures = self._recent.get(key)
         if pictures is None:
-            pictures = self._make_pictures(frame, frame_format, layout)
+            pictures = self._make_pictures(*key)
             with suppress(ValueError):  # larger than the whole cache
                 self._recent[key] = pictures
         return pictures
 
-    def _make_pictures(self, frame: Frame, frame_format: str, layout: str) -> list[Picture]:
+    def _make_pictures(self, frame: Frame, frame_format: str, layout: str, quality: int | None) -> list[Picture]:
+        def encode(pixels: Images) -> bytes:
+            if quality is None:
+                return encode_frame(pixels, frame_format)
+            return encode_lossy(pixels, frame_format, quality)
+
         shown = frame.read()
         started = time.perf_counter()
         pictures: list[Picture] = []
         for show, images in shown.items():
             if layout == "sheet":
-                pictures.append((show, None, encode_frame(contact_sheet(images), frame_format)))
+                pictures.append((show, None, encode(contact_sheet(images))))
             else:
-                pictures += [(show, k, encode_frame(image, frame_format)) for k, image in enumerate(images)]
+                pictures += [(show, k, encode(image)) for k, image in enumerate(images)]
         self._observe("frame", time.perf_counter() - started)
         return pictures
 

@@ -23,7 +23,7 @@ from tests.e2e.conftest import ROOT, RunningServer
 from tests.service.keys import bearer, key_line
 
 NODE = ROOT / "tests" / "e2e" / "node"
-# Where `make test` installs what NODE/package.json asks for.
+# Where `make test` installs OpenAI's library for Node.js.
 PACKAGES = Path(sys.prefix) / "node_modules"
 SNEAKER: dict[str, Any] = {"seed": 7, "steps": 10}
 SAME: dict[str, Any] = SNEAKER | {"class_label": "sneaker", "sampler": "dpmpp_2m", "guidance": 1.5}
@@ -224,8 +224,8 @@ def test_a_key_is_asked_for_and_its_quota_waited_for(own_server: Any, tmp_path: 
 # --- others ---
 
 
-def node(*arguments: str, folder: Path = NODE) -> str:
-    """Run a module that finds OpenAI's library, or skip."""
+def node(*arguments: str, folder: Path) -> str:
+    """Run a module of a folder, which gets a link to OpenAI's library; or skip."""
     program = shutil.which("node")
     if program is None or not (PACKAGES / "openai").is_dir():
         pytest.skip("needs Node.js and OpenAI's library for it: `make test` installs that where npm is")

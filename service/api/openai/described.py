@@ -12,7 +12,7 @@ from tminus.service.images.encoder import JSON
 EVENTS = "text/event-stream"
 OF_THESE = {400: "A member is invalid, unknown or given twice, or the body cannot be parsed", 404: FAILURES[404]}
 FILES = {
-    "image": "the image to edit, of the model's size: PNG, JPEG or WebP",
+    "image": "the image to edit, of the model's size: PNG, JPEG or WebP; without mask and strength it is its own mask",
     "mask": "transparent where the image is made new: PNG or WebP, of the same size",
 }
 

@@ -33,7 +33,7 @@ from tminus.service.api.request import (
 from tminus.service.api.schemas import PICTURES
 from tminus.service.api.services import Services
 from tminus.service.api.submission import create, submit, to_job, understand
-from tminus.service.errors import ConflictingField, InvalidImage, JobCancelled, UnsupportedMediaType, short
+from tminus.service.errors import ConflictingField, InvalidImage, NoImages, UnsupportedMediaType, short
 from tminus.service.images.decoder import check_header
 from tminus.service.images.encoder import JSON
 from tminus.service.jobs.views import JobView
@@ -59,7 +59,7 @@ def image_routes(models: Models) -> APIRouter:
     router = APIRouter(prefix="/v1/images", tags=["openai"], dependencies=[Depends(no_parameters)])
     generation = Kind("image_generation", ImagesRequest, EXTENSIONS, _read_generation)
     edit = Kind("image_edit", EditsRequest, OF_EDITS, _read_edit)
-    statuses = (400, 401, 404, 413, 415, 429, 500, 503, 504, 507)
+    statuses = (400, 401, 404, 410, 413, 415, 429, 500, 503, 504, 507)
     responses: dict[int | str, Any] = {200: IMAGES, **openai_failures(*statuses)}
 
     @router.post(
@@ -127,14 +127,17 @@ async def _understand(
     members, extensions = kind.schema.take_from(given, kind.extensions)
     services = models.default if members.model is None else models.named(members.model)
     stack.enter_context(models.using(services))
-    if kind.schema is EditsRequest:
+    edits = kind.schema is EditsRequest
+    if edits:
         _check_uploads(uploads, services.model)
+        if not ("mask" in uploads or "strength" in extensions):
+            uploads["mask"] = uploads["image"]  # as OpenAI has it: what is transparent in the image is made new
     parameters = members.parameters(extensions, services.model, services.limits)
     asked = await understand(services, parameters | uploads)
     if members.as_url:
-        view, _ = await create(services, request, asked, transparent=True)
+        view, _ = await create(services, request, asked, transparent=edits)
         return services, members, view
-    spec, inputs = await to_job(services, asked, request, transparent=True)
+    spec, inputs = await to_job(services, asked, request, transparent=edits)
     return services, members, Wanted(kind.name, members, spec, inputs, asked.deadline_s)
 
 
@@ -183,9 +186,10 @@ async def _with_urls(services: Services, request: Request, members: ImagesReques
     ended = await while_connected(request, services.jobs.ended(view.record.id, caller_of(request).sees))
     record, model = ended.record, services.model
     if record.problem is not None:
+        # Without headers: no failure that is kept says when to try again.
         return respond(record.problem, {}, request.scope)
     if record.outcome != "done":
-        raise JobCancelled("the job was cancelled")
+        raise NoImages("this job was cancelled, and has no images", None)
     base, fingerprint = str(request.base_url).rstrip("/"), record.fingerprint or ""
     data = [
         ImageEntry(

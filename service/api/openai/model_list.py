@@ -1,12 +1,15 @@
 """GET /v1/models: the models that are served, in OpenAI's form."""
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 
 from tminus.service.api.models import Models
 from tminus.service.api.openai.answers import ModelEntries, ModelEntry
 from tminus.service.api.openai.described import openai_failures
 from tminus.service.api.request import no_parameters
 from tminus.service.api.services import Services
+
+# Of the path. Were it an argument of the handler, FastAPI would describe a 422 that is never answered.
+MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def model_list_routes(models: Models) -> APIRouter:
@@ -17,9 +20,14 @@ def model_list_routes(models: Models) -> APIRouter:
     async def list_models() -> ModelEntries:
         return ModelEntries(data=[_entry(services) for services in models])
 
-    @router.get("/{model}", summary="One model", responses=openai_failures(400, 401, 404, 429))
-    async def get_model_entry(model: str) -> ModelEntry:
-        return _entry(models.named(model))
+    @router.get(
+        "/{model}",
+        summary="One model",
+        responses=openai_failures(400, 401, 404, 429),
+        openapi_extra={"parameters": [MODEL]},
+    )
+    async def get_model_entry(request: Request) -> ModelEntry:
+        return _entry(models.of(request))
 
     return router
 

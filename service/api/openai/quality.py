@@ -16,34 +16,44 @@ Quality = Literal["low", "medium", "high"]
 SHARE_OF_STEPS: Mapping[Quality, float] = {"low": 0.5, "medium": 1.0, "high": 2.0}
 WITHOUT_ADVICE = "dpmpp_2m"  # for a checkpoint that recommends nothing: the sampler to begin with, see the catalogue
 TUNED = "tuned"
-# A request that has one of these is not given a tuned table in place of the recommended sampler.
-OF_A_SAMPLER = {"sampler", "steps", "guidance", "guidance_interval", "guidance_rescale", "timestep_spacing", "eta"}
+OF_NO_TABLE = {"timestep_spacing", "eta"}  # a table has its timesteps and its noise
+OF_GUIDANCE = {"guidance_interval", "guidance_rescale"}
 
 
 def settings_of(quality: Quality, given: Mapping[str, Any], model: ModelInfo, *, has_class: bool) -> dict[str, Any]:
     """Fill in the sampler, steps and guidance that a request leaves out.
 
-    given: the request's parameters of POST /sample, not yet checked; what is wrong in them is left for others to say.
-    has_class: whether its images have a class, without which none is guided.
+    given: the request's parameters of POST /sample, of the right types; what is wrong in them is left for others to
+    say. has_class: whether its images have a class, without which none is guided.
     """
     own = _recommended(model)
-    wanted = _share(quality, own.steps)
-    guidance = own.guidance if has_class and model.null_class is not None else 1.0
-    if quality == "low" and not given.keys() & OF_A_SAMPLER:
-        tables = [table for table in model.tables if table.sampler == TUNED and table.steps < own.steps]
-        if tables and own.sampler not in TABLE_SAMPLERS:
-            return _of_table(_best(tables, wanted, guidance))
-    sampler = given.get("sampler", own.sampler)
+    can_guide = has_class and model.null_class is not None
+    guidance = own.guidance if can_guide else 1.0
+    tables = [table for table in model.tables if _agrees(table, given)]
+    if "table" in given and tables:
+        return _of_table(tables[0])
+    if quality == "low" and own.sampler not in TABLE_SAMPLERS:
+        few = [table for table in tables if table.sampler == TUNED and table.steps < own.steps]
+        if few := [table for table in few if can_guide or table.guidance == 1]:
+            return _of_table(_best(few, _share(quality, own.steps), guidance))
+    # A table that there is not is refused as such, and not for the recommended sampler, which has none.
+    sampler = given.get("sampler", TUNED if "table" in given and TUNED in model.samplers else own.sampler)
     if sampler not in model.samplers:
         return {}
     facts = SAMPLER_FACTS[sampler]
-    if sampler != own.sampler:
-        wanted = _share(quality, facts.good_steps)
+    wanted = _share(quality, own.steps if sampler == own.sampler else facts.good_steps)
     if sampler in TABLE_SAMPLERS:
-        if given.keys() & {"steps", "guidance", "table"}:
-            return {"sampler": sampler}
-        return _of_table(_best([table for table in model.tables if table.sampler == sampler], wanted, guidance))
+        own_tables = [table for table in tables if table.sampler == sampler]
+        return _of_table(_best(own_tables, wanted, guidance)) if own_tables else {"sampler": sampler}
     return {"sampler": sampler, "steps": min(wanted, facts.max_steps(model.num_timesteps)), "guidance": guidance}
+
+
+def _agrees(table: Table, given: Mapping[str, Any]) -> bool:
+    """Whether a table is what a request asks for, as far as it does."""
+    if given.keys() & (OF_NO_TABLE if table.guidance != 1 else OF_NO_TABLE | OF_GUIDANCE):
+        return False
+    own = {"sampler": table.sampler, "steps": table.steps, "guidance": table.guidance, "table": table.hash}
+    return all(given.get(name, value) == value for name, value in own.items())
 
 
 def _recommended(model: ModelInfo) -> Recommended:

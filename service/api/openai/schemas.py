@@ -8,6 +8,7 @@ from pydantic import Field
 from tminus.service.api.fields import Bool, Int, RequestSchema
 from tminus.service.api.openai.quality import Quality, settings_of
 from tminus.service.api.prompts import class_of_prompt
+from tminus.service.api.schemas import SampleRequest
 from tminus.service.errors import InvalidField, UnknownField, short
 from tminus.service.model_info import Limits, ModelInfo
 
@@ -23,6 +24,7 @@ NO_EFFECT = "accepted, without effect"
 _BOUNDS = {
     "prompt": "a text, the name of a class or empty",
     "model": "the name of a model that GET /v1/models lists",
+    "n": f"an integer in 1..{MAX_N}",
     "size": "a text",
     "quality": "one of auto, low, medium, high",
     "response_format": "b64_json or url",
@@ -84,7 +86,10 @@ class ImagesRequest(RequestSchema):
         return "medium" if self.quality == "auto" else self.quality
 
     def parameters(self, extensions: Mapping[str, Any], model: ModelInfo, limits: Limits) -> dict[str, Any]:
-        """Check the members against the model, and make the parameters of POST /sample. Raises InvalidField."""
+        """Check the members against the model, and make the parameters of POST /sample. Raises InvalidField.
+
+        extensions: their names are known to be right, and no more.
+        """
         most, size = min(MAX_N, limits.max_n), size_of(model)
         lossless, streamed = self.output_format == "png", self.stream
         for name, ok, bound in (
@@ -102,7 +107,8 @@ class ImagesRequest(RequestSchema):
             if not ok:
                 raise InvalidField.of(name, bound, getattr(self, name))
         label = class_of_prompt(self.prompt, model)
-        filled = settings_of(self.budget, extensions, model, has_class=label is not None)
+        given = SampleRequest.parse(extensions, model, limits).model_dump(exclude_unset=True)
+        filled = settings_of(self.budget, given, model, has_class=label is not None)
         return {"n": self.n} | ({} if label is None else {"class_label": label}) | filled | dict(extensions)
 
     @property

@@ -103,7 +103,7 @@ async def _events(
 
 
 async def _partial(services: Services, wanted: Wanted, frame: Frame, number: int) -> list[bytes]:
-    pictures = await services.encoder.encode_frame(frame, wanted.members.output_format, "images")
+    pictures = await services.encoder.encode_frame(frame, wanted.members.output_format, "images", wanted.quality)
     services.metrics.frame_sent()
     return [
         _event(

@@ -31,12 +31,18 @@ class Wanted:
         """Make the members of a Recipe for image k."""
         return recipe_of(self.spec, k, model.class_names, model.fingerprint, self.job_id)
 
+    @property
+    def quality(self) -> int | None:
+        """Of its jpegs or webps, 0..100; None for PNGs."""
+        if self.members.output_format == "png":
+            return None
+        return 100 if self.members.output_compression is None else self.members.output_compression
+
     async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
         """Encode the images: PNGs are those of POST /sample, to the byte. Raises NotFinite."""
-        kind, quality = self.members.output_format, self.members.output_compression
-        if kind == "png":
+        if self.quality is None:
             return await encoder.encode_pictures("images", self.spec, result, model)
-        return await encoder.encode_lossy(kind, 100 if quality is None else quality, result, self.spec.n)
+        return await encoder.encode_lossy(self.members.output_format, self.quality, result, self.spec.n)
 
 
 def about(members: ImagesRequest, model: ModelInfo) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from tests.service.fakes import INFO
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import InvalidImage, TooManyBytes, TooManyImages
 from tminus.service.images import decoder as decoder_module
-from tminus.service.images.decoder import MAX_PIXELS, Decoder, decode_image, decode_inputs, decode_transparent
+from tminus.service.images.decoder import (
+    MAX_PIXELS,
+    Decoder,
+    decode_image,
+    decode_inputs,
+    decode_mask,
+    decode_transparent,
+)
 from tminus.service.spec import Images
 
 pytestmark = pytest.mark.slow
@@ -468,6 +475,33 @@ def test_what_is_wholly_transparent_is_made_new_whatever_its_colour(mode: str, k
     inputs = decode_inputs(encode(Image.fromarray(noise(8, 12, 3))), data, COLOUR, transparent=True)
     assert inputs.mask is not None
     np.testing.assert_array_equal(inputs.mask, LEFT)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_transparent_mask_is_turned_upright_as_a_white_one_is(orientation: int, kind: str) -> None:
+    new = noise(8, 12) > 200
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"exif": exif} | ({"lossless": True} if kind == "WEBP" else {})
+    white = encode(Image.fromarray(np.where(new, 255, 0).astype(np.uint8)), kind, **options)
+    clear = encode(with_alpha(np.where(new, 0, 255)), kind, **options)
+    np.testing.assert_array_equal(decode_transparent(clear, COLOUR), decode_mask(white, COLOUR))
+    palette = Image.fromarray(np.where(new, 3, 7).astype(np.uint8)).convert("P")
+    if kind == "PNG":
+        clear = encode(palette, transparency=3, exif=exif)
+        np.testing.assert_array_equal(decode_transparent(clear, COLOUR), decode_mask(white, COLOUR))
+
+
+def test_an_image_may_be_its_own_mask() -> None:
+    data = encode(with_alpha(np.where(LEFT, 0, 255)))
+    inputs = decode_inputs(data, data, COLOUR, transparent=True)
+    assert inputs.mask is not None
+    np.testing.assert_array_equal(inputs.mask, LEFT)
+    opaque = encode(with_alpha(np.full((8, 12), 255)))
+    with pytest.raises(InvalidImage, match="image must be transparent where it is to be made new") as caught:
+        decode_inputs(opaque, opaque, COLOUR, transparent=True)
+    assert caught.value.field == "image"
 
 
 def test_what_is_partly_transparent_is_kept() -> None:

@@ -16,13 +16,14 @@ from PIL import Image
 from tests.service.api.asgi import call, scope_of
 from tests.service.api.openai.asking import CAT, SAME, SIZE, edit, error_of, generate
 from tests.service.api.pictures import INPUTS, MASK, MASK_PIXELS, PICTURE, encode, got, noise, same
-from tests.service.conftest import MakeSite, Site, pixels
+from tests.service.conftest import TABLES_OF_50, MakeSite, Site, pixels
 from tests.service.durable import wait_for
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
 from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import COLOUR, make_several
 from tminus.model.recommended import Recommended
 from tminus.service.api.openai.schemas import EXTENSIONS
+from tminus.service.errors import DeadlinePassed, EngineFailed, NotFinite, ServiceError, StorageFailed
 
 PNG = encode(PICTURE)
 # As OpenAI has it: transparent where the image is made new. Its colours say nothing.
@@ -131,6 +132,24 @@ def test_other_formats_are_smaller_where_their_quality_is_less(make_site: MakeSi
     assert site.metrics()[f'tminus_encode_duration_seconds_count{{"kind": "{kind}"}}'] == 3
 
 
+def test_few_steps_are_a_table_unless_a_setting_contradicts_it(make_site: MakeSite) -> None:
+    table = replace(TABLES_OF_50[0], steps=8, guidance=1.0)
+    tuned = replace(INFO, samplers=(*INFO.samplers, "tuned"), tables=(table,), recommended=Recommended("ddim", 20, 1.5))
+    site = make_site(info=tuned)
+
+    def made(**members: Any) -> list[Any]:
+        entry = generate(site, prompt="cat", **members).json()["data"][0]
+        return [entry[name] for name in ("sampler", "steps", "guidance")]
+
+    # A number may be text, as in a form.
+    for agreeing in ({}, {"guidance": 1}, {"steps": "8"}, {"guidance": "1.0", "sampler": "tuned"}):
+        assert made(quality="low", **agreeing) == ["tuned", 8, 1], agreeing
+    assert made(quality="low", guidance=2) == ["ddim", 10, 2]
+    assert made(table=table.hash) == ["tuned", 8, 1]
+    wrong = error_of(generate(site, prompt="cat", table="0" * 16), 400, "invalid_field")
+    assert (wrong["param"], table.hash in wrong["message"]) == ("table", True)
+
+
 def test_members_without_effect_have_none(site: Site) -> None:
     plain = generate(site, **CAT).json()
     more = generate(site, **CAT, user="ann", style="vivid", moderation="low", background="auto", size="auto").json()
@@ -161,7 +180,9 @@ def test_the_model_is_named_in_the_request(make_site: MakeSite) -> None:
         ({"prompt": 3}, "prompt", "a text"),
         ({"n": 11}, "n", "1..10"),
         ({"n": 0}, "n", "1..10"),
-        ({"n": "two"}, "n", "a text"),
+        ({"n": "two"}, "n", "an integer in 1..10, got 'two'"),
+        ({"n": 1.5}, "n", "an integer in 1..10, got 1.5"),
+        ({"n": [1]}, "n", "an integer in 1..10, got [1]"),
         ({"size": "1024x1024"}, "size", f"auto or {SIZE}"),
         ({"quality": "hd"}, "quality", "auto, low, medium, high"),
         ({"background": "transparent"}, "background", "no pixel of these images is transparent"),
@@ -178,6 +199,8 @@ def test_the_model_is_named_in_the_request(make_site: MakeSite) -> None:
         ({"steps": 1001}, "steps", "1..1000"),
         ({"sampler": "best"}, "sampler", "ddpm"),
         ({"seed": -1}, "seed", "0.."),
+        ({"seed": "x"}, "seed", "0.."),
+        ({"table": "x"}, "table", "16 hexadecimal digits"),
         ({"guidance": 2, "prompt": ""}, "guidance", "no class"),
         ({"guidance_interval": [5, 2], "guidance": 2}, "guidance_interval", "lo <= hi"),
     ],
@@ -185,7 +208,7 @@ def test_the_model_is_named_in_the_request(make_site: MakeSite) -> None:
 def test_a_wrong_member_is_named_with_its_bound(site: Site, members: dict[str, Any], param: str, says: str) -> None:
     error = error_of(generate(site, **CAT | members), 400, "invalid_field")
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
-    assert says in error["message"] or param == "n"
+    assert says in error["message"]
     assert site.metrics()['tminus_rejected_total{"reason": "invalid_field"}'] == 1
 
 
@@ -294,6 +317,23 @@ def test_the_job_of_an_edit_has_addresses_too_and_one_key_is_one_job(site: Site)
     assert same(got(site), PICTURE, MASK_PIXELS)
 
 
+def test_a_key_of_a_mask_by_white_is_not_that_of_a_mask_by_transparency(site: Site) -> None:
+    key = {"Idempotency-Key": "once"}
+    files = {"image": ("i.png", PNG), "mask": ("m.png", CLEAR)}
+    by_white = site.client.post("/jobs", data=SAME, files=files, headers=key)
+    assert by_white.status_code == 202, by_white.text
+    fields = CAT | {"response_format": "url"}
+    other = site.client.post("/v1/images/edits", data=fields, files=files, headers=key)
+    assert error_of(other, 400, "idempotency_key_reused")["param"] == "Idempotency-Key"
+
+
+def test_a_key_of_a_request_without_a_picture_is_the_same_everywhere(site: Site) -> None:
+    key = {"Idempotency-Key": "once"}
+    first = site.client.post("/jobs", json=SAME | {"class_label": 0}, headers=key).json()["id"]
+    again = site.client.post("/v1/images/generations", json=CAT | {"response_format": "url"}, headers=key)
+    assert again.json()["data"][0]["job_id"] == first
+
+
 def test_a_job_that_fails_is_told_as_its_error(site: Site) -> None:
     site.engine.on_step = lambda batch: site.engine.nan.update(batch.rows)
     answer = generate(site, **CAT, response_format="url")
@@ -308,7 +348,14 @@ def test_a_job_that_is_cancelled_meanwhile_has_no_images(held: Site) -> None:
         cancelled = pool.submit(held.client.post, f"/jobs/{job['id']}/cancel")
         step_until(held, cancelled)
         assert cancelled.result(PATIENCE_S).status_code == 200
-        error_of(asked.result(PATIENCE_S), 499, "cancelled")
+        error = error_of(asked.result(PATIENCE_S), 410, "no_images")
+    assert (error["type"], error["message"]) == ("invalid_request_error", "this job was cancelled, and has no images")
+
+
+def test_no_failure_that_is_kept_says_when_to_try_again() -> None:
+    """Such as a job may end by: see Lifecycle. What is kept of them is told without headers."""
+    kept = [EngineFailed(""), NotFinite(), DeadlinePassed.of(1), StorageFailed(""), ServiceError("")]
+    assert [error.headers for error in kept] == [{}] * len(kept)
 
 
 def test_a_server_that_drains_sends_whoever_waits_for_a_durable_job_elsewhere(
@@ -340,9 +387,22 @@ def test_an_edit_with_a_mask_makes_new_what_is_transparent(site: Site) -> None:
 
 
 def test_an_edit_without_a_mask_says_how_much_is_to_change(site: Site) -> None:
-    assert error_of(edit(site, {"image": PNG}, **CAT), 400, "invalid_field")["param"] == "strength"
+    refused = error_of(edit(site, {"image": PNG}, **CAT), 400, "invalid_image")
+    assert refused["param"] == "image"
+    assert "or come with a mask or with strength, got one without a transparent pixel" in refused["message"]
     made = edit(site, {"image": PNG}, **CAT, strength=0.5).json()["data"][0]
     assert image(made) == site.client.post("/sample", data=SAME | {"strength": 0.5}, files={"image": PNG}).content
+
+
+def test_an_image_that_is_transparent_somewhere_is_its_own_mask(site: Site) -> None:
+    own = encode(np.dstack([*[PICTURE] * 3, np.where(MASK_PIXELS, 0, 255).astype(np.uint8)]))
+    made = edit(site, {"image": own}, **CAT)
+    assert made.status_code == 200, made.text
+    kept = np.where(MASK_PIXELS, 0, PICTURE)  # what is transparent is laid over black, and then made new
+    assert same(got(site), kept, MASK_PIXELS)
+    assert image(made.json()["data"][0]) == image(edit(site, {"image": own, "mask": own}, **CAT).json()["data"][0])
+    edit(site, {"image": own}, **CAT, strength=0.5)
+    assert same(got(site), kept), "with strength all of it changes"
 
 
 def test_a_list_of_one_image_and_of_numbers_may_be_named_as_openais_libraries_do(site: Site) -> None:
@@ -415,10 +475,12 @@ def test_openapi_has_every_member_and_the_bounds_that_hold(site: Site) -> None:
     assert (n["minimum"], n["maximum"], null) == (1, 10, {"type": "null"})
     edits = schemas["ImageEditForm"]["properties"]
     assert {"image", "mask", "strength", "input_fidelity", *EXTENSIONS} <= edits.keys()
+    assert "its own mask" in edits["image"]["description"]
     for path in ("/v1/images/generations", "/v1/images/edits"):
         responses = document["paths"][path]["post"]["responses"]
         assert "409" not in responses
         assert "422" not in responses
+        assert "410" in responses
         content = responses["200"]["content"]
         assert content.keys() == {"application/json", "text/event-stream"}
     assert "/v1/models" not in make_named(site)["paths"]

@@ -64,8 +64,43 @@ def test_without_a_class_or_a_null_class_there_is_no_guidance() -> None:
     assert settings(replace(ADVISED, null_class=None), "medium") == ("ddim", 20, 1)
 
 
-@pytest.mark.parametrize("given", [{"steps": 7}, {"guidance": 3}, {"guidance_interval": [1, 2]}, {"sampler": "ddim"}])
-def test_whoever_names_settings_gets_the_recommended_sampler_with_them(given: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"guidance": 1.0}, ("tuned", 8, 1)),
+        ({"sampler": "tuned"}, ("tuned", 8, 1)),
+        ({"steps": 5}, ("tuned", 5, 1)),
+        ({"steps": 8, "guidance": 1.0, "sampler": "tuned", "clip": True, "seed": 3}, ("tuned", 8, 1)),
+    ],
+)
+def test_whoever_names_what_a_table_has_gets_it(given: dict[str, object], expected: tuple[object, ...]) -> None:
+    assert settings(TUNED, "low", **given) == expected
+
+
+def test_a_table_that_is_guided_may_be_so_at_some_timesteps() -> None:
+    both = replace(TUNED, tables=(tuned(8), tuned(5, 1.5)))
+    assert settings(both, "low", guidance_interval=[1, 2]) == ("tuned", 5, 1.5)
+    assert settings(both, "low", guidance_rescale=0.5) == ("tuned", 5, 1.5)
+    assert settings(replace(both, tables=both.tables[1:]), "low", has_class=False) == ("ddim", 10, 1)
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_a_table_is_chosen_by_its_hash(quality: Quality) -> None:
+    few = TUNED.tables[0]
+    assert settings(TUNED, quality, table=few.hash) == ("tuned", 5, 1)
+    assert settings(TUNED, quality, table=few.hash, steps=8) == ("tuned", 8, None), "which is refused"
+    assert settings(TUNED, quality, table="0" * 16) == ("tuned", None, None)
+    assert settings(ADVISED, quality, table="0" * 16)[0] == "ddim"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"steps": 7}, {"guidance": 3}, {"guidance_interval": [1, 2]}, {"sampler": "ddim"},
+        {"timestep_spacing": "karras"}, {"eta": 0.5}, {"guidance": 1.0, "eta": 0.5},
+    ],
+)  # fmt: skip
+def test_whoever_names_other_settings_gets_the_recommended_sampler_with_them(given: dict[str, object]) -> None:
     made = settings(TUNED, "low", **given)
     assert made == ("ddim", given.get("steps", 10), given.get("guidance", 1.5))
 
@@ -74,7 +109,8 @@ def test_another_sampler_has_its_own_number_of_steps() -> None:
     assert settings(ADVISED, "medium", sampler="ddpm") == ("ddpm", 100, 1.5)
     assert settings(ADVISED, "high", sampler="heun") == ("heun", 50, 1.5)
     assert settings(TUNED, "high", sampler="tuned") == ("tuned", 8, 1)
-    assert settings(TUNED, "medium", sampler="tuned", steps=5) == ("tuned", 5, None)
+    assert settings(TUNED, "medium", sampler="tuned", steps=5) == ("tuned", 5, 1)
+    assert settings(TUNED, "medium", sampler="tuned", steps=6) == ("tuned", 6, None), "which is refused, or the nearest"
 
 
 def test_steps_stay_below_the_most_that_there_are() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,13 @@ import pytest
 
 from tests.service.api.asgi import call, scope_of
 from tests.service.api.openai.asking import CAT, SAME, SIZE, edit, error_of, generate
-from tests.service.api.pictures import PICTURE, encode
+from tests.service.api.pictures import PICTURE, encode, noise
 from tests.service.conftest import MakeSite, Site, pixels
 from tests.service.durable import events
 from tests.service.fakes import INFO, PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.service.api.openai import streaming
 from tminus.service.api.openai.streaming import steps_shown
-from tminus.service.images.encoder import Encoder
+from tminus.service.images.encoder import Encoder, encode_lossy
 
 STREAM: dict[str, Any] = CAT | {"stream": True}
 
@@ -63,6 +64,18 @@ def test_each_of_several_images_has_events_of_its_own(site: Site) -> None:
     assert names == [(name, k) for name in ("partial_image", "completed") for k in range(3)]
     assert [data["index"] for name, data, _ in found if name.endswith("completed")] == [0, 1, 2]
     assert {base64.b64decode(data["b64_json"])[8:12] for _, data, _ in found} == {b"WEBP"}
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+def test_what_is_shown_on_the_way_has_the_compression_that_is_asked_for(make_site: MakeSite, kind: str) -> None:
+    site = make_site(info=replace(INFO, channels=3, width_px=64, height_px=64))
+    noisy = noise(1, 64, 64, 3)
+    site.engine.preview = lambda rows, show: lambda: {"x_0": noisy}  # type: ignore[method-assign,assignment]
+    for quality in (100, 30, None):
+        asked = STREAM | {"partial_images": 1, "output_format": kind, "output_compression": quality}
+        (_, partial, _), _ = events(generate(site, **asked).text)
+        expected = encode_lossy(noisy[0], kind, 100 if quality is None else quality)
+        assert base64.b64decode(partial["b64_json"]) == expected
 
 
 def test_an_edit_is_streamed_under_its_own_names(site: Site) -> None:
