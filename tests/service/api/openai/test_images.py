@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.service.api.asgi import call, scope_of
 from tests.service.api.openai.asking import CAT, SAME, SIZE, edit, error_of, generate
-from tests.service.api.pictures import INPUTS, MASK, MASK_PIXELS, PICTURE, encode, got, noise, same
+from tests.service.api.pictures import INPUTS, MASK, MASK_PIXELS, PICTURE, b64, encode, got, noise, same
 from tests.service.conftest import TABLES_OF_50, MakeSite, Site, pixels
 from tests.service.durable import wait_for
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
@@ -319,10 +319,10 @@ def test_the_job_of_an_edit_has_addresses_too_and_one_key_is_one_job(site: Site)
 
 def test_a_key_of_a_mask_by_white_is_not_that_of_a_mask_by_transparency(site: Site) -> None:
     key = {"Idempotency-Key": "once"}
-    files = {"image": ("i.png", PNG), "mask": ("m.png", CLEAR)}
-    by_white = site.client.post("/jobs", data=SAME, files=files, headers=key)
+    pictures = {"image": b64(PNG), "mask": b64(CLEAR)}
+    by_white = site.client.post("/jobs", json=SAME | {"class_label": 0} | pictures, headers=key)
     assert by_white.status_code == 202, by_white.text
-    fields = CAT | {"response_format": "url"}
+    fields, files = CAT | {"response_format": "url"}, {"image": ("i.png", PNG), "mask": ("m.png", CLEAR)}
     other = site.client.post("/v1/images/edits", data=fields, files=files, headers=key)
     assert error_of(other, 400, "idempotency_key_reused")["param"] == "Idempotency-Key"
 

@@ -91,6 +91,8 @@ def test_a_table_is_chosen_by_its_hash(quality: Quality) -> None:
     assert settings(TUNED, quality, table=few.hash, steps=8) == ("tuned", 8, None), "which is refused"
     assert settings(TUNED, quality, table="0" * 16) == ("tuned", None, None)
     assert settings(ADVISED, quality, table="0" * 16)[0] == "ddim"
+    both = replace(TUNED, samplers=(*TUNED.samplers, *STUDENT.samplers), tables=(*TUNED.tables, *STUDENT.tables))
+    assert settings(both, quality, table=STUDENT.tables[0].hash) == ("consistency", 1, 1)
 
 
 @pytest.mark.parametrize(
