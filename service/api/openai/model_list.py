@@ -5,11 +5,9 @@ from fastapi import APIRouter, Depends, Request
 from tminus.service.api.models import Models
 from tminus.service.api.openai.answers import ModelEntries, ModelEntry
 from tminus.service.api.openai.described import openai_failures
+from tminus.service.api.openapi import path_parameter
 from tminus.service.api.request import no_parameters
 from tminus.service.api.services import Services
-
-# Of the path. Were it an argument of the handler, FastAPI would describe a 422 that is never answered.
-MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
 def model_list_routes(models: Models) -> APIRouter:
@@ -24,7 +22,8 @@ def model_list_routes(models: Models) -> APIRouter:
         "/{model}",
         summary="One model",
         responses=openai_failures(400, 401, 404, 429),
-        openapi_extra={"parameters": [MODEL]},
+        # Were it an argument of the handler, FastAPI would describe a 422 that is never answered.
+        openapi_extra={"parameters": [path_parameter("model")]},
     )
     async def get_model_entry(request: Request) -> ModelEntry:
         return _entry(models.of(request))
