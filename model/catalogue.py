@@ -5,6 +5,7 @@ The service counts with these facts; model/solvers.py has the coefficients.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 TABLE = "table"  # the spacing of a sampler whose timesteps are in a table of the checkpoint
 
@@ -21,6 +22,9 @@ class SamplerFacts:
     multistep: bool = False  # of diffusers' multistep solvers, which share their timesteps
     fractional: bool = False  # whether it visits timesteps between whole ones, where the network takes them
     spacing: str | None = None  # its own, where the checkpoint's config is of another kind of sampler
+    noise: Literal["none", "eta", "always"] = (
+        "none"  # whether all steps but the last add some; eta: where it is above 0
+    )
 
     def num_passes(self, steps: int) -> int:
         """How often a row goes through the network, unguided. The last step of heun takes one pass."""
@@ -35,10 +39,16 @@ class SamplerFacts:
 
 SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
     "ddpm": SamplerFacts(
-        "the reference: ancestral sampling, at its best with hundreds of steps", "Ho et al. 2020, algorithm 2", 100
+        "the reference: ancestral sampling, at its best with hundreds of steps",
+        "Ho et al. 2020, algorithm 2",
+        100,
+        noise="always",
     ),
     "ddim": SamplerFacts(
-        "no noise after x_T (eta 0), or any part of ddpm's (eta up to 1); 50 steps", "Song et al. 2021, eq. 12", 50
+        "no noise after x_T (eta 0), or any part of ddpm's (eta up to 1); 50 steps",
+        "Song et al. 2021, eq. 12",
+        50,
+        noise="eta",
     ),
     "dpmpp_2m": SamplerFacts(
         "the one to begin with: good images in 10 to 20 steps",
@@ -60,6 +70,7 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         30,
         multistep=True,
         spacing="karras",
+        noise="always",
     ),
     "unipc": SamplerFacts(
         "as dpmpp_2m, with a corrector that takes no pass of its own: 8 to 20 steps",
@@ -104,6 +115,7 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         "Song et al. 2023, algorithm 1",
         2,
         spacing=TABLE,
+        noise="always",
     ),
 }
 # Without fresh noise, and each step one pass: whose points determine where they end, for tune and distill.

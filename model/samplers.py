@@ -33,6 +33,7 @@ from tminus.model.solvers import (
 )
 from tminus.model.tables import Table
 from tminus.model.timesteps import log_sigma_at, make_timesteps, timesteps_of_passes
+from tminus.model.trajectory import PlanNumbers
 
 NUM_COEFFICIENTS = 8  # the columns of Plan.lines: p, q, a, b, c, s, clip, r
 
@@ -78,6 +79,14 @@ class Plan:
     def num_registers(self) -> int:
         """R: how much a row keeps beside x and x0_previous."""
         return self.matrices.shape[1] - 1 if self.matrices is not None else 0
+
+    def numbers(self) -> PlanNumbers:
+        """The same without torch, with the inputs of every pass."""
+        inputs = (
+            torch.stack([torch.ones_like(self.timesteps), self.timesteps], 1) if self.inputs is None else self.inputs
+        )
+        matrices = self.matrices.numpy() if self.matrices is not None else None
+        return PlanNumbers(self.timesteps.numpy(), self.lines.numpy(), inputs.numpy(), matrices)
 
 
 def compile_plan(

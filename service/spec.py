@@ -107,6 +107,15 @@ class Snapshot:
     registers: Floats  # [n, R, C, H, W]: what the sampler keeps beside, R from 0 to 3
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Rows between two passes, as a trajectory has them; each [n, C, H, W]."""
+
+    x: Floats
+    x_0: Floats  # what the network predicted in the last pass, guided and clipped; 0 before the first
+    v: Floats | None = None  # of a learned variance, in the last pass
+
+
 def trial_spec(
     model: ModelInfo, n: int, steps: int, *, sampler: str | None = None, seed: int = 0, guidance: float = 1.0
 ) -> SampleSpec:

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.timesteps import make_timesteps, timesteps_of_passes
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Images, SampleSpec
@@ -134,3 +135,11 @@ def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:
         fractional=model.fractional,
     )
     return timesteps_of_passes(spec.sampler, timesteps[spec.start :])
+
+
+def noisy_passes(spec: SampleSpec, model: ModelInfo) -> int:
+    """Count the passes of a row that draw fresh noise. The last never does."""
+    if spec.table is not None:
+        return sum(line[-1] > 0 for line in model.table(spec.table).started(spec.start))
+    noise = SAMPLER_FACTS[spec.sampler].noise
+    return spec.num_passes - 1 if noise == "always" or (noise == "eta" and spec.eta > 0) else 0

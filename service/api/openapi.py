@@ -25,6 +25,7 @@ from tminus.service.api.schemas import (
 )
 from tminus.service.api.webhook_request import WebhookRequest
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP
+from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.receivers import MAX_URL
 from tminus.service.jobs.webhooks.webhook import EVENTS
 from tminus.service.model_info import Limits, ModelInfo
@@ -91,7 +92,7 @@ def _header(name: str, schema: Described, description: str) -> Described:
 
 
 IMAGES = answer("The images", *MEDIA_TYPES)
-IMAGES_OR_ANIMATION = answer("The images", *MEDIA_TYPES, WEBP)
+IMAGES_OR_STEPS = answer("The images", *MEDIA_TYPES, TRAJECTORY, WEBP)
 NOT_MODIFIED: Described = {"description": "The client has it: If-None-Match names this answer's ETag"}
 ACCEPTED: Described = {
     "description": "With Prefer: respond-async: a durable job; Location says where",

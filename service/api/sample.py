@@ -1,9 +1,9 @@
-"""POST and GET /sample: parameters to spec, spec to the worker, images or an animation to the client."""
+"""POST and GET /sample: parameters to spec, spec to the worker, images, an animation or a trajectory to the client."""
 
 import asyncio
 import uuid
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from fastapi import APIRouter, Request, Response
 
@@ -15,7 +15,7 @@ from tminus.service.api.negotiation import negotiate
 from tminus.service.api.openapi import (
     ACCEPTED,
     IF_NONE_MATCH,
-    IMAGES_OR_ANIMATION,
+    IMAGES_OR_STEPS,
     NOT_MODIFIED,
     OF_BODY,
     OF_WORK,
@@ -30,18 +30,21 @@ from tminus.service.api.request import accept_header, prefers_async, read_parame
 from tminus.service.api.schemas import AnimationRequest, SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, submit, to_job, understand
+from tminus.service.api.trajectory import Steps
 from tminus.service.api.webhook_request import NOT_DURABLE, WebhookRequest
 from tminus.service.errors import InvalidField
 from tminus.service.images.animation import WEBP_VERSION
 from tminus.service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
+from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.receivers import refused
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import JobResult
-from tminus.service.worker.recording import Recording, frame_count
+from tminus.service.worker.recording import Recorder, Recording, frame_count
 
-ANY_TYPE = (*MEDIA_TYPES, WEBP)
+WITHOUT_EVERY = (*MEDIA_TYPES, TRAJECTORY)
+ANY_TYPE = (*WITHOUT_EVERY, WEBP)
 WITH_EVERY = ", or image/webp together with the parameter `every`"
 MAX_ANIMATION_BYTES = 16 * 2**20  # of pixels, all frames of one job
 
@@ -51,7 +54,7 @@ def sample_routes(models: Models, contract: Contract) -> APIRouter:
     router = APIRouter(tags=["sample"])
     sample, query = models.handler(answer, "sample"), contract.query(SampleRequest, AnimationRequest)
     responses: dict[int | str, Described] = {
-        200: IMAGES_OR_ANIMATION,
+        200: IMAGES_OR_STEPS,
         304: NOT_MODIFIED,
         **failures(406, *OF_BODY, *OF_WORK),
     }
@@ -89,11 +92,15 @@ class Answer(Protocol):
 
     @property
     def held_bytes(self) -> int:
-        """Of frames, until the job is done."""
+        """Beside the images, until they are encoded."""
 
     @property
-    def recording(self) -> Recording | None:
-        """Where the worker puts frames on the way."""
+    def held_for(self) -> str:
+        """The parameter that held_bytes depends on."""
+
+    @property
+    def recording(self) -> Recorder[Any] | None:
+        """Where the worker puts what is kept on the way."""
 
     async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
         """Make the body. Raises NotFinite."""
@@ -105,7 +112,8 @@ class Still:
 
     spec: SampleSpec
     media_type: str
-    held_bytes: ClassVar[int] = 0  # of frames, until the job is done
+    held_bytes: ClassVar[int] = 0
+    held_for: ClassVar[str] = "n"
     recording: ClassVar[None] = None
 
     @property
@@ -126,6 +134,7 @@ class Animation:
     asked: AnimationRequest
     held_bytes: int
     recording: Recording
+    held_for: ClassVar[str] = "every"
     media_type: ClassVar[str] = WEBP
 
     @classmethod
@@ -173,18 +182,19 @@ async def answer(services: Services, request: Request) -> Response:
     negotiate(accepted, ANY_TYPE)  # before the body is read
     animation, rest = AnimationRequest.take_from(await read_parameters(request, services.limits))
     webhook, rest = WebhookRequest.take_from(rest, services.webhooks)
-    offered, hint = (MEDIA_TYPES, WITH_EVERY) if animation is None else ((WEBP,), "")
+    offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP,), "")
     media_type = negotiate(accepted, offered, hint)
     asked = await understand(services, rest)
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
-        return await _accept(services, request, asked, animation, webhook)
+        _check_durable(request, animation, media_type)
+        return await _accept(services, request, asked, webhook)
     if webhook is not None:
         raise refused(NOT_DURABLE, webhook.url)
     spec, inputs = await to_job(services, asked, request)
     deadline_s, has_seed = asked.deadline_s, asked.seed is not None
     del rest, asked  # they hold the uploads as they came, and the job may take long
     request.state.release_body()
-    made = Still(spec, media_type) if animation is None else Animation.of(spec, animation, services.model)
+    made = _answer_of(spec, media_type, animation, services.model)
     job = Job.of(made, services.model, has_seed=has_seed, deadline_s=deadline_s, inputs=inputs)
     return await respond(services, request, job)
 
@@ -194,15 +204,22 @@ async def respond(services: Services, request: Request, job: Job) -> Response:
     return _known(services, request, job) or await _make(services, request, job)
 
 
-async def _accept(
-    services: Services,
-    request: Request,
-    asked: SampleRequest,
-    animation: AnimationRequest | None,
-    webhook: Webhook | None,
-) -> Response:
+def _answer_of(spec: SampleSpec, media_type: str, animation: AnimationRequest | None, model: ModelInfo) -> Answer:
+    if animation is not None:
+        return Animation.of(spec, animation, model)
+    return Steps.of(spec, model) if media_type == TRAJECTORY else Still(spec, media_type)
+
+
+def _check_durable(request: Request, animation: AnimationRequest | None, media_type: str) -> None:
+    """Raise InvalidField where the answer would need what no job keeps."""
     if animation is not None:
         raise InvalidField.of("every", "absent with Prefer: respond-async: a job keeps no frames", animation.every)
+    if media_type == TRAJECTORY:
+        bound = f"absent with Accept: {TRAJECTORY}: a job keeps no steps"
+        raise InvalidField.of("Prefer", bound, request.headers["prefer"])
+
+
+async def _accept(services: Services, request: Request, asked: SampleRequest, webhook: Webhook | None) -> Response:
     response = await accept(services, request, asked, webhook)
     response.headers["Preference-Applied"] = "respond-async"
     return response
@@ -230,7 +247,7 @@ def _known(services: Services, request: Request, job: Job) -> Response | None:
 async def _make(services: Services, request: Request, job: Job) -> Response:
     """Run the job and encode what comes of it."""
     job_id, loop, made = uuid.uuid4().hex, asyncio.get_running_loop(), job.answer
-    with services.recordings.taken(made.held_bytes):
+    with services.recordings.taken(made.held_bytes, made.held_for):
         caller = caller_of(request)
         ticket = await submit(
             services, caller, job_id, made.spec, job.deadline_s, inputs=job.inputs, recording=made.recording

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from tminus.service.client import Client, Sampled
     from tminus.service.client.results import MediaType
     from tminus.service.engine.loading import Loaded
+    from tminus.service.engine.local import Record
+    from tminus.service.spec import Images, Inputs, SampleSpec
 
 KEY = "TMINUS_KEY"  # the variable that has the key of the server
 MAX_LOCAL_IMAGE_BYTES = 2**30
@@ -47,44 +49,70 @@ class LocalModel:
     device: str
     executor: str
     precision: str
+    exact: bool | None = None  # None: as a server with default settings
 
     def load(self, n: int) -> "Loaded":
         """Load for one job of n rows, in all else as a server with default settings, so that the bits are the same."""
-        return load(LoadOptions(self.checkpoint, self.device, self.executor, self.precision, max_rows=n))
+        return load(LoadOptions(self.checkpoint, self.device, self.executor, self.precision, self.exact, max_rows=n))
+
+
+@dataclass(frozen=True, slots=True)
+class LocalJob:
+    """A job that is ready to run in this process."""
+
+    loaded: "Loaded"
+    spec: "SampleSpec"
+    inputs: "Inputs | None"
+
+    @classmethod
+    def of(cls, model: LocalModel, parameters: dict[str, Any]) -> "LocalJob":
+        """Load a model and check the parameters of a job for it; one clear line and exit code 1 where that fails."""
+        from tminus.service.api.schemas import SampleRequest
+        from tminus.service.errors import ServiceError
+        from tminus.service.images.decoder import decode_inputs
+        from tminus.service.model_info import Limits
+
+        n = parameters["n"]
+        loaded = model.load(n)
+        info = loaded.engine.info
+        limits = Limits(
+            max_n=n,
+            max_batch=loaded.max_batch,
+            max_rows=n,
+            max_jobs=1,
+            max_backlog_s=float("inf"),
+            max_body_bytes=0,
+            max_image_bytes=MAX_LOCAL_IMAGE_BYTES,
+        )
+        try:
+            request = SampleRequest.parse(parameters, info, limits)
+            spec = request.to_spec(info, limits)
+            inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
+            return cls(loaded, request.with_inputs(spec, inputs), inputs)
+        except (ValueError, ServiceError) as error:
+            fail(str(error))
+
+    def run(self, record: "Record | None" = None) -> "Images":
+        """Sample with a progress bar; one clear line and exit code 1 where that fails. record: see sample_locally."""
+        from tqdm import tqdm
+
+        from tminus.service.engine.local import sample_locally
+        from tminus.service.errors import ServiceError
+
+        engine, spec, batch = self.loaded.engine, self.spec, self.loaded.max_batch
+        try:
+            with tqdm(total=spec.n * spec.num_passes, unit="row-step", dynamic_ncols=True, disable=None) as progress:
+                return sample_locally(engine, spec, batch, progress.update, self.inputs, record)
+        except (ValueError, ServiceError) as error:
+            fail(str(error))
 
 
 def make_images(model: LocalModel, parameters: dict[str, Any], *, sheet: bool) -> tuple[dict[str, bytes], int]:
     """Sample in this process: PNG files by name (one, "sheet", or one per image), and the seed."""
-    from tqdm import tqdm
-
-    from tminus.service.api.schemas import SampleRequest
-    from tminus.service.engine.local import sample_locally
-    from tminus.service.errors import ServiceError
-    from tminus.service.images.decoder import decode_inputs
     from tminus.service.images.encoder import PNG, ZIP, encode_result
-    from tminus.service.model_info import Limits
 
-    n = parameters["n"]
-    loaded = model.load(n)
-    info, batch = loaded.engine.info, loaded.max_batch
-    limits = Limits(
-        max_n=n,
-        max_batch=batch,
-        max_rows=n,
-        max_jobs=1,
-        max_backlog_s=float("inf"),
-        max_body_bytes=0,
-        max_image_bytes=MAX_LOCAL_IMAGE_BYTES,
-    )
-    try:
-        request = SampleRequest.parse(parameters, info, limits)
-        spec = request.to_spec(info, limits)
-        inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
-        spec = request.with_inputs(spec, inputs)
-        with tqdm(total=spec.n * spec.num_passes, unit="row-step", dynamic_ncols=True, disable=None) as progress:
-            images = sample_locally(loaded.engine, spec, batch, progress.update, inputs)
-    except (ValueError, ServiceError) as error:
-        fail(str(error))
+    job = LocalJob.of(model, parameters)
+    images, spec, info = job.run(), job.spec, job.loaded.engine.info
     if sheet:
         return {"sheet": encode_result(PNG, spec, images, info)}, spec.seed
     with zipfile.ZipFile(io.BytesIO(encode_result(ZIP, spec, images, info))) as archive:

@@ -18,6 +18,7 @@ from tminus.service.cli.sample import sample
 from tminus.service.cli.serve import serve
 from tminus.service.cli.train import train
 from tminus.service.cli.train_autoencoder import train_autoencoder
+from tminus.service.cli.trajectory import trajectory
 from tminus.service.cli.tune import tune
 
 
@@ -28,7 +29,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(serve, ray, config, key, models, sample, reproduce),
+    *(serve, ray, config, key, models, sample, reproduce, trajectory),
     *(train, train_autoencoder, tune, distill, evaluate, inspect, convert),
 )
 for command in COMMANDS:

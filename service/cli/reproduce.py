@@ -87,10 +87,8 @@ def read_recipe(png: bytes) -> Recipe:
     """Read the recipe in a PNG. Raises ValueError where there is none, or none that can be read."""
     from PIL import Image, UnidentifiedImageError
 
-    from tminus.service.api.schemas import parameters_of
     from tminus.service.images.encoder import PNG_TEXT_KEY
     from tminus.service.images.image_header import read_header
-    from tminus.service.spec import SampleSpec
 
     try:
         header = read_header(png)
@@ -111,14 +109,21 @@ def read_recipe(png: bytes) -> Recipe:
     if text is None:
         raise ValueError(f"no {PNG_TEXT_KEY!r} text in it: not made by tminus, or stripped since")
     try:
-        document = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        fields = document["spec"]
-        parameters = parameters_of(SampleSpec.from_json(fields))
-        if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # before rows are allocated
-            raise ValueError(f"n must be 1..{MAX_LOCAL_N}")
-        return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))
+        return recipe_of(json.loads(text, parse_constant=_finite, parse_float=_finite))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its {PNG_TEXT_KEY!r} text is no recipe of this version ({error!r:.200})") from None
+
+
+def recipe_of(document: Any) -> Recipe:
+    """Read a recipe. Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
+    from tminus.service.api.schemas import parameters_of
+    from tminus.service.spec import SampleSpec
+
+    fields = document["spec"]
+    parameters = parameters_of(SampleSpec.from_json(fields))
+    if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # before rows are allocated
+        raise ValueError(f"n must be 1..{MAX_LOCAL_N}")
+    return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))
 
 
 def _finite(text: str) -> float:

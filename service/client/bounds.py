@@ -8,6 +8,7 @@ MIB = 2**20
 IMAGE_BYTES = 16 * MIB  # one image in a file: 2048 x 2048 pixels in colour, with its text
 ANSWER_BYTES = 512 * MIB  # any answer or message
 ANIMATION_BYTES = 64 * MIB  # which a server makes of 16 MiB of pixels at most
+TRAJECTORY_BYTES = 64 * MIB  # of which a server makes 32 MiB at most
 DOCUMENT_BYTES = 16 * MIB  # JSON without images
 EVENT_BYTES = 64 * MIB  # a server-sent event: a frame as base64
 MAX_IMAGES, MAX_STEPS = 4096, 100_000  # of a request that does not say
@@ -51,6 +52,8 @@ class Asked:
         """How long an answer of a media type may be."""
         if media_type == "image/webp":
             return ANIMATION_BYTES
+        if media_type == "application/vnd.tminus.trajectory":
+            return TRAJECTORY_BYTES
         encoded = 4 * IMAGE_BYTES // 3 if media_type == "application/json" else IMAGE_BYTES
         return min(self.images * encoded, ANSWER_BYTES)
 

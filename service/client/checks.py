@@ -20,7 +20,9 @@ SIGNATURES = {
     "image/webp": b"RIFF",
     "application/zip": b"PK\x03\x04",
     "application/json": b"{",
+    "application/vnd.tminus.trajectory": b"{",
 }
+SIGNATURE_AT = {"application/vnd.tminus.trajectory": 8}  # safetensors: the length of its header comes first
 
 
 def loads(data: bytes | str) -> Any:
@@ -99,7 +101,7 @@ def optional(check: Callable[[object], T], value: object) -> T | None:
 
 def picture(value: bytes, media_type: str) -> bytes:
     """Bytes that begin as a file of this type does."""
-    if not value.startswith(SIGNATURES[media_type]):
+    if not value.startswith(SIGNATURES[media_type], SIGNATURE_AT.get(media_type, 0)):
         raise ValueError(f"no {media_type}: {value[:16]!r}")
     return value
 

@@ -15,7 +15,9 @@ from .bounds import MAX_IMAGES
 from .errors import UnexpectedAnswer
 
 PNG, ZIP, JSON = "image/png", "application/zip", "application/json"
-MediaType = Literal["image/png", "application/zip", "application/json", "image/webp"]
+MediaType = Literal[
+    "image/png", "application/zip", "application/json", "image/webp", "application/vnd.tminus.trajectory"
+]
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 STATES: dict[str, State] = {
     "waiting": "waiting",
@@ -32,7 +34,7 @@ OK = 200
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The images of a job: `data` is one sheet, a zip or a JSON document, as `media_type` says.
+    """The images of a job: `data` is one sheet, a zip, a JSON document or a trajectory, as `media_type` says.
 
     The same parameters with this `seed` make the same bytes, as long as `fingerprint` is the same. `job_id` is None for
     an answer from the server's cache. `timings_s` has `queue`, `first_step`, `denoise`, of a latent model `decode`, and

@@ -12,16 +12,17 @@ from torch import Tensor
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guide, rescale
 from tminus.model.rng import row_noise, split_seed
-from tminus.model.samplers import Plan, compile_plan, denoise, table_plan
+from tminus.model.samplers import Plan, denoise
+from tminus.model.trajectory import PlanNumbers
 from tminus.service.engine.executors import Executor, allow_tf32
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
 from tminus.service.engine.known_values import KnownValues
 from tminus.service.engine.pictures import pictures_of
-from tminus.service.engine.plan_store import PlanStore, Registers
+from tminus.service.engine.plan_store import PlanStore, Registers, compile_spec
 from tminus.service.engine.transfer import LaunchedTicks, copy_out, index_of, send, to_device
 from tminus.service.preview import Show
-from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
+from tminus.service.spec import Floats, Images, Inputs, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch
 
 FIRST_KNOWN_DRAW = 2**31  # the draws of a row's known pixels begin here; x_T and z take draws 0..T
@@ -62,6 +63,7 @@ class Engine:
         # One slot per row.
         self._x = zeros(max_rows, *self._shape, dtype=torch.float32)
         self._x0 = zeros(max_rows, *self._shape, dtype=torch.float32)
+        self._v: Tensor | None = None  # of a learned variance, made when the first trajectory comes
         self._seed_words = zeros(max_rows, 2)
         self._index = zeros(max_rows)
         self._label = zeros(max_rows)
@@ -84,21 +86,7 @@ class Engine:
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
 
     def _compile(self, spec: SampleSpec) -> Plan:
-        """Compile a spec's sampler. Raises ValueError for what this model's schedule cannot do."""
-        if spec.table is not None:
-            table = self.info.table(spec.table)
-            return table_plan(self._noise, self._schedule, table, clip=spec.clip, start=spec.start)
-        return compile_plan(
-            self._noise,
-            self._schedule,
-            spec.sampler,
-            spec.steps,
-            eta=spec.eta,
-            clip=spec.clip,
-            spacing=spec.timestep_spacing,
-            start=spec.start,
-            fractional=self.info.fractional,
-        )
+        return compile_spec(spec, self.info, self._noise, self._schedule)
 
     @torch.inference_mode()
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
@@ -225,6 +213,8 @@ class Engine:
             restored = self._known.restore(x[masked_at], masked_rows, self._plans.known[at[masked_at]], eps)
             x = x.index_copy(0, masked_at, restored)
         self._x[rows], self._x0[rows] = x, x0
+        if self._v is not None:
+            self._v[rows] = out[:, self._shape[0] :]
         self._finite[rows] = x.sum(dim=(1, 2, 3)).isfinite()  # NaN and infinity survive a sum
         if self._ticks is not None:
             self._ticks.add(self._finite)
@@ -290,6 +280,22 @@ class Engine:
             registers = self._registers.read(at, count)
         read = copy_out(self._device, x, self._x0[at], registers)
         return lambda: Snapshot(steps, *(each.numpy() for each in read()))
+
+    def plan(self, spec: SampleSpec) -> PlanNumbers:
+        """Give the coefficients of each pass that a spec takes. Raises ValueError as `add` does."""
+        return self._compile(spec).numbers()
+
+    @torch.inference_mode()
+    def point(self, rows: Sequence[int]) -> Callable[[], Point]:
+        """Read rows for a trajectory. As with `images`, call the function returned in another thread.
+
+        The v of a learned variance is kept from the first call on, so call it before the first pass of the rows.
+        """
+        if self._v is None and self._noise.variance_type == "learned_range":
+            self._v = torch.zeros_like(self._x)
+        at, parts = index_of(rows, self._device), [self._x, self._x0, *([] if self._v is None else [self._v])]
+        read = copy_out(self._device, *(part[at] for part in parts))
+        return lambda: Point(*(each.numpy() for each in read()))
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
         """Make x_t of x_0 = images, both uint8 [n, H, W, C]; eps is the x_T of a job with this seed.

@@ -5,10 +5,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tminus.model.samplers import NUM_COEFFICIENTS, Plan, combine
+from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.samplers import NUM_COEFFICIENTS, Plan, combine, compile_plan, table_plan
 from tminus.model.solvers import MAX_REGISTERS, NUM_INPUTS
+from tminus.service.model_info import ModelInfo
+from tminus.service.spec import SampleSpec
 
 FIRST_LINES = 1024  # that there is room for at first; it doubles as jobs come
+
+
+def compile_spec(spec: SampleSpec, model: ModelInfo, noise: NoiseConfig, schedule: NoiseSchedule) -> Plan:
+    """Compile a spec's sampler. Raises ValueError for what this model's schedule cannot do."""
+    if spec.table is not None:
+        return table_plan(noise, schedule, model.table(spec.table), clip=spec.clip, start=spec.start)
+    return compile_plan(
+        noise,
+        schedule,
+        spec.sampler,
+        spec.steps,
+        eta=spec.eta,
+        clip=spec.clip,
+        spacing=spec.timestep_spacing,
+        start=spec.start,
+        fractional=model.fractional,
+    )
 
 
 class PlanStore:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from tminus.model.trajectory import PlanNumbers
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Show
-from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
+from tminus.service.spec import Floats, Images, Inputs, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch
 
 
@@ -40,6 +41,12 @@ class RowEngine(Protocol):
 
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
         """Read what one job's rows need to go on with these next steps; the function returned may wait."""
+
+    def plan(self, spec: SampleSpec) -> PlanNumbers:
+        """The coefficients of each pass that a spec takes. Raises ValueError for one that the model cannot run."""
+
+    def point(self, rows: Sequence[int]) -> Callable[[], Point]:
+        """Read rows for a trajectory, from before their first pass on; the function returned may wait."""
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
         """Make x_t of images by the forward process; the function returned may wait."""

@@ -19,7 +19,9 @@ import numpy as np
 from cachetools import TTLCache
 from PIL import Image, PngImagePlugin
 
+from tminus.model.trajectory import Trajectory
 from tminus.service.images.animation import encode_animation
+from tminus.service.images.trajectory import TRAJECTORY, pack_trajectory
 from tminus.service.model_info import ModelInfo
 from tminus.service.preview import Frame, Show
 from tminus.service.spec import Images, SampleSpec
@@ -72,6 +74,15 @@ class Encoder:
                 self._animations, self._encode_animation, frames, result
             )
 
+    async def encode_trajectory(
+        self, read: Callable[[], Trajectory], spec: SampleSpec, result: JobResult, made_by: ModelInfo
+    ) -> bytes:
+        """Make the file of a trajectory and of the images that it ends in. Raises NotFinite."""
+        with traced("encode", {"tminus.media_type": TRAJECTORY, "tminus.images": spec.n}):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._animations, self._encode_trajectory, read, spec, result, made_by
+            )
+
     async def encode_frame(
         self, frame: Frame, frame_format: str, layout: str, quality: int | None = None
     ) -> list[Picture]:
@@ -121,6 +132,15 @@ class Encoder:
         started = time.perf_counter()
         body = encode_animation([_to_pillow(contact_sheet(images)) for images in frames])
         self._observe("animation", time.perf_counter() - started)
+        return body
+
+    def _encode_trajectory(
+        self, read: Callable[[], Trajectory], spec: SampleSpec, result: JobResult, model: ModelInfo
+    ) -> bytes:
+        trajectory, images = read(), result.read()
+        started = time.perf_counter()
+        body = pack_trajectory(trajectory, images, spec, model, recipe(spec, model))
+        self._observe("trajectory", time.perf_counter() - started)
         return body
 
     def _encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult, model: ModelInfo) -> list[bytes]:

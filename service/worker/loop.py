@@ -108,6 +108,8 @@ class Loop:
         self._jobs[job.id] = job
         steps = job.snapshot.steps if job.snapshot is not None else None
         job.model.scheduler.add(job.id, job.rows, job.work, steps, job.owner)
+        if job.recording is not None:
+            self._record(job, [(step, index) for index, step in enumerate(job.first_steps)])
         job.snapshot = job.inputs = None
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
@@ -213,10 +215,15 @@ class Loop:
         for job in jobs if broken else ():
             if not broken.isdisjoint(job.rows):
                 self.give_up(job.id, NotFinite(), NotFinite.code)
+        for job, picked in zip(jobs, batch.jobs, strict=True):  # before the rows of those that are done are freed
+            if job.recording is not None and job.id in self._jobs:
+                self._record(job, [(step + 1, index) for step, index in picked.steps])
         for job_id in advance.finished:
             if job_id in self._jobs:
                 self._deliver(self._jobs[job_id])
-        self._show(batch, now_s)
+        for job in jobs:
+            if job.id in self._jobs:
+                job.show(now_s)
         if model.keeper is not None and model.keeper.due(now_s):
             self._keep_snapshots(model)
 
@@ -244,16 +251,10 @@ class Loop:
             row_steps[job.spec.sampler] = row_steps.get(job.spec.sampler, 0) + count
         self._metrics.ticked(model.info.name, seconds, batch.places, row_steps)
 
-    def _show(self, batch: Batch, now_s: float) -> None:
-        """Give the viewers and the recordings of a tick's jobs their frames."""
-        for picked in batch.jobs:
-            job = self._jobs.get(picked.job_id)
-            if job is None:
-                continue
-            job.show(now_s)
-            if job.recording is not None:
-                with self._giving_up([job], "its frames could not be read", "job %s could not be recorded", job.id):
-                    job.record(picked)
+    def _record(self, job: RunningJob, next_steps: Sequence[tuple[int, int]]) -> None:
+        """Give the recording of a job the rows that it wants, by the steps that they take next and their indices."""
+        with self._giving_up([job], "its steps could not be read", "job %s could not be recorded", job.id):
+            job.record(next_steps)
 
     def _keep_snapshots(self, model: LoadedModel) -> None:
         """Hand a model's keeper snapshots of its durable jobs that have stepped since their last one."""

@@ -1,50 +1,121 @@
-"""Frames of a running job, each row at its own steps, so that they are the same under any load. No torch."""
+"""What is kept of a running job's steps, each row at its own, so that it is the same under any load. No torch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from tminus.model.trajectory import PlanNumbers, Trajectory
 from tminus.service.byte_budget import MAX_HELD_BYTES, ByteBudget
+from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import Overloaded, TooManyBytes
 from tminus.service.preview import Show
-from tminus.service.spec import Images
+from tminus.service.spec import Images, Point, SampleSpec
 
-Read = Callable[[], Mapping[Show, Images]]  # waits for the copy from a GPU
+Kept = TypeVar("Kept")
 
 
-class Recording:
-    """Keeps the rows of one job as they were after every so many of their steps. The worker puts, the encoder reads.
+class Recorder(ABC, Generic[Kept]):
+    """Keeps something of the rows of one job. The worker's thread puts, the encoder reads.
 
-    A preview shows all rows at one moment, so their steps may differ. A frame here shows all rows after the same step.
+    A preview shows all rows at one moment, so their steps may differ. What is kept here is of all rows after the same
+    step.
     """
 
-    def __init__(self, every: int, show: Show, n: int, steps: int) -> None:
-        self.show = show
-        self._every, self._n, self._steps = every, n, steps
-        self._parts: dict[int, list[tuple[Sequence[int], Sequence[int], Read]]] = {}  # by step: see put
+    def __init__(self) -> None:
+        # By step: indices of rows in the job, their positions in what is read, and what waits for the copy from a GPU.
+        self._parts: dict[int, list[tuple[list[int], list[int], Callable[[], Kept]]]] = {}
 
+    @abstractmethod
     def due(self, step: int) -> bool:
-        """Whether to keep a row that has taken so many steps. Not after the last step: that is the job's own result."""
-        return step % self._every == 0 and step < self._steps
+        """Whether to keep a row that has taken so many steps; 0 is before the first."""
 
-    def put(self, taken: Sequence[tuple[int, int]], read: Read) -> None:
+    @abstractmethod
+    def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Kept]:
+        """Read what is to be kept of rows."""
+
+    def record(self, engine: RowEngine, rows: Sequence[int], taken: Iterable[tuple[int, int]]) -> None:
+        """Read and keep those that are due of a job's rows, each by the steps it has taken and its index."""
+        due = [each for each in taken if self.due(each[0])]
+        if due:
+            self.put(due, self.read(engine, [rows[index] for _, index in due]))
+
+    def put(self, taken: Sequence[tuple[int, int]], read: Callable[[], Kept]) -> None:
         """Keep rows, each by the steps it has taken and its index in the job, in the order that `read` has them."""
         for step in {step for step, _ in taken}:
             positions = [position for position, (its_step, _) in enumerate(taken) if its_step == step]
             indices = [taken[position][1] for position in positions]
             self._parts.setdefault(step, []).append((indices, positions, read))
 
+
+class Recording(Recorder[Mapping[Show, Images]]):
+    """Frames of a job, after every so many of its steps."""
+
+    def __init__(self, every: int, show: Show, n: int, steps: int) -> None:
+        super().__init__()
+        self.show = show
+        self._every, self._n, self._steps = every, n, steps
+
+    def due(self, step: int) -> bool:
+        """Not before the first step, nor after the last one: that is the job's own result."""
+        return step % self._every == 0 and 0 < step < self._steps
+
+    def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Mapping[Show, Images]]:
+        """Read pictures of rows."""
+        return engine.preview(rows, (self.show,))
+
     def frames(self) -> list[Images]:
         """Read the frames in order, uint8 [n, H, W, C] each. For a job that is done, in a thread that may wait."""
         frames = []
         for step in sorted(self._parts):
-            parts = [(indices, read()[self.show][list(positions)]) for indices, positions, read in self._parts[step]]
+            parts = [(indices, read()[self.show][positions]) for indices, positions, read in self._parts[step]]
             frame = np.zeros((self._n, *parts[0][1].shape[1:]), np.uint8)
             for indices, images in parts:
-                frame[list(indices)] = images
+                frame[indices] = images
             frames.append(frame)
         return frames
+
+
+class Path(Recorder[Point]):
+    """The trajectory of a job: its rows before the first step, and after each."""
+
+    def __init__(self, spec: SampleSpec) -> None:
+        super().__init__()
+        self._spec = spec
+        self._plan: PlanNumbers | None = None  # None until its first rows are read
+
+    def due(self, step: int) -> bool:  # noqa: ARG002
+        """Always."""
+        return True
+
+    def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Point]:
+        """Read the latents of rows."""
+        if self._plan is None:
+            self._plan = engine.plan(self._spec)
+        return engine.point(rows)
+
+    def trajectory(self) -> Trajectory:
+        """Read all of it, once. For a job that is done, in a thread that may wait."""
+        assert self._plan is not None
+        n, passes, first = self._spec.n, len(self._plan.timesteps), self._parts[0][0][2]().x
+
+        def room(count: int) -> npt.NDArray[np.float32]:
+            return np.empty((count, n, *first.shape[1:]), np.float32)
+
+        x_t, x_0, v = room(passes + 1), room(passes), room(passes) if self._plan.learned else None
+        for step in range(passes + 1):
+            for indices, positions, read in self._parts.pop(step):  # popped, so that no point is held twice
+                point = read()
+                x_t[step, indices] = point.x[positions]
+                if step:
+                    x_0[step - 1, indices] = point.x_0[positions]
+                if step and v is not None:
+                    assert point.v is not None
+                    v[step - 1, indices] = point.v[positions]
+        return Trajectory(self._plan, x_t, x_0, v)
 
 
 def frame_count(every: int, steps: int) -> int:
@@ -59,19 +130,19 @@ class RecordingRoom:
         self._budget = ByteBudget(max_bytes)
 
     @contextmanager
-    def taken(self, size_bytes: int, field: str = "every") -> Iterator[None]:
-        """Hold room for a recording of this size. Raises Overloaded. field: what asked for it."""
+    def taken(self, size_bytes: int, field: str) -> Iterator[None]:
+        """Hold room for a recording of this size. Raises Overloaded, which names the field that it depends on."""
         free_bytes = self._budget.limit_bytes - self._budget.held_bytes
         with self._budget.hold() as room:
             try:
                 room.add(size_bytes)
             except TooManyBytes:
                 raise Overloaded(
-                    f"{self._budget.held_bytes} bytes of frames would be held at once; "
+                    f"{self._budget.held_bytes} bytes of frames and trajectories would be held at once; "
                     f"the limit is {self._budget.limit_bytes}",
                     retry_after_s=1,
                     field=field,
                     value=size_bytes,
-                    bound=f"frames of at most {free_bytes} bytes at this load",
+                    bound=f"what takes at most {free_bytes} bytes at this load",
                 ) from None
             yield

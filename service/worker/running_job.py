@@ -2,19 +2,20 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
 from tminus.service.tracing import Span
-from tminus.service.work import JobResult, JobRows, JobStatus, Outlook, Work
+from tminus.service.work import JobResult, JobStatus, Outlook, Work
 from tminus.service.worker.job_span import Ticks, begin_span, end_done, end_failed
 from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.recording import Recording
+from tminus.service.worker.recording import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class RunningJob:
     durable: bool = False  # snapshots are kept of it
     inputs: Inputs | None = None  # None once the engine has them
     snapshot: Snapshot | None = None  # where it goes on from; None once the engine has it
-    recording: Recording | None = None
+    recording: Recorder[Any] | None = None
     watches: list[Watch] = field(default_factory=list)
     request_id: str = field(default_factory=REQUEST_ID.get)  # for the log
     rows: tuple[int, ...] = ()  # none until the engine has given them
@@ -140,15 +141,11 @@ class RunningJob:
             except Exception:  # a frame is not worth the job
                 log.exception("job %s could not be shown", self.id, extra=self.log_fields)
 
-    def record(self, stepped: JobRows) -> None:
-        """Pass the recording the rows that have just reached a step it records."""
-        if self.recording is None:
-            return
-        start, due = self.spec.start, self.recording.due
-        taken = [(step + 1 - start, index) for step, index in stepped.steps if due(step + 1 - start)]
-        if taken:
-            rows = [self.rows[index] for _, index in taken]
-            self.recording.put(taken, self.model.engine.preview(rows, (self.recording.show,)))
+    def record(self, next_steps: Iterable[tuple[int, int]]) -> None:
+        """Pass the recording the rows that it wants, each by the step that it takes next and its index."""
+        if self.recording is not None:
+            taken = ((step - self.spec.start, index) for step, index in next_steps)
+            self.recording.record(self.model.engine, self.rows, taken)
 
     def unwatch(self, watch: Watch) -> None:
         """Stop showing it to a viewer."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import Draining, EngineFailed, JobCancelled, ModelUnloaded, NotReady, ServiceError, Stalled
@@ -22,7 +22,7 @@ from tminus.service.work import Outlook, Ticket, work_of
 from tminus.service.worker.accepted_jobs import AcceptedJobs
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.loop import Loop
-from tminus.service.worker.recording import Recording
+from tminus.service.worker.recording import Recorder
 from tminus.service.worker.running_job import RunningJob
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class Worker:
         inputs: Inputs | None = None,
         owner: str = "",
         durable: bool = False,
-        recording: Recording | None = None,
+        recording: Recorder[Any] | None = None,
     ) -> Ticket:
         """Accept a job; its rows step from the next tick on. Raises NotReady, Draining, ModelUnloaded, Overloaded, …
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
+from tminus.model.trajectory import PlanNumbers
 from tminus.service.errors import NotFinite
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.preview import Show
-from tminus.service.spec import Floats, Images, Inputs, SampleSpec, Snapshot
+from tminus.service.spec import Floats, Images, Inputs, Point, SampleSpec, Snapshot
 from tminus.service.work import Batch
 
 PATIENCE_S = 10.0
@@ -181,9 +182,13 @@ class FakeEngine:
         if tuple(rows) == its_rows:
             pixels = fake_pixels(spec, min(self.steps_done[row] for row in rows), self.info)
         else:  # some of them, each as it is
-            each = [fake_pixels(spec, self.steps_done[row], self.info)[its_rows.index(row)] for row in rows]
-            pixels = np.stack(each)
+            pixels = self._each(rows)
         return lambda: {name: pixels if name == "x_t" else 255 - pixels for name in show}
+
+    def _each(self, rows: Sequence[int]) -> Images:
+        """The pixels of rows of one job, each as it is."""
+        spec, its_rows = next(job for job in self.jobs.values() if rows[0] in job[1])
+        return np.stack([fake_pixels(spec, self.steps_done[row], self.info)[its_rows.index(row)] for row in rows])
 
     def snapshot(self, rows: Sequence[int], steps: tuple[int, ...]) -> Callable[[], Snapshot]:
         self.on_snapshot(rows)
@@ -194,6 +199,19 @@ class FakeEngine:
         return lambda: Snapshot(
             steps, *(np.zeros(each, np.float32) for each in (shape, shape, (len(rows), 0, *shape[1:])))
         )
+
+    def plan(self, spec: SampleSpec) -> PlanNumbers:
+        """Each pass keeps x and adds noise, but for the last."""
+        timesteps = np.arange(spec.num_passes, 0, -1, dtype=np.float64)
+        lines = np.tile([0.0, 1.0, 1.0, 0.0, 0.0, 2.0, np.inf, 0.0], (spec.num_passes, 1))
+        lines[-1, 5] = 0
+        return PlanNumbers(timesteps, lines, np.stack([np.ones_like(timesteps), timesteps], 1))
+
+    def point(self, rows: Sequence[int]) -> Callable[[], Point]:
+        """x and x_0 are what x_t and x_0 of a preview are, as floats."""
+        self.on_preview(rows)
+        x = self._each(rows).transpose(0, 3, 1, 2).astype(np.float32)
+        return lambda: Point(x, 255 - x)
 
     def noised(self, images: Images, t: int, seed: int) -> Callable[[], Images]:
         self.on_noised()

@@ -37,7 +37,8 @@ APART = {"client", "page"}  # the client imports nothing of the rest; the page i
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {
     *(f"tminus.model{name}" for name in ("", ".catalogue", ".files", ".pixels", ".recommended", ".tables")),
-    *("tminus.model.timesteps", "tminus.model.scheduler_kinds", "tminus.model.formats", "tminus.model.formats.facts"),
+    *("tminus.model.timesteps", "tminus.model.trajectory", "tminus.model.scheduler_kinds"),
+    *("tminus.model.formats", "tminus.model.formats.facts"),
 }
 MAY_RENDER_HTTP = {"tminus.service.api.problems"}
 

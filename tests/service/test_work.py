@@ -1,17 +1,24 @@
 """The steps an edit takes and what they cost: no engine runs here."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.service.conftest import TABLES_OF_50
 from tests.service.fakes import INFO, make_spec
+from tminus.model.catalogue import SAMPLERS
+from tminus.model.noise import NoiseConfig
+from tminus.model.samplers import compile_plan, table_plan
+from tminus.model.tables import Table
 from tminus.model.timesteps import make_timesteps
 from tminus.service.scheduling.flows import Pending
 from tminus.service.scheduling.forecast import forecast
 from tminus.service.scheduling.sharing import Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
-from tminus.service.work import Work, timesteps_of, work_of
+from tminus.service.work import Work, noisy_passes, timesteps_of, work_of
 
 
 @pytest.mark.parametrize(
@@ -57,3 +64,23 @@ def test_the_forecast_of_an_edit_is_what_its_steps_take(steps: int, strength: fl
     found = forecast([Pending("a", work, work.places)], {0: Speed(Sharing.of(8), times, 100)})["a"]
     assert found.eta_s == pytest.approx(expected)
     assert work.places == n * sum(work.places_per_row(step) for step in range(work.start, steps))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("steps", "strength", "eta"), [(1, None, 0.0), (2, None, 0.0), (9, None, 0.7), (9, 0.1, 0.7)])
+def test_noisy_passes_are_counted_as_the_plan_has_them(
+    sampler: str, steps: int, strength: float | None, eta: float
+) -> None:
+    noise = NoiseConfig()
+    spec = make_spec(sampler=sampler, steps=steps, strength=strength, eta=eta)
+    plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=eta, start=spec.start, fractional=True)
+    assert noisy_passes(spec, INFO) == len(plan.numbers().noisy)
+
+
+@pytest.mark.parametrize("table", TABLES_OF_50)
+@pytest.mark.parametrize("strength", [None, 0.7])
+def test_noisy_passes_of_a_table_are_those_of_its_lines(table: Table, strength: float | None) -> None:
+    noise = NoiseConfig(num_train_timesteps=50)
+    spec = make_spec(sampler="tuned", steps=table.steps, table=table.hash, strength=strength)
+    plan = table_plan(noise, noise.schedule(), table, clip=None, start=spec.start)
+    assert noisy_passes(spec, replace(INFO, tables=TABLES_OF_50)) == len(plan.numbers().noisy)

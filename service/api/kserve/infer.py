@@ -136,6 +136,7 @@ class Tensors:
     id: str | None
     outputs: Mapping[str, bool]
     held_bytes: ClassVar[int] = 0
+    held_for: ClassVar[str] = "n"
     recording: ClassVar[None] = None
 
     @property

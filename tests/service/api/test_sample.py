@@ -14,17 +14,20 @@ from PIL import Image
 
 from tests.service.api.asgi import call
 from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b64, encode, got, noise, same, spec_in
-from tests.service.conftest import MakeSite, Site, frames_of, pixels, problem
+from tests.service.conftest import TABLES_OF_50, MakeSite, Site, frames_of, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.service.api import progress
 from tminus.service.api.sample import MAX_ANIMATION_BYTES
+from tminus.service.api.trajectory import MAX_TRAJECTORY_BYTES
 from tminus.service.images.encoder import contact_sheet
+from tminus.service.images.trajectory import TRAJECTORY, read_trajectory
 from tminus.service.spec import SampleSpec
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 GUIDED = {"guidance": 2, "class_label": 1}
 SPEC = {"n": 2, "steps": 10, "seed": 4, "class_label": "cat"}
 WEBP = {"Accept": "image/webp"}
+AS_TRAJECTORY = {"Accept": TRAJECTORY}
 
 
 # --- the images ---
@@ -118,7 +121,7 @@ def test_accept_chooses_the_media_type(site: Site, accept: str | None, media_typ
 
 def test_an_accept_that_cannot_be_met_is_a_problem_before_any_work(site: Site) -> None:
     document = problem(site.post(json=QUICK, headers={"Accept": "text/html"}), 406, "not_acceptable")
-    assert document["bound"] == "one of image/png, application/zip, application/json, image/webp"
+    assert document["bound"] == f"one of image/png, application/zip, application/json, {TRAJECTORY}, image/webp"
 
 
 def test_two_requests_share_ticks_and_get_their_own_images(site: Site) -> None:
@@ -356,6 +359,121 @@ def test_a_client_that_goes_away_or_fails_leaves_room(site: Site) -> None:
     for _ in range(40):
         problem(site.post(json=SPEC | {"every": 1, "deadline_s": 0}, headers=WEBP), 422, "invalid_field")
     assert site.post(json=SPEC | {"every": 1}, headers=WEBP).status_code == 200
+
+
+# --- trajectories ---
+
+
+def walked(site: Site, **given: Any) -> dict[str, Any]:
+    """The arrays of a trajectory."""
+    response = site.post(json=SPEC | given, headers=AS_TRAJECTORY)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == TRAJECTORY
+    return dict(read_trajectory(response.content).arrays)
+
+
+def test_a_trajectory_has_every_step_and_the_images_of_the_other_answers(site: Site) -> None:
+    spec = make_spec(n=2, steps=10, seed=4)
+    arrays = walked(site)
+    for step, x in enumerate(arrays["x_t"]):
+        np.testing.assert_array_equal(x, fake_pixels(spec, step).transpose(0, 3, 1, 2))
+    assert arrays["passes"].tolist() == list(range(9))
+    assert arrays["log_p"].shape == (9, 2)
+    np.testing.assert_array_equal(contact_sheet(arrays["images"])[:, :, 0], pixels(site.post(json=SPEC).content))
+
+
+def test_a_trajectory_has_the_headers_of_other_answers_and_is_named_cached_and_the_same(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=2**20)
+    first = site.client.get("/sample", params=SPEC, headers=AS_TRAJECTORY)
+    assert {"etag", "x-seed", "x-fingerprint", "x-job-id", "server-timing"} <= {name.lower() for name in first.headers}
+    again = site.post(json=SPEC, headers=AS_TRAJECTORY)
+    assert (again.headers["cache-status"], again.content) == ("tminus; hit", first.content)
+    assert site.post(json=SPEC).headers["etag"] != first.headers["etag"]
+    known = site.post(json=SPEC, headers=AS_TRAJECTORY | {"If-None-Match": first.headers["etag"]})
+    assert known.status_code == 304
+    assert site.metrics()['tminus_encode_duration_seconds_count{"kind": "trajectory"}'] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "says"),
+    [
+        ({"sampler": "dpmpp_2m"}, "sampler", "one of ddpm, ddim, dpmpp_2m_sde with"),
+        ({"sampler": "heun"}, "sampler", "one of ddpm, ddim, dpmpp_2m_sde with"),
+        ({"sampler": "ddim"}, "eta", "above 0"),
+        ({"sampler": "ddim", "eta": 0}, "eta", "above 0"),
+        ({"steps": 1}, "steps", "at least 2"),
+        ({"sampler": "ddim", "eta": 1, "steps": 1}, "steps", "at least 2"),
+        ({"image": b64(CAT), "strength": 0.05}, "strength", "enough for two steps"),
+        ({"image": b64(CAT), "mask": b64(MASK)}, "mask", "absent"),
+    ],
+)
+def test_what_has_no_log_p_is_refused_by_name_before_any_step(
+    site: Site, given: dict[str, Any], field: str, says: str
+) -> None:
+    ticks = len(site.engine.batches)
+    document = problem(site.post(json=SPEC | given, headers=AS_TRAJECTORY), 422, "invalid_field")
+    assert document["field"] == field
+    assert document["bound"].startswith(says)
+    assert TRAJECTORY in document["bound"]
+    assert len(site.engine.batches) == ticks
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sampler": "ddim", "eta": 0.2},
+        {"sampler": "dpmpp_2m_sde", "guidance": 2, "guidance_interval": [100, 500]},
+        {"image": b64(CAT), "strength": 0.5},
+        {"class_label": None},
+    ],
+)
+def test_what_has_a_log_p_is_answered(site: Site, given: dict[str, Any]) -> None:
+    arrays = walked(site, **given)
+    assert len(arrays["x_t"]) == 1 + len(arrays["timesteps"]) == (6 if "image" in given else 11)
+
+
+def test_a_table_that_adds_noise_has_a_trajectory_and_one_that_does_not_has_none(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, num_timesteps=50, tables=TABLES_OF_50, samplers=(*INFO.samplers, "tuned")))
+    body = {"sampler": "tuned", "class_label": 0, "seed": 1}
+    assert site.post(json=body | {"steps": 3, "guidance": 2}, headers=AS_TRAJECTORY).status_code == 200
+    document = problem(site.post(json=body | {"steps": 4}, headers=AS_TRAJECTORY), 422, "invalid_field")
+    assert document["field"] == "sampler"
+
+
+def test_a_trajectory_goes_with_no_animation_and_no_durable_job(site: Site) -> None:
+    problem(site.post(json=SPEC | {"every": 2}, headers=AS_TRAJECTORY), 406, "not_acceptable")
+    document = problem(site.post(json=SPEC, headers=AS_TRAJECTORY | {"Prefer": "respond-async"}), 422, "invalid_field")
+    assert (document["field"], document["bound"]) == (
+        "Prefer",
+        f"absent with Accept: {TRAJECTORY}: a job keeps no steps",
+    )
+
+
+def test_a_trajectory_that_would_be_too_large_is_refused_with_what_would_fit(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, height_px=64, width_px=64))
+    image_bytes = 64 * 64 * (4 * (101 + 100 + 99) + 1)
+    most = MAX_TRAJECTORY_BYTES // image_bytes
+    assert 1 < most < 64
+    document = problem(site.post(json={"n": most + 1, "steps": 100}, headers=AS_TRAJECTORY), 422, "invalid_field")
+    assert (document["field"], document["bound"]) == ("n", f"1..{most} with Accept: {TRAJECTORY}, for so many steps")
+    whole = site.post(json={"n": most, "steps": 100}, headers=AS_TRAJECTORY)
+    assert most * image_bytes < len(whole.content) < most * image_bytes + 20_000, "the bound counts what is sent"
+    large = make_site(info=replace(INFO, height_px=512, width_px=512))
+    assert problem(large.post(headers=AS_TRAJECTORY), 422, "invalid_field")["field"] == "steps"
+
+
+def test_trajectories_over_the_room_are_refused_and_those_that_end_leave_room(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, height_px=64, width_px=64), max_jobs=64)
+    body = {"n": 6, "steps": 100, "class_label": 0}
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(site.post, json=body | {"seed": k}, headers=AS_TRAJECTORY) for k in range(8)]
+        wait_until(lambda: sum(each.done() for each in asked) >= 5)
+        refused = [problem(each.result(), 429, "overloaded") for each in asked if each.done()]
+        assert {document["field"] for document in refused} == {"n"}
+        site.engine.gate.open()
+        assert {each.result(PATIENCE_S).status_code for each in asked} == {200, 429}
+    assert site.post(json=body, headers=AS_TRAJECTORY).status_code == 200
 
 
 # --- edits ---

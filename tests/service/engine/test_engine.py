@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.service.conftest import Around, MakeCheckpoint
+from tests.service.conftest import TABLES_OF_50, Around, MakeCheckpoint
 from tests.service.engine.edits import Job, edit, edited_alone, half_mask, in_company, picture
 from tests.service.engine.engines import (
     CPU,
@@ -34,6 +34,7 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.model.rng import image_noise
 from tminus.model.student import consistency_table, student_noise
+from tminus.model.trajectory import Trajectory, transitions
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
 from tminus.service.engine.local import sample_locally
@@ -42,7 +43,8 @@ from tminus.service.errors import NotFinite
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.sharing import Sharing
 from tminus.service.spec import Images, Inputs, SampleSpec
-from tminus.service.work import Batch, work_of
+from tminus.service.work import Batch, noisy_passes, work_of
+from tminus.service.worker.recording import Path
 
 pytestmark = pytest.mark.slow
 
@@ -207,6 +209,80 @@ def test_the_learned_variance_matters(make_checkpoint: MakeCheckpoint) -> None:
     executor = FirstHalf(EagerExecutor(learned.net, CPU))
     half = sample_locally(make_engine(as_if_fixed, executor=executor), spec, 8, lambda rows: None)
     assert np.abs(alone(learned, spec) - half).max() > 1e-3
+
+
+# --- trajectories ---
+
+NOISY = [spec for spec in MIXED if spec.num_passes > 1 and (spec.sampler == "ddpm" or spec.eta > 0)]
+NOISY += [spec for spec in MIXED if spec.sampler == "dpmpp_2m_sde" or spec.table == TABLES_OF_50[1].hash]
+LEARNED = NoiseConfig(num_train_timesteps=50, beta_end=0.1, variance_type="learned_range")
+
+
+def walked(engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int) -> list[Trajectory]:
+    """The trajectories of jobs that share the engine and its batches."""
+    scheduler, paths = Scheduler(Sharing.of(max_batch)), [Path(spec) for spec in specs]
+    rows = [engine.add(spec) for spec in specs]
+    for k, spec in enumerate(specs):
+        scheduler.add(str(k), rows[k], work_of(spec, engine.info))
+        paths[k].record(engine, rows[k], [(0, index) for index in range(spec.n)])
+    while (batch := scheduler.next_batch()) is not None:
+        engine.step(batch)
+        for job in batch.jobs:
+            k = int(job.job_id)
+            paths[k].record(engine, rows[k], [(step + 1, index) for step, index in job.steps])
+        for name in scheduler.advance(batch).finished:
+            engine.remove(rows[int(name)])
+    return [path.trajectory() for path in paths]
+
+
+def assert_steps_are_mean_and_noise(checkpoint: Checkpoint, spec: SampleSpec, trajectory: Trajectory) -> None:
+    """x' - mean is s times the noise of (seed, index, step), which nothing that made the trajectory told us."""
+    indices, shape = range(spec.index, spec.index + spec.n), checkpoint.row_shape
+    np.testing.assert_array_equal(trajectory.x_t[0], image_noise(spec.seed, indices, 0, shape, CPU))
+    found = transitions(trajectory)
+    assert len(found.passes) == noisy_passes(spec, make_engine(checkpoint).info) > 0
+    for at, k in enumerate(found.passes):
+        z = image_noise(spec.seed, indices, int(k) + 1, shape, CPU).double().numpy()
+        np.testing.assert_allclose(trajectory.x_t[k + 1], found.mean[at] + found.s[at] * z, rtol=1e-5, atol=2e-6)
+        s = np.broadcast_to(found.s[at], z.shape).astype(np.float64)
+        log_p = (-(z**2) / 2 - np.log(s) - math.log(2 * math.pi) / 2).sum((1, 2, 3))
+        np.testing.assert_allclose(found.log_p[at], log_p, rtol=0, atol=1e-5 * math.prod(shape))
+
+
+@pytest.mark.usefixtures("floats")
+def test_trajectories_of_jobs_that_share_ticks_are_those_of_each_alone(tiny: Checkpoint) -> None:
+    others = [spec for spec in MIXED if spec not in NOISY]
+    executor = EagerExecutor(tiny.net, CPU, sizes=(1,))
+    shared = walked(make_engine(tiny, executor=executor, max_rows=64, max_jobs=32), [*NOISY, *others], max_batch=5)
+    for spec, trajectory in zip(NOISY, shared, strict=False):
+        (own,) = walked(make_engine(tiny, executor=executor), [spec], max_batch=16)
+        assert trajectory.x_t.tobytes() == own.x_t.tobytes(), spec
+        assert trajectory.x_0.tobytes() == own.x_0.tobytes()
+        images = sample_locally(make_engine(tiny, executor=executor), spec, 8, lambda rows: None)
+        np.testing.assert_array_equal(own.x_t[-1].transpose(0, 2, 3, 1), images)
+        assert_steps_are_mean_and_noise(tiny, spec, trajectory)
+
+
+@pytest.mark.usefixtures("floats")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_learned_variance_is_in_a_trajectory_by_value(make_checkpoint: MakeCheckpoint, channels: int) -> None:
+    checkpoint = make_checkpoint(noise=LEARNED, in_channels=channels, out_channels=2 * channels)
+    specs = [
+        spec_of(n=2, steps=6, seed=1, class_labels=(0, 1)),
+        spec_of(n=2, steps=5, seed=2, guidance=3.0, class_labels=(1, 2)),
+        spec_of(n=2, steps=5, seed=3, sampler="ddim", eta=0.5),
+    ]
+    for spec, trajectory in zip(specs, walked(make_engine(checkpoint), specs, max_batch=3), strict=True):
+        assert (trajectory.v is not None) == (spec.sampler == "ddpm")
+        assert_steps_are_mean_and_noise(checkpoint, spec, trajectory)
+
+
+def test_trajectories_change_no_bit_of_a_learned_variances_images(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint, spec = make_checkpoint(noise=LEARNED, out_channels=2), spec_of(n=2, steps=6)
+    engine = make_engine(checkpoint)
+    before = sample_locally(engine, spec, 8, lambda rows: None)
+    walked(engine, [spec_of(n=2, steps=6, seed=9)], max_batch=8)
+    assert sample_locally(engine, spec, 8, lambda rows: None).tobytes() == before.tobytes()
 
 
 # --- other models ---

@@ -22,7 +22,7 @@ from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, work_of
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.loop import SUSPENDED, Loop
-from tminus.service.worker.recording import Recording
+from tminus.service.worker.recording import Path, Recording
 from tminus.service.worker.running_job import RunningJob
 
 
@@ -645,7 +645,43 @@ def test_a_recording_that_fails_costs_its_own_job_only(make_bench: MakeBench) ->
     bench.finish()
     error = failure(recorded)
     assert isinstance(error, EngineFailed)
-    assert error.detail == "its frames could not be read: RuntimeError"
+    assert error.detail == "its steps could not be read: RuntimeError"
+    images(other)
+
+
+def test_a_path_has_the_rows_before_the_first_step_and_after_the_last(make_bench: MakeBench) -> None:
+    bench = make_bench(limits=replace(LIMITS, max_batch=2))  # so that the three rows are not level
+    spec = make_spec(n=3, steps=4, seed=40)
+    path = Path(spec)
+    future = bench.accept_spec("a", spec, recording=path)
+    other = bench.accept("b", n=2, steps=9)
+    bench.finish()
+    images(future)
+    images(other)
+    x_t = path.trajectory().x_t
+    assert len(x_t) == 5
+    for step, x in enumerate(x_t):
+        np.testing.assert_array_equal(x, fake_pixels(spec, step).transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("reads", [0, 2, 3])
+def test_a_path_that_fails_costs_its_own_job_only(make_bench: MakeBench, reads: int) -> None:
+    """Before the first step, between two, and after the last."""
+    bench = make_bench()
+    spec = make_spec(seed=1, steps=3)
+    calls = iter(range(10))
+
+    def fail(_rows: object) -> None:
+        if next(calls) == reads:
+            raise RuntimeError("out of memory")
+
+    bench.engine.on_preview = fail
+    recorded = bench.accept_spec("recorded", spec, recording=Path(spec))
+    other = bench.accept("other", seed=2)
+    bench.finish()
+    error = failure(recorded)
+    assert isinstance(error, EngineFailed)
+    assert error.detail == "its steps could not be read: RuntimeError"
     images(other)
 
 

@@ -1,10 +1,13 @@
 import random
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
+from tests.service.fakes import FakeEngine, make_spec
 from tminus.service.errors import Overloaded
-from tminus.service.worker.recording import Recording, RecordingRoom, frame_count
+from tminus.service.spec import Point
+from tminus.service.worker.recording import Path, Recording, RecordingRoom, frame_count
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 5), (2, 5), (5, 5), (7, 5), (3, 10)])
@@ -26,17 +29,42 @@ def test_frames_are_of_one_step_each_however_the_rows_came_to_it(every: int, ste
         np.testing.assert_array_equal(frame[:, 0, 0, 0], [10 * row + number * every for row in range(n)])
 
 
+@pytest.mark.parametrize("strength", [None, 0.6])
+def test_a_path_has_every_row_before_its_first_step_and_after_each(strength: float | None) -> None:
+    spec, engine, rng = make_spec(n=3, steps=5, strength=strength), FakeEngine(), random.Random(0)
+    path, passes = Path(spec), spec.num_passes
+    taken = [0] * spec.n
+
+    def point(rows: Sequence[int]) -> Callable[[], Point]:
+        """x says row and step, x_0 that it is the prediction."""
+        x = np.array([10 * row + taken[row] for row in rows], np.float32).reshape(-1, 1, 1, 1)
+        return lambda: Point(x, -x)
+
+    engine.point = point  # type: ignore[method-assign]
+    path.record(engine, range(3), [(0, row) for row in range(3)])
+    while min(taken) < passes:  # ticks of any rows, in any order
+        rows = [row for row in rng.sample(range(3), 3) if taken[row] < passes and rng.random() < 0.6]
+        for row in rows:
+            taken[row] += 1
+        path.record(engine, range(3), [(taken[row], row) for row in rows])
+    trajectory = path.trajectory()
+    assert len(trajectory.plan.timesteps) == passes
+    assert trajectory.x_t[:, :, 0, 0, 0].tolist() == [[10 * row + k for row in range(3)] for k in range(passes + 1)]
+    assert trajectory.x_0[:, :, 0, 0, 0].tolist() == [[-10 * row - k for row in range(3)] for k in range(1, passes + 1)]
+    assert trajectory.v is None
+
+
 def test_recordings_over_the_room_are_refused_with_what_is_free_and_leave_no_trace() -> None:
     room = RecordingRoom(100)
-    with room.taken(60):
-        with pytest.raises(Overloaded) as caught, room.taken(41):
+    with room.taken(60, "n"):
+        with pytest.raises(Overloaded) as caught, room.taken(41, "every"):
             pytest.fail("there is no room")
-        with room.taken(40):
+        with room.taken(40, "n"):
             pass
-    with room.taken(100):
+    with room.taken(100, "n"):
         pass
     error = caught.value
-    assert error.detail == "101 bytes of frames would be held at once; the limit is 100. Try again in 1 s"
+    assert error.detail.startswith("101 bytes of frames and trajectories would be held at once; the limit is 100")
     assert (error.status, error.code, error.field, error.value) == (429, "overloaded", "every", 41)
-    assert error.bound == "frames of at most 40 bytes at this load"
+    assert error.bound == "what takes at most 40 bytes at this load"
     assert error.headers["Retry-After"] == "1"

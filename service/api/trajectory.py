@@ -1,0 +1,70 @@
+"""What answers /sample with a trajectory; and which specs have one."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.service.errors import InvalidField
+from tminus.service.images.encoder import Encoder
+from tminus.service.images.trajectory import TRAJECTORY, TRAJECTORY_VERSION
+from tminus.service.model_info import ModelInfo
+from tminus.service.spec import SampleSpec
+from tminus.service.work import JobResult, noisy_passes
+from tminus.service.worker.recording import Path
+
+MAX_TRAJECTORY_BYTES = 32 * 2**20  # of the file
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """An answer with the latents of every step, and what the noisy ones drew from: a trajectory."""
+
+    spec: SampleSpec
+    held_bytes: int
+    recording: Path
+    held_for: ClassVar[str] = "n"
+    media_type: ClassVar[str] = TRAJECTORY
+    kind: ClassVar[str] = f"{TRAJECTORY}; {TRAJECTORY_VERSION}"
+
+    @classmethod
+    def of(cls, spec: SampleSpec, model: ModelInfo) -> "Steps":
+        """Prepare to record a job's steps. Raises InvalidField where none adds noise, and where they are too many."""
+        noisy = noisy_passes(spec, model)
+        if not noisy:
+            raise _without_noise(spec, model)
+        if spec.mask_sha256 is not None:
+            bound = f"absent with Accept: {TRAJECTORY}: what is kept is drawn from the image, not by the model"
+            raise InvalidField.of("mask", bound, spec.mask_sha256)
+        pixels = model.height_px * model.width_px * model.channels
+        latents = pixels if model.latent is None else model.latent.channels * model.latent.height * model.latent.width
+        by_value = model.variance_type == "learned_range" and spec.sampler == "ddpm"  # s, too
+        image_bytes = 4 * latents * (2 * spec.num_passes + 1 + noisy * (2 if by_value else 1)) + pixels
+        most = MAX_TRAJECTORY_BYTES // image_bytes
+        if most == 0:
+            raise InvalidField.of("steps", f"fewer with Accept: {TRAJECTORY}, for images of this size", spec.steps)
+        if spec.n > most:
+            raise InvalidField.of("n", f"1..{most} with Accept: {TRAJECTORY}, for so many steps", spec.n)
+        # While it is packed there are the arrays, their bytes, and the file.
+        return cls(spec, 3 * spec.n * image_bytes, Path(spec))
+
+    async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
+        """Make the body. Raises NotFinite."""
+        return await encoder.encode_trajectory(self.recording.trajectory, self.spec, result, made_by)
+
+
+def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:
+    """Say what to change where no step adds noise, so that none has a log p."""
+    noise = SAMPLER_FACTS[spec.sampler].noise
+    if noise == "eta" and not spec.eta:
+        return InvalidField.of("eta", f"above 0 with Accept: {TRAJECTORY}: only then its steps add noise", spec.eta)
+    if noise != "none" and spec.strength is not None:
+        bound = f"enough for two steps with Accept: {TRAJECTORY}: the last adds no noise"
+        return InvalidField.of("strength", bound, spec.strength)
+    if noise != "none":
+        bound = f"at least 2 with Accept: {TRAJECTORY}: the last adds no noise"
+        return InvalidField.of("steps", bound, spec.steps)
+    said = {"eta": " (eta above 0)", "always": ""}
+    noises = {name: SAMPLER_FACTS[name].noise for name in model.samplers}
+    noisy = [f"{name}{said[noise]}" for name, noise in noises.items() if noise != "none"]
+    bound = f"one of {', '.join(noisy)} with Accept: {TRAJECTORY}: the steps of others add no noise, and have no log p"
+    return InvalidField.of("sampler", bound, spec.sampler)

@@ -1,0 +1,83 @@
+"""A trajectory as a safetensors file, and back. docs/reinforcement.md says what is in it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+
+from tminus.model.trajectory import Trajectory, transitions
+from tminus.service.model_info import ModelInfo
+from tminus.service.spec import Images, SampleSpec
+
+TRAJECTORY = "application/vnd.tminus.trajectory"
+FORMAT = 1  # counts up with what the file holds
+TRAJECTORY_VERSION = f"format {FORMAT}; safetensors {safetensors.__version__}"  # another may write other bytes
+METADATA_KEY = "tminus"  # the only one: safetensors writes several in no fixed order
+MAX_METADATA_BYTES = 2**20
+LENGTH_BYTES = 8  # before the header
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryFile:
+    """What a file holds: the arrays of `arrays_of`, and how they were made."""
+
+    document: Mapping[str, Any]
+    arrays: Arrays
+
+
+def pack_trajectory(
+    trajectory: Trajectory, images: Images, spec: SampleSpec, model: ModelInfo, recipe: Mapping[str, object]
+) -> bytes:
+    """Make the file. images: those that the trajectory ends in, uint8 [n, H, W, C]; recipe: as PNGs have it."""
+    made_by = {"device": model.device, "executor": model.executor, "precision": model.precision, "exact": model.exact}
+    document = {"format": FORMAT, **recipe, "made_by": made_by}
+    arrays = {name: np.ascontiguousarray(each) for name, each in arrays_of(trajectory, images, spec, model).items()}
+    return safetensors.numpy.save(arrays, {METADATA_KEY: json.dumps(document)})
+
+
+def arrays_of(trajectory: Trajectory, images: Images, spec: SampleSpec, model: ModelInfo) -> Arrays:
+    """List the arrays of a file by name."""
+    plan, drawn = trajectory.plan, transitions(trajectory)
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "x_t": trajectory.x_t,
+        "x_0": trajectory.x_0,
+        "passes": drawn.passes,
+        "mean": drawn.mean,
+        "s": drawn.s,
+        "log_p": drawn.log_p,
+        "timesteps": plan.timesteps,
+        "lines": plan.lines,
+        "inputs": plan.inputs,
+        "images": images,
+    }
+    if plan.matrices is not None:
+        arrays["matrices"] = plan.matrices
+    if spec.class_labels is not None:
+        labels = [model.null_class if label is None else label for label in spec.class_labels]
+        arrays["class_labels"] = np.array([-1 if label is None else label for label in labels])
+    return arrays
+
+
+def read_trajectory(data: bytes) -> TrajectoryFile:
+    """Read a file. Raises ValueError where it is none, is cut off or damaged, or is of a newer version."""
+    try:
+        arrays = safetensors.numpy.load(data)  # checks the header against the data, and runs nothing
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
+        raise ValueError(f"no trajectory, or cut off or damaged ({error})") from None
+    header_bytes = int.from_bytes(data[:LENGTH_BYTES], "little")
+    if header_bytes > MAX_METADATA_BYTES:
+        raise ValueError(f"its header takes {header_bytes} bytes, over {MAX_METADATA_BYTES}")
+    try:
+        text = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + header_bytes])["__metadata__"][METADATA_KEY]
+        document = json.loads(text)
+        made_as = document["format"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"no {METADATA_KEY!r} in its metadata: not made by tminus, or stripped since") from None
+    if type(made_as) is not int or made_as > FORMAT:
+        raise ValueError(f"of format {made_as!r:.20}, and this version of tminus reads {FORMAT}")
+    return TrajectoryFile(document, arrays)

@@ -1,0 +1,230 @@
+"""Mean, s and log p in float64: against formulas written out, diffusers' schedulers, torch's normal distribution."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from tests.model.test_samplers import InFloat64, in_float64, seeded
+from tminus.model.noise import NoiseConfig
+from tminus.model.samplers import Plan, compile_plan, table_plan
+from tminus.model.tables import Table
+from tminus.model.trajectory import Trajectory, Transitions, transitions
+
+F64 = torch.float64
+SHAPE = (2, 1, 3, 3)
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+NUM_VALUES = 9  # of an image
+
+
+def drawn(plan: Plan, seed: int = 0) -> Trajectory:
+    """A trajectory of any numbers: what a pass drew from is a function of them, whoever made them."""
+    generator = torch.Generator().manual_seed(seed)
+    x_t, x_0 = (torch.randn(len(plan) + more, *SHAPE, generator=generator) for more in (1, 0))
+    v = torch.rand(len(plan), *SHAPE, generator=generator) * 2 - 1
+    return Trajectory(plan.numbers(), x_t.numpy(), x_0.clamp(-1, 1).numpy(), v.numpy())
+
+
+def exact(values: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(values)).to(F64)
+
+
+def by_torch(trajectory: Trajectory, k: int, mean: Tensor, s: Tensor | float) -> Tensor:
+    """log p of pass k by torch's own normal distribution."""
+    normal = torch.distributions.Normal(mean, torch.as_tensor(s, dtype=F64).expand_as(mean))
+    return normal.log_prob(exact(trajectory.x_t[k + 1])).sum((1, 2, 3))
+
+
+def assert_passes(
+    trajectory: Trajectory, of_pass: Callable[[int], tuple[Tensor, Tensor | float]], passes: list[int]
+) -> Transitions:
+    """Compare every pass that adds noise with another's mean and s."""
+    found = transitions(trajectory)
+    assert found.passes.tolist() == passes
+    assert len(found.mean) == len(found.s) == len(found.log_p) == len(passes)
+    for at, k in enumerate(passes):
+        mean, s = of_pass(k)
+        torch.testing.assert_close(exact(found.mean[at]), mean, rtol=1e-6, atol=1e-6)
+        s = torch.as_tensor(s, dtype=F64)
+        torch.testing.assert_close(exact(found.s[at]).expand_as(mean), s.expand_as(mean), rtol=1e-6, atol=0)
+        torch.testing.assert_close(exact(found.log_p[at]), by_torch(trajectory, k, mean, s), rtol=1e-9, atol=1e-9)
+    return found
+
+
+# --- against formulas -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("steps", [2, 7, 50])
+def test_ddpm_draws_from_the_posterior(steps: int, variance_type: str) -> None:
+    """Ho et al. 2020, eq. 6 and 7, and Nichol & Dhariwal 2021, eq. 15, for a respaced chain, in plain floats."""
+    noise = NoiseConfig(variance_type=variance_type)
+    plan = compile_plan(noise, noise.schedule(), "ddpm", steps)
+    trajectory, alpha_bars = drawn(plan), plan.alpha_bar.tolist()
+    assert trajectory.v is not None
+
+    def of_pass(k: int) -> tuple[Tensor, Tensor | float]:
+        abar, abar_next = alpha_bars[k], alpha_bars[k + 1]
+        alpha = abar / abar_next
+        of_x0 = math.sqrt(abar_next) * (1 - alpha) / (1 - abar)
+        of_x = math.sqrt(alpha) * (1 - abar_next) / (1 - abar)
+        mean = of_x0 * exact(trajectory.x_0[k]) + of_x * exact(trajectory.x_t[k])
+        small, large = (1 - alpha) * (1 - abar_next) / (1 - abar), 1 - alpha
+        if variance_type == "learned_range":
+            share = (exact(trajectory.v[k]) + 1) / 2  # type: ignore[index]
+            return mean, (share * math.log(large) + (1 - share) * math.log(small)).exp().sqrt()
+        return mean, math.sqrt(small if variance_type == "fixed_small" else large)
+
+    found = assert_passes(trajectory, of_pass, list(range(steps - 1)))
+    assert found.s.shape == ((steps - 1, *SHAPE) if variance_type == "learned_range" else (steps - 1, 1, 1, 1, 1))
+
+
+def test_dpmpp_2m_sde_draws_around_its_extrapolation() -> None:
+    """Lu et al. 2022, eq. 19: by lambda and h, the first and the last but one step and one between."""
+    noise = NoiseConfig()
+    plan = compile_plan(noise, noise.schedule(), "dpmpp_2m_sde", 6)
+    trajectory, abar = drawn(plan), plan.alpha_bar
+    lam = ((abar / (1 - abar)).log() / 2).tolist()
+
+    def of_pass(k: int) -> tuple[Tensor, float]:
+        h, x, x0 = lam[k + 1] - lam[k], exact(trajectory.x_t[k]), exact(trajectory.x_0[k])
+        D = x0
+        if k:
+            D = x0 + h / (lam[k] - lam[k - 1]) / 2 * (x0 - exact(trajectory.x_0[k - 1]))
+        sigma, sigma_next = math.sqrt(1 - abar[k]), math.sqrt(1 - abar[k + 1])
+        mean = sigma_next / sigma * math.exp(-h) * x + math.sqrt(abar[k + 1]) * -math.expm1(-2 * h) * D
+        return mean, sigma_next * math.sqrt(-math.expm1(-2 * h))
+
+    assert_passes(trajectory, of_pass, [0, 1, 2, 3, 4])
+
+
+def test_a_table_that_looks_back_twice_draws_around_all_that_it_looks_at() -> None:
+    """Its register is what x0 was two passes ago; only noise of its own is in its steps."""
+    lines = ((0.9, 0.1, 0, 0, 0.3), (0.8, 0.3, -0.1, 0, 0), (0.4, 0.9, -0.3, 0.05, 0.2), (0.1, 1.3, -0.5, 0.1, 0))
+    noise = NoiseConfig(num_train_timesteps=50)
+    table = Table("tuned", 4, 1.0, (49.0, 30.0, 12.0, 3.0), lines)
+    trajectory = drawn(table_plan(noise, noise.schedule(), table, clip=None))
+    assert trajectory.plan.matrices is not None
+    x_t, x_0 = exact(trajectory.x_t), exact(trajectory.x_0)
+    means = {0: 0.9 * x_t[0] + 0.1 * x_0[0], 2: 0.4 * x_t[2] + 0.9 * x_0[2] - 0.3 * x_0[1] + 0.05 * x_0[0]}
+    assert_passes(trajectory, lambda k: (means[k], lines[k][4]), [0, 2])
+
+
+def test_a_consistency_step_draws_around_its_prediction() -> None:
+    noise = NoiseConfig(num_train_timesteps=50, beta_end=0.1)
+    abar = noise.schedule().alpha_bar
+    after = math.sqrt(abar[20]), math.sqrt(1 - abar[20])
+    table = Table("consistency", 2, 1.0, (49.0, 20.0), ((0, after[0], 0, 0, after[1]), (0, 1, 0, 0, 0)))
+    trajectory = drawn(table_plan(noise, noise.schedule(), table, clip=None))
+    assert_passes(trajectory, lambda k: (after[0] * exact(trajectory.x_0[0]), after[1]), [0])
+
+
+# --- against diffusers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_ddim_draws_as_diffusers_does(prediction_type: str, eta: float) -> None:
+    """Its step without noise is the mean, and its variance the square of s: what DDPO takes them from."""
+    noise = NoiseConfig(default_sampler="ddim", prediction_type=prediction_type)
+    schedule = noise.schedule()
+    theirs = in_float64(DDIMScheduler.from_config(noise.to_dict()), schedule)
+    theirs.set_timesteps(20)
+    plan = compile_plan(noise, schedule, "ddim", 20, eta=eta)
+    p, q = plan.lines[:, 0], plan.lines[:, 1]
+    trajectory = drawn(plan)
+
+    def of_pass(k: int) -> tuple[Tensor, float]:
+        t = int(theirs.timesteps[k])
+        x = exact(trajectory.x_t[k])
+        out = (exact(trajectory.x_0[k]) - p[k] * x) / q[k]  # of a network that predicted just that x_0
+        zero = torch.zeros_like(x)
+        mean = theirs.step(out, t, x, eta=eta, use_clipped_model_output=True, variance_noise=zero).prev_sample
+        return mean, eta * float(theirs._get_variance(t, t - 1000 // 20)) ** 0.5
+
+    assert_passes(trajectory, of_pass, list(range(19)))
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+def test_ddpm_has_diffusers_variance(variance_type: str) -> None:
+    noise = NoiseConfig(variance_type=variance_type)
+    theirs = in_float64(DDPMScheduler.from_config(noise.to_dict()), noise.schedule())
+    theirs.set_timesteps(25)
+    trajectory = drawn(compile_plan(noise, noise.schedule(), "ddpm", 25))
+    found = transitions(trajectory)
+    for at, k in enumerate(found.passes):
+        assert trajectory.v is not None
+        v = exact(trajectory.v[k])
+        theirs_at = torch.as_tensor(theirs._get_variance(int(theirs.timesteps[k]), predicted_variance=v))
+        s = (theirs_at / 2).exp() if variance_type == "learned_range" else theirs_at.sqrt()
+        torch.testing.assert_close(exact(found.s[at]).expand(SHAPE), s.expand(SHAPE), rtol=1e-6, atol=0)
+
+
+def test_dpmpp_2m_sde_draws_as_diffusers_does() -> None:
+    noise = NoiseConfig(default_sampler="dpmpp_2m", clip_sample=False)
+    schedule, steps = noise.schedule(), 20
+    theirs: Any = in_float64(
+        DPMSolverMultistepScheduler.from_config(noise.to_dict(), algorithm_type="sde-dpmsolver++"), schedule
+    )
+    theirs.set_timesteps(steps)
+    plan = compile_plan(noise, schedule, "dpmpp_2m_sde", steps, spacing=noise.timestep_spacing)
+    assert plan.timesteps.tolist() == theirs.timesteps.tolist()
+    sigmas = ((1 - plan.alpha_bar) / plan.alpha_bar).sqrt()
+    theirs.sigmas = torch.cat([sigmas, torch.zeros(1, dtype=F64)])
+    p, q = plan.lines[:, 0], plan.lines[:, 1]
+    trajectory, zero = drawn(plan), torch.zeros(SHAPE, dtype=F64)
+    means = []
+    for k, t in enumerate(theirs.timesteps):
+        x = exact(trajectory.x_t[k])
+        out = (exact(trajectory.x_0[k]) - p[k] * x) / q[k]
+        given = (each.as_subclass(InFloat64) for each in (out, x))
+        means.append(theirs.step(next(given), t, next(given), variance_noise=zero.as_subclass(InFloat64)).prev_sample)
+    found = transitions(trajectory)
+    for at, k in enumerate(found.passes):
+        mean = means[k].as_subclass(Tensor)
+        torch.testing.assert_close(exact(found.mean[at]), mean, rtol=1e-6, atol=1e-6)
+
+
+# --- what is stated ---------------------------------------------------------------------------------------------------
+
+
+def rolled_out(plan: Plan) -> Trajectory:
+    """A trajectory whose noise is really drawn, stepped in float32 as the engine does it."""
+    x, x_0 = seeded(0).float(), torch.zeros(SHAPE)
+    lines, states, predictions = plan.lines.float(), [x], []
+    for k in range(len(plan)):
+        _, _, a, b, c, s, _, _ = lines[k]
+        before, x_0 = x_0, seeded(k + 1).float().clamp(-1, 1)
+        x = a * x + b * x_0 + c * before + s * seeded(10_000 + k).float()
+        states.append(x)
+        predictions.append(x_0)
+    return Trajectory(plan.numbers(), torch.stack(states).numpy(), torch.stack(predictions).numpy())
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 20), ("ddpm", 1000), ("ddim", 50), ("dpmpp_2m_sde", 30)])
+def test_log_p_is_that_of_the_noise_and_of_the_files_own_mean_within_1e_5_a_value(sampler: str, steps: int) -> None:
+    noise = NoiseConfig()
+    plan = compile_plan(noise, noise.schedule(), sampler, steps, eta=0.7 if sampler == "ddim" else 0.0)
+    trajectory = rolled_out(plan)
+    found = transitions(trajectory)
+    assert len(found.passes) == steps - 1
+    for at, k in enumerate(found.passes):
+        z, s = seeded(10_000 + int(k)), float(plan.lines[k, 5])
+        of_noise = (-(z**2) / 2 - math.log(s) - math.log(2 * math.pi) / 2).sum((1, 2, 3))
+        assert (exact(found.log_p[at]) - of_noise).abs().max() < 1e-5 * NUM_VALUES
+        of_file = by_torch(trajectory, int(k), exact(found.mean[at]), exact(found.s[at]))
+        assert (exact(found.log_p[at]) - of_file).abs().max() < 1e-5 * NUM_VALUES
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("dpmpp_2m", 0.0), ("unipc", 0.0), ("ddpm", 0.0)])
+def test_a_pass_without_noise_has_no_density(sampler: str, eta: float) -> None:
+    noise = NoiseConfig()
+    plan = compile_plan(noise, noise.schedule(), sampler, 1 if sampler == "ddpm" else 5, eta=eta)
+    found = transitions(drawn(plan))
+    assert len(found.passes) == len(found.mean) == len(found.s) == len(found.log_p) == 0
+    assert found.mean.shape[1:] == SHAPE
