@@ -33,8 +33,10 @@ def trajectory() -> None:
 @click.argument("file", type=FILE_TYPE)
 @click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint that it was made by")
 @click.option("--image", type=FILE_TYPE, help="of an edit: the picture that it was made from")
-@click.option("--executor", help="auto, eager, compile or openvino  [default: the one that the file names]")
-@click.option("--precision", help="auto, float32, tf32 (CUDA) or bfloat16  [default: the one that the file names]")
+@click.option("--executor", help="auto, eager, compile or openvino  [default: auto, or the one that the file names]")
+@click.option(
+    "--precision", help="auto, float32, tf32 (CUDA) or bfloat16  [default: auto, or the one that the file names]"
+)
 @DEVICE
 def check(
     file: Path, checkpoint: Path, image: Path | None, executor: str | None, precision: str | None, device: str
@@ -55,15 +57,16 @@ def check(
         fail(f"{file}: {error}")
     check_pictures(file, recipe, image, None)
     made_by = _made_by(found)
-    model = LocalModel(
-        checkpoint,
-        device,
-        executor or made_by.get("executor", "auto"),
-        precision or made_by.get("precision", "auto"),
-        True if made_by.get("exact") else None,
-    )
-    job = LocalJob.of(model, recipe.parameters | read_pictures(image, None))
-    spec, info = job.spec, job.loaded.engine.info
+    exact = True if made_by.get("exact") else None
+    # As a server with default settings would run it, and if that is another build, as the file says.
+    for how in dict.fromkeys(
+        (executor or str(said.get("executor", "auto")), precision or str(said.get("precision", "auto")))
+        for said in ({}, made_by)
+    ):
+        job = LocalJob.of(LocalModel(checkpoint, device, *how, exact), recipe.parameters | read_pictures(image, None))
+        spec, info = job.spec, job.loaded.engine.info
+        if info.fingerprint == recipe.fingerprint or info.weights_hash != recipe.weights:
+            break
     if info.weights_hash != recipe.weights:
         fail(f"{file}: made by other weights ({recipe.weights[:12]}, {checkpoint} has {info.weights_hash[:12]})")
     row = (info.channels, info.height_px, info.width_px)

@@ -10,12 +10,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from tests.e2e.conftest import RunningServer, run_cli, start_server, stop_server
 from tests.e2e.test_edits import encode, pixels
 from tests.e2e.test_train import ONE_THREAD, save_pictures
 from tests.model.latent.folders import save_latent_pipeline
+from tminus.service.images.trajectory import TRAJECTORY
 
 TRAIN = ("--size", "16", "--batch-size", "8", "--warmup-steps", "2", "--precision", "fp32", "--steps", "6")
 
@@ -89,6 +91,15 @@ def test_previews_are_near_the_image_and_as_large(server: RunningServer) -> None
     with Image.open(io.BytesIO(answer.content)) as animation:
         assert animation.size == (16, 16)
         assert 2 < animation.n_frames <= 10, "WebP has no frame for one like that before"  # type: ignore[attr-defined]
+
+
+def test_a_trajectory_is_of_latents_and_has_the_decoded_images(server: RunningServer) -> None:
+    params = {"n": 2, "steps": 6, "seed": 3, "sampler": "ddpm", "class_label": "a"}
+    arrays = safetensors.numpy.load(server.post(params=params, headers={"Accept": TRAJECTORY}).content)
+    assert arrays["x_t"].shape == (7, 2, 3, 8, 8)
+    assert arrays["log_p"].shape == (5, 2)
+    sheet = pixels(server.post(params=params).content)
+    np.testing.assert_array_equal(np.concatenate(list(arrays["images"]), axis=1), sheet)
 
 
 def test_an_image_is_varied_and_the_known_part_of_it_kept(server: RunningServer) -> None:

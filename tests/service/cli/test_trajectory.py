@@ -1,6 +1,7 @@
 """`tminus trajectory check` on files of the engine's own: good, cut off, altered, of others."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.service.images.test_trajectory import packed
 from tminus.model.checkpoint import save_checkpoint
 from tminus.service.cli import images, trajectory
 from tminus.service.cli.images import LocalJob, LocalModel
+from tminus.service.cli.trajectory import difference
 from tminus.service.engine import autotune
 from tminus.service.images.encoder import recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
@@ -115,17 +117,28 @@ def put(name: str, at: tuple[int, ...], value: float) -> Callable[[dict[str, Any
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_an_altered_value_is_named_by_array_step_and_image(
-    check: Check, files: dict[str, bytes], change: Callable[[dict[str, Any]], object], says: str
+    files: dict[str, bytes], change: Callable[[dict[str, Any]], object], says: str
 ) -> None:
-    one_line(check(altered(files["ddpm"], change)), says, "the file was changed")
+    again = read_trajectory(files["ddpm"]).arrays
+    assert difference(read_trajectory(altered(files["ddpm"])).arrays, again) is None
+    found = difference(read_trajectory(altered(files["ddpm"], change)).arrays, again)
+    assert found is not None
+    assert found.startswith(says)
 
 
-def test_another_recipe_than_the_values_have_is_told(check: Check, files: dict[str, bytes]) -> None:
+def test_an_altered_file_is_told_with_exit_code_1(check: Check, files: dict[str, bytes]) -> None:
+    nudged = altered(files["ddpm"], nudge("x_t", 3, 1, 0, 2, 3))
+    one_line(check(nudged), "x_t differs first at step 3 of 5 (t = 20), image 1: 1 of 64", "the file was changed")
     spec = read_trajectory(files["ddpm"]).document["spec"]
     one_line(check(altered(files["ddpm"], spec=spec | {"seed": 6})), "x_t differs first in its first noise, image 0")
-    one_line(check(altered(files["ddpm"], spec=spec | {"clip": False})), "x_t differs first at step 1 of 5")
+
+
+def test_a_recipe_that_does_not_go_with_the_values_is_told_before_anything_is_made_again(
+    check: Check, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalJob, "run", lambda *_: pytest.fail("it was made again"))
+    spec = read_trajectory(files["ddpm"]).document["spec"]
     one_line(check(altered(files["ddpm"], spec=spec | {"steps": 40})), "x_t must be of shape (41, 2, 1, 8, 8), got (6,")
-    one_line(check(altered(files["ddpm"], spec=spec | {"steps": 40, "n": 10**9})), "no recipe of this version")
     one_line(check(altered(files["ddpm"], spec=spec | {"steps": 10**9})), "steps must be")
 
 
@@ -145,43 +158,46 @@ def test_other_weights_are_told_before_anything_is_made_again(
 def test_another_build_is_a_reason_for_a_difference_and_none_where_all_is_identical(
     check: Check, files: dict[str, bytes]
 ) -> None:
-    elsewhere = {"fingerprint": "0" * 16, "made_by": {"executor": "openvino", "precision": "bfloat16"}}
-    result = check(altered(files["ddpm"], **elsewhere), "--precision", "float32")
+    elsewhere = {"fingerprint": "0" * 16, "made_by": {"executor": "openvino"}}
+    result = check(altered(files["ddpm"], **elsewhere))
     assert result.exit_code == 0, result.output
-    line = one_line(
-        check(altered(files["ddpm"], nudge("x_t", 3, 1, 0, 2, 3), **elsewhere), "--precision", "float32"),
-        "x_t differs first at step 3",
-    )
-    assert "made by another build (0000000000000000, openvino in bfloat16; here " in line
+    nudged = altered(files["ddpm"], nudge("x_t", 3, 1, 0, 2, 3), **elsewhere)
+    line = one_line(check(nudged), "x_t differs first at step 3")
+    assert "made by another build (0000000000000000, openvino in ?; here " in line
     assert "eager in float32)" in line
 
 
-def test_it_is_run_as_the_file_says_unless_another_way_is_given(
-    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is_given(
+    files: dict[str, bytes],
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[LocalModel] = []
+    asked: list[tuple[str, str, bool | None]] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    job = LocalJob.of(LocalModel(folder / "tiny", "cpu", "eager", "auto"), {"n": 2})
 
-    def load(model: LocalModel, n: int) -> object:
-        asked.append(model)
-        raise SystemExit(7)
+    def made_ready(model: LocalModel, _parameters: object) -> LocalJob:
+        asked.append((model.executor, model.precision, model.exact))
+        return job
 
-    monkeypatch.setattr(LocalModel, "load", load)
+    monkeypatch.setattr(LocalJob, "of", made_ready)
+    monkeypatch.setattr(LocalJob, "run", lambda *_: sys.exit(7))
     made_by = {"executor": "openvino", "precision": "bfloat16", "exact": True}
-    for document, options in (
-        ({"made_by": made_by}, []),
-        ({"made_by": made_by}, ["--executor", "eager", "--precision", "float32"]),
-        ({"made_by": {"executor": "rm -rf", "precision": 5, "exact": "yes"}}, []),
-        ({"made_by": 5}, []),
+    own, other, auto = {}, {"fingerprint": "0" * 16}, ("auto", "auto")  # type: ignore[var-annotated]
+    for document, options, expected in (
+        (own | {"made_by": made_by}, [], [(*auto, True)]),
+        (other | {"made_by": made_by}, [], [(*auto, True), ("openvino", "bfloat16", True)]),
+        (other | {"made_by": made_by}, ["--executor", "eager"], [("eager", "auto", True), ("eager", "bfloat16", True)]),
+        (other | {"made_by": made_by}, ["--executor", "eager", "--precision", "float32"], [("eager", "float32", True)]),
+        (other | {"made_by": {"executor": "rm -rf", "precision": 5, "exact": "yes"}}, [], [(*auto, None)]),
+        (other | {"made_by": 5}, [], [(*auto, None)]),
     ):
         file = tmp_path / "walk.safetensors"
         file.write_bytes(altered(files["ddpm"], **document))
         click.testing.CliRunner().invoke(trajectory.trajectory, ["check", str(file), *options])
-    assert [(model.executor, model.precision, model.exact) for model in asked] == [
-        ("openvino", "bfloat16", True),
-        ("eager", "float32", True),
-        ("auto", "auto", None),
-        ("auto", "auto", None),
-    ]
+        assert asked == expected
+        asked.clear()
 
 
 @pytest.mark.parametrize(
@@ -192,9 +208,10 @@ def test_it_is_run_as_the_file_says_unless_another_way_is_given(
         (lambda data: b"", "no trajectory, or cut off or damaged"),
         (lambda data: altered(data, format=2), "of format 2, and this version of tminus reads 1"),
         (lambda data: altered(data, spec=5), "no recipe"),
+        (lambda data: altered(data, spec=recipe(make_spec(), INFO)["spec"] | {"n": 10**9}), "no recipe"),  # type: ignore[operator]
         (lambda data: altered(data, spec=recipe(make_spec(), INFO)["spec"] | {"x": 1}), "no recipe"),  # type: ignore[operator]
     ],
-    ids=["cut", "a head", "empty", "newer", "spec", "unknown field"],
+    ids=["cut", "a head", "empty", "newer", "spec", "many", "unknown field"],
 )
 def test_what_cannot_be_checked_ends_in_one_clear_line_before_a_model_is_loaded(
     check: Check,

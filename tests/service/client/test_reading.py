@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tminus.service.api.sample import MAX_TRAJECTORY_BYTES
 from tminus.service.client import Frame, UnexpectedAnswer
 from tminus.service.client.bounds import ANSWER_BYTES, IMAGE_BYTES, Asked
 from tminus.service.client.messages import Done, Opening, opening_of
@@ -103,3 +104,4 @@ def test_parameters_that_the_server_will_refuse_bound_as_the_largest_do(given: o
     assert asked.answer_bytes("image/png") <= ANSWER_BYTES
     assert asked.every >= 1
     assert Asked.of({"n": 2}).answer_bytes("application/zip") == 2 * IMAGE_BYTES
+    assert Asked.of({"n": 64}).answer_bytes("application/vnd.tminus.trajectory") == 2 * MAX_TRAJECTORY_BYTES

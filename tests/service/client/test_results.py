@@ -179,3 +179,11 @@ def test_a_job_whose_members_have_other_types_is_unexpected(members: dict[str, o
 def test_a_page_that_cannot_be_read_is_unexpected(document: object) -> None:
     with pytest.raises(UnexpectedAnswer):
         page_of(httpx.Response(200, json=document))
+
+
+def test_a_trajectory_begins_as_safetensors_does() -> None:
+    media_type, length = "application/vnd.tminus.trajectory", struct.pack("<Q", 20)
+    assert sampled(length + b'{"x_t":', media_type).media_type == media_type
+    for data in (b'{"x_t": 1, "n": 2}', length, PNG, b""):
+        with pytest.raises(UnexpectedAnswer, match=r"no application/vnd\.tminus\.trajectory"):
+            sampled(data, media_type)
