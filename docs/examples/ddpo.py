@@ -150,6 +150,18 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return history
 
 
+def plot(history: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Draw reward and share by iteration."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    for name, label in (("reward", "reward: mean probability"), ("share", "share of images")):
+        axes.plot([line["iteration"] for line in history], [line[name] for line in history], ".-", label=label)
+    axes.set(xlabel="iteration", ylabel=options.class_name, ylim=(0, 1))
+    axes.legend(frameon=False)
+    figure.savefig(options.plot)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Fine-tune a served model by policy gradients.")
@@ -157,19 +169,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="policy", help="the model of the server, whose folder is --checkpoint")
     parser.add_argument("--checkpoint", type=Path, required=True, help="this folder gets the new weights")
     parser.add_argument("--classifier", type=Path, required=True, help="of the reward; `tminus evaluate` trains one")
-    parser.add_argument("--class-name", default="sneaker", help="the class that is rewarded")
-    parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--class-name", default="trouser", help="the class that is rewarded")
+    parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--images", type=int, default=32, help="of a rollout")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sampler", default="ddpm", help="one whose steps add noise")
-    parser.add_argument("--share", type=float, default=1.0, help="of the transitions, that are learned from")
-    parser.add_argument("--updates", type=int, default=4, help="optimizer steps for each rollout")
+    parser.add_argument("--share", type=float, default=0.5, help="of the transitions, that are learned from")
+    parser.add_argument("--updates", type=int, default=2, help="optimizer steps for each rollout")
     parser.add_argument("--rows", type=int, default=16, help="transitions that go through the network together")
     parser.add_argument("--clip", type=float, default=0.2, help="how far from 1 a ratio still counts")
-    parser.add_argument("--learning-rate", type=float, default=3e-5)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--max-norm", type=float, default=1.0, help="of the gradient")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1000, help="of the first rollout; each has the next one")
     parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--plot", type=Path, help="draw the rewards here, as SVG or PNG; needs matplotlib")
     return parser.parse_args(arguments)
 
 
@@ -177,4 +190,6 @@ if __name__ == "__main__":
     parsed = parse()
     if parsed.threads:
         torch.set_num_threads(parsed.threads)
-    run(parsed)
+    made = run(parsed)
+    if parsed.plot is not None:
+        plot(made, parsed)

@@ -397,8 +397,8 @@ def test_a_trajectory_has_the_headers_of_other_answers_and_is_named_cached_and_t
 @pytest.mark.parametrize(
     ("given", "field", "says"),
     [
-        ({"sampler": "dpmpp_2m"}, "sampler", "one of ddpm, ddim, dpmpp_2m_sde with"),
-        ({"sampler": "heun"}, "sampler", "one of ddpm, ddim, dpmpp_2m_sde with"),
+        ({"sampler": "dpmpp_2m"}, "sampler", "one of ddpm, ddim (eta above 0), dpmpp_2m_sde with"),
+        ({"sampler": "heun"}, "sampler", "one of ddpm, ddim (eta above 0), dpmpp_2m_sde with"),
         ({"sampler": "ddim"}, "eta", "above 0"),
         ({"sampler": "ddim", "eta": 0}, "eta", "above 0"),
         ({"steps": 1}, "steps", "at least 2"),
