@@ -86,12 +86,12 @@ def update(
     for batch in order.chunk(options.updates):
         optimizer.zero_grad(set_to_none=True)
         ratios = []
-        for part in batch.split(options.rows):  # as many as go through the network together
+        for part in torch.split(batch, options.rows):  # as many as go through the network together
             k, i = part // n, part % n
             ratio = (log_p_of(net, rollout, k, i) - rollout.log_p[k, i]).exp()
             gain = advantages[i] * ratio
             bounded = advantages[i] * ratio.clamp(1 - options.clip, 1 + options.clip)
-            (-torch.minimum(gain, bounded).sum() / len(batch)).backward()
+            (-torch.minimum(gain, bounded).sum() / len(batch)).backward()  # type: ignore[no-untyped-call]
             ratios.append(ratio.detach())
         ratio = torch.cat(ratios)
         first = (ratio - 1).abs().max().item() if first is None else first

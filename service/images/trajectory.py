@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from tminus.model.trajectory import Trajectory, transitions
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Images, SampleSpec
 
-TRAJECTORY = "application/vnd.tminus.trajectory"
+TRAJECTORY: Final = "application/vnd.tminus.trajectory"
 FORMAT = 1  # counts up with what the file holds
 TRAJECTORY_VERSION = f"format {FORMAT}; safetensors {safetensors.__version__}"  # another may write other bytes
 METADATA_KEY = "tminus"  # the only one: safetensors writes several in no fixed order
