@@ -158,8 +158,9 @@ def plot(history: list[dict[str, Any]], options: argparse.Namespace) -> None:
     for name, label in (("reward", "reward: mean probability"), ("share", "share of images")):
         axes.plot([line["iteration"] for line in history], [line[name] for line in history], ".-", label=label)
     axes.set(xlabel="iteration", ylabel=options.class_name, ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
-    figure.savefig(options.plot)
+    figure.savefig(options.plot, metadata={"Date": None} if options.plot.suffix == ".svg" else None)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
