@@ -50,7 +50,6 @@ NAMES = {
     "num_images_per_prompt": "n",
     "scheduler": "sampler",
 }
-THEIR_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 # Parameters of ours that may stand beside theirs: the class is the prompt, and an edit has no place in this API.
 OURS = tuple(name for name in SampleRequest.model_fields if name not in EDIT_PARAMETERS | {"class_label"})
 CHECKED = ("width", "height", "target_size", "negative_prompt")
@@ -84,15 +83,16 @@ async def text_to_image(services: Services, request: Request) -> Response:
     await no_parameters(request)
     check_encoding(request)
     body = await unless_gone(read_json(request, services.limits.max_body_bytes))
+    names = _names_in(body)
     try:
         asked = await understand(services, parameters_of(body, services.model))
-        spec = asked.to_spec(services.model, services.limits)
+        made = Still(asked.to_spec(services.model, services.limits), media_type)
+        del body
+        request.state.release_body()
+        job = Job.of(made, services.model, has_seed=asked.seed is not None, deadline_s=asked.deadline_s)
+        return await respond(services, request, job)
     except InvalidField as error:
-        raise _in_their_words(error, body) from None
-    request.state.release_body()
-    made = Still(spec, media_type)
-    job = Job.of(made, services.model, has_seed=asked.seed is not None, deadline_s=asked.deadline_s)
-    return await respond(services, request, job)
+        raise _in_their_words(error, names) from None
 
 
 def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
@@ -105,10 +105,11 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
         raise InvalidField.of("inputs", "a text, the name of a class or empty", prompt)
     _check_names(given, KNOWN)
     parameters: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
     for name, value in given.items():
         ours = NAMES.get(name) or name
-        if ours in parameters:
-            raise ConflictingField(f"{name} is given as {ours} too", field=name, value=value)
+        if (other := given_as.setdefault(ours, name)) != name:
+            raise ConflictingField(f"{name} is given as {other} too", field=name, value=value)
         if name == "scheduler":
             parameters[ours] = _sampler(value, model)
         elif name in CHECKED:
@@ -119,10 +120,16 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
     return parameters if label is None else parameters | {"class_label": label}
 
 
-def _in_their_words(error: InvalidField, body: Mapping[str, Any]) -> InvalidField:
-    """Name the parameter as the request does."""
-    theirs = THEIR_NAMES.get(error.field or "")
-    if theirs is None or error.bound is None or theirs not in body["parameters"]:
+def _names_in(body: Mapping[str, Any]) -> dict[str, str]:
+    """Their names for parameters that a body has, by ours."""
+    given = body.get("parameters")
+    return {ours: theirs for theirs, ours in NAMES.items() if isinstance(given, dict) and theirs in given}
+
+
+def _in_their_words(error: InvalidField, names: Mapping[str, str]) -> InvalidField:
+    """Name the parameter as the request does. names: see _names_in."""
+    theirs = names.get(error.field or "")
+    if theirs is None or error.bound is None:
         return error
     return InvalidField.of(theirs, error.bound, error.value)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.service.api.test_tables import TUNED, table
 from tests.service.conftest import MakeSite, Site, pixels
 from tests.service.fakes import INFO
 from tests.service.keys import access_of, bearer, key_line
@@ -127,7 +128,25 @@ def test_a_parameter_that_there_is_not_is_refused_by_name(site: Site, name: str)
 
 def test_a_parameter_by_two_names_is_refused(site: Site) -> None:
     refused(ask(site, "dog", num_inference_steps=4), 400, "conflicting_field", "num_inference_steps")
-    refused(ask(site, "dog", scheduler="ddim", sampler="ddim"), 400, "conflicting_field", "sampler")
+    text = refused(ask(site, "dog", scheduler="ddim", sampler="ddim"), 400, "conflicting_field", "sampler")
+    assert text == "sampler is given as scheduler too"
+    body = {"inputs": "dog", "parameters": {"num_inference_steps": 5, "steps": 6}}
+    text = refused(site.client.post("/", json=body), 400, "conflicting_field", "steps")
+    assert text == "steps is given as num_inference_steps too"
+
+
+@pytest.mark.parametrize("parameters", [{}, {"parameters": {}}, {"parameters": {"seed": 7}}])
+def test_a_default_that_is_refused_has_our_name(make_site: MakeSite, parameters: dict[str, Any]) -> None:
+    """A checkpoint whose one table is for guidance refuses the guidance that is the default."""
+    site = make_site(info=replace(TUNED, tables=(table(1, 1.5),), default_sampler="tuned"))
+    refused(site.client.post("/", json={"inputs": "dog"} | parameters), 400, "invalid_field", "guidance")
+
+
+def test_too_many_images_for_the_engine_are_named_as_the_client_named_them(make_site: MakeSite) -> None:
+    site = make_site(max_rows=4)
+    text = refused(ask(site, "dog", num_images_per_prompt=5), 400, "invalid_field", "num_images_per_prompt")
+    assert text == "num_images_per_prompt must be at most 4, got 5"
+    refused(ask(site, "dog", n=5), 400, "invalid_field", "n")
 
 
 @pytest.mark.parametrize(
