@@ -47,7 +47,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format
 
 client:
-	$(PYTHON) service/client/unasync.py
+	$(PYTHON) tests/unasync.py
 
 train: $(VENV)/.installed
 	$(BIN)/tminus train --data fashion-mnist --out runs/fashion-mnist-32

@@ -1,4 +1,4 @@
-"""The sync half of the client is what service/client/unasync.py makes of the async half."""
+"""The sync half of the client is what tests/unasync.py makes of the async half."""
 
 import ast
 import inspect
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.unasync import CLIENT, RULES, generated, sync_of
 from tminus.service.client import AsyncClient, AsyncJob, AsyncWatching, Client, Job, Watching
-from tminus.service.client.unasync import CLIENT, RULES, generated, sync_of
 
 
 def test_the_sync_half_is_up_to_date() -> None:

@@ -1,5 +1,6 @@
 """What is installed from the wheels: each one name, and all that it needs."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -61,6 +62,12 @@ def test_every_module_is_in_it(installed: Installed, part: str, there: str) -> N
         for folder in (ROOT / part, installed.site / there)
     )
     assert theirs == ours
+
+
+def test_a_copy_of_the_client_alone_is_not_built_empty(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "client", tmp_path / "client", symlinks=True)
+    with pytest.raises(AssertionError, match="package directory 'tminus_client' does not exist"):
+        built(tmp_path / "client", tmp_path)
 
 
 def test_it_has_something_to_serve(installed: Installed) -> None:

@@ -8,8 +8,8 @@ one would fit, a trailing comma keeps `ruff format` content with both.
 import re
 from pathlib import Path
 
-CLIENT = Path(__file__).parent
-HEADER = "# Generated from service/client/_async/{} by unasync.py. Change that file and run `make client`.\n"
+CLIENT = Path(__file__).parents[1] / "service" / "client"
+HEADER = "# Generated from service/client/_async/{} by tests/unasync.py. Change that file and run `make client`.\n"
 # A pattern, from the start of a word, and its replacement.
 RULES = {
     r"async (?=def |with |for )": "",

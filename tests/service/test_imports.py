@@ -224,7 +224,7 @@ def test_imports_are_absolute_but_in_the_client_which_has_two_names(file: Path) 
 
 @pytest.mark.parametrize("file", CLIENT, ids=module_name)
 def test_the_clients_shared_modules_do_no_io(file: Path) -> None:
-    """So that what is written twice, once by hand and once by service/client/unasync.py, is no more than the I/O."""
+    """So that what is written twice, once by hand and once by tests/unasync.py, is no more than the I/O."""
     imported = {name.partition(".")[0] for name in imports(parse(file), lazy=True)}
     assert file.parent.name in ("_async", "_sync") or not imported & {"asyncio", "socket", "threading", "ssl"}
 

@@ -1,4 +1,4 @@
-# Generated from service/client/_async/client.py by unasync.py. Change that file and run `make client`.
+# Generated from service/client/_async/client.py by tests/unasync.py. Change that file and run `make client`.
 """The client itself: a method for each thing that a server does."""
 
 import uuid

@@ -1,4 +1,4 @@
-# Generated from service/client/_async/connection.py by unasync.py. Change that file and run `make client`.
+# Generated from service/client/_async/connection.py by tests/unasync.py. Change that file and run `make client`.
 """The connections to one server: HTTP requests, streamed responses and WebSockets."""
 
 import time

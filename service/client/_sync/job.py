@@ -1,4 +1,4 @@
-# Generated from service/client/_async/job.py by unasync.py. Change that file and run `make client`.
+# Generated from service/client/_async/job.py by tests/unasync.py. Change that file and run `make client`.
 """Durable jobs: their state, their events over as many connections as that takes, their images."""
 
 import time

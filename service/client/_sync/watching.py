@@ -1,4 +1,4 @@
-# Generated from service/client/_async/watching.py by unasync.py. Change that file and run `make client`.
+# Generated from service/client/_async/watching.py by tests/unasync.py. Change that file and run `make client`.
 """A job that is watched over the WebSocket /sample/stream."""
 
 import time

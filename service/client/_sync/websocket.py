@@ -1,4 +1,4 @@
-# Generated from service/client/_async/websocket.py by unasync.py. Change that file and run `make client`.
+# Generated from service/client/_async/websocket.py by tests/unasync.py. Change that file and run `make client`.
 """WebSockets to a server. Imported for `watch` alone: the rest does without websockets."""
 
 from collections.abc import Iterator, Mapping
