@@ -35,6 +35,7 @@ EXPOSED_HEADERS = (
         "X-ETA-Seconds",
         "X-Queue-Position",
         "X-Alpha-Bar",
+        "Inference-Header-Content-Length",
     ),
 )
 

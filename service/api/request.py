@@ -100,6 +100,11 @@ async def _read_form(request: Request, limits: Limits) -> dict[str, Any]:
     return {**from_items(form.fields, "the form"), **form.files}
 
 
+async def read_body(request: Request) -> bytes:
+    """Read a body. Not by `request.body()`, which keeps it as long as the request."""
+    return b"".join([chunk async for chunk in request.stream()])
+
+
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     """Read a JSON body. It may be larger because of its pictures only; otherwise it is not read to its end."""
     body, costly_bytes = bytearray(), 0

@@ -24,7 +24,7 @@ from tminus.service.api.kserve.tensors import (
 from tminus.service.api.prompts import class_of_prompt
 from tminus.service.api.request import EDIT_PARAMETERS, from_body
 from tminus.service.api.schemas import MAX_DEADLINE_S, SampleRequest
-from tminus.service.errors import ConflictingField, InvalidField, short
+from tminus.service.errors import ConflictingField, DeadlinePassed, InvalidField, ServiceError, short
 from tminus.service.images.encoder import JSON, Encoder
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Images, SampleSpec
@@ -49,6 +49,7 @@ class InferRequest:
     parameters: dict[str, Any]  # those of POST /sample
     id: str | None
     outputs: Mapping[str, bool]  # by name: whether as bytes
+    timeout_us: int | None  # where the client says the deadline so
 
     @classmethod
     def parse(cls, body: bytes, header: str | None, model: ModelInfo, limits: Limits) -> "InferRequest":
@@ -58,7 +59,11 @@ class InferRequest:
         """
         length = header_length(header, len(body))
         document, rest = from_body(body[:length], limits.max_body_bytes), memoryview(body)[length:]
-        check_names(document, ("id", "parameters", "inputs", "outputs"))
+        check_names(document, ("id", "model_name", "model_version", "parameters", "inputs", "outputs"))
+        # The protocol has both in the path only, but KServe's own client writes its name into each body.
+        for name, there in (("model_name", model.name), ("model_version", version_of(model))):
+            if name in document and document[name] != there:
+                raise InvalidField.of(name, f"absent or that of the model in the path, {there}", document[name])
         request_id = document.get("id")
         if "id" in document and not (isinstance(request_id, str) and len(request_id) <= MAX_ID):
             raise InvalidField.of("id", f"a text of at most {MAX_ID} characters", request_id)
@@ -66,9 +71,19 @@ class InferRequest:
         check_names(given, (*PARAMETERS, TIMEOUT, BINARY_OUTPUT))
         binary = flag_of(given.pop(BINARY_OUTPUT, False), BINARY_OUTPUT)
         inputs = read_inputs(document.get("inputs"), rest, model, limits.max_n)
-        return cls(
-            _parameters(given, inputs, model), request_id, _read_outputs(document.get("outputs", []), binary, model)
-        )
+        outputs, timeout_us = _read_outputs(document.get("outputs", []), binary, model), given.get(TIMEOUT)
+        return cls(_parameters(given, inputs, model), request_id, outputs, timeout_us)
+
+    def in_its_words(self, error: ServiceError) -> ServiceError:
+        """Name a deadline that is refused, or has passed, as the request does."""
+        if self.timeout_us is None or error.field != "deadline_s":
+            return error
+        error.field, error.value, error.bound = TIMEOUT, self.timeout_us, f"{error.bound}, in microseconds"
+        if isinstance(error, DeadlinePassed):
+            error.detail = f"timeout={self.timeout_us} microseconds passed before the job was done"
+        else:
+            error.detail = f"timeout must be {error.bound}, got {self.timeout_us}"
+        return error
 
 
 def _parameters(given: dict[str, Any], inputs: Mapping[str, list[Any]], model: ModelInfo) -> dict[str, Any]:
@@ -129,11 +144,10 @@ def version_of(model: ModelInfo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """An answer with the pixels of the images, and their seed."""
+    """An answer with the pixels of the images, and their seed. The request's id is added when it is sent."""
 
     spec: SampleSpec
     model: ModelInfo
-    id: str | None
     outputs: Mapping[str, bool]
     held_bytes: ClassVar[int] = 0
     held_for: ClassVar[str] = "n"
@@ -147,7 +161,7 @@ class Tensors:
     @property
     def kind(self) -> str:
         """All but the spec that its bytes depend on."""
-        return json.dumps(["tensors", self.model.name, self.id, list(self.outputs.items())])
+        return json.dumps(["tensors", self.model.name, list(self.outputs.items())])
 
     @property
     def binary_bytes(self) -> int:
@@ -178,7 +192,11 @@ class Tensors:
                 data = AS_JSON[images].tobytes()[:-1] if name == IMAGES else str(self.spec.seed).encode()
                 outputs.append(b"".join([json.dumps(described).encode()[:-1], b', "data": [', data, b"]}"]))
         document: dict[str, Any] = {"model_name": self.model.name, "model_version": version_of(self.model)}
-        document |= {} if self.id is None else {"id": self.id}
         document |= {"parameters": {"fingerprint": self.model.fingerprint}}
         head = json.dumps(document).encode()[:-1]
         return b"".join([head, b', "outputs": [', b", ".join(outputs), b"]}", *behind])
+
+
+def with_id(body: bytes, request_id: str) -> bytes:
+    """Put the id of a request into an answer, which is kept without it: clients draw one for each request."""
+    return b"".join([b'{"id": ', json.dumps(request_id).encode(), b", ", memoryview(body)[1:]])

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 
 from tminus.service.api import problems
-from tminus.service.api.kserve.infer import BINARY, InferRequest, Tensors, version_of
+from tminus.service.api.kserve.infer import BINARY, InferRequest, Tensors, version_of, with_id
 from tminus.service.api.kserve.tensors import HEADER_LENGTH, TAKEN, TensorInfo, inputs_of, outputs_of
 from tminus.service.api.models import Models
 from tminus.service.api.openapi import (
@@ -19,12 +19,12 @@ from tminus.service.api.openapi import (
     failures,
     path_parameter,
 )
-from tminus.service.api.request import check_encoding, no_parameters, off_loop, unless_gone
+from tminus.service.api.request import check_encoding, no_parameters, off_loop, read_body, unless_gone
 from tminus.service.api.sample import Job, respond
 from tminus.service.api.services import Services
 from tminus.service.api.submission import understand
 from tminus.service.api.system import dead, unready
-from tminus.service.errors import ModelNotFound
+from tminus.service.errors import ModelNotFound, ServiceError
 from tminus.service.images.encoder import JSON
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.worker.worker import Worker
@@ -142,17 +142,32 @@ async def infer(services: Services, request: Request) -> Response:
     _of_version(services, request)
     await no_parameters(request)
     check_encoding(request)
-    body, model, limits = await unless_gone(request.body()), services.model, services.limits
+    body, model, limits = await unless_gone(read_body(request)), services.model, services.limits
     asked = await off_loop(len(body), InferRequest.parse, body, request.headers.get(HEADER_LENGTH), model, limits)
     sampling = await understand(services, asked.parameters)
-    made = Tensors(sampling.to_spec(model, limits), model, asked.id, asked.outputs)
+    made = Tensors(sampling.to_spec(model, limits), model, asked.outputs)
     del body
     request.state.release_body()
     job = Job.of(made, model, has_seed=sampling.seed is not None, deadline_s=sampling.deadline_s)
-    response = await respond(services, request, job)
+    try:
+        response = await respond(services, request, job)
+    except ServiceError as error:
+        raise asked.in_its_words(error) from None
+    del response.headers["Vary"]  # the body of the request says in which form the answer comes
+    if asked.id is not None:
+        _name(response, asked.id)
     if made.binary_bytes and response.status_code == 200:
         response.headers[HEADER_LENGTH] = str(len(response.body) - made.binary_bytes)
     return response
+
+
+def _name(response: Response, request_id: str) -> None:
+    """Put the request's id into the answer. All but the id is as the ETag says, so that becomes a weak one."""
+    if response.status_code == 200:
+        response.body = with_id(bytes(response.body), request_id)
+        response.headers["Content-Length"] = str(len(response.body))
+    if (etag := response.headers.get("ETag")) is not None:
+        response.headers["ETag"] = f"W/{etag}"
 
 
 def _of_version(services: Services, request: Request) -> Services:
@@ -167,6 +182,8 @@ def _of_version(services: Services, request: Request) -> Services:
 _PARAMETERS: Described = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
 _REQUESTED: dict[str, Any] = {
     "id": {"type": "string", "maxLength": 255},
+    "model_name": {"type": "string", "description": "that of the path"},
+    "model_version": {"type": "string", "description": "the one that is loaded"},
     "parameters": _PARAMETERS
     | {"description": "those of POST /sample that are no tensors; timeout; binary_data_output"},
     "inputs": {

@@ -160,7 +160,8 @@ def _from_bytes(data: memoryview, datatype: str, size: int, name: str) -> list[A
     values = np.frombuffer(data, dtype)
     if datatype == "FP32":
         if not np.isfinite(values).all():
-            raise InvalidField.of(f"{name}.data", "finite", values.tolist())
+            found = ", ".join(str(value) for value in values)
+            raise InvalidField.of(f"{name}.data", "finite", found)
         return [_shortest(value) for value in values]
     return list(values.tolist())
 

@@ -9,8 +9,15 @@ import pytest
 
 from tests.service.api.kserve.requests import plain, tensor
 from tests.service.fakes import INFO, LIMITS, fake_pixels, make_spec
-from tminus.service.api.kserve.infer import AS_JSON, InferRequest, Tensors, version_of
-from tminus.service.errors import ConflictingField, InvalidField, MalformedBody, UnknownField
+from tminus.service.api.kserve.infer import AS_JSON, InferRequest, Tensors, version_of, with_id
+from tminus.service.errors import (
+    ConflictingField,
+    DeadlinePassed,
+    DeadlineUnmeetable,
+    InvalidField,
+    MalformedBody,
+    UnknownField,
+)
 from tminus.service.model_info import ModelInfo
 
 
@@ -56,6 +63,31 @@ def test_triton_s_timeout_is_a_deadline() -> None:
             parse(parameters={"timeout": wrong})
 
 
+def test_a_body_may_name_the_model_of_its_path() -> None:
+    """As InferRequest.to_rest of kserve 0.21 does with the name."""
+    assert parse(model_name="fake", model_version=version_of(INFO)).parameters == {}
+
+
+def test_a_deadline_is_told_of_in_the_unit_of_the_request() -> None:
+    timed = parse(parameters={"timeout": 1_500_000})
+    early = timed.in_its_words(InvalidField.of("deadline_s", "at least 2 s for this work", 1.5))
+    assert (early.field, early.value, early.bound) == (
+        "timeout", 1_500_000, "at least 2 s for this work, in microseconds",
+    )  # fmt: skip
+    assert early.detail == "timeout must be at least 2 s for this work, in microseconds, got 1500000"
+    busy = timed.in_its_words(DeadlineUnmeetable("…", value=1.5, bound="at least 9 s at this load"))
+    assert (busy.status, busy.detail) == (
+        429,
+        "timeout must be at least 9 s at this load, in microseconds, got 1500000",
+    )
+    late = timed.in_its_words(DeadlinePassed.of(1.5))
+    assert (late.field, late.detail) == ("timeout", "timeout=1500000 microseconds passed before the job was done")
+    other = timed.in_its_words(InvalidField.of("n", "at most 3", 4))
+    assert other.problem() == InvalidField.of("n", "at most 3", 4).problem()
+    as_it_came = parse(parameters={"deadline_s": 1.5}).in_its_words(DeadlinePassed.of(1.5))
+    assert as_it_came.problem() == DeadlinePassed.of(1.5).problem()
+
+
 def test_outputs_are_all_or_those_that_are_named() -> None:
     assert parse().outputs == {"images": False, "seed": False}
     assert parse(outputs=[]).outputs == {"images": False, "seed": False}
@@ -94,6 +126,10 @@ def test_outputs_are_all_or_those_that_are_named() -> None:
         ({"outputs": [{"name": "images", "parameters": {"classification": 3}}]}, UnknownField, "classification"),
         ({"outputs": [{"name": "images", "parameters": {"binary_data": "yes"}}]}, InvalidField, "binary_data"),
         ({"instances": [1]}, UnknownField, "instances"),
+        ({"model_name": "other"}, InvalidField, "model_name"),
+        ({"model_name": None}, InvalidField, "model_name"),
+        ({"model_version": "1"}, InvalidField, "model_version"),
+        ({"model_version": None}, InvalidField, "model_version"),
     ],
 )
 def test_a_request_that_is_wrong_is_refused_by_name(members: Any, error: type[Exception], field: str) -> None:
@@ -116,13 +152,15 @@ def test_a_body_that_is_no_request_is_refused(body: bytes) -> None:
 def test_an_answer_has_the_very_pixels_and_the_seed(outputs: dict[str, bool]) -> None:
     spec = make_spec(n=3, seed=2**64 - 1)
     images = fake_pixels(spec, 3) + np.arange(24, dtype=np.uint8).reshape(4, 6, 1)
-    made = Tensors(spec, INFO, "42", outputs)
-    body = made.body(images)
+    made = Tensors(spec, INFO, outputs)
+    without = made.body(images)
+    body = with_id(without, 'a "42"')
+    assert "id" not in json.loads(without[: len(without) - made.binary_bytes])
     head_bytes = len(body) - made.binary_bytes
     document, behind = json.loads(body[:head_bytes]), body[head_bytes:]
     assert document["model_name"] == "fake"
     assert document["model_version"] == version_of(INFO) == INFO.weights_hash[:16]
-    assert document["id"] == "42"
+    assert document["id"] == 'a "42"'
     assert document["parameters"] == {"fingerprint": INFO.fingerprint}
     assert [each["name"] for each in document["outputs"]] == list(outputs)
     for each in document["outputs"]:
@@ -145,9 +183,8 @@ def test_every_byte_is_written_as_the_number_it_is() -> None:
 def test_answers_of_other_bytes_are_of_another_kind() -> None:
     spec = make_spec()
     kinds = {
-        Tensors(spec, model, request_id, outputs).kind
+        Tensors(spec, model, outputs).kind
         for model in (INFO, replace(INFO, name="other"))
-        for request_id in (None, "1")
         for outputs in ({"images": True}, {"images": False}, {"images": False, "seed": False})
     }
-    assert len(kinds) == 12
+    assert len(kinds) == 6

@@ -11,6 +11,8 @@ from tests.service.conftest import MakeSite, Site, pixels
 from tests.service.fakes import INFO, LIMITS
 from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import COLOUR, make_several
+from tminus.service.api.kserve import routes
+from tminus.service.api.sample import respond
 from tminus.service.app import VERSION as OF_SERVER
 
 VERSION = INFO.weights_hash[:16]
@@ -42,6 +44,7 @@ def test_images_are_the_pixels_of_post_sample(site: Site) -> None:
     np.testing.assert_array_equal(images_of(answer)[0, :, :, 0], pixels(png.content))
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["x-seed"] == "7"
+    assert "vary" not in answer.headers
     assert "inference-header-content-length" not in answer.headers
     document = answer.json()
     assert (document["id"], document["model_name"], document["model_version"]) == ("a", "fake", VERSION)
@@ -89,6 +92,64 @@ def test_answers_are_kept_and_named_as_others_are(make_site: MakeSite) -> None:
     assert (known.status_code, known.content) == (304, b"")
     assert length not in known.headers
     assert infer(site).headers["etag"] != first.headers["etag"]
+
+
+# InferRequest("fake", [...]).to_rest() of kserve 0.21, written out: a dict, or JSON and the bytes behind it.
+KSERVE = (
+    b'{"id":"0c2b5a3e-9d1f-4f9b-8f0e-6d6a5e0f7c11","model_name":"fake","inputs":['
+    b'{"name":"steps","shape":[1],"datatype":"INT32","data":[4]},{"name":"seed","shape":[1],"datatype":"UINT64","data":[7]}]}'
+)
+KSERVE_HEAD = (
+    b'{"id":"5be8ff7a-30f8-47c8-8f0c-0d1f3e0a9a52","model_name":"fake","inputs":['
+    b'{"name":"steps","shape":[1],"datatype":"INT32","parameters":{"binary_data_size":4}},'
+    b'{"name":"seed","shape":[1],"datatype":"UINT64","parameters":{"binary_data_size":8}}],'
+    b'"parameters":{"binary_data_output":false}}'
+)
+
+
+def test_what_kserves_own_client_writes_is_taken(site: Site) -> None:
+    wanted, length = images_of(infer(site)), {"Inference-Header-Content-Length": str(len(KSERVE_HEAD))}
+    behind = numbers("INT32", 4) + numbers("UINT64", 7)
+    for content, headers in ((KSERVE, {}), (KSERVE_HEAD + behind, length)):
+        answer = site.client.post("/v2/models/fake/infer", content=content, headers=headers)
+        np.testing.assert_array_equal(images_of(answer), wanted)
+        assert answer.json()["id"] in content.decode()
+    elsewhere = KSERVE.replace(b'"fake"', b'"other"')
+    answer = site.client.post("/v2/models/fake/infer", content=elsewhere)
+    assert "fake, got 'other'" in refused(answer, 400, "invalid_field", "model_name")
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_an_id_is_told_and_keeps_nothing_from_the_cache(make_site: MakeSite, binary: bool) -> None:
+    site = make_site(result_cache_bytes=2**20)
+    parameters = {"binary_data_output": binary}
+    plainly = infer(site, parameters=parameters)
+    for request_id in ("a", 'ä "b"', ""):
+        answer = infer(site, parameters=parameters, id=request_id)
+        assert answer.headers["cache-status"] == "tminus; hit"
+        assert answer.headers["etag"] == f"W/{plainly.headers['etag']}"
+        head = int(answer.headers.get("inference-header-content-length", len(answer.content)))
+        bare = int(plainly.headers.get("inference-header-content-length", len(plainly.content)))
+        document = json.loads(answer.content[:head])
+        assert document.pop("id") == request_id
+        assert document == json.loads(plainly.content[:bare])
+        assert answer.content[head:] == plainly.content[bare:]
+    body = {"inputs": plain(), "parameters": parameters, "id": "c"}
+    known = site.client.post("/v2/models/fake/infer", json=body, headers={"If-None-Match": answer.headers["etag"]})
+    assert (known.status_code, known.content, known.headers["etag"]) == (304, b"", answer.headers["etag"])
+
+
+def test_a_body_is_let_go_before_the_images_are_made(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gives its bytes back to the budget of all bodies must not keep them until the answer."""
+    site, kept = make_site(), []
+
+    async def respond_and_look(services: Any, request: Any, job: Any) -> Any:
+        kept.extend(value for value in vars(request).values() if isinstance(value, bytes))
+        return await respond(services, request, job)
+
+    monkeypatch.setattr(routes, "respond", respond_and_look)
+    assert infer(site).status_code == 200
+    assert kept == []
 
 
 def test_a_seed_is_drawn_and_told(site: Site) -> None:
@@ -194,4 +255,7 @@ def test_what_is_not_there_is_told_in_the_form_of_the_protocol(site: Site) -> No
 
 def test_time_that_is_too_short_is_refused(make_site: MakeSite) -> None:
     site = make_site(tick_times=((1, 1.0), (LIMITS.max_batch, 1.0)))
-    refused(infer(site, parameters={"timeout": 1_000_000}), 400, "invalid_field", "deadline_s")
+    refused(infer(site, parameters={"deadline_s": 1}), 400, "invalid_field", "deadline_s")
+    for timeout in (1, 1_000_000):
+        text = refused(infer(site, parameters={"timeout": timeout}), 400, "invalid_field", "timeout")
+        assert text == f"timeout must be at least 4 s for this work, in microseconds, got {timeout}"

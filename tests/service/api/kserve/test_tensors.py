@@ -154,6 +154,12 @@ def test_bytes_that_are_wrong_are_refused_by_name(given: tuple[dict[str, Any], b
     assert caught.value.field == field
 
 
+def test_bytes_that_are_no_finite_number_are_told() -> None:
+    described, data = as_bytes("guidance", "FP32", struct.pack("<f", float("nan")), [1])
+    with pytest.raises(InvalidField, match=r"^guidance\.data must be finite, got 'nan'$"):
+        read(described, rest=data)
+
+
 def test_bytes_that_belong_to_no_tensor_are_refused() -> None:
     with pytest.raises(InvalidField, match="3 bytes behind the JSON"):
         read(tensor("steps", "INT32", 4), rest=b"abc")
