@@ -10,16 +10,16 @@ import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from tminus.service.api.answers import JobAnswer
 from tminus.service.api.authentication import caller_of
 from tminus.service.api.elsewhere import came_from_a_replica
 from tminus.service.api.event_stream import QUIET_S, EventStream
-from tminus.service.api.job_in_path import JobId
+from tminus.service.api.job_in_path import job_in_path
 from tminus.service.api.models import Models
 from tminus.service.api.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.previews import PreviewRequest
@@ -45,7 +45,7 @@ LAST = "end"  # the id of the last event of all
 def event_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the route."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
-    query = contract.query(PreviewRequest)
+    query, own_id = contract.query(PreviewRequest), Depends(job_in_path(models))
 
     @router.get(
         "/{job_id}/events",
@@ -58,7 +58,7 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
         },
         openapi_extra={"parameters": [*query, LAST_EVENT_ID]},
     )
-    async def get_events(request: Request, job_id: JobId) -> Response:
+    async def get_events(request: Request, job_id: Annotated[str, own_id]) -> Response:
         return await events(models, request, job_id)
 
     return router

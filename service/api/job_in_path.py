@@ -1,16 +1,20 @@
 """The job that a path names: by its own id, or by the UUID that its client chose."""
 
-from typing import Annotated
+from collections.abc import Awaitable, Callable
 
-from fastapi import Depends, Request
+from fastapi import Request
 
 from tminus.service.api.authentication import caller_of
-from tminus.service.api.job_ids import CHOSEN, own_id
+from tminus.service.api.job_ids import CHOSEN
+from tminus.service.api.models import Models
 
 
-def id_in_path(request: Request, job_id: str) -> str:
-    """The job's own id, by whichever a path has."""
-    return own_id(job_id, caller_of(request).name) if CHOSEN.fullmatch(job_id) else job_id
+def job_in_path(models: Models) -> Callable[[Request, str], Awaitable[str]]:
+    """Make what finds the job's own id, by whichever a path has. It raises JobNotFound for an unknown UUID."""
 
+    async def own_id(request: Request, job_id: str) -> str:
+        if not CHOSEN.fullmatch(job_id):
+            return job_id
+        return await models.default.jobs.id_of_chosen(job_id, caller_of(request).name)
 
-JobId = Annotated[str, Depends(id_in_path)]
+    return own_id

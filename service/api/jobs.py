@@ -1,6 +1,7 @@
 """POST and GET /jobs, and one job: its state, its images, its end. Its events are in events.py."""
 
 from dataclasses import replace
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
@@ -10,7 +11,7 @@ from tminus.service.api.authentication import caller_of
 from tminus.service.api.caching import cache_headers, matches
 from tminus.service.api.elsewhere import came_from_a_replica
 from tminus.service.api.job_ids import check_chosen
-from tminus.service.api.job_in_path import JobId
+from tminus.service.api.job_in_path import job_in_path
 from tminus.service.api.job_listing import JobImageRequest, JobsRequest
 from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
@@ -38,7 +39,7 @@ from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
 def job_routes(models: Models, contract: Contract) -> APIRouter:
     """Make the routes. Those of one job take the id of any job, whichever model it is of."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
-    bare = [Depends(no_parameters)]
+    bare, own_id = [Depends(no_parameters)], Depends(job_in_path(models))
     of_job = failures(404, 422, 500, 507)
 
     router.post(
@@ -76,7 +77,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
     )(models.handler(put_job, "put_job"))
 
     @router.get("/{job_id}", summary="Get one job", dependencies=bare, responses=of_job)
-    async def get_job(request: Request, job_id: JobId) -> JobAnswer:
+    async def get_job(request: Request, job_id: Annotated[str, own_id]) -> JobAnswer:
         return await job(models.default, request, job_id)
 
     @router.get(
@@ -86,7 +87,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         responses={200: IMAGES, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 500, 507)},
         openapi_extra={"parameters": [*contract.query(JobImageRequest), IF_NONE_MATCH]},
     )
-    async def get_image(request: Request, job_id: JobId) -> Response:
+    async def get_image(request: Request, job_id: Annotated[str, own_id]) -> Response:
         return await image(models, request, job_id)
 
     @router.post(
@@ -95,7 +96,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         dependencies=bare,
         responses=of_job,
     )
-    async def cancel_job(request: Request, job_id: JobId) -> JobAnswer:
+    async def cancel_job(request: Request, job_id: Annotated[str, own_id]) -> JobAnswer:
         return JobAnswer.of(await models.default.jobs.cancel(job_id, caller_of(request).sees))
 
     @router.delete(
@@ -106,7 +107,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         dependencies=bare,
         responses=of_job,
     )
-    async def delete_job(request: Request, job_id: JobId) -> None:
+    async def delete_job(request: Request, job_id: Annotated[str, own_id]) -> None:
         await models.default.jobs.delete(job_id, caller_of(request).sees)
 
     return router

@@ -15,7 +15,6 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect, HTTPConnection
 
 from tminus.service.api.fields import NUMBER
-from tminus.service.api.job_ids import own_id
 from tminus.service.api.multipart import is_form, read_form
 from tminus.service.api.schemas import PICTURES, SampleRequest
 from tminus.service.errors import (
@@ -220,7 +219,7 @@ def idempotency_key(
     if chosen is not None:
         if header is not None:
             raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
-        return Key(chosen, _hash_of(asked, webhook, transparent=transparent), owner, own_id(chosen, owner))
+        return Key(chosen, _hash_of(asked, webhook, transparent=transparent), owner, is_chosen=True)
     if header is None:
         return None
     name = header.strip().removeprefix('"').removesuffix('"').strip()

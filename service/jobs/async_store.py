@@ -87,6 +87,10 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.find, key)
 
+    async def id_of(self, key: Key) -> str | None:
+        """See JobStore."""
+        return await self._call(self._store.id_of, key)
+
     async def number_of(self, owner: str, but: Collection[str]) -> int:
         """See JobStore. Is given up soon, and not made if its turn has not come by then."""
         try:

@@ -15,7 +15,7 @@ from tminus.service.jobs.kept import cancelled_elsewhere, kept_views, unless_ret
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
-from tminus.service.jobs.store import JobRecord, Place
+from tminus.service.jobs.store import JobRecord, Key, Place
 from tminus.service.jobs.views import JobView, kept_view, live_view, passing_view
 from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.preview import Watch
@@ -96,6 +96,15 @@ class Jobs:
             raise _not_found(job_id)
         (told,) = await self.with_deliveries([view])
         return told
+
+    async def id_of_chosen(self, chosen: str, owner: str) -> str:
+        """The id of the job that an owner has chosen a UUID for. Raises JobNotFound."""
+        key = Key(chosen, "", owner, is_chosen=True)
+        for lifecycle in self.by_store():
+            with unless_retired(lifecycle):
+                if (job_id := await lifecycle.store.id_of(key)) is not None:
+                    return job_id
+        raise _not_found(chosen)
 
     async def with_deliveries(self, views: Sequence[JobView]) -> list[JobView]:
         """Say what became of the jobs' webhooks, as far as the stores can say it now."""

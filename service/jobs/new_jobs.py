@@ -20,7 +20,6 @@ from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Outlook
 from tminus.service.worker.worker import Worker
 
-LOOK_S = 0.05  # how often it is looked whether the worker has given up a job
 # Events that one receiver may be owed, with those of jobs that run: a look for what is due goes through those of one
 # that is dead. And when to look again.
 MOST_OWED, OWED_S = 10_000, 60
@@ -113,11 +112,9 @@ class NewJobs:
             )  # fmt: skip
         created_us = lifecycle.store.now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
-        job_id = key.job_id if key is not None and key.job_id is not None else uuid.uuid4().hex
+        job_id = uuid.uuid4().hex  # never again: what is late, of a job that was deleted, must not meet another
         ahead_us = created_us - now_us()
         record = JobRecord(job_id, spec, created_us, deadline_us, owner=owner, webhook=webhook, ahead_us=ahead_us)
-        while job_id in self._worker.jobs:  # noqa: ASYNC110  one of this id was deleted, and is being given up
-            await asyncio.sleep(LOOK_S)
         self._entering[record.id] = owner  # before anybody else can count
         try:
             outlook = await self._let_in(lifecycle, record, deadline_s, key, inputs)
@@ -128,7 +125,7 @@ class NewJobs:
             return replace(view, position=outlook.position, eta_s=outlook.eta_s), False
         assert key is not None  # another request had it at the same time
         earlier = await self._find_by_key(key, lifecycle.model_name)
-        if earlier is None and key.job_id is not None:
+        if earlier is None and key.is_chosen:
             raise JobExists(key.name)  # for another model, which is not served here
         if earlier is None:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
@@ -177,7 +174,7 @@ class NewJobs:
                 continue
             record, same = found
             if not same or lifecycle.model_name != model_name:
-                if key.job_id is not None:
+                if key.is_chosen:
                     raise JobExists(key.name)
                 raise KeyReused(
                     f"the Idempotency-Key {key.name!r} came with another request before",

@@ -18,9 +18,10 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.postgres_tables import FORMAT, format_of, make_postgres_tables
-from tminus.service.jobs.sql_store import SqlStore, webhook_of
+from tminus.service.jobs.sql_store import SqlStore
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
+from tminus.service.jobs.webhooks.rows import webhook_of
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
@@ -52,7 +53,7 @@ class PostgresStore(SqlStore):
         address: the URL by which other replicas reach this one.
         """
         self._address = address
-        self._replicas, tables = make_postgres_tables(namespace)
+        self._schema, (self._replicas, tables) = namespace, make_postgres_tables(namespace)
         super().__init__(tables, {"weights": weights_hash[:16]})
         self._engine, self._weights, self._replica, self.lease_s = engine, weights_hash[:16], replica, lease_s
         self._lease = timedelta(seconds=lease_s)
@@ -209,7 +210,7 @@ class PostgresStore(SqlStore):
     def sweep(self, before_us: int, max_bytes: int) -> bool:
         """See JobStore. One replica at a time; the others have nothing to do."""
         with self._transaction() as run:
-            key = sa.func.hashtext(f"tminus sweep {self._tables.metadata.schema} {self._weights}")
+            key = sa.func.hashtext(f"tminus sweep {self._schema} {self._weights}")
             if not run(sa.select(sa.func.pg_try_advisory_xact_lock(key))).scalar_one():
                 return False
             gone = self._replicas.c.lease_until < sa.func.clock_timestamp() - GONE
@@ -261,6 +262,14 @@ class PostgresStore(SqlStore):
 
     def _let_go(self, job_id: str) -> None:
         self._fences.pop(job_id, None)
+
+    def _is_taken(self, run: Run, key: Key) -> bool:
+        if not key.is_chosen:
+            return super()._is_taken(run, key)
+        # Of all weights, for which no constraint is.
+        run(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"tminus {self._schema} {key.kept_as}"))))
+        jobs = self._tables.jobs
+        return run(sa.select(jobs.c.id).where(jobs.c.key == key.kept_as).limit(1)).first() is not None
 
     def _added(self, job: JobRecord, held: bool) -> dict[str, Any]:
         places = job.spec.n * job.spec.num_passes * (2 if job.spec.guidance != 1 else 1)

@@ -15,7 +15,7 @@ from tminus.service.jobs.object_rows import ObjectRows
 from tminus.service.jobs.store import JobRecord, Key, LeaseLost, Outcome, Place, StoredObject
 from tminus.service.jobs.tables import Tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run
-from tminus.service.jobs.webhooks.rows import DeliveryRows
+from tminus.service.jobs.webhooks.rows import DeliveryRows, webhook_of
 from tminus.service.jobs.webhooks.webhook import Event, Webhook
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
@@ -61,6 +61,10 @@ class SqlStore(DeliveryStore):
     def _let_go(self, job_id: str) -> None:
         """A job has ended, or was lost: it is not held any more."""
 
+    def _is_taken(self, run: Run, key: Key) -> bool:
+        """Whether a job has this key, as one is about to be added."""
+        return run(self._of_key(key, self._jobs.c.id)).first() is not None
+
     def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
         """A job is about to be added: values of columns that say who holds it."""
         return {}
@@ -79,7 +83,7 @@ class SqlStore(DeliveryStore):
             values |= {"key": key.kept_as, "request_hash": key.request_hash}
         try:
             with self._transaction() as run:
-                if key is not None and run(self._of_key(key, jobs.c.id)).first():
+                if key is not None and self._is_taken(run, key):
                     self._let_go(job.id)
                     return False
                 run(sa.insert(jobs).values(**values))
@@ -95,6 +99,12 @@ class SqlStore(DeliveryStore):
         with self._transaction() as run:
             row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
         return (self._record(row), row.request_hash == key.request_hash) if row is not None else None
+
+    def id_of(self, key: Key) -> str | None:
+        """See JobStore."""
+        with self._transaction() as run:
+            job_id: str | None = run(self._of_key(key, self._tables.jobs.c.id)).scalar_one_or_none()
+        return job_id
 
     def _of_key(self, key: Key, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         return sa.select(*columns).where(self._tables.jobs.c.key == key.kept_as, *self._here())
@@ -303,16 +313,6 @@ class SqlStore(DeliveryStore):
             fields["problem"] = json.loads(row.problem) if row.problem is not None else None
             fields["webhook"] = webhook_of(row)
             return JobRecord(**fields)
-
-
-def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
-    """That of a row. damaged: None for one that cannot be read."""
-    try:
-        return Webhook.from_json(json.loads(row.webhook)) if row.webhook is not None else None
-    except arrays.UNREADABLE:
-        if damaged:
-            return None
-        raise
 
 
 def _json(value: Mapping[str, Any] | None) -> str | None:

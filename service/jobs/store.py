@@ -51,12 +51,12 @@ class Key:
     name: str
     request_hash: str
     owner: str = ""  # whose it is: each has keys of its own
-    job_id: str | None = None  # of a UUID that was chosen: the id of its job
+    is_chosen: bool = False  # the name is a UUID that was chosen
 
     @property
     def kept_as(self) -> str:
         """Under which name it is kept. No client can send the characters that part its parts."""
-        name = self.name if self.job_id is None else f"\x1e{self.name}"
+        name = f"\x1e{self.name}" if self.is_chosen else self.name
         return f"{self.owner}\x1f{name}" if self.owner else name
 
 
@@ -113,6 +113,9 @@ class JobStore(Protocol):
 
     def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """Find the job that was added with this key, and say whether the request was the same."""
+
+    def id_of(self, key: Key) -> str | None:
+        """The id of the job that was added with this key, whatever the request was."""
 
     def number_of(self, owner: str, but: Collection[str]) -> int:
         """How many jobs of an owner have not ended, beside these."""

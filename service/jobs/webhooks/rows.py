@@ -2,12 +2,14 @@
 delivered or given up. Each call runs in a transaction of the caller's.
 """
 
+import json
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
+from tminus.service.jobs.arrays import UNREADABLE
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
 
 Run = Callable[..., Any]
@@ -121,3 +123,13 @@ class DeliveryRows:
 def _delivery(row: Any, attempts: int) -> Delivery:
     fields: Mapping[str, Any] = {name: getattr(row, name) for name in Delivery.__dataclass_fields__}
     return Delivery(**{**fields, "attempts": attempts})
+
+
+def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
+    """That of a job's row. damaged: None for one that cannot be read."""
+    try:
+        return Webhook.from_json(json.loads(row.webhook)) if row.webhook is not None else None
+    except UNREADABLE:
+        if damaged:
+            return None
+        raise

@@ -132,11 +132,50 @@ def test_a_chosen_id_is_one_job_at_all_replicas_whoever_gets_it_first(pair: tupl
     assert other.client.put(f"/jobs/{chosen}", json=SPEC | {"steps": 9}).status_code == 202
 
 
+def test_a_chosen_id_that_is_used_again_has_nothing_of_the_job_before_that_another_still_works_on(
+    pair: tuple[Site, Site],
+) -> None:
+    chosen, (holder, other) = "6f9619ff-8b86-4011-b42d-00c04fc964ff", pair
+    old = holder.client.put(f"/jobs/{chosen}", json=SPEC).json()["id"]
+    holder.engine.next_begun()
+    for _ in ("cancel", "delete"):
+        assert other.client.delete(f"/jobs/{chosen}").status_code == 204
+    problem(holder.client.get(f"/jobs/{chosen}"), 404, "job_not_found")
+    new = other.client.put(f"/jobs/{chosen}", json=SPEC | {"steps": 9})
+    assert (new.status_code, new.json()["steps"]) == (202, 9)
+    seen = holder.client.get(f"/jobs/{chosen}").json()
+    assert (seen["id"], seen["steps"]) == (new.json()["id"], 9), "though the holder has not noticed yet"
+    assert seen["id"] != old
+    assert holder.client.put(f"/jobs/{chosen}", json=SPEC | {"steps": 9}).json()["id"] == seen["id"]
+    holder.engine.gate.open()
+    wait_until(lambda: holder.engine.jobs == {})
+    assert state(other, chosen) in ("waiting", "running"), "the end of the old job is not that of the new one"
+    other.engine.gate.open()
+    assert wait_for(holder, chosen)["step"] == 9
+
+
+def test_a_chosen_id_can_be_used_again_before_the_worker_has_given_up_the_job_before(pair: tuple[Site, Site]) -> None:
+    chosen, (holder, other) = "6f9619ff-8b86-4011-b42d-00c04fc964ff", pair
+    old = holder.client.put(f"/jobs/{chosen}", json=SPEC).json()["id"]
+    holder.engine.next_begun()  # and its step does not end
+    for _ in ("cancel", "delete"):
+        assert other.client.delete(f"/jobs/{chosen}").status_code == 204
+    new = holder.client.put(f"/jobs/{chosen}", json=SPEC | {"steps": 9})
+    assert new.status_code == 202
+    assert old in holder.worker.jobs
+    other_id = holder.client.put("/jobs/00000000-0000-4000-8000-000000000000", json=SPEC)
+    assert other_id.status_code == 202, "nobody waits for it"
+
+
 def test_a_chosen_id_of_weights_that_are_not_here_is_a_conflict(replicas: Replicas) -> None:
     chosen = "6f9619ff-8b86-4011-b42d-00c04fc964ff"
     one, other = replicas.start(), replicas.start(info=replace(INFO, weights_hash="cd" * 32))
     assert one.client.put(f"/jobs/{chosen}", json=SPEC).status_code == 202
     problem(other.client.put(f"/jobs/{chosen}", json=SPEC), 409, "job_exists")
+    with ThreadPoolExecutor(6) as pool:
+        at_once = "00000000-0000-4000-8000-000000000000"
+        answers = list(pool.map(lambda site: site.client.put(f"/jobs/{at_once}", json=SPEC), [one, other] * 3))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 202, 409, 409, 409]
 
 
 @pytest.mark.parametrize("how", ["cancel", "delete"])

@@ -107,6 +107,27 @@ def test_who_lost_a_job_and_got_it_again_writes_with_the_new_fence(database: Dat
     assert database.read("SELECT fence FROM jobs") == [(3,)]
 
 
+def test_who_had_a_job_under_a_key_writes_nothing_of_the_next_job_under_that_key(database: DatabaseShelf) -> None:
+    holder, other = database.open(), database.open()
+    key, hook = Key("u", "1", is_chosen=True), Webhook("https://hooks.example/x")
+    old, new = replace(job("old"), webhook=hook), job("new", SPECS[1])
+    holder.add(old, key)
+    assert (other.cancel("old"), other.delete("old")) == (True, True)
+    assert other.id_of(key) is None
+    assert other.add(new, replace(key, request_hash="2"))
+    assert holder.id_of(key) == "new"
+    holder.save({"old": snapshot()}, "build")
+    holder.started(old)
+    with pytest.raises(LeaseLost):
+        holder.note_object("old", "object")
+    with pytest.raises(LeaseLost):
+        holder.finish(ended(old), PIXELS)
+    assert holder.get("new") == new
+    assert other.snapshot("new", "build") is None
+    assert database.read("SELECT count(*) FROM deliveries") == [(0,)]
+    other.finish(ended(new), PIXELS)
+
+
 def test_a_job_is_finished_once(database: DatabaseShelf) -> None:
     one = database.open()
     one.add(job("a"))
@@ -488,6 +509,7 @@ def test_tables_of_version_1_are_brought_to_this_one_with_their_jobs(database: D
     for statement in (  # what version 2 has added
         "DROP TABLE deliveries",
         "ALTER TABLE jobs DROP COLUMN webhook",
+        "DROP INDEX jobs_by_key",
         "UPDATE alembic_version SET version_num = '1'",
     ):
         database.change(statement)

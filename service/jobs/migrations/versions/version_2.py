@@ -1,4 +1,7 @@
-"""Webhooks: who is told of a job, and what is owed to them. Servers of the version before go on beside it."""
+"""Webhooks: who is told of a job, and what is owed to them; UUIDs that clients choose.
+
+Servers of the version before go on beside it.
+"""
 
 import sqlalchemy as sa
 from alembic import context, op
@@ -11,6 +14,8 @@ def upgrade() -> None:
     """Bring the tables of version 1 to version 2."""
     schema = context.config.attributes["schema"]
     op.add_column("jobs", sa.Column("webhook", sa.Text), schema=schema)
+    # A UUID that a client has chosen is one job among those of all weights.
+    op.create_index("jobs_by_key", "jobs", ["key"], schema=schema, postgresql_where=sa.text("key IS NOT NULL"))
     op.create_table(
         "deliveries",
         sa.Column("id", sa.Text, primary_key=True),
