@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Pace, Place, StoredObject
+from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
@@ -172,17 +173,17 @@ class AsyncStore:
         await self._write(self._store.started, job)
         self.owes.set()
 
-    async def claim_deliveries(self, busy: Collection[str], most: int, each: int, held_s: float) -> list[Delivery]:
+    async def claim_deliveries(self, room: Room, held_s: float) -> list[Delivery]:
         """See JobStore."""
-        return await self._call(self._store.claim_deliveries, busy, most, each, held_s)
+        return await self._call(self._store.claim_deliveries, room, held_s)
 
-    async def settle(self, delivery: Delivery, again_in_s: float = 0.0) -> bool:
+    async def settle(self, delivery: Delivery, again_in_s: float = 0.0, *, counts: bool = True) -> bool:
         """See JobStore."""
-        return await self._write(self._store.settle, delivery, again_in_s)
+        return await self._write(self._store.settle, delivery, again_in_s, counts=counts)
 
-    async def number_owed(self, receiver: str, most: int) -> int:
+    async def number_owed(self, owner: str, receiver: str, most: int) -> int:
         """See JobStore."""
-        return await self._call(self._store.number_owed, receiver, most)
+        return await self._call(self._store.number_owed, owner, receiver, most)
 
     async def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
         """See JobStore."""

@@ -20,8 +20,7 @@ from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Outlook
 from tminus.service.worker.worker import Worker
 
-# Events that one receiver may be owed, with those of jobs that run: a look for what is due goes through those of one
-# that is dead. And when to look again.
+# Events that one receiver of an owner may be owed: a look for what is due goes through them. And when to look again.
 MOST_OWED, OWED_S = 10_000, 60
 
 
@@ -105,11 +104,8 @@ class NewJobs:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
             )
-        if webhook is not None and await lifecycle.store.number_owed(webhook.receiver, MOST_OWED) >= MOST_OWED:
-            raise Overloaded(
-                f"{MOST_OWED} events wait for the receiver {webhook.receiver} to take them",
-                retry_after_s=OWED_S, field="webhook", value=webhook.receiver, bound="a receiver that answers",
-            )  # fmt: skip
+        if webhook is not None:
+            await _check_owed(lifecycle, owner, webhook.receiver)
         created_us = lifecycle.store.now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
         job_id = uuid.uuid4().hex  # never again: what is late, of a job that was deleted, must not meet another
@@ -182,3 +178,12 @@ class NewJobs:
                 )  # fmt: skip
             return await self._jobs.view(record, lifecycle)
         return None
+
+
+async def _check_owed(lifecycle: Lifecycle, owner: str, receiver: str) -> None:
+    """Raise Overloaded where a receiver is owed too much of an owner's jobs: what others are owed is theirs."""
+    if await lifecycle.store.number_owed(owner, receiver, MOST_OWED) >= MOST_OWED:
+        raise Overloaded(
+            f"{MOST_OWED} events wait for the receiver {receiver} to take them",
+            retry_after_s=OWED_S, field="webhook", value=receiver, bound="a receiver that answers",
+        )  # fmt: skip

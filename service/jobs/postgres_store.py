@@ -120,7 +120,7 @@ class PostgresStore(SqlStore):
         """Lock the first jobs, in some order, that this replica may claim."""
         jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
         query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
-        query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, jobs.c.format <= FORMAT, *self._here())
+        query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, *self._understood(), *self._here())
         if begun:
             others = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
             others = others.where(
@@ -180,7 +180,7 @@ class PostgresStore(SqlStore):
         held = sa.func.avg(living.c.backlog_s)
         those = sa.select(sa.func.count(), sa.func.sum(living.c.places_per_s), held, least)
         waiting = sa.select(sa.func.count(), sa.func.sum(jobs.c.places))
-        waiting = waiting.where(jobs.c.outcome.is_(None), ~self._living, jobs.c.format <= FORMAT, *self._here())
+        waiting = waiting.where(jobs.c.outcome.is_(None), ~self._living, *self._understood(), *self._here())
         with self._transaction() as run:
             count, pace, held_s, least_s = run(those).one()
             jobs_free, places = run(waiting).one()
@@ -246,6 +246,9 @@ class PostgresStore(SqlStore):
 
     def _here(self) -> Conditions:
         return [self._tables.jobs.c.weights == self._weights]
+
+    def _understood(self) -> Conditions:
+        return [self._tables.jobs.c.format <= FORMAT]
 
     def _held(self, job_ids: Collection[str]) -> Conditions:
         jobs = self._tables.jobs

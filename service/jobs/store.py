@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import Delivery, Webhook
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
@@ -222,20 +223,20 @@ class JobStore(Protocol):
     def started(self, job: JobRecord) -> None:
         """Owe it to a job's webhook that the job has begun, if it is held and has not ended, and that is wanted."""
 
-    def claim_deliveries(self, busy: Collection[str], most: int, each: int, held_s: float) -> list[Delivery]:
+    def claim_deliveries(self, room: Room, held_s: float) -> list[Delivery]:
         """Hold deliveries that are due, for so long, and count an attempt of each; nobody else has them meanwhile.
 
-        most: in all. each: of one receiver. busy: receivers of which none is wanted now.
+        Of each owner, and of each of its receivers, in turn. None of jobs that a newer version made.
         """
 
-    def settle(self, delivery: Delivery, again_in_s: float = 0.0) -> bool:
+    def settle(self, delivery: Delivery, again_in_s: float = 0.0, *, counts: bool = True) -> bool:
         """Keep how an attempt of a delivery that is held ended; False if it is another's by now, or its job is gone.
 
-        again_in_s: until the next one, if it is still pending.
+        again_in_s: until the next one, if it is still pending. counts: False where nothing was attempted after all.
         """
 
-    def number_owed(self, receiver: str, most: int) -> int:
-        """How many deliveries to a receiver are pending, counted up to this number."""
+    def number_owed(self, owner: str, receiver: str, most: int) -> int:
+        """How many deliveries of an owner's jobs to a receiver are pending, counted up to this number."""
 
     def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
         """All that was owed of jobs so far, by job."""

@@ -10,7 +10,6 @@ import json
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,20 +19,21 @@ import httpx
 from tminus.service.errors import Draining, InvalidField, ServiceError, StorageFailed
 from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.views import JobView
+from tminus.service.jobs.webhooks.names import NamesBusy
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.jobs.webhooks.sender import ATTEMPT_S, NotDelivered, Sender
+from tminus.service.jobs.webhooks.slots import Slots
 from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-AT_ONCE, AT_ONCE_EACH = 32, 4  # attempts of one model's jobs, and those to one receiver
 HELD_S = ATTEMPT_S + 5.0  # a claim
 LOOK_S = 5.0  # how often it is looked for what other servers left, or an earlier start
 FIRST_WAIT_S, MOST_WAIT_S, GROWTH = 5.0, 3600.0, 4.0
 JITTER = 0.25  # of a wait, either way, so that what failed together does not come back together
 MOST_ATTEMPTS = 200
-NOT_THERE_S = 5.0  # until it is tried again where this server could not even read the job
+NOT_THERE_S = 5.0  # until it is tried again where this server could not read the job, or not look its receiver up
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Deliverer:
         self._store, self._rules, self._view, self._document = store, rules, view, document
         self._metrics = metrics
         self._attempts: set[asyncio.Task[None]] = set()
-        self._busy: Counter[str] = Counter()  # receivers that are being sent to
+        self._slots = Slots()
         self._due_s: list[float] = []  # a heap: when this server's next attempts are due, by the loop's clock
 
     async def run(self, pause: Callable[[float], Awaitable[None]]) -> None:
@@ -96,15 +96,17 @@ class Deliverer:
             await asyncio.gather(*self._attempts, return_exceptions=True)
 
     async def _look(self) -> None:
-        """Begin what is due, as far as there is room."""
-        room = AT_ONCE - len(self._attempts)
-        if room <= 0:
-            return
+        """Begin what is due, as far as there is room; where there is none, an attempt that ends wakes this again."""
         now_s = asyncio.get_running_loop().time()
         while self._due_s and self._due_s[0] <= now_s:
             heapq.heappop(self._due_s)
-        for delivery in await self._store.claim_deliveries([*self._busy], room, AT_ONCE_EACH, HELD_S):
-            self._busy[delivery.receiver] += 1
+        if (room := self._slots.room()) is None:
+            return
+        found = await self._store.claim_deliveries(room, HELD_S)
+        if len(found) == room.most:
+            self._store.owes.set()
+        for delivery in found:
+            self._slots.take(delivery)
             attempt = asyncio.create_task(self._attempt(delivery))
             self._attempts.add(attempt)
             attempt.add_done_callback(self._attempts.discard)
@@ -126,34 +128,36 @@ class Deliverer:
 
     async def _attempt(self, delivery: Delivery) -> None:
         try:
-            ended, again_in_s = await self._ended(delivery)
-            if not await self._store.settle(ended, again_in_s):
+            ended, again_in_s, counts = await self._ended(delivery)
+            if not await self._store.settle(ended, again_in_s, counts=counts):
                 log.warning("webhook %s of job %s is another's by now, or gone", delivery.id, delivery.job_id)
             elif ended.state != "pending":
                 self._metrics.webhook_ended(ended.state)
         except StorageFailed:  # its claim ends, and then it is sent once more
             pass
         finally:
-            self._busy[delivery.receiver] -= 1
-            self._busy += Counter()  # forgets those that are at 0
+            self._slots.give_back(delivery)
             self._store.owes.set()
 
-    async def _ended(self, delivery: Delivery) -> tuple[Delivery, float]:
-        """Attempt a delivery; how it stands then, and when the next attempt is due."""
+    async def _ended(self, delivery: Delivery) -> tuple[Delivery, float, bool]:
+        """Attempt a delivery; how it stands then, when the next attempt is due, and whether this was one."""
         began_s = time.perf_counter()
         try:
             view = await self._view(delivery.job_id)
             assert view.record.webhook is not None
             body = json.dumps(self._document(view)).encode()
-            await self._rules.sender.send(view.record.webhook.url, delivery.id, body)
+            await self._rules.sender.send(view.record.webhook.url, delivery.id, body, delivery.owner)
         except NotDelivered as error:
+            self._slots.failed(delivery)
             return self._failed(delivery, error.reason, time.perf_counter() - began_s, is_final=error.is_final)
         except InvalidField:  # --webhook-allow has changed since
             return self._failed(delivery, "this receiver is not allowed any more", 0.0)
         except StorageFailed as error:
             if not error.damaged:
-                return delivery, NOT_THERE_S
+                return self._failed(delivery, "the job could not be read", 0.0, counts=False)
             return self._failed(delivery, "the job cannot be read", 0.0, is_final=True)
+        except NamesBusy:
+            return self._failed(delivery, "many names of receivers are being looked up", 0.0, counts=False)
         except ServiceError as error:
             return self._failed(delivery, error.title, 0.0, is_final=True)
         except Exception:
@@ -165,22 +169,27 @@ class Deliverer:
             "webhook %s of job %s: delivered to %s in %.3f s, attempt %d",
             delivery.id, delivery.job_id, delivery.receiver, took_s, delivery.attempts,
         )  # fmt: skip
-        return replace(delivery, state="delivered", error=None), 0.0
+        self._slots.answered(delivery)
+        return replace(delivery, state="delivered", error=None), 0.0, True
 
     def _failed(
-        self, delivery: Delivery, reason: str, took_s: float, *, is_final: bool = False
-    ) -> tuple[Delivery, float]:
-        self._metrics.webhook_attempted("failed", took_s)
+        self, delivery: Delivery, reason: str, took_s: float, *, is_final: bool = False, counts: bool = True
+    ) -> tuple[Delivery, float, bool]:
+        """counts: whether it was an attempt. Else its receiver has not failed, and its waits do not grow."""
+        if counts:
+            self._metrics.webhook_attempted("failed", took_s)
         again_in_s, age_s = wait_s(delivery.attempts), (self._store.now_us() - delivery.since_us) / 1e6
+        if not counts:
+            again_in_s = NOT_THERE_S
         if is_final or delivery.attempts >= MOST_ATTEMPTS or age_s + again_in_s > self._rules.retry_s:
             log.warning(
                 "webhook %s of job %s: given up after %d attempts to reach %s: %s",
                 delivery.id, delivery.job_id, delivery.attempts, delivery.receiver, reason,
             )  # fmt: skip
-            return replace(delivery, state="given_up", error=reason), 0.0
+            return replace(delivery, state="given_up", error=reason), 0.0, counts
         log.info(
             "webhook %s of job %s: attempt %d to reach %s failed, the next in %.0f s: %s",
             delivery.id, delivery.job_id, delivery.attempts, delivery.receiver, again_in_s, reason,
         )  # fmt: skip
         heapq.heappush(self._due_s, asyncio.get_running_loop().time() + again_in_s)
-        return replace(delivery, error=reason), again_in_s
+        return replace(delivery, error=reason if counts else delivery.error), again_in_s, counts

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from tminus.service.jobs.store import JobRecord
 from tminus.service.jobs.webhooks.rows import DeliveryRows
+from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import Delivery
 
 Run = Callable[..., Any]  # runs a statement in a transaction
@@ -28,6 +29,10 @@ class DeliveryStore:
         """Which jobs of the table are of this store."""
         return ()
 
+    def _understood(self) -> Conditions:
+        """Which jobs are of no newer version, where there may be such ones."""
+        return ()
+
     def _held(self, job_ids: Collection[str]) -> Conditions:
         """Which of these jobs this store may write, where others could have taken them over."""
         return [self._jobs.c.id.in_(job_ids)]
@@ -39,20 +44,20 @@ class DeliveryStore:
             if run(held.with_for_update()).first():
                 self._deliveries.owe(run, job.id, job.webhook, ["start"])
 
-    def claim_deliveries(self, busy: Collection[str], most: int, each: int, held_s: float) -> list[Delivery]:
+    def claim_deliveries(self, room: Room, held_s: float) -> list[Delivery]:
         """See JobStore."""
         with self._transaction() as run:
-            return self._deliveries.claim(run, self._here(), busy, most, each, held_s)
+            return self._deliveries.claim(run, [*self._here(), *self._understood()], room, held_s)
 
-    def settle(self, delivery: Delivery, again_in_s: float = 0.0) -> bool:
+    def settle(self, delivery: Delivery, again_in_s: float = 0.0, *, counts: bool = True) -> bool:
         """See JobStore."""
         with self._transaction() as run:
-            return self._deliveries.settle(run, delivery, again_in_s)
+            return self._deliveries.settle(run, delivery, again_in_s, counts=counts)
 
-    def number_owed(self, receiver: str, most: int) -> int:
+    def number_owed(self, owner: str, receiver: str, most: int) -> int:
         """See JobStore."""
         with self._transaction() as run:
-            return self._deliveries.number_of(run, receiver, most)
+            return self._deliveries.number_of(run, owner, receiver, most)
 
     def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
         """See JobStore."""

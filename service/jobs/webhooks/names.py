@@ -3,11 +3,16 @@
 import asyncio
 import socket
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-LookUp = Callable[[str], Awaitable[list[str]]]
-MOST_LOOKUPS = 32  # threads that wait for name servers
+LookUp = Callable[[str, str], Awaitable[list[str]]]  # of a name, for an owner
+MOST_LOOKUPS = 128  # threads that wait for name servers
+
+
+class NamesBusy(Exception):
+    """So many names of an owner's receivers are being looked up that this one has to wait."""
 
 
 class Names:
@@ -19,22 +24,29 @@ class Names:
 
     def __init__(self) -> None:
         self._asked: dict[str, asyncio.Future[list[str]]] = {}  # names that are being looked up, once each
+        self._of_owners: Counter[str] = Counter()  # for whom first
 
-    async def look_up(self, name: str) -> list[str]:
-        """The addresses of a name, as the system finds them. Raises OSError."""
+    async def look_up(self, name: str, owner: str = "") -> list[str]:
+        """The addresses of a name, as the system finds them. Raises OSError and NamesBusy.
+
+        An owner may have as many threads as are free, see slots.py.
+        """
         if name not in self._asked:
-            if len(self._asked) >= MOST_LOOKUPS:
-                raise OSError("too many names wait for a name server")
-            self._begin(name)
+            if self._of_owners[owner] >= MOST_LOOKUPS - len(self._asked):
+                raise NamesBusy
+            self._begin(name, owner)
         return await asyncio.shield(self._asked[name])
 
-    def _begin(self, name: str) -> None:
+    def _begin(self, name: str, owner: str) -> None:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[str]] = loop.create_future()
         self._asked[name] = answer
+        self._of_owners[owner] += 1
 
         def end(addresses: list[str], error: OSError | None) -> None:
             del self._asked[name]
+            self._of_owners[owner] -= 1
+            self._of_owners += Counter()  # forgets those that are at 0
             if error is None:
                 answer.set_result(addresses)
             else:
@@ -54,4 +66,8 @@ class Names:
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(end, addresses, failure)
 
-        threading.Thread(target=run, name="tminus-webhook-name", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="tminus-webhook-name", daemon=True).start()
+        except RuntimeError:  # the system has no thread left
+            end([], OSError("no thread can be started"))
+            raise NamesBusy from None

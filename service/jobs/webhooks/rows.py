@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tminus.service.jobs.arrays import UNREADABLE
+from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
 
 Run = Callable[..., Any]
@@ -54,41 +55,51 @@ class DeliveryRows:
                 to_whom = {"receiver": webhook.receiver, "state": "pending", "attempts": 0}
                 run(sa.insert(table).values(**told, **to_whom, since_us=self._now(), due_us=self._now() + number))
 
-    def claim(
-        self,
-        run: Run,
-        here: Sequence[sa.ColumnElement[bool]],
-        busy: Collection[str],
-        most: int,
-        each: int,
-        held_s: float,
-    ) -> list[Delivery]:
-        """Hold some of those that are due, for so long; of each receiver at most so many, and none of busy ones."""
-        table, now = self._table, self._now()
+    def claim(self, run: Run, here: Sequence[sa.ColumnElement[bool]], room: Room, held_s: float) -> list[Delivery]:
+        """Hold some of those that are due, for so long: of each owner, and of its receivers, one after the other."""
+        table, jobs, now = self._table, self._jobs, self._now()
+        whose = sa.tuple_(jobs.c.owner, table.c.receiver)
         due = [
             table.c.state == "pending",
             table.c.due_us <= now,
             sa.or_(table.c.held_until_us.is_(None), table.c.held_until_us < now),
         ]
-        number = sa.func.row_number().over(partition_by=table.c.receiver, order_by=(table.c.due_us, table.c.id))
-        ranked = sa.select(table.c.id, number.label("number")).join(self._jobs, self._jobs.c.id == table.c.job_id)
-        ranked_due = ranked.where(*due, *here, table.c.receiver.not_in([*busy])).subquery()
-        query = (
-            sa.select(table).join(ranked_due, ranked_due.c.id == table.c.id).where(ranked_due.c.number <= each, *due)
+        failing: sa.ColumnElement[bool] = table.c.error.is_not(None)
+        if room.failing:
+            failing = sa.or_(failing, whose.in_([*room.failing]))
+        wanted = [jobs.c.owner.not_in([*room.full]), ~sa.and_(failing, jobs.c.owner.in_([*room.full_of_failing]))]
+        if room.busy:
+            wanted.append(whose.not_in([*room.busy]))
+        number = sa.func.row_number().over(
+            partition_by=(jobs.c.owner, table.c.receiver), order_by=(table.c.due_us, table.c.id)
         )
-        query = query.order_by(table.c.due_us).limit(most).with_for_update(skip_locked=True, of=table)
-        rows = run(query).all()
+        columns = (table.c.id, table.c.due_us, jobs.c.owner, failing.label("failing"), number.label("number"))
+        found = sa.select(*columns).join(jobs, jobs.c.id == table.c.job_id).where(*due, *here, *wanted).subquery()
+        by_number = (found.c.number, found.c.due_us, found.c.id)
+        turn = sa.func.row_number().over(partition_by=(found.c.owner, found.c.failing), order_by=by_number)
+        in_turn = sa.select(*found.c, turn.label("turn")).where(found.c.number <= room.each).subquery()
+        by_turn = (in_turn.c.turn, in_turn.c.due_us, in_turn.c.id)
+        place = sa.func.row_number().over(partition_by=in_turn.c.failing, order_by=by_turn)
+        ranked = sa.select(in_turn.c.id, in_turn.c.owner, in_turn.c.turn, in_turn.c.failing, place.label("place"))
+        first = ranked.subquery()
+        query = sa.select(table, first.c.owner).join(first, first.c.id == table.c.id)
+        # The others by LIMIT alone, which goes on behind rows that another server has locked.
+        within = sa.or_(~first.c.failing, first.c.place <= room.most_failing)
+        query = query.where(within, *due).order_by(first.c.turn, table.c.due_us, table.c.id)
+        rows = run(query.limit(room.most).with_for_update(skip_locked=True, of=table)).all()
         if rows:
             holding = {"attempts": table.c.attempts + 1, "held_until_us": now + round(held_s * 1e6)}
             run(sa.update(table).where(table.c.id.in_([row.id for row in rows])).values(**holding))
-        return [_delivery(row, row.attempts + 1) for row in rows]
+        return [_delivery(row, row.attempts + 1, row.owner) for row in rows]
 
-    def settle(self, run: Run, delivery: Delivery, again_in_s: float) -> bool:
+    def settle(self, run: Run, delivery: Delivery, again_in_s: float, *, counts: bool) -> bool:
         """Keep how an attempt ended; False if it is another's by now, or gone."""
         table = self._table
         held = [table.c.id == delivery.id, table.c.attempts == delivery.attempts, table.c.state == "pending"]
+        held.append(table.c.held_until_us.is_not(None))  # one that did not count has given its number back
         due_us = self._now() + round(again_in_s * 1e6)
         ending = {"state": delivery.state, "error": delivery.error, "due_us": due_us, "held_until_us": None}
+        ending["attempts"] = table.c.attempts - (0 if counts else 1)
         return int(run(sa.update(table).where(*held).values(**ending)).rowcount) > 0
 
     def of(self, run: Run, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
@@ -98,10 +109,11 @@ class DeliveryRows:
             found.setdefault(row.job_id, []).append(_delivery(row, row.attempts))
         return {job_id: sorted(each, key=lambda one: EVENTS.index(one.event)) for job_id, each in found.items()}
 
-    def number_of(self, run: Run, receiver: str, most: int) -> int:
-        """How many are pending of a receiver, counted up to a number."""
-        table = self._table
-        pending = sa.select(table.c.id).where(table.c.state == "pending", table.c.receiver == receiver).limit(most)
+    def number_of(self, run: Run, owner: str, receiver: str, most: int) -> int:
+        """How many are pending of an owner's jobs to a receiver, counted up to a number."""
+        table, jobs = self._table, self._jobs
+        pending = sa.select(table.c.id).join(jobs, jobs.c.id == table.c.job_id).where(jobs.c.owner == owner)
+        pending = pending.where(table.c.state == "pending", table.c.receiver == receiver).limit(most)
         return int(run(sa.select(sa.func.count()).select_from(pending.subquery())).scalar_one())
 
     def delete(self, run: Run, job_ids: Sequence[str]) -> None:
@@ -120,9 +132,9 @@ class DeliveryRows:
         return sa.and_(jobs.c.webhook.is_not(None), pending.exists())
 
 
-def _delivery(row: Any, attempts: int) -> Delivery:
-    fields: Mapping[str, Any] = {name: getattr(row, name) for name in Delivery.__dataclass_fields__}
-    return Delivery(**{**fields, "attempts": attempts})
+def _delivery(row: Any, attempts: int, owner: str = "") -> Delivery:
+    fields: Mapping[str, Any] = {name: getattr(row, name, None) for name in Delivery.__dataclass_fields__}
+    return Delivery(**{**fields, "attempts": attempts, "owner": owner})
 
 
 def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:

@@ -1,13 +1,15 @@
 """One attempt to deliver: a POST to an address that was checked as it was connected to, bounded in time and bytes.
 
 No redirect is followed, no proxy of the environment is used, no connection is kept, and nothing of an answer but its
-status goes any further: what a receiver says is not to be read through this server.
+status is read, or goes any further: what a receiver says is not to be read through this server.
 """
 
 import asyncio
+import logging
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import httpcore
@@ -16,10 +18,13 @@ from tminus.service.jobs.webhooks.names import LookUp, Names
 from tminus.service.jobs.webhooks.receivers import Allowed, Receiver, permitted
 from tminus.service.jobs.webhooks.signing import signed_headers
 
+log = logging.getLogger(__name__)
+
 ATTEMPT_S = 10.0  # for all of it: name, connection, TLS, request and answer
 CONNECT_S = 4.0  # to one address
 MOST_ADDRESSES = 4  # of a name that are tried
-MOST_ANSWER_BYTES = 16 * 1024  # that are read, so that a receiver can say what it likes before the connection closes
+# One for both, since what a server's own name server knows is not for its clients to find out.
+NOWHERE = "its name leads to no public address; others are for --webhook-allow to list"
 GONE = 410  # by which a receiver says that it wants no more of them (Standard Webhooks)
 
 
@@ -42,8 +47,11 @@ class Sender:
         self._secrets, self._allowed, self._tls = secrets, allowed, tls
         self._look_up = look_up or Names().look_up
 
-    async def send(self, url: str, delivery_id: str, body: bytes) -> None:
-        """Deliver a body. Raises NotDelivered, and InvalidField for a URL that is not allowed any more."""
+    async def send(self, url: str, delivery_id: str, body: bytes, owner: str = "") -> None:
+        """Deliver a body of an owner's job: by the head of the answer, whatever becomes of the rest of it.
+
+        Raises NotDelivered, InvalidField for a URL that is not allowed any more, and NamesBusy before anything is sent.
+        """
         receiver = Receiver.parse(url, self._allowed)
         headers = {
             "host": receiver.host_header,
@@ -51,35 +59,37 @@ class Sender:
             "user-agent": "tminus",
             "accept-encoding": "identity",
         } | signed_headers(self._secrets, delivery_id, int(time.time()), body)
-        backend = _CheckedBackend(receiver, self._allowed, self._look_up)
+        backend = _CheckedBackend(receiver, self._allowed, lambda name: self._look_up(name, owner))
+        status: int | None = None
         try:
             async with (
                 asyncio.timeout(ATTEMPT_S),
                 httpcore.AsyncConnectionPool(self._tls, max_connections=1, network_backend=backend) as pool,
+                _posted(pool, receiver, headers, body) as answer,
             ):
-                _check(await _post(pool, receiver, headers, body))
+                status = answer.status
         except TimeoutError:
-            raise NotDelivered(f"no answer within {ATTEMPT_S:g} s") from None
+            if status is None:
+                raise NotDelivered(f"no answer within {ATTEMPT_S:g} s") from None
         except httpcore.ConnectError as error:
             raise NotDelivered(_why(error)) from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
-            raise NotDelivered(f"the connection broke, or the answer is no HTTP ({type(error).__name__})") from None
+            if status is None:
+                raise NotDelivered(f"the connection broke, or the answer is no HTTP ({type(error).__name__})") from None
+        assert status is not None
+        _check(status)
 
 
-async def _post(pool: httpcore.AsyncConnectionPool, receiver: Receiver, headers: dict[str, str], body: bytes) -> int:
+def _posted(
+    pool: httpcore.AsyncConnectionPool, receiver: Receiver, headers: dict[str, str], body: bytes
+) -> AbstractAsyncContextManager[httpcore.Response]:
     url = httpcore.URL(
         scheme=receiver.scheme.encode(),
         host=receiver.host.encode(),
         port=receiver.port,
         target=receiver.target.encode(),
     )
-    async with pool.stream("POST", url, headers=list(headers.items()), content=body) as answer:
-        read = 0
-        async for chunk in answer.aiter_stream():
-            read += len(chunk)
-            if read > MOST_ANSWER_BYTES:
-                break
-        return answer.status
+    return pool.stream("POST", url, headers=list(headers.items()), content=body)
 
 
 def _check(status: int) -> None:
@@ -105,7 +115,7 @@ def _why(error: BaseException) -> str:
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
     """Connects to addresses that may be connected to, whatever a name server says from one moment to the next."""
 
-    def __init__(self, receiver: Receiver, allowed: Allowed, look_up: LookUp) -> None:
+    def __init__(self, receiver: Receiver, allowed: Allowed, look_up: Callable[[str], Awaitable[list[str]]]) -> None:
         self._receiver, self._allowed, self._look_up = receiver, allowed, look_up
         self._backend = httpcore.AnyIOBackend()
 
@@ -121,9 +131,13 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
         try:
             addresses = await self._look_up(host)
         except OSError as error:
-            raise httpcore.ConnectError(f"the name cannot be resolved: {error.strerror or error}") from None
+            log.info("the receiver %s cannot be resolved: %s", host, error.strerror or error)
+            raise httpcore.ConnectError(NOWHERE) from None
         if not (chosen := permitted(self._receiver, addresses, self._allowed)):
-            raise httpcore.ConnectError("its name leads to no public address; others are for --webhook-allow to list")
+            log.info(
+                "the receiver %s leads to %s, which may not be connected to", host, ", ".join(addresses) or "nothing"
+            )
+            raise httpcore.ConnectError(NOWHERE)
         for address in chosen[:MOST_ADDRESSES]:
             try:
                 return await self._backend.connect_tcp(address, port, CONNECT_S, local_address, socket_options)

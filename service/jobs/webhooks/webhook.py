@@ -50,6 +50,12 @@ class Delivery:
     attempts: int  # how many were begun; also the fence of the newest
     since_us: int  # when the event happened, by the store's clock
     error: str | None = None  # why the last attempt failed
+    owner: str = ""  # of the job, where it was claimed
+
+    @property
+    def whose(self) -> tuple[str, str]:
+        """The owner, and whom it tells: what one owner's receiver does is nothing to another's."""
+        return self.owner, self.receiver
 
 
 def origin_of(url: str) -> str:

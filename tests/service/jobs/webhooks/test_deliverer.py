@@ -17,17 +17,19 @@ from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.jobs.store import JobRecord
 from tminus.service.jobs.views import JobView, kept_view
 from tminus.service.jobs.webhooks import deliverer as module
-from tminus.service.jobs.webhooks.deliverer import AT_ONCE_EACH, Deliverer, Rules, wait_s
+from tminus.service.jobs.webhooks import slots
+from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules, wait_s
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.jobs.webhooks.sender import NotDelivered
+from tminus.service.jobs.webhooks.slots import AT_ONCE_EACH
 from tminus.service.jobs.webhooks.webhook import Delivery, Webhook
 from tminus.service.metrics import Metrics
 
-Send = Callable[[str, str, bytes], Awaitable[None]]
+Send = Callable[[str, str, bytes, str], Awaitable[None]]
 
 
-def told(name: str, url: str = "https://hooks.example/x") -> JobRecord:
-    return replace(job(name), webhook=Webhook(url, ("completed",)))
+def told(name: str, url: str = "https://hooks.example/x", owner: str = "") -> JobRecord:
+    return replace(job(name), webhook=Webhook(url, ("completed",)), owner=owner)
 
 
 class Running:
@@ -96,7 +98,7 @@ def test_waits_grow_to_a_bound_and_are_spread(monkeypatch: pytest.MonkeyPatch) -
 def test_500_twice_and_then_200_is_delivered_under_one_id_with_the_reason_in_between(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sent: list[tuple[str, str, bytes]] = []
+    sent: list[tuple[str, str, bytes, str]] = []
 
     async def send(*request: Any) -> None:
         sent.append(request)
@@ -112,8 +114,8 @@ def test_500_twice_and_then_200_is_delivered_under_one_id_with_the_reason_in_bet
 
     with caplog.at_level("INFO"):
         running = asyncio.run(run())
-    assert len({delivery_id for _, delivery_id, _ in sent}) == 1
-    assert [body for *_, body in sent] == [b'{"id": "a"}'] * 3
+    assert len({delivery_id for _, delivery_id, *_ in sent}) == 1
+    assert [body for _, _, body, _ in sent] == [b'{"id": "a"}'] * 3
     assert running.counted("webhook_duration_seconds_count") == {"delivered": 1, "failed": 2}
     assert running.counted("webhooks_total") == {"delivered": 1}
     lines = [record.getMessage() for record in caplog.records]
@@ -185,6 +187,138 @@ def test_a_receiver_that_never_answers_holds_no_other_and_has_few_attempts_at_a_
     asyncio.run(run())
     assert most_open["https://slow.example/"] == AT_ONCE_EACH
     assert max(most_open.values()) <= AT_ONCE_EACH
+
+
+def test_a_hundred_receivers_that_never_answer_hold_up_none_that_does_of_their_owner_or_another() -> None:
+    hang = set[str]()
+
+    async def send(url: str, *_: Any) -> None:
+        if "slow" in url:
+            hang.add(url)
+            await asyncio.sleep(3600)
+
+    async def run() -> None:
+        running = Running(send)
+        await running.end(*(told(f"s{k}", f"https://slow{k}.example/", "studio") for k in range(100)))
+        quick = [told("same", "https://quick.example/", "studio"), told("other", "https://quick.example/", "other")]
+        await running.end(*quick)
+        await running.until([record.id for record in quick], "delivered")
+
+    asyncio.run(run())
+    assert len(hang) == 100
+
+
+def test_receivers_that_failed_last_leave_slots_to_those_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "AT_ONCE", 16)
+    monkeypatch.setattr(slots, "FAILING_AT_ONCE", 8)
+    open_now, tried, most_open = set[str](), set[str](), 0
+
+    async def send(url: str, *_: Any) -> None:
+        nonlocal most_open
+        if "bad" not in url:
+            return
+        if url not in tried:
+            tried.add(url)
+            raise NotDelivered("no answer")
+        open_now.add(url)
+        most_open = max(most_open, len(open_now))
+        await asyncio.sleep(3600)
+
+    async def run() -> None:
+        running = Running(send)
+        bad = [told(f"b{k}", f"https://bad{k}.example/", f"owner{k % 5}") for k in range(30)]
+        await running.end(*bad)
+        deliverer = asyncio.create_task(running.deliverer.run(asyncio.sleep))
+        async with asyncio.timeout(PATIENCE_S):
+            while len(open_now) < 6:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            good = [told(f"g{k}", f"https://good{k}.example/", "owner0") for k in range(10)]
+            await running.end(*good)
+            while not all(  # noqa: ASYNC110
+                each.state == "delivered" for each in await running.deliveries([each.id for each in good])
+            ):
+                await asyncio.sleep(0.01)
+        deliverer.cancel()
+        with suppress(asyncio.CancelledError):
+            await deliverer
+        running.store.close()
+
+    asyncio.run(run())
+    assert 6 <= most_open <= 8
+
+
+def test_without_a_slot_an_attempt_that_is_due_is_not_looked_for_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(slots, "AT_ONCE", 2)
+    monkeypatch.setattr(module, "LOOK_S", 0.1)
+    hanging = 0
+
+    async def send(url: str, *_: Any) -> None:
+        nonlocal hanging
+        if "bad" in url:
+            raise NotDelivered("no")
+        hanging += 1
+        await asyncio.sleep(3600)
+
+    async def run() -> int:
+        running = Running(send)
+        room, looks = running.deliverer._slots.room, 0
+
+        def counted() -> slots.Room | None:
+            nonlocal looks
+            looks += 1
+            return room()
+
+        monkeypatch.setattr(running.deliverer._slots, "room", counted)
+        await running.end(told("bad", "https://bad.example/", "c"))
+        deliverer = asyncio.create_task(running.deliverer.run(asyncio.sleep))
+        async with asyncio.timeout(PATIENCE_S):
+            while (await running.deliveries(["bad"]))[0].attempts < 1:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await running.end(told("a", "https://a.example/", "a"), told("b", "https://b.example/", "b"))
+            while hanging < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        looks = 0
+        await asyncio.sleep(0.5)  # in which there are five looks
+        deliverer.cancel()
+        with suppress(asyncio.CancelledError):
+            await deliverer
+        running.store.close()
+        return looks
+
+    assert asyncio.run(run()) < 20
+
+
+@pytest.mark.parametrize("retry_s", [3600.0, 0.1])
+def test_a_store_that_cannot_read_a_job_for_a_while_costs_no_attempt_but_time(
+    monkeypatch: pytest.MonkeyPatch, retry_s: float
+) -> None:
+    monkeypatch.setattr(module, "NOT_THERE_S", 0.01)
+    monkeypatch.setattr(module, "MOST_ATTEMPTS", 3)
+    sent = []
+
+    async def send(*request: Any) -> None:
+        sent.append(request)
+
+    async def run() -> Delivery:
+        running = Running(send, retry_s)
+        await running.end(told("a"))
+        get, failures = running.kept.get, [1] * (5 if retry_s > 1 else 10**6)
+
+        def away(job_id: str) -> JobRecord | None:
+            if failures:
+                failures.pop()
+                raise StorageFailed("the database is away")
+            return get(job_id)
+
+        running.kept.get = away  # type: ignore[method-assign]
+        (delivery,) = await running.until("a", "delivered", "given_up")
+        return delivery
+
+    delivery = asyncio.run(run())
+    assert (delivery.state, delivery.attempts) == (("delivered", 1) if retry_s > 1 else ("given_up", 0))
+    assert len(sent) == delivery.attempts
 
 
 def test_of_a_job_that_is_gone_or_cannot_be_read_nothing_is_sent() -> None:

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests.service.jobs.conftest import DatabaseShelf, FileShelf, Shelf
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.jobs.sql_store import SqlStore
 from tminus.service.jobs.store import OUTCOMES, JobRecord
+from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
 from tminus.service.scheduling.intake import Intake
 
@@ -35,8 +37,17 @@ def told(name: str, *events: Event, url: str = URL) -> JobRecord:
     return replace(job(name), webhook=Webhook(url, events or EVENTS))
 
 
-def claim(store: SqlStore, *busy: str, most: int = 99, each: int = 99, held_s: float = HELD_S) -> list[Delivery]:
-    return store.claim_deliveries(busy, most, each, held_s)
+def claim(
+    store: SqlStore,
+    *busy: str,
+    most: int = 99,
+    most_failing: int = 99,
+    each: int = 99,
+    held_s: float = HELD_S,
+    **of: Any,
+) -> list[Delivery]:
+    room = Room(most, most_failing, each, frozenset(("", receiver) for receiver in busy), **of)
+    return store.claim_deliveries(room, held_s)
 
 
 def states(store: SqlStore, name: str) -> dict[str, str]:
@@ -138,7 +149,7 @@ def test_a_receiver_gets_no_more_than_its_share_of_a_claim_and_a_busy_one_nothin
         store.add(record)
         store.finish(ended(record))
     found = claim(store, "https://other2.example", most=4, each=2)
-    assert [each.job_id for each in found] == ["slow0", "slow1", "other0", "other1"]
+    assert [each.job_id for each in found] == ["slow0", "other0", "other1", "slow1"], "each receiver in turn"
     assert [each.job_id for each in claim(store, "https://slow.example")] == ["other2"]
     assert len(claim(store, most=2)) == 2
 
@@ -149,11 +160,59 @@ def test_what_a_receiver_is_owed_is_counted_up_to_a_number(store: SqlStore) -> N
         store.add(record)
         store.finish(ended(record))
     receiver = "https://hooks.example"
-    assert [store.number_owed(receiver, most) for most in (1, 3, 9)] == [1, 3, 3]
-    assert store.number_owed("https://other.example", 9) == 0
+    assert [store.number_owed("", receiver, most) for most in (1, 3, 9)] == [1, 3, 3]
+    assert store.number_owed("", "https://other.example", 9) == 0
+    assert store.number_owed("other", receiver, 9) == 0, "what another's jobs have to tell it is another's"
     (first, *_) = claim(store)
     store.settle(replace(first, state="given_up"))
-    assert store.number_owed(receiver, 9) == 2
+    assert store.number_owed("", receiver, 9) == 2
+
+
+def owed(store: SqlStore, owner: str, name: str, url: str) -> None:
+    record = replace(told(name, "completed", url=url), owner=owner)
+    store.add(record)
+    store.finish(ended(record))
+
+
+def test_owners_have_their_turns_and_those_that_are_full_none(store: SqlStore) -> None:
+    for k in range(6):
+        owed(store, "many", f"m{k}", f"https://m{k}.example/")
+    owed(store, "few", "f0", "https://m0.example/")
+    owed(store, "few", "f1", "https://f1.example/")
+    room = Room(3, 3, 4, full=frozenset({"many"}))
+    assert [(each.owner, each.job_id) for each in store.claim_deliveries(room, 0.0)] == [("few", "f0"), ("few", "f1")]
+    assert [each.job_id for each in claim(store, most=4, held_s=0.0)] == ["m0", "f0", "m1", "f1"]
+    busy = Room(9, 9, 4, busy=frozenset({("many", "https://m0.example")}))
+    assert [each.job_id for each in store.claim_deliveries(busy, 0.0)] == ["m1", "f0", "m2", "f1", "m3", "m4", "m5"]
+
+
+def test_receivers_that_failed_last_have_a_part_of_a_claim(store: SqlStore) -> None:
+    for k in range(4):
+        owed(store, "", f"failed{k}", f"https://failed{k}.example/")
+    for each in claim(store):
+        store.settle(replace(each, error="the receiver answered 500"))
+    for k in range(3):
+        owed(store, "", f"new{k}", f"https://new{k}.example/")
+    found = claim(store, most=9, most_failing=2, held_s=0.0)
+    assert sorted(each.job_id for each in found) == ["failed0", "failed1", "new0", "new1", "new2"]
+    assert [each.error is not None for each in found].count(True) == 2
+    known = {"failing": frozenset({("", "https://new0.example"), ("", "https://new1.example")})}
+    found = claim(store, most=9, most_failing=0, held_s=0.0, **known)
+    assert [each.job_id for each in found] == ["new2"]
+    found = claim(store, most=9, held_s=0.0, full_of_failing=frozenset({""}))
+    assert [each.job_id for each in found] == ["new0", "new1", "new2"]
+
+
+def test_what_was_no_attempt_is_not_counted(store: SqlStore) -> None:
+    store.add(told("a", "completed"))
+    store.finish(ended(told("a", "completed")))
+    (first,) = claim(store)
+    assert store.settle(first, 0.0, counts=False)
+    assert [each.attempts for each in store.deliveries(["a"])["a"]] == [0]
+    assert not store.settle(replace(first, state="delivered")), "it is over"
+    (again,) = claim(store)
+    assert again.attempts == 1
+    assert store.settle(replace(again, state="delivered"))
 
 
 def test_a_deleted_job_owes_nothing(store: SqlStore) -> None:
@@ -272,6 +331,15 @@ def test_a_server_of_the_version_before_leaves_jobs_with_webhooks_and_does_the_o
     new.add(job("plain"), held=False)
     monkeypatch.setattr("tminus.service.jobs.postgres_store.FORMAT", 1)
     assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, 64)] == ["plain"]
+
+
+def test_what_a_newer_server_owes_is_left_to_such_ones(database: DatabaseShelf) -> None:
+    store = database.open()
+    store.add(told("a", "completed"))
+    store.finish(ended(told("a", "completed")))
+    database.change("UPDATE jobs SET format = 99")
+    assert claim(store) == []
+    assert [each.attempts for each in store.deliveries(["a"])["a"]] == [0]
 
 
 def test_what_such_a_server_deletes_owes_nothing(database: DatabaseShelf) -> None:

@@ -15,7 +15,7 @@ from tests.receivers import SECRET, make_certificate, receiver, status
 from tminus.service.errors import InvalidField
 from tminus.service.jobs.webhooks import sender as module
 from tminus.service.jobs.webhooks.receivers import Allowed
-from tminus.service.jobs.webhooks.sender import MOST_ANSWER_BYTES, NotDelivered, Sender
+from tminus.service.jobs.webhooks.sender import NotDelivered, Sender
 from tminus.service.jobs.webhooks.signing import read_secrets
 
 LOOPBACK = "127.0.0.1"
@@ -29,7 +29,7 @@ def send(
 ) -> None:
     """Send a body, with names resolved by the test."""
 
-    async def look_up(name: str) -> list[str]:
+    async def look_up(name: str, _owner: str) -> list[str]:
         return addresses(name)
 
     made = Sender(read_secrets(SECRET), Allowed.parse(allow), tls or ssl.create_default_context(), look_up)
@@ -92,7 +92,30 @@ def test_an_endless_answer_is_read_no_further_than_its_bound() -> None:
         send(there.url)  # its status says that it is delivered
     assert time.monotonic() - began_s < 5
     assert sent < 64 * 2**20  # what kernels buffer, and no more
-    assert MOST_ANSWER_BYTES < 2**20
+
+
+def test_what_comes_after_the_head_of_an_answer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ATTEMPT_S", 5.0)
+    over = threading.Event()
+
+    def slow_body(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", "10")
+        request.end_headers()
+        over.wait(30)
+
+    def broken_body(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        request.wfile.write(b"no chunk\r\n")
+
+    began_s = time.monotonic()
+    for answer in (slow_body, broken_body):
+        with receiver(answer) as there:
+            send(there.url)
+            over.set()
+    assert time.monotonic() - began_s < 4
 
 
 def test_a_receiver_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,11 +193,14 @@ def test_the_next_address_is_tried_where_one_does_not_answer() -> None:
     assert len(there.told) == 1
 
 
-def test_a_name_that_is_not_known_is_a_failure() -> None:
+def test_a_name_that_is_not_known_is_a_failure_like_one_that_leads_inside(caplog: pytest.LogCaptureFixture) -> None:
     def unknown(_name: str) -> list[str]:
         raise socket.gaierror(-2, "Name or service not known")
 
-    assert "the name cannot be resolved: Name or service not known" in failure("https://hooks.example/", "", unknown)
+    with caplog.at_level("INFO"):
+        reason = failure("https://hooks.example/", "", unknown)
+    assert reason == failure("https://hooks.example/", "", lambda _name: ["10.0.0.1"]), "clients learn no difference"
+    assert "hooks.example cannot be resolved: Name or service not known" in caplog.text
 
 
 def test_a_url_that_is_not_allowed_any_more_is_refused_before_anything_is_sent() -> None:
