@@ -85,6 +85,7 @@ class Limits:
     result_cache_bytes: int = 0
     keep_jobs_s: float = 86_400.0  # how long a durable job is kept that has ended
     keep_jobs_bytes: int = 2**30  # and what all of them may take
+    webhook_retry_s: float = 86_400.0  # how long it is tried to deliver what one owes
     max_streams: int = 2048
     max_streams_per_address: int = 64
 

@@ -170,8 +170,7 @@ class Settings(BaseSettings):
         "any no webhooks are sent",
     )
     webhook_secret_file: Path | None = Field(
-        None,
-        description="file of such secrets, one a line, which all sign: the newest, and those it takes the place of",
+        None, description="file of such secrets, one a line, which all sign: the newest, and those that it replaces"
     )
     webhook_allow: str = Field(
         "",
@@ -293,6 +292,7 @@ class Settings(BaseSettings):
             max_streams_per_address=self.max_streams_per_address,
             keep_jobs_s=self.keep_jobs_s,
             keep_jobs_bytes=self.keep_jobs_mb * 2**20,
+            webhook_retry_s=self.webhook_retry_s,
         )
 
     def speed(self, loaded: "Loaded", max_rows: int) -> Speed:

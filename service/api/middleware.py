@@ -6,7 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from urllib.parse import quote
+from urllib.parse import quote, unquote_plus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 LEAST_RATE = 8192  # bytes of a body a second
 WINDOW_S = 10.0
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-WEBHOOK = re.compile(r"\bwebhook=[^&]*")
+WEBHOOK = "webhook"  # the name of the parameter
 TARGET_CHARACTERS = 200  # of a path and query in the log
 
 
@@ -60,8 +60,19 @@ def _raw_path(scope: Scope) -> bytes:
 
 
 def _shown(target: bytes) -> str:
-    text = WEBHOOK.sub("webhook=…", masked(target.decode("ascii", "backslashreplace")))
+    text = masked(_without_webhook(target.decode("ascii", "backslashreplace")))
     return text if len(text) <= TARGET_CHARACTERS else f"{text[:TARGET_CHARACTERS]}…"
+
+
+def _without_webhook(target: str) -> str:
+    """Without what follows a parameter for a URL: unless that is encoded, an & in it is its own."""
+    path, _, query = target.partition("?")
+    shown: list[str] = []
+    for each in query.split("&"):
+        if unquote_plus(each.partition("=")[0]).strip() == WEBHOOK:
+            return f"{path}?{'&'.join([*shown, f'{WEBHOOK}=…'])}"
+        shown.append(each)
+    return target
 
 
 def route_of(scope: Scope) -> str:

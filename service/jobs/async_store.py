@@ -205,9 +205,9 @@ class AsyncStore:
         with traced("store delete", {}):
             return await self._write(self._store.delete, job_id, owner)
 
-    async def sweep(self, before_us: int, max_bytes: int) -> bool:
+    async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
         """See JobStore."""
-        return await self._call(self._store.sweep, before_us, max_bytes)
+        return await self._call(self._store.sweep, before_us, max_bytes, owed_after_us)
 
     def save(
         self, snapshots: Mapping[str, Snapshot], fingerprint: str, saved: Callable[[Exception | None, float], None]

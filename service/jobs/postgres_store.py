@@ -207,7 +207,7 @@ class PostgresStore(SqlStore):
         self._let_go(job_id)
         return True
 
-    def sweep(self, before_us: int, max_bytes: int) -> bool:
+    def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
         """See JobStore. One replica at a time; the others have nothing to do."""
         with self._transaction() as run:
             key = sa.func.hashtext(f"tminus sweep {self._schema} {self._weights}")
@@ -215,7 +215,7 @@ class PostgresStore(SqlStore):
                 return False
             gone = self._replicas.c.lease_until < sa.func.clock_timestamp() - GONE
             run(sa.delete(self._replicas).where(gone))
-            return self._sweep(run, before_us, max_bytes) > 0
+            return self._sweep(run, before_us, max_bytes, owed_after_us) > 0
 
     def check(self, *, write: bool) -> None:
         """See JobStore."""

@@ -143,9 +143,9 @@ class ResultStore(AsyncStore):
         with reading(f"the images of job {job_id}"):
             return await asyncio.to_thread(_unpacked, data, found)
 
-    async def sweep(self, before_us: int, max_bytes: int) -> bool:
+    async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
         """See JobStore. Deletes some of the objects that no job refers to as well."""
-        more = await super().sweep(before_us, max_bytes)
+        more = await super().sweep(before_us, max_bytes, owed_after_us)
         keys = await self._call(self._store.take_unneeded_objects)
         if keys:
             try:

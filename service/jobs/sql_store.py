@@ -15,13 +15,13 @@ from tminus.service.jobs.object_rows import ObjectRows
 from tminus.service.jobs.store import JobRecord, Key, LeaseLost, Outcome, Place, StoredObject
 from tminus.service.jobs.tables import Tables
 from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run
-from tminus.service.jobs.webhooks.rows import DeliveryRows, webhook_of
+from tminus.service.jobs.webhooks.rows import DeliveryRows, kept_bytes, webhook_of
 from tminus.service.jobs.webhooks.webhook import Event, Webhook
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 
 log = logging.getLogger(__name__)
 
-RECORD_BYTES = 1024  # roughly what a job takes without its images
+RECORD_BYTES = 1024  # roughly what a job takes without its images and its webhook
 # The most that one sweep does: other calls wait some 30 ms for it, 0.2 s or more where a slow disk must catch up.
 SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
 EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
@@ -78,7 +78,8 @@ class SqlStore(DeliveryStore):
         values = {name: value for name, value in asdict(job).items() if name in jobs.c}
         values |= {"spec": _json(job.spec.to_json()), "problem": _json(job.problem)}
         values |= {"webhook": _json(job.webhook.to_json() if job.webhook is not None else None)}
-        values |= {"bytes": RECORD_BYTES + len(data or b"")} | self._more_values | self._added(job, held)
+        size = RECORD_BYTES + kept_bytes(job.webhook) + len(data or b"")
+        values |= {"bytes": size} | self._more_values | self._added(job, held)
         if key is not None:
             values |= {"key": key.kept_as, "request_hash": key.request_hash}
         try:
@@ -214,7 +215,7 @@ class SqlStore(DeliveryStore):
     ) -> None:
         tables = self._tables
         size = images.bytes if isinstance(images, StoredObject) else len(images or b"")
-        ending |= {"problem": _json(ending["problem"]), "bytes": RECORD_BYTES + size}
+        ending |= {"problem": _json(ending["problem"]), "bytes": RECORD_BYTES + kept_bytes(webhook) + size}
         with self._transaction() as run:
             if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
                 self._let_go(job_id)
@@ -264,11 +265,11 @@ class SqlStore(DeliveryStore):
         with self._transaction() as run:
             self._objects.forget(run, keys)
 
-    def _sweep(self, run: Run, before_us: int, max_bytes: int) -> int:
+    def _sweep(self, run: Run, before_us: int, max_bytes: int, owed_after_us: int) -> int:
         """One part of a sweep; how many jobs were deleted."""
         jobs = self._tables.jobs
         ended = [jobs.c.finished_us.is_not(None), *self._here()]
-        owed = self._deliveries.is_owed()
+        owed = self._deliveries.is_owed(owed_after_us)
         oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes, owed.label("owed")).where(*ended)
         oldest = oldest.order_by(jobs.c.finished_us, jobs.c.arrival).limit(SWEEP_JOBS)
         chosen: list[str] = []

@@ -137,10 +137,10 @@ class SqliteStore(SqlStore):
         """See JobStore."""
         raise NotImplementedError("who has the file has the job")
 
-    def sweep(self, before_us: int, max_bytes: int) -> bool:
+    def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
         """See JobStore."""
         with self._transaction() as run:
-            swept = self._sweep(run, before_us, max_bytes)
+            swept = self._sweep(run, before_us, max_bytes, owed_after_us)
         return swept > 0 or self._shrink()
 
     def _shrink(self) -> bool:

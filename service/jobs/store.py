@@ -212,10 +212,11 @@ class JobStore(Protocol):
     def forget_objects(self, keys: Sequence[str]) -> None:
         """Know no more of objects that were deleted."""
 
-    def sweep(self, before_us: int, max_bytes: int) -> bool:
+    def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
         """Delete jobs that ended before a time, and then the oldest that ended until those left take at most max_bytes.
 
-        The newest stays, whatever its size. One of which deliveries are pending is not too old, but may be too much.
+        The newest stays, whatever its size. One of which deliveries are pending is not too old, but may be too much;
+        those of events before owed_after_us are not waited for: nobody tries them, as without a secret to sign them.
         The room of deleted jobs is given back to the disk.
         One call does a part of this, so that other calls need not wait long; returns whether to call again.
         """

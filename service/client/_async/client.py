@@ -91,12 +91,14 @@ class AsyncClient:
         chosen_id: a UUID, in place of a key, by which `job` finds the job too. webhook: a URL that is sent the job when
         it starts, when its images are there (output), and when it has ended (completed); or webhook_events of these.
 
-        Raises ValueError for a chosen_id that is no UUID.
+        Raises ValueError for a chosen_id that is no UUID, or beside an idempotency_key.
         """
+        if chosen_id is not None and idempotency_key is not None:
+            raise ValueError("idempotency_key must be absent with chosen_id, which does what it would do")
         headers, method, path = dict(JSON_BODY), "POST", "/jobs"
         if chosen_id is not None:
             method, path = "PUT", f"/jobs/{uuid.UUID(chosen_id)}"
-        if chosen_id is None or idempotency_key is not None:
+        else:
             headers["Idempotency-Key"] = uuid.uuid4().hex if idempotency_key is None else idempotency_key
         patience = Patience(self._connection.patience_s, durable=True)
         body = text_of(parameters | told(webhook, webhook_events))

@@ -14,6 +14,7 @@ from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
 
 Run = Callable[..., Any]
+DELIVERY_BYTES = 512  # roughly what an event takes
 
 
 def make_deliveries(metadata: sa.MetaData) -> sa.Table:
@@ -125,11 +126,11 @@ class DeliveryRows:
         held = self._table.c.held_until_us.is_not(None)
         run(sa.update(self._table).where(held).values(held_until_us=None))
 
-    def is_owed(self) -> sa.ColumnElement[bool]:
-        """Whether something of a job is still to be delivered."""
+    def is_owed(self, after_us: int) -> sa.ColumnElement[bool]:
+        """Whether something of a job is still to be delivered that happened since then."""
         table, jobs = self._table, self._jobs
         pending = sa.select(table.c.id).where(table.c.job_id == jobs.c.id, table.c.state == "pending")
-        return sa.and_(jobs.c.webhook.is_not(None), pending.exists())
+        return sa.and_(jobs.c.webhook.is_not(None), pending.where(table.c.since_us > after_us).exists())
 
 
 def _delivery(row: Any, attempts: int, owner: str = "") -> Delivery:
@@ -145,3 +146,8 @@ def webhook_of(row: Any, *, damaged: bool = False) -> Webhook | None:
         if damaged:
             return None
         raise
+
+
+def kept_bytes(webhook: Webhook | None) -> int:
+    """Roughly what a webhook takes with its events."""
+    return len(webhook.url) + DELIVERY_BYTES * len(webhook.events) if webhook is not None else 0

@@ -200,6 +200,8 @@ def test_a_job_under_a_chosen_id_is_one_job_however_often_it_is_sent(served: Ser
     assert (caught.value.status, caught.value.code) == (409, "job_exists")
     with pytest.raises(ValueError, match="UUID"):
         tminus.submit(chosen_id="my-job", steps=1)
+    with pytest.raises(ValueError, match="idempotency_key must be absent"):
+        tminus.submit(chosen_id=chosen, idempotency_key="k", steps=1)
 
 
 def test_a_webhook_is_named_and_its_state_is_read(connect: Connect) -> None:

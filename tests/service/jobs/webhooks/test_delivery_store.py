@@ -10,6 +10,7 @@ from tests.service.jobs.conftest import DatabaseShelf, FileShelf, Shelf
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.jobs.sql_store import SqlStore
 from tminus.service.jobs.store import OUTCOMES, JobRecord
+from tminus.service.jobs.webhooks.rows import DELIVERY_BYTES
 from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
 from tminus.service.scheduling.intake import Intake
@@ -238,6 +239,7 @@ def test_a_sweep_waits_for_what_is_owed_but_not_where_room_is_short(store: SqlSt
         return sorted(record.id for record in store.page(None, OUTCOMES, 9))
 
     assert left() == ["a", "b", "c"], "pending"
+    assert not store.sweep(200, 10**9, store.now_us() - 60 * 10**6)
     for each in claim(store):
         if each.job_id != "c":
             store.settle(replace(each, state="delivered" if each.job_id == "a" else "given_up"))
@@ -247,6 +249,23 @@ def test_a_sweep_waits_for_what_is_owed_but_not_where_room_is_short(store: SqlSt
     while store.sweep(0, 1):
         pass
     assert [record.id for record in store.page(None, OUTCOMES, 9)] == ["newest"]
+
+
+def test_a_sweep_does_not_wait_for_what_nobody_tries_any_more(store: SqlStore) -> None:
+    for name in "ab":
+        store.add(told(name, "completed"))
+        store.finish(ended(told(name, "completed"), at_us=100), PIXELS)
+    store.sweep(200, 10**9, store.now_us() + 10**6)  # the events lie before that
+    assert store.page(None, OUTCOMES, 9) == []
+
+
+def test_a_webhook_counts_in_the_room_of_its_job(shelf: Shelf, store: SqlStore) -> None:
+    for record in (told("a"), job("b")):
+        store.add(record)
+        store.finish(ended(record), PIXELS)
+    store.close()
+    ((plain,), (with_webhook,)) = sorted(shelf.read("SELECT bytes FROM jobs"))
+    assert with_webhook == plain + len(URL) + 3 * DELIVERY_BYTES
 
 
 def test_a_damaged_webhook_is_said_and_harms_no_other(shelf: Shelf, store: SqlStore) -> None:
