@@ -146,7 +146,7 @@ class Deliverer:
             view = await self._view(delivery.job_id)
             assert view.record.webhook is not None
             body = json.dumps(self._document(view)).encode()
-            await self._rules.sender.send(view.record.webhook.url, delivery.id, body, delivery.owner)
+            await self._rules.sender.send(view.record.webhook.url, delivery.id, body, self._slots.sharer(delivery))
         except NotDelivered as error:
             self._slots.failed(delivery)
             return self._failed(delivery, error.reason, time.perf_counter() - began_s, is_final=error.is_final)

@@ -3,16 +3,15 @@
 import asyncio
 import socket
 import threading
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-LookUp = Callable[[str, str], Awaitable[list[str]]]  # of a name, for an owner
+LookUp = Callable[[str, str], Awaitable[list[str]]]  # of a name, for a sharer
 MOST_LOOKUPS = 128  # threads that wait for name servers
 
 
 class NamesBusy(Exception):
-    """So many names of an owner's receivers are being looked up that this one has to wait."""
+    """So many names are being looked up for this sharer that this one has to wait."""
 
 
 class Names:
@@ -24,29 +23,33 @@ class Names:
 
     def __init__(self) -> None:
         self._asked: dict[str, asyncio.Future[list[str]]] = {}  # names that are being looked up, once each
-        self._of_owners: Counter[str] = Counter()  # for whom first
+        self._sharers: dict[str, str | None] = {}  # whose share each of them takes; None: nobody's any more
 
-    async def look_up(self, name: str, owner: str = "") -> list[str]:
+    async def look_up(self, name: str, sharer: str = "") -> list[str]:
         """The addresses of a name, as the system finds them. Raises OSError and NamesBusy.
 
-        An owner may have as many threads as are free, see slots.py.
+        A sharer may have as many threads as are free, see slots.py. One that is given up goes on, and is nobody's: the
+        next names of its sharer have half of what is left then.
         """
         if name not in self._asked:
-            if self._of_owners[owner] >= MOST_LOOKUPS - len(self._asked):
+            if [*self._sharers.values()].count(sharer) >= MOST_LOOKUPS - len(self._asked):
                 raise NamesBusy
-            self._begin(name, owner)
-        return await asyncio.shield(self._asked[name])
+            self._begin(name, sharer)
+        try:
+            return await asyncio.shield(self._asked[name])
+        except asyncio.CancelledError:
+            if name in self._asked:
+                self._sharers[name] = None
+            raise
 
-    def _begin(self, name: str, owner: str) -> None:
+    def _begin(self, name: str, sharer: str) -> None:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[list[str]] = loop.create_future()
         self._asked[name] = answer
-        self._of_owners[owner] += 1
+        self._sharers[name] = sharer
 
         def end(addresses: list[str], error: OSError | None) -> None:
-            del self._asked[name]
-            self._of_owners[owner] -= 1
-            self._of_owners += Counter()  # forgets those that are at 0
+            del self._asked[name], self._sharers[name]
             if error is None:
                 answer.set_result(addresses)
             else:

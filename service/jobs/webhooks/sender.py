@@ -24,7 +24,7 @@ ATTEMPT_S = 10.0  # for all of it: name, connection, TLS, request and answer
 CONNECT_S = 4.0  # to one address
 MOST_ADDRESSES = 4  # of a name that are tried
 # One for both, since what a server's own name server knows is not for its clients to find out.
-NOWHERE = "its name leads to no public address; others are for --webhook-allow to list"
+NOWHERE = "its name is not known, or leads to no public address; others are for --webhook-allow to list"
 GONE = 410  # by which a receiver says that it wants no more of them (Standard Webhooks)
 
 
@@ -47,10 +47,11 @@ class Sender:
         self._secrets, self._allowed, self._tls = secrets, allowed, tls
         self._look_up = look_up or Names().look_up
 
-    async def send(self, url: str, delivery_id: str, body: bytes, owner: str = "") -> None:
-        """Deliver a body of an owner's job: by the head of the answer, whatever becomes of the rest of it.
+    async def send(self, url: str, delivery_id: str, body: bytes, sharer: str = "") -> None:
+        """Deliver a body, which the head of the answer decides, whatever becomes of the rest of it.
 
-        Raises NotDelivered, InvalidField for a URL that is not allowed any more, and NamesBusy before anything is sent.
+        sharer: whose share of look-ups it takes. Raises NotDelivered, InvalidField for a URL that is not allowed any
+        more, and NamesBusy before anything is sent.
         """
         receiver = Receiver.parse(url, self._allowed)
         headers = {
@@ -59,7 +60,7 @@ class Sender:
             "user-agent": "tminus",
             "accept-encoding": "identity",
         } | signed_headers(self._secrets, delivery_id, int(time.time()), body)
-        backend = _CheckedBackend(receiver, self._allowed, lambda name: self._look_up(name, owner))
+        backend = _CheckedBackend(receiver, self._allowed, lambda name: self._look_up(name, sharer))
         status: int | None = None
         try:
             async with (

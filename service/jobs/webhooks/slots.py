@@ -76,6 +76,10 @@ class Slots:
         self._all += Counter()
         self._of_failing += Counter()
 
+    def sharer(self, delivery: Delivery) -> str:
+        """Whose share of look-ups an attempt takes: an owner's receivers that failed last have one of their own."""
+        return f"{delivery.owner}\x1ffailing" if self._taken[delivery.id] else delivery.owner
+
     def answered(self, delivery: Delivery) -> None:
         """Its receiver answers."""
         self._failing.pop(delivery.whose, None)

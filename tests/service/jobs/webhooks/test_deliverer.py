@@ -1,6 +1,7 @@
 """Attempts, waits and giving up, on a real store; what a receiver answers is the test's, and waits are short."""
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from tminus.service.jobs.views import JobView, kept_view
 from tminus.service.jobs.webhooks import deliverer as module
 from tminus.service.jobs.webhooks import slots
 from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules, wait_s
+from tminus.service.jobs.webhooks.names import Names
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.jobs.webhooks.sender import NotDelivered
 from tminus.service.jobs.webhooks.slots import AT_ONCE_EACH
@@ -206,6 +208,43 @@ def test_a_hundred_receivers_that_never_answer_hold_up_none_that_does_of_their_o
 
     asyncio.run(run())
     assert len(hang) == 100
+
+
+def test_names_that_no_server_answers_for_hold_up_no_other_receiver(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs, slow = threading.Event(), set[str]()
+    names = Names()
+
+    def getaddrinfo(name: str, *_: Any, **__: Any) -> Any:
+        if name.startswith("slow"):
+            slow.add(name)
+            hangs.wait(PATIENCE_S)
+        return [(None, None, None, "", ("192.0.2.1", 0))]
+
+    monkeypatch.setattr("tminus.service.jobs.webhooks.names.socket.getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("tminus.service.jobs.webhooks.names.MOST_LOOKUPS", 32)
+    monkeypatch.setattr(module, "NOT_THERE_S", 0.01)
+
+    async def send(url: str, _id: str, _body: bytes, sharer: str) -> None:
+        try:
+            async with asyncio.timeout(0.2):  # as ATTEMPT_S does
+                await names.look_up(url.split("/")[2], sharer)
+        except TimeoutError:
+            raise NotDelivered("no answer") from None
+
+    async def run() -> None:
+        running = Running(send)
+        await running.end(*(told(f"s{k}", f"https://slow{k}.example/", "studio") for k in range(24)))
+        quick = [told("same", "https://quick.example/", "studio"), told("other", "https://fast.example/", "other")]
+        await running.end(*quick)
+        found = await running.until([record.id for record in quick], "delivered")
+        assert [each.attempts for each in found] == [1, 1], "what was put off does not count"
+
+    try:
+        asyncio.run(run())
+        assert not hangs.is_set()
+        assert len(slow) >= 16, "the share of one owner"
+    finally:
+        hangs.set()
 
 
 def test_receivers_that_failed_last_leave_slots_to_those_that_answer(monkeypatch: pytest.MonkeyPatch) -> None:

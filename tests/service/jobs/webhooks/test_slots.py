@@ -35,9 +35,12 @@ def test_what_ends_is_free_again() -> None:
 
 def test_receivers_that_failed_last_have_half_of_the_slots_of_all_and_of_their_owner() -> None:
     slots = Slots()
-    assert len(fill(slots, "a", "it failed")) == FAILING_AT_ONCE // 2
+    failing = fill(slots, "a", "it failed")
+    assert len(failing) == FAILING_AT_ONCE // 2
     assert len(fill(slots, "b", "it failed")) == FAILING_AT_ONCE // 4
-    assert len(fill(slots, "a")) > 0, "those that answer"
+    answering = fill(slots, "a")
+    assert answering, "those that answer"
+    assert slots.sharer(answering[0]) != slots.sharer(failing[0]), "nor do they share look-ups"
 
 
 def test_a_receiver_that_failed_is_known_until_it_answers_and_not_too_many_are() -> None:
