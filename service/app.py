@@ -14,6 +14,7 @@ from tminus.service.access.access import Access
 from tminus.service.api import openapi, problems
 from tminus.service.api.admin import admin_routes
 from tminus.service.api.authentication import Authentication, authentication_routes, is_open
+from tminus.service.api.batch import batch_routes
 from tminus.service.api.docs import docs_routes
 from tminus.service.api.events import event_routes
 from tminus.service.api.hugging_face import BARE_PATH, hugging_face_routes
@@ -28,7 +29,7 @@ from tminus.service.api.openai.images import image_routes
 from tminus.service.api.openai.model_list import model_list_routes
 from tminus.service.api.openapi import Contract
 from tminus.service.api.origin import EXPOSED_HEADERS, Doors, Gate
-from tminus.service.api.page import page_routes
+from tminus.service.api.page import Compression, page_routes
 from tminus.service.api.request_spans import RequestSpans
 from tminus.service.api.sample import sample_routes
 from tminus.service.api.services import Services
@@ -112,6 +113,7 @@ def create_app(
     def general(contract: Contract) -> list[APIRouter]:
         return [
             admin_routes(models, changes, access),
+            batch_routes(models),
             authentication_routes(access, limits.max_body_bytes),
             image_routes(models),
             model_list_routes(models),
@@ -146,6 +148,7 @@ def create_app(
     larger = {"/noise": limits.max_image_bytes + FORM_BYTES}
     # For the images in it; the rest of a body is held to max_body_bytes in api/request.py.
     larger |= dict.fromkeys(("/sample", "/jobs", "/v1/images/edits"), limits.max_edit_bytes)
+    app.add_middleware(Compression)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
     app.add_middleware(Authentication, access=access, refused=metrics.rejected)
     if doors.origins:

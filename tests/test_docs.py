@@ -16,8 +16,9 @@ from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F
 from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
 from tminus.model.timesteps import SPACINGS
+from tminus.service.api.previews import AnimationRequest
 from tminus.service.api.sample import ANY_TYPE, WITHOUT_EVERY
-from tminus.service.api.schemas import AnimationRequest, SampleRequest
+from tminus.service.api.schemas import SampleRequest
 from tminus.service.api.webhook_request import WebhookRequest
 from tminus.service.images.encoder import WEBP
 from tminus.service.jobs.webhooks.webhook import EVENTS

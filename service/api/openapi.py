@@ -13,13 +13,12 @@ from tminus.service.api.answers import ErrorText, Problem, SampleAnswer
 from tminus.service.api.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
 from tminus.service.api.job_ids import CHOSEN
 from tminus.service.api.multipart import BYTES, FORM
-from tminus.service.api.previews import MAX_FPS
+from tminus.service.api.previews import MAX_FPS, AnimationRequest
 from tminus.service.api.problems import PROBLEM_JSON, as_error_text, form_of
 from tminus.service.api.schemas import (
     MAX_DEADLINE_S,
     MAX_INDEX,
     PICTURES,
-    AnimationRequest,
     NoiseRequest,
     SampleRequest,
 )

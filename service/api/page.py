@@ -6,6 +6,10 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tminus.service.api.origin import OF_A_MODEL
 
 FOLDER = Path(__file__).parents[1] / "page"
 HEADERS = {
@@ -16,6 +20,21 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+COMPRESSED = ("/page/", "/model/schedule")  # long texts without secrets, and no images: those are compressed already
+GZIP_LEVEL = 6
+
+
+class Compression:
+    """Sends the files of the page compressed, to clients that take gzip. Everything else is sent as it is."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app, self._compressing = app, GZipMiddleware(app, compresslevel=GZIP_LEVEL)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        compresses = scope["type"] == "http" and OF_A_MODEL.sub("", scope["path"]).startswith(COMPRESSED)
+        await (self._compressing if compresses else self._app)(scope, receive, send)
 
 
 def page_routes(without: Collection[str] = ()) -> APIRouter:

@@ -1,4 +1,4 @@
-"""How a client wants to see a job while it runs, as pydantic models."""
+"""How a client wants to see the steps of a job, while it runs or with its images, as pydantic models."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -7,9 +7,13 @@ from pydantic import Field
 
 from tminus.service.api.fields import EVERY_BOUND, Bool, Float, Int, RequestSchema
 from tminus.service.errors import InvalidField
+from tminus.service.model_info import ModelInfo
 from tminus.service.preview import SHOWS, Pace, Show
+from tminus.service.spec import SampleSpec
+from tminus.service.worker.recording import frame_count
 
 MAX_FPS, DEFAULT_FPS = 60.0, 10.0
+MAX_FRAME_BYTES = 16 * 2**20  # of pixels, all frames of one job
 _BOUNDS = {
     "every": EVERY_BOUND,
     "fps": f"a number above 0, at most {MAX_FPS:g}",
@@ -63,3 +67,47 @@ class StreamRequest(PreviewRequest):
     """The same over a WebSocket, which may stay open for more jobs."""
 
     keep_open: Bool = Field(False, description="wait for another job when this one is done, instead of closing")
+
+
+class AnimationRequest(RequestSchema):
+    """What the frames of a job show, in an animation or as JSON; beside the parameters of SampleRequest."""
+
+    every: Int = Field(
+        ge=1, description="with Accept: image/webp or application/json, a frame after every so many steps of each image"
+    )
+    show: Show | list[Show] = Field(
+        "x_t",
+        description="what its frames show: x_t (the noisy image; default) or x_0 (the network's estimate); "
+        "in JSON also a list of both",
+    )
+
+    @classmethod
+    def take_from(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:
+        """Check an animation's parameters, None where there are none, and return the rest. Raises InvalidField."""
+        own, rest = cls.divide(parameters)
+        if not own:
+            return None, rest
+        if "every" not in own:
+            raise InvalidField.of("show", "absent where no animation is asked for by `every`", own["show"])
+        bounds = {"every": EVERY_BOUND, "show": f"one of {', '.join(SHOWS)}, or with application/json a list of both"}
+        asked = cls.from_parameters(own, bounds.__getitem__)
+        if not 0 < len(asked.shows) == len(set(asked.shows)):
+            raise InvalidField.of("show", bounds["show"], asked.show)
+        return asked, rest
+
+    @property
+    def shows(self) -> tuple[Show, ...]:
+        """What is shown, in the order asked for."""
+        return (self.show,) if isinstance(self.show, str) else tuple(self.show)
+
+    def held_bytes(self, spec: SampleSpec, model: ModelInfo) -> int:
+        """What the frames before the last take, whose pixels are the result's. Raises InvalidField: they are too many.
+
+        The bound is for all of a job's frames, MAX_FRAME_BYTES.
+        """
+        frame_bytes = len(self.shows) * spec.n * model.height_px * model.width_px * model.channels
+        most, count = max(1, MAX_FRAME_BYTES // frame_bytes), frame_count(self.every, spec.num_passes)
+        if count > most:
+            least = -(-spec.num_passes // most)
+            raise InvalidField.of("every", f"at least {least} for so many images and steps", self.every)
+        return frame_bytes * (count - 1)

@@ -25,28 +25,30 @@ from tminus.service.api.openapi import (
     Described,
     failures,
 )
+from tminus.service.api.frames import Frames
+from tminus.service.api.previews import AnimationRequest
 from tminus.service.api.progress import finished_or_gone, result_of, server_timing
 from tminus.service.api.request import accept_header, prefers_async, read_parameters
-from tminus.service.api.schemas import AnimationRequest, SampleRequest
+from tminus.service.api.schemas import SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, submit, to_job, understand
 from tminus.service.api.trajectory import Steps
 from tminus.service.api.webhook_request import NOT_DURABLE, WebhookRequest
 from tminus.service.errors import InvalidField
 from tminus.service.images.animation import WEBP_VERSION
-from tminus.service.images.encoder import MEDIA_TYPES, WEBP, Encoder, etag
+from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP, Encoder, etag
 from tminus.service.images.trajectory import TRAJECTORY
 from tminus.service.jobs.webhooks.receivers import refused
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.model_info import ModelInfo
+from tminus.service.preview import SHOWS
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import JobResult
-from tminus.service.worker.recording import Recorder, Recording, frame_count
+from tminus.service.worker.recording import Recorder, Recording
 
 WITHOUT_EVERY = (*MEDIA_TYPES, TRAJECTORY)
 ANY_TYPE = (*WITHOUT_EVERY, WEBP)
 WITH_EVERY = ", or image/webp together with the parameter `every`"
-MAX_ANIMATION_BYTES = 16 * 2**20  # of pixels, all frames of one job
 
 
 def sample_routes(models: Models, contract: Contract) -> APIRouter:
@@ -140,22 +142,22 @@ class Animation:
     @classmethod
     def of(cls, spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> "Animation":
         """Prepare to record a job's frames. Raises InvalidField where their pixels are too many."""
-        frame_bytes = spec.n * model.height_px * model.width_px * model.channels
-        most, count = max(1, MAX_ANIMATION_BYTES // frame_bytes), frame_count(asked.every, spec.num_passes)
-        if count > most:
-            least = -(-spec.num_passes // most)
-            raise InvalidField.of("every", f"at least {least} for so many images and steps", asked.every)
-        recording = Recording(asked.every, asked.show, spec.n, spec.num_passes)
-        return cls(spec, asked, frame_bytes * (count - 1), recording)  # the last frame is the result
+        if len(asked.shows) > 1:
+            raise InvalidField.of("show", f"one of {', '.join(SHOWS)} in an animation", asked.show)
+        held_bytes = asked.held_bytes(spec, model)
+        return cls(spec, asked, held_bytes, Recording(asked.every, asked.shows, spec.n, spec.num_passes))
 
     @property
     def kind(self) -> str:
         """All but the spec that its bytes depend on."""
-        return f"{WEBP}; every={self.asked.every}; show={self.asked.show}; {WEBP_VERSION}"
+        return f"{WEBP}; every={self.asked.every}; show={self.asked.shows[0]}; {WEBP_VERSION}"
 
     async def encode(self, encoder: Encoder, result: JobResult, _made_by: ModelInfo) -> bytes:
         """Make the body. Raises NotFinite."""
-        return await encoder.encode_animation(self.recording.frames, result)
+        (show,) = self.asked.shows
+        return await encoder.encode_animation(
+            lambda: [frame[show] for frame in self.recording.frames().values()], result
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +184,7 @@ async def answer(services: Services, request: Request) -> Response:
     negotiate(accepted, ANY_TYPE)  # before the body is read
     animation, rest = AnimationRequest.take_from(await read_parameters(request, services.limits))
     webhook, rest = WebhookRequest.take_from(rest, services.webhooks)
-    offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP,), "")
+    offered, hint = (WITHOUT_EVERY, WITH_EVERY) if animation is None else ((WEBP, JSON), "")
     media_type = negotiate(accepted, offered, hint)
     asked = await understand(services, rest)
     if request.method == "POST" and prefers_async(request):  # a GET must leave nothing behind
@@ -206,7 +208,7 @@ async def respond(services: Services, request: Request, job: Job) -> Response:
 
 def _answer_of(spec: SampleSpec, media_type: str, animation: AnimationRequest | None, model: ModelInfo) -> Answer:
     if animation is not None:
-        return Animation.of(spec, animation, model)
+        return (Animation if media_type == WEBP else Frames).of(spec, animation, model)
     return Steps.of(spec, model) if media_type == TRAJECTORY else Still(spec, media_type)
 
 

@@ -1,4 +1,4 @@
-"""The parameters of /sample, its animations and /noise, as pydantic models. `to_spec` turns them into plain values."""
+"""The parameters of /sample and /noise, as pydantic models. `to_spec` turns them into plain values."""
 
 import secrets
 from collections.abc import Callable, Mapping
@@ -14,7 +14,6 @@ from tminus.model.timesteps import SPACINGS
 from tminus.service.api.classes import class_bound, class_numbers
 from tminus.service.api.fields import (
     ENCODED_IMAGE,
-    EVERY_BOUND,
     MAX_ITEMS,
     MAX_SEED,
     SEED_BITS,
@@ -29,7 +28,6 @@ from tminus.service.api.fields import (
 from tminus.service.api.tables import choose_table
 from tminus.service.errors import BodyTooLarge, InvalidField
 from tminus.service.model_info import Limits, ModelInfo
-from tminus.service.preview import SHOWS, Show
 from tminus.service.spec import Inputs, SampleSpec
 
 MAX_INDEX = 2**32 - 1
@@ -220,26 +218,6 @@ class SampleRequest(RequestSchema):
             raise InvalidField.of("guidance", f"1 (off): this model {what}", self.guidance)
         if None in labels:
             raise InvalidField.of("guidance", "1 (off) where an image has no class_label", self.guidance)
-
-
-class AnimationRequest(RequestSchema):
-    """What an animation of a job shows; beside the parameters of SampleRequest."""
-
-    every: Int = Field(ge=1, description="with Accept: image/webp, a frame after every so many steps of each image")
-    show: Show = Field(
-        "x_t", description="what its frames show: x_t (the noisy image; default) or x_0 (the network's estimate)"
-    )
-
-    @classmethod
-    def take_from(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:
-        """Check an animation's parameters, None where there are none, and return the rest. Raises InvalidField."""
-        own, rest = cls.divide(parameters)
-        if not own:
-            return None, rest
-        if "every" not in own:
-            raise InvalidField.of("show", "absent where no animation is asked for by `every`", own["show"])
-        bounds = {"every": EVERY_BOUND, "show": f"one of {', '.join(SHOWS)}"}
-        return cls.from_parameters(own, bounds.__getitem__), rest
 
 
 class NoiseRequest(RequestSchema):

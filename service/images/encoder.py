@@ -8,7 +8,7 @@ import json
 import math
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -83,6 +83,20 @@ class Encoder:
                 self._animations, self._encode_trajectory, read, spec, result, made_by
             )
 
+    async def encode_path(
+        self,
+        spec: SampleSpec,
+        frames: Callable[[], Mapping[int, Mapping[Show, Images]]],
+        timesteps: Sequence[float],
+        result: JobResult,
+        made_by: ModelInfo,
+    ) -> bytes:
+        """Make JSON of a recording and its result. timesteps: of each pass. Raises NotFinite."""
+        with traced("encode", {"tminus.media_type": JSON, "tminus.images": spec.n}):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._animations, self._encode_path, spec, frames, timesteps, result, made_by
+            )
+
     async def encode_frame(
         self, frame: Frame, frame_format: str, layout: str, quality: int | None = None
     ) -> list[Picture]:
@@ -143,6 +157,26 @@ class Encoder:
         self._observe("trajectory", time.perf_counter() - started)
         return body
 
+    def _encode_path(
+        self,
+        spec: SampleSpec,
+        read: Callable[[], Mapping[int, Mapping[Show, Images]]],
+        timesteps: Sequence[float],
+        result: JobResult,
+        model: ModelInfo,
+    ) -> bytes:
+        recorded, images = read(), result.read()
+        started = time.perf_counter()
+        frames = [
+            {"step": step, "t": round(timesteps[step], 3)}
+            | {show: _base64(encode_frame(contact_sheet(each), "png")) for show, each in shown.items()}
+            for step, shown in recorded.items()
+        ]
+        sheet = _base64(encode_result(PNG, spec, images, model))
+        body = json.dumps(_document(spec, images, model) | {"frames": frames, "sheet": sheet}).encode()
+        self._observe("path", time.perf_counter() - started)
+        return body
+
     def _encode_pictures(self, layout: str, spec: SampleSpec, result: JobResult, model: ModelInfo) -> list[bytes]:
         images = result.read()
         started = time.perf_counter()
@@ -193,21 +227,30 @@ def encode_result(media_type: str, spec: SampleSpec, images: Images, model: Mode
     """Encode a finished job: one PNG (a sheet if n > 1), a zip of n PNGs, or JSON with base64 PNGs."""
     if media_type == PNG:
         return encode_png(contact_sheet(images), recipe(spec, model))
-    pngs = encode_each(spec, images, model)
     if media_type == ZIP:
-        return _zip({f"{spec.index + k:05d}.png": png for k, png in enumerate(pngs)})
+        return _zip({f"{spec.index + k:05d}.png": png for k, png in enumerate(encode_each(spec, images, model))})
     assert media_type == JSON
+    return json.dumps(_document(spec, images, model)).encode()
+
+
+def _document(spec: SampleSpec, images: Images, model: ModelInfo) -> dict[str, object]:
+    """A finished job with its images as JSON has it."""
     entries = [
         {
             "index": spec.index + k,
             "class_label": label,
             "class_name": model.class_names[label] if label is not None else None,
-            "png": base64.b64encode(png).decode("ascii"),
+            "png": _base64(png),
         }
-        for k, (png, label) in enumerate(zip(pngs, spec.class_labels or (None,) * spec.n, strict=True))
+        for k, (png, label) in enumerate(
+            zip(encode_each(spec, images, model), spec.class_labels or (None,) * spec.n, strict=True)
+        )
     ]
-    document = {**recipe(spec, model), "images": entries}
-    return json.dumps(document).encode()
+    return {**recipe(spec, model), "images": entries}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 def encode_each(spec: SampleSpec, images: Images, model: ModelInfo) -> list[bytes]:

@@ -54,9 +54,9 @@ class Recorder(ABC, Generic[Kept]):
 class Recording(Recorder[Mapping[Show, Images]]):
     """Frames of a job, after every so many of its steps."""
 
-    def __init__(self, every: int, show: Show, n: int, steps: int) -> None:
+    def __init__(self, every: int, shows: tuple[Show, ...], n: int, steps: int) -> None:
         super().__init__()
-        self.show = show
+        self._shows = shows
         self._every, self._n, self._steps = every, n, steps
 
     def due(self, step: int) -> bool:
@@ -65,17 +65,20 @@ class Recording(Recorder[Mapping[Show, Images]]):
 
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Mapping[Show, Images]]:
         """Read pictures of rows."""
-        return engine.preview(rows, (self.show,))
+        return engine.preview(rows, self._shows)
 
-    def frames(self) -> list[Images]:
-        """Read the frames in order, uint8 [n, H, W, C] each. For a job that is done, in a thread that may wait."""
-        frames = []
+    def frames(self) -> dict[int, dict[Show, Images]]:
+        """Read the frames, by step and in its order, uint8 [n, H, W, C] each.
+
+        For a job that is done, in a thread that may wait.
+        """
+        frames: dict[int, dict[Show, Images]] = {}
         for step in sorted(self._parts):
-            parts = [(indices, read()[self.show][positions]) for indices, positions, read in self._parts[step]]
-            frame = np.zeros((self._n, *parts[0][1].shape[1:]), np.uint8)
-            for indices, images in parts:
-                frame[indices] = images
-            frames.append(frame)
+            frame = frames.setdefault(step, {})
+            for indices, positions, read in self._parts[step]:
+                for show, images in read().items():
+                    whole = frame.setdefault(show, np.zeros((self._n, *images.shape[1:]), np.uint8))
+                    whole[indices] = images[positions]
         return frames
 
 

@@ -21,6 +21,22 @@ def test_the_page_and_its_files_are_served(site: Site) -> None:
         assert site.client.get(f"/page/{name}", headers={"If-None-Match": file.headers["etag"]}).status_code == 304
 
 
+@pytest.mark.parametrize("path", ["/page/page.js", "/page/page.css", "/model/schedule", "/models/fake/page/page.js"])
+def test_long_texts_of_the_page_are_compressed_for_those_who_take_it(site: Site, path: str) -> None:
+    plain = site.client.get(path, headers={"Accept-Encoding": "identity"})
+    packed = site.client.get(path, headers={"Accept-Encoding": "gzip"})
+    assert packed.content == plain.content
+    assert packed.headers["content-encoding"] == "gzip"
+    assert int(packed.headers["content-length"]) < 0.6 * int(plain.headers["content-length"])
+    assert "content-encoding" not in plain.headers
+    assert packed.headers["vary"] == plain.headers["vary"] == "Accept-Encoding"
+
+
+@pytest.mark.parametrize("path", ["/", "/model", "/sample?steps=1", "/openapi.json"])
+def test_nothing_else_is_compressed(site: Site, path: str) -> None:
+    assert "content-encoding" not in site.client.get(path, headers={"Accept-Encoding": "gzip"}).headers
+
+
 @pytest.mark.parametrize("absent", ["docs", "metrics"])
 def test_a_link_to_what_is_not_served_is_not_shown(make_site: MakeSite, absent: str) -> None:
     site = make_site(app={f"with_{absent}": False})

@@ -1,5 +1,6 @@
 """GET and POST /sample, through the app on a fake engine: images, animations, edits, clients that go away."""
 
+import base64
 import io
 import json
 import re
@@ -17,7 +18,7 @@ from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b6
 from tests.service.conftest import TABLES_OF_50, MakeSite, Site, frames_of, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.service.api import progress
-from tminus.service.api.sample import MAX_ANIMATION_BYTES
+from tminus.service.api.previews import MAX_FRAME_BYTES
 from tminus.service.api.trajectory import MAX_TRAJECTORY_BYTES
 from tminus.service.images.encoder import contact_sheet
 from tminus.service.images.trajectory import TRAJECTORY, read_trajectory
@@ -28,6 +29,7 @@ GUIDED = {"guidance": 2, "class_label": 1}
 SPEC = {"n": 2, "steps": 10, "seed": 4, "class_label": "cat"}
 WEBP = {"Accept": "image/webp"}
 AS_TRAJECTORY = {"Accept": TRAJECTORY}
+AS_JSON = {"Accept": "application/json"}
 
 
 # --- the images ---
@@ -326,6 +328,40 @@ def test_the_media_type_without_every_or_every_without_the_media_type_is_not_acc
     problem(site.post(json=SPEC | {"every": 2}, headers={"Accept": "image/png"}), 406, "not_acceptable")
 
 
+def test_the_way_to_the_images_is_had_as_json_with_timesteps(site: Site) -> None:
+    asked = SPEC | {"every": 2, "show": ["x_0", "x_t"]}
+    answer = site.post(json=asked, headers=AS_JSON)
+    way, plain = answer.json(), site.post(json=SPEC, headers=AS_JSON).json()
+    assert {name: way[name] for name in plain} == plain
+    assert base64.b64decode(way["sheet"]) == site.post(json=SPEC).content
+    steps = [frame["step"] for frame in way["frames"]]
+    assert steps == list(range(2, SPEC["steps"], 2))
+    with site.client.websocket_connect("/sample/stream") as ws:
+        ws.send_json(SPEC | {"every": 2})
+        told = {}
+        while (message := ws.receive()).get("type") != "websocket.close":
+            if "text" in message and (document := json.loads(message["text"]))["type"] == "frame":
+                told[document["step"]] = document["t"]
+    assert told
+    assert {frame["step"]: frame["t"] for frame in way["frames"]}.items() >= told.items()
+    animation = site.post(json=SPEC | {"every": 2}, headers=WEBP)
+    for frame, expected in zip(way["frames"], frames_of(animation.content)[0], strict=False):
+        with Image.open(io.BytesIO(base64.b64decode(frame["x_t"]))) as picture:
+            np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+        assert frame["x_0"]
+    other = site.post(json=SPEC | {"every": 2, "show": "x_t"}, headers=AS_JSON)
+    assert "x_0" not in other.json()["frames"][0]
+    assert other.headers["etag"] != answer.headers["etag"]
+    known = site.post(json=asked, headers=AS_JSON | {"If-None-Match": answer.headers["etag"]})
+    assert known.status_code == 304
+
+
+@pytest.mark.parametrize("show", [[], ["x_t", "x_t"], ["x_t", "x"], ["x_t", "x_0", "x_t"]])
+def test_a_way_shows_each_kind_once(site: Site, show: list[str]) -> None:
+    document = problem(site.post(json=SPEC | {"every": 1, "show": show}, headers=AS_JSON), 422, "invalid_field")
+    assert document["field"] == "show"
+
+
 def test_a_durable_job_keeps_no_frames(site: Site) -> None:
     headers = WEBP | {"Prefer": "respond-async"}
     document = problem(site.post(json=SPEC | {"every": 2}, headers=headers), 422, "invalid_field")
@@ -344,7 +380,7 @@ def test_a_frame_that_cannot_be_read_fails_its_own_job_only(site: Site) -> None:
 
 def test_too_many_frames_are_refused_with_an_every_that_would_fit(make_site: MakeSite) -> None:
     site = make_site(info=replace(INFO, height_px=256, width_px=256))
-    most = MAX_ANIMATION_BYTES // (4 * 256 * 256)
+    most = MAX_FRAME_BYTES // (4 * 256 * 256)
     document = problem(site.post(json={"n": 4, "steps": 1000, "every": 1}, headers=WEBP), 422, "invalid_field")
     assert document["bound"] == f"at least {-(-1000 // most)} for so many images and steps"
     site.engine.gate.shut()

@@ -622,14 +622,14 @@ def test_a_frame_that_fails_costs_no_job(make_bench: MakeBench, broken: str) -> 
 def test_a_recording_has_each_row_at_its_own_steps(make_bench: MakeBench) -> None:
     bench = make_bench(limits=replace(LIMITS, max_batch=2))  # so that the three rows are not level
     spec = make_spec(n=3, steps=7, seed=40)
-    recording = Recording(2, "x_t", spec.n, spec.steps)
+    recording = Recording(2, ("x_t",), spec.n, spec.steps)
     future = bench.accept_spec("a", spec, recording=recording)
     bench.finish()
     images(future)
     frames = recording.frames()
     assert len(frames) == 3
-    for number, frame in enumerate(frames, 1):
-        np.testing.assert_array_equal(frame, fake_pixels(spec, 2 * number))
+    for step, frame in frames.items():
+        np.testing.assert_array_equal(frame["x_t"], fake_pixels(spec, step))
 
 
 def test_a_recording_that_fails_costs_its_own_job_only(make_bench: MakeBench) -> None:
@@ -640,7 +640,7 @@ def test_a_recording_that_fails_costs_its_own_job_only(make_bench: MakeBench) ->
 
     bench.engine.on_preview = fail
     spec = make_spec(seed=1, steps=4)
-    recorded = bench.accept_spec("recorded", spec, recording=Recording(2, "x_t", spec.n, spec.steps))
+    recorded = bench.accept_spec("recorded", spec, recording=Recording(2, ("x_t",), spec.n, spec.steps))
     other = bench.accept("other", seed=2)
     bench.finish()
     error = failure(recorded)

@@ -13,7 +13,7 @@ from tminus.service.worker.recording import Path, Recording, RecordingRoom, fram
 @pytest.mark.parametrize(("every", "steps"), [(1, 5), (2, 5), (5, 5), (7, 5), (3, 10)])
 def test_frames_are_of_one_step_each_however_the_rows_came_to_it(every: int, steps: int) -> None:
     n, rng = 3, random.Random(every * 31 + steps)
-    recording = Recording(every, "x_t", n, steps)
+    recording = Recording(every, ("x_t",), n, steps)
     taken = [0] * n
     while min(taken) < steps:  # ticks of any rows
         rows = [row for row in range(n) if taken[row] < steps and rng.random() < 0.6]
@@ -25,8 +25,9 @@ def test_frames_are_of_one_step_each_however_the_rows_came_to_it(every: int, ste
             recording.put(due, lambda pixels=pixels: {"x_t": pixels})  # type: ignore[misc]
     frames = recording.frames()
     assert len(frames) == frame_count(every, steps) - 1, "the last is the result"
-    for number, frame in enumerate(frames, 1):
-        np.testing.assert_array_equal(frame[:, 0, 0, 0], [10 * row + number * every for row in range(n)])
+    assert list(frames) == [number * every for number in range(1, len(frames) + 1)]
+    for step, frame in frames.items():
+        np.testing.assert_array_equal(frame["x_t"][:, 0, 0, 0], [10 * row + step for row in range(n)])
 
 
 @pytest.mark.parametrize("strength", [None, 0.6])

@@ -1,0 +1,124 @@
+"""GET /batch: the jobs that are denoised now, each at its own timestep, and whose they are to those who may see it."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, Field
+
+from tminus.service.access.access import Caller
+from tminus.service.api.authentication import caller_of
+from tminus.service.api.models import Models
+from tminus.service.api.openapi import failures
+from tminus.service.api.request import no_parameters
+from tminus.service.errors import ModelUnloaded
+from tminus.service.work import JobStatus, timesteps_of
+
+MOST_JOBS = 64  # that are told of
+FRESH_S = 0.1  # however many ask, the jobs are looked at once in this time
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What stays the same of a job: its number here, and the timestep of each of its passes."""
+
+    number: int
+    timesteps: Sequence[float]
+
+
+class BatchJob(BaseModel):
+    """One job, and where its rows are."""
+
+    number: int = Field(description="the same for as long as it runs; counts the jobs that were told of here")
+    id: str | None = Field(description="null where the caller may not see the job")
+    yours: bool = Field(description="whether it came with the caller's key; without keys, always")
+    model: str
+    state: str = Field(json_schema_extra={"enum": ["waiting", "running"]})
+    n: int = Field(description="how many rows: one for each image")
+    step: int = Field(description="how many steps they have taken, on average")
+    steps: int
+    t: float = Field(description="the timestep of their next step")
+    seed: int | None = Field(description="null where the caller may not see the job")
+
+
+class BatchAnswer(BaseModel):
+    """What the worker has at this moment."""
+
+    max_batch: int = Field(description="places of a forward pass of the default model")
+    rows_active: int = Field(description="rows that were in the last forward pass; 0 when idle")
+    jobs: list[BatchJob] = Field(description=f"in order of arrival, at most {MOST_JOBS}")
+    more: int = Field(description="how many jobs are not told of")
+
+
+class Batch:
+    """Owns the last look at the worker's jobs. In the event loop's thread only."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self._known: dict[str, _Known] = {}
+        self._numbers = count(1)
+        self._statuses: list[JobStatus] = []
+        self._looked_s = float("-inf")  # by the event loop's clock
+
+    def seen_by(self, caller: Caller) -> BatchAnswer:
+        """What a caller is told."""
+        self._look()
+        services, told = self._models.default, [status for status in self._statuses if status.id in self._known]
+        return BatchAnswer(
+            max_batch=services.limits.max_batch,
+            rows_active=services.worker.rows_active,
+            jobs=[self._told(status, caller) for status in told],
+            more=len(services.worker.jobs) - len(told) if len(self._statuses) == MOST_JOBS else 0,
+        )
+
+    def _look(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if now_s - self._looked_s < FRESH_S:
+            return
+        # Without a forecast, which would cost more; nothing here tells of it.
+        self._statuses, self._looked_s = self._models.default.worker.jobs.quick_statuses({})[:MOST_JOBS], now_s
+        known, self._known = self._known, {}
+        for status in self._statuses:
+            entry = known.get(status.id) or self._first_seen(status)
+            if entry is not None:
+                self._known[status.id] = entry
+
+    def _first_seen(self, status: JobStatus) -> _Known | None:
+        try:
+            model = self._models.numbered(status.model).model
+        except ModelUnloaded:
+            return None
+        return _Known(next(self._numbers), timesteps_of(status.spec, model))
+
+    def _told(self, status: JobStatus, caller: Caller) -> BatchJob:
+        known, visible = self._known[status.id], caller.sees in (None, status.owner)
+        return BatchJob(
+            number=known.number,
+            id=status.id if visible else None,
+            yours=status.owner == caller.name,
+            model=status.model_name,
+            state=status.state,
+            n=status.spec.n,
+            step=status.step,
+            steps=status.spec.num_passes,
+            t=round(known.timesteps[min(status.step, len(known.timesteps) - 1)], 3),
+            seed=status.spec.seed if visible else None,
+        )
+
+
+def batch_routes(models: Models) -> APIRouter:
+    """Make the route."""
+    router, batch = APIRouter(tags=["jobs"]), Batch(models)
+
+    @router.get(
+        "/batch",
+        summary="The jobs that are denoised now, each at its own timestep",
+        dependencies=[Depends(no_parameters)],
+        responses=failures(422),
+    )
+    async def get_batch(request: Request) -> BatchAnswer:
+        return batch.seen_by(caller_of(request))
+
+    return router
