@@ -1,13 +1,18 @@
 // The frames of a job as they come, kept so that one can go back: {step, steps, t, x_t, x_0}, a picture being {url, bytes}.
 
 import { element } from "./api.js";
-import { markTime } from "./schedule.js";
+import { drawStrip, markStrip, onPick, SHOWS } from "./strip.js";
+import { frameAt, onTime, setTime } from "./time.js";
 
 export const MOST_BYTES = 100e6; // that the frames may take
 
-const SHOWS = ["x_t", "x_0"];
 let frames = [];
 let following = true; // whether the newest frame is shown; not while the user views an earlier frame
+let growing = false; // while a job runs
+
+export const frameCount = () => frames.length;
+export const pictureNow = () => frames[Number(element("scrub").value)]?.x_t?.url;
+export const setGrowing = (yes) => (growing = yes);
 
 // A step may come in two parts, and again after the connection broke. Pictures are blobs.
 export function addFrame({ step, steps, t }, pictures) {
@@ -22,7 +27,15 @@ export function addFrame({ step, steps, t }, pictures) {
   const scrub = element("scrub");
   scrub.disabled = false;
   scrub.max = frames.length - 1;
-  showFrame(following ? frames.length - 1 : Number(scrub.value));
+  element("play").ariaDisabled = String(frames.length < 2);
+  drawStrip(frames);
+  showFrame(following ? frames.length - 1 : Number(scrub.value), "live");
+}
+
+/** Show a whole path, its end first. frames: {step, steps, t, pictures}, the pictures being blobs. */
+export function showPath(path) {
+  clearFrames();
+  for (const { pictures, ...frame } of path) addFrame(frame, pictures);
 }
 
 export function clearFrames() {
@@ -34,8 +47,10 @@ export function clearFrames() {
     element(show).alt = "";
   }
   Object.assign(element("scrub"), { disabled: true, max: 0, value: 0 });
+  element("play").ariaDisabled = "true";
   element("frame-text").textContent = "";
-  markTime(null);
+  drawStrip(frames);
+  setTime(null, "frames");
 }
 
 // Every other frame goes, the newest stays.
@@ -44,7 +59,7 @@ function thinOut() {
   const shown = Math.floor(Number(element("scrub").value) / 2);
   frames.filter((_, at) => odd(at)).forEach(drop);
   frames = frames.filter((_, at) => !odd(at));
-  if (!following) showFrame(Math.min(shown, frames.length - 1));
+  if (!following) showFrame(Math.min(shown, frames.length - 1), "live");
 }
 
 const bytesOf = (frame) => SHOWS.reduce((sum, show) => sum + (frame[show]?.bytes ?? 0), 0);
@@ -54,7 +69,7 @@ function release(picture) {
   if (picture) URL.revokeObjectURL(picture.url); // which would keep the bytes for as long as the page is open
 }
 
-function showFrame(at) {
+function showFrame(at, from) {
   const frame = frames[at];
   for (const show of SHOWS) {
     if (!frame[show] || element(show).src === frame[show].url) continue;
@@ -65,11 +80,23 @@ function showFrame(at) {
   scrub.value = at;
   scrub.setAttribute("aria-valuetext", `step ${frame.step} of ${frame.steps}`);
   element("frame-text").textContent = `Frame ${at + 1} of ${frames.length}: after ${frame.step} steps, t = ${frame.t}`;
-  markTime(frame.t);
+  markStrip(at);
+  if (from !== "time") setTime(frame.t, from);
 }
 
-element("scrub").addEventListener("input", (event) => {
-  const at = Number(event.target.value);
+/** Show a frame by its number, as somebody who looks back does. */
+export function goTo(at) {
   following = at === frames.length - 1;
-  showFrame(at);
+  showFrame(at, "frames");
+}
+
+onPick(goTo);
+element("scrub").addEventListener("input", (event) => goTo(Number(event.target.value)));
+
+onTime((t, from) => {
+  if (t === null || !frames.length || ["frames", "live"].includes(from)) return;
+  if (growing && following && from === "hover") return; // a mouse on its way does not stop what is watched
+  const at = frameAt(frames, t);
+  following = at === frames.length - 1;
+  showFrame(at, "time");
 });

@@ -2,7 +2,10 @@
 
 import { ask, base, element, getJson, isGone, reason, toJson } from "./api.js";
 import { signedIn } from "./key.js";
+import { describe } from "./form.js";
 import { keep, recall } from "./kept.js";
+import { copyLink } from "./link.js";
+import { toHash } from "./recipe.js";
 
 const REMEMBERED = 30;
 // How the calls that are shown send a key, which is in the variable TMINUS_KEY.
@@ -36,8 +39,6 @@ export function addResult(job, images, model) {
   if (element(`result-${job.id}`)) return;
   const picture = URL.createObjectURL(images);
   const spec = shortest(job.parameters, model);
-  const label = spec.class_label;
-  const name = label === undefined ? "no class" : Array.isArray(label) ? "several" : model.class_names[label];
   const body = toJson(spec);
   const url = new URL("sample", base).href.replaceAll("'", "%27");
   const entry = element("result").content.firstElementChild.cloneNode(true);
@@ -45,7 +46,10 @@ export function addResult(job, images, model) {
   const part = (selector) => entry.querySelector(selector);
   part("img").src = picture;
   part("img").alt = "The images";
-  part(".what").textContent = `${spec.n} × ${name}, ${spec.steps} steps of ${spec.sampler}, seed ${spec.seed}`;
+  const edited = spec.image_sha256 !== undefined;
+  part(".what").textContent = `${describe(spec)}${edited ? ", from a picture" : ""}`;
+  for (const calls of entry.querySelectorAll("details, .share")) calls.hidden = edited; // they would need the picture
+  part(".share").addEventListener("click", ({ target }) => copyLink(target, toHash(spec)));
   part(".png").href = picture;
   part(".png").download = `tminus-${spec.seed}.png`;
   part(".zip").addEventListener("click", (event) => downloadZip(job.id, spec.seed, event.target, part(".complaint")));

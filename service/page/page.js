@@ -1,32 +1,46 @@
-// The page of a model: the form, and what becomes of it. The parts are in the other files.
+// The page of a model: what it opens with, the form, and what becomes of it. The parts are in the other files.
 
 import { element, getJson, nameInAddress, parse, Refusal, root, toJson } from "./api.js";
 import { cancelUnderWay, create, underWay } from "./asking.js";
+import { complain, describe, fillForm, fillFrom, form, parameters } from "./form.js";
+import { frameCount, goTo, setGrowing, showPath } from "./frames.js";
 import { addResult, restore } from "./gallery.js";
 import { cancel, clear, follow, jobInAddress } from "./job.js";
 import { showWho } from "./key.js";
+import { copyLink } from "./link.js";
 import { openPageOf, showMenu } from "./models.js";
-import { setUpNoise } from "./noise.js";
+import { leaveOpening, open, usualOpening } from "./opening.js";
+import { player } from "./player.js";
+import { showPresets } from "./presets.js";
+import { fromHash, toHash } from "./recipe.js";
 import { drawSchedule } from "./schedule.js";
 import { say } from "./standing.js";
 
-// The guidance, where the checkpoint recommends nothing.
-const GUIDANCE = 2;
+// Below the first view, so they may come after it.
+const LATER = ["picture", "noise", "edit", "compare", "grid", "batch"];
+const MOST_PASSES = 2000; // of all images together, that a link alone may ask the server for
 
-const form = element("form");
 let model = null;
-let stepsChosen = false; // by the user: another sampler does not change them
 let running = true; // or about to
 
+const player1 = player(element("play"), {
+  show: (share) => frameCount() && goTo(Math.round(share * (frameCount() - 1))),
+  share: () => (frameCount() > 1 ? Number(element("scrub").value) / (frameCount() - 1) : 0),
+});
+
 async function start() {
+  const later = Promise.all(LATER.map((name) => import(`./${name}.js`)));
   const [loaded, schedule] = await Promise.all(["model", "model/schedule"].map(getJson));
   model = loaded;
-  fillForm();
+  fillForm(model);
+  showPresets(model);
   drawSchedule(schedule);
-  setUpNoise(model);
   element("model").textContent =
     `${model.name}: ${model.width_px}×${model.height_px}, T=${model.num_timesteps}, on ${model.device}`;
+  const opened = openingShown();
   showWho(await getJson(new URL("key", root)), new URL("logout", root));
+  const parts = await later;
+  for (const part of parts) part.setUp(model, { run: (body) => run(toJson(body)), watch, fillFrom, opened });
   await restore(model);
   busy(false);
   const body = underWay(model); // the page was loaded again before there was an answer
@@ -36,6 +50,36 @@ async function start() {
   } else {
     await findAgain();
   }
+  await opened;
+}
+
+// A page with a recipe in its address opens with that one; one with a job is about to show it. Returns whether it is shown.
+async function openingShown() {
+  if (underWay(model) || jobInAddress()) {
+    leaveOpening();
+    return false;
+  }
+  const linked = fromHash(location.hash);
+  if (linked) fillFrom(linked);
+  const seeded = linked?.seed !== undefined && linked.n * linked.steps <= MOST_PASSES;
+  if (linked && !seeded) {
+    leaveOpening();
+    element("caption").textContent = "The form has the settings of the link. Press Sample to see what they make.";
+    return false;
+  }
+  const shown = await open(linked ?? usualOpening(model), model, describe);
+  if (shown && !matchMedia("(prefers-reduced-motion: reduce)").matches) player1.play();
+  return shown;
+}
+
+/** Show a path that is had whole, as one of the grid's. */
+function watch(frames, text) {
+  if (running) return;
+  leaveOpening();
+  clear();
+  showPath(frames);
+  element("caption").textContent = text;
+  toTop();
 }
 
 // Whose address names a job, as after a reload, shows it.
@@ -49,6 +93,7 @@ async function findAgain() {
       if (await openPageOf(job.model, location.hash)) return;
       complain(`The job in the address of this page is of the model ${job.model}, which is not loaded.`);
     } else if (job.durable) {
+      leaveOpening();
       fillFrom(job.parameters);
       show(job);
     } else complain("The job in the address of this page cannot be followed: it is not durable, and ends with its request.");
@@ -57,81 +102,13 @@ async function findAgain() {
   }
 }
 
-function fillForm() {
-  const sampler = model.recommended?.sampler ?? model.default_sampler;
-  fill(form.elements.sampler, model.samplers.map((name) => [name, name]), sampler);
-  suitSteps();
-  form.elements.guidance.value = model.recommended?.guidance ?? GUIDANCE;
-  form.elements.n.max = model.limits.max_n;
-  if (model.conditional) {
-    element("class-field").hidden = false;
-    const classes = model.class_names.map((name, number) => [String(number), name]);
-    const any = model.null_class === null ? [] : [["", "no class"]];
-    fill(form.elements.class_label, [...classes, ...any], "0");
-    element("guidance-field").hidden = model.null_class === null;
-  }
-  form.elements.class_label.addEventListener("change", suitGuidance);
-  form.elements.sampler.addEventListener("change", suitSteps);
-  form.elements.steps.addEventListener("input", () => (stepsChosen = true));
-  suitGuidance();
-}
-
-// Fill in what a job was asked for, as far as there are fields for it.
-function fillFrom(spec) {
-  for (const name of ["sampler", "steps", "n"]) form.elements[name].value = spec[name];
-  form.elements.seed.value = spec.seed ?? "";
-  const labels = new Set([spec.class_label ?? null].flat());
-  if (!labels.has(null)) form.elements.guidance.value = spec.guidance ?? 1; // else it had none
-  if (labels.size === 1) form.elements.class_label.value = [...labels][0] ?? "";
-  stepsChosen = spec.steps !== suitableSteps(spec.sampler);
-  suitGuidance();
-}
-
-function fill(select, options, chosen) {
-  select.replaceChildren(...options.map(([value, text]) => new Option(text, value, false, value === chosen)));
-}
-
-function suitGuidance() {
-  const tables = tablesOf(form.elements.sampler.value);
-  const never = tables.length > 0 && tables.every((table) => table.guidance === 1); // such a sampler is not guided
-  const hidden = element("guidance-field").hidden;
-  form.elements.guidance.disabled = hidden || never || form.elements.class_label.value === "";
-}
-
-function tablesOf(sampler) {
-  return model.tables.filter((table) => table.sampler === sampler);
-}
-
-function suitSteps() {
-  const sampler = form.elements.sampler.value;
-  form.elements.steps.max = model.sampler_details[sampler].max_steps;
-  element("when").textContent = model.sampler_details[sampler].when;
-  if (!stepsChosen) form.elements.steps.value = suitableSteps(sampler);
-  suitGuidance();
-}
-
-function suitableSteps(sampler) {
-  const { recommended } = model;
-  return recommended?.sampler === sampler ? recommended.steps : model.sampler_details[sampler].good_steps;
-}
-
-function parameters() {
-  const given = Object.fromEntries(new FormData(form)); // what is disabled is left out
-  const spec = { n: Number(given.n), steps: Number(given.steps), sampler: given.sampler };
-  if (given.seed) spec.seed = given.seed.replace(/^0+(?=\d)/, "");
-  if (given.class_label) spec.class_label = Number(given.class_label);
-  if (given.guidance !== undefined && model.conditional) spec.guidance = Number(given.guidance);
-  if (tablesOf(spec.sampler).length) spec.nearest = true; // there are tables for some steps
-  return spec;
-}
-
 async function run(body) {
   complain("");
   busy(true);
+  leaveOpening();
   clear();
   say("Asking…");
-  const [above, below] = [form, element("watch")].map((part) => part.getBoundingClientRect());
-  if (below.top >= above.bottom) element("watch").scrollIntoView({ block: "nearest" }); // else it is beside the form
+  toTop();
   try {
     const { job, cancelled } = await create(model, body, () => say("There is no answer. Trying again…"));
     show(job);
@@ -149,6 +126,12 @@ async function run(body) {
   }
 }
 
+// Scroll to what is being made, unless one sees it.
+function toTop() {
+  const pictures = document.querySelector("#watch .pair").getBoundingClientRect();
+  if (pictures.top < 0 || pictures.top > innerHeight / 2) element("watch").scrollIntoView({ block: "start" });
+}
+
 function giveUp() {
   if (!underWay(model)) {
     cancel();
@@ -159,6 +142,7 @@ function giveUp() {
 }
 
 function show(job) {
+  player1.pause();
   busy(true);
   follow(job, model, {
     done: (ended, picture) => addResult(ended, picture, model),
@@ -169,23 +153,10 @@ function show(job) {
 
 function busy(yes) {
   running = yes;
+  setGrowing(yes);
   // Not disabled: disabling a pressed button would lose the focus.
-  element("go").ariaDisabled = String(yes);
+  for (const id of ["go", "edit"]) element(id).ariaDisabled = String(yes);
   element("cancel").ariaDisabled = String(!yes);
-}
-
-function complain(text, field) {
-  element("error").textContent = text;
-  for (const input of form.elements) {
-    input.removeAttribute("aria-invalid");
-    input.removeAttribute("aria-describedby");
-  }
-  const input = field && form.elements[field];
-  if (input) {
-    input.setAttribute("aria-invalid", "true");
-    input.setAttribute("aria-describedby", "error");
-    input.focus();
-  }
 }
 
 const isUnloaded = (error) => error.code === "model_not_found";
@@ -202,10 +173,16 @@ form.addEventListener("submit", (event) => {
 element("cancel").addEventListener("click", () => {
   if (model && running) giveUp();
 });
-addEventListener("hashchange", findAgain);
+element("link").addEventListener("click", ({ target }) => model && copyLink(target, toHash(parameters())));
+addEventListener("hashchange", () => {
+  const linked = model && !running && fromHash(location.hash);
+  if (linked) openingShown();
+  else findAgain();
+});
 
 showMenu();
 start().catch((error) => {
+  document.body.dataset.opening = "absent";
   if (isUnloaded(error)) {
     element("model").textContent = `${nameInAddress}: not loaded`;
     tellUnloaded();

@@ -1,34 +1,55 @@
-// The noise schedule, drawn: alpha_bar, beta and the signal-to-noise ratio alpha_bar / (1 - alpha_bar).
+// The noise schedule, drawn: alpha_bar, beta and the signal-to-noise ratio alpha_bar / (1 - alpha_bar). Also a slider of t.
 
 import { element } from "./api.js";
+import { onTime, setTime, time } from "./time.js";
 
-const WIDTH = 600, HEIGHT = 190, TOP = 10;
-const LEGEND =
-  "Solid: alpha_bar, 0 to 1. Dashed: beta, to its greatest value. Dotted: signal-to-noise ratio, 10⁻⁶ to 10⁶.";
-let alphaBar = [];
+const WIDTH = 600, HEIGHT = 200, QUARTERS = [0, 1, 2, 3, 4];
+const plot = element("plot"), chart = element("chart");
+let alphaBar = [], beta = [];
 
-const x = (t) => (t / Math.max(1, alphaBar.length - 1)) * WIDTH;
+const last = () => alphaBar.length - 1;
+/** Noise is on the left, as in the filmstrip. */
+const x = (t) => (1 - t / Math.max(1, last())) * WIDTH;
+
+function add(name, attributes) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  chart.append(node);
+}
 
 export function drawSchedule(schedule) {
-  alphaBar = schedule.alpha_bar;
+  ({ alpha_bar: alphaBar, beta } = schedule);
   const snr = alphaBar.map((value) => Math.max(-6, Math.min(6, Math.log10(value / (1 - value)))));
-  const most = Math.max(...schedule.beta);
-  const chart = element("chart");
-  const add = (name, attributes) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    chart.append(node);
-  };
-  const y = (share) => (TOP + (1 - share) * HEIGHT).toFixed(1);
+  const most = Math.max(...beta);
+  const y = (share) => ((1 - share) * HEIGHT).toFixed(1);
   const line = (values, share) =>
     values.map((value, t) => `${t ? "L" : "M"}${x(t).toFixed(1)} ${y(share(value))}`).join("");
-  add("line", { x1: 0, x2: WIDTH, y1: TOP + HEIGHT, y2: TOP + HEIGHT });
-  add("path", { class: "alpha_bar", d: line(alphaBar, (value) => value) });
-  add("path", { class: "beta", d: line(schedule.beta, (value) => value / most) });
+  for (const quarter of QUARTERS) {
+    const [across, down] = [(quarter * WIDTH) / 4, (quarter * HEIGHT) / 4];
+    add("line", { class: "rule", x1: 0, x2: WIDTH, y1: down, y2: down });
+    add("line", { class: "rule", x1: across, x2: across, y1: 0, y2: HEIGHT });
+  }
   add("path", { class: "snr", d: line(snr, (value) => (value + 6) / 12) });
-  add("line", { id: "now", y1: TOP, y2: TOP + HEIGHT, x1: 0, x2: 0, visibility: "hidden" });
-  element("last-t").textContent = `t = ${alphaBar.length - 1}`;
-  markTime(null);
+  add("path", { class: "beta", d: line(beta, (value) => value / most) });
+  add("path", { class: "alpha_bar", d: line(alphaBar, (value) => value) });
+  add("line", { id: "now", y1: 0, y2: HEIGHT, x1: 0, x2: 0, visibility: "hidden" });
+  element("ticks").replaceChildren(
+    ...QUARTERS.map((quarter) =>
+      Object.assign(document.createElement("span"), { textContent: Math.round(last() * (1 - quarter / 4)) }),
+    ),
+  );
+  element("chart-legend").replaceChildren(
+    ...key("alpha_bar", "alpha_bar, 0 to 1 (left)"),
+    ...key("beta", `beta, noise added per step, 0 to ${most.toPrecision(2)}`),
+    ...key("snr", "signal-to-noise ratio (right)"),
+  );
+  plot.ariaValueMax = last();
+  mark(null);
+}
+
+function key(name, text) {
+  const span = (properties) => Object.assign(document.createElement("span"), properties);
+  return [span({ className: `key ${name}` }), span({ className: "keyed", textContent: text })];
 }
 
 // alpha_bar at t, between whole timesteps by a line in log sigma, as the server has it.
@@ -39,17 +60,44 @@ function levelAt(t) {
   return 1 / (1 + Math.exp(-(cleaner + (t - low) * (noisier - cleaner))));
 }
 
-// Mark a timestep in the chart, or none.
-export function markTime(t) {
+function mark(t) {
   const now = element("now");
   if (!now) return;
   now.setAttribute("visibility", t === null ? "hidden" : "visible");
-  element("chart-legend").textContent = LEGEND;
   element("chart-now").textContent = "";
   if (t === null) return;
   for (const end of ["x1", "x2"]) now.setAttribute(end, x(t).toFixed(1));
   const level = levelAt(t);
   const ratio = level / (1 - level);
-  element("chart-now").textContent =
-    `At t = ${t}: alpha_bar ${level.toPrecision(3)}, signal-to-noise ${ratio.toPrecision(3)}.`;
+  const text = `At t = ${t}: alpha_bar ${level.toPrecision(3)}, beta ${beta[Math.floor(t)].toPrecision(2)}, `;
+  element("chart-now").textContent = `${text}signal-to-noise ${ratio.toPrecision(3)}.`;
+  plot.ariaValueNow = t;
+  plot.ariaValueText = `t = ${t}, alpha_bar ${level.toPrecision(2)}`;
 }
+
+function timeUnder(event) {
+  const box = chart.getBoundingClientRect();
+  return Math.round(last() * Math.max(0, Math.min(1, 1 - (event.clientX - box.left) / box.width)));
+}
+
+onTime(mark);
+plot.addEventListener("pointermove", (event) => {
+  if (!last()) return;
+  if (event.pointerType === "mouse" && !event.buttons) setTime(timeUnder(event), "hover");
+  else if (plot.hasPointerCapture(event.pointerId)) setTime(timeUnder(event), "plot");
+});
+plot.addEventListener("pointerdown", (event) => {
+  if (!last()) return;
+  plot.setPointerCapture(event.pointerId);
+  setTime(timeUnder(event), "plot");
+});
+plot.addEventListener("keydown", (event) => {
+  const page = Math.max(1, Math.round(last() / 20));
+  // To the right is on to the image, as everywhere on this page.
+  const by = {
+    ArrowRight: -1, ArrowDown: -1, ArrowLeft: 1, ArrowUp: 1, PageDown: -page, PageUp: page, Home: last(), End: -last(),
+  }[event.key];
+  if (!by) return;
+  event.preventDefault();
+  setTime(Math.max(0, Math.min(last(), Math.round((time ?? last()) + by))), "plot");
+});

@@ -68,7 +68,7 @@ def is_of(page: Page, name: str) -> None:
 def shows_no_job(page: Page) -> None:
     """The page is set up, and shows no job."""
     expect(page.tab.get_by_role("button", name="Sample")).to_have_attribute("aria-disabled", "false")
-    page.wait_until("Nothing has been asked for yet.")
+    page.wait_until("Press Sample to make your own.")
 
 
 def change(server: RunningServer, what: str) -> None:

@@ -1,0 +1,98 @@
+// The batch of the server as it is now: each job a line, its rows at their own timestep.
+
+import { ask, element, getJson, reason, root, toJson } from "./api.js";
+import { usualOpening } from "./opening.js";
+
+const LOOK_MS = 250, REST_MS = 2000; // between looks: while something runs, while nothing does
+const MOST_DOTS = 24; // rows that are drawn of a job
+
+let seen = false; // whether the section is on the screen
+let timer = null;
+let asked = []; // seeds of what this section has asked for
+
+export function setUp(model) {
+  new IntersectionObserver(([entry]) => {
+    seen = entry.isIntersecting;
+    look(model);
+  }).observe(element("batch"));
+  document.addEventListener("visibilitychange", () => look(model));
+  element("load").addEventListener("click", () => load(model));
+  element("load").ariaDisabled = "false";
+}
+
+async function look(model) {
+  clearTimeout(timer);
+  timer = null;
+  if (!seen || document.hidden) return;
+  let next = REST_MS;
+  try {
+    const batch = await getJson(new URL("batch", root));
+    draw(batch, model);
+    if (batch.jobs.length) next = LOOK_MS;
+  } catch (error) {
+    element("batch-text").textContent = `The batch cannot be looked at: ${reason(error)}.`;
+  }
+  clearTimeout(timer);
+  timer = setTimeout(() => look(model), next);
+}
+
+function draw({ rows_active: active, max_batch: most, jobs, more }, model) {
+  const rows = jobs.reduce((sum, job) => sum + job.n, 0);
+  const others = more ? ` ${more} more jobs are not shown.` : "";
+  element("batch-text").textContent = jobs.length
+    ? `${active} rows were in the last forward pass, which has room for ${most}. ${rows} rows of ${jobs.length} jobs are on their way.${others}`
+    : "The server is idle. Its next forward pass has room for " + `${most} rows.`;
+  const lines = new Map([...element("jobs").children].map((line) => [line.id, line]));
+  const now = jobs.map((job) => {
+    const line = lines.get(`batch-${job.number}`) ?? addLine(job);
+    update(line, job, model);
+    return line;
+  });
+  element("jobs").replaceChildren(...now);
+}
+
+function addLine(job) {
+  const line = Object.assign(document.createElement("li"), { id: `batch-${job.number}` });
+  for (const name of ["whose", "track", "where"]) line.append(Object.assign(document.createElement("span"), { className: name }));
+  const dots = document.createElement("span");
+  dots.className = "dots";
+  for (let k = 0; k < Math.min(job.n, MOST_DOTS); k++) dots.append(document.createElement("i"));
+  line.querySelector(".track").append(dots);
+  return line;
+}
+
+function update(line, { number, yours, n, step, steps, t, state, seed }, model) {
+  const part = (name) => line.querySelector(`.${name}`);
+  const own = seed !== null && asked.includes(String(seed));
+  line.classList.toggle("own", own);
+  line.classList.toggle("waits", state === "waiting");
+  part("whose").textContent = own ? "from this page" : yours ? `job ${number}` : `somebody's job ${number}`;
+  part("dots").style.setProperty("--share", Math.max(0, Math.min(1, 1 - t / Math.max(1, model.num_timesteps - 1))));
+  part("where").textContent =
+    state === "waiting" ? `${n === 1 ? "1 row waits" : `${n} rows wait`}` : `${n === 1 ? "1 row" : `${n} rows`}, step ${step} of ${steps}, t = ${Math.round(t)}`;
+}
+
+// Three requests that have nothing in common. They leave nothing behind.
+async function load(model) {
+  const button = element("load");
+  if (button.ariaDisabled === "true") return;
+  button.ariaDisabled = "true";
+  const most = Math.min(8, model.limits.max_n), begins = usualOpening(model);
+  const sampler = model.samplers.includes("ddpm") ? "ddpm" : begins.sampler;
+  const specs = [
+    { ...begins, n: most, sampler, steps: Math.min(200, model.num_timesteps) },
+    { ...begins, n: Math.min(4, most), sampler, steps: Math.min(60, model.num_timesteps), guidance: undefined },
+    { ...begins, n: 1 },
+  ].map((spec) => ({ ...spec, seed: String(crypto.getRandomValues(new Uint32Array(1))[0]) }));
+  asked = specs.map(({ seed }) => seed);
+  setTimeout(() => look(model));
+  const answers = await Promise.allSettled(specs.map(post));
+  const failed = answers.find(({ status }) => status === "rejected");
+  if (failed) element("batch-text").textContent = `Not all were done: ${reason(failed.reason)}.`;
+  button.ariaDisabled = "false";
+}
+
+async function post(spec) {
+  const headers = { Accept: "image/png", "Content-Type": "application/json" };
+  await (await ask("sample", { method: "POST", headers, body: toJson(spec) })).blob();
+}

@@ -1,0 +1,149 @@
+// The form: its fields from the parameters of a request, and back.
+
+import { element } from "./api.js";
+
+// The guidance, where the checkpoint recommends nothing.
+const GUIDANCE = 2;
+const EXTRAS = ["eta", "index", "guidance_rescale", "timestep_spacing", "clip", "guidance_from", "guidance_to"];
+
+export const form = element("form");
+const field = (name) => form.elements[name];
+let model = null;
+let stepsChosen = false; // by the user: another sampler does not change them
+
+export function fill(select, options, chosen) {
+  select.replaceChildren(...options.map(([value, text]) => new Option(text, value, false, value === chosen)));
+}
+
+/** The classes of a model as options of a select, by number. */
+export const classOptions = ({ class_names: names }) => names.map((name, number) => [String(number), name]);
+
+/** Set the form up for a model, with what it recommends. */
+export function fillForm(loaded) {
+  model = loaded;
+  const sampler = model.recommended?.sampler ?? model.default_sampler;
+  fill(field("sampler"), model.samplers.map((name) => [name, name]), sampler);
+  suitSteps();
+  field("guidance").value = model.recommended?.guidance ?? GUIDANCE;
+  field("n").max = model.limits.max_n;
+  for (const name of ["guidance_from", "guidance_to"]) field(name).max = model.num_timesteps - 1;
+  field("guidance_to").placeholder = model.num_timesteps - 1;
+  if (model.conditional) {
+    element("class-field").hidden = false;
+    fill(field("class_label"), [...classOptions(model), ...noClass()], "0");
+  }
+  const guided = model.conditional && model.null_class !== null;
+  for (const part of [element("guidance-field"), ...document.querySelectorAll("#more .guides")]) part.hidden = !guided;
+  field("class_label").addEventListener("change", suitGuidance);
+  field("sampler").addEventListener("change", suitSteps);
+  field("steps").addEventListener("input", () => (stepsChosen = true));
+  suitGuidance();
+}
+
+const noClass = () => (model.null_class === null ? [] : [["", "no class"]]);
+
+/** Fill in the parameters of a job. Those that it lacks are as they were, or as usual. */
+export function fillFrom(spec) {
+  for (const name of ["sampler", "steps", "n"]) if (spec[name] !== undefined) field(name).value = spec[name];
+  field("seed").value = spec.seed ?? "";
+  const labels = [spec.class_label ?? null].flat(), different = new Set(labels);
+  if (!different.has(null)) field("guidance").value = spec.guidance ?? 1; // else it had none
+  if (model.conditional) chooseClass(different.size === 1 ? labels.slice(0, 1) : labels);
+  const [from, to] = spec.guidance_interval ?? ["", ""];
+  const extras = {
+    eta: spec.eta || "", index: spec.index || "", guidance_rescale: spec.guidance_rescale || "",
+    timestep_spacing: spec.timestep_spacing === model.timestep_spacings[spec.sampler] ? "" : spec.timestep_spacing ?? "",
+    clip: [undefined, model.clip].includes(spec.clip) ? "" : String(spec.clip), guidance_from: from, guidance_to: to,
+  };
+  for (const name of EXTRAS) field(name).value = extras[name];
+  if (EXTRAS.some((name) => extras[name] !== "")) element("more").open = true;
+  stepsChosen = Number(spec.steps) !== suitableSteps(field("sampler").value);
+  suitSteps();
+}
+
+// A job of several classes is one more option.
+function chooseClass(labels) {
+  const select = field("class_label"), value = labels.map((label) => label ?? "").join(",");
+  select.querySelector("[data-several]")?.remove();
+  if (labels.length > 1) {
+    const option = new Option(labels.map((label) => model.class_names[label] ?? "no class").join(", "), value);
+    option.dataset.several = "";
+    select.append(option);
+  }
+  select.value = value;
+}
+
+function suitGuidance() {
+  const tables = tablesOf(field("sampler").value);
+  const never = tables.length > 0 && tables.every((table) => table.guidance === 1); // such a sampler is not guided
+  const some = field("class_label").value.split(",").every((label) => label !== "");
+  const off = element("guidance-field").hidden || never || !some;
+  for (const name of ["guidance", "guidance_from", "guidance_to", "guidance_rescale"]) field(name).disabled = off;
+}
+
+export const tablesOf = (sampler) => model.tables.filter((table) => table.sampler === sampler);
+
+function suitSteps() {
+  const sampler = field("sampler").value, details = model.sampler_details[sampler];
+  field("eta").disabled = sampler !== "ddim";
+  field("timestep_spacing").disabled = tablesOf(sampler).length > 0;
+  element("when").textContent = details?.when ?? "";
+  if (details) field("steps").max = details.max_steps;
+  if (details && !stepsChosen) field("steps").value = suitableSteps(sampler);
+  suitGuidance();
+}
+
+export function suitableSteps(sampler) {
+  const { recommended } = model;
+  return recommended?.sampler === sampler ? recommended.steps : model.sampler_details[sampler]?.good_steps;
+}
+
+const toLabel = (text) => (text === "" ? null : Number(text));
+
+/** What the form asks for, as parameters of POST /sample. */
+export function parameters() {
+  const given = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== "")); // nor what is disabled
+  const spec = { n: Number(given.n), steps: Number(given.steps), sampler: given.sampler };
+  if (given.seed) spec.seed = given.seed.replace(/^0+(?=\d)/, "");
+  if (given.class_label?.includes(",")) spec.class_label = given.class_label.split(",").map(toLabel);
+  else if (given.class_label) spec.class_label = Number(given.class_label);
+  if (given.guidance !== undefined && model.conditional) {
+    spec.guidance = Number(given.guidance);
+    if (given.guidance_rescale) spec.guidance_rescale = Number(given.guidance_rescale);
+    if (given.guidance_from || given.guidance_to) {
+      spec.guidance_interval = [Number(given.guidance_from ?? 0), Number(given.guidance_to ?? model.num_timesteps - 1)];
+    }
+  }
+  for (const name of ["eta", "index"]) if (given[name]) spec[name] = Number(given[name]);
+  if (given.timestep_spacing) spec.timestep_spacing = given.timestep_spacing;
+  if (given.clip) spec.clip = given.clip === "true";
+  if (tablesOf(spec.sampler).length) spec.nearest = true; // there are tables for some steps
+  return spec;
+}
+
+/** Parameters in a few words. */
+export function describe({ n, class_label: label, steps, sampler, seed, guidance }) {
+  const labels = new Set([label ?? null].flat());
+  const [first] = labels;
+  const name = labels.size > 1 ? "several classes" : first === null ? "no class" : model.class_names[first] ?? first;
+  const what = n > 1 || !model.conditional ? `${n} × ${name}` : name;
+  const guided = guidance !== undefined && Number(guidance) !== 1 ? `, guidance ${guidance}` : "";
+  return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, seed ${seed}`}`;
+}
+
+const FIELDS = { guidance_interval: "guidance_from" }; // where the name is another
+
+/** Say what is wrong, or that nothing is, and go to the field. */
+export function complain(text, name) {
+  element("error").textContent = text;
+  for (const input of form.elements) {
+    input.removeAttribute("aria-invalid");
+    if (input.name !== "sampler") input.removeAttribute("aria-describedby");
+  }
+  const input = name && form.elements[FIELDS[name] ?? name];
+  if (!input) return;
+  if (element("more").contains(input)) element("more").open = true;
+  input.setAttribute("aria-invalid", "true");
+  input.setAttribute("aria-describedby", "error");
+  input.focus();
+}

@@ -1,0 +1,97 @@
+// A grid: a row for each class, a column for each noise. Each row is one request, and all are asked for at the same time.
+
+import { ask, element, parse, reason, toJson } from "./api.js";
+import { classOptions, describe, fill } from "./form.js";
+import { askPath } from "./path.js";
+import { usualOpening } from "./opening.js";
+
+const MOST_ROWS = 10, MOST_COLUMNS = 12;
+
+let urls = []; // of the images that are shown
+
+/** @param {{watch: function, fillFrom: function}} page */
+export function setUp(model, page) {
+  const columns = Math.min(MOST_COLUMNS, model.limits.max_n);
+  element("grid-class-field").hidden = !model.conditional;
+  fill(element("grid-class"), classOptions(model), "0");
+  const rows = model.conditional ? Math.min(MOST_ROWS, model.class_names.length) : 1;
+  Object.assign(element("grid-rows"), { max: rows, value: Math.min(4, rows) });
+  Object.assign(element("grid-columns"), { max: columns, value: Math.min(6, columns) });
+  element("grid-go").addEventListener("click", () => make(model, page));
+  element("grid-go").ariaDisabled = "false";
+  const change = () => !urls.length && drawEmpty(model); // what is shown stays until there is more
+  for (const id of ["grid-rows", "grid-columns", "grid-class"]) element(id).addEventListener("input", change);
+  drawEmpty(model);
+}
+
+/** Lay the grid out; returns what each row asks for, and its line of the table. */
+function drawEmpty(model) {
+  const [rows, columns] = ["grid-rows", "grid-columns"].map((id) => within(element(id)));
+  const begins = { ...usualOpening(model), n: columns, seed: element("grid-seed").value || "0" };
+  const first = Number(element("grid-class").value);
+  const asked = Array.from({ length: model.conditional ? Math.min(rows, model.class_names.length - first) : 1 }, (_, row) =>
+    model.conditional ? { ...begins, class_label: first + row } : begins,
+  );
+  const table = document.createElement("table");
+  element("cells").replaceChildren(table);
+  return asked.map((parameters) => [parameters, addLine(table, parameters, columns, model)]);
+}
+
+const within = (input) => Math.max(1, Math.min(Number(input.max), Math.floor(Number(input.value)) || 1));
+
+async function make(model, page) {
+  const button = element("grid-go");
+  if (button.ariaDisabled === "true") return;
+  button.ariaDisabled = "true";
+  urls.forEach((url) => URL.revokeObjectURL(url));
+  urls = [];
+  const lines = drawEmpty(model);
+  element("grid-status").textContent = `Asking for ${lines.length} × ${lines[0][0].n} images…`;
+  const answers = await Promise.all(lines.map(([parameters, line]) => askRow(line, parameters, model, page)));
+  const [problem] = answers.filter(Boolean);
+  element("grid-status").textContent = problem ? `Not all could be had: ${problem}.` : "Done. Choose an image to watch it.";
+  button.ariaDisabled = "false";
+}
+
+function addLine(table, { class_label: label }, columns, model) {
+  const line = table.insertRow();
+  const head = Object.assign(document.createElement("th"), { scope: "row", textContent: model.class_names[label] ?? "images" });
+  line.append(head);
+  for (let column = 0; column < columns; column++) line.insertCell();
+  return line;
+}
+
+// What went wrong, or null.
+async function askRow(line, parameters, model, page) {
+  try {
+    const headers = { Accept: "application/json", "Content-Type": "application/json" };
+    const response = await ask("sample", { method: "POST", headers, body: toJson(parameters) });
+    parse(await response.text()).images.forEach((image, column) => addImage(line.cells[column + 1], image, parameters, model, page));
+    return null;
+  } catch (error) {
+    return reason(error);
+  }
+}
+
+function addImage(cell, { png, index }, parameters, model, page) {
+  const bytes = Uint8Array.from(atob(png), (character) => character.charCodeAt(0));
+  const url = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
+  urls.push(url);
+  const alone = { ...parameters, n: 1, index };
+  const button = Object.assign(document.createElement("button"), { type: "button", ariaLabel: `Watch ${describe(alone)}, image ${index}` });
+  button.append(Object.assign(new Image(), { src: url, alt: "" }));
+  button.addEventListener("click", () => watch(alone, model, page));
+  cell.replaceChildren(button);
+}
+
+async function watch(alone, model, page) {
+  element("grid-status").textContent = "Asking for its way…";
+  try {
+    const { frames } = await askPath(alone, model);
+    page.watch(frames, `From the grid: ${describe(alone)}, image ${alone.index}.`);
+    page.fillFrom(alone);
+    element("grid-status").textContent = "";
+  } catch (error) {
+    element("grid-status").textContent = `It cannot be watched: ${reason(error)}.`;
+  }
+}

@@ -1,0 +1,38 @@
+// The whole way from noise to an image, asked for at once: every frame, in one answer. Nothing of it is kept by the server.
+
+import { ask, parse } from "./api.js";
+
+const MOST_FRAMES = 40;
+
+const toBlob = (data) =>
+  new Blob([Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], { type: "image/png" });
+
+/** The parameters as a query; a list repeats its name. */
+export function toQuery(parameters) {
+  const query = new URLSearchParams();
+  for (const [name, value] of Object.entries(parameters)) {
+    for (const each of [value].flat()) query.append(name, each);
+  }
+  return query;
+}
+
+/** How many passes through the network the images of a request take, each. */
+export const passesOf = ({ sampler, steps }, model) => steps * (model.sampler_details[sampler]?.passes_per_step ?? 1);
+
+/**
+ * Ask for a path. Raises what `ask` does.
+ * @returns {Promise<{frames: {step: number, steps: number, t: number, pictures: Object<string, Blob>}[], image: Blob,
+ *   spec: object, milliseconds: ?number}>} milliseconds: what denoising took; null where the server knew the answer
+ */
+export async function askPath(parameters, model, signal) {
+  const every = Math.max(1, Math.ceil(passesOf(parameters, model) / MOST_FRAMES));
+  const query = toQuery({ ...parameters, every, show: ["x_t", "x_0"] });
+  const response = await ask(`sample?${query}`, { headers: { Accept: "application/json" }, signal });
+  const { frames, sheet, spec } = parse(await response.text());
+  const image = toBlob(sheet);
+  const steps = passesOf(spec, model);
+  const path = frames.map(({ step, t, x_t, x_0 }) => ({ step, steps, t, pictures: { x_t: toBlob(x_t), x_0: toBlob(x_0) } }));
+  path.push({ step: steps, steps, t: 0, pictures: { x_t: image, x_0: image } });
+  const took = /denoise;dur=([\d.]+)/.exec(response.headers.get("Server-Timing") ?? "");
+  return { frames: path, image, spec, milliseconds: took ? Number(took[1]) : null };
+}

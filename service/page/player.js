@@ -1,0 +1,57 @@
+// Plays something from its beginning to its end: a button that is play or pause, a speed, a loop.
+
+import { element } from "./api.js";
+
+const WHOLE_MS = 4000; // at speed 1
+const END_MS = 1200; // that the end stands before a loop begins again
+
+/**
+ * @param {HTMLButtonElement} button
+ * @param {{show: (share: number) => void, share: () => number}} shown how to show a share of the way, and which is shown
+ * @returns {{play: () => void, pause: () => void}}
+ */
+export function player(button, { show, share }) {
+  let frame = null; // the animation frame that is waited for
+  let before = 0; // when the last one came
+  let at = 0;
+
+  function label(playing) {
+    button.ariaLabel = playing ? "Pause" : "Play";
+    button.classList.toggle("playing", playing);
+  }
+
+  function pause() {
+    if (frame !== null) cancelAnimationFrame(frame);
+    frame = null;
+    label(false);
+  }
+
+  function tick(now) {
+    at += ((now - before) / WHOLE_MS) * Number(element("speed").value);
+    before = now;
+    const over = 1 + END_MS / WHOLE_MS;
+    if (at >= 1 && !element("loop").checked) {
+      show(1);
+      pause();
+      return;
+    }
+    if (at >= over) at = 0;
+    show(Math.min(1, at));
+    if (frame !== null) frame = requestAnimationFrame(tick);
+  }
+
+  function play() {
+    pause();
+    at = share() >= 1 ? 0 : share();
+    before = performance.now();
+    label(true);
+    frame = requestAnimationFrame(tick);
+  }
+
+  button.addEventListener("click", () => {
+    if (button.ariaDisabled === "true") return;
+    if (frame === null) play();
+    else pause();
+  });
+  return { play, pause };
+}
