@@ -126,7 +126,7 @@ export function describe({ n, class_label: label, steps, sampler, seed, guidance
   const labels = new Set([label ?? null].flat());
   const [first] = labels;
   const name = labels.size > 1 ? "several classes" : first === null ? "no class" : model.class_names[first] ?? first;
-  const what = n > 1 || !model.conditional ? `${n} × ${name}` : name;
+  const what = model.conditional ? (n > 1 ? `${n} × ${name}` : name) : n > 1 ? `${n} images` : "one image";
   const guided = guidance !== undefined && Number(guidance) !== 1 ? `, guidance ${guidance}` : "";
   return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, seed ${seed}`}`;
 }

@@ -26,6 +26,7 @@ export function setUp(model) {
     takeFile(file);
     offer(file, model);
   };
+  element("noise-file").addEventListener("click", ({ target }) => (target.value = "")); // the same file again is news too
   element("noise-file").addEventListener("change", (event) => take(event.target.files[0]));
   addEventListener("dragover", (event) => event.preventDefault()); // or the browser would open the file
   addEventListener("drop", (event) => {

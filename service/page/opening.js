@@ -16,6 +16,7 @@ export function usualOpening(model) {
   const parameters = { n: 1, steps, sampler, seed: SEED };
   if (model.conditional) parameters.class_label = Math.min(CLASS, model.class_names.length - 1);
   if (model.conditional && model.recommended?.guidance) parameters.guidance = model.recommended.guidance;
+  if (model.tables.some((table) => table.sampler === sampler)) parameters.nearest = true;
   return parameters;
 }
 
@@ -56,5 +57,5 @@ export function leaveOpening() {
 function whyNot(error) {
   if (!(error instanceof Refusal)) return "The server gave no answer to a first sample.";
   if (error.status === 422 && error.field !== "deadline_s") return `A sample as in the link cannot be had: ${error.message}.`;
-  return "The server has other work, so no sample is shown yet. You can still ask for yours.";
+  return "The server has no time for a first sample just now. You can still ask for yours.";
 }

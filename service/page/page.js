@@ -61,7 +61,7 @@ async function openingShown() {
   }
   const linked = fromHash(location.hash);
   if (linked) fillFrom(linked);
-  const seeded = linked?.seed !== undefined && linked.n * linked.steps <= MOST_PASSES;
+  const seeded = linked?.seed !== undefined && !(linked.n * linked.steps > MOST_PASSES);
   if (linked && !seeded) {
     leaveOpening();
     element("caption").textContent = "The form has the settings of the link. Press Sample to see what they make.";
@@ -76,7 +76,7 @@ async function openingShown() {
 function watch(frames, text) {
   if (running) return;
   leaveOpening();
-  clear();
+  rest();
   showPath(frames);
   element("caption").textContent = text;
   toTop();
@@ -124,6 +124,13 @@ async function run(body) {
       complain("There is no connection: no answer came. Sample, with the same parameters, asks for the same job again.");
     }
   }
+}
+
+/** Nothing of the user's is shown any more. */
+function rest() {
+  clear();
+  complain("");
+  say("Press Sample to make your own.");
 }
 
 // Scroll to what is being made, unless one sees it.
@@ -176,8 +183,12 @@ element("cancel").addEventListener("click", () => {
 element("link").addEventListener("click", ({ target }) => model && copyLink(target, toHash(parameters())));
 addEventListener("hashchange", () => {
   const linked = model && !running && fromHash(location.hash);
-  if (linked) openingShown();
-  else findAgain();
+  if (!linked) {
+    findAgain();
+    return;
+  }
+  rest();
+  openingShown();
 });
 
 showMenu();

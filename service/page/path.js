@@ -2,7 +2,7 @@
 
 import { ask, parse } from "./api.js";
 
-const MOST_FRAMES = 40;
+const MOST_FRAMES = 40, MOST_BYTES = 2 ** 24; // of pixels: more the server refuses
 
 const toBlob = (data) =>
   new Blob([Uint8Array.from(atob(data), (character) => character.charCodeAt(0))], { type: "image/png" });
@@ -25,7 +25,9 @@ export const passesOf = ({ sampler, steps }, model) => steps * (model.sampler_de
  *   spec: object, milliseconds: ?number}>} milliseconds: what denoising took; null where the server knew the answer
  */
 export async function askPath(parameters, model, signal) {
-  const every = Math.max(1, Math.ceil(passesOf(parameters, model) / MOST_FRAMES));
+  const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
+  const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
+  const every = Math.ceil(passesOf(parameters, model) / most) || 1;
   const query = toQuery({ ...parameters, every, show: ["x_t", "x_0"] });
   const response = await ask(`sample?${query}`, { headers: { Accept: "application/json" }, signal });
   const { frames, sheet, spec } = parse(await response.text());

@@ -52,6 +52,7 @@ export function markStrip(at) {
   });
 }
 
+drawStrip([]);
 element("strip").addEventListener("keydown", (event) => {
   const by = { ArrowLeft: -1, ArrowRight: 1, Home: -CELLS, End: CELLS }[event.key];
   const from = cells.indexOf(document.activeElement);

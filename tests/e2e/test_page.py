@@ -95,6 +95,9 @@ class Page:
     def press(self, name: str) -> None:
         self.tab.get_by_role("button", name=name, exact=True).click()
 
+    def press_play(self) -> None:
+        self.tab.locator("#play").click()
+
     def look_elsewhere(self, hidden: bool) -> None:
         """As if another tab were in front. Playwright's tabs all think that they are."""
         self.tab.evaluate(
@@ -271,7 +274,9 @@ def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
     step, t = int(told[1]), int(told[2])
     assert t == 999 - step, "where the next step starts"
     expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}: alpha_bar {alpha_bar[t]:#.3g}")
-    assert float(page.tab.locator("#now").get_attribute("x1")) == pytest.approx(600 * (1 - t / 999), abs=0.1), "noise is on the left"
+    assert float(page.tab.locator("#now").get_attribute("x1")) == pytest.approx(600 * (1 - t / 999), abs=0.1), (
+        "noise is on the left"
+    )
 
 
 def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page]) -> None:
@@ -749,7 +754,7 @@ def test_a_picture_that_is_not_there_has_a_place_that_says_so(open_page: Callabl
     page.refuse(r"/sample\?", 429)  # else the page opens with a sample
     page.tab.reload()
     page.wait_for_the_opening()
-    expect(page.tab.locator("#caption")).to_contain_text("The server has other work")
+    expect(page.tab.locator("#caption")).to_contain_text("The server has no time for a first sample just now.")
     for name, text in {"x_t": "No image yet", "x_0": "No image yet", "noise-image": "No image chosen yet"}.items():
         place = page.tab.locator(f".picture:has(#{name})")
         expect(place.get_by_text(text)).to_be_visible()

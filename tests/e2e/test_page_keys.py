@@ -1,6 +1,7 @@
 """The page of a server that asks for a key, in a real browser."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
-from tests.e2e.test_page import DONE, Page
+from tests.e2e.test_page import DONE, LONG, Page
 from tests.service.keys import key_line
 
 ANN, BEN = "tm_ann", "tm_ben"
@@ -87,6 +88,32 @@ def test_a_wrong_key_is_told_and_asked_for_again(browser: Any, keyed: RunningSer
     expect(tab.locator("#model")).to_contain_text("small")
     assert tab.get_by_label("Key", exact=True).input_value() == ""
     tab.context.close()
+
+
+def test_nothing_is_sampled_before_somebody_has_signed_in(browser: Any, keyed: RunningServer) -> None:
+    tab, asked = browser.new_context().new_page(), []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(keyed.url)
+    expect(tab.get_by_role("dialog", name="This server asks for a key")).to_be_visible()
+    assert not [url for url in asked if "/sample" in url]
+    tab.get_by_label("Key", exact=True).fill(ANN)
+    tab.keyboard.press("Enter")
+    expect(tab.locator("body")).to_have_attribute("data-opening", "shown")
+    tab.context.close()
+
+
+def test_the_batch_does_not_name_the_jobs_of_others(open_page: Callable[..., Page], keyed: RunningServer) -> None:
+    page = open_page()
+    page.sample(**LONG | {"n": 4})
+    page.wait_for_step()
+    page.tab.locator("#batch").scroll_into_view_if_needed()
+    expect(page.tab.locator("#jobs .whose")).to_have_text(re.compile(r"^job \d+$"))
+    other = open_page(BEN)
+    other.tab.locator("#batch").scroll_into_view_if_needed()
+    expect(other.tab.locator("#jobs .whose")).to_have_text(re.compile(r"^somebody's job \d+$"))
+    expect(other.tab.locator("#jobs .where")).to_have_text(re.compile(r"^4 rows, step \d+ of 1000, t = \d+$"))
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
 
 
 def test_who_signs_out_leaves_nothing_for_the_next(open_page: Callable[..., Page]) -> None:

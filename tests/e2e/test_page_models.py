@@ -63,6 +63,7 @@ def is_of(page: Page, name: str) -> None:
     expect(page.tab.locator("#model")).to_contain_text(f"{name}: ")
     expect(menu(page)).to_have_value(name)
     expect(page.tab).to_have_title(f"tminus: {name}")
+    page.wait_for_the_opening()
 
 
 def shows_no_job(page: Page) -> None:
@@ -219,6 +220,9 @@ def test_the_menu_works_below_a_path_of_a_proxy(
     metrics = page.tab.get_by_role("link", name="Metrics").get_attribute("href")
     assert metrics == f"{two.url}/studio/metrics", "of the whole server"
     choose(page, "small")
+    page.tab.locator("#batch").scroll_into_view_if_needed()
+    expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
+    context.unroute_all(behavior="ignoreErrors")
     assert {url for url in page.requests if not url.startswith((f"{two.url}/studio/", "blob:"))} == set()
 
 

@@ -1,0 +1,563 @@
+"""What the page explains by: the first sample, film, plot, links, lanes, edits, grid and batch, in a real browser."""
+
+import base64
+import io
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from playwright.sync_api import expect
+
+from tests.e2e.conftest import RunningServer
+from tests.e2e.test_page import (
+    DONE,
+    LONG,
+    Page,
+    form_of,
+    gray,
+    open_page,  # noqa: F401
+    wait_for_picture,
+)
+
+OPENING = {"n": 1, "steps": 20, "sampler": "dpmpp_2m", "seed": 7, "class_label": 7, "guidance": 1.5}
+WHOLE_KB = 150
+OpenPage = Callable[..., Page]
+
+# ruff: noqa: F811
+
+
+def way(server: RunningServer, **spec: object) -> Any:
+    """The frames of a request, as the server gives them to anybody."""
+    query = {"every": 1, "show": ["x_t", "x_0"]} | spec
+    return httpx.get(f"{server.url}/sample", params=query, headers={"Accept": "application/json"}, timeout=60).json()
+
+
+def frame_numbers(page: Page) -> tuple[int, int]:
+    """Which frame is shown, of how many."""
+    found = re.search(r"^Frame (\d+) of (\d+):", page.tab.locator("#frame-text").text_content())
+    return int(found[1]), int(found[2])
+
+
+def time_shown(page: Page) -> float:
+    return float(re.search(r"t = ([\d.]+)$", page.tab.locator("#frame-text").text_content())[1])
+
+
+# --- the first view ---
+
+
+def test_the_page_opens_with_a_sample_and_its_way_and_leaves_nothing_behind(
+    open_page: OpenPage, server: RunningServer
+) -> None:
+    before = httpx.get(f"{server.url}/jobs").json()
+    page = open_page()
+    expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
+    expect(page.tab.locator("#caption")).to_contain_text("sneaker, 20 steps of dpmpp_2m, guidance 1.5, seed 7")
+    wait_for_picture(page, "#x_t", server.post(json=OPENING).content)
+    assert frame_numbers(page) == (20, 20)
+    expect(page.tab.locator("#strip button:enabled")).to_have_count(10)
+    assert httpx.get(f"{server.url}/jobs").json() == before
+    expect(page.tab.locator("#gallery li")).to_have_count(0)
+    assert page.tab.url == f"{server.url}/"
+
+
+def test_whoever_comes_again_costs_no_step(open_page: OpenPage, server: RunningServer) -> None:
+    page = open_page()
+    expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
+    steps = server.metric("tminus_row_steps_total")
+    page.tab.reload()
+    page.wait_for_the_opening()
+    expect(page.tab.locator("#x_t")).to_be_visible()
+    assert server.metric("tminus_row_steps_total") == steps
+
+
+def test_a_job_of_the_user_takes_the_place_of_a_first_sample_that_has_not_come(open_page: OpenPage) -> None:
+    page, held = open_page(), []
+    page.tab.route(re.compile(r"/sample\?"), lambda route: held.append(route))
+    page.tab.reload()
+    page.go_on_until(lambda: bool(held))
+    page.sample(steps=5, n=1, sampler="ddim", seed=3)
+    page.wait_until(DONE)
+    picture = page.picture("#x_t")
+    held[0].abort()
+    assert page.picture("#x_t") == picture == page.picture("#gallery img")
+    page.lost = "net::ERR_FAILED"
+
+
+# --- film, plot and player ---
+
+
+def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: RunningServer) -> None:
+    page = open_page()
+    frames = way(server, **OPENING)["frames"]
+    page.tab.locator("#strip button").first.click()
+    assert frame_numbers(page) == (1, 20)
+    page.tab.keyboard.press("ArrowRight")
+    assert frame_numbers(page) == (3, 20), "ten of twenty are on the film"
+    expect(page.tab.locator("#strip button").nth(1)).to_be_focused()
+    expect(page.tab.locator("#strip button").nth(1)).to_have_attribute("aria-current", "true")
+    assert time_shown(page) == frames[2]["t"]
+    page.tab.keyboard.press("End")
+    assert frame_numbers(page) == (20, 20)
+
+    plot = page.tab.locator("#plot")
+    plot.scroll_into_view_if_needed()
+    box = page.tab.locator("#chart").bounding_box()
+    page.tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + 30)
+    t = 500
+    shown = next(k for k, frame in enumerate(frames) if frame["t"] <= t)
+    assert frame_numbers(page) == (shown + 1, 20)
+    wait_for_picture(page, "#x_0", decoded(frames[shown]["x_0"]))
+    expect(plot).to_have_attribute("aria-valuenow", str(t))
+    expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}: alpha_bar ")
+    expect(page.tab.locator("#noise-t")).to_have_value(str(t))
+    plot.focus()
+    page.tab.keyboard.press("ArrowRight")
+    expect(plot).to_have_attribute("aria-valuenow", str(t - 1))
+    page.tab.keyboard.press("Home")
+    expect(plot).to_have_attribute("aria-valuetext", re.compile("^t = 999, alpha_bar "))
+    assert frame_numbers(page) == (1, 20)
+    page.tab.locator("#noise-t").fill("0")
+    assert frame_numbers(page) == (20, 20)
+    expect(plot).to_have_attribute("aria-valuenow", "0")
+
+
+def decoded(text: str) -> bytes:
+    return base64.b64decode(text)
+
+
+def test_the_way_is_played_paused_and_looped(open_page: OpenPage) -> None:
+    page = open_page()
+    page.tab.clock.install(time=0)
+    page.tab.clock.pause_at(60_000)
+    page.press_play()
+    page.tab.clock.run_for(2000)
+    assert 8 <= frame_numbers(page)[0] <= 13, "half of it"
+    page.tab.get_by_role("button", name="Pause").click()
+    paused = frame_numbers(page)
+    page.tab.clock.run_for(5000)
+    assert frame_numbers(page) == paused
+    page.tab.locator("#speed").select_option("2")
+    page.press_play()
+    page.tab.clock.run_for(3000)
+    assert frame_numbers(page) == (20, 20)
+    expect(page.tab.locator("#play")).to_have_attribute("aria-label", "Play")
+    page.tab.locator("#loop").check()
+    page.press_play()
+    page.tab.clock.run_for(2600 + 1000)
+    assert 8 <= frame_numbers(page)[0] <= 13, "it has begun again"
+
+
+@pytest.mark.parametrize("motion", ["reduce", "no-preference"])
+def test_it_plays_by_itself_only_for_those_who_like_motion(open_page: OpenPage, motion: str) -> None:
+    page = open_page(reduced_motion=motion)
+    if motion == "reduce":
+        assert frame_numbers(page) == (20, 20)
+        expect(page.tab.locator("#play")).to_have_attribute("aria-label", "Play")
+    else:
+        expect(page.tab.locator("#frame-text")).to_contain_text(re.compile(r"^Frame [1-9] of 20"))
+        expect(page.tab.locator("#frame-text")).to_contain_text("Frame 20 of 20")
+        expect(page.tab.locator("#play")).to_have_attribute("aria-label", "Play")
+
+
+def test_a_mouse_that_crosses_the_plot_does_not_stop_what_is_watched(open_page: OpenPage) -> None:
+    page = open_page()
+    page.sample(**LONG)
+    page.wait_for_step()
+    page.tab.locator("#plot").scroll_into_view_if_needed()
+    box = page.tab.locator("#chart").bounding_box()
+    page.tab.mouse.move(box["x"] + 10, box["y"] + 30)
+    expect(page.tab.locator("#frame-text")).to_contain_text("Frame ")
+    first = frame_numbers(page)
+    expect(page.tab.locator("#frame-text")).not_to_contain_text(f"Frame {first[0]} of")
+    now = frame_numbers(page)
+    assert now[0] == now[1] > first[0]
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
+
+
+# --- presets, links and recipes ---
+
+
+def test_presets_fill_in_the_form(open_page: OpenPage) -> None:
+    page = open_page()
+    page.fill(n=2, seed=5, class_label="bag")
+    page.press("Every step")
+    assert form_of(page) == {
+        "class_label": "8", "sampler": "ddpm", "steps": "1000", "guidance": "1.5", "n": "1", "seed": "5",
+    }  # fmt: skip
+    page.press("Guided")
+    assert form_of(page)["guidance"] == "5"
+    page.press("Best")
+    assert {name: form_of(page)[name] for name in ("sampler", "steps", "guidance")} == {
+        "sampler": "dpmpp_2m", "steps": "20", "guidance": "1.5",
+    }  # fmt: skip
+    page.press("Fast")
+    page.press("Sample")
+    page.wait_until(DONE)
+
+
+ALL_OF_IT = {
+    "n": 2, "steps": 12, "sampler": "ddim", "eta": 0.5, "seed": 2**64 - 1, "index": 3, "class_label": [1, 2],
+    "guidance": 2.5, "guidance_interval": [100, 800], "guidance_rescale": 0.5, "timestep_spacing": "trailing",
+    "clip": False,
+}  # fmt: skip
+
+
+def test_a_link_holds_all_settings_and_opens_with_them(open_page: OpenPage, server: RunningServer) -> None:
+    query = httpx.QueryParams(ALL_OF_IT | {"clip": "false"})
+    page = open_page(f"{server.url}/#{query}")
+    expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
+    picture = server.post(json=ALL_OF_IT).content
+    wait_for_picture(page, "#x_t", picture)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.press("Copy link")
+    expect(page.tab.get_by_role("button", name="Copied")).to_be_visible()
+    address = page.tab.evaluate("() => navigator.clipboard.readText()")
+    assert httpx.QueryParams(address.partition("#")[2]) == query
+    page.press("Sample")
+    page.wait_until(DONE)
+    assert page.picture("#gallery img") == picture
+    page.tab.locator("#gallery .share").click()
+    expect(page.tab.locator("#gallery .share")).to_have_text("Copied")
+    other = open_page(page.tab.evaluate("() => navigator.clipboard.readText()"))
+    wait_for_picture(other, "#x_t", picture)
+
+
+def test_a_link_that_is_followed_within_the_page_takes_the_place_of_a_job(
+    open_page: OpenPage, server: RunningServer
+) -> None:
+    page = open_page()
+    page.sample(steps=5, n=2, sampler="ddim", seed=3)
+    page.wait_until(DONE)
+    page.tab.goto(f"{server.url}/#{httpx.QueryParams(OPENING | {'class_label': 8})}")
+    wait_for_picture(page, "#x_t", server.post(json=OPENING | {"class_label": 8}).content)
+    page.wait_until("Press Sample to make your own.")
+    expect(page.tab.locator("#caption")).to_contain_text("bag, 20 steps of dpmpp_2m")
+
+
+def test_a_link_to_what_costs_much_waits_for_the_user(open_page: OpenPage, server: RunningServer) -> None:
+    steps = server.metric("tminus_row_steps_total")
+    page = open_page(f"{server.url}/#n=64&steps=1000&sampler=ddpm&seed=1")
+    expect(page.tab.locator("#caption")).to_contain_text("Press Sample to see what they make.")
+    assert form_of(page)["steps"] == "1000"
+    assert server.metric("tminus_row_steps_total") == steps
+
+
+@pytest.mark.parametrize(
+    "hash_", ["steps=0&sampler=ddim&seed=1", "steps=5&sampler=%3Cimg%3E&seed=1", "steps=x&sampler=ddim&seed=1"]
+)
+def test_a_link_of_nonsense_is_said_to_be(open_page: OpenPage, server: RunningServer, hash_: str) -> None:
+    page = open_page(f"{server.url}/#{hash_}")
+    expect(page.tab.locator("body")).to_have_attribute("data-opening", "absent")
+    expect(page.tab.locator("#caption")).to_contain_text("A sample as in the link cannot be had: ")
+
+
+def test_a_png_of_tminus_restores_its_recipe_and_is_made_again(
+    open_page: OpenPage, server: RunningServer, tmp_path: Path
+) -> None:
+    page, file = open_page(), tmp_path / "made.png"
+    file.write_bytes(server.post(json=ALL_OF_IT).content)
+    page.tab.locator("#noise-file").set_input_files(file)
+    expect(page.tab.locator("#recipe-text")).to_contain_text("It is of this model, and this build.")
+    page.press("Make it again")
+    expect(page.tab.locator("#recipe-answer")).to_have_text("The same, byte for byte. The build is the same.")
+    page.press("Sample")
+    page.wait_until(DONE)
+    assert page.picture("#gallery img") == file.read_bytes()
+
+
+def test_a_png_that_was_changed_is_not_the_same(open_page: OpenPage, server: RunningServer, tmp_path: Path) -> None:
+    page = open_page()
+    with Image.open(io.BytesIO(server.post(json=OPENING).content)) as image:
+        image.load()
+        recipe, pixels = image.text["tminus"], np.asarray(image).copy()  # type: ignore[attr-defined]
+    for change, said in ((0, "The same pixels, in a file of other bytes."), (9, "pixels differ by up to 9 of 255.")):
+        pixels[0, 0] = pixels[0, 0] + change if pixels[0, 0] < 128 else pixels[0, 0] - change
+        file = tmp_path / f"changed-by-{change}.png"  # of another name, or the browser sees nothing new
+        save_with(file, pixels, recipe)
+        page.tab.locator("#noise-file").set_input_files(file)
+        page.press("Make it again")
+        expect(page.tab.locator("#recipe-answer")).to_contain_text(said)
+    file = tmp_path / "other.png"
+    save_with(file, pixels, recipe.replace('"weights": "', '"weights": "0'))
+    page.tab.locator("#noise-file").set_input_files(file)
+    expect(page.tab.locator("#recipe-text")).to_contain_text("It is of another model, or other weights")
+
+
+def save_with(file: Path, pixels: np.ndarray, text: str) -> None:
+    info = PngInfo()
+    info.add_itxt("tminus", text)
+    Image.fromarray(pixels).save(file, pnginfo=info, compress_level=1)
+
+
+def test_a_png_of_others_or_a_broken_one_is_a_picture_and_no_recipe(
+    open_page: OpenPage, server: RunningServer, tmp_path: Path
+) -> None:
+    page = open_page()
+    made = server.post(json=OPENING).content
+    grey = np.full((32, 32), 128, np.uint8)
+    page.tab.evaluate("() => document.getElementById('recipe').hidden = false")
+    for number, text in enumerate(("{", "[]", '{"spec": 5}', '{"noise": {}}')):
+        file = tmp_path / f"grey-{number}.png"
+        save_with(file, grey, text)
+        page.tab.locator("#noise-file").set_input_files(file)
+        wait_for_picture(page, "#noise-image", noised(server, file.read_bytes(), page))
+        expect(page.tab.locator("#recipe")).to_be_hidden()
+    for number, broken in enumerate((made[:60], made[:8] + b"\xff\xff\xff\xffiTXt" + made[16:], made[:8])):
+        file = tmp_path / f"broken-{number}.png"
+        file.write_bytes(broken)
+        page.tab.locator("#noise-file").set_input_files(file)
+        expect(page.tab.locator("#noise-name")).to_have_text(file.name)
+        expect(page.tab.locator("#noise-error")).to_contain_text("image")
+        expect(page.tab.locator("#recipe")).to_be_hidden()
+
+
+def noised(server: RunningServer, picture: bytes, page: Page) -> bytes:
+    """The picture at the timestep that the page shows."""
+    query = {"t": page.tab.locator("#noise-t").input_value(), "seed": 0}
+    return httpx.post(f"{server.url}/noise", params=query, files={"image": picture}).content
+
+
+# --- lanes ---
+
+
+def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, server: RunningServer) -> None:
+    page, held = open_page(), []
+    page.refuse(r"deadline_s=3", 429)  # of what nobody asked for
+    page.tab.locator("#compare-count").select_option("3")
+    lanes = page.tab.locator(".lane:visible")
+    expect(lanes).to_have_count(3)
+    settings = [("ddim", 10, 1), ("ddpm", 50, 1), ("dpmpp_2m", 20, 3)]
+    for lane, (sampler, steps, guidance) in zip(lanes.all(), settings, strict=True):
+        lane.locator(".sampler").select_option(sampler)
+        lane.locator(".steps").fill(str(steps))
+        lane.locator(".guidance").fill(str(guidance))
+    lanes.nth(2).locator(".from").fill("200")
+    page.tab.unroute(re.compile(r"deadline_s=3"))
+    page.tab.route(re.compile(r"/sample\?"), lambda route: held.append(route))
+    page.press("Compare")
+    page.go_on_until(lambda: len(held) == 3)
+    for route in held:
+        route.continue_()
+    expect(page.tab.locator("#compare-status")).to_have_text("Done.")
+    slider = page.tab.locator("#compare-t")
+    common = {"n": 1, "seed": 7, "class_label": 7}
+    more: list[dict[str, Any]] = [{}, {"every": 2}, {"guidance": 3, "guidance_interval": [200, 999]}]
+    ways = [
+        way(server, **common, sampler=sampler, steps=steps, **further)
+        for (sampler, steps, _), further in zip(settings, more, strict=True)
+    ]
+    for t in (0, 400, 900):
+        slider.fill(str(999 - t))
+        for number, made in enumerate(ways, 1):
+            at = next((frame for frame in made["frames"] if frame["t"] <= t), None) if t else None
+            for show in ("x_t", "x_0"):
+                expected = decoded(at[show] if at else made["sheet"])
+                wait_for_picture(page, f".lane:nth-child({number}) img.{show}", expected)
+        expect(page.tab.locator("#noise-t")).to_have_value(str(t))
+    expect(lanes.nth(2).locator(".told")).to_contain_text("passes, ")
+
+
+def test_a_lane_that_is_refused_says_why_and_the_others_go_on(open_page: OpenPage) -> None:
+    page = open_page()
+    page.tab.locator(".lane .steps").first.fill("0")
+    page.press("Compare")
+    expect(page.tab.locator("#compare-status")).to_have_text("1 of 2 lanes are done.")
+    expect(page.tab.locator(".lane .told").first).to_contain_text("Not done: steps must be")
+    expect(page.tab.locator(".lane:nth-child(2) img.x_t")).to_be_visible()
+
+
+# --- one's own picture ---
+
+
+def picture_file(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    pixels = np.random.default_rng(5).integers(0, 256, (32, 32), dtype=np.uint8)
+    file = tmp_path / "own.png"
+    Image.fromarray(pixels).save(file)
+    return file, pixels
+
+
+def png_of(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("mask", ["top", "rectangle"])
+def test_a_masked_picture_is_denoised_where_the_mask_is(
+    open_page: OpenPage, server: RunningServer, tmp_path: Path, mask: str
+) -> None:
+    page = open_page()
+    file, pixels = picture_file(tmp_path)
+    page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
+    page.tab.locator("#noise-file").set_input_files(file)
+    expect(page.tab.locator("#noise-name")).to_have_text("own.png")
+    page.tab.locator("#mask-preset").select_option(mask)
+    made_new = np.zeros((32, 32), bool)
+    if mask == "top":
+        made_new[:16] = True
+    else:
+        for name, value in {"x": 3, "y": 5, "w": 10, "h": 20}.items():
+            page.tab.locator(f"#rect-{name}").fill(str(value))
+        made_new[5:25, 3:13] = True
+    page.tab.locator("#strength").fill("1")
+    page.press("Denoise it")
+    page.wait_until(DONE)
+    final = gray(page.picture("#gallery img"))
+    np.testing.assert_array_equal(final[~made_new], pixels[~made_new])
+    assert np.abs(final[made_new] - pixels[made_new]).mean() > 10
+    fields = {"n": 1, "steps": 10, "sampler": "ddim", "seed": 4, "class_label": 8}
+    files = {"image": file.read_bytes(), "mask": png_of(np.where(made_new, 255, 0).astype(np.uint8))}
+    expected = httpx.post(f"{server.url}/sample", files=files, data=fields, timeout=60).content
+    assert page.picture("#gallery img") == expected
+    expect(page.tab.locator("#gallery .what")).to_contain_text("from a picture")
+    expect(page.tab.locator("#gallery details")).to_have_count(2)
+    expect(page.tab.locator("#gallery details").first).to_be_hidden()
+    page.tab.reload()
+    page.wait_until(DONE)
+
+
+def test_what_is_drawn_is_what_is_denoised(open_page: OpenPage, server: RunningServer) -> None:
+    page = open_page()
+    page.fill(n=1, steps=10, sampler="ddim", seed=4, class_label="bag", guidance=1)
+    page.press("Clear")
+    expect(page.tab.locator("#noise-image")).to_be_hidden()
+    page.tab.locator("#size").fill("4")
+    page.tab.locator("#canvas").scroll_into_view_if_needed()
+    box = page.tab.locator("#canvas").bounding_box()
+    pixel = box["width"] / 32
+
+    def draw(*points: tuple[float, float]) -> None:
+        for number, (x, y) in enumerate(points):
+            page.tab.mouse.move(box["x"] + x * pixel, box["y"] + y * pixel)
+            if number == 0:
+                page.tab.mouse.down()
+        page.tab.mouse.up()
+
+    draw((4, 16), (28, 16))
+    expect(page.tab.locator("#noise-name")).to_have_text("Drawn here.")
+    page.tab.locator("#brush").select_option("mask")
+    draw((16, 4), (16, 28))
+    page.tab.locator("#strength").fill("0.5")
+    drawn = np.zeros((32, 32), np.uint8)
+    drawn[14:18, 2:30] = 255
+    made_new = np.zeros((32, 32), np.uint8)
+    made_new[2:30, 14:18] = 255
+    page.press("Denoise it")
+    page.wait_until(DONE)
+    fields = {"n": 1, "steps": 10, "sampler": "ddim", "seed": 4, "class_label": 8, "strength": 0.5}
+    files = {"image": png_of(drawn), "mask": png_of(made_new)}
+    expected = httpx.post(f"{server.url}/sample", files=files, data=fields, timeout=60).content
+    assert page.picture("#gallery img") == expected
+
+
+def test_without_a_picture_there_is_nothing_to_denoise(open_page: OpenPage) -> None:
+    page = open_page()
+    page.press("Clear")
+    page.press("Denoise it")
+    expect(page.tab.locator("#noise-error")).to_contain_text("There is no picture yet")
+    page.wait_until("Press Sample to make your own.")
+
+
+# --- the grid ---
+
+
+def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
+    open_page: OpenPage, server: RunningServer
+) -> None:
+    page = open_page()
+    page.tab.locator("#grid-class").select_option(label="sneaker")
+    page.tab.locator("#grid-rows").fill("9")  # there are three from there on
+    page.tab.locator("#grid-columns").fill("2")
+    page.press("Make the grid")
+    expect(page.tab.locator("#grid-status")).to_contain_text("Done.")
+    expect(page.tab.locator("#cells th")).to_have_text(["sneaker", "bag", "ankle-boot"])
+    for row, label in enumerate((7, 8, 9), 1):
+        for column in range(2):
+            alone = OPENING | {"class_label": label, "index": column}
+            cell = f"#cells tr:nth-child({row}) td:nth-child({column + 2}) img"
+            assert page.picture(cell) == server.post(json=alone).content
+    page.tab.locator("#cells tr:nth-child(2) td:nth-child(3) button").click()
+    expect(page.tab.locator("#caption")).to_contain_text("From the grid: bag")
+    assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
+    assert frame_numbers(page) == (20, 20)
+    assert form_of(page)["class_label"] == "8"
+
+
+# --- the batch ---
+
+
+def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: RunningServer) -> None:
+    page = open_page()
+    page.tab.locator("#batch").scroll_into_view_if_needed()
+    expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.post, json=LONG | {"n": 3})
+        expect(page.tab.locator("#jobs li")).to_have_count(1)
+        expect(page.tab.locator("#jobs .whose")).to_have_text(re.compile(r"^job \d+$"))
+        expect(page.tab.locator("#jobs .where")).to_have_text(re.compile(r"^3 rows, step \d+ of 1000, t = \d+$"))
+        expect(page.tab.locator("#jobs .dots i")).to_have_count(3)
+        first = page.tab.locator("#jobs .where").text_content()
+        expect(page.tab.locator("#jobs .where")).not_to_have_text(first)
+        (job,) = httpx.get(f"{server.url}/jobs?state=running").json()["jobs"]
+        httpx.delete(f"{server.url}/jobs/{job['id']}")
+        asked.result()
+    expect(page.tab.locator("#jobs li")).to_have_count(0)
+    page.press("Send three different requests")
+    expect(page.tab.locator("#jobs .own")).not_to_have_count(0)
+    expect(page.tab.locator("#load")).to_have_attribute("aria-disabled", "false")
+    expect(page.tab.locator("#jobs li")).to_have_count(0)
+
+
+def test_the_batch_is_not_looked_at_where_nobody_sees_it(open_page: OpenPage) -> None:
+    page = open_page()
+    asked = [url for url in page.requests if url.endswith("/batch")]
+    assert asked == []
+    page.tab.locator("#batch").scroll_into_view_if_needed()
+    expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
+
+
+# --- everybody, and every screen ---
+
+
+@pytest.mark.parametrize(
+    ("width", "look"),
+    [(360, {"color_scheme": "dark"}), (1280, {"color_scheme": "light"}), (1280, {"forced_colors": "active"})],
+)
+def test_all_parts_can_be_read_and_used_by_all(
+    open_page: OpenPage, tmp_path: Path, width: int, look: dict[str, str]
+) -> None:
+    page = open_page(viewport={"width": width, "height": 800}, **look)
+    page.tab.locator("#noise-file").set_input_files(picture_file(tmp_path)[0])
+    page.tab.locator("#mask-preset").select_option("rectangle")
+    page.tab.locator("#more summary").click()
+    page.tab.locator("#compare-count").select_option("4")
+    page.press("Compare")
+    expect(page.tab.locator("#compare-status")).to_have_text("Done.")
+    page.tab.locator("#grid-columns").fill("12")
+    page.press("Make the grid")
+    expect(page.tab.locator("#grid-status")).to_contain_text("Done.")
+    found = Axe().run(page.tab).response["violations"]
+    assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
+    assert page.tab.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth"), "nothing sticks out"
+
+
+def test_all_of_the_page_is_small(open_page: OpenPage) -> None:
+    page = open_page()
+    expect(page.tab.locator("#load")).to_have_attribute("aria-disabled", "false")
+    sizes = page.tab.evaluate(
+        """() => Object.fromEntries(['navigation', 'resource'].flatMap((kind) => performance.getEntriesByType(kind))
+        .map(({name, transferSize}) => [name, transferSize]))"""
+    )
+    files = {name: size for name, size in sizes.items() if not re.search(r"/(sample|noise)\?", name)}
+    assert len(files) > 25
+    assert min(size for name, size in files.items() if not name.startswith("blob:")) > 0
+    assert sum(files.values()) < WHOLE_KB * 1000, files
