@@ -106,7 +106,7 @@ def _costs(scope: Scope) -> bool:
     # The router takes /sample and a line break for /sample.
     if scope["type"] == "websocket" or scope["method"] not in READING or not path.isprintable():
         return True
-    return scope["method"] != "OPTIONS" and (path == "/sample" or path.startswith("/jobs"))
+    return scope["method"] != "OPTIONS" and (path in ("/sample", "/batch") or path.startswith("/jobs"))
 
 
 def _is_host(host: str) -> bool:

@@ -39,17 +39,18 @@ export function drawSchedule(schedule) {
     ),
   );
   element("chart-legend").replaceChildren(
-    ...key("alpha_bar", "alpha_bar, 0 to 1 (left)"),
-    ...key("beta", `beta, noise added per step, 0 to ${most.toPrecision(2)}`),
-    ...key("snr", "signal-to-noise ratio (right)"),
+    key("alpha_bar", "alpha_bar, 0 to 1 (left)"),
+    key("beta", `beta, noise added per step, 0 to ${most.toPrecision(2)}`),
+    key("snr", "signal-to-noise ratio (right)"),
   );
   plot.ariaValueMax = last();
   mark(null);
 }
 
 function key(name, text) {
-  const span = (properties) => Object.assign(document.createElement("span"), properties);
-  return [span({ className: `key ${name}` }), span({ className: "keyed", textContent: text })];
+  const entry = document.createElement("span");
+  entry.append(Object.assign(document.createElement("i"), { className: `key ${name}` }), text);
+  return entry;
 }
 
 // alpha_bar at t, between whole timesteps by a line in log sigma, as the server has it.

@@ -13,11 +13,11 @@ export function setTime(t, from) {
 }
 
 /**
- * The number of a path's frame at a time: the first that has come down to t. At 0 it is the end.
- * @param {{t: number}[]} frames in order, t falling
+ * The number of a path's frame that is nearest to a time. At 0 it is the end: some samplers are there before their last step.
+ * @param {{t: number}[]} frames
  */
 export function frameAt(frames, t) {
-  if (t <= 0) return frames.length - 1; // some samplers are at 0 before their last step
-  const at = frames.findIndex((frame) => frame.t <= t);
-  return at < 0 ? frames.length - 1 : at;
+  if (t <= 0) return frames.length - 1;
+  const away = frames.map((frame) => Math.abs(frame.t - t));
+  return away.indexOf(Math.min(...away));
 }

@@ -622,7 +622,8 @@ def test_frames_are_bounded_by_what_they_take(open_page: Callable[..., Page]) ->
     # What comes is counted too, for somebody who looks back at the third of them.
     page.tab.evaluate(COUNT_URLS)
     page.tab.evaluate(
-        """async () => { const {addFrame, clearFrames} = await import('/page/frames.js'), scrub = document.getElementById('scrub');
+        """async () => { const {addFrame, clearFrames} = await import('/page/frames.js');
+        const scrub = document.getElementById('scrub');
         window.most = 0;
         clearFrames();
         for (let step = 1; step <= 30; step++) {

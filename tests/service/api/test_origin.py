@@ -39,6 +39,7 @@ def test_a_page_of_another_site_starts_changes_and_sees_nothing(site: Site, head
         "cancel": site.client.post(f"/jobs/{job}/cancel", headers=headers),
         "delete": site.client.delete(f"/jobs/{job}", headers=headers),
         "jobs": site.client.get("/jobs", headers=headers),
+        "batch": site.client.get("/batch", headers=headers),
         "noise": site.client.post("/noise?t=5", content=b"x", headers=headers),
         "image of a model": site.client.get("/models/fake/sample?n=4", headers=headers),
         "jobs of a model": site.client.get("/models/fake/jobs", headers=headers),
