@@ -22,9 +22,10 @@ FRESH_S = 0.1  # however many ask, the jobs are looked at once in this time
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What stays the same of a job: its number here, and the timestep of each of its passes."""
+    """What stays the same of a job: its number here, T of its model, and the timestep of each of its passes."""
 
     number: int
+    num_timesteps: int
     timesteps: Sequence[float]
 
 
@@ -40,6 +41,7 @@ class BatchJob(BaseModel):
     step: int = Field(description="how many steps they have taken, on average")
     steps: int
     t: float = Field(description="the timestep of their next step")
+    num_timesteps: int = Field(description="T of its model")
     seed: int | None = Field(description="null where the caller may not see the job")
 
 
@@ -90,7 +92,7 @@ class Batch:
             model = self._models.numbered(status.model).model
         except ModelUnloaded:
             return None
-        return _Known(next(self._numbers), timesteps_of(status.spec, model))
+        return _Known(next(self._numbers), model.num_timesteps, timesteps_of(status.spec, model))
 
     def _told(self, status: JobStatus, caller: Caller) -> BatchJob:
         known, visible = self._known[status.id], caller.sees in (None, status.owner)
@@ -104,6 +106,7 @@ class Batch:
             step=status.step,
             steps=status.spec.num_passes,
             t=round(known.timesteps[min(status.step, len(known.timesteps) - 1)], 3),
+            num_timesteps=known.num_timesteps,
             seed=status.spec.seed if visible else None,
         )
 

@@ -13,30 +13,30 @@ let asked = []; // seeds of what this section has asked for
 export function setUp(model) {
   new IntersectionObserver(([entry]) => {
     seen = entry.isIntersecting;
-    look(model);
+    look();
   }).observe(element("batch"));
-  document.addEventListener("visibilitychange", () => look(model));
+  document.addEventListener("visibilitychange", look);
   element("load").addEventListener("click", () => load(model));
   element("load").ariaDisabled = "false";
 }
 
-async function look(model) {
+async function look() {
   clearTimeout(timer);
   timer = null;
   if (!seen || document.hidden) return;
   let next = REST_MS;
   try {
     const batch = await getJson(new URL("batch", root));
-    draw(batch, model);
+    draw(batch);
     if (batch.jobs.length) next = LOOK_MS;
   } catch (error) {
     element("batch-text").textContent = `The batch cannot be looked at: ${reason(error)}.`;
   }
   clearTimeout(timer);
-  timer = setTimeout(() => look(model), next);
+  timer = setTimeout(look, next);
 }
 
-function draw({ rows_active: active, max_batch: most, jobs, more }, model) {
+function draw({ rows_active: active, max_batch: most, jobs, more }) {
   const rows = jobs.reduce((sum, job) => sum + job.n, 0);
   const others = more ? ` ${more} more jobs are not shown.` : "";
   element("batch-text").textContent = jobs.length
@@ -45,7 +45,7 @@ function draw({ rows_active: active, max_batch: most, jobs, more }, model) {
   const lines = new Map([...element("jobs").children].map((line) => [line.id, line]));
   const now = jobs.map((job) => {
     const line = lines.get(`batch-${job.number}`) ?? addLine(job);
-    update(line, job, model);
+    update(line, job);
     return line;
   });
   element("jobs").replaceChildren(...now);
@@ -61,13 +61,13 @@ function addLine(job) {
   return line;
 }
 
-function update(line, { number, yours, n, step, steps, t, state, seed }, model) {
+function update(line, { number, yours, n, step, steps, t, num_timesteps: most, state, seed }) {
   const part = (name) => line.querySelector(`.${name}`);
   const own = seed !== null && asked.includes(String(seed));
   line.classList.toggle("own", own);
   line.classList.toggle("waits", state === "waiting");
   part("whose").textContent = own ? "from this page" : yours ? `job ${number}` : `somebody's job ${number}`;
-  part("dots").style.setProperty("--share", Math.max(0, Math.min(1, 1 - t / Math.max(1, model.num_timesteps - 1))));
+  part("dots").style.setProperty("--share", Math.max(0, Math.min(1, 1 - t / Math.max(1, most - 1))));
   part("where").textContent =
     state === "waiting" ? `${n === 1 ? "1 row waits" : `${n} rows wait`}` : `${n === 1 ? "1 row" : `${n} rows`}, step ${step} of ${steps}, t = ${Math.round(t)}`;
 }
@@ -85,7 +85,7 @@ async function load(model) {
     { ...begins, n: 1 },
   ].map((spec) => ({ ...spec, seed: String(crypto.getRandomValues(new Uint32Array(1))[0]) }));
   asked = specs.map(({ seed }) => seed);
-  setTimeout(() => look(model));
+  setTimeout(look);
   const answers = await Promise.allSettled(specs.map(post));
   const failed = answers.find(({ status }) => status === "rejected");
   if (failed) element("batch-text").textContent = `Not all were done: ${reason(failed.reason)}.`;

@@ -2,7 +2,7 @@
 
 import { element } from "./api.js";
 import { parameters } from "./form.js";
-import { pictureNow } from "./frames.js";
+import { lastPicture } from "./frames.js";
 import {
   clearPicture, hasMask, hasPicture, maskBlob, paint, paintMask, pictureBlob, setMask, sizeOf, takeFile, tell,
 } from "./picture.js";
@@ -87,7 +87,7 @@ function finish() {
 }
 
 async function takeShown() {
-  const url = pictureNow();
+  const url = lastPicture();
   if (!url) return;
   const [width, height] = sizeOf();
   const first = await createImageBitmap(await (await fetch(url)).blob(), 0, 0, width, height); // of a sheet of several

@@ -11,7 +11,8 @@ let following = true; // whether the newest frame is shown; not while the user v
 let growing = false; // while a job runs
 
 export const frameCount = () => frames.length;
-export const pictureNow = () => frames[Number(element("scrub").value)]?.x_t?.url;
+/** The URL of the end, or of what there is of it. */
+export const lastPicture = () => frames.at(-1)?.x_t?.url;
 export const setGrowing = (yes) => (growing = yes);
 
 // A step may come in two parts, and again after the connection broke. Pictures are blobs.

@@ -88,9 +88,9 @@ async function watch(alone, model, page) {
   element("grid-status").textContent = "Asking for its way…";
   try {
     const { frames } = await askPath(alone, model);
-    page.watch(frames, `From the grid: ${describe(alone)}, image ${alone.index}.`);
-    page.fillFrom(alone);
-    element("grid-status").textContent = "";
+    const shown = page.watch(frames, `From the grid: ${describe(alone)}, image ${alone.index}.`);
+    if (shown) page.fillFrom(alone);
+    element("grid-status").textContent = shown ? "" : "There is a job at the top. This can be watched when it has ended.";
   } catch (error) {
     element("grid-status").textContent = `It cannot be watched: ${reason(error)}.`;
   }

@@ -50,7 +50,7 @@ export async function open(parameters, model, describe) {
 export function leaveOpening() {
   asking?.abort();
   asking = null;
-  element("caption").textContent = "What you asked for, as it is made.";
+  element("caption").textContent = "What you ask for, as it is made.";
   state("left");
 }
 

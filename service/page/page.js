@@ -33,6 +33,7 @@ async function start() {
   const [loaded, schedule] = await Promise.all(["model", "model/schedule"].map(getJson));
   model = loaded;
   fillForm(model);
+  form.elements.class_label.value = usualOpening(model).class_label ?? "";
   showPresets(model);
   drawSchedule(schedule);
   element("model").textContent =
@@ -72,14 +73,15 @@ async function openingShown() {
   return shown;
 }
 
-/** Show a path that is had whole, as one of the grid's. */
+/** Show a path that is had whole, as one of the grid's. Returns whether it is shown: not while a job is. */
 function watch(frames, text) {
-  if (running) return;
+  if (running) return false;
   leaveOpening();
   rest();
   showPath(frames);
   element("caption").textContent = text;
   toTop();
+  return true;
 }
 
 // Whose address names a job, as after a reload, shows it.
@@ -150,6 +152,7 @@ function giveUp() {
 
 function show(job) {
   player1.pause();
+  element("caption").textContent = `Yours: ${describe(job.parameters)}.`;
   busy(true);
   follow(job, model, {
     done: (ended, picture) => addResult(ended, picture, model),

@@ -493,6 +493,12 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
     assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
     assert frame_numbers(page) == (20, 20)
     assert form_of(page)["class_label"] == "8"
+    page.sample(**LONG)
+    page.wait_for_step()
+    page.tab.locator("#cells button").first.click()
+    expect(page.tab.locator("#grid-status")).to_contain_text("There is a job at the top.")
+    page.press("Cancel")
+    page.wait_until("Cancelled.")
 
 
 # --- the batch ---
