@@ -11,6 +11,7 @@ const FIRST_DEADLINE_S = 3;
 
 let lanes = [];
 let shown = false; // whether there is anything to play
+let asking = null; // what aborts the comparison under way; a newer one takes its place
 
 export function setUp(model) {
   const slider = element("compare-t"), last = model.num_timesteps - 1;
@@ -73,14 +74,17 @@ function showAll(t, last) {
 async function compare(model, playing, deadline_s) {
   const button = element("compare-go");
   if (button.ariaDisabled === "true") return;
-  button.ariaDisabled = "true";
+  asking?.abort();
+  const mine = (asking = new AbortController());
+  button.ariaDisabled = String(!deadline_s);
   playing.pause();
   shown = false;
   const common = { n: 1, seed: element("compare-seed").value || "0" };
   if (model.conditional) common.class_label = Number(element("compare-class").value);
   if (deadline_s) common.deadline_s = deadline_s;
-  element("compare-status").textContent = "Asking for all lanes…";
-  const answers = await Promise.all(used().map((each) => ask(each, common, model)));
+  element("compare-status").textContent = deadline_s ? "" : "Asking for all lanes…";
+  const answers = await Promise.all(used().map((each) => ask(each, common, model, mine.signal)));
+  if (mine !== asking) return;
   button.ariaDisabled = "false";
   const done = answers.filter(Boolean).length;
   shown = done > 0;
@@ -92,12 +96,15 @@ async function compare(model, playing, deadline_s) {
   if (shown && !matchMedia("(prefers-reduced-motion: reduce)").matches) playing.play();
 }
 
-async function ask(each, common, model) {
+async function ask(each, common, model, signal) {
   each.clear("Being denoised…");
   try {
-    each.take(await askPath({ ...common, ...each.settings() }, model));
+    const answer = await askPath({ ...common, ...each.settings() }, model, signal);
+    if (signal.aborted) return false; // the lane is another comparison's now
+    each.take(answer);
     return true;
   } catch (error) {
+    if (signal.aborted) return false;
     each.clear(common.deadline_s ? "" : `Not done: ${reason(error)}.`);
     return false;
   }

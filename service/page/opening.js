@@ -30,6 +30,7 @@ export async function open(parameters, model, describe) {
   leaveOpening();
   const mine = (asking = new AbortController());
   state("asked");
+  element("caption").textContent = "A first sample is on its way.";
   try {
     const { frames } = await askPath({ ...parameters, deadline_s: DEADLINE_S }, model, mine.signal);
     if (mine !== asking) return false;

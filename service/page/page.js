@@ -197,6 +197,7 @@ addEventListener("hashchange", () => {
 showMenu();
 start().catch((error) => {
   document.body.dataset.opening = "absent";
+  element("caption").textContent = "There is nothing to show yet.";
   if (isUnloaded(error)) {
     element("model").textContent = `${nameInAddress}: not loaded`;
     tellUnloaded();

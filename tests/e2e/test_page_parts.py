@@ -23,6 +23,7 @@ from tests.e2e.test_page import (
     Page,
     form_of,
     gray,
+    job_ids,
     open_page,  # noqa: F401
     wait_for_picture,
 )
@@ -56,14 +57,14 @@ def time_shown(page: Page) -> float:
 def test_the_page_opens_with_a_sample_and_its_way_and_leaves_nothing_behind(
     open_page: OpenPage, server: RunningServer
 ) -> None:
-    before = httpx.get(f"{server.url}/jobs").json()
+    before = job_ids(server)
     page = open_page()
     expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
     expect(page.tab.locator("#caption")).to_contain_text("sneaker, 20 steps of dpmpp_2m, guidance 1.5, seed 7")
     wait_for_picture(page, "#x_t", server.post(json=OPENING).content)
     assert frame_numbers(page) == (20, 20)
     expect(page.tab.locator("#strip button:enabled")).to_have_count(10)
-    assert httpx.get(f"{server.url}/jobs").json() == before
+    assert job_ids(server) == before
     expect(page.tab.locator("#gallery li")).to_have_count(0)
     assert page.tab.url == f"{server.url}/"
 
@@ -367,6 +368,26 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, 
                 wait_for_picture(page, f".lane:nth-child({number}) img.{show}", expected)
         expect(page.tab.locator("#noise-t")).to_have_value(str(t))
     expect(lanes.nth(2).locator(".told")).to_contain_text("passes, ")
+
+
+def test_whoever_comes_to_the_lanes_sees_something_at_once(open_page: OpenPage) -> None:
+    page = open_page()
+    page.tab.locator("#lanes").scroll_into_view_if_needed()
+    expect(page.tab.locator(".lane:nth-child(1) img.x_t")).to_be_visible()
+    expect(page.tab.locator(".lane:nth-child(2) img.x_0")).to_be_visible()
+    expect(page.tab.locator("#compare-t-text")).to_have_text("t = 0")
+
+
+def test_lanes_that_nobody_asked_for_are_refused_in_silence(open_page: OpenPage) -> None:
+    page = open_page()
+    page.refuse(r"/sample\?", 429)
+    with page.tab.expect_response(re.compile(r"/sample\?")):
+        page.tab.locator("#lanes").scroll_into_view_if_needed()
+    for told in page.tab.locator(".lane:visible .told").all():
+        expect(told).to_have_text("")
+    expect(page.tab.locator("#compare-status")).to_have_text("")
+    page.press("Compare")
+    expect(page.tab.locator("#compare-status")).to_have_text("0 of 2 lanes are done.")
 
 
 def test_a_lane_that_is_refused_says_why_and_the_others_go_on(open_page: OpenPage) -> None:
