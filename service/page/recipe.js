@@ -75,8 +75,9 @@ function textOf(chunk) {
 
 function understand(text) {
   try {
-    const recipe = parse(text);
-    return typeof recipe?.spec?.sampler === "string" ? recipe : null;
+    const recipe = parse(text), spec = recipe?.spec;
+    const lists = [spec?.class_labels, spec?.guidance_interval].every((value) => (value ?? null) === null || Array.isArray(value));
+    return typeof spec?.sampler === "string" && lists ? recipe : null;
   } catch {
     return null;
   }

@@ -10,18 +10,23 @@ let given = null; // {bytes, parameters, recipe}
 export async function offer(file, model) {
   const bytes = await file.arrayBuffer();
   const recipe = recipeIn(bytes);
-  element("recipe").hidden = recipe === null;
-  if (!recipe) return false;
+  const fits = recipe !== null && (recipe.spec.class_labels ?? []).length <= model.limits.max_n;
+  element("recipe").hidden = !fits;
+  if (!fits) return false;
   const parameters = parametersOf(recipe.spec);
   given = { bytes: new Uint8Array(bytes), parameters, recipe };
   fillFrom(parameters);
   const weights = recipe.weights === model.weights_hash ? "this model" : "another model, or other weights";
   const build = recipe.fingerprint === model.fingerprint ? "this build" : "another build, so a few bits may differ";
-  const edited = "image_sha256" in parameters;
+  const edited = "image_sha256" in parameters, unknown = !model.samplers.includes(parameters.sampler);
   element("recipe-text").textContent =
     `${file.name} says how it was made: ${shorten(describe(parameters))}. It is of ${weights}, and ${build}. ` +
-    (edited ? "It was made from a picture, which is not in it, so it cannot be made again here." : "The form has its settings now.");
-  element("again").ariaDisabled = String(edited);
+    (unknown
+      ? `This model has no sampler ${shorten(parameters.sampler)}.`
+      : edited
+        ? "It was made from a picture, which is not in it, so it cannot be made again here."
+        : "The form has its settings now.");
+  element("again").ariaDisabled = String(edited || unknown);
   element("recipe-answer").textContent = "";
   return true;
 }

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -303,6 +304,20 @@ def save_with(file: Path, pixels: np.ndarray, text: str) -> None:
     Image.fromarray(pixels).save(file, pnginfo=info, compress_level=1)
 
 
+NO_RECIPES = (
+    "{", "[]", '{"spec": 5}', '{"noise": {}}', '{"spec": {"sampler": "ddim", "class_labels": 5}}',
+    json.dumps({"spec": {"sampler": "ddim", "class_labels": [1] * 65}}),
+)  # fmt: skip
+
+
+def test_a_png_of_another_kind_of_model_says_what_is_not_here(open_page: OpenPage, tmp_path: Path) -> None:
+    page, file = open_page(), tmp_path / "other.png"
+    save_with(file, np.zeros((8, 8), np.uint8), json.dumps({"spec": {"sampler": "<b>magic</b>", "n": 1, "steps": 5}}))
+    page.tab.locator("#noise-file").set_input_files(file)
+    expect(page.tab.locator("#recipe-text")).to_contain_text("This model has no sampler <b>magic</b>.")
+    expect(page.tab.locator("#again")).to_be_disabled()
+
+
 def test_a_png_of_others_or_a_broken_one_is_a_picture_and_no_recipe(
     open_page: OpenPage, server: RunningServer, tmp_path: Path
 ) -> None:
@@ -310,7 +325,7 @@ def test_a_png_of_others_or_a_broken_one_is_a_picture_and_no_recipe(
     made = server.post(json=OPENING).content
     grey = np.full((32, 32), 128, np.uint8)
     page.tab.evaluate("() => document.getElementById('recipe').hidden = false")
-    for number, text in enumerate(("{", "[]", '{"spec": 5}', '{"noise": {}}')):
+    for number, text in enumerate(NO_RECIPES):
         file = tmp_path / f"grey-{number}.png"
         save_with(file, grey, text)
         page.tab.locator("#noise-file").set_input_files(file)

@@ -1,4 +1,6 @@
+import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -30,6 +32,26 @@ def test_long_texts_of_the_page_are_compressed_for_those_who_take_it(site: Site,
     assert int(packed.headers["content-length"]) < 0.6 * int(plain.headers["content-length"])
     assert "content-encoding" not in plain.headers
     assert packed.headers["vary"] == plain.headers["vary"] == "Accept-Encoding"
+
+
+def test_the_page_names_all_files_that_it_needs_at_first(site: Site) -> None:
+    """So that a browser asks for all of them at once."""
+    needed: set[str] = set()
+    waiting = ["page.js"]
+    while waiting:
+        script = site.client.get(f"/page/{waiting.pop()}")
+        assert script.status_code == 200
+        found = set(re.findall(r'^(?:import|export) [^;]*?"\./([^"]+)";', script.text, re.MULTILINE)) - needed
+        needed |= found
+        waiting += found
+    page = site.client.get("/").text
+    assert re.findall(r'rel="modulepreload" href="page/([^"]+)"', page) != []
+    assert set(re.findall(r'rel="modulepreload" href="page/([^"]+)"', page)) == needed
+    later = re.search(r"^const LATER = (\[.*\]);$", site.client.get("/page/page.js").text, re.MULTILINE)
+    assert later is not None
+    for name in json.loads(later[1]):
+        assert site.client.get(f"/page/{name}.js").status_code == 200
+        assert f"{name}.js" not in needed
 
 
 @pytest.mark.parametrize("path", ["/", "/model", "/sample?steps=1", "/openapi.json"])
