@@ -34,7 +34,9 @@ class Compression:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         compresses = scope["type"] == "http" and OF_A_MODEL.sub("", scope["path"]).startswith(COMPRESSED)
-        await (self._compressing if compresses else self._app)(scope, receive, send)
+        # A range is one of the file's bytes, which the compressed ones are not.
+        whole = compresses and all(name != b"range" for name, _ in scope["headers"])
+        await (self._compressing if whole else self._app)(scope, receive, send)
 
 
 def page_routes(without: Collection[str] = ()) -> APIRouter:

@@ -39,9 +39,10 @@ async function look() {
 function draw({ rows_active: active, max_batch: most, jobs, more }) {
   const rows = jobs.reduce((sum, job) => sum + job.n, 0);
   const others = more ? ` ${more} more jobs are not shown.` : "";
+  const last = `${active} rows were in the last forward pass, which has room for ${most}.`;
   element("batch-text").textContent = jobs.length
-    ? `${active} rows were in the last forward pass, which has room for ${most}. ${rows} rows of ${jobs.length} jobs are on their way.${others}`
-    : "The server is idle. Its next forward pass has room for " + `${most} rows.`;
+    ? `${last} ${rows} rows of ${jobs.length} jobs are on their way.${others}`
+    : `The server is idle. Its next forward pass has room for ${most} rows.`;
   const lines = new Map([...element("jobs").children].map((line) => [line.id, line]));
   const now = jobs.map((job) => {
     const line = lines.get(`batch-${job.number}`) ?? addLine(job);
@@ -68,8 +69,8 @@ function update(line, { number, yours, n, step, steps, t, num_timesteps: most, s
   line.classList.toggle("waits", state === "waiting");
   part("whose").textContent = own ? "from this page" : yours ? `job ${number}` : `somebody's job ${number}`;
   part("dots").style.setProperty("--share", Math.max(0, Math.min(1, 1 - t / Math.max(1, most - 1))));
-  part("where").textContent =
-    state === "waiting" ? `${n === 1 ? "1 row waits" : `${n} rows wait`}` : `${n === 1 ? "1 row" : `${n} rows`}, step ${step} of ${steps}, t = ${Math.round(t)}`;
+  const where = state === "waiting" ? "waiting" : `step ${step} of ${steps}, t = ${Math.round(t)}`;
+  part("where").textContent = `${n === 1 ? "1 row" : `${n} rows`}, ${where}`;
 }
 
 // Three requests that have nothing in common. They leave nothing behind.

@@ -22,7 +22,10 @@ export function setUp(model, { run, opened }) {
   const [width, height] = sizeOf();
   element("size").max = Math.ceil(Math.max(width, height) / 4);
   element("size").value = Math.ceil(width / 16);
-  RECTANGLE.forEach((input, at) => Object.assign(input, { max: at % 2 ? height : width, value: [width, height][at % 2] / (at < 2 ? 4 : 2) }));
+  RECTANGLE.forEach((input, at) => {
+    const most = [width, height][at % 2];
+    Object.assign(input, { max: most, value: most / (at < 2 ? 4 : 2) }); // the middle
+  });
   showValues();
   element("canvas").addEventListener("pointerdown", begin);
   element("canvas").addEventListener("pointermove", stroke);

@@ -66,7 +66,8 @@ async function askRow(line, parameters, model, page) {
   try {
     const headers = { Accept: "application/json", "Content-Type": "application/json" };
     const response = await ask("sample", { method: "POST", headers, body: toJson(parameters) });
-    parse(await response.text()).images.forEach((image, column) => addImage(line.cells[column + 1], image, parameters, model, page));
+    const { images } = parse(await response.text());
+    images.forEach((image, column) => addImage(line.cells[column + 1], image, parameters, model, page));
     return null;
   } catch (error) {
     return reason(error);
@@ -78,7 +79,8 @@ function addImage(cell, { png, index }, parameters, model, page) {
   const url = URL.createObjectURL(new Blob([bytes], { type: "image/png" }));
   urls.push(url);
   const alone = { ...parameters, n: 1, index };
-  const button = Object.assign(document.createElement("button"), { type: "button", ariaLabel: `Watch ${describe(alone)}, image ${index}` });
+  const button = document.createElement("button");
+  Object.assign(button, { type: "button", ariaLabel: `Watch ${describe(alone)}, image ${index}` });
   button.append(Object.assign(new Image(), { src: url, alt: "" }));
   button.addEventListener("click", () => watch(alone, model, page));
   cell.replaceChildren(button);

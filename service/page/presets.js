@@ -17,7 +17,8 @@ function presetsOf(model) {
     Fast: ["As few steps as still give good images", fewest],
   };
   if (model.samplers.includes("ddpm")) {
-    presets["Every step"] = ["DDPM as it was published: all steps, to watch", { sampler: "ddpm", steps: model.num_timesteps, n: 1 }];
+    const all = { sampler: "ddpm", steps: model.num_timesteps, n: 1 };
+    presets["Every step"] = ["DDPM as it was published: all steps, to watch", all];
   }
   if (model.conditional && model.null_class !== null) {
     presets.Guided = ["Pushed hard towards the class", { ...best, guidance: STRONG }];

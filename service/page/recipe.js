@@ -76,8 +76,8 @@ function textOf(chunk) {
 function understand(text) {
   try {
     const recipe = parse(text), spec = recipe?.spec;
-    const lists = [spec?.class_labels, spec?.guidance_interval].every((value) => (value ?? null) === null || Array.isArray(value));
-    return typeof spec?.sampler === "string" && lists ? recipe : null;
+    const isList = (value) => (value ?? null) === null || Array.isArray(value);
+    return typeof spec?.sampler === "string" && isList(spec.class_labels) && isList(spec.guidance_interval) ? recipe : null;
   } catch {
     return null;
   }

@@ -39,7 +39,8 @@ async function again() {
     const headers = { Accept: "image/png", "Content-Type": "application/json" };
     const response = await ask("sample", { method: "POST", headers, body: toJson(parameters) });
     const made = new Uint8Array(await response.arrayBuffer());
-    const build = response.headers.get("X-Fingerprint") === recipe.fingerprint ? "The build is the same." : "The build is another.";
+    const same = response.headers.get("X-Fingerprint") === recipe.fingerprint;
+    const build = `The build is ${same ? "the same" : "another"}.`;
     if (made.length === bytes.length && made.every((byte, at) => byte === bytes[at])) say(`The same, byte for byte. ${build}`);
     else say(`${await differences(bytes, made)} ${build}`);
   } catch (error) {

@@ -54,6 +54,12 @@ def test_the_page_names_all_files_that_it_needs_at_first(site: Site) -> None:
         assert f"{name}.js" not in needed
 
 
+def test_a_part_of_a_file_is_sent_as_it_is(site: Site) -> None:
+    part = site.client.get("/page/page.js", headers={"Accept-Encoding": "gzip", "Range": "bytes=0-999"})
+    assert (part.status_code, len(part.content)) == (206, 1000)
+    assert "content-encoding" not in part.headers
+
+
 @pytest.mark.parametrize("path", ["/", "/model", "/sample?steps=1", "/openapi.json"])
 def test_nothing_else_is_compressed(site: Site, path: str) -> None:
     assert "content-encoding" not in site.client.get(path, headers={"Accept-Encoding": "gzip"}).headers
