@@ -12,7 +12,7 @@ const END_MS = 1200; // that the end stands before a loop begins again
  */
 export function player(button, { show, share }) {
   let frame = null; // the animation frame that is waited for
-  let before = 0; // when the last one came
+  let before = null; // when the last one came; the first one may have begun before it was asked for
   let at = 0;
 
   function label(playing) {
@@ -27,7 +27,7 @@ export function player(button, { show, share }) {
   }
 
   function tick(now) {
-    at += ((now - before) / WHOLE_MS) * Number(element("speed").value);
+    at += ((now - (before ?? now)) / WHOLE_MS) * Number(element("speed").value);
     before = now;
     const over = 1 + END_MS / WHOLE_MS;
     if (at >= 1 && !element("loop").checked) {
@@ -43,7 +43,7 @@ export function player(button, { show, share }) {
   function play() {
     pause();
     at = share() >= 1 ? 0 : share();
-    before = performance.now();
+    before = null;
     label(true);
     frame = requestAnimationFrame(tick);
   }
