@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from tminus.service.api.advice import advice_headers
 from tminus.service.api.authentication import caller_of
 from tminus.service.api.caching import cache_headers, matches
+from tminus.service.api.frames import Frames
 from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
 from tminus.service.api.openapi import (
@@ -25,7 +26,6 @@ from tminus.service.api.openapi import (
     Described,
     failures,
 )
-from tminus.service.api.frames import Frames
 from tminus.service.api.previews import AnimationRequest
 from tminus.service.api.progress import finished_or_gone, result_of, server_timing
 from tminus.service.api.request import accept_header, prefers_async, read_parameters
