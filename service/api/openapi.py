@@ -9,12 +9,13 @@ from pydantic.json_schema import models_json_schema
 
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.timesteps import SPACINGS
-from tminus.service.api.answers import ErrorText, Problem, SampleAnswer
+from tminus.service.api.answers import ErrorText, Problem
 from tminus.service.api.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
 from tminus.service.api.job_ids import CHOSEN
 from tminus.service.api.multipart import BYTES, FORM
 from tminus.service.api.previews import MAX_FPS, AnimationRequest
 from tminus.service.api.problems import PROBLEM_JSON, as_error_text, form_of
+from tminus.service.api.sample_answer import SampleAnswer
 from tminus.service.api.schemas import (
     MAX_DEADLINE_S,
     MAX_INDEX,
