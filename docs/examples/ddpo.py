@@ -45,8 +45,10 @@ class Rollout:
 
     @classmethod
     def read(cls, data: bytes) -> "Rollout":
-        """Read a trajectory. Raises ValueError for what is none."""
+        """Read a trajectory. Raises ValueError for what is none, and where `log_p_of` would need more than `lines`."""
         file = read_trajectory(data)
+        if "matrices" in file.arrays or file.arrays["lines"][:, 7].any():
+            raise ValueError("log p of a table that looks back twice, or of a learned variance, is not computed here")
         arrays: Mapping[str, Tensor] = {name: torch.from_numpy(each) for name, each in file.arrays.items()}
         k, x_0 = arrays["passes"], arrays["x_0"]
         before = torch.cat([torch.zeros_like(x_0[:1]), x_0[:-1]])

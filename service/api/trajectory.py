@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.trajectory import LEAST_ETA
 from tminus.service.errors import InvalidField
 from tminus.service.images.encoder import Encoder
 from tminus.service.images.trajectory import TRAJECTORY, TRAJECTORY_VERSION
@@ -28,7 +29,10 @@ class Steps:
 
     @classmethod
     def of(cls, spec: SampleSpec, model: ModelInfo) -> "Steps":
-        """Prepare to record a job's steps. Raises InvalidField where none adds noise, and where they are too many."""
+        """Prepare to record a job's steps. Raises InvalidField where they add too little noise, or are too many."""
+        if SAMPLER_FACTS[spec.sampler].noise == "eta" and spec.eta < LEAST_ETA:
+            bound = f"at least {LEAST_ETA} with Accept: {TRAJECTORY}: of less noise float32 leaves no exact log p"
+            raise InvalidField.of("eta", bound, spec.eta)
         noisy = noisy_passes(spec, model)
         if not noisy:
             raise _without_noise(spec, model)
@@ -55,15 +59,13 @@ class Steps:
 def _without_noise(spec: SampleSpec, model: ModelInfo) -> InvalidField:
     """Say what to change where no step adds noise, so that none has a log p."""
     noise = SAMPLER_FACTS[spec.sampler].noise
-    if noise == "eta" and not spec.eta:
-        return InvalidField.of("eta", f"above 0 with Accept: {TRAJECTORY}: only then its steps add noise", spec.eta)
     if noise != "none" and spec.strength is not None:
         bound = f"enough for two steps with Accept: {TRAJECTORY}: the last adds no noise"
         return InvalidField.of("strength", bound, spec.strength)
     if noise != "none":
         bound = f"at least 2 with Accept: {TRAJECTORY}: the last adds no noise"
         return InvalidField.of("steps", bound, spec.steps)
-    said = {"eta": " (eta above 0)", "always": ""}
+    said = {"eta": f" (eta at least {LEAST_ETA})", "always": ""}
     noises = {name: SAMPLER_FACTS[name].noise for name in model.samplers}
     noisy = [f"{name}{said[noise]}" for name, noise in noises.items() if noise != "none"]
     bound = f"one of {', '.join(noisy)} with Accept: {TRAJECTORY}: the steps of others add no noise, and have no log p"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 256 * 2**20
 BY_STEP = {"x_t": 0, "x_0": 1}  # the arrays that are compared to the bit, and the number of the step in their first
 # How near others have to be, relative and absolute: they follow from those, and another NumPy may round another way.
-CLOSE = {"mean": (1e-6, 1e-6), "s": (1e-6, 0.0), "log_p": (1e-9, 0.0)}
+CLOSE = {"mean": (1e-6, 1e-6), "s": (1e-6, 0.0), "log_p": (1e-9, 1e-6)}  # log p may be about 0
 PLAN_CLOSE = (1e-12, 0.0)
 
 
@@ -46,6 +46,7 @@ def check(
     Exit code 0: identical; 1: not, with the first step and image that differ.
     """
     from tminus.service.images.trajectory import arrays_of, read_trajectory
+    from tminus.service.work import noisy_passes
     from tminus.service.worker.recording import Path as Recorded
 
     try:
@@ -69,6 +70,8 @@ def check(
             break
     if info.weights_hash != recipe.weights:
         fail(f"{file}: made by other weights ({recipe.weights[:12]}, {checkpoint} has {info.weights_hash[:12]})")
+    if not noisy_passes(spec, info):
+        fail(f"{file}: no step of its recipe adds noise ({spec.sampler}), so that it has no log p to compare")
     row = (info.channels, info.height_px, info.width_px)
     if info.latent is not None:
         row = (info.latent.channels, info.latent.height, info.latent.width)

@@ -15,7 +15,8 @@ from tminus.service.spec import Images, SampleSpec
 
 TRAJECTORY: Final = "application/vnd.tminus.trajectory"
 FORMAT = 1  # counts up with what the file holds
-TRAJECTORY_VERSION = f"format {FORMAT}; safetensors {safetensors.__version__}"  # another may write other bytes
+# Another safetensors may write other bytes, and another NumPy may round mean, s and log p another way.
+TRAJECTORY_VERSION = f"format {FORMAT}; safetensors {safetensors.__version__}; numpy {np.__version__}"
 METADATA_KEY = "tminus"  # the only one: safetensors writes several in no fixed order
 MAX_METADATA_BYTES = 2**20
 LENGTH_BYTES = 8  # before the header
@@ -64,7 +65,7 @@ def arrays_of(trajectory: Trajectory, images: Images, spec: SampleSpec, model: M
 
 
 def read_trajectory(data: bytes) -> TrajectoryFile:
-    """Read a file. Raises ValueError where it is none, is cut off or damaged, or is of a newer version."""
+    """Read a file. Raises ValueError where it is none, is cut off or damaged, or is of no format known here."""
     try:
         arrays = safetensors.numpy.load(data)  # checks the header against the data, and runs nothing
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
@@ -78,6 +79,6 @@ def read_trajectory(data: bytes) -> TrajectoryFile:
         made_as = document["format"]
     except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"no {METADATA_KEY!r} in its metadata: not made by tminus, or stripped since") from None
-    if type(made_as) is not int or made_as > FORMAT:
+    if type(made_as) is not int or not 1 <= made_as <= FORMAT:
         raise ValueError(f"of format {made_as!r:.20}, and this version of tminus reads {FORMAT}")
     return TrajectoryFile(document, arrays)

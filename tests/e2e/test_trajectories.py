@@ -14,6 +14,7 @@ import torch
 
 from tests.e2e.conftest import ROOT, RunningServer, run_cli, start_server, stop_server
 from tests.e2e.test_edits import pixels
+from tests.service.images.test_trajectory import packed
 from tests.service.keys import key_line
 from tests.tiny import randomize
 from tminus.model.checkpoint import load_checkpoint
@@ -78,6 +79,17 @@ def policy(small: Path, tmp_path: Path) -> Iterator[tuple[RunningServer, Path]]:
     yield running, folder
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log
+
+
+def test_the_example_refuses_files_whose_log_p_needs_more_than_lines() -> None:
+    read = runpy.run_path(str(ROOT / "docs" / "examples" / "ddpo.py"))["Rollout"].read
+    assert read(packed()).log_p.shape == (3, 2)
+    arrays = safetensors.numpy.load(packed())
+    metadata = {"tminus": '{"format": 1, "weights": ""}'}
+    learned = arrays["lines"] + np.eye(8)[7]
+    for more in ({"matrices": np.zeros((4, 2, 5))}, {"lines": learned}):
+        with pytest.raises(ValueError, match="is not computed here"):
+            read(safetensors.numpy.save(arrays | more, metadata))
 
 
 def test_the_example_trains_on_the_servers_log_p_and_the_server_takes_the_weights(

@@ -14,7 +14,7 @@ from tests.model.test_samplers import InFloat64, in_float64, seeded
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import Plan, compile_plan, table_plan
 from tminus.model.tables import Table
-from tminus.model.trajectory import Trajectory, Transitions, transitions
+from tminus.model.trajectory import LEAST_ETA, Trajectory, Transitions, transitions
 
 F64 = torch.float64
 SHAPE = (2, 1, 3, 3)
@@ -219,6 +219,23 @@ def test_log_p_is_that_of_the_noise_and_of_the_files_own_mean_within_1e_5_a_valu
         assert (exact(found.log_p[at]) - of_noise).abs().max() < 1e-5 * NUM_VALUES
         of_file = by_torch(trajectory, int(k), exact(found.mean[at]), exact(found.s[at]))
         assert (exact(found.log_p[at]) - of_file).abs().max() < 1e-5 * NUM_VALUES
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [2, 20, 1000])
+def test_at_the_least_eta_of_the_server_log_p_is_that_of_the_noise_within_2e_4_a_value(
+    steps: int, spacing: str
+) -> None:
+    noise = NoiseConfig()
+    plan = compile_plan(noise, noise.schedule(), "ddim", steps, eta=LEAST_ETA, spacing=spacing)
+    trajectory = rolled_out(plan)
+    found = transitions(trajectory)
+    for at, k in enumerate(found.passes):
+        z, s = seeded(10_000 + int(k)), float(plan.lines[k, 5])
+        of_noise = (-(z**2) / 2 - math.log(s) - math.log(2 * math.pi) / 2).sum((1, 2, 3))
+        assert (exact(found.log_p[at]) - of_noise).abs().max() < 2e-4 * NUM_VALUES
+        of_file = by_torch(trajectory, int(k), exact(found.mean[at]), exact(found.s[at]))
+        assert (exact(found.log_p[at]) - of_file).abs().max() < 2e-4 * NUM_VALUES
 
 
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("dpmpp_2m", 0.0), ("unipc", 0.0), ("ddpm", 0.0)])

@@ -17,6 +17,7 @@ from tests.service.api.asgi import call
 from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b64, encode, got, noise, same, spec_in
 from tests.service.conftest import TABLES_OF_50, MakeSite, Site, frames_of, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
+from tminus.model.trajectory import LEAST_ETA
 from tminus.service.api import progress
 from tminus.service.api.previews import MAX_FRAME_BYTES
 from tminus.service.api.trajectory import MAX_TRAJECTORY_BYTES
@@ -433,10 +434,12 @@ def test_a_trajectory_has_the_headers_of_other_answers_and_is_named_cached_and_t
 @pytest.mark.parametrize(
     ("given", "field", "says"),
     [
-        ({"sampler": "dpmpp_2m"}, "sampler", "one of ddpm, ddim (eta above 0), dpmpp_2m_sde with"),
-        ({"sampler": "heun"}, "sampler", "one of ddpm, ddim (eta above 0), dpmpp_2m_sde with"),
-        ({"sampler": "ddim"}, "eta", "above 0"),
-        ({"sampler": "ddim", "eta": 0}, "eta", "above 0"),
+        ({"sampler": "dpmpp_2m"}, "sampler", "one of ddpm, ddim (eta at least 0.01), dpmpp_2m_sde with"),
+        ({"sampler": "heun"}, "sampler", "one of ddpm, ddim (eta at least 0.01), dpmpp_2m_sde with"),
+        ({"sampler": "ddim"}, "eta", "at least 0.01"),
+        ({"sampler": "ddim", "eta": 0}, "eta", "at least 0.01"),
+        ({"sampler": "ddim", "eta": 1e-6}, "eta", "at least 0.01"),
+        ({"sampler": "ddim", "eta": 0.00999}, "eta", "at least 0.01"),
         ({"steps": 1}, "steps", "at least 2"),
         ({"sampler": "ddim", "eta": 1, "steps": 1}, "steps", "at least 2"),
         ({"image": b64(CAT), "strength": 0.05}, "strength", "enough for two steps"),
@@ -466,6 +469,10 @@ def test_what_has_no_log_p_is_refused_by_name_before_any_step(
 def test_what_has_a_log_p_is_answered(site: Site, given: dict[str, Any]) -> None:
     arrays = walked(site, **given)
     assert len(arrays["x_t"]) == 1 + len(arrays["timesteps"]) == (6 if "image" in given else 11)
+
+
+def test_the_least_eta_has_a_trajectory(site: Site) -> None:
+    assert walked(site, sampler="ddim", eta=LEAST_ETA)["log_p"].shape == (9, 2)
 
 
 def test_a_table_that_adds_noise_has_a_trajectory_and_one_that_does_not_has_none(make_site: MakeSite) -> None:

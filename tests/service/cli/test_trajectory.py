@@ -126,6 +126,13 @@ def test_an_altered_value_is_named_by_array_step_and_image(
     assert found.startswith(says)
 
 
+def test_a_log_p_near_0_may_be_rounded_another_way(files: dict[str, bytes]) -> None:
+    arrays = dict(read_trajectory(files["ddpm"]).arrays)
+    near, nearer, far = (arrays | {"log_p": np.full_like(arrays["log_p"], by)} for by in (1e-12, 3e-12, 1e-5))
+    assert difference(near, nearer) is None
+    assert difference(far, nearer) is not None
+
+
 def test_an_altered_file_is_told_with_exit_code_1(check: Check, files: dict[str, bytes]) -> None:
     nudged = altered(files["ddpm"], nudge("x_t", 3, 1, 0, 2, 3))
     one_line(check(nudged), "x_t differs first at step 3 of 5 (t = 20), image 1: 1 of 64", "the file was changed")
@@ -140,6 +147,8 @@ def test_a_recipe_that_does_not_go_with_the_values_is_told_before_anything_is_ma
     spec = read_trajectory(files["ddpm"]).document["spec"]
     one_line(check(altered(files["ddpm"], spec=spec | {"steps": 40})), "x_t must be of shape (41, 2, 1, 8, 8), got (6,")
     one_line(check(altered(files["ddpm"], spec=spec | {"steps": 10**9})), "steps must be")
+    no_noise = spec | {"sampler": "ddim", "eta": 0.0}
+    one_line(check(altered(files["ddpm"], spec=no_noise)), "no step of its recipe adds noise (ddim)")
 
 
 def test_other_weights_are_told_before_anything_is_made_again(

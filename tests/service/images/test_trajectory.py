@@ -9,6 +9,7 @@ import safetensors.numpy
 
 from tests.service.fakes import INFO, FakeEngine, fake_pixels, make_spec
 from tminus.model.trajectory import Trajectory, transitions
+from tminus.service.api.trajectory import Steps
 from tminus.service.images.encoder import recipe
 from tminus.service.images.trajectory import FORMAT, MAX_METADATA_BYTES, METADATA_KEY, pack_trajectory, read_trajectory
 from tminus.service.spec import SampleSpec
@@ -58,6 +59,11 @@ def test_the_same_trajectory_is_the_same_bytes() -> None:
     assert len({packed() for _ in range(8)}) == 1
 
 
+def test_the_etag_names_all_whose_other_version_may_make_other_bytes() -> None:
+    for name, version in {"safetensors": safetensors.__version__, "numpy": np.__version__}.items():
+        assert f"{name} {version}" in Steps.kind
+
+
 def test_anybodys_safetensors_reads_it(tmp_path: object) -> None:
     loaded = safetensors.numpy.load(packed())
     assert loaded["x_t"].shape == (5, 2, 1, 4, 6)
@@ -84,6 +90,8 @@ def test_a_file_that_is_cut_off_is_refused(share: float) -> None:
         (with_metadata({METADATA_KEY: json.dumps({"format": FORMAT + 1})}), f"of format {FORMAT + 1}, and"),
         (with_metadata({METADATA_KEY: '{"format": "x"}'}), "of format 'x', and"),
         (with_metadata({METADATA_KEY: '{"format": true}'}), "of format True, and"),
+        (with_metadata({METADATA_KEY: '{"format": 0}'}), "of format 0, and"),
+        (with_metadata({METADATA_KEY: '{"format": -5}'}), "of format -5, and"),
         (with_metadata({METADATA_KEY: " " * MAX_METADATA_BYTES}), "its header takes"),
     ],
 )
