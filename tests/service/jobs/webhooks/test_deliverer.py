@@ -142,7 +142,7 @@ def test_it_is_given_up_when_the_receiver_wants_no_more_or_its_time_has_passed(
         raise failure
 
     async def run() -> None:
-        running = Running(send, retry_s=0.2)
+        running = Running(send, retry_s=1.0)
         await running.end(told("a"))
         (delivery,) = await running.until("a", "given_up")
         assert delivery.error == error
