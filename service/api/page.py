@@ -49,7 +49,10 @@ class Compression:
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answer = MutableHeaders(raw=message["headers"])
-                answer.add_vary_header("Accept-Encoding")
+                if "Accept-Encoding" not in answer.get(
+                    "vary", ""
+                ):  # as on what is too short to be compressed, and on 304
+                    answer.add_vary_header("Accept-Encoding")
                 packed = answer.get("content-encoding") == "gzip" or (message["status"] == 304 and named)
                 if whole and packed and "etag" in answer:
                     answer["etag"] = f'{answer["etag"][:-1]}{SUFFIX}"'
