@@ -61,18 +61,19 @@ class Batch:
         self._models = models
         self._known: dict[str, _Known] = {}
         self._numbers = count(1)
-        self._statuses: list[JobStatus] = []
+        self._statuses: list[JobStatus] = []  # of the jobs that are told of
+        self._more = 0
         self._looked_s = float("-inf")  # by the event loop's clock
 
     def seen_by(self, caller: Caller) -> BatchAnswer:
         """What a caller is told."""
         self._look()
-        services, told = self._models.default, [status for status in self._statuses if status.id in self._known]
+        services = self._models.default
         return BatchAnswer(
             max_batch=services.limits.max_batch,
             rows_active=services.worker.rows_active,
-            jobs=[self._told(status, caller) for status in told],
-            more=len(services.worker.jobs) - len(told) if len(self._statuses) == MOST_JOBS else 0,
+            jobs=[self._told(status, caller) for status in self._statuses],
+            more=self._more,
         )
 
     def _look(self) -> None:
@@ -80,12 +81,14 @@ class Batch:
         if now_s - self._looked_s < FRESH_S:
             return
         # Without a forecast, which would cost more; nothing here tells of it.
-        self._statuses, self._looked_s = self._models.default.worker.jobs.quick_statuses({})[:MOST_JOBS], now_s
+        statuses, self._looked_s = self._models.default.worker.jobs.quick_statuses({}), now_s
         known, self._known = self._known, {}
-        for status in self._statuses:
+        for status in statuses[:MOST_JOBS]:
             entry = known.get(status.id) or self._first_seen(status)
             if entry is not None:
                 self._known[status.id] = entry
+        self._statuses = [status for status in statuses[:MOST_JOBS] if status.id in self._known]
+        self._more = len(statuses) - len(self._statuses)
 
     def _first_seen(self, status: JobStatus) -> _Known | None:
         try:

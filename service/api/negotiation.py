@@ -14,7 +14,7 @@ def negotiate(accept: str, offered: Sequence[str], hint: str = "") -> str:
     """
     if not accept.strip():
         return offered[0]
-    ranges = [_parse(part) for part in accept.split(",") if part.strip()]
+    ranges = qualities(accept)
 
     def quality(media_type: str) -> float:
         kind = media_type.partition("/")[0]
@@ -31,6 +31,11 @@ def negotiate(accept: str, offered: Sequence[str], hint: str = "") -> str:
             f"Accept must allow {bound}, got {accept[:200]!r}", field="Accept", value=accept, bound=bound
         )
     return best
+
+
+def qualities(header: str) -> list[tuple[str, float]]:
+    """List the names in a header such as Accept or Accept-Encoding, in small letters, with their quality in 0..1."""
+    return [_parse(part) for part in header.split(",") if part.strip()]
 
 
 def _parse(part: str) -> tuple[str, float]:

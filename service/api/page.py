@@ -6,9 +6,11 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tminus.service.api.negotiation import qualities
 from tminus.service.api.origin import OF_A_MODEL
 
 FOLDER = Path(__file__).parents[1] / "page"
@@ -24,6 +26,7 @@ HEADERS = {
 
 COMPRESSED = ("/page/", "/model/schedule")  # long texts without secrets, and no images: those are compressed already
 GZIP_LEVEL = 6
+SUFFIX = "-gzip"  # of the ETag of compressed bytes, which are others (RFC 9110, section 8.8.3.3)
 
 
 class Compression:
@@ -34,9 +37,30 @@ class Compression:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         compresses = scope["type"] == "http" and OF_A_MODEL.sub("", scope["path"]).startswith(COMPRESSED)
+        if not compresses:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        encodings = qualities(",".join(headers.getlist("accept-encoding")))
         # A range is one of the file's bytes, which the compressed ones are not.
-        whole = compresses and all(name != b"range" for name, _ in scope["headers"])
-        await (self._compressing if whole else self._app)(scope, receive, send)
+        whole = "range" not in headers and any(name == "gzip" and q > 0 for name, q in encodings)
+        named = f'{SUFFIX}"' in ",".join(headers.getlist("if-none-match"))
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer = MutableHeaders(raw=message["headers"])
+                if "Accept-Encoding" not in answer.get(
+                    "vary", ""
+                ):  # as on what is too short to be compressed, and on 304
+                    answer.add_vary_header("Accept-Encoding")
+                packed = answer.get("content-encoding") == "gzip" or (message["status"] == 304 and named)
+                if whole and packed and "etag" in answer:
+                    answer["etag"] = f'{answer["etag"][:-1]}{SUFFIX}"'
+            await send(message)
+
+        if whole and named:
+            scope = {**scope, "headers": [_without_suffix(*header) for header in scope["headers"]]}
+        await (self._compressing if whole else self._app)(scope, receive, send_named)
 
 
 def page_routes(without: Collection[str] = ()) -> APIRouter:
@@ -59,6 +83,11 @@ def page_routes(without: Collection[str] = ()) -> APIRouter:
         return _with_headers(await files.get_response(name, request.scope))
 
     return router
+
+
+def _without_suffix(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    """If-None-Match as the files' own ETags have it; other headers as they are."""
+    return name, value.replace(f'{SUFFIX}"'.encode(), b'"') if name == b"if-none-match" else value
 
 
 def _with_headers(response: Response) -> Response:

@@ -20,6 +20,9 @@ export function toJson(spec) {
   return JSON.stringify(spec).replace(/("seed":)"(\d+)"/, "$1$2");
 }
 
+/** A seed as JSON has it: 007 is no number there. */
+export const plainSeed = (text) => text.replace(/^0+(?=\d)/, "");
+
 // What a problem says has the value that was refused in it, which may be long: only that is cut.
 export const shorten = (text) =>
   text.replace(/\S+/g, (word) => (word.length > LONGEST_WORD ? `${word.slice(0, LONGEST_WORD)}…` : word));
@@ -47,6 +50,13 @@ export async function ask(path, options) {
     await signIn(new URL("login", root));
     response = await fetch(new URL(path, base), options);
   }
+  return accepted(response);
+}
+
+/** Like `ask`, for what nobody has asked for: without a key it is refused, and no dialog opens. */
+export const askQuietly = async (path, options) => accepted(await fetch(new URL(path, base), options));
+
+async function accepted(response) {
   if (!response.ok) throw new Refusal(response.status, await response.json().catch(() => ({})));
   return response;
 }

@@ -1,6 +1,6 @@
 // The batch of the server as it is now: each job a line, its rows at their own timestep.
 
-import { ask, element, getJson, reason, root, toJson } from "./api.js";
+import { ask, askQuietly, element, parse, reason, root, toJson } from "./api.js";
 import { usualOpening } from "./opening.js";
 
 const LOOK_MS = 250, REST_MS = 2000; // between looks: while something runs, while nothing does
@@ -26,11 +26,13 @@ async function look() {
   if (!seen || document.hidden) return;
   let next = REST_MS;
   try {
-    const batch = await getJson(new URL("batch", root));
+    const batch = parse(await (await askQuietly(new URL("batch", root))).text());
     draw(batch);
     if (batch.jobs.length) next = LOOK_MS;
   } catch (error) {
-    element("batch-text").textContent = `The batch cannot be looked at: ${reason(error)}.`;
+    const why = error.status === 401 ? "it takes a key" : reason(error);
+    element("batch-text").textContent = `The batch cannot be looked at: ${why}.`;
+    element("jobs").replaceChildren();
   }
   clearTimeout(timer);
   timer = setTimeout(look, next);

@@ -29,7 +29,7 @@ export function setUp(model) {
     show: (share) => shown && setTime(Math.round(last * (1 - share)), "compare"),
     share: () => Number(slider.value) / last,
   });
-  onTime((t) => t !== null && showAll(t, last));
+  onTime((t, from) => t !== null && from !== "live" && showAll(t, last)); // a job's frames do not move the lanes
   element("compare-go").addEventListener("click", () => compare(model, playing));
   element("compare-go").ariaDisabled = "false";
   // Whoever comes here sees something at once, if the server has time for it.

@@ -1,6 +1,6 @@
 // The form: its fields from the parameters of a request, and back.
 
-import { element } from "./api.js";
+import { element, plainSeed } from "./api.js";
 
 // The guidance, where the checkpoint recommends nothing.
 const GUIDANCE = 2;
@@ -49,7 +49,7 @@ export function fillFrom(spec) {
   const labels = [spec.class_label ?? null].flat(), different = new Set(labels);
   if (!different.has(null)) field("guidance").value = spec.guidance ?? 1; // else it had none
   if (model.conditional) chooseClass(different.size === 1 ? labels.slice(0, 1) : labels);
-  const [from, to] = spec.guidance_interval ?? ["", ""];
+  const [from = "", to = ""] = spec.guidance_interval ?? [];
   const extras = {
     eta: spec.eta || "", index: spec.index || "", guidance_rescale: spec.guidance_rescale || "",
     timestep_spacing: spec.timestep_spacing === model.timestep_spacings[spec.sampler] ? "" : spec.timestep_spacing ?? "",
@@ -104,7 +104,7 @@ const toLabel = (text) => (text === "" ? null : Number(text));
 export function parameters() {
   const given = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== "")); // nor what is disabled
   const spec = { n: Number(given.n), steps: Number(given.steps), sampler: given.sampler };
-  if (given.seed) spec.seed = given.seed.replace(/^0+(?=\d)/, "");
+  if (given.seed) spec.seed = plainSeed(given.seed);
   if (given.class_label?.includes(",")) spec.class_label = given.class_label.split(",").map(toLabel);
   else if (given.class_label) spec.class_label = Number(given.class_label);
   if (given.guidance !== undefined && model.conditional) {

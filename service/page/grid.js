@@ -1,6 +1,6 @@
 // A grid: a row for each class, a column for each noise. Each row is one request, and all are asked for at the same time.
 
-import { ask, element, parse, reason, toJson } from "./api.js";
+import { ask, element, parse, plainSeed, reason, toJson } from "./api.js";
 import { classOptions, describe, fill } from "./form.js";
 import { askPath } from "./path.js";
 import { usualOpening } from "./opening.js";
@@ -8,6 +8,7 @@ import { usualOpening } from "./opening.js";
 const MOST_ROWS = 10, MOST_COLUMNS = 12;
 
 let urls = []; // of the images that are shown
+let watching = null; // the question for an image's way; a newer one takes its place
 
 /** @param {{watch: function, fillFrom: function}} page */
 export function setUp(model, page) {
@@ -19,7 +20,8 @@ export function setUp(model, page) {
   Object.assign(element("grid-columns"), { max: columns, value: Math.min(6, columns) });
   element("grid-go").addEventListener("click", () => make(model, page));
   element("grid-go").ariaDisabled = "false";
-  const change = () => !urls.length && drawEmpty(model); // what is shown stays until there is more
+  // What is shown, or about to be, stays until there is more.
+  const change = () => !urls.length && element("grid-go").ariaDisabled !== "true" && drawEmpty(model);
   for (const id of ["grid-rows", "grid-columns", "grid-class"]) element(id).addEventListener("input", change);
   drawEmpty(model);
 }
@@ -27,7 +29,7 @@ export function setUp(model, page) {
 /** Lay the grid out; returns what each row asks for, and its line of the table. */
 function drawEmpty(model) {
   const [rows, columns] = ["grid-rows", "grid-columns"].map((id) => within(element(id)));
-  const begins = { ...usualOpening(model), n: columns, seed: element("grid-seed").value || "0" };
+  const begins = { ...usualOpening(model), n: columns, seed: plainSeed(element("grid-seed").value || "0") };
   const first = Number(element("grid-class").value);
   const asked = Array.from({ length: model.conditional ? Math.min(rows, model.class_names.length - first) : 1 }, (_, row) =>
     model.conditional ? { ...begins, class_label: first + row } : begins,
@@ -43,6 +45,7 @@ async function make(model, page) {
   const button = element("grid-go");
   if (button.ariaDisabled === "true") return;
   button.ariaDisabled = "true";
+  watching?.abort();
   urls.forEach((url) => URL.revokeObjectURL(url));
   urls = [];
   const lines = drawEmpty(model);
@@ -87,13 +90,17 @@ function addImage(cell, { png, index }, parameters, model, page) {
 }
 
 async function watch(alone, model, page) {
+  watching?.abort();
+  const { signal } = (watching = new AbortController());
   element("grid-status").textContent = "Asking for its way…";
   try {
-    const { frames } = await askPath(alone, model);
+    const { frames } = await askPath(alone, model, signal);
+    if (signal.aborted) return;
     const shown = page.watch(frames, `From the grid: ${describe(alone)}, image ${alone.index}.`);
     if (shown) page.fillFrom(alone);
     element("grid-status").textContent = shown ? "" : "There is a job at the top. This can be watched when it has ended.";
   } catch (error) {
+    if (signal.aborted) return;
     element("grid-status").textContent = `It cannot be watched: ${reason(error)}.`;
   }
 }

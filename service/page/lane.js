@@ -61,7 +61,8 @@ export function lane(number, model, begins) {
     clear();
     const url = (blob) => URL.createObjectURL(blob);
     frames = path.map(({ pictures, ...frame }) => ({ ...frame, x_t: url(pictures.x_t), x_0: url(pictures.x_0) }));
-    const passes = passesOf(spec, model) * (spec.guidance === 1 || spec.guidance_interval ? 1 : 2);
+    const once = passesOf(spec, model), some = spec.guidance_interval ? `${once} to ${2 * once}` : 2 * once;
+    const passes = spec.guidance === 1 ? once : some; // guided twice; the server knows for which timesteps
     const took = milliseconds === null ? "kept from before" : `${Math.round(milliseconds)} ms`;
     caption = `${passes} passes, ${took}`;
   }

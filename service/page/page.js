@@ -105,6 +105,7 @@ async function findAgain() {
 }
 
 async function run(body) {
+  if (running) return; // something else was begun while this was made ready
   complain("");
   busy(true);
   leaveOpening();

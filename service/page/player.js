@@ -1,9 +1,16 @@
-// Plays something from its beginning to its end: a button that is play or pause, a speed, a loop.
+// Plays something from its beginning to its end: a button that is play or pause, a speed, a loop. One at a time plays.
 
 import { element } from "./api.js";
+import { onTime } from "./time.js";
 
 const WHOLE_MS = 4000; // at speed 1
 const END_MS = 1200; // that the end stands before a loop begins again
+
+let pauseActive = null; // pauses the one that plays; null while none does
+let moving = false; // while that one changes the time itself
+
+// Whoever else changes it, but for a job that brings its next frame, takes over.
+onTime((_, from) => !moving && from !== "live" && pauseActive?.());
 
 /**
  * @param {HTMLButtonElement} button
@@ -23,7 +30,14 @@ export function player(button, { show, share }) {
   function pause() {
     if (frame !== null) cancelAnimationFrame(frame);
     frame = null;
+    if (pauseActive === pause) pauseActive = null;
     label(false);
+  }
+
+  function move(to) {
+    moving = true;
+    show(to);
+    moving = false;
   }
 
   function tick(now) {
@@ -31,17 +45,18 @@ export function player(button, { show, share }) {
     before = now;
     const over = 1 + END_MS / WHOLE_MS;
     if (at >= 1 && !element("loop").checked) {
-      show(1);
+      move(1);
       pause();
       return;
     }
     if (at >= over) at = 0;
-    show(Math.min(1, at));
+    move(Math.min(1, at));
     if (frame !== null) frame = requestAnimationFrame(tick);
   }
 
   function play() {
-    pause();
+    pauseActive?.();
+    pauseActive = pause;
     at = share() >= 1 ? 0 : share();
     before = null;
     label(true);

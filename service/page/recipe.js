@@ -11,7 +11,9 @@ const NAMES = [
   "n", "steps", "sampler", "seed", "index", "eta", "class_label", "guidance", "guidance_interval", "guidance_rescale",
   "timestep_spacing", "clip", "nearest",
 ];
-const LISTS = ["class_label", "guidance_interval"], TEXTS = ["sampler", "seed", "timestep_spacing"];
+// What a PNG's spec has by the same name; its labels are of another form, and eta is always in it.
+const IN_PNGS = [...NAMES.filter((name) => !["class_label", "eta", "nearest"].includes(name)), "table"];
+const ONE_OR_LIST = "class_label", LIST = "guidance_interval", TEXTS = ["sampler", "seed", "timestep_spacing"];
 
 /** The hash of an address that holds these parameters. */
 export function toHash(parameters) {
@@ -26,7 +28,8 @@ export function fromHash(hash) {
   const parameters = {};
   for (const name of NAMES.filter((each) => query.has(each))) {
     const values = query.getAll(name).map((text) => read(name, text));
-    parameters[name] = LISTS.includes(name) && values.length > 1 ? values : values[0];
+    const isList = name === LIST || (name === ONE_OR_LIST && values.length > 1);
+    parameters[name] = isList ? values : values[0];
   }
   parameters.n ??= 1;
   return parameters;
@@ -38,12 +41,15 @@ function read(name, text) {
   return text === "" ? null : Number(text);
 }
 
-/** The parameters that a PNG's spec stands for; see `parameters_of` of the server. */
+/**
+ * The parameters that a PNG's spec stands for; see `parameters_of` of the server. Whatever else a PNG says is not asked for,
+ * nor is a picture that it was made from.
+ */
 export function parametersOf(spec) {
-  const { class_labels: labels, eta, ...rest } = spec;
-  const parameters = { ...rest };
+  const { class_labels: labels, eta } = spec;
+  const parameters = Object.fromEntries(IN_PNGS.map((name) => [name, spec[name] ?? null]));
   if (labels) parameters.class_label = new Set(labels).size === 1 ? labels[0] : labels;
-  if (spec.sampler === "ddim") parameters.eta = eta;
+  if (spec.sampler === "ddim") parameters.eta = eta ?? null;
   if (spec.table) delete parameters.timestep_spacing; // the table has the timesteps
   return Object.fromEntries(Object.entries(parameters).filter(([, value]) => value !== null));
 }

@@ -4,11 +4,17 @@ import { ask, element, reason, shorten, toJson } from "./api.js";
 import { describe, fillFrom } from "./form.js";
 import { parametersOf, recipeIn } from "./recipe.js";
 
-let given = null; // {bytes, parameters, recipe}
+const MOST_BYTES = 2 ** 25; // of a file that is read
+
+let newest = null; // the file that was given last
+let given = null; // what was read of it, {bytes, parameters, recipe}; null where it has no recipe
 
 /** Look at a file; if it is a PNG of tminus, fill in the form and offer to make it again. Returns whether it is. */
 export async function offer(file, model) {
-  const bytes = await file.arrayBuffer();
+  newest = file;
+  given = null;
+  const bytes = file.size <= MOST_BYTES ? await file.arrayBuffer() : new ArrayBuffer(0);
+  if (file !== newest) return false;
   const recipe = recipeIn(bytes);
   const fits = recipe !== null && (recipe.spec.class_labels ?? []).length <= model.limits.max_n;
   element("recipe").hidden = !fits;
@@ -18,7 +24,7 @@ export async function offer(file, model) {
   fillFrom(parameters);
   const weights = recipe.weights === model.weights_hash ? "this model" : "another model, or other weights";
   const build = recipe.fingerprint === model.fingerprint ? "this build" : "another build, so a few bits may differ";
-  const edited = "image_sha256" in parameters, unknown = !model.samplers.includes(parameters.sampler);
+  const edited = (recipe.spec.image_sha256 ?? null) !== null, unknown = !model.samplers.includes(parameters.sampler);
   element("recipe-text").textContent =
     `${file.name} says how it was made: ${shorten(describe(parameters))}. It is of ${weights}, and ${build}. ` +
     (unknown
@@ -32,8 +38,8 @@ export async function offer(file, model) {
 }
 
 async function again() {
-  const { bytes, parameters, recipe } = given;
-  const say = (text) => (element("recipe-answer").textContent = text);
+  const mine = given, { bytes, parameters, recipe } = mine;
+  const say = (text) => mine === given && (element("recipe-answer").textContent = text);
   say("Making it…");
   try {
     const headers = { Accept: "image/png", "Content-Type": "application/json" };
@@ -48,6 +54,12 @@ async function again() {
   }
 }
 
+// Width and height, of the first chunk of a PNG.
+function sizeIn(bytes) {
+  const view = new DataView(bytes.buffer);
+  return [view.getUint32(16), view.getUint32(20)];
+}
+
 async function pixels(bytes) {
   const image = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
   const canvas = Object.assign(document.createElement("canvas"), { width: image.width, height: image.height });
@@ -57,13 +69,14 @@ async function pixels(bytes) {
 }
 
 async function differences(before, after) {
+  // Before it is decoded: a file may claim any size; what the server makes is bounded.
+  if (String(sizeIn(before)) !== String(sizeIn(after))) return "Not the same: the sizes differ.";
   const [one, other] = await Promise.all([before, after].map(pixels));
-  if (one.width !== other.width || one.height !== other.height) return "Not the same: the sizes differ.";
   let most = 0;
   one.data.forEach((value, at) => (most = Math.max(most, Math.abs(value - other.data[at]))));
   return most ? `Not the same: pixels differ by up to ${most} of 255.` : "The same pixels, in a file of other bytes.";
 }
 
 element("again").addEventListener("click", () => {
-  if (element("again").ariaDisabled !== "true") again();
+  if (given && element("again").ariaDisabled !== "true") again();
 });

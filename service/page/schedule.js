@@ -72,7 +72,7 @@ function mark(t) {
   const ratio = level / (1 - level);
   const text = `At t = ${t}: alpha_bar ${level.toPrecision(3)}, beta ${beta[Math.floor(t)].toPrecision(2)}, `;
   element("chart-now").textContent = `${text}signal-to-noise ${ratio.toPrecision(3)}.`;
-  plot.ariaValueNow = t;
+  plot.ariaValueNow = last() - t; // of a slider it grows to the right
   plot.ariaValueText = `t = ${t}, alpha_bar ${level.toPrecision(2)}`;
 }
 
@@ -94,9 +94,9 @@ plot.addEventListener("pointerdown", (event) => {
 });
 plot.addEventListener("keydown", (event) => {
   const page = Math.max(1, Math.round(last() / 20));
-  // To the right is on to the image, as everywhere on this page.
+  // To the right and up is on to the image.
   const by = {
-    ArrowRight: -1, ArrowDown: -1, ArrowLeft: 1, ArrowUp: 1, PageDown: -page, PageUp: page, Home: last(), End: -last(),
+    ArrowRight: -1, ArrowUp: -1, ArrowLeft: 1, ArrowDown: 1, PageUp: -page, PageDown: page, Home: last(), End: -last(),
   }[event.key];
   if (!by) return;
   event.preventDefault();

@@ -1,6 +1,7 @@
 """What the page explains by: the first sample, film, plot, links, lanes, edits, grid and batch, in a real browser."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -15,6 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect
 
 from tests.e2e.conftest import RunningServer
@@ -117,18 +119,23 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     shown = nearest(frames, t)
     assert frame_numbers(page) == (shown + 1, 20)
     wait_for_picture(page, "#x_0", decoded(frames[shown]["x_0"]))
-    expect(plot).to_have_attribute("aria-valuenow", str(t))
+    expect(plot).to_have_attribute("aria-valuenow", str(999 - t))
     expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}: alpha_bar ")
     expect(page.tab.locator("#noise-t")).to_have_value(str(t))
     plot.focus()
     page.tab.keyboard.press("ArrowRight")
-    expect(plot).to_have_attribute("aria-valuenow", str(t - 1))
+    expect(plot).to_have_attribute("aria-valuenow", str(999 - t + 1))
+    expect(plot).to_have_attribute("aria-valuetext", re.compile(f"^t = {t - 1}, alpha_bar "))
+    for key, value in (("ArrowUp", 501), ("ArrowDown", 500), ("ArrowLeft", 499), ("PageUp", 549), ("PageDown", 499)):
+        page.tab.keyboard.press(key)
+        expect(plot).to_have_attribute("aria-valuenow", str(value))
     page.tab.keyboard.press("Home")
+    expect(plot).to_have_attribute("aria-valuenow", "0")
     expect(plot).to_have_attribute("aria-valuetext", re.compile("^t = 999, alpha_bar "))
     assert frame_numbers(page) == (1, 20)
     page.tab.locator("#noise-t").fill("0")
     assert frame_numbers(page) == (20, 20)
-    expect(plot).to_have_attribute("aria-valuenow", "0")
+    expect(plot).to_have_attribute("aria-valuenow", "999")
 
 
 def nearest(frames: list[dict[str, Any]], t: float) -> int:
@@ -159,6 +166,39 @@ def test_the_way_is_played_paused_and_looped(open_page: OpenPage) -> None:
     page.press_play()
     page.tab.clock.run_for(2600 + 1000)
     assert 8 <= frame_numbers(page)[0] <= 13, "it has begun again"
+
+
+def test_whatever_else_is_moved_takes_over_from_a_player(open_page: OpenPage) -> None:
+    page = open_page()
+    play, lanes_play = page.tab.locator("#play"), page.tab.locator("#compare-play")
+    page.press("Compare")
+    expect(page.tab.locator("#compare-status")).to_have_text("Done.")
+    page.tab.clock.install(time=0)
+    page.tab.clock.pause_at(60_000)
+    page.tab.locator("#scrub").fill("0")
+    moves: list[Callable[[], None]] = [
+        lambda: page.tab.locator("#scrub").fill("3"),
+        lambda: page.tab.locator("#strip button").nth(2).click(),
+        lambda: page.tab.locator("#plot").press("ArrowLeft"),
+        lambda: page.tab.locator("#noise-t").fill("900"),
+        lambda: page.tab.locator("#compare-t").fill("100"),
+    ]
+    for move in moves:
+        play.click()
+        page.tab.mouse.move(0, 0)  # or the plot may come below it
+        page.tab.clock.run_for(300)
+        expect(play).to_have_attribute("aria-label", "Pause")
+        move()
+        expect(play).to_have_attribute("aria-label", "Play")
+        moved = frame_numbers(page)
+        assert moved[0] < 20
+        page.tab.clock.run_for(1000)
+        assert frame_numbers(page) == moved
+    for begun, paused in ((play, lanes_play), (lanes_play, play), (play, lanes_play)):
+        begun.click()
+        page.tab.clock.run_for(300)
+        expect(begun).to_have_attribute("aria-label", "Pause")
+        expect(paused).to_have_attribute("aria-label", "Play")
 
 
 KEEP_FRAMES = """window.frames_shown = []; addEventListener('DOMContentLoaded', () => {
@@ -265,7 +305,13 @@ def test_a_link_to_what_costs_much_waits_for_the_user(open_page: OpenPage, serve
 
 
 @pytest.mark.parametrize(
-    "hash_", ["steps=0&sampler=ddim&seed=1", "steps=5&sampler=%3Cimg%3E&seed=1", "steps=x&sampler=ddim&seed=1"]
+    "hash_",
+    [
+        "steps=0&sampler=ddim&seed=1",
+        "steps=5&sampler=%3Cimg%3E&seed=1",
+        "steps=x&sampler=ddim&seed=1",
+        "steps=5&sampler=ddim&seed=1&guidance_interval=5",
+    ],
 )
 def test_a_link_of_nonsense_is_said_to_be(open_page: OpenPage, server: RunningServer, hash_: str) -> None:
     page = open_page(f"{server.url}/#{hash_}")
@@ -303,6 +349,63 @@ def test_a_png_that_was_changed_is_not_the_same(open_page: OpenPage, server: Run
     save_with(file, pixels, recipe.replace('"weights": "', '"weights": "0'))
     page.tab.locator("#noise-file").set_input_files(file)
     expect(page.tab.locator("#recipe-text")).to_contain_text("It is of another model, or other weights")
+
+
+def test_of_what_a_png_says_only_settings_are_asked_for(open_page: OpenPage, tmp_path: Path) -> None:
+    page, file = open_page(), tmp_path / "crafted.png"
+    spec = {
+        "sampler": "ddim",
+        "n": 1,
+        "steps": 5,
+        "seed": 3,
+        "class_labels": [2],
+        "eta": 0.5,
+        "guidance": 1,
+        "table": None,
+    }
+    crafted = spec | {"image": "AAAA", "mask": "AAAA", "deadline_s": 1, "webhook": "http://127.0.0.1/", "strength": 0.5}
+    save_with(file, np.zeros((8, 8), np.uint8), json.dumps({"spec": crafted}))
+    page.tab.locator("#noise-file").set_input_files(file)
+    with page.tab.expect_request(lambda request: request.method == "POST" and "/sample" in request.url) as asked:
+        page.press("Make it again")
+    assert asked.value.post_data_json == {
+        "sampler": "ddim", "n": 1, "steps": 5, "seed": 3, "class_label": 2, "eta": 0.5, "guidance": 1,
+    }  # fmt: skip
+    expect(page.tab.locator("#recipe-answer")).to_contain_text("Not the same: the sizes differ.")
+
+
+def test_an_answer_about_an_older_png_is_not_shown_below_a_newer_one(
+    open_page: OpenPage, server: RunningServer, tmp_path: Path
+) -> None:
+    page, held = open_page(), []
+    page.tab.route(re.compile(r"/sample$"), lambda route: held.append(route))
+    for name in ("one", "other"):
+        file = tmp_path / f"{name}.png"
+        file.write_bytes(server.post(json=OPENING).content)
+        page.tab.locator("#noise-file").set_input_files(file)
+        expect(page.tab.locator("#recipe-text")).to_contain_text(f"{name}.png says how it was made")
+        if not held:
+            page.press("Make it again")
+            page.go_on_until(lambda: bool(held))
+    with page.tab.expect_response(re.compile(r"/sample$")) as answered:
+        held[0].continue_()
+    answered.value.finished()
+    page.tab.evaluate("() => new Promise((resolve) => setTimeout(resolve))")
+    expect(page.tab.locator("#recipe-answer")).to_have_text("")
+
+
+def test_a_file_is_looked_at_only_within_bounds(open_page: OpenPage, server: RunningServer, tmp_path: Path) -> None:
+    page, file = open_page(), tmp_path / "bomb.png"
+    size_and_read = """async () => { let read = false;
+        const arrayBuffer = async () => { read = true; return new ArrayBuffer(0); };
+        const { offer } = await import('./page/reproduce.js');
+        return [await offer({ size: 2 ** 26, name: 'large', arrayBuffer }, {}), read]; }"""
+    assert page.tab.evaluate(size_and_read) == [False, False]
+    made = server.post(json=OPENING).content
+    file.write_bytes(made[:16] + (60_000).to_bytes(4, "big") * 2 + made[24:])
+    page.tab.locator("#noise-file").set_input_files(file)
+    page.press("Make it again")
+    expect(page.tab.locator("#recipe-answer")).to_contain_text("Not the same: the sizes differ.")
 
 
 def save_with(file: Path, pixels: np.ndarray, text: str) -> None:
@@ -389,7 +492,8 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, 
                 expected = decoded(made["frames"][nearest(made["frames"], t)][show] if t else made["sheet"])
                 wait_for_picture(page, f".lane:nth-child({number}) img.{show}", expected)
         expect(page.tab.locator("#noise-t")).to_have_value(str(t))
-    expect(lanes.nth(2).locator(".told")).to_contain_text("passes, ")
+    for number, passes in enumerate(("10 passes, ", "50 passes, ", "20 to 40 passes, ")):
+        expect(lanes.nth(number).locator(".told")).to_contain_text(f". {passes}")
 
 
 def test_whoever_comes_to_the_lanes_sees_something_at_once(open_page: OpenPage) -> None:
@@ -513,6 +617,16 @@ def test_without_a_picture_there_is_nothing_to_denoise(open_page: OpenPage) -> N
     page.wait_until("Press Sample to make your own.")
 
 
+def test_of_two_things_that_are_asked_for_at_once_one_is_begun(open_page: OpenPage) -> None:
+    page = open_page()
+    expect(page.tab.locator("#noise-image")).to_be_visible()
+    page.fill(n=1, steps=5, sampler="ddim")
+    page.tab.evaluate("() => ['edit', 'edit', 'go'].forEach((id) => document.getElementById(id).click())")
+    page.wait_until(DONE)
+    assert [url for url in page.requests if url.endswith("/jobs")] == [f"{page.tab.url.partition('#')[0]}jobs"]
+    expect(page.tab.locator("#gallery li")).to_have_count(1)
+
+
 # --- the grid ---
 
 
@@ -542,6 +656,34 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
     expect(page.tab.locator("#grid-status")).to_contain_text("There is a job at the top.")
     page.press("Cancel")
     page.wait_until("Cancelled.")
+
+
+def test_the_grid_is_not_laid_out_anew_while_it_is_made_and_the_last_click_wins(
+    open_page: OpenPage, server: RunningServer
+) -> None:
+    page, held = open_page(), []
+    page.tab.locator("#grid-rows").fill("1")
+    page.tab.locator("#grid-columns").fill("2")
+    page.tab.locator("#grid-seed").fill("007")
+    page.tab.route(re.compile(r"/sample"), lambda route: held.append(route))
+    page.press("Make the grid")
+    page.go_on_until(lambda: bool(held))
+    page.tab.locator("#grid-columns").fill("5")
+    held.pop().continue_()
+    expect(page.tab.locator("#grid-status")).to_contain_text("Done.")
+    cells = page.tab.locator("#cells button")
+    expect(cells).to_have_count(2)
+    made = server.post(json=OPENING | {"class_label": 0}).content
+    assert page.picture("#cells button img") == made
+    cells.nth(0).click()
+    cells.nth(1).click()
+    page.go_on_until(lambda: len(held) == 2)
+    for route in reversed(held):
+        with contextlib.suppress(PlaywrightError):  # the page no longer waits for the first
+            route.continue_()
+    expect(page.tab.locator("#caption")).to_contain_text("image 1.")
+    expect(page.tab.locator("#grid-status")).to_have_text("")
+    assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 0, "index": 1}).content
 
 
 # --- the batch ---
@@ -574,6 +716,16 @@ def test_the_batch_is_not_looked_at_where_nobody_sees_it(open_page: OpenPage) ->
     asked = [url for url in page.requests if url.endswith("/batch")]
     assert asked == []
     page.tab.locator("#batch").scroll_into_view_if_needed()
+    expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
+
+
+def test_a_batch_that_takes_a_key_opens_no_dialog(open_page: OpenPage) -> None:
+    page = open_page()
+    page.refuse(r"/batch$", 401)
+    page.tab.locator("#batch").scroll_into_view_if_needed()
+    expect(page.tab.locator("#batch-text")).to_have_text("The batch cannot be looked at: it takes a key.")
+    expect(page.tab.locator("#key-dialog")).to_be_hidden()
+    page.tab.unroute_all()
     expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
 
 

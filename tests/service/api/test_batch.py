@@ -84,6 +84,19 @@ def test_no_more_jobs_are_told_of_than_fit(site: Site, monkeypatch: pytest.Monke
         site.engine.gate.open()
 
 
+def test_the_jobs_and_how_many_more_there_are_come_of_one_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_module, "MOST_JOBS", 2)
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(3) as pool:
+        for seed in range(3):
+            pool.submit(site.post, json={"steps": 20, "seed": seed})
+        wait_until(lambda: look(site)["more"] == 1)
+        monkeypatch.setattr(batch_module, "FRESH_S", 3600.0)
+        site.engine.gate.open()
+    wait_until(lambda: site.client.get("/jobs").json()["jobs"] == [])
+    assert (len(look(site)["jobs"]), look(site)["more"]) == (2, 1)
+
+
 def test_many_who_look_at_once_cost_one_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_module, "FRESH_S", 3600.0)
     assert look(site)["jobs"] == []

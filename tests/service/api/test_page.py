@@ -34,6 +34,28 @@ def test_long_texts_of_the_page_are_compressed_for_those_who_take_it(site: Site,
     assert packed.headers["vary"] == plain.headers["vary"] == "Accept-Encoding"
 
 
+def test_compressed_bytes_have_an_etag_of_their_own(site: Site) -> None:
+    tags = {}
+    for taken in ("identity", "gzip"):
+        answer = site.client.get("/page/page.js", headers={"Accept-Encoding": taken})
+        tags[taken] = answer.headers["etag"]
+    assert tags["gzip"] == f'{tags["identity"][:-1]}-gzip"'
+    for taken, tag in tags.items():
+        for known in (tag, f'"other", W/{tag}'):
+            again = site.client.get("/page/page.js", headers={"Accept-Encoding": taken, "If-None-Match": known})
+            assert (again.status_code, again.headers["etag"]) == (304, tag)
+            assert again.headers["vary"] == "Accept-Encoding"
+    other = {"Accept-Encoding": "identity", "If-None-Match": tags["gzip"]}
+    assert site.client.get("/page/page.js", headers=other).status_code == 200
+
+
+@pytest.mark.parametrize("taken", ["gzip;q=0", "deflate, gzip; q=0.0", "br", "*;q=0, identity"])
+def test_who_does_not_take_gzip_is_sent_none(site: Site, taken: str) -> None:
+    answer = site.client.get("/page/page.js", headers={"Accept-Encoding": taken})
+    assert "content-encoding" not in answer.headers
+    assert answer.headers["vary"] == "Accept-Encoding"
+
+
 def test_the_page_names_all_files_that_it_needs_at_first(site: Site) -> None:
     """So that a browser asks for all of them at once."""
     needed: set[str] = set()
