@@ -602,7 +602,8 @@ def test_the_frames_of_a_job_are_let_go_with_the_next(open_page: Callable[..., P
         page.sample(steps=20, n=1, sampler="ddim", seed=results)
         expect(page.tab.locator("#gallery li")).to_have_count(results)
         frames = "(Number(document.querySelector('#scrub').max) + 1)"  # the last ones may still be on their way
-        page.tab.wait_for_function(f"() => window.urls.size === 2 * {frames} + {results}")
+        # Beside them and the results there may be one of the forward process, which follows the player.
+        page.tab.wait_for_function(f"() => [0, 1].includes(window.urls.size - 2 * {frames} - {results})")
     for number in (1, 2):
         assert page.picture(f"#gallery li:nth-child({number}) img")
 
