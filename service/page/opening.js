@@ -58,5 +58,6 @@ export function leaveOpening() {
 function whyNot(error) {
   if (!(error instanceof Refusal)) return "The server gave no answer to a first sample.";
   if (error.status === 422 && error.field !== "deadline_s") return `A sample as in the link cannot be had: ${error.message}.`;
+  if (error.code === "quota_exceeded") return `This key has nothing left for a first sample: ${error.message}.`;
   return "The server has no time for a first sample just now. You can still ask for yours.";
 }
