@@ -14,7 +14,8 @@ addEventListener("beforeunload", () => (leaving = true));
 addEventListener("pageshow", () => (leaving = false)); // the browser may have kept the page, and shows it again
 
 // What has no answer yet: {key, body}, with underWay while it is being asked, and cancelled if its job is not wanted
-// any more. The session keeps it, so that the next load of the page knows.
+// any more. Then, for as long as a reload may take, the job: {answered, cancelled}. The session keeps it, so that the
+// next load of the page knows.
 const remembered = (model) => recall(model, "asked");
 const remember = (model, asked) => keep(model, "asked", asked);
 
@@ -28,6 +29,18 @@ export function cancelUnderWay(model) {
   remember(model, { ...remembered(model), cancelled: true });
 }
 
+// The page is here by a reload that may have begun before the answer came: then the job of that answer is put into the
+// address, which the reload has from before. Returns whether it is to be cancelled.
+export function addAnswered(model) {
+  const { answered, cancelled } = remembered(model) ?? {};
+  if (!answered) return false;
+  remember(model, null);
+  const [navigation] = performance.getEntriesByType("navigation");
+  if (navigation.type !== "reload") return false;
+  history.replaceState(null, "", `#job=${answered}`);
+  return cancelled;
+}
+
 // Ask for a job: {job, cancelled}. Raises what `ask` does; tryingAgain is called before each further try.
 export async function create(model, body, tryingAgain) {
   const before = remembered(model);
@@ -39,7 +52,8 @@ export async function create(model, body, tryingAgain) {
     leaving = false;
     const cancelled = remembered(model)?.cancelled;
     history.replaceState(null, "", `#job=${job.id}`);
-    remember(model, null);
+    remember(model, { answered: job.id, cancelled }); // a reload that has begun takes the address from before
+    setTimeout(() => remembered(model)?.answered === job.id && remember(model, null), LEAVING_MS);
     return { job, cancelled };
   } catch (error) {
     // A 5xx may be a proxy's, about an answer that it has lost.

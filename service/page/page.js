@@ -1,7 +1,7 @@
 // The page of a model: what it opens with, the form, and what becomes of it. The parts are in the other files.
 
 import { element, getJson, nameInAddress, parse, Refusal, root, toJson } from "./api.js";
-import { cancelUnderWay, create, underWay } from "./asking.js";
+import { addAnswered, cancelUnderWay, create, underWay } from "./asking.js";
 import { complain, describe, fillForm, fillFrom, form, parameters } from "./form.js";
 import { frameCount, goTo, setGrowing, showPath } from "./frames.js";
 import { addResult, restore } from "./gallery.js";
@@ -32,6 +32,7 @@ async function start() {
   const later = Promise.all(LATER.map((name) => import(`./${name}.js`)));
   const [loaded, schedule] = await Promise.all(["model", "model/schedule"].map(getJson));
   model = loaded;
+  const unwanted = addAnswered(model);
   fillForm(model);
   form.elements.class_label.value = usualOpening(model).class_label ?? "";
   showPresets(model);
@@ -49,7 +50,7 @@ async function start() {
     fillFrom(parse(body));
     await run(body);
   } else {
-    await findAgain();
+    await findAgain(unwanted);
   }
   await opened;
 }
@@ -85,7 +86,7 @@ function watch(frames, text) {
 }
 
 // Whose address names a job, as after a reload, shows it.
-async function findAgain() {
+async function findAgain(unwanted = false) {
   const id = jobInAddress();
   if (!model || !id || underWay(model)) return; // the answer will change the address
   try {
@@ -98,6 +99,7 @@ async function findAgain() {
       leaveOpening();
       fillFrom(job.parameters);
       show(job);
+      if (unwanted) cancel();
     } else complain("The job in the address of this page cannot be followed: it is not durable, and ends with its request.");
   } catch (error) {
     complain(`The job in the address of this page cannot be shown: ${error.message}.`);

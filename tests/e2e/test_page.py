@@ -412,6 +412,29 @@ def test_a_reload_before_the_answer_finds_the_job(
     assert {page.tab.url.rpartition("=")[2]} == job_ids(server) - before == set(seen)
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_reload_that_meets_the_answer_finds_the_job(
+    open_page: Callable[..., Page], server: RunningServer, cancelled: bool
+) -> None:
+    page, before, held = open_page(), job_ids(server), []
+    page.tab.evaluate("() => { history.replaceState = () => location.reload(); }")  # has the address of before the answer
+    page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
+    page.sample(**LONG)
+    page.wait_until("Asking…")
+    if cancelled:
+        page.press("Cancel")
+        page.wait_until("Cancelling…")
+    with page.tab.expect_navigation():
+        held[0].continue_()
+    if not cancelled:
+        page.wait_for_step()
+        page.press("Cancel")
+    page.wait_until("Cancelled.")
+    assert {page.tab.url.rpartition("=")[2]} == job_ids(server) - before
+    page.tab.goto(server.url)  # by hand, so without it
+    page.wait_until("Press Sample to make your own.")
+
+
 def test_cancel_before_the_answer_cancels_the_job(open_page: Callable[..., Page], server: RunningServer) -> None:
     page, held = open_page(), []
     page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
