@@ -159,8 +159,9 @@ def stop_server(server: RunningServer) -> int:
 
 def shared_server(checkpoint: Path) -> Iterator[RunningServer]:
     """A server for every test that does it no harm."""
-    # No memory for repeats, so that each answer is made.
-    running = start_server(checkpoint, "--max-body-bytes", "65536", "--result-cache-mb", "0")
+    # No memory for repeats, so that each answer is made; and nothing is too much work, however slow the machine.
+    flags = ("--max-body-bytes", "65536", "--result-cache-mb", "0", "--max-backlog-s", "6000")
+    running = start_server(checkpoint, *flags)
     yield running
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log

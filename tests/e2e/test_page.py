@@ -417,7 +417,7 @@ def test_a_reload_that_meets_the_answer_finds_the_job(
     open_page: Callable[..., Page], server: RunningServer, cancelled: bool
 ) -> None:
     page, before, held = open_page(), job_ids(server), []
-    page.tab.evaluate("() => { history.replaceState = () => location.reload(); }")  # has the address of before the answer
+    page.tab.evaluate("() => { history.replaceState = () => location.reload(); }")  # with the address of before
     page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
     page.sample(**LONG)
     page.wait_until("Asking…")
