@@ -70,6 +70,8 @@ def request(k: int, class_names: tuple[str, ...] | list[str]) -> tuple[str, dict
         body["eta"] = draw.choice((0, 0.5, 1))
     if draw.random() < 0.3:
         body["index"] = draw.randrange(1000)
+    if draw.random() < 0.2:
+        body |= {"to_seed": draw.randrange(2**64), "mix": draw.random()}
     if draw.random() < 0.3:
         body["timestep_spacing"] = draw.choice(("leading", "trailing", "linspace", "karras"))
     if draw.random() < 0.2:

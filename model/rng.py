@@ -77,6 +77,17 @@ def split_seed(seed: int) -> tuple[int, int]:
     return seed & WORD, seed >> 32
 
 
+def arc_weights(mix: float) -> tuple[float, float]:
+    """Weigh two independent normals so that their sum is normal too, and goes from the first (mix 0) to the second (1).
+
+    A quarter of a circle, cos and sin of mix * pi / 2: near the spherical interpolation of Song et al. 2021 (DDIM,
+    D.5), as independent normals of many dimensions are near to orthogonal. The ends are exact.
+    """
+    if mix == 1:
+        return 0.0, 1.0
+    return math.cos(mix * math.pi / 2), math.sin(mix * math.pi / 2)
+
+
 def image_noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """Draw `row_noise` for images of one seed at the same draw: [len(indices), *shape]."""
     index = torch.tensor(indices, device=device)

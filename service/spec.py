@@ -22,6 +22,8 @@ OPTIONAL_FIELDS = (
     "mask_sha256",
     "table",
     "guidance_rescale",
+    "to_seed",
+    "mix",
 )  # of a spec: it omits those that are None
 
 
@@ -45,6 +47,8 @@ class SampleSpec:
     mask_sha256: str | None = None
     table: str | None = None  # the hash of the checkpoint's table, for a sampler that has tables
     guidance_rescale: float | None = None  # how far guidance is brought back to the spread of the conditional output
+    to_seed: int | None = None  # its noise is between that of seed and of this one
+    mix: float | None = None  # how far: 0 is seed, 1 is to_seed
 
     @property
     def start(self) -> int:

@@ -1,11 +1,15 @@
 import gc
 import os
 
+import hypothesis
 import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has one core: two teams of threads would wait for each other
     torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("tminus", deadline=None)  # a busy machine is no fault of the code
+hypothesis.settings.load_profile("tminus")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

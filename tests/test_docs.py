@@ -45,6 +45,8 @@ SPANS = (re.compile(r"""(?:traced|begin|add_child)\("([a-z ]+)\""""), re.compile
 
 # What a parameter must come with to be accepted.
 COMPANIONS: dict[str, dict[str, Any]] = {
+    "to_seed": {"mix": 0.5},
+    "mix": {"to_seed": 7},
     "eta": {"sampler": "ddim"},
     "guidance": {"class_label": "cat"},
     "guidance_interval": {"class_label": "cat", "guidance": 2},

@@ -233,6 +233,8 @@ class Contract:
             "sampler": {"string": ref("Sampler")},
             "eta": {"number": {"minimum": 0, "maximum": 1}},
             "seed": {"integer": {"minimum": 0, "maximum": MAX_SEED}},
+            "to_seed": {"integer": {"minimum": 0, "maximum": MAX_SEED}},
+            "mix": {"number": {"minimum": 0, "maximum": 1}},
             "index": {"integer": {"minimum": 0, "maximum": MAX_INDEX}},
             "class_label": {
                 "integer": {"minimum": 0, "maximum": max(0, classes - 1)},

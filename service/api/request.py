@@ -201,6 +201,17 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def key_in_headers(request: Request) -> str | None:
+    """Read the Idempotency-Key; a structured-field string may be quoted or not. Raises InvalidField."""
+    header = request.headers.get("idempotency-key")
+    if header is None:
+        return None
+    name = header.strip().removeprefix('"').removesuffix('"').strip()
+    if not KEY.fullmatch(name):
+        raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)
+    return name
+
+
 def idempotency_key(
     request: Request,
     asked: SampleRequest,
@@ -210,21 +221,19 @@ def idempotency_key(
     *,
     transparent: bool = False,
 ) -> Key | None:
-    """Read the Idempotency-Key, and hash what it came with; a structured-field string may be quoted or not.
+    """Read the Idempotency-Key, and hash what it came with.
 
     Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. transparent: see decode_inputs.
     None for a request without either. Raises InvalidField.
     """
-    header = request.headers.get("idempotency-key")
     if chosen is not None:
+        header = request.headers.get("idempotency-key")
         if header is not None:
             raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
         return Key(chosen, _hash_of(asked, webhook, transparent=transparent), owner, is_chosen=True)
-    if header is None:
+    name = key_in_headers(request)
+    if name is None:
         return None
-    name = header.strip().removeprefix('"').removesuffix('"').strip()
-    if not KEY.fullmatch(name):
-        raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)
     return Key(name, _hash_of(asked, webhook, transparent=transparent), owner)
 
 

@@ -47,6 +47,10 @@ class SampleRequest(RequestSchema):
     index: Int = Field(
         0, description="index of the first image: image k of a request is made alone with index=k, n=1; default 0"
     )
+    to_seed: Int | None = Field(
+        None, description="another seed, 0..2^64-1: with mix, the noise is between those of the two; default: none"
+    )
+    mix: Float | None = Field(None, description="how far from seed (0) to to_seed (1); given where to_seed is")
     class_label: Whole | str | Annotated[list[Whole | str | None], Field(fail_fast=True)] | None = Field(
         None, description="a class by number or name, one for all images or a list of n; absent: no class"
     )
@@ -119,6 +123,7 @@ class SampleRequest(RequestSchema):
         if self.eta is not None and sampler != "ddim":
             raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)
         require(0 <= seed <= MAX_SEED, "seed", seed)
+        self._check_walk(bounds)
         require(0 <= self.index <= MAX_INDEX + 1 - self.n, "index", self.index)
         spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
         require(spacing in SPACINGS or table is not None, "timestep_spacing", spacing)
@@ -144,7 +149,18 @@ class SampleRequest(RequestSchema):
             clip=model.clip if self.clip is None else self.clip,
             strength=self.strength,
             table=table.hash if table is not None else None,
+            to_seed=self.to_seed,
+            mix=self.mix,
         )
+
+    def _check_walk(self, bounds: Mapping[str, str]) -> None:
+        if (self.to_seed is None) != (self.mix is None):
+            missing, given = ("to_seed", "mix") if self.to_seed is None else ("mix", "to_seed")
+            raise InvalidField.of(missing, f"given where {given} is", None)
+        if self.to_seed is not None and not 0 <= self.to_seed <= MAX_SEED:
+            raise InvalidField.of("to_seed", bounds["to_seed"], self.to_seed)
+        if self.mix is not None and not 0 <= self.mix <= 1:
+            raise InvalidField.of("mix", bounds["mix"], self.mix)
 
     def _table(self, model: ModelInfo, sampler: str) -> Table | None:
         """The checkpoint's table for this request; None for a sampler that has none. Raises InvalidField."""
@@ -246,6 +262,8 @@ def _bounds(model: ModelInfo, limits: Limits) -> dict[str, str]:
         "sampler": f"one of {', '.join(model.samplers)}",
         "eta": "a number in 0..1",
         "seed": SEED_BOUND,
+        "to_seed": SEED_BOUND,
+        "mix": "a number in 0..1",
         "index": f"an integer in 0..{MAX_INDEX} less n - 1",
         "class_label": class_bound(model),
         "guidance": f"a number in 0..{MAX_GUIDANCE:g}",
@@ -274,6 +292,8 @@ def parameters_of(spec: SampleSpec) -> dict[str, Any]:
         "eta": spec.eta if spec.sampler == "ddim" else None,
         "seed": spec.seed,
         "index": spec.index,
+        "to_seed": spec.to_seed,
+        "mix": spec.mix,
         "class_label": labels,
         "guidance": spec.guidance,
         "guidance_interval": list(spec.guidance_interval) if spec.guidance_interval is not None else None,

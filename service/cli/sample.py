@@ -26,6 +26,8 @@ from tminus.service.cli.watch import follow, write_animation
 @click.option("--sampler", help=f"{', '.join(SAMPLERS)}  or tuned, consistency  [default: the checkpoint's]")
 @click.option("--eta", metavar="FLOAT", help="noise of ddim, 0..1")
 @click.option("--seed", metavar="INTEGER", help="0..2^64-1; drawn if absent")
+@click.option("--to-seed", metavar="INTEGER", help="with --mix: noise between those of two seeds")
+@click.option("--mix", metavar="FLOAT", help="how far from --seed (0) to --to-seed (1)")
 @click.option("--index", metavar="INTEGER", help="index of the first image")
 @click.option("--class-label", multiple=True, help="number or name; repeat it for one an image")
 @click.option("--guidance", metavar="FLOAT", help="classifier-free guidance scale; 1 is off")

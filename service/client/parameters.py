@@ -23,6 +23,8 @@ class Parameters(TypedDict, total=False):
     eta: float
     seed: int
     index: int
+    to_seed: int
+    mix: float
     class_label: int | str | Sequence[int | str | None] | None
     guidance: float
     guidance_interval: tuple[int, int]

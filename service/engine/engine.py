@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guide, rescale
-from tminus.model.rng import row_noise, split_seed
 from tminus.model.samplers import Plan, denoise
 from tminus.model.trajectory import PlanNumbers
 from tminus.service.engine.executors import Executor, allow_tf32
@@ -20,6 +19,7 @@ from tminus.service.engine.initial_state import check_inputs, initial_latents, l
 from tminus.service.engine.known_values import KnownValues
 from tminus.service.engine.pictures import pictures_of
 from tminus.service.engine.plan_store import PlanStore, Registers, compile_spec
+from tminus.service.engine.row_noises import RowNoises
 from tminus.service.engine.transfer import LaunchedTicks, copy_out, index_of, send, to_device
 from tminus.service.preview import Show
 from tminus.service.spec import Floats, Images, Inputs, Point, SampleSpec, Snapshot
@@ -64,8 +64,7 @@ class Engine:
         self._x = zeros(max_rows, *self._shape, dtype=torch.float32)
         self._x0 = zeros(max_rows, *self._shape, dtype=torch.float32)
         self._v: Tensor | None = None  # of a learned variance, made when the first trajectory comes
-        self._seed_words = zeros(max_rows, 2)
-        self._index = zeros(max_rows)
+        self._noises = RowNoises(max_rows, self._shape, device)
         self._label = zeros(max_rows)
         self._guidance = zeros(max_rows, dtype=torch.float32)
         self._rescale = zeros(max_rows, dtype=torch.float32)
@@ -139,8 +138,7 @@ class Engine:
             self._registers.put(at, registers)
         self._x[at] = x
         self._x0[at] = x0
-        self._seed_words[at] = torch.tensor(split_seed(spec.seed), device=self._device)
-        self._index[at] = torch.tensor(range(spec.index, spec.index + spec.n), device=self._device)
+        self._noises.put(rows, spec)
         self._label[at] = torch.tensor(labels or [0], device=self._device)
         self._guidance[at] = spec.guidance
         self._rescale[at] = spec.guidance_rescale or 0.0
@@ -184,14 +182,12 @@ class Engine:
         # Made while the network runs: all that does not need its output.
         z = torch.zeros_like(x)
         if len(noisy):
-            noisy_rows = rows[noisy_at]
-            drawn = row_noise(self._seed_words[noisy_rows], self._index[noisy_rows], steps[noisy_at] + 1, self._shape)
+            drawn = self._noises.draw(slots[noisy], rows[noisy_at], steps[noisy_at] + 1)
             z = drawn if len(noisy) == num_rows else z.index_copy(0, noisy_at, drawn)
         x0_previous, lines = self._x0[rows], self._plans.lines[at]
         if self._known is not None and len(masked):
             masked_rows = rows[masked_at]
-            draw = FIRST_KNOWN_DRAW + steps[masked_at]
-            eps = row_noise(self._seed_words[masked_rows], self._index[masked_rows], draw, self._shape)
+            eps = self._noises.draw(slots[masked], masked_rows, FIRST_KNOWN_DRAW + steps[masked_at])
 
         out = output()
         if num_guided:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tminus.model.pixels import to_model_range
-from tminus.model.rng import image_noise
 from tminus.model.samplers import Plan
+from tminus.service.engine.row_noises import first_noise
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
 
 
@@ -34,7 +34,7 @@ def initial_latents(
 
     origin: the image as the network sees it [*shape], where it is one of pixels uint8.
     """
-    eps = image_noise(spec.seed, range(spec.index, spec.index + spec.n), 0, shape, device)
+    eps = first_noise(spec, shape, device)
     if spec.strength is None:
         return eps
     assert origin is not None

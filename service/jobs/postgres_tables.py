@@ -7,11 +7,16 @@ from tminus.service.jobs.tables import Tables, make_tables
 
 # Of what a job asks for: its fields and their values. A version that knows one more has the next number, so that none
 # before it takes on what it does not know.
-FORMAT = 2
+FORMAT = 3
 
 
 def format_of(job: JobRecord) -> int:
-    """The least version that can do a job: one before the second knows no webhooks, and would owe them nothing."""
+    """The least version that can do a job.
+
+    Those before the third know no noise between two seeds. The first knows no webhooks, and would owe them nothing.
+    """
+    if job.spec.to_seed is not None:
+        return 3
     return 1 if job.webhook is None else 2
 
 

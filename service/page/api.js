@@ -13,11 +13,11 @@ export const element = (id) => document.getElementById(id);
 
 // A seed has 64 bits, of which JavaScript's numbers keep 53: seeds are strings here.
 export function parse(text) {
-  return JSON.parse(text.replace(/("seed":\s*)(\d+)/g, '$1"$2"'));
+  return JSON.parse(text.replace(/("(?:to_)?seed":\s*)(\d+)/g, '$1"$2"'));
 }
 
 export function toJson(spec) {
-  return JSON.stringify(spec).replace(/("seed":)"(\d+)"/, "$1$2");
+  return JSON.stringify(spec).replace(/("(?:to_)?seed":)"(\d+)"/g, "$1$2");
 }
 
 /** A seed as JSON has it: 007 is no number there. */

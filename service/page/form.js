@@ -4,7 +4,7 @@ import { element, plainSeed } from "./api.js";
 
 // The guidance, where the checkpoint recommends nothing.
 const GUIDANCE = 2;
-const EXTRAS = ["eta", "index", "guidance_rescale", "timestep_spacing", "clip", "guidance_from", "guidance_to"];
+const EXTRAS = ["to_seed", "mix", "eta", "index", "guidance_rescale", "timestep_spacing", "clip", "guidance_from", "guidance_to"];
 
 export const form = element("form");
 const field = (name) => form.elements[name];
@@ -51,7 +51,7 @@ export function fillFrom(spec) {
   if (model.conditional) chooseClass(different.size === 1 ? labels.slice(0, 1) : labels);
   const [from = "", to = ""] = spec.guidance_interval ?? [];
   const extras = {
-    eta: spec.eta || "", index: spec.index || "", guidance_rescale: spec.guidance_rescale || "",
+    to_seed: spec.to_seed ?? "", mix: spec.mix ?? "", eta: spec.eta || "", index: spec.index || "", guidance_rescale: spec.guidance_rescale || "",
     timestep_spacing: spec.timestep_spacing === model.timestep_spacings[spec.sampler] ? "" : spec.timestep_spacing ?? "",
     clip: [undefined, model.clip].includes(spec.clip) ? "" : String(spec.clip), guidance_from: from, guidance_to: to,
   };
@@ -114,6 +114,8 @@ export function parameters() {
       spec.guidance_interval = [Number(given.guidance_from ?? 0), Number(given.guidance_to ?? model.num_timesteps - 1)];
     }
   }
+  if (given.to_seed) spec.to_seed = plainSeed(given.to_seed);
+  if (given.mix) spec.mix = Number(given.mix);
   for (const name of ["eta", "index"]) if (given[name]) spec[name] = Number(given[name]);
   if (given.timestep_spacing) spec.timestep_spacing = given.timestep_spacing;
   if (given.clip) spec.clip = given.clip === "true";
@@ -121,14 +123,17 @@ export function parameters() {
   return spec;
 }
 
+const percent = (share) => `${Math.round(100 * share)} %`;
+
 /** Parameters in a few words. */
-export function describe({ n, class_label: label, steps, sampler, seed, guidance }) {
+export function describe({ n, class_label: label, steps, sampler, seed, to_seed: other, mix, guidance }) {
   const labels = new Set([label ?? null].flat());
   const [first] = labels;
   const name = labels.size > 1 ? "several classes" : first === null ? "no class" : model.class_names[first] ?? first;
   const what = model.conditional ? (n > 1 ? `${n} × ${name}` : name) : n > 1 ? `${n} images` : "one image";
   const guided = guidance !== undefined && Number(guidance) !== 1 ? `, guidance ${guidance}` : "";
-  return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, seed ${seed}`}`;
+  const walk = other === undefined ? "" : `${percent(mix)} of the way to seed ${other} from `;
+  return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, ${walk}seed ${seed}`}`;
 }
 
 const FIELDS = { guidance_interval: "guidance_from" }; // where the name is another

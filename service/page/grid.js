@@ -1,4 +1,5 @@
-// A grid: a row for each class, a column for each noise. Each row is one request, and all are asked for at the same time.
+// A grid: a row for each class, a column for each noise. Each row is one request, or for a walk one a column, and all are
+// asked for at the same time.
 
 import { ask, element, parse, plainSeed, reason, toJson } from "./api.js";
 import { classOptions, describe, fill } from "./form.js";
@@ -30,6 +31,7 @@ export function setUp(model, page) {
 function drawEmpty(model) {
   const [rows, columns] = ["grid-rows", "grid-columns"].map((id) => within(element(id)));
   const begins = { ...usualOpening(model), n: columns, seed: plainSeed(element("grid-seed").value || "0") };
+  if (element("grid-to").value) begins.to_seed = plainSeed(element("grid-to").value);
   const first = Number(element("grid-class").value);
   const asked = Array.from({ length: model.conditional ? Math.min(rows, model.class_names.length - first) : 1 }, (_, row) =>
     model.conditional ? { ...begins, class_label: first + row } : begins,
@@ -66,16 +68,21 @@ function addLine(table, { class_label: label }, columns, model) {
 
 // What went wrong, or null.
 async function askRow(line, parameters, model, page) {
-  try {
-    const headers = { Accept: "application/json", "Content-Type": "application/json" };
-    const response = await ask("sample", { method: "POST", headers, body: toJson(parameters) });
-    const { images } = parse(await response.text());
-    images.forEach((image, column) => addImage(line.cells[column + 1], image, parameters, model, page));
-    return null;
-  } catch (error) {
-    return reason(error);
-  }
+  const cells = [...line.cells].slice(1);
+  const asked = parameters.to_seed === undefined ? [askImages(cells, parameters, model, page)] : cells.map((cell, column) =>
+    askImages([cell], { ...parameters, n: 1, mix: column / Math.max(1, cells.length - 1) }, model, page));
+  const [failed] = (await Promise.allSettled(asked)).filter(({ status }) => status === "rejected");
+  return failed ? reason(failed.reason) : null;
 }
+
+async function askImages(cells, parameters, model, page) {
+  const headers = { Accept: "application/json", "Content-Type": "application/json" };
+  const response = await ask("sample", { method: "POST", headers, body: toJson(parameters) });
+  const { images } = parse(await response.text());
+  images.forEach((image, k) => addImage(cells[k], image, parameters, model, page));
+}
+
+const inWords = (alone) => `${describe(alone)}${alone.to_seed === undefined ? `, image ${alone.index}` : ""}`;
 
 function addImage(cell, { png, index }, parameters, model, page) {
   const bytes = Uint8Array.from(atob(png), (character) => character.charCodeAt(0));
@@ -83,7 +90,7 @@ function addImage(cell, { png, index }, parameters, model, page) {
   urls.push(url);
   const alone = { ...parameters, n: 1, index };
   const button = document.createElement("button");
-  Object.assign(button, { type: "button", ariaLabel: `Watch ${describe(alone)}, image ${index}` });
+  Object.assign(button, { type: "button", ariaLabel: `Watch ${inWords(alone)}` });
   button.append(Object.assign(new Image(), { src: url, alt: "" }));
   button.addEventListener("click", () => watch(alone, model, page));
   cell.replaceChildren(button);
@@ -96,7 +103,7 @@ async function watch(alone, model, page) {
   try {
     const { frames } = await askPath(alone, model, signal);
     if (signal.aborted) return;
-    const shown = page.watch(frames, `From the grid: ${describe(alone)}, image ${alone.index}.`);
+    const shown = page.watch(frames, `From the grid: ${inWords(alone)}.`);
     if (shown) page.fillFrom(alone);
     element("grid-status").textContent = shown ? "" : "There is a job at the top. This can be watched when it has ended.";
   } catch (error) {

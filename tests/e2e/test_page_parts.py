@@ -686,6 +686,32 @@ def test_the_grid_is_not_laid_out_anew_while_it_is_made_and_the_last_click_wins(
     assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 0, "index": 1}).content
 
 
+def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
+    open_page: OpenPage, server: RunningServer
+) -> None:
+    page = open_page()
+    for field, value in {"rows": "2", "columns": "5", "seed": "7", "to": str(2**64 - 1)}.items():
+        page.tab.locator(f"#grid-{field}").fill(value)
+    page.press("Make the grid")
+    expect(page.tab.locator("#grid-status")).to_contain_text("Done.")
+    for row in range(2):
+        begins = OPENING | {"class_label": row}
+        walk = [page.picture(f"#cells tr:nth-child({row + 1}) td:nth-child({column + 2}) img") for column in range(5)]
+        assert len(set(walk)) == 5
+        mixes = [server.post(json=begins | {"to_seed": 2**64 - 1, "mix": k / 4}) for k in range(5)]
+        assert walk == [answer.content for answer in mixes]
+        ends = (gray(server.post(json=begins | {"seed": seed}).content) for seed in (7, 2**64 - 1))
+        assert [(gray(at) == end).all() for at, end in zip((walk[0], walk[-1]), ends, strict=True)] == [True, True]
+    page.tab.locator("#cells button").nth(6).click()
+    expect(page.tab.locator("#caption")).to_contain_text(f"25 % of the way to seed {2**64 - 1} from seed 7.")
+    assert page.picture("#x_t") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
+    form = {name: page.tab.locator(f"[name={name}]").input_value() for name in ("seed", "to_seed", "mix")}
+    assert (form["seed"], form["to_seed"], form["mix"]) == ("7", str(2**64 - 1), "0.25")
+    page.press("Sample")
+    page.wait_until(DONE)
+    assert page.picture("#x_t") == server.post(json=begins | {"to_seed": 2**64 - 1, "mix": 0.25}).content
+
+
 # --- the batch ---
 
 

@@ -1,4 +1,3 @@
-import hypothesis
 import pytest
 import torch
 
@@ -7,8 +6,6 @@ from tminus.model.unet import UNet2D
 
 # These nets are too small to gain by threads, and on a busy machine threads that wait for one another take minutes.
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("model", deadline=None)  # a busy machine is no fault of the code
-hypothesis.settings.load_profile("model")
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from tminus.service.api.progress import finished_or_gone, result_of, server_timi
 from tminus.service.api.request import (
     check_encoding,
     from_items,
+    key_in_headers,
     no_parameters,
     off_loop,
     read_json,
@@ -122,6 +123,7 @@ async def _understand(
     stack: notes that the model is used. The uploads are not kept: the job may take long.
     """
     check_encoding(request)
+    key_in_headers(request)  # its libraries send one with each retry, where there is no job too
     given = await kind.read(request, models.default.limits)
     uploads = {name: given.pop(name) for name in PICTURES if isinstance(given.get(name), bytes)}
     members, extensions = kind.schema.take_from(given, kind.extensions)

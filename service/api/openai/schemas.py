@@ -16,7 +16,8 @@ MAX_N = 10  # as OpenAI has it, and no more than --max-n
 MAX_PARTIAL_IMAGES = 3
 # Of POST /sample, beside what OpenAI's members stand for; `extra_body` of its libraries sends them.
 EXTENSIONS = (
-    *("seed", "index", "steps", "sampler", "eta", "guidance", "guidance_interval", "guidance_rescale"),
+    *("seed", "index", "to_seed", "mix", "steps", "sampler", "eta"),
+    *("guidance", "guidance_interval", "guidance_rescale"),
     *("timestep_spacing", "nearest", "table", "clip", "deadline_s"),
 )
 OF_EDITS = (*EXTENSIONS, "strength")

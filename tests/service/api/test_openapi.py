@@ -57,6 +57,8 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
 
 
 COMPANIONS: dict[str, dict[str, Any]] = {
+    "to_seed": {"mix": 0.5},
+    "mix": {"to_seed": 7},
     "eta": {"sampler": "ddim"},
     "guidance": {"class_label": "cat"},
     "guidance_rescale": {"class_label": "cat", "guidance": 2},
@@ -82,7 +84,7 @@ def test_the_bounds_in_openapi_are_those_that_hold(site: Site) -> None:
             assert answer.status_code == status, (name, value, answer.text)
             if status == 202:
                 site.client.post(f"{answer.headers['location']}/cancel")
-    assert bounded == {"n", "steps", "eta", "seed", "index", "guidance", "guidance_rescale"}
+    assert bounded == {"n", "steps", "eta", "seed", "to_seed", "mix", "index", "guidance", "guidance_rescale"}
 
 
 def test_every_refusal_is_described_as_a_problem_document_or_in_the_form_of_its_api(site: Site) -> None:

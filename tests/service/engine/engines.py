@@ -1,5 +1,6 @@
 """Engines of tiny checkpoints, jobs that differ in every way, and their images: alone, together, by a plain loop."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -30,8 +31,8 @@ def make_engine(
     checkpoint: Checkpoint,
     *,
     executor: Executor | None = None,
-    max_rows: int = 32,
-    max_jobs: int = 16,
+    max_rows: int = 64,
+    max_jobs: int = 32,
     device: torch.device = CPU,
 ) -> Engine:
     executor = executor or EagerExecutor(checkpoint.net, device)
@@ -56,6 +57,8 @@ MIXED = (
     spec_of(n=2, steps=25, seed=10, guidance=4.0, guidance_interval=(0, 20), timestep_spacing="trailing"),
     spec_of(n=1, steps=9, seed=11, sampler="ddim", timestep_spacing="linspace", guidance=2.0, guidance_interval=(1, 2)),
     spec_of(n=2, steps=9, seed=21, guidance=2.5, guidance_rescale=0.7, class_labels=(1, 2)),
+    spec_of(n=2, steps=14, seed=22, to_seed=23, mix=0.25, index=4),
+    spec_of(n=1, steps=9, seed=24, to_seed=2**64 - 1, mix=0.6, sampler="ddim", class_labels=(2,), guidance=2.0),
     spec_of(n=2, steps=8, seed=12, sampler="unipc", class_labels=(None, 1), guidance=1.5),
     spec_of(n=1, steps=6, seed=13, sampler="heun", guidance=2.0, guidance_interval=(0, 20)),
     spec_of(n=2, steps=11, seed=14, sampler="plms", clip=False),
@@ -108,11 +111,20 @@ def together(
     return [images[str(k)] for k in range(len(specs))]
 
 
+def noise_of(spec: SampleSpec, draw: int, shape: Sequence[int]) -> Tensor:
+    """A job's noise by the formula."""
+    indices = range(spec.index, spec.index + spec.n)
+    own = image_noise(spec.seed, indices, draw, shape, CPU)
+    if spec.to_seed is None or spec.mix is None:
+        return own
+    angle = spec.mix * math.pi / 2
+    return math.cos(angle) * own + math.sin(angle) * image_noise(spec.to_seed, indices, draw, shape, CPU)
+
+
 def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
     """The images by model.samplers.sample, which moves one batch in step."""
     shape = checkpoint.row_shape
     plan = make_engine(checkpoint)._compile(spec)
-    indices = range(spec.index, spec.index + spec.n)
     labels = None
     if spec.class_labels is not None:
         null = checkpoint.labels.null_class
@@ -120,8 +132,8 @@ def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
     x = sample(
         checkpoint.net,
         plan,
-        image_noise(spec.seed, indices, 0, shape, CPU),
-        lambda k: image_noise(spec.seed, indices, k + 1, shape, CPU),
+        noise_of(spec, 0, shape),
+        lambda k: noise_of(spec, k + 1, shape),
         class_labels=labels,
         null_class=checkpoint.labels.null_class,
         guidance=spec.guidance,

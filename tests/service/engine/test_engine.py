@@ -25,6 +25,7 @@ from tests.service.engine.engines import (
     alone,
     independent,
     make_engine,
+    noise_of,
     spec_of,
     together,
 )
@@ -237,12 +238,12 @@ def walked(engine: Engine, specs: Sequence[SampleSpec], *, max_batch: int) -> li
 
 def assert_steps_are_mean_and_noise(checkpoint: Checkpoint, spec: SampleSpec, trajectory: Trajectory) -> None:
     """x' - mean is s times the noise of (seed, index, step), which nothing that made the trajectory told us."""
-    indices, shape = range(spec.index, spec.index + spec.n), checkpoint.row_shape
-    np.testing.assert_array_equal(trajectory.x_t[0], image_noise(spec.seed, indices, 0, shape, CPU))
+    shape = checkpoint.row_shape
+    np.testing.assert_array_equal(trajectory.x_t[0], noise_of(spec, 0, shape))
     found = transitions(trajectory)
     assert len(found.passes) == noisy_passes(spec, make_engine(checkpoint).info) > 0
     for at, k in enumerate(found.passes):
-        z = image_noise(spec.seed, indices, int(k) + 1, shape, CPU).double().numpy()
+        z = noise_of(spec, int(k) + 1, shape).double().numpy()
         np.testing.assert_allclose(trajectory.x_t[k + 1], found.mean[at] + found.s[at] * z, rtol=1e-5, atol=2e-6)
         s = np.broadcast_to(found.s[at], z.shape).astype(np.float64)
         log_p = (-(z**2) / 2 - np.log(s) - math.log(2 * math.pi) / 2).sum((1, 2, 3))

@@ -229,6 +229,8 @@ def test_the_media_types_are_those_of_the_contract_and_png_comes_first() -> None
         eta=st.floats(0, 1),
         seed=st.integers(0, 2**64 - 1),
         index=st.integers(0, 2**32 - 3),
+        to_seed=st.none() | st.integers(0, 2**64 - 1),
+        mix=st.none() | st.floats(0, 1),
         guidance=st.floats(0, 50),
         clip=st.booleans(),
         class_labels=st.none() | st.tuples(*[st.none() | st.integers(0, 2)] * 3),

@@ -389,10 +389,10 @@ def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
 def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:
     """If this fails, FORMAT must be raised: servers of the version before would end jobs as failed."""
     fields = "n steps sampler eta seed index class_labels guidance guidance_interval timestep_spacing clip strength"
-    fields += " image_sha256 mask_sha256 table guidance_rescale"
+    fields += " image_sha256 mask_sha256 table guidance_rescale to_seed mix"
     samplers = "ddpm ddim dpmpp_2m dpmpp_3m dpmpp_2m_sde unipc deis plms euler heun tuned consistency"
-    assert (FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (2, sorted(fields.split()))
-    assert (FORMAT, sorted(SAMPLER_FACTS)) == (2, sorted(samplers.split()))
+    assert (FORMAT, sorted(SampleSpec.__dataclass_fields__)) == (3, sorted(fields.split()))
+    assert (FORMAT, sorted(SAMPLER_FACTS)) == (3, sorted(samplers.split()))
 
 
 # --- clocks ---

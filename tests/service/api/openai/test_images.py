@@ -334,6 +334,14 @@ def test_a_key_of_a_request_without_a_picture_is_the_same_everywhere(site: Site)
     assert again.json()["data"][0]["job_id"] == first
 
 
+@pytest.mark.parametrize("key", ["", "x" * 256])
+@pytest.mark.parametrize("response_format", ["b64_json", "url"])
+def test_a_key_of_a_wrong_length_is_refused_with_or_without_a_job(site: Site, key: str, response_format: str) -> None:
+    fields = CAT | {"response_format": response_format}
+    answer = site.client.post("/v1/images/generations", json=fields, headers={"Idempotency-Key": key})
+    assert error_of(answer, 400, "invalid_field")["param"] == "Idempotency-Key"
+
+
 def test_a_job_that_fails_is_told_as_its_error(site: Site) -> None:
     site.engine.on_step = lambda batch: site.engine.nan.update(batch.rows)
     answer = generate(site, **CAT, response_format="url")
