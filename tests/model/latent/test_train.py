@@ -77,10 +77,10 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, kind: str) -> Non
 def test_the_folder_of_a_run_is_one_of_diffusers(tmp_path: Path, kind: str, theirs: type[Any]) -> None:
     run(tmp_path, model=MODELS[kind])
     ours, loaded = load_autoencoder(tmp_path), theirs.from_pretrained(tmp_path)
-    z = torch.randn(1, 2, 4, 4)
+    z = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = loaded.decode(z / loaded.config.scaling_factor).sample
-        torch.testing.assert_close(ours.decode(z), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.decode(z), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_latents_are_scaled_to_a_spread_of_one(tmp_path: Path) -> None:
