@@ -123,7 +123,7 @@ class SampleRequest(RequestSchema):
         if self.eta is not None and sampler != "ddim":
             raise InvalidField.of("eta", f"absent for sampler {sampler}: only ddim has it", self.eta)
         require(0 <= seed <= MAX_SEED, "seed", seed)
-        self._check_walk(bounds)
+        self._check_walk(bounds, seed)
         require(0 <= self.index <= MAX_INDEX + 1 - self.n, "index", self.index)
         spacing = model.timestep_spacings[sampler] if self.timestep_spacing is None else self.timestep_spacing
         require(spacing in SPACINGS or table is not None, "timestep_spacing", spacing)
@@ -153,12 +153,14 @@ class SampleRequest(RequestSchema):
             mix=self.mix,
         )
 
-    def _check_walk(self, bounds: Mapping[str, str]) -> None:
+    def _check_walk(self, bounds: Mapping[str, str], seed: int) -> None:
         if (self.to_seed is None) != (self.mix is None):
             missing, given = ("to_seed", "mix") if self.to_seed is None else ("mix", "to_seed")
             raise InvalidField.of(missing, f"given where {given} is", None)
         if self.to_seed is not None and not 0 <= self.to_seed <= MAX_SEED:
             raise InvalidField.of("to_seed", bounds["to_seed"], self.to_seed)
+        if self.to_seed == seed:  # the sum of a noise with itself is no noise
+            raise InvalidField.of("to_seed", "another than seed", self.to_seed)
         if self.mix is not None and not 0 <= self.mix <= 1:
             raise InvalidField.of("mix", bounds["mix"], self.mix)
 

@@ -138,7 +138,7 @@ class Engine:
             self._registers.put(at, registers)
         self._x[at] = x
         self._x0[at] = x0
-        self._noises.put(rows, spec)
+        self._noises.put(at, rows, spec)
         self._label[at] = torch.tensor(labels or [0], device=self._device)
         self._guidance[at] = spec.guidance
         self._rescale[at] = spec.guidance_rescale or 0.0
@@ -159,11 +159,12 @@ class Engine:
         masked = np.flatnonzero(self._masked[slots]) if self._known is not None else NONE
         keeping = np.flatnonzero(self._num_registers[slots]) if self._registers is not None else NONE
         rescaled = np.flatnonzero(self._rescales[slots[list(batch.guided)]]) if num_guided else NONE
-        chosen = [each.tolist() for each in (noisy, masked, keeping, rescaled)]
+        mixed = [self._noises.mixes(slots[each]) for each in (noisy, masked)]
+        chosen = [each.tolist() for each in (noisy, masked, keeping, rescaled, *mixed)]
         parts = (batch.rows, batch.steps, batch.guided, *chosen)
         packed = send(torch.tensor([number for part in parts for number in part]), self._device)
         lengths = [len(part) for part in parts]
-        rows, steps, guided, noisy_at, masked_at, keeping_at, rescaled_at = torch.split(packed, lengths)
+        rows, steps, guided, noisy_at, masked_at, keeping_at, rescaled_at, *mixed_at = torch.split(packed, lengths)
 
         at = self._first_line[rows] + steps
         x, t, labels = self._x[rows], self._plans.timesteps[at], None
@@ -182,12 +183,12 @@ class Engine:
         # Made while the network runs: all that does not need its output.
         z = torch.zeros_like(x)
         if len(noisy):
-            drawn = self._noises.draw(slots[noisy], rows[noisy_at], steps[noisy_at] + 1)
+            drawn = self._noises.draw(rows[noisy_at], steps[noisy_at] + 1, mixed_at[0])
             z = drawn if len(noisy) == num_rows else z.index_copy(0, noisy_at, drawn)
         x0_previous, lines = self._x0[rows], self._plans.lines[at]
         if self._known is not None and len(masked):
             masked_rows = rows[masked_at]
-            eps = self._noises.draw(slots[masked], masked_rows, FIRST_KNOWN_DRAW + steps[masked_at])
+            eps = self._noises.draw(masked_rows, FIRST_KNOWN_DRAW + steps[masked_at], mixed_at[1])
 
         out = output()
         if num_guided:

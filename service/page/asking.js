@@ -30,15 +30,24 @@ export function cancelUnderWay(model) {
 }
 
 // The page is here by a reload that may have begun before the answer came: then the job of that answer is put into the
-// address, which the reload has from before. Returns whether it is to be cancelled.
+// address, which the reload has from before. Returns the job's id if it is to be cancelled, else null.
 export function addAnswered(model) {
   const { answered, cancelled } = remembered(model) ?? {};
-  if (!answered) return false;
-  remember(model, null);
+  if (!answered) return null;
   const [navigation] = performance.getEntriesByType("navigation");
-  if (navigation.type !== "reload") return false;
+  if (navigation.type !== "reload") {
+    forgetAnswered(model);
+    return null;
+  }
+  setTimeout(forgetAnswered, LEAVING_MS, model, answered); // there may be another reload on its way
   history.replaceState(null, "", `#job=${answered}`);
-  return cancelled;
+  return cancelled ? answered : null;
+}
+
+// id: of the only job that is meant; else of any.
+export function forgetAnswered(model, id) {
+  const { answered } = remembered(model) ?? {};
+  if (answered && answered === (id ?? answered)) remember(model, null);
 }
 
 // Ask for a job: {job, cancelled}. Raises what `ask` does; tryingAgain is called before each further try.
@@ -53,7 +62,7 @@ export async function create(model, body, tryingAgain) {
     const cancelled = remembered(model)?.cancelled;
     history.replaceState(null, "", `#job=${job.id}`);
     remember(model, { answered: job.id, cancelled }); // a reload that has begun takes the address from before
-    setTimeout(() => remembered(model)?.answered === job.id && remember(model, null), LEAVING_MS);
+    setTimeout(forgetAnswered, LEAVING_MS, model, job.id);
     return { job, cancelled };
   } catch (error) {
     // A 5xx may be a proxy's, about an answer that it has lost.

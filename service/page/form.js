@@ -51,7 +51,8 @@ export function fillFrom(spec) {
   if (model.conditional) chooseClass(different.size === 1 ? labels.slice(0, 1) : labels);
   const [from = "", to = ""] = spec.guidance_interval ?? [];
   const extras = {
-    to_seed: spec.to_seed ?? "", mix: spec.mix ?? "", eta: spec.eta || "", index: spec.index || "", guidance_rescale: spec.guidance_rescale || "",
+    to_seed: spec.to_seed ?? "", mix: spec.mix ?? "", eta: spec.eta || "", index: spec.index || "",
+    guidance_rescale: spec.guidance_rescale || "",
     timestep_spacing: spec.timestep_spacing === model.timestep_spacings[spec.sampler] ? "" : spec.timestep_spacing ?? "",
     clip: [undefined, model.clip].includes(spec.clip) ? "" : String(spec.clip), guidance_from: from, guidance_to: to,
   };
@@ -132,7 +133,7 @@ export function describe({ n, class_label: label, steps, sampler, seed, to_seed:
   const name = labels.size > 1 ? "several classes" : first === null ? "no class" : model.class_names[first] ?? first;
   const what = model.conditional ? (n > 1 ? `${n} × ${name}` : name) : n > 1 ? `${n} images` : "one image";
   const guided = guidance !== undefined && Number(guidance) !== 1 ? `, guidance ${guidance}` : "";
-  const walk = other === undefined ? "" : `${percent(mix)} of the way to seed ${other} from `;
+  const walk = other === undefined || mix === undefined ? "" : `${percent(mix)} of the way to seed ${other} from `;
   return `${what}, ${steps} steps of ${sampler}${guided}${seed === undefined ? "" : `, ${walk}seed ${seed}`}`;
 }
 

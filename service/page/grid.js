@@ -1,5 +1,4 @@
-// A grid: a row for each class, a column for each noise. Each row is one request, or for a walk one a column, and all are
-// asked for at the same time.
+// A grid: a row for each class, a column for each noise. Each row is one request, or for a walk one a column.
 
 import { ask, element, parse, plainSeed, reason, toJson } from "./api.js";
 import { classOptions, describe, fill } from "./form.js";
@@ -7,6 +6,7 @@ import { askPath } from "./path.js";
 import { usualOpening } from "./opening.js";
 
 const MOST_ROWS = 10, MOST_COLUMNS = 12;
+const AT_ONCE = 4; // requests, so that there are connections left for the rest of the page
 
 let urls = []; // of the images that are shown
 let watching = null; // the question for an image's way; a newer one takes its place
@@ -52,8 +52,7 @@ async function make(model, page) {
   urls = [];
   const lines = drawEmpty(model);
   element("grid-status").textContent = `Asking for ${lines.length} × ${lines[0][0].n} images…`;
-  const answers = await Promise.all(lines.map(([parameters, line]) => askRow(line, parameters, model, page)));
-  const [problem] = answers.filter(Boolean);
+  const problem = await askAll(lines.flatMap(([parameters, line]) => requestsOf(line, parameters)), model, page);
   element("grid-status").textContent = problem ? `Not all could be had: ${problem}.` : "Done. Choose an image to watch it.";
   button.ariaDisabled = "false";
 }
@@ -66,13 +65,30 @@ function addLine(table, { class_label: label }, columns, model) {
   return line;
 }
 
-// What went wrong, or null.
-async function askRow(line, parameters, model, page) {
+// The requests for a line of the table: [cells, parameters] each.
+function requestsOf(line, parameters) {
   const cells = [...line.cells].slice(1);
-  const asked = parameters.to_seed === undefined ? [askImages(cells, parameters, model, page)] : cells.map((cell, column) =>
-    askImages([cell], { ...parameters, n: 1, mix: column / Math.max(1, cells.length - 1) }, model, page));
-  const [failed] = (await Promise.allSettled(asked)).filter(({ status }) => status === "rejected");
-  return failed ? reason(failed.reason) : null;
+  if (parameters.to_seed === undefined) return [[cells, parameters]];
+  const share = (column) => column / Math.max(1, cells.length - 1);
+  return cells.map((cell, column) => [[cell], { ...parameters, n: 1, mix: share(column) }]);
+}
+
+// What went wrong, or undefined.
+async function askAll(requests, model, page) {
+  const left = [...requests];
+  let problem;
+  async function goOn() {
+    while (left.length) {
+      const [cells, parameters] = left.shift();
+      try {
+        await askImages(cells, parameters, model, page);
+      } catch (error) {
+        problem ??= reason(error);
+      }
+    }
+  }
+  await Promise.all(Array.from({ length: AT_ONCE }, goOn));
+  return problem;
 }
 
 async function askImages(cells, parameters, model, page) {

@@ -1,7 +1,7 @@
 // The page of a model: what it opens with, the form, and what becomes of it. The parts are in the other files.
 
 import { element, getJson, nameInAddress, parse, Refusal, root, toJson } from "./api.js";
-import { addAnswered, cancelUnderWay, create, underWay } from "./asking.js";
+import { addAnswered, cancelUnderWay, create, forgetAnswered, underWay } from "./asking.js";
 import { complain, describe, fillForm, fillFrom, form, parameters } from "./form.js";
 import { frameCount, goTo, setGrowing, showPath } from "./frames.js";
 import { addResult, restore } from "./gallery.js";
@@ -86,7 +86,7 @@ function watch(frames, text) {
 }
 
 // Whose address names a job, as after a reload, shows it.
-async function findAgain(unwanted = false) {
+async function findAgain(unwanted = null) {
   const id = jobInAddress();
   if (!model || !id || underWay(model)) return; // the answer will change the address
   try {
@@ -99,7 +99,7 @@ async function findAgain(unwanted = false) {
       leaveOpening();
       fillFrom(job.parameters);
       show(job);
-      if (unwanted) cancel();
+      if (id === unwanted) cancel();
     } else complain("The job in the address of this page cannot be followed: it is not durable, and ends with its request.");
   } catch (error) {
     complain(`The job in the address of this page cannot be shown: ${error.message}.`);
@@ -188,6 +188,7 @@ element("cancel").addEventListener("click", () => {
 });
 element("link").addEventListener("click", ({ target }) => model && copyLink(target, toHash(parameters())));
 addEventListener("hashchange", () => {
+  if (model) forgetAnswered(model); // somebody wants to see something else
   const linked = model && !running && fromHash(location.hash);
   if (!linked) {
     findAgain();

@@ -8,8 +8,8 @@ const KEY = "tminus";
 const MOST_BYTES = 2 ** 20; // of a text chunk
 // What a link may hold; pictures are too long for one.
 const NAMES = [
-  "n", "steps", "sampler", "seed", "to_seed", "mix", "index", "eta", "class_label", "guidance", "guidance_interval", "guidance_rescale",
-  "timestep_spacing", "clip", "nearest",
+  "n", "steps", "sampler", "seed", "to_seed", "mix", "index", "eta", "class_label",
+  "guidance", "guidance_interval", "guidance_rescale", "timestep_spacing", "clip", "nearest",
 ];
 // What a PNG's spec has by the same name; its labels are of another form, and eta is always in it.
 const IN_PNGS = [...NAMES.filter((name) => !["class_label", "eta", "nearest"].includes(name)), "table"];

@@ -259,6 +259,7 @@ def test_presets_fill_in_the_form(open_page: OpenPage) -> None:
 
 ALL_OF_IT = {
     "n": 2, "steps": 12, "sampler": "ddim", "eta": 0.5, "seed": 2**64 - 1, "index": 3, "class_label": [1, 2],
+    "to_seed": 2**64 - 2, "mix": 0.25,
     "guidance": 2.5, "guidance_interval": [100, 800], "guidance_rescale": 0.5, "timestep_spacing": "trailing",
     "clip": False,
 }  # fmt: skip

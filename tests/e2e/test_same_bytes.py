@@ -22,8 +22,10 @@ from PIL import Image
 from tests.e2e.conftest import RunningServer
 
 SPEC: dict[str, Any] = {
-    "steps": 20, "sampler": "ddpm", "class_label": "ankle-boot", "guidance": 1.5, "seed": 2**53 - 1, "index": 3,
+    "steps": 20, "sampler": "ddpm", "class_label": "ankle-boot", "guidance": 1.5, "seed": 2**64 - 1, "index": 3,
+    "to_seed": 2**64 - 2, "mix": 0.25,
 }  # fmt: skip
+OURS = ("sampler", "index", "to_seed", "mix")  # which other protocols have no field of their own for
 Way = Callable[[RunningServer, Path], bytes | np.ndarray]
 
 
@@ -81,7 +83,7 @@ def by_openai_streaming(server: RunningServer, _folder: Path) -> bytes:
 
 def by_hugging_face(server: RunningServer, _folder: Path) -> np.ndarray:
     client = InferenceClient(model=server.url)
-    more = {name: SPEC[name] for name in ("sampler", "index")}
+    more = {name: SPEC[name] for name in OURS}
     image = client.text_to_image(
         SPEC["class_label"], num_inference_steps=20, guidance_scale=1.5, seed=SPEC["seed"], extra_body=more
     )
@@ -89,7 +91,7 @@ def by_hugging_face(server: RunningServer, _folder: Path) -> np.ndarray:
 
 
 def by_hugging_face_without_its_client(server: RunningServer, _folder: Path) -> bytes:
-    parameters = {"num_inference_steps": 20, "guidance_scale": 1.5} | {k: SPEC[k] for k in ("seed", "sampler", "index")}
+    parameters = {"num_inference_steps": 20, "guidance_scale": 1.5} | {k: SPEC[k] for k in ("seed", *OURS)}
     answer = httpx.post(server.url, json={"inputs": SPEC["class_label"], "parameters": parameters}, timeout=60)
     return answer.raise_for_status().content
 
@@ -104,7 +106,7 @@ def by_triton(server: RunningServer, _folder: Path) -> np.ndarray:
     ):
         inputs.append(triton.InferInput(name, [1], datatype))
         inputs[-1].set_data_from_numpy(values)
-    parameters = {"sampler": SPEC["sampler"], "index": SPEC["index"]}
+    parameters = {name: SPEC[name] for name in OURS}
     with triton.InferenceServerClient(server.url.removeprefix("http://"), network_timeout=60) as client:
         return client.infer("small", inputs, parameters=parameters).as_numpy("images")[0, ..., 0]
 

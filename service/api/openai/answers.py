@@ -60,7 +60,9 @@ class Recipe(BaseModel):
     """What an image was made with."""
 
     revised_prompt: str = Field(description="the class that was used, by its name; empty for none")
-    seed: int = Field(description=OURS + "with the index, which noise it was made of")
+    seed: int = Field(
+        description=OURS + "with the index, and to_seed and mix if they were given, which noise it was made of"
+    )
     index: int = Field(description=OURS + "of the image; POST /sample makes it alone with this index and n=1")
     steps: int = Field(description=OURS + "denoising steps")
     sampler: str = Field(description=OURS + "the sampler")

@@ -52,6 +52,7 @@ GUIDED = {"guidance": 2, "class_label": 1}
         ({"guidance_interval": [100, 800]}, "guidance_interval", [100, 800]),
         ({"to_seed": 7}, "mix", None),
         ({"mix": 0.5}, "to_seed", None),
+        ({"seed": 7, "to_seed": 7, "mix": 0.5}, "to_seed", 7),
         ({"to_seed": 7, "mix": 1.1}, "mix", 1.1),
         ({"to_seed": 7, "mix": -0.1}, "mix", -0.1),
         ({"to_seed": 7, "mix": [0, 1]}, "mix", [0, 1]),

@@ -123,6 +123,15 @@ def test_a_sheet_can_be_made_again(run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_an_image_between_two_seeds_can_be_made_again(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "between.png"
+    made = run("sample", "--steps", "4", "--seed", "3", "--to-seed", 2**64 - 1, "--mix", "0.3", "--out", out)
+    assert made.exit_code == 0, made.output
+    with Image.open(out) as image:
+        assert json.loads(image.text["tminus"])["spec"]["to_seed"] == 2**64 - 1
+    assert run("reproduce", out).exit_code == 0
+
+
 def test_each_of_several_images_can_be_made_again_by_itself(run: Run, tmp_path: Path) -> None:
     made = run("sample", "-n", "9", "--steps", "4", "--seed", "3", "--index", "5", "--out", tmp_path / "images")
     assert made.exit_code == 0, made.output

@@ -19,7 +19,7 @@ from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs import postgres_store
 from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_store import PostgresStore
-from tminus.service.jobs.postgres_tables import FORMAT
+from tminus.service.jobs.postgres_tables import FORMAT, format_of
 from tminus.service.jobs.store import Key, LeaseLost, Pace
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -384,6 +384,13 @@ def test_a_job_that_a_newer_version_made_is_left_to_such_ones(
     assert [record.id for record in old.claim("build", Intake(MANY), MANY, ROWS)] == ["old"]
     monkeypatch.setattr(postgres_store, "FORMAT", FORMAT + 1)
     assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, ROWS)] == ["begun", "new"]
+
+
+def test_a_job_is_of_the_format_that_it_needs() -> None:
+    plain = job("a")
+    walk = replace(plain, spec=replace(plain.spec, to_seed=9, mix=0.5))
+    told = replace(plain, webhook=Webhook("https://hooks.example/x"))
+    assert [format_of(each) for each in (plain, told, walk)] == [1, 2, 3]
 
 
 def test_the_format_of_jobs_is_another_where_they_can_ask_for_more() -> None:
