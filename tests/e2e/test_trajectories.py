@@ -114,3 +114,43 @@ def test_the_example_trains_on_the_servers_log_p_and_the_server_takes_the_weight
     assert after != before
     with server.api() as tminus:
         assert tminus.model()["weights_hash"] == after
+
+
+def is_guided(t: float, interval: Any) -> bool:
+    return interval is None or interval[0] <= t <= interval[1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sampler": "ddpm", "guidance": 2.0},
+        {"sampler": "ddpm", "guidance": 4.0, "guidance_rescale": 0.6, "clip": False},
+        {"sampler": "dpmpp_2m_sde", "guidance": 3.0, "guidance_interval": (100, 600), "guidance_rescale": 1.0},
+        {"sampler": "ddim", "eta": 0.5, "guidance": 0.0, "seed": 3, "to_seed": 5, "mix": 0.4},
+    ],
+)
+def test_a_guided_step_is_what_the_docs_say(server: RunningServer, small: Path, more: dict[str, Any]) -> None:
+    """The formulas of docs/reinforcement.md, with the network in float64."""
+    spec = {"n": 2, "steps": 8, "seed": 4, "class_label": ["bag", "sneaker"]} | more
+    file = safetensors.numpy.load(walked(server, spec))
+    checkpoint = load_checkpoint(small)
+    net = checkpoint.net.double()
+    x_t, x_0, t = (torch.from_numpy(file[name]).double() for name in ("x_t", "x_0", "timesteps"))
+    labels = torch.from_numpy(file["class_labels"])
+    null = torch.full_like(labels, checkpoint.labels.null_class)
+    for j, k in enumerate(file["passes"]):
+        p, q, a, b, c, s, clip, _ = file["lines"][k]
+        scale, shown_t = file["inputs"][k]
+        with torch.no_grad():
+            out_c, out_u = (net(scale * x_t[k], torch.full((2,), shown_t), which) for which in (labels, null))
+        out = out_c
+        if is_guided(float(t[k]), spec.get("guidance_interval")):
+            out = out_u + spec["guidance"] * (out_c - out_u)
+            spread = out_c.std((1, 2, 3), keepdim=True) / out.std((1, 2, 3), keepdim=True)
+            share = spec.get("guidance_rescale", 0.0)
+            out = out * (share * spread + 1 - share)
+        guess = (p * x_t[k] + q * out).clamp(-clip, clip)
+        mean = a * x_t[k] + b * guess + c * (x_0[k - 1] if k else 0)
+        np.testing.assert_allclose(file["mean"][j], mean, rtol=1e-4, atol=1e-4 * float(mean.abs().max()))
+        log_p = torch.distributions.Normal(mean, s).log_prob(x_t[k + 1]).sum((1, 2, 3))
+        np.testing.assert_allclose(file["log_p"][j], log_p, rtol=0, atol=1e-3 * mean[0].numel())
