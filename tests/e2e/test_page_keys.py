@@ -15,15 +15,17 @@ from playwright.sync_api import expect
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
 from tests.e2e.test_page import DONE, LONG, Page
-from tests.service.keys import key_line
+from tests.service.keys import bearer, key_line
 
-ANN, BEN = "tm_ann", "tm_ben"
+ANN, BEN, CAT = "tm_ann", "tm_ben", "tm_cat"
 
 
 @pytest.fixture(scope="module")
 def keyed(small: Path) -> Iterator[RunningServer]:
     lines = (key_line("ann", ANN, row_steps_per_minute=10**6), key_line("ben", BEN))
-    running = start_server(small, TMINUS_KEYS="\n".join(lines))
+    lines += (key_line("cat", CAT, row_steps_per_minute=60),)
+    # What is remembered costs no key anything.
+    running = start_server(small, "--result-cache-mb", "0", TMINUS_KEYS="\n".join(lines))
     yield running
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log
@@ -64,6 +66,18 @@ def test_the_page_asks_for_a_key_and_then_works_as_any(open_page: Callable[..., 
     page.tab.reload()
     expect(page.tab.locator("#gallery li")).to_have_count(1)
     expect(page.tab.locator("#key-dialog")).to_be_hidden()
+
+
+def test_a_key_that_has_used_its_quota_is_told_why_there_is_no_first_sample(
+    open_page: Callable[..., Page], keyed: RunningServer
+) -> None:
+    # More than a minute's: what is over is owed, for some minutes.
+    assert keyed.post(json={"steps": 300}, headers=bearer(CAT)).status_code == 200
+    page = open_page(CAT)
+    expect(page.tab.locator("body")).to_have_attribute("data-opening", "absent")
+    expect(page.tab.locator("#caption")).to_contain_text("This key has nothing left for a first sample: ")
+    page.sample(steps=4, n=1, guidance=1)
+    expect(page.tab.locator("#error")).to_contain_text("row-steps")
 
 
 def test_a_wrong_key_is_told_and_asked_for_again(browser: Any, keyed: RunningServer) -> None:
