@@ -64,7 +64,9 @@ def by_openai(server: RunningServer, _folder: Path) -> bytes:
     prompt, more = SPEC["class_label"], {name: value for name, value in SPEC.items() if name != "class_label"}
     with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
         answer = client.images.generate(prompt=prompt, extra_body=more)
-    return base64.b64decode(answer.data[0].b64_json)
+    told = answer.data[0].model_dump()
+    assert {name: told[name] for name in ("seed", *OURS)} == {name: SPEC[name] for name in ("seed", *OURS)}
+    return base64.b64decode(told["b64_json"])
 
 
 def by_openai_as_a_job(server: RunningServer, _folder: Path) -> bytes:

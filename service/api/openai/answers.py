@@ -63,6 +63,8 @@ class Recipe(BaseModel):
     seed: int = Field(
         description=OURS + "with the index, and to_seed and mix if they were given, which noise it was made of"
     )
+    to_seed: int | None = Field(description=OURS + "the seed that the noise is on its way to; null: none")
+    mix: float | None = Field(description=OURS + "how far, from 0 to 1; null: there is one seed")
     index: int = Field(description=OURS + "of the image; POST /sample makes it alone with this index and n=1")
     steps: int = Field(description=OURS + "denoising steps")
     sampler: str = Field(description=OURS + "the sampler")
@@ -126,6 +128,8 @@ def recipe_of(spec: SampleSpec, k: int, class_names: tuple[str, ...], fingerprin
     return {
         "revised_prompt": "" if label is None else class_names[label],
         "seed": spec.seed,
+        "to_seed": spec.to_seed,
+        "mix": spec.mix,
         "index": spec.index + k,
         "steps": spec.steps,
         "sampler": spec.sampler,

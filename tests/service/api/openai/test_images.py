@@ -85,6 +85,8 @@ def test_an_answer_has_openais_members_and_says_what_each_image_was_made_with(si
         assert entry == {
             "revised_prompt": "dog",
             "seed": 5,
+            "to_seed": None,
+            "mix": None,
             "index": 3 + k,
             "steps": 4,
             "sampler": "ddpm",
