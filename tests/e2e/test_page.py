@@ -412,12 +412,16 @@ def test_a_reload_before_the_answer_finds_the_job(
     assert {page.tab.url.rpartition("=")[2]} == job_ids(server) - before == set(seen)
 
 
+@pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_reload_that_meets_the_answer_finds_the_job(
-    open_page: Callable[..., Page], server: RunningServer, cancelled: bool
+    open_page: Callable[..., Page], server: RunningServer, cancelled: bool, twice: bool
 ) -> None:
     page, before, held = open_page(), job_ids(server), []
-    page.tab.evaluate("() => { history.replaceState = () => location.reload(); }")  # with the address of before
+    reloads = "history.replaceState = () => location.reload();"  # with the address of before
+    page.tab.evaluate(f"() => {{ {reloads} }}")
+    if twice:
+        page.tab.add_init_script(f"if (!sessionStorage.again) {{ sessionStorage.again = 'yes'; {reloads} }}")
     page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
     page.sample(**LONG)
     page.wait_until("Asking…")
