@@ -49,9 +49,8 @@ class Compression:
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 answer = MutableHeaders(raw=message["headers"])
-                if "Accept-Encoding" not in answer.get(
-                    "vary", ""
-                ):  # as on what is too short to be compressed, and on 304
+                # What is too short to be compressed has none yet, nor has a 304.
+                if "Accept-Encoding" not in answer.get("vary", ""):
                     answer.add_vary_header("Accept-Encoding")
                 packed = answer.get("content-encoding") == "gzip" or (message["status"] == 304 and named)
                 if whole and packed and "etag" in answer:

@@ -22,8 +22,11 @@ ANN, BEN, CAT = "tm_ann", "tm_ben", "tm_cat"
 
 @pytest.fixture(scope="module")
 def keyed(small: Path) -> Iterator[RunningServer]:
-    lines = (key_line("ann", ANN, row_steps_per_minute=10**6), key_line("ben", BEN))
-    lines += (key_line("cat", CAT, row_steps_per_minute=60),)
+    lines = (
+        key_line("ann", ANN, row_steps_per_minute=10**6),
+        key_line("ben", BEN),
+        key_line("cat", CAT, row_steps_per_minute=60),
+    )
     # What is remembered costs no key anything.
     running = start_server(small, "--result-cache-mb", "0", TMINUS_KEYS="\n".join(lines))
     yield running

@@ -26,6 +26,7 @@ SPEC: dict[str, Any] = {
     "to_seed": 2**64 - 2, "mix": 0.25,
 }  # fmt: skip
 OURS = ("sampler", "index", "to_seed", "mix")  # which other protocols have no field of their own for
+EXTENSIONS = {name: value for name, value in SPEC.items() if name != "class_label"}  # what OpenAI has no member for
 Way = Callable[[RunningServer, Path], bytes | np.ndarray]
 
 
@@ -61,25 +62,24 @@ def by_websocket(server: RunningServer, _folder: Path) -> bytes:
 
 
 def by_openai(server: RunningServer, _folder: Path) -> bytes:
-    prompt, more = SPEC["class_label"], {name: value for name, value in SPEC.items() if name != "class_label"}
     with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        answer = client.images.generate(prompt=prompt, extra_body=more)
+        answer = client.images.generate(prompt=SPEC["class_label"], extra_body=EXTENSIONS)
     told = answer.data[0].model_dump()
     assert {name: told[name] for name in ("seed", *OURS)} == {name: SPEC[name] for name in ("seed", *OURS)}
     return base64.b64decode(told["b64_json"])
 
 
 def by_openai_as_a_job(server: RunningServer, _folder: Path) -> bytes:
-    prompt, more = SPEC["class_label"], {name: value for name, value in SPEC.items() if name != "class_label"}
     with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        answer = client.images.generate(prompt=prompt, response_format="url", extra_body=more)
+        answer = client.images.generate(prompt=SPEC["class_label"], response_format="url", extra_body=EXTENSIONS)
     return httpx.get(answer.data[0].url).content
 
 
 def by_openai_streaming(server: RunningServer, _folder: Path) -> bytes:
-    prompt, more = SPEC["class_label"], {name: value for name, value in SPEC.items() if name != "class_label"}
     with OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        *_, last = client.images.generate(prompt=prompt, stream=True, partial_images=2, extra_body=more)
+        *_, last = client.images.generate(
+            prompt=SPEC["class_label"], stream=True, partial_images=2, extra_body=EXTENSIONS
+        )
     return base64.b64decode(last.b64_json)
 
 

@@ -1,6 +1,8 @@
 """GET /batch, through the app on a fake engine: who is told what of the jobs that run."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -73,26 +75,27 @@ def test_of_the_jobs_of_others_a_caller_is_told_no_names(make_site: MakeSite) ->
     problem(site.client.get("/batch"), 401, "unauthorized")
 
 
-def test_no_more_jobs_are_told_of_than_fit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def one_more_than_fit(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three jobs that stand still, of which two are told of."""
     monkeypatch.setattr(batch_module, "MOST_JOBS", 2)
     site.engine.gate.shut()
     with ThreadPoolExecutor(3) as pool:
         for seed in range(3):
             pool.submit(site.post, json={"steps": 20, "seed": seed})
         wait_until(lambda: look(site)["more"] == 1)
-        assert len(look(site)["jobs"]) == 2
+        yield
         site.engine.gate.open()
+
+
+def test_no_more_jobs_are_told_of_than_fit(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with one_more_than_fit(site, monkeypatch):
+        assert len(look(site)["jobs"]) == 2
 
 
 def test_the_jobs_and_how_many_more_there_are_come_of_one_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_module, "MOST_JOBS", 2)
-    site.engine.gate.shut()
-    with ThreadPoolExecutor(3) as pool:
-        for seed in range(3):
-            pool.submit(site.post, json={"steps": 20, "seed": seed})
-        wait_until(lambda: look(site)["more"] == 1)
+    with one_more_than_fit(site, monkeypatch):
         monkeypatch.setattr(batch_module, "FRESH_S", 3600.0)
-        site.engine.gate.open()
     wait_until(lambda: site.client.get("/jobs").json()["jobs"] == [])
     assert (len(look(site)["jobs"]), look(site)["more"]) == (2, 1)
 
