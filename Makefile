@@ -20,9 +20,9 @@ test: $(VENV)/.installed-test
 test-fast: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e -m "not slow"
 
-# Of branches too. The real servers of tests/e2e are processes of their own, of which nothing would be seen.
+# Of branches too, by the tests that mirror the code. Nothing would be seen of real servers, which are processes of their own.
 coverage: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e --cov --cov-report term:skip-covered
+	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report term:skip-covered tests/model tests/service
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

@@ -1,8 +1,10 @@
 """The trials of tests/trials, small: each must pass, and must notice what it is there to notice."""
 
 import asyncio
+import gc
 import os
 import random
+import warnings
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,29 @@ def test_a_mix_of_all_clients_gets_what_it_should(small: Path, monkeypatch: pyte
         assert stop_server(server) == 0, server.log
     assert missed(claims, "peak", "latency", "memory") == []
     assert "Traceback" not in server.log
+
+
+def test_a_client_that_is_cancelled_leaves_no_connection_open() -> None:
+    """The peak cancels those that are on their way; a connection that is left open is a warning, and warnings fail."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async def cancelled() -> None:
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+            mix = soak.Mix(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", soak.Seen())
+            for number, kind in enumerate(4 * list(soak.KINDS)):
+                client = asyncio.create_task(mix.come(kind, random.Random(number)))
+                await asyncio.sleep(0.02)
+                client.cancel()
+                await asyncio.gather(client, return_exceptions=True)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        asyncio.run(cancelled())
+        gc.collect()
+    assert [str(warning.message) for warning in seen] == []
 
 
 def test_every_part_of_a_soak_is_the_same_load() -> None:

@@ -118,9 +118,11 @@ class Mix:
         body = json.dumps(spec_of(draw) | {"n": 4, "steps": 200}).encode()
         data = b"POST /sample HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         _, writer = await asyncio.open_connection(self._host, self._port)
-        writer.write(data[: draw.choice((len(data), len(data), draw.randrange(len(data))))])
-        await asyncio.sleep(draw.uniform(0, 0.4))
-        writer.transport.abort()
+        try:
+            writer.write(data[: draw.choice((len(data), len(data), draw.randrange(len(data))))])
+            await asyncio.sleep(draw.uniform(0, 0.4))
+        finally:
+            writer.transport.abort()
 
     async def _stream(self, draw: random.Random, every: int, pause_s: float, cancel: bool) -> str:
         spec = spec_of(draw) | {
