@@ -1,6 +1,7 @@
 """Results kept in a folder, so that an evaluation that was killed goes on where it was.
 
-One file a result, named by a hash of all that the result depends on, which it holds too.
+One file a result, named by a hash of all that the result depends on, which it holds too. While a result is being made,
+each batch of its samples has a file beside it.
 """
 
 import dataclasses
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from tminus.model.data import ImageSet
-from tminus.model.files import CheckpointError, read_json, write_json
+from tminus.model.files import CheckpointError, read_json, write_atomically, write_json
 from tminus.model.samplers import Plan
 
 FORMAT = 1  # raise it where the same key would mean other figures
@@ -44,10 +48,53 @@ class Kept:
         if self._folder is not None:
             write_json(self._file(key), {"key": _plain(key), "result": result})
 
+    def batches(self, key: Mapping[str, Any]) -> "KeptBatches":
+        """The batches of samples of a result that is being made."""
+        return KeptBatches(None if self._folder is None else self._file(key), key)
+
     def _file(self, key: Mapping[str, Any]) -> Path:
         assert self._folder is not None
         digest = hashlib.sha256(json.dumps(_plain(key), sort_keys=True).encode()).hexdigest()
         return self._folder / f"{digest[:32]}.json"
+
+
+class KeptBatches:
+    """Batches of samples beside the file of their result. What is damaged counts as not there."""
+
+    def __init__(self, result: Path | None, key: Mapping[str, Any]) -> None:
+        self._result, self._key = result, json.dumps(_plain(key), sort_keys=True)
+        self.seconds = 0.0  # that those which were read took to make
+
+    def read(self, images: range) -> Tensor | None:
+        """Read these images of the seed, uint8 [B, C, H, W]."""
+        if self._result is None:
+            return None
+        try:
+            with safe_open(self._file(self._result, images), framework="pt") as opened:
+                head, batch = opened.metadata() or {}, opened.get_tensor("images")
+            seconds = float(head["seconds"])
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+        if head.get("key") != self._key or batch.dtype != torch.uint8 or len(batch) != len(images):
+            return None
+        self.seconds += seconds
+        return batch.clone()
+
+    def write(self, images: range, batch: Tensor, seconds: float) -> None:
+        """Keep them, whole or not at all. Raises OSError."""
+        if self._result is not None:
+            tensors, head = {"images": batch.contiguous()}, {"key": self._key, "seconds": repr(seconds)}
+            write_atomically(self._file(self._result, images), lambda path: save_file(tensors, path, metadata=head))
+
+    def forget(self) -> None:
+        """Remove them all: their result is there."""
+        if self._result is not None:
+            for file in self._result.parent.glob(f"{self._result.stem}-*.safetensors"):
+                file.unlink(missing_ok=True)
+
+    @staticmethod
+    def _file(result: Path, images: range) -> Path:
+        return result.with_name(f"{result.stem}-{images.start}-{images.stop}.safetensors")
 
 
 def plan_hash(plan: Plan) -> str:

@@ -118,15 +118,19 @@ class Measure:
                 return _Drawn(SampleFigures.from_dict(values["figures"]), b64decode(values["sheet"], validate=True))
         except (TypeError, KeyError, ValueError):
             log.warning("%s: what was kept cannot be read, sampling again", label)
+        batches = self._kept.batches(key)
         started_s = time.perf_counter()
         with _torch_threads(self._draw_threads):
-            samples = draw_samples(self._net, self._checkpoint, options, device=self._device, forward=self._forward)
-        seconds = (time.perf_counter() - started_s) / len(samples)
+            samples = draw_samples(
+                self._net, self._checkpoint, options, device=self._device, forward=self._forward, kept=batches
+            )
+        seconds = (batches.seconds + time.perf_counter() - started_s) / len(samples)
         one = _Drawn(
             self._judge.figures(samples, options.seed, seconds), strip(samples[: strip_length(self._checkpoint)])
         )
         sheet = b64encode(one.sheet).decode()
         self._kept.write(key, {"figures": dataclasses.asdict(one.figures), "sheet": sheet})
+        batches.forget()
         frechet = one.figures.classifier_frechet_distance
         distance = "" if frechet is None else f"Fréchet distance {frechet.samples:.3f}, "
         log.info("%s: %s%.3g s an image", label, distance, seconds)

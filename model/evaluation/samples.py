@@ -1,6 +1,7 @@
 """Samples as they are served: rounded to uint8, and sample i is image i of a request with this seed."""
 
 import io
+import time
 
 import torch
 from PIL import Image
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.classes import sample_classes
+from tminus.model.evaluation.kept import KeptBatches
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.guidance import Forward
 from tminus.model.latent.encode import images_of
@@ -34,12 +36,15 @@ def draw_samples(
     *,
     device: torch.device,
     forward: Forward | None = None,
+    kept: KeptBatches | None = None,
 ) -> Tensor:
     """Sample images 0..num_samples-1 of the seed, uint8 [N, C, H, W] on the CPU. `net` lies on `device`.
 
     forward=None runs the net itself in options.precision; any other is called as it is, with tensors on `device`.
-    Raises EvaluateError for samples that are not finite.
+    The batches that `kept` has are not made again, and the others are kept there.
+    Raises EvaluateError for samples that are not finite, and OSError where a batch cannot be kept.
     """
+    kept = kept or KeptBatches(None, {})
     plan = compile_options(checkpoint, options)
     shape = checkpoint.row_shape
     classes = sample_classes(checkpoint, options.num_samples)
@@ -53,6 +58,11 @@ def draw_samples(
 
         for start in starts:
             indices = range(start, min(start + options.batch_size, options.num_samples))
+            if (batch := kept.read(indices)) is not None:
+                images.append(batch)
+                progress.update(len(plan))
+                continue
+            started_s = time.perf_counter()
 
             def z_of(k: int, indices: range = indices) -> Tensor:
                 return image_noise(options.seed, indices, k + 1, shape, device)
@@ -75,6 +85,7 @@ def draw_samples(
                 with torch.autocast(device.type, enabled=False):
                     x_0 = images_of(checkpoint.autoencoder, x_0.float())
             images.append(to_uint8(x_0).cpu())
+            kept.write(indices, images[-1], time.perf_counter() - started_s)
     return torch.cat(images)
 
 

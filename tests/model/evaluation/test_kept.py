@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.model.evaluation.toys import toy_images
 from tminus.model.evaluation.kept import Kept, data_hash, plan_hash
@@ -33,10 +34,48 @@ def test_a_file_of_another_key_is_not_read(tmp_path: Path) -> None:
     assert kept.read(KEY) is None
 
 
+def test_a_batch_is_read_as_it_was_written_by_the_same_key_and_images_only(tmp_path: Path) -> None:
+    images = torch.randint(256, (3, 2, 4, 4), dtype=torch.uint8).to(memory_format=torch.channels_last)
+    Kept(tmp_path).batches(KEY).write(range(3, 6), images, 1.5)
+    batches = Kept(tmp_path).batches(dict(reversed(KEY.items())))
+    read = batches.read(range(3, 6))
+    assert read is not None
+    assert torch.equal(read, images)
+    assert batches.seconds == 1.5
+    assert batches.read(range(3)) is None
+    assert batches.read(range(3, 7)) is None
+    assert Kept(tmp_path).batches(KEY | {"seed": 0}).read(range(3, 6)) is None
+    Kept(tmp_path).batches(KEY | {"seed": 0}).forget()
+    assert batches.read(range(3, 6)) is not None, "those of others stay"
+    batches.forget()
+    assert batches.read(range(3, 6)) is None
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "of another key", "no images"])
+def test_a_damaged_batch_counts_as_not_there(tmp_path: Path, damage: str) -> None:
+    batches = Kept(tmp_path).batches(KEY)
+    batches.write(range(2), torch.zeros(2, 1, 4, 4, dtype=torch.uint8), 1.0)
+    (file,) = tmp_path.iterdir()
+    if damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "of another key":
+        file.write_bytes(file.read_bytes().replace(b"1.5", b"1.6"))
+    else:
+        save_file({"other": torch.zeros(1)}, file)
+    assert batches.read(range(2)) is None
+    assert batches.seconds == 0
+
+
 def test_without_a_folder_nothing_is_kept() -> None:
     kept = Kept(None)
     kept.write(KEY, {"figure": 0.1})
     assert kept.read(KEY) is None
+    batches = kept.batches(KEY)
+    batches.write(range(1), torch.zeros(1, 1, 4, 4, dtype=torch.uint8), 1.0)
+    assert batches.read(range(1)) is None
+    batches.forget()
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

@@ -226,6 +226,41 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
     assert drawn == made
 
 
+def test_a_sampler_that_was_killed_half_way_goes_on_with_the_next_batch(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batched = dataclasses.replace(PLAIN, batch_size=3)
+    whole = run(POINTS[:1], (5,), options=batched)
+    sampled, made = samples.sample, []
+
+    def counted(*arguments: Any, **others: Any) -> Tensor:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(len(arguments[2]))
+        return sampled(*arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "sample", counted)
+        with pytest.raises(KeyboardInterrupt):
+            run(POINTS[:1], (5,), options=batched, folder=tmp_path)
+    kept = sorted(tmp_path.glob("*.safetensors"))
+    assert len(kept) == 2
+    kept[1].write_bytes(kept[1].read_bytes()[:-1])  # cut off
+
+    rest: list[int] = []
+
+    def rest_of(*arguments: Any, **others: Any) -> Tensor:
+        rest.append(len(arguments[2]))
+        return sampled(*arguments, **others)
+
+    monkeypatch.setattr(samples, "sample", rest_of)
+    again = run(POINTS[:1], (5,), options=batched, folder=tmp_path)
+    assert again == whole
+    assert again.points[0].sheet == whole.points[0].sheet
+    assert sum(rest) == PLAIN.num_samples - 3
+    assert list(tmp_path.glob("*.safetensors")) == [], "the result is there"
+
+
 def test_more_seeds_and_points_are_added_to_what_is_kept(
     run: Run, drawn: list[tuple[str, int, int]], tmp_path: Path
 ) -> None:
