@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,62 +41,52 @@ class Line:
 
     def __init__(self, to_port: int) -> None:
         self.port, self._to_port = postgres.free_port(), to_port
-        self._loop = asyncio.new_event_loop()
-        self._whole: asyncio.Event | None = None
-        self._server: asyncio.Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._whole, self._ended = asyncio.Event(), asyncio.Event()
         self._listening = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
         assert self._listening.wait(10)
 
     def cut(self) -> None:
         """Pass nothing on."""
-        assert self._whole is not None
-        self._loop.call_soon_threadsafe(self._whole.clear)
+        self._call(self._whole.clear)
 
     def heal(self) -> None:
         """Pass on what waits, and all that comes."""
-        assert self._whole is not None
-        self._loop.call_soon_threadsafe(self._whole.set)
+        self._call(self._whole.set)
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._call(self._ended.set)
         self._thread.join()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        if self._server is not None:
-            self._server.close()
-        self._loop.close()
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._whole = asyncio.Event()
+    def _call(self, function: Callable[[], None]) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(function)
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._whole.set()
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._connected, "127.0.0.1", self.port))
+        server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
         self._listening.set()
-        self._loop.run_forever()
+        await self._ended.wait()
+        server.close()  # and the connections end with the loop
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert self._whole is not None
-        await self._whole.wait()
-        try:
+        # A task that is cancelled raises in start_server's own callback.
+        with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.CancelledError):
+            await self._whole.wait()
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._to_port)
-        except OSError:
-            writer.close()
-            return
-        async with asyncio.TaskGroup() as both:
-            both.create_task(self._pass(reader, far_writer))
-            both.create_task(self._pass(far_reader, writer))
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._pass(reader, far_writer))
+                both.create_task(self._pass(far_reader, writer))
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert self._whole is not None
-        with contextlib.suppress(OSError):
+        with contextlib.closing(writer), contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 await self._whole.wait()
                 writer.write(data)
                 await writer.drain()
-        writer.close()
 
 
 class Cluster:
