@@ -1,8 +1,8 @@
 """`tminus serve`: load a checkpoint and serve it over HTTP, by settings from flags and TMINUS_ variables."""
 
 import logging
+import os
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 def serve(config: Path | None, **flags: Any) -> None:
     """Load one or more checkpoints and serve them over HTTP."""
     settings = read_settings(config, flags)
-    # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action.
-    signal.signal(signal.SIGTERM, lambda _signum, _frame: sys.exit(0))
+    # While the model loads there is nothing to finish; and a process 1, as in a container, has no default action. An
+    # exception is no way out: raised in the middle of a library's start, it can abort the process.
+    signal.signal(signal.SIGTERM, lambda _signum, _frame: os._exit(0))
     set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
     try:
         tracer = start_traces(settings.traces)

@@ -101,8 +101,9 @@ def test_sigterm_while_loading_ends_at_once() -> None:
     with process.stderr:
         assert "loading" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-        assert "ready" not in process.stderr.read()
+        said = process.stderr.read()
+        assert process.wait(30) == 0, said
+        assert "ready" not in said
 
 
 class Payload:

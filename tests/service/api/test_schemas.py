@@ -342,7 +342,8 @@ def test_any_parameters_make_a_spec_within_the_bounds_or_a_typed_refusal(paramet
             spec = spec_of(parameters, model)
         except ServiceError as error:
             assert error.status == 422
-            assert error.field in {*parameters, "class_label", "strength", "image", "mask"}  # the last may be missing
+            may_be_missing = {"class_label", "strength", "image", "mask", "to_seed", "mix"}
+            assert error.field in parameters.keys() | may_be_missing
             assert re.search(r"must be .* got|no parameter", error.detail, re.DOTALL)
             json.dumps(error.problem(), allow_nan=False)
         else:
