@@ -306,6 +306,9 @@ def test_the_default_of_a_parameter_is_that_of_the_docs(site: Site) -> None:
                 assert given[name] != accepted(site)[name]
             case "`false`":
                 assert given.get(name) is None
+            case "the most":
+                most = {sampler: accepted(site, sampler=sampler)[name] for sampler in ("ddpm", "heun", "plms")}
+                assert most == {"ddpm": 1000, "heun": 500, "plms": 999}
             case default:
                 assert given[name] == number(default)
     assert accepted(site, sampler="dpmpp_2m")["timestep_spacing"] == "karras"
