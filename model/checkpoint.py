@@ -9,7 +9,7 @@ A flat folder (config.json and weights in the root, as google/ddpm-*) is read to
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from tminus.model.tminus_file import (
     recommended_of,
 )
 from tminus.model.tminus_file import Labels as Labels
-from tminus.model.unet_config import CLASS_NAME
+from tminus.model.unet_config import CLASS_NAME, UNetConfig
 from tminus.model.weights import WEIGHTS_NAME, hash_weights, load_state_dict, misfit, to_float32
 
 log = logging.getLogger(__name__)
@@ -158,6 +158,8 @@ def _load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {error}") from error
     meta = read_json(folder / TMINUS_FILE) if (folder / TMINUS_FILE).is_file() else {}
     labels = read_labels(folder / TMINUS_FILE, meta, unet)
+    if isinstance(unet, UNetConfig) and unet.sample_size is None:
+        unet = replace(unet, sample_size=read_size(folder, meta))
     state = load_state_dict(unet_folder)
     check_shapes(unet_folder, state, unet)
     state = null_last(to_float32(unet_folder, state), meta)
@@ -165,7 +167,8 @@ def _load(folder: Path) -> Checkpoint:
         net = build(unet)
     net.load_state_dict(state, assign=True)
     net.requires_grad_(False).eval()
-    size_px = unet.size_px or read_size(folder, meta)
+    size_px = unet.size_px
+    assert size_px is not None
     if any(side % unet.size_multiple for side in size_px):
         raise CheckpointError(f"{folder}: sample_size {size_px} must divide by {unet.size_multiple} for this network")
     autoencoder = None

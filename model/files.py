@@ -20,12 +20,12 @@ class CheckpointError(Exception):
         super().__init__(message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError for a file that is missing, too large or something else."""
     if not file.is_file():
         raise CheckpointError(f"{file}: missing")
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file}: larger than {MAX_JSON_BYTES} bytes")
+    if file.stat().st_size > most_bytes:
+        raise CheckpointError(f"{file}: larger than {most_bytes} bytes")
     try:
         value = json.loads(file.read_text("utf-8"))
     except ValueError as error:

@@ -97,9 +97,9 @@ def read_student(file: Path, meta: Mapping[str, Any]) -> Mapping[str, Any] | Non
     return student
 
 
-def read_size(folder: Path, meta: Mapping[str, Any]) -> tuple[int, int]:
-    """Read the size of images, where config.json has none. Raises CheckpointError."""
+def read_size(folder: Path, meta: Mapping[str, Any]) -> int:
+    """Read the sides of images, where config.json has no sample_size. Raises CheckpointError."""
     size = meta.get("size_px")
     if not isinstance(size, int) or size < 1:
         raise CheckpointError(f"{folder}: config.json has no sample_size; give size_px in {TMINUS_FILE}")
-    return (size, size)
+    return size

@@ -39,6 +39,7 @@ from tminus.model.run_file import begun_in
 from tminus.model.tminus_file import read_recommended
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
+from tminus.model.weights import misfit
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,10 @@ def train(
             raise TrainError(f"{init_from}: is a student, made for few steps; begin from its teacher")
         if not isinstance(begin_with.net, UNet2D):
             raise TrainError(f"{init_from}: of class {begin_with.net.config.class_name}; only a UNet2DModel is trained")
-        net.load_state_dict(begin_with.net.state_dict())
+        begun_with = begin_with.net.state_dict()
+        if wrong := misfit(begun_with, net, "this run"):
+            raise TrainError(f"{init_from}: {wrong}")
+        net.load_state_dict(begun_with)
         if begin_with.recommended is not None and begin_with.recommended.steps <= noise.num_train_timesteps:
             recommended = begin_with.recommended
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)

@@ -21,6 +21,7 @@ from tminus.model.files import CheckpointError, read_json, write_atomically, wri
 from tminus.model.samplers import Plan
 
 FORMAT = 1  # raise it where the same key would mean other figures
+MAX_RESULT_BYTES = 256 * 2**20  # of a file, with a sheet of large images in it
 
 
 class Kept:
@@ -37,7 +38,7 @@ class Kept:
         if self._folder is None:
             return None
         try:
-            content = read_json(self._file(key))
+            content = read_json(self._file(key), MAX_RESULT_BYTES)
         except (CheckpointError, OSError):
             return None
         value = content.get("result")
@@ -71,7 +72,8 @@ class KeptBatches:
             return None
         try:
             with safe_open(self._file(self._result, images), framework="pt") as opened:
-                head, batch = opened.metadata() or {}, opened.get_tensor("images")
+                head = opened.metadata() or {}
+                batch: Tensor = opened.get_tensor("images")
             seconds = float(head["seconds"])
         except (SafetensorError, OSError, KeyError, ValueError):
             return None

@@ -7,6 +7,7 @@ import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -59,11 +60,13 @@ class Measure:
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._key: dict[str, Any] = {
             "weights": checkpoint.weights_hash,
+            "net": checkpoint.net.config.to_dict(),
             "noise": dataclasses.asdict(checkpoint.noise),
             "classes": dataclasses.asdict(checkpoint.labels),
             "data": [data_hash(split) for split in data],
             "device": self.device_name,
             "torch": str(torch.__version__),
+            "openvino": _version("openvino"),
         }
 
     def bound(self, options: EvaluateOptions) -> Bound | LeftOut:
@@ -113,17 +116,22 @@ class Measure:
             "classifier": facts.weights_hash if facts is not None else None,
         }
         key = self._key | {"samples": what}
+        batches = self._kept.batches(key)
         try:
             if (values := self._kept.read(key)) is not None:
+                batches.forget()  # of a run that was killed just after the result was there
                 return _Drawn(SampleFigures.from_dict(values["figures"]), b64decode(values["sheet"], validate=True))
         except (TypeError, KeyError, ValueError):
             log.warning("%s: what was kept cannot be read, sampling again", label)
-        batches = self._kept.batches(key)
         started_s = time.perf_counter()
-        with _torch_threads(self._draw_threads):
-            samples = draw_samples(
-                self._net, self._checkpoint, options, device=self._device, forward=self._forward, kept=batches
-            )
+        try:
+            with _torch_threads(self._draw_threads):
+                samples = draw_samples(
+                    self._net, self._checkpoint, options, device=self._device, forward=self._forward, kept=batches
+                )
+        except EvaluateError:
+            batches.forget()
+            raise
         seconds = (batches.seconds + time.perf_counter() - started_s) / len(samples)
         one = _Drawn(
             self._judge.figures(samples, options.seed, seconds), strip(samples[: strip_length(self._checkpoint)])
@@ -145,6 +153,13 @@ def _torch_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _at(options: EvaluateOptions, point: Point, seed: int) -> EvaluateOptions:

@@ -8,6 +8,7 @@ gradient goes through all passes; only the coefficients change.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Refinement:
     moments: list[list[list[float]]]
     best: list[list[float]]
     distance: float
+    fitted: float  # the distance that it began with
     checks_since: int = 0  # how often it was judged since, and no better
 
 
@@ -72,14 +74,16 @@ class Refiner:
         self._images, self._rows, self._cut = images, rows, len(images) - held_out
         p, q = x0_coefficients(noise.prediction_type, alpha_bar_at(schedule, timesteps))
         self._pq = list(zip(p.tolist(), q.tolist(), strict=True))
-        self._bound = noise.clip_sample_range if noise.clip_sample else float("inf")
+        self._bound = noise.clip_sample_range if noise.clip_sample else math.inf
+        self._range = 1.0 if checkpoint.autoencoder is None else math.inf  # of images; latents have none
         self._feature_t = max(1, round(FEATURE_T * schedule.num_timesteps)) - 1
         self._feature_alpha_bar = float(schedule.alpha_bar[self._feature_t])
 
     def begin(self, lines: Sequence[Sequence[float]]) -> Refinement:
         """Begin with lines of a, b, c, d and what may follow, which is left out."""
         C = [list(line[:4]) for line in lines]
-        return Refinement(0, C, [[[0.0] * 4 for _ in C]] * 2, C, self.judge(C))
+        distance = self.judge(C)
+        return Refinement(0, C, [[[0.0] * 4 for _ in C]] * 2, C, distance, fitted=distance)
 
     def run(
         self, state: Refinement, iterations: int, batch_size: int, on_check: Callable[[Refinement], None]
@@ -111,7 +115,7 @@ class Refiner:
         return float(torch.stack(distances).sum() / (len(self._images) - self._cut))
 
     def images(self, C: Tensor, picked: Tensor) -> Tensor:
-        """What a table with coefficients C [S, 4] makes of some rows, clipped to the range of images."""
+        """What a table with coefficients C [S, 4] makes of some rows: images within their range, or latents."""
         x = self._rows.noise[picked]
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
         previous = before = torch.zeros_like(x)
@@ -120,7 +124,7 @@ class Refiner:
             out = recompute(self._predict, x, t, labels, use_reentrant=False)
             x0 = (p * x + q * out).clamp(-self._bound, self._bound)
             x, previous, before = a * x + b * x0 + c * previous + d * before, x0, previous
-        return x.clamp(-1, 1)
+        return x.clamp(-self._range, self._range)
 
     def distance(self, images: Tensor, picked: Tensor, generator: torch.Generator) -> Tensor:
         """The mean square error to the teacher's images, and that of the network's features."""
@@ -136,7 +140,8 @@ class Refiner:
         signal, noise = self._feature_alpha_bar**0.5, (1 - self._feature_alpha_bar) ** 0.5
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
         with _outputs_of_blocks(self._net) as outputs:
-            self._forward(signal * images + noise * eps, torch.full_like(picked, self._feature_t), labels)
+            t = torch.full((len(images),), self._feature_t, device=images.device)
+            self._forward(signal * images + noise * eps, t, labels)
         return [each.float() for each in outputs]
 
     def _predict(self, x: Tensor, t: float, labels: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ What a table is fitted to is a function of the settings, so a run that was kille
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,6 @@ def _tune_one(
     refiner = Refiner(checkpoint, search.best.timesteps, guidance, fitter.rows, fitter.images, held_out=config.held_out)
     begun = known["refinement"] if known is not None and "refinement" in known else None
     refinement = Refinement(**begun) if begun is not None else refiner.begin(search.best.lines)
-    before = refinement.distance
     refinement = refiner.run(refinement, config.iterations, config.batch_size // 2 or 1, on_check)
 
     # The file.
@@ -195,7 +195,7 @@ def _tune_one(
         "teacher": config.teacher,
         "settings": dataclasses.asdict(config),
         "held_out_error": errors,
-        "distance": {"fitted": before, "refined": refinement.distance},
+        "distance": {"fitted": refinement.fitted, "refined": refinement.distance},
         "timesteps_tried": search.evaluations,
         "iterations": refinement.iteration,
         "seconds": round(time.monotonic() - started),
@@ -236,15 +236,22 @@ def _rivals(fitter: Fitter, checkpoint: Checkpoint, steps: int) -> dict[str, flo
 
 
 def _identity(checkpoint: Checkpoint, steps: int, guidance: float, config: TuneConfig) -> dict[str, Any]:
-    settings = dataclasses.asdict(config)
-    return {"weights_hash": checkpoint.weights_hash, "steps": steps, "guidance": guidance, "settings": settings}
+    return {
+        "weights_hash": checkpoint.weights_hash,
+        "net": checkpoint.net.config.to_dict(),
+        "noise": checkpoint.noise.to_dict(),
+        "steps": steps,
+        "guidance": guidance,
+        "settings": dataclasses.asdict(config),
+    }
 
 
 class _State:
     """What an interrupted run leaves of the table it was at."""
 
     def __init__(self, file: Path, identity: dict[str, Any]) -> None:
-        self._file, self._identity = file, identity
+        self._file = file
+        self._identity = json.loads(json.dumps(identity))  # tuples are lists in the file
 
     @property
     def known(self) -> dict[str, Any] | None:

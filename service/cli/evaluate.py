@@ -191,6 +191,7 @@ def measure(
     from tminus.service.engine.autotune_cache import default_cache
     from tminus.service.engine.candidates import Wish
     from tminus.service.engine.devices import choose_device
+    from tminus.service.engine.tf32 import multiplying
 
     device, threads = choose_device(options["device"]), torch.get_num_threads()
     wish = Wish(options["executor"], options["precision"], device.type == "cpu", options["batch_size"], threads)
@@ -203,18 +204,19 @@ def measure(
     of_points = {"sampler", "steps", "guidance", "seed", "executor"}
     fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__ if name not in of_points}
     try:
-        return evaluate_checkpoint(
-            load_checkpoint(checkpoint),
-            *compared,
-            EvaluateOptions(**fields, executor=executor.name),
-            device=device,
-            forward=executor,
-            draw_threads=draw_threads,
-            points=ways.points,
-            references=ways.references,
-            seeds=options["seeds"],
-            kept=Kept(report_folder / "kept" if report_folder is not None else None),
-        )
+        with multiplying(device, tf32=False):  # all but the passes of such an executor
+            return evaluate_checkpoint(
+                load_checkpoint(checkpoint),
+                *compared,
+                EvaluateOptions(**fields, executor=executor.name),
+                device=device,
+                forward=executor,
+                draw_threads=draw_threads,
+                points=ways.points,
+                references=ways.references,
+                seeds=options["seeds"],
+                kept=Kept(report_folder / "kept" if report_folder is not None else None),
+            )
     except OSError as error:
         fail(f"--report {report_folder}: {error}")
 

@@ -33,7 +33,8 @@ def sheet_writer(
     num_classes = (unet.num_class_embeds or 1) - 1
     n = num_classes * ROWS_PER_CLASS or IMAGES_WITHOUT_CLASSES
     labels = torch.arange(n, device=device) % num_classes if num_classes else None
-    shape = (unet.in_channels, *(unet.size_px or (0, 0)))
+    assert unet.size_px is not None  # which every network that is trained, or loaded, has
+    shape = (unet.in_channels, *unet.size_px)
 
     def write(net: "Denoiser", plan: "Plan", step: int) -> None:
         x_T = image_noise(0, range(n), 0, shape, device)

@@ -17,6 +17,7 @@ from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.preview import colours_of, fit_colours
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.service.engine import openvino_executor
+from tminus.service.engine.tf32 import multiplying
 from tminus.service.engine.transfer import to_device
 from tminus.service.spec import Floats, Images
 
@@ -87,8 +88,10 @@ class Autoencoding:
 
         def run(x: Floats) -> Floats:
             with torch.inference_mode(), torch.cuda.stream(stream):
-                out: Floats = module(to_device(x, self._device)).cpu().numpy()
-                return out
+                with multiplying(self._device, tf32=False):
+                    out = module(to_device(x, self._device))
+                pixels: Floats = out.cpu().numpy()
+                return pixels
 
         return run
 

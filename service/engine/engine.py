@@ -13,7 +13,7 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guide, rescale
 from tminus.model.samplers import Plan, denoise
 from tminus.model.trajectory import PlanNumbers
-from tminus.service.engine.executors import Executor, allow_tf32
+from tminus.service.engine.executors import Executor
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
 from tminus.service.engine.known_values import KnownValues
@@ -50,7 +50,6 @@ class Engine:
         )
         self._device, self._max_jobs = device, max_jobs
         self._torch_threads = torch.get_num_threads()  # as the executor has set it
-        self._tf32 = executor.precision == "tf32"
         self._forward = executor
         self._noise = checkpoint.noise
         self._schedule = checkpoint.noise.schedule()
@@ -148,11 +147,8 @@ class Engine:
     @torch.inference_mode()
     def step(self, batch: Batch) -> None:
         """Run one tick. The batch reaches the device in one transfer; nothing here loops over rows or waits."""
-        # Both are torch's and not the model's, and another model may have set them.
-        if torch.get_num_threads() != self._torch_threads:
+        if torch.get_num_threads() != self._torch_threads:  # it is the process's, and another model may have set it
             torch.set_num_threads(self._torch_threads)
-        if self._ticks is not None and torch.backends.cuda.matmul.allow_tf32 != self._tf32:
-            allow_tf32(self._tf32)
         num_rows, num_guided = len(batch.rows), len(batch.guided)
         slots = np.array(batch.rows)
         noisy = np.flatnonzero(self._adds_noise[slots])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.denoiser import Denoiser
+from tminus.service.engine.tf32 import multiplying
 
 PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, multiplies float32 with 10 bits of mantissa
 Passes = list[tuple[int, int, int]]  # (start, end, size) each
@@ -86,7 +87,6 @@ class EagerExecutor:
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._net: Denoiser = net.to(device).to(memory_format=self._format)  # type: ignore[call-overload]
         self._device, self._sizes, self.precision = device, sizes, precision
-        allow_tf32(precision == "tf32")
         layout = "channels_last" if channels_last else "contiguous"
         self.details = layout + (f", passes of {', '.join(map(str, sizes))}" if sizes else "")
 
@@ -94,7 +94,7 @@ class EagerExecutor:
         """See Executor."""
         x = x.contiguous(memory_format=self._format)
         autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), multiplying(self._device, tf32=self.precision == "tf32"), autocast:
             if self._sizes is None:
                 out: Tensor = self._net(x, t, class_labels).float()
                 return out
@@ -131,7 +131,6 @@ class CompiledExecutor:
         """Compile, which takes a minute. shape [C, H, W] of one row; sizes of a pass, ascending, at most MAX_GRAPHS."""
         assert 1 <= len(sizes) <= MAX_GRAPHS
         self._net: Denoiser = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        allow_tf32(precision == "tf32")
         torch._dynamo.reset()  # its limit on shapes counts those of earlier executors too
         # fullgraph: without it torch may run parts eagerly and not say so.
         self._compiled = torch.compile(self._net, dynamic=False, fullgraph=True)
@@ -175,7 +174,8 @@ class CompiledExecutor:
         return out[:num].clone()  # the next replay writes over it
 
     def _run(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
-        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, self.precision == "bfloat16"):
+        autocast = torch.autocast(self._device.type, torch.bfloat16, self.precision == "bfloat16")
+        with torch.inference_mode(), multiplying(self._device, tf32=self.precision == "tf32"), autocast:
             out: Tensor = self._compiled(x, t, class_labels)  # type: ignore[no-untyped-call]
         return out.float()
 
@@ -210,12 +210,6 @@ def split_padded(places: int, sizes: Sequence[int]) -> Passes:
 def probe_bits(executor: Executor, inputs: tuple[Tensor, Tensor, Tensor | None]) -> str:
     """Hash an executor's outputs on some rows, to the bit."""
     return hashlib.sha256(executor(*inputs).cpu().numpy().tobytes()).hexdigest()[:16]
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Allow or forbid TF32 in CUDA's float32 matmuls and convolutions, whose defaults in torch differ."""
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def pad(tensor: Tensor | None, padding: int) -> Any:

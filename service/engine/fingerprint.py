@@ -103,6 +103,8 @@ def fingerprint(
         "passes": bits if exact and bits is not None else f"{executor.details}, {torch.get_num_threads()} threads",
         "exact": exact,
     }
+    if not (exact and bits is not None):  # the weights' hash says nothing of how the network uses them
+        parts["net"] = checkpoint.net.config.to_dict()
     if autoencoder_bits is not None:
         parts["autoencoder"] = autoencoder_bits
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -352,6 +352,7 @@ def test_size_comes_from_tminus_json_where_the_config_has_none(folder: Path) -> 
         load_checkpoint(folder)
     edit_json(folder / "tminus.json", size_px=16)
     assert load_checkpoint(folder).size_px == (16, 16)
+    assert load_checkpoint(folder).net.config.size_px == (16, 16), "who takes the config needs no other file"
 
 
 def test_oblong_sample_size_is_kept(folder: Path) -> None:

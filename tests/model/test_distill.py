@@ -135,6 +135,14 @@ def test_unconditional_teacher_has_a_student(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run").net.class_embedding is None
 
 
+def test_teacher_that_has_its_size_in_tminus_json_has_a_student(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", dataclasses.replace(CONDITIONAL, sample_size=None))
+    meta = json.loads((teacher / "tminus.json").read_text())
+    (teacher / "tminus.json").write_text(json.dumps({**meta, "size_px": 8}))
+    assert run(tmp_path / "run", teacher, steps=1)
+    assert load_checkpoint(tmp_path / "run").size_px == (8, 8)
+
+
 def test_teacher_without_a_null_class_has_a_student(tmp_path: Path) -> None:
     teacher = write_teacher(tmp_path / "teacher", CONDITIONAL, Labels(("left", "middle", "right")))
     assert run(tmp_path / "run", teacher, guidance=1.0, steps=2)

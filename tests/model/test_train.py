@@ -425,6 +425,24 @@ def test_new_run_without_them_starts_elsewhere(straight: Path, tmp_path: Path) -
     assert load_checkpoint(tmp_path).weights_hash != load_checkpoint(straight).weights_hash
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"block_out_channels": (16, 32)}, r"wrong shape of .*: this run asks for \(16,.*got \(8,"),
+        ({"num_class_embeds": None}, r"do not fit this run: has class_embedding"),
+    ],
+    ids=["widths", "classes"],
+)
+def test_weights_of_another_network_are_refused(
+    straight: Path, tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    unet = dataclasses.replace(CONDITIONAL, **change)
+    data = toy_images() if "num_class_embeds" not in change else dataclasses.replace(toy_images(), labels=None)
+    with pytest.raises(TrainError, match=f"straight: .*{why}"):
+        train(tmp_path / "new", data, unet, NOISE, RUN, device=CPU, init_from=straight)
+    assert not (tmp_path / "new" / STATE_FILE).exists()
+
+
 def test_weights_to_start_from_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         run(tmp_path / "new", init_from=tmp_path / "gone")

@@ -24,6 +24,12 @@ def test_a_result_is_read_as_it_was_written_by_the_same_key_only(tmp_path: Path)
         assert kept.read(KEY | change) is None
 
 
+def test_a_result_with_a_sheet_of_large_images_is_read(tmp_path: Path) -> None:
+    kept = Kept(tmp_path)
+    kept.write(KEY, {"sheet": "x" * 20_000_000})
+    assert kept.read(KEY) is not None
+
+
 def test_a_file_of_another_key_is_not_read(tmp_path: Path) -> None:
     kept = Kept(tmp_path)
     kept.write(KEY, {"figure": 0.1})

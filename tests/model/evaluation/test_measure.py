@@ -19,11 +19,12 @@ from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.evaluate import evaluate
 from tminus.model.evaluation.figures import SampleFigures
 from tminus.model.evaluation.judge import Judge
-from tminus.model.evaluation.kept import Kept
+from tminus.model.evaluation.kept import Kept, KeptBatches
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.evaluation.points import Point
 from tminus.model.evaluation.sweep_report import SweepReport
 from tminus.model.samplers import Plan, compile_plan
+from tminus.model.unet import UNet2D
 
 pytestmark = pytest.mark.slow
 
@@ -261,6 +262,32 @@ def test_a_sampler_that_was_killed_half_way_goes_on_with_the_next_batch(
     assert list(tmp_path.glob("*.safetensors")) == [], "the result is there"
 
 
+def test_no_batch_is_left_where_the_end_was_not_seen_or_was_an_error(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_batches: KeptBatches) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptBatches, "forget", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(POINTS[:1], (5,), folder=tmp_path)
+    assert list(tmp_path.glob("*.safetensors"))
+    run(POINTS[:1], (5,), folder=tmp_path)
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+    made: list[int] = []
+
+    def not_finite(*arguments: Any, **others: Any) -> Tensor:
+        made.append(1)
+        return torch.full_like(arguments[2], torch.nan if len(made) == 2 else 0)
+
+    monkeypatch.setattr(samples, "sample", not_finite)
+    with pytest.raises(EvaluateError):
+        run(POINTS[:1], (6,), folder=tmp_path, options=dataclasses.replace(PLAIN, batch_size=3))
+    assert list(tmp_path.glob("*.safetensors")) == []
+
+
 def test_more_seeds_and_points_are_added_to_what_is_kept(
     run: Run, drawn: list[tuple[str, int, int]], tmp_path: Path
 ) -> None:
@@ -303,13 +330,19 @@ def test_another_checkpoint_and_a_sampler_that_was_changed_are_measured_afresh(
     run(POINTS[:1], (5,), folder=tmp_path, checkpoint=other)
     assert len(drawn) == 2
 
+    config = dataclasses.replace(checkpoint.net.config, flip_sin_to_cos=False)  # of the same weights
+    net = UNet2D(config)
+    net.load_state_dict(checkpoint.net.state_dict())
+    run(POINTS[:1], (5,), folder=tmp_path, checkpoint=dataclasses.replace(checkpoint, net=net))
+    assert len(drawn) == 3
+
     def changed(*arguments: object, **others: object) -> Plan:
         plan = compile_plan(*arguments, **others)  # type: ignore[arg-type]
         return dataclasses.replace(plan, lines=plan.lines * 1.0001)
 
     monkeypatch.setattr(checkpoint_module, "compile_plan", changed)
     run(POINTS[:1], (5,), folder=tmp_path)
-    assert len(drawn) == 3
+    assert len(drawn) == 4
 
 
 def test_other_images_under_the_same_name_are_measured_afresh(

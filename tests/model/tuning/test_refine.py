@@ -1,6 +1,8 @@
 """The gradient through all passes is right, and the best is kept."""
 
+import dataclasses
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -8,6 +10,10 @@ from torch import Tensor
 
 from tests.model.tuning.nets import fitter_of
 from tminus.model.checkpoint import load_checkpoint
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.samplers import sample, table_plan
+from tminus.model.tables import Table
+from tminus.model.tuning.fit import Rows
 from tminus.model.tuning.refine import Refiner
 
 pytestmark = pytest.mark.slow
@@ -42,3 +48,36 @@ def test_refining_keeps_the_best_that_unseen_rows_have_found(folder: Path) -> No
     assert done.iteration == 30
     assert done.distance <= begun.distance
     assert refiner.judge(done.best) == pytest.approx(done.distance, rel=1e-6)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_what_is_refined_is_what_a_request_gets(folder: Path, latent: bool) -> None:
+    """Latents have no bounds, and images are rounded to their range."""
+    checkpoint = load_checkpoint(folder)
+    checkpoint = dataclasses.replace(checkpoint, noise=dataclasses.replace(checkpoint.noise, clip_sample=False))
+    fitter = fitter_of(checkpoint)
+    fit = fitter.fit((49.0, 25.0, 8.0))
+    if latent:
+        checkpoint = dataclasses.replace(checkpoint, autoencoder=cast(Autoencoder, object()))
+    refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4, bfloat16=False)
+    table = Table("tuned", 3, 1.0, fit.timesteps, tuple((*line[:4], 0.0) for line in fit.lines))
+    plan = table_plan(checkpoint.noise, fitter.schedule, table, clip=None)
+    noise, labels = fitter.rows.noise, fitter.rows.class_labels
+    wanted = sample(checkpoint.net, plan, noise, lambda _k: torch.zeros_like(noise), class_labels=labels)
+    assert wanted.abs().max() > 1.5
+    with torch.no_grad():
+        images = refiner.images(torch.tensor([line[:4] for line in fit.lines]), torch.arange(len(wanted)))
+    torch.testing.assert_close(images, wanted if latent else wanted.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_all_that_the_network_is_given_lies_on_its_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(folder)
+    fitter = fitter_of(checkpoint)
+    checkpoint.net.to("meta")
+    labels = fitter.rows.class_labels
+    assert labels is not None
+    rows = Rows(fitter.rows.noise.to("meta"), labels.to("meta"))
+    refiner = Refiner(checkpoint, (49.0, 8.0), 1.0, rows, fitter.images.to("meta"), held_out=4, bfloat16=False)
+    monkeypatch.setattr(refiner, "_forward", checkpoint.net)  # there is no autocast of meta tensors
+    picked, C = torch.arange(4), torch.zeros(2, 4, requires_grad=True, device="meta")
+    assert refiner.distance(refiner.images(C, picked), picked, torch.Generator()).device.type == "meta"

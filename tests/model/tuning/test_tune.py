@@ -51,6 +51,21 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(folder: Path
     assert not (other / FOLDER / STATE_FILE).exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [("scheduler/scheduler_config.json", "beta_end", 0.05), ("unet/config.json", "flip_sin_to_cos", False)],
+)
+def test_a_run_that_was_killed_does_not_go_on_with_a_model_that_was_changed(
+    folder: Path, file: str, field: str, value: object
+) -> None:
+    """The weights are the same, and what they mean is not."""
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, stop_at="coefficients, iteration")
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, field: value}))
+    assert not any("goes on" in line for line in run(folder))
+
+
 def test_a_table_that_is_there_is_left_and_one_of_other_settings_is_made_anew(folder: Path) -> None:
     run(folder, steps=(2, 3))
     loaded = load_checkpoint(folder)

@@ -67,6 +67,13 @@ def test_all_that_may_move_a_bit_is_in_the_fingerprint(tiny: Checkpoint) -> None
     assert len(set(fingerprints)) == len(fingerprints)
 
 
+def test_how_the_network_uses_its_weights_is_in_the_fingerprint_or_in_the_bits(make_checkpoint: MakeCheckpoint) -> None:
+    one, other = make_checkpoint(), make_checkpoint(flip_sin_to_cos=False)
+    assert one.weights_hash == other.weights_hash
+    assert fingerprint_of(one, exact=False) != fingerprint_of(other, exact=False)
+    assert fingerprint_of(one, bits="0") == fingerprint_of(other, bits="0"), "the bits would differ"
+
+
 def fingerprint_of(checkpoint: Checkpoint, *, exact: bool = True, bits: str | None = None, **fields: object) -> str:
     executor = EagerExecutor(checkpoint.net, CPU, **fields)  # type: ignore[arg-type]
     return make_model_info(checkpoint, CPU, executor, exact=exact, bits=bits).fingerprint
