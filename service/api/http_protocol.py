@@ -13,6 +13,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tminus.service.api.problems import render
+from tminus.service.api.stream_limits import counted_address
 from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders
 
 HEAD_S = 10.0  # from the connection, or the first byte of a further request, to the end of the head
@@ -36,7 +37,7 @@ class HttpProtocol(H11Protocol):
         """Count the connection, or refuse it; wait for a head."""
         transport = cast(Transport, transport)  # that of uvloop, in which Ray runs us, has no such base
         super().connection_made(transport)
-        address = self.client[0] if self.client else ""
+        address = counted_address(self.client[0]) if self.client else ""
         if self.open_by_address[address] >= self.max_per_address:
             transport.write(REFUSAL)
             transport.close()

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterable
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
@@ -184,8 +184,12 @@ def _same_scalar(query_value: str, body_value: Any) -> bool:
     text = body_value if isinstance(body_value, str) else json.dumps(body_value)
     if query_value == text:
         return True
-    both_numbers = NUMBER.fullmatch(query_value) and NUMBER.fullmatch(text)
-    return bool(both_numbers) and Decimal(query_value) == Decimal(text)  # 2 and 2.0 are one guidance
+    if not (NUMBER.fullmatch(query_value) and NUMBER.fullmatch(text)):
+        return False
+    try:
+        return Decimal(query_value) == Decimal(text)  # 2 and 2.0 are one guidance
+    except InvalidOperation:  # an exponent of twenty digits
+        return False
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Streams:
     @contextmanager
     def opened(self, host: str) -> Iterator[None]:
         """Count a stream while it is open. Raises TooManyStreams."""
-        address = _address(host)
+        address = counted_address(host)
         if self._open.total() >= self._max_streams:
             raise TooManyStreams(f"at most {self._max_streams} streams", self._max_streams)
         if self._open[address] >= self._max_per_address:
@@ -59,9 +59,15 @@ class Streams:
                 await self._quiet.wait()
 
 
-def _address(host: str) -> str:
-    """The unit that is limited: an IPv4 address, or an IPv6 /64 network, which one customer has."""
+def counted_address(host: str) -> str:
+    """The unit that is limited: an IPv4 address, or an IPv6 /64 network, which one customer has.
+
+    A socket of both kinds tells an IPv4 address as ::ffff:a.b.c.d.
+    """
     try:
-        return str(ip_network((host, 64), strict=False)) if ip_address(host).version == 6 else host
+        address = ip_address(host)
     except ValueError:
         return host
+    if address.version == 4:
+        return host
+    return str(address.ipv4_mapped or ip_network((host, 64), strict=False))

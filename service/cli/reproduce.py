@@ -69,7 +69,7 @@ def reproduce(
     try:
         found = difference(original, again, recipe)
     except ValueError as error:
-        fail(f"{url}: {error}")
+        fail(f"{url or png}: {error}")
     fail(f"{png}: {found}")
 
 

@@ -19,7 +19,7 @@ class Asked:
     """What a request asks for, as far as it bounds what answers it."""
 
     images: int  # n
-    steps: int  # at most
+    passes: int  # that an image takes, at most; frames count these as steps
     every: int  # steps between two frames, at least
     shows: frozenset[str]  # what frames may show
     in_sheets: bool  # one picture of all images, not one each
@@ -29,9 +29,11 @@ class Asked:
     def of(cls, parameters: Mapping[str, Any], show: str | None = "x_t") -> "Asked":
         """Read it from the parameters of a call; `show` holds where they have none."""
         shows = parameters.get("show", show)
+        # A sampler takes two passes a step and one more at most; with `nearest` the server chooses the steps.
+        passes = MAX_STEPS if parameters.get("nearest") else 2 * _whole(parameters.get("steps"), MAX_STEPS) + 1
         return cls(
             images=_whole(parameters.get("n", 1), MAX_IMAGES),
-            steps=_whole(parameters.get("steps"), MAX_STEPS),
+            passes=passes,
             every=_whole(parameters.get("every"), 1),
             shows=frozenset([shows] if isinstance(shows, str) else shows or ()),
             in_sheets=parameters.get("layout", "sheet") == "sheet",

@@ -18,8 +18,8 @@ class FrameOrder:
     def check(self, frame: Frame) -> None:
         """Raise ValueError for a frame that cannot come now."""
         asked, each = self._asked, (frame.show, frame.image)
-        if not frame.step <= frame.steps <= asked.steps:
-            raise ValueError(f"a frame of step {frame.step} of {frame.steps}, where {asked.steps} were asked for")
+        if not frame.step <= frame.steps <= asked.passes:
+            raise ValueError(f"a frame of step {frame.step} of {frame.steps}, where {asked.passes} are the most")
         if frame.show not in asked.shows or (frame.image is None) != asked.in_sheets:
             raise ValueError(f"a frame of {frame.show!r:.40}, image {frame.image}, which was not asked for")
         if frame.step != self._step:

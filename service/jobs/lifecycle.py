@@ -158,7 +158,7 @@ class Lifecycle:
         with suppress(Draining):
             while True:
                 await self._idle.wait()
-                if self.leases is None or await self.leases.last_is_claimed():
+                if self.leases is None or (await self.leases.last_is_claimed() and self._idle.is_set()):
                     return
                 await self.pause(CLAIM_S)
 
@@ -232,7 +232,9 @@ class Lifecycle:
 
     async def _run_alone(self, live: Live) -> None:
         """As `_run`, of a job that may have crashed the worker: while it runs, no other such job does."""
+        live.apart = True
         async with self._quarantine:
+            live.apart = False
             log.warning("job %s was worked on when the worker crashed: it runs without others like it", live.record.id)
             await self._run(live, None)
 

@@ -104,8 +104,6 @@ class NewJobs:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
             )
-        if webhook is not None:
-            await _check_owed(lifecycle, owner, webhook.receiver)
         created_us = lifecycle.store.now_us()
         deadline_us = None if deadline_s is None else created_us + round(deadline_s * 1e6)
         job_id = uuid.uuid4().hex  # never again: what is late, of a job that was deleted, must not meet another
@@ -113,6 +111,8 @@ class NewJobs:
         record = JobRecord(job_id, spec, created_us, deadline_us, owner=owner, webhook=webhook, ahead_us=ahead_us)
         self._entering[record.id] = owner  # before anybody else can count
         try:
+            if webhook is not None:
+                await _check_owed(lifecycle, owner, webhook.receiver)
             outlook = await self._let_in(lifecycle, record, deadline_s, key, inputs)
         finally:
             del self._entering[record.id]

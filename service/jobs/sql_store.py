@@ -160,7 +160,7 @@ class SqlStore(DeliveryStore):
         packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
         with self._transaction() as run:
             # SQLite takes 32,766 variables in a statement; --max-jobs is at most 10,000.
-            held = sa.select(jobs.c.id).where(*self._held(packed), jobs.c.outcome.is_(None))
+            held = sa.select(jobs.c.id).where(*self._held(packed))
             live = run(held.with_for_update()).scalars().all()
             run(sa.delete(table).where(table.c.job_id.in_(live)))
             if live:
@@ -244,7 +244,7 @@ class SqlStore(DeliveryStore):
     def note_object(self, job_id: str, key: str) -> None:
         """See JobStore."""
         jobs = self._tables.jobs
-        held = sa.select(jobs.c.id).where(*self._held([job_id]), jobs.c.outcome.is_(None))
+        held = sa.select(jobs.c.id).where(*self._held([job_id]))
         with self._transaction() as run:
             if not run(held).first():
                 raise LeaseLost(job_id)
@@ -301,7 +301,8 @@ class SqlStore(DeliveryStore):
             try:
                 records.append(self._record(row))
             except StorageFailed as error:
-                ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
+                ending = {"outcome": "failed", "finished_us": self.now_us(), "fingerprint": None}
+                ending |= {"problem": error.problem()}
                 with suppress(StorageFailed, LeaseLost):  # the next one who takes it on tries again
                     self._finish(row.id, ending, webhook_of(row, damaged=True))
         return records

@@ -81,10 +81,10 @@ async function load(model) {
   if (button.ariaDisabled === "true") return;
   button.ariaDisabled = "true";
   const most = Math.min(8, model.limits.max_n), begins = usualOpening(model);
-  const sampler = model.samplers.includes("ddpm") ? "ddpm" : begins.sampler;
+  const plain = model.samplers.includes("ddpm") ? { ...begins, sampler: "ddpm", nearest: undefined } : begins;
   const specs = [
-    { ...begins, n: most, sampler, steps: Math.min(200, model.num_timesteps) },
-    { ...begins, n: Math.min(4, most), sampler, steps: Math.min(60, model.num_timesteps), guidance: undefined },
+    { ...plain, n: most, steps: Math.min(200, model.num_timesteps) },
+    { ...plain, n: Math.min(4, most), steps: Math.min(60, model.num_timesteps), guidance: undefined },
     { ...begins, n: 1 },
   ].map((spec) => ({ ...spec, seed: String(crypto.getRandomValues(new Uint32Array(1))[0]) }));
   asked = specs.map(({ seed }) => seed);

@@ -53,6 +53,8 @@ function leave() {
   asking?.abort();
   asking = null;
   element("noise-image").removeAttribute("src");
+  if (shown) URL.revokeObjectURL(shown);
+  shown = null;
   element("noise-image").alt = "";
   element("noise-text").textContent = "x_t";
   element("noise-error").textContent = "";

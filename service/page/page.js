@@ -1,6 +1,6 @@
 // The page of a model: what it opens with, the form, and what becomes of it. The parts are in the other files.
 
-import { element, getJson, nameInAddress, parse, Refusal, root, toJson } from "./api.js";
+import { element, getJson, nameInAddress, parse, reason, Refusal, root, toJson } from "./api.js";
 import { addAnswered, cancelUnderWay, create, forgetAnswered, underWay } from "./asking.js";
 import { complain, describe, fillForm, fillFrom, form, parameters } from "./form.js";
 import { frameCount, goTo, setGrowing, showPath } from "./frames.js";
@@ -102,7 +102,7 @@ async function findAgain(unwanted = null) {
       if (id === unwanted) cancel();
     } else complain("The job in the address of this page cannot be followed: it is not durable, and ends with its request.");
   } catch (error) {
-    complain(`The job in the address of this page cannot be shown: ${error.message}.`);
+    complain(`The job in the address of this page cannot be shown: ${reason(error)}.`);
   }
 }
 
@@ -205,5 +205,5 @@ start().catch((error) => {
   if (isUnloaded(error)) {
     element("model").textContent = `${nameInAddress}: not loaded`;
     tellUnloaded();
-  } else complain(`This page could not be set up: ${error.message}. Reload it when the server is ready.`);
+  } else complain(`This page could not be set up: ${reason(error)}. Reload it when the server is ready.`);
 });

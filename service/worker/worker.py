@@ -178,14 +178,16 @@ class Worker:
         return self._post(put)
 
     def unload(self, number: int) -> "Future[None]":
-        """Forget a model, between two ticks; jobs that it still has are given up. Raises NotReady, Draining, …"""
+        """Forget a model, between two ticks; jobs that it still has are given up. Raises NotReady, Draining, …
 
-        def remove() -> None:
-            with self._gate:
-                self._models.pop(number, None)
-            self._loop.unload(number)
-
-        return self._post(remove)
+        It takes no job from now on: one that came behind this would be given to no model.
+        """
+        future: Future[None] = Future()
+        with self._gate:
+            self.check_open()
+            self._models.pop(number, None)
+            self._commands.put(lambda: self._act(lambda: self._loop.unload(number), future))
+        return future
 
     def _model(self, number: int) -> LoadedModel:
         with self._gate:

@@ -156,7 +156,7 @@ class FakeEngine:
         self.on_images(rows)
         spec, its_rows = next(job for job in self.jobs.values() if rows[0] in job[1])
         assert self.info.latent is not None or tuple(rows) == its_rows
-        assert {self.steps_done[row] for row in rows} == {spec.steps}, "images before the last step"
+        assert {self.steps_done[row] for row in rows} == {spec.end}, "images before the last step"
         pixels = fake_pixels(spec, spec.steps, self.info)[[its_rows.index(row) for row in rows]]
         finite, decode = not self.nan & set(rows), self.on_decode
 

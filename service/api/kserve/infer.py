@@ -101,7 +101,7 @@ def _parameters(given: dict[str, Any], inputs: Mapping[str, list[Any]], model: M
     for name, values in inputs.items():
         if name == CLASS_LABEL:
             given[name] = [_class(value, model) for value in values]
-            if given.setdefault("n", len(values)) != len(values):
+            if str(given.setdefault("n", len(values))) not in (str(len(values)), f"{len(values)}.0"):
                 detail = f"n is {short(given['n'])}, and class_label has {len(values)} values"
                 raise ConflictingField(detail, field="n", value=given["n"])
         else:

@@ -34,12 +34,12 @@ class DeliveryStore:
         return ()
 
     def _held(self, job_ids: Collection[str]) -> Conditions:
-        """Which of these jobs this store may write, where others could have taken them over."""
-        return [self._jobs.c.id.in_(job_ids)]
+        """Which of these jobs this store may write: none that has ended, nor one that others have taken over."""
+        return [self._jobs.c.id.in_(job_ids), self._jobs.c.outcome.is_(None)]
 
     def started(self, job: JobRecord) -> None:
         """See JobStore."""
-        held = sa.select(self._jobs.c.id).where(*self._held([job.id]), self._jobs.c.outcome.is_(None))
+        held = sa.select(self._jobs.c.id).where(*self._held([job.id]))
         with self._transaction() as run:
             if run(held.with_for_update()).first():
                 self._deliveries.owe(run, job.id, job.webhook, ["start"])

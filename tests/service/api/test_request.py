@@ -177,6 +177,8 @@ def test_the_same_value_in_both_is_one(query: Any, body: Any) -> None:
         ("+5", 5),
         (" 5", 5),
         ("٥", 5),
+        ("1e99999999999999999999", "2e99999999999999999999"),
+        ("1", "1e99999999999999999999"),
     ],
 )
 def test_another_value_in_query_and_body_conflicts(query: Any, body: Any) -> None:

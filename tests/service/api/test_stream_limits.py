@@ -38,6 +38,8 @@ def test_a_stream_that_ends_with_an_error_is_no_longer_counted() -> None:
         ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", True),
         ("2001:db8:1:2::1", "2001:db8:1:3::1", False),
         ("10.0.0.1", "10.0.0.2", False),
+        ("::ffff:10.0.0.1", "::ffff:10.0.0.2", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
         ("", "", True),
         ("testclient", "testclient", True),
     ],

@@ -122,7 +122,7 @@ def frames(each: bytes, steps: int) -> Iterator[str | bytes | dict[str, Any]]:
         (lambda: frames(PNG[:40], 3), "a frame that is no PNG came"),
         (lambda: frames(bomb(9000, 9000), 3), "frames of several sizes came"),
         (lambda: [ACCEPTED, DONE, bomb(17_000, 17_000)], "more than 67108864 pixels"),
-        (lambda: frames(PNG, 51), "step 1 of 51, where 50 were asked for"),
+        (lambda: frames(PNG, 102), "step 1 of 102, where 101 are the most"),
         (lambda: itertools.chain([ACCEPTED], itertools.repeat(FRAME)), "101"),
         (lambda: [ACCEPTED | {"eta_s": None}], "no number: None"),
         (lambda: [ACCEPTED, {"type": "cancelled", "id": "x"}], "the job was cancelled"),

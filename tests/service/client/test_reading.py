@@ -30,6 +30,7 @@ def test_frames_as_they_are_asked_for_are_taken() -> None:
     take([frame(1, show, image) for image in (4, 5) for show in ("x_t", "x_0")], n=2, layout="images",
          show=["x_t", "x_0"])  # fmt: skip
     take([frame(1, data=b"\xff\xd8\xff")], frame_format="jpeg")
+    take([frame(step, steps=8) for step in range(1, 8)], steps=3, nearest=True)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,8 @@ def test_frames_as_they_are_asked_for_are_taken() -> None:
         ([frame(3), frame(3)], {}),
         ([frame(3), frame(2)], {}),
         ([frame(5), frame(9)], {"every": 5}),
-        ([frame(51, steps=51)], {}),
+        ([frame(102, steps=102)], {}),
+        ([frame(100_001, steps=100_001)], {"nearest": True}),
         ([frame(51)], {}),
         ([frame(1, "x_0")], {}),
         ([frame(1, image=0)], {}),

@@ -32,6 +32,13 @@ def test_a_job_is_watched_to_its_end(served: Served, connect: Connect) -> None:
     assert done.frames_dropped + len({frame.step for frame in frames}) == 3
 
 
+@pytest.mark.parametrize(("sampler", "passes"), [("heun", 7), ("plms", 5), ("dpmpp_2m", 4)])
+def test_frames_count_passes(served: Served, connect: Connect, sampler: str, passes: int) -> None:
+    _, *frames, done = connect(served.url).watch(every=1, sampler=sampler, steps=4)
+    assert isinstance(done, Done)
+    assert {frame.steps for frame in frames if isinstance(frame, Frame)} == {passes}
+
+
 def test_leaving_the_loop_cancels_the_job(served: Served, connect: Connect) -> None:
     served.engine.gate.shut()
     served.engine.gate.let(2)
@@ -121,7 +128,7 @@ def the_same_frame() -> Iterator[str | bytes | dict[str, Any]]:
 
 
 HOSTILE: dict[str, tuple[Callable[[], Any], str]] = {
-    "frames without end": (endless_frames, "step 51 of 51, where 50 were asked for"),
+    "frames without end": (endless_frames, "step 102 of 102, where 101 are the most"),
     "the same frame without end": (the_same_frame, "more frames of step 1"),
     "accepted without end": (lambda: itertools.repeat(ACCEPTED), "'accepted' came at the wrong time"),
     "a huge frame": (lambda: [ACCEPTED, FRAME, bytes(IMAGE_BYTES + 1)], "longer than"),

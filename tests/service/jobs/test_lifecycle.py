@@ -53,6 +53,25 @@ def test_an_end_that_cannot_be_kept_is_tried_until_it_can(held: Site, monkeypatc
     assert held.client.get(f"/jobs/{job_id}/image").status_code == 200
 
 
+def test_an_end_that_was_kept_too_late_for_its_answer_is_an_end(held: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, late = SqliteStore.finish, []
+
+    def stalls(store: SqliteStore, job: JobRecord, images: object = None) -> None:
+        finish(store, job, images)  # type: ignore[arg-type]
+        late.append(job)
+        if len(late) == 1:
+            raise StorageFailed("the job store has not answered")
+
+    monkeypatch.setattr(SqliteStore, "finish", stalls)
+    monkeypatch.setattr(lifecycle, "RETRY_S", 0.01)
+    job_id = post(held).json()["id"]
+    held.engine.gate.open()
+    assert wait_for(held, job_id)
+    assert len(late) == 2
+    assert held.client.get(f"/jobs/{job_id}/image").status_code == 200
+    assert wait_for(held, post(held).json()["id"]), "and new jobs are taken"
+
+
 # --- restarts ---
 
 

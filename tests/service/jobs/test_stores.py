@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import safetensors.numpy
+import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +57,19 @@ def test_the_end_of_a_job_is_kept_with_its_images_and_takes_its_snapshot_away(sh
     np.testing.assert_array_equal(images, PIXELS)
     assert store.snapshot("a", "build") is None
     assert claimed(shelf, store) == []
+
+
+def test_an_end_whose_answer_was_lost_is_kept_once_and_another_end_is_refused(store: SqlStore) -> None:
+    store.add(job("a"))
+    done = ended(job("a"), fingerprint="build")
+    store.finish(done, PIXELS)
+    store.finish(done)
+    with pytest.raises(LeaseLost):
+        store.finish(ended(job("a"), "cancelled", at_us=7))
+    assert store.get("a") == done
+    images = store.images("a")
+    assert images is not None
+    np.testing.assert_array_equal(images, PIXELS)
 
 
 def test_a_failed_job_keeps_why(store: SqlStore) -> None:
@@ -244,6 +258,18 @@ def test_a_job_is_deleted_with_all_it_has_and_by_its_owner_only(store: SqlStore)
 # --- what cannot be read ---
 
 DAMAGED = ['{"n":1}', '{"n":', "[]", "null"]
+
+
+def test_one_that_cannot_be_read_and_is_ended_elsewhere_keeps_no_other_from_going_on(
+    shelf: Shelf, store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        store.add(job(name))
+    store.close()
+    assert shelf.change("UPDATE jobs SET spec = 'damaged' WHERE id = 'b'") == 1
+    store = shelf.open()
+    monkeypatch.setattr(store, "_held", lambda _ids: [sa.false()])
+    assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64)] == ["a", "c"]
 
 
 @pytest.mark.parametrize("spec", DAMAGED)

@@ -15,6 +15,7 @@ from tminus.service.errors import (
     EngineFailed,
     InvalidField,
     JobCancelled,
+    ModelUnloaded,
     NotReady,
     Overloaded,
     ServiceError,
@@ -821,3 +822,22 @@ def test_a_deadline_passes_while_images_are_decoded_and_nothing_else_runs(make_b
     bench.engine.on_decode = decode
     futures.append(bench.submit("a", n=4, steps=1, deadline_s=5.0))
     assert isinstance(failure(futures[0]), DeadlinePassed)
+
+
+def test_a_job_that_comes_behind_the_unloading_of_its_model_is_refused(make_bench: MakeBench) -> None:
+    bench = make_bench().start()
+    other = LoadedModel(1, FakeEngine(), Scheduler(Sharing.of(LIMITS.max_batch)), None)
+    bench.admission.put(1, Speed(Sharing.of(LIMITS.max_batch), TickTimes(), LIMITS.max_rows))
+    bench.worker.load(other).result(PATIENCE_S)
+    bench.engine.gate.shut()
+    busy = bench.submit("busy", steps=2)
+    bench.engine.next_begun()
+    before = bench.worker.submit("before", make_spec(steps=2), model=1)
+    unloaded = bench.worker.unload(1)  # waits for the tick
+    with pytest.raises(ModelUnloaded):
+        bench.worker.submit("behind", make_spec(steps=2), model=1)
+    bench.engine.gate.open()
+    unloaded.result(PATIENCE_S)
+    assert isinstance(before.future.exception(PATIENCE_S), ModelUnloaded)
+    busy.result(PATIENCE_S)
+    bench.admission.remove(1)

@@ -49,7 +49,8 @@ def test_a_class_is_a_number_a_name_or_none() -> None:
 
 def test_the_number_of_images_is_that_of_classes_or_a_parameter() -> None:
     assert parse(parameters={"n": 3}).parameters == {"n": 3}
-    assert parse(parameters={"n": 1}, inputs=[tensor("class_label", "INT64", 0)]).parameters["n"] == 1
+    for n in (1, 1.0, "1"):
+        assert parse(parameters={"n": n}, inputs=[tensor("class_label", "INT64", 0)]).parameters["n"] == n
     with pytest.raises(ConflictingField):
         parse(parameters={"n": 3}, inputs=[tensor("class_label", "INT64", 0)])
 
