@@ -27,13 +27,11 @@ class Pending:
 class Flow:
     """A job in the model, as stretches of steps that cost the same; the current stretch is kept apart."""
 
-    __slots__ = (
-        "arrival", "beside_s", "id", "left", "owner", "places", "rows", "steps", "stretches", "waits", "whole"
-    )  # fmt: skip
+    __slots__ = ("arrival", "id", "left", "owner", "places", "rows", "steps", "stretches", "waits", "whole")
 
     def __init__(self, job: Pending, arrival: int) -> None:
         self.id, self.owner, self.arrival, self.rows = job.job_id, job.owner, arrival, job.work.rows
-        self.whole, self.left, self.beside_s = job.work.places, job.places_left, job.beside_s
+        self.whole, self.left = job.work.places, job.places_left
         self.waits = True  # never had a place yet
         self.stretches = _stretches(job.work, job.places_left / job.work.rows)
         self.steps, self.places = self.stretches.pop()  # in this stretch: the steps each row has left, the cost of one
@@ -65,7 +63,7 @@ class OwnerFlows:
         self._jobs: OrderedDict[int, Flow] = OrderedDict()  # by arrival, in its order
         self._waiting: list[Flow] = []  # those that never had a place, the next one first
         self._active: list[Flow] = []  # the others
-        self.rows, self.places_left, self.beside_s = 0, 0.0, 0.0  # of all of them
+        self.rows, self.places_left = 0, 0.0  # of all of them
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -76,14 +74,12 @@ class OwnerFlows:
         self._waiting = sorted(flows, key=self._rank)
         self.rows = sum(flow.rows for flow in flows)
         self.places_left = sum(flow.left for flow in flows)
-        self.beside_s = sum(flow.beside_s for flow in flows)
 
     def end(self, flow: Flow) -> None:
         """Forget a job that has had places."""
         del self._jobs[flow.arrival]
         self._active.remove(flow)
         self.rows -= flow.rows
-        self.beside_s -= flow.beside_s
 
     @property
     def oldest(self) -> Flow:

@@ -53,7 +53,6 @@ class Fluid:
         self.jobs = 0  # now
         self.rows = 0
         self.places_left = 0.0
-        self.beside_s = 0.0  # of the jobs whose ticks are not over
         by_owner: dict[str, list[Flow]] = {}
         for arrival, job in zip(count() if arrivals is None else arrivals, jobs, strict=False):
             if job.places_left > 0:
@@ -135,7 +134,6 @@ class Fluid:
         self.jobs += 1
         self.rows += flow.rows
         self.places_left += flow.left
-        self.beside_s += flow.beside_s
         return flow
 
     def _move(self, ticks: float) -> list[str]:
@@ -178,7 +176,6 @@ class Fluid:
             del self._owners[job.owner]
         self.jobs -= 1
         self.rows -= job.rows
-        self.beside_s -= job.beside_s
 
     @property
     def first_owner(self) -> str:

@@ -63,11 +63,6 @@ class Fluids:
         """How long a place of a model takes in a full tick."""
         return self._speeds[model].place_s
 
-    @property
-    def beside_s(self) -> float:
-        """And beside the ticks."""
-        return sum(fluid.beside_s for fluid in self._fluids.values())
-
     def running(self) -> frozenset[str]:
         """The jobs all of whose rows step now."""
         busy = self._busy()

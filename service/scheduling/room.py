@@ -76,7 +76,11 @@ def find_excess(load: Load, work: Work, limits: Limits, speed: Speed) -> Excess 
 
 
 class Drain:
-    """How the accepted work goes down if nobody else comes: what is left whenever a job ends or the pace changes."""
+    """How the accepted work goes down if nobody else comes: what is left whenever a job ends or the pace changes.
+
+    What comes beside the ticks is taken to go on from now, a second's work in a second: the decoder seldom waits for
+    latents where it is what a limit is reached by.
+    """
 
     def __init__(
         self,
@@ -93,10 +97,21 @@ class Drain:
         fluids = Fluids(jobs, slower, had_s)
         # A job waits for the tick that runs to end before it begins, and another until it is seen to be done.
         starts_s = now_s + 2 * max(speed.longest_tick_s for speed in speeds.values())
-        self._points = [(starts_s, _load(fluids, owner))]
+        # An image is off the ledger when it is decoded as a whole.
+        decodes_s = starts_s + max(speed.decode_s for speed in speeds.values())
+        beside = [(job.owner, job.beside_s) for job in jobs if job.beside_s]
+        all_s, own_s = sum(each for _, each in beside), sum(each for whose, each in beside if whose == owner)
+
+        def at(time_s: float) -> tuple[float, Load]:
+            left = 1 - min(1.0, max(0.0, time_s - decodes_s) / all_s) if all_s else 0.0
+            return time_s, _load(fluids, owner, left * all_s, left * own_s)
+
+        self._points = [at(starts_s)]
         while fluids.jobs:
             fluids.step()
-            self._points.append((starts_s + fluids.tick_end_s, _load(fluids, owner)))
+            self._points.append(at(starts_s + fluids.tick_end_s))
+        if all_s and decodes_s + all_s > self._points[-1][0]:
+            self._points += [at(max(decodes_s, self._points[-1][0])), at(decodes_s + all_s)]
 
     def room_s(self, work: Work, speed: Speed) -> float:
         """The first time when no limit is passed by one more job."""
@@ -123,23 +138,26 @@ class Drain:
         return share * (self._points[-1][0] - starts_s)
 
 
-def _load(fluids: Fluids, owner: str | None) -> Load:
+def _load(fluids: Fluids, owner: str | None, beside_s: float, own_beside_s: float) -> Load:
     own = None
     if owner is not None:
         parts = fluids.jobs_of(owner)
         own = Load(
-            sum(len(flows) for _, flows in parts),
+            max(sum(len(flows) for _, flows in parts), 1 if own_beside_s else 0),
             {model: flows.rows for model, flows in parts},
             sum(flows.places_left * fluids.place_s(model) for model, flows in parts) / MARGIN,
-            sum(flows.beside_s for _, flows in parts),
+            own_beside_s,
         )
-    return Load(fluids.jobs, fluids.rows, fluids.ticks_s / MARGIN, fluids.beside_s, own)
+    jobs = max(fluids.jobs, 1 if beside_s else 0)  # which ones are being decoded nobody asks
+    return Load(jobs, fluids.rows, fluids.ticks_s / MARGIN, beside_s, own)
 
 
 def _between(before: Load, after: Load, part: float) -> Load:
     """What is left when a part of the time between two points has passed."""
     own = None if before.own is None else _between(before.own, after.own or Load(), part)
-    return replace(before, ticks_s=before.ticks_s + part * (after.ticks_s - before.ticks_s), own=own)
+    ticks_s = before.ticks_s + part * (after.ticks_s - before.ticks_s)
+    beside_s = before.beside_s + part * (after.beside_s - before.beside_s)
+    return replace(before, ticks_s=ticks_s, beside_s=beside_s, own=own)
 
 
 class Line:

@@ -315,6 +315,29 @@ def test_decoding_may_be_what_makes_a_job_too_much() -> None:
             refusal(admission, plain(5, 5))
 
 
+@pytest.mark.parametrize("owner", ["", "other"])
+@pytest.mark.parametrize("ticks_first", [False, True])
+def test_who_comes_again_when_told_finds_room_though_images_take_longer_than_ticks(
+    ticks_first: bool, owner: str
+) -> None:
+    decode_s, steps_s = 5.0, 40 * SECONDS_PER_PLACE
+    admission = make_admission(decode_s=decode_s, max_backlog_s=30.0)
+    admission.enter("a", plain(4, 10), now_s=0.0, owner="first")
+    begins_s = 0.0
+    if ticks_first:
+        admission.stepped(0, {"a": 40}, 8, 1 / 8)
+        begins_s = steps_s
+    with pytest.raises(Overloaded) as refused:
+        admission.enter("b", plain(4, 10), now_s=begins_s, owner=owner or "first")
+    told_s = refused.value.retry_after_s
+    if not ticks_first:
+        admission.stepped(0, {"a": 40}, 8, 1 / 8)
+    for _ in range(int((begins_s + told_s - steps_s) / decode_s)):
+        admission.decoded("a")
+    admission.enter("b", plain(4, 10), now_s=begins_s + told_s, owner=owner or "first")
+    assert told_s < 4 * decode_s + 1, "and not much too late"
+
+
 def test_a_deadline_too_short_for_decoding_is_refused() -> None:
     admission = make_admission(decode_s=0.5)
     with pytest.raises(InvalidField, match="deadline_s"):
