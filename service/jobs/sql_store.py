@@ -219,7 +219,7 @@ class SqlStore(DeliveryStore):
         with self._transaction() as run:
             if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
                 self._let_go(job_id)
-                kept = [tables.jobs.c.id == job_id, *(tables.jobs.c[name] == ending[name] for name in SIGNED)]
+                kept = [tables.jobs.c.id == job_id, *(tables.jobs.c[name] == ending.get(name) for name in SIGNED)]
                 if run(sa.select(tables.jobs.c.id).where(*kept)).first():  # it was, and the answer was lost
                     return
                 raise LeaseLost(job_id)
@@ -301,8 +301,7 @@ class SqlStore(DeliveryStore):
             try:
                 records.append(self._record(row))
             except StorageFailed as error:
-                ending = {"outcome": "failed", "finished_us": self.now_us(), "fingerprint": None}
-                ending |= {"problem": error.problem()}
+                ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
                 with suppress(StorageFailed, LeaseLost):  # the next one who takes it on tries again
                     self._finish(row.id, ending, webhook_of(row, damaged=True))
         return records

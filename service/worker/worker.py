@@ -178,14 +178,11 @@ class Worker:
         return self._post(put)
 
     def unload(self, number: int) -> "Future[None]":
-        """Forget a model, between two ticks; jobs that it still has are given up. Raises NotReady, Draining, …
-
-        It takes no job from now on: one that came behind this would be given to no model.
-        """
+        """Forget a model, between two ticks; jobs that it still has are given up. Raises NotReady, Draining, …"""
         future: Future[None] = Future()
         with self._gate:
             self.check_open()
-            self._models.pop(number, None)
+            self._models.pop(number, None)  # a job that came behind this would be given to no model
             self._commands.put(lambda: self._act(lambda: self._loop.unload(number), future))
         return future
 
