@@ -10,7 +10,7 @@ from tests.service.durable import SPEC, events, post, state, wait_for
 from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import jobs as jobs_module
-from tminus.service.jobs import lifecycle
+from tminus.service.jobs import lifecycle, resuming
 from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.jobs.store import JobRecord, now_us
 
@@ -88,6 +88,32 @@ def test_a_restart_goes_on_where_the_job_was(restarts: Restarts) -> None:
     assert wait_for(site, waiting)["step"] == 900
     assert min(site.engine.batches[1].steps) > 0, "it did not begin anew"
     assert site.metrics()["tminus_jobs_resumed_total"] == 2
+
+
+@pytest.mark.parametrize("for_ever", [False, True])
+def test_a_file_that_cannot_be_read_for_a_while_ends_no_job(
+    restarts: Restarts, monkeypatch: pytest.MonkeyPatch, for_ever: bool
+) -> None:
+    site = restarts.start(shut=True)
+    job_id = post(site).json()["id"]
+    restarts.stop()
+    read, failures = SqliteStore.snapshot, []
+
+    def stalls(store: SqliteStore, *which: str) -> object:
+        if for_ever or len(failures) < 3:
+            failures.append(which)
+            raise StorageFailed("disk I/O error")
+        return read(store, *which)
+
+    monkeypatch.setattr(SqliteStore, "snapshot", stalls)
+    monkeypatch.setattr(resuming, "RETRY_S", 0.01)
+    monkeypatch.setattr(resuming, "FILE_S", 0.2 if for_ever else PATIENCE_S)
+    site = restarts.start()
+    if for_ever:
+        wait_until(lambda: state(site, job_id) == "failed")
+    else:
+        wait_for(site, job_id)
+        assert len(failures) == 3
 
 
 def test_a_job_that_ended_is_there_after_a_restart_with_its_key(restarts: Restarts) -> None:
