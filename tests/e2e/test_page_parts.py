@@ -297,6 +297,13 @@ def test_a_link_that_is_followed_within_the_page_takes_the_place_of_a_job(
     expect(page.tab.locator("#caption")).to_contain_text("bag, 20 steps of dpmpp_2m")
 
 
+def test_a_link_to_images_of_a_class_and_of_none_opens(open_page: OpenPage, server: RunningServer) -> None:
+    page = open_page(f"{server.url}/#n=2&steps=5&sampler=ddim&seed=3&class_label=1&class_label=")
+    expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
+    asked = {"n": 2, "steps": 5, "sampler": "ddim", "seed": 3, "class_label": [1, None]}
+    wait_for_picture(page, "#x_t", server.post(json=asked).content)
+
+
 def test_a_link_to_what_costs_much_waits_for_the_user(open_page: OpenPage, server: RunningServer) -> None:
     steps = server.metric("tminus_row_steps_total")
     page = open_page(f"{server.url}/#n=64&steps=1000&sampler=ddpm&seed=1")
