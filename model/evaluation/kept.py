@@ -89,7 +89,7 @@ class KeptBatches:
             write_atomically(self._file(self._result, images), lambda path: save_file(tensors, path, metadata=head))
 
     def forget(self) -> None:
-        """Remove them all: their result is there."""
+        """Remove them all: their result is there, or there will be none."""
         if self._result is not None:
             for file in self._result.parent.glob(f"{self._result.stem}-*.safetensors"):
                 file.unlink(missing_ok=True)

@@ -148,7 +148,7 @@ def _load(fluids: Fluids, owner: str | None, beside_s: float, own_beside_s: floa
             sum(flows.places_left * fluids.place_s(model) for model, flows in parts) / MARGIN,
             own_beside_s,
         )
-    jobs = max(fluids.jobs, 1 if beside_s else 0)  # which ones are being decoded nobody asks
+    jobs = max(fluids.jobs, 1 if beside_s else 0)  # a server that decodes is not empty
     return Load(jobs, fluids.rows, fluids.ticks_s / MARGIN, beside_s, own)
 
 
