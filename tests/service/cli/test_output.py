@@ -28,10 +28,10 @@ def test_a_failure_is_one_line_whatever_it_quotes(capsys: pytest.CaptureFixture[
 
 def test_the_log_is_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is logged of a checkpoint has its name, which is from a file."""
-    monkeypatch.setattr("tminus.model.files.MAX_JSON_BYTES", 0)  # so that the command ends at once
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
-    click.testing.CliRunner().invoke(main, ["evaluate"])
+    result = click.testing.CliRunner().invoke(main, ["evaluate", "--approve"])
+    assert "needs a --precision" in result.output  # it has ended at once
     (handler,) = root.handlers
     record = logging.LogRecord("x", logging.INFO, "", 0, "serving %s\nand", ("\x1b[2J",), None)
     assert handler.format(record) == "serving \\x1b[2J\nand"
