@@ -35,6 +35,7 @@ async function start() {
   const unwanted = addAnswered(model);
   fillForm(model);
   form.elements.class_label.value = usualOpening(model).class_label ?? "";
+  form.inert = false; // before, this would have written over what somebody chose
   showPresets(model);
   drawSchedule(schedule);
   element("model").textContent =

@@ -107,6 +107,7 @@ class Page:
         )
 
     def fill(self, **fields: object) -> None:
+        expect(self.tab.locator("form[inert]")).to_have_count(0)
         for name, value in fields.items():
             field = self.tab.locator(f"[name={name}]")
             if name in ("sampler", "class_label"):
@@ -389,6 +390,19 @@ def test_a_job_whose_answers_were_all_lost_is_had_by_asking_again(
     page.wait_until(DONE)
     expect(page.tab.locator("#error")).to_be_empty()
     assert len(job_ids(server) - before) == 1
+
+
+def test_nothing_can_be_chosen_before_the_model_is_known(open_page: Callable[..., Page]) -> None:
+    """What the model recommends would be written over it."""
+    page, held = open_page(), []
+    page.tab.route(re.compile(r"/model$"), lambda route: held.append(route))
+    page.tab.reload()
+    page.go_on_until(lambda: bool(held))
+    focus = "() => { const s = document.querySelector('[name=steps]'); s.focus(); return s.matches(':focus'); }"
+    assert not page.tab.evaluate(focus)
+    held[0].continue_()
+    page.fill(steps=5)
+    assert page.tab.evaluate(focus)
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
