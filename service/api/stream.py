@@ -26,7 +26,6 @@ from tminus.service.api.stream_messages import accepted_message, error_message, 
 from tminus.service.api.submission import submit, to_job, understand
 from tminus.service.errors import (
     BodyTooLarge,
-    Draining,
     JobCancelled,
     MalformedMessage,
     ServiceError,
@@ -64,8 +63,7 @@ def stream_routes(models: Models) -> APIRouter:
             await no_parameters(ws)
             known = has_key(services.access, ws.scope)
             services = models.of(ws) if known else services  # whoever has yet to say who it is learns no names
-            if services.worker.draining:  # now, so that a proxy can still ask another server
-                raise Draining
+            services.worker.check_open()  # now, so that a proxy can still ask another server
             with services.streams.opened(ws.client.host if ws.client else ""):
                 await ws.accept()
                 await _Stream(models, services, ws, known=known).serve()

@@ -442,6 +442,7 @@ def test_a_reload_that_meets_the_answer_finds_the_job(
     if cancelled:
         page.press("Cancel")
         page.wait_until("Cancelling…")
+    page.go_on_until(lambda: bool(held))
     with page.tab.expect_navigation():
         held[0].continue_()
     if not cancelled:
@@ -459,6 +460,7 @@ def test_cancel_before_the_answer_cancels_the_job(open_page: Callable[..., Page]
     page.sample(**LONG)
     page.press("Cancel")
     page.wait_until("Cancelling…")
+    page.go_on_until(lambda: bool(held))
     held[0].continue_()
     page.wait_until("Cancelled.")
     job = httpx.get(f"{server.url}/jobs/{page.tab.url.rpartition('=')[2]}").json()

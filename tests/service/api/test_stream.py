@@ -245,11 +245,16 @@ def test_a_job_that_fails_says_why(make_site: MakeSite) -> None:
         client.refused("not_finite", 1011)
 
 
-def test_a_draining_server_refuses_the_handshake_so_that_a_proxy_can_ask_another(site: Site) -> None:
-    site.worker.drain()
+@pytest.mark.parametrize("code", ["not_ready", "draining"])
+def test_a_server_that_starts_or_drains_refuses_the_handshake_so_that_a_proxy_can_ask_another(
+    make_site: MakeSite, code: str
+) -> None:
+    site = make_site(gate_shut=True)
+    if code == "draining":
+        site.worker.drain()
     with pytest.raises(WebSocketDenialResponse) as refused, connect(site):
         pass
-    assert (refused.value.status_code, refused.value.json()["code"]) == (503, "draining")
+    assert (refused.value.status_code, refused.value.json()["code"]) == (503, code)
 
 
 # --- a viewer's trouble is its own ---
