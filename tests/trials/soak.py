@@ -13,6 +13,7 @@ the last.
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import statistics
@@ -309,7 +310,8 @@ async def trial(url: str, minutes: float, load: float, seed: int, peak_s: float 
     print(*(at_peak.wrong + seen.wrong)[:20], sep="\n")
 
     def in_part(number: int, values: Sequence[tuple[float, float]]) -> list[float]:
-        return [value for at_s, value in values if number * part_s <= at_s < (number + 1) * part_s]
+        """NaN where there is none, as in a short trial on a slow machine."""
+        return [value for at_s, value in values if number * part_s <= at_s < (number + 1) * part_s] or [math.nan]
 
     first, last = in_part(0, seen.waits), in_part(PARTS - 1, seen.waits)
     for name, q in (("median", 0.5), ("95th percentile", 0.95)):
