@@ -11,9 +11,11 @@ serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
 
 # In parallel all but what holds a real server to a time: that wants the cores to itself. A worker more than there are
-# cores, since some tests wait.
+# cores, since some tests wait. What fails beside others is told, and then run again by itself: that decides. Only where
+# tests failed (1), not where the run did not come to its end.
+AGAIN = [ $$? -eq 1 ] && $(BIN)/pytest --last-failed --last-failed-no-failures none -v
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n $$(($$(nproc) + 1)) --dist worksteal -m "not alone"
+	$(BIN)/pytest -n $$(($$(nproc) + 1)) --dist worksteal -m "not alone" || { $(AGAIN) -m "not alone"; }
 	$(BIN)/pytest -m alone tests/e2e
 
 # For the inner loop: no real servers, nothing slow.
@@ -22,7 +24,8 @@ test-fast: $(VENV)/.installed-test
 
 # Of branches too, by the tests that mirror the code. Nothing would be seen of real servers, which are processes of their own.
 coverage: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report term:skip-covered tests/model tests/service
+	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report term:skip-covered tests/model tests/service \
+		|| { $(AGAIN) --cov --cov-append --cov-report term:skip-covered tests/model tests/service; }
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

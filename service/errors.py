@@ -195,7 +195,7 @@ class BodyTooLarge(ServiceError):
     def __init__(self, received: int, limit: int, field: str = "body"):
         bound = f"at most {limit} bytes"
         super().__init__(f"{field} must be {bound}, got {received} or more", field=field, value=received, bound=bound)
-        self.headers["Connection"] = "close"  # otherwise the rest would be read, only to be discarded
+        self.headers["Connection"] = "close"  # nobody has to send the rest
 
 
 class TooManyBytes(ServiceError):

@@ -21,8 +21,19 @@ MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete
 # What the WebSocket library accepts in a handshake; it answers nothing to more.
 MAX_LINE_BYTES, MAX_HEADERS = 8192, 128
 BODIES = (b"content-length", b"transfer-encoding")  # a handshake has none
+LINGER_S, LINGER_BYTES = 5.0, 2**26  # for which, and of which, the rest of a request that is answered already is taken
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 44\r\n\r\n"
 REFUSAL += b"Too many connections are open from one place"
+
+
+class _Outlet:
+    """What a request is answered on: the connection, which closes by `HttpProtocol.close`."""
+
+    def __init__(self, protocol: "HttpProtocol") -> None:
+        self._protocol, self.write, self.is_closing = protocol, protocol.transport.write, protocol.transport.is_closing
+
+    def close(self) -> None:
+        self._protocol.close()
 
 
 class HttpProtocol(H11Protocol):
@@ -32,6 +43,8 @@ class HttpProtocol(H11Protocol):
     max_per_address: ClassVar[int]
     _address: str | None = None  # while it is counted
     _head_timer: TimerHandle | None = None
+    _linger_timer: TimerHandle | None = None  # while the connection closes as soon as its client has
+    _to_discard = LINGER_BYTES
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Count the connection, or refuse it; wait for a head."""
@@ -49,6 +62,8 @@ class HttpProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Count it no longer."""
         self._leave()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -60,6 +75,9 @@ class HttpProtocol(H11Protocol):
         h11 bounds a head that is not complete, and would take one of any size that comes in one piece. So it is given
         no more of a head than the bound at a time.
         """
+        if self._linger_timer is not None:
+            self._discard(data)
+            return
         while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
             if self._is_answering():
                 self.cycle.keep_alive = False
@@ -69,8 +87,32 @@ class HttpProtocol(H11Protocol):
             self._take(data[:size])
             data = data[size:]
 
+    def close(self) -> None:
+        """Close the connection; if its client is still sending, once it has got the answer.
+
+        TCP resets a connection that closes with data unread, and then the answer may be lost: nginx would tell of a bad
+        gateway in its place. So only the sending side closes here, and what comes is discarded until the client closes
+        too, within bounds (RFC 9112, section 9.6).
+        """
+        if self.transport.is_closing() or self._linger_timer is not None:
+            return
+        if self.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+            self.transport.close()
+            return
+        self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+        self.transport.write_eof()
+        self.flow.resume_reading()
+
+    def _discard(self, data: bytes) -> None:
+        self._to_discard -= len(data)
+        if self._to_discard < 0:
+            self.transport.close()
+
     def _take(self, data: bytes) -> None:
+        asked = self.cycle
         super().data_received(data)
+        if self.cycle is not asked:
+            self.cycle.transport = cast(Transport, _Outlet(self))
         if self._is_answering() and self.conn.trailing_data[0]:
             self.cycle.keep_alive = False
             self.flow.resume_reading()
@@ -135,7 +177,7 @@ class HttpProtocol(H11Protocol):
             body = h11.Data(data=bytes(answer.body))
             for event in (h11.Response(status_code=error.status, headers=headers), body, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        self.close()
 
 
 def http_protocol(max_per_address: int) -> type[HttpProtocol]:

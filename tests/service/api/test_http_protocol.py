@@ -7,11 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from tests.service.fakes import PATIENCE_S, wait_until
 from tminus.service.api import http_protocol, middleware
@@ -125,6 +127,7 @@ def test_uvicorn_has_what_is_extended() -> None:
         "send_400_response",
     ):
         assert hasattr(theirs, name), f"uvicorn {uvicorn.__version__} has no H11Protocol.{name}"
+    assert "transport" in signature(RequestResponseCycle).parameters
 
 
 def test_a_connection_is_kept_and_answers_one_request_after_the_other(running: Running) -> None:
@@ -204,6 +207,35 @@ def test_a_body_that_comes_slowly_enough_is_read_to_its_end(running: Running, mo
             client.sendall(b"x" * 5000)
             time.sleep(0.1)
         assert read_all(client).endswith(b"x" * 60000)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 4000000", b"Transfer-Encoding: chunked"])
+def test_who_sends_too_much_and_only_then_reads_gets_the_answer(running: Running, framing: bytes) -> None:
+    with running.connect() as client:
+        client.sendall(HEAD + framing + b"\r\n\r\n")
+        piece = b"x" * 40_000
+        for _ in range(100):
+            client.sendall(piece if b"Length" in framing else b"9c40\r\n%b\r\n" % piece)
+            time.sleep(0.002)
+        assert problem(read_all(client)) == (413, "body_too_large")
+    wait_until(lambda: not running.server.server_state.connections)
+
+
+@pytest.mark.parametrize("bound", ["LINGER_S", "LINGER_BYTES"])
+def test_what_is_sent_after_the_answer_is_taken_within_bounds(
+    running: Running, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    if bound == "LINGER_S":
+        monkeypatch.setattr(http_protocol, "LINGER_S", 0.2)
+    with running.connect() as client:
+        client.sendall(HEAD + b"Content-Length: 9000000000\r\n\r\n")
+        assert problem(read_all(client)) == (413, "body_too_large")
+        assert running.server.server_state.connections, "it waits for the client to close"
+        if bound == "LINGER_BYTES":
+            with pytest.raises(OSError, match="reset|Broken pipe"):
+                for _ in range(2 * http_protocol.LINGER_BYTES // 2**20):
+                    client.sendall(bytes(2**20))
+        wait_until(lambda: not running.server.server_state.connections)
 
 
 def test_the_connections_of_one_address_are_bounded() -> None:
