@@ -123,7 +123,6 @@ class HttpProtocol(H11Protocol):
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Refuse a handshake that the WebSocket library would not answer."""
-        self._leave()
         if any(name in BODIES for name, _ in self.headers):
             self._refuse(MalformedRequest("a WebSocket handshake has no body"))
         elif len(self.headers) > MAX_HEADERS:
@@ -131,6 +130,7 @@ class HttpProtocol(H11Protocol):
         elif any(len(name) + len(value) + 4 > MAX_LINE_BYTES for name, value in (*self.headers, (event.target, b""))):
             self._refuse(TooManyHeaders(f"a header of a WebSocket handshake has at most {MAX_LINE_BYTES} bytes"))
         else:
+            self._leave()
             super().handle_websocket_upgrade(event)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
