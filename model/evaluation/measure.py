@@ -5,8 +5,7 @@ import dataclasses
 import logging
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from tminus.model.evaluation.points import Point
 from tminus.model.evaluation.samples import compile_options, draw_samples, strip, strip_length
 from tminus.model.guidance import Forward
 from tminus.model.samplers import Plan
+from tminus.model.threads import torch_threads
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Measure:
             log.warning("%s: what was kept cannot be read, sampling again", label)
         started_s = time.perf_counter()
         try:
-            with _torch_threads(self._draw_threads):
+            with torch_threads(self._draw_threads):
                 samples = draw_samples(
                     self._net, self._checkpoint, options, device=self._device, forward=self._forward, kept=batches
                 )
@@ -143,16 +143,6 @@ class Measure:
         distance = "" if frechet is None else f"Fréchet distance {frechet.samples:.3f}, "
         log.info("%s: %s%.3g s an image", label, distance, seconds)
         return one
-
-
-@contextmanager
-def _torch_threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _version(library: str) -> str | None:

@@ -21,9 +21,10 @@ from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.rng import image_noise
 from tminus.model.samplers import Plan, table_plan
 from tminus.model.tables import FOLDER, Table, write_table
+from tminus.model.threads import torch_threads
 from tminus.model.timesteps import make_timesteps
 from tminus.model.tuning.fit import Fit, Fitter, Rows
-from tminus.model.tuning.refine import Refinement, Refiner
+from tminus.model.tuning.refine import Refinement, Refiner, gradient_precision
 from tminus.model.tuning.search import Search, search_timesteps
 
 STATE_FILE = ".tune-state"  # no .json, which would be a table
@@ -107,10 +108,12 @@ def tune(
     *,
     device: torch.device,
     say: Callable[[str], None],
+    threads: int | None = None,
 ) -> list[Path]:
     """Fit a table for each number of steps at each guidance, and write it; returns the files. Raises TuneError.
 
     A table that is there, of these weights and settings, is left as it is. `forward` runs the checkpoint's network.
+    threads: of torch, where gradients are wanted and `forward` rests; None leaves them as they are.
     """
     check(checkpoint, steps, guidances, config)
     files = []
@@ -131,7 +134,9 @@ def tune(
         images = config.rows + config.held_out
         say(f"guidance {guidance:g}: the teacher, {config.teacher}, makes {images} images")
         fitter.solve(teacher_plan(checkpoint, config, guidance))
-        files += [_tune_one(folder, checkpoint, fitter, each, guidance, config, say) for each in wanted]
+        files += [
+            _tune_one(folder, checkpoint, fitter, each, guidance, config, device, say, threads) for each in wanted
+        ]
     return files
 
 
@@ -152,21 +157,26 @@ def _tune_one(
     steps: int,
     guidance: float,
     config: TuneConfig,
+    device: torch.device,
     say: Callable[[str], None],
+    threads: int | None,
 ) -> Path:
     started, name = time.monotonic(), f"{steps} steps at guidance {guidance:g}"
     state = _State(folder / FOLDER / STATE_FILE, _identity(checkpoint, steps, guidance, config))
+
+    known = state.known
+    with torch_threads(threads):
+        precision = (known or {}).get("precision") or gradient_precision(checkpoint, device)
 
     # The timesteps.
     def settle(timesteps: Sequence[float]) -> tuple[float, ...]:
         return tuple(timesteps) if checkpoint.fractional else _whole(timesteps)
 
     def on_round(search: Search) -> None:
-        state.save(timesteps=search.best.timesteps, round=search.round, move=search.move, tried=search.evaluations)
+        state.save(search, precision)
         error = f"error {search.best.held_out:.6f} (fitted {search.best.fitted:.6f})"
         say(f"{name}: timesteps, round {search.round}, {error}")
 
-    known = state.known
     if known is not None:
         fit = fitter.fit(tuple(known["timesteps"]))
         search = Search(fit, known["round"], known["move"], known["tried"])
@@ -177,14 +187,22 @@ def _tune_one(
 
     # The coefficients.
     def on_check(refinement: Refinement) -> None:
-        on_round_state = {"timesteps": search.best.timesteps, "round": search.round, "move": search.move}
-        state.save(**on_round_state, tried=search.evaluations, refinement=dataclasses.asdict(refinement))
+        state.save(search, precision, refinement=dataclasses.asdict(refinement))
         say(f"{name}: coefficients, iteration {refinement.iteration}, distance {refinement.distance:.6f}")
 
-    refiner = Refiner(checkpoint, search.best.timesteps, guidance, fitter.rows, fitter.images, held_out=config.held_out)
     begun = known["refinement"] if known is not None and "refinement" in known else None
-    refinement = Refinement(**begun) if begun is not None else refiner.begin(search.best.lines)
-    refinement = refiner.run(refinement, config.iterations, config.batch_size // 2 or 1, on_check)
+    with torch_threads(threads):
+        refiner = Refiner(
+            checkpoint,
+            search.best.timesteps,
+            guidance,
+            fitter.rows,
+            fitter.images,
+            held_out=config.held_out,
+            precision=precision,
+        )
+        refinement = Refinement(**begun) if begun is not None else refiner.begin(search.best.lines)
+        refinement = refiner.run(refinement, config.iterations, config.batch_size // 2 or 1, on_check)
 
     # The file.
     lines = tuple((*line, 0.0) for line in refinement.best)
@@ -198,6 +216,7 @@ def _tune_one(
         "distance": {"fitted": refinement.fitted, "refined": refinement.distance},
         "timesteps_tried": search.evaluations,
         "iterations": refinement.iteration,
+        "precision": precision,
         "seconds": round(time.monotonic() - started),
     }
     file = write_table(
@@ -263,10 +282,11 @@ class _State:
         same = all(known.get(key) == value for key, value in self._identity.items())
         return known if same and {"timesteps", "round", "move", "tried"} <= known.keys() else None
 
-    def save(self, **values: Any) -> None:
+    def save(self, search: Search, precision: str, **refined: Any) -> None:
         """Save, whole or not at all."""
+        found = {"timesteps": search.best.timesteps, "round": search.round, "move": search.move}
         self._file.parent.mkdir(exist_ok=True)
-        write_json(self._file, self._identity | values)
+        write_json(self._file, self._identity | found | {"tried": search.evaluations, "precision": precision} | refined)
 
     def clear(self) -> None:
         """Remove the file: the table is done."""

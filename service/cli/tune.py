@@ -53,7 +53,7 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...], 
         loaded.net.to(device)
         # Loaded apart, since an executor may keep the network it is given.
         executor = choose_executor(load_checkpoint(checkpoint), device, wish, default_cache())
-        files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say)
+        files = run(checkpoint, loaded, executor, steps, guidance, config, device=device, say=say, threads=threads)
     except (TuneError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ def test_the_gradient_of_the_distance_is_that_of_finite_differences(folder: Path
     checkpoint = load_checkpoint(folder)
     fitter = fitter_of(checkpoint)
     fit = fitter.fit((49.0, 25.0, 8.0))
-    refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4, bfloat16=False)
+    refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4)
     picked, C = torch.arange(6), torch.tensor([list(line[:4]) for line in fit.lines], requires_grad=True)
 
     def distance(C: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def test_what_is_refined_is_what_a_request_gets(folder: Path, latent: bool) -> N
     fit = fitter.fit((49.0, 25.0, 8.0))
     if latent:
         checkpoint = dataclasses.replace(checkpoint, autoencoder=cast(Autoencoder, object()))
-    refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4, bfloat16=False)
+    refiner = Refiner(checkpoint, fit.timesteps, 1.0, fitter.rows, fitter.images, held_out=4)
     table = Table("tuned", 3, 1.0, fit.timesteps, tuple((*line[:4], 0.0) for line in fit.lines))
     plan = table_plan(checkpoint.noise, fitter.schedule, table, clip=None)
     noise, labels = fitter.rows.noise, fitter.rows.class_labels
@@ -77,7 +77,7 @@ def test_all_that_the_network_is_given_lies_on_its_device(folder: Path, monkeypa
     labels = fitter.rows.class_labels
     assert labels is not None
     rows = Rows(fitter.rows.noise.to("meta"), labels.to("meta"))
-    refiner = Refiner(checkpoint, (49.0, 8.0), 1.0, rows, fitter.images.to("meta"), held_out=4, bfloat16=False)
+    refiner = Refiner(checkpoint, (49.0, 8.0), 1.0, rows, fitter.images.to("meta"), held_out=4)
     monkeypatch.setattr(refiner, "_forward", checkpoint.net)  # there is no autocast of meta tensors
     picked, C = torch.arange(4), torch.zeros(2, 4, requires_grad=True, device="meta")
     assert refiner.distance(refiner.images(C, picked), picked, torch.Generator()).device.type == "meta"

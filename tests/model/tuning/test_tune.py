@@ -8,17 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.model.tuning.nets import CONFIG, CPU
 from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint
 from tminus.model.recommended import Recommended
 from tminus.model.tables import FOLDER
+from tminus.model.tuning.refine import Refiner, gradient_precision
 from tminus.model.tuning.tune import STATE_FILE, TuneConfig, TuneError, check, default_teacher, tune
 
 pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, *, steps: tuple[int, ...] = (3,), guidance: float = 1.0, stop_at: str | None = None) -> list[str]:
+@pytest.fixture(autouse=True)
+def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which precision is faster is no matter of chance here."""
+    monkeypatch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: "fp32")
+
+
+def run(
+    folder: Path,
+    *,
+    steps: tuple[int, ...] = (3,),
+    guidance: float = 1.0,
+    stop_at: str | None = None,
+    threads: int | None = None,
+) -> list[str]:
     """Tune; stop_at kills the run when a line of its progress has these words."""
     said: list[str] = []
 
@@ -28,7 +43,7 @@ def run(folder: Path, *, steps: tuple[int, ...] = (3,), guidance: float = 1.0, s
             raise KeyboardInterrupt
 
     checkpoint = load_checkpoint(folder)
-    tune(folder, checkpoint, checkpoint.net, steps, [guidance], CONFIG, device=CPU, say=say)
+    tune(folder, checkpoint, checkpoint.net, steps, [guidance], CONFIG, device=CPU, say=say, threads=threads)
     return said
 
 
@@ -125,3 +140,34 @@ def test_the_teacher_is_what_the_checkpoint_recommends_where_that_can_teach(fold
         (Recommended("tuned", 8), "dpmpp_2m:20"),
     ]:
         assert default_teacher(dataclasses.replace(checkpoint, recommended=recommended)) == expected
+
+
+def test_gradients_are_in_what_was_measured_faster_and_by_all_threads(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, precisions = set(), []
+
+    class Watched(Refiner):
+        def __init__(self, *args: Any, precision: str, **options: Any) -> None:
+            super().__init__(*args, precision=precision, **options)
+            precisions.append(precision)
+
+        def images(self, *args: Any) -> Any:
+            threads.add(torch.get_num_threads())
+            return super().images(*args)
+
+    monkeypatch.setattr("tminus.model.tuning.tune.Refiner", Watched)
+    monkeypatch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: "bf16")
+    before = torch.get_num_threads()
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, stop_at="iteration", threads=3)
+    monkeypatch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: "fp32")
+    run(folder, threads=3)
+    assert (threads, torch.get_num_threads()) == ({3}, before)
+    assert precisions == ["bf16", "bf16"], "a run goes on as it was begun"
+    about = json.loads((folder / FOLDER / "tuned-3.json").read_text())["about"]
+    assert about["precision"] == "bf16"
+
+
+def test_the_precision_of_gradients_is_measured(folder: Path) -> None:
+    assert gradient_precision(load_checkpoint(folder), CPU) in ("fp32", "bf16")
