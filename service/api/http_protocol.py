@@ -30,10 +30,13 @@ class _Outlet:
     """What a request is answered on: the connection, which closes by `HttpProtocol.close`."""
 
     def __init__(self, protocol: "HttpProtocol") -> None:
-        self._protocol, self.write, self.is_closing = protocol, protocol.transport.write, protocol.transport.is_closing
+        self._protocol, self.write = protocol, protocol.transport.write
 
     def close(self) -> None:
         self._protocol.close()
+
+    def is_closing(self) -> bool:
+        return self._protocol.lingers or self._protocol.transport.is_closing()
 
 
 class HttpProtocol(H11Protocol):
@@ -75,10 +78,10 @@ class HttpProtocol(H11Protocol):
         h11 bounds a head that is not complete, and would take one of any size that comes in one piece. So it is given
         no more of a head than the bound at a time.
         """
-        if self._linger_timer is not None:
-            self._discard(data)
-            return
         while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
+            if self.lingers:
+                self._discard(data)
+                return
             if self._is_answering():
                 self.cycle.keep_alive = False
                 return
@@ -94,14 +97,30 @@ class HttpProtocol(H11Protocol):
         gateway in its place. So only the sending side closes here, and what comes is discarded until the client closes
         too, within bounds (RFC 9112, section 9.6).
         """
-        if self.transport.is_closing() or self._linger_timer is not None:
+        if self.transport.is_closing() or self.lingers:
             return
         if self.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
             self.transport.close()
             return
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has closed already
+            self.transport.close()
+            return
         self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
-        self.transport.write_eof()
         self.flow.resume_reading()
+
+    @property
+    def lingers(self) -> bool:
+        """Whether it has its answer, and its client is still to close."""
+        return self._linger_timer is not None
+
+    def shutdown(self) -> None:
+        """End with the server, as uvicorn asks for; who lingers has its answer."""
+        if self.lingers:
+            self.transport.close()
+        else:
+            super().shutdown()
 
     def _discard(self, data: bytes) -> None:
         self._to_discard -= len(data)

@@ -125,6 +125,7 @@ def test_uvicorn_has_what_is_extended() -> None:
         "data_received",
         "handle_websocket_upgrade",
         "send_400_response",
+        "shutdown",
     ):
         assert hasattr(theirs, name), f"uvicorn {uvicorn.__version__} has no H11Protocol.{name}"
     assert "transport" in signature(RequestResponseCycle).parameters
@@ -276,9 +277,11 @@ def test_a_request_that_did_not_wait_is_not_answered_and_the_connection_closes(r
         (HANDSHAKE + b"X: " + b"y" * 9000 + b"\r\n\r\n", (431, "too_many_headers")),
         (HANDSHAKE + b"".join(b"X-%d: y\r\n" % k for k in range(130)) + b"\r\n", (431, "too_many_headers")),
         (HANDSHAKE + b"Content-Length: 5\r\n\r\nhello", (400, "malformed_request")),
+        (HANDSHAKE + b"Content-Length: 50000\r\n\r\n" + b"x" * 50000, (400, "malformed_request")),
+        (HANDSHAKE + b"X: " + b"y" * 9000 + b"\r\n\r\n" + b"x" * 50000, (431, "too_many_headers")),
         (HANDSHAKE + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", (400, "malformed_request")),
     ],
-    ids=["a long line", "many headers", "a body", "a chunked body"],
+    ids=["a long line", "many headers", "a body", "a large body", "a long line and more", "a chunked body"],
 )
 def test_a_handshake_that_the_library_would_not_answer_is_answered(
     running: Running, handshake: bytes, expected: tuple[int, str], caplog: pytest.LogCaptureFixture
@@ -298,8 +301,13 @@ def test_a_handshake_that_is_refused_is_no_error_in_the_log(running: Running, ca
 
 @pytest.mark.parametrize(
     "data",
-    [b"\x00\xff\xfe\r\n\r\n", b"HELO mail\r\n\r\n", HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"],
-    ids=["bytes", "another protocol", "a bad chunk size"],
+    [
+        b"\x00\xff\xfe\r\n\r\n",
+        b"HELO mail\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        HEAD + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["bytes", "another protocol", "a bad chunk size", "a bad chunk size where a 100 is expected"],
 )
 def test_what_is_not_http_is_answered_without_a_traceback(
     running: Running, data: bytes, caplog: pytest.LogCaptureFixture
