@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tminus.model.catalogue import TABLE_SAMPLERS
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
@@ -97,8 +98,9 @@ def train(
         if wrong := misfit(begun_with, net, "this run"):
             raise TrainError(f"{init_from}: {wrong}")
         net.load_state_dict(begun_with)
-        if begin_with.recommended is not None and begin_with.recommended.steps <= noise.num_train_timesteps:
-            recommended = begin_with.recommended
+        own = begin_with.recommended
+        if own is not None and own.sampler not in TABLE_SAMPLERS and own.steps <= noise.num_train_timesteps:
+            recommended = own  # tables stay with the weights that they were fitted to
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
     run = RunState(net, Ema(net, config.ema_decay), optimizer, str(init_from) if init_from is not None else None)
     identity: dict[str, Any] = {f"unet {key}": value for key, value in unet.to_dict().items()}

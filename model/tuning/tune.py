@@ -190,7 +190,7 @@ def _tune_one(
         state.save(search, precision, refinement=dataclasses.asdict(refinement))
         say(f"{name}: coefficients, iteration {refinement.iteration}, distance {refinement.distance:.6f}")
 
-    begun = known["refinement"] if known is not None and "refinement" in known else None
+    begun = known["refinement"] if known is not None and {"refinement", "precision"} <= known.keys() else None
     with torch_threads(threads):
         refiner = Refiner(
             checkpoint,
