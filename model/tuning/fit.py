@@ -12,7 +12,8 @@ al. 2025, S4S.) Rows that the fit has not seen tell how good a table is.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class Fit:
     lines: tuple[tuple[float, ...], ...]
     fitted: float
     held_out: float
+    passes: "tuple[_Pass, ...]" = field(default=(), repr=False, compare=False)  # for a fit that begins as this one does
 
 
 class Fitter:
@@ -83,8 +85,6 @@ class Fitter:
         self._null_class, self._cut = checkpoint.labels.null_class, len(rows.noise) - held_out
         self._bound = self.noise.clip_sample_range if self.noise.clip_sample else math.inf
         self._solution: Solution | None = None
-        # Where the table that was fitted last stood before each of its steps, for those that begin as it does.
-        self._begun: list[tuple[float, _Standing]] = []
 
     @property
     def images(self) -> Tensor:
@@ -124,22 +124,23 @@ class Fitter:
         return solve(self._run, plan, rows.noise, rows.class_labels, self._null_class, self._guidance)
 
     @torch.inference_mode()
-    def fit(self, timesteps: Sequence[float]) -> Fit:
-        """Fit the coefficients of these timesteps to the teacher's way."""
+    def fit(self, timesteps: Sequence[float], like: Fit | None = None) -> Fit:
+        """Fit the coefficients of these timesteps to the teacher's way.
+
+        like: of as many timesteps. Its passes, as long as they are at these timesteps, are not run again.
+        """
         assert self._solution is not None
-        levels = self._levels(timesteps)
-        state = _Standing(self.rows.noise, (), ())
+        levels, passes = self._levels(timesteps), list[_Pass]()
+        if like is not None:
+            same = (mine == its for mine, its in zip(timesteps, like.timesteps, strict=True))
+            passes = [each for each, _ in zip(like.passes, takewhile(bool, same), strict=False)]
         # A step's coefficients depend on its own timestep and the next, and on where the table stands.
-        kept = 0
-        while kept < min(len(self._begun), len(timesteps) - 1) and self._begun[kept][0] == timesteps[kept]:
-            kept += 1
-        if kept:
-            state = self._begun[kept - 1][1]
-        self._begun = self._begun[:kept]
-        for k in range(max(0, kept - 1), len(timesteps)):
-            if k >= kept:
-                self._begun.append((timesteps[k], state))
-            x0 = self.predict(state.x, timesteps[k], levels.alpha_bar[k])
+        known = len(passes)
+        state = passes[-1].state if passes else _Standing(self.rows.noise, (), ())
+        for k in range(max(0, known - 1), len(timesteps)):
+            if k >= known:
+                passes.append(_Pass(state, self.predict(state.x, timesteps[k], levels.alpha_bar[k])))
+            x0 = passes[k].x0
             inputs = torch.stack([state.x, x0, *state.history])
             last = k + 1 == len(timesteps)
             target = self._solution.images if last else self._solution.at(levels.alpha_bar_next[k])
@@ -148,7 +149,7 @@ class Fitter:
             line = (*coefficients.tolist(), *[0.0] * (4 - len(coefficients)), 0.0)
             state = _Standing(x, (x0, *state.history)[:2], (*state.lines, line))
         fitted, held_out = self._errors(state.x)
-        return Fit(tuple(timesteps), state.lines, fitted, held_out)
+        return Fit(tuple(timesteps), state.lines, fitted, held_out, tuple(passes))
 
     def _errors(self, x: Tensor) -> tuple[float, float]:
         assert self._solution is not None
@@ -167,6 +168,14 @@ class _Standing:
     x: Tensor
     history: tuple[Tensor, ...]
     lines: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One pass of the network over all rows: where they stood before it, and the x0 that it gave."""
+
+    state: _Standing
+    x0: Tensor
 
 
 def least_squares(inputs: Tensor, target: Tensor) -> Tensor:

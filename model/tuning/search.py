@@ -40,7 +40,7 @@ def search_timesteps(
                 timesteps = settle(moved(best.timesteps, k, sign * search.move, log_sigmas))
                 if timesteps == best.timesteps:
                     continue
-                found, evaluations = fitter.fit(timesteps), evaluations + 1
+                found, evaluations = fitter.fit(timesteps, like=best), evaluations + 1
                 if found.held_out < best.held_out and found.fitted < best.fitted:
                     best = found
                     break
