@@ -181,8 +181,8 @@ def discretized_log_likelihood(x_0: Tensor, mean: Tensor, variance: Tensor) -> T
 def _runs(last: int, count: int) -> list[tuple[int, int]]:
     """Cut the timesteps 1..last into `count` half-open runs, each as near to a common ratio high / low as it can be.
 
-    Runs of equal length rarely draw the first timesteps, where most of the bound lies: on 100 images of the bundled
-    checkpoint with 100 runs the standard error of L_steps is then 0.105, with these 0.048, most of it between images.
+    Runs of equal length rarely draw the first timesteps, where most of the bound lies: on 100 images, with a network
+    of eps and 100 runs, the standard error of L_steps is then 0.105, with these 0.048, most of it between images.
     """
     runs, low = [], 1
     for left in range(min(count, last), 0, -1):

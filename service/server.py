@@ -188,8 +188,11 @@ def serve(
 
 
 def first_request(url: str, model: ModelInfo) -> str:
-    """A first command, with settings that this model takes."""
-    sampler, steps = "dpmpp_2m", min(20, model.num_timesteps)
-    if sampler not in model.samplers:  # of a student, which has its own alone
+    """A first command, with settings that this model takes; by the table that it recommends, if it has one unguided."""
+    sampler, steps, own = "dpmpp_2m", min(20, model.num_timesteps), model.recommended
+    unguided = {(table.sampler, table.steps) for table in model.tables if table.guidance == 1}
+    if own is not None and (own.sampler, own.steps) in unguided:
+        sampler, steps = own.sampler, own.steps
+    elif sampler not in model.samplers:  # of a student, which has its own alone
         sampler, steps = model.samplers[0], model.tables[0].steps
     return f"Try: curl -X POST '{url}/sample?n=8&steps={steps}&sampler={sampler}' -o out.png"

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests import options_page
 from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
 from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
+from tminus.model.checkpoint import load_checkpoint
 from tminus.model.timesteps import SPACINGS
 from tminus.service.api.previews import AnimationRequest
 from tminus.service.api.sample import ANY_TYPE, WITHOUT_EVERY
@@ -134,7 +136,9 @@ def test_every_make_verb_exists(page: Path) -> None:
 def test_the_readme_begins_with_the_request_that_a_server_prints_when_it_is_ready() -> None:
     url = f"localhost:{Settings.model_fields['port'].default}"
     curls = [command for command in shell_commands(README) if command.startswith("curl ")]
-    assert f"Try: {curls[0]}" == first_request(url, INFO)
+    bundled = load_checkpoint(ROOT / "checkpoints" / "fashion-mnist-32")
+    model = replace(INFO, recommended=bundled.recommended, tables=bundled.tables)
+    assert f"Try: {curls[0]}" == first_request(url, model)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

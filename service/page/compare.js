@@ -1,7 +1,7 @@
 // Two to four settings from the same noise, asked for at the same time, and shown at the same t.
 
 import { element, reason } from "./api.js";
-import { classOptions, fill } from "./form.js";
+import { classOptions, fill, guidable } from "./form.js";
 import { lane } from "./lane.js";
 import { askPath } from "./path.js";
 import { player } from "./player.js";
@@ -50,7 +50,7 @@ function beginnings(model) {
     { ...few },
     { ...best },
     { ...best, sampler: all, steps: Math.min(100, model.num_timesteps) },
-    { ...best, guidance: model.null_class === null ? 1 : 5 },
+    model.null_class === null ? { ...best, guidance: 1 } : { ...guidable(best), guidance: 5 },
   ];
 }
 

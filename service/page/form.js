@@ -99,6 +99,13 @@ export function suitableSteps(sampler) {
   return recommended?.sampler === sampler ? recommended.steps : model.sampler_details[sampler]?.good_steps;
 }
 
+/** What a checkpoint recommends; where that is a sampler of tables, by one that takes any guidance. */
+export function guidable(best) {
+  if (!tablesOf(best.sampler).length) return best;
+  const sampler = model.samplers.includes("dpmpp_2m") ? "dpmpp_2m" : model.default_sampler;
+  return { ...best, sampler, steps: suitableSteps(sampler) };
+}
+
 const toLabel = (text) => (text === "" ? null : Number(text));
 
 /** What the form asks for, as parameters of POST /sample. */

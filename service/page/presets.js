@@ -1,7 +1,7 @@
 // A few settings to begin with, each a button that fills in the form.
 
 import { element } from "./api.js";
-import { fillFrom, parameters } from "./form.js";
+import { fillFrom, guidable, parameters } from "./form.js";
 
 const STRONG = 5, FEW = 8;
 
@@ -21,7 +21,7 @@ function presetsOf(model) {
     presets["Every step"] = ["DDPM as it was published: all steps, to watch", all];
   }
   if (model.conditional && model.null_class !== null) {
-    presets.Guided = ["Pushed hard towards the class", { ...best, guidance: STRONG }];
+    presets.Guided = ["Pushed hard towards the class", { ...guidable(best), guidance: STRONG }];
   }
   return presets;
 }

@@ -25,12 +25,14 @@ from tests.e2e import forked
 from tests.e2e.forked import Forked
 from tests.tiny import randomize
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
+from tminus.model.recommended import Recommended
 from tminus.model.tminus_file import Labels
 from tminus.model.unet import UNet2D
 from tminus.service.client import Client
 
 ROOT = Path(__file__).parents[2]
 BUNDLED = ROOT / "checkpoints" / "fashion-mnist-32"
+RECOMMENDED = Recommended("dpmpp_2m", 20, 1.5)  # of the small ones, which have no tables
 START_TIMEOUT_S = 240.0  # the first start measures, and the cores may be busy with other things
 
 
@@ -96,7 +98,7 @@ def small(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     net = UNet2D(config)
     randomize(net)
     made, folder = tmp_path_factory.mktemp("made") / "small", shared_folder / "small"
-    save_checkpoint(made, net.state_dict(), config, like.noise, like.labels, {}, like.recommended)
+    save_checkpoint(made, net.state_dict(), config, like.noise, like.labels, {}, RECOMMENDED)
     with contextlib.suppress(OSError):  # another process was first, and it is the same
         made.rename(folder)
     return folder

@@ -92,7 +92,7 @@ def test_less_strength_stays_nearer_to_the_image(bundled_server: RunningServer, 
 
 
 def test_an_edit_is_what_diffusers_makes_of_it(bundled_server: RunningServer, cat: bytes) -> None:
-    """DDIM as StableDiffusionImg2ImgPipeline and its inpainting do it, with our noise; bfloat16 here, float32 there."""
+    """DDIM as StableDiffusionImg2ImgPipeline and its inpainting do it, with our noise, in float32 here and there."""
     net = UNet2DModel.from_pretrained(BUNDLED, subfolder="unet").eval()
     scheduler = DDIMScheduler.from_pretrained(BUNDLED, subfolder="scheduler")
     scheduler.set_timesteps(20)

@@ -257,6 +257,25 @@ def test_presets_fill_in_the_form(open_page: OpenPage) -> None:
     page.wait_until(DONE)
 
 
+def test_where_a_table_is_recommended_more_guidance_is_by_another_sampler(
+    open_page: OpenPage, bundled_server: RunningServer
+) -> None:
+    page = open_page(bundled_server.url)
+    of_table = {"sampler": "tuned", "steps": "8", "guidance": "1"}
+    settings = lambda: {name: form_of(page)[name] for name in of_table}  # noqa: E731
+    assert settings() == of_table
+    page.press("Guided")
+    assert settings() == {"sampler": "dpmpp_2m", "steps": "20", "guidance": "5"}
+    page.press("Best")
+    assert settings() == of_table
+    page.tab.locator("#compare-count").select_option("4")
+    lanes = [
+        tuple(lane.locator(f".{name}").input_value() for name in of_table)
+        for lane in page.tab.locator(".lane:visible").all()
+    ]
+    assert lanes == [("tuned", "5", "1"), ("tuned", "8", "1"), ("ddpm", "100", "1"), ("dpmpp_2m", "20", "5")]
+
+
 ALL_OF_IT = {
     "n": 2, "steps": 12, "sampler": "ddim", "eta": 0.5, "seed": 2**64 - 1, "index": 3, "class_label": [1, 2],
     "to_seed": 2**64 - 2, "mix": 0.25,

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
+from tminus.model.recommended import Recommended
 from tminus.model.tables import Table
 from tminus.service.api.stream_limits import Streams
 from tminus.service.app import Application
@@ -168,6 +169,10 @@ def test_the_first_command_that_is_shown_has_settings_that_the_model_takes() -> 
     table = Table("consistency", 2, 1.0, (49.0, 20.0), ((0, 1, 0, 0, 0.1), (0, 1, 0, 0, 0)))
     student = replace(INFO, samplers=("consistency",), tables=(table,), student={"guidance": 1.0})
     assert "steps=2&sampler=consistency'" in first_request("http://here", student)
+    tuned = replace(INFO, tables=(replace(table, sampler="tuned"),), recommended=Recommended("tuned", 2, 1.5))
+    assert "steps=2&sampler=tuned'" in first_request("http://here", tuned)
+    guided = replace(tuned, tables=(replace(table, sampler="tuned", guidance=1.5),))
+    assert "steps=20&sampler=dpmpp_2m'" in first_request("http://here", guided)
 
 
 def test_a_request_on_a_kept_connection_that_comes_just_after_the_end_of_the_work_is_answered(

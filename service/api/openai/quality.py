@@ -36,6 +36,8 @@ def settings_of(quality: Quality, given: Mapping[str, Any], model: ModelInfo, *,
         few = [table for table in tables if table.sampler == TUNED and table.steps < own.steps]
         if few := [table for table in few if can_guide or table.guidance == 1]:
             return _of_table(_best(few, _share(quality, own.steps), guidance))
+    if own.sampler in TABLE_SAMPLERS and not any(table.sampler == own.sampler for table in tables):
+        own = _plain(model)  # no table is as asked for, and any steps and guidance are possible
     # A table that there is not is refused as such, and not for the recommended sampler, which has none.
     sampler = given.get("sampler", TUNED if "table" in given and TUNED in model.samplers else own.sampler)
     if sampler not in model.samplers:
@@ -60,6 +62,11 @@ def _recommended(model: ModelInfo) -> Recommended:
     own = model.recommended
     if own is not None and own.sampler in model.samplers:
         return own
+    return _plain(model)
+
+
+def _plain(model: ModelInfo) -> Recommended:
+    """Usual settings of a sampler that needs no table, unless the model has no such one."""
     sampler = WITHOUT_ADVICE if WITHOUT_ADVICE in model.samplers else model.default_sampler
     facts = SAMPLER_FACTS[sampler]
     return Recommended(sampler, min(facts.good_steps, facts.max_steps(model.num_timesteps)))

@@ -31,6 +31,7 @@ STUDENT = replace(
     tables=tuple(tuned(steps, sampler="consistency") for steps in (1, 2, 4)),
     recommended=Recommended("consistency", 2),
 )
+FITTED = replace(TUNED, recommended=Recommended("tuned", 8))
 QUALITIES: tuple[Quality, ...] = ("low", "medium", "high")
 
 
@@ -45,9 +46,10 @@ def settings(model: ModelInfo, quality: Quality, *, has_class: bool = True, **gi
         (BARE, [("dpmpp_2m", 10, 1), ("dpmpp_2m", 20, 1), ("dpmpp_2m", 40, 1)]),
         (ADVISED, [("ddim", 10, 1.5), ("ddim", 20, 1.5), ("ddim", 40, 1.5)]),
         (TUNED, [("tuned", 8, 1), ("ddim", 20, 1.5), ("ddim", 40, 1.5)]),
+        (FITTED, [("tuned", 5, 1), ("tuned", 8, 1), ("tuned", 8, 1)]),
         (STUDENT, [("consistency", 1, 1), ("consistency", 2, 1), ("consistency", 4, 1)]),
     ],
-    ids=["nothing recommended", "recommended", "with tables", "a student"],
+    ids=["nothing recommended", "recommended", "with tables", "a table recommended", "a student"],
 )
 def test_low_is_half_or_a_table_and_high_is_double(model: ModelInfo, expected: list[tuple[object, ...]]) -> None:
     assert [settings(model, quality) for quality in QUALITIES] == expected
@@ -105,6 +107,23 @@ def test_a_table_is_chosen_by_its_hash(quality: Quality) -> None:
 def test_whoever_names_other_settings_gets_the_recommended_sampler_with_them(given: dict[str, object]) -> None:
     made = settings(TUNED, "low", **given)
     assert made == ("ddim", given.get("steps", 10), given.get("guidance", 1.5))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"steps": 10}, ("dpmpp_2m", 10, 1)),
+        ({"guidance": 3.0}, ("dpmpp_2m", 20, 3)),
+        ({"timestep_spacing": "karras"}, ("dpmpp_2m", 20, 1)),
+        ({"steps": 5}, ("tuned", 5, 1)),
+        ({"steps": 7, "sampler": "tuned"}, ("tuned", 7, None)),
+        ({"table": "0" * 16}, ("tuned", None, None)),
+    ],
+)
+def test_where_a_table_is_recommended_other_settings_are_by_a_sampler_that_takes_any(
+    given: dict[str, object], expected: tuple[object, ...]
+) -> None:
+    assert settings(FITTED, "medium", **given) == expected
 
 
 def test_another_sampler_has_its_own_number_of_steps() -> None:
