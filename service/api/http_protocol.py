@@ -21,7 +21,7 @@ MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete
 # What the WebSocket library accepts in a handshake; it answers nothing to more.
 MAX_LINE_BYTES, MAX_HEADERS = 8192, 128
 BODIES = (b"content-length", b"transfer-encoding")  # a handshake has none
-LINGER_S, LINGER_BYTES = 5.0, 2**26  # for which, and of which, the rest of a request that is answered already is taken
+LINGER_S, LINGER_BYTES = 5.0, 2**24  # for which, and of which, the rest of a request that is answered already is taken
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 44\r\n\r\n"
 REFUSAL += b"Too many connections are open from one place"
 

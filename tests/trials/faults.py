@@ -339,7 +339,7 @@ def status_of(answer: "Future[httpx.Response]") -> str:
     """The status as a text; a connection that ended without an answer has none."""
     try:
         return str(answer.result().status_code)
-    except httpx.RemoteProtocolError:
+    except (httpx.RemoteProtocolError, httpx.NetworkError):
         return "none, the connection ended"
 
 
