@@ -1,4 +1,4 @@
-"""How uvicorn treats a connection here: h11, whose heads are bounded, with deadlines and a share for each address.
+"""How uvicorn treats a connection here: bounded heads, deadlines, a share for each address, an end that loses no answer.
 
 uvicorn has no setting for most of this. Its `Config(http=...)` takes a protocol class, but the class that is extended
 here is not part of its public interface. Therefore pyproject.toml bounds uvicorn's version, and a test names what is
@@ -21,7 +21,7 @@ MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete
 # What the WebSocket library accepts in a handshake; it answers nothing to more.
 MAX_LINE_BYTES, MAX_HEADERS = 8192, 128
 BODIES = (b"content-length", b"transfer-encoding")  # a handshake has none
-LINGER_S, LINGER_BYTES = 5.0, 2**24  # for which, and of which, the rest of a request that is answered already is taken
+LINGER_S, LINGER_BYTES = 5.0, 2**24  # for how long, and how much of, a request is taken after its answer
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 44\r\n\r\n"
 REFUSAL += b"Too many connections are open from one place"
 
