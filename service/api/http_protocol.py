@@ -1,4 +1,4 @@
-"""How uvicorn treats a connection here: bounded heads, deadlines, a share for each address, an end that loses no answer.
+"""How uvicorn treats a connection: bounded heads, deadlines, a share for each address, an end that loses no answer.
 
 uvicorn has no setting for most of this. Its `Config(http=...)` takes a protocol class, but the class that is extended
 here is not part of its public interface. Therefore pyproject.toml bounds uvicorn's version, and a test names what is
