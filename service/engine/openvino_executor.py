@@ -28,6 +28,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 try:
     import openvino
     import openvino.opset14 as ops
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 except ImportError:  # an extra
     openvino = None
 
@@ -212,7 +213,9 @@ def one_thread(module: nn.Module, shape: Sequence[int]) -> Callable[[Floats], Fl
 def _convert(module: nn.Module, example: Any, inputs: Sequence[Any]) -> Any:
     """Convert a module. torch would keep what was traced, weights and all, for as long as the process lives."""
     with warnings.catch_warnings(action="ignore"):  # the tracer warns of shapes that are fixed here
-        model = openvino.convert_model(module, example_input=example, input=list(inputs))
+        # torch would trace a second time to compare, which takes as long as all else here
+        traced = TorchScriptPythonDecoder(module, example_input=example, trace_kwargs={"check_trace": False})
+        model = openvino.convert_model(traced, input=list(inputs))
     with contextlib.suppress(AttributeError):  # names of torch's own
         torch._C._jit_clear_class_registry()
         torch.jit._recursive.concrete_type_store = torch.jit._recursive.ConcreteTypeStore()
