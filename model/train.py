@@ -98,9 +98,8 @@ def train(
         if wrong := misfit(begun_with, net, "this run"):
             raise TrainError(f"{init_from}: {wrong}")
         net.load_state_dict(begun_with)
-        own = begin_with.recommended
-        if own is not None and own.sampler not in TABLE_SAMPLERS and own.steps <= noise.num_train_timesteps:
-            recommended = own  # tables stay with the weights that they were fitted to
+        if (own := begin_with.recommended) is not None and own.steps <= noise.num_train_timesteps:
+            recommended = own
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
     run = RunState(net, Ema(net, config.ema_decay), optimizer, str(init_from) if init_from is not None else None)
     identity: dict[str, Any] = {f"unet {key}": value for key, value in unet.to_dict().items()}
@@ -124,6 +123,8 @@ def train(
     labels_meta = Labels(data.class_names, null_class)
     if begun:
         recommended = read_recommended(folder, noise, labels_meta)
+    if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
+        recommended = None  # tables fit only the weights that they were made for
     batch_shape = (config.batch_size, *origins.shape[1:])
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
         config = config.with_precision(faster_precision(net, batch_shape, device))

@@ -116,7 +116,8 @@ def tune(
     threads: of torch, where gradients are wanted and `forward` rests; None leaves them as they are.
     """
     check(checkpoint, steps, guidances, config)
-    files = []
+    files: list[Path] = []
+    precision = None  # of the gradients
     for guidance in guidances:
         wanted = [count for count in sorted(set(steps)) if not _is_done(checkpoint, count, guidance, config)]
         for count in sorted(set(steps) - set(wanted)):
@@ -134,8 +135,10 @@ def tune(
         images = config.rows + config.held_out
         say(f"guidance {guidance:g}: the teacher, {config.teacher}, makes {images} images")
         fitter.solve(teacher_plan(checkpoint, config, guidance))
+        if precision is None:
+            precision = _precision(checkpoint, config, device, say, threads)
         files += [
-            _tune_one(folder, checkpoint, fitter, each, guidance, config, device, say, threads) for each in wanted
+            _tune_one(folder, checkpoint, fitter, each, guidance, config, say, threads, precision) for each in wanted
         ]
     return files
 
@@ -150,6 +153,18 @@ def make_rows(checkpoint: Checkpoint, config: TuneConfig, guidance: float, devic
     return Rows(image_noise(config.seed, range(count), 0, shape, device), labels)
 
 
+def _precision(
+    checkpoint: Checkpoint, config: TuneConfig, device: torch.device, say: Callable[[str], None], threads: int | None
+) -> str:
+    """Choose what gradients are computed in, where some will be."""
+    if not config.iterations:
+        return "fp32"
+    with torch_threads(threads):
+        precision = gradient_precision(checkpoint, device)
+    say(f"gradients in {precision}, which is faster here")
+    return precision
+
+
 def _tune_one(
     folder: Path,
     checkpoint: Checkpoint,
@@ -157,16 +172,15 @@ def _tune_one(
     steps: int,
     guidance: float,
     config: TuneConfig,
-    device: torch.device,
     say: Callable[[str], None],
     threads: int | None,
+    precision: str,
 ) -> Path:
     started, name = time.monotonic(), f"{steps} steps at guidance {guidance:g}"
     state = _State(folder / FOLDER / STATE_FILE, _identity(checkpoint, steps, guidance, config))
 
     known = state.known
-    with torch_threads(threads):
-        precision = (known or {}).get("precision") or gradient_precision(checkpoint, device)
+    precision = (known or {}).get("precision") or precision
 
     # The timesteps.
     def settle(timesteps: Sequence[float]) -> tuple[float, ...]:
@@ -184,6 +198,7 @@ def _tune_one(
     else:
         search = Search(_best_start(fitter, checkpoint, steps, settle))
     search = search_timesteps(fitter, search, settle, fitter.schedule.log_sigmas, on_round)
+    search = dataclasses.replace(search, best=dataclasses.replace(search.best, passes=()))  # memory for the gradients
 
     # The coefficients.
     def on_check(refinement: Refinement) -> None:
@@ -239,13 +254,15 @@ def _whole(timesteps: Sequence[float]) -> tuple[float, ...]:
 def _best_start(
     fitter: Fitter, checkpoint: Checkpoint, steps: int, settle: Callable[[Sequence[float]], tuple[float, ...]]
 ) -> Fit:
-    log_sigmas = fitter.schedule.log_sigmas
-    starts = []
+    log_sigmas, best = fitter.schedule.log_sigmas, None
     for spacing in STARTS:
         sampler = "euler" if spacing == "karras" else "dpmpp_2m"
         t = make_timesteps(sampler, spacing, steps, len(log_sigmas), 0, log_sigmas, fractional=checkpoint.fractional)
-        starts.append(fitter.fit(settle(t)))
-    return min(starts, key=lambda fit: fit.held_out)
+        found = fitter.fit(settle(t))
+        if best is None or found.held_out < best.held_out:
+            best = found
+    assert best is not None
+    return best
 
 
 def _rivals(fitter: Fitter, checkpoint: Checkpoint, steps: int) -> dict[str, float]:

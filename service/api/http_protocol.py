@@ -22,6 +22,7 @@ MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete
 MAX_LINE_BYTES, MAX_HEADERS = 8192, 128
 BODIES = (b"content-length", b"transfer-encoding")  # a handshake has none
 LINGER_S, LINGER_BYTES = 5.0, 2**24  # for how long, and how much of, a request is taken after its answer
+LAST_LINGER_S = 0.5  # once the server ends
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 44\r\n\r\n"
 REFUSAL += b"Too many connections are open from one place"
 
@@ -48,6 +49,7 @@ class HttpProtocol(H11Protocol):
     _head_timer: TimerHandle | None = None
     _linger_timer: TimerHandle | None = None  # while the connection closes as soon as its client has
     _to_discard = LINGER_BYTES
+    _ends = False  # with the server
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Count the connection, or refuse it; wait for a head."""
@@ -68,6 +70,8 @@ class HttpProtocol(H11Protocol):
         if self._linger_timer is not None:
             self._linger_timer.cancel()
         super().connection_lost(exc)
+        if self.cycle is not None:
+            self.cycle.transport = self.transport  # its outlet knows this protocol, which would not be freed at once
 
     def data_received(self, data: bytes) -> None:
         """Take data, unless the connection is closing or has a request that is not answered yet.
@@ -107,7 +111,7 @@ class HttpProtocol(H11Protocol):
         except OSError:  # the client has closed already
             self.transport.close()
             return
-        self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+        self._linger_timer = self.loop.call_later(LAST_LINGER_S if self._ends else LINGER_S, self.transport.close)
         self.flow.resume_reading()
 
     @property
@@ -117,6 +121,7 @@ class HttpProtocol(H11Protocol):
 
     def shutdown(self) -> None:
         """End with the server, as uvicorn asks for; who lingers has its answer."""
+        self._ends = True
         if self.lingers:
             self.transport.close()
         else:

@@ -22,7 +22,9 @@ NUMBERS = several(float, "a number", math.isfinite)
 @click.option("--guidance", default="1", callback=NUMBERS, help="guidance scales, by commas; 1 is off")
 @click.option("--rows", default=192, help="images that the tables are fitted to")
 @click.option("--held-out", default=64, help="further images, that only judge")
-@click.option("--teacher", help="SAMPLER:STEPS whose images it is to give  [default: as recommended, or dpmpp_2m:20]")
+@click.option(
+    "--teacher", help="SAMPLER:STEPS whose images the tables are fitted to  [default: as recommended, or dpmpp_2m:20]"
+)
 @click.option("--seed", default=1_000_000, help="of the images' noise")
 @click.option("--iterations", default=200, help="of refining the coefficients by their gradient, at most")
 @click.option("--batch-size", default=64, help="images that go through the network together")

@@ -28,9 +28,10 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 try:
     import openvino
     import openvino.opset14 as ops
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 except ImportError:  # an extra
     openvino = None
+else:
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
 Floats = npt.NDArray[np.float32]
 Compiled = dict[tuple[str, int, int, int], "deque[_Pass]"]  # by precision, size, streams, threads

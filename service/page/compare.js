@@ -1,7 +1,7 @@
 // Two to four settings from the same noise, asked for at the same time, and shown at the same t.
 
 import { element, reason } from "./api.js";
-import { classOptions, fill, guidable } from "./form.js";
+import { classOptions, fill, guidable, isSame } from "./form.js";
 import { lane } from "./lane.js";
 import { askPath } from "./path.js";
 import { player } from "./player.js";
@@ -43,8 +43,9 @@ export function setUp(model) {
 
 function beginnings(model) {
   const best = model.recommended ?? { sampler: model.default_sampler, steps: 50, guidance: 1 };
-  const table = model.tables[0];
-  const few = table ?? { sampler: best.sampler, steps: Math.max(1, Math.round(best.steps / 4)), guidance: best.guidance };
+  const table = model.tables.find((each) => !isSame(each, best));
+  const quarter = { ...best, steps: Math.max(1, Math.round(best.steps / 4)) };
+  const few = table ?? (model.tables.length ? guidable(best) : quarter);
   const all = model.samplers.includes("ddpm") ? "ddpm" : best.sampler;
   return [
     { ...few },

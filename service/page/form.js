@@ -99,6 +99,9 @@ export function suitableSteps(sampler) {
   return recommended?.sampler === sampler ? recommended.steps : model.sampler_details[sampler]?.good_steps;
 }
 
+/** Whether two settings are the same sampler, steps and guidance. */
+export const isSame = (one, other) => ["sampler", "steps", "guidance"].every((name) => one[name] === other[name]);
+
 /** What a checkpoint recommends; where that is a sampler of tables, by one that takes any guidance. */
 export function guidable(best) {
   if (!tablesOf(best.sampler).length) return best;

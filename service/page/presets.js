@@ -1,7 +1,7 @@
 // A few settings to begin with, each a button that fills in the form.
 
 import { element } from "./api.js";
-import { fillFrom, guidable, parameters } from "./form.js";
+import { fillFrom, guidable, isSame, parameters } from "./form.js";
 
 const STRONG = 5, FEW = 8;
 
@@ -14,8 +14,8 @@ function presetsOf(model) {
     : { sampler: model.samplers.includes("unipc") ? "unipc" : model.default_sampler, steps: FEW };
   const presets = {
     Best: ["What the checkpoint recommends", best],
-    Fast: ["As few steps as still give good images", fewest],
   };
+  if (!isSame(fewest, best)) presets.Fast = ["As few steps as still give good images", fewest];
   if (model.samplers.includes("ddpm")) {
     const all = { sampler: "ddpm", steps: model.num_timesteps, n: 1 };
     presets["Every step"] = ["DDPM as it was published: all steps, to watch", all];

@@ -269,11 +269,33 @@ def test_where_a_table_is_recommended_more_guidance_is_by_another_sampler(
     page.press("Best")
     assert settings() == of_table
     page.tab.locator("#compare-count").select_option("4")
-    lanes = [
-        tuple(lane.locator(f".{name}").input_value() for name in of_table)
+    assert lanes_of(page) == [("tuned", "5", "1"), ("tuned", "8", "1"), ("ddpm", "100", "1"), ("dpmpp_2m", "20", "5")]
+
+
+def lanes_of(page: Page) -> list[tuple[str, ...]]:
+    return [
+        tuple(lane.locator(f".{name}").input_value() for name in ("sampler", "steps", "guidance"))
         for lane in page.tab.locator(".lane:visible").all()
     ]
-    assert lanes == [("tuned", "5", "1"), ("tuned", "8", "1"), ("ddpm", "100", "1"), ("dpmpp_2m", "20", "5")]
+
+
+def test_where_the_one_table_is_recommended_nothing_is_offered_or_compared_twice(
+    open_page: OpenPage, bundled_server: RunningServer
+) -> None:
+    page = open_page(bundled_server.url)
+
+    def leave_one_table(route: Any) -> None:
+        answer = route.fetch()
+        model = answer.json()
+        tables = [table for table in model["tables"] if table["steps"] == 8]
+        route.fulfill(response=answer, json=model | {"tables": tables})
+
+    page.tab.route(re.compile(r"/model$"), leave_one_table)
+    page.tab.reload()
+    expect(page.tab.locator("#compare-go")).to_have_attribute("aria-disabled", "false")
+    expect(page.tab.get_by_role("button", name="Best")).to_be_visible()
+    expect(page.tab.get_by_role("button", name="Fast")).to_have_count(0)
+    assert lanes_of(page) == [("dpmpp_2m", "20", "1"), ("tuned", "8", "1")]
 
 
 ALL_OF_IT = {

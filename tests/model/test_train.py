@@ -414,6 +414,13 @@ def test_what_is_recommended_is_kept_by_a_resumed_run_and_by_a_new_one_from_its_
     assert run(new, dataclasses.replace(RUN, steps=1), init_from=origin)
     for folder in (origin, new):
         assert load_checkpoint(folder).recommended == Recommended(**recommended)
+    tables = {"recommended": {"sampler": "tuned", "steps": 3}}
+    (origin / "tminus.json").write_text(json.dumps(meta | tables), "utf-8")
+    assert run(tmp_path / "third", dataclasses.replace(RUN, steps=1), init_from=origin)
+    assert run(origin, dataclasses.replace(RUN, steps=10))
+    for folder in (origin, tmp_path / "third"):
+        assert load_checkpoint(folder).recommended is None, "tables fit only the weights that they were made for"
+    (origin / "tminus.json").write_text(json.dumps(meta | {"recommended": recommended}), "utf-8")
     few = dataclasses.replace(NOISE, num_train_timesteps=6)
     one = dataclasses.replace(RUN, steps=1)
     assert train(short, toy_images(), CONDITIONAL, few, one, device=CPU, init_from=origin)

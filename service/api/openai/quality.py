@@ -32,10 +32,10 @@ def settings_of(quality: Quality, given: Mapping[str, Any], model: ModelInfo, *,
     tables = [table for table in model.tables if _agrees(table, given)]
     if "table" in given and tables:
         return _of_table(tables[0])
-    if quality == "low" and own.sampler not in TABLE_SAMPLERS:
-        few = [table for table in tables if table.sampler == TUNED and table.steps < own.steps]
-        if few := [table for table in few if can_guide or table.guidance == 1]:
-            return _of_table(_best(few, _share(quality, own.steps), guidance))
+    tables = [table for table in tables if can_guide or table.guidance == 1]
+    few = [table for table in tables if table.sampler == TUNED and table.steps < own.steps]
+    if quality == "low" and own.sampler not in TABLE_SAMPLERS and few:
+        return _of_table(_best(few, _share(quality, own.steps), guidance))
     if own.sampler in TABLE_SAMPLERS and not any(table.sampler == own.sampler for table in tables):
         own = _plain(model)  # no table is as asked for, and any steps and guidance are possible
     # A table that there is not is refused as such, and not for the recommended sampler, which has none.

@@ -169,5 +169,30 @@ def test_gradients_are_in_what_was_measured_faster_and_by_all_threads(
     assert about["precision"] == "bf16"
 
 
+def test_a_run_that_does_not_know_its_precision_refines_anew(folder: Path, tmp_path: Path) -> None:
+    """As one of an earlier version, which may have refined in another."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    run(folder)
+    with pytest.raises(KeyboardInterrupt):
+        run(other, stop_at="coefficients, iteration 3")
+    state = json.loads((other / FOLDER / STATE_FILE).read_text())
+    state["refinement"]["lines"][0][0] += 1.0
+    del state["precision"]
+    (other / FOLDER / STATE_FILE).write_text(json.dumps(state))
+    assert any("goes on after round" in line for line in run(other))
+    assert table_of(other) == table_of(folder)
+
+
+def test_precision_is_measured_once_and_only_for_gradients(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: measured.append(1) or "fp32")
+    checkpoint = load_checkpoint(folder)
+    for iterations, expected in ((0, 0), (1, 1)):
+        config = dataclasses.replace(CONFIG, iterations=iterations)
+        tune(folder, checkpoint, checkpoint.net, (2, 3), [1.0, 2.0], config, device=CPU, say=lambda _: None)
+        assert len(measured) == expected
+
+
 def test_the_precision_of_gradients_is_measured(folder: Path) -> None:
     assert gradient_precision(load_checkpoint(folder), CPU) in ("fp32", "bf16")

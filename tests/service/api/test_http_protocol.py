@@ -1,11 +1,13 @@
 """The HTTP side of uvicorn, over real sockets: deadlines, bounds, and clients that do what no library does."""
 
 import asyncio
+import gc
 import json
 import logging
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from inspect import signature
 from typing import Any
@@ -236,6 +238,53 @@ def test_what_is_sent_after_the_answer_is_taken_within_bounds(
             with pytest.raises(ConnectionError):
                 client.sendall(bytes(2 * http_protocol.LINGER_BYTES))
         wait_until(lambda: not running.server.server_state.connections)
+
+
+def test_who_lingers_does_not_hold_up_the_end(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither who did before, nor who begins to when the server has begun to end."""
+    with running.connect() as before, running.connect() as after:
+        before.sendall(HEAD + b"Content-Length: 9000000000\r\n\r\n")
+        assert problem(read_all(before)) == (413, "body_too_large")
+        after.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+        wait_until(lambda: running.server.server_state.tasks)
+        running.server.should_exit = True
+        wait_until(lambda: len(running.server.server_state.connections) == 1)
+        after.sendall(b"%x\r\n%b\r\n" % (2 * 10**6, bytes(2 * 10**6)))
+        begun = time.monotonic()
+        assert problem(read_all(after)) == (413, "body_too_large")
+        running.thread.join(PATIENCE_S)
+        assert time.monotonic() - begun < http_protocol.LINGER_S - 1
+    assert all(record.levelno < logging.ERROR for record in caplog.records)
+
+
+def test_a_connection_that_ended_is_freed_at_once(running: Running) -> None:
+    """By counting references: with many connections, what waits for the collector is a leak for a while."""
+    living: weakref.WeakSet[object] = weakref.WeakSet()
+    gc.collect()
+    gc.disable()
+    try:
+        for data in (GET, HEAD + b"Content-Length: 9000000000\r\n\r\n", HEAD + b"Content-Length: 1\r\n\r\nx"):
+            with running.connect() as client:
+                client.sendall(data)
+                client.recv(10_000)
+                living.update(running.server.server_state.connections)
+                assert len(living) == 1
+            wait_until(lambda: not living)
+    finally:
+        gc.enable()
+
+
+def test_a_handshake_that_is_refused_counts_until_it_is_closed() -> None:
+    running = Running(max_per_address=1)
+    try:
+        with running.connect() as client:
+            client.sendall(HANDSHAKE + b"Content-Length: 1000\r\n\r\n")
+            assert problem(read_all(client))[0] == 400
+            assert running.ask(b"").startswith(b"HTTP/1.1 503")
+        wait_until(lambda: not running.server.server_state.connections)
+        assert running.ask(GET[:-2] + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+    finally:
+        running.stop()
 
 
 def test_the_connections_of_one_address_are_bounded() -> None:

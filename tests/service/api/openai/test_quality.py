@@ -63,6 +63,11 @@ def test_a_table_with_the_recommended_guidance_goes_before_one_without() -> None
 
 def test_without_a_class_or_a_null_class_there_is_no_guidance() -> None:
     assert settings(ADVISED, "medium", has_class=False) == ("ddim", 20, 1)
+    guided = replace(FITTED, tables=(tuned(8, 2.0),), recommended=Recommended("tuned", 8, 2.0))
+    assert [settings(guided, quality) for quality in QUALITIES] == [("tuned", 8, 2)] * 3
+    assert [settings(guided, quality, has_class=False) for quality in QUALITIES] == [
+        ("dpmpp_2m", 10, 1), ("dpmpp_2m", 20, 1), ("dpmpp_2m", 40, 1),
+    ]  # fmt: skip
     assert settings(replace(ADVISED, null_class=None), "medium") == ("ddim", 20, 1)
 
 
