@@ -24,7 +24,7 @@ from tminus.model.pixels import to_uint8
 from tminus.model.samplers import sample
 from tminus.service.engine.options import BUNDLED
 
-STEPS = 50
+STEPS = 20
 CLIP = {"thresholding": True, "sample_max_value": 1.0}  # how classes without clip_sample say it
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),
@@ -42,15 +42,19 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 NO_CLIP = ("plms", "euler")  # classes that know none, where ours clips unless it is told not to
 OF_EPS = "plms"  # extrapolates eps, as CompVis does; diffusers extrapolates what the network gives, here v
-LABELS = torch.tensor([0, 8])
+LABELS = torch.tensor([8])
 
 
 def seeded(k: int) -> Tensor:
-    return torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(k))
+    return torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(k))
 
 
-def loop_of_diffusers(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    net = UNet2DModel.from_pretrained(BUNDLED, subfolder="unet")
+@pytest.fixture(scope="module")
+def net() -> UNet2DModel:
+    return UNet2DModel.from_pretrained(BUNDLED, subfolder="unet")
+
+
+def loop_of_diffusers(net: UNet2DModel, scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     draws = iter(range(1, 10_000))
     monkeypatch.setattr(
         f"{type(scheduler).__module__}.randn_tensor", lambda *_a, **_k: seeded(next(draws)), raising=False
@@ -66,7 +70,7 @@ def loop_of_diffusers(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> Tensor
 @pytest.mark.parametrize("name", SCHEDULERS)
 @torch.no_grad()
 def test_garment_is_that_of_the_checkpoints_own_scheduler_within_a_grey_level(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, net: UNet2DModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cls, settings = SCHEDULERS[name]
     scheduler = cls(prediction_type="epsilon" if name == OF_EPS else "v_prediction", **settings)
@@ -77,7 +81,7 @@ def test_garment_is_that_of_the_checkpoints_own_scheduler_within_a_grey_level(
     assert sampler == name.split(",")[0]
     plan = checkpoint.plan(sampler, STEPS, clip=False if sampler in NO_CLIP else None)
     ours = sample(checkpoint.net, plan, seeded(0), lambda k: seeded(k + 1), class_labels=LABELS)
-    theirs = loop_of_diffusers(scheduler, monkeypatch)
+    theirs = loop_of_diffusers(net, scheduler, monkeypatch)
     levels = (to_uint8(ours).int() - to_uint8(theirs).int()).abs()
     assert levels.max() <= 1
     if name == OF_EPS:
