@@ -34,20 +34,42 @@ pytestmark = pytest.mark.slow
 def _quick_and_as_before(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(autotune, "TRIAL_S", 0.005)
     monkeypatch.setattr(loading, "ROUNDS", 2)
+    monkeypatch.setattr(loading, "same_alone_and_together", lambda *_, **__: True)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
 
 
+SELFTEST = loading.same_alone_and_together
+
+
 @pytest.fixture
-def options(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> LoadOptions:
+def selftest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "same_alone_and_together", SELFTEST)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def options(make_checkpoint: MakeCheckpoint, tmp_path: Path, cache: Path) -> LoadOptions:
+    """Of a folder of its own; an executor is chosen once for all tests."""
     checkpoint = make_checkpoint()
     folder = tmp_path / "tiny"
     config = checkpoint.net.config
     save_checkpoint(folder, checkpoint.net.state_dict(), config, checkpoint.noise, checkpoint.labels, {})
-    return LoadOptions(folder, device="cpu", executor="eager", threads=1, max_batch=4, cache_dir=tmp_path / "cache")
+    return LoadOptions(folder, device="cpu", executor="eager", threads=1, max_batch=4, cache_dir=cache)
 
 
+@pytest.fixture
+def unmeasured(options: LoadOptions, tmp_path: Path) -> LoadOptions:
+    """With a cache of its own."""
+    return replace(options, cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("selftest")
 def test_what_is_loaded_serves(options: LoadOptions) -> None:
     loaded = load_engine(options)
     info = loaded.engine.info
@@ -60,6 +82,7 @@ def test_what_is_loaded_serves(options: LoadOptions) -> None:
     assert images.shape == (3, 8, 8, 1)
 
 
+@pytest.mark.usefixtures("selftest")
 def test_the_same_folder_loaded_twice_gives_the_same_bytes_and_fingerprint(options: LoadOptions) -> None:
     one, other = load_engine(options), load_engine(options)
     assert one.engine.info == other.engine.info
@@ -69,8 +92,8 @@ def test_the_same_folder_loaded_twice_gives_the_same_bytes_and_fingerprint(optio
 
 
 @pytest.mark.parametrize("max_batch", [None, 5, 16])
-def test_the_batch_is_as_asked_or_measured(options: LoadOptions, max_batch: int | None) -> None:
-    loaded = load_engine(replace(options, max_batch=max_batch))
+def test_the_batch_is_as_asked_or_measured(unmeasured: LoadOptions, max_batch: int | None) -> None:
+    loaded = load_engine(replace(unmeasured, max_batch=max_batch))
     assert loaded.tick_times[-1][0] == (max_batch or 16)
     if max_batch is None:
         assert MIN_BATCH <= loaded.max_batch <= 16
@@ -80,7 +103,7 @@ def test_the_batch_is_as_asked_or_measured(options: LoadOptions, max_batch: int 
 
 
 def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_taken(
-    options: LoadOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unmeasured: LoadOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curves, rounds_measured = iter([((4, 0.55), (8, 1.0), (16, 9.0)), *[((4, 1.0), (8, 9.0), (16, 9.0))] * 3]), []
 
@@ -89,7 +112,7 @@ def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_t
         return next(curves)
 
     monkeypatch.setattr(loading, "measure_ticks", measure)
-    options = replace(options, max_batch=None)
+    options = replace(unmeasured, max_batch=None)
 
     def batches() -> tuple[int, int]:
         loaded = load_engine(options)
@@ -104,7 +127,7 @@ def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_t
 
 
 def test_a_round_that_a_slow_tick_ended_early_is_measured_again(
-    options: LoadOptions, monkeypatch: pytest.MonkeyPatch
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = ((1, 0.1), (4, 0.4), (8, 0.5), (16, 0.6))
     curves, rounds_measured = iter([whole, whole[:3], whole, ((1, 2.5),), whole, whole]), []
@@ -114,7 +137,7 @@ def test_a_round_that_a_slow_tick_ended_early_is_measured_again(
         return next(curves)
 
     monkeypatch.setattr(loading, "measure_ticks", measure)
-    options = replace(options, max_batch=None)
+    options = replace(unmeasured, max_batch=None)
     assert load_engine(options).max_batch == 16
     for _ in range(3):
         loaded = load_engine(options)
@@ -134,13 +157,14 @@ def test_in_bfloat16_the_fingerprint_of_a_small_network_hashes_as_many_rows_as_a
 
 @pytest.mark.parametrize(("asked", "max_batch", "short_batch"), [(6, 8, 6), (16, 8, 8), (None, 5, 4)])
 def test_a_short_tick_is_as_asked_or_measured_but_never_longer_than_any(
-    options: LoadOptions, monkeypatch: pytest.MonkeyPatch, asked: int | None, max_batch: int, short_batch: int
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch, asked: int | None, max_batch: int, short_batch: int
 ) -> None:
     monkeypatch.setattr(loading, "measure_ticks", lambda engine, max_batch, rounds: ((4, 0.55), (8, 1.0)))
-    loaded = load_engine(replace(options, max_batch=max_batch, short_batch=asked))
+    loaded = load_engine(replace(unmeasured, max_batch=max_batch, short_batch=asked))
     assert (loaded.max_batch, loaded.short_batch) == (max_batch, short_batch)
 
 
+@pytest.mark.usefixtures("selftest")
 def test_so_many_rows_and_jobs_as_asked_fit_at_once(options: LoadOptions) -> None:
     loaded = load_engine(replace(options, max_rows=100, max_jobs=20))
     assert loaded.max_rows == 100
@@ -160,6 +184,7 @@ class Mixing(Around):
         return super().__call__(x, t, class_labels) + 1e-6 * x.mean()
 
 
+@pytest.mark.usefixtures("selftest")
 def test_an_executor_that_is_not_exact_after_all_is_refused_with_the_way_out(
     options: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +306,7 @@ def overflow_class(folder: Path, options: LoadOptions, make_checkpoint: MakeChec
     return replace(options, checkpoint=folder)
 
 
+@pytest.mark.usefixtures("selftest")
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_class_that_gives_nan_does_not_keep_the_others_from_being_served(
     options: LoadOptions, make_checkpoint: MakeCheckpoint, tmp_path: Path, label: int
