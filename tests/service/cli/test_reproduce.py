@@ -22,7 +22,7 @@ from tminus.service.cli import images, reproduce
 from tminus.service.cli.main import main
 from tminus.service.cli.reproduce import difference, read_recipe
 from tminus.service.client import Client
-from tminus.service.engine import autotune
+from tminus.service.engine import autotune, loading
 from tminus.service.images.encoder import encode_png, recipe
 
 pytestmark = pytest.mark.slow
@@ -39,11 +39,22 @@ def folder(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+def load_quickly(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """An executor is chosen once, and neither ticks are measured nor bits tested: other tests do that."""
+
+    def measured(_engine: object, way: dict[str, Any], largest: int, _kept: object) -> loading.Measured:
+        return loading.Measured(way, largest, largest, ((1, 0.001), (largest, 0.001)))
+
+    patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    patch.setattr(autotune, "TRIAL_S", 0.005)
+    patch.setattr(loading, "_measure", measured)
+    patch.setattr(loading, "same_alone_and_together", lambda *_, **__: True)
+
+
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs a command on the tiny checkpoint."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    monkeypatch.setattr(autotune, "TRIAL_S", 0.005)
+    load_quickly(monkeypatch, folder)
     threads = torch.get_num_threads()
 
     def invoke(*arguments: str | Path, checkpoint: Path = folder / "tiny") -> click.testing.Result:

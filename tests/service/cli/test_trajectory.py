@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.service.cli.test_reproduce import Run, folder, one_line, run  # noqa: F401
+from tests.service.cli.test_reproduce import Run, folder, load_quickly, one_line, run  # noqa: F401
 from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO, make_spec
 from tests.service.images.test_trajectory import packed
@@ -20,7 +20,6 @@ from tminus.model.checkpoint import save_checkpoint
 from tminus.service.cli import images, trajectory
 from tminus.service.cli.images import LocalJob, LocalModel
 from tminus.service.cli.trajectory import difference
-from tminus.service.engine import autotune
 from tminus.service.images.encoder import recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
 from tminus.service.worker.recording import Path as Recorded
@@ -46,8 +45,7 @@ def made(folder: Path, **parameters: Any) -> bytes:  # noqa: F811
 def files(folder: Path) -> dict[str, bytes]:  # noqa: F811
     """A file of each spec, made once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setattr(autotune, "TRIAL_S", 0.005)
+        load_quickly(patch, folder)
         return {name: made(folder, **parameters) for name, parameters in SPECS.items()}
 
 
@@ -183,7 +181,7 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[tuple[str, str, bool | None]] = []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    load_quickly(monkeypatch, folder)
     job = LocalJob.of(LocalModel(folder / "tiny", "cpu", "eager", "auto"), {"n": 2})
 
     def made_ready(model: LocalModel, _parameters: object) -> LocalJob:
