@@ -1,6 +1,7 @@
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,8 @@ MakeSite = Callable[..., Site]
 INSTANT = ((1, 1e-6), (LIMITS.max_batch, 1e-6))
 
 
-@pytest.fixture
-def make_site() -> Iterator[MakeSite]:
+@contextmanager
+def running_sites() -> Iterator[MakeSite]:
     """Makes running sites; at the end each is shut down and its engine must be empty."""
     sites: list[Site] = []
 
@@ -199,8 +200,21 @@ def make_site() -> Iterator[MakeSite]:
 
 
 @pytest.fixture
+def make_site() -> Iterator[MakeSite]:
+    with running_sites() as make:
+        yield make
+
+
+@pytest.fixture
 def site(make_site: MakeSite) -> Site:
     return make_site()
+
+
+@pytest.fixture(scope="module")
+def one_site() -> Iterator[Site]:
+    """For all tests of a module that are refused, and so leave nothing behind."""
+    with running_sites() as make:
+        yield make()
 
 
 def problem(response: Any, status: int, code: str) -> dict[str, Any]:

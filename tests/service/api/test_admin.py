@@ -1,10 +1,11 @@
 """GET /models, and who may load and unload. What becomes of a change is in tests/service/test_model_changes.py."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
-from tests.service.conftest import MakeSite, Site, problem
+from tests.service.conftest import MakeSite, Site, problem, running_sites
 from tests.service.several import ADMIN, COLOUR, KEY, Several, make_several
 
 CHANGES = [f"/models/{name}/{what}" for name in ("fake", "third", "nobody") for what in ("load", "reload", "unload")]
@@ -13,6 +14,13 @@ CHANGES = [f"/models/{name}/{what}" for name in ("fake", "third", "nobody") for 
 @pytest.fixture
 def several(make_site: MakeSite) -> Several:
     return make_several(make_site)
+
+
+@pytest.fixture(scope="module")
+def one_several() -> Iterator[Several]:
+    """For all who are refused."""
+    with running_sites() as make_site:
+        yield make_several(make_site)
 
 
 def test_all_models_are_listed_with_what_they_are(several: Several) -> None:
@@ -31,22 +39,22 @@ def test_a_server_of_one_model_lists_that(site: Site) -> None:
 
 
 @pytest.mark.parametrize("path", CHANGES)
-def test_without_an_admin_key_nobody_may_change_anything(site: Site, path: str) -> None:
+def test_without_an_admin_key_nobody_may_change_anything(one_site: Site, path: str) -> None:
     for headers in ({}, ADMIN, {"Authorization": "Bearer "}, {"Authorization": "Bearer None"}):
-        problem(site.client.post(path, headers=headers), 403, "admin_off")
+        problem(one_site.client.post(path, headers=headers), 403, "admin_off")
 
 
 @pytest.mark.parametrize("path", CHANGES)
 @pytest.mark.parametrize(
     "sent", [None, "", "Bearer", "Bearer ", f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", f"Basic {KEY}", KEY, "Bearer \xff"]
 )
-def test_with_one_it_has_to_be_sent(several: Several, path: str, sent: str | None) -> None:
+def test_with_one_it_has_to_be_sent(one_several: Several, path: str, sent: str | None) -> None:
     headers = {} if sent is None else {"Authorization": sent.encode("latin-1")}
-    response = several.post(path, headers=headers)
+    response = one_several.post(path, headers=headers)
     problem(response, 401, "unauthorized")
     assert response.headers["www-authenticate"].startswith("Bearer")
     assert KEY not in response.text
-    assert several.shelf.engines == []
+    assert one_several.shelf.engines == []
 
 
 def test_the_key_is_not_told(several: Several) -> None:

@@ -26,8 +26,8 @@ def test_an_image_may_be_wrapped_in_lines(site: Site) -> None:
     "text", ["", "%%%", "cat.png", "é", b64(CAT)[:-3], b64(CAT, "image/png").replace(";base64", ""), b64(b"<svg/>")]
 )
 @pytest.mark.parametrize("name", ["image", "mask"])
-def test_what_is_no_image_is_refused_by_name(site: Site, name: str, text: str) -> None:
+def test_what_is_no_image_is_refused_by_name(one_site: Site, name: str, text: str) -> None:
     fields = {"image": b64(CAT), "mask": b64(MASK)} | {name: text}
-    document = problem(site.post(json=EDIT | fields), 422, "invalid_image")
+    document = problem(one_site.post(json=EDIT | fields), 422, "invalid_image")
     assert document["field"] == name
     assert len(document["detail"]) < 500

@@ -50,8 +50,8 @@ def test_a_prompt_is_a_class_however_it_is_written(site: Site, prompt: str, labe
 @pytest.mark.parametrize(
     "prompt", ["a dog", "dogs", "dog, cat", "3", "-1", "1.0", "--", "3dprint", "puppy", "d" * 3000]
 )
-def test_a_prompt_that_is_no_class_is_refused_with_the_classes(site: Site, prompt: str) -> None:
-    text = refused(ask(site, prompt), 400, "invalid_field", "inputs")
+def test_a_prompt_that_is_no_class_is_refused_with_the_classes(one_site: Site, prompt: str) -> None:
+    text = refused(ask(one_site, prompt), 400, "invalid_field", "inputs")
     assert "cat, dog, 3d-print" in text
     assert len(text) < 1000
 
@@ -107,9 +107,9 @@ def test_a_parameter_with_an_honest_meaning_has_it(site: Site, given: dict[str, 
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_the_name_it_was_given(
-    site: Site, given: dict[str, Any], field: str, says: str
+    one_site: Site, given: dict[str, Any], field: str, says: str
 ) -> None:
-    text = refused(ask(site, "dog", **given), 400, "invalid_field", field)
+    text = refused(ask(one_site, "dog", **given), 400, "invalid_field", field)
     assert says in text
     assert field in text
 

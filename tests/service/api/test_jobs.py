@@ -113,8 +113,8 @@ def test_one_job_is_told_by_its_id(asked: Asked) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize("job_id", ["0" * 32, "x", "%00", "%F0%9F%98%80", "a" * 3000, "..;", "None"])
-def test_an_unknown_job_is_a_problem(site: Site, method: str, job_id: str) -> None:
-    response = site.client.request(method, f"/jobs/{job_id}")
+def test_an_unknown_job_is_a_problem(one_site: Site, method: str, job_id: str) -> None:
+    response = one_site.client.request(method, f"/jobs/{job_id}")
     document = problem(response, 404, "job_not_found")
     assert document["field"] == "job_id"
     assert len(response.content) < 1500

@@ -178,11 +178,11 @@ def test_the_etag_depends_on_the_pixels_and_the_parameters(site: Site) -> None:
     ],
 )
 def test_a_bad_parameter_is_a_problem_in_query_and_form(
-    site: Site, params: dict[str, str], field: str, bound: str
+    one_site: Site, params: dict[str, str], field: str, bound: str
 ) -> None:
-    answers = [post(site, **params)]
+    answers = [post(one_site, **params)]
     if len(params.get("t", "")) <= MAX_FIELD_BYTES:
-        answers.append(post_form(site, {"image": CAT}, params))
+        answers.append(post_form(one_site, {"image": CAT}, params))
     for answer in answers:
         document = problem(answer, 422, "invalid_field")
         assert (document["field"], document["bound"]) == (field, bound)

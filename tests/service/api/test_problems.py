@@ -73,13 +73,13 @@ GUIDED = {"guidance": 2, "class_label": 1}
     ],
 )
 def test_a_bad_parameter_is_a_problem_with_its_field_value_and_bound(
-    site: Site, parameters: dict[str, Any], field: str, value: object
+    one_site: Site, parameters: dict[str, Any], field: str, value: object
 ) -> None:
-    document = problem(site.post(json=parameters), 422, "invalid_field")
+    document = problem(one_site.post(json=parameters), 422, "invalid_field")
     assert (document["field"], document["value"]) == (field, value)
     assert document["bound"]
     assert field in document["detail"]
-    assert site.engine.batches[1:] == [], "no work was done"
+    assert one_site.engine.batches[1:] == [], "no work was done"
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/nowhere"), ("POST", "/sample/more")])
@@ -152,20 +152,20 @@ NAMES = ["limit", "before", "state", "t", "seed", "every", "show", "frame_format
 
 @pytest.mark.parametrize(("method", "path"), QUERIES)
 @pytest.mark.parametrize("value", [BIG, "9" * 10_000, "\0" * 5_000, "é" * 2_500], ids=lambda value: ascii(value[:1]))
-def test_no_problem_echoes_a_large_query(site: Site, method: str, path: str, value: str) -> None:
+def test_no_problem_echoes_a_large_query(one_site: Site, method: str, path: str, value: str) -> None:
     body = {"content": b""} if path == "/noise" else {}
     doubled = [{name: pair} for name in ("seed", BIG) for pair in ([value, value], [value, "y"])]
     for query in [*({name: value} for name in NAMES), *doubled]:
-        response = site.client.request(method, path, params=query, **body)
+        response = one_site.client.request(method, path, params=query, **body)
         assert response.status_code in (422, 404), response.text[:300]
         check_echo(response)
 
 
 @pytest.mark.parametrize("name", ["Accept", "Content-Type", "Content-Encoding", "Idempotency-Key", "Prefer", "Expect"])
 @pytest.mark.parametrize("value", [BIG, "image/webp;" * 2000, "multipart/form-data; boundary=" + BIG])
-def test_no_problem_echoes_a_large_header(site: Site, name: str, value: str) -> None:
+def test_no_problem_echoes_a_large_header(one_site: Site, name: str, value: str) -> None:
     for path in ("/sample", "/jobs", "/noise?t=5", f"/jobs/{BIG}/cancel", f"/{BIG}"):
-        response = site.client.post(path, headers={name: value}, content=b'{"n": 0}')
+        response = one_site.client.post(path, headers={name: value}, content=b'{"n": 0}')
         assert 400 <= response.status_code < 500
         check_echo(response)
 

@@ -321,20 +321,23 @@ def in_stream(site: Site, parameters: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["n", "steps", "seed", "index", "every"])
 @pytest.mark.parametrize("text", ["5_0", " 5", "5 ", "+5", "5.0", "5e0", "0x5", "٥", "５", "", "-5", "true"])
-def test_an_integer_is_decimal_digits_wherever_it_is_written(site: Site, name: str, text: str) -> None:
+def test_an_integer_is_decimal_digits_wherever_it_is_written(one_site: Site, name: str, text: str) -> None:
     webp = {"Accept": "image/webp"} if name == "every" else {}
     answers = [
-        site.post(params={name: text}, headers=webp),
-        site.post(json={name: text}, headers=webp),
-        site.post(files={"image": ("a.png", CAT)}, data={"strength": "1", name: text}, headers=webp),
-        site.client.get("/sample", params={name: text}, headers=webp),
+        one_site.post(params={name: text}, headers=webp),
+        one_site.post(json={name: text}, headers=webp),
+        one_site.post(files={"image": ("a.png", CAT)}, data={"strength": "1", name: text}, headers=webp),
+        one_site.client.get("/sample", params={name: text}, headers=webp),
     ]
     if name != "every":
-        answers += [site.client.post("/jobs", params={name: text}), site.client.post("/jobs", json={name: text})]
+        answers += [
+            one_site.client.post("/jobs", params={name: text}),
+            one_site.client.post("/jobs", json={name: text}),
+        ]
     for answer in answers:
         document = problem(answer, 422, "invalid_field")
         assert (document["field"], document["value"]) == (name, text)
-    message = in_stream(site, {name: text})
+    message = in_stream(one_site, {name: text})
     assert (message["type"], message["code"], message["field"]) == ("error", "invalid_field", name)
 
 
@@ -395,13 +398,13 @@ CALLS = [
 
 @pytest.mark.parametrize(("method", "path", "known"), CALLS)
 def test_an_unknown_or_repeated_parameter_is_refused_by_name_in_every_call(
-    site: Site, method: str, path: str, known: str | None
+    one_site: Site, method: str, path: str, known: str | None
 ) -> None:
     body = {"content": CAT} if path == "/noise" else {}
-    response = site.client.request(method, path, params={"bogus": 1}, **body)
+    response = one_site.client.request(method, path, params={"bogus": 1}, **body)
     assert problem(response, 422, "unknown_field")["field"] == "bogus"
     if known is not None:
-        response = site.client.request(method, f"{path}?{known}=5&{known}=5", **body)
+        response = one_site.client.request(method, f"{path}?{known}=5&{known}=5", **body)
         assert problem(response, 422, "conflicting_field")["field"] == known
 
 
