@@ -173,7 +173,11 @@ def test_eager_gives_what_the_network_gives(
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("checkpoint", "channels_last"),
+    [*((name, True) for name in MODELS), ("tiny", False), ("colour", False)],
+    indirect=["checkpoint"],
+)
 def test_eager_in_passes_of_one_size_is_exact(checkpoint: Checkpoint, size: int, channels_last: bool) -> None:
     assert_exact(EagerExecutor(checkpoint.net, CPU, channels_last=channels_last, sizes=(size,)), checkpoint)
 

@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -40,19 +39,24 @@ class ByPosition(Around):
         return out
 
 
-def checkpoints(make_checkpoint: MakeCheckpoint) -> Iterator[Checkpoint]:
-    yield make_checkpoint()
-    yield make_checkpoint(classes=False)
-    yield make_checkpoint(noise=NoiseConfig(num_train_timesteps=2))
-    yield make_checkpoint(out_channels=2, noise=NoiseConfig(num_train_timesteps=20, variance_type="learned_range"))
+PLAIN: dict[str, object] = {}
+OTHERS: tuple[dict[str, object], ...] = (
+    {"classes": False},
+    {"noise": NoiseConfig(num_train_timesteps=2)},
+    {"out_channels": 2, "noise": NoiseConfig(num_train_timesteps=20, variance_type="learned_range")},
+)
 
 
-@pytest.mark.parametrize("max_batch", [2, 4, 7, 64])
-def test_a_good_engine_passes_and_is_left_empty(make_checkpoint: MakeCheckpoint, max_batch: int) -> None:
-    for checkpoint in checkpoints(make_checkpoint):
-        engine = make_engine(checkpoint, EagerExecutor(checkpoint.net, CPU, sizes=(1,)))
-        assert same_alone_and_together(engine, max_batch)
-        assert sorted(engine._free_rows) == list(range(64))
+@pytest.mark.parametrize(
+    ("fields", "max_batch"), [*((PLAIN, places) for places in (2, 4, 7, 64)), *zip(OTHERS, (4, 7, 64), strict=True)]
+)
+def test_a_good_engine_passes_and_is_left_empty(
+    make_checkpoint: MakeCheckpoint, fields: dict[str, object], max_batch: int
+) -> None:
+    checkpoint = make_checkpoint(**fields)
+    engine = make_engine(checkpoint, EagerExecutor(checkpoint.net, CPU, sizes=(1,)))
+    assert same_alone_and_together(engine, max_batch)
+    assert sorted(engine._free_rows) == list(range(64))
 
 
 @pytest.mark.skipif(not openvino_executor.available(), reason="openvino, an extra, is not installed")
@@ -64,13 +68,13 @@ def test_openvino_passes(tiny: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("kind", [Mixing, ByPosition])
-@pytest.mark.parametrize("max_batch", [4, 16])
+@pytest.mark.parametrize(("fields", "max_batch"), [(PLAIN, 4), (PLAIN, 16), *zip(OTHERS, (16, 4, 16), strict=True)])
 def test_an_executor_whose_output_depends_on_its_neighbours_fails(
-    make_checkpoint: MakeCheckpoint, kind: type[Around], max_batch: int
+    make_checkpoint: MakeCheckpoint, kind: type[Around], fields: dict[str, object], max_batch: int
 ) -> None:
-    for checkpoint in checkpoints(make_checkpoint):
-        executor = kind(EagerExecutor(checkpoint.net, CPU, sizes=(1,)))
-        assert not same_alone_and_together(make_engine(checkpoint, executor), max_batch)
+    checkpoint = make_checkpoint(**fields)
+    executor = kind(EagerExecutor(checkpoint.net, CPU, sizes=(1,)))
+    assert not same_alone_and_together(make_engine(checkpoint, executor), max_batch)
 
 
 def test_a_fake_engine_passes_within_its_rules() -> None:
