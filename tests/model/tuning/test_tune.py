@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model.tuning.nets import CONFIG, CPU
+from tests.model.tuning.nets import CONFIG, CPU, save_net
 from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint
 from tminus.model.recommended import Recommended
 from tminus.model.tables import FOLDER
@@ -20,10 +19,14 @@ from tminus.model.tuning.tune import STATE_FILE, TuneConfig, TuneError, check, d
 pytestmark = pytest.mark.slow
 
 
+def measured(patch: pytest.MonkeyPatch) -> None:
+    """Which precision is faster is no matter of chance here."""
+    patch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: "fp32")
+
+
 @pytest.fixture(autouse=True)
 def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which precision is faster is no matter of chance here."""
-    monkeypatch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: "fp32")
+    measured(monkeypatch)
 
 
 def run(
@@ -52,18 +55,27 @@ def table_of(folder: Path) -> dict[str, Any]:
     return {key: value[key] for key in ("timesteps", "lines")}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The table that a run ends with that was not killed."""
+    folder = save_net(tmp_path_factory.mktemp("undisturbed") / "net")
+    with pytest.MonkeyPatch.context() as patch:
+        measured(patch)
+        run(folder)
+    return table_of(folder)
+
+
 @pytest.mark.parametrize("stop_at", ["timesteps, round 1", "timesteps, round 3", "coefficients, iteration 3"])
-def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(folder: Path, tmp_path: Path, stop_at: str) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    run(folder)
+def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
+    folder: Path, undisturbed: dict[str, Any], stop_at: str
+) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(other, stop_at=stop_at)
-    assert (other / FOLDER / STATE_FILE).is_file()
-    assert (load_checkpoint(other).tables, load_checkpoint(other).refused_tables) == ((), ()), "nothing half-finished"
-    assert any("goes on after round" in line for line in run(other))
-    assert table_of(other) == table_of(folder)
-    assert not (other / FOLDER / STATE_FILE).exists()
+        run(folder, stop_at=stop_at)
+    assert (folder / FOLDER / STATE_FILE).is_file()
+    assert (load_checkpoint(folder).tables, load_checkpoint(folder).refused_tables) == ((), ()), "nothing half-finished"
+    assert any("goes on after round" in line for line in run(folder))
+    assert table_of(folder) == undisturbed
+    assert not (folder / FOLDER / STATE_FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -82,16 +94,16 @@ def test_a_run_that_was_killed_does_not_go_on_with_a_model_that_was_changed(
 
 
 def test_a_table_that_is_there_is_left_and_one_of_other_settings_is_made_anew(folder: Path) -> None:
-    run(folder, steps=(2, 3))
+    run(folder, steps=(1, 2))
     loaded = load_checkpoint(folder)
-    assert [(table.steps, table.guidance) for table in loaded.tables] == [(2, 1.0), (3, 1.0)]
+    assert [(table.steps, table.guidance) for table in loaded.tables] == [(1, 1.0), (2, 1.0)]
     assert loaded.samplers[-1] == "tuned"
     assert loaded.tables[0].about["held_out_error"].keys() > {"tuned"}
-    before = (folder / FOLDER / "tuned-3.json").stat().st_mtime_ns
-    assert run(folder, steps=(3,)) == ["3 steps at guidance 1: tuned already"]
-    assert (folder / FOLDER / "tuned-3.json").stat().st_mtime_ns == before
-    run(folder, steps=(3,), guidance=2.0)
-    assert [(table.steps, table.guidance) for table in load_checkpoint(folder).tables] == [(2, 1.0), (3, 1.0), (3, 2.0)]
+    before = (folder / FOLDER / "tuned-2.json").stat().st_mtime_ns
+    assert run(folder, steps=(2,)) == ["2 steps at guidance 1: tuned already"]
+    assert (folder / FOLDER / "tuned-2.json").stat().st_mtime_ns == before
+    run(folder, steps=(2,), guidance=2.0)
+    assert [(table.steps, table.guidance) for table in load_checkpoint(folder).tables] == [(1, 1.0), (2, 1.0), (2, 2.0)]
 
 
 def same(checkpoint: Checkpoint) -> Checkpoint:
@@ -169,19 +181,16 @@ def test_gradients_are_in_what_was_measured_faster_and_by_all_threads(
     assert about["precision"] == "bf16"
 
 
-def test_a_run_that_does_not_know_its_precision_refines_anew(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_does_not_know_its_precision_refines_anew(folder: Path, undisturbed: dict[str, Any]) -> None:
     """As one of an earlier version, which may have refined in another."""
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-    run(folder)
     with pytest.raises(KeyboardInterrupt):
-        run(other, stop_at="coefficients, iteration 3")
-    state = json.loads((other / FOLDER / STATE_FILE).read_text())
+        run(folder, stop_at="coefficients, iteration 3")
+    state = json.loads((folder / FOLDER / STATE_FILE).read_text())
     state["refinement"]["lines"][0][0] += 1.0
     del state["precision"]
-    (other / FOLDER / STATE_FILE).write_text(json.dumps(state))
-    assert any("goes on after round" in line for line in run(other))
-    assert table_of(other) == table_of(folder)
+    (folder / FOLDER / STATE_FILE).write_text(json.dumps(state))
+    assert any("goes on after round" in line for line in run(folder))
+    assert table_of(folder) == undisturbed
 
 
 def test_precision_is_measured_once_and_only_for_gradients(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +199,7 @@ def test_precision_is_measured_once_and_only_for_gradients(folder: Path, monkeyp
     checkpoint = load_checkpoint(folder)
     for iterations, expected in ((0, 0), (1, 1)):
         config = dataclasses.replace(CONFIG, iterations=iterations)
-        tune(folder, checkpoint, checkpoint.net, (2, 3), [1.0, 2.0], config, device=CPU, say=lambda _: None)
+        tune(folder, checkpoint, checkpoint.net, (1, 2), [1.0, 2.0], config, device=CPU, say=lambda _: None)
         assert len(measured) == expected
 
 

@@ -28,14 +28,14 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_tables_are_written_beside_the_weights_and_the_command_says_so(folder: Path) -> None:
-    code, said = run("--checkpoint", str(folder), "--steps", "2,3", "--guidance", "1,2", *QUICK)
+    code, said = run("--checkpoint", str(folder), "--steps", "1,2", "--guidance", "1,2", *QUICK)
     assert code == 0, said
     assert "4 tables written" in said
     loaded = load_checkpoint(folder)
-    assert {(table.steps, table.guidance) for table in loaded.tables} == {(2, 1), (3, 1), (2, 2), (3, 2)}
+    assert {(table.steps, table.guidance) for table in loaded.tables} == {(1, 1), (2, 1), (1, 2), (2, 2)}
     value = json.loads((folder / "samplers" / "tuned-2.json").read_text())
     assert value["about"]["teacher"] == "dpmpp_2m:12"
-    code, said = run("--checkpoint", str(folder), "--steps", "2,3", "--guidance", "1,2", *QUICK)
+    code, said = run("--checkpoint", str(folder), "--steps", "1,2", "--guidance", "1,2", *QUICK)
     assert (code, said.count("tuned already")) == (0, 4)
 
 
