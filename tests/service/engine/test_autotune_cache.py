@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -75,15 +75,24 @@ DAMAGED = {
 }
 
 
-def test_a_damaged_file_is_ignored_and_mended(checkpoint: Checkpoint, tmp_path: Path, quick: list[int]) -> None:
+def test_a_damaged_file_is_ignored_and_mended(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Wish] = []
+
+    def fastest(_builder: object, wish: Wish, candidates: Sequence[Choice]) -> Choice:
+        measured.append(wish)
+        return replace(candidates[0], sizes=(1,))
+
+    monkeypatch.setattr(autotune, "_fastest", fastest)
     first = choose_executor(checkpoint, CPU, EAGER, tmp_path)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     for damage, content in DAMAGED.items():
         file.write_bytes(content)
-        quick.clear()
+        measured.clear()
         again = choose_executor(checkpoint, CPU, EAGER, tmp_path)
-        assert quick, f"{damage}: it was measured again"
+        assert measured, f"{damage}: it was measured again"
         assert (again.name, again.precision) == (first.name, first.precision), damage
         assert json.loads(file.read_bytes()).keys() == json.loads(whole).keys(), damage
 
