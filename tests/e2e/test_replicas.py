@@ -219,9 +219,10 @@ def test_a_job_that_waits_in_the_table_for_weights_that_are_replaced_is_done_by_
     shutil.copytree(small, folder)
     server = start(checkpoint=folder, **KEYS)
     name, first = (httpx.get(f"{server.url}/model").json()[field] for field in ("name", "fingerprint"))
-    job_ids = [post(server.url, LONG)]
+    spec = LONG | {"steps": 400}
+    job_ids = [post(server.url, spec)]
     while httpx.get(f"{server.url}/jobs/{job_ids[-1]}").json()["position"] is not None:  # it is in the worker
-        job_ids.append(post(server.url, LONG | {"seed": len(job_ids)}))
+        job_ids.append(post(server.url, spec | {"seed": len(job_ids)}))
         assert len(job_ids) < 100
     new_weights(folder, 0.01)
     assert change(server, name, "reload").status_code == 200
