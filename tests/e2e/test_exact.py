@@ -244,6 +244,7 @@ def test_a_class_that_gives_nan_is_told_so_while_the_others_are_served(
     state["class_embedding.weight"][7] = 3e38  # finite, as a checkpoint must be, until something is added to it
     folder = tmp_path / "overflows"
     save_checkpoint(folder, state, checkpoint.net.config, checkpoint.noise, checkpoint.labels, {})
+    # Two threads, where servers beside other tests have one.
     server = own_server("--result-cache-mb", "0", "--threads", "2", checkpoint=folder)
     good = [{"steps": 10, "seed": k, "class_label": k, "guidance": 2} for k in (0, 1, 8)]
     expected = [sheet(server, body) for body in good]
