@@ -51,8 +51,7 @@ class Server:
 
     def start(self) -> None:
         """Start, and wait until it is ready."""
-        with self._log.open("ab") if self._log is not None else nullcontext() as log:
-            self._process = subprocess.Popen(self._command, cwd=servers.ROOT, env=self._environment, stderr=log)
+        self._process = self._spawn()
         deadline = time.monotonic() + READY_S
         while True:
             try:
@@ -63,6 +62,10 @@ class Server:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the server did not become ready")
             time.sleep(0.02)
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
+        with self._log.open("ab") if self._log is not None else nullcontext() as log:
+            return subprocess.Popen(self._command, cwd=servers.ROOT, env=self._environment, stderr=log)
 
     def kill(self) -> None:
         """SIGKILL: nothing of it runs any more when this returns."""

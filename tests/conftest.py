@@ -7,6 +7,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has one core: two teams of threads would wait for each other
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the servers that it starts
 
 hypothesis.settings.register_profile("tminus", deadline=None)  # a busy machine is no fault of the code
 hypothesis.settings.load_profile("tminus")
@@ -15,6 +16,36 @@ hypothesis.settings.load_profile("tminus")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")
+
+
+# Longest first.
+LONG = [
+    "tests/test_trials.py",
+    *(f"tests/e2e/test_{name}.py" for name in ("pages", "replicas", "page", "exact", "ray", "models")),
+    "tests/test_bench.py",
+]
+
+
+@pytest.hookimpl(trylast=True)  # after -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`--dist worksteal` cuts the list in a part for each worker, which begins with its share of what takes long.
+
+    Whoever is done steals from the end of another's part.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+    modules: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    others = [name for name in modules if name.startswith("tests/e2e/") and name not in LONG]
+    slow = [*(name for name in LONG if name in modules), *others]
+    parts = [[item for name in slow[k::workers] for item in modules.pop(name)] for k in range(workers)]
+    quick = [item for module in modules.values() for item in module]
+    dealt: list[pytest.Item] = []
+    for k, part in enumerate(parts):
+        room = max(0, (len(items) - len(dealt)) // (workers - k) - len(part))
+        dealt += part + quick[:room]
+        del quick[:room]
+    items[:] = dealt + quick
 
 
 def pytest_collection_finish() -> None:

@@ -53,7 +53,7 @@ class Forked:
     def poll(self) -> int | None:
         return self._process.exitcode
 
-    def wait(self, timeout_s: float) -> int:
+    def wait(self, timeout_s: float = 600.0) -> int:
         self._process.join(timeout_s)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("tminus", timeout_s)

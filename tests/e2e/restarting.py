@@ -1,14 +1,18 @@
-"""A real server that is started again and again on one folder of durable jobs, and jobs for it."""
+"""Real servers that are started again and again on one folder of durable jobs, and jobs for them."""
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from bench.crash import Server
 from tests.e2e.conftest import RunningServer
+from tests.e2e.forked import Forked
 
 Start = Callable[..., RunningServer]
 
@@ -41,6 +45,22 @@ class Restarting:
         self.server.wait_until(lambda: self.get(f"/jobs/{job_id}").json()["state"] not in ("waiting", "running"))
         found: dict[str, Any] = self.get(f"/jobs/{job_id}").json()
         return found
+
+
+class ForkedServer(Server):
+    """That of the bench, in a forked process."""
+
+    def _spawn(self) -> Forked:  # type: ignore[override]
+        process = Forked(self._command[3:], self._environment)
+        threading.Thread(target=_pass_on, args=(process,), daemon=True).start()
+        return process
+
+
+def _pass_on(process: Forked) -> None:
+    """What a server logs goes where our errors go."""
+    with process.output as output:
+        for line in output:
+            os.write(2, line.encode())
 
 
 def make_specs(count: int) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ def test_connections_dropped_at_random_points_leave_no_row_task_or_file(server: 
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
             await churn(server.url, 20, 10, random.Random(1))  # what is made once, is made
             before = await settled(http)
-            await churn(server.url, 60, 20, random.Random(2))
+            await churn(server.url, 40, 20, random.Random(2))
             return before, await settled(http)
 
     before, after = asyncio.run(run())

@@ -195,10 +195,10 @@ def test_a_server_that_is_gone_is_told(own_server: Start) -> None:
 
 
 def test_who_has_patience_gets_in(own_server: Start) -> None:
-    server = own_server("--max-backlog-s", "1")
-    short: dict[str, Any] = {"n": 8, "steps": 150}
+    server = own_server("--max-backlog-s", "0.5")
+    short: dict[str, Any] = {"n": 8, "steps": 75}
     with ThreadPoolExecutor(4) as pool, server.api() as hasty, server.api(patience_s=120) as patient:
-        running = pool.submit(lambda: patient.sample(n=16, steps=300))
+        running = pool.submit(lambda: patient.sample(n=16, steps=150))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         with pytest.raises(Problem) as caught:
             hasty.sample(**short)

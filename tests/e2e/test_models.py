@@ -19,7 +19,7 @@ KEYS = {"TMINUS_KEYS": key_line("ops", KEY, "admin"), "TMINUS_OPEN": "yes"}
 ADMIN = {"Authorization": f"Bearer {KEY}"}
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 QUICK: dict[str, Any] = {"n": 2, "steps": 5, "seed": 7, "class_label": 1, "sampler": "ddim"}
-LONG: dict[str, Any] = {"n": 4, "steps": 400, "seed": 9, "class_label": 0, "sampler": "ddpm"}
+LONG: dict[str, Any] = {"n": 4, "steps": 200, "seed": 9, "class_label": 0, "sampler": "ddpm"}
 
 StartServer = Callable[..., RunningServer]
 
@@ -99,7 +99,7 @@ def test_a_reload_under_load_fails_nobody(small: Path, colour: Path, tmp_path: P
     server = start_server(folder, *flags, **KEYS)
     name = httpx.get(f"{server.url}/models").json()["models"][0]["name"]
     first = sampled(server, "").headers["x-fingerprint"]
-    durable = httpx.post(f"{server.url}/jobs", json=LONG | {"steps": 1000, "n": 8}).json()["id"]
+    durable = httpx.post(f"{server.url}/jobs", json=LONG | {"steps": 1000}).json()["id"]
     going = True
 
     def client(seed: int) -> list[tuple[int, str]]:
@@ -113,7 +113,7 @@ def test_a_reload_under_load_fails_nobody(small: Path, colour: Path, tmp_path: P
     with ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(client, seed) for seed in range(8)]
         fingerprints = [first]
-        for round_ in range(3):
+        for round_ in range(2):
             new_weights(folder, 0.01 * (round_ + 1))
             answer = change(server, name, "reload")
             assert answer.status_code == 200, answer.text
@@ -121,13 +121,13 @@ def test_a_reload_under_load_fails_nobody(small: Path, colour: Path, tmp_path: P
             server.wait_until(lambda: sampled(server, "").headers["x-fingerprint"] == fingerprints[-1])
         going = False
         answers = [each for future in clients for each in future.result()]
-    assert len(set(fingerprints)) == 4
+    assert len(set(fingerprints)) == 3
     assert {status for status, _ in answers} == {200}
     assert {fingerprint for _, fingerprint in answers} <= set(fingerprints)
     server.wait_until(lambda: httpx.get(f"{server.url}/jobs/{durable}").json()["state"] == "done")
     assert httpx.get(f"{server.url}/jobs/{durable}").json()["fingerprint"] == first, "it ends as it began"
     assert httpx.get(f"{server.url}/jobs/{durable}/image").status_code == 200
-    server.wait_until(lambda: server.log.count(" is unloaded") == 3)
+    server.wait_until(lambda: server.log.count(" is unloaded") == 2)
     assert stop_server(server) == 0
     assert "Traceback" not in server.log
 

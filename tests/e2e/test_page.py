@@ -176,11 +176,11 @@ def test_noise_becomes_images_before_ones_eyes(open_page: Callable[..., Page], b
         for (const id of ['x_t', 'x_0']) new MutationObserver(() => (window.shown[id] ??= new Set()).add(
             document.getElementById(id).src)).observe(document.getElementById(id), {attributes: true}); }"""
     )
-    page.sample(class_label="sneaker", sampler="ddim", steps=60, n=4, seed=5, guidance=2)
+    page.sample(class_label="sneaker", sampler="ddim", steps=60, n=2, seed=5, guidance=2)
     page.wait_until(DONE)
     shown = page.tab.evaluate("() => Object.fromEntries(Object.entries(window.shown).map(([k, v]) => [k, v.size]))")
     assert min(shown["x_t"], shown["x_0"]) > 10, "it really moved"
-    spec = {"class_label": 7, "sampler": "ddim", "steps": 60, "n": 4, "seed": 5, "guidance": 2}
+    spec = {"class_label": 7, "sampler": "ddim", "steps": 60, "n": 2, "seed": 5, "guidance": 2}
     final = page.picture("#x_t")
     assert final == page.picture("#gallery img") == bundled_server.post(json=spec).content
 
@@ -321,7 +321,7 @@ def test_a_server_that_was_killed_in_mid_job_is_found_again_with_the_job(
     server = own_server(TMINUS_STATE_DIR=str(tmp_path))
     port = server.url.rpartition(":")[2]
     page = Page(browser, server.url)
-    page.sample(steps=1000, n=4, sampler="ddpm", class_label="bag", seed=6, guidance=1)
+    page.sample(steps=1000, n=2, sampler="ddpm", class_label="bag", seed=6, guidance=1)
     page.wait_for_step()
     server.process.kill()
     page.wait_until(re.compile("The connection broke. The job goes on"))
@@ -331,7 +331,7 @@ def test_a_server_that_was_killed_in_mid_job_is_found_again_with_the_job(
     server = own_server("--port", port, TMINUS_STATE_DIR=str(tmp_path))
     page.wait_until(DONE)
     assert not page.tab.evaluate("() => window.unloaded"), "the same page all the time"
-    spec = {"steps": 1000, "n": 4, "sampler": "ddpm", "class_label": "bag", "seed": 6}
+    spec = {"steps": 1000, "n": 2, "sampler": "ddpm", "class_label": "bag", "seed": 6}
     assert page.picture("#gallery img") == server.post(json=spec).content
     server.process.kill()
     server.process.wait(30)

@@ -17,24 +17,24 @@ from tests.test_monitoring import free_port
 pytestmark = pytest.mark.slow
 
 KEY = "tm_of_the_pods_test"
-LONG = {"n": 8, "steps": 1000, "seed": 3}
+LONG = {"n": 3, "steps": 1000, "seed": 3}
 
 
 @pytest.fixture(scope="module")
 def pods(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RunningServer]]:
     """They differ in their addresses alone; and each has, beside its own, what no two can have on one machine."""
     objects = render(KUBERNETES / "example")
-    folder = tmp_path_factory.mktemp("keys")
+    folder = tmp_path_factory.mktemp("pods")
     (folder / "keys").write_text(key_line("studio", KEY))
     started: list[RunningServer] = []
     with postgres.running() as database:
         for number in range(2):
-            port, own = free_port(), tmp_path_factory.mktemp("pod")
+            port = free_port()
             found = environment(objects) | {
                 "TMINUS_JOB_STORE": database.url(),
                 "TMINUS_KEYS_FILE": str(folder / "keys"),
                 "TMINUS_JOB_ADDRESS": f"http://127.0.0.1:{port}",
-                "TMINUS_CACHE_DIR": str(own),
+                "TMINUS_CACHE_DIR": str(folder / "cache"),
                 "TMINUS_STATE_DIR": "/proc/no-such-folder",  # the root is read-only
                 "TMINUS_METRICS_PORT": str(free_port()),
             }

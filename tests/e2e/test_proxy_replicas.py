@@ -175,7 +175,8 @@ def test_the_servers_know_their_clients_by_address(cluster: Cluster) -> None:
 
 def test_a_server_is_killed_and_its_job_and_all_else_go_on(cluster: Cluster) -> None:
     with cluster.client() as http:
-        job_id = cluster.post(LONG)
+        spec = LONG | {"n": 4}
+        job_id = cluster.post(spec)
         killed = cluster.holder(job_id)
         cluster.servers[killed].process.send_signal(signal.SIGKILL)
         cluster.servers[killed].process.wait(30)
@@ -188,7 +189,7 @@ def test_a_server_is_killed_and_its_job_and_all_else_go_on(cluster: Cluster) -> 
                 assert http.delete(f"/jobs/{cluster.post(SPEC)}").status_code == 204
         (left,) = cluster.servers.values()
         left.wait_until(lambda: http.get(f"/jobs/{job_id}").json()["state"] == "done")
-        undisturbed = httpx.post(f"{left.url}/sample", json=LONG, timeout=120).content
+        undisturbed = httpx.post(f"{left.url}/sample", json=spec, timeout=120).content
         assert http.get(f"/jobs/{job_id}/image").content == undisturbed
         cluster.start(killed)
 

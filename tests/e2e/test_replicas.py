@@ -17,6 +17,7 @@ from bench.crash import Server
 from tests import postgres
 from tests import s3 as s3_server
 from tests.e2e.conftest import RunningServer, run_cli
+from tests.e2e.restarting import ForkedServer
 from tests.e2e.test_models import KEYS, change, new_weights
 from tests.service.durable import events
 from tests.service.keys import key_line
@@ -87,6 +88,8 @@ def test_whatever_happens_to_a_server_or_the_database_each_job_ends_once_in_the_
 ) -> None:
     """A small form of tests/trials/replicas.py, each fault once."""
     monkeypatch.setattr(replicas, "LEASE_S", 2.0)
+    monkeypatch.setattr(replicas, "MOMENT_S", 1.0)
+    monkeypatch.setattr(replicas, "Server", ForkedServer)
     claims = replicas.trial(small, dict.fromkeys(replicas.FAULTS, 1), jobs=6, count=2)
     for claim in claims[:4]:  # the last is a time
         assert claim.holds, claim
@@ -94,7 +97,7 @@ def test_whatever_happens_to_a_server_or_the_database_each_job_ends_once_in_the_
 
 def test_step_frames_and_end_of_a_job_are_passed_on_by_every_other_replica(start: Start) -> None:
     holder, asked = start(), start()
-    job_id = post(holder.url, LONG)
+    job_id = post(holder.url, LONG | {"n": 4})
     asked.wait_until(lambda: (httpx.get(f"{asked.url}/jobs/{job_id}").json()["step"] or 0) > 0)
     assert httpx.get(f"{asked.url}/jobs/{job_id}").json()["eta_s"] > 0
     lines: list[str] = []
@@ -113,7 +116,8 @@ def test_step_frames_and_end_of_a_job_are_passed_on_by_every_other_replica(start
 
 def test_a_viewer_at_another_replica_sees_the_job_to_its_end_though_its_holder_dies(start: Start) -> None:
     holder, asked, third = start(), start(), start()
-    job_id = post(holder.url, LONG)
+    spec = LONG | {"n": 4}
+    job_id = post(holder.url, spec)
     lines: list[str] = []
     reading = threading.Thread(target=follow, args=(asked, job_id, "every=20&show=x_t", lines))
     reading.start()
@@ -125,7 +129,7 @@ def test_a_viewer_at_another_replica_sees_the_job_to_its_end_though_its_holder_d
     found = events("\n".join(lines))
     assert found[-1][0] == "done"
     assert any(name == "frame" for name, _, _ in events("\n".join(lines[seen:]))), "frames of the next holder"
-    undisturbed = httpx.post(f"{third.url}/sample", json=LONG, timeout=120).content
+    undisturbed = httpx.post(f"{third.url}/sample", json=spec, timeout=120).content
     assert httpx.get(f"{third.url}/jobs/{job_id}/image").content == undisturbed
 
 
@@ -215,9 +219,10 @@ def test_a_job_that_waits_in_the_table_for_weights_that_are_replaced_is_done_by_
     shutil.copytree(small, folder)
     server = start(checkpoint=folder, **KEYS)
     name, first = (httpx.get(f"{server.url}/model").json()[field] for field in ("name", "fingerprint"))
-    job_ids = [post(server.url, LONG)]
+    spec = LONG | {"steps": 400}
+    job_ids = [post(server.url, spec)]
     while httpx.get(f"{server.url}/jobs/{job_ids[-1]}").json()["position"] is not None:  # it is in the worker
-        job_ids.append(post(server.url, LONG | {"seed": len(job_ids)}))
+        job_ids.append(post(server.url, spec | {"seed": len(job_ids)}))
         assert len(job_ids) < 100
     new_weights(folder, 0.01)
     assert change(server, name, "reload").status_code == 200

@@ -238,7 +238,7 @@ def clock(bench: Bench) -> str:
         created = list[str]()
         for offset_s in (HOUR_S, -HOUR_S, 0):
             # They still run when the clock is set, a second later, and an hour passes their deadlines.
-            ids = [submit(http, bench, {"n": 2, "steps": 500, "seed": seed, "deadline_s": 3000}) for seed in range(2)]
+            ids = [submit(http, bench, {"n": 1, "steps": 500, "seed": seed, "deadline_s": 3000}) for seed in range(2)]
             running = bench._pool.submit(http.post, "/sample", json={"n": 2, "steps": 100, "deadline_s": 3000})
             while not any(http.get(f"/jobs/{job_id}").json()["step"] for job_id in ids):
                 time.sleep(0.02)
@@ -350,11 +350,11 @@ def memory_limit(bench: Bench) -> str:
     pid = server.server.process.pid
     used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.prlimit(pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
-    statuses = [bench.ask(server.server, {"n": n, "steps": 2, "seed": n}) for n in (1024, 1, 512, 1, 1024)]
+    statuses = [bench.ask(server.server, {"n": n, "steps": 1, "seed": n}) for n in (1024, 1, 512, 1, 1024)]
     codes = sorted({status_of(each) for each in statuses})
     resource.prlimit(pid, resource.RLIMIT_AS, before)
     must(server.server.process.poll() is None, "the process has ended")
-    must(server.server.post(json={"n": 1024, "steps": 2}).status_code == 200, "with memory again it does not serve")
+    must(server.server.post(json={"n": 1024, "steps": 1}).status_code == 200, "with memory again it does not serve")
     seen = ", ".join(codes)
     return f"answers meanwhile: {seen}; with memory again 200; {bench.settle(server, 'engine_failed', 'internal')}"
 
