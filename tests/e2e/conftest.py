@@ -159,11 +159,11 @@ def stop_server(server: RunningServer) -> int:
         raise
 
 
-def shared_server(checkpoint: Path) -> Iterator[RunningServer]:
+def shared_server(checkpoint: Path, *more: str) -> Iterator[RunningServer]:
     """A server for every test that does it no harm."""
     # No memory for repeats, so that each answer is made; and nothing is too much work, however slow the machine.
     flags = ("--max-body-bytes", "65536", "--result-cache-mb", "0", "--max-backlog-s", "6000")
-    running = start_server(checkpoint, *flags)
+    running = start_server(checkpoint, *flags, *more)
     yield running
     assert stop_server(running) == 0, running.log
     assert "Traceback" not in running.log, running.log
@@ -191,7 +191,8 @@ def server(small: Path) -> Iterator[RunningServer]:
 
 @pytest.fixture(scope="session")
 def bundled_server() -> Iterator[RunningServer]:
-    yield from shared_server(BUNDLED)
+    """With two threads, so that streams and wide passes are tried too, where servers beside other tests have one."""
+    yield from shared_server(BUNDLED, "--threads", "2")
 
 
 @pytest.fixture
