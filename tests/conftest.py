@@ -1,6 +1,8 @@
+import functools
 import gc
 import os
 
+import httpx._transports.default as transport
 import hypothesis
 import pytest
 import torch
@@ -8,6 +10,9 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has one core: two teams of threads would wait for each other
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the servers that it starts
+
+# httpx makes one for each httpx.get, in five times what a request takes, and the tests ask and look again all the time.
+transport.create_ssl_context = functools.cache(transport.create_ssl_context)
 
 hypothesis.settings.register_profile("tminus", deadline=None)  # a busy machine is no fault of the code
 hypothesis.settings.load_profile("tminus")

@@ -60,7 +60,7 @@ class RunningServer:
         deadline = time.monotonic() + 60
         while not holds():
             assert time.monotonic() < deadline, f"it did not happen:\n{self.log}"
-            time.sleep(0.01)  # the server needs the cores more than we do
+            time.sleep(0.02)  # the server needs the cores more than we do
 
     def metric(self, name: str) -> float:
         """The sum over labels of one metric."""
@@ -144,7 +144,7 @@ def start_server(checkpoint: Path, *flags: str, prepare: Callable[[], None] | No
     while server.url and time.monotonic() < deadline:
         if httpx.get(f"{server.url}/readyz").status_code == 200:
             return server
-        time.sleep(0.01)
+        time.sleep(0.05)
     stop_server(server)
     raise AssertionError(f"the server did not become ready:\n{server.log}")
 

@@ -1,6 +1,5 @@
 """Stand-ins that work: an engine without a network, whose ticks happen when the test lets them."""
 
-import os
 import queue
 import threading
 import time
@@ -265,4 +264,4 @@ def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline, "it did not happen"
-        os.sched_yield()
+        time.sleep(0.001)
