@@ -139,11 +139,13 @@ def _resample(module: nn.Module, h: Tensor, act_temb: Tensor) -> Tensor:
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:
-    """An embedding with nn.Embedding's own initialisation, whose normal_ on the meta device would import torch._dynamo.
+    """An embedding with nn.Embedding's own initialisation, but on the meta device none.
 
-    That import takes longer than all the rest of loading a checkpoint.
+    There torch would import torch._dynamo or sympy, which takes longer than all the rest of loading a checkpoint.
     """
-    weight = torch.randn(count, width)
+    weight = torch.empty(count, width)
+    if not weight.is_meta:
+        torch.randn(count, width, out=weight)
     embedding: nn.Embedding = nn.Embedding.from_pretrained(weight, freeze=False)  # type: ignore[no-untyped-call]
     return embedding
 

@@ -20,9 +20,6 @@ PRELOADED = (
     "tminus.service.server",
     "tminus.service.jobs.sqlite_store",
     "tminus.service.engine.loading",
-    "openvino.frontend.pytorch.patch_model",  # what converting a network imports
-    "torch.fx.experimental.symbolic_shapes",
-    "torch.distributed.tensor",
 )
 
 _context = multiprocessing.get_context("forkserver")

@@ -1,5 +1,7 @@
 import json
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,6 +91,20 @@ def test_the_same_folder_loaded_twice_gives_the_same_bytes_and_fingerprint(optio
     spec = trial_spec(one.engine.info, 3, 7, guidance=2.0)
     images = [sample_locally(loaded.engine, spec, 4, lambda rows: None) for loaded in (one, other)]
     np.testing.assert_array_equal(*images)
+
+
+def test_a_start_imports_nothing_that_takes_longer_than_loading(options: LoadOptions) -> None:
+    """torch imports these where values are made on the meta device, or what was traced is compared."""
+    program = f"""if True:
+        import sys
+        from pathlib import Path
+        from tminus.service.engine.loading import load_engine
+        from tminus.service.engine.options import LoadOptions
+        load_engine(LoadOptions(Path({str(options.checkpoint)!r}), device="cpu", executor="openvino", threads=1))
+        print(*{{"sympy", "torch._dynamo", "torch.distributed.tensor"}} & sys.modules.keys())
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 @pytest.mark.parametrize("max_batch", [None, 5, 16])
