@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has one core: two teams o
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the servers that it starts
 
-# httpx makes one for each httpx.get, in five times what a request takes, and the tests ask and look again all the time.
+# httpx makes a TLS context for each httpx.get, in five times what the request takes.
 transport.create_ssl_context = functools.cache(transport.create_ssl_context)
 
 hypothesis.settings.register_profile("tminus", deadline=None)  # a busy machine is no fault of the code

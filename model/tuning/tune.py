@@ -254,15 +254,14 @@ def _whole(timesteps: Sequence[float]) -> tuple[float, ...]:
 def _best_start(
     fitter: Fitter, checkpoint: Checkpoint, steps: int, settle: Callable[[Sequence[float]], tuple[float, ...]]
 ) -> Fit:
-    log_sigmas, best = fitter.schedule.log_sigmas, None
-    for spacing in STARTS:
+    log_sigmas = fitter.schedule.log_sigmas
+
+    def fit(spacing: str) -> Fit:
         sampler = "euler" if spacing == "karras" else "dpmpp_2m"
         t = make_timesteps(sampler, spacing, steps, len(log_sigmas), 0, log_sigmas, fractional=checkpoint.fractional)
-        found = fitter.fit(settle(t))
-        if best is None or found.held_out < best.held_out:
-            best = found
-    assert best is not None
-    return best
+        return fitter.fit(settle(t))
+
+    return min(map(fit, STARTS), key=lambda each: each.held_out)  # no list of them: each holds its passes
 
 
 def _rivals(fitter: Fitter, checkpoint: Checkpoint, steps: int) -> dict[str, float]:
