@@ -20,6 +20,7 @@ from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
+from tminus.model.held_out import examples_of, mean_loss, note_losses, unlike
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.encode import latents_of
 from tminus.model.latent.folder import hash_autoencoder
@@ -69,18 +70,22 @@ def train(
     device: torch.device,
     init_from: Path | None = None,
     autoencoder: Autoencoder | None = None,
+    held_out: ImageSet | None = None,
     on_sheet: Callable[[Denoiser, int], None] | None = None,
 ) -> bool:
     """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
 
     `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state. `autoencoder` makes the
-    run one of a latent model (Rombach et al. 2022): x_0 are the latents of the images. SIGINT or SIGTERM finishes the
-    step, saves and returns. Raises TrainError, CheckpointError.
+    run one of a latent model (Rombach et al. 2022): x_0 are the latents of the images. Each `sheet_every` steps and at
+    the end the averaged network is measured on `held_out`, of the same shape and classes as the data, and handed to
+    `on_sheet`. SIGINT or SIGTERM finishes the step, saves and returns. Raises TrainError, CheckpointError.
     """
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
     if autoencoder is not None and config.flip:
         raise TrainError("flip mirrors pixels, and a latent model is trained on latents")
+    if held_out is not None and (wrong := unlike(held_out, data)):
+        raise TrainError(wrong)
 
     # The state: weights, their average, the optimiser's moments, the step.
     torch.manual_seed(step_seed(config.seed, -1))
@@ -121,6 +126,7 @@ def train(
     labels = data.labels.to(device) if data.labels is not None else None
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
     labels_meta = Labels(data.class_names, null_class)
+    measured = [examples_of(each, autoencoder, device) for each in (data, held_out)] if held_out is not None else []
     if begun:
         recommended = read_recommended(folder, noise, labels_meta)
     if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
@@ -171,12 +177,18 @@ def train(
             loss = l_simple(out, target) if weights is None else l_weighted(out, target, weights[t])
             grad_norm = run.descend(loss, config)
 
-            # Progress, saves and sheets.
+            # Progress, saves, losses and sheets.
             progress.show(run.step, loss, grad_norm, time.perf_counter() - started, last=interrupted())
             if run.step % config.save_every == 0 and run.step < config.steps:
                 save()
-            if on_sheet is not None and (run.step % config.sheet_every == 0 or run.step == config.steps):
-                on_sheet(averaged(unet, run.ema), run.step)
+            if run.step % config.sheet_every == 0 or run.step == config.steps:
+                average = averaged(unet, run.ema)
+                if measured:
+                    losses = [mean_loss(average, each, schedule, noise.prediction_type, weights) for each in measured]
+                    note_losses(folder, run.step, *losses)
+                    log.info("step %d: loss of the average %.5f on training images, %.5f held out", run.step, *losses)
+                if on_sheet is not None:
+                    on_sheet(average, run.step)
         save()
     return run.step >= config.steps
 

@@ -21,6 +21,11 @@ SHEET_STEPS = 50
 @click.command()
 @click.option("--data", default="fashion-mnist", help="fashion-mnist, or a folder of images (a subfolder a class)")
 @click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
+@click.option(
+    "--test-data",
+    type=FOLDER_TYPE,
+    help="folder of held-out images, of which losses.csv then tells; fashion-mnist has its own",
+)
 @click.option("--size", "size_px", default=32, help="side of the square images of a folder, in pixels")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="of the images of a folder")
 @BACKGROUND
@@ -45,7 +50,9 @@ SHEET_STEPS = 50
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
 @click.option("--compile", is_flag=True, help="torch.compile the network")
 @click.option("--save-every", default=500, help="steps between saves")
-@click.option("--sheet-every", default=1000, help="steps between sample sheets")
+@click.option(
+    "--sheet-every", default=1000, help="steps between sample sheets, and between measurements of held-out images"
+)
 @click.option("--widths", default="32,64,128", help="block_out_channels, one per resolution")
 @click.option("--layers", default=1, help="layers per block")
 @click.option("--attention-at", default="16", help="resolutions that attend, in pixels, e.g. 16,8; the mid block does")
@@ -76,6 +83,11 @@ def train(**options: Any) -> None:
         device = choose_device(options["device"])
         like = options["size_px"], int(options["channels"]), options["background"]
         data = load_training_data(options["data"], "train", options["data_dir"], *like)
+        held_out = None
+        if options["test_data"] is not None or options["data"] == "fashion-mnist":
+            held_out = load_training_data(
+                str(options["test_data"] or options["data"]), "test", options["data_dir"], *like
+            )
         autoencoder = load_autoencoder(options["latent"]) if options["latent"] is not None else None
         unet = _architecture(options, data, autoencoder.config if autoencoder is not None else None)
         noise = NoiseConfig(
@@ -96,6 +108,7 @@ def train(**options: Any) -> None:
             device=device,
             init_from=options["init_from"],
             autoencoder=autoencoder,
+            held_out=held_out,
             on_sheet=lambda net, step: write(net, plan, step),
         )
     except (DataError, TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:

@@ -47,8 +47,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trained = run_cli("train", "--data", str(pictures), "--out", str(run), "--steps", "10", *SMALL, **ONE_THREAD)
+    held_out = save_pictures(tmp_path / "held-out", 1)
+    trained = run_cli("train", "--data", str(pictures), "--test-data", str(held_out), "--out", str(run),
+                      "--steps", "10", *SMALL, **ONE_THREAD)  # fmt: skip
     assert trained.returncode == 0, trained.stderr
+    assert "held out" in trained.stderr
+    assert [line.split(",")[0] for line in (run / "losses.csv").read_text().splitlines()] == ["step", "5", "10"]
     assert "loss=" in trained.stderr
     assert "images_s=" in trained.stderr
     assert [sheet.name for sheet in sorted((run / "sheets").iterdir())] == ["0000005.png", "0000010.png"]
@@ -69,7 +73,6 @@ def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_pa
     refused = run_cli(*measure)
     assert refused.returncode == 1
     assert "--test-data" in refused.stderr
-    held_out = save_pictures(tmp_path / "held-out", 1)
     measured = run_cli(*measure, "--test-data", str(held_out), "--json", str(tmp_path / "figures.json"), **ONE_THREAD)
     assert measured.returncode == 0, measured.stderr
     assert "class accuracy" in measured.stdout
@@ -150,11 +153,12 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Pa
     assert len(hashes) == 1
 
 
-def test_training_says_what_is_wrong(tmp_path: Path) -> None:
+def test_training_says_what_is_wrong(pictures: Path, tmp_path: Path) -> None:
     for arguments, says in (
         (("--data", str(tmp_path / "nowhere")), "not a folder"),
         (("--data-dir", str(tmp_path)), "train-images"),
         (("--data", str(tmp_path), "--save-every", "0"), "no image files"),
+        (("--data", str(pictures), "--test-data", str(pictures / "red")), "red: has the classes"),
     ):
         result = run_cli("train", "--out", str(tmp_path / "run"), *arguments)
         assert result.returncode == 1

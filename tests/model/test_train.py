@@ -593,9 +593,10 @@ def test_timing_the_precisions_leaves_the_weights_and_gradients_alone() -> None:
 # --- on latents ---
 
 
-def latent_run(folder: Path, config: TrainConfig = RUN) -> Autoencoder:
+def small_autoencoder() -> Autoencoder:
+    """Of grey images; 8x8 pixels are latents of 3x4x4."""
     torch.manual_seed(2)
-    autoencoder = Autoencoder(
+    return Autoencoder(
         AutoencoderConfig(
             in_channels=1,
             out_channels=1,
@@ -607,6 +608,10 @@ def latent_run(folder: Path, config: TrainConfig = RUN) -> Autoencoder:
             scaling_factor=1.5,
         )
     ).requires_grad_(False)
+
+
+def latent_run(folder: Path, config: TrainConfig = RUN) -> Autoencoder:
+    autoencoder = small_autoencoder()
     unet = dataclasses.replace(CONDITIONAL, sample_size=4, in_channels=3, out_channels=3)
     noise = dataclasses.replace(NOISE, clip_sample=False)
     train(folder, toy_images(), unet, noise, config, device=CPU, autoencoder=autoencoder)

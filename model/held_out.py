@@ -1,0 +1,93 @@
+"""The loss on images that a run does not learn from, beside that on as many that it does.
+
+While both fall, the run still learns. Where the first one rests, more of the same is no use; where it rises as the
+second falls, images are learned by heart.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tminus.model.data import ImageSet
+from tminus.model.files import write_atomically
+from tminus.model.guidance import Forward
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.encode import latents_of
+from tminus.model.loss import l_simple, l_weighted, training_target
+from tminus.model.noise import NoiseSchedule
+from tminus.model.pixels import to_model_range
+from tminus.model.rng import row_noise, split_seed
+
+LOSSES_FILE = "losses.csv"
+HEAD = "step,training,held_out"
+MEASURED = 2000  # images of each kind, at most
+BATCH = 64
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """x_0 [N, C, H, W], pixels in [-1, 1] or latents, and class_labels int64 [N] or None; on one device."""
+
+    x_0: Tensor
+    class_labels: Tensor | None
+
+
+def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
+    """Say why the one set cannot be measured as the other is; None if it can."""
+    for what, of_held_out, of_data in (
+        ("images of", held_out.images.shape[1:], data.images.shape[1:]),
+        ("the classes", held_out.class_names, data.class_names),
+    ):
+        if of_held_out != of_data:
+            return f"{held_out.name}: has {what} {tuple(of_held_out)}, and {data.name} {tuple(of_data)}"
+    return None
+
+
+def examples_of(data: ImageSet, autoencoder: Autoencoder | None, device: torch.device) -> Examples:
+    """At most MEASURED of the images, evenly spaced, so of every class: pixels, or their latents."""
+    count = min(len(data), MEASURED)
+    picked = torch.arange(count) * len(data) // count
+    images = data.images[picked]
+    x_0 = to_model_range(images.to(device)) if autoencoder is None else latents_of(autoencoder, images, device)
+    return Examples(x_0, data.labels[picked].to(device) if data.labels is not None else None)
+
+
+@torch.no_grad()
+def mean_loss(
+    net: Forward, examples: Examples, schedule: NoiseSchedule, prediction_type: str, weights: Tensor | None = None
+) -> float:
+    """L_simple of the examples with their classes, each at one t, or the loss with weights [T] of t.
+
+    The timesteps are spread evenly over 0..T-1. They and eps are the same at each call, so that the losses of a run at
+    two of its steps differ by the network alone.
+    """
+    count, device = len(examples.x_0), examples.x_0.device
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).to(device)
+    timesteps = order * schedule.num_timesteps // count
+    seed_words = torch.tensor(split_seed(SEED), device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for index in torch.split(torch.arange(count, device=device), BATCH):
+        t, x_0 = timesteps[index], examples.x_0[index]
+        eps = row_noise(seed_words.expand(len(index), 2), index, torch.zeros_like(index), x_0.shape[1:])
+        labels = examples.class_labels[index] if examples.class_labels is not None else None
+        out = net(schedule.q_sample(x_0, t, eps), t, labels)
+        target = training_target(schedule, prediction_type, x_0, t, eps)
+        loss = l_simple(out, target) if weights is None else l_weighted(out, target, weights[t])
+        total += loss.double() * len(index)
+    return float(total / count)
+
+
+def note_losses(folder: Path, step: int, training: float, held_out: float) -> None:
+    """Add a line to the run's losses.csv. Lines of this and later steps go: a run that was killed left them."""
+    file = folder / LOSSES_FILE
+    known = file.read_text("utf-8").splitlines()[1:] if file.is_file() else []
+    earlier = [line for line in known if int(line.split(",")[0]) < step]
+    text = "\n".join([HEAD, *earlier, f"{step},{training:.6f},{held_out:.6f}", ""])
+
+    def write(path: Path) -> None:
+        path.write_text(text, "utf-8")
+
+    write_atomically(file, write)
