@@ -111,7 +111,9 @@ class Drain:
             fluids.step()
             self._points.append(at(starts_s + fluids.tick_end_s))
         if all_s and decodes_s + all_s > self._points[-1][0]:
-            self._points += [at(max(decodes_s, self._points[-1][0])), at(decodes_s + all_s)]
+            self._points.append(at(max(decodes_s, self._points[-1][0])))
+            # Nothing is left then. By `at` a rounding error might be, and the server would never be seen to be empty.
+            self._points.append((decodes_s + all_s, _load(fluids, owner, 0.0, 0.0)))
 
     def room_s(self, work: Work, speed: Speed) -> float:
         """The first time when no limit is passed by one more job."""

@@ -49,6 +49,19 @@ def test_work_over_the_backlog_limit_waits_for_an_idle_server() -> None:
     assert 8 <= wait_of(refusal(admission, plain(64, 1000))) <= 11
 
 
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(1, 10), st.floats(0.05, 2.0), st.floats(0.0, 100.0), st.booleans())
+def test_a_server_that_decodes_longer_than_it_steps_is_idle_in_the_end(
+    rows: int, steps: int, decode_s: float, now_s: float, one_job: bool
+) -> None:
+    """What is left to decode then is nothing, to the last digit: an idle server has room for any job."""
+    limits = {"max_jobs": 1.0} if one_job else {"max_backlog_s": 10.0}
+    admission = make_admission(decode_s=decode_s, **limits)
+    admission.enter("a", plain(rows, steps), now_s=now_s)
+    refused = refusal(admission, plain(64, 1000), now_s)
+    assert wait_of(refused) >= rows * decode_s - 1
+
+
 def test_the_line_is_of_a_bounded_length_and_the_rest_is_spread_evenly_in_it() -> None:
     line = Line()
     times = [line.next_s(100.0, 10.0) for _ in range(1000)]
