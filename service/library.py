@@ -33,6 +33,9 @@ class Library:
             log.warning("the folder of models cannot be read: %s", error)
             return found
         for path in paths:
-            if path.is_dir() and NAME.fullmatch(path.name):
-                found.setdefault(path.name, path)
+            try:
+                if path.is_dir() and NAME.fullmatch(path.name):
+                    found.setdefault(path.name, path)
+            except OSError as error:  # a link into a folder that may not be entered
+                log.warning("%s in the folder of models cannot be read: %s", path.name, error)
         return found

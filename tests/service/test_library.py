@@ -28,6 +28,13 @@ def test_a_folder_that_is_gone_has_no_models(tmp_path: Path) -> None:
     assert Library({}, tmp_path / "gone").folders() == {}
 
 
+def test_an_entry_that_cannot_be_read_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").symlink_to("x" * 300)  # no file has so long a name: to look there is an error
+    assert Library({}, tmp_path).folders() == {"a": tmp_path / "a"}
+    assert "b in the folder of models cannot be read" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["a", "A-b_c.9", "9", "x" * 64])
 def test_these_are_names(name: str) -> None:
     assert NAME.fullmatch(name)
