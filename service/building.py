@@ -4,6 +4,7 @@ torch is imported when the functions run.
 """
 
 import logging
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -66,7 +67,8 @@ def prepare(
         try:
             options = settings.load_options(model.folder)
             loaded = prepare_engine(model.checkpoint, options, measured.get(model.name), busy=busy)
-        except Exception:
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # whose variables hold the model
             release_memory()
             raise
         measured[model.name] = loaded.measured

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class ModelChanges:
     async def load(self, name: str) -> Services:
         """Serve a model that is not loaded. Raises ModelBusy, ModelNotFound, CheckpointRefused, Draining."""
         folder = await self._folder(name)
-        if any(services.model.name == name for services in self._parts.models):
+        if self._named(name) is not None:
             raise ModelBusy(f"{name} is loaded already; reload reads its folder again", field="model", value=name)
         return await self._change(name, folder)
 
@@ -111,22 +112,34 @@ class ModelChanges:
                 log.exception("%s cannot be loaded", name)
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise CheckpointRefused(f"{name} cannot be loaded: {reason}", field="model", value=name) from None
-        weights_hash, models = prepared.engine.info.weights_hash, self._parts.models
-        for services in models:
-            if services.model.name != name and services.model.weights_hash == weights_hash:  # their jobs share a store
-                detail = f"{name} has the weights of {services.model.name}, which is loaded"
-                raise CheckpointRefused(detail, field="model", value=name)
-        before = next((services for services in models if services.model.name == name), None)
-        services = await self._parts.join(prepared)
+        release, before = prepared.release, self._named(name)
+        try:
+            services = await self._join(name, prepared)
+        except Exception as error:
+            del prepared
+            traceback.clear_frames(error.__traceback__)  # whose variables hold the model
+            await asyncio.to_thread(release)
+            raise
         if before is not None:
             self._parts.leave(before)
         return services
+
+    async def _join(self, name: str, prepared: Prepared) -> Services:
+        weights_hash = prepared.engine.info.weights_hash
+        for services in self._parts.models:
+            if services.model.name != name and services.model.weights_hash == weights_hash:  # their jobs share a store
+                detail = f"{name} has the weights of {services.model.name}, which is loaded"
+                raise CheckpointRefused(detail, field="model", value=name)
+        return await self._parts.join(prepared)
+
+    def _named(self, name: str) -> Services | None:
+        return next((services for services in self._parts.models if services.model.name == name), None)
 
     async def _folder(self, name: str) -> Path:
         folders = await asyncio.to_thread(self._library.folders)
         if name in folders:
             return folders[name]
-        if any(services.model.name == name for services in self._parts.models):
+        if self._named(name) is not None:
             raise CheckpointRefused(f"the folder of {name} is gone", field="model", value=name)
         detail = f"no model {short(name)!r} can be loaded; those that can: {', '.join(sorted(folders)) or 'none'}"
         raise ModelNotFound(detail, field="model", value=name, bound="a model that GET /models lists")

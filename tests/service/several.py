@@ -1,6 +1,8 @@
 """Several models on fake engines, and a library that more are loaded from."""
 
+import gc
 import threading
+import weakref
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ class Shelf:
 
     found: dict[str, ModelInfo | Exception] = field(default_factory=dict)
     engines: list[FakeEngine] = field(default_factory=list)  # those that were made, in order
+    freed: list[bool] = field(default_factory=list)  # of each memory that was given back: whether its engine was gone
     gate: threading.Event = field(default_factory=threading.Event)  # while it is clear, loading takes long
 
     def prepare(self, name: str, _folder: Path) -> Prepared:
@@ -48,7 +51,13 @@ class Shelf:
         if isinstance(found, Exception):
             raise found
         self.engines.append(FakeEngine(replace(found, name=name)))
-        return prepare(self.engines[-1], LIMITS, INSTANT)
+        engine = weakref.ref(self.engines[-1])
+
+        def release() -> None:
+            gc.collect()
+            self.freed.append(engine() is None)
+
+        return replace(prepare(self.engines[-1], LIMITS, INSTANT), release=release)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.jobs.store import JobRecord
+from tminus.service.worker import errors_to
 from tminus.service.worker.worker import Worker
 
 THIRD = replace(COLOUR, weights_hash="ef" * 32)
@@ -179,11 +180,14 @@ def test_a_bad_checkpoint_changes_nothing_and_says_why(
 
 def test_a_model_whose_first_tick_fails_changes_nothing(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: FakeEngine, _batch: object) -> None:
+        several.shelf.engines.clear()
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(FakeEngine, "step", fail)
+    monkeypatch.setattr(errors_to.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
     problem(several.change("third", "load"), 500, "engine_failed")
     monkeypatch.undo()
+    assert several.shelf.freed == [True], "its memory is given back"
     assert several.states()["third"] == "unloaded"
     assert several.site.worker.alive
     assert fingerprint(several, "") == INFO.fingerprint
@@ -194,6 +198,7 @@ def test_weights_that_are_served_under_another_name_are_refused(several: Several
     several.shelf.found["third"] = replace(COLOUR)
     document = problem(several.change("third", "load"), 422, "checkpoint_refused")
     assert "the weights of colour" in document["detail"]
+    assert len(several.shelf.freed) == 1
 
 
 def test_what_is_in_no_folder_or_not_loaded_is_not_found(several: Several) -> None:
