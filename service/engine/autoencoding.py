@@ -18,7 +18,7 @@ from tminus.model.latent.preview import colours_of, fit_colours
 from tminus.model.pixels import to_model_range, to_uint8
 from tminus.service.engine import openvino_executor
 from tminus.service.engine.tf32 import multiplying
-from tminus.service.engine.transfer import to_device
+from tminus.service.engine.transfer import streams, to_device
 from tminus.service.spec import Floats, Images
 
 TIMED = 3  # images that are decoded to know how long one takes; the fastest counts
@@ -83,8 +83,8 @@ class Autoencoding:
         return to_uint8(torch.from_numpy(x))[0].permute(1, 2, 0).contiguous().numpy()
 
     def _eager(self, module: nn.Module) -> Pass:
-        """Run a module with torch; on a GPU in a stream of its own, beside the ticks."""
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        """Run a module with torch; on a GPU beside the ticks."""
+        stream = streams(self._device).decoding if self._device.type == "cuda" else None
 
         def run(x: Floats) -> Floats:
             with torch.inference_mode(), torch.cuda.stream(stream):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tminus.model.denoiser import Denoiser
 from tminus.service.engine.tf32 import multiplying
+from tminus.service.engine.transfer import streams
 
 PRECISIONS = ("float32", "tf32", "bfloat16")  # tf32, on CUDA only, multiplies float32 with 10 bits of mantissa
 Passes = list[tuple[int, int, int]]  # (start, end, size) each
@@ -181,7 +182,7 @@ class CompiledExecutor:
 
     def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Warm up on another stream, as CUDA graphs demand: compiling and cuDNN's choices must not be captured.
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = streams(self._device).capturing
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for _ in range(3):
@@ -189,7 +190,7 @@ class CompiledExecutor:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Another model's ticks may go on in another thread, which the default mode forbids much.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             out = self._run(*self._inputs[size])
         return graph, out
 

@@ -1,6 +1,8 @@
 """Copies between host and device, and the GPU ticks that have not ended. No tick waits for a copy."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +30,7 @@ def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tenso
     """Start to copy new tensors to the host; the function returned waits for them. On a CPU they are there already."""
     if device.type != "cuda":
         return lambda: tensors
-    # A stream of its own: the copy runs beside the next tick.
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = streams(device).copying  # beside the next tick
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         on_host = tuple(torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors)
@@ -44,6 +45,22 @@ def copy_out(device: torch.device, *tensors: Tensor) -> Callable[[], tuple[Tenso
         return on_host
 
     return read
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The streams of a GPU beside the one of its ticks, one for each purpose."""
+
+    copying: torch.cuda.Stream
+    decoding: torch.cuda.Stream
+    capturing: torch.cuda.Stream
+    """What another thread put on this one would spoil a CUDA graph."""
+
+
+@cache
+def streams(device: torch.device) -> Streams:
+    """The streams of a GPU, taken together and once: torch has 32, which it gives out in turn, the same again later."""
+    return Streams(*(torch.cuda.Stream(device) for _ in range(3)))  # type: ignore[no-untyped-call]
 
 
 class LaunchedTicks:

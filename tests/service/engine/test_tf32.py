@@ -26,8 +26,8 @@ def defaults() -> Iterator[tuple[bool, bool]]:
 def test_flags_are_set_inside_and_as_before_outside(defaults: tuple[bool, bool], tf32: bool) -> None:
     with multiplying(CUDA, tf32=tf32):
         assert flags() == (tf32, tf32)
-        with multiplying(CUDA, tf32=not tf32):
-            assert flags() == (not tf32, not tf32)
+        with multiplying(CUDA, tf32=tf32):
+            assert flags() == (tf32, tf32)
         assert flags() == (tf32, tf32)
     assert flags() == defaults
 
@@ -40,6 +40,22 @@ def test_flags_are_as_before_after_an_error() -> None:
 def test_nothing_is_set_on_a_cpu(defaults: tuple[bool, bool]) -> None:
     with multiplying(CPU, tf32=not defaults[0]):
         assert flags() == defaults
+
+
+def test_threads_that_want_the_same_do_not_wait_for_each_other() -> None:
+    """One of them may be compiling, which takes a minute."""
+    seen: list[tuple[bool, bool]] = []
+
+    def other() -> None:
+        with multiplying(CUDA, tf32=True):
+            seen.append(flags())
+
+    thread = threading.Thread(target=other)
+    with multiplying(CUDA, tf32=True):
+        thread.start()
+        thread.join(10)
+        assert seen == [(True, True)]
+        assert flags() == (True, True), "the first still launches"
 
 
 def test_another_thread_waits_for_its_turn() -> None:

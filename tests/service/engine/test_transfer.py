@@ -8,6 +8,7 @@ from tests.service.engine.engines import CPU, OnGpu, Poisoned, make_engine, spec
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.rng import image_noise
 from tminus.service.engine.executors import EagerExecutor
+from tminus.service.engine.transfer import streams
 from tminus.service.errors import NotFinite
 from tminus.service.work import Batch
 
@@ -80,3 +81,14 @@ def test_a_gpus_late_news_of_a_broken_row_is_not_told_of_the_next_row_in_its_slo
     assert set(well) == set(sick)
     assert [tick(well, step) for step in range(3)] == [(), (), ()]
     assert engine.images(well)().shape == (2, 8, 8, 1)
+
+
+@pytest.mark.gpu
+def test_what_is_put_on_one_stream_of_a_gpu_never_lands_on_another(on_gpu: OnGpu) -> None:
+    """torch gives out its 32 streams again and again."""
+    _, device = on_gpu()
+    taken = streams(device)
+    for _ in range(40):
+        torch.cuda.Stream(device)
+        assert streams(device) is taken
+    assert len({each.cuda_stream for each in (taken.copying, taken.decoding, taken.capturing)}) == 3
