@@ -142,7 +142,11 @@ def prepare_engine(
         exact=exact,
         bits=bits,
     )
-    how = {"executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest}
+    # An exact engine on a GPU pads each pass to the largest, so its batch sizes are others.
+    how = {
+        "executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest,
+        "exact": exact,
+    }  # fmt: skip
     network = {"unet": checkpoint.net.config.to_dict(), "shape": checkpoint.row_shape, "device": str(device)}
     way = how | network | {"details": executor.details}
     again = known if known is not None and known.way == way else None

@@ -142,6 +142,15 @@ def test_the_measured_batch_is_kept_between_starts_and_a_damaged_answer_is_not_t
     assert rounds_measured == [loading.ROUNDS, 1, loading.ROUNDS, 1], "a start that knows the sizes measures little"
 
 
+def test_the_batch_that_was_measured_of_an_exact_engine_is_not_that_of_another(
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = iter([((4, 0.55), (8, 1.0), (16, 9.0)), ((4, 1.0), (8, 9.0), (16, 9.0))])
+    monkeypatch.setattr(loading, "measure_ticks", lambda _engine, _max_batch, *, rounds: next(curves))
+    batches = [load_engine(replace(unmeasured, max_batch=None, exact=exact)).max_batch for exact in (True, False)]
+    assert batches == [8, 4]
+
+
 def test_a_round_that_a_slow_tick_ended_early_is_measured_again(
     unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
