@@ -25,6 +25,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU's context is dead, as after an illegal access: every call fails then. Waits for the device.
+
+    After a want of memory it goes on.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        return True
+    return False
+
+
 def default_max_rows(checkpoint: Checkpoint) -> int:
     """How many rows' state (x and x0, float32) fits the latent budget."""
     row_bytes = 2 * 4 * math.prod(checkpoint.row_shape)

@@ -13,6 +13,7 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guide, rescale
 from tminus.model.samplers import Plan, denoise
 from tminus.model.trajectory import PlanNumbers
+from tminus.service.engine.devices import is_lost
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
@@ -308,6 +309,15 @@ class Engine:
         self._free_rows.extend(reversed(rows))
         for row in rows if self._inputs else ():
             self._inputs.pop(row, None)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a tick may still run when `step` and `wait` have returned."""
+        return self._ticks is not None
+
+    def is_lost(self) -> bool:
+        """Whether the device does nothing any more. Waits for it."""
+        return is_lost(self._device)
 
     def memory_bytes(self) -> int | None:
         """Memory that tensors take on the GPU; None on a CPU, where it is the process's own."""

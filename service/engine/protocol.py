@@ -15,6 +15,10 @@ class RowEngine(Protocol):
 
     info: ModelInfo
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a tick may still run when `step` and `wait` have returned, as on a GPU."""
+
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         """Give a job's rows slots, and x_T, x_t of its image, or the state in the snapshot; returns the row ids.
 
@@ -56,6 +60,9 @@ class RowEngine(Protocol):
 
     def remove(self, rows: Sequence[int]) -> None:
         """Free one job's slots."""
+
+    def is_lost(self) -> bool:
+        """Whether the device does nothing any more, whatever it is told: asked after an error. Waits for the device."""
 
     def memory_bytes(self) -> int | None:
         """Memory taken on the device; None where that is the process's own memory."""

@@ -70,6 +70,8 @@ class CodedJobs:
                 self._fail(job, error)
             else:
                 log.error("an image of job %s could not be encoded or decoded", job.id, exc_info=error)
+                if job.model.engine.is_lost():
+                    raise error  # which ends the worker, as in errors_to
                 detail = f"its images could not be encoded or decoded: {type(error).__name__}"
                 self._fail(job, EngineFailed(detail))
 

@@ -29,6 +29,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.deadlines import Deadlines
 from tminus.service.spec import Images, Inputs
 from tminus.service.work import Batch, JobResult
+from tminus.service.worker.busy import Busy
 from tminus.service.worker.coded_jobs import CodedJobs
 from tminus.service.worker.errors_to import errors_to
 from tminus.service.worker.loaded_models import LoadedModel, LoadedModels
@@ -68,7 +69,8 @@ class Loop:
         # Those of the last tick, or the one accepted last; after a crash, the possible causes.
         self.current_jobs: frozenset[str] = frozenset()
         self.rows_active = 0  # rows in the last tick
-        self.tick_began_s: float | None = None  # while a tick runs
+        self.busy = Busy(clock)
+        self._was_idle = True  # before the next tick
 
     @property
     def has_work(self) -> bool:
@@ -97,14 +99,16 @@ class Loop:
 
     def _begin(self, job: RunningJob) -> None:
         """Give a job to its model's engine and scheduler."""
-        refuse = partial(self._refuse, job)
-        with errors_to(refuse, "this job could not be started", "job %s could not be added", job.id):
+        engine, fail = job.model.engine, partial(self._fail, job)
+        with errors_to(fail, engine, "this job could not be started", "job %s could not be added", job.id):
             try:
-                job.rows = job.model.engine.add(job.spec, job.snapshot, job.inputs)
+                job.rows = engine.add(job.spec, job.snapshot, job.inputs)
             except ValueError as error:
-                refuse(InvalidField(str(error), field="sampler", value=job.spec.sampler))
+                self._leave(job)
+                job.fail(InvalidField(str(error), field="sampler", value=job.spec.sampler))
         if not job.rows:
             return
+        self._was_idle |= not self.models.has_ticks
         self._jobs[job.id] = job
         steps = job.snapshot.steps if job.snapshot is not None else None
         job.model.scheduler.add(job.id, job.rows, job.work, steps, job.owner)
@@ -113,13 +117,10 @@ class Loop:
         job.snapshot = job.inputs = None
         log.info("job %s of request %s accepted: %s", job.id, job.request_id, job.spec, extra=job.log_fields)
 
-    def _refuse(self, job: RunningJob, error: ServiceError) -> None:
-        self._leave(job)
-        job.fail(error)
-
     def run(self, act: Callable[[], Result], future: "Future[Result]") -> None:
         """Do something short with an engine; the future, which is running, gets the result."""
-        with errors_to(future.set_exception, "the engine could not do it", "what was asked of the engine failed"):
+        failed = "what was asked of the engine failed"
+        with errors_to(future.set_exception, None, "the engine could not do it", failed), self.busy.with_engine():
             future.set_result(act())
 
     def watch(self, job_id: str, watch: Watch) -> None:
@@ -229,21 +230,22 @@ class Loop:
 
     def _step(self, engine: RowEngine, batch: Batch, jobs: Sequence[RunningJob]) -> frozenset[int] | None:
         """Step a batch; returns the rows that are not finite, or None if it failed and its jobs are given up."""
-        with self._giving_up(jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows)):
-            self.tick_began_s = self._clock()
-            try:
-                engine.step(batch)
-                engine.wait()
-                return frozenset(engine.broken(batch.rows))
-            finally:
-                self.tick_began_s = None
+        failing = self._giving_up(jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
+        with failing, self.busy.with_engine():
+            engine.step(batch)
+            engine.wait()
+            return frozenset(engine.broken(batch.rows))
         return None
 
     def _count(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob], seconds: float) -> None:
         """Take a tick's work off the ledger of admission, and count its steps."""
         self.models.stepped(model, seconds)
         places = {picked.job_id: picked.places for picked in batch.jobs}
-        self._admission.stepped(model.number, places, batch.places, seconds)
+        # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
+        # long it took to launch.
+        tells = not (self._was_idle and model.engine.runs_ahead)
+        self._was_idle = False
+        self._admission.stepped(model.number, places, batch.places if tells else 0, seconds)
         row_steps: dict[str, int] = {}
         for job, picked in zip(jobs, batch.jobs, strict=True):
             count = len(picked.steps)
@@ -319,10 +321,10 @@ class Loop:
     def _giving_up(
         self, jobs: Sequence[RunningJob], detail: str, log_line: str, *args: object
     ) -> AbstractContextManager[None]:
-        """Give jobs up with EngineFailed if the block raises; see errors_to."""
+        """Give jobs of one model up with EngineFailed if the block raises; see errors_to."""
 
         def fail(error: EngineFailed) -> None:
             for job in jobs:
                 self.give_up(job.id, error, error.code)
 
-        return errors_to(fail, detail, log_line, *args)
+        return errors_to(fail, jobs[0].model.engine, detail, log_line, *args)

@@ -261,7 +261,7 @@ class Worker:
     @property
     def stalled_s(self) -> float:
         """For how long a tick, or one image of an autoencoder, has run that is far over its time; 0.0 where none is."""
-        began_s = self._loop.tick_began_s
+        began_s = self._loop.busy.since_s
         took_s = 0.0 if began_s is None else self._clock() - began_s
         if took_s <= max(STALL_S, STALL_TICKS * self._admission.longest_tick_s):
             took_s = 0.0

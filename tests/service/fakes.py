@@ -120,6 +120,8 @@ class FakeEngine:
         self.on_noised: Callable[[], None] = lambda: None
         self.on_decode: Callable[[SampleSpec], None] = lambda spec: None  # of each image, of a latent model
         self.on_encode: Callable[[Inputs], None] = lambda inputs: None
+        self.lost = False  # whether the device does nothing any more
+        self.runs_ahead = False
         self.on_remove: Callable[[Sequence[int]], None] = lambda rows: None
         self._free = list(range(slots))
 
@@ -230,6 +232,9 @@ class FakeEngine:
             del self.steps_done[row]
         self.nan -= set(rows)
         self._free.extend(rows)
+
+    def is_lost(self) -> bool:
+        return self.lost
 
     def memory_bytes(self) -> int | None:
         return None

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine.calibration import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
+from tminus.service.spec import Floats
 from tminus.service.work import Batch
 
 
@@ -91,6 +93,24 @@ def test_where_there_are_two_ticks_at_most_the_faster_counts(num_timesteps: int,
 
     ((_, seconds),) = measure_ticks(engine, 1, Uneven(engine))
     assert seconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2])
+def test_of_an_engine_that_runs_ahead_two_ticks_are_timed_to_their_end(num_timesteps: int) -> None:
+    """As on a GPU: a tick takes the host no time, until something waits for the device."""
+    engine = FakeEngine(replace(INFO, num_timesteps=num_timesteps))
+    clock = Clock(engine)
+    running: list[Batch] = []
+    latents = engine.latents
+
+    def wait_for_device(rows: Sequence[int]) -> Floats:
+        while running:
+            clock.tick(running.pop())
+        return latents(rows)
+
+    engine.on_step, engine.latents = running.append, wait_for_device  # type: ignore[method-assign]
+    ((_, seconds),) = measure_ticks(engine, 1, clock)
+    assert seconds >= 0.004
 
 
 def test_where_ticks_are_slow_larger_ones_are_not_tried() -> None:

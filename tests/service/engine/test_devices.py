@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.service.conftest import MakeCheckpoint
-from tminus.service.engine.devices import MAX_DEFAULT_ROWS, choose_device, default_max_rows
+from tminus.service.engine.devices import MAX_DEFAULT_ROWS, choose_device, default_max_rows, is_lost
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cpu:x", "cuda:", "mps", "meta", "cuda:-1", "cuda:4096", "xpu", "CPU "])
@@ -24,3 +24,16 @@ def test_the_default_number_of_rows_fits_the_latent_budget(make_checkpoint: Make
     large = make_checkpoint(in_channels=3, out_channels=3, sample_size=512)
     assert default_max_rows(large) == 512 * 2**20 // (2 * 4 * 3 * 512 * 512)
     assert default_max_rows(replace(large, size_px=(2**16, 2**16))) == 4, "the least that --max-batch may be"
+
+
+@pytest.mark.parametrize("error", [None, torch.AcceleratorError("an illegal memory access was encountered", 700)])
+def test_a_gpu_is_lost_when_it_cannot_even_be_waited_for(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    def synchronize(_device: torch.device) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert is_lost(torch.device("cuda")) is (error is not None)
+    assert not is_lost(torch.device("cpu"))

@@ -302,6 +302,7 @@ def test_an_engine_that_breaks_in_add_fails_that_job_only(make_bench: MakeBench)
     error = failure(bench.accept("broken", seed=666))
     assert isinstance(error, EngineFailed)
     assert error.detail == "this job could not be started: RuntimeError"
+    assert bench.metric("cancelled_total", reason="engine_failed") == 1
     bench.finish()
     images(running)
 
@@ -685,6 +686,49 @@ def test_a_path_that_fails_costs_its_own_job_only(make_bench: MakeBench, reads: 
     images(other)
 
 
+# --- a GPU that is lost, and one that runs ahead ---
+
+
+@pytest.mark.parametrize("where", ["on_add", "on_step", "on_preview", "on_images"])
+def test_an_error_that_leaves_no_device_ends_the_worker_and_no_job(make_bench: MakeBench, where: str) -> None:
+    bench = make_bench()
+
+    def fail(_asked: object) -> None:
+        bench.engine.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    setattr(bench.engine, where, fail)
+    spec = make_spec(steps=1)
+    job = bench.make_job("job", spec, recording=Path(spec))
+
+    def run() -> None:
+        bench.loop.accept(job)
+        bench.finish()
+
+    with pytest.raises(RuntimeError, match="illegal"):  # the worker's thread ends by it, and answers all
+        run()
+    assert not job.future.done()
+    setattr(bench.engine, where, lambda _asked: None)
+    bench.loop.give_up("job", Draining(), "draining")
+    if where == "on_add":  # it was not here yet
+        bench.loop._leave(job)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_of_an_engine_that_runs_ahead_the_first_tick_of_a_burst_tells_nothing(
+    make_bench: MakeBench, runs_ahead: bool
+) -> None:
+    """It takes as long as a launch: the ticks that follow wait for the one before."""
+    bench = make_bench()
+    bench.measured([(1, 1.0), (LIMITS.max_batch, 1.0)])
+    bench.engine.runs_ahead = runs_ahead
+    bench.engine.on_step = lambda batch: setattr(bench, "now_s", bench.now_s + (1.0 if batch.steps[0] else 0.01))
+    for name in ("a", "b", "c"):
+        bench.accept(name, n=1, steps=4)
+        bench.finish()
+    assert (bench.admission.tick_time_ratio == 1.0) is runs_ahead
+
+
 # --- latent models: encoded before, decoded after ---
 
 LATENT = replace(INFO, latent=LatentInfo("AutoencoderKL", 4, 2, 3, 0.18))
@@ -772,6 +816,23 @@ def test_what_fails_to_decode_fails_alone(make_bench: MakeBench, raised: Excepti
     assert isinstance(error := failure(bad), told)
     assert "secret" not in str(error)
     assert good.result(0)
+
+
+def test_a_device_that_is_lost_while_decoding_ends_the_worker(make_bench: MakeBench) -> None:
+    bench = make_bench(info=LATENT)
+
+    def decode(_spec: SampleSpec) -> None:
+        bench.engine.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    bench.engine.on_decode = decode
+    job = bench.make_job("job", make_spec(steps=1))
+    bench.loop.accept(job)
+    bench.tick()
+    with pytest.raises(RuntimeError, match="illegal"):
+        bench.next_posted()
+    assert not job.future.done()
+    bench.loop._leave(job)  # the worker answers all, and forgets them
 
 
 def accept_picture(bench: Bench, **kwargs: object) -> "Future[JobResult]":

@@ -769,6 +769,38 @@ def test_a_step_that_hangs_makes_the_server_not_ready_and_is_told_to_newcomers(m
     assert bench.worker.ready, "it was only slow"
 
 
+def test_what_is_asked_of_an_engine_and_hangs_is_a_stall_too(make_bench: MakeBench) -> None:
+    bench, begun, go_on = make_bench().start(), threading.Event(), threading.Event()
+
+    def hang(_engine: object) -> None:
+        begun.set()
+        go_on.wait(PATIENCE_S)
+
+    asked = bench.worker.run(hang)
+    assert begun.wait(PATIENCE_S)
+    bench.now_s += STALL_S + 1
+    assert bench.worker.stalled_s > STALL_S
+    go_on.set()
+    asked.result(PATIENCE_S)
+    assert bench.worker.ready
+
+
+def test_a_lost_device_ends_the_worker_which_answers_every_job(make_bench: MakeBench) -> None:
+    bench = make_bench().start(shut=True)
+
+    def fail(_batch: object) -> None:
+        bench.engine.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    bench.engine.on_step = fail
+    futures = [bench.submit("a", steps=3), bench.submit("b", n=8, steps=50)]
+    bench.engine.gate.open()
+    for future in futures:
+        assert isinstance(failure(future), EngineFailed)
+    wait_until(lambda: bench.worker.crashed)
+    assert not bench.worker.alive
+
+
 def test_a_tick_is_given_twenty_times_what_it_should_take(make_bench: MakeBench) -> None:
     bench = make_bench().start(shut=True)
     bench.measured([(1, 10.0), (bench.limits.max_batch, 10.0)])
