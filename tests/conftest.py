@@ -38,12 +38,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Whoever is done steals from the end of another's part.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+    # One worker has all that ask the server of the bundled checkpoint, which takes ten seconds of a core to start.
+    at_one_server: list[pytest.Item] = []
     modules: dict[str, list[pytest.Item]] = {}
     for item in items:
-        modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
+        if workers and "bundled_server" in getattr(item, "fixturenames", ()):
+            at_one_server.append(item)
+        else:
+            modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
     others = [name for name in modules if name.startswith("tests/e2e/") and name not in LONG]
     slow = [*(name for name in LONG if name in modules), *others]
     parts = [[item for name in slow[k::workers] for item in modules.pop(name)] for k in range(workers)]
+    if parts:
+        parts[0] = at_one_server + parts[0]
     quick = [item for module in modules.values() for item in module]
     dealt: list[pytest.Item] = []
     for k, part in enumerate(parts):

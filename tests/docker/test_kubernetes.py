@@ -11,11 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
-from cloudcoil.models.keda.v1alpha1 import ScaledObject
-from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
 
 from tests.docker.discovery import Kinds, cluster, kinds_of
 from tests.service.conftest import MakeSite, make_site  # noqa: F401
@@ -31,7 +28,6 @@ COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 OF_THE_IMAGE = dict(re.findall(r"\b(TMINUS_[A-Z_]+)=(\S+)", DOCKERFILE.partition(" AS base\n")[2]))
-DEFINED_BY_OTHERS = {"ScaledObject": ScaledObject, "PodMonitor": PodMonitor, "PrometheusRule": PrometheusRule}
 RELEASES = ("1.30", "1.32", "1.34", "1.36")
 NAME = {"app.kubernetes.io/name": "tminus"}
 OTHER_VARIABLES = {"FORWARDED_ALLOW_IPS"}  # of uvicorn
@@ -126,7 +122,13 @@ def environment(objects: Objects) -> dict[str, str]:
 
 def check(document: dict[str, Any], release: str) -> None:
     """Raise ValueError for what is not of its schema, or has a field that is not in it."""
-    if (model := DEFINED_BY_OTHERS.get(document["kind"])) is not None:
+    # Imported here, which takes seconds of each process that only collects the tests.
+    import kubernetes_validate
+    from cloudcoil.models.keda.v1alpha1 import ScaledObject
+    from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
+
+    defined_by_others = {"ScaledObject": ScaledObject, "PodMonitor": PodMonitor, "PrometheusRule": PrometheusRule}
+    if (model := defined_by_others.get(document["kind"])) is not None:
         read = model.model_validate(document).model_dump(mode="json", by_alias=True, exclude_unset=True)
         if read != document:
             raise ValueError(f"{read} is what is known of {document}")

@@ -976,8 +976,7 @@ def test_docs_shows_the_operations_and_asks_nobody_else(browser: Any, server: Ru
     tab.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
 def test_it_can_be_read_and_used_by_all(open_page: Callable[..., Page], scheme: str, width: int) -> None:
     page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     for _ in range(2):  # as it opens, and with a result and an error

@@ -235,8 +235,7 @@ def test_the_menu_is_used_by_keyboard(open_page: Callable[..., Page]) -> None:
     is_of(page, "colour")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
 def test_the_menu_can_be_read_by_all(
     open_page: Callable[..., Page], two: RunningServer, scheme: str, width: int
 ) -> None:
