@@ -55,6 +55,10 @@ class Following:
                 checks.token(sent.id)  # it is sent back in a header
             if isinstance(event, messages.Frame):
                 self._frames.check(event)
+            elif isinstance(event, messages.Waiting | messages.Progress):
+                # Beside frames these come only first: from a server that begins to work on the job. It may be another
+                # one, whose events come over the same connection, and which goes on from a snapshot: steps come again.
+                self._frames = FrameOrder(self._asked)
         except ValueError as error:
             raise UnexpectedAnswer(OK, error) from None
         return event

@@ -22,6 +22,8 @@ from tests.e2e.test_models import KEYS, change, new_weights
 from tests.service.durable import events
 from tests.service.keys import key_line
 from tests.trials import faults, replicas
+from tminus.service.client import Ended, Frame
+from tminus.service.client.messages import Event
 
 pytestmark = pytest.mark.slow
 
@@ -118,17 +120,22 @@ def test_a_viewer_at_another_replica_sees_the_job_to_its_end_though_its_holder_d
     holder, asked, third = start(), start(), start()
     spec = LONG | {"n": 4}
     job_id = post(holder.url, spec)
-    lines: list[str] = []
-    reading = threading.Thread(target=follow, args=(asked, job_id, "every=20&show=x_t", lines))
+    found: list[Event] = []
+
+    def read() -> None:
+        with asked.api() as tminus:
+            found.extend(tminus.job(job_id).events(every=20, show="x_t"))
+
+    reading = threading.Thread(target=read)
     reading.start()
-    asked.wait_until(lambda: sum(line.startswith("event: frame") for line in lines) > 2)
+    asked.wait_until(lambda: sum(isinstance(event, Frame) for event in found) > 2)
     holder.process.send_signal(signal.SIGKILL)
-    seen = len(lines)
+    seen = len(found)
     reading.join(60)
     assert not reading.is_alive()
-    found = events("\n".join(lines))
-    assert found[-1][0] == "done"
-    assert any(name == "frame" for name, _, _ in events("\n".join(lines[seen:]))), "frames of the next holder"
+    assert isinstance(found[-1], Ended)
+    assert found[-1].job.state == "done"
+    assert any(isinstance(event, Frame) for event in found[seen:]), "frames of the next holder"
     undisturbed = httpx.post(f"{third.url}/sample", json=spec, timeout=120).content
     assert httpx.get(f"{third.url}/jobs/{job_id}/image").content == undisturbed
 
