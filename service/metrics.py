@@ -32,6 +32,8 @@ ENCODE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 AUTOENCODER_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 WEBHOOK_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BATCH_BUCKETS = tuple(float(2**i) for i in range(11))
+ERRORS = ("500", "507")  # statuses that are the server's own fault
+LOST = ("engine_failed", "not_finite")  # reasons for which no job should end
 
 
 class Metrics:
@@ -59,6 +61,7 @@ class Metrics:
             "route",
             "status",
         )
+        self._errors = counter("errors_total", "Requests answered by an error of the server's own", "status")
         self._queue = histogram("queue_wait_seconds", "From acceptance to the start of the first step", REQUEST_BUCKETS)
         self._first_step = histogram(
             "time_to_first_step_seconds", "From acceptance to the end of the first step", REQUEST_BUCKETS
@@ -100,6 +103,11 @@ class Metrics:
             "webhook_duration_seconds", "One attempt to tell a webhook: delivered or failed", WEBHOOK_BUCKETS, "outcome"
         )
         self._loads = counter("model_loads_total", "Models loaded while the server ran: done or refused", "outcome")
+        # What alerts wait for is there at 0: to Prometheus, a series that begins at 1 has not increased.
+        for status in ERRORS:
+            self._errors.labels(status)
+        for reason in LOST:
+            self._cancelled.labels(reason)
 
     def model_loaded(self, info: ModelInfo) -> None:
         """Describe a model that is served from now on, in place of another of its name."""
@@ -233,6 +241,8 @@ class Metrics:
     def requested(self, route: str, status: int, seconds: float) -> None:
         """Record that a request was answered."""
         self._request.labels(route, str(status)).observe(seconds)
+        if str(status) in ERRORS:
+            self._errors.labels(str(status)).inc()
 
     def render(self) -> bytes:
         """Write all metrics in the Prometheus text format."""

@@ -19,6 +19,7 @@ from tests.service.client.conftest import SPEC, Served
 from tests.service.conftest import INSTANT
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tests.service.keys import access_of, bearer, key_line
+from tminus.service.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 PROMETHEUS = ROOT / "docker" / "prometheus"
@@ -61,6 +62,17 @@ def test_every_alert_is_tried_when_it_fires_and_when_it_does_not() -> None:
     tests = yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]
     tried = [(each["alertname"], bool(each["exp_alerts"])) for test in tests for each in test["alert_rule_test"]]
     assert {*tried} == {(rule["alert"], fires) for rule in ALERTS for fires in (True, False)}
+
+
+def test_alerts_are_tried_on_counters_that_begin_as_those_of_the_server_do() -> None:
+    at_0 = {(sample.name, *sorted(sample.labels.items())) for family in Metrics().registry.collect()
+            for sample in family.samples if sample.name.endswith("_total")}  # fmt: skip
+    for test in yaml.safe_load((PROMETHEUS / "alerts_test.yml").read_text())["tests"]:
+        for each in test["input_series"]:
+            name, _, labels = each["series"].partition("{")
+            if name.endswith("_total"):
+                own = sorted(pair for pair in re.findall(r'(\w+)="(.*?)"', labels) if pair[0] != "instance")
+                assert each["values"].startswith("0" if (name, *own) in at_0 else "_"), each["series"]
 
 
 def test_operations_says_what_to_do_about_every_alert() -> None:

@@ -17,6 +17,10 @@ DOCUMENTED = {
     name: (kind, frozenset(re.findall(r"`(\w+)`", labels)), unit.strip(), text.strip())
     for name, kind, labels, unit, text in ROW.findall(PAGE)
 }
+AT_0 = {  # with labels, and there from the start
+    "tminus_errors_total": [{"status": "500"}, {"status": "507"}],
+    "tminus_cancelled_total": [{"reason": "engine_failed"}, {"reason": "not_finite"}],
+}
 
 
 def exposed(text: str) -> dict[str, Metric]:
@@ -65,6 +69,7 @@ def moved() -> dict[str, Metric]:
     metrics.encoded("png", 1.0)
     metrics.coded("decode", 1.0)
     metrics.requested("/sample", 200, 1.0)
+    metrics.requested("/sample", 500, 1.0)
     return exposed(metrics.render().decode())
 
 
@@ -81,10 +86,25 @@ def test_the_page_has_its_type_and_labels(name: str, moved: dict[str, Metric]) -
     assert family.type == kind
     assert family.samples, "nothing has happened to it"
     assert {label for sample in family.samples for label in sample.labels} - {"le"} == labels
-    assert all(sample.value > 0 for sample in family.samples if not sample.labels.get("le")), "it did not move"
+    moves = [sample for sample in family.samples if sample.value > 0 or sample.labels not in AT_0.get(name, [])]
+    assert all(sample.value > 0 for sample in moves if not sample.labels.get("le")), "it did not move"
     assert text
     for suffix in ("seconds", "bytes"):
         assert (unit == suffix) == (f"_{suffix}" in name)
+
+
+def test_what_alerts_wait_for_is_there_at_0_from_the_start() -> None:
+    families = exposed(Metrics().render().decode())
+    found = {name: [s.labels for s in families[name].samples if s.value == 0] for name in AT_0}
+    assert found == AT_0
+
+
+def test_errors_of_the_servers_own_are_counted() -> None:
+    metrics = Metrics()
+    for status in (200, 429, 499, 500, 503, 507, 507):
+        metrics.requested("/sample", status, 1.0)
+    samples = exposed(metrics.render().decode())["tminus_errors_total"].samples
+    assert {sample.labels["status"]: sample.value for sample in samples} == {"500": 1, "507": 2}
 
 
 def test_queries_and_text_name_existing_series(moved: dict[str, Metric]) -> None:
