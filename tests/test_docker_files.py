@@ -146,6 +146,15 @@ def test_prometheus_asks_each_server_by_the_name_of_its_container(services: dict
     assert re.findall(r'"([^"]+)"', text) == [f"tminus-tminus-{number}:{port}" for number in range(1, count + 1)]
 
 
+def test_what_torch_compiles_can_be_loaded_where_there_is_a_gpu() -> None:
+    """Docker mounts a tmpfs noexec, and torch's caches are below the home folder."""
+    assert "--home-dir /tmp " in DOCKERFILE
+    done = composed("gpu")
+    assert done.returncode == 0, done.stderr
+    (mounted,) = json.loads(done.stdout)["services"]["tminus"]["tmpfs"]
+    assert mounted == "/tmp:size=4g,mode=1777,exec"
+
+
 def test_several_servers_can_have_keys_too(tmp_path: Path) -> None:
     done = composed("keys", "replicas", POSTGRES_PASSWORD=PASSWORD, KEYS=str(tmp_path))
     assert done.returncode == 0, done.stderr
