@@ -131,6 +131,15 @@ def test_the_proxy_lives_as_long_as_the_servers_may_take_to_answer(services: dic
         assert found["proxy"]["stop_grace_period"] == found["tminus"]["stop_grace_period"]
 
 
+def test_where_every_address_is_a_proxys_nobody_comes_but_by_the_proxy(
+    services: dict[str, Any], tmp_path: Path
+) -> None:
+    done = composed("proxy", NAME="diffusion.example", CERTIFICATES=str(tmp_path))
+    for found in (services, json.loads(done.stdout)["services"]):
+        assert found["tminus"]["environment"]["FORWARDED_ALLOW_IPS"] == "*"
+        assert "ports" not in found["tminus"]
+
+
 def test_what_is_added_may_do_as_little_as_the_rest(services: dict[str, Any]) -> None:
     for name in ("proxy", "postgres"):
         assert services[name]["cap_drop"] == ["ALL"]

@@ -14,12 +14,14 @@ import pytest
 from websockets.sync.client import connect
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
+from tests.e2e.names import Names, name_server
 from tests.e2e.nginx import CONFIGURATIONS, nginx
 from tests.service.fakes import wait_until
 from tests.service.keys import bearer, key_line
 from tests.test_monitoring import free_port
 
 TEMPLATE = CONFIGURATIONS / "tminus.conf.template"
+ADDRESS = "127.0.0.1"
 NAME, KEY = "diffusion.example", "tm_of_the_proxys_test"
 SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
 
@@ -29,6 +31,7 @@ class Proxied:
     server: RunningServer
     port: int
     certificate: Path
+    names: Names
 
     def client(self, **headers: str) -> httpx.Client:
         """A client that knows the name by another address, as one with DNS would."""
@@ -61,22 +64,30 @@ def proxied(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         small, "--allowed-hosts", NAME, TMINUS_KEYS=key_line("studio", KEY), FORWARDED_ALLOW_IPS="127.0.0.1"
     )
     text = TEMPLATE.read_text().replace("${NAME}", NAME).replace("8443", f"127.0.0.1:{port}")
-    text = text.replace("/certificates", str(folder)).replace("http://tminus:8000", server.url)
-    found = Proxied(server, port, certificate)
+    text = text.replace("/certificates", str(folder))
 
-    with nginx(folder, text) as process:
-
-        def listens() -> bool:
-            assert process.poll() is None, (folder / "errors").read_text()
-            try:
-                with found.client() as client:
-                    return client.get("/readyz").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_until(listens)
-        yield found
+    with name_server() as names:
+        for was, becomes in {
+            "127.0.0.11": f"127.0.0.1:{names.port}",
+            "tminus:8000": f"tminus:{server.url.rpartition(':')[2]}",
+        }.items():
+            assert text.count(was) == 1
+            text = text.replace(was, becomes)
+        names.addresses["tminus"] = [ADDRESS]
+        found = Proxied(server, port, certificate, names)
+        with nginx(folder, text) as process:
+            wait_until(lambda: _listens(found, process, folder))
+            yield found
     assert stop_server(server) == 0, server.log
+
+
+def _listens(proxied: Proxied, process: "subprocess.Popen[bytes]", folder: Path) -> bool:
+    assert process.poll() is None, (folder / "errors").read_text()
+    try:
+        with proxied.client() as client:
+            return client.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_a_sample_is_the_same_with_and_without_it(proxied: Proxied) -> None:
@@ -91,6 +102,30 @@ def test_a_stranger_and_another_name_are_refused(proxied: Proxied) -> None:
     with proxied.client() as client:
         assert client.get("/model").status_code == 401
         assert client.get("/model", headers={"Host": "evil.example"}).json()["code"] == "foreign_host"
+
+
+def test_the_path_and_the_query_arrive_as_they_were_sent(proxied: Proxied) -> None:
+    for path, code in (("/jobs/a%20b", "job_not_found"), ("/jobs/a%2Fb", "not_found"), ("/jobs?limit=%35", None)):
+        with proxied.client(**bearer(KEY)) as client:
+            through = client.get(path)
+        assert through.content == httpx.get(f"{proxied.server.url}{path}", headers=bearer(KEY)).content
+        assert through.json().get("code") == code
+
+
+def test_a_server_is_found_again_at_another_address(proxied: Proxied) -> None:
+    """As that of a container that was made anew."""
+
+    def status() -> int:
+        with proxied.client() as client:
+            return client.get("/readyz").status_code
+
+    assert status() == 200
+    proxied.names.addresses["tminus"] = ["127.0.0.2"]  # where nobody listens
+    try:
+        wait_until(lambda: status() == 502)
+    finally:
+        proxied.names.addresses["tminus"] = [ADDRESS]
+    wait_until(lambda: status() == 200)
 
 
 def test_a_body_that_is_too_large_is_told_by_the_server(proxied: Proxied) -> None:
