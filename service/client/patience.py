@@ -1,5 +1,6 @@
 """How long a call goes on trying, and when it looks again. No I/O but a clock."""
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from .results import JobState
 RESTART_S = 60.0  # a server that stopped answering may be starting again
 FIRST_S, LONGEST_S = 0.25, 4.0  # between two attempts to connect
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.05, 2.0
+LAST_LOOK_S = 1.0
 WORTH_WAITING = (429, 503)
 
 
@@ -63,15 +65,27 @@ class Patience:
 class Polling:
     """When to look at a job again that has not ended: when it should have, at most timeout_s from now on."""
 
-    def __init__(self, timeout_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._timeout_s, self._clock, self._began = timeout_s, clock, clock()
+    def __init__(self, job_id: str, timeout_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._job_id, self._timeout_s, self._clock, self._began = job_id, timeout_s, clock, clock()
+
+    def look_s(self, longest_s: float) -> float:
+        """How long the next look may take, the last one a little even where the time is up."""
+        return longest_s if self._timeout_s is None else min(longest_s, max(self._left_s(), LAST_LOOK_S))
 
     def pause_s(self, job: JobState) -> float:
         """Seconds until the next look. Raises TimeoutError."""
         pause_s = min(max(job.eta_s or 0, SHORTEST_POLL_S), LONGEST_POLL_S)
-        if self._timeout_s is None:
-            return pause_s
-        left_s = self._began + self._timeout_s - self._clock()
+        return self._cut(pause_s, f"is {job.state}")
+
+    def pause_after_s(self, error: ClientError, patience: Patience) -> float:
+        """Seconds until the next look after one that failed. Raises TimeoutError, or the error as `patience` does."""
+        return self._cut(patience.pause_s(error), f"could not be looked at ({error})")
+
+    def _cut(self, pause_s: float, known: str) -> float:
+        left_s = self._left_s()
         if left_s <= 0:
-            raise TimeoutError(f"job {job.id} is {job.state} after {self._timeout_s:g} s")
+            raise TimeoutError(f"job {self._job_id} {known} after {self._timeout_s:g} s")
         return min(pause_s, left_s)
+
+    def _left_s(self) -> float:
+        return math.inf if self._timeout_s is None else self._began + self._timeout_s - self._clock()

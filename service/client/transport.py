@@ -71,7 +71,7 @@ def with_key(url: str, headers: Mapping[str, str] | None, key: str | None) -> Ma
 
 def timeouts(quiet_s: float | None = QUIET_S) -> httpx.Timeout:
     """Make the time limits of a request. quiet_s: how long the server may send nothing; None: as long as it takes."""
-    return httpx.Timeout(quiet_s, connect=CONNECT_S)
+    return httpx.Timeout(quiet_s, connect=CONNECT_S if quiet_s is None else min(CONNECT_S, quiet_s))
 
 
 def check_coding(response: httpx.Response) -> None:

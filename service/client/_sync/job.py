@@ -13,6 +13,7 @@ from ..messages import Event
 from ..parameters import Preview
 from ..patience import SHORTEST_POLL_S, Patience, Polling
 from ..results import JobState, MediaType, Sampled, object_of
+from ..transport import QUIET_S, timeouts
 from .connection import Connection
 
 
@@ -32,11 +33,17 @@ class Job:
     def wait(self, timeout_s: float | None = None) -> JobState:
         """Wait until it is done, failed or cancelled; a restart of the server of up to a minute too.
 
-        Raises TimeoutError after timeout_s; the job goes on.
+        Raises TimeoutError after timeout_s, a second or two later where the server is silent; the job goes on.
         """
-        patience, polling = self._patience(), Polling(timeout_s)
+        patience, polling = self._patience(), Polling(self.id, timeout_s)
         while True:
-            job = JobState.of(object_of(self._connection.request("GET", self._path, patience)))
+            # One attempt at a time, since the time may be up before the patience is.
+            once, limits = Patience(0), timeouts(polling.look_s(QUIET_S))
+            try:
+                job = JobState.of(object_of(self._connection.request("GET", self._path, once, timeout=limits)))
+            except ClientError as error:
+                time.sleep(polling.pause_after_s(error, patience))
+                continue
             patience.renew()
             if job.ended:
                 self.latest = job

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +45,20 @@ def test_a_wait_times_out_and_the_job_goes_on(served: Served, connect: Connect) 
     assert caught.value.retry_after_s is not None
     served.engine.gate.open()
     assert job.wait(PATIENCE_S).state == "done"
+
+
+def test_a_wait_keeps_its_time_where_nobody_answers(connect: Connect) -> None:
+    """Neither a port that refuses nor one that is silent is waited for longer."""
+    with socket.socket() as silent, socket.socket() as refusing:
+        for listening in (silent, refusing):
+            listening.bind(("127.0.0.1", 0))
+        silent.listen()
+        for listening in (silent, refusing):
+            job = connect(f"http://127.0.0.1:{listening.getsockname()[1]}", patience_s=60).job("x")
+            began_s = time.monotonic()
+            with pytest.raises(TimeoutError, match=r"job x could not be looked at .* after 0.3 s"):
+                job.wait(0.3)
+            assert time.monotonic() - began_s < 5
 
 
 def test_a_failed_job_says_why(served: Served, connect: Connect) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.service.client.conftest import job_members
 from tminus.service.client import ClientError, Problem, UnexpectedAnswer, Unreachable
-from tminus.service.client.patience import RESTART_S, Patience, Polling
+from tminus.service.client.patience import LAST_LOOK_S, RESTART_S, Patience, Polling
 from tminus.service.client.results import JobState
 
 
@@ -88,14 +88,15 @@ def job(state: str, eta_s: float | None) -> JobState:
 
 
 def test_a_job_is_looked_at_again_when_it_should_be_done() -> None:
-    polling = Polling(None)
+    polling = Polling("x", None)
+    assert polling.look_s(60) == 60
     told = [("waiting", 100), ("running", 0.7), ("running", 0.0), ("waiting", None)]
     assert [polling.pause_s(job(*each)) for each in told] == [2.0, 0.7, 0.05, 0.05]
 
 
 def test_a_job_is_looked_at_once_more_when_the_time_is_up() -> None:
     clock = Clock()
-    polling = Polling(3, clock)
+    polling = Polling("x", 3, clock)
     pauses = list[float]()
 
     def wait() -> None:
@@ -105,3 +106,19 @@ def test_a_job_is_looked_at_once_more_when_the_time_is_up() -> None:
     with pytest.raises(TimeoutError, match="job x is running after 3 s"):
         iterate(wait)
     assert pauses == [2, 1]
+
+
+def test_a_look_takes_no_longer_than_the_time_that_is_left_nor_does_the_pause_after_one_that_failed() -> None:
+    clock = Clock()
+    polling, patience = Polling("x", 5, clock), Patience(1000, clock=clock)
+    assert polling.look_s(60) == 5
+    assert polling.look_s(2) == 2
+    clock.now_s += 3
+    assert polling.look_s(60) == 2
+    assert polling.pause_after_s(REFUSED, patience) == 2, "it says 7"
+    clock.now_s += 2
+    assert polling.look_s(60) == LAST_LOOK_S, "it is looked at once more"
+    with pytest.raises(TimeoutError, match=r"job x could not be looked at \(nobody\) after 5 s"):
+        polling.pause_after_s(NOBODY, patience)
+    with pytest.raises(UnexpectedAnswer):
+        polling.pause_after_s(UnexpectedAnswer(200), patience)
