@@ -10,11 +10,13 @@ OUR_COMPLAINTS = (1002, 1007, 1009)  # closes by us: against the protocol, no UT
 
 def closed(error: ConnectionClosed, max_bytes: int) -> ClientError:
     """Make the error for a WebSocket that was closed before its end; max_bytes is the bound of a message."""
-    if error.sent is not None and error.sent.code in OUR_COMPLAINTS and not error.rcvd_then_sent:
-        if error.sent.code == 1009:
-            return too_large(SWITCHING_PROTOCOLS, max_bytes)
+    if error.sent is None or error.rcvd_then_sent:
+        return Unreachable(f"the server closed before the job was done ({error})", reached=True)
+    if error.sent.code == 1009:
+        return too_large(SWITCHING_PROTOCOLS, max_bytes)
+    if error.sent.code in OUR_COMPLAINTS:
         return UnexpectedAnswer(SWITCHING_PROTOCOLS)
-    return Unreachable(f"the server closed before the job was done ({error})", reached=True)
+    return Unreachable(f"the client closed before the job was done ({error})", reached=True)
 
 
 def refused(error: InvalidStatus) -> ClientError:

@@ -11,6 +11,9 @@ from .errors import UnexpectedAnswer, Unreachable, error_of
 UNCOMPRESSED = {"Accept-Encoding": "identity"}  # images are compressed already, and what is packed is hard to bound
 CONNECT_S = 10.0
 CLOSE_S = 1.0  # for the end of a WebSocket that is left: the server knows at once, and what it sends is not read
+# For the answer to a ping over a WebSocket. It is not read while the caller is busy with what came before it, so this
+# is longer than a server lets a client be silent, and the server decides.
+PONG_S = 90.0
 QUIET_S = 60.0
 KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what a header can hold
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)

@@ -9,7 +9,7 @@ import websockets.sync.client
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from ..closings import closed, refused
-from ..transport import CLOSE_S, CONNECT_S, lost
+from ..transport import CLOSE_S, CONNECT_S, PONG_S, lost
 
 MESSAGES_AHEAD = 2  # that have come over a WebSocket and were not asked for yet; each may be as long as they get
 
@@ -28,6 +28,7 @@ def opened(
         "additional_headers": headers,
         "open_timeout": CONNECT_S,
         "close_timeout": CLOSE_S,
+        "ping_timeout": PONG_S,
         "compression": None,
         "max_size": max_bytes,
         "max_queue": MESSAGES_AHEAD,

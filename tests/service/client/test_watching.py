@@ -8,13 +8,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from websockets.exceptions import ConnectionClosedError
+from websockets.frames import Close
 
 from tests.service.client.conftest import SPEC, Connect, MakeServed, Served
 from tests.service.client.hostile import ACCEPTED, DONE, FRAME, PNG, streaming
 from tests.service.conftest import pixels
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
+from tminus.service.api.stream import SEND_S
 from tminus.service.client import Accepted, Cancelled, ClientError, Done, Frame, Problem, UnexpectedAnswer, Unreachable
 from tminus.service.client.bounds import IMAGE_BYTES
+from tminus.service.client.closings import closed
+from tminus.service.server import PING_S, PONG_S
 
 
 def test_a_job_is_watched_to_its_end(served: Served, connect: Connect) -> None:
@@ -106,6 +111,30 @@ def test_a_server_that_stops_during_a_job_is_unreachable(served: Served, connect
     with pytest.raises(ClientError) as caught:
         list(messages)
     assert isinstance(caught.value, Problem | Unreachable), "not tried again: that would be another job"
+
+
+def test_a_busy_reader_is_left_to_the_server_to_judge(served: Served, connect: Connect) -> None:
+    """While its loop is busy a client reads no pong."""
+    served.engine.gate.shut()
+    with connect(served.url).watch(steps=2) as watching:
+        kept = iter(watching)
+        next(kept)
+        assert watching._ws.ping_timeout > max(PING_S + PONG_S, SEND_S)
+        kept.close()
+    served.engine.gate.open()
+
+
+def test_who_closed_is_told() -> None:
+    ours, theirs = Close(1011, "keepalive ping timeout"), Close(1012, "restart")
+    for error, who in (
+        (ConnectionClosedError(None, ours), "the client closed"),
+        (ConnectionClosedError(theirs, ours, rcvd_then_sent=False), "the client closed"),
+        (ConnectionClosedError(theirs, theirs, rcvd_then_sent=True), "the server closed"),
+        (ConnectionClosedError(None, None), "the server closed"),
+    ):
+        found = closed(error, 1)
+        assert isinstance(found, Unreachable)
+        assert str(found).startswith(f"{who} before the job was done (")
 
 
 # --- hostile servers ---
