@@ -1,4 +1,4 @@
-"""Addresses, keys, time limits, and what the errors of httpx mean. No I/O."""
+"""Addresses, keys, limits, and what the errors of httpx mean. No I/O."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +15,8 @@ CLOSE_S = 1.0  # for the end of a WebSocket that is left: the server knows at on
 # is longer than a server lets a client be silent, and the server decides.
 PONG_S = 90.0
 QUIET_S = 60.0
+# Long requests take no room from others. httpx bounds connections to 100, and lets 20 wait for the next request.
+UNBOUNDED = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 KEY = re.compile(r"[!-~]([ -~]*[!-~])?")  # what a header can hold
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 

@@ -11,6 +11,7 @@ from ..bounds import DOCUMENT_BYTES
 from ..errors import ClientError
 from ..patience import Patience
 from ..transport import (
+    UNBOUNDED,
     UNCOMPRESSED,
     check,
     check_coding,
@@ -21,6 +22,7 @@ from ..transport import (
     too_large,
     ws_address,
 )
+from .keep_alive import TRACED
 
 if TYPE_CHECKING:
     from websockets.asyncio.client import ClientConnection
@@ -48,6 +50,7 @@ class AsyncConnection:
             base_url=address,
             headers=UNCOMPRESSED | self._headers,
             timeout=timeouts(),
+            limits=UNBOUNDED,
             transport=transport,
         )
 
@@ -76,7 +79,7 @@ class AsyncConnection:
 
     async def _send(self, method: str, path: str, max_bytes: int, options: Mapping[str, Any]) -> httpx.Response:
         try:
-            async with self._http.stream(method, path, **options) as response:
+            async with self._http.stream(method, path, extensions=TRACED, **options) as response:
                 return await _whole(response, max_bytes)
         except httpx.HTTPError as error:
             raise lost(error) from None
@@ -88,7 +91,7 @@ class AsyncConnection:
         """Open a response of 2xx that is read while it is sent. Raises ClientError, also where it breaks off later."""
         options: dict[str, Any] = {"params": dict(params), "headers": headers, "timeout": timeouts(quiet_s)}
         try:
-            async with self._http.stream("GET", path, **options) as response:
+            async with self._http.stream("GET", path, extensions=TRACED, **options) as response:
                 if not response.is_success:
                     await _whole(response, DOCUMENT_BYTES)
                 check_coding(response)

@@ -12,6 +12,7 @@ from ..bounds import DOCUMENT_BYTES
 from ..errors import ClientError
 from ..patience import Patience
 from ..transport import (
+    UNBOUNDED,
     UNCOMPRESSED,
     check,
     check_coding,
@@ -22,6 +23,7 @@ from ..transport import (
     too_large,
     ws_address,
 )
+from .keep_alive import TRACED
 
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
@@ -49,6 +51,7 @@ class Connection:
             base_url=address,
             headers=UNCOMPRESSED | self._headers,
             timeout=timeouts(),
+            limits=UNBOUNDED,
             transport=transport,
         )
 
@@ -77,7 +80,7 @@ class Connection:
 
     def _send(self, method: str, path: str, max_bytes: int, options: Mapping[str, Any]) -> httpx.Response:
         try:
-            with self._http.stream(method, path, **options) as response:
+            with self._http.stream(method, path, extensions=TRACED, **options) as response:
                 return _whole(response, max_bytes)
         except httpx.HTTPError as error:
             raise lost(error) from None
@@ -89,7 +92,7 @@ class Connection:
         """Open a response of 2xx that is read while it is sent. Raises ClientError, also where it breaks off later."""
         options: dict[str, Any] = {"params": dict(params), "headers": headers, "timeout": timeouts(quiet_s)}
         try:
-            with self._http.stream("GET", path, **options) as response:
+            with self._http.stream("GET", path, extensions=TRACED, **options) as response:
                 if not response.is_success:
                     _whole(response, DOCUMENT_BYTES)
                 check_coding(response)

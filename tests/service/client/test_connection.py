@@ -1,8 +1,12 @@
 """Refusals, servers that cannot be reached and answers from elsewhere, sync and async."""
 
+import asyncio
 import gzip
+import socket
+import socketserver
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -12,7 +16,8 @@ from tests.service.client.breaking import Breaking
 from tests.service.client.conftest import ADMIN_KEY, SPEC, Connect, MakeServed, Served
 from tests.service.client.hostile import IMAGE_HEAD, PNG, answering, endless
 from tests.service.fakes import PATIENCE_S
-from tminus.service.client import Done, Problem, UnexpectedAnswer, Unreachable
+from tminus.service.client import AsyncClient, Client, Done, Problem, UnexpectedAnswer, Unreachable
+from tminus.service.client._async.keep_alive import KEEP_ALIVE
 from tminus.service.client.bounds import IMAGE_BYTES
 from tminus.service.server import bind
 
@@ -70,6 +75,68 @@ def test_a_change_of_models_is_waited_for_however_long_it_takes(connect: Connect
     waited = list[dict[str, float | None]]()
     connect("http://server", transport=httpx.MockTransport(answer)).unload_model("x", ADMIN_KEY)
     assert (waited[0]["read"], waited[0]["connect"]) == (None, 10)
+
+
+class Noting(Breaking):
+    """Keeps what the sockets of the connections were told."""
+
+    def note(self, response: httpx.Response) -> httpx.Response:
+        opened = response.extensions["network_stream"].get_extra_info("socket")
+        names = {"SO_KEEPALIVE": socket.SOL_SOCKET} | dict.fromkeys(KEEP_ALIVE, socket.IPPROTO_TCP)
+        self.told = {name: opened.getsockopt(level, getattr(socket, name)) for name, level in names.items()}
+        return response
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        return self.note(super().handle_request(request))
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return self.note(await super().handle_async_request(request))
+
+
+def test_tcp_itself_finds_a_server_that_is_silently_gone(served: Served, connect: Connect) -> None:
+    for call in (lambda tminus: tminus.model(), lambda tminus: list(tminus.submit(**SPEC).events())):
+        transport = Noting()
+        call(connect(served.url, transport=transport))
+        assert transport.told == KEEP_ALIVE | {"SO_KEEPALIVE": 1}
+
+
+def test_a_proxy_that_the_environment_names_is_asked(
+    served: Served, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", served.url)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(Problem, match=r"this server is not known as tminus\.example"):
+        connect("http://tminus.example").model()
+
+
+def test_long_calls_keep_no_other_call_from_a_connection() -> None:
+    """More at once than httpx has connections for, unless told otherwise."""
+    count, whole = 101, b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+    asked = threading.Barrier(count)
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(2**16)
+            asked.wait(PATIENCE_S)
+            self.request.sendall(whole)
+
+    class Server(socketserver.ThreadingTCPServer):
+        request_queue_size = 2 * count
+
+    async def ask_async(url: str) -> list[Any]:
+        async with AsyncClient(url) as tminus:
+            return await asyncio.gather(*(tminus.model() for _ in range(count)))
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        try:
+            assert asyncio.run(ask_async(url)) == [{}] * count
+            with Client(url) as tminus, ThreadPoolExecutor(count) as threads:
+                assert list(threads.map(lambda _: tminus.model(), range(count))) == [{}] * count
+        finally:
+            server.shutdown()
 
 
 def test_a_refused_call_is_tried_again_while_patience_lasts(make_served: MakeServed, connect: Connect) -> None:
