@@ -34,7 +34,8 @@ def http_address(url: str) -> str:
 
 def ws_address(url: str) -> str:
     """Turn the address into that for WebSockets."""
-    return url.replace("http", "ws", 1)
+    scheme, _, rest = url.partition(":")
+    return f"{scheme.lower().replace('http', 'ws')}:{rest}"
 
 
 def model_address(address: str, model: str | None) -> str:

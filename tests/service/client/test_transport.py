@@ -8,6 +8,8 @@ def test_an_address_may_have_a_path_behind_a_proxy() -> None:
     assert http_address("https://host:1/tminus/") == "https://host:1/tminus"
     assert ws_address("https://host:1/tminus") == "wss://host:1/tminus"
     assert ws_address("http://http") == "ws://http"
+    assert ws_address(http_address("HTTP://Host/HTTP")) == "ws://Host/HTTP"
+    assert ws_address(http_address("Https://host")) == "wss://host"
     assert model_address("https://host:1/tminus", None) == "https://host:1/tminus"
     assert model_address("https://host:1/tminus", "v1.5_b-2") == "https://host:1/tminus/models/v1.5_b-2"
 
