@@ -55,6 +55,6 @@ def distill(**options: Any) -> None:
         loaded = load_checkpoint(teacher)
         write = sheet_writer(out, loaded.net.config, device, loaded.autoencoder)
         done = run(out, teacher, config, device=device, on_sheet=write)
-    except (TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:
+    except (TrainError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error))
     say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")

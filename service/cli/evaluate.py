@@ -109,6 +109,7 @@ def evaluate(
     With several samplers, steps or guidance scales every combination is measured, by every seed.
     """
     set_up_log("INFO", "%(message)s")
+    import torch
 
     from tminus.model.checkpoint import load_checkpoint
     from tminus.model.data import DataError
@@ -117,6 +118,7 @@ def evaluate(
     from tminus.model.evaluation.plots import check_installed
     from tminus.model.files import CheckpointError
 
+    failures = DataError, CheckpointError, ClassifierError, EvaluateError, ValueError, OSError, torch.OutOfMemoryError
     if approve and options["precision"] == "float32":
         fail("--approve: needs a --precision below float32 to approve")
     try:
@@ -133,15 +135,15 @@ def evaluate(
         if approve:
             reference = measure(checkpoint, compared, ways, options | {"precision": "float32"}, report_folder).single()
         report = measure(checkpoint, compared, ways, options, report_folder)
-        if reference is not None:
-            judge_precision(checkpoint, reference, report.single())
         shown = report.single() if single else report
         say(shown.to_markdown())
         if json_file is not None:
             write_file(f"--json {json_file}", json_file, (json.dumps(shown.to_dict(), indent=2) + "\n").encode())
         if report_folder is not None:
             write_report(report_folder, report, command_line(click.get_current_context()))
-    except (DataError, CheckpointError, ClassifierError, EvaluateError, ValueError) as error:
+        if reference is not None:  # last: it writes into the checkpoint, and that may fail
+            judge_precision(checkpoint, reference, report.single())
+    except failures as error:
         fail(str(error))
 
 
@@ -218,6 +220,8 @@ def measure(
                 kept=Kept(report_folder / "kept" if report_folder is not None else None),
             )
     except OSError as error:
+        if report_folder is None:
+            raise
         fail(f"--report {report_folder}: {error}")
 
 

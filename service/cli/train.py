@@ -111,7 +111,7 @@ def train(**options: Any) -> None:
             held_out=held_out,
             on_sheet=lambda net, step: write(net, plan, step),
         )
-    except (DataError, TrainError, CheckpointError, ValueError, torch.OutOfMemoryError) as error:
+    except (DataError, TrainError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error))
     say(f"{options['out']}: {'done' if done else 'interrupted and saved; the same command goes on'}")
 

@@ -76,6 +76,6 @@ def train_autoencoder(**options: Any) -> None:
         say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}")
         write = reconstruction_writer(out, data, device)
         done = run(out, data, model, config, device=device, on_sheet=write)
-    except (DataError, TrainError, ValueError, torch.OutOfMemoryError) as error:
+    except (DataError, TrainError, ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error))
     say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")

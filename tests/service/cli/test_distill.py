@@ -62,6 +62,14 @@ def test_a_failure_is_one_clear_line(teacher: Path, tmp_path: Path, arguments: l
     assert not (tmp_path / "student").exists()
 
 
+def test_a_run_that_cannot_be_written_is_one_clear_line(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = distill(teacher, tmp_path / "file" / "student")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit), "no traceback"
+    assert "Not a directory" in result.output.splitlines()[-1]
+
+
 def test_student_is_no_teacher(teacher: Path, tmp_path: Path) -> None:
     meta = json.loads((teacher / "tminus.json").read_text("utf-8"))
     (teacher / "tminus.json").write_text(json.dumps(meta | {"student": {"steps": [2]}}), "utf-8")

@@ -145,6 +145,33 @@ def test_a_bad_value_of_a_list_is_named_with_its_bound(folders: list[str], optio
     assert bound in result.output
 
 
+def test_figures_are_not_lost_where_the_checkpoint_cannot_be_written(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(*of: object) -> None:
+        raise OSError(30, "Read-only file system", "tminus.json")
+
+    monkeypatch.setattr("tminus.service.cli.evaluate.judge_precision", judge)
+    result = evaluate(
+        folders, "--approve", "--precision", "bfloat16", "--steps", "2", "--json", tmp_path / "figures.json"
+    )
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "tminus: [Errno 30] Read-only file system: 'tminus.json'"
+    assert "variational bound" in result.stdout
+    assert json.loads((tmp_path / "figures.json").read_text())["bound"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), torch.OutOfMemoryError("no room")])
+def test_a_full_disk_and_a_full_gpu_are_one_clear_line(
+    folders: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(*of: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tminus.model.evaluation.evaluate.evaluate", evaluated)
+    assert refusal(folders, "--steps", "2") == f"tminus: {error}"
+
+
 def test_a_report_without_matplotlib_names_the_extra_before_anything_is_measured(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
