@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+from click.core import ParameterSource
+
 from tminus.service.cli.loading import load
 from tminus.service.cli.output import fail
 from tminus.service.engine.options import LoadOptions
@@ -20,13 +23,18 @@ if TYPE_CHECKING:
     from tminus.service.spec import Images, Inputs, SampleSpec
 
 KEY = "TMINUS_KEY"  # the variable that has the key of the server
+LOCAL_ONLY = ("checkpoint", "device", "executor", "precision")  # options that say what is loaded here
 MAX_LOCAL_IMAGE_BYTES = 2**30
 
 
 def check_model(url: str | None, model: str | None) -> None:
-    """Fail where --model names a model of no server."""
+    """Fail where --model names a model of no server, and where a flag beside --url says what to load here."""
     if model is not None and url is None:
         fail("--model needs --url: a server that has it")
+    context = click.get_current_context()
+    for name in LOCAL_ONLY:
+        if url is not None and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            fail(f"--{name} is for a model that is loaded here, and --url names a server, which has its own")
 
 
 def read_pictures(image: Path | None, mask: Path | None) -> dict[str, str]:

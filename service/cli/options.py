@@ -17,11 +17,11 @@ DEVICE = click.option("--device", default="auto", help="auto, cpu or cuda; auto 
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
     click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),
-    click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint"),
+    click.option("--checkpoint", type=FOLDER_TYPE, default=BUNDLED, help="folder of the checkpoint; not with --url"),
     click.option(
         "--device",
         default="auto",
-        help="auto, cpu or cuda; auto takes a GPU if there is one; choose which by CUDA_VISIBLE_DEVICES",
+        help="auto, cpu or cuda; auto takes a GPU if there is one, which CUDA_VISIBLE_DEVICES names; not with --url",
     ),
     click.option("--executor", default="auto", help="auto, eager, compile or openvino; not with --url"),
     click.option("--precision", default="auto", help="auto, float32, tf32 (CUDA) or bfloat16; not with --url"),

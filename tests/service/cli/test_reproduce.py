@@ -59,7 +59,9 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
     def invoke(*arguments: str | Path, checkpoint: Path = folder / "tiny") -> click.testing.Result:
         where = ("--checkpoint", str(checkpoint), "--device", "cpu", "--executor", "eager")
-        return click.testing.CliRunner().invoke(main, [*map(str, arguments), *where])
+        return click.testing.CliRunner().invoke(
+            main, [*map(str, arguments), *(where if "--url" not in arguments else ())]
+        )
 
     yield invoke
     torch.set_num_threads(threads)
@@ -374,6 +376,14 @@ def test_a_server_that_gives_something_else_ends_in_one_clear_line(
 ) -> None:
     stand_in(monkeypatch, lambda request: response)
     one_line(run("reproduce", kept, "--url", "http://server:1"), says)
+
+
+@pytest.mark.parametrize("command", ["sample", "reproduce"])
+@pytest.mark.parametrize("name", ["checkpoint", "device", "executor", "precision"])
+def test_what_to_load_here_is_refused_where_a_server_is_asked(run: Run, kept: Path, command: str, name: str) -> None:
+    what = [kept] if command == "reproduce" else []
+    result = run(command, *what, "--url", "http://127.0.0.1:1", f"--{name}", "cpu")
+    one_line(result, f"--{name} is for a model that is loaded here, and --url names a server")
 
 
 @pytest.mark.usefixtures("no_model")
