@@ -120,6 +120,19 @@ def test_what_is_wrong_with_a_file_is_one_line(command: str, file: Path, text: s
     assert str(file) in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["config", "--port", "abc"], 1),
+        (["serve", "--port", "abc"], 1),
+        (["config", "--prot", "1"], 2),
+        (["sample", "-n", "abc"], 2),
+    ],
+)
+def test_exit_codes_are_those_that_the_docs_tell(arguments: list[str], code: int) -> None:
+    assert click.testing.CliRunner().invoke(main, arguments).exit_code == code
+
+
 def test_a_secret_with_a_mistake_in_a_file_is_not_repeated(file: Path) -> None:
     file.write_text("keys = 'tm_secret'\nport = 0")
     result = click.testing.CliRunner().invoke(main, ["serve", "--config", str(file)])
