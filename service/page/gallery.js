@@ -17,13 +17,15 @@ const KEY_IN_CALLS = [
 
 const remembered = (model) => recall(model, "results") ?? [];
 
-// Show what this session had before it was loaded again; what the server has forgotten is gone.
+// Show what this session had before it was loaded again, the newest first; what the server has forgotten is gone.
 export async function restore(model) {
   const problems = [];
-  for (const id of remembered(model)) {
+  for (const id of remembered(model).reverse()) {
+    if (element(`result-${id}`)) continue; // the job in the address
     try {
       const job = await getJson(`jobs/${id}`);
-      addResult(job, await (await ask(`jobs/${id}/image`)).blob(), model);
+      const images = await (await ask(`jobs/${id}/image`)).blob();
+      if (remembered(model).includes(id)) show(job, images, model); // else newer ones have taken its place meanwhile
     } catch (error) {
       if (isGone(error)) forget(id, model);
       else problems.push(reason(error));
@@ -36,6 +38,12 @@ export async function restore(model) {
 }
 
 export function addResult(job, images, model) {
+  const all = remembered(model);
+  if (!all.includes(job.id)) keep(model, "results", [...all, job.id].slice(-REMEMBERED));
+  show(job, images, model);
+}
+
+function show(job, images, model) {
   if (element(`result-${job.id}`)) return;
   const picture = URL.createObjectURL(images);
   const spec = shortest(job.parameters, model);
@@ -66,9 +74,18 @@ export function addResult(job, images, model) {
     'pathlib.Path("out.png").write_bytes(response.raise_for_status().content)',
   ].join("\n");
   element("no-results").hidden = true;
-  element("gallery").prepend(entry);
-  forget(job.id, model);
-  keep(model, "results", [...remembered(model), job.id].slice(-REMEMBERED));
+  place(entry, remembered(model));
+}
+
+// The newest result comes first, whenever it was had. What is no longer remembered goes, or the tab would grow without end.
+function place(entry, ids) {
+  const age = (each) => ids.indexOf(each.id.replace("result-", ""));
+  const shown = [...element("gallery").children];
+  for (const each of shown.filter((other) => age(other) < 0)) {
+    URL.revokeObjectURL(each.querySelector("img").src);
+    each.remove();
+  }
+  element("gallery").insertBefore(entry, shown.find((other) => other.isConnected && age(other) < age(entry)) ?? null);
 }
 
 function forget(id, model) {

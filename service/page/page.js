@@ -44,7 +44,6 @@ async function start() {
   showWho(await getJson(new URL("key", root)), new URL("logout", root));
   const parts = await later;
   for (const part of parts) part.setUp(model, { run: (body) => run(toJson(body)), watch, fillFrom, opened });
-  await restore(model);
   busy(false);
   const body = underWay(model); // the page was loaded again before there was an answer
   if (body) {
@@ -53,7 +52,7 @@ async function start() {
   } else {
     await findAgain(unwanted);
   }
-  await opened;
+  await Promise.all([restore(model), opened]); // last, since all else can be used meanwhile
 }
 
 // A page with a recipe in its address opens with that one; one with a job is about to show it. Returns whether it is shown.

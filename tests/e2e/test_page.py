@@ -506,6 +506,57 @@ def test_a_result_is_forgotten_only_when_the_server_has_forgotten_it(
     expect(page.tab.locator("#results-error")).to_be_empty()
 
 
+def test_after_a_reload_nothing_waits_for_the_earlier_results_and_the_newest_comes_first(
+    open_page: Callable[..., Page],
+) -> None:
+    page = open_page()
+    for seed in (1, 2, 3):
+        page.sample(**QUICK | {"seed": seed})
+        expect(page.tab.locator("#gallery li")).to_have_count(seed)
+    held: list[Any] = []
+    page.tab.route(re.compile(r"/image$"), lambda route: held.append(route), times=1)
+    page.tab.goto(page.tab.url.partition("#")[0])
+    page.tab.reload()
+    page.go_on_until(lambda: len(held) == 1)
+    page.sample(**QUICK | {"seed": 4})
+    page.wait_until(DONE)
+    expect(page.tab.locator("#gallery li")).to_have_count(1)
+    held[0].continue_()
+    expect(page.tab.locator("#gallery li")).to_have_count(4)
+
+    def seeds() -> list[str]:
+        names = page.tab.locator("#gallery .png").evaluate_all("(links) => links.map((link) => link.download)")
+        return [re.sub(r"\D", "", name) for name in names]
+
+    assert seeds() == ["4", "3", "2", "1"]
+    page.tab.reload()
+    expect(page.tab.locator("#gallery li")).to_have_count(4)
+    assert seeds() == ["4", "3", "2", "1"]
+
+
+def test_a_tab_keeps_the_newest_results_and_the_pictures_of_no_others(open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.sample(**QUICK)
+    expect(page.tab.locator("#gallery li")).to_have_count(1)
+    page.tab.evaluate(COUNT_URLS)
+    seeds = page.tab.evaluate(
+        """async () => {
+            const { addResult } = await import(new URL("page/gallery.js", location.href));
+            const model = await (await fetch("model")).json(), { jobs } = await (await fetch("jobs")).json();
+            const picture = await (await fetch(document.querySelector("#gallery img").src)).blob();
+            for (let seed = 2; seed <= 35; seed++) {
+                const parameters = { ...jobs[0].parameters, seed };
+                addResult({ id: String(seed).padStart(32, "0"), parameters }, picture, model);
+                await document.querySelector("#gallery img").decode();
+            }
+            return [...document.querySelectorAll("#gallery .png")].map((link) => link.download);
+        }"""
+    )
+    assert seeds == [f"tminus-{seed}.png" for seed in range(35, 5, -1)]
+    assert page.tab.evaluate("window.urls.size") == 30
+    assert page.picture("#gallery li:last-child img")
+
+
 def test_a_job_whose_events_are_refused_is_looked_at_until_its_end(open_page: Callable[..., Page]) -> None:
     page = open_page()
     page.refuse(EVENTS, 429)
