@@ -23,13 +23,16 @@ from tminus.model.rng import row_noise, split_seed
 LOSSES_FILE = "losses.csv"
 HEAD = "step,training,held_out"
 MEASURED = 2000  # images of each kind, at most
-BATCH = 64
+BATCH = 64  # at once, at most
 SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """x_0 [N, C, H, W], pixels in [-1, 1] or latents, and class_labels int64 [N] or None; on one device."""
+    """x_0 [N, C, H, W], pixels as uint8 or latents, and class_labels int64 [N] or None; on any device.
+
+    Pixels stay bytes, a quarter of the memory, and go to the network's device and range batch by batch.
+    """
 
     x_0: Tensor
     class_labels: Tensor | None
@@ -46,33 +49,48 @@ def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
     return None
 
 
-def examples_of(data: ImageSet, autoencoder: Autoencoder | None, device: torch.device) -> Examples:
-    """At most MEASURED of the images, evenly spaced, so of every class: pixels, or their latents."""
-    count = min(len(data), MEASURED)
-    picked = torch.arange(count) * len(data) // count
-    images = data.images[picked]
-    x_0 = to_model_range(images.to(device)) if autoencoder is None else latents_of(autoencoder, images, device)
-    return Examples(x_0, data.labels[picked].to(device) if data.labels is not None else None)
+def evenly(length: int, count: int) -> Tensor:
+    """`count` indices into a set of `length`, evenly spaced, so of every class: int64 [count]; on the CPU."""
+    return torch.arange(count) * length // count
+
+
+def examples_of(data: ImageSet, count: int, autoencoder: Autoencoder | None, device: torch.device) -> Examples:
+    """`count` of the images, or the latents that an autoencoder makes of them on the device."""
+    picked = evenly(len(data), count)
+    images, labels = data.images[picked], data.labels[picked] if data.labels is not None else None
+    return Examples(images if autoencoder is None else latents_of(autoencoder, images, device), labels)
 
 
 @torch.no_grad()
 def mean_loss(
-    net: Forward, examples: Examples, schedule: NoiseSchedule, prediction_type: str, weights: Tensor | None = None
+    net: Forward,
+    examples: Examples,
+    count: int,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    weights: Tensor | None = None,
+    *,
+    batch_size: int = BATCH,
 ) -> float:
-    """L_simple of the examples with their classes, each at one t, or the loss with weights [T] of t.
+    """L_simple of `count` of the examples with their classes, each at one t, or the loss with weights [T] of t.
 
-    The timesteps are spread evenly over 0..T-1. They and eps are the same at each call, so that the losses of a run at
-    two of its steps differ by the network alone.
+    The timesteps are spread evenly over 0..T-1. They and eps are the same at each call with as many examples, so that
+    two such losses differ by network and images alone. The network is on the schedule's device.
     """
-    count, device = len(examples.x_0), examples.x_0.device
+    device = schedule.betas.device
+    picked = evenly(len(examples.x_0), count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).to(device)
     timesteps = order * schedule.num_timesteps // count
     seed_words = torch.tensor(split_seed(SEED), device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for index in torch.split(torch.arange(count, device=device), BATCH):
-        t, x_0 = timesteps[index], examples.x_0[index]
+    for first in range(0, count, batch_size):
+        of_batch = picked[first : first + batch_size]
+        x_0 = examples.x_0[of_batch].to(device)
+        x_0 = to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0
+        index = torch.arange(first, first + len(of_batch), device=device)
+        t = timesteps[index]
         eps = row_noise(seed_words.expand(len(index), 2), index, torch.zeros_like(index), x_0.shape[1:])
-        labels = examples.class_labels[index] if examples.class_labels is not None else None
+        labels = examples.class_labels[of_batch].to(device) if examples.class_labels is not None else None
         out = net(schedule.q_sample(x_0, t, eps), t, labels)
         target = training_target(schedule, prediction_type, x_0, t, eps)
         loss = l_simple(out, target) if weights is None else l_weighted(out, target, weights[t])

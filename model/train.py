@@ -20,7 +20,7 @@ from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
-from tminus.model.held_out import examples_of, mean_loss, note_losses, unlike
+from tminus.model.held_out import BATCH, MEASURED, Examples, examples_of, mean_loss, note_losses, unlike
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.encode import latents_of
 from tminus.model.latent.folder import hash_autoencoder
@@ -126,7 +126,10 @@ def train(
     labels = data.labels.to(device) if data.labels is not None else None
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
     labels_meta = Labels(data.class_names, null_class)
-    measured = [examples_of(each, autoencoder, device) for each in (data, held_out)] if held_out is not None else []
+    measured: tuple[Examples, ...] = ()
+    if held_out is not None and run.step < config.steps:
+        num_measured = min(len(data), len(held_out), MEASURED)  # as many of both, at the same timesteps then
+        measured = Examples(origins, labels), examples_of(held_out, num_measured, autoencoder, device)
     if begun:
         recommended = read_recommended(folder, noise, labels_meta)
     if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
@@ -152,6 +155,20 @@ def train(
         )
         run.save(folder, "train", config, identity)
 
+    def look() -> None:
+        average = averaged(unet, run.ema)
+        if measured:
+            size = min(config.batch_size, BATCH)  # it fits the memory that a training step fits
+            losses = [
+                mean_loss(average, each, num_measured, schedule, noise.prediction_type, weights, batch_size=size)
+                for each in measured
+            ]
+            note_losses(folder, run.step, *losses)
+            log.info("step %d: loss of the average %.5f on training images, %.5f held out", run.step, *losses)
+        if on_sheet is not None:
+            on_sheet(average, run.step)
+
+    began_at = run.step
     with Progress(config, run.step) as progress, interruptible() as interrupted:
         while run.step < config.steps and not interrupted():
             started = time.perf_counter()
@@ -181,15 +198,11 @@ def train(
             progress.show(run.step, loss, grad_norm, time.perf_counter() - started, last=interrupted())
             if run.step % config.save_every == 0 and run.step < config.steps:
                 save()
-            if run.step % config.sheet_every == 0 or run.step == config.steps:
-                average = averaged(unet, run.ema)
-                if measured:
-                    losses = [mean_loss(average, each, schedule, noise.prediction_type, weights) for each in measured]
-                    note_losses(folder, run.step, *losses)
-                    log.info("step %d: loss of the average %.5f on training images, %.5f held out", run.step, *losses)
-                if on_sheet is not None:
-                    on_sheet(average, run.step)
+            if run.step % config.sheet_every == 0 and run.step < config.steps:
+                look()
         save()
+        if began_at < run.step == config.steps:  # after the save: what fails here costs no steps
+            look()
     return run.step >= config.steps
 
 

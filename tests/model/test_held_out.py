@@ -6,15 +6,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model.test_train import CONDITIONAL, CPU, NOISE, RUN, assert_same_run, run, small_autoencoder, toy_images
+from tests.model.test_train import (
+    CONDITIONAL,
+    CPU,
+    NOISE,
+    RUN,
+    assert_same_run,
+    run,
+    small_autoencoder,
+    state_of,
+    toy_images,
+)
 from tests.tiny import TINY
-from tminus.model import held_out
+from tminus.model import train as train_module
 from tminus.model.data import ImageSet
-from tminus.model.held_out import Examples, examples_of, mean_loss, note_losses, unlike
+from tminus.model.held_out import Examples, evenly, examples_of, mean_loss, note_losses, unlike
+from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.loss import velocity_weights
 from tminus.model.noise import NoiseConfig
 from tminus.model.run import TrainError
 from tminus.model.train import train
+from tminus.model.unet import UNet2D
 
 HALF = 0.5
 
@@ -45,7 +57,7 @@ def test_loss_is_that_of_the_formulas_in_float64(prediction: str, weighted: bool
     schedule, net = noise.schedule(), Recorder()
     x_0 = torch.rand((200, 1, 8, 8), generator=torch.Generator().manual_seed(2)) * 2 - 1
     weights = velocity_weights(schedule, prediction).float() if weighted else None
-    found = mean_loss(net, Examples(x_0, None), schedule, prediction, weights)
+    found = mean_loss(net, Examples(x_0, None), 200, schedule, prediction, weights)
 
     beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     alpha_bar = (1 - beta).cumprod(0)[net.t][:, None, None, None]
@@ -67,12 +79,11 @@ def test_loss_is_that_of_the_formulas_in_float64(prediction: str, weighted: bool
     assert abs(float(torch.corrcoef(eps[net.t > 100].flatten(1)[:2])[0, 1])) < 4 / math.sqrt(64)
 
 
-def test_same_timesteps_noise_and_classes_at_every_call_in_batches_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    examples = examples_of(toy_images(), None, CPU)
+def test_same_timesteps_noise_and_classes_at_every_call_in_batches_of_any_size() -> None:
+    examples = examples_of(toy_images(), 11, None, CPU)
     first, again = Recorder(), Recorder()
-    one = mean_loss(first, examples, NOISE.schedule(), "epsilon")
-    monkeypatch.setattr(held_out, "BATCH", 3)
-    other = mean_loss(again, examples, NOISE.schedule(), "epsilon")
+    one = mean_loss(first, examples, 11, NOISE.schedule(), "epsilon")
+    other = mean_loss(again, examples, 11, NOISE.schedule(), "epsilon", batch_size=3)
     assert (len(first.asked), len(again.asked)) == (1, 4)
     assert torch.equal(first.x_t, again.x_t)
     assert other == pytest.approx(one, rel=1e-6)
@@ -80,18 +91,23 @@ def test_same_timesteps_noise_and_classes_at_every_call_in_batches_of_any_size(m
     assert torch.cat([each for each in labels if each is not None]).tolist() == [k % 2 for k in range(11)]
 
 
-def test_examples_are_spread_over_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out, "MEASURED", 4)
+def test_examples_are_spread_over_the_set_and_stay_bytes() -> None:
     images = torch.arange(12, dtype=torch.uint8).reshape(12, 1, 1, 1)
-    examples = examples_of(ImageSet(images, torch.arange(12) // 3, ("a", "b", "c", "d"), "twelve"), None, CPU)
-    assert ((examples.x_0.flatten() + 1) * 127.5).round().tolist() == [0, 3, 6, 9]
+    twelve = ImageSet(images, torch.arange(12) // 3, ("a", "b", "c", "d"), "twelve")
+    examples = examples_of(twelve, 4, None, CPU)
+    assert examples.x_0.dtype == torch.uint8
+    assert examples.x_0.flatten().tolist() == [0, 3, 6, 9]
     assert examples.class_labels is not None
     assert examples.class_labels.tolist() == [0, 1, 2, 3]
+    of_all, of_four = Recorder(), Recorder()
+    mean_loss(of_all, Examples(images, twelve.labels), 4, NOISE.schedule(), "epsilon")
+    mean_loss(of_four, examples, 4, NOISE.schedule(), "epsilon")
+    assert torch.equal(of_all.x_t, of_four.x_t)
 
 
 def test_of_a_latent_model_the_examples_are_latents() -> None:
     autoencoder = small_autoencoder()
-    latents = examples_of(toy_images(), autoencoder, CPU).x_0
+    latents = examples_of(toy_images(), 11, autoencoder, CPU).x_0
     assert latents.shape == (11, 3, 4, 4)
     assert torch.allclose(latents, autoencoder.encode(toy_images().images / 127.5 - 1), atol=1e-6)
 
@@ -162,4 +178,72 @@ def test_without_classes_too(tmp_path: Path) -> None:
     data = dataclasses.replace(toy_images(), labels=None, class_names=())
     config = dataclasses.replace(RUN, steps=2)
     assert train(tmp_path, data, TINY, NOISE, config, device=CPU, held_out=dataclasses.replace(data, name="others"))
+    assert len(losses_in(tmp_path)) == 2
+
+
+def test_of_fewer_held_out_images_as_many_training_images_are_measured_at_the_same_timesteps(tmp_path: Path) -> None:
+    """Held out, for once, are those very images: both losses are the same then."""
+    data, picked = toy_images(), evenly(11, 5)
+    assert data.labels is not None
+    five = dataclasses.replace(data, images=data.images[picked], labels=data.labels[picked], name="five")
+    assert run(tmp_path, held_out=five)
+    _, (_, training, of_others) = losses_in(tmp_path)
+    assert training == of_others
+
+
+def test_a_measurement_takes_no_larger_batches_than_a_step_and_64(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    forward = UNet2D.forward
+
+    def record(self: UNet2D, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        if not self.training:
+            sizes.append(len(x))
+        return forward(self, x, t, class_labels)
+
+    monkeypatch.setattr(UNet2D, "forward", record)
+    many = toy_images(70)
+    config = dataclasses.replace(RUN, steps=1)
+    assert run(tmp_path / "small", config, held_out=many)
+    assert sizes == [4, 4, 3] * 2  # of a run whose steps take four
+    sizes.clear()
+    config = dataclasses.replace(config, batch_size=100)
+    assert train(tmp_path / "large", many, CONDITIONAL, NOISE, config, device=CPU, held_out=many)
+    assert sizes == [64, 6] * 2
+
+
+def test_at_the_last_step_a_run_saves_before_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_args: object, **_options: object) -> float:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(train_module, "mean_loss", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path, held_out=toy_images(5))
+    assert state_of(tmp_path)["step"] == RUN.steps
+
+
+def test_a_run_that_is_complete_measures_and_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(tmp_path, held_out=toy_images(5))
+    monkeypatch.setattr(train_module, "examples_of", lambda *_: pytest.fail("it prepares a measurement"))
+    before = (tmp_path / "losses.csv").read_bytes()
+    assert run(tmp_path, held_out=toy_images(5), on_sheet=lambda *_: pytest.fail("it draws"))
+    assert (tmp_path / "losses.csv").read_bytes() == before
+
+
+def test_on_latents_no_image_is_encoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = Autoencoder.encode
+
+    def count(self: Autoencoder, x: Tensor) -> Tensor:
+        encoded.append(len(x))
+        return encode(self, x)
+
+    monkeypatch.setattr(Autoencoder, "encode", count)
+    unet = dataclasses.replace(CONDITIONAL, sample_size=4, in_channels=3, out_channels=3)
+    noise = dataclasses.replace(NOISE, clip_sample=False)
+    config = dataclasses.replace(RUN, steps=2, flip=False)
+    held = toy_images(5)
+    train(tmp_path, toy_images(), unet, noise, config, device=CPU, autoencoder=small_autoencoder(), held_out=held)
+    assert encoded == [11, 5]
     assert len(losses_in(tmp_path)) == 2
