@@ -4,6 +4,8 @@ While both fall, the run still learns. Where the first one rests, more of the sa
 second falls, images are learned by heart.
 """
 
+import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from tminus.model.pixels import to_model_range
 from tminus.model.rng import row_noise, split_seed
 
 LOSSES_FILE = "losses.csv"
-HEAD = "step,training,held_out"
+HEAD = "step,training,held_out,held_out_images"
 MEASURED = 2000  # images of each kind, at most
 BATCH = 64  # at once, at most
 SEED = 0
@@ -98,14 +100,30 @@ def mean_loss(
     return float(total / count)
 
 
-def note_losses(folder: Path, step: int, training: float, held_out: float) -> None:
-    """Add a line to the run's losses.csv. Lines of this and later steps go: a run that was killed left them."""
+def note_losses(folder: Path, step: int, training: float, held_out: float, of: str) -> None:
+    """Add a line to the run's losses.csv; `of` says which images were held out, which may change within a run.
+
+    Lines of this and later steps go: a run that was killed left them. So do those that are none of ours, as a
+    spreadsheet leaves them that has saved the file in another form.
+    """
     file = folder / LOSSES_FILE
-    known = file.read_text("utf-8").splitlines()[1:] if file.is_file() else []
-    earlier = [line for line in known if int(line.split(",")[0]) < step]
-    text = "\n".join([HEAD, *earlier, f"{step},{training:.6f},{held_out:.6f}", ""])
+    known = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
+    earlier = [line for line in known if (of_line := _step_of(line)) is not None and of_line < step]
+    last = io.StringIO()
+    csv.writer(last, lineterminator="\n").writerow([step, f"{training:.6f}", f"{held_out:.6f}", " ".join(of.split())])
+    text = "\n".join([HEAD, *earlier, last.getvalue()])
 
     def write(path: Path) -> None:
-        path.write_text(text, "utf-8")
+        path.write_text(text, "utf-8", errors="replace")
 
     write_atomically(file, write)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of losses.csv; None for what is no such line."""
+    try:
+        step, training, held_out, *_ = line.split(",")
+        float(training), float(held_out)
+        return int(step)
+    except ValueError:
+        return None

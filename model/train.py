@@ -75,10 +75,11 @@ def train(
 ) -> bool:
     """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
 
-    `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state. `autoencoder` makes the
-    run one of a latent model (Rombach et al. 2022): x_0 are the latents of the images. Each `sheet_every` steps and at
-    the end the averaged network is measured on `held_out`, of the same shape and classes as the data, and handed to
-    `on_sheet`. SIGINT or SIGTERM finishes the step, saves and returns. Raises TrainError, CheckpointError.
+    `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state; a run that is resumed
+    needs it no more, and takes no other. `autoencoder` makes the run one of a latent model (Rombach et al. 2022): x_0
+    are the latents of the images. Each `sheet_every` steps and at the end the averaged network is measured on
+    `held_out`, of the same shape and classes as the data, and handed to `on_sheet`. SIGINT or SIGTERM finishes the
+    step, saves and returns. Raises TrainError, CheckpointError.
     """
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
@@ -114,6 +115,9 @@ def train(
         identity |= {"autoencoder": hash_autoencoder(autoencoder)}
     if begun:
         config = run.resume(folder, "train", config, identity)
+        if init_from is not None and (run.origin is None or Path(run.origin).resolve() != init_from.resolve()):
+            was = f"init_from={run.origin!r}, got {str(init_from)!r}"
+            raise TrainError(f"{folder}: this run was begun with {was}; leave --init-from out to go on")
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     weights = None
@@ -128,6 +132,7 @@ def train(
     labels_meta = Labels(data.class_names, null_class)
     measured: tuple[Examples, ...] = ()
     if held_out is not None and run.step < config.steps:
+        of_held_out = f"{held_out.name} ({len(held_out)})"
         num_measured = min(len(data), len(held_out), MEASURED)  # as many of both, at the same timesteps then
         measured = Examples(origins, labels), examples_of(held_out, num_measured, autoencoder, device)
     if begun:
@@ -159,12 +164,12 @@ def train(
         average = averaged(unet, run.ema)
         if measured:
             size = min(config.batch_size, BATCH)  # it fits the memory that a training step fits
-            losses = [
+            ours, theirs = (
                 mean_loss(average, each, num_measured, schedule, noise.prediction_type, weights, batch_size=size)
                 for each in measured
-            ]
-            note_losses(folder, run.step, *losses)
-            log.info("step %d: loss of the average %.5f on training images, %.5f held out", run.step, *losses)
+            )
+            note_losses(folder, run.step, ours, theirs, of_held_out)
+            log.info("step %d: loss of the average %.5f on training images, %.5f held out", run.step, ours, theirs)
         if on_sheet is not None:
             on_sheet(average, run.step)
 

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import math
 from pathlib import Path
@@ -128,13 +129,13 @@ def test_a_run_tells_of_held_out_images_and_is_the_same_run(tmp_path: Path, capl
         assert run(tmp_path / "with", config, held_out=others)
     assert_same_run(tmp_path / "without", tmp_path / "with")
     head, *lines = losses_in(tmp_path / "with")
-    assert head == ["step", "training", "held_out"]
-    assert [step for step, _, _ in lines] == ["3", "6", "8"]
-    assert all(0 < float(training) != float(of_others) > 0 for _, training, of_others in lines)
+    assert head == ["step", "training", "held_out", "held_out_images"]
+    assert [step for step, *_ in lines] == ["3", "6", "8"]
+    assert all(0 < float(training) != float(of_others) > 0 for _, training, of_others, _ in lines)
     told = [record.getMessage() for record in caplog.records if "held out" in record.getMessage()]
     assert told == [
         f"step {step}: loss of the average {float(training):.5f} on training images, {float(of_others):.5f} held out"
-        for step, training, of_others in lines
+        for step, training, of_others, _ in lines
     ]
 
 
@@ -153,13 +154,42 @@ def test_both_losses_fall_and_images_learned_by_heart_are_told_from_others(tmp_p
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     for step, loss in ((1000, 0.5), (2000, 0.4), (3000, 0.3)):
-        note_losses(tmp_path, step, loss, loss + 0.01)
-    note_losses(tmp_path, 2000, 0.25, 0.125)  # killed after step 3000, resumed from what was saved before 2000
+        note_losses(tmp_path, step, loss, loss + 0.01, "others (20)")
+    note_losses(tmp_path, 2000, 0.25, 0.125, "others (20)")  # killed after step 3000, resumed from a save before 2000
     assert losses_in(tmp_path) == [
-        ["step", "training", "held_out"],
-        ["1000", "0.500000", "0.510000"],
-        ["2000", "0.250000", "0.125000"],
+        ["step", "training", "held_out", "held_out_images"],
+        ["1000", "0.500000", "0.510000", "others (20)"],
+        ["2000", "0.250000", "0.125000", "others (20)"],
     ]
+
+
+def test_losses_say_which_images_were_held_out(tmp_path: Path) -> None:
+    for steps, name in ((2, "night"), (4, "day, with\n a comma")):
+        others = dataclasses.replace(toy_images(5), name=name)
+        assert run(tmp_path, dataclasses.replace(RUN, steps=steps), held_out=others)
+    with (tmp_path / "losses.csv").open(newline="") as file:
+        assert [row["held_out_images"] for row in csv.DictReader(file)] == ["night (5)", "day, with a comma (5)"]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        b"",
+        b"\n",
+        b"1000;0.5;0.51;others (20)\n",
+        b"1000;0,5;0,51;others (20)\n",
+        b"1000,five,six,\n",
+        b"1000\n",
+        b"\xff\n",
+    ],
+    ids=["nothing", "blank", "semicolons", "commas", "words", "a number", "no UTF-8"],
+)
+def test_lines_that_are_none_of_a_run_are_no_hindrance(tmp_path: Path, left: bytes) -> None:
+    note_losses(tmp_path, 500, 0.5, 0.25, "others (20)")
+    known = (tmp_path / "losses.csv").read_bytes()
+    (tmp_path / "losses.csv").write_bytes(known + left)
+    note_losses(tmp_path, 2000, 0.5, 0.25, "others (20)")
+    assert (tmp_path / "losses.csv").read_bytes() == known + b"2000,0.500000,0.250000,others (20)\n"
 
 
 def test_held_out_images_of_another_shape_or_of_other_classes_are_refused(tmp_path: Path) -> None:
@@ -187,7 +217,7 @@ def test_of_fewer_held_out_images_as_many_training_images_are_measured_at_the_sa
     assert data.labels is not None
     five = dataclasses.replace(data, images=data.images[picked], labels=data.labels[picked], name="five")
     assert run(tmp_path, held_out=five)
-    _, (_, training, of_others) = losses_in(tmp_path)
+    _, (_, training, of_others, _) = losses_in(tmp_path)
     assert training == of_others
 
 

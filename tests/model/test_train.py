@@ -402,6 +402,29 @@ def test_new_run_starts_from_the_weights_it_is_given(straight: Path, tmp_path: P
     assert provenance_in(tmp_path / "new")["init_from"] == str(straight)
 
 
+def test_a_run_goes_on_without_its_origin_or_with_it_by_any_spelling_and_with_no_other(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin, new, plain = tmp_path / "origin", tmp_path / "new", tmp_path / "plain"
+    shutil.copytree(straight, origin)
+    run(new, dataclasses.replace(RUN, steps=1), init_from=origin)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(origin)
+    spellings = None, Path("origin"), tmp_path / "new" / ".." / "origin", tmp_path / "link"
+    for steps, spelling in enumerate(spellings, 2):
+        assert run(new, dataclasses.replace(RUN, steps=steps), init_from=spelling)
+    shutil.rmtree(origin)
+    assert run(new, dataclasses.replace(RUN, steps=6), init_from=Path("origin")), "its weights are needed no more"
+    assert provenance_in(new)["init_from"] == str(origin)
+    before = (new / STATE_FILE).read_bytes()
+    with pytest.raises(TrainError, match=r"begun with init_from='.*origin', got '.*straight'; leave --init-from out"):
+        run(new, dataclasses.replace(RUN, steps=7), init_from=straight)
+    assert (new / STATE_FILE).read_bytes() == before
+    run(plain, dataclasses.replace(RUN, steps=1))
+    with pytest.raises(TrainError, match="begun with init_from=None, got"):
+        run(plain, init_from=straight)
+
+
 def test_what_is_recommended_is_kept_by_a_resumed_run_and_by_a_new_one_from_its_weights(
     straight: Path, tmp_path: Path
 ) -> None:
