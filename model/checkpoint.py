@@ -22,7 +22,14 @@ from tminus.model.consistency import consistency_tables
 from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.files import CheckpointError, first_line, read_json, write_atomically, write_json
 from tminus.model.latent.autoencoder import Autoencoder
-from tminus.model.latent.folder import FOLDERS, find_autoencoder, load_autoencoder, save_autoencoder, with_autoencoder
+from tminus.model.latent.folder import (
+    FOLDERS,
+    check_place,
+    find_autoencoder,
+    load_autoencoder,
+    save_autoencoder,
+    with_autoencoder,
+)
 from tminus.model.layout import INDEX_FILE, LATENT_PIPELINE, check_layout, find_scheduler
 from tminus.model.networks.registry import build, read_net_config
 from tminus.model.noise import NoiseConfig
@@ -254,7 +261,11 @@ def save_checkpoint(
     student: Mapping[str, Any] | None = None,
     autoencoder: Autoencoder | None = None,
 ) -> None:
-    """Write a folder that tminus loads, and diffusers too if it has such a network. Each file appears whole or not."""
+    """Write a folder that tminus loads, and diffusers too if it has such a network. Each file appears whole or not.
+
+    Raises CheckpointError where an autoencoder lies in the folder, and this model has none.
+    """
+    check_place(folder, autoencoder)
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
     scheduler_class = noise.to_dict()["_class_name"]
     index = {
@@ -265,8 +276,9 @@ def save_checkpoint(
     }
     if autoencoder is not None:
         index |= {"_class_name": LATENT_PIPELINE, LATENT_FOLDER: ["diffusers", autoencoder.config.kind]}
-        if not (folder / LATENT_FOLDER / "config.json").is_file():  # it does not change while the network is trained
-            save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
+        # At each save, though it does not change while the network is trained: another may lie there of an earlier run,
+        # and to compare the two takes longer.
+        save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
     meta = {
         "name": folder.resolve().name,
         "class_names": list(labels.class_names),

@@ -21,7 +21,7 @@ from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
 from tminus.model.guidance import Forward
-from tminus.model.latent.folder import with_autoencoder
+from tminus.model.latent.folder import check_place, with_autoencoder
 from tminus.model.networks.registry import build
 from tminus.model.recommended import MAX_GUIDANCE, Recommended
 from tminus.model.run import (
@@ -118,6 +118,7 @@ def distill(
     teacher = load_checkpoint(teacher_folder)
     if folder.resolve() == teacher_folder.resolve():
         raise TrainError(f"{folder}: is the teacher's folder; choose another for the student")
+    check_place(folder, teacher.autoencoder)  # now, and not at the first save
     solver = _solver(teacher_folder, teacher, config)
     unet, noise, labels = teacher.net.config, student_noise(teacher.noise), teacher.labels
 

@@ -23,7 +23,7 @@ from tminus.model.ema import Ema
 from tminus.model.held_out import BATCH, MEASURED, Examples, examples_of, mean_loss, note_losses, unlike
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.encode import latents_of
-from tminus.model.latent.folder import hash_autoencoder
+from tminus.model.latent.folder import check_place, hash_autoencoder
 from tminus.model.loss import l_simple, l_weighted, training_target, velocity_weights
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
@@ -87,6 +87,7 @@ def train(
         raise TrainError("flip mirrors pixels, and a latent model is trained on latents")
     if held_out is not None and (wrong := unlike(held_out, data)):
         raise TrainError(wrong)
+    check_place(folder, autoencoder)  # now, and not at the first save
 
     # The state: weights, their average, the optimiser's moments, the step.
     torch.manual_seed(step_seed(config.seed, -1))

@@ -22,6 +22,13 @@ def find_autoencoder(folder: Path) -> Path | None:
     return next((folder / name for name in FOLDERS if (folder / name).is_dir()), None)
 
 
+def check_place(folder: Path, autoencoder: Autoencoder | None) -> None:
+    """Raise CheckpointError where a model of pixels would lie beside an autoencoder, with which it would be served."""
+    if autoencoder is None and (found := find_autoencoder(folder)) is not None:
+        why = f"has an autoencoder in {found.name}/, and this model is one of pixels"
+        raise CheckpointError(f"{folder}: {why}; remove it or choose another folder")
+
+
 def load_autoencoder(folder: Path) -> Autoencoder:
     """Load an autoencoder in float32 on the CPU, in eval mode. Raises CheckpointError."""
     try:

@@ -12,6 +12,7 @@ from tests.tiny import TINY, randomize
 from tminus.model import distill as distill_module
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.distill import DistillConfig, distill
+from tminus.model.files import CheckpointError
 from tminus.model.noise import NoiseConfig
 from tminus.model.run import TrainError
 from tminus.model.run_file import STATE_FILE
@@ -224,6 +225,13 @@ def test_teacher_is_not_overwritten(teacher: Path) -> None:
     with pytest.raises(TrainError, match="is the teacher's folder"):
         run(teacher / ".." / teacher.name, teacher)
     assert not (teacher / STATE_FILE).exists()
+
+
+def test_student_of_a_teacher_of_pixels_is_not_put_beside_an_autoencoder(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "vqvae").mkdir()
+    with pytest.raises(CheckpointError, match="has an autoencoder in vqvae/"):
+        run(tmp_path, teacher)
+    assert [file.name for file in tmp_path.iterdir()] == ["vqvae"], "refused before any step"
 
 
 def test_learned_variance_is_not_distilled(tmp_path: Path) -> None:

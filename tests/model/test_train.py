@@ -23,6 +23,7 @@ from tminus.model.data import ImageSet
 from tminus.model.files import CheckpointError
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.config import AutoencoderConfig
+from tminus.model.latent.folder import hash_autoencoder, save_autoencoder
 from tminus.model.noise import NoiseConfig
 from tminus.model.recommended import Recommended
 from tminus.model.run import TrainError, faster_precision, step_seed
@@ -677,3 +678,23 @@ def test_another_autoencoder_and_mirrored_latents_are_refused(tmp_path: Path) ->
     noise = dataclasses.replace(NOISE, clip_sample=False)
     with pytest.raises(TrainError, match="begun with autoencoder="):
         train(tmp_path, toy_images(), unet, noise, plain, device=CPU, autoencoder=other)
+
+
+def test_an_autoencoder_that_an_earlier_run_left_is_replaced_and_none_is_left_to_a_model_of_pixels(
+    tmp_path: Path,
+) -> None:
+    plain = dataclasses.replace(RUN, flip=False, steps=1)
+    autoencoder = small_autoencoder()
+    other = dataclasses.replace(autoencoder.config, scaling_factor=0.25)
+    save_autoencoder(tmp_path / "vqvae", other, {key: value + 1 for key, value in autoencoder.state_dict().items()})
+    latent_run(tmp_path, plain)
+    found = load_checkpoint(tmp_path).autoencoder
+    assert found is not None
+    assert hash_autoencoder(found) == hash_autoencoder(autoencoder)
+
+    (tmp_path / STATE_FILE).unlink()
+    before = (tmp_path / "unet" / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"has an autoencoder in vqvae/, and this model is one of pixels; remove"):
+        run(tmp_path, plain)
+    assert (tmp_path / "unet" / "config.json").read_bytes() == before
+    assert not (tmp_path / STATE_FILE).exists()

@@ -10,11 +10,13 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, LDMPipeline, VQModel
 
 from tests.model.latent.folders import make_autoencoder, save_latent_pipeline
-from tminus.model.checkpoint import load_checkpoint, save_checkpoint
+from tests.tiny import TINY
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.model.formats.given import Given
 from tminus.model.formats.read import read_foreign
 from tminus.model.latent.folder import load_autoencoder, save_autoencoder
+from tminus.model.noise import NoiseConfig
 from tminus.model.weights import hash_weights
 
 Damage = Callable[[Path], object]
@@ -55,6 +57,14 @@ def test_what_is_written_diffusers_reads(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = theirs.vqvae.decode(z / theirs.vqvae.config.scaling_factor).sample
         torch.testing.assert_close(found.autoencoder.decode(z), wanted, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vae"])
+def test_a_model_of_pixels_is_not_written_beside_an_autoencoder(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"has an autoencoder in {name}/"):
+        save_checkpoint(tmp_path, {}, TINY, NoiseConfig(), Labels(), {})
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_an_autoencoder_alone_is_a_folder_of_diffusers(tmp_path: Path) -> None:
