@@ -37,9 +37,14 @@ def image_classes(checkpoint: Checkpoint, data: ImageSet) -> Tensor | None:
     return torch.full((len(data),), checkpoint.labels.null_class)
 
 
+def random_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
+    """Pick images at random, as many of a class as chance gives: int64 [num_images], or fewer if there are fewer."""
+    return torch.randperm(len(data), generator=torch.Generator().manual_seed(seed % 2**63))[:num_images]
+
+
 def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
     """Pick images at random, classes in turn as among samples: int64 [num_images], or fewer if there are fewer."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed % 2**63))
+    order = random_picks(data, len(data), seed)
     if data.labels is not None:
         labels = data.labels[order]
         turn = torch.zeros_like(labels)
@@ -47,3 +52,12 @@ def balanced_picks(data: ImageSet, num_images: int, seed: int) -> Tensor:
             turn[labels == k] = torch.arange(int((labels == k).sum()))
         order = order[(turn * len(data.class_names) + labels).argsort()]
     return order[:num_images]
+
+
+def class_weights(labels: Tensor, num_classes: int) -> Tensor | None:
+    """Weights by which each class counts as much as any other, as among samples: int64 [N] to float64 [N].
+
+    None where images count as they are: classes in turn differ by one image at most, and so do these.
+    """
+    counts = labels.bincount(minlength=num_classes)
+    return None if counts.max() - counts.min() <= 1 else (1 / counts.double())[labels]

@@ -15,12 +15,13 @@ class Gaussian(NamedTuple):
     covariance: Tensor
 
 
-def fit_gaussian(features: Tensor) -> Gaussian:
-    """Fit a Gaussian to features [N, D], N >= 2, in float64."""
+def fit_gaussian(features: Tensor, weights: Tensor | None = None) -> Gaussian:
+    """Fit a Gaussian to features [N, D], N >= 2, in float64. weights: how much each counts, float64 [N]."""
     if len(features) < 2:
         raise ValueError(f"a covariance needs 2 images or more, got {len(features)}")
     features = features.to(torch.float64)
-    return Gaussian(features.mean(0), features.T.cov())
+    mean = features.mean(0) if weights is None else weights @ features / weights.sum()
+    return Gaussian(mean, features.T.cov(aweights=weights))
 
 
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:

@@ -91,7 +91,10 @@ class ClassAccuracy:
 
 @dataclass(frozen=True, slots=True)
 class FrechetDistance:
-    """Distance to the test split in the classifier's features; `real` is that of as many training images, a floor."""
+    """Distance to the test split in the classifier's features; `real` is that of as many training images, a floor.
+
+    Where samples are of classes in turn, test and training images count as if there were as many of each class.
+    """
 
     samples: float
     real: float

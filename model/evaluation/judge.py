@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.data import ImageSet
-from tminus.model.evaluation.classes import balanced_picks, class_map, sample_classes
+from tminus.model.evaluation.classes import balanced_picks, class_map, class_weights, random_picks, sample_classes
 from tminus.model.evaluation.classifier import Classifier, Reading
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
 from tminus.model.evaluation.figures import (
@@ -52,6 +52,8 @@ class Judge:
         _check_fit(checkpoint, real_train, real_test, classifier)
         self._checkpoint, self._train, self._test, self._classifier = checkpoint, real_train, real_test, classifier
         self._device = device
+        # Samples are then of classes in turn, and real images must be of that mix too, whatever their own is.
+        self._in_turn = checkpoint.net.class_embedding is not None
         self._real: dict[tuple[int, int], _Real] = {}
 
     @property
@@ -96,25 +98,40 @@ class Judge:
         """How near images come to themselves through the autoencoder; None for a pixel model."""
         if (autoencoder := self._checkpoint.autoencoder) is None:
             return None
-        test, train = (split.images[balanced_picks(split, num_images, seed)] for split in (self._test, self._train))
+        picked = self._picks(self._train, num_images, seed)
+        test, train = self._test.images[self._picks(self._test, num_images, seed)], self._train.images[picked]
         square = (to_model_range(test) - to_model_range(_decoded_again(autoencoder, test, self._device))).square()
         frechet = None
         if self._classifier is not None:
-            features = self._classifier.read(_decoded_again(autoencoder, train, self._device)).features
-            frechet = frechet_distance(fit_gaussian(features), self._test_gaussian)
+            frechet = self._real_frechet(_decoded_again(autoencoder, train, self._device), picked)
         mean = float(square.double().mean())
         return Reconstruction(mean**0.5, 10 * math.log10(4 / max(mean, 1e-12)), frechet, len(test))
 
     def _real_figures(self, num_images: int, seed: int) -> _Real:
         if (num_images, seed) not in self._real:
-            train_picked = self._train.images[balanced_picks(self._train, num_images, seed)]
-            test_picked = self._test.images[balanced_picks(self._test, num_images, seed)]
+            picked = self._picks(self._train, num_images, seed)
+            test_picked = self._test.images[self._picks(self._test, num_images, seed)]
             frechet = None
             if self._classifier is not None:
-                features = self._classifier.read(train_picked).features
-                frechet = frechet_distance(fit_gaussian(features), self._test_gaussian)
-            self._real[num_images, seed] = _Real(frechet, len(train_picked), self._nearest(test_picked))
+                frechet = self._real_frechet(self._train.images[picked], picked)
+            self._real[num_images, seed] = _Real(frechet, len(picked), self._nearest(test_picked))
         return self._real[num_images, seed]
+
+    def _picks(self, data: ImageSet, num_images: int, seed: int) -> Tensor:
+        """Real images to stand beside samples, of their mix as far as there are enough of each class."""
+        return (balanced_picks if self._in_turn else random_picks)(data, num_images, seed)
+
+    def _real_gaussian(self, features: Tensor, labels: Tensor | None) -> Gaussian:
+        """Of real images of these classes, in the mix of the samples."""
+        weights = class_weights(labels, len(self._test.class_names)) if self._in_turn and labels is not None else None
+        return fit_gaussian(features, weights)
+
+    def _real_frechet(self, images: Tensor, picked: Tensor) -> float:
+        """The distance of the training images that were picked, or of what was made of them."""
+        assert self._classifier is not None
+        labels = self._train.labels[picked] if self._train.labels is not None else None
+        gaussian = self._real_gaussian(self._classifier.read(images).features, labels)
+        return frechet_distance(gaussian, self._test_gaussian)
 
     @cached_property
     def _read_test(self) -> Reading:
@@ -123,7 +140,7 @@ class Judge:
 
     @cached_property
     def _test_gaussian(self) -> Gaussian:
-        return fit_gaussian(self._read_test.features)
+        return self._real_gaussian(self._read_test.features, self._test.labels)
 
     @cached_property
     def _train_images(self) -> Tensor:

@@ -20,7 +20,7 @@ from tminus.model.data import ImageSet
 from tminus.model.files import CheckpointError, read_json, write_atomically, write_json
 from tminus.model.samplers import Plan
 
-FORMAT = 1  # raise it where the same key would mean other figures
+FORMAT = 2  # raise it where the same key would mean other figures
 MAX_RESULT_BYTES = 256 * 2**20  # of a file, with a sheet of large images in it
 
 

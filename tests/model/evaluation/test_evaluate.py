@@ -12,7 +12,7 @@ from tests.model.evaluation.toys import CPU, NAMES, OPTIONS, TRAINING, toy_check
 from tests.model.latent.folders import save_latent_pipeline
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
 from tminus.model.data import FASHION_MNIST_DIR, ImageSet, load_fashion_mnist
-from tminus.model.evaluation.classes import balanced_picks
+from tminus.model.evaluation.classes import balanced_picks, class_weights
 from tminus.model.evaluation.classifier import (
     Classifier,
     ClassifierConfig,
@@ -24,6 +24,8 @@ from tminus.model.evaluation.classifier import (
 )
 from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance, nearest_distances
 from tminus.model.evaluation.evaluate import evaluate
+from tminus.model.evaluation.figures import FrechetDistance
+from tminus.model.evaluation.judge import Judge
 from tminus.model.evaluation.options import EvaluateError, EvaluateOptions
 from tminus.model.evaluation.page import render
 from tminus.model.evaluation.report import EvaluationReport
@@ -92,6 +94,15 @@ def test_fit_gaussian_is_numpys_mean_and_covariance() -> None:
     mean, covariance = fit_gaussian(features)
     np.testing.assert_allclose(mean, features.double().numpy().mean(0))
     np.testing.assert_allclose(covariance, np.cov(features.double().numpy(), rowvar=False))
+
+
+def test_weighted_gaussian_is_numpys_mean_and_covariance() -> None:
+    generator = torch.Generator().manual_seed(9)
+    features, weights = torch.randn(40, 6, generator=generator), torch.rand(40, generator=generator).double()
+    mean, covariance = fit_gaussian(features, weights)
+    values = features.double().numpy()
+    np.testing.assert_allclose(mean, np.average(values, 0, weights.numpy()))
+    np.testing.assert_allclose(covariance, np.cov(values, rowvar=False, aweights=weights.numpy()))
 
 
 def test_nearest_distances_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,6 +398,71 @@ def test_balanced_picks_take_classes_in_turn_and_no_image_twice() -> None:
     assert data.labels[picks].tolist() == [0, 1, 2] * 4
     assert len(set(picks.tolist())) == 12
     assert len(balanced_picks(data, 100, seed=3)) == 30
+
+
+def test_weights_give_each_class_as_much_and_leave_classes_in_turn_alone() -> None:
+    labels = torch.tensor([0, 0, 0, 0, 2, 2, 1])
+    weights = class_weights(labels, 3)
+    assert weights is not None
+    assert weights.tolist() == [0.25] * 4 + [0.5] * 2 + [1.0]
+    assert class_weights(torch.tensor([1, 0, 2, 1, 0]), 3) is None  # as of five samples
+
+
+def few_of_two_classes(seed: int) -> ImageSet:
+    """Toy images, of which 30 of 34 are of one class."""
+    data = toy_images(900, seed)
+    assert data.labels is not None
+    kept = torch.cat([(data.labels == k).nonzero()[:count, 0] for k, count in ((0, 300), (1, 20), (2, 20))])
+    return dataclasses.replace(data, images=data.images[kept], labels=data.labels[kept])
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_real_images_are_of_the_mix_of_the_samples_where_classes_are_unequal(
+    toy_classifier: Classifier, conditional: bool
+) -> None:
+    """Real images judged as samples are, of classes in turn or of the data's own mix, have about the floor's distance.
+
+    So they have where classes are equal. In another mix they are further off by the distance of the classes.
+    """
+    checkpoint = toy_checkpoint() if conditional else toy_checkpoint(class_names=(), null_class=None)
+    train, test = few_of_two_classes(0), few_of_two_classes(1)
+    samples = (toy_images(60, 2) if conditional else few_of_two_classes(2)).images
+    judge = Judge(checkpoint, train, test, toy_classifier, CPU)
+    found = judge.figures(samples[torch.randperm(len(samples))[:60]], 0, 0.0).classifier_frechet_distance
+    assert found is not None
+    of_classes = frechet_distance(
+        *(fit_gaussian(toy_classifier.read(data.images).features) for data in (toy_images(60, 2), test))
+    )
+    assert found.real < 0.1 * of_classes
+    assert found.samples < 0.1 * of_classes
+
+
+def test_floor_counts_classes_as_samples_do_where_one_has_run_out(toy_classifier: Classifier) -> None:
+    judge = Judge(toy_checkpoint(), few_of_two_classes(0), toy_images(300, 1), toy_classifier, CPU)
+    found = judge.figures(toy_images(240, 2).images, 0, 0.0).classifier_frechet_distance
+    assert found is not None
+    assert found.num_real == 240  # of them 20 each of two classes
+    unlike = frechet_distance(
+        *(
+            fit_gaussian(toy_classifier.read(data.images).features)
+            for data in (few_of_two_classes(0), toy_images(300, 1))
+        )
+    )
+    assert found.real < 0.1 * unlike
+
+
+@pytest.mark.parametrize("num_test", [60, 61])
+def test_figures_of_equal_classes_are_those_of_images_that_count_alike(
+    toy_classifier: Classifier, num_test: int
+) -> None:
+    train, test, samples = toy_images(96, 0), toy_images(num_test, 1), toy_images(50, 2).images
+    found = Judge(toy_checkpoint(), train, test, toy_classifier, CPU).figures(samples, 7, 0.0)
+    of_test = fit_gaussian(toy_classifier.read(test.images).features)
+    beside = train.images[balanced_picks(train, 50, 7)]
+    distances = [
+        frechet_distance(fit_gaussian(toy_classifier.read(each).features), of_test) for each in (samples, beside)
+    ]
+    assert found.classifier_frechet_distance == FrechetDistance(*distances, 50, num_test)
 
 
 @pytest.mark.parametrize(
