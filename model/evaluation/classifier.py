@@ -131,10 +131,14 @@ def train_classifier(
 ) -> Classifier:
     """Train on one split and measure accuracy on the other. The same seed, device and threads give the same weights.
 
-    Raises ClassifierError for data without classes, or splits that differ in classes or image size.
+    Raises ClassifierError for data of no class or one, or splits that differ in classes or image size.
     """
     if train.labels is None or test.labels is None:
         raise ClassifierError(f"{train.name}: a classifier needs labelled images, and these have no classes")
+    if (
+        len(train.class_names) < 2
+    ):  # its loss would be zero from the first step on, and its features those of no training
+        raise ClassifierError(f"{train.name}: a classifier needs two classes or more, and these images have one")
     if train.class_names != test.class_names or train.images.shape[1:] != test.images.shape[1:]:
         raise ClassifierError(f"{train.name} and {test.name} differ in classes or image size")
     channels, height, width = train.images.shape[1:]

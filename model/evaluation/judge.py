@@ -72,8 +72,11 @@ class Judge:
     def left_out(self) -> list[LeftOut]:
         """The figures that this checkpoint or this data does not allow."""
         if self._classifier is None:
-            labelled = self._train.labels is not None and self._test.labels is not None
-            why = "no classifier was given" if labelled else "no classifier: the data has no classes to train one on"
+            why = "no classifier was given"
+            if self._train.labels is None or self._test.labels is None:
+                why = "no classifier: the data has no classes to train one on"
+            elif len(self._train.class_names) < 2:
+                why = "no classifier: the data has one class, and one is trained to tell classes apart"
             return [LeftOut("class_accuracy", why), LeftOut("classifier_frechet_distance", why)]
         if self._checkpoint.net.class_embedding is None:
             return [LeftOut("class_accuracy", "the checkpoint is unconditional: no class was asked for")]

@@ -161,7 +161,7 @@ def choose_ways(loaded: "Checkpoint", options: dict[str, Any]) -> Ways:
 
 
 def load_compared(checkpoint: Path, loaded: "Checkpoint", classifier: Path | None, options: dict[str, Any]) -> Compared:
-    """Load the two splits, and the classifier; it is trained where there is none, if the data has classes."""
+    """Load the two splits, and the classifier; it is trained where there is none, if there are two classes or more."""
     from tminus.model.evaluation.classifier import load_or_train_classifier
     from tminus.service.engine.devices import choose_device
 
@@ -172,7 +172,7 @@ def load_compared(checkpoint: Path, loaded: "Checkpoint", classifier: Path | Non
     where = options["data_dir"], loaded.size_px[0], loaded.image_shape[0], options["background"]
     train_split = load_training_data(data, "train", *where)
     test_split = load_training_data(str(options["test_data"] or data), "test", *where)
-    if train_split.labels is None or test_split.labels is None:
+    if train_split.labels is None or test_split.labels is None or len(train_split.class_names) < 2:
         return Compared(train_split, test_split, None)
     bundled = checkpoint.parent / "fashion-mnist-classifier" if test_split.name.startswith("fashion") else None
     folder = classifier or bundled or checkpoint / "classifier"

@@ -187,6 +187,9 @@ def test_classifier_refuses_data_without_classes_and_sizes_it_cannot_pool() -> N
     unlabelled = toy_images(8, 0, labelled=False)
     with pytest.raises(ClassifierError, match="no classes"):
         train_classifier(unlabelled, unlabelled, TRAINING, device=CPU)
+    one_class = dataclasses.replace(toy_images(8, 0), labels=torch.zeros(8, dtype=torch.int64), class_names=("bright",))
+    with pytest.raises(ClassifierError, match="needs two classes or more, and these images have one"):
+        train_classifier(one_class, one_class, TRAINING, device=CPU)
     with pytest.raises(ValueError, match="multiples of 8"):
         ClassifierConfig(channels=1, size_px=(28, 28), num_classes=10)
 

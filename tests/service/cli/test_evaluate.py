@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_a_sweep_prints_its_table_and_writes_a_report_that_names_its_command(
     assert again.exit_code == 0, (again.output, again.exception)
     assert again.stdout == result.stdout
     assert written["report.html"].read_text() == page
+
+
+def test_data_of_one_class_is_judged_without_a_classifier(folders: list[str], tmp_path: Path) -> None:
+    for split, place in (("--data", "train"), ("--test-data", "held-out")):
+        shutil.copytree(Path(folders[folders.index(split) + 1]) / "bright", tmp_path / place / "bright")
+    folders = [*folders[:2], "--data", str(tmp_path / "train"), "--test-data", str(tmp_path / "held-out")]
+    found = evaluate(
+        folders, "--steps", "3", "--json", tmp_path / "figures.json", "--classifier", tmp_path / "classifier"
+    )
+    assert found.exit_code == 0, (found.output, found.exception)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["class_accuracy"] is figures["classifier_frechet_distance"] is None
+    assert "Left out: class_accuracy (no classifier: the data has one class, " in found.stdout
+    assert not (tmp_path / "classifier").exists()
 
 
 def test_one_way_of_sampling_keeps_its_report_and_gains_a_spread_over_seeds(folders: list[str], tmp_path: Path) -> None:
