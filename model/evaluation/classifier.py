@@ -28,6 +28,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"
 MAX_CONFIG_BYTES = 2**20
 GRID = 4  # the last feature map is pooled to GRID x GRID, the size it has for 32x32 images
 READ_BATCH = 500
+MIN_SIDE = 8  # in pixels, of which three poolings by two leave one
 
 
 class ClassifierError(Exception):
@@ -50,8 +51,10 @@ class ClassifierConfig:
             raise ValueError(f"classifier config: widths, sizes and counts must be 1..{2**16}, got {positive}")
         if self.channels not in (1, 3):
             raise ValueError(f"classifier config: channels must be 1 or 3, got {self.channels!r}")
-        if len(self.size_px) != 2 or any(side % 8 for side in self.size_px):
-            raise ValueError(f"classifier config: size_px must be two multiples of 8, got {self.size_px!r}")
+        if len(self.size_px) != 2 or any(side < MIN_SIDE for side in self.size_px):
+            raise ValueError(
+                f"classifier config: size_px must be two sides of {MIN_SIDE} or more, got {self.size_px!r}"
+            )
         if len(self.widths) != 3:
             raise ValueError(f"classifier config: widths must be three numbers, got {self.widths!r}")
 

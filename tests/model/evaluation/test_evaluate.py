@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.model.evaluation.toys import CPU, NAMES, OPTIONS, TRAINING, toy_checkpoint, toy_images
 from tests.model.latent.folders import save_latent_pipeline
@@ -183,6 +184,18 @@ def test_classifier_that_is_damaged_is_refused_with_its_file_named(toy_classifie
         load_classifier(tmp_path, device=CPU)
 
 
+@pytest.mark.parametrize("size_px", [(28, 28), (12, 9), (20, 31)])
+def test_classifier_reads_images_whose_sides_do_not_divide_by_eight(tmp_path: Path, size_px: tuple[int, int]) -> None:
+    def padded(data: ImageSet) -> ImageSet:
+        height, width = size_px
+        return dataclasses.replace(data, images=F.pad(data.images, (0, width - 8, 0, height - 8)))
+
+    classifier = train_classifier(padded(toy_images(96, 0)), padded(toy_images(60, 1)), TRAINING, device=CPU)
+    assert classifier.test_accuracy == 1.0
+    save_classifier(tmp_path, classifier)
+    assert load_classifier(tmp_path, device=CPU).config.size_px == size_px
+
+
 def test_classifier_refuses_data_without_classes_and_sizes_it_cannot_pool() -> None:
     unlabelled = toy_images(8, 0, labelled=False)
     with pytest.raises(ClassifierError, match="no classes"):
@@ -190,8 +203,8 @@ def test_classifier_refuses_data_without_classes_and_sizes_it_cannot_pool() -> N
     one_class = dataclasses.replace(toy_images(8, 0), labels=torch.zeros(8, dtype=torch.int64), class_names=("bright",))
     with pytest.raises(ClassifierError, match="needs two classes or more, and these images have one"):
         train_classifier(one_class, one_class, TRAINING, device=CPU)
-    with pytest.raises(ValueError, match="multiples of 8"):
-        ClassifierConfig(channels=1, size_px=(28, 28), num_classes=10)
+    with pytest.raises(ValueError, match=r"sides of 8 or more, got \(28, 7\)"):
+        ClassifierConfig(channels=1, size_px=(28, 7), num_classes=10)
 
 
 def test_stored_classifier_reads_fashion_mnists_test_images() -> None:
