@@ -64,10 +64,13 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
     consistency = given.prediction == "consistency"  # of consistency_models, whose noise levels are no betas
     needed = ["image_size", *(("timesteps", "prediction") if consistency else given.needed_for_noise(learned=learned))]
     needed += ["head_width" if given.head_width is not None else "heads"]
-    needed += [] if heads and max(heads.values()) == 1 else ["attention_order"]  # one head is in order either way
+    one_order = consistency or (heads and max(heads.values()) == 1)  # one head is in order either way
+    needed += [] if one_order else ["attention_order"]
     needed += [] if consistency or given.timesteps == HO_TIMESTEPS else ["rescale_timesteps"]
     taken = ["attention_order"] if consistency else ["attention_order", "rescale_timesteps", *given.taken_for_noise()]
     given.check(f"a file of {FORMAT}", needed, taken)
+    if consistency and given.attention_order == "legacy":
+        raise FactsError("--attention-order must be new, or left out, for --prediction consistency, got 'legacy'")
     assert given.timesteps is not None
 
     by_resnet = "in_layers.0.weight" in modules.get(f"input_blocks.{levels.layers + 1}.0", {})
@@ -104,7 +107,8 @@ def convert(state: Mapping[str, Tensor], given: Given) -> Converted:
         notes = given.noise_notes(noise)
     if given.heads is not None and given.heads > 1:
         notes = (*notes, "as many attention heads on the way up (no num_heads_upsample)")
-    renamed = _renamed(state, modules, levels, heads, given.attention_order)
+    # Consistency_models splits q, k and v before heads in all its networks: use_new_attention_order does nothing there.
+    renamed = _renamed(state, modules, levels, heads, "new" if consistency else given.attention_order)
     return Converted(FORMAT, unet, renamed, noise, numbered(unet.num_class_embeds), notes)
 
 

@@ -11,7 +11,7 @@ from tests.model.formats.conftest import close_to_scale, randomised, save
 from tests.model.formats.guided import Guided
 from tminus.model.checkpoint import load_checkpoint
 from tminus.model.files import CheckpointError
-from tminus.model.formats.given import Given, MissingFacts
+from tminus.model.formats.given import FactsError, Given, MissingFacts
 from tminus.model.formats.read import convert, read_foreign
 
 HO = {"image_size": 16, "timesteps": 1000, "beta_schedule": "linear", "prediction": "epsilon"}
@@ -78,6 +78,29 @@ def test_converted_network_equals_the_oracle(
     assert ours.size_px == (16, 16)
     assert ours.labels.num_classes == settings.get("classes", 0)
     assert ours.noise.variance_type == ("learned_range" if settings.get("out_channels") == 6 else "fixed_large")
+
+
+def test_consistency_model_has_q_k_and_v_before_heads_without_being_asked(
+    batch: dict[str, Any], tmp_path: Path
+) -> None:
+    """As consistency_models' QKVFlashAttention takes them apart: "b (three h d) s -> b s three h d"."""
+    theirs = net_of(heads=4, order="new")
+    # Their 1x1 convolutions are 2D, those of guided-diffusion 1D.
+    two_d = {
+        key: value[..., None] if value.ndim == 3 and ("qkv" in key or "proj_out" in key) else value
+        for key, value in theirs.state_dict().items()
+    }
+    assert sum(value.ndim == 4 for key, value in two_d.items() if "qkv" in key) > 0
+    torch.save(two_d, tmp_path / "cd.pt")
+    facts = {"image_size": 16, "timesteps": 40, "prediction": "consistency", "heads": 4}
+    convert(tmp_path / "cd.pt", tmp_path / "out", Given(**facts))  # type: ignore[arg-type]
+    ours = load_checkpoint(tmp_path / "out")
+    with torch.no_grad():
+        close_to_scale(ours.net(batch["x"], batch["t"]), theirs(batch["x"], batch["t"]))
+    named = read_foreign(tmp_path / "cd.pt", Given(**facts, attention_order="new"))  # type: ignore[arg-type]
+    assert all(torch.equal(value, named.state[key]) for key, value in ours.net.state_dict().items())
+    with pytest.raises(FactsError, match="--attention-order must be new, or left out, for --prediction consistency"):
+        read_foreign(tmp_path / "cd.pt", Given(**facts, attention_order="legacy"))  # type: ignore[arg-type]
 
 
 def test_network_that_diffusers_has_is_written_for_it_and_loads_there(batch: dict[str, Any], tmp_path: Path) -> None:
