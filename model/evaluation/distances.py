@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # 32 MiB of distances
+REFERENCES_AT_ONCE, QUERIES_AT_ONCE = 8192, 1024  # at most: 32 MiB of distances
+VALUES_AT_ONCE = 2**24  # of either, at most: 64 MiB in float32, so that large images come few at a time
 
 
 class Gaussian(NamedTuple):
@@ -45,18 +46,24 @@ def nearest_distances(queries: Tensor, references: Tensor) -> Tensor:
     It is the root mean square over pixels in the model's range: 0 for a copy, 2 for black against white.
     """
     flat_queries, flat_references = queries.flatten(1), references.flatten(1)
+    values = flat_queries.shape[1]
+    some, many = (max(1, min(n, VALUES_AT_ONCE // values)) for n in (QUERIES_AT_ONCE, REFERENCES_AT_ONCE))
+    parts = [slice(first, first + some) for first in range(0, len(queries), some)]
     best = torch.full((len(queries),), torch.inf, device=queries.device)
     index = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    for start in range(0, len(references), REFERENCES_AT_ONCE):
-        b = flat_references[start : start + REFERENCES_AT_ONCE].to(torch.float32)
-        for first in range(0, len(queries), QUERIES_AT_ONCE):
-            part = slice(first, first + QUERIES_AT_ONCE)
+    for start in range(0, len(references), many):
+        b = flat_references[start : start + many].to(torch.float32)
+        length = torch.linalg.vecdot(b, b)  # which needs no second b for its squares
+        for part in parts:
             a = flat_queries[part].to(torch.float32)
             # |a - b|^2 without |a|^2, which changes nothing about which b is nearest.
-            distance, nearest = (b.square().sum(1) - 2 * a @ b.T).min(1)
+            distance, nearest = (length - 2 * (a @ b.T)).min(1)
             closer = distance < best[part]
             best[part] = torch.where(closer, distance, best[part])
             index[part] = torch.where(closer, nearest + start, index[part])
     # That expansion rounds; the distance itself is computed exactly, so that a copy is at 0.
-    difference = flat_queries.to(torch.float64) - flat_references[index].to(torch.float64)
-    return difference.square().mean(1).sqrt() / 127.5
+    square = torch.empty(len(queries), dtype=torch.float64, device=queries.device)
+    for part in parts:
+        difference = flat_queries[part].to(torch.float64).sub_(flat_references[index[part]])
+        square[part] = torch.linalg.vecdot(difference, difference)
+    return (square / values).sqrt() / 127.5

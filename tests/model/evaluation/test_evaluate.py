@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.evaluation.toys import CPU, NAMES, OPTIONS, TRAINING, toy_checkpoint, toy_images
 from tests.model.latent.folders import save_latent_pipeline
@@ -106,9 +108,10 @@ def test_weighted_gaussian_is_numpys_mean_and_covariance() -> None:
     np.testing.assert_allclose(covariance, np.cov(values, rowvar=False, aweights=weights.numpy()))
 
 
-def test_nearest_distances_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tminus.model.evaluation.distances.REFERENCES_AT_ONCE", 16)  # so that chunks of both kinds meet
-    monkeypatch.setattr("tminus.model.evaluation.distances.QUERIES_AT_ONCE", 7)
+@pytest.mark.parametrize("bounds", [{"REFERENCES_AT_ONCE": 16, "QUERIES_AT_ONCE": 7}, {"VALUES_AT_ONCE": 192 * 3}])
+def test_nearest_distances_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch, bounds: dict[str, int]) -> None:
+    for name, bound in bounds.items():  # so that chunks of both kinds meet
+        monkeypatch.setattr(f"tminus.model.evaluation.distances.{name}", bound)
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(0, 256, (20, 3, 8, 8), generator=generator, dtype=torch.uint8)
     references = torch.randint(0, 256, (50, 3, 8, 8), generator=generator, dtype=torch.uint8)
@@ -116,6 +119,27 @@ def test_nearest_distances_are_those_of_brute_force(monkeypatch: pytest.MonkeyPa
     rms = np.sqrt(((a[:, None] - b[None]) ** 2).mean(2))
     found = nearest_distances(queries, references)
     np.testing.assert_allclose(found, rms.min(1))
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many bytes the largest tensor takes that an operation makes."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(value, torch.Tensor) and not func.is_view:
+                self.num_bytes = max(self.num_bytes, value.numel() * value.element_size())
+        return made
+
+
+def test_nearest_distances_of_large_images_take_little_memory() -> None:
+    """Four megabytes an image in float32: the forty at once would take 160 MiB, and in float64 320."""
+    images = torch.randint(0, 256, (40, 1, 1024, 1024), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with Largest() as largest:
+        assert nearest_distances(images[:30], images).max() == 0
+    assert largest.num_bytes == 128 * 2**20  # 2**24 values in float64
 
 
 def test_nearest_neighbour_of_a_copy_is_at_zero_and_of_black_from_white_at_two() -> None:
