@@ -18,6 +18,7 @@ from torch import Tensor
 from tminus.model.data import ImageSet
 from tminus.model.ema import Ema
 from tminus.model.files import write_json
+from tminus.model.held_out import evenly
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.config import AutoencoderConfig
 from tminus.model.latent.encode import latents_of
@@ -77,7 +78,8 @@ def train_autoencoder(
 
     def save() -> None:
         averaged = averaged_autoencoder(model, run.ema)
-        spread = float(latents_of(averaged, images[:SCALE_IMAGES], device).std()) / model.scaling_factor
+        some = images[evenly(len(images), min(len(images), SCALE_IMAGES))]  # a folder's come class by class
+        spread = float(latents_of(averaged, some, device).std()) / model.scaling_factor
         if not spread > 0:
             raise TrainError(f"step {run.step}: all latents are alike; the last save is intact")
         scale = 1 / spread

@@ -93,6 +93,17 @@ def test_latents_are_scaled_to_a_spread_of_one(tmp_path: Path) -> None:
     torch.testing.assert_close(latents[4:5], one, rtol=1e-4, atol=1e-5)
 
 
+def test_images_of_all_classes_say_how_latents_are_scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder's images are in the order of its classes."""
+    monkeypatch.setattr("tminus.model.latent.train.SCALE_IMAGES", 12)
+    data = toy_images(24)
+    assert data.labels is not None
+    order = data.labels.argsort()
+    run(tmp_path, data=dataclasses.replace(data, images=data.images[order], labels=data.labels[order]))
+    every_second = latents_of(load_autoencoder(tmp_path), data.images[order][::2], CPU)
+    assert float(every_second.std()) == pytest.approx(1.0, rel=1e-5)
+
+
 def test_the_loss_is_the_formula() -> None:
     """float64: mean |x - x'| and KL(N(m, s^2) || N(0, 1)) by torch.distributions; for codes the two distances."""
     torch.manual_seed(0)
