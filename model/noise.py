@@ -202,6 +202,7 @@ class NoiseConfig:
         require(self.beta_end < 1, "beta_end", "below 1")
         if self.rescale_betas_zero_snr:
             require(self.prediction_type != "epsilon", "prediction_type", "sample or v_prediction with zero-SNR betas")
+            require(steps >= 2, "num_train_timesteps", "2 or more with zero-SNR betas")  # the first would be the last
         if self.trained_betas is not None:
             require(len(self.trained_betas) == steps, "trained_betas", f"{steps} numbers")
             require(all(0 < beta <= 1 for beta in self.trained_betas), "trained_betas", "numbers in (0, 1]")

@@ -516,6 +516,14 @@ def test_eps_prediction_with_zero_snr_is_refused() -> None:
         NoiseConfig.from_dict({"rescale_betas_zero_snr": True})
 
 
+def test_a_single_timestep_with_zero_snr_is_refused_with_the_config() -> None:
+    zero_snr = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    with pytest.raises(ValueError, match="num_train_timesteps must be 2 or more with zero-SNR betas, got 1"):
+        NoiseConfig.from_dict({**zero_snr, "num_train_timesteps": 1})
+    assert NoiseConfig.from_dict({**zero_snr, "num_train_timesteps": 2}).schedule().alpha_bar[-1] == 0
+    assert NoiseConfig(num_train_timesteps=1).schedule().num_timesteps == 1
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.5, math.nan])
 def test_own_beta_outside_its_interval_is_refused_with_the_config(beta: float) -> None:
     with pytest.raises(ValueError, match=r"trained_betas must be numbers in \(0, 1\]"):
