@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-SECRET = re.compile(r"\btm_[\w-]+")  # as `tminus key` makes them
+# As `tminus key` makes them, also behind a letter or a digit, as in %20tm_; but not utm_source and the like.
+SECRET = re.compile(r"(?<!\bu)tm_[\w-]+")
 
 
 class ServiceError(Exception):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tminus.service.errors import Draining, InvalidField, NotReady, Overloaded, ServiceError
+from tminus.service.errors import Draining, InvalidField, NotReady, Overloaded, ServiceError, masked
 
 
 def test_a_problem_has_the_members_of_rfc_9457_and_ours() -> None:
@@ -43,6 +43,12 @@ def test_null_is_a_value_too() -> None:
 )
 def test_a_value_is_shown_unchanged_or_shortened(value: object, shown: object) -> None:
     assert InvalidField("no", field="x", value=value).problem()["value"] == shown
+
+
+def test_the_secret_of_a_key_is_masked_whatever_is_before_it_and_a_parameter_of_links_is_not() -> None:
+    for text in ("tm_{}", "%20tm_{}", "xtm_{} y", "key_tm_{}", "\\ntm_{}"):
+        assert masked(text.format("a-b_c")) == text.format("…")
+    assert masked("utm_source=x&utm_medium=y") == "utm_source=x&utm_medium=y"
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), "\ud800", ["\udfff"], {"\ud800": 1}])

@@ -126,7 +126,12 @@ def test_a_refusal_is_counted_and_no_log_shows_a_key(keyed: Site, caplog: pytest
             keyed.client.get(f"/sample?key={ANN}", headers=bearer(ANN)),
             keyed.client.get(f"/sample?steps={ANN}", headers=bearer(ANN)),
             keyed.client.post("/sample", json={"key": {"a": [ANN]}}, headers=bearer(ANN)),
+            *(
+                keyed.client.get(f"/sample?{query}{ANN}", headers=bearer(ANN))
+                for query in ("authorization=Bearer%20", "q=%22", "q=key%3D", "q=%0A")
+            ),
         ]
+        keyed.client.get(f"/jobs/%7B{ANN}", headers=bearer(ANN))
         with stream(keyed, **bearer(ANN)) as client:
             client.send(**SPEC)
             finish(client)
