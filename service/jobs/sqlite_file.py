@@ -64,8 +64,9 @@ def prepare(file: Path) -> None:
     try:
         uri = f"{file.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)) as connection:
-            if not is_new(file, connection):
-                _check_wal(file)
+            new = is_new(file, connection)  # also one of which all is in a WAL that SQLite ignores
+            _check_wal(file)
+            if not new:
                 _check_pages(file, connection)
     except sqlite3.Error as error:
         # A first start was interrupted: the store's own connection, which may write, rolls that back.

@@ -19,7 +19,7 @@ JOB_ID = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """The first frame that does not verify, and what follows it."""
+    """The header or the first frame that does not verify, and what follows it."""
 
     offset: int  # of the end of what is sound, in bytes
     transactions: int
@@ -32,24 +32,45 @@ def find_damage(wal: Path) -> Damage | None:
     if len(data) < HEADER:
         return None
     magic, _, page_size, _, *salts_and_sums = struct.unpack(">8I", data[:HEADER])
-    if magic & ~1 != MAGIC:
-        return None  # SQLite does not read it either
     salts, sums, big_endian = data[16:24], (salts_and_sums[2], salts_and_sums[3]), bool(magic & 1)
-    if _checksum(data[:24], (0, 0), big_endian) != sums:
-        return None
+    if magic & ~1 != MAGIC or _checksum(data[:24], (0, 0), big_endian) != sums:
+        return _below_bad_header(data)
     size = FRAME + page_size
     sound = HEADER  # the end of the last sound transaction
     for at in range(HEADER, len(data) - size + 1, size):
         frame = data[at : at + FRAME]
         sums = _checksum(frame[:8], sums, big_endian)
         sums = _checksum(data[at + FRAME : at + size], sums, big_endian)
-        if frame[8:16] != salts:  # of an earlier log, which this one has not overwritten yet
-            return None
-        if struct.unpack(">2I", frame[16:24]) != sums:
+        # Of other salts is what an earlier log has left; but then no later frame has those of this one.
+        if frame[8:16] != salts or struct.unpack(">2I", frame[16:24]) != sums:
             return _after(data, at, size, salts, sound)
         if frame[4:8] != bytes(4):  # a commit
             sound = at + size
     return None
+
+
+def _below_bad_header(data: bytes) -> Damage | None:
+    """What SQLite ignores, as the header does not verify: the frames verify among themselves, if there was a log.
+
+    What the header says of them is not to be trusted, so each size of a page is tried, and each order of bytes.
+    """
+    for size in (FRAME + 2**exponent for exponent in range(9, 17)):
+        if any(_commits_in_chain(data, size, big_endian) >= 2 for big_endian in (False, True)):
+            return _after(data, HEADER, size, data[HEADER + 8 : HEADER + 16], 0)
+    return None
+
+
+def _commits_in_chain(data: bytes, size: int, big_endian: bool) -> int:
+    """How many frames behind the first are commits, until one does not follow from the checksum of the one before."""
+    commits = 0
+    for at in range(HEADER + size, len(data) - size + 1, size):
+        before, frame = data[at - size : at], data[at : at + size]
+        sums = _checksum(frame[:8], struct.unpack(">2I", before[16:FRAME]), big_endian)
+        sums = _checksum(frame[FRAME:], sums, big_endian)
+        if frame[8:16] != before[8:16] or struct.unpack(">2I", frame[16:FRAME]) != sums:
+            break
+        commits += frame[4:8] != bytes(4)
+    return commits
 
 
 def _after(data: bytes, bad: int, size: int, salts: bytes, sound: int) -> Damage | None:

@@ -1,8 +1,10 @@
 """Damage to the log of a killed server is told, and a torn last transaction is none."""
 
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -58,11 +60,20 @@ def test_a_sound_log_has_no_damage_and_gives_all_jobs(file: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0.3, 0.6])
-@pytest.mark.parametrize("offset", [7, 18, FRAME + 100], ids=["size", "checksum", "page"])
+@pytest.mark.parametrize("offset", [7, 9, 13, 18, FRAME + 100], ids=["size", "salt 1", "salt 2", "checksum", "page"])
 def test_one_damaged_byte_is_told_with_the_jobs_in_doubt_and_what_to_do(file: Path, part: float, offset: int) -> None:
+    frames = (wal_of(file).stat().st_size - HEADER) // (FRAME + PAGE)
+    told_and_mended(file, HEADER + int(part * frames) * (FRAME + PAGE) + offset)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 5, 10, 15, 17, 21, 25, 31])
+def test_so_is_one_in_the_header(file: Path, offset: int) -> None:
+    told_and_mended(file, offset)
+
+
+def told_and_mended(file: Path, damaged_at: int) -> None:
     wal = wal_of(file)
-    frames = (wal.stat().st_size - HEADER) // (FRAME + PAGE)
-    flip(wal, HEADER + int(part * frames) * (FRAME + PAGE) + offset)
+    flip(wal, damaged_at)
     before = wal.read_bytes()
     with pytest.raises(ValueError, match="is damaged: ") as caught:
         SqliteStore(file)
@@ -93,7 +104,20 @@ def test_a_torn_last_transaction_is_no_damage(file: Path) -> None:
     store.close()
 
 
+def test_frames_that_an_earlier_log_has_left_are_no_damage(file: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(RESTART)")
+        for crashes in (1, 2):
+            with connection:
+                connection.execute(f"UPDATE jobs SET crashes = {crashes}")
+        shutil.copy(wal_of(file), tmp_path / "wal")
+    data = (tmp_path / "wal").read_bytes()
+    salts = {data[at + 8 : at + 16] for at in range(HEADER, len(data) - FRAME - PAGE + 1, FRAME + PAGE)}
+    assert len(salts) == 2
+    assert find_damage(tmp_path / "wal") is None
+
+
 def test_what_is_no_log_is_left_to_sqlite(tmp_path: Path) -> None:
-    for data in (b"", b"x" * 31, b"x" * 10_000):
+    for data in (b"", b"x" * 31, b"x" * 10_000, bytes(10_000), bytes(1_000_000)):
         (tmp_path / "wal").write_bytes(data)
         assert find_damage(tmp_path / "wal") is None
