@@ -18,10 +18,10 @@ from sqlalchemy.dialects.postgresql import ARRAY, insert
 
 from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.postgres_tables import FORMAT, format_of, make_postgres_tables
-from tminus.service.jobs.sql_store import SqlStore
+from tminus.service.jobs.sql_store import RECORD_BYTES, SqlStore
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
-from tminus.service.jobs.webhooks.rows import webhook_of
+from tminus.service.jobs.webhooks.rows import kept_bytes, webhook_of
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
@@ -201,9 +201,12 @@ class PostgresStore(SqlStore):
         with self._transaction() as run:
             if (row := run(ended.returning(jobs.c.webhook)).one_or_none()) is None:
                 return False
-            self._deliveries.owe(run, job_id, webhook_of(row, damaged=True), ["completed"])
+            webhook = webhook_of(row, damaged=True)
+            self._deliveries.owe(run, job_id, webhook, ["completed"])
             for table in (tables.snapshots, tables.inputs):
                 run(sa.delete(table).where(table.c.job_id == job_id))
+            left = RECORD_BYTES + kept_bytes(webhook)  # without its picture
+            run(sa.update(jobs).where(jobs.c.id == job_id).values(bytes=left))
         self._let_go(job_id)
         return True
 

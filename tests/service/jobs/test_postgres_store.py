@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
 
@@ -20,7 +21,9 @@ from tminus.service.jobs import postgres_store
 from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.postgres_tables import FORMAT, format_of
+from tminus.service.jobs.sql_store import RECORD_BYTES
 from tminus.service.jobs.store import Key, LeaseLost, Pace
+from tminus.service.jobs.webhooks.rows import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
@@ -361,6 +364,23 @@ def test_a_job_that_is_cancelled_at_another_replica_is_lost_to_its_holder(databa
     assert record is not None
     assert (record.outcome, record.held) == ("cancelled", False) or record.outcome == "cancelled"
     assert holder.snapshot("a", "build") is None
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_job_that_is_cancelled_elsewhere_counts_no_more_than_what_is_left_of_it(
+    database: DatabaseShelf, held: bool
+) -> None:
+    holder, asked = database.open(), database.open()
+    hook = Webhook("https://hooks.example/x")
+    holder.add(ended(job("other"), at_us=1))
+    picture = np.random.default_rng(1).integers(0, 256, (200, 200, 3), np.uint8)
+    holder.add(replace(job("a"), webhook=hook), None, Inputs(picture), held=held)
+    ((before,),) = database.read("SELECT bytes FROM jobs WHERE id = 'a'")
+    assert int(str(before)) > picture.nbytes
+    assert asked.cancel("a")
+    assert database.read("SELECT bytes FROM jobs WHERE id = 'a'") == [(RECORD_BYTES + kept_bytes(hook),)]
+    assert not asked.sweep(0, picture.nbytes), "there is room for both"
+    assert asked.get("other") is not None
 
 
 # --- servers of other versions ---
