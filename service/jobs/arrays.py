@@ -1,12 +1,18 @@
 """Arrays as the bytes that a store keeps: in safetensors, which runs no code when it is read."""
 
+import logging
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
+from tminus.service.errors import StorageFailed
 from tminus.service.spec import Images, Inputs, Snapshot
+
+log = logging.getLogger(__name__)
 
 SNAPSHOT_FORMAT = 2  # counts up with what a plan or the state of a row is; 1 had no registers, and no format either
 # What unpacking raises if the bytes are damaged.
@@ -19,6 +25,16 @@ UNREADABLE = (
     zlib.error,
     safetensors.SafetensorError,
 )
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Raise StorageFailed for data that cannot be decoded: a database itself does not notice a flipped byte."""
+    try:
+        yield
+    except UNREADABLE as error:
+        log.error("%s cannot be read: %r", what, error)
+        raise StorageFailed(f"{what} cannot be read", damaged=True) from None
 
 
 def pack_snapshot(snapshot: Snapshot) -> bytes:

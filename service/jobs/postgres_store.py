@@ -14,10 +14,11 @@ from datetime import timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import ARRAY, insert
+from sqlalchemy.dialects.postgresql import insert
 
 from tminus.service.errors import NewerJob, StorageFailed
-from tminus.service.jobs.postgres_tables import FORMAT, format_of, make_postgres_tables
+from tminus.service.jobs.postgres_sweep import forget_gone, may_sweep, unserved_weights
+from tminus.service.jobs.postgres_tables import FORMAT, format_of, make_postgres_tables, texts
 from tminus.service.jobs.sql_store import RECORD_BYTES, SqlStore
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 CLAIM_JOBS = 32  # the most that one claim looks at
 _NOW_US = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()) * 1_000_000, sa.BigInteger)
 _EPOCH = sa.func.extract("epoch", sa.func.clock_timestamp())
-GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten
 
 
 class PostgresStore(SqlStore):
@@ -150,11 +150,11 @@ class PostgresStore(SqlStore):
         alive = insert(replicas).values(id=self._replica, weights=self._weights, fingerprint=fingerprint, **told_others)
         alive = alive.on_conflict_do_update(index_elements=["id", "weights", "fingerprint"], set_=told_others)
         mine = self._mine()
-        worked_on = jobs.c.id == sa.any_(_texts(known))
+        worked_on = jobs.c.id == sa.any_(texts(known))
         longer = sa.update(jobs).where(*mine, worked_on).values(lease_until=now + self._lease)
         others = sa.update(jobs).where(*mine, ~worked_on).values(replica=None, lease_until=None)
         # Their clients were told that they were not kept, and have no key to find them by.
-        unsure = [jobs.c.id == sa.any_(_texts(self._unsure)), jobs.c.fence <= 1, jobs.c.outcome.is_(None)]
+        unsure = [jobs.c.id == sa.any_(texts(self._unsure)), jobs.c.fence <= 1, jobs.c.outcome.is_(None)]
         asked_us = _steady_us()
         with self._transaction() as run:
             if self._unsure:
@@ -211,14 +211,22 @@ class PostgresStore(SqlStore):
         return True
 
     def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
-        """See JobStore. One replica at a time; the others have nothing to do."""
+        """See JobStore. One replica at a time; the others have nothing to do.
+
+        Of weights that nobody serves, those that are too old go as well; how many may stay is not for others to say.
+        """
         with self._transaction() as run:
-            key = sa.func.hashtext(f"tminus sweep {self._schema} {self._weights}")
-            if not run(sa.select(sa.func.pg_try_advisory_xact_lock(key))).scalar_one():
+            if not may_sweep(run, self._schema, self._weights):
                 return False
-            gone = self._replicas.c.lease_until < sa.func.clock_timestamp() - GONE
-            run(sa.delete(self._replicas).where(gone))
-            return self._sweep(run, before_us, max_bytes, owed_after_us) > 0
+            forget_gone(run, self._replicas)
+            if self._sweep(run, before_us, max_bytes, owed_after_us):
+                return True
+            jobs = self._tables.jobs
+            old = [jobs.c.finished_us < before_us, ~self._deliveries.is_owed(owed_after_us)]
+            weights = unserved_weights(run, jobs, self._replicas, old)
+            if weights is None or not may_sweep(run, self._schema, weights):
+                return False
+            return self._sweep(run, before_us, math.inf, owed_after_us, [jobs.c.weights == weights]) > 0
 
     def check(self, *, write: bool) -> None:
         """See JobStore."""
@@ -313,11 +321,6 @@ def _first(rows: Sequence[Any], places: float) -> list[Any]:
 
 def _steady_us() -> int:
     return time.monotonic_ns() // 1000
-
-
-def _texts(texts: Collection[str]) -> sa.ColumnElement[Any]:
-    """An array, which may have more members than a statement may have parameters."""
-    return sa.literal(list(texts), ARRAY(sa.Text))
 
 
 class _Taken(Exception):

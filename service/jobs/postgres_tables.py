@@ -1,6 +1,10 @@
 """The tables in PostgreSQL, for the statements; migrations/versions makes them."""
 
+from collections.abc import Collection
+from typing import Any
+
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from tminus.service.jobs.store import JobRecord
 from tminus.service.jobs.tables import Tables, make_tables
@@ -44,3 +48,8 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
         sa.Column("backlog_s", sa.Float, nullable=False),
     )
     return replicas, tables
+
+
+def texts(each: Collection[str]) -> sa.ColumnElement[Any]:
+    """An array, which may have more members than a statement may have parameters."""
+    return sa.literal(list(each), ARRAY(sa.Text))

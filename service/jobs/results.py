@@ -19,7 +19,6 @@ from typing import Protocol, TypeVar
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import arrays
 from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.sql_store import reading
 from tminus.service.jobs.store import JobRecord, JobStore, LeaseLost, ObjectGone, StoredObject
 from tminus.service.spec import Images
 from tminus.service.tracing import traced
@@ -140,7 +139,7 @@ class ResultStore(AsyncStore):
             data = await _logged(self._objects.get(found.key, found.bytes))
         if data is None and await self._found(job_id) != found:  # it was deleted meanwhile
             return None
-        with reading(f"the images of job {job_id}"):
+        with arrays.reading(f"the images of job {job_id}"):
             return await asyncio.to_thread(_unpacked, data, found)
 
     async def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:

@@ -2,8 +2,8 @@
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -173,14 +173,14 @@ class SqlStore(DeliveryStore):
         query = sa.select(table.c.data).where(table.c.job_id == job_id, table.c.fingerprint == fingerprint)
         with self._transaction() as run:
             data = run(query).scalar_one_or_none()
-        with suppress(StorageFailed), reading(f"the snapshot of job {job_id}, which begins anew,"):
+        with suppress(StorageFailed), arrays.reading(f"the snapshot of job {job_id}, which begins anew,"):
             return arrays.unpack_snapshot(data) if data is not None else None
         return None
 
     def inputs(self, job_id: str) -> Inputs | None:
         """See JobStore."""
         data = self._data(self._tables.inputs, job_id)
-        with reading(f"the inputs of job {job_id}"):
+        with arrays.reading(f"the inputs of job {job_id}"):
             return arrays.unpack_inputs(data) if data is not None else None
 
     def images(self, job_id: str) -> Images | StoredObject | None:
@@ -188,7 +188,7 @@ class SqlStore(DeliveryStore):
         if (data := self._data(self._tables.images, job_id)) is None:
             with self._transaction() as run:
                 return self._objects.of(run, job_id)
-        with reading(f"the images of job {job_id}"):
+        with arrays.reading(f"the images of job {job_id}"):
             return arrays.unpack_images(data)
 
     def _data(self, table: sa.Table, job_id: str) -> bytes | None:
@@ -265,10 +265,12 @@ class SqlStore(DeliveryStore):
         with self._transaction() as run:
             self._objects.forget(run, keys)
 
-    def _sweep(self, run: Run, before_us: int, max_bytes: int, owed_after_us: int) -> int:
-        """One part of a sweep; how many jobs were deleted."""
+    def _sweep(
+        self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
+    ) -> int:
+        """One part of a sweep; how many jobs were deleted. which: of others' jobs than those of this store."""
         jobs = self._tables.jobs
-        ended = [jobs.c.finished_us.is_not(None), *self._here()]
+        ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
         owed = self._deliveries.is_owed(owed_after_us)
         oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes, owed.label("owed")).where(*ended)
         oldest = oldest.order_by(jobs.c.finished_us, jobs.c.arrival).limit(SWEEP_JOBS)
@@ -309,7 +311,7 @@ class SqlStore(DeliveryStore):
     def _record(self, row: Any) -> JobRecord:
         """Make a record of a row. Raises StorageFailed where that is damaged."""
         fields = {name: getattr(row, name) for name in JobRecord.__dataclass_fields__ if hasattr(row, name)}
-        with reading(f"the record of job {row.id}"):
+        with arrays.reading(f"the record of job {row.id}"):
             fields["spec"] = SampleSpec.from_json(json.loads(row.spec))
             fields["problem"] = json.loads(row.problem) if row.problem is not None else None
             fields["webhook"] = webhook_of(row)
@@ -318,13 +320,3 @@ class SqlStore(DeliveryStore):
 
 def _json(value: Mapping[str, Any] | None) -> str | None:
     return json.dumps(value) if value is not None else None
-
-
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Raise StorageFailed for data that cannot be decoded: a database itself does not notice a flipped byte."""
-    try:
-        yield
-    except arrays.UNREADABLE as error:
-        log.error("%s cannot be read: %r", what, error)
-        raise StorageFailed(f"{what} cannot be read", damaged=True) from None

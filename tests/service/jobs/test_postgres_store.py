@@ -20,9 +20,10 @@ from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs import postgres_store
 from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_store import PostgresStore
+from tminus.service.jobs.postgres_sweep import may_sweep
 from tminus.service.jobs.postgres_tables import FORMAT, format_of
 from tminus.service.jobs.sql_store import RECORD_BYTES
-from tminus.service.jobs.store import Key, LeaseLost, Pace
+from tminus.service.jobs.store import Key, LeaseLost, Pace, StoredObject
 from tminus.service.jobs.webhooks.rows import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -341,6 +342,51 @@ def test_weights_and_namespaces_do_not_see_each_other(
     assert third.get("j0") is None
     assert [record.id for record in third.page(None, [None], 9)] == ["j2"]
     third.close()
+
+
+# --- swept ---
+
+
+def test_what_has_ended_of_weights_that_nobody_serves_is_swept_by_its_age(database: DatabaseShelf) -> None:
+    one, other = database.open(), database.open("cd" * 32)
+    renew(other, "build", PACE)
+    hook = Webhook("https://hooks.example/x", ("completed",))
+    for name, at_us in (("old", 100), ("owed", 100), ("new", 300)):
+        told = replace(job(name), webhook=hook if name == "owed" else None)
+        other.add(told)
+        other.finish(ended(told, at_us=at_us), PIXELS)
+    other.add(job("large"))
+    other.note_object("large", "object")
+    other.finish(ended(job("large"), at_us=100), StoredObject("object", 10**6, "sha"))
+    other.add(job("waits"))
+    one.add(job("here"))
+    one.finish(ended(job("here"), at_us=100), PIXELS)
+
+    def swept(max_bytes: int = 10**9) -> set[object]:
+        while one.sweep(200, max_bytes):
+            pass
+        return {name for (name,) in database.read("SELECT id FROM jobs")}
+
+    assert swept() == {"old", "owed", "new", "large", "waits"}, "who serves them sweeps them"
+    other.close()
+    assert swept(1) == {"owed", "new", "waits"}, "how much may stay is not for others to say"
+    assert database.read("SELECT key, state FROM objects") == [("object", "unneeded")]
+    assert database.read("SELECT job_id FROM images ORDER BY 1") == [("new",), ("owed",)]
+    assert not one.sweep(200, 10**9, one.now_us() - 60 * 10**6)
+    one.sweep(200, 10**9, one.now_us() + 10**6)  # nobody tries what is owed any more
+    assert swept() == {"new", "waits"}
+
+
+def test_weights_are_swept_by_one_replica_at_a_time_whoever_serves_them(database: DatabaseShelf) -> None:
+    one, third, other = database.open(), database.open("ef" * 32), database.open("cd" * 32)
+    other.add(job("old"))
+    other.finish(ended(job("old"), at_us=100), PIXELS)
+    with third._transaction() as run:
+        assert may_sweep(run, database.namespace, ("cd" * 32)[:16])
+        assert not one.sweep(200, 10**9)
+        assert not other.sweep(200, 10**9)
+    assert one.sweep(200, 10**9)
+    assert other.get("old") is None
 
 
 # --- cancelled elsewhere ---
