@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.store import JobRecord, JobStore, Key, Outcome, Pace, Place, StoredObject
@@ -35,6 +35,7 @@ class AsyncStore:
         self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
         self.owes = asyncio.Event()  # set where a webhook may be to be told something
         self._adding: set[str] = set()
+        self._damaged = 0
         self.now_us = store.now_us  # needs no disk
         self._failure: StorageFailed | None = None
 
@@ -108,11 +109,24 @@ class AsyncStore:
 
     async def claim(self, fingerprint: str, intake: Intake, begun_places: float, rows: int) -> list[JobRecord]:
         """See JobStore."""
-        return await self._call(self._store.claim, fingerprint, intake, begun_places, rows)
+        return await self._claim(fingerprint, intake, begun_places, rows)
 
     async def claim_all(self) -> list[JobRecord]:
         """Hold every job that has not ended, of a store that no other process shares."""
-        return await self._call(self._store.claim, "", Intake(math.inf), math.inf, sys.maxsize)
+        return await self._claim("", Intake(math.inf), math.inf, sys.maxsize)
+
+    async def _claim(self, *asked: Any) -> list[JobRecord]:
+        def claim() -> tuple[list[JobRecord], int]:
+            return self._store.claim(*asked), self._store.take_damaged()
+
+        records, damaged = await self._call(claim)
+        self._damaged += damaged
+        return records
+
+    def take_damaged(self) -> int:
+        """See JobStore; of what was claimed so far."""
+        damaged, self._damaged = self._damaged, 0
+        return damaged
 
     async def holder(self, job_id: str) -> str | None:
         """See JobStore."""

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from tminus.service.errors import Draining, JobNotDone, JobNotFound, NoImages, StorageFailed, short
-from tminus.service.jobs.kept import cancelled_elsewhere, kept_views, unless_retired
+from tminus.service.jobs.kept import cancel_anywhere, cancelled_elsewhere, kept_views, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
@@ -235,14 +235,9 @@ class Jobs:
 
     async def _cancel_anywhere(self, job_id: str, sees: str | None) -> JobView:
         view = await self.find_durable(job_id, sees)
-        if view.record.outcome is None and await self._cancel_elsewhere(view):
+        if view.record.outcome is None and await cancel_anywhere(self._lifecycles[view.model], view.record):
             view = await self.find_durable(job_id, sees)
         return view
-
-    async def _cancel_elsewhere(self, view: JobView) -> bool:
-        """End a job that another replica holds, or nobody: its holder learns it when it renews the lease."""
-        store = self._lifecycles[view.model].store
-        return store.shared and await store.cancel(view.record.id)
 
     async def delete(self, job_id: str, sees: str | None) -> None:
         """Cancel a job that has not ended, delete one that has. Raises JobNotFound."""

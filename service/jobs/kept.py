@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.lifecycle import Lifecycle
-from tminus.service.jobs.store import OUTCOMES, Outcome, Place
+from tminus.service.jobs.store import OUTCOMES, JobRecord, Outcome, Place
 from tminus.service.jobs.views import JobView, kept_view
 
 log = logging.getLogger(__name__)
@@ -48,5 +48,14 @@ async def cancelled_elsewhere(lifecycle: Lifecycle, job_id: str, sees: str | Non
         if error.damaged:
             return False
         raise
-    is_open = record is not None and record.outcome is None and sees in (None, record.owner)
-    return is_open and await lifecycle.store.cancel(job_id)
+    if record is None or record.outcome is not None or sees not in (None, record.owner):
+        return False
+    return await cancel_anywhere(lifecycle, record)
+
+
+async def cancel_anywhere(lifecycle: Lifecycle, record: JobRecord) -> bool:
+    """End a job that another replica holds, or nobody; False if it has ended. Its holder learns it when it renews."""
+    cancelled = lifecycle.store.shared and await lifecycle.store.cancel(record.id)
+    if cancelled and not record.held:  # else its holder counts it as lost
+        lifecycle.metrics.durable_job_ended("cancelled")
+    return cancelled

@@ -34,6 +34,7 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Images
 from tminus.service.tracing import traced
 from tminus.service.work import Ticket
+from tminus.service.worker.loop import LOST
 from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Lifecycle:
         self._worker, self._fingerprint, self._weights = worker, info.fingerprint, info.weights_hash[:16]
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
-        self._limits, self._metrics, self._deliver = limits, metrics, deliver
+        self._limits, self.metrics, self._deliver = limits, metrics, deliver
         self.leases = Leases(store, worker, admission, model, info, limits, self) if store.shared else None
         self._live: dict[str, Live] = {}  # changed here only
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
@@ -96,6 +97,8 @@ class Lifecycle:
 
     def take_on(self, records: Sequence[JobRecord]) -> None:
         """Work on jobs that are held now, from their last snapshots on."""
+        for _ in range(self.store.take_damaged()):
+            self.metrics.durable_job_ended("failed")
         found = [record for record in records if record.id not in self._live]
         for record in found:
             live = self._add(Live(record, self.model, self.model_name))
@@ -103,7 +106,7 @@ class Lifecycle:
                 self._spawn(self._run_alone(live) if record.crashes else self._run(live, None))
         if found:
             log.info("%d durable jobs that nobody works on are taken on", len(found))
-            self._metrics.jobs_resumed(len(found))
+            self.metrics.jobs_resumed(len(found))
 
     def lose(self, live: Live) -> None:
         """Stop working on a job that is another's now, or was ended elsewhere."""
@@ -112,8 +115,8 @@ class Lifecycle:
         log.warning("job %s is not held any more: nothing is made of it here", live.record.id)
         self._drop(live)
         if live.submitted:
-            self._worker.cancel(live.record.id, "lost")
-        self._metrics.durable_job_ended("lost")
+            self._worker.cancel(live.record.id, LOST)
+        self.metrics.durable_job_ended(LOST)
 
     async def _release(self, live: Live) -> None:
         """Leave a job that this process does not end to others, or to a later start."""
@@ -303,7 +306,7 @@ class Lifecycle:
         live.record = record
         del self._live[record.id]
         self._look_idle()
-        self._metrics.durable_job_ended(record.outcome or "")
+        self.metrics.durable_job_ended(record.outcome or "")
         live.release_viewers()
         live.ended.set()
 

@@ -40,6 +40,7 @@ class SqlStore(DeliveryStore):
         self._tables, self._objects = tables, ObjectRows(tables.objects)
         self._more_values = dict(more_values or {})
         self._jobs = jobs = tables.jobs
+        self._damaged = 0  # jobs that were ended for it
         self._deliveries = DeliveryRows(tables.deliveries, jobs, self._now)
         fields = JobRecord.__dataclass_fields__
         self._record_columns: list[sa.ColumnElement[Any]] = [column for column in jobs.c if column.name in fields]
@@ -241,6 +242,11 @@ class SqlStore(DeliveryStore):
         self._let_go(job_id)
         return deleted
 
+    def take_damaged(self) -> int:
+        """See JobStore."""
+        damaged, self._damaged = self._damaged, 0
+        return damaged
+
     def note_object(self, job_id: str, key: str) -> None:
         """See JobStore."""
         jobs = self._tables.jobs
@@ -306,6 +312,7 @@ class SqlStore(DeliveryStore):
                 ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
                 with suppress(StorageFailed, LeaseLost):  # the next one who takes it on tries again
                     self._finish(row.id, ending, webhook_of(row, damaged=True))
+                    self._damaged += 1
         return records
 
     def _record(self, row: Any) -> JobRecord:

@@ -133,6 +133,9 @@ class JobStore(Protocol):
         lives. One whose record is damaged is ended as failed.
         """
 
+    def take_damaged(self) -> int:
+        """How many jobs were ended, since this was asked last, because their records are damaged."""
+
     def holder(self, job_id: str) -> str | None:
         """The address of the replica that holds a job, if it lives and has one."""
 

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 SUSPENDED = "suspended"  # why durable jobs are given up on SIGTERM; the next start goes on with them
+LOST = "lost"  # why one is that another server works on by now, or has ended: tminus_durable_jobs_total counts it
 
 
 class Loop:
@@ -151,8 +152,8 @@ class Loop:
         """End a job that has no rows with an error."""
         saved = job.spec.n * job.spec.end - job.steps_taken
         self._leave(job)
-        if reason == SUSPENDED:
-            log.info("job %s of request %s is suspended", job.id, job.request_id, extra=job.log_fields)
+        if reason in (SUSPENDED, LOST):
+            log.info("job %s of request %s is %s", job.id, job.request_id, reason, extra=job.log_fields)
         else:
             self._metrics.job_given_up(reason, saved)
             what = "job %s of request %s given up (%s), %d row-steps saved"

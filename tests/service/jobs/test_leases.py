@@ -199,8 +199,27 @@ def test_a_job_is_cancelled_at_another_replica(pair: tuple[Site, Site], how: str
     holder.engine.gate.open()  # only now can its worker do anything
     wait_until(lambda: holder.engine.jobs == {})
     assert state(holder, job_id) == "cancelled"
+    assert 'tminus_cancelled_total{"reason": "lost"}' not in holder.metrics()
+    assert 'tminus_durable_jobs_total{"outcome": "cancelled"}' not in asked.metrics(), "its holder has counted it"
     assert asked.client.delete(f"/jobs/{job_id}").status_code == 204, "what has ended is deleted"
     assert holder.client.get(f"/jobs/{job_id}").status_code == 404
+
+
+@pytest.mark.usefixtures("believed")
+@pytest.mark.parametrize("how", ["cancel", "delete"])
+def test_a_job_that_nobody_holds_is_counted_where_it_is_cancelled(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(leases, "AHEAD_S", 0.1)
+    full = replicas.start(shut=True, tick_times=SLOW)
+    _, left = (post(full, SPEC | {"seed": seed}).json()["id"] for seed in range(2))
+    assert left not in full.worker.jobs
+    if how == "cancel":
+        assert full.client.post(f"/jobs/{left}/cancel").json()["state"] == "cancelled"
+    else:
+        assert full.client.delete(f"/jobs/{left}").status_code == 204
+    assert full.metrics()['tminus_durable_jobs_total{"outcome": "cancelled"}'] == 1
+    full.engine.gate.open()
 
 
 def test_events_at_another_replica_come_to_the_same_end(pair: tuple[Site, Site]) -> None:

@@ -1,7 +1,9 @@
 """Jobs to their end, over failures and restarts: a new site on the same file is a restart."""
 
+import sqlite3
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 
@@ -114,6 +116,17 @@ def test_a_file_that_cannot_be_read_for_a_while_ends_no_job(
     else:
         wait_for(site, job_id)
         assert len(failures) == 3
+
+
+def test_a_damaged_job_of_an_earlier_start_counts_as_failed(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    job_id = post(site).json()["id"]
+    restarts.stop()
+    with closing(sqlite3.connect(restarts.file)) as connection, connection:
+        connection.execute("UPDATE jobs SET spec = '{'")
+    site = restarts.start()
+    problem(site.client.get(f"/jobs/{job_id}"), 507, "storage_failed")
+    assert site.metrics()['tminus_durable_jobs_total{"outcome": "failed"}'] == 1
 
 
 def test_a_job_that_ended_is_there_after_a_restart_with_its_key(restarts: Restarts) -> None:

@@ -282,6 +282,7 @@ def test_an_unfinished_job_that_cannot_be_read_is_ended_and_the_others_go_on(
     assert shelf.change("UPDATE jobs SET spec = :spec WHERE id = 'b'", spec=spec) == 1
     store = shelf.open()
     assert [record.id for record in store.claim("build", Intake(MANY), MANY, 64)] == ["a", "c"]
+    assert [store.take_damaged() for _ in range(2)] == [1, 0]
     assert "the record of job b cannot be read" in caplog.text
     store.close()
     ((outcome, finished_us, problem),) = shelf.read("SELECT outcome, finished_us, problem FROM jobs WHERE id = 'b'")

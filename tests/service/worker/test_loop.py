@@ -21,7 +21,7 @@ from tminus.service.scheduling.tick_times import TickTimes
 from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 from tminus.service.work import Batch, JobResult, work_of
 from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.loop import SUSPENDED, Loop
+from tminus.service.worker.loop import LOST, SUSPENDED, Loop
 from tminus.service.worker.recording import Path, Recording
 from tminus.service.worker.running_job import RunningJob
 
@@ -558,6 +558,16 @@ def test_durable_jobs_are_suspended_with_a_last_snapshot_where_they_have_stepped
     assert bench.metric("row_steps_saved_total") == bench.metric("cancelled_total", reason=SUSPENDED) == 0
     bench.finish()
     images(passing)
+
+
+def test_a_job_that_another_server_has_by_now_saves_no_steps(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    lost = bench.accept_spec("lost", make_spec(steps=900), durable=True)
+    bench.tick(2)
+    bench.loop.give_up("lost", JobCancelled("cancelled: lost"), LOST)
+    assert isinstance(failure(lost), JobCancelled)
+    assert bench.metric("row_steps_saved_total") == bench.metric("cancelled_total", reason=LOST) == 0
+    assert bench.engine.jobs == {}
 
 
 # --- viewers and recordings ---
