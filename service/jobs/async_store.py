@@ -1,4 +1,7 @@
-"""The job store for asyncio: each call runs in the store's own thread, so that the event loop waits for no disk."""
+"""The job store for asyncio: each call runs in a thread of the store's, so that the event loop waits for no disk.
+
+Of a shared store, what clients read runs in a second thread: however much that is, leases are renewed in time.
+"""
 
 import asyncio
 import math
@@ -24,12 +27,12 @@ R = TypeVar("R")
 
 
 class AsyncStore:
-    """Owns the store and its thread. Its methods are those of JobStore, and raise StorageFailed as they do."""
+    """Owns the store and its threads. Its methods are those of JobStore, and raise StorageFailed as they do."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tminus-store")
-
+        self._reads = ThreadPoolExecutor(1, thread_name_prefix="tminus-store-reads") if store.shared else self._pool
         self.shared, self.lease_s = store.shared, store.lease_s
         self.turn = asyncio.Lock()  # of who claims, or renews: what was claimed is known before the next renewal
         self.holders: list[Callable[[], Collection[str]]] = []  # each says which jobs it works on
@@ -46,16 +49,25 @@ class AsyncStore:
 
     async def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Wait for a call, though not for a disk that does not answer. Raises StorageFailed."""
+        return await self._call_in(self._pool, CALL_S, function, *args, **kwargs)
+
+    async def _read(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """As `_call`, of what a client reads."""
+        return await self._call_in(self._reads, CALL_S, function, *args, **kwargs)
+
+    async def _call_in(
+        self, pool: ThreadPoolExecutor, limit_s: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
         try:
-            call = asyncio.wrap_future(self._pool.submit(function, *args, **kwargs))
+            call = asyncio.wrap_future(pool.submit(function, *args, **kwargs))
         except RuntimeError as error:  # a request was looking through the stores as this one was closed
             raise StorageFailed("the job store is closed") from error
         try:
-            async with asyncio.timeout(CALL_S):
+            async with asyncio.timeout(limit_s):
                 return await asyncio.shield(call)
         except TimeoutError as error:
-            call.add_done_callback(_retrieve)
-            raise StorageFailed(f"the job store has not answered for {CALL_S:g} s") from error
+            call.cancel()  # if its turn has not come: nobody waits for it, and others wait behind it
+            raise StorageFailed(f"the job store has not answered for {limit_s:g} s") from error
 
     async def _write(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """As `_call`; whether it could be done is kept in `failure`."""
@@ -80,32 +92,26 @@ class AsyncStore:
         except StorageFailed as error:
             # One with a key is found by the client's next try.
             if isinstance(error.__cause__, TimeoutError) and not (self.shared and key is not None):
-                self._pool.submit(self._store.delete, job.id)  # comes right after, in the store's only thread
+                self._pool.submit(self._store.delete, job.id)  # comes right after, in the same thread
             raise
         finally:
             self._adding.discard(job.id)
 
     async def find(self, key: Key) -> tuple[JobRecord, bool] | None:
         """See JobStore."""
-        return await self._call(self._store.find, key)
+        return await self._read(self._store.find, key)
 
     async def id_of(self, key: Key) -> str | None:
         """See JobStore."""
-        return await self._call(self._store.id_of, key)
+        return await self._read(self._store.id_of, key)
 
     async def number_of(self, owner: str, but: Collection[str]) -> int:
-        """See JobStore. Is given up soon, and not made if its turn has not come by then."""
-        try:
-            async with asyncio.timeout(QUICK_S):
-                return await asyncio.wrap_future(self._pool.submit(self._store.number_of, owner, but))
-        except TimeoutError:
-            raise StorageFailed(f"the job store has not answered for {QUICK_S:g} s") from None
-        except RuntimeError as error:
-            raise StorageFailed("the job store is closed") from error
+        """See JobStore. Is given up soon."""
+        return await self._call_in(self._reads, QUICK_S, self._store.number_of, owner, but)
 
     async def get(self, job_id: str) -> JobRecord | None:
         """See JobStore."""
-        return await self._call(self._store.get, job_id)
+        return await self._read(self._store.get, job_id)
 
     async def claim(self, fingerprint: str, intake: Intake, begun_places: float, rows: int) -> list[JobRecord]:
         """See JobStore."""
@@ -130,7 +136,7 @@ class AsyncStore:
 
     async def holder(self, job_id: str) -> str | None:
         """See JobStore."""
-        return await self._call(self._store.holder, job_id)
+        return await self._read(self._store.holder, job_id)
 
     async def renew(self, fingerprint: str, pace: Pace) -> frozenset[str]:
         """See JobStore. Known are the jobs of all `holders`, and those that are being added."""
@@ -161,7 +167,7 @@ class AsyncStore:
         held: bool | None = None,
     ) -> list[JobRecord]:
         """See JobStore."""
-        return await self._call(self._store.page, before, outcomes, limit, owner, held=held)
+        return await self._read(self._store.page, before, outcomes, limit, owner, held=held)
 
     async def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
         """See JobStore."""
@@ -197,11 +203,11 @@ class AsyncStore:
 
     async def number_owed(self, owner: str, receiver: str, most: int) -> int:
         """See JobStore."""
-        return await self._call(self._store.number_owed, owner, receiver, most)
+        return await self._read(self._store.number_owed, owner, receiver, most)
 
     async def deliveries(self, job_ids: Collection[str]) -> dict[str, list[Delivery]]:
         """See JobStore."""
-        return await self._call(self._store.deliveries, job_ids)
+        return await self._read(self._store.deliveries, job_ids)
 
     async def images(self, job_id: str) -> Images | None:
         """See JobStore."""
@@ -212,7 +218,7 @@ class AsyncStore:
 
     async def _found(self, job_id: str) -> Images | StoredObject | None:
         with traced("store images", {"tminus.job.id": job_id}):
-            return await self._call(self._store.images, job_id)
+            return await self._read(self._store.images, job_id)
 
     async def delete(self, job_id: str, owner: str | None = None) -> bool:
         """See JobStore."""
@@ -245,11 +251,7 @@ class AsyncStore:
 
     def close(self) -> None:
         """Finish the calls that have been made, and close the store. Blocks until then."""
+        if self._reads is not self._pool:
+            self._reads.shutdown()
         self._pool.submit(self._store.close)
         self._pool.shutdown()
-
-
-def _retrieve(call: "asyncio.Future[R]") -> None:
-    """Nobody waits for this call any more; asyncio would complain about an error that is never retrieved."""
-    if not call.cancelled():
-        call.exception()

@@ -94,6 +94,9 @@ class LeaseLost(Exception):
 class JobStore(Protocol):
     """Keeps jobs. Each call is one transaction, durable when it returns; calls come from one thread at a time.
 
+    A shared store's `find`, `id_of`, `get`, `holder`, `page`, `number_of`, `number_owed`, `deliveries` and `images` may
+    come from a second one beside it.
+
     A call that cannot be done, or that meets kept data that cannot be read, raises StorageFailed and changes nothing.
 
     A store is one replica's hand on the jobs: it holds those that it has added or claimed until they end, or until

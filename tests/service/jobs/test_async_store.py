@@ -2,16 +2,20 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from tests.service.fakes import PATIENCE_S, make_spec
+from tests.service.jobs.conftest import DatabaseShelf
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import async_store
 from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord, Key
+from tminus.service.jobs.store import JobRecord, Key, Outcome, Pace
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs
 
@@ -65,6 +69,73 @@ def test_a_disk_that_does_not_answer_is_not_waited_for(disk: Disk, monkeypatch: 
         store.close()
 
     asyncio.run(ask())
+
+
+def test_a_call_that_nobody_waits_for_any_more_is_not_made_when_its_turn_comes(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_store, "CALL_S", 0.05)
+    made: list[str] = []
+    monkeypatch.setattr(disk, "crashed", made.append)
+
+    async def ask() -> None:
+        store = AsyncStore(disk)
+        disk.thaw.clear()
+        for call in (store.add(job("a"), None, None), store.crashed("b")):
+            with pytest.raises(StorageFailed, match="has not answered"):
+                await call
+        disk.thaw.set()
+        monkeypatch.setattr(async_store, "CALL_S", PATIENCE_S)
+        await store.crashed("c")
+        store.close()
+
+    asyncio.run(ask())
+    assert made == ["c"]
+
+
+@pytest.mark.slow
+def test_leases_are_renewed_while_what_clients_read_takes_long(
+    database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+    get = PostgresStore.get
+
+    def slow(store: PostgresStore, job_id: str) -> JobRecord | None:
+        with store._transaction() as run:  # has one of its connections
+            run(sa.select(1))
+            assert goes_on.wait(PATIENCE_S)
+        return get(store, job_id)
+
+    monkeypatch.setattr(PostgresStore, "get", slow)
+
+    async def ask() -> None:
+        below = database.open()
+        database.opened.remove(below)
+        store = AsyncStore(below)
+        assert await store.add(job("a"), Key("k", "h"), None)
+        no_places: list[Outcome | None] = []
+        reads: list[Coroutine[Any, Any, object]] = [
+            store.get("a"), store.find(Key("k", "h")), store.id_of(Key("k", "h")), store.holder("a"),
+            store.page(None, no_places, 1), store.number_owed("", "https://x.example", 1), store.deliveries(["a"]),
+            store.images("a"), store.number_of("", []),
+        ]  # fmt: skip
+        asked = [asyncio.create_task(read) for read in reads]
+        await asyncio.sleep(0)
+        store.holders.append(lambda: ["a"])
+        async with asyncio.timeout(PATIENCE_S / 2):
+            assert await store.renew("build", Pace(1.0, 1.0)) == {"a"}
+            await store.claim("build", Intake(1.0), 1.0, 64)
+        assert not any(each.done() for each in asked), "each waits for the first"
+        goes_on.set()
+        found = await asyncio.gather(*asked)
+        assert found == [job("a"), (job("a"), True), "a", None, [], 0, {}, None, 1]
+        store.close()
+
+    monkeypatch.setattr(async_store, "QUICK_S", PATIENCE_S)
+    try:
+        asyncio.run(ask())
+    finally:
+        goes_on.set()
 
 
 def test_whether_jobs_can_be_kept_is_known_from_the_last_attempt_to_write(disk: Disk) -> None:
