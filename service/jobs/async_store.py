@@ -105,9 +105,9 @@ class AsyncStore:
         """See JobStore."""
         return await self._read(self._store.id_of, key)
 
-    async def number_of(self, owner: str, but: Collection[str]) -> int:
+    async def open_jobs(self, owner: str) -> frozenset[str]:
         """See JobStore. Is given up soon."""
-        return await self._call_in(self._reads, QUICK_S, self._store.number_of, owner, but)
+        return await self._call_in(self._reads, QUICK_S, self._store.open_jobs, owner)
 
     async def get(self, job_id: str) -> JobRecord | None:
         """See JobStore."""

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 from tminus.service.errors import JobExists, KeyReused, Overloaded, StorageFailed
 from tminus.service.jobs.jobs import Jobs
@@ -30,7 +31,9 @@ class NewJobs:
     def __init__(self, worker: Worker, jobs: Jobs) -> None:
         self._worker, self._jobs = worker, jobs
         self._entering: dict[str, str] = {}  # jobs that are being accepted, with whose they are
-        self._keyed = asyncio.Lock()  # held while a job with a key is looked for and added
+        # Of each key, held while its job is looked for and added; other keys do not wait for a store that is slow.
+        self._keyed = WeakValueDictionary[str, asyncio.Lock]()
+        self._counts: list[tuple[str, set[str]]] = []  # that are being made, of whose jobs, and what was found so far
 
     def number_here(self, owner: str) -> int:
         """How many jobs of an owner have not ended that this process knows."""
@@ -38,12 +41,16 @@ class NewJobs:
 
     async def number_elsewhere(self, owner: str) -> int:
         """How many durable jobs of an owner are held by other servers, or by nobody; 0 while their store is away."""
-        known, count = self._known(owner), 0
-        for store in [each.store for each in self._jobs.by_store()]:
-            if store.shared and store.failure is None:
-                with suppress(StorageFailed):
-                    count += await store.number_of(owner, known)
-        return count
+        found = set[str]()
+        self._counts.append(count := (owner, found))
+        try:
+            for store in [each.store for each in self._jobs.by_store()]:
+                if store.shared and store.failure is None:
+                    with suppress(StorageFailed):
+                        found.update(await store.open_jobs(owner))
+        finally:
+            self._counts = [each for each in self._counts if each is not count]
+        return len(found - self._known(owner))
 
     def _known(self, owner: str) -> set[str]:
         """Its durable jobs that have not ended: those that are held here, and those that are being accepted."""
@@ -80,7 +87,8 @@ class NewJobs:
 
         if key is None:
             return await new()
-        async with self._keyed:  # stores of other weights do not know of each other's keys
+        # Here and not in the stores: those of other weights do not know of each other's keys.
+        async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
             if (found := await self._find_by_key(key, lifecycle.model_name)) is not None:
                 return found, True
             return await new()
@@ -117,6 +125,10 @@ class NewJobs:
         finally:
             del self._entering[record.id]
         if outlook is not None:
+            if record.id not in self._known(owner):  # it is left to any, perhaps since a count has looked at its store
+                for whose, found in self._counts:
+                    if whose == owner:
+                        found.add(record.id)
             view = JobView(record, lifecycle.model, lifecycle.model_name, "waiting", True, 0)
             return replace(view, position=outlook.position, eta_s=outlook.eta_s), False
         assert key is not None  # another request had it at the same time

@@ -111,12 +111,12 @@ class SqlStore(DeliveryStore):
     def _of_key(self, key: Key, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
         return sa.select(*columns).where(self._tables.jobs.c.key == key.kept_as, *self._here())
 
-    def number_of(self, owner: str, but: Collection[str]) -> int:
+    def open_jobs(self, owner: str) -> frozenset[str]:
         """See JobStore."""
         jobs = self._tables.jobs
         query = sa.select(jobs.c.id).where(jobs.c.owner == owner, jobs.c.outcome.is_(None), *self._here())
         with self._transaction() as run:
-            return len({*run(query).scalars()} - {*but})
+            return frozenset(run(query).scalars())
 
     def get(self, job_id: str) -> JobRecord | None:
         """See JobStore."""

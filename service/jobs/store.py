@@ -94,7 +94,7 @@ class LeaseLost(Exception):
 class JobStore(Protocol):
     """Keeps jobs. Each call is one transaction, durable when it returns; calls come from one thread at a time.
 
-    A shared store's `find`, `id_of`, `get`, `holder`, `page`, `number_of`, `number_owed`, `deliveries` and `images` may
+    A shared store's `find`, `id_of`, `get`, `holder`, `page`, `open_jobs`, `number_owed`, `deliveries` and `images` may
     come from a second one beside it.
 
     A call that cannot be done, or that meets kept data that cannot be read, raises StorageFailed and changes nothing.
@@ -121,8 +121,8 @@ class JobStore(Protocol):
     def id_of(self, key: Key) -> str | None:
         """The id of the job that was added with this key, whatever the request was."""
 
-    def number_of(self, owner: str, but: Collection[str]) -> int:
-        """How many jobs of an owner have not ended, beside these."""
+    def open_jobs(self, owner: str) -> frozenset[str]:
+        """The ids of an owner's jobs that have not ended."""
 
     def get(self, job_id: str) -> JobRecord | None:
         """Look up one job."""

@@ -117,7 +117,7 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
         reads: list[Coroutine[Any, Any, object]] = [
             store.get("a"), store.find(Key("k", "h")), store.id_of(Key("k", "h")), store.holder("a"),
             store.page(None, no_places, 1), store.number_owed("", "https://x.example", 1), store.deliveries(["a"]),
-            store.images("a"), store.number_of("", []),
+            store.images("a"), store.open_jobs(""),
         ]  # fmt: skip
         asked = [asyncio.create_task(read) for read in reads]
         await asyncio.sleep(0)
@@ -128,7 +128,7 @@ def test_leases_are_renewed_while_what_clients_read_takes_long(
         assert not any(each.done() for each in asked), "each waits for the first"
         goes_on.set()
         found = await asyncio.gather(*asked)
-        assert found == [job("a"), (job("a"), True), "a", None, [], 0, {}, None, 1]
+        assert found == [job("a"), (job("a"), True), "a", None, [], 0, {}, None, {"a"}]
         store.close()
 
     monkeypatch.setattr(async_store, "QUICK_S", PATIENCE_S)

@@ -672,4 +672,4 @@ def test_the_statements_of_a_job_are_those_that_the_simulation_counts(soon: Data
     assert statements(lambda: other.snapshot("b", "build")) == cluster.RESUME
     assert statements(lambda: other.finish(ended(job("b")), PIXELS)) == cluster.FINISH
     assert statements(lambda: one.save({"a": snapshot()}, "build")) == 3
-    assert statements(lambda: one.number_of("", [])) == 1
+    assert statements(lambda: one.open_jobs("")) == 1
