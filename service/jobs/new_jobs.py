@@ -25,6 +25,10 @@ from tminus.service.worker.worker import Worker
 MOST_OWED, OWED_S = 10_000, 60
 
 
+class _KeyTaken(Exception):
+    """A job has the key by now. Raised, so that nobody is charged for what is not made."""
+
+
 class NewJobs:
     """Lets jobs in, or leaves them to whichever replica has room. In the event loop's thread only."""
 
@@ -81,17 +85,20 @@ class NewJobs:
         """
         lifecycle = self._jobs.of_model(model)
 
-        async def new() -> tuple[JobView, bool]:
+        async def new() -> JobView:
             async with charged():
                 return await self._create(lifecycle, spec, deadline_s, key, inputs, owner, webhook)
 
         if key is None:
-            return await new()
+            return await new(), False
         # Here and not in the stores: those of other weights do not know of each other's keys.
         async with self._keyed.setdefault(key.kept_as, asyncio.Lock()):
             if (found := await self._find_by_key(key, lifecycle.model_name)) is not None:
                 return found, True
-            return await new()
+            try:
+                return await new(), False
+            except _KeyTaken:
+                return await self._first_with(key, lifecycle.model_name), True
 
     async def soonest(self, error: Overloaded, model: int, spec: SampleSpec) -> Overloaded:
         """The refusal of a job that is not durable, with the least Retry-After of all servers that share its store."""
@@ -107,7 +114,8 @@ class NewJobs:
         inputs: Inputs | None,
         owner: str,
         webhook: Webhook | None,
-    ) -> tuple[JobView, bool]:
+    ) -> JobView:
+        """Raises _KeyTaken beside what `create` does."""
         if lifecycle.cannot_keep:
             raise StorageFailed(
                 "the results of finished jobs cannot be stored at the moment, so no new durable job is accepted"
@@ -124,20 +132,23 @@ class NewJobs:
             outlook = await self._let_in(lifecycle, record, deadline_s, key, inputs)
         finally:
             del self._entering[record.id]
-        if outlook is not None:
-            if record.id not in self._known(owner):  # it is left to any, perhaps since a count has looked at its store
-                for whose, found in self._counts:
-                    if whose == owner:
-                        found.add(record.id)
-            view = JobView(record, lifecycle.model, lifecycle.model_name, "waiting", True, 0)
-            return replace(view, position=outlook.position, eta_s=outlook.eta_s), False
-        assert key is not None  # another request had it at the same time
-        earlier = await self._find_by_key(key, lifecycle.model_name)
+        if outlook is None:
+            raise _KeyTaken
+        if record.id not in self._known(owner):  # it is left to any, perhaps since a count has looked at its store
+            for whose, found in self._counts:
+                if whose == owner:
+                    found.add(record.id)
+        view = JobView(record, lifecycle.model, lifecycle.model_name, "waiting", True, 0)
+        return replace(view, position=outlook.position, eta_s=outlook.eta_s)
+
+    async def _first_with(self, key: Key, model_name: str) -> JobView:
+        """The job of another server's, which had the key at the same time."""
+        earlier = await self._find_by_key(key, model_name)
         if earlier is None and key.is_chosen:
             raise JobExists(key.name)  # for another model, which is not served here
         if earlier is None:
             raise StorageFailed("the job of this Idempotency-Key was deleted just now")
-        return earlier, True
+        return earlier
 
     async def _let_in(
         self,

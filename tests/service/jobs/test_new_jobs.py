@@ -137,6 +137,19 @@ def test_a_key_of_which_the_store_does_not_answer_keeps_no_other_waiting() -> No
     asyncio.run(ask())
 
 
+def test_a_job_of_which_another_server_had_the_key_first_is_not_charged() -> None:
+    async def ask() -> None:
+        shared, key = Shared(), Key("k", "hash", "key")
+        asked = asyncio.create_task(shared.create("k"))
+        await asyncio.sleep(0)  # it has found none
+        shared.store.kept["theirs"] = key.kept_as
+        assert await asked == ("theirs", True)
+        assert shared.charged_for == 0
+        assert shared.new._entering == {}
+
+    asyncio.run(ask())
+
+
 @pytest.mark.parametrize("keyed", [False, True])
 def test_a_job_that_is_left_to_others_while_a_count_is_made_counts(keyed: bool) -> None:
     async def ask() -> None:
