@@ -153,7 +153,7 @@ class TooManyStreams(ServiceError):
     status, code, title = 429, "too_many_streams", "Too many streams are open"
 
     def __init__(self, bound: str, limit: int) -> None:
-        super().__init__(f"{bound} may be open", field="streams", value=limit, bound=bound)
+        super().__init__(f"{bound} may be open", field="streams", value=limit + 1, bound=bound)
         self.headers["Retry-After"] = "1"
 
 
