@@ -102,8 +102,10 @@ def load_image_folder(folder: Path, size_px: int, channels: int, background: Col
         try:
             with Image.open(file) as image:
                 return fit_picture(image, (size_px, size_px), channels, background)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise DataError(f"{file}: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # for broken files Pillow raises OSError, SyntaxError, ValueError and others
+            raise DataError(f"{file}: {str(error) or type(error).__name__}") from error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         stacked = np.stack(list(pool.map(load, files)))

@@ -76,6 +76,13 @@ def upright(image: Image.Image) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
+def may_be_transparent(image: Image.Image) -> bool:
+    """Say whether some pixels may be transparent. Raises OSError where the palette is missing that the pixels need."""
+    if image.mode == "P" and image.palette is None:  # Pillow opens it, and then asserts that there is one
+        raise OSError("it has no palette")
+    return image.has_transparency_data
+
+
 def _opaque(image: Image.Image, background: Colour) -> Image.Image:
     """Convert 16 bits to 8, and lay transparent pixels over the background."""
     if image.mode.startswith("I"):
@@ -85,7 +92,7 @@ def _opaque(image: Image.Image, background: Colour) -> Image.Image:
             return grey
         visible = Image.fromarray(np.where(deep == transparent, 0, 255).astype(np.uint8))
         return Image.composite(grey.convert("RGB"), Image.new("RGB", image.size, background), visible)
-    if not image.has_transparency_data:
+    if not may_be_transparent(image):
         return image
     if background == BLACK:
         # Over black, a colour is itself times alpha. (alpha_composite would hold the interpreter for 90 ms.)

@@ -3,15 +3,16 @@
 import asyncio
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tminus.model.pixels import fit_picture, upright
+from tminus.model.pixels import fit_picture, may_be_transparent, upright
 from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import InvalidImage, TooManyImages
 from tminus.service.images.image_header import ImageHeader, read_header
@@ -86,7 +87,8 @@ def decode_image(data: bytes, model: ModelInfo, field: str = "image") -> Images:
     It is made ready as the pictures of a training folder are, so that x_0 looks like the training data; what is
     transparent is laid over black. An image of the model's size is used unchanged.
     """
-    return fit_picture(_load(data, field), (model.width_px, model.height_px), model.channels)
+    with _loaded(data, field) as image:
+        return fit_picture(image, (model.width_px, model.height_px), model.channels)
 
 
 def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArray[np.bool_]:
@@ -95,7 +97,8 @@ def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArr
     It is cropped as an image is, then each pixel is the mean of what it covers: true if more than half is white.
     """
     size = model.width_px, model.height_px
-    return fit_picture(_load(data, field), size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
+    with _loaded(data, field) as mask:
+        return fit_picture(mask, size, 1, resampling=Image.Resampling.BOX)[:, :, 0] >= WHITE
 
 
 def decode_transparent(
@@ -105,9 +108,10 @@ def decode_transparent(
 
     Raises InvalidImage, also for a mask without a transparent pixel: nothing would be made new.
     """
-    mask = upright(_load(data, field))
-    has_alpha = mask.has_transparency_data and not mask.mode.startswith("I")  # Pillow has no way from 16 bits to RGBA
-    alpha = np.asarray(mask.convert("RGBA").getchannel("A")) if has_alpha else None
+    with _loaded(data, field) as loaded:
+        mask = upright(loaded)
+        has_alpha = may_be_transparent(mask) and not mask.mode.startswith("I")  # Pillow makes no RGBA of 16 bits
+        alpha = np.asarray(mask.convert("RGBA").getchannel("A")) if has_alpha else None
     if alpha is None or alpha.all():
         raise InvalidImage.of(field, TRANSPARENT[field], "one without a transparent pixel")
     white = Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))
@@ -151,20 +155,24 @@ def check_header(data: bytes, field: str) -> ImageHeader:
     return header
 
 
-def _load(data: bytes, field: str) -> Image.Image:
-    """Decode an image of at most MAX_PIXELS. Raises InvalidImage."""
+@contextmanager
+def _loaded(data: bytes, field: str) -> Iterator[Image.Image]:
+    """Decode an image of at most MAX_PIXELS, to be converted in the context. Raises InvalidImage, out of that too.
+
+    Some faults Pillow finds only as it converts the pixels, such as a palette that is missing.
+    """
     header = check_header(data, field)
     try:
         image, frames = _decode(data, header)
-    except MemoryError:
+        if frames > 1:
+            raise InvalidImage.of(field, "a still image", f"a {header.format} of {frames} frames")
+        yield image
+    except (InvalidImage, MemoryError):
         raise
     except Exception as error:  # for broken bytes Pillow raises OSError, SyntaxError, struct.error and others
         size = f"{header.width_px}x{header.height_px}"
         got = f"a {header.format} of {size} that is broken: {str(error) or type(error).__name__}"
         raise InvalidImage.of(field, WANTED, got) from None
-    if frames > 1:
-        raise InvalidImage.of(field, "a still image", f"a {header.format} of {frames} frames")
-    return image
 
 
 def _decode(data: bytes, header: ImageHeader) -> tuple[Image.Image, int]:

@@ -1,4 +1,7 @@
+import base64
 import gzip
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +203,13 @@ def truncated_png(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "broken chunk"])
+# A PNG of 6x4 pixels that count in a palette, which is not there.
+NO_PALETTE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAYAAAAECAMAAACa2r5xAAAAC0lEQVR4nGNgwA0AABwAAVTiHp4AAAAASUVORK5CYII="
+)
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "truncated", "broken chunk", "no palette", "long transparency"])
 def test_picture_that_cannot_be_read_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "bad.png"
     truncated_png(file)
@@ -211,7 +220,13 @@ def test_picture_that_cannot_be_read_is_refused_by_name(tmp_path: Path, kind: st
     elif kind == "broken chunk":
         whole = file.read_bytes()
         file.write_bytes(whole[:33] + b"\x00\x00\x00\x04\xff\xff\xff\xff" + whole[41:])
-    with pytest.raises(DataError, match=r"bad\.png: "):
+    elif kind == "no palette":
+        file.write_bytes(NO_PALETTE)
+    elif kind == "long transparency":  # a palette has at most 256 entries
+        Image.new("P", (8, 8)).save(file)
+        whole, more = file.read_bytes(), b"tRNS" + bytes(257)
+        file.write_bytes(whole[:33] + struct.pack(">I", 257) + more + struct.pack(">I", zlib.crc32(more)) + whole[33:])
+    with pytest.raises(DataError, match=r"bad\.png: \S"):
         load_image_folder(tmp_path, 8, 3)
 
 

@@ -28,6 +28,10 @@ MASK_PIXELS = np.repeat(np.arange(6)[None] < 3, 4, axis=0)
 MASK = encode(np.where(MASK_PIXELS, 255, 0).astype(np.uint8))
 INPUTS = Inputs(PICTURE[..., None], MASK_PIXELS)
 EDIT: dict[str, Any] = {"steps": 5, "seed": 1, "n": 2}
+# Of 6x4 pixels that count in a palette, which is not there. Pillow finds that only after it has decoded them.
+NO_PALETTE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAYAAAAECAMAAACa2r5xAAAAC0lEQVR4nGNgwA0AABwAAVTiHp4AAAAASUVORK5CYII="
+)
 
 
 def b64(data: bytes, kind: str | None = None) -> str:

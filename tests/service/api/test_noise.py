@@ -17,7 +17,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from tests.service.api.asgi import call, scope_of
-from tests.service.api.pictures import CAT, PICTURE, encode, noise
+from tests.service.api.pictures import CAT, NO_PALETTE, PICTURE, encode, noise
 from tests.service.conftest import MakeSite, Site, pixels, prepare, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.checkpoint import Checkpoint
@@ -213,6 +213,7 @@ def test_a_parameter_of_two_values_is_a_problem(site: Site) -> None:
         (b'<?xml version="1.0"?><svg/>', "<?xml"),
         (CAT[:40], "broken"),
         (CAT[:-30], "broken"),
+        (NO_PALETTE, "it has no palette"),
         (encode(PICTURE, "GIF"), "GIF"),
         (encode(PICTURE, save_all=True, append_images=[Image.fromarray(255 - PICTURE)]), "2 frames"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\x86\xa0\0\1\x86\xa0\x08\2\0\0\0\0\0\0\0", "100000x100000"),

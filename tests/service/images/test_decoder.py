@@ -272,6 +272,20 @@ def test_a_damaged_image_is_decoded_or_refused_and_nothing_else(data: st.DataObj
     assert out.shape == (8, 12, 3)
 
 
+# Pillow opens and decodes both, and finds the fault as it converts the pixels.
+NO_PALETTE = png(12, 8, 8, 3, (b"\0" + bytes(12)) * 8)
+LONG_TRANSPARENCY = png(12, 8, 8, 3, (b"\0" + bytes(12)) * 8, (b"PLTE", bytes(768)), (b"tRNS", bytes(257)))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"), [(NO_PALETTE, "it has no palette"), (LONG_TRANSPARENCY, "palette index out of range")]
+)
+@pytest.mark.parametrize("decode", [decode_image, decode_mask, decode_transparent])
+def test_a_palette_that_is_missing_or_contradicted_is_refused(data: bytes, says: str, decode: Any) -> None:
+    with pytest.raises(InvalidImage, match=f"a PNG of 12x8 that is broken: {says}"):
+        decode(data, COLOUR)
+
+
 @pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (4097, 4096), (1, MAX_PIXELS + 1)])
 def test_a_png_that_only_claims_to_be_large_is_refused_by_its_header(size: tuple[int, int]) -> None:
     error = refused(png(*size, 8, 2, b"\0"))
