@@ -106,7 +106,7 @@ class LimitsAnswer(BaseModel):
 
     max_n: int = Field(description="images of a request")
     max_batch: int = Field(description="places in one forward pass")
-    max_rows: int = Field(description="images that are denoised at once")
+    max_rows: int = Field(description="images held at once, waiting and running")
     max_jobs: int
     max_backlog_s: float = Field(description="seconds of work that may wait")
     max_body_bytes: int = Field(description="of a body, images in it apart")

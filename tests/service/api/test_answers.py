@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO, make_spec, wait_until
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS
 from tminus.model.recommended import Recommended
-from tminus.service.api.answers import JobAnswer
+from tminus.service.api.answers import JobAnswer, LimitsAnswer
 from tminus.service.jobs.store import JobRecord
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import LatentInfo
 
+SETTINGS = Path(__file__).parents[3] / "docs" / "settings.md"
 JOB = [
     "id", "model", "state", "durable", "step", "steps", "n", "sampler", "seed", "position", "eta_s", "age_s", "created",
     "finished", "fingerprint", "parameters", "problem", "webhook",
@@ -142,6 +144,12 @@ def test_the_model_is_told_with_its_limits_and_fits_its_schema(site: Site) -> No
     document = Described(site).answer("GET", "/model")
     assert document == MODEL
     assert (list(document), list(document["limits"])) == (list(MODEL), list(MODEL["limits"])), "in this order"
+
+
+def test_the_bound_on_images_held_at_once_is_described_as_the_setting_is() -> None:
+    described = LimitsAnswer.model_json_schema()["properties"]["max_rows"]["description"]
+    (row,) = [line for line in SETTINGS.read_text().splitlines() if line.startswith("| `--max-rows` |")]
+    assert described in row.lower()
 
 
 def test_a_latent_model_fits_its_schema_too(make_site: MakeSite) -> None:
