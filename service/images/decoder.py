@@ -81,13 +81,15 @@ class Decoder:
         self._pool.shutdown(cancel_futures=True)
 
 
-def decode_image(data: bytes, model: ModelInfo, field: str = "image") -> Images:
+def decode_image(data: bytes, model: ModelInfo, field: str = "image", *, crop: bool = True) -> Images:
     """Decode a PNG, JPEG or WebP into uint8 [H, W, C] of the model's size. Raises InvalidImage, which names the field.
 
     It is made ready as the pictures of a training folder are, so that x_0 looks like the training data; what is
-    transparent is laid over black. An image of the model's size is used unchanged.
+    transparent is laid over black. An image of the model's size is used unchanged. crop: whether it may have another.
     """
     with _loaded(data, field) as image:
+        if not crop:
+            _check_size(upright(image), model, field)
         return fit_picture(image, (model.width_px, model.height_px), model.channels)
 
 
@@ -102,14 +104,16 @@ def decode_mask(data: bytes, model: ModelInfo, field: str = "mask") -> npt.NDArr
 
 
 def decode_transparent(
-    data: bytes, model: ModelInfo, field: Literal["mask", "image"] = "mask"
+    data: bytes, model: ModelInfo, field: Literal["mask", "image"] = "mask", *, crop: bool = True
 ) -> npt.NDArray[np.bool_]:
     """Decode a mask of OpenAI's kind: as `decode_mask`, true where it is transparent, whatever its colours.
 
-    Raises InvalidImage, also for a mask without a transparent pixel: nothing would be made new.
+    Raises InvalidImage, also for a mask without a transparent pixel: nothing would be made new. crop: see decode_image.
     """
     with _loaded(data, field) as loaded:
         mask = upright(loaded)
+        if not crop:
+            _check_size(mask, model, field)
         has_alpha = may_be_transparent(mask) and not mask.mode.startswith("I")  # Pillow makes no RGBA of 16 bits
         alpha = np.asarray(mask.convert("RGBA").getchannel("A")) if has_alpha else None
     if alpha is None or alpha.all():
@@ -122,14 +126,21 @@ def decode_transparent(
 def decode_inputs(image: bytes, mask: bytes | None, model: ModelInfo, *, transparent: bool = False) -> Inputs:
     """Decode the image of an edit and its mask, if any. Raises InvalidImage.
 
-    transparent: whether the mask says by transparency what is made new, and not by white; it may be the image itself.
+    transparent: as OpenAI has it: the mask says by transparency what is made new, not by white, and may be the image
+    itself. Its clients do not say how to crop, so each picture must then have the model's size, once it is upright.
     """
-    pixels = decode_image(image, model)
+    pixels = decode_image(image, model, crop=not transparent)
     if mask is None:
         return Inputs(pixels, None)
     if not transparent:
         return Inputs(pixels, decode_mask(mask, model))
-    return Inputs(pixels, decode_transparent(mask, model, "image" if mask == image else "mask"))
+    return Inputs(pixels, decode_transparent(mask, model, "image" if mask == image else "mask", crop=False))
+
+
+def _check_size(image: Image.Image, model: ModelInfo, field: str) -> None:
+    if image.size != (model.width_px, model.height_px):
+        bound = f"of {model.width_px}x{model.height_px} pixels, as the model's images are"
+        raise InvalidImage.of(field, bound, f"one of {image.width}x{image.height}")
 
 
 def _timed(decode: Callable[[], Result]) -> tuple[Result, float]:

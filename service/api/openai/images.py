@@ -16,7 +16,7 @@ from tminus.service.api.models import Models
 from tminus.service.api.multipart import FORM, is_form, read_form
 from tminus.service.api.openai.answers import ImageEntry, ImagesAnswer, recipe_of
 from tminus.service.api.openai.described import EDITS, GENERATIONS, IMAGES, openai_failures
-from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest, size_of
+from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest
 from tminus.service.api.openai.streaming import stream
 from tminus.service.api.openai.wanted import Wanted, about
 from tminus.service.api.problems import respond
@@ -35,7 +35,6 @@ from tminus.service.api.schemas import PICTURES
 from tminus.service.api.services import Services
 from tminus.service.api.submission import create, submit, to_job, understand
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, UnsupportedMediaType, short
-from tminus.service.images.decoder import check_header
 from tminus.service.images.encoder import JSON
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import Limits, ModelInfo
@@ -131,7 +130,8 @@ async def _understand(
     stack.enter_context(models.using(services))
     edits = kind.schema is EditsRequest
     if edits:
-        _check_uploads(uploads, services.model)
+        if "image" not in uploads:
+            raise InvalidImage.of("image", "a file in the form", "a form without it")
         if not ("mask" in uploads or "strength" in extensions):
             uploads["mask"] = uploads["image"]  # as OpenAI has it: what is transparent in the image is made new
     parameters = members.parameters(extensions, services.model, services.limits)
@@ -141,17 +141,6 @@ async def _understand(
         return services, members, view
     spec, inputs = await to_job(services, asked, request, transparent=edits)
     return services, members, Wanted(kind.name, members, spec, inputs, asked.deadline_s)
-
-
-def _check_uploads(uploads: dict[str, bytes], model: ModelInfo) -> None:
-    """Raise InvalidImage unless there is an image, and each picture has the model's size: nothing is cropped."""
-    if "image" not in uploads:
-        raise InvalidImage.of("image", "a file in the form", "a form without it")
-    for name, data in uploads.items():
-        header = check_header(data, name)
-        size = f"{header.width_px}x{header.height_px}"
-        if size != size_of(model):
-            raise InvalidImage.of(name, f"of {size_of(model)} pixels, as the model's images are", f"one of {size}")
 
 
 def _headers(wanted: Wanted, model: ModelInfo) -> dict[str, str]:

@@ -425,6 +425,25 @@ def test_a_list_of_one_image_and_of_numbers_may_be_named_as_openais_libraries_do
     error_of(site.client.post("/v1/images/edits", data=fields, files=two), 400, "conflicting_field")
 
 
+def turned(picture: np.ndarray) -> bytes:
+    """What is shown after a quarter turn, as a camera writes it that was held upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encode(picture, exif=exif)
+
+
+def test_a_picture_has_the_models_size_once_it_is_upright(site: Site) -> None:
+    clear = np.dstack([noise(4, 6, 3, seed=2), np.where(MASK_PIXELS, 0, 255).astype(np.uint8)])
+    answer = edit(site, {"image": turned(np.rot90(PICTURE)), "mask": turned(np.rot90(clear))}, **CAT)
+    assert answer.status_code == 200, answer.text
+    assert same(got(site), PICTURE, MASK_PIXELS), "nothing is cropped"
+    lying = {"image": {"image": turned(PICTURE)}, "mask": {"image": PNG, "mask": turned(clear)}}
+    for name, files in lying.items():
+        error = error_of(edit(site, files, **CAT), 400, "invalid_image")
+        assert error["param"] == name
+        assert "of 6x4 pixels, as the model's images are, got one of 4x6" in error["message"]
+
+
 OPAQUE = encode(np.dstack([noise(4, 6, 3), np.full((4, 6), 255, np.uint8)]))
 
 
