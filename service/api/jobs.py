@@ -27,7 +27,7 @@ from tminus.service.api.openapi import (
     Contract,
     failures,
 )
-from tminus.service.api.request import accept_header, no_parameters, read_parameters, read_query
+from tminus.service.api.request import accept_header, no_parameters, read_parameters, read_query, while_connected
 from tminus.service.api.schemas import SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, understand
@@ -152,7 +152,7 @@ async def page(services: Services, asked: JobsRequest, sees: str | None, model_n
 async def image(models: Models, request: Request, job_id: str) -> Response:
     """What a job has made, in the media type that the client likes best."""
     media_type, asked = negotiate(accept_header(request), MEDIA_TYPES), JobImageRequest.parse(read_query(request))
-    view, images = await models.default.jobs.images(job_id, caller_of(request).sees)
+    view, images = await while_connected(request, models.default.jobs.images(job_id, caller_of(request).sees))
     record, services = view.record, models.numbered(view.model)
     made_by, spec = replace(services.model, fingerprint=record.fingerprint or ""), record.spec
     if asked.index is not None:
@@ -171,5 +171,5 @@ async def image(models: Models, request: Request, job_id: str) -> Response:
     headers |= cache_headers(tag) | advice_headers(spec, services.model)
     if matches(request.headers.getlist("if-none-match"), request.method, tag):
         return Response(status_code=304, headers=headers)
-    content = await services.encoder.encode(media_type, spec, lambda: images, made_by)
+    content = await while_connected(request, services.encoder.encode(media_type, spec, lambda: images, made_by))
     return Response(content, headers=headers, media_type=media_type)

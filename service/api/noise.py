@@ -66,8 +66,12 @@ async def add_noise(services: Services, request: Request) -> Response:
     if tag is not None and matches(request.headers.getlist("if-none-match"), request.method, tag):
         services.metrics.answered_without_work("not_modified")
         return Response(status_code=304, headers=headers)
-    noisy = await _noised(services, image, asked.t, seed)
-    return Response(await services.encoder.encode_picture(noisy, recipe), headers=headers, media_type=PNG)
+    content = await while_connected(request, _made(services, image, asked.t, seed, recipe))
+    return Response(content, headers=headers, media_type=PNG)
+
+
+async def _made(services: Services, image: Images, t: int, seed: int, recipe: dict[str, object]) -> bytes:
+    return await services.encoder.encode_picture(await _noised(services, image, t, seed), recipe)
 
 
 async def _noised(services: Services, image: Images, t: int, seed: int) -> Callable[[], Images]:

@@ -269,13 +269,17 @@ def accept_header(request: Request) -> str:
 
 
 async def while_connected(request: Request, wanted: Awaitable[Result]) -> Result:
-    """Wait for something; if the client goes away first, cancel it and raise JobCancelled. The body has been read."""
+    """Wait for something; if the client goes away first, cancel it and raise JobCancelled.
+
+    The body has been read, or is of no use: then what is wrong with it may be raised too, such as SlowBody.
+    """
     wait = asyncio.ensure_future(wanted)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
         either: set[asyncio.Future[Any]] = {wait, gone}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not wait.done():
+            gone.result()
             raise JobCancelled("the client went away")
         return wait.result()
     finally:

@@ -1,7 +1,9 @@
 """GET /jobs, GET and DELETE /jobs/{id}, deadlines, and durable edits, through the app."""
 
 import json
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.service.api.asgi import call, scope_of
 from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, MASK_PIXELS, PICTURE, b64, encode, noise, same
 from tests.service.conftest import MakeSite, Restarts, Site, pixels, problem
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
+from tminus.service.images.encoder import encode_result
+from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.jobs.standings import FORECAST_S
 from tminus.service.work import JobStatus
 from tminus.service.worker.accepted_jobs import AcceptedJobs
@@ -325,3 +330,36 @@ def test_a_durable_edit_of_an_earlier_process_has_its_pictures(restarts: Restart
     assert document["parameters"]["image_sha256"] == INPUTS.image_sha256
     assert same(again.engine.inputs[-1], PICTURE, MASK_PIXELS)
     assert again.engine.batches[-1].steps == (4, 4)
+
+
+# --- a client that goes away ---
+
+
+@pytest.mark.parametrize("where", ["store", "encoder"])
+def test_who_asks_for_images_and_goes_away_is_not_waited_for(
+    site: Site, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    job_id = accepted(site, json={"steps": 2, "seed": 5}).json()["id"]
+    ended(site, job_id)
+    begun, go = threading.Event(), threading.Event()
+
+    def held(really: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*given: Any, **named: Any) -> Any:
+            begun.set()
+            assert go.wait(PATIENCE_S)
+            return really(*given, **named)
+
+        return wait
+
+    if where == "store":
+        monkeypatch.setattr(SqliteStore, "images", held(SqliteStore.images))
+    else:
+        monkeypatch.setattr("tminus.service.images.encoder.encode_result", held(encode_result))
+    scope = scope_of(f"/jobs/{job_id}/image") | {"method": "GET"}
+    no_body = iter([{"type": "http.request", "body": b"", "more_body": False}])
+    try:
+        status, _, _ = call(site.app, no_body, scope, lambda: begun.wait(PATIENCE_S))
+    finally:
+        go.set()
+    assert status in (0, 499)
+    assert site.client.get(f"/jobs/{job_id}/image").status_code == 200

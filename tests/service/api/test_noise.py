@@ -349,6 +349,30 @@ def test_a_client_that_disconnects_while_sending_leaves_nothing_behind(site: Sit
     assert post(site, t=5).status_code == 200
 
 
+def test_a_client_that_goes_away_is_not_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by its request, nor by those that wait for their turn behind it."""
+    worker, asked = site.worker, []
+
+    def run(act: Any, really: Any = worker.run, **model: int) -> Any:
+        asked.append(really(act, **model))
+        return asked[-1]
+
+    monkeypatch.setattr(worker, "run", run)
+    site.engine.gate.shut()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(site.post, json={"steps": 20, "seed": 1})
+        site.engine.next_begun()  # the worker is in a tick, so new work waits for it
+        for count in (1, 2):
+            received = iter([{"type": "http.request", "body": CAT, "more_body": False}])
+            scope = scope_of("/noise", b"t=5", [(b"content-type", b"image/png")])
+            status, _, _ = call(site.app, received, scope, lambda count=count: wait_until(lambda: len(asked) == count))
+            assert status in (0, 499)
+        assert all(each.cancelled() for each in asked)
+        site.engine.gate.open()
+        assert job.result().status_code == 200
+    assert post(site, t=5).status_code == 200
+
+
 def test_the_bodies_held_at_once_are_bounded_in_total(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)  # so that the bound is one image
     monkeypatch.setattr(Limits, "max_edit_bytes", 100_000)

@@ -10,12 +10,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from starlette.requests import Request
+from starlette.types import Message
 
 from tests.service.api.pictures import CAT, EDIT, MASK, b64, encode, noise
 from tests.service.conftest import MakeSite, Site, problem
 from tminus.service.api import request
 from tminus.service.api.request import from_items, merge
-from tminus.service.errors import ConflictingField, MalformedBody
+from tminus.service.errors import ConflictingField, MalformedBody, SlowBody
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 GUIDED = {"guidance": 2, "class_label": 1}
@@ -496,3 +498,21 @@ def test_large_pictures_are_parsed_and_decoded_in_a_thread(site: Site, monkeypat
     monkeypatch.undo()
     assert answers == [200, 200]
     assert threads == ["another"] * 2 + ["event loop"] * 2
+
+
+# --- a client that goes away ---
+
+
+def test_what_is_wrong_with_a_body_that_nobody_has_read_is_told() -> None:
+    """And is not taken for a client that went away: it is there, and waits for an answer."""
+
+    async def receive() -> Message:
+        raise SlowBody(1, 1.0)
+
+    async def test() -> None:
+        wanted = asyncio.get_running_loop().create_future()
+        with pytest.raises(SlowBody):
+            await request.while_connected(Request({"type": "http"}, receive), wanted)
+        assert wanted.cancelled()
+
+    asyncio.run(test())
