@@ -94,6 +94,15 @@ class HttpProtocol(H11Protocol):
             self._take(data[:size])
             data = data[size:]
 
+    def on_response_complete(self) -> None:
+        """Give a client that has its answer as long for the rest of its body as for a head.
+
+        uvicorn's own time for that is over with the next byte.
+        """
+        super().on_response_complete()
+        if self._answered_early() and not self.transport.is_closing() and not self.lingers:
+            self._expect_head()
+
     def close(self) -> None:
         """Close the connection; if its client is still sending, once it has got the answer.
 
@@ -133,16 +142,18 @@ class HttpProtocol(H11Protocol):
             self.transport.close()
 
     def _take(self, data: bytes) -> None:
-        asked = self.cycle
+        asked, was_early = self.cycle, self._answered_early()
         super().data_received(data)
         if self.cycle is not asked:
             self.cycle.transport = cast(Transport, _Outlet(self))
         if self._is_answering() and self.conn.trailing_data[0]:
             self.cycle.keep_alive = False
             self.flow.resume_reading()
-        if self.conn.their_state is not h11.IDLE:
+        if self._answered_early():
+            return  # its time runs on, or byte after byte of a body that nobody reads would hold the connection
+        if was_early or self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
-        elif self._head_timer is None and not self.transport.is_closing():
+        if self.conn.their_state is h11.IDLE and self._head_timer is None and not self.transport.is_closing():
             self._expect_head()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
@@ -170,6 +181,10 @@ class HttpProtocol(H11Protocol):
         """Whether a request is complete and its answer is not."""
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
+    def _answered_early(self) -> bool:
+        """Whether the answer is complete and the request is not."""
+        return self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
+
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_S, self._head_is_late)
 
@@ -178,7 +193,7 @@ class HttpProtocol(H11Protocol):
         if self.conn.trailing_data[0]:
             self._refuse(SlowHead(HEAD_S))
         else:
-            self.transport.close()  # it has said nothing: there is nothing to answer
+            self.close()  # it has said nothing, or has its answer: there is nothing to answer
 
     def _stop_waiting(self) -> None:
         if self._head_timer is not None:

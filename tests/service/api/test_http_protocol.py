@@ -1,6 +1,7 @@
 """The HTTP side of uvicorn, over real sockets: deadlines, bounds, and clients that do what no library does."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -61,7 +62,7 @@ class Running:
             await receive()
             await send({"type": "websocket.close", "code": 1000})
             return
-        body, more = b"", True
+        body, more = b"", scope["path"] != "/early"
         try:
             while more:
                 message = await receive()
@@ -127,6 +128,7 @@ def test_uvicorn_has_what_is_extended() -> None:
         "data_received",
         "handle_websocket_upgrade",
         "send_400_response",
+        "on_response_complete",
         "shutdown",
     ):
         assert hasattr(theirs, name), f"uvicorn {uvicorn.__version__} has no H11Protocol.{name}"
@@ -222,6 +224,41 @@ def test_who_sends_too_much_and_only_then_reads_gets_the_answer(running: Running
             time.sleep(0.002)
         assert problem(read_all(client)) == (413, "body_too_large")
     wait_until(lambda: not running.server.server_state.connections)
+
+
+EARLY = HEAD.replace(b"/echo", b"/early")  # what is answered before the body has come
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 9000000000", "Transfer-Encoding: chunked"])
+def test_who_has_the_answer_does_not_hold_the_connection_by_a_body_byte_by_byte(
+    running: Running, monkeypatch: pytest.MonkeyPatch, framing: str
+) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_S", 0.3)
+    monkeypatch.setattr(http_protocol, "LINGER_S", 0.3)
+    with running.connect() as client:
+        client.sendall(EARLY + framing.encode() + b"\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+        def one_more() -> bool:
+            with contextlib.suppress(OSError):
+                client.sendall(b"x" if "Length" in framing else b"1\r\nx\r\n")
+            return not running.server.server_state.connections
+
+        wait_until(one_more)
+
+
+def test_who_has_the_answer_may_send_the_rest_of_its_body_and_ask_again(running: Running) -> None:
+    with running.connect() as client:
+        for _ in range(3):
+            client.sendall(EARLY + b"Content-Length: 9\r\n\r\nhalf")
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            client.sendall(b" half")
+            client.sendall(GET)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            client.sendall(EARLY + b"Content-Length: 4\r\n\r\n")
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            client.sendall(b"rest" + GET)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("bound", ["LINGER_S", "LINGER_BYTES"])
