@@ -1,10 +1,15 @@
 """How uvicorn treats a connection: bounded heads, deadlines, a share for each address, an end that loses no answer.
 
+What leaves has a deadline too: asyncio's transports wait for their readers without limit, also after they are closed.
+
 uvicorn has no setting for most of this. Its `Config(http=...)` takes a protocol class, but the class that is extended
 here is not part of its public interface. Therefore pyproject.toml bounds uvicorn's version, and a test names what is
 missing if the class changes.
 """
 
+import logging
+import socket
+import sys
 from asyncio import BaseTransport, TimerHandle, Transport
 from collections import Counter
 from typing import ClassVar, cast
@@ -14,7 +19,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tminus.service.api.problems import render
 from tminus.service.api.stream_limits import counted_address
+from tminus.service.api.websocket_protocol import TCP_NOTSENT_LOWAT
 from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders
+
+log = logging.getLogger(__name__)
 
 HEAD_S = 10.0  # from the connection, or the first byte of a further request, to the end of the head
 MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete
@@ -23,6 +31,8 @@ MAX_LINE_BYTES, MAX_HEADERS = 8192, 128
 BODIES = (b"content-length", b"transfer-encoding")  # a handshake has none
 LINGER_S, LINGER_BYTES = 5.0, 2**24  # for how long, and how much of, a request is taken after its answer
 LAST_LINGER_S = 0.5  # once the server ends
+SENT_RATE, SENT_S = 8192, 40.0  # what leaves of an answer, in bytes a second over so long, or it is given up
+UNSENT_BYTES = 131_072  # in the kernel. It would hold megabytes, and take no more for minutes of a slow reader
 REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 44\r\n\r\n"
 REFUSAL += b"Too many connections are open from one place"
 
@@ -31,7 +41,7 @@ class _Outlet:
     """What a request is answered on: the connection, which closes by `HttpProtocol.close`."""
 
     def __init__(self, protocol: "HttpProtocol") -> None:
-        self._protocol, self.write = protocol, protocol.transport.write
+        self._protocol, self.write = protocol, protocol.write
 
     def close(self) -> None:
         self._protocol.close()
@@ -48,6 +58,9 @@ class HttpProtocol(H11Protocol):
     _address: str | None = None  # while it is counted
     _head_timer: TimerHandle | None = None
     _linger_timer: TimerHandle | None = None  # while the connection closes as soon as its client has
+    _send_timer: TimerHandle | None = None  # while bytes of an answer are left
+    _written = 0
+    _sent = 0  # of it, when the timer began
     _to_discard = LINGER_BYTES
     _ends = False  # with the server
 
@@ -62,13 +75,16 @@ class HttpProtocol(H11Protocol):
             return
         self._address = address
         self.open_by_address[address] += 1
+        if sys.platform == "linux" and (sock := transport.get_extra_info("socket")) is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count it no longer."""
         self._leave()
-        if self._linger_timer is not None:
-            self._linger_timer.cancel()
+        for timer in (self._linger_timer, self._send_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.transport = self.transport  # its outlet knows this protocol, which would not be freed at once
@@ -93,6 +109,14 @@ class HttpProtocol(H11Protocol):
             size = max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])) if is_head else len(data)
             self._take(data[:size])
             data = data[size:]
+
+    def write(self, data: bytes) -> None:
+        """Write a part of an answer, and see that it leaves."""
+        was_left = self.transport.get_write_buffer_size()
+        self.transport.write(data)
+        self._written += len(data)
+        if not was_left:  # all before this had left
+            self._expect_sent()
 
     def on_response_complete(self) -> None:
         """Give a client that has its answer as long for the rest of its body as for a head.
@@ -158,7 +182,9 @@ class HttpProtocol(H11Protocol):
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Refuse a handshake that the WebSocket library would not answer."""
-        if any(name in BODIES for name, _ in self.headers):
+        if self.transport.get_write_buffer_size():  # who is to write from now on knows nothing of what is left
+            self._refuse(MalformedRequest("a WebSocket handshake comes after the answer before it has been read"))
+        elif any(name in BODIES for name, _ in self.headers):
             self._refuse(MalformedRequest("a WebSocket handshake has no body"))
         elif len(self.headers) > MAX_HEADERS:
             self._refuse(TooManyHeaders(f"a WebSocket handshake has at most {MAX_HEADERS} headers"))
@@ -195,6 +221,23 @@ class HttpProtocol(H11Protocol):
         else:
             self.close()  # it has said nothing, or has its answer: there is nothing to answer
 
+    def _expect_sent(self) -> None:
+        """Begin a window, if bytes are left; the one before is over."""
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+        if left := self.transport.get_write_buffer_size():
+            self._sent = self._written - left
+            self._send_timer = self.loop.call_later(SENT_S, self._look_at_sent)
+
+    def _look_at_sent(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left and self._written - left - self._sent < SENT_RATE * SENT_S:
+            log.info("a client reads its answer too slowly, and is disconnected")
+            self.transport.abort()
+        else:
+            self._expect_sent()
+
     def _stop_waiting(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -215,7 +258,7 @@ class HttpProtocol(H11Protocol):
             headers = [*answer.raw_headers, (b"connection", b"close")]
             body = h11.Data(data=bytes(answer.body))
             for event in (h11.Response(status_code=error.status, headers=headers), body, h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
+                self.write(self.conn.send(event) or b"")
         self.close()
 
 

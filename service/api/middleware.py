@@ -25,6 +25,7 @@ WINDOW_S = 10.0
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 WEBHOOK = "webhook"  # the name of the parameter
 TARGET_CHARACTERS = 200  # of a path and query in the log
+PIECE_BYTES = 64 * 1024  # of an answer, and uvicorn waits before it takes more than two
 
 
 def new_request_id(scope: Scope) -> str:
@@ -98,6 +99,9 @@ def _fields(scope: Scope, status: int, seconds: float) -> dict[str, object]:
 class RequestContext:
     """Gives each request an id (the client's X-Request-ID if that is well-formed) and times it by route and status.
 
+    A long answer is sent in pieces: uvicorn takes all that it is given at once, and holds a copy of it for its client,
+    so that many slow readers of one kept answer would take many times its memory.
+
     While the server drains, each answer ends its connection: else the end of the server could meet the next request on
     its way.
     """
@@ -128,7 +132,12 @@ class RequestContext:
                 headers["X-Content-Type-Options"] = "nosniff"  # no browser takes a client's text or pixels for a page
                 if self._draining():
                     headers["Connection"] = "close"
-            await send(message)
+            body, at = message.get("body", b""), 0
+            while len(body) - at > PIECE_BYTES:
+                await send({**message, "body": body[at : at + PIECE_BYTES], "more_body": True})
+                at += PIECE_BYTES
+                await asyncio.sleep(0)  # for other connections, and so that it is noticed where this one is lost
+            await send({**message, "body": body[at:]} if at else message)
 
         try:
             await self._app(scope, receive, send_with_id)

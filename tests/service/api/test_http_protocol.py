@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from http.client import HTTPResponse
 from inspect import signature
 from typing import Any
 
@@ -29,6 +30,7 @@ from tminus.service.server import bind
 
 HEAD = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n"
 GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"
+LARGE = bytes(range(256)) * 2**16  # 16 MiB
 HANDSHAKE = (
     b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
@@ -80,11 +82,32 @@ class Running:
                 self.go.set()
                 return
             leaving.cancel()
+        if scope["path"] == "/large":
+            body = LARGE
+        if scope["path"] == "/left":  # chunked, until a little of it is left in the transport
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while not self.unsent():
+                await send({"type": "http.response.body", "body": bytes(4096), "more_body": True})
+            await send({"type": "http.response.body", "body": b"the end"})
+            return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
         await send({"type": "http.response.body", "body": body})
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(self.listener.getsockname(), PATIENCE_S)
+    def connections(self) -> list[Any]:
+        return list(self.server.server_state.connections)
+
+    def unsent(self) -> int:
+        """Bytes in the transports of all connections."""
+        return sum(each.transport.get_write_buffer_size() for each in self.connections())
+
+    def connect(self, receive_bytes: int | None = None) -> socket.socket:
+        """receive_bytes: of the client's buffer; the kernel tells of room in it by sixteenths."""
+        client = socket.socket()
+        client.settimeout(PATIENCE_S)
+        if receive_bytes is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        client.connect(self.listener.getsockname())
+        return client
 
     def ask(self, data: bytes) -> bytes:
         """All that is answered before the server closes."""
@@ -104,6 +127,16 @@ def read_all(client: socket.socket) -> bytes:
     while chunk := client.recv(65536):
         found += chunk
     return found
+
+
+def read_body(client: socket.socket, pause_s: float = 0) -> bytes:
+    """The body of one answer of a declared length, at most 64 KiB at a time."""
+    answer, found = HTTPResponse(client), bytearray()
+    answer.begin()
+    while piece := answer.read(65536):
+        found += piece
+        time.sleep(pause_s)
+    return bytes(found)
 
 
 def problem(answer: bytes) -> tuple[int, str]:
@@ -275,6 +308,57 @@ def test_what_is_sent_after_the_answer_is_taken_within_bounds(
             with pytest.raises(ConnectionError):
                 client.sendall(bytes(2 * http_protocol.LINGER_BYTES))
         wait_until(lambda: not running.server.server_state.connections)
+
+
+# --- who reads slowly, or not at all ---
+
+
+def test_who_reads_no_answer_takes_little_memory(running: Running) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(8)]
+        for client in clients:
+            client.sendall(GET.replace(b"/ok", b"/large"))
+        wait_until(lambda: len([each for each in running.connections() if each.flow.write_paused]) == len(clients))
+        assert running.unsent() <= len(clients) * 3 * middleware.PIECE_BYTES
+        for client in clients[:2]:
+            assert read_body(client) == LARGE
+
+
+@pytest.mark.parametrize("path", [b"/large", b"/left"])
+@pytest.mark.parametrize("connection", [b"keep-alive", b"close"])
+def test_who_reads_no_answer_is_disconnected(
+    running: Running, monkeypatch: pytest.MonkeyPatch, path: bytes, connection: bytes
+) -> None:
+    """In the middle of it, or where all of it was written; also where the server has closed already."""
+    monkeypatch.setattr(http_protocol, "SENT_S", 0.5)
+    with running.connect() as client:
+        client.sendall(GET.replace(b"/ok", path)[:-2] + b"Connection: " + connection + b"\r\n\r\n")
+        wait_until(running.unsent)
+        wait_until(lambda: not running.connections())
+        wait_until(lambda: not running.server.server_state.tasks)
+
+
+def test_who_reads_slowly_enough_gets_the_whole_answer(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "SENT_S", 0.4)
+    with running.connect(receive_bytes=262_144) as client:
+        client.sendall(GET.replace(b"/ok", b"/large"))
+        began = time.monotonic()
+        assert read_body(client, pause_s=0.005) == LARGE
+        assert time.monotonic() - began > 2 * http_protocol.SENT_S, "so that it was looked at"
+        client.sendall(GET)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_handshake_after_an_answer_that_was_not_read_is_refused(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library for WebSockets may close at once, and nobody would see what is left leave."""
+    with running.connect() as client:
+        client.sendall(GET.replace(b"/ok", b"/left"))
+        wait_until(lambda: not running.server.server_state.tasks and running.unsent())
+        client.sendall(HANDSHAKE.replace(b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Version: 5") + b"\r\n")
+        answer = read_all(client)
+    assert problem(answer[answer.index(b"the end") :].partition(b"\r\n0\r\n\r\n")[2]) == (400, "malformed_request")
 
 
 def test_who_lingers_does_not_hold_up_the_end(running: Running, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,15 +1,19 @@
 """The id of a request and the bounds of its body, through the app."""
 
+import asyncio
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from starlette.types import Message, Receive, Scope, Send
 
-from tests.service.api.asgi import call
+from tests.service.api.asgi import call, scope_of
 from tests.service.conftest import Site, problem
+from tminus.service.api.middleware import PIECE_BYTES, RequestContext
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 
@@ -124,3 +128,48 @@ def test_a_long_target_is_cut(site: Site, caplog: pytest.LogCaptureFixture) -> N
 )
 def test_no_answer_may_be_taken_for_something_else(site: Site, path: str) -> None:
     assert site.client.get(path).headers["x-content-type-options"] == "nosniff"
+
+
+# --- what is sent ---
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES, 3 * PIECE_BYTES + 5])
+@pytest.mark.parametrize("more", [False, True])
+def test_a_long_answer_is_sent_in_pieces(size: int, more: bool) -> None:
+    """So that uvicorn waits for a slow reader before it takes more."""
+    body, sent = os.urandom(size), []
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(RequestContext(app, lambda *_: None)(scope_of(), receive, send))
+    pieces = sent[1:]
+    assert b"".join(each["body"] for each in pieces) == body
+    assert all(len(each["body"]) <= PIECE_BYTES for each in pieces)
+    assert len(pieces) == max(1, -(-size // PIECE_BYTES))
+    assert [each["more_body"] for each in pieces] == [True] * (len(pieces) - 1) + [more]
+
+
+def test_others_have_their_turn_between_two_pieces() -> None:
+    """The loop of asyncio among them, which tells of a connection that is lost, as soon as it was written to."""
+    sent: list[str] = []
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.body", "body": bytes(2 * PIECE_BYTES)})
+
+    async def send(_message: Message) -> None:
+        sent.append("a piece")
+        asyncio.get_running_loop().call_soon(sent.append, "another")
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    asyncio.run(RequestContext(app, lambda *_: None)(scope_of(), receive, send))
+    assert sent[:3] == ["a piece", "another", "a piece"]

@@ -1,5 +1,6 @@
 """POST /noise, through the app."""
 
+import asyncio
 import io
 import json
 import threading
@@ -397,6 +398,28 @@ def test_the_bodies_held_at_once_are_bounded_in_total(make_site: MakeSite, monke
         assert first.result().status_code == 200
         assert job.result().status_code == 200
     assert post(site, large, t=5).status_code == 200, "the bytes were released"
+
+
+def test_an_upload_is_not_counted_while_its_answer_is_sent(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader may take long, and would keep other uploads out."""
+    monkeypatch.setattr(middleware, "MAX_HELD_BYTES", 0)  # so that the bound is one image
+    monkeypatch.setattr(Limits, "max_edit_bytes", 100_000)
+    site = make_site(max_image_bytes=100_000)
+    large, beside = CAT.ljust(100_000, b"\0"), []
+    messages = iter([{"type": "http.request", "body": large, "more_body": False}])
+
+    async def receive() -> Any:
+        return next(messages, None) or await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            beside.append(await asyncio.to_thread(post, site, large, t=5))
+
+    scope = scope_of("/noise", b"t=5", [(b"content-type", b"image/png")])
+    asyncio.run(site.app(scope, receive, send))
+    assert [answer.status_code for answer in beside] == [200]
 
 
 # --- beside the jobs ---
