@@ -67,8 +67,7 @@ class Loop:
         self.coded = CodedJobs(metrics.coded, post, self._fail, lambda job: admission.decoded(job.id))
         self.coding_hangs = False  # when it was closed
         self._deadlines = Deadlines()
-        # Those of the last tick, or the one accepted last; after a crash, the possible causes.
-        self.current_jobs: frozenset[str] = frozenset()
+        self.current_jobs = frozenset[str]()  # of the last tick, or accepted last: possible causes of a crash
         self.rows_active = 0  # rows in the last tick
         self.busy = Busy(clock)
         self._was_idle = True  # before the next tick
