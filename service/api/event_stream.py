@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Callable
 from fastapi.sse import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from tminus.service.api.pieces import pieces_of
+
 log = logging.getLogger(__name__)
 
-SEND_S = 40.0  # for an event to leave: a client that reads nothing is disconnected
+SEND_S = 40.0  # for a piece of an event to leave: a client that reads nothing is disconnected
 QUIET_S = 15.0  # until a comment is sent, so that no proxy takes the connection for dead
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
@@ -25,8 +27,9 @@ class EventStream(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(SEND_S):
-                await send(message)
+            for piece in pieces_of(message):  # a large event may take a slow reader longer
+                async with asyncio.timeout(SEND_S):
+                    await send(piece)
 
         try:
             await super().__call__(scope, receive, send_in_time)

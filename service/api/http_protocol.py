@@ -121,10 +121,11 @@ class HttpProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """Give a client that has its answer as long for the rest of its body as for a head.
 
-        uvicorn's own time for that is over with the next byte.
+        uvicorn's own time for that is shorter, and over with the next byte.
         """
         super().on_response_complete()
         if self._answered_early() and not self.transport.is_closing() and not self.lingers:
+            self._unset_keepalive_if_required()
             self._expect_head()
 
     def close(self) -> None:
@@ -192,6 +193,8 @@ class HttpProtocol(H11Protocol):
             self._refuse(TooManyHeaders(f"a header of a WebSocket handshake has at most {MAX_LINE_BYTES} bytes"))
         else:
             self._leave()
+            if self._send_timer is not None:  # what is not sent from now on is the WebSocket's
+                self._send_timer.cancel()
             super().handle_websocket_upgrade(event)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
@@ -233,7 +236,7 @@ class HttpProtocol(H11Protocol):
     def _look_at_sent(self) -> None:
         left = self.transport.get_write_buffer_size()
         if left and self._written - left - self._sent < SENT_RATE * SENT_S:
-            log.info("a client reads its answer too slowly, and is disconnected")
+            log.info("a client at %s reads its answer too slowly, and is disconnected", self._address)
             self.transport.abort()
         else:
             self._expect_sent()

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tminus.service.access.access import Caller
 from tminus.service.api.origin import OF_A_MODEL, PROBES
+from tminus.service.api.pieces import pieces_of
 from tminus.service.api.problems import render
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
 from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody, masked
@@ -25,7 +26,6 @@ WINDOW_S = 10.0
 WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 WEBHOOK = "webhook"  # the name of the parameter
 TARGET_CHARACTERS = 200  # of a path and query in the log
-PIECE_BYTES = 64 * 1024  # of an answer, and uvicorn waits before it takes more than two
 
 
 def new_request_id(scope: Scope) -> str:
@@ -99,8 +99,7 @@ def _fields(scope: Scope, status: int, seconds: float) -> dict[str, object]:
 class RequestContext:
     """Gives each request an id (the client's X-Request-ID if that is well-formed) and times it by route and status.
 
-    A long answer is sent in pieces: uvicorn takes all that it is given at once, and holds a copy of it for its client,
-    so that many slow readers of one kept answer would take many times its memory.
+    A long answer is sent in pieces.
 
     While the server drains, each answer ends its connection: else the end of the server could meet the next request on
     its way.
@@ -122,9 +121,10 @@ class RequestContext:
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         status: int | None = None
+        ended: float | None = None
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
@@ -132,12 +132,12 @@ class RequestContext:
                 headers["X-Content-Type-Options"] = "nosniff"  # no browser takes a client's text or pixels for a page
                 if self._draining():
                     headers["Connection"] = "close"
-            body, at = message.get("body", b""), 0
-            while len(body) - at > PIECE_BYTES:
-                await send({**message, "body": body[at : at + PIECE_BYTES], "more_body": True})
-                at += PIECE_BYTES
-                await asyncio.sleep(0)  # for other connections, and so that it is noticed where this one is lost
-            await send({**message, "body": body[at:]} if at else message)
+            elif not message.get("more_body", False):
+                ended = time.perf_counter()  # how long it takes the client to read it is not ours
+            for piece in pieces_of(message):
+                await send(piece)
+                if piece is not message:
+                    await asyncio.sleep(0)  # for other connections, and so that it is noticed where this one is lost
 
         try:
             await self._app(scope, receive, send_with_id)
@@ -150,7 +150,7 @@ class RequestContext:
         finally:
             route = route_of(scope)
             status = 499 if status is None else status  # nothing sent: the client went away
-            seconds = time.perf_counter() - started
+            seconds = (time.perf_counter() if ended is None else ended) - started
             self._observe(route, status, seconds)
             log.log(
                 logging.DEBUG if route in PROBES else logging.INFO,

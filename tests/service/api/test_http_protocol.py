@@ -23,6 +23,7 @@ from tests.service.fakes import PATIENCE_S, wait_until
 from tminus.service.api import http_protocol, middleware
 from tminus.service.api.http_protocol import HttpProtocol
 from tminus.service.api.middleware import BodyLimit, RequestContext
+from tminus.service.api.pieces import PIECE_BYTES
 from tminus.service.api.problems import render
 from tminus.service.api.websocket_protocol import stream_protocol
 from tminus.service.errors import ServiceError
@@ -294,6 +295,16 @@ def test_who_has_the_answer_may_send_the_rest_of_its_body_and_ask_again(running:
             assert client.recv(1000).startswith(b"HTTP/1.1 200")
 
 
+def test_who_has_the_answer_may_pause_longer_than_between_requests(running: Running) -> None:
+    running.server.config.timeout_keep_alive = 0.2  # type: ignore[assignment]
+    with running.connect() as client:
+        client.sendall(EARLY + b"Content-Length: 9\r\n\r\nhalf")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        time.sleep(0.6)
+        client.sendall(b" half" + GET)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize("bound", ["LINGER_S", "LINGER_BYTES"])
 def test_what_is_sent_after_the_answer_is_taken_within_bounds(
     running: Running, monkeypatch: pytest.MonkeyPatch, bound: str
@@ -319,7 +330,7 @@ def test_who_reads_no_answer_takes_little_memory(running: Running) -> None:
         for client in clients:
             client.sendall(GET.replace(b"/ok", b"/large"))
         wait_until(lambda: len([each for each in running.connections() if each.flow.write_paused]) == len(clients))
-        assert running.unsent() <= len(clients) * 3 * middleware.PIECE_BYTES
+        assert running.unsent() <= len(clients) * 3 * PIECE_BYTES
         for client in clients[:2]:
             assert read_body(client) == LARGE
 
@@ -359,6 +370,20 @@ def test_a_handshake_after_an_answer_that_was_not_read_is_refused(
         client.sendall(HANDSHAKE.replace(b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Version: 5") + b"\r\n")
         answer = read_all(client)
     assert problem(answer[answer.index(b"the end") :].partition(b"\r\n0\r\n\r\n")[2]) == (400, "malformed_request")
+
+
+def test_a_handshake_after_an_answer_that_was_read_slowly_ends_its_time(running: Running) -> None:
+    """What waits for its reader from then on is the WebSocket's, which has times of its own."""
+    with running.connect() as client:
+        client.sendall(GET.replace(b"/ok", b"/left"))
+        wait_until(lambda: not running.server.server_state.tasks and running.unsent())
+        (protocol,) = running.connections()
+        while running.unsent():
+            client.recv(10**6)
+        timer = protocol._send_timer
+        assert not timer.cancelled()
+        client.sendall(HANDSHAKE + b"\r\n")
+        wait_until(timer.cancelled)
 
 
 def test_who_lingers_does_not_hold_up_the_end(running: Running, caplog: pytest.LogCaptureFixture) -> None:

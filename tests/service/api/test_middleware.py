@@ -13,7 +13,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tests.service.api.asgi import call, scope_of
 from tests.service.conftest import Site, problem
-from tminus.service.api.middleware import PIECE_BYTES, RequestContext
+from tminus.service.api.middleware import RequestContext
+from tminus.service.api.pieces import PIECE_BYTES
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 
@@ -155,6 +156,25 @@ def test_a_long_answer_is_sent_in_pieces(size: int, more: bool) -> None:
     assert all(len(each["body"]) <= PIECE_BYTES for each in pieces)
     assert len(pieces) == max(1, -(-size // PIECE_BYTES))
     assert [each["more_body"] for each in pieces] == [True] * (len(pieces) - 1) + [more]
+
+
+def test_how_long_a_client_takes_to_read_is_not_how_long_its_request_took() -> None:
+    observed: list[float] = []
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(3 * PIECE_BYTES)})
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        await asyncio.sleep(0.4 if message["type"] == "http.response.body" else 0)
+
+    asyncio.run(
+        RequestContext(app, lambda _route, _status, seconds: observed.append(seconds))(scope_of(), receive, send)
+    )
+    assert observed[0] < 0.4
 
 
 def test_others_have_their_turn_between_two_pieces() -> None:
