@@ -193,7 +193,6 @@ def measure(
     from tminus.service.engine.autotune_cache import default_cache
     from tminus.service.engine.candidates import Wish
     from tminus.service.engine.devices import choose_device
-    from tminus.service.engine.tf32 import multiplying
 
     device, threads = choose_device(options["device"]), torch.get_num_threads()
     wish = Wish(options["executor"], options["precision"], device.type == "cpu", options["batch_size"], threads)
@@ -203,22 +202,23 @@ def measure(
     # needs torch's.
     draw_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
+    if device.type == "cuda":  # judging is in float32; an executor says for each pass what it multiplies in
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     of_points = {"sampler", "steps", "guidance", "seed", "executor"}
     fields = {name: options[name] for name in EvaluateOptions.__dataclass_fields__ if name not in of_points}
     try:
-        with multiplying(device, tf32=False):  # all but the passes of such an executor
-            return evaluate_checkpoint(
-                load_checkpoint(checkpoint),
-                *compared,
-                EvaluateOptions(**fields, executor=executor.name),
-                device=device,
-                forward=executor,
-                draw_threads=draw_threads,
-                points=ways.points,
-                references=ways.references,
-                seeds=options["seeds"],
-                kept=Kept(report_folder / "kept" if report_folder is not None else None),
-            )
+        return evaluate_checkpoint(
+            load_checkpoint(checkpoint),
+            *compared,
+            EvaluateOptions(**fields, executor=executor.name),
+            device=device,
+            forward=executor,
+            draw_threads=draw_threads,
+            points=ways.points,
+            references=ways.references,
+            seeds=options["seeds"],
+            kept=Kept(report_folder / "kept" if report_folder is not None else None),
+        )
     except OSError as error:
         if report_folder is None:
             raise
