@@ -71,8 +71,8 @@ class Client:
     def watch(self, **parameters: Unpack[Shown]) -> Watching:
         """Sample and watch: iterate over the result for Accepted, Frames, and Done or Cancelled.
 
-        A slow reader gets the newest frame; the server ends the job of one that reads nothing for 40 s. Leaving the
-        loop cancels the job.
+        A slow reader gets the newest frame; the server ends the job of one that reads nothing for a minute. Leaving
+        the loop cancels the job.
         """
         return Watching(self._connection, parameters)
 

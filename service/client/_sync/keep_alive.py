@@ -7,8 +7,11 @@ from contextlib import suppress
 from typing import Any
 
 # A request that may take as long as it takes has no other way to find that the server is silently gone: after a minute
-# and a half. Not all systems have all of these.
-KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
+# and a half. Not all systems have all of these: macOS calls the first TCP_KEEPALIVE, and only Linux has the last, which
+# holds while the server has not even confirmed the request.
+KEEP_ALIVE = {
+    "TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 90_000
+}  # fmt: skip
 
 
 def _keep_alive(event: str, info: Mapping[str, Any]) -> None:
