@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tminus.service.errors import EngineFailed, ServiceError
 from tminus.service.worker.coding import Coding, Task
+from tminus.service.worker.errors_to import errors_to
 from tminus.service.worker.job_span import begin_coding
 from tminus.service.worker.running_job import RunningJob
 
@@ -29,14 +30,16 @@ class CodedJobs:
         post: Callable[[Callable[[], None]], None],
         fail: Callable[[RunningJob, ServiceError], None],
         one_done: Callable[[RunningJob], None],
+        blame: Callable[[Sequence[RunningJob]], None],
     ) -> None:
         """post: has something done in the worker's thread, between two ticks. observe: as Coding has it.
 
         fail: ends a job of which something could not be encoded or decoded. one_done: is told of every image of a job
-        but the last.
+        but the last. blame: is told of the jobs that may be the cause if the worker ends now.
         """
         self._jobs: dict[str, RunningJob] = {}
         self._coding, self._post, self._fail, self._one_done = Coding(observe), post, fail, one_done
+        self._blame = blame
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -69,11 +72,10 @@ class CodedJobs:
             elif isinstance(error, ServiceError):
                 self._fail(job, error)
             else:
-                log.error("an image of job %s could not be encoded or decoded", job.id, exc_info=error)
-                if job.model.engine.is_lost():
-                    raise error  # which ends the worker, as in errors_to
-                detail = f"its images could not be encoded or decoded: {type(error).__name__}"
-                self._fail(job, EngineFailed(detail))
+                self._blame([job])
+                detail, told = "its images could not be encoded or decoded", "an image of job %s could not be coded"
+                with errors_to(partial(self._fail, job), job.model.engine, detail, told, job.id):
+                    raise error
 
         def each() -> None:
             self._post(partial(self._one_done, job))

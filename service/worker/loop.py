@@ -31,9 +31,10 @@ from tminus.service.spec import Images, Inputs
 from tminus.service.work import Batch, JobResult
 from tminus.service.worker.busy import Busy
 from tminus.service.worker.coded_jobs import CodedJobs
-from tminus.service.worker.errors_to import errors_to
+from tminus.service.worker.errors_to import errors_to, reading
 from tminus.service.worker.loaded_models import LoadedModel, LoadedModels
 from tminus.service.worker.running_job import RunningJob
+from tminus.service.worker.snapshots import take_snapshots
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +61,20 @@ class Loop:
         in the worker's thread, between two ticks.
         """
         self.models = LoadedModels(clock)
-        self._admission, self._metrics, self._clock, self._on_end = admission, metrics, clock, on_end
+        self._admission, self._metrics, self._clock = admission, metrics, clock
+        self._on_end, self._post = on_end, post
         # The jobs whose rows an engine holds, in order of arrival. This loop is their owner.
         self._jobs: dict[str, RunningJob] = {}
         # Of a latent model, those whose picture is being encoded or whose images are being decoded.
-        self.coded = CodedJobs(metrics.coded, post, self._fail, lambda job: admission.decoded(job.id))
+        self.coded = CodedJobs(
+            metrics.coded, post, self._fail, one_done=lambda job: admission.decoded(job.id), blame=self._now_at
+        )
         self.coding_hangs = False  # when it was closed
         self._deadlines = Deadlines()
         self.current_jobs = frozenset[str]()  # of the last tick, or accepted last: possible causes of a crash
         self.rows_active = 0  # rows in the last tick
         self.busy = Busy(clock)
-        self._was_idle = True  # before the next tick
+        self._idle: set[int] = set()  # models that had nothing to step before what they have now
 
     @property
     def has_work(self) -> bool:
@@ -81,7 +85,7 @@ class Loop:
 
     def accept(self, job: RunningJob) -> None:
         """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
-        self.current_jobs = frozenset({job.id})
+        self._now_at([job])
         answered = job.future.done() and not job.future.cancelled()  # while the worker hung
         if answered or not job.future.set_running_or_notify_cancel():  # from here on only the loop ends it
             self._leave(job)
@@ -93,7 +97,11 @@ class Loop:
         else:
             self._begin(job)
 
+    def _now_at(self, jobs: Sequence[RunningJob]) -> None:
+        self.current_jobs = frozenset(job.id for job in jobs)
+
     def _encoded(self, job: RunningJob, inputs: Sequence[Inputs]) -> None:
+        self._now_at([job])
         (job.inputs,) = inputs
         self._begin(job)
 
@@ -108,7 +116,8 @@ class Loop:
                 job.fail(InvalidField(str(error), field="sampler", value=job.spec.sampler))
         if not job.rows:
             return
-        self._was_idle |= not self.models.has_ticks
+        if not job.model.scheduler.has_work:
+            self._idle.add(job.model.number)
         self._jobs[job.id] = job
         steps = job.snapshot.steps if job.snapshot is not None else None
         job.model.scheduler.add(job.id, job.rows, job.work, steps, job.owner)
@@ -170,7 +179,7 @@ class Loop:
     def suspend_durable(self) -> None:
         """Give up the durable jobs with a last snapshot; the next start of the server finishes them."""
         for model in self.models:
-            self._keep_snapshots(model)
+            take_snapshots(model, self._jobs.values(), self._clock)
         for job in [job for job in (*self._jobs.values(), *self.coded.durable()) if job.durable]:
             self.give_up(job.id, Draining(), SUSPENDED)
 
@@ -203,7 +212,7 @@ class Loop:
         started_s = self._clock()
         self.rows_active = len(batch.rows)
         jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
-        self.current_jobs = frozenset(job.id for job in jobs)
+        self._now_at(jobs)
         broken = self._step(model.engine, batch, jobs)
         if broken is None:
             return
@@ -226,7 +235,7 @@ class Loop:
             if job.id in self._jobs:
                 job.show(now_s)
         if model.keeper is not None and model.keeper.due(now_s):
-            self._keep_snapshots(model)
+            take_snapshots(model, self._jobs.values(), self._clock)
 
     def _step(self, engine: RowEngine, batch: Batch, jobs: Sequence[RunningJob]) -> frozenset[int] | None:
         """Step a batch; returns the rows that are not finite, or None if it failed and its jobs are given up."""
@@ -243,8 +252,8 @@ class Loop:
         places = {picked.job_id: picked.places for picked in batch.jobs}
         # Where the engine runs ahead, a tick is waited for while the next is launched: the first tells no more than how
         # long it took to launch.
-        tells = not (self._was_idle and model.engine.runs_ahead)
-        self._was_idle = False
+        tells = not (model.number in self._idle and model.engine.runs_ahead)
+        self._idle.discard(model.number)
         self._admission.stepped(model.number, places, batch.places if tells else 0, seconds)
         row_steps: dict[str, int] = {}
         for job, picked in zip(jobs, batch.jobs, strict=True):
@@ -257,22 +266,6 @@ class Loop:
         """Give the recording of a job the rows that it wants, by the steps that they take next and their indices."""
         with self._giving_up([job], "its steps could not be read", "job %s could not be recorded", job.id):
             job.record(next_steps)
-
-    def _keep_snapshots(self, model: LoadedModel) -> None:
-        """Hand a model's keeper snapshots of its durable jobs that have stepped since their last one."""
-        durable = [job for job in self._jobs.values() if job.durable and job.model is model]
-        moved = [job for job in durable if job.steps_taken > job.steps_kept]
-        if model.keeper is None or not moved:
-            return
-        began_s = self._clock()
-        try:
-            snapshots = {job.id: model.engine.snapshot(job.rows, model.scheduler.steps(job.id)) for job in moved}
-        except Exception:  # a snapshot is not worth the jobs
-            log.exception("no snapshot could be taken")
-            return
-        for job in moved:
-            job.steps_kept = job.steps_taken
-        model.keeper.keep(snapshots, began_s, self._clock() - began_s)
 
     def _deliver(self, job: RunningJob) -> None:
         """Free a job's rows, and end it with its images; those of a latent model are decoded first."""
@@ -301,6 +294,7 @@ class Loop:
         queue_s, denoise_s = job.started_s - job.submitted_s, denoised_s - job.started_s
         what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
         log.info(what, job.id, job.request_id, queue_s, denoise_s, extra=job.log_fields)
+        read = reading(read, job.model.engine, self._post)
         job.finish(JobResult(read, queue_s, job.first_step_s, denoise_s, self._clock() - denoised_s))
 
     # --- for all of these ---

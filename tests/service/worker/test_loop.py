@@ -724,6 +724,62 @@ def test_an_error_that_leaves_no_device_ends_the_worker_and_no_job(make_bench: M
         bench.loop._leave(job)
 
 
+def test_a_device_whose_loss_is_told_as_images_are_read_ends_the_worker(make_bench: MakeBench) -> None:
+    """As a GPU does: it tells when it is waited for, which is in the thread that reads."""
+    bench = make_bench()
+
+    def read() -> Images:
+        bench.engine.lost = True
+        raise RuntimeError("an illegal memory access was encountered")
+
+    bench.engine.images = lambda _rows: read  # type: ignore[method-assign]
+    future = bench.accept("job", steps=1)
+    bench.tick()
+    with pytest.raises(Draining):  # a durable one waits for the next start
+        images(future)
+    with pytest.raises(RuntimeError, match="lost"):
+        bench.next_posted()
+
+
+def test_images_that_cannot_be_read_of_a_device_that_works_end_no_worker(make_bench: MakeBench) -> None:
+    bench = make_bench()
+
+    def read() -> Images:
+        raise MemoryError
+
+    bench.engine.images = lambda _rows: read  # type: ignore[method-assign]
+    future = bench.accept("job", steps=1)
+    bench.tick()
+    with pytest.raises(MemoryError):
+        images(future)
+    assert bench.posted.empty()
+
+
+def test_the_first_tick_of_a_model_tells_nothing_though_another_has_been_stepped(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.measured([(1, 1.0), (LIMITS.max_batch, 1.0)])
+    busy = FakeEngine()
+    sharing = Sharing.of(LIMITS.max_batch)
+    other = LoadedModel(1, busy, Scheduler(sharing))
+    bench.admission.put(1, Speed(sharing, TickTimes(((1, 1.0), (LIMITS.max_batch, 1.0))), LIMITS.max_rows))
+    bench.loop.models.put(other)
+    bench.engine.runs_ahead = busy.runs_ahead = True
+    busy.on_step = bench.tick_takes_a_second
+    bench.engine.on_step = lambda batch: setattr(bench, "now_s", bench.now_s + (1.0 if batch.steps[0] else 0.01))
+    spec = make_spec(steps=40)
+    work = replace(work_of(spec, busy.info), model=1)
+    bench.admission.enter("busy", work, now_s=bench.now_s)
+    bench.accepted.append("busy")
+    bench.loop.accept(RunningJob("busy", other, spec, work, bench.now_s, None))
+    bench.tick()
+    for name in ("a", "b", "c"):
+        future = bench.accept(name, n=1, steps=4)
+        while not future.done():
+            bench.tick()
+    assert bench.admission.tick_time_ratio == 1.0
+    bench.finish()
+
+
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_of_an_engine_that_runs_ahead_the_first_tick_of_a_burst_tells_nothing(
     make_bench: MakeBench, runs_ahead: bool
@@ -838,10 +894,12 @@ def test_a_device_that_is_lost_while_decoding_ends_the_worker(make_bench: MakeBe
     bench.engine.on_decode = decode
     job = bench.make_job("job", make_spec(steps=1))
     bench.loop.accept(job)
-    bench.tick()
+    bench.accept("beside", steps=9)
+    bench.tick(3)
     with pytest.raises(RuntimeError, match="illegal"):
         bench.next_posted()
     assert not job.future.done()
+    assert bench.loop.current_jobs == {"job"}, "and it is the one that may be the cause"
     bench.loop._leave(job)  # the worker answers all, and forgets them
 
 
