@@ -68,7 +68,8 @@ def prepare(
             options = settings.load_options(model.folder)
             loaded = prepare_engine(model.checkpoint, options, measured.get(model.name), busy=busy)
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # whose variables hold the model
+            del model
+            traceback.clear_frames(error.__traceback__)  # whose variables hold it too
             release_memory()
             raise
         measured[model.name] = loaded.measured
