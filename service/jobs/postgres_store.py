@@ -242,7 +242,9 @@ class PostgresStore(SqlStore):
         try:
             with suppress(StorageFailed), self._transaction() as run:
                 run(sa.update(jobs).where(*self._mine()).values(replica=None, lease_until=None))
-                run(sa.delete(self._replicas).where(self._replicas.c.id == self._replica, *self._its_weights()))
+                # Its row stays for a while: whoever sweeps sees that these weights have been served until now.
+                mine = [self._replicas.c.id == self._replica, *self._its_weights()]
+                run(sa.update(self._replicas).where(*mine).values(lease_until=sa.func.clock_timestamp()))
         finally:
             self._engine.dispose()
 

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from tminus.service.jobs.webhooks.delivery_store import Run
 
-GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten
+GONE = timedelta(hours=1)  # since its lease ended: a replica that long gone is forgotten, with what it served
 
 
 def may_sweep(run: Run, schema: str, weights: str) -> bool:
@@ -22,8 +22,11 @@ def forget_gone(run: Run, replicas: sa.Table) -> None:
 
 
 def unserved_weights(run: Run, jobs: sa.Table, replicas: sa.Table, old: Sequence[sa.ColumnElement[bool]]) -> str | None:
-    """Some weights that no replica serves, and so none of their own sweeps, that have jobs that are too old."""
-    served = sa.select(replicas.c.weights).where(replicas.c.lease_until > sa.func.clock_timestamp())
+    """Some weights that have jobs that are too old, and no replica of their own that would sweep them.
+
+    Not those of a replica that went within the last hour, which may be starting again.
+    """
+    served = sa.select(replicas.c.weights)
     ended = jobs.c.outcome.is_not(None)  # in the words of the index
     query = sa.select(jobs.c.weights).where(ended, *old, jobs.c.weights.not_in(served)).limit(1)
     weights: str | None = run(query).scalar_one_or_none()

@@ -20,7 +20,7 @@ from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs import postgres_store
 from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_store import PostgresStore
-from tminus.service.jobs.postgres_sweep import may_sweep
+from tminus.service.jobs.postgres_sweep import GONE, may_sweep
 from tminus.service.jobs.postgres_tables import FORMAT, format_of
 from tminus.service.jobs.sql_store import RECORD_BYTES
 from tminus.service.jobs.store import Key, LeaseLost, Pace, StoredObject
@@ -213,7 +213,7 @@ def test_one_that_ends_leaves_its_jobs_to_others_at_once(database: DatabaseShelf
     renew(one, "build", PACE)
     one.close()
     assert other.claim("build", Intake(MANY), MANY, ROWS) == [job("a")]
-    assert database.read("SELECT count(*) FROM replicas") == [(0,)]
+    assert database.read("SELECT count(*) FROM replicas WHERE lease_until > clock_timestamp()") == [(0,)]
 
 
 def test_a_job_that_is_released_can_be_claimed_at_once_and_keeps_its_last_snapshot(database: DatabaseShelf) -> None:
@@ -369,6 +369,9 @@ def test_what_has_ended_of_weights_that_nobody_serves_is_swept_by_its_age(databa
 
     assert swept() == {"old", "owed", "new", "large", "waits"}, "who serves them sweeps them"
     other.close()
+    assert swept(1) == {"old", "owed", "new", "large", "waits"}, "who has just gone may be starting again"
+    with one._transaction() as run:
+        run(sa.update(one._replicas).values(lease_until=one._replicas.c.lease_until - GONE))
     assert swept(1) == {"owed", "new", "waits"}, "how much may stay is not for others to say"
     assert database.read("SELECT key, state FROM objects") == [("object", "unneeded")]
     assert database.read("SELECT job_id FROM images ORDER BY 1") == [("new",), ("owed",)]
