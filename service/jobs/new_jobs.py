@@ -45,7 +45,7 @@ class NewJobs:
 
     async def number_elsewhere(self, owner: str) -> int:
         """How many durable jobs of an owner are held by other servers, or by nobody; 0 while their store is away."""
-        found, known = set[str](), self._known(owner)
+        found = set[str]()
         self._counts.append(count := (owner, found))
         try:
             for store in [each.store for each in self._jobs.by_store()]:
@@ -54,7 +54,7 @@ class NewJobs:
                         found.update(await store.open_jobs(owner))
         finally:
             self._counts = [each for each in self._counts if each is not count]
-        return len(found - known - self._known(owner))  # those that ended or came meanwhile are not elsewhere
+        return len(found - self._known(owner))
 
     def _known(self, owner: str) -> set[str]:
         """Its durable jobs that have not ended: those that are held here, and those that are being accepted."""
