@@ -138,9 +138,7 @@ def train_classifier(
     """
     if train.labels is None or test.labels is None:
         raise ClassifierError(f"{train.name}: a classifier needs labelled images, and these have no classes")
-    if (
-        len(train.class_names) < 2
-    ):  # its loss would be zero from the first step on, and its features those of no training
+    if len(train.class_names) < 2:  # its loss would be zero from the first step on, so it would learn nothing
         raise ClassifierError(f"{train.name}: a classifier needs two classes or more, and these images have one")
     if train.class_names != test.class_names or train.images.shape[1:] != test.images.shape[1:]:
         raise ClassifierError(f"{train.name} and {test.name} differ in classes or image size")

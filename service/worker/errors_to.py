@@ -1,4 +1,4 @@
-"""An exception of the engine, logged and told to clients by its type; or, where the device is lost, not caught."""
+"""What an error of the engine does: it fails the jobs involved, or ends the worker where the device is lost."""
 
 import logging
 from collections.abc import Callable, Iterator
