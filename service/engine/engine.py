@@ -310,6 +310,11 @@ class Engine:
         for row in rows if self._inputs else ():
             self._inputs.pop(row, None)
 
+    def free_registers(self) -> None:
+        """Give the memory of registers back, until a row comes that has some. No row may be there."""
+        assert not self._plan_of
+        self._registers = None
+
     @property
     def runs_ahead(self) -> bool:
         """Whether a tick may still run when `step` and `wait` have returned."""

@@ -198,6 +198,15 @@ def test_so_many_rows_and_jobs_as_asked_fit_at_once(options: LoadOptions) -> Non
     assert load_engine(replace(options, max_rows=4)).max_rows == 4, "few are no hindrance to measuring"
 
 
+@pytest.mark.usefixtures("selftest")
+def test_the_registers_of_the_test_at_the_start_are_given_back(options: LoadOptions) -> None:
+    engine = load_engine(options).engine
+    assert engine._registers is None
+    images = sample_locally(engine, trial_spec(engine.info, 2, 5, sampler="plms"), 4, lambda rows: None)
+    assert engine._registers is not None, "they are made where they are needed"
+    assert images.shape == (2, 8, 8, 1)
+
+
 def test_not_exact_is_said_of_the_model(options: LoadOptions) -> None:
     exact, other = load_engine(options).engine.info, load_engine(replace(options, exact=False)).engine.info
     assert (exact.exact, other.exact) == (True, False)
