@@ -26,12 +26,13 @@ import httpx
 from bench import servers
 from bench.figures import quantile
 from bench.streams import show
+from tminus.service.access.keys import Key, KeyLimits, digest_of, new_secret, to_line
 
 CHECKPOINTS = servers.ROOT / "checkpoints"
 JOBS, ROWS, STEPS = 6, 4, 100  # of each model
 CLIENTS = 8
 ASK = {"n": 2, "steps": 20, "sampler": "dpmpp_2m"}
-KEY = "the-key-of-this-benchmark"
+SECRET = new_secret()
 QUIET_S = 8.0  # before the first reload, and between two
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
@@ -52,7 +53,7 @@ def main() -> None:
         models = Path(folder) / "models"
         for name, source in (("first", args.first), ("second", args.second)):
             shutil.copytree(source, models / name)
-        flags = ("--models", str(models), "--admin-key", KEY)
+        flags = ("--models", str(models), "--keys", to_line(Key("bench", "admin", digest_of(SECRET), KeyLimits())))
         command = ("bench.models", "--serve", str(ticks), *servers.contenders(1)["tminus"].command[2:], *flags)
         # The default model is the first one in the folder; the one that the other benchmarks name is not needed.
         with servers.running(servers.Contender("tminus", "tminus", command, is_peer=False), args.first, None) as server:
@@ -112,7 +113,7 @@ class Clients:
 
 async def measure(server: servers.Running, models: Path, ticks: Path, rounds: int, reloads: int) -> None:
     """Sharing, then reloading."""
-    headers = {"Authorization": f"Bearer {KEY}", "Accept": "image/png"}
+    headers = {"Authorization": f"Bearer {SECRET}", "Accept": "image/png"}
     async with httpx.AsyncClient(base_url=server.url, timeout=None, headers=headers) as http:
         ratios = []
         for number in range(rounds):

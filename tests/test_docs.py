@@ -321,7 +321,7 @@ def test_the_default_of_a_parameter_is_that_of_the_docs(site: Site) -> None:
 
 
 def test_the_parameters_of_an_animation_are_those_of_the_docs(site: Site) -> None:
-    assert PARAMETERS["every"][:2] == ["at least 1", "required"]
+    assert PARAMETERS["every"][:2] == ["at least 1", "none; `image/webp` needs it"]
     assert AnimationRequest.model_fields["every"].is_required()
     assert named(PARAMETERS["show"][1]) == [AnimationRequest.model_fields["show"].default]
     as_webp = {"Accept": WEBP}
