@@ -119,8 +119,9 @@ def read_tables(
             if key in tables:
                 _require(False, file, "the only one of its sampler, steps and guidance", key)
             tables[key] = table
-        except CheckpointError as error:
-            refused.append(f"{FOLDER}/{file.name}: {str(error).removeprefix(f'{file}: ')}")
+        except (CheckpointError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{file}: ")
+            refused.append(f"{FOLDER}/{file.name}: {why}")
             log.warning("%s is not used: %s", file, refused[-1].split(": ", 1)[1])
     if len(files) > MAX_TABLES:
         refused.append(f"{FOLDER}: holds {len(files)} files, of which the first {MAX_TABLES} are read")
@@ -134,7 +135,7 @@ def _require(ok: bool, file: Path, bound: str, got: object) -> None:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _read(
@@ -167,6 +168,7 @@ def _read(
     bound = f"{steps} lists of {len(LINE)} numbers, none above {MAX_COEFFICIENT:g} in size"
     require(isinstance(lines, list) and len(lines) == steps and all(map(_line, lines)), "lines", bound)
     assert isinstance(lines, list)
+    require(all(line[4] >= 0 for line in lines), "lines", "without a negative s, which is a standard deviation")
     require(lines[-1][4] == 0, "lines", "without noise in the last")
     about = value.get("about")
     return Table(

@@ -58,6 +58,10 @@ class ModelInfo:
     executor_details: str
     exact: bool  # whether the same spec gives the same bytes whatever else runs
 
+    def has_table(self, table_hash: str) -> bool:
+        """Whether the checkpoint has the table with this hash, still."""
+        return any(table.hash == table_hash for table in self.tables)
+
     def table(self, table_hash: str) -> Table:
         """The table with this hash. Raises ValueError where there is none, as after another `tminus tune`."""
         for table in self.tables:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.timesteps import make_timesteps, timesteps_of_passes
+from tminus.service.errors import InvalidField
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import Images, SampleSpec
 
@@ -119,6 +120,12 @@ def work_of(spec: SampleSpec, model: ModelInfo, number: int = 0) -> Work:
     timesteps = timesteps_of(spec, model)
     guided = [step for step, t in enumerate(timesteps, start) if low <= t <= high]  # contiguous, since t falls
     return Work(spec.n, end, range(guided[0], guided[-1] + 1) if guided else range(0), start, model=number)
+
+
+def check_table(spec: SampleSpec, model: ModelInfo) -> None:
+    """Raise InvalidField for a spec of an earlier process whose table the checkpoint has no more."""
+    if spec.table is not None and not model.has_table(spec.table):
+        raise InvalidField.of("table", "that of one in the checkpoint's samplers/", spec.table)
 
 
 def timesteps_of(spec: SampleSpec, model: ModelInfo) -> Sequence[float]:

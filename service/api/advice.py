@@ -20,6 +20,8 @@ def warning_of(spec: SampleSpec, model: ModelInfo) -> str | None:
     """
     if spec.strength is not None:  # it begins with an image, noised for its first step
         return None
+    if spec.table is not None and not model.has_table(spec.table):  # of a job that ended before the tables were changed
+        return None
     first, last = timesteps_of(spec, model)[0], model.num_timesteps - 1
     if first == last or model.alpha_bar(first) < MOSTLY_IMAGE:
         return None

@@ -93,9 +93,10 @@ class Batch:
     def _first_seen(self, status: JobStatus) -> _Known | None:
         try:
             model = self._models.numbered(status.model).model
-        except ModelUnloaded:
+            timesteps = timesteps_of(status.spec, model)
+        except (ModelUnloaded, ValueError):  # of a table that the checkpoint has no more: the job is about to fail
             return None
-        return _Known(next(self._numbers), model.num_timesteps, timesteps_of(status.spec, model))
+        return _Known(next(self._numbers), model.num_timesteps, timesteps)
 
     def _told(self, status: JobStatus, caller: Caller) -> BatchJob:
         known, visible = self._known[status.id], caller.sees in (None, status.owner)

@@ -8,8 +8,9 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -98,8 +99,12 @@ class _Viewer:
     ) -> None:
         """eta_s: the forecast for the job that was made just now."""
         self._services, self._live, self._preview, self._mailbox = services, live, preview, mailbox
-        self._timesteps = timesteps_of(live.record.spec, services.model)
         self._countdown = Countdown(services.standings, live.record.id, eta_s)
+
+    @cached_property
+    def _timesteps(self) -> Sequence[float]:
+        """Of a job that runs: one that waits may be of a table that the checkpoint has no more, and fail."""
+        return timesteps_of(self._live.record.spec, self._services.model)
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
         """Yield events until the job has ended, or the server is about to."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from statistics import median
 
+from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
@@ -36,7 +37,8 @@ def measure_ticks(
 
 def _run_ticks(engine: RowEngine, places: int, clock: Callable[[], float]) -> list[float]:
     """Time a few ticks of one size; stops after a slow one."""
-    spec = trial_spec(engine.info, places, min(TICKS, engine.info.num_timesteps))
+    most = SAMPLER_FACTS[engine.info.default_sampler].max_steps(engine.info.num_timesteps)
+    spec = trial_spec(engine.info, places, min(TICKS, most))
     rows = engine.add(spec)
     seconds: list[float] = []
     for step in range(spec.steps):

@@ -311,9 +311,9 @@ class Engine:
             self._inputs.pop(row, None)
 
     def free_registers(self) -> None:
-        """Give the memory of registers back, until a row comes that has some. No row may be there."""
+        """Give back what registers take, until a row comes that has some. No row may be there."""
         assert not self._plan_of
-        self._registers = None
+        self._registers = self._plans.matrices = None
 
     @property
     def runs_ahead(self) -> bool:

@@ -18,7 +18,7 @@ from tminus.service.metrics import Metrics
 from tminus.service.preview import Watch
 from tminus.service.scheduling.admission import Admission
 from tminus.service.spec import Inputs, SampleSpec, Snapshot
-from tminus.service.work import Outlook, Ticket, work_of
+from tminus.service.work import Outlook, Ticket, check_table, work_of
 from tminus.service.worker.accepted_jobs import AcceptedJobs
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.loop import Loop
@@ -136,10 +136,11 @@ class Worker:
     ) -> Ticket:
         """Take on a durable job that an earlier process accepted, where its snapshot left it.
 
-        Raises NotReady, Draining, and Overloaded while there are no slots; nothing else refuses it.
+        Raises NotReady, Draining, InvalidField for a table that has gone, and Overloaded while there are no slots.
         """
         self.check_open()
         loaded = self._model(model)
+        check_table(spec, loaded.info)
         work = work_of(spec, loaded.info, model)
         job = RunningJob(
             job_id, loaded, spec, work, self._clock(), deadline_s,

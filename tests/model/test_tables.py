@@ -16,6 +16,7 @@ from tminus.model.samplers import compile_plan, denoise, table_plan
 from tminus.model.tables import FOLDER, FORMAT, Table, nearest, read_tables, steps_and_guidances, write_table
 
 NOISE = NoiseConfig()
+READ_TEXT = Path.read_text
 HASH = "ab" * 32
 TABLE = Table(
     "tuned",
@@ -88,6 +89,13 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "infinite": ({"lines": [[1, 0, 0, 0, 0], [1, 0, math.inf, 0, 0], [1, 0, 0, 0, 0]]}, "lines must be 3 lists of 5"),
     "huge": ({"lines": [[1, 0, 0, 0, 0], [1, 0, 1e9, 0, 0], [1, 0, 0, 0, 0]]}, "none above 1000 in size"),
     "text": ({"lines": [[1, 0, 0, 0, 0], [1, 0, "1", 0, 0], [1, 0, 0, 0, 0]]}, "lines must be 3 lists of 5 numbers"),
+    "a number of 400 digits as guidance": ({"guidance": 10**400}, r"guidance must be a number in 0\.\.50, got 1000"),
+    "a number of 400 digits as timestep": ({"timesteps": [10**400, 500, 5]}, "timesteps must be 3 falling numbers"),
+    "a number of 400 digits in a line": ({"lines": [[10**400, 0, 0, 0, 0]] * 3}, "none above 1000 in size"),
+    "negative noise": (
+        {"lines": [[1, 0, 0, 0, -1], [1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]},
+        "lines must be without a negative s",
+    ),
     "noise at the end": (
         {"lines": [[1, 0, 0, 0, 0]] * 2 + [[0, 1, 0, 0, 1]]},
         "lines must be without noise in the last",
@@ -108,6 +116,21 @@ def test_a_wrong_table_is_refused_by_name_and_the_others_are_read(
     assert refused[0].startswith("samplers/tuned-3.json: ")
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(refused[0])
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, Table("tuned", 1, 1.0, (999.0,), ((0.0, 1.0, 0.0, 0.0, 0.0),)))
+    away = write(tmp_path)
+
+    def read_text(self: Path, *args: Any, **kwargs: Any) -> str:
+        if self == away:
+            raise PermissionError(13, "Permission denied", str(self))
+        return READ_TEXT(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    tables, refused = read(tmp_path)
+    assert [table.steps for table in tables] == [1]
+    assert refused == ("samplers/tuned-3.json: Permission denied",)
 
 
 @given(st.integers(0, 1))

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
-from tests.service.fakes import INFO, LIMITS
+from tests.service.conftest import MakeSite, Restarts, Site, make_site, problem  # noqa: F401
+from tests.service.durable import post, wait_for
+from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.catalogue import SAMPLERS, TABLE
 from tminus.model.recommended import Recommended
 from tminus.model.tables import Table
@@ -20,6 +21,11 @@ from tminus.service.work import timesteps_of, work_of
 def table(steps: int, guidance: float = 1.0, sampler: str = "tuned") -> Table:
     timesteps = tuple(999.0 - 100.5 * k for k in range(steps))
     return Table(sampler, steps, guidance, timesteps, ((0.5, 0.5, 0.1, 0.0, 0.0),) * steps)
+
+
+def other_than(one: Table) -> Table:
+    """Of the same steps and guidance, with other coefficients: as after another `tminus tune`."""
+    return replace(one, lines=((0.4, 0.6, 0.1, 0.0, 0.0),) * one.steps)
 
 
 TABLES = (table(5), table(8), table(5, 2.0), table(6, 1.5))
@@ -126,3 +132,34 @@ def test_a_tuned_request_is_answered_over_http(tuned: Site) -> None:
     assert answer.json()["spec"]["table"] == table(8).hash
     refused = problem(tuned.post(json={"sampler": "tuned", "steps": 7}), 422, "invalid_field")
     assert THERE in refused["bound"]
+
+
+TUNED_FIELDS = {name: getattr(TUNED, name) for name in ("samplers", "tables", "timestep_spacings")}
+RETUNED = TUNED_FIELDS | {"tables": tuple(map(other_than, TABLES)), "fingerprint": "another build"}
+ASKED = {"sampler": "tuned", "steps": 5, "n": 2, "seed": 7, "class_label": 1}
+
+
+def test_images_that_were_made_by_a_table_are_there_after_another_tune(restarts: Restarts) -> None:
+    site = restarts.start(info=TUNED_FIELDS)
+    job_id = post(site, ASKED, **{"Idempotency-Key": "k"}).json()["id"]
+    wait_for(site, job_id)
+    image = site.client.get(f"/jobs/{job_id}/image").content
+    restarts.stop()
+    site = restarts.start(info=RETUNED)
+    answer = site.client.get(f"/jobs/{job_id}/image")
+    assert (answer.status_code, answer.content) == (200, image)
+    assert site.client.get(f"/jobs/{job_id}").json()["state"] == "done"
+    assert "event: done" in site.client.get(f"/jobs/{job_id}/events").text
+
+
+@pytest.mark.parametrize("interval", [{}, {"guidance": 2.0, "guidance_interval": [100, 900]}])
+def test_a_job_whose_table_has_gone_fails_and_says_so(restarts: Restarts, interval: dict[str, Any]) -> None:
+    site = restarts.start(shut=True, info=TUNED_FIELDS)
+    job_id = post(site, ASKED | interval).json()["id"]
+    restarts.stop()
+    site = restarts.start(info=RETUNED)
+    wait_until(lambda: site.client.get(f"/jobs/{job_id}").json()["state"] == "failed")
+    document = site.client.get(f"/jobs/{job_id}").json()["problem"]
+    assert (document["status"], document["code"], document["field"]) == (422, "invalid_field", "table")
+    assert site.client.get("/batch").json()["jobs"] == []
+    assert "event: failed" in site.client.get(f"/jobs/{job_id}/events").text

@@ -4,8 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO, FakeEngine
 from tminus.model.checkpoint import Checkpoint
+from tminus.model.noise import NoiseConfig
 from tminus.service.engine.calibration import BUDGET_S, ROUNDS, SLOW_TICK_S, TICKS, measure_ticks
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
@@ -164,3 +166,13 @@ def test_as_many_rounds_are_measured_as_asked() -> None:
     engine = FakeEngine()
     measure_ticks(engine, 4, Clock(engine), rounds=1)
     assert len(engine.batches) == 3 * TICKS
+
+
+@pytest.mark.parametrize(("sampler", "num_timesteps"), [("heun", 2), ("heun", 5), ("plms", 4)])
+def test_a_network_of_few_timesteps_is_measured_by_as_many_steps_as_its_sampler_takes(
+    make_checkpoint: MakeCheckpoint, sampler: str, num_timesteps: int
+) -> None:
+    checkpoint = make_checkpoint(noise=NoiseConfig(num_train_timesteps=num_timesteps, default_sampler=sampler))
+    executor = EagerExecutor(checkpoint.net, torch.device("cpu"), sizes=(1,))
+    engine = Engine(checkpoint, executor, torch.device("cpu"), max_rows=8, max_jobs=4)
+    assert [places for places, _ in measure_ticks(engine, 2, rounds=1)] == [1, 2]

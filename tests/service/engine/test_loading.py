@@ -202,6 +202,7 @@ def test_so_many_rows_and_jobs_as_asked_fit_at_once(options: LoadOptions) -> Non
 def test_the_registers_of_the_test_at_the_start_are_given_back(options: LoadOptions) -> None:
     engine = load_engine(options).engine
     assert engine._registers is None
+    assert engine._plans.matrices is None
     images = sample_locally(engine, trial_spec(engine.info, 2, 5, sampler="plms"), 4, lambda rows: None)
     assert engine._registers is not None, "they are made where they are needed"
     assert images.shape == (2, 8, 8, 1)

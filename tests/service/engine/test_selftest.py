@@ -44,11 +44,12 @@ OTHERS: tuple[dict[str, object], ...] = (
     {"classes": False},
     {"noise": NoiseConfig(num_train_timesteps=2)},
     {"out_channels": 2, "noise": NoiseConfig(num_train_timesteps=20, variance_type="learned_range")},
+    {"noise": NoiseConfig(num_train_timesteps=20, rescale_betas_zero_snr=True, prediction_type="v_prediction")},
 )
 
 
 @pytest.mark.parametrize(
-    ("fields", "max_batch"), [*((PLAIN, places) for places in (2, 4, 7, 64)), *zip(OTHERS, (4, 7, 64), strict=True)]
+    ("fields", "max_batch"), [*((PLAIN, places) for places in (2, 4, 7, 64)), *zip(OTHERS, (4, 7, 64, 16), strict=True)]
 )
 def test_a_good_engine_passes_and_is_left_empty(
     make_checkpoint: MakeCheckpoint, fields: dict[str, object], max_batch: int
@@ -68,7 +69,7 @@ def test_openvino_passes(tiny: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("kind", [Mixing, ByPosition])
-@pytest.mark.parametrize(("fields", "max_batch"), [(PLAIN, 4), (PLAIN, 16), *zip(OTHERS, (16, 4, 16), strict=True)])
+@pytest.mark.parametrize(("fields", "max_batch"), [(PLAIN, 4), (PLAIN, 16), *zip(OTHERS, (16, 4, 16, 4), strict=True)])
 def test_an_executor_whose_output_depends_on_its_neighbours_fails(
     make_checkpoint: MakeCheckpoint, kind: type[Around], fields: dict[str, object], max_batch: int
 ) -> None:
