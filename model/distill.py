@@ -48,7 +48,7 @@ from tminus.model.student import (
     pseudo_huber,
     student_noise,
 )
-from tminus.model.tables import write_table
+from tminus.model.tables import table_file, write_table
 from tminus.model.weights import hash_weights
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,8 @@ def distill(
     run = RunState(net, Ema(net, config.ema_decay), optimizer, str(teacher_folder))
     identity: dict[str, Any] = {"teacher": teacher.weights_hash}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
-    if begun_in(folder):
+    begun = begun_in(folder)
+    if begun:
         config = run.resume(folder, "distill", config, identity)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
@@ -194,11 +195,14 @@ def distill(
         for steps in config.student_steps:
             table = consistency_table(noise, [timesteps[k] for k in points[steps]], student)
             write_table(folder, table, weights_hash, noise.to_dict())
+        for old in set(range(1, MAX_STEPS + 1)) - set(config.student_steps):  # of a run with more --student-steps
+            table_file(folder, consistency_table(noise, timesteps[:old])).unlink(missing_ok=True)
         run.save(folder, "distill", config, identity)
 
     evenly = {steps: even_points(len(solver), steps) for steps in config.student_steps}
     sheet_plan = consistency_plan(noise, [timesteps[k] for k in evenly[max(evenly)]])
     trajectories: Round | None = None
+    began_at = run.step
     with Progress(config, run.step) as progress, interruptible() as interrupted:
         while run.step < config.steps and not interrupted():
             started = time.perf_counter()
@@ -232,7 +236,8 @@ def distill(
                 save(evenly)
             if on_sheet is not None and (run.step % config.sheet_every == 0 or run.step == config.steps):
                 on_sheet(averaged(unet, run.ema), sheet_plan, run.step)
-        save(evenly)
+        if run.step > began_at or not begun:  # else the timesteps that were chosen would be lost until they are again
+            save(evenly)
 
     if run.step < config.steps:
         return False

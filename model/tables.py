@@ -83,10 +83,15 @@ def nearest(tables: Iterable[Table], steps: int, guidance: float) -> Table:
     )
 
 
+def table_file(folder: Path, table: Table) -> Path:
+    """Where a table lies in a checkpoint's folder."""
+    return folder / FOLDER / table.file_name
+
+
 def write_table(folder: Path, table: Table, weights_hash: str, noise: Mapping[str, Any]) -> Path:
     """Write a table into a checkpoint's folder, whole or not at all; returns the file."""
     (folder / FOLDER).mkdir(exist_ok=True)
-    file = folder / FOLDER / table.file_name
+    file = table_file(folder, table)
     value = {
         "format": FORMAT,
         "sampler": table.sampler,

@@ -20,14 +20,13 @@ from tminus.model.guidance import Forward
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.rng import image_noise
 from tminus.model.samplers import Plan, table_plan
-from tminus.model.tables import FOLDER, Table, write_table
+from tminus.model.tables import Table, table_file, write_table
 from tminus.model.threads import torch_threads
 from tminus.model.timesteps import make_timesteps
 from tminus.model.tuning.fit import Fit, Fitter, Rows
 from tminus.model.tuning.refine import Refinement, Refiner, gradient_precision
 from tminus.model.tuning.search import Search, search_timesteps
 
-STATE_FILE = ".tune-state"  # no .json, which would be a table
 SAMPLER = "tuned"
 TEACHER = "dpmpp_2m:20"
 STARTS = ("linspace", "trailing", "karras")  # spacings that the search may begin with
@@ -93,9 +92,11 @@ def teacher_plan(checkpoint: Checkpoint, config: TuneConfig, guidance: float) ->
 
 
 def default_teacher(checkpoint: Checkpoint) -> str:
-    """What the checkpoint recommends, where that can teach."""
-    own = checkpoint.recommended
-    return f"{own.sampler}:{own.steps}" if own is not None and own.sampler in PLAIN_SOLVERS else TEACHER
+    """What the checkpoint recommends, where that can teach; else `TEACHER`, in T steps where those are fewer."""
+    own, (sampler, _, steps) = checkpoint.recommended, TEACHER.partition(":")
+    if own is not None and own.sampler in PLAIN_SOLVERS:
+        return f"{own.sampler}:{own.steps}"
+    return f"{sampler}:{min(int(steps), checkpoint.noise.num_train_timesteps)}"
 
 
 def tune(
@@ -143,6 +144,12 @@ def tune(
     return files
 
 
+def state_file(folder: Path, steps: int, guidance: float) -> Path:
+    """Where an interrupted run keeps what it has of a table. It does not end in .json, which would be a table."""
+    file = table_file(folder, Table(SAMPLER, steps, guidance, (), ()))
+    return file.with_name(f".{file.name}.state")
+
+
 def make_rows(checkpoint: Checkpoint, config: TuneConfig, guidance: float, device: torch.device) -> Rows:
     """What is sampled: classes in turn, without guidance the null class among them, and a noise of its own each."""
     count, labels, null_class = config.rows + config.held_out, None, checkpoint.labels.null_class
@@ -177,7 +184,7 @@ def _tune_one(
     precision: str,
 ) -> Path:
     started, name = time.monotonic(), f"{steps} steps at guidance {guidance:g}"
-    state = _State(folder / FOLDER / STATE_FILE, _identity(checkpoint, steps, guidance, config))
+    state = _State(state_file(folder, steps, guidance), _identity(checkpoint, steps, guidance, config))
 
     known = state.known
     precision = (known or {}).get("precision") or precision
@@ -206,6 +213,8 @@ def _tune_one(
         say(f"{name}: coefficients, iteration {refinement.iteration}, distance {refinement.distance:.6f}")
 
     begun = known["refinement"] if known is not None and {"refinement", "precision"} <= known.keys() else None
+    if begun is not None and begun.keys() != {each.name for each in dataclasses.fields(Refinement)}:
+        begun = None  # of another version
     with torch_threads(threads):
         refiner = Refiner(
             checkpoint,

@@ -180,6 +180,25 @@ def test_finished_run_started_again_does_nothing_more_and_may_get_other_steps(tm
     assert run(tmp_path / "run", teacher, steps=2, student_steps=(1, 2))
     assert load_checkpoint(tmp_path / "run").weights_hash == weights
     assert len(load_checkpoint(tmp_path / "run").plan("consistency", 2)) == 2
+    assert run(tmp_path / "run", teacher, steps=2, student_steps=(2,))
+    assert [table["steps"] for table in tables_in(tmp_path / "run")] == [2], "no table is left of those before"
+
+
+def test_chosen_timesteps_stay_until_others_are_chosen(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setattr(distill_module, "best_points", lambda *_: {1: [0], 2: [0, RUN.teacher_steps - 1]})
+    assert run(folder, teacher, steps=2, student_steps=(1, 2))
+    chosen = tables_in(folder)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill_module, "best_points", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, teacher, steps=2, student_steps=(1, 2))
+    assert tables_in(folder) == chosen
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint
 from tminus.model.recommended import Recommended
 from tminus.model.tables import FOLDER
 from tminus.model.tuning.refine import Refiner, gradient_precision
-from tminus.model.tuning.tune import STATE_FILE, TuneConfig, TuneError, check, default_teacher, tune
+from tminus.model.tuning.tune import TuneConfig, TuneError, check, default_teacher, state_file, tune
 
 pytestmark = pytest.mark.slow
 
@@ -71,11 +71,28 @@ def test_a_run_that_was_killed_goes_on_and_ends_as_one_that_was_not(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(folder, stop_at=stop_at)
-    assert (folder / FOLDER / STATE_FILE).is_file()
+    assert state_file(folder, 3, 1.0).is_file()
     assert (load_checkpoint(folder).tables, load_checkpoint(folder).refused_tables) == ((), ()), "nothing half-finished"
     assert any("goes on after round" in line for line in run(folder))
     assert table_of(folder) == undisturbed
-    assert not (folder / FOLDER / STATE_FILE).exists()
+    assert not state_file(folder, 3, 1.0).exists()
+
+
+def test_a_run_that_was_killed_goes_on_after_another_table_was_tuned(folder: Path, undisturbed: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, stop_at="coefficients, iteration 3")
+    assert any("goes on after round" in line for line in run(folder, steps=(2, 3)))
+    assert table_of(folder) == undisturbed
+
+
+def test_a_refinement_of_another_version_is_begun_anew(folder: Path, undisturbed: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, stop_at="coefficients, iteration 3")
+    file = state_file(folder, 3, 1.0)
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps(state | {"refinement": state["refinement"] | {"momentum": 1}}))
+    assert any("goes on after round" in line for line in run(folder))
+    assert table_of(folder) == undisturbed
 
 
 @pytest.mark.parametrize(
@@ -152,6 +169,8 @@ def test_the_teacher_is_what_the_checkpoint_recommends_where_that_can_teach(fold
         (Recommended("tuned", 8), "dpmpp_2m:20"),
     ]:
         assert default_teacher(dataclasses.replace(checkpoint, recommended=recommended)) == expected
+    few = dataclasses.replace(checkpoint, noise=dataclasses.replace(checkpoint.noise, num_train_timesteps=6))
+    assert default_teacher(few) == "dpmpp_2m:6"
 
 
 def test_gradients_are_in_what_was_measured_faster_and_by_all_threads(
@@ -185,10 +204,10 @@ def test_a_run_that_does_not_know_its_precision_refines_anew(folder: Path, undis
     """As one of an earlier version, which may have refined in another."""
     with pytest.raises(KeyboardInterrupt):
         run(folder, stop_at="coefficients, iteration 3")
-    state = json.loads((folder / FOLDER / STATE_FILE).read_text())
+    state = json.loads(state_file(folder, 3, 1.0).read_text())
     state["refinement"]["lines"][0][0] += 1.0
     del state["precision"]
-    (folder / FOLDER / STATE_FILE).write_text(json.dumps(state))
+    state_file(folder, 3, 1.0).write_text(json.dumps(state))
     assert any("goes on after round" in line for line in run(folder))
     assert table_of(folder) == undisturbed
 
