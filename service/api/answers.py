@@ -156,7 +156,10 @@ class SamplerAnswer(BaseModel):
     source: str
     good_steps: int = Field(description="a number of steps to begin with")
     max_steps: int
-    passes_per_step: int = Field(description="through the network: what a step costs, twice that where it is guided")
+    passes_per_step: int = Field(
+        description="through the network: what a step costs, twice that where it is guided; the last step takes one"
+    )
+    passes_to_start: int = Field(description="beyond those, where there are two steps or more")
 
     @classmethod
     def of(cls, name: str, model: ModelInfo) -> "SamplerAnswer":
@@ -170,6 +173,7 @@ class SamplerAnswer(BaseModel):
             good_steps=min(good, most),
             max_steps=most,
             passes_per_step=facts.passes_per_step,
+            passes_to_start=facts.passes_to_start,
         )
 
 

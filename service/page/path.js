@@ -17,7 +17,10 @@ export function toQuery(parameters) {
 }
 
 /** How many passes through the network the images of a request take, each. */
-export const passesOf = ({ sampler, steps }, model) => steps * (model.sampler_details[sampler]?.passes_per_step ?? 1);
+export function passesOf({ sampler, steps }, model) {
+  const { passes_per_step: each = 1, passes_to_start: more = 0 } = model.sampler_details[sampler] ?? {};
+  return steps < 2 ? steps : each * (steps - 1) + 1 + more;
+}
 
 /**
  * Ask for a path. Raises what `ask` does.

@@ -514,7 +514,7 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, 
     page.tab.locator("#compare-count").select_option("3")
     lanes = page.tab.locator(".lane:visible")
     expect(lanes).to_have_count(3)
-    settings = [("ddim", 10, 1), ("ddpm", 50, 1), ("dpmpp_2m", 20, 3)]
+    settings = [("heun", 10, 1), ("plms", 50, 1), ("dpmpp_2m", 20, 3)]
     for lane, (sampler, steps, guidance) in zip(lanes.all(), settings, strict=True):
         lane.locator(".sampler").select_option(sampler)
         lane.locator(".steps").fill(str(steps))
@@ -541,7 +541,7 @@ def test_lanes_are_asked_for_at_once_and_shown_at_one_time(open_page: OpenPage, 
                 expected = decoded(made["frames"][nearest(made["frames"], t)][show] if t else made["sheet"])
                 wait_for_picture(page, f".lane:nth-child({number}) img.{show}", expected)
         expect(page.tab.locator("#noise-t")).to_have_value(str(t))
-    for number, passes in enumerate(("10 passes, ", "50 passes, ", "20 to 40 passes, ")):
+    for number, passes in enumerate(("19 passes, ", "51 passes, ", "20 to 40 passes, ")):
         expect(lanes.nth(number).locator(".told")).to_contain_text(f". {passes}")
 
 

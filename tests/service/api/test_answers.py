@@ -45,6 +45,7 @@ MODEL: dict[str, Any] = {
             "good_steps": facts.good_steps,
             "max_steps": {"heun": 500, "plms": 999}.get(name, 1000),
             "passes_per_step": 2 if name == "heun" else 1,
+            "passes_to_start": 1 if name == "plms" else 0,
         }
         for name, facts in SAMPLER_FACTS.items()
         if name in SAMPLERS
