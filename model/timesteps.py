@@ -98,13 +98,13 @@ def timestep_at(log_sigma: float, log_sigmas: Sequence[float]) -> float:
 def _karras_ramp(steps: int, log_sigmas: Sequence[float]) -> list[float]:
     """Log sigma of each step (Karras et al. 2022, eq. 5).
 
-    The ramp starts at the sigma of T - 1, but at most at SIGMA_MAX, and at least at the schedule's smallest sigma. It
+    The ramp starts at the schedule's largest finite sigma, but at most at SIGMA_MAX, and at least at its smallest. It
     ends at SIGMA_MIN, or at the smallest sigma of a schedule that does not reach as low as that, or nowhere rises above
     it.
     """
     finite = [log_sigma for log_sigma in log_sigmas if math.isfinite(log_sigma)]
     bottom = min(finite, default=0.0)
-    top = max(bottom, min(log_sigmas[-1], math.log(SIGMA_MAX)))
+    top = max(bottom, min(max(finite, default=0.0), math.log(SIGMA_MAX)))
     if top > math.log(SIGMA_MIN):
         bottom = max(bottom, math.log(SIGMA_MIN))
     high, low = math.exp(top / RHO), math.exp(bottom / RHO)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -172,7 +173,7 @@ def paper(steps: int, log_sigmas: list[float], rho: float = RHO) -> np.ndarray:
     sigmas = np.exp(np.array(log_sigmas))
     sigmas = sigmas[np.isfinite(sigmas)]
     sigma_min = sigmas.min()
-    sigma_max = max(sigma_min, min(np.exp(log_sigmas[-1]), SIGMA_MAX))
+    sigma_max = max(sigma_min, min(sigmas.max(), SIGMA_MAX))
     if sigma_min < SIGMA_MIN < sigma_max:
         sigma_min = SIGMA_MIN
     i = np.arange(steps)
@@ -228,6 +229,15 @@ def test_karras_from_no_signal_at_all_begins_there_and_goes_on_along_the_ramp_fr
     assert log_sigmas[-1] == math.inf
     assert karras(10, log_sigmas) == [999, *karras(10, log_sigmas[:-1])[1:]]
     assert karras(1, [math.inf]) == [0]
+
+
+@pytest.mark.parametrize("num_timesteps", [20, 50, 100, 200, 1000])
+def test_exact_karras_falls_strictly_where_the_schedule_ends_without_signal(num_timesteps: int) -> None:
+    config = dataclasses.replace(CONFIGS["zero snr"], num_train_timesteps=num_timesteps)
+    log_sigmas = config.schedule().log_sigmas
+    for steps in range(1, min(num_timesteps, 60) + 1):
+        t = make_timesteps("euler", "karras", steps, num_timesteps, log_sigmas=log_sigmas, fractional=True)
+        assert all(now > then for now, then in pairwise(t)), t
 
 
 def test_karras_spends_no_steps_where_a_cosine_schedule_is_all_noise() -> None:
