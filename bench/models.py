@@ -26,7 +26,7 @@ import httpx
 from bench import servers
 from bench.figures import quantile
 from bench.streams import show
-from tminus.service.access.keys import Key, KeyLimits, digest_of, new_secret, to_line
+from tminus.service.access.keys import Key, digest_of, new_secret, to_line
 
 CHECKPOINTS = servers.ROOT / "checkpoints"
 JOBS, ROWS, STEPS = 6, 4, 100  # of each model
@@ -53,7 +53,8 @@ def main() -> None:
         models = Path(folder) / "models"
         for name, source in (("first", args.first), ("second", args.second)):
             shutil.copytree(source, models / name)
-        flags = ("--models", str(models), "--keys", to_line(Key("bench", "admin", digest_of(SECRET), KeyLimits())))
+        admin = to_line(Key("bench", "admin", digest_of(SECRET)))
+        flags = ("--models", str(models), "--keys", admin, "--open")
         command = ("bench.models", "--serve", str(ticks), *servers.contenders(1)["tminus"].command[2:], *flags)
         # The default model is the first one in the folder; the one that the other benchmarks name is not needed.
         with servers.running(servers.Contender("tminus", "tminus", command, is_peer=False), args.first, None) as server:
