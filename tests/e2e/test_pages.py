@@ -138,7 +138,7 @@ def test_the_tutorial_goes_through_in_order(
     small = train.replace("--widths 16,32,64", "--widths 8,16,32 --batch-size 8 --precision fp32")
     assert small != train
     shell(small, folder)
-    assert size(folder / "runs" / "first" / "sheets" / "0000002.png") == (160, 128), "twenty images"
+    assert size(folder / "runs" / "tutorial" / "sheets" / "0000002.png") == (160, 128), "twenty images"
     checkpoint = folder / serve.split()[-1]
     env = {"TMINUS_STATE_DIR": str(tmp_path), "TMINUS_EXECUTOR": "eager"}  # or each is tried for the new network
     first = own_server(checkpoint=checkpoint, **env)
