@@ -196,7 +196,7 @@ def distill(
             table = consistency_table(noise, [timesteps[k] for k in points[steps]], student)
             write_table(folder, table, weights_hash, noise.to_dict())
         for old in set(range(1, MAX_STEPS + 1)) - set(config.student_steps):  # of a run with more --student-steps
-            table_file(folder, consistency_table(noise, timesteps[:old])).unlink(missing_ok=True)
+            table_file(folder, SAMPLER, old, 1.0).unlink(missing_ok=True)
         run.save(folder, "distill", config, identity)
 
     evenly = {steps: even_points(len(solver), steps) for steps in config.student_steps}

@@ -46,12 +46,6 @@ class Table:
         """Of all that changes an image."""
         return _hash_of(self)
 
-    @property
-    def file_name(self) -> str:
-        """Of its file, in `FOLDER`."""
-        guided = f"-guidance-{self.guidance:g}" if self.guidance != 1 else ""
-        return f"{self.sampler}-{self.steps}{guided}.json"
-
     def started(self, start: int) -> tuple[tuple[float, ...], ...]:
         """The lines without the first `start`. The x0 that the missing ones would have left count as the first x0."""
         lines = [list(line) for line in self.lines[start:]]
@@ -83,15 +77,16 @@ def nearest(tables: Iterable[Table], steps: int, guidance: float) -> Table:
     )
 
 
-def table_file(folder: Path, table: Table) -> Path:
+def table_file(folder: Path, sampler: str, steps: int, guidance: float) -> Path:
     """Where a table lies in a checkpoint's folder."""
-    return folder / FOLDER / table.file_name
+    guided = f"-guidance-{guidance:g}" if guidance != 1 else ""
+    return folder / FOLDER / f"{sampler}-{steps}{guided}.json"
 
 
 def write_table(folder: Path, table: Table, weights_hash: str, noise: Mapping[str, Any]) -> Path:
     """Write a table into a checkpoint's folder, whole or not at all; returns the file."""
     (folder / FOLDER).mkdir(exist_ok=True)
-    file = table_file(folder, table)
+    file = table_file(folder, table.sampler, table.steps, table.guidance)
     value = {
         "format": FORMAT,
         "sampler": table.sampler,
@@ -125,7 +120,7 @@ def read_tables(
                 _require(False, file, "the only one of its sampler, steps and guidance", key)
             tables[key] = table
         except (CheckpointError, OSError) as error:
-            why = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{file}: ")
+            why = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
             refused.append(f"{FOLDER}/{file.name}: {why}")
             log.warning("%s is not used: %s", file, refused[-1].split(": ", 1)[1])
     if len(files) > MAX_TABLES:

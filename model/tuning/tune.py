@@ -146,7 +146,7 @@ def tune(
 
 def state_file(folder: Path, steps: int, guidance: float) -> Path:
     """Where an interrupted run keeps what it has of a table. It does not end in .json, which would be a table."""
-    file = table_file(folder, Table(SAMPLER, steps, guidance, (), ()))
+    file = table_file(folder, SAMPLER, steps, guidance)
     return file.with_name(f".{file.name}.state")
 
 

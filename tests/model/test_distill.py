@@ -184,6 +184,11 @@ def test_finished_run_started_again_does_nothing_more_and_may_get_other_steps(tm
     assert [table["steps"] for table in tables_in(tmp_path / "run")] == [2], "no table is left of those before"
 
 
+def test_a_teacher_of_few_steps_has_a_student_of_as_many(tmp_path: Path, teacher: Path) -> None:
+    assert run(tmp_path / "run", teacher, steps=2, teacher_steps=2, student_steps=(1, 2))
+    assert [table["steps"] for table in tables_in(tmp_path / "run")] == [1, 2]
+
+
 def test_chosen_timesteps_stay_until_others_are_chosen(
     tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
