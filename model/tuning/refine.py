@@ -30,7 +30,8 @@ LEARNING_RATE = 4e-3
 DECAY_FROM = 0.5  # of the iterations on, the learning rate falls to zero
 BETAS = (0.9, 0.95)
 CHECK_EVERY = 25  # iterations
-PATIENCE = 3  # checks without anything better
+PATIENCE = 3  # checks without anything better, before the rate falls
+SLOWER = (1.0, 0.25, 0.0625)  # shares of the learning rate, one after the other; after the last it ends
 JUDGED_TOGETHER = 64
 FEW = 4  # images, by which the precisions are timed
 
@@ -49,6 +50,8 @@ class Refinement:
     distance: float
     fitted: float  # the distance that it began with
     checks_since: int = 0  # how often it was judged since, and no better
+    stage: int = 0  # in SLOWER
+    steps: int = 0  # of the optimiser, since the stage began
 
 
 class Refiner:
@@ -90,8 +93,11 @@ class Refiner:
     def run(
         self, state: Refinement, iterations: int, batch_size: int, on_check: Callable[[Refinement], None]
     ) -> Refinement:
-        """Go on to so many iterations, or until rows that only judge find nothing better any more."""
-        while state.iteration < iterations and state.checks_since < PATIENCE:
+        """Go on to so many iterations, or until rows that only judge find nothing better any more.
+
+        Where they find nothing better for a while, it goes on from the best in smaller steps.
+        """
+        while state.iteration < iterations and state.stage < len(SLOWER):
             C = torch.tensor(state.lines, requires_grad=True)
             generator = torch.Generator().manual_seed(state.iteration)
             picked = torch.randperm(self._cut, generator=generator)[:batch_size]
@@ -104,6 +110,8 @@ class Refiner:
                     state = dataclasses.replace(state, best=state.lines, distance=distance, checks_since=0)
                 else:
                     state = dataclasses.replace(state, checks_since=state.checks_since + 1)
+                if state.checks_since == PATIENCE:
+                    state = _from_the_best(state)
                 on_check(state)
         return state
 
@@ -185,14 +193,24 @@ def _outputs_of_blocks(net: Denoiser) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def _from_the_best(state: Refinement) -> Refinement:
+    """Begin the next stage."""
+    still = [[0.0] * 4 for _ in state.best]
+    return dataclasses.replace(
+        state, lines=state.best, moments=[still] * 2, checks_since=0, stage=state.stage + 1, steps=0
+    )
+
+
 def _adam(state: Refinement, gradient: Tensor, iterations: int) -> Refinement:
     """One step of Adam (Kingma & Ba 2015), in plain numbers, so that an interrupted run can keep them in a file."""
-    count = state.iteration + 1
-    rate = LEARNING_RATE * min(1.0, (iterations - state.iteration) / ((1 - DECAY_FROM) * iterations))
+    count = state.steps + 1
+    falls = min(1.0, (iterations - state.iteration) / ((1 - DECAY_FROM) * iterations))
+    rate = LEARNING_RATE * SLOWER[state.stage] * falls
     C, (first, second) = torch.tensor(state.lines), (torch.tensor(each) for each in state.moments)
     gradient = gradient.cpu()
     first = BETAS[0] * first + (1 - BETAS[0]) * gradient
     second = BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
     step = first / (1 - BETAS[0] ** count) / ((second / (1 - BETAS[1] ** count)).sqrt() + 1e-8)
     moments = [first.tolist(), second.tolist()]
-    return dataclasses.replace(state, iteration=count, lines=(C - rate * step).tolist(), moments=moments)
+    lines = (C - rate * step).tolist()
+    return dataclasses.replace(state, iteration=state.iteration + 1, lines=lines, moments=moments, steps=count)
