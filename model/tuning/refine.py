@@ -1,30 +1,26 @@
 """Refine the coefficients of a table by the gradient of what its images lack.
 
 Least squares fits each step to where the teacher is next. What counts is where the last step ends, and that images look
-right, which the mean square error says little of: it prefers soft images to sharp ones that differ a little. So the
-distance here is that error plus a distance between features of the network itself, which reads both images, with the
-same noise of a small timestep on them, in all its blocks (as LPIPS does with another network: Zhang et al. 2018). The
-gradient goes through all passes; only the coefficients change.
+right, which the mean square error says little of. So the distance here is that error plus the distance between features
+of the network itself (network_features.py). The gradient goes through all passes; only the coefficients change.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.denoiser import Denoiser
 from tminus.model.guidance import guided
+from tminus.model.network_features import NetworkFeatures
 from tminus.model.run import faster_of
 from tminus.model.samplers import alpha_bar_at, x0_coefficients
 from tminus.model.tuning.fit import Rows
 
-FEATURE_T = 0.02  # of T: the timestep at which the network reads the images
 FEATURE_WEIGHT = 0.05  # of the distance of features, beside the mean square error
 LEARNING_RATE = 4e-3
 DECAY_FROM = 0.5  # of the iterations on, the learning rate falls to zero
@@ -81,8 +77,7 @@ class Refiner:
         self._pq = list(zip(p.tolist(), q.tolist(), strict=True))
         self._bound = noise.clip_sample_range if noise.clip_sample else math.inf
         self._range = 1.0 if checkpoint.autoencoder is None else math.inf  # of images; latents have none
-        self._feature_t = max(1, round(FEATURE_T * schedule.num_timesteps)) - 1
-        self._feature_alpha_bar = float(schedule.alpha_bar[self._feature_t])
+        self._features = NetworkFeatures(checkpoint.net, schedule, self._forward)
 
     def begin(self, lines: Sequence[Sequence[float]]) -> Refinement:
         """Begin with lines of a, b, c, d and what may follow, which is left out."""
@@ -140,19 +135,9 @@ class Refiner:
         """The mean square error to the teacher's images, and that of the network's features."""
         wanted = self._images[picked]
         eps = torch.randn(images.shape, generator=generator).to(images.device)
-        with torch.no_grad():
-            theirs = self._features(wanted, picked, eps)
-        pairs = zip(self._features(images, picked, eps), theirs, strict=True)
-        of_features = [(_unit(one) - _unit(other)).square().sum(1).mean() for one, other in pairs]
-        return (images - wanted).square().mean() + FEATURE_WEIGHT * torch.stack(of_features).mean()
-
-    def _features(self, images: Tensor, picked: Tensor, eps: Tensor) -> list[Tensor]:
-        signal, noise = self._feature_alpha_bar**0.5, (1 - self._feature_alpha_bar) ** 0.5
         labels = self._rows.class_labels[picked] if self._rows.class_labels is not None else None
-        with _outputs_of_blocks(self._net) as outputs:
-            t = torch.full((len(images),), self._feature_t, device=images.device)
-            self._forward(signal * images + noise * eps, t, labels)
-        return [each.float() for each in outputs]
+        of_features = self._features.distance(images, wanted, labels, eps).mean()
+        return (images - wanted).square().mean() + FEATURE_WEIGHT * of_features
 
     def _predict(self, x: Tensor, t: float, labels: Tensor | None) -> Tensor:
         ts = torch.full((len(x),), t, device=x.device)
@@ -170,27 +155,6 @@ def gradient_precision(checkpoint: Checkpoint, device: torch.device) -> str:
     t = torch.zeros(FEW, dtype=torch.long, device=device)
     classes = t if checkpoint.net.class_embedding is not None else None
     return faster_of(checkpoint.net, lambda: checkpoint.net(x, t, classes), device)
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Features [B, C, H, W] of length 1 at each place."""
-    return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
-
-
-@contextmanager
-def _outputs_of_blocks(net: Denoiser) -> Iterator[list[Tensor]]:
-    """Collect what each block gives while the network runs."""
-    outputs: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, object]) -> None:
-        outputs.append(output if isinstance(output, Tensor) else output[0])
-
-    handles = [block.register_forward_hook(keep) for block in net.blocks]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _from_the_best(state: Refinement) -> Refinement:

@@ -98,7 +98,8 @@ def test_all_that_the_network_is_given_lies_on_its_device(folder: Path, monkeypa
     labels = fitter.rows.class_labels
     assert labels is not None
     rows = Rows(fitter.rows.noise.to("meta"), labels.to("meta"))
+    forward = staticmethod(checkpoint.net)
+    monkeypatch.setattr(Refiner, "_forward", forward)  # there is no autocast of meta tensors
     refiner = Refiner(checkpoint, (49.0, 8.0), 1.0, rows, fitter.images.to("meta"), held_out=4)
-    monkeypatch.setattr(refiner, "_forward", checkpoint.net)  # there is no autocast of meta tensors
     picked, C = torch.arange(4), torch.zeros(2, 4, requires_grad=True, device="meta")
     assert refiner.distance(refiner.images(C, picked), picked, torch.Generator()).device.type == "meta"
