@@ -36,23 +36,28 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The teacher's way: rho = sigma / alpha [G], falling to 0, and x / alpha there [G, N, C, H, W], in float16."""
+    """The teacher's way: alpha_bar [G], rising to 1, float64, and x there [G, N, C, H, W], in float16."""
 
-    rho: Tensor
-    scaled: Tensor
+    alpha_bar: Tensor
+    points: Tensor
 
     @property
     def images(self) -> Tensor:
         """x_0 [N, C, H, W]."""
-        return self.scaled[-1].float()
+        return self.points[-1].float()
 
     def at(self, alpha_bar: Tensor) -> Tensor:
         """x [N, C, H, W] at a noise level. Between two of the teacher's, x / alpha moves along a line in rho."""
-        rho = ((1 - alpha_bar) / alpha_bar).sqrt()
-        high = int((self.rho > rho).sum().clamp(1, len(self.rho) - 1))
-        share = float((self.rho[high - 1] - rho) / (self.rho[high - 1] - self.rho[high]))
-        scaled = self.scaled[high - 1].float().lerp(self.scaled[high].float(), min(1.0, max(0.0, share)))
-        return scaled * float(alpha_bar.sqrt())
+        known, rho = _rho(self.alpha_bar), _rho(alpha_bar)
+        high = int((known > rho).sum().clamp(1, len(known) - 1))
+        share = min(1.0, max(0.0, float((known[high - 1] - rho) / (known[high - 1] - known[high]))))
+        before, after = ((alpha_bar / self.alpha_bar[k]).sqrt().item() for k in (high - 1, high))
+        return (1 - share) * before * self.points[high - 1].float() + share * after * self.points[high].float()
+
+
+def _rho(alpha_bar: Tensor) -> Tensor:
+    """sigma / alpha."""
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +113,7 @@ class Fitter:
     @torch.inference_mode()
     def solve(self, plan: Plan) -> None:
         """Follow the teacher."""
-        rho = ((1 - plan.alpha_bar) / plan.alpha_bar).sqrt().tolist()
-        alphas = [*plan.alpha_bar.sqrt().tolist(), 1.0]
-        scaled = [(x / alpha).half() for x, alpha in zip(self._walk(plan), alphas, strict=True)]
-        self._solution = Solution(torch.tensor([*rho, 0.0], dtype=torch.float64), torch.stack(scaled))
+        self._solution = Solution(torch.cat([plan.alpha_bar, plan.alpha_bar.new_ones(1)]), self._walk(plan).half())
 
     @torch.inference_mode()
     def error(self, plan: Plan) -> float:

@@ -183,7 +183,7 @@ def _tune_one(
     threads: int | None,
     precision: str,
 ) -> Path:
-    started, name = time.monotonic(), f"{steps} steps at guidance {guidance:g}"
+    name = f"{steps} steps at guidance {guidance:g}"
     state = _State(state_file(folder, steps, guidance), _identity(checkpoint, steps, guidance, config))
 
     known = state.known
@@ -241,7 +241,7 @@ def _tune_one(
         "timesteps_tried": search.evaluations,
         "iterations": refinement.iteration,
         "precision": precision,
-        "seconds": round(time.monotonic() - started),
+        "seconds": round(time.monotonic() - state.began_s),
     }
     file = write_table(
         folder, dataclasses.replace(table, about=about), checkpoint.weights_hash, checkpoint.noise.to_dict()
@@ -296,6 +296,7 @@ class _State:
     def __init__(self, file: Path, identity: dict[str, Any]) -> None:
         self._file = file
         self._identity = json.loads(json.dumps(identity))  # tuples are lists in the file
+        self.began_s = time.monotonic() - float((self.known or {}).get("seconds", 0))  # as if never interrupted
 
     @property
     def known(self) -> dict[str, Any] | None:
@@ -310,8 +311,9 @@ class _State:
     def save(self, search: Search, precision: str, **refined: Any) -> None:
         """Save, whole or not at all."""
         found = {"timesteps": search.best.timesteps, "round": search.round, "move": search.move}
+        found |= {"tried": search.evaluations, "precision": precision, "seconds": time.monotonic() - self.began_s}
         self._file.parent.mkdir(exist_ok=True)
-        write_json(self._file, self._identity | found | {"tried": search.evaluations, "precision": precision} | refined)
+        write_json(self._file, self._identity | found | refined)
 
     def clear(self) -> None:
         """Remove the file: the table is done."""

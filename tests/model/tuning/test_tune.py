@@ -212,6 +212,16 @@ def test_a_run_that_does_not_know_its_precision_refines_anew(folder: Path, undis
     assert table_of(folder) == undisturbed
 
 
+def test_the_time_of_interrupted_runs_counts(folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, stop_at="coefficients, iteration 3")
+    state = json.loads(state_file(folder, 3, 1.0).read_text())
+    state["seconds"] += 1000
+    state_file(folder, 3, 1.0).write_text(json.dumps(state))
+    run(folder)
+    assert json.loads((folder / FOLDER / "tuned-3.json").read_text())["about"]["seconds"] >= 1000
+
+
 def test_precision_is_measured_once_and_only_for_gradients(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
     monkeypatch.setattr("tminus.model.tuning.tune.gradient_precision", lambda *_: measured.append(1) or "fp32")
