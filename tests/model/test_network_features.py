@@ -26,7 +26,7 @@ def pictures(seed: int) -> Tensor:
 
 
 def test_distance_is_that_between_unit_features_of_all_blocks(net: UNet2D) -> None:
-    one, other, eps, labels = pictures(0), pictures(1), torch.randn(3, 1, 16, 16), torch.tensor([0, 1, 3])
+    one, other, eps, labels = pictures(0), pictures(1), pictures(2), torch.tensor([0, 1, 3])
     found = NetworkFeatures(net, SCHEDULE, net).distance(one, other, labels, eps)
     alpha_bar = float(SCHEDULE.alpha_bar[0])  # 2 % of 50 timesteps is the first
     outputs: list[list[Tensor]] = []
@@ -52,7 +52,7 @@ def test_distance_is_that_between_unit_features_of_all_blocks(net: UNet2D) -> No
 
 
 def test_an_image_is_at_no_distance_from_itself_and_rows_do_not_mix(net: UNet2D) -> None:
-    one, other, eps, labels = pictures(0), pictures(1), torch.randn(3, 1, 16, 16), torch.tensor([0, 1, 2])
+    one, other, eps, labels = pictures(0), pictures(1), pictures(2), torch.tensor([0, 1, 2])
     mixed = torch.cat([one[:1], other[1:]])
     found = NetworkFeatures(net, SCHEDULE, net).distance(one, mixed, labels, eps)
     assert found[0] < 1e-6 < found[1:].min()
@@ -62,7 +62,7 @@ def test_an_image_is_at_no_distance_from_itself_and_rows_do_not_mix(net: UNet2D)
 def test_the_gradient_reaches_the_images_and_nothing_stays_on_the_network(net: UNet2D) -> None:
     one = pictures(0).requires_grad_()
     features = NetworkFeatures(net, SCHEDULE, net)
-    features.distance(one, pictures(1), torch.tensor([0, 1, 2]), torch.randn(3, 1, 16, 16)).sum().backward()
+    features.distance(one, pictures(1), torch.tensor([0, 1, 2]), pictures(2)).sum().backward()
     assert one.grad is not None
     assert one.grad.abs().amax((1, 2, 3)).min() > 0
     assert not any(block._forward_hooks for block in net.blocks)
