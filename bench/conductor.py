@@ -14,15 +14,17 @@ from typing import Any
 import httpx
 
 from bench import figures, machine, servers
-from bench.loads import QUICK, SATURATION_OF_16, Lengths, Turn
+from bench.loads import QUICK, SATURATION_OF_16, SATURATION_OF_DPMPP, Lengths, Turn
 from bench.records import Answer, Bare, Crowd, Etas, Identity, Loaded, Memory, Pace, Run
 
 EVERY_ROUND = ("idle", "saturation", "saturation-16")
+EVERY_ROUND_OF_OURS = ("saturation-dpmpp_2m",)  # of tminus as it is and as it was: the peers have ddpm alone
 ONCE = ("mixed", "burst", "steps", "hang-ups")
 OF_TMINUS = ("policy", "first-step", "eta", "crowd")
 ON_ITS_OWN = ("identity", "memory")  # of tminus too, each on a fresh server
-LOADS = (*EVERY_ROUND, "bare", *ONCE, *OF_TMINUS, *ON_ITS_OWN)
-SCALED = {"saturation", "saturation-16", "steps", "policy", "hang-ups"}  # by tminus's saturated row-steps/s
+LOADS = (*EVERY_ROUND, *EVERY_ROUND_OF_OURS, "bare", *ONCE, *OF_TMINUS, *ON_ITS_OWN)
+# By the row-steps/s of tminus, saturated.
+SCALED = {"saturation", "saturation-16", *EVERY_ROUND_OF_OURS, "steps", "policy", "hang-ups"}
 BARE_BATCHES = (1, 4, 8, 16)
 GUESS = 400.0  # row-steps/s, until it is measured
 SETTLE_S = 1.5  # a server that is still busy after that with abandoned work is started anew
@@ -111,7 +113,7 @@ class Conductor:
         contender, first = self._contenders[key], number == 1
         wanted: list[str] = []
         if key != "fcfs":
-            wanted += [*EVERY_ROUND, *(ONCE if first else ())]
+            wanted += [*EVERY_ROUND, *(EVERY_ROUND_OF_OURS if not contender.is_peer else ()), *(ONCE if first else ())]
         if first and key in ("tminus", "fcfs"):
             wanted += OF_TMINUS if key == "tminus" else ("policy",)
         todo = [load for load in wanted if load in self._args.only]
@@ -147,6 +149,7 @@ class Conductor:
             "idle": turn.idle,
             "saturation": turn.saturation,
             "saturation-16": lambda: turn.saturation("saturation-16", SATURATION_OF_16),
+            "saturation-dpmpp_2m": lambda: turn.saturation("saturation-dpmpp_2m", SATURATION_OF_DPMPP),
             "mixed": turn.mixed,
             "burst": turn.burst,
             "steps": turn.steps,

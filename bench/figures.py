@@ -150,6 +150,7 @@ def figures(run: Run) -> list[Figure]:
         compare(name, load, row_steps_per_s, of_tminus=True)
         bare = [bare_rate(one, places) for one in run.bare]
         ratio(f"{name}: tminus / bare executor loop", values(load, "tminus", places_per_s), bare)
+    compare("saturated row-steps/s, dpmpp_2m", "saturation-dpmpp_2m", row_steps_per_s, of_tminus=True)
     compare("mixed load, median wait of 20-step requests", "mixed", short_wait(0.5), of_tminus=False)
     compare("mixed load, mean time of the long jobs", "mixed", long_mean, of_tminus=True)
     compare("burst, 95th percentile of the wait", "burst", wait(0.95), of_tminus=False)

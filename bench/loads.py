@@ -17,6 +17,7 @@ from bench.servers import Running
 IDLE = Ask(n=1, steps=50)
 SATURATION = Ask(n=1, steps=50)
 SATURATION_OF_16 = Ask(n=16, steps=50)
+SATURATION_OF_DPMPP = Ask(n=1, steps=50, sampler="dpmpp_2m")
 LONG, SHORT = Ask(n=8, steps=1000), Ask(n=1, steps=20)
 STEPS_N = 4
 LOAD = 0.8  # of the saturated row-steps/s, where requests come at random

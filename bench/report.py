@@ -26,6 +26,10 @@ LOADS = {
         "All of n=16, 50 steps: each request fills a pass by itself, so that batching gains nothing and tminus should "
         "only tie.",
     ),
+    "saturation-dpmpp_2m": (
+        "Saturation, `dpmpp_2m`",
+        "All of n=1, 50 steps of `dpmpp_2m`, which keeps the output before; counted like the others. tminus alone.",
+    ),
     "mixed": ("Long and short", "Jobs of 8 x 1000 steps, and requests of n=1, 20 steps arriving at random."),
     "burst": ("Burst", "Requests of n=1, 50 steps, all at one moment."),
     "steps": (
