@@ -1,4 +1,4 @@
-"""What a network sees in images, and how far two images are apart in it: as LPIPS, with the network of the diffusion.
+"""What a network sees in images: how far two are apart in it, as LPIPS, and the numbers that sets are compared by.
 
 The pixels' mean square error prefers soft images to sharp ones that differ a little. Features of a network tell better
 which images look alike (Zhang et al. 2018); those of a denoising network too, and no other network is needed.
@@ -15,6 +15,7 @@ from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseSchedule
 
 READ_AT = 0.02  # of T: the timestep at which the network reads images, with the noise that belongs there
+MOST_NUMBERS = 640  # that an image has, as time and memory of their covariances grow with the cube and the square
 
 
 class NetworkFeatures:
@@ -35,13 +36,27 @@ class NetworkFeatures:
         with torch.no_grad():
             theirs = self._read(wanted, labels, eps)
         pairs = zip(self._read(images, labels, eps), theirs, strict=True)
-        return torch.stack([(one - other).square().sum(1).mean((1, 2)) for one, other in pairs]).mean(0)
+        return torch.stack([(_unit(one) - _unit(other)).square().sum(1).mean((1, 2)) for one, other in pairs]).mean(0)
+
+    def numbers(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:
+        """The mean of each channel of each block, with noise eps on the images [B, C, H, W] -> [B, D].
+
+        Of more than 640 channels as many random projections, the same ones for a network.
+        """
+        means: Tensor = torch.cat([each.mean((2, 3)) for each in self._read(images, labels, eps)], dim=1)
+        channels = means.shape[1]
+        if channels <= MOST_NUMBERS:
+            return means
+        generator = torch.Generator().manual_seed(channels)
+        projections = torch.randn(channels, MOST_NUMBERS, generator=generator) / MOST_NUMBERS**0.5
+        projected: Tensor = means @ projections.to(means)
+        return projected
 
     def _read(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> list[Tensor]:
         t = torch.full((len(images),), self._t, device=images.device)
         with _outputs_of_blocks(self._net) as outputs:
             self._forward(self._signal * images + self._sigma * eps, t, labels)
-        return [_unit(each.float()) for each in outputs]
+        return [each.float() for each in outputs]
 
 
 def _unit(features: Tensor) -> Tensor:

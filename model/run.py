@@ -31,7 +31,7 @@ LOSS_SMOOTHING = 0.99
 FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
 TIMED_PASSES = 3  # of each precision; the fastest counts
 Config = TypeVar("Config", bound="RunConfig")
-FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction", "student_steps")
+FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction")
 
 
 class TrainError(Exception):
@@ -94,6 +94,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     origin: str | None = None  # the checkpoint it began from
     step: int = 0
+    remembered: nn.Module | None = None  # what the loss knows of the steps before
 
     def descend(self, loss: Tensor, config: RunConfig) -> Tensor:
         """Take one step down the gradient of the loss, and move the average; returns the gradient's norm."""
@@ -117,6 +118,7 @@ class RunState:
             "net": self.net.state_dict(),
             "ema": self.ema.shadow,
             "optimizer": self.optimizer.state_dict(),
+            "remembered": self.remembered.state_dict() if self.remembered is not None else {},
             "config": dataclasses.asdict(config),
         }
         write_state(folder, state)
@@ -140,6 +142,8 @@ class RunState:
             self.net.load_state_dict(state["net"])
             self.ema.load(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.remembered is not None:
+                self.remembered.load_state_dict(state["remembered"])
             self.step, self.origin = int(state["step"]), state["init_from"]
         except TrainError:
             raise

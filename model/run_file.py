@@ -17,6 +17,7 @@ from tminus.model.files import write_atomically
 
 STATE_FILE = "training-state.safetensors"
 FORMER_FILE = "training-state.pt"
+PARTS = ("net", "ema", "remembered")
 
 
 def begun_in(folder: Path) -> bool:
@@ -25,14 +26,13 @@ def begun_in(folder: Path) -> bool:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a state of `net`, `ema` and `optimizer`, as state dicts, and what JSON can hold; whole or not at all."""
+    """Write a state of PARTS and `optimizer`, as state dicts, and what JSON can hold; whole or not at all."""
     moments = state["optimizer"]["state"]
     tensors: dict[str, Tensor] = {
-        **{f"net.{key}": value for key, value in state["net"].items()},
-        **{f"ema.{key}": value for key, value in state["ema"].items()},
+        **{f"{part}.{key}": value for part in PARTS for key, value in state[part].items()},
         **{f"optimizer.{index}.{key}": value for index in moments for key, value in moments[index].items()},
     }
-    rest = {key: value for key, value in state.items() if key not in ("net", "ema", "optimizer")}
+    rest = {key: value for key, value in state.items() if key not in (*PARTS, "optimizer")}
     rest["param_groups"] = state["optimizer"]["param_groups"]
     # The optimiser's kernel goes through weights and moments in the order of memory, which must be the same again.
     rest["channels_last"] = [key for key, value in tensors.items() if not value.is_contiguous()]
@@ -48,7 +48,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         former: dict[str, Any] = torch.load(folder / FORMER_FILE, map_location="cpu", weights_only=True)
         return former
-    parts: dict[str, dict[str, Tensor]] = {"net": {}, "ema": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*PARTS, "optimizer")}
     with safe_open(file, framework="pt") as opened:
         state: dict[str, Any] = json.loads(opened.metadata()["state"])
         channels_last = set(state.pop("channels_last"))
@@ -61,4 +61,4 @@ def read_state(folder: Path) -> dict[str, Any]:
         index, _, key = name.partition(".")
         moments.setdefault(int(index), {})[key] = value
     optimizer = {"state": moments, "param_groups": state.pop("param_groups")}
-    return {**state, "net": parts["net"], "ema": parts["ema"], "optimizer": optimizer}
+    return {**state, **parts, "optimizer": optimizer}

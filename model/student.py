@@ -1,31 +1,21 @@
-"""A student predicts, from any point of a trajectory of its teacher, where that ends (Song et al. 2023).
+"""A student predicts, from points of a trajectory of its teacher, where that ends (Song et al. 2023).
 
-The teacher's trajectories, the student's samplers as tables, and the choice of the timesteps in them.
+What it predicts, its samplers as tables, and the timesteps in them.
 """
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tminus.model.denoiser import Denoiser
-from tminus.model.evaluation.distances import fit_gaussian, frechet_distance
-from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import Plan, alpha_bar_at, table_plan
 from tminus.model.tables import Table
 
-log = logging.getLogger(__name__)
-
 SAMPLER = "consistency"
 MAX_STEPS = 4  # that a student is made for
-Features = Callable[[Tensor, Tensor | None], Tensor]
-"""Images [N, C, H, W] and their class labels [N] or None -> [N, D]."""
-
-ROWS_AT_ONCE = 64
+LEVELS = (0.3, 0.05, 0.7)  # of alpha_bar, where the second step of two begins, and what three and four add
 HUBER = 0.03  # c of the loss, in units of the model's range
 
 
@@ -66,79 +56,13 @@ def consistency_plan(noise: NoiseConfig, timesteps: Sequence[float]) -> Plan:
     return table_plan(noise, noise.schedule(), consistency_table(noise, timesteps), clip=None)
 
 
-def even_points(num_points: int, steps: int) -> list[int]:
-    """Points of the teacher's plan for a student that is not tried yet: the first, and others evenly spread over it."""
-    return [i * num_points // steps for i in range(steps)]
+def student_points(alpha_bar: Tensor, steps: int) -> list[int]:
+    """Which points of the teacher's plan, of alpha_bar [P], a student visits in so many steps, first to last.
 
-
-def best_points(
-    student: Forward,
-    plan: Plan,
-    solved: Tensor,
-    labels: Tensor | None,
-    features: Features,
-    seed: int,
-    max_steps: int = MAX_STEPS,
-) -> dict[int, list[int]]:
-    """Choose the points of the plan that students of 1..max_steps steps visit, by trial.
-
-    The samples from the first points in `solved` [P + 1, N, C, H, W] are to be distributed as the teacher's own: of
-    all points the one is added whose samples have the least Fréchet distance to them in `features`, that is, what
-    a network computes of an image. The noise between steps is a function of the seed, and the same for all.
+    Those of few steps are among those of more, so that a student of several numbers of steps has few to learn.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(max_steps, *solved.shape[1:], generator=generator).to(solved)
-    reference = fit_gaussian(features(solved[-1], labels))
-    first = _jump(student, plan, 0, solved[0], labels)
-
-    def distance(points: Sequence[int]) -> float:
-        x0 = first
-        for i, k in enumerate(points[1:]):
-            signal, sigma = plan.alpha_bar[k].sqrt().item(), (1 - plan.alpha_bar[k]).sqrt().item()
-            x0 = _jump(student, plan, k, signal * x0 + sigma * noise[i], labels)
-        return frechet_distance(fit_gaussian(features(x0, labels)), reference)
-
-    chosen = {1: [0]}
-    for steps in range(2, max_steps + 1):
-        before = chosen[steps - 1]
-        tried = [sorted([*before, k]) for k in range(1, len(plan)) if k not in before]
-        distances = [distance(points) for points in tried]
-        best = min(range(len(tried)), key=lambda i: distances[i])
-        chosen[steps] = tried[best]
-        timesteps = ", ".join(f"{plan.timesteps[k]:g}" for k in tried[best])
-        log.info("%d steps at t = %s: %.4g from the teacher's images", steps, timesteps, distances[best])
-    return chosen
-
-
-def image_features(net: Denoiser, null_class: int | None) -> Features:
-    """What a network sees in images: the channels of its middle, averaged over the image, [N, C, H, W] -> [N, D].
-
-    At t = 0, and without a class where it can. So the judge of `evaluate` has no part in the choice.
-    """
-
-    @torch.no_grad()
-    def features(x: Tensor, labels: Tensor | None) -> Tensor:
-        if labels is not None and null_class is not None:
-            labels = torch.full_like(labels, null_class)
-        read = []
-        for part in _parts(len(x)):
-            t = torch.zeros(len(x[part]), device=x.device)
-            h, _ = net.encode(x[part], net.embed(t, labels[part] if labels is not None else None))
-            read.append(h.float().mean((2, 3)))
-        return torch.cat(read)
-
-    return features
-
-
-@torch.no_grad()
-def _jump(student: Forward, plan: Plan, k: int, x: Tensor, labels: Tensor | None) -> Tensor:
-    """x0 of rows that are all at point k, clipped as the plan says."""
-    t = torch.full((len(x),), float(plan.timesteps[k]), device=x.device)
-    out = torch.cat([student(x[p], t[p], labels[p] if labels is not None else None) for p in _parts(len(x))])
-    clip = float(plan.lines[k, 6])
-    return predict_x0(plan, torch.full((len(x),), k, device=x.device), x, out).clamp(-clip, clip)
-
-
-def _parts(rows: int) -> list[slice]:
-    """What goes through a network at once, as in training."""
-    return [slice(start, start + ROWS_AT_ONCE) for start in range(0, rows, ROWS_AT_ONCE)]
+    chosen = [0]
+    for level in LEVELS[: steps - 1]:
+        free = [k for k in range(len(alpha_bar)) if k not in chosen]
+        chosen.append(min(free, key=lambda k: abs(float(alpha_bar[k]) - level)))
+    return sorted(chosen)

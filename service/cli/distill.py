@@ -4,23 +4,27 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import DEVICE, FOLDER_TYPE, integers
+from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, integers
 from tminus.service.cli.output import fail, say
 from tminus.service.cli.sheets import sheet_writer
+from tminus.service.cli.training_data import load_training_data
 from tminus.service.logs import set_up_log
 
 
 @click.command()
 @click.option("--checkpoint", type=FOLDER_TYPE, required=True, help="the teacher")
 @click.option("--out", type=FOLDER_TYPE, required=True, help="folder of the run; a run that is there is resumed")
+@click.option("--data", help="fashion-mnist, or a folder of images as the teacher was trained on  [default: none]")
+@click.option("--data-dir", type=FOLDER_TYPE, help="where Fashion-MNIST's IDX files lie  [default: Debian's place]")
+@BACKGROUND
 @click.option("--guidance", default=1.0, help="of the teacher, folded into the student; 1 is off")
 @click.option("--student-steps", default="1,2,3,4", help="numbers of sampling steps that the student is made for")
 @click.option("--teacher-sampler", default="dpmpp_2m", help="ddim, dpmpp_2m, dpmpp_3m, unipc, deis or euler")
 @click.option("--teacher-steps", default=20, help="of its sampler")
-@click.option("--trajectories", default=128, help="that the teacher solves at a time")
-@click.option("--uses", default=1, help="of each point of a trajectory, at the mean")
-@click.option("--stage-steps", default=1500, help="optimiser steps until the target is half as far along a trajectory")
-@click.option("--first-share", default=0.2, help="of a batch at pure noise, from which all images begin")
+@click.option("--trajectories", default=512, help="that the teacher solves at a time")
+@click.option("--uses", default=16, help="of the noise of each trajectory, at the mean")
+@click.option("--first-share", default=0.6, help="of a batch at pure noise, from which all images begin")
+@click.option("--frechet-weight", default=1.0, help="of the distance between the distributions of images; 0 is off")
 @click.option("--steps", default=10_000, help="optimiser steps in all")
 @click.option("--batch-size", default=64, help="images of an optimiser step")
 @click.option("--learning-rate", default=5e-4, help="of Adam, at its highest")
@@ -41,6 +45,7 @@ def distill(**options: Any) -> None:
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
+    from tminus.model.data import DataError
     from tminus.model.distill import DistillConfig
     from tminus.model.distill import distill as run
     from tminus.model.files import CheckpointError
@@ -53,8 +58,13 @@ def distill(**options: Any) -> None:
         options["student_steps"] = integers("--student-steps", options["student_steps"])
         config = DistillConfig(**{name: options[name] for name in DistillConfig.__dataclass_fields__})
         loaded = load_checkpoint(teacher)
+        data = None
+        if options["data"] is not None:
+            (height, width), channels = loaded.size_px, loaded.image_shape[0]
+            like = max(height, width), channels, options["background"]
+            data = load_training_data(options["data"], "train", options["data_dir"], *like)
         write = sheet_writer(out, loaded.net.config, device, loaded.autoencoder)
-        done = run(out, teacher, config, device=device, on_sheet=write)
-    except (TrainError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
+        done = run(out, teacher, config, device=device, data=data, on_sheet=write)
+    except (DataError, TrainError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error))
     say(f"{out}: {'done' if done else 'interrupted and saved; the same command goes on'}")

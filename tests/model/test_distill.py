@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ from torch import Tensor
 from tests.model.test_train import assert_same_run, interrupt_at, provenance_in, state_of, toy_images
 from tests.tiny import TINY, randomize
 from tminus.model import distill as distill_module
+from tminus.model import frechet_loss as frechet_module
+from tminus.model import teacher as teacher_module
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.data import ImageSet
 from tminus.model.distill import DistillConfig, distill
+from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance
 from tminus.model.files import CheckpointError
 from tminus.model.noise import NoiseConfig
+from tminus.model.pixels import to_model_range
 from tminus.model.run import TrainError
 from tminus.model.run_file import STATE_FILE
 from tminus.model.samplers import Plan, sample
@@ -37,10 +43,10 @@ RUN = DistillConfig(
     save_every=3,
     guidance=2.0,
     teacher_steps=5,
-    trajectories=6,
-    uses=1,
-    stage_steps=2,
-)  # a round is 7 steps, and the targets of its last steps are the student's own
+    trajectories=7,
+    uses=2,
+    first_share=0.5,
+)  # a round is 7 steps
 
 
 def write_teacher(folder: Path, unet: UNetConfig = CONDITIONAL, labels: Labels = LABELS, **noise: Any) -> Path:
@@ -56,9 +62,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_trials() -> Any:
+def _few_rows() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill_module, "TRIAL_ROWS", 8)
+        patch.setattr(teacher_module, "REFERENCE_ROWS", 32)
+        patch.setattr(frechet_module, "LEAST_ROWS", 4)
+        patch.setattr(frechet_module, "ALL_ROWS", 8)
         yield
 
 
@@ -174,14 +182,12 @@ def test_interrupted_and_resumed_run_is_the_run_never_interrupted(
     assert tables_in(straight) == tables_in(folder)
 
 
-def test_finished_run_started_again_does_nothing_more_and_may_get_other_steps(tmp_path: Path, teacher: Path) -> None:
-    assert run(tmp_path / "run", teacher, steps=2, student_steps=(1,))
-    weights = load_checkpoint(tmp_path / "run").weights_hash
-    assert run(tmp_path / "run", teacher, steps=2, student_steps=(1, 2))
+def test_finished_run_started_again_does_nothing_more(tmp_path: Path, teacher: Path) -> None:
+    assert run(tmp_path / "run", teacher, steps=2)
+    weights, tables = load_checkpoint(tmp_path / "run").weights_hash, tables_in(tmp_path / "run")
+    assert run(tmp_path / "run", teacher, steps=2)
     assert load_checkpoint(tmp_path / "run").weights_hash == weights
-    assert len(load_checkpoint(tmp_path / "run").plan("consistency", 2)) == 2
-    assert run(tmp_path / "run", teacher, steps=2, student_steps=(2,))
-    assert [table["steps"] for table in tables_in(tmp_path / "run")] == [2], "no table is left of those before"
+    assert tables_in(tmp_path / "run") == tables
 
 
 def test_a_teacher_of_few_steps_has_a_student_of_as_many(tmp_path: Path, teacher: Path) -> None:
@@ -189,29 +195,26 @@ def test_a_teacher_of_few_steps_has_a_student_of_as_many(tmp_path: Path, teacher
     assert [table["steps"] for table in tables_in(tmp_path / "run")] == [1, 2]
 
 
-def test_chosen_timesteps_stay_until_others_are_chosen(
-    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "run"
-    monkeypatch.setattr(distill_module, "best_points", lambda *_: {1: [0], 2: [0, RUN.teacher_steps - 1]})
-    assert run(folder, teacher, steps=2, student_steps=(1, 2))
-    chosen = tables_in(folder)
-
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(distill_module, "best_points", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, teacher, steps=2, student_steps=(1, 2))
-    assert tables_in(folder) == chosen
+def test_few_steps_are_at_timesteps_of_more(straight: Path) -> None:
+    at = {table["steps"]: set(table["timesteps"]) for table in tables_in(straight)}
+    assert at[1] < at[2] < at[3] < at[4]
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("guidance", 1.5), ("teacher_steps", 6), ("stage_steps", 3), ("uses", 2), ("trajectories", 5)]
+    ("field", "value"),
+    [
+        ("guidance", 1.5),
+        ("teacher_steps", 6),
+        ("uses", 3),
+        ("trajectories", 5),
+        ("frechet_weight", 0.0),
+        ("student_steps", (2,)),
+    ],
 )
 def test_resuming_with_another_config_is_refused(tmp_path: Path, teacher: Path, field: str, value: Any) -> None:
     run(tmp_path, teacher, steps=1)
-    with pytest.raises(TrainError, match=rf"begun with {field}={getattr(RUN, field)!r}, got {value!r}"):
+    was, got = (json.dumps(each) for each in (getattr(RUN, field), value))
+    with pytest.raises(TrainError, match=re.escape(f"begun with {field}={was}, got {got}")):
         run(tmp_path, teacher, **{field: value})
 
 
@@ -284,6 +287,8 @@ def test_guidance_without_a_null_class_is_refused(tmp_path: Path) -> None:
         ({"guidance": -1.0}, r"guidance must be in 0\.\.50, got -1\.0"),
         ({"guidance": float("nan")}, "guidance must be in"),
         ({"first_share": 1.5}, r"first_share must be in 0\.\.1, got 1\.5"),
+        ({"first_share": 0.1}, r"first_share must be at least 1/4, one of a batch, got 0\.1"),
+        ({"frechet_weight": -1.0}, r"frechet_weight must be 0 or more, got -1\.0"),
         ({"trajectories": 0}, "trajectories must be 1 or more, got 0"),
         ({"steps": 0}, "steps must be 1 or more, got 0"),
     ],
@@ -291,6 +296,31 @@ def test_guidance_without_a_null_class_is_refused(tmp_path: Path) -> None:
 def test_bad_settings_are_refused_by_name_value_and_bound(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(RUN, **changes)
+
+
+@pytest.mark.parametrize(
+    ("size_px", "classes", "message"),
+    [
+        (16, ("left", "right"), r"toys: has images of \(1, 16, 16\), and the teacher makes \(1, 8, 8\)"),
+        (8, ("left", "middle", "right"), "toys: has 3 classes, and the teacher 2"),
+        (8, (), "toys: has 0 classes, and the teacher 2"),
+    ],
+)
+def test_data_unlike_what_the_teacher_makes_is_refused(
+    tmp_path: Path, teacher: Path, size_px: int, classes: tuple[str, ...], message: str
+) -> None:
+    labels = torch.arange(6) % len(classes) if classes else None
+    data = ImageSet(torch.zeros(6, 1, size_px, size_px, dtype=torch.uint8), labels, classes, "toys")
+    with pytest.raises(TrainError, match=message):
+        distill(tmp_path / "run", teacher, RUN, device=CPU, data=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_data_is_refused(tmp_path: Path, teacher: Path) -> None:
+    run(tmp_path, teacher, steps=1)
+    data = ImageSet(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6) % 2, ("left", "right"), "toys")
+    with pytest.raises(TrainError, match="begun with data=None, got 'toys, 6 images'"):
+        distill(tmp_path, teacher, RUN, device=CPU, data=data)
 
 
 @pytest.mark.parametrize(
@@ -312,11 +342,6 @@ def test_solver_that_the_teacher_does_not_have_is_refused(
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
-def test_target_comes_nearer_stage_by_stage() -> None:
-    config = dataclasses.replace(RUN, teacher_steps=20, stage_steps=100)
-    assert [config.look_ahead(step) for step in (0, 99, 100, 200, 300, 400, 10**6)] == [20, 20, 10, 5, 2, 1, 1]
-
-
 def losses_of(monkeypatch: pytest.MonkeyPatch, folder: Path, teacher: Path, **changes: Any) -> list[float]:
     losses: list[float] = []
     original = distill_module.pseudo_huber
@@ -332,13 +357,15 @@ def losses_of(monkeypatch: pytest.MonkeyPatch, folder: Path, teacher: Path, **ch
 
 
 def test_student_learns_where_trajectories_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path) -> None:
-    four = {"trajectories": 4, "uses": 1000, "stage_steps": 1000, "save_every": 1000}
+    four = {"trajectories": 4, "uses": 1000, "save_every": 1000, "frechet_weight": 0.0}
     losses = losses_of(monkeypatch, tmp_path, teacher, steps=80, batch_size=8, learning_rate=1e-2, **four)
     first, last = sum(losses[:5]) / 5, sum(losses[-10:]) / 10
     assert last < 0.7 * first
 
 
-def test_part_of_a_batch_is_pure_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path) -> None:
+def test_part_of_a_batch_is_pure_noise_and_goes_on_as_in_sampling(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path
+) -> None:
     seen: list[Tensor] = []
     predict_x0 = distill_module.predict_x0
 
@@ -347,7 +374,36 @@ def test_part_of_a_batch_is_pure_noise(monkeypatch: pytest.MonkeyPatch, tmp_path
         return predict_x0(plan, k, x, out)
 
     monkeypatch.setattr(distill_module, "predict_x0", record)
-    run(tmp_path, teacher, steps=4, batch_size=500, stage_steps=1000, first_share=0.5)
-    counts = torch.cat(seen).bincount(minlength=5) / 2000
-    assert counts[0].item() == pytest.approx(0.6, abs=0.05)
-    assert counts[1:].tolist() == pytest.approx([0.1] * 4, abs=0.03)
+    run(tmp_path, teacher, steps=4, batch_size=500, first_share=0.4)
+    of_trajectories, of_own = torch.cat(seen[0::2]), torch.cat(seen[1::2])
+    counts = of_trajectories.bincount(minlength=4) / 2000
+    assert counts[0].item() == pytest.approx(0.4)
+    assert counts[1:].tolist() == pytest.approx([0.2] * 3, abs=0.03)
+    assert len(of_own) == 800
+    assert (of_own.bincount(minlength=4) / 800).tolist() == pytest.approx([0.0, *[1 / 3] * 3], abs=0.06)
+
+
+def numbers_of(folder: Path, count: int = 400) -> Gaussian:
+    """How images of a student, or of a teacher by its solver, are distributed."""
+    checkpoint = load_checkpoint(folder)
+    sampler = ("consistency", 1) if checkpoint.student is not None else ("dpmpp_2m", 5)
+    generator = torch.Generator().manual_seed(3)
+    x_T = torch.randn(count, 1, 8, 8, generator=generator)
+    labels = torch.arange(count) % 2
+    images = sample(checkpoint.net, checkpoint.plan(*sampler), x_T, lambda _k: x_T, class_labels=labels)
+    return fit_gaussian(images.flatten(1))
+
+
+def test_images_are_to_be_distributed_as_the_data(tmp_path: Path, teacher: Path) -> None:
+    """The data are darker than anything that the teacher makes."""
+    dark = ImageSet(torch.full((40, 1, 8, 8), 20, dtype=torch.uint8), torch.arange(40) % 2, ("left", "right"), "dark")
+    dark.images.add_(
+        torch.randint(20, dark.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    )
+    settings = {"steps": 60, "batch_size": 16, "learning_rate": 3e-3, "guidance": 1.0, "student_steps": (1,)}
+    run(tmp_path / "own", teacher, **settings)
+    config = dataclasses.replace(RUN, frechet_weight=30.0, **settings)
+    distill(tmp_path / "dark", teacher, config, device=CPU, data=dark)
+    own, as_data = numbers_of(tmp_path / "own"), numbers_of(tmp_path / "dark")
+    wanted = fit_gaussian(to_model_range(dark.images).flatten(1))
+    assert frechet_distance(as_data, wanted) < 0.7 * frechet_distance(own, wanted)

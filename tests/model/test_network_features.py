@@ -1,4 +1,4 @@
-"""The distance is the formula's, is zero for the same image alone, and its gradient goes to the images."""
+"""The distance is the formula's, is zero for the same image alone, and gradients go to the images."""
 
 import dataclasses
 
@@ -66,3 +66,34 @@ def test_the_gradient_reaches_the_images_and_nothing_stays_on_the_network(net: U
     assert one.grad is not None
     assert one.grad.abs().amax((1, 2, 3)).min() > 0
     assert not any(block._forward_hooks for block in net.blocks)
+
+
+def test_numbers_are_the_means_of_channels_whatever_is_beside_an_image(net: UNet2D) -> None:
+    images, eps, labels = pictures(0).requires_grad_(), pictures(2), torch.tensor([0, 1, 2])
+    features = NetworkFeatures(net, SCHEDULE, net)
+    numbers = features.numbers(images, labels, eps)
+    alpha_bar = float(SCHEDULE.alpha_bar[0])
+    seen: list[Tensor] = []
+    handle = net.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    net(alpha_bar**0.5 * images + (1 - alpha_bar) ** 0.5 * eps, torch.zeros(3), labels)
+    handle.remove()
+    last = seen[0].shape[1]
+    torch.testing.assert_close(numbers[:, -last:], seen[0].mean((2, 3)))
+    torch.testing.assert_close(numbers[1:2], features.numbers(images[1:2], labels[1:2], eps[1:2]), rtol=1e-4, atol=1e-5)
+    numbers.sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().amax((1, 2, 3)).min() > 0
+
+
+def test_numbers_of_a_wide_network_are_projections_that_are_always_the_same(
+    net: UNet2D, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, eps, labels = pictures(0), pictures(2), torch.tensor([0, 1, 2])
+    features = NetworkFeatures(net, SCHEDULE, net)
+    all_of_them = features.numbers(images, labels, eps)
+    monkeypatch.setattr("tminus.model.network_features.MOST_NUMBERS", 12)
+    few = features.numbers(images, labels, eps)
+    assert few.shape == (3, 12)
+    assert all_of_them.shape[1] > 12
+    torch.testing.assert_close(few, NetworkFeatures(net, SCHEDULE, net).numbers(images, labels, eps))
+    assert torch.linalg.matrix_rank(few) == 3

@@ -10,14 +10,12 @@ from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseConfig, gather
 from tminus.model.samplers import compile_plan, denoise, sample, solve, table_plan
 from tminus.model.student import (
-    best_points,
     consistency_plan,
     consistency_table,
-    even_points,
-    image_features,
     predict_x0,
     pseudo_huber,
     student_noise,
+    student_points,
 )
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
@@ -153,47 +151,12 @@ def test_student_of_any_teacher_predicts_v_and_keeps_its_betas() -> None:
     assert noise.beta_end == 0.01
 
 
-# --- the choice of timesteps --------------------------------------------------------------------------------------
+def test_points_of_few_steps_are_among_those_of_more_and_begin_at_pure_noise() -> None:
+    alpha_bar = compile_plan(NOISE, SCHEDULE, "dpmpp_2m", 20).alpha_bar
+    points = [student_points(alpha_bar, steps) for steps in (1, 2, 3, 4)]
+    assert points == [[0], [0, 16], [0, 14, 16], [0, 14, 16, 17]]
+    assert [round(float(alpha_bar[k]), 2) for k in points[-1]] == [0.0, 0.05, 0.34, 0.73]
 
 
-def test_even_points_begin_at_pure_noise_and_stay_inside() -> None:
-    assert [even_points(20, steps) for steps in (1, 2, 3, 4)] == [[0], [0, 10], [0, 6, 13], [0, 5, 10, 15]]
-    assert even_points(4, 4) == [0, 1, 2, 3]
-
-
-def test_points_are_chosen_where_the_student_makes_what_the_teacher_makes() -> None:
-    timesteps = [999, 750, 500, 250, 50]
-    noise = student_noise(NOISE)
-    plan = consistency_plan(noise, timesteps)
-    x_T = normal(400, 1, 4, 4)
-    solved = torch.stack([x_T] * 5 + [end_of(x_T, plan.alpha_bar[0])])
-
-    def good_at(*good: int) -> Forward:
-        def student(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-            blur = 1.0 if int(t[0]) in good else 0.5  # elsewhere its images vary half as much
-            alpha_bar = gather(SCHEDULE.alpha_bar, t.long(), x)
-            return (alpha_bar.sqrt() * x - blur * end_of(x, alpha_bar)) / (1 - alpha_bar).sqrt()
-
-        return student
-
-    def pixels(x: Tensor, _labels: Tensor | None) -> Tensor:
-        return x.flatten(1)
-
-    assert best_points(good_at(500), plan, solved, None, pixels, 3, 2) == {1: [0], 2: [0, 2]}
-    again = best_points(good_at(500, 50), plan, solved, None, pixels, 3)
-    assert again == best_points(good_at(500, 50), plan, solved, None, pixels, 3)
-    assert {steps: len(points) for steps, points in again.items()} == {1: 1, 2: 2, 3: 3, 4: 4}
-    assert all(points[0] == 0 and sorted(set(points)) == points for points in again.values())
-
-
-@pytest.mark.parametrize("fields", [{"num_class_embeds": 4}, {}, {"mid_block_type": None}])
-def test_features_are_a_vector_for_each_image_whatever_its_class(fields: dict[str, object]) -> None:
-    net = UNet2D(UNetConfig(**{**dataclasses.asdict(TINY), **fields})).eval()  # type: ignore[arg-type]
-    randomize(net)
-    null_class = 3 if fields.get("num_class_embeds") else None
-    features = image_features(net, null_class)
-    x = normal(5, 1, 8, 8).float()
-    labels = torch.tensor([0, 1, 2, 3, 0]) if null_class is not None else None
-    read = features(x, labels)
-    assert read.shape == (5, 16)
-    assert torch.allclose(read[:1], features(x[:1], labels[1:2] if labels is not None else None), atol=1e-5)
+def test_points_of_a_teacher_of_few_steps_are_all_different() -> None:
+    assert student_points(torch.tensor([1e-5, 1e-4, 1e-3, 1e-2]), 4) == [0, 1, 2, 3]

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import click.testing
 import pytest
+from PIL import Image
 
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
@@ -30,7 +31,7 @@ def distill(teacher: Path, out: Path, *arguments: str) -> click.testing.Result:
 def test_student_with_a_sheet_is_what_the_command_leaves(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tminus.model.distill.TRIAL_ROWS", 8)
+    monkeypatch.setattr("tminus.model.teacher.REFERENCE_ROWS", 8)
     result = distill(teacher, tmp_path / "student", "--student-steps", "1,2", "--sheet-every", "1")
     assert result.exit_code == 0, result.output
     assert result.output.endswith("student: done\n")
@@ -42,9 +43,20 @@ def test_student_with_a_sheet_is_what_the_command_leaves(
     assert made.exit_code == 0, made.output
 
 
+def test_images_of_a_folder_are_fitted_to_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        Image.new("RGB", (20, 10), (80 * number, 0, 0)).save(tmp_path / "data" / f"{number}.png")
+    result = distill(teacher, tmp_path / "student", "--data", str(tmp_path / "data"))
+    assert result.exit_code == 0, result.output
+    meta = json.loads((tmp_path / "student" / "tminus.json").read_text("utf-8"))
+    assert meta["provenance"]["data"] == "data"
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (["--data", "/nowhere"], "/nowhere: not a folder"),
         (["--guidance", "2"], "guidance must be 1 (off) for a checkpoint without a null class, got 2"),
         (["--student-steps", "2,9"], "student_steps must be different numbers in 1..4, got (2, 9)"),
         (["--student-steps", "two"], "--student-steps must be integers joined by commas, got 'two'"),
