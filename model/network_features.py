@@ -15,7 +15,6 @@ from tminus.model.guidance import Forward
 from tminus.model.noise import NoiseSchedule
 
 READ_AT = 0.02  # of T: the timestep at which the network reads images, with the noise that belongs there
-MOST_NUMBERS = 640  # that an image has, as time and memory of their covariances grow with the cube and the square
 
 
 class NetworkFeatures:
@@ -39,18 +38,8 @@ class NetworkFeatures:
         return torch.stack([(_unit(one) - _unit(other)).square().sum(1).mean((1, 2)) for one, other in pairs]).mean(0)
 
     def numbers(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> Tensor:
-        """The mean of each channel of each block, with noise eps on the images [B, C, H, W] -> [B, D].
-
-        Of more than 640 channels as many random projections, the same ones for a network.
-        """
-        means: Tensor = torch.cat([each.mean((2, 3)) for each in self._read(images, labels, eps)], dim=1)
-        channels = means.shape[1]
-        if channels <= MOST_NUMBERS:
-            return means
-        generator = torch.Generator().manual_seed(channels)
-        projections = torch.randn(channels, MOST_NUMBERS, generator=generator) / MOST_NUMBERS**0.5
-        projected: Tensor = means @ projections.to(means)
-        return projected
+        """The mean of each channel of each block, with noise eps on the images [B, C, H, W] -> [B, D]."""
+        return torch.cat([each.mean((2, 3)) for each in self._read(images, labels, eps)], dim=1)
 
     def _read(self, images: Tensor, labels: Tensor | None, eps: Tensor) -> list[Tensor]:
         t = torch.full((len(images),), self._t, device=images.device)

@@ -90,6 +90,16 @@ def test_a_ratio_is_of_medians_with_the_range_of_the_rounds() -> None:
     assert (found.value, found.low, found.high) == (96 / 48, 96 / 60, 90 / 40)
 
 
+def test_a_run_beside_an_earlier_checkout_has_figures_of_both_samplers() -> None:
+    rates = {"tminus": 101, "before": 100}
+    run = a_run(
+        [loaded(load, key, rate) for load in ("saturation", "saturation-dpmpp_2m") for key, rate in rates.items()]
+    )
+    assert figure_of(run, "requests of 1 image", "tminus before").value == pytest.approx(1.01)
+    assert figure_of(run, "row-steps/s, dpmpp_2m", "tminus before").value == pytest.approx(1.01)
+    assert "### Saturation, `dpmpp_2m`" in report.to_markdown(run)
+
+
 def test_the_bare_loop_counts_at_the_servers_own_batch() -> None:
     assert figure_of(a_run([loaded("saturation", "tminus", 150)]), "bare").value == pytest.approx(150 / 200)
 

@@ -83,17 +83,3 @@ def test_numbers_are_the_means_of_channels_whatever_is_beside_an_image(net: UNet
     numbers.sum().backward()
     assert images.grad is not None
     assert images.grad.abs().amax((1, 2, 3)).min() > 0
-
-
-def test_numbers_of_a_wide_network_are_projections_that_are_always_the_same(
-    net: UNet2D, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images, eps, labels = pictures(0), pictures(2), torch.tensor([0, 1, 2])
-    features = NetworkFeatures(net, SCHEDULE, net)
-    all_of_them = features.numbers(images, labels, eps)
-    monkeypatch.setattr("tminus.model.network_features.MOST_NUMBERS", 12)
-    few = features.numbers(images, labels, eps)
-    assert few.shape == (3, 12)
-    assert all_of_them.shape[1] > 12
-    torch.testing.assert_close(few, NetworkFeatures(net, SCHEDULE, net).numbers(images, labels, eps))
-    assert torch.linalg.matrix_rank(few) == 3
