@@ -67,7 +67,7 @@ class DistillConfig(RunConfig):
     trajectories: int = 512  # that the teacher solves at a time
     uses: int = 16  # of the noise of each, at the mean
     first_share: float = 0.6  # of a batch: pure noise, from which all images begin
-    frechet_weight: float = 1.0  # of the distance between distributions
+    frechet_weight: float = 3.0  # of the distance between distributions
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)

@@ -8,7 +8,7 @@ import pytest
 from tminus.model.checkpoint import load_checkpoint
 
 FOLDER = Path(__file__).parents[1] / "checkpoints"
-LARGEST = {"fashion-mnist-32": 12e6, "pixel-art-32": 12e6, "avatars-64": 20e6}
+LARGEST = {"fashion-mnist-32": 12e6, "fashion-mnist-32-student": 12e6, "pixel-art-32": 12e6, "avatars-64": 20e6}
 BUNDLED = sorted(path.parent.name for path in FOLDER.glob("*/unet"))
 
 
@@ -36,6 +36,6 @@ def test_its_card_tells_of_these_weights(name: str) -> None:
     found = load_checkpoint(FOLDER / name)
     assert f"weights sha256 {found.weights_hash[:16]}" in card
     meta = json.loads((FOLDER / name / "tminus.json").read_text())
-    assert meta["provenance"]["trained_by"] == "tminus train"
+    assert meta["provenance"]["trained_by"] == ("tminus train" if found.student is None else "tminus distill")
     for class_name in found.labels.class_names:
         assert class_name in card
