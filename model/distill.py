@@ -232,8 +232,9 @@ def distill(
             progress.show(run.step, loss, grad_norm, time.perf_counter() - started, last=interrupted())
             if run.step % config.save_every == 0 and run.step < config.steps:
                 save()
-                apart = ", ".join(f"{each:.4f}" for each in frechet.distance.tolist())
-                log.info("step %d: distances from the reference after one pass and after two: %s", run.step, apart)
+                if config.frechet_weight:
+                    apart = ", ".join(f"{each:.4f}" for each in frechet.distance.tolist())
+                    log.info("step %d: distance from the reference of images from each timestep: %s", run.step, apart)
             if on_sheet is not None and (run.step % config.sheet_every == 0 or run.step == config.steps):
                 on_sheet(averaged(unet, run.ema), plan, run.step)
         if run.step > began_at or not begun:
