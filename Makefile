@@ -23,9 +23,10 @@ test-fast: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e -m "not slow"
 
 # Of branches too, by the tests that mirror the code. Nothing would be seen of real servers, which are processes of their own.
+# All of it again where tests failed: what a worker has seen is lost if it crashes.
+COVER = $(BIN)/pytest -n auto --dist worksteal --cov --cov-report term:skip-covered tests/model tests/service
 coverage: $(VENV)/.installed-test
-	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report term:skip-covered tests/model tests/service \
-		|| { $(AGAIN) --cov --cov-append --cov-report term:skip-covered tests/model tests/service; }
+	$(COVER) || { [ $$? -eq 1 ] && $(COVER); }
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

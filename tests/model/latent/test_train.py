@@ -1,7 +1,6 @@
 """Training an autoencoder: it learns, it resumes to the bit, and diffusers loads the run."""
 
 import dataclasses
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(tmp_path: Path, kind: str) -> Non
     run(tmp_path / "whole", model=MODELS[kind])
 
     def stop(_: Autoencoder, step: int) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     stopping = dataclasses.replace(RUN, sheet_every=3)
     assert not run(tmp_path / "stopped", stopping, MODELS[kind], on_sheet=stop)

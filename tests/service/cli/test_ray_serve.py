@@ -1,7 +1,6 @@
 """`tminus ray serve` without a cluster: what is wrong ends in one line, and what was started is ended."""
 
 import builtins
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -145,7 +144,7 @@ def stop_once_it_runs(fake: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def status() -> SimpleNamespace:
         if not fake.deleted:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return fake.status()
 
     monkeypatch.setattr("ray.serve.status", status)
@@ -178,7 +177,7 @@ def test_a_signal_while_the_replicas_start_ends_them(
 
     def run(_app: object, name: str) -> None:
         fake.run(_app, name)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr("ray.serve.run", run)
     result = click.testing.CliRunner().invoke(main, ["ray", "serve"])
