@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guide, rescale
-from tminus.model.samplers import Plan, denoise
+from tminus.model.samplers import denoise
 from tminus.model.trajectory import PlanNumbers
 from tminus.service.engine.devices import is_lost
 from tminus.service.engine.executors import Executor
@@ -19,7 +19,7 @@ from tminus.service.engine.fingerprint import make_model_info
 from tminus.service.engine.initial_state import check_inputs, initial_latents, latents_of
 from tminus.service.engine.known_values import KnownValues
 from tminus.service.engine.pictures import pictures_of
-from tminus.service.engine.plan_store import PlanStore, Registers, compile_spec
+from tminus.service.engine.plan_store import PlanCompiler, PlanStore, Registers
 from tminus.service.engine.row_noises import RowNoises
 from tminus.service.engine.transfer import LaunchedTicks, copy_out, index_of, send, to_device
 from tminus.service.preview import Show
@@ -53,7 +53,7 @@ class Engine:
         self._torch_threads = torch.get_num_threads()  # as the executor has set it
         self._forward = executor
         self._noise = checkpoint.noise
-        self._schedule = checkpoint.noise.schedule()
+        self._compiler = PlanCompiler(self.info, checkpoint.noise)
         self._null_class = checkpoint.labels.null_class
         self._shape = checkpoint.row_shape
 
@@ -84,9 +84,6 @@ class Engine:
         self._ticks = LaunchedTicks() if device.type == "cuda" else None
         self._finite = torch.ones(max_rows, dtype=torch.bool, device=device)
 
-    def _compile(self, spec: SampleSpec) -> Plan:
-        return compile_spec(spec, self.info, self._noise, self._schedule)
-
     @torch.inference_mode()
     def add(self, spec: SampleSpec, snapshot: Snapshot | None = None, inputs: Inputs | None = None) -> tuple[int, ...]:
         """Give a job's rows their slots and their first x; returns the row ids.
@@ -95,7 +92,7 @@ class Engine:
         what the model's schedule cannot do, and where snapshot or inputs do not fit the spec.
         """
         # Slots are taken last, so that a job that is refused takes none.
-        plan = self._compile(spec)
+        plan = self._compiler.plan(spec)
         check_inputs(inputs, spec, (self.info.height_px, self.info.width_px, self.info.channels))
         origin = None
         if inputs is not None and (snapshot is None or inputs.mask is not None):
@@ -277,7 +274,7 @@ class Engine:
 
     def plan(self, spec: SampleSpec) -> PlanNumbers:
         """Give the coefficients of each pass that a spec takes. Raises ValueError as `add` does."""
-        return self._compile(spec).numbers()
+        return self._compiler.plan(spec).numbers()
 
     @torch.inference_mode()
     def point(self, rows: Sequence[int]) -> Callable[[], Point]:

@@ -1,34 +1,42 @@
 """The plans of all jobs on the device, line after line, and the registers of the rows whose sampler keeps some."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from tminus.model.noise import NoiseConfig, NoiseSchedule
+from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import NUM_COEFFICIENTS, Plan, combine, compile_plan, table_plan
 from tminus.model.solvers import MAX_REGISTERS, NUM_INPUTS
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec
 
+MAX_PLANS = 64  # that are kept compiled: 0.1 MB where one has 1000 passes
 FIRST_LINES = 1024  # that there is room for at first; it doubles as jobs come
 
 
-def compile_spec(spec: SampleSpec, model: ModelInfo, noise: NoiseConfig, schedule: NoiseSchedule) -> Plan:
-    """Compile a spec's sampler. Raises ValueError for what this model's schedule cannot do."""
-    if spec.table is not None:
-        return table_plan(noise, schedule, model.table(spec.table), clip=spec.clip, start=spec.start)
-    return compile_plan(
-        noise,
-        schedule,
-        spec.sampler,
-        spec.steps,
-        eta=spec.eta,
-        clip=spec.clip,
-        spacing=spec.timestep_spacing,
-        start=spec.start,
-        fractional=model.fractional,
-    )
+class PlanCompiler:
+    """Compiles the samplers that specs ask for. Most ask for the same few, so the last ones are kept."""
+
+    def __init__(self, model: ModelInfo, noise: NoiseConfig) -> None:
+        self._model, self._noise, self._schedule = model, noise, noise.schedule()
+        self._kept = lru_cache(MAX_PLANS)(self._compile)
+
+    def plan(self, spec: SampleSpec) -> Plan:
+        """Compile a spec's sampler. Raises ValueError for what this model's schedule cannot do."""
+        return self._kept(spec.sampler, spec.steps, spec.start, spec.table, spec.eta, spec.clip, spec.timestep_spacing)
+
+    def _compile(
+        self, sampler: str, steps: int, start: int, table: str | None, eta: float, clip: bool, spacing: str
+    ) -> Plan:
+        noise, schedule = self._noise, self._schedule
+        if table is not None:
+            return table_plan(noise, schedule, self._model.table(table), clip=clip, start=start)
+        fractional = self._model.fractional
+        return compile_plan(
+            noise, schedule, sampler, steps, eta=eta, clip=clip, spacing=spacing, start=start, fractional=fractional
+        )
 
 
 class PlanStore:

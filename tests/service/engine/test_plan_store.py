@@ -1,4 +1,11 @@
-"""Where plans lie on the device: no two share a line, freed lines are used again, and registers begin at zero."""
+"""Where plans lie on the device: no two share a line, freed lines are used again, and registers begin at zero.
+
+And which specs share a compiled plan.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +15,8 @@ from hypothesis import strategies as st
 from tminus.model.catalogue import SAMPLERS
 from tminus.model.noise import NoiseConfig
 from tminus.model.samplers import Plan, combine, compile_plan
-from tminus.service.engine.plan_store import FIRST_LINES, PlanStore, Registers
+from tminus.service.engine.plan_store import FIRST_LINES, PlanCompiler, PlanStore, Registers
+from tminus.service.spec import SampleSpec
 
 pytestmark = pytest.mark.slow
 
@@ -90,3 +98,45 @@ def test_combining_is_the_product_of_matrix_and_state() -> None:
     state = torch.randn(6, 5, 1, 4, 4, generator=generator, dtype=torch.float64)
     expected = torch.einsum("bij,jbchw->bichw", M, state)
     torch.testing.assert_close(combine(M, state.unbind(0)), expected)
+
+
+SPEC = SampleSpec(
+    n=1, steps=10, sampler="ddim", eta=0.0, seed=0, index=0, class_labels=None, guidance=1.0, guidance_interval=None,
+    timestep_spacing="leading", clip=True,
+)  # fmt: skip
+IN_A_PLAN: list[dict[str, Any]] = [
+    {"sampler": "ddpm"}, {"steps": 11}, {"eta": 0.5}, {"timestep_spacing": "trailing"}, {"clip": False},
+    {"strength": 0.5},
+]  # fmt: skip
+
+
+def compiler() -> PlanCompiler:
+    model: Any = SimpleNamespace(fractional=True)
+    return PlanCompiler(model, NOISE)
+
+
+@given(st.lists(st.sampled_from(IN_A_PLAN), unique_by=str))
+def test_a_plan_that_was_kept_is_that_of_its_spec(changes: list[dict[str, Any]]) -> None:
+    plans = compiler()
+    for change in [{}, *changes, {}]:
+        spec = replace(SPEC, **change)
+        expected = compile_plan(
+            NOISE, SCHEDULE, spec.sampler, spec.steps, eta=spec.eta, clip=spec.clip, spacing=spec.timestep_spacing,
+            start=spec.start, fractional=True,
+        )  # fmt: skip
+        got = plans.plan(spec)
+        assert torch.equal(got.lines, expected.lines)
+        assert torch.equal(got.timesteps, expected.timesteps)
+
+
+def test_specs_that_differ_in_what_no_plan_holds_share_one() -> None:
+    plans = compiler()
+    other = replace(SPEC, n=3, seed=7, index=4, class_labels=(1, 2, None), guidance=2.0, guidance_interval=(0, 10))
+    assert plans.plan(SPEC) is plans.plan(other)
+
+
+def test_what_cannot_be_compiled_is_refused_each_time() -> None:
+    plans = compiler()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="steps"):
+            plans.plan(replace(SPEC, steps=1001))
