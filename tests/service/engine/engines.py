@@ -17,6 +17,7 @@ from tminus.model.samplers import sample
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.local import sample_locally
+from tminus.service.engine.plan_store import PlanCompiler
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.sharing import Sharing
 from tminus.service.spec import SampleSpec
@@ -124,7 +125,7 @@ def noise_of(spec: SampleSpec, draw: int, shape: Sequence[int]) -> Tensor:
 def independent(checkpoint: Checkpoint, spec: SampleSpec) -> Floats:
     """The images by model.samplers.sample, which moves one batch in step."""
     shape = checkpoint.row_shape
-    plan = make_engine(checkpoint)._compile(spec)
+    plan = PlanCompiler(make_engine(checkpoint).info, checkpoint.noise).plan(spec)
     labels = None
     if spec.class_labels is not None:
         null = checkpoint.labels.null_class

@@ -129,11 +129,11 @@ def test_strength_starts_from_the_latents_of_the_image_under_noise(latent: Check
     job, _ = edit(inputs, clip=False, sampler="ddim", class_labels=(0,), strength=0.5, steps=10, seed=6)
     engine = make_engine(latent)
     rows = engine.add(job, inputs=inputs)
-    plan = engine._compile(job)
+    t = torch.tensor([int(engine.plan(job).timesteps[0])])
     assert latent.autoencoder is not None
     with torch.no_grad():
         x_0 = latent.autoencoder.encode(to_model_range(torch.tensor(inputs.image).permute(2, 0, 1)[None]))
-    wanted = plan.q_sample(x_0, image_noise(6, [0], 0, (3, 8, 8), CPU))
+    wanted = latent.noise.schedule().q_sample(x_0, t, image_noise(6, [0], 0, (3, 8, 8), CPU))
     np.testing.assert_allclose(engine.latents(rows), wanted.numpy(), atol=1e-4)
 
 

@@ -538,7 +538,7 @@ def test_a_preview_is_the_latent_and_the_networks_guess_of_the_image(tiny: Check
     engine.step(Batch(rows, (0, 0), ()))
     shown = engine.preview(rows, ("x_0", "x_t"))()
     assert list(shown) == ["x_0", "x_t"]
-    t = int(engine._compile(spec).timesteps[0])
+    t = int(engine.plan(spec).timesteps[0])
     alpha_bar = float(tiny.noise.schedule().alpha_bar[t])
     eps = tiny.net(x_T, torch.tensor([t, t]), torch.tensor([0, 2])).double()
     x_0 = ((x_T.double() - math.sqrt(1 - alpha_bar) * eps) / math.sqrt(alpha_bar)).clamp(-1, 1)

@@ -130,7 +130,7 @@ def test_a_guided_row_takes_a_second_place_only_inside_its_interval(
     spec = spec_of(steps=10, sampler=sampler, guidance=3.0, guidance_interval=interval, class_labels=(1,))
     sample_locally(engine, spec, 8, lambda rows: None)
     assert len(executor.passes) == spec.num_passes
-    timesteps = engine._compile(spec).timesteps.tolist()
+    timesteps = engine.plan(spec).timesteps.tolist()
     for t, (ts, labels) in zip(timesteps, executor.passes, strict=True):
         inside = interval[0] <= t <= interval[1]
         assert ts == pytest.approx([t, t] if inside else [t])
