@@ -63,6 +63,7 @@ class HttpProtocol(H11Protocol):
     _sent = 0  # of it, when the timer began
     _to_discard = LINGER_BYTES
     _ends = False  # with the server
+    _next = b""  # came while an answer was being sent
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Count the connection, or refuse it; wait for a head."""
@@ -93,7 +94,9 @@ class HttpProtocol(H11Protocol):
         """Take data, unless the connection is closing or has a request that is not answered yet.
 
         To read on is the only way to notice that the client goes away. So a further request that comes before the
-        answer is dropped, and the connection closes after the answer, which tells the client to ask again.
+        answer is dropped, and the connection closes after the answer, which tells the client to ask again. Once the
+        answer has begun, the client may have all of it before we know that it is complete: after its head, where HEAD
+        was asked for. So a further request waits then.
 
         h11 bounds a head that is not complete, and would take one of any size that comes in one piece. So it is given
         no more of a head than the bound at a time.
@@ -103,7 +106,7 @@ class HttpProtocol(H11Protocol):
                 self._discard(data)
                 return
             if self._is_answering():
-                self.cycle.keep_alive = False
+                self._wait_for_answer(data)
                 return
             is_head = self.conn.their_state is h11.IDLE
             size = max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])) if is_head else len(data)
@@ -127,6 +130,8 @@ class HttpProtocol(H11Protocol):
         if self._answered_early() and not self.transport.is_closing() and not self.lingers:
             self._unset_keepalive_if_required()
             self._expect_head()
+        data, self._next = self._next, b""
+        self.data_received(data)
 
     def close(self) -> None:
         """Close the connection; if its client is still sending, once it has got the answer.
@@ -160,6 +165,12 @@ class HttpProtocol(H11Protocol):
             self.transport.close()
         else:
             super().shutdown()
+
+    def _wait_for_answer(self, data: bytes) -> None:
+        if self.cycle.response_started and self.cycle.keep_alive and len(self._next) + len(data) <= MAX_HEAD_BYTES:
+            self._next += data
+        else:
+            self._next, self.cycle.keep_alive = b"", False
 
     def _discard(self, data: bytes) -> None:
         self._to_discard -= len(data)

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import RequestResponseCycle
 
 from tests.service.fakes import PATIENCE_S, wait_until
 from tminus.service.api import http_protocol, middleware
-from tminus.service.api.http_protocol import HttpProtocol
+from tminus.service.api.http_protocol import MAX_HEAD_BYTES, HttpProtocol
 from tminus.service.api.middleware import BodyLimit, RequestContext
 from tminus.service.api.pieces import PIECE_BYTES
 from tminus.service.api.problems import render
@@ -92,6 +92,8 @@ class Running:
             await send({"type": "http.response.body", "body": b"the end"})
             return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        if scope["path"] == "/pause":  # between head and body
+            await asyncio.to_thread(self.go.wait, PATIENCE_S)
         await send({"type": "http.response.body", "body": body})
 
     def connections(self) -> list[Any]:
@@ -464,6 +466,31 @@ def test_requests_that_do_not_wait_for_the_answer_before_end_with_their_connecti
 
 def test_a_request_that_did_not_wait_is_not_answered_and_the_connection_closes(running: Running) -> None:
     assert running.ask(GET * 2).count(b"HTTP/1.1 200") == 1
+
+
+@pytest.mark.parametrize("method", [b"HEAD", b"GET"])
+def test_who_has_the_whole_answer_before_the_server_knows_may_ask_again(running: Running, method: bytes) -> None:
+    with running.connect() as client:
+        client.sendall(GET.replace(b"GET /ok", method + b" /pause"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200"), "its body is empty: this is all of it"
+        client.sendall(GET[:20])
+        time.sleep(0.05)
+        client.sendall(GET[20:])
+        time.sleep(0.05)
+        running.go.set()
+        for _ in range(2):
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            client.sendall(GET)
+
+
+def test_what_waits_for_an_answer_to_end_is_bounded(running: Running) -> None:
+    with running.connect() as client:
+        client.sendall(GET.replace(b"/ok", b"/pause"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        client.sendall(GET * (1 + MAX_HEAD_BYTES // len(GET)))
+        time.sleep(0.1)
+        running.go.set()
+        assert read_all(client) == b""
 
 
 @pytest.mark.parametrize(
