@@ -1,4 +1,4 @@
-"""The plans of all jobs on the device, line after line, and the registers of the rows whose sampler keeps some."""
+"""Plans: compiled for specs, laid on the device line after line; and the registers of rows whose sampler keeps some."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,7 +12,7 @@ from tminus.model.solvers import MAX_REGISTERS, NUM_INPUTS
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec
 
-MAX_PLANS = 64  # that are kept compiled: 0.1 MB where one has 1000 passes
+MAX_PLANS = 64  # that are kept compiled: 0.1 MB each of 1000 steps, 0.3 MB with registers
 FIRST_LINES = 1024  # that there is room for at first; it doubles as jobs come
 
 
