@@ -17,6 +17,7 @@ HALF_BIN = 1 / 255  # pixel values lie 2/255 apart on [-1, 1]
 EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin reaches to infinity
 MIN_PROBABILITY = 1e-12
 MAX_WEIGHT = 200.0
+LEVEL_MEAN, LEVEL_STD = -0.4, 1.4  # of ln(sigma / alpha) where timesteps are drawn by it
 _PICK = 1  # philox's last counter word where timesteps are drawn; row_noise has 0 there, so the two never coincide
 
 
@@ -45,6 +46,29 @@ def velocity_weights(schedule: NoiseSchedule, prediction_type: str) -> Tensor:
     alpha_bar = schedule.alpha_bar
     of_error = {"epsilon": alpha_bar, "sample": 1 - alpha_bar, "v_prediction": torch.ones_like(alpha_bar)}
     return (1 / of_error[prediction_type]).clamp(max=MAX_WEIGHT)
+
+
+def lognormal_timesteps(schedule: NoiseSchedule) -> Tensor:
+    """How often each t is drawn where ln(sigma / alpha) is to be N(LEVEL_MEAN, LEVEL_STD^2): float64 [T], of sum 1.
+
+    (Karras et al. 2022, table 1 and sec. 5, where the images' standard deviation is 0.5 and the two are -1.2 and 1.2.)
+    A linear schedule has half of its timesteps where next to nothing of the image is left, and their gradients are the
+    noisiest. A level without signal is not drawn.
+    """
+    level = ((1 - schedule.alpha_bar) / schedule.alpha_bar).log() / 2
+    edges = (level[1:] + level[:-1]) / 2  # each t counts for the levels up to half way to its neighbours
+    below = torch.special.ndtr((edges - LEVEL_MEAN) / LEVEL_STD)
+    return torch.cat([below.new_zeros(1), below, below.new_ones(1)]).diff()
+
+
+def draw_timesteps(share: Tensor, count: int) -> Tensor:
+    """Draw `count` timesteps by their shares [T]: int64 [count], on the device of the shares.
+
+    They are spread evenly over the shares, from one random offset (Kingma et al. 2021, appendix I.1), in random order.
+    """
+    device = share.device
+    spread = (torch.randperm(count, device=device) + torch.rand((), device=device)).to(share) / count
+    return torch.searchsorted(share.cumsum(0), spread, right=True).clamp(max=len(share) - 1)
 
 
 def l_weighted(out: Tensor, target: Tensor, weights: Tensor) -> Tensor:

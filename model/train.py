@@ -24,7 +24,14 @@ from tminus.model.held_out import BATCH, MEASURED, Examples, examples_of, mean_l
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.encode import latents_of
 from tminus.model.latent.folder import check_place, hash_autoencoder
-from tminus.model.loss import l_simple, l_weighted, training_target, velocity_weights
+from tminus.model.loss import (
+    draw_timesteps,
+    l_simple,
+    l_weighted,
+    lognormal_timesteps,
+    training_target,
+    velocity_weights,
+)
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
 from tminus.model.run import (
@@ -53,11 +60,13 @@ class TrainConfig(RunConfig):
     class_dropout: float = 0.1  # how often the null class replaces a label (Ho & Salimans 2022, algorithm 1)
     flip: bool = False
     weighting: str = "simple"  # L_simple, or velocity: errors count as those of v do, see loss.velocity_weights
+    timestep_sampling: str = "uniform"  # as Ho et al., or lognormal: see loss.lognormal_timesteps
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         self.require_share("class_dropout")
         self.require(self.weighting in ("simple", "velocity"), "weighting", "simple or velocity")
+        self.require(self.timestep_sampling in ("uniform", "lognormal"), "timestep_sampling", "uniform or lognormal")
 
 
 def train(
@@ -124,6 +133,7 @@ def train(
     weights = None
     if config.weighting == "velocity":
         weights = velocity_weights(noise.schedule(), noise.prediction_type).to(device, torch.float32)
+    share = lognormal_timesteps(noise.schedule()).to(device) if config.timestep_sampling == "lognormal" else None
 
     # The data, x_0 as uint8 pixels or as latents, and the null class that replaces dropped labels.
     schedule = NoiseSchedule(noise.schedule().betas.to(device))  # on the device, so that no step waits for the host
@@ -179,14 +189,17 @@ def train(
         while run.step < config.steps and not interrupted():
             started = time.perf_counter()
 
-            # Algorithm 1: x_0 from the data, t uniform, eps normal, all a function of (seed, step).
+            # Algorithm 1: x_0 from the data, t uniform or by its share, eps normal, all a function of (seed, step).
             torch.manual_seed(step_seed(config.seed, run.step))
             picked = batch_indices(len(data), config.batch_size, config.seed, run.step).to(device)
             x_0 = origins[picked] if autoencoder is not None else to_model_range(origins[picked])
             x_0 = x_0.to(memory_format=torch.channels_last)
             if config.flip:
                 x_0 = torch.where(torch.rand(len(x_0), 1, 1, 1, device=device) < 0.5, x_0.flip(3), x_0)
-            t = torch.randint(schedule.num_timesteps, (len(x_0),), device=device)
+            if share is None:
+                t = torch.randint(schedule.num_timesteps, (len(x_0),), device=device)
+            else:
+                t = draw_timesteps(share, len(x_0))
             eps = torch.randn_like(x_0)
             classes = None
             if labels is not None and null_class is not None:

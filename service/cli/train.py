@@ -44,6 +44,11 @@ SHEET_STEPS = 50
     default="simple",
     help="of the loss over t: simple, or velocity, where errors near t = T count more (for a network of eps)",
 )
+@click.option(
+    "--timestep-sampling",
+    default="uniform",
+    help="how t is drawn: uniform, or lognormal, more often where images take shape",
+)
 @click.option("--flip", is_flag=True, help="mirror half of the images")
 @click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
 @click.option("--seed", default=0, help="of first weights, order of the images and noise")

@@ -1,21 +1,28 @@
 import dataclasses
 import math
 from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from tests.tiny import TINY, randomize
 from tminus.model.guidance import Forward
 from tminus.model.loss import (
+    LEVEL_MEAN,
+    LEVEL_STD,
     MAX_WEIGHT,
     discretized_log_likelihood,
+    draw_timesteps,
     gaussian_kl,
     l_simple,
     l_weighted,
+    lognormal_timesteps,
     model_variance,
     prior_kl,
     training_target,
@@ -73,6 +80,55 @@ def test_weights_are_bounded_and_grow_towards_noise_for_a_network_of_eps() -> No
     assert weights[0].item() == pytest.approx(1, rel=1e-3)
     assert weights[-1].item() == MAX_WEIGHT
     assert (weights.diff() >= 0).all()
+
+
+# --- Which timesteps are drawn ------------------------------------------------------------------------------------
+
+
+def test_lognormal_timesteps_are_normal_in_the_logarithm_of_the_noise_level() -> None:
+    schedule = NoiseConfig().schedule()
+    level = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt().log()
+    below = lognormal_timesteps(schedule).cumsum(0)[:-1]  # up to half way to the next level
+    expected = [NormalDist(LEVEL_MEAN, LEVEL_STD).cdf((one + other) / 2) for one, other in pairwise(level.tolist())]
+    torch.testing.assert_close(below, torch.tensor(expected, dtype=F64))
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"])
+@pytest.mark.parametrize(("timesteps", "zero_snr"), [(1, False), (2, False), (2, True), (1000, False), (1000, True)])
+def test_lognormal_timesteps_are_shares_and_a_level_without_signal_has_none(
+    beta_schedule: str, timesteps: int, zero_snr: bool
+) -> None:
+    noise = NoiseConfig(
+        num_train_timesteps=timesteps,
+        beta_schedule=beta_schedule,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=zero_snr,
+    )
+    share = lognormal_timesteps(noise.schedule())
+    assert share.shape == (timesteps,)
+    assert share.sum().item() == pytest.approx(1)
+    assert (share >= 0).all()
+    if noise.schedule().alpha_bar[-1] == 0:
+        assert share[-1] == 0
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(lambda shares: sum(shares) > 0.01), st.integers(1, 64))
+def test_as_many_timesteps_are_drawn_of_any_range_as_its_share_to_within_one(shares: list[float], count: int) -> None:
+    share = torch.tensor(shares, dtype=F64) / sum(shares)
+    drawn = draw_timesteps(share, count)
+    assert drawn.shape == (count,)
+    assert drawn.dtype == torch.int64
+    assert (share[drawn] > 0).all()
+    below = torch.bincount(drawn, minlength=len(share)).cumsum(0)
+    assert ((below - count * share.cumsum(0)).abs() <= 1 + 1e-4).all()
+
+
+def test_rows_of_a_batch_draw_their_timesteps_independently_of_their_place() -> None:
+    torch.manual_seed(0)
+    share = lognormal_timesteps(NoiseConfig().schedule())
+    firsts = torch.tensor([draw_timesteps(share, 8)[0] for _ in range(2000)])
+    counted = torch.bincount(firsts, minlength=len(share)).cumsum(0) / len(firsts)
+    assert (counted - share.cumsum(0)).abs().max() < 1.95 / len(firsts) ** 0.5  # Kolmogorov-Smirnov, 1 in 1000
 
 
 def test_l_simple_of_a_bfloat16_output_is_taken_in_float32() -> None:

@@ -24,7 +24,8 @@ from tminus.model.files import CheckpointError
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.config import AutoencoderConfig
 from tminus.model.latent.folder import hash_autoencoder, save_autoencoder
-from tminus.model.noise import NoiseConfig
+from tminus.model.loss import lognormal_timesteps
+from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.recommended import Recommended
 from tminus.model.run import TrainError, faster_precision, step_seed
 from tminus.model.run_file import FORMER_FILE, STATE_FILE, read_state, write_state
@@ -239,6 +240,7 @@ def test_finished_run_goes_on_when_given_more_steps(tmp_path: Path) -> None:
         ("class_dropout", 0.2),
         ("flip", False),
         ("weighting", "velocity"),
+        ("timestep_sampling", "lognormal"),
     ],
 )
 def test_resuming_with_another_config_is_refused(tmp_path: Path, field: str, value: Any) -> None:
@@ -284,6 +286,24 @@ def test_run_may_weigh_errors_as_those_of_v(straight: Path, tmp_path: Path) -> N
     assert any(not torch.equal(state["net"][key], plain["net"][key]) for key in plain["net"])
     with pytest.raises(ValueError, match="weighting must be simple or velocity, got 'snr'"):
         dataclasses.replace(RUN, weighting="snr")
+
+
+def test_run_may_draw_its_timesteps_by_lognormal_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+
+    def q_sample(self: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        drawn.append(t)
+        return noised(self, x_0, t, eps)
+
+    noised = NoiseSchedule.q_sample
+    monkeypatch.setattr(NoiseSchedule, "q_sample", q_sample)
+    assert run(tmp_path, dataclasses.replace(RUN, timestep_sampling="lognormal", batch_size=16, learning_rate=0.0))
+    share = lognormal_timesteps(NOISE.schedule())
+    counts = torch.bincount(torch.cat(drawn), minlength=50).double() / (16 * RUN.steps)
+    assert len(drawn) == RUN.steps
+    assert ((counts.cumsum(0) - share.cumsum(0)).abs() <= 1 / 16 + 1e-6).all()
+    with pytest.raises(ValueError, match="timestep_sampling must be uniform or lognormal, got 'cosine'"):
+        dataclasses.replace(RUN, timestep_sampling="cosine")
 
 
 def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
