@@ -34,6 +34,7 @@ from tminus.model.loss import (
 )
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
+from tminus.model.posterior_mean import PosteriorMean
 from tminus.model.run import (
     Progress,
     RunConfig,
@@ -60,6 +61,7 @@ class TrainConfig(RunConfig):
     class_dropout: float = 0.1  # how often the null class replaces a label (Ho & Salimans 2022, algorithm 1)
     flip: bool = False
     weighting: str = "simple"  # L_simple, or velocity: errors count as those of v do, see loss.velocity_weights
+    stable_target: bool = False  # the mean of x_0 given x_t in place of x_0, see posterior_mean
     timestep_sampling: str = "uniform"  # as Ho et al., or lognormal: see loss.lognormal_timesteps
 
     def __post_init__(self) -> None:
@@ -94,6 +96,8 @@ def train(
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
     if autoencoder is not None and config.flip:
         raise TrainError("flip mirrors pixels, and a latent model is trained on latents")
+    if config.stable_target and config.flip:
+        raise TrainError("stable_target takes the images as they are, and flip mirrors half of them")
     if held_out is not None and (wrong := unlike(held_out, data)):
         raise TrainError(wrong)
     check_place(folder, autoencoder)  # now, and not at the first save
@@ -141,6 +145,7 @@ def train(
     labels = data.labels.to(device) if data.labels is not None else None
     null_class = unet.num_class_embeds - 1 if unet.num_class_embeds is not None else None
     labels_meta = Labels(data.class_names, null_class)
+    posterior_mean = PosteriorMean(origins, labels, schedule) if config.stable_target else None
     measured: tuple[Examples, ...] = ()
     if held_out is not None and run.step < config.steps:
         of_held_out = f"{held_out.name} ({len(held_out)})"
@@ -207,8 +212,11 @@ def train(
                 classes = torch.where(dropped, null_class, labels[picked])
 
             # One descent step on L_simple.
+            x_t = schedule.q_sample(x_0, t, eps)
             with autocast:
-                out = forward(schedule.q_sample(x_0, t, eps), t, classes)
+                out = forward(x_t, t, classes)
+            if posterior_mean is not None:
+                x_0, eps = posterior_mean.explain(x_t, t, picked, x_0, eps)
             target = training_target(schedule, noise.prediction_type, x_0, t, eps)
             loss = l_simple(out, target) if weights is None else l_weighted(out, target, weights[t])
             grad_norm = run.descend(loss, config)

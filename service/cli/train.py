@@ -45,6 +45,11 @@ SHEET_STEPS = 50
     help="of the loss over t: simple, or velocity, where errors near t = T count more (for a network of eps)",
 )
 @click.option(
+    "--stable-target",
+    is_flag=True,
+    help="learn the mean of x_0 over the training images that x_t may come from, which varies less",
+)
+@click.option(
     "--timestep-sampling",
     default="uniform",
     help="how t is drawn: uniform, or lognormal, more often where images take shape",

@@ -306,6 +306,20 @@ def test_run_may_draw_its_timesteps_by_lognormal_shares(tmp_path: Path, monkeypa
         dataclasses.replace(RUN, timestep_sampling="cosine")
 
 
+def test_run_with_stable_targets_resumes_to_the_bit_and_differs_from_one_without(tmp_path: Path) -> None:
+    plain, stable = dataclasses.replace(RUN, flip=False), dataclasses.replace(RUN, flip=False, stable_target=True)
+    assert run(tmp_path / "plain", plain)
+    assert run(tmp_path / "straight", stable)
+    run(tmp_path / "stopped", dataclasses.replace(stable, steps=3))
+    assert run(tmp_path / "stopped", stable)
+    state, other = state_of(tmp_path / "straight"), state_of(tmp_path / "plain")
+    assert any(not torch.equal(state["net"][key], other["net"][key]) for key in other["net"])
+    with pytest.raises(TrainError, match="begun with stable_target=False, got True"):
+        run(tmp_path / "plain", stable)
+    with pytest.raises(TrainError, match="stable_target takes the images as they are, and flip mirrors half of them"):
+        run(tmp_path / "flipped", dataclasses.replace(RUN, stable_target=True))
+
+
 def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
     run(tmp_path, dataclasses.replace(RUN, steps=1))
     with pytest.raises(TrainError, match="begun with unet layers_per_block=1, got 2"):
