@@ -52,7 +52,7 @@ def lognormal_timesteps(schedule: NoiseSchedule) -> Tensor:
     """How often each t is drawn where ln(sigma / alpha) is to be N(LEVEL_MEAN, LEVEL_STD^2): float64 [T], of sum 1.
 
     (Karras et al. 2022, table 1 and sec. 5, where the images' standard deviation is 0.5 and the two are -1.2 and 1.2.)
-    A linear schedule has half of its timesteps where next to nothing of the image is left, and their gradients are the
+    A linear schedule has half of its timesteps at more than three times as much noise as image, where gradients are the
     noisiest. A level without signal is not drawn.
     """
     level = ((1 - schedule.alpha_bar) / schedule.alpha_bar).log() / 2

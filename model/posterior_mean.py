@@ -19,20 +19,19 @@ class PosteriorMean:
 
     def __init__(self, origins: Tensor, labels: Tensor | None, schedule: NoiseSchedule) -> None:
         self._origins, self._schedule = origins, schedule
-        order = torch.arange(len(origins), device=origins.device) if labels is None else labels.argsort(stable=True)
-        of_class = torch.zeros_like(order) if labels is None else labels[order]
+        of_class = torch.zeros(len(origins), dtype=torch.int64) if labels is None else labels.cpu()
         self._groups: list[Tensor] = []
-        self._group_of = torch.empty_like(order)
+        self._group_of = torch.empty_like(of_class)  # on the host, which knows the batch, so that no step waits for it
         for label in sorted(set(of_class.tolist())):
-            members = order[of_class == label]
+            members = (of_class == label).nonzero()[:, 0]
             for part in members.tensor_split(-(-len(members) // GROUP)):
                 self._group_of[part] = len(self._groups)
-                self._groups.append(part)
+                self._groups.append(part.to(origins.device))
 
     def explain(self, x_t: Tensor, t: Tensor, picked: Tensor, x_0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps by other x_0 and eps: E[x_0 | x_t, group], and its eps.
 
-        x_t, x_0, eps [B, C, H, W], t [B], and of which image of the data each row is, picked int64 [B].
+        x_t, x_0, eps [B, C, H, W], t [B], and of which image of the data each row is, picked int64 [B] on the CPU.
         """
         mean = self(x_t, t, picked)
         signal, noise = self._schedule.alpha_bar.sqrt(), (1 - self._schedule.alpha_bar).sqrt()
@@ -44,7 +43,7 @@ class PosteriorMean:
         groups = self._group_of[picked]
         alpha_bar = self._schedule.alpha_bar[t].to(torch.float32)[:, None]
         for group in sorted(set(groups.tolist())):
-            rows = (groups == group).nonzero()[:, 0]
+            rows = (groups == group).nonzero()[:, 0].to(x_t.device)
             images = self._origins[self._groups[group]]
             images = (to_model_range(images) if images.dtype == torch.uint8 else images).to(torch.float32).flatten(1)
             a = alpha_bar[rows]

@@ -196,7 +196,8 @@ def train(
 
             # Algorithm 1: x_0 from the data, t uniform or by its share, eps normal, all a function of (seed, step).
             torch.manual_seed(step_seed(config.seed, run.step))
-            picked = batch_indices(len(data), config.batch_size, config.seed, run.step).to(device)
+            of_batch = batch_indices(len(data), config.batch_size, config.seed, run.step)
+            picked = of_batch.to(device)
             x_0 = origins[picked] if autoencoder is not None else to_model_range(origins[picked])
             x_0 = x_0.to(memory_format=torch.channels_last)
             if config.flip:
@@ -216,7 +217,7 @@ def train(
             with autocast:
                 out = forward(x_t, t, classes)
             if posterior_mean is not None:
-                x_0, eps = posterior_mean.explain(x_t, t, picked, x_0, eps)
+                x_0, eps = posterior_mean.explain(x_t, t, of_batch, x_0, eps)
             target = training_target(schedule, noise.prediction_type, x_0, t, eps)
             loss = l_simple(out, target) if weights is None else l_weighted(out, target, weights[t])
             grad_norm = run.descend(loss, config)

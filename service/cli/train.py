@@ -52,7 +52,7 @@ SHEET_STEPS = 50
 @click.option(
     "--timestep-sampling",
     default="uniform",
-    help="how t is drawn: uniform, or lognormal, more often where images take shape",
+    help="how t is drawn: uniform, or lognormal, more often where there is little noise",
 )
 @click.option("--flip", is_flag=True, help="mirror half of the images")
 @click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")

@@ -312,6 +312,7 @@ def test_run_with_stable_targets_resumes_to_the_bit_and_differs_from_one_without
     assert run(tmp_path / "straight", stable)
     run(tmp_path / "stopped", dataclasses.replace(stable, steps=3))
     assert run(tmp_path / "stopped", stable)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
     state, other = state_of(tmp_path / "straight"), state_of(tmp_path / "plain")
     assert any(not torch.equal(state["net"][key], other["net"][key]) for key in other["net"])
     with pytest.raises(TrainError, match="begun with stable_target=False, got True"):
