@@ -17,7 +17,7 @@ HALF_BIN = 1 / 255  # pixel values lie 2/255 apart on [-1, 1]
 EDGE = 0.999  # beyond it a pixel is 0 or 255, whose bin reaches to infinity
 MIN_PROBABILITY = 1e-12
 MAX_WEIGHT = 200.0
-LEVEL_MEAN, LEVEL_STD = -0.4, 1.4  # of ln(sigma / alpha) where timesteps are drawn by it
+LEVEL_MEAN, LEVEL_STD = 0.0, 1.7  # of ln(sigma / alpha) where timesteps are drawn by it
 _PICK = 1  # philox's last counter word where timesteps are drawn; row_noise has 0 there, so the two never coincide
 
 

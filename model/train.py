@@ -32,6 +32,7 @@ from tminus.model.loss import (
     training_target,
     velocity_weights,
 )
+from tminus.model.muon import Muon
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
 from tminus.model.posterior_mean import PosteriorMean
@@ -63,12 +64,14 @@ class TrainConfig(RunConfig):
     weighting: str = "simple"  # L_simple, or velocity: errors count as those of v do, see loss.velocity_weights
     stable_target: bool = False  # the mean of x_0 given x_t in place of x_0, see posterior_mean
     timestep_sampling: str = "uniform"  # as Ho et al., or lognormal: see loss.lognormal_timesteps
+    optimizer: str = "adam"  # or muon, which learns more in a step
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         self.require_share("class_dropout")
         self.require(self.weighting in ("simple", "velocity"), "weighting", "simple or velocity")
         self.require(self.timestep_sampling in ("uniform", "lognormal"), "timestep_sampling", "uniform or lognormal")
+        self.require(self.optimizer in ("adam", "muon"), "optimizer", "adam or muon")
 
 
 def train(
@@ -120,7 +123,8 @@ def train(
         net.load_state_dict(begun_with)
         if (own := begin_with.recommended) is not None and own.steps <= noise.num_train_timesteps:
             recommended = own
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
+    rate = config.learning_rate
+    optimizer = Muon(net, rate) if config.optimizer == "muon" else torch.optim.Adam(net.parameters(), rate, fused=True)
     run = RunState(net, Ema(net, config.ema_decay), optimizer, str(init_from) if init_from is not None else None)
     identity: dict[str, Any] = {f"unet {key}": value for key, value in unet.to_dict().items()}
     identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}

@@ -241,6 +241,7 @@ def test_finished_run_goes_on_when_given_more_steps(tmp_path: Path) -> None:
         ("flip", False),
         ("weighting", "velocity"),
         ("timestep_sampling", "lognormal"),
+        ("optimizer", "muon"),
     ],
 )
 def test_resuming_with_another_config_is_refused(tmp_path: Path, field: str, value: Any) -> None:
@@ -319,6 +320,18 @@ def test_run_with_stable_targets_resumes_to_the_bit_and_differs_from_one_without
         run(tmp_path / "plain", stable)
     with pytest.raises(TrainError, match="stable_target takes the images as they are, and flip mirrors half of them"):
         run(tmp_path / "flipped", dataclasses.replace(RUN, stable_target=True))
+
+
+def test_run_by_muon_resumes_to_the_bit_and_differs_from_one_by_adam(straight: Path, tmp_path: Path) -> None:
+    muon = dataclasses.replace(RUN, optimizer="muon")
+    assert run(tmp_path / "straight", muon)
+    run(tmp_path / "stopped", dataclasses.replace(muon, steps=3))
+    assert run(tmp_path / "stopped", muon)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+    state, other = state_of(tmp_path / "straight"), state_of(straight)
+    assert any(not torch.equal(state["net"][key], other["net"][key]) for key in other["net"])
+    with pytest.raises(ValueError, match="optimizer must be adam or muon, got 'sgd'"):
+        dataclasses.replace(RUN, optimizer="sgd")
 
 
 def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
