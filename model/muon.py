@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 MOMENTUM = 0.95
 ADAM = 0.9, 0.999, 1e-8  # for all that is no matrix: beta_1, beta_2 and epsilon of Kingma & Ba 2015
-STEP = 0.2  # root mean square of a step at learning rate 1: about that of Adam, so that its rates do (Liu et al. 2025)
+STEP = 0.2  # root mean square of a step at rate 1: about that of Adam, so one rate suits both (Liu et al. 2025)
 MIN_CHANNELS = 16  # layers with fewer, the first and last convolution of a U-Net, are left to Adam
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Jordan's: five rounds bring singular values from 0.01..1 to about 0.7..1.2
 ROUNDS = 5
