@@ -39,6 +39,7 @@ from tminus.model.tables import FOLDER as TABLES
 from tminus.model.tables import Table, read_tables, steps_and_guidances
 from tminus.model.tminus_file import (
     TMINUS_FILE,
+    folded_guidance_of,
     null_last,
     read_approved,
     read_labels,
@@ -82,6 +83,8 @@ class Checkpoint:
     """Of a network made for a few steps by its own tables alone: what it is, and the guidance folded in."""
     autoencoder: Autoencoder | None = None
     """Of a latent model: what turns images into the latents that the network sees, and back."""
+    folded_guidance: float = 1.0
+    """Guidance that the weights have in them, so that samples without any have it; a request's own multiplies it."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -195,6 +198,7 @@ def _load(folder: Path) -> Checkpoint:
         fractional=net.fractional,
     )
     student = read_student(folder / TMINUS_FILE, meta)
+    folded_guidance = folded_guidance_of(folder / TMINUS_FILE, meta)
     if noise.is_consistency:
         tables = consistency_tables(noise)
         student = {"kind": "consistency model", "guidance": 1.0, "steps": [table.steps for table in tables]}
@@ -220,6 +224,7 @@ def _load(folder: Path) -> Checkpoint:
         refused,
         student,
         autoencoder,
+        folded_guidance,
     )
 
 
@@ -260,6 +265,7 @@ def save_checkpoint(
     recommended: Recommended | None = None,
     student: Mapping[str, Any] | None = None,
     autoencoder: Autoencoder | None = None,
+    folded_guidance: float = 1.0,
 ) -> None:
     """Write a folder that tminus loads, and diffusers too if it has such a network. Each file appears whole or not.
 
@@ -279,7 +285,7 @@ def save_checkpoint(
         # At each save, though it does not change while the network is trained: another may lie there of an earlier run,
         # and to compare the two takes longer.
         save_autoencoder(folder / LATENT_FOLDER, autoencoder.config, autoencoder.state_dict())
-    meta = {
+    meta: dict[str, Any] = {
         "name": folder.resolve().name,
         "class_names": list(labels.class_names),
         "null_class": labels.null_class,
@@ -289,6 +295,8 @@ def save_checkpoint(
         meta["recommended"] = asdict(recommended)
     if student is not None:
         meta["student"] = dict(student)
+    if folded_guidance != 1:
+        meta["folded_guidance"] = folded_guidance
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "unet" / "config.json", unet.to_dict())

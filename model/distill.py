@@ -157,7 +157,8 @@ def distill(
         return predict_x0(plan, k, x_t, out)
 
     def save() -> None:
-        student = {"teacher": of_teacher.name, "teacher_hash": of_teacher.weights_hash, "guidance": config.guidance}
+        shadow, folded = run.ema.shadow, config.guidance * of_teacher.folded_guidance
+        student = {"teacher": of_teacher.name, "teacher_hash": of_teacher.weights_hash, "guidance": folded}
         student |= {"steps": sorted(config.student_steps)}
         provenance = {
             "trained_by": "tminus distill",
@@ -169,9 +170,9 @@ def distill(
         }
         recommended = Recommended(SAMPLER, 2 if 2 in config.student_steps else min(config.student_steps))
         save_checkpoint(
-            folder, run.ema.shadow, unet, noise, labels, provenance, recommended, student, of_teacher.autoencoder
+            folder, shadow, unet, noise, labels, provenance, recommended, student, of_teacher.autoencoder, folded
         )
-        weights_hash = with_autoencoder(hash_weights(run.ema.shadow), of_teacher.autoencoder)
+        weights_hash = with_autoencoder(hash_weights(shadow), of_teacher.autoencoder)
         for steps in config.student_steps:
             visited = [timesteps[k] for k in student_points(levels, steps)]
             write_table(folder, consistency_table(noise, visited, student), weights_hash, noise.to_dict())

@@ -94,7 +94,7 @@ class RunState:
     optimizer: torch.optim.Optimizer
     origin: str | None = None  # the checkpoint it began from
     step: int = 0
-    remembered: nn.Module | None = None  # what the loss knows of the steps before
+    remembered: nn.Module | None = None  # what the loss knows besides: of the steps before, or a teacher
 
     def descend(self, loss: Tensor, config: RunConfig) -> Tensor:
         """Take one step down the gradient of the loss, and move the average; returns the gradient's norm."""
@@ -182,7 +182,7 @@ class Progress:
             return
         if not bool(torch.isfinite(mean + grad_norm)):
             raise TrainError(f"step {step}: the loss or its gradient is not finite; the last save is intact")
-        figures = {"loss": f"{float(mean):.4f}", "images_s": f"{config.batch_size / seconds:.0f}"}
+        figures = {"loss": f"{float(mean):.4g}", "images_s": f"{config.batch_size / seconds:.0f}"}
         self._bar.set_postfix(figures, refresh=False)
         if self._bar.disable and (step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps)):
             log.info("step %d of %d, %s", step, config.steps, ", ".join(map("=".join, figures.items())))

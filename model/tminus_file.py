@@ -1,5 +1,6 @@
 """What a checkpoint's tminus.json holds: classes, approvals, recommended settings, and what a student is made from."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,23 @@ def read_student(file: Path, meta: Mapping[str, Any]) -> Mapping[str, Any] | Non
     if student is not None and not isinstance(student, dict):
         raise CheckpointError(f"{file}: student must be an object, got {student!r:.100}")
     return student
+
+
+def folded_guidance_of(file: Path, meta: Mapping[str, Any]) -> float:
+    """Read the guidance that the weights have in them, as `train` and `distill` fold it; 1 is none.
+
+    Raises CheckpointError.
+    """
+    folded = meta.get("folded_guidance", 1.0)
+    if type(folded) not in (int, float) or not math.isfinite(folded) or folded < 0:
+        raise CheckpointError(f"{file}: folded_guidance must be a number, 0 or more, got {folded!r:.100}")
+    return float(folded)
+
+
+def read_folded_guidance(folder: Path) -> float:
+    """Read only that of a folder's tminus.json; 1 without one. Raises CheckpointError."""
+    file = folder / TMINUS_FILE
+    return folded_guidance_of(file, read_json(file)) if file.is_file() else 1.0
 
 
 def read_size(folder: Path, meta: Mapping[str, Any]) -> int:

@@ -20,6 +20,7 @@ from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
+from tminus.model.guidance import Forward, guided
 from tminus.model.held_out import BATCH, MEASURED, Examples, examples_of, mean_loss, note_losses, unlike
 from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.encode import latents_of
@@ -36,6 +37,7 @@ from tminus.model.muon import Muon
 from tminus.model.noise import NoiseConfig, NoiseSchedule
 from tminus.model.pixels import to_model_range
 from tminus.model.posterior_mean import PosteriorMean
+from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.run import (
     Progress,
     RunConfig,
@@ -47,7 +49,7 @@ from tminus.model.run import (
     step_seed,
 )
 from tminus.model.run_file import begun_in
-from tminus.model.tminus_file import read_recommended
+from tminus.model.tminus_file import read_folded_guidance, read_recommended
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import misfit
@@ -65,6 +67,7 @@ class TrainConfig(RunConfig):
     stable_target: bool = False  # the mean of x_0 given x_t in place of x_0, see posterior_mean
     timestep_sampling: str = "uniform"  # as Ho et al., or lognormal: see loss.lognormal_timesteps
     optimizer: str = "adam"  # or muon, which learns more in a step
+    guidance: float = 1.0  # to be folded into the weights: they learn what those of init_from predict with it
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -72,6 +75,7 @@ class TrainConfig(RunConfig):
         self.require(self.weighting in ("simple", "velocity"), "weighting", "simple or velocity")
         self.require(self.timestep_sampling in ("uniform", "lognormal"), "timestep_sampling", "uniform or lognormal")
         self.require(self.optimizer in ("adam", "muon"), "optimizer", "adam or muon")
+        self.require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", f"in 0..{MAX_GUIDANCE:g}")
 
 
 def train(
@@ -90,10 +94,11 @@ def train(
     """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
 
     `init_from` starts a new run from another checkpoint's weights, with fresh optimiser state; a run that is resumed
-    needs it no more, and takes no other. `autoencoder` makes the run one of a latent model (Rombach et al. 2022): x_0
-    are the latents of the images. Each `sheet_every` steps and at the end the averaged network is measured on
-    `held_out`, of the same shape and classes as the data, and handed to `on_sheet`. SIGINT or SIGTERM finishes the
-    step, saves and returns. Raises TrainError, CheckpointError.
+    needs it no more, and takes no other. With a guidance, x_t is made of the data as ever, and the target is what those
+    weights predict of it with classifier-free guidance (Meng et al. 2023, sec. 3.1). `autoencoder` makes the run one of
+    a latent model (Rombach et al. 2022): x_0 are the latents of the images. Each `sheet_every` steps and at the end the
+    averaged network is measured on `held_out`, of the same shape and classes as the data, and handed to `on_sheet`.
+    SIGINT or SIGTERM finishes the step, saves and returns. Raises TrainError, CheckpointError.
     """
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
@@ -101,6 +106,8 @@ def train(
         raise TrainError("flip mirrors pixels, and a latent model is trained on latents")
     if config.stable_target and config.flip:
         raise TrainError("stable_target takes the images as they are, and flip mirrors half of them")
+    if config.guidance != 1:
+        _check_guidance(config, unet)
     if held_out is not None and (wrong := unlike(held_out, data)):
         raise TrainError(wrong)
     check_place(folder, autoencoder)  # now, and not at the first save
@@ -111,6 +118,9 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     begun = begun_in(folder)
     recommended = None  # settings for sampling: the run keeps its own, or those of its origin
+    folded_guidance = config.guidance
+    if config.guidance != 1 and init_from is None and not begun:
+        raise TrainError(f"guidance {config.guidance:g} is folded into the weights of a checkpoint, and none is named")
     if init_from is not None and not begun:
         begin_with = load_checkpoint(init_from)
         if begin_with.student is not None:
@@ -120,7 +130,11 @@ def train(
         begun_with = begin_with.net.state_dict()
         if wrong := misfit(begun_with, net, "this run"):
             raise TrainError(f"{init_from}: {wrong}")
+        if config.guidance != 1 and (wrong := _other_targets(begin_with.noise, noise)):
+            raise TrainError(f"{init_from}: {wrong}")
         net.load_state_dict(begun_with)
+        if config.guidance != 1:  # else the targets are the data's
+            folded_guidance *= begin_with.folded_guidance
         if (own := begin_with.recommended) is not None and own.steps <= noise.num_train_timesteps:
             recommended = own
     rate = config.learning_rate
@@ -131,6 +145,11 @@ def train(
     identity |= {"data": f"{data.name}, {len(data)} images"}
     if autoencoder is not None:
         identity |= {"autoencoder": hash_autoencoder(autoencoder)}
+    teacher = None
+    if config.guidance != 1:
+        teacher = UNet2D(unet).to(device).requires_grad_(False).eval()
+        teacher.load_state_dict(net.state_dict())
+        run.remembered = teacher  # a run that is resumed has the teacher in its state
     if begun:
         config = run.resume(folder, "train", config, identity)
         if init_from is not None and (run.origin is None or Path(run.origin).resolve() != init_from.resolve()):
@@ -156,14 +175,15 @@ def train(
         num_measured = min(len(data), len(held_out), MEASURED)  # as many of both, at the same timesteps then
         measured = Examples(origins, labels), examples_of(held_out, num_measured, autoencoder, device)
     if begun:
-        recommended = read_recommended(folder, noise, labels_meta)
+        recommended, folded_guidance = read_recommended(folder, noise, labels_meta), read_folded_guidance(folder)
     if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
         recommended = None  # tables fit only the weights that they were made for
     batch_shape = (config.batch_size, *origins.shape[1:])
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
         config = config.with_precision(faster_precision(net, batch_shape, device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    forward: Callable[..., Tensor] = torch.compile(net) if config.compile else net
+    forward: Forward = torch.compile(net) if config.compile else net
+    teacher_forward: Forward | None = torch.compile(teacher) if teacher is not None and config.compile else teacher
     log.info("%s: step %d of %d, %s, %s", folder, run.step, config.steps, device, config.precision)
 
     def save() -> None:
@@ -176,7 +196,15 @@ def train(
             "config": dataclasses.asdict(config),
         }
         save_checkpoint(
-            folder, run.ema.shadow, unet, noise, labels_meta, provenance, recommended, autoencoder=autoencoder
+            folder,
+            run.ema.shadow,
+            unet,
+            noise,
+            labels_meta,
+            provenance,
+            recommended,
+            autoencoder=autoencoder,
+            folded_guidance=folded_guidance,
         )
         run.save(folder, "train", config, identity)
 
@@ -216,13 +244,19 @@ def train(
                 dropped = torch.rand(len(x_0), device=device) < config.class_dropout
                 classes = torch.where(dropped, null_class, labels[picked])
 
-            # One descent step on L_simple.
+            # What the network is to predict: what made x_t, or what the teacher predicts with guidance.
             x_t = schedule.q_sample(x_0, t, eps)
+            if teacher_forward is not None:
+                with torch.no_grad(), autocast:
+                    target = guided(teacher_forward, x_t, t, classes, null_class, config.guidance).to(torch.float32)
+            else:
+                if posterior_mean is not None:
+                    x_0, eps = posterior_mean.explain(x_t, t, of_batch, x_0, eps)
+                target = training_target(schedule, noise.prediction_type, x_0, t, eps)
+
+            # One descent step on L_simple.
             with autocast:
                 out = forward(x_t, t, classes)
-            if posterior_mean is not None:
-                x_0, eps = posterior_mean.explain(x_t, t, of_batch, x_0, eps)
-            target = training_target(schedule, noise.prediction_type, x_0, t, eps)
             loss = l_simple(out, target) if weights is None else l_weighted(out, target, weights[t])
             grad_norm = run.descend(loss, config)
 
@@ -236,6 +270,23 @@ def train(
         if began_at < run.step == config.steps:  # after the save: what fails here costs no steps
             look()
     return run.step >= config.steps
+
+
+def _check_guidance(config: TrainConfig, unet: UNetConfig) -> None:
+    """Raise TrainError where there is nothing to guide, or where the data's own targets are asked for too."""
+    if unet.num_class_embeds is None:
+        raise TrainError(f"guidance must be 1 (off) for data without classes, got {config.guidance:g}")
+    if config.stable_target:
+        raise TrainError("stable_target is for targets from the data, and with guidance they are another network's")
+
+
+def _other_targets(teacher: NoiseConfig, noise: NoiseConfig) -> str | None:
+    """Say what keeps a teacher's predictions from being targets of this run, if anything does."""
+    if teacher.prediction_type != noise.prediction_type:
+        return f"predicts {teacher.prediction_type}, and a run with guidance must too, got {noise.prediction_type}"
+    if not torch.equal(teacher.schedule().betas, noise.schedule().betas):
+        return "has another noise schedule, and a run with guidance must have the same"
+    return None
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:

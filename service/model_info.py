@@ -45,6 +45,7 @@ class ModelInfo:
     tables: tuple[Table, ...]  # of the samplers that have some
     refused_tables: tuple[str, ...]  # files that are not used, and why
     student: Mapping[str, Any] | None  # of a network made for few steps: its teacher, and the guidance folded in
+    folded_guidance: float  # that the weights have in them; 1 is none
     default_sampler: str
     recommended: Recommended | None
     conditional: bool

@@ -226,6 +226,9 @@ class ModelAnswer(BaseModel):
     student: dict[str, Any] | None = Field(
         description="of a network made for few steps: what it is, and the guidance folded in"
     )
+    folded_guidance: float = Field(
+        description="that the weights have in them and that a request's own multiplies; 1 is none"
+    )
     default_sampler: str
     recommended: RecommendedAnswer | None = Field(description="null where the checkpoint recommends nothing")
     conditional: bool
@@ -272,6 +275,7 @@ class ModelAnswer(BaseModel):
             ],
             refused_tables=list(model.refused_tables),
             student=dict(model.student) if model.student is not None else None,
+            folded_guidance=model.folded_guidance,
             default_sampler=model.default_sampler,
             recommended=None if model.recommended is None else RecommendedAnswer.of(model.recommended),
             conditional=model.conditional,

@@ -55,6 +55,7 @@ SHEET_STEPS = 50
     default="uniform",
     help="how t is drawn: uniform, or lognormal, more often where there is little noise",
 )
+@click.option("--guidance", default=1.0, help="to fold into the weights of --init-from; 1 is none")
 @click.option("--flip", is_flag=True, help="mirror half of the images")
 @click.option("--grad-clip", default=1.0, help="longest gradient, as an L2 norm")
 @click.option("--seed", default=0, help="of first weights, order of the images and noise")

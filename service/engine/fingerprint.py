@@ -46,6 +46,7 @@ def make_model_info(
         tables=checkpoint.tables,
         refused_tables=checkpoint.refused_tables,
         student=checkpoint.student,
+        folded_guidance=checkpoint.folded_guidance,
         default_sampler=noise.default_sampler if checkpoint.student is None else checkpoint.samplers[0],
         recommended=checkpoint.recommended,
         conditional=net.class_embedding is not None,

@@ -421,6 +421,13 @@ def test_a_check_without_its_fields_approves_nothing_of_use(folder: Path) -> Non
     assert load_checkpoint(folder).approved == (("None", "None"),)
 
 
+@pytest.mark.parametrize("folded", [-0.5, float("nan"), True, "1.2", [1.2], None])
+def test_folded_guidance_that_is_no_scale_is_refused(folder: Path, folded: object) -> None:
+    edit_json(folder / "tminus.json", folded_guidance=folded)
+    with pytest.raises(CheckpointError, match=r"tminus\.json: folded_guidance must be a number, 0 or more, got "):
+        load_checkpoint(folder)
+
+
 @pytest.mark.parametrize("approved", [{"bfloat16": {}}, "bfloat16", ["bfloat16"], [None], None, 5, [[]]])
 def test_approval_that_is_no_list_of_checks_is_refused(folder: Path, approved: object) -> None:
     edit_json(folder / "tminus.json", approved=approved)

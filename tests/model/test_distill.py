@@ -93,7 +93,7 @@ def test_student_is_a_checkpoint_that_says_what_it_is_made_for(straight: Path, t
     student, state = load_checkpoint(straight), state_of(straight)
     assert student.samplers == ("consistency",)
     assert student.student is not None
-    assert student.student["guidance"] == 2.0
+    assert student.student["guidance"] == student.folded_guidance == 2.0
     assert student.student["steps"] == [1, 2, 3, 4]
     assert student.student["teacher"] == "teacher"
     assert student.student["teacher_hash"] == load_checkpoint(teacher).weights_hash

@@ -39,6 +39,7 @@ INFO = ModelInfo(
     tables=(),
     refused_tables=(),
     student=None,
+    folded_guidance=1.0,
     default_sampler="ddpm",
     recommended=None,
     conditional=True,

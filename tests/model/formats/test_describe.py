@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,14 @@ def test_folder_is_told_with_all_that_is_known() -> None:
     assert lines["default"] == "ddpm, for requests that name no sampler"
     with pytest.raises(ValueError, match="--heads says nothing about a checkpoint folder"):
         describe(BUNDLED, Given(heads=2))
+
+
+def test_guidance_in_the_weights_is_told(tmp_path: Path) -> None:
+    shutil.copytree(BUNDLED, tmp_path / "copy")
+    meta = json.loads((BUNDLED / "tminus.json").read_text("utf-8"))
+    (tmp_path / "copy" / "tminus.json").write_text(json.dumps({**meta, "folded_guidance": 2}), "utf-8")
+    lines = dict(describe(tmp_path / "copy", Given()).lines)
+    assert lines["guidance"] == "2 in the weights, which a request's own multiplies"
 
 
 def test_file_is_told_without_what_is_missing_and_with_the_flags_for_it(tmp_path: Path) -> None:

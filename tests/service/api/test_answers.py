@@ -53,6 +53,7 @@ MODEL: dict[str, Any] = {
     "tables": [],
     "refused_tables": [],
     "student": None,
+    "folded_guidance": 1.0,
     "default_sampler": "ddpm",
     "recommended": None,
     "conditional": True,
