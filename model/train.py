@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.catalogue import TABLE_SAMPLERS
-from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint, save_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
@@ -117,25 +117,16 @@ def train(
     net = UNet2D(unet).to(device)
     folder.mkdir(parents=True, exist_ok=True)
     begun = begun_in(folder)
-    recommended = None  # settings for sampling: the run keeps its own, or those of its origin
-    folded_guidance = config.guidance
+    recommended, folded_guidance = None, config.guidance
     if config.guidance != 1 and init_from is None and not begun:
         raise TrainError(f"guidance {config.guidance:g} is folded into the weights of a checkpoint, and none is named")
     if init_from is not None and not begun:
-        begin_with = load_checkpoint(init_from)
-        if begin_with.student is not None:
-            raise TrainError(f"{init_from}: is a student, made for few steps; begin from its teacher")
-        if not isinstance(begin_with.net, UNet2D):
-            raise TrainError(f"{init_from}: of class {begin_with.net.config.class_name}; only a UNet2DModel is trained")
-        begun_with = begin_with.net.state_dict()
-        if wrong := misfit(begun_with, net, "this run"):
-            raise TrainError(f"{init_from}: {wrong}")
-        if config.guidance != 1 and (wrong := _other_targets(begin_with.noise, noise)):
-            raise TrainError(f"{init_from}: {wrong}")
-        net.load_state_dict(begun_with)
+        origin = _origin(init_from, net)
+        net.load_state_dict(origin.net.state_dict())
         if config.guidance != 1:  # else the targets are the data's
-            folded_guidance *= begin_with.folded_guidance
-        if (own := begin_with.recommended) is not None and own.steps <= noise.num_train_timesteps:
+            _check_teacher(init_from, origin, noise)
+            folded_guidance *= origin.folded_guidance
+        if (own := origin.recommended) is not None and own.steps <= noise.num_train_timesteps:
             recommended = own
     rate = config.learning_rate
     optimizer = Muon(net, rate) if config.optimizer == "muon" else torch.optim.Adam(net.parameters(), rate, fused=True)
@@ -147,9 +138,9 @@ def train(
         identity |= {"autoencoder": hash_autoencoder(autoencoder)}
     teacher = None
     if config.guidance != 1:
-        teacher = UNet2D(unet).to(device).requires_grad_(False).eval()
+        teacher = UNet2D(unet).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         teacher.load_state_dict(net.state_dict())
-        run.remembered = teacher  # a run that is resumed has the teacher in its state
+        run.remembered = teacher.requires_grad_(False).eval()  # a run that is resumed has it in its state
     if begun:
         config = run.resume(folder, "train", config, identity)
         if init_from is not None and (run.origin is None or Path(run.origin).resolve() != init_from.resolve()):
@@ -175,6 +166,7 @@ def train(
         num_measured = min(len(data), len(held_out), MEASURED)  # as many of both, at the same timesteps then
         measured = Examples(origins, labels), examples_of(held_out, num_measured, autoencoder, device)
     if begun:
+        # Its own, and not those of its origin.
         recommended, folded_guidance = read_recommended(folder, noise, labels_meta), read_folded_guidance(folder)
     if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
         recommended = None  # tables fit only the weights that they were made for
@@ -280,13 +272,27 @@ def _check_guidance(config: TrainConfig, unet: UNetConfig) -> None:
         raise TrainError("stable_target is for targets from the data, and with guidance they are another network's")
 
 
-def _other_targets(teacher: NoiseConfig, noise: NoiseConfig) -> str | None:
-    """Say what keeps a teacher's predictions from being targets of this run, if anything does."""
-    if teacher.prediction_type != noise.prediction_type:
-        return f"predicts {teacher.prediction_type}, and a run with guidance must too, got {noise.prediction_type}"
-    if not torch.equal(teacher.schedule().betas, noise.schedule().betas):
-        return "has another noise schedule, and a run with guidance must have the same"
-    return None
+def _origin(folder: Path, net: UNet2D) -> Checkpoint:
+    """The checkpoint whose weights a network begins from. Raises TrainError for one that does not fit."""
+    origin = load_checkpoint(folder)
+    if origin.student is not None:
+        raise TrainError(f"{folder}: is a student, made for few steps; begin from its teacher")
+    if not isinstance(origin.net, UNet2D):
+        raise TrainError(f"{folder}: of class {origin.net.config.class_name}; only a UNet2DModel is trained")
+    if wrong := misfit(origin.net.state_dict(), net, "this run"):
+        raise TrainError(f"{folder}: {wrong}")
+    return origin
+
+
+def _check_teacher(folder: Path, teacher: Checkpoint, noise: NoiseConfig) -> None:
+    """Raise TrainError unless its guided predictions are targets of a run with this noise."""
+    if teacher.labels.null_class is None:
+        raise TrainError(f"{folder}: has no null class, and a run with guidance needs one")
+    if (predicts := teacher.noise.prediction_type) != noise.prediction_type:
+        must = f"a run with guidance must too, got {noise.prediction_type}"
+        raise TrainError(f"{folder}: predicts {predicts}, and {must}")
+    if not torch.equal(teacher.noise.schedule().betas, noise.schedule().betas):
+        raise TrainError(f"{folder}: has another noise schedule, and a run with guidance must have the same")
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:

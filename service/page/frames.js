@@ -80,7 +80,7 @@ function showFrame(at, from) {
   const scrub = element("scrub");
   scrub.value = at;
   scrub.setAttribute("aria-valuetext", `step ${frame.step} of ${frame.steps}`);
-  element("frame-text").textContent = `Frame ${at + 1} of ${frames.length}: after ${frame.step} steps, t = ${frame.t}`;
+  element("frame-text").textContent = `Frame ${at + 1} of ${frames.length}: after step ${frame.step}, t = ${frame.t}`;
   markStrip(at);
   if (from !== "time") setTime(frame.t, from);
 }

@@ -36,7 +36,7 @@ export function drawStrip(frames) {
     });
     const t = frame ? Math.round(frame.t) : "";
     cell.lastElementChild.textContent = t;
-    cell.ariaLabel = frame ? `t = ${t}, after ${frame.step} steps` : "no frame";
+    cell.ariaLabel = frame ? `t = ${t}, after step ${frame.step}` : "no frame";
   });
   chosen = numbers;
 }

@@ -271,7 +271,7 @@ def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
     page.sample(steps=1000, n=1, sampler="ddim", seed=1)  # so many that there are frames before the last
     page.wait_until(DONE)
     page.tab.locator("#scrub").fill("10")
-    told = re.search(r"after (\d+) steps, t = (\d+)$", page.tab.locator("#frame-text").text_content())
+    told = re.search(r"after step (\d+), t = (\d+)$", page.tab.locator("#frame-text").text_content())
     step, t = int(told[1]), int(told[2])
     assert t == 999 - step, "where the next step starts"
     expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}: alpha_bar {alpha_bar[t]:#.3g}")
@@ -739,7 +739,7 @@ def test_frames_are_bounded_by_what_they_take(open_page: Callable[..., Page]) ->
     assert page.tab.evaluate("() => window.most") <= 100e6
     expect(page.tab.locator("#frame-text")).to_contain_text("after ")
     page.tab.locator("#scrub").press("End")
-    expect(page.tab.locator("#frame-text")).to_contain_text("after 30 steps, t = 0")
+    expect(page.tab.locator("#frame-text")).to_contain_text("after step 30, t = 0")
 
 
 def test_an_image_is_shown_through_the_forward_process_at_any_t(

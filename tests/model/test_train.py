@@ -395,6 +395,12 @@ def test_guidance_that_cannot_be_folded_is_refused(straight: Path, tmp_path: Pat
         noise = dataclasses.replace(NOISE, **change)
         with pytest.raises(TrainError, match=f"straight: {message}"):
             train(folder, toy_images(), CONDITIONAL, noise, GUIDED, device=CPU, init_from=straight)
+    shutil.copytree(straight, tmp_path / "all-classes")
+    meta = json.loads((straight / "tminus.json").read_text("utf-8"))
+    all_classes = {**meta, "class_names": ["left", "right", "middle"], "null_class": None}
+    (tmp_path / "all-classes" / "tminus.json").write_text(json.dumps(all_classes), "utf-8")
+    with pytest.raises(TrainError, match="all-classes: has no null class, and a run with guidance needs one"):
+        run(folder, GUIDED, init_from=tmp_path / "all-classes")
     for bad in (-1.0, 50.5, float("nan")):
         with pytest.raises(ValueError, match=rf"guidance must be in 0\.\.50, got {bad}"):
             dataclasses.replace(RUN, guidance=bad)
