@@ -119,7 +119,7 @@ def train(
     begun = begun_in(folder)
     recommended, folded_guidance = None, config.guidance
     if config.guidance != 1 and init_from is None and not begun:
-        raise TrainError(f"guidance {config.guidance:g} is folded into the weights of a checkpoint, and none is named")
+        raise TrainError(f"guidance {config.guidance:g} is folded into the weights of a checkpoint: give --init-from")
     if init_from is not None and not begun:
         origin = _origin(init_from, net)
         net.load_state_dict(origin.net.state_dict())

@@ -381,7 +381,7 @@ def test_guidance_of_a_run_multiplies_that_of_the_weights_it_began_with(straight
 
 def test_guidance_that_cannot_be_folded_is_refused(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.raises(TrainError, match="guidance 3 is folded into the weights of a checkpoint, and none is named"):
+    with pytest.raises(TrainError, match="guidance 3 is folded into the weights of a checkpoint: give --init-from"):
         run(folder, GUIDED)
     with pytest.raises(TrainError, match="stable_target is for targets from the data, and with guidance they are"):
         run(folder, dataclasses.replace(GUIDED, flip=False, stable_target=True), init_from=straight)
