@@ -84,7 +84,7 @@ class Checkpoint:
     autoencoder: Autoencoder | None = None
     """Of a latent model: what turns images into the latents that the network sees, and back."""
     folded_guidance: float = 1.0
-    """Guidance that the weights have in them, so that samples without any have it; a request's own multiplies it."""
+    """Guidance that the weights have in them. A request's own multiplies it; of a student there is none."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -265,7 +265,7 @@ def save_checkpoint(
     recommended: Recommended | None = None,
     student: Mapping[str, Any] | None = None,
     autoencoder: Autoencoder | None = None,
-    folded_guidance: float = 1.0,
+    folded_guidance: float | None = None,
 ) -> None:
     """Write a folder that tminus loads, and diffusers too if it has such a network. Each file appears whole or not.
 
@@ -295,7 +295,7 @@ def save_checkpoint(
         meta["recommended"] = asdict(recommended)
     if student is not None:
         meta["student"] = dict(student)
-    if folded_guidance != 1:
+    if folded_guidance is not None:
         meta["folded_guidance"] = folded_guidance
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)

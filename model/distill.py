@@ -21,6 +21,7 @@ from tminus.model.checkpoint import save_checkpoint
 from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
+from tminus.model.folding import product_of
 from tminus.model.frechet_loss import FrechetLoss
 from tminus.model.guidance import Forward
 from tminus.model.latent.folder import check_place, with_autoencoder
@@ -157,7 +158,7 @@ def distill(
         return predict_x0(plan, k, x_t, out)
 
     def save() -> None:
-        shadow, folded = run.ema.shadow, config.guidance * of_teacher.folded_guidance
+        shadow, folded = run.ema.shadow, product_of(config.guidance, of_teacher)
         student = {"teacher": of_teacher.name, "teacher_hash": of_teacher.weights_hash, "guidance": folded}
         student |= {"steps": sorted(config.student_steps)}
         provenance = {

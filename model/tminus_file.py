@@ -101,18 +101,19 @@ def read_student(file: Path, meta: Mapping[str, Any]) -> Mapping[str, Any] | Non
 def folded_guidance_of(file: Path, meta: Mapping[str, Any]) -> float:
     """Read the guidance that the weights have in them, as `train` and `distill` fold it; 1 is none.
 
-    Raises CheckpointError.
+    Students of earlier versions tell it as their `guidance` alone. Raises CheckpointError.
     """
-    folded = meta.get("folded_guidance", 1.0)
+    folded = meta.get("folded_guidance", (read_student(file, meta) or {}).get("guidance", 1.0))
     if type(folded) not in (int, float) or not math.isfinite(folded) or folded < 0:
         raise CheckpointError(f"{file}: folded_guidance must be a number, 0 or more, got {folded!r:.100}")
     return float(folded)
 
 
-def read_folded_guidance(folder: Path) -> float:
-    """Read only that of a folder's tminus.json; 1 without one. Raises CheckpointError."""
+def read_folded_guidance(folder: Path) -> float | None:
+    """Read only that of a folder's tminus.json; None where it has none. Raises CheckpointError."""
     file = folder / TMINUS_FILE
-    return folded_guidance_of(file, read_json(file)) if file.is_file() else 1.0
+    meta = read_json(file) if file.is_file() else {}
+    return folded_guidance_of(file, meta) if "folded_guidance" in meta else None
 
 
 def read_size(folder: Path, meta: Mapping[str, Any]) -> int:

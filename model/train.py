@@ -20,6 +20,7 @@ from tminus.model.checkpoint import Checkpoint, Labels, load_checkpoint, save_ch
 from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
 from tminus.model.ema import Ema
+from tminus.model.folding import check_teacher, product_of, teacher_of
 from tminus.model.guidance import Forward, guided
 from tminus.model.held_out import BATCH, MEASURED, Examples, examples_of, mean_loss, note_losses, unlike
 from tminus.model.latent.autoencoder import Autoencoder
@@ -106,8 +107,9 @@ def train(
         raise TrainError("flip mirrors pixels, and a latent model is trained on latents")
     if config.stable_target and config.flip:
         raise TrainError("stable_target takes the images as they are, and flip mirrors half of them")
+    begun = begun_in(folder)
     if config.guidance != 1:
-        _check_guidance(config, unet)
+        _check_guidance(config, unet, has_origin=begun or init_from is not None)
     if held_out is not None and (wrong := unlike(held_out, data)):
         raise TrainError(wrong)
     check_place(folder, autoencoder)  # now, and not at the first save
@@ -116,18 +118,16 @@ def train(
     torch.manual_seed(step_seed(config.seed, -1))
     net = UNet2D(unet).to(device)
     folder.mkdir(parents=True, exist_ok=True)
-    begun = begun_in(folder)
-    recommended, folded_guidance = None, config.guidance
-    if config.guidance != 1 and init_from is None and not begun:
-        raise TrainError(f"guidance {config.guidance:g} is folded into the weights of a checkpoint: give --init-from")
+    recommended, folded_guidance = None, config.guidance if config.guidance != 1 else None
     if init_from is not None and not begun:
         origin = _origin(init_from, net)
         net.load_state_dict(origin.net.state_dict())
-        if config.guidance != 1:  # else the targets are the data's
-            _check_teacher(init_from, origin, noise)
-            folded_guidance *= origin.folded_guidance
         if (own := origin.recommended) is not None and own.steps <= noise.num_train_timesteps:
             recommended = own
+        if config.guidance != 1:
+            check_teacher(init_from, origin, unet, noise, data.class_names, autoencoder)
+            folded_guidance = product_of(config.guidance, origin)
+            recommended = dataclasses.replace(recommended, guidance=1.0) if recommended is not None else None
     rate = config.learning_rate
     optimizer = Muon(net, rate) if config.optimizer == "muon" else torch.optim.Adam(net.parameters(), rate, fused=True)
     run = RunState(net, Ema(net, config.ema_decay), optimizer, str(init_from) if init_from is not None else None)
@@ -138,9 +138,7 @@ def train(
         identity |= {"autoencoder": hash_autoencoder(autoencoder)}
     teacher = None
     if config.guidance != 1:
-        teacher = UNet2D(unet).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        teacher.load_state_dict(net.state_dict())
-        run.remembered = teacher.requires_grad_(False).eval()  # a run that is resumed has it in its state
+        teacher = run.remembered = teacher_of(net)  # a run that is resumed has it in its state
     if begun:
         config = run.resume(folder, "train", config, identity)
         if init_from is not None and (run.origin is None or Path(run.origin).resolve() != init_from.resolve()):
@@ -166,16 +164,20 @@ def train(
         num_measured = min(len(data), len(held_out), MEASURED)  # as many of both, at the same timesteps then
         measured = Examples(origins, labels), examples_of(held_out, num_measured, autoencoder, device)
     if begun:
-        # Its own, and not those of its origin.
-        recommended, folded_guidance = read_recommended(folder, noise, labels_meta), read_folded_guidance(folder)
+        recommended = read_recommended(folder, noise, labels_meta)
+        if (so_far := read_folded_guidance(folder)) is not None:
+            folded_guidance = so_far
     if recommended is not None and recommended.sampler in TABLE_SAMPLERS:
         recommended = None  # tables fit only the weights that they were made for
     batch_shape = (config.batch_size, *origins.shape[1:])
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
         config = config.with_precision(faster_precision(net, batch_shape, device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    forward: Forward = torch.compile(net) if config.compile else net
-    teacher_forward: Forward | None = torch.compile(teacher) if teacher is not None and config.compile else teacher
+    # Not dynamic, or what is compiled second would be made for batches of any size, as the first has another.
+    forward: Forward = torch.compile(net, dynamic=False) if config.compile else net
+    teacher_forward: Forward | None = teacher
+    if teacher is not None and config.compile:
+        teacher_forward = torch.compile(teacher, dynamic=False)
     log.info("%s: step %d of %d, %s, %s", folder, run.step, config.steps, device, config.precision)
 
     def save() -> None:
@@ -264,10 +266,14 @@ def train(
     return run.step >= config.steps
 
 
-def _check_guidance(config: TrainConfig, unet: UNetConfig) -> None:
+def _check_guidance(config: TrainConfig, unet: UNetConfig, *, has_origin: bool) -> None:
     """Raise TrainError where there is nothing to guide, or where the data's own targets are asked for too."""
     if unet.num_class_embeds is None:
         raise TrainError(f"guidance must be 1 (off) for data without classes, got {config.guidance:g}")
+    if not has_origin:
+        raise TrainError(f"guidance must be 1 (off) without --init-from, got {config.guidance:g}")
+    if config.class_dropout == 0:
+        raise TrainError("class_dropout must be above 0 with guidance, or the null class is not learned; got 0")
     if config.stable_target:
         raise TrainError("stable_target is for targets from the data, and with guidance they are another network's")
 
@@ -282,17 +288,6 @@ def _origin(folder: Path, net: UNet2D) -> Checkpoint:
     if wrong := misfit(origin.net.state_dict(), net, "this run"):
         raise TrainError(f"{folder}: {wrong}")
     return origin
-
-
-def _check_teacher(folder: Path, teacher: Checkpoint, noise: NoiseConfig) -> None:
-    """Raise TrainError unless its guided predictions are targets of a run with this noise."""
-    if teacher.labels.null_class is None:
-        raise TrainError(f"{folder}: has no null class, and a run with guidance needs one")
-    if (predicts := teacher.noise.prediction_type) != noise.prediction_type:
-        must = f"a run with guidance must too, got {noise.prediction_type}"
-        raise TrainError(f"{folder}: predicts {predicts}, and {must}")
-    if not torch.equal(teacher.noise.schedule().betas, noise.schedule().betas):
-        raise TrainError(f"{folder}: has another noise schedule, and a run with guidance must have the same")
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> Tensor:

@@ -62,7 +62,8 @@ def describe(path: Path, given: Given) -> Description:
         null = "no null class, so no guidance" if labels.null_class is None else f"null class {labels.null_class}"
         lines.append(("classes", f"{labels.num_classes} ({', '.join(labels.class_names)[:100]}); {null}"))
     if checkpoint.folded_guidance != 1:
-        lines.append(("guidance", f"{checkpoint.folded_guidance:g} in the weights, which a request's own multiplies"))
+        further = ", which a request's own multiplies" if checkpoint.student is None else ""
+        lines.append(("guidance", f"{checkpoint.folded_guidance:g} in the weights{further}"))
     lines += noise_lines(noise)
     lines.append(("samplers", ", ".join(checkpoint.samplers)))
     own = _settings(noise) if checkpoint.student is None else Recommended("consistency", checkpoint.tables[0].steps)

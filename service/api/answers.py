@@ -227,7 +227,7 @@ class ModelAnswer(BaseModel):
         description="of a network made for few steps: what it is, and the guidance folded in"
     )
     folded_guidance: float = Field(
-        description="that the weights have in them and that a request's own multiplies; 1 is none"
+        description="guidance in the weights, a student's too; a request's own multiplies it, and 1 is none"
     )
     default_sampler: str
     recommended: RecommendedAnswer | None = Field(description="null where the checkpoint recommends nothing")

@@ -75,7 +75,7 @@ function showFrame(at, from) {
   for (const show of SHOWS) {
     if (!frame[show] || element(show).src === frame[show].url) continue;
     element(show).src = frame[show].url;
-    element(show).alt = `${show} after ${frame.step} of ${frame.steps} steps`;
+    element(show).alt = `${show} after step ${frame.step} of ${frame.steps}`;
   }
   const scrub = element("scrub");
   scrub.value = at;

@@ -73,7 +73,7 @@ export function lane(number, model, begins) {
     const frame = frames[frameAt(frames, t)];
     for (const show of SHOWS) {
       if (part(show).src !== frame[show]) part(show).src = frame[show];
-      part(show).alt = `Lane ${"ABCD"[number]}, ${show} after ${frame.step} of ${frame.steps} steps`;
+      part(show).alt = `Lane ${"ABCD"[number]}, ${show} after step ${frame.step} of ${frame.steps}`;
     }
     part("told").textContent = `Step ${frame.step} of ${frame.steps}. ${caption}.`;
   }

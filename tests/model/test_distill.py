@@ -113,6 +113,19 @@ def test_student_is_a_checkpoint_that_says_what_it_is_made_for(straight: Path, t
         assert bool(torch.isfinite(images).all())
 
 
+def test_guidance_of_a_student_multiplies_that_in_its_teachers_weights(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher")
+    file = teacher / "tminus.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "folded_guidance": 1.2}), "utf-8")
+    assert run(tmp_path / "run", teacher, steps=1, guidance=1.5)
+    assert load_checkpoint(tmp_path / "run").folded_guidance == 1.8
+    file = tmp_path / "run" / "tminus.json"
+    meta = json.loads(file.read_text("utf-8"))
+    del meta["folded_guidance"]  # as earlier versions wrote it
+    file.write_text(json.dumps(meta), "utf-8")
+    assert load_checkpoint(tmp_path / "run").folded_guidance == 1.8
+
+
 def test_student_is_made_for_the_steps_asked_for_alone(tmp_path: Path, teacher: Path) -> None:
     assert run(tmp_path / "run", teacher, steps=1, student_steps=(3, 1))
     student = load_checkpoint(tmp_path / "run")

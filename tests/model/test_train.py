@@ -26,7 +26,6 @@ from tminus.model.latent.config import AutoencoderConfig
 from tminus.model.latent.folder import hash_autoencoder, save_autoencoder
 from tminus.model.loss import lognormal_timesteps
 from tminus.model.noise import NoiseConfig, NoiseSchedule
-from tminus.model.pixels import to_model_range
 from tminus.model.recommended import Recommended
 from tminus.model.run import TrainError, faster_precision, step_seed
 from tminus.model.run_file import FORMER_FILE, STATE_FILE, read_state, write_state
@@ -334,76 +333,6 @@ def test_run_by_muon_resumes_to_the_bit_and_differs_from_one_by_adam(straight: P
     assert any(not torch.equal(state["net"][key], other["net"][key]) for key in other["net"])
     with pytest.raises(ValueError, match="optimizer must be adam or muon, got 'sgd'"):
         dataclasses.replace(RUN, optimizer="sgd")
-
-
-GUIDED = dataclasses.replace(RUN, guidance=3.0)
-
-
-def test_run_with_guidance_learns_what_the_weights_it_began_with_predict_with_it(
-    straight: Path, tmp_path: Path
-) -> None:
-    folder, teacher = tmp_path / "guided", load_checkpoint(straight).net
-    fast = dataclasses.replace(GUIDED, steps=60, batch_size=16, learning_rate=4e-3, decay_fraction=0.5, ema_decay=0.9)
-    config = dataclasses.replace(fast, class_dropout=0.3)
-    assert run(folder, config, unet=dataclasses.replace(CONDITIONAL, dropout=0.0), init_from=straight)
-    learned = load_checkpoint(folder)
-    t, x_0 = torch.arange(64) * 49 // 63, to_model_range(toy_images(64).images)
-    x_t = NOISE.schedule().q_sample(x_0, t, torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)))
-    labels, null = torch.arange(64) % 2, torch.full((64,), 2)
-    with torch.no_grad():
-        plain, without_class = teacher(x_t, t, labels), teacher(x_t, t, null)
-        wanted = without_class + 3 * (plain - without_class)  # Ho & Salimans 2022, eq. 6, w = 2
-        error = (learned.net(x_t, t, labels) - wanted).square().mean() / (plain - wanted).square().mean()
-        error_of_null = (learned.net(x_t, t, null) - without_class).square().mean() / without_class.square().mean()
-    assert error < 0.24
-    assert error_of_null < 0.04, "a request may guide it further"
-    assert learned.folded_guidance == 3
-
-
-def test_run_with_guidance_resumes_to_the_bit_without_the_weights_it_began_with(straight: Path, tmp_path: Path) -> None:
-    shutil.copytree(straight, tmp_path / "origin")
-    assert run(tmp_path / "straight", GUIDED, init_from=tmp_path / "origin")
-    run(tmp_path / "stopped", dataclasses.replace(GUIDED, steps=3), init_from=tmp_path / "origin")
-    shutil.rmtree(tmp_path / "origin")
-    assert run(tmp_path / "stopped", GUIDED)
-    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
-    assert load_checkpoint(tmp_path / "stopped").folded_guidance == 3
-
-
-def test_guidance_of_a_run_multiplies_that_of_the_weights_it_began_with(straight: Path, tmp_path: Path) -> None:
-    one = dataclasses.replace(RUN, steps=1)
-    assert run(tmp_path / "first", dataclasses.replace(one, guidance=1.5), init_from=straight)
-    assert run(tmp_path / "second", dataclasses.replace(one, guidance=2.0), init_from=tmp_path / "first")
-    assert load_checkpoint(tmp_path / "second").folded_guidance == 3
-    assert run(tmp_path / "third", one, init_from=tmp_path / "second")  # the data's targets have none
-    assert load_checkpoint(tmp_path / "third").folded_guidance == 1
-
-
-def test_guidance_that_cannot_be_folded_is_refused(straight: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with pytest.raises(TrainError, match="guidance 3 is folded into the weights of a checkpoint: give --init-from"):
-        run(folder, GUIDED)
-    with pytest.raises(TrainError, match="stable_target is for targets from the data, and with guidance they are"):
-        run(folder, dataclasses.replace(GUIDED, flip=False, stable_target=True), init_from=straight)
-    bare = dataclasses.replace(toy_images(), labels=None, class_names=())
-    with pytest.raises(TrainError, match=r"guidance must be 1 \(off\) for data without classes, got 3"):
-        train(folder, bare, TINY, NOISE, GUIDED, device=CPU, init_from=straight)
-    for change, message in (
-        ({"prediction_type": "v_prediction"}, "predicts epsilon, and a run with guidance must too, got v_prediction"),
-        ({"beta_end": 0.1}, "has another noise schedule, and a run with guidance must have the same"),
-    ):
-        noise = dataclasses.replace(NOISE, **change)
-        with pytest.raises(TrainError, match=f"straight: {message}"):
-            train(folder, toy_images(), CONDITIONAL, noise, GUIDED, device=CPU, init_from=straight)
-    shutil.copytree(straight, tmp_path / "all-classes")
-    meta = json.loads((straight / "tminus.json").read_text("utf-8"))
-    all_classes = {**meta, "class_names": ["left", "right", "middle"], "null_class": None}
-    (tmp_path / "all-classes" / "tminus.json").write_text(json.dumps(all_classes), "utf-8")
-    with pytest.raises(TrainError, match="all-classes: has no null class, and a run with guidance needs one"):
-        run(folder, GUIDED, init_from=tmp_path / "all-classes")
-    for bad in (-1.0, 50.5, float("nan")):
-        with pytest.raises(ValueError, match=rf"guidance must be in 0\.\.50, got {bad}"):
-            dataclasses.replace(RUN, guidance=bad)
 
 
 def test_resuming_with_another_network_is_refused(tmp_path: Path) -> None:
@@ -754,11 +683,13 @@ def small_autoencoder() -> Autoencoder:
     ).requires_grad_(False)
 
 
-def latent_run(folder: Path, config: TrainConfig = RUN) -> Autoencoder:
-    autoencoder = small_autoencoder()
+def latent_run(
+    folder: Path, config: TrainConfig = RUN, init_from: Path | None = None, autoencoder: Autoencoder | None = None
+) -> Autoencoder:
+    autoencoder = autoencoder or small_autoencoder()
     unet = dataclasses.replace(CONDITIONAL, sample_size=4, in_channels=3, out_channels=3)
     noise = dataclasses.replace(NOISE, clip_sample=False)
-    train(folder, toy_images(), unet, noise, config, device=CPU, autoencoder=autoencoder)
+    train(folder, toy_images(), unet, noise, config, device=CPU, init_from=init_from, autoencoder=autoencoder)
     return autoencoder
 
 

@@ -160,6 +160,11 @@ def test_a_latent_model_fits_its_schema_too(make_site: MakeSite) -> None:
     assert Described(site).answer("GET", "/model")["latent"] == told
 
 
+def test_guidance_in_the_weights_is_told(make_site: MakeSite) -> None:
+    site = make_site(info=replace(INFO, folded_guidance=1.2))
+    assert Described(site).answer("GET", "/model")["folded_guidance"] == 1.2
+
+
 def test_a_model_without_classes_fits_its_schema_too(make_site: MakeSite) -> None:
     site = make_site(info=replace(INFO, conditional=False, class_names=(), null_class=None))
     document = Described(site).answer("GET", "/model")
