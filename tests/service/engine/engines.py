@@ -36,7 +36,8 @@ def make_engine(
     max_jobs: int = 32,
     device: torch.device = CPU,
 ) -> Engine:
-    executor = executor or EagerExecutor(checkpoint.net, device)
+    # Row by row: passes of other sizes differ in the last bit, which now and then is one of an image.
+    executor = executor or EagerExecutor(checkpoint.net, device, sizes=(1,))
     return Engine(checkpoint, executor, device, max_rows=max_rows, max_jobs=max_jobs)
 
 

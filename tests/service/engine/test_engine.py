@@ -312,7 +312,7 @@ def test_models_of_other_shapes(
 
 
 def test_a_tick_is_one_forward_pass_of_the_batchs_places(tiny: Checkpoint, forward_sizes: list[int]) -> None:
-    engine = make_engine(tiny)
+    engine = make_engine(tiny, executor=EagerExecutor(tiny.net, CPU))
     plain = engine.add(spec_of(n=3))
     guided = engine.add(spec_of(n=2, guidance=2.0))
     batches = [
@@ -327,7 +327,9 @@ def test_a_tick_is_one_forward_pass_of_the_batchs_places(tiny: Checkpoint, forwa
 
 
 def test_an_unguided_job_of_a_class_costs_no_null_class_pass(tiny: Checkpoint, forward_sizes: list[int]) -> None:
-    sample_locally(make_engine(tiny), spec_of(n=4, steps=5), 8, lambda rows: None)
+    sample_locally(
+        make_engine(tiny, executor=EagerExecutor(tiny.net, CPU)), spec_of(n=4, steps=5), 8, lambda rows: None
+    )
     assert forward_sizes == [4] * 5
 
 
@@ -414,7 +416,7 @@ def test_a_slots_former_row_leaves_no_trace(tiny: Checkpoint) -> None:
 
 @pytest.mark.usefixtures("floats")
 def test_nan_stays_in_its_row_and_leaves_with_it(tiny: Checkpoint) -> None:
-    engine = make_engine(tiny, max_rows=3, max_jobs=3)
+    engine = make_engine(tiny, executor=EagerExecutor(tiny.net, CPU), max_rows=3, max_jobs=3)
     sick, well = engine.add(spec_of(n=1, guidance=2.0)), engine.add(spec_of(n=2, seed=2, steps=2))
 
     def poison(_net: object, _args: object, out: Tensor) -> Tensor:
