@@ -1,6 +1,8 @@
 import functools
 import gc
 import os
+from pathlib import Path
+from typing import Any
 
 import httpx._transports.default as transport
 import hypothesis
@@ -21,6 +23,16 @@ hypothesis.settings.load_profile("tminus")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Say what a worker died of, which its report does not: a status below 0 is a signal, -9 perhaps want of memory."""
+    if error is not None:
+        status = node.gateway._io.popen.wait(timeout=10)
+        memory = Path("/proc/meminfo")
+        free = " ".join(memory.read_text().splitlines()[2].split()) if memory.exists() else "memory unknown"
+        print(f"\n{node.gateway.id} ended with status {status}; {free}", flush=True)
 
 
 # Longest first.
