@@ -23,7 +23,7 @@ test-fast: $(VENV)/.installed-test
 	$(BIN)/pytest -n auto --dist worksteal --ignore tests/e2e -m "not slow"
 
 # Of branches too, by the tests that mirror the code. Nothing would be seen of real servers, which are processes of their own.
-# A part is run again as a whole where a test failed: what a worker has seen is lost if it crashes.
+# A folder is run again as a whole where a test of it failed: what a worker has seen is lost if it crashes.
 COVER = $(BIN)/pytest -n auto --dist worksteal --cov --cov-append --cov-report= --cov-fail-under=0
 coverage: $(VENV)/.installed-test
 	$(BIN)/coverage erase
