@@ -113,9 +113,11 @@ class AsyncStore:
         """See JobStore."""
         return await self._read(self._store.get, job_id)
 
-    async def claim(self, fingerprint: str, intake: Intake, begun_places: float, rows: int) -> list[JobRecord]:
+    async def claim(
+        self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
+    ) -> list[JobRecord]:
         """See JobStore."""
-        return await self._claim(fingerprint, intake, begun_places, rows)
+        return await self._claim(fingerprint, intake, begun_places, rows, tables)
 
     async def claim_all(self) -> list[JobRecord]:
         """Hold every job that has not ended, of a store that no other process shares."""

@@ -77,6 +77,7 @@ class Leases:
         self._store, self._worker, self._admission, self._holder = store, worker, admission, holder
         self._model, self._info = model, info
         self._max_rows, self._max_backlog_s, self._ended = limits.max_rows, limits.max_backlog_s, False
+        self._own_tables = frozenset(table.hash for table in info.tables)
         store.holders.append(self._ids)
         self.load: ClusterLoad | None = None  # when it was last asked for; None while the database is away
         self._asked_s = -math.inf  # when that was
@@ -137,7 +138,9 @@ class Leases:
         async with self._store.turn:
             oldest_us = min((live.record.created_us for live in self._holder.all()), default=None)
             intake = self._admission.intake(self._model, AHEAD_S, oldest_us)
-            claimed = await self._store.claim(self._info.fingerprint, intake, begun_places, self._max_rows)
+            claimed = await self._store.claim(
+                self._info.fingerprint, intake, begun_places, self._max_rows, self._own_tables
+            )
             self._least_waiting = intake.refused
             self._holder.take_on(claimed)
 

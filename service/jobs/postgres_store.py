@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,7 +19,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs.postgres_sweep import forget_gone, may_sweep, unserved_weights
-from tminus.service.jobs.postgres_tables import FORMAT, format_of, make_postgres_tables, texts
+from tminus.service.jobs.postgres_tables import FORMAT, format_of, lacks_table, make_postgres_tables, texts
 from tminus.service.jobs.sql_store import RECORD_BYTES, SqlStore
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
 from tminus.service.jobs.webhooks.delivery_store import Conditions, Run
@@ -30,6 +31,7 @@ from tminus.service.spec import Inputs
 log = logging.getLogger(__name__)
 
 CLAIM_JOBS = 32  # the most that one claim looks at
+AWAY = timedelta(minutes=5)  # a replica may be starting again: jobs that others cannot do wait so long for it
 _NOW_US = sa.cast(sa.func.extract("epoch", sa.func.clock_timestamp()) * 1_000_000, sa.BigInteger)
 _EPOCH = sa.func.extract("epoch", sa.func.clock_timestamp())
 
@@ -93,9 +95,11 @@ class PostgresStore(SqlStore):
                 self._unsure.add(job.id)  # the connection may have broken after the commit
             raise
 
-    def claim(self, fingerprint: str, intake: Intake, begun_places: float, rows: int) -> list[JobRecord]:
+    def claim(
+        self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
+    ) -> list[JobRecord]:
         """See JobStore."""
-        jobs = self._tables.jobs
+        jobs, can = self._tables.jobs, (fingerprint, rows, tables)
         held = {
             "replica": self._replica,
             "fence": jobs.c.fence + 1,
@@ -103,12 +107,12 @@ class PostgresStore(SqlStore):
         }
         arrival, length = jobs.c.arrival, jobs.c.places
         with self._transaction() as run:
-            chosen = _first(run(self._free(fingerprint, rows, arrival, begun=True)).all(), begun_places)
+            chosen = _first(run(self._free(can, arrival, begun=True)).all(), begun_places)
             for row in chosen:
                 intake.add(row.places)
-            chosen += [row for row in run(self._free(fingerprint, rows, length, arrival)) if intake.offer(row.places)]
+            chosen += [row for row in run(self._free(can, length, arrival)) if intake.offer(row.places)]
             if intake.refused < math.inf:
-                oldest = run(self._free(fingerprint, rows, arrival)).all()[0]
+                oldest = run(self._free(can, arrival)).all()[0]
                 if oldest not in chosen and intake.offer_oldest(oldest.places, oldest.created_us):
                     chosen.append(oldest)
             if chosen:
@@ -116,20 +120,22 @@ class PostgresStore(SqlStore):
         self._fences |= {row.id: row.fence + 1 for row in chosen}
         return self._records_or_end(chosen)
 
-    def _free(self, fingerprint: str, rows: int, *order: Any, begun: bool = False) -> sa.Select[Any]:
-        """Lock the first jobs, in some order, that this replica may claim."""
+    def _free(self, can: tuple[str, int, Collection[str]], *order: Any, begun: bool = False) -> sa.Select[Any]:
+        """Lock the first jobs, in some order, that this replica may claim with its build, rows and tables."""
+        fingerprint, rows, tables = can
         jobs, snapshots, replicas = self._tables.jobs, self._tables.snapshots, self._replicas
+        other_builds = [replicas.c.fingerprint != fingerprint, *self._its_weights()]
+        lease_left = replicas.c.lease_until - sa.func.clock_timestamp()
+        may_have_it = sa.exists(replicas.c.id).where(*other_builds, lease_left > -AWAY)
         query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
         query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, *self._understood(), *self._here())
+        query = query.where(~(lacks_table(jobs.c.spec, tables) & may_have_it))
         if begun:
-            others = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
-            others = others.where(
-                snapshots.c.job_id == jobs.c.id, snapshots.c.fingerprint != fingerprint,
-                replicas.c.weights == self._weights, replicas.c.lease_until > sa.func.clock_timestamp(),
-            )  # fmt: skip
+            began = sa.select(snapshots.c.job_id).join(replicas, replicas.c.fingerprint == snapshots.c.fingerprint)
+            began = began.where(snapshots.c.job_id == jobs.c.id, *other_builds, lease_left > timedelta())
             # What this one held itself, and did not renew in time, the next renewal takes back or leaves to others.
             not_mine = jobs.c.replica.is_distinct_from(self._replica)
-            query = query.where(jobs.c.fence > 0, ~self._living, not_mine, ~others.exists())
+            query = query.where(jobs.c.fence > 0, ~self._living, not_mine, ~began.exists())
         else:
             query = query.where(jobs.c.fence == 0)
         return query.order_by(*order).limit(CLAIM_JOBS).with_for_update(skip_locked=True, of=jobs)
@@ -312,13 +318,8 @@ class PostgresStore(SqlStore):
 
 def _first(rows: Sequence[Any], places: float) -> list[Any]:
     """The first, until they make up so many places: at least one, if there is any and places are asked for."""
-    chosen: list[Any] = []
-    for row in rows:
-        if places <= 0:
-            break
-        chosen.append(row)
-        places -= row.places
-    return chosen
+    before = accumulate((row.places for row in rows), initial=0)
+    return [row for row, passed in zip(rows, before, strict=False) if passed < places]
 
 
 def _steady_us() -> int:

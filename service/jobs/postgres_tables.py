@@ -53,3 +53,9 @@ def make_postgres_tables(schema: str) -> tuple[sa.Table, Tables]:
 def texts(each: Collection[str]) -> sa.ColumnElement[Any]:
     """An array, which may have more members than a statement may have parameters."""
     return sa.literal(list(each), ARRAY(sa.Text))
+
+
+def lacks_table(spec: sa.ColumnElement[str], tables: Collection[str]) -> sa.ColumnElement[bool]:
+    """Whether a job's spec, as JSON text, names a checkpoint's table that is none of these hashes."""
+    named = sa.func.substring(spec, '"table": ?"([^"]*)"')  # not parsed: a damaged spec must fail no claim
+    return named.isnot(None) & (named != sa.all_(texts(tables)))

@@ -108,7 +108,12 @@ class SqliteStore(SqlStore):
         return super().add(job, key, inputs, held=held)
 
     def claim(
-        self, _fingerprint: str = "", _intake: Intake | None = None, _begun_places: float = 0.0, _rows: int = 0
+        self,
+        _fingerprint: str = "",
+        _intake: Intake | None = None,
+        _begun_places: float = 0.0,
+        _rows: int = 0,
+        _tables: Collection[str] = (),
     ) -> list[JobRecord]:
         """See JobStore. There is no other replica, so these are all that have not ended."""
         jobs = self._tables.jobs

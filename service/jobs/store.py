@@ -127,13 +127,16 @@ class JobStore(Protocol):
     def get(self, job_id: str) -> JobRecord | None:
         """Look up one job."""
 
-    def claim(self, fingerprint: str, intake: Intake, begun_places: float, rows: int) -> list[JobRecord]:
+    def claim(
+        self, fingerprint: str, intake: Intake, begun_places: float, rows: int, tables: Collection[str] = ()
+    ) -> list[JobRecord]:
         """Hold jobs that have not ended and that nobody holds; none of more than so many rows.
 
         First those that were held before, in order of arrival, until they make up begun_places: their clients wait for
         the next step. Then the new ones that the intake takes, the shortest first; and where it does not take all, the
         oldest if it takes that. One that was begun by another build is left to a replica of that build while one
-        lives. One whose record is damaged is ended as failed.
+        lives, and one with a table that is none of `tables`, hashes, to other builds while one lives. One whose record
+        is damaged is ended as failed.
         """
 
     def take_damaged(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.postgres import Postgres
+from tests.service.api.test_tables import TUNED
 from tests.service.conftest import INSTANT, MakeSite, Site, problem
 from tests.service.durable import SPEC, events, post, state, wait_for
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, make_spec, wait_until
@@ -651,6 +652,20 @@ def test_another_build_begins_what_it_takes_over_anew(replicas: Replicas) -> Non
     wait_for(other, job_id)
     assert other.client.get(f"/jobs/{job_id}/image").headers["x-fingerprint"] == "another build"
     assert min(min(batch.steps) for batch in other.engine.batches[1:]) == 0
+
+
+def test_a_job_of_a_table_waits_for_a_server_that_has_it(replicas: Replicas) -> None:
+    with_table = replace(TUNED, fingerprint="with tables")
+    one = replicas.start(shut=True, info=with_table)
+    without = replicas.start()
+    job_id = post(one, {"sampler": "tuned", "steps": 8, "seed": 1}).json()["id"]
+    replicas.stop(one)
+    plain = post(without).json()["id"]
+    wait_for(without, plain)
+    assert state(without, job_id) == "waiting"
+    again = replicas.start(info=with_table)
+    wait_for(again, job_id)
+    assert state(without, job_id) == "done"
 
 
 def test_jobs_that_wait_apart_from_others_keep_no_replica_from_claiming() -> None:

@@ -36,6 +36,8 @@ LEASE_S = 1.0
 MANY = 1e9
 ROWS = 64
 PACE = Pace(places_per_s=100.0, backlog_s=2.0)
+TABLE = "ab" * 8
+SPEC_OF_TABLE = replace(SPECS[0], sampler="tuned", table=TABLE)
 
 
 def renew(store: PostgresStore, fingerprint: str, pace: Pace) -> frozenset[str]:
@@ -325,6 +327,33 @@ def test_a_job_that_was_begun_is_left_to_its_build_while_one_of_it_lives(soon: D
     time.sleep(LEASE_S)
     assert [record.id for record in another.claim("another build", Intake(MANY), MANY, ROWS)] == ["a"], "it starts over"
     assert renew(another, "another build", PACE) == {"a", "not begun"}
+
+
+def test_a_job_of_a_table_is_left_to_servers_that_have_it(soon: DatabaseShelf) -> None:
+    has, lacks = soon.open(), soon.open()
+    has.add(job("tuned", SPEC_OF_TABLE), held=False)
+    has.add(job("plain"), held=False)
+    renew(has, "with the table", PACE)
+    renew(lacks, "without", PACE)
+    claimed = lacks.claim("without", Intake(MANY), MANY, ROWS, ["another"])
+    assert [record.id for record in claimed] == ["plain"]
+    assert [record.id for record in has.claim("with the table", Intake(MANY), MANY, ROWS, ["another", TABLE])] == [
+        "tuned"
+    ]
+    expire(soon)
+    assert lacks.claim("without", Intake(MANY), MANY, ROWS, ["another"]) == [], "nor one that was begun"
+
+
+def test_a_job_of_a_table_that_no_server_has_is_claimed_after_a_while(soon: DatabaseShelf) -> None:
+    gone, lacks = soon.open(), soon.open()
+    gone.add(job("tuned", SPEC_OF_TABLE), held=False)
+    renew(gone, "with the table", PACE)
+    renew(lacks, "without", PACE)
+    assert lacks.claim("without", Intake(MANY), MANY, ROWS) == []
+    gone.close()
+    assert lacks.claim("without", Intake(MANY), MANY, ROWS) == [], "it may be starting again"
+    soon.change("UPDATE replicas SET lease_until = lease_until - interval '5 minutes' WHERE fingerprint <> 'without'")
+    assert [record.id for record in lacks.claim("without", Intake(MANY), MANY, ROWS)] == ["tuned"]
 
 
 def test_weights_and_namespaces_do_not_see_each_other(
