@@ -112,9 +112,9 @@ class PostgresStore(SqlStore):
                 intake.add(row.places)
             chosen += [row for row in run(self._free(can, length, arrival)) if intake.offer(row.places)]
             if intake.refused < math.inf:
-                for oldest in run(self._free(can, arrival)).all()[:1]:  # none, if one with its table has just started
-                    if oldest not in chosen and intake.offer_oldest(oldest.places, oldest.created_us):
-                        chosen.append(oldest)
+                oldest = run(self._free(can, arrival).limit(1)).first()  # None: one with its table has just started
+                if oldest and oldest not in chosen and intake.offer_oldest(oldest.places, oldest.created_us):
+                    chosen.append(oldest)
             if chosen:
                 run(sa.update(jobs).where(jobs.c.id.in_([row.id for row in chosen])).values(**held))
         self._fences |= {row.id: row.fence + 1 for row in chosen}
