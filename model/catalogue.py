@@ -58,7 +58,7 @@ SAMPLER_FACTS: Mapping[str, SamplerFacts] = {
         spacing="karras",
     ),
     "dpmpp_3m": SamplerFacts(
-        "as dpmpp_2m, of third order: for 30 steps and more; with fewer, 2M is better",
+        "as dpmpp_2m, of third order: for 30 steps and more; with ten or fewer, 2M is better",
         "Lu et al. 2022, DPM-Solver++ 3M",
         30,
         multistep=True,
