@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from tminus.model.files import CheckpointError, read_json
@@ -40,7 +41,7 @@ def check_layout(folder: Path) -> str | None:
             "latents"
         )
     if not (folder / "unet").is_dir() and "config.json" not in names:
-        raise CheckpointError(f"{folder}: holds {', '.join(names)[:200]}. {LAYOUTS}")
+        raise CheckpointError(f"{folder}: holds {shorten(', '.join(names), 200)}. {LAYOUTS}")
     if not find_scheduler(folder).is_file():
         raise CheckpointError(
             f"{folder}: a U-Net without a scheduler_config.json, which says how its noise was made. {LAYOUTS}; tminus "

@@ -552,6 +552,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"a U-Net without a scheduler_config\.json.* folder of",
     ),
     "a file": (lambda f: (shutil.rmtree(f), f.write_bytes(b"x")), r"a file \(no suffix\)\. .* folder of diffusers"),
+    "many files that are something else": (
+        lambda f: (shutil.rmtree(f), f.mkdir(), [(f / f"{n:03}.txt").write_bytes(b"") for n in range(100)]),
+        r"holds 000\.txt, 001\.txt, .*, 0\d\d\.txt, \[\.\.\.\]\. What",
+    ),
     "something else": (
         lambda f: (shutil.rmtree(f), f.mkdir(), (f / "model.onnx").touch()),
         r"holds model\.onnx\. .* folder of diffusers",
