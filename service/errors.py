@@ -164,7 +164,7 @@ class MalformedRequest(ServiceError):
 
 
 class TooManyHeaders(ServiceError):
-    """The head of a WebSocket handshake is larger than the library for WebSockets takes."""
+    """A WebSocket handshake has more or longer headers than the library for WebSockets takes."""
 
     status, code, title = 431, "too_many_headers", "The head is too large"
 

@@ -40,14 +40,13 @@ def serve_metrics(listener: socket.socket, application: Callable[[], Application
 
     config = uvicorn.Config(
         Starlette(routes=[Route("/metrics", get_metrics), Route("/healthz", healthz)]),
-        http=http_protocol(MOST),
+        http=http_protocol(MOST, MOST),
         ws="none",
         loop="asyncio",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=MOST,
     )
     server = uvicorn.Server(config)
     threading.Thread(target=server.run, args=([listener],), name="tminus-metrics", daemon=True).start()

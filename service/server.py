@@ -31,7 +31,10 @@ from tminus.service.threads import LOADING
 log = logging.getLogger(__name__)
 
 SWITCH_S = 0.0005
-SPARE_FILES = 256  # beside the connections: for libraries, logs, the encoders
+SPARE_FILES = 384  # beside the connections: for libraries, logs, the encoders, and connections that are turned away
+LEAST_CONNECTIONS = 8
+BACKLOG = 2048  # connections that the kernel holds until they are accepted
+ACCEPTED = 64  # of them in one turn of the event loop: each has a file before it can be turned away
 PING_S = 20.0  # many proxies close a WebSocket that is silent for longer
 PONG_S = 40.0  # for the answer, which comes after whatever a slow reader has not read yet
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
@@ -47,6 +50,12 @@ class Server(uvicorn.Server):
         self._starting = starting
         self._give_up = threading.Timer(grace_s, self._close_worker)
         self._give_up.daemon = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections, as many in a turn as uvicorn is told, and have the kernel hold more than that."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the jobs of WebSockets, then stop as uvicorn does, which waits only for the answers to requests.
@@ -101,12 +110,28 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def allow_files(count: int) -> None:
-    """Raise the soft limit of open files to what so many connections need, as far as the hard limit allows."""
+def allow_connections(asked: int) -> int:
+    """Return for how many connections the limit of open files has room, after raising it as far as the system allows.
+
+    Raises ValueError if that is hardly any.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + SPARE_FILES if hard == resource.RLIM_INFINITY else min(count + SPARE_FILES, hard)
-    if soft != resource.RLIM_INFINITY and wanted > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    needed = asked + SPARE_FILES
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and allowed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == needed:
+        return asked
+    if allowed < LEAST_CONNECTIONS + SPARE_FILES:
+        raise ValueError(
+            f"the hard limit of open files (ulimit -Hn) must be at least {LEAST_CONNECTIONS + SPARE_FILES}, got {hard}"
+        )
+    log.warning(
+        "at most %d connections instead of %d: the hard limit of open files (ulimit -Hn) is %d, of which %d are for "
+        "other things",
+        allowed - SPARE_FILES, asked, hard, SPARE_FILES,
+    )  # fmt: skip
+    return allowed - SPARE_FILES
 
 
 def config_of(
@@ -123,14 +148,14 @@ def config_of(
         app,
         # One pair, whatever is installed. A small request takes 0.18 ms with it, 0.10 ms with httptools and uvloop; but
         # httptools bounds no head, and one step of one row takes 2 ms on the same two cores.
-        http=http_protocol(max_connections_per_address),
+        http=http_protocol(max_connections, max_connections_per_address),
         loop="asyncio",
         lifespan="auto" if lifespan else "off",
         log_level=log_level,
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=max_connections,
+        backlog=ACCEPTED,
         timeout_graceful_shutdown=int(ANSWER_S),
         ws=stream_protocol(),
         ws_max_size=max_message_bytes,
@@ -164,7 +189,6 @@ def serve(
         max_connections_per_address=max_connections_per_address,
         max_message_bytes=max_message_bytes,
     )
-    allow_files(max_connections)
     # The worker needs the interpreter for a moment after each pass; the other threads may keep it no longer than this.
     sys.setswitchinterval(SWITCH_S)
     server = Server(config, starting, grace_s)
@@ -172,7 +196,7 @@ def serve(
     # have no effect: to stop when asked is no failure.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda _signum, _frame: setattr(server, "should_exit", True))
-    listener.listen(config.backlog)  # from here on a client waits instead of being refused
+    listener.listen(BACKLOG)  # from here on a client waits instead of being refused
     log.info("listening on %s", url)
     server.run([listener])
     if starting.failure is not None:

@@ -1,5 +1,7 @@
 """How uvicorn treats a connection: bounded heads, deadlines, a share for each address, an end that loses no answer.
 
+A connection is counted and timed until it ends, or until its WebSocket handshake is answered.
+
 What leaves has a deadline too: asyncio's transports wait for their readers without limit, also after they are closed.
 
 uvicorn has no setting for most of this. Its `Config(http=...)` takes a protocol class, but the class that is extended
@@ -12,29 +14,41 @@ import socket
 import sys
 from asyncio import BaseTransport, TimerHandle, Transport
 from collections import Counter
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from websockets.exceptions import SecurityError
 
 from tminus.service.api.problems import render
 from tminus.service.api.stream_limits import counted_address
-from tminus.service.api.websocket_protocol import TCP_NOTSENT_LOWAT
-from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders
+from tminus.service.api.websocket_protocol import (
+    FREE_PIECES,
+    PIECE_BYTES,
+    TCP_NOTSENT_LOWAT,
+    TURN_BYTES,
+    ReadsInTurns,
+    StreamProtocol,
+    too_fine,
+)
+from tminus.service.errors import MalformedRequest, ServiceError, SlowHead, TooManyHeaders, short
 
 log = logging.getLogger(__name__)
 
-HEAD_S = 10.0  # from the connection, or the first byte of a further request, to the end of the head
-MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete
-# What the WebSocket library accepts in a handshake; it answers nothing to more.
-MAX_LINE_BYTES, MAX_HEADERS = 8192, 128
-BODIES = (b"content-length", b"transfer-encoding")  # a handshake has none
+# From the connection, or the first byte of a further request, to the end of the head; and from there to the answer to a
+# WebSocket handshake.
+HEAD_S = 10.0
+MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete, and of a chunked body's trailers
+BULK_BYTES = 65_536  # a turn of what is not parsed
+# For the next request. Longer than clients keep a connection: one that ends as their request comes is an error to them.
+KEPT_S = 75
+KEPT_BUSY_S = 10  # while more than half of all connections are open
 LINGER_S, LINGER_BYTES = 5.0, 2**24  # for how long, and how much of, a request is taken after its answer
 LAST_LINGER_S = 0.5  # once the server ends
 SENT_RATE, SENT_S = 8192, 40.0  # what leaves of an answer, in bytes a second over so long, or it is given up
 UNSENT_BYTES = 131_072  # in the kernel. It would hold megabytes, and take no more for minutes of a slow reader
-REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 44\r\n\r\n"
-REFUSAL += b"Too many connections are open from one place"
+TOO_FINE = f"a body has at most {FREE_PIECES} chunks, and one more for each {PIECE_BYTES} bytes"
+TURNED_AWAY = 64  # connections beyond the limit that are told so; further ones are closed at once
 
 
 class _Outlet:
@@ -50,11 +64,36 @@ class _Outlet:
         return self._protocol.lingers or self._protocol.transport.is_closing()
 
 
-class HttpProtocol(H11Protocol):
+class _Parser(h11.Connection):
+    """h11's parser, which refuses a body of very many chunks with little in them."""
+
+    too_fine = False  # the body of this request is
+    _chunks, _body_bytes = 0, 0  # of it
+
+    def next_event(self) -> Any:
+        """Return the next event. Raises RemoteProtocolError."""
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self._body_bytes += len(event.data)
+            self._chunks += event.chunk_start
+            self.too_fine = too_fine(self._chunks, self._body_bytes)
+            if self.too_fine:
+                raise h11.RemoteProtocolError(TOO_FINE)
+        return event
+
+    def start_next_cycle(self) -> None:
+        """Begin with the next request."""
+        super().start_next_cycle()
+        self._chunks, self._body_bytes = 0, 0
+
+
+class HttpProtocol(H11Protocol, ReadsInTurns):
     """uvicorn's HTTP connection, with these bounds. Runs in the event loop's thread."""
 
     open_by_address: ClassVar[Counter[str]]  # shared by all connections of one server; set by `http_protocol`
     max_per_address: ClassVar[int]
+    max_connections: ClassVar[int]
+    conn: _Parser
     _address: str | None = None  # while it is counted
     _head_timer: TimerHandle | None = None
     _linger_timer: TimerHandle | None = None  # while the connection closes as soon as its client has
@@ -64,15 +103,22 @@ class HttpProtocol(H11Protocol):
     _to_discard = LINGER_BYTES
     _ends = False  # with the server
     _next = b""  # came while an answer was being sent
+    _has_chunks = False  # the body of this request
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn = _Parser(h11.SERVER, MAX_HEAD_BYTES)
 
     def connection_made(self, transport: BaseTransport) -> None:
-        """Count the connection, or refuse it; wait for a head."""
+        """Count the connection, or turn it away; wait for a head."""
         transport = cast(Transport, transport)  # that of uvloop, in which Ray runs us, has no such base
         super().connection_made(transport)
         address = counted_address(self.client[0]) if self.client else ""
+        if len(self.connections) > self.max_connections:
+            self._turn_away(b"Too many connections are open")
+            return
         if self.open_by_address[address] >= self.max_per_address:
-            transport.write(REFUSAL)
-            transport.close()
+            self._turn_away(b"Too many connections are open from one place")
             return
         self._address = address
         self.open_by_address[address] += 1
@@ -97,9 +143,6 @@ class HttpProtocol(H11Protocol):
         answer is dropped, and the connection closes after the answer, which tells the client to ask again. Once the
         answer has begun, the client may have all of it before we know that it is complete: after its head, where HEAD
         was asked for. So a further request waits then.
-
-        h11 bounds a head that is not complete, and would take one of any size that comes in one piece. So it is given
-        no more of a head than the bound at a time.
         """
         while data and not self.transport.is_closing() and self.transport.get_protocol() is self:
             if self.lingers:
@@ -108,10 +151,19 @@ class HttpProtocol(H11Protocol):
             if self._is_answering():
                 self._wait_for_answer(data)
                 return
-            is_head = self.conn.their_state is h11.IDLE
-            size = max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])) if is_head else len(data)
+            size = self.turn_bytes()  # uvloop gives more at a time
             self._take(data[:size])
             data = data[size:]
+
+    def turn_bytes(self) -> int:
+        """Return how much to take in the next turn.
+
+        h11 bounds a head that is not complete, and would take one of any size that comes in one piece. So it is given
+        no more of a head than the bound. A body of a declared length is not parsed.
+        """
+        if self.conn.their_state is h11.IDLE:
+            return min(TURN_BYTES, max(1, MAX_HEAD_BYTES + 1 - len(self.conn.trailing_data[0])))
+        return TURN_BYTES if self._has_chunks else BULK_BYTES
 
     def write(self, data: bytes) -> None:
         """Write a part of an answer, and see that it leaves."""
@@ -126,6 +178,8 @@ class HttpProtocol(H11Protocol):
 
         uvicorn's own time for that is shorter, and over with the next byte.
         """
+        is_busy = len(self.connections) > self.max_connections // 2
+        self.timeout_keep_alive = KEPT_BUSY_S if is_busy else KEPT_S
         super().on_response_complete()
         if self._answered_early() and not self.transport.is_closing() and not self.lingers:
             self._unset_keepalive_if_required()
@@ -145,13 +199,7 @@ class HttpProtocol(H11Protocol):
         if self.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
             self.transport.close()
             return
-        try:
-            self.transport.write_eof()
-        except OSError:  # the client has closed already
-            self.transport.close()
-            return
-        self._linger_timer = self.loop.call_later(LAST_LINGER_S if self._ends else LINGER_S, self.transport.close)
-        self.flow.resume_reading()
+        self._linger(LAST_LINGER_S if self._ends else LINGER_S)
 
     @property
     def lingers(self) -> bool:
@@ -165,6 +213,25 @@ class HttpProtocol(H11Protocol):
             self.transport.close()
         else:
             super().shutdown()
+
+    def _turn_away(self, why: bytes) -> None:
+        """Answer 503 before anything is read: a connection that is not counted may not stay."""
+        head = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(why)
+        self.transport.write(head + why)
+        if len(self.connections) > self.max_connections + TURNED_AWAY:
+            self.transport.close()
+        else:
+            self._linger(LAST_LINGER_S)
+
+    def _linger(self, patience_s: float) -> None:
+        """Send no more, and close when the client has closed, or after this time."""
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has closed already
+            self.transport.close()
+            return
+        self._linger_timer = self.loop.call_later(patience_s, self.transport.close)
+        self.flow.resume_reading()
 
     def _wait_for_answer(self, data: bytes) -> None:
         if self.cycle.response_started and self.cycle.keep_alive and len(self._next) + len(data) <= MAX_HEAD_BYTES:
@@ -180,8 +247,14 @@ class HttpProtocol(H11Protocol):
     def _take(self, data: bytes) -> None:
         asked, was_early = self.cycle, self._answered_early()
         super().data_received(data)
+        if self.transport.get_protocol() is not self:  # it is a WebSocket's now
+            return
         if self.cycle is not asked:
             self.cycle.transport = cast(Transport, _Outlet(self))
+            names = {name for name, _ in self.headers}
+            self._has_chunks = b"transfer-encoding" in names
+            if self._has_chunks and b"content-length" in names:  # RFC 9112, section 6.1: somebody may be smuggling
+                self.cycle.keep_alive = False
         if self._is_answering() and self.conn.trailing_data[0]:
             self.cycle.keep_alive = False
             self.flow.resume_reading()
@@ -193,29 +266,34 @@ class HttpProtocol(H11Protocol):
             self._expect_head()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        """Refuse a handshake that the WebSocket library would not answer."""
+        """Hand the connection over; where the library does not understand the handshake, take it back and refuse it."""
         if self.transport.get_write_buffer_size():  # who is to write from now on knows nothing of what is left
             self._refuse(MalformedRequest("a WebSocket handshake comes after the answer before it has been read"))
-        elif any(name in BODIES for name, _ in self.headers):
-            self._refuse(MalformedRequest("a WebSocket handshake has no body"))
-        elif len(self.headers) > MAX_HEADERS:
-            self._refuse(TooManyHeaders(f"a WebSocket handshake has at most {MAX_HEADERS} headers"))
-        elif any(len(name) + len(value) + 4 > MAX_LINE_BYTES for name, value in (*self.headers, (event.target, b""))):
-            self._refuse(TooManyHeaders(f"a header of a WebSocket handshake has at most {MAX_LINE_BYTES} bytes"))
-        else:
-            self._leave()
-            if self._send_timer is not None:  # what is not sent from now on is the WebSocket's
-                self._send_timer.cancel()
-            super().handle_websocket_upgrade(event)
+            return
+        if self._send_timer is not None:  # what is not sent from now on is the WebSocket's
+            self._send_timer.cancel()
+        super().handle_websocket_upgrade(event)
+        stream = cast(StreamProtocol, self.transport.get_protocol())
+        if stream.handshake_initiated:
+            stream.handshake_answered = self._leave
+            self._stop_waiting()
+            self._expect_head()
+            return
+        why = stream.conn.handshake_exc or ConnectionAbortedError()
+        stream.connection_lost(why)
+        self.transport.set_protocol(self)
+        self.connections.add(self)
+        kind = TooManyHeaders if isinstance(why, SecurityError) else MalformedRequest
+        reason = short(str(why.__cause__ or why))
+        self._refuse(kind(f"the WebSocket handshake cannot be read: {reason!a}"))
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         """Answer what is not HTTP, if it still can be answered; uvicorn has logged it."""
         if self.cycle is not None:
             self.cycle.disconnected = True  # what it is answering has no end
             self.cycle.message_event.set()
-        self._refuse(
-            MalformedRequest("the request is not HTTP/1.1 as this server reads it, or its head is over 16 KiB")
-        )
+        not_http = "the request is not HTTP/1.1 as this server reads it, or its head is over 16 KiB"
+        self._refuse(MalformedRequest(TOO_FINE if self.conn.too_fine else not_http))
 
     def _is_answering(self) -> bool:
         """Whether a request is complete and its answer is not."""
@@ -230,7 +308,9 @@ class HttpProtocol(H11Protocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self.conn.trailing_data[0]:
+        if self.transport.get_protocol() is not self:
+            self.transport.abort()  # nobody has answered the handshake
+        elif self.conn.trailing_data[0]:
             self._refuse(SlowHead(HEAD_S))
         else:
             self.close()  # it has said nothing, or has its answer: there is nothing to answer
@@ -276,12 +356,13 @@ class HttpProtocol(H11Protocol):
         self.close()
 
 
-def http_protocol(max_per_address: int) -> type[HttpProtocol]:
+def http_protocol(max_connections: int, max_per_address: int) -> type[HttpProtocol]:
     """Make the protocol class of one server."""
-    count = max_per_address
+    most, most_of_one = max_connections, max_per_address
 
     class BoundedHttpProtocol(HttpProtocol):
         open_by_address: ClassVar[Counter[str]] = Counter()
-        max_per_address = count
+        max_connections = most
+        max_per_address = most_of_one
 
     return BoundedHttpProtocol

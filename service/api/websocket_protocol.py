@@ -1,4 +1,7 @@
-"""How uvicorn treats a WebSocket here: short send buffers, one bound for all connections, no lingering close.
+"""How uvicorn treats a WebSocket: short send buffers, bounds on what is received, an end that does not wait for ever.
+
+A connection reads two kilobytes in a turn of the event loop, and goes on in the next (`ReadsInTurns`). They may hold
+hundreds of frames, and all other connections wait while these are parsed.
 
 uvicorn has no setting for any of these. Its `Config(ws=...)` takes a protocol class, but the class that is extended
 here is not part of its public interface. Therefore pyproject.toml bounds uvicorn's version, and a test names what is
@@ -7,11 +10,13 @@ missing if the class changes.
 
 import socket
 import sys
-from asyncio import BaseTransport
-from typing import Any, ClassVar
+from asyncio import BaseTransport, BufferedProtocol, Protocol, sleep
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import CloseCode, Frame
 from websockets.protocol import State
 
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget, Hold
@@ -21,14 +26,48 @@ from tminus.service.errors import TooManyBytes
 UNSENT_BYTES = 16_384
 TCP_NOTSENT_LOWAT = 25  # linux/tcp.h; the socket module has no name for it
 LINGER_S = 10.0  # after the close, for the client to read the rest and to answer it
-TRY_AGAIN = 1013
+LAST_LINGER_S = 1.0  # after a close for what the client did; what it still sends is discarded
+TURN_BYTES = 2048  # some 300 of the smallest chunks or frames, which take a millisecond
+# A body or a message may have so many pieces, however small, and one more for each so many bytes.
+FREE_PIECES, PIECE_BYTES = 1024, 64
+CONTROL_FRAMES = 64  # a second: pings and pongs
 
 
-class StreamProtocol(WebSocketsSansIOProtocol):
+def too_fine(pieces: int, size_bytes: int) -> bool:
+    """Whether so many bytes came in more pieces than any client needs: each piece costs as much as a kilobyte."""
+    return pieces > FREE_PIECES + size_bytes // PIECE_BYTES
+
+
+class ReadsInTurns(BufferedProtocol):
+    """A part of a connection: it takes no more from the transport in a turn of the event loop than `turn_bytes`.
+
+    That holds with asyncio. uvloop, in which Ray runs us behind a proxy of its own, reads 64 KiB for uvicorn's classes.
+    """
+
+    _buffer = bytearray()
+
+    def turn_bytes(self) -> int:
+        """Return how many bytes to take in the next turn."""
+        return TURN_BYTES
+
+    def get_buffer(self, sizehint: int) -> bytearray:  # noqa: ARG002  the transport's wish
+        """Return the buffer of the next turn, as asyncio asks for it."""
+        self._buffer = bytearray(self.turn_bytes())
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Parse what has come in this turn."""
+        data, self._buffer = memoryview(self._buffer)[:nbytes].tobytes(), bytearray()
+        cast(Protocol, self).data_received(data)
+
+
+class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
     """uvicorn's WebSocket connection, with these bounds. Runs in the event loop's thread."""
 
     budget: ClassVar[ByteBudget]  # shared by all connections of one server; set by `stream_protocol`
+    handshake_answered: Callable[[], None] = staticmethod(lambda: None)  # called once it is, and at the end
     _received: Hold  # since the app last took a message
+    _second, _control_frames = 0.0, 0  # when this second began, and the control frames in it
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Shorten the send buffers, so that a slow reader is noticed early and then gets the newest frame."""
@@ -40,15 +79,60 @@ class StreamProtocol(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Accept data, or close with 1013 if too much is held; a small message is always accepted."""
+        if self.conn.eof_sent:  # it ends here: what still comes is for nobody
+            return
         try:
             self._received.add(len(data))
         except TooManyBytes:
-            self.conn.fail(TRY_AGAIN, "too much is being sent at once")
-            self.queue.put_nowait({"type": "websocket.disconnect", "code": TRY_AGAIN})
-            self.transport.write(b"".join(self.conn.data_to_send()))
-            self.transport.close()
+            self._fail(CloseCode.TRY_AGAIN_LATER, "too much is being sent at once")
         else:
             super().data_received(data)
+
+    def handle_cont(self, event: Frame) -> None:
+        """Accept a fragment, or close with 1009 where there are too many for what they hold."""
+        pieces = len(self.frames) + 1
+        if pieces % FREE_PIECES == 0 and too_fine(pieces + 1, sum(map(len, self.frames))):
+            self._fail(CloseCode.MESSAGE_TOO_BIG, "the message has too many fragments")
+        else:
+            super().handle_cont(event)
+
+    def handle_ping(self) -> None:
+        """Answer a ping."""
+        if self._takes_control_frame():
+            super().handle_ping()
+
+    def handle_pong(self, event: Frame) -> None:
+        """Take the answer to a ping of ours."""
+        if self._takes_control_frame():
+            super().handle_pong(event)
+
+    def _takes_control_frame(self) -> bool:
+        """Count a control frame, and close with 1008 where there are too many in a second."""
+        now_s = self.loop.time()
+        if now_s >= self._second + 1:
+            self._second, self._control_frames = now_s, 0
+        self._control_frames += 1
+        if self._control_frames > CONTROL_FRAMES:
+            self._fail(CloseCode.POLICY_VIOLATION, f"more than {CONTROL_FRAMES} control frames in a second")
+        return self._control_frames <= CONTROL_FRAMES
+
+    def _fail(self, code: CloseCode, reason: str) -> None:
+        """Close for what the client did. Read on for a moment: TCP loses the close frame where data is left unread."""
+        if self.conn.eof_sent:
+            return
+        if self.conn.state is State.CONNECTING:  # a handshake that has no answer yet cannot be closed with a code
+            self.transport.abort()
+            return
+        self.conn.fail(code, reason)
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent, self.frames = True, []
+        self._received.release()
+        if self.close_timer is None:
+            self.close_timer = self.loop.call_later(LAST_LINGER_S, self.transport.close)
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
 
     def send_receive_event_to_app(self) -> None:
         """Pass a message on; one that is not UTF-8 closes the connection with 1007, and no traceback.
@@ -69,13 +153,18 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         super().send_receive_event_to_app()
 
     async def receive(self) -> Any:
-        """Give the app its next message, which is not counted here any more."""
+        """Give the app its next message, which is not counted here any more.
+
+        One a turn of the event loop: an app that takes all that have come would hold up all others.
+        """
+        await sleep(0)
         message = await super().receive()
         self._received.release()
         return message
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release what the connection held."""
+        self.handshake_answered()
         self._received.release()
         super().connection_lost(exc)
 
@@ -87,6 +176,8 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         if message["type"] == "websocket.accept" and self.transport.is_closing():
             raise ClientDisconnected
         await super().send(message)
+        if message["type"] == "websocket.accept":
+            self.handshake_answered()
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete = True
 

@@ -38,9 +38,14 @@ def serve(config: Path | None, **flags: Any) -> None:
 
     from tminus.service.building import prepare
     from tminus.service.metrics_server import serve_metrics
+    from tminus.service.server import allow_connections
     from tminus.service.server import serve as run_server
 
     # What can be found out at once is, before anything is measured.
+    try:
+        settings = settings.model_copy(update={"max_connections": allow_connections(settings.max_connections)})
+    except ValueError as error:
+        fail(str(error))
     listener, for_metrics = listen(settings.host, settings.port), None
     if settings.metrics and settings.metrics_port is not None:
         for_metrics = listen(settings.metrics_host or settings.host, settings.metrics_port)

@@ -21,7 +21,7 @@ from tminus.service.ray_serve.front import Front
 from tminus.service.ray_serve.peers import PeerServer, listen
 from tminus.service.ray_serve.policy import BACKLOG_S, WAITING_S
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.server import ANSWER_S, SWITCH_S, allow_files, config_of
+from tminus.service.server import ANSWER_S, SWITCH_S, allow_connections, config_of
 from tminus.service.threads import LOADING, in_daemon_thread
 from tminus.service.traces import start_traces
 from tminus.service.worker.worker import CLOSE_S, CRASHED
@@ -52,10 +52,11 @@ class Replica:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Load and measure; return, when jobs are accepted, what is given requests. Raises ValueError and the like."""
-        settings, self._loop = self._settings, asyncio.get_running_loop()
+        self._loop, asked = asyncio.get_running_loop(), self._settings.max_connections
+        settings = self._settings
         set_up_log(settings.log_level.upper(), SERVER_FORM, settings.log_format)
         sys.setswitchinterval(SWITCH_S)
-        allow_files(settings.max_connections)
+        settings = settings.model_copy(update={"max_connections": allow_connections(asked)})
         listener = listen(settings.host, settings.own_ports)
         self._stack.callback(listener.close)
         try:

@@ -1,12 +1,17 @@
 """The server as a process: limits, signals, and checkpoints that cannot be served."""
 
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -14,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, run_cli
+from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, run_cli, start_server, stop_server
 
 Start = Callable[..., RunningServer]
 WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
@@ -136,6 +141,43 @@ def test_an_address_in_use_ends_in_a_clear_line(server: RunningServer, small: Pa
     assert f":{port}" in result.stderr
     assert "in use" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def few_files(count: int) -> Callable[[], None]:
+    return partial(resource.setrlimit, resource.RLIMIT_NOFILE, (count, count))
+
+
+def test_where_few_files_may_be_open_there_are_fewer_connections_and_each_is_answered(small: Path) -> None:
+    server = start_server(small, "--executor", "eager", "--threads", "1", "--max-batch", "16", prepare=few_files(440))
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    assert server.log.count("at most 56 connections instead of 4096") == 1
+    answers: Counter[bytes] = Counter()
+    try:
+        with ExitStack() as stack:
+            for _ in range(500):
+                client = socket.create_connection(address, 60)
+                client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                answers[answer := client.recv(12)] += 1
+                if answer.endswith(b"200"):
+                    stack.enter_context(client)
+                else:
+                    client.close()
+        assert answers == {b"HTTP/1.1 200": 56, b"HTTP/1.1 503": 444}
+        server.wait_until(lambda: is_well(server))
+    finally:
+        assert stop_server(server) == 0, server.log
+    assert "Traceback" not in server.log, server.log
+
+
+def is_well(server: RunningServer) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"{server.url}/healthz").status_code == 200
+    return False
+
+
+def test_where_hardly_any_file_may_be_open_there_is_one_clear_line(small: Path) -> None:
+    with pytest.raises(AssertionError, match=r"open files \(ulimit -Hn\) must be at least 392, got 300"):
+        start_server(small, "--executor", "eager", "--threads", "1", "--max-batch", "16", prepare=few_files(300))
 
 
 def test_a_device_that_is_not_there_ends_in_a_clear_line() -> None:

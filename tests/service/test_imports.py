@@ -1,6 +1,5 @@
 import ast
 import re
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -237,19 +236,6 @@ def test_nothing_is_printed_but_by_the_command_line(file: Path) -> None:
 @pytest.mark.parametrize("file", SERVICE + MODEL, ids=module_name)
 def test_each_module_says_what_lives_in_it(file: Path) -> None:
     assert ast.get_docstring(parse(file))
-
-
-# --- size ---
-
-MAX_LINES, MEDIAN_LINES = 330, 120
-LONGER = "One file, though long:"  # and the reason, in the docstring of a module that is
-
-
-def test_modules_are_short() -> None:
-    lines = {file: len(file.read_text("utf-8").splitlines()) for file in SERVICE + MODEL}
-    too_long = {file.name for file, count in lines.items() if count > MAX_LINES}
-    assert too_long == {file.name for file in SERVICE + MODEL if LONGER in (ast.get_docstring(parse(file)) or "")}
-    assert statistics.median(lines[file] for file in SERVICE) < MEDIAN_LINES
 
 
 # --- errors ---

@@ -8,7 +8,12 @@ One after the other on one server, each for some seconds, while somebody else as
 - heads that are too large, as fast as they are refused;
 - 10,000 idle sockets: connections that say nothing, each opened anew when the server has closed it;
 - 10,000 connections from one address that may have 1,024;
-- idle WebSockets: handshakes without a spec, each opened anew likewise.
+- idle WebSockets: handshakes without a spec, each opened anew likewise;
+- handshakes that h11 reads and the WebSocket library does not, from one address.
+
+Then 16 clients send what costs the server most for its bytes, as fast as it takes it: tiny chunks, empty fragments,
+pings, messages that mean nothing. Somebody asks GET /healthz meanwhile, with and without a long job in the engine. What
+that takes is compared with what it takes beside 16 clients who ask GET /healthz as fast as they are answered.
 
 The clients come from many addresses of the loopback network, as a port is for one connection from one address.
 """
@@ -47,6 +52,17 @@ HEADS = (
     b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"".join(b"X-%d: x\r\n" % number for number in range(20_000)) + b"\r\n",
     b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
 )
+FLOODS, FLOOD_FACTOR = 16, 3.0  # clients at once; times as long as beside the plain ones
+FRAME = bytes([0x80]) + bytes(4)  # the rest of an empty frame of a client
+FLOOD = {  # what each client sends at first, and again and again
+    "tiny chunks": (b"POST /login HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
+    "empty fragments": (HANDSHAKE.format(host="localhost").encode() + bytes([0x01]) + FRAME, bytes([0x00]) + FRAME),
+    "pings": (HANDSHAKE.format(host="localhost").encode(), bytes([0x89]) + FRAME),
+    "messages without a meaning": (
+        HANDSHAKE.format(host="localhost").encode(),
+        bytes([0x81, 0x80 | 17]) + bytes(4) + b'{"type":"cancel"}',
+    ),
+}
 Holder = Callable[[str, int, Counter[str]], Awaitable[None]]
 
 
@@ -108,6 +124,46 @@ async def idle_of_one(url: str, number: int, seen: Counter[str]) -> None:
 
 async def idle_stream(url: str, number: int, seen: Counter[str]) -> None:
     await _idle(url, source(number), HANDSHAKE.format(host="localhost").encode(), seen)
+
+
+async def unanswerable(url: str, number: int, seen: Counter[str]) -> None:
+    handshake = HANDSHAKE.format(host="localhost").replace("\r\n\r\n", "\r\nX-A: \x1b\r\n\r\n")
+    await _idle(url, "127.0.200.1", handshake.encode(), seen)
+
+
+async def plain_flood(url: str, number: int, seen: Counter[str]) -> None:
+    """Ask GET /healthz as fast as it is answered."""
+    reader, writer = await connection(url, source(number))
+    try:
+        while True:
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head.lower())
+            await reader.readexactly(int(length[1]) if length else 0)
+            await answer_of(head, seen)
+    except asyncio.IncompleteReadError:
+        seen["closed"] += 1
+    finally:
+        writer.transport.abort()
+
+
+def flood_of(first: bytes, again: bytes) -> Holder:
+    """Clients that send this as fast as the server takes it."""
+
+    async def flood(url: str, number: int, seen: Counter[str]) -> None:
+        reader, writer = await connection(url, source(number))
+        answer = asyncio.create_task(reader.read(1000))
+        try:
+            writer.write(first)
+            while not writer.is_closing() and not reader.at_eof():
+                writer.write(again * (65_536 // len(again)))
+                await writer.drain()
+        finally:
+            with suppress(OSError):
+                await answer_of(await answer, seen)
+            writer.transport.abort()
+
+    return flood
 
 
 async def _idle(url: str, address: str, first: bytes, seen: Counter[str]) -> None:
@@ -197,6 +253,7 @@ async def trial(url: str, sockets: int, seconds: float, slow: int = SLOW) -> lis
         (f"{sockets:,} idle sockets", idle, sockets, "closed"),
         (f"{sockets:,} connections from one address", idle_of_one, sockets, "503"),
         (f"{sockets // 10:,} idle WebSockets", idle_stream, sockets // 10, "101"),
+        (f"{sockets:,} handshakes with a control character", unanswerable, sockets, "400"),
     )
     for what, hold, count, expected in kinds:
         before, failed_before = await waits(url, seconds / 2, draw)
@@ -217,6 +274,46 @@ async def trial(url: str, sockets: int, seconds: float, slow: int = SLOW) -> lis
         if hold in (idle, idle_stream):
             claims.append(least(f"{what}: open at once", seen["most open"], 0.99 * count, form=",.0f"))
         await gone(url)
+    return claims
+
+
+async def healthz_s(url: str, seconds: float) -> float:
+    """Return the median time of GET /healthz on a connection of its own, asked again and again."""
+    until_s, found = time.perf_counter() + seconds, list[float]()
+    while time.perf_counter() < until_s or not found:
+        began_s = time.perf_counter()
+        reader, writer = await connection(url, "127.0.0.1")
+        try:
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = await reader.read()
+        finally:
+            writer.close()
+        if not answer.startswith(b"HTTP/1.1 200"):
+            raise ConnectionError(answer[:200])
+        found.append(time.perf_counter() - began_s)
+        await asyncio.sleep(PACE_S)
+    return statistics.median(found)
+
+
+async def floods(url: str, seconds: float) -> list[Claim]:
+    """Each kind of flood, on a server that has nothing else to do and on one that runs a long job."""
+    claims = list[Claim]()
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as http:
+        for load in ("idle", "busy"):
+            job = (await http.post("/jobs?n=8&steps=1000&sampler=ddim")).json()["id"] if load == "busy" else None
+            async with held(plain_flood, url, FLOODS, Counter()):
+                plain_s = await healthz_s(url, seconds)
+            print(f"{load}: {plain_s:.4f} s beside {FLOODS} plain floods")
+            for what, (first, again) in FLOOD.items():
+                seen: Counter[str] = Counter()
+                async with held(flood_of(first, again), url, FLOODS, seen):
+                    median_s = await healthz_s(url, seconds)
+                print(f"{load}, {what}: {median_s:.4f} s, {dict(seen.most_common())}")
+                claims.append(most(f"{load}: GET /healthz beside {FLOODS} clients who send {what}", median_s,
+                                   FLOOD_FACTOR * plain_s + 0.01, " s"))  # fmt: skip
+            if job is not None:
+                await http.delete(f"/jobs/{job}")
+    await gone(url)
     return claims
 
 
@@ -249,12 +346,16 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
     parser.add_argument("--sockets", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each kind")
+    parser.add_argument("--only", choices=("holding", "floods"))
     asked = parser.parse_args()
     allow_files(asked.sockets + asked.sockets // 2 + 2 * FILES)
     tminus = servers.contenders(1, flags_for(asked.sockets))["tminus"]
     with servers.running(tminus, asked.checkpoint, None) as server:
         os.nice(10)  # the clients are not the server's cost, and share its cores here only
-        sys.exit(report(asyncio.run(trial(server.url, asked.sockets, asked.seconds))))
+        claims = [] if asked.only == "floods" else asyncio.run(trial(server.url, asked.sockets, asked.seconds))
+        if asked.only != "holding":
+            claims += asyncio.run(floods(server.url, asked.seconds / 2))
+        sys.exit(report(claims))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from tests.service.fakes import PATIENCE_S, wait_until
 from tminus.service.api import http_protocol, middleware
@@ -41,14 +41,14 @@ HANDSHAKE = (
 class Running:
     """A server in a thread; /wait answers when its client has gone or the test says so."""
 
-    def __init__(self, max_per_address: int = 100) -> None:
+    def __init__(self, max_per_address: int = 100, max_connections: int = 1000) -> None:
         self.began, self.gone, self.go = [], [], threading.Event()  # type: ignore[var-annotated]
         self.listener = bind("127.0.0.1", 0)
         self.listener.listen()
         app = BodyLimit(self.app, 10**6, {})
         config = uvicorn.Config(
             RequestContext(app, lambda *_: None),
-            http=http_protocol.http_protocol(max_per_address),
+            http=http_protocol.http_protocol(max_connections, max_per_address),
             ws=stream_protocol(),
             loop="asyncio",
             lifespan="off",
@@ -62,7 +62,12 @@ class Running:
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await receive()
+            while scope["path"] == "/never" and (await receive())["type"] != "websocket.disconnect":
+                self.began.append(scope)
+            if scope["path"] == "/accept":
+                await receive()
+                await send({"type": "websocket.accept"})
+                await receive()
             await send({"type": "websocket.close", "code": 1000})
             return
         body, more = b"", scope["path"] != "/early"
@@ -435,6 +440,64 @@ def test_a_handshake_that_is_refused_counts_until_it_is_closed() -> None:
         running.stop()
 
 
+def test_a_handshake_counts_and_is_timed_until_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(max_per_address=1)
+    handshake = HANDSHAKE + b"\r\n"
+    try:
+        with running.connect() as accepted:
+            accepted.sendall(handshake.replace(b"/ws", b"/accept"))
+            assert accepted.recv(1000).startswith(b"HTTP/1.1 101")
+            monkeypatch.setattr(http_protocol, "HEAD_S", 0.5)
+            with running.connect() as silent:
+                silent.sendall(handshake.replace(b"/ws", b"/never"))
+                wait_until(lambda: bool(running.began))
+                assert running.ask(b"").startswith(b"HTTP/1.1 503"), "the one that has no answer has the only place"
+                assert read_all(silent) == b"", "it is closed, though nobody answered"
+            assert running.ask(GET[:-2] + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+            accepted.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                accepted.recv(1000)
+    finally:
+        running.stop()
+
+
+def test_connections_above_the_most_are_answered_503_and_closed() -> None:
+    running = Running(max_connections=2)
+    try:
+        for _ in range(2):  # those that ended are not counted
+            clients = [running.connect() for _ in range(2)]
+            for client in clients:
+                client.sendall(GET)
+                assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            refused = running.ask(GET)  # what it sends is not read, and does not cost it the answer
+            assert refused.startswith(b"HTTP/1.1 503")
+            assert refused.endswith(b"Too many connections are open")
+            for client in clients:
+                client.sendall(GET)
+                assert client.recv(1000).startswith(b"HTTP/1.1 200"), "the others are served"
+                client.close()
+            wait_until(lambda: not running.server.server_state.connections)
+    finally:
+        running.stop()
+
+
+def test_an_idle_connection_is_kept_for_longer_than_clients_keep_it_unless_there_are_many() -> None:
+    running = Running(max_connections=2)
+    try:
+        with running.connect() as first, running.connect() as second:
+            first.sendall(GET)
+            assert first.recv(1000).startswith(b"HTTP/1.1 200")
+            kept = next(each for each in running.connections() if each.client == first.getsockname())
+            wait_until(lambda: kept.timeout_keep_alive == http_protocol.KEPT_BUSY_S)
+            second.close()
+            wait_until(lambda: len(running.connections()) == 1)
+            first.sendall(GET)
+            assert first.recv(1000).startswith(b"HTTP/1.1 200")
+            wait_until(lambda: kept.timeout_keep_alive == http_protocol.KEPT_S)
+    finally:
+        running.stop()
+
+
 def test_the_connections_of_one_address_are_bounded() -> None:
     running = Running(max_per_address=3)
     try:
@@ -502,8 +565,19 @@ def test_what_waits_for_an_answer_to_end_is_bounded(running: Running) -> None:
         (HANDSHAKE + b"Content-Length: 50000\r\n\r\n" + b"x" * 50000, (400, "malformed_request")),
         (HANDSHAKE + b"X: " + b"y" * 9000 + b"\r\n\r\n" + b"x" * 50000, (431, "too_many_headers")),
         (HANDSHAKE + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", (400, "malformed_request")),
+        *((HANDSHAKE + b"X-A: %c\r\n\r\n" % code, (400, "malformed_request")) for code in (0x01, 0x1B, 0x7F)),
     ],
-    ids=["a long line", "many headers", "a body", "a large body", "a long line and more", "a chunked body"],
+    ids=[
+        "a long line",
+        "many headers",
+        "a body",
+        "a large body",
+        "a long line and more",
+        "a chunked body",
+        "a control character",
+        "an escape",
+        "a delete",
+    ],
 )
 def test_a_handshake_that_the_library_would_not_answer_is_answered(
     running: Running, handshake: bytes, expected: tuple[int, str], caplog: pytest.LogCaptureFixture
@@ -562,3 +636,42 @@ def test_text_that_is_not_utf8_closes_a_stream_without_a_traceback(
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == 1007
     assert all(record.exc_info is None for record in caplog.records), "no traceback for what a client did wrong"
+
+
+# --- bodies in pieces ---
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def test_a_body_of_many_tiny_chunks_is_refused(running: Running) -> None:
+    for size in (1, 40):
+        answer = running.ask(CHUNKED + (b"%x\r\n%s\r\n" % (size, b"x" * size)) * 40_000)
+        assert problem(answer) == (400, "malformed_request")
+        assert b"1024 chunks" in answer
+
+
+def test_a_body_may_have_some_tiny_chunks_in_each_request_and_any_number_of_others(running: Running) -> None:
+    with running.connect() as client:
+        for chunks in (b"1\r\nx\r\n" * 1000, b"80\r\n%s\r\n" % (b"x" * 128) * 4000, b"1\r\nx\r\n" * 1000):
+            client.sendall(CHUNKED + chunks + b"0\r\n\r\n")
+            assert len(read_body(client)) == chunks.count(b"x")
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length"])
+def test_what_is_parsed_in_one_turn_is_bounded(running: Running, framing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+    parse = H11Protocol.data_received
+    monkeypatch.setattr(H11Protocol, "data_received", lambda self, data: (turns.append(len(data)), parse(self, data)))
+    body = b"x" * 500_000
+    head = CHUNKED if framing == "chunked" else HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+    with running.connect() as client:
+        client.sendall(head + (b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if framing == "chunked" else body))
+        assert read_body(client) == body
+    assert max(turns) <= (2048 if framing == "chunked" else 65_536)
+    assert turns[0] <= 2048, "a head"
+
+
+def test_a_request_with_two_lengths_is_the_last_of_its_connection(running: Running) -> None:
+    answer = running.ask(HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert answer.endswith(b"hello")

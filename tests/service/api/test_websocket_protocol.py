@@ -17,12 +17,15 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from tests.service.fakes import PATIENCE_S, wait_until
+from tminus.service.api.http_protocol import http_protocol
 from tminus.service.api.websocket_protocol import StreamProtocol, stream_protocol
 from tminus.service.byte_budget import ByteBudget
 
 Protocol = Any
 CHANGED = f"uvicorn {uvicorn.__version__} has changed what service/api/websocket_protocol.py extends: "
-EXTENDED = {name for name, member in vars(StreamProtocol).items() if inspect.isfunction(member)}
+EXTENDED = {
+    name for name, member in vars(StreamProtocol).items() if inspect.isfunction(member) and not name.startswith("_")
+}
 
 
 async def echo_sizes(scope: Any, receive: Any, send: Any) -> None:
@@ -41,6 +44,8 @@ def served_by(protocol: Protocol, **options: Any) -> Iterator[tuple[str, int]]:
     config = uvicorn.Config(
         echo_sizes,
         port=0,
+        http=http_protocol(100, 100),
+        loop="asyncio",
         lifespan="off",
         ws=protocol,
         log_config=None,
@@ -106,6 +111,81 @@ def test_what_all_send_at_once_is_bounded_and_small_messages_are_always_accepted
             assert again.recv(PATIENCE_S) == "150000", "a message that was taken does not count"
 
 
+# --- frames by hand: what no library sends ---
+
+TEXT, CONTINUATION, PING, PONG, END = 0x1, 0x0, 0x9, 0xA, 0x80
+
+
+def frame(code: int, data: bytes = b"") -> bytes:
+    """A client's frame, whose mask is zero."""
+    size = bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2)
+    return bytes([code]) + size + bytes(4) + data
+
+
+def ending(url: str, frames: bytes) -> tuple[int, str]:
+    """Why the server closes a connection that sends these."""
+    with connect(url) as ws:
+        ws.socket.sendall(frames)
+        with pytest.raises(ConnectionClosed):
+            ws.recv(PATIENCE_S)
+        return ws.close_code or 0, ws.close_reason or ""
+
+
+def test_a_message_of_many_tiny_fragments_closes_the_connection(served: tuple[str, Protocol]) -> None:
+    for data in (b"", b"x", b"x" * 40):
+        code, why = ending(served[0], frame(TEXT) + frame(CONTINUATION, data) * 20_000)
+        assert code == 1009
+        assert "fragments" in why
+
+
+def test_a_message_may_have_some_tiny_fragments_and_any_number_of_others(served: tuple[str, Protocol]) -> None:
+    with connect(served[0]) as ws:
+        for data, count in ((b"x", 1000), (b"x" * 100, 1500), (b"", 1000)):
+            ws.socket.sendall(frame(TEXT) + frame(CONTINUATION, data) * count + frame(END | CONTINUATION))
+            assert ws.recv(PATIENCE_S) == str(len(data) * count)
+
+
+def test_a_flood_of_control_frames_closes_the_connection(served: tuple[str, Protocol]) -> None:
+    code, why = ending(served[0], frame(END | PING) * 20_000)
+    assert code == 1008
+    assert "control frames" in why
+
+
+def test_what_is_parsed_in_one_turn_is_bounded(served: tuple[str, Protocol], monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+    parse = WebSocketsSansIOProtocol.data_received
+    monkeypatch.setattr(
+        WebSocketsSansIOProtocol, "data_received", lambda self, data: (turns.append(len(data)), parse(self, data))
+    )
+    with connect(served[0]) as ws:
+        ws.send("x" * 100_000)
+        assert ws.recv(PATIENCE_S) == "100000"
+    assert len(turns) > 50
+    assert max(turns) <= 2048
+
+
+def test_others_have_their_turn_between_two_messages_of_one_connection() -> None:
+    async def both() -> list[str]:
+        loop, seen = asyncio.get_running_loop(), list[str]()
+        protocol = stream_protocol()(uvicorn.Config(echo_sizes), ServerState(), {}, _loop=loop)
+        protocol._received = protocol.budget.hold()
+        for text in ("first", "second"):
+            protocol.queue.put_nowait({"type": "websocket.receive", "text": text})
+
+        async def other() -> None:
+            for _ in range(2):
+                seen.append("other")
+                await asyncio.sleep(0)
+
+        waiting = asyncio.ensure_future(other())
+        for _ in range(2):
+            seen.append((await protocol.receive())["text"])
+        await waiting
+        return seen
+
+    assert asyncio.run(both()) == ["other", "first", "other", "second"]
+
+
 # --- what is extended is not documented by uvicorn ---
 
 
@@ -146,7 +226,8 @@ def test_uvicorn_calls_each_method_that_is_extended() -> None:
     ):
         client.sendall(f"{head}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
         client.recv(1000)
-        client.sendall(b"\x81\x81\0\0\0\0x")  # a message
+        client.sendall(frame(TEXT, b"a message ") + frame(END | CONTINUATION, b"in two") + frame(END | PING))
+        client.sendall(frame(END | PONG))  # of no ping
         while client.recv(1000):  # and no ping is answered
             pass
     assert not EXTENDED - called, f"{CHANGED}{EXTENDED - called} is never called"
