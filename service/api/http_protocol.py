@@ -48,7 +48,7 @@ LAST_LINGER_S = 0.5  # once the server ends
 SENT_RATE, SENT_S = 8192, 40.0  # what leaves of an answer, in bytes a second over so long, or it is given up
 UNSENT_BYTES = 131_072  # in the kernel. It would hold megabytes, and take no more for minutes of a slow reader
 TOO_FINE = f"a body has at most {FREE_PIECES} chunks, and one more for each {PIECE_BYTES} bytes"
-TURNED_AWAY = 64  # connections beyond the limit that are told so; further ones are closed at once
+TURNED_AWAY, MAX_TURNED_AWAY = "turned away", 64  # counted as an address; further ones are closed at once
 
 
 class _Outlet:
@@ -120,8 +120,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         if self.open_by_address[address] >= self.max_per_address:
             self._turn_away(b"Too many connections are open from one place")
             return
-        self._address = address
-        self.open_by_address[address] += 1
+        self._count(address)
         if sys.platform == "linux" and (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._expect_head()
@@ -218,10 +217,15 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         """Answer 503 before anything is read: a connection that is not counted may not stay."""
         head = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(why)
         self.transport.write(head + why)
-        if len(self.connections) > self.max_connections + TURNED_AWAY:
+        if self.open_by_address[TURNED_AWAY] >= MAX_TURNED_AWAY:
             self.transport.close()
-        else:
-            self._linger(LAST_LINGER_S)
+            return
+        self._count(TURNED_AWAY)
+        self._linger(LAST_LINGER_S)
+
+    def _count(self, address: str) -> None:
+        self._address = address
+        self.open_by_address[address] += 1
 
     def _linger(self, patience_s: float) -> None:
         """Send no more, and close when the client has closed, or after this time."""
