@@ -357,11 +357,11 @@ def test_who_reads_no_answer_is_disconnected(
 
 
 def test_who_reads_slowly_enough_gets_the_whole_answer(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_protocol, "SENT_S", 0.4)
+    monkeypatch.setattr(http_protocol, "SENT_S", 1.0)
     with running.connect(receive_bytes=262_144) as client:
         client.sendall(GET.replace(b"/ok", b"/large"))
         began = time.monotonic()
-        assert read_body(client, pause_s=0.005) == LARGE
+        assert read_body(client, pause_s=0.01) == LARGE
         assert time.monotonic() - began > 2 * http_protocol.SENT_S, "so that it was looked at"
         client.sendall(GET)
         assert client.recv(1000).startswith(b"HTTP/1.1 200")
