@@ -4,6 +4,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
+import numpy as np
+
 from tminus.model.catalogue import SAMPLER_FACTS
 
 SPACINGS = ("leading", "trailing", "linspace", "karras")
@@ -61,8 +63,9 @@ def make_timesteps(
         room = min(offset, num_timesteps - 1 - int(t[-1]))
         t = [k + room for k in t]
     elif spacing == "linspace":
-        stride = (num_timesteps - 1) / max(1, points - 1)
-        t = [k * stride if exact else round(k * stride) for k in range(points)]
+        # numpy's ends at exactly T - 1, where (points - 1) * stride passes it by rounding for some step counts.
+        even = np.linspace(0, num_timesteps - 1, points)
+        t = (even if exact else even.round().astype(int)).tolist()
     else:
         raise ValueError(f"timestep_spacing must be among {', '.join(SPACINGS)}, got {spacing!r}")
     return t[::-1][:steps]

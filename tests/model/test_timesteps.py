@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -55,13 +56,14 @@ def test_timesteps_equal_those_of_diffusers(sampler: str, spacing: str, num_time
 
 
 PASSES = {
+    "ddim": (DDIMScheduler, {}),
     "plms": (PNDMScheduler, {"skip_prk_steps": True}),
     "euler": (EulerDiscreteScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
 }
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 50, 333])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20, 30, 50, 52, 98, 100, 333])
 @pytest.mark.parametrize("spacing", EVEN_SPACINGS)
 @pytest.mark.parametrize("sampler", PASSES)
 def test_passes_that_revisit_a_timestep_or_lie_between_are_those_of_diffusers(
@@ -73,6 +75,24 @@ def test_passes_that_revisit_a_timestep_or_lie_between_are_those_of_diffusers(
     ours = timesteps_of_passes(sampler, make_timesteps(sampler, spacing, steps, 1000, fractional=True))
     assert len(ours) == SAMPLER_FACTS[sampler].num_passes(steps)
     np.testing.assert_allclose(ours, scheduler.timesteps.numpy(), rtol=0, atol=1e-4)  # theirs are float32
+
+
+# Samplers that are alike in these facts get the same timesteps, so one of each kind is tested at every step count.
+KINDS = {(facts.multistep, facts.fractional): name for name, facts in reversed(SAMPLER_FACTS.items())}
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_timesteps", [400, 1000, 4000])
+def test_every_step_count_has_finite_timesteps_that_fall_inside_the_chain(num_timesteps: int, spacing: str) -> None:
+    log_sigmas = NoiseConfig(num_train_timesteps=num_timesteps).schedule().log_sigmas
+    assert set(KINDS.values()) == {"ddpm", "dpmpp_2m", "euler"}
+    for sampler in KINDS.values():
+        for steps in range(1, SAMPLER_FACTS[sampler].max_steps(num_timesteps) + 1):
+            t = np.array(make_timesteps(sampler, spacing, steps, num_timesteps, 0, log_sigmas, fractional=True))
+            assert len(t) == steps, (sampler, steps)
+            assert np.isfinite(t).all(), (sampler, steps)
+            assert 0 <= t[-1] <= t[0] <= num_timesteps - 1, (sampler, steps)
+            assert (t[1:] < t[:-1]).all(), (sampler, steps)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
