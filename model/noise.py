@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.files import given_fields, is_off
-from tminus.model.scheduler_kinds import KIND_OF_SAMPLER, scheduler_kind
+from tminus.model.scheduler_kinds import FIELDS_OF_ANY, KIND_OF_SAMPLER, scheduler_kind
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ MAX_TIMESTEPS = 100_000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 SIGMA_FIELDS = ("sigma_min", "sigma_max", "sigma_data", "rho")  # of consistency models
 END_AT_FIRST = ("ddim", "plms")  # the samplers that set_alpha_to_one false lets end at alpha_bar_0 instead of at 1
+NO_THRESHOLDING = ("plms", "euler", "heun", "consistency")  # the samplers whose classes never threshold
 
 
 def make_betas(schedule: str, num_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -217,6 +218,7 @@ class NoiseConfig:
     def from_dict(cls, config: Mapping[str, Any], class_name: str | None = None) -> "NoiseConfig":
         """Read a diffusers scheduler_config.json. Raises ValueError for what changes images and is not honoured.
 
+        A field of another of these classes changes nothing, as in diffusers: configs keep it when the class is swapped.
         class_name: of model_index.json, which diffusers believes more than the config's own.
 
         The classes of most solvers have no clip_sample. Without one x_0 is clipped, as for DDPM: near t = T an error in
@@ -233,14 +235,15 @@ class NoiseConfig:
         if kind.clips_by_threshold and given.get("thresholding") is True and given.get("sample_max_value", 1.0) == 1.0:
             # A dynamic threshold that is at most 1 is the clip to [-1, 1], which such a class cannot express otherwise.
             given |= {"thresholding": False, "clip_sample": True, "clip_sample_range": 1.0}
-        known = {field.name for field in dataclasses.fields(cls)} - {"default_sampler"}
-        known -= set() if kind.sampler == "consistency" else set(SIGMA_FIELDS)
+        fields = {field.name for field in dataclasses.fields(cls)} - {"default_sampler"}
+        known = fields - set(() if kind.sampler == "consistency" else SIGMA_FIELDS)
+        known -= {"thresholding"} if kind.sampler in NO_THRESHOLDING else set()
         values = {key: value for key, value in kind.defaults.items() if key in known}
         for key, value in given.items():
             key = kind.other_names.get(key, key)
             if key in known:
                 values[key] = tuple(value) if isinstance(value, list) else value
-            elif is_off(value) or key in kind.without_effect or key in kind.must:
+            elif is_off(value) or key in FIELDS_OF_ANY or key in fields:
                 log.info("scheduler config: %s=%r changes nothing", key, value)
             else:
                 raise ValueError(f"scheduler config: {key}={value!r:.100} is not something {name} is known to have")
@@ -261,7 +264,8 @@ class NoiseConfig:
             fields.pop("set_alpha_to_one")
         if kind.sampler != "ddpm" and self.variance_type != "learned_range":
             fields.pop("variance_type")  # only DDPM's fixed variances differ
-        fields |= {key: value for key, value in kind.must.items() if key != "lambda_min_clipped"}  # no JSON
+        # lambda_min_clipped is infinite, which JSON has not.
+        fields |= {key: value for key, value in kind.must.items() if key != "lambda_min_clipped" and value is not None}
         if kind.clips_by_threshold and self.clip_sample and self.clip_sample_range == 1.0:  # in that class's terms
             del fields["clip_sample"], fields["clip_sample_range"]
             fields |= {"thresholding": True, "sample_max_value": 1.0}

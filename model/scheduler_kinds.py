@@ -8,6 +8,7 @@ from typing import Any
 
 _NO_RAMP = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 _NO_FLOW = {"use_flow_sigmas": False, "use_dynamic_shifting": False}
+_NO_SIGMAS = {"sigma_min": None, "sigma_max": None}
 _LINSPACE = {"timestep_spacing": "linspace"}
 _DPM_SOLVER = {
     "algorithm_type": "dpmsolver++",
@@ -21,11 +22,12 @@ _DPM_SOLVER = {
 }
 
 
-# Of thresholding, which is refused where it is on, and of another tensor library.
-OF_THRESHOLDING = frozenset({"dynamic_thresholding_ratio", "sample_max_value", "tensor_format"})
-OF_FLOWS = OF_THRESHOLDING | {"flow_shift", "time_shift_type"}
-# Of a solver whose last step, to no noise, is of first order whatever it says.
-OF_LAST_STEP = OF_FLOWS | {"lower_order_final", "euler_at_final"}
+# Of thresholding, which is refused where it is on, of another tensor library, of flows, which are refused too, and of
+# a solver whose last step, to no noise, is of first order whatever it says.
+WITHOUT_EFFECT = frozenset(
+    {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "flow_shift", "time_shift_type"}
+    | {"lower_order_final", "euler_at_final"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,6 @@ class SchedulerKind:
     """What the class takes for fields that are left out, where that is not in `must`, nor DDPMScheduler's default."""
     other_names: Mapping[str, str] = field(default_factory=dict)
     """Its names of fields that DDPMScheduler has under another name."""
-    without_effect: frozenset[str] = OF_THRESHOLDING
-    """Its fields that change no image here."""
     clips_by_threshold: bool = False
     """Whether it has no clip_sample, but dynamic thresholding, which with sample_max_value 1 is the same clip."""
 
@@ -54,7 +54,6 @@ KINDS = (
         "dpmpp_2m",
         _DPM_SOLVER,
         _LINSPACE,
-        without_effect=OF_LAST_STEP,
         clips_by_threshold=True,
     ),
     SchedulerKind(
@@ -62,7 +61,6 @@ KINDS = (
         "dpmpp_3m",
         {**_DPM_SOLVER, "solver_order": 3, "lower_order_final": True},
         {"solver_order": 2, **_LINSPACE},
-        without_effect=OF_LAST_STEP,
         clips_by_threshold=True,
     ),
     SchedulerKind(
@@ -70,7 +68,6 @@ KINDS = (
         "dpmpp_2m_sde",
         {**_DPM_SOLVER, "algorithm_type": "sde-dpmsolver++"},
         {"algorithm_type": "dpmsolver++", **_LINSPACE},
-        without_effect=OF_LAST_STEP,
         clips_by_threshold=True,
     ),
     SchedulerKind(
@@ -85,9 +82,11 @@ KINDS = (
             "final_sigmas_type": "zero",
             **_NO_RAMP,
             **_NO_FLOW,
+            **_NO_SIGMAS,
+            "solver_p": None,
+            "shift_terminal": None,
         },
         _LINSPACE,
-        without_effect=OF_FLOWS,
         clips_by_threshold=True,
     ),
     SchedulerKind(
@@ -102,7 +101,6 @@ KINDS = (
             **_NO_FLOW,
         },
         _LINSPACE,
-        without_effect=OF_FLOWS,
         clips_by_threshold=True,
     ),
     SchedulerKind(
@@ -111,7 +109,13 @@ KINDS = (
     SchedulerKind(
         "EulerDiscreteScheduler",
         "euler",
-        {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero", **_NO_RAMP},
+        {
+            "interpolation_type": "linear",
+            "timestep_type": "discrete",
+            "final_sigmas_type": "zero",
+            **_NO_RAMP,
+            **_NO_SIGMAS,
+        },
         _LINSPACE,
     ),
     SchedulerKind(
@@ -130,6 +134,8 @@ KINDS = (
 )
 SAME_AS = {"DDPMParallelScheduler": "DDPMScheduler", "DDIMParallelScheduler": "DDIMScheduler"}
 KIND_OF_SAMPLER = {kind.sampler: kind for kind in KINDS}
+# diffusers' from_config keeps the fields of the class that a config was written for, and no class reads another's.
+FIELDS_OF_ANY = WITHOUT_EFFECT.union(*({*kind.must, *kind.other_names} for kind in KINDS))
 CLASS_NAMES = tuple(dict.fromkeys([*(kind.class_name for kind in KINDS), *SAME_AS]))
 
 

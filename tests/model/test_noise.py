@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import json
 import logging
 import math
@@ -404,9 +405,42 @@ def test_config_of_a_solver_that_is_none_of_ours_is_refused_by_field_and_value(
 
 
 @pytest.mark.parametrize(("field", "value"), [("sigma_min", 0.1), ("shift_terminal", 0.2), ("solver_p", "x")])
-def test_field_of_a_solver_that_is_not_known_is_refused_by_name(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{field}=.* is not something UniPCMultistepScheduler is known to have"):
+def test_field_of_a_solver_that_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"scheduler config: {field} must be None for unipc, got {value!r}"):
         NoiseConfig.from_dict({"_class_name": "UniPCMultistepScheduler", field: value})
+
+
+REFUSED_BY_DIFFUSERS = {("dpmpp_2m_sde", DEISMultistepScheduler), ("deis", DPMSolverMultistepScheduler)}
+
+
+@pytest.mark.parametrize("to", sorted(CLASSES, key=lambda cls: cls.__name__))
+def test_what_a_config_keeps_of_another_class_after_a_swap_changes_nothing(to: Any, tmp_path: Path) -> None:
+    read_by_us = {field.name for field in dataclasses.fields(NoiseConfig)}  # clip_sample counts for every class
+    for cls, settings, noise in DEFAULTS:
+        if (noise.default_sampler, to) in REFUSED_BY_DIFFUSERS:
+            continue
+        before = {key: value for key, value in cls(**settings).config.items() if key != "_use_default_values"}
+        to.from_config(before).save_pretrained(tmp_path)
+        after = json.loads((tmp_path / "scheduler_config.json").read_text())
+        assert {name for name in before if not name.startswith("_")} <= set(after), "diffusers keeps all fields"
+        read = {*inspect.signature(to.__init__).parameters, *read_by_us, "_class_name"}
+        assert outcome(after) == outcome({key: value for key, value in after.items() if key in read}), cls
+
+
+def test_a_folder_swapped_from_pndm_and_one_from_a_thresholding_class_are_served() -> None:
+    swapped = NoiseConfig.from_dict({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "DDIMScheduler")
+    assert swapped == NoiseConfig(default_sampler="ddim")
+    swapped = NoiseConfig.from_dict(
+        {**DPM_SOLVER, "thresholding": True, "sample_max_value": 2}, "EulerDiscreteScheduler"
+    )
+    assert swapped == of_solver("euler")
+
+
+def outcome(config: dict[str, Any]) -> NoiseConfig | str:
+    try:
+        return NoiseConfig.from_dict(config)
+    except ValueError as refusal:
+        return str(refusal)
 
 
 def test_dynamic_threshold_that_is_more_than_a_clip_is_refused_of_every_class() -> None:
@@ -434,13 +468,10 @@ def test_keys_in_use_default_values_revert_to_the_defaults() -> None:
 def test_a_field_that_would_change_images_is_refused_and_one_that_is_off_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with pytest.raises(ValueError, match="solver_order=2 is not something DDPMScheduler is known to have"):
-        NoiseConfig.from_dict({"solver_order": 2})
     with caplog.at_level(logging.INFO):
         assert NoiseConfig.from_dict({"use_sde": False, "sample_max_value": 1.0}) == NoiseConfig()
-    for config in ({"use_sde": 0}, {"flow_shift": 7.0}, {"euler_at_final": True}):
-        with pytest.raises(ValueError, match="is not something DDPMScheduler is known to have"):
-            NoiseConfig.from_dict(config)
+    with pytest.raises(ValueError, match="use_sde=0 is not something DDPMScheduler is known to have"):
+        NoiseConfig.from_dict({"use_sde": 0})
     assert "use_sde=False changes nothing" in caplog.text
 
 
