@@ -4,6 +4,7 @@ An answer to a request with a given seed is a function of the request: its name,
 """
 
 from collections.abc import Sequence
+from urllib.request import parse_http_list
 
 from cachetools import LRUCache
 
@@ -27,6 +28,15 @@ class ResultCache:
 def cache_headers(etag: str | None) -> dict[str, str]:
     """Make the headers that name an answer; without a name it is not to be stored."""
     return {"Cache-Control": "no-store"} if etag is None else {"ETag": etag, "Cache-Control": "no-cache"}
+
+
+def cache_directives(cache_control: Sequence[str], pragma: Sequence[str]) -> frozenset[str]:
+    """Read what a request says of caches, as no-cache and no-store, in lower case (RFC 9111, section 5.2.1).
+
+    The values of the headers of these names. Pragma counts only where there is no Cache-Control (section 5.4).
+    """
+    directives = parse_http_list(", ".join(cache_control or pragma))
+    return frozenset(directive.partition("=")[0].strip().lower() for directive in directives)
 
 
 def matches(if_none_match: Sequence[str], method: str, etag: str) -> bool:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from tminus.service.api.advice import advice_headers
 from tminus.service.api.authentication import caller_of
-from tminus.service.api.caching import cache_headers, matches
+from tminus.service.api.caching import cache_directives, cache_headers, matches
 from tminus.service.api.frames import Frames
 from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
@@ -232,6 +232,10 @@ def _headers(services: Services, job: Job) -> dict[str, str]:
     return headers | cache_headers(job.etag) | advice_headers(job.answer.spec, services.model)
 
 
+def _directives(request: Request) -> frozenset[str]:
+    return cache_directives(request.headers.getlist("cache-control"), request.headers.getlist("pragma"))
+
+
 def _known(services: Services, request: Request, job: Job) -> Response | None:
     """The answer, if the client or the cache has it."""
     if job.etag is None:
@@ -240,7 +244,7 @@ def _known(services: Services, request: Request, job: Job) -> Response | None:
     if matches(request.headers.getlist("if-none-match"), request.method, job.etag):
         services.metrics.answered_without_work("not_modified")
         return Response(status_code=304, headers=headers)
-    if (kept := services.cache.get(job.etag)) is not None:
+    if "no-cache" not in _directives(request) and (kept := services.cache.get(job.etag)) is not None:
         services.metrics.answered_without_work("cache_hit")
         return Response(kept, headers=headers | {"Cache-Status": "tminus; hit"}, media_type=job.answer.media_type)
     return None
@@ -258,7 +262,7 @@ async def _make(services: Services, request: Request, job: Job) -> Response:
         started_s = loop.time()
         content = await made.encode(services.encoder, result, services.model)
         encode_s = loop.time() - started_s
-    if job.etag is not None:
+    if job.etag is not None and "no-store" not in _directives(request):
         services.cache.put(job.etag, content)
     headers = _headers(services, job) | {
         "X-Job-ID": job_id,

@@ -213,6 +213,43 @@ def test_a_drawn_seed_is_not_kept(make_site: MakeSite) -> None:
     assert ticks(site, lambda: site.post(json=asked_again)) == 0
 
 
+NO_CACHE = [
+    {"Cache-Control": "no-cache"},
+    {"Cache-Control": 'max-age=0, x="a, no-store", No-Cache'},
+    {"Pragma": "no-cache"},
+]
+
+
+@pytest.mark.parametrize("headers", NO_CACHE, ids=str)
+def test_a_request_with_no_cache_is_worked_on_again(make_site: MakeSite, headers: dict[str, str]) -> None:
+    site = make_site(result_cache_bytes=A_MEGABYTE)
+    first = site.post(json=ASKED)
+    answers: list[Any] = []
+    assert ticks(site, lambda: answers.append(site.post(json=ASKED, headers=headers))) == 3
+    (again,) = answers
+    assert "cache-status" not in again.headers
+    assert "x-job-id" in again.headers
+    assert again.content == first.content
+    # If-None-Match is not answered from the cache: the server knows the ETag by itself.
+    assert site.post(json=ASKED, headers=headers | {"If-None-Match": first.headers["etag"]}).status_code == 304
+
+
+def test_the_answer_to_no_cache_is_kept_and_that_to_no_store_is_not(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=A_MEGABYTE)
+    no_store = {"Cache-Control": "no-store"}
+    assert ticks(site, lambda: site.post(json=ASKED, headers=no_store)) == 3
+    assert ticks(site, lambda: site.post(json=ASKED, headers={"Cache-Control": "no-cache"})) == 3
+    assert ticks(site, lambda: site.post(json=ASKED)) == 0
+    assert ticks(site, lambda: site.post(json=ASKED, headers=no_store)) == 0, "no-store alone lets a cache answer"
+
+
+def test_a_cache_control_silences_pragma(make_site: MakeSite) -> None:
+    site = make_site(result_cache_bytes=A_MEGABYTE)
+    site.post(json=ASKED)
+    headers = {"Cache-Control": "max-stale", "Pragma": "no-cache"}
+    assert ticks(site, lambda: site.post(json=ASKED, headers=headers)) == 0
+
+
 def test_the_cache_of_the_app_is_bounded(make_site: MakeSite) -> None:
     size = len(make_site().post(json=ASKED).content)
     site = make_site(result_cache_bytes=size * 5 // 2)
