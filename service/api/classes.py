@@ -1,5 +1,9 @@
-"""The classes that a request names, by number or by name in whatever case, as the model's numbers. Pure."""
+"""The classes that a request names, by number or by name in whatever case, as the model's numbers. Pure.
 
+A JSON number and the same digits in a text, a query or a prompt are one label, and mean one class.
+"""
+
+from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -8,6 +12,7 @@ from tminus.service.errors import InvalidField
 from tminus.service.model_info import ModelInfo
 
 MAX_NAMES_SHOWN = 20
+NAME, NUMBER = "name:", "number:"
 
 
 def class_numbers(
@@ -44,12 +49,46 @@ def known_classes(names: tuple[str, ...]) -> str:
     return f"0..{len(names) - 1} or {shown}"
 
 
-def find_class(label: int | str, names: tuple[str, ...]) -> int | None:
-    """The class of this name, in whatever case, or else of this number; None if there is none."""
-    if isinstance(label, str) and (named := _numbers_by_name(names).get(label.casefold())) is not None:
-        return named
-    number = int(label) if isinstance(label, int) or (len(label) < 10 and DIGITS.fullmatch(label)) else -1
-    return number if 0 <= number < len(names) else None
+def find_class(label: int | str, names: tuple[str, ...], field: str = "class_label") -> int | None:
+    """Find the class of this name, in whatever case, or of this number; None if there is none.
+
+    Raises InvalidField, which names `field`, where the label is the name of one class and the number of another. After
+    NAME or NUMBER it has one meaning.
+    """
+    text = str(label)
+    if text.casefold().startswith(NAME):
+        return _named(text[len(NAME) :], names)
+    if text.casefold().startswith(NUMBER):
+        return _numbered(text[len(NUMBER) :], names)
+    named, numbered = _named(text, names), _numbered(text, names)
+    if named is None or numbered in (None, named):
+        return numbered if named is None else named
+    readings = f"{NAME}{names[named]} (class number {named}) or {NUMBER}{numbered} (the class named {names[numbered]})"
+    raise InvalidField.of(field, f"{readings}: where names are numbers, {text} may be either", label)
+
+
+def label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
+    """Name the class of this number: by the number, after NUMBER where another class has that for a name.
+
+    None is no class.
+    """
+    return number if number is None or _named(str(number), names) in (None, number) else f"{NUMBER}{number}"
+
+
+def _named(text: str, names: tuple[str, ...]) -> int | None:
+    """The class of this name; where the text is a number, also of the only name that is the same number, as 01 is 1."""
+    by_name, by_value = _numbers_by_name(names)
+    if (exact := by_name.get(text.casefold())) is not None:
+        return exact
+    return by_value.get(int(text)) if _is_number(text) else None
+
+
+def _numbered(text: str, names: tuple[str, ...]) -> int | None:
+    return int(text) if _is_number(text) and int(text) < len(names) else None
+
+
+def _is_number(text: str) -> bool:
+    return len(text) < 10 and DIGITS.fullmatch(text) is not None
 
 
 def _number(label: int | str | None, model: ModelInfo) -> int | None:
@@ -61,5 +100,9 @@ def _number(label: int | str | None, model: ModelInfo) -> int | None:
 
 
 @lru_cache(maxsize=4)  # a request may name a thousand images, and a model a thousand classes
-def _numbers_by_name(names: tuple[str, ...]) -> Mapping[str, int]:
-    return {name.casefold(): number for number, name in enumerate(names)}
+def _numbers_by_name(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping[int, int]]:
+    """Each class by its name, and by the value of a name that is a number and that no other name has."""
+    values = {number: int(name) for number, name in enumerate(names) if _is_number(name)}
+    times = Counter(values.values())
+    by_value = {value: number for number, value in values.items() if times[value] == 1}
+    return {name.casefold(): number for number, name in enumerate(names)}, by_value

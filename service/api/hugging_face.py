@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from tminus.model.scheduler_kinds import CLASS_NAMES, scheduler_kind
+from tminus.service.api.classes import label_of
 from tminus.service.api.models import Models
 from tminus.service.api.negotiation import negotiate
 from tminus.service.api.openapi import (
@@ -116,7 +117,7 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
             _check(name, value, model)
         else:
             parameters[ours] = value
-    label = class_of_prompt(prompt, model, "inputs")
+    label = label_of(class_of_prompt(prompt, model, "inputs"), model.class_names)
     return parameters if label is None else parameters | {"class_label": label}
 
 

@@ -23,7 +23,7 @@ def class_of_prompt(prompt: str, model: ModelInfo, field: str = "prompt") -> int
         return None
     if not model.conditional:
         raise InvalidField.of(field, "empty: this model has no classes", prompt)
-    number = find_class(name, names)
+    number = find_class(name, names, field)
     if number is None:
         number = _numbers_by_spelling(names).get(_spelled(name))
     if number is None:

@@ -116,6 +116,7 @@ def read_recipe(png: bytes) -> Recipe:
 
 def recipe_of(document: Any) -> Recipe:
     """Read a recipe. Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
+    from tminus.service.api.classes import NUMBER
     from tminus.service.api.schemas import parameters_of
     from tminus.service.spec import SampleSpec
 
@@ -123,6 +124,8 @@ def recipe_of(document: Any) -> Recipe:
     parameters = parameters_of(SampleSpec.from_json(fields))
     if type(fields["n"]) is not int or not 1 <= fields["n"] <= MAX_LOCAL_N:  # before rows are allocated
         raise ValueError(f"n must be 1..{MAX_LOCAL_N}")
+    if labels := parameters.pop("class_label", None):  # a recipe does not say whether some class has such a name
+        parameters["class_label"] = [None if label is None else f"{NUMBER}{label}" for label in labels]
     return Recipe(parameters, str(document["weights"]), str(document["fingerprint"]))
 
 

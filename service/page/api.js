@@ -20,6 +20,16 @@ export function toJson(spec) {
   return JSON.stringify(spec).replace(/("(?:to_)?seed":)"(\d+)"/g, "$1$2");
 }
 
+/**
+ * Parameters with their classes, which the page has by number, as the server takes them where a name may be another class's
+ * number.
+ */
+export function requestOf(parameters, { class_names: names }) {
+  if (parameters.class_label === undefined || !names.some((name) => /^\d+$/.test(name))) return parameters;
+  const labels = [parameters.class_label].flat().map((number) => (number === null ? null : `number:${number}`));
+  return { ...parameters, class_label: labels.length > 1 ? labels : labels[0] };
+}
+
 /** A seed as JSON has it: 007 is no number there. */
 export const plainSeed = (text) => text.replace(/^0+(?=\d)/, "");
 

@@ -1,6 +1,6 @@
 // The batch of the server as it is now: each job a line, its rows at their own timestep.
 
-import { ask, askQuietly, element, parse, reason, root, toJson } from "./api.js";
+import { ask, askQuietly, element, parse, reason, requestOf, root, toJson } from "./api.js";
 import { usualOpening } from "./opening.js";
 
 const LOOK_MS = 250, REST_MS = 2000; // between looks: while something runs, while nothing does
@@ -89,7 +89,7 @@ async function load(model) {
   ].map((spec) => ({ ...spec, seed: String(crypto.getRandomValues(new Uint32Array(1))[0]) }));
   asked = specs.map(({ seed }) => seed);
   setTimeout(look);
-  const answers = await Promise.allSettled(specs.map(post));
+  const answers = await Promise.allSettled(specs.map((spec) => post(requestOf(spec, model))));
   const failed = answers.find(({ status }) => status === "rejected");
   if (failed) element("batch-text").textContent = `Not all were done: ${reason(failed.reason)}.`;
   button.ariaDisabled = "false";

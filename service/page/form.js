@@ -42,11 +42,13 @@ export function fillForm(loaded) {
 
 const noClass = () => (model.null_class === null ? [] : [["", "no class"]]);
 
+const classNumber = (label) => (typeof label === "string" ? Number(label.replace("number:", "")) : label); // see requestOf
+
 /** Fill in the parameters of a job. Those that it lacks are as they were, or as usual. */
 export function fillFrom(spec) {
   for (const name of ["sampler", "steps", "n"]) if (spec[name] !== undefined) field(name).value = spec[name];
   field("seed").value = spec.seed ?? "";
-  const labels = [spec.class_label ?? null].flat(), different = new Set(labels);
+  const labels = [spec.class_label ?? null].flat().map(classNumber), different = new Set(labels);
   if (!different.has(null)) field("guidance").value = spec.guidance ?? 1; // else it had none
   if (model.conditional) chooseClass(different.size === 1 ? labels.slice(0, 1) : labels);
   const [from = "", to = ""] = spec.guidance_interval ?? [];

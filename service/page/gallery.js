@@ -1,6 +1,6 @@
 // The results of this session, each with the calls that make it again. The session remembers their jobs.
 
-import { ask, base, element, getJson, isGone, reason, toJson } from "./api.js";
+import { ask, base, element, getJson, isGone, reason, requestOf, toJson } from "./api.js";
 import { signedIn } from "./key.js";
 import { describe } from "./form.js";
 import { keep, recall } from "./kept.js";
@@ -47,7 +47,7 @@ function show(job, images, model) {
   if (element(`result-${job.id}`)) return;
   const picture = URL.createObjectURL(images);
   const spec = shortest(job.parameters, model);
-  const body = toJson(spec);
+  const body = toJson(requestOf(spec, model));
   const url = new URL("sample", base).href.replaceAll("'", "%27");
   const entry = element("result").content.firstElementChild.cloneNode(true);
   entry.id = `result-${job.id}`;

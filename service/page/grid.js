@@ -1,6 +1,6 @@
 // A grid: a row for each class, a column for each noise. Each row is one request, or for a walk one a column.
 
-import { ask, element, parse, plainSeed, reason, toJson } from "./api.js";
+import { ask, element, parse, plainSeed, reason, requestOf, toJson } from "./api.js";
 import { classOptions, describe, fill } from "./form.js";
 import { askPath } from "./path.js";
 import { usualOpening } from "./opening.js";
@@ -93,7 +93,7 @@ async function askAll(requests, model, page) {
 
 async function askImages(cells, parameters, model, page) {
   const headers = { Accept: "application/json", "Content-Type": "application/json" };
-  const response = await ask("sample", { method: "POST", headers, body: toJson(parameters) });
+  const response = await ask("sample", { method: "POST", headers, body: toJson(requestOf(parameters, model)) });
   const { images } = parse(await response.text());
   images.forEach((image, k) => addImage(cells[k], image, parameters, model, page));
 }

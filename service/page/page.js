@@ -1,6 +1,6 @@
 // The page of a model: what it opens with, the form, and what becomes of it. The parts are in the other files.
 
-import { element, getJson, nameInAddress, parse, reason, Refusal, root, toJson } from "./api.js";
+import { element, getJson, nameInAddress, parse, reason, Refusal, requestOf, root, toJson } from "./api.js";
 import { addAnswered, cancelUnderWay, create, forgetAnswered, underWay } from "./asking.js";
 import { complain, describe, fillForm, fillFrom, form, parameters } from "./form.js";
 import { frameCount, goTo, setGrowing, showPath } from "./frames.js";
@@ -43,7 +43,7 @@ async function start() {
   const opened = openingShown();
   showWho(await getJson(new URL("key", root)), new URL("logout", root));
   const parts = await later;
-  for (const part of parts) part.setUp(model, { run: (body) => run(toJson(body)), watch, fillFrom, opened });
+  for (const part of parts) part.setUp(model, { run: (body) => run(toJson(requestOf(body, model))), watch, fillFrom, opened });
   busy(false);
   const body = underWay(model); // the page was loaded again before there was an answer
   if (body) {
@@ -181,7 +181,7 @@ function tellUnloaded() {
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (model && !running) run(toJson(parameters()));
+  if (model && !running) run(toJson(requestOf(parameters(), model)));
 });
 element("cancel").addEventListener("click", () => {
   if (model && running) giveUp();

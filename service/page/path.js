@@ -1,6 +1,6 @@
 // The whole way from noise to an image, asked for at once: every frame, in one answer. Nothing of it is kept by the server.
 
-import { ask, parse, toJson } from "./api.js";
+import { ask, parse, requestOf, toJson } from "./api.js";
 
 const MOST_FRAMES = 40, MOST_BYTES = 2 ** 24; // of pixels: more the server refuses
 
@@ -31,7 +31,7 @@ export async function askPath(parameters, model, signal) {
   const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
   const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
   const every = Math.ceil(passesOf(parameters, model) / most) || 1;
-  const asked = { ...parameters, every, show: ["x_t", "x_0"] }, headers = { Accept: "application/json" };
+  const asked = requestOf({ ...parameters, every, show: ["x_t", "x_0"] }, model), headers = { Accept: "application/json" };
   const inBody = [parameters.class_label].flat().includes(null); // no class among others: a query cannot say it
   const response = inBody
     ? await ask("sample", { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: toJson(asked), signal })

@@ -1,6 +1,6 @@
 // A PNG of tminus that somebody has given the page: what it says of itself, and whether this server makes the same.
 
-import { ask, element, reason, shorten, toJson } from "./api.js";
+import { ask, element, reason, requestOf, shorten, toJson } from "./api.js";
 import { describe, fillFrom } from "./form.js";
 import { parametersOf, recipeIn } from "./recipe.js";
 
@@ -20,7 +20,7 @@ export async function offer(file, model) {
   element("recipe").hidden = !fits;
   if (!fits) return false;
   const parameters = parametersOf(recipe.spec);
-  given = { bytes: new Uint8Array(bytes), parameters, recipe };
+  given = { bytes: new Uint8Array(bytes), parameters, recipe, model };
   fillFrom(parameters);
   const weights = recipe.weights === model.weights_hash ? "this model" : "another model, or other weights";
   const build = recipe.fingerprint === model.fingerprint ? "this build" : "another build, so a few bits may differ";
@@ -38,12 +38,12 @@ export async function offer(file, model) {
 }
 
 async function again() {
-  const mine = given, { bytes, parameters, recipe } = mine;
+  const mine = given, { bytes, parameters, recipe, model } = mine;
   const say = (text) => mine === given && (element("recipe-answer").textContent = text);
   say("Making it…");
   try {
     const headers = { Accept: "image/png", "Content-Type": "application/json" };
-    const response = await ask("sample", { method: "POST", headers, body: toJson(parameters) });
+    const response = await ask("sample", { method: "POST", headers, body: toJson(requestOf(parameters, model)) });
     const made = new Uint8Array(await response.arrayBuffer());
     const same = response.headers.get("X-Fingerprint") === recipe.fingerprint;
     const build = `The build is ${same ? "the same" : "another"}.`;

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1063,3 +1064,31 @@ def test_the_page_lets_nothing_in_from_elsewhere(server: RunningServer) -> None:
     for name in ("..%2fapp.py", "%2e%2e%2fapp.py", "nothing.js"):
         missing = httpx.get(f"{server.url}/page/{name}")
         assert (missing.status_code, missing.headers["content-type"]) == (404, "application/problem+json")
+
+
+def test_classes_whose_names_are_numbers_are_those_that_the_page_shows(
+    open_page: Callable[..., Page], own_server: Callable[..., RunningServer], small: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(small, folder)
+    meta = json.loads((folder / "tminus.json").read_text())
+    names = [str(number) for number in range(1, 11)]  # of folders that are named 1 to 10
+    (folder / "tminus.json").write_text(json.dumps(meta | {"class_names": names}))
+    server = own_server("--executor", "eager", checkpoint=folder)
+    page = open_page(server.url)
+    expect(page.tab.locator("#caption")).not_to_contain_text("class_label")  # that the opening is refused for
+    page.sample(class_label="2", sampler="ddim", steps=3, n=1, seed=5, guidance=1)
+    page.wait_until(DONE)
+    spec = {"sampler": "ddim", "steps": 3, "n": 1, "seed": 5}
+    made = {
+        label: server.post(json=spec | {"class_label": label}).content for label in ("name:2", "number:1", "number:2")
+    }
+    assert page.picture("#gallery img") == made["name:2"] == made["number:1"] != made["number:2"]
+    expect(page.tab.locator("#gallery .curl")).to_contain_text('"class_label":"number:1"')
+    file = tmp_path / "again.png"
+    file.write_bytes(made["name:2"])
+    page.tab.locator("#noise-file").set_input_files(file)
+    expect(page.tab.locator("#recipe-text")).to_contain_text("It is of this model, and this build.")
+    assert form_of(page)["class_label"] == "1", "the second"
+    page.press("Make it again")
+    expect(page.tab.locator("#recipe-answer")).to_contain_text("The same, byte for byte.")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from tminus.service.api.classes import label_of
 from tminus.service.api.kserve.tensors import (
     CLASS_LABEL,
     IMAGES,
@@ -109,9 +110,9 @@ def _parameters(given: dict[str, Any], inputs: Mapping[str, list[Any]], model: M
     return given
 
 
-def _class(value: int | str, model: ModelInfo) -> int | None:
+def _class(value: int | str, model: ModelInfo) -> int | str | None:
     if isinstance(value, str):
-        return class_of_prompt(value, model, CLASS_LABEL)
+        return label_of(class_of_prompt(value, model, CLASS_LABEL), model.class_names)
     return None if value == NO_CLASS else value
 
 

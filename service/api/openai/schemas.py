@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
+from tminus.service.api.classes import label_of
 from tminus.service.api.fields import Bool, Int, RequestSchema
 from tminus.service.api.openai.quality import Quality, settings_of
 from tminus.service.api.prompts import class_of_prompt
@@ -107,7 +108,7 @@ class ImagesRequest(RequestSchema):
         ):
             if not ok:
                 raise InvalidField.of(name, bound, getattr(self, name))
-        label = class_of_prompt(self.prompt, model)
+        label = label_of(class_of_prompt(self.prompt, model), model.class_names)
         given = SampleRequest.parse(extensions, model, limits).model_dump(exclude_unset=True)
         filled = settings_of(self.budget, given, model, has_class=label is not None)
         return {"n": self.n} | ({} if label is None else {"class_label": label}) | filled | dict(extensions)

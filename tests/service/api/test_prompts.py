@@ -41,10 +41,10 @@ def test_the_field_of_the_prompt_is_named() -> None:
     assert caught.value.field == "inputs"
 
 
-def test_a_name_goes_before_a_number_and_an_exact_name_before_one_that_is_spelled_alike() -> None:
+def test_an_exact_name_goes_before_one_that_is_spelled_alike() -> None:
     odd = replace(FASHION, class_names=("1", "0", "a-b", "a b"))
-    assert [class_of_prompt(name, odd) for name in odd.class_names] == [0, 1, 2, 3]
-    for unclear in ("a_b", "-1", "_0"):
+    assert [class_of_prompt(name, odd) for name in ("name:1", "name:0", "a-b", "a b")] == [0, 1, 2, 3]
+    for unclear in ("a_b", "-1", "_0", "1"):
         with pytest.raises(InvalidField):
             class_of_prompt(unclear, odd)
 

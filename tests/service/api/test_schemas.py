@@ -135,12 +135,6 @@ def test_the_case_of_a_class_name_does_not_matter(name: str) -> None:
     assert spec_of({"n": 2, "class_label": ["cat", "STRASSE"]}, upper).class_labels == (0, 1)
 
 
-def test_a_class_whose_name_is_a_number_goes_by_its_name() -> None:
-    model = replace(INFO, class_names=("2", "1", "0"))
-    assert spec_of({"class_label": "2"}, model).class_labels == (0,)
-    assert spec_of({"class_label": 2}, model).class_labels == (2,)
-
-
 def test_an_unconditional_model_has_no_labels() -> None:
     assert spec_of({"n": 3}, UNCONDITIONAL).class_labels is None
     assert spec_of({"guidance": 1}, UNCONDITIONAL).guidance == 1.0

@@ -422,7 +422,8 @@ def test_the_new_png_gets_no_other_name(run: Run, kept: Path) -> None:
 )
 def test_the_recipe_read_from_a_png_makes_its_spec_again(spec: Any) -> None:
     found = read_recipe(encode_png(np.zeros((4, 6, 1), np.uint8), recipe(spec, INFO)))
-    assert found.parameters == parameters_of(spec)
+    labels = [None if label is None else f"number:{label}" for label in spec.class_labels]
+    assert found.parameters == parameters_of(spec) | {"class_label": labels}
     assert SampleRequest.parse(found.parameters, INFO, LIMITS).to_spec(INFO, LIMITS) == spec
     assert (found.weights, found.fingerprint) == (INFO.weights_hash, INFO.fingerprint)
 
