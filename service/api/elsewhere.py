@@ -6,7 +6,7 @@ from a replica is answered by what is known here.
 
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 import httpx
@@ -46,7 +46,7 @@ class Elsewhere:
 
     async def events(
         self, address: str, request: Request, job_id: str, last_id: str
-    ) -> AsyncIterator[tuple[bytes, str]]:
+    ) -> AsyncGenerator[tuple[bytes, str]]:
         """The bytes of a job's events, with the id of the last one so far; they end where the replica ends them."""
         url = f"{address}/jobs/{job_id}/events"
         headers = _headers(request)

@@ -8,9 +8,9 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import cached_property
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import cached_property, partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -67,48 +67,171 @@ def event_routes(models: Models, contract: Contract) -> APIRouter:
 
 async def events(models: Models, request: Request, job_id: str) -> Response:
     """Follow a job until it has ended."""
-    services = models.default  # of which only what all models share is used
     preview = PreviewRequest.parse(read_query(request))
-    shows = preview.shows if "show" in preview.model_fields_set else ()  # without it no pictures
     last_id = request.headers.get("last-event-id", "")
-    sees = caller_of(request).sees
-    view = await services.jobs.find_durable(job_id, sees)
+    services = models.default  # of which only what all models share is used
+    view = await services.jobs.find_durable(job_id, caller_of(request).sees)
     if last_id == LAST and view.state in OUTCOMES:  # an EventSource that is told so stops asking
         return Response(status_code=204)
     with ExitStack() as stack:
         stack.enter_context(services.streams.opened(request.client.host if request.client else ""))
-        mailbox = Mailbox(asyncio.get_running_loop(), services.metrics.frame_dropped)
-        stack.callback(mailbox.close)
+        follower = _Follower(models, request, preview, view, last_id)
+        stack.callback(follower.close)
+        return EventStream(follower.events(), stack.pop_all().close)
+
+
+class _Follower:
+    """One connection that follows a job to its end, whichever replicas work on it.
+
+    While this replica holds the job, the worker shows it. While another one does, its events are passed on. While none
+    does, the client is told what the store says.
+    """
+
+    def __init__(self, models: Models, request: Request, preview: PreviewRequest, view: JobView, last_id: str) -> None:
+        """last_id: the id of the last event that the client has seen."""
+        self._models, self._request, self._preview, self._last_id = models, request, preview, last_id
+        self._services, self._jobs = models.default, models.default.jobs
+        self._sees, self._view, self._quiet_s = caller_of(request).sees, view, 0.0
+        self._viewer = self._watch()  # before anything is answered, so that no frame is missed
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yield events until the job has ended, or the server is about to."""
+        yield format_sse_event(retry=RECONNECT_MS)
+        told = ""
+        while self._view.record.outcome is None:
+            if self._viewer is not None:
+                async for event in self._viewer.events(self._view):
+                    yield event
+                live, told, self._last_id = self._viewer.live, "", self._viewer.last_id
+                self.close()
+                if live.record.outcome is not None:
+                    (self._view,) = await self._jobs.with_deliveries([live_view(live, None)])
+                    break
+            elif (address := await self._holder()) is not None:
+                async for events in self._passed_on(address):
+                    told = ""
+                    yield events
+                if self._last_id == LAST:
+                    return
+            if self._is_ending:  # the client comes back, to another replica
+                return
+            if self._view.state != told:
+                told, self._quiet_s = self._view.state, 0.0
+                yield _event("waiting", _standing(None, None)) if told == "waiting" else KEEPALIVE_COMMENT
+            await asyncio.sleep(POLL_S)
+            if self._is_due_a_comment():
+                yield KEEPALIVE_COMMENT
+            try:
+                self._view = await self._jobs.find_durable(self._view.record.id, self._sees)
+            except JobNotFound:  # it was deleted: so the client is told when it comes back
+                return
+            except StorageFailed:
+                continue
+            self._viewer = self._watch()
+        yield _event(self._view.state, JobAnswer.of(self._view).model_dump(), LAST)
+
+    def close(self) -> None:
+        """Follow the job here no more."""
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
+
+    @property
+    def _is_ending(self) -> bool:
+        """Whether this process makes no more of any job."""
+        return self._services.worker.draining or self._services.worker.crashed
+
+    def _watch(self) -> "_Viewer | None":
+        """Have the worker show the job; None if it is not held here."""
+        mailbox = Mailbox(asyncio.get_running_loop(), self._services.metrics.frame_dropped)
+        shows = self._preview.shows if "show" in self._preview.model_fields_set else ()  # without it no pictures
         # A job that went on from a snapshot may be behind what the client has seen: steps done again are shown again.
-        seen = min(int(last_id) if last_id.isdecimal() and len(last_id) < 9 else 0, view.step or 0)
-        watch = Watch(preview.pace, shows, mailbox.put, seen)
-        live = services.jobs.watch(job_id, watch, mailbox)
+        known = int(self._last_id) if self._last_id.isdecimal() and len(self._last_id) < 9 else 0
+        watch = Watch(self._preview.pace, shows, mailbox.put, min(known, self._view.step or 0))
+        live = self._jobs.watch(self._view.record.id, watch, mailbox)
         if live is None:
-            view = await services.jobs.find_durable(job_id, sees)
-            return EventStream(_from_the_store(services, request, view, sees, last_id), stack.pop_all().close)
-        stack.callback(services.jobs.unwatch, live, watch)
-        viewer = _Viewer(models.numbered(live.model), live, preview, mailbox, view.eta_s)
-        return EventStream(viewer.events(view), stack.pop_all().close)
+            return None
+        unwatch = partial(self._jobs.unwatch, live, watch)
+        services = self._models.numbered(live.model)
+        return _Viewer(services, live, self._preview, mailbox, unwatch, self._view.eta_s, self._last_id)
+
+    async def _holder(self) -> str | None:
+        """The address of the other replica that the events are asked of."""
+        with suppress(StorageFailed):
+            return None if came_from_a_replica(self._request) else await self._jobs.held_at(self._view)
+        return None
+
+    async def _passed_on(self, address: str) -> AsyncIterator[bytes]:
+        """Yield what the holder sends, as long as it holds the job.
+
+        One that hangs sends nothing, and its connection stays: so the store is asked while it is silent.
+        """
+        told = self._services.elsewhere.events(address, self._request, self._view.record.id, self._last_id)
+        coming = asyncio.ensure_future(anext(told, None))
+        try:
+            while not self._is_ending:
+                await asyncio.wait([coming], timeout=POLL_S)
+                if not coming.done():
+                    if not await self._is_held_at(address):
+                        return
+                    if self._is_due_a_comment():
+                        yield KEEPALIVE_COMMENT
+                    continue
+                if (part := coming.result()) is None:
+                    return
+                (events, self._last_id), self._quiet_s = part, 0.0
+                yield events
+                coming = asyncio.ensure_future(anext(told, None))
+        finally:
+            coming.cancel()
+            await asyncio.wait([coming])
+            await told.aclose()
+
+    async def _is_held_at(self, address: str) -> bool:
+        try:
+            return await self._jobs.held_at(self._view) == address
+        except StorageFailed:  # then nobody else can claim it either
+            return True
+
+    def _is_due_a_comment(self) -> bool:
+        """Whether nothing has been sent for long. It is asked each time that a look has brought nothing."""
+        self._quiet_s += POLL_S
+        if self._quiet_s < QUIET_S:
+            return False
+        self._quiet_s = 0.0
+        return True
 
 
 class _Viewer:
-    """One connection that follows a job."""
+    """What one connection is shown of a job that this process holds."""
 
     def __init__(
-        self, services: Services, live: Live, preview: PreviewRequest, mailbox: Mailbox, eta_s: float | None
+        self,
+        services: Services,
+        live: Live,
+        preview: PreviewRequest,
+        mailbox: Mailbox,
+        unwatch: Callable[[], None],
+        eta_s: float | None,
+        last_id: str,
     ) -> None:
-        """eta_s: the forecast for the job that was made just now."""
-        self._services, self._live, self._preview, self._mailbox = services, live, preview, mailbox
+        """eta_s: the forecast for the job that was made just now. last_id: as of _Follower."""
+        self.live, self.last_id = live, last_id
+        self._services, self._preview, self._mailbox, self._unwatch = services, preview, mailbox, unwatch
         self._countdown = Countdown(services.standings, live.record.id, eta_s)
+
+    def close(self) -> None:
+        """Be shown no more."""
+        self._unwatch()
+        self._mailbox.close()
 
     @cached_property
     def _timesteps(self) -> Sequence[float]:
         """Of a job that runs: one that waits may be of a table that the checkpoint has no more, and fail."""
-        return timesteps_of(self._live.record.spec, self._services.model)
+        return timesteps_of(self.live.record.spec, self._services.model)
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
-        """Yield events until the job has ended, or the server is about to."""
-        yield format_sse_event(retry=RECONNECT_MS)
+        """Yield events until nothing more is made of the job here, or the server is about to end."""
         waiting, last_sent, quiet_s = view.state == "waiting", None, 0.0
         standing = _standing(view.position, view.eta_s)
         if not waiting:  # so that a client that comes back does not go on with an old state
@@ -123,7 +246,7 @@ class _Viewer:
             except TimeoutError:
                 if self._services.worker.draining:
                     return
-                if waiting and (status := await self._services.standings.of(self._live.record.id)) is not None:
+                if waiting and (status := await self._services.standings.of(self.live.record.id)) is not None:
                     waiting = status.state == "waiting"
                     standing = _standing(status.position, status.eta_s)
                 quiet_s += POLL_S
@@ -136,19 +259,17 @@ class _Viewer:
             waiting, quiet_s = False, 0.0
             for event in await self._show(frame):
                 yield event
-        if self._live.record.outcome is not None:  # otherwise the next start of the server goes on with it
-            (view,) = await self._services.jobs.with_deliveries([live_view(self._live, None)])
-            yield _end(view)
 
     async def _show(self, frame: Frame) -> list[bytes]:
         """The events of a frame: its pictures, or where the job stands if none were asked for."""
-        spec, preview = self._live.record.spec, self._preview
+        spec, preview = self.live.record.spec, self._preview
         progress = await self._progress(frame.step)
         try:
             pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
         except Exception:  # a lost frame does not end the stream
-            log.exception("a frame of job %s could not be encoded", self._live.record.id)
+            log.exception("a frame of job %s could not be encoded", self.live.record.id)
             return []
+        self.last_id = str(frame.step)
         if not pictures:
             return [_event("progress", progress, str(frame.step))]
         self._services.metrics.frame_sent()
@@ -160,7 +281,7 @@ class _Viewer:
         return events
 
     async def _progress(self, step: int) -> dict[str, Any]:
-        steps = self._live.record.spec.num_passes
+        steps = self.live.record.spec.num_passes
         return {
             "step": step,
             "steps": steps,
@@ -181,46 +302,6 @@ def _picture_members(
     if image is not None:
         members["image"] = spec.index + image
     return members | {"data": base64.b64encode(picture).decode("ascii")}
-
-
-async def _from_the_store(
-    services: Services, request: Request, view: JobView, sees: str | None, last_id: str
-) -> AsyncIterator[bytes]:
-    """A job that another replica holds, or nobody: what its holder sends, else its state as the store has it.
-
-    Where the holder is gone, its events go on with the next one.
-    """
-    jobs, job_id, told, quiet_s = services.jobs, view.record.id, "", 0.0
-    while view.record.outcome is None:
-        address = None if came_from_a_replica(request) else await jobs.held_at(view)
-        if address is not None:
-            async for events, newest_id in services.elsewhere.events(address, request, job_id, last_id):
-                last_id, told, quiet_s = newest_id, "", 0.0
-                yield events
-                if services.worker.draining:  # the client comes back, to another replica
-                    return
-            if last_id == LAST:
-                return
-        if view.state != told:
-            told = view.state
-            yield _event("waiting", _standing(None, None)) if told == "waiting" else KEEPALIVE_COMMENT
-        await asyncio.sleep(POLL_S)
-        if services.worker.draining or jobs.is_here(job_id):  # the client comes back, and sees its frames
-            return
-        if (quiet_s := quiet_s + POLL_S) >= QUIET_S:
-            quiet_s = 0.0
-            yield KEEPALIVE_COMMENT
-        try:
-            view = await jobs.find_durable(job_id, sees)
-        except JobNotFound:  # it was deleted: so the client is told when it comes back
-            return
-        except StorageFailed:
-            continue
-    yield _end(view)
-
-
-def _end(view: JobView) -> bytes:
-    return _event(view.state, JobAnswer.of(view).model_dump(), LAST)
 
 
 def _event(name: str, members: Mapping[str, Any], event_id: str | None = None) -> bytes:

@@ -1,5 +1,6 @@
 """POST and GET /jobs, and one job: its state, its images, its end. Its events are in events.py."""
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated
 
@@ -32,7 +33,7 @@ from tminus.service.api.schemas import SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, understand
 from tminus.service.api.webhook_request import WebhookRequest
-from tminus.service.errors import InvalidField
+from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
 
 
@@ -134,7 +135,10 @@ async def _accept(services: Services, request: Request, chosen: str | None = Non
 async def job(services: Services, request: Request, job_id: str) -> JobAnswer:
     """Where one job stands, as the replica knows it that works on it."""
     view = await services.jobs.find(job_id, caller_of(request).sees)
-    address = None if came_from_a_replica(request) else await services.jobs.held_at(view)
+    address = None
+    if not came_from_a_replica(request):
+        with suppress(StorageFailed):
+            address = await services.jobs.held_at(view)
     answer = await services.elsewhere.job(address, request, job_id) if address is not None else None
     return answer or JobAnswer.of(view)
 

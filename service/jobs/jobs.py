@@ -256,13 +256,11 @@ class Jobs:
             await self._lifecycles[view.model].store.delete(job_id)
 
     async def held_at(self, view: JobView) -> str | None:
-        """The address of the other replica that works on a job, if there is one that can be asked."""
-        if not view.record.held or self.is_here(view.record.id):
+        """The address of the replica that works on a job, if it is another and can be asked. Raises StorageFailed."""
+        lifecycle = self._lifecycles.get(view.model)
+        if lifecycle is None or not view.record.held or self.is_here(view.record.id):
             return None
-        try:
-            return await self._lifecycles[view.model].store.holder(view.record.id)
-        except StorageFailed:
-            return None
+        return await lifecycle.store.holder(view.record.id)
 
     def is_here(self, job_id: str) -> bool:
         """Whether a durable job has not ended, and is held by this process."""

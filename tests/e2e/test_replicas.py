@@ -140,6 +140,56 @@ def test_a_viewer_at_another_replica_sees_the_job_to_its_end_though_its_holder_d
     assert httpx.get(f"{third.url}/jobs/{job_id}/image").content == undisturbed
 
 
+@pytest.mark.parametrize(
+    ("went", "takes_over"),
+    [(signal.SIGKILL, "the server that is asked"), (signal.SIGSTOP, "a third server")],
+    ids=["killed", "stopped"],
+)
+def test_one_stream_of_events_shows_progress_and_the_end_though_the_holder_goes(
+    start: Start, went: signal.Signals, takes_over: str
+) -> None:
+    """Without coming back, at a server that passes on what the holder sends."""
+    holder = start()
+    if takes_over == "a third server":
+        asked, third = start(TMINUS_MAX_ROWS="4"), start()  # the first has no room for the job
+    else:
+        asked = third = start()
+    job_id = post(holder.url, LONG | {"n": 5})
+    asked.wait_until(lambda: (httpx.get(f"{asked.url}/jobs/{job_id}").json()["step"] or 0) > 0)
+    lines: list[str] = []
+    try:
+        with httpx.stream("GET", f"{asked.url}/jobs/{job_id}/events?every=20", timeout=60) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                if line == "event: progress" and lines.count(line) == 3:
+                    holder.process.send_signal(went)
+                    gone_at = len(lines)
+    finally:
+        holder.process.kill()
+    after = events("\n".join(["", *lines[gone_at + 3 :]]))
+    assert after[-1][0] == "done"
+    assert [data["step"] for name, data, _ in after if name == "progress"], "of the next holder"
+    assert httpx.get(f"{third.url}/jobs/{job_id}/image").status_code == 200
+
+
+def test_a_stream_of_events_at_a_holder_that_slept_past_its_lease_goes_on_with_the_next_one(start: Start) -> None:
+    holder, other = start(), start()
+    job_id = post(holder.url, LONG)
+    names: list[str] = []
+    with httpx.stream("GET", f"{holder.url}/jobs/{job_id}/events?every=20", timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                names.append(line.removeprefix("event: "))
+            if names.count("progress") == 3 and "asleep" not in names:
+                names.append("asleep")
+                holder.process.send_signal(signal.SIGSTOP)
+                try:
+                    other.wait_until(lambda: "goes on from step" in other.log)
+                finally:
+                    holder.process.send_signal(signal.SIGCONT)
+    assert names[-1] == "done"
+
+
 def test_what_is_passed_on_is_the_callers_own(start: Start) -> None:
     keys = "\n".join(key_line(name, f"the-secret-of-{name}") for name in ("studio", "lab"))
     holder, asked = (start(TMINUS_KEYS=keys) for _ in range(2))
