@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
-from tminus.service.jobs.wal import find_damage
+from tminus.service.jobs.wal import HEADER, Cut, find_damage
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ UPGRADES: Mapping[int, tuple[str, ...]] = {
         "CREATE INDEX deliveries_by_receiver ON deliveries (state, receiver)",
     ),
 }
+# It has a row where a WAL belongs to the file. A version that does not know it need not, so it changes no version.
+FOLLOWS = "CREATE TABLE IF NOT EXISTS wal_follows (yes INTEGER PRIMARY KEY)"
 APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header, by which file(1) and this module know our files
 IN_MEMORY = ":memory:"
 BUSY_S = 2.0  # to wait for the lock of another process; that of a killed server is gone at once
@@ -59,15 +61,18 @@ def prepare(file: Path) -> None:
         pass
     except OSError as error:
         raise cannot_be_used(file, error) from None
-    index = _beside(file, "shm")
+    index, wal = beside(file, "shm"), beside(file, "wal")
     was_there = index.exists()
+    wal_bytes = wal.stat().st_size if wal.exists() else 0  # the connection makes an empty one
     try:
         uri = f"{file.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)) as connection:
             new = is_new(file, connection)  # also one of which all is in a WAL that SQLite ignores
-            _check_wal(file)
+            _check_wal(wal)
             if not new:
                 _check_pages(file, connection)
+                if wal_bytes <= HEADER and _lacks_wal(connection):
+                    log.warning("the last server left %s, and it is gone: jobs that were only in it are missing", wal)
     except sqlite3.Error as error:
         # A first start was interrupted: the store's own connection, which may write, rolls that back.
         if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
@@ -139,7 +144,7 @@ def _check_header(file: Path) -> None:
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     if not header:  # a first start, perhaps one that was interrupted before it wrote anything
-        wal = _beside(file, "wal")
+        wal = beside(file, "wal")
         if wal.exists() and wal.stat().st_size:  # SQLite would delete it
             raise ValueError(why_not(file, f"malformed: it is empty, but {wal.name} is not", UNTOUCHED))
         return
@@ -152,16 +157,24 @@ def _check_header(file: Path) -> None:
         raise ValueError(f"{file} is a database of something else{UNTOUCHED}. Name another --state-dir")
 
 
-def _check_wal(file: Path) -> None:
+def _check_wal(wal: Path) -> None:
     """Raise ValueError for a WAL in which more than the last transaction does not verify."""
-    wal = _beside(file, "wal")
     damage = find_damage(wal) if wal.exists() else None
-    if damage is not None:
+    if isinstance(damage, Cut):
+        log.warning("%s ends inside a frame: its last %d bytes are ignored", wal, damage.ignored_bytes)
+    elif damage is not None:
         ids = ", ".join(damage.job_ids[:MOST_IDS]) + (", …" if len(damage.job_ids) > MOST_IDS else "")
         raise ValueError(
             f"{wal} is damaged: {damage.transactions} transactions cannot be read{UNTOUCHED}. Jobs in doubt: "
             f"{ids or 'none'}. To go on with what came before: truncate -s {damage.offset} {shlex.quote(str(wal))}"
         )
+
+
+def _lacks_wal(connection: sqlite3.Connection) -> bool:
+    """Whether the file says that a WAL follows it. With that WAL it says no more: see SqliteStore."""
+    if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'wal_follows'").fetchone():
+        return False
+    return connection.execute("SELECT 1 FROM wal_follows").fetchone() is not None
 
 
 def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
@@ -179,7 +192,8 @@ def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
         raise ValueError(why_not(file, f"malformed: {found}", UNTOUCHED))
 
 
-def _beside(file: Path, what: str) -> Path:
+def beside(file: Path, what: str) -> Path:
+    """The WAL of a file, or the WAL's index."""
     return Path(f"{file.resolve()}-{what}")
 
 

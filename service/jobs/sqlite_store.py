@@ -5,7 +5,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,20 @@ from sqlalchemy.pool import StaticPool
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.sql_store import SqlStore
-from tminus.service.jobs.sqlite_file import APPLICATION_ID, BUSY_S, VERSION, cannot_be_used, is_new, prepare, upgrade
+from tminus.service.jobs.sqlite_file import (
+    APPLICATION_ID,
+    BUSY_S,
+    FOLLOWS,
+    VERSION,
+    beside,
+    cannot_be_used,
+    is_new,
+    prepare,
+    upgrade,
+)
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
 from tminus.service.jobs.tables import make_tables
+from tminus.service.jobs.wal import FRAME, HEADER
 from tminus.service.jobs.webhooks.delivery_store import Run
 from tminus.service.scheduling.cluster import ClusterLoad
 from tminus.service.scheduling.intake import Intake
@@ -26,7 +37,8 @@ log = logging.getLogger(__name__)
 
 SWEEP_PAGES = 512  # that one call gives back to the disk
 SPARE_PAGES = 256  # free pages that stay in the file, to be used again
-WAL_BYTES = 8 * 2**20  # a larger WAL is copied into the file and truncated
+WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new one begun in its place
+SPARE_BYTES = 8 * 2**20  # the same, where file and WAL have more room that nothing needs
 
 
 class SqliteStore(SqlStore):
@@ -46,7 +58,9 @@ class SqliteStore(SqlStore):
             )
         )
         self._file = file
-        self._wal_bytes = 0  # at the last sweep
+        self._wal = None if file is None else beside(file, "wal")
+        self._most_wal_bytes = WAL_BYTES
+        self._begun_at, self._swept_at = 0, 0  # the number of changes when the WAL was begun, and at the last sweep
         if file is not None:
             prepare(file)
         url = sa.URL.create("sqlite", database=None if file is None else str(file))
@@ -61,6 +75,8 @@ class SqliteStore(SqlStore):
                 "auto_vacuum = INCREMENTAL",
                 "journal_mode = WAL",
                 "synchronous = FULL",  # an accepted job survives a power cut too
+                "wal_autocheckpoint = 0",  # see _begin_wal
+                f"journal_size_limit = {WAL_BYTES}",  # to which a longer one is cut when a new one is begun
                 "secure_delete = FAST",  # Debian's SQLite would overwrite deleted pages with zeros
             ):
                 self._pragma(pragma)
@@ -70,9 +86,11 @@ class SqliteStore(SqlStore):
                     self._pragma(f"user_version = {VERSION}")
                     self._tables.metadata.create_all(self._connection)
             upgrade(file, self._driver)
+            self._driver.execute(FOLLOWS)
             self.claim()  # what the server reads first: if this fails it must not start
             with self._transaction() as run:
                 self._deliveries.let_go_all(run)
+            self._begin_wal()
             made = os.stat(file) if file is not None else None
             self._identity = (made.st_dev, made.st_ino) if made is not None else None
         except sa.exc.DBAPIError as error:
@@ -157,22 +175,42 @@ class SqliteStore(SqlStore):
                 self._driver.executescript(f"PRAGMA incremental_vacuum({SWEEP_PAGES})")
                 return bool(self._pragma("freelist_count")[0] < free)
             if self._file is not None:
-                self._checkpoint(self._file, Path(f"{self._file.resolve()}-wal").stat().st_size)
+                self._shorten(self._file)
         except (OSError, sqlite3.Error) as error:  # no harm: new jobs use the free pages
             log.warning("the job store %s does not shrink: %s", self._file, error)
         return False
 
-    def _checkpoint(self, file: Path, wal_bytes: int) -> None:
-        """Copy the WAL into the file and empty it, where both are large or the store is idle.
+    def _shorten(self, file: Path) -> None:
+        """Copy the WAL into the file, where both are large or the store is idle.
 
         A vacuum alone does not shorten the file; and what is in the WAL only, one bad byte may lose.
         """
-        idle = wal_bytes == self._wal_bytes
-        spare = file.stat().st_size + wal_bytes - self._pragma("page_count")[0] * self._pragma("page_size")[0]
-        if wal_bytes and (idle or spare > WAL_BYTES):
-            self._pragma("wal_checkpoint(TRUNCATE)")
-            wal_bytes = 0
-        self._wal_bytes = wal_bytes
+        changes = self._driver.total_changes
+        spare = file.stat().st_size + self._wal_bytes() - self._pragma("page_count")[0] * self._pragma("page_size")[0]
+        idle = changes == self._swept_at and changes != self._begun_at
+        if idle or spare > SPARE_BYTES:
+            self._begin_wal()
+        self._swept_at = self._driver.total_changes
+
+    def _wal_bytes(self) -> int:
+        return self._wal.stat().st_size if self._wal is not None and self._wal.exists() else 0
+
+    def _begin_wal(self) -> None:
+        """Copy the WAL into the file, and begin a new one, with which it can be told later whether it is there.
+
+        The file itself says that a WAL follows, and the first transaction of the WAL that none does. So a start that
+        reads that one follows has lost it. Whoever copies all of the WAL into the file, as sqlite3 does when it closes
+        one, copies that too, and nothing is missing then.
+        """
+        try:
+            self._driver.execute("INSERT OR IGNORE INTO wal_follows VALUES (1)")
+            self._pragma("wal_checkpoint(RESTART)")
+            self._driver.execute("DELETE FROM wal_follows")
+            self._most_wal_bytes = WAL_BYTES
+        except sqlite3.Error as error:  # no harm: the WAL has all, and grows
+            log.warning("the WAL of the job store %s cannot be copied into it: %s", self._file, error)
+            self._most_wal_bytes = self._wal_bytes() + WAL_BYTES
+        self._begun_at = self._driver.total_changes
 
     def check(self, *, write: bool) -> None:
         """See JobStore."""
@@ -197,6 +235,9 @@ class SqliteStore(SqlStore):
 
     def close(self) -> None:
         """See JobStore."""
+        if not self._connection.closed:
+            with suppress(sqlite3.Error):  # it has a row only where there was no room to begin the last WAL
+                self._driver.execute("DELETE FROM wal_follows")
         self._connection.close()
         self._engine.dispose()
 
@@ -209,6 +250,8 @@ class SqliteStore(SqlStore):
         except sa.exc.DBAPIError as error:
             log.error("the job store %s: %s", self._file, error.orig)
             raise StorageFailed(f"the job store cannot do it: {error.orig}") from None
+        if self._wal_bytes() > self._most_wal_bytes:
+            self._begin_wal()
 
 
 def _on_connect(connection: sqlite3.Connection, _record: object) -> None:

@@ -1,7 +1,8 @@
 """Look for damage in the write-ahead log that a killed server has left. SQLite ignores all from a bad frame on.
 
 A crash can tear only the transaction that was being written, the last one. Where more transactions follow a frame that
-does not verify, the file was damaged, and jobs that had been accepted would be lost without a word.
+does not verify, the file was damaged, and jobs that had been accepted would be lost without a word. A log that ends
+inside a frame was torn by a crash, or cut by something else, and nothing in it tells which.
 Format: sqlite.org/fileformat.html, section 4.
 """
 
@@ -26,7 +27,14 @@ class Damage:
     job_ids: tuple[str, ...]  # that are named in what follows
 
 
-def find_damage(wal: Path) -> Damage | None:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """All frames verify, and the log ends inside one."""
+
+    ignored_bytes: int  # from the last commit on
+
+
+def find_damage(wal: Path) -> Damage | Cut | None:
     """Check each frame; None where there is no damage beyond a torn last transaction. Raises OSError."""
     data = wal.read_bytes()
     if len(data) < HEADER:
@@ -46,7 +54,7 @@ def find_damage(wal: Path) -> Damage | None:
             return _after(data, at, size, salts, sound)
         if frame[4:8] != bytes(4):  # a commit
             sound = at + size
-    return None
+    return Cut(len(data) - sound) if (len(data) - HEADER) % size else None
 
 
 def _below_bad_header(data: bytes) -> Damage | None:

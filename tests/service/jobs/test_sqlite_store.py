@@ -20,7 +20,7 @@ from tminus.service.jobs import sqlite_file
 from tminus.service.jobs.opening import open_store
 from tminus.service.jobs.sql_store import SWEEP_JOBS
 from tminus.service.jobs.sqlite_file import VERSION
-from tminus.service.jobs.sqlite_store import WAL_BYTES, SqliteStore
+from tminus.service.jobs.sqlite_store import SPARE_BYTES, WAL_BYTES, SqliteStore
 from tminus.service.jobs.store import OUTCOMES, Key
 
 pytestmark = pytest.mark.slow
@@ -111,7 +111,7 @@ def test_the_disk_gets_the_room_back_when_jobs_go(store: SqliteStore, file: Path
         calls += 1
     assert calls > 3, "a slice in each"
     assert [record.id for record in store.page(None, OUTCOMES, 99)] == ["j11"]
-    assert on_the_disk(file) < full / 12 + WAL_BYTES + 2**21, "while it is open"
+    assert on_the_disk(file) < full / 12 + SPARE_BYTES + 2**21, "while it is open"
     store.close()
     assert on_the_disk(file) < full / 12 + 2**21
 
@@ -120,9 +120,7 @@ def test_a_wal_that_has_grown_is_cut(store: SqliteStore, file: Path) -> None:
     wal, noise = Path(f"{file}-wal"), np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), dtype=np.uint8)
     store.add(job("a"))
     store.finish(ended(job("a")), noise)
-    assert wal.stat().st_size > noise.nbytes > WAL_BYTES
-    assert not store.sweep(0, 10**9)
-    assert wal.stat().st_size == 0
+    assert wal.stat().st_size <= WAL_BYTES < noise.nbytes
 
 
 def test_what_is_in_the_wal_is_in_the_file_soon_after_the_last_write(store: SqliteStore, file: Path) -> None:

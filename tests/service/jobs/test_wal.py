@@ -1,5 +1,6 @@
-"""Damage to the log of a killed server is told, and a torn last transaction is none."""
+"""Damage to the log of a killed server is told, and where it was cut or is gone; a torn end is no damage."""
 
+import logging
 import shutil
 import sqlite3
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.service.fakes import make_spec
 from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.wal import FRAME, HEADER, find_damage
+from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.wal import FRAME, HEADER, Cut, find_damage
 
 JOBS = 12
 PAGE = 4096
@@ -92,16 +95,75 @@ def told_and_mended(file: Path, damaged_at: int) -> None:
 
 def test_a_torn_last_transaction_is_no_damage(file: Path) -> None:
     wal = wal_of(file)
-    data = wal.read_bytes()
-    for cut in (1, FRAME, PAGE // 2, PAGE + FRAME + 1):
-        wal.write_bytes(data[:-cut])
-        assert find_damage(wal) is None
-    wal.write_bytes(data)
-    flip(wal, len(data) - 100)
+    flip(wal, wal.stat().st_size - 100)
     assert find_damage(wal) is None
     store = SqliteStore(file)
     assert [record.id for record in store.claim()] == NAMES[:-1]
     store.close()
+
+
+@pytest.mark.parametrize("cut", [1, FRAME, PAGE // 2, PAGE + FRAME + 1, "half"])
+def test_a_log_that_ends_inside_a_frame_is_told_in_one_line(
+    file: Path, cut: int | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wal = wal_of(file)
+    data = wal.read_bytes()
+    left = len(data) - cut if isinstance(cut, int) else HEADER + len(data) // (2 * (FRAME + PAGE)) * (FRAME + PAGE) + 99
+    wal.write_bytes(data[:left])
+    damage = find_damage(wal)
+    assert isinstance(damage, Cut)
+    assert (left - damage.ignored_bytes - HEADER) % (FRAME + PAGE) == 0
+    store = SqliteStore(file)
+    assert told(caplog) == [f"{wal} ends inside a frame: its last {damage.ignored_bytes} bytes are ignored"]
+    assert [record.id for record in store.claim()] == (NAMES[:-1] if isinstance(cut, int) else NAMES[:5])
+    store.close()
+
+
+@pytest.mark.parametrize("left", [None, 0, HEADER])
+def test_a_log_that_is_gone_is_told_once(file: Path, left: int | None, caplog: pytest.LogCaptureFixture) -> None:
+    wal = wal_of(file)
+    wal.unlink() if left is None else wal.write_bytes(wal.read_bytes()[:left])
+    store = SqliteStore(file)
+    assert told(caplog) == [f"the last server left {wal}, and it is gone: jobs that were only in it are missing"]
+    assert store.claim() == []
+    store.close()
+    caplog.clear()
+    SqliteStore(file).close()
+    assert told(caplog) == []
+
+
+def test_whenever_a_server_is_killed_no_log_is_said_to_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By copies of its folder between any two statements, as a kill would leave it, or a backup of a paused server."""
+    monkeypatch.setattr("tminus.service.jobs.sqlite_store.WAL_BYTES", 3 * (FRAME + PAGE))  # begun anew with each job
+    (tmp_path / "state").mkdir()
+    store = SqliteStore(tmp_path / "state" / "jobs.sqlite3")
+    copies = iter(range(1000))
+    store._driver.set_trace_callback(lambda _: shutil.copytree(tmp_path / "state", tmp_path / str(next(copies))))
+    for name in NAMES[:3]:
+        store.add(JobRecord(name, make_spec(), 1))
+    store.close()
+    shutil.copytree(tmp_path / "state", tmp_path / str(next(copies)))
+    for copy in (tmp_path / str(k) for k in range(next(copies))):
+        again = SqliteStore(copy / "jobs.sqlite3")
+        again.close()
+    assert told(caplog) == []
+
+
+def test_a_backup_that_was_checked_by_sqlite3_lacks_no_log(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As docs/operations.md has it: sqlite3 copies the log into the file, and deletes it."""
+    with closing(sqlite3.connect(file)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert not wal_of(file).exists()
+    store = SqliteStore(file)
+    assert told(caplog) == []
+    assert [record.id for record in store.claim()] == NAMES
+    store.close()
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_frames_that_an_earlier_log_has_left_are_no_damage(file: Path, tmp_path: Path) -> None:
