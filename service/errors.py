@@ -272,12 +272,12 @@ class NotReady(ServiceError):
 
 
 class Stalled(ServiceError):
-    """A step has not ended for far longer than it should take. Nothing can end it but the end of the process."""
+    """The worker has been at one thing for far longer than it should take. Only the end of the process can end that."""
 
-    status, code, title = 503, "stalled", "A step of the model does not end"
+    status, code, title = 503, "stalled", "The worker hangs"
 
     def __init__(self, seconds: float) -> None:
-        super().__init__(f"a step has been running for {seconds:.0f} s; the server must be restarted")
+        super().__init__(f"the worker has hung for {seconds:.0f} s; the server must be restarted")
 
 
 class Draining(ServiceError):

@@ -161,7 +161,7 @@ class Metrics:
             "store_up": ("1 while the store of durable jobs can be written to, else 0", store_up),
             "streams_open": ("WebSockets and event streams that are open", streams_open),
             "tick_time_ratio": ("How much longer ticks take now than was measured at the start", tick_time_ratio),
-            "stalled_seconds": ("How long a step has run that is far over its time; 0 where none is", stalled_s),
+            "stalled_seconds": ("How long the worker has been at one thing, far over its time, or 0", stalled_s),
             "device_memory_bytes": ("Memory of tensors on the GPU; 0 on a CPU", lambda: device_memory_bytes() or 0),
         }
         for name, (text, read) in gauges.items():

@@ -96,7 +96,7 @@ class Replica:
         if worker.crashed:
             raise RuntimeError(CRASHED)
         if stalled_s := worker.stalled_s:
-            raise RuntimeError(f"a step has been running for {stalled_s:.0f} s")
+            raise RuntimeError(f"the worker has hung for {stalled_s:.0f} s")
         if worker.draining and self._is_listed:
             raise RuntimeError("this replica takes no more work, though requests are still sent to it")
 

@@ -1,7 +1,7 @@
 """The models that the worker's thread steps, each with its engine and its scheduler, and whose tick is next."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tminus.service.engine.protocol import RowEngine
@@ -45,11 +45,6 @@ class LoadedModels:
     def has_ticks(self) -> bool:
         """Whether there is a next tick."""
         return self._turns.has_work
-
-    def put_all(self, models: Iterable[LoadedModel]) -> None:
-        """Take on several models."""
-        for model in models:
-            self.put(model)
 
     def put(self, model: LoadedModel) -> None:
         """Take on a model, after one job of one step, so that its first request finds warm code."""

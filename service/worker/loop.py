@@ -29,7 +29,6 @@ from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.deadlines import Deadlines
 from tminus.service.spec import Images, Inputs
 from tminus.service.work import Batch, JobResult
-from tminus.service.worker.busy import Busy
 from tminus.service.worker.coded_jobs import CodedJobs
 from tminus.service.worker.errors_to import errors_to, reading
 from tminus.service.worker.loaded_models import LoadedModel, LoadedModels
@@ -73,7 +72,6 @@ class Loop:
         self._deadlines = Deadlines()
         self.current_jobs = frozenset[str]()  # of the last tick, or accepted last: possible causes of a crash
         self.rows_active = 0  # rows in the last tick
-        self.busy = Busy(clock)
         self._idle: set[int] = set()  # models that had nothing to step before what they have now
 
     @property
@@ -129,7 +127,7 @@ class Loop:
     def run(self, act: Callable[[], Result], future: "Future[Result]") -> None:
         """Do something short with an engine; the future, which is running, gets the result."""
         failed = "what was asked of the engine failed"
-        with errors_to(future.set_exception, None, "the engine could not do it", failed), self.busy.with_engine():
+        with errors_to(future.set_exception, None, "the engine could not do it", failed):
             future.set_result(act())
 
     def watch(self, job_id: str, watch: Watch) -> None:
@@ -239,8 +237,7 @@ class Loop:
 
     def _step(self, engine: RowEngine, batch: Batch, jobs: Sequence[RunningJob]) -> frozenset[int] | None:
         """Step a batch; returns the rows that are not finite, or None if it failed and its jobs are given up."""
-        failing = self._giving_up(jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows))
-        with failing, self.busy.with_engine():
+        with self._giving_up(jobs, "a step of this job failed", "tick of %d rows failed", len(batch.rows)):
             engine.step(batch)
             engine.wait()
             return frozenset(engine.broken(batch.rows))

@@ -28,7 +28,7 @@ from tminus.service.worker.running_job import RunningJob
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-STALL_S, STALL_TICKS = 60.0, 20.0  # a tick that takes longer than both has stalled: the server is not ready
+STALL_S, STALL_TICKS = 60.0, 20.0  # a turn that takes longer than both has stalled: the server is not ready
 CLOSE_S = 10.0  # for the tick that runs to end, when the worker is closed
 CRASHED = "the worker has stopped; the server's log says why"
 
@@ -52,6 +52,7 @@ class Worker:
         self._gate = self.jobs.gate  # a job is either queued before the thread ends, or refused
         self._loop = Loop(admission, metrics, clock=clock, on_end=self.jobs.remove, post=self._commands.put)
         self._crashed = False
+        self._turn_began_s: float | None = None  # None while the thread waits for work; only the thread sets it
         self._jobs_of_the_crash = frozenset[str]()
         self._ready, self._draining, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="tminus-worker", daemon=True)
@@ -261,8 +262,11 @@ class Worker:
 
     @property
     def stalled_s(self) -> float:
-        """For how long a tick, or one image of an autoencoder, has run that is far over its time; 0.0 where none is."""
-        began_s = self._loop.busy.since_s
+        """For how long the thread, or that of the autoencoder, has been at one thing that is far over its time, or 0.0.
+
+        One thing is a command, a tick with all that follows from it, or an image of an autoencoder.
+        """
+        began_s = self._turn_began_s
         took_s = 0.0 if began_s is None else self._clock() - began_s
         if took_s <= max(STALL_S, STALL_TICKS * self._admission.longest_tick_s):
             took_s = 0.0
@@ -275,10 +279,13 @@ class Worker:
     def _run(self) -> None:
         loop = self._loop
         try:
-            loop.models.put_all(tuple(self._models.values()))
+            for model in tuple(self._models.values()):
+                self._begin_turn()
+                loop.models.put(model)
             self._ready.set()
             while not self._closed.is_set() and not (self._draining.is_set() and not loop.has_work):
                 self._take_commands()
+                self._begin_turn()
                 loop.end_overdue()
                 if self._draining.is_set():
                     loop.suspend_durable()
@@ -300,17 +307,24 @@ class Worker:
         if drained:  # a durable job may have been queued since the last look
             loop.suspend_durable()
         loop.give_up_all(failure)
+        self._turn_began_s = None
+
+    def _begin_turn(self) -> None:
+        self._turn_began_s = self._clock()
 
     def _take_commands(self, wait: bool = True) -> None:
         """Do what other threads asked for. With nothing to step, sleep until a command comes."""
-        if wait and not self._loop.models.has_ticks:
-            self._commands.get()()
+        idle = wait and not self._loop.models.has_ticks
         while True:
+            if idle:
+                self._turn_began_s = None
             try:
-                command = self._commands.get_nowait()
+                command = self._commands.get(block=idle)
             except queue.Empty:
                 return
+            self._begin_turn()
             command()
+            idle = False
 
     def _accept(self, job: RunningJob) -> None:
         if not self._crashed:  # or else the job has its answer

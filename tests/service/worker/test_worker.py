@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, FakeKeeper, fake_pixels, make_spec, wait_until
+from tminus.service.api.system import dead
 from tminus.service.errors import (
     DeadlinePassed,
     DeadlineUnmeetable,
@@ -749,7 +750,7 @@ def test_a_running_job_may_gain_and_lose_viewers(make_bench: MakeBench) -> None:
     assert frames["two"] == [2, 3, 4, 5]
 
 
-# --- a step that does not end ---
+# --- a worker that hangs ---
 
 
 def test_a_step_that_hangs_makes_the_server_not_ready_and_is_told_to_newcomers(make_bench: MakeBench) -> None:
@@ -783,6 +784,53 @@ def test_what_is_asked_of_an_engine_and_hangs_is_a_stall_too(make_bench: MakeBen
     go_on.set()
     asked.result(PATIENCE_S)
     assert bench.worker.ready
+
+
+@pytest.mark.parametrize(
+    "at",
+    ["engine.add", "engine.broken", "engine.images", "engine.preview", "engine.remove", "engine.snapshot",
+     "scheduler.next_batch", "scheduler.advance", "scheduler.cancel"],
+)  # fmt: skip
+def test_a_hang_anywhere_in_the_loop_fails_both_probes_until_it_ends(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    bench, hangs, go_on = make_bench(keeper=FakeKeeper()).start(shut=True), threading.Event(), threading.Event()
+    owner, _, name = at.partition(".")
+    part = bench.engine if owner == "engine" else bench.model.scheduler
+    whole = getattr(part, name)
+
+    def hang(*given: object) -> object:
+        hangs.set()
+        assert go_on.wait(PATIENCE_S)
+        return whole(*given)
+
+    monkeypatch.setattr(part, name, hang)
+    watch = Watch(Pace(every=1), ("x_t",), lambda _frame: None)
+    try:
+        running = bench.worker.submit("running", make_spec(steps=2), watch=watch, durable=True).future
+        if at == "scheduler.cancel":
+            bench.engine.next_begun()
+            bench.worker.cancel("running", "the test")
+        bench.engine.gate.open()
+        assert hangs.wait(PATIENCE_S)
+        assert dead(bench.worker) is None
+        bench.now_s += STALL_S + 1
+        assert isinstance(dead(bench.worker), Stalled)
+        assert not bench.worker.ready
+    finally:
+        go_on.set()
+    wait_until(running.done)
+    wait_until(lambda: bench.worker.ready)
+
+
+def test_a_worker_that_waits_for_work_does_not_hang(make_bench: MakeBench) -> None:
+    bench = make_bench().start()
+    images(bench.submit("a", steps=2))
+    for _ in range(2):
+        wait_until(lambda: bench.worker.ready)  # at the end of the turn that it is in
+        bench.now_s += 10 * STALL_S
+    wait_until(lambda: bench.worker.ready)
+    images(bench.submit("b", steps=2))
 
 
 def test_a_lost_device_ends_the_worker_which_answers_every_job(make_bench: MakeBench) -> None:
