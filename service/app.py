@@ -20,7 +20,7 @@ from tminus.service.api.events import event_routes
 from tminus.service.api.hugging_face import BARE_PATH, hugging_face_routes
 from tminus.service.api.jobs import job_routes
 from tminus.service.api.kserve.routes import kserve_routes
-from tminus.service.api.middleware import BodyLimit, RequestContext
+from tminus.service.api.middleware import AnswerLimit, BodyLimit, RequestContext
 from tminus.service.api.models import Models
 from tminus.service.api.multipart import FORM_BYTES
 from tminus.service.api.noise import noise_routes
@@ -151,6 +151,7 @@ def create_app(
     app.add_middleware(Compression)
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes, max_bytes_by_path=larger)
     app.add_middleware(Authentication, access=access, refused=metrics.rejected)
+    app.add_middleware(AnswerLimit, budget=parts.answers, refused=metrics.rejected)
     if doors.origins:
         app.add_middleware(
             CORSMiddleware,

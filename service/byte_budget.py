@@ -1,8 +1,11 @@
-"""How many bytes clients may have the server hold at once, in all. No asyncio, no threads of its own.
+"""How many bytes clients may have the server hold at once, in all: of what they send, and of what they are sent.
+
+No asyncio, no threads of its own.
 
 A budget and its holds belong to one thread, the event loop's, and take no lock.
 """
 
+from collections import Counter
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +21,7 @@ class ByteBudget:
     def __init__(self, limit_bytes: int = MAX_HELD_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self.held_bytes = 0  # changed by holds only
+        self.holders: Counter[int] = Counter()  # of shared bytes, by their identity: how many holds; likewise
 
     def hold(self, exempt_bytes: int = 0) -> "Hold":
         """Open an empty hold. It is never refused while it has at most `exempt_bytes`."""
@@ -30,18 +34,40 @@ class Hold:
     def __init__(self, budget: ByteBudget, exempt_bytes: int) -> None:
         self._budget, self._exempt_bytes = budget, exempt_bytes
         self._held_bytes = 0
+        self._shared: list[bytes] = []
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it has no more than is never refused."""
+        return self._held_bytes + sum(map(len, self._shared)) <= self._exempt_bytes
 
     def add(self, size_bytes: int) -> None:
         """Hold so many bytes more. Raises TooManyBytes over the limit; they stay counted until the release."""
         self._held_bytes += size_bytes
+        self._count(size_bytes)
+
+    def add_shared(self, data: bytes) -> None:
+        """Hold bytes that other holds may have too: in all of them together they count once. Raises as `add` does."""
+        self._shared.append(data)
+        self._budget.holders[id(data)] += 1
+        if self._budget.holders[id(data)] == 1:
+            self._count(len(data))
+
+    def _count(self, size_bytes: int) -> None:
         self._budget.held_bytes += size_bytes
-        if self._held_bytes > self._exempt_bytes and self._budget.held_bytes > self._budget.limit_bytes:
+        if not self.is_small and self._budget.held_bytes > self._budget.limit_bytes:
             raise TooManyBytes(self._budget.held_bytes, self._budget.limit_bytes)
 
     def release(self) -> None:
         """Give all of it back. The hold is empty then, and may be used again."""
         self._budget.held_bytes -= self._held_bytes
         self._held_bytes = 0
+        for data in self._shared:
+            self._budget.holders[id(data)] -= 1
+            if not self._budget.holders[id(data)]:
+                del self._budget.holders[id(data)]
+                self._budget.held_bytes -= len(data)
+        self._shared.clear()
 
     def __enter__(self) -> Self:
         return self

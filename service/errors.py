@@ -200,7 +200,7 @@ class BodyTooLarge(ServiceError):
 
 
 class TooManyBytes(ServiceError):
-    """The server holds too many bytes of all clients together; this body was not read to its end."""
+    """All clients together send too many bytes, or are sent too many; this body was not taken, or not sent."""
 
     status, code, title = 429, "too_many_bytes", "Too much is being sent at once"
 

@@ -17,6 +17,7 @@ from tminus.service.api.models import Models
 from tminus.service.api.origin import Doors
 from tminus.service.api.services import Services
 from tminus.service.api.stream_limits import Streams
+from tminus.service.byte_budget import ByteBudget
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import Draining, EngineFailed, ServiceError, StorageFailed
 from tminus.service.images.decoder import Decoder
@@ -99,7 +100,9 @@ class Parts:
         self.cache = ResultCache(limits.result_cache_bytes)
         self.streams = Streams(limits.max_streams, limits.max_streams_per_address)
         self.elsewhere = Elsewhere()
-        self.decoder, self.encoder, self.recordings = Decoder(), Encoder(self.metrics.encoded), RecordingRoom()
+        self.answers = ByteBudget()  # what is held of answers: frames they are made of, and bodies until they have left
+        self.decoder, self.encoder = Decoder(), Encoder(self.metrics.encoded)
+        self.recordings = RecordingRoom(self.answers)
         stores = [self._stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._loaded(prepared, store) for prepared, store in zip(first, stores, strict=True)]
         self.worker = Worker(loaded, self.admission, self.metrics)

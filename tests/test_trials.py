@@ -214,6 +214,8 @@ def test_connections_that_are_held_keep_nobody_out(small: Path, monkeypatch: pyt
     server = start_server(small, *QUICK_START, *flags, prepare=shorten)
     try:
         claims = asyncio.run(connections.trial(server.url, 200, 2, slow=20))
+        claims += asyncio.run(connections.readers_trial(server.url, 2, readers=20))
+        claims += asyncio.run(connections.floods(server.url, 0.2))
     finally:
         assert stop_server(server) == 0, server.log
     assert missed(claims, "median", "open at once") == []

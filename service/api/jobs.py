@@ -58,7 +58,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
     @router.get(
         "",
         summary="List jobs, newest first; those that are not durable only while they wait or run",
-        responses=failures(422, 500, 507),
+        responses=failures(422, 429, 500, 507),
         openapi_extra={"parameters": contract.query(JobsRequest)},
     )
     async def list_jobs(request: Request) -> JobPage:
@@ -85,7 +85,7 @@ def job_routes(models: Models, contract: Contract) -> APIRouter:
         "/{job_id}/image",
         summary="Get the images of a durable job that is done, or one of them",
         response_class=Response,
-        responses={200: IMAGES, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 500, 507)},
+        responses={200: IMAGES, 304: NOT_MODIFIED, **failures(404, 406, 409, 410, 422, 429, 500, 507)},
         openapi_extra={"parameters": [*contract.query(JobImageRequest), IF_NONE_MATCH]},
     )
     async def get_image(request: Request, job_id: Annotated[str, own_id]) -> Response:

@@ -1,4 +1,4 @@
-"""What surrounds every HTTP request: its id, its duration, the answer to an unexpected error, the bound on its body."""
+"""What surrounds every request: its id, its duration, the answer to an unexpected error, the bounds on what is held."""
 
 import asyncio
 import logging
@@ -6,6 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from typing import cast
 from urllib.parse import quote, unquote_plus
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,7 +17,7 @@ from tminus.service.api.origin import OF_A_MODEL, PROBES
 from tminus.service.api.pieces import pieces_of
 from tminus.service.api.problems import render
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
-from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody, masked
+from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody, TooManyBytes, masked
 from tminus.service.request_id import REQUEST_ID
 
 log = logging.getLogger(__name__)
@@ -206,6 +207,56 @@ class BodyLimit:
         with self._budget.hold(exempt_bytes=SMALL_BYTES) as body:
             scope.setdefault("state", {})["release_body"] = body.release
             await self._app(scope, bounded_receive, send)
+
+
+class AnswerLimit:
+    """Counts what is held of answers until its last byte has left, and refuses what would be too much.
+
+    All answers share one budget. A message counts while it is being sent: the body of an answer, an event, a message
+    of a WebSocket. Bodies that several clients are sent, as a kept one, count once; a WebSocket copies each message.
+    Messages of at most SMALL_BYTES are always sent.
+
+    An answer that tells its length is refused before it has begun. Of another, the message raises TooManyBytes.
+    """
+
+    def __init__(self, app: ASGIApp, budget: ByteBudget, refused: Callable[[str], None]) -> None:
+        """refused: is told the code of each refusal."""
+        self._app, self._budget, self._refused = app, budget, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        waiting: list[Message] = []  # the beginning of an answer that may still be refused
+        is_refused = False
+
+        async def send_counted(message: Message) -> None:
+            nonlocal is_refused
+            if is_refused:
+                return
+            try:
+                body = message.get("body", b"")
+                held.add_shared(cast(bytes, body.obj) if isinstance(body, memoryview) else body)
+                if of_socket := message.get("bytes") or message.get("text"):
+                    held.add(len(of_socket))
+            except TooManyBytes as error:
+                held.release()
+                if not waiting:
+                    raise
+                is_refused = True
+                self._refused(error.code)
+                await render(error, scope)(scope, receive, send)
+                return
+            begins = message["type"] == "http.response.start"
+            declared = Headers(raw=message["headers"]).get("content-length", "0") if begins else "0"
+            if int(declared) > SMALL_BYTES or (waiting and held.is_small and message.get("more_body", False)):
+                waiting.append(message)
+                return
+            messages = [*waiting, message]
+            waiting.clear()
+            for each in messages:
+                await send(each)
+            held.release()
+
+        with self._budget.hold(exempt_bytes=SMALL_BYTES) as held:
+            await self._app(scope, receive, send_counted)
 
 
 class _Pace:

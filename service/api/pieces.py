@@ -12,9 +12,14 @@ PIECE_BYTES = 64 * 1024  # and uvicorn waits before it takes more than two
 
 
 def pieces_of(message: Message) -> Iterator[Message]:
-    """The messages to send in place of one, each with at most PIECE_BYTES of its body."""
-    body, at = message.get("body", b""), 0
-    while len(body) - at > PIECE_BYTES:
+    """The messages to send in place of one, each with at most PIECE_BYTES of its body.
+
+    The last is empty: it is taken when what came before it has left.
+    """
+    body = message.get("body", b"")
+    if len(body) <= PIECE_BYTES:
+        yield message
+        return
+    for at in range(0, len(body), PIECE_BYTES):
         yield {**message, "body": body[at : at + PIECE_BYTES], "more_body": True}
-        at += PIECE_BYTES
-    yield {**message, "body": body[at:]} if at else message
+    yield {**message, "body": b""}

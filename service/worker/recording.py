@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tminus.model.trajectory import PlanNumbers, Trajectory
-from tminus.service.byte_budget import MAX_HELD_BYTES, ByteBudget
+from tminus.service.byte_budget import ByteBudget
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.errors import Overloaded, TooManyBytes
 from tminus.service.preview import Show
@@ -129,8 +129,9 @@ def frame_count(every: int, steps: int) -> int:
 class RecordingRoom:
     """Bounds the memory of all frames that are kept for answers being made. In the event loop's thread."""
 
-    def __init__(self, max_bytes: int = MAX_HELD_BYTES) -> None:
-        self._budget = ByteBudget(max_bytes)
+    def __init__(self, budget: ByteBudget) -> None:
+        """budget: that of answers, of which those count that are being sent too."""
+        self._budget = budget
 
     @contextmanager
     def taken(self, size_bytes: int, field: str) -> Iterator[None]:
@@ -141,7 +142,7 @@ class RecordingRoom:
                 room.add(size_bytes)
             except TooManyBytes:
                 raise Overloaded(
-                    f"{self._budget.held_bytes} bytes of frames and trajectories would be held at once; "
+                    f"{self._budget.held_bytes} bytes of frames, trajectories and answers would be held at once; "
                     f"the limit is {self._budget.limit_bytes}",
                     retry_after_s=1,
                     field=field,

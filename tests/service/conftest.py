@@ -144,6 +144,7 @@ class Site:
         application = create_app(first, limits, open_store, doors or Doors(TEST_HOSTS), **more)
         self.app, self.worker, self.streams = application.app, application.worker, application.streams
         self.metrics_kept = application.metrics
+        self.answers = application.parts.answers
         self.client = TestClient(self.app, base_url="http://localhost", raise_server_exceptions=False)
 
     def wait_until_ready(self) -> None:

@@ -68,6 +68,21 @@ def test_a_small_hold_is_accepted_when_the_budget_is_full_until_it_grows_over_it
         small.add(1)
 
 
+def test_bytes_that_several_hold_count_once_until_the_last_of_them_releases() -> None:
+    budget, kept = ByteBudget(10), bytes(6)
+    one, other, late = budget.hold(), budget.hold(), budget.hold()
+    one.add_shared(kept)
+    other.add_shared(kept)
+    assert budget.held_bytes == 6
+    one.release()
+    assert budget.held_bytes == 6
+    with pytest.raises(TooManyBytes):
+        late.add_shared(b"as long")
+    late.release()
+    other.release()
+    assert (budget.held_bytes, budget.holders) == (0, {})
+
+
 def test_the_default_limit_is_256_mib() -> None:
     assert ByteBudget().limit_bytes == MAX_HELD_BYTES == 2**28
 

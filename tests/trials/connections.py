@@ -9,7 +9,10 @@ One after the other on one server, each for some seconds, while somebody else as
 - 10,000 idle sockets: connections that say nothing, each opened anew when the server has closed it;
 - 10,000 connections from one address that may have 1,024;
 - idle WebSockets: handshakes without a spec, each opened anew likewise;
-- handshakes that h11 reads and the WebSocket library does not, from one address.
+- handshakes that h11 reads and the WebSocket library does not, from one address;
+- at once 300 slow readers of a large answer that is kept, but for the id of each request (KServe), 300 of one that is
+  made for each (a trajectory), and 300 of one that is read from the store for each (a job's images as JSON): how much
+  memory does the server take for them?
 
 Then 16 clients send what costs the server most for its bytes, as fast as it takes it: tiny chunks, empty fragments,
 pings, messages that mean nothing. Somebody asks GET /healthz meanwhile, with and without a long job in the engine. What
@@ -20,16 +23,18 @@ The clients come from many addresses of the loopback network, as a port is for o
 
 import argparse
 import asyncio
+import json
 import os
 import random
 import re
 import resource
+import socket
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -38,11 +43,18 @@ from bench import servers
 from bench.churn import HANDSHAKE
 from tests.trials.claims import Claim, least, most, none, report
 from tminus.service.api.http_protocol import HEAD_S
+from tminus.service.byte_budget import MAX_HELD_BYTES
 
 SECONDS = 20.0
 PER_ADDRESS = 500
 SLOW, OVERSIZED = 200, 10  # clients of these kinds
 BYTE_S = 0.5  # from one byte to the next
+READERS, READ_BYTES = 300, 16_384  # and what each reads in a second: twice the least that a client must
+KEPT_N, MADE_N = 768, 64  # images in an answer, of 32x32 pixels 3 MB and 1.5 MB
+READERS_S = 6  # times the others' seconds, as their answers have to be made
+READERS_BYTES = (
+    MAX_HELD_BYTES + 3 * READERS * 2**18
+)  # that the server may take for them: what it counts, and their buffers
 PACE_S = 0.05  # from an answer to the plain client's next request
 FACTOR, MARGIN_S = 2.0, 0.05  # what a plain request may take, over what it took before
 SPEC = "n=1&steps=10"
@@ -183,6 +195,28 @@ async def _idle(url: str, address: str, first: bytes, seen: Counter[str]) -> Non
         writer.transport.abort()
 
 
+def slow_reader(request: bytes) -> Holder:
+    async def read(url: str, number: int, seen: Counter[str]) -> None:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, READ_BYTES)  # or the kernel takes most of an answer
+        sock.bind((source(number), 0))
+        sock.setblocking(False)
+        host, port = url.removeprefix("http://").split(":")
+        await asyncio.get_running_loop().sock_connect(sock, (host, int(port)))
+        reader, writer = await asyncio.open_connection(sock=sock, limit=READ_BYTES)
+        try:
+            writer.write(request)
+            data = await reader.read(READ_BYTES)
+            await answer_of(data, seen)
+            while data:  # also of a refusal, so that who is refused comes again after a second
+                await asyncio.sleep(1)
+                data = await reader.read(READ_BYTES)
+        finally:
+            writer.transport.abort()
+
+    return read
+
+
 async def answer_of(data: bytes, seen: Counter[str]) -> None:
     found = re.match(rb"HTTP/1.1 (\d+)", data)
     seen[found[1].decode() if found else "closed"] += 1
@@ -244,7 +278,7 @@ async def waits(url: str, seconds: float, draw: random.Random) -> tuple[list[flo
 
 
 async def trial(url: str, sockets: int, seconds: float, slow: int = SLOW) -> list[Claim]:
-    """All kinds; what was found. slow: how many clients of the slow kinds."""
+    """All kinds of clients who hold connections. slow: how many of the slow kinds."""
     claims, draw = list[Claim](), random.Random(0)
     kinds: tuple[tuple[str, Holder, int, str], ...] = (
         (f"{slow} slow heads", slow_head, slow, "408"),
@@ -275,6 +309,54 @@ async def trial(url: str, sockets: int, seconds: float, slow: int = SLOW) -> lis
             claims.append(least(f"{what}: open at once", seen["most open"], 0.99 * count, form=",.0f"))
         await gone(url)
     return claims
+
+
+async def readers_trial(url: str, seconds: float, readers: int = READERS) -> list[Claim]:
+    """Slow readers of large answers of three kinds at once: what the server takes for them, and what it answers."""
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=600) as http:
+        model = (await http.get("/model")).json()["name"]
+        classes = {"name": "class_label", "datatype": "INT64", "shape": [KEPT_N], "data": [0] * KEPT_N}
+        seed, steps = ({"name": name, "datatype": kind, "shape": [1], "data": [4]}
+                       for name, kind in (("seed", "UINT64"), ("steps", "INT32")))  # fmt: skip
+        document = {"id": "a", "inputs": [classes, seed, steps]}
+        job = (await http.post("/jobs", json={"n": KEPT_N, "steps": 4, "class_label": 0})).json()["id"]
+        assert "event: done" in (await http.get(f"/jobs/{job}/events")).text
+        (await http.post(f"/v2/models/{model}/infer", json=document)).raise_for_status()  # from here on it is kept
+    trajectory = {"n": MADE_N, "steps": 2, "sampler": "ddpm", "class_label": 0, "guidance": 1}
+    kinds = (
+        ("one kept answer, each with an id", "POST", f"/v2/models/{model}/infer", "*/*", document),
+        ("trajectories", "POST", "/sample", "application/vnd.tminus.trajectory", trajectory),
+        ("a job's images as JSON", "GET", f"/jobs/{job}/image", "application/json", None),
+    )
+    seen = {what: Counter[str]() for what, *_ in kinds}
+    before = most_bytes = await resident_bytes(url)
+    async with AsyncExitStack() as stack:
+        for what, method, path, accept, asked in kinds:
+            body = b"" if asked is None else json.dumps(asked).encode()
+            head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nContent-Length: {len(body)}\r\n"
+            hold = slow_reader(f"{head}\r\n".encode() + body)
+            await stack.enter_async_context(held(hold, url, readers, seen[what]))
+        until_s = time.perf_counter() + READERS_S * seconds
+        while any(each["200"] < readers for each in seen.values()) and time.perf_counter() < until_s:
+            await asyncio.sleep(0.5)
+            most_bytes = max(most_bytes, await resident_bytes(url))
+    for what, each in seen.items():
+        print(f"{readers} slow readers of {what}: {dict(each.most_common())}")
+    print(f"the server before: {before / 1e6:,.0f} MB, at most {most_bytes / 1e6:,.0f} MB")
+    answers = sum((*seen.values(),), Counter[str]())
+    taken = f"{3 * readers} slow readers: memory that the server took for them"
+    return [
+        most(taken, most_bytes - before, READERS_BYTES, " bytes"),
+        least("slow readers: answered", answers["200"], 1, form=",d"),
+        none("slow readers: answered otherwise", answers.total() - answers["200"] - answers["429"]),
+    ]
+
+
+async def resident_bytes(url: str) -> float:
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as http:
+        return servers.sum_metrics((await http.get("/metrics", headers={"Accept": "*/*"})).text)[
+            "process_resident_memory_bytes"
+        ]
 
 
 async def healthz_s(url: str, seconds: float) -> float:
@@ -338,7 +420,9 @@ def allow_files(count: int) -> None:
 
 def flags_for(sockets: int) -> tuple[str, ...]:
     """Half as many again in all, half of which may be streams; from one address what is the default."""
-    return ("--max-connections", str(sockets + sockets // 2 + 64), "--max-streams-per-address", str(PER_ADDRESS + 64))
+    connections = ("--max-connections", str(sockets + sockets // 2 + 64))
+    streams = ("--max-streams-per-address", str(PER_ADDRESS + 64))
+    return *connections, *streams, "--max-n", str(KEPT_N), "--result-cache-mb", "64"
 
 
 def main() -> None:
@@ -346,16 +430,19 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=servers.ROOT / "checkpoints" / "fashion-mnist-32")
     parser.add_argument("--sockets", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each kind")
-    parser.add_argument("--only", choices=("holding", "floods"))
+    parser.add_argument("--only", choices=("holding", "readers", "floods"))
     asked = parser.parse_args()
     allow_files(asked.sockets + asked.sockets // 2 + 2 * FILES)
     tminus = servers.contenders(1, flags_for(asked.sockets))["tminus"]
     with servers.running(tminus, asked.checkpoint, None) as server:
         os.nice(10)  # the clients are not the server's cost, and share its cores here only
-        claims = [] if asked.only == "floods" else asyncio.run(trial(server.url, asked.sockets, asked.seconds))
-        if asked.only != "holding":
-            claims += asyncio.run(floods(server.url, asked.seconds / 2))
-        sys.exit(report(claims))
+        parts = {
+            "holding": lambda: trial(server.url, asked.sockets, asked.seconds),
+            "readers": lambda: readers_trial(server.url, asked.seconds),
+            "floods": lambda: floods(server.url, asked.seconds / 2),
+        }
+        found = [asyncio.run(run()) for name, run in parts.items() if asked.only in (None, name)]
+        sys.exit(report([claim for claims in found for claim in claims]))
 
 
 if __name__ == "__main__":

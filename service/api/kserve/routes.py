@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
+from starlette.types import Receive, Scope, Send
 
 from tminus.service.api import problems
 from tminus.service.api.kserve.infer import BINARY, InferRequest, Tensors, version_of, with_id
@@ -155,19 +156,27 @@ async def infer(services: Services, request: Request) -> Response:
         raise asked.in_its_words(error) from None
     del response.headers["Vary"]  # the body of the request says in which form the answer comes
     if asked.id is not None:
-        _name(response, asked.id)
+        if (etag := response.headers.get("ETag")) is not None:  # all but the id is as it says
+            response.headers["ETag"] = f"W/{etag}"
+        if response.status_code == 200:
+            response = _Named(response, asked.id)
     if made.binary_bytes and response.status_code == 200:
-        response.headers[HEADER_LENGTH] = str(len(response.body) - made.binary_bytes)
+        response.headers[HEADER_LENGTH] = str(int(response.headers["Content-Length"]) - made.binary_bytes)
     return response
 
 
-def _name(response: Response, request_id: str) -> None:
-    """Put the request's id into the answer. All but the id is as the ETag says, so that becomes a weak one."""
-    if response.status_code == 200:
-        response.body = with_id(bytes(response.body), request_id)
-        response.headers["Content-Length"] = str(len(response.body))
-    if (etag := response.headers.get("ETag")) is not None:
-        response.headers["ETag"] = f"W/{etag}"
+class _Named(Response):
+    """An answer with the id of its request, which shares all the rest with other answers and the cache."""
+
+    def __init__(self, unnamed: Response, request_id: str) -> None:
+        self.status_code, self.background, self.raw_headers = unnamed.status_code, None, unnamed.raw_headers
+        self.body, self._rest = with_id(bytes(unnamed.body), request_id)
+        self.headers["Content-Length"] = str(len(self.body) + len(self._rest))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await send({"type": "http.response.body", "body": self._rest})
 
 
 def _of_version(services: Services, request: Request) -> Services:

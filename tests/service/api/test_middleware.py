@@ -6,13 +6,15 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.service.api.asgi import call, scope_of
-from tests.service.conftest import Site, problem
+from tests.service.conftest import MakeSite, Site, problem
+from tests.service.fakes import INFO, PATIENCE_S, wait_until
 from tminus.service.api.middleware import RequestContext
 from tminus.service.api.pieces import PIECE_BYTES
 
@@ -154,8 +156,117 @@ def test_a_long_answer_is_sent_in_pieces(size: int, more: bool) -> None:
     pieces = sent[1:]
     assert b"".join(each["body"] for each in pieces) == body
     assert all(len(each["body"]) <= PIECE_BYTES for each in pieces)
-    assert len(pieces) == max(1, -(-size // PIECE_BYTES))
+    whole = size <= PIECE_BYTES
+    assert len(pieces) == (1 if whole else -(-size // PIECE_BYTES) + 1)
+    assert whole or pieces[-1]["body"] == b"", "it is taken when all before it has left"
     assert [each["more_body"] for each in pieces] == [True] * (len(pieces) - 1) + [more]
+
+
+class Reader:
+    """A client that is sent an answer, and takes nothing of its body until the test lets it."""
+
+    def __init__(self, app: ASGIApp, method: str, path: str, accept: str, body: bytes = b"") -> None:
+        self.scope = scope_of(path, headers=[(b"accept", accept.encode())]) | {"method": method}
+        self.app, self.body, self.begun, self.reads = app, body, asyncio.Event(), asyncio.Event()
+        self.status, self.received = 0, b""
+
+    async def ask(self) -> None:
+        messages = iter([{"type": "http.request", "body": self.body}])
+
+        async def receive() -> Message:
+            return next(messages, None) or await asyncio.Future()
+
+        async def send(message: Message) -> None:
+            self.status = message.get("status", self.status)
+            if message["type"] == "http.response.body":
+                self.begun.set()
+                await self.reads.wait()
+                self.received += message["body"]
+
+        await self.app(self.scope, receive, send)
+
+
+def readers(site: Site, kind: str, count: int) -> list[Reader]:
+    """Readers of one answer of a kind."""
+    infer = {"id": "mine", "inputs": [{"name": "class_label", "datatype": "INT64", "shape": [1], "data": [0]},
+                                      {"name": "seed", "datatype": "UINT64", "shape": [1], "data": [5]}]}  # fmt: skip
+    asked = {"steps": 2, "class_label": "cat", "guidance": 1}
+    if kind == "kept":
+        site.client.post("/v2/models/fake/infer", json={**infer, "id": "another"}).raise_for_status()
+        given = ("POST", "/v2/models/fake/infer", "*/*", json.dumps(infer).encode())
+    elif kind == "trajectory":
+        given = ("POST", "/sample", "application/vnd.tminus.trajectory", json.dumps(asked).encode())
+    else:
+        job_id = site.client.post("/jobs", json=asked).json()["id"]
+        wait_until(lambda: site.client.get(f"/jobs/{job_id}").json()["state"] == "done")
+        given = ("GET", f"/jobs/{job_id}/image", "application/json", b"")
+    return [Reader(site.app, *given) for _ in range(count)]
+
+
+@pytest.fixture
+def no_answer_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tminus.service.api.middleware.SMALL_BYTES", 100)
+
+
+@pytest.mark.usefixtures("no_answer_is_small")
+@pytest.mark.parametrize("kind", ["kept", "trajectory", "a job's"])
+def test_an_answer_counts_until_its_last_byte_has_left_and_a_kept_one_once(make_site: MakeSite, kind: str) -> None:
+    site, held = make_site(result_cache_bytes=10_000), list[int]()
+
+    async def main() -> None:
+        asking = readers(site, kind, 3)
+        tasks = [asyncio.create_task(each.ask()) for each in asking]
+        async with asyncio.timeout(PATIENCE_S):
+            for each in asking:
+                await each.begun.wait()
+            held.append(site.answers.held_bytes)
+            for each in asking:
+                each.reads.set()
+            await asyncio.gather(*tasks)
+        size = len(asking[0].received)
+        assert [each.status for each in asking] == [200] * 3
+        assert [len(each.received) for each in asking] == [size] * 3
+        if kind == "kept":
+            assert size < held[0] < size + 100, "the beginning of each, with its id, and the rest once"
+        else:
+            assert held[0] == 3 * size
+
+    asyncio.run(main())
+    assert site.answers.held_bytes == 0
+
+
+@pytest.mark.usefixtures("no_answer_is_small")
+@pytest.mark.parametrize("kind", ["kept", "trajectory", "a job's"])
+def test_an_answer_that_does_not_fit_is_refused_before_it_has_begun(make_site: MakeSite, kind: str) -> None:
+    site = make_site(result_cache_bytes=10_000)
+    (asking,) = readers(site, kind, 1)
+    with site.answers.hold() as of_others:
+        of_others.add(site.answers.limit_bytes - 100)
+        if kind == "trajectory":  # for whose making there is room
+            site.answers.limit_bytes += 3000
+            of_others.add(2900)
+        asking.reads.set()
+        asyncio.run(asyncio.wait_for(asking.ask(), PATIENCE_S))
+    document = json.loads(asking.received)
+    assert (asking.status, document["code"], document["field"]) == (429, "too_many_bytes", "body")
+    assert site.answers.held_bytes == 0
+    assert site.metrics()['tminus_rejected_total{"reason": "too_many_bytes"}'] == 1
+
+
+def test_a_message_of_a_websocket_counts_and_one_that_does_not_fit_ends_it(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.service.api.middleware.SMALL_BYTES", 500)  # more than any text here
+    site = make_site(info=replace(INFO, height_px=64, width_px=64))
+    with site.client.websocket_connect("/sample/stream") as ws, site.answers.hold() as of_others:
+        of_others.add(site.answers.limit_bytes)
+        ws.send_json({"n": 64, "steps": 2, "class_label": "cat"})
+        told = [ws.receive_json()]
+        while "code" not in told[-1]:  # raises where a picture comes
+            told.append(ws.receive_json())
+        assert told[0]["type"] == "accepted"
+        assert told[-1]["code"] == "too_many_bytes", "in place of a picture"
+    assert site.answers.held_bytes == 0
 
 
 def test_how_long_a_client_takes_to_read_is_not_how_long_its_request_took() -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.service.fakes import FakeEngine, make_spec
+from tminus.service.byte_budget import ByteBudget
 from tminus.service.errors import Overloaded
 from tminus.service.spec import Point
 from tminus.service.worker.recording import Path, Recording, RecordingRoom, frame_count
@@ -56,7 +57,7 @@ def test_a_path_has_every_row_before_its_first_step_and_after_each(strength: flo
 
 
 def test_recordings_over_the_room_are_refused_with_what_is_free_and_leave_no_trace() -> None:
-    room = RecordingRoom(100)
+    room = RecordingRoom(ByteBudget(100))
     with room.taken(60, "n"):
         with pytest.raises(Overloaded) as caught, room.taken(41, "every"):
             pytest.fail("there is no room")
@@ -65,7 +66,7 @@ def test_recordings_over_the_room_are_refused_with_what_is_free_and_leave_no_tra
     with room.taken(100, "n"):
         pass
     error = caught.value
-    assert error.detail.startswith("101 bytes of frames and trajectories would be held at once; the limit is 100")
+    assert error.detail.startswith("101 bytes of frames, trajectories and answers would be held at once")
     assert (error.status, error.code, error.field, error.value) == (429, "overloaded", "every", 41)
     assert error.bound == "what takes at most 40 bytes at this load"
     assert error.headers["Retry-After"] == "1"

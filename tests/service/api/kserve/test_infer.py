@@ -155,7 +155,7 @@ def test_an_answer_has_the_very_pixels_and_the_seed(outputs: dict[str, bool]) ->
     images = fake_pixels(spec, 3) + np.arange(24, dtype=np.uint8).reshape(4, 6, 1)
     made = Tensors(spec, INFO, outputs)
     without = made.body(images)
-    body = with_id(without, 'a "42"')
+    body = b"".join(with_id(without, 'a "42"'))
     assert "id" not in json.loads(without[: len(without) - made.binary_bytes])
     head_bytes = len(body) - made.binary_bytes
     document, behind = json.loads(body[:head_bytes]), body[head_bytes:]
