@@ -9,8 +9,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-# As `tminus key` makes them, also behind a letter or a digit, as in %20tm_; but not utm_source and the like.
-SECRET = re.compile(r"(?<!\bu)tm_[\w-]+")
+# As `tminus key` makes them, in any case and behind anything; but not the parameters of links that count visits.
+UTM = "source|medium|campaign|term|content|id|source_platform|creative_format|marketing_tactic"
+SECRET = re.compile(rf"tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+", re.ASCII | re.IGNORECASE)
+HEX = frozenset("0123456789abcdefABCDEF")
 
 
 class ServiceError(Exception):
@@ -492,7 +494,7 @@ def short(value: object, limit: int = 200) -> object:
         return value
     try:
         text = value if isinstance(value, str) else _json_start(value, limit)
-        if isinstance(value, (list, tuple, dict)) and len(text.encode()) <= limit and not SECRET.search(text):
+        if isinstance(value, (list, tuple, dict)) and len(text.encode()) <= limit and masked(text) == text:
             return value
     except (RecursionError, ValueError):
         text = f"a {type(value).__name__} that cannot be shown"
@@ -501,8 +503,27 @@ def short(value: object, limit: int = 200) -> object:
 
 
 def masked(text: str) -> str:
-    """A text without the secrets of API keys that clients may have put anywhere."""
-    return SECRET.sub("tm_…", text)
+    """Mask the secrets of API keys, which clients may have put anywhere, percent-encoded any number of times."""
+    if "%" not in text:
+        return SECRET.sub("tm_…", text)
+    decoded, starts = _decoded(text)
+    pieces, end = list[str](), 0
+    for found in SECRET.finditer(decoded):
+        pieces += text[end : starts[found.start()]], "tm_…"
+        end = starts[found.end()]
+    return "".join([*pieces, text[end:]])
+
+
+def _decoded(text: str) -> tuple[str, list[int]]:
+    """Decode percent-encoding until none is left; where in the text each character begins, and where it ends."""
+    characters, starts = list[str](), list[int]()
+    for at, character in enumerate(text):
+        characters.append(character)
+        starts.append(at)
+        while len(characters) > 2 and characters[-3] == "%" and HEX.issuperset(characters[-2:]):
+            characters[-3:] = chr(int("".join(characters[-2:]), 16))
+            del starts[-2:]
+    return "".join(characters), [*starts, len(text)]
 
 
 _SHOWN = json.JSONEncoder(allow_nan=False, default=str, ensure_ascii=False)

@@ -1,9 +1,16 @@
-"""The log of a process: lines of text whose control characters are escaped, or one JSON object a line, to stderr."""
+"""The log of a process: lines of text whose control characters are escaped, or one JSON object a line, to stderr.
+
+One handler writes what all loggers say, those of libraries too, so that no line has the secret of an API key.
+"""
 
 import json
 import logging
+import sys
+from contextlib import suppress
 from datetime import UTC, datetime
+from typing import TextIO
 
+from tminus.service.errors import masked
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.tracing import TRACER
 
@@ -18,13 +25,6 @@ def printable(text: str) -> str:
     """Escape line ends and whatever else is no visible character, and shorten what is too long for a line."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: MAX_LINE + 1])
     return shown if len(shown) <= MAX_LINE else shown[:MAX_LINE] + "…"
-
-
-class _Printable(logging.Formatter):
-    """Formats the lines of a log, which may quote a server or a file."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 class _Json(logging.Formatter):
@@ -48,8 +48,26 @@ class _Json(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes to stderr, without the secrets of API keys."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record; text of a client, a server or a file may be anywhere in it."""
+        text = masked(super().format(record))
+        return text if isinstance(self.formatter, _Json) else "\n".join(map(printable, text.split("\n")))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say where a line could not be written, but not what is in it, as logging would."""
+        with suppress(OSError, ValueError):
+            kind = type(sys.exception()).__name__
+            self.stream.write(f"a line of the log could not be written: {kind} at {record.pathname}:{record.lineno}\n")
+
+
 def set_up_log(level: str, form: str, log_format: str = "text") -> None:
     """Log to stderr, as text of this form or as JSON."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Json() if log_format == "json" else _Printable(form))
+    handler = _Handler(_Json() if log_format == "json" else logging.Formatter(form))
     logging.basicConfig(level=level, handlers=[handler])

@@ -1,6 +1,7 @@
 """A server behind a real nginx with TLS, by the configuration in docker/nginx."""
 
 import json
+import re
 import socket
 import ssl
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from tests.e2e.conftest import RunningServer, start_server, stop_server
@@ -152,6 +154,24 @@ def test_events_leave_before_the_job_ends(proxied: Proxied) -> None:
             assert any(line.startswith("event: ") for line in lines)
             assert client.get(f"/jobs/{job['id']}").json()["state"] in ("waiting", "running")
         client.delete(f"/jobs/{job['id']}")
+
+
+def test_no_key_is_in_the_log_wherever_the_proxy_passes_it_on(proxied: Proxied) -> None:
+    """Also where uvicorn writes the line, and the query is as it came."""
+    spellings = KEY, KEY.upper(), KEY.replace("t", "%74"), KEY.replace("_", "%255F"), f"u{KEY}"
+    for number, spelled in enumerate(spellings):
+        headers = bearer("wrong") | {"X-Forwarded-For": spelled, "X-Request-ID": spelled, "User-Agent": "x"}
+        url = f"{proxied.server.url.replace('http', 'ws')}/sample/stream?key={spelled}"
+        with pytest.raises(InvalidStatus) as refused:
+            connect(url, additional_headers=headers)
+        assert refused.value.response.status_code == 422
+        answer = httpx.get(f"{proxied.server.url}/jobs/{number}?key={spelled}", headers=headers)
+        assert answer.status_code == 401
+        assert "proxys_test" not in str(answer.headers).lower()
+        proxied.server.wait_until(lambda said=f"/jobs/{number}?": said in proxied.server.log)  # type: ignore[misc]
+    log = proxied.server.log
+    assert log.count('"WebSocket /sample/stream?key=') == len(spellings)
+    assert "proxys_test" not in re.sub("%(25)?5f", "_", log.lower())
 
 
 def test_a_login_over_tls_gives_a_cookie_that_never_goes_without(proxied: Proxied) -> None:

@@ -46,9 +46,12 @@ def test_a_value_is_shown_unchanged_or_shortened(value: object, shown: object) -
 
 
 def test_the_secret_of_a_key_is_masked_whatever_is_before_it_and_a_parameter_of_links_is_not() -> None:
-    for text in ("tm_{}", "%20tm_{}", "xtm_{} y", "key_tm_{}", "\\ntm_{}"):
+    for text in ("tm_{}", "%20tm_{}", "xtm_{} y", "key_tm_{}", "\\ntm_{}", "utm_{}&utm_source=x", "100% tm_{}%"):
         assert masked(text.format("a-b_c")) == text.format("…")
-    assert masked("utm_source=x&utm_medium=y") == "utm_source=x&utm_medium=y"
+    for text in ("Tm_Ab", "%74m_%41b", "%2574%6D%255fAb", "tm_source_b"):
+        assert masked(f"(%20{text}%20)") == "(%20tm_…%20)"
+    links = "utm_source=x&utm_medium=y&UTM_ID=z&utm_creative_format"
+    assert masked(links) == links
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), "\ud800", ["\udfff"], {"\ud800": 1}])

@@ -1,0 +1,98 @@
+import io
+import json
+import logging
+import string
+from collections.abc import Callable, Iterator
+from itertools import product
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tminus.service.access.keys import PREFIX, new_secret
+from tminus.service.logs import set_up_log
+
+SECRET_CHARACTERS = string.ascii_letters + string.digits + "-_"
+CASES: list[Callable[[str], str]] = [str, str.upper, str.lower, str.swapcase, str.capitalize]
+MakeLog = Callable[..., io.StringIO]
+
+
+@pytest.fixture
+def make_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLog]:
+    """Sets up a log in place of pytest's, to a text instead of stderr."""
+    root = logging.getLogger()
+    level = root.level
+
+    def make(log_format: str = "text") -> io.StringIO:
+        text = io.StringIO()
+        monkeypatch.setattr(root, "handlers", [])
+        monkeypatch.setattr("sys.stderr", text)
+        set_up_log("INFO", "%(name)s %(message)s", log_format)
+        return text
+
+    yield make
+    root.setLevel(level)  # by which what loggers remember of it is forgotten too
+
+
+@st.composite
+def spellings(draw: st.DrawFn) -> tuple[str, str]:
+    """A secret as `tminus key` makes them, and a spelling of it, with text around it."""
+    secret = PREFIX + draw(st.text(SECRET_CHARACTERS, min_size=43, max_size=43))
+    spelled = draw(st.sampled_from(CASES))(secret)
+    for encode in draw(st.lists(st.sets(st.sampled_from(SECRET_CHARACTERS + "%"), max_size=20), max_size=3)):
+        form = draw(st.sampled_from(["%{:02x}", "%{:02X}"]))
+        spelled = "".join(form.format(ord(each)) if each in encode else each for each in spelled)
+    around = st.text(max_size=8) | st.sampled_from(["u", "%", "%2", "%25", "key=", "Bearer%20", "x" * 1990, "\x1b[2J"])
+    return secret, draw(around) + spelled + draw(around)
+
+
+def test_secrets_are_of_the_form_that_is_tried_here() -> None:
+    assert new_secret().startswith(PREFIX)
+    assert len(new_secret()) == len(PREFIX) + 43
+    assert set(new_secret()) <= set(SECRET_CHARACTERS)
+
+
+@pytest.mark.parametrize(
+    ("log_format", "place"),
+    [*product(("text", "json"), ("message", "argument", "exception", "wrong arguments")), ("json", "field")],
+)
+def test_no_spelling_of_a_secret_is_written_wherever_in_a_record_it_is(
+    make_log: MakeLog, log_format: str, place: str
+) -> None:
+    text, log = make_log(log_format), logging.getLogger("tminus.x")
+
+    @given(spellings())
+    def try_one(spelling: tuple[str, str]) -> None:
+        secret, spelled = spelling
+        text.seek(0)
+        text.truncate()
+        if place == "message":
+            log.info(spelled)
+        elif place == "argument":
+            log.info("%s %r %s", spelled, [spelled.encode("utf-8", "replace")], {spelled: 1})
+        elif place == "exception":
+            try:
+                raise ValueError(spelled)
+            except ValueError as error:
+                log.info("it failed: %s", error, exc_info=True)
+        elif place == "field":
+            log.info("a request", extra={"target": spelled, "client": spelled, "request_id": spelled})
+        else:
+            log.info("%d of %s", spelled)
+        written = text.getvalue()
+        assert written.endswith("\n")
+        if log_format == "json" and place != "wrong arguments":
+            written += "".join(map(str, json.loads(written).values()))
+        while (decoded := unquote(written)) != written:
+            written = decoded
+        assert secret.lower()[len(PREFIX) :] not in written.lower()
+
+    try_one()
+
+
+def test_a_line_that_cannot_be_filled_in_is_told_by_its_place(make_log: MakeLog) -> None:
+    text = make_log()
+    logging.getLogger("tminus.x").info("%d", "a")
+    assert text.getvalue().startswith("a line of the log could not be written: TypeError at ")
+    assert __file__ in text.getvalue()
