@@ -1,12 +1,16 @@
 """The log of a process: lines of text whose control characters are escaped, or one JSON object a line, to stderr.
 
-One handler writes what all loggers say, those of libraries too, so that no line has the secret of an API key.
+One handler writes what all loggers say, those of libraries too: no line has the secret of an API key, and none is
+repeated without end.
 """
 
 import json
 import logging
 import sys
+import time
+from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TextIO
 
@@ -18,6 +22,9 @@ from tminus.service.tracing import TRACER
 FIELDS = ("request_id", "client", "key", "method", "target", "status", "seconds", "job_id", "code")
 TRACE_FIELDS = ("trace_id", "span_id")
 MAX_LINE = 2000  # characters; a server may send megabytes
+WINDOW_S = 10.0
+# Of one line in a window. Each request has one at INFO; errors may have tracebacks of kilobytes.
+MOST_ERRORS, MOST_OTHERS = 100, 5000
 SERVER_FORM = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -49,22 +56,76 @@ class _Json(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes to stderr, without the secrets of API keys."""
+    """Writes to stderr, without the secrets of API keys, and holds to a rate what is said again and again.
+
+    Lines of one logger that differ only in what is filled in are counted together. What is over their bound in a window
+    is left out, and the next line after the window, or the end of the process, says how many.
+    """
 
     def __init__(self, formatter: logging.Formatter) -> None:
         super().__init__()
         self.setFormatter(formatter)
+        # Changed under the handler's lock.
+        self._counts: Counter[_Line] = Counter()
+        self._until_s = 0.0
 
     def format(self, record: logging.LogRecord) -> str:
         """Format a record; text of a client, a server or a file may be anywhere in it."""
         text = masked(super().format(record))
         return text if isinstance(self.formatter, _Json) else "\n".join(map(printable, text.split("\n")))
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, unless too many like it were written in this window. The lock is held."""
+        if (now_s := time.monotonic()) >= self._until_s:
+            self._end_window()
+            self._until_s = now_s + WINDOW_S
+        line = _Line.of(record)
+        self._counts[line] += 1
+        if self._counts[line] <= line.most:
+            super().emit(record)
+
+    def _end_window(self) -> None:
+        for line, count in self._counts.items():
+            if count > line.most:
+                message, args = "%d more lines like this one are left out: %s", (count - line.most, line.message)
+                super().emit(logging.LogRecord(line.logger, line.level, "", 0, message, args, None))
+        self._counts.clear()
+
+    def close(self) -> None:
+        """Say what is left out, at the end of the process."""
+        self.acquire()
+        try:
+            self._end_window()
+        finally:
+            self.release()
+        super().close()
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Say where a line could not be written, but not what is in it, as logging would."""
         with suppress(OSError, ValueError):
             kind = type(sys.exception()).__name__
             self.stream.write(f"a line of the log could not be written: {kind} at {record.pathname}:{record.lineno}\n")
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What the records of one line have in common."""
+
+    logger: str
+    level: int
+    message: str  # before anything is filled in; asyncio adds lines that differ each time
+    error: type[BaseException] | None
+
+    @classmethod
+    def of(cls, record: logging.LogRecord) -> "_Line":
+        """Read a record."""
+        error = record.exc_info[0] if record.exc_info else None
+        return cls(record.name, record.levelno, str(record.msg).partition("\n")[0][:MAX_LINE], error)
+
+    @property
+    def most(self) -> int:
+        """How many are written in a window."""
+        return MOST_ERRORS if self.level >= logging.WARNING else MOST_OTHERS
 
 
 def set_up_log(level: str, form: str, log_format: str = "text") -> None:

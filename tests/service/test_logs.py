@@ -2,6 +2,8 @@ import io
 import json
 import logging
 import string
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from urllib.parse import unquote
@@ -11,9 +13,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tminus.service.access.keys import PREFIX, new_secret
-from tminus.service.logs import set_up_log
+from tminus.service.logs import MOST_ERRORS, MOST_OTHERS, WINDOW_S, set_up_log
 
 SECRET_CHARACTERS = string.ascii_letters + string.digits + "-_"
+# A server of asyncio alone, in a process that may open no further file.
+FULL = """
+import asyncio, logging, resource, socket
+from tminus.service.logs import set_up_log
+
+class Said(logging.Handler):
+    def emit(self, record):
+        asyncio.get_running_loop().call_soon(failed.set)
+
+async def main():
+    global failed
+    failed = asyncio.Event()
+    logging.getLogger("asyncio").addHandler(Said())
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, backlog=2048)
+    client = socket.socket()
+    client.setblocking(False)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (client.fileno() + 1, client.fileno() + 1))
+    client.connect_ex(server.sockets[0].getsockname())
+    await failed.wait()
+
+set_up_log("INFO", "%(name)s %(message)s")
+asyncio.run(main())
+"""
 CASES: list[Callable[[str], str]] = [str, str.upper, str.lower, str.swapcase, str.capitalize]
 MakeLog = Callable[..., io.StringIO]
 
@@ -96,3 +121,41 @@ def test_a_line_that_cannot_be_filled_in_is_told_by_its_place(make_log: MakeLog)
     logging.getLogger("tminus.x").info("%d", "a")
     assert text.getvalue().startswith("a line of the log could not be written: TypeError at ")
     assert __file__ in text.getvalue()
+
+
+@pytest.mark.parametrize(("level", "most"), [(logging.ERROR, MOST_ERRORS), (logging.INFO, MOST_OTHERS)])
+def test_a_line_is_held_to_a_rate_and_others_are_not(
+    make_log: MakeLog, monkeypatch: pytest.MonkeyPatch, level: int, most: int
+) -> None:
+    clock_s = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: clock_s)
+    text, log = make_log(), logging.getLogger("tminus.x")
+    for number in range(most + 7):
+        log.log(level, "line %d of %s", number, "many")
+    log.log(level, "another line")
+    logging.getLogger("tminus.y").log(level, "line %d of %s", 0, "another logger's")
+    lines = text.getvalue().splitlines()
+    assert lines[most - 1 :] == [
+        f"tminus.x line {most - 1} of many",
+        "tminus.x another line",
+        "tminus.y line 0 of another logger's",
+    ]
+    clock_s += WINDOW_S
+    log.log(level, "line %d of %s", 1, "the next window")
+    log.log(level, "line %d of %s", 2, "the next window")
+    assert text.getvalue().splitlines()[len(lines) :] == [
+        "tminus.x 7 more lines like this one are left out: line %d of %s",
+        "tminus.x line 1 of the next window",
+        "tminus.x line 2 of the next window",
+    ]
+
+
+def test_an_accept_that_fails_thousands_of_times_is_told_some_times_and_then_counted() -> None:
+    """asyncio tries as often as the backlog is long, again each second, and logs each time with a traceback."""
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told = "asyncio socket.accept() out of system resource"
+    assert done.stderr.count(told) == done.stderr.count("OSError: [Errno 24]") == MOST_ERRORS
+    (left_out,) = [line for line in done.stderr.splitlines() if "more lines like this one" in line]
+    assert left_out.endswith("are left out: socket.accept() out of system resource")
+    assert int(left_out.split()[1]) == 2048 - MOST_ERRORS
