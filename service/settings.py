@@ -26,9 +26,9 @@ from tminus.service.scheduling.tick_times import TickTimes
 if TYPE_CHECKING:
     from tminus.service.engine.loading import Loaded
 
-HOST = re.compile(r"[a-z0-9_.-]+", re.IGNORECASE)
+HOST = re.compile(r"[A-Za-z0-9_.-]+")
 NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
-ORIGIN = re.compile(r"https?://[^\s,/]+", re.IGNORECASE)
+ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no comma, no slash, no space
 
 
 class Settings(BaseSettings):

@@ -26,7 +26,7 @@ STATES: dict[str, State] = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
-FILE_IN_ZIP = re.compile(r"\d{5,10}\.png")
+FILE_IN_ZIP = re.compile(r"[0-9]{5,10}\.png")
 ZIP_END = struct.Struct("<4s4xHHLLH")  # its last record, where no comment follows; PKZIP's APPNOTE.TXT, 4.3.16
 ZIP64_LOCATOR = b"PK\x06\x07"
 OK = 200

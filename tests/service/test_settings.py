@@ -187,7 +187,10 @@ BAD = [
     ("result_cache_mb", "much"),
     ("allowed_hosts", "http://studio.example"),
     ("allowed_hosts", "a b"),
+    ("allowed_hosts", "\u017ftudio.example"),  # a long s
     ("allowed_origins", "studio.example"),
+    ("allowed_origins", "https://b\u00fccher.example"),  # browsers send xn--bcher-kva.example
+    ("allowed_origins", "http\u017f://studio.example"),
     ("allowed_origins", "https://studio.example/"),
     ("allowed_origins", "https://a.example https://b.example"),
     ("max_batch", "1"),

@@ -15,15 +15,17 @@ from tminus.service.jobs.webhooks.webhook import origin_of
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
+# Without re.ASCII, [a-z] is also the long s, the dotless i, the dotted I and the Kelvin sign where the case is ignored.
+IN_ASCII = re.IGNORECASE | re.ASCII
 MAX_URL = 1024  # characters; a field of a form has no more bytes
 URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::(?P<port>[0-9]{1,5}))?"
     r"(?P<target>[/?][!\"$-\[\]-~]*)?",  # ASCII but for # and the backslash, which some take for a slash
-    re.IGNORECASE,
+    IN_ASCII,
 )
-NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?", re.IGNORECASE)
+NAME = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)(\.(?!-)[a-z0-9_-]{1,63}(?<!-))*\.?", IN_ASCII)
 # A last label that resolvers take for a part of an address: 127.1, 0x7f.1 and 2130706433 are all 127.0.0.1.
-NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.IGNORECASE)
+NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", IN_ASCII)
 LOCAL_NAMES = ("localhost", "local", "internal", "localdomain", "home.arpa")  # RFC 6761, RFC 6762, RFC 8375
 WELL_KNOWN_PORTS = {"http": 80, "https": 443}
 LEAST_PORT = 1024  # below it only these two, so that no mail or name server is spoken to

@@ -9,7 +9,7 @@ Event = Literal["start", "output", "completed"]
 EVENTS: tuple[Event, ...] = get_args(Event)  # in the order in which they happen
 
 DeliveryState = Literal["pending", "delivered", "given_up"]
-ORIGIN = re.compile(r"([a-z]+://)(?:[^/?#\\]*@)?([^/?#\\@\s]*)", re.IGNORECASE)
+ORIGIN = re.compile(r"([A-Za-z]+://)(?:[^/?#\\]*@)?([^/?#\\@\s]*)")
 ORIGIN_CHARACTERS = 100
 
 

@@ -1,6 +1,7 @@
 """Attempts, waits and giving up, on a real store; what a receiver answers is the test's, and waits are short."""
 
 import asyncio
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.receivers import SECRET
 from tests.service.fakes import INFO, PATIENCE_S
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.errors import JobNotFound, StorageFailed
@@ -22,7 +24,8 @@ from tminus.service.jobs.webhooks import slots
 from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules, wait_s
 from tminus.service.jobs.webhooks.names import Names
 from tminus.service.jobs.webhooks.receivers import Allowed
-from tminus.service.jobs.webhooks.sender import NotDelivered
+from tminus.service.jobs.webhooks.sender import NotDelivered, Sender
+from tminus.service.jobs.webhooks.signing import read_secrets
 from tminus.service.jobs.webhooks.slots import AT_ONCE_EACH
 from tminus.service.jobs.webhooks.webhook import Delivery, Webhook
 from tminus.service.metrics import Metrics
@@ -150,6 +153,27 @@ def test_it_is_given_up_when_the_receiver_wants_no_more_or_its_time_has_passed(
         assert running.counted("webhooks_total") == {"given_up": 1}
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("url", ["https://localho\u017ft/x", "https://hooks.example/x"])
+def test_an_attempt_that_cannot_be_made_is_one_line_of_the_log(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a URL that an earlier version took, and of one that a library does not take."""
+
+    async def look_up(name: str, _sharer: str) -> list[str]:
+        raise UnicodeError(f"label of {name} too long")
+
+    async def run() -> None:
+        sender = Sender(read_secrets(SECRET), Allowed(), ssl.create_default_context(), look_up)
+        running = Running(sender.send, retry_s=0.0)
+        await running.end(told("a", url))
+        await running.until("a", "given_up")
+
+    with caplog.at_level("INFO"):
+        asyncio.run(run())
+    (line,) = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert line.getMessage().startswith("webhook completed_")
+    assert "given up after 1 attempts" in line.getMessage()
+    assert line.exc_info is None
 
 
 def test_attempts_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Which URLs and addresses may be told, by tables and by properties."""
 
 import ipaddress
+import sys
 
 import pytest
 from hypothesis import given
@@ -100,6 +101,22 @@ def test_a_url_that_leads_elsewhere_is_refused_by_name_without_its_path(url: str
     assert problem["bound"]
     for secret in ("passwd", "s3cret", "uname", "fragmentary", "meta-data", "computeMetadata", "aaaa"):
         assert secret not in str(problem)
+
+
+def test_a_character_that_is_a_letter_of_ascii_in_another_case_is_none_here() -> None:
+    """U+017F is an s in capitals, U+212A a k in small letters."""
+    alike = [
+        each
+        for each in map(chr, range(0x80, sys.maxunicode + 1))
+        if not all(part > "\x7f" for part in each.lower() + each.upper() + each.casefold())
+    ]
+    assert {"\u017f", "\u0130", "\u0131", "\u212a"} <= {*alike}
+    for each in alike:
+        for url in ("https://ho{}t.example/", "https://{}/", "https://hooks.example/{}", "https://hooks.example?{}"):
+            with pytest.raises(InvalidField):
+                Receiver.parse(url.format(each), NOBODY)
+        with pytest.raises(ValueError, match="is no name, address or network"):
+            Allowed.parse(f"hooks.example,ho{each}t")
 
 
 @pytest.mark.parametrize(
