@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tminus.service.client.results import MediaType
     from tminus.service.engine.loading import Loaded
     from tminus.service.engine.local import Record
+    from tminus.service.model_info import ModelInfo
     from tminus.service.spec import Images, Inputs, SampleSpec
 
 KEY = "TMINUS_KEY"  # the variable that has the key of the server
@@ -59,9 +61,10 @@ class LocalModel:
     precision: str
     exact: bool | None = None  # None: as a server with default settings
 
-    def load(self, n: int) -> "Loaded":
-        """Load for one job of n rows, in all else as a server with default settings, so that the bits are the same."""
-        return load(LoadOptions(self.checkpoint, self.device, self.executor, self.precision, self.exact, max_rows=n))
+    def load(self, n: int, places_of: "Callable[[ModelInfo], int]", fingerprint: str | None) -> "Loaded":
+        """Load for one job of n rows, unless it is little work as a server with default settings, see `load_engine`."""
+        options = LoadOptions(self.checkpoint, self.device, self.executor, self.precision, self.exact, max_rows=n)
+        return load(options, places_of, fingerprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +76,33 @@ class LocalJob:
     inputs: "Inputs | None"
 
     @classmethod
-    def of(cls, model: LocalModel, parameters: dict[str, Any]) -> "LocalJob":
-        """Load a model and check the parameters of a job for it; one clear line and exit code 1 where that fails."""
+    def of(cls, model: LocalModel, parameters: dict[str, Any], fingerprint: str | None = None) -> "LocalJob":
+        """Load a model and check the parameters of a job for it; one clear line and exit code 1 where that fails.
+
+        fingerprint: that of the engine that is to make the images again.
+        """
         from tminus.service.api.schemas import SampleRequest
         from tminus.service.errors import ServiceError
         from tminus.service.images.decoder import decode_inputs
         from tminus.service.model_info import Limits
+        from tminus.service.work import work_of
 
         n = parameters["n"]
-        loaded = model.load(n)
-        info = loaded.engine.info
         limits = Limits(
             max_n=n,
-            max_batch=loaded.max_batch,
+            max_batch=n,
             max_rows=n,
             max_jobs=1,
             max_backlog_s=float("inf"),
             max_body_bytes=0,
             max_image_bytes=MAX_LOCAL_IMAGE_BYTES,
         )
+
+        def places_of(info: "ModelInfo") -> int:
+            return work_of(SampleRequest.parse(parameters, info, limits).to_spec(info, limits), info).places
+
+        loaded = model.load(n, places_of, fingerprint)
+        info = loaded.engine.info
         try:
             request = SampleRequest.parse(parameters, info, limits)
             spec = request.to_spec(info, limits)
@@ -115,11 +126,16 @@ class LocalJob:
             fail(str(error))
 
 
-def make_images(model: LocalModel, parameters: dict[str, Any], *, sheet: bool) -> tuple[dict[str, bytes], int]:
-    """Sample in this process: PNG files by name (one, "sheet", or one per image), and the seed."""
+def make_images(
+    model: LocalModel, parameters: dict[str, Any], *, sheet: bool, fingerprint: str | None = None
+) -> tuple[dict[str, bytes], int]:
+    """Sample in this process: PNG files by name (one, "sheet", or one per image), and the seed.
+
+    fingerprint: that of the engine that is to make the images again.
+    """
     from tminus.service.images.encoder import PNG, ZIP, encode_result
 
-    job = LocalJob.of(model, parameters)
+    job = LocalJob.of(model, parameters, fingerprint)
     images, spec, info = job.run(), job.spec, job.loaded.engine.info
     if sheet:
         return {"sheet": encode_result(PNG, spec, images, info)}, spec.seed

@@ -60,7 +60,8 @@ def reproduce(
     if url is not None:
         again = sample_from(url, model, parameters, "image/png").data
     else:
-        again = make_images(LocalModel(checkpoint, device, executor, precision), parameters, sheet=True)[0]["sheet"]
+        here = LocalModel(checkpoint, device, executor, precision)
+        again = make_images(here, parameters, sheet=True, fingerprint=recipe.fingerprint)[0]["sheet"]
     if out is not None:
         write_file(f"--out {out}", out, again)
     if again == original:

@@ -64,7 +64,8 @@ def check(
         (executor or str(said.get("executor", "auto")), precision or str(said.get("precision", "auto")))
         for said in ({}, made_by)
     ):
-        job = LocalJob.of(LocalModel(checkpoint, device, *how, exact), recipe.parameters | read_pictures(image, None))
+        model = LocalModel(checkpoint, device, *how, exact)
+        job = LocalJob.of(model, recipe.parameters | read_pictures(image, None), recipe.fingerprint)
         spec, info = job.spec, job.loaded.engine.info
         if info.fingerprint == recipe.fingerprint or info.weights_hash != recipe.weights:
             break

@@ -122,7 +122,7 @@ def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, ca
     `cache` is the folder where the answer is kept, by machine, model and versions; None keeps none.
     """
     candidates = find_candidates(checkpoint, device, wish)
-    kept = ChoiceCache(cache, checkpoint, device, asdict(wish), [asdict(candidate) for candidate in candidates])
+    kept = _cache_of(checkpoint, device, wish, cache, candidates)
     fields = dict(kept.read() or {})
     noisy = fields.pop(NOISE_KEY, False)
     choice = valid_choice(fields, candidates, wish)
@@ -142,6 +142,37 @@ def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, ca
     else:
         log.info("executor %s %s, as measured before (%s)", choice.executor, choice.precision, kept.file)
     return builder.build(choice)
+
+
+def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None) -> Executor | None:
+    """Build what an earlier start chose, idle or busy; None where no start did. Nothing is measured."""
+    candidates = find_candidates(checkpoint, device, wish)
+    fields = dict(_cache_of(checkpoint, device, wish, cache, candidates).read() or {})
+    fields.pop(NOISE_KEY, None)
+    choice = valid_choice(fields, candidates, wish)
+    return Builder(checkpoint, device, wish.threads).build(choice) if choice is not None else None
+
+
+def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> Executor | None:
+    """Build eager without measuring anything, in float32 if the wish allows it; None where it is for another executor.
+
+    On a CPU it takes one row a pass and one thread. So its bits depend neither on a measurement nor on the number of
+    cores, and it never waits for a thread that other programs keep from running.
+    """
+    if wish.executor not in ("auto", "eager"):
+        return None
+    candidates = find_candidates(checkpoint, device, replace(wish, executor="eager"))
+    choice = next((each for each in candidates if each.precision == "float32"), candidates[0])
+    sizes: tuple[int, ...] | None = (1,)
+    if device.type == "cuda":
+        sizes = (wish.max_batch,) if wish.exact else None
+    return Builder(checkpoint, device, threads=1).build(replace(choice, sizes=sizes))
+
+
+def _cache_of(
+    checkpoint: Checkpoint, device: torch.device, wish: Wish, cache: Path | None, candidates: Sequence[Choice]
+) -> ChoiceCache:
+    return ChoiceCache(cache, checkpoint, device, asdict(wish), [asdict(candidate) for candidate in candidates])
 
 
 def _is_idle() -> bool:

@@ -1,25 +1,35 @@
 """From a checkpoint folder to an engine that is ready to serve: choose the executor, test its bits, measure ticks."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.service.engine.autotune import AGREE_ROWS, agree_rows, choose_executor, example_inputs
+from tminus.service.engine.autotune import (
+    AGREE_ROWS,
+    agree_rows,
+    choose_executor,
+    example_inputs,
+    kept_executor,
+    plain_executor,
+)
 from tminus.service.engine.autotune_cache import ChoiceCache, default_cache
 from tminus.service.engine.calibration import ROUNDS, measure_ticks
 from tminus.service.engine.candidates import Wish
 from tminus.service.engine.devices import choose_device, default_max_rows
 from tminus.service.engine.engine import Engine
-from tminus.service.engine.executors import probe_bits
+from tminus.service.engine.executors import Executor, probe_bits
 from tminus.service.engine.memory import check_memory
 from tminus.service.engine.options import LoadOptions
 from tminus.service.engine.selftest import same_alone_and_together
+from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.tick_times import smallest_batch_at
 
 log = logging.getLogger(__name__)
@@ -35,6 +45,7 @@ CORES = torch.get_num_threads()  # before any executor was built, which sets thi
 PROBE_ROWS = 2  # that the fingerprint hashes, unless a small network needs more, see _probe_rows
 MAX_PLAN_LINES = 20_000_000  # 44 bytes each, and 112 more once a sampler with registers has come
 FEW_JOBS = 3  # on which bits are tested where the same network runs in the same way already
+LITTLE_S = 5.0  # of one core: for a job of less work it takes longer to measure what is fastest than to run it
 SPARE_ROWS, SPARE_JOBS = 64, 16  # the least that the self-test and the measurement need
 
 
@@ -70,10 +81,22 @@ class ReadModel:
     checkpoint: Checkpoint
 
 
-def load_engine(options: LoadOptions) -> Loaded:
-    """Load, choose, test and measure. Raises CheckpointError, or ValueError for options that cannot be met."""
+def load_engine(
+    options: LoadOptions, places_of: Callable[[ModelInfo], int] | None = None, fingerprint: str | None = None
+) -> Loaded:
+    """Load, choose, test and measure. Raises CheckpointError, or ValueError for options that cannot be met.
+
+    places_of: of the one job that the engine is for, how many places it takes on a model. For little work nothing is
+    measured or tested: what an earlier start chose is taken, or eager. fingerprint: that of the engine that is wanted;
+    then whichever of these two has it is taken, and where neither has, all is measured.
+    """
     checkpoint = read_checkpoint(options)
-    return _in_thread(lambda: prepare_engine(checkpoint, options))
+
+    def prepare() -> Loaded:
+        unmeasured = _load_unmeasured(checkpoint, options, places_of, fingerprint) if places_of is not None else None
+        return unmeasured or prepare_engine(checkpoint, options)
+
+    return _in_thread(prepare)
 
 
 def read_checkpoint(options: LoadOptions) -> Checkpoint:
@@ -122,26 +145,11 @@ def prepare_engine(
             f"max_jobs must be at most {MAX_PLAN_LINES // checkpoint.noise.num_train_timesteps} with "
             f"T={checkpoint.noise.num_train_timesteps}, got {options.max_jobs}: each job's plan is held"
         )
-    threads = options.threads or CORES
-    largest = options.max_batch or LARGEST_BATCH[device.type]
-    if device.type == "cpu" and options.max_batch is None:
-        largest = max(largest, PLACES_PER_THREAD * threads)
-    exact = device.type == "cpu" if options.exact is None else options.exact
-    wish = Wish(options.executor, options.precision, exact, largest, threads)
+    wish = _wish(options, device)
+    largest, exact, threads = wish.max_batch, wish.exact, wish.threads
     cache = options.cache_dir or default_cache()
     executor = choose_executor(checkpoint, device, wish, cache)
-    bits = None
-    if exact:
-        bits = probe_bits(executor, example_inputs(checkpoint, device, _probe_rows(checkpoint, executor.precision)))
-    engine = Engine(
-        checkpoint,
-        executor,
-        device,
-        max_rows=max(max_rows, SPARE_ROWS, largest),
-        max_jobs=max(options.max_jobs, SPARE_JOBS),
-        exact=exact,
-        bits=bits,
-    )
+    engine = _build(checkpoint, executor, device, options, wish)
     # An exact engine on a GPU pads each pass to the largest, so its batch sizes are others.
     how = {
         "executor": executor.name, "precision": executor.precision, "threads": threads, "largest": largest,
@@ -171,6 +179,65 @@ def prepare_engine(
     if engine.info.latent is not None:
         log.info("beside the ticks an image is decoded in %.2f ms, encoded in %.2f ms", *(1e3 * s for s in coding_s))
     return Loaded(engine, max_rows, max_batch, short_batch, tick_times, coding_s, again)
+
+
+def _load_unmeasured(
+    checkpoint: Checkpoint, options: LoadOptions, places_of: Callable[[ModelInfo], int], fingerprint: str | None
+) -> Loaded | None:
+    """Build an engine without measuring what runs fastest; None where that pays, or another fingerprint is wanted."""
+    device = choose_device(options.device)
+    wish, max_rows = _wish(options, device), options.max_rows or default_max_rows(checkpoint)
+    plain = plain_executor(checkpoint, device, wish)
+    if plain is None:
+        return None
+    if fingerprint is None:
+        info = _build(checkpoint, plain, device, options, wish).info
+        if places_of(info) * _pass_s(plain, checkpoint, device) > LITTLE_S:
+            return None
+    # Built one after the other, since each takes the network over and may lay it out anew.
+    for build in (partial(kept_executor, cache=options.cache_dir or default_cache()), plain_executor):
+        executor = build(checkpoint, device, wish)
+        if executor is not None:
+            engine = _build(checkpoint, executor, device, options, wish)
+            if fingerprint in (None, engine.info.fingerprint):
+                return Loaded(engine, max_rows, wish.max_batch, wish.max_batch, ())
+    return None
+
+
+def _pass_s(executor: Executor, checkpoint: Checkpoint, device: torch.device) -> float:
+    """Time a pass of one row: on a CPU in seconds of one core, which other programs do not lengthen."""
+    inputs = example_inputs(checkpoint, device, 1)
+    clock = time.perf_counter if device.type == "cuda" else time.thread_time
+    executor(*inputs).cpu()  # warms up
+    started_s = clock()
+    executor(*inputs).cpu()
+    return clock() - started_s
+
+
+def _wish(options: LoadOptions, device: torch.device) -> Wish:
+    threads = options.threads or CORES
+    largest = options.max_batch or LARGEST_BATCH[device.type]
+    if device.type == "cpu" and options.max_batch is None:
+        largest = max(largest, PLACES_PER_THREAD * threads)
+    exact = device.type == "cpu" if options.exact is None else options.exact
+    return Wish(options.executor, options.precision, exact, largest, threads)
+
+
+def _build(
+    checkpoint: Checkpoint, executor: Executor, device: torch.device, options: LoadOptions, wish: Wish
+) -> Engine:
+    bits = None
+    if wish.exact:
+        bits = probe_bits(executor, example_inputs(checkpoint, device, _probe_rows(checkpoint, executor.precision)))
+    return Engine(
+        checkpoint,
+        executor,
+        device,
+        max_rows=max(options.max_rows or default_max_rows(checkpoint), SPARE_ROWS, wish.max_batch),
+        max_jobs=max(options.max_jobs, SPARE_JOBS),
+        exact=wish.exact,
+        bits=bits,
+    )
 
 
 def _measure(engine: Engine, way: Mapping[str, Any], largest: int, kept: ChoiceCache) -> Measured:

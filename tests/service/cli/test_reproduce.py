@@ -23,6 +23,7 @@ from tminus.service.cli.main import main
 from tminus.service.cli.reproduce import difference, read_recipe
 from tminus.service.client import Client
 from tminus.service.engine import autotune, loading
+from tminus.service.engine.candidates import Choice
 from tminus.service.images.encoder import encode_png, recipe
 
 pytestmark = pytest.mark.slow
@@ -57,8 +58,10 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     load_quickly(monkeypatch, folder)
     threads = torch.get_num_threads()
 
-    def invoke(*arguments: str | Path, checkpoint: Path = folder / "tiny") -> click.testing.Result:
-        where = ("--checkpoint", str(checkpoint), "--device", "cpu", "--executor", "eager")
+    def invoke(
+        *arguments: str | Path, checkpoint: Path = folder / "tiny", executor: str = "eager"
+    ) -> click.testing.Result:
+        where = ("--checkpoint", str(checkpoint), "--device", "cpu", "--executor", executor)
         return click.testing.CliRunner().invoke(
             main, [*map(str, arguments), *(where if "--url" not in arguments else ())]
         )
@@ -126,6 +129,23 @@ def test_the_same_bytes_are_told_with_exit_code_0(run: Run, drawn: Path) -> None
     result = run("reproduce", drawn)
     assert result.exit_code == 0, result.output
     assert f"{drawn}: the same {drawn.stat().st_size} bytes" in result.stdout
+
+
+def test_what_was_made_before_executors_were_measured_can_be_made_again_afterwards(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before, after = tmp_path / "before.png", tmp_path / "after.png"
+    made = run("sample", "-n", "4", "--steps", "8", "--seed", "3", "--out", before, executor="auto")
+    assert made.exit_code == 0, made.output
+    assert not (tmp_path / "cache").exists(), "for so little work nothing is measured"
+    monkeypatch.setattr(autotune, "_fastest", lambda *_: Choice("openvino", "float32", True, (1, 2)))
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "LITTLE_S", 0.0)
+        run("sample", "-n", "4", "--steps", "8", "--seed", "3", "--out", after, executor="auto")
+    assert read_recipe(before.read_bytes()).fingerprint != read_recipe(after.read_bytes()).fingerprint
+    for png in (before, after):
+        assert run("reproduce", png, executor="auto").exit_code == 0
 
 
 def test_a_sheet_can_be_made_again(run: Run, tmp_path: Path) -> None:
@@ -211,7 +231,7 @@ def test_a_model_that_cannot_do_the_recipe_says_so(
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing below may come so far as to load one."""
 
-    def load(_options: object) -> None:
+    def load(*_: object) -> None:
         raise AssertionError("a model was loaded for it")
 
     monkeypatch.setattr(images, "load", load)

@@ -184,7 +184,7 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
     load_quickly(monkeypatch, folder)
     job = LocalJob.of(LocalModel(folder / "tiny", "cpu", "eager", "auto"), {"n": 2})
 
-    def made_ready(model: LocalModel, _parameters: object) -> LocalJob:
+    def made_ready(model: LocalModel, *_: object) -> LocalJob:
         asked.append((model.executor, model.precision, model.exact))
         return job
 
@@ -227,7 +227,7 @@ def test_what_cannot_be_checked_ends_in_one_clear_line_before_a_model_is_loaded(
     change: Callable[[bytes], bytes],
     says: str,
 ) -> None:
-    monkeypatch.setattr(images, "load", lambda options: pytest.fail("a model was loaded for it"))
+    monkeypatch.setattr(images, "load", lambda *_: pytest.fail("a model was loaded for it"))
     one_line(check(change(files["ddpm"])), "walk.safetensors", says)
 
 

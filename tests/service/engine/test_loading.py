@@ -19,13 +19,14 @@ from tminus.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tminus.model.files import CheckpointError
 from tminus.service.engine import autotune, loading, memory
 from tminus.service.engine.autotune import AGREE_ROWS, agree_rows
-from tminus.service.engine.candidates import Wish
+from tminus.service.engine.candidates import Choice, Wish
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor, Executor
 from tminus.service.engine.loading import MIN_BATCH, load_engine, read_checkpoint
 from tminus.service.engine.local import sample_locally
 from tminus.service.engine.options import LoadOptions
 from tminus.service.images.encoder import PNG, etag
+from tminus.service.model_info import ModelInfo
 from tminus.service.spec import trial_spec
 from tminus.service.work import Batch
 
@@ -457,3 +458,62 @@ def test_a_model_that_is_loaded_after_another_has_all_cores_too(
         torch.set_num_threads(1)
         load_engine(replace(options, threads=None))
     assert wished == [3, 3]
+
+
+# --- for one job ---
+
+
+@pytest.fixture
+def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((autotune, "_fastest"), (loading, "measure_ticks"), (loading, "same_alone_and_together")):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+
+
+def places(count: int) -> Callable[[ModelInfo], int]:
+    return lambda _info: count
+
+
+@pytest.mark.usefixtures("nothing_is_measured")
+def test_for_little_work_eager_is_taken_and_nothing_is_measured(unmeasured: LoadOptions) -> None:
+    loaded = load_engine(replace(unmeasured, executor="auto", threads=2), places(32))
+    info = loaded.engine.info
+    assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
+    several = sample_locally(loaded.engine, trial_spec(info, 3, 5), loaded.max_batch, lambda rows: None)
+    alone = sample_locally(loaded.engine, replace(trial_spec(info, 1, 5), index=2), loaded.max_batch, lambda rows: None)
+    np.testing.assert_array_equal(several[2:], alone)
+    assert torch.get_num_threads() == 1, "so that the bits are the same on any number of cores"
+    assert unmeasured.cache_dir is not None
+    assert not unmeasured.cache_dir.exists()
+
+
+def test_for_little_work_the_choice_of_an_earlier_start_is_taken_unless_another_fingerprint_is_wanted(
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    options = replace(unmeasured, executor="auto")
+    kept = Choice("openvino", "float32", True, (1, 2))
+    monkeypatch.setattr(autotune, "_fastest", lambda *_: kept)
+    plain = load_engine(options, places(1)).engine.info
+    measured = load_engine(options).engine.info
+    request.getfixturevalue("nothing_is_measured")
+    assert load_engine(options, places(1)).engine.info == measured
+    assert load_engine(options, places(10**9), plain.fingerprint).engine.info == plain
+    assert load_engine(options, places(10**9), measured.fingerprint).engine.info == measured
+
+
+def test_for_much_work_or_where_none_has_the_fingerprint_that_is_wanted_all_is_measured(
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    monkeypatch.setattr(loading, "measure_ticks", lambda *_, **__: measured.append(1) or ((1, 0.1), (4, 0.4)))
+    load_engine(unmeasured, places(10**9))
+    load_engine(unmeasured, places(1), "0" * 16)
+    assert len(measured) == 2
+
+
+@pytest.mark.usefixtures("nothing_is_measured")
+def test_a_job_that_the_model_cannot_do_is_refused_before_anything_is_measured(unmeasured: LoadOptions) -> None:
+    def places_of(info: ModelInfo) -> int:
+        raise ValueError(f"steps must be in 1..{info.num_timesteps}, got 51")
+
+    with pytest.raises(ValueError, match="got 51"):
+        load_engine(unmeasured, places_of)
