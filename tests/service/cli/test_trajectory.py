@@ -20,6 +20,7 @@ from tminus.model.checkpoint import save_checkpoint
 from tminus.service.cli import images, trajectory
 from tminus.service.cli.images import LocalJob, LocalModel
 from tminus.service.cli.trajectory import difference
+from tminus.service.engine import loading
 from tminus.service.images.encoder import recipe
 from tminus.service.images.trajectory import METADATA_KEY, pack_trajectory, read_trajectory
 from tminus.service.worker.recording import Path as Recorded
@@ -33,9 +34,16 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
+def as_served(folder: Path, **parameters: Any) -> LocalJob:  # noqa: F811
+    """A job on an engine that was measured, as a server's is, though it is little work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "LITTLE_S", 0.0)
+        return LocalJob.of(LocalModel(folder / "tiny", "cpu", "eager", "auto"), parameters)
+
+
 def made(folder: Path, **parameters: Any) -> bytes:  # noqa: F811
     """What a server that has this checkpoint answers."""
-    job = LocalJob.of(LocalModel(folder / "tiny", "cpu", "eager", "auto"), {"n": 1, "seed": 5, "steps": 4} | parameters)
+    job = as_served(folder, **{"n": 1, "seed": 5, "steps": 4} | parameters)
     path, info = Recorded(job.spec), job.loaded.engine.info
     pixels = job.run(path.record)
     return pack_trajectory(path.trajectory(), pixels, job.spec, info, recipe(job.spec, info))
@@ -182,7 +190,7 @@ def test_it_is_run_as_servers_do_and_then_as_the_file_says_unless_another_way_is
 ) -> None:
     asked: list[tuple[str, str, bool | None]] = []
     load_quickly(monkeypatch, folder)
-    job = LocalJob.of(LocalModel(folder / "tiny", "cpu", "eager", "auto"), {"n": 2})
+    job = as_served(folder, n=2)
 
     def made_ready(model: LocalModel, *_: object) -> LocalJob:
         asked.append((model.executor, model.precision, model.exact))
