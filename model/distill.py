@@ -36,6 +36,7 @@ from tminus.model.run import (
     faster_precision,
     interruptible,
     step_seed,
+    take_threads,
 )
 from tminus.model.run_file import begun_in
 from tminus.model.samplers import Plan
@@ -143,6 +144,7 @@ def distill(
     begun = begun_in(folder)
     if begun:
         config = run.resume(folder, "distill", config, identity)
+    config = take_threads(config, device)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
         shape = (config.batch_size, *of_teacher.row_shape)

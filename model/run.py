@@ -24,6 +24,7 @@ from tminus.model.denoiser import Denoiser, NetConfig
 from tminus.model.ema import Ema
 from tminus.model.networks.registry import build
 from tminus.model.run_file import FORMER_FILE, STATE_FILE, read_state, write_state
+from tminus.model.threads import free_cores
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ LOSS_SMOOTHING = 0.99
 FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
 TIMED_PASSES = 3  # of each precision; the fastest counts
 Config = TypeVar("Config", bound="RunConfig")
-FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction")
+FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction", "threads")
 
 
 class TrainError(Exception):
@@ -52,6 +53,7 @@ class RunConfig:
     seed: int = 0
     precision: str = "auto"  # fp32, bf16 (autocast), or auto: whichever measures faster
     compile: bool = False
+    threads: int = 0  # of torch on a CPU, which move bits; 0: as many as there are free cores when the run begins
     save_every: int = 500
     sheet_every: int = 1000
 
@@ -71,7 +73,8 @@ class RunConfig:
         self.require(self.grad_clip > 0, "grad_clip", "above 0")
         for field in ("decay_fraction", "ema_decay"):
             self.require_share(field)
-        self.require(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        for field in ("warmup_steps", "threads"):
+            self.require(getattr(self, field) >= 0, field, "0 or more")
         self.require(self.precision in ("auto", "fp32", "bf16"), "precision", "auto, fp32 or bf16")
 
     def learning_rate_at(self, step: int) -> float:
@@ -133,6 +136,8 @@ class RunState:
             was = {**state["config"], **state["identity"]}
             if config.precision == "auto":
                 config = config.with_precision(was["precision"])
+            if config.threads == 0 and was.get("threads", 0) <= torch.get_num_threads():  # not on a smaller machine
+                config = dataclasses.replace(config, threads=was.get("threads", 0))
             now = json.loads(json.dumps({**dataclasses.asdict(config), **identity}))  # tuples are lists in the file
             usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that it did not have
             for field in sorted(now.keys() - FREE_TO_CHANGE):
@@ -186,6 +191,18 @@ class Progress:
         self._bar.set_postfix(figures, refresh=False)
         if self._bar.disable and (step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps)):
             log.info("step %d of %d, %s", step, config.steps, ", ".join(map("=".join, figures.items())))
+
+
+def take_threads(config: Config, device: torch.device) -> Config:
+    """Set torch's number of threads for a run on a CPU; returns the config with the number. Call it after `resume`."""
+    if device.type != "cpu":
+        return config
+    usual = torch.get_num_threads()
+    threads = config.threads or (min(usual, free_cores()) if usual > 1 else 1)
+    if threads < usual and not config.threads:
+        log.info("threads: %d, since other programs keep cores busy, in place of %d; --threads sets it", threads, usual)
+    torch.set_num_threads(threads)
+    return dataclasses.replace(config, threads=threads)
 
 
 def step_seed(seed: int, step: int) -> int:

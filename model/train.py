@@ -48,6 +48,7 @@ from tminus.model.run import (
     faster_precision,
     interruptible,
     step_seed,
+    take_threads,
 )
 from tminus.model.run_file import begun_in
 from tminus.model.tminus_file import read_folded_guidance, read_recommended
@@ -144,6 +145,7 @@ def train(
         if init_from is not None and (run.origin is None or Path(run.origin).resolve() != init_from.resolve()):
             was = f"init_from={run.origin!r}, got {str(init_from)!r}"
             raise TrainError(f"{folder}: this run was begun with {was}; leave --init-from out to go on")
+    config = take_threads(config, device)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
     weights = None

@@ -24,7 +24,16 @@ from tminus.model.latent.config import AutoencoderConfig
 from tminus.model.latent.encode import latents_of
 from tminus.model.latent.folder import save_autoencoder
 from tminus.model.pixels import to_model_range
-from tminus.model.run import Progress, RunConfig, RunState, TrainError, faster_of, interruptible, step_seed
+from tminus.model.run import (
+    Progress,
+    RunConfig,
+    RunState,
+    TrainError,
+    faster_of,
+    interruptible,
+    step_seed,
+    take_threads,
+)
 from tminus.model.run_file import begun_in
 from tminus.model.tminus_file import TMINUS_FILE
 from tminus.model.train import batch_indices
@@ -67,6 +76,7 @@ def train_autoencoder(
     identity |= {"data": f"{data.name}, {len(data)} images"}
     if begun_in(folder):
         config = run.resume(folder, "train-autoencoder", config, identity)
+    config = take_threads(config, device)
     net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     images = data.images.to(device)
     if config.precision == "auto":  # chosen once: a resumed run must continue in the same one

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, integers
+from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, THREADS, integers
 from tminus.service.cli.output import fail, say
 from tminus.service.cli.sheets import sheet_writer
 from tminus.service.cli.training_data import load_training_data
@@ -36,6 +36,7 @@ from tminus.service.logs import set_up_log
 @click.option("--seed", default=0, help="of the order of the images, and of noise")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
 @click.option("--compile", is_flag=True, help="torch.compile the networks")
+@THREADS
 @click.option("--save-every", default=500, help="steps between saves")
 @click.option("--sheet-every", default=1000, help="steps between sample sheets")
 @DEVICE

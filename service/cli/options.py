@@ -14,6 +14,11 @@ BACKGROUND = click.option(
     "--background", default="black", help="colour that transparent pixels of a folder's images are laid over"
 )
 DEVICE = click.option("--device", default="auto", help="auto, cpu or cuda; auto takes a GPU if there is one")
+THREADS = click.option(
+    "--threads",
+    default=0,
+    help="of torch on a CPU; 0: one for each core that is free when the run begins",
+)
 LOCAL_MODEL = (
     click.option("--url", help="ask this server instead of loading a checkpoint"),
     click.option("--model", help="with --url: the name of one of its models  [default: its default model]"),

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, integers
+from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, THREADS, integers
 from tminus.service.cli.output import fail, say
 from tminus.service.cli.sheets import sheet_writer
 from tminus.service.cli.training_data import load_training_data
@@ -61,6 +61,7 @@ SHEET_STEPS = 50
 @click.option("--seed", default=0, help="of first weights, order of the images and noise")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: the faster")
 @click.option("--compile", is_flag=True, help="torch.compile the network")
+@THREADS
 @click.option("--save-every", default=500, help="steps between saves")
 @click.option(
     "--sheet-every", default=1000, help="steps between sample sheets, and between measurements of held-out images"

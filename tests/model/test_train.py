@@ -367,6 +367,29 @@ def test_a_resumed_run_goes_on_in_the_precision_it_chose(tmp_path: Path, monkeyp
     assert provenance_in(tmp_path)["config"]["precision"] == "bf16"
 
 
+def test_a_run_takes_the_cores_that_are_free_and_keeps_their_number_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = torch.get_num_threads()
+    taken: list[int] = []
+
+    def steps(count: int, **fields: Any) -> int:
+        torch.set_num_threads(4)
+        run(tmp_path, dataclasses.replace(RUN, steps=count, **fields))
+        taken.append(torch.get_num_threads())
+        return int(provenance_in(tmp_path)["config"]["threads"])
+
+    try:
+        monkeypatch.setattr("tminus.model.run.free_cores", lambda: 2)
+        assert steps(1) == 2
+        monkeypatch.setattr("tminus.model.run.free_cores", lambda: pytest.fail("it looked again"))
+        assert steps(2) == 2
+        assert steps(3, threads=3) == 3
+        assert taken == [2, 2, 3]
+    finally:
+        torch.set_num_threads(usual)
+
+
 def test_learned_variance_is_not_trained(tmp_path: Path) -> None:
     noise = dataclasses.replace(NOISE, variance_type="learned_range")
     with pytest.raises(TrainError, match="learned variance"):
@@ -398,7 +421,7 @@ def test_run_leaves_a_checkpoint_of_the_average_and_no_part_of_a_file(straight: 
     assert provenance["data"] == "toy"
     assert provenance["step"] == 8
     assert provenance["images_seen"] == 8 * 4
-    assert provenance["config"] == dataclasses.asdict(RUN)
+    assert provenance["config"] == dataclasses.asdict(dataclasses.replace(RUN, threads=1))
     names = sorted(file.name for file in straight.rglob("*") if file.is_file())
     assert names == [
         "config.json",

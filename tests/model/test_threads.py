@@ -1,0 +1,82 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tminus.model import threads
+from tminus.model.threads import free_cores
+
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine of 8 cores, all for this process, as the kernel would tell of it."""
+    monkeypatch.setattr(threads, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(threads, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+
+    def make(*, load: float, busy: float, cores: int = 8, quota: str = "max 100000") -> None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+        clock = [0.0]
+
+        def tick(seconds: float) -> None:
+            clock[0] += seconds
+            idle = 100 * clock[0] * (1 - busy / 8)
+            lines = [f"cpu{core} 5 5 5 {idle:.0f} 0 9 9 9 9 9" for core in range(8)]
+            (tmp_path / "stat").write_text("\n".join(["cpu 1 2 3 4 5 6 7 8 9 10", *lines, "intr 5 6"]))
+
+        tick(0.0)
+        monkeypatch.setattr(time, "sleep", tick)
+        monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("load", "busy", "free"),
+    [(0.1, 0, 8), (3.0, 3, 5), (8.0, 8, 1), (40.0, 8, 1), (8.0, 0, 8), (0.1, 8, 8), (7.0, 4, 4)],
+    ids=["idle", "some", "full", "overfull", "was busy until now", "busy for a moment", "less busy than it was"],
+)
+def test_cores_are_free_unless_they_are_busy_now_and_have_been_for_a_minute(
+    machine: Machine, load: float, busy: float, free: int
+) -> None:
+    machine(load=load, busy=busy)
+    assert free_cores() == free
+
+
+def test_no_more_cores_are_free_than_the_process_may_use(machine: Machine) -> None:
+    machine(load=0.0, busy=0, cores=2)
+    assert free_cores() == 2
+    machine(load=0.0, busy=0, quota="250000 100000")
+    assert free_cores() == 3
+    machine(load=40.0, busy=8, quota="250000 100000")
+    assert free_cores() == 1
+
+
+def test_a_system_that_does_not_tell_is_taken_for_idle(machine: Machine, tmp_path: Path) -> None:
+    machine(load=40.0, busy=8)
+    for file in ("stat", "cpu.max"):
+        (tmp_path / file).unlink()
+    assert free_cores() == 8
+
+
+def test_cores_that_other_programs_keep_busy_are_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.0 * len(cores), 0.0, 0.0))  # it follows over a minute
+    spin = [sys.executable, "-c", "while True: pass"]
+    programs = [subprocess.Popen(spin) for _ in cores]
+    try:
+        until_s = time.monotonic() + 60
+        while free_cores() > max(1, len(cores) // 2):
+            assert time.monotonic() < until_s
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
