@@ -110,8 +110,8 @@ def distill(
     """Train a student in `folder`, resuming from its state if there is one. True when done, False if interrupted.
 
     All trajectories begin in noise. The student's images are to be distributed as `data`, or, without it, as the
-    teacher's own. SIGINT or SIGTERM finishes the step, saves and returns. Raises TrainError, CheckpointError, and
-    ValueError for a sampler that is not possible.
+    teacher's own. SIGINT or SIGTERM finishes the step, saves and returns or, SIGINT, raises KeyboardInterrupt.
+    Raises TrainError, CheckpointError, and ValueError for a sampler that is not possible.
     """
     teacher = Teacher(teacher_folder, config.teacher_sampler, config.teacher_steps, config.guidance)
     of_teacher = teacher.checkpoint

@@ -252,7 +252,10 @@ def averaged(unet: NetConfig, ema: Ema) -> Denoiser:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within the context SIGINT and SIGTERM stop nothing; the yielded function says whether one has come."""
+    """Within the context SIGINT and SIGTERM stop nothing; the yielded function says whether one has come.
+
+    At its end, when the run is saved, SIGINT raises KeyboardInterrupt all the same: a script of several commands ends.
+    """
     received: list[int] = []
 
     def note(signum: int, _frame: object) -> None:
@@ -264,3 +267,5 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt("interrupted and saved; the same command goes on")

@@ -100,7 +100,8 @@ def train(
     weights predict of it with classifier-free guidance (Meng et al. 2023, sec. 3.1). `autoencoder` makes the run one of
     a latent model (Rombach et al. 2022): x_0 are the latents of the images. Each `sheet_every` steps and at the end the
     averaged network is measured on `held_out`, of the same shape and classes as the data, and handed to `on_sheet`.
-    SIGINT or SIGTERM finishes the step, saves and returns. Raises TrainError, CheckpointError.
+    SIGINT or SIGTERM finishes the step, saves and returns or, SIGINT, raises
+    KeyboardInterrupt. Raises TrainError, CheckpointError.
     """
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")

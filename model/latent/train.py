@@ -66,7 +66,8 @@ def train_autoencoder(
 ) -> bool:
     """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
 
-    SIGINT or SIGTERM finishes the step, saves and returns. Raises TrainError.
+    SIGINT or SIGTERM finishes the step, saves and returns or, SIGINT, raises
+    KeyboardInterrupt. Raises TrainError.
     """
     torch.manual_seed(step_seed(config.seed, -1))
     net = Autoencoder(model).to(device)

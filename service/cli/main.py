@@ -1,7 +1,11 @@
-"""The `tminus` command: a group to which every subcommand is added here. Nothing else lives here.
+"""The `tminus` command: a group to which every subcommand is added here, and how Ctrl-C ends them.
 
 The files of the subcommands import torch and what needs it in their functions, so that `--help` is quick.
 """
+
+import signal
+import sys
+from typing import Any
 
 import click
 
@@ -22,7 +26,19 @@ from tminus.service.cli.trajectory import trajectory
 from tminus.service.cli.tune import tune
 
 
-@click.group(context_settings={"show_default": True, "max_content_width": 120})
+class Commands(click.Group):
+    """A group whose commands end with 130 on Ctrl-C, as a shell has it, and not with 1, which is a failure."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            click.echo(f"tminus: {str(stop) or 'interrupted'}", err=True)
+            sys.exit(128 + signal.SIGINT)
+
+
+@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 120})
 @click.version_option(package_name="tminus")
 def main() -> None:
     """Serve, sample, train, distill, evaluate and convert denoising diffusion U-Nets."""

@@ -59,5 +59,5 @@ def tune(checkpoint: Path, steps: tuple[int, ...], guidance: tuple[float, ...], 
     except (TuneError, CheckpointError, ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("stopped; the same command goes on after the last round")
+        raise KeyboardInterrupt("stopped; the same command goes on after the last round") from None
     say(f"{checkpoint}: {len(files)} tables written. A server that is started now has them: sampler=tuned")

@@ -142,9 +142,10 @@ def test_ctrl_c_saves_and_the_same_command_ends_as_if_never_stopped(pictures: Pa
             assert chunk, seen
             seen += chunk
         stopped.send_signal(signal.SIGINT)
-        while os.read(stopped.stderr.fileno(), 4096):
-            pass
-        assert stopped.wait(60) == 0
+        while chunk := os.read(stopped.stderr.fileno(), 4096):
+            seen += chunk
+        assert stopped.wait(60) == 130
+    assert seen.endswith(b"tminus: interrupted and saved; the same command goes on\n")
     assert json.loads((tmp_path / "stopped" / "tminus.json").read_text())["provenance"]["step"] < 30
 
     for run in ("stopped", "straight"):

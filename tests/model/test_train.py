@@ -148,7 +148,8 @@ def interrupt_at(step: int) -> Callable[[UNet2D, int], None]:
 @pytest.mark.parametrize("step", [1, 5, 7])
 def test_interrupted_and_resumed_run_is_the_run_never_interrupted(straight: Path, tmp_path: Path, step: int) -> None:
     config = dataclasses.replace(RUN, sheet_every=1)
-    assert not run(tmp_path / "run", config, on_sheet=interrupt_at(step))
+    with pytest.raises(KeyboardInterrupt, match="saved"):
+        run(tmp_path / "run", config, on_sheet=interrupt_at(step))
     assert state_of(tmp_path / "run")["step"] == step
     assert run(tmp_path / "run")
     assert_same_run(straight, tmp_path / "run")
@@ -157,7 +158,8 @@ def test_interrupted_and_resumed_run_is_the_run_never_interrupted(straight: Path
 def test_interrupted_again_and_again_it_is_still_the_same_run(straight: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(RUN, sheet_every=1)
     for step in (2, 3, 6):
-        assert not run(tmp_path / "run", config, on_sheet=interrupt_at(step))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", config, on_sheet=interrupt_at(step))
     assert run(tmp_path / "run")
     assert_same_run(straight, tmp_path / "run")
 
