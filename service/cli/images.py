@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -151,7 +151,7 @@ def sample_from(url: str, model: str | None, parameters: dict[str, Any], media_t
         with client_of(url, model) as tminus:
             return tminus.sample(accept=media_type, **parameters)
     except (ClientError, ValueError, RecursionError) as error:  # the last two: parameters that JSON cannot hold
-        fail(f"{url}: {error}")
+        fail_at(url, error)
 
 
 def files_of(url: str, sampled: "Sampled", n: int) -> dict[str, bytes]:
@@ -161,10 +161,22 @@ def files_of(url: str, sampled: "Sampled", n: int) -> dict[str, bytes]:
     try:
         files = sampled.files
     except ClientError as error:
-        fail(f"{url}: {error}")
+        fail_at(url, error)
     if len(files) != n:
         fail(f"{url}: {len(files)} images came, where {n} were asked for")
     return files
+
+
+def fail_at(url: str, error: Exception) -> NoReturn:
+    """Print what a server answered, or that none did, and what to do about it; exit with 1."""
+    from tminus.service.client import Problem, Unreachable
+
+    advice = ""
+    if isinstance(error, Problem) and error.status == 401:
+        advice = f"; commands send the key in the variable {KEY}{'' if os.environ.get(KEY) else ', which is not set'}"
+    elif isinstance(error, Unreachable) and not error.reached:
+        advice = "; is a server running there? tminus serve starts one"
+    fail(f"{url}: {error}{advice}")
 
 
 def client_of(url: str, model: str | None = None) -> "Client":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tminus.service.cli.images import client_of
+from tminus.service.cli.images import client_of, fail_at
 from tminus.service.cli.output import fail, say
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def models(change: str | None, name: str | None, url: str) -> None:
                 change_model(tminus, change, name)
                 say(f"{name}: {change}ed")
     except ClientError as error:
-        fail(f"{url}: {error}")
+        fail_at(url, error)
     except ValueError as error:  # a name that is none, or a key
         fail(str(error))
 

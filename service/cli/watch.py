@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tminus.service.cli.images import client_of
+from tminus.service.cli.images import client_of, fail_at
 from tminus.service.cli.output import fail, make_folder, say, write_file
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def follow(
             seed, shown, finals = _read(messages)
         frames = _decode([*shown, finals])
     except ClientError as error:
-        fail(f"{url}: {error}")
+        fail_at(url, error)
     index = _number(parameters.get("index", 0))
     names = ["sheet"] if sheet else [f"{index + k:05d}.png" for k in range(len(finals))]
     return dict(zip(names, finals, strict=True)), seed, frames

@@ -1,7 +1,7 @@
 """What the server reports while a job runs, over the WebSocket and as server-sent events. No I/O."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import checks
@@ -37,14 +37,14 @@ class Frame:
     show: str
     eta_s: float
     image: int | None
-    data: bytes
+    data: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
     """A watched job is done. images: PNGs, one sheet or, with `layout="images"`, one an image."""
 
-    images: tuple[bytes, ...]
+    images: tuple[bytes, ...] = field(repr=False)
     queue_s: float
     first_step_s: float
     denoise_s: float

@@ -5,7 +5,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import httpx
@@ -41,7 +41,7 @@ class Sampled:
     `encode` in seconds; it is empty for an answer from the cache and for the image of a durable job.
     """
 
-    data: bytes
+    data: bytes = field(repr=False)
     media_type: str
     seed: int
     fingerprint: str
@@ -100,7 +100,7 @@ class Sampled:
 class Noised:
     """An image at timestep t of the forward process, as PNG, and the alpha_bar of t."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     seed: int
     alpha_bar: float
     fingerprint: str

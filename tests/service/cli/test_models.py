@@ -70,14 +70,26 @@ def test_a_model_is_loaded_reloaded_and_unloaded(several: Served) -> None:  # no
 def test_what_is_wrong_with_a_change_is_one_clear_line(several: Served) -> None:  # noqa: F811
     where = ("--url", several.url)
     for key in (None, ""):
-        assert "401 this needs a key of the role admin" in refusal("models", "load", "spare", *where, key=key)
-    assert "401" in refusal("models", "load", "spare", *where, key="another key, wrong")
+        line = refusal("models", "load", "spare", *where, key=key)
+        assert "401 this needs a key of the role admin" in line
+        assert line.endswith("; commands send the key in the variable TMINUS_KEY, which is not set")
+    line = refusal("models", "load", "spare", *where, key="another key, wrong")
+    assert "401" in line
+    assert line.endswith("; commands send the key in the variable TMINUS_KEY")
     assert "printable ASCII" in refusal("models", "load", "spare", *where, key=f"{ADMIN_KEY}\n")
     assert "model must be 1..64" in refusal("models", "load", "a/b", *where)
     assert "409 colour is loaded already" in refusal("models", "load", "colour", *where)
     assert "422 broken cannot be loaded" in refusal("models", "load", "broken", *where)
     assert "url must be http://" in refusal("models", "--url", "localhost:8000")
-    assert refusal("models", "--url", "http://127.0.0.1:1").startswith("tminus: http://127.0.0.1:1: ")
+
+
+def test_where_no_server_listens_the_command_that_starts_one_is_named(tmp_path: Path) -> None:
+    nowhere = ("--url", "http://127.0.0.1:1")
+    png = ("--out", tmp_path / "a.png")
+    for command in (("models",), ("sample", *png), ("sample", "--watch", tmp_path / "a.webp", *png)):
+        line = refusal(*command, *nowhere)
+        assert line.startswith("tminus: http://127.0.0.1:1: ")
+        assert line.endswith("; is a server running there? tminus serve starts one")
 
 
 @pytest.mark.parametrize("arguments", [("load",), ("colour",), ("load", "a", "b"), ("load", "x", "--admin-key", "x")])

@@ -10,6 +10,7 @@ import pytest
 
 from tests.service.client.conftest import job_members
 from tminus.service.client import UnexpectedAnswer
+from tminus.service.client.messages import Done, Frame
 from tminus.service.client.results import JobState, Noised, Sampled, page_of
 
 PNG = b"\x89PNG\r\n\x1a\n picture"
@@ -187,3 +188,16 @@ def test_a_trajectory_begins_as_safetensors_does() -> None:
     for data in (b'{"x_t": 1, "n": 2}', length, PNG, b""):
         with pytest.raises(UnexpectedAnswer, match=r"no application/vnd\.tminus\.trajectory"):
             sampled(data, media_type)
+
+
+def test_the_repr_of_a_result_does_not_show_the_bytes_of_its_images() -> None:
+    large = PNG + bytes(100_000)
+    results = (
+        Sampled(large, "image/png", 1, "f", None, {}),
+        Noised(large, 1, 0.5, "f"),
+        Frame(1, 4, 0.5, "x_t", 0.1, None, large),
+        Done((large, large), 0.1, 0.1, 0.1, 0),
+    )
+    for result in results:
+        assert len(repr(result)) < 200
+        assert "PNG" not in repr(result)
