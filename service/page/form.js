@@ -37,6 +37,7 @@ export function fillForm(loaded) {
   field("class_label").addEventListener("change", suitGuidance);
   field("sampler").addEventListener("change", suitSteps);
   field("steps").addEventListener("input", () => (stepsChosen = true));
+  for (const name of ["steps", "guidance"]) field(name).addEventListener("change", suitTable);
   suitGuidance();
 }
 
@@ -86,6 +87,24 @@ function suitGuidance() {
 
 export const tablesOf = (sampler) => model.tables.filter((table) => table.sampler === sampler);
 
+/**
+ * Of a sampler of tables, let inputs say what a table is for: of those that are guided, or not, as asked, the one of the
+ * nearest steps, by ratio, then of the nearest guidance; of equals the larger.
+ */
+export function takeTable(sampler, steps, guidance) {
+  const asked = guidance.disabled ? 1 : Number(guidance.value || 1);
+  const apart = (table) => Number(Math.abs(Math.log(table.steps / Math.max(1, Number(steps.value)))).toFixed(9));
+  const off = (table) => Math.abs(table.guidance - asked);
+  const [table] = tablesOf(sampler)
+    .filter((each) => (each.guidance === 1) === (asked === 1))
+    .sort((a, b) => apart(a) - apart(b) || off(a) - off(b) || b.steps - a.steps || b.guidance - a.guidance);
+  if (!table || !steps.value) return;
+  steps.value = table.steps;
+  if (!guidance.disabled) guidance.value = table.guidance;
+}
+
+const suitTable = () => takeTable(field("sampler").value, field("steps"), field("guidance"));
+
 function suitSteps() {
   const sampler = field("sampler").value, details = model.sampler_details[sampler];
   field("eta").disabled = sampler !== "ddim";
@@ -94,6 +113,7 @@ function suitSteps() {
   if (details) field("steps").max = details.max_steps;
   if (details && !stepsChosen) field("steps").value = suitableSteps(sampler);
   suitGuidance();
+  suitTable();
 }
 
 export function suitableSteps(sampler) {
@@ -115,6 +135,7 @@ const toLabel = (text) => (text === "" ? null : Number(text));
 
 /** What the form asks for, as parameters of POST /sample. */
 export function parameters() {
+  suitTable();
   const given = Object.fromEntries([...new FormData(form)].filter(([, value]) => value !== "")); // nor what is disabled
   const spec = { n: Number(given.n), steps: Number(given.steps), sampler: given.sampler };
   if (given.seed) spec.seed = plainSeed(given.seed);
@@ -132,7 +153,6 @@ export function parameters() {
   for (const name of ["eta", "index"]) if (given[name]) spec[name] = Number(given[name]);
   if (given.timestep_spacing) spec.timestep_spacing = given.timestep_spacing;
   if (given.clip) spec.clip = given.clip === "true";
-  if (tablesOf(spec.sampler).length) spec.nearest = true; // there are tables for some steps
   return spec;
 }
 

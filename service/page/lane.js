@@ -1,7 +1,7 @@
 // One of the lanes that are compared: its settings, and the path that they made.
 
 import { element } from "./api.js";
-import { fill, suitableSteps, tablesOf } from "./form.js";
+import { fill, suitableSteps, tablesOf, takeTable } from "./form.js";
 import { passesOf } from "./path.js";
 import { SHOWS } from "./strip.js";
 import { frameAt } from "./time.js";
@@ -28,17 +28,24 @@ export function lane(number, model, begins) {
     part("steps").value = suitableSteps(part("sampler").value);
     suit();
   });
+  for (const name of ["steps", "guidance"]) part(name).addEventListener("change", suitTable);
   suit();
+
+  function suitTable() {
+    takeTable(part("sampler").value, part("steps"), part("guidance"));
+  }
 
   function suit() {
     const tables = tablesOf(part("sampler").value);
     const never = tables.length > 0 && tables.every((table) => table.guidance === 1);
     for (const name of ["guidance", "from", "to"]) part(name).disabled = never;
     part("steps").max = model.sampler_details[part("sampler").value].max_steps;
+    suitTable();
   }
 
   /** What it asks for, beside what all lanes have in common. */
   function settings() {
+    suitTable();
     const given = { sampler: part("sampler").value, steps: Number(part("steps").value) };
     const guidance = Number(part("guidance").value || 1);
     if (guided && !part("guidance").disabled && guidance !== 1) {
@@ -46,7 +53,6 @@ export function lane(number, model, begins) {
       const [from, to] = ["from", "to"].map((name) => part(name).value);
       if (from || to) given.guidance_interval = [Number(from || 0), Number(to || model.num_timesteps - 1)];
     }
-    if (tablesOf(given.sampler).length) given.nearest = true;
     return given;
   }
 

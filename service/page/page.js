@@ -2,7 +2,7 @@
 
 import { element, getJson, nameInAddress, parse, reason, Refusal, requestOf, root, toJson } from "./api.js";
 import { addAnswered, cancelUnderWay, create, forgetAnswered, underWay } from "./asking.js";
-import { complain, describe, fillForm, fillFrom, form, parameters } from "./form.js";
+import { complain, describe, fillForm, fillFrom, form, parameters, tablesOf } from "./form.js";
 import { frameCount, goTo, setGrowing, showPath } from "./frames.js";
 import { addResult, restore } from "./gallery.js";
 import { cancel, clear, follow, jobInAddress } from "./job.js";
@@ -61,8 +61,9 @@ async function openingShown() {
     leaveOpening();
     return false;
   }
-  const linked = fromHash(location.hash);
+  let linked = fromHash(location.hash);
   if (linked) fillFrom(linked);
+  if (linked && tablesOf(linked.sampler).length) linked = parameters(); // the steps of a table, as the form has them
   const seeded = linked?.seed !== undefined && !(linked.n * linked.steps > MOST_PASSES);
   if (linked && !seeded) {
     leaveOpening();

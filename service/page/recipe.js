@@ -9,10 +9,10 @@ const MOST_BYTES = 2 ** 20; // of a text chunk
 // What a link may hold; pictures are too long for one.
 const NAMES = [
   "n", "steps", "sampler", "seed", "to_seed", "mix", "index", "eta", "class_label",
-  "guidance", "guidance_interval", "guidance_rescale", "timestep_spacing", "clip", "nearest",
+  "guidance", "guidance_interval", "guidance_rescale", "timestep_spacing", "clip",
 ];
 // What a PNG's spec has by the same name; its labels are of another form, and eta is always in it.
-const IN_PNGS = [...NAMES.filter((name) => !["class_label", "eta", "nearest"].includes(name)), "table"];
+const IN_PNGS = [...NAMES.filter((name) => !["class_label", "eta"].includes(name)), "table"];
 const ONE_OR_LIST = "class_label", LIST = "guidance_interval", TEXTS = ["sampler", "seed", "to_seed", "timestep_spacing"];
 
 /** The hash of an address that holds these parameters. */

@@ -839,6 +839,7 @@ def test_a_sampler_of_tables_takes_the_nearest_and_no_guidance_where_no_table_ha
     page.wait_until(DONE)
     spec = {"sampler": "tuned", "steps": 8, "n": 1, "class_label": 3, "seed": 1}
     assert page.picture("#gallery img") == bundled_server.post(json=spec).content
+    assert form_of(page)["steps"] == "8"
     page.fill(sampler="ddim")
     expect(page.tab.locator("[name=guidance]")).to_be_enabled()
 

@@ -272,6 +272,34 @@ def test_where_a_table_is_recommended_more_guidance_is_by_another_sampler(
     assert lanes_of(page) == [("tuned", "5", "1"), ("tuned", "8", "1"), ("ddpm", "100", "1"), ("dpmpp_2m", "20", "5")]
 
 
+def test_form_link_job_and_lane_have_the_steps_of_the_table_that_is_taken(
+    open_page: OpenPage, bundled_server: RunningServer
+) -> None:
+    page = open_page(bundled_server.url)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.fill(sampler="tuned", steps=7, seed=1, n=1)
+    page.press("Copy link")
+    expect(page.tab.get_by_role("button", name="Copied")).to_be_visible()
+    address = page.tab.evaluate("() => navigator.clipboard.readText()")
+    assert "steps=8" in address
+    assert "nearest" not in address
+    assert form_of(page)["steps"] == "8"
+    page.press("Sample")
+    page.wait_until(DONE)
+    job = httpx.get(f"{bundled_server.url}/jobs/{page.tab.url.rpartition('=')[2]}").json()
+    assert job["parameters"]["steps"] == 8
+    steps = page.tab.locator(".lane:visible .steps").first
+    expect(page.tab.locator(".lane:visible .sampler").first).to_have_value("tuned")
+    steps.fill("6")
+    steps.blur()
+    expect(steps).to_have_value("5")
+
+    other = open_page(address.replace("steps=8", "steps=7&nearest=true"))  # as pages of earlier versions wrote it
+    other.wait_for_the_opening()
+    assert form_of(other)["steps"] == "8"
+    expect(other.tab.locator("#caption")).to_contain_text("8 steps of tuned")
+
+
 def lanes_of(page: Page) -> list[tuple[str, ...]]:
     return [
         tuple(lane.locator(f".{name}").input_value() for name in ("sampler", "steps", "guidance"))
