@@ -1,10 +1,11 @@
 """Training images: Fashion-MNIST's IDX files, or a folder of pictures, held in memory as uint8 [N, C, H, W]."""
 
 import gzip
+import logging
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from tminus.model.pixels import BLACK, Colour, fit_picture
+
+log = logging.getLogger(__name__)
 
 FASHION_MNIST_CLASSES = (
     "t-shirt",
@@ -30,6 +33,7 @@ FASHION_MNIST_CLASSES = (
     "ankle-boot",
 )
 FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+MOST_LISTED = 20  # names in a line
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"})
 
 
@@ -83,8 +87,8 @@ def load_image_folder(folder: Path, size_px: int, channels: int, background: Col
     """Load every picture below `folder`, fitted to size_px squared (centre crop); first-level subfolders are classes.
 
     All pictures must lie in the folder itself (no classes), or all in subfolders. They are ordered by path, so the same
-    folder gives the same set. What is transparent is laid over the background, which the name of the set has unless it
-    is black. Raises DataError for a file that cannot be read.
+    folder gives the same set. Further folders inside those of classes are warned of. What is transparent is laid over
+    the background, which the name of the set has unless it is black. Raises DataError for a file that cannot be read.
     """
     files = sorted(_image_files(folder))
     if not files:
@@ -96,6 +100,12 @@ def load_image_folder(folder: Path, size_px: int, channels: int, background: Col
     class_names = tuple(sorted({p[0] for p in parts})) if nested == {True} else ()
     if len({name.casefold() for name in class_names}) < len(class_names):
         raise DataError(f"{folder}: two subfolders differ by case alone, and classes are named without regard to it")
+    if further := sorted({"/".join(p[:2]) for p in parts if len(p) > 2}):
+        log.warning(
+            "%s: its classes are the folders directly in it: %s. They have folders inside, which are not classes: %s; "
+            "for these to be the classes, give the folder that they are in",
+            folder, listed(class_names), listed(further),
+        )  # fmt: skip
     labels = torch.tensor([class_names.index(p[0]) for p in parts]) if class_names else None
 
     def load(file: Path) -> np.ndarray:
@@ -111,6 +121,11 @@ def load_image_folder(folder: Path, size_px: int, channels: int, background: Col
         stacked = np.stack(list(pool.map(load, files)))
     name = folder.name if background == BLACK else f"{folder.name} over #{bytes(background).hex()}"
     return ImageSet(torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), labels, class_names, name)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names by commas, and leave out most of very many."""
+    return ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if names[MOST_LISTED:] else "")
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

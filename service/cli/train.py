@@ -81,7 +81,7 @@ def train(**options: Any) -> None:
     set_up_log("INFO", "%(message)s")
     import torch
 
-    from tminus.model.data import DataError
+    from tminus.model.data import DataError, listed
     from tminus.model.files import CheckpointError
     from tminus.model.latent.folder import load_autoencoder
     from tminus.model.noise import NoiseConfig
@@ -109,7 +109,8 @@ def train(**options: Any) -> None:
             prediction_type=options["prediction"],
             clip_sample=autoencoder is None,  # latents have no bounds
         )
-        say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {len(data.class_names)} classes")
+        classes = f"{len(data.class_names)} classes: {listed(data.class_names)}" if data.class_names else "no classes"
+        say(f"{data.name}: {len(data)} images of {tuple(data.images.shape[1:])}, {classes}")
         write = sheet_writer(options["out"], unet, device, autoencoder)
         plan = compile_plan(noise, noise.schedule(), "ddim", min(SHEET_STEPS, noise.num_train_timesteps))
         done = run(

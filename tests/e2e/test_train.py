@@ -51,6 +51,7 @@ def test_train_then_sample_evaluate_and_load_in_diffusers(pictures: Path, tmp_pa
     trained = run_cli("train", "--data", str(pictures), "--test-data", str(held_out), "--out", str(run),
                       "--steps", "10", *SMALL, **ONE_THREAD)  # fmt: skip
     assert trained.returncode == 0, trained.stderr
+    assert "train: 24 images of (3, 16, 16), 2 classes: blue, red\n" in trained.stdout
     assert "held out" in trained.stderr
     assert [line.split(",")[0] for line in (run / "losses.csv").read_text().splitlines()] == ["step", "5", "10"]
     assert "loss=" in trained.stderr

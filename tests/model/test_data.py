@@ -12,6 +12,7 @@ from PIL import Image
 from tminus.model.data import (
     FASHION_MNIST_CLASSES,
     DataError,
+    listed,
     load_fashion_mnist,
     load_image_folder,
     read_idx,
@@ -188,6 +189,24 @@ def test_transparent_pixels_are_laid_over_the_background_and_the_name_says_so(tm
     black, white = load_image_folder(folder, 8, 3), load_image_folder(folder, 8, 3, (255, 255, 255))
     assert (black.images.unique().tolist(), black.name) == ([0], "logos")
     assert (white.images.unique().tolist(), white.name) == ([255], "logos over #ffffff")
+
+
+def test_folders_inside_those_of_classes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "test"):
+        for digit in range(10):
+            paint(tmp_path / split / str(digit) / "1.png", (8, 8), (1, 1, 1))
+    assert load_image_folder(tmp_path, 8, 3).class_names == ("test", "train")
+    (warning,) = caplog.messages
+    assert "its classes are the folders directly in it: test, train." in warning
+    assert "not classes: test/0, test/1, " in warning
+    caplog.clear()
+    assert load_image_folder(tmp_path / "train", 8, 3).class_names == tuple("0123456789")
+    assert caplog.messages == []
+
+
+def test_very_many_names_are_listed_in_part() -> None:
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([str(k) for k in range(1000)]).endswith("18, 19 and 980 more")
 
 
 def test_classes_that_differ_by_case_alone_are_refused(tmp_path: Path) -> None:
