@@ -42,7 +42,6 @@ MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete, and of
 BULK_BYTES = 65_536  # a turn of what is not parsed
 # For the next request. Longer than clients keep a connection: one that ends as their request comes is an error to them.
 KEPT_S = 75
-KEPT_BUSY_S = 10  # while more than half of all connections are open
 LINGER_S, LINGER_BYTES = 5.0, 2**24  # for how long, and how much of, a request is taken after its answer
 LAST_LINGER_S = 0.5  # once the server ends
 SENT_RATE, SENT_S = 8192, 40.0  # what leaves of an answer, in bytes a second over so long, or it is given up
@@ -93,6 +92,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     open_by_address: ClassVar[Counter[str]]  # shared by all connections of one server; set by `http_protocol`
     max_per_address: ClassVar[int]
     max_connections: ClassVar[int]
+    kept: ClassVar[dict["HttpProtocol", None]]  # for a next request, the longest idle first
     conn: _Parser
     _address: str | None = None  # while it is counted
     _head_timer: TimerHandle | None = None
@@ -114,7 +114,11 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         transport = cast(Transport, transport)  # that of uvloop, in which Ray runs us, has no such base
         super().connection_made(transport)
         address = counted_address(self.client[0]) if self.client else ""
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > self.max_connections and self.kept:
+            idle = next(iter(self.kept))
+            idle._unset_keepalive_if_required()
+            idle.timeout_keep_alive_handler()
+        elif len(self.connections) > self.max_connections:
             self._turn_away(b"Too many connections are open")
             return
         if self.open_by_address[address] >= self.max_per_address:
@@ -128,6 +132,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     def connection_lost(self, exc: Exception | None) -> None:
         """Count it no longer."""
         self._leave()
+        self._unset_keepalive_if_required()
         for timer in (self._linger_timer, self._send_timer):
             if timer is not None:
                 timer.cancel()
@@ -177,14 +182,20 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
         uvicorn's own time for that is shorter, and over with the next byte.
         """
-        is_busy = len(self.connections) > self.max_connections // 2
-        self.timeout_keep_alive = KEPT_BUSY_S if is_busy else KEPT_S
+        self.timeout_keep_alive = KEPT_S
         super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            self.kept[self] = None
         if self._answered_early() and not self.transport.is_closing() and not self.lingers:
             self._unset_keepalive_if_required()
             self._expect_head()
         data, self._next = self._next, b""
         self.data_received(data)
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Keep the connection for a next request no more: one has come, or it ends."""
+        self.kept.pop(self, None)
+        super()._unset_keepalive_if_required()
 
     def close(self) -> None:
         """Close the connection; if its client is still sending, once it has got the answer.
@@ -366,6 +377,7 @@ def http_protocol(max_connections: int, max_per_address: int) -> type[HttpProtoc
 
     class BoundedHttpProtocol(HttpProtocol):
         open_by_address: ClassVar[Counter[str]] = Counter()
+        kept: ClassVar[dict[HttpProtocol, None]] = {}
         max_connections = most
         max_per_address = most_of_one
 

@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.client import HTTPResponse
 from inspect import signature
 from typing import Any
@@ -467,13 +468,13 @@ def test_connections_above_the_most_are_answered_503_and_closed() -> None:
         for _ in range(2):  # those that ended are not counted
             clients = [running.connect() for _ in range(2)]
             for client in clients:
-                client.sendall(GET)
-                assert client.recv(1000).startswith(b"HTTP/1.1 200")
+                client.sendall(GET[:-2])
+            wait_until(lambda: len(running.connections()) == 2)
             refused = running.ask(GET)  # what it sends is not read, and does not cost it the answer
             assert refused.startswith(b"HTTP/1.1 503")
             assert refused.endswith(b"Too many connections are open")
             for client in clients:
-                client.sendall(GET)
+                client.sendall(b"\r\n")
                 assert client.recv(1000).startswith(b"HTTP/1.1 200"), "the others are served"
                 client.close()
             wait_until(lambda: not running.server.server_state.connections)
@@ -481,19 +482,29 @@ def test_connections_above_the_most_are_answered_503_and_closed() -> None:
         running.stop()
 
 
-def test_an_idle_connection_is_kept_for_longer_than_clients_keep_it_unless_there_are_many() -> None:
+def kept(running: Running) -> list[float]:
+    """For how many seconds each idle connection is still kept."""
+    timers = [each.timeout_keep_alive_task for each in running.connections()]
+    return [timer.when() - time.monotonic() for timer in timers if timer is not None]
+
+
+def test_an_idle_connection_is_kept_for_longer_than_clients_keep_it_unless_a_new_one_needs_its_place() -> None:
     running = Running(max_connections=2)
     try:
-        with running.connect() as first, running.connect() as second:
-            first.sendall(GET)
-            assert first.recv(1000).startswith(b"HTTP/1.1 200")
-            kept = next(each for each in running.connections() if each.client == first.getsockname())
-            wait_until(lambda: kept.timeout_keep_alive == http_protocol.KEPT_BUSY_S)
-            second.close()
-            wait_until(lambda: len(running.connections()) == 1)
-            first.sendall(GET)
-            assert first.recv(1000).startswith(b"HTTP/1.1 200")
-            wait_until(lambda: kept.timeout_keep_alive == http_protocol.KEPT_S)
+        with ExitStack() as stack:
+            clients = []
+            for _ in range(3):
+                clients.append(stack.enter_context(running.connect()))
+                clients[-1].sendall(GET)
+                assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200")
+                count = min(2, len(clients))
+                wait_until(lambda count=count: len(kept(running)) == count)
+            first, second, _third = clients
+            assert first.recv(1000) == b"", "it has been idle for longest"
+            second.sendall(GET)
+            assert second.recv(1000).startswith(b"HTTP/1.1 200")
+            wait_until(lambda: len(kept(running)) == 2)
+            assert all(60 < left_s <= 75 for left_s in kept(running))
     finally:
         running.stop()
 
