@@ -119,7 +119,7 @@ def create_app(
             model_list_routes(models),
             system_routes(parts.worker, parts.jobs, metrics if with_metrics else None),
             hugging_face_routes(models, contract, BARE_PATH),
-            kserve_routes(models, parts.worker, parts.jobs, VERSION),
+            kserve_routes(models, changes, parts.worker, parts.jobs, VERSION),
         ]
 
     def document(request: Request) -> dict[str, Any]:

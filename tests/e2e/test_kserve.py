@@ -10,7 +10,9 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from google.protobuf.json_format import ParseDict
 from PIL import Image
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from tritonclient.utils import InferenceServerException
 
 from tests.e2e.conftest import RunningServer
@@ -85,7 +87,7 @@ def test_the_client_finds_the_server_and_its_model(client: triton.InferenceServe
     assert client.is_server_ready()
     assert client.is_model_ready("small")
     assert not client.is_model_ready("nobody")
-    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data", "model_configuration"]
     metadata = client.get_model_metadata("small")
     (version,) = metadata["versions"]
     assert client.is_model_ready("small", version)
@@ -94,6 +96,32 @@ def test_the_client_finds_the_server_and_its_model(client: triton.InferenceServe
         "class_label": "INT64", "seed": "UINT64", "steps": "INT32", "guidance": "FP32", "guidance_interval": "INT32",
     }  # fmt: skip
     assert metadata["outputs"][0] == {"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 1]}
+
+
+def test_the_client_gets_the_repository_index_and_a_configuration_as_triton_defines_them(
+    client: triton.InferenceServerClient,
+) -> None:
+    (version,) = client.get_model_metadata("small")["versions"]
+    assert client.get_model_repository_index() == [
+        {"name": "small", "version": version, "state": "READY", "reason": ""}
+    ]
+    for document in (client.get_model_config("small"), client.get_model_config("small", version)):
+        config = ParseDict(document, ModelConfig())  # refuses a member or a value that Triton's message lacks
+        assert (config.name, config.max_batch_size) == ("small", 0)
+        of_inputs = {
+            each.name: (DataType.Name(each.data_type), list(each.dims), each.optional) for each in config.input
+        }
+        assert of_inputs["class_label"] == ("TYPE_INT64", [-1], True)
+        assert of_inputs["guidance"] == ("TYPE_FP32", [1], True)
+        assert [(each.name, list(each.dims)) for each in config.output] == [("images", [-1, 32, 32, 1]), ("seed", [1])]
+    with pytest.raises(InferenceServerException, match=r"\[404\]"):
+        client.get_model_config("nobody")
+
+
+def test_a_parameter_that_is_an_input_is_refused_as_one(client: triton.InferenceServerClient) -> None:
+    says = r"\[400\] steps is no parameter here but an input of datatype INT32 and shape \[1\]"
+    with pytest.raises(InferenceServerException, match=says):
+        client.infer("small", [], parameters={"steps": 8})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tminus.service.api.kserve.tensors import (
     check_names,
     flag_of,
     header_length,
+    inputs_of,
     object_of,
     outputs_of,
     read_inputs,
@@ -25,7 +26,7 @@ from tminus.service.api.kserve.tensors import (
 from tminus.service.api.prompts import class_of_prompt
 from tminus.service.api.request import EDIT_PARAMETERS, from_body
 from tminus.service.api.schemas import MAX_DEADLINE_S, SampleRequest
-from tminus.service.errors import ConflictingField, DeadlinePassed, InvalidField, ServiceError, short
+from tminus.service.errors import ConflictingField, DeadlinePassed, InvalidField, ServiceError, UnknownField, short
 from tminus.service.images.encoder import JSON, Encoder
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.spec import Images, SampleSpec
@@ -69,6 +70,11 @@ class InferRequest:
         if "id" in document and not (isinstance(request_id, str) and len(request_id) <= MAX_ID):
             raise InvalidField.of("id", f"a text of at most {MAX_ID} characters", request_id)
         given = dict(object_of(document.get("parameters", {}), "parameters"))
+        for info in inputs_of(model):
+            if info.name in given:
+                bound = f"an input of datatype {' or '.join(info.datatypes)} and shape {info.shape_in_words}"
+                detail = f"{info.name} is no parameter here but {bound}"
+                raise UnknownField(detail, field=info.name, value=given[info.name], bound=bound)
         check_names(given, (*PARAMETERS, TIMEOUT, BINARY_OUTPUT))
         binary = flag_of(given.pop(BINARY_OUTPUT, False), BINARY_OUTPUT)
         inputs = read_inputs(document.get("inputs"), rest, model, limits.max_n)

@@ -1,14 +1,24 @@
 """The calls of KServe's protocol: what there is, how it is doing, and inference."""
 
-from typing import Any
+from typing import Any, Self
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
 from tminus.service.api import problems
+from tminus.service.api.admin import Changes
 from tminus.service.api.kserve.infer import BINARY, InferRequest, Tensors, version_of, with_id
-from tminus.service.api.kserve.tensors import HEADER_LENGTH, TAKEN, TensorInfo, inputs_of, outputs_of
+from tminus.service.api.kserve.tensors import (
+    BYTES,
+    HEADER_LENGTH,
+    TAKEN,
+    TensorInfo,
+    check_names,
+    flag_of,
+    inputs_of,
+    outputs_of,
+)
 from tminus.service.api.models import Models
 from tminus.service.api.openapi import (
     FILE,
@@ -20,7 +30,7 @@ from tminus.service.api.openapi import (
     failures,
     path_parameter,
 )
-from tminus.service.api.request import check_encoding, no_parameters, off_loop, read_body, unless_gone
+from tminus.service.api.request import check_encoding, no_parameters, off_loop, read_body, read_json, unless_gone
 from tminus.service.api.sample import Job, respond
 from tminus.service.api.services import Services
 from tminus.service.api.submission import understand
@@ -31,7 +41,9 @@ from tminus.service.jobs.jobs import Jobs
 from tminus.service.worker.worker import Worker
 
 BARE = [Depends(no_parameters)]
-EXTENSIONS = ["binary_tensor_data"]
+# Not model_repository: loading and unloading, which it has too, are POST /models/NAME/load and unload.
+EXTENSIONS = ["binary_tensor_data", "model_configuration"]
+PLATFORM = "tminus_unet"
 MODEL, VERSION = "/v2/models/{model}", "/versions/{version}"
 
 
@@ -86,7 +98,47 @@ class ModelMetadata(BaseModel):
     outputs: list[TensorMetadata]
 
 
-def kserve_routes(models: Models, worker: Worker, jobs: Jobs, version: str) -> APIRouter:
+class ModelInIndex(BaseModel):
+    """A model of this server, loaded or not."""
+
+    name: str
+    version: str | None = Field(default=None, description="the one that is loaded")
+    state: str = Field(json_schema_extra={"enum": ["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]})
+    reason: str = Field(description="why it is not ready; empty where it is")
+
+
+class TensorConfig(BaseModel):
+    """A tensor that a model takes or gives, in the terms of Triton's model_config.proto."""
+
+    name: str
+    data_type: str
+    dims: list[int] = Field(description="-1: any length")
+
+    @classmethod
+    def of(cls, info: TensorInfo) -> Self:
+        """Say what a tensor is."""
+        datatype = "STRING" if info.datatypes[0] == BYTES else info.datatypes[0]
+        return cls(name=info.name, data_type=f"TYPE_{datatype}", dims=list(info.shape))
+
+
+class InputConfig(TensorConfig):
+    """A tensor that a request may leave out."""
+
+    optional: bool = True
+
+
+class ModelConfig(BaseModel):
+    """What Triton's message ModelConfig has of a model that is no file of a framework."""
+
+    name: str
+    platform: str
+    backend: str
+    max_batch_size: int = Field(0, description="0: the shapes are whole, and n is their first length")
+    input: list[InputConfig]
+    output: list[TensorConfig]
+
+
+def kserve_routes(models: Models, changes: Changes, worker: Worker, jobs: Jobs, version: str) -> APIRouter:
     """Make the routes. version: of the server."""
     router = APIRouter(tags=["kserve"])
 
@@ -106,12 +158,43 @@ def kserve_routes(models: Models, worker: Worker, jobs: Jobs, version: str) -> A
         reason = unready(worker, jobs)
         return ReadyAnswer(live=True, ready=True) if reason is None else problems.render(reason, request.scope)
 
+    @router.post(
+        "/v2/repository/index", summary="The models that there are", response_model=list[ModelInIndex],
+        response_model_exclude_none=True, dependencies=BARE, responses=failures(*OF_BODY),
+        openapi_extra={"requestBody": INDEX_BODY},
+    )  # fmt: skip
+    async def get_index(request: Request) -> list[ModelInIndex]:
+        check_encoding(request)
+        body = await unless_gone(read_json(request, models.default.limits.max_body_bytes))
+        check_names(body, ("ready",))
+        only_ready = flag_of(body.get("ready", False), "ready")
+        reason = unready(worker, jobs)
+        state, why = ("READY", "") if reason is None else ("UNAVAILABLE", reason.detail)
+        found = [
+            ModelInIndex(name=each.model.name, version=version_of(each.model), state=state, reason=why)
+            for each in models
+        ]
+        for name, going_on in (await changes.unloaded()).items():
+            unloaded = "UNAVAILABLE" if going_on == "unloaded" else going_on.upper()
+            found.append(ModelInIndex(name=name, state=unloaded, reason=going_on))
+        return [each for each in found if each.state == "READY" or not only_ready]
+
+    async def get_config(request: Request) -> ModelConfig:
+        model = _of_version(models.of(request), request).model
+        return ModelConfig(
+            name=model.name,
+            platform=PLATFORM,
+            backend="tminus",
+            input=[InputConfig.of(each) for each in inputs_of(model)],
+            output=[TensorConfig.of(each) for each in outputs_of(model)],
+        )
+
     async def get_metadata(request: Request) -> ModelMetadata:
         model = _of_version(models.of(request), request).model
         return ModelMetadata(
             name=model.name,
             versions=[version_of(model)],
-            platform="tminus_unet",
+            platform=PLATFORM,
             inputs=[TensorMetadata.of(each) for each in inputs_of(model)],
             outputs=[TensorMetadata.of(each) for each in outputs_of(model)],
         )
@@ -130,6 +213,10 @@ def kserve_routes(models: Models, worker: Worker, jobs: Jobs, version: str) -> A
             f"{path}/ready", summary="Whether a model can be asked", dependencies=BARE, response_model=ModelReady,
             responses=failures(404, 422, 500, 503, 507), openapi_extra=in_path,
         )(get_model_ready)  # fmt: skip
+        router.get(
+            f"{path}/config", summary="A model in the terms of Triton's model_config.proto", dependencies=BARE,
+            responses=failures(404, 422), openapi_extra=in_path,
+        )(get_config)  # fmt: skip
         router.post(
             f"{path}/infer", summary="Sample, as tensors", response_class=Response,
             responses={200: ANSWER, 304: NOT_MODIFIED, **failures(404, *OF_BODY, *OF_WORK)},
@@ -236,6 +323,11 @@ BODY: Described = {
         }
     },
 }
+INDEX_BODY: Described = {
+    "content": {JSON: {"schema": {"type": "object", "additionalProperties": False, "properties": {
+        "ready": {"type": "boolean", "description": "only models that are ready; default false"},
+    }}}},
+}  # fmt: skip
 ANSWER: Described = {
     "description": "The images, and the seed",
     "content": {JSON: {"schema": {"type": "object"}}, BINARY: {"schema": FILE}},

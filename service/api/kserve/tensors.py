@@ -36,6 +36,11 @@ class TensorInfo:
     datatypes: tuple[str, ...]  # the first is the one that is told of
     shape: tuple[int, ...]
 
+    @property
+    def shape_in_words(self) -> str:
+        """The shape as an error names it: n is a length that varies."""
+        return f"[{', '.join('n' if length == ANY else str(length) for length in self.shape)}]"
+
 
 # What is no number, or is asked for seldom, is a parameter of the request.
 TAKEN = (
@@ -107,7 +112,7 @@ def _datatype(members: Mapping[str, Any], info: TensorInfo) -> str:
 def _size(members: Mapping[str, Any], info: TensorInfo, max_n: int) -> int:
     """How many values a tensor has."""
     shape = members.get("shape")
-    wanted = f"[n] with n in 1..{max_n}" if ANY in info.shape else str(list(info.shape))
+    wanted = f"{info.shape_in_words} with n in 1..{max_n}" if ANY in info.shape else info.shape_in_words
     if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int:
         raise InvalidField.of(f"{info.name}.shape", wanted, shape)
     if not (1 <= shape[0] <= max_n if ANY in info.shape else shape[0] == info.shape[0]):

@@ -159,7 +159,11 @@ def test_a_seed_is_drawn_and_told(site: Site) -> None:
 
 def test_the_server_and_its_models_say_what_they_are(site: Site) -> None:
     server = site.client.get("/v2").json()
-    assert server == {"name": "tminus", "version": OF_SERVER, "extensions": ["binary_tensor_data"]}
+    assert server == {
+        "name": "tminus",
+        "version": OF_SERVER,
+        "extensions": ["binary_tensor_data", "model_configuration"],
+    }
     for path in ("/v2/models/fake", f"/v2/models/fake/versions/{VERSION}"):
         metadata = site.client.get(path).json()
         assert (metadata["name"], metadata["versions"]) == ("fake", [VERSION])
@@ -184,6 +188,35 @@ def test_each_model_is_asked_by_its_name(make_site: MakeSite) -> None:
     for method, path in (("GET", ""), ("GET", "/ready"), ("POST", "/infer")):
         answer = several.site.client.request(method, f"/v2/models/nobody{path}", json={"inputs": []})
         refused(answer, 404, "model_not_found", "model")
+
+
+def test_the_index_has_every_model_loaded_or_not_and_drops_what_is_not_ready_where_that_is_asked(
+    make_site: MakeSite,
+) -> None:
+    several = make_several(make_site)
+    ready = [
+        {"name": info.name, "version": info.weights_hash[:16], "state": "READY", "reason": ""}
+        for info in (INFO, COLOUR)
+    ]
+    unloaded = {"name": "third", "state": "UNAVAILABLE", "reason": "unloaded"}
+    assert several.post("/v2/repository/index", content=b"").json() == [*ready, unloaded]
+    assert several.post("/v2/repository/index", json={"ready": False}).json() == [*ready, unloaded]
+    assert several.post("/v2/repository/index", json={"ready": True}).json() == ready
+    refused(several.post("/v2/repository/index", json={"ready": 1}), 400, "invalid_field", "ready")
+    refused(several.post("/v2/repository/index", json={"name": "fake"}), 400, "unknown_field", "name")
+    several.site.worker.drain()
+    index = several.post("/v2/repository/index").json()
+    assert [each["state"] for each in index] == ["UNAVAILABLE"] * 3
+    assert all(each["reason"] for each in index)
+    assert several.post("/v2/repository/index", json={"ready": True}).json() == []
+
+
+def test_a_configuration_is_of_the_model_and_of_the_version_that_is_loaded(make_site: MakeSite) -> None:
+    several = make_several(make_site)
+    config = several.get("/v2/models/colour/config").json()
+    assert config == several.get(f"/v2/models/colour/versions/{COLOUR.weights_hash[:16]}/config").json()
+    assert config["output"][0] == {"name": "images", "data_type": "TYPE_UINT8", "dims": [-1, 8, 8, 3]}
+    refused(several.get("/v2/models/colour/versions/1/config"), 404, "model_not_found", "version")
 
 
 def test_probes_say_how_the_server_does_without_a_key(make_site: MakeSite) -> None:
@@ -247,7 +280,7 @@ def test_a_body_that_is_too_large_is_refused(site: Site) -> None:
 
 
 def test_what_is_not_there_is_told_in_the_form_of_the_protocol(site: Site) -> None:
-    refused(site.client.get("/v2/models/fake/config"), 404, "not_found")
+    refused(site.client.get("/v2/models/fake/weights"), 404, "not_found")
     refused(site.client.delete("/v2"), 405, "method_not_allowed")
     refused(site.client.get("/v2?x=1"), 400, "unknown_field", "x")
     assert site.client.get("/v22").headers["content-type"] == "application/problem+json"
