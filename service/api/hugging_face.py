@@ -1,7 +1,9 @@
-"""Hugging Face's inference API for the task text-to-image: POST to the address of the server, or to that of a model.
+"""Hugging Face's inference API for text-to-image and image-to-image: POST to the address of the server or of a model.
 
 Read from huggingface_hub (inference/_providers/hf_inference.py, and TextToImageParameters of its generated types): its
-InferenceClient posts to the very URL that it is given for a model, and takes the bytes of the answer for an image.
+InferenceClient posts to the very URL that it is given for a model, and takes the bytes of the answer for an image. Both
+tasks go to one address. In text-to-image `inputs` is the prompt; in image-to-image it is the picture, and the prompt is
+among the parameters.
 """
 
 from collections.abc import Mapping
@@ -37,8 +39,8 @@ from tminus.service.api.request import (
 from tminus.service.api.sample import Job, Still, respond
 from tminus.service.api.schemas import SampleRequest
 from tminus.service.api.services import Services
-from tminus.service.api.submission import understand
-from tminus.service.errors import ConflictingField, InvalidField, UnknownField
+from tminus.service.api.submission import to_job, understand
+from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody, UnknownField
 from tminus.service.images.encoder import JSON, MEDIA_TYPES
 from tminus.service.model_info import ModelInfo
 
@@ -51,10 +53,11 @@ NAMES = {
     "num_images_per_prompt": "n",
     "scheduler": "sampler",
 }
-# Parameters of ours that may stand beside theirs: the class is the prompt, and an edit has no place in this API.
+# Parameters of ours that may stand beside theirs: the class is the prompt.
 OURS = tuple(name for name in SampleRequest.model_fields if name not in EDIT_PARAMETERS | {"class_label"})
 CHECKED = ("width", "height", "target_size", "negative_prompt")
 KNOWN = (*NAMES, *CHECKED, *OURS)
+OF_EDITS = ("prompt", "strength")  # of image-to-image; strength is no name of theirs, their client passes any on
 
 
 def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) -> APIRouter:
@@ -63,7 +66,7 @@ def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) ->
     of_path = [path_parameter("model")] if path == BARE_PATH else []
     router.post(
         path,
-        summary="Images of a prompt, for Hugging Face's InferenceClient",
+        summary="Images of a prompt, or of a picture and a prompt, for Hugging Face's InferenceClient",
         response_class=Response,
         responses={
             200: IMAGES,
@@ -79,32 +82,39 @@ def hugging_face_routes(models: Models, contract: Contract, path: str = PATH) ->
 
 
 async def text_to_image(services: Services, request: Request) -> Response:
-    """Answer with the images of a prompt, as POST /sample does."""
+    """Answer with the images of a prompt, or of a picture and a prompt, as POST /sample does."""
     media_type = negotiate(accept_header(request), MEDIA_TYPES)
     await no_parameters(request)
     check_encoding(request)
-    body = await unless_gone(read_json(request, services.limits.max_body_bytes))
+    try:
+        body = await unless_gone(read_json(request, services.limits.max_body_bytes))
+    except MalformedBody as error:  # their client sends a picture that comes alone as it is
+        raise MalformedBody(f"{error.detail}; a picture is its inputs, beside prompt and strength") from None
     names = _names_in(body)
     try:
         asked = await understand(services, parameters_of(body, services.model))
-        made = Still(asked.to_spec(services.model, services.limits), media_type)
-        del body
+        spec, inputs = await to_job(services, asked, request)
+        has_seed, deadline_s = asked.seed is not None, asked.deadline_s
+        del body, asked  # they hold the picture as it came, and the job may take long
         request.state.release_body()
-        job = Job.of(made, services.model, has_seed=asked.seed is not None, deadline_s=asked.deadline_s)
+        made = Still(spec, media_type)
+        job = Job.of(made, services.model, has_seed=has_seed, deadline_s=deadline_s, inputs=inputs)
         return await respond(services, request, job)
-    except InvalidField as error:
+    except (InvalidField, InvalidImage) as error:
         raise _in_their_words(error, names) from None
 
 
 def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
     """Turn a body into the parameters of POST /sample. Raises InvalidField, UnknownField, ConflictingField."""
     _check_names(body, ("inputs", "parameters"))
-    given, prompt = body.get("parameters", {}), body.get("inputs")
+    given, inputs = body.get("parameters", {}), body.get("inputs")
     if not isinstance(given, dict):
         raise InvalidField.of("parameters", "a JSON object", given)
+    is_edit = not given.keys().isdisjoint(OF_EDITS)
+    field, prompt = ("prompt", given.get("prompt", "")) if is_edit else ("inputs", inputs)
     if not isinstance(prompt, str):
-        raise InvalidField.of("inputs", "a text, the name of a class or empty", prompt)
-    _check_names(given, KNOWN)
+        raise InvalidField.of(field, "a text, the name of a class or empty", prompt)
+    _check_names(given, (*KNOWN, *OF_EDITS))
     parameters: dict[str, Any] = {}
     given_as: dict[str, str] = {}
     for name, value in given.items():
@@ -115,23 +125,28 @@ def parameters_of(body: Mapping[str, Any], model: ModelInfo) -> dict[str, Any]:
             parameters[ours] = _sampler(value, model)
         elif name in CHECKED:
             _check(name, value, model)
-        else:
+        elif name != "prompt":
             parameters[ours] = value
-    label = label_of(class_of_prompt(prompt, model, "inputs"), model.class_names)
+    if is_edit:
+        parameters["image"] = inputs
+    label = label_of(class_of_prompt(prompt, model, field), model.class_names)
     return parameters if label is None else parameters | {"class_label": label}
 
 
 def _names_in(body: Mapping[str, Any]) -> dict[str, str]:
     """Their names for parameters that a body has, by ours."""
     given = body.get("parameters")
-    return {ours: theirs for theirs, ours in NAMES.items() if isinstance(given, dict) and theirs in given}
+    names = {ours: theirs for theirs, ours in NAMES.items() if isinstance(given, dict) and theirs in given}
+    return {"image": "inputs", **names}
 
 
-def _in_their_words(error: InvalidField, names: Mapping[str, str]) -> InvalidField:
+def _in_their_words(error: InvalidField | InvalidImage, names: Mapping[str, str]) -> InvalidField | InvalidImage:
     """Name the parameter as the request does. names: see _names_in."""
     theirs = names.get(error.field or "")
     if theirs is None or error.bound is None:
         return error
+    if isinstance(error, InvalidImage):
+        return InvalidImage.of(theirs, error.bound, str(error.value))
     return InvalidField.of(theirs, error.bound, error.value)
 
 
@@ -188,7 +203,9 @@ def _described(contract: Contract) -> Described:
         "negative_prompt": {"type": "string", "maxLength": 0},
         "scheduler": {"type": "string", "enum": list(_samplers(model))},
         **{name: fields[name] for name in OURS},
+        "strength": fields["strength"],
     }
     prompt = {"type": "string", "description": "a class by name or number; empty: no class"}
+    parameters["prompt"] = prompt | {"description": "the prompt where inputs is a picture, in base64"}
     inside = closed_object("Hugging Face's parameters, and those of POST /sample.", parameters)
     return closed_object("A prompt.", {"inputs": prompt, "parameters": inside}) | {"required": ["inputs"]}

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,22 @@ def test_a_prompt_becomes_the_image_of_post_sample(server: RunningServer, place:
     client = InferenceClient(model=server.url + place)
     assert same(client.text_to_image("ankle boot", **THEIRS), server)
     assert same(client.text_to_image("9", **THEIRS), server)
+
+
+def test_a_picture_and_a_prompt_become_the_edit_of_post_sample(server: RunningServer, tmp_path: Path) -> None:
+    file = tmp_path / "bag.png"
+    file.write_bytes(server.post(json={"steps": 2, "seed": 3, "class_label": "bag"}).content)
+    edit = {"num_inference_steps": 20, "guidance_scale": 1.5, "seed": 7, "strength": 0.6}
+    made = InferenceClient(model=server.url).image_to_image(file, "ankle boot", **edit)
+    wanted = server.post(data={"strength": 0.6, **SPEC}, files={"image": file.read_bytes()})
+    with Image.open(io.BytesIO(wanted.content)) as image:
+        assert (made.info, made.tobytes()) == (image.info, image.tobytes())
+    with pytest.raises(HfHubHTTPError) as caught:
+        InferenceClient(model=server.url).image_to_image(file, "ankle boot")
+    assert "strength must be given with an image" in str(caught.value)
+    with pytest.raises(HfHubHTTPError) as caught:
+        InferenceClient(model=server.url).image_to_image(file)
+    assert "a picture is its inputs, beside prompt and strength" in str(caught.value)
 
 
 def test_the_async_client_does_the_same(server: RunningServer) -> None:

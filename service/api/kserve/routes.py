@@ -133,7 +133,7 @@ class ModelConfig(BaseModel):
     name: str
     platform: str
     backend: str
-    max_batch_size: int = Field(0, description="0: the shapes are whole, and n is their first length")
+    max_batch_size: int = Field(default=0, description="0: the shapes are whole, and n is their first length")
     input: list[InputConfig]
     output: list[TensorConfig]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.service.api.pictures import CAT, b64
 from tests.service.api.test_tables import TUNED, table
 from tests.service.conftest import MakeSite, Site, pixels
 from tests.service.fakes import INFO
@@ -120,7 +121,40 @@ def test_steps_out_of_bounds_are_named_as_the_client_named_them(site: Site) -> N
     assert text.startswith("num_inference_steps must be an integer in 1..1000, got 1001")
 
 
-@pytest.mark.parametrize("name", ["strength", "image", "mask", "class_label", "prompt", "every", "lora", "__class__"])
+def test_a_picture_and_a_prompt_make_the_edit_of_post_sample(site: Site) -> None:
+    parameters = SPEC | {"prompt": "dog", "strength": 0.5}
+    answer = site.client.post("/", json={"inputs": b64(CAT), "parameters": parameters})
+    wanted = site.post(json=SPEC | {"image": b64(CAT), "class_label": "dog", "strength": 0.5})
+    assert answer.status_code == 200, answer.text
+    assert (answer.content, answer.headers["etag"]) == (wanted.content, wanted.headers["etag"])
+    without = site.client.post("/", json={"inputs": b64(CAT), "parameters": SPEC | {"strength": 0.5}})
+    assert without.content == site.post(json=SPEC | {"image": b64(CAT), "strength": 0.5}).content
+
+
+@pytest.mark.parametrize(
+    ("inputs", "parameters", "code", "field", "says"),
+    [
+        (b64(CAT), {"prompt": "dog"}, "invalid_field", "strength", "strength must be given with an image"),
+        (b64(CAT), {"prompt": "dog", "strength": 2}, "invalid_field", "strength", "strength must be a number above 0"),
+        (b64(CAT), {"prompt": "cow", "strength": 0.5}, "invalid_field", "prompt", "prompt must be a class"),
+        (b64(CAT), {"prompt": 1, "strength": 0.5}, "invalid_field", "prompt", "prompt must be a text"),
+        ("dog!", {"prompt": "dog", "strength": 0.5}, "invalid_image", "inputs", "inputs must be base64 of an image"),
+        (b64(b"no"), {"prompt": "dog", "strength": 0.5}, "invalid_image", "inputs", "inputs must be a PNG"),
+    ],
+)
+def test_an_edit_that_cannot_be_made_is_refused_in_the_client_s_words(
+    site: Site, inputs: str, parameters: dict[str, Any], code: str, field: str, says: str
+) -> None:
+    answer = site.client.post("/", json={"inputs": inputs, "parameters": SPEC | parameters})
+    assert refused(answer, 400, code, field).startswith(says)
+
+
+def test_a_picture_without_parameters_is_told_where_it_goes(site: Site) -> None:
+    answer = site.client.post("/", content=CAT, headers={"Content-Type": "image/png"})
+    assert "a picture is its inputs, beside prompt and strength" in refused(answer, 400, "malformed_body")
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "class_label", "every", "lora", "__class__"])
 def test_a_parameter_that_there_is_not_is_refused_by_name(site: Site, name: str) -> None:
     refused(ask(site, "dog", **{name: 1}), 400, "unknown_field", name)
     refused(site.client.post("/", json={"inputs": "dog", name: 1}), 400, "unknown_field", name)
