@@ -417,16 +417,14 @@ class StorageFailed(ServiceError):
         """damaged: what is kept cannot be read, however often it is tried."""
         super().__init__(detail)
         self.damaged = damaged
+        if not damaged:
+            self.headers["Retry-After"] = "5"  # as often as a server itself tries again
 
 
 class NewerJob(StorageFailed):
     """A durable job asks for what this version does not know: a server of a newer one has accepted it."""
 
     status, code, title = 503, "newer_job", "The job is a newer server's"
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(detail)
-        self.headers["Retry-After"] = "5"
 
 
 class KeyReused(ServiceError):

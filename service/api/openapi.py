@@ -56,7 +56,7 @@ FAILURES = {
     500: "The server failed",
     503: "The server is starting or shutting down",
     504: "deadline_s passed before the job was done",
-    507: "The job store failed",
+    507: "The job store failed; Retry-After, where it is, says when to try again",
 }
 SCHEMES: Described = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "a key of this server"},

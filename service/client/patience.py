@@ -12,7 +12,7 @@ RESTART_S = 60.0  # a server that stopped answering may be starting again
 FIRST_S, LONGEST_S = 0.25, 4.0  # between two attempts to connect
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.05, 2.0
 LAST_LOOK_S = 1.0
-WORTH_WAITING = (429, 503)
+WORTH_WAITING = (429, 503, 507)
 
 
 class Patience:

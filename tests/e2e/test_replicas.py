@@ -252,6 +252,7 @@ def test_a_full_database_refuses_new_jobs_and_loses_none(
     for server in servers:
         answer = httpx.post(f"{server.url}/jobs", json={"steps": 3})
         assert (answer.status_code, answer.json()["code"]) == (507, "storage_failed")
+        assert answer.headers["retry-after"] == "5"
         said = answer.json()["detail"]
         assert "No space left" in said or "results of finished jobs cannot be stored" in said
         assert httpx.post(f"{server.url}/sample?steps=3").status_code == 200

@@ -26,9 +26,9 @@ class AsyncClient:
 
     url: `http://host:port`, with a path where a proxy puts the server under one. model: the name of the model that
     calls are of, where the server has several; None: its default one. patience_s: how long in all a call may wait where
-    the server answers 429 or 503 with a Retry-After, or cannot be reached; 0 raises such an error at once. key: of the
-    server, sent with every request and WebSocket; no error shows it. headers: sent with them too, for a proxy that asks
-    for them. transport: in place of httpx's own.
+    the server answers 429, 503 or 507 with a Retry-After, or cannot be reached; 0 raises such an error at once. key: of
+    the server, sent with every request and WebSocket; no error shows it. headers: sent with them too, for a proxy that
+    asks for them. transport: in place of httpx's own.
 
     Calls raise Problem where the server refuses or fails, Unreachable, and UnexpectedAnswer. Raises ValueError for a
     url, a model or a key that is not one.

@@ -24,8 +24,9 @@ def test_a_store_that_fails_refuses_new_jobs_and_nothing_else(held: Site, monkey
         raise StorageFailed("the job store cannot do it: database or disk is full")
 
     monkeypatch.setattr(SqliteStore, "add", add)
-    document = problem(held.client.post("/jobs", json=SPEC), 507, "storage_failed")
-    assert "disk is full" in document["detail"]
+    refused = held.client.post("/jobs", json=SPEC)
+    assert "disk is full" in problem(refused, 507, "storage_failed")["detail"]
+    assert refused.headers["retry-after"] == "5"
     problem(held.client.get("/readyz"), 507, "storage_failed")
     assert held.metrics()["tminus_store_up"] == 0
     held.engine.gate.open()
@@ -125,7 +126,9 @@ def test_a_damaged_job_of_an_earlier_start_counts_as_failed(restarts: Restarts) 
     with closing(sqlite3.connect(restarts.file)) as connection, connection:
         connection.execute("UPDATE jobs SET spec = '{'")
     site = restarts.start()
-    problem(site.client.get(f"/jobs/{job_id}"), 507, "storage_failed")
+    damaged = site.client.get(f"/jobs/{job_id}")
+    problem(damaged, 507, "storage_failed")
+    assert "retry-after" not in damaged.headers, "it will be no better"
     assert site.metrics()['tminus_durable_jobs_total{"outcome": "failed"}'] == 1
 
 
