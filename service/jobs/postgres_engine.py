@@ -7,13 +7,17 @@ CONNECT_S = 5
 
 
 def connect(url: str, namespace: str) -> sa.Engine:
-    """An engine for a database, and no connection yet. Raises ValueError for what is no URL of PostgreSQL."""
+    """An engine for a database, and no connection yet. What the URL sets holds, and our options hold beside its own.
+
+    Raises ValueError for what is no URL of PostgreSQL.
+    """
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError:
         raise ValueError("it is no URL, as postgresql://user@host/database is") from None
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError(f"it must begin with postgresql://, not with {parsed.drivername}://")
+    own_options = f"-c statement_timeout={round(1000 * STATEMENT_S)} -c lock_timeout={round(1000 * STATEMENT_S)}"
     arguments = {
         "connect_timeout": CONNECT_S,
         "application_name": f"tminus {namespace}",
@@ -21,9 +25,12 @@ def connect(url: str, namespace: str) -> sa.Engine:
         "keepalives_interval": 2,
         "keepalives_count": 3,
         "tcp_user_timeout": round(1000 * STATEMENT_S),
-        "options": f"-c statement_timeout={round(1000 * STATEMENT_S)} -c lock_timeout={round(1000 * STATEMENT_S)}",
+        "options": own_options,
         "prepare_threshold": None,  # a proxy that pools by transaction gives each one another connection
     }
+    arguments = {name: value for name, value in arguments.items() if name not in parsed.query}
+    if "options" in parsed.query:  # of two values the later one holds
+        arguments["options"] = " ".join([own_options, *parsed.normalized_query["options"]])
     return sa.create_engine(
         parsed.set(drivername="postgresql+psycopg"), connect_args=arguments,
         pool_size=2, max_overflow=0, pool_timeout=5, pool_pre_ping=True,

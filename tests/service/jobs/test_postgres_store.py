@@ -19,6 +19,7 @@ from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import NewerJob, StorageFailed
 from tminus.service.jobs import postgres_store
 from tminus.service.jobs.postgres import open_postgres, own_address
+from tminus.service.jobs.postgres_engine import connect
 from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.postgres_sweep import GONE, may_sweep
 from tminus.service.jobs.postgres_tables import FORMAT, format_of
@@ -576,6 +577,21 @@ def test_a_database_that_may_only_be_read_is_told(database: DatabaseShelf) -> No
     for call in (lambda: store.check(write=True), lambda: store.add(job("a"))):
         with pytest.raises(StorageFailed, match="read-only transaction"):
             call()
+
+
+def test_what_the_url_sets_holds_and_our_time_limits_hold_beside_it(postgres: postgres_server.Postgres) -> None:
+    def shown(url: str, *names: str) -> list[str]:
+        engine = connect(url, "space")
+        try:
+            with engine.connect() as connection:
+                return [str(connection.execute(sa.text(f"SHOW {name}")).scalar_one()) for name in names]
+        finally:
+            engine.dispose()
+
+    url = postgres.url()
+    assert shown(url, "application_name", "statement_timeout") == ["tminus space", "10s"]
+    mine = f"{url}?application_name=mine&options=-c%20work_mem%3D5MB"
+    assert shown(mine, "application_name", "work_mem", "statement_timeout") == ["mine", "5MB", "10s"]
 
 
 # --- what cannot be opened ---
