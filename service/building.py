@@ -5,7 +5,8 @@ torch is imported when the functions run.
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING
 from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
 from tminus.service.app import Application, create_app
+from tminus.service.errors import StorageFailed
 from tminus.service.jobs.opening import open_store
 from tminus.service.jobs.results import Results
+from tminus.service.jobs.sqlite_file import listed
 from tminus.service.jobs.store import JobStore
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.signing import read_secrets, read_secrets_of
@@ -52,6 +55,8 @@ def prepare(
             store.close()
         setting = "--state-dir (TMINUS_STATE_DIR)" if settings.job_store is None else "--job-store (TMINUS_JOB_STORE)"
         raise ValueError(f"{setting}: {error}") from None
+
+    tell_left_behind(stores)
 
     def take_store(weights_hash: str) -> JobStore:
         """One that is open already, once; else it is opened."""
@@ -126,6 +131,15 @@ def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[
         return open_postgres(url, settings.job_namespace, settings.job_lease_s, reached_by)
     except ValueError as error:
         raise ValueError(f"--job-store (TMINUS_JOB_STORE): {error}") from None
+
+
+def tell_left_behind(stores: Mapping[str, JobStore]) -> None:
+    """Name in the log the jobs that wait for other weights than those that are served. stores: by hashes of these."""
+    with suppress(StorageFailed):
+        for weights, job_ids in next(iter(stores.values())).left_behind(stores).items():
+            log.warning(
+                "%d durable jobs wait for a start with the weights %s: %s", len(job_ids), weights, listed(job_ids)
+            )
 
 
 def open_results(settings: Settings) -> Results | None:

@@ -7,7 +7,7 @@ writes with the old fence, and so writes nothing (Kleppmann 2016, "How to do dis
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -172,6 +172,18 @@ class PostgresStore(SqlStore):
         self._unsure.clear()
         self._fences = {job_id: fence for job_id, fence in self._fences.items() if held.get(job_id) == fence}
         return frozenset(self._fences)
+
+    def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
+        """See JobStore."""
+        jobs, replicas = self._tables.jobs, self._replicas
+        living = sa.select(replicas.c.weights).where(replicas.c.lease_until > sa.func.clock_timestamp())
+        query = sa.select(jobs.c.weights, jobs.c.id).where(jobs.c.outcome.is_(None), jobs.c.weights.not_in(living))
+        query = query.where(jobs.c.weights.not_in([each[:16] for each in served])).order_by(jobs.c.arrival)
+        found: dict[str, list[str]] = {}
+        with self._transaction() as run:
+            for row in run(query):
+                found.setdefault(row.weights, []).append(row.id)
+        return found
 
     def load(self) -> ClusterLoad:
         """See JobStore. A replica with two builds of the same weights, during a reload, counts once."""

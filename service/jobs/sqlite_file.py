@@ -7,8 +7,8 @@ import shlex
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tminus.service.jobs.wal import HEADER, Cut, find_damage
@@ -49,11 +49,7 @@ CHECK_S = 10.0  # for the check for damage: a GiB takes 0.2 s from memory, 2.3 s
 
 
 def prepare(file: Path) -> None:
-    """Create the file if there is none. Raises ValueError for one that is damaged, in use, newer or not ours.
-
-    The connection is read-only: another would, when it closes, checkpoint the WAL that a killed server has left into
-    the file that has just been refused.
-    """
+    """Create the file if there is none. Raises ValueError for one that is damaged, in use, newer or not ours."""
     _check_header(file)
     try:
         os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # the WAL gets the mode of its file
@@ -61,12 +57,10 @@ def prepare(file: Path) -> None:
         pass
     except OSError as error:
         raise cannot_be_used(file, error) from None
-    index, wal = beside(file, "shm"), beside(file, "wal")
-    was_there = index.exists()
+    wal = beside(file, "wal")
     wal_bytes = wal.stat().st_size if wal.exists() else 0  # the connection makes an empty one
     try:
-        uri = f"{file.absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None)) as connection:
+        with _reading(file, BUSY_S) as connection:
             new = is_new(file, connection)  # also one of which all is in a WAL that SQLite ignores
             _check_wal(wal)
             if not new:
@@ -79,10 +73,35 @@ def prepare(file: Path) -> None:
             if isinstance(cannot := cannot_be_used(file, error), DiskFull):
                 raise cannot from None
             raise ValueError(why_not(file, str(error), UNTOUCHED)) from None
+
+
+@contextmanager
+def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
+    """Open a read-only connection, which leaves the file and its WAL as they are.
+
+    Another would, when it closes, checkpoint the WAL that a killed server has left, perhaps into a file that has just
+    been refused.
+    """
+    index = beside(file, "shm")
+    was_there = index.exists()
+    try:
+        uri = f"{file.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=patience_s, isolation_level=None)) as connection:
+            yield connection
     finally:
         if not was_there:
             with suppress(OSError):  # a read-only folder, in which it was not created either
                 index.unlink(missing_ok=True)
+
+
+def unended(file: Path) -> list[str]:
+    """The ids of the jobs of a file that have not ended; none where a server has it open, or it cannot be read."""
+    try:
+        with _reading(file, 0) as connection:
+            query = "SELECT id FROM jobs WHERE outcome IS NULL ORDER BY created_us"
+            return [job_id for (job_id,) in connection.execute(query)]
+    except sqlite3.Error:
+        return []
 
 
 def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
@@ -163,7 +182,7 @@ def _check_wal(wal: Path) -> None:
     if isinstance(damage, Cut):
         log.warning("%s ends inside a frame: its last %d bytes are ignored", wal, damage.ignored_bytes)
     elif damage is not None:
-        ids = ", ".join(damage.job_ids[:MOST_IDS]) + (", …" if len(damage.job_ids) > MOST_IDS else "")
+        ids = listed(damage.job_ids)
         raise ValueError(
             f"{wal} is damaged: {damage.transactions} transactions cannot be read{UNTOUCHED}. Jobs in doubt: "
             f"{ids or 'none'}. To go on with what came before: truncate -s {damage.offset} {shlex.quote(str(wal))}"
@@ -195,6 +214,11 @@ def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
 def beside(file: Path, what: str) -> Path:
     """The WAL of a file, or the WAL's index."""
     return Path(f"{file.resolve()}-{what}")
+
+
+def listed(job_ids: Sequence[str]) -> str:
+    """Name jobs in a message, though not very many."""
+    return ", ".join(job_ids[:MOST_IDS]) + (", …" if len(job_ids) > MOST_IDS else "")
 
 
 def _of_another_version(file: Path | None, version: int) -> str:

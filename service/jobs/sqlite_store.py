@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tminus.service.jobs.sqlite_file import (
     cannot_be_used,
     is_new,
     prepare,
+    unended,
     upgrade,
 )
 from tminus.service.jobs.store import JobRecord, Key, Pace, now_us
@@ -147,6 +148,15 @@ class SqliteStore(SqlStore):
     def renew(self, _fingerprint: str, _pace: Pace, _known: Collection[str]) -> frozenset[str]:
         """See JobStore."""
         raise NotImplementedError("a file has no leases")
+
+    def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
+        """See JobStore. Those of the files beside this one that no other server has open."""
+        if self._file is None:
+            return {}
+        hashes = {each[:16] for each in served}
+        files = {each.stem.removeprefix("jobs-"): each for each in self._file.parent.glob("jobs-*.sqlite3")}
+        found = {weights: unended(each) for weights, each in files.items() if weights not in hashes}
+        return {weights: job_ids for weights, job_ids in found.items() if job_ids}
 
     def load(self) -> ClusterLoad:
         """See JobStore."""

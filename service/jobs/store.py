@@ -151,6 +151,12 @@ class JobStore(Protocol):
         known: the jobs that are worked on; what is held beside them, since an answer was lost, is left to others.
         """
 
+    def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
+        """The jobs that have not ended, of weights that no server serves, nor is about to: their ids by these weights.
+
+        served: hashes of weights that this server serves.
+        """
+
     def load(self) -> ClusterLoad:
         """What all replicas have to do."""
 

@@ -1,10 +1,12 @@
 """Durable jobs on the real server: SIGKILL, SIGTERM, a full disk, a damaged file. Clients: httpx and curl."""
 
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -12,6 +14,7 @@ import pytest
 
 from tests.e2e.conftest import RunningServer
 from tests.e2e.restarting import Restarting, Start, make_specs
+from tests.e2e.test_models import new_weights
 
 
 @pytest.fixture
@@ -51,6 +54,26 @@ def test_a_long_job_goes_on_from_its_snapshot(restarting: Restarting) -> None:
     with httpx.stream("GET", f"{server.url}/jobs/{job_id}/events?every=100", timeout=60) as response:
         events = [line.removeprefix("event: ") for line in response.iter_lines() if line.startswith("event: ")]
     assert events[-1] == "done"
+
+
+def test_a_start_on_other_weights_names_the_jobs_that_a_killed_server_left(
+    own_server: Start, small: Path, tmp_path: Path
+) -> None:
+    folder, state = tmp_path / "small", tmp_path / "state"
+    shutil.copytree(small, folder)
+    restarting = Restarting(partial(own_server, checkpoint=folder), state)
+    weights = next(state.glob("*.sqlite3")).stem.removeprefix("jobs-")
+    job_id = restarting.post({"n": 4, "steps": 1000, "seed": 3}, "k")
+    restarting.kill()
+    new_weights(folder, 0.01)
+    left = {each.name: each.read_bytes() for each in state.glob(f"jobs-{weights}*")}
+    server = restarting.start()
+    assert server.log.count(f"1 durable jobs wait for a start with the weights {weights}: {job_id}\n") == 1
+    assert {name: (state / name).read_bytes() for name in left} == left, "nothing was changed"
+    beside = own_server(TMINUS_STATE_DIR=str(state))  # it takes them on, beside the first
+    beside.wait_until(lambda: f"job {job_id} goes on from step" in beside.log)
+    restarting.kill()
+    assert "wait for a start with the weights" not in restarting.start().log, "a server has them"
 
 
 @pytest.mark.alone

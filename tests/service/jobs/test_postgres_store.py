@@ -594,6 +594,17 @@ def test_what_the_url_sets_holds_and_our_time_limits_hold_beside_it(postgres: po
     assert shown(mine, "application_name", "work_mem", "statement_timeout") == ["mine", "5MB", "10s"]
 
 
+def test_jobs_of_weights_that_nobody_serves_are_found(soon: DatabaseShelf) -> None:
+    one, other = soon.open(), soon.open("cd" * 32)
+    for store, name in ((one, "own"), (other, "left"), (other, "ended")):
+        assert store.add(job(name))
+    other.finish(ended(job("ended")))
+    renew(other, "build", PACE)
+    assert one.left_behind([WEIGHTS]) == {}, "another server serves them"
+    soon.change("UPDATE replicas SET lease_until = now() - interval '1 second'")
+    assert one.left_behind([WEIGHTS]) == {"cd" * 8: ["left"]}
+
+
 # --- what cannot be opened ---
 
 
