@@ -7,7 +7,7 @@ FROM scratch AS wheels
 
 # All but torch. pip takes no file but those whose hashes are in the lock, and no source, which would have to be built by
 # packages that no lock names.
-FROM python:3.11-slim AS dependencies
+FROM python:3.11-slim@sha256:90744cff8f32887f075c47d747a173ff333e9e98801667af93c357fa9f5e28ff AS dependencies
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
@@ -57,7 +57,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,from=wheels,tar
 COPY pyproject.toml /opt/sbom/
 COPY docker/sbom /opt/sbom/docker/
 
-FROM python:3.11-slim AS base
+FROM python:3.11-slim@sha256:90744cff8f32887f075c47d747a173ff333e9e98801667af93c357fa9f5e28ff AS base
 LABEL org.opencontainers.image.title="tminus" \
       org.opencontainers.image.description="A server for trained denoising diffusion U-Nets" \
       org.opencontainers.image.licenses="Apache-2.0"

@@ -16,19 +16,27 @@ from starlette.routing import Route
 
 from tminus.service.api.answers import StatusAnswer
 from tminus.service.api.http_protocol import http_protocol
+from tminus.service.api.origin import Doors
 from tminus.service.api.problems import render
 from tminus.service.api.system import alive
 from tminus.service.app import Application
-from tminus.service.errors import NotReady
+from tminus.service.errors import ForeignHost, NotReady
 from tminus.service.starting import DETAIL
 
 MOST = 16  # connections at once: a Prometheus and a supervisor have one each, and a person now and then another
 
 
-def serve_metrics(listener: socket.socket, application: Callable[[], Application | None]) -> None:
-    """Answer until the process ends. application: None until it is there, while the model is measured."""
+def serve_metrics(listener: socket.socket, application: Callable[[], Application | None], doors: Doors) -> None:
+    """Answer until the process ends. application: None until it is there, while the model is measured.
 
-    async def get_metrics(_request: Request) -> Response:
+    Metrics need no key here, and have the names of all keys. So a page must not reach them by DNS rebinding.
+    """
+
+    async def get_metrics(request: Request) -> Response:
+        try:
+            doors.check_host(request.headers.get("host", ""))
+        except ForeignHost as refusal:
+            return render(refusal)
         if (there := application()) is None:
             return render(NotReady(DETAIL))
         return Response(there.metrics.render(), media_type=CONTENT_TYPE_LATEST)

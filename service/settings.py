@@ -322,9 +322,9 @@ class Settings(BaseSettings):
         return Access(ring, is_open=self.open or not ring.keys)
 
     def doors(self) -> Doors:
-        """Who may ask: allowed_hosts with the name to listen on, and allowed_origins, in lower case as browsers do."""
+        """Who may ask: allowed_hosts with the names to listen on, and allowed_origins, in lower case as browsers do."""
         hosts, origins = (
             frozenset(each.strip().lower() for each in given.split(",") if each.strip())
-            for given in (f"{self.allowed_hosts},{self.host}", self.allowed_origins)
+            for given in (f"{self.allowed_hosts},{self.host},{self.metrics_host or ''}", self.allowed_origins)
         )
         return Doors(hosts, origins)

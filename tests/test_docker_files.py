@@ -49,6 +49,14 @@ def test_compose_waits_longer_than_a_drain_takes() -> None:
     assert stop_s >= grace_s + ANSWER_S
 
 
+def test_the_base_image_is_one_by_its_digest() -> None:
+    """docker/lock renews it by this line."""
+    bases = re.findall(r"^FROM (\S+:\S+) AS \w+$", DOCKERFILE, re.MULTILINE)
+    assert len(bases) == 2
+    assert len({*bases}) == 1
+    assert re.fullmatch(r"python:3\.11-slim@sha256:[0-9a-f]{64}", bases[0])
+
+
 def test_each_image_runs_as_a_numbered_user_that_is_not_root() -> None:
     for target in ("cpu", "cuda"):
         final = DOCKERFILE.partition(f"FROM base AS {target}\n")[2].partition("\nFROM ")[0]
@@ -153,6 +161,21 @@ def test_prometheus_asks_each_server_by_the_name_of_its_container(services: dict
     count, port = services["tminus"]["deploy"]["replicas"], services["tminus"]["environment"]["TMINUS_METRICS_PORT"]
     text = (ROOT / "docker" / "prometheus" / "replicas.yml").read_text()
     assert re.findall(r'"([^"]+)"', text) == [f"tminus-tminus-{number}:{port}" for number in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("files", [(), ("proxy",), ("replicas",), ("keys", "replicas")], ids="-".join)
+def test_a_server_is_known_by_the_names_by_which_prometheus_asks(files: tuple[str, ...], tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    done = composed(*files, NAME="diffusion.example", CERTIFICATES=folder, POSTGRES_PASSWORD=PASSWORD, KEYS=folder)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["services"]
+    known = Settings(allowed_hosts=found["tminus"]["environment"]["TMINUS_ALLOWED_HOSTS"]).doors()
+    (config,) = [each for each in found["prometheus"]["command"] if each.startswith("--config.file=")]
+    asked = re.findall(r'"([\w-]+:\d+)"', (ROOT / "docker" / "prometheus" / Path(config).name).read_text())
+    assert asked
+    for host in asked:
+        known.check_host(host)
+    assert ("diffusion.example" in known.hosts) == (files == ("proxy",))
 
 
 def test_what_torch_compiles_can_be_loaded_where_there_is_a_gpu() -> None:

@@ -54,9 +54,8 @@ class Doors:
         """Raise ForeignHost or ForeignOrigin for a request that is not to be answered."""
         headers = Headers(scope=scope)
         host = headers.get("host", "").lower()
-        if scope["path"] not in PROBES and not self._is_ours(host):
-            bound = "localhost, an IP address, or a name in --allowed-hosts"
-            raise ForeignHost(f"this server is not known as {short(host)}", field="Host", value=host, bound=bound)
+        if scope["path"] not in PROBES:
+            self.check_host(host)
         if not _costs(scope):
             return
         origin = headers.get("origin")
@@ -69,6 +68,12 @@ class Doors:
             raise ForeignOrigin(
                 f"pages of {short(origin)} may not use this server", field="Origin", value=origin, bound=bound
             )
+
+    def check_host(self, host: str) -> None:
+        """Raise ForeignHost for a name that is not of this server."""
+        if not self._is_ours(host.lower()):
+            bound = "localhost, an IP address, or a name in --allowed-hosts"
+            raise ForeignHost(f"this server is not known as {short(host)}", field="Host", value=host, bound=bound)
 
     def _is_ours(self, host: str) -> bool:
         name = urlsplit(f"//{host}").hostname if _is_host(host) else None

@@ -65,7 +65,7 @@ def serve(config: Path | None, **flags: Any) -> None:
         return built[0]
 
     if for_metrics is not None:
-        serve_metrics(for_metrics, lambda: built[0] if built else None)
+        serve_metrics(for_metrics, lambda: built[0] if built else None, settings.doors())
     try:
         stopped_well = run_server(
             build,

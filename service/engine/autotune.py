@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine import openvino_executor
-from tminus.service.engine.autotune_cache import ChoiceCache
+from tminus.service.engine.autotune_cache import NOISE_KEY, ChoiceCache
 from tminus.service.engine.candidates import Choice, Wish, find_candidates, valid_choice
 from tminus.service.engine.executors import MAX_GRAPHS, CompiledExecutor, EagerExecutor, Executor
 
@@ -30,7 +30,6 @@ WORTH = 0.97  # a larger size is kept if a row takes less than this share of its
 SLOW_PASS_S = 1.0  # after a pass that takes this long no larger one is tried
 TRIAL_S = 0.1  # how long one size is measured
 NOISY = 1.5  # a choice that was made on a machine with more noise is made again when it is idle
-NOISE_KEY = "noisy"
 IDLE_LOAD = 0.3  # of the load average by cores
 BUDGET_S = 30.0  # after this no further candidate or size is tried: on a busy machine all of them take minutes
 HOPELESS = 8.0  # passes of one place this many times slower than the best (two times multiplied) are not looked into
@@ -140,7 +139,7 @@ def choose_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, ca
             )  # fmt: skip
         kept.write(asdict(choice) | ({NOISE_KEY: True} if noisy else {}))
     else:
-        log.info("executor %s %s, as measured before (%s)", choice.executor, choice.precision, kept.file)
+        log.info("executor %s %s, as measured before (%s)", choice.executor, choice.precision, kept.found)
     return builder.build(choice)
 
 

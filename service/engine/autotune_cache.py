@@ -17,6 +17,9 @@ from tminus.service.engine import openvino_executor
 
 log = logging.getLogger(__name__)
 
+GIVEN = "given"  # a folder in that of the cache, for answers that somebody brings: it may be one that is only read
+NOISE_KEY = "noisy"  # marks a choice that was made on a busy machine, to be made again on an idle one
+
 
 def default_cache() -> Path | None:
     """The cache folder of the user; None for a user without a home."""
@@ -38,7 +41,8 @@ class ChoiceCache:
         candidates: Sequence[Mapping[str, Any]],
     ) -> None:
         """Name the file by a hash of all arguments; with folder None nothing is kept."""
-        self.file: Path | None = None
+        self.file: Path | None = None  # where an answer of this machine is kept
+        self.found: Path | None = None  # where the last one that was read lay
         if folder is not None:
             parts = {
                 # No host name: a container has a new one each time.
@@ -55,14 +59,15 @@ class ChoiceCache:
             self.file = folder / f"choice-{key}.json"
 
     def read(self) -> Mapping[str, Any] | None:
-        """Read the answer of an earlier start, if there is one."""
+        """Read the answer of an earlier start if there is one, else one that is given, which holds on any machine."""
         if self.file is None:
             return None
-        try:
-            fields = json.loads(self.file.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return None
-        return fields if isinstance(fields, dict) else None
+        self.found = self.file
+        if (own := _load(self.found)) is not None:
+            return own
+        self.found = self.file.parent / GIVEN / self.file.name
+        given = _load(self.found)
+        return None if given is None else {name: value for name, value in given.items() if name != NOISE_KEY}
 
     def write(self, fields: Mapping[str, Any]) -> None:
         """Keep an answer for the next start."""
@@ -81,6 +86,14 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _load(file: Path) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 def _dump(path: Path, fields: Mapping[str, Any]) -> None:

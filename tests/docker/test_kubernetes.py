@@ -1,5 +1,6 @@
 """docker/kubernetes as kubectl renders it, held against Kubernetes' schemas, and against what the server is."""
 
+import asyncio
 import copy
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tests.docker.discovery import Kinds, cluster, kinds_of
 from tests.service.conftest import MakeSite, make_site  # noqa: F401
@@ -236,6 +238,34 @@ def test_each_file_system_that_is_written_to_is_a_volume_and_each_volume_is_boun
     assert ("TMINUS_CHECKPOINT" in found) == ("/checkpoint" in mounted)
 
 
+def test_what_earlier_pods_have_measured_is_given_to_new_ones(objects: Objects, page: str) -> None:
+    from tminus.service.engine.autotune_cache import GIVEN  # which takes seconds to import torch
+
+    (mount,) = [each for each in container(objects)["volumeMounts"] if each["name"] == "measured"]
+    assert mount["mountPath"] == f"{environment(objects)['TMINUS_CACHE_DIR']}/{GIVEN}"
+    (volume,) = [each for each in pod(objects)["volumes"] if each["name"] == "measured"]
+    assert volume["configMap"]["optional"], "the first pods measure"
+    assert f"create configmap {volume['configMap']['name']} --from-file" in page
+    assert f"--exclude ./{GIVEN} " in page
+
+
+def test_no_pod_may_say_that_it_asks_for_another_client(objects: Objects) -> None:
+    """But for an ingress controller, whose addresses a cluster's own folder names."""
+    believed = environment(objects).get("FORWARDED_ALLOW_IPS", "127.0.0.1")  # uvicorn's default
+    seen: list[str] = []
+
+    async def app(scope: Any, _receive: Any, _send: Any) -> None:
+        seen.append(scope["client"][0])
+
+    headers = [(b"x-forwarded-for", b"203.0.113.9")]
+    for address in ("10.1.2.3", "192.0.2.1"):
+        scope: Any = {"type": "http", "scheme": "http", "client": (address, 1), "headers": headers}
+        asyncio.run(ProxyHeadersMiddleware(app, believed)(scope, None, None))  # type: ignore[arg-type]
+    is_example = "FORWARDED_ALLOW_IPS" in environment(objects)
+    assert seen == ["10.1.2.3", "203.0.113.9" if is_example else "192.0.2.1"]
+    assert is_example == (environment(objects)["TMINUS_ALLOWED_HOSTS"].startswith("diffusion.example"))
+
+
 def test_probes_ask_routes_that_are_there(objects: Objects, make_site: MakeSite) -> None:  # noqa: F811
     found = container(objects)
     ports = {each["name"]: each["containerPort"] for each in found["ports"]}
@@ -243,6 +273,7 @@ def test_probes_ask_routes_that_are_there(objects: Objects, make_site: MakeSite)
     assert ports == {"http": int(settings["TMINUS_PORT"]), "metrics": int(settings["TMINUS_METRICS_PORT"])}
     most = Settings.model_fields["max_connections"].default
     assert int(settings["TMINUS_MAX_CONNECTIONS_PER_ADDRESS"]) == most, "an ingress controller is one address"
+    assert int(settings["TMINUS_MAX_STREAMS_PER_ADDRESS"]) == most // 2, "so is a server that passes events on"
     site = make_site()
     probes = {name: found[f"{name}Probe"] for name in ("startup", "liveness", "readiness")}
     # That a pod is alive is asked where no client takes the connections (test_metrics_server.py).

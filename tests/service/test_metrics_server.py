@@ -11,6 +11,7 @@ import pytest
 
 from tests.service.client.conftest import SPEC, MakeServed, Served, make_served, served  # noqa: F401
 from tests.service.fakes import wait_until
+from tminus.service.api.origin import Doors
 from tminus.service.metrics import Metrics
 from tminus.service.metrics_server import MOST, serve_metrics
 from tminus.service.server import bind
@@ -22,12 +23,12 @@ class FakeWorker:
     crashed, stalled_s = False, 0.0
 
 
-def start(metrics: Metrics | None, worker: Any = None) -> str:
+def start(metrics: Metrics | None, worker: Any = None, doors: Doors | None = None) -> str:
     """metrics: None while the model is measured."""
     application: Any = None if metrics is None else SimpleNamespace(metrics=metrics, worker=worker)
     listener = bind("127.0.0.1", 0)
     listener.listen()
-    serve_metrics(listener, lambda: application)
+    serve_metrics(listener, lambda: application, doors or Doors())
     return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
@@ -69,6 +70,18 @@ def test_while_the_model_is_measured_it_is_alive_and_has_no_metrics() -> None:
 @pytest.mark.parametrize("path", ["/", "/model", "/metrics/x", "/readyz"])
 def test_nothing_else_is(path: str) -> None:
     assert httpx.get(f"{start(Metrics())}{path}").status_code == 404
+
+
+def test_metrics_are_told_by_the_names_of_the_server_alone() -> None:
+    """By DNS rebinding the page of another site is of this origin, as browsers see it, and here no key is asked for."""
+    url = start(Metrics(), FakeWorker(), Doors(hosts=frozenset({"tminus"})))
+    port = url.rpartition(":")[2]
+    for host in ("evil.example", f"evil.example:{port}", "tminus.evil.example", "["):
+        answer = httpx.get(f"{url}/metrics", headers={"Host": host})
+        assert (answer.status_code, answer.json()["code"]) == (403, "foreign_host"), host
+        assert httpx.get(f"{url}/healthz", headers={"Host": host}).status_code == 200, "as at the server"
+    for host in (f"127.0.0.1:{port}", "localhost", f"Tminus:{port}", "10.1.2.3:9100", f"[::1]:{port}"):
+        assert httpx.get(f"{url}/metrics", headers={"Host": host}).status_code == 200, host
 
 
 def test_it_is_read_only() -> None:

@@ -371,7 +371,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         )
         monkeypatch.setattr(
             "tminus.service.metrics_server.serve_metrics",
-            lambda listener, application: served.update(for_metrics=listener, counted=application),
+            lambda listener, application, doors: served.update(
+                for_metrics=listener, counted=application, metrics_hosts=doors.hosts
+            ),
         )
         result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)
         return result, served
@@ -605,6 +607,8 @@ def test_metrics_on_a_port_of_their_own_are_not_on_the_other(serve: Serve) -> No
     _, served = serve("--metrics-port", "9100", "--metrics-host", "::1")
     assert (served["metrics"], served["metrics_host"], served["metrics_port"]) == (False, "::1", 9100)
     assert (served["for_metrics"], served["counted"]()) == (METRICS_LISTENER, APP)
+    _, served = serve("--metrics-port", "9100", "--metrics-host", "Studio.local", "--allowed-hosts", "tminus")
+    assert served["metrics_hosts"] >= {"studio.local", "tminus"}
     _, served = serve("--metrics-port", "9100", "--host", "127.0.0.2")
     assert served["metrics_host"] == "127.0.0.2"
     _, served = serve("--metrics-port", "9100", "--no-metrics")

@@ -14,7 +14,7 @@ from tests.service.conftest import MakeCheckpoint
 from tminus.model.checkpoint import Checkpoint
 from tminus.service.engine import autotune, openvino_executor
 from tminus.service.engine.autotune import choose_executor, example_inputs
-from tminus.service.engine.autotune_cache import default_cache
+from tminus.service.engine.autotune_cache import GIVEN, NOISE_KEY, default_cache
 from tminus.service.engine.candidates import Choice, Wish
 
 pytestmark = pytest.mark.slow
@@ -37,6 +37,31 @@ def test_the_answer_is_kept_and_the_second_call_measures_nothing(
     inputs = example_inputs(checkpoint, CPU, 3)
     assert second(*inputs).equal(first(*inputs))
     assert list(cache.iterdir()) == [file], "nothing else is left there"
+
+
+def test_an_answer_that_is_given_is_taken_where_there_is_no_own_also_if_it_cannot_be_written_there(
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    quick: list[int],
+    unmeasurable: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Kubernetes, where a ConfigMap has what another pod has measured, maybe while its node was busy."""
+    first = choose_executor(checkpoint, CPU, EAGER, tmp_path / "of a pod")
+    (file,) = (tmp_path / "of a pod").iterdir()
+    given = tmp_path / "of a new pod" / GIVEN
+    given.mkdir(parents=True)
+    (given / file.name).write_text(json.dumps(json.loads(file.read_text()) | {NOISE_KEY: True}))
+    (given / "choice-0000000000000000.json").write_text(json.dumps(GOOD))  # of another kind of node
+    given.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    unmeasurable()
+    monkeypatch.setattr(autotune, "_is_idle", lambda: True)
+    second = choose_executor(checkpoint, CPU, EAGER, given.parent)
+    given.chmod(stat.S_IRWXU)
+    assert (second.name, second.precision, second.details) == (first.name, first.precision, first.details)
+    (given / file.name).unlink()
+    with pytest.raises((AssertionError, ValueError)):  # it would be measured, as nothing fits
+        choose_executor(checkpoint, CPU, EAGER, given.parent)
 
 
 def test_without_a_cache_each_call_measures(checkpoint: Checkpoint, quick: list[int]) -> None:
