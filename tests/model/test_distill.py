@@ -146,7 +146,8 @@ def test_run_that_is_not_done_can_be_sampled(tmp_path: Path, teacher: Path) -> N
         drawn.append((step, len(plan)))
         interrupt_at(5)(net, step)
 
-    assert not distill(tmp_path / "run", teacher, config, device=CPU, on_sheet=on_sheet)
+    with pytest.raises(KeyboardInterrupt):
+        distill(tmp_path / "run", teacher, config, device=CPU, on_sheet=on_sheet)
     assert drawn == [(step, 4) for step in range(1, 6)]
     assert len(load_checkpoint(tmp_path / "run").plan("consistency", 2)) == 2
 
@@ -188,7 +189,8 @@ def test_interrupted_and_resumed_run_is_the_run_never_interrupted(
     config = dataclasses.replace(RUN, sheet_every=1)
     stop = interrupt_at(step)
     folder = tmp_path / "run"
-    assert not distill(folder, teacher, config, device=CPU, on_sheet=lambda net, _plan, now: stop(net, now))
+    with pytest.raises(KeyboardInterrupt):
+        distill(folder, teacher, config, device=CPU, on_sheet=lambda net, _plan, now: stop(net, now))
     assert state_of(folder)["step"] == step
     assert run(folder, teacher)
     assert_same_run(straight, folder)

@@ -17,6 +17,7 @@ from tests.service.conftest import MakeCheckpoint
 from tests.service.fakes import INFO, make_spec
 from tests.service.images.test_trajectory import packed
 from tminus.model.checkpoint import save_checkpoint
+from tminus.model.threads import torch_threads
 from tminus.service.cli import images, trajectory
 from tminus.service.cli.images import LocalJob, LocalModel
 from tminus.service.cli.trajectory import difference
@@ -36,7 +37,7 @@ SPECS: dict[str, dict[str, Any]] = {
 
 def as_served(folder: Path, **parameters: Any) -> LocalJob:  # noqa: F811
     """A job on an engine that was measured, as a server's is, though it is little work."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch_threads(None):
         patch.setattr(loading, "LITTLE_S", 0.0)
         return LocalJob.of(LocalModel(folder / "tiny", "cpu", "eager", "auto"), parameters)
 
