@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from tminus.model.catalogue import SAMPLER_FACTS
@@ -30,6 +30,13 @@ class Work:
     def places_left(self, step: int) -> int:
         """How many places one row takes from this step to its last one."""
         return self.steps - step + max(0, self.guided.stop - max(step, self.guided.start))
+
+    def ending_at(self, until: int | None) -> "Work":
+        """The same with only so many passes, at least one. None: with all of them."""
+        if until is None:
+            return self
+        end = min(self.steps, self.start + max(1, until))
+        return replace(self, steps=end, guided=range(self.guided.start, min(end, self.guided.stop)))
 
     @property
     def places(self) -> int:

@@ -1,4 +1,4 @@
-"""The way from noise to the images as JSON: x_t and x_0 after every so many steps, each with its timestep."""
+"""The way from noise to the images as JSON: x_t and x_0 of the noise and after every so many steps, with timesteps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,14 +28,19 @@ class Frames:
     def of(cls, spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> "Frames":
         """Prepare to record a job's frames. Raises InvalidField where their pixels are too many."""
         held_bytes = asked.held_bytes(spec, model)
-        recording = Recording(asked.every, asked.shows, spec.n, spec.num_passes)
+        passes = spec.num_passes
+        recording = Recording(asked.every, asked.shows, spec.n, passes, from_noise=True, until=asked.until)
         return cls(spec, asked, timesteps_of(spec, model), held_bytes, recording)
 
     @property
     def kind(self) -> str:
         """All but the spec that its bytes depend on."""
-        return f"{JSON}; every={self.asked.every}; show={','.join(self.asked.shows)}"
+        asked = self.asked
+        return f"{JSON}; from noise; every={asked.every}; until={asked.until}; show={','.join(asked.shows)}"
 
     async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
         """Make the body. Raises NotFinite."""
-        return await encoder.encode_path(self.spec, self.recording.frames, self.timesteps, result, made_by)
+        whole = self.asked.until is None
+        return await encoder.encode_path(
+            self.spec, self.recording.frames, self.timesteps, result if whole else None, made_by
+        )

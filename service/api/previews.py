@@ -80,6 +80,12 @@ class AnimationRequest(RequestSchema):
         description="what its frames show: x_t (the noisy image; default) or x_0 (the network's estimate); "
         "in JSON also a list of both",
     )
+    until: Int | None = Field(
+        None,
+        ge=0,
+        description="with Accept: application/json, the last step whose frame is wanted: no more are taken, "
+        "and there are no images",
+    )
 
     @classmethod
     def take_from(cls, parameters: Mapping[str, Any]) -> tuple["AnimationRequest | None", dict[str, Any]]:
@@ -88,8 +94,13 @@ class AnimationRequest(RequestSchema):
         if not own:
             return None, rest
         if "every" not in own:
-            raise InvalidField.of("show", "absent where no animation is asked for by `every`", own["show"])
-        bounds = {"every": EVERY_BOUND, "show": f"one of {', '.join(SHOWS)}, or with application/json a list of both"}
+            name = next(iter(own))
+            raise InvalidField.of(name, "absent where no animation is asked for by `every`", own[name])
+        bounds = {
+            "until": "an integer of at least 0",
+            "every": EVERY_BOUND,
+            "show": f"one of {', '.join(SHOWS)}, or with application/json a list of both",
+        }
         asked = cls.from_parameters(own, bounds.__getitem__)
         if not 0 < len(asked.shows) == len(set(asked.shows)):
             raise InvalidField.of("show", bounds["show"], asked.show)
@@ -101,13 +112,14 @@ class AnimationRequest(RequestSchema):
         return (self.show,) if isinstance(self.show, str) else tuple(self.show)
 
     def held_bytes(self, spec: SampleSpec, model: ModelInfo) -> int:
-        """What the frames before the last take, whose pixels are the result's. Raises InvalidField: they are too many.
+        """What the frames before the result take. Raises InvalidField: they are too many.
 
-        The bound is for all of a job's frames, MAX_FRAME_BYTES.
+        The bound, MAX_FRAME_BYTES, is for those after a step, the result among them.
         """
         frame_bytes = len(self.shows) * spec.n * model.height_px * model.width_px * model.channels
-        most, count = max(1, MAX_FRAME_BYTES // frame_bytes), frame_count(self.every, spec.num_passes)
+        steps = spec.num_passes if self.until is None else min(spec.num_passes, self.until + 1)
+        most, count = max(1, MAX_FRAME_BYTES // frame_bytes), frame_count(self.every, steps)
         if count > most:
-            least = -(-spec.num_passes // most)
+            least = -(-steps // most)
             raise InvalidField.of("every", f"at least {least} for so many images and steps", self.every)
-        return frame_bytes * (count - 1)
+        return frame_bytes * count

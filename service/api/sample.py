@@ -144,6 +144,8 @@ class Animation:
         """Prepare to record a job's frames. Raises InvalidField where their pixels are too many."""
         if len(asked.shows) > 1:
             raise InvalidField.of("show", f"one of {', '.join(SHOWS)} in an animation", asked.show)
+        if asked.until is not None:
+            raise InvalidField.of("until", "absent in an animation", asked.until)
         held_bytes = asked.held_bytes(spec, model)
         return cls(spec, asked, held_bytes, Recording(asked.every, asked.shows, spec.n, spec.num_passes))
 

@@ -19,6 +19,7 @@ from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Ticket, work_of
+from tminus.service.worker.recording import Recorder
 
 
 async def understand(services: Services, parameters: Mapping[str, Any]) -> SampleRequest:
@@ -42,12 +43,15 @@ async def to_job(
 
 
 @asynccontextmanager
-async def charged(services: Services, caller: Caller, spec: SampleSpec) -> AsyncIterator[None]:
+async def charged(
+    services: Services, caller: Caller, spec: SampleSpec, until: int | None = None
+) -> AsyncIterator[None]:
     """Charge a caller for a job, unless the block raises. Raises QuotaExceeded.
 
-    What a job costs is what it takes in passes of one row: a guided step counts twice, and skipped ones not at all.
+    until: the pass after which it ends, if that is not its last. What a job costs is what it takes in passes of one
+    row: a guided step counts twice, and skipped ones not at all.
     """
-    row_steps, jobs = work_of(spec, services.model).places, 0
+    row_steps, jobs = work_of(spec, services.model).ending_at(until).places, 0
     if (most := caller.limits.jobs) is not None:
         new_jobs = services.new_jobs
         elsewhere = await new_jobs.number_elsewhere(caller.name) if new_jobs.number_here(caller.name) < most else 0
@@ -58,16 +62,25 @@ async def charged(services: Services, caller: Caller, spec: SampleSpec) -> Async
 
 
 async def submit(
-    services: Services, caller: Caller, job_id: str, spec: SampleSpec, deadline_s: float | None, **given: Any
+    services: Services,
+    caller: Caller,
+    job_id: str,
+    spec: SampleSpec,
+    deadline_s: float | None,
+    *,
+    recording: Recorder[Any] | None = None,
+    **given: Any,
 ) -> Ticket:
     """Charge a caller for a job that is not durable, and let it in.
 
-    given: see Worker.submit. Raises what `charged` and Worker.submit do; Overloaded says when the first of the servers
-    that share their durable jobs has room.
+    recording, given: see Worker.submit. Raises what `charged` and Worker.submit do; Overloaded says when the first of
+    the servers that share their durable jobs has room.
     """
     try:
-        async with charged(services, caller, spec):
-            return services.worker.submit(job_id, spec, deadline_s, model=services.number, owner=caller.name, **given)
+        async with charged(services, caller, spec, recording.until if recording is not None else None):
+            return services.worker.submit(
+                job_id, spec, deadline_s, model=services.number, owner=caller.name, recording=recording, **given
+            )
     except Overloaded as error:
         raise await services.new_jobs.soonest(error, services.number, spec) from None
 

@@ -88,10 +88,10 @@ class Encoder:
         spec: SampleSpec,
         frames: Callable[[], Mapping[int, Mapping[Show, Images]]],
         timesteps: Sequence[float],
-        result: JobResult,
+        result: JobResult | None,
         made_by: ModelInfo,
     ) -> bytes:
-        """Make JSON of a recording and its result. timesteps: of each pass. Raises NotFinite."""
+        """Make JSON of a recording and its result, if that is wanted. timesteps: of each pass. Raises NotFinite."""
         with traced("encode", {"tminus.media_type": JSON, "tminus.images": spec.n}):
             return await asyncio.get_running_loop().run_in_executor(
                 self._animations, self._encode_path, spec, frames, timesteps, result, made_by
@@ -162,18 +162,20 @@ class Encoder:
         spec: SampleSpec,
         read: Callable[[], Mapping[int, Mapping[Show, Images]]],
         timesteps: Sequence[float],
-        result: JobResult,
+        result: JobResult | None,
         model: ModelInfo,
     ) -> bytes:
-        recorded, images = read(), result.read()
+        recorded, images = read(), result.read() if result is not None else None
         started = time.perf_counter()
         frames = [
             {"step": step, "t": round(timesteps[step], 3)}
             | {show: _base64(encode_frame(contact_sheet(each), "png")) for show, each in shown.items()}
             for step, shown in recorded.items()
         ]
-        sheet = _base64(encode_result(PNG, spec, images, model))
-        body = json.dumps(_document(spec, images, model) | {"frames": frames, "sheet": sheet}).encode()
+        document: dict[str, object] = {**recipe(spec, model), "images": [], "frames": frames}
+        if images is not None:
+            document |= _document(spec, images, model) | {"sheet": _base64(encode_result(PNG, spec, images, model))}
+        body = json.dumps(document).encode()
         self._observe("path", time.perf_counter() - started)
         return body
 

@@ -20,17 +20,45 @@ export function addFrame({ step, steps, t }, pictures) {
   if (frames.length && step < frames.at(-1).step) return;
   if (frames.at(-1)?.step !== step) frames.push({ step, steps, t });
   const last = frames.at(-1);
-  for (const [show, blob] of Object.entries(pictures)) {
-    release(last[show]);
-    last[show] = { url: URL.createObjectURL(blob), bytes: blob.size };
-  }
+  take(last, pictures);
   if (frames.reduce((sum, frame) => sum + bytesOf(frame), 0) > MOST_BYTES) thinOut();
+  drawFrames();
+  showFrame(following ? frames.length - 1 : Number(element("scrub").value), "live");
+}
+
+function take(frame, pictures) {
+  for (const [show, blob] of Object.entries(pictures)) {
+    release(frame[show]);
+    frame[show] = { url: URL.createObjectURL(blob), bytes: blob.size };
+  }
+}
+
+function drawFrames() {
   const scrub = element("scrub");
   scrub.disabled = false;
   scrub.max = frames.length - 1;
   element("play").ariaDisabled = String(frames.length < 2);
   drawStrip(frames);
-  showFrame(following ? frames.length - 1 : Number(scrub.value), "live");
+}
+
+/** The last of the steps 0, every, 2 every, … before the newest frame that has no frame; -1 where each has one. */
+export function lastMissing(every) {
+  const known = new Set(frames.map(({ step }) => step));
+  const wanted = Array.from({ length: Math.ceil((frames.at(-1)?.step ?? 0) / every) }, (_, k) => k * every);
+  return wanted.findLast((step) => !known.has(step)) ?? -1;
+}
+
+/** Put in those of a path's frames that are missing. What is shown stays. */
+export function fillIn(path) {
+  const known = new Set(frames.map(({ step }) => step)), shown = frames[Number(element("scrub").value)];
+  for (const { step, t, pictures } of path.filter((each) => !known.has(each.step))) {
+    const frame = { step, steps: shown.steps, t };
+    take(frame, pictures);
+    frames.push(frame);
+  }
+  frames.sort((one, other) => one.step - other.step);
+  drawFrames();
+  showFrame(frames.indexOf(shown), "live");
 }
 
 /** Show a whole path, its end first. frames: {step, steps, t, pictures}, the pictures being blobs. */

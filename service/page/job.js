@@ -1,27 +1,32 @@
 // One durable job, followed until it ends: by server-sent events, or by looking at it where those are refused.
 
-import { ask, base, getJson, isGone, parse, reason, seconds, shorten } from "./api.js";
-import { addFrame, clearFrames, MOST_BYTES } from "./frames.js";
+import { ask, base, getJson, isGone, parse, reason, Refusal, seconds, shorten } from "./api.js";
+import { addFrame, clearFrames, fillIn, lastMissing, MOST_BYTES } from "./frames.js";
+import { askBeginning } from "./path.js";
 import { forgetForecast, say, showForecast, showProgress, showStep } from "./standing.js";
 
 const MOST_FRAMES = 200; // of a job
 const AGAIN_MS = 2000; // until a job is looked at again
+const FILL_TRIES = 30; // at AGAIN_MS each, for frames that were missed
 const LOOKS = 5; // to one attempt at events that were refused
 const ENDS = ["done", "failed", "cancelled"];
 
 // The job that is being followed. After each await, check that it is still the current job.
 let current = null;
+let filling = null; // what aborts asking for frames that were missed, of the job that is shown
 
 export const jobInAddress = () => /^#job=([0-9a-f]{32})$/.exec(location.hash)?.[1];
 
 // Show a job until it ends. tell: what to do with its end, {done, over, complain}; `over` is called however it ends.
-export function follow(job, model, tell) {
+// edit: the picture and mask that it began with, where the page still has them.
+export function follow(job, model, tell, edit = {}) {
   clear();
-  const query = new URLSearchParams({ every: stepsBetweenFrames(job, model) });
+  const every = stepsBetweenFrames(job, model), query = new URLSearchParams({ every });
   for (const show of ["x_t", "x_0"]) query.append("show", show);
   const url = new URL(`jobs/${job.id}/events?${query}`, base);
   // looks: since events came; look: the number of the newest, which makes older ones void.
   current = { id: job.id, url, tell, source: null, timer: null, looks: 0, look: 0, broken: false, ended: false };
+  Object.assign(current, { model, every, edit });
   showForecast(job);
   goOn(current, job);
 }
@@ -29,6 +34,7 @@ export function follow(job, model, tell) {
 // Leave the job that is shown, and show none.
 export function clear() {
   leave();
+  filling?.abort();
   clearFrames();
   showProgress(0, "");
 }
@@ -170,10 +176,29 @@ async function showImages(job, ended) {
     addFrame({ step: ended.steps, steps: ended.steps, t: 0 }, { x_t: images, x_0: images });
     job.tell.done(ended, images);
     over(job, `Done in ${seconds((new Date(ended.finished) - new Date(ended.created)) / 1000)}.`);
+    fill(job, ended);
   } catch (error) {
     if (job !== current) return;
     over(job, "Done.");
     job.tell.complain(`The images could not be had: ${reason(error)}.`);
+  }
+}
+
+// The film begins with the noise, and has a frame after every so many steps. Those that came before the page listened, or
+// that were dropped on their way, are made again: they depend on nothing but the parameters.
+async function fill({ model, every, edit }, { parameters, fingerprint }) {
+  const until = lastMissing(every), isEdit = "image_sha256" in parameters;
+  if (until < 0 || (isEdit && !edit.image)) return;
+  const { signal } = (filling = new AbortController());
+  for (let tries = 0; tries < FILL_TRIES && !signal.aborted; tries++) {
+    try {
+      const beginning = await askBeginning({ ...parameters, ...edit }, { every, until }, model, signal);
+      if (!signal.aborted && beginning.fingerprint === fingerprint) fillIn(beginning.frames);
+      return;
+    } catch (error) {
+      if (error instanceof Refusal && ![429, 503].includes(error.status)) return; // the film stays as it is
+    }
+    await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
   }
 }
 

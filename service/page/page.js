@@ -117,7 +117,7 @@ async function run(body) {
   toTop();
   try {
     const { job, cancelled } = await create(model, body, () => say("There is no answer. Trying again…"));
-    show(job);
+    show(job, parse(body));
     if (cancelled) cancel();
   } catch (error) {
     busy(false);
@@ -154,15 +154,13 @@ function giveUp() {
   cancelUnderWay(model);
 }
 
-function show(job) {
+// image, mask: those that an edit was asked for with, where the page still has them.
+function show(job, { image, mask } = {}) {
   player1.pause();
   element("caption").textContent = `Yours: ${describe(job.parameters)}.`;
   busy(true);
-  follow(job, model, {
-    done: (ended, picture) => addResult(ended, picture, model),
-    over: () => busy(false),
-    complain,
-  });
+  const tell = { done: (ended, picture) => addResult(ended, picture, model), over: () => busy(false), complain };
+  follow(job, model, tell, { ...(image && { image }), ...(mask && { mask }) });
 }
 
 function busy(yes) {

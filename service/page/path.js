@@ -22,6 +22,31 @@ export function passesOf({ sampler, steps }, model) {
   return steps < 2 ? steps : each * (steps - 1) + 1 + more;
 }
 
+const pictures = ({ x_t, x_0 }) => ({ x_t: toBlob(x_t), x_0: toBlob(x_0) });
+
+function request(parameters, model, signal) {
+  const asked = requestOf(parameters, model);
+  const headers = { Accept: "application/json" };
+  // A query cannot say that there is no class among others, and has no room for a picture.
+  const inBody = [parameters.class_label].flat().includes(null) || parameters.image;
+  return inBody
+    ? ask("sample", { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: toJson(asked), signal })
+    : ask(`sample?${toQuery(asked)}`, { headers, signal });
+}
+
+/**
+ * Ask for the beginning of a path, of which no more steps are taken than that. Raises what `ask` does.
+ * every, until: the steps of the frames; fewer frames come where the server would refuse so many.
+ */
+export async function askBeginning(parameters, { every, until }, model, signal) {
+  const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
+  const most = Math.max(1, Math.floor(MOST_BYTES / frameBytes) - 1);
+  const fewer = every * Math.max(1, Math.ceil(until / every / most));
+  const asked = { ...parameters, every: fewer, until, show: ["x_t", "x_0"] };
+  const { frames, fingerprint } = parse(await (await request(asked, model, signal)).text());
+  return { frames: frames.map(({ step, t, ...data }) => ({ step, t, pictures: pictures(data) })), fingerprint };
+}
+
 /**
  * Ask for a path. Raises what `ask` does.
  * @returns {Promise<{frames: {step: number, steps: number, t: number, pictures: Object<string, Blob>}[], image: Blob,
@@ -31,15 +56,11 @@ export async function askPath(parameters, model, signal) {
   const frameBytes = 2 * parameters.n * model.width_px * model.height_px * model.channels;
   const most = Math.max(1, Math.min(MOST_FRAMES, Math.floor(MOST_BYTES / frameBytes)));
   const every = Math.ceil(passesOf(parameters, model) / most) || 1;
-  const asked = requestOf({ ...parameters, every, show: ["x_t", "x_0"] }, model), headers = { Accept: "application/json" };
-  const inBody = [parameters.class_label].flat().includes(null); // no class among others: a query cannot say it
-  const response = inBody
-    ? await ask("sample", { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: toJson(asked), signal })
-    : await ask(`sample?${toQuery(asked)}`, { headers, signal });
+  const response = await request({ ...parameters, every, show: ["x_t", "x_0"] }, model, signal);
   const { frames, sheet, spec } = parse(await response.text());
   const image = toBlob(sheet);
   const steps = passesOf(spec, model);
-  const path = frames.map(({ step, t, x_t, x_0 }) => ({ step, steps, t, pictures: { x_t: toBlob(x_t), x_0: toBlob(x_0) } }));
+  const path = frames.map(({ step, t, ...data }) => ({ step, steps, t, pictures: pictures(data) }));
   path.push({ step: steps, steps, t: 0, pictures: { x_t: image, x_0: image } });
   const took = /denoise;dur=([\d.]+)/.exec(response.headers.get("Server-Timing") ?? "");
   return { frames: path, image, spec, milliseconds: took ? Number(took[1]) : null };

@@ -266,6 +266,10 @@ class Loop:
 
     def _deliver(self, job: RunningJob) -> None:
         """Free a job's rows, and end it with its images; those of a latent model are decoded first."""
+        if job.work.steps < job.spec.end:  # only what was recorded on the way is wanted
+            job.model.engine.remove(job.rows)
+            self._finish(job, lambda: np.empty(0, np.uint8), self._clock())
+            return
         reads: list[Callable[[], Images]] = []
         with self._giving_up([job], "its images could not be read", "job %s could not be read", job.id):
             # Of a latent model one by one, so that a shorter job may come between them.
@@ -287,7 +291,7 @@ class Loop:
     def _finish(self, job: RunningJob, read: Callable[[], Images], denoised_s: float) -> None:
         assert job.started_s is not None
         self._leave(job)
-        self._metrics.job_done(job.model.info.name, job.spec.n)
+        self._metrics.job_done(job.model.info.name, job.spec.n if job.work.steps == job.spec.end else 0)
         queue_s, denoise_s = job.started_s - job.submitted_s, denoised_s - job.started_s
         what = "job %s of request %s done: queued %.3f s, denoised %.3f s"
         log.info(what, job.id, job.request_id, queue_s, denoise_s, extra=job.log_fields)

@@ -28,6 +28,7 @@ class Recorder(ABC, Generic[Kept]):
     def __init__(self) -> None:
         # By step: indices of rows in the job, their positions in what is read, and what waits for the copy from a GPU.
         self._parts: dict[int, list[tuple[list[int], list[int], Callable[[], Kept]]]] = {}
+        self.until: int | None = None  # the step after which the job ends without images, as nobody wants them
 
     @abstractmethod
     def due(self, step: int) -> bool:
@@ -54,14 +55,26 @@ class Recorder(ABC, Generic[Kept]):
 class Recording(Recorder[Mapping[Show, Images]]):
     """Frames of a job, after every so many of its steps."""
 
-    def __init__(self, every: int, shows: tuple[Show, ...], n: int, steps: int) -> None:
+    def __init__(
+        self,
+        every: int,
+        shows: tuple[Show, ...],
+        n: int,
+        steps: int,
+        *,
+        from_noise: bool = False,
+        until: int | None = None,
+    ) -> None:
+        """from_noise: also what the rows begin with. until: the last step whose frame is wanted; None: all."""
         super().__init__()
         self._shows = shows
         self._every, self._n, self._steps = every, n, steps
+        self._first, self.until = 0 if from_noise else 1, until
 
     def due(self, step: int) -> bool:
-        """Not before the first step, nor after the last one: that is the job's own result."""
-        return step % self._every == 0 and 0 < step < self._steps
+        """Not after the last step: that is the job's own result."""
+        wanted = self._first <= step < self._steps and (self.until is None or step <= self.until)
+        return wanted and step % self._every == 0
 
     def read(self, engine: RowEngine, rows: Sequence[int]) -> Callable[[], Mapping[Show, Images]]:
         """Read pictures of rows."""

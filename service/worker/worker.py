@@ -115,6 +115,8 @@ class Worker:
         self.check_open()
         loaded = self._model(model)
         work, now_s = work_of(spec, loaded.info, model), self._clock()
+        if recording is not None:
+            work = work.ending_at(recording.until)
         # Outside the gate: this may take milliseconds, and the worker's thread needs the gate for every job that ends.
         pictured = inputs is not None
         outlook = self._admission.enter(job_id, work, owner, now_s=now_s, deadline_s=deadline_s, has_picture=pictured)

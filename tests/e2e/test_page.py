@@ -1,5 +1,6 @@
 """The page in a real browser, against the real server."""
 
+import base64
 import io
 import json
 import re
@@ -197,6 +198,35 @@ def test_noise_becomes_images_before_ones_eyes(open_page: Callable[..., Page], b
     scrub.focus()
     page.tab.keyboard.press("End")
     assert page.picture("#x_t") == final, "with the keyboard alone"
+
+
+def test_the_film_of_a_job_has_every_frame_from_the_noise_on_whatever_the_page_has_heard(
+    open_page: Callable[..., Page], server: RunningServer
+) -> None:
+    page, steps = open_page(), 8
+    asked = {"class_label": "bag", "sampler": "ddim", "steps": steps, "n": 2, "guidance": 1}
+    counted, scrub = page.tab.locator("#frame-text"), page.tab.locator("#scrub")
+
+    def check(seed: int) -> None:
+        expect(counted).to_contain_text(f" of {steps + 1}: after step ")
+        query = asked | {"class_label": 8, "seed": seed, "every": 1, "show": ["x_t", "x_0"]}
+        answer = httpx.get(f"{server.url}/sample", params=query, headers={"Accept": "application/json"}, timeout=60)
+        for number, frame in enumerate(answer.json()["frames"]):
+            scrub.fill(str(number))
+            expect(counted).to_contain_text(f"Frame {number + 1} of {steps + 1}: after step {number}, ")
+            assert gray(page.picture("#x_t")).tolist() == gray(base64.b64decode(frame["x_t"])).tolist()
+
+    for seed in range(5):  # each job may have ended before its events are asked for
+        page.sample(**asked, seed=seed)
+        page.wait_until(DONE)
+        check(seed)
+    page.tab.reload()
+    page.wait_until(DONE)
+    check(4)
+    page.refuse("/events", 503)  # as a proxy that lets none through
+    page.sample(**asked, seed=5)
+    page.wait_until(DONE)
+    check(5)
 
 
 def test_the_calls_of_a_result_make_it_again(open_page: Callable[..., Page], tmp_path: Path) -> None:
@@ -544,6 +574,7 @@ def test_a_tab_keeps_the_newest_results_and_the_pictures_of_no_others(open_page:
     page = open_page()
     page.sample(**QUICK)
     expect(page.tab.locator("#gallery li")).to_have_count(1)
+    expect(page.tab.locator("#frame-text")).to_contain_text(f" of {QUICK['steps'] + 1}:")
     page.tab.evaluate(COUNT_URLS)
     seeds = page.tab.evaluate(
         """async () => {

@@ -65,7 +65,7 @@ def test_the_page_opens_with_a_sample_and_its_way_and_leaves_nothing_behind(
     expect(page.tab.locator("body")).to_have_attribute("data-opening", "shown")
     expect(page.tab.locator("#caption")).to_contain_text("sneaker, 20 steps of dpmpp_2m, guidance 1.5, seed 7")
     wait_for_picture(page, "#x_t", server.post(json=OPENING).content)
-    assert frame_numbers(page) == (20, 20)
+    assert frame_numbers(page) == (21, 21)
     expect(page.tab.locator("#strip button:enabled")).to_have_count(10)
     assert job_ids(server) == before
     expect(page.tab.locator("#gallery li")).to_have_count(0)
@@ -102,14 +102,14 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     page = open_page()
     frames = way(server, **OPENING)["frames"]
     page.tab.locator("#strip button").first.click()
-    assert frame_numbers(page) == (1, 20)
+    assert frame_numbers(page) == (1, 21)
     page.tab.keyboard.press("ArrowRight")
-    assert frame_numbers(page) == (3, 20), "ten of twenty are on the film"
+    assert frame_numbers(page) == (3, 21), "ten of them are on the film"
     expect(page.tab.locator("#strip button").nth(1)).to_be_focused()
     expect(page.tab.locator("#strip button").nth(1)).to_have_attribute("aria-current", "true")
     assert time_shown(page) == frames[2]["t"]
     page.tab.keyboard.press("End")
-    assert frame_numbers(page) == (20, 20)
+    assert frame_numbers(page) == (21, 21)
 
     plot = page.tab.locator("#plot")
     plot.scroll_into_view_if_needed()
@@ -117,7 +117,7 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     page.tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + 30)
     t = 500
     shown = nearest(frames, t)
-    assert frame_numbers(page) == (shown + 1, 20)
+    assert frame_numbers(page) == (shown + 1, 21)
     wait_for_picture(page, "#x_0", decoded(frames[shown]["x_0"]))
     expect(plot).to_have_attribute("aria-valuenow", str(999 - t))
     expect(page.tab.locator("#chart-text")).to_contain_text(f"At t = {t}: alpha_bar ")
@@ -132,9 +132,9 @@ def test_film_plot_and_sliders_show_one_time(open_page: OpenPage, server: Runnin
     page.tab.keyboard.press("Home")
     expect(plot).to_have_attribute("aria-valuenow", "0")
     expect(plot).to_have_attribute("aria-valuetext", re.compile("^t = 999, alpha_bar "))
-    assert frame_numbers(page) == (1, 20)
+    assert frame_numbers(page) == (1, 21)
     page.tab.locator("#noise-t").fill("0")
-    assert frame_numbers(page) == (20, 20)
+    assert frame_numbers(page) == (21, 21)
     expect(plot).to_have_attribute("aria-valuenow", "999")
 
 
@@ -160,7 +160,7 @@ def test_the_way_is_played_paused_and_looped(open_page: OpenPage) -> None:
     page.tab.locator("#speed").select_option("2")
     page.press_play()
     page.tab.clock.run_for(3000)
-    assert frame_numbers(page) == (20, 20)
+    assert frame_numbers(page) == (21, 21)
     expect(page.tab.locator("#play")).to_have_attribute("aria-label", "Play")
     page.tab.locator("#loop").check()
     page.press_play()
@@ -213,11 +213,11 @@ def test_it_plays_by_itself_only_for_those_who_like_motion(open_page: OpenPage, 
     page.tab.reload()
     page.wait_for_the_opening()
     expect(page.tab.locator("#play")).to_have_attribute("aria-label", "Play")
-    assert frame_numbers(page) == (20, 20)
+    assert frame_numbers(page) == (21, 21)
     texts = page.tab.evaluate("() => window.frames_shown.filter((text) => text)")
     # The frames come one after the other, and the last of them stays.
-    came = next(number for number, text in enumerate(texts) if text.startswith("Frame 20 of 20"))
-    assert any(text.startswith("Frame 1 of 20") for text in texts[came:]) == (motion == "no-preference")
+    came = next(number for number, text in enumerate(texts) if text.startswith("Frame 21 of 21"))
+    assert any(text.startswith("Frame 1 of 21") for text in texts[came:]) == (motion == "no-preference")
 
 
 def test_a_mouse_that_crosses_the_plot_does_not_stop_what_is_watched(open_page: OpenPage) -> None:
@@ -684,6 +684,9 @@ def test_what_is_drawn_is_what_is_denoised(open_page: OpenPage, server: RunningS
     files = {"image": png_of(drawn), "mask": png_of(made_new)}
     expected = httpx.post(f"{server.url}/sample", files=files, data=fields, timeout=60).content
     assert page.picture("#gallery img") == expected
+    expect(page.tab.locator("#frame-text")).to_have_text(re.compile(r"^Frame \d of 6: "))
+    page.tab.locator("#scrub").fill("0")
+    expect(page.tab.locator("#x_t")).to_have_attribute("alt", "x_t after step 0 of 5")
 
 
 def test_without_a_picture_there_is_nothing_to_denoise(open_page: OpenPage) -> None:
@@ -725,7 +728,7 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
     page.tab.locator("#cells tr:nth-child(2) td:nth-child(3) button").click()
     expect(page.tab.locator("#caption")).to_contain_text("From the grid: bag")
     assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
-    assert frame_numbers(page) == (20, 20)
+    assert frame_numbers(page) == (21, 21)
     assert form_of(page)["class_label"] == "8"
     page.sample(**LONG)
     page.wait_for_step()

@@ -7,7 +7,7 @@ import schemathesis
 NOT_IN_A_SCHEMA = {
     "class_label", "deadline_s", "eta", "every", "fps", "guidance", "guidance_interval",
     "guidance_rescale", "Idempotency-Key", "image", "mix", "nearest", "table", "to_seed",
-    "image_sha256", "index", "mask", "mask_sha256", "show", "strength", "t", "webhook",
+    "image_sha256", "index", "mask", "mask_sha256", "show", "strength", "t", "until", "webhook",
     "output_compression", "output_format", "partial_images", "prompt", "response_format", "size",  # of /v1
     "inputs", "guidance_scale",  # of Hugging Face's
     "job_id",  # of PUT, where the fuzzer tries the ids of other jobs too

@@ -35,7 +35,7 @@ def test_openapi_is_valid_and_has_every_parameter(site: Site) -> None:
     for method in ("get", "post"):
         operation = document["paths"]["/sample"][method]
         parameters = {each["name"]: each for each in operation["parameters"] if each["in"] == "query"}
-        assert parameters.keys() == SampleRequest.model_fields.keys() - {"image", "mask"} | {"every", "show"}
+        assert parameters.keys() == SampleRequest.model_fields.keys() - {"image", "mask"} | {"every", "show", "until"}
         for name, parameter in parameters.items():
             assert parameter["description"], name
             assert parameter["schema"], name

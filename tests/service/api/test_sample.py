@@ -336,7 +336,7 @@ def test_the_way_to_the_images_is_had_as_json_with_timesteps(site: Site) -> None
     assert {name: way[name] for name in plain} == plain
     assert base64.b64decode(way["sheet"]) == site.post(json=SPEC).content
     steps = [frame["step"] for frame in way["frames"]]
-    assert steps == list(range(2, SPEC["steps"], 2))
+    assert steps == list(range(0, SPEC["steps"], 2)), "from the noise on"
     with site.client.websocket_connect("/sample/stream") as ws:
         ws.send_json(SPEC | {"every": 2})
         told = {}
@@ -346,7 +346,7 @@ def test_the_way_to_the_images_is_had_as_json_with_timesteps(site: Site) -> None
     assert told
     assert {frame["step"]: frame["t"] for frame in way["frames"]}.items() >= told.items()
     animation = site.post(json=SPEC | {"every": 2}, headers=WEBP)
-    for frame, expected in zip(way["frames"], frames_of(animation.content)[0], strict=False):
+    for frame, expected in zip(way["frames"][1:], frames_of(animation.content)[0], strict=False):
         with Image.open(io.BytesIO(base64.b64decode(frame["x_t"]))) as picture:
             np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
         assert frame["x_0"]
@@ -355,6 +355,32 @@ def test_the_way_to_the_images_is_had_as_json_with_timesteps(site: Site) -> None
     assert other.headers["etag"] != answer.headers["etag"]
     known = site.post(json=asked, headers=AS_JSON | {"If-None-Match": answer.headers["etag"]})
     assert known.status_code == 304
+
+
+@pytest.mark.parametrize("until", [0, 1, 4])
+def test_the_beginning_of_a_way_costs_no_more_than_its_steps(make_site: MakeSite, until: int) -> None:
+    site = make_site()
+    asked = SPEC | {"every": 1, "show": ["x_0", "x_t"]}
+    beginning = site.post(json=asked | {"until": until}, headers=AS_JSON).json()
+    taken = sum(len(batch.rows) for batch in site.engine.batches[1:])  # the first is the warm-up's
+    assert taken == SPEC["n"] * max(1, until)
+    whole = site.post(json=asked, headers=AS_JSON).json()
+    assert beginning["frames"] == whole["frames"][: until + 1]
+    assert beginning["images"] == []
+    assert "sheet" not in beginning
+    assert {name: beginning[name] for name in ("spec", "fingerprint")} == {
+        name: whole[name] for name in ("spec", "fingerprint")
+    }
+    assert not site.engine.jobs
+
+
+def test_a_beginning_is_had_as_json_only(site: Site) -> None:
+    for given, headers in (
+        ({"until": 2}, AS_JSON),
+        ({"every": 1, "until": 2}, WEBP),
+        ({"every": 1, "until": -1}, AS_JSON),
+    ):
+        assert problem(site.post(json=SPEC | given, headers=headers), 422, "invalid_field")["field"] == "until"
 
 
 @pytest.mark.parametrize("show", [[], ["x_t", "x_t"], ["x_t", "x"], ["x_t", "x_0", "x_t"]])

@@ -31,6 +31,11 @@ def test_frames_are_of_one_step_each_however_the_rows_came_to_it(every: int, ste
         np.testing.assert_array_equal(frame["x_t"][:, 0, 0, 0], [10 * row + step for row in range(n)])
 
 
+def test_frames_may_begin_with_the_noise_and_end_early() -> None:
+    recording = Recording(2, ("x_t",), 1, 9, from_noise=True, until=5)
+    assert [step for step in range(10) if recording.due(step)] == [0, 2, 4]
+
+
 @pytest.mark.parametrize("strength", [None, 0.6])
 def test_a_path_has_every_row_before_its_first_step_and_after_each(strength: float | None) -> None:
     spec, engine, rng = make_spec(n=3, steps=5, strength=strength), FakeEngine(), random.Random(0)
