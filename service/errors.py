@@ -1,7 +1,4 @@
-"""Every way the service refuses or fails, each with its status and stable code. docs/errors.md explains them.
-
-One file, though long: clients see these as one list, and so may a reader.
-"""
+"""Every way the service refuses or fails, each with its status and stable code. docs/errors.md explains them."""
 
 import json
 import math
