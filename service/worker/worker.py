@@ -281,9 +281,9 @@ class Worker:
     def _run(self) -> None:
         loop = self._loop
         try:
-            for model in tuple(self._models.values()):
+            for number in tuple(self._models):  # a variable with the last model would hold it after it is unloaded
                 self._begin_turn()
-                loop.models.put(model)
+                loop.models.put(self._models[number])
             self._ready.set()
             while not self._closed.is_set() and not (self._draining.is_set() and not loop.has_work):
                 self._take_commands()

@@ -25,6 +25,8 @@ from tminus.service.engine.options import BUNDLED, LoadOptions
 from tminus.service.jobs.objects import open_objects as really_open_objects
 from tminus.service.jobs.postgres import open_postgres as really_open_postgres
 from tminus.service.jobs.results import Results
+from tminus.service.jobs.sql_store import SqlStore
+from tminus.service.jobs.sqlite_store import SqliteStore
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.library import Library
@@ -274,7 +276,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Runs `tminus serve` with its engine, socket, app and server taken away."""
 
     def run(*arguments: str, **variables: str) -> tuple[click.testing.Result, Served]:
-        served = Served()
+        served, store = Served(), SqliteStore(None)
 
         read_once: list[weakref.ref[FakeCheckpoint]] = []
 
@@ -303,7 +305,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         def create_app(
             first: list[Prepared],
             limits: Limits,
-            take_store: Callable[[str], str],
+            take_store: Callable[[str], SqlStore],
             doors: Doors,
             *,
             library: Library,
@@ -318,7 +320,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             if len(first) > 1:
                 gc.collect()
                 assert {each() for each in read_once} == {None}, "an unloaded model's weights would stay for ever"
-            assert [take_store(each.engine.info.weights_hash) for each in first] == ["the store"] * len(first)
+            assert [take_store(each.engine.info.weights_hash) for each in first] == [store] * len(first)
             sharing = first[0].speed.sharing
             served.update(limits=limits, sharing=sharing, policy=sharing.policy)
             served.update(tick_times=first[0].speed.tick_times.points, models=library.folder)
@@ -331,15 +333,15 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             served.update(names=[each.engine.info.name for each in first], library=library)
             return APP
 
-        def open_store(state_dir: str, weights_hash: str) -> str:
+        def open_store(state_dir: str, weights_hash: str) -> SqliteStore:
             served.update(state_dir=state_dir)
-            return "the store"
+            return store
 
-        def open_postgres(url: str, namespace: str, lease_s: float, address: str | None) -> Callable[[str], str]:
+        def open_postgres(url: str, namespace: str, lease_s: float, address: str | None) -> Callable[[str], SqlStore]:
             if not url.startswith("postgresql://"):
-                return really_open_postgres(url, namespace, lease_s)  # type: ignore[return-value]
+                return really_open_postgres(url, namespace, lease_s)
             served.update(job_store=url, job_namespace=namespace, job_lease_s=lease_s, job_address=address)
-            return lambda weights_hash: "the store"
+            return lambda weights_hash: store
 
         def open_objects(url: str, folder: str) -> str:
             if not re.match("s3://[a-z]+(/[a-z]+)?$", url):
@@ -376,6 +378,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
             ),
         )
         result = click.testing.CliRunner().invoke(cli.main, ["serve", *arguments], env=variables)
+        store.close()
         return result, served
 
     return run

@@ -364,7 +364,7 @@ def test_a_job_that_is_cancelled_meanwhile_has_no_images(held: Site) -> None:
 
 def test_no_failure_that_is_kept_says_when_to_try_again() -> None:
     """Such as a job may end by: see Lifecycle. What is kept of them is told without headers."""
-    kept = [EngineFailed(""), NotFinite(), DeadlinePassed.of(1), StorageFailed(""), ServiceError("")]
+    kept = [EngineFailed(""), NotFinite(), DeadlinePassed.of(1), StorageFailed("", damaged=True), ServiceError("")]
     assert [error.headers for error in kept] == [{}] * len(kept)
 
 
