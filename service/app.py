@@ -36,6 +36,7 @@ from tminus.service.api.services import Services
 from tminus.service.api.stream import stream_routes
 from tminus.service.api.stream_limits import Streams
 from tminus.service.api.system import model_routes, system_routes
+from tminus.service.jobs.process_end import EndFile
 from tminus.service.jobs.results import Results
 from tminus.service.jobs.store import JobStore
 from tminus.service.jobs.webhooks.deliverer import Rules
@@ -45,6 +46,7 @@ from tminus.service.model_changes import ModelChanges, Prepare, prepare_nothing
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.parts import Parts, Prepared
 from tminus.service.tracing import TRACER, Tracer
+from tminus.service.worker.loop import note_nothing
 from tminus.service.worker.worker import Worker
 
 VERSION = "0.1.0"
@@ -77,6 +79,7 @@ def create_app(
     with_metrics: bool = True,
     with_docs: bool = True,
     tracer: Tracer | None = None,
+    end_file: EndFile | None = None,
 ) -> Application:
     """Build the application around the models that it begins with, the default one first.
 
@@ -84,12 +87,13 @@ def create_app(
     with the app. doors: by what names, and for which pages. library: what can be loaded, by `prepare`. access: who may
     ask; None: anybody, and nobody may load or unload models. results: where large ones of durable jobs go, if not into
     their store. webhooks: how they are sent, if they are. with_metrics, with_docs: whether /metrics, and /docs with
-    /openapi.json, are answered. tracer: for spans; it is closed with the app. The worker runs for as long as the app's
-    lifespan.
+    /openapi.json, are answered. tracer: for spans; it is closed with the app. end_file: outlives the process where
+    that ends by itself; it is closed with the app. The worker runs for as long as the app's lifespan.
     """
     doors = doors or Doors()
     access = access or Access()
-    parts = Parts(list(first), limits, open_store, doors, access, results, webhooks)
+    note = end_file.work_on if end_file is not None else note_nothing
+    parts = Parts(list(first), limits, open_store, doors, access, results, webhooks, note)
     models, metrics = parts.models, parts.metrics
     changes = ModelChanges(parts, library or Library(), prepare)
 
@@ -99,6 +103,8 @@ def create_app(
         await parts.start()
         yield
         await parts.close()
+        if end_file is not None:
+            end_file.close()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 

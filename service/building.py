@@ -16,7 +16,10 @@ from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
 from tminus.service.app import Application, create_app
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.opening import open_store
+from tminus.service.jobs.crashes import count_ends
+from tminus.service.jobs.opening import open_store, state_folder
+from tminus.service.jobs.process_end import EndFile, take_ends
+from tminus.service.jobs.process_end import name_of as name_of_files
 from tminus.service.jobs.results import Results
 from tminus.service.jobs.sqlite_file import listed
 from tminus.service.jobs.store import JobStore
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from tminus.service.engine.loading import Measured, ReadModel
 
 log = logging.getLogger(__name__)
+
+UNTOLD = "if a job ends this process, it will not be known which: %s"
 
 
 def prepare(
@@ -55,6 +60,7 @@ def prepare(
             store.close()
         setting = "--state-dir (TMINUS_STATE_DIR)" if settings.job_store is None else "--job-store (TMINUS_JOB_STORE)"
         raise ValueError(f"{setting}: {error}") from None
+    begin_end_file = look_at_ends(settings, stores)
 
     tell_left_behind(stores)
 
@@ -110,9 +116,33 @@ def prepare(
             with_metrics=with_metrics,
             with_docs=settings.docs,
             tracer=tracer,
+            end_file=begin_end_file(),
         )
 
     return build
+
+
+def look_at_ends(settings: Settings, stores: Mapping[str, JobStore]) -> Callable[[], EndFile | None]:
+    """Count how servers on these stores ended before this one; return what begins the file that tells of its own end.
+
+    stores: by the hash of their weights.
+    """
+    name = name_of_files(settings.job_namespace if settings.job_store is not None else None, stores)
+
+    def begin() -> EndFile | None:
+        try:
+            return EndFile(folder, name) if folder is not None else None
+        except OSError as error:
+            log.warning(UNTOLD, error)
+            return None
+
+    folder = None
+    try:
+        if (folder := state_folder(settings.state_dir)) is not None:
+            count_ends(take_ends(folder, name), stores.values())
+    except ValueError as error:  # without a file in it a server needs no folder
+        log.warning(UNTOLD, error)
+    return begin
 
 
 def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[str], JobStore]:

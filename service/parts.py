@@ -39,6 +39,7 @@ from tminus.service.scheduling.owners import Served
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.speed import Speed
 from tminus.service.worker.loaded_models import LoadedModel
+from tminus.service.worker.loop import Note, note_nothing
 from tminus.service.worker.recording import RecordingRoom
 from tminus.service.worker.worker import Worker
 
@@ -83,10 +84,12 @@ class Parts:
         access: Access,
         results: Results | None = None,
         webhooks: Rules | None = None,
+        note: Note = note_nothing,
     ) -> None:
         """first: the models that it begins with, the default one first. open_store: for the hash of weights.
 
         results: where large ones of durable jobs go, if not into their store. webhooks: how they are sent, if they are.
+        note: as the worker's loop has it.
         """
         self._webhooks = webhooks
         self.metrics, self.models, self.doors, self.access = Metrics(), Models(), doors, access
@@ -105,7 +108,7 @@ class Parts:
         self.recordings = RecordingRoom(self.answers)
         stores = [self._stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._loaded(prepared, store) for prepared, store in zip(first, stores, strict=True)]
-        self.worker = Worker(loaded, self.admission, self.metrics)
+        self.worker = Worker(loaded, self.admission, self.metrics, note=note)
         self.standings = Standings(self.worker)
         self.jobs = Jobs(self.worker, self.standings)
         self.new_jobs = NewJobs(self.worker, self.jobs)

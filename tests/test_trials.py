@@ -225,7 +225,9 @@ def test_connections_that_are_held_keep_nobody_out(small: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["clock", "disk", "worker", "step", "memory-job", "memory-limit"])  # others: tests/e2e
+@pytest.mark.parametrize(
+    "name", ["clock", "death", "disk", "worker", "step", "memory-job", "memory-limit"]
+)  # others: tests/e2e
 def test_a_fault_has_the_outcome_that_is_stated(
     small: Path,  # noqa: F811
     name: str,

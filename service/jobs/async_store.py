@@ -179,9 +179,9 @@ class AsyncStore:
         """See JobStore."""
         return await self._call(self._store.inputs, job_id)
 
-    async def crashed(self, job_id: str) -> None:
+    async def crashed(self, job_ids: Collection[str]) -> None:
         """See JobStore."""
-        await self._write(self._store.crashed, job_id)
+        await self._write(self._store.crashed, job_ids)
 
     async def finish(self, job: JobRecord, images: Images | StoredObject | None) -> None:
         """See JobStore."""

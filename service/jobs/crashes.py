@@ -1,26 +1,60 @@
-"""Whether a job is what makes the worker crash."""
+"""Which jobs end the server: by a crash of the worker, or by the end of the whole process.
 
-from collections.abc import Collection
+Both count in the store against the jobs that were worked on then. A job with a count steps in ticks of its own, so that
+the next such end is its own doing or is not. Being killed from outside counts nothing.
+"""
+
+import logging
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 
-from tminus.service.errors import StorageFailed
+from tminus.service.errors import EngineFailed, StorageFailed
 from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.process_end import End
+from tminus.service.jobs.store import JobRecord, JobStore
+
+log = logging.getLogger(__name__)
+
+MOST = 2  # ends, after which a job fails
+MOST_TOLD = 20  # jobs, in a line of the log
 
 
-async def causes_crashes(
-    store: AsyncStore, record: JobRecord, crashed: Collection[str], live: Collection[JobRecord]
-) -> bool:
-    """Count a crash if the worker was running this job, unless it was running a suspect, which then caused it.
+def is_failed(record: JobRecord) -> bool:
+    """Whether a job has ended the server so often that it is not tried again."""
+    return record.crashes >= MOST
 
-    crashed: the jobs that the worker was running. live: all that have not ended.
+
+def failure() -> EngineFailed:
+    """Why such a job fails."""
+    return EngineFailed(f"the server ended {MOST} times while it worked on this job")
+
+
+async def causes_crashes(store: AsyncStore, record: JobRecord, crashed: Collection[str]) -> bool:
+    """Count a crash of the worker; whether the job was what it worked on, and fails for it.
+
+    crashed: the jobs that the worker worked on.
     """
     if record.id not in crashed:
         return False
-    if record.crashes:
+    if len(crashed) == 1 and record.crashes + 1 >= MOST:
         return True
-    if any(each.crashes for each in live if each.id in crashed):
-        return False
     with suppress(StorageFailed):
-        await store.crashed(record.id)
+        await store.crashed(crashed)
     return False
+
+
+def count_ends(ends: Iterable[End], stores: Collection[JobStore]) -> None:
+    """Count how processes before this one ended, before any of their jobs goes on."""
+    for end in ends:
+        named = sorted(end.jobs)
+        jobs = ", ".join(named[:MOST_TOLD]) + (", …" if len(named) > MOST_TOLD else "")
+        if end.cause is None:
+            log.info("a server before this one was killed, or the machine went, as it worked on %s", jobs or "nothing")
+            continue
+        log.error(
+            "a server before this one has ended by itself: %s. It worked on %s%s",
+            end.cause, jobs or "no job", f"\n{end.traceback.rstrip()}" if end.traceback else "",
+        )  # fmt: skip
+        for store in stores:
+            with suppress(StorageFailed):  # which the store has logged
+                store.crashed(end.jobs)

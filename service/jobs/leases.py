@@ -129,7 +129,7 @@ class Leases:
                 return
 
     async def _claim(self) -> None:
-        waits = any(not (live.submitted or live.parked or live.apart) for live in self._holder.all())  # for slots
+        waits = any(not (live.submitted or live.parked) for live in self._holder.all())  # for slots
         if waits or not self._worker.ready or (self._holder.retired and self._others_serve):
             return
         if self._holder.cannot_keep:  # others may: it would take job after job, and end none

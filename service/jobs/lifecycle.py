@@ -21,7 +21,7 @@ from tminus.service.errors import (
     StorageFailed,
 )
 from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.crashes import causes_crashes
+from tminus.service.jobs.crashes import causes_crashes, failure, is_failed
 from tminus.service.jobs.leases import CLAIM_S, Leases
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.resuming import kept_of
@@ -67,8 +67,6 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
         self._renewing, self._beside = set[asyncio.Task[None]](), set[asyncio.Task[None]]()
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
-        # Those that the worker worked on when it crashed run one at a time: if it crashes again, that one caused it.
-        self._quarantine = asyncio.Lock()
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()  # while there is no job
         self._idle.set()
@@ -103,7 +101,7 @@ class Lifecycle:
         for record in found:
             live = self._add(Live(record, self.model, self.model_name))
             with traced("resume", {"tminus.job.id": record.id}):  # what is done for it is a part of that
-                self._spawn(self._run_alone(live) if record.crashes else self._run(live, None))
+                self._spawn(self._fail(live, failure()) if is_failed(record) else self._run(live, None))
         if found:
             log.info("%d durable jobs that nobody works on are taken on", len(found))
             self.metrics.jobs_resumed(len(found))
@@ -233,17 +231,11 @@ class Lifecycle:
             log.exception("job %s could not be finished", live.record.id)
             await self._fail(live, ServiceError("something went wrong on the server; its log has the details"))
 
-    async def _run_alone(self, live: Live) -> None:
-        """As `_run`, of a job that may have crashed the worker: while it runs, no other such job does."""
-        live.apart = True
-        async with self._quarantine:
-            live.apart = False
-            log.warning("job %s was worked on when the worker crashed: it runs without others like it", live.record.id)
-            await self._run(live, None)
-
     async def _resume(self, live: Live) -> Ticket:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
         record = live.record
+        # What a replica left behind may have ended it: until that has started again, nobody knows.
+        alone = record.crashes > 0 or record.left_behind
         snapshot, inputs = await kept_of(self.store, record, self._fingerprint, self.pause)
         while record.id in self._worker.jobs:  # it was lost here, and the worker has not given it up yet
             await self.pause(ROOM_S)
@@ -257,14 +249,15 @@ class Lifecycle:
                 )
             try:
                 ticket = self._worker.resume(
-                    record.id, record.spec, deadline_s, inputs, snapshot, model=self.model, owner=record.owner
-                )
+                    record.id, record.spec, deadline_s, inputs, snapshot,
+                    model=self.model, owner=record.owner, alone=alone,
+                )  # fmt: skip
             except (NotReady, Overloaded):
                 await self.pause(ROOM_S)
             else:
                 break
         step = min(snapshot.steps) if snapshot is not None else record.spec.start
-        log.info("job %s goes on from step %d", record.id, step)
+        log.info("job %s goes on from step %d%s", record.id, step, ", in ticks of its own" if alone else "")
         live.submitted = True
         for watch, _ in live.viewers:
             self._worker.watch(record.id, watch)
@@ -275,11 +268,10 @@ class Lifecycle:
 
         After a crash of the worker leave it for the next start, unless this job causes the crashes.
         """
-        if isinstance(error, EngineFailed) and self._worker.crashed:
-            records = [each.record for each in self._live.values()]
-            if not await causes_crashes(self.store, live.record, self._worker.jobs_of_the_crash, records):
-                live.release_viewers()
-                return
+        of_the_crash = isinstance(error, EngineFailed) and self._worker.crashed
+        if of_the_crash and not await causes_crashes(self.store, live.record, self._worker.jobs_of_the_crash):
+            live.release_viewers()
+            return
         await self._end(live, self._ending(live.record, "failed", problem=error.problem()))
 
     async def _end(self, live: Live, record: JobRecord, images: Images | None = None) -> None:

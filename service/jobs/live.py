@@ -24,7 +24,6 @@ class Live:
     model_name: str
     submitted: bool = False  # the worker has it
     parked: bool = False  # this process has no room for it; another start may have
-    apart: bool = False  # it waits for another job that may have crashed the worker
     ending: JobRecord | None = None  # how it ended, while that is being kept
     lost: bool = False  # another replica has it now, or it was cancelled or deleted at another one
     ended: asyncio.Event = field(default_factory=asyncio.Event)

@@ -20,8 +20,21 @@ def open_store(state_dir: str, weights_hash: str) -> JobStore:
     state_dir: a folder; "" for the default one in the user's home, ":memory:" for none. Where the disk is full, opening
     is tried again at each call. Raises ValueError for a folder or file that cannot be used, with what to do about it.
     """
-    if state_dir == IN_MEMORY:
+    folder = state_folder(state_dir)
+    if folder is None:
         return SqliteStore(None)
+    file = folder / f"jobs-{weights_hash[:16]}.sqlite3"
+    try:
+        return SqliteStore(file)
+    except DiskFull as error:
+        log.error("%s; no durable job is accepted until there is room", error)
+        return cast(JobStore, LateStore(lambda: SqliteStore(file)))
+
+
+def state_folder(state_dir: str) -> Path | None:
+    """Make the folder of what outlives the process; None for ":memory:". Raises ValueError as open_store does."""
+    if state_dir == IN_MEMORY:
+        return None
     try:
         folder = Path(state_dir) if state_dir else _home_state_dir()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -29,12 +42,7 @@ def open_store(state_dir: str, weights_hash: str) -> JobStore:
         raise ValueError(
             f"no folder for durable jobs can be made: {error}. Name one, or {IN_MEMORY} for none"
         ) from None
-    file = folder / f"jobs-{weights_hash[:16]}.sqlite3"
-    try:
-        return SqliteStore(file)
-    except DiskFull as error:
-        log.error("%s; no durable job is accepted until there is room", error)
-        return cast(JobStore, LateStore(lambda: SqliteStore(file)))
+    return folder
 
 
 class LateStore:

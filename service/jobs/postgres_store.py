@@ -127,7 +127,9 @@ class PostgresStore(SqlStore):
         other_builds = [replicas.c.fingerprint != fingerprint, *self._its_weights()]
         lease_left = replicas.c.lease_until - sa.func.clock_timestamp()
         may_have_it = sa.exists(replicas.c.id).where(*other_builds, lease_left > -AWAY)
-        query = sa.select(*self._record_columns, jobs.c.fence, jobs.c.places)
+        # Who lets a job go, at the end too, is not named in it any more.
+        left_behind = jobs.c.replica.is_not(None).label("left_behind")
+        query = sa.select(*self._record_columns, left_behind, jobs.c.fence, jobs.c.places)
         query = query.where(jobs.c.outcome.is_(None), jobs.c.rows <= rows, *self._understood(), *self._here())
         query = query.where(~(lacks_table(jobs.c.spec, tables) & may_have_it))
         if begun:

@@ -197,11 +197,14 @@ class SqlStore(DeliveryStore):
             data: bytes | None = run(sa.select(table.c.data).where(table.c.job_id == job_id)).scalar_one_or_none()
         return data
 
-    def crashed(self, job_id: str) -> None:
+    def crashed(self, job_ids: Collection[str]) -> None:
         """See JobStore."""
         jobs = self._tables.jobs
+        which = [jobs.c.id.in_(job_ids), jobs.c.outcome.is_(None), *self._here()]
+        if len(job_ids) > 1:
+            which.append(jobs.c.crashes == 0)
         with self._transaction() as run:
-            run(sa.update(jobs).where(*self._held([job_id])).values(crashes=jobs.c.crashes + 1))
+            run(sa.update(jobs).where(*which).values(crashes=jobs.c.crashes + 1))
 
     def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
         """See JobStore."""

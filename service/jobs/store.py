@@ -29,9 +29,10 @@ class JobRecord:
     fingerprint: str | None = None  # of the build that made the images
     problem: Mapping[str, Any] | None = None  # why it failed
     owner: str = ""  # the name of the key that it came with
-    crashes: int = 0  # of the worker while it worked on this job
+    crashes: int = 0  # of the worker, or of the whole process, while it worked on this job
     webhook: Webhook | None = None  # who is told of its events
     held: bool = field(default=False, compare=False)  # by a replica that lives, when it was read; if replicas share it
+    left_behind: bool = field(default=False, compare=False)  # when it was claimed: its holder had gone without a word
     ahead_us: int = field(default=0, compare=False)  # the clock of its times, over this machine's
 
     @property
@@ -192,8 +193,11 @@ class JobStore(Protocol):
     def inputs(self, job_id: str) -> Inputs | None:
         """Read the inputs of an edit that has not ended."""
 
-    def crashed(self, job_id: str) -> None:
-        """Count a crash of the worker on a job."""
+    def crashed(self, job_ids: Collection[str]) -> None:
+        """Count an end of the server as it worked on these jobs, whoever holds them by now.
+
+        Of several jobs each is counted once, however often: it may be another that ends it. One alone counts each time.
+        """
 
     def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
         """Keep how a job ended, and its images, in place of its snapshot and inputs. Raises LeaseLost.

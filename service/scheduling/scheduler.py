@@ -92,6 +92,10 @@ class Scheduler:
         self._served = Served() if served is None else served
         self._leader: str | None = None  # the owner that goes before all others in the tick that was chosen last
 
+    def beside(self) -> "Scheduler":
+        """Make one for more jobs of the same model and owners, in the same order of arrival, in ticks of their own."""
+        return Scheduler(self._sharing, self._arrivals, self._served)
+
     def add(
         self, job_id: str, rows: Sequence[int], work: Work, steps: Sequence[int] | None = None, owner: str = ""
     ) -> None:

@@ -6,7 +6,7 @@ the owner goes first that has had least.
 """
 
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from tminus.service.scheduling.scheduler import Rank, Scheduler
 from tminus.service.scheduling.sharing import RESERVED_SHARE
@@ -40,21 +40,24 @@ def shares(
     return {first: 1 - RESERVED_SHARE, oldest_model: RESERVED_SHARE}
 
 
-class Turns:
-    """Owns how much time the model of each owner's oldest job is owed. Each model has a scheduler of its own."""
+class Turns(Generic[Key]):
+    """Owns how much time the model of each owner's oldest job is owed. Each model has a scheduler of its own.
+
+    A job that is to step alone counts as a model here.
+    """
 
     def __init__(self) -> None:
-        self._schedulers: dict[int, Scheduler] = {}
-        self._tick_s: dict[int, float] = {}  # how long the last tick of each model took
-        self._owed_s: dict[tuple[str, int], float] = {}  # by owner, and model of its oldest job
-        self._owed: tuple[str, int] | None = None  # which of these the tick that was chosen last counts for
+        self._schedulers: dict[Key, Scheduler] = {}
+        self._tick_s: dict[Key, float] = {}  # how long the last tick of each model took
+        self._owed_s: dict[tuple[str, Key], float] = {}  # by owner, and model of its oldest job
+        self._owed: tuple[str, Key] | None = None  # which of these the tick that was chosen last counts for
 
-    def put(self, model: int, scheduler: Scheduler) -> None:
+    def put(self, model: Key, scheduler: Scheduler) -> None:
         """Take on a model."""
         assert model not in self._schedulers
         self._schedulers[model] = scheduler
 
-    def remove(self, model: int) -> None:
+    def remove(self, model: Key) -> None:
         """Forget a model, which has no jobs any more."""
         assert not self._schedulers[model].has_work
         del self._schedulers[model]
@@ -66,7 +69,7 @@ class Turns:
         """Whether a model has a next tick."""
         return any(scheduler.has_work for scheduler in self._schedulers.values())
 
-    def next(self) -> int | None:
+    def next(self) -> Key | None:
         """The model of the next tick; None when there is nothing to do."""
         busy = {model: scheduler for model, scheduler in self._schedulers.items() if scheduler.has_work}
         self._owed = None
@@ -87,7 +90,7 @@ class Turns:
         owed_s = self._owed_s.setdefault(self._owed, 0.0)
         return first if owed_s <= 0 or owed_s < self._tick_s.get(oldest, 0.0) else oldest
 
-    def stepped(self, model: int, seconds: float) -> None:
+    def stepped(self, model: Key, seconds: float) -> None:
         """Note how long the tick took that a model has had."""
         self._tick_s[model] = seconds
         if self._owed is None:

@@ -31,18 +31,24 @@ class CodedJobs:
         fail: Callable[[RunningJob, ServiceError], None],
         one_done: Callable[[RunningJob], None],
         blame: Callable[[Sequence[RunningJob]], None],
+        note: Callable[[Collection[str]], None],
     ) -> None:
         """post: has something done in the worker's thread, between two ticks. observe: as Coding has it.
 
         fail: ends a job of which something could not be encoded or decoded. one_done: is told of every image of a job
-        but the last. blame: is told of the jobs that may be the cause if the worker ends now.
+        but the last. blame: is told of the jobs that may be the cause if the worker ends now. note: as Coding has it.
         """
         self._jobs: dict[str, RunningJob] = {}
-        self._coding, self._post, self._fail, self._one_done = Coding(observe), post, fail, one_done
+        self._coding, self._post, self._fail, self._one_done = Coding(observe, note), post, fail, one_done
         self._blame = blame
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
+
+    @property
+    def has_alone(self) -> bool:
+        """Whether one of the jobs is to be alone."""
+        return any(job.alone for job in self._jobs.values())
 
     @property
     def ids(self) -> Collection[str]:

@@ -7,7 +7,7 @@ so that short jobs do not wait for long ones.
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,14 @@ class _Job:
 class Coding:
     """Owns a thread, which starts with the first job. Any thread may call."""
 
-    def __init__(self, observe: Callable[[str, float], None]) -> None:
-        """observe: is told the kind of each task that was done, and how long it took."""
-        self._observe = observe
+    def __init__(
+        self, observe: Callable[[str, float], None], note: Callable[[Collection[str]], None] = lambda _ids: None
+    ) -> None:
+        """observe: is told the kind of each task that was done, and how long it took.
+
+        note: is told, in the coding thread, of which job the task is that begins, or of none when it has ended.
+        """
+        self._observe, self._note = observe, note
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}  # in order of arrival
         self._served = Served()
@@ -88,6 +93,7 @@ class Coding:
     def _run(self) -> None:
         while (picked := self._next()) is not None:
             job_id, job, task = picked
+            self._note([job_id])
             self.task_began_s = began_s = time.perf_counter()
             error: Exception | None = None
             try:
@@ -95,6 +101,7 @@ class Coding:
             except Exception as raised:  # it ends the job, not the thread
                 error = raised
             self.task_began_s = None
+            self._note([])
             took_s = time.perf_counter() - began_s
             self._observe(job.kind, took_s)
             with self._changed:

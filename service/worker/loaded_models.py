@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tminus.service.engine.protocol import RowEngine
 from tminus.service.model_info import ModelInfo
@@ -17,7 +17,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """One model. Its number names it in this process, and is never given again."""
+    """One model. Its number names it in this process, and is never given again.
+
+    A job that steps in ticks of its own has the model once more, with a scheduler of its own.
+    """
 
     number: int
     engine: RowEngine
@@ -36,7 +39,7 @@ class LoadedModels:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._models: dict[int, LoadedModel] = {}
-        self._turns = Turns()
+        self._turns: Turns[LoadedModel] = Turns()
 
     def __iter__(self) -> Iterator[LoadedModel]:
         return iter(self._models.values())
@@ -57,18 +60,28 @@ class LoadedModels:
         engine.remove(rows)
         log.info("%s is ready: a tick of one row takes %.1f ms", model.info.name, 1e3 * (self._clock() - started_s))
         self._models[model.number] = model
-        self._turns.put(model.number, model.scheduler)
+        self._turns.put(model, model.scheduler)
+
+    def put_apart(self, model: LoadedModel) -> LoadedModel:
+        """Have a model once more, for one job: its ticks are between those of the others."""
+        apart = replace(model, scheduler=model.scheduler.beside())
+        self._turns.put(apart, apart.scheduler)
+        return apart
 
     def next(self) -> LoadedModel | None:
         """The model of the next tick."""
-        number = self._turns.next()
-        return None if number is None else self._models[number]
+        return self._turns.next()
 
     def stepped(self, model: LoadedModel, seconds: float) -> None:
         """Note how long the tick took that a model has had."""
-        self._turns.stepped(model.number, seconds)
+        self._turns.stepped(model, seconds)
 
     def remove(self, number: int) -> None:
         """Forget a model that has no jobs any more."""
-        self._turns.remove(number)
+        self._turns.remove(self._models[number])
         del self._models[number]
+
+    def remove_apart(self, model: LoadedModel) -> None:
+        """Forget what was put apart for a job that has left its scheduler. Nothing happens to other models."""
+        if model is not self._models[model.number]:
+            self._turns.remove(model)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,14 @@ from tminus.service.worker.snapshots import take_snapshots
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+Part = Literal["steps", "codes"]  # of the server: the worker's thread, and the one that encodes and decodes latents
+Note = Callable[[Part, Collection[str]], None]
+
+
+def note_nothing(_part: Part, _jobs: Collection[str]) -> None:
+    """Where nobody wants to know after the end of the process what it worked on."""
+
+
 SUSPENDED = "suspended"  # why durable jobs are given up on SIGTERM; the next start goes on with them
 LOST = "lost"  # why one is that another server works on by now, or has ended: tminus_durable_jobs_total counts it
 
@@ -53,21 +61,23 @@ class Loop:
         clock: Callable[[], float],
         on_end: Callable[[str], None],
         post: Callable[[Callable[[], None]], None],
+        note: Note = note_nothing,
     ) -> None:
         """Take what belongs to the worker's thread.
 
         on_end: is called with the id of each job that ends, before its future has the result. post: has something done
-        in the worker's thread, between two ticks.
+        in the worker's thread, between two ticks. note: is told what a thread works on from now on, by that thread.
         """
         self.models = LoadedModels(clock)
         self._admission, self._metrics, self._clock = admission, metrics, clock
-        self._on_end, self._post = on_end, post
+        self._on_end, self._post, self._note = on_end, post, note
         # The jobs whose rows an engine holds, in order of arrival. This loop is their owner.
         self._jobs: dict[str, RunningJob] = {}
         # Of a latent model, those whose picture is being encoded or whose images are being decoded.
         self.coded = CodedJobs(
-            metrics.coded, post, self._fail, one_done=lambda job: admission.decoded(job.id), blame=self._now_at
-        )
+            metrics.coded, post, self._fail, one_done=lambda job: admission.decoded(job.id), blame=self._now_at,
+            note=partial(note, "codes"),
+        )  # fmt: skip
         self.coding_hangs = False  # when it was closed
         self._deadlines = Deadlines()
         self.current_jobs = frozenset[str]()  # of the last tick, or accepted last: possible causes of a crash
@@ -78,6 +88,11 @@ class Loop:
     def has_work(self) -> bool:
         """Whether a job has not ended."""
         return self.models.has_ticks or bool(self.coded)
+
+    @property
+    def has_ticks(self) -> bool:
+        """Whether there is a next tick now: while a job that is to be alone is encoded or decoded, nothing steps."""
+        return self.models.has_ticks and not self.coded.has_alone
 
     # --- between ticks ---
 
@@ -96,7 +111,10 @@ class Loop:
             self._begin(job)
 
     def _now_at(self, jobs: Sequence[RunningJob]) -> None:
-        self.current_jobs = frozenset(job.id for job in jobs)
+        current_jobs = frozenset(job.id for job in jobs)
+        if current_jobs != self.current_jobs:
+            self.current_jobs = current_jobs
+            self._note("steps", current_jobs)
 
     def _encoded(self, job: RunningJob, inputs: Sequence[Inputs]) -> None:
         self._now_at([job])
@@ -117,6 +135,8 @@ class Loop:
         if not job.model.scheduler.has_work:
             self._idle.add(job.model.number)
         self._jobs[job.id] = job
+        if job.alone:
+            job.model = self.models.put_apart(job.model)
         steps = job.snapshot.steps if job.snapshot is not None else None
         job.model.scheduler.add(job.id, job.rows, job.work, steps, job.owner)
         if job.recording is not None:
@@ -126,6 +146,7 @@ class Loop:
 
     def run(self, act: Callable[[], Result], future: "Future[Result]") -> None:
         """Do something short with an engine; the future, which is running, gets the result."""
+        self._now_at([])
         failed = "what was asked of the engine failed"
         with errors_to(future.set_exception, None, "the engine could not do it", failed):
             future.set_result(act())
@@ -203,6 +224,9 @@ class Loop:
 
     def tick(self) -> None:
         """Step the next batch, if there is one, and do what follows from it."""
+        if not self.has_ticks:
+            self._now_at([])
+            return
         model = self.models.next()
         batch = model.scheduler.next_batch() if model is not None else None
         if model is None or batch is None:
@@ -310,6 +334,8 @@ class Loop:
     def _leave(self, job: RunningJob) -> None:
         """Remove a job from this loop, the worker and admission."""
         self._jobs.pop(job.id, None)
+        if job.alone:
+            self.models.remove_apart(job.model)
         self._on_end(job.id)
         self._admission.leave(job.id)
 

@@ -35,6 +35,7 @@ class RunningJob:
     future: "Future[JobResult]" = field(default_factory=Future)
     owner: str = ""  # the name of the key that it came with
     durable: bool = False  # snapshots are kept of it
+    alone: bool = False  # it steps in ticks of its own, as it may be what ends the server
     inputs: Inputs | None = None  # None once the engine has them
     snapshot: Snapshot | None = None  # where it goes on from; None once the engine has it
     recording: Recorder[Any] | None = None

@@ -11,13 +11,13 @@ log = logging.getLogger(__name__)
 
 def take_snapshots(model: LoadedModel, jobs: Iterable[RunningJob], clock: Callable[[], float]) -> None:
     """Hand a model's keeper snapshots of those jobs that are durable, and have stepped since their last one."""
-    durable = [job for job in jobs if job.durable and job.model is model]
+    durable = [job for job in jobs if job.durable and job.model.number == model.number]
     moved = [job for job in durable if job.steps_taken > job.steps_kept]
     if model.keeper is None or not moved:
         return
     began_s = clock()
     try:
-        snapshots = {job.id: model.engine.snapshot(job.rows, model.scheduler.steps(job.id)) for job in moved}
+        snapshots = {job.id: model.engine.snapshot(job.rows, job.model.scheduler.steps(job.id)) for job in moved}
     except Exception:  # a snapshot is not worth the jobs
         log.exception("no snapshot could be taken")
         return

@@ -21,7 +21,7 @@ from tminus.service.spec import Inputs, SampleSpec, Snapshot
 from tminus.service.work import Outlook, Ticket, check_table, work_of
 from tminus.service.worker.accepted_jobs import AcceptedJobs
 from tminus.service.worker.loaded_models import LoadedModel
-from tminus.service.worker.loop import Loop
+from tminus.service.worker.loop import Loop, Note, note_nothing
 from tminus.service.worker.recording import Recorder
 from tminus.service.worker.running_job import RunningJob
 
@@ -43,14 +43,15 @@ class Worker:
         metrics: Metrics,
         *,
         clock: Callable[[], float] = time.perf_counter,
+        note: Note = note_nothing,
     ) -> None:
-        """Take what it works with. models: those that it begins with; admission knows their speeds."""
+        """Take what it works with. models: those that it begins with; admission knows their speeds. note: as Loop's."""
         self._models = {model.number: model for model in models}  # changed and read under the gate
         self._admission, self._clock = admission, clock
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.jobs = AcceptedJobs(admission, clock)
         self._gate = self.jobs.gate  # a job is either queued before the thread ends, or refused
-        self._loop = Loop(admission, metrics, clock=clock, on_end=self.jobs.remove, post=self._commands.put)
+        self._loop = Loop(admission, metrics, clock=clock, on_end=self.jobs.remove, post=self._commands.put, note=note)
         self._crashed = False
         self._turn_began_s: float | None = None  # None while the thread waits for work; only the thread sets it
         self._jobs_of_the_crash = frozenset[str]()
@@ -91,7 +92,7 @@ class Worker:
     @property
     def rows_active(self) -> int:
         """Rows in the last tick, 0 when idle."""
-        return self._loop.rows_active if self._loop.models.has_ticks else 0
+        return self._loop.rows_active if self._loop.has_ticks else 0
 
     def submit(
         self,
@@ -136,8 +137,11 @@ class Worker:
         *,
         model: int = 0,
         owner: str = "",
+        alone: bool = False,
     ) -> Ticket:
         """Take on a durable job that an earlier process accepted, where its snapshot left it.
+
+        alone: whether it steps in ticks of its own.
 
         Raises NotReady, Draining, InvalidField for a table that has gone, and Overloaded while there are no slots.
         """
@@ -147,7 +151,7 @@ class Worker:
         work = work_of(spec, loaded.info, model)
         job = RunningJob(
             job_id, loaded, spec, work, self._clock(), deadline_s,
-            owner=owner, durable=True, inputs=inputs, snapshot=snapshot,
+            owner=owner, durable=True, inputs=inputs, snapshot=snapshot, alone=alone,
         )  # fmt: skip
         outlook = self._admission.readmit(job_id, work, owner, places_left=sum(map(work.places_left, job.first_steps)))
         return self._let_in(job, outlook)
@@ -316,7 +320,7 @@ class Worker:
 
     def _take_commands(self, wait: bool = True) -> None:
         """Do what other threads asked for. With nothing to step, sleep until a command comes."""
-        idle = wait and not self._loop.models.has_ticks
+        idle = wait and not self._loop.has_ticks
         while True:
             if idle:
                 self._turn_began_s = None

@@ -229,7 +229,7 @@ def test_each_file_system_that_is_written_to_is_a_volume_and_each_volume_is_boun
     volumes = {each["name"]: each for each in pod(objects)["volumes"]}
     mounted = {each["mountPath"]: (volumes[each["name"]], each) for each in container(objects)["volumeMounts"]}
     assert len(mounted) == len(volumes)
-    for written in (found["TMINUS_CACHE_DIR"], "/tmp"):
+    for written in (found["TMINUS_CACHE_DIR"], "/state", "/tmp"):
         volume, mount = mounted.pop(written)
         assert volume["emptyDir"]["sizeLimit"]
         assert not mount.get("readOnly")

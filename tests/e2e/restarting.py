@@ -1,10 +1,13 @@
 """Real servers that are started again and again on one folder of durable jobs, and jobs for them."""
 
+import contextlib
 import os
 import random
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ import httpx
 from bench.crash import Server
 from tests.e2e.conftest import RunningServer
 from tests.e2e.forked import Forked
+from tests.trials.injected import DEADLY_SEED, inject
 
+OPEN = {"waiting", "running", ""}  # a job's states until its end; none while no server lives
 Start = Callable[..., RunningServer]
 
 
@@ -48,12 +53,70 @@ class Restarting:
 
 
 class ForkedServer(Server):
-    """That of the bench, in a forked process."""
+    """That of the bench, in a forked process. prepare: is called in it before the command runs."""
+
+    prepare: Callable[[], None] | None = None
 
     def _spawn(self) -> Forked:  # type: ignore[override]
-        process = Forked(self._command[3:], self._environment)
+        process = Forked(self._command[3:], self._environment, self.prepare)
         threading.Thread(target=_pass_on, args=(process,), daemon=True).start()
         return process
+
+
+class Deadly:
+    """Servers of which one job ends the process; each is started again when it has died, as a supervisor does."""
+
+    def __init__(self, servers: Sequence[ForkedServer], trigger: Path) -> None:
+        self.servers, self._trigger = servers, trigger
+        self.deaths = 0
+        for server in servers:
+            server.prepare = partial(inject, "death", trigger)
+            server.start()
+
+    def post(self, specs: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
+        """Have the first server accept a job and others, and then the job be deadly; its id and theirs."""
+        url = f"{self.servers[0].url}/jobs"
+        *others, deadly = [
+            str(httpx.post(url, json=spec, timeout=60, trust_env=False).raise_for_status().json()["id"])
+            for spec in (*specs, {"n": 2, "steps": 1000, "seed": DEADLY_SEED})
+        ]
+        self._trigger.touch()
+        return deadly, others
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        """A job as a server tells it that lives; {} while none does."""
+        for server in self.servers:
+            with contextlib.suppress(httpx.HTTPError):
+                found = httpx.get(f"{server.url}/jobs/{job_id}", timeout=10, trust_env=False)
+                if found.status_code == 200:
+                    job: dict[str, Any] = found.json()
+                    return job
+        return {}
+
+    def states(self, ids: Sequence[str], patience_s: float) -> list[str]:
+        """Start again what dies until all jobs have ended, or for so long; how they are then."""
+        until_s = time.monotonic() + patience_s
+        while True:
+            for server in self.servers:
+                if server._process is None or server._process.poll() is not None:
+                    self.deaths += 1
+                    with contextlib.suppress(RuntimeError):  # it may die before it is ready
+                        server.start()
+            states = [self.job(job_id).get("state", "") for job_id in ids]
+            if OPEN.isdisjoint(states) or time.monotonic() > until_s:
+                return states
+            time.sleep(0.1)
+
+    def image(self, job_id: str, spec: dict[str, Any]) -> tuple[bytes, bytes]:
+        """What a job has made, and what an undisturbed run makes."""
+        url = self.servers[0].url
+        made = httpx.get(f"{url}/jobs/{job_id}/image", timeout=60, trust_env=False)
+        return made.content, httpx.post(f"{url}/sample", json=spec, timeout=60, trust_env=False).content
+
+    def stop(self) -> None:
+        for server in self.servers:
+            if server._process is not None:
+                server._process.kill()
 
 
 def _pass_on(process: Forked) -> None:

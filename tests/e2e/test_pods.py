@@ -35,7 +35,7 @@ def pods(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list
                 "TMINUS_KEYS_FILE": str(folder / "keys"),
                 "TMINUS_JOB_ADDRESS": f"http://127.0.0.1:{port}",
                 "TMINUS_CACHE_DIR": str(folder / "cache"),
-                "TMINUS_STATE_DIR": "/proc/no-such-folder",  # the root is read-only
+                "TMINUS_STATE_DIR": str(folder / f"state-{number}"),
                 "TMINUS_METRICS_PORT": str(free_port()),
             }
             started.append(start_server(small, "--port", str(port), **found))

@@ -17,7 +17,7 @@ from bench.crash import Server
 from tests import postgres
 from tests import s3 as s3_server
 from tests.e2e.conftest import RunningServer, run_cli
-from tests.e2e.restarting import ForkedServer
+from tests.e2e.restarting import Deadly, ForkedServer, make_specs
 from tests.e2e.test_models import KEYS, change, new_weights
 from tests.service.durable import events
 from tests.service.keys import key_line
@@ -327,3 +327,23 @@ def test_a_server_whose_object_store_cannot_be_used_ends_with_one_line(s3: s3_se
         )
     )
     assert s3.env["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+
+
+def test_a_job_that_ends_each_server_that_takes_it_fails_and_all_others_are_done(
+    small: Path, shared: dict[str, str], tmp_path: Path
+) -> None:
+    quick = ("--executor", "eager", "--threads", "1", "--max-batch", "16", "--short-batch", "8")
+    flags = (*quick, "--max-backlog-s", "6000")
+    servers = [ForkedServer(small, tmp_path / name, flags, shared) for name in ("one", "two")]
+    deadly, specs = Deadly(servers, tmp_path / "trigger"), make_specs(4)
+    try:
+        killer, others = deadly.post(specs)
+        assert deadly.states([killer, *others], 120.0) == ["failed", *["done"] * len(others)]
+        # The other server may take them all on before the first one is there again to say how it ended.
+        assert 2 <= deadly.deaths <= 3
+        assert deadly.job(killer)["problem"]["code"] == "engine_failed"
+        for job_id, spec in zip(others, specs, strict=True):
+            image, undisturbed = deadly.image(job_id, spec)
+            assert image == undisturbed
+    finally:
+        deadly.stop()

@@ -32,7 +32,7 @@ import torch
 from bench import servers
 from bench.crash import Server, all_jobs
 from tests.e2e.conftest import RunningServer, run_cli, start_server, stop_server
-from tests.e2e.restarting import Restarting, make_specs
+from tests.e2e.restarting import Deadly, ForkedServer, Restarting, make_specs
 from tests.trials.claims import Claim, report
 from tests.trials.injected import Fault, inject
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
@@ -310,6 +310,27 @@ def worker(bench: Bench) -> str:
     return f"exit code 1, the running request answered {status}; after a restart {bench.settle(server)}"
 
 
+def death(bench: Bench) -> str:
+    specs = make_specs(4)
+    servers = [ForkedServer(bench.checkpoint, bench.folder / "state", bench.flags)]
+    deadly = Deadly(servers, bench.trigger)
+    bench._stack.callback(deadly.stop)
+    killer, others = deadly.post(specs)
+    began_s = time.monotonic()
+    states = deadly.states([killer, *others], PATIENCE_S)
+    seen = (
+        f"{deadly.deaths} deaths in {time.monotonic() - began_s:.0f} s; the job that ends the process is {states[0]}, "
+        f"{states[1:].count('done')} of {len(others)} others are done"
+    )
+    must(states == ["failed"] + ["done"] * len(others) and deadly.deaths == 2, seen)
+    problem = deadly.job(killer)["problem"]["code"]
+    must(problem == "engine_failed", problem)
+    for job_id, spec in zip(others, specs, strict=True):
+        image, undisturbed = deadly.image(job_id, spec)
+        must(image == undisturbed, f"job {job_id} has other bytes than an undisturbed run")
+    return f"{seen}, in the same bytes"
+
+
 def step(bench: Bench, fault: Fault = "step") -> str:
     server = bench.serve(fault=fault)
     bench.post(server, 4)
@@ -409,6 +430,11 @@ FAULTS: dict[str, tuple[str, Callable[[Bench], str], str]] = {
         "an error in the worker",
         worker,
         "exit code 1; what runs is answered; after a restart all jobs are done",
+    ),
+    "death": (
+        "a job that ends the process by SIGSEGV",
+        death,
+        "after two deaths it fails as engine_failed; all others are done",
     ),
     "step": ("an error in a step", step, "the jobs of that step fail as engine_failed; all others are done"),
     "memory-step": ("the device has no memory for a step", memory_of_a_step, "the same"),

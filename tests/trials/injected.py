@@ -4,21 +4,26 @@ What is replaced is the call that would fail: a step of the engine, the allocati
 code. Everything around it is the server's.
 """
 
+import ctypes
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
-Fault = Literal["step", "memory of a step", "memory of a job", "worker"]
+Fault = Literal["step", "memory of a step", "memory of a job", "worker", "death"]
+DEADLY_SEED = 666  # of the jobs whose steps end the process, as long as the file is there
 
 
 def inject(fault: Fault, trigger: Path) -> None:
-    """Have a fault happen once, when the file is there; it is deleted as it happens."""
+    """Have a fault happen once, when the file is there; it is deleted as it happens, but for `death`."""
     import torch
 
     from tminus.service.engine.engine import Engine
     from tminus.service.scheduling.scheduler import Scheduler
 
+    if fault == "death":
+        make_deadly(Engine, trigger)
+        return
     out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     owner, name, error = {
         "step": (Engine, "step", RuntimeError("a kernel failed")),
@@ -38,3 +43,21 @@ def failing(call: Callable[..., Any], error: Exception, trigger: Path) -> Callab
         return call(*arguments, **options)
 
     return instead
+
+
+def make_deadly(engine: Any, trigger: Path) -> None:
+    """Have the steps of the jobs of one seed read where no memory is: a SIGSEGV, in the thread that steps."""
+    add, step, deadly = engine.add, engine.step, set[int]()
+
+    def add_and_look(self: Any, spec: Any, *more: Any) -> Any:
+        rows = add(self, spec, *more)
+        if spec.seed == DEADLY_SEED:
+            deadly.update(rows)
+        return rows
+
+    def step_or_die(self: Any, batch: Any) -> Any:
+        if not deadly.isdisjoint(batch.rows) and trigger.exists():
+            ctypes.string_at(0)
+        return step(self, batch)
+
+    engine.add, engine.step = add_and_look, step_or_die

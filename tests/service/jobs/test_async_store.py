@@ -75,22 +75,22 @@ def test_a_call_that_nobody_waits_for_any_more_is_not_made_when_its_turn_comes(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(async_store, "CALL_S", 0.05)
-    made: list[str] = []
+    made: list[list[str]] = []
     monkeypatch.setattr(disk, "crashed", made.append)
 
     async def ask() -> None:
         store = AsyncStore(disk)
         disk.thaw.clear()
-        for call in (store.add(job("a"), None, None), store.crashed("b")):
+        for call in (store.add(job("a"), None, None), store.crashed(["b"])):
             with pytest.raises(StorageFailed, match="has not answered"):
                 await call
         disk.thaw.set()
         monkeypatch.setattr(async_store, "CALL_S", PATIENCE_S)
-        await store.crashed("c")
+        await store.crashed(["c"])
         store.close()
 
     asyncio.run(ask())
-    assert made == ["c"]
+    assert made == [["c"]]
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,14 +17,13 @@ from tests.postgres import Postgres
 from tests.service.api.test_tables import TUNED
 from tests.service.conftest import INSTANT, MakeSite, Site, problem
 from tests.service.durable import SPEC, events, post, state, wait_for
-from tests.service.fakes import INFO, LIMITS, PATIENCE_S, make_spec, wait_until
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, wait_until
 from tests.service.jobs.conftest import DatabaseShelf
 from tests.service.keys import access_of, bearer, key_line
 from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
 from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.live import Live
 from tminus.service.jobs.postgres_store import PostgresStore
 from tminus.service.jobs.store import JobRecord, Pace
 from tminus.service.model_info import ModelInfo
@@ -666,25 +664,3 @@ def test_a_job_of_a_table_waits_for_a_server_that_has_it(replicas: Replicas) -> 
     again = replicas.start(info=with_table)
     wait_for(again, job_id)
     assert state(without, job_id) == "done"
-
-
-def test_jobs_that_wait_apart_from_others_keep_no_replica_from_claiming() -> None:
-    claims: list[object] = []
-
-    async def claim(*asked: object) -> list[JobRecord]:
-        claims.append(asked)
-        return []
-
-    spec = make_spec()
-    suspects = [Live(JobRecord(name, spec, 1, crashes=1), 0, "m") for name in "ab"]
-    suspects[0].submitted = suspects[1].apart = True
-    holder = SimpleNamespace(all=lambda: suspects, retired=False, cannot_keep=False, take_on=lambda _records: None)
-    store = SimpleNamespace(holders=[], turn=asyncio.Lock(), claim=claim)
-    admission = SimpleNamespace(places_per_s=lambda _model: 100.0, intake=lambda *_: SimpleNamespace(refused=math.inf))
-    parts: list[Any] = [store, SimpleNamespace(ready=True), admission, 0, INFO, LIMITS, holder]
-    held = leases.Leases(*parts)
-    asyncio.run(held._claim())
-    assert len(claims) == 1
-    suspects[1].apart = False
-    asyncio.run(held._claim())
-    assert len(claims) == 1, "one that waits for slots does"

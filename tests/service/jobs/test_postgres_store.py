@@ -82,6 +82,21 @@ def test_a_lease_that_ended_and_that_nobody_took_is_held_on(soon: DatabaseShelf)
     assert soon.open().claim("build", Intake(MANY), MANY, ROWS) == []
 
 
+def test_who_claims_a_job_learns_whether_its_holder_let_it_go(soon: DatabaseShelf) -> None:
+    gone, left, last = (soon.open() for _ in range(3))
+    for name in ("a", "b"):
+        gone.add(job(name))
+    gone.release("a")
+    (released,) = left.claim("build", Intake(MANY), MANY, ROWS)
+    assert (released.id, released.left_behind) == ("a", False)
+    expire(soon)
+    assert {each.id: each.left_behind for each in last.claim("build", Intake(MANY), MANY, ROWS)} == dict.fromkeys(
+        "ab", True
+    )
+    last.close()
+    assert not any(each.left_behind for each in left.claim("build", Intake(MANY), MANY, ROWS))
+
+
 def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     """As one that was asleep past its lease: its fence is an old one."""
     asleep, awake = database.open(), database.open()
@@ -90,13 +105,12 @@ def test_who_lost_a_job_writes_nothing_of_it(database: DatabaseShelf) -> None:
     assert awake.claim("build", Intake(MANY), MANY, ROWS) == [job("a")]
     awake.save({"a": snapshot(seed=1)}, "build")
     asleep.save({"a": snapshot(seed=2)}, "build")
-    asleep.crashed("a")
     assert same(awake.snapshot("a", "build"), snapshot(seed=1))
     with pytest.raises(LeaseLost):
         asleep.finish(ended(job("a"), "failed"))
     record = awake.get("a")
     assert record is not None
-    assert (record.outcome, record.crashes) == (None, 0)
+    assert record.outcome is None
     awake.finish(ended(job("a")), PIXELS)
     assert awake.images("a") is not None
 

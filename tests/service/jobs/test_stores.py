@@ -125,12 +125,15 @@ def test_jobs_are_claimed_in_order_of_arrival_whatever_the_clock_says(shelf: She
     assert [record.id for record in claimed(shelf, store)] == ["late", "early", "middle"]
 
 
-def test_crashes_are_counted(shelf: Shelf, store: SqlStore) -> None:
-    for name in "ab":
+def test_an_end_of_the_server_counts_again_only_for_a_job_that_was_alone(shelf: Shelf, store: SqlStore) -> None:
+    for name in "abcd":
         store.add(job(name))
-    store.crashed("a")
-    store.crashed("a")
-    assert [record.crashes for record in claimed(shelf, store)] == [2, 0]
+    store.crashed(["a"])
+    store.crashed(["a", "b", "one that is not durable"])
+    store.crashed(["a"])
+    store.crashed(["b", "c"])
+    store.crashed([])
+    assert [record.crashes for record in claimed(shelf, store)] == [2, 1, 1, 0]
 
 
 @pytest.mark.parametrize("mask", [None, PIXELS[1, :, :, 0] > 20], ids=["whole", "masked"])

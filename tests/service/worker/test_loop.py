@@ -39,9 +39,11 @@ class Bench:
         self.ended: list[str] = []
         self.engine.on_step = self.tick_takes_a_second
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # what the worker would do next
+        self.notes: list[tuple[str, set[str]]] = []
         self.loop = Loop(
-            self.admission, self.metrics, clock=lambda: self.now_s, on_end=self.ended.append, post=self.posted.put
-        )
+            self.admission, self.metrics, clock=lambda: self.now_s, on_end=self.ended.append, post=self.posted.put,
+            note=lambda part, ids: self.notes.append((part, set(ids))),
+        )  # fmt: skip
         self.model = LoadedModel(0, self.engine, Scheduler(sharing), self.keeper)
         self.loop.models.put(self.model)
         self.now_s = 0.0
@@ -191,6 +193,44 @@ def test_the_jobs_of_the_last_tick_or_command_are_the_current_ones(make_bench: M
 
 
 # --- giving up ---
+
+
+def test_a_job_that_is_to_be_alone_shares_no_tick_and_holds_up_no_other(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    suspects = [bench.accept_spec(name, make_spec(n=2, steps=6), alone=True, durable=True) for name in ("s", "t")]
+    others = [bench.accept(name, n=1, steps=4 + 2 * k) for k, name in enumerate("ab")]
+    ticks = list[frozenset[str]]()
+    while bench.loop.has_work:
+        bench.tick()
+        ticks.append(bench.loop.current_jobs)
+    for future in (*suspects, *others):
+        images(future)
+    assert {frozenset("s"), frozenset("t")} < set(ticks)
+    assert {frozenset("st"), frozenset("sa")}.isdisjoint(ticks)
+    assert ticks.count(frozenset("ab")) == 4, "the others share theirs"
+    assert [jobs for part, jobs in bench.notes if part == "steps"][-1] == set(ticks[-1])
+    assert {job_id for taken in bench.keeper.rounds for job_id in taken} == {"s", "t"}, "it is kept whoever steps"
+    bench.accept("next", steps=1)
+    bench.finish()
+
+
+def test_a_job_that_is_to_be_alone_can_be_given_up(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    future = bench.accept_spec("s", make_spec(n=2, steps=9), alone=True)
+    bench.tick()
+    bench.loop.give_up("s", JobCancelled("deleted"), "deleted")
+    assert isinstance(failure(future), JobCancelled)
+    assert not bench.loop.has_work
+
+
+def test_what_is_asked_of_the_engine_between_ticks_is_no_jobs_doing(make_bench: MakeBench) -> None:
+    bench, seen = make_bench(), list[frozenset[str]]()
+    bench.accept("a", steps=3)
+    bench.tick()
+    asked: Future[None] = Future()
+    asked.set_running_or_notify_cancel()
+    bench.loop.run(lambda: seen.append(bench.loop.current_jobs), asked)
+    assert seen == [frozenset()]
 
 
 def test_a_job_given_up_before_its_first_tick_never_steps(make_bench: MakeBench) -> None:
@@ -819,6 +859,24 @@ def test_images_are_decoded_one_by_one_while_others_step(make_bench: MakeBench) 
     np.testing.assert_array_equal(images(a), fake_pixels(make_spec(n=3, steps=1, seed=1), 1, LATENT))
     assert a.result(0).decode_s == 1.0, "the tick that ran meanwhile"
     assert (bench.ended, b.done()) == (["a"], False)
+
+
+def test_while_a_job_that_is_to_be_alone_is_decoded_nothing_steps(make_bench: MakeBench) -> None:
+    bench = make_bench(info=LATENT)
+    bench.accept_spec("s", make_spec(steps=1), alone=True)
+    other = bench.accept("a", steps=3)
+    while not bench.loop.coded:
+        bench.tick()
+    stepped = len(bench.engine.batches)
+    assert not bench.loop.has_ticks
+    bench.tick()
+    assert (len(bench.engine.batches), bench.loop.current_jobs) == (stepped, frozenset())
+    bench.next_posted()
+    assert [jobs for part, jobs in bench.notes if part == "codes"] == [{"s"}, set()]
+    while not other.done():
+        bench.tick()
+        if not bench.loop.has_ticks:
+            bench.next_posted()
 
 
 def test_while_images_are_decoded_there_is_work_but_no_tick(make_bench: MakeBench) -> None:

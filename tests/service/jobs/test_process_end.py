@@ -1,0 +1,95 @@
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tminus.service.jobs import process_end
+from tminus.service.jobs.process_end import EndFile, name_of, take_ends
+
+# A process with two threads, each of which works on something; then one of them dies, or all do.
+SCRIPT = """
+import ctypes, sys, threading
+from pathlib import Path
+from tminus.service.jobs.process_end import EndFile
+
+file, dies, done = EndFile(Path(sys.argv[1]), "server"), sys.argv[2], threading.Barrier(3)
+
+def work(part, jobs):
+    file.work_on(part, [f"a longer list than that of {part}"] * 9)
+    file.work_on(part, jobs)
+    done.wait()
+    if dies == part:
+        ctypes.string_at(0)
+    threading.Event().wait()
+
+threading.Thread(target=work, args=("steps", ["a", "b"]), daemon=True).start()
+threading.Thread(target=work, args=("codes", ["c"]), daemon=True).start()
+done.wait()
+if dies == "main":
+    ctypes.string_at(0)
+print("ready", flush=True)
+sys.stdin.read()
+if dies == "none":
+    file.close()
+"""
+
+
+def start(folder: Path, dies: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", SCRIPT, str(folder), dies]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("dies", "jobs"), [("steps", {"a", "b"}), ("codes", {"c"}), ("main", set())])
+def test_the_thread_that_a_signal_ends_tells_which_jobs_may_be_the_cause(
+    tmp_path: Path, dies: str, jobs: set[str]
+) -> None:
+    with start(tmp_path, dies) as process:
+        assert process.wait(60) == -signal.SIGSEGV
+    (end,) = take_ends(tmp_path, "server")
+    assert (end.cause, end.jobs) == ("Segmentation fault", jobs)
+    assert "string_at" in end.traceback
+    assert take_ends(tmp_path, "server") == [], "it is told once"
+
+
+@pytest.mark.parametrize("oom_kills", [0, 1])
+def test_a_process_that_is_killed_is_the_cause_only_where_the_kernel_lacked_memory(
+    tmp_path: Path, oom_kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with start(tmp_path, "killed") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert take_ends(tmp_path, "server") == [], "it lives"
+        process.kill()
+        process.wait(60)
+    machine = process_end._machine()
+    now = machine | {"oom_kills": int(machine["oom_kills"]) + oom_kills}
+    monkeypatch.setattr(process_end, "_machine", lambda: now)
+    assert take_ends(tmp_path, "another server") == []
+    (end,) = take_ends(tmp_path, "server")
+    assert (end.cause is not None, end.jobs) == (oom_kills > 0, {"a", "b", "c"})
+
+
+def test_a_process_that_ends_as_it_should_leaves_nothing(tmp_path: Path) -> None:
+    with start(tmp_path, "none") as process:
+        process.communicate(timeout=60)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_cut_or_of_something_else_tells_nothing(tmp_path: Path) -> None:
+    for number, data in enumerate((b"", b"\0" * 100, b"{}", b"\xff" * 200_000)):
+        (tmp_path / f"server-{number}.end").write_bytes(data)
+    assert take_ends(tmp_path, "server") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_servers_on_other_stores_read_other_files() -> None:
+    names = [name_of(None, ["a", "b"]), name_of(None, ["a"]), name_of("x", ["a", "b"])]
+    assert len(set(names)) == len(names)
+    assert name_of("x", ["b", "a"]) == names[2]
+
+
+def test_where_no_file_can_be_made_that_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such"):
+        EndFile(tmp_path / "gone", "server")
