@@ -17,14 +17,26 @@ def connect(url: str, namespace: str) -> sa.Engine:
         raise ValueError("it is no URL, as postgresql://user@host/database is") from None
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError(f"it must begin with postgresql://, not with {parsed.drivername}://")
-    own_options = f"-c statement_timeout={round(1000 * STATEMENT_S)} -c lock_timeout={round(1000 * STATEMENT_S)}"
+    limit_ms = round(1000 * STATEMENT_S)
+    # The database has these too, or it would keep for two hours what a server held as its packets were lost, or as it
+    # was stopped in a transaction: connections, and locks on jobs, which no other could claim.
+    of_the_database = {
+        "statement_timeout": limit_ms,
+        "lock_timeout": limit_ms,
+        "idle_in_transaction_session_timeout": limit_ms,
+        "tcp_keepalives_idle": 5,
+        "tcp_keepalives_interval": 2,
+        "tcp_keepalives_count": 3,
+        "tcp_user_timeout": limit_ms,
+    }
+    own_options = " ".join(f"-c {name}={value}" for name, value in of_the_database.items())
     arguments = {
         "connect_timeout": CONNECT_S,
         "application_name": f"tminus {namespace}",
         "keepalives_idle": 5,
         "keepalives_interval": 2,
         "keepalives_count": 3,
-        "tcp_user_timeout": round(1000 * STATEMENT_S),
+        "tcp_user_timeout": limit_ms,
         "options": own_options,
         "prepare_threshold": None,  # a proxy that pools by transaction gives each one another connection
     }

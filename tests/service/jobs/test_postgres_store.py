@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import NewerJob, StorageFailed
-from tminus.service.jobs import postgres_store
+from tminus.service.jobs import postgres_engine, postgres_store
 from tminus.service.jobs.postgres import open_postgres, own_address
 from tminus.service.jobs.postgres_engine import connect
 from tminus.service.jobs.postgres_store import PostgresStore
@@ -80,6 +81,20 @@ def test_a_lease_that_ended_and_that_nobody_took_is_held_on(soon: DatabaseShelf)
     expire(soon)
     assert renew(one, "build", PACE) == {"a"}
     assert soon.open().claim("build", Intake(MANY), MANY, ROWS) == []
+
+
+def test_a_job_whose_holder_went_in_a_transaction_is_claimed_though_the_database_heard_of_no_end(
+    database: DatabaseShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when packets are dropped, or the process is stopped: its connection is there, and has locked the row."""
+    monkeypatch.setattr(postgres_engine, "STATEMENT_S", 1.0)
+    gone, other = database.open(), database.open()
+    gone.add(job("a"))
+    expire(database)
+    with suppress(StorageFailed), gone._transaction() as run:  # whose connection is closed
+        run(sa.update(gone._tables.jobs).values(bytes=1))
+        assert other.claim("build", Intake(MANY), MANY, ROWS) == [], "it is locked"
+        wait_until(lambda: other.claim("build", Intake(MANY), MANY, ROWS) == [job("a")])
 
 
 def test_who_claims_a_job_learns_whether_its_holder_let_it_go(soon: DatabaseShelf) -> None:
