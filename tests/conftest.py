@@ -1,14 +1,23 @@
+import ctypes
+import faulthandler
 import functools
 import gc
 import os
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import httpx._transports.default as transport
 import hypothesis
+import psutil
 import pytest
 import torch
+
+from tests import tools
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has one core: two teams of threads would wait for each other
     torch.set_num_threads(1)
@@ -19,6 +28,39 @@ transport.create_ssl_context = functools.cache(transport.create_ssl_context)
 
 hypothesis.settings.register_profile("tminus", deadline=None)  # a busy machine is no fault of the code
 hypothesis.settings.load_profile("tminus")
+
+# A process that loses its parent becomes a child of this one, not of init: so all that tests have started is found.
+PR_SET_CHILD_SUBREAPER = 36
+assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+END_S = 60.0  # of a test process, when its tests are over
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # or nobody would end what it has started
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """End the processes that tests have left, and this one.
+
+    Python waits at its exit for the children of multiprocessing and for threads, and a thread may read what a process
+    prints: a server that a failed test leaves would hold the whole run.
+    """
+    while left := living_descendants():
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.01)
+    # A thread may wait for something else, for ever. Then this says where it waits, and fails the run.
+    faulthandler.dump_traceback_later(END_S, exit=True, file=sys.__stderr__)
+
+
+def living_descendants() -> list[psutil.Process]:
+    """The processes below this one. Those that have ended are left for whoever waits for them."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -32,6 +74,18 @@ def pytest_testnodedown(node: Any, error: object) -> None:
     if error is not None:
         with suppress(subprocess.TimeoutExpired):  # it lives, and has closed its pipe
             print(f"\n{node.gateway.id} ended with status {node.gateway._io.popen.wait(timeout=10)}", flush=True)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Say last what is to be installed, in one line."""
+    lacked = [report for report in terminalreporter.stats.get("skipped", ()) if tools.MISSING in report.longrepr[2]]
+    for report in lacked:  # so that pytest tells of each tool once
+        report.longrepr = (tools.__file__, 0, report.longrepr[2])
+    yield
+    if packages := sorted({report.longrepr[2].rpartition(" ")[2] for report in lacked}):
+        what = f"tests skipped for want of tools: {len(lacked)}; apt-get install {' '.join(packages)}"
+        terminalreporter.write_line(what, yellow=True)
 
 
 # Longest first.

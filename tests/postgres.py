@@ -12,16 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.tools import needs
+
 PATIENCE_S = 60.0
 
 
 def programs() -> Path:
     """Where initdb and postgres are. Debian keeps them out of the path."""
-    if found := shutil.which("initdb"):
-        return Path(found).resolve().parent
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    assert folders, "the tests need PostgreSQL: apt-get install postgresql"
-    return folders[-1]
+    return needs("postgresql").resolve().parent
 
 
 class Postgres:

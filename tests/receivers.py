@@ -14,6 +14,8 @@ from typing import Any
 
 from standardwebhooks import Webhook
 
+from tests.tools import needs
+
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
@@ -134,7 +136,7 @@ def receiver(
 def make_certificate(folder: Path, name: str) -> Path:
     """A certificate of a name that it has signed itself, with its key."""
     file, key = folder / f"{name}.pem", folder / f"{name}.key"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command = [needs("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-days", "2", "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
     subprocess.run([*command, "-keyout", str(key), "-out", str(file)], check=True, capture_output=True)
     file.write_text(file.read_text() + key.read_text())

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.tools import needs
 from tminus.service.server import ANSWER_S
 from tminus.service.settings import Settings
 
@@ -84,10 +84,8 @@ def test_the_server_gets_the_signals_itself() -> None:
 
 def composed(*names: str, **env: str) -> "subprocess.CompletedProcess[str]":
     """What compose would run."""
-    program = shutil.which("docker-compose")
-    assert program is not None, "the tests need apt-get install docker-compose"
     files = [part for name in ("compose", *names) for part in ("--file", ROOT / "docker" / f"{name}.yaml")]
-    command = [program, *files, "config", "--format", "json"]
+    command = [needs("docker-compose"), *files, "config", "--format", "json"]
     bare = {name: value for name, value in os.environ.items() if name not in ("POSTGRES_PASSWORD", "PORT", "KEYS")}
     return subprocess.run(command, env=bare | env, capture_output=True, text=True, timeout=60, check=False)
 
@@ -116,8 +114,8 @@ def test_two_servers_on_one_database_have_one_port_between_them(services: dict[s
 
 
 def test_each_waits_until_what_it_needs_is_healthy(services: dict[str, Any]) -> None:
-    for name, needs in (("proxy", "tminus"), ("tminus", "postgres")):
-        assert services[name]["depends_on"][needs]["condition"] == "service_healthy"
+    for name, other in (("proxy", "tminus"), ("tminus", "postgres")):
+        assert services[name]["depends_on"][other]["condition"] == "service_healthy"
     assert "healthcheck" in services["postgres"]
     assert "HEALTHCHECK" in DOCKERFILE
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
-from tests import options_page
+from tests import options_page, tools
 from tests.service.conftest import MakeSite, Site, make_site, problem  # noqa: F401
 from tests.service.fakes import INFO
 from tminus.model.catalogue import SAMPLER_FACTS, SAMPLERS, TABLE_SAMPLERS
@@ -374,3 +374,8 @@ def test_the_table_of_spans_has_every_span_and_what_each_may_say_and_nothing_els
     requests = {"POST /sample", "GET /model"}
     assert {name for row in rows for name in re.findall(r"`([^`]+)`", row[1])} - requests == names
     assert {name for row in rows for name in re.findall(r"`(tminus\.[a-z_.]+)`", row[4])} == attributes
+
+
+def test_the_readme_names_the_packages_that_the_tests_need() -> None:
+    section = README.read_text("utf-8").partition("\nThe tests need Debian's packages ")[2].partition("\n\n")[0]
+    assert {*re.findall(r"`([^`]+)`", section)} == tools.PLACES.keys()

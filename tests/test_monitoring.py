@@ -19,6 +19,7 @@ from tests.service.client.conftest import SPEC, Served
 from tests.service.conftest import INSTANT
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tests.service.keys import access_of, bearer, key_line
+from tests.tools import needs
 from tminus.service.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +55,8 @@ def free_port() -> int:
 
 def test_prometheus_takes_its_configuration_and_the_alerts() -> None:
     for name in ("prometheus", "replicas"):
-        run("promtool", "check", "config", PROMETHEUS / f"{name}.yml")
-    run("promtool", "test", "rules", PROMETHEUS / "alerts_test.yml")
+        run(needs("prometheus"), "check", "config", PROMETHEUS / f"{name}.yml")
+    run(needs("prometheus"), "test", "rules", PROMETHEUS / "alerts_test.yml")
 
 
 def test_every_alert_is_tried_when_it_fires_and_when_it_does_not() -> None:
@@ -124,6 +125,7 @@ def prometheus(served: Served, folder: Path) -> Iterator[str]:
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     shutil.copy(PROMETHEUS / "alerts.yml", folder)
     url = f"http://127.0.0.1:{free_port()}"
+    needs("prometheus")
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}"]
     command += [f"--web.listen-address={url.removeprefix('http://')}", "--log.level=error"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

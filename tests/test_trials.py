@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.conftest import _cache_of_our_own, shared_folder, small, start_server, stop_server  # noqa: F401
 from tests.e2e.restarting import ForkedServer, make_specs
+from tests.tools import needs
 from tests.trials import checkpoints, connections, faults, overload, rolling, soak, websockets
 from tests.trials.claims import Claim, least, most, none, report
 from tests.trials.overload import Look, Refusal
@@ -233,8 +234,8 @@ def test_a_fault_has_the_outcome_that_is_stated(
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if name == "clock" and faults.FAKETIME is None:
-        pytest.skip("needs libfaketime, and it is not installed")
+    if name == "clock":
+        needs("libfaketime")
     if name == "disk" and os.geteuid() != 0:
         pytest.skip("needs root, to mount a small file system")
     halved = [spec | {"steps": spec["steps"] // 2} for spec in make_specs(20)]

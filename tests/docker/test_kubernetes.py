@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import re
-import shutil
 import subprocess
 import tomllib
 from collections import defaultdict
@@ -20,6 +19,7 @@ from tests.docker.discovery import Kinds, cluster, kinds_of
 from tests.service.conftest import MakeSite, make_site  # noqa: F401
 from tests.service.keys import key_line
 from tests.service.test_metrics import DOCUMENTED
+from tests.tools import needs
 from tminus.service.jobs.leases import AHEAD_S
 from tminus.service.server import ANSWER_S, KEPT_S
 from tminus.service.settings import Settings
@@ -37,10 +37,9 @@ Objects = dict[tuple[str, str], dict[str, Any]]  # by kind and name
 
 
 def kubectl(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    program = shutil.which("kubectl")
-    assert program is not None, "the tests need apt-get install kubectl"
     nobodys = os.environ | {"KUBECONFIG": os.devnull}
-    return subprocess.run([program, *arguments], env=nobodys, capture_output=True, text=True, timeout=60, check=False)
+    command = [needs("kubectl"), *arguments]
+    return subprocess.run(command, env=nobodys, capture_output=True, text=True, timeout=60, check=False)
 
 
 def render(folder: Path) -> Objects:
@@ -444,9 +443,8 @@ def test_prometheus_adds_up_what_all_hold_and_what_waits_once(
     test = {"rule_files": ["rules.yml"], "evaluation_interval": "10s"}
     test |= {"tests": [{"interval": "30s", "input_series": series, "promql_expr_test": asked}]}
     (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
-    done = subprocess.run(
-        ["promtool", "test", "rules", tmp_path / "test.yml"], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [needs("prometheus"), "test", "rules", tmp_path / "test.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

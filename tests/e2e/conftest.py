@@ -7,7 +7,6 @@ shows on pictures, and the bytes of the executors that users run, is asked of th
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -24,6 +23,7 @@ from playwright.sync_api import sync_playwright
 from tests.e2e import forked
 from tests.e2e.forked import Forked
 from tests.tiny import randomize
+from tests.tools import needs
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 from tminus.model.recommended import Recommended
 from tminus.model.tminus_file import Labels
@@ -55,6 +55,21 @@ class RunningServer:
 
     def post(self, **kwargs: object) -> httpx.Response:
         return httpx.post(f"{self.url}/sample", timeout=120, **kwargs)  # type: ignore[arg-type]
+
+    def slow_down(self, between_ticks_s: float = 0.1) -> None:
+        """Have the server tick so seldom that a job of a thousand steps lasts longer than a test waits for anything."""
+        self.process.between_ticks_s.value = between_ticks_s
+
+    def speed_up(self) -> None:
+        """Have it tick as often as it can again."""
+        self.process.between_ticks_s.value = 0.0
+
+    def fill(self, **spec: object) -> None:
+        """Slow it down, and give it jobs of a spec until it refuses one, however fast the machine is."""
+        self.slow_down()
+        while (answer := httpx.post(f"{self.url}/jobs", json=spec, timeout=60)).status_code == 202:
+            pass
+        assert answer.status_code == 429, answer.text
 
     def wait_until(self, holds: Callable[[], bool]) -> None:
         began_s = time.monotonic()
@@ -170,12 +185,27 @@ def shared_server(checkpoint: Path, *more: str) -> Iterator[RunningServer]:
     assert "Traceback" not in running.log, running.log
 
 
+SlowDown = Callable[..., None]
+
+
+@pytest.fixture
+def slow_down() -> Iterator[SlowDown]:
+    """Slows a shared server down while a test looks at what runs there, and until the test ends or speeds it up."""
+    slowed: list[RunningServer] = []
+
+    def slow_down(server: RunningServer, **pace: float) -> None:
+        slowed.append(server)
+        server.slow_down(**pace)
+
+    yield slow_down
+    for server in slowed:
+        server.speed_up()
+
+
 @pytest.fixture(scope="module")  # while it is open there is an event loop in this thread, and no other can run
 def browser() -> Iterator[Any]:
     """Chromium, by Playwright."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("needs Chromium, and none is installed")
+    program = needs("chromium")
     flags = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
     if os.geteuid() == 0:
         flags.append("--no-sandbox")

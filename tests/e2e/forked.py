@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from tests.trials.injected import pace
 
 PRELOADED = (
     "tminus.service.cli.main",
@@ -36,7 +38,9 @@ class Forked:
         self, arguments: Sequence[str], env: Mapping[str, str], prepare: Callable[[], None] | None = None
     ) -> None:
         reader, writer = _context.Pipe(duplex=False)
-        self._process = _context.Process(target=_run, args=(tuple(arguments), dict(env), writer, prepare))
+        self.between_ticks_s = _context.RawValue("d", 0.0)  # see tests.trials.injected.pace
+        given = tuple(arguments), dict(env), writer, prepare, self.between_ticks_s
+        self._process = _context.Process(target=_run, args=given)
         self._process.start()
         writer.close()
         self.output: TextIO = os.fdopen(os.dup(reader.fileno()), "r", encoding="utf-8")
@@ -88,9 +92,14 @@ def _run_into(arguments: Sequence[str], env: Mapping[str, str], files: Sequence[
 
 
 def _run(
-    arguments: Sequence[str], env: Mapping[str, str], output: Connection, prepare: Callable[[], None] | None
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    output: Connection,
+    prepare: Callable[[], None] | None,
+    between_ticks_s: Any,
 ) -> None:
     with output:
+        pace(between_ticks_s)
         if prepare is not None:
             prepare()
         _become(arguments, env, output.fileno(), output.fileno())

@@ -1,10 +1,11 @@
 """Runs a real nginx by a configuration of docker/nginx."""
 
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.tools import needs
 
 CONFIGURATIONS = Path(__file__).parents[2] / "docker" / "nginx"
 TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -16,10 +17,7 @@ def nginx(folder: Path, servers: str) -> Iterator["subprocess.Popen[bytes]"]:
     whole = f"pid {folder}/pid; daemon off; worker_processes 1;\nevents {{ worker_connections 4096; }}\n"
     whole += "http { access_log off;\n" + "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in TEMPORARY)
     (folder / "nginx.conf").write_text(f"{whole}{servers}}}\n")
-    environment = os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin"}
-    process = subprocess.Popen(
-        ["nginx", "-c", str(folder / "nginx.conf"), "-e", str(folder / "errors")], env=environment
-    )
+    process = subprocess.Popen([needs("nginx-light"), "-c", folder / "nginx.conf", "-e", folder / "errors"])
     try:
         yield process
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import START_TIMEOUT_S, RunningServer
+from tests.e2e.conftest import START_TIMEOUT_S, RunningServer, SlowDown
 from tminus.service.client import Accepted, AsyncClient, Cancelled, Done, Ended, Frame, Problem, Progress, Unreachable
 
 Start = Callable[..., RunningServer]
@@ -26,8 +26,9 @@ def image(picture: bytes) -> np.ndarray:
         return np.asarray(opened).astype(float)
 
 
-def test_it_samples_watches_and_submits_the_same_bytes(bundled_server: RunningServer) -> None:
+def test_it_samples_watches_and_submits_the_same_bytes(bundled_server: RunningServer, slow_down: SlowDown) -> None:
     expected = bundled_server.post(json=SPEC)
+    slow_down(bundled_server, between_ticks_s=0.03)  # or frames are dropped
     with bundled_server.api() as tminus:
         sampled = tminus.sample(**SPEC)
         accepted, *frames, done = tminus.watch(every=5, show=["x_t", "x_0"], **SPEC)
@@ -69,13 +70,14 @@ def test_async_does_the_same(server: RunningServer) -> None:
     asyncio.run(ask())
 
 
-def test_who_leaves_the_loop_gives_the_rows_back(server: RunningServer) -> None:
+def test_who_leaves_the_loop_gives_the_rows_back(server: RunningServer, slow_down: SlowDown) -> None:
     async def leave() -> None:
         async with AsyncClient(server.url) as tminus:
             async for message in tminus.watch(every=1, **LONG):
                 if isinstance(message, Frame):
                     break
 
+    slow_down(server)
     with server.api() as tminus:
         for message in tminus.watch(every=1, **LONG):
             if isinstance(message, Frame):
@@ -85,7 +87,8 @@ def test_who_leaves_the_loop_gives_the_rows_back(server: RunningServer) -> None:
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
 
 
-def test_a_watched_job_is_cancelled_from_another_thread(server: RunningServer) -> None:
+def test_a_watched_job_is_cancelled_from_another_thread(server: RunningServer, slow_down: SlowDown) -> None:
+    slow_down(server)
     with server.api() as tminus, tminus.watch(every=1, **LONG) as watching:
         messages = []
         for message in watching:
@@ -96,7 +99,7 @@ def test_a_watched_job_is_cancelled_from_another_thread(server: RunningServer) -
     assert len(messages) < LONG["steps"]
 
 
-def test_who_cancels_a_task_gives_the_rows_back(server: RunningServer) -> None:
+def test_who_cancels_a_task_gives_the_rows_back(server: RunningServer, slow_down: SlowDown) -> None:
     async def give_up() -> None:
         async with AsyncClient(server.url) as tminus:
             sampling = asyncio.ensure_future(tminus.sample(**LONG))
@@ -106,6 +109,7 @@ def test_who_cancels_a_task_gives_the_rows_back(server: RunningServer) -> None:
                 await sampling
 
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)  # of the tests before
+    slow_down(server)
     asyncio.run(give_up())
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
 
@@ -133,6 +137,7 @@ def restart(server: RunningServer, start: Start, state: Path) -> RunningServer:
 
 def test_events_go_on_over_a_killed_server(own_server: Start, tmp_path: Path) -> None:
     server = own_server("--state-dir", str(tmp_path))
+    server.slow_down(0.02)
     steps = []
     with ThreadPoolExecutor(1) as pool, server.api(patience_s=START_TIMEOUT_S) as tminus:
         job = tminus.submit(idempotency_key="mine", **LONG)
@@ -155,6 +160,7 @@ def test_events_go_on_over_a_killed_server(own_server: Start, tmp_path: Path) ->
 
 def test_a_wait_outlasts_a_killed_server_and_async_events_too(own_server: Start, tmp_path: Path) -> None:
     server = own_server("--state-dir", str(tmp_path))
+    server.slow_down()
 
     @asynccontextmanager
     async def killed() -> AsyncIterator[None]:
@@ -180,6 +186,7 @@ async def _all(events: AsyncIterator[Any]) -> list[Any]:
 
 def test_a_server_that_is_gone_is_told(own_server: Start) -> None:
     server = own_server()
+    server.slow_down()
     with server.api() as tminus:
         messages = iter(tminus.watch(every=1, **LONG))
         next(messages)
@@ -197,15 +204,16 @@ def test_a_server_that_is_gone_is_told(own_server: Start) -> None:
 def test_who_has_patience_gets_in(own_server: Start) -> None:
     server = own_server("--max-backlog-s", "0.5")
     short: dict[str, Any] = {"n": 8, "steps": 75}
-    with ThreadPoolExecutor(4) as pool, server.api() as hasty, server.api(patience_s=120) as patient:
-        running = pool.submit(lambda: patient.sample(n=16, steps=150))
-        server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
+    server.fill(**short)
+    with ThreadPoolExecutor(2) as pool, server.api() as hasty, server.api(patience_s=120) as patient:
         with pytest.raises(Problem) as caught:
             hasty.sample(**short)
         assert (caught.value.status, caught.value.code) == (429, "overloaded")
         assert caught.value.retry_after_s is not None
         waiting = [pool.submit(patient.sample, **short, seed=k) for k in range(2)]
+        # Those of `fill`, of the hasty one, and of these.
+        server.wait_until(lambda: server.metric("tminus_rejected_total") >= 4)
+        server.speed_up()
         watched = list(patient.watch(**short))
         assert isinstance(watched[-1], Done)
         assert [each.result(120).seed for each in waiting] == [0, 1]
-        assert running.result(120).job_id

@@ -16,8 +16,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image
 
-from tests.e2e.conftest import BUNDLED, ROOT, RunningServer
+from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, SlowDown
 from tests.e2e.test_jobs import Restarting, restarting  # noqa: F401
+from tests.tools import needs
 from tminus.model.rng import image_noise
 
 DOC = (ROOT / "docs" / "editing.md").read_text("utf-8")
@@ -61,6 +62,8 @@ def test_the_calls_of_the_docs_run(bundled_server: RunningServer, tmp_path: Path
             "localhost:8000", bundled_server.url.removeprefix("http://")
         )
         code = code.replace("curl ", "curl -fsS ").replace(".venv/bin/tminus", f"{sys.executable} -m tminus")
+        if kind == "sh":
+            needs("curl")
         command = ["bash", "-ec", code] if kind == "sh" else [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, code + done.stderr
@@ -117,9 +120,12 @@ def test_an_edit_is_what_diffusers_makes_of_it(bundled_server: RunningServer, ca
     assert np.abs(ours - theirs).mean() < 2
 
 
-def test_an_edit_is_the_same_under_load_and_image_by_image(server: RunningServer, cat: bytes) -> None:
+def test_an_edit_is_the_same_under_load_and_image_by_image(
+    server: RunningServer, cat: bytes, slow_down: SlowDown
+) -> None:
     files = {"image": cat, "mask": MASK}
     alone = edit(server, files, strength=0.7, n=1, index=2)
+    slow_down(server)
     with server.client() as client:
         busy = client.post("/jobs", json={"n": 16, "steps": 1000, "class_label": "bag", "guidance": 2}).json()["id"]
         sheet = pixels(edit(server, files, strength=0.7, n=4))
@@ -137,6 +143,7 @@ def test_a_durable_edit_that_was_killed_ends_in_the_same_bytes(restarting: Resta
         "files": {"image": cat, "mask": MASK},
         "data": SEEDED | {"steps": 1000, "n": 2, "strength": 0.9},
     }
+    restarting.server.slow_down()
     job_id = httpx.post(url("/jobs"), **form, headers={"Idempotency-Key": "edit"}, timeout=60).json()["id"]
     kept = restarting.server
     kept.wait_until(lambda: kept.metric("tminus_snapshots_total") >= 1)

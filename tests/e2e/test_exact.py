@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import BUNDLED, RunningServer, run_cli
+from tests.e2e.conftest import BUNDLED, RunningServer, SlowDown, run_cli
+from tests.tools import needs
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 
 Start = Callable[..., RunningServer]
@@ -116,24 +117,27 @@ def test_image_k_alone_is_image_k_of_the_zip_to_the_byte(server: RunningServer) 
 
 
 def test_a_client_killed_in_mid_request_changes_nothing_for_nineteen_others(
-    server: RunningServer, tmp_path: Path
+    server: RunningServer, tmp_path: Path, slow_down: SlowDown
 ) -> None:
     bodies = [{"n": 1, "steps": 40 + k, "seed": k, "class_label": k % 10, "guidance": 1 + k % 2} for k in range(19)]
     expected = [sheet(server, body) for body in bodies]
     cancelled = server.metric("tminus_cancelled_total")
     url = f"{server.url}/sample?n=64&steps=900&seed=1"
-    victim = subprocess.Popen(["curl", "--silent", "-X", "POST", url, "-o", str(tmp_path / "never.png")])
+    slow_down(server)
+    victim = subprocess.Popen([needs("curl"), "--silent", "-X", "POST", url, "-o", str(tmp_path / "never.png")])
     try:
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
         with ThreadPoolExecutor(19) as pool:
             answers = [pool.submit(sheet, server, body) for body in bodies]
             server.wait_until(lambda: len(active_jobs(server)) > 10)
             victim.kill()
+            server.wait_until(lambda: server.metric("tminus_cancelled_total") == cancelled + 1)
+            server.speed_up()
             assert [answer.result(120) for answer in answers] == expected
     finally:
         victim.kill()
         victim.wait()
-    server.wait_until(lambda: server.metric("tminus_cancelled_total") == cancelled + 1)
+    assert server.metric("tminus_cancelled_total") == cancelled + 1
     assert server.metric("tminus_backlog_seconds") == 0
     assert active_jobs(server) == []
 
@@ -146,7 +150,7 @@ def drawn(server: RunningServer, tmp_path: Path) -> Path:
     """A picture as curl leaves it."""
     out = tmp_path / "drawn.png"
     url = f"{server.url}/sample?steps=6&seed=12&class_label=coat&guidance=2&guidance_interval=100&guidance_interval=800"
-    subprocess.run(["curl", "--fail", "--silent", url, "-o", str(out)], check=True, timeout=120)
+    subprocess.run([needs("curl"), "--fail", "--silent", url, "-o", str(out)], check=True, timeout=120)
     return out
 
 
@@ -188,7 +192,8 @@ def test_a_file_of_nobody_ends_in_one_clear_line(server: RunningServer, small: P
 # --- jobs, deadlines and repeats, on the wire ---
 
 
-def test_a_job_is_listed_and_deleted_by_another_client(server: RunningServer) -> None:
+def test_a_job_is_listed_and_deleted_by_another_client(server: RunningServer, slow_down: SlowDown) -> None:
+    slow_down(server)
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(lambda: server.post(json={"n": 32, "steps": 900, "seed": 4}))
         server.wait_until(lambda: active_jobs(server) != [])
@@ -202,11 +207,12 @@ def test_a_job_is_listed_and_deleted_by_another_client(server: RunningServer) ->
         assert client.delete(f"/jobs/{job['id']}").status_code == 404
 
 
-def test_deadlines_on_the_wire(server: RunningServer) -> None:
+def test_deadlines_on_the_wire(server: RunningServer, slow_down: SlowDown) -> None:
     impossible = server.post(json={"n": 8, "steps": 1000, "deadline_s": 0.5})
     assert (impossible.status_code, impossible.json()["field"]) == (422, "deadline_s")
     easy = server.post(json={"steps": 2, "deadline_s": 60})
     assert easy.status_code == 200
+    slow_down(server)
     with ThreadPoolExecutor(1) as pool:
         load = pool.submit(lambda: server.post(json={"n": 8, "steps": 300}))
         server.wait_until(lambda: server.metric("tminus_rows_active") > 0)
@@ -216,6 +222,7 @@ def test_deadlines_on_the_wire(server: RunningServer) -> None:
         assert (refused.status_code, refused.json()["code"]) == (429, "deadline_unmeetable"), refused.text
         least_s = float(refused.json()["bound"].split()[2])  # "at least 2.3 s at this load"
         assert least_s > tight["deadline_s"]
+        server.speed_up()
         assert server.post(json=tight | {"deadline_s": 3 * least_s}).status_code == 200
         assert load.result(120).status_code == 200
 
@@ -305,7 +312,7 @@ def test_a_thousand_requests_at_once_are_each_answered_or_told_when_to_come_agai
     assert "Traceback" not in server.log, server.log[-3000:]
 
 
-def test_an_animation_is_the_same_bytes_alone_and_under_load(server: RunningServer) -> None:
+def test_an_animation_is_the_same_bytes_alone_and_under_load(server: RunningServer, slow_down: SlowDown) -> None:
     spec = {"n": 3, "steps": 40, "seed": 8, "class_label": "ankle-boot", "guidance": 2, "guidance_interval": [300, 700]}
 
     def animated() -> bytes:
@@ -314,8 +321,10 @@ def test_an_animation_is_the_same_bytes_alone_and_under_load(server: RunningServ
         return response.content
 
     alone = animated()
+    slow_down(server)
     with ThreadPoolExecutor(9) as pool:
         others = [pool.submit(server.post, json={"n": k % 4 + 1, "steps": 200 + k}) for k in range(8)]
         server.wait_until(lambda: server.metric("tminus_rows_active") > 2)
         assert animated() == alone
+        server.speed_up()
         assert {other.result().status_code for other in others} == {200}

@@ -15,6 +15,7 @@ import pytest
 from tests.e2e.conftest import RunningServer
 from tests.e2e.restarting import Restarting, Start, make_specs
 from tests.e2e.test_models import new_weights
+from tests.tools import needs
 
 
 @pytest.fixture
@@ -43,6 +44,7 @@ def test_after_kill_9_at_any_moment_every_accepted_job_ends_once_and_in_the_same
 
 
 def test_a_long_job_goes_on_from_its_snapshot(restarting: Restarting) -> None:
+    restarting.server.slow_down()
     job_id = restarting.post({"n": 4, "steps": 1000, "seed": 3}, "k")
     restarting.server.wait_until(lambda: restarting.server.metric("tminus_snapshots_total") >= 1)
     before = restarting.get(f"/jobs/{job_id}").json()["step"]
@@ -79,6 +81,7 @@ def test_a_start_on_other_weights_names_the_jobs_that_a_killed_server_left(
 @pytest.mark.alone
 def test_sigterm_writes_durable_jobs_down_at_once_and_the_next_start_ends_them(restarting: Restarting) -> None:
     spec = {"n": 2, "steps": 1000, "seed": 4}
+    restarting.server.slow_down()
     job_id = restarting.post(spec, "k")
     restarting.server.wait_until(lambda: restarting.get(f"/jobs/{job_id}").json()["step"] > 5)
     asked = time.monotonic()
@@ -99,6 +102,7 @@ location=$(curl -sS -o /dev/null -w '%header{{location}}' '{server.url}/jobs?n=2
 curl -sSN "{server.url}$location/events?every=5&show=x_0" > events.txt
 curl -sS --fail-with-body "{server.url}$location/image" -o out.png
 """
+    needs("curl")
     subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True, timeout=120)
     text = (tmp_path / "events.txt").read_text()
     assert "event: done" in text
@@ -110,6 +114,7 @@ def test_a_damaged_job_ends_and_the_server_starts_and_finishes_the_others(restar
     done = [restarting.post({"steps": 3, "seed": k}, f"done {k}") for k in range(2)]
     for job_id in done:
         restarting.wait_for(job_id)
+    restarting.server.slow_down()
     names = ("spec", "snapshot", "sound")
     ids = {name: restarting.post({"n": 2, "steps": 1000, "seed": k}, name) for k, name in enumerate(names)}
     restarting.server.wait_until(lambda: restarting.server.metric("tminus_snapshots_total") >= 3)

@@ -126,6 +126,7 @@ def test_a_durable_job_survives_a_kill(checkpoint: Path, tmp_path: Path) -> None
     env = {"TMINUS_STATE_DIR": str(tmp_path), "TMINUS_RESULT_CACHE_MB": "0"}
     server, asked = start_server(checkpoint, **env), {"n": 2, "steps": 900, "seed": 8, "class_label": "a"}
     alone = server.post(json=asked).content
+    server.slow_down()
     job = httpx.post(f"{server.url}/jobs", json=asked).json()["id"]
     server.wait_until(lambda: httpx.get(f"{server.url}/jobs/{job}").json()["step"] > 20)
     server.process.send_signal(signal.SIGKILL)

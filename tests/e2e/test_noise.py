@@ -15,6 +15,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from tests.e2e.conftest import BUNDLED, ROOT, RunningServer
+from tests.tools import needs
 from tminus.model.rng import image_noise
 
 DOC = (ROOT / "docs" / "forward-process.md").read_text("utf-8")
@@ -70,6 +71,7 @@ def test_what_it_starts_from_is_the_noise_of_a_sample_with_the_seed(server: Runn
 
 def test_the_calls_of_the_docs_run(bundled_server: RunningServer, tmp_path: Path) -> None:
     commands = DOC.split("```sh\n")[1].split("```")[0].replace("localhost:8000", bundled_server.url)
+    needs("curl")
     subprocess.run(["bash", "-ec", commands.replace("curl", "curl -fsS")], cwd=tmp_path, check=True, timeout=60)
     code = DOC.split("```python\n")[1].split("```")[0].replace("http://localhost:8000", bundled_server.url)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -117,7 +119,7 @@ def test_a_hundred_megabytes_are_refused_without_being_read(server: RunningServe
     send: list[str] = ["--data-binary", f"@{big}", "-H", "Content-Type: image/png"]
     if way == "form":
         send = ["-F", f"image=@{big}"]
-    curl = ["curl", "--silent", *send, "--write-out", "%{size_upload}", f"{server.url}/noise?t=5"]
+    curl = [needs("curl"), "--silent", *send, "--write-out", "%{size_upload}", f"{server.url}/noise?t=5"]
     answer = subprocess.run(curl, capture_output=True, text=True, timeout=60, check=False).stdout
     problem, _, uploaded = answer.rpartition("}")
     assert json.loads(problem + "}")["code"] == "body_too_large"

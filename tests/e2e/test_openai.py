@@ -19,8 +19,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 
-from tests.e2e.conftest import ROOT, RunningServer
+from tests.e2e.conftest import ROOT, RunningServer, SlowDown
 from tests.service.keys import bearer, key_line
+from tests.tools import needs
 
 NODE = ROOT / "tests" / "e2e" / "node"
 # Where `make test` installs OpenAI's library for Node.js.
@@ -186,17 +187,21 @@ def test_errors_are_the_librarys_own(client: OpenAI, server: RunningServer) -> N
         next(iter(client.images.generate(prompt="bag", stream=True, size="1024x1024")))
 
 
-def test_a_client_that_leaves_a_stream_frees_its_rows(client: OpenAI, server: RunningServer) -> None:
+def test_a_client_that_leaves_a_stream_frees_its_rows(
+    client: OpenAI, server: RunningServer, slow_down: SlowDown
+) -> None:
     slow: dict[str, Any] = {"steps": 1000, "sampler": "ddpm"}
     gone = server.metric("tminus_cancelled_total")
+    slow_down(server, between_ticks_s=0.02)
     with client.images.generate(prompt="bag", n=2, stream=True, partial_images=3, extra_body=slow) as stream:
         assert next(iter(stream)).type == "image_generation.partial_image"
     server.wait_until(lambda: server.metric("tminus_cancelled_total") == gone + 1)
     server.wait_until(lambda: server.metric("tminus_rows_active") == 0)
 
 
-def test_an_error_in_mid_stream_is_raised(client: OpenAI, server: RunningServer) -> None:
+def test_an_error_in_mid_stream_is_raised(client: OpenAI, server: RunningServer, slow_down: SlowDown) -> None:
     slow: dict[str, Any] = {"steps": 1000, "sampler": "ddpm"}
+    slow_down(server, between_ticks_s=0.02)
     with client.images.generate(prompt="bag", stream=True, partial_images=3, extra_body=slow) as stream:
         assert next(iter(stream)).type == "image_generation.partial_image"
         with server.client() as http:
@@ -226,23 +231,23 @@ def test_a_key_is_asked_for_and_its_quota_waited_for(own_server: Any, tmp_path: 
 
 def node(*arguments: str, folder: Path) -> str:
     """Run a module of a folder, which gets a link to OpenAI's library; or skip."""
-    program = shutil.which("node")
-    if program is None or not (PACKAGES / "openai").is_dir():
-        pytest.skip("needs Node.js and OpenAI's library for it: `make test` installs that where npm is")
+    needs("npm")
+    assert (PACKAGES / "openai").is_dir(), "npm came after .venv: rm .venv/.installed-test, and `make test` installs it"
     link = folder / "node_modules"
     if not link.exists():
         link.symlink_to(PACKAGES)
-    done = subprocess.run([program, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["node", *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 
 
 def test_openais_library_for_javascript(
-    server: RunningServer, pictures: tuple[Path, Path, bytes], tmp_path: Path
+    server: RunningServer, pictures: tuple[Path, Path, bytes], tmp_path: Path, slow_down: SlowDown
 ) -> None:
     image, mask, _ = pictures
     shutil.copy(NODE / "openai.mjs", tmp_path)
     gone = server.metric("tminus_cancelled_total")
+    slow_down(server, between_ticks_s=0.02)
     said = json.loads(node("openai.mjs", f"{server.url}/v1", str(image), str(mask), folder=tmp_path))
     assert [png_of(each) for each in said["images"]] == [alone(server), alone(server, index=1)]
     assert said["indices"] == [0, 1]
@@ -294,6 +299,8 @@ def run_example(server: RunningServer, number: int, folder: Path) -> str:
     if kind == "js":
         (folder / "example.mjs").write_text(code)
         return node("example.mjs", folder=folder)
+    if kind == "sh":
+        needs("curl")
     command = ["bash", "-euo", "pipefail", "-c"] if kind == "sh" else [sys.executable, "-c"]
     done = subprocess.run([*command, code], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr + done.stdout

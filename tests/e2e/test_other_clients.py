@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.e2e.conftest import ROOT, RunningServer
+from tests.tools import needs
 
 BOOT = {"steps": 20, "guidance": 1.5, "seed": 7, "class_label": "ankle-boot"}
 EXAMPLES = re.findall(
@@ -26,6 +27,8 @@ def run(server: RunningServer, folder: Path, example: int) -> None:
     code = code.replace("http://localhost:8000", server.url).replace(
         "localhost:8000", server.url.removeprefix("http://")
     )
+    if kind == "sh":
+        needs("curl")
     command = ["bash", "-euo", "pipefail", "-c", code] if kind == "sh" else [sys.executable, "-c", code]
     environment = os.environ | {"HF_TOKEN": ""}
     done = subprocess.run(

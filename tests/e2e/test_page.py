@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,11 +22,12 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.e2e.conftest import RunningServer
+from tests.e2e.conftest import RunningServer, SlowDown
+from tests.tools import needs
 
 DONE = re.compile(r"^Done in ")
 PATIENCE_MS = 60_000
-LONG = {"steps": 1000, "n": 24, "sampler": "ddpm", "seed": 1}
+LONG = {"steps": 1000, "n": 2, "sampler": "ddpm", "seed": 1}
 QUICK = {"steps": 5, "n": 1, "sampler": "ddim", "seed": 1}
 expect.set_options(timeout=PATIENCE_MS)
 
@@ -171,8 +171,11 @@ def gray(picture: bytes) -> np.ndarray:
         return np.asarray(image.convert("L")).astype(float)
 
 
-def test_noise_becomes_images_before_ones_eyes(open_page: Callable[..., Page], bundled_server: RunningServer) -> None:
+def test_noise_becomes_images_before_ones_eyes(
+    open_page: Callable[..., Page], bundled_server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page(bundled_server.url)
+    slow_down(bundled_server, between_ticks_s=0.03)
     page.tab.evaluate(
         """() => { window.shown = {};
         for (const id of ['x_t', 'x_0']) new MutationObserver(() => (window.shown[id] ??= new Set()).add(
@@ -235,6 +238,7 @@ def test_the_calls_of_a_result_make_it_again(open_page: Callable[..., Page], tmp
     page.wait_until(DONE)
     final = page.picture("#gallery img")
     assert len(final) > 1000
+    needs("curl")
     curl = shlex.split(page.tab.locator("#gallery .curl").text_content())
     subprocess.run(curl, cwd=tmp_path, check=True, timeout=60)
     assert (tmp_path / "out.png").read_bytes() == final
@@ -253,8 +257,11 @@ def test_the_calls_of_a_result_make_it_again(open_page: Callable[..., Page], tmp
     assert download.value.path().read_bytes() == final
 
 
-def test_a_job_is_cancelled_and_another_begun(open_page: Callable[..., Page], server: RunningServer) -> None:
+def test_a_job_is_cancelled_and_another_begun(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
+    slow_down(server)
     page.sample(**LONG)
     page.wait_for_step()
     page.tab.get_by_role("button", name="Cancel").click()
@@ -265,15 +272,19 @@ def test_a_job_is_cancelled_and_another_begun(open_page: Callable[..., Page], se
     expect(page.tab.locator("#gallery li")).to_have_count(1)
 
 
-def test_a_job_that_waits_says_how_many_are_ahead(open_page: Callable[..., Page], server: RunningServer) -> None:
+def test_a_job_that_waits_says_how_many_are_ahead(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
     with ThreadPoolExecutor(10) as pool:
+        slow_down(server)
         short = [pool.submit(server.post, json={"n": 8, "steps": 150, "seed": k}) for k in range(5)]
         server.wait_until(lambda: server.metric("tminus_rows_waiting") > 20)
         page.sample(**LONG)
         page.wait_until(re.compile(r"^Waiting: \d jobs? ahead, done in about "))
         page.tab.get_by_role("button", name="Cancel").click()
         page.wait_until("Cancelled.")
+        server.speed_up()
         assert {each.result().status_code for each in short} == {200}
 
 
@@ -292,14 +303,15 @@ def test_a_seed_that_was_not_given_is_told_and_makes_the_same_again(open_page: C
 
 
 def test_the_schedule_is_drawn_and_the_step_is_marked_in_it(
-    open_page: Callable[..., Page], server: RunningServer
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     alpha_bar = httpx.get(f"{server.url}/model/schedule").json()["alpha_bar"]
     for name in ("alpha_bar", "beta", "snr"):
         points = re.findall(r"[ML](\S+) (\S+?)(?=[ML]|$)", page.tab.locator(f"#chart .{name}").get_attribute("d"))
         assert len(points) == 1000
-    page.sample(steps=1000, n=1, sampler="ddim", seed=1)  # so many that there are frames before the last
+    slow_down(server, between_ticks_s=0.01)  # so that there are frames before the last
+    page.sample(steps=1000, n=1, sampler="ddim", seed=1)
     page.wait_until(DONE)
     page.tab.locator("#scrub").fill("10")
     told = re.search(r"after step (\d+), t = (\d+)$", page.tab.locator("#frame-text").text_content())
@@ -324,17 +336,19 @@ def test_an_error_is_shown_where_it_arose(open_page: Callable[..., Page]) -> Non
 
 
 def test_a_reload_in_mid_job_finds_it_again_and_keeps_the_results(
-    open_page: Callable[..., Page], server: RunningServer
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     page.sample(class_label="bag", steps=5, n=1, sampler="ddim", seed=3, guidance=1)
     page.wait_until(DONE)
+    slow_down(server)
     page.sample(class_label="sneaker", steps=1000, n=4, sampler="ddpm", seed=2**63 + 1, guidance=1)
     page.wait_for_step()
     before = int(re.search(r"Step (\d+)", page.tab.locator("#progress-text").text_content())[1])
     page.tab.reload()
     page.wait_for_step()
     assert int(re.search(r"Step (\d+)", page.tab.locator("#progress-text").text_content())[1]) > before
+    server.speed_up()
     page.wait_until(DONE)
     expect(page.tab.locator("#gallery li")).to_have_count(2)
     spec = {"class_label": 7, "sampler": "ddpm", "steps": 1000, "n": 4, "seed": 2**63 + 1}
@@ -352,6 +366,7 @@ def test_a_server_that_was_killed_in_mid_job_is_found_again_with_the_job(
     server = own_server(TMINUS_STATE_DIR=str(tmp_path))
     port = server.url.rpartition(":")[2]
     page = Page(browser, server.url)
+    server.slow_down()
     page.sample(steps=1000, n=2, sampler="ddpm", class_label="bag", seed=6, guidance=1)
     page.wait_for_step()
     server.process.kill()
@@ -438,10 +453,11 @@ def test_nothing_can_be_chosen_before_the_model_is_known(open_page: Callable[...
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_reload_before_the_answer_finds_the_job(
-    open_page: Callable[..., Page], server: RunningServer, cancelled: bool
+    open_page: Callable[..., Page], server: RunningServer, cancelled: bool, slow_down: SlowDown
 ) -> None:
     page, before, seen = open_page(), job_ids(server), []
     page.tab.route(re.compile(POSTED), lambda route: seen.append(route.fetch().json()["id"]))  # and no answer
+    slow_down(server)
     page.sample(**LONG)
     page.go_on_until(lambda: job_ids(server) != before)
     page.wait_until("Asking…")
@@ -460,7 +476,7 @@ def test_a_reload_before_the_answer_finds_the_job(
 @pytest.mark.parametrize("twice", [False, True])
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_a_reload_that_meets_the_answer_finds_the_job(
-    open_page: Callable[..., Page], server: RunningServer, cancelled: bool, twice: bool
+    open_page: Callable[..., Page], server: RunningServer, cancelled: bool, twice: bool, slow_down: SlowDown
 ) -> None:
     page, before, held = open_page(), job_ids(server), []
     reloads = "history.replaceState = () => location.reload();"  # with the address of before
@@ -468,6 +484,7 @@ def test_a_reload_that_meets_the_answer_finds_the_job(
     if twice:
         page.tab.add_init_script(f"if (!sessionStorage.again) {{ sessionStorage.again = 'yes'; {reloads} }}")
     page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
+    slow_down(server)
     page.sample(**LONG)
     page.wait_until("Asking…")
     if cancelled:
@@ -485,9 +502,12 @@ def test_a_reload_that_meets_the_answer_finds_the_job(
     page.wait_until("Press Sample to make your own.")
 
 
-def test_cancel_before_the_answer_cancels_the_job(open_page: Callable[..., Page], server: RunningServer) -> None:
+def test_cancel_before_the_answer_cancels_the_job(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page, held = open_page(), []
     page.tab.route(re.compile(POSTED), lambda route: held.append(route))  # not a bound method
+    slow_down(server)
     page.sample(**LONG)
     page.press("Cancel")
     page.wait_until("Cancelling…")
@@ -498,10 +518,13 @@ def test_cancel_before_the_answer_cancels_the_job(open_page: Callable[..., Page]
     assert job["state"] == "cancelled"
 
 
-def test_a_cancel_that_fails_says_so_and_the_job_goes_on(open_page: Callable[..., Page]) -> None:
+def test_a_cancel_that_fails_says_so_and_the_job_goes_on(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
     page.hear_status()
     page.refuse(r"/cancel$", 503)
+    slow_down(server)
     page.sample(**LONG)
     page.wait_for_step()
     page.press("Cancel")
@@ -594,24 +617,32 @@ def test_a_tab_keeps_the_newest_results_and_the_pictures_of_no_others(open_page:
     assert page.picture("#gallery li:last-child img")
 
 
-def test_a_job_whose_events_are_refused_is_looked_at_until_its_end(open_page: Callable[..., Page]) -> None:
+def test_a_job_whose_events_are_refused_is_looked_at_until_its_end(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
     page.refuse(EVENTS, 429)
+    slow_down(server)
     page.sample(**LONG | {"n": 6})
     seen = re.compile(r"^Step [1-9]\d* of 1000, [\d.]+ (s|min) left$")
     expect(page.tab.locator("#progress-text")).to_have_text(seen)
     page.wait_until("Running. Its frames cannot be had just now.")
+    server.speed_up()
     page.wait_until(DONE)
     expect(page.tab.locator("#gallery li")).to_have_count(1)
+    slow_down(server)
     page.sample(**LONG)
     page.wait_until("Running. Its frames cannot be had just now.")
     page.press("Cancel")
     page.wait_until("Cancelled.")
 
 
-def test_events_that_were_refused_are_tried_again(open_page: Callable[..., Page]) -> None:
+def test_events_that_were_refused_are_tried_again(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
     page.refuse(EVENTS, 429)
+    slow_down(server)
     page.sample(**LONG)
     page.wait_until("Running. Its frames cannot be had just now.")
     page.tab.unroute(re.compile(EVENTS))
@@ -621,11 +652,14 @@ def test_events_that_were_refused_are_tried_again(open_page: Callable[..., Page]
     page.wait_until("Cancelled.")
 
 
-def test_a_connection_that_is_there_again_is_said_before_any_frame(open_page: Callable[..., Page]) -> None:
+def test_a_connection_that_is_there_again_is_said_before_any_frame(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
     page.hear_status()
     page.lost = "net::ERR_CONNECTION_RESET"
     page.tab.route(re.compile(EVENTS), lambda route: route.abort("connectionreset"), times=1)
+    slow_down(server)
     page.sample(**LONG)
     page.wait_for_step()
     heard = page.heard()
@@ -635,8 +669,11 @@ def test_a_connection_that_is_there_again_is_said_before_any_frame(open_page: Ca
     page.wait_until("Cancelled.")
 
 
-def test_a_job_that_others_end_is_told_how(open_page: Callable[..., Page], server: RunningServer) -> None:
+def test_a_job_that_others_end_is_told_how(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
+    slow_down(server)
     page.tab.goto(f"{server.url}/#job={post_job(server, **LONG)}")
     page.wait_for_step()
     cancel_job(server, page.tab.url.rpartition("=")[2])
@@ -651,9 +688,10 @@ def test_a_job_that_others_end_is_told_how(open_page: Callable[..., Page], serve
 
 
 def test_a_job_that_is_forgotten_while_nobody_looks_is_said_to_be(
-    open_page: Callable[..., Page], server: RunningServer
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
+    slow_down(server)
     page.sample(**LONG)
     page.wait_for_step()
     page.look_elsewhere(True)
@@ -666,23 +704,22 @@ def test_a_job_that_is_forgotten_while_nobody_looks_is_said_to_be(
     page.wait_until(DONE)
 
 
-def test_a_job_that_failed_says_why(open_page: Callable[..., Page], server: RunningServer) -> None:
-    spec = LONG | {"n": 4}
-    first = httpx.post(f"{server.url}/jobs", json=spec).json()
+def test_a_job_that_failed_says_why(open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown) -> None:
+    page = open_page()
+    slow_down(server)
+    first = httpx.post(f"{server.url}/jobs", json=LONG).json()
     cancel_job(server, first["id"])
-    deadline_s = 1 + 1.5 * first["eta_s"]
-    page = open_page(f"{server.url}/#job={post_job(server, **spec, deadline_s=deadline_s)}")
-    page.wait_for_step()
-    server.process.send_signal(signal.SIGSTOP)  # the machine sleeps until it is too late
-    time.sleep(deadline_s)
-    server.process.send_signal(signal.SIGCONT)
+    page.tab.goto(f"{server.url}/#job={post_job(server, **LONG, deadline_s=1 + 1.5 * first['eta_s'])}")
     page.wait_until("Not done.")
     expect(page.tab.locator("#error")).to_contain_text("deadline_s")
 
 
-def test_a_job_that_is_not_durable_cannot_be_followed(open_page: Callable[..., Page], server: RunningServer) -> None:
+def test_a_job_that_is_not_durable_cannot_be_followed(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
     with ThreadPoolExecutor(1) as pool:
+        slow_down(server)
         asked = pool.submit(server.post, json=LONG)
         running = f"{server.url}/jobs?state=running"
         server.wait_until(lambda: httpx.get(running).json()["jobs"] != [])
@@ -695,9 +732,10 @@ def test_a_job_that_is_not_durable_cannot_be_followed(open_page: Callable[..., P
 
 
 def test_tabs_that_nobody_sees_leave_the_connections_to_others(
-    open_page: Callable[..., Page], browser: Any, server: RunningServer
+    open_page: Callable[..., Page], browser: Any, server: RunningServer, slow_down: SlowDown
 ) -> None:
-    address = f"{server.url}/#job={post_job(server, **LONG | {'n': 64})}"
+    slow_down(server)
+    address = f"{server.url}/#job={post_job(server, **LONG)}"
     pages = [open_page(address)]
     for _ in range(6):  # a browser has six connections for all of them
         pages[-1].wait_for_step()
@@ -935,7 +973,7 @@ def test_pressing_sample_does_not_scroll_what_can_be_seen(open_page: Callable[..
 
 
 def test_a_reload_fills_the_form_with_what_the_job_was_asked_for(
-    open_page: Callable[..., Page], server: RunningServer
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     asked = {"class_label": "bag", "sampler": "ddpm", "steps": 900, "guidance": 2.5, "n": 16, "seed": 2**64 - 1}
@@ -947,6 +985,7 @@ def test_a_reload_fills_the_form_with_what_the_job_was_asked_for(
         "n": "16",
         "seed": str(2**64 - 1),
     }
+    slow_down(server)
     page.sample(**asked)
     page.wait_for_step()
     page.tab.reload()
@@ -956,6 +995,7 @@ def test_a_reload_fills_the_form_with_what_the_job_was_asked_for(
     assert form_of(page)["steps"] == "900", "it was chosen"
     page.press("Cancel")
     page.wait_until("Cancelled.")
+    server.speed_up()
     # A job of several classes, which is one more option, and one without any.
     for labels, value, guidance in (([1, 2], "1,2", "1"), (None, "", "1.5")):
         spec = {"n": 2, "steps": 20, "sampler": "dpmpp_2m", "seed": 4}
@@ -998,8 +1038,11 @@ def test_a_refusal_leaves_nothing_of_the_job_before(open_page: Callable[..., Pag
     expect(page.tab.locator("#gallery li")).to_have_count(1)
 
 
-def test_a_job_that_was_cancelled_has_no_time_left(open_page: Callable[..., Page]) -> None:
+def test_a_job_that_was_cancelled_has_no_time_left(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
+    slow_down(server)
     page.sample(**LONG)
     expect(page.tab.locator("#progress-text")).to_have_text(re.compile(r" (s|min) left$"))
     page.press("Cancel")
@@ -1007,8 +1050,11 @@ def test_a_job_that_was_cancelled_has_no_time_left(open_page: Callable[..., Page
     expect(page.tab.locator("#progress-text")).to_have_text(re.compile(r"^Step \d+ of 1000, t = \d+$"))
 
 
-def test_the_number_of_frames_is_told_while_one_looks_back(open_page: Callable[..., Page]) -> None:
+def test_the_number_of_frames_is_told_while_one_looks_back(
+    open_page: Callable[..., Page], server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
+    slow_down(server)
     page.sample(**LONG | {"n": 8})
     expect(page.tab.locator("#frame-text")).to_have_text(re.compile(r"Frame [3-9]\d* of "))
     page.tab.locator("#scrub").fill("1")

@@ -13,9 +13,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from tests.e2e.conftest import RunningServer, start_server, stop_server
+from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
 from tests.e2e.test_page import DONE, LONG, Page
 from tests.service.keys import bearer, key_line
+from tests.tools import needs
 
 ANN, BEN, CAT = "tm_ann", "tm_ben", "tm_cat"
 
@@ -59,6 +60,7 @@ def test_the_page_asks_for_a_key_and_then_works_as_any(open_page: Callable[..., 
     assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
     assert page.tab.evaluate("document.cookie") == "", "no script can read it"
     environment = os.environ | {"TMINUS_KEY": ANN}
+    needs("curl")
     for command in (
         ["bash", "-c", page.tab.locator("#gallery .curl").text_content()],
         [sys.executable, "-c", page.tab.locator("#gallery .python").text_content()],
@@ -119,8 +121,11 @@ def test_nothing_is_sampled_before_somebody_has_signed_in(browser: Any, keyed: R
     tab.context.close()
 
 
-def test_the_batch_does_not_name_the_jobs_of_others(open_page: Callable[..., Page], keyed: RunningServer) -> None:
+def test_the_batch_does_not_name_the_jobs_of_others(
+    open_page: Callable[..., Page], keyed: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
+    slow_down(keyed)
     page.sample(**LONG | {"n": 4})
     page.wait_for_step()
     page.tab.locator("#batch").scroll_into_view_if_needed()

@@ -12,7 +12,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.e2e.conftest import RunningServer, start_server, stop_server
+from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
 from tests.e2e.test_page import DONE, LONG, POSTED, QUICK, Page, job_ids
 from tests.service.keys import key_line
 
@@ -111,10 +111,13 @@ def test_with_one_model_there_is_no_menu(browser: Any, server: RunningServer) ->
     page.context.close()
 
 
-def test_a_model_keeps_its_results_and_its_job_to_itself(open_page: Callable[..., Page]) -> None:
+def test_a_model_keeps_its_results_and_its_job_to_itself(
+    open_page: Callable[..., Page], two: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
     page.sample(**QUICK)
     page.wait_until(DONE)
+    slow_down(two)
     page.sample(**LONG)
     page.wait_for_step()
     address = page.tab.url

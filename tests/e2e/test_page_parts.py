@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect
 
-from tests.e2e.conftest import RunningServer
+from tests.e2e.conftest import RunningServer, SlowDown
 from tests.e2e.test_page import (
     DONE,
     LONG,
@@ -220,8 +220,11 @@ def test_it_plays_by_itself_only_for_those_who_like_motion(open_page: OpenPage, 
     assert any(text.startswith("Frame 1 of 21") for text in texts[came:]) == (motion == "no-preference")
 
 
-def test_a_mouse_that_crosses_the_plot_does_not_stop_what_is_watched(open_page: OpenPage) -> None:
+def test_a_mouse_that_crosses_the_plot_does_not_stop_what_is_watched(
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
+) -> None:
     page = open_page()
+    slow_down(server)
     page.sample(**LONG)
     page.wait_for_step()
     page.tab.locator("#plot").scroll_into_view_if_needed()
@@ -711,7 +714,7 @@ def test_of_two_things_that_are_asked_for_at_once_one_is_begun(open_page: OpenPa
 
 
 def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
-    open_page: OpenPage, server: RunningServer
+    open_page: OpenPage, server: RunningServer, slow_down: SlowDown
 ) -> None:
     page = open_page()
     page.tab.locator("#grid-class").select_option(label="sneaker")
@@ -730,6 +733,7 @@ def test_the_grid_has_a_row_for_each_class_and_its_images_can_be_watched(
     assert page.picture("#x_t") == server.post(json=OPENING | {"class_label": 8, "index": 1}).content
     assert frame_numbers(page) == (21, 21)
     assert form_of(page)["class_label"] == "8"
+    slow_down(server)
     page.sample(**LONG)
     page.wait_for_step()
     page.tab.locator("#cells button").first.click()
@@ -795,11 +799,12 @@ def test_a_walk_goes_from_the_images_of_one_seed_to_those_of_another(
 # --- the batch ---
 
 
-def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: RunningServer) -> None:
+def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: RunningServer, slow_down: SlowDown) -> None:
     page = open_page()
     page.tab.locator("#batch").scroll_into_view_if_needed()
     expect(page.tab.locator("#batch-text")).to_contain_text("The server is idle.")
     with ThreadPoolExecutor(1) as pool:
+        slow_down(server)
         asked = pool.submit(server.post, json=LONG | {"n": 3})
         expect(page.tab.locator("#jobs li")).to_have_count(1)
         expect(page.tab.locator("#jobs .whose")).to_have_text(re.compile(r"^job \d+$"))
@@ -813,6 +818,7 @@ def test_the_batch_shows_each_job_at_its_step(open_page: OpenPage, server: Runni
     expect(page.tab.locator("#jobs li")).to_have_count(0)
     page.press("Send three different requests")
     expect(page.tab.locator("#jobs .own")).not_to_have_count(0)
+    server.speed_up()
     expect(page.tab.locator("#load")).to_have_attribute("aria-disabled", "false")
     expect(page.tab.locator("#jobs li")).to_have_count(0)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.e2e.conftest import BUNDLED, ROOT, RunningServer, stop_server
 from tests.service.keys import key_line
 from tests.test_docs import shell_commands
+from tests.tools import needs
 
 HOME = "~/.local/state/tminus"
 RUN = {"python": sys.executable, "tminus": f"{sys.executable} -m tminus"}
@@ -46,6 +47,9 @@ def shell(command: str, folder: Path, url: str = "") -> str:
     command = re.sub(r"(http://)?localhost:8000", url, command)
     command = re.sub(r"(?<!/)\.venv/bin/(python|tminus)", lambda found: RUN[found[1]], command)
     command = re.sub(r"^curl ", "curl -sS --fail-with-body ", command, flags=re.MULTILINE)
+    for said, package in (("curl ", "curl"), ("--data fashion-mnist", "dataset-fashion-mnist")):
+        if said in command:
+            needs(package)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["bash", "-euc", command], cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
@@ -103,9 +107,11 @@ def test_the_commands_of_the_command_line_page_do_what_it_says(
     page = shell_commands(ROOT / "docs" / "command-line.md")
     sample, *samples = (command for command in page if command.startswith(".venv/bin/tminus sample"))
     shell(sample, folder)
+    server.slow_down(0.03)  # or few frames are seen
     for command in samples:
         # One has loaded the bundled model, which takes longer.
         shell(command if "--url" in command else f"{command} --checkpoint {small}", folder, server.url)
+    server.speed_up()
     listed, *changed = run(server, folder, "docs/command-line.md", ".venv/bin/tminus models")
     assert [line.split()[0] for line in listed.splitlines()] == ["NAME", "fashion-mnist-32", "colour"]
     assert changed == ["colour: unloaded\n", "colour: loaded\n", "colour: reloaded\n"]
@@ -146,6 +152,7 @@ def test_the_tutorial_goes_through_in_order(
     assert size(folder / "sneakers.png") == (64, 64), "four images"
     shell(watch.replace("--steps 100", "--steps 20"), folder, first.url)
     assert "same" in shell(again, folder, first.url)
+    first.slow_down()
     shell(job.replace('"steps": 1000', '"steps": 200'), folder, first.url)
     assert stop_server(first) == 0
     second = own_server(checkpoint=checkpoint, **env)
@@ -164,15 +171,17 @@ def test_a_backup_of_a_running_server_is_restored_and_its_job_ends_in_the_same_b
     state = tmp_path / "state"
     server = own_server(TMINUS_STATE_DIR=str(state))
     spec = {"n": 6, "steps": 1000, "seed": 7}
+    server.slow_down()
     with server.client() as client:
         job_id = client.post("/jobs", json=spec).json()["id"]
         server.wait_until(lambda: server.metric("tminus_snapshots_total") > 0)
         (file,) = state.glob("*.sqlite3")
-        backup = ["sqlite3", file, ".backup copy"]
+        backup = [needs("sqlite3"), file, ".backup copy"]
         refused = subprocess.run(backup, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert "database is locked" in refused.stderr
         shell(copy.replace("$(pgrep -f 'tminus serve')", str(server.process.pid)).replace(HOME, str(state)), tmp_path)
         assert client.get(f"/jobs/{job_id}").json()["state"] == "running", "it goes on"
+    server.speed_up()
     expected = wait_for_job(server, job_id)
     kill(server)
     shell(restore.replace(HOME, str(state)), tmp_path)

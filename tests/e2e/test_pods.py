@@ -51,6 +51,7 @@ def test_a_pod_ends_in_its_time_and_leaves_its_jobs_to_the_other(
     ends, stays = pods
     names = {"Host": "tminus.tminus.svc"} | bearer(KEY)
     with httpx.Client(headers=names, timeout=60) as http:
+        ends.slow_down()
         job_id = http.post(f"{ends.url}/jobs", json=LONG).json()["id"]
         wait_until(lambda: bool(http.get(f"{stays.url}/jobs/{job_id}").json()["step"]))
         assert http.get(f"{ends.url}/readyz").status_code == 200

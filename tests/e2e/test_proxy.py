@@ -15,12 +15,13 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from tests.e2e.conftest import RunningServer, start_server, stop_server
+from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
 from tests.e2e.names import Names, name_server
 from tests.e2e.nginx import CONFIGURATIONS, nginx
 from tests.service.fakes import wait_until
 from tests.service.keys import bearer, key_line
 from tests.test_monitoring import free_port
+from tests.tools import needs
 
 TEMPLATE = CONFIGURATIONS / "tminus.conf.template"
 ADDRESS = "127.0.0.1"
@@ -49,7 +50,7 @@ def proxied(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     folder, port = tmp_path_factory.mktemp("nginx"), free_port()
     certificate, key = folder / "fullchain.pem", folder / "privkey.pem"
     request = [
-        "openssl",
+        needs("openssl"),
         "req",
         "-x509",
         "-newkey",
@@ -146,7 +147,8 @@ def test_frames_come_through_a_websocket_one_by_one(proxied: Proxied) -> None:
     assert (kinds[0], *{*kinds[1:-1]}, kinds[-1]) == ("accepted", "frame", "done")
 
 
-def test_events_leave_before_the_job_ends(proxied: Proxied) -> None:
+def test_events_leave_before_the_job_ends(proxied: Proxied, slow_down: SlowDown) -> None:
+    slow_down(proxied.server)
     with proxied.client(**bearer(KEY)) as client:
         job = client.post("/jobs", json={"steps": 1000, "n": 8}).json()
         with client.stream("GET", f"/jobs/{job['id']}/events", params={"every": 1}) as events:

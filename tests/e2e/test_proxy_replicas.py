@@ -18,7 +18,7 @@ import yaml
 from websockets.sync.client import connect
 
 from tests import postgres
-from tests.e2e.conftest import RunningServer, start_server, stop_server
+from tests.e2e.conftest import RunningServer, SlowDown, start_server, stop_server
 from tests.e2e.names import Names, name_server
 from tests.e2e.nginx import CONFIGURATIONS, nginx
 from tests.service.fakes import wait_until
@@ -146,12 +146,14 @@ def test_what_is_posted_is_known_wherever_the_next_request_lands(cluster: Cluste
         assert len(re.findall(" GET /jobs/[0-9a-f]+/image 200 ", server.log)) > 1, "each of them was asked"
 
 
-def test_frames_and_events_come_through_one_by_one(cluster: Cluster) -> None:
+def test_frames_and_events_come_through_one_by_one(cluster: Cluster, slow_down: SlowDown) -> None:
     for _ in range(4):  # at either server
         with connect(f"ws{cluster.url.removeprefix('http')}/sample/stream") as ws:
             ws.send(json.dumps(SPEC | {"every": 1}))
             kinds = [json.loads(text)["type"] for text in ws if isinstance(text, str)]
         assert (kinds[0], *{*kinds[1:-1]}, kinds[-1]) == ("accepted", "frame", "done")
+    for server in cluster.servers.values():
+        slow_down(server)
     with cluster.client() as http:
         for _ in range(4):
             job_id = cluster.post(LONG)
@@ -173,9 +175,11 @@ def test_the_servers_know_their_clients_by_address(cluster: Cluster) -> None:
         wait_until(are_told)
 
 
-def test_a_server_is_killed_and_its_job_and_all_else_go_on(cluster: Cluster) -> None:
+def test_a_server_is_killed_and_its_job_and_all_else_go_on(cluster: Cluster, slow_down: SlowDown) -> None:
     with cluster.client() as http:
         spec = LONG | {"n": 4}
+        for server in cluster.servers.values():
+            slow_down(server)
         job_id = cluster.post(spec)
         killed = cluster.holder(job_id)
         cluster.servers[killed].process.send_signal(signal.SIGKILL)
@@ -188,6 +192,7 @@ def test_a_server_is_killed_and_its_job_and_all_else_go_on(cluster: Cluster) -> 
                 assert http.get(f"/jobs/{job_id}").status_code == 200
                 assert http.delete(f"/jobs/{cluster.post(SPEC)}").status_code == 204
         (left,) = cluster.servers.values()
+        left.speed_up()
         left.wait_until(lambda: http.get(f"/jobs/{job_id}").json()["state"] == "done")
         undisturbed = httpx.post(f"{left.url}/sample", json=spec, timeout=120).content
         assert http.get(f"/jobs/{job_id}/image").content == undisturbed
@@ -200,8 +205,9 @@ def test_a_server_is_killed_and_its_job_and_all_else_go_on(cluster: Cluster) -> 
         wait_until(is_asked)
 
 
-def test_while_a_server_drains_the_other_is_asked(cluster: Cluster) -> None:
+def test_while_a_server_drains_the_other_is_asked(cluster: Cluster, slow_down: SlowDown) -> None:
     address, draining = next(iter(cluster.servers.items()))
+    slow_down(draining)
     with cluster.client() as http, ThreadPoolExecutor(1) as pool:
         last = pool.submit(httpx.post, f"{draining.url}/sample", json=LONG, timeout=60)
         wait_until(lambda: draining.metric("tminus_rows_active") > 0)
@@ -213,6 +219,7 @@ def test_while_a_server_drains_the_other_is_asked(cluster: Cluster) -> None:
             ws.send(json.dumps(SPEC))
             assert json.loads(ws.recv())["type"] == "accepted"
         assert not last.done(), "it drains to the last"
+        draining.speed_up()
         assert set(answers) == {200}
         assert last.result(60).status_code == 200
     assert draining.process.wait(30) == 0

@@ -21,6 +21,7 @@ from tests.e2e.restarting import Deadly, ForkedServer, make_specs
 from tests.e2e.test_models import KEYS, change, new_weights
 from tests.service.durable import events
 from tests.service.keys import key_line
+from tests.tools import needs
 from tests.trials import faults, replicas
 from tminus.service.client import Ended, Frame
 from tminus.service.client.messages import Event
@@ -28,6 +29,13 @@ from tminus.service.client.messages import Event
 pytestmark = pytest.mark.slow
 
 LONG = {"n": 16, "steps": 1000, "seed": 3}
+SLOW = """
+from types import SimpleNamespace
+from tests.trials.injected import pace
+from tminus.service.cli.main import main
+pace(SimpleNamespace(value=0.1))
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,7 @@ def test_whatever_happens_to_a_server_or_the_database_each_job_ends_once_in_the_
 
 def test_step_frames_and_end_of_a_job_are_passed_on_by_every_other_replica(start: Start) -> None:
     holder, asked = start(), start()
+    holder.slow_down(0.01)
     job_id = post(holder.url, LONG | {"n": 4})
     asked.wait_until(lambda: (httpx.get(f"{asked.url}/jobs/{job_id}").json()["step"] or 0) > 0)
     assert httpx.get(f"{asked.url}/jobs/{job_id}").json()["eta_s"] > 0
@@ -118,6 +127,8 @@ def test_step_frames_and_end_of_a_job_are_passed_on_by_every_other_replica(start
 
 def test_a_viewer_at_another_replica_sees_the_job_to_its_end_though_its_holder_dies(start: Start) -> None:
     holder, asked, third = start(), start(), start()
+    for server in (holder, asked, third):
+        server.slow_down(0.02)
     spec = LONG | {"n": 4}
     job_id = post(holder.url, spec)
     found: list[Event] = []
@@ -136,6 +147,7 @@ def test_a_viewer_at_another_replica_sees_the_job_to_its_end_though_its_holder_d
     assert isinstance(found[-1], Ended)
     assert found[-1].job.state == "done"
     assert any(isinstance(event, Frame) for event in found[seen:]), "frames of the next holder"
+    third.speed_up()
     undisturbed = httpx.post(f"{third.url}/sample", json=spec, timeout=120).content
     assert httpx.get(f"{third.url}/jobs/{job_id}/image").content == undisturbed
 
@@ -194,6 +206,7 @@ def test_what_is_passed_on_is_the_callers_own(start: Start) -> None:
     keys = "\n".join(key_line(name, f"the-secret-of-{name}") for name in ("studio", "lab"))
     holder, asked = (start(TMINUS_KEYS=keys) for _ in range(2))
     studio, lab = ({"Authorization": f"Bearer the-secret-of-{name}"} for name in ("studio", "lab"))
+    holder.slow_down()
     job_id = post(holder.url, LONG, **studio)
     url = f"{asked.url}/jobs/{job_id}"
     asked.wait_until(lambda: (httpx.get(url, headers=studio).json()["step"] or 0) > 0)
@@ -207,11 +220,13 @@ def test_a_server_whose_clock_is_an_hour_ahead_shares_jobs_with_others_as_any(
     start: Start, shared: dict[str, str], small: Path, tmp_path: Path
 ) -> None:
     """Leases, ages and deadlines are by the database's clock."""
-    if faults.FAKETIME is None:
-        pytest.skip("needs libfaketime, and it is not installed")
+    needs("libfaketime")
     clock = faults.Clock(tmp_path)
     clock.set(faults.HOUR_S)
     ahead, other = Server(small, tmp_path / "state", (), shared | clock.environment), start()
+    assert ahead._command[1:3] == ["-m", "tminus"]
+    ahead._command[1:3] = ["-c", SLOW]  # not forked, since the clock is of a process from its start
+    other.slow_down()
     ahead.start()
 
     def job(url: str, job_id: str) -> dict[str, Any]:
@@ -243,6 +258,8 @@ def test_a_full_database_refuses_new_jobs_and_loses_none(
     """Its error is raised by triggers: PostgreSQL tells of a full disk with the same code and words."""
     servers = start(), start()
     tables = [f"{namespace}.{name}" for name in ("jobs", "snapshots", "images")]
+    for server in servers:
+        server.slow_down()
     job_ids = [post(server.url, {"n": 2, "steps": 200, "seed": 3}) for server in servers]
     database.sql(
         "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS "
@@ -258,6 +275,7 @@ def test_a_full_database_refuses_new_jobs_and_loses_none(
         assert httpx.post(f"{server.url}/sample?steps=3").status_code == 200
         assert httpx.get(f"{server.url}/readyz").status_code == 200, "no other server would do better"
     for server in servers:
+        server.speed_up()
         server.wait_until(lambda server=server: server.metric("tminus_rows_active") == 0)  # type: ignore[misc]
     states = {httpx.get(f"{servers[0].url}/jobs/{job_id}").json()["state"] for job_id in job_ids}
     assert states <= {"running", "waiting"}, "until its end is kept nobody is told of it"
@@ -277,6 +295,7 @@ def test_a_job_that_waits_in_the_table_for_weights_that_are_replaced_is_done_by_
     shutil.copytree(small, folder)
     server = start(checkpoint=folder, **KEYS)
     name, first = (httpx.get(f"{server.url}/model").json()[field] for field in ("name", "fingerprint"))
+    server.slow_down()
     spec = LONG | {"steps": 400}
     job_ids = [post(server.url, spec)]
     while httpx.get(f"{server.url}/jobs/{job_ids[-1]}").json()["position"] is not None:  # it is in the worker
@@ -287,6 +306,7 @@ def test_a_job_that_waits_in_the_table_for_weights_that_are_replaced_is_done_by_
     server.wait_until(lambda: httpx.get(f"{server.url}/model").json()["fingerprint"] != first)
     for job_id in job_ids[:-1]:
         assert httpx.post(f"{server.url}/jobs/{job_id}/cancel").status_code == 200
+    server.speed_up()
     path = f"{server.url}/jobs/{job_ids[-1]}"
     server.wait_until(lambda: httpx.get(path).json()["state"] == "done")
     assert httpx.get(path).json()["fingerprint"] == first

@@ -20,6 +20,7 @@ from openai import OpenAI
 from PIL import Image
 
 from tests.e2e.conftest import RunningServer
+from tests.tools import needs
 
 SPEC: dict[str, Any] = {
     "steps": 20, "sampler": "ddpm", "class_label": "ankle-boot", "guidance": 1.5, "seed": 2**64 - 1, "index": 3,
@@ -31,7 +32,7 @@ Way = Callable[[RunningServer, Path], bytes | np.ndarray]
 
 
 def by_curl(server: RunningServer, folder: Path) -> bytes:
-    command = ["curl", "-sS", "--fail-with-body", f"{server.url}/sample", "-d", json.dumps(SPEC), "-o", "it.png"]
+    command = [needs("curl"), "-sS", "--fail-with-body", f"{server.url}/sample", "-d", json.dumps(SPEC), "-o", "it.png"]
     subprocess.run(command, cwd=folder, check=True, timeout=60)
     return (folder / "it.png").read_bytes()
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import RunningServer
+from tests.e2e.conftest import RunningServer, SlowDown
+from tests.tools import needs
 
 QUICK: dict[str, Any] = {"steps": 4, "sampler": "ddim", "seed": 1}
 
@@ -27,7 +28,7 @@ def pixels(png: bytes) -> np.ndarray:
 def test_curl_gets_a_sheet_of_eight_garments(bundled_server: RunningServer, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     url = f"{bundled_server.url}/sample?n=8&steps=25&seed=1&class_label=trouser&guidance=2"
-    subprocess.run(["curl", "--fail", "--silent", "-X", "POST", url, "-o", str(out)], check=True, timeout=120)
+    subprocess.run([needs("curl"), "--fail", "--silent", "-X", "POST", url, "-o", str(out)], check=True, timeout=120)
     sheet = pixels(out.read_bytes())
     assert sheet.shape == (64, 128)
     # Trousers of Fashion-MNIST: black at the sides, bright in the middle, in every one of the eight cells.
@@ -118,15 +119,17 @@ def mixed_requests() -> list[dict[str, Any]]:
     ]
 
 
-def test_sixteen_mixed_clients_at_once_get_what_each_gets_alone(server: RunningServer) -> None:
+def test_sixteen_mixed_clients_at_once_get_what_each_gets_alone(server: RunningServer, slow_down: SlowDown) -> None:
     def post(body: dict[str, Any]) -> np.ndarray:
         with server.api() as tminus:
             return pixels(tminus.sample(**body).data)
 
     requests = mixed_requests()
     ticks, steps = server.metric("tminus_step_duration_seconds_count"), server.metric("tminus_row_steps_total")
+    slow_down(server)
     with ThreadPoolExecutor(len(requests)) as pool:
         together = list(pool.map(post, requests))
+    server.speed_up()
     ticks = server.metric("tminus_step_duration_seconds_count") - ticks
     steps = server.metric("tminus_row_steps_total") - steps
     assert steps == sum(body["n"] * body["steps"] for body in requests)
@@ -138,19 +141,22 @@ def test_sixteen_mixed_clients_at_once_get_what_each_gets_alone(server: RunningS
         np.testing.assert_array_equal(post(body), beside_others, err_msg=str(body))
 
 
-def test_a_short_request_does_not_wait_for_a_long_one(server: RunningServer) -> None:
+def test_a_short_request_does_not_wait_for_a_long_one(server: RunningServer, slow_down: SlowDown) -> None:
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         before = server.metric("tminus_row_steps_total")
+        slow_down(server)
         long = pool.submit(lambda: server.post(params={"n": 8, "steps": 500, "seed": 2}))
         server.wait_until(lambda: server.metric("tminus_row_steps_total") > before)
         short = client.post("/sample", params=QUICK)
         assert short.status_code == 200
         assert not long.done()
+        server.speed_up()
         assert long.result(120).status_code == 200
 
 
-def test_a_client_that_goes_away_frees_its_rows(server: RunningServer) -> None:
+def test_a_client_that_goes_away_frees_its_rows(server: RunningServer, slow_down: SlowDown) -> None:
     cancelled = server.metric("tminus_cancelled_total")
+    slow_down(server)
     with server.client() as client, pytest.raises(httpx.ReadTimeout):
         client.post("/sample", params={"n": 8, "steps": 1000}, timeout=httpx.Timeout(60, read=0.3))
     server.wait_until(lambda: server.metric("tminus_cancelled_total") > cancelled)
@@ -225,9 +231,9 @@ def test_a_hundred_megabytes_are_refused_without_being_read(server: RunningServe
     big = tmp_path / "big"
     with big.open("wb") as file:
         file.truncate(10**8)
-    curl = ["curl", "--silent", "--data-binary", f"@{big}", "--write-out", "%{size_upload}", f"{server.url}/sample"]
-    answer = subprocess.run(curl, capture_output=True, text=True, timeout=60, check=False).stdout
-    problem, _, uploaded = answer.rpartition("}")
+    curl = [needs("curl"), "--silent", "--data-binary", f"@{big}", "--write-out", "%{size_upload}"]
+    done = subprocess.run([*curl, f"{server.url}/sample"], capture_output=True, text=True, timeout=60, check=False)
+    problem, _, uploaded = done.stdout.rpartition("}")
     bound = 65536 + 2 * 4 * (2**23 // 3 + 1)  # with an image and a mask in base64
     assert json.loads(problem + "}")["bound"] == f"at most {bound} bytes"
     assert int(uploaded) < 50_000_000

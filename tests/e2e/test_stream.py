@@ -20,7 +20,7 @@ from PIL import Image, ImageSequence
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from tests.e2e.conftest import ROOT, RunningServer, run_cli
+from tests.e2e.conftest import ROOT, RunningServer, SlowDown, run_cli
 
 SPEC = {"n": 2, "steps": 20, "sampler": "ddim", "seed": 5, "class_label": "sneaker"}
 
@@ -52,7 +52,8 @@ def image(picture: bytes) -> np.ndarray:
         return np.asarray(opened).astype(float)
 
 
-def test_noise_becomes_an_image_step_by_step(bundled_server: RunningServer) -> None:
+def test_noise_becomes_an_image_step_by_step(bundled_server: RunningServer, slow_down: SlowDown) -> None:
+    slow_down(bundled_server, between_ticks_s=0.03)
     with open_stream(bundled_server) as ws:
         ws.send(json.dumps(SPEC | {"every": 1, "show": ["x_t", "x_0"]}))
         got = list(read(ws))
@@ -79,7 +80,8 @@ def test_noise_becomes_an_image_step_by_step(bundled_server: RunningServer) -> N
     assert np.abs(x_0[half] - final).mean() < np.abs(x_t[half] - final).mean()
 
 
-def test_the_example_of_the_docs_runs(server: RunningServer, tmp_path: Path) -> None:
+def test_the_example_of_the_docs_runs(server: RunningServer, tmp_path: Path, slow_down: SlowDown) -> None:
+    slow_down(server, between_ticks_s=0.03)  # or frames are dropped
     code = (ROOT / "docs" / "streaming.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
     code = code.replace("ws://localhost:8000", server.url.replace("http", "ws"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -91,8 +93,9 @@ def test_the_example_of_the_docs_runs(server: RunningServer, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("out", "animation"), [("sheet.png", "way.webp"), ("folder", "way.gif")])
 def test_the_command_line_watches_and_keeps_the_way(
-    bundled_server: RunningServer, tmp_path: Path, out: str, animation: str
+    bundled_server: RunningServer, tmp_path: Path, out: str, animation: str, slow_down: SlowDown
 ) -> None:
+    slow_down(bundled_server, between_ticks_s=0.03)
     what = ("-n", "4", "--steps", "20", "--sampler", "ddim", "--seed", "5", "--class-label", "sneaker")
     keep = ("--watch", str(tmp_path / animation), "--every", "4", "--out", str(tmp_path / out))
     done = run_cli("sample", "--url", bundled_server.url, *what, *keep)
@@ -131,8 +134,9 @@ def test_what_the_command_line_cannot_watch_is_one_clear_line(
     assert "Traceback" not in done.stderr
 
 
-def test_a_stream_that_is_dropped_frees_its_rows(server: RunningServer) -> None:
+def test_a_stream_that_is_dropped_frees_its_rows(server: RunningServer, slow_down: SlowDown) -> None:
     before = server.metric("tminus_cancelled_total")
+    slow_down(server)
     with open_stream(server) as ws:
         ws.send(json.dumps(SPEC | {"n": 8, "steps": 1000, "sampler": "ddpm", "every": 1}))
         ws.recv(timeout=60)

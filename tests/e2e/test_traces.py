@@ -14,7 +14,7 @@ import httpx
 import pytest
 from websockets.sync.client import connect
 
-from tests.e2e.conftest import ROOT, RunningServer, start_server, stop_server
+from tests.e2e.conftest import ROOT, RunningServer, SlowDown, start_server, stop_server
 from tests.service.collector import SERVER, Collector, Received, collector
 from tests.service.keys import key_line
 
@@ -170,8 +170,11 @@ def test_a_refusal_says_why_and_probes_are_no_spans(traced_server: RunningServer
     assert not [span for span in spans.spans if span.attributes.get("url.path") in ("/healthz", "/readyz", "/metrics")]
 
 
-def test_a_cancelled_job_says_how_far_it_came(traced_server: RunningServer, spans: Collector) -> None:
+def test_a_cancelled_job_says_how_far_it_came(
+    traced_server: RunningServer, spans: Collector, slow_down: SlowDown
+) -> None:
     address = traced_server.url.replace("http", "ws") + "/sample/stream"
+    slow_down(traced_server)
     with connect(address) as ws:
         ws.send(json.dumps({"n": 4, "steps": 1000, "every": 1}))
         job_id = json.loads(ws.recv(timeout=60))["id"]
@@ -207,6 +210,7 @@ def test_a_job_that_goes_on_after_a_restart_has_a_trace_of_its_own(own_server: S
     with collector() as spans:
         variables = {"TMINUS_STATE_DIR": str(tmp_path), "OTEL_EXPORTER_OTLP_ENDPOINT": spans.endpoint, **SOON}
         first = own_server(**variables)
+        first.slow_down()
         posted = httpx.post(f"{first.url}/jobs", json={"n": 4, "steps": 400, "seed": 1})
         job_id = posted.json()["id"]
         first.wait_until(lambda: httpx.get(f"{first.url}/jobs/{job_id}").json()["state"] == "running")

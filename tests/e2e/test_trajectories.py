@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from tests.e2e.conftest import ROOT, RunningServer, run_cli, start_server, stop_server
+from tests.e2e.conftest import ROOT, RunningServer, SlowDown, run_cli, start_server, stop_server
 from tests.e2e.test_edits import pixels
 from tests.service.images.test_trajectory import packed
 from tests.service.keys import key_line
@@ -36,12 +36,14 @@ def walked(server: RunningServer, spec: dict[str, Any]) -> bytes:
         return tminus.sample(accept=TRAJECTORY, **spec).data
 
 
-def test_trajectories_are_the_same_bytes_alone_and_under_load(server: RunningServer) -> None:
+def test_trajectories_are_the_same_bytes_alone_and_under_load(server: RunningServer, slow_down: SlowDown) -> None:
     alone = [walked(server, spec) for spec in SPECS]
+    slow_down(server)
     with ThreadPoolExecutor(9) as pool:
         others = [pool.submit(server.post, json={"n": k % 4 + 1, "steps": 200 + k}) for k in range(6)]
         server.wait_until(lambda: server.metric("tminus_rows_active") > 2)
         assert list(pool.map(lambda spec: walked(server, spec), SPECS)) == alone
+        server.speed_up()
         assert {other.result().status_code for other in others} == {200}
 
 

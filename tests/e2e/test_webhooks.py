@@ -19,6 +19,7 @@ from tests import postgres
 from tests.e2e.conftest import ROOT, RunningServer
 from tests.e2e.restarting import Restarting, Start
 from tests.receivers import SECRET, receiver, status
+from tests.tools import needs
 
 TELLING = {"TMINUS_WEBHOOK_SECRET": SECRET, "TMINUS_WEBHOOK_ALLOW": "127.0.0.1"}
 COMPLETED = {"steps": 5, "seed": 3, "webhook_events_filter": ["completed"]}
@@ -112,6 +113,8 @@ def test_the_receiver_of_the_docs_is_told_and_refuses_what_is_forged_or_old(own_
     make, flags = re.search(r"^echo.*$", setup, re.MULTILINE), re.search(r"serve (.*)$", setup, re.MULTILINE)
     assert make is not None
     assert flags is not None
+    needs("openssl")
+    needs("curl")
     subprocess.run(["bash", "-euc", make[0]], cwd=tmp_path, check=True)
     with postgres.socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -152,6 +152,11 @@ class Site:
         while not self.engine.begun.empty():
             self.engine.begun.get()
 
+    def open_when_told(self, commands: int = 1) -> None:
+        """Open the gate once so many commands wait for the worker, as a cancel does until the tick has ended."""
+        wait_until(lambda: self.worker._commands.qsize() >= commands)
+        self.engine.gate.open()
+
     def post(self, **kwargs: Any) -> Any:
         return self.client.post("/sample", **kwargs)
 

@@ -33,11 +33,12 @@ from bench import servers
 from bench.crash import Server, all_jobs
 from tests.e2e.conftest import RunningServer, run_cli, start_server, stop_server
 from tests.e2e.restarting import Deadly, ForkedServer, Restarting, make_specs
+from tests.tools import find
 from tests.trials.claims import Claim, report
 from tests.trials.injected import Fault, inject
 from tminus.model.checkpoint import load_checkpoint, save_checkpoint
 
-FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+FAKETIME = find("libfaketime")
 FLAGS = ("--max-backlog-s", "100000")  # what is accepted here is what is asked
 DISK = "8m"
 HOUR_S = 3600
@@ -82,7 +83,8 @@ class Bench:
         return Restarting(start, state or self.folder / "state")
 
     def post(self, server: Restarting, count: int) -> None:
-        """Durable jobs of some seconds, and wait until one of them runs."""
+        """Durable jobs, of which one runs when this returns; the server is slow until `settle`, so that they last."""
+        server.server.slow_down()
         offset = len(self.accepted)
         for spec in make_specs(offset + count)[offset:]:
             self.accepted[server.post(spec, f"key {spec['seed']}")] = spec
@@ -94,6 +96,7 @@ class Bench:
 
     def settle(self, server: Restarting, *reasons: str) -> str:
         """Wait for the end of all that was accepted; says how they ended. Failing is allowed for these reasons only."""
+        server.server.speed_up()
         done, failed = 0, list[str]()
         for job_id, spec in self.accepted.items():
             job = server.wait_for(job_id)
@@ -182,6 +185,7 @@ def disk(bench: Bench) -> str:
         must(statuses <= {202, FULL}, f"POST /jobs was answered {sorted(statuses)}")
         must(server.server.post(json={"steps": 3}).status_code == 200, "POST /sample is not answered")
         server.server.wait_until(lambda: server.get("/readyz").status_code == FULL)
+        server.server.speed_up()
         server.server.wait_until(
             lambda: server.server.metric("tminus_rows_active") == 0
         )  # they have ended, all but on disk
@@ -368,6 +372,7 @@ def memory_limit(bench: Bench) -> str:
     """A real limit on the address space of the process, for a while: the allocator itself refuses."""
     server = bench.serve("--max-n", "1024", "--max-body-bytes", "200000000")
     bench.post(server, 3)
+    server.server.speed_up()
     pid = server.server.process.pid
     used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.prlimit(pid, resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))

@@ -5,6 +5,7 @@ code. Everything around it is the server's.
 """
 
 import ctypes
+import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -61,3 +62,24 @@ def make_deadly(engine: Any, trigger: Path) -> None:
         return step(self, batch)
 
     engine.add, engine.step = add_and_look, step_or_die
+
+
+def pace(between_ticks_s: Any) -> None:
+    """Have a tick begin only so long after another: the value may be changed at any time by who shares its memory.
+
+    Between two ticks the worker does what it is told, as ever: jobs come, are cancelled, and are written down.
+    """
+    from tminus.service.worker.loop import Loop
+
+    tick, last_s = Loop.tick, 0.0
+
+    def instead(loop: Loop) -> None:
+        nonlocal last_s
+        wait_s = last_s + between_ticks_s.value - time.monotonic()
+        if between_ticks_s.value and wait_s > 0:
+            time.sleep(min(wait_s, 0.005))
+            return
+        last_s = time.monotonic()
+        tick(loop)
+
+    Loop.tick = instead  # type: ignore[method-assign]

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.evaluation.toys import CPU, NAMES, OPTIONS, TRAINING, toy_checkpoint, toy_images
 from tests.model.latent.folders import save_latent_pipeline
+from tests.tools import needs
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.model.data import FASHION_MNIST_DIR, ImageSet, load_fashion_mnist
+from tminus.model.data import ImageSet, load_fashion_mnist
 from tminus.model.evaluation.classes import balanced_picks, class_weights
 from tminus.model.evaluation.classifier import (
     Classifier,
@@ -232,7 +233,7 @@ def test_classifier_refuses_data_without_classes_and_sizes_it_cannot_pool() -> N
 
 
 def test_stored_classifier_reads_fashion_mnists_test_images() -> None:
-    assert FASHION_MNIST_DIR.is_dir(), f"{FASHION_MNIST_DIR} is missing: apt-get install dataset-fashion-mnist"
+    needs("dataset-fashion-mnist")
     test = load_fashion_mnist("test")
     classifier = load_classifier(STORED_CLASSIFIER, device=CPU)
     accuracy = (classifier.read(test.images).labels == test.labels).double().mean().item()

@@ -1,7 +1,6 @@
 import io
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -187,14 +186,15 @@ def test_a_cancel_frees_the_rows_and_says_so(make_site: MakeSite, keep_open: boo
     site = held(make_site)
     with connect(site) as ws:
         client = Client(ws)
-        site.engine.on_step = lambda batch: time.sleep(0.001)  # so that the job would last for a second
         client.send(**SPEC | {"steps": 1000}, every=1, keep_open=keep_open)
         accepted = client.get("accepted")
         site.engine.gate.let()
         client.get("frame")
         client.picture()
+        site.engine.next_begun()
+        site.engine.next_begun()
         client.send(type="cancel")
-        site.engine.gate.open()
+        site.open_when_told()
         message = ws.receive_json()
         while message["type"] == "frame":  # of the tick that ran
             client.picture()
@@ -217,7 +217,9 @@ def test_a_client_that_goes_away_frees_its_rows(make_site: MakeSite) -> None:
         client.get("accepted")
         site.engine.gate.let()
         client.get("frame")
-    site.engine.gate.open()
+        site.engine.next_begun()
+        site.engine.next_begun()
+    site.open_when_told()
     wait_until(lambda: not site.engine.jobs)
     assert site.metrics()['tminus_cancelled_total{"reason": "client_gone"}'] == 1
 

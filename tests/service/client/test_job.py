@@ -75,7 +75,8 @@ def test_cancel_keeps_the_job_and_delete_forgets_it(served: Served, connect: Con
     tminus = connect(served.url)
     served.engine.gate.shut()
     job, other = tminus.submit(steps=1000), tminus.submit(steps=1000)
-    threading.Timer(0.2, served.engine.gate.open).start()  # a cancel takes effect between two ticks
+    served.engine.next_begun()
+    threading.Thread(target=served.open_when_told, args=(2,)).start()  # the other job and the cancel
     job.cancel()
     other.delete()
     assert job.wait(PATIENCE_S).state == "cancelled"
@@ -93,7 +94,8 @@ def test_a_cancel_whose_answer_is_lost_is_sent_again(served: Served, connect: Co
     served.engine.gate.shut()
     tminus = connect(served.url, transport=Breaking(None, 0), patience_s=60)
     job = tminus.submit(steps=1000)
-    threading.Timer(0.2, served.engine.gate.open).start()
+    served.engine.next_begun()
+    threading.Thread(target=served.open_when_told).start()
     assert job.cancel().state == "cancelled"
     assert job.state().state == "cancelled"
 

@@ -50,7 +50,7 @@ def test_leaving_the_loop_cancels_the_job(served: Served, connect: Connect) -> N
     for message in connect(served.url).watch(every=1, n=1, steps=1000):
         if isinstance(message, Frame):
             break
-    served.engine.gate.open()
+    served.open_when_told()
     wait_until(lambda: served.engine.jobs == {})
     assert len(served.engine.batches) < 1000
 
@@ -60,8 +60,10 @@ def test_leaving_with_cancels_a_job_whose_loop_is_not_finished(served: Served, c
     with connect(served.url).watch(every=1, n=1, steps=1000) as messages:
         kept = iter(messages)
         assert isinstance(next(kept), Accepted)
-    served.engine.gate.open()
+        served.engine.next_begun()
+    served.open_when_told()
     wait_until(lambda: served.engine.jobs == {})
+    assert len(served.engine.batches) < 1000
     kept.close()
 
 
@@ -76,8 +78,7 @@ def test_a_job_is_cancelled_and_says_so(served: Served, connect: Connect) -> Non
         got.append(message)
         if isinstance(message, Accepted):
             watching.cancel()
-            wait_until(lambda: served.worker._commands.qsize() > 1)  # the job and its cancellation
-            served.engine.gate.open()
+            served.open_when_told(2)  # the job and its cancellation
     assert isinstance(got[-1], Cancelled)
     assert got[-1].id == got[0].id
     watching.cancel()
@@ -106,7 +107,8 @@ def test_a_server_that_stops_during_a_job_is_unreachable(served: Served, connect
     served.engine.gate.shut()
     messages = iter(connect(served.url, patience_s=60).watch(steps=2))
     assert isinstance(next(messages), Accepted)
-    threading.Timer(0.2, served.engine.gate.open).start()
+    served.engine.next_begun()
+    threading.Thread(target=served.open_when_told).start()
     served.worker.close()
     with pytest.raises(ClientError) as caught:
         list(messages)
