@@ -44,13 +44,13 @@ def pytest_unconfigure() -> None:
     Python waits at its exit for the children of multiprocessing and for threads, and a thread may read what a process
     prints: a server that a failed test leaves would hold the whole run.
     """
+    # A thread may wait for something else, for ever. Then this says where it waits, and fails the run.
+    faulthandler.dump_traceback_later(END_S, exit=True, file=sys.__stderr__)
     while left := living_descendants():
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         time.sleep(0.01)
-    # A thread may wait for something else, for ever. Then this says where it waits, and fails the run.
-    faulthandler.dump_traceback_later(END_S, exit=True, file=sys.__stderr__)
 
 
 def living_descendants() -> list[psutil.Process]:
