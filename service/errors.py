@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-# As `tminus key` makes them, in any case and behind anything; but not the parameters of links that count visits.
+# The secrets that `tminus key` makes, in any case, whatever stands before them; not utm_source and the like of links.
 UTM = "source|medium|campaign|term|content|id|source_platform|creative_format|marketing_tactic"
 SECRET = re.compile(rf"tm_(?!(?<=utm_)(?:{UTM})(?![\w-]))[\w-]+", re.ASCII | re.IGNORECASE)
 HEX = frozenset("0123456789abcdefABCDEF")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from contextvars import Context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TextIO
@@ -88,7 +89,8 @@ class _Handler(logging.StreamHandler[TextIO]):
         for line, count in self._counts.items():
             if count > line.most:
                 message, args = "%d more lines like this one are left out: %s", (count - line.most, line.message)
-                super().emit(logging.LogRecord(line.logger, line.level, "", 0, message, args, None))
+                record = logging.LogRecord(line.logger, line.level, "", 0, message, args, None)
+                Context().run(super().emit, record)  # not in that of the request whose line comes next
         self._counts.clear()
 
     def close(self) -> None:

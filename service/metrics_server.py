@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from tminus.service.api.answers import StatusAnswer
-from tminus.service.api.http_protocol import http_protocol
+from tminus.service.api.http_protocol import ACCEPTED, http_protocol
 from tminus.service.api.origin import Doors
 from tminus.service.api.problems import render
 from tminus.service.api.system import alive
@@ -49,6 +49,7 @@ def serve_metrics(listener: socket.socket, application: Callable[[], Application
     config = uvicorn.Config(
         Starlette(routes=[Route("/metrics", get_metrics), Route("/healthz", healthz)]),
         http=http_protocol(MOST, MOST),
+        backlog=ACCEPTED,
         ws="none",
         loop="asyncio",
         lifespan="off",

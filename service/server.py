@@ -21,7 +21,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tminus.service.api.http_protocol import http_protocol
+from tminus.service.api.http_protocol import ACCEPTED, http_protocol
 from tminus.service.api.websocket_protocol import stream_protocol
 from tminus.service.app import Application
 from tminus.service.model_info import ModelInfo
@@ -34,7 +34,6 @@ SWITCH_S = 0.0005
 SPARE_FILES = 384  # beside the connections: for libraries, logs, the encoders, and connections that are turned away
 LEAST_CONNECTIONS = 8
 BACKLOG = 2048  # connections that the kernel holds until they are accepted
-ACCEPTED = 64  # of them in one turn of the event loop: each has a file before it can be turned away
 PING_S = 20.0  # many proxies close a WebSocket that is silent for longer
 PONG_S = 40.0  # for the answer, which comes after whatever a slow reader has not read yet
 ANSWER_S = 5.0  # after the last tick, for the answers to reach their clients
@@ -93,7 +92,7 @@ class Server(uvicorn.Server):
     def _close_worker(self) -> None:
         application = self._starting.application
         assert application is not None
-        if not application.worker.close():  # a step hangs: nothing that waits for it will ever end
+        if not application.worker.close():  # it hangs: nothing that waits for it will ever end
             self.should_exit = True
 
 
@@ -177,7 +176,7 @@ def serve(
 ) -> bool:
     """Listen at once, build the application, serve until SIGTERM or SIGINT. True if that is how it ended.
 
-    Raises what building raised. False: the worker crashed, or hangs in a step.
+    Raises what building raised. False: the worker crashed, or hangs.
     """
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -204,7 +203,7 @@ def serve(
     worker = starting.application.worker if starting.application is not None else None
     loading = any(thread.name == LOADING and thread.is_alive() for thread in threading.enumerate())
     if worker is None or worker.hangs or loading:
-        # A thread that measures, or a step that hangs, cannot be ended from outside, and the interpreter would wait.
+        # A thread that measures, or a worker that hangs, cannot be ended from outside, and the interpreter would wait.
         logging.shutdown()
         sys.stderr.flush()
         os._exit(1 if worker is not None and (worker.hangs or worker.crashed) else 0)

@@ -184,7 +184,7 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="bytes in an uploaded image")
     metrics: bool = Field(True, description="answer /metrics")
     metrics_port: int | None = Field(
-        None, ge=1, le=65535, description="answer /metrics on this port instead, and there to anybody; /healthz too"
+        None, ge=1, le=65535, description="answer /metrics on this port instead, and there without a key; /healthz too"
     )
     metrics_host: str | None = Field(
         None, description="address to listen on for --metrics-port; default: that of --host"

@@ -83,8 +83,8 @@ async def events(models: Models, request: Request, job_id: str) -> Response:
 class _Follower:
     """One connection that follows a job to its end, whichever replicas work on it.
 
-    While this replica holds the job, the worker shows it. While another one does, its events are passed on. While none
-    does, the client is told what the store says.
+    While this replica holds the job, the worker shows it. While another one does, the events of that one are passed on.
+    While none does, the client is told the state in the store.
     """
 
     def __init__(self, models: Models, request: Request, preview: PreviewRequest, view: JobView, last_id: str) -> None:

@@ -27,7 +27,7 @@ class Frames:
     @classmethod
     def of(cls, spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> "Frames":
         """Prepare to record a job's frames. Raises InvalidField where their pixels are too many."""
-        held_bytes = asked.held_bytes(spec, model)
+        held_bytes = asked.held_bytes(spec, model, from_noise=True)
         passes = spec.num_passes
         recording = Recording(asked.every, asked.shows, spec.n, passes, from_noise=True, until=asked.until)
         return cls(spec, asked, timesteps_of(spec, model), held_bytes, recording)

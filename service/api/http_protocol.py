@@ -14,6 +14,7 @@ import socket
 import sys
 from asyncio import BaseTransport, TimerHandle, Transport
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import h11
@@ -23,8 +24,8 @@ from websockets.exceptions import SecurityError
 from tminus.service.api.problems import render
 from tminus.service.api.stream_limits import counted_address
 from tminus.service.api.websocket_protocol import (
+    BYTES_PER_PIECE,
     FREE_PIECES,
-    PIECE_BYTES,
     TCP_NOTSENT_LOWAT,
     TURN_BYTES,
     ReadsInTurns,
@@ -40,14 +41,16 @@ log = logging.getLogger(__name__)
 HEAD_S = 10.0
 MAX_HEAD_BYTES = 16_384  # what h11 takes of a head that is not complete, and of a chunked body's trailers
 BULK_BYTES = 65_536  # a turn of what is not parsed
-# For the next request. Longer than clients keep a connection: one that ends as their request comes is an error to them.
+# For the next request. Longer than most clients keep one: a connection that is closed as a request comes is an error.
 KEPT_S = 75
 LINGER_S, LINGER_BYTES = 5.0, 2**24  # for how long, and how much of, a request is taken after its answer
 LAST_LINGER_S = 0.5  # once the server ends
 SENT_RATE, SENT_S = 8192, 40.0  # what leaves of an answer, in bytes a second over so long, or it is given up
 UNSENT_BYTES = 131_072  # in the kernel. It would hold megabytes, and take no more for minutes of a slow reader
-TOO_FINE = f"a body has at most {FREE_PIECES} chunks, and one more for each {PIECE_BYTES} bytes"
-TURNED_AWAY, MAX_TURNED_AWAY = "turned away", 64  # counted as an address; further ones are closed at once
+TOO_FINE = f"a body has at most {FREE_PIECES} chunks, plus one for each {BYTES_PER_PIECE} bytes"
+# Connections that are turned away and linger are counted under this name; beyond so many they are closed at once.
+TURNED_AWAY, MAX_TURNED_AWAY = "turned away", 64
+ACCEPTED = 64  # connections in one turn of the event loop: each has a file before it can be turned away
 
 
 class _Outlet:
@@ -66,7 +69,7 @@ class _Outlet:
 class _Parser(h11.Connection):
     """h11's parser, which refuses a body of very many chunks with little in them."""
 
-    too_fine = False  # the body of this request is
+    refused_as_too_fine = False  # the body of this request
     _chunks, _body_bytes = 0, 0  # of it
 
     def next_event(self) -> Any:
@@ -75,8 +78,8 @@ class _Parser(h11.Connection):
         if isinstance(event, h11.Data):
             self._body_bytes += len(event.data)
             self._chunks += event.chunk_start
-            self.too_fine = too_fine(self._chunks, self._body_bytes)
-            if self.too_fine:
+            self.refused_as_too_fine = too_fine(self._chunks, self._body_bytes)
+            if self.refused_as_too_fine:
                 raise h11.RemoteProtocolError(TOO_FINE)
         return event
 
@@ -107,27 +110,34 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.conn = _Parser(h11.SERVER, MAX_HEAD_BYTES)
+        self.conn, self.timeout_keep_alive = _Parser(h11.SERVER, MAX_HEAD_BYTES), KEPT_S
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Count the connection, or turn it away; wait for a head."""
         transport = cast(Transport, transport)  # that of uvloop, in which Ray runs us, has no such base
         super().connection_made(transport)
         address = counted_address(self.client[0]) if self.client else ""
-        if len(self.connections) > self.max_connections and self.kept:
-            idle = next(iter(self.kept))
-            idle._unset_keepalive_if_required()
-            idle.timeout_keep_alive_handler()
-        elif len(self.connections) > self.max_connections:
-            self._turn_away(b"Too many connections are open")
-            return
+        served = len(self.connections) - self.open_by_address[TURNED_AWAY]
         if self.open_by_address[address] >= self.max_per_address:
-            self._turn_away(b"Too many connections are open from one place")
+            has_room = self._close_an_idle_one(lambda idle: idle._address == address)
+        else:
+            has_room = served <= self.max_connections or self._close_an_idle_one(lambda _idle: True)
+        if not has_room:
+            self._turn_away(b"Too many connections are open")
             return
         self._count(address)
         if sys.platform == "linux" and (sock := transport.get_extra_info("socket")) is not None:
             sock.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._expect_head()
+
+    def _close_an_idle_one(self, fits: Callable[["HttpProtocol"], bool]) -> bool:
+        """Close the connection that has been idle for longest of those that fit. False: there is none."""
+        for idle in self.kept:
+            if fits(idle):
+                idle._unset_keepalive_if_required()
+                idle.timeout_keep_alive_handler()
+                return True
+        return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Count it no longer."""
@@ -178,13 +188,13 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             self._expect_sent()
 
     def on_response_complete(self) -> None:
-        """Give a client that has its answer as long for the rest of its body as for a head.
+        """Give a client that has its answer before it has sent its body as long for the rest as for a head.
 
-        uvicorn's own time for that is shorter, and over with the next byte.
+        The time of an idle connection is longer, and over with the next byte.
         """
-        self.timeout_keep_alive = KEPT_S
         super().on_response_complete()
-        if self.timeout_keep_alive_task is not None:
+        is_read = not self.transport.get_write_buffer_size()
+        if self.timeout_keep_alive_task is not None and is_read and not self.lingers:
             self.kept[self] = None
         if self._answered_early() and not self.transport.is_closing() and not self.lingers:
             self._unset_keepalive_if_required()
@@ -283,7 +293,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Hand the connection over; where the library does not understand the handshake, take it back and refuse it."""
         if self.transport.get_write_buffer_size():  # who is to write from now on knows nothing of what is left
-            self._refuse(MalformedRequest("a WebSocket handshake comes after the answer before it has been read"))
+            self._refuse(MalformedRequest("a WebSocket handshake must wait until the answer before it has been read"))
             return
         if self._send_timer is not None:  # what is not sent from now on is the WebSocket's
             self._send_timer.cancel()
@@ -308,7 +318,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
             self.cycle.disconnected = True  # what it is answering has no end
             self.cycle.message_event.set()
         not_http = "the request is not HTTP/1.1 as this server reads it, or its head is over 16 KiB"
-        self._refuse(MalformedRequest(TOO_FINE if self.conn.too_fine else not_http))
+        self._refuse(MalformedRequest(TOO_FINE if self.conn.refused_as_too_fine else not_http))
 
     def _is_answering(self) -> bool:
         """Whether a request is complete and its answer is not."""

@@ -206,6 +206,7 @@ def _described(contract: Contract) -> Described:
         "strength": fields["strength"],
     }
     prompt = {"type": "string", "description": "a class by name or number; empty: no class"}
+    inputs = prompt | {"description": "a class by name or number; empty: no class; or a picture in base64, to edit"}
     parameters["prompt"] = prompt | {"description": "the prompt where inputs is a picture, in base64"}
     inside = closed_object("Hugging Face's parameters, and those of POST /sample.", parameters)
-    return closed_object("A prompt.", {"inputs": prompt, "parameters": inside}) | {"required": ["inputs"]}
+    return closed_object("A prompt, or a picture.", {"inputs": inputs, "parameters": inside}) | {"required": ["inputs"]}

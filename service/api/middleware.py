@@ -211,13 +211,14 @@ class BodyLimit:
 
 
 class AnswerLimit:
-    """Counts what is held of answers until its last byte has left, and refuses what would be too much.
+    """Counts the bytes of answers that are being sent, and refuses an answer that would bring them over the limit.
 
     All answers share one budget. A message counts while it is being sent: the body of an answer, an event, a message
     of a WebSocket. Bodies that several clients are sent, as a kept one, count once; a WebSocket copies each message.
     Messages of at most SMALL_BYTES are always sent.
 
-    An answer that tells its length is refused before it has begun. Of another, the message raises TooManyBytes.
+    An answer with a Content-Length is refused before it begins. For any other, the send of the message raises
+    TooManyBytes.
     """
 
     def __init__(self, app: ASGIApp, budget: ByteBudget, refused: Callable[[str], None]) -> None:

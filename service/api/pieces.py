@@ -14,7 +14,7 @@ PIECE_BYTES = 64 * 1024  # and uvicorn waits before it takes more than two
 def pieces_of(message: Message) -> Iterator[Message]:
     """The messages to send in place of one, each with at most PIECE_BYTES of its body.
 
-    The last is empty: it is taken when what came before it has left.
+    The last is empty: uvicorn takes it when at most 64 KiB of the others are left.
     """
     body = message.get("body", b"")
     if len(body) <= PIECE_BYTES:

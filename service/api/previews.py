@@ -111,10 +111,10 @@ class AnimationRequest(RequestSchema):
         """What is shown, in the order asked for."""
         return (self.show,) if isinstance(self.show, str) else tuple(self.show)
 
-    def held_bytes(self, spec: SampleSpec, model: ModelInfo) -> int:
-        """What the frames before the result take. Raises InvalidField: they are too many.
+    def held_bytes(self, spec: SampleSpec, model: ModelInfo, *, from_noise: bool = False) -> int:
+        """What the frames before the result take, with x_T where `from_noise`. Raises InvalidField: they are too many.
 
-        The bound, MAX_FRAME_BYTES, is for those after a step, the result among them.
+        The bound, MAX_FRAME_BYTES, is for the frames after a step, that of the result too.
         """
         frame_bytes = len(self.shows) * spec.n * model.height_px * model.width_px * model.channels
         steps = spec.num_passes if self.until is None else min(spec.num_passes, self.until + 1)
@@ -122,4 +122,4 @@ class AnimationRequest(RequestSchema):
         if count > most:
             least = -(-steps // most)
             raise InvalidField.of("every", f"at least {least} for so many images and steps", self.every)
-        return frame_bytes * count
+        return frame_bytes * (count - 1 + from_noise)

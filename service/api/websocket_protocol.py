@@ -29,13 +29,13 @@ LINGER_S = 10.0  # after the close, for the client to read the rest and to answe
 LAST_LINGER_S = 1.0  # after a close for what the client did; what it still sends is discarded
 TURN_BYTES = 2048  # some 300 of the smallest chunks or frames, which take a millisecond
 # A body or a message may have so many pieces, however small, and one more for each so many bytes.
-FREE_PIECES, PIECE_BYTES = 1024, 64
+FREE_PIECES, BYTES_PER_PIECE = 1024, 64
 CONTROL_FRAMES = 64  # a second: pings and pongs
 
 
 def too_fine(pieces: int, size_bytes: int) -> bool:
     """Whether so many bytes came in more pieces than any client needs: each piece costs as much as a kilobyte."""
-    return pieces > FREE_PIECES + size_bytes // PIECE_BYTES
+    return pieces > FREE_PIECES + size_bytes // BYTES_PER_PIECE
 
 
 class ReadsInTurns(BufferedProtocol):
@@ -87,11 +87,13 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             self._fail(CloseCode.TRY_AGAIN_LATER, "too much is being sent at once")
         else:
             super().data_received(data)
+            if not self.frames and not self.conn.reader.buffer and self.queue.empty():  # they were pings and the like
+                self._received.release()
 
     def handle_cont(self, event: Frame) -> None:
         """Accept a fragment, or close with 1009 where there are too many for what they hold."""
         pieces = len(self.frames) + 1
-        if pieces % FREE_PIECES == 0 and too_fine(pieces + 1, sum(map(len, self.frames))):
+        if pieces % FREE_PIECES == 1 and too_fine(pieces, sum(map(len, self.frames))):
             self._fail(CloseCode.MESSAGE_TOO_BIG, "the message has too many fragments")
         else:
             super().handle_cont(event)
@@ -105,6 +107,10 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         """Take the answer to a ping of ours."""
         if self._takes_control_frame():
             super().handle_pong(event)
+
+    def _handshake_is_answered(self) -> None:
+        self.handshake_answered()
+        self.__dict__.pop("handshake_answered", None)  # it holds the connection's HTTP side
 
     def _takes_control_frame(self) -> bool:
         """Count a control frame, and close with 1008 where there are too many in a second."""
@@ -164,7 +170,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release what the connection held."""
-        self.handshake_answered()
+        self._handshake_is_answered()
         self._received.release()
         super().connection_lost(exc)
 
@@ -177,7 +183,9 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             raise ClientDisconnected
         await super().send(message)
         if message["type"] == "websocket.accept":
-            self.handshake_answered()
+            self._handshake_is_answered()
+        if message["type"] == "websocket.send":  # uvicorn waits before the next one: so long this one would not count
+            await self.writable.wait()
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete = True
 

@@ -21,8 +21,8 @@ export function toJson(spec) {
 }
 
 /**
- * Parameters with their classes, which the page has by number, as the server takes them where a name may be another class's
- * number.
+ * Parameters as the server takes them. The page has classes by number; where a class has a number for a name, each gets
+ * `number:` before it.
  */
 export function requestOf(parameters, { class_names: names }) {
   if (parameters.class_label === undefined || !names.some((name) => /^\d+$/.test(name))) return parameters;

@@ -109,9 +109,10 @@ class Running:
         """Bytes in the transports of all connections."""
         return sum(each.transport.get_write_buffer_size() for each in self.connections())
 
-    def connect(self, receive_bytes: int | None = None) -> socket.socket:
+    def connect(self, receive_bytes: int | None = None, source: str = "127.0.0.1") -> socket.socket:
         """receive_bytes: of the client's buffer; the kernel tells of room in it by sixteenths."""
         client = socket.socket()
+        client.bind((source, 0))
         client.settimeout(PATIENCE_S)
         if receive_bytes is not None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
@@ -482,6 +483,45 @@ def test_connections_above_the_most_are_answered_503_and_closed() -> None:
         running.stop()
 
 
+def test_a_new_connection_takes_the_place_of_an_idle_one_of_its_own_address_only() -> None:
+    running = Running(max_per_address=2, max_connections=4)
+    try:
+        with ExitStack() as stack:
+            other = stack.enter_context(running.connect(source="127.0.0.2"))
+            clients = [other]
+            for count in (1, 2, 3):
+                clients[-1].sendall(GET)
+                assert clients[-1].recv(1000).startswith(b"HTTP/1.1 200")
+                wait_until(lambda count=count: len(kept(running)) == count)
+                clients.append(stack.enter_context(running.connect()))
+            clients[3].sendall(GET)
+            assert clients[3].recv(1000).startswith(b"HTTP/1.1 200"), "its address had two connections, both idle"
+            assert clients[1].recv(1000) == b"", "and this is the one that was idle for longest"
+            for client in clients[2:]:
+                client.sendall(GET[:-2])
+            wait_until(lambda: len(kept(running)) == 1)
+            assert running.ask(GET).startswith(b"HTTP/1.1 503"), "none of its own is idle"
+            other.sendall(GET)
+            assert other.recv(1000).startswith(b"HTTP/1.1 200")
+    finally:
+        running.stop()
+
+
+def test_those_that_are_turned_away_take_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "LAST_LINGER_S", PATIENCE_S)
+    running = Running(max_per_address=1, max_connections=2)
+    try:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(running.connect()) for _ in range(9)]
+            wait_until(lambda: len(running.connections()) == 9)
+            other = stack.enter_context(running.connect(source="127.0.0.2"))
+            other.sendall(GET)
+            assert other.recv(1000).startswith(b"HTTP/1.1 200")
+            assert all(client.recv(1000).startswith(b"HTTP/1.1 503") for client in clients[1:])
+    finally:
+        running.stop()
+
+
 def kept(running: Running) -> list[float]:
     """For how many seconds each idle connection is still kept."""
     timers = [each.timeout_keep_alive_task for each in running.connections()]
@@ -514,11 +554,11 @@ def test_the_connections_of_one_address_are_bounded() -> None:
     try:
         for _ in range(2):  # those that ended are not counted
             clients = [running.connect() for _ in range(3)]
+            wait_until(lambda: len(running.connections()) == 3)
+            assert running.ask(b"").startswith(b"HTTP/1.1 503")
             for client in clients:
                 client.sendall(GET)
                 assert client.recv(1000).startswith(b"HTTP/1.1 200")
-            assert running.ask(b"").startswith(b"HTTP/1.1 503")
-            for client in clients:
                 client.close()
             wait_until(lambda: not running.server.server_state.connections)
     finally:

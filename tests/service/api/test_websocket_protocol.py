@@ -39,10 +39,10 @@ async def echo_sizes(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def served_by(protocol: Protocol, **options: Any) -> Iterator[tuple[str, int]]:
+def served_by(protocol: Protocol, app: Any = echo_sizes, **options: Any) -> Iterator[tuple[str, int]]:
     """The address of a server whose connections are of this class."""
     config = uvicorn.Config(
-        echo_sizes,
+        app,
         port=0,
         http=http_protocol(100, 100),
         loop="asyncio",
@@ -113,6 +113,10 @@ def test_what_all_send_at_once_is_bounded_and_small_messages_are_always_accepted
 
 # --- frames by hand: what no library sends ---
 
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
 TEXT, CONTINUATION, PING, PONG, END = 0x1, 0x0, 0x9, 0xA, 0x80
 
 
@@ -149,6 +153,36 @@ def test_a_flood_of_control_frames_closes_the_connection(served: tuple[str, Prot
     code, why = ending(served[0], frame(END | PING) * 20_000)
     assert code == 1008
     assert "control frames" in why
+
+
+def test_control_frames_are_not_counted_as_held(served: tuple[str, Protocol]) -> None:
+    url, protocol = served
+    with connect(url) as ws:
+        for _ in range(30):
+            ws.socket.sendall(frame(END | PING, b"x" * 125))
+        wait_until(lambda: protocol.budget.held_bytes == 0)
+        ws.send("x" * 150_000)
+        assert ws.recv(PATIENCE_S) == "150000"
+
+
+def test_sending_a_message_lasts_until_it_has_left() -> None:
+    sent: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    async def send_much(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.send", "bytes": bytes(4_000_000)})
+        sent.put(1)
+
+    with (
+        served_by(stream_protocol(), app=send_much) as address,
+        socket.create_connection(address, PATIENCE_S) as client,
+    ):
+        client.sendall(UPGRADE)
+        with pytest.raises(queue.Empty):  # the kernel holds some of it
+            sent.get(timeout=0.3)
+        while sent.empty():
+            assert client.recv(65_536)
 
 
 def test_what_is_parsed_in_one_turn_is_bounded(served: tuple[str, Protocol], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,13 +252,12 @@ def test_uvicorn_calls_each_method_that_is_extended() -> None:
             called.add(name)
             return super().__getattribute__(name)
 
-    head = "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     with (
         served_by(Spy, ws_ping_interval=0.05, ws_ping_timeout=0.05) as address,
         socket.create_connection(address, PATIENCE_S) as client,
         suppress(ConnectionResetError),
     ):
-        client.sendall(f"{head}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
+        client.sendall(UPGRADE)
         client.recv(1000)
         client.sendall(frame(TEXT, b"a message ") + frame(END | CONTINUATION, b"in two") + frame(END | PING))
         client.sendall(frame(END | PONG))  # of no ping
