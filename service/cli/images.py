@@ -62,7 +62,10 @@ class LocalModel:
     exact: bool | None = None  # None: as a server with default settings
 
     def load(self, n: int, places_of: "Callable[[ModelInfo], int]", fingerprint: str | None) -> "Loaded":
-        """Load for one job of n rows, unless it is little work as a server with default settings, see `load_engine`."""
+        """Load for one job of n rows: as a server with default settings does, or unmeasured if it is little work.
+
+        See `load_engine`.
+        """
         options = LoadOptions(self.checkpoint, self.device, self.executor, self.precision, self.exact, max_rows=n)
         return load(options, places_of, fingerprint)
 
@@ -98,13 +101,17 @@ class LocalJob:
             max_image_bytes=MAX_LOCAL_IMAGE_BYTES,
         )
 
+        request: SampleRequest | None = None
+
         def places_of(info: "ModelInfo") -> int:
-            return work_of(SampleRequest.parse(parameters, info, limits).to_spec(info, limits), info).places
+            nonlocal request
+            request = SampleRequest.parse(parameters, info, limits)
+            return work_of(request.to_spec(info, limits), info).places
 
         loaded = model.load(n, places_of, fingerprint)
         info = loaded.engine.info
         try:
-            request = SampleRequest.parse(parameters, info, limits)
+            request = request or SampleRequest.parse(parameters, info, limits)
             spec = request.to_spec(info, limits)
             inputs = decode_inputs(request.image, request.mask, info) if request.image is not None else None
             return cls(loaded, request.with_inputs(spec, inputs), inputs)

@@ -152,14 +152,12 @@ def kept_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish, cach
     return Builder(checkpoint, device, wish.threads).build(choice) if choice is not None else None
 
 
-def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> Executor | None:
-    """Build eager without measuring anything, in float32 if the wish allows it; None where it is for another executor.
+def plain_executor(checkpoint: Checkpoint, device: torch.device, wish: Wish) -> Executor:
+    """Build eager without measuring anything, in float32 if the wish allows it, whichever executor that is for.
 
     On a CPU it takes one row a pass and one thread. So its bits depend neither on a measurement nor on the number of
     cores, and it never waits for a thread that other programs keep from running.
     """
-    if wish.executor not in ("auto", "eager"):
-        return None
     candidates = find_candidates(checkpoint, device, replace(wish, executor="eager"))
     choice = next((each for each in candidates if each.precision == "float32"), candidates[0])
     sizes: tuple[int, ...] | None = (1,)

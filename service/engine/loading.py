@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,8 +86,9 @@ def load_engine(
     """Load, choose, test and measure. Raises CheckpointError, or ValueError for options that cannot be met.
 
     places_of: of the one job that the engine is for, how many places it takes on a model. For little work nothing is
-    measured or tested: what an earlier start chose is taken, or eager. fingerprint: that of the engine that is wanted;
-    then whichever of these two has it is taken, and where neither has, all is measured.
+    measured or tested: what an earlier start chose is taken, or eager, unless the options name another executor.
+    fingerprint: that of the engine that is wanted; then whichever of these two has it is taken, and where neither has,
+    all is measured.
     """
     checkpoint = read_checkpoint(options)
 
@@ -188,19 +188,18 @@ def _load_unmeasured(
     device = choose_device(options.device)
     wish, max_rows = _wish(options, device), options.max_rows or default_max_rows(checkpoint)
     plain = plain_executor(checkpoint, device, wish)
-    if plain is None:
+    engine = _build(checkpoint, plain, device, options, wish)
+    if fingerprint is None and places_of(engine.info) * _pass_s(plain, checkpoint, device) > LITTLE_S:
         return None
-    if fingerprint is None:
-        info = _build(checkpoint, plain, device, options, wish).info
-        if places_of(info) * _pass_s(plain, checkpoint, device) > LITTLE_S:
+    plain_will_do = wish.executor in ("auto", "eager")
+    if not plain_will_do or engine.info.fingerprint != fingerprint:
+        kept = kept_executor(checkpoint, device, wish, options.cache_dir or default_cache())
+        if kept is not None:  # it has taken the network over: the plain one must not run again
+            engine = _build(checkpoint, kept, device, options, wish)
+        elif not plain_will_do:
             return None
-    # Built one after the other, since each takes the network over and may lay it out anew.
-    for build in (partial(kept_executor, cache=options.cache_dir or default_cache()), plain_executor):
-        executor = build(checkpoint, device, wish)
-        if executor is not None:
-            engine = _build(checkpoint, executor, device, options, wish)
-            if fingerprint in (None, engine.info.fingerprint):
-                return Loaded(engine, max_rows, wish.max_batch, wish.max_batch, ())
+    if fingerprint in (None, engine.info.fingerprint):
+        return Loaded(engine, max_rows, wish.max_batch, wish.max_batch, ())
     return None
 
 

@@ -474,10 +474,18 @@ def places(count: int) -> Callable[[ModelInfo], int]:
 
 
 @pytest.mark.usefixtures("nothing_is_measured")
-def test_for_little_work_eager_is_taken_and_nothing_is_measured(unmeasured: LoadOptions) -> None:
+def test_for_little_work_eager_is_taken_and_nothing_is_measured(
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[Executor] = []
+    probe_bits = loading.probe_bits
+    monkeypatch.setattr(
+        loading, "probe_bits", lambda executor, *rows: probed.append(executor) or probe_bits(executor, *rows)
+    )
     loaded = load_engine(replace(unmeasured, executor="auto", threads=2), places(32))
     info = loaded.engine.info
     assert (info.executor, info.precision, info.exact) == ("eager", "float32", True)
+    assert len(probed) == 1, "the engine that the work was measured on is the one that does it"
     several = sample_locally(loaded.engine, trial_spec(info, 3, 5), loaded.max_batch, lambda rows: None)
     alone = sample_locally(loaded.engine, replace(trial_spec(info, 1, 5), index=2), loaded.max_batch, lambda rows: None)
     np.testing.assert_array_equal(several[2:], alone)
@@ -498,6 +506,17 @@ def test_for_little_work_the_choice_of_an_earlier_start_is_taken_unless_another_
     assert load_engine(options, places(1)).engine.info == measured
     assert load_engine(options, places(10**9), plain.fingerprint).engine.info == plain
     assert load_engine(options, places(10**9), measured.fingerprint).engine.info == measured
+
+
+def test_an_executor_that_is_asked_for_is_measured_for_little_work_the_first_time_alone(
+    unmeasured: LoadOptions, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    options = replace(unmeasured, executor="openvino")
+    monkeypatch.setattr(autotune, "_fastest", lambda *_: Choice("openvino", "float32", True, (1, 2)))
+    first = load_engine(options, places(1))
+    assert first.measured is not None
+    request.getfixturevalue("nothing_is_measured")
+    assert load_engine(options, places(1)).engine.info == first.engine.info
 
 
 def test_for_much_work_or_where_none_has_the_fingerprint_that_is_wanted_all_is_measured(
