@@ -110,8 +110,8 @@ def distill(
     """Train a student in `folder`, resuming from its state if there is one. True when done, False if interrupted.
 
     All trajectories begin in noise. The student's images are to be distributed as `data`, or, without it, as the
-    teacher's own. SIGINT or SIGTERM finishes the step, saves and returns or, SIGINT, raises KeyboardInterrupt.
-    Raises TrainError, CheckpointError, and ValueError for a sampler that is not possible.
+    teacher's own. SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises
+    KeyboardInterrupt. Raises TrainError, CheckpointError, and ValueError for a sampler that is not possible.
     """
     teacher = Teacher(teacher_folder, config.teacher_sampler, config.teacher_steps, config.guidance)
     of_teacher = teacher.checkpoint
@@ -184,14 +184,13 @@ def distill(
     num_first, num_other = config.num_first, config.batch_size - config.num_first
     trajectories: Trajectories | None = None
     began_at = run.step
-    with Progress(config, run.step) as progress, interruptible() as interrupted:
-        if not begun and config.frechet_weight:
+    with Progress(config, run.step) as progress, interruptible(config, run) as interrupted:
+        if run.step == 0 and config.frechet_weight:  # also of a run that was saved before it had one
             log.info("%s: reading %s", folder, data.name if data is not None else "the teacher's images")
             seed = step_seed(config.seed, REFERENCE)
             reference = teacher.reference(data, seed, config.class_dropout, interrupted)
-            if reference is None:
-                return False
-            frechet.set_reference(reference)
+            if reference is not None:
+                frechet.set_reference(reference)
         while run.step < config.steps and not interrupted():
             started = time.perf_counter()
 

@@ -200,7 +200,10 @@ def take_threads(config: Config, device: torch.device) -> Config:
     usual = torch.get_num_threads()
     threads = config.threads or (min(usual, free_cores()) if usual > 1 else 1)
     if threads < usual and not config.threads:
-        log.info("threads: %d, since other programs keep cores busy, in place of %d; --threads sets it", threads, usual)
+        log.info(
+            "torch takes %d of its %d threads: other programs or a CPU limit leave no more; --threads sets it",
+            threads, usual,
+        )  # fmt: skip
     torch.set_num_threads(threads)
     return dataclasses.replace(config, threads=threads)
 
@@ -251,10 +254,11 @@ def averaged(unet: NetConfig, ema: Ema) -> Denoiser:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible(config: RunConfig, run: RunState) -> Iterator[Callable[[], bool]]:
     """Within the context SIGINT and SIGTERM stop nothing; the yielded function says whether one has come.
 
-    At its end, when the run is saved, SIGINT raises KeyboardInterrupt all the same: a script of several commands ends.
+    Save the run before leaving. On leaving, it raises KeyboardInterrupt if SIGINT came and steps are left, so that a
+    script stops too.
     """
     received: list[int] = []
 
@@ -267,5 +271,5 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-    if signal.SIGINT in received:
+    if signal.SIGINT in received and run.step < config.steps:
         raise KeyboardInterrupt("interrupted and saved; the same command goes on")

@@ -22,8 +22,8 @@ _DPM_SOLVER = {
 }
 
 
-# Of thresholding, which is refused where it is on, of another tensor library, of flows, which are refused too, and of
-# a solver whose last step, to no noise, is of first order whatever it says.
+# These fields change no image. Those of thresholding and of flows matter only where these are on, which is refused.
+# tensor_format is of another tensor library. A solver's last step, to no noise, is of first order whatever they say.
 WITHOUT_EFFECT = frozenset(
     {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "flow_shift", "time_shift_type"}
     | {"lower_order_final", "euler_at_final"}

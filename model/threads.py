@@ -32,8 +32,8 @@ def free_cores() -> int:
     of them: on a core that is shared two threads are several times slower than one.
     """
     cores = os.sched_getaffinity(0)
-    # The load of the last minute has programs that have just ended, and a look those that run for a moment. Neither
-    # stays, so cores count as busy where both say so.
+    # The load of the last minute still counts programs that have ended; a look of half a second also counts those that
+    # run for a moment. So a core is busy only if both say so.
     of_last_minute = (os.cpu_count() or 1) - os.getloadavg()[0]
     free = max(of_last_minute, _idle_cores(cores))
     return max(1, min(round(free), len(cores), _quota()))

@@ -100,8 +100,8 @@ def train(
     weights predict of it with classifier-free guidance (Meng et al. 2023, sec. 3.1). `autoencoder` makes the run one of
     a latent model (Rombach et al. 2022): x_0 are the latents of the images. Each `sheet_every` steps and at the end the
     averaged network is measured on `held_out`, of the same shape and classes as the data, and handed to `on_sheet`.
-    SIGINT or SIGTERM finishes the step, saves and returns or, SIGINT, raises
-    KeyboardInterrupt. Raises TrainError, CheckpointError.
+    SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises KeyboardInterrupt.
+    Raises TrainError, CheckpointError.
     """
     if noise.variance_type == "learned_range":
         raise TrainError("a learned variance is served but not trained; choose fixed_small or fixed_large")
@@ -219,7 +219,7 @@ def train(
             on_sheet(average, run.step)
 
     began_at = run.step
-    with Progress(config, run.step) as progress, interruptible() as interrupted:
+    with Progress(config, run.step) as progress, interruptible(config, run) as interrupted:
         while run.step < config.steps and not interrupted():
             started = time.perf_counter()
 

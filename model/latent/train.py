@@ -66,8 +66,8 @@ def train_autoencoder(
 ) -> bool:
     """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
 
-    SIGINT or SIGTERM finishes the step, saves and returns or, SIGINT, raises
-    KeyboardInterrupt. Raises TrainError.
+    SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises KeyboardInterrupt.
+    Raises TrainError.
     """
     torch.manual_seed(step_seed(config.seed, -1))
     net = Autoencoder(model).to(device)
@@ -106,7 +106,7 @@ def train_autoencoder(
         run.save(folder, "train-autoencoder", config, identity)
 
     folder.mkdir(parents=True, exist_ok=True)
-    with Progress(config, run.step) as progress, interruptible() as interrupted:
+    with Progress(config, run.step) as progress, interruptible(config, run) as interrupted:
         while run.step < config.steps and not interrupted():
             started = time.perf_counter()
             torch.manual_seed(step_seed(config.seed, run.step))

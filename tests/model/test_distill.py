@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,25 @@ def test_interrupted_and_resumed_run_is_the_run_never_interrupted(
     assert run(folder, teacher)
     assert_same_run(straight, folder)
     assert tables_in(straight) == tables_in(folder)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_run_that_is_stopped_before_it_knows_the_reference_is_saved_and_goes_on(
+    straight: Path, tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    reference = teacher_module.Teacher.reference
+
+    def stopped(*args: Any) -> Gaussian | None:
+        signal.raise_signal(signum)
+        return reference(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_module.Teacher, "reference", stopped)
+        with pytest.raises(KeyboardInterrupt, match="saved") if signum == signal.SIGINT else contextlib.nullcontext():
+            assert not run(tmp_path, teacher)
+    assert state_of(tmp_path)["step"] == 0
+    assert run(tmp_path, teacher)
+    assert_same_run(straight, tmp_path)
 
 
 def test_finished_run_started_again_does_nothing_more(tmp_path: Path, teacher: Path) -> None:

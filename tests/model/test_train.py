@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import os
@@ -153,6 +154,13 @@ def test_interrupted_and_resumed_run_is_the_run_never_interrupted(straight: Path
     assert state_of(tmp_path / "run")["step"] == step
     assert run(tmp_path / "run")
     assert_same_run(straight, tmp_path / "run")
+
+
+def test_ctrl_c_after_the_last_step_stops_nothing(tmp_path: Path) -> None:
+    done = False
+    with contextlib.suppress(KeyboardInterrupt):  # which would end pytest
+        done = run(tmp_path, dataclasses.replace(RUN, steps=2), on_sheet=interrupt_at(2))
+    assert done
 
 
 def test_interrupted_again_and_again_it_is_still_the_same_run(straight: Path, tmp_path: Path) -> None:
@@ -370,8 +378,9 @@ def test_a_resumed_run_goes_on_in_the_precision_it_chose(tmp_path: Path, monkeyp
 
 
 def test_a_run_takes_the_cores_that_are_free_and_keeps_their_number_when_it_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     usual = torch.get_num_threads()
     taken: list[int] = []
 
@@ -384,6 +393,7 @@ def test_a_run_takes_the_cores_that_are_free_and_keeps_their_number_when_it_goes
     try:
         monkeypatch.setattr("tminus.model.run.free_cores", lambda: 2)
         assert steps(1) == 2
+        assert "torch takes 2 of its 4 threads: other programs or a CPU limit leave no more" in caplog.text
         monkeypatch.setattr("tminus.model.run.free_cores", lambda: pytest.fail("it looked again"))
         assert steps(2) == 2
         assert steps(3, threads=3) == 3
