@@ -301,6 +301,7 @@ class HttpProtocol(H11Protocol, ReadsInTurns):
         stream = cast(StreamProtocol, self.transport.get_protocol())
         if stream.handshake_initiated:
             stream.handshake_answered = self._leave
+            self.transport.pause_reading()  # a client waits for the answer: uvicorn cannot refuse a frame before it
             self._stop_waiting()
             self._expect_head()
             return

@@ -110,6 +110,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
 
     def _handshake_is_answered(self) -> None:
         self.handshake_answered()
+        self.transport.resume_reading()
         self.__dict__.pop("handshake_answered", None)  # it holds the connection's HTTP side
 
     def _takes_control_frame(self) -> bool:

@@ -1,5 +1,6 @@
 """docs/other-clients.md, word for word, on the bundled checkpoint."""
 
+import base64
 import io
 import json
 import os
@@ -19,11 +20,12 @@ BOOT = {"steps": 20, "guidance": 1.5, "seed": 7, "class_label": "ankle-boot"}
 EXAMPLES = re.findall(
     r"^```(python|sh)\n(.*?)^```$", (ROOT / "docs" / "other-clients.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
 )
-HUGGING_FACE, HUGGING_FACE_CURL, KSERVE, KSERVE_CURL = range(4)
+HUGGING_FACE, HUGGING_FACE_CURL, HUGGING_FACE_EDIT, KSERVE, KSERVE_CURL = range(5)
 
 
-def run(server: RunningServer, folder: Path, example: int) -> None:
-    kind, code = EXAMPLES[example]
+def run(server: RunningServer, folder: Path, *examples: int) -> None:
+    """Run examples of one kind as one program."""
+    kind, code = EXAMPLES[examples[0]][0], "".join(EXAMPLES[example][1] for example in examples)
     code = code.replace("http://localhost:8000", server.url).replace(
         "localhost:8000", server.url.removeprefix("http://")
     )
@@ -49,6 +51,14 @@ def test_a_prompt_becomes_a_boot(bundled_server: RunningServer, tmp_path: Path, 
     made = (tmp_path / "boot.png").read_bytes()
     np.testing.assert_array_equal(pixels(made), pixels(wanted))
     assert made == wanted or example == HUGGING_FACE  # whose Pillow writes the file
+
+
+def test_a_boot_becomes_a_sneaker(bundled_server: RunningServer, tmp_path: Path) -> None:
+    run(bundled_server, tmp_path, HUGGING_FACE, HUGGING_FACE_EDIT)
+    picture = base64.b64encode((tmp_path / "boot.png").read_bytes()).decode()
+    asked = {"steps": 20, "strength": 0.6, "seed": 11, "class_label": "sneaker", "image": picture}
+    wanted = bundled_server.post(json=asked).content
+    np.testing.assert_array_equal(pixels((tmp_path / "sneaker.png").read_bytes()), pixels(wanted))
 
 
 def test_tensors_become_a_boot(bundled_server: RunningServer, tmp_path: Path) -> None:

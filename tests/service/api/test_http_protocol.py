@@ -463,6 +463,24 @@ def test_a_handshake_counts_and_is_timed_until_it_is_answered(monkeypatch: pytes
         running.stop()
 
 
+def test_frames_that_do_not_wait_for_the_handshake_are_read_after_it(
+    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "HEAD_S", 1.0)
+    with running.connect() as client:
+        client.sendall(HANDSHAKE.replace(b"/ws", b"/never") + b"\r\n")
+        wait_until(lambda: bool(running.began))
+        client.sendall(b"\xff" * 5000)  # no frames
+        time.sleep(0.1)
+    wait_until(lambda: not running.server.server_state.tasks)
+    assert all(record.levelno < logging.ERROR for record in caplog.records)
+    with running.connect() as client:
+        client.sendall(HANDSHAKE.replace(b"/ws", b"/accept") + b"\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 101")
+        client.sendall(b"\xff" * 5000)
+        assert client.recv(1000)[2:4] == (1002).to_bytes(2)
+
+
 def test_connections_above_the_most_are_answered_503_and_closed() -> None:
     running = Running(max_connections=2)
     try:
