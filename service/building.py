@@ -12,17 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import sqlalchemy as sa
+
 from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
 from tminus.service.app import Application, create_app
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.crashes import count_ends
+from tminus.service.jobs.crashes import count_ends, tell_ends
 from tminus.service.jobs.opening import open_store, state_folder
-from tminus.service.jobs.process_end import EndFile, take_ends
-from tminus.service.jobs.process_end import name_of as name_of_files
+from tminus.service.jobs.process_end import End, EndFile, prefix_of, take_ends
 from tminus.service.jobs.results import Results
-from tminus.service.jobs.sqlite_file import listed
-from tminus.service.jobs.store import JobStore
+from tminus.service.jobs.store import JobStore, listed
 from tminus.service.jobs.webhooks.deliverer import Rules
 from tminus.service.jobs.webhooks.signing import read_secrets, read_secrets_of
 from tminus.service.library import Library, name_of
@@ -60,13 +60,21 @@ def prepare(
             store.close()
         setting = "--state-dir (TMINUS_STATE_DIR)" if settings.job_store is None else "--job-store (TMINUS_JOB_STORE)"
         raise ValueError(f"{setting}: {error}") from None
-    begin_end_file = look_at_ends(settings, stores)
-
+    place, ends = look_at_ends(settings, models[0].folder)
+    tell_ends(ends)
+    counted = set(stores)  # by the hash of their weights: an end that is counted twice would count as two
+    for store in stores.values():
+        count_ends(ends, store)
     tell_left_behind(stores)
 
     def take_store(weights_hash: str) -> JobStore:
         """One that is open already, once; else it is opened."""
-        return stores.pop(weights_hash, None) or open_one(weights_hash)
+        if (store := stores.pop(weights_hash, None)) is None:
+            store = open_one(weights_hash)
+            if weights_hash not in counted:
+                counted.add(weights_hash)
+                count_ends(ends, store)
+        return store
 
     measured: dict[str, Measured | None] = {}  # by the model's name
 
@@ -103,6 +111,11 @@ def prepare(
             for store in stores.values():
                 store.close()
             raise
+        try:
+            end_file = EndFile(*place) if place is not None else None
+        except OSError as error:
+            log.warning(UNTOLD, error)
+            end_file = None
         return create_app(
             first,
             first[0].limits,
@@ -116,33 +129,28 @@ def prepare(
             with_metrics=with_metrics,
             with_docs=settings.docs,
             tracer=tracer,
-            end_file=begin_end_file(),
+            end_file=end_file,
         )
 
     return build
 
 
-def look_at_ends(settings: Settings, stores: Mapping[str, JobStore]) -> Callable[[], EndFile | None]:
-    """Count how servers on these stores ended before this one; return what begins the file that tells of its own end.
+def look_at_ends(settings: Settings, folder: Path) -> tuple[tuple[Path, str] | None, list[End]]:
+    """Read how servers before this one ended; return also where this one has its file, and how the name begins.
 
-    stores: by the hash of their weights.
+    folder: of the default model. By it the file is found again, whatever is loaded or reloaded meanwhile.
     """
-    name = name_of_files(settings.job_namespace if settings.job_store is not None else None, stores)
-
-    def begin() -> EndFile | None:
-        try:
-            return EndFile(folder, name) if folder is not None else None
-        except OSError as error:
-            log.warning(UNTOLD, error)
-            return None
-
-    folder = None
+    store = ""
+    if settings.job_store is not None:
+        parsed = sa.make_url(settings.job_store.get_secret_value())
+        store = parsed.set(password=None).render_as_string()
+    prefix = prefix_of(store, settings.job_namespace, str(folder.absolute()))
     try:
-        if (folder := state_folder(settings.state_dir)) is not None:
-            count_ends(take_ends(folder, name), stores.values())
+        if (state := state_folder(settings.state_dir)) is not None:
+            return (state, prefix), take_ends(state, prefix)
     except ValueError as error:  # without a file in it a server needs no folder
         log.warning(UNTOLD, error)
-    return begin
+    return None, []
 
 
 def opener_of_stores(settings: Settings, address: tuple[str, int]) -> Callable[[str], JobStore]:

@@ -5,18 +5,17 @@ the next such end is its own doing or is not. Being killed from outside counts n
 """
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from tminus.service.errors import EngineFailed, StorageFailed
 from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.process_end import End
-from tminus.service.jobs.store import JobRecord, JobStore
+from tminus.service.jobs.store import JobRecord, JobStore, listed
 
 log = logging.getLogger(__name__)
 
 MOST = 2  # ends, after which a job fails
-MOST_TOLD = 20  # jobs, in a line of the log
 
 
 def is_failed(record: JobRecord) -> bool:
@@ -30,7 +29,7 @@ def failure() -> EngineFailed:
 
 
 async def causes_crashes(store: AsyncStore, record: JobRecord, crashed: Collection[str]) -> bool:
-    """Count a crash of the worker; whether the job was what it worked on, and fails for it.
+    """Count a crash of the worker. Return whether this job is convicted by it and must fail.
 
     crashed: the jobs that the worker worked on.
     """
@@ -43,11 +42,10 @@ async def causes_crashes(store: AsyncStore, record: JobRecord, crashed: Collecti
     return False
 
 
-def count_ends(ends: Iterable[End], stores: Collection[JobStore]) -> None:
-    """Count how processes before this one ended, before any of their jobs goes on."""
+def tell_ends(ends: Sequence[End]) -> None:
+    """Log how processes before this one ended."""
     for end in ends:
-        named = sorted(end.jobs)
-        jobs = ", ".join(named[:MOST_TOLD]) + (", …" if len(named) > MOST_TOLD else "")
+        jobs = listed(sorted(end.jobs))
         if end.cause is None:
             log.info("a server before this one was killed, or the machine went, as it worked on %s", jobs or "nothing")
             continue
@@ -55,6 +53,11 @@ def count_ends(ends: Iterable[End], stores: Collection[JobStore]) -> None:
             "a server before this one has ended by itself: %s. It worked on %s%s",
             end.cause, jobs or "no job", f"\n{end.traceback.rstrip()}" if end.traceback else "",
         )  # fmt: skip
-        for store in stores:
+
+
+def count_ends(ends: Sequence[End], store: JobStore) -> None:
+    """Count how processes before this one ended, before a job of the store goes on."""
+    for end in ends:
+        if end.cause is not None:
             with suppress(StorageFailed):  # which the store has logged
                 store.crashed(end.jobs)

@@ -1,12 +1,13 @@
-"""How a process ended that said no word, and on which jobs it worked then: a file that outlives it.
+"""Tells the next start how a process that died without a word ended, and which jobs it was working on.
 
-The kernel keeps what a process has written when that is killed, so nothing is flushed to the disk. After a power cut,
-which no job has caused, there may be nothing.
+A file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to the
+disk. After a power cut, which no job has caused, there may be nothing.
 """
 
 import faulthandler
 import fcntl
 import json
+import logging
 import os
 import re
 import threading
@@ -19,9 +20,13 @@ from pathlib import Path
 
 from tminus.service.worker.loop import Part
 
+log = logging.getLogger(__name__)
+
 # What the file has at which byte: the machine, the jobs of each part, and what the signal handler adds.
 MACHINE_AT, PARTS_AT, SIGNAL_AT = 0, {"codes": 256, "steps": 1024}, 2**17
+BYTES = SIGNAL_AT + 2**15
 SUFFIX = ".end"
+WRITE_S = 0.2  # a write that takes longer is not waited for: a folder that is frozen or away must not stop the steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,47 +38,81 @@ class End:
     traceback: str = ""
 
 
-def name_of(namespace: str | None, weights: Collection[str]) -> str:
-    """Whose files a process reads: those of servers on the same store. namespace: of a shared one."""
-    return "process-" + sha256("\n".join([namespace or "", *sorted(weights)]).encode()).hexdigest()[:16]
+def prefix_of(*what: str) -> str:
+    """How the names of the files begin that a server reads and writes: those of servers that are told by the same."""
+    return "process-" + sha256("\n".join(what).encode()).hexdigest()[:16]
 
 
 class EndFile:
-    """Owns the file of this process, and the handler of the signals that end it. Each part is one thread's to write.
+    """Owns the file of this process, and the handler of the signals that end it.
 
-    A SIGSEGV and its like is told by faulthandler, which writes to the file; that the kernel has killed for want of
-    memory, by its count of those.
+    faulthandler writes a fatal signal into the file. An OOM kill is recognised by the kernel's count of such kills. A
+    thread of its own writes what the others work on, so that a disk that hangs stops none of them.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, prefix: str) -> None:
         """Raises OSError where no file can be made."""
-        self._file = folder / f"{name}-{uuid.uuid4().hex}{SUFFIX}"
-        made = self._file.with_suffix(".new")  # not to be found before it is locked
-        self._descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._file = folder / f"{prefix}-{uuid.uuid4().hex}{SUFFIX}"
+        self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        if not os.fstat(self._descriptor).st_nlink:  # another start took it for one that was left, before it was locked
+            raise FileNotFoundError(f"another start has deleted {self._file}")
+        os.posix_fallocate(self._descriptor, 0, BYTES)  # a disk that is full later has room for it
         os.pwrite(self._descriptor, json.dumps(_machine()).encode() + b"\0", MACHINE_AT)
         os.lseek(self._descriptor, SIGNAL_AT, os.SEEK_SET)
         faulthandler.enable(self._descriptor)
-        made.rename(self._file)
+        self._changed = threading.Condition()
+        self._unwritten: dict[Part, bytes] = {}
+        self._closed = self._late = self._told = False
+        threading.Thread(target=self._write, name="tminus-end-file", daemon=True).start()
 
     def work_on(self, part: Part, jobs: Collection[str]) -> None:
-        """Note what the thread that calls works on from now on."""
+        """Note what the thread that calls works on from now on. Nothing is raised where the disk cannot keep it."""
         text = "\n".join([f"{threading.get_ident():x}", *jobs]).encode()
         room = SIGNAL_AT - PARTS_AT["steps"] if part == "steps" else PARTS_AT["steps"] - PARTS_AT["codes"]
-        os.pwrite(self._descriptor, text[: room - 1] + b"\0", PARTS_AT[part])
+        with self._changed:
+            self._unwritten[part] = text[: room - 1] + b"\0"
+            self._changed.notify_all()
+            patience_s = 0 if self._late else WRITE_S
+            self._late = not self._changed.wait_for(lambda: part not in self._unwritten or self._closed, patience_s)
+            if self._late:
+                self._tell(f"a write takes longer than {WRITE_S} s")
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._unwritten or self._closed)
+                if self._closed:
+                    return
+                part, text = next(iter(self._unwritten.items()))
+            try:
+                os.pwrite(self._descriptor, text, PARTS_AT[part])
+            except OSError as error:
+                self._tell(error)
+            with self._changed:
+                if self._unwritten.get(part) is text:  # or else there is a newer one, after a disk that hung
+                    del self._unwritten[part]
+                    self._changed.notify_all()
+
+    def _tell(self, reason: object) -> None:
+        if not self._told:
+            self._told = True
+            log.warning("if a job ends this process, another may be taken for it: %s: %s", self._file, reason)
 
     def close(self) -> None:
-        """Take the file away: the process ends as it should."""
+        """Delete the file: the process ends as it should. Its descriptor stays, as a thread that hangs may have it."""
         faulthandler.disable()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._file.unlink(missing_ok=True)
-        os.close(self._descriptor)
 
 
-def take_ends(folder: Path, name: str) -> list[End]:
+def take_ends(folder: Path, prefix: str) -> list[End]:
     """Read, and delete, the files of processes that are there no more."""
     ends = []
-    for file in sorted(folder.glob(f"{name}-*{SUFFIX}")):
-        with suppress(OSError), file.open("rb") as opened:
+    for file in sorted(folder.glob(f"{prefix}-*{SUFFIX}")):
+        with suppress(OSError), file.open("r+b") as opened:  # NFS locks only what may be written
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its process lives
             data = opened.read()
             file.unlink()  # first: an end that is counted twice would count as two

@@ -7,10 +7,11 @@ import shlex
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from tminus.service.jobs.store import listed
 from tminus.service.jobs.wal import HEADER, Cut, find_damage
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ IN_MEMORY = ":memory:"
 BUSY_S = 2.0  # to wait for the lock of another process; that of a killed server is gone at once
 UNTOUCHED = "; nothing was changed"
 LEAST_FREE_BYTES = 2**20  # for a WAL and its index
-MOST_IDS = 20  # of jobs, in a message
 CHECK_S = 10.0  # for the check for damage: a GiB takes 0.2 s from memory, 2.3 s from a disk of 450 MB/s
 
 
@@ -214,11 +214,6 @@ def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
 def beside(file: Path, what: str) -> Path:
     """The WAL of a file, or the WAL's index."""
     return Path(f"{file.resolve()}-{what}")
-
-
-def listed(job_ids: Sequence[str]) -> str:
-    """Name jobs in a message, though not very many."""
-    return ", ".join(job_ids[:MOST_IDS]) + (", …" if len(job_ids) > MOST_IDS else "")
 
 
 def _of_another_version(file: Path | None, version: int) -> str:

@@ -206,11 +206,10 @@ class SqliteStore(SqlStore):
         return self._wal.stat().st_size if self._wal is not None and self._wal.exists() else 0
 
     def _begin_wal(self) -> None:
-        """Copy the WAL into the file, and begin a new one, with which it can be told later whether it is there.
+        """Copy the WAL into the file and begin a new one.
 
-        The file itself says that a WAL follows, and the first transaction of the WAL that none does. So a start that
-        reads that one follows has lost it. Whoever copies all of the WAL into the file, as sqlite3 does when it closes
-        one, copies that too, and nothing is missing then.
+        Before the copy a row is written that says "a WAL follows"; the first transaction of the new WAL deletes it. A
+        start that still sees the row has lost the WAL.
         """
         try:
             self._driver.execute("INSERT OR IGNORE INTO wal_follows VALUES (1)")

@@ -14,6 +14,7 @@ from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
 Outcome = Literal["done", "failed", "cancelled"]
 OUTCOMES: tuple[Outcome, ...] = ("done", "failed", "cancelled")
 Place = tuple[int, str]  # in the order of creation: created_us and id
+MOST_LISTED = 20  # jobs, in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class JobStore(Protocol):
         """
 
     def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
-        """The jobs that have not ended, of weights that no server serves, nor is about to: their ids by these weights.
+        """The ids of unfinished jobs by their weights, for weights that neither this server nor a living one serves.
 
         served: hashes of weights that this server serves.
         """
@@ -194,9 +195,10 @@ class JobStore(Protocol):
         """Read the inputs of an edit that has not ended."""
 
     def crashed(self, job_ids: Collection[str]) -> None:
-        """Count an end of the server as it worked on these jobs, whoever holds them by now.
+        """Count an end of the server against these jobs, whoever holds them now.
 
-        Of several jobs each is counted once, however often: it may be another that ends it. One alone counts each time.
+        If there are several, only those without a count get one, as another may be the cause; a single job gets one
+        each time.
         """
 
     def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
@@ -266,3 +268,8 @@ class JobStore(Protocol):
 
     def close(self) -> None:
         """Hold nothing any more, and close the store; no call may follow."""
+
+
+def listed(job_ids: Sequence[str]) -> str:
+    """Name jobs in a message, though not very many."""
+    return ", ".join(job_ids[:MOST_LISTED]) + (", …" if len(job_ids) > MOST_LISTED else "")

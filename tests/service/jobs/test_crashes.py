@@ -6,7 +6,7 @@ from tests.service.conftest import Restarts
 from tests.service.durable import post, wait_for
 from tests.service.jobs.conftest import FileShelf
 from tests.service.jobs.kept import job
-from tminus.service.jobs.crashes import count_ends
+from tminus.service.jobs.crashes import count_ends, tell_ends
 from tminus.service.jobs.process_end import End
 from tminus.service.jobs.sqlite_store import SqliteStore
 
@@ -21,7 +21,9 @@ def test_an_end_counts_against_what_was_worked_on_and_being_killed_from_outside_
     for name in "abc":
         store.add(job(name))
     killed = [End(None, frozenset("a"))] * 50
-    count_ends([*killed, End(SIGNAL, frozenset("bc"), "  File x"), End(SIGNAL, frozenset())], [store])
+    ends = [*killed, End(SIGNAL, frozenset("bc"), "  File x"), End(SIGNAL, frozenset())]
+    tell_ends(ends)
+    count_ends(ends, store)
     assert [record.crashes for record in store.claim()] == [0, 1, 1]
     assert "killed, or the machine went, as it worked on a\n" in caplog.text
     assert f"{SIGNAL}. It worked on b, c\n  File x\n" in caplog.text

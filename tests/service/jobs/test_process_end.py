@@ -1,12 +1,16 @@
+import faulthandler
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from tests.service.fakes import wait_until
 from tminus.service.jobs import process_end
-from tminus.service.jobs.process_end import EndFile, name_of, take_ends
+from tminus.service.jobs.process_end import EndFile, prefix_of, take_ends
 
 # A process with two threads, each of which works on something; then one of them dies, or all do.
 SCRIPT = """
@@ -85,9 +89,56 @@ def test_a_file_that_is_cut_or_of_something_else_tells_nothing(tmp_path: Path) -
 
 
 def test_servers_on_other_stores_read_other_files() -> None:
-    names = [name_of(None, ["a", "b"]), name_of(None, ["a"]), name_of("x", ["a", "b"])]
+    names = [prefix_of("a", "b"), prefix_of("ab"), prefix_of("b", "a")]
     assert len(set(names)) == len(names)
-    assert name_of("x", ["b", "a"]) == names[2]
+    assert prefix_of("a", "b") == names[0]
+
+
+FULL = """
+import resource, sys, signal
+from pathlib import Path
+from tminus.service.jobs.process_end import EndFile
+
+file = EndFile(Path(sys.argv[1]), "server")
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+for job in "abc":
+    file.work_on("steps", [job])
+file.close()
+print("still here")
+"""
+
+
+def test_a_disk_that_keeps_nothing_stops_no_thread_and_is_told_of_once(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "still here\n"
+    assert done.stderr.count("another may be taken for it") == 1
+    assert "File too large" in done.stderr
+
+
+def test_a_disk_that_hangs_stops_no_thread_and_has_the_newest_jobs_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thawed, write = threading.Event(), os.pwrite
+
+    def pwrite(descriptor: int, data: bytes, at: int) -> int:
+        thawed.wait()
+        return write(descriptor, data, at)
+
+    end_file = EndFile(tmp_path, "server")
+    (path,) = tmp_path.iterdir()
+    try:
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        for job in "abc":
+            end_file.work_on("steps", [job])
+        assert b"\na\0" not in path.read_bytes()
+        thawed.set()
+        wait_until(lambda: b"\nc\0" in path.read_bytes())
+        end_file.work_on("steps", ["d"])
+        assert b"\nd\0" in path.read_bytes(), "it is waited for again"
+    finally:
+        thawed.set()
+        end_file.close()
+        faulthandler.enable()
 
 
 def test_where_no_file_can_be_made_that_is_an_error(tmp_path: Path) -> None:
