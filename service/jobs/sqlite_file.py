@@ -82,16 +82,28 @@ def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
     Another would, when it closes, checkpoint the WAL that a killed server has left, perhaps into a file that has just
     been refused.
     """
-    index = beside(file, "shm")
-    was_there = index.exists()
+    index, wal = beside(file, "shm"), beside(file, "wal")
+    was_there, had_wal = index.exists(), wal.exists()
     try:
         uri = f"{file.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=patience_s, isolation_level=None)) as connection:
-            yield connection
+            try:
+                yield connection
+            finally:
+                if not had_wal:
+                    with suppress(OSError, sqlite3.Error):
+                        _remove_empty(wal, connection)
     finally:
         if not was_there:
             with suppress(OSError):  # a read-only folder, in which it was not created either
                 index.unlink(missing_ok=True)
+
+
+def _remove_empty(wal: Path, connection: sqlite3.Connection) -> None:
+    """Remove the WAL that the connection has made; while it reads no server can open the file, and make its own."""
+    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()  # fails where a server has the file
+    if mode == "wal" and not wal.stat().st_size:
+        wal.unlink()
 
 
 def unended(file: Path) -> list[str]:

@@ -62,6 +62,7 @@ class Turns(Generic[Key]):
         assert not self._schedulers[model].has_work
         del self._schedulers[model]
         self._tick_s.pop(model, None)
+        self._owed = None  # or it would hold the model, which holds its engine's memory
         self._forget_settled()
 
     @property

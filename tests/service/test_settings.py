@@ -361,7 +361,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
         monkeypatch.setattr("tminus.service.engine.loading.prepare_engine", prepare_engine)
         monkeypatch.setattr("tminus.service.building.create_app", create_app)
         monkeypatch.setattr(Library, "folders", folders)
-        monkeypatch.setattr("tminus.service.building.look_at_ends", lambda _settings, _stores: lambda: None)
+        monkeypatch.setattr("tminus.service.building.look_at_ends", lambda _settings, _folder: (None, []))
         monkeypatch.setattr("tminus.service.building.open_store", open_store)
         monkeypatch.setattr("tminus.service.jobs.postgres.open_postgres", open_postgres)
         monkeypatch.setattr("tminus.service.jobs.objects.open_objects", open_objects)

@@ -532,3 +532,16 @@ def test_an_upgrade_that_is_cut_off_has_not_happened(earlier: Path, monkeypatch:
     store = SqliteStore(earlier)
     assert len(store.claim()) == 1
     store.close()
+
+
+def test_looking_for_jobs_that_were_left_makes_no_file_and_leaves_one_that_is_in_use(
+    file: Path, open_file: Callable[[], SqliteStore]
+) -> None:
+    store = open_file()
+    store.add(job("a"))
+    beside = {each: each.stat().st_size for each in file.parent.iterdir()}
+    assert sqlite_file.unended(file) == [], "a server has it"
+    assert {each: each.stat().st_size for each in file.parent.iterdir()} == beside
+    store.close()
+    assert sqlite_file.unended(file) == ["a"]
+    assert list(file.parent.iterdir()) == [file]

@@ -1,6 +1,7 @@
 """Whose tick is next, and that the forecast knows it: against the schedulers themselves, tick by tick."""
 
 import random
+import weakref
 from collections import Counter
 from dataclasses import replace
 from itertools import count
@@ -144,6 +145,28 @@ def test_a_model_may_come_and_go() -> None:
     with pytest.raises(AssertionError):
         machine.turns.remove(FAST)
     assert machine.tick() == FAST
+
+
+def test_a_model_that_is_gone_is_not_held() -> None:
+    """A turn that was owed to its oldest job must not keep what the model has in memory."""
+
+    class Model:
+        pass
+
+    arrivals, turns = count(), Turns[Model]()
+    schedulers = [Scheduler(speed_of(kind).sharing, arrivals) for kind in (SLOW, FAST)]
+    oldest, other = Model(), Model()
+    for model, scheduler, steps in zip((oldest, other), schedulers, (50, 2), strict=True):
+        turns.put(model, scheduler)
+        scheduler.add(f"{steps} steps", range(1), work(FAST, 1, steps))
+    turns.next()
+    assert turns._owed == ("", oldest)
+    schedulers[0].cancel("50 steps")
+    turns.remove(oldest)
+    gone = weakref.ref(oldest)
+    del oldest, model
+    assert gone() is None
+    assert turns.has_work
 
 
 # --- the forecast ---
