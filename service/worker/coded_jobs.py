@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tminus.service.errors import EngineFailed, ServiceError
-from tminus.service.worker.coding import Coding, Task
+from tminus.service.worker.coding import Coding, Task, Turnstile
 from tminus.service.worker.errors_to import errors_to
 from tminus.service.worker.job_span import begin_coding
 from tminus.service.worker.running_job import RunningJob
@@ -46,9 +46,9 @@ class CodedJobs:
         return bool(self._jobs)
 
     @property
-    def has_alone(self) -> bool:
-        """Whether one of the jobs is to be alone."""
-        return any(job.alone for job in self._jobs.values())
+    def turnstile(self) -> Turnstile:
+        """Where ticks go through too."""
+        return self._coding.turnstile
 
     @property
     def ids(self) -> Collection[str]:
@@ -92,7 +92,7 @@ class CodedJobs:
         def done(results: Sequence[Any], error: Exception | None) -> None:
             self._post(partial(take, results, error))
 
-        self._coding.put(job.id, kind, tasks, done, each, job.owner)
+        self._coding.put(job.id, kind, tasks, done, each, job.owner, job.alone)
 
     def run(self, kind: str, task: Callable[[], Result]) -> "Future[Result]":
         """Do something that is no job's; any thread may ask."""

@@ -7,7 +7,8 @@ so that short jobs do not wait for long ones.
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +21,45 @@ OLDEST_EVERY = 4  # so many tasks, one is of the job that came first, so that it
 JOIN_S = 10.0  # for the task that runs to end, when the thread is closed
 
 
+class Turnstile:
+    """Lets the ticks and the coding thread go on beside each other, but a job that is to be alone only by itself.
+
+    Whoever came first goes first, so that neither thread waits for more than one thing that the other does.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+        self._inside: list[bool] = []  # of each who is inside, whether it is to be alone
+
+    @contextmanager
+    def enter(self, *, alone: bool, before_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Wait until nobody is inside, or if not alone nobody who is. before_wait: is called if it has to wait."""
+        me = object()
+
+        def may_go() -> bool:
+            return self._waiting[0] is me and not (self._inside if alone else any(self._inside))
+
+        with self._changed:
+            self._waiting.append(me)
+            if not may_go():
+                before_wait()
+                self._changed.wait_for(may_go)
+            self._waiting.popleft()
+            self._inside.append(alone)
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside.remove(alone)
+                self._changed.notify_all()
+
+
 @dataclass(slots=True)
 class _Job:
     owner: str
+    alone: bool
     kind: str
     tasks: deque[Task]
     done: Done
@@ -33,14 +70,13 @@ class _Job:
 class Coding:
     """Owns a thread, which starts with the first job. Any thread may call."""
 
-    def __init__(
-        self, observe: Callable[[str, float], None], note: Callable[[Collection[str]], None] = lambda _ids: None
-    ) -> None:
+    def __init__(self, observe: Callable[[str, float], None], note: Callable[[Collection[str]], None]) -> None:
         """observe: is told the kind of each task that was done, and how long it took.
 
         note: is told, in the coding thread, of which job the task is that begins, or of none when it has ended.
         """
         self._observe, self._note = observe, note
+        self.turnstile = Turnstile()  # a task is done inside
         self._changed = threading.Condition()
         self._jobs: dict[str, _Job] = {}  # in order of arrival
         self._served = Served()
@@ -57,14 +93,16 @@ class Coding:
         done: Done,
         each: Callable[[], object] = lambda: None,
         owner: str = "",
+        alone: bool = False,
     ) -> None:
         """Do a job's tasks; `done` is called in the coding thread, with their results, or with what one raised.
 
-        each: is called there after every task but the last. owner: whose job it is.
+        each: is called there after every task but the last. owner: whose job it is. alone: whether nothing steps
+        while a task of it runs.
         """
         with self._changed:
             if not self._closed:
-                self._jobs[job_id] = _Job(owner, kind, deque(tasks), done, each)
+                self._jobs[job_id] = _Job(owner, alone, kind, deque(tasks), done, each)
                 self._served.join(owner)
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name="tminus-coding", daemon=True)
@@ -93,15 +131,16 @@ class Coding:
     def _run(self) -> None:
         while (picked := self._next()) is not None:
             job_id, job, task = picked
-            self._note([job_id])
-            self.task_began_s = began_s = time.perf_counter()
             error: Exception | None = None
-            try:
-                job.results.append(task())
-            except Exception as raised:  # it ends the job, not the thread
-                error = raised
-            self.task_began_s = None
-            self._note([])
+            with self.turnstile.enter(alone=job.alone):
+                self._note([job_id])
+                self.task_began_s = began_s = time.perf_counter()
+                try:
+                    job.results.append(task())
+                except Exception as raised:  # it ends the job, not the thread
+                    error = raised
+                self.task_began_s = None
+                self._note([])
             took_s = time.perf_counter() - began_s
             self._observe(job.kind, took_s)
             with self._changed:

@@ -5,9 +5,9 @@ the engine steps it, and the jobs that are done are delivered.
 """
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Literal, TypeVar
 
@@ -91,14 +91,17 @@ class Loop:
 
     @property
     def has_ticks(self) -> bool:
-        """Whether there is a next tick now: while a job that is to be alone is encoded or decoded, nothing steps."""
-        return self.models.has_ticks and not self.coded.has_alone
+        """Whether there is a next tick."""
+        return self.models.has_ticks
 
     # --- between ticks ---
 
     def accept(self, job: RunningJob) -> None:
         """Take a job on: its rows step from the next tick on, or once its picture is encoded."""
-        self._now_at([job])
+        with self._at([job]):
+            self._accept(job)
+
+    def _accept(self, job: RunningJob) -> None:
         answered = job.future.done() and not job.future.cancelled()  # while the worker hung
         if answered or not job.future.set_running_or_notify_cancel():  # from here on only the loop ends it
             self._leave(job)
@@ -116,10 +119,20 @@ class Loop:
             self.current_jobs = current_jobs
             self._note("steps", current_jobs)
 
+    @contextmanager
+    def _at(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
+        """Work on jobs. While one is to be alone, nothing is encoded or decoded meanwhile, and nobody else is named."""
+        alone = any(job.alone for job in jobs)
+        with self.coded.turnstile.enter(alone=alone, before_wait=lambda: self._now_at([])):
+            self._now_at(jobs)
+            yield
+            if alone:
+                self._now_at([])
+
     def _encoded(self, job: RunningJob, inputs: Sequence[Inputs]) -> None:
-        self._now_at([job])
-        (job.inputs,) = inputs
-        self._begin(job)
+        with self._at([job]):
+            (job.inputs,) = inputs
+            self._begin(job)
 
     def _begin(self, job: RunningJob) -> None:
         """Give a job to its model's engine and scheduler."""
@@ -228,13 +241,16 @@ class Loop:
             self._now_at([])
             return
         model = self.models.next()
-        batch = model.scheduler.next_batch() if model is not None else None
-        if model is None or batch is None:
-            return
+        assert model is not None
+        batch = model.scheduler.next_batch()
+        assert batch is not None
+        jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
+        with self._at(jobs):
+            self._tick(model, batch, jobs)
+
+    def _tick(self, model: LoadedModel, batch: Batch, jobs: Sequence[RunningJob]) -> None:
         started_s = self._clock()
         self.rows_active = len(batch.rows)
-        jobs = [self._jobs[picked.job_id] for picked in batch.jobs]
-        self._now_at(jobs)
         broken = self._step(model.engine, batch, jobs)
         if broken is None:
             return

@@ -18,9 +18,9 @@ class Bench:
         self.gate, self.done = Gate(), queue.SimpleQueue[tuple[str, list[Any], Exception | None]]()
         self.order: list[str] = []
         self.seconds: list[tuple[str, float]] = []
-        self.coding = Coding(lambda kind, seconds: self.seconds.append((kind, seconds)))
+        self.coding = Coding(lambda kind, seconds: self.seconds.append((kind, seconds)), lambda _ids: None)
 
-    def put(self, name: str, count: int, fails: Exception | None = None) -> None:
+    def put(self, name: str, count: int, fails: Exception | None = None, *, alone: bool = False) -> None:
         def task(number: int) -> Callable[[], str]:
             def act() -> str:
                 self.order.append(name)
@@ -34,7 +34,7 @@ class Bench:
         def done(results: Sequence[Any], error: Exception | None) -> None:
             self.done.put((name, list(results), error))
 
-        self.coding.put(name, "decode", [task(k) for k in range(count)], done)
+        self.coding.put(name, "decode", [task(k) for k in range(count)], done, alone=alone)
 
     def next_done(self) -> tuple[str, list[Any], Exception | None]:
         return self.done.get(timeout=PATIENCE_S)
@@ -62,6 +62,23 @@ def test_a_short_job_does_not_wait_for_a_long_one(bench: Bench) -> None:
     bench.gate.open()
     assert [bench.next_done()[0] for _ in range(2)] == ["short", "long"]
     assert bench.order[:3] == ["long", "short", "short"]
+
+
+def test_a_job_that_is_to_be_alone_holds_up_no_tick_before_its_turn_and_waits_for_no_more_than_one(
+    bench: Bench,
+) -> None:
+    bench.gate.shut()
+    bench.put("first", 1)
+    wait_until(lambda: bench.order == ["first"])
+    bench.put("alone", 1, alone=True)
+    turnstile = bench.coding.turnstile
+    with turnstile.enter(alone=False):  # a tick
+        bench.gate.open()
+        assert bench.next_done()[0] == "first"
+        wait_until(lambda: bool(turnstile._waiting))
+        assert bench.order == ["first"]
+    with turnstile.enter(alone=False):
+        assert bench.order == ["first", "alone"]
 
 
 def test_those_with_as_many_left_are_done_as_they_came(bench: Bench) -> None:
