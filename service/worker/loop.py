@@ -81,6 +81,7 @@ class Loop:
         self.coding_hangs = False  # when it was closed
         self._deadlines = Deadlines()
         self.current_jobs = frozenset[str]()  # of the last tick, or accepted last: possible causes of a crash
+        self._noted = frozenset[str]()  # what `note` was told last
         self.rows_active = 0  # rows in the last tick
         self._idle: set[int] = set()  # models that had nothing to step before what they have now
 
@@ -114,20 +115,23 @@ class Loop:
             self._begin(job)
 
     def _now_at(self, jobs: Sequence[RunningJob]) -> None:
-        current_jobs = frozenset(job.id for job in jobs)
-        if current_jobs != self.current_jobs:
-            self.current_jobs = current_jobs
-            self._note("steps", current_jobs)
+        self.current_jobs = frozenset(job.id for job in jobs)
+        self._note_steps(self.current_jobs)
+
+    def _note_steps(self, jobs: frozenset[str]) -> None:
+        if jobs != self._noted:
+            self._noted = jobs
+            self._note("steps", jobs)
 
     @contextmanager
     def _at(self, jobs: Sequence[RunningJob]) -> Iterator[None]:
         """Work on jobs. While one is to be alone, nothing is encoded or decoded meanwhile, and nobody else is named."""
         alone = any(job.alone for job in jobs)
-        with self.coded.turnstile.enter(alone=alone, before_wait=lambda: self._now_at([])):
+        with self.coded.turnstile.enter(alone=alone, before_wait=lambda: self._note_steps(frozenset())):
             self._now_at(jobs)
             yield
-            if alone:
-                self._now_at([])
+            if alone:  # but if the worker crashes before its next tick, that may be its doing
+                self._note_steps(frozenset())
 
     def _encoded(self, job: RunningJob, inputs: Sequence[Inputs]) -> None:
         with self._at([job]):

@@ -229,6 +229,7 @@ def test_a_job_that_is_to_be_alone_shares_no_tick_and_holds_up_no_other(make_ben
 def test_a_job_that_is_to_be_alone_can_be_given_up(make_bench: MakeBench) -> None:
     bench = make_bench()
     future = bench.accept_spec("s", make_spec(n=2, steps=9), alone=True)
+    assert bench.loop.current_jobs == {"s"}, "what breaks before its first tick may be its doing"
     bench.tick()
     bench.loop.give_up("s", JobCancelled("deleted"), "deleted")
     assert isinstance(failure(future), JobCancelled)
