@@ -90,11 +90,6 @@ class Loop:
         """Whether a job has not ended."""
         return self.models.has_ticks or bool(self.coded)
 
-    @property
-    def has_ticks(self) -> bool:
-        """Whether there is a next tick."""
-        return self.models.has_ticks
-
     # --- between ticks ---
 
     def accept(self, job: RunningJob) -> None:
@@ -241,7 +236,7 @@ class Loop:
 
     def tick(self) -> None:
         """Step the next batch, if there is one, and do what follows from it."""
-        if not self.has_ticks:
+        if not self.models.has_ticks:
             self._now_at([])
             return
         model = self.models.next()

@@ -92,7 +92,7 @@ class Worker:
     @property
     def rows_active(self) -> int:
         """Rows in the last tick, 0 when idle."""
-        return self._loop.rows_active if self._loop.has_ticks else 0
+        return self._loop.rows_active if self._loop.models.has_ticks else 0
 
     def submit(
         self,
@@ -320,7 +320,7 @@ class Worker:
 
     def _take_commands(self, wait: bool = True) -> None:
         """Do what other threads asked for. With nothing to step, sleep until a command comes."""
-        idle = wait and not self._loop.has_ticks
+        idle = wait and not self._loop.models.has_ticks
         while True:
             if idle:
                 self._turn_began_s = None
