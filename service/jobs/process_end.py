@@ -73,8 +73,9 @@ class EndFile:
         with self._changed:
             self._unwritten[part] = text[: room - 1] + b"\0"
             self._changed.notify_all()
-            patience_s = 0 if self._late else WRITE_S
-            self._late = not self._changed.wait_for(lambda: part not in self._unwritten or self._closed, patience_s)
+            if self._late:  # the disk hangs still
+                return
+            self._late = not self._changed.wait_for(lambda: part not in self._unwritten or self._closed, WRITE_S)
             if self._late:
                 self._tell(f"a write takes longer than {WRITE_S} s")
 
@@ -90,6 +91,7 @@ class EndFile:
             except OSError as error:
                 self._tell(error)
             with self._changed:
+                self._late = False
                 if self._unwritten.get(part) is text:  # or else there is a newer one, after a disk that hung
                     del self._unwritten[part]
                     self._changed.notify_all()

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,7 @@ def test_a_disk_that_hangs_stops_no_thread_and_has_the_newest_jobs_afterwards(
 
     def pwrite(descriptor: int, data: bytes, at: int) -> int:
         thawed.wait()
+        time.sleep(0.02)  # what is not waited for is not there at once
         return write(descriptor, data, at)
 
     end_file = EndFile(tmp_path, "server")
@@ -133,8 +135,13 @@ def test_a_disk_that_hangs_stops_no_thread_and_has_the_newest_jobs_afterwards(
         assert b"\na\0" not in path.read_bytes()
         thawed.set()
         wait_until(lambda: b"\nc\0" in path.read_bytes())
-        end_file.work_on("steps", ["d"])
-        assert b"\nd\0" in path.read_bytes(), "it is waited for again"
+
+        def is_waited_for(job: str) -> bool:
+            end_file.work_on("steps", [job])
+            return f"\n{job}\0".encode() in path.read_bytes()
+
+        wait_until(lambda: is_waited_for("d"))
+        assert is_waited_for("e")
     finally:
         thawed.set()
         end_file.close()
