@@ -34,7 +34,7 @@ CONTROL_FRAMES = 64  # a second: pings and pongs
 
 
 def too_fine(pieces: int, size_bytes: int) -> bool:
-    """Whether so many bytes came in more pieces than any client needs: each piece costs as much as a kilobyte."""
+    """Whether so many bytes came in more pieces than any client needs: parsing a piece takes as long, however small."""
     return pieces > FREE_PIECES + size_bytes // BYTES_PER_PIECE
 
 
@@ -108,7 +108,8 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
         if self._takes_control_frame():
             super().handle_pong(event)
 
-    def _handshake_is_answered(self) -> None:
+    def _end_handshake(self) -> None:
+        """Read on, and leave the count of connections."""
         self.handshake_answered()
         self.transport.resume_reading()
         self.__dict__.pop("handshake_answered", None)  # it holds the connection's HTTP side
@@ -126,9 +127,6 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
     def _fail(self, code: CloseCode, reason: str) -> None:
         """Close for what the client did. Read on for a moment: TCP loses the close frame where data is left unread."""
         if self.conn.eof_sent:
-            return
-        if self.conn.state is State.CONNECTING:  # a handshake that has no answer yet cannot be closed with a code
-            self.transport.abort()
             return
         self.conn.fail(code, reason)
         self.queue.put_nowait({"type": "websocket.disconnect", "code": code})
@@ -171,7 +169,7 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release what the connection held."""
-        self._handshake_is_answered()
+        self._end_handshake()
         self._received.release()
         super().connection_lost(exc)
 
@@ -184,8 +182,8 @@ class StreamProtocol(WebSocketsSansIOProtocol, ReadsInTurns):
             raise ClientDisconnected
         await super().send(message)
         if message["type"] == "websocket.accept":
-            self._handshake_is_answered()
-        if message["type"] == "websocket.send":  # uvicorn waits before the next one: so long this one would not count
+            self._end_handshake()
+        if message["type"] == "websocket.send":  # uvicorn waits only before the next one; this one would not be counted
             await self.writable.wait()
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete = True
