@@ -59,14 +59,14 @@ class AsyncStore:
         self, pool: ThreadPoolExecutor, limit_s: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         try:
-            call = asyncio.wrap_future(pool.submit(function, *args, **kwargs))
+            call = pool.submit(function, *args, **kwargs)
         except RuntimeError as error:  # a request was looking through the stores as this one was closed
             raise StorageFailed("the job store is closed") from error
         try:
             async with asyncio.timeout(limit_s):
-                return await asyncio.shield(call)
+                return await asyncio.shield(asyncio.wrap_future(call))
         except TimeoutError as error:
-            call.cancel()  # if its turn has not come: nobody waits for it, and others wait behind it
+            call.cancel()  # at once, if its turn has not come: nobody waits for it, and others wait behind it
             raise StorageFailed(f"the job store has not answered for {limit_s:g} s") from error
 
     async def _write(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
