@@ -21,7 +21,7 @@ from pathlib import Path
 from bench import cluster_report, traffic
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.leases import AHEAD_S, CLAIM_S, RENEWALS
-from tminus.service.jobs.postgres_store import CLAIM_JOBS
+from tminus.service.jobs.store.postgres_store import CLAIM_JOBS
 from tminus.service.model_info import Limits
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad

@@ -13,7 +13,7 @@ import click
 
 from tminus.__main__ import main
 from tminus.service.engine.options import BUNDLED
-from tminus.service.settings import Settings
+from tminus.service.startup.settings import Settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "command-line.md"
 HEADING = "\n## Options\n"

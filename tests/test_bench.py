@@ -28,7 +28,7 @@ from tests.tiny import TINY
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
 from tminus.model.noise import NoiseConfig
 from tminus.model.unet import UNet2D
-from tminus.service.api.schemas import SampleRequest
+from tminus.service.api.request.schemas import SampleRequest
 
 pytestmark = pytest.mark.slow
 

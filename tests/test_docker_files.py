@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.tools import needs
-from tminus.service.server import ANSWER_S
-from tminus.service.settings import Settings
+from tminus.service.startup.server import ANSWER_S
+from tminus.service.startup.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

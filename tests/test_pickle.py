@@ -18,7 +18,6 @@ import torch
 from tests.service.fakes import INFO, make_spec
 from tests.tiny import TINY, randomize
 from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
-from tminus.model.data import DataError, load_image_folder, read_idx
 from tminus.model.evaluation.classifier import ClassifierError, load_classifier
 from tminus.model.evaluation.kept import Kept
 from tminus.model.files import CheckpointError
@@ -28,8 +27,9 @@ from tminus.model.latent.autoencoder import Autoencoder
 from tminus.model.latent.config import AutoencoderConfig
 from tminus.model.latent.folder import load_autoencoder, save_autoencoder
 from tminus.model.noise import NoiseConfig
-from tminus.model.run_file import FORMER_FILE, STATE_FILE, begun_in, read_state
 from tminus.model.tables import read_tables
+from tminus.model.training.data import DataError, load_image_folder, read_idx
+from tminus.model.training.run_file import FORMER_FILE, STATE_FILE, begun_in, read_state
 from tminus.model.tuning.tune import _State
 from tminus.model.unet import UNet2D
 from tminus.service.access.keyring import KeyRing
@@ -37,10 +37,10 @@ from tminus.service.cli.configuration import read_file
 from tminus.service.engine.autotune_cache import ChoiceCache
 from tminus.service.errors import ServiceError, StorageFailed
 from tminus.service.images.decoder import decode_inputs
-from tminus.service.jobs.arrays import UNREADABLE, unpack_images, unpack_inputs, unpack_snapshot
-from tminus.service.jobs.opening import open_store
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.arrays import UNREADABLE, unpack_images, unpack_inputs, unpack_snapshot
+from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.opening import open_store
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.spec import Snapshot
 
 ROOT = Path(__file__).parents[1]

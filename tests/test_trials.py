@@ -203,7 +203,8 @@ def test_a_short_flood_is_refused_as_it_should(small: Path, monkeypatch: pytest.
 
 def shorten() -> None:
     """In the server's process: what is waited for ten seconds is waited for one."""
-    from tminus.service.api import http_protocol, middleware, stream
+    from tminus.service.api import stream
+    from tminus.service.api.edge import http_protocol, middleware
 
     http_protocol.HEAD_S = middleware.WINDOW_S = stream.FIRST_MESSAGE_S = 1.0
 

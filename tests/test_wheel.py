@@ -16,7 +16,7 @@ from pathlib import Path
 import tminus
 from tminus.model.checkpoint import load_checkpoint
 from tminus.service.api.page import FOLDER
-from tminus.service.settings import Settings
+from tminus.service.startup.settings import Settings
 assert Path(tminus.__file__).parents[1] == Path.cwd(), tminus.__file__
 ((_, checkpoint),) = Settings().checkpoints()
 assert checkpoint.is_relative_to(Path.cwd()), checkpoint

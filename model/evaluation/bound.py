@@ -5,13 +5,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.data import ImageSet
 from tminus.model.denoiser import Denoiser
 from tminus.model.evaluation.classes import balanced_picks, image_classes
 from tminus.model.evaluation.figures import Bound, LeftOut, Term
 from tminus.model.evaluation.options import EvaluateOptions
 from tminus.model.loss import variational_bound
 from tminus.model.pixels import to_model_range
+from tminus.model.training.data import ImageSet
 
 
 def measure_bound(net: Denoiser, checkpoint: Checkpoint, test: ImageSet, options: EvaluateOptions) -> Bound | LeftOut:

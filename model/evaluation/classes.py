@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.data import ImageSet
+from tminus.model.training.data import ImageSet
 
 
 def class_map(checkpoint: Checkpoint, class_names: tuple[str, ...]) -> Tensor | None:

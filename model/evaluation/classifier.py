@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tminus.model.data import ImageSet
 from tminus.model.files import write_atomically
 from tminus.model.pixels import to_model_range
+from tminus.model.training.data import ImageSet
 from tminus.model.weights import hash_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "classifier.safetensors"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.data import ImageSet
 from tminus.model.evaluation.classifier import Classifier
 from tminus.model.evaluation.figures import LeftOut
 from tminus.model.evaluation.judge import Judge
@@ -18,6 +17,7 @@ from tminus.model.evaluation.options import EvaluateOptions
 from tminus.model.evaluation.points import Point, without_guidance
 from tminus.model.evaluation.sweep_report import ModelFacts, SweepReport
 from tminus.model.guidance import Forward
+from tminus.model.training.data import ImageSet
 
 
 def evaluate(

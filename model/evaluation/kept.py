@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tminus.model.data import ImageSet
 from tminus.model.files import CheckpointError, read_json, write_atomically, write_json
 from tminus.model.samplers import Plan
+from tminus.model.training.data import ImageSet
 
 FORMAT = 2  # raise it where the same key would mean other figures
 MAX_RESULT_BYTES = 256 * 2**20  # of a file, with a sheet of large images in it

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 
 from tminus.model.checkpoint import Checkpoint
-from tminus.model.data import ImageSet
 from tminus.model.evaluation.bound import measure_bound
 from tminus.model.evaluation.figures import Bound, LeftOut, PointFigures, SampleFigures
 from tminus.model.evaluation.judge import Judge
@@ -24,6 +23,7 @@ from tminus.model.evaluation.samples import compile_options, draw_samples, strip
 from tminus.model.guidance import Forward
 from tminus.model.samplers import Plan
 from tminus.model.threads import torch_threads
+from tminus.model.training.data import ImageSet
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.guidance import guided
-from tminus.model.network_features import NetworkFeatures
-from tminus.model.run import faster_of
 from tminus.model.samplers import alpha_bar_at, x0_coefficients
+from tminus.model.training.network_features import NetworkFeatures
+from tminus.model.training.run import faster_of
 from tminus.model.tuning.fit import Rows
 
 FEATURE_WEIGHT = 0.05  # of the distance of features, beside the mean square error

@@ -7,11 +7,11 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from tminus.service.access.access import Access
-from tminus.service.api.answers import ModelAnswer
-from tminus.service.api.authentication import caller_of
+from tminus.service.api.answers.documents import ModelAnswer
+from tminus.service.api.answers.openapi import failures
+from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models
-from tminus.service.api.openapi import failures
-from tminus.service.api.request import no_parameters
+from tminus.service.api.request.reading import no_parameters
 from tminus.service.api.services import Services
 
 BARE = [Depends(no_parameters)]

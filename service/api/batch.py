@@ -9,10 +9,10 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from tminus.service.access.access import Caller
-from tminus.service.api.authentication import caller_of
+from tminus.service.api.answers.openapi import failures
+from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models
-from tminus.service.api.openapi import failures
-from tminus.service.api.request import no_parameters
+from tminus.service.api.request.reading import no_parameters
 from tminus.service.errors import ModelUnloaded
 from tminus.service.work import JobStatus, timesteps_of
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 import httpx
 from starlette.requests import Request
 
-from tminus.service.api.answers import JobAnswer
+from tminus.service.api.answers.documents import JobAnswer
 
 log = logging.getLogger(__name__)
 

@@ -16,20 +16,20 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
-from tminus.service.api.answers import JobAnswer
-from tminus.service.api.authentication import caller_of
+from tminus.service.api.answers.documents import JobAnswer
+from tminus.service.api.answers.event_stream import QUIET_S, EventStream
+from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
+from tminus.service.api.answers.previews import PreviewRequest
+from tminus.service.api.answers.progress import Countdown
+from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.elsewhere import came_from_a_replica
-from tminus.service.api.event_stream import QUIET_S, EventStream
-from tminus.service.api.job_in_path import job_in_path
 from tminus.service.api.models import Models
-from tminus.service.api.openapi import LAST_EVENT_ID, Contract, failures
-from tminus.service.api.previews import PreviewRequest
-from tminus.service.api.progress import Countdown
-from tminus.service.api.request import read_query
+from tminus.service.api.request.job_in_path import job_in_path
+from tminus.service.api.request.reading import read_query
 from tminus.service.api.services import Services
 from tminus.service.errors import JobNotFound, StorageFailed
 from tminus.service.jobs.live import Live
-from tminus.service.jobs.store import OUTCOMES
+from tminus.service.jobs.store.contract import OUTCOMES
 from tminus.service.jobs.views import JobView, live_view
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.spec import SampleSpec

@@ -12,10 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from tminus.model.scheduler_kinds import CLASS_NAMES, scheduler_kind
-from tminus.service.api.classes import label_of
-from tminus.service.api.models import Models
-from tminus.service.api.negotiation import negotiate
-from tminus.service.api.openapi import (
+from tminus.service.api.answers.openapi import (
     IF_NONE_MATCH,
     IMAGES,
     NOT_MODIFIED,
@@ -27,8 +24,11 @@ from tminus.service.api.openapi import (
     failures,
     path_parameter,
 )
-from tminus.service.api.prompts import class_of_prompt
-from tminus.service.api.request import (
+from tminus.service.api.models import Models
+from tminus.service.api.request.classes import label_of
+from tminus.service.api.request.negotiation import negotiate
+from tminus.service.api.request.prompts import class_of_prompt
+from tminus.service.api.request.reading import (
     EDIT_PARAMETERS,
     accept_header,
     check_encoding,
@@ -36,8 +36,8 @@ from tminus.service.api.request import (
     read_json,
     unless_gone,
 )
+from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.api.sample import Job, Still, respond
-from tminus.service.api.schemas import SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import to_job, understand
 from tminus.service.errors import ConflictingField, InvalidField, InvalidImage, MalformedBody, UnknownField

@@ -6,17 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from tminus.service.api.advice import advice_headers
-from tminus.service.api.answers import JobAnswer, JobPage
-from tminus.service.api.authentication import caller_of
-from tminus.service.api.caching import cache_headers, matches
-from tminus.service.api.elsewhere import came_from_a_replica
-from tminus.service.api.job_ids import check_chosen
-from tminus.service.api.job_in_path import job_in_path
-from tminus.service.api.job_listing import JobImageRequest, JobsRequest
-from tminus.service.api.models import Models
-from tminus.service.api.negotiation import negotiate
-from tminus.service.api.openapi import (
+from tminus.service.api.answers.caching import cache_headers, matches
+from tminus.service.api.answers.documents import JobAnswer, JobPage
+from tminus.service.api.answers.openapi import (
     ALREADY_HERE,
     CHOSEN_ID,
     IDEMPOTENCY_KEY,
@@ -28,11 +20,25 @@ from tminus.service.api.openapi import (
     Contract,
     failures,
 )
-from tminus.service.api.request import accept_header, no_parameters, read_parameters, read_query, while_connected
-from tminus.service.api.schemas import SampleRequest
+from tminus.service.api.edge.authentication import caller_of
+from tminus.service.api.elsewhere import came_from_a_replica
+from tminus.service.api.models import Models
+from tminus.service.api.request.advice import advice_headers
+from tminus.service.api.request.job_ids import check_chosen
+from tminus.service.api.request.job_in_path import job_in_path
+from tminus.service.api.request.job_listing import JobImageRequest, JobsRequest
+from tminus.service.api.request.negotiation import negotiate
+from tminus.service.api.request.reading import (
+    accept_header,
+    no_parameters,
+    read_parameters,
+    read_query,
+    while_connected,
+)
+from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.webhook_request import WebhookRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, understand
-from tminus.service.api.webhook_request import WebhookRequest
 from tminus.service.errors import InvalidField, StorageFailed
 from tminus.service.images.encoder import MEDIA_TYPES, etag, one_image
 

@@ -8,13 +8,21 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
 
-from tminus.service.api.caching import cache_headers, matches
-from tminus.service.api.fields import SEED_BITS
+from tminus.service.api.answers.caching import cache_headers, matches
+from tminus.service.api.answers.openapi import (
+    IF_NONE_MATCH,
+    NOISE_BODY,
+    NOT_MODIFIED,
+    OF_BODY,
+    Contract,
+    answer,
+    failures,
+)
 from tminus.service.api.models import Models
-from tminus.service.api.multipart import read_upload
-from tminus.service.api.negotiation import negotiate
-from tminus.service.api.openapi import IF_NONE_MATCH, NOISE_BODY, NOT_MODIFIED, OF_BODY, Contract, answer, failures
-from tminus.service.api.request import (
+from tminus.service.api.request.fields import SEED_BITS
+from tminus.service.api.request.multipart import read_upload
+from tminus.service.api.request.negotiation import negotiate
+from tminus.service.api.request.reading import (
     accept_header,
     check_encoding,
     from_items,
@@ -23,7 +31,7 @@ from tminus.service.api.request import (
     unless_gone,
     while_connected,
 )
-from tminus.service.api.schemas import NoiseRequest
+from tminus.service.api.request.schemas import NoiseRequest
 from tminus.service.api.services import Services
 from tminus.service.images.encoder import PNG
 from tminus.service.spec import Images

@@ -7,13 +7,9 @@ from typing import Any, ClassVar, Protocol
 
 from fastapi import APIRouter, Request, Response
 
-from tminus.service.api.advice import advice_headers
-from tminus.service.api.authentication import caller_of
-from tminus.service.api.caching import cache_directives, cache_headers, matches
-from tminus.service.api.frames import Frames
-from tminus.service.api.models import Models
-from tminus.service.api.negotiation import negotiate
-from tminus.service.api.openapi import (
+from tminus.service.api.answers.caching import cache_directives, cache_headers, matches
+from tminus.service.api.answers.frames import Frames
+from tminus.service.api.answers.openapi import (
     ACCEPTED,
     IF_NONE_MATCH,
     IMAGES_OR_STEPS,
@@ -26,14 +22,18 @@ from tminus.service.api.openapi import (
     Described,
     failures,
 )
-from tminus.service.api.previews import AnimationRequest
-from tminus.service.api.progress import finished_or_gone, result_of, server_timing
-from tminus.service.api.request import accept_header, prefers_async, read_parameters
-from tminus.service.api.schemas import SampleRequest
+from tminus.service.api.answers.previews import AnimationRequest
+from tminus.service.api.answers.progress import finished_or_gone, result_of, server_timing
+from tminus.service.api.answers.trajectory import Steps
+from tminus.service.api.edge.authentication import caller_of
+from tminus.service.api.models import Models
+from tminus.service.api.request.advice import advice_headers
+from tminus.service.api.request.negotiation import negotiate
+from tminus.service.api.request.reading import accept_header, prefers_async, read_parameters
+from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.webhook_request import NOT_DURABLE, WebhookRequest
 from tminus.service.api.services import Services
 from tminus.service.api.submission import accept, submit, to_job, understand
-from tminus.service.api.trajectory import Steps
-from tminus.service.api.webhook_request import NOT_DURABLE, WebhookRequest
 from tminus.service.errors import InvalidField
 from tminus.service.images.animation import WEBP_VERSION
 from tminus.service.images.encoder import JSON, MEDIA_TYPES, WEBP, Encoder, etag

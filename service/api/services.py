@@ -4,10 +4,10 @@ import asyncio
 from dataclasses import dataclass
 
 from tminus.service.access.access import Access
-from tminus.service.api.caching import ResultCache
+from tminus.service.api.answers.caching import ResultCache
+from tminus.service.api.edge.origin import Doors
+from tminus.service.api.edge.stream_limits import Streams
 from tminus.service.api.elsewhere import Elsewhere
-from tminus.service.api.origin import Doors
-from tminus.service.api.stream_limits import Streams
 from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.jobs import Jobs

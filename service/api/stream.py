@@ -14,15 +14,15 @@ from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from tminus.service.access.access import Caller
-from tminus.service.api.authentication import has_key, identify
-from tminus.service.api.middleware import new_request_id, route_of, sender_of, target_of
+from tminus.service.api.answers.previews import StreamRequest
+from tminus.service.api.answers.problems import render
+from tminus.service.api.answers.progress import Countdown, result_of
+from tminus.service.api.answers.stream_messages import accepted_message, error_message, frame_message, key_of
+from tminus.service.api.edge.authentication import has_key, identify
+from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models
-from tminus.service.api.previews import StreamRequest
-from tminus.service.api.problems import render
-from tminus.service.api.progress import Countdown, result_of
-from tminus.service.api.request import from_body, no_parameters, off_loop
+from tminus.service.api.request.reading import from_body, no_parameters, off_loop
 from tminus.service.api.services import Services
-from tminus.service.api.stream_messages import accepted_message, error_message, frame_message, key_of
 from tminus.service.api.submission import submit, to_job, understand
 from tminus.service.errors import (
     BodyTooLarge,

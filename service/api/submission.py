@@ -8,11 +8,11 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from tminus.service.access.access import Caller
-from tminus.service.api.advice import advice_headers
-from tminus.service.api.answers import JobAnswer
-from tminus.service.api.authentication import caller_of
-from tminus.service.api.request import idempotency_key, off_loop, while_connected
-from tminus.service.api.schemas import PICTURES, SampleRequest
+from tminus.service.api.answers.documents import JobAnswer
+from tminus.service.api.edge.authentication import caller_of
+from tminus.service.api.request.advice import advice_headers
+from tminus.service.api.request.reading import idempotency_key, off_loop, while_connected
+from tminus.service.api.request.schemas import PICTURES, SampleRequest
 from tminus.service.api.services import Services
 from tminus.service.errors import Overloaded
 from tminus.service.jobs.views import JobView

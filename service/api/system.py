@@ -4,11 +4,11 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from tminus.service.api import problems
-from tminus.service.api.answers import ModelAnswer, ScheduleAnswer, StatusAnswer
+from tminus.service.api.answers import problems
+from tminus.service.api.answers.documents import ModelAnswer, ScheduleAnswer, StatusAnswer
+from tminus.service.api.answers.openapi import failures
 from tminus.service.api.models import Models
-from tminus.service.api.openapi import failures
-from tminus.service.api.request import no_parameters
+from tminus.service.api.request.reading import no_parameters
 from tminus.service.errors import Draining, EngineFailed, NotReady, ServiceError, Stalled
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.metrics import Metrics

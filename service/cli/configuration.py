@@ -12,7 +12,7 @@ import click
 from pydantic import SecretStr, ValidationError
 
 from tminus.service.cli.output import fail
-from tminus.service.settings import Settings
+from tminus.service.startup.settings import Settings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

@@ -1,4 +1,4 @@
-"""`tminus distill`: its options, handed to model/distill.py."""
+"""`tminus distill`: its options, handed to model/training/distill.py."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, THREADS,
 from tminus.service.cli.output import fail, say
 from tminus.service.cli.sheets import sheet_writer
 from tminus.service.cli.training_data import load_training_data
-from tminus.service.logs import set_up_log
+from tminus.service.startup.logs import set_up_log
 
 
 @click.command()
@@ -46,11 +46,11 @@ def distill(**options: Any) -> None:
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
-    from tminus.model.data import DataError
-    from tminus.model.distill import DistillConfig
-    from tminus.model.distill import distill as run
     from tminus.model.files import CheckpointError
-    from tminus.model.run import TrainError
+    from tminus.model.training.data import DataError
+    from tminus.model.training.distill import DistillConfig
+    from tminus.model.training.distill import distill as run
+    from tminus.model.training.run import TrainError
     from tminus.service.engine.devices import choose_device
 
     out, teacher = options["out"], options["checkpoint"]

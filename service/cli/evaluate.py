@@ -12,15 +12,15 @@ from tminus.service.cli.output import fail, make_folder, say, write_file
 from tminus.service.cli.several import command_line, several
 from tminus.service.cli.training_data import load_training_data
 from tminus.service.engine.options import BUNDLED
-from tminus.service.logs import set_up_log
+from tminus.service.startup.logs import set_up_log
 
 if TYPE_CHECKING:
     from tminus.model.checkpoint import Checkpoint
-    from tminus.model.data import ImageSet
     from tminus.model.evaluation.classifier import Classifier
     from tminus.model.evaluation.points import Point
     from tminus.model.evaluation.report import EvaluationReport
     from tminus.model.evaluation.sweep_report import SweepReport
+    from tminus.model.training.data import ImageSet
 
 
 NAMES = several(str, "a name", bool)
@@ -112,11 +112,11 @@ def evaluate(
     import torch
 
     from tminus.model.checkpoint import load_checkpoint
-    from tminus.model.data import DataError
     from tminus.model.evaluation.classifier import ClassifierError
     from tminus.model.evaluation.options import EvaluateError
     from tminus.model.evaluation.plots import check_installed
     from tminus.model.files import CheckpointError
+    from tminus.model.training.data import DataError
 
     failures = DataError, CheckpointError, ClassifierError, EvaluateError, ValueError, OSError, torch.OutOfMemoryError
     if approve and options["precision"] == "float32":

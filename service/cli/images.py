@@ -84,7 +84,7 @@ class LocalJob:
 
         fingerprint: that of the engine that is to make the images again.
         """
-        from tminus.service.api.schemas import SampleRequest
+        from tminus.service.api.request.schemas import SampleRequest
         from tminus.service.errors import ServiceError
         from tminus.service.images.decoder import decode_inputs
         from tminus.service.model_info import Limits

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from tminus.service.logs import printable
+from tminus.service.startup.logs import printable
 
 NO_PICTURES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".zip", ".tar", ".gz"})
 

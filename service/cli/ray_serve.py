@@ -16,8 +16,8 @@ import click
 from tminus.service.cli.configuration import options_of, settings_of
 from tminus.service.cli.output import fail
 from tminus.service.cli.serve import listen
-from tminus.service.logs import SERVER_FORM, set_up_log
 from tminus.service.ray_serve.settings import RaySettings
+from tminus.service.startup.logs import SERVER_FORM, set_up_log
 
 log = logging.getLogger(__name__)
 

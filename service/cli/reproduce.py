@@ -117,8 +117,8 @@ def read_recipe(png: bytes) -> Recipe:
 
 def recipe_of(document: Any) -> Recipe:
     """Read a recipe. Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
-    from tminus.service.api.classes import NUMBER
-    from tminus.service.api.schemas import parameters_of
+    from tminus.service.api.request.classes import NUMBER
+    from tminus.service.api.request.schemas import parameters_of
     from tminus.service.spec import SampleSpec
 
     fields = document["spec"]

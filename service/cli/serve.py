@@ -10,14 +10,14 @@ import click
 
 from tminus.service.cli.configuration import read_settings, settings_options
 from tminus.service.cli.output import fail
-from tminus.service.logs import SERVER_FORM, set_up_log
 from tminus.service.model_info import max_edit_bytes
-from tminus.service.traces import start_traces
+from tminus.service.startup.logs import SERVER_FORM, set_up_log
+from tminus.service.startup.traces import start_traces
 
 if TYPE_CHECKING:
     import socket
 
-    from tminus.service.app import Application
+    from tminus.service.startup.app import Application
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,10 @@ def serve(config: Path | None, **flags: Any) -> None:
     except ValueError as error:
         fail(str(error))
 
-    from tminus.service.building import prepare
-    from tminus.service.metrics_server import serve_metrics
-    from tminus.service.server import allow_connections
-    from tminus.service.server import serve as run_server
+    from tminus.service.startup.building import prepare
+    from tminus.service.startup.metrics_server import serve_metrics
+    from tminus.service.startup.server import allow_connections
+    from tminus.service.startup.server import serve as run_server
 
     # What can be found out at once is, before anything is measured.
     try:
@@ -84,7 +84,7 @@ def serve(config: Path | None, **flags: Any) -> None:
 
 def listen(host: str, port: int) -> "socket.socket":
     """Reserve an address; where that fails one clear line."""
-    from tminus.service.server import bind
+    from tminus.service.startup.server import bind
 
     try:
         return bind(host, port)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from tminus.model.data import ImageSet
     from tminus.model.denoiser import Denoiser, NetConfig
     from tminus.model.latent.autoencoder import Autoencoder
     from tminus.model.samplers import Plan
+    from tminus.model.training.data import ImageSet
 
 ROWS_PER_CLASS = 2
 IMAGES_WITHOUT_CLASSES = 16

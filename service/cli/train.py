@@ -1,4 +1,4 @@
-"""`tminus train`: its options, handed to model/train.py."""
+"""`tminus train`: its options, handed to model/training/train.py."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +8,11 @@ from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, THREADS,
 from tminus.service.cli.output import fail, say
 from tminus.service.cli.sheets import sheet_writer
 from tminus.service.cli.training_data import load_training_data
-from tminus.service.logs import set_up_log
+from tminus.service.startup.logs import set_up_log
 
 if TYPE_CHECKING:
-    from tminus.model.data import ImageSet
     from tminus.model.latent.config import AutoencoderConfig
+    from tminus.model.training.data import ImageSet
     from tminus.model.unet_config import UNetConfig
 
 SHEET_STEPS = 50
@@ -81,14 +81,14 @@ def train(**options: Any) -> None:
     set_up_log("INFO", "%(message)s")
     import torch
 
-    from tminus.model.data import DataError, listed
     from tminus.model.files import CheckpointError
     from tminus.model.latent.folder import load_autoencoder
     from tminus.model.noise import NoiseConfig
-    from tminus.model.run import TrainError
     from tminus.model.samplers import compile_plan
-    from tminus.model.train import TrainConfig
-    from tminus.model.train import train as run
+    from tminus.model.training.data import DataError, listed
+    from tminus.model.training.run import TrainError
+    from tminus.model.training.train import TrainConfig
+    from tminus.model.training.train import train as run
     from tminus.service.engine.devices import choose_device
 
     fields = {name: options[name] for name in TrainConfig.__dataclass_fields__}

@@ -1,4 +1,4 @@
-"""`tminus train-autoencoder`: its options, handed to model/latent/train.py."""
+"""`tminus train-autoencoder`: its options, handed to model/training/autoencoder.py."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tminus.service.cli.options import BACKGROUND, DEVICE, FOLDER_TYPE, THREADS,
 from tminus.service.cli.output import fail, say
 from tminus.service.cli.sheets import reconstruction_writer
 from tminus.service.cli.training_data import load_training_data
-from tminus.service.logs import set_up_log
+from tminus.service.startup.logs import set_up_log
 
 
 @click.command(name="train-autoencoder")
@@ -44,11 +44,11 @@ def train_autoencoder(**options: Any) -> None:
     set_up_log("INFO", "%(message)s")
     import torch
 
-    from tminus.model.data import DataError
     from tminus.model.latent.config import DOWN_BLOCKS, KL, UP_BLOCKS, VQ, AutoencoderConfig
-    from tminus.model.latent.train import AutoencoderTrainConfig
-    from tminus.model.latent.train import train_autoencoder as run
-    from tminus.model.run import TrainError
+    from tminus.model.training.autoencoder import AutoencoderTrainConfig
+    from tminus.model.training.autoencoder import train_autoencoder as run
+    from tminus.model.training.data import DataError
+    from tminus.model.training.run import TrainError
     from tminus.service.engine.devices import choose_device
 
     out = options["out"]

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tminus.model.data import ImageSet
+    from tminus.model.training.data import ImageSet
 
 
 def load_training_data(
@@ -16,8 +16,8 @@ def load_training_data(
     that transparent pixels are laid over, are those of a folder's images. Raises DataError, and ValueError for a
     background that is no colour.
     """
-    from tminus.model.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
     from tminus.model.pixels import colour
+    from tminus.model.training.data import FASHION_MNIST_DIR, load_fashion_mnist, load_image_folder
 
     if data == "fashion-mnist":
         return load_fashion_mnist(split, idx_folder or FASHION_MNIST_DIR)

@@ -10,7 +10,7 @@ from tminus.service.cli.options import DEVICE, FOLDER_TYPE
 from tminus.service.cli.output import fail, say
 from tminus.service.cli.several import several
 from tminus.service.engine.options import BUNDLED
-from tminus.service.logs import set_up_log
+from tminus.service.startup.logs import set_up_log
 
 WHOLE = several(int, "an integer", lambda _: True)  # model/tuning/ knows the bounds
 NUMBERS = several(float, "a number", math.isfinite)

@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from tminus.service.errors import EngineFailed, StorageFailed
-from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.process_end import End
-from tminus.service.jobs.store import JobRecord, JobStore, listed
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import JobRecord, JobStore, listed
 
 log = logging.getLogger(__name__)
 

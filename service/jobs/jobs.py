@@ -15,7 +15,7 @@ from tminus.service.jobs.kept import cancel_anywhere, cancelled_elsewhere, kept_
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.standings import Standings
-from tminus.service.jobs.store import JobRecord, Key, Place
+from tminus.service.jobs.store.contract import JobRecord, Key, Place
 from tminus.service.jobs.views import JobView, kept_view, live_view, passing_view
 from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.preview import Watch

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs.lifecycle import Lifecycle
-from tminus.service.jobs.store import OUTCOMES, JobRecord, Outcome, Place
+from tminus.service.jobs.store.contract import OUTCOMES, JobRecord, Outcome, Place
 from tminus.service.jobs.views import JobView, kept_view
 
 log = logging.getLogger(__name__)

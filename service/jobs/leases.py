@@ -14,9 +14,9 @@ from contextlib import suppress
 from typing import Protocol
 
 from tminus.service.errors import Draining, Overloaded, StorageFailed
-from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.live import Live
-from tminus.service.jobs.store import JobRecord, Key, Pace
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import JobRecord, Key, Pace
 from tminus.service.model_info import Limits, ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad

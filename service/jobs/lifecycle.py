@@ -20,12 +20,12 @@ from tminus.service.errors import (
     ServiceError,
     StorageFailed,
 )
-from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.crashes import causes_crashes, failure, is_failed
 from tminus.service.jobs.leases import CLAIM_S, Leases
 from tminus.service.jobs.live import Live
 from tminus.service.jobs.resuming import kept_of
-from tminus.service.jobs.store import JobRecord, LeaseLost, Outcome
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import JobRecord, LeaseLost, Outcome
 from tminus.service.jobs.sweeping import sweep_until_closed
 from tminus.service.jobs.webhooks.start_notice import notice_start
 from tminus.service.metrics import Metrics

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.contract import JobRecord
 from tminus.service.preview import Watch
 
 

@@ -14,7 +14,7 @@ from tminus.service.errors import JobExists, KeyReused, Overloaded, StorageFaile
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.kept import unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
-from tminus.service.jobs.store import JobRecord, Key, now_us
+from tminus.service.jobs.store.contract import JobRecord, Key, now_us
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.spec import Inputs, SampleSpec

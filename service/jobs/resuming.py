@@ -5,8 +5,8 @@ import time
 from collections.abc import Awaitable, Callable
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import JobRecord
 from tminus.service.spec import Inputs, Snapshot
 
 RETRY_S = 1.0  # until a store that is away is asked again

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.metrics import Metrics
 from tminus.service.worker.snapshot_pace import READ, SnapshotPace
 

@@ -4,9 +4,9 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
-from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.results import Results, ResultStore
-from tminus.service.jobs.store import JobStore
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import JobStore
+from tminus.service.jobs.store.results import Results, ResultStore
 
 
 class Stores:

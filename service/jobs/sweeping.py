@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from tminus.service.errors import Draining, StorageFailed
-from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.model_info import Limits
 
 SWEEP_S = 10.0

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tminus.service.jobs.live import Live
-from tminus.service.jobs.store import OUTCOMES, JobRecord
+from tminus.service.jobs.store.contract import OUTCOMES, JobRecord
 from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.work import JobStatus
 

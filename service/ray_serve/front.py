@@ -5,7 +5,7 @@ from ipaddress import ip_address
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tminus.service.api.problems import render
+from tminus.service.api.answers.problems import render
 from tminus.service.errors import Draining, NotOpen
 
 REQUEST_ID = b"x-request-id"

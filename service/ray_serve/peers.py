@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from tminus.service.server import bind
+from tminus.service.startup.server import bind
 
 BACKLOG = 2048  # connections that wait, as of uvicorn
 

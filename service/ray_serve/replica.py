@@ -12,18 +12,18 @@ from ray import serve
 from starlette.types import ASGIApp
 
 from tminus.service.access.access import Access
-from tminus.service.app import Application
-from tminus.service.building import prepare
-from tminus.service.logs import SERVER_FORM, set_up_log
 from tminus.service.model_info import max_edit_bytes
 from tminus.service.ray_serve.balance import Standing
 from tminus.service.ray_serve.front import Front
 from tminus.service.ray_serve.peers import PeerServer, listen
 from tminus.service.ray_serve.policy import BACKLOG_S, WAITING_S
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.server import ANSWER_S, SWITCH_S, allow_connections, config_of
-from tminus.service.threads import LOADING, in_daemon_thread
-from tminus.service.traces import start_traces
+from tminus.service.startup.app import Application
+from tminus.service.startup.building import prepare
+from tminus.service.startup.logs import SERVER_FORM, set_up_log
+from tminus.service.startup.server import ANSWER_S, SWITCH_S, allow_connections, config_of
+from tminus.service.startup.threads import LOADING, in_daemon_thread
+from tminus.service.startup.traces import start_traces
 from tminus.service.worker.worker import CLOSE_S, CRASHED
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from tminus.service.settings import Settings
+from tminus.service.startup.settings import Settings
 
 MOST_PORT = 65_535
 ONE_EACH = "is not for Ray: each replica has one of its own, which its log tells"

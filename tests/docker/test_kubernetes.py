@@ -21,8 +21,8 @@ from tests.service.keys import key_line
 from tests.service.test_metrics import DOCUMENTED
 from tests.tools import needs
 from tminus.service.jobs.leases import AHEAD_S
-from tminus.service.server import ANSWER_S, KEPT_S
-from tminus.service.settings import Settings
+from tminus.service.startup.server import ANSWER_S, KEPT_S
+from tminus.service.startup.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "docker" / "kubernetes"

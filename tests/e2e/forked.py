@@ -18,9 +18,9 @@ from tests.trials.injected import pace
 
 PRELOADED = (
     "tminus.service.cli.main",
-    "tminus.service.app",
-    "tminus.service.server",
-    "tminus.service.jobs.sqlite_store",
+    "tminus.service.startup.app",
+    "tminus.service.startup.server",
+    "tminus.service.jobs.store.sqlite_store",
     "tminus.service.engine.loading",
 )
 

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.service.fakes import wait_until
-from tminus.service.telemetry import OtelTracer
+from tminus.service.startup.telemetry import OtelTracer
 
 SERVER = ProtoSpan.SpanKind.SPAN_KIND_SERVER
 ERROR = Status.StatusCode.STATUS_CODE_ERROR

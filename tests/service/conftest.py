@@ -21,17 +21,17 @@ from tminus.model.noise import NoiseConfig
 from tminus.model.tables import Table
 from tminus.model.unet import UNet2D
 from tminus.model.weights import hash_weights
-from tminus.service.api.origin import Doors
-from tminus.service.app import create_app
+from tminus.service.api.edge.origin import Doors
 from tminus.service.engine.executors import Executor
 from tminus.service.engine.protocol import RowEngine
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobStore
+from tminus.service.jobs.store.contract import JobStore
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.model_info import Limits, ModelInfo
-from tminus.service.parts import Prepared
 from tminus.service.scheduling.sharing import Policy, Sharing
 from tminus.service.scheduling.speed import Speed
 from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.startup.app import create_app
+from tminus.service.startup.parts import Prepared
 
 CONDITIONAL = replace(TINY, num_class_embeds=4)
 THREE_CLASSES = Labels(("cat", "dog", "3d-print"), null_class=3)

@@ -10,9 +10,9 @@ from typing import Any
 from tests.service.conftest import INSTANT, MakeSite, Site, prepare
 from tests.service.fakes import INFO, LIMITS, FakeEngine
 from tests.service.keys import access_of, key_line
-from tminus.service.library import Library
 from tminus.service.model_info import ModelInfo
-from tminus.service.parts import Prepared
+from tminus.service.startup.library import Library
+from tminus.service.startup.parts import Prepared
 
 KEY = "the-admin-key-of-the-tests"
 ADMIN = {"Authorization": f"Bearer {KEY}"}

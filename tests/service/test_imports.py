@@ -15,23 +15,9 @@ SERVICE = sorted((ROOT / "service").glob("**/*.py"))
 CLIENT = [file for file in SERVICE if ROOT / "service" / "client" in file.parents]
 MODEL = sorted((ROOT / "model").glob("**/*.py"))
 # From the bottom up: a layer imports from those before it and from itself. A folder is a layer; so are the files that
-# stand at the top of service/, the words that everybody uses and the app that puts the parts together.
-LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "access", "api", "app", "ray_serve", "cli")
+# stand at the top of service/, the words that everybody uses.
+LAYERS = ("words", "images", "scheduling", "engine", "worker", "jobs", "access", "api", "startup", "ray_serve", "cli")
 WORDS = {"byte_budget", "errors", "metrics", "model_info", "preview", "request_id", "spec", "tracing", "work"}
-APP = {
-    "app",
-    "building",
-    "library",
-    "logs",
-    "metrics_server",
-    "model_changes",
-    "parts",
-    "server",
-    "settings",
-    "starting",
-    "threads",
-}
-APP |= {"telemetry", "traces"}
 APART = {"client", "page"}  # the client imports nothing of the rest; the page is no Python
 # What of model/ needs no torch, and may be asked for anywhere.
 PURE_MODEL = {
@@ -39,7 +25,7 @@ PURE_MODEL = {
     *("tminus.model.timesteps", "tminus.model.trajectory", "tminus.model.scheduler_kinds"),
     *("tminus.model.formats", "tminus.model.formats.facts"),
 }
-MAY_RENDER_HTTP = {"tminus.service.api.problems"}
+MAY_RENDER_HTTP = {"tminus.service.api.answers.problems"}
 
 
 def module_name(file: Path) -> str:
@@ -102,7 +88,7 @@ def layer_of(module: str) -> str:
     _, _, name, *deeper = module.split(".")
     if deeper or name in LAYERS:
         return name
-    return "words" if name in WORDS else "app" if name in APP else name
+    return "words" if name in WORDS else name
 
 
 def modules_of(layer: str) -> list[str]:
@@ -113,7 +99,7 @@ def test_every_module_is_in_a_layer() -> None:
     found = {layer_of(name) for file in SERVICE if (name := module_name(file)) != "tminus.service"}
     assert found == {*LAYERS, "client"}
     folders = {path.name for path in (ROOT / "service").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == {*LAYERS, *APART} - {"words", "app"}
+    assert folders == {*LAYERS, *APART} - {"words"}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -133,7 +119,7 @@ def test_importing_what_is_no_engine_does_not_import_torch() -> None:
     assert {
         "tminus.service.scheduling.scheduler",
         "tminus.service.worker.worker",
-        "tminus.service.app",
+        "tminus.service.startup.app",
         "tminus.service.cli.main",
     } <= {*modules}
     program = f"""
@@ -186,8 +172,8 @@ def test_no_http_exception_below_the_routes(file: Path) -> None:
         "tminus.service.model_info",
         "tminus.service.preview",
         "tminus.service.errors",
-        "tminus.service.api.caching",
-        "tminus.service.api.classes",
+        "tminus.service.api.answers.caching",
+        "tminus.service.api.request.classes",
     ],
 )
 def test_pure_modules_know_no_loop_no_clock_and_no_framework(name: str) -> None:

@@ -27,8 +27,9 @@ def test_an_error_is_known_by_its_code_or_type_and_a_clients_mistake_is_not_the_
 def test_a_server_without_traces_imports_no_sdk_of_opentelemetry() -> None:
     program = """
 import sys
-import tminus.service.app, tminus.service.cli.serve, tminus.service.server, tminus.service.traces
-assert tminus.service.traces.start_traces(None) is None
+import tminus.service.startup.app, tminus.service.startup.server, tminus.service.startup.traces
+import tminus.service.cli.serve
+assert tminus.service.startup.traces.start_traces(None) is None
 sys.exit(", ".join({"opentelemetry.sdk", "opentelemetry.exporter", "requests"} & sys.modules.keys()) or 0)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tminus.service.api.classes import label_of
 from tminus.service.api.kserve.tensors import (
     CLASS_LABEL,
     IMAGES,
@@ -23,9 +22,10 @@ from tminus.service.api.kserve.tensors import (
     outputs_of,
     read_inputs,
 )
-from tminus.service.api.prompts import class_of_prompt
-from tminus.service.api.request import EDIT_PARAMETERS, from_body
-from tminus.service.api.schemas import MAX_DEADLINE_S, SampleRequest
+from tminus.service.api.request.classes import label_of
+from tminus.service.api.request.prompts import class_of_prompt
+from tminus.service.api.request.reading import EDIT_PARAMETERS, from_body
+from tminus.service.api.request.schemas import MAX_DEADLINE_S, SampleRequest
 from tminus.service.errors import ConflictingField, DeadlinePassed, InvalidField, ServiceError, UnknownField, short
 from tminus.service.images.encoder import JSON, Encoder
 from tminus.service.model_info import Limits, ModelInfo

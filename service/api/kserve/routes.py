@@ -6,8 +6,18 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
 
-from tminus.service.api import problems
 from tminus.service.api.admin import Changes
+from tminus.service.api.answers import problems
+from tminus.service.api.answers.openapi import (
+    FILE,
+    IF_NONE_MATCH,
+    NOT_MODIFIED,
+    OF_BODY,
+    OF_WORK,
+    Described,
+    failures,
+    path_parameter,
+)
 from tminus.service.api.kserve.infer import BINARY, InferRequest, Tensors, version_of, with_id
 from tminus.service.api.kserve.tensors import (
     BYTES,
@@ -20,17 +30,14 @@ from tminus.service.api.kserve.tensors import (
     outputs_of,
 )
 from tminus.service.api.models import Models
-from tminus.service.api.openapi import (
-    FILE,
-    IF_NONE_MATCH,
-    NOT_MODIFIED,
-    OF_BODY,
-    OF_WORK,
-    Described,
-    failures,
-    path_parameter,
+from tminus.service.api.request.reading import (
+    check_encoding,
+    no_parameters,
+    off_loop,
+    read_body,
+    read_json,
+    unless_gone,
 )
-from tminus.service.api.request import check_encoding, no_parameters, off_loop, read_body, read_json, unless_gone
 from tminus.service.api.sample import Job, respond
 from tminus.service.api.services import Services
 from tminus.service.api.submission import understand

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tminus.service.api.fields import DIGITS, MAX_EXACT
+from tminus.service.api.request.fields import DIGITS, MAX_EXACT
 from tminus.service.errors import ConflictingField, InvalidField, UnknownField
 from tminus.service.model_info import ModelInfo
 

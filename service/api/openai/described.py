@@ -2,11 +2,11 @@
 
 from pydantic.json_schema import models_json_schema
 
-from tminus.service.api.multipart import FORM
+from tminus.service.api.answers.openapi import FAILURES, FILE, IDEMPOTENCY_KEY, Contract, Described, closed_object, ref
 from tminus.service.api.openai.answers import CompletedImage, ErrorAnswer, ImagesAnswer, PartialImage
 from tminus.service.api.openai.schemas import EXTENSIONS, MAX_N, OF_EDITS, EditsRequest, ImagesRequest
-from tminus.service.api.openapi import FAILURES, FILE, IDEMPOTENCY_KEY, Contract, Described, closed_object, ref
-from tminus.service.api.schemas import PICTURES, SampleRequest
+from tminus.service.api.request.multipart import FORM
+from tminus.service.api.request.schemas import PICTURES, SampleRequest
 from tminus.service.images.encoder import JSON
 
 EVENTS = "text/event-stream"

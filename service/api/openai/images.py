@@ -10,18 +10,18 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from tminus.service.api.advice import advice_headers
-from tminus.service.api.authentication import caller_of
+from tminus.service.api.answers.problems import respond
+from tminus.service.api.answers.progress import finished_or_gone, result_of, server_timing
+from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models
-from tminus.service.api.multipart import FORM, is_form, read_form
 from tminus.service.api.openai.answers import ImageEntry, ImagesAnswer, recipe_of
 from tminus.service.api.openai.described import EDITS, GENERATIONS, IMAGES, openai_failures
 from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest
 from tminus.service.api.openai.streaming import stream
 from tminus.service.api.openai.wanted import Wanted, about
-from tminus.service.api.problems import respond
-from tminus.service.api.progress import finished_or_gone, result_of, server_timing
-from tminus.service.api.request import (
+from tminus.service.api.request.advice import advice_headers
+from tminus.service.api.request.multipart import FORM, is_form, read_form
+from tminus.service.api.request.reading import (
     check_encoding,
     from_items,
     key_in_headers,
@@ -31,7 +31,7 @@ from tminus.service.api.request import (
     unless_gone,
     while_connected,
 )
-from tminus.service.api.schemas import PICTURES
+from tminus.service.api.request.schemas import PICTURES
 from tminus.service.api.services import Services
 from tminus.service.api.submission import create, submit, to_job, understand
 from tminus.service.errors import ConflictingField, InvalidImage, NoImages, UnsupportedMediaType, short

@@ -2,11 +2,11 @@
 
 from fastapi import APIRouter, Depends, Request
 
+from tminus.service.api.answers.openapi import path_parameter
 from tminus.service.api.models import Models
 from tminus.service.api.openai.answers import ModelEntries, ModelEntry
 from tminus.service.api.openai.described import openai_failures
-from tminus.service.api.openapi import path_parameter
-from tminus.service.api.request import no_parameters
+from tminus.service.api.request.reading import no_parameters
 from tminus.service.api.services import Services
 
 

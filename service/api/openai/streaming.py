@@ -13,13 +13,13 @@ from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from pydantic import BaseModel
 
-from tminus.service.api.authentication import caller_of
-from tminus.service.api.event_stream import QUIET_S, EventStream
+from tminus.service.api.answers.event_stream import QUIET_S, EventStream
+from tminus.service.api.answers.problems import noted
+from tminus.service.api.answers.progress import result_of
+from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.openai.answers import CompletedImage, PartialImage
 from tminus.service.api.openai.errors import as_openai
 from tminus.service.api.openai.wanted import Wanted
-from tminus.service.api.problems import noted
-from tminus.service.api.progress import result_of
 from tminus.service.api.services import Services
 from tminus.service.api.submission import submit
 from tminus.service.errors import ServiceError

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from tminus.service.errors import Draining, InvalidField, ServiceError, StorageFailed
-from tminus.service.jobs.async_store import AsyncStore
+from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.views import JobView
 from tminus.service.jobs.webhooks.names import NamesBusy
 from tminus.service.jobs.webhooks.receivers import Allowed

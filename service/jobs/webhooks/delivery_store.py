@@ -6,7 +6,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.contract import JobRecord
 from tminus.service.jobs.webhooks.rows import DeliveryRows
 from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import Delivery

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tminus.service.jobs.arrays import UNREADABLE
+from tminus.service.jobs.store.arrays import UNREADABLE
 from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
 

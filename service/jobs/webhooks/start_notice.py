@@ -5,8 +5,8 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.live import Live
+from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.preview import Frame, Pace, Watch
 from tminus.service.worker.worker import Worker
 

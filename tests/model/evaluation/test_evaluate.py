@@ -15,7 +15,6 @@ from tests.model.evaluation.toys import CPU, NAMES, OPTIONS, TRAINING, toy_check
 from tests.model.latent.folders import save_latent_pipeline
 from tests.tools import needs
 from tminus.model.checkpoint import Checkpoint, load_checkpoint
-from tminus.model.data import ImageSet, load_fashion_mnist
 from tminus.model.evaluation.classes import balanced_picks, class_weights
 from tminus.model.evaluation.classifier import (
     Classifier,
@@ -35,7 +34,8 @@ from tminus.model.evaluation.page import render
 from tminus.model.evaluation.report import EvaluationReport
 from tminus.model.evaluation.samples import draw_samples
 from tminus.model.guidance import Forward
-from tminus.model.student import consistency_table, student_noise
+from tminus.model.training.data import ImageSet, load_fashion_mnist
+from tminus.model.training.student import consistency_table, student_noise
 
 pytestmark = pytest.mark.slow
 

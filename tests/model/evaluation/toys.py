@@ -3,10 +3,10 @@
 import torch
 
 from tminus.model.checkpoint import Checkpoint, Labels
-from tminus.model.data import ImageSet
 from tminus.model.evaluation.classifier import ClassifierTraining
 from tminus.model.evaluation.options import EvaluateOptions
 from tminus.model.noise import NoiseConfig
+from tminus.model.training.data import ImageSet
 from tminus.model.unet import UNet2D
 from tminus.model.unet_config import UNetConfig
 from tminus.model.weights import hash_weights

@@ -1,4 +1,4 @@
-"""GET /models, and who may load and unload. What becomes of a change is in tests/service/test_model_changes.py."""
+"""GET /models, and who may load and unload. startup/test_model_changes.py tests what becomes of a change."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -19,8 +19,8 @@ from tests.service.keys import access_of, bearer, key_line
 from tminus.service.access.access import Access
 from tminus.service.access.keyring import LOOK_S, KeyRing
 from tminus.service.api import stream as routes_stream
-from tminus.service.api.authentication import COOKIE, is_open
-from tminus.service.api.problems import form_of
+from tminus.service.api.answers.problems import form_of
+from tminus.service.api.edge.authentication import COOKIE, is_open
 
 ANN, BEN, OPS = "tm_ann", "tm_ben", "tm_ops"
 LINES = key_line("ann", ANN), key_line("ben", BEN), key_line("ops", OPS, "admin")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO
-from tminus.service.api.caching import ResultCache
+from tminus.service.api.answers.caching import ResultCache
 
 ASKED: dict[str, Any] = {"steps": 3, "seed": 5, "class_label": "cat", "n": 2}
 A_MEGABYTE = 2**20

@@ -9,8 +9,8 @@ import pytest
 
 from tests.service.conftest import MakeSite, Site
 from tests.service.fakes import INFO, LIMITS, wait_until
-from tminus.service.api.classes import find_class
-from tminus.service.api.schemas import SampleRequest
+from tminus.service.api.request.classes import find_class
+from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.cli.sample import request_parameters
 from tminus.service.errors import InvalidField
 

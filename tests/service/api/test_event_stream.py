@@ -5,9 +5,9 @@ import pytest
 from starlette.types import Message
 
 from tests.service.api.test_middleware import scope_of
-from tminus.service.api import event_stream
-from tminus.service.api.event_stream import EventStream
-from tminus.service.api.pieces import PIECE_BYTES
+from tminus.service.api.answers import event_stream
+from tminus.service.api.answers.event_stream import EventStream
+from tminus.service.api.answers.pieces import PIECE_BYTES
 
 SEND_S = 1.0
 

@@ -21,14 +21,14 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from tests.service.fakes import PATIENCE_S, wait_until
-from tminus.service.api import http_protocol, middleware
-from tminus.service.api.http_protocol import MAX_HEAD_BYTES, HttpProtocol
-from tminus.service.api.middleware import BodyLimit, RequestContext
-from tminus.service.api.pieces import PIECE_BYTES
-from tminus.service.api.problems import render
-from tminus.service.api.websocket_protocol import stream_protocol
+from tminus.service.api.answers.pieces import PIECE_BYTES
+from tminus.service.api.answers.problems import render
+from tminus.service.api.edge import http_protocol, middleware
+from tminus.service.api.edge.http_protocol import MAX_HEAD_BYTES, HttpProtocol
+from tminus.service.api.edge.middleware import BodyLimit, RequestContext
+from tminus.service.api.edge.websocket_protocol import stream_protocol
 from tminus.service.errors import ServiceError
-from tminus.service.server import bind
+from tminus.service.startup.server import bind
 
 HEAD = b"POST /echo HTTP/1.1\r\nHost: localhost\r\n"
 GET = b"GET /ok HTTP/1.1\r\nHost: localhost\r\n\r\n"

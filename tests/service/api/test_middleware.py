@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tests.service.api.asgi import call, scope_of
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
-from tminus.service.api.middleware import RequestContext
-from tminus.service.api.pieces import PIECE_BYTES
+from tminus.service.api.answers.pieces import PIECE_BYTES
+from tminus.service.api.edge.middleware import RequestContext
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 
@@ -205,7 +205,7 @@ def readers(site: Site, kind: str, count: int) -> list[Reader]:
 
 @pytest.fixture
 def no_answer_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tminus.service.api.middleware.SMALL_BYTES", 100)
+    monkeypatch.setattr("tminus.service.api.edge.middleware.SMALL_BYTES", 100)
 
 
 @pytest.mark.usefixtures("no_answer_is_small")
@@ -256,7 +256,7 @@ def test_an_answer_that_does_not_fit_is_refused_before_it_has_begun(make_site: M
 def test_a_message_of_a_websocket_counts_and_one_that_does_not_fit_ends_it(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tminus.service.api.middleware.SMALL_BYTES", 500)  # more than any text here
+    monkeypatch.setattr("tminus.service.api.edge.middleware.SMALL_BYTES", 500)  # more than any text here
     site = make_site(info=replace(INFO, height_px=64, width_px=64))
     with site.client.websocket_connect("/sample/stream") as ws, site.answers.hold() as of_others:
         of_others.add(site.answers.limit_bytes)

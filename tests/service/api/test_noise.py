@@ -23,13 +23,13 @@ from tests.service.conftest import MakeSite, Site, pixels, prepare, problem
 from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.checkpoint import Checkpoint
 from tminus.model.rng import image_noise
-from tminus.service.api import middleware
-from tminus.service.api.multipart import FORM_BYTES, MAX_FIELD_BYTES, MAX_PARTS
-from tminus.service.app import create_app
+from tminus.service.api.edge import middleware
+from tminus.service.api.request.multipart import FORM_BYTES, MAX_FIELD_BYTES, MAX_PARTS
 from tminus.service.engine.engine import Engine
 from tminus.service.engine.executors import EagerExecutor
-from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.model_info import Limits
+from tminus.service.startup.app import create_app
 
 pytestmark = pytest.mark.slow
 

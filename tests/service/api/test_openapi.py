@@ -17,10 +17,10 @@ from tests.service.conftest import Site, pixels
 from tests.service.fakes import INFO
 from tests.trials import openapi
 from tminus.model.timesteps import SPACINGS
-from tminus.service.api.previews import AnimationRequest
-from tminus.service.api.problems import as_error_text, form_of
-from tminus.service.api.schemas import SampleRequest
-from tminus.service.api.webhook_request import WebhookRequest
+from tminus.service.api.answers.previews import AnimationRequest
+from tminus.service.api.answers.problems import as_error_text, form_of
+from tminus.service.api.request.schemas import SampleRequest
+from tminus.service.api.request.webhook_request import WebhookRequest
 from tminus.service.images.encoder import JSON
 
 ROOT = Path(__file__).parents[3]

@@ -6,7 +6,7 @@ import pytest
 
 from tests.service.conftest import INSTANT, MakeSite, Site
 from tests.service.fakes import INFO, LIMITS
-from tminus.service.api.origin import Doors
+from tminus.service.api.edge.origin import Doors
 
 SPEC = {"steps": 1, "seed": 1}
 CROSS = {"Sec-Fetch-Site": "cross-site"}

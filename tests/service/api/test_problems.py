@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.service.conftest import MakeSite, Site, problem
-from tminus.service.api.schemas import SampleRequest
+from tminus.service.api.request.schemas import SampleRequest
 from tminus.service.work import Batch
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}

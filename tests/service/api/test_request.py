@@ -15,8 +15,8 @@ from starlette.types import Message
 
 from tests.service.api.pictures import CAT, EDIT, MASK, b64, encode, noise
 from tests.service.conftest import MakeSite, Site, problem
-from tminus.service.api import request
-from tminus.service.api.request import from_items, merge
+from tminus.service.api.request import reading as request
+from tminus.service.api.request.reading import from_items, merge
 from tminus.service.errors import ConflictingField, MalformedBody, SlowBody
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
@@ -492,8 +492,8 @@ def test_large_pictures_are_parsed_and_decoded_in_a_thread(site: Site, monkeypat
     big = EDIT | {"strength": 0.5, "image": b64(encode(noise(300, 300)))}
     small = EDIT | {"strength": 0.5, "image": b64(CAT)}
     bodies = [json.dumps(body).encode() for body in (big, small)]
-    monkeypatch.setattr("tminus.service.api.request.json.loads", noted(parse))
-    monkeypatch.setattr("tminus.service.api.fields.binascii.a2b_base64", noted(decode))
+    monkeypatch.setattr("tminus.service.api.request.reading.json.loads", noted(parse))
+    monkeypatch.setattr("tminus.service.api.request.fields.binascii.a2b_base64", noted(decode))
     answers = [site.post(content=body).status_code for body in bodies]
     monkeypatch.undo()
     assert answers == [200, 200]

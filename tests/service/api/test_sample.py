@@ -18,9 +18,9 @@ from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b6
 from tests.service.conftest import TABLES_OF_50, MakeSite, Site, frames_of, pixels, problem
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.model.trajectory import LEAST_ETA
-from tminus.service.api import progress
-from tminus.service.api.previews import MAX_FRAME_BYTES
-from tminus.service.api.trajectory import MAX_TRAJECTORY_BYTES
+from tminus.service.api.answers import progress
+from tminus.service.api.answers.previews import MAX_FRAME_BYTES
+from tminus.service.api.answers.trajectory import MAX_TRAJECTORY_BYTES
 from tminus.service.images.encoder import contact_sheet
 from tminus.service.images.trajectory import TRAJECTORY, read_trajectory
 from tminus.service.spec import SampleSpec

@@ -13,10 +13,10 @@ from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, b64
 from tests.service.conftest import Site, problem
 from tests.service.fakes import INFO, LIMITS
 from tminus.model.catalogue import SAMPLERS
-from tminus.service.api.fields import MAX_SEED, SEED_BITS, RequestSchema
-from tminus.service.api.job_listing import JobsRequest
-from tminus.service.api.previews import AnimationRequest, StreamRequest
-from tminus.service.api.schemas import NoiseRequest, SampleRequest, parameters_of
+from tminus.service.api.answers.previews import AnimationRequest, StreamRequest
+from tminus.service.api.request.fields import MAX_SEED, SEED_BITS, RequestSchema
+from tminus.service.api.request.job_listing import JobsRequest
+from tminus.service.api.request.schemas import NoiseRequest, SampleRequest, parameters_of
 from tminus.service.errors import InvalidField, ServiceError, UnknownField
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec

@@ -17,7 +17,7 @@ from tests.service.api.pictures import CAT, EDIT, MASK, MASK_PIXELS, PICTURE, b6
 from tests.service.conftest import INSTANT, TEST_HOSTS, MakeSite, Site, pixels
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.service.api import stream as routes_stream
-from tminus.service.api.origin import Doors
+from tminus.service.api.edge.origin import Doors
 from tminus.service.images.encoder import contact_sheet, encode_result
 
 SPEC = {"n": 2, "steps": 4, "seed": 5, "class_label": "cat"}

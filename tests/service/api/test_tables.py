@@ -11,8 +11,8 @@ from tests.service.fakes import INFO, LIMITS, wait_until
 from tminus.model.catalogue import SAMPLERS, TABLE
 from tminus.model.recommended import Recommended
 from tminus.model.tables import Table
-from tminus.service.api.schemas import SampleRequest, parameters_of
-from tminus.service.api.tables import choose_table
+from tminus.service.api.request.schemas import SampleRequest, parameters_of
+from tminus.service.api.request.tables import choose_table
 from tminus.service.errors import InvalidField
 from tminus.service.spec import SampleSpec
 from tminus.service.work import timesteps_of, work_of

@@ -11,7 +11,7 @@ import pytest
 from tests.service.keys import key_line
 from tminus.service.cli.configuration import read_settings
 from tminus.service.cli.main import main
-from tminus.service.settings import Settings
+from tminus.service.startup.settings import Settings
 
 
 @pytest.fixture(autouse=True)

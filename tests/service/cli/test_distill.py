@@ -31,7 +31,7 @@ def distill(teacher: Path, out: Path, *arguments: str) -> click.testing.Result:
 def test_student_with_a_sheet_is_what_the_command_leaves(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tminus.model.teacher.REFERENCE_ROWS", 8)
+    monkeypatch.setattr("tminus.model.training.teacher.REFERENCE_ROWS", 8)
     result = distill(teacher, tmp_path / "student", "--student-steps", "1,2", "--sheet-every", "1")
     assert result.exit_code == 0, result.output
     assert result.output.endswith("student: done\n")

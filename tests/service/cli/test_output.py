@@ -8,8 +8,8 @@ import pytest
 
 from tminus.service.cli.main import main
 from tminus.service.cli.output import fail, say
-from tminus.service.logs import MAX_LINE, printable, set_up_log
 from tminus.service.request_id import REQUEST_ID
+from tminus.service.startup.logs import MAX_LINE, printable, set_up_log
 
 
 def test_what_could_drive_a_terminal_is_escaped_and_text_of_any_script_is_kept() -> None:

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from tests.service.conftest import CONDITIONAL, MakeCheckpoint
 from tests.service.fakes import INFO, LIMITS, make_spec
 from tminus.model.checkpoint import Labels, save_checkpoint
-from tminus.service.api.schemas import SampleRequest, parameters_of
+from tminus.service.api.request.schemas import SampleRequest, parameters_of
 from tminus.service.cli import images, reproduce
 from tminus.service.cli.main import main
 from tminus.service.cli.reproduce import difference, read_recipe

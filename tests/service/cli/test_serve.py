@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.service.fakes import INFO
 from tminus.service.cli.main import main
-from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 
 BUNDLED = Path(__file__).parents[3] / "checkpoints" / "fashion-mnist-32"
 LISTENER = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 0), close=lambda: None)
@@ -24,7 +24,7 @@ WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def _no_socket_and_signals_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("tminus.service.server.bind", lambda host, port: LISTENER)
+    monkeypatch.setattr("tminus.service.startup.server.bind", lambda host, port: LISTENER)
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

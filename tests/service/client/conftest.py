@@ -16,11 +16,11 @@ from tests.service.conftest import INSTANT, Site, prepare
 from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine
 from tests.service.keys import access_of, key_line
 from tminus.model.files import CheckpointError
-from tminus.service.api.websocket_protocol import stream_protocol
+from tminus.service.api.edge.websocket_protocol import stream_protocol
 from tminus.service.client import AsyncClient, AsyncJob, AsyncWatching, Client
-from tminus.service.library import Library
-from tminus.service.parts import Prepared
-from tminus.service.server import bind
+from tminus.service.startup.library import Library
+from tminus.service.startup.parts import Prepared
+from tminus.service.startup.server import bind
 
 SPEC: dict[str, Any] = {"n": 2, "steps": 4, "seed": 5}
 ADMIN_KEY = "a-key-of-the-tests"

@@ -20,7 +20,7 @@ from tests.service.fakes import PATIENCE_S
 from tminus.service.client import AsyncClient, Client, Done, Problem, UnexpectedAnswer, Unreachable
 from tminus.service.client._async.keep_alive import KEEP_ALIVE
 from tminus.service.client.bounds import IMAGE_BYTES
-from tminus.service.server import bind
+from tminus.service.startup.server import bind
 
 
 def test_custom_headers_are_sent_with_every_request_and_websocket(served: Served, connect: Connect) -> None:

@@ -3,9 +3,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tminus.service import library
 from tminus.service.client import ModelState, UnexpectedAnswer, checks
 from tminus.service.client.models import models_of
+from tminus.service.startup import library
 
 
 def members(**given: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tminus.service.api.stream import SEND_S
 from tminus.service.client import Accepted, Cancelled, ClientError, Done, Frame, Problem, UnexpectedAnswer, Unreachable
 from tminus.service.client.bounds import IMAGE_BYTES
 from tminus.service.client.closings import closed
-from tminus.service.server import PING_S, PONG_S
+from tminus.service.startup.server import PING_S, PONG_S
 
 
 def test_a_job_is_watched_to_its_end(served: Served, connect: Connect) -> None:

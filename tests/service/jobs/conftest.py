@@ -11,12 +11,12 @@ from tests import postgres as postgres_server
 from tests import s3 as s3_server
 from tests.postgres import Postgres
 from tests.s3 import BUCKET, S3
-from tminus.service.jobs.objects import S3Objects
-from tminus.service.jobs.postgres import open_postgres
-from tminus.service.jobs.results import Results, ResultStore
-from tminus.service.jobs.sql_store import SqlStore
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.objects import S3Objects
+from tminus.service.jobs.store.postgres import open_postgres
+from tminus.service.jobs.store.results import Results, ResultStore
+from tminus.service.jobs.store.sql_store import SqlStore
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.spec import Images
 
 WEIGHTS = "ab" * 32

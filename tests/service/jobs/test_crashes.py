@@ -8,7 +8,7 @@ from tests.service.jobs.conftest import FileShelf
 from tests.service.jobs.kept import job
 from tminus.service.jobs.crashes import count_ends, tell_ends
 from tminus.service.jobs.process_end import End
-from tminus.service.jobs.sqlite_store import SqliteStore
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 
 SIGNAL = "Segmentation fault"
 

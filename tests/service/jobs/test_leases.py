@@ -23,9 +23,9 @@ from tests.service.keys import access_of, bearer, key_line
 from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import leases, lifecycle
-from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.postgres_store import PostgresStore
-from tminus.service.jobs.store import JobRecord, Pace
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import JobRecord, Pace
+from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.model_info import ModelInfo
 from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -491,7 +491,7 @@ def test_a_keys_jobs_are_counted_once_however_many_come_at_a_time(
 def test_what_is_not_durable_is_answered_though_the_database_hangs(
     replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tminus.service.jobs.async_store.QUICK_S", 0.1)
+    monkeypatch.setattr("tminus.service.jobs.store.async_store.QUICK_S", 0.1)
     site = replicas.start(access=access_of(key_line("ann", "the-secret-of-ann", jobs=4)))
     hangs = threading.Event()
     monkeypatch.setattr(PostgresStore, "open_jobs", lambda *_: frozenset[str]() if hangs.wait(PATIENCE_S) else None)

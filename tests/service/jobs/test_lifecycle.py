@@ -13,8 +13,8 @@ from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import jobs as jobs_module
 from tminus.service.jobs import lifecycle, resuming
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord, now_us
+from tminus.service.jobs.store.contract import JobRecord, now_us
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 
 # --- the store fails ---
 

@@ -14,8 +14,8 @@ from tests import s3 as s3_server
 from tests.s3 import BUCKET, S3
 from tests.service.jobs.conftest import Bucket
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs import objects as objects_module
-from tminus.service.jobs.objects import S3Objects, open_objects
+from tminus.service.jobs.store import objects as objects_module
+from tminus.service.jobs.store.objects import S3Objects, open_objects
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,8 @@ from tests.service.conftest import MakeSite, problem
 from tests.service.durable import SPEC, post, wait_for
 from tests.service.fakes import make_spec
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs import sqlite_file
-from tminus.service.jobs.opening import open_store
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.contract import JobRecord, sqlite_file
+from tminus.service.jobs.store.opening import open_store
 
 WEIGHTS = "ab" * 32
 
@@ -70,8 +69,8 @@ def test_the_same_where_the_system_says_that_there_is_no_room(
         def refuse(file: Path) -> None:
             raise sqlite_file.cannot_be_used(file, OSError(28, "No space left on device"))
 
-        monkeypatch.setattr("tminus.service.jobs.sqlite_store.prepare", refuse)
-        return lambda: monkeypatch.setattr("tminus.service.jobs.sqlite_store.prepare", sqlite_file.prepare)
+        monkeypatch.setattr("tminus.service.jobs.store.sqlite_store.prepare", refuse)
+        return lambda: monkeypatch.setattr("tminus.service.jobs.store.sqlite_store.prepare", sqlite_file.prepare)
 
     opens_when_there_is_room(tmp_path, make_full, had_jobs)
 
@@ -83,9 +82,9 @@ def test_a_server_that_starts_on_a_full_disk_takes_durable_jobs_as_soon_as_there
         raise sqlite_file.cannot_be_used(file, OSError(28, "No space left on device"))
 
     monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
-    monkeypatch.setattr("tminus.service.jobs.sqlite_store.prepare", refuse)
+    monkeypatch.setattr("tminus.service.jobs.store.sqlite_store.prepare", refuse)
     site = make_site(state_file=lambda weights_hash: open_store(str(tmp_path), weights_hash))
     problem(site.client.post("/jobs", json=SPEC), 507, "storage_failed")
     assert site.post(json=SPEC).status_code == 200
-    monkeypatch.setattr("tminus.service.jobs.sqlite_store.prepare", sqlite_file.prepare)
+    monkeypatch.setattr("tminus.service.jobs.store.sqlite_store.prepare", sqlite_file.prepare)
     assert wait_for(site, post(site).json()["id"])["state"] == "done"

@@ -18,14 +18,13 @@ from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import NewerJob, StorageFailed
-from tminus.service.jobs import postgres_engine, postgres_store
-from tminus.service.jobs.postgres import open_postgres, own_address
-from tminus.service.jobs.postgres_engine import connect
-from tminus.service.jobs.postgres_store import PostgresStore
-from tminus.service.jobs.postgres_sweep import GONE, may_sweep
-from tminus.service.jobs.postgres_tables import FORMAT, format_of
-from tminus.service.jobs.sql_store import RECORD_BYTES
-from tminus.service.jobs.store import Key, LeaseLost, Pace, StoredObject
+from tminus.service.jobs.store.contract import Key, LeaseLost, Pace, StoredObject, postgres_engine, postgres_store
+from tminus.service.jobs.store.postgres import open_postgres, own_address
+from tminus.service.jobs.store.postgres_engine import connect
+from tminus.service.jobs.store.postgres_store import PostgresStore
+from tminus.service.jobs.store.postgres_sweep import GONE, may_sweep
+from tminus.service.jobs.store.postgres_tables import FORMAT, format_of
+from tminus.service.jobs.store.sql_store import RECORD_BYTES
 from tminus.service.jobs.webhooks.rows import kept_bytes
 from tminus.service.jobs.webhooks.webhook import Webhook
 from tminus.service.scheduling.cluster import ClusterLoad
@@ -545,7 +544,7 @@ def test_the_time_is_the_databases_however_this_machines_clock_is_set(
     kept = store.get("a")
     assert kept is not None
     assert kept.age_s < 10
-    monkeypatch.setattr("tminus.service.jobs.postgres_store.now_us", lambda: true_us - hour_us)
+    monkeypatch.setattr("tminus.service.jobs.store.postgres_store.now_us", lambda: true_us - hour_us)
     assert abs(store.now_us() - true_us) < 10_000_000, "also between two renewals"
     renew(store, "build", PACE)
     assert abs(store.now_us() - true_us) < 10_000_000
@@ -695,7 +694,7 @@ def test_many_can_start_at_once_on_a_new_database(postgres: postgres_server.Post
 
 
 def test_the_migrations_make_the_tables_that_the_statements_know(database: DatabaseShelf) -> None:
-    from tminus.service.jobs.postgres_tables import make_postgres_tables
+    from tminus.service.jobs.store.postgres_tables import make_postgres_tables
 
     database.open()
     _, tables = make_postgres_tables(database.namespace)

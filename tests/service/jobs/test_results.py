@@ -15,12 +15,11 @@ from tests.service.fakes import PATIENCE_S, wait_until
 from tests.service.jobs.conftest import Bucket, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs import object_rows
-from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.objects import S3Objects
-from tminus.service.jobs.results import Results, ResultStore
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import LeaseLost, ObjectGone, Pace
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import LeaseLost, ObjectGone, Pace, object_rows
+from tminus.service.jobs.store.objects import S3Objects
+from tminus.service.jobs.store.results import Results, ResultStore
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.scheduling.intake import Intake
 
 pytestmark = pytest.mark.slow
@@ -495,7 +494,7 @@ def test_a_server_whose_object_store_goes_keeps_all_ends_when_it_is_back(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
-    monkeypatch.setattr("tminus.service.jobs.objects.RETRIES", 0)
+    monkeypatch.setattr("tminus.service.jobs.store.objects.RETRIES", 0)
     with s3_server.running() as s3:
         for name, value in s3.env.items():
             monkeypatch.setenv(name, value)

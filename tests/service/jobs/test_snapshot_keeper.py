@@ -11,10 +11,10 @@ import pytest
 
 from tests.service.fakes import PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.async_store import AsyncStore
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.metrics import Metrics
 from tminus.service.spec import Snapshot
 from tminus.service.worker.snapshot_pace import LEAST_S, SHARE

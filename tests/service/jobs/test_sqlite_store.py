@@ -16,12 +16,11 @@ import pytest
 
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs import sqlite_file
-from tminus.service.jobs.opening import open_store
-from tminus.service.jobs.sql_store import SWEEP_JOBS
-from tminus.service.jobs.sqlite_file import VERSION
-from tminus.service.jobs.sqlite_store import SPARE_BYTES, WAL_BYTES, SqliteStore
-from tminus.service.jobs.store import OUTCOMES, Key
+from tminus.service.jobs.store.contract import OUTCOMES, Key, sqlite_file
+from tminus.service.jobs.store.opening import open_store
+from tminus.service.jobs.store.sql_store import SWEEP_JOBS
+from tminus.service.jobs.store.sqlite_file import VERSION
+from tminus.service.jobs.store.sqlite_store import SPARE_BYTES, WAL_BYTES, SqliteStore
 
 pytestmark = pytest.mark.slow
 
@@ -191,8 +190,8 @@ def test_a_process_that_was_killed_leaves_what_it_had_committed(
     script = f"""
 import os, signal
 from pathlib import Path
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.store.contract import JobRecord
 from tests.service.fakes import make_spec
 store = SqliteStore(Path({str(file)!r}))
 for k in range(20):
@@ -277,8 +276,8 @@ def killed(file: Path, last_words: str = "") -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.store.contract import JobRecord
 from tests.service.fakes import make_spec
 store = SqliteStore(Path({str(file)!r}))
 for k in range(400):
@@ -368,7 +367,7 @@ def test_a_file_so_large_that_the_check_takes_too_long_is_let_through(
     file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     killed(file)
-    monkeypatch.setattr("tminus.service.jobs.sqlite_file.CHECK_S", -1.0)
+    monkeypatch.setattr("tminus.service.jobs.store.sqlite_file.CHECK_S", -1.0)
     SqliteStore(file).close()
     assert "not all of it was checked for damage" in caplog.text
 

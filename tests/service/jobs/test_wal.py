@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.service.fakes import make_spec
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord
-from tminus.service.jobs.wal import FRAME, HEADER, Cut, find_damage
+from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.store.wal import FRAME, HEADER, Cut, find_damage
 
 JOBS = 12
 PAGE = 4096
@@ -27,8 +27,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = f"""
 import os, signal
 from pathlib import Path
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.store.contract import JobRecord
 from tests.service.fakes import make_spec
 store = SqliteStore(Path({str(folder / "jobs.sqlite3")!r}))
 for k in range({JOBS}):
@@ -136,7 +136,9 @@ def test_whenever_a_server_is_killed_no_log_is_said_to_be_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By copies of its folder between any two statements, as a kill would leave it, or a backup of a paused server."""
-    monkeypatch.setattr("tminus.service.jobs.sqlite_store.WAL_BYTES", 3 * (FRAME + PAGE))  # begun anew with each job
+    monkeypatch.setattr(
+        "tminus.service.jobs.store.sqlite_store.WAL_BYTES", 3 * (FRAME + PAGE)
+    )  # begun anew with each job
     (tmp_path / "state").mkdir()
     store = SqliteStore(tmp_path / "state" / "jobs.sqlite3")
     copies = iter(range(1000))

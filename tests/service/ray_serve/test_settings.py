@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from tminus.service.ray_serve.settings import RaySettings
-from tminus.service.settings import Settings
+from tminus.service.startup.settings import Settings
 
 STORE = "postgresql://tminus:a-secret@host/jobs"
 

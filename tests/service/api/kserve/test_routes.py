@@ -13,7 +13,7 @@ from tests.service.keys import access_of, bearer, key_line
 from tests.service.several import COLOUR, make_several
 from tminus.service.api.kserve import routes
 from tminus.service.api.sample import respond
-from tminus.service.app import VERSION as OF_SERVER
+from tminus.service.startup.app import VERSION as OF_SERVER
 
 VERSION = INFO.weights_hash[:16]
 

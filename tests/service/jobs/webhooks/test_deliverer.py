@@ -15,9 +15,9 @@ from tests.receivers import SECRET
 from tests.service.fakes import INFO, PATIENCE_S
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.errors import JobNotFound, StorageFailed
-from tminus.service.jobs.async_store import AsyncStore
-from tminus.service.jobs.sqlite_store import SqliteStore
-from tminus.service.jobs.store import JobRecord
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.jobs.views import JobView, kept_view
 from tminus.service.jobs.webhooks import deliverer as module
 from tminus.service.jobs.webhooks import slots

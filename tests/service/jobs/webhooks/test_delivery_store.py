@@ -8,8 +8,8 @@ import pytest
 
 from tests.service.jobs.conftest import DatabaseShelf, FileShelf, Shelf
 from tests.service.jobs.kept import PIXELS, ended, job
-from tminus.service.jobs.sql_store import SqlStore
-from tminus.service.jobs.store import OUTCOMES, JobRecord
+from tminus.service.jobs.store.contract import OUTCOMES, JobRecord
+from tminus.service.jobs.store.sql_store import SqlStore
 from tminus.service.jobs.webhooks.rows import DELIVERY_BYTES
 from tminus.service.jobs.webhooks.slots import Room
 from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, Event, Webhook
@@ -348,7 +348,7 @@ def test_a_server_of_the_version_before_leaves_jobs_with_webhooks_and_does_the_o
     new = database.open()
     new.add(told("told"), held=False)
     new.add(job("plain"), held=False)
-    monkeypatch.setattr("tminus.service.jobs.postgres_store.FORMAT", 1)
+    monkeypatch.setattr("tminus.service.jobs.store.postgres_store.FORMAT", 1)
     assert [record.id for record in database.open().claim("build", Intake(MANY), MANY, 64)] == ["plain"]
 
 

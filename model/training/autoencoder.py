@@ -1,0 +1,166 @@
+"""Train an autoencoder (Rombach et al. 2022, sec. 3.1, without their adversarial loss). A run is a folder of diffusers.
+
+As in model/training/train.py all that is random in step k is seeded by (seed, k).
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tminus.model.files import write_json
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.config import AutoencoderConfig
+from tminus.model.latent.encode import latents_of
+from tminus.model.latent.folder import save_autoencoder
+from tminus.model.pixels import to_model_range
+from tminus.model.tminus_file import TMINUS_FILE
+from tminus.model.training.data import ImageSet
+from tminus.model.training.ema import Ema
+from tminus.model.training.held_out import evenly
+from tminus.model.training.run import (
+    Progress,
+    RunConfig,
+    RunState,
+    TrainError,
+    faster_of,
+    interruptible,
+    step_seed,
+    take_threads,
+)
+from tminus.model.training.run_file import begun_in
+from tminus.model.training.train import batch_indices
+
+log = logging.getLogger(__name__)
+
+COMMITMENT = 0.25  # of the encoder to its codes (van den Oord et al. 2017, eq. 3)
+SCALE_IMAGES = 512  # of the training data, whose latents say by how much latents are scaled
+
+
+@dataclass(frozen=True, slots=True)
+class AutoencoderTrainConfig(RunConfig):
+    """The settings of a run of `train-autoencoder`."""
+
+    kl_weight: float = 1e-3  # of the divergence from N(0, I), nats a latent value; an AutoencoderKL has it
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        self.require(self.kl_weight >= 0, "kl_weight", "0 or more")
+
+
+def train_autoencoder(
+    folder: Path,
+    data: ImageSet,
+    model: AutoencoderConfig,
+    config: AutoencoderTrainConfig,
+    *,
+    device: torch.device,
+    on_sheet: Callable[[Autoencoder, int], None] | None = None,
+) -> bool:
+    """Train in `folder`, resuming from its state if there is one. True when all steps are done, False if interrupted.
+
+    SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises KeyboardInterrupt.
+    Raises TrainError.
+    """
+    torch.manual_seed(step_seed(config.seed, -1))
+    net = Autoencoder(model).to(device)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
+    run = RunState(net, Ema(net, config.ema_decay), optimizer)
+    identity: dict[str, Any] = {f"autoencoder {key}": value for key, value in model.to_dict().items()}
+    identity |= {"data": f"{data.name}, {len(data)} images"}
+    if begun_in(folder):
+        config = run.resume(folder, "train-autoencoder", config, identity)
+    config = take_threads(config, device)
+    net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    images = data.images.to(device)
+    if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
+        few = to_model_range(images[: config.batch_size])
+        config = config.with_precision(faster_of(net, lambda: net.decode_codes(net.moments(few)[0]), device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    log.info("%s: step %d of %d, %s, %s", folder, run.step, config.steps, device, config.precision)
+    loss_of: Callable[..., Tensor] = torch.compile(reconstruction_loss) if config.compile else reconstruction_loss
+
+    def save() -> None:
+        averaged = averaged_autoencoder(model, run.ema)
+        some = images[evenly(len(images), min(len(images), SCALE_IMAGES))]  # a folder's come class by class
+        spread = float(latents_of(averaged, some, device).std()) / model.scaling_factor
+        if not spread > 0:
+            raise TrainError(f"step {run.step}: all latents are alike; the last save is intact")
+        scale = 1 / spread
+        save_autoencoder(folder, dataclasses.replace(model, scaling_factor=scale), run.ema.shadow)
+        provenance = {
+            "trained_by": "tminus train-autoencoder",
+            "data": data.name,
+            "step": run.step,
+            "images_seen": run.step * config.batch_size,
+            "config": dataclasses.asdict(config),
+        }
+        write_json(folder / TMINUS_FILE, {"name": folder.resolve().name, "provenance": provenance})
+        run.save(folder, "train-autoencoder", config, identity)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with Progress(config, run.step) as progress, interruptible(config, run) as interrupted:
+        while run.step < config.steps and not interrupted():
+            started = time.perf_counter()
+            torch.manual_seed(step_seed(config.seed, run.step))
+            picked = batch_indices(len(data), config.batch_size, config.seed, run.step).to(device)
+            x = to_model_range(images[picked]).to(memory_format=torch.channels_last)
+            if run.step == 0 and net.quantize is not None:
+                _begin_codes(net, x)
+            with autocast:
+                loss = loss_of(net, x, config.kl_weight)
+            grad_norm = run.descend(loss, config)
+            progress.show(run.step, loss, grad_norm, time.perf_counter() - started, last=interrupted())
+            if run.step % config.save_every == 0 and run.step < config.steps:
+                save()
+            if on_sheet is not None and (run.step % config.sheet_every == 0 or run.step == config.steps):
+                on_sheet(averaged_autoencoder(model, run.ema), run.step)
+        save()
+    return run.step >= config.steps
+
+
+def reconstruction_loss(net: Autoencoder, x: Tensor, kl_weight: float) -> Tensor:
+    """The mean absolute error of x [B, C, H, W] decoded again, and what holds its latents together.
+
+    That is, of an AutoencoderKL, the divergence of q(z|x) from N(0, I) (Kingma & Welling 2014, appendix B), and of a
+    VQModel the distance of latents and codes, with the gradient handed on past the codes (van den Oord et al. 2017).
+    """
+    mean, logvar = net.moments(x)
+    if net.quantize is not None:
+        codes, _ = net.quantize(mean)
+        held = F.mse_loss(codes, mean.detach()) + COMMITMENT * F.mse_loss(mean, codes.detach())
+        z = mean + (codes - mean).detach()
+    else:
+        assert logvar is not None
+        held = kl_weight * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    return F.l1_loss(net.decode_codes(z).float(), x) + held
+
+
+def averaged_autoencoder(model: AutoencoderConfig, ema: Ema) -> Autoencoder:
+    """The autoencoder with the averaged weights, which it shares, in eval mode."""
+    with torch.device("meta"):
+        net = Autoencoder(model)
+    net.load_state_dict(ema.shadow, assign=True)
+    return net.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _begin_codes(net: Autoencoder, x: Tensor) -> None:
+    """Begin with latents of images as codes: those near zero that a codebook begins with are mostly never the nearest.
+
+    Raises TrainError where a batch has fewer latents than there are codes.
+    """
+    assert net.quantize is not None
+    z = net.moments(x)[0].movedim(1, -1).flatten(0, -2)
+    count = len(net.quantize.codes)
+    if len(z) < count:
+        raise TrainError(f"a batch has {len(z)} latents for {count} codes; take a larger batch or fewer codes")
+    net.quantize.codes.copy_(z[torch.randperm(len(z), device=z.device)[:count]])

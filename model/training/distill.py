@@ -1,0 +1,245 @@
+"""Distillation: a student of few passes learns where the trajectories of its teacher end, guidance folded in.
+
+It learns the end of each trajectory, and that its images together be distributed as real ones, or its teacher's: the
+first alone leaves them soft, the second alone takes no notice of x_T. As in `train`, what is random in step k is seeded
+by (seed, k).
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tminus.model.checkpoint import save_checkpoint
+from tminus.model.denoiser import Denoiser
+from tminus.model.guidance import Forward
+from tminus.model.latent.folder import check_place, with_autoencoder
+from tminus.model.networks.registry import build
+from tminus.model.recommended import MAX_GUIDANCE, Recommended
+from tminus.model.samplers import Plan
+from tminus.model.tables import write_table
+from tminus.model.training.data import ImageSet
+from tminus.model.training.ema import Ema
+from tminus.model.training.folding import product_of
+from tminus.model.training.frechet_loss import FrechetLoss
+from tminus.model.training.run import (
+    Progress,
+    RunConfig,
+    RunState,
+    TrainError,
+    averaged,
+    faster_precision,
+    interruptible,
+    step_seed,
+    take_threads,
+)
+from tminus.model.training.run_file import begun_in
+from tminus.model.training.student import (
+    MAX_STEPS,
+    SAMPLER,
+    consistency_plan,
+    consistency_table,
+    predict_x0,
+    pseudo_huber,
+    student_noise,
+    student_points,
+)
+from tminus.model.training.teacher import REFERENCE, Teacher, Trajectories
+from tminus.model.weights import hash_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DistillConfig(RunConfig):
+    """The settings of a run of `distill`."""
+
+    class_dropout: float = 0.1  # how often the null class replaces a label; it is not guided
+    guidance: float = 1.0  # the teacher's, which the student has in its weights
+    student_steps: tuple[int, ...] = (1, 2, 3, 4)  # the numbers of steps that it gets tables for
+    teacher_sampler: str = "dpmpp_2m"
+    teacher_steps: int = 20
+    trajectories: int = 512  # that the teacher solves at a time
+    uses: int = 16  # of the noise of each, at the mean
+    first_share: float = 0.6  # of a batch: pure noise, from which all images begin
+    frechet_weight: float = 3.0  # of the distance between distributions
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        for field in ("class_dropout", "first_share"):
+            self.require_share(field)
+        self.require(0 <= self.guidance <= MAX_GUIDANCE, "guidance", f"in 0..{MAX_GUIDANCE:g}")
+        self.require(0 <= self.frechet_weight < math.inf, "frechet_weight", "0 or more")
+        for field in ("teacher_steps", "trajectories", "uses"):
+            self.require(getattr(self, field) >= 1, field, "1 or more")
+        steps = self.student_steps
+        bound = f"different numbers in 1..{MAX_STEPS}"
+        self.require(
+            0 < len(set(steps)) == len(steps) and all(1 <= n <= MAX_STEPS for n in steps), "student_steps", bound
+        )
+        self.require(max(steps) <= self.teacher_steps, "teacher_steps", f"{max(steps)} or more, the student's steps")
+        self.require(self.num_first >= 1, "first_share", f"at least 1/{self.batch_size}, one of a batch")
+
+    @property
+    def num_first(self) -> int:
+        """How many of a batch are pure noise; all of them, where the student has one step alone."""
+        return round(self.first_share * self.batch_size) if max(self.student_steps) > 1 else self.batch_size
+
+    @property
+    def round_steps(self) -> int:
+        """Optimiser steps between two sets of trajectories."""
+        return max(1, self.uses * self.trajectories // self.num_first)
+
+
+def distill(
+    folder: Path,
+    teacher_folder: Path,
+    config: DistillConfig,
+    *,
+    device: torch.device,
+    data: ImageSet | None = None,
+    on_sheet: Callable[[Denoiser, Plan, int], None] | None = None,
+) -> bool:
+    """Train a student in `folder`, resuming from its state if there is one. True when done, False if interrupted.
+
+    All trajectories begin in noise. The student's images are to be distributed as `data`, or, without it, as the
+    teacher's own. SIGTERM finishes the step, saves and returns False. SIGINT does the same, and then raises
+    KeyboardInterrupt. Raises TrainError, CheckpointError, and ValueError for a sampler that is not possible.
+    """
+    teacher = Teacher(teacher_folder, config.teacher_sampler, config.teacher_steps, config.guidance)
+    of_teacher = teacher.checkpoint
+    if folder.resolve() == teacher_folder.resolve():
+        raise TrainError(f"{folder}: is the teacher's folder; choose another for the student")
+    check_place(folder, of_teacher.autoencoder)  # now, and not at the first save
+    if data is not None:
+        teacher.check(data)
+    unet, noise, labels = of_teacher.net.config, student_noise(of_teacher.noise), of_teacher.labels
+
+    # The plan has a line for each point that the student visits: what it makes of its output there.
+    levels = teacher.plan.alpha_bar
+    points = student_points(levels, max(config.student_steps))
+    timesteps = teacher.plan.timesteps.tolist()
+    plan = consistency_plan(noise, [timesteps[k] for k in points])
+    bound = float(plan.lines[0, 6])
+
+    # The state begins with the teacher's weights, though v is to come out of them instead of eps.
+    torch.manual_seed(step_seed(config.seed, -1))
+    net = build(unet)
+    net.load_state_dict(of_teacher.net.state_dict())
+    net = net.to(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
+    frechet = FrechetLoss(len(points), teacher.num_numbers()).to(device)
+    run = RunState(net, Ema(net, config.ema_decay), optimizer, str(teacher_folder), remembered=frechet)
+    identity: dict[str, Any] = {"teacher": of_teacher.weights_hash}
+    identity |= {f"noise {key}": value for key, value in noise.to_dict().items()}
+    identity |= {"data": f"{data.name}, {len(data)} images" if data is not None else None}
+    begun = begun_in(folder)
+    if begun:
+        config = run.resume(folder, "distill", config, identity)
+    config = take_threads(config, device)
+    net = net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    if config.precision == "auto":  # chosen once: a resumed run must continue in the same one
+        shape = (config.batch_size, *of_teacher.row_shape)
+        config = config.with_precision(faster_precision(net, shape, device))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    forward: Forward = torch.compile(net) if config.compile else net
+    teacher.prepare(device, autocast, rows_at_once=config.batch_size, compile_net=config.compile)
+    log.info("%s: step %d of %d, %s, %s", folder, run.step, config.steps, device, config.precision)
+
+    def predict(k: Tensor, x_t: Tensor, classes: Tensor | None) -> Tensor:
+        with autocast:
+            out = forward(x_t.contiguous(memory_format=torch.channels_last), plan.timesteps.to(x_t)[k], classes)
+        return predict_x0(plan, k, x_t, out)
+
+    def save() -> None:
+        shadow, folded = run.ema.shadow, product_of(config.guidance, of_teacher)
+        student = {"teacher": of_teacher.name, "teacher_hash": of_teacher.weights_hash, "guidance": folded}
+        student |= {"steps": sorted(config.student_steps)}
+        provenance = {
+            "trained_by": "tminus distill",
+            "teacher": run.origin,
+            "data": data.name if data is not None else None,
+            "step": run.step,
+            "images_seen": run.step * config.batch_size,
+            "config": dataclasses.asdict(config),
+        }
+        recommended = Recommended(SAMPLER, 2 if 2 in config.student_steps else min(config.student_steps))
+        save_checkpoint(
+            folder, shadow, unet, noise, labels, provenance, recommended, student, of_teacher.autoencoder, folded
+        )
+        weights_hash = with_autoencoder(hash_weights(shadow), of_teacher.autoencoder)
+        for steps in config.student_steps:
+            visited = [timesteps[k] for k in student_points(levels, steps)]
+            write_table(folder, consistency_table(noise, visited, student), weights_hash, noise.to_dict())
+        run.save(folder, "distill", config, identity)
+
+    num_first, num_other = config.num_first, config.batch_size - config.num_first
+    trajectories: Trajectories | None = None
+    began_at = run.step
+    with Progress(config, run.step) as progress, interruptible(config, run) as interrupted:
+        if run.step == 0 and config.frechet_weight:  # also of a run that was saved before it had one
+            log.info("%s: reading %s", folder, data.name if data is not None else "the teacher's images")
+            seed = step_seed(config.seed, REFERENCE)
+            reference = teacher.reference(data, seed, config.class_dropout, interrupted)
+            if reference is not None:
+                frechet.set_reference(reference)
+        while run.step < config.steps and not interrupted():
+            started = time.perf_counter()
+
+            # The teacher solves trajectories from time to time.
+            if trajectories is None or run.step % config.round_steps == 0:
+                seed = step_seed(config.seed, REFERENCE - 1 - run.step // config.round_steps)
+                trajectories = teacher.solve(seed, config.trajectories, config.class_dropout, points, interrupted)
+                if trajectories is None:
+                    break
+
+            # Points k of some of them, the first of a batch at pure noise; all is a function of (seed, step).
+            torch.manual_seed(step_seed(config.seed, run.step))
+            row = torch.randint(config.trajectories, (config.batch_size,)).to(device)
+            later = [torch.randint(1, len(points), (n,)) for n in (num_other, num_first)] if len(points) > 1 else []
+            k = torch.cat([torch.zeros(num_first, dtype=torch.long), *later[:1]]).to(device)
+            classes = trajectories.labels[row] if trajectories.labels is not None else None
+
+            # The first loss: how far the student's images are from the ends of the trajectories.
+            x0 = predict(k, trajectories.points[k, row], classes)
+            loss = pseudo_huber(x0, trajectories.points[-1, row])
+
+            # The second: how far images of one step are from the reference, and such of two, made as the sampler does.
+            if config.frechet_weight:
+                images, kind = x0[:num_first].clamp(-bound, bound), k[:num_first]
+                of_images = classes[:num_first] if classes is not None else None
+                if later:
+                    further = later[1].to(device)
+                    alpha_bar = plan.alpha_bar.to(x0)[further].reshape(-1, 1, 1, 1)
+                    z = torch.randn(images.shape).to(x0)
+                    x_t = alpha_bar.sqrt() * images.detach() + (1 - alpha_bar).sqrt() * z
+                    images = torch.cat([images, predict(further, x_t, of_images).clamp(-bound, bound)])
+                    kind = torch.cat([kind, further])
+                    of_images = torch.cat([of_images, of_images]) if of_images is not None else None
+                eps = torch.randn(images.shape).to(images)
+                numbers = teacher.numbers(images, of_images, eps)
+                loss = loss + config.frechet_weight * frechet(numbers, kind).mean()
+
+            # One descent step.
+            grad_norm = run.descend(loss, config)
+
+            # Progress, saves and sheets.
+            progress.show(run.step, loss, grad_norm, time.perf_counter() - started, last=interrupted())
+            if run.step % config.save_every == 0 and run.step < config.steps:
+                save()
+                if config.frechet_weight:
+                    apart = ", ".join(f"{each:.4f}" for each in frechet.distance.tolist())
+                    log.info("step %d: distance from the reference of images from each timestep: %s", run.step, apart)
+            if on_sheet is not None and (run.step % config.sheet_every == 0 or run.step == config.steps):
+                on_sheet(averaged(unet, run.ema), plan, run.step)
+        if run.step > began_at or not begun:
+            save()
+    return run.step >= config.steps

@@ -1,0 +1,129 @@
+"""The loss on images that a run does not learn from, beside that on as many that it does.
+
+While both fall, the run still learns. Where the first one rests, more of the same is no use; where it rises as the
+second falls, images are learned by heart.
+"""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tminus.model.files import write_atomically
+from tminus.model.guidance import Forward
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.latent.encode import latents_of
+from tminus.model.loss import l_simple, l_weighted, training_target
+from tminus.model.noise import NoiseSchedule
+from tminus.model.pixels import to_model_range
+from tminus.model.rng import row_noise, split_seed
+from tminus.model.training.data import ImageSet
+
+LOSSES_FILE = "losses.csv"
+HEAD = "step,training,held_out,held_out_images"
+MEASURED = 2000  # images of each kind, at most
+BATCH = 64  # at once, at most
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """x_0 [N, C, H, W], pixels as uint8 or latents, and class_labels int64 [N] or None; on any device.
+
+    Pixels stay bytes, a quarter of the memory, and go to the network's device and range batch by batch.
+    """
+
+    x_0: Tensor
+    class_labels: Tensor | None
+
+
+def unlike(held_out: ImageSet, data: ImageSet) -> str | None:
+    """Say why the one set cannot be measured as the other is; None if it can."""
+    for what, of_held_out, of_data in (
+        ("images of", held_out.images.shape[1:], data.images.shape[1:]),
+        ("the classes", held_out.class_names, data.class_names),
+    ):
+        if of_held_out != of_data:
+            return f"{held_out.name}: has {what} {tuple(of_held_out)}, and {data.name} {tuple(of_data)}"
+    return None
+
+
+def evenly(length: int, count: int) -> Tensor:
+    """`count` indices into a set of `length`, evenly spaced, so of every class: int64 [count]; on the CPU."""
+    return torch.arange(count) * length // count
+
+
+def examples_of(data: ImageSet, count: int, autoencoder: Autoencoder | None, device: torch.device) -> Examples:
+    """`count` of the images, or the latents that an autoencoder makes of them on the device."""
+    picked = evenly(len(data), count)
+    images, labels = data.images[picked], data.labels[picked] if data.labels is not None else None
+    return Examples(images if autoencoder is None else latents_of(autoencoder, images, device), labels)
+
+
+@torch.no_grad()
+def mean_loss(
+    net: Forward,
+    examples: Examples,
+    count: int,
+    schedule: NoiseSchedule,
+    prediction_type: str,
+    weights: Tensor | None = None,
+    *,
+    batch_size: int = BATCH,
+) -> float:
+    """L_simple of `count` of the examples with their classes, each at one t, or the loss with weights [T] of t.
+
+    The timesteps are spread evenly over 0..T-1. They and eps are the same at each call with as many examples, so that
+    two such losses differ by network and images alone. The network is on the schedule's device.
+    """
+    device = schedule.betas.device
+    picked = evenly(len(examples.x_0), count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).to(device)
+    timesteps = order * schedule.num_timesteps // count
+    seed_words = torch.tensor(split_seed(SEED), device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for first in range(0, count, batch_size):
+        of_batch = picked[first : first + batch_size]
+        x_0 = examples.x_0[of_batch].to(device)
+        x_0 = to_model_range(x_0) if x_0.dtype == torch.uint8 else x_0
+        index = torch.arange(first, first + len(of_batch), device=device)
+        t = timesteps[index]
+        eps = row_noise(seed_words.expand(len(index), 2), index, torch.zeros_like(index), x_0.shape[1:])
+        labels = examples.class_labels[of_batch].to(device) if examples.class_labels is not None else None
+        out = net(schedule.q_sample(x_0, t, eps), t, labels)
+        target = training_target(schedule, prediction_type, x_0, t, eps)
+        loss = l_simple(out, target) if weights is None else l_weighted(out, target, weights[t])
+        total += loss.double() * len(index)
+    return float(total / count)
+
+
+def note_losses(folder: Path, step: int, training: float, held_out: float, of: str) -> None:
+    """Add a line to the run's losses.csv; `of` says which images were held out, which may change within a run.
+
+    Lines of this and later steps go: a run that was killed left them. So do those that are none of ours, as a
+    spreadsheet leaves them that has saved the file in another form.
+    """
+    file = folder / LOSSES_FILE
+    known = file.read_text("utf-8", errors="replace").splitlines() if file.is_file() else []
+    earlier = [line for line in known if (of_line := _step_of(line)) is not None and of_line < step]
+    last = io.StringIO()
+    csv.writer(last, lineterminator="\n").writerow([step, f"{training:.6f}", f"{held_out:.6f}", " ".join(of.split())])
+    text = "\n".join([HEAD, *earlier, last.getvalue()])
+
+    def write(path: Path) -> None:
+        path.write_text(text, "utf-8", errors="replace")
+
+    write_atomically(file, write)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of losses.csv; None for what is no such line."""
+    try:
+        step, training, held_out, *_ = line.split(",")
+        float(training), float(held_out)
+        return int(step)
+    except ValueError:
+        return None

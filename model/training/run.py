@@ -1,0 +1,275 @@
+"""A run: a folder with a checkpoint of the EMA weights and the state from which training goes on, to the bit.
+
+What all commands that train share: the settings of a loop, its state on the disk, its signals and its progress.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tminus.model.denoiser import Denoiser, NetConfig
+from tminus.model.networks.registry import build
+from tminus.model.threads import free_cores
+from tminus.model.training.ema import Ema
+from tminus.model.training.run_file import FORMER_FILE, STATE_FILE, read_state, write_state
+
+log = logging.getLogger(__name__)
+
+LOSS_SMOOTHING = 0.99
+FIRST_LINE, LINE_EVERY = 10, 100  # steps after which the log has a line, where there is no terminal for a bar
+TIMED_PASSES = 3  # of each precision; the fastest counts
+Config = TypeVar("Config", bound="RunConfig")
+FREE_TO_CHANGE = ("steps", "save_every", "sheet_every", "compile", "learning_rate", "decay_fraction", "threads")
+
+
+class TrainError(Exception):
+    """A run cannot start or continue; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """The settings of any run. When it is resumed only those in FREE_TO_CHANGE may differ."""
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup_steps: int = 500
+    decay_fraction: float = 0.2  # the last part of the run, over which the rate falls linearly to zero
+    ema_decay: float = 0.999
+    grad_clip: float = 1.0
+    seed: int = 0
+    precision: str = "auto"  # fp32, bf16 (autocast), or auto: whichever measures faster
+    compile: bool = False
+    threads: int = 0  # of torch on a CPU, which move bits; 0: as many as there are free cores when the run begins
+    save_every: int = 500
+    sheet_every: int = 1000
+
+    def require(self, ok: bool, field: str, bound: str) -> None:
+        """Raise ValueError, which names the field, its bound and its value, unless it is ok."""
+        if not ok:
+            raise ValueError(f"{field} must be {bound}, got {getattr(self, field)!r}")
+
+    def require_share(self, field: str) -> None:
+        """Raise ValueError, as `require` does, unless the field is a share of one."""
+        self.require(0 <= getattr(self, field) <= 1, field, "in 0..1")
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "save_every", "sheet_every"):
+            self.require(getattr(self, field) >= 1, field, "1 or more")
+        self.require(0 <= self.learning_rate < math.inf, "learning_rate", "0 or more")
+        self.require(self.grad_clip > 0, "grad_clip", "above 0")
+        for field in ("decay_fraction", "ema_decay"):
+            self.require_share(field)
+        for field in ("warmup_steps", "threads"):
+            self.require(getattr(self, field) >= 0, field, "0 or more")
+        self.require(self.precision in ("auto", "fp32", "bf16"), "precision", "auto, fp32 or bf16")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, constant, then linear decay to zero."""
+        warm = (step + 1) / max(1, self.warmup_steps)
+        left = (self.steps - step) / max(1.0, self.steps * self.decay_fraction)
+        return self.learning_rate * min(warm, left, 1.0)
+
+    def with_precision(self, precision: str) -> Self:
+        """The same with a precision that was chosen."""
+        return dataclasses.replace(self, precision=precision)
+
+
+@dataclass(slots=True)
+class RunState:
+    """What changes as a run goes on: weights, their average, the optimiser's moments, the step."""
+
+    net: nn.Module
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+    origin: str | None = None  # the checkpoint it began from
+    step: int = 0
+    remembered: nn.Module | None = None  # what the loss knows besides: of the steps before, or a teacher
+
+    def descend(self, loss: Tensor, config: RunConfig) -> Tensor:
+        """Take one step down the gradient of the loss, and move the average; returns the gradient's norm."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.ema.update(self.net, self.step)
+        self.step += 1
+        return grad_norm
+
+    def save(self, folder: Path, command: str, config: RunConfig, identity: Mapping[str, Any]) -> None:
+        """Write the state file, whole or not at all."""
+        state = {
+            "command": command,
+            "step": self.step,
+            "init_from": self.origin,
+            "identity": dict(identity),
+            "net": self.net.state_dict(),
+            "ema": self.ema.shadow,
+            "optimizer": self.optimizer.state_dict(),
+            "remembered": self.remembered.state_dict() if self.remembered is not None else {},
+            "config": dataclasses.asdict(config),
+        }
+        write_state(folder, state)
+
+    def resume(self, folder: Path, command: str, config: Config, identity: Mapping[str, Any]) -> Config:
+        """Load what was saved; returns the config with the precision that the run chose. Raises TrainError."""
+        try:
+            state = read_state(folder)
+            began = state.get("command", "train")  # the first state files did not tell
+            if began != command:
+                raise TrainError(f"{folder}: holds a run of tminus {began}, which tminus {command} cannot go on with")
+            was = {**state["config"], **state["identity"]}
+            if config.precision == "auto":
+                config = config.with_precision(was["precision"])
+            if config.threads == 0 and was.get("threads", 0) <= torch.get_num_threads():  # not on a smaller machine
+                config = dataclasses.replace(config, threads=was.get("threads", 0))
+            now = json.loads(json.dumps({**dataclasses.asdict(config), **identity}))  # tuples are lists in the file
+            usual = {each.name: each.default for each in dataclasses.fields(config)}  # of fields that it did not have
+            for field in sorted(now.keys() - FREE_TO_CHANGE):
+                begun = was.get(field, usual.get(field))
+                if begun != now[field]:
+                    raise TrainError(f"{folder}: this run was begun with {field}={begun!r}, got {now[field]!r}")
+            self.net.load_state_dict(state["net"])
+            self.ema.load(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.remembered is not None:
+                self.remembered.load_state_dict(state["remembered"])
+            self.step, self.origin = int(state["step"]), state["init_from"]
+        except TrainError:
+            raise
+        except Exception as error:
+            file = folder / (STATE_FILE if (folder / STATE_FILE).is_file() else FORMER_FILE)
+            raise TrainError(f"{file}: cannot resume from it ({error}); remove it or choose another folder") from error
+        return config
+
+
+class Progress:
+    """For people to watch: a bar on a terminal, lines in the log elsewhere."""
+
+    def __init__(self, config: RunConfig, step: int) -> None:
+        self._config = config
+        self._bar = tqdm(
+            total=config.steps, initial=step, unit="step", smoothing=0.05, dynamic_ncols=True, disable=None
+        )
+        self._loss_mean: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._bar.close()
+
+    def show(self, step: int, loss: Tensor, grad_norm: Tensor, seconds: float, *, last: bool) -> None:
+        """Tell of step `step`, which took `seconds`; the losses are looked at every ten steps, where saved and at last.
+
+        Looking makes the host wait for the device. Raises TrainError where the loss or its gradient is not finite.
+        """
+        config, loss = self._config, loss.detach()
+        mean = loss if self._loss_mean is None else self._loss_mean.lerp(loss, 1 - LOSS_SMOOTHING)
+        self._loss_mean = mean
+        self._bar.update()
+        if not (last or step % 10 == 0 or step % config.save_every == 0 or step == config.steps):
+            return
+        if not bool(torch.isfinite(mean + grad_norm)):
+            raise TrainError(f"step {step}: the loss or its gradient is not finite; the last save is intact")
+        figures = {"loss": f"{float(mean):.4g}", "images_s": f"{config.batch_size / seconds:.0f}"}
+        self._bar.set_postfix(figures, refresh=False)
+        if self._bar.disable and (step % LINE_EVERY == 0 or step in (FIRST_LINE, config.steps)):
+            log.info("step %d of %d, %s", step, config.steps, ", ".join(map("=".join, figures.items())))
+
+
+def take_threads(config: Config, device: torch.device) -> Config:
+    """Set torch's number of threads for a run on a CPU; returns the config with the number. Call it after `resume`."""
+    if device.type != "cpu":
+        return config
+    usual = torch.get_num_threads()
+    threads = config.threads or (min(usual, free_cores()) if usual > 1 else 1)
+    if threads < usual and not config.threads:
+        log.info(
+            "torch takes %d of its %d threads: other programs or a CPU limit leave no more; --threads sets it",
+            threads, usual,
+        )  # fmt: skip
+    torch.set_num_threads(threads)
+    return dataclasses.replace(config, threads=threads)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Mix (seed, step) into 63 bits by splitmix64's finaliser, so that neighbouring steps share no randomness."""
+    z = (seed * 0x9E3779B97F4A7C15 + step) & 0xFFFFFFFFFFFFFFFF
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = ((z ^ (z >> shift)) * factor) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) >> 1
+
+
+def faster_precision(net: Denoiser, batch_shape: tuple[int, ...], device: torch.device) -> str:
+    """Time forward and backward of a denoiser in fp32 and in bf16 autocast, and name the faster."""
+    x, t = torch.randn(batch_shape, device=device), torch.zeros(batch_shape[0], dtype=torch.long, device=device)
+    x = x.to(memory_format=torch.channels_last)
+    classes = t if net.class_embedding is not None else None
+    return faster_of(net, lambda: net(x, t, classes), device)
+
+
+def faster_of(net: nn.Module, forward: Callable[[], Tensor], device: torch.device) -> str:
+    """Time a forward pass and its backward in fp32 and in bf16 autocast, and name the faster.
+
+    Leaves the weights as they were.
+    """
+    seconds = {}
+    for precision in ("fp32", "bf16"):
+        timings = []
+        for _ in range(TIMED_PASSES):
+            started = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                out = forward()
+            out.float().square().mean().backward()  # type: ignore[no-untyped-call]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            timings.append(time.perf_counter() - started)
+            net.zero_grad(set_to_none=True)
+        seconds[precision] = min(timings)
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def averaged(unet: NetConfig, ema: Ema) -> Denoiser:
+    """The network with the averaged weights, which it shares, in eval mode."""
+    with torch.device("meta"):
+        net = build(unet)
+    net.load_state_dict(ema.shadow, assign=True)
+    return net.requires_grad_(False).eval()
+
+
+@contextmanager
+def interruptible(config: RunConfig, run: RunState) -> Iterator[Callable[[], bool]]:
+    """Within the context SIGINT and SIGTERM stop nothing; the yielded function says whether one has come.
+
+    Save the run before leaving. On leaving, it raises KeyboardInterrupt if SIGINT came and steps are left, so that a
+    script stops too.
+    """
+    received: list[int] = []
+
+    def note(signum: int, _frame: object) -> None:
+        received.append(signum)
+
+    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    if signal.SIGINT in received and run.step < config.steps:
+        raise KeyboardInterrupt("interrupted and saved; the same command goes on")

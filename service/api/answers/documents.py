@@ -1,0 +1,317 @@
+"""The JSON documents that clients get, as pydantic models, apart from the values inside: those may be renamed."""
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tminus.model.catalogue import SAMPLER_FACTS
+from tminus.model.recommended import Recommended
+from tminus.model.tables import nearest
+from tminus.service.api.answers.webhook_answer import WebhookAnswer
+from tminus.service.api.request.schemas import parameters_of
+from tminus.service.jobs.views import STATES, JobView
+from tminus.service.model_info import LatentInfo, Limits, ModelInfo
+
+
+class JobAnswer(BaseModel):
+    """A job, as all of /jobs tells of it. What is not known, or has not happened yet, is null."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
+
+    id: str
+    model: str = Field(description="its name")
+    state: str = Field(json_schema_extra={"enum": list(STATES)})
+    durable: bool = Field(description="whether it is finished whatever happens to client and server")
+    step: int | None = Field(description="how many steps its images have taken, on average")
+    steps: int = Field(description="how many steps each image takes")
+    n: int = Field(description="how many images")
+    sampler: str
+    seed: int
+    position: int | None = Field(description="how many jobs go before it")
+    eta_s: float | None = Field(description="seconds until it should be done")
+    age_s: float = Field(description="seconds since it was accepted")
+    created: str = Field(description="when it was accepted: ISO 8601, UTC")
+    finished: str | None = Field(description="when it ended: ISO 8601, UTC")
+    fingerprint: str | None = Field(description="of the build that made its images")
+    parameters: dict[str, Any] = Field(description="those of POST /sample that make the same images again")
+    problem: dict[str, Any] | None = Field(description="why it failed: the members of a problem document")
+    webhook: WebhookAnswer | None = Field(default=None, description="who is told of it")  # another server may know none
+
+    @classmethod
+    def of(cls, view: JobView) -> "JobAnswer":
+        """Say what is known of a job now."""
+        record = view.record
+        return cls(
+            id=record.id,
+            model=view.model_name,
+            state=view.state,
+            durable=view.durable,
+            step=view.step,
+            steps=record.spec.num_passes,
+            n=record.spec.n,
+            sampler=record.spec.sampler,
+            seed=record.spec.seed,
+            position=view.position,
+            eta_s=None if view.eta_s is None else round(view.eta_s, 3),
+            age_s=round(record.age_s, 3),
+            created=_iso(record.created_us),
+            finished=None if record.finished_us is None else _iso(record.finished_us),
+            fingerprint=record.fingerprint,
+            parameters=parameters_of(record.spec),
+            problem=None if record.problem is None else dict(record.problem),
+            webhook=None if record.webhook is None else WebhookAnswer.of(record.webhook, view.deliveries),
+        )
+
+
+def document(view: JobView) -> dict[str, Any]:
+    """A job as a webhook is told of it, and as GET /jobs/{id} tells of it."""
+    return JobAnswer.of(view).model_dump()
+
+
+class JobPage(BaseModel):
+    """Some jobs, the newest first."""
+
+    jobs: list[JobAnswer]
+    next: str | None = Field(description="`before` of the next page; null on the last one")
+
+
+class Problem(BaseModel):
+    """What is wrong (RFC 9457). `field`, `value` and `bound` are here if a single thing has to be changed."""
+
+    type: str = Field(description="urn:tminus:problem:, then the code")
+    title: str
+    status: int
+    code: str = Field(description="stable: what programs go by")
+    detail: str = Field(description="for people")
+    field: str | None = Field(default=None, description="what has to be changed")
+    value: Any = Field(default=None, description="what was received, shortened")
+    bound: str | None = Field(default=None, description="what it must be")
+    cause: dict[str, Any] | None = Field(default=None, description="the problem that a job failed with")
+
+
+class ErrorText(BaseModel):
+    """What is wrong, as the clients of Hugging Face and KServe read it."""
+
+    error: str = Field(description="for people")
+    code: str = Field(description="stable: what programs go by")
+    field: str | None = Field(default=None, description="what has to be changed")
+    value: Any = Field(default=None, description="what was received, shortened")
+    bound: str | None = Field(default=None, description="what it must be")
+
+
+class LimitsAnswer(BaseModel):
+    """The bounds that requests are held to."""
+
+    max_n: int = Field(description="images of a request")
+    max_batch: int = Field(description="places in one forward pass")
+    max_rows: int = Field(description="images held at once, waiting and running")
+    max_jobs: int
+    max_backlog_s: float = Field(description="seconds of work that may wait")
+    max_body_bytes: int = Field(description="of a body, images in it apart")
+    max_image_bytes: int
+    result_cache_bytes: int
+    keep_jobs_s: float = Field(description="how long an ended durable job is kept")
+    keep_jobs_bytes: int
+    max_streams: int
+    max_streams_per_address: int
+
+    @classmethod
+    def of(cls, limits: Limits) -> "LimitsAnswer":
+        """Say what they are."""
+        return cls(
+            max_n=limits.max_n,
+            max_batch=limits.max_batch,
+            max_rows=limits.max_rows,
+            max_jobs=limits.max_jobs,
+            max_backlog_s=limits.max_backlog_s,
+            max_body_bytes=limits.max_body_bytes,
+            max_image_bytes=limits.max_image_bytes,
+            result_cache_bytes=limits.result_cache_bytes,
+            keep_jobs_s=limits.keep_jobs_s,
+            keep_jobs_bytes=limits.keep_jobs_bytes,
+            max_streams=limits.max_streams,
+            max_streams_per_address=limits.max_streams_per_address,
+        )
+
+
+class RecommendedAnswer(BaseModel):
+    """What the checkpoint recommends to sample with. A request that leaves these out gets the defaults, not these."""
+
+    sampler: str
+    steps: int
+    guidance: float = Field(description="1 is off; only images with a class can be guided")
+
+    @classmethod
+    def of(cls, recommended: Recommended) -> "RecommendedAnswer":
+        """Say what it is."""
+        return cls(sampler=recommended.sampler, steps=recommended.steps, guidance=recommended.guidance)
+
+
+class SamplerAnswer(BaseModel):
+    """One sampler."""
+
+    when: str = Field(description="to take it")
+    source: str
+    good_steps: int = Field(description="a number of steps to begin with")
+    max_steps: int
+    passes_per_step: int = Field(
+        description="through the network: what a step costs, twice that where it is guided; the last step takes one"
+    )
+    passes_to_start: int = Field(description="beyond those, where there are two steps or more")
+
+    @classmethod
+    def of(cls, name: str, model: ModelInfo) -> "SamplerAnswer":
+        """Say what it is."""
+        facts, own = SAMPLER_FACTS[name], [table for table in model.tables if table.sampler == name]
+        most = max((table.steps for table in own), default=facts.max_steps(model.num_timesteps))
+        good = nearest(own, facts.good_steps, 1.0).steps if own else facts.good_steps
+        return cls(
+            when=facts.when,
+            source=facts.source,
+            good_steps=min(good, most),
+            max_steps=most,
+            passes_per_step=facts.passes_per_step,
+            passes_to_start=facts.passes_to_start,
+        )
+
+
+class TableAnswer(BaseModel):
+    """A table of the checkpoint."""
+
+    sampler: str
+    steps: int
+    guidance: float
+    timesteps: list[float]
+    table: str = Field(description="its hash")
+
+
+class LatentAnswer(BaseModel):
+    """What the network of a latent model sees in place of pixels."""
+
+    autoencoder: str = Field(description="its class")
+    channels: int
+    height: int
+    width: int
+    scaling_factor: float
+
+    @classmethod
+    def of(cls, latent: LatentInfo) -> "LatentAnswer":
+        """Say what it is."""
+        return cls(**asdict(latent))
+
+
+class ModelAnswer(BaseModel):
+    """What is loaded, and how it runs."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    height_px: int
+    width_px: int
+    channels: int
+    latent: LatentAnswer | None = Field(description="null where the network sees pixels")
+    num_timesteps: int = Field(description="T")
+    beta_schedule: str
+    prediction_type: str
+    variance_type: str
+    timestep_spacings: dict[str, str] = Field(description="by sampler, for requests that name none")
+    steps_offset: int
+    clip: bool = Field(description="whether x_0 is clipped, for requests that do not say")
+    samplers: list[str]
+    sampler_details: dict[str, SamplerAnswer] = Field(description="by sampler")
+    tables: list[TableAnswer] = Field(description="the steps and guidance that tuned, or a student, has tables for")
+    refused_tables: list[str] = Field(description="files of samplers/ that are not used, and why")
+    student: dict[str, Any] | None = Field(
+        description="of a network made for few steps: what it is, and the guidance folded in"
+    )
+    folded_guidance: float = Field(
+        description="guidance in the weights, a student's too; a request's own multiplies it, and 1 is none"
+    )
+    default_sampler: str
+    recommended: RecommendedAnswer | None = Field(description="null where the checkpoint recommends nothing")
+    conditional: bool
+    class_names: list[str]
+    null_class: int | None
+    weights_hash: str = Field(description="SHA-256 of the weights")
+    fingerprint: str = Field(description="of the build: the same one gives the same bytes")
+    device: str
+    executor: str
+    precision: str
+    executor_details: str
+    exact: bool = Field(description="whether the same request gives the same bytes, whatever else runs")
+    limits: LimitsAnswer
+
+    @classmethod
+    def of(cls, model: ModelInfo, limits: Limits) -> "ModelAnswer":
+        """Say what is loaded; the noise schedule's T numbers are a ScheduleAnswer."""
+        return cls(
+            name=model.name,
+            architecture=model.architecture,
+            num_parameters=model.num_parameters,
+            height_px=model.height_px,
+            width_px=model.width_px,
+            channels=model.channels,
+            latent=None if model.latent is None else LatentAnswer.of(model.latent),
+            num_timesteps=model.num_timesteps,
+            beta_schedule=model.beta_schedule,
+            prediction_type=model.prediction_type,
+            variance_type=model.variance_type,
+            timestep_spacings=dict(model.timestep_spacings),
+            steps_offset=model.steps_offset,
+            clip=model.clip,
+            samplers=list(model.samplers),
+            sampler_details={name: SamplerAnswer.of(name, model) for name in model.samplers},
+            tables=[
+                TableAnswer(
+                    sampler=table.sampler,
+                    steps=table.steps,
+                    guidance=table.guidance,
+                    timesteps=list(table.timesteps),
+                    table=table.hash,
+                )
+                for table in model.tables
+            ],
+            refused_tables=list(model.refused_tables),
+            student=dict(model.student) if model.student is not None else None,
+            folded_guidance=model.folded_guidance,
+            default_sampler=model.default_sampler,
+            recommended=None if model.recommended is None else RecommendedAnswer.of(model.recommended),
+            conditional=model.conditional,
+            class_names=list(model.class_names),
+            null_class=model.null_class,
+            weights_hash=model.weights_hash,
+            fingerprint=model.fingerprint,
+            device=model.device,
+            executor=model.executor,
+            precision=model.precision,
+            executor_details=model.executor_details,
+            exact=model.exact,
+            limits=LimitsAnswer.of(limits),
+        )
+
+
+class ScheduleAnswer(BaseModel):
+    """The noise schedule, for t = 0..T-1."""
+
+    alpha_bar: list[float]
+    beta: list[float]
+
+    @classmethod
+    def of(cls, model: ModelInfo) -> "ScheduleAnswer":
+        """Take it from the model: beta_t = 1 - alpha_bar_t / alpha_bar_(t-1)."""
+        alpha_bar = [model.alpha_bar(t) for t in range(model.num_timesteps)]
+        before = [1.0, *alpha_bar[:-1]]
+        beta = [1 - now / then if then else 1.0 for now, then in zip(alpha_bar, before, strict=True)]
+        return cls(alpha_bar=alpha_bar, beta=beta)
+
+
+class StatusAnswer(BaseModel):
+    """What a probe is told when all is well; otherwise it gets a problem document."""
+
+    status: str
+
+
+def _iso(unix_us: int) -> str:
+    return datetime.fromtimestamp(unix_us / 1e6, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,1 @@
+"""What surrounds every request: connections, callers, origins and bounds."""

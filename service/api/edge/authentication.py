@@ -1,0 +1,197 @@
+"""From a request to its caller: by `Authorization: Bearer KEY`, or by the cookie that POST /login sets for the page.
+
+A cookie goes with pictures, event streams and WebSockets too, to which a page can add no header. It is SameSite=Strict
+and HttpOnly: no other site's page can make a browser send it, and no script can read it.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import HTTPConnection, cookie_parser
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tminus.service.access.access import Access, Caller
+from tminus.service.access.keys import ROLES
+from tminus.service.access.usage import WINDOW_S
+from tminus.service.api.answers.openapi import LOGIN_BODY, failures
+from tminus.service.api.answers.problems import render
+from tminus.service.api.edge.origin import OF_A_MODEL, READING
+from tminus.service.api.request.fields import RequestSchema
+from tminus.service.api.request.reading import check_encoding, no_parameters, read_json, unless_gone
+from tminus.service.errors import ConflictingField, InvalidField, ServiceError, Unauthorized, UnknownField
+from tminus.service.tracing import PROBLEM, note
+
+COOKIE = "tminus_key"
+COOKIE_S = 30 * 86_400
+# Answered to anybody: whether the server is up, and the page's own files, which say nothing of what is served.
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/login", "/logout"})
+PAGE = "/"  # which others POST prompts to
+OPEN_FOLDERS = ("/page/",)
+NO_STORE = {"Cache-Control": "no-store"}
+
+
+def caller_of(request: HTTPConnection) -> Caller:
+    """Whoever a request is answered for, as the middleware found."""
+    caller: Caller = request.state.caller
+    return caller
+
+
+def identify(access: Access, scope: Scope) -> Caller:
+    """Whoever asks. Raises Unauthorized. Without any keys, credentials are for somebody else, such as a proxy."""
+    headers = Headers(scope=scope)
+    if access.has_keys:
+        if (secret := _bearer(headers)) is not None:
+            return access.with_secret(secret)
+        if secret := _cookie(headers):
+            with suppress(Unauthorized):  # of a key that is gone: the page asks for another
+                return access.with_secret(secret)
+    return access.without_secret()
+
+
+def has_key(access: Access, scope: Scope) -> bool:
+    """Whether the head of a WebSocket says who asks, or nobody has to. Raises Unauthorized for a wrong key in it."""
+    if access.has_keys and (secret := _bearer(Headers(scope=scope))) is not None:
+        access.with_secret(secret)
+    try:
+        identify(access, scope)
+    except Unauthorized:
+        return False
+    return True
+
+
+def is_open(path: str, method: str) -> bool:
+    """Whether a path is answered to anybody who asks by this method."""
+    path = OF_A_MODEL.sub("", path)
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS) or (path == PAGE and method in READING)
+
+
+class Authentication:
+    """Puts the caller into `request.state`, or answers 401. The route of a WebSocket identifies its caller itself.
+
+    Counts a request as a connection of its caller, until its answer has ended, and tells what is left of a quota.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, refused: Callable[[str], None]) -> None:
+        self._app, self._access, self._refused = app, access, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_open(scope["path"], scope["method"]):
+            await self._app(scope, receive, send)
+            return
+        try:
+            caller = identify(self._access, scope)
+            scope.setdefault("state", {})["caller"] = caller
+            send = _with_allowance(caller, send)
+            with caller.connected():
+                await self._app(scope, receive, send)
+        except ServiceError as refusal:  # not of a route: those are answered within
+            self._refused(refusal.code)
+            note({PROBLEM: refusal.code})
+            await render(refusal, scope)(scope, receive, send)
+
+
+class WhoAnswer(BaseModel):
+    """What the server takes a request's sender for."""
+
+    name: str | None = Field(description="of the key; null for whoever comes without one")
+    role: str = Field(json_schema_extra={"enum": list(ROLES)})
+    row_steps_per_minute: int | None = Field(description="the quota; null: none")
+    row_steps_left: int | None = Field(description="what is left of it now")
+    jobs: int | None = Field(description="how many jobs may wait or run at once; null: no limit for this key")
+    connections: int | None = Field(description="how many connections at once; null: no limit for this key")
+
+    @classmethod
+    def of(cls, caller: Caller) -> "WhoAnswer":
+        """Say what is known of a caller."""
+        allowance = caller.allowance
+        return cls(
+            name=caller.name or None,
+            role=caller.role,
+            row_steps_per_minute=caller.limits.row_steps_per_minute,
+            row_steps_left=None if allowance is None else allowance.left,
+            jobs=caller.limits.jobs,
+            connections=caller.limits.connections,
+        )
+
+
+class LoginRequest(RequestSchema):
+    """What POST /login takes, in the body alone: a query would be in logs."""
+
+    key: str = Field(max_length=512, description="the key, as it would be sent in a header")
+
+    @classmethod
+    def parse(cls, parameters: Mapping[str, Any]) -> "LoginRequest":
+        """Check names and types. Raises InvalidField or UnknownField."""
+        return cls.from_parameters(parameters, lambda _name: "a text of at most 512 characters")
+
+
+def authentication_routes(access: Access, max_body_bytes: int) -> APIRouter:
+    """Make the routes by which a client asks who it is, and by which the page keeps a key."""
+    router = APIRouter(tags=["keys"])
+    bare = [Depends(no_parameters)]
+
+    @router.get("/key", summary="What the sender of a request may do", dependencies=bare, responses=failures(422))
+    async def get_key(request: Request) -> WhoAnswer:
+        return WhoAnswer.of(caller_of(request))
+
+    @router.post(
+        "/login",
+        summary="Keep a key in a cookie, for a page",
+        response_model=WhoAnswer,
+        responses=failures(400, 401, 408, 413, 415, 422, 429),
+        openapi_extra={"requestBody": LOGIN_BODY},
+    )
+    async def login(request: Request) -> Response:
+        check_encoding(request)
+        try:
+            await no_parameters(request)
+            asked = LoginRequest.parse(await unless_gone(read_json(request, max_body_bytes)))
+        except (
+            ConflictingField,
+            InvalidField,
+            UnknownField,
+        ) as error:  # its value may be a key
+            raise type(error)(f"{error.field} is not as it must be", field=error.field, bound=error.bound) from None
+        who = WhoAnswer.of(access.with_secret(asked.key))
+        response = JSONResponse(who.model_dump(), headers=NO_STORE)
+        secure = request.url.scheme == "https"
+        response.set_cookie(COOKIE, asked.key, COOKIE_S, path="/", secure=secure, httponly=True, samesite="strict")
+        return response
+
+    @router.post("/logout", summary="Forget the key in the cookie", status_code=204, dependencies=bare)
+    async def logout() -> Response:
+        response = Response(status_code=204, headers=NO_STORE)
+        response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+        return response
+
+    return router
+
+
+def _bearer(headers: Headers) -> str | None:
+    """The secret in the header. Credentials of other schemes are not for us."""
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else None
+
+
+def _cookie(headers: Headers) -> str:
+    return cookie_parser("; ".join(headers.getlist("cookie"))).get(COOKIE, "")
+
+
+def _with_allowance(caller: Caller, send: Send) -> Send:
+    """Tell in each answer what is left of a quota (draft-ietf-httpapi-ratelimit-headers)."""
+    if caller.limits.row_steps_per_minute is None:
+        return send
+
+    async def send_with_allowance(message: Message) -> None:
+        if message["type"] == "http.response.start" and (allowance := caller.allowance) is not None:
+            headers = MutableHeaders(scope=message)
+            headers["RateLimit-Policy"] = f'"row-steps";q={allowance.quota};w={WINDOW_S}'
+            headers["RateLimit"] = f'"row-steps";r={allowance.left};t={allowance.full_in_s}'
+        await send(message)
+
+    return send_with_allowance

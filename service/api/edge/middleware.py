@@ -1,0 +1,286 @@
+"""What surrounds every request: its id, its duration, the answer to an unexpected error, the bounds on what is held."""
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import cast
+from urllib.parse import quote, unquote_plus
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tminus.service.access.access import Caller
+from tminus.service.api.answers.pieces import pieces_of
+from tminus.service.api.answers.problems import render
+from tminus.service.api.edge.origin import OF_A_MODEL, PROBES
+from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
+from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody, TooManyBytes, masked
+from tminus.service.request_id import REQUEST_ID
+
+log = logging.getLogger(__name__)
+
+LEAST_RATE = 8192  # bytes of a body a second
+WINDOW_S = 10.0
+WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+WEBHOOK = "webhook"  # the name of the parameter
+TARGET_CHARACTERS = 200  # of a path and query in the log
+READ_CHARACTERS = 2000  # of them that are looked at: to decode a target of 16 KiB takes 2 ms
+
+
+def new_request_id(scope: Scope) -> str:
+    """The client's X-Request-ID if that is well-formed and no key, or a new one; from here on REQUEST_ID has it."""
+    asked = Headers(scope=scope).get("x-request-id", "")
+    request_id = asked if WELL_FORMED.fullmatch(asked) and masked(asked) == asked else uuid.uuid4().hex
+    REQUEST_ID.set(request_id)
+    return request_id
+
+
+def sender_of(scope: Scope) -> str:
+    """The client's address, and the name of its key where it has one, for the log."""
+    address = str(scope["client"][0]) if scope.get("client") else "-"
+    caller: Caller | None = scope.get("state", {}).get("caller")
+    return f"{address} ({caller.name})" if caller is not None and caller.name else address
+
+
+def target_of(scope: Scope) -> str:
+    """The path and query as they came, cut, for the log: what is not printable ASCII stays percent-encoded.
+
+    Secrets of API keys and URLs of webhooks have no place in a query, but may be put there.
+    """
+    return _shown(_raw_path(scope) + (b"?" + scope["query_string"] if scope.get("query_string") else b""))
+
+
+def path_of(scope: Scope) -> str:
+    """As `target_of`, without the query."""
+    return _shown(_raw_path(scope))
+
+
+def _raw_path(scope: Scope) -> bytes:
+    return scope.get("raw_path") or quote(scope["path"]).encode()
+
+
+def _shown(target: bytes) -> str:
+    text = masked(_without_webhook(target[:READ_CHARACTERS].decode("ascii", "backslashreplace")))
+    return text if len(text) <= TARGET_CHARACTERS else f"{text[:TARGET_CHARACTERS]}…"
+
+
+def _without_webhook(target: str) -> str:
+    """Without what follows a parameter for a URL: unless that is encoded, an & in it is its own."""
+    path, _, query = target.partition("?")
+    shown: list[str] = []
+    for each in query.split("&"):
+        if unquote_plus(each.partition("=")[0]).strip() == WEBHOOK:
+            return f"{path}?{'&'.join([*shown, f'{WEBHOOK}=…'])}"
+        shown.append(each)
+    return target
+
+
+def route_of(scope: Scope) -> str:
+    """The pattern of the path; a route that is there below /models/NAME too does not know of that itself."""
+    route = str(getattr(scope.get("route"), "path", "unmatched"))
+    below = "model" in scope.get("path_params", {}) and "{model}" not in route
+    return f"/models/{{model}}{route}" if below else route
+
+
+def _fields(scope: Scope, status: int, seconds: float) -> dict[str, object]:
+    """What a log of JSON has of a request."""
+    caller: Caller | None = scope.get("state", {}).get("caller")
+    return {
+        "client": scope["client"][0] if scope.get("client") else None,
+        "key": caller.name if caller is not None and caller.name else None,
+        "method": scope["method"],
+        "target": target_of(scope),
+        "status": status,
+        "seconds": round(seconds, 4),
+    }
+
+
+class RequestContext:
+    """Gives each request an id (the client's X-Request-ID if that is well-formed) and times it by route and status.
+
+    A long answer is sent in pieces.
+
+    While the server drains, each answer ends its connection: else the end of the server could meet the next request on
+    its way.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        observe: Callable[[str, int, float], None],
+        draining: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._app, self._observe, self._draining = app, observe, draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = new_request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        status: int | None = None
+        ended: float | None = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, ended
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"  # no browser takes a client's text or pixels for a page
+                if self._draining():
+                    headers["Connection"] = "close"
+            elif not message.get("more_body", False):
+                ended = time.perf_counter()  # how long it takes the client to read it is not ours
+            for piece in pieces_of(message):
+                await send(piece)
+                if piece is not message:
+                    await asyncio.sleep(0)  # for other connections, and so that it is noticed where this one is lost
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s: unhandled error", request_id)
+            if status is not None:  # part of a response is sent: the connection can only be closed
+                raise
+            answer = render(ServiceError("something went wrong on the server; its log has the details"), scope)
+            await answer(scope, receive, send_with_id)
+        finally:
+            route = route_of(scope)
+            status = 499 if status is None else status  # nothing sent: the client went away
+            seconds = (time.perf_counter() if ended is None else ended) - started
+            self._observe(route, status, seconds)
+            log.log(
+                logging.DEBUG if route in PROBES else logging.INFO,
+                "request %s of %s: %s %s %d in %.3f s",
+                request_id, sender_of(scope), scope["method"], target_of(scope), status, seconds,
+                extra=_fields(scope, status, seconds),
+            )  # fmt: skip
+
+
+class BodyLimit:
+    """Refuses a body over the limit: by its Content-Length at once, else as soon as too much has arrived.
+
+    The limit is the path's own if it has one. All bodies together may take MAX_HELD_BYTES: what a client has sent is
+    held until its request is answered, or until the route calls `request.state.release_body()` because it keeps nothing
+    of the body. Bodies of at most SMALL_BYTES are always accepted, so that uploads cannot keep plain requests out.
+
+    A body that brings less than LEAST_RATE in a window of WINDOW_S is given up.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_by_path: Mapping[str, int]) -> None:
+        """max_bytes_by_path: of a path, and of the same one below /models/NAME."""
+        self._app, self._max_bytes, self._max_bytes_by_path = app, max_bytes, max_bytes_by_path
+        self._budget = ByteBudget(max(MAX_HELD_BYTES, max_bytes, *max_bytes_by_path.values()))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        received = 0
+        path = OF_A_MODEL.sub("", scope["path"])
+        if scope["method"] == "PUT":  # the path of one job, to which as much comes as to that of all
+            path = path.rpartition("/")[0]
+        max_bytes = self._max_bytes_by_path.get(path, self._max_bytes)
+        pace = _Pace()
+
+        def check(size_bytes: int) -> None:
+            if size_bytes > max_bytes:
+                raise BodyTooLarge(size_bytes, max_bytes)
+
+        async def bounded_receive() -> Message:
+            nonlocal received
+            if received == 0:
+                declared = Headers(scope=scope).get("content-length", "")
+                check(int(declared) if declared.isdecimal() else 0)
+            message = await pace.next(receive)
+            if message["type"] == "http.request":
+                size_bytes = len(message.get("body", b""))
+                received += size_bytes
+                check(received)
+                body.add(size_bytes)
+            return message
+
+        with self._budget.hold(exempt_bytes=SMALL_BYTES) as body:
+            scope.setdefault("state", {})["release_body"] = body.release
+            await self._app(scope, bounded_receive, send)
+
+
+class AnswerLimit:
+    """Counts the bytes of answers that are being sent, and refuses an answer that would bring them over the limit.
+
+    All answers share one budget. A message counts while it is being sent: the body of an answer, an event, a message
+    of a WebSocket. Bodies that several clients are sent, as a kept one, count once; a WebSocket copies each message.
+    Messages of at most SMALL_BYTES are always sent.
+
+    An answer with a Content-Length is refused before it begins. For any other, the send of the message raises
+    TooManyBytes.
+    """
+
+    def __init__(self, app: ASGIApp, budget: ByteBudget, refused: Callable[[str], None]) -> None:
+        """refused: is told the code of each refusal."""
+        self._app, self._budget, self._refused = app, budget, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        waiting: list[Message] = []  # the beginning of an answer that may still be refused
+        is_refused = False
+
+        async def send_counted(message: Message) -> None:
+            nonlocal is_refused
+            if is_refused:
+                return
+            try:
+                body = message.get("body", b"")
+                held.add_shared(cast(bytes, body.obj) if isinstance(body, memoryview) else body)
+                if of_socket := message.get("bytes") or message.get("text"):
+                    held.add(len(of_socket))
+            except TooManyBytes as error:
+                held.release()
+                if not waiting:
+                    raise
+                is_refused = True
+                self._refused(error.code)
+                await render(error, scope)(scope, receive, send)
+                return
+            begins = message["type"] == "http.response.start"
+            declared = Headers(raw=message["headers"]).get("content-length", "0") if begins else "0"
+            if int(declared) > SMALL_BYTES or (waiting and held.is_small and message.get("more_body", False)):
+                waiting.append(message)
+                return
+            messages = [*waiting, message]
+            waiting.clear()
+            for each in messages:
+                await send(each)
+            held.release()
+
+        with self._budget.hold(exempt_bytes=SMALL_BYTES) as held:
+            await self._app(scope, receive, send_counted)
+
+
+class _Pace:
+    """Whether the body of one request arrives fast enough. Its end is not waited for once it is there."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._until_s = self._loop.time() + WINDOW_S  # the end of this window
+        self._missing = LEAST_RATE * WINDOW_S  # bytes that it must still bring
+        self._complete = False
+
+    async def next(self, receive: Receive) -> Message:
+        """The next message. Raises SlowBody."""
+        if self._complete:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(self._until_s):
+                message = await receive()
+        except TimeoutError:
+            raise SlowBody(LEAST_RATE, WINDOW_S) from None
+        self._missing -= len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._missing <= 0:
+            self._until_s, self._missing = self._loop.time() + WINDOW_S, LEAST_RATE * WINDOW_S
+        return message

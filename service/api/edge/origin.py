@@ -1,0 +1,131 @@
+"""Who may ask: by the Host that a request names, and by the site of the page for which a browser sends it.
+
+A page of another site can make a browser send requests here; by DNS rebinding it can even read the answers. Such a page
+is known by headers that only the browser writes: Origin, Sec-Fetch-Site, and a Host that is not ours. A program that is
+no browser sends neither Origin nor Sec-Fetch-Site.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tminus.service.api.answers.problems import render
+from tminus.service.errors import ForeignHost, ForeignOrigin, ServiceError, short
+
+# Asked by whatever name the network has for this machine.
+PROBES = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready")
+READING = ("GET", "HEAD", "OPTIONS")
+ANY = "*"
+OF_A_MODEL = re.compile(r"^/models/[^/]+(?=/)")  # what stands before a path of one model
+# Of answers, that pages of other origins may read.
+EXPOSED_HEADERS = (
+    *("RateLimit", "RateLimit-Policy"),
+    *("ETag", "Location", "Retry-After", "Server-Timing", "Cache-Status", "Idempotent-Replayed", "Preference-Applied"),
+    *(
+        "X-Request-ID",
+        "X-Job-ID",
+        "X-Seed",
+        "X-Fingerprint",
+        "X-Warning",
+        "X-ETA-Seconds",
+        "X-Queue-Position",
+        "X-Alpha-Bar",
+        "Inference-Header-Content-Length",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """The names of this server beside localhost and addresses, and the origins whose pages may use it beside its own.
+
+    Both in lower case; "*" is any.
+    """
+
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
+
+    def check(self, scope: Scope) -> None:
+        """Raise ForeignHost or ForeignOrigin for a request that is not to be answered."""
+        headers = Headers(scope=scope)
+        host = headers.get("host", "").lower()
+        if scope["path"] not in PROBES:
+            self.check_host(host)
+        if not _costs(scope):
+            return
+        origin = headers.get("origin")
+        if origin is None and headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+            return  # no page, or one of ours
+        if origin is None:  # of an image or a link, for which browsers send no Origin
+            origin = headers.get("referer", "")
+        if not self._is_allowed(origin.lower(), host):
+            bound = "the server's own, or one in --allowed-origins"
+            raise ForeignOrigin(
+                f"pages of {short(origin)} may not use this server", field="Origin", value=origin, bound=bound
+            )
+
+    def check_host(self, host: str) -> None:
+        """Raise ForeignHost for a name that is not of this server."""
+        if not self._is_ours(host.lower()):
+            bound = "localhost, an IP address, or a name in --host, --metrics-host or --allowed-hosts"
+            raise ForeignHost(f"this server is not known as {short(host)}", field="Host", value=host, bound=bound)
+
+    def _is_ours(self, host: str) -> bool:
+        name = urlsplit(f"//{host}").hostname if _is_host(host) else None
+        if name is None:
+            return not host  # HTTP/1.0 names none
+        return ANY in self.hosts or name == "localhost" or name in self.hosts or _is_address(name)
+
+    def _is_allowed(self, origin: str, host: str) -> bool:
+        """The scheme of our own pages is not compared: a proxy that ends TLS hides it."""
+        scheme, _, rest = origin.partition("://")
+        origin_host = rest.partition("/")[0]
+        return ANY in self.origins or f"{scheme}://{origin_host}" in self.origins or (origin_host == host != "")
+
+
+class Gate:
+    """Answers 403 to those for whom the doors are closed. The route of a WebSocket asks the doors itself."""
+
+    def __init__(self, app: ASGIApp, doors: Doors, refused: Callable[[str], None]) -> None:
+        self._app, self._doors, self._refused = app, doors, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._doors.check(scope)
+            except ServiceError as refusal:
+                self._refused(refusal.code)
+                await render(refusal, scope)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _costs(scope: Scope) -> bool:
+    """Whether a request starts work, changes something, or tells of somebody's jobs."""
+    path = OF_A_MODEL.sub("", scope["path"])
+    # The router takes /sample and a line break for /sample.
+    if scope["type"] == "websocket" or scope["method"] not in READING or not path.isprintable():
+        return True
+    return scope["method"] != "OPTIONS" and (path in ("/sample", "/batch") or path.startswith("/jobs"))
+
+
+def _is_host(host: str) -> bool:
+    """Whether a Host can be parsed: urlsplit raises for some."""
+    try:
+        urlsplit(f"//{host}").hostname  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True

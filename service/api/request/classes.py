@@ -1,0 +1,108 @@
+"""The classes that a request names, by number or by name in whatever case, as the model's numbers. Pure.
+
+A JSON number and the same digits in a text, a query or a prompt are one label, and mean one class.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+
+from tminus.service.api.request.fields import DIGITS
+from tminus.service.errors import InvalidField
+from tminus.service.model_info import ModelInfo
+
+MAX_NAMES_SHOWN = 20
+NAME, NUMBER = "name:", "number:"
+
+
+def class_numbers(
+    given: int | str | list[int | str | None] | None, n: int, model: ModelInfo
+) -> tuple[int | None, ...] | None:
+    """The class of each of n images, None for no class; None for a model without classes. Raises InvalidField.
+
+    given: one class for all images, or a list of n.
+    """
+    if not model.conditional:
+        if given is not None:
+            raise InvalidField.of("class_label", "absent: this model has no classes", given)
+        return None
+    if isinstance(given, list) and len(given) != n:
+        wanted = f"one class or a list of n={n}"
+        detail = f"class_label must be {wanted}, got a list of {len(given)}"
+        raise InvalidField(detail, field="class_label", value=given, bound=wanted)
+    numbers = tuple(_number(label, model) for label in (given if isinstance(given, list) else [given] * n))
+    if model.null_class is None and None in numbers:
+        raise InvalidField.of("class_label", f"given, {class_bound(model)}", given)
+    return numbers
+
+
+def class_bound(model: ModelInfo) -> str:
+    """What class_label must be, in words."""
+    return f"a class, or a list of n of them: {known_classes(model.class_names)}"
+
+
+def known_classes(names: tuple[str, ...]) -> str:
+    """The classes that there are, in words: all by number, and by name unless they are many."""
+    if not names:
+        return "none, as this model has no classes"
+    shown = ", ".join(names) if len(names) <= MAX_NAMES_SHOWN else "a name that GET /model lists"
+    return f"0..{len(names) - 1} or {shown}"
+
+
+def find_class(label: int | str, names: tuple[str, ...], field: str = "class_label") -> int | None:
+    """Find the class of this name, in whatever case, or of this number; None if there is none.
+
+    Raises InvalidField, which names `field`, where the label is the name of one class and the number of another. After
+    NAME or NUMBER it has one meaning.
+    """
+    text = str(label)
+    if text.casefold().startswith(NAME):
+        return _named(text[len(NAME) :], names)
+    if text.casefold().startswith(NUMBER):
+        return _numbered(text[len(NUMBER) :], names)
+    named, numbered = _named(text, names), _numbered(text, names)
+    if named is None or numbered in (None, named):
+        return numbered if named is None else named
+    readings = f"{NAME}{names[named]} (class number {named}) or {NUMBER}{numbered} (the class named {names[numbered]})"
+    raise InvalidField.of(field, f"{readings}: where names are numbers, {text} may be either", label)
+
+
+def label_of(number: int | None, names: tuple[str, ...]) -> int | str | None:
+    """Name the class of this number: by the number, after NUMBER where another class has that for a name.
+
+    None is no class.
+    """
+    return number if number is None or _named(str(number), names) in (None, number) else f"{NUMBER}{number}"
+
+
+def _named(text: str, names: tuple[str, ...]) -> int | None:
+    """The class of this name; where the text is a number, also of the only name that is the same number, as 01 is 1."""
+    by_name, by_value = _numbers_by_name(names)
+    if (exact := by_name.get(text.casefold())) is not None:
+        return exact
+    return by_value.get(int(text)) if _is_number(text) else None
+
+
+def _numbered(text: str, names: tuple[str, ...]) -> int | None:
+    return int(text) if _is_number(text) and int(text) < len(names) else None
+
+
+def _is_number(text: str) -> bool:
+    return len(text) < 10 and DIGITS.fullmatch(text) is not None
+
+
+def _number(label: int | str | None, model: ModelInfo) -> int | None:
+    if label is None:
+        return None
+    if (number := find_class(label, model.class_names)) is None:
+        raise InvalidField.of("class_label", class_bound(model), label)
+    return number
+
+
+@lru_cache(maxsize=4)  # a request may name a thousand images, and a model a thousand classes
+def _numbers_by_name(names: tuple[str, ...]) -> tuple[Mapping[str, int], Mapping[int, int]]:
+    """Each class by its name, and by the value of a name that is a number and that no other name has."""
+    values = {number: int(name) for number, name in enumerate(names) if _is_number(name)}
+    times = Counter(values.values())
+    by_value = {value: number for number, value in values.items() if times[value] == 1}
+    return {name.casefold(): number for number, name in enumerate(names)}, by_value

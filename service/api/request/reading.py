@@ -1,0 +1,292 @@
+"""From a request to what it asks for: parameters in query and body, and the headers that say how to answer.
+
+Names, types and bounds are checked by the schemas.
+"""
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from decimal import Decimal, InvalidOperation
+from typing import Any, ParamSpec, TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect, HTTPConnection
+
+from tminus.service.api.request.fields import NUMBER
+from tminus.service.api.request.multipart import is_form, read_form
+from tminus.service.api.request.schemas import PICTURES, SampleRequest
+from tminus.service.errors import (
+    BodyTooLarge,
+    ConflictingField,
+    InvalidField,
+    JobCancelled,
+    MalformedBody,
+    UnknownField,
+    UnsupportedEncoding,
+    short,
+)
+from tminus.service.jobs.store.contract import Key
+from tminus.service.jobs.webhooks.webhook import Webhook, origin_of
+from tminus.service.model_info import Limits
+
+Body = TypeVar("Body")
+Result = TypeVar("Result")
+P = ParamSpec("P")
+MAX_MARKS = 4096  # of MARKS in a body: a request has some forty, and what is in its classes' names
+MARKS = b"[{:"  # of lists, objects and members. Python looks at each of them again and again while it makes more
+SMALL_BYTES = 64 * 1024  # parsed in the event loop within a millisecond or two; what is larger, in a thread
+KEY = re.compile(r"[\x20-\x7e]{1,255}")
+EDIT_PARAMETERS = {"strength", "image", "mask", "image_sha256", "mask_sha256"}
+LIST_FIELDS = frozenset({"class_label", "guidance_interval", "show", "webhook_events_filter"})
+# What is left of a body without these, such as brackets and quotes, is what takes a JSON parser time.
+BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
+
+
+async def read_parameters(request: Request, limits: Limits) -> dict[str, Any]:
+    """Read the parameters in query and body.
+
+    Raises UnsupportedEncoding, InvalidField, ConflictingField and what is wrong with a body.
+    """
+    check_encoding(request)
+    query = read_query(request)
+    for name in query.keys() & PICTURES:
+        bound = f"in the body, base64 in JSON or a file of a form (curl -F {name}=@file), not in the query"
+        raise InvalidField.of(name, bound, query[name])
+    if "webhook" in query:  # whose secrets logs and histories would have
+        raise InvalidField.of("webhook", "in the body, not in the query", origin_of(str(query["webhook"])))
+    reading = _read_form(request, limits) if is_form(request) else read_json(request, limits.max_body_bytes)
+    return merge(query, await unless_gone(reading))
+
+
+def read_query(request: Request) -> dict[str, Any]:
+    """Read the parameters in the query. Raises ConflictingField."""
+    return from_items(request.query_params.multi_items())
+
+
+def check_encoding(request: Request) -> None:
+    """Raise UnsupportedEncoding for a compressed body."""
+    for encoding in ",".join(request.headers.getlist("content-encoding")).split(","):
+        if encoding.strip().lower() not in ("", "identity"):
+            raise UnsupportedEncoding(encoding.strip())
+
+
+async def no_parameters(request: HTTPConnection) -> None:
+    """Raise UnknownField if the query of a call without parameters has one."""
+    for name, value in request.query_params.multi_items():
+        detail = f"there is no parameter {short(name)!r}; known: none"
+        raise UnknownField(detail, field=name, value=value, bound="absent: this call has no parameters")
+
+
+async def off_loop(size_bytes: int, parse: Callable[P, Body], *args: P.args, **kwargs: P.kwargs) -> Body:
+    """Parse so many bytes of a client's, in a thread if they are many: the event loop answers others meanwhile."""
+    if size_bytes <= SMALL_BYTES:
+        return parse(*args, **kwargs)
+    return await asyncio.to_thread(parse, *args, **kwargs)
+
+
+async def unless_gone(reading: Awaitable[Body]) -> Body:
+    """Wait for a body to be read. Raises JobCancelled if the client goes away first."""
+    try:
+        return await reading
+    except ClientDisconnect:
+        raise JobCancelled("the client went away") from None
+
+
+async def _read_form(request: Request, limits: Limits) -> dict[str, Any]:
+    form = await read_form(request, limits.max_image_bytes, PICTURES)
+    return {**from_items(form.fields, "the form"), **form.files}
+
+
+async def read_body(request: Request) -> bytes:
+    """Read a body. Not by `request.body()`, which keeps it as long as the request."""
+    return b"".join([chunk async for chunk in request.stream()])
+
+
+async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON body. It may be larger because of its pictures only; otherwise it is not read to its end."""
+    body, costly_bytes = bytearray(), 0
+    async for chunk in request.stream():
+        body += chunk
+        costly_bytes += len(chunk.translate(None, BASE64))
+        if costly_bytes > max_bytes:
+            raise BodyTooLarge(costly_bytes, max_bytes)
+    return await off_loop(len(body), from_body, bytes(body), max_bytes)
+
+
+def from_items(items: Iterable[tuple[str, str]], where: str = "the query") -> dict[str, Any]:
+    """Turn the items of a query or a form into parameters; lists repeat their name.
+
+    Raises ConflictingField where another field comes twice.
+    """
+    values: dict[str, list[str]] = {}
+    for name, value in items:
+        values.setdefault(name, []).append(value)
+    parameters: dict[str, Any] = {}
+    for name, given in values.items():
+        if len(given) > 1 and name not in LIST_FIELDS:
+            detail = f"{short(name)} is given {len(given)} times in {where}"
+            raise ConflictingField(detail, field=name, value=given)
+        parameters[name] = given if len(given) > 1 else given[0]
+    return parameters
+
+
+def from_body(body: bytes, max_bytes: int) -> dict[str, Any]:
+    """Parse a JSON object; an empty body has no parameters.
+
+    max_bytes bounds everything but the pictures. Raises MalformedBody, BodyTooLarge, or ConflictingField for a name
+    that comes twice.
+    """
+    costly = body.translate(None, BASE64)
+    if len(costly) > max_bytes:
+        raise BodyTooLarge(len(costly), max_bytes)
+    if sum(costly.count(mark) for mark in MARKS) > MAX_MARKS:
+        raise MalformedBody(f"the body must be a JSON object with at most {MAX_MARKS} lists, objects and members in it")
+    value = _parse(body)
+    pictures = [value[name] for name in PICTURES if isinstance(value.get(name), str)]
+    if (rest_bytes := len(body) - sum(map(len, pictures))) > max_bytes:
+        raise BodyTooLarge(rest_bytes, max_bytes)
+    return value
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    if not body.strip():
+        return {}
+    try:
+        value = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as error:
+        raise MalformedBody(f"the body must be a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise MalformedBody(f"the body must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def merge(query: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+    """Join query and body. Raises ConflictingField where both give a field and differ."""
+    for name in query.keys() & body.keys():
+        if not _same(query[name], body[name]):
+            detail = f"{short(name)} is {short(query[name])!r} in the query and {short(body[name])!r} in the body"
+            raise ConflictingField(detail, field=name, value=query[name])
+    return query | body
+
+
+def _same(query_value: Any, body_value: Any) -> bool:
+    if isinstance(query_value, list) or isinstance(body_value, list):
+        both = [v if isinstance(v, list) else [v] for v in (query_value, body_value)]
+        return len(both[0]) == len(both[1]) and all(map(_same_scalar, *both))
+    return _same_scalar(query_value, body_value)
+
+
+def _same_scalar(query_value: str, body_value: Any) -> bool:
+    if isinstance(body_value, (list, dict)):
+        return False
+    text = body_value if isinstance(body_value, str) else json.dumps(body_value)
+    if query_value == text:
+        return True
+    if not (NUMBER.fullmatch(query_value) and NUMBER.fullmatch(text)):
+        return False
+    try:
+        return Decimal(query_value) == Decimal(text)  # 2 and 2.0 are one guidance
+    except InvalidOperation:  # an exponent of twenty digits
+        return False
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ConflictingField(f"{short(name)!r} is in the body twice", field=name, value=value)
+        members[name] = value
+    return members
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def key_in_headers(request: Request) -> str | None:
+    """Read the Idempotency-Key; a structured-field string may be quoted or not. Raises InvalidField."""
+    header = request.headers.get("idempotency-key")
+    if header is None:
+        return None
+    name = header.strip().removeprefix('"').removesuffix('"').strip()
+    if not KEY.fullmatch(name):
+        raise InvalidField.of("Idempotency-Key", "1 to 255 printable ASCII characters", header)
+    return name
+
+
+def idempotency_key(
+    request: Request,
+    asked: SampleRequest,
+    owner: str,
+    webhook: Webhook | None = None,
+    chosen: str | None = None,
+    *,
+    transparent: bool = False,
+) -> Key | None:
+    """Read the Idempotency-Key, and hash what it came with.
+
+    Each owner has keys of its own. chosen: the UUID of a PUT, which takes its place. transparent: see decode_inputs.
+    None for a request without either. Raises InvalidField.
+    """
+    if chosen is not None:
+        header = request.headers.get("idempotency-key")
+        if header is not None:
+            raise InvalidField.of("Idempotency-Key", "absent with PUT, where the id does what it would do", header)
+        return Key(chosen, _hash_of(asked, webhook, transparent=transparent), owner, is_chosen=True)
+    name = key_in_headers(request)
+    if name is None:
+        return None
+    return Key(name, _hash_of(asked, webhook, transparent=transparent), owner)
+
+
+def _hash_of(asked: SampleRequest, webhook: Webhook | None, *, transparent: bool) -> str:
+    """Hash what is asked for. Defaults are left out, so that it outlives a version that knows more parameters."""
+    given = asked.model_dump(exclude=EDIT_PARAMETERS, exclude_defaults=True) | _edit_of(asked)
+    if webhook is not None:
+        given["webhook"] = webhook.to_json()
+    if transparent:  # the same mask then makes another image
+        given["transparent"] = True
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def _edit_of(asked: SampleRequest) -> dict[str, object]:
+    """Take the parameters of an edit, with hashes in place of the images; empty for a request without an edit."""
+    given = asked.model_dump(include=EDIT_PARAMETERS, exclude_none=True)
+    return {k: hashlib.sha256(v).hexdigest() if isinstance(v, bytes) else v for k, v in given.items()}
+
+
+def prefers_async(request: Request) -> bool:
+    """Say whether Prefer has respond-async (RFC 7240, section 4.1)."""
+    headers = ",".join(request.headers.getlist("prefer"))
+    return any(part.partition(";")[0].strip().lower() == "respond-async" for part in headers.split(","))
+
+
+def accept_header(request: Request) -> str:
+    """Read the media types that the client accepts; several headers are one list."""
+    return ", ".join(request.headers.getlist("accept"))
+
+
+async def while_connected(request: Request, wanted: Awaitable[Result]) -> Result:
+    """Wait for something; if the client goes away first, cancel it and raise JobCancelled.
+
+    The body has been read, or is of no use: then what is wrong with it may be raised too, such as SlowBody.
+    """
+    wait = asyncio.ensure_future(wanted)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        either: set[asyncio.Future[Any]] = {wait, gone}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not wait.done():
+            gone.result()
+            raise JobCancelled("the client went away")
+        return wait.result()
+    finally:
+        gone.cancel()
+        wait.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

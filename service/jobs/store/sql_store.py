@@ -1,0 +1,332 @@
+"""What both stores have in common: the statements, in SQLAlchemy's own words, and how records become rows."""
+
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.store import arrays
+from tminus.service.jobs.store.contract import JobRecord, Key, LeaseLost, Outcome, Place, StoredObject
+from tminus.service.jobs.store.object_rows import ObjectRows
+from tminus.service.jobs.store.tables import Tables
+from tminus.service.jobs.webhooks.delivery_store import Conditions, DeliveryStore, Run
+from tminus.service.jobs.webhooks.rows import DeliveryRows, kept_bytes, webhook_of
+from tminus.service.jobs.webhooks.webhook import Event, Webhook
+from tminus.service.spec import Images, Inputs, SampleSpec, Snapshot
+
+log = logging.getLogger(__name__)
+
+RECORD_BYTES = 1024  # roughly what a job takes without its images and its webhook
+# The most that one sweep does: other calls wait some 30 ms for it, 0.2 s or more where a slow disk must catch up.
+SWEEP_JOBS, SWEEP_BYTES = 500, 16 * 2**20
+EVENTS_OF_END: Mapping[str, Sequence[Event]] = {
+    "done": ("start", "output", "completed"),  # it has begun, even if that was not noted
+    "failed": ("completed",),
+    "cancelled": ("completed",),
+}
+SIGNED = ("outcome", "finished_us", "fingerprint")  # by which an end is known again, to the microsecond
+
+
+class SqlStore(DeliveryStore):
+    """A JobStore but for its connection, its transactions, and who may write. Subclasses say that."""
+
+    def __init__(self, tables: Tables, more_values: Mapping[str, Any] | None = None) -> None:
+        """more_values: of columns that JobRecord does not have, for a new job."""
+        self._tables, self._objects = tables, ObjectRows(tables.objects)
+        self._more_values = dict(more_values or {})
+        self._jobs = jobs = tables.jobs
+        self._damaged = 0  # jobs that were ended for it
+        self._deliveries = DeliveryRows(tables.deliveries, jobs, self._now)
+        fields = JobRecord.__dataclass_fields__
+        self._record_columns: list[sa.ColumnElement[Any]] = [column for column in jobs.c if column.name in fields]
+
+    # --- what a subclass says ---
+
+    def now_us(self) -> int:
+        """See JobStore."""
+        raise NotImplementedError
+
+    def _now(self) -> sa.ColumnElement[int]:
+        """The same in a statement, by the database's own clock where several look at it."""
+        return sa.literal(self.now_us(), sa.BigInteger)
+
+    def _if_held(self, _held: bool | None) -> Conditions:
+        """Which jobs a replica that lives holds, or none does; None: all."""
+        return ()
+
+    def _let_go(self, job_id: str) -> None:
+        """A job has ended, or was lost: it is not held any more."""
+
+    def _is_taken(self, run: Run, key: Key) -> bool:
+        """Whether a job has this key, as one is about to be added."""
+        return run(self._of_key(key, self._jobs.c.id)).first() is not None
+
+    def _added(self, _job: JobRecord, _held: bool) -> dict[str, Any]:
+        """A job is about to be added: values of columns that say who holds it."""
+        return {}
+
+    # --- JobStore ---
+
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        data = arrays.pack_inputs(inputs) if inputs is not None else None
+        values = {name: value for name, value in asdict(job).items() if name in jobs.c}
+        values |= {"spec": _json(job.spec.to_json()), "problem": _json(job.problem)}
+        values |= {"webhook": _json(job.webhook.to_json() if job.webhook is not None else None)}
+        size = RECORD_BYTES + kept_bytes(job.webhook) + len(data or b"")
+        values |= {"bytes": size} | self._more_values | self._added(job, held)
+        if key is not None:
+            values |= {"key": key.kept_as, "request_hash": key.request_hash}
+        try:
+            with self._transaction() as run:
+                if key is not None and self._is_taken(run, key):
+                    self._let_go(job.id)
+                    return False
+                run(sa.insert(jobs).values(**values))
+                if data is not None:
+                    run(sa.insert(self._tables.inputs).values(job_id=job.id, data=data))
+        except StorageFailed:
+            self._let_go(job.id)
+            raise
+        return True
+
+    def find(self, key: Key) -> tuple[JobRecord, bool] | None:
+        """See JobStore."""
+        with self._transaction() as run:
+            row = run(self._of_key(key, *self._record_columns, self._tables.jobs.c.request_hash)).one_or_none()
+        return (self._record(row), row.request_hash == key.request_hash) if row is not None else None
+
+    def id_of(self, key: Key) -> str | None:
+        """See JobStore."""
+        with self._transaction() as run:
+            job_id: str | None = run(self._of_key(key, self._tables.jobs.c.id)).scalar_one_or_none()
+        return job_id
+
+    def _of_key(self, key: Key, *columns: sa.ColumnElement[Any]) -> sa.Select[Any]:
+        return sa.select(*columns).where(self._tables.jobs.c.key == key.kept_as, *self._here())
+
+    def open_jobs(self, owner: str) -> frozenset[str]:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        query = sa.select(jobs.c.id).where(jobs.c.owner == owner, jobs.c.outcome.is_(None), *self._here())
+        with self._transaction() as run:
+            return frozenset(run(query).scalars())
+
+    def get(self, job_id: str) -> JobRecord | None:
+        """See JobStore."""
+        query = sa.select(*self._record_columns).where(self._tables.jobs.c.id == job_id, *self._here())
+        with self._transaction() as run:
+            row = run(query).one_or_none()
+        return self._record(row) if row is not None else None
+
+    def page(
+        self,
+        before: Place | None,
+        outcomes: Collection[Outcome | None],
+        limit: int,
+        owner: str | None = None,
+        *,
+        held: bool | None = None,
+    ) -> list[JobRecord]:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        of_owner = [jobs.c.owner == owner] if owner is not None else []
+        chosen: sa.ColumnElement[bool] = jobs.c.outcome.in_([each for each in outcomes if each is not None])
+        if None in outcomes:
+            chosen = sa.or_(chosen, sa.and_(jobs.c.outcome.is_(None), *self._if_held(held)))
+        query = sa.select(*self._record_columns).where(chosen, *of_owner, *self._here())
+        query = query.order_by(jobs.c.created_us.desc(), jobs.c.id.desc())
+        records: list[JobRecord] = []
+        while (missing := limit - len(records)) > 0:
+            older = query if before is None else query.where(sa.tuple_(jobs.c.created_us, jobs.c.id) < before)
+            with self._transaction() as run:
+                rows = run(older.limit(missing)).all()
+            for row in rows:
+                with suppress(StorageFailed):
+                    records.append(self._record(row))
+            if len(rows) < missing:
+                break
+            before = rows[-1].created_us, rows[-1].id
+        return records
+
+    def save(self, snapshots: Mapping[str, Snapshot], fingerprint: str) -> None:
+        """See JobStore."""
+        jobs, table = self._tables.jobs, self._tables.snapshots
+        packed = {job_id: arrays.pack_snapshot(snapshot) for job_id, snapshot in snapshots.items()}
+        with self._transaction() as run:
+            # SQLite takes 32,766 variables in a statement; --max-jobs is at most 10,000.
+            held = sa.select(jobs.c.id).where(*self._held(packed))
+            live = run(held.with_for_update()).scalars().all()
+            run(sa.delete(table).where(table.c.job_id.in_(live)))
+            if live:
+                rows = [{"job_id": each, "fingerprint": fingerprint, "data": packed[each]} for each in live]
+                run(sa.insert(table), rows)
+
+    def snapshot(self, job_id: str, fingerprint: str) -> Snapshot | None:
+        """See JobStore."""
+        table = self._tables.snapshots
+        query = sa.select(table.c.data).where(table.c.job_id == job_id, table.c.fingerprint == fingerprint)
+        with self._transaction() as run:
+            data = run(query).scalar_one_or_none()
+        with suppress(StorageFailed), arrays.reading(f"the snapshot of job {job_id}, which begins anew,"):
+            return arrays.unpack_snapshot(data) if data is not None else None
+        return None
+
+    def inputs(self, job_id: str) -> Inputs | None:
+        """See JobStore."""
+        data = self._data(self._tables.inputs, job_id)
+        with arrays.reading(f"the inputs of job {job_id}"):
+            return arrays.unpack_inputs(data) if data is not None else None
+
+    def images(self, job_id: str) -> Images | StoredObject | None:
+        """See JobStore."""
+        if (data := self._data(self._tables.images, job_id)) is None:
+            with self._transaction() as run:
+                return self._objects.of(run, job_id)
+        with arrays.reading(f"the images of job {job_id}"):
+            return arrays.unpack_images(data)
+
+    def _data(self, table: sa.Table, job_id: str) -> bytes | None:
+        with self._transaction() as run:
+            data: bytes | None = run(sa.select(table.c.data).where(table.c.job_id == job_id)).scalar_one_or_none()
+        return data
+
+    def crashed(self, job_ids: Collection[str]) -> None:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        which = [jobs.c.id.in_(job_ids), jobs.c.outcome.is_(None), *self._here()]
+        if len(job_ids) > 1:
+            which.append(jobs.c.crashes == 0)
+        with self._transaction() as run:
+            run(sa.update(jobs).where(*which).values(crashes=jobs.c.crashes + 1))
+
+    def finish(self, job: JobRecord, images: Images | StoredObject | None = None) -> None:
+        """See JobStore."""
+        ending = {name: getattr(job, name) for name in ("outcome", "finished_us", "fingerprint", "problem")}
+        if images is not None and not isinstance(images, StoredObject):
+            self._finish(job.id, ending, job.webhook, arrays.pack_images(images))
+        else:
+            self._finish(job.id, ending, job.webhook, images)
+
+    def _finish(
+        self, job_id: str, ending: dict[str, Any], webhook: Webhook | None, images: bytes | StoredObject | None = None
+    ) -> None:
+        tables = self._tables
+        size = images.bytes if isinstance(images, StoredObject) else len(images or b"")
+        ending |= {"problem": _json(ending["problem"]), "bytes": RECORD_BYTES + kept_bytes(webhook) + size}
+        with self._transaction() as run:
+            if not run(sa.update(tables.jobs).where(*self._held([job_id])).values(**ending)).rowcount:
+                self._let_go(job_id)
+                kept = [tables.jobs.c.id == job_id, *(tables.jobs.c[name] == ending.get(name) for name in SIGNED)]
+                if run(sa.select(tables.jobs.c.id).where(*kept)).first():  # it was, and the answer was lost
+                    return
+                raise LeaseLost(job_id)
+            self._deliveries.owe(run, job_id, webhook, EVENTS_OF_END[ending["outcome"]])
+            run(sa.delete(tables.snapshots).where(tables.snapshots.c.job_id == job_id))
+            run(sa.delete(tables.inputs).where(tables.inputs.c.job_id == job_id))
+            if isinstance(images, StoredObject):
+                self._objects.keep(run, images)
+            elif images is not None:
+                run(sa.insert(tables.images).values(job_id=job_id, data=images))
+        self._let_go(job_id)
+
+    def delete(self, job_id: str, owner: str | None = None) -> bool:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        mine = [jobs.c.id == job_id, *([jobs.c.owner == owner] if owner is not None else []), *self._here()]
+        with self._transaction() as run:
+            deleted = self._delete(run, run(sa.select(jobs.c.id).where(*mine)).scalars().all()) > 0
+        self._let_go(job_id)
+        return deleted
+
+    def take_damaged(self) -> int:
+        """See JobStore."""
+        damaged, self._damaged = self._damaged, 0
+        return damaged
+
+    def note_object(self, job_id: str, key: str) -> None:
+        """See JobStore."""
+        jobs = self._tables.jobs
+        held = sa.select(jobs.c.id).where(*self._held([job_id]))
+        with self._transaction() as run:
+            if not run(held).first():
+                raise LeaseLost(job_id)
+            self._objects.note(run, job_id, key, self.now_us())
+
+    def give_up_object(self, key: str) -> None:
+        """See JobStore."""
+        with self._transaction() as run:
+            self._objects.give_up(run, key)
+
+    def take_unneeded_objects(self) -> list[str]:
+        """See JobStore."""
+        with self._transaction() as run:
+            return self._objects.take_unneeded(run, self.now_us())
+
+    def forget_objects(self, keys: Sequence[str]) -> None:
+        """See JobStore."""
+        with self._transaction() as run:
+            self._objects.forget(run, keys)
+
+    def _sweep(
+        self, run: Run, before_us: int, max_bytes: float, owed_after_us: int, which: Conditions | None = None
+    ) -> int:
+        """One part of a sweep; how many jobs were deleted. which: of others' jobs than those of this store."""
+        jobs = self._tables.jobs
+        ended = [jobs.c.finished_us.is_not(None), *(self._here() if which is None else which)]
+        owed = self._deliveries.is_owed(owed_after_us)
+        oldest = sa.select(jobs.c.id, jobs.c.finished_us, jobs.c.bytes, owed.label("owed")).where(*ended)
+        oldest = oldest.order_by(jobs.c.finished_us, jobs.c.arrival).limit(SWEEP_JOBS)
+        chosen: list[str] = []
+        total = left = int(run(sa.select(sa.func.coalesce(sa.func.sum(jobs.c.bytes), 0)).where(*ended)).scalar_one())
+        for row in run(oldest if total > max_bytes else oldest.where(~owed)).all():
+            too_much = left > max_bytes and left > row.bytes
+            if not (row.finished_us < before_us or too_much) or total - left >= SWEEP_BYTES:
+                break
+            if too_much or not row.owed:
+                chosen.append(row.id)
+                left -= row.bytes
+        if chosen:
+            self._delete(run, chosen)
+            log.info("%d jobs that had ended were deleted", len(chosen))
+        return len(chosen)
+
+    def _delete(self, run: Run, job_ids: Sequence[str]) -> int:
+        tables = self._tables
+        for table in (tables.snapshots, tables.inputs, tables.images):
+            run(sa.delete(table).where(table.c.job_id.in_(job_ids)))
+        self._deliveries.delete(run, job_ids)
+        self._objects.let_go_of(run, job_ids)
+        return int(run(sa.delete(tables.jobs).where(tables.jobs.c.id.in_(job_ids))).rowcount)
+
+    def _records_or_end(self, rows: Sequence[Any]) -> list[JobRecord]:
+        """The records of rows. One that is damaged is ended as failed, and left out."""
+        records = []
+        for row in rows:
+            try:
+                records.append(self._record(row))
+            except StorageFailed as error:
+                ending = {"outcome": "failed", "finished_us": self.now_us(), "problem": error.problem()}
+                with suppress(StorageFailed, LeaseLost):  # the next one who takes it on tries again
+                    self._finish(row.id, ending, webhook_of(row, damaged=True))
+                    self._damaged += 1
+        return records
+
+    def _record(self, row: Any) -> JobRecord:
+        """Make a record of a row. Raises StorageFailed where that is damaged."""
+        fields = {name: getattr(row, name) for name in JobRecord.__dataclass_fields__ if hasattr(row, name)}
+        with arrays.reading(f"the record of job {row.id}"):
+            fields["spec"] = SampleSpec.from_json(json.loads(row.spec))
+            fields["problem"] = json.loads(row.problem) if row.problem is not None else None
+            fields["webhook"] = webhook_of(row)
+            return JobRecord(**fields)
+
+
+def _json(value: Mapping[str, Any] | None) -> str | None:
+    return json.dumps(value) if value is not None else None

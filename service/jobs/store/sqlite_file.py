@@ -1,0 +1,235 @@
+"""Check a file before the job store opens it. A rejected file is left unchanged; the error says why in one line."""
+
+import errno
+import logging
+import os
+import shlex
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+from tminus.service.jobs.store.contract import listed
+from tminus.service.jobs.store.wal import HEADER, Cut, find_damage
+
+log = logging.getLogger(__name__)
+
+VERSION = 4  # of tables.py
+# From each earlier version to the next.
+UPGRADES: Mapping[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE jobs ADD COLUMN owner TEXT DEFAULT '' NOT NULL",
+        "CREATE INDEX jobs_by_owner ON jobs (owner, outcome, created_us, id)",
+    ),
+    2: (
+        "CREATE TABLE objects (key TEXT NOT NULL, job_id TEXT NOT NULL, state TEXT NOT NULL, since_us BIGINT NOT NULL, "
+        "bytes BIGINT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY (key))",
+        "CREATE INDEX objects_by_job ON objects (job_id)",
+        "CREATE INDEX objects_by_state ON objects (state, since_us)",
+    ),
+    3: (
+        "ALTER TABLE jobs ADD COLUMN webhook TEXT",
+        "CREATE TABLE deliveries (id TEXT NOT NULL, job_id TEXT NOT NULL, event TEXT NOT NULL, receiver TEXT NOT NULL, "
+        "state TEXT NOT NULL, attempts INTEGER NOT NULL, since_us BIGINT NOT NULL, due_us BIGINT NOT NULL, "
+        "held_until_us BIGINT, error TEXT, PRIMARY KEY (id), UNIQUE (job_id, event))",
+        "CREATE INDEX deliveries_by_due ON deliveries (state, due_us)",
+        "CREATE INDEX deliveries_by_receiver ON deliveries (state, receiver)",
+    ),
+}
+# It has a row where a WAL belongs to the file. A version that does not know it need not, so it changes no version.
+FOLLOWS = "CREATE TABLE IF NOT EXISTS wal_follows (yes INTEGER PRIMARY KEY)"
+APPLICATION_ID = 0x746D696E  # "tmin" in SQLite's header, by which file(1) and this module know our files
+IN_MEMORY = ":memory:"
+BUSY_S = 2.0  # to wait for the lock of another process; that of a killed server is gone at once
+UNTOUCHED = "; nothing was changed"
+LEAST_FREE_BYTES = 2**20  # for a WAL and its index
+CHECK_S = 10.0  # for the check for damage: a GiB takes 0.2 s from memory, 2.3 s from a disk of 450 MB/s
+
+
+def prepare(file: Path) -> None:
+    """Create the file if there is none. Raises ValueError for one that is damaged, in use, newer or not ours."""
+    _check_header(file)
+    try:
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # the WAL gets the mode of its file
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise cannot_be_used(file, error) from None
+    wal = beside(file, "wal")
+    wal_bytes = wal.stat().st_size if wal.exists() else 0  # the connection makes an empty one
+    try:
+        with _reading(file, BUSY_S) as connection:
+            new = is_new(file, connection)  # also one of which all is in a WAL that SQLite ignores
+            _check_wal(wal)
+            if not new:
+                _check_pages(file, connection)
+                if wal_bytes <= HEADER and _lacks_wal(connection):
+                    log.warning("the last server left %s, and it is gone: jobs that were only in it are missing", wal)
+    except sqlite3.Error as error:
+        # A first start was interrupted: the store's own connection, which may write, rolls that back.
+        if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_READONLY_ROLLBACK:
+            if isinstance(cannot := cannot_be_used(file, error), DiskFull):
+                raise cannot from None
+            raise ValueError(why_not(file, str(error), UNTOUCHED)) from None
+
+
+@contextmanager
+def _reading(file: Path, patience_s: float) -> Iterator[sqlite3.Connection]:
+    """Open a read-only connection, which leaves the file and its WAL as they are.
+
+    Another would, when it closes, checkpoint the WAL that a killed server has left, perhaps into a file that has just
+    been refused.
+    """
+    index, wal = beside(file, "shm"), beside(file, "wal")
+    was_there, had_wal = index.exists(), wal.exists()
+    try:
+        uri = f"{file.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=patience_s, isolation_level=None)) as connection:
+            try:
+                yield connection
+            finally:
+                if not had_wal:
+                    with suppress(OSError, sqlite3.Error):
+                        _remove_empty(wal, connection)
+    finally:
+        if not was_there:
+            with suppress(OSError):  # a read-only folder, in which it was not created either
+                index.unlink(missing_ok=True)
+
+
+def _remove_empty(wal: Path, connection: sqlite3.Connection) -> None:
+    """Remove the WAL that the connection has made; while it reads no server can open the file, and make its own."""
+    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()  # fails where a server has the file
+    if mode == "wal" and not wal.stat().st_size:
+        wal.unlink()
+
+
+def unended(file: Path) -> list[str]:
+    """The ids of the jobs of a file that have not ended; none where a server has it open, or it cannot be read."""
+    try:
+        with _reading(file, 0) as connection:
+            query = "SELECT id FROM jobs WHERE outcome IS NULL ORDER BY created_us"
+            return [job_id for (job_id,) in connection.execute(query)]
+    except sqlite3.Error:
+        return []
+
+
+def is_new(file: Path | None, connection: sqlite3.Connection) -> bool:
+    """Tell whether the file has no tables yet. Raises ValueError for tables of a version that is not known."""
+    # Not in a transaction: BEGIN IMMEDIATE writes a new file's header, after which auto_vacuum cannot be set.
+    version, schema_version = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("user_version", "schema_version")
+    )
+    if version not in (VERSION, *UPGRADES) and (version or schema_version):
+        raise ValueError(_of_another_version(file, version))
+    return not version
+
+
+def upgrade(file: Path | None, connection: sqlite3.Connection) -> None:
+    """Bring the tables of an earlier version to this one, in one transaction."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == VERSION:  # as a new file's is
+        return
+    statements = [statement for earlier in range(version, VERSION) for statement in UPGRADES[earlier]]
+    for statement in ("BEGIN IMMEDIATE", *statements, f"PRAGMA user_version = {VERSION}", "COMMIT"):
+        connection.execute(statement)
+    log.info("%s was of version %d and is of version %d now", file, version, VERSION)
+
+
+class DiskFull(ValueError):
+    """The file cannot be used for want of room, which may come."""
+
+
+def cannot_be_used(file: Path | None, error: BaseException | None) -> ValueError:
+    """Say why a file cannot be used, by SQLite's or the system's error."""
+    full = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL or "disk is full" in str(error)
+    full |= getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if not full and getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_IOERR and file is not None:
+        # A WAL's index that finds no room is an I/O error.
+        full = shutil.disk_usage(file.parent).free < LEAST_FREE_BYTES
+    return (DiskFull if full else ValueError)(why_not(file, str(error)))
+
+
+def why_not(file: Path | None, reason: str, done: str = "") -> str:
+    """Say why a file cannot be used, what was done to a damaged one (`done`), and what the user can do."""
+    reason = " ".join(reason.split())
+    if "locked" in reason:
+        return f"{file} is in use by another server; give this one a --state-dir of its own"
+    if "malformed" in reason or "not a database" in reason:
+        return f"{file} is damaged ({reason}){done}. Move it away to begin anew"
+    return f"{file} cannot be used ({reason}); name another --state-dir, or {IN_MEMORY} for none"
+
+
+def _check_header(file: Path) -> None:
+    """Raise ValueError for a file that SQLite would take for a new database, that is not ours, or that is newer.
+
+    SQLite keeps version and application in the file's first 100 bytes (sqlite.org/fileformat.html, section 1.3).
+    """
+    try:
+        with file.open("rb") as opened:
+            header = opened.read(100)
+    except FileNotFoundError:
+        header = b""
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+    if not header:  # a first start, perhaps one that was interrupted before it wrote anything
+        wal = beside(file, "wal")
+        if wal.exists() and wal.stat().st_size:  # SQLite would delete it
+            raise ValueError(why_not(file, f"malformed: it is empty, but {wal.name} is not", UNTOUCHED))
+        return
+    if not header.startswith(b"SQLite format 3\0") or len(header) < 100:
+        raise ValueError(f"{file} is not a database, or is damaged{UNTOUCHED}. Move it away to begin anew")
+    version, application = (int.from_bytes(header[at : at + 4], "big") for at in (60, 68))
+    if application == APPLICATION_ID and version > VERSION:
+        raise ValueError(_of_another_version(file, version))
+    if (version, application) != (0, 0) and application != APPLICATION_ID:  # zero: its first commit is still in the WAL
+        raise ValueError(f"{file} is a database of something else{UNTOUCHED}. Name another --state-dir")
+
+
+def _check_wal(wal: Path) -> None:
+    """Raise ValueError for a WAL in which more than the last transaction does not verify."""
+    damage = find_damage(wal) if wal.exists() else None
+    if isinstance(damage, Cut):
+        log.warning("%s ends inside a frame: its last %d bytes are ignored", wal, damage.ignored_bytes)
+    elif damage is not None:
+        ids = listed(damage.job_ids)
+        raise ValueError(
+            f"{wal} is damaged: {damage.transactions} transactions cannot be read{UNTOUCHED}. Jobs in doubt: "
+            f"{ids or 'none'}. To go on with what came before: truncate -s {damage.offset} {shlex.quote(str(wal))}"
+        )
+
+
+def _lacks_wal(connection: sqlite3.Connection) -> bool:
+    """Whether the file says that a WAL follows it. With that WAL it says no more: see SqliteStore."""
+    if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'wal_follows'").fetchone():
+        return False
+    return connection.execute("SELECT 1 FROM wal_follows").fetchone() is not None
+
+
+def _check_pages(file: Path, connection: sqlite3.Connection) -> None:
+    """Raise ValueError for a damaged file. A file too large to be read in CHECK_S is accepted unchecked."""
+    until_s = time.monotonic() + CHECK_S
+    connection.set_progress_handler(lambda: time.monotonic() > until_s, 1000)
+    try:
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+            raise
+        log.warning("%s is large: not all of it was checked for damage", file)
+        return
+    if found != "ok":
+        raise ValueError(why_not(file, f"malformed: {found}", UNTOUCHED))
+
+
+def beside(file: Path, what: str) -> Path:
+    """The WAL of a file, or the WAL's index."""
+    return Path(f"{file.resolve()}-{what}")
+
+
+def _of_another_version(file: Path | None, version: int) -> str:
+    return (
+        f"{file} is of version {version}, this tminus knows version {VERSION}{UNTOUCHED}. "
+        "Serve it with the tminus that made it, or name another --state-dir"
+    )

@@ -1,0 +1,274 @@
+"""Durable jobs in one SQLite file, in WAL mode: a commit is on the disk when its call returns."""
+
+import logging
+import math
+import os
+import sqlite3
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.pool import StaticPool
+
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.store.contract import JobRecord, Key, Pace, now_us
+from tminus.service.jobs.store.sql_store import SqlStore
+from tminus.service.jobs.store.sqlite_file import (
+    APPLICATION_ID,
+    BUSY_S,
+    FOLLOWS,
+    VERSION,
+    beside,
+    cannot_be_used,
+    is_new,
+    prepare,
+    unended,
+    upgrade,
+)
+from tminus.service.jobs.store.tables import make_tables
+from tminus.service.jobs.store.wal import FRAME, HEADER
+from tminus.service.jobs.webhooks.delivery_store import Run
+from tminus.service.scheduling.cluster import ClusterLoad
+from tminus.service.scheduling.intake import Intake
+from tminus.service.spec import Inputs
+
+log = logging.getLogger(__name__)
+
+SWEEP_PAGES = 512  # that one call gives back to the disk
+SPARE_PAGES = 256  # free pages that stay in the file, to be used again
+WAL_BYTES = HEADER + 1000 * (FRAME + 4096)  # a longer WAL is copied into the file, and a new one begun in its place
+SPARE_BYTES = 8 * 2**20  # the same, where file and WAL have more room that nothing needs
+
+
+class SqliteStore(SqlStore):
+    """Owns one connection, which locks out all other processes. Raises ValueError for a file that cannot be used."""
+
+    shared, lease_s = False, math.inf
+
+    def __init__(self, file: Path | None) -> None:
+        """file: None keeps everything in memory, no longer than the process lives."""
+        super().__init__(
+            make_tables(
+                None,
+                sa.UniqueConstraint("key"),
+                sa.Index("jobs_by_outcome", "outcome", "created_us", "id"),
+                sa.Index("jobs_by_owner", "owner", "outcome", "created_us", "id"),
+                sa.Index("jobs_by_end", "finished_us", "arrival", "bytes"),
+            )
+        )
+        self._file = file
+        self._wal = None if file is None else beside(file, "wal")
+        self._most_wal_bytes = WAL_BYTES
+        self._begun_at, self._swept_at = 0, 0  # the number of changes when the WAL was begun, and at the last sweep
+        if file is not None:
+            prepare(file)
+        url = sa.URL.create("sqlite", database=None if file is None else str(file))
+        arguments = {"check_same_thread": False, "timeout": BUSY_S}
+        self._engine = sa.create_engine(url, poolclass=StaticPool, connect_args=arguments)
+        sa.event.listen(self._engine, "connect", _on_connect)
+        sa.event.listen(self._engine, "begin", _begin)
+        try:
+            self._connection = self._engine.connect()
+            new = is_new(file, self._driver)
+            for pragma in (
+                "auto_vacuum = INCREMENTAL",
+                "journal_mode = WAL",
+                "synchronous = FULL",  # an accepted job survives a power cut too
+                "wal_autocheckpoint = 0",  # see _begin_wal
+                f"journal_size_limit = {WAL_BYTES}",  # to which a longer one is cut when a new one is begun
+                "secure_delete = FAST",  # Debian's SQLite would overwrite deleted pages with zeros
+            ):
+                self._pragma(pragma)
+            if new:
+                with self._connection.begin():
+                    self._pragma(f"application_id = {APPLICATION_ID}")
+                    self._pragma(f"user_version = {VERSION}")
+                    self._tables.metadata.create_all(self._connection)
+            upgrade(file, self._driver)
+            self._driver.execute(FOLLOWS)
+            self.claim()  # what the server reads first: if this fails it must not start
+            with self._transaction() as run:
+                self._deliveries.let_go_all(run)
+            self._begin_wal()
+            made = os.stat(file) if file is not None else None
+            self._identity = (made.st_dev, made.st_ino) if made is not None else None
+        except sa.exc.DBAPIError as error:
+            self._engine.dispose()
+            raise cannot_be_used(file, error.orig) from None
+        except (sqlite3.Error, StorageFailed) as error:
+            self.close()
+            raise cannot_be_used(file, error) from None
+        except ValueError:
+            self.close()
+            raise
+
+    def _pragma(self, text: str) -> Sequence[Any]:
+        """Run a pragma, and return its first row."""
+        rows = self._driver.execute(f"PRAGMA {text}").fetchall()
+        return rows[0] if rows else ()
+
+    @property
+    def _driver(self) -> sqlite3.Connection:
+        connection = self._connection.connection.driver_connection
+        assert isinstance(connection, sqlite3.Connection)
+        return connection
+
+    # --- JobStore ---
+
+    def now_us(self) -> int:
+        """See JobStore."""
+        return now_us()
+
+    def add(self, job: JobRecord, key: Key | None = None, inputs: Inputs | None = None, *, held: bool = True) -> bool:
+        """See JobStore."""
+        self._check_there()
+        return super().add(job, key, inputs, held=held)
+
+    def claim(
+        self,
+        _fingerprint: str = "",
+        _intake: Intake | None = None,
+        _begun_places: float = 0.0,
+        _rows: int = 0,
+        _tables: Collection[str] = (),
+    ) -> list[JobRecord]:
+        """See JobStore. There is no other replica, so these are all that have not ended."""
+        jobs = self._tables.jobs
+        query = sa.select(*self._record_columns).where(jobs.c.outcome.is_(None)).order_by(jobs.c.arrival)
+        with self._transaction() as run:
+            rows = run(query).all()
+        return self._records_or_end(rows)
+
+    def holder(self, _job_id: str) -> str | None:
+        """See JobStore."""
+        return None
+
+    def renew(self, _fingerprint: str, _pace: Pace, _known: Collection[str]) -> frozenset[str]:
+        """See JobStore."""
+        raise NotImplementedError("a file has no leases")
+
+    def left_behind(self, served: Collection[str]) -> Mapping[str, list[str]]:
+        """See JobStore. Those of the files beside this one that no other server has open."""
+        if self._file is None:
+            return {}
+        hashes = {each[:16] for each in served}
+        files = {each.stem.removeprefix("jobs-"): each for each in self._file.parent.glob("jobs-*.sqlite3")}
+        found = {weights: unended(each) for weights, each in files.items() if weights not in hashes}
+        return {weights: job_ids for weights, job_ids in found.items() if job_ids}
+
+    def load(self) -> ClusterLoad:
+        """See JobStore."""
+        raise NotImplementedError("there is one server")
+
+    def release(self, _job_id: str) -> None:
+        """See JobStore."""
+        raise NotImplementedError("a file has no leases")
+
+    def cancel(self, _job_id: str) -> bool:
+        """See JobStore."""
+        raise NotImplementedError("who has the file has the job")
+
+    def sweep(self, before_us: int, max_bytes: int, owed_after_us: int = 0) -> bool:
+        """See JobStore."""
+        with self._transaction() as run:
+            swept = self._sweep(run, before_us, max_bytes, owed_after_us)
+        return swept > 0 or self._shrink()
+
+    def _shrink(self) -> bool:
+        """Give some of the file's free pages back to the disk; returns whether there are more."""
+        try:
+            (free,) = self._pragma("freelist_count")
+            if free > SPARE_PAGES:
+                # As a script, since the driver steps a statement without rows once, which frees one page.
+                self._driver.executescript(f"PRAGMA incremental_vacuum({SWEEP_PAGES})")
+                return bool(self._pragma("freelist_count")[0] < free)
+            if self._file is not None:
+                self._shorten(self._file)
+        except (OSError, sqlite3.Error) as error:  # no harm: new jobs use the free pages
+            log.warning("the job store %s does not shrink: %s", self._file, error)
+        return False
+
+    def _shorten(self, file: Path) -> None:
+        """Copy the WAL into the file, where both are large or the store is idle.
+
+        A vacuum alone does not shorten the file; and what is in the WAL only, one bad byte may lose.
+        """
+        changes = self._driver.total_changes
+        spare = file.stat().st_size + self._wal_bytes() - self._pragma("page_count")[0] * self._pragma("page_size")[0]
+        idle = changes == self._swept_at and changes != self._begun_at
+        if idle or spare > SPARE_BYTES:
+            self._begin_wal()
+        self._swept_at = self._driver.total_changes
+
+    def _wal_bytes(self) -> int:
+        return self._wal.stat().st_size if self._wal is not None and self._wal.exists() else 0
+
+    def _begin_wal(self) -> None:
+        """Copy the WAL into the file and begin a new one.
+
+        Before the copy a row is written that says "a WAL follows"; the first transaction of the new WAL deletes it. A
+        start that still sees the row has lost the WAL.
+        """
+        try:
+            self._driver.execute("INSERT OR IGNORE INTO wal_follows VALUES (1)")
+            self._pragma("wal_checkpoint(RESTART)")
+            self._driver.execute("DELETE FROM wal_follows")
+            self._most_wal_bytes = WAL_BYTES
+        except sqlite3.Error as error:  # no harm: the WAL has all, and grows
+            log.warning("the WAL of the job store %s cannot be copied into it: %s", self._file, error)
+            self._most_wal_bytes = self._wal_bytes() + WAL_BYTES
+        self._begun_at = self._driver.total_changes
+
+    def check(self, *, write: bool) -> None:
+        """See JobStore."""
+        self._check_there()
+        if write:
+            with self._transaction() as run:
+                run(sa.text(f"PRAGMA application_id = {APPLICATION_ID}"))  # as it is: one page to the disk
+
+    def _check_there(self) -> None:
+        """Raise StorageFailed if the file has been deleted, or replaced: what is written would be lost with it."""
+        if self._file is None:
+            return
+        try:
+            there = os.stat(self._file)
+        except OSError as error:
+            there = None
+            reason = error.strerror
+        if there is None or (there.st_dev, there.st_ino) != self._identity:
+            reason = "another file is in its place" if there is not None else reason
+            log.error("the job store %s is gone: %s", self._file, reason)
+            raise StorageFailed(f"the job store's file is gone: {reason}. The server must be restarted")
+
+    def close(self) -> None:
+        """See JobStore."""
+        if not self._connection.closed:
+            with suppress(sqlite3.Error):  # it has a row only where there was no room to begin the last WAL
+                self._driver.execute("DELETE FROM wal_follows")
+        self._connection.close()
+        self._engine.dispose()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Run]:
+        """Run statements in one transaction. Raises StorageFailed when one of them fails, which undoes all."""
+        try:
+            with self._connection.begin():
+                yield self._connection.execute
+        except sa.exc.DBAPIError as error:
+            log.error("the job store %s: %s", self._file, error.orig)
+            raise StorageFailed(f"the job store cannot do it: {error.orig}") from None
+        if self._wal_bytes() > self._most_wal_bytes:
+            self._begin_wal()
+
+
+def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
+    """Lock out other processes, since two servers would both run the same jobs; let no transaction begin by itself."""
+    connection.isolation_level = None
+    connection.text_factory = lambda data: data.decode(errors="replace")  # one bad byte must not fail a whole list
+    connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchall()
+
+
+def _begin(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

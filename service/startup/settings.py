@@ -1,0 +1,330 @@
+"""The settings of `tminus serve`, each by flag or by TMINUS_ variable, and the values that the parts are built with.
+
+Built once, in the entry point. The parts get values, never Settings. docs/settings.md explains each setting.
+"""
+
+import re
+from collections import Counter
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from tminus.service.access.access import Access
+from tminus.service.access.keyring import KeyRing
+from tminus.service.api.edge.origin import Doors
+from tminus.service.engine.options import BUNDLED, LoadOptions
+from tminus.service.jobs.webhooks.receivers import Allowed
+from tminus.service.model_info import Limits
+from tminus.service.scheduling.sharing import Sharing
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.startup.library import NAME, Library
+
+if TYPE_CHECKING:
+    from tminus.service.engine.loading import Loaded
+
+HOST = re.compile(r"[A-Za-z0-9_.-]+")
+NAMESPACE = re.compile(r"[a-z_][a-z0-9_]{0,47}")
+ORIGIN = re.compile(r"https?://[!-+.0-~-]+", re.IGNORECASE | re.ASCII)  # no comma, no slash, no space
+
+
+class Settings(BaseSettings):
+    """One field is one flag (--max-batch) and one variable (TMINUS_MAX_BATCH); the flag wins."""
+
+    model_config = SettingsConfigDict(env_prefix="TMINUS_", frozen=True, extra="ignore")
+
+    checkpoint: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="checkpoint folder to serve, by its own name or as NAME=FOLDER; may be given several times, in the "
+        "variable by commas; the first is the default model; default: the one that comes with tminus",
+    )
+    models: Path | None = Field(None, description="folder whose folders are models, all of which are served")
+    keys_file: Path | None = Field(
+        None,
+        description="file of API keys, as `tminus key` writes them; what is changed in it holds within a second",
+    )
+    keys: SecretStr | None = Field(
+        None, description="the same lines as a text, meant for the variable; they hold until the server ends"
+    )
+    open: bool = Field(
+        False, description="whoever has no key may sample; needed to listen to other machines without any keys"
+    )
+    device: str = Field(
+        "auto", description="auto, cpu or cuda; auto takes a GPU if there is one; choose which by CUDA_VISIBLE_DEVICES"
+    )
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; default: one a core")
+    executor: str = Field(
+        "auto",
+        pattern="^(auto|eager|compile|openvino)$",
+        description="auto (the fastest by measurement), eager, compile or openvino",
+    )
+    precision: str = Field(
+        "auto",
+        pattern="^(auto|float32|tf32|bfloat16)$",
+        description="auto (bfloat16 only where the checkpoint says it was checked), float32, tf32 (CUDA) or bfloat16",
+    )
+    exact: bool | None = Field(
+        None, description="the same bytes whatever else runs; default: yes on a CPU, no on a GPU, where it costs speed"
+    )
+    policy: Literal["srpt", "fcfs"] = Field("srpt", description="srpt (shortest remaining work first) or fcfs")
+    cache_dir: Path | None = Field(None, description="where measurements are kept; default: ~/.cache/tminus")
+    max_n: int = Field(64, ge=1, le=1024, description="images in one request")
+    max_batch: int | None = Field(
+        None,
+        ge=4,
+        le=4096,
+        description="places in one forward pass; a guided row takes two; default: the fewest with 95 % of the best "
+        "throughput, as measured",
+    )
+    short_batch: int | None = Field(
+        None,
+        ge=4,
+        le=4096,
+        description="places that much longer jobs may fill in a pass that they share with a short one; default: the "
+        "fewest with 85 % of the best throughput, as measured",
+    )
+    max_jobs: int = Field(1024, ge=1, le=10_000, description="jobs held at once, waiting and running")
+    max_connections: int = Field(
+        4096,
+        ge=8,
+        le=65_536,
+        description="connections open at once, at most half of them WebSockets and event streams; further ones are "
+        "answered 503 in plain text",
+    )
+    max_connections_per_address: int = Field(
+        1024,
+        ge=1,
+        le=65_536,
+        description="connections open at once from one address, without WebSockets; all clients of a proxy count as "
+        "one address; further ones are answered 503 in plain text",
+    )
+    max_streams_per_address: int = Field(
+        64,
+        ge=1,
+        le=65_536,
+        description="WebSockets and event streams open at once from one address; all clients of a proxy count as one "
+        "address unless it sends X-Forwarded-For",
+    )
+    allowed_hosts: str = Field(
+        "",
+        description="names, joined by commas, by which the server may be addressed, beside localhost and IP addresses; "
+        "* is any",
+    )
+    allowed_origins: str = Field(
+        "", description="origins, joined by commas, whose pages may use the server beside its own; * is any"
+    )
+    max_rows: int | None = Field(
+        None, ge=4, le=1_000_000, description="images held at once; default: what 512 MiB of latents hold, up to 4096"
+    )
+    max_backlog_s: float = Field(600, gt=0, allow_inf_nan=False, description="seconds of predicted work that may wait")
+    result_cache_mb: int = Field(
+        64,
+        ge=0,
+        le=65_536,
+        description="MiB of memory for finished answers with a given seed, to answer repeats; 0: none",
+    )
+    state_dir: str = Field(
+        "", description="folder of the durable jobs; :memory: loses them at a restart; default: ~/.local/state/tminus"
+    )
+    job_store: SecretStr | None = Field(
+        None,
+        description="postgresql://user:password@host/database for durable jobs that several servers share; "
+        "default: a file in --state-dir, for this server alone",
+    )
+    job_namespace: str = Field(
+        "tminus", description="schema of that database: servers of one namespace share their jobs"
+    )
+    job_lease_s: float = Field(
+        15.0, ge=1, le=600, description="seconds after which another server takes over the jobs of one that is gone"
+    )
+    job_address: str | None = Field(
+        None,
+        description="URL by which the other servers reach this one, to pass on its events and frames; default: by the "
+        "address that this machine has towards the database",
+    )
+    job_results: str | None = Field(
+        None,
+        description="s3://bucket/prefix for the results of durable jobs that are large, which needs the extra s3; AWS_ "
+        "variables say the endpoint and the credentials; default: all results are kept where the jobs are",
+    )
+    job_results_above_kb: int = Field(
+        256, ge=0, le=1_048_576, description="KiB of pixels up to which a result is small, and stays where the jobs are"
+    )
+    keep_jobs_s: float = Field(
+        86_400, gt=0, allow_inf_nan=False, description="seconds that a durable job is kept after it ended"
+    )
+    keep_jobs_mb: int = Field(
+        1024,
+        ge=1,
+        le=1_048_576,
+        description="MiB that ended jobs may take, with their objects; beyond it the oldest are deleted",
+    )
+    webhook_secret: SecretStr | None = Field(
+        None,
+        description="secret that signs webhooks, whsec_ and base64 of 24 to 64 bytes, meant for the variable; without "
+        "any no webhooks are sent",
+    )
+    webhook_secret_file: Path | None = Field(
+        None, description="file of such secrets, one a line, which all sign: the newest, and those that it replaces"
+    )
+    webhook_allow: str = Field(
+        "",
+        description="names, addresses and networks, joined by commas, of receivers of webhooks that need not be "
+        "public, and may speak plain HTTP",
+    )
+    webhook_retry_s: float = Field(
+        86_400, ge=0, le=604_800, description="seconds for which it is tried again to deliver a webhook"
+    )
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="bytes in a request's body")
+    max_image_bytes: int = Field(8 << 20, ge=1024, le=1 << 28, description="bytes in an uploaded image")
+    metrics: bool = Field(True, description="answer /metrics")
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="answer /metrics on this port instead, and there without a key; /healthz too"
+    )
+    metrics_host: str | None = Field(
+        None, description="address to listen on for --metrics-port; default: that of --host"
+    )
+    docs: bool = Field(True, description="answer /docs and /openapi.json")
+    traces: bool | None = Field(
+        None,
+        description="send traces by OpenTelemetry, which needs the extra otel; its OTEL_ variables say where to; "
+        "default: yes where OTEL_EXPORTER_OTLP_ENDPOINT is set",
+    )
+    grace_s: float = Field(
+        30, ge=0, allow_inf_nan=False, description="seconds that running work gets to finish after SIGTERM"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="text, or json: one object a line")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="debug, info, warning or error")
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _by_commas(cls, value: object) -> object:
+        return tuple(each for each in value.split(",") if each) if isinstance(value, str) else value
+
+    @field_validator("job_namespace")
+    @classmethod
+    def _is_schema(cls, value: str) -> str:
+        if not NAMESPACE.fullmatch(value):
+            raise ValueError("must be up to 48 of a-z, 0-9 and _, and begin with no digit")
+        return value
+
+    @field_validator("job_address")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None and not ORIGIN.fullmatch(value):
+            raise ValueError("must be a URL without a path, such as http://10.0.0.5:8000")
+        return value
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _are_receivers(cls, value: str) -> str:
+        Allowed.parse(value)
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, value: str) -> str:
+        if value != "*" and not all(HOST.fullmatch(host.strip()) for host in value.split(",") if host.strip()):
+            raise ValueError("must be names such as diffusion.example, by commas, or *")
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        if value != "*" and not all(ORIGIN.fullmatch(origin.strip()) for origin in value.split(",") if origin.strip()):
+            raise ValueError("must be origins such as https://studio.example, by commas, or *")
+        return value
+
+    def checkpoints(self) -> list[tuple[str | None, Path]]:
+        """The folders that are served, in order, with the names that were given to them.
+
+        Raises ValueError for a folder of models without any, and for two models of one name.
+        """
+        found: list[tuple[str | None, Path]] = []
+        for each in self.checkpoint:
+            name, equals, folder = each.partition("=")
+            is_named = equals and NAME.fullmatch(name) and not Path(each).exists()
+            found.append((name, Path(folder)) if is_named else (None, Path(each)))
+        if self.models is not None:
+            if not (inside := Library(folder=self.models).folders()):
+                raise ValueError(
+                    f"--models (TMINUS_MODELS): {self.models} has no folders whose names can be those of models"
+                )
+            found += inside.items()
+        for name, number in Counter(name for name, _ in found if name is not None).items():
+            if number > 1:
+                raise ValueError(f"two models are named {name}; give one another name: --checkpoint NAME=FOLDER")
+        return found or [(None, BUNDLED)]
+
+    def load_options(self, checkpoint: Path) -> LoadOptions:
+        """Options for loading a model."""
+        return LoadOptions(
+            checkpoint=checkpoint,
+            device=self.device,
+            executor=self.executor,
+            precision=self.precision,
+            exact=self.exact,
+            threads=self.threads,
+            max_batch=self.max_batch,
+            short_batch=self.short_batch,
+            max_rows=self.max_rows,
+            max_jobs=self.max_jobs,
+            cache_dir=self.cache_dir,
+        )
+
+    def limits(self, loaded: "Loaded") -> Limits:
+        """The bounds of requests; those that were left to the machine are what loading found."""
+        return Limits(
+            max_n=min(self.max_n, loaded.max_rows),
+            max_batch=loaded.max_batch,
+            max_rows=loaded.max_rows,
+            max_jobs=self.max_jobs,
+            max_backlog_s=self.max_backlog_s,
+            max_body_bytes=self.max_body_bytes,
+            max_image_bytes=self.max_image_bytes,
+            result_cache_bytes=self.result_cache_mb * 2**20,
+            max_streams=self.max_connections // 2,
+            max_streams_per_address=self.max_streams_per_address,
+            keep_jobs_s=self.keep_jobs_s,
+            keep_jobs_bytes=self.keep_jobs_mb * 2**20,
+            webhook_retry_s=self.webhook_retry_s,
+        )
+
+    def speed(self, loaded: "Loaded", max_rows: int) -> Speed:
+        """How fast a model is, and how the scheduler gives out the places of its ticks."""
+        times = TickTimes(loaded.tick_times)
+        place_s = times.seconds_per_place(loaded.max_batch)
+        sharing = Sharing.of(loaded.max_batch, self.policy, loaded.short_batch, place_s, times)
+        return Speed(sharing, times, max_rows, *loaded.coding_s)
+
+    def access(self, address: str) -> Access:
+        """Who may ask a server that listens on this address.
+
+        Raises ValueError for keys with a mistake, and for other machines' requests without keys.
+        """
+        if self.keys_file is None and self.keys is None and not self.open and not ip_address(address).is_loopback:
+            raise ValueError(
+                f"--host (TMINUS_HOST): {self.host} can be reached from other machines, and there are no keys: give "
+                "some by --keys-file (see `tminus key --help`), or let anybody in by --open"
+            )
+        if self.keys_file is not None and self.keys is not None:
+            raise ValueError("--keys (TMINUS_KEYS) and --keys-file (TMINUS_KEYS_FILE) exclude each other")
+        name = "--keys (TMINUS_KEYS)" if self.keys is not None else "--keys-file (TMINUS_KEYS_FILE)"
+        try:
+            ring = KeyRing(None if self.keys is None else self.keys.get_secret_value(), self.keys_file)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return Access(ring, is_open=self.open or not ring.keys)
+
+    def doors(self) -> Doors:
+        """Who may ask: allowed_hosts with the names to listen on, and allowed_origins, in lower case as browsers do."""
+        hosts, origins = (
+            frozenset(each.strip().lower() for each in given.split(",") if each.strip())
+            for given in (f"{self.allowed_hosts},{self.host},{self.metrics_host or ''}", self.allowed_origins)
+        )
+        return Doors(hosts, origins)

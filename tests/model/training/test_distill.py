@@ -1,0 +1,445 @@
+import contextlib
+import dataclasses
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.training.test_train import assert_same_run, interrupt_at, provenance_in, state_of, toy_images
+from tests.tiny import TINY, randomize
+from tminus.model.checkpoint import Labels, load_checkpoint, save_checkpoint
+from tminus.model.evaluation.distances import Gaussian, fit_gaussian, frechet_distance
+from tminus.model.files import CheckpointError
+from tminus.model.noise import NoiseConfig
+from tminus.model.pixels import to_model_range
+from tminus.model.samplers import Plan, sample
+from tminus.model.training import distill as distill_module
+from tminus.model.training import frechet_loss as frechet_module
+from tminus.model.training import teacher as teacher_module
+from tminus.model.training.data import ImageSet
+from tminus.model.training.distill import DistillConfig, distill
+from tminus.model.training.run import TrainError
+from tminus.model.training.run_file import STATE_FILE
+from tminus.model.training.train import TrainConfig, train
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+CONDITIONAL = UNetConfig(**{**dataclasses.asdict(TINY), "num_class_embeds": 3, "dropout": 0.1})
+NOISE = NoiseConfig(num_train_timesteps=50, beta_end=0.2)
+LABELS = Labels(("left", "right"), null_class=2)
+RUN = DistillConfig(
+    steps=8,
+    batch_size=4,
+    learning_rate=2e-3,
+    warmup_steps=3,
+    seed=5,
+    precision="fp32",
+    save_every=3,
+    guidance=2.0,
+    teacher_steps=5,
+    trajectories=7,
+    uses=2,
+    first_share=0.5,
+)  # a round is 7 steps
+
+
+def write_teacher(folder: Path, unet: UNetConfig = CONDITIONAL, labels: Labels = LABELS, **noise: Any) -> Path:
+    net = UNet2D(unet)
+    randomize(net)
+    save_checkpoint(folder, net.state_dict(), unet, dataclasses.replace(NOISE, **noise), labels, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("teachers") / "teacher")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_rows() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_module, "REFERENCE_ROWS", 32)
+        patch.setattr(frechet_module, "LEAST_ROWS", 4)
+        patch.setattr(frechet_module, "ALL_ROWS", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert run(folder, teacher)
+    return folder
+
+
+def run(folder: Path, teacher: Path, **changes: Any) -> bool:
+    return distill(folder, teacher, dataclasses.replace(RUN, **changes), device=CPU)
+
+
+def tables_in(folder: Path) -> list[Any]:
+    return [json.loads(file.read_text("utf-8")) for file in sorted((folder / "samplers").iterdir())]
+
+
+# --- what a run leaves behind -------------------------------------------------------------------------------------
+
+
+def test_student_is_a_checkpoint_that_says_what_it_is_made_for(straight: Path, teacher: Path) -> None:
+    student, state = load_checkpoint(straight), state_of(straight)
+    assert student.samplers == ("consistency",)
+    assert student.student is not None
+    assert student.student["guidance"] == student.folded_guidance == 2.0
+    assert student.student["steps"] == [1, 2, 3, 4]
+    assert student.student["teacher"] == "teacher"
+    assert student.student["teacher_hash"] == load_checkpoint(teacher).weights_hash
+    assert student.recommended is not None
+    assert (student.recommended.sampler, student.recommended.steps) == ("consistency", 2)
+    assert student.refused_tables == ()
+    assert student.noise == dataclasses.replace(NOISE, prediction_type="v_prediction")
+    assert student.labels == LABELS
+    for key, value in student.net.state_dict().items():
+        assert torch.equal(value, state["ema"][key])
+    assert provenance_in(straight)["trained_by"] == "tminus distill"
+    for steps in (1, 2, 3, 4):
+        plan = student.plan("consistency", steps)
+        assert len(plan) == steps
+        x_T = torch.randn(2, 1, 8, 8)
+        images = sample(student.net, plan, x_T, lambda _k: torch.zeros(2, 1, 8, 8), class_labels=torch.tensor([0, 2]))
+        assert bool(torch.isfinite(images).all())
+
+
+def test_guidance_of_a_student_multiplies_that_in_its_teachers_weights(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher")
+    file = teacher / "tminus.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "folded_guidance": 1.2}), "utf-8")
+    assert run(tmp_path / "run", teacher, steps=1, guidance=1.5)
+    assert load_checkpoint(tmp_path / "run").folded_guidance == 1.8
+    file = tmp_path / "run" / "tminus.json"
+    meta = json.loads(file.read_text("utf-8"))
+    del meta["folded_guidance"]  # as earlier versions wrote it
+    file.write_text(json.dumps(meta), "utf-8")
+    assert load_checkpoint(tmp_path / "run").folded_guidance == 1.8
+
+
+def test_student_is_made_for_the_steps_asked_for_alone(tmp_path: Path, teacher: Path) -> None:
+    assert run(tmp_path / "run", teacher, steps=1, student_steps=(3, 1))
+    student = load_checkpoint(tmp_path / "run")
+    assert student.student is not None
+    assert student.student["steps"] == [1, 3]
+    assert student.recommended is not None
+    assert student.recommended.steps == 1
+    with pytest.raises(ValueError, match="no table for 2 steps at guidance 1; there are: 1, 3 steps"):
+        student.plan("consistency", 2)
+
+
+def test_run_that_is_not_done_can_be_sampled(tmp_path: Path, teacher: Path) -> None:
+    config = dataclasses.replace(RUN, sheet_every=1)
+    drawn: list[tuple[int, int]] = []
+
+    def on_sheet(net: UNet2D, plan: Plan, step: int) -> None:
+        assert not net.training
+        drawn.append((step, len(plan)))
+        interrupt_at(5)(net, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(tmp_path / "run", teacher, config, device=CPU, on_sheet=on_sheet)
+    assert drawn == [(step, 4) for step in range(1, 6)]
+    assert len(load_checkpoint(tmp_path / "run").plan("consistency", 2)) == 2
+
+
+def test_unconditional_teacher_has_a_student(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", TINY, Labels())
+    assert run(tmp_path / "run", teacher, guidance=1.0, steps=2)
+    assert load_checkpoint(tmp_path / "run").net.class_embedding is None
+
+
+def test_teacher_that_has_its_size_in_tminus_json_has_a_student(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", dataclasses.replace(CONDITIONAL, sample_size=None))
+    meta = json.loads((teacher / "tminus.json").read_text())
+    (teacher / "tminus.json").write_text(json.dumps({**meta, "size_px": 8}))
+    assert run(tmp_path / "run", teacher, steps=1)
+    assert load_checkpoint(tmp_path / "run").size_px == (8, 8)
+
+
+def test_teacher_without_a_null_class_has_a_student(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", CONDITIONAL, Labels(("left", "middle", "right")))
+    assert run(tmp_path / "run", teacher, guidance=1.0, steps=2)
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def test_run_is_a_function_of_its_config(straight: Path, tmp_path: Path, teacher: Path) -> None:
+    assert run(tmp_path / "again", teacher)
+    assert_same_run(straight, tmp_path / "again")
+    assert tables_in(straight) == tables_in(tmp_path / "again")
+    assert run(tmp_path / "other", teacher, seed=6)
+    assert load_checkpoint(tmp_path / "other").weights_hash != load_checkpoint(straight).weights_hash
+
+
+@pytest.mark.parametrize("step", [1, 6, 7])  # in the first round, before its end, at it
+def test_interrupted_and_resumed_run_is_the_run_never_interrupted(
+    straight: Path, tmp_path: Path, teacher: Path, step: int
+) -> None:
+    config = dataclasses.replace(RUN, sheet_every=1)
+    stop = interrupt_at(step)
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        distill(folder, teacher, config, device=CPU, on_sheet=lambda net, _plan, now: stop(net, now))
+    assert state_of(folder)["step"] == step
+    assert run(folder, teacher)
+    assert_same_run(straight, folder)
+    assert tables_in(straight) == tables_in(folder)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_run_that_is_stopped_before_it_knows_the_reference_is_saved_and_goes_on(
+    straight: Path, tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    reference = teacher_module.Teacher.reference
+
+    def stopped(*args: Any) -> Gaussian | None:
+        signal.raise_signal(signum)
+        return reference(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_module.Teacher, "reference", stopped)
+        with pytest.raises(KeyboardInterrupt, match="saved") if signum == signal.SIGINT else contextlib.nullcontext():
+            assert not run(tmp_path, teacher)
+    assert state_of(tmp_path)["step"] == 0
+    assert run(tmp_path, teacher)
+    assert_same_run(straight, tmp_path)
+
+
+def test_finished_run_started_again_does_nothing_more(tmp_path: Path, teacher: Path) -> None:
+    assert run(tmp_path / "run", teacher, steps=2)
+    weights, tables = load_checkpoint(tmp_path / "run").weights_hash, tables_in(tmp_path / "run")
+    assert run(tmp_path / "run", teacher, steps=2)
+    assert load_checkpoint(tmp_path / "run").weights_hash == weights
+    assert tables_in(tmp_path / "run") == tables
+
+
+def test_a_teacher_of_few_steps_has_a_student_of_as_many(tmp_path: Path, teacher: Path) -> None:
+    assert run(tmp_path / "run", teacher, steps=2, teacher_steps=2, student_steps=(1, 2))
+    assert [table["steps"] for table in tables_in(tmp_path / "run")] == [1, 2]
+
+
+def test_few_steps_are_at_timesteps_of_more(straight: Path) -> None:
+    at = {table["steps"]: set(table["timesteps"]) for table in tables_in(straight)}
+    assert at[1] < at[2] < at[3] < at[4]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("guidance", 1.5),
+        ("teacher_steps", 6),
+        ("uses", 3),
+        ("trajectories", 5),
+        ("frechet_weight", 0.0),
+        ("student_steps", (2,)),
+    ],
+)
+def test_resuming_with_another_config_is_refused(tmp_path: Path, teacher: Path, field: str, value: Any) -> None:
+    run(tmp_path, teacher, steps=1)
+    was, got = (json.dumps(each) for each in (getattr(RUN, field), value))
+    with pytest.raises(TrainError, match=re.escape(f"begun with {field}={was}, got {got}")):
+        run(tmp_path, teacher, **{field: value})
+
+
+def test_resuming_with_another_teacher_is_refused(tmp_path: Path, teacher: Path) -> None:
+    run(tmp_path / "run", teacher, steps=1)
+    other = UNet2D(CONDITIONAL)
+    randomize(other, seed=1)
+    save_checkpoint(tmp_path / "other", other.state_dict(), CONDITIONAL, NOISE, LABELS, {})
+    with pytest.raises(TrainError, match=r"begun with teacher='[0-9a-f]+', got"):
+        run(tmp_path / "run", tmp_path / "other")
+
+
+def test_runs_of_train_and_distill_do_not_go_on_with_each_other(tmp_path: Path, teacher: Path) -> None:
+    run(tmp_path / "student", teacher, steps=1)
+    config = TrainConfig(steps=1, batch_size=4, precision="fp32")
+    with pytest.raises(TrainError, match="holds a run of tminus distill, which tminus train cannot go on with"):
+        train(tmp_path / "student", toy_images(), CONDITIONAL, NOISE, config, device=CPU)
+    train(tmp_path / "trained", toy_images(), CONDITIONAL, NOISE, config, device=CPU)
+    with pytest.raises(TrainError, match="holds a run of tminus train, which tminus distill cannot go on with"):
+        run(tmp_path / "trained", teacher)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_student_is_neither_distilled_nor_trained_from(straight: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="is a student itself; distill its teacher"):
+        run(tmp_path / "run", straight)
+    config = TrainConfig(steps=1, batch_size=4, precision="fp32")
+    with pytest.raises(TrainError, match="is a student, made for few steps; begin from its teacher"):
+        train(tmp_path / "new", toy_images(), CONDITIONAL, NOISE, config, device=CPU, init_from=straight)
+
+
+def test_teacher_is_not_overwritten(teacher: Path) -> None:
+    with pytest.raises(TrainError, match="is the teacher's folder"):
+        run(teacher / ".." / teacher.name, teacher)
+    assert not (teacher / STATE_FILE).exists()
+
+
+def test_student_of_a_teacher_of_pixels_is_not_put_beside_an_autoencoder(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "vqvae").mkdir()
+    with pytest.raises(CheckpointError, match="has an autoencoder in vqvae/"):
+        run(tmp_path, teacher)
+    assert [file.name for file in tmp_path.iterdir()] == ["vqvae"], "refused before any step"
+
+
+def test_learned_variance_is_not_distilled(tmp_path: Path) -> None:
+    unet = dataclasses.replace(CONDITIONAL, out_channels=2)
+    teacher = write_teacher(tmp_path / "teacher", unet, variance_type="learned_range")
+    with pytest.raises(TrainError, match="has variance_type learned_range, and only fixed variances are distilled"):
+        run(tmp_path / "run", teacher)
+    assert not (tmp_path / "run").exists()
+
+
+def test_guidance_without_a_null_class_is_refused(tmp_path: Path) -> None:
+    teacher = write_teacher(tmp_path / "teacher", TINY, Labels())
+    with pytest.raises(TrainError, match=r"guidance must be 1 \(off\) for a checkpoint without a null class, got 2"):
+        run(tmp_path / "run", teacher)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student_steps": (0,)}, r"student_steps must be different numbers in 1\.\.4, got \(0,\)"),
+        ({"student_steps": (1, 5)}, r"student_steps must be different numbers in 1\.\.4, got \(1, 5\)"),
+        ({"student_steps": (2, 2)}, "student_steps must be different numbers"),
+        ({"student_steps": ()}, r"student_steps must be different numbers in 1\.\.4, got \(\)"),
+        ({"teacher_steps": 3}, "teacher_steps must be 4 or more, the student's steps, got 3"),
+        ({"teacher_steps": 0}, "teacher_steps must be 1 or more, got 0"),
+        ({"guidance": -1.0}, r"guidance must be in 0\.\.50, got -1\.0"),
+        ({"guidance": float("nan")}, "guidance must be in"),
+        ({"first_share": 1.5}, r"first_share must be in 0\.\.1, got 1\.5"),
+        ({"first_share": 0.1}, r"first_share must be at least 1/4, one of a batch, got 0\.1"),
+        ({"frechet_weight": -1.0}, r"frechet_weight must be 0 or more, got -1\.0"),
+        ({"trajectories": 0}, "trajectories must be 1 or more, got 0"),
+        ({"steps": 0}, "steps must be 1 or more, got 0"),
+    ],
+)
+def test_bad_settings_are_refused_by_name_value_and_bound(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(RUN, **changes)
+
+
+@pytest.mark.parametrize(
+    ("size_px", "classes", "message"),
+    [
+        (16, ("left", "right"), r"toys: has images of \(1, 16, 16\), and the teacher makes \(1, 8, 8\)"),
+        (8, ("left", "middle", "right"), "toys: has 3 classes, and the teacher 2"),
+        (8, (), "toys: has 0 classes, and the teacher 2"),
+    ],
+)
+def test_data_unlike_what_the_teacher_makes_is_refused(
+    tmp_path: Path, teacher: Path, size_px: int, classes: tuple[str, ...], message: str
+) -> None:
+    labels = torch.arange(6) % len(classes) if classes else None
+    data = ImageSet(torch.zeros(6, 1, size_px, size_px, dtype=torch.uint8), labels, classes, "toys")
+    with pytest.raises(TrainError, match=message):
+        distill(tmp_path / "run", teacher, RUN, device=CPU, data=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_other_data_is_refused(tmp_path: Path, teacher: Path) -> None:
+    run(tmp_path, teacher, steps=1)
+    data = ImageSet(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6) % 2, ("left", "right"), "toys")
+    with pytest.raises(TrainError, match="begun with data=None, got 'toys, 6 images'"):
+        distill(tmp_path, teacher, RUN, device=CPU, data=data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_steps": 51}, r"teacher_steps must be 1\.\.50, got 51"),
+        ({"teacher_sampler": "ddpm"}, "teacher_sampler must be among ddim, .*, got 'ddpm'"),
+        ({"teacher_sampler": "heun"}, "teacher_sampler must be among"),
+    ],
+)
+def test_solver_that_the_teacher_does_not_have_is_refused(
+    tmp_path: Path, teacher: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainError, match=message):
+        run(tmp_path / "run", teacher, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+def losses_of(monkeypatch: pytest.MonkeyPatch, folder: Path, teacher: Path, **changes: Any) -> list[float]:
+    losses: list[float] = []
+    original = distill_module.pseudo_huber
+
+    def record(x0: Tensor, target: Tensor) -> Tensor:
+        loss = original(x0, target)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(distill_module, "pseudo_huber", record)
+    run(folder, teacher, **changes)
+    return losses
+
+
+def test_student_learns_where_trajectories_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path) -> None:
+    four = {"trajectories": 4, "uses": 1000, "save_every": 1000, "frechet_weight": 0.0}
+    losses = losses_of(monkeypatch, tmp_path, teacher, steps=80, batch_size=8, learning_rate=1e-2, **four)
+    first, last = sum(losses[:5]) / 5, sum(losses[-10:]) / 10
+    assert last < 0.7 * first
+
+
+def test_part_of_a_batch_is_pure_noise_and_goes_on_as_in_sampling(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher: Path
+) -> None:
+    seen: list[Tensor] = []
+    predict_x0 = distill_module.predict_x0
+
+    def record(plan: Plan, k: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        seen.append(k.clone())
+        return predict_x0(plan, k, x, out)
+
+    monkeypatch.setattr(distill_module, "predict_x0", record)
+    run(tmp_path, teacher, steps=4, batch_size=500, first_share=0.4)
+    of_trajectories, of_own = torch.cat(seen[0::2]), torch.cat(seen[1::2])
+    counts = of_trajectories.bincount(minlength=4) / 2000
+    assert counts[0].item() == pytest.approx(0.4)
+    assert counts[1:].tolist() == pytest.approx([0.2] * 3, abs=0.03)
+    assert len(of_own) == 800
+    assert (of_own.bincount(minlength=4) / 800).tolist() == pytest.approx([0.0, *[1 / 3] * 3], abs=0.06)
+
+
+def numbers_of(folder: Path, count: int = 400) -> Gaussian:
+    """How images of a student, or of a teacher by its solver, are distributed."""
+    checkpoint = load_checkpoint(folder)
+    sampler = ("consistency", 1) if checkpoint.student is not None else ("dpmpp_2m", 5)
+    generator = torch.Generator().manual_seed(3)
+    x_T = torch.randn(count, 1, 8, 8, generator=generator)
+    labels = torch.arange(count) % 2
+    images = sample(checkpoint.net, checkpoint.plan(*sampler), x_T, lambda _k: x_T, class_labels=labels)
+    return fit_gaussian(images.flatten(1))
+
+
+def test_images_are_to_be_distributed_as_the_data(tmp_path: Path, teacher: Path) -> None:
+    """The data are darker than anything that the teacher makes."""
+    dark = ImageSet(torch.full((40, 1, 8, 8), 20, dtype=torch.uint8), torch.arange(40) % 2, ("left", "right"), "dark")
+    dark.images.add_(
+        torch.randint(20, dark.images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    )
+    settings = {"steps": 60, "batch_size": 16, "learning_rate": 3e-3, "guidance": 1.0, "student_steps": (1,)}
+    run(tmp_path / "own", teacher, **settings)
+    config = dataclasses.replace(RUN, frechet_weight=30.0, **settings)
+    distill(tmp_path / "dark", teacher, config, device=CPU, data=dark)
+    own, as_data = numbers_of(tmp_path / "own"), numbers_of(tmp_path / "dark")
+    wanted = fit_gaussian(to_model_range(dark.images).flatten(1))
+    assert frechet_distance(as_data, wanted) < 0.7 * frechet_distance(own, wanted)

@@ -1,0 +1,279 @@
+import csv
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.training.test_train import (
+    CONDITIONAL,
+    CPU,
+    NOISE,
+    RUN,
+    assert_same_run,
+    run,
+    small_autoencoder,
+    state_of,
+    toy_images,
+)
+from tests.tiny import TINY
+from tminus.model.latent.autoencoder import Autoencoder
+from tminus.model.loss import velocity_weights
+from tminus.model.noise import NoiseConfig
+from tminus.model.training import train as train_module
+from tminus.model.training.data import ImageSet
+from tminus.model.training.held_out import Examples, evenly, examples_of, mean_loss, note_losses, unlike
+from tminus.model.training.run import TrainError
+from tminus.model.training.train import train
+from tminus.model.unet import UNet2D
+
+HALF = 0.5
+
+
+class Recorder:
+    """A network that answers with half of its input, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        self.asked.append((x_t, t, class_labels))
+        return HALF * x_t
+
+    @property
+    def x_t(self) -> Tensor:
+        return torch.cat([x_t for x_t, _, _ in self.asked])
+
+    @property
+    def t(self) -> Tensor:
+        return torch.cat([t for _, t, _ in self.asked])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_loss_is_that_of_the_formulas_in_float64(prediction: str, weighted: bool) -> None:
+    noise = NoiseConfig(num_train_timesteps=1000, prediction_type=prediction)
+    schedule, net = noise.schedule(), Recorder()
+    x_0 = torch.rand((200, 1, 8, 8), generator=torch.Generator().manual_seed(2)) * 2 - 1
+    weights = velocity_weights(schedule, prediction).float() if weighted else None
+    found = mean_loss(net, Examples(x_0, None), 200, schedule, prediction, weights)
+
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alpha_bar = (1 - beta).cumprod(0)[net.t][:, None, None, None]
+    x_0, x_t = x_0.double(), net.x_t.double()
+    eps = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+    target = {
+        "epsilon": eps,
+        "sample": x_0,
+        "v_prediction": alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0,
+    }[prediction]
+    weight = weights[net.t].double() if weights is not None else torch.ones(200, dtype=torch.float64)
+    assert found == pytest.approx(float((weight * (HALF * x_t - target).square().mean((1, 2, 3))).mean()), rel=1e-4)
+
+    # What it rests on: every t as often, noise that is normal and of each image its own.
+    assert net.t.sort().values.tolist() == list(range(0, 1000, 5))
+    late = eps[net.t > 100].flatten()  # near t = 0 float32 leaves few digits of eps
+    assert abs(float(late.mean())) < 4 / math.sqrt(len(late))
+    assert float(late.std()) == pytest.approx(1, abs=4 / math.sqrt(2 * len(late)))
+    assert abs(float(torch.corrcoef(eps[net.t > 100].flatten(1)[:2])[0, 1])) < 4 / math.sqrt(64)
+
+
+def test_same_timesteps_noise_and_classes_at_every_call_in_batches_of_any_size() -> None:
+    examples = examples_of(toy_images(), 11, None, CPU)
+    first, again = Recorder(), Recorder()
+    one = mean_loss(first, examples, 11, NOISE.schedule(), "epsilon")
+    other = mean_loss(again, examples, 11, NOISE.schedule(), "epsilon", batch_size=3)
+    assert (len(first.asked), len(again.asked)) == (1, 4)
+    assert torch.equal(first.x_t, again.x_t)
+    assert other == pytest.approx(one, rel=1e-6)
+    labels = [labels for _, _, labels in again.asked]
+    assert torch.cat([each for each in labels if each is not None]).tolist() == [k % 2 for k in range(11)]
+
+
+def test_examples_are_spread_over_the_set_and_stay_bytes() -> None:
+    images = torch.arange(12, dtype=torch.uint8).reshape(12, 1, 1, 1)
+    twelve = ImageSet(images, torch.arange(12) // 3, ("a", "b", "c", "d"), "twelve")
+    examples = examples_of(twelve, 4, None, CPU)
+    assert examples.x_0.dtype == torch.uint8
+    assert examples.x_0.flatten().tolist() == [0, 3, 6, 9]
+    assert examples.class_labels is not None
+    assert examples.class_labels.tolist() == [0, 1, 2, 3]
+    of_all, of_four = Recorder(), Recorder()
+    mean_loss(of_all, Examples(images, twelve.labels), 4, NOISE.schedule(), "epsilon")
+    mean_loss(of_four, examples, 4, NOISE.schedule(), "epsilon")
+    assert torch.equal(of_all.x_t, of_four.x_t)
+
+
+def test_of_a_latent_model_the_examples_are_latents() -> None:
+    autoencoder = small_autoencoder()
+    latents = examples_of(toy_images(), 11, autoencoder, CPU).x_0
+    assert latents.shape == (11, 3, 4, 4)
+    assert torch.allclose(latents, autoencoder.encode(toy_images().images / 127.5 - 1), atol=1e-6)
+
+
+# --- in a run -----------------------------------------------------------------------------------------------------
+
+
+def losses_in(folder: Path) -> list[list[str]]:
+    return [line.split(",") for line in (folder / "losses.csv").read_text().splitlines()]
+
+
+def test_a_run_tells_of_held_out_images_and_is_the_same_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = dataclasses.replace(RUN, sheet_every=3)
+    assert run(tmp_path / "without", config)
+    assert not (tmp_path / "without" / "losses.csv").exists()
+    others = dataclasses.replace(toy_images(20), name="others")
+    with caplog.at_level("INFO"):
+        assert run(tmp_path / "with", config, held_out=others)
+    assert_same_run(tmp_path / "without", tmp_path / "with")
+    head, *lines = losses_in(tmp_path / "with")
+    assert head == ["step", "training", "held_out", "held_out_images"]
+    assert [step for step, *_ in lines] == ["3", "6", "8"]
+    assert all(0 < float(training) != float(of_others) > 0 for _, training, of_others, _ in lines)
+    told = [record.getMessage() for record in caplog.records if "held out" in record.getMessage()]
+    assert told == [
+        f"step {step}: loss of the average {float(training):.5f} on training images, {float(of_others):.5f} held out"
+        for step, training, of_others, _ in lines
+    ]
+
+
+def test_both_losses_fall_and_images_learned_by_heart_are_told_from_others(tmp_path: Path) -> None:
+    """The training images are two, the others noise of the same shape, which a network cannot know of."""
+    few = toy_images(2)
+    noise = torch.randint(0, 256, few.images.shape, generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
+    config = dataclasses.replace(RUN, steps=120, flip=False, sheet_every=20, save_every=200, ema_decay=0.9)
+    others = dataclasses.replace(few, images=noise)
+    assert train(tmp_path, few, CONDITIONAL, NOISE, config, device=CPU, held_out=others)
+    _, *lines = losses_in(tmp_path)
+    training, of_others = ([float(line[column]) for line in lines] for column in (1, 2))
+    assert training[-1] < 0.8 * training[0]
+    assert of_others[-1] > 1.2 * training[-1]
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    for step, loss in ((1000, 0.5), (2000, 0.4), (3000, 0.3)):
+        note_losses(tmp_path, step, loss, loss + 0.01, "others (20)")
+    note_losses(tmp_path, 2000, 0.25, 0.125, "others (20)")  # killed after step 3000, resumed from a save before 2000
+    assert losses_in(tmp_path) == [
+        ["step", "training", "held_out", "held_out_images"],
+        ["1000", "0.500000", "0.510000", "others (20)"],
+        ["2000", "0.250000", "0.125000", "others (20)"],
+    ]
+
+
+def test_losses_say_which_images_were_held_out(tmp_path: Path) -> None:
+    for steps, name in ((2, "night"), (4, "day, with\n a comma")):
+        others = dataclasses.replace(toy_images(5), name=name)
+        assert run(tmp_path, dataclasses.replace(RUN, steps=steps), held_out=others)
+    with (tmp_path / "losses.csv").open(newline="") as file:
+        assert [row["held_out_images"] for row in csv.DictReader(file)] == ["night (5)", "day, with a comma (5)"]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        b"",
+        b"\n",
+        b"1000;0.5;0.51;others (20)\n",
+        b"1000;0,5;0,51;others (20)\n",
+        b"1000,five,six,\n",
+        b"1000\n",
+        b"\xff\n",
+    ],
+    ids=["nothing", "blank", "semicolons", "commas", "words", "a number", "no UTF-8"],
+)
+def test_lines_that_are_none_of_a_run_are_no_hindrance(tmp_path: Path, left: bytes) -> None:
+    note_losses(tmp_path, 500, 0.5, 0.25, "others (20)")
+    known = (tmp_path / "losses.csv").read_bytes()
+    (tmp_path / "losses.csv").write_bytes(known + left)
+    note_losses(tmp_path, 2000, 0.5, 0.25, "others (20)")
+    assert (tmp_path / "losses.csv").read_bytes() == known + b"2000,0.500000,0.250000,others (20)\n"
+
+
+def test_held_out_images_of_another_shape_or_of_other_classes_are_refused(tmp_path: Path) -> None:
+    data = toy_images()
+    assert unlike(dataclasses.replace(data, name="others"), data) is None
+    large = dataclasses.replace(data, images=torch.zeros((4, 3, 8, 8), dtype=torch.uint8), name="large")
+    with pytest.raises(TrainError, match=r"large: has images of \(3, 8, 8\), and toy \(1, 8, 8\)"):
+        run(tmp_path / "large", held_out=large)
+    other = dataclasses.replace(data, class_names=("left", "up"), name="other")
+    with pytest.raises(TrainError, match=r"other: has the classes \('left', 'up'\), and toy \('left', 'right'\)"):
+        run(tmp_path / "other", held_out=other)
+    assert not (tmp_path / "other").exists(), "refused before anything is made"
+
+
+def test_without_classes_too(tmp_path: Path) -> None:
+    data = dataclasses.replace(toy_images(), labels=None, class_names=())
+    config = dataclasses.replace(RUN, steps=2)
+    assert train(tmp_path, data, TINY, NOISE, config, device=CPU, held_out=dataclasses.replace(data, name="others"))
+    assert len(losses_in(tmp_path)) == 2
+
+
+def test_of_fewer_held_out_images_as_many_training_images_are_measured_at_the_same_timesteps(tmp_path: Path) -> None:
+    """Held out, for once, are those very images: both losses are the same then."""
+    data, picked = toy_images(), evenly(11, 5)
+    assert data.labels is not None
+    five = dataclasses.replace(data, images=data.images[picked], labels=data.labels[picked], name="five")
+    assert run(tmp_path, held_out=five)
+    _, (_, training, of_others, _) = losses_in(tmp_path)
+    assert training == of_others
+
+
+def test_a_measurement_takes_no_larger_batches_than_a_step_and_64(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    forward = UNet2D.forward
+
+    def record(self: UNet2D, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        if not self.training:
+            sizes.append(len(x))
+        return forward(self, x, t, class_labels)
+
+    monkeypatch.setattr(UNet2D, "forward", record)
+    many = toy_images(70)
+    config = dataclasses.replace(RUN, steps=1)
+    assert run(tmp_path / "small", config, held_out=many)
+    assert sizes == [4, 4, 3] * 2  # of a run whose steps take four
+    sizes.clear()
+    config = dataclasses.replace(config, batch_size=100)
+    assert train(tmp_path / "large", many, CONDITIONAL, NOISE, config, device=CPU, held_out=many)
+    assert sizes == [64, 6] * 2
+
+
+def test_at_the_last_step_a_run_saves_before_it_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_args: object, **_options: object) -> float:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(train_module, "mean_loss", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path, held_out=toy_images(5))
+    assert state_of(tmp_path)["step"] == RUN.steps
+
+
+def test_a_run_that_is_complete_measures_and_draws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(tmp_path, held_out=toy_images(5))
+    monkeypatch.setattr(train_module, "examples_of", lambda *_: pytest.fail("it prepares a measurement"))
+    before = (tmp_path / "losses.csv").read_bytes()
+    assert run(tmp_path, held_out=toy_images(5), on_sheet=lambda *_: pytest.fail("it draws"))
+    assert (tmp_path / "losses.csv").read_bytes() == before
+
+
+def test_on_latents_no_image_is_encoded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = Autoencoder.encode
+
+    def count(self: Autoencoder, x: Tensor) -> Tensor:
+        encoded.append(len(x))
+        return encode(self, x)
+
+    monkeypatch.setattr(Autoencoder, "encode", count)
+    unet = dataclasses.replace(CONDITIONAL, sample_size=4, in_channels=3, out_channels=3)
+    noise = dataclasses.replace(NOISE, clip_sample=False)
+    config = dataclasses.replace(RUN, steps=2, flip=False)
+    held = toy_images(5)
+    train(tmp_path, toy_images(), unet, noise, config, device=CPU, autoencoder=small_autoencoder(), held_out=held)
+    assert encoded == [11, 5]
+    assert len(losses_in(tmp_path)) == 2

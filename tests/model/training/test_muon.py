@@ -1,0 +1,123 @@
+"""Muon against torch's own, and against its Adam; singular values against their decomposition."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tminus.model.training.muon import Muon, orthogonal
+from tminus.model.unet import UNet2D
+from tminus.model.unet_config import UNetConfig
+
+
+def gradients(net: nn.Module, seed: int) -> None:
+    """Give each parameter one, the same for copies of a network."""
+    generator = torch.Generator().manual_seed(seed)
+    for each in net.parameters():
+        each.grad = torch.randn(each.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 200), (2, 200, 24), (1, 128, 1152)])
+def test_singular_values_come_near_to_one_and_vectors_stay(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-3
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    kept = left.mT @ orthogonal(matrices) @ right.mT
+    values = kept.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.3, "a singular value may be far below the greatest"
+    assert values.median() > 0.6
+    assert values.max() < 1.3
+    assert (kept - torch.diag_embed(values)).abs().max() < 1e-3
+
+
+def test_gradient_of_zeros_makes_no_step() -> None:
+    assert not orthogonal(torch.zeros(2, 16, 32)).any()
+
+
+def test_matrices_move_as_by_torchs_muon_and_all_else_as_by_its_adam() -> None:
+    theirs = getattr(torch.optim, "Muon", None)
+    assert theirs is not None, "torch has one from 2.9 on"
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(16, 48), nn.Linear(48, 20), nn.Linear(20, 48), nn.Embedding(30, 20))
+    other = copy.deepcopy(net)
+    ours = Muon(net, 1e-3)
+    matrices = [other[k].weight for k in range(3)]
+    rest = [other[0].bias, other[1].bias, other[2].bias, other[3].weight]
+    optimizers = [
+        theirs(matrices, lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Adam(rest, lr=1e-3),
+    ]
+    first = copy.deepcopy(net)
+    for step in range(6):
+        gradients(net, step)
+        gradients(other, step)
+        for each in (ours, *optimizers):
+            each.step()
+    for k, at_first in enumerate(first):
+        moved, expected = net[k].weight - at_first.weight, other[k].weight - at_first.weight
+        tolerance = 0.02 if k < 3 else 1e-5  # torch multiplies in bfloat16
+        assert torch.linalg.norm(moved - expected) < tolerance * torch.linalg.norm(expected)
+    for k in range(3):
+        torch.testing.assert_close(net[k].bias, other[k].bias)
+
+
+def test_step_is_as_long_as_one_of_adam() -> None:
+    """So that rates that are right for Adam are right for it."""
+    net = nn.Conv2d(64, 32, 3)
+    before = net.weight.detach().clone()
+    gradients(net, 1)
+    Muon(net, 1e-3).step()
+    assert (net.weight.detach() - before).square().mean().sqrt() == pytest.approx(0.2e-3, rel=0.2)
+
+
+def test_convolutions_of_few_channels_and_embeddings_are_no_matrices_and_nothing_is_left_out() -> None:
+    net = UNet2D(UNetConfig(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=40))
+    of_matrices, of_others = (set(group["params"]) for group in Muon(net, 1e-3).param_groups)
+    assert of_matrices | of_others == set(net.parameters())
+    assert not of_matrices & of_others
+    assert net.class_embedding is not None
+    assert {net.conv_in.weight, net.conv_out.weight, net.class_embedding.weight} <= of_others
+    assert all(each.ndim >= 2 for each in of_matrices)
+    assert sum(each.ndim >= 2 for each in of_others) == 3
+
+
+def test_matrices_of_one_shape_are_stepped_as_if_alone() -> None:
+    torch.manual_seed(1)
+    pair = nn.ModuleList([nn.Linear(24, 32), nn.Conv2d(24, 32, 1), nn.Conv2d(24, 32, 3)])
+    alone = copy.deepcopy(pair)
+    optimizers = [Muon(pair, 1e-2), *(Muon(each, 1e-2) for each in alone)]
+    for step in range(3):
+        gradients(pair, step)
+        for mine, copied in zip(pair.parameters(), alone.parameters(), strict=True):
+            copied.grad = mine.grad
+        for each in optimizers:
+            each.step()
+    for mine, copied in zip(pair.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, copied)
+
+
+def test_parameter_without_a_gradient_stays_and_its_moments_are_not_begun() -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    before = copy.deepcopy(net.state_dict())
+    optimizer = Muon(net, 1e-2)
+    gradients(net[0], 1)
+    optimizer.step()
+    after = net.state_dict()
+    assert [torch.equal(before[key], after[key]) for key in before] == [False, False, True, True]
+    assert len(optimizer.state_dict()["state"]) == 2
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_order_in_memory_changes_nothing(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(2)
+    plain = nn.Conv2d(16, 24, 3)
+    net = copy.deepcopy(plain).to(memory_format=memory_format)  # type: ignore[call-overload]
+    weights: list[Tensor] = []
+    for each in (plain, net):
+        optimizer = Muon(each, 1e-2)
+        for step in range(2):
+            gradients(each, step)
+            optimizer.step()
+        weights.append(each.weight.detach())
+    torch.testing.assert_close(*weights)
+    assert weights[1].is_contiguous(memory_format=memory_format)

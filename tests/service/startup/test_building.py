@@ -1,0 +1,113 @@
+import gc
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.service.fakes import INFO, FakeEngine
+from tests.service.jobs.kept import job
+from tminus.service.access.access import Access
+from tminus.service.engine import loading, memory
+from tminus.service.jobs.store.contract import JobStore
+from tminus.service.jobs.store.opening import open_store
+from tminus.service.startup import building
+from tminus.service.startup.settings import Settings
+
+
+class Weights:
+    """What a model takes memory by."""
+
+
+def test_what_a_model_took_that_cannot_be_served_is_freed_before_its_memory_is_given_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken: list[weakref.ref[Weights]] = []
+    freed: list[bool] = []
+
+    def prepare_engine(checkpoint: Any, *_args: object, **_kwargs: object) -> Any:
+        weights = Weights()
+        taken.extend([weakref.ref(weights), weakref.ref(checkpoint.net)])
+        raise ValueError("does not give the same bits alone and among others here")
+
+    def release_memory() -> None:
+        gc.collect()
+        freed.extend(each() is None for each in taken)
+
+    def read_models(_settings: Settings) -> list[loading.ReadModel]:
+        checkpoint: Any = SimpleNamespace(weights_hash="ab" * 32, net=Weights())
+        return [loading.ReadModel("a", tmp_path, checkpoint)]
+
+    monkeypatch.setattr(building, "read_models", read_models)
+    monkeypatch.setattr(loading, "prepare_engine", prepare_engine)
+    monkeypatch.setattr(memory, "release_memory", release_memory)
+    settings = Settings(state_dir=str(tmp_path / "state"))
+    build = building.prepare(settings, ("127.0.0.1", 8000), Access(), None, with_metrics=False)
+    with pytest.raises(ValueError, match="the same bits"):
+        build()
+    assert freed == [True, True]
+
+
+DIES = """
+import ctypes, sys
+from pathlib import Path
+from tminus.service.jobs.process_end import EndFile
+
+EndFile(Path(sys.argv[1]), sys.argv[2]).work_on("steps", ["a"])
+ctypes.string_at(0)
+"""
+
+
+def test_an_end_is_counted_once_in_each_store_also_in_those_of_models_that_are_loaded_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The job "a" was of the model that was served before a reload, whose weights nobody names at the start."""
+    served, reloaded = INFO.weights_hash, "cd" * 32
+    states = str(tmp_path / "states")
+    for weights in (served, reloaded):
+        store = open_store(states, weights)
+        store.add(job("a"))
+        store.close()
+
+    def start(weights: str) -> tuple[Callable[[str], JobStore], Any]:
+        def read_models(_settings: Settings) -> list[loading.ReadModel]:
+            checkpoint: Any = SimpleNamespace(weights_hash=weights)
+            return [loading.ReadModel("a", tmp_path / "model", checkpoint)]
+
+        monkeypatch.setattr(building, "read_models", read_models)
+        settings = Settings(state_dir=states)
+        return building.prepare(settings, ("127.0.0.1", 8000), Access(), None, with_metrics=False)()  # type: ignore[return-value]
+
+    def prepare_engine(*_args: object) -> loading.Loaded:
+        return loading.Loaded(FakeEngine(), 4, 4, 4, ((1, 0.1), (4, 0.1)))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loading, "prepare_engine", lambda *_args, busy: prepare_engine())
+    monkeypatch.setattr(
+        building, "create_app", lambda _first, _limits, take_store, *_, end_file, **__: (take_store, end_file)
+    )
+    take_store, end_file = start(reloaded)
+    take_store(reloaded).close()
+    end_file.close()
+    prefix = end_file._file.name.rpartition("-")[0]
+    subprocess.run([sys.executable, "-c", DIES, states, prefix], check=False, timeout=60)
+
+    take_store, end_file = start(served)
+    for weights in (served, reloaded, reloaded):
+        store = take_store(weights)
+        assert [record.crashes for record in store.claim("build", None, 0.0, 0, ())] == [1]  # type: ignore[arg-type]
+        store.close()
+    end_file.close()
+    assert not list(Path(states).glob("*.end"))
+
+
+def test_the_password_of_a_database_may_change_but_another_database_has_other_ends(tmp_path: Path) -> None:
+    def place(url: str, folder: str = "a") -> object:
+        return building.look_at_ends(Settings(state_dir=str(tmp_path), job_store=url), Path(folder))[0]  # type: ignore[arg-type]
+
+    one = place("postgresql://me:secret@host/one")
+    assert place("postgresql://me:changed@host/one") == one
+    assert one not in (place("postgresql://me:secret@host/two"), place("postgresql://me:secret@host/one", "b"))

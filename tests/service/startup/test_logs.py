@@ -1,0 +1,161 @@
+import io
+import json
+import logging
+import string
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import product
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tminus.service.access.keys import PREFIX, new_secret
+from tminus.service.startup.logs import MOST_ERRORS, MOST_OTHERS, WINDOW_S, set_up_log
+
+SECRET_CHARACTERS = string.ascii_letters + string.digits + "-_"
+# A server of asyncio alone, in a process that may open no further file.
+FULL = """
+import asyncio, logging, resource, socket
+from tminus.service.startup.logs import set_up_log
+
+class Said(logging.Handler):
+    def emit(self, record):
+        asyncio.get_running_loop().call_soon(failed.set)
+
+async def main():
+    global failed
+    failed = asyncio.Event()
+    logging.getLogger("asyncio").addHandler(Said())
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, backlog=2048)
+    client = socket.socket()
+    client.setblocking(False)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (client.fileno() + 1, client.fileno() + 1))
+    client.connect_ex(server.sockets[0].getsockname())
+    await failed.wait()
+
+set_up_log("INFO", "%(name)s %(message)s")
+asyncio.run(main())
+"""
+CASES: list[Callable[[str], str]] = [str, str.upper, str.lower, str.swapcase, str.capitalize]
+MakeLog = Callable[..., io.StringIO]
+
+
+@pytest.fixture
+def make_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeLog]:
+    """Sets up a log in place of pytest's, to a text instead of stderr."""
+    root = logging.getLogger()
+    level = root.level
+
+    def make(log_format: str = "text") -> io.StringIO:
+        text = io.StringIO()
+        monkeypatch.setattr(root, "handlers", [])
+        monkeypatch.setattr("sys.stderr", text)
+        set_up_log("INFO", "%(name)s %(message)s", log_format)
+        return text
+
+    yield make
+    root.setLevel(level)  # by which what loggers remember of it is forgotten too
+
+
+@st.composite
+def spellings(draw: st.DrawFn) -> tuple[str, str]:
+    """A secret as `tminus key` makes them, and a spelling of it, with text around it."""
+    secret = PREFIX + draw(st.text(SECRET_CHARACTERS, min_size=43, max_size=43))
+    spelled = draw(st.sampled_from(CASES))(secret)
+    for encode in draw(st.lists(st.sets(st.sampled_from(SECRET_CHARACTERS + "%"), max_size=20), max_size=3)):
+        form = draw(st.sampled_from(["%{:02x}", "%{:02X}"]))
+        spelled = "".join(form.format(ord(each)) if each in encode else each for each in spelled)
+    around = st.text(max_size=8) | st.sampled_from(["u", "%", "%2", "%25", "key=", "Bearer%20", "x" * 1990, "\x1b[2J"])
+    return secret, draw(around) + spelled + draw(around)
+
+
+def test_secrets_are_of_the_form_that_is_tried_here() -> None:
+    assert new_secret().startswith(PREFIX)
+    assert len(new_secret()) == len(PREFIX) + 43
+    assert set(new_secret()) <= set(SECRET_CHARACTERS)
+
+
+@pytest.mark.parametrize(
+    ("log_format", "place"),
+    [*product(("text", "json"), ("message", "argument", "exception", "wrong arguments")), ("json", "field")],
+)
+def test_no_spelling_of_a_secret_is_written_wherever_in_a_record_it_is(
+    make_log: MakeLog, log_format: str, place: str
+) -> None:
+    text, log = make_log(log_format), logging.getLogger("tminus.x")
+
+    @given(spellings())
+    def try_one(spelling: tuple[str, str]) -> None:
+        secret, spelled = spelling
+        text.seek(0)
+        text.truncate()
+        if place == "message":
+            log.info(spelled)
+        elif place == "argument":
+            log.info("%s %r %s", spelled, [spelled.encode("utf-8", "replace")], {spelled: 1})
+        elif place == "exception":
+            try:
+                raise ValueError(spelled)
+            except ValueError as error:
+                log.info("it failed: %s", error, exc_info=True)
+        elif place == "field":
+            log.info("a request", extra={"target": spelled, "client": spelled, "request_id": spelled})
+        else:
+            log.info("%d of %s", spelled)
+        written = text.getvalue()
+        assert written.endswith("\n")
+        if log_format == "json" and place != "wrong arguments":
+            written += "".join(map(str, json.loads(written).values()))
+        while (decoded := unquote(written)) != written:
+            written = decoded
+        assert secret.lower()[len(PREFIX) :] not in written.lower()
+
+    try_one()
+
+
+def test_a_line_that_cannot_be_filled_in_is_told_by_its_place(make_log: MakeLog) -> None:
+    text = make_log()
+    logging.getLogger("tminus.x").info("%d", "a")
+    assert text.getvalue().startswith("a line of the log could not be written: TypeError at ")
+    assert __file__ in text.getvalue()
+
+
+@pytest.mark.parametrize(("level", "most"), [(logging.ERROR, MOST_ERRORS), (logging.INFO, MOST_OTHERS)])
+def test_a_line_is_held_to_a_rate_and_others_are_not(
+    make_log: MakeLog, monkeypatch: pytest.MonkeyPatch, level: int, most: int
+) -> None:
+    clock_s = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: clock_s)
+    text, log = make_log(), logging.getLogger("tminus.x")
+    for number in range(most + 7):
+        log.log(level, "line %d of %s", number, "many")
+    log.log(level, "another line")
+    logging.getLogger("tminus.y").log(level, "line %d of %s", 0, "another logger's")
+    lines = text.getvalue().splitlines()
+    assert lines[most - 1 :] == [
+        f"tminus.x line {most - 1} of many",
+        "tminus.x another line",
+        "tminus.y line 0 of another logger's",
+    ]
+    clock_s += WINDOW_S
+    log.log(level, "line %d of %s", 1, "the next window")
+    log.log(level, "line %d of %s", 2, "the next window")
+    assert text.getvalue().splitlines()[len(lines) :] == [
+        "tminus.x 7 more lines like this one are left out: line %d of %s",
+        "tminus.x line 1 of the next window",
+        "tminus.x line 2 of the next window",
+    ]
+
+
+def test_an_accept_that_fails_thousands_of_times_is_told_some_times_and_then_counted() -> None:
+    """asyncio tries as often as the backlog is long, again each second, and logs each time with a traceback."""
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told = "asyncio socket.accept() out of system resource"
+    assert done.stderr.count(told) == done.stderr.count("OSError: [Errno 24]") == MOST_ERRORS
+    (left_out,) = [line for line in done.stderr.splitlines() if "more lines like this one" in line]
+    assert left_out.endswith("are left out: socket.accept() out of system resource")
+    assert int(left_out.split()[1]) == 2048 - MOST_ERRORS

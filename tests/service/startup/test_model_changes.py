@@ -1,0 +1,411 @@
+"""Models that are loaded, reloaded and unloaded while the server runs."""
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.service.conftest import MakeSite, pixels, problem
+from tests.service.fakes import INFO, PATIENCE_S, FakeEngine, fake_pixels, make_spec, wait_until
+from tests.service.several import COLOUR, QUICK, Several, make_several, version_of
+from tminus.model.files import CheckpointError
+from tminus.service.errors import Draining, Stalled, StorageFailed
+from tminus.service.jobs.jobs import Jobs
+from tminus.service.jobs.store.async_store import AsyncStore
+from tminus.service.jobs.store.contract import JobRecord
+from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.worker import errors_to
+from tminus.service.worker.worker import Worker
+
+THIRD = replace(COLOUR, weights_hash="ef" * 32)
+
+
+@pytest.fixture
+def several(make_site: MakeSite) -> Several:
+    made = make_several(make_site)
+    made.shelf.found = {"fake": version_of(INFO, 1), "colour": version_of(COLOUR, 2), "third": THIRD}
+    return made
+
+
+def fingerprint(several: Several, path: str) -> str:
+    response = several.post(f"{path}/sample", json=QUICK)
+    assert response.status_code == 200, response.text
+    return str(response.headers["x-fingerprint"])
+
+
+# --- reload ---
+
+
+@pytest.mark.parametrize(("name", "paths"), [("fake", ["", "/models/fake"]), ("colour", ["/models/colour"])])
+def test_after_a_reload_requests_are_of_the_new_weights(several: Several, name: str, paths: list[str]) -> None:
+    before = {path: fingerprint(several, path) for path in paths}
+    answer = several.change(name, "reload").json()
+    (engine,) = several.shelf.engines
+    for path in paths:
+        assert fingerprint(several, path) == answer["model"]["fingerprint"] == engine.info.fingerprint != before[path]
+        assert several.get(f"{path}/model").json()["weights_hash"] == engine.info.weights_hash
+    assert several.states() == {"fake": "loaded", "colour": "loaded", "third": "unloaded"}
+
+
+def test_what_runs_ends_on_the_weights_that_it_began_with(several: Several) -> None:
+    site, old = several.site, several.site.engine
+    old.gate.shut()
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(several.post, "/sample", json=QUICK | {"steps": 6})
+        old.next_begun()
+        durable = several.post("/jobs", json=QUICK | {"n": 3, "steps": 9, "seed": 7}).json()["id"]
+        reload = pool.submit(several.change, "fake", "reload")
+        wait_until(lambda: len(several.shelf.engines) == 1)
+        old.gate.open()
+        assert reload.result(PATIENCE_S).status_code == 200
+        (new,) = several.shelf.engines
+        assert running.result(PATIENCE_S).headers["x-fingerprint"] == INFO.fingerprint
+    wait_until(lambda: several.get(f"/jobs/{durable}").json()["state"] == "done")
+    image = several.get(f"/jobs/{durable}/image")
+    assert image.headers["x-fingerprint"] == INFO.fingerprint
+    assert (
+        pixels(image.content)[0, :: INFO.width_px] == fake_pixels(make_spec(n=3, steps=9, seed=7), 9)[:, 0, 0, 0]
+    ).all()
+    assert {spec for spec, _ in new.jobs.values()} == set()
+    assert old.jobs == {}
+    assert [job["id"] for job in several.get("/jobs").json()["jobs"]] == [durable], "it can still be looked up"
+    assert site.client.delete(f"/jobs/{durable}").status_code == 204
+
+
+def test_a_durable_job_that_waits_is_accepted_on_the_old_weights_and_one_after_on_the_new(several: Several) -> None:
+    old = several.site.engine
+    old.gate.shut()
+    first = several.post("/jobs", json=QUICK).json()["id"]
+    with ThreadPoolExecutor(1) as pool:
+        reload = pool.submit(several.change, "fake", "reload")
+        wait_until(lambda: len(several.shelf.engines) == 1)
+        old.gate.open()
+        reload.result(PATIENCE_S)
+    second = several.post("/jobs", json=QUICK).json()["id"]
+    wait_until(lambda: all(job["state"] == "done" for job in several.get("/jobs").json()["jobs"]))
+    found = {job["id"]: job["fingerprint"] for job in several.get("/jobs").json()["jobs"]}
+    assert found == {first: INFO.fingerprint, second: several.shelf.engines[0].info.fingerprint}
+
+
+def test_an_idempotency_key_holds_over_a_reload(several: Several) -> None:
+    headers = {"Idempotency-Key": "once"}
+    first = several.post("/jobs", json=QUICK, headers=headers).json()["id"]
+    several.change("fake", "reload")
+    again = several.post("/jobs", json=QUICK, headers=headers)
+    assert (again.json()["id"], again.headers["idempotent-replayed"]) == (first, "true")
+
+
+def test_the_old_engine_is_freed_when_its_jobs_have_ended(several: Several) -> None:
+    fingerprint(several, "/models/colour")
+    engine, several.colour = weakref.ref(several.colour), None  # type: ignore[assignment]
+    several.change("colour", "reload")
+
+    def freed() -> bool:
+        gc.collect()
+        return engine() is None
+
+    wait_until(freed)
+
+
+def test_reloading_again_and_again_leaves_nothing(several: Several) -> None:
+    for version in range(3, 10):
+        several.shelf.found["colour"] = version_of(COLOUR, version)
+        assert several.change("colour", "reload").status_code == 200
+        assert fingerprint(several, "/models/colour") == f"{version:016x}"
+    metrics = several.site.metrics()
+    infos = [name for name in metrics if name.startswith("tminus_model_info") and '"colour"' in name]
+    assert len(infos) == 1
+    assert f"{9:016x}" in infos[0]
+    assert metrics['tminus_model_loads_total{"outcome": "done"}'] == 7
+    wait_until(lambda: several.site.metrics()["tminus_rows_active"] == 0)
+
+
+def test_the_same_weights_may_be_loaded_again(several: Several) -> None:
+    """As after a change of the class names alone."""
+    several.shelf.found["fake"] = replace(INFO, class_names=("dog", "cat", "3d-print"), fingerprint="0" * 16)
+    job = several.post("/jobs", json=QUICK).json()["id"]
+    wait_until(lambda: several.get(f"/jobs/{job}").json()["state"] == "done")
+    for _ in range(2):
+        assert several.change("fake", "reload").status_code == 200
+        assert several.get("/model").json()["class_names"][0] == "dog"
+        assert several.get(f"/jobs/{job}/image").headers["x-fingerprint"] == INFO.fingerprint
+        assert several.post("/jobs", json=QUICK).status_code == 202
+
+
+def test_a_stream_goes_on_with_the_new_weights(several: Several) -> None:
+    def next_job(ws: Any) -> str:
+        ws.send_json(QUICK | {"keep_open": True, "every": 1000})
+        found = ws.receive_json()["fingerprint"]
+        while (message := ws.receive()).get("bytes") is None or "done" in (message.get("text") or ""):
+            pass
+        return str(found)
+
+    with several.site.client.websocket_connect("/models/colour/sample/stream") as ws:
+        assert next_job(ws) == COLOUR.fingerprint
+        several.change("colour", "reload")
+        assert next_job(ws) == several.shelf.engines[0].info.fingerprint
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CheckpointError("model.safetensors is truncated"),
+        ValueError("it takes about 900.0 GiB, and 20.0 GiB are free"),
+        OSError("the disk is gone"),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize(("name", "what"), [("fake", "reload"), ("third", "load")])
+def test_a_bad_checkpoint_changes_nothing_and_says_why(
+    several: Several, error: Exception, name: str, what: str
+) -> None:
+    several.shelf.found[name] = error
+    document = problem(several.change(name, what), 422, "checkpoint_refused")
+    assert (document["field"], document["value"]) == ("model", name)
+    assert (str(error) or "MemoryError") in document["detail"]
+    assert several.states() == {"fake": "loaded", "colour": "loaded", "third": "unloaded"}
+    assert fingerprint(several, "") == INFO.fingerprint
+    assert several.site.metrics()['tminus_model_loads_total{"outcome": "refused"}'] == 1
+    several.shelf.found[name] = version_of(INFO, 5)
+    assert several.change(name, what).status_code == 200, "and the next attempt is not in its way"
+
+
+def test_a_model_whose_first_tick_fails_changes_nothing(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: FakeEngine, _batch: object) -> None:
+        several.shelf.engines.clear()
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(FakeEngine, "step", fail)
+    monkeypatch.setattr(errors_to.log, "exception", lambda *_: None)  # pytest would keep the traceback, and the engine
+    problem(several.change("third", "load"), 500, "engine_failed")
+    monkeypatch.undo()
+    assert several.shelf.freed == [True], "its memory is given back"
+    assert several.states()["third"] == "unloaded"
+    assert several.site.worker.alive
+    assert fingerprint(several, "") == INFO.fingerprint
+    assert several.change("third", "load").status_code == 200
+
+
+def test_weights_that_are_served_under_another_name_are_refused(several: Several) -> None:
+    several.shelf.found["third"] = replace(COLOUR)
+    document = problem(several.change("third", "load"), 422, "checkpoint_refused")
+    assert "the weights of colour" in document["detail"]
+    assert len(several.shelf.freed) == 1
+
+
+def test_what_is_in_no_folder_or_not_loaded_is_not_found(several: Several) -> None:
+    problem(several.change("nobody", "load"), 404, "model_not_found")
+    problem(several.change("third", "reload"), 404, "model_not_found")
+    problem(several.change("third", "unload"), 404, "model_not_found")
+
+
+def test_one_change_at_a_time(several: Several) -> None:
+    several.shelf.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(several.change, "third", "load")
+        wait_until(lambda: several.states()["third"] == "loading")
+        for name, what in (("third", "load"), ("colour", "reload"), ("colour", "unload")):
+            document = problem(several.change(name, what), 409, "model_busy")
+            assert "third is being loaded" in document["detail"]
+        assert fingerprint(several, "") == INFO.fingerprint, "the server goes on"
+        several.shelf.gate.set()
+        assert loading.result(PATIENCE_S).status_code == 200
+
+
+def test_a_model_that_is_loaded_is_not_loaded_twice_and_the_default_one_stays(several: Several) -> None:
+    assert "is loaded already" in problem(several.change("colour", "load"), 409, "model_busy")["detail"]
+    assert "default" in problem(several.change("fake", "unload"), 409, "model_busy")["detail"]
+
+
+def test_while_the_server_drains_nothing_is_loaded(several: Several) -> None:
+    several.shelf.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(several.change, "third", "load")
+        wait_until(lambda: several.states()["third"] == "loading")
+        several.site.worker.drain()
+        several.shelf.gate.set()
+        problem(loading.result(PATIENCE_S), 503, Draining.code)
+
+
+# --- unload ---
+
+
+def test_an_unloaded_model_finishes_its_jobs_first(several: Several) -> None:
+    several.colour.gate.shut()
+    job = several.post("/models/colour/jobs", json=QUICK | {"steps": 4}).json()["id"]
+    assert several.change("colour", "unload").status_code == 204
+    assert several.states()["colour"] == "unloading"
+    problem(several.post("/models/colour/sample", json=QUICK), 404, "model_not_found")
+    several.colour.gate.open()
+    wait_until(lambda: several.states()["colour"] == "unloaded")
+    assert several.get(f"/jobs/{job}").json()["state"] == "done"
+    assert pixels(several.get(f"/jobs/{job}/image").content).shape == (COLOUR.height_px, COLOUR.width_px, 3)
+    assert not any('"colour"' in name for name in several.site.metrics() if name.startswith("tminus_model_info"))
+
+
+def test_what_was_unloaded_can_be_loaded_again(several: Several) -> None:
+    for _ in range(3):
+        several.change("colour", "unload")
+        assert several.change("colour", "load").status_code == 200
+        fingerprint(several, "/models/colour")
+
+
+def test_a_job_is_given_up_neither_by_a_reload_nor_twice(several: Several) -> None:
+    """Two reloads while a job of the first weights still runs: three engines, each with its own rows."""
+    several.site.engine.gate.shut()
+    job = several.post("/jobs", json=QUICK | {"steps": 900}).json()["id"]
+    several.site.engine.next_begun()
+    with ThreadPoolExecutor(1) as pool:
+        for version in (1, 2):
+            several.shelf.found["fake"] = version_of(INFO, version)
+            reload = pool.submit(several.change, "fake", "reload")
+            while not reload.done():
+                several.site.engine.gate.let()
+                several.site.engine.next_begun()
+            assert reload.result().status_code == 200
+        assert several.get(f"/jobs/{job}").json()["state"] == "running"
+        several.site.engine.gate.open()
+    wait_until(lambda: several.get(f"/jobs/{job}").json()["state"] == "done")
+    assert several.get(f"/jobs/{job}").json()["fingerprint"] == INFO.fingerprint
+    assert fingerprint(several, "") == several.shelf.engines[1].info.fingerprint
+
+
+# --- when more goes wrong ---
+
+
+def test_jobs_that_could_not_be_found_at_the_start_end_on_their_weights_after_a_reload(
+    make_site: MakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store fails at the start, then a reload comes, then the store is there again."""
+    file = tmp_path / "jobs.sqlite3"
+    with closing(SqliteStore(file)) as store:
+        store.add(JobRecord("a" * 32, make_spec(n=2, steps=3), 1_000_000))
+    claim, fails = SqliteStore.claim, True
+
+    def sometimes(self: SqliteStore, *args: object) -> list[JobRecord]:
+        if fails and self._file is not None and hasattr(self, "_identity"):
+            raise StorageFailed("the disk is away")
+        return claim(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SqliteStore, "claim", sometimes)
+    monkeypatch.setattr("tminus.service.jobs.lifecycle.RETRY_S", 0.05)
+    several = make_several(make_site, state_file={INFO.weights_hash: file})
+    several.shelf.found = {"fake": version_of(INFO, 1)}
+    assert several.change("fake", "reload").status_code == 200
+    assert several.post("/sample", json=QUICK).status_code == 200
+    fails = False
+    wait_until(lambda: several.get(f"/jobs/{'a' * 32}").json().get("state") == "done")
+    assert several.get(f"/jobs/{'a' * 32}").json()["fingerprint"] == INFO.fingerprint
+
+
+def test_an_unload_while_a_tick_hangs_is_done_when_it_ends(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    unload, hangs = Worker.unload, [Stalled(100), Stalled(101)]
+
+    def hanging(self: Worker, number: int) -> Any:
+        if hangs:
+            raise hangs.pop()
+        return unload(self, number)
+
+    monkeypatch.setattr(Worker, "unload", hanging)
+    monkeypatch.setattr("tminus.service.startup.parts.RETRY_S", 0.05)
+    several.change("colour", "unload")
+    wait_until(lambda: several.states()["colour"] == "unloaded")
+    assert hangs == []
+
+
+def test_what_is_loaded_again_while_it_leaves_keeps_its_jobs(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that leaves must not close the store of the one that comes."""
+    monkeypatch.setattr("tminus.service.startup.parts.LOOK_S", 0.3)
+    several.shelf.found["colour"] = COLOUR
+    for _ in range(3):
+        while not several.colour.begun.empty():  # the warm-up
+            several.colour.begun.get()
+        with ThreadPoolExecutor(1) as pool:
+            several.colour.gate.shut()
+            running = pool.submit(several.post, "/models/colour/sample", json=QUICK | {"seed": 77})
+            several.colour.next_begun()
+            several.change("colour", "unload")
+            several.colour.gate.open()
+            assert several.change("colour", "load").status_code == 200
+            assert running.result(PATIENCE_S).status_code == 200
+        wait_until(lambda: several.site.metrics()["tminus_rows_active"] == 0)
+        job = several.post("/models/colour/jobs", json=QUICK).json()["id"]
+        wait_until(lambda job=job: several.get(f"/jobs/{job}").json()["state"] == "done")  # type: ignore[misc]
+        several.colour = several.shelf.engines[-1]
+
+
+def test_before_the_warm_up_nothing_is_unloaded(several: Several, monkeypatch: pytest.MonkeyPatch) -> None:
+    several.site.worker._ready.clear()
+    problem(several.change("colour", "unload"), 503, "not_ready")
+    problem(several.change("third", "load"), 503, "not_ready")
+    several.site.worker._ready.set()
+    assert several.states()["colour"] == "loaded"
+    assert several.site.worker.alive
+
+
+def test_an_error_of_torch_while_loading_is_a_refusal_with_its_reason(several: Several) -> None:
+    several.shelf.found["third"] = RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB\nmore")
+    document = problem(several.change("third", "load"), 422, "checkpoint_refused")
+    assert document["detail"] == "third cannot be loaded: CUDA out of memory. Tried to allocate 9.00 GiB"
+    assert several.site.metrics()['tminus_model_loads_total{"outcome": "refused"}'] == 1
+
+
+def test_a_client_that_goes_away_does_not_stop_a_load(several: Several) -> None:
+    several.shelf.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(several.change, "third", "load")
+        wait_until(lambda: several.states()["third"] == "loading")
+        several.shelf.gate.set()
+        loading.result(PATIENCE_S)
+    assert several.states()["third"] == "loaded"
+
+
+def test_no_more_than_some_stores_of_earlier_weights_are_kept_open(
+    several: Several, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tminus.service.startup.parts.MOST_KEPT", 2)
+    monkeypatch.setattr("tminus.service.startup.parts.KEPT_S", 0.05)
+    ids = []
+    for version in range(3, 9):
+        ids.append(several.post("/models/colour/jobs", json=QUICK).json()["id"])
+        wait_until(lambda: several.get(f"/jobs/{ids[-1]}").json()["state"] == "done")
+        several.shelf.found["colour"] = version_of(COLOUR, version)
+        assert several.change("colour", "reload").status_code == 200
+    wait_until(lambda: len(several.get("/jobs").json()["jobs"]) == 2)
+    assert [job["id"] for job in several.get("/jobs").json()["jobs"]] == ids[:-3:-1]
+
+
+def test_a_store_of_earlier_weights_that_fails_harms_no_other(
+    several: Several, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = several.post("/models/colour/jobs", json=QUICK).json()["id"]
+    wait_until(lambda: several.get(f"/jobs/{job}").json()["state"] == "done")
+    several.change("colour", "reload")
+
+    def fail(self: AsyncStore, *_: object) -> None:
+        if self is old:
+            raise StorageFailed("the file is gone")
+
+    jobs = next(each for each in gc.get_objects() if isinstance(each, Jobs) and each._worker is several.site.worker)
+    old = next(each.store for each in jobs._lifecycles.values() if each.retired)
+    old._failure = StorageFailed("the file is gone")
+    for name in ("get", "find", "page"):
+        really = getattr(AsyncStore, name)
+
+        async def failing(self: AsyncStore, *args: Any, really: Any = really, **more: Any) -> Any:
+            fail(self)
+            return await really(self, *args, **more)
+
+        monkeypatch.setattr(AsyncStore, name, failing)
+    assert several.get("/readyz").status_code == 200
+    assert several.get("/jobs").status_code == 200
+    problem(several.get(f"/jobs/{'b' * 32}"), 404, "job_not_found")
+    assert several.post("/jobs", json=QUICK, headers={"Idempotency-Key": "x"}).status_code == 202
