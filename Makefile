@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CHECKPOINT ?= checkpoints/fashion-mnist-32
 PORT ?= 8000
 
-.PHONY: serve test test-fast coverage lint audit lock sbom format client train evaluate bench clean
+.PHONY: serve test test-all test-fast coverage lint audit lock sbom format client train evaluate bench clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tminus serve --checkpoint $(CHECKPOINT) --port $(PORT)
@@ -15,9 +15,14 @@ serve: $(VENV)/.installed
 # that of a run that did not come to its end; make's own says less.
 test: $(VENV)/.installed-test
 	status=0; \
-	$(BIN)/pytest -n $$(($$(nproc) + 1)) --dist worksteal -m "not alone" || status=$$?; \
-	$(BIN)/pytest -m alone tests/e2e || status=$$((status | $$?)); \
+	$(BIN)/pytest -n $$(($$(nproc) + 1)) --dist worksteal -m "not alone and not long" || status=$$?; \
+	$(BIN)/pytest -m "alone and not long" tests/e2e || status=$$((status | $$?)); \
 	echo $$status >$(VENV)/.test-status; exit $$status
+
+# The long trials too: replicas, Ray, containers, fuzzers. CI runs both.
+test-all: test
+	$(BIN)/pytest -n $$(($$(nproc) + 1)) --dist worksteal -m "long and not alone"
+	$(BIN)/pytest -m "long and alone" tests/e2e
 
 # For the inner loop: no real servers, nothing slow.
 test-fast: $(VENV)/.installed-test
