@@ -11,8 +11,9 @@ import sqlalchemy as sa
 from tests.service.fakes import PATIENCE_S, make_spec
 from tests.service.jobs.conftest import DatabaseShelf
 from tminus.service.errors import StorageFailed
+from tminus.service.jobs.store import async_store
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import JobRecord, Key, Outcome, Pace, async_store
+from tminus.service.jobs.store.contract import JobRecord, Key, Outcome, Pace
 from tminus.service.jobs.store.postgres_store import PostgresStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 from tminus.service.scheduling.intake import Intake

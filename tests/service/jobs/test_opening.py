@@ -10,7 +10,8 @@ from tests.service.conftest import MakeSite, problem
 from tests.service.durable import SPEC, post, wait_for
 from tests.service.fakes import make_spec
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store.contract import JobRecord, sqlite_file
+from tminus.service.jobs.store import sqlite_file
+from tminus.service.jobs.store.contract import JobRecord
 from tminus.service.jobs.store.opening import open_store
 
 WEIGHTS = "ab" * 32

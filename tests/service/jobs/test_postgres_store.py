@@ -18,7 +18,8 @@ from tests.service.jobs.conftest import WEIGHTS, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.service.errors import NewerJob, StorageFailed
-from tminus.service.jobs.store.contract import Key, LeaseLost, Pace, StoredObject, postgres_engine, postgres_store
+from tminus.service.jobs.store import postgres_engine, postgres_store
+from tminus.service.jobs.store.contract import Key, LeaseLost, Pace, StoredObject
 from tminus.service.jobs.store.postgres import open_postgres, own_address
 from tminus.service.jobs.store.postgres_engine import connect
 from tminus.service.jobs.store.postgres_store import PostgresStore

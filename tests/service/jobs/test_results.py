@@ -15,8 +15,9 @@ from tests.service.fakes import PATIENCE_S, wait_until
 from tests.service.jobs.conftest import Bucket, DatabaseShelf
 from tests.service.jobs.kept import PIXELS, ended, job
 from tminus.service.errors import StorageFailed
+from tminus.service.jobs.store import object_rows
 from tminus.service.jobs.store.async_store import AsyncStore
-from tminus.service.jobs.store.contract import LeaseLost, ObjectGone, Pace, object_rows
+from tminus.service.jobs.store.contract import LeaseLost, ObjectGone, Pace
 from tminus.service.jobs.store.objects import S3Objects
 from tminus.service.jobs.store.results import Results, ResultStore
 from tminus.service.jobs.store.sqlite_store import SqliteStore

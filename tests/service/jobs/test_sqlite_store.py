@@ -16,7 +16,8 @@ import pytest
 
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store.contract import OUTCOMES, Key, sqlite_file
+from tminus.service.jobs.store import sqlite_file
+from tminus.service.jobs.store.contract import OUTCOMES, Key
 from tminus.service.jobs.store.opening import open_store
 from tminus.service.jobs.store.sql_store import SWEEP_JOBS
 from tminus.service.jobs.store.sqlite_file import VERSION

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tests.service.jobs.conftest import Shelf
 from tests.service.jobs.kept import PIXELS, SPECS, ended, job, same, snapshot
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.store.contract import OUTCOMES, JobRecord, Key, LeaseLost, Outcome, arrays
+from tminus.service.jobs.store import arrays
+from tminus.service.jobs.store.contract import OUTCOMES, JobRecord, Key, LeaseLost, Outcome
 from tminus.service.jobs.store.sql_store import RECORD_BYTES, SqlStore
 from tminus.service.scheduling.intake import Intake
 from tminus.service.spec import Inputs, SampleSpec
