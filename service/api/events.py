@@ -17,10 +17,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from tminus.service.api.answers.documents import JobAnswer
-from tminus.service.api.answers.event_stream import QUIET_S, EventStream
 from tminus.service.api.answers.openapi import LAST_EVENT_ID, Contract, failures
 from tminus.service.api.answers.previews import PreviewRequest
-from tminus.service.api.answers.progress import Countdown
+from tminus.service.api.answers.progress import QUIET_S, Countdown, EventStream
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.elsewhere import came_from_a_replica
 from tminus.service.api.models import Models

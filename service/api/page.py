@@ -1,10 +1,15 @@
-"""GET /: the web page, and the files it needs. All of it is served from here; nothing comes from elsewhere."""
+"""GET / and /docs: the web page, the API for people by Swagger UI, and the files they need.
 
-from collections.abc import Collection
+All of it is served from here; nothing comes from elsewhere.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
@@ -23,6 +28,11 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
+# Swagger UI sets style attributes, and its stylesheet has its pictures in it.
+DOCS_HEADERS = HEADERS | {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+}
 
 COMPRESSED = ("/page/", "/model/schedule")  # long texts without secrets, and no images: those are compressed already
 GZIP_LEVEL = 6
@@ -84,11 +94,39 @@ def page_routes(without: Collection[str] = ()) -> APIRouter:
     return router
 
 
+def docs_routes(document: Callable[[Request], dict[str, Any]]) -> APIRouter:
+    """Make the routes that show what can be asked for. document: makes the OpenAPI document for a request."""
+    router = APIRouter(include_in_schema=False)
+    pages, swagger_ui = StaticFiles(directory=FOLDER), StaticFiles(directory=_swagger_ui_folder())
+
+    @router.api_route("/docs", methods=["GET", "HEAD"])
+    async def get_docs(request: Request) -> Response:
+        return _with_headers(await pages.get_response("docs.html", request.scope), DOCS_HEADERS)
+
+    @router.get("/docs/{name}")
+    async def get_file(request: Request, name: str) -> Response:
+        return _with_headers(await swagger_ui.get_response(name, request.scope), DOCS_HEADERS)
+
+    @router.api_route("/openapi.json", methods=["GET", "HEAD"])
+    async def get_openapi(request: Request) -> JSONResponse:
+        return JSONResponse(document(request))
+
+    return router
+
+
+def _swagger_ui_folder() -> Path:
+    """Where the package that carries Swagger UI has its files; none of its code is run."""
+    spec = find_spec("fastapi_offline")
+    assert spec is not None, "pyproject.toml asks for it"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "static"
+
+
 def _without_suffix(name: bytes, value: bytes) -> tuple[bytes, bytes]:
     """If-None-Match as the files' own ETags have it; other headers as they are."""
     return name, value.replace(f'{SUFFIX}"'.encode(), b'"') if name == b"if-none-match" else value
 
 
-def _with_headers(response: Response) -> Response:
-    response.headers.update(HEADERS)
+def _with_headers(response: Response, headers: Mapping[str, str] = HEADERS) -> Response:
+    response.headers.update(headers)
     return response

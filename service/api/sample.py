@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Protocol
 from fastapi import APIRouter, Request, Response
 
 from tminus.service.api.answers.caching import cache_directives, cache_headers, matches
-from tminus.service.api.answers.frames import Frames
 from tminus.service.api.answers.openapi import (
     ACCEPTED,
     IF_NONE_MATCH,
@@ -24,7 +23,7 @@ from tminus.service.api.answers.openapi import (
 )
 from tminus.service.api.answers.previews import AnimationRequest
 from tminus.service.api.answers.progress import finished_or_gone, result_of, server_timing
-from tminus.service.api.answers.trajectory import Steps
+from tminus.service.api.answers.recorded import Frames, Steps
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models
 from tminus.service.api.request.advice import advice_headers

@@ -17,10 +17,10 @@ from tminus.service.access.access import Caller
 from tminus.service.api.answers.previews import StreamRequest
 from tminus.service.api.answers.problems import render
 from tminus.service.api.answers.progress import Countdown, result_of
-from tminus.service.api.answers.stream_messages import accepted_message, error_message, frame_message, key_of
 from tminus.service.api.edge.authentication import has_key, identify
 from tminus.service.api.edge.middleware import new_request_id, route_of, sender_of, target_of
 from tminus.service.api.models import Models
+from tminus.service.api.request.advice import warning_of
 from tminus.service.api.request.reading import from_body, no_parameters, off_loop
 from tminus.service.api.services import Services
 from tminus.service.api.submission import submit, to_job, understand
@@ -34,7 +34,8 @@ from tminus.service.errors import (
     short,
 )
 from tminus.service.images.encoder import PNG
-from tminus.service.preview import Watch
+from tminus.service.model_info import ModelInfo
+from tminus.service.preview import Frame, Watch
 from tminus.service.request_id import REQUEST_ID
 from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.tracing import PROBLEM, note
@@ -301,3 +302,43 @@ def _gone() -> Iterator[None]:
         yield
     except RuntimeError:
         raise WebSocketDisconnect(1006) from None
+
+
+def key_of(message: dict[str, Any]) -> str:
+    """The key in a message of type key. Raises MalformedMessage."""
+    secret = message.get("key")
+    if message.keys() != {"type", "key"} or not isinstance(secret, str):
+        raise MalformedMessage("a message of type key has a key, which is a text, and nothing else")
+    return secret
+
+
+def accepted_message(job_id: str, spec: SampleSpec, ticket: Ticket, model: ModelInfo) -> dict[str, Any]:
+    """Say that a job is accepted, and what to expect."""
+    return {
+        "type": "accepted",
+        "id": job_id,
+        "seed": spec.seed,
+        "eta_s": round(ticket.outlook.eta_s, 3),
+        "position": ticket.outlook.position,
+        "fingerprint": model.fingerprint,
+    } | ({"warning": warning} if (warning := warning_of(spec, model)) is not None else {})
+
+
+def frame_message(frame: Frame, spec: SampleSpec, t: float, show: str, eta_s: float) -> dict[str, Any]:
+    """Say what the picture after this message shows. t: the timestep of the next step."""
+    return {
+        "type": "frame",
+        "step": frame.step,
+        "steps": spec.num_passes,
+        "t": round(t, 3),
+        "show": show,
+        "eta_s": round(eta_s, 3),
+    }
+
+
+def error_message(error: ServiceError) -> dict[str, Any]:
+    """The problem's members, but for its type, which a message has of its own."""
+    message = error.problem() | {"type": "error"}
+    if "Retry-After" in error.headers:
+        message["retry_after_s"] = int(error.headers["Retry-After"])
+    return message

@@ -15,11 +15,9 @@ from tminus.service.api.admin import admin_routes
 from tminus.service.api.answers import openapi, problems
 from tminus.service.api.answers.openapi import Contract
 from tminus.service.api.batch import batch_routes
-from tminus.service.api.docs import docs_routes
 from tminus.service.api.edge.authentication import Authentication, authentication_routes, is_open
-from tminus.service.api.edge.middleware import AnswerLimit, BodyLimit, RequestContext
+from tminus.service.api.edge.middleware import AnswerLimit, BodyLimit, RequestContext, RequestSpans
 from tminus.service.api.edge.origin import EXPOSED_HEADERS, Doors, Gate
-from tminus.service.api.edge.request_spans import RequestSpans
 from tminus.service.api.edge.stream_limits import Streams
 from tminus.service.api.events import event_routes
 from tminus.service.api.hugging_face import BARE_PATH, hugging_face_routes
@@ -27,10 +25,9 @@ from tminus.service.api.jobs import job_routes
 from tminus.service.api.kserve.routes import kserve_routes
 from tminus.service.api.models import Models
 from tminus.service.api.noise import noise_routes
-from tminus.service.api.openai import described as openai
-from tminus.service.api.openai.images import image_routes
-from tminus.service.api.openai.model_list import model_list_routes
-from tminus.service.api.page import Compression, page_routes
+from tminus.service.api.openai import answers as openai
+from tminus.service.api.openai.images import image_routes, model_list_routes
+from tminus.service.api.page import Compression, docs_routes, page_routes
 from tminus.service.api.request.multipart import FORM_BYTES
 from tminus.service.api.sample import sample_routes
 from tminus.service.api.services import Services

@@ -1,18 +1,45 @@
 """The JSON documents that clients get, as pydantic models, apart from the values inside: those may be renamed."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tminus.model.catalogue import SAMPLER_FACTS
-from tminus.model.recommended import Recommended
-from tminus.model.tables import nearest
-from tminus.service.api.answers.webhook_answer import WebhookAnswer
+from tminus.model.tables import Table, nearest
 from tminus.service.api.request.schemas import parameters_of
 from tminus.service.jobs.views import STATES, JobView
-from tminus.service.model_info import LatentInfo, Limits, ModelInfo
+from tminus.service.jobs.webhooks.webhook import EVENTS, Delivery, DeliveryState, Webhook
+from tminus.service.model_info import Limits, ModelInfo
+
+FROM_ATTRIBUTES = ConfigDict(from_attributes=True)  # the values of our own have the same names
+
+
+class DeliveryAnswer(BaseModel):
+    """An event of a job that its webhook is told."""
+
+    model_config = FROM_ATTRIBUTES
+
+    id: str = Field(description="the webhook-id of each attempt")
+    event: str = Field(json_schema_extra={"enum": list(EVENTS)})
+    state: str = Field(json_schema_extra={"enum": list(get_args(DeliveryState))})
+    attempts: int = Field(description="how many were begun")
+    error: str | None = Field(description="why the last one failed")
+
+
+class WebhookAnswer(BaseModel):
+    """Who is told of a job, and how far that has come."""
+
+    receiver: str = Field(description="scheme, host and port; path and query may be secret")
+    events: list[str] = Field(description="those that it is told")
+    deliveries: list[DeliveryAnswer] = Field(description="those that have happened")
+
+    @classmethod
+    def of(cls, webhook: Webhook, deliveries: Sequence[Delivery]) -> "WebhookAnswer":
+        """Say what is known of it now."""
+        told = [DeliveryAnswer.model_validate(each) for each in deliveries]
+        return cls(receiver=webhook.receiver, events=list(webhook.events), deliveries=told)
 
 
 class JobAnswer(BaseModel):
@@ -104,6 +131,8 @@ class ErrorText(BaseModel):
 class LimitsAnswer(BaseModel):
     """The bounds that requests are held to."""
 
+    model_config = FROM_ATTRIBUTES
+
     max_n: int = Field(description="images of a request")
     max_batch: int = Field(description="places in one forward pass")
     max_rows: int = Field(description="images held at once, waiting and running")
@@ -117,36 +146,15 @@ class LimitsAnswer(BaseModel):
     max_streams: int
     max_streams_per_address: int
 
-    @classmethod
-    def of(cls, limits: Limits) -> "LimitsAnswer":
-        """Say what they are."""
-        return cls(
-            max_n=limits.max_n,
-            max_batch=limits.max_batch,
-            max_rows=limits.max_rows,
-            max_jobs=limits.max_jobs,
-            max_backlog_s=limits.max_backlog_s,
-            max_body_bytes=limits.max_body_bytes,
-            max_image_bytes=limits.max_image_bytes,
-            result_cache_bytes=limits.result_cache_bytes,
-            keep_jobs_s=limits.keep_jobs_s,
-            keep_jobs_bytes=limits.keep_jobs_bytes,
-            max_streams=limits.max_streams,
-            max_streams_per_address=limits.max_streams_per_address,
-        )
-
 
 class RecommendedAnswer(BaseModel):
     """What the checkpoint recommends to sample with. A request that leaves these out gets the defaults, not these."""
 
+    model_config = FROM_ATTRIBUTES
+
     sampler: str
     steps: int
     guidance: float = Field(description="1 is off; only images with a class can be guided")
-
-    @classmethod
-    def of(cls, recommended: Recommended) -> "RecommendedAnswer":
-        """Say what it is."""
-        return cls(sampler=recommended.sampler, steps=recommended.steps, guidance=recommended.guidance)
 
 
 class SamplerAnswer(BaseModel):
@@ -186,20 +194,28 @@ class TableAnswer(BaseModel):
     timesteps: list[float]
     table: str = Field(description="its hash")
 
+    @classmethod
+    def of(cls, table: Table) -> "TableAnswer":
+        """Say what it is."""
+        return cls(
+            sampler=table.sampler,
+            steps=table.steps,
+            guidance=table.guidance,
+            timesteps=list(table.timesteps),
+            table=table.hash,
+        )
+
 
 class LatentAnswer(BaseModel):
     """What the network of a latent model sees in place of pixels."""
+
+    model_config = FROM_ATTRIBUTES
 
     autoencoder: str = Field(description="its class")
     channels: int
     height: int
     width: int
     scaling_factor: float
-
-    @classmethod
-    def of(cls, latent: LatentInfo) -> "LatentAnswer":
-        """Say what it is."""
-        return cls(**asdict(latent))
 
 
 class ModelAnswer(BaseModel):
@@ -246,50 +262,12 @@ class ModelAnswer(BaseModel):
     @classmethod
     def of(cls, model: ModelInfo, limits: Limits) -> "ModelAnswer":
         """Say what is loaded; the noise schedule's T numbers are a ScheduleAnswer."""
-        return cls(
-            name=model.name,
-            architecture=model.architecture,
-            num_parameters=model.num_parameters,
-            height_px=model.height_px,
-            width_px=model.width_px,
-            channels=model.channels,
-            latent=None if model.latent is None else LatentAnswer.of(model.latent),
-            num_timesteps=model.num_timesteps,
-            beta_schedule=model.beta_schedule,
-            prediction_type=model.prediction_type,
-            variance_type=model.variance_type,
-            timestep_spacings=dict(model.timestep_spacings),
-            steps_offset=model.steps_offset,
-            clip=model.clip,
-            samplers=list(model.samplers),
-            sampler_details={name: SamplerAnswer.of(name, model) for name in model.samplers},
-            tables=[
-                TableAnswer(
-                    sampler=table.sampler,
-                    steps=table.steps,
-                    guidance=table.guidance,
-                    timesteps=list(table.timesteps),
-                    table=table.hash,
-                )
-                for table in model.tables
-            ],
-            refused_tables=list(model.refused_tables),
-            student=dict(model.student) if model.student is not None else None,
-            folded_guidance=model.folded_guidance,
-            default_sampler=model.default_sampler,
-            recommended=None if model.recommended is None else RecommendedAnswer.of(model.recommended),
-            conditional=model.conditional,
-            class_names=list(model.class_names),
-            null_class=model.null_class,
-            weights_hash=model.weights_hash,
-            fingerprint=model.fingerprint,
-            device=model.device,
-            executor=model.executor,
-            precision=model.precision,
-            executor_details=model.executor_details,
-            exact=model.exact,
-            limits=LimitsAnswer.of(limits),
-        )
+        made: dict[str, Any] = {
+            "sampler_details": {name: SamplerAnswer.of(name, model) for name in model.samplers},
+            "tables": [TableAnswer.of(table) for table in model.tables],
+            "limits": limits,
+        }
+        return cls(**{name: getattr(model, name) for name in cls.model_fields.keys() - made.keys()}, **made)
 
 
 class ScheduleAnswer(BaseModel):
@@ -315,3 +293,34 @@ class StatusAnswer(BaseModel):
 
 def _iso(unix_us: int) -> str:
     return datetime.fromtimestamp(unix_us / 1e6, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class SampledImage(BaseModel):
+    """One image."""
+
+    index: int
+    class_label: int | None
+    class_name: str | None
+    png: str = Field(description="base64", json_schema_extra={"format": "byte"})
+
+
+class PathFrame(BaseModel):
+    """All images of a request after the same number of steps, as contact sheets."""
+
+    step: int = Field(description="how many steps they have taken")
+    t: float = Field(description="the timestep of the next step")
+    x_t: str | None = Field(default=None, description="the noisy images: base64 of a PNG, if they were asked for")
+    x_0: str | None = Field(default=None, description="the network's estimate: base64 of a PNG, if it was asked for")
+
+
+class SampleAnswer(BaseModel):
+    """Images as JSON, and what is needed to make them again."""
+
+    spec: dict[str, Any] = Field(description="the request as the server understood it")
+    weights: str = Field(description="SHA-256 of the weights")
+    fingerprint: str
+    images: list[SampledImage]
+    sheet: str | None = Field(
+        default=None, description="with `every`: what image/png answers, base64", json_schema_extra={"format": "byte"}
+    )
+    frames: list[PathFrame] | None = Field(default=None, description="with `every`: what came before")

@@ -9,10 +9,9 @@ from pydantic.json_schema import models_json_schema
 
 from tminus.model.recommended import MAX_GUIDANCE
 from tminus.model.timesteps import SPACINGS
-from tminus.service.api.answers.documents import ErrorText, Problem
+from tminus.service.api.answers.documents import ErrorText, Problem, SampleAnswer
 from tminus.service.api.answers.previews import MAX_FPS, AnimationRequest
 from tminus.service.api.answers.problems import PROBLEM_JSON, as_error_text, form_of
-from tminus.service.api.answers.sample_answer import SampleAnswer
 from tminus.service.api.request.fields import DIGITS, MAX_SEED, NUMBER, RequestSchema
 from tminus.service.api.request.job_ids import CHOSEN
 from tminus.service.api.request.multipart import BYTES, FORM

@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from tminus.service.api.openai.errors import as_openai
 from tminus.service.errors import ServiceError, short
 from tminus.service.metrics import Metrics
 from tminus.service.request_id import REQUEST_ID
@@ -21,7 +20,21 @@ log = logging.getLogger(__name__)
 
 PROBLEM_JSON, JSON = "application/problem+json", "application/json"
 HUGGING_FACE = re.compile(r"/|/models/[^/]+/?")  # a POST there: see hugging_face.py
+STATUS = {422: 400, 409: 503}  # OpenAI knows no 422, and its libraries take any 409 for one to be tried again
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 Form = Callable[[Mapping[str, Any]], tuple[int, Mapping[str, Any]]]
+
+
+def as_openai(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:
+    """Turn a problem document into a status and a body of OpenAI's."""
+    status: int = STATUS.get(problem["status"], problem["status"])
+    error = {
+        "message": problem["detail"],
+        "type": TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error"),
+        "param": problem.get("field"),
+        "code": problem["code"],
+    }
+    return status, {"error": error}
 
 
 def as_error_text(problem: Mapping[str, Any]) -> tuple[int, Mapping[str, Any]]:

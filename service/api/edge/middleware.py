@@ -1,24 +1,24 @@
-"""What surrounds every request: its id, its duration, the answer to an unexpected error, the bounds on what is held."""
+"""What surrounds every request: id, span, duration, the answer to an unexpected error, the bounds on what is held."""
 
 import asyncio
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 from urllib.parse import quote, unquote_plus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tminus.service.access.access import Caller
-from tminus.service.api.answers.pieces import pieces_of
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge.origin import OF_A_MODEL, PROBES
 from tminus.service.byte_budget import MAX_HELD_BYTES, SMALL_BYTES, ByteBudget
 from tminus.service.errors import BodyTooLarge, ServiceError, SlowBody, TooManyBytes, masked
 from tminus.service.request_id import REQUEST_ID
+from tminus.service.tracing import TRACER, Tracer, why
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +28,11 @@ WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 WEBHOOK = "webhook"  # the name of the parameter
 TARGET_CHARACTERS = 200  # of a path and query in the log
 READ_CHARACTERS = 2000  # of them that are looked at: to decode a target of 16 KiB takes 2 ms
+# Of a long answer; uvicorn waits before it takes more than two.
+PIECE_BYTES = 64 * 1024
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"})
+SWITCHED = 101  # the status of a WebSocket that was accepted
+GONE = "client_gone"  # before it was answered
 
 
 def new_request_id(scope: Scope) -> str:
@@ -96,6 +101,33 @@ def _fields(scope: Scope, status: int, seconds: float) -> dict[str, object]:
         "status": status,
         "seconds": round(seconds, 4),
     }
+
+
+def _attributes(scope: Scope) -> dict[str, Any]:
+    caller: Caller | None = scope.get("state", {}).get("caller")
+    return {
+        "http.route": route_of(scope),
+        "url.scheme": scope.get("scheme", "http"),
+        "url.path": path_of(scope),
+        "tminus.request.id": REQUEST_ID.get(),
+        **({"tminus.key": caller.name} if caller is not None and caller.name else {}),
+    }
+
+
+def pieces_of(message: Message) -> Iterator[Message]:
+    """The messages to send in place of one, each with at most PIECE_BYTES of its body.
+
+    uvicorn takes all that it is given at once, and holds a copy of it for its client, so that many slow readers of one
+    kept answer would take many times its memory. The last is empty: uvicorn takes it when at most 64 KiB of the others
+    are left.
+    """
+    body = message.get("body", b"")
+    if len(body) <= PIECE_BYTES:
+        yield message
+        return
+    for at in range(0, len(body), PIECE_BYTES):
+        yield {**message, "body": body[at : at + PIECE_BYTES], "more_body": True}
+    yield {**message, "body": b""}
 
 
 class RequestContext:
@@ -210,6 +242,31 @@ class BodyLimit:
             await self._app(scope, bounded_receive, send)
 
 
+class _Pace:
+    """Whether the body of one request arrives fast enough. Its end is not waited for once it is there."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._until_s = self._loop.time() + WINDOW_S  # the end of this window
+        self._missing = LEAST_RATE * WINDOW_S  # bytes that it must still bring
+        self._complete = False
+
+    async def next(self, receive: Receive) -> Message:
+        """The next message. Raises SlowBody."""
+        if self._complete:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(self._until_s):
+                message = await receive()
+        except TimeoutError:
+            raise SlowBody(LEAST_RATE, WINDOW_S) from None
+        self._missing -= len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._missing <= 0:
+            self._until_s, self._missing = self._loop.time() + WINDOW_S, LEAST_RATE * WINDOW_S
+        return message
+
+
 class AnswerLimit:
     """Counts the bytes of answers that are being sent, and refuses an answer that would bring them over the limit.
 
@@ -261,26 +318,46 @@ class AnswerLimit:
             await self._app(scope, receive, send_counted)
 
 
-class _Pace:
-    """Whether the body of one request arrives fast enough. Its end is not waited for once it is there."""
+class RequestSpans:
+    """Puts a span around each request, and each WebSocket, but the probes', which come every few seconds.
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._until_s = self._loop.time() + WINDOW_S  # the end of this window
-        self._missing = LEAST_RATE * WINDOW_S  # bytes that it must still bring
-        self._complete = False
+    OpenTelemetry has such a middleware of its own, and so has FastAPI. Both keep the query, in which a secret may be,
+    and know neither our names of routes nor the id of a request.
+    """
 
-    async def next(self, receive: Receive) -> Message:
-        """The next message. Raises SlowBody."""
-        if self._complete:
-            return await receive()
+    def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
+        self._app, self._tracer = app, tracer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or scope["path"] in PROBES:
+            await self._app(scope, receive, send)
+            return
+        status: int | None = None
+
+        async def send_and_look(message: Message) -> None:
+            nonlocal status
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                status = message["status"]
+            elif message["type"] == "websocket.accept":
+                status = SWITCHED
+            await send(message)
+
+        token = TRACER.set(self._tracer)
         try:
-            async with asyncio.timeout_at(self._until_s):
-                message = await receive()
-        except TimeoutError:
-            raise SlowBody(LEAST_RATE, WINDOW_S) from None
-        self._missing -= len(message.get("body", b""))
-        self._complete = not message.get("more_body", False)
-        if self._missing <= 0:
-            self._until_s, self._missing = self._loop.time() + WINDOW_S, LEAST_RATE * WINDOW_S
-        return message
+            with self._tracer.request(Headers(scope=scope)) as span:
+                try:
+                    await self._app(scope, receive, send_and_look)
+                except Exception as error:  # when part of the answer was sent
+                    span.fail(why(error)[0], by_server=True)
+                    raise
+                finally:
+                    method = scope.get("method", "GET")  # of a WebSocket's handshake
+                    known = method if method in METHODS else "_OTHER"
+                    span.rename(f"{known if known == method else 'HTTP'} {route_of(scope)}")
+                    span.set({"http.request.method": known, **_attributes(scope)})
+                    if status is not None:
+                        span.set({"http.response.status_code": status})
+                    if status is None or status >= 500:
+                        span.fail(GONE if status is None else str(status), by_server=status is not None)
+        finally:
+            TRACER.reset(token)

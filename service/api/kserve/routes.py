@@ -18,16 +18,20 @@ from tminus.service.api.answers.openapi import (
     failures,
     path_parameter,
 )
-from tminus.service.api.kserve.infer import BINARY, InferRequest, Tensors, version_of, with_id
-from tminus.service.api.kserve.tensors import (
+from tminus.service.api.kserve.infer import (
+    BINARY,
     BYTES,
     HEADER_LENGTH,
     TAKEN,
+    InferRequest,
     TensorInfo,
+    Tensors,
     check_names,
     flag_of,
     inputs_of,
     outputs_of,
+    version_of,
+    with_id,
 )
 from tminus.service.api.models import Models
 from tminus.service.api.request.reading import (

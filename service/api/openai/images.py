@@ -1,24 +1,39 @@
-"""POST /v1/images/generations and /v1/images/edits: OpenAI's members to a spec, and its images in OpenAI's answer."""
+"""The calls below /v1: OpenAI's members to a spec, its images in OpenAI's answers or events, and the list of models."""
 
 import asyncio
 import base64
+import json
+import logging
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from pydantic import BaseModel
 
-from tminus.service.api.answers.problems import respond
-from tminus.service.api.answers.progress import finished_or_gone, result_of, server_timing
+from tminus.service.api.answers.openapi import path_parameter
+from tminus.service.api.answers.problems import as_openai, noted, respond
+from tminus.service.api.answers.progress import QUIET_S, EventStream, finished_or_gone, result_of, server_timing
 from tminus.service.api.edge.authentication import caller_of
 from tminus.service.api.models import Models
-from tminus.service.api.openai.answers import ImageEntry, ImagesAnswer, recipe_of
-from tminus.service.api.openai.described import EDITS, GENERATIONS, IMAGES, openai_failures
-from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest
-from tminus.service.api.openai.streaming import stream
-from tminus.service.api.openai.wanted import Wanted, about
+from tminus.service.api.openai.answers import (
+    EDITS,
+    GENERATIONS,
+    IMAGES,
+    CompletedImage,
+    ImageEntry,
+    ImagesAnswer,
+    ModelEntries,
+    ModelEntry,
+    PartialImage,
+    openai_failures,
+    recipe_of,
+)
+from tminus.service.api.openai.schemas import EXTENSIONS, OF_EDITS, EditsRequest, ImagesRequest, size_of
 from tminus.service.api.request.advice import advice_headers
 from tminus.service.api.request.multipart import FORM, is_form, read_form
 from tminus.service.api.request.reading import (
@@ -34,11 +49,15 @@ from tminus.service.api.request.reading import (
 from tminus.service.api.request.schemas import PICTURES
 from tminus.service.api.services import Services
 from tminus.service.api.submission import create, submit, to_job, understand
-from tminus.service.errors import ConflictingField, InvalidImage, NoImages, UnsupportedMediaType, short
-from tminus.service.images.encoder import JSON
+from tminus.service.errors import ConflictingField, InvalidImage, NoImages, ServiceError, UnsupportedMediaType, short
+from tminus.service.images.encoder import JSON, Encoder
 from tminus.service.jobs.views import JobView
 from tminus.service.model_info import Limits, ModelInfo
-from tminus.service.spec import SampleSpec
+from tminus.service.preview import Frame, Pace, Watch
+from tminus.service.spec import Inputs, SampleSpec
+from tminus.service.work import JobResult
+
+log = logging.getLogger(__name__)
 
 LIST = "[]"  # what OpenAI's libraries add to the name of a list in a form
 NO_STORE = {"Cache-Control": "no-store"}
@@ -52,6 +71,44 @@ class Kind:
     schema: type[ImagesRequest]
     extensions: tuple[str, ...]
     read: Callable[[Request, Limits], Awaitable[dict[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A job that is wanted, and how its images are to be told."""
+
+    name: str  # of its events: image_generation or image_edit
+    members: ImagesRequest
+    spec: SampleSpec
+    inputs: Inputs | None
+    deadline_s: float | None
+    job_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def about(self, model: ModelInfo) -> dict[str, Any]:
+        """Make the members that an answer has for all its images, and an event for its own."""
+        return about(self.members, model)
+
+    def recipe(self, k: int, model: ModelInfo) -> dict[str, Any]:
+        """Make the members of a Recipe for image k."""
+        return recipe_of(self.spec, k, model.class_names, model.fingerprint, self.job_id)
+
+    @property
+    def quality(self) -> int | None:
+        """Of its jpegs or webps, 0..100; None for PNGs."""
+        if self.members.output_format == "png":
+            return None
+        return 100 if self.members.output_compression is None else self.members.output_compression
+
+    async def pictures(self, encoder: Encoder, result: JobResult, model: ModelInfo) -> list[bytes]:
+        """Encode the images: PNGs are those of POST /sample, to the byte. Raises NotFinite."""
+        if self.quality is None:
+            return await encoder.encode_pictures("images", self.spec, result, model)
+        return await encoder.encode_lossy(self.members.output_format, self.quality, result, self.spec.n)
+
+
+def about(members: ImagesRequest, model: ModelInfo) -> dict[str, Any]:
+    """Make the members that say in which form the images are."""
+    return {"size": size_of(model), "quality": members.budget, "output_format": members.output_format}
 
 
 def image_routes(models: Models) -> APIRouter:
@@ -83,6 +140,31 @@ def image_routes(models: Models) -> APIRouter:
         return await _answer(models, request, edit)
 
     return router
+
+
+def model_list_routes(models: Models) -> APIRouter:
+    """Make the routes."""
+    router = APIRouter(prefix="/v1/models", tags=["openai"], dependencies=[Depends(no_parameters)])
+
+    @router.get("", summary="The models that are served", responses=openai_failures(400, 401, 429))
+    async def list_models() -> ModelEntries:
+        return ModelEntries(data=[_entry(services) for services in models])
+
+    @router.get(
+        "/{model}",
+        summary="One model",
+        responses=openai_failures(400, 401, 404, 429),
+        # Were it an argument of the handler, FastAPI would describe a 422 that is never answered.
+        openapi_extra={"parameters": [path_parameter("model")]},
+    )
+    async def get_model_entry(request: Request) -> ModelEntry:
+        return _entry(models.of(request))
+
+    return router
+
+
+def _entry(services: Services) -> ModelEntry:
+    return ModelEntry(id=services.model.name, created=services.loaded_s)
 
 
 async def _read_generation(request: Request, limits: Limits) -> dict[str, Any]:
@@ -196,3 +278,121 @@ async def _with_urls(services: Services, request: Request, members: ImagesReques
 def _document(members: ImagesRequest, model: ModelInfo, data: list[ImageEntry], without: str) -> bytes:
     answer = ImagesAnswer(created=int(time.time()), data=data, **about(members, model))
     return answer.model_dump_json(exclude={"data": {"__all__": {without}}}).encode()
+
+
+def steps_shown(passes: int, count: int) -> tuple[int, ...]:
+    """After which passes an image is shown on its way: so often, evenly, at most once a pass, not after the last."""
+    return tuple(sorted({round(passes * k / (count + 1)) for k in range(1, count + 1)} - {0, passes}))
+
+
+async def stream(
+    services: Services, request: Request, wanted: Wanted, headers: dict[str, str], stack: ExitStack
+) -> EventStream:
+    """Begin the job, and answer by its events. stack: is closed when they end; a client that left frees its rows.
+
+    Raises TooManyStreams, and what `submit` does.
+    """
+    loop, model, spec = asyncio.get_running_loop(), services.model, wanted.spec
+    at = steps_shown(spec.num_passes, wanted.members.partial_images)
+    stack.enter_context(services.streams.opened(request.client.host if request.client else ""))
+    stack.enter_context(services.streams.busy())
+    held_bytes = len(at) * spec.n * model.height_px * model.width_px * model.channels
+    stack.enter_context(services.recordings.taken(held_bytes, "partial_images"))
+    # All of them are kept until they are sent: unlike a viewer's, they are few, and were asked for one by one.
+    arrived: asyncio.Queue[Frame | None] = asyncio.Queue()
+
+    def put(frame: Frame) -> None:  # in the worker's thread
+        with suppress(RuntimeError):  # the event loop is closed, so there is no reader
+            loop.call_soon_threadsafe(arrived.put_nowait, frame)
+
+    ticket = await submit(
+        services,
+        caller_of(request),
+        wanted.job_id,
+        spec,
+        wanted.deadline_s,
+        watch=Watch(Pace(steps=at), ("x_0",), put) if at else None,
+        inputs=wanted.inputs,
+    )
+    done = result_of(ticket, wanted.deadline_s)
+    done.add_done_callback(lambda _: arrived.put_nowait(None))
+    stack.callback(lambda: done.done() or services.worker.cancel(wanted.job_id, "client_gone"))
+    return EventStream(_events(services, wanted, arrived, done), stack.pop_all().close, headers)
+
+
+async def _events(
+    services: Services, wanted: Wanted, arrived: "asyncio.Queue[Frame | None]", done: "asyncio.Future[JobResult]"
+) -> AsyncIterator[bytes]:
+    """Yield events until the job has ended; frames come before its end, since the worker's thread tells both."""
+    shown = 0
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(QUIET_S):
+                    frame = await arrived.get()
+            except TimeoutError:
+                yield KEEPALIVE_COMMENT
+                continue
+            if frame is None:
+                break
+            try:
+                events = await _partial(services, wanted, frame, shown)
+            except Exception:  # a lost frame does not end the job
+                log.exception("a frame of job %s could not be encoded", wanted.job_id)
+                continue
+            shown += 1
+            for event in events:
+                yield event
+        for event in await _completed(services, wanted, await done):
+            yield event
+    except ServiceError as error:
+        noted(error, services.metrics)
+        yield _error(error)
+    except Exception:
+        log.exception("the events of job %s ended by an error", wanted.job_id)
+        yield _error(ServiceError("something went wrong on the server; its log has the details"))
+
+
+async def _partial(services: Services, wanted: Wanted, frame: Frame, number: int) -> list[bytes]:
+    pictures = await services.encoder.encode_frame(frame, wanted.members.output_format, "images", wanted.quality)
+    services.metrics.frame_sent()
+    return [
+        _event(
+            PartialImage(
+                type=f"{wanted.name}.partial_image",
+                b64_json=base64.b64encode(picture).decode("ascii"),
+                partial_image_index=number,
+                created_at=int(time.time()),
+                image_index=image or 0,
+                **wanted.about(services.model),
+            )
+        )
+        for _, image, picture in pictures
+    ]
+
+
+async def _completed(services: Services, wanted: Wanted, result: JobResult) -> list[bytes]:
+    pictures = await wanted.pictures(services.encoder, result, services.model)
+    return [
+        _event(
+            CompletedImage(
+                type=f"{wanted.name}.completed",
+                b64_json=base64.b64encode(picture).decode("ascii"),
+                created_at=int(time.time()),
+                image_index=k,
+                **wanted.about(services.model),
+                **wanted.recipe(k, services.model),
+            )
+        )
+        for k, picture in enumerate(pictures)
+    ]
+
+
+def _event(document: Any) -> bytes:
+    assert isinstance(document, BaseModel)
+    members = document.model_dump()
+    return format_sse_event(data_str=json.dumps(members), event=members["type"])
+
+
+def _error(error: ServiceError) -> bytes:
+    return format_sse_event(data_str=json.dumps(as_openai(error.problem())[1]), event="error")

@@ -5,16 +5,16 @@ import pytest
 from starlette.types import Message
 
 from tests.service.api.test_middleware import scope_of
-from tminus.service.api.answers import event_stream
-from tminus.service.api.answers.event_stream import EventStream
-from tminus.service.api.answers.pieces import PIECE_BYTES
+from tminus.service.api.answers import progress
+from tminus.service.api.answers.progress import EventStream
+from tminus.service.api.edge.middleware import PIECE_BYTES
 
 SEND_S = 1.0
 
 
 def stream_to_a_reader_that_takes(monkeypatch: pytest.MonkeyPatch, piece_s: float, num_pieces: int) -> tuple[int, int]:
     """How many bytes of one event arrive, and how often the stream was closed."""
-    monkeypatch.setattr(event_stream, "SEND_S", SEND_S)
+    monkeypatch.setattr(progress, "SEND_S", SEND_S)
     closed, arrived = [], 0
 
     async def events() -> AsyncIterator[bytes]:

@@ -21,11 +21,10 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from tests.service.fakes import PATIENCE_S, wait_until
-from tminus.service.api.answers.pieces import PIECE_BYTES
 from tminus.service.api.answers.problems import render
 from tminus.service.api.edge import http_protocol, middleware
 from tminus.service.api.edge.http_protocol import MAX_HEAD_BYTES, HttpProtocol
-from tminus.service.api.edge.middleware import BodyLimit, RequestContext
+from tminus.service.api.edge.middleware import PIECE_BYTES, BodyLimit, RequestContext
 from tminus.service.api.edge.websocket_protocol import stream_protocol
 from tminus.service.errors import ServiceError
 from tminus.service.startup.server import bind

@@ -15,8 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tests.service.api.asgi import call, scope_of
 from tests.service.conftest import MakeSite, Site, problem
 from tests.service.fakes import INFO, PATIENCE_S, wait_until
-from tminus.service.api.answers.pieces import PIECE_BYTES
-from tminus.service.api.edge.middleware import RequestContext
+from tminus.service.api.edge.middleware import PIECE_BYTES, RequestContext
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}
 

@@ -202,6 +202,7 @@ def test_a_generated_client_knows_the_samplers_the_problems_and_every_call(site:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_fuzzer_finds_no_answer_that_openapi_does_not_allow() -> None:
     found = openapi.trial(12)
     assert found.passed, found.output

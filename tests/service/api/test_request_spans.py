@@ -13,7 +13,7 @@ from tests.service.api.pictures import CAT
 from tests.service.collector import Kept
 from tests.service.conftest import MakeSite
 from tests.service.fakes import wait_until
-from tminus.service.api.edge.request_spans import RequestSpans
+from tminus.service.api.edge.middleware import RequestSpans
 from tminus.service.tracing import TRACER
 
 QUICK = {"steps": 2, "seed": 5, "class_label": "cat"}

@@ -20,7 +20,7 @@ from tests.service.fakes import INFO, LIMITS, PATIENCE_S, fake_pixels, make_spec
 from tminus.model.trajectory import LEAST_ETA
 from tminus.service.api.answers import progress
 from tminus.service.api.answers.previews import MAX_FRAME_BYTES
-from tminus.service.api.answers.trajectory import MAX_TRAJECTORY_BYTES
+from tminus.service.api.answers.recorded import MAX_TRAJECTORY_BYTES
 from tminus.service.images.encoder import contact_sheet
 from tminus.service.images.trajectory import TRAJECTORY, read_trajectory
 from tminus.service.spec import SampleSpec

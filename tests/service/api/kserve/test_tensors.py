@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.service.api.kserve.requests import as_bytes, numbers, tensor, texts
 from tests.service.fakes import INFO
-from tminus.service.api.kserve.tensors import header_length, inputs_of, outputs_of, read_inputs
+from tminus.service.api.kserve.infer import header_length, inputs_of, outputs_of, read_inputs
 from tminus.service.errors import ConflictingField, InvalidField, ServiceError, UnknownField
 
 MAX_N = 64

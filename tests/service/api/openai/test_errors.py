@@ -5,7 +5,7 @@ import pytest
 from tests.service.conftest import MakeSite, Site
 from tests.service.keys import access_of, key_line
 from tests.service.test_imports import service_errors
-from tminus.service.api.openai.errors import as_openai
+from tminus.service.api.answers.problems import as_openai
 from tminus.service.errors import ServiceError
 
 MEMBERS = ["message", "type", "param", "code"]

@@ -1,19 +1,55 @@
-"""What answers /sample with a trajectory; and which specs have one."""
+"""Answers made of what a job recorded on its way: its frames as JSON, or the trajectory of its latents."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from tminus.model.catalogue import SAMPLER_FACTS
 from tminus.model.trajectory import LEAST_ETA
+from tminus.service.api.answers.previews import AnimationRequest
 from tminus.service.errors import InvalidField
-from tminus.service.images.encoder import Encoder
+from tminus.service.images.encoder import JSON, Encoder
 from tminus.service.images.trajectory import TRAJECTORY, TRAJECTORY_VERSION
 from tminus.service.model_info import ModelInfo
 from tminus.service.spec import SampleSpec
-from tminus.service.work import JobResult, noisy_passes
-from tminus.service.worker.recording import Path
+from tminus.service.work import JobResult, noisy_passes, timesteps_of
+from tminus.service.worker.recording import Path, Recording
 
 MAX_TRAJECTORY_BYTES = 32 * 2**20  # of the file
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """An answer with the frames as PNGs, and the finished images."""
+
+    spec: SampleSpec
+    asked: AnimationRequest
+    timesteps: Sequence[float]
+    held_bytes: int  # of frames, until the job is done
+    recording: Recording
+    held_for: ClassVar[str] = "every"
+    media_type: ClassVar[str] = JSON
+
+    @classmethod
+    def of(cls, spec: SampleSpec, asked: AnimationRequest, model: ModelInfo) -> "Frames":
+        """Prepare to record a job's frames. Raises InvalidField where their pixels are too many."""
+        held_bytes = asked.held_bytes(spec, model, from_noise=True)
+        passes = spec.num_passes
+        recording = Recording(asked.every, asked.shows, spec.n, passes, from_noise=True, until=asked.until)
+        return cls(spec, asked, timesteps_of(spec, model), held_bytes, recording)
+
+    @property
+    def kind(self) -> str:
+        """All but the spec that its bytes depend on."""
+        asked = self.asked
+        return f"{JSON}; from noise; every={asked.every}; until={asked.until}; show={','.join(asked.shows)}"
+
+    async def encode(self, encoder: Encoder, result: JobResult, made_by: ModelInfo) -> bytes:
+        """Make the body. Raises NotFinite."""
+        whole = self.asked.until is None
+        return await encoder.encode_path(
+            self.spec, self.recording.frames, self.timesteps, result if whole else None, made_by
+        )
 
 
 @dataclass(frozen=True, slots=True)
