@@ -27,9 +27,9 @@ from tminus.service.api.request.job_in_path import job_in_path
 from tminus.service.api.request.reading import read_query
 from tminus.service.api.services import Services
 from tminus.service.errors import JobNotFound, StorageFailed
-from tminus.service.jobs.live import Live
+from tminus.service.jobs.held_job import HeldJob
 from tminus.service.jobs.store.contract import OUTCOMES
-from tminus.service.jobs.views import JobView, live_view
+from tminus.service.jobs.views import JobView, held_view
 from tminus.service.preview import Frame, Show, Watch
 from tminus.service.spec import SampleSpec
 from tminus.service.work import timesteps_of
@@ -101,10 +101,10 @@ class _Follower:
             if self._viewer is not None:
                 async for event in self._viewer.events(self._view):
                     yield event
-                live, told, self._last_id = self._viewer.live, "", self._viewer.last_id
+                job, told, self._last_id = self._viewer.job, "", self._viewer.last_id
                 self.close()
-                if live.record.outcome is not None:
-                    (self._view,) = await self._jobs.with_deliveries([live_view(live, None)])
+                if job.record.outcome is not None:
+                    (self._view,) = await self._jobs.with_deliveries([held_view(job, None)])
                     break
             elif (address := await self._holder()) is not None:
                 async for events in self._passed_on(address):
@@ -147,12 +147,12 @@ class _Follower:
         # A job that went on from a snapshot may be behind what the client has seen: steps done again are shown again.
         known = int(self._last_id) if self._last_id.isdecimal() and len(self._last_id) < 9 else 0
         watch = Watch(self._preview.pace, shows, mailbox.put, min(known, self._view.step or 0))
-        live = self._jobs.watch(self._view.record.id, watch, mailbox)
-        if live is None:
+        job = self._jobs.watch(self._view.record.id, watch, mailbox)
+        if job is None:
             return None
-        unwatch = partial(self._jobs.unwatch, live, watch)
-        services = self._models.numbered(live.model)
-        return _Viewer(services, live, self._preview, mailbox, unwatch, self._view.eta_s, self._last_id)
+        unwatch = partial(self._jobs.unwatch, job, watch)
+        services = self._models.numbered(job.model)
+        return _Viewer(services, job, self._preview, mailbox, unwatch, self._view.eta_s, self._last_id)
 
     async def _holder(self) -> str | None:
         """The address of the other replica that the events are asked of."""
@@ -207,7 +207,7 @@ class _Viewer:
     def __init__(
         self,
         services: Services,
-        live: Live,
+        job: HeldJob,
         preview: PreviewRequest,
         mailbox: Mailbox,
         unwatch: Callable[[], None],
@@ -215,9 +215,9 @@ class _Viewer:
         last_id: str,
     ) -> None:
         """eta_s: the forecast for the job that was made just now. last_id: as of _Follower."""
-        self.live, self.last_id = live, last_id
+        self.job, self.last_id = job, last_id
         self._services, self._preview, self._mailbox, self._unwatch = services, preview, mailbox, unwatch
-        self._countdown = Countdown(services.standings, live.record.id, eta_s)
+        self._countdown = Countdown(services.statuses, job.record.id, eta_s)
 
     def close(self) -> None:
         """Be shown no more."""
@@ -227,7 +227,7 @@ class _Viewer:
     @cached_property
     def _timesteps(self) -> Sequence[float]:
         """Of a job that runs: one that waits may be of a table that the checkpoint has no more, and fail."""
-        return timesteps_of(self.live.record.spec, self._services.model)
+        return timesteps_of(self.job.record.spec, self._services.model)
 
     async def events(self, view: JobView) -> AsyncIterator[bytes]:
         """Yield events until nothing more is made of the job here, or the server is about to end."""
@@ -245,7 +245,7 @@ class _Viewer:
             except TimeoutError:
                 if self._services.worker.draining:
                     return
-                if waiting and (status := await self._services.standings.of(self.live.record.id)) is not None:
+                if waiting and (status := await self._services.statuses.of(self.job.record.id)) is not None:
                     waiting = status.state == "waiting"
                     standing = _standing(status.position, status.eta_s)
                 quiet_s += POLL_S
@@ -261,12 +261,12 @@ class _Viewer:
 
     async def _show(self, frame: Frame) -> list[bytes]:
         """The events of a frame: its pictures, or where the job stands if none were asked for."""
-        spec, preview = self.live.record.spec, self._preview
+        spec, preview = self.job.record.spec, self._preview
         progress = await self._progress(frame.step)
         try:
             pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)
         except Exception:  # a lost frame does not end the stream
-            log.exception("a frame of job %s could not be encoded", self.live.record.id)
+            log.exception("a frame of job %s could not be encoded", self.job.record.id)
             return []
         self.last_id = str(frame.step)
         if not pictures:
@@ -280,7 +280,7 @@ class _Viewer:
         return events
 
     async def _progress(self, step: int) -> dict[str, Any]:
-        steps = self.live.record.spec.num_passes
+        steps = self.job.record.spec.num_passes
         return {
             "step": step,
             "steps": steps,

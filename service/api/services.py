@@ -12,7 +12,7 @@ from tminus.service.images.decoder import Decoder
 from tminus.service.images.encoder import Encoder
 from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.new_jobs import NewJobs
-from tminus.service.jobs.standings import Standings
+from tminus.service.jobs.views import JobStatuses
 from tminus.service.jobs.webhooks.receivers import Allowed
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
@@ -33,7 +33,7 @@ class Services:
     worker: Worker
     jobs: Jobs
     new_jobs: NewJobs
-    standings: Standings
+    statuses: JobStatuses
     decoder: Decoder
     encoder: Encoder
     cache: ResultCache

@@ -256,7 +256,7 @@ class _Stream:
         """Send frames until the mailbox is closed."""
         preview, spec = asked.preview, asked.spec
         timesteps = timesteps_of(spec, self._services.model)
-        countdown = Countdown(self._services.standings, job_id, ticket.outlook.eta_s)
+        countdown = Countdown(self._services.statuses, job_id, ticket.outlook.eta_s)
         while (frame := await mailbox.take()) is not None:
             try:
                 pictures = await self._services.encoder.encode_frame(frame, preview.frame_format, preview.layout)

@@ -6,17 +6,15 @@ A durable job, once accepted, is finished whatever happens to the client or to t
 import asyncio
 import logging
 import math
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from tminus.service.errors import Draining, JobNotDone, JobNotFound, NoImages, StorageFailed, short
-from tminus.service.jobs.kept import cancel_anywhere, cancelled_elsewhere, kept_views, unless_retired
+from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.lifecycle import Lifecycle
-from tminus.service.jobs.live import Live
-from tminus.service.jobs.standings import Standings
-from tminus.service.jobs.store.contract import JobRecord, Key, Place
-from tminus.service.jobs.views import JobView, kept_view, live_view, passing_view
+from tminus.service.jobs.store.contract import OUTCOMES, JobRecord, Key, Outcome, Place
+from tminus.service.jobs.views import JobStatuses, JobView, held_view, kept_view, passing_view
 from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.preview import Watch
 from tminus.service.spec import Images
@@ -36,8 +34,8 @@ class Jobs:
     the event loop's thread only.
     """
 
-    def __init__(self, worker: Worker, standings: Standings) -> None:
-        self._worker, self._standings = worker, standings
+    def __init__(self, worker: Worker, statuses: JobStatuses) -> None:
+        self._worker, self._statuses = worker, statuses
         self._lifecycles: dict[int, Lifecycle] = {}  # by the model's number
 
     def put(self, lifecycle: Lifecycle) -> None:
@@ -45,12 +43,12 @@ class Jobs:
         self._lifecycles[lifecycle.model] = lifecycle
 
     def of_model(self, model: int) -> Lifecycle:
-        """Those of a model."""
+        """Return the lifecycle of a model's jobs."""
         return self._lifecycles[model]
 
-    def all_live(self) -> list[Live]:
-        """Every durable job that has not ended, of those that are held here."""
-        return [live for each in self._lifecycles.values() for live in each.all()]
+    def all_held(self) -> list[HeldJob]:
+        """Return every durable job that has not ended and is held here."""
+        return [job for each in self._lifecycles.values() for job in each.all()]
 
     def remove(self, model: int) -> None:
         """Forget the jobs of a model."""
@@ -65,13 +63,13 @@ class Jobs:
         served = (store.failure for store in stores if of_shared or not store.shared)
         return next((failure for failure in served if failure is not None), None)
 
-    def _live(self, job_id: str, sees: str | None = None) -> Live | None:
-        """A durable job that has not ended."""
-        found = (live for each in self._lifecycles.values() if (live := each.find(job_id)) is not None)
-        return next((live for live in found if sees in (None, live.record.owner)), None)
+    def _held(self, job_id: str, sees: str | None = None) -> HeldJob | None:
+        """Look up a durable job that has not ended and is held here."""
+        found = (job for each in self._lifecycles.values() if (job := each.find(job_id)) is not None)
+        return next((job for job in found if sees in (None, job.record.owner)), None)
 
     def by_store(self, job_id: str = "") -> list[Lifecycle]:
-        """One for each store, the latest: after a reload of the same weights two have the same one.
+        """Return one lifecycle for each store, the latest: after a reload of the same weights two have the same store.
 
         job_id: of the job that is looked for; none where it is of characters that no database takes.
         """
@@ -84,8 +82,8 @@ class Jobs:
     async def view(self, record: JobRecord, lifecycle: Lifecycle) -> JobView:
         """View a durable job that was just read from its store."""
         view = kept_view(record, lifecycle.model, lifecycle.model_name)
-        if (live := self._live(record.id)) is not None:
-            view = live_view(live, await self._standings.of(record.id))
+        if (job := self._held(record.id)) is not None:
+            view = held_view(job, await self._statuses.of(record.id))
         (told,) = await self.with_deliveries([view])
         return told
 
@@ -98,7 +96,7 @@ class Jobs:
         return told
 
     async def id_of_chosen(self, chosen: str, owner: str) -> str:
-        """The id of the job that an owner has chosen a UUID for. Raises JobNotFound."""
+        """Return the id of the job that an owner has chosen a UUID for. Raises JobNotFound."""
         key = Key(chosen, "", owner, is_chosen=True)
         for lifecycle in self.by_store():
             with unless_retired(lifecycle):
@@ -118,7 +116,7 @@ class Jobs:
         return [replace(view, deliveries=known.get(view.record.id, ())) if known else view for view in views]
 
     async def to_deliver(self, lifecycle: Lifecycle, job_id: str) -> JobView:
-        """A job as its webhook is told of it. Raises JobNotFound, and StorageFailed."""
+        """View a job as its webhook is told of it. Raises JobNotFound, and StorageFailed."""
         record = await lifecycle.store.get(job_id)
         if record is None:
             raise _not_found(job_id)
@@ -129,9 +127,9 @@ class Jobs:
         return view
 
     async def _find(self, job_id: str) -> JobView | None:
-        live, status = self._live(job_id), await self._standings.of(job_id)
-        if live is not None:
-            return live_view(live, status)
+        job, status = self._held(job_id), await self._statuses.of(job_id)
+        if job is not None:
+            return held_view(job, status)
         if status is not None:
             return passing_view(status)
         for lifecycle in self.by_store(job_id):
@@ -154,10 +152,10 @@ class Jobs:
         while (view := await self.find_durable(job_id, sees)).record.outcome is None:
             if self._worker.draining:
                 raise Draining
-            live = self._live(job_id)
+            job = self._held(job_id)
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
-                    await (live.ended if live is not None else asyncio.Event()).wait()
+                    await (job.over if job is not None else asyncio.Event()).wait()
         return view
 
     async def page(
@@ -175,14 +173,13 @@ class Jobs:
         lifecycles = [each for each in self.by_store() if model_name in (None, each.model_name)]
         found: dict[str, JobView] = {}
         if "waiting" in states or "running" in states:
-            statuses = {status.id: status for status in await self._standings.all()}
-            lives = [live for each in self._lifecycles.values() for live in each.all()]
-            views = [live_view(live, statuses.pop(live.record.id, None)) for live in lives]
+            statuses = {status.id: status for status in await self._statuses.all()}
+            views = [held_view(job, statuses.pop(job.record.id, None)) for job in self.all_held()]
             views += map(passing_view, statuses.values())
             found = {view.record.id: view for view in views if before is None or view.record.place < before}
         for lifecycle in lifecycles:
             with unless_retired(lifecycle):
-                for view in await kept_views(lifecycle, before, states, limit, sees):
+                for view in await _kept_views(lifecycle, before, states, limit, sees):
                     if view.record.id not in found or view.record.outcome is not None:  # here more is known of it
                         found[view.record.id] = view
         views = [
@@ -212,73 +209,107 @@ class Jobs:
 
         Raises JobNotFound, and StorageFailed where its end cannot be kept: it may go on at the next start.
         """
-        live = self._live(job_id, sees)
-        if live is None:
-            return await self._cancel_anywhere(job_id, sees)
-        self._lifecycles[live.model].cancel(live)
+        job = self._held(job_id, sees)
+        if job is None:
+            return await self._cancel_elsewhere(job_id, sees)
+        lifecycle = self._lifecycles[job.model]
+        lifecycle.cancel(job)
         try:
             async with asyncio.timeout(CANCEL_S):
-                await live.ended.wait()
+                await job.over.wait()
         except TimeoutError:
-            if live.ending is not None and live.ending.outcome != "cancelled":  # its result takes long to be kept
-                lifecycle = self._lifecycles[live.model]
-                if lifecycle.store.shared and await lifecycle.store.cancel(job_id):
-                    lifecycle.lose(live)
+            if job.ending is not None and job.ending.outcome != "cancelled":  # its result takes long to be kept
+                await lifecycle.cancel_elsewhere(job.record)
                 if (view := await self.find_durable(job_id, sees)).record.outcome is not None:
                     return view
                 raise StorageFailed("the job has ended, and its result cannot be stored at the moment") from None
             raise StorageFailed("the job was cancelled, but this cannot be stored at the moment") from None
-        if live.lost:  # another replica has it by now
-            return await self._cancel_anywhere(job_id, sees)
-        (view,) = await self.with_deliveries([kept_view(live.record, live.model, live.model_name)])
+        if job.state is HeldState.LOST:  # another replica has it by now
+            return await self._cancel_elsewhere(job_id, sees)
+        (view,) = await self.with_deliveries([kept_view(job.record, job.model, job.model_name)])
         return view
 
-    async def _cancel_anywhere(self, job_id: str, sees: str | None) -> JobView:
+    async def _cancel_elsewhere(self, job_id: str, sees: str | None) -> JobView:
         view = await self.find_durable(job_id, sees)
-        if view.record.outcome is None and await cancel_anywhere(self._lifecycles[view.model], view.record):
+        if view.record.outcome is None and await self._lifecycles[view.model].cancel_elsewhere(view.record):
             view = await self.find_durable(job_id, sees)
         return view
 
     async def delete(self, job_id: str, sees: str | None) -> None:
         """Cancel a job that has not ended, delete one that has. Raises JobNotFound."""
-        if self._live(job_id) is None:
-            status = await self._standings.of(job_id)
-            seen = status is not None and sees in (None, status.owner)
-            if seen and self._worker.cancel(job_id, "deleted"):
-                return
-            for lifecycle in self.by_store(job_id):
-                with unless_retired(lifecycle):
-                    if await cancelled_elsewhere(lifecycle, job_id, sees) or await lifecycle.store.delete(job_id, sees):
-                        return
-            raise _not_found(job_id)
-        view = await self.cancel(job_id, sees)
-        if view.state != "cancelled":  # it was done before the worker was told
-            await self._lifecycles[view.model].store.delete(job_id)
+        if self._held(job_id) is not None:
+            view = await self.cancel(job_id, sees)
+            if view.state != "cancelled":  # it was done before the worker was told
+                await self._lifecycles[view.model].store.delete(job_id)
+            return
+        status = await self._statuses.of(job_id)
+        if status is not None and sees in (None, status.owner) and self._worker.cancel(job_id, "deleted"):
+            return
+        for lifecycle in self.by_store(job_id):
+            with unless_retired(lifecycle):
+                if await _cancel_in_store(lifecycle, job_id, sees) or await lifecycle.store.delete(job_id, sees):
+                    return
+        raise _not_found(job_id)
 
     async def held_at(self, view: JobView) -> str | None:
-        """The address of the replica that works on a job, if it is another and can be asked. Raises StorageFailed."""
+        """Return the address of the replica that works on a job, if it is another and has one. Raises StorageFailed."""
         lifecycle = self._lifecycles.get(view.model)
-        if lifecycle is None or not view.record.held or self.is_here(view.record.id):
+        if lifecycle is None or not view.record.held or self._held(view.record.id):
             return None
         return await lifecycle.store.holder(view.record.id)
 
-    def is_here(self, job_id: str) -> bool:
-        """Whether a durable job has not ended, and is held by this process."""
-        return self._live(job_id) is not None
+    def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> HeldJob | None:
+        """Show a job to a viewer, and close the mailbox when it ends; None if it has ended, or is not held here."""
+        job = self._held(job_id)
+        if job is not None:
+            self._lifecycles[job.model].watch(job, watch, mailbox)
+        return job
 
-    def watch(self, job_id: str, watch: Watch, mailbox: Mailbox) -> Live | None:
-        """Show a job to a viewer, and close the mailbox when it ends; None if it has ended, or does not exist."""
-        live = self._live(job_id)
-        if live is not None:
-            live.viewers.append((watch, mailbox))
-            if live.submitted:
-                self._worker.watch(job_id, watch)
-        return live
-
-    def unwatch(self, live: Live, watch: Watch) -> None:
+    def unwatch(self, job: HeldJob, watch: Watch) -> None:
         """Show a job to a viewer no more."""
-        live.viewers = [(each, mailbox) for each, mailbox in live.viewers if each is not watch]
-        self._worker.unwatch(live.record.id, watch)
+        job.viewers.pop(watch, None)  # its lifecycle may be forgotten by now
+        self._worker.unwatch(job.record.id, watch)
+
+
+@contextmanager
+def unless_retired(lifecycle: Lifecycle) -> Iterator[None]:
+    """Go on without a store that fails, if its model is served no more: others are not to suffer from it."""
+    try:
+        yield
+    except StorageFailed as error:
+        if not lifecycle.retired:
+            raise
+        log.warning("the jobs of earlier weights of %s cannot be read: %s", lifecycle.model_name, error.detail)
+
+
+async def _kept_views(
+    lifecycle: Lifecycle, before: Place | None, states: Collection[str], limit: int, owner: str | None
+) -> list[JobView]:
+    """View jobs of one store: those that have ended and, where it is shared, the others too. Raises StorageFailed."""
+    outcomes: list[Outcome | None] = [outcome for outcome in OUTCOMES if outcome in states]
+    is_open = {"waiting", "running"} & set(states) if lifecycle.store.shared else set[str]()
+    if is_open:
+        outcomes.append(None)
+    if not outcomes:
+        return []
+    held = None if len(is_open) != 1 else "running" in is_open
+    records = await lifecycle.store.page(before, outcomes, limit, owner, held=held)
+    return [kept_view(record, lifecycle.model, lifecycle.model_name) for record in records]
+
+
+async def _cancel_in_store(lifecycle: Lifecycle, job_id: str, sees: str | None) -> bool:
+    """End a job of a shared store that has not ended; False if there is none, or what is kept of it is damaged."""
+    if not lifecycle.store.shared:
+        return False
+    try:
+        record = await lifecycle.store.get(job_id)
+    except StorageFailed as error:
+        if error.damaged:
+            return False
+        raise
+    if record is None or record.outcome is not None or sees not in (None, record.owner):
+        return False
+    return await lifecycle.cancel_elsewhere(record)
 
 
 def _not_found(job_id: str) -> JobNotFound:

@@ -6,15 +6,13 @@ would wait here is left in the store, to whoever has room first.
 """
 
 import asyncio
-import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Protocol
 
-from tminus.service.errors import Draining, Overloaded, StorageFailed
-from tminus.service.jobs.live import Live
+from tminus.service.errors import Overloaded, StorageFailed
+from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.contract import JobRecord, Key, Pace
 from tminus.service.model_info import Limits, ModelInfo
@@ -25,35 +23,11 @@ from tminus.service.spec import Inputs, SampleSpec
 from tminus.service.work import Outlook, work_of
 from tminus.service.worker.worker import Worker
 
-log = logging.getLogger(__name__)
-
 AHEAD_S = 8.0  # of work: a replica leaves a job to others before which it has as much to do
 LOAD_S, LOOK_S = 1.0, 1.0  # how old a look at the others may be, and how long one may take
 LIMITS = ("backlog_s", "jobs", "rows")  # of one server, which another may not have reached
 CLAIM_S = 1.0  # how often it looks for jobs that nobody holds
 RENEWALS = 3  # in the time of a lease
-
-
-class Holder(Protocol):
-    """Who works on the jobs: Lifecycle."""
-
-    retired: bool  # whether it takes on no more
-
-    @property
-    def cannot_keep(self) -> bool:
-        """Whether jobs have ended whose ends cannot be kept."""
-
-    def all(self) -> Iterable[Live]:
-        """Every job that is held."""
-
-    def take_on(self, records: Sequence[JobRecord]) -> None:
-        """Work on jobs that are held now."""
-
-    def lose(self, live: Live) -> None:
-        """Stop working on a job."""
-
-    async def pause(self, seconds: float) -> None:
-        """Sleep. Raises Draining when the process ends."""
 
 
 class Leases:
@@ -71,98 +45,71 @@ class Leases:
         model: int,
         info: ModelInfo,
         limits: Limits,
-        holder: Holder,
+        held: Mapping[str, HeldJob],
     ) -> None:
-        """model: its number."""
-        self._store, self._worker, self._admission, self._holder = store, worker, admission, holder
+        """model: its number. held: the jobs that it holds, which its Lifecycle changes."""
+        self._store, self._worker, self._admission, self._held = store, worker, admission, held
         self._model, self._info = model, info
-        self._max_rows, self._max_backlog_s, self._ended = limits.max_rows, limits.max_backlog_s, False
+        self._max_rows, self._max_backlog_s, self.ended = limits.max_rows, limits.max_backlog_s, False
         self._own_tables = frozenset(table.hash for table in info.tables)
         store.holders.append(self._ids)
         self.load: ClusterLoad | None = None  # when it was last asked for; None while the database is away
         self._asked_s = -math.inf  # when that was
         self._line = Line()  # of those who were told since then when another replica has room
-        self._least_waiting = (
-            math.inf
-        )  # the places of the shortest job that the last claim left: it goes before such ones
+        # The places of the shortest job that the last claim left: only shorter ones go before it.
+        self._least_waiting = math.inf
 
-    async def renew(self) -> None:
-        """Hold what is held for one more lease, and stop what is not held any more. Raises StorageFailed."""
+    @property
+    def renewed_every_s(self) -> float:
+        """How often to renew."""
+        return self._store.lease_s / RENEWALS
+
+    async def renew(self) -> list[HeldJob]:
+        """Hold what is held for one more lease, and return what is not held any more. Raises StorageFailed."""
         async with self._store.turn:
-            had = list(self._holder.all())
-            held = await self._store.renew(self._info.fingerprint, self._pace())
-        for live in had:
-            if live.record.id not in held and live.ending is None:
-                self._holder.lose(live)
-        await self._look()
+            had = list(self._held.values())
+            pace = Pace(self._admission.places_per_s(self._model), self._admission.backlog_s)
+            held = await self._store.renew(self._info.fingerprint, pace)
+        return [job for job in had if job.record.id not in held and job.ending is None]
 
-    async def renew_until_closed(self) -> None:
-        """Renew in time until the model is unloaded, or this is cancelled."""
-        while not self._ended:
-            try:
-                await asyncio.sleep(self._store.lease_s / RENEWALS)
-                if not self._ended:
-                    await self.renew()
-            except StorageFailed:
-                self.load = None
-            except Exception:  # a replica that does not renew works for nothing
-                log.exception("the leases of jobs could not be renewed")
-
-    async def _look(self) -> None:
+    async def look(self) -> None:
         """See what all replicas have to do. Raises StorageFailed."""
         self._asked_s, self._line = time.perf_counter(), Line()
         load = await self._store.load()
-        self.load = None if self._ended else load
+        self.load = None if self.ended else load
 
-    async def claim_until_closed(self) -> None:
-        """Take on what nobody holds, until the process ends or the model is to be unloaded."""
-        while not self._ended:
-            try:
-                await self._claim()
-            except StorageFailed:
-                pass
-            except Exception:
-                log.exception("jobs could not be claimed")
-            try:
-                await self._holder.pause(CLAIM_S)
-            except Draining:
-                return
-
-    async def _claim(self) -> None:
-        waits = any(not (live.submitted or live.parked) for live in self._holder.all())  # for slots
-        if waits or not self._worker.ready or (self._holder.retired and self._others_serve):
-            return
-        if self._holder.cannot_keep:  # others may: it would take job after job, and end none
-            return
+    async def claim(self) -> list[JobRecord]:
+        """Hold what nobody holds and there is room for. The caller has the store's turn, and works on it at once."""
+        if not self._worker.ready or any(job.state is HeldState.WAITING for job in self._held.values()):  # for slots
+            return []
         begun_places = AHEAD_S * self._admission.places_per_s(self._model)
-        async with self._store.turn:
-            oldest_us = min((live.record.created_us for live in self._holder.all()), default=None)
-            intake = self._admission.intake(self._model, AHEAD_S, oldest_us)
-            claimed = await self._store.claim(
-                self._info.fingerprint, intake, begun_places, self._max_rows, self._own_tables
-            )
-            self._least_waiting = intake.refused
-            self._holder.take_on(claimed)
+        oldest_us = min((job.record.created_us for job in self._held.values()), default=None)
+        intake = self._admission.intake(self._model, AHEAD_S, oldest_us)
+        claimed = await self._store.claim(
+            self._info.fingerprint, intake, begun_places, self._max_rows, self._own_tables
+        )
+        self._least_waiting = intake.refused
+        return claimed
 
     @property
-    def _others_serve(self) -> bool:
+    def others_serve(self) -> bool:
         """Whether these weights are loaded a second time, as after a reload of the same ones."""
         return len(self._store.holders) > 1
 
     async def last_is_claimed(self) -> bool:
         """Whether no job of these weights is left that this replica, which serves them no more, should take on."""
         try:
-            return self._others_serve or (await self._store.load()).jobs == 0
+            return self.others_serve or (await self._store.load()).jobs == 0
         except StorageFailed:
             return False
 
     def end(self) -> None:
         """Claim and renew no more: the model is unloaded."""
-        self._ended, self.load = True, None
+        self.ended, self.load = True, None
         self._store.holders.remove(self._ids)
 
     def _ids(self) -> list[str]:
-        return [live.record.id for live in self._holder.all()]
+        return list(self._held)
 
     # --- new jobs ---
 
@@ -190,7 +137,7 @@ class Leases:
         if now_s > self._asked_s + LOAD_S:  # not for each of a flood
             with suppress(StorageFailed, TimeoutError):
                 async with asyncio.timeout(LOOK_S):
-                    await self._look()
+                    await self.look()
         if (load := self.load) is None:
             return error
         work = work_of(spec, self._info, self._model)
@@ -199,7 +146,3 @@ class Leases:
             return error
         due_s = self._line.next_s(now_s + in_s, work.places / (load.places_per_s or math.inf))
         return error.sooner(max(1, math.ceil(due_s - now_s)))
-
-    def _pace(self) -> Pace:
-        """How fast this replica is, and how much it has to do."""
-        return Pace(self._admission.places_per_s(self._model), self._admission.backlog_s)

@@ -1,10 +1,16 @@
 """Run each durable job of a model from acceptance, or from when it was claimed, to its end. Commands are in jobs.py.
 
 One task for each job waits for the worker's result and keeps how the job ended, whatever happens to the client.
+
+Some jobs end the server, by a crash of the worker or by the end of the whole process. Both count in the store against
+the jobs that were worked on then. A job with a count steps in ticks of its own, so that the next such end is its own
+doing or is not. Being killed from outside counts nothing.
 """
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Callable, Coroutine, Sequence, ValuesView
 from contextlib import suppress
 from dataclasses import replace
@@ -20,26 +26,30 @@ from tminus.service.errors import (
     ServiceError,
     StorageFailed,
 )
-from tminus.service.jobs.crashes import causes_crashes, failure, is_failed
+from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.leases import CLAIM_S, Leases
-from tminus.service.jobs.live import Live
-from tminus.service.jobs.resuming import kept_of
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.contract import JobRecord, LeaseLost, Outcome
-from tminus.service.jobs.sweeping import sweep_until_closed
-from tminus.service.jobs.webhooks.start_notice import notice_start
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits, ModelInfo
+from tminus.service.preview import Pace, Watch
 from tminus.service.scheduling.admission import Admission
-from tminus.service.spec import Images
+from tminus.service.spec import Images, Inputs, Snapshot
 from tminus.service.tracing import traced
 from tminus.service.work import Ticket
 from tminus.service.worker.loop import LOST
+from tminus.service.worker.mailbox import Mailbox
 from tminus.service.worker.worker import Worker
 
 log = logging.getLogger(__name__)
 
 RETRY_S, ROOM_S = 5.0, 0.2  # until a store that failed, or a worker without slots, is asked again
+READ_RETRY_S = 1.0  # the same, of a store that is away when a job that goes on is read from it
+FILE_AWAY_S = 60.0  # that a file may be away: the other jobs of an earlier process wait behind this one
+SWEEP_S = 10.0
+LATE_S = 60.0  # for the last attempt to deliver a webhook to end
+MOST_CRASHES = 2  # ends of the server, after which a job fails
+FAILED_BY_CRASHES = f"the server ended {MOST_CRASHES} times while it worked on this job"
 
 
 class Lifecycle:
@@ -62,8 +72,8 @@ class Lifecycle:
         self.retired = False  # whether its model is served no more
         self._takes_on = False  # while jobs of an earlier process may still be found
         self._limits, self.metrics, self._deliver = limits, metrics, deliver
-        self.leases = Leases(store, worker, admission, model, info, limits, self) if store.shared else None
-        self._live: dict[str, Live] = {}  # changed here only
+        self._held: dict[str, HeldJob] = {}  # changed here only
+        self.leases = Leases(store, worker, admission, model, info, limits, self._held) if store.shared else None
         self._tasks: set[asyncio.Task[None]] = set()  # asyncio holds tasks weakly
         self._renewing, self._beside = set[asyncio.Task[None]](), set[asyncio.Task[None]]()
         self._resuming = asyncio.Lock()  # jobs of an earlier process enter the worker in order of arrival
@@ -71,6 +81,7 @@ class Lifecycle:
         self._idle = asyncio.Event()  # while there is no job
         self._idle.set()
         self._store_fails = False  # the last attempt to keep an end failed
+        self._crash_is_counted = False
 
     async def start(self, *, take_on: bool = True) -> None:
         """Take on what an earlier process accepted and did not finish; later, if the store cannot be opened yet.
@@ -79,9 +90,9 @@ class Lifecycle:
         """
         if self.leases is not None:
             with suppress(StorageFailed):
-                await self.leases.renew()  # first, so that others know that it lives
-            self._renewing.add(asyncio.create_task(self.leases.renew_until_closed()))
-            self._spawn(self.leases.claim_until_closed())
+                await self._renew(self.leases)  # first, so that others know that it lives
+            self._renewing.add(asyncio.create_task(self._renew_until_closed(self.leases)))
+            self._spawn(self._claim_until_closed(self.leases))
         elif take_on:
             try:
                 self.take_on(await self.store.claim_all())
@@ -89,47 +100,25 @@ class Lifecycle:
                 self._takes_on = True
                 self._idle.clear()
                 self._spawn(self._take_on_later())
-        self._beside.add(self._spawn(sweep_until_closed(self.store, self._limits, self.pause)))
+        self._spawn_beside(self._sweep_until_closed())
         if self._deliver is not None:
-            self._beside.add(self._spawn(self._deliver(self)))
+            self._spawn_beside(self._deliver(self))
 
     def take_on(self, records: Sequence[JobRecord]) -> None:
         """Work on jobs that are held now, from their last snapshots on."""
         for _ in range(self.store.take_damaged()):
             self.metrics.durable_job_ended("failed")
-        found = [record for record in records if record.id not in self._live]
+        found = [record for record in records if record.id not in self._held]
         for record in found:
-            live = self._add(Live(record, self.model, self.model_name))
+            job = self._hold(record)
             with traced("resume", {"tminus.job.id": record.id}):  # what is done for it is a part of that
-                self._spawn(self._fail(live, failure()) if is_failed(record) else self._run(live, None))
+                if record.crashes >= MOST_CRASHES:
+                    self._spawn(self._fail(job, EngineFailed(FAILED_BY_CRASHES)))
+                else:
+                    self._spawn(self._run(job, None))
         if found:
             log.info("%d durable jobs that nobody works on are taken on", len(found))
             self.metrics.jobs_resumed(len(found))
-
-    def lose(self, live: Live) -> None:
-        """Stop working on a job that is another's now, or was ended elsewhere."""
-        if live.lost:
-            return
-        log.warning("job %s is not held any more: nothing is made of it here", live.record.id)
-        self._drop(live)
-        if live.submitted:
-            self._worker.cancel(live.record.id, LOST)
-        self.metrics.durable_job_ended(LOST)
-
-    async def _release(self, live: Live) -> None:
-        """Leave a job that this process does not end to others, or to a later start."""
-        live.release_viewers()
-        if self.store.shared:
-            with suppress(StorageFailed):  # then its lease ends
-                await self.store.release(live.record.id)
-            self._drop(live)
-
-    def _drop(self, live: Live) -> None:
-        live.lost = True
-        self._live.pop(live.record.id, None)
-        self._look_idle()
-        live.release_viewers()
-        live.ended.set()
 
     async def _take_on_later(self) -> None:
         while True:
@@ -163,84 +152,152 @@ class Lifecycle:
                     return
                 await self.pause(CLAIM_S)
 
-    def _add(self, live: Live) -> Live:
-        self._live[live.record.id] = live
-        self._idle.clear()
-        notice_start(live, self._worker, self.store, self._spawn)
-        return live
-
     def _look_idle(self) -> None:
-        if not self._takes_on and all(live.parked for live in self._live.values()):
+        if not self._takes_on and all(job.state is HeldState.LEFT for job in self._held.values()):
             self._idle.set()
+
+    # --- jobs that come and go ---
+
+    def accept(self, record: JobRecord, ticket: Ticket) -> None:
+        """Take on a job that the store keeps and the worker has."""
+        job = self._hold(record)
+        self._enter_worker(job)
+        self._spawn(self._run(job, ticket))
+
+    def _hold(self, record: JobRecord) -> HeldJob:
+        job = self._held[record.id] = HeldJob(record, self.model, self.model_name)
+        self._idle.clear()
+        if record.webhook is not None and "start" in record.webhook.events:
+            mailbox = Mailbox(asyncio.get_running_loop(), lambda: None)
+            watch = Watch(Pace(every=1), (), mailbox.put)
+            self.watch(job, watch, mailbox)
+            self._spawn_beside(self._owe_start(job, watch, mailbox))
+        return job
+
+    def _enter_worker(self, job: HeldJob) -> None:
+        job.become(HeldState.IN_WORKER)
+        for watch in job.viewers:
+            self._worker.watch(job.record.id, watch)
+
+    def _drop(self, job: HeldJob, state: HeldState) -> None:
+        """Hold a job no more, in its last state."""
+        self._held.pop(job.record.id, None)
+        job.become(state)
+        self._look_idle()
+
+    def _lose(self, job: HeldJob) -> None:
+        """Stop working on a job that is another's now, or was ended elsewhere."""
+        if not job.may_become(HeldState.LOST):
+            return
+        log.warning("job %s is not held any more: nothing is made of it here", job.record.id)
+        was_in_worker = job.state is HeldState.IN_WORKER
+        self._drop(job, HeldState.LOST)
+        if was_in_worker:
+            self._worker.cancel(job.record.id, LOST)
+        self.metrics.durable_job_ended(LOST)
+
+    async def _leave(self, job: HeldJob) -> None:
+        """Leave a job that this process does not end to others, or to a later start."""
+        if not job.may_become(HeldState.LEFT):  # a client has cancelled it, or it is not held any more
+            return
+        job.become(HeldState.LEFT)
+        self._look_idle()
+        if self.store.shared:
+            with suppress(StorageFailed):  # then its lease ends
+                await self.store.release(job.record.id)
+            if job.may_become(HeldState.ENDING):  # nothing else has become of it meanwhile
+                self._drop(job, HeldState.LOST)
+
+    async def _owe_start(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
+        """Owe it to a job's webhook that the job has begun, once it has taken a step."""
+        begun = await mailbox.take() is not None  # else it has ended, or is another server's
+        self.unwatch(job, watch)
+        if begun:
+            with suppress(StorageFailed):  # then it is owed when the job is done
+                await self.store.started(job.record)
 
     # --- for the commands of clients ---
 
-    def find(self, job_id: str) -> Live | None:
-        """One job; None if it has ended, or is not durable, or does not exist."""
-        return self._live.get(job_id)
+    def find(self, job_id: str) -> HeldJob | None:
+        """Look up one job; None if it has ended, or is not durable, or does not exist."""
+        return self._held.get(job_id)
 
-    def all(self) -> ValuesView[Live]:
-        """Every durable job that has not ended."""
-        return self._live.values()
+    def all(self) -> ValuesView[HeldJob]:
+        """Return every durable job that has not ended and is held here."""
+        return self._held.values()
 
     @property
     def cannot_keep(self) -> bool:
         """Whether jobs have ended whose ends cannot be kept."""
         fails = self._store_fails or self.store.failure  # of two stores one may still take small results
-        return bool(fails) and any(live.ending for live in self._live.values())
+        return bool(fails) and any(job.state is HeldState.ENDING for job in self._held.values())
 
-    def accept(self, record: JobRecord, ticket: Ticket) -> None:
-        """Take on a job that the store keeps and the worker has."""
-        live = self._add(Live(record, self.model, self.model_name, submitted=True))
-        self._spawn(self._run(live, ticket))
+    def cancel(self, job: HeldJob) -> None:
+        """Give a job up; `job.over` is set when that is kept."""
+        if job.state is HeldState.IN_WORKER:
+            self._worker.cancel(job.record.id, "deleted")
+        else:
+            self._spawn(self._end(job, "cancelled"))
 
-    def cancel(self, live: Live) -> None:
-        """Give a job up; `live.ended` is set when that is kept."""
-        if live.submitted:
-            self._worker.cancel(live.record.id, "deleted")
-        elif live.ending is None:
-            self._spawn(self._end(live, self._ending(live.record, "cancelled")))
+    async def cancel_elsewhere(self, record: JobRecord) -> bool:
+        """End a job that another replica holds, or nobody; False if it has ended. Its holder learns it by renewing."""
+        cancelled = self.store.shared and await self.store.cancel(record.id)
+        if not cancelled:
+            return False
+        if (job := self.find(record.id)) is not None:
+            self._lose(job)
+        elif not record.held:  # else its holder counts it as lost
+            self.metrics.durable_job_ended("cancelled")
+        return True
+
+    def watch(self, job: HeldJob, watch: Watch, mailbox: Mailbox) -> None:
+        """Show a job to a viewer, whose mailbox is closed when nothing more is made of it here."""
+        job.viewers[watch] = mailbox
+        if job.state is HeldState.IN_WORKER:
+            self._worker.watch(job.record.id, watch)
+
+    def unwatch(self, job: HeldJob, watch: Watch) -> None:
+        """Show a job to a viewer no more."""
+        job.viewers.pop(watch, None)
+        self._worker.unwatch(job.record.id, watch)
 
     # --- one job ---
 
-    async def _run(self, live: Live, ticket: Ticket | None) -> None:
+    async def _run(self, job: HeldJob, ticket: Ticket | None) -> None:
         """Bring a job to its end, and keep that. Without a ticket the worker does not have it yet."""
         try:
             if ticket is None:
-                if live.record.spec.n > self._limits.max_rows:
-                    log.warning(
-                        "job %s waits for a start with more --max-rows than %d", live.record.id, live.record.spec.n
-                    )
-                    live.parked = True
-                    self._look_idle()
+                rows = job.record.spec.n
+                if rows > self._limits.max_rows:
+                    log.warning("job %s waits for a start with more --max-rows than %d", job.record.id, rows)
+                    await self._leave(job)
                     return
                 async with self._resuming:
-                    ticket = await self._resume(live)
+                    ticket = await self._resume(job)
             result = await asyncio.wrap_future(ticket.future)
             images = await asyncio.to_thread(result.read)  # waits for a GPU, so not in the store's thread
-            await self._end(live, self._ending(live.record, "done", fingerprint=self._fingerprint), images)
+            await self._end(job, "done", images, fingerprint=self._fingerprint)
         except JobCancelled:
-            if not live.lost:
-                await self._end(live, self._ending(live.record, "cancelled"))
+            await self._end(job, "cancelled")
         except (Draining, ModelUnloaded):
-            log.info("job %s waits for a start with the weights %s", live.record.id, self._weights)
-            await self._release(live)
+            log.info("job %s waits for a start with the weights %s", job.record.id, self._weights)
+            await self._leave(job)
         except ServiceError as error:
-            await self._fail(live, error)
+            await self._fail(job, error)
         except Exception:
-            log.exception("job %s could not be finished", live.record.id)
-            await self._fail(live, ServiceError("something went wrong on the server; its log has the details"))
+            log.exception("job %s could not be finished", job.record.id)
+            await self._fail(job, ServiceError("something went wrong on the server; its log has the details"))
 
-    async def _resume(self, live: Live) -> Ticket:
+    async def _resume(self, job: HeldJob) -> Ticket:
         """Give the worker a job of an earlier process, when it has room. Raises what ends the job."""
-        record = live.record
+        record = job.record
         # What a replica left behind may have ended it: until that has started again, nobody knows.
         alone = record.crashes > 0 or record.left_behind
-        snapshot, inputs = await kept_of(self.store, record, self._fingerprint, self.pause)
+        snapshot, inputs = await self._read(record)
         while record.id in self._worker.jobs:  # it was lost here, and the worker has not given it up yet
             await self.pause(ROOM_S)
         while True:
-            if live.ending is not None or live.lost:
+            if job.state is not HeldState.WAITING:
                 raise JobCancelled("it was deleted")
             deadline_s = None if record.deadline_us is None else (record.deadline_us - self.store.now_us()) / 1e6
             if deadline_s is not None and deadline_s <= 0:
@@ -258,34 +315,63 @@ class Lifecycle:
                 break
         step = min(snapshot.steps) if snapshot is not None else record.spec.start
         log.info("job %s goes on from step %d%s", record.id, step, ", in ticks of its own" if alone else "")
-        live.submitted = True
-        for watch, _ in live.viewers:
-            self._worker.watch(record.id, watch)
+        self._enter_worker(job)
         return ticket
 
-    async def _fail(self, live: Live, error: ServiceError) -> None:
+    async def _read(self, record: JobRecord) -> tuple[Snapshot | None, Inputs | None]:
+        """Read a job's last snapshot by this build, and its inputs. Raises StorageFailed where they cannot be read.
+
+        A store that is away is waited for: the job is held, and what is kept of it is not damaged.
+        """
+        until_s = math.inf if self.store.shared else time.monotonic() + FILE_AWAY_S
+        while True:
+            try:
+                snapshot = await self.store.snapshot(record.id, self._fingerprint)
+                return snapshot, await self.store.inputs(record.id) if record.spec.image_sha256 else None
+            except StorageFailed as error:
+                if error.damaged or time.monotonic() > until_s:
+                    raise
+            await self.pause(READ_RETRY_S)
+
+    async def _fail(self, job: HeldJob, error: ServiceError) -> None:
         """Record a job as failed.
 
         After a crash of the worker leave it for the next start, unless this job causes the crashes.
         """
-        of_the_crash = isinstance(error, EngineFailed) and self._worker.crashed
-        if of_the_crash and not await causes_crashes(self.store, live.record, self._worker.jobs_of_the_crash):
-            live.release_viewers()
+        if isinstance(error, EngineFailed) and self._worker.crashed and not await self._causes_crashes(job):
+            if job.may_become(HeldState.LEFT):
+                job.become(HeldState.LEFT)  # it stays held, so that it is not begun anew before the next start
             return
-        await self._end(live, self._ending(live.record, "failed", problem=error.problem()))
+        await self._end(job, "failed", problem=error.problem())
 
-    async def _end(self, live: Live, record: JobRecord, images: Images | None = None) -> None:
+    async def _causes_crashes(self, job: HeldJob) -> bool:
+        """Count the crash of the worker, once. Return whether this job is convicted by it and must fail."""
+        crashed = self._worker.jobs_of_the_crash
+        if job.record.id not in crashed:
+            return False
+        if len(crashed) == 1 and job.record.crashes + 1 >= MOST_CRASHES:
+            return True
+        if not self._crash_is_counted:
+            self._crash_is_counted = True
+            with suppress(StorageFailed):
+                await self.store.crashed(crashed)
+        return False
+
+    async def _end(self, job: HeldJob, outcome: Outcome, images: Images | None = None, **fields: object) -> None:
         """Keep how a job ended. Until the store can, clients are not told that it has; a restart would run it again."""
-        if live.ending is not None:  # another task does this already
+        if not job.may_become(HeldState.ENDING):  # another task does this already, or it is not held any more
             return
-        live.ending = record
+        finished_us = self.store.now_us()
+        record = replace(job.record, outcome=outcome, finished_us=finished_us, **fields)  # type: ignore[arg-type]
+        job.ending = record
+        job.become(HeldState.ENDING)
         while True:
             try:
                 await self.store.finish(record, images)
                 self._store_fails = False
                 break
             except LeaseLost:
-                self.lose(live)
+                self._lose(job)
                 return
             except Exception as error:
                 self._store_fails = True
@@ -295,12 +381,57 @@ class Lifecycle:
                     await self.pause(RETRY_S)
                 except Draining:
                     return
-        live.record = record
-        del self._live[record.id]
-        self._look_idle()
-        self.metrics.durable_job_ended(record.outcome or "")
-        live.release_viewers()
-        live.ended.set()
+        job.record = record
+        self._drop(job, HeldState.ENDED)
+        self.metrics.durable_job_ended(outcome)
+
+    # --- what goes on beside the jobs ---
+
+    async def _renew(self, leases: Leases) -> None:
+        for job in await leases.renew():
+            self._lose(job)
+        await leases.look()
+
+    async def _renew_until_closed(self, leases: Leases) -> None:
+        """Renew in time until the model is unloaded, or this is cancelled."""
+        while not leases.ended:
+            await asyncio.sleep(leases.renewed_every_s)
+            try:
+                if not leases.ended:
+                    await self._renew(leases)
+            except StorageFailed:
+                leases.load = None
+            except Exception:  # a replica that does not renew works for nothing
+                log.exception("the leases of jobs could not be renewed")
+
+    async def _claim_until_closed(self, leases: Leases) -> None:
+        """Take on what nobody holds, until the process ends or the model is to be unloaded."""
+        while not leases.ended:
+            try:
+                # A replica that can keep nothing would take job after job, and end none.
+                if not self.cannot_keep and not (self.retired and leases.others_serve):
+                    async with self.store.turn:
+                        self.take_on(await leases.claim())
+            except StorageFailed:
+                pass
+            except Exception:
+                log.exception("jobs could not be claimed")
+            try:
+                await self.pause(CLAIM_S)
+            except Draining:
+                return
+
+    async def _sweep_until_closed(self) -> None:
+        """Delete jobs that ended long ago, or of which there are too many, now and then."""
+        keep_us, keep_bytes = round(self._limits.keep_jobs_s * 1e6), self._limits.keep_jobs_bytes
+        owed_us = round((self._limits.webhook_retry_s + LATE_S) * 1e6)
+        while True:
+            with suppress(StorageFailed):
+                await self.store.check()
+                now_us, again = self.store.now_us(), True
+                while again:  # in parts, so that other calls of the store come between
+                    again = await self.store.sweep(now_us - keep_us, keep_bytes, now_us - owed_us)
+            await asyncio.sleep(SWEEP_S)
 
     # --- the process ---
 
@@ -308,6 +439,11 @@ class Lifecycle:
         self._tasks.add(task := asyncio.create_task(work))
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _spawn_beside(self, work: Coroutine[None, None, None]) -> None:
+        """Do what is given up when the process ends."""
+        self._beside.add(task := self._spawn(work))
+        task.add_done_callback(self._beside.discard)
 
     async def pause(self, seconds: float) -> None:
         """Sleep. Raises Draining when the process ends."""
@@ -317,6 +453,3 @@ class Lifecycle:
         except TimeoutError:
             return
         raise Draining
-
-    def _ending(self, record: JobRecord, outcome: Outcome, **fields: object) -> JobRecord:
-        return replace(record, outcome=outcome, finished_us=self.store.now_us(), **fields)  # type: ignore[arg-type]

@@ -11,8 +11,7 @@ from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from tminus.service.errors import JobExists, KeyReused, Overloaded, StorageFailed
-from tminus.service.jobs.jobs import Jobs
-from tminus.service.jobs.kept import unless_retired
+from tminus.service.jobs.jobs import Jobs, unless_retired
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.store.contract import JobRecord, Key, now_us
 from tminus.service.jobs.views import JobView
@@ -58,7 +57,7 @@ class NewJobs:
 
     def _known(self, owner: str) -> set[str]:
         """Its durable jobs that have not ended: those that are held here, and those that are being accepted."""
-        held = {live.record.id for live in self._jobs.all_live() if live.record.owner == owner}
+        held = {job.record.id for job in self._jobs.all_held() if job.record.owner == owner}
         return held | {job_id for job_id, whose in self._entering.items() if whose == owner}
 
     async def create(

@@ -2,6 +2,8 @@
 
 A file outlives the process: the kernel keeps what was written when the process is killed, so nothing is flushed to the
 disk. After a power cut, which no job has caused, there may be nothing.
+
+An end counts against the jobs that were worked on then, see lifecycle.py. Being killed from outside counts nothing.
 """
 
 import faulthandler
@@ -12,12 +14,14 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from tminus.service.errors import StorageFailed
+from tminus.service.jobs.store.contract import JobStore, listed
 from tminus.service.worker.loop import Part
 
 log = logging.getLogger(__name__)
@@ -121,6 +125,27 @@ def take_ends(folder: Path, prefix: str) -> list[End]:
             with suppress(ValueError, KeyError, TypeError):  # a file that was not begun
                 ends.append(_end_of(data))
     return ends
+
+
+def tell_ends(ends: Sequence[End]) -> None:
+    """Log how processes before this one ended."""
+    for end in ends:
+        jobs = listed(sorted(end.jobs))
+        if end.cause is None:
+            log.info("a server before this one was killed, or the machine went, as it worked on %s", jobs or "nothing")
+            continue
+        log.error(
+            "a server before this one has ended by itself: %s. It worked on %s%s",
+            end.cause, jobs or "no job", f"\n{end.traceback.rstrip()}" if end.traceback else "",
+        )  # fmt: skip
+
+
+def count_ends(ends: Sequence[End], store: JobStore) -> None:
+    """Count how processes before this one ended, before a job of the store goes on."""
+    for end in ends:
+        if end.cause is not None:
+            with suppress(StorageFailed):  # which the store has logged
+                store.crashed(end.jobs)
 
 
 def _end_of(data: bytes) -> End:

@@ -1,13 +1,17 @@
 """What clients are told of jobs, durable or not: the store's record and the worker's status as one view."""
 
+import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tminus.service.jobs.live import Live
+from tminus.service.jobs.held_job import HeldJob, HeldState
 from tminus.service.jobs.store.contract import OUTCOMES, JobRecord
 from tminus.service.jobs.webhooks.webhook import Delivery
 from tminus.service.work import JobStatus
+from tminus.service.worker.worker import Worker
 
 STATES = ("waiting", "running", *OUTCOMES)
+FORECAST_S = 1.0  # how old a forecast may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +37,52 @@ def kept_view(record: JobRecord, model: int, model_name: str) -> JobView:
     return JobView(record, model, model_name, state, True, step)
 
 
-def live_view(live: Live, status: JobStatus | None) -> JobView:
-    """View a durable job that was live when the worker was asked for its status."""
-    record, model = live.record, (live.model, live.model_name)
+def held_view(job: HeldJob, status: JobStatus | None) -> JobView:
+    """View a durable job that was held here when the worker was asked for its status."""
+    record, model = job.record, (job.model, job.model_name)
     if record.outcome is not None:  # it has ended since
         return kept_view(record, *model)
     if status is not None:
         return JobView(record, *model, status.state, True, status.step, status.position, status.eta_s)
-    if live.submitted:  # it has ended in the worker, and that is being kept
+    if job.state in (HeldState.IN_WORKER, HeldState.ENDING):  # it has ended in the worker, and that is being kept
         return JobView(record, *model, "running", True, record.spec.num_passes, 0, 0.0)
     return JobView(record, *model, "waiting", True, 0)
 
 
 def passing_view(status: JobStatus) -> JobView:
     """View a job that only the worker knows."""
-    record = JobRecord(status.id, status.spec, status.created_us, owner=status.owner)
-    return JobView(
-        record,
-        status.model,
-        status.model_name,
-        status.state,
-        status.durable,
-        status.step,
-        status.position,
-        status.eta_s,
-    )
+    record, model = JobRecord(status.id, status.spec, status.created_us, owner=status.owner), status.model_name
+    stands = (status.state, status.durable, status.step, status.position, status.eta_s)
+    return JobView(record, status.model, model, *stands)
+
+
+class JobStatuses:
+    """Owns the last forecast of waiting and running jobs. In the event loop's thread only.
+
+    State and step are read from the worker each time, which is cheap. A forecast among many jobs takes a while, so
+    there is one of all jobs a second, in another thread, however many ask.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._forecasting = asyncio.Lock()
+        self._forecast: dict[str, JobStatus] = {}
+        self._forecast_s = float("-inf")  # when it was made, by the event loop's clock
+
+    async def of(self, job_id: str) -> JobStatus | None:
+        """Return the status of one job; None if the worker does not have it (any more)."""
+        if self._worker.jobs.quick_status(job_id, self._forecast) is None:  # needs no forecast
+            return None
+        return self._worker.jobs.quick_status(job_id, await self._recent_forecast())
+
+    async def all(self) -> list[JobStatus]:
+        """Return the status of every job, in order of arrival."""
+        return self._worker.jobs.quick_statuses(await self._recent_forecast())
+
+    async def _recent_forecast(self) -> Mapping[str, JobStatus]:
+        loop = asyncio.get_running_loop()
+        async with self._forecasting:
+            if loop.time() - self._forecast_s > FORECAST_S:
+                statuses = await loop.run_in_executor(None, self._worker.jobs.statuses)
+                self._forecast, self._forecast_s = {status.id: status for status in statuses}, loop.time()
+        return self._forecast

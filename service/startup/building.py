@@ -17,8 +17,7 @@ import sqlalchemy as sa
 from tminus.model.files import CheckpointError
 from tminus.service.access.access import Access
 from tminus.service.errors import StorageFailed
-from tminus.service.jobs.crashes import count_ends, tell_ends
-from tminus.service.jobs.process_end import End, EndFile, prefix_of, take_ends
+from tminus.service.jobs.process_end import End, EndFile, count_ends, prefix_of, take_ends, tell_ends
 from tminus.service.jobs.store.contract import JobStore, listed
 from tminus.service.jobs.store.opening import open_store, state_folder
 from tminus.service.jobs.store.results import Results

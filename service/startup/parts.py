@@ -26,11 +26,11 @@ from tminus.service.jobs.jobs import Jobs
 from tminus.service.jobs.lifecycle import Lifecycle
 from tminus.service.jobs.new_jobs import NewJobs
 from tminus.service.jobs.snapshot_keeper import SnapshotKeeper
-from tminus.service.jobs.standings import Standings
 from tminus.service.jobs.store.async_store import AsyncStore
 from tminus.service.jobs.store.contract import OUTCOMES, JobStore
 from tminus.service.jobs.store.results import Results
 from tminus.service.jobs.stores import Stores
+from tminus.service.jobs.views import JobStatuses
 from tminus.service.jobs.webhooks.deliverer import Deliverer, Rules
 from tminus.service.metrics import Metrics
 from tminus.service.model_info import Limits
@@ -109,8 +109,8 @@ class Parts:
         stores = [self._stores.take_first(prepared.engine.info.weights_hash) for prepared in first]
         loaded = [self._loaded(prepared, store) for prepared, store in zip(first, stores, strict=True)]
         self.worker = Worker(loaded, self.admission, self.metrics, note=note)
-        self.standings = Standings(self.worker)
-        self.jobs = Jobs(self.worker, self.standings)
+        self.statuses = JobStatuses(self.worker)
+        self.jobs = Jobs(self.worker, self.statuses)
         self.new_jobs = NewJobs(self.worker, self.jobs)
         for model, prepared, store in zip(loaded, first, stores, strict=True):
             self._serve(model, prepared, store)
@@ -216,7 +216,7 @@ class Parts:
             worker=self.worker,
             jobs=self.jobs,
             new_jobs=self.new_jobs,
-            standings=self.standings,
+            statuses=self.statuses,
             decoder=self.decoder,
             encoder=self.encoder,
             cache=self.cache,

@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tminus.service.api.edge.middleware import PIECE_BYTES
 from tminus.service.api.request.reading import while_connected
 from tminus.service.errors import DeadlinePassed, TooManyBytes
-from tminus.service.jobs.standings import Standings
+from tminus.service.jobs.views import JobStatuses
 from tminus.service.model_info import ModelInfo
 from tminus.service.work import JobResult, Ticket
 from tminus.service.worker.worker import Worker
@@ -24,16 +24,16 @@ RECOUNT_S = 5.0  # until a job's forecast is asked for again
 class Countdown:
     """How long one job has left: asked for now and then, and counted down in between."""
 
-    def __init__(self, standings: Standings, job_id: str, eta_s: float | None) -> None:
+    def __init__(self, statuses: JobStatuses, job_id: str, eta_s: float | None) -> None:
         """eta_s: the forecast that was made just now, if there was one."""
-        self._standings, self._job_id, self._eta_s = standings, job_id, eta_s or 0.0
+        self._statuses, self._job_id, self._eta_s = statuses, job_id, eta_s or 0.0
         self._loop = asyncio.get_running_loop()
         self._asked_s = self._loop.time() if eta_s is not None else float("-inf")
 
     async def left_s(self) -> float:
         """Seconds until it should be done."""
         if self._loop.time() - self._asked_s > RECOUNT_S:
-            status = await self._standings.of(self._job_id)
+            status = await self._statuses.of(self._job_id)
             if status is not None:  # otherwise it came after all jobs were last asked for, or has just ended
                 self._asked_s, self._eta_s = self._loop.time(), status.eta_s
         return max(0.0, self._eta_s - (self._loop.time() - self._asked_s))

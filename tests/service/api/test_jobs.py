@@ -16,8 +16,8 @@ from tests.service.api.pictures import CAT, EDIT, INPUTS, MASK, MASK_PIXELS, PIC
 from tests.service.conftest import MakeSite, Restarts, Site, pixels, problem
 from tests.service.fakes import PATIENCE_S, fake_pixels, make_spec, wait_until
 from tminus.service.images.encoder import encode_result
-from tminus.service.jobs.standings import FORECAST_S
 from tminus.service.jobs.store.sqlite_store import SqliteStore
+from tminus.service.jobs.views import FORECAST_S
 from tminus.service.work import JobStatus
 from tminus.service.worker.accepted_jobs import AcceptedJobs
 

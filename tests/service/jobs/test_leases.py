@@ -48,7 +48,7 @@ def shared(postgres: Postgres, lease_s: float, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(leases, "CLAIM_S", 0.05)
     monkeypatch.setattr(leases, "RENEWALS", 30)
     monkeypatch.setattr(lifecycle, "RETRY_S", 0.05)
-    monkeypatch.setattr("tminus.service.jobs.resuming.RETRY_S", 0.05)
+    monkeypatch.setattr("tminus.service.jobs.lifecycle.READ_RETRY_S", 0.05)
     monkeypatch.setattr("tminus.service.api.events.POLL_S", 0.05)
     return DatabaseShelf(postgres.url(), lease_s)
 

@@ -12,7 +12,7 @@ from tests.service.durable import SPEC, events, post, state, wait_for
 from tests.service.fakes import INFO, PATIENCE_S, make_spec, wait_until
 from tminus.service.errors import StorageFailed
 from tminus.service.jobs import jobs as jobs_module
-from tminus.service.jobs import lifecycle, resuming
+from tminus.service.jobs import lifecycle
 from tminus.service.jobs.store.contract import JobRecord, now_us
 from tminus.service.jobs.store.sqlite_store import SqliteStore
 
@@ -109,8 +109,8 @@ def test_a_file_that_cannot_be_read_for_a_while_ends_no_job(
         return read(store, *which)
 
     monkeypatch.setattr(SqliteStore, "snapshot", stalls)
-    monkeypatch.setattr(resuming, "RETRY_S", 0.01)
-    monkeypatch.setattr(resuming, "FILE_S", 0.2 if for_ever else PATIENCE_S)
+    monkeypatch.setattr(lifecycle, "READ_RETRY_S", 0.01)
+    monkeypatch.setattr(lifecycle, "FILE_AWAY_S", 0.2 if for_ever else PATIENCE_S)
     site = restarts.start()
     if for_ever:
         wait_until(lambda: state(site, job_id) == "failed")
@@ -327,11 +327,26 @@ def test_a_worker_that_crashes_again_with_a_job_fails_it(restarts: Restarts) -> 
     assert wait_for(site, job_id, "failed")["problem"]["code"] == "engine_failed"
 
 
+def test_a_job_that_ended_the_server_twice_fails_and_one_that_did_once_shares_no_tick(restarts: Restarts) -> None:
+    site = restarts.start(shut=True)
+    twice, once, never = (post(site, {"steps": 20, "seed": seed}).json()["id"] for seed in range(3))
+    restarts.stop()
+    store = SqliteStore(restarts.file)
+    for ids in ([twice], [twice], [once]):
+        store.crashed(ids)
+    store.close()
+    site = restarts.start()
+    assert wait_for(site, twice, "failed")["problem"]["code"] == "engine_failed"
+    for job_id in (once, never):
+        assert wait_for(site, job_id)["state"] == "done"
+    assert {len(batch.rows) for batch in site.engine.batches} == {1}
+
+
 # --- what is deleted after its time ---
 
 
 def test_jobs_are_deleted_when_their_time_is_over(make_site: MakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tminus.service.jobs.sweeping.SWEEP_S", 0.01)
+    monkeypatch.setattr("tminus.service.jobs.lifecycle.SWEEP_S", 0.01)
     site = make_site(keep_jobs_s=0.05)
     job_id = post(site).json()["id"]
     wait_until(lambda: site.client.get(f"/jobs/{job_id}").status_code == 404)

@@ -38,7 +38,7 @@ async def accepted_at_once(webhook: Webhook | None) -> int:
     live: list[Any] = []
     own = SimpleNamespace(store=SlowStore(), leases=None, cannot_keep=False, model=0, model_name="m")
     own.accept = lambda record, _ticket: live.append(SimpleNamespace(record=record))
-    jobs = SimpleNamespace(of_model=lambda _model: own, all_live=lambda: live, by_store=lambda: [own])
+    jobs = SimpleNamespace(of_model=lambda _model: own, all_held=lambda: live, by_store=lambda: [own])
     worker = SimpleNamespace(
         submit=lambda *_, **__: Ticket(Future(), Outlook(0, 0.0)),
         cancel=lambda *_: None,
@@ -97,7 +97,7 @@ class Shared:
         self.store, self.most, self.charged_for = SharedStore(), most, 0
         leases = SimpleNamespace(takes=lambda _spec: False, leave_to_any=self.store.leave_to_any)
         own = SimpleNamespace(store=self.store, leases=leases, cannot_keep=False, model=0, model_name="m")
-        jobs = SimpleNamespace(of_model=lambda _model: own, all_live=list, by_store=lambda: [own], view=self.view)
+        jobs = SimpleNamespace(of_model=lambda _model: own, all_held=list, by_store=lambda: [own], view=self.view)
         worker = SimpleNamespace(jobs=SimpleNamespace(number_of=lambda *_, **__: 0))
         self.new = NewJobs(cast(Any, worker), cast(Any, jobs))
 

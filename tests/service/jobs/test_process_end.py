@@ -1,4 +1,5 @@
 import faulthandler
+import logging
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.service.fakes import wait_until
+from tests.service.jobs.conftest import FileShelf
+from tests.service.jobs.kept import job
 from tminus.service.jobs import process_end
-from tminus.service.jobs.process_end import EndFile, prefix_of, take_ends
+from tminus.service.jobs.process_end import End, EndFile, count_ends, prefix_of, take_ends, tell_ends
 
 # A process with two threads, each of which works on something; then one of them dies, or all do.
 SCRIPT = """
@@ -151,3 +154,23 @@ def test_a_disk_that_hangs_stops_no_thread_and_has_the_newest_jobs_afterwards(
 def test_where_no_file_can_be_made_that_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such"):
         EndFile(tmp_path / "gone", "server")
+
+
+SIGNAL = "Segmentation fault"
+
+
+def test_an_end_counts_against_what_was_worked_on_and_being_killed_from_outside_does_not(
+    file: FileShelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    store = file.open()
+    for name in "abc":
+        store.add(job(name))
+    killed = [End(None, frozenset("a"))] * 50
+    ends = [*killed, End(SIGNAL, frozenset("bc"), "  File x"), End(SIGNAL, frozenset())]
+    tell_ends(ends)
+    count_ends(ends, store)
+    assert [record.crashes for record in store.claim()] == [0, 1, 1]
+    assert "killed, or the machine went, as it worked on a\n" in caplog.text
+    assert f"{SIGNAL}. It worked on b, c\n  File x\n" in caplog.text
+    assert f"{SIGNAL}. It worked on no job\n" in caplog.text

@@ -1,10 +1,156 @@
-from tests.service.fakes import INFO, FakeEngine, make_spec
-from tminus.service.jobs.views import passing_view
+"""Where jobs stand: facts as they are now, one forecast for all who ask."""
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.service.fakes import INFO, LIMITS, PATIENCE_S, FakeEngine, make_spec, wait_until
+from tminus.service.jobs import views as views_module
+from tminus.service.jobs.views import JobStatuses, passing_view
+from tminus.service.metrics import Metrics
+from tminus.service.scheduling.admission import Admission
 from tminus.service.scheduling.scheduler import Scheduler
 from tminus.service.scheduling.sharing import Sharing
-from tminus.service.work import Outlook, work_of
+from tminus.service.scheduling.speed import Speed
+from tminus.service.scheduling.tick_times import TickTimes
+from tminus.service.work import Batch, JobStatus, Outlook, Ticket, work_of
+from tminus.service.worker.accepted_jobs import AcceptedJobs
 from tminus.service.worker.loaded_models import LoadedModel
 from tminus.service.worker.running_job import RunningJob
+from tminus.service.worker.worker import Worker
+
+T = TypeVar("T")
+
+
+class Bench:
+    """A worker whose ticks take a second of its own clock, and wait for the test; a loop to ask in."""
+
+    def __init__(self) -> None:
+        self.engine, self.now_s, self.forecasts = FakeEngine(INFO), 0.0, 0
+        sharing = Sharing.of(2)
+        admission = Admission(LIMITS)
+        admission.put(0, Speed(sharing, TickTimes(((1, 1.0), (2, 1.0))), LIMITS.max_rows))
+        self.engine.on_step = self._tick_takes_a_second
+        self.worker = Worker(
+            [LoadedModel(0, self.engine, Scheduler(sharing))], admission, Metrics(), clock=lambda: self.now_s
+        )
+        self.statuses = JobStatuses(self.worker)
+        self.loop = asyncio.new_event_loop()
+
+    def _tick_takes_a_second(self, _batch: Batch) -> None:
+        self.now_s += 1
+
+    def start(self) -> None:
+        self.worker.start()
+        self.engine.next_begun()
+        wait_until(lambda: self.worker.ready)
+        self.engine.gate.shut()
+
+    def submit(self, name: str, steps: int) -> Ticket:
+        return self.worker.submit(name, make_spec(n=2, steps=steps))
+
+    def tick(self) -> None:
+        """Let the tick that waits pass, and the next begin."""
+        self.engine.gate.let()
+        self.engine.next_begun()
+
+    def ask(self, question: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(question, PATIENCE_S))
+
+    def of(self, name: str) -> JobStatus:
+        status = self.ask(self.statuses.of(name))
+        assert status is not None
+        return status
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """One forecast has to do, unless the test says otherwise."""
+    monkeypatch.setattr(views_module, "FORECAST_S", 1e9)
+    made = Bench()
+    forecast = AcceptedJobs.statuses
+
+    def counted(jobs: AcceptedJobs) -> list[JobStatus]:
+        made.forecasts += 1
+        return forecast(jobs)
+
+    monkeypatch.setattr(AcceptedJobs, "statuses", counted)
+    made.start()
+    yield made
+    made.engine.gate.open()
+    made.worker.close()
+    made.loop.close()
+
+
+def facts(status: JobStatus) -> tuple[str, int, int, float]:
+    return status.state, status.step, status.position, status.eta_s
+
+
+def test_state_and_step_are_told_as_they_are_now_and_the_eta_is_counted_down(bench: Bench) -> None:
+    bench.submit("a", steps=5)
+    bench.engine.next_begun()
+    assert facts(bench.of("a")) == ("waiting", 0, 0, 5.0)
+    bench.tick()
+    bench.tick()
+    assert facts(bench.of("a")) == ("running", 2, 0, 3.0)
+    assert bench.ask(bench.statuses.all()) == [bench.of("a")]
+    bench.now_s += 100
+    assert bench.of("a").eta_s == 0, "never less"
+    assert bench.forecasts == 1
+
+
+def test_a_job_that_came_after_the_forecast_is_told_with_the_forecast_of_its_ticket(bench: Bench) -> None:
+    bench.submit("a", steps=5)
+    bench.engine.next_begun()
+    bench.of("a")
+    ticket = bench.submit("b", steps=10)
+    assert facts(bench.of("b")) == ("waiting", 0, 1, 15.0)
+    assert ticket.outlook == Outlook(1, 15.0)
+    bench.tick()
+    assert facts(bench.of("b")) == ("waiting", 0, 1, 14.0)
+    assert [status.id for status in bench.ask(bench.statuses.all())] == ["a", "b"]
+    assert bench.forecasts == 1
+
+
+def test_a_job_that_ended_after_the_forecast_is_not_told(bench: Bench) -> None:
+    done, cancelled = bench.submit("done", steps=1), bench.submit("cancelled", steps=9)
+    bench.engine.next_begun()
+    assert len(bench.ask(bench.statuses.all())) == 2
+    bench.worker.cancel("cancelled", "deleted")
+    bench.engine.gate.let()
+    assert done.future.result(PATIENCE_S)
+    assert cancelled.future.exception(PATIENCE_S)
+    assert bench.ask(bench.statuses.of("done")) is bench.ask(bench.statuses.of("cancelled")) is None
+    assert bench.ask(bench.statuses.all()) == []
+
+
+def test_those_who_ask_at_the_same_time_share_a_forecast(bench: Bench) -> None:
+    bench.submit("a", steps=5)
+    bench.engine.next_begun()
+
+    async def ask_often() -> list[JobStatus | None]:
+        return await asyncio.gather(*[bench.statuses.of("a") for _ in range(50)])
+
+    assert {status and status.eta_s for status in bench.ask(ask_often())} == {5.0}
+    assert bench.forecasts == 1
+
+
+def test_an_old_forecast_is_made_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views_module, "FORECAST_S", -1.0)
+    bench.submit("a", steps=5)
+    bench.engine.next_begun()
+    bench.submit("b", steps=2)
+    assert bench.of("a").eta_s == 5.0
+    bench.submit("c", steps=1)
+    bench.of("a")
+    assert bench.forecasts == 2
+
+
+def test_a_job_that_the_worker_does_not_have_costs_no_forecast(bench: Bench) -> None:
+    assert bench.ask(bench.statuses.of("nobody")) is None
+    assert bench.forecasts == 0
 
 
 def test_the_time_at_which_a_job_was_accepted_is_the_same_however_late_one_looks() -> None:
